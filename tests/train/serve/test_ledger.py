@@ -2,16 +2,17 @@
 
 import itertools
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.serve.client import Client
+from tests.train.serve.client import Client, drawn, sampler
 from tests.train.serve.fakes import FakeEngine, Tenant
 from train.serve.protocol.requests import AdapterSpec, Create, Gradient, Load, Save, Update
 from train.serve.storage.folders import link
 from train.serve.storage.ledger import Ledger
-from train.serve.tenants.command_log import LogLimits
+from train.serve.tenants.command_log import CommandLog, LogLimits
 
 
 def kinds(engine):
@@ -315,6 +316,59 @@ def test_what_is_over_is_swept(tmp_path):
     assert [row["path"] for row in rows] == [path] and count == 1
     assert len(list(tmp_path.glob("checkpoints/*/weights/*"))) == 1
     assert client.poll(f"{model}:1").status_code == 410  # its answer is old
+
+
+@pytest.fixture
+def set_wall_clock(monkeypatch):
+    """Returns a function that sets the wall clock ahead, for all of a server that reads it."""
+    read, ahead = time.time, [0.0]
+
+    def wall_clock():
+        return read() + ahead[0]
+
+    def replaced(values):
+        return tuple(wall_clock if value is read else value for value in values)
+
+    monkeypatch.setattr(time, "time", wall_clock)
+    for make in (Ledger.__init__, CommandLog.__init__):
+        names = make.__kwdefaults__ or {}
+        monkeypatch.setattr(make, "__defaults__", replaced(make.__defaults__ or ()))
+        values = dict(zip(names, replaced(names.values()), strict=True))
+        monkeypatch.setattr(make, "__kwdefaults__", values)
+
+    def set_ahead(seconds):
+        ahead[0] = seconds
+
+    return set_ahead
+
+
+@pytest.mark.parametrize("ahead", [7200.0, -7200.0])
+def test_a_wall_clock_that_jumps_ends_nothing_that_lives(tmp_path, set_wall_clock, ahead):
+    client = Client(FakeEngine(), tmp_path, idle=600.0, hold=0.01)
+    beating, commanding, sampling = client.session(), client.create(), client.session()
+    model, silent = client.create(beating), client.create()
+    saved = client.result(client.save(model, 1, "short", ttl_seconds=3600))
+    set_wall_clock(ahead)
+    client.server.sweep(120.0)
+    client.server.sweep_samples()
+    wait(client)
+    assert set(client.engine.tenants) == {model, commanding, silent}  # neither ended nor parked
+    assert client.result(f"{model}:1") == saved, "its answer is kept"
+    assert client.ask("GET", "checkpoints")["checkpoints"], "its hour is not over"
+    client.later(500.0)
+    client.post("session_heartbeat", session_id=beating)
+    client.step(commanding, 1)
+    drawn(client, sampler(client, sampling))
+    client.later(500.0)
+    client.server.sweep(1e9)
+    wait(client)
+    assert set(client.engine.tenants) == {model, commanding}
+    assert not client.server.ledger.session(sampling)["ended"]
+    client.later(500.0)  # now all were silent for longer than 600 seconds
+    client.server.sweep(1e9)
+    wait(client)
+    assert not client.engine.tenants
+    client.post("session_heartbeat", 410, session_id=sampling)
 
 
 def test_a_full_queue_is_busy_but_gaps_are_filled(tmp_path):

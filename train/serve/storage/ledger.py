@@ -1,7 +1,6 @@
 """Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,22 +35,36 @@ create index if not exists answered on commands (finished) where answer is not n
 """
 
 
+_START = time.time() - time.monotonic()
+
+
+def steady_time() -> float:
+    """Returns the seconds since 1970, as if nobody set the wall clock after the import.
+
+    Waiting is measured by it: a wall clock that jumps makes nothing that lives look old.
+    """
+    return _START + time.monotonic()
+
+
 class Ledger:
     """Keeps all that must outlast the process. All methods may be called by any thread.
 
-    A row that a method returns is a mapping by the names of columns. Times are seconds since 1970.
+    A row that a method returns is a mapping by the names of columns. Times are seconds since 1970:
+    by the wall clock when something was made or used, by `clock` when something ended or will.
     """
 
-    def __init__(self, path: Path | str, clock: Callable[[], float] = time.time):
+    def __init__(self, path: Path | str, clock: Callable[[], float] = steady_time):
         """Opens or makes the file.
 
         Args:
           path: the file of SQLite; ":memory:" for none.
-          clock: gives the time.
+          clock: measures waiting.
         """
         self._clock = clock
         self._db = Database(path, _TABLES)
-        self._sampled: dict[str, float] = {}  # when a session last asked for a sample
+        # When a session was last heard. None could be heard before the start.
+        self._heard: dict[str, float] = {}
+        self._opened = clock()
         self.transaction, self.close = self._db.transaction, self._db.close
         self._all, self._one = self._db.all, self._db.one
         self._insert, self._page = self._db.insert, self._db.page
@@ -60,9 +73,10 @@ class Ledger:
 
     def open_session(self, session: str, owner: str, metadata: object = None) -> None:
         """Notes a client's session."""
-        now, text = self._clock(), json.dumps(metadata)
+        now, text = time.time(), json.dumps(metadata)
         values = {"id": session, "owner": owner, "created": now, "seen": now, "metadata": text}
         self._insert("sessions", values)
+        self.hear(session)
 
     def session(self, session: str) -> Row | None:
         """Returns a session, or None."""
@@ -73,28 +87,19 @@ class Ledger:
         sql = "select * from sessions where owner = ? order by created desc, id limit ? offset ?"
         return self._all(sql, owner, limit, offset)
 
-    def touch(self, session: str | None = None) -> None:
-        """Marks a session's client as alive; without a session all, since none could be heard."""
-        sql = "update sessions set seen = ?1 where id = ?2 or ?2 is null"
-        self._all(sql, self._clock(), session)
-
     def hear(self, session: str) -> None:
-        """Notes that a session asked for a sample, in memory: samples do not wait for the disk."""
-        self._sampled[session] = self._clock()
+        """Notes that a session's client lives, in memory: nothing waits for the disk."""
+        self._heard[session] = self._clock()
 
     def idle_sessions(self, seconds: float) -> list[str]:
         """Returns the sessions without a heartbeat, a command or a sample for some seconds."""
-        sql = (
-            "select id from sessions where ended is null and seen < ?1 and not exists "
-            "(select 1 from models where session = sessions.id and used >= ?1)"
-        )
         before = self._clock() - seconds
-        silent = [row["id"] for row in self._all(sql, before)]
-        return [session for session in silent if self._sampled.get(session, -math.inf) < before]
+        rows = self._all("select id from sessions where ended is null")
+        return [row["id"] for row in rows if self._heard.get(row["id"], self._opened) < before]
 
     def end_session(self, session: str) -> list[Row]:
         """Marks a session as ended; drops and returns its samplers that own their weights."""
-        self._sampled.pop(session, None)
+        self._heard.pop(session, None)
         with self.transaction():
             sql = "update sessions set ended = ? where id = ? and ended is null"
             self._all(sql, self._clock(), session)
@@ -108,7 +113,7 @@ class Ledger:
     def add_model(self, model: str, session: str, owner: str, base: str, metadata: object) -> None:
         """Notes a model that a command of number 0 makes."""
         values = {"id": model, "session": session, "owner": owner, "base": base}
-        rest = {"metadata": json.dumps(metadata), "used": self._clock()}
+        rest = {"metadata": json.dumps(metadata), "used": time.time()}
         self._insert("models", values | rest)
 
     def model(self, model: str) -> Row | None:
@@ -172,14 +177,13 @@ class Ledger:
           target: the path of the checkpoint, or the sampler's id, that it makes.
           refused: the answer, if it is wrong.
         """
-        now = self._clock()
         values = {"model": model, "seq": seq, "kind": kind, "payload": payload, "target": target}
         values |= {"state": LOGGED, "folder": None if folder is None else str(folder)}
         if refused is not None:
-            values |= {"state": REFUSED, "answer": refused, "finished": now}
+            values |= {"state": REFUSED, "answer": refused, "finished": self._clock()}
         with self.transaction():
             self._insert("commands", values)
-            self._all("update models set used = ? where id = ?", now, model)
+            self._all("update models set used = ? where id = ?", time.time(), model)
             row = self.command(model, seq)
         assert row is not None
         return row
@@ -237,11 +241,11 @@ class Ledger:
           size: bytes.
           facts: ttl_seconds and user_metadata, or neither.
         """
-        now, ttl = self._clock(), facts.get("ttl_seconds")
+        ttl = facts.get("ttl_seconds")
         kind, name = command["target"].split("/")[-2:]
         values = {"path": command["target"], "kind": kind, "name": name, "owner": owner}
         values |= {"model": command["model"], "folder": command["folder"], "size": size}
-        values |= {"made": now, "expires": None if ttl is None else now + ttl}
+        values |= {"made": time.time(), "expires": None if ttl is None else self._clock() + ttl}
         values["metadata"] = json.dumps(facts.get("user_metadata"))
         self._insert("checkpoints", values, "insert or replace")
 

@@ -99,7 +99,7 @@ class CommandLog:
           wake: see `ResultWriter`.
           seats: the room for tenants in the engine; by default for any number.
           limits: limits of the log.
-          clock: gives the time.
+          clock: gives the time that is shown.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
         self._codec, self._limits, self._clock = codec, limits, clock
@@ -178,6 +178,7 @@ class CommandLog:
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
             tenant.load += load_of(row)
             tenant.used = self._clock()
+            self._ledger.hear(tenant.client.session)
             tenant.waiting[seq] = row, command
             self.advance(model, tenant)
         if refusal is not None:
@@ -201,7 +202,6 @@ class CommandLog:
           silent: seconds; a tenant without a command for longer stays on disk.
         """
         with self._lock:
-            self._ledger.touch()
             self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
             models = self._ledger.live_models()
             for model in sorted(models, key=lambda model: model["used"], reverse=True):
@@ -356,7 +356,7 @@ class CommandLog:
 
     def park_silent(self, seconds: float) -> None:
         """Parks the tenants of sessions that were silent for so long."""
-        self.parking.park_silent(seconds, self._clock())
+        self.parking.park_silent(seconds)
 
     def sweep(self, keep: float = 3600.0) -> None:
         """Removes commands that are over; call it every minute or so.

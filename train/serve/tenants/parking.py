@@ -114,14 +114,12 @@ class TenantParking:
             case _:
                 self._leave_engine(name, tenant)
 
-    def park_silent(self, seconds: float, now: float) -> None:
-        """Parks the tenants of sessions that were silent for some seconds until now."""
+    def park_silent(self, seconds: float) -> None:
+        """Parks the tenants of sessions that were silent for some seconds."""
         with self._table.lock:
             silent = set(self._ledger.idle_sessions(seconds))
-            before = now - seconds
             for name in self._quiet():
-                tenant = self._table.tenants[name]
-                is_left = tenant.client.session in silent and tenant.used < before
+                is_left = self._table.tenants[name].client.session in silent
                 if is_left and self._seats.may_park(name):
                     self._seats.enter(name, Phase.HELD)
             self.settle()

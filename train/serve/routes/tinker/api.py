@@ -204,7 +204,7 @@ class Tinker:
 
     def _heartbeat(self, request: Request, owner: str, body: bytes) -> Response:
         fields = JsonFields.parse(body)
-        self.ledger.touch(self.rows.open_session(fields.get("session_id", str), owner))
+        self.ledger.hear(self.rows.open_session(fields.get("session_id", str), owner))
         return json_response({"type": "session_heartbeat"})
 
     def _finish(self, request: Request, owner: str, body: bytes) -> Response:
