@@ -149,6 +149,19 @@ def filled(ledger):
     return lambda: pages(2**30)
 
 
+def pending(client, sent):
+    """Waits until a poll says that a result waits for the ledger."""
+
+    def is_said():
+        answer = client.poll(sent["request_id"])
+        assert answer.status_code == 408, answer.text
+        state = answer.json()
+        said = "cannot record it" in state.get("queue_state_reason", "")
+        return said and state["queue_state"] == "paused_capacity"
+
+    until(is_said, "it is said why the result is not there")
+
+
 def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_path):
     engine = FakeEngine(held=True)
     client = Client(engine, tmp_path)
@@ -162,14 +175,18 @@ def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_p
     client.server.log._results._write = lambda row, result: b"{" + b" " * 9000 + b"}"
     engine.step(3)
     for one in sent:
-        answer = client.result(one)
-        assert answer["category"] == "server" and "disk of the server is full" in answer["error"]
+        pending(client, one)
+    client.server.log.sweep()
+    for one in sent:
+        pending(client, one)
+    assert client.step(model, 2) == sent[1], "who asks again gets no second step"
     refused = client.step(model, 4, status=507, padding="x" * 9000)
     assert "disk of the server is full" in refused["detail"]
     again()
     client.server.log.sweep()
     for one in sent:
         until(lambda one=one: client.poll(one["request_id"]).content.startswith(b"{ "), "noted")
+    assert engine.tenants[model].steps == 1
     assert client.step(model, 4, padding="x" * 9000)["request_id"] == f"{model}:4"
     assert client.ask("GET", f"training_runs/{model}/checkpoints")["checkpoints"]
 
@@ -183,7 +200,7 @@ def test_a_ledger_that_cannot_be_written_is_said_and_what_was_done_is_noted_late
     db = client.server.ledger._db._writer
     db.execute("pragma query_only = 1")
     client.engine.step(1)
-    assert "readonly database" in client.result(sent)["error"]
+    pending(client, sent)
     until(lambda: client.server.log._tenants[model].running == 0, "it is counted")
     db.execute("pragma query_only = 0")
     client.server.log.sweep()
@@ -209,11 +226,53 @@ def test_a_result_that_is_kept_during_a_sweep_is_not_lost(tmp_path):
     client.server.log._results._write = lambda row, result: b"{" + b" " * 9000 + b"}"
     sent = client.step(model, 1)
     assert reached.wait(60)
+
+    def is_noted():
+        answer = client.poll(sent["request_id"])
+        is_there = answer.content.startswith(b"{ ")
+        assert is_there or answer.status_code == 408, answer.text
+        return is_there
+
+    assert not is_noted()
     again()
     client.server.log.sweep()
     free.set()
     client.server.log.sweep()
-    until(lambda: client.poll(sent["request_id"]).content.startswith(b"{ "), "it is noted")
+    until(is_noted, "it is noted")
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_what_could_not_be_noted_before_a_kill_is_done_again_and_noted(tmp_path, parked):
+    client = Client(FakeEngine(held=True), tmp_path, every=2)
+    model = client.create()
+    client.engine.step(1)
+    client.result(f"{model}:0")
+    sent = [client.gradient(model, 1, (0.5, 3.0)), client.step(model, 2, 0.25)]
+    again, results = filled(client.server.ledger), client.server.log._results
+    write = results._write
+    results._write = lambda row, result: write(row, result) + b" " * 9000
+    client.engine.step(2)
+    for one in sent:
+        pending(client, one)
+    again()  # the state after the update is saved, but it lacks the answers
+    client.engine.step(1)
+    results._thread.submit(lambda: None).result()
+    moved = client.engine.tenants[model]
+    if parked:
+        client.engine.release()
+        client.later(200.0)
+        client.server.log.park_silent(100.0)
+        until(lambda: not client.engine.tenants, "it is parked")
+        client.step(model, 3, 0.0)
+        found, steps = client, 2
+    else:
+        client.server.log.close()  # no result is noted from now on
+        found, steps = Client(FakeEngine(), tmp_path, every=2), 1
+    results = [found.result(one) for one in sent]
+    assert results[1]["metrics"] == {"step:max": 1.0} and isinstance(results[0], bytes)
+    until(lambda: found.engine.tenants[model].steps == steps, "the commands are executed")
+    assert found.engine.tenants[model].number == moved.number != 0
+    until(lambda: found.server.log._tenants[model].load == 0, "nothing waits for an answer")
 
 
 @pytest.mark.slow

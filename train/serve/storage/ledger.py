@@ -197,6 +197,11 @@ class Ledger:
         sql = "select * from commands where model = ? and seq > ? order by seq"
         return self._all(sql, model, after)
 
+    def owes(self, model: str, after: int, until: int) -> bool:
+        """Returns True if a command after one number, and up to another, has no answer."""
+        sql = "select 1 from commands where model = ? and seq > ? and seq <= ? and state = 'logged'"
+        return self._one(sql, model, after, until) is not None
+
     def is_promised(self, target: str) -> bool:
         """Returns True if a command that is not finished makes this checkpoint or sampler."""
         sql = "select 1 from commands where target = ? and state = 'logged'"

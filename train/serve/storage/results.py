@@ -18,6 +18,10 @@ NO_ROOM = (
     "the disk of the server is full, and what you sent or asked for could not be kept: ask again "
     "once there is room, from the last checkpoint"
 )
+_PENDING = (
+    "the server has the result, but cannot record it, since its disk is full or its ledger cannot "
+    "be written: the result comes once it is recorded"
+)
 
 
 def error_answer(error: Exception) -> bytes:
@@ -40,7 +44,7 @@ class ResultWriter:
         self,
         ledger: Ledger,
         write: Callable[[Row, CommandResult], bytes],
-        wake: Callable[[str, bytes | None], None],
+        wake: Callable[[str, str | None], None],
         remove: Callable[[str], None],
     ):
         """Starts the thread.
@@ -48,8 +52,8 @@ class ResultWriter:
         Args:
           ledger: the ledger.
           write: makes the answer of a row and its result.
-          wake: is told the id of a request once it is answered, and its answer if the ledger does
-            not take it.
+          wake: is told the id of a request once it is answered; or why it waits, if the ledger
+            does not take its answer.
           remove: removes a folder that another has replaced.
         """
         self.ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
@@ -86,26 +90,25 @@ class ResultWriter:
     def write(self, row: Row, result: CommandResult) -> bool:
         """Notes the result of a command, and tells those who wait; returns whether it is noted.
 
-        What the ledger does not take, such as for lack of room, is answered by an error, and noted
-        once it can be.
+        A result that the ledger does not take, such as for lack of room, stays pending until
+        `retry` has noted it: the command was executed, and nobody may be told that it failed.
 
         Raises:
           LockedError: others hold the ledger.
         """
-        request, noted, answer = f"{row['model']}:{row['seq']}", True, None
+        request, noted, reason = f"{row['model']}:{row['seq']}", True, None
         try:
             self._commit(row, result)
         except LockedError:
             raise
         except Exception as error:
             _log.exception("the result of %s was not noted", request)
-            noted, answer = False, error_answer(error)
+            noted = False
             is_ledger = no_room(error) or isinstance(error, sqlite3.Error)
-            if not is_ledger and self._fail(row, answer):
-                answer = None
-            else:
+            if is_ledger or not self._fail(row, error_answer(error)):
+                reason = _PENDING
                 self._backlog.append((row, result))
-        self._wake(request, answer)
+        self._wake(request, reason)
         return noted
 
     def _fail(self, row: Row, answer: bytes) -> bool:

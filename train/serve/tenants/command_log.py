@@ -83,7 +83,7 @@ class CommandLog:
         ledger: Ledger,
         folder: Path,
         codec: CommandCodec,
-        wake: Callable[[str, bytes | None], None],
+        wake: Callable[[str, str | None], None],
         *,
         seats: Seats | None = None,
         limits: LogLimits = LogLimits(),

@@ -77,7 +77,9 @@ class TenantLoader:
         """Queues commands since a tenant's last state; returns the state's folder, if any."""
         model = self._ledger.model(name)
         assert model is not None
-        for row in self._ledger.commands(name, model["state"]):
+        rows = self._ledger.commands(name, model["state"])
+        tenant.load = sum(map(load_of, rows))
+        for row in rows:
             if row["seq"] not in tenant.waiting:
                 is_wanted = row["state"] in (LOGGED, DONE)
                 tenant.waiting[row["seq"]] = row, self._repeat(row, tenant) if is_wanted else None

@@ -33,6 +33,9 @@ class StateFolders:
     def keep(self, name: str, seq: int, tenant: TenantProgress, result: CommandResult) -> None:
         """Makes a saved state the last one, unless a gradient is pending, which it lacks.
 
+        Nor is it kept while the ledger lacks an answer to a command before: after a restart, only
+        the command itself, executed again, could give it.
+
         Args:
           name: the tenant.
           seq: the number of the command after which it was saved.
@@ -40,7 +43,13 @@ class StateFolders:
           result: result of the `Save`; nothing is kept of one that failed.
         """
         model, folder = self._ledger.model(name), self.path(name, seq)
-        if not isinstance(result, SaveResult) or tenant.gradient or model is None or model["ended"]:
+        is_whole = isinstance(result, SaveResult) and not tenant.gradient
+        if (
+            model is None
+            or model["ended"]
+            or not is_whole
+            or self._ledger.owes(name, model["state"], seq)
+        ):
             shutil.rmtree(folder, ignore_errors=True)
             return
         self._ledger.set_state(name, seq, folder)

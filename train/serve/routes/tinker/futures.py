@@ -91,7 +91,7 @@ class Futures:
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
         self._promises: dict[str, _Promise] = {}
         self._results: deque[tuple[float, str]] = deque()  # when each came, and its request
-        self._answers: dict[str, bytes] = {}  # that the ledger does not have
+        self._reasons: dict[str, str] = {}  # why answers wait for the ledger
         self._pending: Counter[str] = Counter()
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
         self._lock = threading.Lock()
@@ -203,17 +203,17 @@ class Futures:
             self._pending[promise.owner] -= 1
         self.wake(request)
 
-    def wake(self, request: str, answer: bytes | None = None) -> None:
+    def wake(self, request: str, reason: str | None = None) -> None:
         """Wakes the requests that wait for an answer; may be called by any thread.
 
         Args:
           request: the id.
-          answer: the answer to a command, if the ledger does not have it.
+          reason: why the ledger does not have the answer yet; None if it has.
         """
         with self._lock:
-            self._answers.pop(request, None)
-            if answer is not None:
-                self._answers[request] = answer
+            self._reasons.pop(request, None)
+            if reason is not None:
+                self._reasons[request] = reason
             waiters = list(self._waiters.get(request, ()))
         for loop, event in waiters:
             try:
@@ -243,6 +243,8 @@ class Futures:
                 answer = await asyncio.to_thread(self._find, request, owner)
         if answer is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
+            if (reason := self._reasons.get(request)) is not None:
+                again |= {"queue_state": "paused_capacity", "queue_state_reason": reason}
             return json_response(again, 408)
         body, is_protobuf = answer
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
@@ -298,8 +300,7 @@ class Futures:
         if known is None or known["owner"] != owner or row is None:
             raise gone
         if row["state"] == LOGGED:
-            answer = self._answers.get(request)
-            return None if answer is None else (answer, False)
+            return None
         if row["answer"] is None:
             raise gone
         return row["answer"], row["kind"] == "forward_backward" and row["state"] == DONE
