@@ -29,7 +29,7 @@ from train.console.program import about, program
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.inputs import FindingInputs
-from train.findings.reporting import document, picture
+from train.findings.reporting import document, picture, same_score
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
 from train.options.field import given_options
 from train.options.paths import check_local
@@ -51,7 +51,7 @@ class FindingRequest(NamedTuple):
       name, finding: the finding.
       output: the folder for all that comes of it.
       source: the folder of a comparison that is over; None to run one.
-      measure: one of `MEASURES`, the only one to show; None for the finding's own.
+      measure: the only measure to show, by its name; None for the finding's own.
       rest: options of train.compare.
     """
 
@@ -99,7 +99,7 @@ def parse(args: Sequence[str]) -> FindingRequest:
     parser = argparse.ArgumentParser(prog=program(_PROG, name), add_help=False, allow_abbrev=False)
     parser.add_argument("--output")
     parser.add_argument("--from", dest="source")
-    parser.add_argument("--measure", choices=MEASURES)
+    parser.add_argument("--measure", choices=(*MEASURES, same_score.NAME))
     known, rest = parser.parse_known_args(args[1:])
     if known.source is not None and rest:
         raise UserError(
@@ -159,14 +159,20 @@ def show(asked: FindingRequest, comparison: Comparison, notes: Sequence[str]) ->
     Raises:
       UserError: no run has ended, or none has the measure that was asked for.
     """
-    known, finding = measures_of(comparison), asked.finding
-    chosen = finding.measures if asked.measure is None else (asked.measure,)
-    pivots = [pivot_of(comparison, finding.layout, known[name]) for name in chosen if name in known]
-    if not pivots:
-        has = f"only {' and '.join(known)}" if known else "none: no run ended"
-        raise UserError(f"a {' or a '.join(chosen)} is needed for the table, and there is {has}")
+    finding = asked.finding
+    sources = {name: (comparison, x) for name, x in measures_of(comparison).items()}
+    common = same_score.common_score(comparison)
+    if common is not None:
+        sources[same_score.NAME] = common.comparison, common.measure
+    names = finding.measures if asked.measure is None else (asked.measure,)
+    chosen = [sources[name] for name in names if name in sources]
+    if not chosen:
+        has = f"only {' and '.join(sources)}" if sources else "none: no run ended"
+        raise UserError(f"a {' or a '.join(names)} is needed for the table, and there is {has}")
+    pivots = [pivot_of(source, finding.layout, measure) for source, measure in chosen]
+    source, measure = chosen[0]
     asked.output.mkdir(parents=True, exist_ok=True)
-    drawn = picture.write(pivots[0], asked.output)
+    drawn = picture.write(pivot_of(source, finding.picture, measure), asked.output)
     text = document.document(finding.title, finding.said, notes, comparison, pivots, drawn)
     write_text(asked.output / document.MARKDOWN, text)
     console = hosts.console()

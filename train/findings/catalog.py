@@ -24,7 +24,8 @@ class Finding:
       said: what was published, and where.
       script: script whose runs are compared.
       layout: what stands where in its tables.
-      measures: the tables that it has, by their names in `MEASURES`; the first one in its picture.
+      measures: the tables that it has, by the names of measures; the first one in its picture.
+      shows: what stands where in its picture; None for the layout of its tables.
       make: makes what it needs in a folder; None where it needs nothing.
       makes: the options that name what it makes.
     """
@@ -34,10 +35,17 @@ class Finding:
     script: Literal["sft", "classify", "grpo"] = "classify"
     layout: PivotLayout
     measures: tuple[str, ...] = ("score", "loss")
+    shows: PivotLayout | None = None
     make: Callable[[Path, Session], FindingInputs] | None = None
     makes: tuple[str, ...] = ()
 
+    @property
+    def picture(self) -> PivotLayout:
+        """Returns what stands where in the picture."""
+        return self.shows or self.layout
 
+
+_BY_SIZE = PivotLayout("trained parameters", "targets", at_best_rate=True)
 FINDINGS: dict[str, Finding] = {
     "rates": Finding(
         title="The best learning rate, and how much rank is enough",
@@ -51,12 +59,16 @@ FINDINGS: dict[str, Finding] = {
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
         "on the MLP, at equal numbers of parameters too, and attention adds nothing to the MLP.",
         layout=PivotLayout("learning rate", "targets × rank"),
+        measures=("loss", "score"),
+        shows=_BY_SIZE,
     ),
     "batches": Finding(
         title="Large batches",
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA loses more by large batches than "
         "full fine-tuning does, whatever its rank.",
         layout=PivotLayout("learning rate", "batch size", ("method",)),
+        measures=("loss", "score"),
+        shows=PivotLayout("batch size", "method", at_best_rate=True),
     ),
     "variants": Finding(
         title="Variants of LoRA, each at its best learning rate",
@@ -69,6 +81,8 @@ FINDINGS: dict[str, Finding] = {
         said="*LoRA-α* (arXiv 2606.12883): alpha matters more than the learning rate, and the best "
         "alpha grows with the root of the rank.",
         layout=PivotLayout("learning rate", "alpha", ("rank",)),
+        measures=("loss", "score"),
+        shows=PivotLayout("alpha", "rank", ("learning rate",)),
     ),
     "forgetting": Finding(
         title="Intruder dimensions and forgetting",
@@ -122,6 +136,7 @@ FINDINGS: dict[str, Finding] = {
         script="sft",
         layout=PivotLayout("learning rate", "targets × rank"),
         measures=("loss",),
+        shows=_BY_SIZE,
         make=mixture.make,
         makes=("model", "dataset", "eval_dataset"),
     ),
@@ -141,6 +156,7 @@ FINDINGS: dict[str, Finding] = {
         script="grpo",
         layout=PivotLayout("learning rate", "batch size", ("rank",)),
         measures=("score",),
+        shows=PivotLayout("batch size", "rank", at_best_rate=True),
     ),
     "rl-numbers": Finding(
         title="How few numbers are enough by rewards",
@@ -156,7 +172,7 @@ FINDINGS: dict[str, Finding] = {
         "base on the new task, and at the same score rewards move a model less than examples do.",
         script="grpo",
         layout=PivotLayout("learning rate", "method"),
-        measures=("divergence", "score"),
+        measures=("divergence at one score", "divergence", "score"),
         make=sums.make,
         makes=("demonstrations",),
     ),

@@ -12,8 +12,9 @@ from train.compare import result
 from train.compare.reporting.pictures import STYLE
 from train.compare.result import Arm, Comparison, Forgetting
 from train.findings.__main__ import main
+from train.findings.catalog import FINDINGS
 from train.findings.reporting import document, picture
-from train.findings.reporting.pivot import AXES, PivotLayout, measures_of, pivot_of, shown
+from train.findings.reporting.pivot import AXES, PivotLayout, axis_of, measures_of, pivot_of, shown
 
 BY_RANK = PivotLayout("learning rate", "rank")
 SCORES = (
@@ -169,15 +170,40 @@ def test_the_picture_has_the_numbers_of_the_comparison(tmp_path):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3e-5", "3e-4", "3e-3", "1e-2"]
     drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     assert [*drawn] == ["rank 1", "rank 64", "full"]
-    rates = (3e-5, 3e-4, 3e-3, 1e-2)
+    assert axes.get_xscale() == "log"
     for name, arms in (("rank 1", 1), ("rank 64", 64), ("full", None)):
         of = sorted((arm.learning_rate, scores) for arm, scores in SCORES if arm.rank == arms)
         line, _, (bars,) = drawn[name]
         at, means = line.get_data()
-        assert [rates[round(x)] for x in at] == [rate for rate, _ in of]
+        assert [*at] == [rate for rate, _ in of] and line.get_linestyle() != "None"
         np.testing.assert_allclose(np.asarray(means, float), [np.mean(scores) for _, scores in of])
         ends = [segment[:, 1].astype(float) for segment in bars.get_segments()]
         np.testing.assert_allclose(ends, [(min(s), max(s)) for _, s in of], atol=1e-12)
+
+
+def test_panels_have_one_scale_and_names_are_lines_to_compare_with():
+    """Two batch sizes, in each of which full fine-tuning stands beside two dimensions."""
+    found = []
+    for size, scale in ((8, 1.0), (32, 0.1)):
+        arms = [Arm("said", None, None, None, 1e-2, size, d) for d in (10, 1000)]
+        for arm in (*arms, full()._replace(batch_size=size)):
+            found += [run(arm, seed, 1.0, scale * (0.5 + 0.1 * seed)) for seed in (0, 1)]
+    layout = PivotLayout("dimension", "method", ("batch size",))
+    figure = picture.figure_of(pivots(Comparison(facts=FACTS, runs=tuple(found)), layout)["score"])
+    first, second = figure.axes
+    assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    drawn = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))
+    assert [*drawn["SAID"][0].get_xdata()] == [10, 1000]
+    assert [*drawn["full"].get_ydata()] == pytest.approx([0.55, 0.55])
+
+
+def test_each_finding_draws_what_its_claim_is_about():
+    assert FINDINGS["batches"].picture.rows == FINDINGS["rl-batches"].picture.rows == "batch size"
+    assert (
+        FINDINGS["alphas"].picture.rows == "alpha" and FINDINGS["alphas"].layout.columns == "alpha"
+    )
+    for finding in FINDINGS.values():
+        assert axis_of(finding.picture.rows).name and axis_of(finding.picture.columns).name
 
 
 @pytest.mark.parametrize(

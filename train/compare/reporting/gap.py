@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from train.compare.reporting import words
 from train.compare.reporting.tables import ArmRow, Spread
 from train.compare.result import RunResult
 
@@ -103,6 +104,12 @@ def gap_of(arm: ArmRow, other: ArmRow) -> Gap:
         seeds=_seed_variances([one, two]),
         questions=_question_spread(arm, other),
     )
+
+
+def with_error(gap: Gap) -> str:
+    """Returns the size of a gap in words, with its error: "0.3 (± 0.1)"."""
+    error = f" (± {words.rough(gap.error)})" if gap.error else ""
+    return words.rough(abs(gap.value)) + error
 
 
 def half_width(variances: Iterable[Variance]) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -77,7 +78,7 @@ class _Plot(Figures):
 
     def name(self, row: ArmRow) -> str:
         """Returns the name of a row's method, size and targets."""
-        return "\n".join(textwrap.wrap(_plain(self.adapter(row.arm)), 26))
+        return "\n".join(textwrap.wrap(plain(self.adapter(row.arm)), 26))
 
     def draw_line(
         self, axes: Axes, rows: Sequence[ArmRow], at: Sequence[float], name: str | None = None
@@ -333,15 +334,23 @@ def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
 
 def _label(figure: Figure, axes: Axes, horizontal: str, vertical: str) -> None:
     """Names the axes, and the lines in a legend below them."""
-    axes.set(xlabel=horizontal, ylabel=_plain(vertical))
-    names = axes.get_legend_handles_labels()[1]
-    columns = 1 if max(map(len, names)) > 24 else 2
-    lines = sum(name.count("\n") + 1 for name in names)
-    figure.set_figheight(3.3 + 0.2 * -(-lines // columns))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=10.5)
+    axes.set(xlabel=horizontal, ylabel=plain(vertical))
+    figure.set_figheight(3.3 + add_legend(figure, [axes]))
 
 
-def _plain(text: str) -> str:
+def add_legend(figure: Figure, panels: Sequence[Axes]) -> float:
+    """Adds one legend of all panels below them; returns its height in inches."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    columns = 1 if max(map(len, handles)) > 24 else 2
+    place = "outside lower center"
+    figure.legend([*handles.values()], [*handles], loc=place, ncols=columns, fontsize=10.5)
+    lines = sum(name.count("\n") + 1 for name in handles)
+    return 0.2 * -(-lines // columns)
+
+
+def plain(text: str) -> str:
     """Returns text in which a dollar begins no formula."""
     return text.replace("$", r"\$")
 

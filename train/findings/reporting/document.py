@@ -29,9 +29,12 @@ def document(
       notes: sentences about what was made for it.
       comparison: the measurements.
       pivots: its tables, by one measure each.
-      picture: the name of the picture's file; None without one.
+      picture: its picture, in GitHub's Markdown; None without one.
     """
     parts = [f"# {title}", said, *notes]
+    decided_by = next((p.measure for p in pivots if p.measure.kind in ("score", "held out")), None)
+    if decided_by and (edges := decision.edges(comparison, decided_by)):
+        parts.append(edges)
     for pivot in pivots:
         parts.append(f"{words.capital(pivot.measure.name)}, {_conditions(comparison)}:")
         for block in pivot.blocks:
@@ -39,11 +42,10 @@ def document(
             parts.append(table(pivot, block))
     score = comparison.facts.score or "score"
     parts += [dimension.sentence(result, score) for result in dimension.dimensions(comparison)]
-    if comparison.facts.by_score:
-        parts += decision.sentences(comparison)
+    if decided_by:
+        parts += decision.sentences(comparison, decided_by)
     if picture is not None:
-        first = pivots[0]
-        parts.append(f"![{words.capital(first.measure.name)} by {first.rows.name}]({picture})")
+        parts.append(picture)
     parts.append(measured(comparison))
     return "\n\n".join(parts) + "\n"
 
@@ -71,7 +73,8 @@ def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
         return ""
     value = cell.quality
     if value is None:
-        return ", ".join(dict.fromkeys(run.status for run in cell.runs))
+        endings = dict.fromkeys(run.status for run in cell.runs if run.status != "done")
+        return ", ".join(endings) or words.NOTHING
     mean, low, high = (f"{number:.3f}" for number in (value.mean, value.low, value.high))
     text = f"**{mean}**" if is_best else mean
     if not low == mean == high:

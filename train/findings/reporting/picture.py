@@ -1,95 +1,123 @@
-"""The picture of a finding: what its tables show, a panel for each."""
+"""The picture of a finding: its claim, a panel for each block of its layout."""
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.compare.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH, errors
+from train.compare.reporting import words
+from train.compare.reporting.pictures import (
+    ADAPTERS,
+    DASHES,
+    FULL,
+    MARKERS,
+    STYLE,
+    WIDTH,
+    add_legend,
+    errors,
+    plain,
+)
+from train.compare.reporting.tables import Spread
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 PICTURE = "finding.png"
 _PANEL = 2.9  # inches
-_LINE = 0.24  # of the legend
-_A_LINE = {4: 7, 3: 12, 2: 24, 1: math.inf}  # entries of the legend, and letters of the longest
 _ROW_OF_LABELS = 48  # letters below a panel, at most, with the longest label for each
 _LABEL = 28  # letters beside a panel
-_APART = 0.06  # of the distance between rows, so that bars of several columns do not hide another
+_NEAREST = 0.04  # of the axis: the least distance between two ticks
 
 
 def write(pivot: Pivot, folder: Path) -> str | None:
-    """Draws the picture into a folder; returns its name, or None where there is nothing to draw."""
+    """Draws the picture into a folder.
+
+    Returns:
+      A link to it as GitHub's Markdown has it; None where there is nothing to draw.
+    """
     with rc_context(STYLE):
         figure = figure_of(pivot)
         if figure is None:
             return None
         figure.savefig(folder / PICTURE)
-    return PICTURE
+    return f"![{words.capital(pivot.measure.name)} by {pivot.rows.name}]({PICTURE})"
 
 
 def figure_of(pivot: Pivot) -> Figure | None:
     """Returns a figure with a panel for each table: means, with bars over the seeds.
 
-    Rows stand at equal distances, as in the table, which a learning rate's usual steps nearly are
-    on a logarithmic axis.
+    All panels have the same axes. Rows that are numbers stand by their values on a logarithmic
+    axis, joined within a column. Rows that are names, such as full fine-tuning among dimensions,
+    are horizontal lines, to compare the others with.
     """
     blocks = [block for block in pivot.blocks if any(cell.quality for cell in block.cells.values())]
     if not blocks:
         return None
     columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
     figure = Figure(layout="constrained")  # no pyplot: no global state
-    panels = figure.subplots(len(blocks), squeeze=False, sharey=True)[:, 0]
+    panels = figure.subplots(len(blocks), squeeze=False, sharex=True, sharey=True)[:, 0]
     for axes, block in zip(panels, blocks, strict=True):
         _draw(axes, block, pivot, columns)
-    handles: dict[str, Artist] = {}
-    for axes in panels:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    longest = max(map(len, handles))
-    a_line = next(n for n, most in _A_LINE.items() if longest <= most)
-    figure.legend(
-        [*handles.values()],
-        [*handles],
-        loc="outside lower center",
-        ncols=min(a_line, len(handles)),
-        fontsize=10.5,
-    )
-    height = _PANEL * len(blocks) + _LINE * -(-len(handles) // a_line)
-    figure.set_size_inches(WIDTH, height)
+    rows = {row for block in blocks for row in block.rows}
+    _place_ticks(panels[-1], sorted(row for row in rows if not isinstance(row, str)))
+    panels[-1].set_xlabel(pivot.rows.name)
+    figure.set_size_inches(WIDTH, _PANEL * len(blocks) + add_legend(figure, panels))
     return figure
 
 
 def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
     for column in block.columns:
-        i = columns.index(column)
-        pairs = [(at, block.cells.get((row, column))) for at, row in enumerate(block.rows)]
-        points = [(at, cell.quality) for at, cell in pairs if cell and cell.quality]
-        if not points:
-            continue
-        joined = all(not isinstance(block.rows[at], str) for at, _ in points)
-        shift = _APART * (block.columns.index(column) - (len(block.columns) - 1) / 2)
-        is_full = column == "full"
-        axes.errorbar(
-            [at + shift for at, _ in points],
-            [value.mean for _, value in points],
-            yerr=errors([value for _, value in points]),
-            label=headed(pivot.columns, column),
-            color=FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
-            marker="s" if is_full else MARKERS[i % len(MARKERS)],
-            linestyle=DASHES[i // len(ADAPTERS) % len(DASHES)] if joined else "none",
-            capsize=3,
-            markersize=5,
-        )
-    labels = [shown(row) for row in block.rows]
+        style = _style(column, columns)
+        label = headed(pivot.columns, column)
+        cells = [(row, block.cells.get((row, column))) for row in block.rows]
+        spreads = [(row, cell.quality) for row, cell in cells if cell and cell.quality]
+        points = [(row, spread) for row, spread in spreads if not isinstance(row, str)]
+        if points:
+            numbers, along = zip(*points, strict=True)
+            means = [spread.mean for spread in along]
+            axes.errorbar(numbers, means, yerr=errors(along), label=label, **style)
+        for row, spread in spreads:
+            if isinstance(row, str):
+                _draw_line_across(axes, spread, label, style["color"])
+    axes.set_ylabel(plain(textwrap.fill(pivot.measure.name, _LABEL)))
+    if block.title:
+        axes.set_title(plain(block.title), loc="left", fontsize=11.5)
+
+
+def _draw_line_across(axes: Axes, spread: Spread, label: str, colour: str) -> None:
+    """Draws a mean as a horizontal line, and its seeds as a band."""
+    axes.axhline(spread.mean, color=colour, label=label)
+    axes.axhspan(spread.low, spread.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _style(column: Key, columns: list[Key]) -> dict[str, Any]:
+    i = columns.index(column)
+    is_full = column == "full"
+    return {
+        "color": FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
+        "marker": "s" if is_full else MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i // len(ADAPTERS) % len(DASHES)],
+        "capsize": 3,
+        "markersize": 5,
+    }
+
+
+def _place_ticks(axes: Axes, numbers: Sequence[float]) -> None:
+    """Makes the horizontal axis logarithmic, with a tick at each number that has room for one."""
+    if not numbers:
+        axes.set_xticks([])
+        return
+    axes.set_xscale("log")
+    width = math.log(numbers[-1] / numbers[0])
+    ticks = [numbers[0]]
+    for number in numbers[1:]:
+        if math.log(number / ticks[-1]) >= _NEAREST * width:
+            ticks.append(number)
+    labels = [shown(tick) for tick in ticks]
     is_long = max(map(len, labels)) * len(labels) > _ROW_OF_LABELS
     turned: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
-    axes.set_xticks(range(len(labels)), labels, **turned)
-    axes.set_xlim(-0.5, len(block.rows) - 0.5)
-    name = textwrap.fill(pivot.measure.name, _LABEL).replace("$", r"\$")
-    axes.set(xlabel=pivot.rows.name, ylabel=name)
-    if block.title:
-        axes.set_title(block.title.replace("$", r"\$"), loc="left", fontsize=11.5)
+    axes.set_xticks(ticks, labels, **turned)
+    axes.set_xticks([], minor=True)

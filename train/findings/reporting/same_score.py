@@ -1,76 +1,104 @@
-"""The divergence of each method from the base, where it reaches the same score."""
+"""The divergence of rewards and of examples from the base, at the same score and equal rates."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import Figures, Spread
-from train.compare.result import Arm, Comparison, Point, RunResult
+from train.compare.reporting.gap import gap_of, with_error
+from train.compare.reporting.tables import ArmRow, Criterion
+from train.compare.result import Comparison, Point, RunResult
+from train.findings.reporting.pivot import shown
 
+NAME = "divergence at one score"  # of the measure
 SHARE = 0.9  # of the way from the base's score to the best that every method reaches
+_PAIRS = (("lora", "sft"), ("full", "sft-full"))  # by rewards, and by examples
 
 
-class Distance(NamedTuple):
-    """An arm at the common score.
+class CommonScore(NamedTuple):
+    """A comparison at the score that all methods reach.
 
     Attributes:
-      arm: a method's best.
-      reached: how many of its runs reach the score.
-      runs: how many it has.
-      divergence: over the runs that reach it; None for none.
+      level: the score: `SHARE` of the way from the base's to the lowest of the methods' best.
+      comparison: the runs, each with its divergence where it first reaches the score, if it does.
+      measure: the divergence there.
     """
 
-    arm: Arm
-    reached: int
-    runs: int
-    divergence: Spread | None
+    level: float
+    comparison: Comparison
+    measure: Criterion
+
+    @property
+    def rows(self) -> tuple[ArmRow, ...]:
+        """Returns a row for each arm, in the order of their first runs."""
+        return tables.arm_rows(self.comparison, self.measure)
 
 
-def distances(comparison: Comparison) -> tuple[float, tuple[Distance, ...]] | None:
-    """Returns the common score, and each method's divergence from the base there.
+def common_score(comparison: Comparison) -> CommonScore | None:
+    """Returns a comparison at the score that all methods reach.
 
-    It is `SHARE` of the way from the base's score to the lowest of the methods' best. None where
-    the divergence was not measured, the base's score is not known, or some method learned nothing.
+    None where the divergence was not measured, the base's score is not known, or some method
+    learned nothing.
     """
-    best = tables.best_of_each(Figures(comparison).rows, lambda arm: arm.method)
+    best = tables.best_of_each(tables.rows(comparison), lambda arm: arm.method)
     base = next(iter(comparison.facts.baselines.values()), None)
-    if base is None or not any(run.divergences for row in best for run in row.runs):
+    if base is None or not any(run.divergences for run in comparison.runs):
         return None
     lowest = min(row.quality.mean for row in best if row.quality)
     if lowest <= base:
         return None
     level = base + SHARE * (lowest - base)
-    measured = []
-    for row in best:
-        there = [_divergence_at(run, base, level) for run in row.runs]
-        known = [value for value in there if value is not None]
-        measured.append(Distance(row.arm, len(known), len(there), tables.spread(known)))
-    return level, tuple(measured)
+    runs = []
+    for run in comparison.runs:
+        value = _divergence_at(run, base, level)
+        points = () if value is None else (Point(run.steps, value),)
+        runs.append(dataclasses.replace(run, divergences=points))
+    plain = tables.criteria(comparison.facts)["divergence"]
+    name = f"{plain.name} where the {comparison.facts.score} first reaches {level:.3f}"
+    at_level = dataclasses.replace(comparison, runs=tuple(runs))
+    return CommonScore(level, at_level, plain._replace(name=name))
 
 
-def sentence(comparison: Comparison) -> str | None:
-    """Returns the distances in words; None where there are none."""
-    found = distances(comparison)
-    if found is None:
-        return None
-    level, measured = found
-    parts = []
-    for arm, reached, runs, divergence in measured:
-        some = f", {reached} of {runs} runs" if reached < runs else ""
-        value = "never"
-        if divergence is not None:
-            low, mean, high = (
-                words.figure(x) for x in (divergence.low, divergence.mean, divergence.high)
-            )
-            value = f"{mean} ({low}–{high}{some})"
-        parts.append(f"{words.label(arm, [each.arm for each in measured])}: {value}")
-    score = comparison.facts.score or "score"
-    return (
-        f"Divergence from the base, in nats a token, where the {score} reaches {level:.3f} "
-        f"({SHARE:.0%} of the way from the base's to what each method reaches): "
-        f"{'; '.join(parts)}."
-    )
+def sentences(comparison: Comparison) -> list[str]:
+    """Returns a sentence for each pair of rewards and examples at one rate; [] for none."""
+    common = common_score(comparison)
+    if common is None:
+        return []
+    arms = [row.arm for row in common.rows]
+    return [
+        f"At the rate {shown(by_rewards.arm.learning_rate)} for both, where the "
+        f"{comparison.facts.score} reaches {common.level:.3f}: "
+        f"{words.adapter(by_rewards.arm, arms)} and {words.adapter(by_examples.arm, arms)}, "
+        f"{_verdict(by_rewards, by_examples)}."
+        for by_rewards, by_examples in _pairs(common.rows)
+    ]
+
+
+def _pairs(rows: Sequence[ArmRow]) -> list[tuple[ArmRow, ArmRow]]:
+    """Returns the arms that differ in rewards or examples alone, at equal rates upwards."""
+    by_arm = {row.arm: row for row in rows}
+    pairs = []
+    for rewards, examples in _PAIRS:
+        for arm in sorted(by_arm, key=lambda arm: arm.learning_rate):
+            other = arm._replace(method=examples)
+            if arm.method == rewards and other in by_arm:
+                pairs.append((by_arm[arm], by_arm[other]))
+    return pairs
+
+
+def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
+    """Returns the result of a pair, as far as the seeds tell."""
+    pair = (by_rewards, by_examples)
+    if not all(row.is_whole for row in pair):
+        counts = [row.quality.n if row.quality else 0 for row in pair]
+        of_all = [f"{n} of {len(row.runs)}" for n, row in zip(counts, pair, strict=True)]
+        return f"{' and '.join(of_all)} runs reach it, too few to compare"
+    gap = gap_of(by_rewards, by_examples)
+    if not gap.decides:
+        return "the seeds do not tell their divergence apart"
+    side = "less" if gap.value > 0 else "more"
+    return f"rewards move the model {side}, by {with_error(gap)}"
 
 
 def _divergence_at(run: RunResult, base: float, level: float) -> float | None:
@@ -83,8 +111,8 @@ def _divergence_at(run: RunResult, base: float, level: float) -> float | None:
         (Point(0, base), 0.0),
         *((point, moved[point.step]) for point in run.scores if point.step in moved),
     ]
-    for (before, at), (after, then) in itertools.pairwise(curve):
+    for (before, divergence), (after, later) in itertools.pairwise(curve):
         if after.value >= level:
             share = (level - before.value) / (after.value - before.value)
-            return at + share * (then - at)
+            return divergence + share * (later - divergence)
     return None
