@@ -344,8 +344,9 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> float:
     for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     columns = 1 if max(map(len, handles)) > 24 else 2
-    place = "outside lower center"
-    figure.legend([*handles.values()], [*handles], loc=place, ncols=columns, fontsize=10.5)
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside lower center", ncols=columns, fontsize=10.5
+    )
     lines = sum(name.count("\n") + 1 for name in handles)
     return 0.2 * -(-lines // columns)
 

@@ -58,7 +58,8 @@ def figure_of(pivot: Pivot) -> Figure | None:
         return None
     columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
     figure = Figure(layout="constrained")  # no pyplot: no global state
-    panels = figure.subplots(len(blocks), squeeze=False, sharex=True, sharey=True)[:, 0]
+    grid = figure.subplots(len(blocks), squeeze=False, sharex=True, sharey=True)
+    panels: list[Axes] = [*grid[:, 0]]
     for axes, block in zip(panels, blocks, strict=True):
         _draw(axes, block, pivot, columns)
     rows = {row for block in blocks for row in block.rows}

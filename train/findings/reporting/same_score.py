@@ -95,10 +95,12 @@ def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
         of_all = [f"{n} of {len(row.runs)}" for n, row in zip(counts, pair, strict=True)]
         return f"{' and '.join(of_all)} runs reach it, too few to compare"
     gap = gap_of(by_rewards, by_examples)
-    if not gap.decides:
-        return "the seeds do not tell their divergence apart"
     side = "less" if gap.value > 0 else "more"
-    return f"rewards move the model {side}, by {with_error(gap)}"
+    if gap.decides:
+        return f"rewards move the model {side}, by {with_error(gap)}"
+    if gap.is_separate:
+        return f"{side} by rewards in every seed, but so few seeds do not tell them apart"
+    return "the seeds do not tell their divergence apart"
 
 
 def _divergence_at(run: RunResult, base: float, level: float) -> float | None:
