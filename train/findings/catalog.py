@@ -24,8 +24,8 @@ class Finding:
       said: what was published, and where.
       script: script whose runs are compared.
       layout: what stands where in its tables.
-      measures: the tables that it has, by the names of measures; the first one in its picture.
-      shows: what stands where in its picture; None for the layout of its tables.
+      measures: names of the measures that it has tables of; its picture shows the first one.
+      shows: the layout of its picture; None for that of its tables.
       make: makes what it needs in a folder; None where it needs nothing.
       makes: the options that name what it makes.
     """
@@ -41,7 +41,7 @@ class Finding:
 
     @property
     def picture(self) -> PivotLayout:
-        """Returns what stands where in the picture."""
+        """Returns the layout of the picture."""
         return self.shows or self.layout
 
 
