@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, generate, share
+from lora_jax.models import Decoder, generate, sample, share, stream
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.sampling import choice
 from lora_jax.models.sampling.choice import Sampling
@@ -184,6 +184,22 @@ def test_it_stops_when_all_rows_have_ended(tiny_model: Any, counted: Any) -> Non
     assert last < 7
     assert passes(list(eos)) == last + 1
     assert passes(list(EOS)) == 8, "the control"
+
+
+@over("case", ["llama3", "gpt2", "qwen3.5", "gpt-oss"], often=["llama3"])
+def test_it_runs_where_64_bits_are_enabled(case: str) -> None:
+    """The tokens are those of the loop, which runs without a cache and with 32 bits."""
+    model, params = tiny_encoders.model("gpt2") if case == "gpt2" else tiny.decoder(case)
+    ids = tiny.tokens(2, 1, 6)
+    want = tiny.greedy_loop(model, params, ids[0], 8)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": EOS}
+    with jax.enable_x64(True):
+        streamed = np.stack(list(stream(model, params, ids, **options)), axis=1)
+        drawn = sample(model, params, ids, n=2, temperature=0, key=jax.random.key(0), **options)
+        traced = jax.eval_shape(lambda tree: generate(model, tree, ids, **options), params)
+    assert (traced.shape, traced.dtype) == ((1, 8), np.int32)
+    for got in (streamed, *np.split(np.asarray(drawn.tokens), 2)):
+        np.testing.assert_array_equal(got, [want])
 
 
 def test_refusals(tiny_model: Any) -> None:

@@ -1,14 +1,23 @@
 """Rows that change places, and caches that change lengths, keep what belongs to their tokens."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import tree_leaves
+from jax.tree_util import tree_leaves, tree_map
 
 from lora_jax.models import Decoder
 from lora_jax.models.layers.cache import init_cache
 from lora_jax.models.sampling.blocks import grow_cache
-from lora_jax.models.sampling.slots import RowState, empty_rows, fit_rows, insert_row
-from lora_jax.models.sampling.turns import copy_row
+from lora_jax.models.sampling.slots import (
+    RowState,
+    empty_rows,
+    fit_rows,
+    insert_row,
+    run_chunk,
+)
+from lora_jax.models.sampling.turns import DrawingRows, begin_turn, copy_row, decode_turns
 from tests.models import tiny
 from tests.support import draw
 
@@ -35,3 +44,24 @@ def test_experts_move_with_the_keys_of_their_tokens() -> None:
     np.testing.assert_array_equal(back.key[:, :, :, :N], alone.key[:, :, :, :N])
     np.testing.assert_array_equal(back.routing[:, :, :N], alone.routing[:, :, :N])
     assert (moved.cache.routing[:, 0] == -1).all(), "the row beside it is empty"
+
+
+def test_rows_of_turns_keep_their_types_where_64_bits_are_enabled() -> None:
+    """A loop's state must have one type: the new tokens are 32 bits wide, as the rows are."""
+    model = Decoder(tiny.config("llama3"))
+    _, params = tiny.decoder("llama3")
+    ends, ones = np.array([3], np.int32), np.ones(3, np.int32)
+    active = DrawingRows(np.ones(3, bool), ones, ends, np.int32(3))
+
+    def turn(params: Any) -> Any:
+        rows, first = empty_rows(model, 3, LENGTH), np.int32(1)
+        cache = init_cache(model.config, 1, LENGTH)
+        logits, cache = run_chunk(model.apply, params, ends[None], first, cache)
+        alone = tree_map(lambda x: x[0], rows.sampling)
+        rows, _ = begin_turn(rows, first, cache, logits, alone)
+        return decode_turns(model.apply, params, rows, active, N)
+
+    with jax.enable_x64(True):
+        rows, block = jax.eval_shape(turn, params)
+    assert (block.ids.dtype, block.logps.dtype) == (np.int32, np.float32)
+    assert rows.sampling.temperature.dtype == np.float32

@@ -278,5 +278,5 @@ def write_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Arra
         is_new = jnp.arange(n_slots, dtype=jnp.int32) == last[..., None]
         slots = jnp.where(is_new[..., None, :, None], new_slots, cached)
     else:
-        slots = lax.dynamic_update_slice(cached, new_slots, (0, 0, first, 0))
+        slots = lax.dynamic_update_slice_in_dim(cached, new_slots, first, axis=2)
     return slots.swapaxes(1, 2).astype(new.dtype)

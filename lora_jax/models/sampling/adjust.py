@@ -124,7 +124,8 @@ def _add_biases(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
 
 def _penalize(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
     tokens, rows = jnp.asarray(adjustments.tokens), jnp.arange(len(logits))[:, None]
-    is_prompt = jnp.arange(tokens.shape[1]) < jnp.asarray(adjustments.n_prompt)[:, None]
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_prompt = places < jnp.asarray(adjustments.n_prompt)[:, None]
     drawn = jnp.where(is_prompt, NO_TOKEN, tokens)
     counts = jnp.zeros(logits.shape, jnp.int32).at[rows, drawn].add(1, mode="drop")
     is_there = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")

@@ -251,11 +251,11 @@ def append(
     tokens = choose(choices, sampling, token_keys(sampling.key, state.step))
     tokens = jnp.where(state.done, decoding.pad, tokens)
     column = state.step % state.tokens.shape[1]
-    all_tokens = lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, column))
+    all_tokens = lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], column, axis=1)
     logps = state.logps
     if logps is not None:
         new = log_probability(logits, tokens, sampling.temperature)
         new = jnp.where(state.done, 0.0, new)
-        logps = lax.dynamic_update_slice(logps, new[:, None], (0, column))
+        logps = lax.dynamic_update_slice_in_dim(logps, new[:, None], column, axis=1)
     done = state.done | jnp.isin(tokens, decoding.eos)
     return DecodingState(state.step + 1, all_tokens, tokens, done, state.cache, logps)

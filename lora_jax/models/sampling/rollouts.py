@@ -134,7 +134,7 @@ def _sample(
     lengths, logps = jnp.where(state.done, first_end + 1, max_new_tokens), state.logps
     assert logps is not None  # they were asked for
     if (routing := state.cache.routing) is not None:
-        slots = jnp.arange(routing.shape[2])  # a row that has ended feeds padding
+        slots = jnp.arange(routing.shape[2], dtype=jnp.int32)  # a row that has ended feeds padding
         fed = (state.cache.positions >= 0) & (slots < (seq + lengths - 1)[:, None])
         routing = jnp.where(fed[..., None, None], jnp.moveaxis(routing, 0, 2), -1)
     return Samples(state.tokens, logps, lengths, state.done, routing)

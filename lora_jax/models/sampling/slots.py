@@ -86,7 +86,8 @@ def empty_rows(model: Model, rows: int, length: int, *, with_routing: bool = Fal
     vocab = jnp.full(rows, model.config.vocab_size, jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
     last, drawn, adapters = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-    sampling = Sampling(jnp.ones(rows), jnp.ones(rows), vocab, keys)
+    ones = jnp.ones(rows, jnp.float32)
+    sampling = Sampling(temperature=ones, top_p=ones, top_k=vocab, key=keys)
     return DecodingRows(cache, last, drawn, adapters, sampling)
 
 
@@ -170,8 +171,8 @@ def take_routing(rows: DecodingRows, row: Number) -> jax.Array | None:
 def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows:
     """Returns rows with a completion in one of them, [] int32."""
     length = rows.cache.positions.shape[1]
-    is_real = jnp.arange(length) < state.n
-    positions = jnp.where(is_real, jnp.arange(length, dtype=jnp.int32), -1)
+    slots = jnp.arange(length, dtype=jnp.int32)
+    positions = jnp.where(slots < state.n, slots, -1)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(old, new, row, axis=1)

@@ -91,7 +91,8 @@ def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
 
 def row_routing(rows: DecodingRows, row: Number) -> jax.Array:
     """Returns the experts of the tokens that a row has run, [slots, layers, k]; -1 behind them."""
-    routing, slots = take_routing(rows, row), jnp.arange(rows.cache.positions.shape[1])
+    routing = take_routing(rows, row)
+    slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
     assert routing is not None  # its cache keeps them
     has_run = slots < rows.cache.length[row]
     return jnp.where(has_run[:, None, None], jnp.moveaxis(routing[:, 0], 0, 1), -1)
@@ -150,11 +151,11 @@ def decode_turns(
             last=jnp.where(drawing, after.last, before.last),
             drawn=jnp.where(drawing, after.drawn, before.drawn),
         )
-        put = lax.dynamic_update_slice
+        put = lax.dynamic_update_slice_in_dim
         return rows, TokenBlock(
             block.steps + 1,
-            put(block.ids, tokens.ids[:, None], (0, block.steps)),
-            put(block.logps, tokens.logps[:, None], (0, block.steps)),
+            put(block.ids, tokens.ids[:, None], block.steps, axis=1),
+            put(block.logps, tokens.logps[:, None], block.steps, axis=1),
         )
 
     shape = (len(drawing), n)
