@@ -93,6 +93,21 @@ class Generation:
         return {n: x for n, x in given.items() if x is not None and x not in _NEUTRAL[n]}
 
 
+def end_tokens(config: AnyConfig) -> tuple[int, ...]:
+    """Returns the tokens that end a text, by config.json or by generation_config.json.
+
+    In some models, the end of a turn stands in one of the two files alone.
+
+    Args:
+      config: a configuration of any family. One without such fields has no end tokens.
+    """
+    generation: Generation | None = getattr(config, "generation", None)
+    tokens = list(getattr(config, "eos_token_ids", ()))
+    if generation is not None:
+        tokens += generation.eos_token_ids
+    return tuple(dict.fromkeys(tokens))
+
+
 def read_generation(path: Path) -> Generation:
     """Reads a generation_config.json.
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from lora_jax.core.types import Leaf, Model, Tokenizer, Tree
 from lora_jax.folders import local_path
+from lora_jax.hf.generation import end_tokens
 from lora_jax.hf.gguf.files import open_gguf
+from lora_jax.hf.gguf.tokenizer import ENDS
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.gguf.write import FILE_TYPES, Entry, check_type, fitting_type, write_gguf
 from lora_jax.hf.keys import WeightsError, check_leaves
@@ -86,7 +88,19 @@ def save_gguf(
     stored = {} if base is None else {tensor.name: tensor for tensor in base.tensors}
     entries, more = _entries(config, leaves, gguf_type, stored)
     write_gguf(path, fields, entries, progress)
-    return [*notes, *more]
+    return [*notes, *_notes_on_ends(config, words), *more]
+
+
+def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:
+    """Returns a note on the model's end tokens that the metadata of the tokenizer do not name."""
+    named_tokens = [words.get(f"tokenizer.ggml.{role}_token_id") for role in ENDS]
+    lacking = [token for token in end_tokens(config) if token not in named_tokens]
+    if not lacking:
+        return []
+    return [
+        f"a GGUF file names {len(ENDS)} end tokens at most, and this one lacks the tokens "
+        f"{', '.join(map(str, lacking))}: llama.cpp may not stop there"
+    ]
 
 
 def _entries(
@@ -131,7 +145,7 @@ def _words(
 ) -> dict[str, Any]:
     """Returns the metadata of the tokenizer: the given one's, or the base file's own."""
     if tokenizer is not None:
-        return vocabulary(tokenizer, config.vocab_size, config.eos_token_ids)
+        return vocabulary(tokenizer, config.vocab_size, end_tokens(config))
     if base is None:
         raise WeightsError("a GGUF file holds its tokenizer: give one (tokenizer=)")
     if "tokenizer.ggml.model" not in base:

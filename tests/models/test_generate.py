@@ -1,8 +1,10 @@
 """Generation against a plain loop, and how often it compiles."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
+import json
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.hf.generation import Generation
 from lora_jax.models import Decoder, generate, sample, share, stream
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.sampling import choice
@@ -158,6 +161,22 @@ def test_a_row_ends_at_eos(tiny_model: Any) -> None:
         stop = ends[0] + 1 if len(ends) else 8
         np.testing.assert_array_equal(row[:stop], want[:stop])
         assert (row[stop:] == 60).all()
+
+
+def test_a_row_ends_where_generation_config_says(tiny_model: Any) -> None:
+    """No other default of the file counts."""
+    model, params = tiny_model
+    ids = tiny.tokens(2, 1, 6)
+    want = tiny.greedy_loop(model, params, ids[0], 8)
+    end = int(want[2])
+    assert end not in want[:2]
+    fields = {"eos_token_id": [end], "do_sample": True, "temperature": 1.7, "pad_token_id": 60}
+    config = dataclasses.replace(model.config, generation=Generation(json.dumps(fields)))
+    options: dict[str, Any] = {"max_new_tokens": 8}
+    got = generate(model.clone(config=config), params, ids, **options)
+    assert got[0].tolist() == [*want[:3], *[end] * 5]
+    own = generate(model.clone(config=config), params, ids, eos_token_id=EOS[:1], **options)
+    np.testing.assert_array_equal(own, [want])
 
 
 def test_it_stops_when_all_rows_have_ended(tiny_model: Any, counted: Any) -> None:

@@ -1,5 +1,6 @@
 """GGUF files that are written: read by the package gguf, and against bytes made by hand."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from lora_jax.hf.generation import Generation
 from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.models.decoder.gguf_form import check_form
@@ -105,6 +107,20 @@ def test_an_adapter_changes_what_the_file_of_the_merged_model_changes(family, tm
         np.testing.assert_allclose(
             update, want, atol=1e-5 * max(1, np.abs(want).max()), err_msg=name
         )
+
+
+def test_end_tokens_are_also_those_of_generation_config(tmp_path):
+    model, params = make("qwen2")
+    last = words().eos_token_id
+    for ends, said in (([7, last, 8], None), ([7, 8, 9, 11], "lacks the tokens 9, 11:")):
+        file = Generation(json.dumps({"eos_token_id": ends, "pad_token_id": 13}))
+        ending = model.clone(config=dataclasses.replace(model.config, generation=file))
+        notes = models.save_gguf(
+            tmp_path / "m.gguf", ending, params, tokenizer=words(), overwrite=True
+        )
+        assert (said in notes[0]) if said else notes == []
+        read_back = models.from_pretrained(tmp_path / "m.gguf")[0].config
+        assert (read_back.eos_token_ids, read_back.pad_token_id) == ((last, 7, 8), None)
 
 
 def test_scales_that_one_alpha_cannot_say(tmp_path):

@@ -158,7 +158,7 @@ def _decoding(
 ) -> Callable[[], list[float]]:
     def run() -> list[float]:
         tokens: Iterator[np.ndarray] = models.stream(
-            model, params, ids, max_new_tokens=_TOKENS, eos_token_id=None, apply=apply
+            model, params, ids, max_new_tokens=_TOKENS, eos_token_id=(), apply=apply
         )
         times = [time.perf_counter() for _ in tokens]
         return [after - before for before, after in itertools.pairwise(times)]

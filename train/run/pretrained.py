@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
+from lora_jax.hf import generation
 from lora_jax.hf.coded import NONE, STORED, check_stored
 from lora_jax.hf.fields import read_file
 from lora_jax.hf.format import ModelConfig
@@ -392,8 +393,6 @@ def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     They are those of config.json, of generation_config.json and of the tokenizer: in some models
     the end of a turn stands in one of them alone.
     """
+    tokens = generation.end_tokens(outline.config)
     eos = outline.tokenizer.eos_token_id
-    own = getattr(outline.config, "eos_token_ids", ())
-    generation = getattr(outline.config, "generation", None)
-    more = generation.eos_token_ids if generation else ()
-    return tuple(dict.fromkeys([*own, *more, *([] if eos is None else [eos])]))
+    return tokens if eos is None or eos in tokens else (*tokens, eos)

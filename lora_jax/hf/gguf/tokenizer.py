@@ -16,6 +16,8 @@ CoreTokenizer: TypeAlias = Any  # a `tokenizers.Tokenizer`
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
 SPACE = "\u2581"  # SentencePiece's sign for a space
+# The roles of tokens that end a text, a turn or a message. llama.cpp stops at each of them.
+ENDS = ("eos", "eot", "eom")
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

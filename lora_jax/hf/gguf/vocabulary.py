@@ -15,6 +15,7 @@ from lora_jax.hf.gguf.tokenizer import (
     BYTE,
     BYTE_LEVEL,
     CONTROL,
+    ENDS,
     GPT2,
     ROLES,
     SENTENCEPIECE,
@@ -29,7 +30,6 @@ _NORMAL = 1
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused.*>", re.DOTALL)
 _LAST = -1e9  # the score of a token that no merge makes
-_OTHER_ENDS = ("eot", "eom")
 _WAY_OUT = "name another tokenizer (--tokenizer), or write safetensors (--output)"
 
 
@@ -176,7 +176,7 @@ def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
     if ids["eos"] is None and ends:
         fields[f"{prefix}.eos_token_id"], ends = ends[0], ends[1:]
     others = [i for i in ends if i != ids["eos"]]
-    for name, i in zip(_OTHER_ENDS, others, strict=False):
+    for name, i in zip(ENDS[1:], others, strict=False):
         fields[f"{prefix}.{name}_token_id"] = i
     framed = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

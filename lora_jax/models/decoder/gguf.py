@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUFLayout
+from lora_jax.hf.gguf.tokenizer import ENDS
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
@@ -30,7 +31,6 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 
-_ENDS = ("eos", "eot", "eom")  # the tokens that end a text, a turn or a message; llama.cpp's stops
 ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
 
 _TOP = {
@@ -117,7 +117,7 @@ def _read(
         raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
     modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
     modules["mlp_bias"] = "mlp.gate_proj"
     biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}

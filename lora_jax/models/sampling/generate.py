@@ -44,7 +44,8 @@ def generate(
       input_ids: [batch, seq], int. Pad on the left or on the right.
       attention_mask: [batch, seq], 0 at padding; None for no padding.
       max_new_tokens: the number of tokens to add at most.
-      eos_token_id: the token or tokens that end a row; by default the configuration's.
+      eos_token_id: the token or tokens that end a row; by default those of config.json and of
+        generation_config.json. No other default of generation_config.json counts.
       pad_token_id: the token after the end; by default the configuration's, else the first EOS,
         else 0.
       temperature: divides the logits before sampling; 0 takes the most likely token.

@@ -23,6 +23,7 @@ def base(tmp_path_factory):
     """The folder of a tiny model."""
     folder = tmp_path_factory.mktemp("base") / "model"
     models.save_pretrained(folder, *make("qwen2"), tokenizer=words())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     return folder
 
 
@@ -78,6 +79,8 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "byte for byte" in said and "with Ollama: ollama create two -f" in said
     one, two = ({t.name: t for t in gguf.GGUFReader(f).tensors} for f in (file, again))
+    ends = words().eos_token_id, 7, 8
+    assert [models.from_pretrained(f)[0].config.eos_token_ids for f in (file, again)] == [ends] * 2
     for name, tensor in one.items():
         assert (two[name].data.tobytes() == tensor.data.tobytes()) == ("attn_q.weight" not in name)
     assert two["blk.0.attn_q.weight"].tensor_type.name == "F16"

@@ -1,6 +1,8 @@
 """Exports run by llama.cpp itself: base and adapter, merged models, types, tokens."""
 
+import dataclasses
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from lora_jax.hf.generation import Generation
 from tests.hf.vocabularies import TEXTS
 from tests.models.tiny_gguf import FAMILIES, make, words
 from tests.support import with_random_factors
@@ -122,6 +125,22 @@ def test_files_by_their_log_probabilities(kind, mean, most, tmp_path):
     round_alike = functools.partial(rounded, kind)
     alike, _ = answers(server, model, decoded, 4, round_alike, absolute=True)
     assert 2 * alike.mean() < gaps.mean(), "it is activations that differ"
+
+
+def test_it_stops_where_generation_config_ends_texts(tmp_path):
+    model, params = make("llama")
+    (prompt,) = prompts(1)
+    file = tmp_path / "m.gguf"
+    models.save_gguf(file, model, params, gguf_type="f32", tokenizer=words())
+    ids, _ = LlamaCpp(file).continue_ids(prompt, LENGTH)
+    ends = [ids[5], ids[3]]
+    assert len(ids) == LENGTH and len(set(ids[:4])) == 4
+    generation = Generation(json.dumps({"eos_token_id": ends}))
+    model = model.clone(config=dataclasses.replace(model.config, generation=generation))
+    models.save_gguf(file, model, params, gguf_type="f32", tokenizer=words(), overwrite=True)
+    assert LlamaCpp(file).continue_ids(prompt, LENGTH)[0] == ids[:4]
+    found = models.generate(model, params, np.array([prompt]), max_new_tokens=8, pad_token_id=0)
+    assert found[0].tolist() == [*ids[:4], 0, 0, 0, 0]
 
 
 def test_texts_tokenise_alike(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,6 +114,15 @@ def test_transformers_ends_the_answers_of_a_merged_folder_there(base, tmp_path):
         ids = torch.tensor(np.asarray(prompt()))
         found = theirs.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
         assert found.tolist() == tokens[:n].tolist()
+    options = {"max_new_tokens": 9, "pad_token_id": 256}
+    want = [*found.tolist(), *[256] * (9 - n)]
+    assert models.generate(model, params, prompt(), **options)[0].tolist() == want
+    streamed = models.stream(model, params, prompt(), **options)
+    assert [int(new[0]) for new in streamed] == found.tolist()
+    samples = models.sample(
+        model, params, prompt(), temperature=0, key=jax.random.key(0), **options
+    )
+    assert (samples.tokens[0].tolist(), int(samples.lengths[0])) == (want, n)
 
 
 @pytest.mark.slow
