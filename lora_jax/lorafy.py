@@ -159,7 +159,8 @@ def join(adapter: Tree, base: Tree) -> Tree:
     """Returns the inverse of `split`. ``join({}, base)`` is the base alone.
 
     Args:
-      adapter: the arrays that train, by path and name.
+      adapter: the arrays that train, by path and name. Adapters may be stacked: all arrays then
+        have the same leading axes, along which `jax.vmap` maps over the joined tree.
       base: the frozen half of the tree, or an adapted tree, whose adapter is replaced.
 
     Raises:
@@ -176,6 +177,7 @@ def join(adapter: Tree, base: Tree) -> Tree:
         return base
     nodes = nodes_of(base)
     check_same_paths("join", adapter, nodes)
+    leading_axes: list[tuple[int, ...]] = []  # of the arrays so far
 
     def filled(path: str, node: Node) -> Node:
         given, wanted = sorted(adapter[path]), sorted(node.part_names())
@@ -185,7 +187,10 @@ def join(adapter: Tree, base: Tree) -> Tree:
             )
         for name, array in adapter[path].items():
             shape, expected = getattr(array, "shape", None), node.part_shape(name)
-            if None not in (shape, expected) and shape != expected:
+            if shape is None or expected is None:
+                continue
+            leading_axes.append(shape[: max(0, len(shape) - len(expected))])
+            if shape != (*leading_axes[0], *expected):
                 raise ValueError(
                     f"join: the adapter's {name!r} of {path!r} has the shape {shape}, where the "
                     f"tree takes {expected}: adapt the base by the adapter's own rules (rank, "

@@ -25,6 +25,12 @@ from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Tree, Value
 
+_NEEDS_ELEMENTS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 _TRACED = object()  # in the place of a traced array
 _MOST_TRACES = 256  # of one function
 # Each trace holds the arrays that the function closed over. Beyond a few traces, these may take so
@@ -102,7 +108,7 @@ def trace(call: FlatCall) -> Trace:
     """
     try:
         return _traced(call, {**call.others, **call.weights})
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    except _NEEDS_ELEMENTS as error:
         error.add_note(
             "lora_jax.adapt traces the function, as jax.jit does: Python code in it cannot depend "
             "on the elements of arrays that it computes. Use jax.lax.cond or jnp.where, compute "
@@ -179,6 +185,10 @@ class EagerTraces:
     def __hash__(self) -> int:
         """Returns the identity: to `FunctionState`, what is kept here changes nothing."""
         return id(self)
+
+    def __reduce__(self) -> tuple[type["EagerTraces"], tuple[()]]:
+        """Pickles no trace: a copy of the function makes its own."""
+        return EagerTraces, ()
 
     def find(self, call: FlatCall) -> Trace | None:
         """Returns the trace of a call, with all of its arrays as inputs, or None.

@@ -17,14 +17,24 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Primitive",
+    "Space",
     "Var",
     "ad",
     "batching",
     "jaxpr_as_fun",
     "mlir",
+    "move_to_memory",
     "source_info_util",
     "varies_over",
 ]
+
+Space: Any = jax.memory.Space
+
+
+def move_to_memory(array: Any, space: Space) -> Any:
+    """Returns an array in a memory space; the array itself where it lies there."""
+    is_there = jax.typeof(array).memory_space == space
+    return array if is_there else jax.device_put(array, space)
 
 
 def varies_over(array: Any) -> frozenset[str]:

@@ -98,10 +98,12 @@ def with_ties(tree: Tree) -> Tree:
     changed = dict[str, jax.Array]()
     for u in {v.shape[-1] for v in vectors.values()}:
         alike = {path: v for path, v in vectors.items() if v.shape[-1] == u}
-        rows = jnp.concatenate([v.reshape(-1, u) for v in alike.values()])
-        picked = _rows_of_firsts([nodes[path].ties for path in alike])
-        for (path, v), numbers in zip(alike.items(), picked, strict=True):
-            changed[path] = rows[np.asarray(numbers)].reshape(v.shape).astype(v.dtype)
+        ties = [nodes[path].ties for path in alike]
+        # [adapters, members, u]: a tree may hold several adapters, stacked.
+        vectors_of = zip(alike.values(), ties, strict=True)
+        rows = jnp.concatenate([v.reshape(-1, len(n), u) for v, n in vectors_of], axis=1)
+        for (path, v), numbers in zip(alike.items(), _rows_of_firsts(ties), strict=True):
+            changed[path] = rows[:, np.asarray(numbers)].reshape(v.shape).astype(v.dtype)
 
     def visit(path: str, leaf: Leaf) -> Leaf:
         return leaf.replace(**{NAME: changed[path]}) if path in changed else leaf

@@ -5,15 +5,20 @@ gain of the products is the whole quotient, and the part that trains is m. `lora
 has the algebra.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.base import as_array, is_base, member
+from lora_jax.core.extend import Space, move_to_memory
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import column_norms
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
+
+_move_to_device = functools.partial(move_to_memory, space=Space.Device)
 
 
 def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -21,6 +26,7 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
 
     Of a stack that is no array, one layer's W is formed at a time.
     """
+    node, a, b = jax.tree.map(_move_to_device, (node, a, b))
     if not is_base(node.base) or not node.n_batch:
         return column_norms(as_array(node.base), a, b, node.scale, node.labels)
     axis = node.labels.index("batch")
@@ -43,7 +49,7 @@ def _first_magnitude(node: LoraWeight) -> jax.Array:
 
 def _rescaled(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
     norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
-    return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
+    return weight.replace(gain=node.where_adapted(_move_to_device(magnitude) / norms, 1))
 
 
 DORA = Variant(

@@ -4,6 +4,7 @@ import functools
 import re
 import warnings
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,55 @@ def tree_of(*shape, rule=RULE, dtype=jnp.float32):
 
 
 X = draw(9, (3, 5))
+
+
+def test_an_adapted_function_is_pickled_where_a_jitted_one_is():
+    """And a copy runs, with its rules, before and after a call."""
+    fn = lambda params, x: jnp.sin(x @ params["a"]["kernel"])  # noqa: E731
+    twice = lj.adapt(fn, primitives={"sin": lambda y: 2 * y})
+    for forward in (lj.adapt(fn, strict=True), jax.jit(lj.adapt(fn)), twice):
+        tree = tree_of(5, 7)
+        want = forward(tree, X)
+        copied = cloudpickle.loads(cloudpickle.dumps(forward))
+        assert_identical(copied(tree, X), want)
+    with pytest.raises(lj.MergeError):
+        strict = cloudpickle.loads(cloudpickle.dumps(lj.adapt(merging, strict=True)))
+        strict(tree, X)
+
+
+def merging(params, x):
+    return x @ jnp.tanh(params["a"]["kernel"])
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["the kernel", "A and B, too"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_kernels_that_wait_in_the_memory_of_the_host(dora, everything, float64):
+    """What a function moves to the device comes with its adapter; gradients are as usual."""
+    rule = lj.LoraRule(targets=["a"], rank=2, alpha=3.0, dora=dora, dtype=jnp.float64)
+    tree = with_random_factors(
+        lj.lorafy({"a": {"kernel": draw(1, (3, 5, 5), jnp.float64)}}, [rule])
+    )
+
+    def run(params, x):
+        def layer(x, kernel):
+            kernel = 2 * jax.device_put(kernel, jax.memory.Space.Device)
+            return jnp.tanh(x @ kernel), None
+
+        return lax.scan(layer, x, params["a"]["kernel"])[0]
+
+    def loss(adapter, base):
+        return jnp.sum(lj.adapt(run, strict=True)(lj.join(adapter, base), x))
+
+    x = draw(9, (3, 5), jnp.float64)
+    halves = lj.split(tree)
+    want = jax.jit(jax.value_and_grad(loss))(*halves)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    halves = (
+        jax.device_put(halves[0], host) if everything else halves[0],
+        jax.device_put(halves[1], host),
+    )
+    got = jax.jit(jax.value_and_grad(loss))(*halves)
+    assert_close(got, want, 1e-12)
 
 
 def test_everything_but_arrays_reaches_the_function_untouched():

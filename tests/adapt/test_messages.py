@@ -6,6 +6,7 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.ode import odeint
 
@@ -135,13 +136,19 @@ def test_roles_that_fit_and_tied_tables_say_nothing():
     lj.adapt(lambda p, x: x @ p["embedding"].T, strict=True)(tied, X)
 
 
-def test_python_code_that_needs_elements_is_told_what_tracing_means():
-    def fn(p, x):
-        y = x @ p["a"]["kernel"]
-        return y if y.sum() > 0 else -y
-
-    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
-        lj.adapt(fn)(tree_of(5, 7), X)
+@pytest.mark.parametrize(
+    ("use", "error"),
+    [
+        (lambda y: y if y.sum() > 0 else -y, jax.errors.TracerBoolConversionError),
+        (np.asarray, jax.errors.TracerArrayConversionError),
+        (lambda y: range(7)[y.argmax()], jax.errors.TracerIntegerConversionError),
+        (lambda y: y[y > 0], jax.errors.NonConcreteBooleanIndexError),
+    ],
+    ids=["bool", "array", "integer", "boolean index"],
+)
+def test_python_code_that_needs_elements_is_told_what_tracing_means(use, error):
+    with pytest.raises(error) as caught:
+        lj.adapt(lambda p, x: use(x @ p["a"]["kernel"]))(tree_of(5, 7), X)
     assert any("lora_jax.adapt traces the function" in note for note in caught.value.__notes__)
 
 

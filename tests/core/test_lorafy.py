@@ -10,7 +10,14 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from tests.support import PROGRAMS, NnxModel, assert_close, assert_identical, draw
+from tests.support import (
+    PROGRAMS,
+    NnxModel,
+    assert_close,
+    assert_identical,
+    draw,
+    with_random_factors,
+)
 
 KERNEL = {"q_proj": {"kernel": draw(1, (5, 7)), "bias": draw(2, (7,))}}
 RULE = lj.LoraRule(targets=["q_proj"], rank=2, alpha=3.0)
@@ -224,6 +231,56 @@ def test_join_refuses_another_rank(rules, half):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), lj.split(tree)[0])
     joined = jax.vmap(lambda adapter: lj.merge(lj.join(adapter, base)))(stacked)
     assert joined["q_proj"]["kernel"].shape == (2, 5, 7)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [
+            lj.LoraRule(targets=["q_proj", "o_proj"], rank=2, share_a=True),
+            lj.TrainRule(targets=["bias"]),
+        ],
+        [lj.LoraRule(targets=["layers"], rank=3, dora=True)],
+        pytest.param(
+            [
+                lj.LoraRule(
+                    targets=["layers", "q_proj"], rank=2, tinylora=True, u=3, weight_tying=1.0
+                )
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["LoRA with a shared A", "DoRA of a stack", "tied vectors"],
+)
+def test_stacked_adapters(rules):
+    """Adapters that are stacked along leading axes, joined and mapped over, are each its own."""
+    params = {
+        "q_proj": {"kernel": draw(1, (5, 7)), "bias": draw(2, (7,))},
+        "o_proj": {"kernel": draw(3, (5, 3))},
+        "layers": {"kernel": draw(4, (4, 5, 7))},
+    }
+    tree = lj.lorafy(params, rules)
+    _, base = lj.split(tree)
+    draws = [lj.split(with_random_factors(tree, seed))[0] for seed in range(6)]
+    stacked = jax.tree.map(
+        lambda *arrays: jnp.stack(arrays).reshape(2, 3, *arrays[0].shape), *draws
+    )
+
+    def run(params, x):
+        q = x @ params["q_proj"]["kernel"] + params["q_proj"]["bias"]
+        return q + (x @ params["o_proj"]["kernel"]).sum() + x @ params["layers"]["kernel"]
+
+    joined = lj.join(stacked, base)
+    assert_identical(lj.split(joined)[0], stacked)
+    axes = jax.tree.map(lambda a, b: 0 if a.ndim > b.ndim else None, joined, tree)
+    forward = jax.vmap(jax.vmap(lj.adapt(run), (axes, None)), (axes, None))
+    x = draw(5, (5,))
+    each = jnp.stack([lj.adapt(run)(lj.join(one, base), x) for one in draws])
+    assert_close(jax.jit(forward)(joined, x).reshape(6, 4, 7), each, 1e-5)
+    name, parts = next(iter(stacked.items()))
+    wrong = {**stacked, name: {**parts, **{part: array[0] for part, array in [*parts.items()][:1]}}}
+    with pytest.raises(ValueError, match="has the shape .*the tree takes"):
+        lj.join(wrong, base)
 
 
 def test_the_summary_says_that_dropout_needs_a_key():

@@ -15,7 +15,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
 from lora_jax.core.base import Move, along, as_array, is_base
-from lora_jax.core.extend import varies_over
+from lora_jax.core.extend import Space, move_to_memory, varies_over
 from lora_jax.core.factored import Factored
 from lora_jax.core.names import SUMMED_OVER
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
@@ -87,7 +87,7 @@ def _convert(_: Interpreter, use: Use) -> Outcome:
     return [weight.replace(base=use.rearranged(weight))]
 
 
-def _same(_: Interpreter, use: Use) -> Outcome:
+def _same(_: Interpreter, use: Use) -> list[Value]:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
@@ -114,6 +114,18 @@ def _name(interpreter: Interpreter, use: Use) -> Outcome:
         shift = jnp.where(lax.axis_index(axis) == 0, weight.shift, 0)
         weight = _joined_over(weight.replace(shift=shift), (axis,))
     return _same(interpreter, dataclasses.replace(use, values=[weight]))
+
+
+def _placed(interpreter: Interpreter, use: Use) -> list[Value]:
+    """Places the base; the other arrays of a weight follow it to its memory."""
+
+    def follow(value: Value, space: Space) -> Value:
+        if not isinstance(value, Factored):
+            return value
+        return value.along(value.base, lambda array, _: move_to_memory(array, space))
+
+    spaces = [eqns.type_of(atom).memory_space for atom in use.eqn.outvars]
+    return [follow(*pair) for pair in zip(_same(interpreter, use), spaces, strict=True)]
 
 
 def _everywhere(_: Interpreter, use: Use) -> Outcome:
@@ -267,5 +279,6 @@ LAYOUT_RULES: dict[str, Rule] = {
     "ppermute": _everywhere,
     "name": _name,
     **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _same),
-    **dict.fromkeys(("device_put", "sharding_constraint", "reshard"), _same),
+    "device_put": _placed,
+    **dict.fromkeys(("sharding_constraint", "reshard"), _same),
 }
