@@ -110,6 +110,18 @@ def look_up(name_or_path: str | Path) -> LocalModel | str:
     return got if isinstance(got, str) else LocalModel(got)
 
 
+def stand_in(name_or_path: str | Path) -> str | None:
+    """Returns the weights that a package has in place of the hub's, in words; None elsewhere.
+
+    Args:
+      name_or_path: a model whose files are on this machine.
+    """
+    bundle = BUNDLES.get(str(name_or_path))
+    if bundle is None or resolve(name_or_path).path != bundle.path:
+        return None
+    return bundle.what
+
+
 def not_on_hub(name: str, problem: str) -> ModelNotFound:
     """Returns the error for a name that only the hub could have; it says what to do instead."""
     return ModelNotFound(

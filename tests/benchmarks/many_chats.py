@@ -10,7 +10,6 @@ seconds, and the peak memory above that of the imports.
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,11 +44,12 @@ def measure(rows: Path, cache: Path, packing: bool) -> None:
     """Prints the cost of each part, in this process."""
     from lora_jax.training.data.order import Order
     from train.options.scripts.sft import Config, SftDataConfig
+    from train.processes.memory import peak_bytes
     from train.tasks import chats
 
     began = clock = time.perf_counter()
     cpu = time.process_time()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
 
     def lap(what: str) -> None:
         nonlocal clock, cpu
@@ -70,9 +70,9 @@ def measure(rows: Path, cache: Path, packing: bool) -> None:
     Order.of(made.train, 0, 8).rows(0)
     made.train.digest()
     lap("order and fingerprint")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     print(f"  {'all':24s} {time.perf_counter() - began:6.1f} s")
-    print(f"  {(peak - before) / 2**20:.2f} GiB above the {before / 2**20:.2f} GiB of the imports")
+    print(f"  {(peak - before) / 2**30:.2f} GiB above the {before / 2**30:.2f} GiB of the imports")
     print("  " + "\n  ".join(made.lines))
 
 

@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.types import Forward, Tree
-from train.compare.result import Arm, Latency, PlanResult
+from lora_jax.quantized import is_coded
+from train.compare.result import Arm, Latency, PlanResult, Ratio
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
@@ -31,12 +33,12 @@ from train.options.common import AUTO
 from train.options.file import replace_options
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.output import REPORT
+from train.run.output import REPORT, folder_bytes
 from train.settings.files import options_file
 
 STEPS = 6  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
-_ROUNDS = 2
+_ROUNDS = 7
 _ROOT = Path(__file__).parents[2]  # of the scripts
 _PYTHON = (sys.executable, "-P", "-m")  # what the working folder holds comes first without -P
 
@@ -128,6 +130,8 @@ def plan_result(
 def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bool) -> Latency:
     """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
 
+    The three ways take turns for several rounds, each of which begins with another way.
+
     Args:
       arm: the adapter's.
       model: the model.
@@ -147,10 +151,47 @@ def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bo
     timed = [answering(params, ids, apply) for apply, params in ways]
     for run in timed:
         run()  # compiles
-    rounds = [[run() for run in timed] for _ in range(_ROUNDS)]
-    base, merged, live = (statistics.median(sum(way, [])) for way in zip(*rounds, strict=True))
+    medians: list[list[float]] = [[] for _ in timed]  # of each way, round by round
+    for turn in range(_ROUNDS):
+        for way in range(len(timed)):
+            place = (turn + way) % len(timed)
+            medians[place].append(statistics.median(timed[place]()))
+    base, merged, live = medians
     what = f"a decoding step of {_ROWS} rows" if decodes else f"{_ROWS} texts of {length} tokens"
-    return Latency(arm, base, merged, live, what)
+    return Latency(
+        arm=arm,
+        base=statistics.median(base),
+        merged=statistics.median(merged),
+        live=statistics.median(live),
+        what=what,
+        merged_ratio=ratio_of(merged, base),
+        live_ratio=ratio_of(live, base),
+    )
+
+
+def ratio_of(times: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Returns the ratio of times to others of the same rounds."""
+    ratios = [time / other for time, other in zip(times, others, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def saved_base_bytes(plain: Tree, folder: Path) -> int | None:
+    """Returns the bytes of a base's files, saved as a run of full fine-tuning saves its model.
+
+    Args:
+      plain: the parameters of the base.
+      folder: a folder in which the files are written, and then deleted.
+
+    Returns:
+      The bytes; None for weights in codes, which full fine-tuning does not save as they are.
+    """
+    if any(map(is_coded, jax.tree.leaves(plain, is_leaf=is_coded))):
+        return None
+    whole = lj.lorafy(plain, [lj.TrainRule(targets=".*")])
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        lj.save_adapter(Path(name) / "base", whole)
+        return folder_bytes(Path(name))
 
 
 def _decoding(

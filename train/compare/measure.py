@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import jax
 
 import lora_jax as lj
+from lora_jax.hf.hub import stand_in
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT, SCORE
 from train.begin import load_model
 from train.compare import costs
 from train.compare.divergence import KL
-from train.compare.options import has_adapter
+from train.compare.options import IN_FULL, has_adapter
 from train.compare.reporting import tables
 from train.compare.result import (
     Comparison,
@@ -70,6 +71,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             loss=first.task.loss(first.config, inputs.layout).label,
             score=first.task.score,
             base_bytes=tree_bytes(plain),
+            weights=stand_in(outline.name),
             machine=_machine(),
             date=sweep.record.date,
             versions=versions(),
@@ -84,6 +86,11 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         rungs=sweep.record.rungs,
     )
     best = _best(comparison, sweep.trials)
+    if asked.costs and any(trial.arm.method in IN_FULL for trial in best):
+        with doing(console, "saving the base as a full model is saved, to count its bytes"):
+            size = costs.saved_base_bytes(plain, sweep.folder / COSTS)
+        facts = dataclasses.replace(comparison.facts, base_saved_bytes=size)
+        comparison = dataclasses.replace(comparison, facts=facts)
     latencies: list[Latency] = []
     for trial in best:
         if asked.costs and has_adapter(trial.arm.method):

@@ -85,6 +85,8 @@ class RunResult:
         trained side by side in one step with others.
       peak_bytes: peak bytes of the process, so far.
       step_seconds: the median; None for runs side by side.
+      step_seconds_low, step_seconds_high: the quartiles of the steps' times; None in files of
+        earlier versions.
       side_by_side: the number of runs that shared its steps; 1 if it ran alone.
       seconds: the wall time that the run took, or its even share of the time of all at its side.
       forgetting: None where it was not measured.
@@ -110,6 +112,8 @@ class RunResult:
     compiled_bytes: int | None = None
     peak_bytes: int | None = None
     step_seconds: float | None = None
+    step_seconds_low: float | None = None
+    step_seconds_high: float | None = None
     side_by_side: int = 1
     seconds: float | None = None
     forgetting: Forgetting | None = None
@@ -131,6 +135,23 @@ class RunResult:
         return self.forgetting and self.forgetting.after - self.forgetting.before
 
 
+class Ratio(NamedTuple):
+    """The ratio of two times that were measured in turns, in several rounds.
+
+    Attributes:
+      median, low, high: the median of the rounds' ratios, the smallest, and the largest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Returns True if all rounds agree on which of the two is larger."""
+        return not self.low <= 1 <= self.high
+
+
 class Latency(NamedTuple):
     """The time of one answer: a decoding step, or the forward pass of a batch of an encoder.
 
@@ -139,6 +160,8 @@ class Latency(NamedTuple):
       base, merged, live: medians in seconds: the base alone; the adapter merged into it; the
         adapter beside it.
       what: what was timed, in words: "a decoding step of 8 rows".
+      merged_ratio, live_ratio: the times of `merged` and `live` over those of `base`, round by
+        round; None in files of earlier versions.
     """
 
     arm: Arm
@@ -146,6 +169,8 @@ class Latency(NamedTuple):
     merged: float
     live: float
     what: str
+    merged_ratio: Ratio | None = None
+    live_ratio: Ratio | None = None
 
 
 class PlanResult(NamedTuple):
@@ -192,6 +217,9 @@ class ComparisonFacts:
       loss: the name of the loss, with its unit: "loss (nats a token)".
       score: the name of the task's own score, larger is better; None where it has none.
       base_bytes: bytes of the base's weights in memory.
+      base_saved_bytes: bytes of the base's files, saved as a full model is; None where that was not
+        measured.
+      weights: the weights that stood in for those of the hub, in words; None for the hub's own.
       machine: where it ran, in words.
       date: when it began, as ISO 8601 has it.
       versions: versions of Python and packages.
@@ -224,6 +252,8 @@ class ComparisonFacts:
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     by_score: bool = False
     diverging_on: str | None = None
+    base_saved_bytes: int | None = None
+    weights: str | None = None
     eval_questions: int | None = None
     most_questions: int | None = None
 

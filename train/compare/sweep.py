@@ -49,7 +49,7 @@ class RunProgress:
     Attributes:
       stages: the stages that are over.
       seconds: the time they took; of runs side by side, an even share.
-      side_by_side: the runs that shared the last stage's steps.
+      side_by_side: the runs that shared steps, in the stage with the most of them.
       finished: whether it was trained to the end and measured.
       error: what ended it early.
       score: the task's own, at the end.
@@ -202,7 +202,7 @@ class Sweep:
         for trial in group:
             done = self.record.progress(trial.name)
             done.seconds += seconds
-            done.side_by_side = len(group)
+            done.side_by_side = max(done.side_by_side, len(group))
             # A signal in the last step cuts off the measurement after it, still to do then.
             if done.error is None and not self.session.stop.signal:
                 done.stages, done.finished = number + 1, until is None

@@ -37,7 +37,7 @@ from train.run import output
 from train.run.intrinsic import space_of
 from train.run.log import QuietLog, RunLog, draw_curve, draw_progress, read_metrics
 from train.run.pretrained import ModelInfo
-from train.run.report import peak_bytes, print_best, versions
+from train.run.report import print_best, versions
 from train.run.rules import rules
 from train.settings.files import effective_options
 

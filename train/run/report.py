@@ -1,6 +1,5 @@
 """The report at the end of a run: its memory, time, and size on disk."""
 
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -45,12 +44,6 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-
-
-def peak_bytes() -> int:
-    """Returns the peak resident memory of this process, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tree_bytes(tree: Any) -> int:

@@ -6,7 +6,6 @@ python -m tests.benchmarks.peers.worker CONTENDER   # started by `processes.Work
 import importlib
 import json
 import os
-import resource
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from tests.benchmarks.peers.cases import Case
 from tests.benchmarks.peers.contenders import CONTENDERS
+from train.processes.memory import peak_bytes
 
 
 class Answers:
@@ -39,9 +39,7 @@ class Answers:
 
     def memory(self) -> dict[str, Any]:
         """Returns the peaks of this process and of its device in bytes."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"process_peak": peak, "device_peak": self.program.device_peak()}
+        return {"process_peak": peak_bytes(), "device_peak": self.program.device_peak()}
 
 
 def main() -> None:

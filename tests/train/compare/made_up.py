@@ -11,6 +11,7 @@ from train.compare.result import (
     Latency,
     PlanResult,
     Point,
+    Ratio,
     Rung,
     RunResult,
 )
@@ -27,6 +28,7 @@ FACTS = ComparisonFacts(
     machine="1 × made-up accelerator",
     date="2026-01-02T03:04:05+00:00",
     versions={"python": "3.11.9", "jax": "0.10.0"},
+    weights="4-bit weights, not the hub's bf16",
     planned_on="8 × TPU v5e at 40 % of the peak, 1.2 USD a device-hour",
     outside="256 rows of other text",
     baselines={"always the same": 0.12},
@@ -108,7 +110,15 @@ def example() -> Comparison:
             ),
         ),
         latencies=(
-            Latency(lora(8), 0.0101, 0.0102, 0.0119, "a decoding step of 8 rows"),
+            Latency(
+                lora(8),
+                0.0101,
+                0.0102,
+                0.0119,
+                "a decoding step of 8 rows",
+                merged_ratio=Ratio(1.01, 0.97, 1.04),
+                live_ratio=Ratio(1.18, 1.12, 1.31),
+            ),
             Latency(full(), 0.0101, 0.0102, 0.0101, "a decoding step of 8 rows"),
         ),
         planned=(

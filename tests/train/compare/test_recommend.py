@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from tests.train.compare.made_up import FACTS, full, lora, runs
+from tests.train.compare.made_up import FACTS, full, lora, run, runs
 from train.compare.reporting import tables
 from train.compare.reporting.recommend import recommend
-from train.compare.result import Arm, Comparison
+from train.compare.result import Arm, Comparison, Forgetting
 
 # The best rate of each method has neighbours, and the best rank is not the largest.
 AROUND = (
@@ -27,7 +27,9 @@ def test_within_the_spread_cost_decides():
     assert "within the spread (± 0.0" in said and "95% interval over seeds" in said
     assert "1.020 with LoRA r=8, lr 0.001 (3 seeds), 1.017 with full fine-tuning" in said
     assert "3.1 GB with LoRA, 12 GB in full" in said and "78 times as much" in said
-    assert found.headline == "Use LoRA r=8, lr 0.001: quality tied; LoRA is cheaper."
+    assert found.headline == (
+        "Use LoRA r=8, lr 0.001: quality tied; LoRA is ahead in memory, time, files and forgetting."
+    )
     assert found.command is None
     assert not any(word in said for word in ("worse", "not decided", "ahead"))
 
@@ -75,7 +77,8 @@ def test_the_headline_says_all_at_once_and_a_command_would_decide():
     found = compared(*tied, around=around, command=command)
     assert found.headline == (
         "Not decided between LoRA r=8, lr 0.001 and full fine-tuning, lr 0.0001: quality tied; "
-        "LoRA is cheaper; the best rate of full fine-tuning is at the edge of what was tried."
+        "LoRA is ahead in memory, time, files and forgetting; the best rate of full fine-tuning is "
+        "at the edge of what was tried."
     )
     assert found.command == (
         "python -m train.compare sft --full-lrs 3e-05 0.0001 0.0003 --dataset 'my rows' "
@@ -144,10 +147,60 @@ def test_a_head_that_trains_alone_is_no_adapter():
 def test_storage_counts_one_base_for_all_adapters():
     every = (*runs(lora(), 1.0), *runs(full(), 1.0))
     stored = tables.storage(Comparison(facts=FACTS, runs=every))
-    adapter, model, base = every[0].saved_bytes, every[1].saved_bytes, FACTS.base_bytes
+    adapter, model = every[0].saved_bytes, every[1].saved_bytes
     assert [one.tasks for one in stored] == [1, 10, 100, 1000]
-    assert (stored[2].full, stored[2].adapters) == (100 * model, base + 100 * adapter)
+    assert (stored[2].full, stored[2].adapters) == (100 * model, model + 100 * adapter)
+    saved = dataclasses.replace(FACTS, base_saved_bytes=123_456_789)
+    stored = tables.storage(Comparison(facts=saved, runs=every))
+    assert (stored[0].full, stored[0].adapters) == (model, 123_456_789 + adapter)
     assert tables.rate_ratio(tables.rows(Comparison(facts=FACTS, runs=every))) == pytest.approx(10)
+
+
+def costing(arm, **costs):
+    """Returns three runs with such costs, whose qualities are tied."""
+    losses = (1.01, 1.03, 1.02) if arm.rank else (1.0, 1.02, 1.03)
+    return tuple(run(arm, seed, loss, **costs) for seed, loss in enumerate(losses))
+
+
+def spread_of_steps(median):
+    """Returns a step's median time with its quartiles, a tenth around it."""
+    lows = {"step_seconds_low": 0.9 * median, "step_seconds_high": 1.1 * median}
+    return {"step_seconds": median, **lows}
+
+
+def test_the_headline_names_costs_on_both_sides():
+    """LoRA forgets nine times as much, and its steps are not told apart from those in full."""
+    adapter = costing(
+        lora(), compiled_bytes=10**9, forgetting=Forgetting(2.0, 2.9), **spread_of_steps(0.0059)
+    )
+    whole = costing(
+        full(), compiled_bytes=3 * 10**9, forgetting=Forgetting(2.0, 2.1), **spread_of_steps(0.006)
+    )
+    found = compared(adapter, whole)
+    assert found.verdict == "lora"
+    assert found.headline.endswith("LoRA is ahead in memory and files and behind in forgetting.")
+    said = " ".join(found.reasons)
+    assert "Time of a step: 5.9 ms with LoRA, 6.0 ms in full; they are about equal." in said
+    slower = costing(full(), compiled_bytes=3 * 10**9, **spread_of_steps(0.009))
+    assert "full takes 1.5 times as much" in " ".join(compared(adapter, slower).reasons)
+
+
+@pytest.mark.parametrize(
+    ("memory", "time", "verdict"),
+    [
+        (0.5, 0.5, "lora"),
+        (0.5, 1.0, "lora"),
+        (1.0, 0.5, "lora"),
+        (0.5, 2.0, "undecided"),
+        (2.0, 0.5, "undecided"),
+        (1.0, 1.0, "undecided"),
+    ],
+)
+def test_memory_and_time_decide_within_the_spread(memory, time, verdict):
+    """Files and forgetting, which speak for LoRA here, do not decide."""
+    of_adapter = {"compiled_bytes": int(memory * 10**9), **spread_of_steps(time)}
+    of_full = {"compiled_bytes": 10**9, **spread_of_steps(1.0)}
+    assert compared(costing(lora(), **of_adapter), costing(full(), **of_full)).verdict == verdict
 
 
 def test_a_seed_that_diverged_keeps_an_arm_from_being_the_best():

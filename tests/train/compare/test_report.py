@@ -116,6 +116,18 @@ def test_what_a_reader_asks_is_said(written):
     assert "Python, the compiler" in text and page.count("scrolls sideways") == page.count("<table")
 
 
+def test_figures_say_what_they_are_of(written):
+    """The weights that were read, one seed's costs, and times that noise does not tell apart."""
+    _, _, text = written
+    assert text.count("4-bit weights, not the hub's bf16") == 2, (
+        "beside the title, and in the facts"
+    )
+    assert "of one seed of the best arm of each method" in text
+    row = next(line for line in text.splitlines() if "| a decoding step of 8 rows |" in line)
+    assert "| not told apart (0.970 to 1.04) | 1.18 (1.12 to 1.31) |" in row
+    assert "the base is saved as a full model is" in text
+
+
 def test_a_method_has_one_colour_in_all_pictures(tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(Figure, "savefig", lambda of, file: figures.update({file.name: of}))

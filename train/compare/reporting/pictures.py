@@ -271,8 +271,8 @@ def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
         axes.set_title(title, loc="left", fontsize=11.5)
     return (
         "Costs",
-        "Time of a step, memory of the compiled step, and size of the files of one task: means "
-        "over seeds, each adapter and full fine-tuning at its best learning rate.",
+        "Each adapter and full fine-tuning at its best learning rate. Time and memory of a step "
+        "are of one seed, run again alone. The size of files is a mean over seeds.",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import gap as gaps
 from train.compare.reporting import tables, words
+from train.compare.reporting.costs import compare_costs, in_short, is_cheaper
 from train.compare.reporting.gap import FEWEST, LEVEL, UNKNOWN_SPREAD, Gap, gap_of, half_width
 from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
@@ -19,8 +20,9 @@ RULE = (
     f"{LEVEL:.0%} interval leaves out zero, and at least {FEWEST} questions were answered "
     "differently. The interval counts the spread over seeds (Welch) and over the questions, in "
     "pairs of both methods' results (Satterthwaite). Where the results of single questions are not "
-    "known, the seeds alone decide; seeds that all agree decide nothing. Within the spread, cost "
-    "decides: LoRA is recommended if it is cheaper, and full fine-tuning is ahead by at most "
+    "known, the seeds alone decide; seeds that all agree decide nothing. Within the spread, memory "
+    "and time of a step decide: LoRA is recommended if it takes less of one of them and no more of "
+    "the other, and if full fine-tuning is ahead by at most "
     f"{UNKNOWN_SPREAD:.0%}. With a single seed the spread is not known: only a gap of more than "
     f"{UNKNOWN_SPREAD:.0%} decides for full fine-tuning, and LoRA has to be ahead. Nothing is "
     "decided against a method that may not have been at its best: its best learning rate is the "
@@ -81,20 +83,23 @@ def recommend(comparison: Comparison) -> Recommendation:
         return _one_sided(lora, full, figures)
     gap = gap_of(lora, full)
     better = lora if gap.value >= 0 else full
-    cheaper, costs = _costs(lora, full)
-    in_short, reasons = _quality(lora, full, gap, figures)
+    costs = compare_costs(lora, full)
+    cost_sentences = [cost.sentence for cost in costs]
+    quality, reasons = _quality(lora, full, gap, figures)
     chosen, other = (full, lora) if gap.decides and better is full else (lora, full)
     doubts = _doubts(other, figures)
     if chosen is full:
-        reasons += ["This is the price of the better quality:", *costs] if costs else []
+        reasons += ["This is the price of the better quality:", *cost_sentences] if costs else []
     else:
-        doubts += _spread_doubts(gap, bool(cheaper), lora, full, figures)
-        reasons += [*costs, *_smaller(lora, figures)]
+        doubts += _spread_doubts(gap, is_cheaper(costs), lora, full, figures)
+        reasons += [*cost_sentences, *_smaller(lora, figures)]
     if figures.measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
         lacks += " does not show what a model has learned: hold out rows, and measure their loss."
         chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
-    clauses = [in_short, *[f"{words.method(lora.arm.method)} is cheaper"] * bool(cheaper)]
+    clauses = [quality]
+    if clause := in_short(words.method(lora.arm.method), costs):
+        clauses.append(clause)
     verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
     headline = f"Use {figures.label(chosen.arm)}"
     if doubts:
@@ -122,7 +127,7 @@ def _spread_doubts(
     elif gap.is_hidden:
         lead = f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread may hide that"
     elif not cheaper:
-        lead = "No measured cost speaks for LoRA"
+        lead = "Memory and time of a step do not both allow to decide for LoRA"
     else:
         return []
     return _more_measurements(lead, gap, min(len(lora.runs), len(full.runs)), figures)
@@ -295,33 +300,6 @@ def _questions(gap: Gap) -> list[str]:
 
 def _seeds(values: Spread) -> str:
     return f"{values.n} seeds" if values.n > 1 else "one seed"
-
-
-def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
-    """Counts the costs that speak for the adapter; returns a sentence on each measured one, too."""
-    costs = (
-        ("Memory of the compiled step", "compiled_bytes", words.size),
-        ("Time of a step", "step_seconds", words.seconds),
-        ("Files of a task", "saved_bytes", words.size),
-    )
-    cheaper, lines, who = 0, [], words.method(lora.arm.method)
-    for name, field, show in costs:
-        one, other = lora.mean(field), full.mean(field)
-        if not one or not other:
-            continue
-        cheaper += one < other
-        ratio = f"full takes {words.times(other / one)} as much"
-        if one > other:
-            ratio = f"{who} takes {words.times(one / other)} as much"
-        lines.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
-    one, other = lora.mean("forgotten"), full.mean("forgotten")
-    if one is not None and other is not None:
-        cheaper += one < other
-        lines.append(
-            f"Forgetting: the loss outside the task changes by {one:+.2g} with {who} and by "
-            f"{other:+.2g} in full."
-        )
-    return cheaper, lines
 
 
 def _smaller(lora: ArmRow, figures: Figures) -> list[str]:

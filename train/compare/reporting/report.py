@@ -21,7 +21,7 @@ from train.compare.reporting.document import (
 from train.compare.reporting.pictures import Picture, draw
 from train.compare.reporting.recommend import RULE, UNSEEN, Recommendation, recommend
 from train.compare.reporting.tables import ArmRow, Figures, Spread
-from train.compare.result import Arm, Comparison, ComparisonFacts
+from train.compare.result import Arm, Comparison, ComparisonFacts, Ratio
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
@@ -32,6 +32,10 @@ _OF_MEMORY = (
     "The memory of the step is what its compiled program needs: weights, optimiser state, "
     "gradients and activations. The peak of its process is what the operating system saw while "
     "the step ran alone, Python, the compiler and the reading of the model included."
+)
+_OF_ONE_SEED = (
+    "Memory and time of a step are those of one seed of the best arm of each method, which was run "
+    "again alone. They are no means over seeds, as the time of a run is."
 )
 
 
@@ -78,7 +82,8 @@ def report_of(
 
 def _task(facts: ComparisonFacts) -> str:
     """Returns a sentence about model and data, and the scores without training."""
-    text = f"{facts.model}, trained on {facts.dataset} for {facts.steps} steps."
+    weights = "" if facts.weights is None else f" ({facts.weights})"
+    text = f"{facts.model}{weights}, trained on {facts.dataset} for {facts.steps} steps."
     if not facts.baselines:
         return text
     baselines = (f"{words.figure(value)} by {name}" for name, value in facts.baselines.items())
@@ -205,6 +210,8 @@ def _costs(figures: Figures) -> list[Block]:
     if not body:
         return []
     blocks: list[Block] = [Heading("Costs"), Grid(header, body), Paragraph(_OF_MEMORY, "note")]
+    if any(row.mean("step_seconds") for row in figures.series):
+        blocks.append(Paragraph(_OF_ONE_SEED, "note"))
     together = max(run.side_by_side for row in figures.series for run in row.runs)
     if together > 1:
         share = f"Up to {together} runs shared their steps; the time of such a run is its even "
@@ -247,12 +254,29 @@ def _latencies(figures: Figures) -> list[Block]:
             figures.label(latency.arm),
             latency.what,
             *map(words.seconds, (latency.base, latency.merged, latency.live)),
-            words.rough(latency.live / latency.base if latency.base else None),
+            _ratio(latency.merged / latency.base if latency.base else None, latency.merged_ratio),
+            _ratio(latency.live / latency.base if latency.base else None, latency.live_ratio),
         ]
         for latency in figures.comparison.latencies
     ]
-    header = ["Arm", "What", "Base alone", "Merged", "Beside the base", "Beside ÷ base"]
-    return _table(Heading("Latency of inference"), header, body)
+    header = ["Arm", "What", "Base alone", "Merged", "Beside the base"]
+    header += ["Merged ÷ base", "Beside ÷ base"]
+    text = (
+        "Medians of rounds in which the three took turns. Of a ratio, the smallest and the largest "
+        "of a round stand behind it. Where they lie on both sides of 1, the two times are not told "
+        "apart."
+    )
+    return _table(Heading("Latency of inference"), header, body, text)
+
+
+def _ratio(value: float | None, rounds: Ratio | None) -> str:
+    """Returns a ratio of times in words, with its spread over the rounds where that is known."""
+    if rounds is None:
+        return words.rough(value)
+    spread = f"{words.figure(rounds.low)} to {words.figure(rounds.high)}"
+    if rounds.is_told_apart:
+        return f"{words.figure(rounds.median)} ({spread})"
+    return f"not told apart ({spread})"
 
 
 def _storage(figures: Figures) -> list[Block]:
@@ -261,7 +285,8 @@ def _storage(figures: Figures) -> list[Block]:
         for tasks, full, adapters in tables.storage(figures.comparison)
     ]
     header = ["Tasks", "Full models", "One base and adapters", "Full ÷ adapters"]
-    return _table(Heading("Storage"), header, body)
+    text = "Files of one form: the base is saved as a full model is, with an adapter for each task."
+    return _table(Heading("Storage"), header, body, text)
 
 
 def _forgetting(figures: Figures) -> list[Block]:
@@ -307,7 +332,7 @@ def _failed(figures: Figures) -> list[Block]:
 def _facts(figures: Figures) -> list[Block]:
     facts = figures.comparison.facts
     lines = {
-        "Model": facts.model,
+        "Model": facts.model if facts.weights is None else f"{facts.model}: {facts.weights}",
         "Data": facts.dataset,
         "Script": facts.script,
         "Steps of a run": f"{facts.steps:,}",

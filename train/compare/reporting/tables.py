@@ -312,13 +312,16 @@ def rate_ratio(among: Iterable[ArmRow]) -> float | None:
 def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
     """Returns the disk use of N tasks: N full models, or one base and N of the best adapter.
 
-    Empty if the bytes of either were not measured.
+    The base counts as it is when saved in the form of a full model. Where that was not measured, it
+    counts as a full model, which has the same arrays. Empty if the bytes of either side were not
+    measured.
     """
     adapter, full = best_sides(row for row in rows(comparison) if row.mean("saved_bytes"))
     if adapter is None or full is None:
         return ()
     small, large = adapter.mean("saved_bytes") or 0.0, full.mean("saved_bytes") or 0.0
-    return tuple(DiskUse(n, n * large, comparison.facts.base_bytes + n * small) for n in TASKS)
+    base = comparison.facts.base_saved_bytes or large
+    return tuple(DiskUse(n, n * large, base + n * small) for n in TASKS)
 
 
 def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:

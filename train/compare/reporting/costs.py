@@ -1,0 +1,109 @@
+"""The costs of an adapter beside those of full fine-tuning: which is ahead in each, and in all."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from train.compare.reporting import words
+from train.compare.reporting.tables import ArmRow, Spread
+
+# A cost's name in a headline, its name in a sentence, the field of `RunResult`, and its form.
+_MEASURED = (
+    ("memory", "Memory of the compiled step", "compiled_bytes", words.size),
+    ("time", "Time of a step", "step_seconds", words.seconds),
+    ("files", "Files of a task", "saved_bytes", words.size),
+)
+_DECIDING = ("memory", "time")
+
+
+class Cost(NamedTuple):
+    """A cost that was measured for an adapter and for full fine-tuning.
+
+    Attributes:
+      name: its name in a headline, such as "memory".
+      side: 1 where the adapter costs less, -1 where it costs more, 0 where neither is told apart.
+      sentence: a sentence with both figures.
+    """
+
+    name: str
+    side: int
+    sentence: str
+
+
+def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[Cost, ...]:
+    """Returns the costs that were measured for both arms."""
+    costs = []
+    who = words.method(lora.arm.method)
+    for name, title, field, show in _MEASURED:
+        adapter, whole = lora.spread_of(field), full.spread_of(field)
+        if not adapter or not whole or not adapter.mean or not whole.mean:
+            continue
+        side = _side(*_ranges(lora, full, field, adapter, whole))
+        if side == 0:
+            relation = "they are about equal"
+        elif side > 0:
+            relation = f"full takes {words.times(whole.mean / adapter.mean)} as much"
+        else:
+            relation = f"{who} takes {words.times(adapter.mean / whole.mean)} as much"
+        figures = f"{show(adapter.mean)} with {who}, {show(whole.mean)} in full"
+        costs.append(Cost(name, side, f"{title}: {figures}; {relation}."))
+    adapter, whole = lora.spread_of("forgotten"), full.spread_of("forgotten")
+    if adapter and whole:
+        side = _side((adapter.low, adapter.high), (whole.low, whole.high))
+        sentence = (
+            f"Forgetting: the loss outside the task changes by {adapter.mean:+.2g} with {who} and "
+            f"by {whole.mean:+.2g} in full."
+        )
+        costs.append(Cost("forgetting", side, sentence))
+    return tuple(costs)
+
+
+def is_cheaper(costs: Sequence[Cost]) -> bool:
+    """Returns True if the adapter is ahead in memory or in time, and behind in neither."""
+    sides = [cost.side for cost in costs if cost.name in _DECIDING]
+    return any(side > 0 for side in sides) and all(side >= 0 for side in sides)
+
+
+def in_short(method: str, costs: Sequence[Cost]) -> str:
+    """Returns a clause of a headline: the costs in which a method is ahead, and those behind.
+
+    Args:
+      method: the adapter's method, in words.
+      costs: its costs beside those of full fine-tuning.
+
+    Returns:
+      The clause; "" where no cost is told apart.
+    """
+    ahead = [cost.name for cost in costs if cost.side > 0]
+    behind = [cost.name for cost in costs if cost.side < 0]
+    places = []
+    if ahead:
+        places.append(f"ahead in {_listed(ahead)}")
+    if behind:
+        places.append(f"behind in {_listed(behind)}")
+    return f"{method} is {' and '.join(places)}" if places else ""
+
+
+def _ranges(
+    lora: ArmRow, full: ArmRow, field: str, adapter: Spread, whole: Spread
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Returns the ranges of a cost: of a step's time, over its steps; of others, over seeds."""
+    ranges = [(adapter.low, adapter.high), (whole.low, whole.high)]
+    if field == "step_seconds":
+        for index, row in enumerate((lora, full)):
+            low, high = row.mean("step_seconds_low"), row.mean("step_seconds_high")
+            if low is not None and high is not None:
+                ranges[index] = (low, high)
+    return ranges[0], ranges[1]
+
+
+def _side(adapter: tuple[float, float], whole: tuple[float, float]) -> int:
+    """Returns the side of a cost by two ranges, of which the smaller is the better."""
+    if adapter[1] < whole[0]:
+        return 1
+    return -1 if whole[1] < adapter[0] else 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns names as a list in words: "memory, time and files"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
