@@ -30,6 +30,7 @@ from train.console.output import tell
 from train.console.program import program
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
+from train.processes.memory import peak_bytes
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting

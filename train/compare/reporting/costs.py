@@ -15,7 +15,7 @@ _MEASURED = (
 _DECIDING = ("memory", "time")
 
 
-class Cost(NamedTuple):
+class CostComparison(NamedTuple):
     """A cost that was measured for an adapter and for full fine-tuning.
 
     Attributes:
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
     sentence: str
 
 
-def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[Cost, ...]:
+def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[CostComparison, ...]:
     """Returns the costs that were measured for both arms."""
     costs = []
     who = words.method(lora.arm.method)
@@ -45,7 +45,7 @@ def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[Cost, ...]:
         else:
             relation = f"{who} takes {words.times(adapter.mean / whole.mean)} as much"
         figures = f"{show(adapter.mean)} with {who}, {show(whole.mean)} in full"
-        costs.append(Cost(name, side, f"{title}: {figures}; {relation}."))
+        costs.append(CostComparison(name, side, f"{title}: {figures}; {relation}."))
     adapter, whole = lora.spread_of("forgotten"), full.spread_of("forgotten")
     if adapter and whole:
         side = _side((adapter.low, adapter.high), (whole.low, whole.high))
@@ -53,17 +53,17 @@ def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[Cost, ...]:
             f"Forgetting: the loss outside the task changes by {adapter.mean:+.2g} with {who} and "
             f"by {whole.mean:+.2g} in full."
         )
-        costs.append(Cost("forgetting", side, sentence))
+        costs.append(CostComparison("forgetting", side, sentence))
     return tuple(costs)
 
 
-def is_cheaper(costs: Sequence[Cost]) -> bool:
+def is_cheaper(costs: Sequence[CostComparison]) -> bool:
     """Returns True if the adapter is ahead in memory or in time, and behind in neither."""
     sides = [cost.side for cost in costs if cost.name in _DECIDING]
     return any(side > 0 for side in sides) and all(side >= 0 for side in sides)
 
 
-def in_short(method: str, costs: Sequence[Cost]) -> str:
+def cost_clause(method: str, costs: Sequence[CostComparison]) -> str:
     """Returns a clause of a headline: the costs in which a method is ahead, and those behind.
 
     Args:

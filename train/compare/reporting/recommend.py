@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import gap as gaps
 from train.compare.reporting import tables, words
-from train.compare.reporting.costs import compare_costs, in_short, is_cheaper
+from train.compare.reporting.costs import compare_costs, cost_clause, is_cheaper
 from train.compare.reporting.gap import FEWEST, LEVEL, UNKNOWN_SPREAD, Gap, gap_of, half_width
 from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
@@ -98,7 +98,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         lacks += " does not show what a model has learned: hold out rows, and measure their loss."
         chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
     clauses = [quality]
-    if clause := in_short(words.method(lora.arm.method), costs):
+    if clause := cost_clause(words.method(lora.arm.method), costs):
         clauses.append(clause)
     verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
     headline = f"Use {figures.label(chosen.arm)}"
