@@ -350,7 +350,8 @@ def _is_no_state(file: str) -> bool:
 
 def _best_in(folder: Path) -> list[Path]:
     """Returns the newest of the best adapters that a run keeps; see `training.run.best`."""
-    best = folder if folder.name == BEST else folder / BEST
+    inner = folder / BEST
+    best = folder if folder.name == BEST and not inner.is_dir() else inner  # a run may be named so
     steps = [path for path in best.glob("*") if path.name.isdecimal()]
     return sorted(steps, key=lambda path: int(path.name))[-1:]
 

@@ -211,7 +211,7 @@ def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
 
 
 def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
-    folder = _folder_of_run(source)
+    folder = run_folder(source)
     lines = read_metrics(folder) if folder else []
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
         measured = [line for line in lines if name in line]
@@ -229,16 +229,18 @@ def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, f"{scores:.4f}" if isinstance(scores, float) else str(scores)
 
 
-def _folder_of_run(source: AdapterSource) -> Path | None:
+def run_folder(source: AdapterSource) -> Path | None:
     """Returns the folder of the run that an adapter lies in, or a best one of a run on its way."""
     parent = source.folder.parent
-    folder = parent.parent if parent.name == BEST else parent
-    return folder if (folder / CONFIG).is_file() else None
+    folders = [parent]
+    if parent.name == BEST:  # the folder of the best adapters, unless a run has the name
+        folders.append(parent.parent)
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _run_of(source: AdapterSource) -> dict[str, Any]:
     """Returns the facts of the run whose folder holds the adapter; {} if none does."""
-    folder = _folder_of_run(source)
+    folder = run_folder(source)
     if folder is None:
         return {}
     try:

@@ -17,7 +17,9 @@ from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import write_encoder
 from tests.train.tiny import write_model
+from train.adapters.source import find_adapter
 from train.export.__main__ import main
+from train.export.card import run_folder
 
 IDS = np.array([[1, 5, 77, 200, 3]])
 LABELS = ("no", "a|b", "<img src=x> [y](javascript:z) `*c*` &lt; _d_")  # as in untrusted data
@@ -96,6 +98,22 @@ def test_the_card_of_an_adapter(run, tmp_path):
     want = plain_logits(model, lj.merge(tree), IDS)
     got = jax.jit(loaded["forward"])({"params": loaded["params"]}, IDS)
     assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["run", "best"])
+def test_a_run_may_be_named_as_the_folder_of_its_best_adapters(name, tmp_path):
+    """Its facts are found beside the adapter, and beside the best one of a run on its way."""
+    folder = tmp_path / name
+    (folder / "best/105/lora").mkdir(parents=True)
+    (folder / "config.yaml").write_text("{rank: 3}")
+    for given in (folder, folder / "best/105"):
+        source = find_adapter(str(given))
+        assert (source.folder, run_folder(source)) == (folder / "best/105", folder)
+    (folder / "adapter/lora").mkdir(parents=True)
+    source = find_adapter(str(folder))
+    assert (source.folder, run_folder(source)) == (folder / "adapter", folder)
+    (tmp_path / "elsewhere/lora").mkdir(parents=True)
+    assert run_folder(find_adapter(str(tmp_path / "elsewhere"))) is None
 
 
 @pytest.mark.slow
