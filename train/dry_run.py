@@ -158,7 +158,8 @@ def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) ->
         epochs = f", {taken * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
     say(f"steps: {steps:,}{epochs}; {of_step}; the largest batch is {shape} tokens")
     if rolling:
-        new, asked = n * first["targets"].shape[-1], n * lengths(examples).mean()
+        prompts = n // config.data.group if feed.share_prompt else n  # that the step reads
+        new, asked = n * first["targets"].shape[-1], prompts * lengths(examples).mean()
         say(f"tokens a step: about {asked:,.0f} of prompts, and at most {new:,} that are drawn")
     else:
         some = [feed.tokens(feed.batch(number)) for number in range(min(steps, 16))]
@@ -214,7 +215,7 @@ def _print_time(say: Say, config: Options, inputs: Inputs, needed: LocalNeeds) -
         f"time, an estimate: {a_step:,.2f} s a step and {duration(a_step * steps)} in all, if a "
         f"step of {flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
         f"{rate / 1e9:,.0f} GFLOP/s that a product of matrices reached here just now; the largest "
-        f"batches are assumed throughout. Compiling took {duration(needed.compile_seconds)}"
+        "batches are assumed throughout"
     )
     if not live and isinstance(feed, Feed):
         once = needed.scored * feed.n_examples / feed.order.rows_a_step / (rate * _UTILISATION)

@@ -1,6 +1,8 @@
 """Runs whose completions share their prompt: the numbers of runs without, and where they do not."""
 
 import dataclasses
+import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +16,7 @@ from lora_jax.training.mesh import make_mesh
 from tests.adapted_trees import with_random_factors
 from tests.models import tiny
 from tests.support import assert_close, but_rarely
-from tests.train.tiny import CONFIG, write_jsonl, write_model
+from tests.train.tiny import CONFIG, tokenizer, write_jsonl, write_model
 from train import distill, dpo, grpo
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
@@ -174,6 +176,27 @@ def test_a_run_tells_that_it_shares(monkeypatch):
     assert not choose_sharing(config(share_prompt=False), [outline()], ROWS).shared
     (line,) = choose_sharing(config(dropout=0.1), [outline()], ROWS).lines
     assert "30% of the tokens" in line and "dropout is drawn once for a prompt" in line
+
+
+@pytest.mark.slow
+def test_a_dry_run_counts_a_shared_prompt_once(folder, tmp_path, capsys):
+    line = ["--model", folder / "model", "--dataset", folder / "prompts.jsonl", *GRPO]
+    line += ["--reward", f"{folder / 'rewards.py'}:early", "--eval-questions", 0]
+    line += ["--targets", "q_proj", "--output", tmp_path / "run", "--dry-run"]
+    rows = map(json.loads, (folder / "prompts.jsonl").read_text().splitlines())
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    texts = tokenizer().apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    sizes = [len(ids) for ids in tokenizer()(texts, add_special_tokens=False)["input_ids"]]
+    drawn, asked = 8 * 12, 2 * np.mean(sizes)  # two prompts with four completions each
+    grpo.main([str(arg) for arg in line])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"tokens a step: about {asked:,.0f} of prompts, and at most {drawn} that are" in said
+    share = (asked + drawn) / (4 * asked + drawn)
+    assert f"completions share their prompt: {share:.0%} of the tokens that a prompt for" in said
+    assert len(re.findall("[Cc]ompiling", said)) == 2  # "compiling …" and "compiling: 3 s"
+    grpo.main([str(arg) for arg in [*line, "--no-share-prompt"]])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"tokens a step: about {4 * asked:,.0f} of prompts, and at most {drawn} that" in said
 
 
 @pytest.mark.slow

@@ -48,7 +48,6 @@ class LocalNeeds:
       checkpoint: bytes of a checkpoint on disk.
       flops: FLOPs of a step on all devices; None where they could not be counted.
       scored: FLOPs of what a reference or a scorer reads for a step; None likewise.
-      compile_seconds: time of the compilation.
     """
 
     base: int
@@ -60,7 +59,6 @@ class LocalNeeds:
     checkpoint: int
     flops: int | None
     scored: int | None
-    compile_seconds: float
 
     @property
     def total(self) -> int | None:
@@ -186,7 +184,6 @@ def local_needs(step: LocalStep) -> LocalNeeds:
     optim, state = config.optim, step.state
     adapted = takes_from_base(params)
     reference = reference_params(config, outline, lj.strip(params), adapted)
-    began = time.perf_counter()
     traced = step.trace(optim.remat)
     with jax.set_mesh(layout.mesh):
         lowered = traced.lower()
@@ -202,7 +199,6 @@ def local_needs(step: LocalStep) -> LocalNeeds:
             reference=reference and placed_shapes(reference, layout),
         )
         compiled = {name: one.lowered.compile() for name, one in programs.items()}
-    seconds = time.perf_counter() - began
     work = {
         name: step_work(
             text_of(compiled[name]), count_traced(one.traced.jaxpr), layout.mesh.devices.size
@@ -226,7 +222,6 @@ def local_needs(step: LocalStep) -> LocalNeeds:
         checkpoint=tree_bytes(state.adapter) + tree_bytes(state.opt_state),
         flops=work.pop(STEP).per_step,
         scored=together([(programs[name].times, one) for name, one in work.items()]).per_step,
-        compile_seconds=seconds,
     )
 
 

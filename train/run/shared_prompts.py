@@ -68,7 +68,11 @@ def choose_sharing(config: Any, outlines: Sequence[ModelInfo], rows: PromptRows)
     if why is not None:
         line = f"each completion has a prompt of its own: {why}"
         return SharedPrompts(False, (line,) if rows.completions > 1 else ())
-    line = f"completions share their prompt, {rows.share:.0%} of the tokens without"
+    left = 1 - rows.share * (1 - 1 / rows.completions)
+    line = (
+        f"completions share their prompt: {left:.0%} of the tokens that a prompt for each would "
+        "make"
+    )
     if config.adapter.dropout:
         line += "; dropout is drawn once for a prompt, not for each of its completions"
     return SharedPrompts(True, (line,))
