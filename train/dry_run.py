@@ -157,7 +157,7 @@ def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) ->
     if isinstance(feed, Feed | PromptFeed):
         epochs = f", {taken * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
     say(f"steps: {steps:,}{epochs}; {of_step}; the largest batch is {shape} tokens")
-    if rolling:
+    if isinstance(feed, PromptFeed):
         prompts = n // config.data.group if feed.share_prompt else n  # that the step reads
         new, asked = n * first["targets"].shape[-1], prompts * lengths(examples).mean()
         say(f"tokens a step: about {asked:,.0f} of prompts, and at most {new:,} that are drawn")

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -253,6 +252,9 @@ def read_metrics(folder: Path) -> list[Line]:
 def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None:
     """Draws the loss over the steps, as a PNG.
 
+    A loss in training is a mean over the steps of a line, and is drawn over these steps. A held-out
+    loss is a point at its step.
+
     Args:
       folder: the folder to write it to.
       lines: the run's metrics; see `read_metrics`.
@@ -262,10 +264,12 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
 
     figure = Figure(figsize=(7, 4), layout="tight")  # without pyplot: no window, no global state
     axes = figure.subplots()
-    for name, curve in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=curve, marker="." * (name != "loss"))
+    means = _window_means(lines, "loss")
+    if means:
+        _plot_means(axes, means, label="training")
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), label="held out", marker=".", color="C1")
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -275,6 +279,9 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
 
 def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str]) -> str:
     """Draws each metric that a task says to watch over the steps, as one PNG.
+
+    The faint values are those of the lines, the strong ones means over a twentieth of the lines.
+    Each is drawn over the steps that it covers.
 
     Args:
       folder: the folder to write it to.
@@ -286,25 +293,59 @@ def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str])
     """
     from matplotlib.figure import Figure  # only here: it takes half a second
 
-    points = {name: [(x["step"], x[name]) for x in lines if name in x] for name in watched}
-    points = {name: curve for name, curve in points.items() if curve}
-    if not points:
+    curves = {name: _window_means(lines, name) for name in watched}
+    curves = {name: means for name, means in curves.items() if means}
+    if not curves:
         return ""
-    figure = Figure(figsize=(7, 1.2 + 1.5 * len(points)), layout="tight")
-    panels = figure.subplots(len(points), sharex=True, squeeze=False)[:, 0]
-    for axes, (name, curve) in zip(panels, points.items(), strict=True):
-        steps, values = np.array(curve).T
-        width = max(1, len(values) // _PARTS)
-        mean = np.convolve(values, np.full(width, 1 / width), "valid")
-        axes.plot(steps, values, alpha=0.3)
-        axes.plot(steps[width - 1 :], mean, color="C0")
+    figure = Figure(figsize=(7, 1.2 + 1.5 * len(curves)), layout="tight")
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, means) in zip(panels, curves.items(), strict=True):
+        n_lines = max(1, len(means) // _PARTS)
+        blocks = [_joined(means[i : i + n_lines]) for i in range(0, len(means), n_lines)]
+        _plot_means(axes, means, alpha=0.3)
+        _plot_means(axes, blocks)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     figure.savefig(folder / PROGRESS, dpi=120)
-    name, curve = next(iter(points.items()))
-    n = max(1, len(curve) // _PARTS)
-    first, last = (sum(value for _, value in some) / n for some in (curve[:n], curve[-n:]))
-    steps_ = "step" if n == 1 else f"{n} steps"
-    where = folder / PROGRESS
-    return f"{name}: {first:.3g} in the first {steps_}, {last:.3g} in the last; drawn in {where}"
+    name, means = next(iter(curves.items()))
+    n_lines = max(1, len(means) // _PARTS)
+    start, end = _joined(means[:n_lines]), _joined(means[-n_lines:])
+    n_steps = start.done - start.begun
+    steps = "step" if n_steps == 1 else f"{n_steps} steps"
+    return (
+        f"{name}: {start.value:.3g} in the first {steps}, {end.value:.3g} in the last; drawn in "
+        f"{folder / PROGRESS}"
+    )
+
+
+class _WindowMean(NamedTuple):
+    """The mean of a metric over the steps after `begun`, up to `done`."""
+
+    begun: int
+    done: int
+    value: float
+
+
+def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
+    """Returns the means of a metric of training, each with the steps that its line covers."""
+    means, begun = [], 0
+    for line in lines:
+        if name in line:
+            means.append(_WindowMean(begun, line["step"], line[name]))
+        if "loss" in line:
+            begun = line["step"]
+    return means
+
+
+def _joined(means: Sequence[_WindowMean]) -> _WindowMean:
+    """Returns the mean of several lines, over all their steps."""
+    value = sum(mean.value for mean in means) / len(means)
+    return _WindowMean(means[0].begun, means[-1].done, value)
+
+
+def _plot_means(axes: Any, means: Sequence[_WindowMean], **style: Any) -> None:
+    """Draws means as a staircase, each over the steps that it covers."""
+    steps = [step for mean in means for step in (mean.begun, mean.done)]
+    values = [value for mean in means for value in (mean.value, mean.value)]
+    axes.plot(steps, values, color="C0", **style)

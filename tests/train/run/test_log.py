@@ -5,8 +5,10 @@ import json
 import time
 from types import SimpleNamespace
 
-import matplotlib
+import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
@@ -137,6 +139,54 @@ def test_progress_is_a_picture_and_a_sentence(tmp_path):
     assert told.endswith("progress.png") and (tmp_path / "progress.png").stat().st_size > 5_000
     assert draw_progress(tmp_path / "none", [line(1)], WATCHED) == ""
     assert draw_progress(tmp_path / "none", lines, {}) == "" and not (tmp_path / "none").exists()
+
+
+def seen_in(draw, monkeypatch):
+    """Returns whether a colour is seen at a point of a picture: f(axes' number, x, y, colour)."""
+    figures, files = [], []
+    save = Figure.savefig
+
+    def saved(figure, file, **how):
+        figures.append(figure)
+        files.append(file)
+        save(figure, file, **how)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    draw()
+    pixels = matplotlib.image.imread(files[0])[::-1, :, :3]  # from below
+    height, width, _ = pixels.shape
+
+    def seen(panel, x, y, colour):
+        axes = figures[0].axes[panel]
+        place = axes.transData + figures[0].transFigure.inverted()
+        column, row = (place.transform((x, y)) * (width, height)).astype(int)
+        near = pixels[row - 2 : row + 3, column - 2 : column + 3]
+        return np.abs(near - matplotlib.colors.to_rgb(colour)).sum(-1).min() < 0.05
+
+    return seen
+
+
+CURVES = {"a single line": ([10], [10]), "ten steps a line": ([10, 20, 30], [10, 20])}
+
+
+@pytest.mark.parametrize("case", CURVES)
+def test_a_mean_is_drawn_over_its_steps_and_a_single_point_is_seen(case, tmp_path, monkeypatch):
+    steps, measured = CURVES[case]
+    lines = [line(step) for step in steps] + [{"step": at, "eval_loss": 0.06} for at in measured]
+    seen = seen_in(lambda: draw_curve(tmp_path, lines), monkeypatch)
+    for step in steps:
+        assert all(seen(0, x, 1 / step, "C0") for x in (step - 9.7, step - 5, step - 0.3))
+    assert all(seen(0, step, 0.06, "C1") for step in measured)
+
+
+def test_progress_is_drawn_over_the_steps_of_its_means(tmp_path, monkeypatch):
+    """Sixty lines of five steps: a mean over three lines covers fifteen steps."""
+    lines = [rewarded(5 * n, reward=float(n > 3)) for n in range(1, 61)]
+    told = []
+    seen = seen_in(lambda: told.append(draw_progress(tmp_path, lines, ["reward"])), monkeypatch)
+    assert told[0].startswith("reward: 0 in the first 15 steps, 1 in the last;")
+    assert all(seen(0, x, 0, "C0") for x in (1, 8, 14))
+    assert all(seen(0, x, 1, "C0") for x in (16, 150, 299))
 
 
 @pytest.mark.parametrize("constrained", [False, True])  # a user's own setting
