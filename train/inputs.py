@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import lora_jax as lj
 from lora_jax.adapt.activate import invocations_of
 from lora_jax.hf.coded import NONE
+from lora_jax.hf.hub import stand_in
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.errors import TrainingError
@@ -173,6 +174,9 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     attention = _chosen_attention(optim, outline, layout, data.facts)
     layout, form = with_form(layout, config.run.collective_matmul)
     chosen = [f"attention: {attention}", *([f"collective matmul: {form}"] if form else [])]
+    weights = stand_in(outline.name)
+    if weights is not None:
+        chosen.append(f"weights: {weights}")
     of_torch: Any = outline.config if outline.is_torch else None
     layers = of_torch.layer_lines() if of_torch else []
     return Inputs(

@@ -3,6 +3,7 @@
 from lora_jax.hf.fetch import fetch as fetch
 from lora_jax.hf.fields import ConfigError as ConfigError
 from lora_jax.hf.hub import ModelNotFound as ModelNotFound
+from lora_jax.hf.hub import stand_in as stand_in
 from lora_jax.hf.images import ImageProcessor as ImageProcessor
 from lora_jax.hf.images import load_image_processor as load_image_processor
 from lora_jax.hf.keys import Row as Row

