@@ -115,6 +115,10 @@ def stand_in(name_or_path: str | Path) -> str | None:
 
     Args:
       name_or_path: a model whose files are on this machine.
+
+    >>> from lora_jax import models
+    >>> models.stand_in("owner/model") is None  # no package has it
+    True
     """
     bundle = BUNDLES.get(str(name_or_path))
     if bundle is None or resolve(name_or_path).path != bundle.path:
