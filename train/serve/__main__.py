@@ -81,7 +81,10 @@ def run(options: ServeOptions) -> None:
         say(f"starts at {server.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
         limits = TinkerLimits(
-            room=options.tenants, own_room=options.tenants_per_key, idle=options.session_idle
+            room=options.tenants,
+            own_room=options.tenants_per_key,
+            idle=options.session_idle,
+            missing=options.missing_timeout,
         )
         tinker = Tinker(engine, folder, owner_of, limits=limits)
         engine.start()

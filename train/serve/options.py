@@ -27,7 +27,10 @@ _NUMBERS = {
     ),
     "max_length": minimum(2),
     "prefix_memory": NOT_NEGATIVE,
-    "session_idle": NumberRange(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
+    **dict.fromkeys(
+        ("session_idle", "missing_timeout"),
+        NumberRange(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
+    ),
     "port": NumberRange(
         lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"
     ),
@@ -63,6 +66,9 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Seconds without a heartbeat, command or sample after which a session ends: what it trained
     and did not save is deleted. By default, it lies on disk until its client, or somebody on the
     server's page, ends it."""
+    missing_timeout: float = 600.0
+    """Seconds for which commands of an adapter that trains wait for an earlier one that did not
+    come. Then they get an error that names it, and the gradient before it is dropped."""
     slots: int = 8
     """Adapters that completions drawn side by side may have."""
     max_rank: int = 32

@@ -16,6 +16,7 @@ from train.serve.protocol.requests import (
     AdapterSpec,
     Completion,
     Create,
+    Discard,
     DrawnToken,
     Gradient,
     GradientResult,
@@ -219,6 +220,8 @@ class FakeEngine:
                 tenant.number -= command.learning_rate * tenant.momentum
                 tenant.gradient, tenant.steps = 0.0, tenant.steps + 1
                 return UpdateResult({"step:max": float(tenant.steps)})
+            case Discard():
+                tenant.gradient = 0.0
             case Save():
                 saved = tenant.write(command.path, command.optimizer, command.recipients)
                 if command.name is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.train.serve.client import Client, drawn, sampler
 from tests.train.serve.fakes import FakeEngine, Tenant
+from tests.train.serve.waiting import until
 from train.serve.protocol.requests import AdapterSpec, Create, Gradient, Load, Save, Update
 from train.serve.storage.folders import link
 from train.serve.storage.ledger import Ledger
@@ -97,12 +98,78 @@ def test_the_engine_sees_the_order_of_the_numbers(tmp_path, order):
 def test_a_gap_is_waited_for(tmp_path):
     client = Client(FakeEngine(held=True), tmp_path)
     model = client.create()
+    client.later(900.0)  # a pause is no gap
     late = client.step(model, 2)
     assert client.engine.step(99) == 1
+    client.later(590.0)
+    client.server.sweep(1e9)
     assert client.poll(late["request_id"]).status_code == 408
     client.gradient(model, 1)
     assert client.engine.step(99) == 2
     assert client.result(late)["metrics"] == {"step:max": 1.0}
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_gap_that_is_not_filled_ends_the_commands_behind_it(tmp_path, parked):
+    client = Client(FakeEngine(), tmp_path, hold=0.01)
+    model, other = client.create(), client.create()
+    program = [("gradient", 3.0), ("step", 0.5), ("gradient", -1.0)]
+    for seq, command in enumerate(program, 1):
+        client.result(send(client, model, seq, command))  # the last gradient is of a step to come
+    bad = (1.0, float("nan"))
+    behind = [client.step(model, 5, 0.25), client.gradient(model, 9), client.step(model, 10, 0.1)]
+    client.gradient(model, 7, bad, status=400)
+    client.later(200.0)
+    if parked:
+        client.server.log.park_silent(100.0)
+        until(lambda: model not in client.engine.tenants, "it is parked")
+    client.later(350.0)
+    young = client.step(other, 2)
+    client.later(51.0)
+    client.server.sweep(1e9)
+    for sent in behind:
+        answer = client.result(sent)
+        assert answer["category"] == "user" and "seq_id 4, 6, 8 of" in answer["error"]
+        assert "go on with seq_id 11" in answer["error"]
+    assert client.poll(young["request_id"]).status_code == 408, "it waited for a minute"
+    more = [("gradient", 4.0), ("step", 2.0)]
+    for seq, command in enumerate(more, 11):
+        client.result(send(client, model, seq, command))
+    whole = [*program[:2], *more]
+    assert state(client.engine.tenants[model]) == close_to(whole)
+    assert state(client.engine.tenants[model]) != close_to([*program, *more])
+    wait(client)
+    assert client.server.log._tenants[model].load == 0
+    client.later(7200.0)  # answers are dropped
+    client.server.log.sweep()
+    again = Client(FakeEngine(), tmp_path, hold=0.01)
+    for late in (client, again):
+        for seq in (4, 6, 8):
+            late.gradient(model, seq, status=400)
+        late.gradient(model, 7, status=400)
+    assert again.result(again.step(model, 13, 0.0))["metrics"] == {"step:max": 3.0}
+    assert state(again.engine.tenants[model]) == close_to([*whole, ("step", 0.0)])
+
+
+def test_a_gap_is_closed_at_once_or_not_at_all(tmp_path):
+    client = Client(FakeEngine(), tmp_path, hold=0.01)
+    model = client.create()
+    client.result(client.gradient(model, 1))
+    behind = client.step(model, 3)
+    client.later(601.0)
+    db = client.server.ledger._db._writer
+    db.execute("pragma query_only = 1")
+    client.server.sweep(1e9)
+    assert client.poll(behind["request_id"]).status_code == 408
+    db.execute("pragma query_only = 0")
+    client.server.log._results.close()  # a kill comes before anybody is told
+    client.server.sweep(1e9)
+    restarted = Client(FakeEngine(), tmp_path, hold=0.01)
+    assert "seq_id 2 of" in restarted.result(behind)["error"]
+    restarted.result(restarted.gradient(model, 4, (0.5, 3.0)))
+    restarted.result(restarted.step(model, 5, 0.5))
+    assert state(restarted.engine.tenants[model])[3] == 1
+    assert restarted.engine.tenants[model].number == -0.5 * (0.5 * 5 + 3.0 * 6) / 100
 
 
 def test_duplicates_are_executed_once(tmp_path):

@@ -44,6 +44,7 @@ def test_options_that_make_sense(tmp_path):
         ("--tenants-per-key 0", "--tenants-per-key 0"),
         ("--tenants-per-key 2", "--tenants-per-key 2 changes nothing"),
         ("--session-idle 5", "--session-idle 5"),
+        ("--missing-timeout 5", "--missing-timeout 5"),
         ("--mesh tensor=two", "--mesh"),
     ],
 )

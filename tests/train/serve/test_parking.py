@@ -21,6 +21,7 @@ from tests.train.serve.waiting import until
 from train.serve import __main__
 from train.serve.protocol.requests import Save
 from train.serve.routes.tinker.api import Tinker, TinkerLimits
+from train.serve.storage.ledger import Ledger
 from train.serve.tenants import seats
 
 
@@ -484,9 +485,15 @@ def test_the_command_parks_whom_others_need_the_room_of(monkeypatch, tmp_path):
         models = [made()["model_id"] for _ in range(3)]
         tenants = ask(port, path="/status.json")[2]["tenants"]
         before = [tenants[model]["parked"] for model in models]
+        sent = post("optim_step", model_id=models[2], seq_id=2, adam_params={})
+        now = Ledger.now
+        monkeypatch.setattr(Ledger, "now", lambda ledger: now(ledger) + 61.0)
+        answer = until(lambda: post("retrieve_future", **sent).get("error"), "it fails")
+        assert "seq_id 1 of" in answer and "within 60 seconds" in answer
         monkeypatch.setattr(__main__, "_SILENT", -10.0)
         until(lambda: not engine.tenants, "silence parks them all")
         return before
 
     engine = Engine()
-    assert command(monkeypatch, tmp_path, "--tenants 1", work, engine) == [True, True, False]
+    line = "--tenants 1 --missing-timeout 60"
+    assert command(monkeypatch, tmp_path, line, work, engine) == [True, True, False]

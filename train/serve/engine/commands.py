@@ -187,6 +187,9 @@ class CommandRunner:
             return (yield from self._add_gradient(tenant, state, command))
         if isinstance(command, requests.Update):
             return self._step(tenant, state, command)
+        if isinstance(command, requests.Discard):
+            tenant.become(state)
+            return None
         self._save(tenant, state, command)
         return None
 

@@ -131,6 +131,11 @@ class Update:
 
 
 @dataclasses.dataclass(frozen=True)
+class Discard:
+    """Drops a tenant's summed gradient. The result is None."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Save:
     """Writes a tenant's adapter as a PEFT folder, which appears whole; the result is `SaveResult`.
 
@@ -153,7 +158,7 @@ class Leave:
     """Removes a tenant; what it saved stays. The result is None."""
 
 
-Command = Create | Load | Gradient | Update | Save | Leave
+Command = Create | Load | Gradient | Update | Discard | Save | Leave
 
 
 @dataclasses.dataclass(frozen=True)

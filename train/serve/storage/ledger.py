@@ -10,6 +10,8 @@ from train.serve.storage.database import Database, Row
 
 # The states of a command. Refused ones were wrong on arrival; the engine never sees them.
 LOGGED, DONE, FAILED, REFUSED = "logged", "done", "failed", "refused"
+# The kinds of commands that were given up, since they never came: the first one, and others.
+DISCARD, MISSING = "discard", "missing"
 _TABLES = """
 create table if not exists sessions (
     id text primary key, owner text not null, created real not null, seen real not null,
@@ -68,6 +70,10 @@ class Ledger:
         self.transaction, self.close = self._db.transaction, self._db.close
         self._all, self._one = self._db.all, self._db.one
         self._insert, self._page = self._db.insert, self._db.page
+
+    def now(self) -> float:
+        """Returns the time by which waiting is measured."""
+        return self._clock()
 
     # Sessions
 

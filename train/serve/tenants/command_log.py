@@ -18,6 +18,7 @@ from train.serve.protocol.requests import (
     Command,
     CommandResult,
     Create,
+    Discard,
     Gradient,
     Load,
     RequestError,
@@ -28,6 +29,7 @@ from train.serve.storage.database import LockedError
 from train.serve.storage.folders import adapter_name
 from train.serve.storage.ledger import REFUSED, Ledger, Row
 from train.serve.storage.results import ResultWriter, error_answer
+from train.serve.tenants.gaps import CommandGaps
 from train.serve.tenants.loading import TenantLoader
 from train.serve.tenants.parking import TenantParking
 from train.serve.tenants.progress import TenantProgress, TenantTable, load_of, next_number
@@ -110,6 +112,7 @@ class CommandLog:
         self.states = StateFolders(ledger, folder / "states")
         loader = TenantLoader(self._table, self, codec.read)
         self.parking = TenantParking(self._table, self, loader, self.states)
+        self.gaps = CommandGaps(self._table, self)
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
@@ -179,6 +182,8 @@ class CommandLog:
             tenant.load += load_of(row)
             tenant.used = self._clock()
             self._ledger.hear(tenant.client.session)
+            if not tenant.waiting:
+                tenant.since = self._ledger.now()
             tenant.waiting[seq] = row, command
             self.advance(model, tenant)
         if refusal is not None:
@@ -209,7 +214,10 @@ class CommandLog:
 
     def _replay(self, model: Row, since: float) -> None:
         name, state = model["id"], model["state"]
-        tenant = self._tenants[name] = TenantProgress(state + 1, _client(model), used=model["used"])
+        tenant = TenantProgress(
+            state + 1, _client(model), used=model["used"], since=self._ledger.now()
+        )
+        self._tenants[name] = tenant
         rows = self._ledger.commands(name, state)
         self.states.tidy(model, rows)
         tenant.load = sum(map(load_of, rows))
@@ -232,6 +240,7 @@ class CommandLog:
                 self._seats.wait(model, tenant.client)
                 self.parking.settle()
             return
+        tenant.since = self._ledger.now()
         while tenant.next in tenant.waiting:
             row, command = tenant.waiting.pop(tenant.next)
             tenant.next += 1
@@ -295,7 +304,7 @@ class CommandLog:
         model, seq = row["model"], row["seq"]
         if isinstance(command, Gradient):
             tenant.gradient |= not command.forward_only
-        elif isinstance(command, Create | Load | Update):
+        elif isinstance(command, Create | Load | Update | Discard):
             tenant.gradient = False
         elif isinstance(command, Save) and command.optimizer and not tenant.gradient and is_written:
             self.states.link(model, seq, command.path)
@@ -372,10 +381,12 @@ class CommandLog:
 
 def _check_repeat(row: Row, kind: str) -> None:
     """Raises a RequestError if a command that comes again is another one, or was refused."""
+    if row["state"] == REFUSED:
+        answer = row["answer"]  # it is not kept for ever
+        why = json.loads(answer)["error"] if answer else f"seq_id {row['seq']} was refused"
+        raise RequestError(why)
     if row["kind"] != kind:
         raise RequestError(f"seq_id {row['seq']} is the number of a {row['kind']}")
-    if row["state"] == REFUSED:
-        raise RequestError(json.loads(row["answer"])["error"])
 
 
 def _client(model: Row | None) -> Client:

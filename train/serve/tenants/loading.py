@@ -16,7 +16,7 @@ from train.serve.protocol.requests import (
     SaveResult,
 )
 from train.serve.storage.folders import size
-from train.serve.storage.ledger import DONE, LOGGED, Row
+from train.serve.storage.ledger import DISCARD, DONE, LOGGED, Row
 from train.serve.tenants.progress import TenantProgress, TenantTable, load_of, next_number
 from train.serve.tenants.seats import Phase
 
@@ -81,7 +81,7 @@ class TenantLoader:
         tenant.load = sum(map(load_of, rows))
         for row in rows:
             if row["seq"] not in tenant.waiting:
-                is_wanted = row["state"] in (LOGGED, DONE)
+                is_wanted = row["state"] in (LOGGED, DONE) or row["kind"] == DISCARD
                 tenant.waiting[row["seq"]] = row, self._repeat(row, tenant) if is_wanted else None
         tenant.next, tenant.gradient, tenant.handed, tenant.size = model["state"] + 1, False, 0, 0
         return None if model["folder"] is None else Path(model["folder"])

@@ -25,6 +25,7 @@ class TenantProgress:
       running: commands that the engine has.
       exists: whether the tenant was made, or may be.
       used: when its last command came, in seconds since 1970.
+      since: when the commands that wait began to wait for the next one, by `Ledger.now`.
       status: the state in which it was parked; None for one that never was.
     """
 
@@ -38,6 +39,7 @@ class TenantProgress:
     running: int = 0
     exists: bool = True
     used: float = 0.0
+    since: float = 0.0
     status: TenantStatus | None = None
 
     @property

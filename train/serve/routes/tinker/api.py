@@ -50,6 +50,7 @@ class TinkerLimits:
       room: models in the engine at once, others lie on disk; None for any number.
       own_room: the same, of an owner.
       idle: seconds of silence that end a session; None for any number.
+      missing: seconds for which commands wait for an earlier one that did not come.
     """
 
     hold: float = 25.0
@@ -57,6 +58,7 @@ class TinkerLimits:
     room: int | None = None
     own_room: int | None = None
     idle: float | None = None
+    missing: float = 600.0
 
 
 class Tinker:
@@ -85,7 +87,8 @@ class Tinker:
         """
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine, self._owner, self._idle = engine, owner, limits.idle
+        self._engine, self._owner = engine, owner
+        self._idle, self._missing = limits.idle, limits.missing
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=limits.hold)
         self.rows = OwnerRows(self.ledger, [engine.facts.model, *names])
@@ -117,7 +120,7 @@ class Tinker:
         self.futures.end_session(session)
 
     def sweep(self, silent: float) -> None:
-        """Removes expired results and sessions, and parks tenants; call it every minute or so.
+        """Removes expired results, gives up missing commands, parks tenants; call it every minute.
 
         Args:
           silent: seconds of silence of a session after which its tenants lie on disk.
@@ -126,6 +129,7 @@ class Tinker:
             idle = set(self.ledger.idle_sessions(self._idle))
             for session in idle - self.log.busy_sessions() - self.futures.busy_sessions():
                 _try(f"the end of the idle session {session}", self.end_session, session)
+        _try("the search for missing commands", self.log.gaps.close, self._missing)
         _try("the parking of tenants", self.log.park_silent, silent)
         _try("the removal of what is over", self.log.sweep)
 

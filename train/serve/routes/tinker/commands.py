@@ -15,7 +15,7 @@ from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import JsonFields
 from train.serve.routes.tinker.messages import Message, Tensor
 from train.serve.storage.folders import adapter_name
-from train.serve.storage.ledger import Row
+from train.serve.storage.ledger import DISCARD, Row
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 _TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say
@@ -39,6 +39,8 @@ class TinkerCodec:
         kind, folder = row["kind"], Path(row["folder"] or "")
         if kind == "forward_backward":
             return wire.gradient_of(wire.parse(row["payload"])[1], self._facts)
+        if kind == DISCARD:
+            return requests.Discard()
         fields = JsonFields.parse(row["payload"])
         if kind == "create_model":
             return requests.Create(spec_of(fields, self._facts))
