@@ -203,9 +203,8 @@ def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
     assert "; the loss counts what it draws after them:" in said
     assert "[[" not in said and "of them count" not in said
     assert "steps: 2, 1.33 epochs; 12 completions a step (3 batches of 4)" in said
-    assert (
-        "tokens a step: about 126 of prompts, and at most 72 that are drawn" in said
-    )  # six prompts of 21 tokens
+    six_prompts = 6 * 21  # two completions share one
+    assert f"tokens a step: about {six_prompts} of prompts, and at most 72 that are drawn" in said
     assert re.search("of the step [0-9.]+ MB, of the scorer 0.+, of the sampler 0", said)
     assert "takes time besides" in said
 
