@@ -31,6 +31,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.remat import choose_remat_of
+from train.run.elapsed import note_seconds, whole_time
 from train.run.intrinsic import merge_trained, model_in
 from train.run.log import doing
 from train.run.output import ADAPTER, REPORT
@@ -81,7 +82,7 @@ def finetune(
         return row.scores
     print_costs(console, report)
     tell(console, report["summary"])
-    took = duration(time.monotonic() - session.began)
+    took = whole_time([run.folder], session)
     console.print(f"the whole run took {took}; its files are in {shown(run.folder)}")
     merged_only = run.config.adapter.full or row.space is not None
     words = ask_words(row.inputs.read.outline)
@@ -154,6 +155,8 @@ def train_rows(
         with row.isolate_errors():
             if tenant := begin_row(row, model, plain, session.release):
                 tenants[row.name] = tenant
+            note_seconds(row.run.folder, session)
+            session.release.callback(note_seconds, row.run.folder, session)
     for row in rows:
         if row.error is None and row.evaluation and not row.run.pauses:
             part.evaluate_base(row.evaluation, model, plain, base.evaluated)

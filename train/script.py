@@ -2,13 +2,11 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.finetune import finetune, train_rows
@@ -21,6 +19,7 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
+from train.run.elapsed import whole_time
 from train.run.task import PriorRuns, Task
 from train.settings.command import read_line
 from train.settings.defaults import check_files, fill_defaults
@@ -159,7 +158,7 @@ def train_many(script: str, requests: Sequence[RunRequest], session: Session) ->
     for row in failed:
         where = row.run.folder / ERROR
         print(f"error: {row.name} failed: {row.why} ({where})", file=sys.stderr, flush=True)
-    took = duration(time.monotonic() - session.began)
+    took = whole_time((row.run.folder for row in rows), session)
     tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
     hint = session.stop.remedy
     if n := sum(row.state == "stopped" for row in rows):

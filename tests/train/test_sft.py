@@ -94,7 +94,12 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     options = ["--schedule", "constant", "--lr", 3e-3, "--warmup", 1, "--dropout", 0.1]
     run(inputs, tmp_path, "--steps", 3, *options)
     run(inputs, tmp_path, "--steps", 6, *options, "--resume")
-    assert "going on after step 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on after step 3" in said
+    assert [*re.findall(r"the whole run took \d.* s( in \d processes)?;", said)] == [
+        "",
+        " in 2 processes",
+    ]
     assert_identical(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
@@ -349,7 +354,7 @@ def wait_for_step(process, step):
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs, tmp_path):
+def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs, tmp_path, capsys):
     kills, steps = (20, 400) if THOROUGH else (2, 50)
     often = ["--steps", steps, "--save-every", 2, "--dropout", 0.1]
     run(inputs, tmp_path / "whole", *often)
@@ -363,7 +368,9 @@ def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs
         time.sleep(draw.random() / 20)  # in the middle of a step, or of saving
         process.kill()
         process.communicate()
+    capsys.readouterr()
     run(inputs, folder, *often, "--resume")
+    assert f" s in {kills + 1} processes; its files are in" in capsys.readouterr().out
     assert_identical(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, folder)), seed
     assert [line["step"] for line in read_metrics(folder)] == [*range(1, steps + 1)]
 

@@ -40,13 +40,13 @@ class Session:
     Attributes:
       stop: tells of signals.
       release: is closed in the end, also before an exit that skips Python's clean-up.
-      began: the time at which the script began, by `time.monotonic`.
+      began, began_at: when the script began, by `time.monotonic` and by `time.time`.
     """
 
     def __init__(self) -> None:
         self.stop = Stop()
         self.release = contextlib.ExitStack()
-        self.began = time.monotonic()
+        self.began, self.began_at = time.monotonic(), time.time()
         self._peers: Peers | None = None
         self._claim = threading.Lock()  # held by the thread that ends the process
         self._verdict: tuple[str, int] | None = None  # what another process said, and the exit code

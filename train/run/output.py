@@ -23,12 +23,13 @@ from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
 from train.processes.hosts import map_over_processes
-from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
+from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES, read_json
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, PROGRESS, read_metrics
 from train.settings.files import CONFIG, check_same_run, options_file, read_options_file
 
 FACTS = "facts.json"  # what came of them: steps, sizes, versions
+PROCESS_SECONDS = "process_seconds"  # the fact: when a process began -> how long it worked
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
@@ -206,13 +207,17 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict[str, Any]) -> None:
-    """Writes options and facts; without --resume, deletes what an earlier run left first."""
+    """Writes options and facts; without --resume, deletes what an earlier run left first.
+
+    The times of earlier processes of a resumed run stay among the facts.
+    """
     output = OutputFolder(folder) if isinstance(folder, Path) else folder
     folder = output.path
     if not config.run.resume:
         output.clear()
         clear(folder, _OURS)
-    write_json(folder / FACTS, facts)
+    seconds = read_json(folder / FACTS).get(PROCESS_SECONDS, {})
+    write_json(folder / FACTS, {**facts, PROCESS_SECONDS: seconds})
     write_text(folder / CONFIG, options_file(config, script))
     output.send()
 
