@@ -12,8 +12,11 @@ It needs torch, transformers and torchax: ``pip install 'lora_jax[torch]'``. `fr
 the parameters are called.
 """
 
-from lora_jax.torch.backend import TorchModelError as TorchModelError
-from lora_jax.torch.config import TorchConfig as TorchConfig
-from lora_jax.torch.files import TorchFolder as TorchFolder
-from lora_jax.torch.load import from_torch as from_torch
-from lora_jax.torch.model import TorchModel as TorchModel
+from lora_jax.torch.packages import TorchModelError as TorchModelError
+from lora_jax.torch.packages import importing
+
+with importing():
+    from lora_jax.torch.config import TorchConfig as TorchConfig
+    from lora_jax.torch.files import TorchFolder as TorchFolder
+    from lora_jax.torch.load import from_torch as from_torch
+    from lora_jax.torch.model import TorchModel as TorchModel

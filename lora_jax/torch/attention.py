@@ -15,7 +15,8 @@ from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, soft_cap, wide_dtype
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.torch.backend import TorchModelError, call_jax, to_torch
+from lora_jax.torch.backend import call_jax, to_torch
+from lora_jax.torch.packages import TorchModelError
 
 NAME = "lora_jax"
 

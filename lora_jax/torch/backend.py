@@ -17,48 +17,47 @@ import torch
 from jax import lax
 from torch.utils import _pytree as torch_tree
 
-from lora_jax.hf.fields import ConfigError
+from lora_jax.torch.packages import TorchModelError
 
-# Overloads with named dimensions, which torch 2.13 removed, and torchax 0.0.13 has tables of. No
-# program calls them: that they have names is enough.
+# Operators that torch removed and that torchax 0.0.13 has in its tables: overloads with named
+# dimensions (torch 2.13), `cholesky` and `qr` (2.14). No program calls them, so a name is enough.
 _REMOVED = """
 all.dimname all.dimname_out any.dimname any.dimname_out index_add.dimname index_copy.dimname
 index_copy_.dimname index_fill.Dimname_Scalar index_fill.Dimname_Tensor
 index_fill_.Dimname_Scalar index_fill_.Dimname_Tensor norm.names_ScalarOpt_dim
 norm.names_ScalarOpt_dim_dtype norm.names_dtype_out norm.names_out prod.dim_Dimname
 std.correction_names std.correction_names_out std.names_dim std.names_out
-std_mean.correction_names std_mean.names_dim unbind.Dimname
+std_mean.correction_names std_mean.names_dim unbind.Dimname cholesky qr
 """
 
 
-class TorchModelError(ConfigError):
-    """A torch module that cannot run as a JAX function, or not as asked."""
-
-
-def _name_removed_overloads() -> torch.library.Library:
-    """Gives the removed overloads their names again, for as long as the returned object lives."""
+def _name_removed_operators() -> torch.library.Library:
+    """Gives the removed operators their names again, for as long as the returned object lives."""
     library = torch.library.Library("aten", "FRAGMENT")
     for name in _REMOVED.split():
         operator, _, overload = name.partition(".")
-        if overload not in getattr(torch.ops.aten, operator).overloads():
+        overloads = getattr(torch.ops.aten, operator, None)
+        if overloads is None or (overload or "default") not in overloads.overloads():
             library.define(f"{name}(Tensor self) -> Tensor")
     return library
 
 
-_OVERLOADS = _name_removed_overloads()
+_OPERATORS = _name_removed_operators()
 os.environ.setdefault("ENABLE_RUNTIME_UPTIME_TELEMETRY", "0")  # torchax would turn it on
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    try:
-        from torchax.tensor import Environment, OperatorNotFound, Tensor
-        from torchax.view import View, ViewInfo
-    except ImportError as error:
-        raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
-
+    from torchax.tensor import Environment, OperatorNotFound, Tensor
+    from torchax.view import View, ViewInfo
 
 LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it is traced
-_IN_FUNCTION = ContextVar("differentiated", default=False)  # a Function that was called with grad
+_CALLED = ContextVar("called", default=False)  # a Function is called with grad
+_IN_FUNCTION = ContextVar("differentiated", default=False)  # the forward of such a Function runs
 _ABSENT = object()
+_KEPT = ("dtype", "device")  # arguments of ``torch.tensor`` that ``Tensor.to`` has, too
+
+
+class _OperatorError(Exception):
+    """An operator, by its name, that torchax cannot compute."""
 
 
 @contextlib.contextmanager
@@ -81,15 +80,43 @@ def exchanged(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
     """torchax's environment, with torch's meaning of ``torch.no_grad`` within a module.
 
-    torchax's own differentiates what a module computes there, too.
+    torchax's own differentiates what a module computes there, too. It also refuses operators on
+    its tensors and on torch's, which a module makes where it names no device.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Computes an operator; there is no gradient of what it returns under ``no_grad``."""
+        """Computes an operator; there is no gradient of what it returns under ``no_grad``.
+
+        Raises:
+          _OperatorError: torchax cannot compute the operator of these arguments.
+        """
         if func is torch.ops.aten.detach.default and isinstance(args[0], View):
             return _alias(args[0])
-        out = super().dispatch(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], Tensor | View):
+            if func is torch.tensor:
+                args = (Tensor(lax.stop_gradient(args[0].jax()), self),)
+            func, kwargs = torch.Tensor.to, {name: kwargs.get(name) for name in _KEPT}
+        elif func is torch.Tensor.__getitem__ and any(map(_is_jax, torch_tree.tree_leaves(args))):
+            args = (self._constant(args[0]), *args[1:])
+        try:
+            out = super().dispatch(func, types, args, kwargs)
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise _OperatorError(torch.overrides.resolve_name(func) or str(func)) from error
         return _frozen(out, (args, kwargs))
+
+    def t2j_iso(self, tensors: Any) -> Any:
+        """Returns a tree with JAX's arrays in the place of tensors."""
+        return super().t2j_iso(torch_tree.tree_map_only(torch.Tensor, self._constant, tensors))
+
+    def _constant(self, tensor: Any) -> Any:
+        """Returns a tensor of torch's as a constant of the program; a scalar is a number there."""
+        is_array = not _is_jax(tensor) and tensor.ndim > 0
+        return Tensor(self.t2j_copy(tensor), self) if is_array else tensor
+
+
+def _is_jax(value: Any) -> bool:
+    return isinstance(value, Tensor | View)
 
 
 def _frozen(out: Any, args: Any) -> Any:
@@ -153,20 +180,32 @@ def _set_data(tensor: Any, other: Any) -> None:
     vars(tensor)["_elem"] = _overwrite(tensor.jax(), other.jax())
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Applies a ``torch.autograd.Function``, through whose forward gradients pass.
+def _function_attribute(function: Any, name: str) -> Any:
+    """Returns an attribute of a ``torch.autograd.Function``, through whose forward gradients pass.
 
-    Torch runs it under ``no_grad``, for the Function's own backward; JAX differentiates it instead.
+    Torch looks up `_backward_cls` when a Function is called. It then runs `forward` under
+    ``no_grad``, for the Function's own backward; JAX differentiates the forward instead. A method
+    ``apply`` that somebody has a reference to cannot be exchanged.
     """
-    token = _IN_FUNCTION.set(_IN_FUNCTION.get() or torch.is_grad_enabled())
-    try:
-        return super(_FUNCTION, cls).apply(*args, **kwargs)
-    finally:
-        _IN_FUNCTION.reset(token)
+    attribute = type.__getattribute__(function, name)
+    if name == "_backward_cls":
+        _CALLED.set(torch.is_grad_enabled())
+    if name != "forward":
+        return attribute
+    has_gradients = _IN_FUNCTION.get() or _CALLED.get()
+    _CALLED.set(False)
+
+    @functools.wraps(attribute)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        token = _IN_FUNCTION.set(has_gradients)
+        try:
+            return attribute(*args, **kwargs)
+        finally:
+            _IN_FUNCTION.reset(token)
+
+    return forward
 
 
-# A base of `Function` to which its `apply` leads, also one that somebody has a reference to.
-_FUNCTION: Any = torch.autograd.function._SingleLevelFunction
 # What differs of torchax and of torch while a module runs: by it, gradients are torch's.
 _EXCHANGED: list[tuple[Any, str, Any]] = [
     # All writes to a tensor, by operators, by slices and by `.data`, set its array.
@@ -175,7 +214,9 @@ _EXCHANGED: list[tuple[Any, str, Any]] = [
     (Tensor, "detach", _alias),
     # torchax's own changes the tensor, and knows no views.
     (Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
-    (_FUNCTION, "apply", classmethod(_apply)),
+    (type(torch.autograd.Function), "__getattribute__", _function_attribute),
+    # transformers checks inputs by it; a compiled program does not look at values.
+    (torch, "_check_tensor_all_with", lambda *args: None),
 ]
 
 
@@ -207,6 +248,15 @@ def call_jax(function: Callable[..., Any], *args: Any) -> Any:
     return _frozen(to_torch(function(*environment().t2j_iso(args))), args)
 
 
+# Errors of code that asks for the value of an array that a compiled program computes.
+_OF_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
     """Runs torch code by JAX within a block.
@@ -229,7 +279,12 @@ def running(what: str) -> Iterator[None]:
         raise TorchModelError(
             f"{what}: {_place(error)} calls {operator}, which torchax cannot lower to JAX"
         ) from error
-    except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
+    except _OperatorError as error:
+        reason = str(error.__cause__).partition("\n")[0]
+        raise TorchModelError(
+            f"{what}: {_place(error)} calls {error}, which torchax cannot compute: {reason}"
+        ) from error
+    except _OF_VALUES as error:
         first = str(error).splitlines()[0]
         raise TorchModelError(
             f"{what}: {_place(error)} lets a computed value decide what is computed, which no "

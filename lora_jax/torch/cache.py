@@ -11,7 +11,8 @@ import transformers
 
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens, put_slots
-from lora_jax.torch.backend import TorchModelError, to_torch
+from lora_jax.torch.backend import to_torch
+from lora_jax.torch.packages import TorchModelError
 
 # Keys and values, [batch, heads, n, head_dim] each, by the number of the layer that made them; of
 # layers that are stacked, on axis 0, by the number of the first one.

@@ -1,5 +1,6 @@
 """Loads any model of transformers, or a torch module, as a JAX function and its parameters."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,10 @@ from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Params, Row, nest_leaves
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
-from lora_jax.torch.backend import TorchModelError
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.files import TorchFolder
 from lora_jax.torch.model import TorchModel
+from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.recipe import CAUSAL
 from lora_jax.torch.structure import plan_lines
 
@@ -73,8 +74,10 @@ def from_torch(
         folder = TorchFolder(resolve(Path(source)).path, auto=auto, scan=scan)
         config = folder.config
     else:
-        text = source.config.to_json_string(use_diff=False) if hasattr(source, "config") else ""
-        config = TorchConfig(text, auto, scan, source)
+        config = TorchConfig("", auto, scan, source)
+        if config.hf is not None:
+            text = config.hf.to_json_string(use_diff=False)
+            config = dataclasses.replace(config, text=text)
     model = TorchModel(config, dtype, param_dtype, remat, attention)
     if attention != "auto" and not model.built.attends:
         raise TorchModelError(

@@ -20,14 +20,7 @@ from lora_jax.core.types import Tree
 from lora_jax.hf.keys import Row
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import (
-    LOCK,
-    TorchModelError,
-    call_jax,
-    call_module,
-    running,
-    to_torch,
-)
+from lora_jax.torch.backend import LOCK, call_jax, call_module, running, to_torch
 from lora_jax.torch.cache import MORE, CachedCall
 from lora_jax.torch.layers import (
     Recomputed,
@@ -37,6 +30,7 @@ from lora_jax.torch.layers import (
     to_jax,
     unrolled,
 )
+from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.probe import buffers_of, find_stacks, loose, stack_buffers, within
 from lora_jax.torch.recipe import Recipe
 from lora_jax.torch.structure import LayerPeriods, rows_of

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from lora_jax.torch.attention import Attending, attending
-from lora_jax.torch.backend import TorchModelError, call_module, running, to_torch
+from lora_jax.torch.backend import call_module, running, to_torch
 from lora_jax.torch.layers import find_stack
+from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.structure import LayerPeriods, place_of
 
 _PROBE = 8  # tokens of the row by which layers are compared

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_jax.core.types import Fields
 from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import TorchModelError
+from lora_jax.torch.packages import TorchModelError
 
 CAUSAL = "AutoModelForCausalLM"
 _EXPERTS = "batched_mm"  # transformers' implementation of experts that torchax can lower
@@ -46,7 +46,8 @@ class Recipe:
     def hf(self) -> Any:
         """Transformers' own configuration; None for a module without one."""
         if self.module is not None:
-            return getattr(self.module, "config", None)
+            config = getattr(self.module, "config", None)
+            return config if isinstance(config, transformers.PreTrainedConfig) else None
         kind = CONFIG_MAPPING[self.fields["model_type"]]
         return kind.from_dict(kind._decode_special_floats(self.fields))
 

@@ -1,0 +1,47 @@
+"""The packages that run torch modules, and the errors of those that cannot."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+
+from lora_jax.hf.fields import ConfigError
+
+_PACKAGES = ("torch", "torchax", "transformers", "accelerate")
+_REMEDY = "pip install 'lora_jax[torch]'"
+
+
+class TorchModelError(ConfigError):
+    """A torch module that cannot run as a JAX function, or not as asked."""
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Imports the packages within a block.
+
+    Raises:
+      ImportError: a package is not installed.
+      TorchModelError: all packages are installed, but one of them cannot be imported.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # a broken package may raise any error
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(
+                f"torch modules need {' and '.join(missing)}: {_REMEDY}", name=missing[0]
+            ) from error
+        installed = ", ".join(map(_release, _PACKAGES))
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TorchModelError(
+            f"torch modules cannot run, because importing the installed packages ({installed}) "
+            f"raises {reason}. Install releases that work together: {_REMEDY}"
+        ) from error
+
+
+def _release(package: str) -> str:
+    """Returns a package's name and version; the name alone where the version is not known."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
