@@ -15,11 +15,11 @@ from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import place_tokens
 from lora_jax.torch.attention import Attending, attending
-from lora_jax.torch.backend import TorchModelError
 from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.layers import Recomputed
 from lora_jax.torch.module import Built, built
+from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.tokens import Tokens
 
 _PLACES = ("attention_mask", "positions", "segment_ids")
@@ -34,6 +34,8 @@ class TorchModel:
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
       remat, attention, placement: see ``lora_jax.models.Decoder``.
+      one_sequence: whether each row that `apply` gets holds one sequence, which begins in the first
+        slot. A module that cannot keep several sequences apart then gets no ``segment_ids``.
     """
 
     config: TorchConfig
@@ -42,6 +44,7 @@ class TorchModel:
     remat: bool | str = False
     attention: str | Attend = "auto"
     placement: Placement = UNPLACED
+    one_sequence: bool = False
 
     def clone(self, **changes: Any) -> "TorchModel":
         """Returns the model with other attributes."""
@@ -110,10 +113,15 @@ class TorchModel:
         ``attention_mask``, ``positions`` and ``segment_ids``; with a cache the first alone.
 
         Raises:
-          TorchModelError: see `__call__`; for another argument.
+          TorchModelError: see `__call__`; for another argument, and for ``segment_ids`` of a module
+            that cannot keep the sequences of a row apart.
         """
         if unknown := [name for name in places if name not in _PLACES]:
             raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown[0]}")
+        for name in _PLACES[1:] if cache is not None else ():
+            if places.get(name) is not None:
+                raise TorchModelError(f"{self.built.name}: it takes no {name} with a cache")
+        places = self._without_segments(places)
         params = variables["params"]
         if method == "head":
             return self._head(params, input_ids)
@@ -132,6 +140,24 @@ class TorchModel:
         how = {"segments": segments, "unpadded": mask is None}
         kwargs = self._places(input_ids, places)
         return self._logits(params, input_ids, kwargs, logits_at, return_hidden, **how)
+
+    def _without_segments(
+        self, places: Mapping[str, jax.Array | None]
+    ) -> Mapping[str, jax.Array | None]:
+        """Returns the places of tokens, without segments where the module cannot keep them apart.
+
+        Raises:
+          TorchModelError: the module cannot, and rows may hold several sequences.
+        """
+        if places.get("segment_ids") is None or self.config.packs:
+            return places
+        if not self.one_sequence:
+            raise TorchModelError(
+                f"{self.built.name}: the module ignores segment_ids, and the sequences of one row "
+                "would see each other. Give each row one sequence, and leave segment_ids out (or "
+                "use `model.clone(one_sequence=True)`, which leaves them out)"
+            )
+        return {**places, "segment_ids": None}
 
     def _places(
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]

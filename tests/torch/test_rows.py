@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
-from lora_jax.torch import attention, from_torch  # noqa: E402
+from lora_jax.torch import TorchModelError, attention, from_torch  # noqa: E402
 
 
 def test_rows_that_are_packed_or_padded_are_those_alone(llama):
@@ -64,3 +64,34 @@ def test_the_head_by_itself():
     for logits in (some, by_head):
         assert distance(logits, whole[:, [3, 5]]) <= 1e-6
         assert distance(logits, whole[:, [4, 6]]) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "falcon_mamba"])
+def test_a_module_that_cannot_pack_refuses_segments(model_type):
+    """States go on from one sequence of a row to the next one."""
+    fn, params = from_torch(random_model(model_type))
+    variables, ids = {"params": params}, jnp.pad(IDS, ((0, 0), (0, 3)))
+    segments = jnp.pad(jnp.ones_like(IDS), ((0, 0), (0, 3)))
+    with pytest.raises(TorchModelError, match=f"{model_type}.*segment_ids"):
+        fn.apply(variables, ids, segment_ids=segments)
+    single = fn.clone(one_sequence=True)
+
+    @jax.jit
+    def run(params):
+        return fn(params, IDS), single.apply({"params": params}, ids, segment_ids=segments)
+
+    alone, padded = run(params)
+    assert distance(padded[:, :12], alone) <= 1e-6
+
+
+def test_a_module_that_packs_keeps_segments_apart_in_any_case(llama):
+    fn, params = from_torch(llama[0])
+    flat, single = IDS.reshape(1, -1), fn.clone(one_sequence=True)
+    segments = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 12)[None]
+    variables, where = {"params": params}, {"segment_ids": segments}
+    packed = jax.jit(fn.apply)(variables, flat, **where)
+    assert distance(jax.jit(single.apply)(variables, flat, **where), packed) == 0
+    cache = fn.config.empty_cache(1, 48)
+    for places in (where, {"positions": segments}):
+        with pytest.raises(TorchModelError, match=f"{next(iter(places))}.*cache"):
+            fn.apply(variables, flat, cache=cache, **places)

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 transformers = pytest.importorskip("transformers")
 
+from train.dpo import main as dpo  # noqa: E402
 from train.export.__main__ import main as export  # noqa: E402
 from train.generate.__main__ import main as generate  # noqa: E402
 from train.grpo import main as grpo  # noqa: E402
@@ -163,3 +164,32 @@ def test_torch_code_trains_a_family_of_ours_alike(tmp_path):
         model, params = models.from_pretrained(base)
         adapters.append(lj.split(lj.load_adapter(out / "adapter", params))[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), *adapters)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "falcon_mamba"])
+def test_a_model_that_cannot_pack_trains_on_rows_of_one_sequence(kind, tmp_path, capsys):
+    """Loss and gradient of the first step are torch's, for rows of different lengths."""
+    texts = ["abcdefg"[: 3 + i] * 4 for i in range(4)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    base = write(tmp_path / "base", kind)
+    line = ["--model", base, "--dataset", rows, "--output", tmp_path / "run"]
+    line += "--batch-size 4 --steps 2 --rank 2 --lr 0.05".split()
+    sft([*map(str, line)])
+    first, second = (metrics["loss"] for metrics in read_metrics(tmp_path / "run"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    reader, sums, count = tokenizer(), 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*reader(text)["input_ids"], reader.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        sums += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    assert abs(first - sums / count) <= 1e-5 * first
+    assert second < first
+    pairs = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in texts]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    line[5] = tmp_path / "refused"
+    for script, options in ((sft, ["--packing"]), (dpo, ["--dataset", pairs])):
+        with pytest.raises(SystemExit):
+            script([*map(str, [*line, *options])])
+        assert "would see each other" in " ".join(capsys.readouterr().err.split())

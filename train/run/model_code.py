@@ -15,7 +15,7 @@ from train.console.errors import UserError
 
 OURS, TORCH, AUTO = "ours", "torch", "auto"
 KEY = "model_code"  # in an outline's `head`, and in what an adapter says of its base
-_PACKAGES = ("torch", "torchax", "transformers")
+_PACKAGES = ("torch", "torchax", "transformers", "accelerate")
 _REMEDY = "pip install 'lora_jax[torch]'"
 _NO_OPTIONS = ("rope_scaling", "quantize", "head", "num_labels")
 _TOLD: set[str] = set()
@@ -97,7 +97,8 @@ def make_model(config: Any, dtype: Any, param_dtype: Any, **options: Any) -> Any
     if not hasattr(config, "key_rows"):
         return module_of(config, dtype, param_dtype, **options)
     own = {name: options[name] for name in ("remat", "attention") if name in options}
-    return _torch().TorchModel(config, dtype, param_dtype, **own)
+    # Rows are packed only for a module that keeps their sequences apart.
+    return _torch().TorchModel(config, dtype, param_dtype, one_sequence=True, **own)
 
 
 def load_torch(name: str, *, experts: str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -115,7 +116,7 @@ def load_torch(name: str, *, experts: str = "auto", **options: Any) -> tuple[Any
             f"{refused[0].replace('_', '-')} is for families of this library, and {name} runs as "
             "a torch module"
         )
-    loaded: tuple[Any, Any] = _torch().from_torch(
+    model, params = _torch().from_torch(
         name, **{key: value for key, value in options.items() if key not in _NO_OPTIONS}
     )
-    return loaded
+    return model.clone(one_sequence=True), params

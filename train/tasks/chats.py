@@ -115,16 +115,32 @@ def outline(
             f"({of_torch.cache_line()}): drawing completions by it would take too long; name "
             "another model"
         )
-    if of_torch and getattr(data, "packing", False) and not of_torch.packs:
-        raise UserError(
-            f"--packing: in {outline.name}, a {outline.config.model_type}, more than attention "
-            "mixes tokens, and sequences of one row would see each other: leave it out"
-        )
+    if getattr(data, "packing", False):
+        check_keeps_apart(outline, "--packing: ", "leave --packing out")
     outline = outline.scaled(parse_rope_scaling(data.rope_scaling))
     outline = outline.with_template(data.chat_template).dated(data.template_date)
     remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}", remedy)
     return outline
+
+
+def check_keeps_apart(outline: ModelInfo, reason: str, remedy: str) -> None:
+    """Checks that the model keeps the sequences of one row apart.
+
+    Args:
+      outline: the model's.
+      reason: what puts several sequences into one row, for the message.
+      remedy: what to do, for the message.
+
+    Raises:
+      UserError: the model runs as a torch module that cannot.
+    """
+    of_torch: Any = outline.config if outline.is_torch else None
+    if of_torch and not of_torch.packs:
+        raise UserError(
+            f"{reason}{outline.name}, a {of_torch.model_type}, runs as a torch module that cannot "
+            f"keep the sequences of one row apart. They would see each other: {remedy}"
+        )
 
 
 def outline_of_chats(config: Config, rows: TaskRows) -> ModelInfo:

@@ -69,6 +69,9 @@ def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
 def outline(config: Config, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks --seq-len and --reference against it."""
     info = chats.outline(config, rows)
+    if KTO not in config.optim.loss:
+        why = "the completions of a pair share one row, and "
+        chats.check_keeps_apart(info, why, "name another model, or use --loss kto")
     check_reference(config, info)
     return info
 
