@@ -141,9 +141,7 @@ class TorchModel:
         kwargs = self._places(input_ids, places)
         return self._logits(params, input_ids, kwargs, logits_at, return_hidden, **how)
 
-    def _without_segments(
-        self, places: Mapping[str, jax.Array | None]
-    ) -> Mapping[str, jax.Array | None]:
+    def _without_segments(self, places: dict[str, jax.Array | None]) -> dict[str, jax.Array | None]:
         """Returns the places of tokens, without segments where the module cannot keep them apart.
 
         Raises:
