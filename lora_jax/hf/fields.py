@@ -1,9 +1,13 @@
 """The fields of Hugging Face's config.json; one that is neither read nor harmless is an error."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping, Set
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args
 
 from lora_jax.core.types import Fields
 
@@ -36,8 +40,23 @@ _UNSUPPORTED = {
 }
 
 
+# Floats of configurations that must be above 0, and those that must be 0 at least.
+_POSITIVE = frozenset(
+    """
+    rope_theta rope_local_theta partial_rotary_factor rotated_share factor low_freq_factor
+    high_freq_factor attention_factor beta_fast beta_slow short_factor long_factor logits_scaling
+    query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping swiglu_limit
+    """.split()
+)
+_NOT_NEGATIVE = frozenset("rms_norm_eps layer_norm_eps initializer_range".split())
+
+
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
+
+
+class KindError(ConfigError):
+    """A field of a configuration that holds a value of the wrong kind, such as a text."""
 
 
 def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
@@ -75,6 +94,66 @@ def check_multiple(**sizes: int) -> None:
     (name, size), (other, part) = sizes.items()
     if size % part:
         raise ConfigError(f"{name} ({size}) is not a multiple of {other} ({part})")
+
+
+def read_switch(name: str, value: object) -> bool:
+    """Returns a field that must be true or false; None counts as false.
+
+    Raises:
+      KindError: for any other value, such as the text "false".
+    """
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise KindError(f"{name} ({value!r}) must be true or false: correct the configuration")
+    return value
+
+
+def check_values(config: Any, names: Mapping[str, str] | None = None) -> None:
+    """Checks the kind and the range of each number of a configuration, and its switches.
+
+    A whole number must be at least 1; or at least 0, where 0 is the default and stands for none.
+    Ids of tokens may be any whole numbers.
+
+    Args:
+      config: a dataclass. Fields with other values than numbers and switches are not checked.
+      names: the names of fields in config.json, where they are not the dataclass's.
+
+    Raises:
+      KindError: a field holds a value of another kind.
+      ConfigError: a number is out of range, or is not finite.
+    """
+    names = names or {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kinds = get_args(field.type) or (field.type,)  # of `int | None`, of `tuple[int, ...]`
+        if value is None and NoneType in kinds:
+            continue
+        name = names.get(field.name, field.name)
+        if kinds[0] is bool:
+            read_switch(name, value)
+        elif kinds[0] in (int, float):
+            for number in value if isinstance(value, tuple) else (value,):
+                _check_number(name, number, field, kinds[0])
+
+
+def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: object) -> None:
+    """Raises a ConfigError for a number of the wrong kind, or out of its field's range."""
+    is_integer = kind is int
+    is_number = isinstance(value, Integral if is_integer else Real)
+    if isinstance(value, bool) or not is_number:
+        kind_name = "a whole number" if is_integer else "a number"
+        raise KindError(f"{name} ({value!r}) must be {kind_name}: correct the configuration")
+    bound, is_within = "finite", True
+    if field.name in _POSITIVE:
+        bound, is_within = "finite and above 0", value > 0
+    elif field.name in _NOT_NEGATIVE:
+        bound, is_within = "finite and at least 0", value >= 0
+    elif is_integer and not field.name.endswith(("_id", "_ids")):
+        minimum = 0 if field.default in (0, ()) else 1
+        bound, is_within = f"at least {minimum}", value >= minimum
+    if not (is_within and math.isfinite(value)):
+        raise ConfigError(f"{name} ({value!r}) must be {bound}: correct the configuration")
 
 
 def read_eos(config: Fields) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, read_file
+from lora_jax.hf.fields import ConfigError, KindError, read_file
 from lora_jax.hf.folder import INDEX, damage_message, not_a_model, weight_map
 from lora_jax.hf.format import ModelFormat, ModelFormats
 from lora_jax.hf.generation import with_generation
@@ -27,6 +28,8 @@ from lora_jax.quantized.coded import host_array
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 _BLOCK_BYTES = 16_000_000
+# Where config.json lacks this field, files with a head of their own leave it untied.
+_TIES = "tie_word_embeddings"
 
 
 class HasCodes(Protocol):
@@ -140,6 +143,22 @@ class SafetensorsFolder:
                 quantization, lambda name: self.format.name(name, self.config)
             )
         self.quantization = quantization
+        if fields.get(_TIES) is None and self._has_own_head():
+            self.config = dataclasses.replace(self.config, **{_TIES: False})
+
+    def _has_own_head(self) -> bool:
+        """Returns True if the configuration ties a head that differs from its embedding here."""
+        if not vars(self.config).get(_TIES):
+            return False
+        pairs = [(row.hf, alias) for row in self.format.table(self.config) for alias in row.aliases]
+        tensors = [pair for pair in pairs if self.shapes.keys() >= set(pair)]
+        # The first row tells most heads from the embedding, so that the others are not read.
+        for rows in (slice(0, 1), slice(None)):
+            for table, head in tensors:
+                values = self._slice(table, (rows,)), self._slice(head, (rows,))
+                if not np.array_equal(*values, equal_nan=True):
+                    return True
+        return False
 
     def _names_of(self, held: Iterable[str]) -> dict[str, str]:
         """Returns the tensors' names in the family's table -> their names in the files.
@@ -247,6 +266,8 @@ def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[An
         read_method(fields)
         own = {name: value for name, value in fields.items() if name != "quantization_config"}
         return formats.read_config(own, **options), fields
+    except KindError as error:
+        raise ConfigError(f"{path} has a field of the wrong kind: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads

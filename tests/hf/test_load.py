@@ -57,6 +57,35 @@ def test_layouts_are_those_of_hugging_face(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("case", ["mistral with a window", "ministral3", "gemma2 without caps"])
+def test_files_tell_whether_a_head_is_tied_where_config_does_not(case: str, tmp_path: Path) -> None:
+    """Only a head that differs from the embedding is one of its own, as in transformers."""
+    _, params = decoder(case)
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    tensors = {
+        head: np.random.default_rng(3).standard_normal((61, 24), np.float32),
+        **tiny.write_folder(tmp_path, case, params),
+    }
+    fields = {name: x for name, x in tiny.fields(case).items() if name != "tie_word_embeddings"}
+    if case != "gemma2 without caps":
+        fields = {"model_type": "mistral3", "text_config": fields | {"tie_word_embeddings": False}}
+    file, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+    described.write_text(json.dumps(fields))
+    equal, last = tensors | {head: tensors[table]}, tensors[table].copy()
+    last[-1, -1] += 1
+    without = {name: x for name, x in tensors.items() if name != head}
+    for held in (equal, without, tensors | {head: last}):
+        save_file(held, file)
+        model, loaded = from_pretrained(tmp_path)
+        own = head in held and not np.array_equal(held[head], held[table])
+        assert (model.config.tie_word_embeddings, "lm_head" in loaded) == (not own, own)
+    np.testing.assert_array_equal(loaded["lm_head"]["kernel"], last.T)
+    described.write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    if case == "gemma2 without caps":  # what the file says itself counts
+        with pytest.raises(WeightsError, match="lm_head.weight differs from model.embed_tokens"):
+            from_pretrained(tmp_path)
+
+
 def test_shards(tmp_path: Path) -> None:
     _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)

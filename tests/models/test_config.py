@@ -210,6 +210,63 @@ def test_refusals_name_the_option(changes: dict[str, Any], message: str) -> None
         read(**changes)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings \('false'\) must be true"),
+        ({"attention_bias": "false"}, r"attention_bias \('false'\) must be true or false"),
+        ({"attention_bias": 1}, r"attention_bias \(1\) must be true or false"),
+        ({"mlp_bias": "no"}, r"mlp_bias \('no'\) must be true or false"),
+        ({**MOE, "norm_topk_prob": "false"}, r"norm_topk_prob \('false'\) must be"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, r"use_sliding_window \('no'\) must"),
+        ({"rms_norm_eps": NAN}, r"rms_norm_eps \(nan\) must be finite and at least 0"),
+        ({"rms_norm_eps": -1}, r"rms_norm_eps \(-1\) must be finite and at least 0"),
+        ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps \('1e-6'\) must be a number"),
+        ({"rms_norm_eps": None}, r"rms_norm_eps \(None\) must be a number"),
+        ({"rope_theta": -1}, r"rope_theta \(-1.0\) must be finite and above 0"),
+        ({"rope_theta": 0}, r"rope_theta \(0.0\) must be finite and above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": NAN}}, r"rope_theta \(nan\)"),
+        ({**GEMMA3, "rope_local_base_freq": 0}, r"rope_local_theta \(0.0\) must be"),
+        ({**PHI3, "partial_rotary_factor": 0}, r"partial_rotary_factor \(0.0\) must be"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor=0 is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, r"factor \(-2.0\) must be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, r"factor \(0\) must be"),
+        ({"rope_scaling": {**YARN, "truncate": "false"}}, r"truncate \('false'\) must be true"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": [2.0, NAN], "short_factor": [1.0] * 2}},
+            r"long_factor \(nan\) must be",
+        ),
+        ({"head_dim": 0}, r"head_dim \(0\) must be at least 1"),
+        ({"num_key_value_heads": 0}, r"num_key_value_heads \(0\) must be at least 1"),
+        ({"num_attention_heads": -6}, r"num_attention_heads \(-6\) must be at least 1"),
+        ({"hidden_size": 24.0}, r"hidden_size \(24.0\) must be a whole number"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers \(True\) must be a whole number"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers \(0\) must be at least 1"),
+        ({"max_position_embeddings": -1}, r"max_position_embeddings \(-1\) must be at least 1"),
+        ({"initializer_range": -0.1}, r"initializer_range \(-0.1\) must be"),
+        ({"eos_token_id": "2"}, r"eos_token_ids \('2'\) must be a whole number"),
+        ({**GEMMA2, "attn_logit_softcapping": 0.0}, r"attn_logit_softcapping \(0.0\) must be"),
+        ({**GEMMA2, "query_pre_attn_scalar": 0}, r"query_pre_attn_scalar \(0\) must be"),
+        ({"model_type": "granite", "logits_scaling": NAN}, r"logits_scaling \(nan\) must be"),
+        ({"model_type": "granite", "residual_multiplier": NAN}, r"residual_multiplier \(nan\)"),
+    ],
+    ids=str,
+)
+def test_values_that_no_model_can_have(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(**changes)
+
+
+def test_values_that_stand_for_none() -> None:
+    nothing = dict.fromkeys(("attention_bias", "tie_word_embeddings", "head_dim", "mlp_bias"))
+    nothing |= dict.fromkeys(("num_key_value_heads", "sliding_window", "rope_scaling"))
+    assert read(**nothing) == read()
+    assert read(rms_norm_eps=0, pad_token_id=-1, bos_token_id=0).pad_token_id == -1
+
+
 def test_defaults_of_other_families() -> None:
     mixtral = read(**MIXTRAL)
     assert (mixtral.num_experts, mixtral.num_experts_per_tok) == (8, 2)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.models import (
     Decoder,
@@ -209,6 +210,47 @@ def test_the_text_of_a_model_with_images(
     assert type(back) is type(reference)
     ids, mask = padded("left")
     np.testing.assert_array_equal(*(reference_logits(m, ids, mask) for m in (back, reference)))
+
+
+@pytest.mark.parametrize("text_ties", [None, False, True])
+def test_the_files_of_a_mistral3_tell_whether_its_head_is_tied(
+    text_ties: bool | None, tmp_path: Path
+) -> None:
+    import transformers
+
+    vision = {"model_type": "pixtral", "image_size": 8, "patch_size": 4, "hidden_size": 8}
+    vision |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny.fields("mistral with a window")
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
+    whole = transformers.Mistral3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    file, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+    fields = json.loads(described.read_text())
+    del fields["tie_word_embeddings"]
+    del fields["text_config"]["tie_word_embeddings"]
+    if text_ties is not None:
+        fields["text_config"]["tie_word_embeddings"] = text_ties
+    described.write_text(json.dumps(fields))
+    tensors = load_file(file)
+    head, table = (
+        next(name for name in tensors if name.endswith(f"{end}.weight"))
+        for end in ("lm_head", "embed_tokens")
+    )
+    equal = {**tensors, head: tensors[table].copy()}
+    none = {name: x for name, x in tensors.items() if name != head}
+    ids, mask = padded("left")
+    for held, is_tied in ((tensors, False), (equal, True), (none, True)):
+        save_file(held, file, metadata={"format": "pt"})
+        theirs = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path, attn_implementation="eager"
+        )
+        model, params = from_pretrained(tmp_path)
+        assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) is is_tied
+        assert (model.config.tie_word_embeddings, "lm_head" in params) == (is_tied, not is_tied)
+        got = np.asarray(tiny.run(model, params, ids, mask))
+        tiny.assert_close(got[mask == 1], reference_logits(theirs, ids, mask)[mask == 1])
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "qwen3-next", "deepseek v3"])

@@ -79,6 +79,7 @@ def _changed(part: str, **changes: Any) -> dict[str, Any]:
         (_changed("vision_config", num_position_embeddings=8), "is no square"),
         (_changed("vision_config", out_hidden_size=7), "vectors of 7"),
         (_changed("vision_config", fps=7), "fps"),
+        (_changed("vision_config", depth=0), r"depth \(0\) must be at least 1"),
         (_changed("vision_config", rope_parameters={"rope_type": "yarn"}), "yarn"),
         (
             _changed("text_config", rope_parameters={**tiny_qwen.ROPE, "mrope_interleaved": False}),

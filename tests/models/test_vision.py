@@ -55,6 +55,8 @@ def test_a_head_that_the_file_lacks_is_new(tmp_path: Path, capsys: Any) -> None:
         ({"use_swiglu_ffn": True}, "use_swiglu_ffn=True is not supported"),
         ({"intermediate_size": 37}, "intermediate_size=37 is not known for dinov2"),
         ({"patch_size": 21}, "holds no patch"),
+        ({"qkv_bias": "false"}, r"qkv_bias \('false'\) must be true or false"),
+        ({"layer_norm_eps": float("nan")}, r"layer_norm_eps \(nan\) must be finite"),
         ({"num_attention_heads": 7}, "not a multiple"),
         ({"architectures": ["Dinov2Backbone"]}, "say which one to load with head="),
     ],

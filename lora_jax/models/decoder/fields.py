@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, write_eos
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    read_eos,
+    read_switch,
+    refuse_unknown,
+    write_eos,
+)
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
@@ -58,6 +65,9 @@ _SAME_WHERE_READ: dict[str, object] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
+
+# The values that stand for none, as a null does.
+_NONE_VALUES = {name: x for name, x in (_SAME | _SAME_WHERE_READ).items() if x in (0, False)}
 
 # Fields of a model with images that say nothing of its texts.
 _OF_IMAGES = frozenset(
@@ -116,20 +126,21 @@ def read_fields(config: Fields) -> Fields:
     def get(name: str, default: object = None) -> Any:
         return config.get(name, family.defaults.get(name, default))
 
-    heads = get("num_attention_heads")
-    attention_bias = bool(get("attention_bias", False))
+    def switch(name: str) -> bool:
+        return read_switch(name, get(name))
+
+    attention_bias = switch("attention_bias")
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
+    same |= {name: none for name, none in _NONE_VALUES.items() if same[name] is None}
     return {
         "model_type": family.model_type,
         **{name: get(name) for name in _REQUIRED},
         **same,
-        "tie_word_embeddings": bool(same["tie_word_embeddings"]),
-        "mlp_bias": bool(same["mlp_bias"]),
-        "num_key_value_heads": get("num_key_value_heads") or heads,
+        "num_key_value_heads": _read_kv_heads(get),
         "head_dim": _read_head_dim(get),
         "hidden_act": _read_activation(family, get),
         **read_rope(family, config, get),
-        "qk_norm": bool(get("use_qk_norm", False)),
+        "qk_norm": switch("use_qk_norm"),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
         **_read_layers(family, get("num_hidden_layers"), get),
@@ -217,7 +228,9 @@ def _text_fields(config: Fields) -> Fields:
         raise ConfigError(f"the configuration of {kind} lacks text_config")
     if (model_type := text.get("model_type", of_text[0])) not in of_text:
         raise ConfigError(f"text_config has model_type {model_type!r}: not {' or '.join(of_text)}")
-    both = {bool(fields[tied]) for fields in (config, text) if tied in fields}
+    both = {read_switch(tied, fields[tied]) for fields in (config, text) if tied in fields}
+    if FAMILIES[model_type].tied_with_images and config.get(tied) is None:
+        both = {True}  # whatever text_config says
     if len(both) > 1:
         raise ConfigError(f"{tied} of {kind} and of its text_config contradict each other")
     outer = {name: config[name] for name in _OF_BOTH if config.get(name) is not None}
@@ -239,10 +252,16 @@ def _read_activation(family: DecoderFamily, get: Get) -> str:
     return chosen
 
 
-def _read_head_dim(get: Get) -> int:
+def _read_kv_heads(get: Get) -> Any:
+    heads = get("num_key_value_heads")
+    return get("num_attention_heads") if heads is None else heads
+
+
+def _read_head_dim(get: Get) -> Any:
     if get("kv_lora_rank"):
-        return int(get("qk_nope_head_dim") + get("qk_rope_head_dim"))
-    return int(get("head_dim") or get("hidden_size") // get("num_attention_heads"))
+        return get("qk_nope_head_dim") + get("qk_rope_head_dim")
+    head_dim = get("head_dim")
+    return get("hidden_size") // get("num_attention_heads") if head_dim is None else head_dim
 
 
 def _read_experts(family: DecoderFamily, get: Get) -> Fields:
@@ -256,14 +275,15 @@ def _read_experts(family: DecoderFamily, get: Get) -> Fields:
         "num_experts": count,
         "num_experts_per_tok": get("num_experts_per_tok"),
         "moe_intermediate_size": size,
-        "norm_topk_prob": bool(get("norm_topk_prob", False)),
+        "norm_topk_prob": read_switch("norm_topk_prob", get("norm_topk_prob")),
     }
 
 
 def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
     """Reads the sliding window, the layers that use it, and the linear layers."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
-    if "use_sliding_window" in family.reads and not get("use_sliding_window", False):
+    switch = "use_sliding_window"
+    if switch in family.reads and not read_switch(switch, get(switch)):
         window = None
     types = get("layer_types") if "layer_types" in family.reads else None
     if types is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, check_values
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -14,6 +14,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _WITHOUT_EFFECT = ("mrope_section", "mrope_interleaved", "max_position_embeddings")
 _BETA = "llama_4_scaling_beta"
 _ALL_DIM = "mscale_all_dim"
+_PARTIAL = "partial_rotary_factor"
 _PROPORTIONAL = "proportional"
 
 # For each kind: the fields that it needs, and those that it may have.
@@ -62,6 +63,9 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_values(self)
+
 
 def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
@@ -92,13 +96,13 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     fields = {field: value for field, value in fields.items() if field not in _WITHOUT_EFFECT}
     legacy = fields.pop("type", "default")
     kind = fields.pop("rope_type", legacy) or "default"
-    theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
+    theta = float(_not_none(fields.pop("rope_theta", None), get("rope_theta", 10000.0)))
     if family.windows_rotate_apart:
-        local_theta = float(local_theta or get("rope_local_base_freq", theta))
-    partial = fields.pop("partial_rotary_factor", None) or get("partial_rotary_factor")
+        local_theta = float(_not_none(local_theta, get("rope_local_base_freq", theta)))
+    partial = _not_none(fields.pop(_PARTIAL, None), get(_PARTIAL), 1.0)
     if kind == _PROPORTIONAL:
-        fields["rotated_share"], partial = float(partial or 1.0), None
-    if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
+        fields["rotated_share"], partial = float(partial), 1.0
+    if _PARTIAL not in family.reads and partial != 1:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
     if fields.get(_BETA) and _BETA not in family.reads:
         raise ConfigError(f"{_BETA}={fields[_BETA]} is not supported for {name}")
@@ -120,8 +124,13 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_local_theta": local_theta,
-        "partial_rotary_factor": float(partial or 1.0),
+        "partial_rotary_factor": float(partial),
     }
+
+
+def _not_none(*values: Any) -> Any:
+    """Returns the first of the values that is not None. A 0 counts: it is refused later."""
+    return next((value for value in values if value is not None), None)
 
 
 def _take_local_theta(fields: dict[str, Any]) -> float | None:
@@ -163,7 +172,7 @@ def _attention_factor(kind: str, fields: Fields, context: int) -> float:
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
     original = fields["original_max_position_embeddings"]
-    factor = fields.get("factor") or context / original
+    factor = _not_none(fields.get("factor"), context / original)
     if factor <= 1:
         return 1.0
     if kind == "longrope":

@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    check_multiple,
+    check_values,
+    read_switch,
+    refuse_unknown,
+)
 from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -109,6 +116,7 @@ class EncoderConfig:
     normalize: bool = False
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_known("model_type", self.model_type, FAMILIES)
         check_known("head", self.head, HEADS)
         check_known("pooling", self.pooling, POOLINGS)
@@ -116,8 +124,6 @@ class EncoderConfig:
         check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
-        if self.type_vocab_size < 1:
-            raise ConfigError(f"type_vocab_size ({self.type_vocab_size}) is at least 1")
         check_classes(self.num_labels, self.label_names)
 
     @property
@@ -175,7 +181,7 @@ class EncoderConfig:
             "num_labels": num_labels,
             "label_names": names,
             "pooling": config.get("sentence_pooling") or "mean",
-            "normalize": bool(config.get("sentence_normalize", False)),
+            "normalize": read_switch("sentence_normalize", config.get("sentence_normalize")),
         }
         read |= {name: config[name] for name in cls._names() if name in config}
         defaults = {"pad_token_id": FAMILIES[family].pad_token_id}

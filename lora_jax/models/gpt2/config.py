@@ -7,6 +7,7 @@ from lora_jax.hf.fields import (
     ConfigError,
     check_known,
     check_multiple,
+    check_values,
     read_eos,
     refuse_unknown,
     write_eos,
@@ -71,6 +72,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.model_type != "gpt2":
             raise ConfigError(f"model_type {self.model_type!r} is not gpt2")
+        check_values(self, _NAMES)
         check_known("activation_function", self.hidden_act, ACTIVATION)
         check_multiple(n_embd=self.hidden_size, n_head=self.num_attention_heads)
 

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    check_multiple,
+    check_values,
+    refuse_unknown,
+)
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
@@ -51,6 +57,7 @@ class QwenVisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        check_values(self, _NAMES)
         check_known("hidden_act", self.hidden_act, ACTIVATION)
         check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if self.head_dim % 4:
@@ -137,6 +144,7 @@ class QwenVLConfig:
     generation: Generation | None = None
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_known("model_type", self.model_type, CLASSES)
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(

@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    check_multiple,
+    check_values,
+    read_switch,
+    refuse_unknown,
+)
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
@@ -47,6 +54,7 @@ class SiglipConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_known("hidden_act", self.hidden_act, ACTIVATION)
         check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
 
@@ -81,6 +89,7 @@ class SmolVLMConfig:
     generation: Generation | None = None
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_known("model_type", self.model_type, CLASSES)
         if self.scale_factor < 1 or self.vision.side % self.scale_factor:
             raise ConfigError(
@@ -125,7 +134,8 @@ class SmolVLMConfig:
         refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT.union(names))
         vision = {name: vision[name] for name in names if name in vision}
         text = {name: value for name, value in text.items() if name not in _OF_OLD_TEXT}
-        text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+        tied = "tie_word_embeddings"
+        text[tied] = read_switch(tied, config.get(tied))
         same = ("scale_factor", "image_token_id")
         return cls(
             model_type=kind,

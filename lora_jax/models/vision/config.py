@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    check_multiple,
+    check_values,
+    refuse_unknown,
+)
 from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -127,6 +133,7 @@ class VisionConfig:
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_known("model_type", self.model_type, FAMILIES)
         check_known("head", self.head, _ARCHITECTURES)
         check_known("hidden_act", self.hidden_act, ACTIVATION)

@@ -50,6 +50,8 @@ class DecoderFamily:
       rope_aliases: other names of these types in its files.
       with_images: the model_type of models with images whose text_config is of this family, or of
         one of several; their files are read without what is for images.
+      tied_with_images: True if a config.json of `with_images` without tie_word_embeddings ties the
+        head, unless the files hold another one.
       left_out: matches tensors in its files that are no part of the decoder.
       gguf: its architecture in GGUF files; None if such files are neither read nor written.
       reads_gguf: True if such files are read, too.
@@ -80,6 +82,7 @@ class DecoderFamily:
     rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     with_images: str | None = None
+    tied_with_images: bool = False
     left_out: re.Pattern[str] | None = None
     gguf: str | None = None
     reads_gguf: bool = False

@@ -12,6 +12,7 @@ MISTRAL = DecoderFamily(
     reads=frozenset({"sliding_window"}),
     defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     with_images="mistral3",
+    tied_with_images=True,
     left_out=_LEFT_OUT,
 )
 
@@ -36,6 +37,7 @@ MINISTRAL3 = DecoderFamily(
     },
     rope_kinds=("yarn",),
     with_images="mistral3",
+    tied_with_images=True,
     left_out=_LEFT_OUT,
     default_targets=None,
 )
