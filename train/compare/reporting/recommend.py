@@ -167,7 +167,7 @@ def _more_measurements(lead: str, gap: Gap, n_seeds: int, figures: Figures) -> l
         text += " on these questions: hold out more." if gap.questions else "."
         return [Doubt("the gap is too small for what can be measured", text)]
     n_compared = len({run.seed for run in figures.comparison.runs})
-    return [_seed_doubt(lead, max(2, n_compared), figures, "the spread is not known yet")]
+    return [_seed_doubt(lead, max(2, n_compared), figures, "how many it takes is not known")]
 
 
 def _question_doubt(lead: str, n: int, promise: str) -> Doubt:
