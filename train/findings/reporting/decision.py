@@ -65,7 +65,8 @@ def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[
     ratio = tables.rate_ratio(best)
     if ratio is not None:
         lines.append(
-            f"The best adapter's learning rate is {words.times(ratio)} that of full fine-tuning."
+            "By the means, the best adapter's learning rate is "
+            f"{words.times(ratio)} that of full fine-tuning."
         )
     lines += same_score.sentences(comparison)
     if not n_behind:
