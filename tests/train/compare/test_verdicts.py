@@ -181,6 +181,14 @@ def test_a_side_that_was_not_run_is_asked_for():
     assert advice.command == "train.compare sft --methods lora full --output runs/compare-2"
 
 
+def test_costs_that_were_not_measured_are_asked_for():
+    same = [right(30)] * 3
+    bare = ("compiled_bytes", "step_seconds", "peak_bytes")
+    advice = compared(same, same, cost=bare, command="train.compare grpo --no-costs --seeds 0 1 2")
+    assert advice.verdict == "undecided" and "memory and time are not known" in advice.headline
+    assert advice.command == "train.compare grpo --seeds 0 1 2 --costs --output runs/compare-2"
+
+
 def test_an_undecided_report_highlights_the_best_mean(tmp_path):
     """As once measured: full fine-tuning had 0.16, LoRA 0.094, and LoRA stood out."""
     runs = [

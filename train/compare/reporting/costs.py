@@ -63,6 +63,11 @@ def is_cheaper(costs: Sequence[CostComparison]) -> bool:
     return any(side > 0 for side in sides) and all(side >= 0 for side in sides)
 
 
+def knows_costs(costs: Sequence[CostComparison]) -> bool:
+    """Returns True if memory or time of a step was measured for both arms."""
+    return any(cost.name in _DECIDING for cost in costs)
+
+
 def cost_clause(method: str, costs: Sequence[CostComparison]) -> str:
     """Returns a clause of a headline: the costs in which a method is ahead, and those behind.
 

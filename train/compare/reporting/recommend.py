@@ -9,7 +9,13 @@ from typing import Literal, NamedTuple
 from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import gap as gaps
 from train.compare.reporting import tables, words
-from train.compare.reporting.costs import compare_costs, cost_clause, is_cheaper
+from train.compare.reporting.costs import (
+    CostComparison,
+    compare_costs,
+    cost_clause,
+    is_cheaper,
+    knows_costs,
+)
 from train.compare.reporting.gap import FEWEST, LEVEL, UNKNOWN_SPREAD, Gap, gap_of, half_width
 from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
@@ -91,7 +97,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     if chosen is full:
         reasons += ["This is the price of the better quality:", *cost_sentences] if costs else []
     else:
-        doubts += _spread_doubts(gap, is_cheaper(costs), lora, full, figures)
+        doubts += _spread_doubts(gap, costs, lora, full, figures)
         reasons += [*cost_sentences, *_smaller(lora, figures)]
     if figures.measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
@@ -117,7 +123,7 @@ def recommend(comparison: Comparison) -> Recommendation:
 
 
 def _spread_doubts(
-    gap: Gap, cheaper: bool, lora: ArmRow, full: ArmRow, figures: Figures
+    gap: Gap, costs: Sequence[CostComparison], lora: ArmRow, full: ArmRow, figures: Figures
 ) -> list[Doubt]:
     """Returns the doubts that a wide spread leaves: it may hide that full fine-tuning is better."""
     if gap.decides:
@@ -126,10 +132,14 @@ def _spread_doubts(
         lead = "Full fine-tuning is ahead by one seed"
     elif gap.is_hidden:
         lead = f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread may hide that"
-    elif not cheaper:
-        lead = "Memory and time of a step do not both allow to decide for LoRA"
-    else:
+    elif is_cheaper(costs):
         return []
+    elif not knows_costs(costs):
+        text = "Quality does not decide, and memory and time of a step, which then do, were not "
+        text += "measured: measure them (--costs)."
+        return [Doubt("memory and time are not known", text, "--costs")]
+    else:
+        lead = "Memory and time of a step do not both allow to decide for LoRA"
     return _more_measurements(lead, gap, min(len(lora.runs), len(full.runs)), figures)
 
 
@@ -188,7 +198,8 @@ def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
     changes = {doubt.option: doubt.values for doubt in doubts if doubt.option}
     if not changes:
         return None
-    given = [word for word in shlex.split(command) if word not in ("--resume", "--overwrite")]
+    without = ("--resume", "--overwrite", *["--no-costs"] * ("--costs" in changes))
+    given = [word for word in shlex.split(command) if word not in without]
     output = "runs/compare"
     if "--output" in given[:-1]:
         output = given[given.index("--output") + 1]
@@ -281,7 +292,7 @@ def _gap_sentence(leader: str, by: str, clause: str, gap: Gap) -> str:
         text = f"The gap is {by} ({spread})."
     if gap.is_separate:
         return f"{text} Every seed of {leader} is ahead, but {clause}."
-    return text if gap.is_hidden else f"{text} Quality is tied; cost decides."
+    return text if gap.is_hidden else f"{text} Quality is tied: memory and time count."
 
 
 def _questions(gap: Gap) -> list[str]:
