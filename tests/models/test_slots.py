@@ -34,6 +34,8 @@ def test_experts_move_with_the_keys_of_their_tokens() -> None:
         routing=jnp.arange(alone.routing.size, dtype=jnp.int16).reshape(alone.routing.shape),
     )
     rows, zero = empty_rows(model, 3, LENGTH, with_routing=True), np.int32(0)
+    arrays = tree_leaves(rows)
+    assert len({*map(id, arrays)}) == len(arrays), "each is donated once"
     sampling = tree_leaves(rows.sampling)
     state = RowState(grow_cache(alone, 8), np.int32(N), zero, zero, zero, rows.sampling)
     state = state._replace(sampling=type(rows.sampling)(*(x[0] for x in sampling)))

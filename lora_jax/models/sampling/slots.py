@@ -86,8 +86,8 @@ def empty_rows(model: Model, rows: int, length: int, *, with_routing: bool = Fal
     vocab = jnp.full(rows, model.config.vocab_size, jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
     last, drawn, adapters = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-    ones = jnp.ones(rows, jnp.float32)
-    sampling = Sampling(temperature=ones, top_p=ones, top_k=vocab, key=keys)
+    temperature, top_p = (jnp.ones(rows, jnp.float32) for _ in range(2))
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=vocab, key=keys)
     return DecodingRows(cache, last, drawn, adapters, sampling)
 
 
