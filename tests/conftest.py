@@ -10,6 +10,7 @@ from pathlib import Path
 gc.disable()  # until all is imported: little of it is garbage, and XLA looks at its own each time
 sys.dont_write_bytecode = False
 
+from tests.selection import selects_none  # noqa: E402
 from tests.surroundings import KeptPrograms, end, hide_torch, isolate, share_contexts  # noqa: E402
 
 HOME = isolate(os.environ)  # before JAX reads its environment
@@ -22,6 +23,7 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 PROGRAMS = KeptPrograms(os.environ, WORKER)
 MOST_COMPILED = 400
 OURS = r"error::DeprecationWarning:(lora_jax|train)\b"
+WITHOUT_SELECTED = pytest.StashKey[list[Path]]()  # files of which -m selects no test
 COMPILED = []  # an entry for each program since they were last dropped
 # Files that take from half a minute to minutes in CI, the longest first.
 LONGEST = (
@@ -53,6 +55,7 @@ jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 def pytest_configure(config):
+    config.stash[WITHOUT_SELECTED] = []
     config.pluginmanager.register(SameOrder())
     if "not parity" in config.getoption("-m"):
         hide_torch()
@@ -156,6 +159,28 @@ def pytest_collection_modifyitems(session, items):
             return place.get(path, len(LONGEST)), -tests[item.path], path
 
         items.sort(key=key)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files in which `-m` selects no test, so that they are not imported.
+
+    pytest asks for no file that the command names.
+    """
+    marks = config.getoption("-m")
+    if marks and collection_path.match("test_*.py") and selects_none(marks, collection_path):
+        config.stash[WITHOUT_SELECTED].append(collection_path)
+        return True
+    return None
+
+
+def pytest_report_collectionfinish(config):
+    """Says how many files were left out, and with -v which ones."""
+    names = [str(path.relative_to(config.rootpath)) for path in config.stash[WITHOUT_SELECTED]]
+    if not names:
+        return None
+    listed = f": {' '.join(names)}" if config.get_verbosity() > 0 else " (-v lists them)"
+    return f"not imported, since -m selects none of their tests: {len(names)} files{listed}"
 
 
 class Backwards(pytest.Dir):
