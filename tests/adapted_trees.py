@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
@@ -27,7 +26,7 @@ def _kaiming(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Factor
     """Draws as `lj.init.kaiming` does, but by NumPy: JAX's generator takes long to compile."""
     bound = 1 / math.sqrt(shape.fan_in)
     drawn = np.random.default_rng(shape.a).uniform(-bound, bound, shape.a)
-    return jnp.asarray(drawn.astype(dtype)), jnp.asarray(np.zeros(shape.b, dtype))
+    return jax.device_put(drawn.astype(dtype)), jax.device_put(np.zeros(shape.b, dtype))
 
 
 def _by_numpy(rule: Any) -> Any:
@@ -40,14 +39,31 @@ def _by_numpy(rule: Any) -> Any:
 
 def lorafied(params: Params, rules: Iterable[Any]) -> Params:
     """Returns `lj.lorafy(params, rules)` with a default A of NumPy's, drawn by one program."""
+    return _with_base(_lorafy(tuple(map(_by_numpy, rules)))(params), params)
 
-    def with_its_base(node: Any, leaf: Any) -> Any:
+
+def _with_base(tree: Params, params: Params) -> Params:
+    """Returns an adapted tree with `params` as its base."""
+
+    def replaced(node: Any, leaf: Any) -> Any:
         if not is_node(node):
             return leaf
         return node if isinstance(node, lj.Trained) else node.replace(base=leaf)
 
-    made = _lorafy(tuple(map(_by_numpy, rules)))(params)
-    return jax.tree.map(with_its_base, made, params, is_leaf=is_node)
+    return jax.tree.map(replaced, tree, params, is_leaf=is_node)
+
+
+def adapted(params: Params, rules: Iterable[Any], seed: int = 7) -> Params:
+    """Returns an adapted tree with random factors, for which nothing is compiled."""
+    shapes = jax.eval_shape(lambda base: lj.lorafy(base, rules), params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return with_random_factors(_with_base(zeros, params), seed)
+
+
+def merged_by_numpy(node: lj.LoraWeight, scale: float) -> np.ndarray:
+    """Returns the merged kernel of one matrix, W + scale·AᵀB."""
+    base, a, b = (np.asarray(value) for value in (node.base, node.a, node.b))
+    return base + np.float32(scale) * a.T @ b
 
 
 def with_random_factors(params: Params, seed: int = 7) -> Params:

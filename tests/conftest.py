@@ -11,7 +11,14 @@ gc.disable()  # until all is imported: little of it is garbage, and XLA looks at
 sys.dont_write_bytecode = False
 
 from tests.selection import selects_none  # noqa: E402
-from tests.surroundings import KeptPrograms, end, hide_torch, isolate, share_contexts  # noqa: E402
+from tests.surroundings import (  # noqa: E402
+    KeptPrograms,
+    end,
+    hide_torch,
+    isolate,
+    keep_single_device_programs,
+    share_contexts,
+)
 
 HOME = isolate(os.environ)  # before JAX reads its environment
 
@@ -40,7 +47,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their folder is in the key
-if (folder := PROGRAMS.open()) is not None:
+folder = PROGRAMS.open()
+WITHOUT_STORE = keep_single_device_programs(folder)
+if WITHOUT_STORE is None:
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -165,13 +174,21 @@ def pytest_collection_modifyitems(session, items):
 def pytest_ignore_collect(collection_path, config):
     """Leaves out files in which `-m` selects no test, so that they are not imported.
 
-    pytest asks for no file that the command names.
+    pytest does not ask about a file that the command names, but about those beside it.
     """
     marks = config.getoption("-m")
-    if marks and collection_path.match("test_*.py") and selects_none(marks, collection_path):
+    if not marks or not collection_path.match("test_*.py"):
+        return None
+    paths = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
+    if any(map(collection_path.is_relative_to, paths)) and selects_none(marks, collection_path):
         config.stash[WITHOUT_SELECTED].append(collection_path)
         return True
     return None
+
+
+def pytest_report_header():
+    """Says where compiled programs are kept, or why they are not."""
+    return WITHOUT_STORE or f"compiled programs of one device: {PROGRAMS.kept}"
 
 
 def pytest_report_collectionfinish(config):
@@ -181,6 +198,20 @@ def pytest_report_collectionfinish(config):
         return None
     listed = f": {' '.join(names)}" if config.get_verbosity() > 0 else " (-v lists them)"
     return f"not imported, since -m selects none of their tests: {len(names)} files{listed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Refuses a file that compiles when it is imported: each worker imports each file."""
+    before = len(COMPILED)
+    report = yield
+    if isinstance(collector, pytest.Module) and len(COMPILED) > before and report.passed:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{collector.path} compiles at its import: {sorted(set(COMPILED[before:]))}. Each "
+            "worker would wait for it. Make arrays by tests.support.array, the rest in a fixture."
+        )
+    return report
 
 
 class Backwards(pytest.Dir):

@@ -68,6 +68,14 @@ def over(
     )
 
 
+def array(values: Any, dtype: Any = None) -> jax.Array:
+    """Returns numbers as an array of JAX, without a program.
+
+    ``jnp.array`` and ``jnp.asarray`` compile one for each shape and dtype of NumPy's.
+    """
+    return jax.device_put(np.asarray(values, dtype))
+
+
 def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Returns normal values, scaled by the root of the last axis but one.
 
@@ -75,12 +83,12 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """
     scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
     values = np.random.default_rng(key).standard_normal(shape) / scale
-    return jnp.asarray(values.astype(dtype))  # converted here: JAX would compile that, too
+    return array(values, dtype)
 
 
 def numpy_init(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Factors:
     """An initialiser like the default one: JAX would compile a program for each shape."""
-    return draw(17, shape.a, dtype), jnp.asarray(np.zeros(shape.b), dtype)
+    return draw(17, shape.a, dtype), array(np.zeros(shape.b), dtype)
 
 
 def variables_of(module: nn.Module, *args: Any) -> Params:

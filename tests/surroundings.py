@@ -20,10 +20,10 @@ import jaxlib
 ROOT = Path(__file__).parent.parent
 # Set by the first process of a session, for those that it starts.
 _HOME, _CACHE = "LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE"
-# 1: programs are kept between sessions. Not by default: a step over several devices that comes from
-# there may wait for itself until XLA's CPU collectives end the process.
-KEEP = "LORA_JAX_TESTS_KEEP_COMPILED"
+# The folder of compiled programs that are kept between sessions; "none" keeps none.
+STORE = "LORA_JAX_TESTS_PROGRAMS"
 MOST_BYTES = 2**30  # of kept programs; a session that finds more of them begins anew
+_PROGRAMS = "programs-"  # begins the names of the store's folders: one for each CPU and JAX
 # Settings of the libraries that lora_jax stands on, of trackers, and of terminals.
 _FOREIGN = (
     "JAX_", "XLA_", "TF_", "LIBTPU_", "TPU_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_",
@@ -66,6 +66,54 @@ def share_contexts() -> None:
     mlir.make_ir_context = context
 
 
+def keep_single_device_programs(folder: Path | None) -> str | None:
+    """Has JAX's cache in a folder hold the programs for one device of a CPU alone.
+
+    A step over several devices that comes from a cache may wait for itself, until XLA's CPU
+    collectives end the process. The choice is made where JAX's compiling is told its devices, so
+    that it does not matter what compiles a program. Another folder's cache is as JAX makes it.
+
+    Returns:
+      None, or why no program is kept: there is no folder, or JAX lacks a name that is used here.
+    """
+    if folder is None:
+        return f"no compiled programs are kept: {STORE} is none"
+    import jax
+    from jax._src import compiler
+
+    names = ("compile_or_get_cached", "backend_compile_and_load")
+    if missing := [name for name in names if not hasattr(compiler, name)]:
+        return f"no compiled programs are kept: this JAX has no jax._src.compiler.{missing[0]}"
+    cached = compiler.compile_or_get_cached
+
+    def compile_or_get_cached(
+        backend: Any,
+        computation: Any,
+        devices: Any,
+        compile_options: Any,
+        host_callbacks: Any,
+        executable_devices: Any,
+        *profiler: Any,
+    ) -> Any:
+        is_kept = devices.size == 1 and backend.platform == "cpu"
+        if is_kept or jax.config.jax_compilation_cache_dir != str(folder):
+            arguments = (compile_options, host_callbacks, executable_devices, *profiler)
+            return cached(backend, computation, devices, *arguments)
+        return compiler.backend_compile_and_load(
+            backend, computation, executable_devices, compile_options, host_callbacks
+        )
+
+    compiler.compile_or_get_cached = compile_or_get_cached
+    return None
+
+
+def _store(setting: str | None, cache: Path) -> str:
+    """Returns the folder of kept programs: the user's, or one in the user's cache folder."""
+    if setting == "none":
+        return setting
+    return str(Path(setting).absolute() if setting else cache / "tests" / "programs")
+
+
 def isolate(environ: MutableMapping[str, str]) -> Path:
     """Replaces what a user's environment says by what all tests share; returns the session's home.
 
@@ -90,6 +138,7 @@ def isolate(environ: MutableMapping[str, str]) -> Path:
         {
             _HOME: str(home),
             _CACHE: str(cache),
+            STORE: _store(environ.get(STORE), cache),
             "HOME": str(home),
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # of processes that tests start
@@ -136,16 +185,16 @@ def hide_torch() -> None:
 
 
 class KeptPrograms:
-    """Compiled programs that outlive a session, in the user's cache folder.
+    """Compiled programs that outlive a session, in a store of their own.
 
     JAX does not write a program's file in one piece, so that no two processes may share a folder:
     each has its own, of links to all that is kept, and what a session added is kept at its end.
     """
 
     def __init__(self, environ: MutableMapping[str, str], worker: str) -> None:
-        """Reads where programs are kept; nowhere, unless the user wants it."""
-        kept = Path(environ[_CACHE]) / "tests" / _fingerprint()
-        self.kept = kept if environ.get(KEEP) == "1" else None
+        """Reads where programs are kept; nowhere, if the user wants none."""
+        store = environ[STORE]
+        self.kept = None if store == "none" else Path(store) / (_PROGRAMS + _fingerprint())
         self.own = Path(environ[_HOME]) / "programs" / worker
 
     def open(self) -> Path | None:
@@ -155,8 +204,10 @@ class KeptPrograms:
         self.own.mkdir(parents=True, exist_ok=True)
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
-            if _size(self.kept.parent) > MOST_BYTES:
-                shutil.rmtree(self.kept.parent, ignore_errors=True)
+            folders = [*self.kept.parent.glob(f"{_PROGRAMS}*")]  # the store may be a user's folder
+            if sum(map(_size, folders)) > MOST_BYTES:
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)
             for program in self.kept.glob("*"):
                 _link(program, self.own)
         except OSError:  # a user without write access, or without room: programs are made anew

@@ -1,6 +1,7 @@
 """Tests find the same surroundings wherever they run, and keep compiled programs whole."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -8,9 +9,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.surroundings import KEEP, MOST_BYTES, ROOT, KeptPrograms, isolate
+from tests.support import array
+from tests.surroundings import (
+    MOST_BYTES,
+    ROOT,
+    STORE,
+    KeptPrograms,
+    isolate,
+    keep_single_device_programs,
+)
 
 HOSTILE = {
     "HF_HOME": "/elsewhere",
@@ -64,10 +74,10 @@ def test_processes_of_a_session_share_its_home():
     assert isolate(found) == Path("/there") and "COLUMNS" not in found
 
 
-def kept_programs(folder, worker):
+def kept_programs(folder, worker, store="store"):
     home = folder / worker
-    surroundings = {"LORA_JAX_TESTS_HOME": str(home), KEEP: "1"}
-    return KeptPrograms(surroundings | {"LORA_JAX_TESTS_CACHE": str(folder / "cache")}, worker)
+    surroundings = {"LORA_JAX_TESTS_HOME": str(home), STORE: str(folder / store)}
+    return KeptPrograms(surroundings, worker)
 
 
 def test_programs_are_kept_where_a_session_ends_and_shared_by_links(tmp_path):
@@ -83,18 +93,79 @@ def test_programs_are_kept_where_a_session_ends_and_shared_by_links(tmp_path):
     assert (first.kept / "one").samefile(third.own / "one")
 
 
-def test_too_many_programs_make_room(tmp_path):
+def test_too_many_programs_make_room_and_other_files_stay(tmp_path):
     programs = kept_programs(tmp_path, "gw0")
     (programs.open() / "one").write_text("one")
     programs.close()
+    (tmp_path / "store" / "others.txt").write_text("of the user")
     with (programs.kept / "large").open("wb") as file:
         file.truncate(MOST_BYTES)  # a hole: it takes no room
     assert os.listdir(kept_programs(tmp_path, "gw1").open()) == []
+    assert (tmp_path / "store" / "others.txt").read_text() == "of the user"
 
 
-def test_none_are_kept_unless_the_user_wants_it(tmp_path):
-    surroundings = {"LORA_JAX_TESTS_HOME": "h", "LORA_JAX_TESTS_CACHE": str(tmp_path)}
-    programs = KeptPrograms(surroundings, "gw0")
+def test_where_programs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outer = {"HOME": "/h", "XDG_CACHE_HOME": "/c"}
+    stores = {"": "/c/lora_jax/tests/programs", "near": str(tmp_path / "near"), "none": "none"}
+    for setting, store in stores.items():
+        environ = outer | {STORE: setting}
+        shutil.rmtree(isolate(environ))
+        assert environ[STORE] == store
+
+
+def test_none_are_kept_where_the_user_wants_none(tmp_path):
+    programs = KeptPrograms({"LORA_JAX_TESTS_HOME": str(tmp_path), STORE: "none"}, "gw0")
     assert programs.open() is None
     programs.close()
     assert os.listdir(tmp_path) == []
+    assert "LORA_JAX_TESTS_PROGRAMS is none" in keep_single_device_programs(None)
+
+
+def test_a_jax_without_the_name_keeps_nothing_and_says_so(tmp_path, monkeypatch):
+    for name in ("compile_or_get_cached", "backend_compile_and_load"):
+        with monkeypatch.context() as patch:
+            patch.delattr(f"jax._src.compiler.{name}")
+            line = keep_single_device_programs(tmp_path)
+        assert f"no compiled programs are kept: this JAX has no jax._src.compiler.{name}" == line
+
+
+def run_anew(name, x):
+    """Runs a program of that name, which this process has not compiled yet."""
+
+    def doubled(x):
+        return 2.5 * x.sum()
+
+    doubled.__name__ = name
+    return jax.jit(doubled)(x)
+
+
+@pytest.fixture(scope="module")
+def over_devices():
+    """An array on one device and one over two, each run by a program before any test's fixture."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    arrays = {
+        "for_one_device": array(np.ones(6, np.float32)),
+        "for_two_devices": jax.device_put(np.ones(6, np.float32), sharding),
+    }
+    for name, x in arrays.items():
+        run_anew(name, x)
+    return arrays
+
+
+def test_programs_for_one_device_alone_are_written_and_read(over_devices):
+    if not jax.config.jax_compilation_cache_dir:
+        pytest.skip(f"{STORE} is none")
+    hits = []
+    note = lambda event, **_: hits.append(event)  # noqa: E731
+    jax.monitoring.register_event_listener(note)
+    read, written = {}, {}
+    for name, x in over_devices.items():
+        before = hits.count("/jax/compilation_cache/cache_hits")
+        assert run_anew(name, x) == 15
+        read[name] = hits.count("/jax/compilation_cache/cache_hits") - before
+        folder = Path(jax.config.jax_compilation_cache_dir)
+        written[name] = len(list(folder.glob(f"jit_{name}-*")))
+    assert read == {"for_one_device": 1, "for_two_devices": 0}
+    assert written["for_one_device"] >= 1 and written["for_two_devices"] == 0

@@ -15,6 +15,7 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.paths import flatten_with_paths
 from tests.support import (
     NnxModel,
+    array,
     assert_close,
     draw,
     numpy_init,
@@ -23,7 +24,7 @@ from tests.support import (
 )
 
 X = draw(9, (13, 5))
-IDS = jnp.array([[3, 0, 9], [10, 3, 1]])
+IDS = array([[3, 0, 9], [10, 3, 1]])
 BATCH = draw(8, (2, 13, 5))
 W = draw(1, (5, 7))
 BACK = draw(2, (7, 5))

@@ -17,23 +17,19 @@ from flax import nnx
 import lora_jax as lj
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.core.opaque import sealed
+from tests.adapted_trees import adapted, merged_by_numpy
 from tests.support import (
+    array,
     assert_close,
     assert_identical,
     draw,
     numpy_init,
     variables_of,
-    with_random_factors,
 )
 
 FACTOR = 1.0
-TREE = with_random_factors(
-    lj.lorafy(
-        {"a": {"kernel": draw(1, (5, 7))}},
-        [lj.LoraRule(targets=["a"], rank=2, alpha=3.0, init=numpy_init)],
-    )
-)
-PLAIN = lj.merge(TREE)
+TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, [lj.LoraRule(targets=["a"], rank=2, alpha=3.0)])
+PLAIN = {"a": {"kernel": array(merged_by_numpy(TREE["a"]["kernel"], 1.5))}}
 X, Y = draw(8, (3, 5)), draw(9, (3, 5))
 
 _EVENTS: list[str] = []

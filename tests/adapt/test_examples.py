@@ -22,7 +22,7 @@ from lora_jax.models.families import family_of
 from lora_jax.models.layers.cache import Cache, init_cache
 from tests.adapt.examples import at_once, bank, check, slots
 from tests.models import tiny
-from tests.support import assert_close, draw, numpy_init, over
+from tests.support import array, assert_close, draw, numpy_init, over
 
 IDS = [2, 0, 2, 1]  # the slots of four examples
 WEIGHTS = {
@@ -129,7 +129,7 @@ FOLLOWED = {
     "attention": (attention, X, 0, 0),
     "block": (block, X, 0, 0),
     "flattened": (flattened, X, 0, 2),
-    "recurrent": (recurrent, X.swapaxes(0, 1), 1, 1),
+    "recurrent": (recurrent, array(np.asarray(X).swapaxes(0, 1)), 1, 1),
     "language model": (language_model, TOKENS, 0, 0),
     "other axes": (other_axes, X, 0, 0),
     "convolved": (convolved, X, 0, 0),

@@ -3,18 +3,19 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tests.foreign.case import rule
 from tests.foreign.judge import judge
-from tests.support import draw, numpy_init, over, variables_of
+from tests.support import array, draw, numpy_init, over, variables_of
 
 ALL_LINEAR = rule("all-linear", init=numpy_init)
 TABLE = rule(["embedding"], init=numpy_init)
 
 X = draw(9, (2, 13, 6))
 IMAGE = draw(9, (2, 7, 5, 6))
-IDS = jnp.array([[3, 0, 9], [10, 3, 1]])
+IDS = array([[3, 0, 9], [10, 3, 1]])
 
 
 class Attend(nn.Module):
@@ -164,7 +165,7 @@ NNX = {  # (make, run, input, rules, what they adapt)
     "LSTMCell": (
         lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
         scan_by_hand,
-        X[:, :2],
+        array(np.asarray(X)[:, :2]),
         ALL_LINEAR,
         {path.replace("if/", "if_/") for path in GATES},
     ),

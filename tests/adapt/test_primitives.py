@@ -12,13 +12,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from tests.support import Program, assert_close, dots_of_size, draw, numpy_init, over
+from tests.support import Program, array, assert_close, dots_of_size, draw, numpy_init, over
 
 # Some use a kernel only mirrored, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
 
-IDS = jnp.array([[3, 0, 9], [10, 3, 1]])
-SIZES = jnp.array([4, 0, 9], jnp.int32)
+IDS = array([[3, 0, 9], [10, 3, 1]])
+SIZES = array([4, 0, 9], np.int32)
 
 
 def rule(targets=("a",), **settings):

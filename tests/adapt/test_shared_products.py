@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax.core.names import NARROW_PRODUCT
-from tests.support import draw, equations, with_random_factors
+from tests.support import array, draw, equations, with_random_factors
 
 SIZES = {"q": 7, "k": 11, "v": 17}  # of 67 in features
 RULES = [
@@ -17,6 +18,7 @@ RULES = [
     lj.LoraRule(targets=["v"], rank=1, alpha=5),
 ]
 X = draw(9, (2, 13, 67))
+FEW = array(np.asarray(X)[:1, :5])
 
 
 def products_with_a(jaxpr: Any, features: int = 67) -> list[int]:
@@ -49,12 +51,12 @@ def from_different_values(params: Any, x: jax.Array) -> list[jax.Array]:
         pytest.param(projections, RULES, X, {}, [5], id="one x"),
         pytest.param(projections, RULES[:1], X, {}, [4], id="one of three is not adapted"),
         pytest.param(from_different_values, RULES, X, {}, [1, 2, 2], id="different values"),
-        pytest.param(projections, RULES, X[:1, :5], {}, [1, 2, 2], id="few rows"),
+        pytest.param(projections, RULES, FEW, {}, [1, 2, 2], id="few rows"),
         pytest.param(
             projections,
             [dataclasses.replace(rule, dropout=0.5) for rule in RULES],
             X,
-            {"dropout_key": jax.random.key(1)},
+            {"dropout_key": 1},
             [1, 2, 2],
             id="dropout",
         ),
@@ -63,7 +65,8 @@ def from_different_values(params: Any, x: jax.Array) -> list[jax.Array]:
 def test_weights_of_one_x_share_a_product(
     run: Any, rules: Any, x: Any, how: Any, columns: Any
 ) -> None:
-    jaxpr = jax.make_jaxpr(lambda params: lj.adapt(run)(params, x, **how))(tree(rules))
+    keys = {name: jax.random.key(seed) for name, seed in how.items()}
+    jaxpr = jax.make_jaxpr(lambda params: lj.adapt(run)(params, x, **keys))(tree(rules))
     assert products_with_a(jaxpr) == columns
 
 

@@ -12,12 +12,11 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.adapt import traces
 from lora_jax.adapt.traces import EagerTraces, FlatCall
-from tests.support import assert_close, draw, with_random_factors
+from tests.adapted_trees import adapted, merged_by_numpy
+from tests.support import assert_close, draw
 
-TREE = with_random_factors(
-    lj.lorafy({"a": {"kernel": draw(1, (5, 7))}}, [lj.LoraRule(targets=["a"], rank=2, alpha=3.0)])
-)
-KERNEL = np.asarray(lj.merge(TREE)["a"]["kernel"])
+TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, [lj.LoraRule(targets=["a"], rank=2, alpha=3.0)])
+KERNEL = merged_by_numpy(TREE["a"]["kernel"], 1.5)
 
 
 class Count:

@@ -10,13 +10,13 @@ import lora_jax as lj
 from lora_jax.bank import Bank, BankError, Tenant, Together, choose, mixed
 from lora_jax.bank import one_base as one_base_module
 from lora_jax.bank import slots as slots_module
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import array, assert_close, assert_identical, draw, with_random_factors
 
 RULES = [lj.LoraRule(targets=["up"], rank=2, alpha=3.0)]
 
 
 def base(seed=1, gain=1.0):
-    return {"up": {"kernel": draw(seed, (5, 7))}, "norm": gain * draw(3, (7,))}
+    return {"up": {"kernel": draw(seed, (5, 7))}, "norm": array(gain * np.asarray(draw(3, (7,))))}
 
 
 PARAMS = base()

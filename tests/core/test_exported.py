@@ -12,14 +12,14 @@ from jax import export
 import lora_jax as lj
 from lora_jax.saving.exported import register
 from lora_jax.variants import PARTS
-from tests.support import assert_close, draw, lorafied, over, with_random_factors
+from tests.support import array, assert_close, draw, lorafied, over, with_random_factors
 
 PARAMS = {
     "embed": {"embedding": draw(1, (13, 5))},
     "layers": {"kernel": draw(2, (3, 5, 5)), "bias": draw(3, (3, 5))},
     "out": {"kernel": draw(4, (5, 7)), "bias": draw(5, (7,))},
 }
-IDS = jnp.asarray([[3, 1, 12], [0, 3, 7]])
+IDS = array([[3, 1, 12], [0, 3, 7]])
 RULES = {
     "LoRA": [lj.LoraRule(targets=["layers", "out"], rank=2, alpha=3.0, dropout=0.1)],
     "DoRA": [lj.LoraRule(targets=["layers", "out"], rank=2, alpha=3.0, dora=True)],

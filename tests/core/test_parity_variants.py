@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import init, models
 from tests.core.test_parity_peft import ALL_LINEAR, batches, tiny_llama  # noqa: F401
-from tests.support import assert_close, lorafied, with_random_factors
+from tests.support import array, assert_close, lorafied, with_random_factors
 
 pytestmark = [
     pytest.mark.parity,
@@ -21,7 +20,7 @@ pytestmark = [
     # Said where a bias on B could not be merged.
     pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
 ]
-IDS = jnp.asarray(batches()[0], jnp.int32)
+IDS = array(batches()[0], np.int32)
 
 
 def theirs(folder, **options):
@@ -138,8 +137,8 @@ def test_forward_gradients_and_merge(tiny_llama, variant):  # noqa: F811
     with torch.no_grad():
         merged = peft.merge_and_unload()
         state = {name: v.numpy() for name, v in merged.state_dict().items()}
-    for name, array in models.hf_tensors(lj.merge(tree), models.key_table(model.config)):
-        assert_close(array, state[name], 1e-5)
+    for name, tensor in models.hf_tensors(lj.merge(tree), models.key_table(model.config)):
+        assert_close(tensor, state[name], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from tests.support import assert_close, assert_identical, dots_of_size, draw, lorafied
+from tests.support import array, assert_close, assert_identical, dots_of_size, draw, lorafied
 
 ROWS = (3, 10, 7)
-IDS = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
+IDS = array([[0, 3, 10, 3], [7, 1, 2, 9]])
 
 
 def tied(params, x):

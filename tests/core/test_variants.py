@@ -319,9 +319,6 @@ def test_bias_on_b_merges_into_the_bias_beside():
         lj.merge(bare)
 
 
-KEY = jax.random.key(3)
-
-
 def test_dora_with_dropout_drops_the_change_alone():
     """PEFT's: x meets W as it is, and what the adapter changes is computed of the dropped x."""
     params = {"kernel": draw(1, (5, 7))}
@@ -329,7 +326,9 @@ def test_dora_with_dropout_drops_the_change_alone():
     tree = with_random_factors(lorafied(params, [rule]))
     x = np.ones((4000, 5), np.float32)
     forward = lj.adapt(lambda p, x: x @ p["kernel"])
-    y = np.asarray(jax.jit(lambda t, x, key: forward(t, x, dropout_key=key))(tree, x, KEY))
+    y = np.asarray(
+        jax.jit(lambda t, x, key: forward(t, x, dropout_key=key))(tree, x, jax.random.key(3))
+    )
     base, merged = np.asarray(params["kernel"]), np.asarray(lj.merge(tree)["kernel"])
     np.testing.assert_allclose(y.mean(0), x[0] @ merged, atol=0.1)
     change = (y - x[:1] @ base) @ np.linalg.pinv(merged - base)

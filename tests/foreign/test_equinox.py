@@ -2,18 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.bank import Bank, Tenant, Together, mixed
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import array, assert_close, draw, with_random_factors
 
 equinox = pytest.importorskip("equinox", reason="the extra 'foreign' has it")
 
 X = draw(1, (8, 5))
-ROWS = {"x": X, "y": jnp.sin(X[:, :3])}
+ROWS = {"x": X, "y": array(np.sin(np.asarray(X)[:, :3]))}
 RULES = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0)]
 
 

@@ -10,6 +10,7 @@ from lora_jax.models.decoder import blocks
 from lora_jax.models.families import read_config
 from lora_jax.models.layers.barriers import settle, settle_gradient
 from lora_jax.models.layers.placement import Placement
+from tests.support import array
 from tests.train.plan.tiny_plans import FIELDS
 
 
@@ -26,7 +27,7 @@ def _few_tokens_are_many(monkeypatch):
     monkeypatch.setattr(blocks, "MANY", 10)
 
 
-X = jnp.linspace(-2.0, 3.0, 2 * 5 * 32).reshape(2, 5, 32)
+X = array(np.linspace(-2.0, 3.0, 2 * 5 * 32, dtype=np.float32).reshape(2, 5, 32))
 
 
 def loss_on(placement):

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
@@ -13,11 +14,11 @@ from lora_jax.models.layers import trunk
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
 from tests.models import tiny
-from tests.support import assert_close, draw, equations, over
+from tests.support import array, assert_close, draw, equations, over
 from train.plan.flops.jaxpr import count_flops
 
 CASE = "llama with biases"
-IDS = jnp.arange(2 * 24).reshape(2, 24) * 7 % 61
+IDS = array(np.arange(2 * 24).reshape(2, 24) * 7 % 61)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ IDS = tiny.tokens(2, 3, 6)
 NEW, N = 7, 2
 EOS = [5, 29, 35, 44]
 NO_EOS = [-1, -2, -3, -4]  # no token is; as many, so that one program serves all tests
-KEY = jax.random.key(3)
+
+
+@cache
+def drawing_key() -> jax.Array:
+    return jax.random.key(3)
 
 
 def adapted(case: str) -> tuple[Any, Any, Any]:
@@ -44,7 +49,7 @@ def llama() -> Any:
 def drawn(made: Any, **options: Any) -> Samples:
     """Two answers to each of three prompts, in NumPy."""
     model, params, apply = made
-    options = {"n": N, "max_new_tokens": NEW, "key": KEY, "eos_token_id": EOS} | options
+    options = {"n": N, "max_new_tokens": NEW, "key": drawing_key(), "eos_token_id": EOS} | options
     found = sample(model, params, IDS, MASK, apply=apply, **options)
     return Samples(*map(np.asarray, found))
 
@@ -90,7 +95,7 @@ def test_a_row_depends_on_its_own_key_alone(llama: Any) -> None:
     together = drawn(llama)
     assert len(np.unique(together.tokens, axis=0)) == 3 * N
     for row in range(3 * N):
-        prompt, key = [row // N], jax.random.fold_in(KEY, row)[None]
+        prompt, key = [row // N], jax.random.fold_in(drawing_key(), row)[None]
         alone = sample(
             *(model, params, IDS[prompt], MASK[prompt]),
             **{"max_new_tokens": NEW, "key": key, "eos_token_id": EOS, "apply": apply},
@@ -102,7 +107,7 @@ def test_a_row_depends_on_its_own_key_alone(llama: Any) -> None:
 @pytest.mark.slow
 def test_keys_of_either_kind_and_for_each_row(llama: Any) -> None:
     want = drawn(llama).tokens
-    each = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3 * N))
+    each = jax.vmap(jax.random.fold_in, (None, 0))(drawing_key(), jnp.arange(3 * N))
     np.testing.assert_array_equal(drawn(llama, key=each).tokens, want)
     np.testing.assert_array_equal(drawn(llama, key=jax.random.PRNGKey(3)).tokens, want)
     assert not np.array_equal(drawn(llama, key=each[::-1]).tokens, want)
@@ -146,7 +151,8 @@ def test_a_prompt_runs_once_for_its_answers() -> None:
     def rows_of_prompts(prompts: int, n: int) -> list[bool]:
         """Returns whether 5 rows of 11 tokens run through the model, and whether 15 do."""
         ids = jnp.zeros((prompts, 11), jnp.int32)
-        run = lambda params: sample(model, params, ids, n=n, max_new_tokens=4, key=KEY)  # noqa: E731
+        options = {"n": n, "max_new_tokens": 4, "key": drawing_key()}
+        run = lambda params: sample(model, params, ids, **options)  # noqa: E731
         text = str(jax.make_jaxpr(run)(params))
         return [f"f32[{rows},11,{tiny.SIZES['intermediate_size']}]" in text for rows in (5, 15)]
 
@@ -173,7 +179,7 @@ def test_pairs_of_tokens_follow_the_models_distribution() -> None:
 
     def p_value(temperature: float) -> float:
         options: dict[str, Any] = {"max_new_tokens": 2, "eos_token_id": eos, "pad_token_id": 0}
-        options |= {"temperature": temperature, "key": KEY, "n": n}
+        options |= {"temperature": temperature, "key": drawing_key(), "n": n}
         tokens = np.asarray(sample(model, params, np.array([prompt]), **options).tokens)
         counts = np.bincount(tokens[:, 0] * 7 + tokens[:, 1], minlength=49)
         possible = pairs.reshape(-1) > 0
@@ -191,8 +197,8 @@ def same_on_a_mesh(case: str, n_devices: int, **sizes: int) -> None:
     model, params, apply = adapted(case)
     ids, lengths = tiny.tokens(1, 8, 6), np.array([6, 2, 5, 3, 4, 6, 1, 5])
     mask = (np.arange(6) >= 6 - lengths[:, None]).astype(np.int32)
-    options: dict[str, Any] = {"n": 3, "max_new_tokens": 7, "temperature": 0.7, "key": KEY}
-    options["eos_token_id"] = EOS
+    options: dict[str, Any] = {"n": 3, "max_new_tokens": 7, "temperature": 0.7}
+    options |= {"key": drawing_key(), "eos_token_id": EOS}
     one = sample(model, params, ids, mask, apply=apply, **options)
     assert len(np.unique(one.tokens, axis=0)) > 12
     devices = jax.devices()
@@ -226,4 +232,4 @@ def test_refusals(llama: Any) -> None:
     with pytest.raises(ValueError, match="n is 0: the number of answers"):
         drawn(llama, n=0)
     with pytest.raises(ValueError, match=r"\(3,\) keys for 6 rows"):
-        drawn(llama, key=jax.random.split(KEY, 3))
+        drawn(llama, key=jax.random.split(drawing_key(), 3))

@@ -1,5 +1,7 @@
 """Generation step by step: the tokens of `generate`, few compilations, and a cache in place."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,7 +14,11 @@ from lora_jax.models.sampling import choice, streaming
 from tests.models import tiny, tiny_encoders
 
 # The module's name is the function's, too.
-SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "key": jax.random.key(5)}
+
+
+@cache
+def sampled() -> dict[str, Any]:
+    return {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "key": jax.random.key(5)}
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +34,15 @@ def streamed(*args: Any, n: int = 8, **options: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [pytest.param({}, id="greedy", marks=pytest.mark.slow), pytest.param(SAMPLED, id="sampled")],
+    "drawing",
+    [pytest.param(dict, id="greedy", marks=pytest.mark.slow), pytest.param(sampled, id="sampled")],
 )
-def test_it_is_generate_step_by_step(tiny_model: Any, options: dict[str, Any]) -> None:
+def test_it_is_generate_step_by_step(
+    tiny_model: Any, drawing: Callable[[], dict[str, Any]]
+) -> None:
     ids = tiny.tokens(2, 3, 6)
     mask = (np.arange(6) >= 6 - np.array([6, 2, 5])[:, None]).astype(np.int32)
-    options = options | {"eos_token_id": NONE, "pad_token_id": 60}
+    options = drawing() | {"eos_token_id": NONE, "pad_token_id": 60}
     want = np.asarray(generate(*tiny_model, ids, mask, max_new_tokens=8, **options))
     assert len(np.unique(want)) > 4
     parts = streamed(*tiny_model, ids, mask, tokens_per_call=3, **options)
@@ -64,7 +72,7 @@ def test_another_length_or_weights_compile_nothing(tiny_model: Any) -> None:
     first = run(0, n=4)
     assert len(traces) == 2  # the prompt, and one step
     longer = run(0, n=9, tokens_per_call=1)
-    run(1, n=6, **SAMPLED)
+    run(1, n=6, **sampled())
     assert len(traces) == 2
     np.testing.assert_array_equal(longer[:, :4], first)
 
@@ -107,7 +115,7 @@ def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> N
     ids, keys = tiny.tokens(2, 3, 6), jax.random.split(jax.random.key(1), 3)
 
     def of(rows: list[int]) -> np.ndarray:
-        options = SAMPLED | {"key": keys[np.array(rows)]}
+        options = sampled() | {"key": keys[np.array(rows)]}
         return np.asarray(generate(*tiny_model, ids[rows], max_new_tokens=6, **options))
 
     together = of([0, 1, 2])
@@ -132,11 +140,12 @@ def test_a_row_alone_draws_what_it_does_among_others() -> None:
     [
         ({"cache_len": 9}, "cache_len is 9; prompt and answer need 10 slots"),
         ({"tokens_per_call": 0}, "at least 1, not 0"),
-        ({"key": jax.random.split(jax.random.key(1), 2)}, r"\(2,\) keys for 1 rows"),
+        ({"key": lambda: jax.random.split(jax.random.key(1), 2)}, r"\(2,\) keys for 1 rows"),
     ],
 )
 def test_refusals_come_before_the_first_step(
     tiny_model: Any, options: dict[str, Any], message: str
 ) -> None:
+    options = {name: made() if callable(made) else made for name, made in options.items()}
     with pytest.raises(ValueError, match=message):
         stream(*tiny_model, tiny.tokens(0, 1, 3), max_new_tokens=8, **options)

@@ -1,5 +1,7 @@
 """Completions of several turns: the rows' independence, and what each token's probability is."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -18,8 +20,13 @@ pytestmark = pytest.mark.slow  # tests/train/live/test_turns.py shows most of it
 NEW, ROWS, LENGTH = 9, 3, 40
 PROMPTS = [tiny.tokens(7 + i, 1, n)[0].tolist() for i, n in enumerate((6, 2, 5))]
 EOS = [5, 29, 35, 44]
-KEYS = row_keys(jax.random.key(3), np.arange(ROWS))
 ANSWERS = [[[9, 8, 7], [6]], [[11] * 13, [3, 2]], [[1, 2], [4, 5, 6]]]  # of each row, by turns
+
+
+@cache
+def keys():
+    """Returns the key of each row."""
+    return row_keys(jax.random.key(3), np.arange(ROWS))
 
 
 class Driver:
@@ -39,7 +46,7 @@ class Driver:
         self.prefills = 0
 
     def begin(self, row, answer=None):
-        turn, key = self.begun[row], turn_key(KEYS[row], self.begun[row])
+        turn, key = self.begun[row], turn_key(keys()[row], self.begun[row])
         sampling = make_sampling(self.model.config.vocab_size, self.temperature, 1.0, None, key)
         if answer is None:
             logits, cache = self.rows.prefill(self.params, self.ids[row])
@@ -103,7 +110,7 @@ def test_one_turn_is_that_of_sample(driver):
         *(driver.model, driver.params, *pad_left(PROMPTS, 6, 0)),
         max_new_tokens=NEW,
         temperature=0.8,
-        key=KEYS,
+        key=keys(),
         eos_token_id=EOS,
         apply=lj.adapt(driver.model.apply),
     )

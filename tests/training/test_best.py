@@ -12,14 +12,14 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training.run.best import Best, Standing
-from tests.support import assert_identical
+from tests.support import array, assert_identical
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 5)).astype(np.float32)
 Y = RNG.normal(size=(24, 3)).astype(np.float32)  # noise: the held-out loss falls, then rises
-PARAMS = {"kernel": jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32)}
+PARAMS = {"kernel": array(RNG.normal(size=(5, 3)))}
 RULES = [lj.LoraRule(targets=["kernel"], rank=3, alpha=6)]
 STEPS = 24
 

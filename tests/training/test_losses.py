@@ -19,7 +19,7 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.benchmarks.shapes import SMOLLM2
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over, with_random_factors
+from tests.support import array, assert_close, over, with_random_factors
 from train.options.scripts.sft import SftOptimConfig
 
 VOCAB = tiny.SIZES["vocab_size"]
@@ -53,7 +53,7 @@ def bag(tied=False, vocab=VOCAB):
     params = {"embed_tokens": {"embedding": drawn((vocab, 13)) / 13**0.5}}
     if not tied:
         params["lm_head"] = {"kernel": drawn((13, vocab)) / 13**0.5, "bias": drawn(vocab)}
-    return Bag(tied, vocab), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    return Bag(tied, vocab), jax.tree.map(array, params)
 
 
 def total(*args, **options):

@@ -9,11 +9,11 @@ import pytest
 
 from lora_jax.training import losses
 from lora_jax.training.losses import Completions, Online, PreferenceOptions, preference_loss
-from tests.support import assert_close, draw, over
+from tests.support import array, assert_close, draw, over
 
 # One pair: sums of 4 and 5 tokens, and the reference's.
-CHOSEN = Completions(jnp.array([-12.0]), jnp.array([4.0]), jnp.array([-13.0]))
-REJECTED = Completions(jnp.array([-15.0]), jnp.array([5.0]), jnp.array([-14.5]))
+CHOSEN = Completions(array([-12.0]), array([4.0]), array([-13.0]))
+REJECTED = Completions(array([-15.0]), array([5.0]), array([-14.5]))
 # Loss -> options, its value where policy and reference are equal, and of the pair above.
 VALUES = {
     "sigmoid": ({}, 0.693147, 0.620957),
@@ -143,11 +143,11 @@ def test_bad_input(name):
 
 
 # Rollouts of two and of three tokens.
-LOGPS = jnp.array([[-1.0, -0.5, -2.0], [-0.2, -1.5, -7.0]])
-OLD = jnp.array([[-1.3, -0.5, -1.6], [-0.1, -1.0, 9.0]])
-REFERENCE = jnp.array([[-1.1, -0.7, -1.9], [-0.3, -1.4, 5.0]])
-MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
-GAINS = jnp.array([1.0, -1.0])
+LOGPS = array([[-1.0, -0.5, -2.0], [-0.2, -1.5, -7.0]])
+OLD = array([[-1.3, -0.5, -1.6], [-0.1, -1.0, 9.0]])
+REFERENCE = array([[-1.1, -0.7, -1.9], [-0.3, -1.4, 5.0]])
+MASK = array([[1, 1, 1], [1, 1, 0]], bool)
+GAINS = array([1.0, -1.0])
 ROLLOUTS = {
     "grpo": (losses.ONLINE["grpo"], -0.052177),
     "dapo": (losses.ONLINE["dapo"], -0.233097),

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from tests.foreign.case import ALL_LINEAR, Case, Made, rule
-from tests.support import draw
+from tests.support import array, draw
 
 X = draw(9, (13, 6))
 IMAGES = draw(9, (2, 6, 7, 5))
-IDS = jnp.array([3, 0, 9, 3])
+IDS = array([3, 0, 9, 3])
 
 
 def _made(layer: Any, run: Callable[[Any], Callable[..., Any]], x: Any, rules: Any) -> Made:

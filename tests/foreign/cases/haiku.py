@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tests.foreign.case import ALL_LINEAR, Case, Made, rule
-from tests.support import draw
+from tests.support import array, draw
 
 X = draw(9, (13, 6))
 IMAGES = draw(9, (2, 7, 5, 6))
-IDS = jnp.array([3, 0, 9, 3])
+IDS = array([3, 0, 9, 3])
 TABLE = rule(["embeddings"])
 
 

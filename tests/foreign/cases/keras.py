@@ -4,14 +4,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from tests.foreign.case import Case, Made, rule
-from tests.support import draw
+from tests.support import array, draw
 
 X = draw(9, (2, 13, 6))
 IMAGES = draw(9, (2, 9, 8, 6))
-IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+IDS = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
 
 
 def keras() -> Any:

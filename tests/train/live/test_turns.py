@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from functools import cache
 
 import jax
 import numpy as np
@@ -22,10 +23,15 @@ from train.live.turns.rows import AskedRow, TurnLimits, tool_metrics
 from train.live.turns.sampler import Drawing, TurnSampler
 from train.tools.contract import EpisodeTurn, ToolAnswer, ToolCall
 
-KEY, NEW, TOTAL = jax.random.key(5), 36, 52
+NEW, TOTAL = 36, 52
 ENDS = [*range(100, 160), 258]
 PROMPTS = [[7, 8, 9], [3], [7, 8, 9], [1, 2, 3, 4, 5, 6], [50] * 5]
 NO_STOP = StopTexts(tokenizer(), ())
+
+
+@cache
+def drawing_key():
+    return jax.random.key(5)
 
 
 class Joints:
@@ -106,7 +112,7 @@ def programs():
     return made, params
 
 
-def draw(programs, host, *, places=3, read=read, key=KEY, stops=NO_STOP, stop=None, **limits):
+def draw(programs, host, *, places=3, read=read, key=None, stops=NO_STOP, stop=None, **limits):
     made, params = programs
     bounds = TurnLimits(**({"new_tokens": NEW, "total": TOTAL} | limits))
     drawing = Drawing(1.0, 1.0, None, ENDS)
@@ -116,6 +122,7 @@ def draw(programs, host, *, places=3, read=read, key=KEY, stops=NO_STOP, stop=No
     ]
     opened = lambda asked, row: [*asked.prompt, *row["prompt"].encode()]  # noqa: E731
     listener = Listener(host, Joints(), opened, stop or Stop())
+    key = drawing_key() if key is None else key
     return sampler.draw(params, asked, key, listener, places=places, longest=6)
 
 
@@ -216,7 +223,7 @@ def test_one_turn_is_that_of_sample(programs):
     made, params = programs
     mine = draw(programs, Host(), read=lambda ids, before: ("", []))
     ids, mask = pad_left(PROMPTS, 6, 0)
-    keys = row_keys(KEY, np.arange(len(PROMPTS)))
+    keys = row_keys(drawing_key(), np.arange(len(PROMPTS)))
     want = sample(
         *(made._model, params, ids, mask), max_new_tokens=NEW, key=keys, eos_token_id=ENDS
     )
