@@ -53,11 +53,15 @@ def _with_base(tree: Params, params: Params) -> Params:
     return jax.tree.map(replaced, tree, params, is_leaf=is_node)
 
 
-def adapted(params: Params, rules: Iterable[Any], seed: int = 7) -> Params:
-    """Returns an adapted tree with random factors, for which nothing is compiled."""
-    shapes = jax.eval_shape(lambda base: lj.lorafy(base, rules), params)
+def adapted(params: Params, rule: lj.LoraRule) -> Params:
+    """Returns a tree of plain LoRA with random factors, for which nothing is compiled."""
+    shapes = jax.eval_shape(lambda base: lj.lorafy(base, [rule]), params)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return with_random_factors(_with_base(zeros, params), seed)
+    scale = np.float32(rule.alpha / rule.rank)
+    scaled = jax.tree.map(
+        lambda node: node.replace(scale=scale) if is_node(node) else node, zeros, is_leaf=is_node
+    )
+    return with_random_factors(_with_base(scaled, params))
 
 
 def merged_by_numpy(node: lj.LoraWeight, scale: float) -> np.ndarray:

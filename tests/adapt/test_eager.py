@@ -28,7 +28,7 @@ from tests.support import (
 )
 
 FACTOR = 1.0
-TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, [lj.LoraRule(targets=["a"], rank=2, alpha=3.0)])
+TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, lj.LoraRule(targets=["a"], rank=2, alpha=3.0))
 PLAIN = {"a": {"kernel": array(merged_by_numpy(TREE["a"]["kernel"], 1.5))}}
 X, Y = draw(8, (3, 5)), draw(9, (3, 5))
 

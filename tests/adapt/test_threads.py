@@ -15,7 +15,7 @@ from lora_jax.adapt.traces import EagerTraces, FlatCall
 from tests.adapted_trees import adapted, merged_by_numpy
 from tests.support import assert_close, draw
 
-TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, [lj.LoraRule(targets=["a"], rank=2, alpha=3.0)])
+TREE = adapted({"a": {"kernel": draw(1, (5, 7))}}, lj.LoraRule(targets=["a"], rank=2, alpha=3.0))
 KERNEL = merged_by_numpy(TREE["a"]["kernel"], 1.5)
 
 

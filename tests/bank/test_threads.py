@@ -18,7 +18,7 @@ from tests.adapted_trees import adapted
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"kernel": np.zeros((3, 2), np.float32)}
 RULES = [lj.LoraRule(targets=["kernel"], rank=1, alpha=1.0)]
-ADAPTER, BASE = lj.split(adapted(PARAMS, RULES))
+ADAPTER, BASE = lj.split(adapted(PARAMS, *RULES))
 X = np.ones((3, 3), np.float32)
 FORWARD = jax.jit(mixed(lambda params, x: x @ params["kernel"]))
 _EVENTS: list[str] = []
