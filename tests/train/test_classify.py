@@ -19,7 +19,7 @@ from lora_jax.training.data.labelled import Labelled, label_names, predict
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
-from tests.support import assert_identical, over
+from tests.support import assert_identical, over, thorough
 from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.classify import check, main, parse
@@ -177,6 +177,7 @@ def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
 
 
 @pytest.mark.slow
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path):
     options = ["--dropout", 0.1, "--eval-every", 6, "--log-every", 1, "--schedule", "constant"]
     run(inputs, tmp_path / "whole", "--steps", 6, *options)

@@ -138,7 +138,7 @@ def test_a_run_on_a_folder(made: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@thorough  # as test_classify.py does
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -> None:
     options = ["--model", made / "vit", "--dataset", made / "photos", "--log-every", 1]
     options += ["--dropout", 0.1, "--schedule", "constant"]

@@ -68,7 +68,7 @@ def test_it_is_exported_merged_alone(inputs, whole, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@thorough  # as test_sft.py and test_classify.py do
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_where_a_whole_one_does(inputs, whole, tmp_path, capsys):
     options = ["--lr", 0.01, "--eval-every", 4, "--seed", 3]
     run(options_of(inputs), tmp_path / "half", "--steps", 4, *options)

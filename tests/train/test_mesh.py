@@ -333,9 +333,9 @@ def test_every_mesh_trains_as_one_device_does(kind, one_and_meshes):
 def test_the_devices_may_stand_in_any_order(tmp_path, monkeypatch):
     shared = [*inputs(tmp_path, "dense"), "--mesh", "fsdp=2,tensor=2", "--lr", "3e-2"]
     draw = np.random.default_rng(0)
-    drawn = 20 if THOROUGH else 1
-    orders = [range(4), range(3, -1, -1), *(draw.permutation(4) for _ in range(drawn))]
-    assert THOROUGH or len({tuple(order) for order in orders}) == 3
+    drawn = 21 if THOROUGH else 1
+    orders = [range(4), *(draw.permutation(4) for _ in range(drawn))]
+    assert len({tuple(order) for order in orders}) >= 2
     for i, order in enumerate(orders):
         devices = [jax.devices()[number] for number in order]
         monkeypatch.setattr("train.processes.mesh.all_devices", lambda devices=devices: devices)

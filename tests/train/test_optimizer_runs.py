@@ -17,13 +17,18 @@ from train.run.log import read_metrics
     "options",
     [
         "--optimizer schedule-free --rank 2 --dropout 0.1 --eval-every 2 --eval-questions 2",
-        "--optimizer muon --rank 2 --bias adapted --train norm --lora-plus 4 --weight-decay 0.1",
-        pytest.param(
-            "--optimizer muon --full --weight-decay 0.1 --schedule wsd --decay 0.5 --min-lr 0.1",
-            marks=thorough,
+        *(
+            pytest.param(options, marks=thorough)
+            for options in (
+                "--optimizer muon --rank 2 --bias adapted --train norm --lora-plus 4 "
+                "--weight-decay 0.1",
+                "--optimizer muon --full --weight-decay 0.1 --schedule wsd --decay 0.5 "
+                "--min-lr 0.1",
+                "--optimizer adafactor --full --schedule constant --warmup-ratio 0.3",
+                "--optimizer lion --rank 2 --neftune 5 --freeze-a --grad-accum 2 "
+                "--schedule inverse-sqrt",
+            )
         ),
-        "--optimizer adafactor --full --schedule constant --warmup-ratio 0.3",
-        "--optimizer lion --rank 2 --neftune 5 --freeze-a --grad-accum 2 --schedule inverse-sqrt",
     ],
 )
 def test_optimisers_resume_bitwise(inputs, tmp_path, options, capsys):  # noqa: F811

@@ -124,7 +124,7 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
 
 
 @pytest.mark.slow
-@thorough  # as test_sft.py and test_classify.py do
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, trained, tmp_path):
     options = ["--quantize", "nf4", "--schedule", "constant", "--warmup", "0"]
     first = run(inputs, tmp_path / "run", "--steps", 1, *options)

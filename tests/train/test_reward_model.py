@@ -159,7 +159,7 @@ def test_it_stands_beside_other_rewards(whole, model):
 
 
 @pytest.mark.slow
-@thorough  # as test_classify.py does
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, tmp_path):
     options = ["--dropout", 0.1, "--eval-every", 4, "--log-every", 1, "--schedule", "constant"]
     for folder, steps in (("whole", [4]), ("half", [2, 4])):

@@ -9,7 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.adapted_trees import with_random_factors
-from tests.support import assert_close, assert_identical, but_rarely, over
+from tests.support import assert_close, assert_identical, but_rarely, over, thorough
 from tests.train.scripts import fails
 from tests.train.tiny import CONFIG, tokenizer, write_jsonl, write_model
 from train import distill, grpo
@@ -176,8 +176,9 @@ def test_a_reward_that_hangs_is_ended(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@thorough  # test_killed.py does so without parts
 def test_resumed_bit_by_bit_between_two_updates(folder, tmp_path):
-    """With gradients in parts; test_killed.py goes on without."""
+    """With gradients in parts."""
     args = ["--updates", 2, "--schedule", "constant", "--lr", 3e-2, "--save-every", 3]
     args += ["--grad-accum", 2, "--batch-size", 24]
     whole = run(folder, tmp_path / "whole", *args, "--steps", 7)

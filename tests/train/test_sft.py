@@ -17,7 +17,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import THOROUGH, assert_identical
+from tests.support import assert_identical, thorough
 from tests.train.forks import Forked
 from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
@@ -198,7 +198,9 @@ def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsy
     "method",
     [
         "--init pissa --dora --bias adapted --train norm --train-tokens 5 7 --lora-plus 4",
-        "--init olora --freeze-a --lr-rule llama --scaling alpha/sqrt(rank)",
+        pytest.param(
+            "--init olora --freeze-a --lr-rule llama --scaling alpha/sqrt(rank)", marks=thorough
+        ),
     ],
 )
 def test_methods_resume_bitwise_and_decompose_once(inputs, tmp_path, method, monkeypatch):
@@ -355,7 +357,7 @@ def wait_for_step(process, step):
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs, tmp_path, capsys):
-    kills, steps = (20, 400) if THOROUGH else (2, 50)
+    kills, steps = (20, 400) if THOROUGH else (1, 30)
     often = ["--steps", steps, "--save-every", 2, "--dropout", 0.1]
     run(inputs, tmp_path / "whole", *often)
     seed = int(time.time())

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train import tiny as tiny_decoder
 from tests.train import tiny_smolvlm as tiny
 from train.data.files import read_rows
@@ -64,6 +64,7 @@ def answers(folder: Path, *args: Any) -> list[str]:
     return [json.loads(line)["answer"] for line in lines]
 
 
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -> None:
     """With batches of several parts, and with dropout."""
     options = ["--dropout", 0.1, "--grad-accum", 2]

@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train import tiny_qwen_vl as tiny
 from tests.train.tiny_smolvlm import write_rows
 from train.export.__main__ import main as export
@@ -68,6 +68,7 @@ def test_a_run_learns_what_images_show(made: Path, tmp_path: Path) -> None:
     assert isinstance(model, models.QwenVL)
 
 
+@thorough  # as test_sft.py does
 def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -> None:
     run(made, tmp_path / "whole", "--steps", 4)
     run(made, tmp_path / "half", "--steps", 2)

@@ -249,7 +249,7 @@ def test_rows_and_columns_lie_as_the_axes_that_they_are_of():
     assert not any(shape == (LAYERS, 128, 132) for shape, _ in shapes), "nothing is kept whole"
 
 
-@over("name", ["adafactor", "muon", "schedule-free"], often=["muon"])
+@over("name", ["adafactor", "lion", "muon", "schedule-free"], often=["muon"])
 def test_a_checkpoint_goes_on_bitwise(name, tmp_path):
     params = tree()
     adapter, _ = lj.split(params)

@@ -106,6 +106,7 @@ def test_tokens_of_the_environment_are_read_and_not_learned(folder, tmp_path, mo
 
 
 @pytest.mark.slow
+@thorough  # test_turn_processes.py goes on after a kill
 def test_runs_resume_with_the_same_bits(folder, tmp_path):
     whole = run(folder, tmp_path / "whole", *STEPS, "--grad-accum", 7, "--batch-size", GROUP)
     args = [*STEPS, "--grad-accum", 7, "--batch-size", GROUP, "--save-every", 1]

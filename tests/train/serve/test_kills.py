@@ -52,7 +52,7 @@ def killed(server, rng, times, seconds, step):
 
 
 def test_kills_over_a_number(tmp_path):
-    rng, kills = random.Random(5), 20 if THOROUGH else 5
+    rng, kills = random.Random(5), 20 if THOROUGH else 3
     server = Server(tmp_path, lambda port: ["-c", SERVER, str(port)])
     model, last = server.create(rank=2), None
     number = momentum = 0.0

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from tests.support import thorough
 from tests.train.serve.process import serve
 from tests.train.serve.waiting import until
 from train import sft
@@ -212,6 +213,7 @@ def whole(server):
     return of
 
 
+@thorough
 def test_loops_run_by_their_default_model(tmp_path):
     """A tiny Qwen3.5 of random weights: none of its answers is right."""
     draw = random.Random(0)
@@ -235,11 +237,13 @@ def test_loops_run_by_their_default_model(tmp_path):
         server.kill()
 
 
+@thorough
 def test_sl_loop_learns(whole):
     losses = [line["train_mean_nll"] for line in whole("sl") if "train_mean_nll" in line]
     assert len(losses) == 8 and losses[-1] < 0.6 * losses[0]
 
 
+@thorough
 def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
     whole("sl")
     ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=4), "stopped")
@@ -299,6 +303,7 @@ def test_rl_loop_learns(server):
     same(arrays(server, again), final(server, "rl"))
 
 
+@thorough
 def test_math_rl_learns(server):
     """Most rewards here are of the format: few of the sums are right."""
     how = {"env": "arithmetic", "renderer_name": "role_colon", "groups_per_batch": 8}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from starlette.applications import Starlette
 
+from tests.support import thorough
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FACTS, FakeEngine, logprobs
 from tests.train.serve.waiting import until
@@ -349,6 +350,7 @@ def test_completions_are_read_by_the_sdk():
         assert np.array_equal(found.sequences[0].topk_logprobs_np.logprobs, top.logprobs)
 
 
+@thorough
 @pytest.mark.skipif(not NEWEST, reason="it is the old one")
 def test_the_oldest_sdk_passes_these_tests():
     if not any(OLD.glob("tinker-0.27.*")):
