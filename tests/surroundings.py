@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 _HOME, _CACHE = "LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE"
 # The folder of compiled programs that are kept between sessions; "none" keeps none.
 STORE = "LORA_JAX_TESTS_PROGRAMS"
+ISA = "LORA_JAX_TESTS_ISA"  # such as AVX2: as on a CPU without newer instructions
 MOST_BYTES = 2**30  # of kept programs; a session that finds more of them begins anew
 _PROGRAMS = "programs-"  # begins the names of the store's folders: one for each CPU and JAX
 # Settings of the libraries that lora_jax stands on, of trackers, and of terminals.
@@ -33,15 +34,17 @@ _FOREIGN = (
 )  # fmt: skip
 
 
-def _xla_flags() -> str:
+def xla_flags(environ: Mapping[str, str]) -> str:
     """Returns flags by which compiling takes half the time: nobody runs these programs for long.
 
     Newer jaxlibs have no older emitters of fusions, and end the process at a flag that they do not
-    know.
+    know. `ISA` in the environment names the CPU's newest instructions that programs may use.
     """
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
+    if isa := environ.get(ISA):
+        flags.append(f"--xla_cpu_max_isa={isa}")
     return " ".join(flags)
 
 
@@ -145,7 +148,7 @@ def isolate(environ: MutableMapping[str, str]) -> Path:
             "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",  # lowering takes a fifth less
             "MPLCONFIGDIR": str(cache / "tests" / "matplotlib"),  # its list of fonts
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": _xla_flags(),
+            "XLA_FLAGS": xla_flags(environ),
         }
     )
     return home
@@ -164,12 +167,12 @@ def end(environ: MutableMapping[str, str]) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _fingerprint() -> str:
+def _fingerprint(environ: Mapping[str, str]) -> str:
     """Returns a name for what programs depend on beside what JAX itself makes a key of."""
     cpu = platform.processor() + platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         cpu += "".join(sorted({x for x in info.read_text().splitlines() if x[:5] == "flags"}))
-    text = "\n".join([sys.version, jaxlib.__version__, _xla_flags(), cpu])
+    text = "\n".join([sys.version, jaxlib.__version__, xla_flags(environ), cpu])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -194,7 +197,7 @@ class KeptPrograms:
     def __init__(self, environ: MutableMapping[str, str], worker: str) -> None:
         """Reads where programs are kept; nowhere, if the user wants none."""
         store = environ[STORE]
-        self.kept = None if store == "none" else Path(store) / (_PROGRAMS + _fingerprint())
+        self.kept = None if store == "none" else Path(store) / (_PROGRAMS + _fingerprint(environ))
         self.own = Path(environ[_HOME]) / "programs" / worker
 
     def open(self) -> Path | None:

@@ -1,6 +1,7 @@
 """Tests find the same surroundings wherever they run, and keep compiled programs whole."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 
 from tests.support import array
 from tests.surroundings import (
+    ISA,
     MOST_BYTES,
     ROOT,
     STORE,
     KeptPrograms,
     isolate,
     keep_single_device_programs,
+    xla_flags,
 )
 
 HOSTILE = {
@@ -114,6 +117,38 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
         assert environ[STORE] == store
 
 
+FEATURES = """
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.serialize_executable import serialize
+
+payload = serialize(jax.jit(jnp.sin).lower(jnp.ones(64)).compile())[0]
+print(*sorted({word.decode() for word in re.findall(rb"[+](?:avx|sse)[\\w.]*", payload)}))
+"""
+
+
+def features(flags):
+    """Returns the instructions that a program of another process may use."""
+    environ = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-c", FEATURES]
+    return subprocess.run(command, env=environ, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="it has no such names")
+def test_the_compiler_is_told_the_newest_instructions_of_a_cpu():
+    assert "+avx" in features(xla_flags({})), "the control"
+    older = features(xla_flags({ISA: "SSE4_2"}))
+    assert "+sse4.2" in older and not any(name.startswith("+avx") for name in older)
+    if ISA in os.environ:  # this session's
+        assert f"--xla_cpu_max_isa={os.environ[ISA]}" in os.environ["XLA_FLAGS"]
+    surroundings = {"LORA_JAX_TESTS_HOME": "h", STORE: "s"}
+    folders = {KeptPrograms(surroundings | isa, "gw0").kept for isa in ({}, {ISA: "AVX2"})}
+    assert len(folders) == 2, "programs of other instructions are kept apart"
+
+
 def test_none_are_kept_where_the_user_wants_none(tmp_path):
     programs = KeptPrograms({"LORA_JAX_TESTS_HOME": str(tmp_path), STORE: "none"}, "gw0")
     assert programs.open() is None
@@ -140,6 +175,12 @@ def run_anew(name, x):
     return jax.jit(doubled)(x)
 
 
+def kept_as(name):
+    """Returns the files of a program in this process's folder."""
+    folder = jax.config.jax_compilation_cache_dir
+    return list(Path(folder).glob(f"jit_{name}-*")) if folder else []
+
+
 @pytest.fixture(scope="module")
 def over_devices():
     """An array on one device and one over two, each run by a program before any test's fixture."""
@@ -150,6 +191,8 @@ def over_devices():
         "for_two_devices": jax.device_put(np.ones(6, np.float32), sharding),
     }
     for name, x in arrays.items():
+        for file in kept_as(name):  # by an earlier session
+            file.unlink()
         run_anew(name, x)
     return arrays
 
@@ -163,9 +206,8 @@ def test_programs_for_one_device_alone_are_written_and_read(over_devices):
     read, written = {}, {}
     for name, x in over_devices.items():
         before = hits.count("/jax/compilation_cache/cache_hits")
-        assert run_anew(name, x) == 15
+        assert float(run_anew(name, x)) == 15
         read[name] = hits.count("/jax/compilation_cache/cache_hits") - before
-        folder = Path(jax.config.jax_compilation_cache_dir)
-        written[name] = len(list(folder.glob(f"jit_{name}-*")))
+        written[name] = len(kept_as(name))
     assert read == {"for_one_device": 1, "for_two_devices": 0}
     assert written["for_one_device"] >= 1 and written["for_two_devices"] == 0
