@@ -17,7 +17,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import assert_identical, thorough
+from tests.support import THOROUGH, assert_identical, thorough
 from tests.train.forks import Forked
 from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
