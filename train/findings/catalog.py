@@ -45,7 +45,7 @@ class Finding:
         return self.shows or self.layout
 
 
-_BY_SIZE = PivotLayout("trained parameters", "targets", at_best_rate=True)
+_BY_SIZE = PivotLayout("trained parameters", "targets", best_of_cell=True)
 FINDINGS: dict[str, Finding] = {
     "rates": Finding(
         title="The best learning rate, and how much rank is enough",
@@ -68,7 +68,7 @@ FINDINGS: dict[str, Finding] = {
         "full fine-tuning does, whatever its rank.",
         layout=PivotLayout("learning rate", "batch size", ("method",)),
         measures=("loss", "score"),
-        shows=PivotLayout("batch size", "method", at_best_rate=True),
+        shows=PivotLayout("batch size", "method", best_of_cell=True),
     ),
     "variants": Finding(
         title="Variants of LoRA, each at its best learning rate",
@@ -156,7 +156,7 @@ FINDINGS: dict[str, Finding] = {
         script="grpo",
         layout=PivotLayout("learning rate", "batch size", ("rank",)),
         measures=("score",),
-        shows=PivotLayout("batch size", "rank", at_best_rate=True),
+        shows=PivotLayout("batch size", "rank", best_of_cell=True),
     ),
     "rl-numbers": Finding(
         title="How few numbers are enough by rewards",
@@ -165,6 +165,7 @@ FINDINGS: dict[str, Finding] = {
         script="grpo",
         layout=PivotLayout("trained parameters", "method", at_best_rate=True),
         measures=("score",),
+        shows=PivotLayout("trained parameters", "method", best_of_cell=True),
     ),
     "rl-forgetting": Finding(
         title="What rewards forget beside examples, at the same score",

@@ -197,6 +197,18 @@ def test_panels_have_one_scale_and_names_are_lines_to_compare_with():
     assert [*drawn["full"].get_ydata()] == pytest.approx([0.55, 0.55])
 
 
+def test_a_picture_has_the_best_of_arms_that_share_a_place():
+    """Two ranks of one size, and full fine-tuning, stand in one panel."""
+    scores = {lora(1): 0.6, lora(4): 0.9, lora(4, 3e-3): 0.7, full(): 0.8}
+    found = [run(arm, 0, 1.0, x, trained_parameters=896) for arm, x in scores.items()]
+    layout = FINDINGS["rl-numbers"].picture
+    (block,) = pivots(Comparison(facts=FACTS, runs=tuple(found)), layout)["score"].blocks
+    assert {key: row.arm for key, row in block.cells.items()} == {
+        (896, "LoRA"): lora(4),
+        (896, "full"): full(),
+    }
+
+
 def test_each_finding_draws_what_its_claim_is_about():
     assert FINDINGS["batches"].picture.rows == FINDINGS["rl-batches"].picture.rows == "batch size"
     assert (

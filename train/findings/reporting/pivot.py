@@ -37,12 +37,14 @@ class PivotLayout:
         cell are added.
       at_best_rate: whether arms that differ in their learning rate alone are one, at the best;
         those without a value are left out.
+      best_of_cell: the same of all arms that would share a cell.
     """
 
     rows: str
     columns: str
     blocks: tuple[str, ...] = ()
     at_best_rate: bool = False
+    best_of_cell: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,10 @@ def pivot_of(comparison: Comparison, layout: PivotLayout, measure: Criterion) ->
         best = tables.best_of_each(arms, Arm.rate_group)
         arms = tuple(row for row in arms if row in best)
     rows, columns = axis_of(layout.rows), axis_of(layout.columns)
+    if layout.best_of_cell:
+        axes = (rows, columns, *map(axis_of, layout.blocks))
+        cells = {row.arm: tuple(axis.of(row) for axis in axes) for row in arms}
+        arms = tables.best_of_each(arms, cells.__getitem__)
     apart = _blocks_of(arms, layout)
     inside: dict[tuple[Key, ...], list[ArmRow]] = {}
     for row in arms:
