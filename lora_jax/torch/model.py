@@ -173,7 +173,7 @@ class TorchModel:
         anything = any(place is not None for place in (mask, positions, segments))
         if anything and "position_ids" in self.built.arguments:
             placed = place_tokens(ids, mask, positions, None, segments)
-            given["position_ids"] = placed.positions
+            given["position_ids"] = placed.positions + self.built.first_position
         return given
 
     def _logits(

@@ -37,8 +37,11 @@ from lora_jax.torch.structure import LayerPeriods, rows_of
 
 # Classes of modules that mix tokens otherwise than by attention.
 _MIXES = re.compile(
-    r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention"
+    r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention|"
+    r"Compressor"
 )
+# A method of modules that number the positions by the tokens, from behind that of padding.
+_FROM_IDS = "create_position_ids_from_input_ids"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +110,7 @@ class Built:
             holds_others = open_.enter_context(loose(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
-                kwargs["position_ids"] = cache.positions
+                kwargs["position_ids"] = cache.positions + self.first_position
             out = to_jax(call_module(self.module, arrays, args, kwargs))
             if cache is not None and holds_others():
                 raise TorchModelError(MORE)
@@ -155,6 +158,12 @@ class Built:
         """True if rows may hold several sequences: attention alone mixes tokens, and is ours."""
         mixing = any(_MIXES.search(type(part).__name__) for part in self.module.modules())
         return self.attends and "position_ids" in self.arguments and not mixing
+
+    @functools.cached_property
+    def first_position(self) -> int:
+        """The position of a row's first token: RoBERTa's rows begin behind that of padding."""
+        parts = (part for part in self.module.modules() if hasattr(part, _FROM_IDS))
+        return next((int(part.padding_idx) + 1 for part in parts), 0)
 
     @functools.cached_property
     def _trunks(self) -> list[torch.nn.Module]:

@@ -2,16 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.torch.checks import distance, random_model
+from tests.torch.checks import distance, random_model, tiny_configs
 from tests.torch.small import IDS
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
-from lora_jax.torch import TorchModelError, attention, from_torch  # noqa: E402
+from lora_jax.torch import TorchConfig, TorchModelError, attention, from_torch  # noqa: E402
+from lora_jax.torch.module import built  # noqa: E402
 
 
 def test_rows_that_are_packed_or_padded_are_those_alone(llama):
@@ -95,3 +97,28 @@ def test_a_module_that_packs_keeps_segments_apart_in_any_case(llama):
     for places in (where, {"positions": segments}):
         with pytest.raises(TorchModelError, match=f"{next(iter(places))}.*cache"):
             fn.apply(variables, flat, cache=cache, **places)
+
+
+def test_positions_count_from_where_the_module_begins():
+    """CamemBERT's rows begin behind the position of padding."""
+    module, ids = random_model("camembert"), np.maximum(IDS, 3)  # none of padding
+    with torch.no_grad():
+        alone = module(torch.tensor(ids, dtype=torch.long), use_cache=False).logits
+    fn, params = from_torch(module)
+    positions = jnp.tile(jnp.arange(12, dtype=jnp.int32), (4, 1))
+    segments = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 12)[None]
+
+    @jax.jit
+    def run(params):
+        variables = {"params": params}
+        packed = fn.apply(variables, ids.reshape(1, -1), segment_ids=segments)
+        return fn.apply(variables, ids, positions=positions), packed[0].reshape(alone.shape)
+
+    for logits in run(params):
+        assert distance(logits, alone) <= 1e-5
+
+
+def test_tokens_that_are_compressed_together_are_not_packed():
+    fields = next(tiny_configs("deepseek_v4")).to_dict()
+    config = TorchConfig.from_hf(fields, scan=False)
+    assert built(config).attends and not config.packs
