@@ -13,6 +13,7 @@ from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_si
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.training.clock import StepClock
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
 from lora_jax.training.layout import Layout
@@ -79,12 +80,17 @@ def train_alone(row: TableRun, base: SharedModel, chosen: RematChoice | None) ->
     base, run = base._replace(model=model), row.run
     steps = _StepsAlone(step, row.drop_state())
     run.stop.remedy = run.hint
-    running = _running(row, base, forward, steps.state, {})
-    (ending,) = side_by_side(steps.take, {row.name: running}).values()
+    with StepClock() as clock:
+        running = _running(row, base, forward, steps.state, {}, clock)
+        (ending,) = side_by_side(steps.take, {row.name: running}).values()
     if ending.error is not None:
         raise ending.error
     row.trained, row.report = ending.result
-    row.report |= {"compile_seconds": seconds, "compiled_bytes": compiled_bytes(step)}
+    row.report |= {
+        "compile_seconds": seconds,
+        "further_compile_seconds": clock.compile_seconds,
+        "compiled_bytes": compiled_bytes(step),
+    }
 
 
 def train_beside(
@@ -102,6 +108,11 @@ def train_beside(
     forward = lj.adapt(base.layout.constrained(base.model, dropout=dropped).apply)
     together = Together(forward, plain, compiler_options=base.layout.compiler_options)
     evaluations: dict[Loss, Callable[..., Sums]] = {}
+    clock = StepClock()
+
+    def take_steps(batches: Mapping[str, HostBatch]) -> Mapping[str, Metrics]:
+        clock.under_way = together.step(batches)
+        return clock.under_way
 
     def ended(name: str, ending: RunEnding) -> None:
         together.remove(name)
@@ -123,11 +134,11 @@ def train_beside(
         runs = {}
         for name, row in by_name.items():
             now = functools.partial(together.state, name)
-            runs[name] = _running(row, base, forward, now, evaluations, board)
+            runs[name] = _running(row, base, forward, now, evaluations, clock, board)
             board.note(name, {"step": together.done(name)})
         session.stop.remedy = rows[0].run.hint
-        with board, session.stop.deferred():
-            side_by_side(together.step, runs, ended=ended, turned=turned)
+        with board, clock, session.stop.deferred():
+            side_by_side(take_steps, runs, ended=ended, turned=turned)
             board.show()
 
 
@@ -137,6 +148,7 @@ def _running(
     forward: Forward,
     now: Callable[[], State],
     evaluations: dict[Loss, Callable[..., Sums]],
+    clock: StepClock,
     board: Board | None = None,
 ) -> DrivenRun:
     """Returns a run that leaves its steps to a driver; it ends with its tree and its report.
@@ -147,6 +159,7 @@ def _running(
       forward: the adapted function that the loss calls.
       now: returns the run's state after the steps so far.
       evaluations: the compiled evaluations of held-out examples so far, by their losses.
+      clock: measures the seconds of steps, of all runs of the driver.
       board: gets the metrics as well; None for none.
     """
     run, start, loss = row.run, row.start, row.loss
@@ -177,13 +190,15 @@ def _running(
             deferral = run.stop.deferred() if board is None else nullcontext()
             with open_log(log, start), deferral:
                 step_seconds = yield from training_steps(
-                    now, run.last, run.config.run, row.hooks, log, run.stop
+                    now, run.last, run.config.run, row.hooks, log, run.stop, clock
                 )
-            trained = final_tree(start, now())
-            if run.pauses:
-                return trained, {}
-            keep_adapter(run, start, trained)
-        return trained, make_report(run, start, trained, loss, step_seconds)
+            with clock.paused():
+                trained = final_tree(start, now())
+                if run.pauses:
+                    return trained, {}
+                keep_adapter(run, start, trained)
+        with clock.paused():
+            return trained, make_report(run, start, trained, loss, step_seconds)
 
     def batch(number: int) -> HostBatch:
         assert row.hooks is not None

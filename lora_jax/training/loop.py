@@ -4,11 +4,12 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from lora_jax.core.types import Tree
+from lora_jax.training.clock import StepClock
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
@@ -104,29 +105,48 @@ class Hooks:
     judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
 
+class _StepUnderWay(NamedTuple):
+    """A step that was begun, and the seconds that its clock had counted of compilations by then."""
+
+    metrics: Mapping[str, Any]
+    tokens: int
+    compile_seconds: float
+
+
 class _Window:
     """Holds the steps whose metrics were not read yet: reading them waits for the device.
 
     Attributes:
-      seconds: seconds of each step that was read.
+      seconds: seconds of each step that has ended. Of a step during which the host compiled the
+        next one, they are not known.
       skipped: the skipped steps in a row, up to the last that was read.
     """
 
-    def __init__(self, run: Pace, hooks: Hooks, log: Log) -> None:
+    def __init__(self, run: Pace, hooks: Hooks, log: Log, clock: StepClock) -> None:
         self.seconds: list[float] = []
         self.skipped = 0
-        self._run, self._hooks, self._log = run, hooks, log
+        self._run, self._hooks, self._log, self._clock = run, hooks, log, clock
         self._steps: list[tuple[int, Mapping[str, Any], str | None]] = []
-        self._began, self._tokens = time.perf_counter(), 0
+        self._under_way: list[_StepUnderWay] = []
+        self._last_end = clock.now()
+        self._tokens, self._token_seconds = 0, 0.0  # of the steps in `seconds` that are not read
 
     def add(self, done: int, metrics: Mapping[str, Any], tokens: int, lost: str | None) -> None:
         """Adds the step that is now the last of `done`."""
         self._steps.append((done, metrics, lost))
-        self._tokens += tokens
+        self._under_way.append(_StepUnderWay(metrics, tokens, self._clock.compile_seconds))
 
-    def before_last(self) -> list[Mapping[str, Any]]:
-        """Returns the metrics of the step before the last, if they were not read yet."""
-        return [metrics for _, metrics, _ in self._steps[-2:-1]]
+    def wait(self, *, under_way: int) -> None:
+        """Waits until at most so many steps are under way, and notes the seconds of the others."""
+        while len(self._under_way) > under_way:
+            step = self._under_way.pop(0)
+            jax.block_until_ready(step.metrics)
+            end = self._clock.now()
+            if step.compile_seconds == self._clock.compile_seconds:
+                self.seconds.append(end - self._last_end)
+                self._token_seconds += end - self._last_end
+                self._tokens += step.tokens
+            self._last_end = end
 
     def read(self) -> None:
         """Logs the steps as one line, and those that were skipped one by one.
@@ -140,8 +160,6 @@ class _Window:
             (at, {k: None if v is None else float(v) for k, v in metrics.items()}, lost)
             for at, metrics, lost in self._steps
         ]
-        elapsed = time.perf_counter() - self._began
-        self.seconds += [elapsed / len(values)] * len(values)
         for at, v, lost in values:
             self.skipped = self.skipped + 1 if v["skipped"] else 0
             if v["skipped"]:
@@ -150,14 +168,9 @@ class _Window:
                 rows = self._hooks.rows(at - 1)
                 raise _diverged(at, v, self._run.max_skipped, rows, lost)
         if taken := [v for _, v, _ in values if not v["skipped"]]:
-            speed = self._tokens / elapsed
+            speed = self._tokens / self._token_seconds if self._token_seconds else None
             self._log.add(_line(values[-1][0], taken, speed, self._hooks.reduction))
-        self._steps, self._tokens = [], 0
-
-    def begin(self) -> None:
-        """Starts the clock for the next step, unless steps before it are still to be read."""
-        if not self._steps:
-            self._began = time.perf_counter()
+        self._steps, self._tokens, self._token_seconds = [], 0, 0.0
 
 
 def train(
@@ -190,8 +203,8 @@ def train(
       Diverged: `run.max_skipped` steps in a row were skipped.
     """
     held = [state]
-    turns = training_steps(lambda: held[0], steps, run, hooks, log, stop)
-    with stop.deferred():
+    with StepClock() as clock, stop.deferred():
+        turns = training_steps(lambda: held[0], steps, run, hooks, log, stop, clock)
         try:
             number = next(turns)
             while True:
@@ -207,7 +220,13 @@ def train(
 
 
 def training_steps(
-    now: Callable[[], State], steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
+    now: Callable[[], State],
+    steps: int,
+    run: Pace,
+    hooks: Hooks,
+    log: Log,
+    stop: Stop,
+    clock: StepClock,
 ) -> Turns:
     """Yields the index of each step and is sent its metrics: `train` without taking the steps.
 
@@ -218,6 +237,7 @@ def training_steps(
         the first step, and to measure, judge and save.
       steps, run, hooks, log, stop: see `train`. Of `hooks`, `batch`, `tokens` and `placed` are the
         driver's, who also defers signals.
+      clock: measures the seconds of steps; runs of one driver share it.
 
     Yields:
       The number of steps before the one to take. A driver without its batch, as a signal came,
@@ -229,22 +249,23 @@ def training_steps(
     Raises:
       Stopped, Diverged: see `train`.
     """
-    window = _Window(run, hooks, log)
     agreement, turn, took = Agreement(), time.monotonic(), 0.0
-    state = now()
-    begun = int(state.step)
-    owed: Sequence[PeriodicMeasure] = [m for m in hooks.measures if m.prefix in hooks.owed]
-    measured, owed = _measured(owed, now, begun, log)
-    if owed and begun < steps:  # the checkpoint says so already
-        raise _stopped(begun, hooks, stop)
-    if hooks.judge(state, measured):
-        return None
-    del state
-    window.begin()
+    with clock.paused():
+        state = now()
+        begun = int(state.step)
+        owed: Sequence[PeriodicMeasure] = [m for m in hooks.measures if m.prefix in hooks.owed]
+        measured, owed = _measured(owed, now, begun, log)
+        if owed and begun < steps:  # the checkpoint says so already
+            raise _stopped(begun, hooks, stop)
+        if hooks.judge(state, measured):
+            return None
+        del state
+    window = _Window(run, hooks, log, clock)
     for number in range(begun, steps):
         try:
             metrics, n_tokens = yield number
         except Dropped as dropped:  # of which a resumed run makes the same batch
+            window.wait(under_way=0)
             window.read()
             if number > begun and number % run.save_every and not window.skipped:
                 hooks.save(now(), ())
@@ -256,29 +277,33 @@ def training_steps(
         window.add(done, {**metrics, **hooks.metrics(number)}, n_tokens, lost)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
-        jax.block_until_ready(metrics if took > _SLOW else window.before_last())
+        window.wait(under_way=0 if took > _SLOW else 1)
         took, turn = time.monotonic() - turn, time.monotonic()
         stopping = stop.agreed(agreement, metrics)
         line_is_due = done % run.log_every == 0 or done % run.save_every == 0
-        if stopping or done == steps or line_is_due or lost is not None:
-            window.read()
+        is_read = stopping or done == steps or line_is_due or lost is not None
         due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
-        if stopping and done < steps:
-            measured, owed = {}, due
-        else:
-            measured, owed = _measured(due, now, done, log)
-        stopping = stopping or bool(owed)
-        ended = bool(measured) and hooks.judge(now(), measured)
-        last = stopping or ended or done == steps
-        if last:
-            window.read()
-        if (last or done % run.save_every == 0) and not window.skipped:
-            hooks.save(now(), [measure.prefix for measure in owed])
-        if stopping and done < steps:
-            raise _stopped(done, hooks, stop)
+        if not is_read and not due:
+            continue
+        window.wait(under_way=0)
+        with clock.paused():
+            if is_read:
+                window.read()
+            if stopping and done < steps:
+                measured, owed = {}, due
+            else:
+                measured, owed = _measured(due, now, done, log)
+            stopping = stopping or bool(owed)
+            ended = bool(measured) and hooks.judge(now(), measured)
+            last = stopping or ended or done == steps
+            if last:
+                window.read()
+            if (last or done % run.save_every == 0) and not window.skipped:
+                hooks.save(now(), [measure.prefix for measure in owed])
+            if stopping and done < steps:
+                raise _stopped(done, hooks, stop)
         if ended:
             break
-        window.begin()
     return statistics.median(window.seconds) if window.seconds else None
 
 
@@ -307,7 +332,10 @@ def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
 
 
 def _line(
-    step: int, taken: Sequence[Mapping[str, Any]], tokens_per_s: float, reduction: Reduction
+    step: int,
+    taken: Sequence[Mapping[str, Any]],
+    tokens_per_s: float | None,
+    reduction: Reduction,
 ) -> dict[str, Any]:
     """Returns one line of metrics for a window of steps that ends with `step`.
 
@@ -332,7 +360,7 @@ def _line(
     logs = {name: a_unit(name) for name in names}
     loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
     line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}
-    line["tokens_per_s"] = round(tokens_per_s, 1)
+    line["tokens_per_s"] = None if tokens_per_s is None else round(tokens_per_s, 1)
     return {name: value for name, value in line.items() if value is not None}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
 from lora_jax.training.data.labelled import Labelled, label_names, predict
+from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
@@ -136,6 +138,34 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert [line["step"] for line in lines if "eval_loss" in line] == [60, 120]
     assert lines[-1]["eval_accuracy"] == pytest.approx(tuned["accuracy"])
     assert all(0 <= line["accuracy"] <= 1 for line in lines if "loss" in line)
+
+
+@pytest.mark.slow
+def test_long_evaluations_are_no_steps(inputs, tmp_path, monkeypatch, capsys):
+    """Each takes two seconds between steps of milliseconds, and falls into a window of them."""
+
+    def slow(*args, **how):
+        measure = held_out_loss(*args, **how)
+
+        def take(state):
+            time.sleep(2.0)
+            return measure.take(state)
+
+        return dataclasses.replace(measure, take=take)
+
+    monkeypatch.setattr("train.steps.held_out_loss", slow)
+    folder = run(inputs, tmp_path, "--steps", 6, "--eval-every", 2, "--log-every", 5)
+    report = json.loads((folder / "report.json").read_text())
+    seconds = report["median_step_seconds"]
+    assert 0 < seconds < 1.0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"step (median) │ {1000 * seconds:.3g} ms" in said
+    compiling = f"{report['further_compile_seconds']:.1f} s"
+    assert f"compilation of further shapes │ {compiling}" in said
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [5, 6]
+    n_tokens = 5 * 8 * 5  # five steps of eight rows with five tokens or more
+    assert lines[0]["tokens_per_s"] > n_tokens / 2.0
 
 
 @pytest.mark.slow

@@ -161,7 +161,9 @@ class RunLog:
         return line
 
     def _show(self, line: Line) -> None:
-        text = f"{losses_of(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+        text = f"{losses_of(line)}  lr {line['lr']:.2e}"
+        if "tokens_per_s" in line:
+            text += f"  {line['tokens_per_s']:,.0f} tokens/s"
         if self._watched:
             shown = (f"{name} {line[name]:.3g}" for name in self._watched if name in line)
             text = "  ".join(shown)

@@ -64,9 +64,14 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     table = Table(title="Cost of the run", show_header=False)
     memory = report["compiled_bytes"]
     seconds = report["median_step_seconds"]
+    if seconds is None:
+        step = "no step taken"
+    else:
+        step = f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
     lines = [
-        ("step (median)", "no step taken" if seconds is None else f"{seconds:.2f} s"),
+        ("step (median)", step),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
+        ("compilation of further shapes", f"{report['further_compile_seconds']:.1f} s"),
         ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not reported"),
         ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not reported"),
         ("peak memory of the process", megabytes(report["peak_bytes"])),

@@ -1,0 +1,67 @@
+"""A clock of steps alone: it stands still while something else is done."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+import jax
+import jax.monitoring
+
+_COMPILE_EVENTS = "/jax/core/compile/"  # the prefix of JAX's events that trace, lower or compile
+
+
+class StepClock:
+    """Counts the seconds of steps: none while a pause lasts, and none while a program compiles.
+
+    It is used in a `with`, in the thread that takes the steps. Runs side by side share a clock, so
+    that a measurement of one is no step of another.
+
+    Attributes:
+      compile_seconds: seconds of compilations so far, but for those in pauses.
+      under_way: arrays of steps that were begun; a pause waits for them first.
+    """
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self.under_way: Any = ()
+        self._pause_seconds, self._is_paused = 0.0, False
+        self._compilations: list[tuple[float, float]] = []  # begin and end, in order
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._note_compilation)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note_compilation)
+
+    def now(self) -> float:
+        """Returns the time, in seconds from a point of its own."""
+        return time.perf_counter() - self._pause_seconds - self.compile_seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock within this context, once the steps under way have ended."""
+        jax.block_until_ready(self.under_way)
+        began, self._is_paused = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._pause_seconds += time.perf_counter() - began
+            self._is_paused = False
+
+    def _note_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:
+        """Counts a compilation that has just ended; what it traced within itself counts once."""
+        is_other = self._is_paused or threading.get_ident() != self._thread
+        if is_other or not event.startswith(_COMPILE_EVENTS):
+            return
+        end = time.perf_counter()
+        begin = end - duration_secs
+        while self._compilations and self._compilations[-1][1] > begin:
+            inner_begin, inner_end = self._compilations.pop()
+            self.compile_seconds -= inner_end - inner_begin
+            begin = min(begin, inner_begin)
+        self._compilations.append((begin, end))
+        self.compile_seconds += end - begin
