@@ -197,8 +197,7 @@ def accuracy_error(scores: Mapping[str, Any]) -> float | None:
 
 def question_scores(scores: Mapping[str, Any]) -> list[float]:
     """Returns 1 for each question that the trained model got right, else 0, from scores.json."""
-    of_kind = scores.get("right", {}).values()
-    return [float(right) for ways in of_kind for right in ways.get(sql_scores.ADAPTED, ())]
+    return [float(right) for results in scores.get("right", {}).values() for right in results]
 
 
 TASK = dataclasses.replace(

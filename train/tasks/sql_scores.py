@@ -80,27 +80,24 @@ class SqlScores:
         """The number of questions of each kind."""
         return len(self.questions[UNSEEN_SCHEMAS])
 
-    def results(self) -> dict[str, dict[str, list[bool]]]:
-        """Judges each answer, by kind of question and prompting method."""
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Computes the execution accuracy, by kind of question and prompting method."""
         return {
-            kind: {
-                way: [*map(sql.score, examples, answers[kind])]
-                for way, answers in self.answers.items()
-            }
+            kind: {way: sum(self.results(way, kind)) / len(examples) for way in self.answers}
             for kind, examples in self.questions.items()
         }
 
-    def accuracies(self) -> dict[str, dict[str, float]]:
-        """Computes the execution accuracy, by kind of question and prompting method."""
-        return _shares(self.results())
+    def results(self, way: str, kind: str) -> list[bool]:
+        """Judges the answers of a prompting method to a kind of questions; [] for none."""
+        answers = self.answers.get(way, {}).get(kind, ())
+        return [*map(sql.score, self.questions[kind], answers)]
 
     def as_json(self) -> dict[str, Any]:
         """Returns the accuracies, and each question with its gold query and all answers."""
-        results = self.results()
         return {
             "questions_of_each_kind": self.n,
-            "accuracy": _shares(results),
-            "right": results,
+            "accuracy": self.accuracies(),
+            "right": {kind: self.results(ADAPTED, kind) for kind in self.questions},
             "answers": {
                 kind: [
                     {
@@ -145,14 +142,6 @@ class SqlScores:
                     row[name] = f"{'✓' if sql.score(example, text) else '✗'} {_short(text)}"
                 shown.append(row)
         return shown
-
-
-def _shares(results: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, dict[str, float]]:
-    """Returns the share of right answers, by kind of question and prompting method."""
-    return {
-        kind: {way: sum(right) / len(right) for way, right in ways.items()}
-        for kind, ways in results.items()
-    }
 
 
 def _short(text: str) -> str:

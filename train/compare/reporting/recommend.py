@@ -161,17 +161,14 @@ def _more_measurements(lead: str, gap: Gap, n_seeds: int, figures: Figures) -> l
     needed = gaps.questions_to_decide(gap, n_available)
     if needed is not None:
         return [_question_doubt(lead, math.ceil(needed / per_option), promise)]
+    doubts = []
     seeds_needed = gaps.seeds_to_decide(gap, n_seeds)
-    if seeds_needed is not None:
-        return [
-            _seed_doubt(lead, seeds_needed - n_seeds, figures, f"with {seeds_needed}, {promise}")
-        ]
-    if n_available > n_questions:
+    if seeds_needed is None and n_available > n_questions:
         seeds_needed = gaps.seeds_to_decide(gaps.with_questions(gap, n_available), n_seeds)
+        doubts = [_question_doubt(lead, limit, "more seeds are needed as well")]
     if seeds_needed is not None:
-        also = f"with {seeds_needed} seeds as well, {promise}"
-        seed_doubt = _seed_doubt(lead, seeds_needed - n_seeds, figures, also)
-        return [_question_doubt(lead, limit, also), seed_doubt]
+        promise = f"with {seeds_needed}, {promise}"
+        return [*doubts, _seed_doubt(lead, seeds_needed - n_seeds, figures, promise)]
     if gap.seeds and gap.value and any(variance.value for variance in gap.variances):
         text = f"{lead}. Not even {gaps.MOST_SEEDS} seeds would tell such a gap apart"
         text += " on these questions: hold out more." if gap.questions else "."
