@@ -50,7 +50,9 @@ def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     assert len(found.runs) == 3 * 2 and all(run.status == "done" for run in found.runs)
     assert found.facts.command.startswith("python -m train.findings rates --output ")
     text = (output / "finding.md").read_text()
-    assert text.startswith("# Made up\n\nNobody says so.\n\nIt has 80 rows.\n\nAccuracy, mean of ")
+    edges = "The best may lie beyond the grid: the rate of LoRA r=2 is best at "
+    assert text.startswith(f"# Made up\n\nNobody says so.\n\nIt has 80 rows.\n\n{edges}")
+    assert text.index(edges) < text.index("\n\nAccuracy, mean of ")
     assert "| learning rate | rank 2 | full |" in text and "Held-out loss a text, " in text
     assert (output / "finding.png").exists() and (output / "report.html").exists()
     assert made_up == [output / "made"]
