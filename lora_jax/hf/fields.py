@@ -159,7 +159,7 @@ def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: 
 def read_eos(config: Fields) -> tuple[int, ...]:
     """Returns the tokens that end a text: config.json has one, several or none."""
     eos = config.get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
 def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
