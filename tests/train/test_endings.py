@@ -128,6 +128,7 @@ def test_a_signal_while_two_compile_ends_both_and_the_same_command_begins(inputs
 
 
 @pytest.mark.slow
+@thorough
 def test_where_one_of_two_is_killed_the_other_says_so(inputs, tmp_path):
     """Kills process 1; test_mesh.py kills process 0."""
     folder = tmp_path / "run"

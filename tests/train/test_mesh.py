@@ -52,9 +52,9 @@ if THOROUGH:
     MESHES["mixture"] += ["expert=2,tensor=2,data=2", "expert=2,sequence=2,fsdp=2"]
     MESHES["mixture"] += ["expert=4,fsdp=2", "data=8", "fsdp=8", "fsdp=4,tensor=2"]
 # Meshes whose devices stand for those of two slices, and the axis that goes between them.
-SLICED = {"dense": [("data=4,fsdp=2", "data")], "mixture": []}
+SLICED: dict[str, list[tuple[str, str]]] = {"dense": [], "mixture": []}  # hosts are slices below
 if THOROUGH:
-    SLICED["dense"] += [("fsdp=4,tensor=2", "fsdp")]
+    SLICED["dense"] += [("data=4,fsdp=2", "data"), ("fsdp=4,tensor=2", "fsdp")]
 STEPS = 8
 COLUMNS_AND_ROWS = ["--targets", "q_proj", "down_proj"]  # one kernel that is split each way
 
