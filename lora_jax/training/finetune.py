@@ -147,7 +147,8 @@ def finetune(
         the way, it is kept in ``folder/best``.
       patience: ends the run after so many measurements in a row without a better one.
       max_skipped: a step whose loss or gradient is not finite is skipped; after so many in a row
-        the run ends.
+        the run ends. A step whose batch has no token that counts is skipped, too, but does not
+        count.
       seed: seed of the adapter's start, the order of the examples, and dropout.
       layout: the mesh, and the sharding of everything on it; by default one device.
 

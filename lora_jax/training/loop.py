@@ -13,7 +13,7 @@ from lora_jax.training.clock import StepClock
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
-from lora_jax.training.run.log import Log
+from lora_jax.training.run.log import NO_TOKENS, Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
 
@@ -34,7 +34,8 @@ class Pace(Protocol):
     Attributes:
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints; the last step always has one.
-      max_skipped: skipped steps in a row that end the run.
+      max_skipped: skipped steps in a row that end the run. Those without a counted token do not
+        count.
     """
 
     @property
@@ -119,7 +120,8 @@ class _Window:
     Attributes:
       seconds: seconds of each step that has ended. Of a step during which the host compiled the
         next one, they are not known.
-      skipped: the skipped steps in a row, up to the last that was read.
+      skipped: the skipped steps in a row, up to the last that was read, but for those without a
+        counted token.
     """
 
     def __init__(self, run: Pace, hooks: Hooks, log: Log, clock: StepClock) -> None:
@@ -161,6 +163,9 @@ class _Window:
             for at, metrics, lost in self._steps
         ]
         for at, v, lost in values:
+            if v["skipped"] and v["count"] == 0 and lost is None:
+                self._log.skipped(at, {**v, "lost": NO_TOKENS})
+                continue
             self.skipped = self.skipped + 1 if v["skipped"] else 0
             if v["skipped"]:
                 self._log.skipped(at, v if lost is None else {**v, "lost": lost})
@@ -178,9 +183,9 @@ def train(
 ) -> tuple[State, float | None]:
     """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
 
-    Skipped steps (see `make_step`) are logged. After one, no checkpoint is written until a step
-    succeeds: what was learned before it may be at fault, and a run can go back to the last
-    checkpoint.
+    Skipped steps (see `make_step`) are logged. After one that was not finite, no checkpoint is
+    written until a step succeeds: what was learned before it may be at fault, and a run can go back
+    to the last checkpoint. A step without a counted token holds up no checkpoint.
 
     A run that was interrupted before it measured a step measures it on resuming, and so gets the
     same measurements as a run without a break.

@@ -59,7 +59,8 @@ def make_step(
 
     Where the loss, its count or the gradient's norm is not finite, the step is skipped: adapter and
     optimiser state stay as they were, bit by bit, and `step` alone advances, so that other data
-    follow.
+    follow. A step whose batch has no token that counts is skipped, too: momentum and weight decay
+    would move the adapter without anything to learn from.
 
     Args:
       forward: the adapted function that the loss calls.
@@ -72,8 +73,9 @@ def make_step(
 
     Returns:
       ``(state, base, batch) -> (state, metrics)``. The metrics, fp32 []: `loss` (divided as its
-      gradient is), `count`, each of the loss's logs divided by the count, `grad_norm` (before
-      clipping), `lr`, `skipped` (1 or 0). What would be divided by a count of zero stays as it is.
+      gradient is), `count` (0 where no token counts), each of the loss's logs divided by the
+      count, `grad_norm` (before clipping), `lr`, `skipped` (1 or 0). What would be divided by a
+      count of zero stays as it is.
 
     >>> from lora_jax import training
     >>> def squares(forward, params, batch, dropout_key):
@@ -149,7 +151,8 @@ def make_update(
 ) -> Callable[[State, Sums, Adapter], tuple[State, Metrics]]:
     """Returns the second half of a step: ``(state, sums, gradient) -> (state, metrics)``.
 
-    It divides as `loss` says, and skips what is not finite; see `make_step`.
+    It divides as `loss` says. It skips what is not finite, and a batch without a counted token; see
+    `make_step`.
 
     Args:
       optimizer, schedule, loss: see `make_step`.
@@ -162,6 +165,8 @@ def make_update(
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.total) & jnp.isfinite(sums.count) & jnp.isfinite(norm)
+        counts = (sums.count if sums.tokens is None else sums.tokens) != 0
+        is_good = finite & counts
 
         def update() -> tuple[Adapter, optax.OptState]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
@@ -171,14 +176,14 @@ def make_update(
             return state.adapter, state.opt_state
 
         # By a branch: jnp.where would hold the old state and the new one at once.
-        adapter, opt_state = either(finite, update, skip)
+        adapter, opt_state = either(is_good, update, skip)
         metrics = {
             "loss": sums.total * scale,
-            "count": sums.count,
+            "count": jnp.where(counts, sums.count, 0),
             **{name: value * a_unit for name, value in sums.logs.items()},
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
-            "skipped": 1 - finite.astype(jnp.float32),
+            "skipped": 1 - is_good.astype(jnp.float32),
         }
         return State(adapter, opt_state, state.step + 1, state.key), metrics
 

@@ -38,10 +38,10 @@ FORWARD = lj.adapt(MODEL.apply)
 ORDER = Order(seed=1, n_rows=len(PACKS), batch_size=2, accumulate=2)
 
 
-def batch(number, poison=0.0):
+def batch(number, poison=0.0, scale=1):
     """That step's batch; `poison` is added to a weight of its second part."""
     taken = PACKS.take(ORDER.rows(number))
-    weights = taken["weights"].astype(np.float32)
+    weights = scale * taken["weights"].astype(np.float32)
     weights[1, 0, 0] += poison
     return {**taken, "weights": weights}
 
@@ -147,13 +147,30 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
     assert float(then["lr"]) == pytest.approx(float(optimiser()[1](1)))  # that of the second update
 
 
-def run(folder, halves, step, poisoned, **options):
-    """The loop over batches of which some are poisoned: (state, what it printed, checkpoints)."""
+def test_a_batch_without_a_counted_token_moves_neither_weights_nor_momentum(halves, steps):
+    adapter, base = halves
+    before, _ = steps[CROSS_ENTROPY](begin(adapter), base, batch(0))
+    after, metrics = steps[CROSS_ENTROPY](before, base, batch(1, scale=0))
+    assert [float(metrics[name]) for name in ("skipped", "count", "loss")] == [1, 0, 0]
+    assert_identical(after._replace(step=0, key=0), before._replace(step=0, key=0))
+    # The control: momentum and weight decay move the adapter without a gradient.
+    zeros = jax.tree.map(jnp.zeros_like, adapter)
+    updates, _ = optimiser()[0].update(zeros, before.opt_state, before.adapter)
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(updates))
+
+
+def run(folder, halves, step, poisoned, empty=(), **options):
+    """The loop over batches of which some are poisoned: (state, what it printed, checkpoints).
+
+    Those of the steps in `empty` have no token that counts.
+    """
     adapter, base = halves
     folder.mkdir(exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", keep=STEPS)
     hooks = Hooks(
-        batch=lambda number, _: batch(number, np.nan if number + 1 in poisoned else 0.0),
+        batch=lambda number, _: batch(
+            number, np.nan if number + 1 in poisoned else 0.0, number + 1 not in empty
+        ),
         placed=lambda batch: batch,
         tokens=lambda batch: batch["ids"].size,
         save=lambda state, owed: checkpoints.save(state, {}),
@@ -193,6 +210,27 @@ def test_a_poisoned_batch_is_skipped_and_the_run_goes_on(halves, steps, tmp_path
     assert (len(losses) == 6) == (log_every == 1)
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert saved == [2, 8, 9]  # not 4 and 6: those steps were skipped
+
+
+def test_batches_without_a_counted_token_are_recorded_and_end_no_run(halves, steps, tmp_path):
+    """They neither count towards --max-skipped nor keep a checkpoint from being written."""
+    step, empty = steps[CROSS_ENTROPY], (2, 3, 5, 6)
+    options = {"save_every": 2, "max_skipped": 2}
+    state, error, shown, saved = run(tmp_path / "run", halves, step, {}, empty, **options)
+    assert error is None and saved == [2, 4, 6, 8, 9]
+    expected = begin(halves[0])
+    for number in (0, 3, 6, 7, 8):
+        expected, _ = step(expected._replace(step=jnp.int32(number)), halves[1], batch(number))
+    assert_identical(state._replace(key=0), expected._replace(key=0))
+    why = "no token of its batch counts"
+    assert [n for n in range(1, STEPS + 1) if f"step {n} skipped: {why}\n" in shown] == [*empty]
+    lines = [line for line in read_metrics(tmp_path / "run") if "skipped" in line]
+    assert [(line["step"], line["skipped"], line["reason"]) for line in lines] == [
+        (n, 1, why) for n in empty
+    ]
+    # Between steps that are not finite, they end no row of these.
+    poisoned = run(tmp_path / "poisoned", halves, step, {3, 5}, {4}, save_every=1, max_skipped=2)
+    assert "The last is step 5" in poisoned[1] and poisoned[3] == [1, 2]
 
 
 def test_three_in_a_row_end_the_run(halves, steps, tmp_path):

@@ -205,6 +205,8 @@ def test_rows_that_fill_up_a_batch_are_no_completions():
         options = () if name == "rloo" else (known[name],)
         whole, more = loss(*options, LOGPS, MASK, GAINS, OLD), loss(*options, *filled, there=there)
         assert_close((more.total, more.count), (whole.total, whole.count), 1e-6)
+        assert more.tokens == whole.tokens == np.sum(MASK)
+        assert loss(*options, LOGPS, jnp.zeros_like(MASK), GAINS, OLD).tokens == 0
 
 
 def test_on_policy_the_ratio_is_one():

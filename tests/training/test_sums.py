@@ -118,7 +118,9 @@ def test_nothing_that_counts_is_a_step_without_a_change():
     for shape in ((1, 8), (2, 4)):
         metrics, gradient, state = stepped(Loss(squares, unit="row"), rows(shape, np.zeros(8)))
         assert all(np.isfinite(value) for value in metrics.values())
-        assert [float(metrics[n]) for n in ("loss", "count", "large", "skipped")] == [0, 0, 0, 0]
+        names = ("loss", "count", "large", "grad_norm")
+        assert [float(metrics[n]) for n in names] == [0, 0, 0, 0]
+        assert float(metrics["skipped"]) == 1
         assert not np.any(gradient["up/kernel"]["b"]) and int(state.step) == 1
 
 

@@ -312,7 +312,8 @@ class RunConfig:
     default: name a folder that all of them reach."""
     max_skipped: int = option(3, field.COURSE, card=CardSection.SKIPPED)
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
-    gradient is not finite."""
+    gradient is not finite. A step whose batch has no token that counts is skipped, too, but does
+    not count here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

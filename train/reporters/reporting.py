@@ -22,7 +22,7 @@ from train.reporters.files import LEDGER, read_json
 _OPENING = 30.0  # seconds for the reporters to begin before the run goes on without waiting
 _CLOSING = 60.0  # seconds for what is still to be sent
 _SAMPLES = "samples"
-_NOT_METRICS = ("step", "time")
+_NOT_METRICS = ("step", "time", "reason")
 
 Steps = dict[str, int]  # the last step reported, by the name of the metric
 

@@ -233,6 +233,7 @@ def make_report(
         "summary": lj.summary(trained, in_training=True),
         "steps": run.steps,
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
+        "skip_reasons": {line["step"]: line["reason"] for line in metrics if "reason" in line},
         "median_step_seconds": step_seconds,
         "peak_bytes": peak_bytes(),
         "adapter_bytes": output.folder_bytes(run.folder / output.ADAPTER),

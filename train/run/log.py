@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.losses import HELD_OUT, SCORE
-from lora_jax.training.run.log import Line, NullLog, duration, losses_of
+from lora_jax.training.run.log import Line, NullLog, duration, losses_of, skipped_line
 from train.console.output import tell
 from train.reporters.contract import Sample
 from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
@@ -106,7 +106,7 @@ class RunLog:
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records that a step was skipped, and prints why."""
-        self._record({"step": step, "skipped": 1.0})
+        self._record(skipped_line(step, metrics))
         why = metrics.get("lost") or (
             f"its loss is {metrics['loss']}, its count {metrics['count']}, its gradient's norm "
             f"{metrics['grad_norm']}"

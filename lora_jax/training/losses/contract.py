@@ -25,11 +25,14 @@ class Sums(NamedTuple):
       total: the loss, fp32 []; the only sum that is differentiated.
       count: the number of units (tokens, texts, pairs) that count, fp32 [].
       logs: further sums by name, fp32 []; each is logged divided by `count`.
+      tokens: the number of tokens that count, fp32 [], where `count` is another unit's; None where
+        `count` tells whether anything counts. A step without a counted token is skipped.
     """
 
     total: jax.Array
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     logs: dict[str, jax.Array]
+    tokens: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

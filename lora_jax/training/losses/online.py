@@ -155,13 +155,13 @@ def online_loss(
         "sequences": _sequences(logps, there),
         "length": _sequences(logps, there) * (options.length or 0),
     }[options.over]
-    of_tokens = jnp.sum(mask.astype(jnp.float32))
+    n_tokens = jnp.sum(mask.astype(jnp.float32))
     logs = {
         name: jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0))
-        * (count / jnp.maximum(of_tokens, 1.0))
+        * (count / jnp.maximum(n_tokens, 1.0))
         for name, x in shares.items()
     }
-    return Sums(jnp.sum(jnp.where(mask, losses, 0.0) * counted), count, logs)
+    return Sums(jnp.sum(jnp.where(mask, losses, 0.0) * counted), count, logs, n_tokens)
 
 
 def rloo_loss(
@@ -183,7 +183,8 @@ def rloo_loss(
     """
     change = jnp.sum(jnp.where(mask, logps.astype(jnp.float32) - old, 0.0), axis=1)
     losses = clipped_loss(jnp.exp(change), advantages, 1 - clip, 1 + clip)
-    return Sums(jnp.sum(losses), _sequences(logps, there), {})
+    n_tokens = jnp.sum(mask.astype(jnp.float32))
+    return Sums(jnp.sum(losses), _sequences(logps, there), {}, n_tokens)
 
 
 def _sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:

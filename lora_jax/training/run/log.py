@@ -9,6 +9,9 @@ from lora_jax.training.processes import is_first
 Line = dict[str, Any]
 
 
+NO_TOKENS = "no token of its batch counts"  # the reason of a step that was skipped
+
+
 class Log(Protocol):
     """Gets a line of metrics a window of steps; used in a `with`."""
 
@@ -20,7 +23,10 @@ class Log(Protocol):
         """Takes a line of metrics, which has a `step`."""
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that was skipped; `lost` says why, if its batch does."""
+        """Takes the metrics of a step that was skipped.
+
+        `lost` says why if its batch does. It is `NO_TOKENS` where the batch has no counted token.
+        """
 
 
 class NullLog:
@@ -37,6 +43,19 @@ class NullLog:
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keeps nothing."""
+
+
+def skipped_line(step: int, metrics: Mapping[str, Any]) -> Line:
+    """Returns the line of a step that was skipped, with a `reason` where no token counted.
+
+    Args:
+      step: the step.
+      metrics: as `Log.skipped` gets them.
+    """
+    line: Line = {"step": step, "skipped": 1.0}
+    if metrics.get("lost") == NO_TOKENS:
+        line["reason"] = NO_TOKENS
+    return line
 
 
 def losses_of(line: Line) -> str:
@@ -64,7 +83,8 @@ def show(line: Line) -> None:
     """
     step = f"step {line['step']}"
     if "skipped" in line:
-        print(f"{step} skipped: its loss or its gradient is not finite", flush=True)
+        why = line.get("reason", "its loss or its gradient is not finite")
+        print(f"{step} skipped: {why}", flush=True)
     elif "loss" not in line:
         held_out = {name.removeprefix(HELD_OUT): value for name, value in line.items()}
         print(f"{step}: held-out {losses_of(held_out)}", flush=True)
@@ -76,7 +96,7 @@ class Recorder(NullLog):
     """Keeps all lines, and hands each on.
 
     Attributes:
-      lines: the lines so far; of a step that was skipped, with `skipped` alone.
+      lines: the lines so far; of a step that was skipped, as `skipped_line` returns it.
     """
 
     def __init__(self, heard: Callable[[Line], object] | None) -> None:
@@ -89,6 +109,6 @@ class Recorder(NullLog):
         if self._heard is not None and is_first():
             self._heard(line)
 
-    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+    def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Keeps that a step was skipped."""
-        self.add({"step": step, "skipped": 1.0})
+        self.add(skipped_line(step, metrics))
