@@ -10,7 +10,7 @@ from lora_jax.core.types import Batch, Tree
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Logits, token_values
-from lora_jax.training.losses.tokens import cross_entropy
+from lora_jax.training.losses.tokens import cross_entropy, entropy_of
 
 
 class Scores(NamedTuple):
@@ -65,9 +65,7 @@ def make_scorer(
 
     def each(logits: jax.Array, targets: jax.Array) -> Scores:
         logits = logits / temperature
-        log_probs = jax.nn.log_softmax(logits)
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return Scores(-cross_entropy(logits, targets), entropy)
+        return Scores(-cross_entropy(logits, targets), entropy_of(logits))
 
     def score(params: Tree, batch: Batch) -> Any:
         how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}

@@ -99,6 +99,9 @@ def test_a_run_is_that_without_sharing(folder, tmp_path, capsys, name):
     assert_close(shared[0], alone[0], 1e-5)  # means over batches of log-probabilities of dozens
     assert_close(shared[1], alone[1], 1e-5)
     assert len({line.get("loss") for line in alone[0]}) > 2
+    assert all(("kl" in line) == ("--beta" in args) for line in alone[0])
+    if "--updates" in args:
+        assert alone[0][0]["entropy"] != alone[0][1]["entropy"]
 
 
 def config(**changes):

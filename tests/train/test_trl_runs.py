@@ -217,11 +217,11 @@ OF_ROLLOUTS = {
     "reward": "reward",
     "length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
+    "entropy": "entropy",  # of the policy before each update
 }
 CLIPPED = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
-ENTROPY = {"entropy": "entropy"}  # ours is that of the policy which drew, theirs of each update
 ROLLOUTS = {  # our options, TRL's, and what both log
-    "dapo": ([], {}, ENTROPY),
+    "dapo": ([], {}, {}),
     "grpo with a divergence": (
         ["--loss", "grpo", "--beta", "0.3", "--updates", "2", "--clip", "0.05"],
         {"loss_type": "grpo", "beta": 0.3, "num_iterations": 2, "epsilon": 0.05},
@@ -236,7 +236,7 @@ ROLLOUTS = {  # our options, TRL's, and what both log
             "mask_truncated_completions": True,
             "temperature": 1.5,
         },
-        ENTROPY,
+        {},
     ),
     "cispo": (
         ["--loss", "cispo", "--clip-high", "1.1", "--updates", "2", "--scale", "batch"],
@@ -257,7 +257,7 @@ ROLLOUTS = {  # our options, TRL's, and what both log
     "rloo": (
         ["--loss", "rloo", "--beta", "0.2", "--updates", "2"],
         {"beta": 0.2, "num_iterations": 2},
-        {},
+        {"kl": "kl"},
     ),
 }
 

@@ -9,7 +9,7 @@ import lora_jax as lj
 from lora_jax.models import sample
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import token_values
+from lora_jax.training.losses import ONLINE, rollout_loss, token_values
 from tests.models import tiny
 from tests.support import assert_close, with_random_factors
 from tests.training.test_losses import BATCH, SEQ, arrays_of_size, bag, batch, lora
@@ -53,6 +53,37 @@ def test_scores_are_numpys(adapted, chunk, parts):
     )
     assert_close(found, want, 1e-5)
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(found, cold, strict=True))
+
+
+@pytest.mark.parametrize(("chunk", "parts"), [(0, 1), (9, 1), (9, 3)])
+def test_a_loss_of_rollouts_logs_the_entropy_of_the_policy_that_it_updates(adapted, chunk, parts):
+    """It costs no further product, and changes no gradient."""
+    model, params, data = adapted
+    data = data | {"old": np.full(data["weights"].shape, -2.0, np.float32)}
+    data["advantages"] = np.array([1.0, -2.0, 0.5], np.float32)
+    counted, factors = data["weights"] != 0, lj.split(params)
+
+    def gradient(options, entropy):
+        loss = rollout_loss(
+            options, temperature=TEMPERATURE, entropy=entropy, chunk=chunk, parts=parts
+        )
+
+        def total(adapter):
+            sums = loss(lj.adapt(model.apply), lj.join(adapter, factors[1]), data)
+            return sums.total, sums
+
+        compute = jax.value_and_grad(total, has_aux=True)
+        products = str(jax.make_jaxpr(compute)(factors[0])).count("dot_general[")
+        (_, sums), grads = jax.jit(compute)(factors[0])
+        return sums, grads, products
+
+    want = judged(model, params, data)[1][counted].mean()
+    for options in (ONLINE["grpo"], None):
+        sums, grads, products = gradient(options, entropy=True)
+        plain, expected, n = gradient(options, entropy=False)
+        assert_close(sums.logs["entropy"] / sums.count, want, 1e-5)
+        assert_close(grads, expected, 1e-6)
+        assert "entropy" not in plain.logs and products == n
 
 
 def test_padding_is_finite_and_needs_no_weights(adapted):

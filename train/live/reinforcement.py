@@ -108,6 +108,7 @@ class RewardedRollouts(Rollouts):
             if optim.loss == RLOO:
                 apart = np.where(counted, old - reference, 0).sum(-1)
                 flat_rewards = flat_rewards - optim.beta * apart.ravel()
+                metrics["kl"] = float(apart.sum() / counted.sum()) if counted.any() else None
             else:
                 batch["reference"] = reference
         if optim.loss == RLOO:

@@ -122,6 +122,8 @@ class Rollouts(abc.ABC):
         rows = self.feed.rows(number)
         drawn = self.draw(params, rows, number)
         drawn, batch, metrics = self.score(params, rows, drawn, number)
+        if self.config.optim.updates > 1:
+            del metrics["entropy"]  # the loss logs the entropy before each update
         counted = batch["weights"] > 0
         apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
         self.feed.metrics = metrics | {

@@ -48,6 +48,7 @@ def loss(config: Config, layout: Layout) -> Loss:
     return rollout_loss(
         ONLINE["dapo"],
         temperature=config.data.sampling_temperature,
+        entropy=config.optim.updates > 1,
         **layout.chunks(config.optim.loss_chunk),
     )
 

@@ -291,6 +291,7 @@ def loss(config: Config, layout: Layout) -> Loss:
     return rollout_loss(
         optim.online(data.max_new_tokens),
         temperature=data.sampling_temperature,
+        entropy=optim.updates > 1,
         **layout.chunks(optim.loss_chunk),
     )
 

@@ -1,7 +1,7 @@
 """Chunks of predictions: the head's logits exist for some of them at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,18 @@ _LOGITS = 2**29  # bytes of a chunk's logits, fp32, on an accelerator
 
 _Outputs = list[jax.Array]
 _Values = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]
+
+
+class ValueWithFacts(NamedTuple):
+    """A value of each token, and facts about the token that are constants to the gradient.
+
+    Attributes:
+      value: the value, [...].
+      facts: a tree of arrays, [...] each, without a gradient.
+    """
+
+    value: jax.Array
+    facts: Tree
 
 
 def predictions_at_once(placement: Placement, words: int) -> int:
@@ -69,7 +81,7 @@ def map_chunks(
 
     Args:
       values: ``(inputs, index of the chunk, hidden [batch, c, d_model], targets [batch, c, …])`` ->
-        a tree of values, [batch, c, …], each of its own token.
+        a tree of values, [batch, c, …], each of its own token; perhaps a `ValueWithFacts`.
       inputs: the parameters, and what else `values` reads.
       hidden: [batch, m, d_model].
       targets: [batch, m, …] int32.
@@ -98,7 +110,8 @@ def map_chunks(
         return outputs
 
     by_place = [*where, *[None] * (len(leaves) - len(where))]
-    loop = _Loop(called, [by_place[place] for place in read])
+    n_facts = len(jax.tree.leaves(shapes.facts)) if isinstance(shapes, ValueWithFacts) else 0
+    loop = _Loop(called, [by_place[place] for place in read], n_facts)
     given = [leaves[place] for place in read]
     if any(isinstance(const, jax.core.Tracer) for const in getattr(traced, "consts", ())):
         outputs = loop.recomputed(given, *chunks)  # nothing tells whether these are differentiated
@@ -111,8 +124,9 @@ def map_chunks(
 class _Loop:
     """A scan over chunks, with three ways to differentiate it."""
 
-    def __init__(self, called: Callable[..., _Outputs], where: Sequence[Any]) -> None:
+    def __init__(self, called: Callable[..., _Outputs], where: Sequence[Any], n_facts: int) -> None:
         self._called, self._where = called, where
+        self._n_facts = n_facts  # of the last outputs, which are constants to the gradient
 
     def _gathered(self, given: Sequence[Leaf], trains: Sequence[bool] | None = None) -> list[Leaf]:
         """Returns the leaves gathered, but for those that train: their gradient is sharded."""
@@ -160,7 +174,8 @@ class _Loop:
         whole = self._gathered(given, trains)
         shapes = jax.eval_shape(self._called, whole, jnp.int32(0), hidden[0], targets[0])
         moves = [*trains, not isinstance(tangents[1], SymbolicZero)]
-        is_loss = [(x.shape, jnp.issubdtype(x.dtype, jnp.floating)) for x in shapes] == [
+        values = shapes[: len(shapes) - self._n_facts]
+        is_loss = [(x.shape, jnp.issubdtype(x.dtype, jnp.floating)) for x in values] == [
             (hidden.shape[1:3], True)
         ]
         if is_loss and not any(trains):
@@ -186,12 +201,16 @@ class _Loop:
         """Computes each token's value and its gradient together: two products with the head."""
 
         def function(index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
-            (value,), pull = jax.vjp(lambda x: self._called(given, index, x, targets), hidden)
-            return value, pull([jnp.ones_like(value)])[0]
+            def value_and_facts(x: jax.Array) -> tuple[jax.Array, _Outputs]:
+                value, *facts = self._called(given, index, x, targets)
+                return value, facts
 
-        value, slope = self._scanned(function, hidden, targets)
+            value, pull, facts = jax.vjp(value_and_facts, hidden, has_aux=True)
+            return value, pull(jnp.ones_like(value))[0], facts
+
+        value, slope, facts = self._scanned(function, hidden, targets)
         moved = jnp.sum(change.astype(value.dtype) * slope.astype(value.dtype), axis=-1)
-        return [value], [moved]
+        return [value, *facts], [moved, *map(jnp.zeros_like, facts)]
 
 
 def _without_dead_code(traced: Any) -> tuple[Any, set[int]]:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Batch, Tree
 from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.training.losses.chunks import ValueWithFacts
 from lora_jax.training.losses.completions import Completions, completions, summed_nll
 from lora_jax.training.losses.contract import Logits, Loss, Sums
 from lora_jax.training.losses.online import Online, online_loss, rloo_loss
 from lora_jax.training.losses.preference import PreferenceOptions, kto_loss, preference_loss
-from lora_jax.training.losses.tokens import cross_entropy, token_values
+from lora_jax.training.losses.tokens import cross_entropy, entropy_of, token_values
 
 _Chunks = tuple[int | None, int, Placement]  # chunk, parts and placement of `token_values`
 NLL = "nll"  # the term of a prompt's and a chosen completion's cross-entropy
@@ -158,6 +159,7 @@ def rollout_loss(
     options: Online | None,
     *,
     temperature: float = 1.0,
+    entropy: bool = False,
     chunk: int | None = 0,
     parts: int = 1,
     placement: Placement = UNPLACED,
@@ -174,14 +176,21 @@ def rollout_loss(
     Args:
       options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.
       temperature: divides the logits, as it did when the completions were drawn.
+      entropy: whether `logs` has the entropy of the parameters over the vocabulary ("entropy"), the
+        mean over the batch's tokens multiplied by count. It takes another pass over the logits.
       chunk, parts, placement: see `token_values`.
     """
+
+    def each(logits: jax.Array, targets: jax.Array) -> ValueWithFacts:
+        logits = logits / temperature
+        facts = {"entropy": jax.lax.stop_gradient(entropy_of(logits))} if entropy else {}
+        return ValueWithFacts(-cross_entropy(logits, targets), facts)
 
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        logps = token_values(
-            functools.partial(_scaled_logps, temperature),
+        logps, facts = token_values(
+            each,
             forward,
             params,
             batch,
@@ -190,20 +199,21 @@ def rollout_loss(
             parts=parts,
             placement=placement,
         )
-        arrays = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
+        counted = batch["weights"] > 0
+        arrays = (logps, counted, batch["advantages"], batch["old"])
         further = batch.get("reference"), batch.get("importance")
         there = jnp.any(batch["segment_ids"] > 0, axis=1)
         if logps.ndim == 3:  # by completion
             there = (jnp.arange(logps.shape[1]) < batch["completions"][:, None]).reshape(-1)
             arrays, further = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (arrays, further))
         if options is None:
-            return rloo_loss(*arrays, there=there)
-        reference, importance = further
-        return online_loss(options, *arrays, reference, there, importance)
+            loss = rloo_loss(*arrays, there=there)
+        else:
+            reference, importance = further
+            loss = online_loss(options, *arrays, reference, there, importance)
+        share = loss.count / jnp.maximum(jnp.sum(counted), 1)
+        logs = {name: jnp.sum(jnp.where(counted, x, 0)) * share for name, x in facts.items()}
+        return loss._replace(logs=loss.logs | logs)
 
     unit = "sequence" if options is None or options.over != "tokens" else "token"
     return Loss(sums, unit=unit)
-
-
-def _scaled_logps(temperature: float, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return -cross_entropy(logits / temperature, targets)

@@ -46,6 +46,12 @@ def _cross_entropy_jvp(
     return losses, jnp.sum(slope * tangents[0], axis=-1)
 
 
+def entropy_of(logits: jax.Array) -> jax.Array:
+    """Returns -Σ p log p over the vocabulary, fp32 [...], of logits, fp32 [..., vocab]."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+
 def dft(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -sg(p) log p of each target with probability p, fp32 [...].
 
@@ -111,7 +117,8 @@ def token_values(
 
     Args:
       each: returns a tree of values, fp32 [...], of logits, fp32 [..., vocab], and targets, int32
-        [...]. (Targets may have further axes, then values may, too.)
+        [...]. (Targets may have further axes, then values may, too.) A `ValueWithFacts` has its
+        facts computed along with its value and the gradient of that.
       forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
