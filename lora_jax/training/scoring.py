@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.core.types import Batch, Tree
 from lora_jax.models.layers.placement import UNPLACED, Placement
