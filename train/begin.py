@@ -20,16 +20,24 @@ from train.inputs import RunData, make_inputs
 from train.options.common import AdapterConfig, OptimConfig
 from train.options.optim import make_tenant
 from train.plan.remat import settle_remat
+from train.processes import hosts
 from train.processes.session import Session
-from train.reporters.files import ERROR
+from train.reporters.files import ERROR, read_json
 from train.reporters.registry import check_packages
 from train.run.board import BufferedConsole
 from train.run.intrinsic import about_space, moves_weights, space_of
-from train.run.lifecycle import Run, adapt_base, begin_run, resume_hint
-from train.run.output import locked_output
+from train.run.lifecycle import (
+    SCORES_OF_REPORT,
+    Run,
+    adapt_base,
+    begin_run,
+    is_finished,
+    resume_hint,
+)
+from train.run.output import REPORT, locked_output
 from train.run.pretrained import ModelInfo, check_weights, read_model
 from train.run.rules import rules
-from train.run.task import EvaluationContext, ModelContext
+from train.run.task import Evaluation, EvaluationContext, ModelContext
 from train.table import RunPart, RunRequest, TableRun
 
 
@@ -153,16 +161,7 @@ def begin_row(row: TableRun, model: Model, plain: Tree, held: ExitStack) -> Tena
     if row.buffer:
         row.buffer.keep_in(run.folder, held)
         (run.folder / ERROR).unlink(missing_ok=True)
-    context = EvaluationContext(
-        config=run.config,
-        folder=run.folder,
-        console=run.console,
-        rows=rows,
-        data=data,
-        outline=outline,
-        stop=run.stop,
-    )
-    row.evaluation = row.task.evaluation(context)
+    row.evaluation = evaluation_of(row)
     row.start, row.best = start, start.best
     if row.is_alone:
         return None
@@ -172,6 +171,39 @@ def begin_row(row: TableRun, model: Model, plain: Tree, held: ExitStack) -> Tena
     )
     # A new state is made in its slot, where alone it takes memory.
     return dataclasses.replace(tenant, state=start.state) if int(start.state.step) else tenant
+
+
+def evaluation_of(row: TableRun) -> Evaluation | None:
+    """Returns the evaluation of a run; None for none."""
+    run, (rows, outline, data) = row.run, row.inputs.read
+    context = EvaluationContext(
+        config=run.config,
+        folder=run.folder,
+        console=run.console,
+        rows=rows,
+        data=data,
+        outline=outline,
+        stop=run.stop,
+    )
+    return row.task.evaluation(context)
+
+
+def note_finished(row: TableRun, part: RunPart) -> None:
+    """Notes whether a resumed run is finished, with its report and its scores.
+
+    A run with an evaluation that it did not have before goes on, and so does one whose tree
+    `part.on_trained` gets.
+    """
+    if part.on_trained is not None:
+        return
+    finished = hosts.map_over_processes(lambda _: is_finished(row.run), range(jax.process_count()))
+    if not all(finished):
+        return
+    report = read_json(row.run.folder / REPORT)
+    scores = report[SCORES_OF_REPORT]
+    if scores is None and evaluation_of(row) is not None:
+        return
+    row.is_finished, row.report, row.scores = True, report, scores or {}
 
 
 def check_images(rows: Sequence[TableRun]) -> None:

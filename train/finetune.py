@@ -20,7 +20,8 @@ from lora_jax.models.layers.placement import platform_of
 from lora_jax.training.memory.ladder import RematChoice
 from lora_jax.training.processes import write_json
 from lora_jax.training.run.log import duration
-from train.begin import begin_row, check_images, load_model, open_run
+from train.begin import begin_row, check_images, load_model, note_finished, open_run
+from train.console.errors import flag
 from train.console.output import tell
 from train.dry_run import rehearse
 from train.inputs import make_inputs
@@ -33,6 +34,7 @@ from train.processes.session import Session
 from train.remat import choose_remat_of
 from train.run.elapsed import note_seconds, whole_time
 from train.run.intrinsic import merge_trained, model_in
+from train.run.lifecycle import SCORES_OF_REPORT
 from train.run.log import doing
 from train.run.output import ADAPTER, REPORT
 from train.run.report import ask_words, print_adapter, print_commands, print_costs, tree_bytes
@@ -74,6 +76,9 @@ def finetune(
     request = RunRequest(TableRow(config.run.output, "", frozenset(), config), task)
     (row,) = train_rows(script, [request], session, console, part, alone=True)
     run, report = row.run, row.report
+    if row.is_finished:
+        tell(console, _finished_line(row))
+        return row.scores
     if run.pauses or report is None:
         tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
@@ -88,6 +93,19 @@ def finetune(
     words = ask_words(row.inputs.read.outline)
     print_commands(console, run.folder / ADAPTER, words, merged=merged_only)
     return row.scores
+
+
+def _finished_line(row: TableRun) -> str:
+    """Returns a line on a run that was finished before, and how to make it longer."""
+    report, folder = row.report or {}, shown(row.run.folder)
+    more = f"{flag('steps')} (or {flag('epochs')})"
+    if report["last_step"] < report["steps"]:
+        more = flag("patience")
+    return (
+        f"{folder} is finished: the run ended after step {report['last_step']}, and its report is "
+        f"written. Nothing was changed. For going on after step {report['last_step']}, give more "
+        f"{more}"
+    )
 
 
 def _show(
@@ -135,7 +153,10 @@ def train_rows(
       TrainingError: a row asks for something that cannot be done; nothing was trained.
     """
     part = part or RunPart()
-    rows, chosen = _open_rows(script, requests, session, console, part, alone=alone)
+    table, chosen = _open_rows(script, requests, session, console, part, alone=alone)
+    rows = [row for row in table if not row.is_finished]
+    if not rows:
+        return table
 
     # The model and its weights, which are read once.
     config, inputs = rows[0].run.config, rows[0].inputs
@@ -178,7 +199,7 @@ def train_rows(
                 # A resumed run evaluates all.
                 _finish(row, base, part, console, evaluates=not stopped)
         row.run.place.send()
-    return rows
+    return table
 
 
 def _open_rows(
@@ -208,12 +229,18 @@ def _open_rows(
         mesh = make_mesh(run.mesh, math.gcd(*sizes), slice_axis=run.slice_axis)
         own = console if alone else None
         rows = [open_run(script, request, mesh, session, part, own) for request in requests]
-        check_images(rows)
-        chosen = choose_remat_of(rows)
+        for row in rows:
+            note_finished(row, part)
+        going = [row for row in rows if not row.is_finished]
+        if going:
+            check_images(going)
+        chosen = choose_remat_of(going) if going else None
     if cached:
         tell(console, cached)
-    for row in rows:
+    for row in going:
         tell(row.run.console, *row.inputs.lines)
+    if not alone:
+        tell(console, *(f"{row.name}: finished" for row in rows if row.is_finished))
     return rows, chosen
 
 
@@ -227,6 +254,8 @@ def _finish(
         run.stop.remedy = f"The adapter is in {adapter}"
         run.stop.check()
     row.report["base_bytes"] = base.n_bytes
+    if not row.evaluation:
+        row.report[SCORES_OF_REPORT] = None
     write_json(run.folder / REPORT, row.report)
     print_adapter(run.console, adapter, row.report)
     if part.on_trained:
@@ -240,3 +269,5 @@ def _finish(
             else:
                 tree = merge_trained(row.space, tree)
                 row.scores = row.evaluation.after(base.model, tree, base.model.apply)
+        row.report[SCORES_OF_REPORT] = row.scores
+        write_json(run.folder / REPORT, row.report)

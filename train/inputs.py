@@ -19,6 +19,7 @@ from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
 from train.data.lines import mixture_lines
+from train.data.remarks import turn_remarks
 from train.data.text_files import parsed
 from train.options.common import OptimConfig, Options, as_json, check_offload
 from train.options.field import traits_of
@@ -119,7 +120,18 @@ def read_inputs(config: Options, task: Task) -> RunData:
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
     hosts.check_alike(options_of_processes(config), **read)
-    return RunData(rows, outline, task.examples(config, rows, outline))
+    remarks = _remarks(config, rows, outline) if config.run.dry_run else []
+    data = task.examples(config, rows, outline)
+    return RunData(rows, outline, dataclasses.replace(data, lines=(*data.lines, *remarks)))
+
+
+def _remarks(config: Options, rows: TaskRows, outline: ModelInfo) -> list[str]:
+    """Returns lines on turns that are probably misspelled."""
+    template = str(getattr(outline.tokenizer, "chat_template", None))
+    return [
+        *turn_remarks(rows.train, str(config.data.dataset), template),
+        *turn_remarks(rows.held_out, "the held-out rows", template),
+    ]
 
 
 class InputReader:

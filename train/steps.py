@@ -193,12 +193,14 @@ def _running(
                     now, run.last, run.config.run, row.hooks, log, run.stop, clock
                 )
             with clock.paused():
-                trained = final_tree(start, now())
+                state = now()
+                trained = final_tree(start, state)
                 if run.pauses:
                     return trained, {}
                 keep_adapter(run, start, trained)
         with clock.paused():
-            return trained, make_report(run, start, trained, loss, step_seconds)
+            last_step = int(state.step)
+            return trained, make_report(run, start, trained, loss, step_seconds, last_step)
 
     def batch(number: int) -> HostBatch:
         assert row.hooks is not None

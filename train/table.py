@@ -80,6 +80,7 @@ class TableRun:
       space: the subspace that it trains in; None for the adapter's own.
       buffer: its console beside other runs; None for a single run, whose errors end the command.
       evaluation: before and after training; None for none.
+      is_finished: whether it was over when it was resumed, so that nothing of it changes.
       start: what it trains from, its state as shapes once it trains.
       best: keeps its best adapter; None for none.
       hooks: connect the loop with it.
@@ -97,6 +98,7 @@ class TableRun:
     space: Subspace | None = None
     buffer: BufferedConsole | None = None
     evaluation: Evaluation | None = None
+    is_finished: bool = False
     start: TrainingStart | None = None
     best: Best | None = None
     hooks: Hooks | None = None
@@ -176,9 +178,8 @@ class TableRun:
             return next((line[name] for line in reversed(lines) if name in line), None)
 
         held_out, score = newest(f"{HELD_OUT}loss"), newest(named)
-        if self.best is not None:
-            best = self.best.about
-            held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
+        best = (self.report or {}).get("best", {}) if self.best is None else self.best.about
+        held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
         return {
             "name": self.name,
             "status": self.state,

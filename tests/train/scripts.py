@@ -38,6 +38,15 @@ def lines_of(run):
     ]
 
 
+def files_of(folder):
+    """The content and the time of the last change of each file in a folder, but for its lock."""
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def fails(capsys, run, *args):
     """Returns what a script says before it ends with the code for bad input."""
     with pytest.raises(SystemExit) as caught:

@@ -10,7 +10,7 @@ from lora_jax import training
 from lora_jax.training.losses import Loss
 from tests.train import scripts
 from tests.train.test_sft import fails
-from tests.train.tiny import tokenizer, write_jsonl, write_model
+from tests.train.tiny import CHATML, tokenizer, write_jsonl, write_model
 from train import classify, distill, dpo, grpo
 from train.data.preview import preview_rows
 from train.dry_run import as_text
@@ -126,6 +126,58 @@ def test_what_the_loss_counts_is_green_on_a_terminal(tmp_path):
     assert [coloured.plain[s.start : s.end] for s in coloured.spans] == ["b<|im_end|>"]
     plain = as_text(one, coloured=False).plain
     assert plain.endswith("[[b<|im_end|>]]") and " … 201 tokens … " in plain
+
+
+MISSPELLED = [
+    [("user", "1?"), ("assistant", "one")],
+    [("user", "2?"), ("assistant", "two"), ("user", "3?"), ("asistant", "three")],
+    [("user", "2?"), ("assistant", "two"), ("user", "3?"), ("asistant", "three")],
+    [("system", "Be brief."), ("user", "4?"), ("assistant", "four"), ("ipython", "5")],
+]
+
+
+REMARKS = [
+    "remark: the role 'asistant' is unknown ({data}, line 2, {data}, line 3). The nearest role is "
+    "'assistant'. Only a turn of the role 'assistant' is the assistant's",
+    *(
+        f"remark: the field {field!r} of turns is unknown ({{data}}, line 4). The nearest field is "
+        f"{nearest!r}"
+        for field, nearest in (
+            ("wieght", "weight"),
+            ("thinkng", "thinking"),
+            ("tool_call", "tool_calls"),
+        )
+    ),
+]
+
+
+def turns(pairs, **more):
+    return [{"role": role, "content": content, **more} for role, content in pairs]
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "grpo"])
+def test_a_misspelled_role_or_field_is_named(script, tmp_path, capsys, monkeypatch):
+    """By the command, before the first rows; a run without such turns says nothing of it."""
+    monkeypatch.setattr("train.finetune.rehearse", lambda *_: None)
+    template = "{# 'ipython' #}" + CHATML
+    model, main_of = write_model(tmp_path / "model", template), {"sft": main, "dpo": dpo.main}
+    for names in ([], ["wieght", "thinkng", "tool_call", "author"]):
+        rows = [{"messages": turns(row)} for row in (MISSPELLED if names else MISSPELLED[:1])]
+        rows[-1]["messages"][-1] |= dict.fromkeys(names, "x")
+        args = ["--targets", "q_proj", "--steps", 2]
+        asked = [[*row["messages"], *turns([("user", "?")])] for row in rows]
+        if script == "dpo":
+            sides = {"chosen": turns([("assistant", "x")]), "rejected": turns([("assistant", "y")])}
+            rows = [{"prompt": prompt, **sides} for prompt in asked]
+        elif script == "grpo":
+            rows = [{"messages": prompt} for prompt in asked]
+            args += ["--reward", "length", "--group", 2, "--batch-size", 2, "--seq-len", 512]
+            args += ["--max-new-tokens", 8]
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        line = ["--model", model, "--dataset", data, "--output", tmp_path / "run", *args]
+        main_of.get(script, grpo.main)([*map(str, line), "--dry-run"])
+        said = [one for one in capsys.readouterr().out.splitlines() if one.startswith("remark: ")]
+        assert said == [line.format(data=data) for line in REMARKS if names]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lora_jax import models
 from lora_jax.bank.together.together import Together
 from lora_jax.training.losses import token_loss
 from tests.support import assert_close, assert_identical
-from tests.train.scripts import exit_code, lines_of
+from tests.train.scripts import exit_code, files_of, lines_of
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.run.log import read_metrics
 from train.sft import main
@@ -132,6 +132,19 @@ def test_the_results_say_which_run_failed(whole):
     assert "so many steps in a row were skipped" in why and "row" in why
     assert rows["bad"]["error"].startswith("--max-skipped 3") and not rows["bad"]["adapter"]
     assert not (whole / "bad" / "adapter").exists()
+
+
+def test_finished_runs_of_a_table_are_left_as_they_are(folder, whole, tmp_path, capsys):
+    """The run that failed is tried again; the others' results are those of before."""
+    output = tmp_path / "many"
+    shutil.copytree(whole, output)
+    before = {name: files_of(output / name) for name in GOOD}
+    assert many(folder, output, "--resume") == 1
+    said = capsys.readouterr().out
+    assert all(f"{name}: finished\n" in said for name in GOOD)
+    assert {name: files_of(output / name) for name in GOOD} == before
+    rows = [(run / "runs.csv").read_text().replace(str(run), "") for run in (whole, output)]
+    assert rows[0] == rows[1]
 
 
 def interrupted(folder, output, monkeypatch, after):

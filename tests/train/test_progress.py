@@ -9,6 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.support import assert_identical, thorough
+from tests.train.scripts import files_of
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_mesh import inputs as mesh_inputs
 from tests.train.test_mesh import run as run_processes
@@ -120,6 +121,11 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
     assert "ended early: no better eval_loss for 1 measurements" in capsys.readouterr().out
     assert read_metrics(tmp_path)[-1]["step"] == end
     assert json.loads((tmp_path / "report.json").read_text())["ended_early"] is True
+    before = files_of(tmp_path)
+    sft.main([*chats, "--output", str(tmp_path), "--patience", "1", "--resume"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is finished" in said and "give more --patience" in said
+    assert files_of(tmp_path) == before
     sft.main([*chats, "--output", str(tmp_path), "--patience", "9", "--resume"])
     assert_identical(adapter_of(chats, tmp_path), adapter_of(chats, whole))
     capsys.readouterr()

@@ -19,7 +19,7 @@ from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH, assert_identical, thorough
 from tests.train.forks import Forked
-from tests.train.scripts import begun
+from tests.train.scripts import begun, files_of
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.generate import __main__ as generate
 from train.run.log import read_metrics
@@ -103,6 +103,17 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     assert_identical(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+
+
+def test_a_finished_run_is_left_as_it_is(inputs, whole, capsys, monkeypatch):
+    """Neither is the model read, nor a file changed."""
+    before = files_of(whole)
+    monkeypatch.setattr("train.finetune.load_model", None)
+    options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
+    run(inputs, whole, *options, "--dropout", 0.1, "--resume")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{whole} is finished: " in said and "give more --steps" in said
+    assert files_of(whole) == before
 
 
 @pytest.mark.slow
@@ -391,12 +402,28 @@ def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path):
     assert saved == read_metrics(tmp_path)[-1]["step"] >= 9
 
 
+def cut_short(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys):
+def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys, monkeypatch):
     args = ["--model", inputs[1], "--output", str(tmp_path), "--seq-len", "700", "--rows", "20"]
     args += ["--targets", "q_proj", "--steps", "2", "--eval-questions", "2", "--eval-every", "2"]
     args += ["--score-every", "1", "--keep-best", "score"]
-    main(args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.tasks.sql.SqlEvaluation.after", cut_short)
+        main(args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        report["median_step_seconds"] > 0
+        and "fine-tuned" not in (tmp_path / "scores.json").read_text()
+    )
+    assert "zero-shot: answering" in capsys.readouterr().out
+    main([*args, "--resume"])  # its evaluation was cut short
+    again = json.loads((tmp_path / "report.json").read_text())
+    names = ("steps", "last_step", "median_step_seconds", "peak_bytes")
+    assert [again[name] for name in names] == [report[name] for name in names]
     scored = [line for line in read_metrics(tmp_path) if "score_accuracy" in line]
     assert [line["step"] for line in scored] == [1, 2]
     names = {name for name in scored[0] if name.startswith("score_")}
@@ -408,5 +435,12 @@ def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys):
     assert scores["questions_of_each_kind"] == 2
     for row in scores["accuracy"].values():
         assert set(row) == {"base, zero-shot", "base, 4 examples", "fine-tuned"}
-    main([*args, "--resume"])  # the base's answers are kept
-    assert "zero-shot: answering" not in capsys.readouterr().out
+    assert "zero-shot: answering" not in shown  # the base's answers are kept
+    before = files_of(tmp_path)
+    main([*args, "--resume"])
+    shown = capsys.readouterr().out
+    assert "is finished" in " ".join(shown.split()) and "answering" not in shown
+    assert files_of(tmp_path) == before
+    accuracy = np.mean([row["fine-tuned"] for row in scores["accuracy"].values()])
+    kept = json.loads((tmp_path / "report.json").read_text())["scores"]
+    assert kept["accuracy"] == pytest.approx(accuracy)

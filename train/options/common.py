@@ -275,9 +275,11 @@ class RunConfig:
     most."""
     dry_run: bool = option(False, field.OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
-    all, and the steps, memory and time of the run."""
+    all, roles and fields of turns that are probably misspelled, and the steps, memory and time of
+    the run."""
     resume: bool = option(False, field.OF_CALL, NoEffect.DRY_RUN, of_inputs=False)
-    """Resume from the last checkpoint in the output folder."""
+    """Resume from the last checkpoint in the output folder. A finished run stays as it is, unless
+    more steps or patience are asked for."""
     overwrite: bool = option(False, field.OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
     log_every: int = option(1, field.COURSE)

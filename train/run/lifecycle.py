@@ -42,6 +42,9 @@ from train.run.report import print_best, versions
 from train.run.rules import rules
 from train.settings.files import effective_options
 
+_OF_STEPS = ("median_step_seconds", "peak_bytes")  # measured while steps are taken
+SCORES_OF_REPORT = "scores"  # in the report of a run that is evaluated, or needs no evaluation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -221,9 +224,17 @@ def keep_adapter(run: Run, ready: TrainingStart, trained: Any) -> None:
 
 
 def make_report(
-    run: Run, ready: TrainingStart, trained: Any, loss: Loss, step_seconds: float | None
+    run: Run,
+    ready: TrainingStart,
+    trained: Any,
+    loss: Loss,
+    step_seconds: float | None,
+    last_step: int,
 ) -> dict[str, Any]:
-    """Draws the curve and prints the best; returns the report, but for the compiled step."""
+    """Draws the curve and prints the best; returns the report, but for the compiled step.
+
+    A process that took no step keeps what the one before it measured of its steps.
+    """
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
@@ -232,6 +243,7 @@ def make_report(
     report = {
         "summary": lj.summary(trained, in_training=True),
         "steps": run.steps,
+        "last_step": last_step,
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "skip_reasons": {line["step"]: line["reason"] for line in metrics if "reason" in line},
         "median_step_seconds": step_seconds,
@@ -241,7 +253,36 @@ def make_report(
     if ready.best is not None:
         print_best(run.console, ready.best, run.config.run.patience)
         report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
+    earlier = read_json(run.folder / output.REPORT)
+    if step_seconds is None and earlier.get("last_step") == last_step:
+        report |= {name: earlier[name] for name in _OF_STEPS}
     return report
+
+
+def is_finished(run: Run) -> bool:
+    """Returns True for a resumed run that is over, if its options ask for nothing longer.
+
+    Its report and scores are written, and its newest checkpoint is whole and of these data. All
+    processes have to call this.
+    """
+    asked = run.config.run
+    if run.pauses or not asked.resume:
+        return False
+    report = read_json(run.folder / output.REPORT)
+    if SCORES_OF_REPORT not in report or not report["last_step"] <= run.steps <= report["steps"]:
+        return False
+    checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, asked.keep)
+    try:
+        if checkpoints.steps()[-1:] != [report["last_step"]]:
+            return False
+        saved = checkpoints.run_of_newest()
+    finally:
+        checkpoints.close()
+    if saved is None or saved["data"] != run.feed.digest() or saved.get("owed"):
+        return False
+    waited = saved.get("best", {}).get("waited", 0)
+    is_over = asked.patience is not None and waited >= asked.patience
+    return is_over or report["last_step"] == run.steps
 
 
 def resume_hint(script: str) -> str:
