@@ -26,14 +26,7 @@ from train.reporters.files import ERROR, read_json
 from train.reporters.registry import check_packages
 from train.run.board import BufferedConsole
 from train.run.intrinsic import about_space, moves_weights, space_of
-from train.run.lifecycle import (
-    SCORES_OF_REPORT,
-    Run,
-    adapt_base,
-    begin_run,
-    is_finished,
-    resume_hint,
-)
+from train.run.lifecycle import Run, adapt_base, begin_run, is_finished, resume_hint
 from train.run.output import REPORT, locked_output
 from train.run.pretrained import ModelInfo, check_weights, read_model
 from train.run.rules import rules
@@ -191,19 +184,15 @@ def evaluation_of(row: TableRun) -> Evaluation | None:
 def note_finished(row: TableRun, part: RunPart) -> None:
     """Notes whether a resumed run is finished, with its report and its scores.
 
-    A run with an evaluation that it did not have before goes on, and so does one whose tree
+    A run without scores that has an evaluation goes on, and so does one whose tree
     `part.on_trained` gets.
     """
     if part.on_trained is not None:
         return
     finished = hosts.map_over_processes(lambda _: is_finished(row.run), range(jax.process_count()))
-    if not all(finished):
-        return
     report = read_json(row.run.folder / REPORT)
-    scores = report[SCORES_OF_REPORT]
-    if scores is None and evaluation_of(row) is not None:
-        return
-    row.is_finished, row.report, row.scores = True, report, scores or {}
+    if all(finished) and (report["scores"] or evaluation_of(row) is None):
+        row.is_finished, row.report, row.scores = True, report, report["scores"]
 
 
 def check_images(rows: Sequence[TableRun]) -> None:

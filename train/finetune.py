@@ -34,7 +34,6 @@ from train.processes.session import Session
 from train.remat import choose_remat_of
 from train.run.elapsed import note_seconds, whole_time
 from train.run.intrinsic import merge_trained, model_in
-from train.run.lifecycle import SCORES_OF_REPORT
 from train.run.log import doing
 from train.run.output import ADAPTER, REPORT
 from train.run.report import ask_words, print_adapter, print_commands, print_costs, tree_bytes
@@ -77,7 +76,12 @@ def finetune(
     (row,) = train_rows(script, [request], session, console, part, alone=True)
     run, report = row.run, row.report
     if row.is_finished:
-        tell(console, _finished_line(row))
+        done = (report or {})["last_step"]
+        tell(
+            console,
+            f"{shown(run.folder)} is finished after step {done}, and nothing was changed. For "
+            f"going on after step {done}, give more {flag('steps')} or {flag('patience')}",
+        )
         return row.scores
     if run.pauses or report is None:
         tell(console, f"paused after step {run.last} of {run.steps}")
@@ -93,19 +97,6 @@ def finetune(
     words = ask_words(row.inputs.read.outline)
     print_commands(console, run.folder / ADAPTER, words, merged=merged_only)
     return row.scores
-
-
-def _finished_line(row: TableRun) -> str:
-    """Returns a line on a run that was finished before, and how to make it longer."""
-    report, folder = row.report or {}, shown(row.run.folder)
-    more = f"{flag('steps')} (or {flag('epochs')})"
-    if report["last_step"] < report["steps"]:
-        more = flag("patience")
-    return (
-        f"{folder} is finished: the run ended after step {report['last_step']}, and its report is "
-        f"written. Nothing was changed. For going on after step {report['last_step']}, give more "
-        f"{more}"
-    )
 
 
 def _show(
@@ -232,9 +223,10 @@ def _open_rows(
         for row in rows:
             note_finished(row, part)
         going = [row for row in rows if not row.is_finished]
+        chosen = None
         if going:
             check_images(going)
-        chosen = choose_remat_of(going) if going else None
+            chosen = choose_remat_of(going)
     if cached:
         tell(console, cached)
     for row in going:
@@ -254,8 +246,6 @@ def _finish(
         run.stop.remedy = f"The adapter is in {adapter}"
         run.stop.check()
     row.report["base_bytes"] = base.n_bytes
-    if not row.evaluation:
-        row.report[SCORES_OF_REPORT] = None
     write_json(run.folder / REPORT, row.report)
     print_adapter(run.console, adapter, row.report)
     if part.on_trained:
@@ -269,5 +259,5 @@ def _finish(
             else:
                 tree = merge_trained(row.space, tree)
                 row.scores = row.evaluation.after(base.model, tree, base.model.apply)
-        row.report[SCORES_OF_REPORT] = row.scores
-        write_json(run.folder / REPORT, row.report)
+    if evaluates:
+        write_json(run.folder / REPORT, row.report | {"scores": row.scores})

@@ -120,18 +120,12 @@ def read_inputs(config: Options, task: Task) -> RunData:
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
     hosts.check_alike(options_of_processes(config), **read)
-    remarks = _remarks(config, rows, outline) if config.run.dry_run else []
+    remarks: list[str] = []
+    if config.run.dry_run:  # before the rows become tokens, and are dropped
+        template = str(getattr(outline.tokenizer, "chat_template", ""))
+        remarks = turn_remarks([*rows.train, *rows.held_out], str(config.data.dataset), template)
     data = task.examples(config, rows, outline)
     return RunData(rows, outline, dataclasses.replace(data, lines=(*data.lines, *remarks)))
-
-
-def _remarks(config: Options, rows: TaskRows, outline: ModelInfo) -> list[str]:
-    """Returns lines on turns that are probably misspelled."""
-    template = str(getattr(outline.tokenizer, "chat_template", None))
-    return [
-        *turn_remarks(rows.train, str(config.data.dataset), template),
-        *turn_remarks(rows.held_out, "the held-out rows", template),
-    ]
 
 
 class InputReader:

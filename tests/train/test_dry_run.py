@@ -137,17 +137,14 @@ MISSPELLED = [
 
 
 REMARKS = [
-    "remark: the role 'asistant' is unknown ({data}, line 2, {data}, line 3). The nearest role is "
-    "'assistant'. Only a turn of the role 'assistant' is the assistant's",
-    *(
-        f"remark: the field {field!r} of turns is unknown ({{data}}, line 4). The nearest field is "
-        f"{nearest!r}"
-        for field, nearest in (
-            ("wieght", "weight"),
-            ("thinkng", "thinking"),
-            ("tool_call", "tool_calls"),
-        )
-    ),
+    f"remark: the {kind} {word!r} of turns is unknown ({{data}}, line {rows}). The nearest {kind} "
+    f"is {nearest!r}. Nothing is learned from an unknown {kind}"
+    for kind, word, nearest, rows in (
+        ("role", "asistant", "assistant", "2, {data}, line 3"),
+        ("field", "wieght", "weight", 4),
+        ("field", "thinkng", "thinking", 4),
+        ("field", "tool_call", "tool_calls", 4),
+    )
 ]
 
 

@@ -124,7 +124,7 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
     before = files_of(tmp_path)
     sft.main([*chats, "--output", str(tmp_path), "--patience", "1", "--resume"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "is finished" in said and "give more --patience" in said
+    assert f"is finished after step {end}" in said and "or --patience" in said
     assert files_of(tmp_path) == before
     sft.main([*chats, "--output", str(tmp_path), "--patience", "9", "--resume"])
     assert_identical(adapter_of(chats, tmp_path), adapter_of(chats, whole))

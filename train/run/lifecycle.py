@@ -43,7 +43,6 @@ from train.run.rules import rules
 from train.settings.files import effective_options
 
 _OF_STEPS = ("median_step_seconds", "peak_bytes")  # measured while steps are taken
-SCORES_OF_REPORT = "scores"  # in the report of a run that is evaluated, or needs no evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,23 +264,20 @@ def is_finished(run: Run) -> bool:
     Its report and scores are written, and its newest checkpoint is whole and of these data. All
     processes have to call this.
     """
-    asked = run.config.run
-    if run.pauses or not asked.resume:
+    options, adapter = run.config.run, run.folder / output.ADAPTER
+    if run.pauses or not options.resume or not adapter.exists():
         return False
     report = read_json(run.folder / output.REPORT)
-    if SCORES_OF_REPORT not in report or not report["last_step"] <= run.steps <= report["steps"]:
+    if "scores" not in report or not report["last_step"] <= run.steps <= report["steps"]:
         return False
-    checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, asked.keep)
-    try:
-        if checkpoints.steps()[-1:] != [report["last_step"]]:
-            return False
-        saved = checkpoints.run_of_newest()
-    finally:
-        checkpoints.close()
+    checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, options.keep)
+    is_last = checkpoints.steps()[-1:] == [report["last_step"]]
+    saved = checkpoints.run_of_newest() if is_last else None
+    checkpoints.close()
     if saved is None or saved["data"] != run.feed.digest() or saved.get("owed"):
         return False
     waited = saved.get("best", {}).get("waited", 0)
-    is_over = asked.patience is not None and waited >= asked.patience
+    is_over = options.patience is not None and waited >= options.patience
     return is_over or report["last_step"] == run.steps
 
 
