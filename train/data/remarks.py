@@ -67,7 +67,7 @@ def _words_of_turns(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _distance(word: str, other: str) -> int:
-    """Returns how many letters to insert, delete or replace, to make one word of the other."""
+    """Returns the number of letters that are inserted, deleted or replaced between two words."""
     row = [*range(len(other) + 1)]
     for number, letter in enumerate(word, start=1):
         above, row = row, [number]
