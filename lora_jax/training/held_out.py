@@ -97,7 +97,7 @@ def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callabl
 
 
 def means(loss: Loss, sums: Sums) -> dict[str, float]:
-    """Returns the loss, in the sense of its reduction, and its logs divided by the count.
+    """Returns the loss, in the sense of its reduction, and its logs divided by their counts.
 
     Returns {} where nothing counts: what was not measured is no loss of 0.
     """
@@ -105,4 +105,9 @@ def means(loss: Loss, sums: Sums) -> dict[str, float]:
     if not count:
         return {}
     total: Any = sums.total / count if loss.reduction == "mean" else sums.total
-    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}
+    logs = {
+        name: value / sums.count_of(name)
+        for name, value in sums.logs.items()
+        if sums.count_of(name)
+    }
+    return {"loss": total, **logs}

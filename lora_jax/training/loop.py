@@ -11,7 +11,7 @@ import jax
 from lora_jax.core.types import Tree
 from lora_jax.training.clock import StepClock
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
-from lora_jax.training.losses import OWN_METRICS, Reduction
+from lora_jax.training.losses import OWN_METRICS, UNITS, Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
 from lora_jax.training.run.log import NO_TOKENS, Log
 from lora_jax.training.run.stop import Stop
@@ -347,7 +347,8 @@ def _line(
     Its loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
     are means over the units, of steps without any over the steps, that know them: None stands for a
     log that is not known, and a line leaves out one that no step knows. 0 stands for one that a
-    step does not have.
+    step does not have. A log with a count of its own (`UNITS`) is a mean over its own units, and a
+    line leaves it out where there are none.
 
     Args:
       taken: the metrics of the window's steps, without those that were skipped.
@@ -355,13 +356,18 @@ def _line(
     count = sum(v["count"] for v in taken)
 
     def a_unit(name: str) -> float | None:
+        if f"{name}{UNITS}" in taken[0]:
+            counted = [(v[name], v[f"{name}{UNITS}"]) for v in taken if v[f"{name}{UNITS}"]]
+            return sum(x * n for x, n in counted) / sum(n for _, n in counted) if counted else None
         known = [(v.get(name, 0), v["count"]) for v in taken if v.get(name, 0) is not None]
         units = sum(n for _, n in known)
         weighed = [(x, n if units else 1) for x, n in known]
         return sum(x * n for x, n in weighed) / (units or len(known)) if known else None
 
-    newest = {name: value for name, value in taken[-1].items() if name != "skipped"}
-    names = dict.fromkeys(name for v in taken for name in v if name not in OWN_METRICS)
+    left_out = {"skipped", *(name for name in taken[-1] if name.endswith(UNITS))}
+    newest = {name: value for name, value in taken[-1].items() if name not in left_out}
+    logged = dict.fromkeys(name for v in taken for name in v if name not in OWN_METRICS)
+    names = [name for name in logged if not name.endswith(UNITS)]
     logs = {name: a_unit(name) for name in names}
     loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
     line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}

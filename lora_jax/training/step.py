@@ -10,7 +10,7 @@ import optax
 import lora_jax as lj
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Adapter, Batch, Tree
-from lora_jax.training.losses import CROSS_ENTROPY, Logits, Loss, Sums
+from lora_jax.training.losses import CROSS_ENTROPY, UNITS, Logits, Loss, Sums
 
 Metrics = dict[str, jax.Array]
 _Sum = TypeVar("_Sum")
@@ -180,7 +180,7 @@ def make_update(
         metrics = {
             "loss": sums.total * scale,
             "count": jnp.where(counts, sums.count, 0),
-            **{name: value * a_unit for name, value in sums.logs.items()},
+            **_logs(sums),
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
             "skipped": 1 - is_good.astype(jnp.float32),
@@ -188,6 +188,15 @@ def make_update(
         return State(adapter, opt_state, state.step + 1, state.key), metrics
 
     return updated
+
+
+def _logs(sums: Sums) -> Metrics:
+    """Returns the logs of a step; NaN for one whose own count is 0, and the own counts."""
+    counts = sums.log_counts or {}
+    a_unit = 1 / jnp.where(sums.count == 0, 1, sums.count)
+    logs = {name: value * a_unit for name, value in sums.logs.items()}
+    own = {name: jnp.where(n > 0, sums.logs[name] / n, jnp.nan) for name, n in counts.items()}
+    return logs | own | {f"{name}{UNITS}": n for name, n in counts.items()}
 
 
 def _accumulated(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:

@@ -57,6 +57,24 @@ def test_the_held_out_loss_of_kto_is_that_of_training(folder, tmp_path):
         assert held_out["eval_kl"] > 0.05
 
 
+@pytest.mark.slow
+def test_rewards_of_kto_over_a_window_are_means_over_the_rows_of_their_label(folder, tmp_path):
+    """A batch of two rows has one row of each label, or two of one label and none of the other."""
+    args = ["--loss", "kto", "--dataset", folder / "labelled.jsonl", "--reference", "base"]
+    args += ["--batch-size", 2, "--steps", 8, "--seed", 1]
+    steps = run(folder, tmp_path / "steps", *args, "--log-every", 1)
+    (window,) = run(folder, tmp_path / "window", *args, "--log-every", 8)
+    labels = ("chosen", "rejected")
+    assert {len({*labels} & line.keys()) for line in steps} == {1, 2}, "the control: some lack one"
+    for name in labels:
+        rows = [
+            (line[name], 1 if {*labels} <= line.keys() else 2) for line in steps if name in line
+        ]
+        mean = np.average([value for value, _ in rows], weights=[n for _, n in rows])
+        assert window[name] == pytest.approx(mean, rel=1e-5), name
+    assert not any(name.endswith("_units") for name in window)
+
+
 def test_one_held_out_row_has_no_divergence(folder, tmp_path, capsys):
     one = write_jsonl(tmp_path / "one.jsonl", LABELLED[:1])
     line = ["--model", folder / "model", "--dataset", folder / "labelled.jsonl", "--loss", "kto"]

@@ -81,6 +81,9 @@ def test_kto():
     assert_close([x.total for x in each], [0.480011, 0.482507], 1e-6)
     whole = losses.kto_loss(rows, jnp.array([True, False]), kl)
     assert whole.total == pytest.approx(0.480011 + 0.482507, abs=1e-6) and whole.count == 2
+    assert whole.log_counts == {"chosen": 1, "rejected": 1}
+    assert (whole.logs["chosen"], whole.logs["rejected"]) == pytest.approx((0.1, -0.05))
+    assert (each[0].log_counts["rejected"], each[0].logs["chosen"]) == pytest.approx((0, 0.1))
 
 
 def test_rewards_are_logged_and_differentiated_nowhere():

@@ -30,8 +30,7 @@ class Preferences(Packs):
     - labels: int32, 1 for a good completion; only of labelled ones.
     - reference: fp32, where it is set.
 
-    Labelled ones have, fp32 [batch], `good`, the share of good completions of all that are taken
-    together, and `kl`, 0 in the place of KTO's estimate, which needs a model.
+    Labelled ones have `kl`, fp32 [batch], 0 in the place of KTO's estimate, which needs a model.
     Pairs have `mean_tokens`, fp32 [batch], too: the mean of `counts` over all chosen completions
     that are taken together.
 
@@ -87,14 +86,13 @@ class Preferences(Packs):
 
     def _shares(self, rows: np.ndarray) -> HostBatch:
         """Returns the numbers about all rows that are taken together, in the shape of `rows`."""
-        counts = self._counts[rows]
         if self.a_unit == 1:
-            shares = {"good": self._labels[rows][counts > 0].mean()}
-        else:
-            chosen = counts[..., ::2] > 0
-            shares = {"mean_tokens": counts[..., ::2][chosen].mean()}
-            if self.completion is not None:
-                shares["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
+            return {}
+        counts = self._counts[rows]
+        chosen = counts[..., ::2] > 0
+        shares = {"mean_tokens": counts[..., ::2][chosen].mean()}
+        if self.completion is not None:
+            shares["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
         return {name: np.full(rows.shape, x, np.float32) for name, x in shares.items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:

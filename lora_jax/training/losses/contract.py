@@ -15,6 +15,7 @@ Reduction = Literal["mean", "sum"]
 # The entries of a line of metrics beside the logs of a loss.
 OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
 HELD_OUT = "eval_"  # before the names of metrics on held-out data
+UNITS = "_units"  # behind the name of a log with a count of its own: that count
 SCORE = "score_"  # before the names of a task's own scores
 
 
@@ -24,7 +25,9 @@ class Sums(NamedTuple):
     Attributes:
       total: the loss, fp32 []; the only sum that is differentiated.
       count: the number of units (tokens, texts, pairs) that count, fp32 [].
-      logs: further sums by name, fp32 []; each is logged divided by `count`.
+      logs: further sums by name, fp32 []; each is logged divided by `count`, or by its own count.
+      log_counts: the own counts of logs, by name, fp32 []: the number of units that such a log is
+        about, where it is not about all. A log is left out where its own count is 0.
       tokens: the number of tokens that count, fp32 [], where `count` is another unit's; None where
         `count` tells whether anything counts. A step without a counted token is skipped.
     """
@@ -33,6 +36,11 @@ class Sums(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     logs: dict[str, jax.Array]
     tokens: jax.Array | None = None
+    log_counts: dict[str, jax.Array] | None = None
+
+    def count_of(self, name: str) -> jax.Array:
+        """Returns the number of units that a log is about."""
+        return (self.log_counts or {}).get(name, self.count)
 
 
 @dataclasses.dataclass(frozen=True)

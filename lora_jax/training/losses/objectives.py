@@ -134,9 +134,8 @@ def unpaired_loss(
 ) -> Loss:
     """Returns KTO's loss of rows that are desirable or not; equal arguments give the same one.
 
-    A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and fp32 [batch], each the
-    same number over the whole batch, `kl`, KTO's estimate (see `mismatched_kl`), and `good`, the
-    share of desirable completions.
+    A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and `kl`, fp32 [batch],
+    KTO's estimate (see `mismatched_kl`), the same number over the whole batch.
 
     Args:
       beta, weights: see `kto_loss`.
@@ -148,8 +147,7 @@ def unpaired_loss(
     ) -> Sums:
         rows, _ = _sequences(forward, params, batch, dropout_key, (chunk, parts, placement))
         desirable = batch["labels"].reshape(-1) > 0
-        kl, share = batch["kl"][0], batch["good"][0]
-        return kto_loss(rows, desirable, kl, beta=beta, weights=weights, share=share)
+        return kto_loss(rows, desirable, batch["kl"][0], beta=beta, weights=weights)
 
     return Loss(sums, unit="row")
 

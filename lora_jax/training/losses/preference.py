@@ -278,7 +278,6 @@ def kto_loss(
     *,
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
-    share: jax.Array | float | None = None,
 ) -> Sums:
     """Sums KTO over rows that are desirable or not (Ethayarajh et al., arXiv 2402.01306).
 
@@ -288,11 +287,10 @@ def kto_loss(
       kl: [], the policy's distance from the reference: `mismatched_kl` over the whole batch.
       beta: strength of the reference.
       weights: the weight of a desirable row, and that of an undesirable one.
-      share: the share of desirable rows, which the logs need; by default this batch's. Where a
-        batch is accumulated in parts, give that of the whole batch.
 
     Returns:
-      The sums; rows are counted. `logs` has the rewards of desirable and of other rows, and `kl`.
+      The sums; rows are counted. `logs` has the rewards of desirable rows ("chosen") and of other
+      rows ("rejected"), each with a count of its own, and `kl`.
     """
     rows = without_padding(rows)
     counted = rows.counted
@@ -301,13 +299,14 @@ def kto_loss(
     losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * gain))
     count = jnp.sum(counted).astype(jnp.float32)
     rewards = beta * jax.lax.stop_gradient(rows.ratio)
-    if share is None:
-        share = jnp.sum(counted & desirable) / jnp.maximum(count, 1)
-    logs = {
-        name: sum_counted(rewards, counted & of) / jnp.where(part > 0, part, 1)
-        for name, of, part in (("chosen", desirable, share), ("rejected", ~desirable, 1 - share))
-    }
-    return Sums(sum_counted(losses, counted), count, {**logs, "kl": count * kl})
+    labelled = {"chosen": counted & desirable, "rejected": counted & ~desirable}
+    logs = {name: sum_counted(rewards, rows_of_label) for name, rows_of_label in labelled.items()}
+    return Sums(
+        total=sum_counted(losses, counted),
+        count=count,
+        logs={**logs, "kl": count * kl},
+        log_counts={name: jnp.sum(of_label) for name, of_label in labelled.items()},
+    )
 
 
 def mismatched_kl(mismatched: Completions) -> jax.Array:
