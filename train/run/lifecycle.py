@@ -135,7 +135,9 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> T
         done = int(ready.state.step)
         text = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
         tell(run.console, text, *_moved(run, schedule, done))
-    resolved = {"steps": run.steps, "examples": run.feed.n_examples, "lr": run.rate}
+    # Of packed rows, an example of the feed is a sequence of several.
+    n_rows = facts.get("rows", run.feed.n_examples)
+    resolved = {"steps": run.steps, "examples": n_rows, "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():

@@ -186,7 +186,11 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         else packed(config, {source: measured}, (), measured_pictures),
         name=packs.name,
         source="" if packs.sources else next(iter(parts)),
-        facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
+        facts={
+            "sequence_length": packs.lengths[-1],
+            "lengths": packs.lengths,
+            "rows": len(packs.table),
+        },
         lines=(filling_line(packs, packing=data.packing), *lines),
     )
 

@@ -104,7 +104,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     if held_out is not None:
         kept = _kept(config, "the held-out rows", held_out)
         measured_on = _packed(config, kept, share_prompt=sharing.shared)
-    facts = {"sequence_length": packs.lengths[-1], "lengths": packs.lengths}
+    facts = {"sequence_length": packs.lengths[-1], "lengths": packs.lengths, "rows": packs.n_units}
     return Data(
         train=packs,
         held_out=measured_on,
