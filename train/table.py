@@ -23,7 +23,7 @@ from train.options.common import Options
 from train.reporters.files import ERROR
 from train.run.board import BufferedConsole
 from train.run.lifecycle import Run
-from train.run.log import read_metrics
+from train.run.log import newest_measurement, read_metrics
 from train.run.output import ADAPTER
 from train.run.task import Evaluation, Task
 from train.settings.table import TableRow
@@ -171,22 +171,24 @@ class TableRun:
 
     def result(self) -> dict[str, Any]:
         """Returns its row of the table of results."""
-        lines = read_metrics(self.run.folder)
-        named = f"{SCORE}{self.task.score}"
-
-        def newest(name: str) -> float | None:
-            return next((line[name] for line in reversed(lines) if name in line), None)
-
-        held_out, score = newest(f"{HELD_OUT}loss"), newest(named)
-        best = (self.report or {}).get("best", {}) if self.best is None else self.best.about
-        held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
+        lines, report = read_metrics(self.run.folder), self.report or {}
+        last = report.get("last_step", lines[-1]["step"] if lines else 0)
+        best = report.get("best", {}) if self.best is None else self.best.about
+        kept = best.get("step", last)
+        loss, held_out, score = (
+            newest_measurement(lines, name, kept)
+            for name in ("loss", f"{HELD_OUT}loss", f"{SCORE}{self.task.score}")
+        )
         return {
             "name": self.name,
             "status": self.state,
-            "steps": lines[-1]["step"] if lines else 0,
-            "loss": newest("loss"),
-            "held_out_loss": held_out,
-            "score": score if self.score is None else self.score,
+            "steps": last,
+            "kept_step": kept,
+            "loss": loss.value,
+            "loss_step": loss.step,
+            "held_out_loss": held_out.value,
+            "held_out_step": held_out.step,
+            "score": score.value if self.score is None else self.score,
             "adapter": None if self.report is None else str(self.run.folder / ADAPTER),
             "error": self.why,
         }

@@ -126,7 +126,15 @@ def test_the_results_say_which_run_failed(whole):
         **dict.fromkeys(GOOD, "done"),
         "bad": "failed",
     }
-    assert [rows[name]["steps"] for name in GOOD] == ["6", "4", "5"]
+    for column in ("steps", "kept_step", "loss_step"):
+        assert [rows[name][column] for name in GOOD] == ["6", "4", "5"], column
+    two = rows["two"]
+    (measured,) = [
+        line["eval_loss"]
+        for line in read_metrics(whole / "two")
+        if "eval_loss" in line and line["step"] == int(two["held_out_step"])
+    ]
+    assert float(two["held_out_loss"]) == measured
     assert float(rows["two"]["held_out_loss"]) > 0 and rows["one"]["held_out_loss"] == ""
     why = (whole / "bad" / "error.txt").read_text()
     assert "so many steps in a row were skipped" in why and "row" in why

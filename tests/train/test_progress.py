@@ -18,6 +18,7 @@ from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
+from train.export import __main__ as export
 from train.inputs import SamplePrompts
 from train.run.log import RunLog, read_metrics
 from train.run.pretrained import read_model_info
@@ -72,8 +73,17 @@ def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, tmp_path)
     assert info.items() >= best.items() and info["model"] == chats[1]
     report = json.loads((whole / "report.json").read_text())
     assert report["best"] == best and report["ended_early"] is False
+    steps = {"steps": 14, "last_step": 14, "kept_step": step}
+    assert report.items() >= steps.items()
+    facts = json.loads((whole / "facts.json").read_text())
+    assert facts["resolved"]["examples"] == 30, "rows, not the sequences that they are packed into"
     _, params = models.from_pretrained(chats[1])
     kept = lj.load_adapter(whole / "best" / str(step), params)
+    export.main(["--adapter", str(whole), "--output", str(tmp_path / "peft")])
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert f"| kept step | {step} |" in card and "| steps taken | 14 |" in card
+    assert f"| held-out rows, step {step} | {losses[step]:.4f} |" in card
+    assert "step 14 |" not in card, "a later step has another adapter"
     assert_identical(lj.split(kept)[0], adapter_of(chats, whole))
     shutil.copytree(whole / "best", tmp_path / "best")  # as on its way, before it has an adapter
     for name in (whole / "best", tmp_path):

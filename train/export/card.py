@@ -22,8 +22,8 @@ from train.options.field import CardSection, traits_of
 from train.options.paths import FILE_KINDS
 from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
-from train.run.log import read_metrics
-from train.run.output import CONFIG, FACTS, SCORES
+from train.run.log import newest_measurement, read_metrics
+from train.run.output import CONFIG, FACTS, REPORT, SCORES
 from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -196,12 +196,13 @@ def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
         facts |= {name: options.get(name) for name in _OF_ADAPTER}
     if is_new:
         facts["init"] = options.get("init")
-    facts |= {name: resolved.get(name) for name in ("steps", "lr")}
+    facts |= {"steps": resolved.get("steps")} | _steps(run.get("report", {}))
+    facts["lr"] = resolved.get("lr")
     facts |= {name: options.get(name) for name in _OF_TRAINING}
     unset: Any = (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
     if rows := [(name, value) for name, value in facts.items() if value not in unset]:
         yield _table("option", rows)
-    if losses := list(_losses(export.source)):
+    if losses := list(_losses(export.source, run)):
         yield _table("loss", losses)
     if scores := list(_scores(run.get("scores", {}))):
         yield "Scores on data that it was not trained on:"
@@ -210,13 +211,26 @@ def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
         yield "No facts of its training lay beside the adapter."
 
 
-def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
+def _steps(report: Fields) -> dict[str, object]:
+    """Returns the steps that a run took and that of its adapter, where it planned more."""
+    taken, kept = report.get("last_step"), report.get("kept_step")
+    return {} if taken == kept == report.get("steps") else {"steps taken": taken, "kept step": kept}
+
+
+def _losses(source: AdapterSource, run: Fields) -> Iterator[tuple[str, str]]:
+    """Yields the first loss of a run, and the newest up to the step of its adapter."""
     folder = run_folder(source)
     lines = read_metrics(folder) if folder else []
+    kept = run.get("report", {}).get("kept_step", lines[-1]["step"] if lines else 0)
+    if source.folder.parent.name == BEST and source.folder.name.isdecimal():
+        kept = int(source.folder.name)
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
-        measured = [line for line in lines if name in line]
-        for line in measured if len(measured) < 2 else (measured[0], measured[-1]):
-            yield f"{what}, step {line['step']}", f"{line[name]:.4f}"
+        first = next((line for line in lines if name in line), None)
+        newest = newest_measurement(lines, name, kept)
+        if first is not None and (newest.step is None or first["step"] < newest.step):
+            yield f"{what}, step {first['step']}", f"{first[name]:.4f}"
+        if newest.value is not None:
+            yield f"{what}, step {newest.step}", f"{newest.value:.4f}"
 
 
 def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -248,7 +262,7 @@ def _run_of(source: AdapterSource) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         options = {}
     run = read_json(folder / FACTS) | {"options": options if isinstance(options, dict) else {}}
-    return run | {"scores": read_json(folder / SCORES)}
+    return run | {"scores": read_json(folder / SCORES), "report": read_json(folder / REPORT)}
 
 
 def _table(header: str, rows: Sequence[tuple[str, object]]) -> str:

@@ -245,6 +245,7 @@ def make_report(
         "summary": lj.summary(trained, in_training=True),
         "steps": run.steps,
         "last_step": last_step,
+        "kept_step": (ready.best.about if ready.best else {}).get("step", last_step),
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "skip_reasons": {line["step"]: line["reason"] for line in metrics if "reason" in line},
         "median_step_seconds": step_seconds,

@@ -251,6 +251,27 @@ def read_metrics(folder: Path) -> list[Line]:
     return read_lines(folder / METRICS)
 
 
+class Measurement(NamedTuple):
+    """A value of a run's metrics, and the step after which it was measured; None without one."""
+
+    value: float | None
+    step: int | None
+
+
+def newest_measurement(lines: Sequence[Line], name: str, last_step: int) -> Measurement:
+    """Returns the newest value of a metric up to a step.
+
+    Args:
+      lines: the run's metrics; see `read_metrics`.
+      name: name of the metric.
+      last_step: the step; values of later steps belong to another adapter than that of this step.
+    """
+    for line in reversed(lines):
+        if name in line and line["step"] <= last_step:
+            return Measurement(line[name], line["step"])
+    return Measurement(None, None)
+
+
 def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None:
     """Draws the loss over the steps, as a PNG.
 
