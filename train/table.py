@@ -174,7 +174,7 @@ class TableRun:
         lines, report = read_metrics(self.run.folder), self.report or {}
         last = report.get("last_step", lines[-1]["step"] if lines else 0)
         best = report.get("best", {}) if self.best is None else self.best.about
-        kept = best.get("step", last)
+        kept: Any = best.get("step", last)
         loss, held_out, score = (
             newest_measurement(lines, name, kept)
             for name in ("loss", f"{HELD_OUT}loss", f"{SCORE}{self.task.score}")
