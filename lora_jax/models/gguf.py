@@ -11,6 +11,7 @@ from lora_jax.core.types import Leaf, Model, Tokenizer, Tree
 from lora_jax.folders import local_path
 from lora_jax.hf.generation import end_tokens
 from lora_jax.hf.gguf.files import open_gguf
+from lora_jax.hf.gguf.naming import name_with_spaces, plain_name
 from lora_jax.hf.gguf.tokenizer import ENDS
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.gguf.write import FILE_TYPES, Entry, check_type, fitting_type, write_gguf
@@ -73,13 +74,20 @@ def save_gguf(
     notes = check_form(config)
     leaves = check_leaves(params, decoder_table(config))
     base = None if codes_from is None else open_gguf(local_path(codes_from))
-    words = _words(config, tokenizer, None if base is None else base.metadata)
+    metadata = None if base is None else base.metadata
+    words = _words(config, tokenizer, metadata)
     if chat_template is not None:
         words["tokenizer.chat_template"] = chat_template
+    name = (metadata or {}).get("general.name", config.model_type)
+    if tokenizer is None:
+        name = plain_name(name)
+    else:
+        name, notes_on_spaces = name_with_spaces(name, tokenizer, words)
+        notes += notes_on_spaces
     fields = {
         "general.architecture": config.family.gguf,
         "general.type": "model",
-        "general.name": path.stem,
+        "general.name": name,
         "general.file_type": FILE_TYPES[gguf_type],
         "general.quantization_version": 2,
         **metadata_of(config),

@@ -16,9 +16,10 @@ from lora_jax import models
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.hf.gguf.vocabulary import vocabulary
+from lora_jax.hf.gguf.write import Entry, write_gguf
 from lora_jax.models.decoder.gguf_form import check_form
 from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
-from tests.models.tiny_gguf import FAMILIES, fields_of, make, words
+from tests.models.tiny_gguf import FAMILIES, fields_of, make, phi3_words, words
 from tests.support import assert_identical, over, with_random_factors
 
 RULE = lj.LoraRule(targets="all-linear", rank=3, alpha=7)
@@ -123,6 +124,46 @@ def test_end_tokens_are_also_those_of_generation_config(tmp_path):
         assert (read_back.eos_token_ids, read_back.pad_token_id) == ((last, 7, 8), None)
 
 
+def test_the_name_is_the_models_and_no_other_is_one_of_phi_3s(tmp_path):
+    """llama.cpp drops the spaces behind special tokens by `general.name`."""
+    sizes = {"vocab_size": len(phi3_words()) + 2, "bos_token_id": 1, "eos_token_id": 2}
+    phi3, llama = make("phi3", **sizes), make("llama")
+    same_chats = phi3_words().chat_template.replace("\\n", "").replace("\n", "")
+    for file, (model, params), tokenizer, template, name in (
+        ("sql", phi3, phi3_words(), None, "Phi-3"),
+        ("phi-3-sql", phi3, phi3_words(), None, "Phi-3"),
+        ("phi3-sql", llama, words(), None, "llama"),
+        ("phi3", make("phi3"), words(), None, "phi"),
+        ("kept", phi3, phi3_words("<|tool|>"), same_chats, "phi"),
+    ):
+        path = tmp_path / f"{file}.gguf"
+        options = {"tokenizer": tokenizer, "chat_template": template}
+        notes = models.save_gguf(path, model, params, **options)
+        assert read(path)[0]["general.name"] == name
+        assert [note.split(",")[0] for note in notes] == (
+            ["llama.cpp keeps the spaces beside </s>"] if template else []
+        )
+    with pytest.raises(models.ConfigError, match="makes other tokens of chats: write safetensors"):
+        models.save_gguf(tmp_path / "a.gguf", *phi3, tokenizer=phi3_words("<|tool|>"))
+
+
+def test_a_base_keeps_its_name_unless_it_is_like_phi_3s(tmp_path):
+    model, params = make("llama")
+    base, again = tmp_path / "base.gguf", tmp_path / "again.gguf"
+    models.save_gguf(base, model, params, tokenizer=words())
+    for name, kept in (("My llama", b"My llama"), ("Phi-3 llama", b"phi llama")):
+        reader = gguf.GGUFReader(base)
+        fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF")}
+        renamed = tmp_path / "renamed.gguf"
+        entries = [
+            Entry(t.name, values(t).shape, t.tensor_type.name, lambda t=t: t.data, True)
+            for t in reader.tensors
+        ]
+        write_gguf(renamed, {**fields, "general.name": name}, entries)
+        models.save_gguf(again, model, params, codes_from=renamed, overwrite=True)
+        assert read(again)[0]["general.name"].encode() == kept
+
+
 def test_scales_that_one_alpha_cannot_say(tmp_path):
     model, params = make("qwen2")
     rules = [
@@ -185,6 +226,7 @@ def test_codes_that_the_adapter_left_alone_stay(tmp_path):
     assert fields["tokenizer.ggml.pre"] == "llama-bpe"
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED = [
     ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
     ("qwen2", {"head_dim": 10}, "head_dim 10"),
@@ -194,6 +236,10 @@ REFUSED = [
     ("gemma3", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar 7"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
     ("gpt_oss", {"attention_bias": False}, "no biases in attention"),
+    ("llama", {"rope_parameters": {**YARN, "beta_slow": 0.25}}, "beta_slow 0.25"),
+    ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate False"),
+    ("qwen3", {"rope_scaling": {**YARN, "beta_slow": 0.25}}, "beta_slow 0.25"),
+    ("gpt_oss", {"rope_scaling": {**YARN, "beta_slow": 0.25, "truncate": False}}, "beta_slow"),
     ("qwen3", {"rope_parameters": FAMILIES["llama"]["rope_parameters"]}, "RoPE scaling 'llama3'"),
 ]
 
@@ -204,6 +250,16 @@ def test_models_that_llama_cpp_does_not_run(family, fields, said):
     with pytest.raises(models.ConfigError, match="llama.cpp runs no .*--output") as caught:
         check_form(models.read_config(fields_of(family, **fields)))
     assert said in str(caught.value)
+
+
+def test_differences_that_llama_cpp_has():
+    """Betas count where they change RoPE; gpt-oss's own bounds are written, with a note."""
+    for family in ("llama", "gpt_oss"):
+        same = fields_of(family, rope_parameters={**YARN, "beta_fast": 16.0, "rope_theta": 150.0})
+        assert check_form(models.read_config(same)) == []
+    own = fields_of("gpt_oss", rope_scaling={**YARN, "truncate": False})
+    (note,) = check_form(models.read_config(own))
+    assert "rounds the bounds of YaRN's blend" in note and "by 0.14 in texts of 4,000" in note
 
 
 def test_families_that_are_not_written():

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.models import Decoder, DecoderConfig
-from tests.hf.vocabularies import TEMPLATE, byte_level
+from tests.hf.vocabularies import TEMPLATE, byte_level, sentencepiece
 from tests.models.tiny import LLAMA3_ROPE, draw
 
 _UNUSED_ROWS = 3
@@ -68,6 +70,35 @@ def words() -> Any:
         tokenizer_object=byte_level("llama-bpe"), bos_token="<|begin|>", eos_token="<|im_end|>"
     )
     made.chat_template = TEMPLATE
+    return made
+
+
+PHI3_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@functools.cache
+def phi3_words(*whole: str) -> Any:
+    """Returns a tokenizer like Phi-3's, whose special tokens take the spaces behind them along.
+
+    Args:
+      whole: further special tokens, behind which spaces stay.
+    """
+    core, special = build(sentencepiece())
+    core.pre_tokenizer = None
+    space = "\u2581"
+    steps = [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    core.normalizer = normalizers.Sequence(steps)
+    core.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+    for token in ("<|endoftext|>", *whole):
+        core.add_special_tokens([AddedToken(token, special=True)])
+    for role in ("assistant", "end", "user", "system"):
+        token = AddedToken(f"<|{role}|>", special=True, rstrip=True, normalized=False)
+        core.add_special_tokens([token])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    made.chat_template = PHI3_TEMPLATE
     return made
 
 

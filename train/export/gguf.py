@@ -11,6 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Model, Tokenizer, Tree
 from lora_jax.hf.generation import end_tokens
+from lora_jax.hf.gguf.naming import name_with_spaces
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.hub import resolve
 from lora_jax.models import load_tokenizer, save_gguf
@@ -40,7 +41,8 @@ def check_gguf(options: ExportOptions, adapter: AdapterSource, base: str, config
         if options.merged:
             tokenizer = _tokenizer_to_write(options, adapter, base, config)
             if tokenizer is not None:
-                vocabulary(tokenizer, config.vocab_size, end_tokens(config))
+                words = vocabulary(tokenizer, config.vocab_size, end_tokens(config))
+                name_with_spaces(config.model_type, tokenizer, words)
 
 
 def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:

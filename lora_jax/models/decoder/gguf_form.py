@@ -105,6 +105,20 @@ def _problems(config: DecoderConfig) -> Iterator[str]:
         usual = 0.1 * math.log(scaling.factor) + 1
         if not math.isclose(scaling.attention_factor, usual, rel_tol=1e-6):
             yield f"YaRN's attention_factor {scaling.attention_factor}, where {usual:g} is usual"
+        truncate = arch != "gpt-oss" or scaling.truncate
+        if not _rotates_alike(config, beta_fast=32.0, beta_slow=1.0, truncate=truncate):
+            yield (
+                f"YaRN's beta_fast {scaling.beta_fast}, beta_slow {scaling.beta_slow} and truncate "
+                f"{scaling.truncate}: it computes 32, 1 and true"
+            )
+
+
+def _rotates_alike(config: DecoderConfig, **changes: Any) -> bool:
+    """Returns True if RoPE's frequencies are those of its scaling with some fields changed."""
+    assert config.rope_scaling is not None
+    scaling = dataclasses.replace(config.rope_scaling, **changes)
+    changed = dataclasses.replace(config, rope_scaling=scaling)
+    return np.allclose(frequencies(config, 0), frequencies(changed, 0), rtol=1e-6, atol=0)
 
 
 def _gemma_scale(config: DecoderConfig) -> float:
@@ -120,10 +134,12 @@ def _differences(config: DecoderConfig) -> Iterator[str]:
             "answers differ"
         )
     scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "yarn" and not scaling.truncate:
+    is_yarn = scaling is not None and scaling.kind == "yarn"
+    if is_yarn and not _rotates_alike(config, truncate=True):
         yield (
             "llama.cpp rounds the bounds of YaRN's blend to whole dimensions, which this model "
-            "does not: the log-probabilities of long texts differ slightly"
+            "does not. With random weights, log-probabilities differ by 0.02 on average in texts "
+            "of 128 tokens and by 0.14 in texts of 4,000, and single ones by up to 2"
         )
 
 

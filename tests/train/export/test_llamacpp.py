@@ -15,7 +15,7 @@ import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.hf.generation import Generation
 from tests.hf.vocabularies import TEXTS
-from tests.models.tiny_gguf import FAMILIES, make, words
+from tests.models.tiny_gguf import FAMILIES, make, phi3_words, words
 from tests.support import with_random_factors
 from tests.train.export.llamacpp import LlamaCpp, distance
 
@@ -141,6 +141,52 @@ def test_it_stops_where_generation_config_ends_texts(tmp_path):
     assert LlamaCpp(file).continue_ids(prompt, LENGTH)[0] == ids[:4]
     found = models.generate(model, params, np.array([prompt]), max_new_tokens=8, pad_token_id=0)
     assert found[0].tolist() == [*ids[:4], 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["sql", "phi-3-sql"])
+def test_chats_of_phi_3_tokenise_alike_whatever_the_files_name(name, tmp_path):
+    tokenizer, file = phi3_words(), tmp_path / f"{name}.gguf"
+    sizes = {"vocab_size": len(tokenizer) + 2, "bos_token_id": 1, "eos_token_id": 2}
+    models.save_gguf(file, *make("phi3", **sizes), tokenizer=tokenizer)
+    server = LlamaCpp(file)
+    chat = [{"role": role, "content": " a b\n"} for role in ("system", "user", "assistant")]
+    chat = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for text in (chat, "<s> hi <unk> a <|endoftext|> b </s> c <|user|> d<|end|>  e", "plain text"):
+        assert server.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+def test_a_file_with_phi_3s_name_and_another_vocabulary_loads(tmp_path):
+    for family, text in (("phi3", "<think> a"), ("llama", "<|im_start|> a")):
+        file = tmp_path / f"phi3-{family}.gguf"
+        models.save_gguf(file, *make(family), tokenizer=words())
+        assert LlamaCpp(file).tokenize(text) == words()(text)["input_ids"]
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_the_bounds_of_yarn_in_gpt_oss_differ_as_the_note_says(truncate, tmp_path):
+    """Its rotations are those of the published models, and its weights are random."""
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    model, params = make(
+        "gpt_oss",
+        rope_theta=150000.0,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_scaling={**rope, "truncate": truncate},
+    )
+    file = tmp_path / "m.gguf"
+    notes = models.save_gguf(file, model, params, gguf_type="f32", tokenizer=words())
+    assert any("by 0.02 on average in texts of 128 tokens" in note for note in notes) != truncate
+    server, rng, tree = LlamaCpp(file), np.random.default_rng(5), lj.lorafy(params, RULES)
+    gaps = []
+    for _ in range(4):
+        prompt = rng.integers(3, 370, 120).tolist()
+        ids, tops = server.continue_ids(prompt, 8, every=1)
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : 120 + len(ids)] = [*prompt, *ids]
+        ours = np.asarray(log_probabilities(model, tree, padded))
+        gaps.append(distance(ours, prompt, ids, tops)[0])
+    mean = np.concatenate(gaps).mean()
+    assert mean < 1e-4 if truncate else 0.005 < mean < 0.08, mean
 
 
 def test_texts_tokenise_alike(tmp_path):
