@@ -11,7 +11,7 @@ from lora_jax.core.types import Leaf, Model, Tokenizer, Tree
 from lora_jax.folders import local_path
 from lora_jax.hf.generation import end_tokens
 from lora_jax.hf.gguf.files import open_gguf
-from lora_jax.hf.gguf.naming import name_with_spaces, plain_name
+from lora_jax.hf.gguf.naming import general_name
 from lora_jax.hf.gguf.tokenizer import ENDS
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.gguf.write import FILE_TYPES, Entry, check_type, fitting_type, write_gguf
@@ -79,11 +79,7 @@ def save_gguf(
     if chat_template is not None:
         words["tokenizer.chat_template"] = chat_template
     name = (metadata or {}).get("general.name", config.model_type)
-    if tokenizer is None:
-        name = plain_name(name)
-    else:
-        name, notes_on_spaces = name_with_spaces(name, tokenizer, words)
-        notes += notes_on_spaces
+    name, notes_on_spaces = general_name(name, tokenizer, words)
     fields = {
         "general.architecture": config.family.gguf,
         "general.type": "model",
@@ -96,7 +92,7 @@ def save_gguf(
     stored = {} if base is None else {tensor.name: tensor for tensor in base.tensors}
     entries, more = _entries(config, leaves, gguf_type, stored)
     write_gguf(path, fields, entries, progress)
-    return [*notes, *_notes_on_ends(config, words), *more]
+    return [*notes, *notes_on_spaces, *_notes_on_ends(config, words), *more]
 
 
 def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:

@@ -18,17 +18,12 @@ _KEEPING, _DROPPING = frozenset(("<unk>", "<s>", "<|endoftext|>")), frozenset(("
 _CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "content": "C d"})
 
 
-def plain_name(name: str) -> str:
-    """Returns a name that llama.cpp does not take for one of Phi-3's."""
-    return _LIKE_PHI3.sub("phi", name)
-
-
-def name_with_spaces(name: str, tokenizer: Tokenizer, words: Fields) -> tuple[str, list[str]]:
+def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple[str, list[str]]:
     """Returns a model's name under which llama.cpp drops the spaces that its tokenizer drops.
 
     Args:
       name: the name of the model.
-      tokenizer: a transformers fast tokenizer.
+      tokenizer: a transformers fast tokenizer; None for one that drops no spaces.
       words: the tokenizer's metadata; see `vocabulary`.
 
     Returns:
@@ -37,10 +32,13 @@ def name_with_spaces(name: str, tokenizer: Tokenizer, words: Fields) -> tuple[st
     Raises:
       ConfigError: under no name does llama.cpp make the same tokens of chats.
     """
+    plain_name = _LIKE_PHI3.sub("phi", name)
+    if tokenizer is None:
+        return plain_name, []
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     spaces = {x.content: (x.lstrip, x.rstrip) for x in added if x.lstrip or x.rstrip}
     if not spaces:
-        return plain_name(name), []
+        return plain_name, []
     tokens = words["tokenizer.ggml.tokens"]
     kinds = zip(tokens, words["tokenizer.ggml.token_type"], strict=True)
     special = {token for token, kind in kinds if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
@@ -54,7 +52,7 @@ def name_with_spaces(name: str, tokenizer: Tokenizer, words: Fields) -> tuple[st
             f"llama.cpp keeps the spaces beside {shown}, which this tokenizer drops, and so makes "
             "other tokens of chats: write safetensors (--output)"
         )
-    return plain_name(name), [
+    return plain_name, [
         f"llama.cpp keeps the spaces beside {shown}, which the tokenizer drops: a message that "
         "begins or ends with spaces there has other tokens"
     ]
