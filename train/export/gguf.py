@@ -11,7 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Model, Tokenizer, Tree
 from lora_jax.hf.generation import end_tokens
-from lora_jax.hf.gguf.naming import name_with_spaces
+from lora_jax.hf.gguf.naming import general_name
 from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.hub import resolve
 from lora_jax.models import load_tokenizer, save_gguf
@@ -21,7 +21,7 @@ from train.adapters.source import AdapterSource
 from train.console.errors import as_user_errors
 from train.export.base import dtype_of_files
 from train.export.job import ExportJob
-from train.export.modelfile import format_of, write_modelfile
+from train.export.modelfile import write_modelfile
 from train.export.options import ExportOptions, modelfile_of
 from train.export.terms import codes_notice
 from train.run.report import megabytes
@@ -42,7 +42,7 @@ def check_gguf(options: ExportOptions, adapter: AdapterSource, base: str, config
             tokenizer = _tokenizer_to_write(options, adapter, base, config)
             if tokenizer is not None:
                 words = vocabulary(tokenizer, config.vocab_size, end_tokens(config))
-                name_with_spaces(config.model_type, tokenizer, words)
+                general_name(config.model_type, tokenizer, words)
 
 
 def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
@@ -52,8 +52,8 @@ def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     with as_user_errors(ValueError, OSError, ImportError, prefix="--gguf: "):
         kind = options.gguf_type or "f32"
         notes = lp.save_gguf(file, model, params, gguf_type=kind, overwrite=options.overwrite)
-        chat = format_of(_tokenizer_of(base), work.template)
-        write_modelfile(modelfile_of(file), {"FROM": base, "ADAPTER": Path(file.name)}, chat)
+        parts = {"FROM": base, "ADAPTER": Path(file.name)}
+        notes += write_modelfile(modelfile_of(file), parts, _tokenizer_of(base), work.template)
     _report(work, file, f"{options.adapter} as a GGUF adapter of {work.base}", notes)
     work.say(f"with Ollama before 0.34.1: {_create(file)}; later ones take whole models (--merged)")
     is_gguf = base.suffix == ".gguf"
@@ -87,8 +87,8 @@ def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
                 overwrite=options.overwrite,
                 progress=progress,
             )
-        chat = format_of(tokenizer or _tokenizer_of(path), work.template)
-        write_modelfile(modelfile_of(file), {"FROM": Path(file.name)}, chat)
+        parts, tokenizer = {"FROM": Path(file.name)}, tokenizer or _tokenizer_of(path)
+        notes += write_modelfile(modelfile_of(file), parts, tokenizer, work.template)
     _report(work, file, f"{options.adapter} merged into {work.base}, in {kind}", notes)
     work.say(f"with Ollama: {_create(file)}")
     work.say(f"run it with: llama-server -m {file}")

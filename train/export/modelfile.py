@@ -30,7 +30,12 @@ FORMATS = (
     ChatFormat("<start_of_turn>{}\n", "<end_of_turn>\n", "model", takes_system=False),
     ChatFormat("<|{}|>\n", "<|end|>\n"),
 )
-_CHAT = (("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V"))
+_SYSTEM = {"role": "system", "content": "<system prompt>"}
+_TURNS = [
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "V"},
+]
 
 
 def format_of(tokenizer: Tokenizer | None, template: str | None = None) -> ChatFormat | None:
@@ -44,12 +49,9 @@ def format_of(tokenizer: Tokenizer | None, template: str | None = None) -> ChatF
         return None
     begins = tokenizer.bos_token or ""  # Ollama's llama.cpp adds it itself
     for each in FORMATS:
-        messages = [{"role": role, "content": text} for role, text in _CHAT]
-        messages = messages if each.takes_system else messages[1:]
+        messages = [_SYSTEM, *_TURNS] if each.takes_system else _TURNS
         try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
+            text = _chat_text(tokenizer, template, messages)
         except Exception:  # of a template, anything
             continue
         if _rendered(each, messages) in (text, text.removeprefix(begins)):
@@ -57,22 +59,80 @@ def format_of(tokenizer: Tokenizer | None, template: str | None = None) -> ChatF
     return None
 
 
-def write_modelfile(path: Path, parts: Mapping[str, Path], chat: ChatFormat | None) -> None:
-    """Writes a Modelfile.
+def default_system(
+    tokenizer: Tokenizer | None, template: str | None, chat: ChatFormat | None
+) -> str | None:
+    """Returns the system prompt that a template adds to chats that have none.
+
+    Args:
+      tokenizer, template: see `format_of`.
+      chat: what it returns.
+
+    Returns:
+      The prompt; "" if the template adds none, and None if the prompt cannot be determined.
+    """
+    if tokenizer is None:
+        return None
+    if (template or tokenizer.chat_template) is None:
+        return ""
+    try:
+        text = _chat_text(tokenizer, template, _TURNS)
+        with_system = _chat_text(tokenizer, template, [_SYSTEM, *_TURNS])
+    except Exception:  # of a template, anything
+        return None if chat is None else ""
+    before, _, after = with_system.partition(_SYSTEM["content"])
+    prompt = text.removeprefix(before).removesuffix(after)
+    if before + prompt + after == text and '"""' not in f'{prompt}""':
+        return prompt
+    start = os.path.commonprefix((text, with_system))
+    end = os.path.commonprefix((text[::-1], with_system[::-1]))
+    # A template that adds nothing leaves the text that a system prompt only adds to.
+    return "" if len(start) + len(end) >= len(text) else None
+
+
+def write_modelfile(
+    path: Path, parts: Mapping[str, Path], tokenizer: Tokenizer | None, template: str | None = None
+) -> list[str]:
+    """Writes a Modelfile, with the format of chats and the system prompt of a template.
+
+    Ollama looks for a format of its own that fits the file if the template's is not known here.
 
     Args:
       path: the file.
       parts: instruction -> file or folder; a relative one is beside the Modelfile.
-      chat: the model's format of chats; without one, Ollama looks for its own that fits the file.
+      tokenizer, template: see `format_of`.
+
+    Returns:
+      A warning if the Modelfile may lack a system prompt; mostly nothing.
     """
     files = {key: str(p) if p.is_absolute() else f"./{p}" for key, p in parts.items()}
     lines = [f'{key} "{p}"' if " " in p else f"{key} {p}" for key, p in files.items()]
+    chat = format_of(tokenizer, template)
     if chat is not None:
         stop = chat.after.strip()
         lines += [f'TEMPLATE """{_go_template(chat)}"""', f'PARAMETER stop "{stop}"']
+    system = default_system(tokenizer, template, chat)
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
     partial = partial_of(path)
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, path)
+    if system is not None:
+        return []
+    return [
+        f"warning: {path} has no SYSTEM, because the system prompt that the chat template adds to "
+        "chats without one cannot be determined. If it adds one, write it there"
+    ]
+
+
+def _chat_text(
+    tokenizer: Tokenizer, template: str | None, messages: Sequence[dict[str, str]]
+) -> str:
+    """Returns a chat as a tokenizer's template renders it."""
+    text: str = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return text
 
 
 def _rendered(chat: ChatFormat, messages: Sequence[dict[str, str]]) -> str:

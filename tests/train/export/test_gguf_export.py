@@ -1,5 +1,8 @@
 """`train.export --gguf`: the files of the command, and what it refuses before the work."""
 
+import re
+import shutil
+
 import gguf
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +14,7 @@ from tests.models.tiny_gguf import make, words
 from tests.support import with_random_factors
 from tests.train.tiny import tokenizer
 from train.export.__main__ import main
-from train.export.modelfile import FORMATS, format_of
+from train.export.modelfile import FORMATS, default_system, format_of
 from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -163,3 +166,90 @@ def test_a_format_whose_turns_begin_with_bos():
         tokenizer_object=byte_level("llama-bpe"), bos_token="<|im_start|>"
     )
     assert format_of(tokenizer, words().chat_template) == FORMATS[0]
+
+
+PROMPT = 'You are Ada.\nAnswer in "one" line.'
+CHATML = (
+    "{% for m in messages %}FIRST<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITHOUT = "{% if loop.first and m.role != 'system' %}BEGIN{% endif %}"
+ADDS = CHATML.replace(
+    "FIRST", WITHOUT.replace("BEGIN", f"<|im_start|>system\n{PROMPT}<|im_end|>\n")
+)
+DATED = (  # as Llama 3's, whose system turn begins with a day, whatever the prompt is
+    "<|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set messages = messages[1:] %}"
+    "{% else %}DEFAULT{% endif %}<|eot_id|>"
+) + LLAMA3
+UNCLEAR = CHATML.replace(
+    "FIRST", WITHOUT.replace("BEGIN", "<|im_start|>user\nBe kind.<|im_end|>\n")
+)
+JOINED = (  # as Mistral's: a system prompt is a part of the first message
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{% for m in messages %}"
+    "[{{ m.role }}] {{ s if loop.first else '' }}{{ m.content }} {% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, prompt",
+    [
+        (None, ""),
+        (CHATML.replace("FIRST", ""), ""),
+        (ADDS, PROMPT),
+        (ADDS.replace("loop.first and", "loop.first and messages | length < 9 and"), PROMPT),
+        (LLAMA3, ""),
+        (GEMMA, ""),
+        (JOINED, ""),
+        (OTHER, ""),
+        (DATED.replace("DEFAULT", ""), ""),
+        (DATED.replace("DEFAULT", "Be brief."), "Be brief."),
+        (UNCLEAR, None),
+        (JOINED.replace("set s = ''", "set s = 'Be kind. '"), None),
+        (
+            OTHER.replace(
+                "{% for", "{{ raise_exception('no') if messages[0].role == 'system' }}{% for"
+            ),
+            None,
+        ),
+        (ADDS.replace(PROMPT, 'Three """ quotes'), None),
+        (ADDS.replace(PROMPT, 'Say "yes"'), None),
+    ],
+)
+def test_the_system_prompt_that_a_template_adds(template, prompt):
+    assert default_system(words(), template, format_of(words(), template)) == prompt
+
+
+def rendered_by_ollama(modelfile, chat):
+    """Returns a chat by TEMPLATE, with the turn of SYSTEM before it, as Ollama begins one."""
+    parts = dict(
+        re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE)
+    )
+    ((turn, end),) = re.findall(
+        r"^{{ range .Messages }}(.*){{ end }}(.*)$", parts["TEMPLATE"], re.DOTALL
+    )
+    system = [{"role": "system", "content": parts["SYSTEM"]}] if "SYSTEM" in parts else []
+    turns = [
+        turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"])
+        for m in [*system, *chat]
+    ]
+    return "".join(turns) + end
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_ollama_shows_the_system_prompt_of_training(merged, base, adapter, tmp_path, capsys):
+    model, file = tmp_path / "model", tmp_path / "mine.gguf"
+    shutil.copytree(base, model)
+    chat = [{"role": "user", "content": "Hi."}]
+    line = ["--adapter", adapter, "--model", model, "--allow-base-mismatch", "--gguf", file]
+    for template in (ADDS, CHATML.replace("FIRST", ""), UNCLEAR):
+        (model / "chat_template.jinja").write_text(template)
+        export(*line, "--overwrite", *["--merged"] * merged)
+        said = capsys.readouterr().out.replace("\n", " ")
+        assert ("warning: " in said and "has no SYSTEM" in said) == (template is UNCLEAR)
+        text = rendered_by_ollama((tmp_path / "mine.Modelfile").read_text(), chat)
+        own = models.load_tokenizer(model)
+        want = own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert (text == want) == (template is not UNCLEAR)
