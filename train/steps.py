@@ -189,7 +189,7 @@ def _running(
             # A table's driver defers signals itself, of all its runs.
             deferral = run.stop.deferred() if board is None else nullcontext()
             with open_log(log, start), deferral:
-                step_seconds = yield from training_steps(
+                step_times = yield from training_steps(
                     now, run.last, run.config.run, row.hooks, log, run.stop, clock
                 )
             with clock.paused():
@@ -200,7 +200,7 @@ def _running(
                 keep_adapter(run, start, trained)
         with clock.paused():
             last_step = int(state.step)
-            return trained, make_report(run, start, trained, loss, step_seconds, last_step)
+            return trained, make_report(run, start, trained, loss, step_times, last_step)
 
     def batch(number: int) -> HostBatch:
         assert row.hooks is not None

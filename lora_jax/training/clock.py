@@ -1,10 +1,11 @@
 """A clock of steps alone: it stands still while something else is done."""
 
 import contextlib
+import statistics
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.monitoring
@@ -65,3 +66,25 @@ class StepClock:
             begin = min(begin, inner_begin)
         self._compilations.append((begin, end))
         self.compile_seconds += end - begin
+
+
+class StepTimes(NamedTuple):
+    """Seconds of a step, over the steps of a run.
+
+    Attributes:
+      median, low, high: the median, the lower quartile, and the upper quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def times_of_steps(seconds: Sequence[float]) -> StepTimes | None:
+    """Returns the median and the quartiles of the seconds of steps; None without any."""
+    if not seconds:
+        return None
+    if len(seconds) == 1:
+        return StepTimes(*seconds, *seconds, *seconds)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return StepTimes(median=median, low=low, high=high)

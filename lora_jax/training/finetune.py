@@ -264,7 +264,7 @@ def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tup
     with stop.listening() if path is not None and in_main else contextlib.nullcontext():
         hooks = make_hooks(start, loss, measures, hint)
         with open_log(recorder, start):
-            state, step_seconds = train(
+            state, step_times = train(
                 step, start.state, start.base, job.steps, pace, hooks, recorder, stop
             )
     trained = final_tree(start, state)
@@ -279,7 +279,7 @@ def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tup
         metrics=tuple(recorder.lines),
         held_out={k.removeprefix(HELD_OUT): v for k, v in last.items() if k != "step"},
         compile_seconds=compile_seconds,
-        step_seconds=step_seconds,
+        step_seconds=None if step_times is None else step_times.median,
         adapter=None if path is None else path / arguments.ADAPTER,
         best=None if start.best is None else start.best.about,
     )

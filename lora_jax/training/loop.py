@@ -1,7 +1,6 @@
 """The training loop: the compiled step over the batches; metrics, measurements, checkpoints."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from lora_jax.core.types import Tree
-from lora_jax.training.clock import StepClock
+from lora_jax.training.clock import StepClock, StepTimes, times_of_steps
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
 from lora_jax.training.losses import OWN_METRICS, UNITS, Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
@@ -20,8 +19,8 @@ from lora_jax.training.step import State, Step
 _SLOW = 0.5  # seconds a step, above which running ahead of the device gains nothing
 
 # Yields the number of a step to take, from 0; is sent its metrics and its number of tokens. Returns
-# the median seconds of a step (None where none was taken).
-Turns = Generator[int, tuple[Mapping[str, Any], int], float | None]
+# the seconds of a step (None where none was taken).
+Turns = Generator[int, tuple[Mapping[str, Any], int], StepTimes | None]
 
 
 class Stopped(Interrupted):
@@ -180,7 +179,7 @@ class _Window:
 
 def train(
     step: Step, state: State, base: Tree, steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
-) -> tuple[State, float | None]:
+) -> tuple[State, StepTimes | None]:
     """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
 
     Skipped steps (see `make_step`) are logged. After one that was not finite, no checkpoint is
@@ -201,7 +200,7 @@ def train(
       stop: tells of a signal.
 
     Returns:
-      The last state and the median seconds of a step (None where none was taken).
+      The last state and the seconds of a step (None where none was taken).
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -249,7 +248,7 @@ def training_steps(
       throws `Dropped`: the steps before are saved.
 
     Returns:
-      The median seconds of a step (None where none was taken).
+      The seconds of a step (None where none was taken).
 
     Raises:
       Stopped, Diverged: see `train`.
@@ -309,7 +308,7 @@ def training_steps(
                 raise _stopped(done, hooks, stop)
         if ended:
             break
-    return statistics.median(window.seconds) if window.seconds else None
+    return times_of_steps(window.seconds)
 
 
 def _measured(

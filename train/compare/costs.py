@@ -36,7 +36,7 @@ from train.reporters.files import read_json
 from train.run.output import REPORT, folder_bytes
 from train.settings.files import options_file
 
-STEPS = 6  # of a timed run
+STEPS = 16  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
 _ROUNDS = 7
 _ROOT = Path(__file__).parents[2]  # of the scripts
@@ -54,13 +54,15 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
       session: tells of signals.
 
     Returns:
-      The fields of `RunResult` about a step: "step_seconds", "compiled_bytes" and "peak_bytes".
+      The fields of `RunResult` about a step: "step_seconds" with its quartiles, "compiled_bytes"
+      and "peak_bytes". Compilations of further shapes are no part of a step's time.
 
     Raises:
       UserError: the process failed.
     """
     script, output = trial.script, folder / trial.name
     changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
+    changes |= {"log_every": 1}  # so that no step ends together with the next
     changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
     config = replace_options(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +76,11 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
             finetune(script, replace_options(config, {"overwrite": True}), trial.task, session)
     report = read_json(output / REPORT)
     memory = report["compiled_bytes"]
+    low, high = report["step_seconds_quartiles"] or (None, None)
     return {
         "step_seconds": report["median_step_seconds"],
+        "step_seconds_low": low,
+        "step_seconds_high": high,
         "compiled_bytes": memory["arguments"] + memory["temporaries"] if memory else None,
         "peak_bytes": report["peak_bytes"],
     }

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax import subspace
+from lora_jax.training.clock import StepTimes
 from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
@@ -42,7 +43,8 @@ from train.run.report import print_best, versions
 from train.run.rules import rules
 from train.settings.files import effective_options
 
-_OF_STEPS = ("median_step_seconds", "peak_bytes")  # measured while steps are taken
+# Measured while steps are taken.
+_OF_STEPS = ("median_step_seconds", "step_seconds_quartiles", "peak_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +231,7 @@ def make_report(
     ready: TrainingStart,
     trained: Any,
     loss: Loss,
-    step_seconds: float | None,
+    step_times: StepTimes | None,
     last_step: int,
 ) -> dict[str, Any]:
     """Draws the curve and prints the best; returns the report, but for the compiled step.
@@ -248,7 +250,8 @@ def make_report(
         "kept_step": (ready.best.about if ready.best else {}).get("step", last_step),
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "skip_reasons": {line["step"]: line["reason"] for line in metrics if "reason" in line},
-        "median_step_seconds": step_seconds,
+        "median_step_seconds": None if step_times is None else step_times.median,
+        "step_seconds_quartiles": None if step_times is None else [step_times.low, step_times.high],
         "peak_bytes": peak_bytes(),
         "adapter_bytes": output.folder_bytes(run.folder / output.ADAPTER),
     }
@@ -256,8 +259,8 @@ def make_report(
         print_best(run.console, ready.best, run.config.run.patience)
         report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
     earlier = read_json(run.folder / output.REPORT)
-    if step_seconds is None and earlier.get("last_step") == last_step:
-        report |= {name: earlier[name] for name in _OF_STEPS}
+    if step_times is None and earlier.get("last_step") == last_step:
+        report |= {name: earlier[name] for name in _OF_STEPS if name in earlier}
     return report
 
 
