@@ -16,6 +16,7 @@ from lora_jax.adapt.rules.axis_maps import regrouped
 from lora_jax.adapt.rules.layout import labels_after
 from tests.support import (
     PROGRAMS,
+    array,
     assert_close,
     assert_identical,
     draw,
@@ -350,12 +351,12 @@ class TestDropout:
 
     @pytest.mark.parametrize("remat", [False, True])
     def test_layers_of_a_scan_differ(self, remat):
-        stack = {"a": {"kernel": jnp.asarray(np.tile(draw(1, (50, 7)), (3, 1, 1)))}}
+        stack = {"a": {"kernel": array(np.tile(draw(1, (50, 7)), (3, 1, 1)))}}
         tree = lj.lorafy(stack, [self.rule])
         weight = tree["a"]["kernel"]
         weight = weight.replace(
-            a=jnp.asarray(np.tile(draw(2, (2, 50)), (3, 1, 1))),
-            b=jnp.asarray(np.ones((3, 2, 7), np.float32)),
+            a=array(np.tile(draw(2, (2, 50)), (3, 1, 1))),
+            b=array(np.ones((3, 2, 7), np.float32)),
         )
 
         def fn(p, x):

@@ -139,8 +139,8 @@ def test_traced_ids_without_a_slot_give_nan(form, monkeypatch):
     forward = mixed(run, one_by_one=form == "one by one")
     x = draw(5, (4, 5))
     chosen = jax.jit(lambda tree, ids: forward(choose(tree, ids), x))
-    found = chosen(slots, jnp.array([1, 2, 0, -1]))
+    found = chosen(slots, array([1, 2, 0, -1]))
     assert np.isnan(found[1]).all() and np.isnan(found[3]).all()
-    np.testing.assert_array_equal(found[::2], chosen(slots, jnp.array([1, 1, 0, 0]))[::2])
+    np.testing.assert_array_equal(found[::2], chosen(slots, array([1, 1, 0, 0]))[::2])
     with pytest.raises(ValueError, match="the bank has the slots 0 to 1, not 2"):
         choose(slots, [1, 2, 0, 1])

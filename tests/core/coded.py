@@ -58,7 +58,7 @@ def coded(array: jax.Array, *, movable: bool = True) -> Coded:
     values = np.asarray(array)
     scales = np.abs(values).max(axis=-2, keepdims=True) / 127
     codes = np.round(values / scales).astype(np.int8)
-    return Coded(jnp.asarray(codes), jnp.asarray(scales), values.dtype, movable)
+    return Coded(jax.device_put(codes), jax.device_put(scales), values.dtype, movable)
 
 
 def fixed(leaf: Any, _: Any) -> Coded:

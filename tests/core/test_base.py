@@ -34,6 +34,7 @@ from tests.support import (
     MORE_PROGRAMS,
     PROGRAMS,
     THOROUGH,
+    array,
     assert_close,
     assert_identical,
     draw,
@@ -246,7 +247,7 @@ def test_saved_and_loaded_over_its_base(tmp_path):
     assert_identical(loaded, tree)
     other = jax.tree.map(lambda v: v, lj.strip(tree))
     up = other["layers"]["up"]["kernel"]
-    scales = jnp.asarray(np.asarray(up.scales) * np.float32(1.5))
+    scales = array(np.asarray(up.scales) * np.float32(1.5))
     other["layers"]["up"]["kernel"] = dataclasses.replace(up, scales=scales)
     with pytest.raises(lj.AdapterError, match="another base.*layers/up/kernel"):
         lj.load_adapter(tmp_path / "adapter", other)
@@ -285,9 +286,7 @@ def test_rows_of_it_train(float64):
 
 def with_random_rows(tree):
     adapter, base = lj.split(tree)
-    changed = jax.tree.map(
-        lambda v: jnp.asarray(np.asarray(v) + np.cos(7 * np.asarray(v))), adapter
-    )
+    changed = jax.tree.map(lambda v: array(np.asarray(v) + np.cos(7 * np.asarray(v))), adapter)
     return lj.join(changed, base)
 
 

@@ -15,7 +15,15 @@ from flax.training.train_state import TrainState
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from tests.support import PROGRAMS, assert_identical, draw, lorafied, over, with_random_factors
+from tests.support import (
+    PROGRAMS,
+    array,
+    assert_identical,
+    draw,
+    lorafied,
+    over,
+    with_random_factors,
+)
 
 PARAMS = {
     "layers": {"q_proj": {"kernel": draw(1, (3, 5, 7)), "bias": draw(2, (3, 7))}},
@@ -35,7 +43,7 @@ def saved(tmp_path_factory):
     tree = lorafied(PARAMS, RULES)
     weight = tree["layers"]["q_proj"]["kernel"]
     mask = (np.asarray(weight.a) != 0).any(-1)[..., None]
-    weight = weight.replace(b=jnp.asarray(np.where(mask, draw(5, weight.b.shape), np.float32(0))))
+    weight = weight.replace(b=array(np.where(mask, draw(5, weight.b.shape), np.float32(0))))
     tree["layers"]["q_proj"]["kernel"] = weight
     folder = tmp_path_factory.mktemp("saved") / "deep" / "adapter"
     lj.save_adapter(folder, tree)

@@ -57,7 +57,7 @@ def tree_of(name):
     tree = with_random_factors(lorafied(PARAMS, RULES[name]))
     if not name.startswith("rows"):
         return tree
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + np.float32(0.01)), tree)
+    return jax.tree.map(lambda x: array(np.asarray(x) + np.float32(0.01)), tree)
 
 
 def written(fn, *args):

@@ -13,7 +13,7 @@ from lora_jax.core.base import as_array
 from lora_jax.core.few_rows import FEW, BaseDot, base_dot, flat_dot
 from lora_jax.quantized import FORMATS, Coded, encode
 from lora_jax.quantized.gguf import from_gguf
-from tests.support import assert_close, draw
+from tests.support import array, assert_close, draw
 
 N_IN, N_OUT = 96, 10
 ENCODED = ("int8", "int4", "nf4", "nf4-double", "q8_0", "q4_0")
@@ -32,7 +32,7 @@ def kernel(name):
         return Coded(arrays, FORMATS[name], jnp.float32)
     raw = np.random.default_rng(0).integers(0, 256, (N_OUT * N_IN // 32, 20), dtype=np.uint8)
     raw[:, :4] = np.array([0.01, -0.07], np.float16).view(np.uint8)  # a scale and a minimum
-    return jax.tree.map(lambda x: jnp.asarray(x.T), from_gguf(raw, name, (N_OUT, N_IN)))
+    return jax.tree.map(lambda x: array(x.T), from_gguf(raw, name, (N_OUT, N_IN)))
 
 
 FORMATS_READ = [*ENCODED, "mxfp4", "Q4_1"]

@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import array
 
 pytestmark = [
     pytest.mark.parity,
@@ -101,7 +102,7 @@ def test_losses_of_twenty_adamw_steps(tiny_llama):
 
     state, losses = ours.init(adapter), []
     for ids in batches():
-        adapter, state, loss = step(adapter, state, jnp.asarray(ids, jnp.int32))
+        adapter, state, loss = step(adapter, state, array(ids, jnp.int32))
         losses.append(float(loss))
     assert expected[0] - expected[-1] > 0.05, "it must learn something"
     np.testing.assert_allclose(losses, expected, atol=1e-4 * max(1, max(expected)), rtol=0)

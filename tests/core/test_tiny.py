@@ -11,7 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import training
-from tests.support import assert_close, assert_identical, draw, lorafied, over, with_random_factors
+from tests.support import (
+    array,
+    assert_close,
+    assert_identical,
+    draw,
+    lorafied,
+    over,
+    with_random_factors,
+)
 
 PARAMS = {
     "layers": {"up": {"kernel": draw(1, (3, 5, 7))}, "down": {"kernel": draw(2, (3, 7, 5))}},
@@ -78,7 +86,7 @@ def test_the_factors_of_xs_are_singular_vectors():
         assert not np.asarray(up.latent)[layer, rank:].any()
     assert up.latent.shape == (3, 3, 3)
     u, s, vt = np.linalg.svd(np.asarray(draw(1, (90, 70)), np.float64), full_matrices=False)
-    large = jnp.asarray((u * 0.9 ** np.arange(70)) @ vt, jnp.float32)  # values that are all close
+    large = array((u * 0.9 ** np.arange(70)) @ vt, jnp.float32)  # values that are all close
     one = lorafied({"kernel": large}, [rule("xs", targets=["kernel"], rank=5)])["kernel"]
     a, b = np.asarray(one.a), np.asarray(one.b)
     assert_close(a.T @ b, (u[:, :5] * 0.9 ** np.arange(5)) @ vt[:5], 1e-3)
@@ -238,12 +246,12 @@ def test_xs_on_another_base_is_refused(tmp_path):
     """Also where another base is accepted; rounding is not another base."""
     lj.save_adapter(tmp_path / "a", tree("xs"))
     noise = lambda x: np.float32(0.3) * np.asarray(draw(5, x.shape))  # noqa: E731
-    other = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + noise(x)), PARAMS)
+    other = jax.tree.map(lambda x: array(np.asarray(x) + noise(x)), PARAMS)
     with pytest.raises(lj.AdapterError, match="trained on another base"):
         lj.load_adapter(tmp_path / "a", other)
     with pytest.raises(lj.AdapterError, match="LoRA-XS, whose A and B are singular vectors"):
         lj.load_adapter(tmp_path / "a", other, allow_base_mismatch=True)
-    near = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float32(1 + 1e-6)), PARAMS)
+    near = jax.tree.map(lambda x: array(np.asarray(x) * np.float32(1 + 1e-6)), PARAMS)
     lj.load_adapter(tmp_path / "a", near, allow_base_mismatch=True)
 
 

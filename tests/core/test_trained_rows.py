@@ -129,7 +129,7 @@ def test_biases_of_adapted_layers_and_no_others(layers):
     assert lj.count_params(tree)[0] == n * (2 * 10 + 5)
     assert adapter["layers/up/bias"]["value"].shape == (n, 5)
     bias = adapter["layers/up/bias"]
-    bias["value"] = jnp.asarray(np.asarray(bias["value"]) + np.float32(0.5))
+    bias["value"] = array(np.asarray(bias["value"]) + np.float32(0.5))
     merged = lj.merge(lj.join(adapter, base))
     change = np.subtract(merged["layers"]["up"]["bias"], STACK["layers"]["up"]["bias"])
     expected = np.zeros((3, 5))

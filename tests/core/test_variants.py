@@ -15,6 +15,7 @@ from lora_jax.core.weight import is_node
 from tests.support import (
     MORE_PROGRAMS,
     PROGRAMS,
+    array,
     assert_close,
     assert_identical,
     dots_of_size,
@@ -412,7 +413,7 @@ def test_a_tied_table_adapted_use_by_use(uses, float64, tmp_path):
     program = NAMED["embedding looked up and tied"]
     rule = dataclasses.replace(program.rules[0], uses=uses)
     params, tree, x = dataclasses.replace(program, rules=(rule,)).inputs(jnp.float64)
-    ids = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
+    ids = array([[0, 3, 10, 3], [7, 1, 2, 9]])
     node, plain = tree["embed"]["embedding"], params["embed"]["embedding"]
     assert node.ranks == ((4,) if uses == "each" else (2,)) and float(node.scale) == 1.5
 
@@ -482,8 +483,8 @@ def test_what_is_filled_keeps_the_fill_value(variant, float64):
     ]
     tree = with_random_factors(lorafied(params, rules))
     ids, members, x = (
-        jnp.array([[1, 7, 3], [9, 0, 5]]),
-        jnp.array([2, 3]),
+        array([[1, 7, 3], [9, 0, 5]]),
+        array([2, 3]),
         draw(3, (4, 5), jnp.float64),
     )
 

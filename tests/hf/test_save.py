@@ -28,7 +28,7 @@ from lora_jax.models import (
 )
 from tests.hf.trees import decoder
 from tests.models import tiny
-from tests.support import over, thorough, with_random_factors
+from tests.support import array, over, thorough, with_random_factors
 
 CASE = "qwen3"  # tied, with norms of its own
 INDEX = "model.safetensors.index.json"
@@ -229,7 +229,7 @@ def test_an_axis_that_does_not_divide_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_merged_tree_is_rounded_once(dtype: Any, tmp_path: Path) -> None:
     model, params = decoder(CASE)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    params = jax.tree.map(lambda x: array(x, dtype), params)
     rules = [dataclasses.replace(rule, targets=["q_proj"]) for rule in RULES]
     adapted = with_random_factors(lj.lorafy(params, rules))
     save_pretrained(tmp_path / "out", model, lj.merge(adapted))

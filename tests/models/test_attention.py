@@ -26,7 +26,7 @@ from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split, bidirectional_mask
 from lora_jax.models.layers.placement import OLD_GPU, UNPLACED
 from lora_jax.models.layers.trunk import causal_mask, place_tokens
-from tests.support import assert_close, draw, over
+from tests.support import array, assert_close, draw, over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,12 @@ def _mask(case: Case) -> Mask:
     if case.packed:
         ends = [[4, 11, 13, case.seq], [1, 9, case.seq, case.seq]]
         at = np.arange(case.seq)
-        segments = jnp.asarray([np.searchsorted(row, at, "right") for row in ends], jnp.int32)
+        segments = array([np.searchsorted(row, at, "right") for row in ends], jnp.int32)
     if case.slots:
         held = np.full((case.batch, case.slots), -1, np.int32)
         held[:, :3] = [[0, 1, 2], [-1, 0, 1]]
         nothing = jnp.zeros(())
-        length = jnp.asarray([3, 2], jnp.int32)
+        length = array([3, 2], jnp.int32)
         cache = Cache(nothing, nothing, jnp.asarray(held), jnp.int32(3), length)
     placed = place_tokens(ids, present, None, cache, segments)
     return causal_mask(placed, segments, cache).within(case.window)

@@ -16,7 +16,7 @@ from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.cache import write_slots
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from tests.models import tiny
-from tests.support import assert_close, draw
+from tests.support import array, assert_close, draw
 
 ACTIVATIONS = importlib.import_module("lora_jax.models.layers.blocks")
 
@@ -113,7 +113,7 @@ def under_vmap(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, 
 def test_tokens_of_rows_of_different_age_are_written_where_the_cache_lies(write: Any) -> None:
     cached = draw(0, (LAYERS, BATCH, KV_HEADS, SLOTS, HEAD_DIM))
     new = draw(1, (LAYERS, BATCH, KV_HEADS, 1, HEAD_DIM))
-    first = jnp.array([3, 0, SLOTS + 1, 7, SLOTS - 1])
+    first = array([3, 0, SLOTS + 1, 7, SLOTS - 1])
     expected = np.array(cached)
     for row, slot in enumerate(np.minimum(first, SLOTS - 1)):
         expected[:, row, :, slot] = new[:, row, :, 0]

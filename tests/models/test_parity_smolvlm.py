@@ -15,6 +15,7 @@ from lora_jax import models
 from lora_jax.hf.keys import nest_leaves
 from tests.models import tiny, tiny_encoders, tiny_vision
 from tests.parity import PARITY
+from tests.support import array
 
 pytestmark = PARITY
 TEXT: dict[str, Any] = {
@@ -53,7 +54,7 @@ def made(case: str) -> tuple[Any, Any]:
 
     def drawn(row: Any) -> jax.Array:
         if row.kind == "patches" and len(row.shape) == 4:
-            return jnp.asarray(rng.standard_normal(row.shape) / 7, jnp.float32)
+            return array(rng.standard_normal(row.shape) / 7, jnp.float32)
         return jnp.asarray(tiny_encoders.draw(rng, row.path, row.stacked_shape))
 
     rows = models.key_table(config)

@@ -11,7 +11,7 @@ from lora_jax import quantized
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import from_pretrained, kinds
-from tests.support import thorough
+from tests.support import array, thorough
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def test_errors(loaded, name, mean, worst, divergence):
         if quantized.is_coded(leaf)
         for layer in range(leaf.shape[0])
     ]
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 49152, (2, 48)))
+    ids = array(np.random.default_rng(0).integers(0, 49152, (2, 48)))
     expected, found = (
         jax.nn.log_softmax(jax.jit(run)({"params": tree}, ids))
         for run, tree in ((model.apply, params), (lj.adapt(model.apply, strict=True), base))

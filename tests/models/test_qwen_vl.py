@@ -13,11 +13,12 @@ from lora_jax import models
 from lora_jax.models.qwen_vl.grids import patch_places, token_places
 from tests.models import tiny, tiny_vision
 from tests.models import tiny_qwen_vl as tiny_qwen
+from tests.support import array
 
 
 def test_places_of_patches() -> None:
     """Square by square, image by image; behind the last, no image's."""
-    places = patch_places(jnp.array([[[2, 4], [2, 2]]]), 13, 2)
+    places = patch_places(array([[[2, 4], [2, 2]]]), 13, 2)
     rows = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     columns = [0, 1, 0, 1, 2, 3, 2, 3, 0, 1, 0, 1]
     np.testing.assert_array_equal(places.image[0], [0] * 8 + [1] * 4 + [2])
@@ -28,7 +29,7 @@ def test_places_of_patches() -> None:
 def test_places_of_tokens() -> None:
     """Text, an image of 2 x 3 tokens, text, one of 1 x 1, text; padding ahead changes nothing."""
     is_image = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0]], bool)
-    grids = jnp.array([[[2, 3], [1, 1], [0, 0]]])
+    grids = array([[[2, 3], [1, 1], [0, 0]]])
     want = np.array(
         [
             [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7],
@@ -38,7 +39,7 @@ def test_places_of_tokens() -> None:
     ).T
     places = token_places(jnp.asarray(is_image), jnp.ones((1, 11), bool), grids)
     np.testing.assert_array_equal(places[0], want)
-    padded = jnp.asarray(np.pad(is_image, ((0, 0), (3, 0)), constant_values=True))
+    padded = array(np.pad(is_image, ((0, 0), (3, 0)), constant_values=True))
     places = token_places(padded, jnp.arange(14)[None] >= 3, grids)
     np.testing.assert_array_equal(places[0, 3:], want)
 

@@ -322,7 +322,9 @@ def decoder(case: str, **kwargs: Any) -> tuple[Decoder, dict[str, Any]]:
     model = Decoder(config(case), **kwargs)
     leaves, treedef = shapes(case, model.param_dtype)
     rng = np.random.default_rng(5)
-    values = [jnp.asarray(draw(rng, path, leaf.shape), leaf.dtype) for path, leaf in leaves]
+    values = [
+        jax.device_put(np.asarray(draw(rng, path, leaf.shape), leaf.dtype)) for path, leaf in leaves
+    ]
     return model, jax.tree.unflatten(treedef, values)
 
 

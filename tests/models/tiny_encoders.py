@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
 from tests.models import tiny
+from tests.support import array
 
 # No two sizes are equal.
 ENCODER: dict[str, Any] = {
@@ -99,7 +100,7 @@ def model(case: str, head: str | None = None, **kwargs: Any) -> tuple[Any, dict[
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = jnp.asarray(draw(rng, path, leaf.shape), leaf.dtype)
+        node[name] = array(draw(rng, path, leaf.shape), leaf.dtype)
     return module, tree
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from lora_jax import models
 from lora_jax.hf.keys import nest_leaves
 from tests.models import tiny, tiny_encoders
+from tests.support import array
 
 VISION: dict[str, Any] = {
     "depth": 2,
@@ -52,8 +53,8 @@ def made(case: str = "qwen3_5", **changes: Any) -> tuple[Any, Any]:
 
     def drawn(row: Any) -> jax.Array:
         if row.kind == "patches" and len(row.shape) == 5:
-            return jnp.asarray(rng.standard_normal(row.shape) / 9, jnp.float32)
-        return jnp.asarray(tiny_encoders.draw(rng, row.path, row.stacked_shape))
+            return array(rng.standard_normal(row.shape) / 9, jnp.float32)
+        return array(tiny_encoders.draw(rng, row.path, row.stacked_shape))
 
     rows = models.key_table(config)
     return models.QwenVL(config), nest_leaves((row.path, drawn(row)) for row in rows)

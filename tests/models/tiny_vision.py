@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.hf.keys import nest_leaves
 from lora_jax.models import VisionEncoder, key_table, read_config
 from tests.models import tiny_encoders
+from tests.support import array
 
 # No two sizes are equal.
 VISION: dict[str, Any] = {
@@ -64,8 +65,8 @@ def model(case: str, head: str = "classification", **kwargs: Any) -> tuple[Any, 
 
 def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> jax.Array:
     if path.endswith("projection/kernel"):
-        return jnp.asarray(rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
-    return jnp.asarray(tiny_encoders.draw(rng, path, shape), jnp.float32)
+        return array(rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
+    return array(tiny_encoders.draw(rng, path, shape), jnp.float32)
 
 
 def pixels(case: str, *, n: int = 2, size: tuple[int, int] | None = None) -> np.ndarray:

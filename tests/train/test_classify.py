@@ -21,7 +21,7 @@ from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
-from tests.support import assert_identical, over, thorough
+from tests.support import array, assert_identical, over, thorough
 from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.classify import check, main, parse
@@ -198,7 +198,7 @@ def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
     _, test = read_labelled(parse(inputs).data)
     right = []
     for row in test:
-        ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
+        ids = array([tokenizer(None)(row["word"])["input_ids"]])
         right.append(int(forward({"params": tree}, ids).argmax()) == "lmt".index(row["grade"][0]))
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["fine-tuned"]["accuracy"] == sum(right) / len(test)
@@ -260,7 +260,7 @@ def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["id2label"] == {"0": "low", "1": "middle", "2": "top"}
     tree = lj.load_adapter(whole / "adapter", base_of(inputs)[1])
-    ids = jnp.array([[3, 9, 70]])
+    ids = array([[3, 9, 70]])
     expected = jax.jit(lj.adapt(model.apply))({"params": tree}, ids)
     got = jax.jit(model.apply)({"params": params}, ids)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -283,7 +283,7 @@ def test_padding_and_filled_up_batches_change_no_loss(inputs):
 
     by_hand, forward = 0.0, jax.jit(model.apply)
     for row in rows:
-        ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
+        ids = array([tokenizer(None)(row["word"])["input_ids"]])
         log_probs = jax.nn.log_softmax(forward({"params": params}, ids)[0])
         by_hand -= float(log_probs["lmt".index(row["grade"][0])]) / 5
     assert mean(one, 2) == pytest.approx(by_hand, rel=1e-4)

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models, subspace
-from tests.support import assert_identical, thorough
+from tests.support import array, assert_identical, thorough
 from tests.train.test_classify import base_of, fails, inputs, run, without_rank
 from tests.train.tiny import tokenizer
 from train.classify import check, parse
@@ -43,7 +43,7 @@ def test_a_run_leaves_a_small_subspace_that_classifies(inputs, whole, tmp_path):
     losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").open() if "lr" in line]
     assert np.isfinite(losses).all()
 
-    ids = jnp.array([tokenizer(None)("abcz")["input_ids"]])
+    ids = array([tokenizer(None)("abcz")["input_ids"]])
     by_hand = jax.nn.softmax(model.apply({"params": space.params_of(theta, params)}, ids)[0])
     out = tmp_path / "out.jsonl"
     predict(["--adapter", str(whole), "--out", str(out), "abcz"])

@@ -21,7 +21,7 @@ from lora_jax.models.specs import AXES
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
-from tests.support import THOROUGH, assert_close, thorough, with_random_factors
+from tests.support import THOROUGH, array, assert_close, thorough, with_random_factors
 from tests.train.forks import Forked
 from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
@@ -259,7 +259,7 @@ def test_a_run_goes_on_under_another_mesh(tmp_path):
 )
 def test_a_checkpoint_loads_bitwise_under_another_mesh(before, after, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    kernel = jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.float32)
+    kernel = array(rng.normal(size=(2, 8, 12)), jnp.float32)
     params = with_random_factors(
         lj.lorafy({"up": {"kernel": kernel}}, [lj.LoraRule(targets=["up"], rank=3)])
     )

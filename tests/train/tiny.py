@@ -68,7 +68,8 @@ def decoder(**fields: Any) -> tuple[Decoder, dict[str, Any]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(3)
     return model, jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(draw(rng, jax.tree_util.keystr(path), leaf.shape)), shapes
+        lambda path, leaf: jax.device_put(draw(rng, jax.tree_util.keystr(path), leaf.shape)),
+        shapes,
     )
 
 

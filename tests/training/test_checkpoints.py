@@ -12,7 +12,7 @@ import pytest
 from lora_jax.training.errors import DamagedCheckpoint
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.step import State
-from tests.support import over
+from tests.support import array, over
 
 # Orbax leaves coroutines behind where a file cannot be read; they are noticed when collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -27,8 +27,8 @@ def collected():
 def state_at(step):
     rng = np.random.default_rng(step)
     adapter = {
-        "layers/q/kernel": {"a": jnp.asarray(rng.standard_normal((64, 80)), jnp.float32)},
-        "norm/scale": {"value": jnp.asarray(rng.standard_normal(7), jnp.bfloat16)},
+        "layers/q/kernel": {"a": array(rng.standard_normal((64, 80)), jnp.float32)},
+        "norm/scale": {"value": array(rng.standard_normal(7), jnp.bfloat16)},
     }
     optimizer = optax.adamw(1e-3)
     return State(adapter, optimizer.init(adapter), jnp.int32(step), jax.random.key(step))

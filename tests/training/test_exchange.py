@@ -17,7 +17,7 @@ from lora_jax.training import exchange
 from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import array, assert_close, with_random_factors
 from train.plan.flops.checked import step_work
 from train.plan.hlo.work import work_of
 
@@ -36,7 +36,7 @@ def case(choice):
     rng = np.random.default_rng(3)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return array(rng.normal(size=shape), jnp.float32)
 
     params = {name: {"kernel": normal(EXPERTS, WIDTH, INNER)} for name in NAMES[:2]}
     params["down"] = {"kernel": normal(EXPERTS, INNER, WIDTH)}
@@ -48,7 +48,7 @@ def case(choice):
         draws = np.broadcast_to([1, 0], draws.shape)
     if choice == "one part of some":  # of the rows of the first data part alone
         draws = np.concatenate([np.broadcast_to([1, 0], draws.shape)[:2], draws[2:]])
-    chosen = jnp.asarray(draws, jnp.int32)
+    chosen = array(draws, jnp.int32)
     return tree, normal(BATCH, SEQ, WIDTH), jax.nn.softmax(normal(BATCH, SEQ, CHOSEN)), chosen
 
 

@@ -17,7 +17,7 @@ from lora_jax import training
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CROSS_ENTROPY
 from tests.core.coded import Coded, decoded, with_coded_kernels
-from tests.support import assert_close, assert_identical, over
+from tests.support import array, assert_close, assert_identical, over
 from tests.train.tiny import decoder, tokenizer
 from train.processes.mesh import make_mesh
 
@@ -63,13 +63,13 @@ def mlp():
         name: {"kernel": draw(size=shape) / shape[0] ** 0.5, "bias": np.zeros(shape[1])}
         for name, shape in (("up", (5, 7)), ("out", (7, 2)))
     }
-    return Mlp(), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    return Mlp(), jax.tree.map(lambda x: array(x, jnp.float32), params)
 
 
 def function():
     draw = np.random.default_rng(2).normal
     params = {"up": {"kernel": draw(size=(5, 7))}, "out": {"kernel": draw(size=(7, 2))}}
-    return plain_function, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    return plain_function, jax.tree.map(lambda x: array(x, jnp.float32), params)
 
 
 UP = [lj.TrainRule(targets=["out"]), lj.LoraRule(targets=["up"], rank=2, alpha=6)]

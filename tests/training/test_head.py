@@ -14,7 +14,7 @@ from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import predictions_at_once, token_values
 from lora_jax.training.losses.tokens import cross_entropy
 from tests.models import tiny
-from tests.support import assert_close, over, with_random_factors
+from tests.support import array, assert_close, over, with_random_factors
 from tests.training.test_losses import bag, batch, lora, total
 from train.plan.hlo.work import work_of
 from train.plan.job import placed_shapes
@@ -139,10 +139,9 @@ def plain_head():
     data["ids"] = data["ids"][:, :10]
     data["predict_at"] = np.arange(10, dtype=np.int32)[None].repeat(3, axis=0)
     hidden, kernel, a, b = (
-        jnp.asarray(draw(shape), jnp.float32)
-        for shape in [(3, 10, 7), (7, 61), (3, 10, 7), (7, 61)]
+        array(draw(shape), jnp.float32) for shape in [(3, 10, 7), (7, 61), (3, 10, 7), (7, 61)]
     )
-    weights = jnp.asarray(draw((3, 10)), jnp.float32)
+    weights = array(draw((3, 10)), jnp.float32)
     return hidden, kernel, a, b, weights, data
 
 

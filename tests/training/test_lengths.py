@@ -12,6 +12,7 @@ from lora_jax.training.data import sequences as packing
 from lora_jax.training.data.batches import pack
 from lora_jax.training.data.order import Order
 from lora_jax.training.data.sequences import TokenSequence, few_lengths, first_fit
+from tests.support import array
 
 RNG = np.random.default_rng(5)
 
@@ -100,9 +101,9 @@ def test_padding_changes_nothing_in_a_batch():
     rows = np.array([0, 3, 6])
     short, whole = packs.take(rows), {k: v[rows] for k, v in packs.by_name().items()}
     assert short["ids"].shape == (3, 8) and whole["ids"].shape == (3, 40)
-    for name, array in short.items():
-        np.testing.assert_array_equal(array, whole[name][:, : array.shape[1]])
-        assert not whole[name][:, array.shape[1] :].any()
+    for name, values in short.items():
+        np.testing.assert_array_equal(values, whole[name][:, : values.shape[1]])
+        assert not whole[name][:, values.shape[1] :].any()
     parts = [part for part in packs.parts(7)]
     assert {part["ids"].shape for part in parts} == {(7, 8), (7, 24), (7, 40)}
     assert sum(part["weights"].sum() for part in parts) == packs.by_name()["weights"].sum()
@@ -126,7 +127,7 @@ def test_a_run_compiles_each_length_once_and_resumes_bitwise(tmp_path, monkeypat
         return jnp.tanh(hot @ params["kernel"])
 
     def trained(steps, **options):
-        params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(50, 50)) / 7, "f4")}
+        params = {"kernel": array(np.random.default_rng(0).normal(size=(50, 50)) / 7, "f4")}
         rules = [lj.LoraRule(targets=["kernel"], rank=2)]
         how = {"lr": 1e-2, "loss": bigrams, "batch_size": 2, "schedule": "constant", "log": None}
         return training.finetune(model, params, packs, rules, steps=steps, **how, **options)[0]

@@ -19,7 +19,7 @@ from lora_jax.training.losses import summed_loss
 from lora_jax.training.neftune import _lengths, neftune
 from lora_jax.training.setup import Setup
 from tests.models import tiny, tiny_encoders
-from tests.support import over
+from tests.support import array, over
 
 ALPHA = 7.0
 # Two packed rows: segments of 3, 5 and 2 tokens, then padding; one of 9, then padding.
@@ -95,12 +95,12 @@ def test_packed_long_rows_on_a_mesh_get_the_noise_of_one_device():
     rules = [lj.LoraRule(targets=["q_proj", "down_proj"], rank=2, alpha=3, dropout=0.2)]
     params = lj.lorafy(params, rules)
     batch = {
-        "ids": jnp.asarray(np.tile(IDS, (2, 1))),
-        "segment_ids": jnp.asarray(np.tile(SEGMENTS, (2, 1))),
+        "ids": array(np.tile(IDS, (2, 1))),
+        "segment_ids": array(np.tile(SEGMENTS, (2, 1))),
         "positions": jnp.tile(jnp.arange(12), (4, 1)),
         "predict_at": jnp.tile(jnp.arange(12), (4, 1)),
-        "targets": jnp.asarray(np.tile(IDS[:, ::-1], (2, 1))),
-        "weights": jnp.asarray(np.tile(SEGMENTS > 0, (2, 1)), jnp.float32),
+        "targets": array(np.tile(IDS[:, ::-1], (2, 1))),
+        "weights": array(np.tile(SEGMENTS > 0, (2, 1)), jnp.float32),
     }
     totals = []
     for sizes, noise in (({}, 0.0), ({}, ALPHA), ({"sequence": 2, "fsdp": 2}, ALPHA)):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from lora_jax import models, training
 from lora_jax.hf.images import ImageError
 from lora_jax.hf.vision.patches import PatchProcessor
+from tests.support import array
 from tests.train import tiny_qwen_vl as tiny
 from tests.train.tiny_smolvlm import picture
 
@@ -85,7 +85,7 @@ def test_the_loss_of_a_batch(tmp_path: Path) -> None:
     batch = packs.take(np.arange(3))
     assert batch["image_grids"].shape == (3, 2, 2) and packs.further is not None
     loss = training.losses.token_loss()
-    sums = loss(model.apply, params, {name: jnp.asarray(x) for name, x in batch.items()})
+    sums = loss(model.apply, params, {name: array(x) for name, x in batch.items()})
     reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     total = 0.0
     for at in range(3):

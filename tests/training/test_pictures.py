@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax import models, training
 from lora_jax.training.data.rows import question
+from tests.support import array
 from tests.train import tiny_smolvlm as tiny
 
 SIZES = [(21, 13), (12, 23), (16, 16), (40, 7), (5, 9)]
@@ -93,7 +93,7 @@ def test_the_loss_of_a_batch(tmp_path: Path) -> None:
     batch = found.take(np.arange(3))
     assert batch["pixel_values"].shape[:2] == (3, 14) and found.further is not None
     loss = training.losses.token_loss()
-    sums = loss(model.apply, params, {name: jnp.asarray(x) for name, x in batch.items()})
+    sums = loss(model.apply, params, {name: array(x) for name, x in batch.items()})
     reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     total = 0.0
     for at in range(3):
@@ -148,8 +148,8 @@ def test_where_images_stand(folder: Path, tmp_path: Path) -> None:
         row_of(0, messages=[{"role": "user", "content": parts}, says]),
     ]
     batch = examples(folder, rows).take(np.arange(3))
-    for array in batch.values():
-        np.testing.assert_array_equal(array, array[:1].repeat(3, axis=0))
+    for values in batch.values():
+        np.testing.assert_array_equal(values, values[:1].repeat(3, axis=0))
     assert np.abs(batch["pixel_values"][0, 0] - batch["pixel_values"][0, 7]).max() > 0.1
     changed = [row_of(2), row_of(2, images=images[::-1])]
     one, other = (examples(folder, [row]) for row in changed)

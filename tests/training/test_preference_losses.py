@@ -45,8 +45,8 @@ def test_the_published_values(name):
 
 
 def test_losses_of_a_whole_batch():
-    more = Completions(jnp.array([-9.0]), jnp.array([3.0]), jnp.array([-9.5]))
-    less = Completions(jnp.array([-8.0]), jnp.array([2.0]), jnp.array([-8.25]))
+    more = Completions(array([-9.0]), array([3.0]), array([-9.5]))
+    less = Completions(array([-8.0]), array([2.0]), array([-8.25]))
     pairs = [
         jax.tree.map(lambda *x: jnp.concatenate(x), *both)
         for both in ((CHOSEN, more), (REJECTED, less))
@@ -60,8 +60,8 @@ def test_losses_of_a_whole_batch():
 
 
 def test_losses_without_a_reference():
-    chosen = Completions(jnp.array([-2.0]), jnp.array([4.0]))  # -0.5 a token
-    rejected = Completions(jnp.array([-4.5]), jnp.array([5.0]))  # -0.9
+    chosen = Completions(array([-2.0]), array([4.0]))  # -0.5 a token
+    rejected = Completions(array([-4.5]), array([5.0]))  # -0.9
     assert value("orpo", chosen, rejected) == pytest.approx(0.036773, abs=1e-6)
     assert value("simpo", chosen, rejected, beta=2.0, margin=1.0) == pytest.approx(
         0.798139, abs=1e-6
@@ -119,7 +119,7 @@ def test_parts_of_a_batch_add_up(name):
 
 def test_tokens_of_packed_rows_are_those_of_rows_of_their_own():
     logps, mask = draw(3, (2, 7)), np.array([[0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0]])
-    segments = jnp.array([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1, 1]])
+    segments = array([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1, 1]])
     packed = losses.completions(logps, mask, 2 * logps, segments, 3)
     want = [[logps[0, 1:3].sum(), logps[0, 4:6].sum(), logps[0, 6]]]
     want += [[logps[1, :2].sum(), logps[1, 3], 0]]
@@ -183,12 +183,12 @@ def test_the_published_values_of_rollouts(name):
 def test_rloo_and_advantages():
     sums = losses.rloo_loss(LOGPS, MASK, GAINS, OLD)
     assert sums.total / sums.count == pytest.approx(-0.052419, abs=1e-6)
-    one_of_eight = jnp.array([1.0] + [0.0] * 7)
+    one_of_eight = array([1.0] + [0.0] * 7)
     assert_close(losses.leave_one_out(one_of_eight, 8)[:2], jnp.array([1, -0.142857]), 1e-6)
     assert_close(losses.advantages_of(one_of_eight, 8)[:2], jnp.array([2.474174, -0.353453]), 1e-6)
-    some = jnp.array([1.0, jnp.nan, 0.0, 4.0, jnp.nan, jnp.nan, 5.0, jnp.nan])
+    some = array([1.0, jnp.nan, 0.0, 4.0, jnp.nan, jnp.nan, 5.0, jnp.nan])
     assert losses.leave_one_out(some, 4).tolist() == [-1.0, 0.0, -2.5, 3.5, 0.0, 0.0, 0.0, 0.0]
-    rewards = jnp.array([1.0, 2.0, jnp.nan, jnp.nan, 3.0, 3.0])
+    rewards = array([1.0, 2.0, jnp.nan, jnp.nan, 3.0, 3.0])
     assert_close(losses.advantages_of(rewards, 2, "none"), jnp.array([-0.5, 0.5, 0, 0, 0, 0]), 1e-6)
     batch = losses.advantages_of(rewards, 2, "batch")
     assert batch[1] == pytest.approx(0.5 / (np.std([1, 2, 3, 3], ddof=1) + 1e-4), abs=1e-6)

@@ -20,7 +20,7 @@ from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.data.shared_prompts import share_of_prompts
 from tests.adapted_trees import lorafied, with_random_factors
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over, thorough
+from tests.support import array, assert_close, over, thorough
 from tests.train.tiny import tokenizer
 from train.data.preview import preview_rows
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
@@ -66,7 +66,7 @@ def batch_of(packs):
     values = real.reshape(-1, 2)[np.argsort(order)]
     reference = np.zeros((n, packs.segments_a_row), np.float32)
     reference[np.arange(packs.segments_a_row) < packs._completions_a_row[:, None]] = values.ravel()
-    return {name: jnp.asarray(x) for name, x in (batch | {"reference": 5 * reference}).items()}
+    return {name: array(x) for name, x in (batch | {"reference": 5 * reference}).items()}
 
 
 def packs_of(share_prompt, *, packing=False, predict_prompts=False):
@@ -201,7 +201,7 @@ def rollouts(feed, per_token=False):
     batch["advantages"] = (gains if per_token else gains[..., 0]).reshape(
         shape if per_token else shape[:-1]
     )
-    return {name: jnp.asarray(x[0]) for name, x in batch.items()}
+    return {name: array(x[0]) for name, x in batch.items()}
 
 
 @pytest.mark.parametrize("share_prompt", [False, True])

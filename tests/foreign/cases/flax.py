@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.foreign.case import Case, Made, rule
 from tests.foreign.nnx_modules import Wrap, both
-from tests.support import LinenModel, draw
+from tests.support import LinenModel, array, draw
 
 X = draw(9, (2, 13, 6))
 IMAGES = draw(9, (2, 7, 5, 6))
@@ -57,7 +57,7 @@ def _tied(wrap: Wrap) -> Made:
     def fn(params, ids):  # type: ignore[no-untyped-def]
         return called(nnx.merge(graphdef, params), ids)
 
-    return Made(fn, params, (jnp.array([[3, 0, 9], [10, 3, 1]]),), rule(["embedding"]))
+    return Made(fn, params, (array([[3, 0, 9], [10, 3, 1]]),), rule(["embedding"]))
 
 
 CASES = (

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.foreign.case import Case, Made, rule
+from tests.support import array
 
 
 def _gemma3() -> Made:
@@ -25,7 +26,7 @@ def _gemma3() -> Made:
         sliding_window_size=3,
     )
     model = gm.nn.Transformer(config=config, dtype=jnp.float32)
-    ids = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+    ids = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
     params = model.init(jax.random.key(1), ids)["params"]
     kernels = rule(r".*(/w|gating_einsum|linear|input_embedding)")
     return Made(lambda p, ids: model.apply({"params": p}, ids).logits, params, (ids,), kernels)

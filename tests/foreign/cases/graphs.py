@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.foreign.case import Case, Made
-from tests.support import draw
+from tests.support import array, draw
 
 
 def _graph() -> Any:
@@ -16,10 +16,10 @@ def _graph() -> Any:
         nodes=draw(1, (7, 5)),
         edges=draw(2, (9, 3)),
         globals=draw(3, (1, 2)),
-        senders=jnp.array([0, 1, 2, 3, 4, 5, 6, 0, 2]),
-        receivers=jnp.array([1, 2, 3, 4, 5, 6, 0, 3, 5]),
-        n_node=jnp.array([7]),
-        n_edge=jnp.array([9]),
+        senders=array([0, 1, 2, 3, 4, 5, 6, 0, 2]),
+        receivers=array([1, 2, 3, 4, 5, 6, 0, 3, 5]),
+        n_node=array([7]),
+        n_edge=array([9]),
     )
 
 

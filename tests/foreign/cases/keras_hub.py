@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from tests.foreign.case import Case, Made
 from tests.foreign.cases.keras import keras, made
+from tests.support import array
 
-IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+IDS = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
 MASK = jnp.ones_like(IDS).at[1, -1].set(0)
 
 

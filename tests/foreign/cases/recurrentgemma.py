@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.foreign.case import Case, Made, rule
+from tests.support import array
 
 
 def _griffin() -> Made:
@@ -23,7 +24,7 @@ def _griffin() -> Made:
         scan_type=common.ScanType.LINEAR_NATIVE,
     )
     model = griffin.Griffin(config)
-    ids = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+    ids = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
     positions = jnp.broadcast_to(jnp.arange(5), ids.shape)
     params = model.init(jax.random.key(1), ids, positions)["params"]
 

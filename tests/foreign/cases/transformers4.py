@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from tests.foreign.case import Case, Made, rule
+from tests.support import array
 
-IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+IDS = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
 
 
 def _made(config: str, model: str, sizes: dict[str, Any]) -> Made:

@@ -8,8 +8,9 @@ from flax import nnx
 
 from tests.foreign.case import Case, Made, rule
 from tests.foreign.nnx_modules import Wrap, both
+from tests.support import array
 
-IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+IDS = array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
 SIZES = {
     "num_layers": 2,
     "embed_dim": 14,

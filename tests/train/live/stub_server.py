@@ -64,7 +64,7 @@ class Holder:
         row = np.zeros(LENGTH, np.int32)
         row[: len(prompt) + len(ids)] = [*prompt, *ids]
         with self._lock:
-            found = np.asarray(self._logps(tree, jnp.asarray(row)))
+            found = np.asarray(self._logps(tree, jax.device_put(row)))
         return found[len(prompt) - 1 :][: len(ids)].tolist()
 
 

@@ -14,7 +14,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from tests.support import with_random_factors
+from tests.support import array, with_random_factors
 from tests.train.test_classify import CONFIG, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import classify
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
     tree = with_random_factors(lj.lorafy(params, rules))
     forward = lj.adapt(model.apply)
     run = jax.jit(forward)
-    ids = [jnp.array([tokenizer(None)(text)["input_ids"]]) for text in TEXTS]
+    ids = [array([tokenizer(None)(text)["input_ids"]]) for text in TEXTS]
     logits = jnp.stack([run({"params": tree}, one)[0] for one in ids])
     adapter, plain = lj.split(tree)  # each class is the likeliest of some texts
     adapter["classifier/bias"]["value"] -= logits.mean(axis=0)
@@ -139,8 +139,8 @@ def test_pairs(made, tmp_path, capsys):
     args = ["--adapter", folder / "run", "--input", path, "--field-pair", "other"]
     (row,) = predict(capsys, *args)
     ids = [tokenizer(None)(text)["input_ids"] for text in ("ab", "xyz")]
-    types = jnp.array([[0] * len(ids[0]) + [1] * len(ids[1])])
-    whole = jnp.array([ids[0] + ids[1]])
+    types = array([[0] * len(ids[0]) + [1] * len(ids[1])])
+    whole = array([ids[0] + ids[1]])
     logits = jax.jit(forward)({"params": tree}, whole, token_type_ids=types)
     assert np.abs(values([row])[0] - jax.nn.softmax(logits[0])).max() < 1e-5
     assert row["text_pair"] == "xyz"
