@@ -270,7 +270,7 @@ def test_only_dear_and_optional_packages_are_imported_late(sources):
 
 def test_one_file_imports_the_insides_of_jax(sources):
     asked = insides_of_jax(sources | read("tests"))
-    # Its version, before JAX is imported; and what an old JAX lacks, for the tests' speed.
+    # Its version, before JAX is imported; and two functions that are wrapped for the tests' speed.
     own = {"tests.surroundings: jaxlib", "tests.surroundings: jax._src"}
     others = [one for one in asked if one not in own and not one.startswith(f"{IMPORTER}: ")]
     assert f"{IMPORTER}: jax.extend" in asked and others == [], f"import them from {IMPORTER}"
