@@ -16,6 +16,7 @@ from train.options.field import check_effects
 from train.options.file import replace_options
 from train.options.paths import check_local
 from train.processes import hosts
+from train.processes.age import process_age
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
@@ -96,7 +97,7 @@ class TrainingScript:
 
     def main(self, args: Sequence[str] | None = None) -> None:
         """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-        session = Session()
+        session = Session(process_age() if args is None else 0.0)
         with session.running():
             config, on_line, in_file = self._read(args)
             if getattr(config.run, "many", None) is not None:

@@ -43,10 +43,15 @@ class Session:
       began, began_at: when the script began, by `time.monotonic` and by `time.time`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, age: float = 0.0) -> None:
+        """Begins a session.
+
+        Args:
+          age: seconds for which the script has worked already.
+        """
         self.stop = Stop()
         self.release = contextlib.ExitStack()
-        self.began, self.began_at = time.monotonic(), time.time()
+        self.began, self.began_at = time.monotonic() - age, time.time() - age
         self._peers: Peers | None = None
         self._claim = threading.Lock()  # held by the thread that ends the process
         self._verdict: tuple[str, int] | None = None  # what another process said, and the exit code

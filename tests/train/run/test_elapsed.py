@@ -1,12 +1,18 @@
 """The time of a run over all its processes: those that ended, were killed, or worked on a table."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from train.run import elapsed
 from train.run.elapsed import note_seconds, whole_time
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -64,6 +70,15 @@ def test_a_process_of_a_table_counts_once(clock, tmp_path):
     note_seconds(folders[1], alone)
     assert whole_time(folders, alone) == "50 s in 2 processes"
     assert whole_time(folders[1:], alone) == "50 s in 2 processes"
+
+
+def test_a_process_is_as_old_as_its_parent_measures():
+    code = "import time; time.sleep(1.5); from train.processes.age import process_age as age; "
+    began = time.monotonic()
+    line = [sys.executable, "-c", f"{code}print(age())"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    most = time.monotonic() - began + 0.1  # a tick of the system's clock is a hundredth
+    assert 1.4 < float(ended.stdout) <= most
 
 
 def test_a_run_that_never_began_is_left_alone(clock, tmp_path):
