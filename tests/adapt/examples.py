@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
@@ -14,14 +13,14 @@ from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import map_nodes
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 
 
 def slots(params: Any, rules: Sequence[Any], n: int = 3) -> list[Any]:
     """Returns adapted trees over one base, with random factors and scales of their own."""
-    fresh = lj.lorafy(params, rules)
+    fresh = lorafied(params, rules)
     trees = [with_random_factors(fresh, seed=i) for i in range(n)]
-    scaled = lambda by: lambda _, node: node.replace(scale=node.scale * by)  # noqa: E731
+    scaled = lambda by: lambda _, node: node.replace(scale=np.asarray(node.scale) * np.float32(by))  # noqa: E731
     return [map_nodes(scaled(1 + i / 2), tree) for i, tree in enumerate(trees)]
 
 
@@ -44,7 +43,7 @@ def bank(trees: Sequence[Any], ids: Any) -> Any:
             "rows": np.repeat(own, first.rank, -1).astype(np.float32),
         }
         ranks = (len(trees) * first.rank,) * len(first.ranks)
-        return first.replace(arrays=jax.tree.map(jnp.asarray, arrays), ranks=ranks)
+        return first.replace(arrays=jax.tree.map(jax.device_put, arrays), ranks=ranks)
 
     nodes = zip(*([leaf for _, leaf in leaves] for leaves, _ in flat), strict=True)
     return flat[0][1].unflatten(list(map(one, nodes)))

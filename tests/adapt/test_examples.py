@@ -332,7 +332,7 @@ def _model(case):
     model = family_of(config.model_type).module(config, jnp.float32, jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     params = jax.tree.map_with_path(
-        lambda path, leaf: jnp.asarray(tiny.draw(RNG, jax.tree_util.keystr(path), leaf.shape)),
+        lambda path, leaf: array(tiny.draw(RNG, jax.tree_util.keystr(path), leaf.shape)),
         shapes,
     )
     how = {"alpha": 3.0, "init": numpy_init}

@@ -161,7 +161,7 @@ def test_a_base_has_one_fingerprint_in_fp32_and_bf16():
 def test_a_checksum_sees_one_element_and_its_place(dtype):
     zeros, x, y = (np.zeros((3, 5), dtype) for _ in range(3))
     x[1, 2] = y[2, 1] = 1
-    sums = {checksum(jnp.asarray(v)) for v in (x, y, zeros, x.T)}
+    sums = {checksum(array(v)) for v in (x, y, zeros, x.T)}
     assert len(sums) == 4
 
 
@@ -224,7 +224,7 @@ def test_a_missing_folder_and_a_plain_tree():
 def test_a_base_that_an_optimiser_has_moved_is_not_saved(tmp_path):
     """As by SGD over the whole tree, which decays or moves the frozen kernels, too."""
     tree = lorafied(PARAMS, RULES)
-    moved = jax.tree.map(lambda x: x * 0.5, tree)
+    moved = jax.tree.map(lambda x: array(np.asarray(x) * np.float32(0.5)), tree)
     for base in (PARAMS, tree):
         with pytest.raises(
             lj.AdapterError, match=r"3 of \d frozen leaves differ.*Nothing was.*freeze_base"
