@@ -46,6 +46,7 @@ def generate(
       max_new_tokens: the number of tokens to add at most.
       eos_token_id: the token or tokens that end a row; by default those of config.json and of
         generation_config.json. No other default of generation_config.json counts.
+        An empty sequence ends no row.
       pad_token_id: the token after the end; by default the configuration's, else the first EOS,
         else 0.
       temperature: divides the logits before sampling; 0 takes the most likely token.
