@@ -76,7 +76,9 @@ def _mask(
     if plain and not chosen.keeps_masks:
         return None
     if chosen.cached is not None:
-        return _cached_mask(mask_function, chosen.cached)
+        return _placed_mask(mask_function, chosen.cached)
+    if chosen.segments is not None:
+        return _placed_mask(mask_function, _mask_of_segments(chosen.segments))
     options |= {"mask_function": mask_function, "local_size": local_size}
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     seen: torch.Tensor | None = sdpa_mask(
@@ -85,20 +87,24 @@ def _mask(
         attention_mask=attention_mask,
         **options | {"use_vmap": False},  # torchax cannot map
     )
-    if chosen.segments is None or seen is None:
-        return seen
-    same = chosen.segments[:, None, :, None] == chosen.segments[:, None, None, :]
-    alike: torch.Tensor = call_jax(lambda x: x & same, seen)
-    return alike
+    return seen
 
 
-def _cached_mask(mask_function: Any, cached: Mask) -> torch.Tensor:
-    """Returns [batch, 1, queries, slots]: what a function of positions lets see of a cache."""
-    queries, slots = cached.queries.positions, cached.keys.positions
-    assert queries is not None and slots is not None, "a cache's tokens have positions"
+def _mask_of_segments(segments: jax.Array) -> Mask:
+    """Returns the mask of rows whose segments, [batch, seq], each count positions from 0."""
+    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    begins = jnp.argmax(segments[:, :, None] == segments[:, None, :], axis=2)
+    tokens = MaskTokens(slots, slots - begins, segments)
+    return Mask(queries=tokens, keys=tokens, causal=False, aligned=True)
+
+
+def _placed_mask(mask_function: Any, mask: Mask) -> torch.Tensor:
+    """Returns [batch, 1, queries, keys]: what a function of positions lets see within a mask."""
+    queries, slots = mask.queries.positions, mask.keys.positions
+    assert queries is not None and slots is not None, "the tokens have positions"
     rows, head = jnp.arange(len(slots), dtype=jnp.int32), jnp.zeros((1, 1, 1, 1), jnp.int32)
     at = (rows[:, None, None, None], head, queries[:, None, :, None], slots[:, None, None, :])
-    visible = cached.visible()[:, None]
+    visible = mask.visible()[:, None]
     seen: torch.Tensor = call_jax(lambda own: own & visible, mask_function(*to_torch(at)))
     return seen
 

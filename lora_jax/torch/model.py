@@ -169,7 +169,9 @@ class TorchModel:
         mask, positions, segments = (places.get(name) for name in _PLACES)
         given: dict[str, jax.Array] = {}
         if mask is not None or self.built.attends:
-            given["attention_mask"] = jnp.ones(ids.shape, jnp.int32) if mask is None else mask
+            ones = jnp.ones(ids.shape, jnp.int32)
+            # Where there are segments, padding is a segment of its own.
+            given["attention_mask"] = ones if mask is None or segments is not None else mask
         anything = any(place is not None for place in (mask, positions, segments))
         if anything and "position_ids" in self.built.arguments:
             placed = place_tokens(ids, mask, positions, None, segments)

@@ -99,23 +99,27 @@ def test_a_module_that_packs_keeps_segments_apart_in_any_case(llama):
             fn.apply(variables, flat, cache=cache, **places)
 
 
-def test_positions_count_from_where_the_module_begins():
-    """CamemBERT's rows begin behind the position of padding."""
-    module, ids = random_model("camembert"), np.maximum(IDS, 3)  # none of padding
+@pytest.mark.parametrize("model_type", ["camembert", "llama4_text", "gemma2"])
+def test_sequences_of_a_row_have_their_own_positions(model_type):
+    """CamemBERT begins behind padding's position; Llama 4 has chunks of six, and Gemma windows."""
+    module, ids = random_model(model_type), np.maximum(IDS, 3)  # none of padding
     with torch.no_grad():
         alone = module(torch.tensor(ids, dtype=torch.long), use_cache=False).logits
     fn, params = from_torch(module)
     positions = jnp.tile(jnp.arange(12, dtype=jnp.int32), (4, 1))
-    segments = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 12)[None]
+    lengths = jnp.array([4, 12, 12, 12, 12])  # the first is padding
+    segments = jnp.repeat(jnp.arange(5, dtype=jnp.int32), lengths, total_repeat_length=52)[None]
+    flat = jnp.pad(ids.reshape(1, -1), ((0, 0), (4, 0)), constant_values=5)
 
     @jax.jit
     def run(params):
-        variables = {"params": params}
-        packed = fn.apply(variables, ids.reshape(1, -1), segment_ids=segments)
-        return fn.apply(variables, ids, positions=positions), packed[0].reshape(alone.shape)
+        variables, mask = {"params": params}, (segments > 0).astype(jnp.int32)
+        packed = fn.apply(variables, flat, segment_ids=segments)
+        masked = fn.apply(variables, flat, segment_ids=segments, attention_mask=mask)
+        return fn.apply(variables, ids, positions=positions), packed[0, 4:], masked[0, 4:]
 
     for logits in run(params):
-        assert distance(logits, alone) <= 1e-5
+        assert distance(logits.reshape(alone.shape), alone) <= 1e-5
 
 
 def test_tokens_that_are_compressed_together_are_not_packed():
