@@ -21,10 +21,11 @@ def activate(tree: Tree, mask: jax.typing.ArrayLike) -> Tree:
     """Returns an adapted tree whose adapter acts on some tokens alone.
 
     The tokens of an activation are its axes that a product with a weight neither contracts nor
-    batches: [batch, seq], in this order, or both as one axis. That holds for any function whose
-    activations are [batch, seq, …] throughout; a product with rows of other sizes, a look-up and
-    whatever else does not tell its tokens raises a `TokensError`. With a cache, the mask is that of
-    the new tokens.
+    batches: [batch, seq], in this order, or both as one axis. `lora_jax.adapt` follows them from
+    the arguments whose leading axes are those of the mask, or both as one axis. A product raises a
+    `TokensError` where the order of its rows is not known to be the mask's: after a reversal, a
+    gather or a sort along these axes, say. So does a product with rows of other sizes, and a
+    look-up. With a cache, the mask is that of the new tokens.
 
     Args:
       tree: an adapted tree, or one with adapted trees in it.

@@ -15,7 +15,7 @@ import jax
 
 from lora_jax.adapt import eqns, folds, merging
 from lora_jax.adapt.needed import FactorInputs, Live, needed_equations
-from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabels
+from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
 from lora_jax.adapt.steps import EagerSteps
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
@@ -33,8 +33,8 @@ class Use:
     live: Live
     inputs: FactorInputs
     jaxpr: Jaxpr  # that the equation is part of
-    # The place of examples with adapters of their own in the other operand.
-    at: ExampleAxis | None = None
+    # The place of examples with adapters of their own, or of tokens, in the other operand.
+    at: ExampleLabel = None
 
     @property
     def params(self) -> EqnParams:
@@ -114,7 +114,8 @@ class Interpreter:
     record: Callable[[WeightUse], None] | None = None
     # The rule for primitives that have none; without it, weights are merged there.
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
-    # Where the examples of a batch lie in the jaxpr that is evaluated, if each has its adapter.
+    # Where the examples of a batch lie in the jaxpr that is evaluated, if each has its adapter, or
+    # where the tokens lie, if some of them alone see an adapter.
     examples: ExampleLabels | None = None
 
     def evaluate(
@@ -150,7 +151,7 @@ class Interpreter:
         needed = needed_equations(inner, live)
         inputs = FactorInputs()
         done: set[int] = set()  # identities of equations that came before their turn
-        if steps is None and self.record is None and self.examples is None:
+        if steps is None and self.record is None:
             known = (needed.moves, inner, environment, done)
             inputs = FactorInputs(needed.same_operand, functools.partial(self._ahead, *known))
         site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
@@ -311,16 +312,17 @@ class Interpreter:
         outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
         return outputs
 
-    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> ExampleAxis | None:
+    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> ExampleLabel:
         """Returns the examples' axis in an equation's plain operand, if each has its adapter.
 
         Raises:
           ExamplesError: that is not known; see `lora_jax.adapt.per_example`.
         """
         known = {} if self.examples is None else self.examples.uses
-        if id(eqn) not in known:
+        label = known.get(id(eqn))
+        if id(eqn) not in known or isinstance(label, MixedExamples):
             _refuse_rows(eqn, values)
-        return known.get(id(eqn))
+        return label
 
     def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | SourceLine) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""

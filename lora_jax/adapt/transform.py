@@ -13,7 +13,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import params_by_prompt, with_own_masks
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
-from lora_jax.adapt.per_example.axes import ExampleAxes, follow_trace, mapped
+from lora_jax.adapt.per_example.axes import ExampleAxes, follow_tokens, follow_trace, mapped
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
@@ -128,6 +128,9 @@ def run(
     _say_assigned(interpreter, traced, weights, (args, kwargs))
     if axes is not None:
         followed = follow_trace(traced, weights, call, where, axes.of_result)
+        interpreter = dataclasses.replace(interpreter, examples=followed)
+    elif any(weight.active is not None for weight in weights.values()):
+        followed = follow_tokens(traced, weights, call)
         interpreter = dataclasses.replace(interpreter, examples=followed)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
     inner, _ = eqns.opened(traced.jaxpr)

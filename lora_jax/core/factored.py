@@ -27,7 +27,10 @@ class ExamplesError(ValueError):
 
 
 class TokensError(ValueError):
-    """A weight acts on some tokens alone, and a use of it does not tell which these are."""
+    """A weight acts on some tokens alone, and a use of it does not tell which these are.
+
+    Or the use has its tokens in another order than the mask.
+    """
 
 
 class _ForMessages(str):

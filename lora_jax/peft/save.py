@@ -39,7 +39,8 @@ def save(
         does not have as plain LoRA. A kind of its own in PEFT is written as `lora_jax.peft.forms`
         says.
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
-      task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
+      task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS". By default there is none, but
+        "CAUSAL_LM" for an activated LoRA, which PEFT runs for this type alone.
       readme: the text of README.md, the hub's model card; None for none.
       chat_template: the template that rendered the chats it was trained on, if it has its own.
       overwrite: replace an adapter's folder. Without it, an existing folder is an error.
@@ -81,6 +82,8 @@ def save(
             f"and cannot hold an adapter of {names}: leave it out (exclude=['shared_expert'], "
             "['shared_experts', 'dense/mlp']), merge the adapter, or write it for_serving"
         )
+    if task_type is None and config.get(configuration.INVOCATION):
+        task_type = "CAUSAL_LM"
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(partial / FILE, {name: array_entry(array) for name, array in tensors.items()})

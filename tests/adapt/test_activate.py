@@ -1,6 +1,7 @@
 """Adapters that some tokens alone see: masks, products, gradients, meshes and refusals."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax import bank, models
+from lora_jax import bank, models, peft
 from lora_jax.adapt.explain import uses
 from lora_jax.bank import Bank, BankError
 from lora_jax.bank.together.tenants import StackKind, Tenant
@@ -190,6 +191,20 @@ def test_a_recomputed_model_keeps_long_rows_whole(monkeypatch):
     assert shape(layout.constrained(recomputed)) == shape(model.clone(remat="products"))
 
 
+@pytest.mark.parametrize(
+    ("case", "how"), [("qwen3 moe", {}), ("llama3", {"attention": "blockwise"})]
+)
+def test_models_put_tokens_back_in_their_order(case, how):
+    """Experts take tokens sorted, and attention takes them in blocks: products after that run."""
+    model = models.Decoder(tiny.config(case), **how)
+    ids = np.zeros((2, 130), np.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"])
+    rule = lj.LoraRule(targets="all-linear", rank=2, invocation=INVOCATION, exclude=["experts"])
+    tree = lj.lorafy(params, [rule])
+    logits = jax.eval_shape(lj.adapt(model.apply, strict=True), {"params": tree}, ids)
+    assert logits.shape[:2] == ids.shape
+
+
 def test_never_merged(tmp_path):
     tree, _ = invoked_tree()
     with pytest.raises(ValueError, match=r"activated LoRA, which acts from its invocation \[5, 6"):
@@ -244,6 +259,16 @@ def test_files(tmp_path):
     loaded = lj.load_adapter(tmp_path / "adapter", lj.strip(tree))
     assert_identical(loaded, tree)
     assert loaded["up"]["kernel"].invocation == INVOCATION
+
+
+@pytest.mark.parametrize(("given", "written"), [(None, "CAUSAL_LM"), ("SEQ_CLS", "SEQ_CLS")])
+def test_a_folder_of_peft_says_what_peft_activates(tmp_path, given, written):
+    """PEFT runs an activated LoRA of another task, or of none, without its adapter."""
+    model, _, tree = language_model()
+    peft.save(tmp_path / "peft", model, tree, task_type=given)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == list(INVOCATION)
+    assert config["task_type"] == written
 
 
 @functools.cache

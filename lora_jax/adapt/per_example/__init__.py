@@ -4,5 +4,6 @@ The function is evaluated once, on the whole batch, as it is written. Its result
 ``fn(tree, *args)[n]`` of the tree with the adapter of example n alone. Whatever does not depend on
 examples (constants, random numbers from one key, the size of the batch) is the same in both.
 
-`walk` follows the examples through a jaxpr; `labels` says what is known of a value.
+`walk` follows the examples through a jaxpr; `labels` says what is known of a value. Where some
+tokens alone see an adapter, `walk` follows the tokens, by `tokens`.
 """

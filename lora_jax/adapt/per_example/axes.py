@@ -15,6 +15,7 @@ from lora_jax.adapt.per_example.labels import (
     ExampleLabels,
     MixedExamples,
 )
+from lora_jax.adapt.per_example.tokens import tokens_of
 from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import FlatCall, Trace
 from lora_jax.adapt.user_code import place_of_call
@@ -129,6 +130,32 @@ def follow_trace(
     labels = followed(traced.jaxpr, [known(place) for place in traced.places], n)
     _check_result(traced, labels, n, of_result)
     return labels
+
+
+def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall) -> ExampleLabels:
+    """Returns where the tokens of masks lie in the other operands of products with weights.
+
+    They lie in arguments without an adapted tree, and in arrays that are closed over.
+
+    Args:
+      traced: trace of the call.
+      weights: by place among its leaves.
+      call: the call.
+    """
+    active = {place: w for place, w in weights.items() if w.active is not None}
+    masks = tuple(sorted({weight.active.shape for weight in active.values()}))
+    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
+    trees = [tree for tree in (*args, *kwargs.values()) if _holds(tree, weights)]
+    params = {id(call.leaves[place]) for place in jax.tree.leaves(trees)}
+
+    def label_of(array: Leaf, place: int | None = None) -> ExampleLabel:
+        if place in active:
+            return ExampleKernels(weights[place].labels)
+        return None if id(array) in params else tokens_of(np.shape(array), masks)
+
+    _, consts = eqns.opened(traced.jaxpr)
+    labels = [label_of(call.leaves[place], place) for place in traced.places]
+    return followed(traced.jaxpr, [*labels, *map(label_of, consts)], masks)
 
 
 def _check_result(traced: Trace, labels: ExampleLabels, n: int, expected: Tree) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lora_jax.core.axes import Label
 
@@ -17,6 +18,37 @@ class ExampleAxis:
 
     axis: int
     inner: int = 1
+
+
+class MaskAxis(NamedTuple):
+    """An axis of a mask [batch, seq], 0 or 1, and the axis of a value that it lies along."""
+
+    number: int
+    location: ExampleAxis
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenAxes:
+    """The tokens of a mask lie along some axes; see `lora_jax.adapt.per_example.tokens`.
+
+    Attributes:
+      mask: shape of the mask, [batch, seq].
+      axes: the axes of the mask that can be followed.
+      moved: the last equation that moved or cut the tokens, or an empty text.
+    """
+
+    mask: tuple[int, ...]
+    axes: frozenset[MaskAxis]
+    moved: str = dataclasses.field(default="", compare=False)
+
+    def shifted(self, n: int) -> "TokenAxes":
+        """Returns the label of a value with n more axes in front, or one less where n is -1."""
+        axes = frozenset(
+            MaskAxis(number, ExampleAxis(location.axis + n, location.inner))
+            for number, location in self.axes
+            if location.axis + n >= 0
+        )
+        return TokenAxes(self.mask, axes, self.moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +79,7 @@ class UnvisitedCarry:
 
 
 # None: the value is the same whatever the examples and their adapters are.
-ExampleLabel = ExampleAxis | ExampleKernels | MixedExamples | UnvisitedCarry | None
+ExampleLabel = ExampleAxis | TokenAxes | ExampleKernels | MixedExamples | UnvisitedCarry | None
 
 
 class MixingError(Exception):
@@ -60,13 +92,13 @@ class ExampleLabels:
 
     Attributes:
       outputs: what is known of each output.
-      uses: axis of the examples in the other operand, or None, by the identity of each equation
-        that may meet `ExampleKernels`.
+      uses: what is known of the other operand, by the identity of each equation that may meet
+        `ExampleKernels`.
       inner: jaxprs of these equations, by their identity.
     """
 
     outputs: tuple[ExampleLabel, ...]
-    uses: Mapping[int, ExampleAxis | None]
+    uses: Mapping[int, ExampleLabel]
     inner: Mapping[int, "ExampleLabels"]
 
 

@@ -5,8 +5,10 @@ other follows the rule for its primitive; one without a rule, or one that mixes 
 results `MixedExamples`, which matters only where an output depends on them.
 """
 
+import dataclasses
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
+from typing import Any
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.per_example.labels import (
@@ -14,20 +16,25 @@ from lora_jax.adapt.per_example.labels import (
     ExampleKernels,
     ExampleLabel,
     ExampleLabels,
+    MaskAxis,
     MixedExamples,
     MixingError,
+    TokenAxes,
     UnvisitedCarry,
     joined,
 )
 from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
+from lora_jax.adapt.per_example.tokens import follow_axes, tokens_of
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
 from lora_jax.core.extend import JaxprEqn
+from lora_jax.core.names import IN_ORDER
 
 _FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
     weakref.WeakKeyDictionary()
 )
+Followed = int | tuple[tuple[int, ...], ...]
 _NO_RULE = {
     "ragged_dot_general": "multiplies rows that are sorted by group",
     "shard_map": "runs on parts of the batch",
@@ -37,13 +44,14 @@ _NO_RULE = {
 _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 
 
-def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: int) -> ExampleLabels:
+def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: Followed) -> ExampleLabels:
     """Returns the labels of a jaxpr's values: the same object for the same arguments.
 
     Args:
       jaxpr: the jaxpr.
-      given: what is known of its inputs; its constants are the same for all examples.
-      n: the number of examples.
+      given: what is known of its inputs, and perhaps of its constants behind them. Others are the
+        same for all examples.
+      n: the number of examples, or shapes of the masks whose tokens are followed.
     """
     known, key = _FOLLOWED.setdefault(jaxpr, {}), (tuple(given), n)
     labels = known.get(key)
@@ -53,15 +61,16 @@ def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: int) -> Exa
 class _Walk:
     """The walk over one jaxpr, and what it finds; see `ExampleLabels`."""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.uses: dict[int, ExampleAxis | None] = {}
+    def __init__(self, n: Followed) -> None:
+        self.n: Any = n
+        self.uses: dict[int, ExampleLabel] = {}
         self.inner: dict[int, ExampleLabels] = {}
 
     def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
-        labels: dict[eqns.Atom, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
+        inputs = (*inner.invars, *inner.constvars)
+        labels: dict[eqns.Atom, ExampleLabel] = dict(zip(inputs, given, strict=False))
 
         def known(atoms: Iterable[eqns.Atom]) -> list[ExampleLabel]:
             return [None if eqns.is_literal(atom) else labels.get(atom) for atom in atoms]
@@ -78,10 +87,15 @@ class _Walk:
         has_kernel = any(isinstance(at, ExampleKernels) for at in given)
         enter = _CONTROL.get(name)
         mixed = next((at for at in given if isinstance(at, MixedExamples)), None)
+        if eqn.params.get("name") == IN_ORDER and isinstance(self.n, tuple):
+            return [tokens_of(eqns.type_of(eqn.outvars[0]).shape, self.n)]
         if mixed is not None and enter is None:
+            if has_kernel:
+                self.uses[id(eqn)] = mixed
             return [mixed] * len(eqn.outvars)
+        has_tokens = any(isinstance(at, TokenAxes) for at in given)
         if enter is None and any(isinstance(at, UnvisitedCarry) for at in given):
-            if not any(isinstance(at, ExampleAxis) for at in given):
+            if not has_tokens and not any(isinstance(at, ExampleAxis) for at in given):
                 return [UnvisitedCarry()] * len(eqn.outvars)
             given = [None if isinstance(at, UnvisitedCarry) else at for at in given]
         try:
@@ -89,14 +103,19 @@ class _Walk:
                 with user_context(eqn):
                     outputs = enter(self, eqn, given)
             else:
-                rule = (KERNEL_RULES if has_kernel else _PLAIN_RULES).get(name)
+                rules = KERNEL_RULES if has_kernel and not has_tokens else _PLAIN_RULES
+                rule = rules.get(name)
                 if rule is None:
                     raise MixingError(_no_rule(name, has_kernel))
-                outputs = rule(eqn, given, self.n)
+                if has_tokens:
+                    outputs = follow_axes(rule, eqn, given)
+                else:
+                    outputs = rule(eqn, given, self.n)
         except MixingError as error:
             return [_mixed(eqn, error)] * len(eqn.outvars)
         if has_kernel:
-            self.uses[id(eqn)] = next((at for at in given if isinstance(at, ExampleAxis)), None)
+            examples = (at for at in given if isinstance(at, ExampleAxis | TokenAxes))
+            self.uses[id(eqn)] = next(examples, None)
         return outputs
 
     def _entered(
@@ -105,7 +124,11 @@ class _Walk:
         """Returns the labels of an inner jaxpr's outputs, and records its uses of weights."""
         child = followed(body, given, self.n)
         if child.uses and self.inner.setdefault(id(body), child) is not child:
-            raise MixingError("is met twice, with the examples along different axes")
+            why = "is met twice, with the examples along different axes"
+            mixed = (label for label in given if isinstance(label, MixedExamples))
+            uses = dict.fromkeys(child.uses, next(mixed, MixedExamples(f"a function {why}")))
+            self.inner[id(body)] = dataclasses.replace(child, uses=uses, inner={})
+            raise MixingError(why)
         return child.outputs
 
     def _call(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
@@ -124,7 +147,9 @@ class _Walk:
         xs = [_slice_of(label, eqn) for label in given[n_fixed:]]
         carry = self._carried(scan.body, consts, carry, xs)
         ys = self._entered(scan.body, (*consts, *carry, *xs))[scan.n_carry :]
-        return [*carry, *(_stack_of(label, eqn) for label in ys)]
+        tokens = [label for label in given[n_fixed:] if isinstance(label, TokenAxes)]
+        scanned = {axis for label in tokens for axis in label.axes if axis.location.axis == 0}
+        return [*carry, *(_stack_of(label, eqn, scanned) for label in ys)]
 
     def _while(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         loop = eqns.while_of(eqn)
@@ -184,6 +209,8 @@ def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
         if known.axis == 0:
             return _mixed(eqn, "goes over the examples")
         return ExampleAxis(known.axis - 1, known.inner)
+    if isinstance(known, TokenAxes):
+        return known.shifted(-1)
     if isinstance(known, ExampleKernels):
         first, *roles = known.roles
         if first != "batch":
@@ -192,8 +219,11 @@ def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     return known
 
 
-def _stack_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns the label of an output that a scan stacks."""
+def _stack_of(known: ExampleLabel, eqn: JaxprEqn, scanned: Set[MaskAxis]) -> ExampleLabel:
+    """Returns the label of an output that a scan stacks; it goes over these axes of a mask."""
+    if isinstance(known, TokenAxes):
+        label = known.shifted(1)
+        return dataclasses.replace(label, axes=label.axes | scanned)
     return (
         ExampleAxis(known.axis + 1, known.inner)
         if isinstance(known, ExampleAxis)

@@ -11,11 +11,13 @@ from jax import lax
 from lora_jax.adapt import eqns, sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
+from lora_jax.adapt.per_example.labels import ExampleAxis
+from lora_jax.adapt.per_example.tokens import wrong_order
 from lora_jax.adapt.rules.shared import shared_product
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
-from lora_jax.core.factored import Factored
+from lora_jax.core.factored import Factored, TokensError
 from lora_jax.core.few_rows import BaseDot, base_dot
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import ExampleColumns, combined, dot, is_sharded
@@ -61,6 +63,8 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     check_roles(weight, contract[1], batch[1], use)
     weight = match_unit_roles(weight, role, contract[1], batch[1])
     note_side(weight, role, use)
+    if weight.active is not None:
+        check_order(weight, x, (*contract[0], *batch[0]), use)
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
         check_bias(interpreter, weight, use)
@@ -78,8 +82,32 @@ def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
     """Returns the columns of rank that each row of the activation sees, where examples differ."""
     if weight.rows is None:
         return None
-    assert use.at is not None, "an equation is refused where it is not known"
+    assert isinstance(use.at, ExampleAxis), "an equation is refused where it is not known"
     return ExampleColumns(weight.rows, use.at.axis, use.at.inner)
+
+
+def check_order(weight: Factored, x: jax.Array, used: Sequence[int], use: Use) -> None:
+    """Raises TokensError unless the rows of x are in the order of the weight's mask, or all equal.
+
+    Args:
+      weight: a weight that some tokens alone see.
+      x: the activation. Rows of another number than the mask's are refused later.
+      used: axes of x that are contracted or batched.
+      use: the product.
+    """
+    mask = weight.active.shape
+    rows = [axis for axis in range(x.ndim) if axis not in used]
+    if tuple(x.shape[axis] for axis in rows) not in (mask, (math.prod(mask),)):
+        return
+    varying = use.varying_axes(int(isinstance(use.values[0], Factored)))
+    reason = wrong_order(use.at, rows, mask)
+    if reason and not set(rows).isdisjoint(varying):
+        raise TokensError(
+            f"the weight {weight.path!r} acts on tokens of a mask {list(mask)}, and the rows that "
+            f"{use.name!r} at {place_of(use.eqn)} multiplies it by are not known to be in their "
+            f"order: {reason}. Multiply [batch, seq, …], or [batch * seq, …], whose tokens are in "
+            "the order of the function's arguments, or leave the weight out of the rules"
+        )
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:

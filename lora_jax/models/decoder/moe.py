@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.core.names import IN_ORDER
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.dispatch import apply_own
@@ -70,6 +72,7 @@ class SparseMLP(ModelPart):
         products = implementation(self.products, self.placement)
         mixed = mixed_of(gated_of(cfg), products)
         out = self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
+        out = checkpoint_name(out, IN_ORDER)
         if not cfg.shared_expert_intermediate_size:
             return out, chosen
         inner = cfg.shared_expert_intermediate_size
