@@ -133,9 +133,9 @@ def follow_trace(
 
 
 def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall) -> ExampleLabels:
-    """Returns where the tokens of masks lie in the other operands of products with weights.
+    """Returns the places of the tokens of masks in the operands that weights are multiplied by.
 
-    They lie in arguments without an adapted tree, and in arrays that are closed over.
+    The tokens lie in arguments without an adapted tree, and in arrays that are closed over.
 
     Args:
       traced: trace of the call.

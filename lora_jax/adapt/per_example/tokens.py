@@ -25,9 +25,9 @@ def tokens_of(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
     """Returns the label of an array whose leading axes are those of a mask, or both as one axis."""
     for mask in masks:
         if shape[:2] == mask:
-            return TokenAxes(mask, _in_order(mask, (0, 1)))
+            return TokenAxes(mask, _ordered_axes(mask, (0, 1)))
         if shape[:1] == (mask[0] * mask[1],):
-            return TokenAxes(mask, _in_order(mask, (0,)))
+            return TokenAxes(mask, _ordered_axes(mask, (0,)))
     return None
 
 
@@ -45,10 +45,10 @@ def wrong_order(label: ExampleLabel, rows: Sequence[int], mask: Shape) -> str:
     elif isinstance(label, TokenAxes) and label.mask == mask:
         reason = label.moved or reason
         axes = {axis for axis in label.axes if axis.location.axis in rows}
-    return "" if axes == _in_order(mask, rows) else reason
+    return "" if axes == _ordered_axes(mask, rows) else reason
 
 
-def _in_order(mask: Shape, rows: Sequence[int]) -> frozenset[MaskAxis]:
+def _ordered_axes(mask: Shape, rows: Sequence[int]) -> frozenset[MaskAxis]:
     """Returns the axes of a mask in its order; those of one element are left out."""
     batch = ExampleAxis(rows[0], 1 if len(rows) > 1 else mask[1])
     axes = (MaskAxis(0, batch), MaskAxis(1, ExampleAxis(rows[-1])))
