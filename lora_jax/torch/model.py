@@ -113,8 +113,8 @@ class TorchModel:
         ``attention_mask``, ``positions`` and ``segment_ids``; with a cache the first alone.
 
         Raises:
-          TorchModelError: see `__call__`; for another argument, and for ``segment_ids`` of a module
-            that cannot keep the sequences of a row apart.
+          TorchModelError: see `__call__`. The module takes no such argument, or it gets
+            ``segment_ids`` and cannot keep the sequences of a row apart.
         """
         if unknown := [name for name in places if name not in _PLACES]:
             raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown[0]}")

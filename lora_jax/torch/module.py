@@ -162,8 +162,8 @@ class Built:
     @functools.cached_property
     def first_position(self) -> int:
         """The position of a row's first token: RoBERTa's rows begin behind that of padding."""
-        parts: list[Any] = [part for part in self.module.modules() if hasattr(part, _FROM_IDS)]
-        return parts[0].padding_idx + 1 if parts else 0
+        tables: list[Any] = [table for table in self.module.modules() if hasattr(table, _FROM_IDS)]
+        return tables[0].padding_idx + 1 if tables else 0
 
     @functools.cached_property
     def _trunks(self) -> list[torch.nn.Module]:

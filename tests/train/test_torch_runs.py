@@ -168,7 +168,7 @@ def test_torch_code_trains_a_family_of_ours_alike(tmp_path):
 
 @pytest.mark.parametrize("kind", ["rwkv", "falcon_mamba"])
 def test_a_model_that_cannot_pack_trains_on_rows_of_one_sequence(kind, tmp_path, capsys):
-    """Loss and gradient of the first step are torch's, for rows of different lengths."""
+    """The first step's loss is torch's of each row alone; packed rows and pairs are refused."""
     texts = ["abcdefg"[: 3 + i] * 4 for i in range(4)]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
     base = write(tmp_path / "base", kind)
