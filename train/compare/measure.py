@@ -51,6 +51,8 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     """
     asked, console, outline = sweep.asked, sweep.console, inputs.read.outline
     first = sweep.trials[0]
+    # Runs on --demonstrations hold out no prompts of their own.
+    rewarded = max(sweep.trials, key=lambda trial: trial.most_questions or 0)
     # The options of an adapter's run, if there is one: over the base as it is.
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
@@ -79,8 +81,8 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             rule=rule(f"the {_best_value(first)}") if asked.early_stopping else None,
             baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
             by_score=first.by_score,
-            eval_questions=getattr(first.config.run, "eval_questions", None),
-            most_questions=first.most_questions,
+            eval_questions=getattr(rewarded.config.run, "eval_questions", None),
+            most_questions=rewarded.most_questions,
         ),
         runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
