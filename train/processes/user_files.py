@@ -10,16 +10,21 @@ import importlib.machinery
 import importlib.util
 import inspect
 import os
+import pickle
 import queue
+import random
 import re
 import signal
 import sys
 import threading
 import traceback
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 _MODULE = re.compile(r"_user_(\d+)")
+_STANDARD = Path(os.__file__).parent  # Python's own modules
 
 
 # Files that run a user's functions: their frames are not the user's.
@@ -102,6 +107,101 @@ def said(error: BaseException) -> str:
     if not own or isinstance(error, SyntaxError):  # which says itself where it is
         return text
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+
+
+def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yields what the user's own modules and their classes hold, by names as "game.py:Game.n".
+
+    Args:
+      modules: names of modules in `sys.modules`; those that are not the user's yield nothing.
+    """
+    for name in modules:
+        values = dict(getattr(sys.modules[name], "__dict__", {}))
+        file = Path(values.get("__file__") or os.__file__)
+        if _STANDARD in file.parents or {"site-packages", "dist-packages"} & {*file.parts}:
+            continue
+        for owner, value in [*values.items()]:
+            if isinstance(value, type) and value.__module__ == name:
+                values |= {f"{owner}.{member}": inner for member, inner in vars(value).items()}
+        for label, value in values.items():
+            if "__" not in label and not isinstance(value, types.ModuleType):
+                yield f"{file.name}:{label}", value
+
+
+def generators(modules: Iterable[str]) -> dict[str, Any]:
+    """Returns the random generators that the user's own modules hold, by name."""
+    numpy = sys.modules.get("numpy.random")  # perhaps not all of it: its import may be under way
+    of_numpy = (getattr(numpy, name, random.Random) for name in ("Generator", "RandomState"))
+    kinds = (random.Random, *of_numpy)
+    return {
+        name: value
+        for name, value in module_values(modules)
+        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+    }
+
+
+def fingerprints(modules: Iterable[str]) -> dict[str, int]:
+    """Returns a hash of each value of the user's own modules, but for random generators, by name.
+
+    Of a value that has no pickle, its `repr` is hashed, or that of its attributes.
+    """
+    hashes, seeded = dict[str, int](), generators(modules)
+    for name, value in module_values(modules):
+        if name in seeded:
+            continue
+        try:
+            hashes[name] = hash(pickle.dumps(value))
+        except Exception:
+            hashes[name] = hash(repr(getattr(value, "__dict__", value)))
+    return hashes
+
+
+class EpisodeSeeds:
+    """Seeds `random`, NumPy, and the generators in modules of the user's files.
+
+    It is a finder of modules, too, which comes before all others: what a module that is imported
+    later brings is seeded once that module has run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Seeds what there is."""
+        self._seed = seed
+        random.seed(seed)
+        for name in [*sys.modules]:
+            self._seed_module(name)
+        sys.meta_path.insert(0, self)
+
+    def find_spec(self, name: str, *where: Any) -> importlib.machinery.ModuleSpec | None:
+        """Returns the spec that the other finders find."""
+        finders = [finder for finder in sys.meta_path if finder is not self]
+        specs = (
+            finder.find_spec(name, *where) for finder in finders if hasattr(finder, "find_spec")
+        )
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.has_location and spec.loader is not None:
+            run_module = spec.loader.exec_module
+
+            def run_and_seed(module: types.ModuleType) -> None:
+                run_module(module)
+                self._seed_module(name)
+
+            spec.loader.exec_module = run_and_seed  # type: ignore[method-assign]
+        return spec
+
+    def _seed_module(self, module: str) -> None:
+        if module == "numpy.random":
+            sys.modules[module].seed(self._seed % 2**32)
+        for name, generator in generators([module]).items():
+            entropy = [self._seed, *f"{module} {name}".encode()]
+            if isinstance(generator, random.Random):
+                generator.seed(repr(entropy))
+            elif hasattr(generator, "bit_generator"):
+                bits = generator.bit_generator
+                bits.state = type(bits)(entropy).state
+            else:  # NumPy's RandomState, which tells its bit generator by name alone
+                numpy = sys.modules["numpy.random"]
+                bits = getattr(numpy, generator.get_state(legacy=False)["bit_generator"])(entropy)
+                generator.set_state(numpy.RandomState(bits).get_state(legacy=False))
 
 
 def requests(source: TextIO) -> "queue.SimpleQueue[str]":

@@ -62,11 +62,13 @@ class Episode(Protocol):
       lost: the reason that the row is lost from the start, as `reset` raised, hung or was killed;
         else None.
       problem: the reason that `reward` failed; else None.
+      changed: the globals that a rehearsed episode changed, but for random generators.
     """
 
     opening: str | None
     lost: str | None
     problem: str | None
+    changed: list[str]
 
     def call(self, calls: Sequence[ToolCall]) -> "Future[EpisodeTurn]":
         """Runs the calls of a turn, one after the other; does not block."""
@@ -101,6 +103,8 @@ class EpisodeHost(Protocol):
         rows: Sequence[Row],
         seeds: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
+        *,
+        rehearsed: bool = False,
     ) -> "list[Future[Episode]]":
         """Opens an episode for each completion, by `reset` with the fields of its row.
 
@@ -109,6 +113,7 @@ class EpisodeHost(Protocol):
           seeds: seeds of `random` in each episode; None for one by the row's fields. Episodes with
             the same seed and deterministic tools are the same.
           names: the rows' names in messages; None for their places.
+          rehearsed: whether each episode ends at once, by its reward, and says what it changed.
         """
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import train.environments
 from train.console.errors import UserError
+from train.console.output import tell
+from train.processes import hosts
 from train.tools.host import ProcessHost
 
 _FOLDER = Path(train.environments.__file__).parent
@@ -41,7 +43,11 @@ def find_tools(options: ToolOptions) -> ProcessHost:
     environment = options.environment
     if environment is not None:
         environment = OURS.get(environment) or _checked("environment", environment, "Class", *OURS)
-    return ProcessHost(environment, list_tools(options.tools), options.tool_timeout)
+    host = ProcessHost(environment, list_tools(options.tools), options.tool_timeout)
+    if host.generators:
+        names = ", ".join(host.generators)
+        tell(hosts.console(), f"each episode seeds these random generators by its row: {names}")
+    return host
 
 
 def list_tools(given: Sequence[str]) -> list[str]:

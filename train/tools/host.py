@@ -58,6 +58,7 @@ class ProcessHost:
         self.tools: list[dict[str, Any]] = described["tools"]
         self.rewards: bool = described["rewards"]
         self.needs: list[str] = described["needs"]
+        self.generators: list[str] = described["generators"]
         self.later = frozenset[str](described["later"])  # tools that run after the others of a turn
         self.names = [tool["function"]["name"] for tool in self.tools]
         self.name = environment.rpartition(":")[2] if environment else ""
@@ -70,11 +71,15 @@ class ProcessHost:
         rows: Sequence[Row],
         seeds: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
+        *,
+        rehearsed: bool = False,
     ) -> "list[Future[Episode]]":
         """Opens an episode for each row; see `EpisodeHost`."""
         names = names or [name_of(row, "the rows", n) for n, row in enumerate(rows, start=1)]
         seeds = seeds or [_seed(row) for row in rows]
         episodes = [ProcessEpisode(self, *each) for each in zip(rows, names, seeds, strict=True)]
+        for episode in episodes:
+            episode.rehearsed = rehearsed
         with self._lock:
             self._open.update(episodes)
         return [self.run(self._begun, episode) for episode in episodes]
@@ -166,6 +171,8 @@ class ProcessEpisode:
         self.opening: str | None = None
         self.lost: str | None = None
         self.problem: str | None = None
+        self.changed: list[str] = []
+        self.rehearsed = False
         self._host, self._row, self._name, self._seed = host, row, name, seed
         self._channel: socket.socket | None = None
         self._process, self._held = 0, b""
@@ -253,12 +260,13 @@ class ProcessEpisode:
             problem = str(error) or "it ended, or did not begin"
             raise EpisodeLost(f"{self._name}: no process for its tools: {problem}") from None
         self._process = json.loads(first)["process"]
-        request = {"reset": dict(self._row), "seed": self._seed}
+        request = {"reset": dict(self._row), "seed": self._seed, "rehearsed": self.rehearsed}
         (reply,) = self._ask(request, 1, lambda: worker.RESET)
         if "error" in reply:
             self._end()
             raise EpisodeLost(f"{self._name}: reset: {reply['said']}")
         self.opening = reply["value"] and _valid(reply["value"])
+        self.changed = reply["changed"]
 
     def _ask(
         self, request: Mapping[str, Any], n: int, name: Callable[[], str]

@@ -14,7 +14,7 @@ def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
         yield f"  {_signature(tool['function'])}"
     if not host.name:
         return
-    (opening,) = host.open([row])
+    (opening,) = host.open([row], rehearsed=True)
     episode = opening.result()
     try:
         if episode.lost is not None:
@@ -23,6 +23,12 @@ def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
             yield f"{host.name} opens an episode of the first prompt with {episode.opening!r}"
         else:
             yield f"{host.name} opens an episode of the first prompt without a text of its own"
+        if episode.changed:
+            yield (
+                f"warning: an episode changes {', '.join(episode.changed)}. Other episodes do not "
+                "see the change, for each begins with the values of the import: keep the state of "
+                "an episode in the environment, and what differs between episodes in their rows"
+            )
     finally:
         episode.close()
 

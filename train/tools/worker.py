@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import pickle
-import random
 import signal
 import socket
 import sys
@@ -74,7 +73,7 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
     """Returns the JSON schemas of all tools, and facts about environments.
 
     These are whether they have a reward, the fields that `reset` cannot do without, and the names
-    of asynchronous tools.
+    of asynchronous tools and of the random generators in the modules.
 
     Raises:
       SpecError: a tool has no name of its own, no docstring, or arguments without types.
@@ -107,7 +106,8 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
                     f"{name} needs a docstring that says what it does, with a line for each "
                     f"argument under `Args:`, and a type for each argument: {problem}",
                 ) from error
-    return {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs, "later": later}
+    facts = {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs, "later": later}
+    return facts | {"generators": [*user_files.generators([*sys.modules])]}
 
 
 def _needs(function: Tool) -> list[str]:
@@ -140,15 +140,21 @@ class EpisodeProgram:
         if "calls" in request:
             yield from self._call(request["calls"])
         elif "reset" in request:
-            yield self._reset(request["reset"], request["seed"])
+            yield self._reset(request)
         else:
             yield self._attempt(lambda: _number(self._finish(self._environment.get_reward())))
 
-    def _reset(self, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        random.seed(seed)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(seed % 2**32)
-        return self._attempt(partial(self._begin, row))
+    def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Begins an episode; one that is rehearsed ends at once, and says what it has changed."""
+        modules = [*sys.modules] if request["rehearsed"] else []
+        before = user_files.fingerprints(modules)
+        user_files.EpisodeSeeds(request["seed"])
+        answer = self._attempt(partial(self._begin, request["reset"]))
+        if modules and hasattr(self._environment, REWARD):
+            self._attempt(lambda: self._finish(self._environment.get_reward()))
+        after = user_files.fingerprints(modules)
+        changed = [name for name in after if after[name] != before.get(name)]
+        return answer | {"changed": changed}
 
     def _begin(self, row: Mapping[str, Any]) -> str | None:
         for spec, make in self._factories:
