@@ -110,10 +110,12 @@ def said(error: BaseException) -> str:
 
 
 def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yields what the user's own modules and their classes hold, by names as "game.py:Game.n".
+    """Yields the values that the user's own modules and their classes hold, with their names.
+
+    A name is as "game.py:Game.n". Other modules than the user's own yield nothing.
 
     Args:
-      modules: names of modules in `sys.modules`; those that are not the user's yield nothing.
+      modules: names of modules in `sys.modules`.
     """
     for name in modules:
         values = dict(getattr(sys.modules[name], "__dict__", {}))
@@ -159,23 +161,23 @@ def fingerprints(modules: Iterable[str]) -> dict[str, int]:
 class EpisodeSeeds:
     """Seeds `random`, NumPy, and the generators in modules of the user's files.
 
-    It is a finder of modules, too, which comes before all others: what a module that is imported
-    later brings is seeded once that module has run.
+    It is a finder of modules, too, which comes before all others. So the generators of a module
+    that is imported later are seeded once that module has run.
     """
 
     def __init__(self, seed: int) -> None:
-        """Seeds what there is."""
+        """Seeds the generators that there are."""
         self._seed = seed
         random.seed(seed)
         for name in [*sys.modules]:
             self._seed_module(name)
         sys.meta_path.insert(0, self)
 
-    def find_spec(self, name: str, *where: Any) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, *arguments: Any) -> importlib.machinery.ModuleSpec | None:
         """Returns the spec that the other finders find."""
         finders = [finder for finder in sys.meta_path if finder is not self]
         specs = (
-            finder.find_spec(name, *where) for finder in finders if hasattr(finder, "find_spec")
+            finder.find_spec(name, *arguments) for finder in finders if hasattr(finder, "find_spec")
         )
         spec = next(filter(None, specs), None)
         if spec is not None and spec.has_location and spec.loader is not None:

@@ -26,8 +26,8 @@ def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
         if episode.changed:
             yield (
                 f"warning: an episode changes {', '.join(episode.changed)}. Other episodes do not "
-                "see the change, for each begins with the values of the import: keep the state of "
-                "an episode in the environment, and what differs between episodes in their rows"
+                "see the change, since each begins with the values of the import. Keep the state "
+                "of an episode in the environment, and what differs between episodes in their rows"
             )
     finally:
         episode.close()

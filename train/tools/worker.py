@@ -147,13 +147,13 @@ class EpisodeProgram:
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Begins an episode; one that is rehearsed ends at once, and says what it has changed."""
         modules = [*sys.modules] if request["rehearsed"] else []
-        before = user_files.fingerprints(modules)
+        earlier = user_files.fingerprints(modules)
         user_files.EpisodeSeeds(request["seed"])
         answer = self._attempt(partial(self._begin, request["reset"]))
         if modules and hasattr(self._environment, REWARD):
             self._attempt(lambda: self._finish(self._environment.get_reward()))
-        after = user_files.fingerprints(modules)
-        changed = [name for name in after if after[name] != before.get(name)]
+        hashes = user_files.fingerprints(modules)
+        changed = [name for name in hashes if hashes[name] != earlier.get(name)]
         return answer | {"changed": changed}
 
     def _begin(self, row: Mapping[str, Any]) -> str | None:
