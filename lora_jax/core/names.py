@@ -10,6 +10,9 @@ NARROW_PRODUCT = "lora_xA"
 # put back before. The masks of activated adapters have this order.
 IN_ORDER = "lora_tokens_in_order"
 
+# The names of attention's queries, and of its result, whose tokens lie along the same axes.
+QUERIES, ATTENDED = "lora_queries", "lora_attended"
+
 # With the name of a mesh's axis behind it, the name of a kernel in a `jax.shard_map` whose products
 # the function sums over that axis. One device then adds the bias on B.
 SUMMED_OVER = "lora_summed_over_"

@@ -6,8 +6,10 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from lora_jax.core.names import ATTENDED, QUERIES
 from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
@@ -88,6 +90,7 @@ def attend(
       [batch, seq, heads, head_dim].
     """
     q, k, v, *_ = inputs
+    inputs = inputs._replace(q=checkpoint_name(q, QUERIES))
     local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
     if shared is not None:
         if local is DENSE and placement == UNPLACED:
@@ -97,7 +100,9 @@ def attend(
             k=jnp.concatenate([before.key.astype(k.dtype), k], axis=1),
             v=jnp.concatenate([before.value.astype(v.dtype), v], axis=1),
         )
-    return placement.attention(local)(*inputs.arguments)
+    out: jax.Array = placement.attention(local)(*inputs.arguments)
+    attended: jax.Array = checkpoint_name(out, ATTENDED)
+    return attended
 
 
 def implementation(

@@ -15,10 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lora_jax.core.names import IN_ORDER
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, wide_dtype
 from lora_jax.models.layers.cache import LayerCache, write_slots
@@ -106,7 +104,6 @@ def attend_heads(
         inputs = inputs._replace(k=k, v=write_slots(cache.value, inputs.v, filled))
     shared = cache and cache.shared
     out = attend(inputs, attention=part.attention, placement=part.placement, shared=shared)
-    out = checkpoint_name(out, IN_ORDER)
     return part.placement.constrain(out.reshape(*out.shape[:2], -1), "features")
 
 
