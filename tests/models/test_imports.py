@@ -19,7 +19,7 @@ BELOW = {
         "core.types",
         "models.layers",
     ),
-    "models/decoder": (*SHARED, "core.extend", "models.decoder"),
+    "models/decoder": (*SHARED, "core.extend", "core.names", "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),
     "models/smolvlm": (*SHARED, "models.decoder", "models.smolvlm"),

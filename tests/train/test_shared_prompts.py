@@ -178,7 +178,7 @@ def test_a_run_tells_that_it_shares(monkeypatch):
     assert choose_sharing(config(), [outline()], ROWS).shared
     assert not choose_sharing(config(share_prompt=False), [outline()], ROWS).shared
     (line,) = choose_sharing(config(dropout=0.1), [outline()], ROWS).lines
-    assert "30% of the tokens" in line and "dropout is drawn once for a prompt" in line
+    assert "85% of the tokens" in line and "dropout is drawn once for a prompt" in line
 
 
 @pytest.mark.slow
