@@ -6,12 +6,9 @@ FACTORS = "lora"  # scope of all that an adapter adds to a product, for profiles
 # along the contracted axes: kept, it takes little memory, and x need not be read for it again.
 NARROW_PRODUCT = "lora_xA"
 
-# The name of activations whose leading axes are [batch, seq], however their tokens were moved and
-# put back before. The masks of activated adapters have this order.
-IN_ORDER = "lora_tokens_in_order"
-
-# The names of attention's queries, and of its result, whose tokens lie along the same axes.
-QUERIES, ATTENDED = "lora_queries", "lora_attended"
+# The names of the input and of the result of an operation after which the tokens lie along the same
+# axes, in the same order, whatever it did to them in between: attention, or a mixture of experts.
+TOKENS, SAME_TOKENS = "lora_tokens", "lora_same_tokens"
 
 # With the name of a mesh's axis behind it, the name of a kernel in a `jax.shard_map` whose products
 # the function sums over that axis. One device then adds the bias on B.

@@ -25,11 +25,11 @@ from lora_jax.adapt.per_example.labels import (
 )
 from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
-from lora_jax.adapt.per_example.tokens import follow_axes, tokens_of
+from lora_jax.adapt.per_example.tokens import follow_axes
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
 from lora_jax.core.extend import JaxprEqn
-from lora_jax.core.names import ATTENDED, IN_ORDER, QUERIES
+from lora_jax.core.names import SAME_TOKENS, TOKENS
 
 _FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
     weakref.WeakKeyDictionary()
@@ -65,7 +65,7 @@ class _Walk:
         self.n: Any = n
         self.uses: dict[int, ExampleLabel] = {}
         self.inner: dict[int, ExampleLabels] = {}
-        self.queries: ExampleLabel = None  # of the attention that is being followed
+        self.tokens: ExampleLabel = None  # of the last value of the name `TOKENS`
 
     def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
@@ -88,8 +88,10 @@ class _Walk:
         has_kernel = any(isinstance(at, ExampleKernels) for at in given)
         enter = _CONTROL.get(name)
         mixed = next((at for at in given if isinstance(at, MixedExamples)), None)
-        if name == "name" and isinstance(self.n, tuple):
-            return [self._named(eqn, given[0])]
+        if eqn.params.get("name") == TOKENS:
+            self.tokens = given[0]
+        if eqn.params.get("name") == SAME_TOKENS and isinstance(self.tokens, TokenAxes):
+            return [self.tokens]
         if mixed is not None and enter is None:
             if has_kernel:
                 self.uses[id(eqn)] = mixed
@@ -118,15 +120,6 @@ class _Walk:
             examples = (at for at in given if isinstance(at, ExampleAxis | TokenAxes))
             self.uses[id(eqn)] = next(examples, None)
         return outputs
-
-    def _named(self, eqn: JaxprEqn, label: ExampleLabel) -> ExampleLabel:
-        """Returns the label of a named value, whose name may tell where its tokens lie."""
-        name = eqn.params["name"]
-        if name == QUERIES:
-            self.queries = label
-        if name == IN_ORDER:
-            label = tokens_of(eqns.type_of(eqn.outvars[0]).shape, self.n)
-        return self.queries if name == ATTENDED else label
 
     def _entered(
         self, body: eqns.AnyJaxpr, given: Sequence[ExampleLabel]

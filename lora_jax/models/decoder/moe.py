@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.core.names import IN_ORDER
+from lora_jax.core.names import SAME_TOKENS, TOKENS
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.dispatch import apply_own
@@ -71,8 +71,9 @@ class SparseMLP(ModelPart):
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = mixed_of(gated_of(cfg), products)
-        out = self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
-        out = checkpoint_name(out, IN_ORDER)
+        tokens = checkpoint_name(x, TOKENS)
+        out = self.placement.mixture(mixed)(tokens, weights, chosen, kernels, biases)
+        out = checkpoint_name(out, SAME_TOKENS)
         if not cfg.shared_expert_intermediate_size:
             return out, chosen
         inner = cfg.shared_expert_intermediate_size

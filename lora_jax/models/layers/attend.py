@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lora_jax.core.names import ATTENDED, QUERIES
+from lora_jax.core.names import SAME_TOKENS, TOKENS
 from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
@@ -90,7 +90,7 @@ def attend(
       [batch, seq, heads, head_dim].
     """
     q, k, v, *_ = inputs
-    inputs = inputs._replace(q=checkpoint_name(q, QUERIES))
+    inputs = inputs._replace(q=checkpoint_name(q, TOKENS))
     local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
     if shared is not None:
         if local is DENSE and placement == UNPLACED:
@@ -101,8 +101,8 @@ def attend(
             v=jnp.concatenate([before.value.astype(v.dtype), v], axis=1),
         )
     out: jax.Array = placement.attention(local)(*inputs.arguments)
-    attended: jax.Array = checkpoint_name(out, ATTENDED)
-    return attended
+    named: jax.Array = checkpoint_name(out, SAME_TOKENS)
+    return named
 
 
 def implementation(
