@@ -101,9 +101,10 @@ def test_a_tpu_gathers_the_head_once():
             ).lower(adapter, base, dict.fromkeys(batch(), ints))
         sent[type(layout)] = work_of(step.compile().as_text()).sent["all-gather"]
     head, chunks = 2 * words * width, seq // 128
-    print(sent, head)
-    assert sent[Layout] < 1.5 * head
-    assert sent[InTheLoop] > (chunks - 0.5) * head, "the control"
+    passed_on = 3 * head // 4  # by each of four chips
+    print(sent, passed_on)
+    assert sent[Layout] < 1.5 * passed_on
+    assert sent[InTheLoop] > (chunks - 0.5) * passed_on, "the control"
 
 
 def test_a_frozen_head_takes_two_products_a_chunk():
