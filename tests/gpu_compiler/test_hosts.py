@@ -25,7 +25,10 @@ def test_gradients_alone_go_between_hosts() -> None:
     gradients = sum(size * leaf.size for size, leaf in leaves)  # of B, they are summed in bf16
     sums = 4 * len(jax.tree.leaves(step.prepared.state.adapter)) + 1024
     assert set(work.between) == {"all-reduce"}
-    assert gradients / 2 <= work.between["all-reduce"] <= gradients + sums, "whole, or a half each"
+    # A device sends its part of a sum once where two take part, and 1.5 times where four do.
+    most = 1.5 * (gradients + sums)
+    assert gradients / 2 <= work.between["all-reduce"] <= most, "whole, or a half each"
     mixed = work_of(step.text, (0, 1, 0, 1))
     assert mixed.sent == work.sent
-    assert sum(mixed.between.values()) > 20 * sum(work.between.values()), "the control"
+    # Of an array that two devices gather, each sends half.
+    assert sum(mixed.between.values()) > 10 * sum(work.between.values()), "the control"
