@@ -55,7 +55,7 @@ def merging(params, x):
 @pytest.mark.parametrize("everything", [False, True], ids=["the kernel", "A and B, too"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_kernels_that_wait_in_the_memory_of_the_host(dora, everything, float64):
-    """What a function moves to the device comes with its adapter; gradients are as usual."""
+    """Kernels that a function moves to the device bring their adapters. Gradients are as usual."""
     rule = lj.LoraRule(targets=["a"], rank=2, alpha=3.0, dora=dora, dtype=jnp.float64)
     tree = with_random_factors(
         lj.lorafy({"a": {"kernel": draw(1, (3, 5, 5), jnp.float64)}}, [rule])

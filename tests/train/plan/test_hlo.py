@@ -192,7 +192,7 @@ _QUARTER = 6 * 8 * 4 // 4  # bytes
     ],
 )
 def test_what_is_sent(name, send, size):
-    """Of four devices, each has an array of 192 bytes, and sends three of its quarters once.
+    """Each of four devices has an array of 192 bytes, and sends three quarters of it once.
 
     An all-reduce sends them twice. In an all-gather, three parts of four arrays pass each device.
     """

@@ -32,26 +32,26 @@ class CostComparison(NamedTuple):
 def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[CostComparison, ...]:
     """Returns the costs that were measured for both arms."""
     costs = []
-    who = words.method(lora.arm.method)
+    method = words.method(lora.arm.method)
     for name, title, field, show in _MEASURED:
-        adapter, whole = lora.spread_of(field), full.spread_of(field)
-        if not adapter or not whole or not adapter.mean or not whole.mean:
+        lora_spread, full_spread = lora.spread_of(field), full.spread_of(field)
+        if not lora_spread or not full_spread or not lora_spread.mean or not full_spread.mean:
             continue
-        side = _side(*_ranges(lora, full, field, adapter, whole))
+        side = _side(*_ranges(lora, full, field, lora_spread, full_spread))
         if side == 0:
             relation = "they are about equal"
         elif side > 0:
-            relation = f"full takes {words.times(whole.mean / adapter.mean)} as much"
+            relation = f"full takes {words.times(full_spread.mean / lora_spread.mean)} as much"
         else:
-            relation = f"{who} takes {words.times(adapter.mean / whole.mean)} as much"
-        figures = f"{show(adapter.mean)} with {who}, {show(whole.mean)} in full"
+            relation = f"{method} takes {words.times(lora_spread.mean / full_spread.mean)} as much"
+        figures = f"{show(lora_spread.mean)} with {method}, {show(full_spread.mean)} in full"
         costs.append(CostComparison(name, side, f"{title}: {figures}; {relation}."))
-    adapter, whole = lora.spread_of("forgotten"), full.spread_of("forgotten")
-    if adapter and whole:
-        side = _side((adapter.low, adapter.high), (whole.low, whole.high))
+    lora_spread, full_spread = lora.spread_of("forgotten"), full.spread_of("forgotten")
+    if lora_spread and full_spread:
+        side = _side((lora_spread.low, lora_spread.high), (full_spread.low, full_spread.high))
         sentence = (
-            f"Forgetting: the loss outside the task changes by {adapter.mean:+.2g} with {who} and "
-            f"by {whole.mean:+.2g} in full."
+            f"Forgetting: the loss outside the task changes by {lora_spread.mean:+.2g} with "
+            f"{method} and by {full_spread.mean:+.2g} in full."
         )
         costs.append(CostComparison("forgetting", side, sentence))
     return tuple(costs)
@@ -89,10 +89,10 @@ def cost_clause(method: str, costs: Sequence[CostComparison]) -> str:
 
 
 def _ranges(
-    lora: ArmRow, full: ArmRow, field: str, adapter: Spread, whole: Spread
+    lora: ArmRow, full: ArmRow, field: str, lora_spread: Spread, full_spread: Spread
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the ranges of a cost: of a step's time, over its steps; of others, over seeds."""
-    ranges = [(adapter.low, adapter.high), (whole.low, whole.high)]
+    ranges = [(lora_spread.low, lora_spread.high), (full_spread.low, full_spread.high)]
     if field == "step_seconds":
         for index, row in enumerate((lora, full)):
             low, high = row.mean("step_seconds_low"), row.mean("step_seconds_high")
@@ -101,11 +101,11 @@ def _ranges(
     return ranges[0], ranges[1]
 
 
-def _side(adapter: tuple[float, float], whole: tuple[float, float]) -> int:
+def _side(lora_range: tuple[float, float], full_range: tuple[float, float]) -> int:
     """Returns the side of a cost by two ranges, of which the smaller is the better."""
-    if adapter[1] < whole[0]:
+    if lora_range[1] < full_range[0]:
         return 1
-    return -1 if whole[1] < adapter[0] else 0
+    return -1 if full_range[1] < lora_range[0] else 0
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -139,7 +139,7 @@ def _spread_doubts(
         text += "measured: measure them (--costs)."
         return [Doubt("memory and time are not known", text, "--costs")]
     else:
-        lead = "Memory and time of a step do not both allow to decide for LoRA"
+        lead = "Memory and time of a step do not decide for LoRA"
     return _more_measurements(lead, gap, min(len(lora.runs), len(full.runs)), figures)
 
 

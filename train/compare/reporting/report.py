@@ -35,7 +35,7 @@ _OF_MEMORY = (
 )
 _OF_ONE_SEED = (
     "Memory and time of a step are those of one seed of the best arm of each method, which was run "
-    "again alone. They are no means over seeds, as the time of a run is."
+    "again alone. The time of a run is a mean over seeds."
 )
 
 
