@@ -65,7 +65,7 @@ def finetune(
 
     With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
-    began = time.monotonic()
+    began, is_whole = time.monotonic(), part is None
     part = part or RunPart()
     hosts.join_hosts(config.run)
     console = hosts.console()
@@ -86,13 +86,15 @@ def finetune(
     if run.pauses or report is None:
         tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
+    took = f"this part of the run took {duration(time.monotonic() - began)}"
     if part.is_prior:
-        tell(console, f"this part of the run took {duration(time.monotonic() - began)}")
+        tell(console, took)
         return row.scores
     print_costs(console, report)
     tell(console, report["summary"])
-    took = whole_time([run.folder], session)
-    console.print(f"the whole run took {took}; its files are in {shown(run.folder)}")
+    if is_whole:
+        took = f"the whole run took {whole_time([run.folder], session)}"
+    console.print(f"{took}; its files are in {shown(run.folder)}")
     merged_only = run.config.adapter.full or row.space is not None
     words = ask_words(row.inputs.read.outline)
     print_commands(console, run.folder / ADAPTER, words, merged=merged_only)

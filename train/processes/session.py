@@ -40,7 +40,7 @@ class Session:
     Attributes:
       stop: tells of signals.
       release: is closed in the end, also before an exit that skips Python's clean-up.
-      began, began_at: when the script began, by `time.monotonic` and by `time.time`.
+      began, began_at: when the script, or its part, began: by `time.monotonic` and `time.time`.
     """
 
     def __init__(self, age: float = 0.0) -> None:
@@ -92,13 +92,15 @@ class Session:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Within this context, what is held is released at its end: a run's lock, its log."""
-        outer, self.release = self.release, contextlib.ExitStack()
+        """Within this context, a run has a time of its own, and what it holds is released."""
+        outer = self.release, self.began, self.began_at
+        self.release = contextlib.ExitStack()
+        self.began, self.began_at = time.monotonic(), time.time()
         try:
             with self.release:
                 yield
         finally:
-            self.release = outer
+            self.release, self.began, self.began_at = outer
 
     def join(self, console: Console, run: Processes) -> None:
         """Connects the processes of a run, so that all of them end if one does."""

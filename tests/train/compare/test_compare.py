@@ -95,6 +95,9 @@ def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
         assert (run.intruders is not None) == (run.status == "done")
     full = next(run for run in found.runs if run.status == "done" and run.arm.method == "full")
     lora = next(run for run in found.runs if run.status == "done" and run.arm.method == "lora")
+    facts = json.loads((whole / "runs" / full.name / "facts.json").read_text())
+    of_stages = facts["process_seconds"].values()  # and not of what the process did before
+    assert len(of_stages) == 2 and sum(of_stages) <= full.seconds
     assert full.trained_parameters > 10 * lora.trained_parameters
     assert not (whole / "runs" / full.name / "adapter").exists(), "all weights are not kept"
     assert (whole / "runs" / lora.name / "adapter").exists()
