@@ -7,11 +7,19 @@ import jax
 
 from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.aliases import aliases, flatten, resolved
-from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import check_same_paths, checked_key
 from lora_jax.core.types import Adapter, Leaf, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of, map_leaves
+from lora_jax.core.weight import (
+    LoraWeight,
+    Node,
+    Trained,
+    is_leaf,
+    is_node,
+    leaves_of,
+    map_leaves,
+    refuse_bytes,
+)
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import LeafFacts, check_names

@@ -64,7 +64,7 @@ def test_files_are_short_and_no_function_imports_the_package():
 def faults(path, source):
     """Returns what is wrong with a file, a line each."""
     found = []
-    if source.count("\n") > 420:
+    if source.count("\n") > 600:
         found.append(f"{path}: split it: a file has one subject")
     if "jax._src" in source or "flax.core.frozen" in source:
         found.append(f"{path}: private parts of another library")
@@ -80,7 +80,7 @@ def faults(path, source):
 
 
 def test_the_judge_sees_faults():
-    source = "def f():\n    from lora_jax import adapt\n    import jax._src\n" + "\n" * 420
+    source = "def f():\n    from lora_jax import adapt\n    import jax._src\n" + "\n" * 600
     assert len(faults("file.py", source)) == 3
 
 

@@ -1,4 +1,4 @@
-"""Reads JAX's equations: every parameter that differs between releases, in one place."""
+"""Reads JAX's equations, every parameter that differs between releases, and applies them again."""
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
@@ -13,6 +13,7 @@ from lora_jax.core.types import EqnParams, Forward, Leaf, Value
 
 AnyJaxpr = ClosedJaxpr | Jaxpr
 Atom = Var | Literal  # an operand of an equation
+_NOT_COMPILED = ("device_put",)  # where an array lies is no part of a program
 
 
 def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
@@ -214,3 +215,32 @@ def function_name(eqn: JaxprEqn) -> str | None:
         inner, _ = opened(eqn.params["call_jaxpr"])
         return inner.debug_info.func_name
     return None
+
+
+class EagerSteps:
+    """Compiled equations of one jaxpr, for eager calls to run again and again.
+
+    Each is a program of its own, as in JAX's own eager mode, so that results are the same to the
+    bit; a product with a weight and its factors is one program. Equations that do the same share a
+    program.
+    """
+
+    def __init__(self) -> None:
+        self._of_equation: dict[tuple[int, Hashable], Forward] = {}
+        self._shared: dict[Hashable, Forward] = {}
+
+    def bind(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        """Applies an equation to plain arrays."""
+        is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
+        if is_traced or eqn.effects or eqn.primitive.name in _NOT_COMPILED:
+            return bind(eqn, values)
+        outputs: list[Value] = self.compiled(eqn, None, lambda values: bind(eqn, values))(values)
+        return outputs
+
+    def compiled(self, eqn: JaxprEqn, how: Hashable, call: Forward) -> Forward:
+        """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
+        known = self._of_equation.get((id(eqn), how))
+        if known is None:
+            known = self._shared.setdefault((*identity(eqn), how), jax.jit(call))
+            self._of_equation[id(eqn), how] = known
+        return known

@@ -7,8 +7,7 @@ import jax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import with_own_masks
 from lora_jax.adapt.interpreter import Interpreter, WeightUse
-from lora_jax.adapt.rules.table import RULES
-from lora_jax.adapt.transform import run
+from lora_jax.adapt.transform import RULES, run
 from lora_jax.core.aliases import flatten
 from lora_jax.core.types import Forward, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of

@@ -6,22 +6,87 @@ its primitive; where there is none, or the rule declines, the weight is merged a
 
 import dataclasses
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lora_jax.adapt import eqns, folds, merging
+from lora_jax.adapt import eqns, merging
+from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.needed import FactorInputs, Live, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
-from lora_jax.adapt.steps import EagerSteps
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.types import EqnParams, Forward, Outcome, Value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FoldedVector:
+    """Weights laid end to end in one vector, unformed.
+
+    `jax.flatten_util.ravel_pytree` lays them so.
+    A vector has no in and out axes, so it has no factors. But a function that lays a tree out as a
+    vector mostly takes it apart again: it then gets back the weights that went in. The vector lives
+    within one jaxpr, and is formed where it leaves it.
+
+    Attributes:
+      pieces: weights, each in the shape that it had, and vectors.
+    """
+
+    pieces: tuple[Value, ...]
+
+    def formed(self, merged: Callable[[Factored], jax.Array]) -> jax.Array:
+        """Returns the vector, its weights formed by `merged`."""
+        arrays = [merged(p).reshape(-1) if isinstance(p, Factored) else p for p in self.pieces]
+        return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+    def cut(self, start: int, stop: int) -> Value:
+        """Returns a stretch of the vector; None where it holds a part of a piece."""
+        ends = [0, *itertools.accumulate(map(_size, self.pieces))]
+        if start not in ends or stop not in ends:
+            return None
+        pieces = self.pieces[ends.index(start) : ends.index(stop)]
+        is_vector = len(pieces) == 1 and not isinstance(pieces[0], Factored)
+        return pieces[0] if is_vector else FoldedVector(pieces)
+
+
+def _size(piece: Value) -> int:
+    return math.prod(piece.base.shape if isinstance(piece, Factored) else piece.shape)
+
+
+def move_vectors(name: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
+    """Returns the outputs of an equation that lays vectors together or takes them apart.
+
+    Args:
+      name: name of its primitive.
+      params: the equation's.
+      values: its operands, one `FoldedVector` or more among them.
+
+    Returns:
+      The outputs; None for any other equation, or where a weight is cut into.
+    """
+    first = values[0]
+    if name == "concatenate":
+        each = (v.pieces if isinstance(v, FoldedVector) else (v,) for v in values)
+        return [FoldedVector(tuple(itertools.chain(*each)))]
+    if name == "split":
+        ends = [0, *itertools.accumulate(params["sizes"])]
+        parts = [first.cut(*pair) for pair in itertools.pairwise(ends)]
+        return None if any(part is None for part in parts) else parts
+    if name == "slice" and params["strides"] in (None, (1,)):
+        part = first.cut(*params["start_indices"], *params["limit_indices"])
+        return None if part is None else [part]
+    if name == "reshape" and len(first.pieces) == 1:
+        (weight,) = first.pieces
+        return [weight] if tuple(params["new_sizes"]) == tuple(weight.base.shape) else None
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +209,7 @@ class Interpreter:
 
         def result(atom: eqns.Atom) -> Value:
             value = read(atom)
-            if isinstance(value, folds.FoldedVector):
+            if isinstance(value, FoldedVector):
                 return self._unfolded(value, "output", place_of_call())
             return value
 
@@ -160,7 +225,7 @@ class Interpreter:
             if id(eqn) in done:
                 outputs = [environment[atom] for atom in eqn.outvars]
                 site += 1
-            elif any(isinstance(value, (Factored, folds.FoldedVector)) for value in values):
+            elif any(isinstance(value, (Factored, FoldedVector)) for value in values):
                 outputs = self._apply(site, Use(eqn, values, wanted, inputs, inner), steps)
                 site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
@@ -254,8 +319,8 @@ class Interpreter:
 
     def _apply(self, site: int, use: Use, steps: EagerSteps | None) -> list[Value]:
         eqn, name, values = use.eqn, use.name, use.values
-        if any(isinstance(value, folds.FoldedVector) for value in values):
-            outputs = folds.moved(name, eqn.params, values)
+        if any(isinstance(value, FoldedVector) for value in values):
+            outputs = move_vectors(name, eqn.params, values)
             if outputs is not None:
                 return outputs
             values = [self._unfolded(value, name, eqn) for value in values]
@@ -326,7 +391,7 @@ class Interpreter:
 
     def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | SourceLine) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
-        if not isinstance(value, folds.FoldedVector):
+        if not isinstance(value, FoldedVector):
             return value
         return value.formed(lambda weight: self.merged(weight, primitive, where))
 

@@ -32,8 +32,7 @@ from lora_jax.adapt.contractions import (
 )
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, WeightUse
 from lora_jax.adapt.rules.axis_maps import axis_map
-from lora_jax.adapt.rules.control import CONTROL_RULES
-from lora_jax.adapt.rules.solves import SOLVE_RULES
+from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.axes import AxisRoles, ObservedRoles

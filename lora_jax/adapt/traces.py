@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
-from lora_jax.adapt.steps import EagerSteps
 from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Tree, Value

@@ -11,10 +11,18 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import params_by_prompt, with_own_masks
-from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.interpreter import Interpreter, Rule
 from lora_jax.adapt.nnx_writes import Output, write
 from lora_jax.adapt.per_example.axes import ExampleAxes, follow_tokens, follow_trace, mapped
-from lora_jax.adapt.rules.table import RULES
+from lora_jax.adapt.rules.arithmetic import ARITHMETIC_RULES
+from lora_jax.adapt.rules.chains import CHAIN_RULES
+from lora_jax.adapt.rules.choices import CHOICE_RULES
+from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
+from lora_jax.adapt.rules.layout import LAYOUT_RULES
+from lora_jax.adapt.rules.lookups import LOOK_UP_RULES
+from lora_jax.adapt.rules.products import PRODUCT_RULES
+from lora_jax.adapt.rules.ragged import RAGGED_RULES
+from lora_jax.adapt.rules.reductions import REDUCTION_RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
@@ -26,6 +34,22 @@ from lora_jax.core.opaque import unsealed
 from lora_jax.core.paths import checked_key, fold_in_path, path_string
 from lora_jax.core.types import Forward, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
+
+# The rule for each primitive that knows what to do with an adapted weight. Products and look-ups
+# keep the factored form, layout and arithmetic carry the factors along, control flow is entered.
+# Everything else merges.
+RULES: dict[str, Rule] = {
+    **PRODUCT_RULES,
+    **LOOK_UP_RULES,
+    **RAGGED_RULES,
+    **CHAIN_RULES,
+    **LAYOUT_RULES,
+    **ARITHMETIC_RULES,
+    **REDUCTION_RULES,
+    **CHOICE_RULES,
+    **CONTROL_RULES,
+    **SOLVE_RULES,
+}
 
 
 def adapt(

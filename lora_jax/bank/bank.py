@@ -1,24 +1,27 @@
-"""A bank: one base in memory, and many adapters over it."""
+"""A bank: one base in memory, and many adapters over it, whose arrays are shared without a copy."""
 
+import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import peft
-from lora_jax.bank.held import HeldNodes, locked
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
-from lora_jax.bank.slots import map_slots, slots_of
+from lora_jax.bank.slots import Slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, adapter_values, values_of
 from lora_jax.bank.writing import add_slots, write
 from lora_jax.core.aliases import aliased
 from lora_jax.core.opaque import sealed
-from lora_jax.core.types import Leaf, Model, Tree
+from lora_jax.core.types import Adapter as AdapterArrays
+from lora_jax.core.types import Forward, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -26,6 +29,44 @@ from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
 
 BASE = "base"  # the name of slot 0
+_Method = TypeVar("_Method", bound=Forward)
+
+
+class HeldNodes:
+    """Knows whether nodes of a bank's tree that were handed out are still held by someone.
+
+    Whoever keeps a choice, its tree or a node of it holds them; an array alone does not.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: weakref.WeakSet[Slots] = weakref.WeakSet()
+
+    def watch(self, tree: Tree) -> None:
+        """Begins to watch the nodes of a tree that is handed out, and kept nowhere else."""
+        self._nodes.update(slots_of(tree).values())
+
+    def writable(self, arrays: AdapterArrays) -> AdapterArrays:
+        """Returns the arrays of those nodes where no one holds these, else a copy, to be donated.
+
+        The holders keep the arrays that they have, so the nodes are watched no longer.
+        """
+        if not len(self._nodes):
+            return arrays
+        self._nodes = weakref.WeakSet()
+        # The copy lies as the arrays do, and nothing is compiled for it.
+        copy: AdapterArrays = jax.device_put(arrays, may_alias=False)
+        return copy
+
+
+def locked(method: _Method) -> _Method:
+    """Returns a method that holds the object's ``_lock``: no other thread runs one meanwhile."""
+
+    @functools.wraps(method)
+    def alone(self: Any, /, *args: object, **kwargs: object) -> object:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, alone)
 
 
 class Bank:

@@ -11,8 +11,7 @@ import numpy as np
 from lora_jax.adapt import adapt
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import ExampleAxes
-from lora_jax.adapt.rules.table import RULES
-from lora_jax.adapt.transform import run
+from lora_jax.adapt.transform import RULES, run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, map_slots, slot_shape, slots_of
 from lora_jax.core.deprecated import warn_of_name

@@ -2,11 +2,14 @@
 
 `LoraWeight` is an adapted kernel, `Trained` a leaf that trains in full, `TrainedRows` a leaf of
 which some rows train. All of them give and take their trained arrays by name (`parts`,
-`with_parts`), so that code that walks over a tree need not know their kinds.
+`with_parts`), so that code that walks over a tree need not know their kinds. Flax's msgpack files
+refuse them, and say what to save in the place of an adapted tree.
 """
 
 import dataclasses
 import math
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Literal, Self
@@ -17,16 +20,75 @@ import numpy as np
 
 from lora_jax.core.aliases import restore_form
 from lora_jax.core.axes import AxisRoles, Label
-from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.base import NoArray, along, as_array, is_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
-from lora_jax.core.node import TreeNode
 from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
 _NO_MASK: Leaf = np.zeros((0, 0), bool)  # of no call; see `lora_jax.core.factored.wrong_rows`
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed", "projection")  # of `lora_jax.core.parts.AXES`
+_FLAX = "flax.serialization"
+
+
+class TreeNode(NoArray):
+    """A node of an adapted tree: its trained arrays by name, and W's shape and dtype."""
+
+    how_to_use = (
+        "is a node of an adapted tree, not an array. Call the function that uses it through "
+        "lora_jax.adapt: forward = adapt(fn); forward(params, …). To get plain arrays, use "
+        "lora_jax.merge(params)"
+    )
+    base: BaseLike
+    n_frozen = 0  # the adapter's parameters that do not train; W is not among them
+    is_factored = False  # whether functions run on it as W with factors, rather than on one array
+
+    def part_names(self) -> tuple[str, ...]:
+        """Returns the names of the arrays that train, also of those that this half lacks."""
+        return ("value",)
+
+    def parts(self) -> Parts:
+        """Returns the arrays that train, by name; none in the base half of a tree."""
+        arrays = {name: getattr(self, name) for name in self.part_names()}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def part_shape(self, name: str) -> tuple[int, ...] | None:
+        """Returns the shape of an array that trains; None where this half does not tell."""
+        return getattr(getattr(self, name), "shape", None)
+
+    def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
+        """Returns the inverse of `parts`; with an empty mapping, the node of the base half."""
+        return self.replace(**{name: parts.get(name) for name in self.part_names()})
+
+    @property
+    def is_on(self) -> bool:
+        """True where what trains is here; False in the base half, which stands for W alone."""
+        return all(getattr(self, name) is not None for name in self.part_names())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of W."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of W."""
+        dtype: jnp.dtype = self.base.dtype
+        return dtype
+
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters, padding not counted."""
+        return sum(math.prod(part.shape) for part in self.parts().values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={getattr(self.base, 'shape', None)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,3 +407,33 @@ def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of an adapted tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_leaf)
+
+
+def refuse_bytes() -> None:
+    """Makes ``flax.serialization.to_bytes`` of an adapted tree say what to save instead.
+
+    Flax's state dictionaries, which its Orbax checkpoints use, keep nodes as they did.
+    """
+    flax = sys.modules.get(_FLAX)  # imported by those who use it
+    if flax is None:
+        return
+    for kind in (LoraWeight, Trained, TrainedRows):
+        if not flax.is_serializable(kind):
+            flax.register_serialization_state(kind, _refuse_to_bytes, lambda node, state: state)
+
+
+def _refuse_to_bytes(node: Node) -> Node:
+    """Returns a node for a state dictionary.
+
+    Raises:
+      TypeError: the dictionary is to be bytes.
+    """
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == (_FLAX, "to_bytes"):
+            raise TypeError(
+                "to_bytes: the tree is adapted, and its nodes are no arrays. Save the adapter with "
+                "its ranks and scales, lora_jax.save_adapter(folder, params); or its arrays alone, "
+                "to_bytes(lora_jax.split(params)[0]), which from_bytes reads and lora_jax.join "
+                "puts back; or a plain model, to_bytes(lora_jax.merge(params))"
+            )
+    return node

@@ -11,9 +11,8 @@ from lora_jax.core.types import Leaf, Model, Tokenizer, Tree
 from lora_jax.folders import local_path
 from lora_jax.hf.generation import end_tokens
 from lora_jax.hf.gguf.files import open_gguf
-from lora_jax.hf.gguf.naming import general_name
 from lora_jax.hf.gguf.tokenizer import ENDS
-from lora_jax.hf.gguf.vocabulary import vocabulary
+from lora_jax.hf.gguf.vocabulary import general_name, vocabulary
 from lora_jax.hf.gguf.write import FILE_TYPES, Entry, check_type, fitting_type, write_gguf
 from lora_jax.hf.keys import WeightsError, check_leaves
 from lora_jax.models.decoder.gguf_form import Piece, check_form, facts_of, metadata_of, pieces

@@ -7,12 +7,12 @@ rules = lora_jax.peft.rules("adapter_config.json", model)        # train by PEFT
 lora_jax.peft.serving_problems("folder")                         # lists an engine's refusals
 """
 
+from lora_jax.peft.contents import save
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import can_hold
 from lora_jax.peft.gguf import save_gguf
 from lora_jax.peft.load import load
 from lora_jax.peft.rules import rules
-from lora_jax.peft.save import save
 from lora_jax.peft.serving import serving_problems
 
 __all__ = ["PeftError", "can_hold", "load", "rules", "save", "save_gguf", "serving_problems"]

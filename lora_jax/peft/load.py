@@ -1,4 +1,4 @@
-"""Reads a PEFT adapter's folder as an adapted tree."""
+"""Reads a PEFT adapter's folder, local or on the hub, as an adapted tree."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.buckets.copies import readable
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.hf.folder import damage_message
+from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import FLOATS
 from lora_jax.lorafy import lorafy, nodes_of
@@ -27,11 +30,12 @@ from lora_jax.peft.copies import drop_copies
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, keys_of_expert, unpack_a, unpack_b
 from lora_jax.peft.forms import FORMS, FileAdapter
-from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
 from lora_jax.select.sharing import with_shared
+
+_ADAPTER_FILES = ["*adapter_config.json", "*adapter_model.safetensors", "*chat_template.jinja"]
 
 
 def load(
@@ -355,3 +359,44 @@ class _Files:
         key = f"{PREFIX}{name}" if saved else bias_key(name, adapted)
         tensor = self.reader.take(key, row.hf_shape)
         return tensor.T if row.transpose else tensor
+
+
+def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
+    """Finds the folder that holds adapter_config.json.
+
+    PEFT puts an adapter that is not called "default" into a subfolder of its name.
+
+    Args:
+      folder: a local folder, one in a bucket (gs://), or a hub name.
+      adapter: the adapter's name, if the folder holds several.
+
+    Raises:
+      PeftError: if there is no adapter, or one of several has to be chosen.
+    """
+    path = readable(folder, _is_of_adapter).expanduser()
+    if not path.exists():
+        name = str(folder)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise PeftError(f"{name} is neither a folder here nor a hub name (owner/name)")
+        try:
+            path = snapshot(name, _ADAPTER_FILES)
+        except ModelNotFound as error:
+            raise PeftError(str(error)) from None
+    if not path.is_dir():
+        raise PeftError(
+            f"{path} is no folder; a PEFT adapter is one, with {configuration.FILE} in it"
+        )
+    if adapter is not None and adapter != "default":
+        path = path / adapter
+    if (path / configuration.FILE).is_file():
+        return path
+    inside = sorted(file.parent.name for file in path.glob(f"*/{configuration.FILE}"))
+    if inside:
+        raise PeftError(
+            f"{path} holds several adapters, {', '.join(inside)}: choose one with adapter=…"
+        )
+    raise PeftError(f"{path} is no adapter of PEFT: {configuration.FILE} is missing")
+
+
+def _is_of_adapter(file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in _ADAPTER_FILES)

@@ -16,8 +16,7 @@ from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.peft.config import FILE as CONFIG_FILE
 from lora_jax.peft.config import INVOCATION, REFUSED, UNUSED, fields_of
 from lora_jax.peft.experts import DOWN, GATE_UP
-from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.load import read_tensors
+from lora_jax.peft.load import adapter_folder, read_tensors
 from lora_jax.peft.modules import pattern_value
 from lora_jax.peft.names import FILE, PREFIX
 from lora_jax.variants import VARIANTS

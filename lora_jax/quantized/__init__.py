@@ -13,14 +13,15 @@ from lora_jax.quantized.coded import Coded, bytes_of
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import FORMATS, Format
 from lora_jax.quantized.gguf import from_gguf
-from lora_jax.quantized.report import QuantReport, report
 from lora_jax.quantized.trees import (
+    QuantReport,
     QuantRule,
     dequantize,
     error_of,
     is_coded,
     plan,
     quantize,
+    report,
     requantize,
 )
 

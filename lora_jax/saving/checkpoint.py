@@ -20,11 +20,18 @@ import numpy as np
 
 from lora_jax.buckets.copies import is_copy, readable, writes_to_buckets
 from lora_jax.core.axes import AxisRoles
-from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts, Tree
-from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import (
+    LoraWeight,
+    Node,
+    Part,
+    Trained,
+    TrainedRows,
+    leaves_of,
+    refuse_bytes,
+)
 from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, take_out_derived

@@ -1,11 +1,17 @@
-"""The configuration of a torch module: what the rest of the library asks of any model's."""
+"""The configuration of a torch module: what the rest of the library asks of any model's.
+
+That a module goes on from keys and values is found by a short trace (`remembered`).
+"""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
 from jax.typing import DTypeLike
 from transformers import CONFIG_MAPPING
@@ -13,12 +19,14 @@ from transformers import CONFIG_MAPPING
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_eos
 from lora_jax.hf.generation import Generation
-from lora_jax.hf.keys import Row
-from lora_jax.torch.cache import empty_cache
-from lora_jax.torch.module import built
+from lora_jax.hf.keys import Row, nest_leaves
+from lora_jax.torch.attention import Attending, attending
+from lora_jax.torch.cache import CachedCall, Entries, Tokens, empty_cache
+from lora_jax.torch.layers import Recomputed
+from lora_jax.torch.module import Built, built
 from lora_jax.torch.recipe import Recipe
-from lora_jax.torch.remembers import remembered
-from lora_jax.torch.tokens import Tokens
+
+_ROWS, _TOKENS, _SLOTS = 3, 2, 8  # of the trace: a mask or a shape that leaves slots out fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +165,37 @@ class TorchConfig(Recipe):
         if isinstance(kept, str):
             return Tokens.empty(batch, max_len)
         return empty_cache(kept, batch, max_len)
+
+
+@functools.lru_cache(maxsize=16)
+def remembered(module: Built, dtype: DTypeLike) -> Entries | str:
+    """Returns the shapes of the keys and values that a module's layers make.
+
+    Args:
+      module: the module.
+      dtype: the dtype of the computation.
+
+    Returns:
+      A text where the module cannot go on from keys and values: why not.
+    """
+    if not module.attends:
+        return "its attention is not by transformers' interface"
+    if module.cache_name is None or "position_ids" not in module.arguments:
+        return "it takes no cache beside the tokens' positions"
+    leaves = ((row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in module.rows)
+
+    def trace(tree: dict[str, object], ids: jax.Array) -> Entries:
+        call = CachedCall(empty_cache({}, _ROWS, _SLOTS), ids, None)
+        with attending(Attending(cached=call.mask)):
+            module.call(tree, (), {"input_ids": ids}, Recomputed(), call)
+        return call.new_entries
+
+    ids = jax.ShapeDtypeStruct((_ROWS, _TOKENS), np.int32)
+    try:
+        entries: Entries = jax.eval_shape(trace, nest_leaves(leaves), ids)
+    except Exception as error:  # noqa: BLE001  # others' code: it computes whole rows
+        return str(error).partition("\n")[0].removeprefix(f"{module.name}: ")
+    shapes = [x.shape for x in jax.tree.leaves(entries)]
+    if not shapes or any((len(s), *s[1:4:2]) != (5, _ROWS, _TOKENS) for s in shapes):
+        return "its keys and values are none of each token's"
+    return entries

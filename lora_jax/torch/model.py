@@ -15,12 +15,11 @@ from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import place_tokens
 from lora_jax.torch.attention import Attending, attending
-from lora_jax.torch.cache import CachedCall
+from lora_jax.torch.cache import CachedCall, Tokens
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.layers import Recomputed
 from lora_jax.torch.module import Built, built
 from lora_jax.torch.packages import TorchModelError
-from lora_jax.torch.tokens import Tokens
 
 _PLACES = ("attention_mask", "positions", "segment_ids")
 

@@ -18,13 +18,13 @@ from lora_jax.training.data.preferences import Preferences, pairs
 from lora_jax.training.data.vision.images import Images, images
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
 from lora_jax.training.finetune import Report, finetune
+from lora_jax.training.held_out import Scores, make_scorer
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, Sums, number_of_units
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.optimizer import adamw, averaged, make_optimizer
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.log import show
-from lora_jax.training.scoring import Scores, make_scorer
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 
 __all__ = [

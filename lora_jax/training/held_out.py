@@ -1,4 +1,4 @@
-"""The loss on held-out examples, as a measure of a run."""
+"""Evaluates by the forward pass that trains: a held-out loss, log-probabilities of given tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,11 +7,13 @@ import jax
 import numpy as np
 
 import lora_jax as lj
-from lora_jax.core.types import Adapter, Forward, Tree
+from lora_jax.core.types import Adapter, Batch, Forward, Tree
+from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.training.data.batches import Examples
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import PeriodicMeasure
-from lora_jax.training.losses import HELD_OUT, Loss, Sums
+from lora_jax.training.losses import HELD_OUT, Logits, Loss, Sums, token_values
+from lora_jax.training.losses.tokens import cross_entropy, entropy_of
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
 from lora_jax.training.ready import TrainingStart
@@ -111,3 +113,64 @@ def means(loss: Loss, sums: Sums) -> dict[str, float]:
         if sums.count_of(name)
     }
     return {"loss": total, **logs}
+
+
+class Scores(NamedTuple):
+    """Holds scores of the tokens that a batch predicts, fp32 [batch, m] each.
+
+    Attributes:
+      logps: log p of each token.
+      entropy: -Σ p log p over the vocabulary, at each token's place.
+    """
+
+    logps: jax.Array
+    entropy: jax.Array
+
+
+def make_scorer(
+    forward: Logits,
+    *,
+    layout: Layout | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = 0,
+    parts: int = 1,
+    placement: Placement = UNPLACED,
+) -> Callable[[Tree, Batch], Scores]:
+    """Returns ``(params, batch) -> scores``, compiled for each shape; without dropout or gradient.
+
+    Args:
+      forward: see `lora_jax.training.losses.token_values`.
+      layout: where parameters and batches lie; by default on one device. Each device gets all the
+        scores.
+      temperature: divides the logits, as it did where the tokens were drawn; above 0.
+      chunk, parts, placement: see `lora_jax.training.losses.token_values`.
+
+    Returns:
+      The function. It takes parameters, adapted or plain, and a batch whose ``weights`` matter only
+      with several parts.
+
+    Raises:
+      ValueError: the temperature is not above 0.
+
+    >>> from lora_jax import models, training
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> batch = {"ids": ids, "segment_ids": jnp.ones_like(ids), "positions": jnp.array([[0, 1, 2]])}
+    >>> batch |= {"predict_at": jnp.array([[0, 1]]), "targets": ids[:, 1:]}
+    >>> training.make_scorer(model.apply)(params, batch).logps.shape
+    (1, 2)
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: the logits are divided by it; give 1")
+
+    def each(logits: jax.Array, targets: jax.Array) -> Scores:
+        logits = logits / temperature
+        return Scores(-cross_entropy(logits, targets), entropy_of(logits))
+
+    def score(params: Tree, batch: Batch) -> Any:
+        how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
+        return token_values(each, forward, params, batch, **how)
+
+    return jax.jit(score) if layout is None else layout.jitted(score)

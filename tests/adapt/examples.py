@@ -9,8 +9,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import ExampleAxes
-from lora_jax.adapt.rules.table import RULES
-from lora_jax.adapt.transform import run
+from lora_jax.adapt.transform import RULES, run
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import map_nodes
 from tests.support import assert_close, lorafied, with_random_factors

@@ -21,8 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax as lj
 from lora_jax.adapt.interpreter import Interpreter, Use
-from lora_jax.adapt.rules.table import RULES
-from lora_jax.adapt.transform import run
+from lora_jax.adapt.transform import RULES, run
 from tests.support import assert_close, assert_identical, draw, numpy_init, with_random_factors
 
 N = 3  # rows of x

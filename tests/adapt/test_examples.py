@@ -13,9 +13,8 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import ExampleAxes
-from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.traces import EagerTraces
-from lora_jax.adapt.transform import run
+from lora_jax.adapt.transform import RULES, run
 from lora_jax.core.factored import ExamplesError
 from lora_jax.lorafy import map_nodes
 from lora_jax.models.families import family_of

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_jax.bank.together.alike import alike
 from lora_jax.bank.together.side_by_side import DrivenRun, side_by_side
+from lora_jax.bank.together.together import alike
 from lora_jax.training.errors import Diverged, Dropped, Interrupted
 from lora_jax.training.loop import Stopped
 

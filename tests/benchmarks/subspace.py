@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.subspace import fastfood
-from lora_jax.subspace.hadamard import hadamard_transform
+from lora_jax.subspace.fastfood import hadamard_transform
 
 ROUNDS = 15
 D = 5000

@@ -19,7 +19,7 @@ from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.loop import Decoding, decode, prefill
 from lora_jax.models.sampling.prompts import Prompts
-from lora_jax.training.memory.step import predicted_bytes
+from lora_jax.training.memory.live import predicted_bytes
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from tests.support import thorough
 from train.options.common import AdapterConfig

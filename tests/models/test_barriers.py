@@ -7,8 +7,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models.decoder import blocks
+from lora_jax.models.decoder.blocks import settle, settle_gradient
 from lora_jax.models.families import read_config
-from lora_jax.models.layers.barriers import settle, settle_gradient
 from lora_jax.models.layers.placement import Placement
 from tests.support import array
 from tests.train.plan.tiny_plans import FIELDS

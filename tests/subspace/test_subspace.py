@@ -19,8 +19,7 @@ from lora_jax import subspace
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.weight import leaves_of
 from lora_jax.subspace.fastfood import draw as draws_for
-from lora_jax.subspace.fastfood import project, projected
-from lora_jax.subspace.hadamard import hadamard_transform
+from lora_jax.subspace.fastfood import hadamard_transform, project, projected
 from tests.support import assert_close, assert_identical, draw
 
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
 from lora_jax.torch import from_torch  # noqa: E402
-from lora_jax.torch.tokens import Tokens  # noqa: E402
+from lora_jax.torch.cache import Tokens  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, VOCAB, (3, 11)).astype(np.int32)
 MASK = np.ones_like(IDS)

@@ -345,7 +345,7 @@ def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch, capsys, o
         path.write_bytes(b"half")
         raise OSError(f"{path} cannot be written: no space left on device")
 
-    for module in ("lora_jax.peft.save", "lora_jax.hf.save"):
+    for module in ("lora_jax.peft.contents", "lora_jax.hf.save"):
         monkeypatch.setattr(importlib.import_module(module), "write_tensors", full)
     output = tmp_path / "out"
     message = fails(capsys, "--adapter", trained / "adapter", "--output", output, *options)

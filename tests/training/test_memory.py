@@ -20,8 +20,7 @@ from lora_jax.training.losses import token_loss
 from lora_jax.training.memory import live
 from lora_jax.training.memory.axes import axes_of
 from lora_jax.training.memory.ladder import LADDER, choose_remat, fits, next_choice, rungs_for
-from lora_jax.training.memory.live import peak_bytes
-from lora_jax.training.memory.step import predicted_bytes
+from lora_jax.training.memory.live import peak_bytes, predicted_bytes
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.setup import Setup
 from tests.support import draw, over

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.bank.together.alike import calls_of
+from lora_jax.bank.together.together import calls_of
 from lora_jax.training import losses, make_scorer
 from lora_jax.training.data.preferences import pack_pairs
 from lora_jax.training.data.sequences import TokenSequence

@@ -23,8 +23,7 @@ from lora_jax.lorafy import nodes_of
 from lora_jax.models.families import IMAGES, reading_options
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
-from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.load import read_names, read_tensors
+from lora_jax.peft.load import adapter_folder, read_names, read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
 from lora_jax.quantized import is_coded

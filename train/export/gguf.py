@@ -11,8 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Model, Tokenizer, Tree
 from lora_jax.hf.generation import end_tokens
-from lora_jax.hf.gguf.naming import general_name
-from lora_jax.hf.gguf.vocabulary import vocabulary
+from lora_jax.hf.gguf.vocabulary import general_name, vocabulary
 from lora_jax.hf.hub import resolve
 from lora_jax.models import load_tokenizer, save_gguf
 from lora_jax.models.decoder.gguf_form import check_form

@@ -14,7 +14,7 @@ from lora_jax.training.memory.ladder import (
     next_choice,
     rungs_for,
 )
-from lora_jax.training.memory.step import predicted_bytes
+from lora_jax.training.memory.live import predicted_bytes
 from train.options.common import AdapterConfig, OptimConfig
 from train.plan.compile import Plan, trace_step
 from train.plan.job import PlanJob, PlanVariant

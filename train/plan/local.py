@@ -16,7 +16,7 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.subspace import Subspace
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from lora_jax.training.memory.step import predicted_bytes
+from lora_jax.training.memory.live import predicted_bytes
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State

@@ -1,1 +1,1 @@
-"""The rules for primitives that meet an adapted weight, a file for each kind; `table` has all."""
+"""The rules for primitives that meet an adapted weight, a file for each kind; `RULES` has all."""

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.folds import FoldedVector
-from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.interpreter import FoldedVector, Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
 from lora_jax.core.base import Move, along, as_array, is_base

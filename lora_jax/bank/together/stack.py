@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.held import HeldNodes
+from lora_jax.bank.bank import HeldNodes
 from lora_jax.bank.slots import ValueSlots, WeightSlots, slot_shape
 from lora_jax.bank.together.stacked import (
     UPDATES,

@@ -2,6 +2,9 @@
 
 llama.cpp splits a text by rules that it knows by name. Here they are found by what tokenizer.json
 says, so that a tokenizer with further tokens is known as well.
+
+The files have no field for spaces that a tokenizer drops. llama.cpp drops those behind special
+tokens if the model's name is one of Phi-3's, and keeps all spaces otherwise: see `general_name`.
 """
 
 import json
@@ -31,6 +34,12 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused.*>", re.DOTALL)
 _LAST = -1e9  # the score of a token that no merge makes
 _WAY_OUT = "name another tokenizer (--tokenizer), or write safetensors (--output)"
+_PHI3 = "Phi-3"
+_LIKE_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+# In a model of that name, spaces stay behind the first three and go behind the last one. A file
+# whose vocabulary lacks one of the four does not load.
+_KEEPING, _DROPPING = frozenset(("<unk>", "<s>", "<|endoftext|>")), frozenset(("</s>",))
+_CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "content": "C d"})
 
 
 def vocabulary(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
@@ -198,3 +207,53 @@ def _templates(given: str | dict[str, str] | None) -> dict[str, Any]:
         **({"tokenizer.chat_templates": list(named)} if named else {}),
         **{f"tokenizer.chat_template.{name}": text for name, text in named.items()},
     }
+
+
+def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple[str, list[str]]:
+    """Returns a model's name under which llama.cpp drops the spaces that its tokenizer drops.
+
+    Args:
+      name: the name of the model.
+      tokenizer: a transformers fast tokenizer; None for one that drops no spaces.
+      words: the tokenizer's metadata; see `vocabulary`.
+
+    Returns:
+      The name, and a note on spaces that llama.cpp keeps in texts other than chats; mostly none.
+
+    Raises:
+      ConfigError: under no name does llama.cpp make the same tokens of chats.
+    """
+    plain_name = _LIKE_PHI3.sub("phi", name)
+    if tokenizer is None:
+        return plain_name, []
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    spaces = {x.content: (x.lstrip, x.rstrip) for x in added if x.lstrip or x.rstrip}
+    if not spaces:
+        return plain_name, []
+    tokens = words["tokenizer.ggml.tokens"]
+    kinds = zip(tokens, words["tokenizer.ggml.token_type"], strict=True)
+    special = {token for token, kind in kinds if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
+    of_phi3 = dict.fromkeys((special | _DROPPING) - _KEEPING, (False, True))
+    if spaces == of_phi3 and (_KEEPING | _DROPPING).issubset(tokens):
+        return _PHI3, []
+    shown = ", ".join(sorted(spaces))
+    beside = "|".join(map(re.escape, spaces))
+    if re.search(rf"\s({beside})|({beside})\s", _rendered(tokenizer, words)):
+        raise ConfigError(
+            f"llama.cpp keeps the spaces beside {shown}, which this tokenizer drops, and so makes "
+            "other tokens of chats: write safetensors (--output)"
+        )
+    return plain_name, [
+        f"llama.cpp keeps the spaces beside {shown}, which the tokenizer drops: a message that "
+        "begins or ends with spaces there has other tokens"
+    ]
+
+
+def _rendered(tokenizer: Tokenizer, words: Fields) -> str:
+    """Returns a chat as the template renders it; "" if there is no template that does."""
+    template = words.get("tokenizer.chat_template")
+    try:
+        text: str = tokenizer.apply_chat_template(_CHAT, chat_template=template, tokenize=False)
+    except Exception:  # of a template, anything
+        return ""
+    return text

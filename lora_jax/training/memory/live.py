@@ -6,10 +6,12 @@ is in memory from where it is made to where it is read last, in the order of the
 loop stacks up is there, whole, from its beginning.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import NamedSharding
 
 from lora_jax.adapt.eqns import (
@@ -25,6 +27,8 @@ from lora_jax.adapt.eqns import (
 )
 from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
+from lora_jax.core.types import Shaped, Tree
+from lora_jax.training.layout import Layout
 from lora_jax.training.memory.axes import (
     Axes,
     axes_of,
@@ -33,10 +37,78 @@ from lora_jax.training.memory.axes import (
     merged,
     output_axes,
 )
-from lora_jax.training.memory.events import Buffer, Event, peak
+from lora_jax.training.step import State
 
 _LANES = 128  # of a register of a TPU
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
+_GAPS = 1.05  # a compiler's heap has gaps between its buffers
+
+
+class Buffer:
+    """Bytes of a device, from the moment that writes them to the last one that reads them.
+
+    Attributes:
+      size: their number; 0 for what an outer program counts.
+      is_frozen: whether a base's arrays alone are in it, which no step changes.
+    """
+
+    __slots__ = ("is_frozen", "size")
+
+    def __init__(self, size: int, *, is_frozen: bool = False) -> None:
+        self.size, self.is_frozen = size, is_frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A moment of a program.
+
+    Attributes:
+      reads, writes: buffers.
+      alone: bytes that it takes for itself, such as those of a loop's body.
+      in_place: whether it may write where it reads for the last time.
+    """
+
+    reads: frozenset[Buffer]
+    writes: tuple[Buffer, ...]
+    alone: int = 0
+    in_place: bool = True
+
+
+def peak(events: Sequence[Event], begin: Iterable[Buffer], end: Collection[Buffer]) -> int:
+    """Returns the most bytes at any moment.
+
+    Args:
+      events: in order.
+      begin, end: buffers that are there from the beginning, and until the end.
+
+    >>> from lora_jax.training.memory.live import Buffer, Event, peak
+    >>> a, b, c = Buffer(5), Buffer(3), Buffer(2)
+    >>> product = Event(frozenset({a}), (b,), in_place=False)
+    >>> peak([product, Event(frozenset({b}), (c,), alone=4)], [a], [c])
+    8
+    """
+    last = {buf: at for at, event in enumerate(events) for buf in (*event.reads, *event.writes)}
+    last |= dict.fromkeys(end, len(events))
+    ending: dict[int, set[Buffer]] = {}
+    for buffer, at in last.items():
+        ending.setdefault(at, set()).add(buffer)
+    live = {*begin}
+    size = most = _bytes(live)
+    for at, event in enumerate(events):
+        new, dying = {*event.writes} - live, ending.get(at, set())
+        made, freed = _bytes(new), _bytes(dying & live)
+        most = max(most, size + event.alone + (max(0, made - freed) if event.in_place else made))
+        live |= new
+        gone = dying & live
+        live -= gone
+        size += made - _bytes(gone)
+    return most
+
+
+def _bytes(buffers: Iterable[Buffer]) -> int:
+    return sum(buffer.size for buffer in buffers)
+
+
 _INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "few_rows"}
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 # The same bytes under another shape or name.
@@ -335,3 +407,28 @@ def peak_bytes(
     end = {buffer for out in outs for buffer in out.store.sources}
     end |= {buffer for buffer in held if buffer.is_frozen}
     return peak(program.events, [*held, *program.gathered], end)
+
+
+def predicted_bytes(
+    traced: jax.stages.Traced, layout: Layout, state: State, base: Tree, batch: Mapping[str, Shaped]
+) -> int:
+    """Returns the bytes of a device that a traced step takes, its arguments among them.
+
+    Args:
+      traced: the step; see `lora_jax.training.setup.Setup.trace`.
+      layout: the mesh.
+      state, base, batch: its arguments, arrays or shapes with shardings; the state is donated.
+    """
+    donated, kept = jax.tree.leaves(state), jax.tree.leaves((base, dict(batch)))
+    mesh = dict(layout.mesh.shape)
+    most = peak_bytes(
+        traced.jaxpr,
+        [leaf.sharding for leaf in (*donated, *kept)],
+        [True] * len(donated) + [False] * len(kept),
+        mesh,
+        platform=layout.platform,
+    )
+    held = sum(
+        bytes_of_part(leaf, axes_of(leaf.sharding, leaf.ndim), mesh) for leaf in (*donated, *kept)
+    )
+    return held + round(_GAPS * (most - held))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lora_jax.training.memory.step import predicted_bytes
+from lora_jax.training.memory.live import predicted_bytes
 from train.plan import __main__ as plan
 from train.plan.compile import prepare
 from train.plan.job import PlanVariant
