@@ -16,7 +16,7 @@ from tests.test_walls import ROOT
 from train.reporters.registry import TRACKERS
 from train.rewards.find import OURS
 from train.settings.tasks import NAMED, OWN_ROWS
-from train.tools.find import OURS as ENVIRONMENTS
+from train.tasks.tool_use import OURS as ENVIRONMENTS
 
 DRY_RUN = "train/test_dry_run.py"
 

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from rich.text import Text
 from lora_jax.training.data.batches import Examples, HostBatch
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
+from lora_jax.training.data.rows import Row
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
@@ -20,7 +22,7 @@ from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.data.preview import PreviewRow, lengths, preview_rows
 from train.inputs import Inputs
-from train.live.external.find import lines_of_server
+from train.live.external.sampler import lines_of_server
 from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import AUTO, Options
@@ -31,7 +33,7 @@ from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
 from train.run.report import megabytes
-from train.tools.show import episode_lines
+from train.tools.contract import EpisodeHost
 
 _ROWS = 3  # that are shown
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -222,3 +224,40 @@ def _print_time(say: Say, config: Options, inputs: Inputs, needed: LocalNeeds) -
         say(f"before that, the reference reads all rows once: {duration(once)}")
     if isinstance(feed, PromptFeed):
         say("drawing the completions takes time besides, a token after the other")
+
+
+def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
+    """Yields lines about the tools, and about an episode that is opened for a row and closed."""
+    yield "the tools that a completion may call:"
+    for tool in host.tools:
+        yield f"  {_signature(tool['function'])}"
+    if not host.name:
+        return
+    (opening,) = host.open([row], rehearsed=True)
+    episode = opening.result()
+    try:
+        if episode.lost is not None:
+            yield f"warning: no episode of the first prompt: {episode.lost}"
+        elif episode.opening:
+            yield f"{host.name} opens an episode of the first prompt with {episode.opening!r}"
+        else:
+            yield f"{host.name} opens an episode of the first prompt without a text of its own"
+        if episode.changed:
+            yield (
+                f"warning: an episode changes {', '.join(episode.changed)}. Other episodes do not "
+                "see the change, since each begins with the values of the import. Keep the state "
+                "of an episode in the environment, and what differs between episodes in their rows"
+            )
+    finally:
+        episode.close()
+
+
+def _signature(function: Mapping[str, Any]) -> str:
+    parameters = function.get("parameters") or {}
+    required = parameters.get("required") or ()
+    arguments = ", ".join(
+        f"{name}: {schema.get('type', 'any')}{'' if name in required else ' = …'}"
+        for name, schema in (parameters.get("properties") or {}).items()
+    )
+    about = " ".join(str(function.get("description", "")).split())
+    return f"{function['name']}({arguments}): {about[:100]}"

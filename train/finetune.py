@@ -32,11 +32,18 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.remat import choose_remat_of
-from train.run.elapsed import note_seconds, whole_time
 from train.run.intrinsic import merge_trained, model_in
 from train.run.log import doing
 from train.run.output import ADAPTER, REPORT
-from train.run.report import ask_words, print_adapter, print_commands, print_costs, tree_bytes
+from train.run.report import (
+    ask_words,
+    note_seconds,
+    print_adapter,
+    print_commands,
+    print_costs,
+    tree_bytes,
+    whole_time,
+)
 from train.run.rules import rules
 from train.run.task import Task
 from train.settings.table import TableRow

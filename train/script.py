@@ -20,7 +20,7 @@ from train.processes.age import process_age
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
-from train.run.elapsed import whole_time
+from train.run.report import whole_time
 from train.run.task import PriorRuns, Task
 from train.settings.command import read_line
 from train.settings.defaults import check_files, fill_defaults

@@ -18,8 +18,7 @@ from train.classify import check, main, parse
 from train.console.errors import UserError
 from train.export import __main__ as export
 from train.predict import __main__ as predict
-from train.rewards.find import find_rewards
-from train.rewards.model import RewardModel
+from train.rewards.find import RewardModel, find_rewards
 from train.rewards.reward import RewardBatch
 from train.run.log import read_metrics
 from train.tasks.labelled import ADAPTED

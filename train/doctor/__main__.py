@@ -6,19 +6,66 @@ where they fail, hang, or are not installed.
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from train.console.help import HelpPage, show_help
 from train.console.pipe import closed_pipe
 from train.console.program import program
-from train.doctor import devices, fits, hub, packages, storage
+from train.doctor import devices, hub, packages, storage
+from train.doctor.devices import run_module
 from train.doctor.hardware import find_hardware
-from train.doctor.report import DoctorReport
+from train.doctor.report import DoctorReport, Trouble
+from train.doctor.storage import gib_text
 
 _SCRIPT = "train.doctor"
+_PLAN_SECONDS = 900
+_PLAN_SHAPE = ("--batch-size", "8", "--seq-len", "1024")
+_WAYS_TO_TRAIN = {"LoRA on bfloat16": (), "LoRA on nf4": ("--quantize", "nf4")}
+
+
+def examine_fits(
+    model: str, found: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[Trouble]]:
+    """Returns the memory that ways to train a model take, and what is wrong.
+
+    Args:
+      model: the value of --model.
+      found: the devices that JAX found; None for none.
+    """
+    topology = found["topology"] if found else "cpu:1"
+    facts: dict[str, Any] = {"of": model}
+    if topology is None:
+        remedy = program("train.plan", "--model", model, "--topology", "NEAREST")
+        what = f"there is no plan for {found and found['kind']}"
+        return facts, [Trouble(what, f"{remedy} --capacity-gib GIB", fatal=False)]
+    fitting = []
+    for name, options in _WAYS_TO_TRAIN.items():
+        line = ["--model", model, "--topology", topology, *_PLAN_SHAPE, *options, "--alone"]
+        ended = run_module("train.plan.__main__", [*line, "--json"], _PLAN_SECONDS)
+        if ended.code != 0:
+            if ended.code is None:
+                what = f"the plan took more than {_PLAN_SECONDS} seconds"
+            else:
+                what = ended.last_error.removeprefix("error: ")
+            facts[name] = "no plan"
+            remedy = f"the whole message: {program('train.plan', *line)}"
+            return facts, [Trouble(f"--model {model} cannot be planned: {what}", remedy)]
+        made = json.loads(ended.output)
+        total, capacity = (made["per_chip_bytes"][part] for part in ("total", "capacity"))
+        needs = f"{gib_text(total)} of {gib_text(capacity)}" if total else "refused by the compiler"
+        facts[name] = f"{'fits' if made['fits'] else 'does not fit'} ({needs})"
+        fitting += [name] * made["fits"]
+    facts["rows"] = "8 of 1,024 tokens a step"
+    if fitting:
+        return facts, []
+    what = f"{model} does not fit on {topology} in any of these ways"
+    plan = program("train.plan", "--model", model, "--topology", topology, "--quantize", "nf4")
+    return facts, [Trouble(what, f"{plan} --largest-batch --seq-len 512 finds what does")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +122,7 @@ def examine(options: DoctorOptions) -> DoctorReport:
     report.add("caches", storage.describe_caches(caches), [])
     report.add("hub", *hub.examine_hub(os.environ))
     if options.model is not None:
-        report.add("fits", *fits.examine_fits(options.model, now.found))
+        report.add("fits", *examine_fits(options.model, now.found))
     return report
 
 

@@ -5,10 +5,11 @@ Writes a PEFT adapter for transformers and serving engines or, with --merged, a 
 library and of PEFT.
 """
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from rich.table import Column, Table
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.adapt.activate import invocations_of
-from lora_jax.buckets.copies import shown
+from lora_jax.buckets.copies import shown, staged
+from lora_jax.buckets.store import bucket_path
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import name_for_others, resolve
@@ -31,13 +33,10 @@ from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
 from train.export.base import dtype_of_files, gguf_codes_of, keep_codes, tokenizer_of
-from train.export.bucket import local_output
-from train.export.card import Export, card
+from train.export.card import Export, card, is_generated
 from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
 from train.export.hub import README, Repository, find_repository, push
-from train.export.job import ExportJob
-from train.export.marked import is_generated
-from train.export.options import ExportOptions, check, parse
+from train.export.options import ExportJob, ExportOptions, check, parse
 from train.export.terms import (
     auto_class,
     codes_notice,
@@ -297,3 +296,22 @@ def size(n: int) -> str:
 
 if __name__ == "__main__":
     main()
+
+
+@contextlib.contextmanager
+def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
+    """Yields the options with a folder of this machine, which is sent to the bucket at the end.
+
+    Raises:
+      UserError: the output is or holds an input.
+    """
+    place = None if options.output is None else bucket_path(options.output)
+    if options.output is None or place is None:
+        yield options
+        return
+    for given in (options.adapter, options.model):
+        source = None if given is None else bucket_path(given)
+        if source is not None and f"{source}/".startswith(f"{place}/"):
+            raise UserError(f"--output {place} is or holds {given}, an input: name another one")
+    with staged(options.output) as folder:
+        yield dataclasses.replace(options, output=str(folder))

@@ -19,7 +19,7 @@ from lora_jax.models import key_table
 from lora_jax.models.families import reading_options
 from lora_jax.quantized import dequantize, is_coded
 from train.run.model_code import open_model
-from train.run.tokenizer import read_tokenizer
+from train.run.pretrained import read_tokenizer
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in files
 

@@ -19,12 +19,11 @@ from lora_jax.quantized import dequantize
 from train.adapters.source import AdapterSource
 from train.console.errors import as_user_errors
 from train.export.base import dtype_of_files
-from train.export.job import ExportJob
 from train.export.modelfile import write_modelfile
-from train.export.options import ExportOptions, modelfile_of
+from train.export.options import ExportJob, ExportOptions, modelfile_of
 from train.export.terms import codes_notice
+from train.run.pretrained import read_tokenizer
 from train.run.report import megabytes
-from train.run.tokenizer import read_tokenizer
 
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lora_jax.core.types import Fields
 from train.console.errors import UserError
-from train.export.marked import is_generated
+from train.export.card import is_generated
 
 README = "README.md"
 _SECONDS = 30.0  # for the questions before the work

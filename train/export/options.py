@@ -1,4 +1,7 @@
-"""The options of `train.export`, and which of them make no sense together."""
+"""The options of `train.export`, and which of them make no sense together.
+
+`ExportJob` is what they ask for: an adapter, its base and a repository.
+"""
 
 import dataclasses
 import re
@@ -6,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
+
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.serving import MAX_RANK
+from train.adapters.source import AdapterSource
+from train.adapters.template import read_template
 from train.console.errors import UserError
 from train.console.help import HelpPage
+from train.console.output import tell
+from train.export.hub import Repository
 from train.options.command import parse_options
 from train.options.paths import Place, Words
 from train.options.tokenizer import TokenizerOption
@@ -204,3 +213,30 @@ def check_output(options: ExportOptions, output: Path) -> None:
         f"--output {output} holds something other than a {what}, and --overwrite would "
         "delete it: name another folder"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportJob:
+    """The subject of an export: options, adapter, base, and the hub's repository."""
+
+    options: ExportOptions
+    console: Console
+    adapter: AdapterSource
+    base: str
+    hub: Repository | None
+
+    @property
+    def output(self) -> Path:
+        """The folder to write."""
+        assert self.options.output is not None
+        return Path(self.options.output).expanduser()
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the adapter was trained with; None for the base's own."""
+        file = self.adapter.chat_template
+        return None if file is None else read_template(str(file), self.adapter.given)
+
+    def say(self, text: str) -> None:
+        """Prints a line as it is."""
+        tell(self.console, text)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from train.console.errors import UserError, reported
 from train.console.output import check_free, say
+from train.generate.answers import read_schema
 from train.generate.batch import answer_all, stream_answers
 from train.generate.chat import talk
 from train.generate.options import GenerateOptions, apply_sampling, check, parse
@@ -21,7 +22,6 @@ from train.generate.prompts import (
     tokenize,
     typed_prompts,
 )
-from train.generate.schema import read_schema
 from train.generate.shared_base import (
     LoadedAdapters,
     base_of,

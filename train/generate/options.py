@@ -11,9 +11,9 @@ from train.console.errors import UserError, as_user_errors, flag
 from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Attention
-from train.options.generation import GenerationOption
 from train.options.paths import Place, Words
 from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
+from train.run.sampling import GenerationOption
 
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {

@@ -2,25 +2,57 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import arg
 
 from lora_jax.training import arguments
 from lora_jax.training.arguments import NumberRange, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
+from lora_jax.variants import VARIANTS, Variants
+from lora_jax.variants.variant import Setting, Variant
 from train.console.errors import UserError, as_user_errors, flag
 from train.options import field
 from train.options.conditions import NoEffect
-from train.options.field import CardSection, SharedOption, Uncompared, option
+from train.options.field import FACTORS, PLAIN, CardSection, SharedOption, Uncompared, option
 from train.options.optim import check_optim
 from train.options.paths import Place, Words
-from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
+
+
+def _switch(variant: Variant) -> Any:
+    """Returns the field of the option that turns a variant on."""
+    compared_by = "methods" if variant.is_compared else None
+    return option(False, FACTORS if variant.alone else PLAIN, compared_by=compared_by)
+
+
+def _variant_fields() -> list[tuple[str, Any, Any]]:
+    """Returns the name, type and field of each option."""
+    fields: list[tuple[str, Any, Any]] = []
+    for variant in VARIANTS:
+        fields.append((variant.option, Annotated[bool, arg(help=variant.help)], _switch(variant)))
+        fields += [_variant_number(variant, setting) for setting in variant.settings]
+    return fields
+
+
+def _variant_number(variant: Variant, setting: Setting) -> tuple[str, Any, Any]:
+    own = option(setting.default, FACTORS, NoEffect[f"NO_{variant.option.upper()}"])
+    return setting.name, Annotated[type(setting.default), arg(help=setting.help)], own
+
+
+if TYPE_CHECKING:
+    VariantOptions = Variants
+else:
+    VariantOptions = dataclasses.make_dataclass(
+        "VariantOptions", _variant_fields(), bases=(Variants,), frozen=True, kw_only=True
+    )
+
+
 _REMAT |= {name: name for name in ("products", "projections", "attention", "offload")}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 AUTO = "auto"  # a policy that is chosen before the step is compiled

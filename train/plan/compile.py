@@ -1,7 +1,8 @@
-"""Compiles one variant of training for a machine, and reads what it needs."""
+"""Compiles one variant of training for a machine; reads what it needs, or why it is refused."""
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,13 +25,13 @@ from train.plan.flops.closed_form import model_flops, step_flops
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
-from train.plan.refusals import reason_of, refused_bytes
 from train.run.model_code import make_model
 from train.run.report import compiled_bytes, tree_bytes
 
 STEP = "temporaries"  # those of a step, by their name in a plan
 _WITHOUT_SPARSE_CORES: dict[str, Any] = {"xla_tpu_offload_gather_to_sparsecore": False}
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
+_BYTE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,3 +365,34 @@ def _device_bytes(
         "total": totals[largest],
         "host": max(getattr(memory, "host_temp_size_in_bytes", 0) for memory in memories),
     }
+
+
+def refused_bytes(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
+    """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
+    temporaries = total = None
+    if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
+        temporaries = _parsed_bytes(found[1])
+        total = temporaries + sum(held.values())
+    elif found := re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message):
+        total = _parsed_bytes(found[1])
+        temporaries = total - sum(held.values())
+    return {
+        **held,
+        "temporaries": temporaries,
+        "other": None,
+        "total": total,
+        "capacity": capacity,
+        "host": None,
+    }
+
+
+def _parsed_bytes(text: str) -> int:
+    """Parses a size such as "48.3G" into bytes."""
+    number = text.rstrip("KMGT")
+    return round(float(number) * _BYTE_UNITS[text[len(number) :]])
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the compiler's message, without its links."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

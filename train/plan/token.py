@@ -23,9 +23,8 @@ from lora_jax.quantized import is_coded
 from lora_jax.quantized.rows import KERNEL_NAME
 from train.console.errors import UserError
 from train.plan.clock.report import Clock, clock_of
-from train.plan.compile import hlo_of
+from train.plan.compile import hlo_of, reason_of
 from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
-from train.plan.refusals import reason_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,15 @@ are paths in these places, or a folder. The classifier is one that `train.classi
 adapter of PEFT's, or a model with its own head.
 """
 
+import csv
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TextIO
 
+import numpy as np
 import tyro
 
 from lora_jax.models import VisionConfig
@@ -24,19 +28,21 @@ from train.options.paths import Place, Words
 from train.options.tokenizer import TokenizerOption
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
-from train.predict.images import read_images
 from train.predict.texts import (
     Texts,
     TokenizedTexts,
     holds_rows,
     read_arguments,
+    read_images,
     read_standard_input,
     read_text_file,
     tokenize,
 )
-from train.predict.write import Format, output_format, write
 from train.processes.cache import keep_compiled
 from train.run.pretrained import ModelInfo
+
+Format = Literal["jsonl", "csv"]
+_DIGITS = 7  # decimals of a probability: fp32 has no more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,3 +180,46 @@ def read_texts(options: PredictOptions) -> Texts:
 
 if __name__ == "__main__":
     main()
+
+
+def output_format(asked: Format | None, out: str | None) -> Format:
+    """Returns the format that is asked for; else that of the file's ending, or JSON lines."""
+    return asked or ("csv" if out is not None and out.lower().endswith(".csv") else "jsonl")
+
+
+def write(
+    file: TextIO,
+    format: Format,
+    texts: Texts,
+    probabilities: np.ndarray,
+    labels: Sequence[str],
+    what: str = "text",
+) -> None:
+    """Writes a line for each text or image, in their order.
+
+    Args:
+      file: the open output.
+      format: JSON lines, or CSV with a header.
+      texts: the texts, or the names of images.
+      probabilities: [n, classes].
+      labels: the names of the classes.
+      what: the name of the field that has the text.
+    """
+    rows = csv.writer(file, lineterminator="\n")
+    if format == "csv":
+        pair = [] if texts.second is None else ["text_pair"]
+        rows.writerow([what, *pair, "label", "probability", *(f"p({label})" for label in labels)])
+    for i, of_text in enumerate(probabilities):
+        best = int(of_text.argmax())
+        shown = [round(float(p), _DIGITS) for p in of_text]
+        fields: dict[str, object] = {what: texts.first[i]}
+        if texts.second is not None:
+            fields["text_pair"] = texts.second[i]
+        fields |= {"label": labels[best], "probability": shown[best]}
+        if format == "csv":
+            rows.writerow([*fields.values(), *shown])
+        else:
+            named = dict(zip(labels, shown, strict=True))
+            line = json.dumps(fields | {"probabilities": named}, ensure_ascii=False)
+            file.write(f"{line}\n")
+    file.flush()

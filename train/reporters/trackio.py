@@ -4,7 +4,7 @@ import os
 import secrets
 
 from train.reporters.contract import PROJECT, Ending, Start, Tracker
-from train.reporters.tables import LogsTables
+from train.reporters.wandb import LogsTables
 
 
 class Trackio(LogsTables):

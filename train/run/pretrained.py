@@ -1,4 +1,4 @@
-"""The model of a script: first its outline, which is cheap, then its weights."""
+"""The model of a script: first its outline and its tokenizer, which are cheap, then its weights."""
 
 import copy
 import dataclasses
@@ -23,6 +23,7 @@ from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.methods import ConfigCodes
+from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from lora_jax.hf.vision.readers import AnyReader, reads_images
 from lora_jax.models import ConfigError, key_table
 from lora_jax.models.families import IMAGES, has_images, reading_options
@@ -36,10 +37,10 @@ from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import rope_scaling_text
 from train.run.model_code import KEY, TORCH, code_of, load_torch, open_model, torch_config
-from train.run.tokenizer import MODEL_ERRORS, read_tokenizer
 
 # What an adapter says of its base, beside its name.
 _OF_BASE = ("rope_scaling", "quantize", IMAGES, KEY)
+MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,3 +397,40 @@ def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     tokens = generation.end_tokens(outline.config)
     eos = outline.tokenizer.eos_token_id
     return tokens if eos is None or eos in tokens else (*tokens, eos)
+
+
+def read_tokenizer(
+    name: str, given: str | None, config: ModelConfig, model_option: str = "--model"
+) -> Any:
+    """Reads the tokenizer of a model, or another one that is to take its place.
+
+    Args:
+      name: the model.
+      given: the option --tokenizer, None for the model's own.
+      config: the model's configuration.
+      model_option: the option that names the model, for messages.
+
+    Raises:
+      UserError: it cannot be read, or has tokens that the model lacks.
+    """
+    if given is None:
+        option, other = f"{model_option} {name}", "; or name another with --tokenizer"
+    else:
+        option, other = f"--tokenizer {given}", ""
+        if reads_images(config):
+            raise UserError(
+                f"{option}: {model_option} {name} writes images with its own tokenizer alone"
+            )
+    with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=other):
+        if given in BUNDLES:
+            models.fetch(given)
+        tokenizer = load_tokenizer(name if given is None else tokenizer_path(given))
+    if not tokenizer.is_fast:
+        raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
+    last = max(tokenizer.get_vocab().values())
+    if given is not None and last >= (size := getattr(config, "vocab_size", 0)):
+        raise UserError(
+            f"{option} has tokens up to {last:,}, and the vocabulary of {model_option} {name} "
+            f"ends at {size - 1:,}: name the tokenizer that the model was trained with"
+        )
+    return tokenizer

@@ -1,7 +1,9 @@
 """The report at the end of a run: its memory, time, and size on disk."""
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,16 @@ from rich.table import Table
 
 from lora_jax.models import VisionConfig
 from lora_jax.quantized import bytes_of
+from lora_jax.training.processes import write_json
 from lora_jax.training.run.best import Best
+from lora_jax.training.run.log import duration
 from train.console.errors import flag
 from train.console.output import tell
 from train.console.program import program
+from train.processes.session import Session
+from train.reporters.files import read_json
+from train.run.log import read_metrics
+from train.run.output import FACTS, PROCESS_SECONDS
 from train.run.pretrained import ModelInfo
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
@@ -130,3 +138,43 @@ def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) ->
         f"adapter saved in {adapter}: {megabytes(report['adapter_bytes'])} beside "
         f"the base's {megabytes(report['base_bytes'])}",
     )
+
+
+def note_seconds(folder: Path, session: Session) -> None:
+    """Notes in the facts of a run how long this process has worked so far.
+
+    A process before it that was killed worked at least until its last line of metrics. Without
+    facts, or where they cannot be written, nothing is noted.
+
+    Args:
+      folder: the folder of a run that has begun.
+      session: the session of this process.
+    """
+    facts = read_json(folder / FACTS)
+    if not facts:
+        return
+    seconds = facts.setdefault(PROCESS_SECONDS, {})
+    this_process = str(session.began_at)
+    if seconds and this_process not in seconds:
+        last_process = [*seconds][-1]
+        ends = [line["time"] for line in read_metrics(folder)]
+        spans = [end - float(last_process) for end in ends]
+        seconds[last_process] = max([seconds[last_process], *spans])
+    seconds[this_process] = time.monotonic() - session.began
+    with contextlib.suppress(OSError):
+        write_json(folder / FACTS, facts)
+
+
+def whole_time(folders: Iterable[Path], session: Session) -> str:
+    """Returns the time of runs in words: "3 min 20 s", or "3 min 20 s in 2 processes".
+
+    Args:
+      folders: the folders of the runs. A process that worked on several of them counts once.
+      session: the session of this process, which works until now.
+    """
+    seconds = {str(session.began_at): time.monotonic() - session.began}
+    for folder in folders:
+        for process, noted in read_json(folder / FACTS).get(PROCESS_SECONDS, {}).items():
+            seconds[process] = max(noted, seconds.get(process, 0))
+    took = duration(sum(seconds.values()))
+    return f"{took} in {len(seconds)} processes" if len(seconds) > 1 else took

@@ -1,4 +1,4 @@
-"""The defaults of sampling that a model comes with, in its generation_config.json."""
+"""The sampling that a generation_config.json advises, and the option --generation-config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,10 +9,20 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.generation import FILE, Generation, read_generation
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
-from train.options.generation import AUTO
 from train.run.pretrained import ModelInfo
 
 _NAMES = ("temperature", "top_p", "top_k")
+AUTO = "auto"  # the model's own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationOption:
+    """The sampling that the makers of a model advise."""
+
+    generation_config: str | None = None
+    """Sample as a generation_config.json says, where no option or request says otherwise: auto for
+    the model's own, or another folder or file. By default its temperature, top_p and top_k are
+    shown, and not used. The tokens in it that end an answer count in any case."""
 
 
 def apply_generation_config(

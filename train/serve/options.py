@@ -11,12 +11,12 @@ from train.console.errors import UserError, as_user_errors
 from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Quantize
-from train.options.generation import GenerationOption
 from train.options.paths import Place, Words
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.options.tokenizer import TemplateOption, TokenizerOption
 from train.processes.mesh import parse_mesh
 from train.run.pretrained import ModelInfo
+from train.run.sampling import GenerationOption
 from train.serve.routes.access import read_keys
 from train.serve.routes.origins import is_loopback, read_origin
 

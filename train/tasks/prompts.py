@@ -15,7 +15,7 @@ from lora_jax.training.losses import Loss, rollout_loss
 from train.console.errors import UserError
 from train.data.dataset import find_dataset
 from train.live import reinforcement
-from train.live.external.find import find_server
+from train.live.external.sampler import find_server
 from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.live.reference import reference_line
 from train.live.turns.use import ToolUse, tokenize_with_tools

@@ -1,9 +1,13 @@
 """The tools of a run: found, and checked against the model's chat template before long work."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
+import train.environments
 from lora_jax.training.data.rows import Row
 from train.console.errors import UserError
+from train.console.output import tell
 from train.live.turns.joints import TurnJoints
 from train.live.turns.rows import ReadTurn
 from train.live.turns.use import ToolUse
@@ -12,12 +16,83 @@ from train.processes import hosts
 from train.run.pretrained import ModelInfo, end_tokens
 from train.tools.calls import call_format, opens_thinking, read_turn, turn_text
 from train.tools.contract import EpisodeHost, ToolCall
-from train.tools.find import find_tools
 from train.tools.formats import CallFormat
+from train.tools.host import ProcessHost
 
 OPENS_EACH = "an environment may open each of them with a text of its own"
 _LOOKED_AT = 16  # tokens at the end of a prompt, which tell whether it opens a thought
 _OUTPUT = 256  # tokens of a tool's answer, by default
+_FOLDER = Path(train.environments.__file__).parent
+# The environments of ours by name: the file, and the class in it.
+OURS = {"sql": f"{_FOLDER}/sql/session.py:SqlSession", "guess": f"{_FOLDER}/guess.py:GuessingGame"}
+
+
+class ToolOptions(Protocol):
+    """The options that name tools.
+
+    Attributes:
+      tools: ``file.py:function``, and further functions of that file by their names alone.
+      environment: ``file.py:Class``, or the name of one of ours; None for none.
+      tool_timeout: seconds that a tool may take.
+    """
+
+    @property
+    def tools(self) -> Sequence[str]: ...
+
+    @property
+    def environment(self) -> str | None: ...
+
+    @property
+    def tool_timeout(self) -> float: ...
+
+
+def find_tools(options: ToolOptions) -> ProcessHost:
+    """Finds tools and an environment, and describes them to the model.
+
+    Raises:
+      UserError: one is not there, cannot be imported, or lacks a docstring or types.
+    """
+    environment = options.environment
+    if environment is not None:
+        environment = OURS.get(environment) or _known_file(
+            "environment", environment, "Class", *OURS
+        )
+    host = ProcessHost(environment, list_tools(options.tools), options.tool_timeout)
+    if host.generators:
+        names = ", ".join(host.generators)
+        tell(hosts.console(), f"each episode seeds these random generators by its row: {names}")
+    return host
+
+
+def list_tools(given: Sequence[str]) -> list[str]:
+    """Returns each tool with its file.
+
+    >>> from train.tasks.tool_use import list_tools
+    >>> list_tools(["/no/mine.py:f", "g"])
+    Traceback (most recent call last):
+        ...
+    train.console.errors.UserError: --tools /no/mine.py:f: there is no file /no/mine.py
+    """
+    specs, path = list[str](), ""
+    for spec in given:
+        if ":" not in spec and path and not spec.endswith(".py"):
+            spec = f"{path}:{spec}"
+        else:
+            path = _known_file("tools", spec, "function").rpartition(":")[0]
+        if spec in specs:
+            raise UserError(f"--tools {spec} is named twice")
+        specs.append(spec)
+    return specs
+
+
+def _known_file(option: str, spec: str, kind: str, *ours: str) -> str:
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        known = f", or one of ours: {', '.join(ours)}" if ours else ""
+        raise UserError(f"--{option} {spec}: file.py:{kind} is needed{known}")
+    if not Path(path).is_file():
+        raise UserError(f"--{option} {spec}: there is no file {path}")
+    return spec
 
 
 def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[str]]:

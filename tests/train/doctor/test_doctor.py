@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.train.tiny import write_model
-from train.doctor import fits, hub, packages, storage
+from train.doctor import __main__ as doctor_command
+from train.doctor import hub, packages, storage
 from train.doctor.__main__ import main
-from train.doctor.child import ChildEnding, run_module
-from train.doctor.devices import Circumstances, describe, describe_kernels, diagnose
+from train.doctor.devices import (
+    ChildEnding,
+    Circumstances,
+    describe,
+    describe_kernels,
+    diagnose,
+    run_module,
+)
 from train.doctor.hardware import Hardware, find_hardware
 from train.doctor.report import DoctorReport, Trouble
 
@@ -326,7 +333,7 @@ def test_it_works_where_a_plugin_is_broken(tmp_path):
 
 def test_a_process_that_hangs_is_ended():
     assert run_module("time", ["x"], 60).code == 1  # it has no main
-    assert run_module("train.doctor.child", (), 0.0).code is None
+    assert run_module("train.doctor.devices", (), 0.0).code is None
 
 
 def planned(total, fits):
@@ -336,15 +343,15 @@ def planned(total, fits):
 
 def test_what_fits_is_what_the_plan_says(monkeypatch):
     answers = iter([planned(None, False), planned(2**33, True)])
-    monkeypatch.setattr(fits, "run_module", lambda *args: next(answers))
-    facts, troubles = fits.examine_fits("m", {"topology": "h100:1", "kind": "H100"})
+    monkeypatch.setattr(doctor_command, "run_module", lambda *args: next(answers))
+    facts, troubles = doctor_command.examine_fits("m", {"topology": "h100:1", "kind": "H100"})
     assert facts["LoRA on bfloat16"] == "does not fit (refused by the compiler)"
     assert facts["LoRA on nf4"] == "fits (8.0 GiB of 16.0 GiB)" and troubles == []
     answers = iter([planned(2**35, False), planned(2**35, False)])
-    _, (trouble,) = fits.examine_fits("m", {"topology": "h100:1", "kind": "H100"})
+    _, (trouble,) = doctor_command.examine_fits("m", {"topology": "h100:1", "kind": "H100"})
     assert trouble.fatal and "does not fit on h100:1" in trouble.what
     assert "plan --model m --topology h100:1 --quantize nf4 --largest-batch" in trouble.remedy
-    _, (trouble,) = fits.examine_fits("m", {"topology": None, "kind": "GTX"})
+    _, (trouble,) = doctor_command.examine_fits("m", {"topology": None, "kind": "GTX"})
     assert not trouble.fatal and "no plan for GTX" in trouble.what
 
 

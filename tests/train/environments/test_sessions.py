@@ -11,8 +11,8 @@ from train.environments.sql.databases import open_databases
 from train.environments.sql.examples import training_examples
 from train.environments.sql.schemas import SCHEMAS
 from train.environments.sql.session import SqlSession
+from train.tasks.tool_use import find_tools
 from train.tools.contract import ToolCall
-from train.tools.find import find_tools
 
 EXAMPLE = training_examples(1, seed=3)[0]
 

@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax.training.run.stop import Stop
-from train.live.fill import fill_routing
+from train.live.prompts import fill_routing
 from train.live.turn_groups import ask_of_turns, routing_of
 from train.live.turns.rows import AskedRow, TurnCompletion
 from train.rewards.find import Rewards

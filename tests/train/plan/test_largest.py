@@ -7,8 +7,8 @@ import pytest
 
 from tests.train.plan.tiny_plans import FIELDS, write
 from train.plan import __main__ as plan
+from train.plan.__main__ import largest_fit
 from train.plan.gpus import CARDS
-from train.plan.largest import largest_fit
 from train.plan.machines import find_machine
 
 CAPACITY = 10_000.0

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.run import elapsed
-from train.run.elapsed import note_seconds, whole_time
+from train.run import report
+from train.run.report import note_seconds, whole_time
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 def clock(monkeypatch):
     """Returns the clocks of a machine on which a second passes where a test says so."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(elapsed, "time", SimpleNamespace(monotonic=lambda: 7.0 + now.seconds))
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 7.0 + now.seconds))
     return now
 
 
