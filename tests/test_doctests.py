@@ -36,9 +36,9 @@ LONG = {
     for name in (
         "bank.bank", "bank.mixing", "bank.sums.combine", "bank.together.together", "hf.keys",
         "init", "models.pretrained", "models.sampling.generate", "models.sampling.rollouts",
-        "models.sampling.streaming", "optim", "peft.rules", "peft.save", "quantized.trees",
+        "models.sampling.streaming", "optim", "peft.contents", "peft.rules", "quantized.trees",
         "saving.checkpoint", "subspace.saving", "subspace.space", "training.finetune",
-        "training.neftune", "training.scoring", "training.step",
+        "training.held_out", "training.neftune", "training.step",
     )
 }  # fmt: skip
 
