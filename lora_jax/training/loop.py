@@ -10,9 +10,9 @@ import jax
 from lora_jax.core.types import Tree
 from lora_jax.training.clock import StepClock, StepTimes, times_of_steps
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
-from lora_jax.training.losses import OWN_METRICS, UNITS, Reduction
+from lora_jax.training.losses import Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
-from lora_jax.training.run.log import NO_TOKENS, Log
+from lora_jax.training.run.log import NO_TOKENS, Log, window_line
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
 
@@ -76,7 +76,7 @@ class Hooks:
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
       metrics: returns metrics of the batch with that number, to be logged beside those of the step;
-        None for one that is not known.
+        None for one that is not known. A line has their means over the steps.
       lost: returns the reason why nothing can be learned from the batch with that number, whose
         loss is NaN so that its step is skipped; None for a batch like others.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
@@ -113,6 +113,22 @@ class _StepUnderWay(NamedTuple):
     compile_seconds: float
 
 
+class _UnreadStep(NamedTuple):
+    """A step whose metrics were not read yet.
+
+    Attributes:
+      done: the number of steps with it.
+      metrics: the step's, on the device.
+      batch_metrics: those of its batch; see `Hooks.metrics`.
+      lost: the reason why nothing can be learned from its batch; None for none.
+    """
+
+    done: int
+    metrics: Mapping[str, Any]
+    batch_metrics: Mapping[str, float | None]
+    lost: str | None
+
+
 class _Window:
     """Holds the steps whose metrics were not read yet: reading them waits for the device.
 
@@ -127,15 +143,15 @@ class _Window:
         self.seconds: list[float] = []
         self.skipped = 0
         self._run, self._hooks, self._log, self._clock = run, hooks, log, clock
-        self._steps: list[tuple[int, Mapping[str, Any], str | None]] = []
+        self._steps: list[_UnreadStep] = []
         self._under_way: list[_StepUnderWay] = []
         self._last_end = clock.now()
         self._tokens, self._token_seconds = 0, 0.0  # of the steps in `seconds` that are not read
 
-    def add(self, done: int, metrics: Mapping[str, Any], tokens: int, lost: str | None) -> None:
-        """Adds the step that is now the last of `done`."""
-        self._steps.append((done, metrics, lost))
-        self._under_way.append(_StepUnderWay(metrics, tokens, self._clock.compile_seconds))
+    def add(self, step: _UnreadStep, tokens: int) -> None:
+        """Adds a step that was begun, whose batch has so many tokens."""
+        self._steps.append(step)
+        self._under_way.append(_StepUnderWay(step.metrics, tokens, self._clock.compile_seconds))
 
     def wait(self, *, under_way: int) -> None:
         """Waits until at most so many steps are under way, and notes the seconds of the others."""
@@ -157,11 +173,10 @@ class _Window:
         """
         if not self._steps:
             return
-        values = [
-            (at, {k: None if v is None else float(v) for k, v in metrics.items()}, lost)
-            for at, metrics, lost in self._steps
-        ]
-        for at, v, lost in values:
+        taken = []
+        for step in self._steps:
+            at, lost = step.done, step.lost
+            v = {name: float(value) for name, value in step.metrics.items()}
             if v["skipped"] and v["count"] == 0 and lost is None:
                 self._log.skipped(at, {**v, "lost": NO_TOKENS})
                 continue
@@ -171,9 +186,13 @@ class _Window:
             if self.skipped == self._run.max_skipped:
                 rows = self._hooks.rows(at - 1)
                 raise _diverged(at, v, self._run.max_skipped, rows, lost)
-        if taken := [v for _, v, _ in values if not v["skipped"]]:
+            if not v["skipped"]:
+                taken.append((v, step.batch_metrics))
+        if taken:
             speed = self._tokens / self._token_seconds if self._token_seconds else None
-            self._log.add(_line(values[-1][0], taken, speed, self._hooks.reduction))
+            step_metrics, batch_metrics = zip(*taken, strict=True)
+            line = window_line(step_metrics, batch_metrics, speed, self._hooks.reduction)
+            self._log.add({"step": self._steps[-1].done, **line})
         self._steps, self._tokens, self._token_seconds = [], 0, 0.0
 
 
@@ -278,7 +297,10 @@ def training_steps(
                 raise TrainingError(f"{dropped}. The run {stopped}") from None
             raise stopped from None
         done, lost = number + 1, hooks.lost(number)
-        window.add(done, {**metrics, **hooks.metrics(number)}, n_tokens, lost)
+        step = _UnreadStep(
+            done=done, metrics=metrics, batch_metrics={**hooks.metrics(number)}, lost=lost
+        )
+        window.add(step, n_tokens)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
         window.wait(under_way=0 if took > _SLOW else 1)
@@ -333,45 +355,6 @@ def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
     """Returns the end of a run by a signal, once its last step is saved."""
     hooks.settle()
     return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
-
-
-def _line(
-    step: int,
-    taken: Sequence[Mapping[str, Any]],
-    tokens_per_s: float | None,
-    reduction: Reduction,
-) -> dict[str, Any]:
-    """Returns one line of metrics for a window of steps that ends with `step`.
-
-    Its loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
-    are means over the units, of steps without any over the steps, that know them: None stands for a
-    log that is not known, and a line leaves out one that no step knows. 0 stands for one that a
-    step does not have. A log with a count of its own (`UNITS`) is a mean over its own units, and a
-    line leaves it out where there are none.
-
-    Args:
-      taken: the metrics of the window's steps, without those that were skipped.
-    """
-    count = sum(v["count"] for v in taken)
-
-    def a_unit(name: str) -> float | None:
-        if f"{name}{UNITS}" in taken[0]:
-            counted = [(v[name], v[f"{name}{UNITS}"]) for v in taken if v[f"{name}{UNITS}"]]
-            return sum(x * n for x, n in counted) / sum(n for _, n in counted) if counted else None
-        known = [(v.get(name, 0), v["count"]) for v in taken if v.get(name, 0) is not None]
-        units = sum(n for _, n in known)
-        weighed = [(x, n if units else 1) for x, n in known]
-        return sum(x * n for x, n in weighed) / (units or len(known)) if known else None
-
-    left_out = {"skipped", *(name for name in taken[-1] if name.endswith(UNITS))}
-    newest = {name: value for name, value in taken[-1].items() if name not in left_out}
-    logged = dict.fromkeys(name for v in taken for name in v if name not in OWN_METRICS)
-    names = [name for name in logged if not name.endswith(UNITS)]
-    logs = {name: a_unit(name) for name in names}
-    loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
-    line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}
-    line["tokens_per_s"] = None if tokens_per_s is None else round(tokens_per_s, 1)
-    return {name: value for name, value in line.items() if value is not None}
 
 
 def _diverged(

@@ -57,7 +57,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("script", "task", "args"),
     [
-        (dpo, "sql", []),
+        (dpo, "sql", ["--eval-every", 2]),
         (grpo, "sql", ["--eval-questions", 0]),
         (grpo, "arithmetic", ["--eval-questions", 3]),
         (distill, "sql", ["--teacher-prompt", "Answer in SQL. "]),
@@ -73,6 +73,8 @@ def test_a_named_task_is_read_by_its_script(script, task, args, tmp_path, monkey
     ((config, inputs, loss, _),) = seen
     assert config.data.dataset == task and isinstance(loss, Loss)
     assert re.match("20 (pairs|prompts)", inputs.lines[0]) and inputs.steps > 1
+    line = "the held-out loss is that of "
+    assert any(said.startswith(line) for said in inputs.lines) == (script is dpo)
 
 
 GAME = (

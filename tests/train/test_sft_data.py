@@ -40,6 +40,7 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     assert f"24 rows are batched by length: 2 lengths, {short}, {long}, 9" in said
     assert f"the tokens of {table} are kept in {tmp_path / 'tokens'}" in said
     assert data.facts["lengths"] == (short, long) and len(data.held_out) == 3
+    assert f"the held-out loss is that of 3 rows of {held_out}" in said
     learned = data.train.by_name()["weights"].sum()
     assert learned < data.train.table.ids.size - 24 * 20  # the prompts
     data, said = read("--packing")

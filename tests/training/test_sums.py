@@ -238,7 +238,7 @@ def test_a_reduction_that_is_none():
         Loss(squares, reduction="max")
 
 
-def looped(folder, reduction, log_every):
+def looped(folder, reduction, log_every, batch_metrics=lambda number: {}):
     """Returns the record of four steps with known metrics, and the printed lines."""
 
     def step(state, base, data):
@@ -254,6 +254,7 @@ def looped(folder, reduction, log_every):
         placed=lambda batch: batch,
         tokens=lambda batch: 1,
         save=lambda state, owed: None,
+        metrics=batch_metrics,
         measures=[measure],
         rows=str,
         resume_hint="",
@@ -287,6 +288,29 @@ def test_windows_have_the_means_over_their_units(tmp_path):
     (line,) = (line for line in lines if "loss" in line)
     assert line["loss"] == pytest.approx((2 + 3 + 5) / 3)
     assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)
+
+
+def test_metrics_of_batches_are_means_over_steps_and_a_maximum_is_the_largest(tmp_path):
+    """Steps count 10, 20 and 40 tokens, but draw as many completions each; the third is skipped."""
+    drawn = {
+        "reward": [1.0, None, 9.0, 0.5],
+        "length": [2.0, 4.0, 9.0, 12.0],
+        "mismatch_max": [0.25, 0.5, 9.0, 0.125],
+        "rare": [None, None, 9.0, None],
+    }
+
+    def batch_metrics(number):
+        known = {name: values[number] for name, values in drawn.items()}
+        return known | ({"share_refused": 0.75} if number == 1 else {})
+
+    lines, text = looped(tmp_path / "run", "mean", 4, batch_metrics)
+    (line,) = (line for line in lines if "loss" in line)
+    assert line["reward"] == pytest.approx((1 + 0.5) / 2)
+    assert line["length"] == pytest.approx((2 + 4 + 12) / 3)
+    assert line["share_refused"] == pytest.approx(0.75 / 3)  # it is 0 in the other steps
+    assert line["mismatch_max"] == 0.5
+    assert "rare" not in line and not any(name.endswith("_units") for name in line)
+    assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)  # of the loss
 
 
 def test_the_record_of_one_step_is_its_metrics(tmp_path):

@@ -27,6 +27,11 @@ def mixture_lines(examples: Examples, order: Order, steps: int) -> tuple[str, ..
     )
 
 
+def measured_line(n: int, rows: str, source: str) -> str:
+    """Returns the number of rows of which the held-out loss is the mean, in words."""
+    return f"the held-out loss is that of {n:,} {rows} of {source}"
+
+
 def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
     """Returns the lengths of batches, and how full they are, in words.
 

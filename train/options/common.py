@@ -315,7 +315,7 @@ class RunConfig:
     overwrite: bool = option(False, field.OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
     log_every: int = option(1, field.COURSE)
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics. A checkpoint has a line before it, too."""
     save_every: int = option(10, field.COURSE)
     """Steps between checkpoints; the last step always has one."""
     keep: int = option(2, field.COURSE)

@@ -334,10 +334,11 @@ def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str])
     name, means = next(iter(curves.items()))
     n_lines = max(1, len(means) // _PARTS)
     start, end = _joined(means[:n_lines]), _joined(means[-n_lines:])
-    n_steps = start.done - start.begun
+    n_steps = start.n_steps
     steps = "step" if n_steps == 1 else f"{n_steps} steps"
+    last = "last" if end.n_steps == n_steps else f"last {end.n_steps}"
     return (
-        f"{name}: {start.value:.3g} in the first {steps}, {end.value:.3g} in the last; drawn in "
+        f"{name}: {start.value:.3g} in the first {steps}, {end.value:.3g} in the {last}; drawn in "
         f"{folder / PROGRESS}"
     )
 
@@ -348,6 +349,11 @@ class _WindowMean(NamedTuple):
     begun: int
     done: int
     value: float
+
+    @property
+    def n_steps(self) -> int:
+        """Returns the number of steps."""
+        return self.done - self.begun
 
 
 def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
@@ -363,7 +369,8 @@ def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
 
 def _joined(means: Sequence[_WindowMean]) -> _WindowMean:
     """Returns the mean of several lines, over all their steps."""
-    value = sum(mean.value for mean in means) / len(means)
+    n_steps = sum(mean.n_steps for mean in means)
+    value = sum(mean.value * mean.n_steps for mean in means) / n_steps
     return _WindowMean(means[0].begun, means[-1].done, value)
 
 

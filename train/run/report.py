@@ -84,7 +84,7 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
         ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not reported"),
         ("peak memory of the process", megabytes(report["peak_bytes"])),
         ("adapter on disk", megabytes(report["adapter_bytes"])),
-        ("base", megabytes(report["base_bytes"])),
+        ("base in memory", megabytes(report["base_bytes"])),
     ]
     for line in lines:
         table.add_row(*line)
@@ -132,11 +132,11 @@ def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merge
 
 
 def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
-    """Prints an adapter's folder and size, and the base's size."""
+    """Prints an adapter's folder and size on disk, and the base's size in memory."""
     tell(
         console,
         f"adapter saved in {adapter}: {megabytes(report['adapter_bytes'])} beside "
-        f"the base's {megabytes(report['base_bytes'])}",
+        f"the base's {megabytes(report['base_bytes'])} in memory",
     )
 
 

@@ -21,7 +21,7 @@ from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset, pairs_of
 from train.data.files import parse_datasets
-from train.data.lines import padding_line
+from train.data.lines import measured_line, padding_line
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.scripts.rollouts import RolloutDataConfig
@@ -175,6 +175,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         parts = {name: rest for name, (rest, _) in zip(parts, split, strict=True)}
         lines = [_drawn(config, n, rows) for n, rows in zip(counts.items(), drawn, strict=True)]
         measured_pictures = pictures
+    elif held_out and config.run.eval_every:
+        lines = [measured_line(sum(map(len, held_out)), "rows", source)]
     packs = packed(config, parts, [w for w in weights if w is not None], pictures)
     measured = Sequences.join(held_out) if held_out else None
     if packs.further is not None:

@@ -18,7 +18,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset
-from train.data.lines import padding_line
+from train.data.lines import measured_line, padding_line
 from train.live.preferences import prepare
 from train.live.reference import check_reference, reference_line
 from train.options.defaults import Defaults
@@ -104,6 +104,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     if held_out is not None:
         kept = _kept(config, "the held-out rows", held_out)
         measured_on = _packed(config, kept, share_prompt=sharing.shared)
+        if measured:
+            lines.append(measured_line(measured_on.n_units, unit, measured[0].name))
     facts = {"sequence_length": packs.lengths[-1], "lengths": packs.lengths, "rows": packs.n_units}
     return Data(
         train=packs,

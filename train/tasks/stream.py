@@ -18,6 +18,7 @@ from train.console.output import tell
 from train.data.blocks import DatasetBlocks, find_blocks
 from train.data.dataset import pairs_of, rename_fields
 from train.data.files import parse_datasets
+from train.data.lines import measured_line
 from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
@@ -97,6 +98,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             f"{len(blocks.sizes):,} blocks in a drawn order, {n_chunks:,} chunks an epoch, whose "
             "rows are shuffled",
             f"of a sample, {chats.filling_line(sample, packing=data.packing)}",
+            *(measured_line(len(tokens), "rows", source) for tokens in held_out),
         ),
     )
 

@@ -1,9 +1,9 @@
 """The log of a run, as the loop uses it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from lora_jax.training.losses import HELD_OUT, OWN_METRICS
+from lora_jax.training.losses import HELD_OUT, OWN_METRICS, UNITS, Reduction
 from lora_jax.training.processes import is_first
 
 Line = dict[str, Any]
@@ -55,6 +55,65 @@ def skipped_line(step: int, metrics: Mapping[str, Any]) -> Line:
     line: Line = {"step": step, "skipped": 1.0}
     if metrics.get("lost") == NO_TOKENS:
         line["reason"] = NO_TOKENS
+    return line
+
+
+def window_line(
+    steps: Sequence[Mapping[str, float]],
+    batches: Sequence[Mapping[str, float | None]],
+    tokens_per_s: float | None,
+    reduction: Reduction,
+) -> Line:
+    """Returns the metrics of a window of steps, but for the number of its last step.
+
+    The loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
+    are means over the units, of steps without any over the steps. 0 stands for one that a step does
+    not have. A log with a count of its own (`UNITS`) is a mean over its own units, and a line
+    leaves it out where there are none.
+
+    Args:
+      steps: the metrics of each step, without those that were skipped.
+      batches: the metrics of their batches; see `_batch_line`.
+      tokens_per_s: the speed; None where it is not known.
+      reduction: the loss's.
+    """
+    count = sum(v["count"] for v in steps)
+
+    def a_unit(name: str) -> float | None:
+        if f"{name}{UNITS}" in steps[0]:
+            counted = [(v[name], v[f"{name}{UNITS}"]) for v in steps if v[f"{name}{UNITS}"]]
+            return sum(x * n for x, n in counted) / sum(n for _, n in counted) if counted else None
+        weighed = [(v.get(name, 0), v["count"] if count else 1) for v in steps]
+        return sum(x * n for x, n in weighed) / (count or len(weighed))
+
+    left_out = {"skipped", *(name for name in steps[-1] if name.endswith(UNITS))}
+    newest = {name: value for name, value in steps[-1].items() if name not in left_out}
+    logged = dict.fromkeys(name for v in steps for name in v if name not in OWN_METRICS)
+    names = [name for name in logged if not name.endswith(UNITS)]
+    logs = {name: a_unit(name) for name in names}
+    loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in steps) / len(steps)
+    line = {**newest, **logs, **_batch_line(batches), "loss": loss, "count": int(count)}
+    line["tokens_per_s"] = None if tokens_per_s is None else round(tokens_per_s, 1)
+    return {name: value for name, value in line.items() if value is not None}
+
+
+def _batch_line(batches: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Returns the metrics of a window's batches, as one line has them.
+
+    A metric is the mean over the steps, whose batches have as many completions each; it is not
+    weighted by their tokens. A maximum (`…_max`) is the largest one. None stands for a metric that
+    is not known, and 0 for one that a step does not have.
+    """
+    line: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for metrics in batches for name in metrics):
+        values = [metrics.get(name, 0) for metrics in batches]
+        known = [value for value in values if value is not None]
+        if not known:
+            line[name] = None
+        elif name.endswith("_max"):
+            line[name] = max(known)
+        else:
+            line[name] = sum(known) / len(known)
     return line
 
 

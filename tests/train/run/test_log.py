@@ -141,6 +141,13 @@ def test_progress_is_a_picture_and_a_sentence(tmp_path):
     assert draw_progress(tmp_path / "none", lines, {}) == "" and not (tmp_path / "none").exists()
 
 
+def test_a_sentence_of_progress_weighs_lines_by_their_steps_and_counts_them(tmp_path):
+    """Forty lines of five steps, and a last one of one: the last two lines cover six steps."""
+    lines = [rewarded(step, reward=0.0) for step in range(5, 201, 5)] + [rewarded(201, reward=3.0)]
+    told = draw_progress(tmp_path, lines, ["reward"])
+    assert told.startswith("reward: 0 in the first 10 steps, 0.5 in the last 6;")
+
+
 def seen_in(draw, monkeypatch):
     """Returns whether a colour is seen at a point of a picture: f(axes' number, x, y, colour)."""
     figures, files = [], []
