@@ -107,13 +107,13 @@ def _batch_line(batches: Sequence[Mapping[str, float | None]]) -> dict[str, floa
     line: dict[str, float | None] = {}
     for name in dict.fromkeys(name for metrics in batches for name in metrics):
         values = [metrics.get(name, 0) for metrics in batches]
-        known = [value for value in values if value is not None]
-        if not known:
+        known_values = [value for value in values if value is not None]
+        if not known_values:
             line[name] = None
         elif name.endswith("_max"):
-            line[name] = max(known)
+            line[name] = max(known_values)
         else:
-            line[name] = sum(known) / len(known)
+            line[name] = sum(known_values) / len(known_values)
     return line
 
 
