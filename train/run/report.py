@@ -79,7 +79,7 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     lines = [
         ("step (median)", step),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
-        ("compilation of further shapes", f"{report['further_compile_seconds']:.1f} s"),
+        ("further compilations", f"{report['further_compile_seconds']:.1f} s"),
         ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not reported"),
         ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not reported"),
         ("peak memory of the process", megabytes(report["peak_bytes"])),
