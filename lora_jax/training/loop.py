@@ -118,9 +118,9 @@ class _UnreadStep(NamedTuple):
 
     Attributes:
       done: the number of steps with it.
-      metrics: the step's, on the device.
-      batch_metrics: those of its batch; see `Hooks.metrics`.
-      lost: the reason why nothing can be learned from its batch; None for none.
+      metrics: metrics of the step, on the device.
+      batch_metrics: metrics of its batch; see `Hooks.metrics`.
+      lost: reason why nothing can be learned from its batch; None for none.
     """
 
     done: int

@@ -72,10 +72,10 @@ def window_line(
     leaves it out where there are none.
 
     Args:
-      steps: the metrics of each step, without those that were skipped.
-      batches: the metrics of their batches; see `_batch_line`.
-      tokens_per_s: the speed; None where it is not known.
-      reduction: the loss's.
+      steps: metrics of each step, without the skipped steps.
+      batches: metrics of the batches of these steps; see `_batch_line`.
+      tokens_per_s: speed of the steps; None where it is not known.
+      reduction: reduction of the loss.
     """
     count = sum(v["count"] for v in steps)
 
