@@ -79,11 +79,6 @@ class InPeft(NamedTuple):
     tensor: str = ""
     fill: float | None = None
 
-    @property
-    def fields(self) -> JsonObject:
-        """The fields of a LoraConfig that say it."""
-        return {self.field: True} if self.field else {}
-
 
 class Setting(NamedTuple):
     """A number that a variant takes beside the rank: a field of `lora_jax.LoraRule`, and an option.

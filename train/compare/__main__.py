@@ -35,7 +35,7 @@ from train.compare import measure, outside, result
 from train.compare.divergence import BaseDivergence
 from train.compare.intruders import Place, mean_intruders
 from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check
-from train.compare.reporting import dimension, peft_json, recommend, report
+from train.compare.reporting import dimension, recommend, report
 from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
 from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
@@ -63,7 +63,7 @@ from train.table import RunPart
 
 _PROG = "train.compare"
 _OURS = (
-    *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
+    *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS),
     *(report.HTML, report.MARKDOWN, report.PICTURES),
 )
 
@@ -73,16 +73,16 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     session = Session()
     with session.running():
-        script, config, names = parse(given)
+        script, config = parse(given)
         command = program(_PROG, *given)
-        compare(script, config, names, session, command)
+        compare(script, config, session, command)
 
 
-def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozenset[str]]:
+def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
     """Parses a command line.
 
     Returns:
-      The script; the options, with those of a first look; and the names of those that were given.
+      The script, and the options with those of a first look filled in.
 
     Raises:
       UserError: options make no sense.
@@ -119,13 +119,12 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
     for name, why in NOT_OF[script.kind].items():
         if name in given:
             raise UserError(f"{flag(name)}: {why}")
-    return script, config, frozenset(given)
+    return script, config
 
 
 def compare(
     script: ComparedScript,
     config: CompareOptions,
-    given: frozenset[str],
     session: Session,
     command: str,
     prog: str = "train.compare",
@@ -135,7 +134,6 @@ def compare(
     Args:
       script: the training script.
       config: its options and those of the comparison, checked.
-      given: the names of the options that were given.
       session: tells of signals.
       command: the command line, for the report.
       prog: the module that was called, for the hint how to go on.
@@ -156,7 +154,7 @@ def compare(
     options, reader = _begun(script, config, session), InputReader()
     scripts = _BesideRewards.read(script, options, asked, session)
     script = scripts.script
-    trials, inputs = trials_of(script, options, asked, given, folder, reader, scripts.examples)
+    trials, inputs = trials_of(script, options, asked, folder, reader, scripts.examples)
     scripts.read_base(inputs, console)
     on_text = _loss_outside(text, asked, inputs.read.outline.tokenizer, console)
     if not config.run.resume:
@@ -185,8 +183,6 @@ def compare(
     comparison = scripts.with_prompts(comparison)
     result.write(comparison, folder)
     advice = report.write_report(comparison, folder)
-    if asked.peft_json:
-        peft_json.write(comparison, folder / peft_json.FOLDER)
     _tell_advice(comparison, advice, console)
     tell(
         console,

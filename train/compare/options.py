@@ -27,23 +27,21 @@ class TrainingMethod(NamedTuple):
     Attributes:
       name: the method, as people write it.
       sets: the options of a script that it sets. Variants are LoRA but for one thing.
-      in_peft: what it sets in a LoraConfig of PEFT's; None where no LoraConfig says it.
     """
 
     name: str
     sets: Mapping[str, object]
-    in_peft: Mapping[str, object] | None = None
 
 
 METHODS = {
-    "lora": TrainingMethod("LoRA", {}, {}),
-    "rslora": TrainingMethod("rsLoRA", {"scaling": "alpha/sqrt(rank)"}, {"use_rslora": True}),
-    "pissa": TrainingMethod("PiSSA", {"init": "pissa"}, {"init_lora_weights": "pissa"}),
-    "olora": TrainingMethod("OLoRA", {"init": "olora"}, {"init_lora_weights": "olora"}),
-    "lora-plus": TrainingMethod("LoRA+", {"lora_plus": 16.0}, {}),
+    "lora": TrainingMethod("LoRA", {}),
+    "rslora": TrainingMethod("rsLoRA", {"scaling": "alpha/sqrt(rank)"}),
+    "pissa": TrainingMethod("PiSSA", {"init": "pissa"}),
+    "olora": TrainingMethod("OLoRA", {"init": "olora"}),
+    "lora-plus": TrainingMethod("LoRA+", {"lora_plus": 16.0}),
     **{
-        method: TrainingMethod(one.name, {one.option: True}, one.in_peft and one.in_peft.fields)
-        for method, one in COMPARED.items()
+        method: TrainingMethod(variant.name, {variant.option: True})
+        for method, variant in COMPARED.items()
     },
     "full": TrainingMethod("full fine-tuning", {"full": True}),
     "head-only": TrainingMethod("head alone", {"head_only": True}),
@@ -134,13 +132,6 @@ class CompareConfig:
     keep_weights: bool = False
     """Keep all weights of full fine-tuning, a model a run. Without it, their size is measured, and
     they are deleted."""
-    peft_experiments: tuple[str, ...] = ()
-    """Compare these experiments of PEFT's method_comparison, in the place of --methods and their
-    settings: folders, each with an adapter_config.json, and defaults in a folder above. Their
-    options hold where the command line gives none."""
-    peft_json: bool = False
-    """Write each run as the JSON of PEFT's method_comparison, too, to the folder peft, so that its
-    figures can be laid beside PEFT's."""
     quick: bool = False
     """A first look, in some ten minutes on two cores: fewer settings, seeds, rows and steps,
     wherever they were not given."""
@@ -185,13 +176,7 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
             for value in values if isinstance(values, tuple) else (values,):
                 if value is not None and not fits(value):
                     raise UserError(f"{flag(field)} {value}: a number {what} is needed")
-    if compare.peft_experiments:
-        if set_by_hand := [name for name in (*_OF_GRID, "quick") if name in given]:
-            raise UserError(
-                f"--peft-experiments are the settings to compare: leave out {flag(set_by_hand[0])}"
-            )
-    else:
-        _check_methods(compare, given)
+    _check_methods(compare, given)
     if compare.price is not None and compare.topology is None:
         raise UserError("--price: the price of what? Name a machine with --topology")
     check_many(options.run.report_to, "a comparison")

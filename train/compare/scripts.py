@@ -117,11 +117,7 @@ NOT_OF = {  # options of a comparison that some scripts do not take
     "classify": {
         **_BY_REWARDS,
         "outside": "a classifier has no loss on text, so that nothing tells what it forgets",
-        "peft_experiments": "PEFT's experiments train language models: compare sft",
         "topology": "train.plan plans language models, not classifiers",
     },
-    "grpo": {
-        "peft_experiments": "PEFT's experiments train on examples: compare sft",
-        "topology": "train.plan plans steps on rows, not the drawing of completions",
-    },
+    "grpo": {"topology": "train.plan plans steps on rows, not the drawing of completions"},
 }

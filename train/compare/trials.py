@@ -1,7 +1,8 @@
 """The runs of a comparison, checked against model and data before anything is trained."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,14 +20,13 @@ from train.compare.options import (
     CompareConfig,
     has_adapter,
 )
-from train.compare.peft_experiment import Experiment, read_experiment
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
 from train.console.errors import UserError, flag
 from train.inputs import InputReader, Inputs, make_inputs
 from train.options.common import Options
 from train.options.defaults import Defaults
-from train.options.field import SharedOption, idle_options, traits_of
+from train.options.field import idle_options
 from train.options.file import replace_options
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
@@ -156,7 +156,6 @@ def trials_of(
     script: ComparedScript,
     options: Options,
     compare: CompareConfig,
-    given: Collection[str],
     folder: Path,
     reader: InputReader,
     examples: tuple[ComparedScript, Options] | None = None,
@@ -167,7 +166,6 @@ def trials_of(
       script: the training script.
       options: its options, none of those that the comparison sets.
       compare: what to compare.
-      given: the names of the options that were given.
       folder: the comparison's.
       reader: reads rows once.
       examples: the script and options of runs on --demonstrations; None for none.
@@ -177,14 +175,14 @@ def trials_of(
     """
     trials: list[Trial] = []
     inputs: Inputs | None = None
-    asked = _asked(script, options, compare, given)
-    for experiment in asked:
-        name = arms.name_of(experiment.arm, experiment.seed)
+    grid = arms.arms_of(compare, basis_of(script, options))
+    for arm, seed in itertools.product(grid, compare.seeds):
+        name = arms.name_of(arm, seed)
         try:
             place = folder / RUNS / name
-            is_supervised = experiment.arm.method in OF_EXAMPLES
+            is_supervised = arm.method in OF_EXAMPLES
             of = examples if examples and is_supervised else (script, options)
-            trial, inputs = _trial(*of, experiment, asked[0].seed, place, reader)
+            trial, inputs = _trial(*of, arm, seed, compare.seeds[0], place, reader)
         except TrainingError as error:
             raise UserError(f"run {name}: {error.said(flag)}") from error
         trials.append(trial)
@@ -216,40 +214,16 @@ def _likeness(trial: Trial) -> tuple[object, ...]:
     return arm.rank or 0, arm.method, arm.targets or (), arm.batch_size
 
 
-def _asked(
-    script: ComparedScript, options: Options, compare: CompareConfig, given: Collection[str]
-) -> list[Experiment]:
-    """Returns all runs that are asked for."""
-    if not compare.peft_experiments:
-        grid = arms.arms_of(compare, basis_of(script, options))
-        return [Experiment(arm, seed, {}) for arm in grid for seed in compare.seeds]
-    asked = [read_experiment(Path(folder).expanduser()) for folder in compare.peft_experiments]
-    runs: list[Experiment] = []
-    for experiment in asked:
-        seeds = compare.seeds if "seeds" in given else (experiment.seed,)
-        own = {name: value for name, value in experiment.options.items() if name not in given}
-        runs += [Experiment(experiment.arm, seed, own) for seed in seeds]
-    of_base = [k for k, traits in traits_of(options).items() if traits.shared is SharedOption.BASE]
-    for name in of_base:
-        values = {run.options[name]: run for run in runs if name in run.options}
-        if len(values) > 1:
-            raise UserError(
-                f"--peft-experiments: their {name} is {' and '.join(map(str, values))}, and all "
-                f"runs of a comparison share it: give {flag(name)}, or compare them one by one"
-            )
-    return runs
-
-
 def _trial(
     script: ComparedScript,
     options: Options,
-    experiment: Experiment,
+    arm: Arm,
+    seed: int,
     first_seed: int,
     folder: Path,
     reader: InputReader,
 ) -> tuple[Trial, Inputs]:
-    options = replace_options(options, experiment.options)
-    changes = arms.settings(experiment.arm, experiment.seed) | {
+    changes = arms.settings(arm, seed) | {
         "output": str(folder),
         "overwrite": False,
         "resume": False,
@@ -269,21 +243,21 @@ def _trial(
     mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     inputs = make_inputs(config, mesh, reader(config, task))
     steps = inputs.steps
-    _check_held_out(script, experiment.arm, config, inputs)
+    _check_held_out(script, arm, config, inputs)
     every = getattr(options.run, script.every)
     changed: dict[str, Any] = {script.every: every or -(-steps // MEASUREMENTS)}
-    if experiment.arm.method in IN_FULL and options.run.save_every == script.plain.run.save_every:
+    if arm.method in IN_FULL and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
     config, outline = replace_options(config, changed), inputs.read.outline
-    trained = experiment.arm.dimension
+    trained = arm.dimension
     if trained is None:
         tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
         trained, _ = lj.count_params(tree)
     trial = Trial(
         name=folder.name,
         script=script.name,
-        arm=experiment.arm,
-        seed=experiment.seed,
+        arm=arm,
+        seed=seed,
         config=config,
         task=task,
         steps=steps,

@@ -143,8 +143,8 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
         rest = tuple(word for word in rest if word != "--resume")
     named = [word for option, value in made.options.items() for word in (flag(option), str(value))]
     line = [finding.script, *options[:2], *named, *rest, "--output", str(asked.output)]
-    script, config, names = compare.parse(line)
-    comparison = compare.compare(script, config, names, session, command, _PROG)
+    script, config = compare.parse(line)
+    comparison = compare.compare(script, config, session, command, _PROG)
     show(asked, comparison, made.notes)
 
 

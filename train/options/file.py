@@ -31,6 +31,7 @@ _NEEDED = {
     str: "a text is needed",
 }
 _NOT_IN_A_FILE = ("config",)
+_REMOVED = (("peft_experiments", []), ("peft_json", "false"))  # defaults, in older runs' files
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 _MOST_SHOWN = 80  # characters of a value in messages
@@ -61,6 +62,8 @@ def parse_options_file(text: str, asked: str, config: Config) -> tuple[Config, d
         )
     for key, value, line in entries(root, asked):
         name, where = key.replace("-", "_"), f"{asked}, line {line}"
+        if (name, value.value) in _REMOVED:
+            continue
         if name not in kinds:
             raise UserError(f"{where}: {_unknown(key, value, kinds, config)}")
         if name in lines:

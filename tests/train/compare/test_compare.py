@@ -20,6 +20,7 @@ from train.compare.arms import arms_of, settings
 from train.compare.intruders import mean_intruders
 from train.compare.options import has_adapter
 from train.compare.trials import basis_of
+from train.console.errors import UserError
 from train.options.file import replace_options
 from train.sft import main as sft
 
@@ -209,8 +210,6 @@ def test_costs_and_plans(folder, tmp_path):
         (["sft", "--lrs", "-1"], "--lrs -1.0: a number above 0 is needed"),
         (["classify", "--topology", "v5e:2x2"], "language models"),
         (["classify", "--outside", "x.txt"], "nothing tells what it forgets"),
-        (["sft", "--peft-experiments", "x", "--ranks", "3"], "leave out --ranks"),
-        (["classify", "--peft-experiments", "x"], "compare sft"),
         (["sft", "--dry-run"], "try one of them with its script"),
         (["sft", "--report-to", "wandb"], "one run a process"),
         (["sft", "--init-adapter", "x"], "begins at the base"),
@@ -228,8 +227,18 @@ def test_bad_input_is_refused_before_anything_is_read(args, said, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_files_of_older_comparisons_are_read_where_they_ask_for_nothing_else(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("ranks: [3]\npeft_experiments: []\npeft_json: false\n")
+    _, config = parse(["sft", "--config", str(file)])
+    assert config.compare.ranks == (3,)
+    file.write_text("peft_json: true\n")
+    with pytest.raises(UserError, match="line 1: there is no option peft_json"):
+        parse(["sft", "--config", str(file)])
+
+
 def test_the_numbers_of_a_variant_are_those_of_its_runs():
-    script, config, _ = parse(["sft", "--methods", "lora", "tinylora", "--u", "4"])
+    script, config = parse(["sft", "--methods", "lora", "tinylora", "--u", "4"])
     options = script.options_of(config)
     arms = arms_of(config.compare, basis_of(script, options))
     runs = [replace_options(options, settings(arm, 0)).adapter for arm in arms]

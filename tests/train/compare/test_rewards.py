@@ -196,7 +196,6 @@ def test_full_fine_tuning_keeps_the_base_as_its_reference(folder, tmp_path):
         (["--batch-size", "8"], "--batch-size: a comparison sets it: give --batch-sizes"),
         (["--eval-every", "3"], "there is no held-out loss"),
         (["--topology", "v5e:2x2"], "the drawing of completions"),
-        (["--peft-experiments", "x"], "compare sft"),
         (["--demonstrations", "x"], "--methods names neither"),
         (["--methods", "sft"], "what does it learn from? Name rows with right answers"),
         (["--methods", "said"], "--methods said is a way to train a classifier"),
@@ -271,5 +270,5 @@ def test_a_divergence_on_some_prompts_says_so(folder, monkeypatch):
 
 def test_the_data_follow_from_the_options_as_those_of_the_script():
     for args, dataset in (([], "arithmetic"), (["--model", "x"], "sql")):
-        _, config, _ = parse(["grpo", *args])
+        _, config = parse(["grpo", *args])
         assert config.data.dataset == dataset

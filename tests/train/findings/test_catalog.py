@@ -27,7 +27,7 @@ def test_its_options_and_its_layout_are_known(name):
     # The maker's files: some options have an effect only beside a data set of one's own.
     if finding.make is not None:
         line += ["--dataset", "rows.jsonl"]
-    script, config, given = compare.parse(line)
+    _, config = compare.parse(line)
     assert len(config.compare.seeds) >= 3, "a spread needs seeds"
     assert not config.compare.early_stopping, "a table needs all cells"
     for axis in (finding.layout.rows, finding.layout.columns, *finding.layout.blocks):
