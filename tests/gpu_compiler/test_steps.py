@@ -22,8 +22,8 @@ from lora_jax.models.sampling.prompts import Prompts
 from lora_jax.training.memory.live import predicted_bytes
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from tests.support import thorough
+from tests.train.plan.closed_form import batch_flops
 from train.options.common import AdapterConfig
-from train.plan.compile import _closed_form
 from train.plan.flops.checked import count_traced
 from train.plan.hlo.kernels import kernel_lines
 from train.plan.hlo.work import work_of
@@ -115,7 +115,7 @@ def test_flops_as_traced_are_those_of_the_closed_form(topology: str) -> None:
     step = compiled("dense", topology, "--batch-size", 8, "--seq-len", 1024, *mesh)
     counted = count_traced(step.prepared.traced.jaxpr)
     variant = PlanVariant(AdapterConfig(targets="all-linear", rank=8), "full")
-    by_hand = _closed_form(step.job, variant, step.prepared.params)
+    by_hand = batch_flops(step.job, variant, step.prepared.params)
     assert counted is not None and counted.exact
     assert counted.flops == pytest.approx(by_hand, rel=0.01)
 

@@ -18,6 +18,7 @@ from lora_jax.models.layers.cache import init_cache
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from train.live.reference import running, sequence_scorer
+from train.plan.flops.checked import count_traced
 from train.plan.job import bytes_per_device
 from train.plan.tasks import REFERENCE, SAMPLER, SCORER
 from train.run.report import tree_bytes
@@ -113,6 +114,18 @@ def _sampler(
     keys = shape(key, (ids.shape[0] * group,))
     mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_, sharding=ids.sharding)
     return jax.jit(draw).trace(params, ids, mask, keys, shape(jnp.float32), shape(jnp.int32))
+
+
+def token_flops(model: Any, params: Tree, rows: int) -> int | None:
+    """Returns the FLOPs of a token of each row as traced; None where its jaxpr is not understood.
+
+    Attention to earlier tokens is left out.
+    """
+    ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    run = lj.adapt(model.apply)
+    traced = jax.jit(lambda params, ids: run({"params": params}, ids)).trace(params, ids)
+    counted = count_traced(traced.jaxpr)
+    return counted and counted.flops
 
 
 def cache_bytes(model: Any, rows: int, length: int) -> int:

@@ -18,10 +18,10 @@ from lora_jax.training.step import State
 from train.console.errors import UserError
 from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
-from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
+from train.plan.between import SAMPLER, Program, cache_bytes, programs_between, token_flops
 from train.plan.clock.report import Clock, clock_of
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
-from train.plan.flops.closed_form import model_flops, step_flops
+from train.plan.flops.closed_form import model_flops
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
@@ -52,14 +52,13 @@ class Plan:
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.flops.checked`.
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
-      flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`. None
-        for a model that reads images.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
       between_slices_bytes: part of these bytes that goes from slice to slice; {} on one slice.
       kernels: the kernels in the compiled step, in words; see `train.plan.hlo.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
-      sampled_token_flops, cache_bytes: FLOPs of a token of each completion, without attention, and
-        the keys and values of all, on all devices; 0 where nothing is sampled.
+      sampled_token_flops, cache_bytes: FLOPs of a token of each completion, as traced and without
+        attention to earlier ones, and the keys and values of all, on all devices; 0 where nothing
+        is sampled.
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
       clocks: the estimate of a step, and of each program between steps, whose HLO is understood.
@@ -74,13 +73,12 @@ class Plan:
     flops_per_chip: int | None = None
     flops_source: str | None = None
     flops_traced: int | None
-    flops_closed_form: int | None
     collective_bytes: dict[str, int] | None = None
     between_slices_bytes: dict[str, int] | None = None
     kernels: tuple[str, ...] | None = None
     adapter_bytes: int
     checkpoint_bytes: int
-    sampled_token_flops: int = 0
+    sampled_token_flops: int | None = 0
     cache_bytes: int = 0
     compile_seconds: float
     notes: tuple[str, ...] = ()
@@ -211,13 +209,12 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
 
     known: dict[str, Any] = {
         "name": variant.name,
-        "flops_closed_form": _flops_by_hand(job, variant, programs),
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     if SAMPLER in programs:
         known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.seq_len)
-        known["sampled_token_flops"] = _closed_form(job, variant, step.params, tokens=1)
+        known["sampled_token_flops"] = token_flops(step.model, step.params, job.batch_size)
     began = time.perf_counter()
     made: dict[str, jax.stages.Compiled] = {}
     for name, one in programs.items():
@@ -304,41 +301,6 @@ def hlo_of(
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             text = text_of(lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES))
     return text
-
-
-def _flops_by_hand(
-    job: PlanJob, variant: PlanVariant, programs: Mapping[str, Program]
-) -> int | None:
-    """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
-    if isinstance(job.outline.config, SmolVLMConfig):
-        return None
-    total = job.grad_accum * _closed_form(job, variant, programs[STEP].params)
-    return total + sum(
-        one.times * _closed_form(job, variant, one.params, tokens=job.row)
-        for name, one in programs.items()
-        if name != STEP and one.times
-    )
-
-
-def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | None = None) -> int:
-    """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
-    row = tokens or job.row
-    parts = job.layout.sequence_parts
-    config: Any = job.outline.config  # an encoder has no plan
-    flops = step_flops(
-        config,
-        params,
-        batch=job.rows if row > 1 else job.batch_size,
-        seq=row,
-        remat=variant.remat,
-        attention=job.chosen.attend if row > 1 else None,
-        split=job.layout.split(row) if row > 1 else None,
-        chunked=job.head_chunk > 0,
-        predicted=min(row, job.predicted) if parts == 1 else row,  # split rows have heads at all
-        forward=tokens is not None,
-        branched=job.share_prompt,
-    )
-    return round(flops)
 
 
 def _device_bytes(

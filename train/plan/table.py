@@ -63,7 +63,7 @@ def print_plans(
     work = Table(title="Work and time")
     work.add_column("")
     over_slices = ("GB between",) * (facts["slices"] > 1)
-    for name in ("TFLOP", "by hand", "GB sent", *over_slices, "step", "chip-hours"):
+    for name in ("TFLOP", "GB sent", *over_slices, "step", "chip-hours"):
         work.add_column(name, justify="right")
     with_cost = facts["price"] is not None
     names = ("cost",) if with_cost else ()
@@ -74,7 +74,6 @@ def print_plans(
         work.add_row(
             made.name,
             _mark(made) + _scaled(made.flops_per_step, 1e12),
-            _scaled(made.flops_closed_form, 1e12),
             _scaled(sent, 1e9),
             *([_scaled(leaving, 1e9, digits=4)] if over_slices else []),
             _number(guess["step_seconds"], " s"),
@@ -109,7 +108,7 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
     of = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
         "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
-        f"program. TFLOP: per step on all devices, {of}; by hand: in closed form. "
+        f"program. TFLOP: per step on all devices, {of}. "
         "GB sent: per device and step."
     )
     if facts["slices"] > 1:
@@ -145,10 +144,11 @@ def _task_notes(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
             f"time; the total has the largest. TFLOP and time are of a step and its {between[0]}."
         )
     if SAMPLER in between:
-        a_token = facts["grad_accum"] * made.sampled_token_flops / 1e12
+        token = made.sampled_token_flops
+        a_token = _scaled(token and facts["grad_accum"] * token, 1e12, digits=3)
         yield (
             f"The sampler's have the cache of keys and values, {_gib(made.cache_bytes)} GiB on all "
-            f"devices. Its work comes on top: {a_token:,.3f} TFLOP for a token of each completion "
+            f"devices. Its work comes on top: {a_token} TFLOP for a token of each completion "
             f"of a step, and up to {facts['max_new_tokens']} tokens."
         )
 

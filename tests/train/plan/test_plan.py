@@ -18,6 +18,7 @@ from lora_jax.training.memory.ladder import choose_remat
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.support import over
+from tests.train.plan.closed_form import plan_flops, step_flops
 from tests.train.plan.tiny_plans import (
     FIELDS,
     MIXTURE,
@@ -34,7 +35,6 @@ from train.plan import compile as planned
 from train.plan.__main__ import PlanConfig
 from train.plan.compile import refused_bytes
 from train.plan.flops.checked import step_work
-from train.plan.flops.closed_form import step_flops
 from train.plan.flops.jaxpr import Count
 from train.plan.hlo.work import HloWork
 from train.plan.ladder import Ladder, print_ladder, rungs_of
@@ -59,9 +59,9 @@ def model(tmp_path_factory):
     called=lambda case: f"{case[0]}, {case[1]}",
 )
 def test_flops_are_those_counted_by_hand(model, full, remat):
-    _, _, made = planned_for(model, "--remat", remat, *(["--full"] if full else []))
+    job, variant, made = planned_for(model, "--remat", remat, *(["--full"] if full else []))
     assert made.flops_per_step == made.flops_per_chip
-    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, plan_flops(job, variant), rtol=0.01)
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
     assert made.flops_source == "hlo" and made.notes == ()
 
@@ -71,11 +71,12 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     ("option", "name"), [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")]
 )
 def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
-    _, _, made = planned_for(model, option)
-    _, _, lora = planned_for(model)
+    job, variant, made = planned_for(model, option)
+    lora_job, lora_variant, lora = planned_for(model)
     assert made.name.startswith(f"{name} r=3") and made.adapter_bytes < lora.adapter_bytes
-    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.005)
-    assert made.flops_closed_form < 0.99 * lora.flops_closed_form
+    by_hand = plan_flops(job, variant)
+    np.testing.assert_allclose(made.flops_per_step, by_hand, rtol=0.005)
+    assert by_hand < 0.99 * plan_flops(lora_job, lora_variant)
 
 
 BY_BLOCKS = [(remat, "blockwise") for remat in ("none", "dots_with_no_batch_dims_saveable")]
@@ -87,8 +88,8 @@ BY_BLOCKS += [(remat, how) for remat in ("dots_saveable", "full") for how in ("b
 def test_flops_of_attention_by_blocks(model, remat, how):
     """Blocks run forward once more, but skip the keys behind their span."""
     options = ("--remat", remat, "--seq-len", 384, "--attention", how)  # three spans of two blocks
-    _, _, made = planned_for(model, *options)
-    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    job, variant, made = planned_for(model, *options)
+    np.testing.assert_allclose(made.flops_per_step, plan_flops(job, variant), rtol=0.01)
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
 
 
@@ -148,12 +149,12 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
     """
     model = write(tmp_path, FIELDS | MIXTURE)
     options = ("--batch-size", 16, "--seq-len", 64)
-    made, ragged = (
-        planned_for(model, *options, *more)[2] for more in ([], ["--experts", "ragged"])
-    )
-    assert made.flops_closed_form < made.flops_per_step < 1.3 * made.flops_closed_form
+    job, variant, made = planned_for(model, *options)
+    _, _, ragged = planned_for(model, *options, "--experts", "ragged")
+    by_hand = plan_flops(job, variant)
+    assert by_hand < made.flops_per_step < 1.3 * by_hand
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
-    assert ragged.flops_traced < 1.3 * ragged.flops_closed_form
+    assert ragged.flops_traced < 1.3 * by_hand
     assert ragged.flops_per_step > 1.5 * ragged.flops_traced
 
 
@@ -208,12 +209,12 @@ def test_memory_is_told_where_the_hlo_is_not_understood(
 ):
     expected = sound(*options)
     rewritten(monkeypatch, UNREADABLE[written])
-    job, _, made = planned_for(model, *options)
+    job, variant, made = planned_for(model, *options)
     assert made.per_chip_bytes == expected.per_chip_bytes and made.fits == expected.fits
     assert made.flops_source == "jaxpr" and made.collective_bytes is None
     assert made.flops_per_step == made.flops_traced == expected.flops_traced
     assert made.flops_per_chip == round(made.flops_per_step / len(job.machine.devices))
-    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, plan_flops(job, variant), rtol=0.01)
     (note,) = made.notes
     assert "the HLO was not understood (" in note and "those of the step as traced" in note
 

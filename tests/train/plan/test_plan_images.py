@@ -26,7 +26,6 @@ def test_images_cost_one_forward_pass_of_their_encoder(model):
     layer = 2 * 16 * (4 * 18**2 + 2 * 18 * 31) + 4 * 16**2 * 18
     image = 2 * 16 * 3 * 4**2 * 18 + 2 * layer + 2 * 4 * 4 * 18 * job.outline.config.hidden_size
     np.testing.assert_allclose(with_images.flops_per_step, texts.flops_per_step + 4 * 3 * image)
-    assert with_images.flops_closed_form is texts.flops_closed_form is None
     sizes = with_images.per_chip_bytes
     assert sizes["total"] - texts.per_chip_bytes["total"] > 4 * 3 * 3 * 16**2 * 4
     for one in (with_images, texts):  # the encoder is there, whether or not a step reads it

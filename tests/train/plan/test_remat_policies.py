@@ -9,11 +9,11 @@ import pytest
 
 from lora_jax.models.families import module_of, read_config
 from tests.support import over
+from tests.train.plan.closed_form import batch_flops
 from tests.train.plan.tiny_plans import FIELDS, asked, write
 from train.plan import __main__ as plan
 from train.plan.compile import trace_step
 from train.plan.flops.checked import count_traced
-from train.plan.flops.closed_form import step_flops
 
 POLICIES = ("none", "products", "projections", "full")
 MODELS = {
@@ -37,10 +37,7 @@ def flops_of(path, remat):
     job, optim = plan.make_job(options.plan)
     (variant, *_) = plan.variants(options)
     step = trace_step(job, variant, optim)
-    sizes = {"batch": 4, "seq": 24, "remat": remat, "chunked": False}
-    config, attend = job.outline.config, job.chosen.attend
-    by_hand = step_flops(config, step.params, attention=attend, split=None, **sizes)
-    return count_traced(step.traced.jaxpr).flops, by_hand
+    return count_traced(step.traced.jaxpr).flops, batch_flops(job, variant, step.params)
 
 
 @over("name", MODELS, often=["Llama"])

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from lora_jax.adapt.eqns import (
     AnyJaxpr,
-    is_literal,
     kernel_of,
     opened,
     scan_of,
     scope_of,
     shard_map_of,
 )
+from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
@@ -55,21 +55,9 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
       The count over the whole mesh.
     """
     inner, _ = opened(jaxpr)
-    return _sum(_equation_count(eqn, scope) for eqn in _read_equations(inner))
-
-
-def _read_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """Returns the equations that an output depends on; compilers leave out the others."""
-    read, needed = list[JaxprEqn](), set(filter(_is_variable, jaxpr.outvars))
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            read.append(eqn)
-            needed |= set(filter(_is_variable, eqn.invars))
-    return read
-
-
-def _is_variable(atom: Any) -> bool:
-    return not is_literal(atom)
+    # Compilers leave out equations that no output depends on.
+    needed = needed_equations(inner, (True,) * len(inner.outvars))
+    return _sum(_equation_count(eqn, scope) for eqn, _, _ in needed.equations)
 
 
 def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
