@@ -71,6 +71,8 @@ class Step:
 def need_compiler() -> None:
     if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         pytest.skip("the GPU's compiler is not installed")
+    if find_spec("jax_triton") is None:
+        pytest.skip("the compiler of the GPU's kernel is not installed: Python 3.12 has it")
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from lora_jax.models.layers.attend import (
 from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.kernels import flash
 from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split, bidirectional_mask
 from lora_jax.models.layers.placement import OLD_GPU, UNPLACED
@@ -315,8 +316,9 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
     assert growth("dense") > 40, "the control"
 
 
-def test_the_choice() -> None:
+def test_the_choice(monkeypatch: Any) -> None:
     """By length and platform; what a kernel does not serve goes to blocks, by name."""
+    monkeypatch.setattr(flash, "missing_compiler", lambda: None)
     assert ATTENTION == ("auto", "dense", "blockwise", "splash", "flash", "cudnn")
     bests = {"cpu": "blockwise", "tpu": "splash", "gpu": "flash", OLD_GPU: "blockwise"}
     for platform, best in bests.items():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.layers.attend import choose_implementation
 from lora_jax.models.layers.attention import AttentionCall
-from lora_jax.models.layers.kernels.flash_call import backend_name, missing_backend
+from lora_jax.models.layers.kernels.flash_call import COMPILER, missing_compiler
 from lora_jax.models.layers.placement import platform_of
 from train.plan.local import capacity_of
 from train.plan.machines import topology_here
@@ -28,6 +28,7 @@ def find_devices() -> dict[str, Any]:
     devices = jax.local_devices()
     first = devices[0]
     platform = platform_of(first)
+    missing = missing_compiler() if platform == "gpu" else None
     call = AttentionCall(queries=LENGTH, head_dim=HEAD, dtype=jnp.dtype(jnp.bfloat16))
     return {
         "platform": first.platform,
@@ -37,7 +38,7 @@ def find_devices() -> dict[str, Any]:
         "memory": capacity_of(first),
         "topology": topology_here(devices),
         "attention": str(choose_implementation("auto", call, LENGTH, platform)),
-        "flash_compiled_by": backend_name() if platform == "gpu" else None,
-        "flash_missing": missing_backend() if platform == "gpu" else None,
+        "flash_compiled_by": COMPILER if platform == "gpu" and missing is None else None,
+        "flash_missing": missing,
         "experts": "ragged" if platform == "tpu" else "blocks",
     }

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
 
 from lora_jax.models.layers.attention import (
     KERNEL_OUTPUT,
@@ -28,8 +27,12 @@ from lora_jax.models.layers.attention import (
     Implementation,
 )
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.kernels.flash_call import FlashTokens, missing_backend, run
-from lora_jax.models.layers.kernels.flash_programs import FlashOptions
+from lora_jax.models.layers.kernels.flash_call import (
+    FlashOptions,
+    FlashTokens,
+    missing_compiler,
+    run,
+)
 from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows, root
 
 _EVER = 1 << 30  # a window that hides nothing
@@ -46,7 +49,6 @@ class Flash(Implementation):
     Attributes:
       queries: queries per block, forward and in the gradient of queries; a power of 2.
       keys: keys per block, and queries per block in the gradient of keys; a power of 2.
-      interpret: run the kernel in Python on any device, for tests.
       otherwise: computes what the kernel refuses.
 
     >>> from lora_jax.models.layers.kernels.flash import Flash
@@ -56,7 +58,6 @@ class Flash(Implementation):
 
     queries: int = 128
     keys: int = 64
-    interpret: bool = False
     otherwise: Blockwise = ON_GPU
 
     def __post_init__(self) -> None:
@@ -69,8 +70,6 @@ class Flash(Implementation):
             return "keys lie in a cache"
         if call.branched and call.windowed:
             return "the kernel's windows count slots, not the positions of several completions"
-        if not self.interpret and (missing := missing_backend()):
-            return missing
         if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"the kernel has no {jnp.dtype(call.dtype)}"
         if call.head_dim > 256:
@@ -78,7 +77,7 @@ class Flash(Implementation):
         block = max(self.queries, self.keys)
         if call.split and call.queries % block:
             return f"a device has {call.queries} tokens of a row, no multiple of {block}"
-        return None
+        return missing_compiler()
 
     def pairs(
         self,
@@ -137,7 +136,7 @@ class Flash(Implementation):
             jnp.where(True if mask.windowed is None else mask.windowed, window, _EVER)[None],
         )
         # Shared memory is small: 99 KiB on Ada. Wide heads and fp32 take smaller blocks.
-        width = pl.next_power_of_2(head_dim)
+        width = 1 << (head_dim - 1).bit_length()
         smaller = 1 if width * q.dtype.itemsize <= 256 else 2 if width <= 128 else 4
         how = FlashOptions(
             causal=mask.causal,
@@ -146,7 +145,6 @@ class Flash(Implementation):
             cap=cap,
             queries=max(16, self.queries // smaller),
             keys=max(16, self.keys // smaller),
-            interpret=self.interpret,
         )
         with jax.named_scope(self._visited(q.shape[1], k.shape[1], mask)):
             out, lse = _attention(how, q, k, v, tokens)

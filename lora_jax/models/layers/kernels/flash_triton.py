@@ -1,7 +1,8 @@
-"""The programs of flash attention in Triton's language: those of `flash_programs`, by `jax_triton`.
+"""The programs of flash attention in Triton's language: each computes a block, and visits others.
 
-Pallas' backend for Triton is deprecated since JAX 0.11; this is the way that stays. The packages
-`triton` and `jax_triton` are needed (extras `cuda12` and `cuda13`, on Python 3.12 and newer).
+Their arrays are, in order: the first block to visit and the one behind the last; the slots and the
+segments of queries, the segments of keys, the window; then those of `flash_call.run`, and the
+results. The packages `triton` and `jax_triton` are needed (extra `gpu-kernels`).
 """
 
 # Triton's language is not Python's: its functions have no types that Python knows.
@@ -15,9 +16,8 @@ import jax
 import jax_triton
 import triton
 import triton.language as tl
-from jax.experimental import pallas as pl
 
-from lora_jax.models.layers.kernels.flash_programs import FlashOptions
+from lora_jax.models.layers.kernels.flash_call import FlashOptions
 from lora_jax.models.layers.masks import BRANCHES
 
 _HIDDEN = tl.constexpr(-1e30)  # the score of a key that is not seen
@@ -58,7 +58,7 @@ def program_of(name: str, how: FlashOptions, operands: Any) -> tuple[Any, tuple[
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
-        "WIDTH": max(16, pl.next_power_of_2(head_dim)),
+        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_Q": how.queries,
         "BLOCK_K": how.keys,
         "CAUSAL": how.causal,

@@ -1,0 +1,193 @@
+"""Flash attention by its programs in Triton's language, interpreted, against dense attention.
+
+A process of its own (`TRITON_INTERPRET=1`): Triton decides at its import whether it interprets. It
+reads names of `PROOFS`, a line each, and answers each with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.models.layers.attention import AttentionInputs
+from lora_jax.models.layers.kernels import flash, flash_call
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.flash_call import FlashOptions, FlashTokens
+from tests.models import test_remat, tiny
+from tests.models.test_attention import Case
+from tests.models.test_splash import MASKS, check_split, differentiated
+from tests.support import draw
+
+FLASH = Flash(queries=32, keys=16)
+PACKED = Case(60, packed=True, padding="right", window=30, cap=1.5, kv_heads=1, group=3, sinks=True)
+BRANCHED = Case(60, branched=True, packed=True, padding="right", kv_heads=1, group=3, sinks=True)
+NARROW = Case(50, window=20, padding="left", kv_heads=1, group=2)
+SPLITS = {
+    "sequence=2,tensor=2": (Case(128, kv_heads=2, group=1, packed=True), None),
+    "sequence=2": (Case(128, kv_heads=1, group=2, window=50, cap=2.0), True),
+    "sequence=2,data=2": (Case(64, kv_heads=1, group=2, branched=True), None),
+    "data=2,sequence=2": (Case(64, kv_heads=1, group=1, causal=False, padding="left"), None),
+}
+
+
+def _of_mask(case: Case, some: bool | None = None) -> tuple[Any, Any]:
+    want = differentiated(case, "dense", some)
+    assert all(np.abs(x).max() > 1e-2 for x in want)
+    return differentiated(case, FLASH, some), want
+
+
+def _of_completions() -> tuple[Any, Any]:
+    got, want = _of_mask(BRANCHED)
+    apart = differentiated(dataclasses.replace(BRANCHED, branched=False), FLASH)
+    assert np.abs(apart[0] - want[0]).max() > 0.1, "the control: completions see each other"
+    return got, want
+
+
+def _of_sums() -> tuple[Any, Any]:
+    """Sums of weights and their gradient, against scores that are written out."""
+    case = dataclasses.replace(BRANCHED, padding=None)
+    mask, arrays, cotangent = case.mask(), case.arrays(), draw(4, (2, 60, 3))
+
+    def written_out(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bshd,btd->bsht", q, k[:, :, 0]) * 7**-0.5
+        seen = mask.visible()[:, :, None]
+        return jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
+
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return FLASH.compute_with_sums(AttentionInputs(*arrays, mask))[1]
+
+    def gradient(run: Any) -> Any:
+        def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum((sums := run(*arrays)) * cotangent), sums
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)
+
+    ((_, got), of_got), ((_, want), of_want) = jax.jit(
+        lambda *arrays: [gradient(run)(*arrays) for run in (kernel, written_out)]
+    )(*arrays)
+    assert np.ptp(want) > 1 and np.abs(of_want[1]).max() > 1e-2
+    return (got, of_got), (want, of_want)
+
+
+def _of_devices(text: str) -> tuple[Any, Any]:
+    case, some = SPLITS[text]
+    check_split(FLASH, text, case, some)
+    return 0.0, 0.0
+
+
+def _of_mapped(windows: bool) -> tuple[Any, Any]:
+    """A mapped call is one call, whose rows are rows of one batch, unless windows are mapped."""
+    case = Case(32, batch=2, kv_heads=1, group=2)
+    how = FlashOptions(causal=True, scale=0.3, cap=None, queries=16, keys=16)
+    segments = [jnp.broadcast_to(x, (2, 32)) for x in case.mask().segments()]
+    q, k, v = (jnp.stack([x, 2 * x, 3 * x]) for x in case.arrays())
+
+    def attend(window: jax.Array, *arrays: jax.Array) -> Any:
+        tokens = FlashTokens(case.mask().queries.slots, *segments, window)
+        return flash_call.run(
+            "flash_fwd", how, flash._bounds(how, tokens, (16, 16), 1), tokens, arrays
+        )
+
+    window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
+    mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
+    one = jax.jit(attend)
+    want = [one(window[i] if windows else window, q[i], k[i], v[i]) for i in range(3)]
+    assert str(jax.make_jaxpr(mapped)(window, q, k, v)).count("flash_kernel") == 1
+    return jax.jit(mapped)(window, q, k, v), jax.tree.map(lambda *x: jnp.stack(x), *want)
+
+
+def _of_layers() -> tuple[Any, Any]:
+    """Layers that are computed again, but for what the kernel returned, and layers that are not."""
+    _, params = tiny.decoder(test_remat.CASE)
+    adapted = lj.split(lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "down_proj"], rank=3)]))
+    trained = jax.tree.map(lambda x: draw(x.size, x.shape), adapted[0])
+    steps = [
+        test_remat.step_of((trained, adapted[1]), remat, Flash()) for remat in ("attention", False)
+    ]
+    got, want = (step(trained) for step in steps)
+    return got, want
+
+
+PROOFS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "packed, padded, a window, capped": functools.partial(_of_mask, PACKED),
+    "bidirectional": functools.partial(
+        _of_mask, Case(40, causal=False, padding="left", kv_heads=2, group=2)
+    ),
+    "a prompt and its completions": _of_completions,
+    "sums of weights": _of_sums,
+    "a layer with a window": functools.partial(_of_mask, NARROW, True),
+    "a layer without": functools.partial(_of_mask, NARROW, False),
+    **{f"long: {name}": functools.partial(_of_mask, *case) for name, case in MASKS.items()},
+    **{f"devices: {text}": functools.partial(_of_devices, text) for text in SPLITS},
+    "a mapped call": functools.partial(_of_mapped, False),
+    "a mapped call, mapped windows": functools.partial(_of_mapped, True),
+    "recomputed layers": _of_layers,
+}
+
+
+class Memory:
+    """An array as Triton's interpreter takes one, which expects torch's."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.dtype = array, array.dtype
+        self.data_ptr = lambda: array.ctypes.data
+
+    def same(self, *_: Any, **__: Any) -> Memory:
+        return self
+
+    untyped_storage = cpu = new_empty = set_ = copy_ = same
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    stride = size
+
+
+def run_interpreted(*operands: jax.Array, name: str, how: Any) -> Any:
+    """Runs a program of `flash_triton` on the host; what it does not write is NaN."""
+    from lora_jax.models.layers.kernels import flash_triton
+
+    results = flash_call._results(name, *operands[6:8])
+    kernel, grid, sizes = flash_triton.program_of(name, how, operands)
+
+    def run(*arrays: Any) -> list[np.ndarray]:
+        given = [np.ascontiguousarray(x) for x in arrays]
+        made = [np.full(x.shape, np.nan, x.dtype) for x in results]
+        kernel[grid](*map(Memory, given + made), **sizes)
+        return made
+
+    return jax.pure_callback(run, results, *operands)
+
+
+def largest_difference(got: Any, want: Any) -> float:
+    """Returns max|Δ| / max(1, max|want|), the largest of all leaves."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(float(np.abs(x - y).max() / max(1, np.abs(y).max())) for x, y in pairs)
+
+
+def main() -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(flash_call, "_run_triton", run_interpreted)
+    patch.setattr(flash, "missing_compiler", lambda: None)
+    for line in sys.stdin:
+        print(json.dumps(largest_difference(*PROOFS[line.strip()]())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
