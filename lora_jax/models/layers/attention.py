@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models.layers.cache import Shared
-from lora_jax.models.layers.masks import Mask, Split
+from lora_jax.models.layers.masks import Mask, Split, pad_rows
 
 KERNEL_OUTPUT = "attention_kernel"  # names what a kernel returns, for policies that keep it
 
@@ -64,6 +65,20 @@ class AttentionCall:
     windowed: bool = False
     split: Split | None = None
 
+    def kernel_refusal(self, dtypes: Sequence[DTypeLike]) -> str | None:
+        """Returns the reason why a kernel that masks by slots and segments cannot serve the call.
+
+        Args:
+          dtypes: those that the kernel computes.
+        """
+        if self.cached:
+            return "keys lie in a cache"
+        if self.branched and self.windowed:
+            return "the kernel's windows count slots, not the positions of several completions"
+        if self.dtype not in dtypes:
+            return f"the kernel has no {jnp.dtype(self.dtype)}"
+        return None
+
 
 class AttentionInputs(NamedTuple):
     """The arrays and the options of one call of attention; see ``attend``."""
@@ -102,6 +117,15 @@ class AttentionInputs(NamedTuple):
         """The queries times the factor, for kernels that take no traced factor."""
         factor = self.factor
         return (self.q.astype(factor.dtype) * factor).astype(self.q.dtype)
+
+    def padded(self, multiple: int) -> list[jax.Array]:
+        """Returns q, k and v, and the segments of queries and of keys, [batch, n].
+
+        Rows are filled up to a multiple of a size, but for those that are split over devices.
+        """
+        segments = [jnp.broadcast_to(x, (len(self.q), x.shape[1])) for x in self.mask.segments()]
+        arrays = [self.q, self.k, self.v, *segments]
+        return arrays if self.mask.split else [pad_rows(x, multiple) for x in arrays]
 
     @property
     def arguments(self) -> tuple[Any, ...]:

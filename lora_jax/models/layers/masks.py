@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -213,6 +214,43 @@ def extremes(
     if window is not None:
         empty, full = empty | (nearest >= window), full & (farthest < window)
     return empty, full
+
+
+def visited_blocks(
+    slots: Slots,
+    keys: Slots,
+    sizes: tuple[int, int],
+    *,
+    causal: bool,
+    window: Slots = None,
+) -> Slots:
+    """Returns [blocks of queries, blocks of keys] bool: False where no slot sees another.
+
+    Args:
+      slots, keys: the slots of queries and of keys.
+      sizes: queries and keys per block.
+      causal, window: the mask's.
+    """
+    query_blocks, key_blocks = slots.reshape(-1, sizes[0]), keys.reshape(-1, sizes[1])
+    empty, _ = extremes(
+        query_blocks.min(1)[:, None],
+        query_blocks.max(1)[:, None],
+        key_blocks.min(1),
+        key_blocks.max(1),
+        causal=causal,
+        window=window,
+    )
+    return ~(empty | np.zeros((query_blocks.shape[0], key_blocks.shape[0]), bool))
+
+
+def scope_of_visits(visited: Sequence[int], blocks: int) -> str:
+    """Returns the scope of a kernel's call, by which plans count it: "blocks_3_of_4".
+
+    Args:
+      visited: numbers of blocks that it visits: of a layer without a window, and of one with it.
+      blocks: the number of all blocks.
+    """
+    return f"blocks_{'_or_'.join(map(str, visited))}_of_{blocks}"
 
 
 def bidirectional_mask(present: jax.Array) -> Mask:

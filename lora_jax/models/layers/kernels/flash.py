@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ from lora_jax.models.layers.kernels.flash_call import (
     missing_compiler,
     run,
 )
-from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows, root
+from lora_jax.models.layers.masks import Mask, Split, root, scope_of_visits, visited_blocks
 
 _EVER = 1 << 30  # a window that hides nothing
 
@@ -66,12 +65,8 @@ class Flash(Implementation):
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Returns the reason why the kernel cannot serve a call; None if it can."""
-        if call.cached:
-            return "keys lie in a cache"
-        if call.branched and call.windowed:
-            return "the kernel's windows count slots, not the positions of several completions"
-        if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            return f"the kernel has no {jnp.dtype(call.dtype)}"
+        if why := call.kernel_refusal((jnp.bfloat16, jnp.float16, jnp.float32)):
+            return why
         if call.head_dim > 256:
             return f"the kernel's heads have 256 numbers at most, not {call.head_dim}"
         block = max(self.queries, self.keys)
@@ -97,7 +92,7 @@ class Flash(Implementation):
         seq += -seq % max(self.queries, self.keys)
         slots = np.arange(seq) if split is None else split.slots(seq).reshape(-1)
         sizes = (self.queries, self.keys)
-        visits = _visits(slots, np.arange(seq), causal, window, sizes)
+        visits = visited_blocks(slots, np.arange(seq), sizes, causal=causal, window=window)
         return int(np.sum(visits)) * math.prod(sizes)
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
@@ -117,16 +112,13 @@ class Flash(Implementation):
           The attention, [batch, seq, heads, head_dim]; and log(sum(exp(scores))) over the keys
           that each query sees, [batch, seq, heads] in fp32. Sinks are no part of it.
         """
-        q, k, v, mask, scale, cap, sinks = inputs
-        batch, seq, _, head_dim = q.shape
+        _, _, _, mask, scale, cap, sinks = inputs
+        _, seq, _, head_dim = inputs.q.shape
         if isinstance(scale, jax.Array):
-            q, scale = inputs.scaled_queries, 1.0
-        segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
+            inputs, scale = inputs._replace(q=inputs.scaled_queries), 1.0
+        q, k, v, *segments = inputs.padded(max(self.queries, self.keys))
         query_slots = mask.queries.slots
         if mask.split is None:
-            block = max(self.queries, self.keys)
-            q, k, v = (pad_rows(x, block) for x in (q, k, v))
-            segments = [pad_rows(x, block) for x in segments]
             query_slots = jnp.arange(q.shape[1], dtype=jnp.int32)
         window = _EVER if mask.window is None else mask.window
         tokens = FlashTokens(
@@ -160,36 +152,12 @@ class Flash(Implementation):
         """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
         parts = mask.split.parts if mask.split else 1
 
-        def count(window: int | None) -> int:
-            pairs = self.pairs(keys, mask.split, causal=mask.causal, window=window)
-            return pairs // (self.queries * self.keys)
-
-        blocks = parts * queries * keys // (self.queries * self.keys)
-        if mask.windowed is None or mask.window is None:
-            return f"blocks_{count(mask.window)}_of_{blocks}"
-        return f"blocks_{count(None)}_or_{count(mask.window)}_of_{blocks}"
-
-
-def _visits(
-    slots: Slots,
-    keys: Slots,
-    causal: bool,
-    window: Slots,
-    sizes: tuple[int, int],
-    numbers: ModuleType = np,
-) -> Slots:
-    """Returns [blocks of queries, blocks of keys] bool: False where no slot sees another."""
-    of_queries, of_keys = slots.reshape(-1, sizes[0]), keys.reshape(-1, sizes[1])
-    empty, _ = extremes(
-        of_queries.min(1)[:, None],
-        of_queries.max(1)[:, None],
-        of_keys.min(1),
-        of_keys.max(1),
-        causal=causal,
-        window=window,
-    )
-    visits: Slots = ~numbers.broadcast_to(empty, (of_queries.shape[0], of_keys.shape[0]))
-    return visits
+        size = self.queries * self.keys
+        windows = [mask.window]
+        if mask.windowed is not None and mask.window is not None:
+            windows.insert(0, None)
+        pairs = [self.pairs(keys, mask.split, causal=mask.causal, window=w) for w in windows]
+        return scope_of_visits([n // size for n in pairs], parts * queries * keys // size)
 
 
 def _bounds(
@@ -204,7 +172,9 @@ def _bounds(
       axis: 1 for the keys that a block of queries visits, 0 for the opposite.
     """
     key_slots = jnp.arange(tokens.keys.shape[1], dtype=jnp.int32)
-    visits = _visits(tokens.slots, key_slots, how.causal, tokens.window[0], sizes, jnp)
+    visits = visited_blocks(
+        tokens.slots, key_slots, sizes, causal=how.causal, window=tokens.window[0]
+    )
     blocks = [
         x.reshape(x.shape[0], -1, size)
         for x, size in zip((tokens.queries, tokens.keys), sizes, strict=True)

@@ -26,7 +26,15 @@ from lora_jax.models.layers.attention import (
 )
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.kernels.splash_branches import attend_branches, missing_derivative
-from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows, prompts_apart
+from lora_jax.models.layers.masks import (
+    Mask,
+    Slots,
+    Split,
+    extremes,
+    prompts_apart,
+    scope_of_visits,
+    visited_blocks,
+)
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
@@ -65,12 +73,10 @@ class Splash(Implementation):
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Returns the reason why the kernel cannot serve a call; None if it can."""
-        if call.cached:
-            return "keys lie in a cache"
+        if why := call.kernel_refusal((jnp.bfloat16, jnp.float32)):
+            return why
         if call.branched and (why := _branches_refusal(call)):
             return why
-        if call.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"the kernel has no {jnp.dtype(call.dtype)}"
         if call.split and (chunk := _chunk(call.queries, call.split)) % LANES:
             return f"a device has {chunk} tokens of a row at a time, no multiple of {LANES}"
         return None
@@ -98,13 +104,9 @@ class Splash(Implementation):
     def compute(self, inputs: AttentionInputs) -> jax.Array:
         if self.refusal(inputs.call):
             return self.otherwise(*inputs)
-        q, k, v, mask, _, cap, sinks = inputs
-        batch, seq, heads, _ = q.shape
-        q = inputs.scaled_queries
-        segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
-        if mask.split is None:
-            q, k, v = (pad_rows(x, LANES) for x in (q, k, v))
-            segments = [pad_rows(x, LANES) for x in segments]
+        _, _, _, mask, _, cap, sinks = inputs
+        _, seq, heads, _ = inputs.q.shape
+        q, k, v, *segments = inputs._replace(q=inputs.scaled_queries).padded(LANES)
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
         if sinks is not None:
             sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
@@ -159,13 +161,13 @@ class Splash(Implementation):
 
         visited, blocks = band.visits(size, key_size)
         if choice is None or window is None:
-            return make(band), f"blocks_{visited}_of_{blocks}"
+            return make(band), scope_of_visits([visited], blocks)
         without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
         kernel = jax.tree.map(
             lambda first, second: _either(choice, first, second), make(within), make(without)
         )
         every, _ = without.visits(size, key_size)
-        return kernel, f"blocks_{every}_or_{visited}_of_{blocks}"
+        return kernel, scope_of_visits([every, visited], blocks)
 
     def _blocks(self, band: _Band) -> tuple[int, int]:
         """Returns the numbers of queries and of keys per block."""
@@ -177,8 +179,6 @@ class Splash(Implementation):
 
 def _branches_refusal(call: AttentionCall) -> str | None:
     """Returns the reason why the kernel cannot serve a call with branches; None if it can."""
-    if call.windowed:
-        return "the kernel's windows count slots, not the positions of several completions"
     if call.sinks:
         return "the sums of two calls, for prompts and completions, would each have the sinks"
     if call.split:
@@ -251,7 +251,8 @@ class _Band(kernels.Mask):
         """Returns a block of the mask; one that is all True or all False costs nothing."""
         rows, columns = index
         slots, (first, last, _) = self.slots[rows], columns.indices(self.keys)
-        empty, full = self._extremes(slots.min(), slots.max(), first, last - 1)
+        ends = (slots.min(), slots.max(), first, last - 1)
+        empty, full = extremes(*ends, causal=self.causal, window=self._window)
         if empty or full:
             return _uniform(bool(full), (len(slots), last - first))
         keys = np.arange(first, last, dtype=np.int32)
@@ -260,17 +261,13 @@ class _Band(kernels.Mask):
 
     def visits(self, size: int, key_size: int) -> tuple[int, int]:
         """Returns the number of blocks that the kernel visits, and the number that there are."""
-        slots = self.slots.reshape(-1, size)
-        first = np.arange(0, self.keys, key_size)
-        empty, _ = self._extremes(
-            slots.min(1)[:, None], slots.max(1)[:, None], first, first + key_size - 1
-        )
-        shape = (slots.shape[0], first.size)
-        return int(np.sum(~np.broadcast_to(empty, shape))), shape[0] * shape[1]
+        sizes, keys = (size, key_size), np.arange(self.keys)
+        visits = visited_blocks(self.slots, keys, sizes, causal=self.causal, window=self._window)
+        return int(np.sum(visits)), visits.size
 
-    def _extremes(self, low: Slots, high: Slots, first: Slots, last: Slots) -> tuple[Slots, Slots]:
-        window = None if self.some is False else self.window
-        return extremes(low, high, first, last, causal=self.causal, window=window)
+    @property
+    def _window(self) -> int | None:
+        return None if self.some is False else self.window
 
 
 @dataclasses.dataclass(frozen=True)
