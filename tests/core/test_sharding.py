@@ -17,7 +17,7 @@ from lora_jax.sharding import place, shardings
 from lora_jax.training.layout import Layout
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, lorafied, with_random_factors
-from train.plan.hlo.work import work_of
+from train.plan.clock.work import work_of
 from train.plan.machines import find_machine
 from train.processes.mesh import make_mesh
 

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from tests.gpu_compiler.steps import compiled
+from train.plan.clock.work import work_of
 from train.plan.hlo.slices import slices_in_hlo
-from train.plan.hlo.work import work_of
 
 pytestmark = pytest.mark.gpu_compiler
 

@@ -24,9 +24,9 @@ from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from tests.support import thorough
 from tests.train.plan.closed_form import batch_flops
 from train.options.common import AdapterConfig
+from train.plan.clock.work import work_of
 from train.plan.flops.checked import count_traced
 from train.plan.hlo.kernels import kernel_lines
-from train.plan.hlo.work import work_of
 from train.plan.job import PlanVariant
 from train.plan.machines import find_machine
 from train.remat import step_bytes

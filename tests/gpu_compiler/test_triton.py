@@ -13,8 +13,8 @@ from lora_jax.models.layers.kernels import flash_call
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from tests.gpu_compiler.steps import need_compiler
+from train.plan.clock.work import work_of
 from train.plan.hlo.kernels import kernel_lines
-from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 pytestmark = pytest.mark.gpu_compiler

@@ -13,7 +13,7 @@ from lora_jax.models.decoder.experts import lay_out_blocks
 from lora_jax.models.decoder.moe import SparseMLP, route
 from lora_jax.models.layers.blocks import ACTIVATION
 from tests.models import tiny
-from train.plan.hlo.work import work_of
+from train.plan.clock.work import work_of
 
 
 def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], np.ndarray]:

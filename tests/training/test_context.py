@@ -20,7 +20,7 @@ from lora_jax.training.layout import Layout
 from tests.models import tiny
 from tests.models.test_attention import Case
 from tests.support import AS_FOR_USERS, assert_close, draw, over
-from train.plan.hlo.work import work_of
+from train.plan.clock.work import work_of
 from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=3, spans=4)

@@ -18,8 +18,8 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.models import tiny
 from tests.support import array, assert_close, with_random_factors
+from train.plan.clock.work import work_of
 from train.plan.flops.checked import step_work
-from train.plan.hlo.work import work_of
 
 EXPERTS, WIDTH, INNER, CHOSEN = 8, 12, 10, 2
 BATCH, SEQ = 4, 18
@@ -130,7 +130,7 @@ def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
     assert flops < 0.6 * work_of(alone).flops
     (note,) = step_work(text, None, 4).notes
     assert "equally often" in note
-    monkeypatch.setattr("train.plan.hlo.work.UNEVEN", "no such scope")
+    monkeypatch.setattr("train.plan.clock.walk.UNEVEN", "no such scope")
     assert work_of(text).flops > 2 * flops, "the control"
 
 

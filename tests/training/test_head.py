@@ -16,7 +16,7 @@ from lora_jax.training.losses.tokens import cross_entropy
 from tests.models import tiny
 from tests.support import array, assert_close, over, with_random_factors
 from tests.training.test_losses import bag, batch, lora, total
-from train.plan.hlo.work import work_of
+from train.plan.clock.work import work_of
 from train.plan.job import placed_shapes
 from train.plan.machines import find_machine
 

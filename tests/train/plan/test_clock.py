@@ -31,8 +31,8 @@ from train.plan.clock.read import read_clock
 from train.plan.clock.report import clock_of
 from train.plan.clock.table import print_clocks
 from train.plan.clock.walk import Cost
+from train.plan.clock.work import NotUnderstood, work_of
 from train.plan.flops.closed_form import model_flops
-from train.plan.hlo.work import NotUnderstood, work_of
 from train.plan.machines import Machine, assuming
 
 HLO = """HloModule jit_step, is_scheduled=true

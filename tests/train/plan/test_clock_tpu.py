@@ -15,7 +15,7 @@ from tests.train.plan.test_clock import layers
 from train.plan.clock.groups import ADAPTER, BACKWARD, BASE, COLLECTIVES, FORWARD, RECOMPUTED
 from train.plan.clock.read import read_clock
 from train.plan.clock.walk import Cost
-from train.plan.hlo.work import work_of
+from train.plan.clock.work import work_of
 from train.plan.machines import KINDS, find_machine
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]

@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.train.plan.test_jaxpr_flops import LAYERS_FLOPS, layers
+from train.plan.clock.work import NotUnderstood, work_of
 from train.plan.hlo.module import HloModule
-from train.plan.hlo.work import NotUnderstood, work_of
 
 
 def compiled(fn, *shapes, **kwargs):

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from train.plan.clock.work import work_of
 from train.plan.flops.jaxpr import Count, count_flops
-from train.plan.hlo.work import work_of
 
 
 def shapes(*sizes):

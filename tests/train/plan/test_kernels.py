@@ -1,7 +1,7 @@
 """Kernels in plans: their FLOPs by the table, and their names."""
 
+from train.plan.clock.work import work_of
 from train.plan.hlo.kernels import kernel_lines, unlisted
-from train.plan.hlo.work import work_of
 
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true

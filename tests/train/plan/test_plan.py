@@ -33,10 +33,10 @@ from train.console.errors import UserError
 from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.__main__ import PlanConfig
+from train.plan.clock.work import HloWork
 from train.plan.compile import refused_bytes
 from train.plan.flops.checked import step_work
 from train.plan.flops.jaxpr import Count
-from train.plan.hlo.work import HloWork
 from train.plan.ladder import Ladder, print_ladder, rungs_of
 from train.plan.machines import find_machine, topology_here
 from train.run.output import folder_bytes

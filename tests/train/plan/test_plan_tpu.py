@@ -17,9 +17,9 @@ from lora_jax.training.mesh import make_mesh
 from tests.support import thorough
 from tests.train.plan.closed_form import plan_flops
 from train.plan import __main__ as planning
+from train.plan.clock.work import work_of
 from train.plan.compile import hlo_of
 from train.plan.flops.checked import text_of
-from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine, topology_here
 
 ROOT = Path(__file__).parents[3]

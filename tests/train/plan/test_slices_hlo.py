@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from tests.train.plan.test_hlo import compiled, module
 from train.plan.clock.groups import COLLECTIVES
 from train.plan.clock.read import read_clock
+from train.plan.clock.work import NotUnderstood, work_of
 from train.plan.hlo.slices import crosses
-from train.plan.hlo.work import NotUnderstood, work_of
 
 OUTER, INNER = (0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 0, 1, 0, 1, 0, 1)
 MESH = "mesh['data'=2,'fsdp'=4]"

@@ -9,9 +9,9 @@ from lora_jax.training.mesh import slice_of
 from tests.support import thorough
 from tests.train.plan.tiny_plans import asked, write
 from train.plan import __main__ as plan
+from train.plan.clock.work import work_of
 from train.plan.compile import hlo_of, prepare
 from train.plan.hlo.slices import slices_in_hlo
-from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]

@@ -20,8 +20,8 @@ from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.clock.groups import ATTENTION
 from train.plan.clock.read import read_clock
+from train.plan.clock.work import work_of
 from train.plan.hlo.kernels import kernel_lines
-from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]

@@ -111,5 +111,5 @@ def read_clock(
         uncovered=waited,
         links=tally.links,
         groups=ordered,
-        unknown=tally.unknown,
+        unknown=dict(tally.unknown),
     )

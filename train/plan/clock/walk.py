@@ -6,17 +6,19 @@ by their trips. An asynchronous collective runs beside what stands between its s
 
 import functools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
 from train.plan.clock.traffic import traffic_of
+from train.plan.hlo.collectives import COLLECTIVES as KINDS_SENT
 from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
 from train.plan.hlo.kernels import kernel_flops, kernel_of
-from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
+from train.plan.hlo.module import Computation, HloModule, Instruction, NotUnderstood, is_scalar
 from train.plan.hlo.products import is_product, kernel_call, product_flops
-from train.plan.hlo.slices import slice_transfer, transferred_bytes
-from train.plan.hlo.work import is_rare
+from train.plan.hlo.slices import crosses, slice_transfer, transferred_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1
@@ -24,6 +26,8 @@ _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "afte
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
 _PLACES = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays a place
 _LINKS = Group(COLLECTIVES, AFTER)
+
+Sent = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
 
 
 class DeviceRates(NamedTuple):
@@ -72,6 +76,7 @@ class Tally(NamedTuple):
       seconds: time from beginning to end, with waits for links.
       kernels: seconds of kernels, within the costs.
       links: seconds that the links are busy, waited for or not.
+      sent: bytes that a device sends, of each kind of collective.
       unknown: how often a kind of instruction ran whose cycles the HLO does not state.
     """
 
@@ -79,21 +84,30 @@ class Tally(NamedTuple):
     seconds: float
     kernels: float
     links: float
-    unknown: dict[str, int]
+    sent: Sent
+    unknown: Counter[str]
 
 
 class Walk:
     """A walk over the computations of a module, each of which is counted once."""
 
-    def __init__(self, module: HloModule, rates: DeviceRates | None, slices: int) -> None:
+    def __init__(
+        self,
+        module: HloModule,
+        rates: DeviceRates | None,
+        n_slices: int,
+        slices: Sequence[int] = (),
+    ) -> None:
         """Makes a walk.
 
         Args:
           module: the module.
           rates: the rates of a device; without rates, nothing has seconds.
-          slices: number of TPU slices that exchange data.
+          n_slices: number of TPU slices that exchange data.
+          slices: the slice of each device, which tells what leaves one; () where none does.
         """
         self.module = module
+        self.n_slices = n_slices
         self.slices = slices
         self.rates = rates
         self.tally = functools.cache(self._tally)
@@ -115,20 +129,32 @@ class Walk:
                 continue
             self._step(op, name, computation, run)
         run.wait(run.free)
-        return Tally(run.costs, run.now, run.kernels, run.links, run.unknown)
+        return Tally(
+            costs=run.costs,
+            seconds=run.now,
+            kernels=run.kernels,
+            links=run.links,
+            sent=run.sent,
+            unknown=run.unknown,
+        )
 
     def _step(self, op: Instruction, name: str, computation: Computation, run: "_Run") -> None:
         """Adds an instruction that calls no schedule of its own."""
         if op.opcode in ("send", "recv") and (transfer := slice_transfer(op.text)):
             if op.opcode == "send":
-                size = transferred_bytes(op, transfer, computation, self.slices)
+                if transfer.kind not in KINDS_SENT:
+                    raise NotUnderstood(f"slices exchange data by {transfer.kind}")
+                size = transferred_bytes(op, transfer, computation, self.n_slices)
                 run.spend(_LINKS, Cost(bytes=size))
+                run.sent[transfer.kind, True] += size
                 run.without_estimate(op)
             return
-        sent, busy = self._sent(op, name, computation)
-        started = run.started_by(op, computation, self.module)
+        sent = self._sent(op, name, computation)
+        started = run.started_by(op, computation)
         if sent:
-            ends = run.transfer(busy, sent)
+            run.sent.update(sent)
+            size = sent.total()
+            ends = run.transfer(size / self.rates.link if self.rates else 0.0, size)
             if _is_start(op):
                 run.flights[op.name] = ends
                 return
@@ -148,14 +174,15 @@ class Walk:
         group = group_of(self.module, op, computation)
         run.spend(group, Cost(seconds, flops, moved))
 
-    def _sent(self, op: Instruction, name: str, computation: Computation) -> tuple[int, float]:
-        """Returns the bytes that an instruction sends, and the seconds that they take."""
-        sent = 0
+    def _sent(self, op: Instruction, name: str, computation: Computation) -> Sent:
+        """Returns the bytes that an instruction sends; empty where it is no collective."""
+        sent = Sent()
         inside = ((op, name, "", computation), *self._inside(op))
         for inner, at, caller, around in inside:
             if kind := collective_kind(inner, at, caller):
-                sent += sent_bytes(self.module, inner, around, kind)
-        return sent, sent / self.rates.link if self.rates else 0.0
+                size = sent_bytes(self.module, inner, around, kind)
+                sent[kind, crosses(inner.text, self.slices)] += size
+        return sent
 
     def _inside(self, op: Instruction) -> list[tuple[Instruction, str, str, Computation]]:
         if op.opcode not in ("fusion", "async-start"):
@@ -202,7 +229,8 @@ class _Run:
         self.now = self.free = self.kernels = self.links = 0.0
         self.flights: dict[str, float] = {}  # a collective's start -> when it ends
         self.passed: dict[str, str] = {}  # a fusion that a collective runs beside -> its start
-        self.unknown: dict[str, int] = {}
+        self.sent = Sent()
+        self.unknown = Counter[str]()
 
     def spend(self, group: Group, cost: Cost, times: int = 1) -> None:
         """Adds a cost to a group, whose seconds pass."""
@@ -217,14 +245,13 @@ class _Run:
         self.now = before + times * tally.seconds
         self.kernels += times * tally.kernels
         self.links += times * tally.links
-        for kind, n in tally.unknown.items():
-            self.unknown[kind] = self.unknown.get(kind, 0) + times * n
+        self.sent.update({key: times * size for key, size in tally.sent.items()})
+        self.unknown.update({kind: times * n for kind, n in tally.unknown.items()})
 
     def without_estimate(self, op: Instruction) -> None:
         """Counts an instruction that has no estimate, by what it does."""
         of = op.name if op.opcode in ("fusion", "custom-call") else op.opcode
-        kind = re.sub(r"[.\d]+$", "", of)
-        self.unknown[kind] = self.unknown.get(kind, 0) + 1
+        self.unknown[re.sub(r"[.\d]+$", "", of)] += 1
 
     def transfer(self, busy: float, sent: int) -> float:
         """Sends bytes once the links are free; returns when they have arrived."""
@@ -238,9 +265,7 @@ class _Run:
         if until > self.now:
             self.spend(_LINKS, Cost(seconds=until - self.now))
 
-    def started_by(
-        self, op: Instruction, computation: Computation, module: HloModule
-    ) -> str | None:
+    def started_by(self, op: Instruction, computation: Computation) -> str | None:
         """Returns the start of the collective that an instruction runs beside, or ends."""
         if not (_is_done(op) or any(called.startswith(LATER_PARTS) for called in op.called)):
             return None
@@ -258,6 +283,11 @@ def _size(tally: Tally) -> tuple[float, int, int]:
     """Returns the seconds of a branch; where nothing has any, its work tells which is costliest."""
     costs = tally.costs.values()
     return tally.seconds, sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
+
+
+def is_rare(op: Instruction) -> bool:
+    """Returns True for a branch that runs only where tokens choose experts unevenly."""
+    return op.opcode == "conditional" and UNEVEN in op.op_name
 
 
 def _is_start(op: Instruction) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from lora_jax.models.decoder.dispatch import UNEVEN
+from train.plan.clock.work import HloWork, NotUnderstood, work_of
 from train.plan.flops.jaxpr import Count, count_flops
 from train.plan.hlo.kernels import kernel_lines, unlisted
-from train.plan.hlo.work import HloWork, NotUnderstood, work_of
 
 HLO, JAXPR = "hlo", "jaxpr"
 _DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work

@@ -1,0 +1,69 @@
+"""The work of a compiled step, read from its optimised HLO: FLOPs of products, bytes sent.
+
+XLA's own analysis counts the body of a loop once; here it counts once per iteration. All figures
+are for one device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from train.plan.clock.walk import Walk
+from train.plan.hlo.collectives import COLLECTIVES
+from train.plan.hlo.kernels import KernelCall
+from train.plan.hlo.module import SURPRISES, HloModule, NotUnderstood
+from train.plan.hlo.products import kernel_call
+
+
+@dataclasses.dataclass(frozen=True)
+class HloWork:
+    """The work of one device in one call of a compiled function."""
+
+    flops: int  # of matrix products and convolutions
+    sent: dict[str, int]  # kind of collective -> bytes that it sends, in the order of `COLLECTIVES`
+    kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
+    between: dict[str, int] = dataclasses.field(default_factory=dict)  # those that leave a slice
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that a device sends in collectives of all kinds."""
+        return sum(self.sent.values())
+
+
+def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
+    """Counts the work of a module.
+
+    A collective counts with its result or its operand, whichever is larger; a conditional with its
+    costliest branch, but one for an uneven choice of experts with none.
+
+    Args:
+      text: the optimised HLO, as returned by ``compiled.as_text()``.
+      slices: the slice of each device; see `train.plan.hlo.slices.slices_in_hlo`.
+
+    Returns:
+      The work of one device.
+
+    Raises:
+      NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
+    """
+    try:
+        return _work(HloModule(text), slices)
+    except NotUnderstood:
+        raise
+    except SURPRISES as error:
+        raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
+
+
+def _work(module: HloModule, slices: Sequence[int]) -> HloWork:
+    tally = Walk(module, None, len({*slices}), slices).tally(module.entry)
+    calls = (
+        kernel_call(op, computation)
+        for computation in module.computations.values()
+        for op in computation.values()
+    )
+    of_kinds = {kind: (tally.sent[kind, False], tally.sent[kind, True]) for kind in COLLECTIVES}
+    return HloWork(
+        sum(cost.flops for cost in tally.costs.values()),
+        {kind: sum(sizes) for kind, sizes in of_kinds.items() if any(sizes)},
+        tuple(call for call in calls if call),
+        {kind: between for kind, (_, between) in of_kinds.items() if between},
+    )
