@@ -14,6 +14,7 @@ from lora_jax.models import Encoder, EncoderConfig, read_config
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import choose_implementation, implementation
 from lora_jax.models.layers.attention import AttentionCall
+from lora_jax.models.layers.kernels import flash_call
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from lora_jax.models.sampling.choice import Sampling
@@ -58,6 +59,15 @@ def test_long_rows_run_in_the_kernel(card: str, model: str) -> None:
     step = compiled(model, f"{card}:1", "--batch-size", 1, "--seq-len", 2048)
     assert kernels(step) == FLASH and str(step.job.chosen) == "flash"
     assert not squares(step, 2048)
+
+
+def test_a_plan_says_what_has_the_kernel(monkeypatch: Any) -> None:
+    step = compiled("dense", "rtx4090:1", "--batch-size", 1, "--seq-len", 2048)
+    monkeypatch.setattr(flash_call, "find_spec", lambda name: None)
+    flash_call.missing_compiler.cache_clear()
+    chosen = str(step.job.chosen)
+    flash_call.missing_compiler.cache_clear()
+    assert chosen.startswith("blockwise (flash: jax-triton") and "extra gpu-kernels" in chosen
 
 
 def test_dense_attention_is_the_control() -> None:

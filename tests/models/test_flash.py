@@ -128,7 +128,7 @@ def _gone(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        (None, "the kernel needs jax-triton, which Python 3.12 and newer have: install "),
+        (None, "jax-triton, which compiles the kernel, is not installed: Python 3.12 and the "),
         ("here", f"JAX {jax.__version__} does not compile the kernel (jax_triton: NotImpl"),
     ],
 )

@@ -236,9 +236,9 @@ class OptimConfig:
     attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
-    kernel for TPUs. flash: a kernel for GPUs from Ampere on. cudnn: a kernel for GPUs from Hopper
-    on, in half precision, up to 4,096 tokens. auto: dense below 512 tokens; from there on splash on
-    a TPU, flash on a GPU that has it, and blockwise elsewhere."""
+    kernel for TPUs. flash: a kernel for GPUs from Ampere on, on Python 3.12 and newer. cudnn: a
+    kernel for GPUs from Hopper on, in half precision, up to 4,096 tokens. auto: dense below 512
+    tokens; from there on splash on a TPU, flash on a GPU that has it, and blockwise elsewhere."""
     experts: Experts = option("auto", field.OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.

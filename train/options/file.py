@@ -31,7 +31,8 @@ _NEEDED = {
     str: "a text is needed",
 }
 _NOT_IN_A_FILE = ("config",)
-_REMOVED = (("peft_experiments", []), ("peft_json", "false"))  # defaults, in older runs' files
+# Options that are no more, with the values that files of older runs have where nobody gave them.
+_REMOVED: tuple[tuple[str, object], ...] = (("peft_experiments", []), ("peft_json", "false"))
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 _MOST_SHOWN = 80  # characters of a value in messages

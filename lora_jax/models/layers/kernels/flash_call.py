@@ -22,7 +22,10 @@ from jax import lax
 from lora_jax.core.extend import Primitive, batching, mlir
 
 COMPILER = "jax_triton"  # the package that compiles the programs
-_MISSING = "the kernel needs jax-triton, which Python 3.12 and newer have: install gpu-kernels"
+_MISSING = (
+    "jax-triton, which compiles the kernel, is not installed: "
+    "Python 3.12 and the extra gpu-kernels have it"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
