@@ -56,9 +56,9 @@ class Plan:
       between_slices_bytes: part of these bytes that goes from slice to slice; {} on one slice.
       kernels: the kernels in the compiled step, in words; see `train.plan.hlo.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
-      sampled_token_flops, cache_bytes: FLOPs of a token of each completion, as traced and without
-        attention to earlier ones, and the keys and values of all, on all devices; 0 where nothing
-        is sampled.
+      sampled_token_flops: FLOPs of a token of each completion, as traced, without attention to
+        earlier tokens; 0 where nothing is sampled.
+      cache_bytes: the keys and values of all completions, on all devices; 0 likewise.
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
       clocks: the estimate of a step, and of each program between steps, whose HLO is understood.

@@ -1,8 +1,8 @@
 """The programs of flash attention in Triton's language: each computes a block, and visits others.
 
-Their arrays are, in order: the first block to visit and the one behind the last; the slots and the
-segments of queries, the segments of keys, the window; then those of `flash_call.run`, and the
-results. The packages `triton` and `jax_triton` are needed (extra `gpu-kernels`).
+A program is given the first block to visit and the one behind the last, then the arrays of
+`FlashTokens`, then its own arrays and its results. The packages `triton` and `jax_triton` are
+needed (extra `gpu-kernels`).
 """
 
 # Triton's language is not Python's: its functions have no types that Python knows.
