@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ def interpreter() -> Any:
         pytest.skip("Triton is not installed: it has no interpreter here")
     with subprocess.Popen(
         [sys.executable, "-m", "tests.models.flash_interpreted"],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
