@@ -69,7 +69,7 @@ class AttentionCall:
         """Returns the reason why a kernel that masks by slots and segments cannot serve the call.
 
         Args:
-          dtypes: those that the kernel computes.
+          dtypes: dtypes that the kernel computes.
         """
         if self.cached:
             return "keys lie in a cache"
