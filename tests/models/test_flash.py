@@ -44,7 +44,7 @@ def interpreter() -> Any:
         text=True,
     ) as process:
         yield process
-        process.stdin.close()
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,8 @@ def _gone(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("spec", "why"),
-    [
+    ids=["missing", "of no use"],
+    argvalues=[
         (None, "jax-triton, which compiles the kernel, is not installed: Python 3.12 and the "),
         ("here", f"JAX {jax.__version__} does not compile the kernel (jax_triton: NotImpl"),
     ],
