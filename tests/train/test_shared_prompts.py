@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.models.layers.kernels import flash
 from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.adapted_trees import with_random_factors
@@ -150,7 +151,8 @@ OBSTACLES = {
 
 
 def surround(monkeypatch, **facts):
-    """Gives a layout's facts: these devices are none of a mesh, and no GPU."""
+    """Gives a layout's facts: these devices are none of a mesh, and no GPU with its kernel."""
+    monkeypatch.setattr(flash, "missing_compiler", lambda: None)
     mesh = make_mesh(jax.devices()[:1])
     monkeypatch.setattr(shared_prompts, "make_mesh", lambda *_, **__: mesh)
     monkeypatch.setattr(Layout, "of", classmethod(lambda cls, mesh, _: cls(mesh, ())))
