@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -186,7 +187,11 @@ def main() -> None:
     patch.setattr(flash_call, "_run_triton", run_interpreted)
     patch.setattr(flash, "missing_compiler", lambda: None)
     for line in sys.stdin:
-        print(json.dumps(largest_difference(*PROOFS[line.strip()]())), flush=True)
+        try:
+            answer: Any = largest_difference(*PROOFS[line.strip()]())
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -57,9 +58,9 @@ def interpreter() -> Any:
 def test_the_kernel_computes_what_dense_attention_does(interpreter: Any, name: str) -> None:
     interpreter.stdin.write(f"{name}\n")
     interpreter.stdin.flush()
-    answer = interpreter.stdout.readline()
-    assert answer, "the process has ended: what it printed says why"
-    assert float(answer) <= (1e-5 if name.startswith("long") else 1e-6)
+    answer = json.loads(interpreter.stdout.readline())
+    assert isinstance(answer, float), answer
+    assert answer <= (1e-5 if name.startswith("long") else 1e-6)
 
 
 @pytest.fixture
