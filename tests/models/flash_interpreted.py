@@ -183,7 +183,6 @@ def largest_difference(got: Any, want: Any) -> float:
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    jax.config.update("jax_num_cpu_devices", 4)
     patch = pytest.MonkeyPatch()
     patch.setattr(flash_call, "_run_triton", run_interpreted)
     patch.setattr(flash, "missing_compiler", lambda: None)

@@ -39,7 +39,7 @@ def interpreter() -> Any:
     with subprocess.Popen(
         [sys.executable, "-m", "tests.models.flash_interpreted"],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_NUM_CPU_DEVICES": "4"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
