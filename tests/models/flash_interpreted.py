@@ -20,26 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lora_jax as lj
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.kernels import flash, flash_call
 from lora_jax.models.layers.kernels.flash import Flash
-from lora_jax.models.layers.kernels.flash_call import FlashOptions, FlashTokens
-from tests.models import test_remat, tiny
 from tests.models.test_attention import Case
-from tests.models.test_splash import MASKS, check_split, differentiated
+from tests.models.test_splash import MASKS, differentiated
 from tests.support import draw
 
 FLASH = Flash(queries=32, keys=16)
 PACKED = Case(60, packed=True, padding="right", window=30, cap=1.5, kv_heads=1, group=3, sinks=True)
 BRANCHED = Case(60, branched=True, packed=True, padding="right", kv_heads=1, group=3, sinks=True)
 NARROW = Case(50, window=20, padding="left", kv_heads=1, group=2)
-SPLITS = {
-    "sequence=2,tensor=2": (Case(128, kv_heads=2, group=1, packed=True), None),
-    "sequence=2": (Case(128, kv_heads=1, group=2, window=50, cap=2.0), True),
-    "sequence=2,data=2": (Case(64, kv_heads=1, group=2, branched=True), None),
-    "data=2,sequence=2": (Case(64, kv_heads=1, group=1, causal=False, padding="left"), None),
-}
 
 
 def _of_mask(case: Case, some: bool | None = None) -> tuple[Any, Any]:
@@ -81,45 +72,6 @@ def _of_sums() -> tuple[Any, Any]:
     return (got, of_got), (want, of_want)
 
 
-def _of_devices(text: str) -> tuple[Any, Any]:
-    case, some = SPLITS[text]
-    check_split(FLASH, text, case, some)
-    return 0.0, 0.0
-
-
-def _of_mapped(windows: bool) -> tuple[Any, Any]:
-    """A mapped call is one call, whose rows are rows of one batch, unless windows are mapped."""
-    case = Case(32, batch=2, kv_heads=1, group=2)
-    how = FlashOptions(causal=True, scale=0.3, cap=None, queries=16, keys=16)
-    segments = [jnp.broadcast_to(x, (2, 32)) for x in case.mask().segments()]
-    q, k, v = (jnp.stack([x, 2 * x, 3 * x]) for x in case.arrays())
-
-    def attend(window: jax.Array, *arrays: jax.Array) -> Any:
-        tokens = FlashTokens(case.mask().queries.slots, *segments, window)
-        return flash_call.run(
-            "flash_fwd", how, flash._bounds(how, tokens, (16, 16), 1), tokens, arrays
-        )
-
-    window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
-    mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
-    one = jax.jit(attend)
-    want = [one(window[i] if windows else window, q[i], k[i], v[i]) for i in range(3)]
-    assert str(jax.make_jaxpr(mapped)(window, q, k, v)).count("flash_kernel") == 1
-    return jax.jit(mapped)(window, q, k, v), jax.tree.map(lambda *x: jnp.stack(x), *want)
-
-
-def _of_layers() -> tuple[Any, Any]:
-    """Layers that are computed again, but for what the kernel returned, and layers that are not."""
-    _, params = tiny.decoder(test_remat.CASE)
-    adapted = lj.split(lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "down_proj"], rank=3)]))
-    trained = jax.tree.map(lambda x: draw(x.size, x.shape), adapted[0])
-    steps = [
-        test_remat.step_of((trained, adapted[1]), remat, Flash()) for remat in ("attention", False)
-    ]
-    got, want = (step(trained) for step in steps)
-    return got, want
-
-
 PROOFS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "packed, padded, a window, capped": functools.partial(_of_mask, PACKED),
     "bidirectional": functools.partial(
@@ -130,10 +82,6 @@ PROOFS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "a layer with a window": functools.partial(_of_mask, NARROW, True),
     "a layer without": functools.partial(_of_mask, NARROW, False),
     **{f"long: {name}": functools.partial(_of_mask, *case) for name, case in MASKS.items()},
-    **{f"devices: {text}": functools.partial(_of_devices, text) for text in SPLITS},
-    "a mapped call": functools.partial(_of_mapped, False),
-    "a mapped call, mapped windows": functools.partial(_of_mapped, True),
-    "recomputed layers": _of_layers,
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from lora_jax.models.layers.blockwise import ON_GPU
 from lora_jax.models.layers.kernels import flash, flash_call
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.flash_call import FlashOptions, FlashTokens
-from lora_jax.models.layers.masks import Split
+from lora_jax.models.layers.masks import Split, root
 from tests.models import flash_interpreted
 from tests.models.test_attention import Case
+from tests.models.test_splash import check_split
+from tests.support import assert_close, over
 from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16)
@@ -39,7 +42,7 @@ def interpreter() -> Any:
     with subprocess.Popen(
         [sys.executable, "-m", "tests.models.flash_interpreted"],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_NUM_CPU_DEVICES": "4"},
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -67,6 +70,86 @@ def test_the_kernel_computes_what_dense_attention_does(interpreter: Any, name: s
 def compiles(monkeypatch: Any) -> None:
     """Takes the programs to be compiled, whatever is installed; tracing needs no compiler."""
     monkeypatch.setattr(flash, "missing_compiler", lambda: None)
+
+
+def run_plain(*operands: jax.Array, name: str, how: FlashOptions) -> list[jax.Array]:
+    """Computes what a program does, all blocks at once, in plain JAX."""
+    start, stop, slots, segments, others, window, q, k, v, *rest = operands
+    heads, kv_heads = q.shape[2], k.shape[2]
+    k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+    by_key = name == "flash_dkv"
+    query_blocks = jnp.arange(q.shape[1]) // (how.keys if by_key else how.queries)
+    key_blocks = jnp.arange(k.shape[1]) // how.keys
+    first, last = (
+        x[:, None, key_blocks] if by_key else x[:, query_blocks, None] for x in (start, stop)
+    )
+    block = query_blocks[None, :, None] if by_key else key_blocks[None, None]
+    same = segments[:, :, None] == others[:, None]
+    if how.branched:
+        same |= root(segments)[:, :, None] == others[:, None]
+    distance = slots[:, None] - jnp.arange(k.shape[1])
+    seen = same & (distance < window[0]) & (first <= block) & (block < last)
+    seen = (seen & (distance >= 0) if how.causal else seen)[:, None]  # [batch, 1, queries, keys]
+    scores = how.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = scores if how.cap is None else how.cap * jnp.tanh(scores / how.cap)
+    if name == "flash_fwd":
+        scores = jnp.where(seen, scores, -1e30)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - lse[..., None])
+        return [jnp.einsum("bhqk,bkhd->bqhd", weights, v), lse / math.log(2)]
+    cotangent, lse, mean = rest
+    weights = jnp.where(seen, jnp.exp(scores - math.log(2) * lse[..., None]), 0)
+    slopes = weights * (jnp.einsum("bqhd,bkhd->bhqk", cotangent, v) - mean[..., None])
+    slopes = slopes if how.cap is None else slopes * (1 - (scores / how.cap) ** 2)
+    if name == "flash_dq":
+        return [how.scale * jnp.einsum("bhqk,bkhd->bqhd", slopes, k)]
+    both = (how.scale * slopes, q), (weights, cotangent)
+    summed = [jnp.einsum("bhqk,bqhd->bkhd", *pair) for pair in both]
+    return [x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3]).sum(3) for x in summed]
+
+
+@pytest.fixture
+def plain(compiles: None, monkeypatch: Any) -> None:
+    """Runs programs in plain JAX: on all devices, mapped, and wherever Triton is missing."""
+    monkeypatch.setattr(flash_call, "_run_triton", run_plain)
+
+
+SPLITS = [
+    ("sequence=2,tensor=2", Case(128, kv_heads=2, group=1, packed=True), None),
+    ("sequence=2", Case(128, kv_heads=1, group=2, window=50, cap=2.0), True),
+    ("sequence=2,data=2", Case(64, kv_heads=1, group=2, branched=True), None),
+    ("data=2,sequence=2", Case(64, kv_heads=1, group=1, causal=False, padding="left"), None),
+]
+
+
+@over(("text", "case", "some"), SPLITS, often=[], called=lambda split: split[0])
+def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None, plain) -> None:
+    check_split(FLASH, text, case, some)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_mapped_call_is_one_call(windows: bool, plain: None) -> None:
+    """Its rows are rows of one batch, unless slots or windows are mapped."""
+    case = Case(32, batch=2, kv_heads=1, group=2)
+    how = FlashOptions(causal=True, scale=0.3, cap=None, queries=16, keys=16)
+    segments = [jnp.broadcast_to(x, (2, 32)) for x in case.mask().segments()]
+    q, k, v = (jnp.stack([x, 2 * x, 3 * x]) for x in case.arrays())
+
+    def attend(window: jax.Array, *arrays: jax.Array) -> Any:
+        tokens = FlashTokens(case.mask().queries.slots, *segments, window)
+        bounds = flash._bounds(how, tokens, (16, 16), 1)
+        return flash_call.run("flash_fwd", how, bounds, tokens, arrays)
+
+    window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
+    mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
+    got = jax.jit(mapped)(window, q, k, v)
+    one = jax.jit(attend)
+    want = [one(window[i] if windows else window, q[i], k[i], v[i]) for i in range(3)]
+    for mine, other in zip(got, map(jnp.stack, zip(*want, strict=True)), strict=True):
+        assert_close(mine, other, 1e-6)
+    calls = str(jax.make_jaxpr(mapped)(window, q, k, v)).count("flash_kernel")
+    assert calls == 1
 
 
 @pytest.mark.parametrize(
