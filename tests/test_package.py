@@ -5,11 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import lora_jax as lj
-from lora_jax.core.axes import AxisRoles
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
@@ -89,11 +85,3 @@ def test_public_names_are_there_and_packages_come_at_their_first_use():
     assert {*lj.__all__} <= {*dir(lj)} and lj.__all__ == sorted(lj.__all__)
     assert lj.models.generate and lj.peft.load and lj.training.finetune
     assert not hasattr(lj, "lorify")
-    with pytest.warns(DeprecationWarning, match="quantized.Report is now .*QuantReport"):
-        assert lj.quantized.Report is lj.quantized.QuantReport
-    with pytest.warns(DeprecationWarning, match="AxisRoles.of is now from_axes"):
-        assert AxisRoles.of((0,), (1,), 2) == AxisRoles((-2,), (-1,))
-    with pytest.warns(DeprecationWarning, match="Shared.for_rows is now repeat"):
-        assert lj.models.Shared(*np.ones((2, 3, 1, 2, 4))).for_rows(5)[0].shape == (5, 1, 3, 2, 4)
-    with pytest.warns(DeprecationWarning, match="Choice.at_once is now batch_tree"):
-        assert lj.bank.Choice({}, np.zeros(1, np.int32)).at_once() == {}

@@ -14,7 +14,6 @@ from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.transform import RULES, run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, map_slots, slot_shape, slots_of
-from lora_jax.core.deprecated import warn_of_name
 from lora_jax.core.extend import jaxpr_as_fun
 from lora_jax.core.factored import ExamplesError
 from lora_jax.core.types import Forward, Leaf, Tree
@@ -42,11 +41,6 @@ class Choice:
     def batch_tree(self) -> Tree:
         """Returns the adapted tree of all examples; see `lora_jax.adapt.per_example`."""
         return map_slots(lambda _, slots: slots.batch_weight(self.ids), self.tree)  # type: ignore[union-attr]
-
-    def at_once(self) -> Tree:
-        """Returns `batch_tree`, by its earlier name."""
-        warn_of_name("Choice.at_once", "batch_tree")
-        return self.batch_tree()
 
 
 def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:

@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from lora_jax.core.deprecated import warn_of_name
-
 Label = Literal["batch", "in", "out"]
 
 # The names of kernels in Flax ("kernel") and Haiku ("w"), and of embedding tables in Flax. The last
@@ -24,12 +22,6 @@ class AxisRoles:
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, in_axes: Sequence[int], out_axes: Sequence[int], ndim: int) -> "AxisRoles":
-        """Returns `from_axes`, by its earlier name."""
-        warn_of_name("AxisRoles.of", "from_axes")
-        return cls.from_axes(in_axes, out_axes, ndim)
 
     @classmethod
     def from_axes(cls, in_axes: Sequence[int], out_axes: Sequence[int], ndim: int) -> "AxisRoles":

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles, Label
 from lora_jax.core.base import Move, as_array, is_base
-from lora_jax.core.deprecated import warn_of_name
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 from lora_jax.core.types import BaseLike, Leaf, Parts
@@ -224,11 +223,6 @@ class Factored:
         """Returns a gain or a shift in the base's layout, of size one where the in axes are."""
         ndim = len(self.labels)
         return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)
-
-    def of_columns(self, vector: jax.Array) -> jax.Array:
-        """Returns `spread_columns`, by its earlier name."""
-        warn_of_name("Factored.of_columns", "spread_columns")
-        return self.spread_columns(vector)
 
     def delta(self, dtype: DTypeLike) -> jax.Array:
         """Returns s·AB in the base's layout.

@@ -6,9 +6,6 @@
 Functions run on such trees through `lora_jax.adapt`.
 """
 
-from typing import TYPE_CHECKING
-
-from lora_jax.core.deprecated import renamed
 from lora_jax.quantized.coded import Coded, bytes_of
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import FORMATS, Format
@@ -45,8 +42,3 @@ __all__ = [
     "report",
     "requantize",
 ]
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name):
-        return renamed(__name__, name, {"Report": QuantReport})

@@ -12,13 +12,7 @@ _MODELS = ("layers", "causal", "heads", "key_rows", "specs")
 SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("buckets", "core.paths", "core.types", "folders", "hf", "quantized"),
-    "models/layers": (
-        "core.deprecated",
-        "core.extend",
-        "core.names",
-        "core.types",
-        "models.layers",
-    ),
+    "models/layers": ("core.extend", "core.names", "core.types", "models.layers"),
     "models/decoder": (*SHARED, "core.extend", "core.names", "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),

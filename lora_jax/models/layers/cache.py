@@ -10,8 +10,6 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax.core.deprecated import warn_of_name
-
 # The keys, values and memories that one call adds to a cache, stacked by layers.
 NewEntries: TypeAlias = Any
 
@@ -87,11 +85,6 @@ class Shared(NamedTuple):
             for x in (self.key, self.value)
         )
         return Shared(key, value)
-
-    def for_rows(self, batch: int) -> Shared:
-        """Returns `repeat`, by its earlier name."""
-        warn_of_name("Shared.for_rows", "repeat")
-        return self.repeat(batch)
 
 
 class LayerCache(NamedTuple):
