@@ -17,8 +17,9 @@ from lora_jax import models
 from lora_jax.buckets import copies
 from lora_jax.buckets.store import bucket_path
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.run import bucket_lock
+from lora_jax.training.run import bucket_lock, lock
 from lora_jax.training.run.bucket_lock import BucketLock
+from lora_jax.training.run.lock import RunLock
 from tests.buckets.store_proxy import bucket_store, use
 from tests.support import assert_identical, over, with_random_factors
 from tests.train.forks import Forked
@@ -269,7 +270,7 @@ def test_one_run_at_a_time_writes_to_a_folder(runs, proxy, monkeypatch):
             return lost.append(path) or "lost"
 
     proxy.failing = loses_the_first
-    with BucketLock(bucket_path("gs://bucket/locked")):
+    with RunLock(BucketLock(bucket_path("gs://bucket/locked"))):
         proxy.failing = lambda number, method, path: None
         assert lost and "locked/run.lock" in proxy.objects("locked/")
         said = runs.run("gs://bucket/locked", code=2)
@@ -277,16 +278,16 @@ def test_one_run_at_a_time_writes_to_a_folder(runs, proxy, monkeypatch):
         assert {*proxy.objects("locked/")} == {"locked/run.lock"}
     assert not proxy.objects("locked/")
     # That of a host that is gone is taken over, once it was not touched for a while.
-    monkeypatch.setattr(bucket_lock, "_STALE", 1.0)
-    monkeypatch.setattr(bucket_lock, "_LOOK", 0.1)
-    monkeypatch.setattr(bucket_lock, "_BEAT", 0.2)
+    monkeypatch.setattr(lock, "_STALE", 1.0)
+    monkeypatch.setattr(lock, "_LOOK", 0.1)
+    monkeypatch.setattr(lock, "_BEAT", 0.2)
     elsewhere, told = {"pid": 1, "host": "elsewhere"}, []
     proxy.put("locked/run.lock", json.dumps(elsewhere).encode())
-    with BucketLock(bucket_path("gs://bucket/locked"), told.append):
+    with RunLock(BucketLock(bucket_path("gs://bucket/locked")), told.append):
         assert "process 1 on elsewhere holds gs://bucket/locked/run.lock" in told[0]
         monkeypatch.setattr(bucket_lock, "holder_here", lambda: elsewhere)
         with pytest.raises(TrainingError, match="another run, process"):
-            with BucketLock(bucket_path("gs://bucket/locked")):
+            with RunLock(BucketLock(bucket_path("gs://bucket/locked"))):
                 pass
     assert not proxy.objects("locked/")
 

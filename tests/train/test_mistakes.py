@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training.optimizers.schedules import warmed_up
-from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.lock import FolderLock, RunLock
 from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
 from train import dpo, grpo
@@ -183,7 +183,7 @@ def test_what_a_cpu_does_not_have_is_refused_before_weights_are_read(tmp_path, c
 def test_a_second_run_in_a_folder_is_refused_before_weights_are_read(tmp_path, capsys):
     args = ["--model", "nowhere.gguf", "--dataset", write_rows(tmp_path / "rows.jsonl")]
     (tmp_path / "run").mkdir()
-    with FolderLock(tmp_path / "run"):
+    with RunLock(FolderLock(tmp_path / "run")):
         for more in ([], ["--overwrite"]):
             said = fails(capsys, main, *args, "--output", tmp_path / "run", *more)
             assert f"another run, process {os.getpid()} on {socket.gethostname()}, is" in said

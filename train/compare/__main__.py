@@ -27,7 +27,7 @@ import lora_jax as lj
 from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
-from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.lock import FolderLock, RunLock
 from lora_jax.training.run.log import duration
 from train import start
 from train.begin import load_model
@@ -337,7 +337,8 @@ def _open_folder(config: CompareOptions, session: Session, console: Console) -> 
     session.release.callback(remove_empty, made)  # where the comparison is refused later on
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        session.release.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
+        lock = RunLock(FolderLock(folder), notice=lambda line: console.print(line))
+        session.release.enter_context(lock)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error.strerror or error}. Name another with --output"

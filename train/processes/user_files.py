@@ -4,6 +4,7 @@ It imports the standard library alone, and is no module of `train` there: a user
 one to import more, and finds a `train` of its own beside it.
 """
 
+import base64
 import contextlib
 import importlib
 import importlib.machinery
@@ -19,7 +20,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -100,8 +101,24 @@ def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [f for f in frames if f.filename not in PROGRAMS and not f.filename.startswith("<")]
 
 
+def keywords_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, list[str]]:
+    """Returns the keywords that a function takes, None for all, and those without a default."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = None if takes_all else frozenset(p.name for p in named)
+    return names, [p.name for p in named if p.default is p.empty]
+
+
+def taken(values: Mapping[str, Any], keywords: frozenset[str] | None) -> dict[str, Any]:
+    """Returns the values that a function takes; see `keywords_of`."""
+    return {name: x for name, x in values.items() if keywords is None or name in keywords}
+
+
 def said(error: BaseException) -> str:
     """Returns the last line of a traceback, with the file and the line that it is about."""
+    if isinstance(error, NoFunction):
+        return str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     own = _own_frames(error)
     if not own or isinstance(error, SyntaxError):  # which says itself where it is
@@ -206,8 +223,8 @@ class EpisodeSeeds:
                 generator.set_state(numpy.RandomState(bits).get_state(legacy=False))
 
 
-def requests(source: TextIO) -> "queue.SimpleQueue[str]":
-    """Returns a queue of the lines; when they end, ends this process, whatever it does."""
+def requests(source: TextIO) -> Iterator[Any]:
+    """Yields requests, a line each; when the lines end, ends this process, whatever it does."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -220,7 +237,7 @@ def requests(source: TextIO) -> "queue.SimpleQueue[str]":
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    return lines
+    return (pickle.loads(base64.b64decode(line)) for line in iter(lines.get, None))
 
 
 def take_pipes() -> tuple[TextIO, TextIO]:

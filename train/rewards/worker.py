@@ -6,12 +6,10 @@ a user's function starts by "spawn" or "forkserver" imports it, too, to find the
 """
 
 import asyncio
-import base64
 import importlib.util
 import inspect
 import json
 import math
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
@@ -59,13 +57,8 @@ def find(spec: str) -> Function:
     name, target = spec.rpartition(":")[2], user_files.load(spec)
     if inspect.isclass(target):
         target = _instantiate(target, name)
-    taken = inspect.signature(target).parameters.values()
-    named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return Function(
-        target,
-        None if any(p.kind is p.VAR_KEYWORD for p in taken) else frozenset(p.name for p in named),
-        [p.name for p in named if p.default is p.empty and p.name not in OURS],
-    )
+    takes, needs = user_files.keywords_of(target)
+    return Function(target, takes, [keyword for keyword in needs if keyword not in OURS])
 
 
 def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
@@ -130,7 +123,7 @@ def judge(
     logged = RewardLog(len(keywords["completions"]))
     given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
     given |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
-    taken = {k: v for k, v in given.items() if function.takes is None or k in function.takes}
+    taken = user_files.taken(given, function.takes)
     answer = _call(function, taken, len(keywords["completions"]))
     return answer | {"metrics": logged.metrics, "extra": logged.extra}
 
@@ -178,23 +171,21 @@ def _no_list(result: Any) -> str | None:
 
 def main() -> None:
     """Answers requests until the input ends."""
-    requests, answers = user_files.take_pipes()
+    source, answers = user_files.take_pipes()
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    lines = user_files.requests(requests)
+    requests = user_files.requests(source)
     functions = []
     for spec in sys.argv[1:]:
         try:
             functions.append(find(spec))
         except BaseException as error:
-            known = isinstance(error, user_files.NoFunction)
-            answer({"spec": spec, "error": str(error) if known else user_files.said(error)})
+            answer({"spec": spec, "error": user_files.said(error)})
             return
     answer({"needs": [function.needs for function in functions]})
-    while True:
-        index, keywords, state = pickle.loads(base64.b64decode(lines.get()))
+    for index, keywords, state in requests:
         answer(judge(functions[index], keywords, state))
 
 

@@ -18,7 +18,7 @@ from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.bucket_lock import BucketLock
 from lora_jax.training.run.checkpoints import RECORD
-from lora_jax.training.run.lock import LOCK, FolderLock
+from lora_jax.training.run.lock import LOCK, FolderLock, RunLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
@@ -84,7 +84,8 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> OutputF
         check_output(config)
     if is_first():
         try:
-            held.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
+            lock = RunLock(FolderLock(folder), notice=lambda line: console.print(line))
+            held.enter_context(lock)
         except OSError as error:
             raise _cannot_be_written(folder, error) from error
     return OutputFolder(check_output(config))
@@ -94,7 +95,7 @@ def _locked_in_bucket(
     config: Options, place: BucketPath, held: ExitStack, console: Console
 ) -> OutputFolder:
     def lock(_: int) -> None:
-        lock = BucketLock(place, notice=lambda line: console.print(line))
+        lock = RunLock(BucketLock(place), notice=lambda line: console.print(line))
         with as_user_errors(BucketError, prefix="--output "):
             held.enter_context(lock)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax import models
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout, one_device
-from lora_jax.training.run.lock import LOCK, FolderLock
+from lora_jax.training.run.lock import LOCK, FolderLock, RunLock
 from train.adapters.source import find_adapter
 from train.adapters.template import read_template
 from train.console.errors import UserError, reported
@@ -138,7 +138,7 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held.enter_context(FolderLock(folder, notice=say))
+        held.enter_context(RunLock(FolderLock(folder), notice=say))
     except TrainingError as error:
         raise UserError(f"--output {options.output}: {error}") from None
     if options.fresh:

@@ -7,12 +7,10 @@ come after the functions, as in TRL.
 """
 
 import asyncio
-import base64
 import importlib.util
 import inspect
 import json
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -87,12 +85,11 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
                 environment = make_environment(spec, target)
                 tools = methods_of(environment)
                 has_reward = callable(getattr(environment, REWARD, None))
-                needs = _needs(environment.reset)
+                _, needs = user_files.keywords_of(environment.reset)
             else:
                 tools = {_name_of(spec, target): target}
         except Exception as error:
-            known = isinstance(error, user_files.NoFunction)
-            raise SpecError(spec, str(error) if known else user_files.said(error)) from error
+            raise SpecError(spec, user_files.said(error)) from error
         later += [name for name, tool in tools.items() if inspect.iscoroutinefunction(tool)]
         for name, tool in tools.items():
             if name in schemas:
@@ -108,13 +105,6 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
                 ) from error
     facts = {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs, "later": later}
     return facts | {"generators": [*user_files.generators([*sys.modules])]}
-
-
-def _needs(function: Tool) -> list[str]:
-    """Returns the keywords that a function cannot do without."""
-    parameters = inspect.signature(function).parameters.values()
-    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return [p.name for p in named if p.default is p.empty]
 
 
 def _name_of(spec: str, tool: Tool) -> str:
@@ -163,7 +153,8 @@ class EpisodeProgram:
         if self._environment is None:
             return None
         reset = self._environment.reset
-        return _text(self._finish(reset(**_taken(reset, row))), RESET)
+        takes, _ = user_files.keywords_of(reset)
+        return _text(self._finish(reset(**user_files.taken(row, takes))), RESET)
 
     def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         """Runs calls one after the other; then the asynchronous ones, all at once."""
@@ -208,14 +199,6 @@ def _raised(result: Any) -> str:
     return _shown(result)
 
 
-def _taken(function: Tool, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a row that a function takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(row)
-    return {p.name: row[p.name] for p in parameters if p.name in row}
-
-
 def _text(value: Any, name: str) -> str | None:
     """Returns a text, also one in parts; None for none."""
     if value is None or isinstance(value, str):
@@ -256,10 +239,9 @@ def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
         answers.flush()
 
     answer({"process": process})
-    lines = user_files.requests(channel.makefile("r"))
     try:
-        while True:
-            for value in program.answers(pickle.loads(base64.b64decode(lines.get()))):
+        for request in user_files.requests(channel.makefile("r")):
+            for value in program.answers(request):
                 answer(value)
     finally:
         if os.getpid() == process:
@@ -278,8 +260,7 @@ def main() -> None:
     except SpecError as error:
         answer = dict(zip(("spec", "error"), error.args, strict=True))
     except BaseException as error:
-        known = isinstance(error, user_files.NoFunction)
-        answer = {"spec": spec, "error": str(error) if known else user_files.said(error)}
+        answer = {"spec": spec, "error": user_files.said(error)}
     if mode == "describe" or answer:
         print(json.dumps(answer), file=answers, flush=True)
         return

@@ -15,51 +15,120 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from lora_jax.training.errors import TrainingError
 
 LOCK = "run.lock"
 _BEAT = 10.0  # seconds between touches
 _STALE = 60.0  # seconds without a touch
+_LOOK = 1.0  # seconds between looks at a lock that may be stale
 
 
-class FolderLock:
+Holder = dict[str, Any]  # a process, as a lock names it
+
+
+class HeldLock(NamedTuple):
+    """Describes a lock that is there.
+
+    Attributes:
+      holder: the process that holds the lock.
+      version: changes with each touch.
+      age: the seconds since the last touch, where they are known; else 0.
+    """
+
+    holder: Holder
+    version: Any
+    age: float = 0.0
+
+
+class LockFile(Protocol):
+    """The file, or the object in a bucket, by which a run holds its folder."""
+
+    folder: Any
+
+    def place(self) -> bool:
+        """Places the lock, with its content at once; returns False where there is one."""
+
+    def read(self) -> HeldLock | None:
+        """Returns the lock that is there; None where there is no lock."""
+
+    def touch(self) -> None:
+        """Shows that this process still runs."""
+
+    def remove(self, held: HeldLock | None = None) -> None:
+        """Removes a lock that was read, by default this process's; leaves that of any other run."""
+
+
+class RunLock:
     """Holds the lock of a folder; a context manager.
 
     Args:
-      folder: the folder of a run; it exists.
+      file: the lock's file, in a folder that exists, or its object in a bucket.
       notice: is called with a line before a wait.
 
     Raises:
       TrainingError: another run holds the lock; names its host and process.
     """
 
-    def __init__(self, folder: Path, notice: Callable[[str], object] = lambda line: None) -> None:
-        self._path = folder / LOCK
-        self._own = holder_here()
-        self._notice = notice
+    def __init__(self, file: LockFile, notice: Callable[[str], object] = lambda line: None) -> None:
+        self._file, self._notice = file, notice
         self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
-    def __enter__(self) -> "FolderLock":
-        while not self._placed():
-            holder = _read(self._path)
-            if holder is None:
+    def __enter__(self) -> "RunLock":
+        while not self._file.place():
+            held = self._file.read()
+            if held is None:
                 continue  # it was released in the meantime
-            if not self._is_stale(holder):
+            if not self._is_stale(held):
                 raise TrainingError(
-                    f"another run, {name_of_holder(holder)}, is writing to the folder "
-                    f"{self._path.parent}: let it end, or choose another folder"
+                    f"another run, {name_of_holder(held.holder)}, is writing to the folder "
+                    f"{self._file.folder}: let it end, or choose another folder"
                 )
-            self._remove(holder)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+            self._file.remove(held)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._released.set()
-        self._remove(self._own)
+        self._thread.join(_BEAT)  # a touch may be under way
+        self._file.remove()
 
-    def _placed(self) -> bool:
+    def _is_stale(self, held: HeldLock) -> bool:
+        """Returns True if the holder is gone; may wait to see whether it touches the lock."""
+        gone = is_gone(held.holder)
+        if gone is not None:
+            return gone
+        if held.age > _STALE:
+            return True
+        self._notice(
+            f"{name_of_holder(held.holder)} holds {self._file.folder / LOCK}: waiting up to "
+            f"{_STALE:.0f} s to see whether it still runs"
+        )
+        until = time.monotonic() + _STALE - held.age
+        while time.monotonic() < until:
+            time.sleep(_LOOK)
+            again = self._file.read()
+            if again is None:
+                return True
+            if again.version != held.version:
+                return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT):
+            self._file.touch()
+
+
+class FolderLock:
+    """The lock of a folder on a disk; see `LockFile`. Its version is the time of its last touch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._path = folder, folder / LOCK
+        self._own = holder_here()
+
+    def place(self) -> bool:
         """Places the lock, with its content at once; returns False where there is one."""
         with _temporary(self._path, self._own) as ours:
             try:
@@ -74,40 +143,25 @@ class FolderLock:
                     return False
         return True
 
-    def _is_stale(self, holder: dict[str, Any]) -> bool:
-        """Returns True if the holder is gone; may wait to see whether it touches the lock."""
-        if (gone := is_gone(holder)) is not None:
-            return gone
-        age = self._age()
-        if age is None or age > _STALE:
-            return True
-        self._notice(
-            f"{name_of_holder(holder)} holds {self._path}: waiting up to {_STALE:.0f} s to see "
-            "whether it still runs"
-        )
-        first = self._touched()
-        until = time.monotonic() + _STALE - age
-        while time.monotonic() < until:
-            time.sleep(0.5)
-            if self._touched() != first:
-                return self._touched() is None
-        return True
-
-    def _age(self) -> float | None:
-        """Returns the seconds since the last touch, by the clock of the file system."""
+    def read(self) -> HeldLock | None:
+        """Returns the lock that is there; None where there is no lock."""
         with _temporary(self._path, {}) as fresh:
-            now = fresh.stat().st_mtime
-        touched = self._touched()
-        return None if touched is None else now - touched
-
-    def _touched(self) -> float | None:
+            now = fresh.stat().st_mtime  # by the clock of the file system
         try:
-            return self._path.stat().st_mtime
+            touched = self._path.stat().st_mtime
+            holder = _read(self._path)
         except FileNotFoundError:
             return None
+        return HeldLock(holder, touched, now - touched)
 
-    def _remove(self, holder: dict[str, Any]) -> None:
-        """Removes the lock of a holder, and no other."""
+    def touch(self) -> None:
+        """Shows that this process still runs."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path)
+
+    def remove(self, held: HeldLock | None = None) -> None:
+        """Removes a lock that was read, by default this process's; leaves that of any other run."""
+        holder = self._own if held is None else held.holder
         aside = self._path.with_name(f".{LOCK}.{self._own['host']}.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.rename(self._path, aside)
@@ -115,25 +169,28 @@ class FolderLock:
                 os.link(aside, self._path)
             aside.unlink()
 
-    def _beat(self) -> None:
-        while not self._released.wait(_BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self._path)
 
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the holder, {} where the file is damaged; None where there is no lock."""
+def _read(path: Path) -> Holder:
+    """Returns the holder that a file names; {} where the file cannot be read."""
     try:
-        content = json.loads(path.read_text())
+        return parse_holder(path.read_bytes())
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
+        raise
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def parse_holder(content: str | bytes) -> Holder:
+    """Returns the holder that a lock names; {} where the lock is damaged."""
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, content: dict[str, Any]) -> Any:
+def _temporary(path: Path, content: Holder) -> Any:
     number, name = tempfile.mkstemp(prefix=f".{LOCK}.", dir=path.parent)
     with os.fdopen(number, "w") as file:
         json.dump(content, file)
@@ -143,7 +200,7 @@ def _temporary(path: Path, content: dict[str, Any]) -> Any:
         os.unlink(name)
 
 
-def _process(pid: int) -> dict[str, Any]:
+def _process(pid: int) -> Holder:
     """Returns a process's number and when it started, where that is known; {} if there is none."""
     if os.name != "posix":  # where a signal of 0 is none
         return {"pid": pid, "started": None}
@@ -162,7 +219,7 @@ def _process(pid: int) -> dict[str, Any]:
     return {"pid": pid, "started": started}
 
 
-def _here() -> dict[str, Any]:
+def _here() -> Holder:
     """Returns the host, boot and container, without which a process number says nothing."""
     boot = container = None
     with contextlib.suppress(OSError):
@@ -171,18 +228,18 @@ def _here() -> dict[str, Any]:
     return {"host": socket.gethostname(), "boot": boot, "container": container}
 
 
-def holder_here() -> dict[str, Any]:
+def holder_here() -> Holder:
     """Returns this process, as a lock names its holder."""
     return {**_here(), **_process(os.getpid())}
 
 
-def is_gone(holder: dict[str, Any]) -> bool | None:
+def is_gone(holder: Holder) -> bool | None:
     """Returns True for a dead process of this host; None for one of another host."""
     if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
         return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
     return None
 
 
-def name_of_holder(holder: dict[str, Any]) -> str:
+def name_of_holder(holder: Holder) -> str:
     """Returns the process and host that a lock names, for messages."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
