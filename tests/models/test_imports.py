@@ -8,7 +8,7 @@ import pytest
 from lora_jax import hf, models
 
 # What the files of a folder may import, of this package: what lies below it, and itself.
-_MODELS = ("layers", "causal", "heads", "key_rows", "specs")
+_MODELS = ("layers", "causal", "fields", "key_rows", "specs")
 SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("buckets", "core.paths", "core.types", "folders", "hf", "quantized"),

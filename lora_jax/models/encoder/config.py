@@ -7,13 +7,17 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
     check_known,
-    check_multiple,
-    check_values,
     read_switch,
     refuse_unknown,
 )
-from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
-from lora_jax.models.layers.blocks import ACTIVATION
+from lora_jax.models.fields import (
+    FieldTable,
+    check_classes,
+    check_transformer,
+    read_classes,
+    read_head,
+    write_classes,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,6 @@ _ARCHITECTURES = {
     "classification": ("ForSequenceClassification",),
     "embedding": (),
 }
-
-# Fields that config.json lacks, or has in another form.
-_OF_HEAD = frozenset({"head", "num_labels", "label_names", "pooling", "normalize"})
 
 # Without an effect on the output: dropout is for training; TensorFlow's BERT, older versions of
 # transformers and sentence-transformers write the rest.
@@ -116,12 +117,10 @@ class EncoderConfig:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_transformer(self)
         check_known("model_type", self.model_type, FAMILIES)
         check_known("head", self.head, HEADS)
         check_known("pooling", self.pooling, POOLINGS)
-        check_known("hidden_act", self.hidden_act, ACTIVATION)
-        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
         check_classes(self.num_labels, self.label_names)
@@ -165,7 +164,7 @@ class EncoderConfig:
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
         own = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
-        refuse_unknown(config, family, own.union(cls._names(), _NO_EFFECT), _UNSUPPORTED)
+        refuse_unknown(config, family, own | _FIELDS.known | _NO_EFFECT, _UNSUPPORTED)
         if config.get("vocab_size") is None:
             raise ConfigError("the configuration lacks vocab_size")
         head = options.get("head") or _head_of(config)
@@ -183,21 +182,15 @@ class EncoderConfig:
             "pooling": config.get("sentence_pooling") or "mean",
             "normalize": read_switch("sentence_normalize", config.get("sentence_normalize")),
         }
-        read |= {name: config[name] for name in cls._names() if name in config}
-        defaults = {"pad_token_id": FAMILIES[family].pad_token_id}
-        return cls(**{**defaults, **read, **options, "head": head})
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        """Returns the fields that config.json has under the same names."""
-        return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
+        read |= {"pad_token_id": FAMILIES[family].pad_token_id, **_FIELDS.read(config)}
+        return cls(**{**read, **options, "head": head})
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         transformers has no name for the head "embedding": it reads such a file as a bare encoder.
         """
-        out = {name: getattr(self, name) for name in self._names()}
+        out = _FIELDS.write(self)
         written = "none" if self.head == "embedding" else self.head
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
         out |= write_classes(self.num_labels, self.label_names)
@@ -205,6 +198,9 @@ class EncoderConfig:
             out["sentence_pooling"] = self.pooling
             out["sentence_normalize"] = self.normalize
         return out
+
+
+_FIELDS = FieldTable(EncoderConfig, apart=(*OPTIONS, "label_names"))
 
 
 def _head_of(config: Fields) -> str:

@@ -3,19 +3,10 @@
 import dataclasses
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import (
-    ConfigError,
-    check_known,
-    check_multiple,
-    check_values,
-    read_eos,
-    refuse_unknown,
-    write_eos,
-)
+from lora_jax.hf.fields import ConfigError, read_eos, refuse_unknown, write_eos
 from lora_jax.hf.generation import Generation
-from lora_jax.models.layers.blocks import ACTIVATION
+from lora_jax.models.fields import FieldTable, check_transformer
 
-_APART = ("eos_token_ids", "generation")  # fields that stand otherwise, or elsewhere
 # GPT-2's own names of some of our fields.
 _NAMES = {
     "hidden_size": "n_embd",
@@ -72,9 +63,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.model_type != "gpt2":
             raise ConfigError(f"model_type {self.model_type!r} is not gpt2")
-        check_values(self, _NAMES)
-        check_known("activation_function", self.hidden_act, ACTIVATION)
-        check_multiple(n_embd=self.hidden_size, n_head=self.num_attention_heads)
+        check_transformer(self, _NAMES)
 
     @property
     def head_dim(self) -> int:
@@ -99,9 +88,8 @@ class GPT2Config:
         Raises:
           ConfigError: names the fields that are unsupported or unknown.
         """
-        names = cls._names()
-        refuse_unknown(config, "gpt2", _NO_EFFECT | {*names.values()})
-        values = {ours: config[name] for ours, name in names.items() if name in config}
+        refuse_unknown(config, "gpt2", _NO_EFFECT | _FIELDS.known)
+        values = _FIELDS.read(config)
         if values.get("intermediate_size") is None:
             values["intermediate_size"] = 4 * values.get("hidden_size", cls.hidden_size)
         if "eos_token_id" in config:
@@ -110,12 +98,9 @@ class GPT2Config:
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
-        out = {name: getattr(self, ours) for ours, name in self._names().items()}
         eos = write_eos(self.eos_token_ids)
-        return {"architectures": ["GPT2LMHeadModel"], "eos_token_id": eos, **out}
+        out = {"architectures": ["GPT2LMHeadModel"], "eos_token_id": eos}
+        return out | _FIELDS.write(self)
 
-    @classmethod
-    def _names(cls) -> dict[str, str]:
-        """Returns the name in config.json of each field, but for those of `_APART`."""
-        fields = (field.name for field in dataclasses.fields(cls))
-        return {name: _NAMES.get(name, name) for name in fields if name not in _APART}
+
+_FIELDS = FieldTable(GPT2Config, apart=("eos_token_ids", "generation"), renamed=_NAMES)

@@ -7,17 +7,11 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import (
-    ConfigError,
-    check_known,
-    check_multiple,
-    check_values,
-    refuse_unknown,
-)
+from lora_jax.hf.fields import ConfigError, check_known, check_values, refuse_unknown
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.blocks import ACTIVATION
+from lora_jax.models.fields import FieldTable, check_transformer
 
 # model_type -> the beginning of the name of transformers' class.
 CLASSES = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
@@ -57,9 +51,7 @@ class QwenVisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        check_values(self, _NAMES)
-        check_known("hidden_act", self.hidden_act, ACTIVATION)
-        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
+        check_transformer(self, _NAMES)
         if self.head_dim % 4:
             raise ConfigError(
                 f"heads of {self.head_dim} dimensions: a multiple of 4 is needed, whose halves are "
@@ -97,23 +89,23 @@ class QwenVisionConfig:
         Raises:
           ConfigError: names the fields that are unsupported or unknown.
         """
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "rope_theta"]
-        known = {_NAMES.get(name, name) for name in names}
         others = {"model_type", "rope_parameters", "deepstack_visual_indexes"}
-        refuse_unknown(fields, f"{kind}'s vision_config", known | others)
+        refuse_unknown(fields, f"{kind}'s vision_config", _VISION_FIELDS.known | others)
         if deep := fields.get("deepstack_visual_indexes"):
             raise ConfigError(f"deepstack_visual_indexes={deep} is not supported, only []")
-        read = {name: fields[own] for name in names if (own := _NAMES.get(name, name)) in fields}
         rope = dict(fields.get("rope_parameters") or {})
         if (form := rope.get("rope_type", "axial")) != "axial":
             raise ConfigError(f"RoPE type {form!r} is not supported for images, only axial")
-        return cls(**read, rope_theta=float(rope.get("rope_theta", cls.rope_theta)))
+        theta = float(rope.get("rope_theta", cls.rope_theta))
+        return cls(**_VISION_FIELDS.read(fields), rope_theta=theta)
 
     def to_hf(self) -> dict[str, object]:
         """Returns the vision_config that ``from_hf`` reads back."""
-        out = {_NAMES.get(name, name): x for name, x in dataclasses.asdict(self).items()}
-        theta = out.pop("rope_theta")
-        return out | {"rope_parameters": {"rope_type": "axial", "rope_theta": theta}}
+        rope = {"rope_type": "axial", "rope_theta": self.rope_theta}
+        return _VISION_FIELDS.write(self) | {"rope_parameters": rope}
+
+
+_VISION_FIELDS = FieldTable(QwenVisionConfig, apart=("rope_theta",), renamed=_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
     check_known,
-    check_multiple,
     check_values,
     read_switch,
     refuse_unknown,
@@ -15,7 +14,7 @@ from lora_jax.hf.fields import (
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.blocks import ACTIVATION
+from lora_jax.models.fields import FieldTable, check_transformer
 
 # model_type -> the beginning of the name of transformers' class.
 CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
@@ -54,9 +53,7 @@ class SiglipConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        check_values(self)
-        check_known("hidden_act", self.hidden_act, ACTIVATION)
-        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
+        check_transformer(self)
 
     @property
     def side(self) -> int:
@@ -130,28 +127,28 @@ class SmolVLMConfig:
                 raise ConfigError(f"the configuration lacks {name}")
             parts[name] = dict(config[name])
         text, vision = parts.values()
-        names = [field.name for field in dataclasses.fields(SiglipConfig)]
-        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT.union(names))
-        vision = {name: vision[name] for name in names if name in vision}
+        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT | _VISION_FIELDS.known)
         text = {name: value for name, value in text.items() if name not in _OF_OLD_TEXT}
         tied = "tie_word_embeddings"
         text[tied] = read_switch(tied, config.get(tied))
-        same = ("scale_factor", "image_token_id")
         return cls(
             model_type=kind,
             text=DecoderConfig.from_hf({"model_type": "llama", **text}),
-            vision=SiglipConfig(**{**_VISION_DEFAULTS, **vision}),
-            **{name: config[name] for name in same if name in config},
+            vision=SiglipConfig(**{**_VISION_DEFAULTS, **_VISION_FIELDS.read(vision)}),
+            **_FIELDS.read(config),
         )
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         return {
             "model_type": self.model_type,
+            **_FIELDS.write(self),
             "architectures": [f"{CLASSES[self.model_type]}ForConditionalGeneration"],
             "text_config": self.text.to_hf(),
             "vision_config": dataclasses.asdict(self.vision),
-            "scale_factor": self.scale_factor,
-            "image_token_id": self.image_token_id,
             "tie_word_embeddings": self.text.tie_word_embeddings,
         }
+
+
+_FIELDS = FieldTable(SmolVLMConfig, apart=("model_type", "text", "vision", "generation"))
+_VISION_FIELDS = FieldTable(SiglipConfig)

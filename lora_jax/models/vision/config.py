@@ -8,12 +8,16 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
     check_known,
-    check_multiple,
-    check_values,
     refuse_unknown,
 )
-from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
-from lora_jax.models.layers.blocks import ACTIVATION
+from lora_jax.models.fields import (
+    FieldTable,
+    check_classes,
+    check_transformer,
+    read_classes,
+    read_head,
+    write_classes,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,6 @@ _NO_EFFECT = frozenset(
 # Known options that would change the forward pass, and the only value that is supported.
 _UNSUPPORTED: dict[str, object] = {"use_swiglu_ffn": False}
 
-_OF_HEAD = frozenset({"head", "num_labels", "label_names"})
 _PAIRS = ("image_size", "patch_size")
 
 
@@ -133,11 +136,9 @@ class VisionConfig:
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_transformer(self)
         check_known("model_type", self.model_type, FAMILIES)
         check_known("head", self.head, _ARCHITECTURES)
-        check_known("hidden_act", self.hidden_act, ACTIVATION)
-        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if min(self.grid) < 1:
             raise ConfigError(
                 f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}"
@@ -180,7 +181,7 @@ class VisionConfig:
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
         facts = FAMILIES[family]
-        own = {*cls._names(), *facts.defaults} - ({"intermediate_size"} - {*facts.defaults})
+        own = (_FIELDS.known - {"intermediate_size"}).union(facts.defaults)
         refuse_unknown(config, family, own | _NO_EFFECT | {"num_labels"}, _UNSUPPORTED)
         classes = [known.class_name for known in FAMILIES.values()]
         head = options.get("head") or read_head(config, classes, _ARCHITECTURES)
@@ -196,14 +197,9 @@ class VisionConfig:
             read[name] = (size, size) if isinstance(size, int) else tuple(size)
         return cls(**read, head=head, num_labels=num_labels, label_names=names)
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        """Returns the fields that config.json has under the same names."""
-        return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
-
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
-        out = {name: getattr(self, name) for name in self._names()} | dict(self.family.written)
+        out = _FIELDS.write(self) | dict(self.family.written)
         for name in _PAIRS:
             height, width = getattr(self, name)
             out[name] = height if height == width else [height, width]
@@ -213,3 +209,6 @@ class VisionConfig:
             out["mlp_ratio"] = int(ratio) if ratio.is_integer() else ratio
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
         return out | write_classes(self.num_labels, self.label_names)
+
+
+_FIELDS = FieldTable(VisionConfig, apart=(*OPTIONS, "label_names"))

@@ -1,10 +1,66 @@
-"""The heads and the classes that a config.json names."""
+"""What several models read from a config.json: fields of the same form, heads, and classes."""
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple, check_values
+from lora_jax.models.layers.blocks import ACTIVATION
+
+
+class FieldTable:
+    """The fields of a configuration that config.json holds in the same form.
+
+    Attributes:
+      names: config.json's name of each field.
+    """
+
+    def __init__(
+        self, kind: type[Any], apart: Collection[str] = (), renamed: Mapping[str, str] = {}
+    ) -> None:
+        """Lists the fields.
+
+        Args:
+          kind: the class of the configuration, a dataclass.
+          apart: the fields that config.json lacks, or holds in another form.
+          renamed: config.json's names of fields, where they are not the dataclass's.
+        """
+        names = (field.name for field in dataclasses.fields(kind) if field.name not in apart)
+        self.names = {name: renamed.get(name, name) for name in names}
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names in config.json."""
+        return frozenset(self.names.values())
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Returns the fields that config.json has, under the dataclass's names."""
+        return {ours: fields[name] for ours, name in self.names.items() if name in fields}
+
+    def write(self, config: object) -> dict[str, Any]:
+        """Returns the fields of a configuration under config.json's names."""
+        return {name: getattr(config, ours) for ours, name in self.names.items()}
+
+
+def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> None:
+    """Checks the values of a configuration, its activation, and the width of its heads.
+
+    Args:
+      config: the configuration; see `check_values`.
+      names: config.json's names of fields, where they are not the dataclass's.
+
+    Raises:
+      ConfigError: a value is not supported, or hidden_size is no multiple of the number of heads.
+    """
+    check_values(config, names)
+    act, width, heads = (
+        (names or {}).get(name, name)
+        for name in ("hidden_act", "hidden_size", "num_attention_heads")
+    )
+    check_known(act, config.hidden_act, ACTIVATION)
+    check_multiple(**{width: config.hidden_size, heads: config.num_attention_heads})
 
 
 def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequence[str]]) -> str:
