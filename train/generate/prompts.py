@@ -3,22 +3,20 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
 from lora_jax.training.data.image_parts import IMAGES, shown_images
-from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
+from lora_jax.training.data.rows import Conversation, Row, check_text, question
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.data.vision.pictures import RowImages, read_pictures
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.files import read_file
-from train.data.text_files import read_lines
+from train.data.entries import read_entries, typed_lines
 from train.generate.options import GenerateOptions
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
@@ -86,8 +84,7 @@ def read_standard_input() -> list[Prompt]:
     Raises:
       UserError: there is none, or the text is not UTF-8.
     """
-    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
-        prompts = list(typed_prompts())
+    prompts = list(typed_prompts())
     if not prompts:
         raise UserError("standard input has no prompt: give one a line, or name one with --prompt")
     return prompts
@@ -95,24 +92,15 @@ def read_standard_input() -> list[Prompt]:
 
 def typed_prompts() -> Iterator[Prompt]:
     """Yields the prompts of standard input, one per line, as they come."""
-    if sys.stdin.isatty():
-        print("One prompt per line; end with Ctrl-D.", file=sys.stderr)
-    for n, line in enumerate(filter(str.strip, sys.stdin), start=1):
+    for n, line in enumerate(filter(str.strip, typed_lines("prompt")), start=1):
         yield prompt_of(line.strip(), f"prompt {n}")
 
 
-def _read_file(given: str) -> list[Prompt]:
-    path = Path(given).expanduser()
-    if not path.is_file():
-        raise UserError(f"--prompts {given}: there is no such file")
-    if kind_of(given):
-        rows = enumerate(read_file(path), start=1)
-        prompts = [_read_row(row, name_of(row, given, n)) for n, row in rows]
-    else:
-        lines = enumerate(read_lines(path), start=1)
-        prompts = [prompt_of(s.strip(), f"{given}, line {n}") for n, s in lines if s.strip()]
+def _read_file(path: str) -> list[Prompt]:
+    read: Callable[..., Prompt] = prompt_of if kind_of(path) is None else _read_row
+    prompts = [read(value, name) for name, value in read_entries(path, "--prompts") if value != ""]
     if not prompts:
-        raise UserError(f"--prompts {given} has no prompt")
+        raise UserError(f"--prompts {path} has no prompt")
     return prompts
 
 

@@ -2,19 +2,19 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_jax.training.data.rows import Row, check_text, field_names, name_of
+from lora_jax.training.data.rows import Row, check_text, field_names
 from lora_jax.training.data.turns import shown
 from lora_jax.training.data.vision.images import Images, check_rows, names_of, read_pixels
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.files import IMAGE_FIELD, images_of, locate_images, read_file
-from train.data.text_files import read_lines
+from train.data.entries import Entry, entries_of_lines, read_entries, typed_lines
+from train.data.files import IMAGE_FIELD, images_of, locate_images
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
@@ -80,15 +80,14 @@ def read_arguments(texts: Sequence[str]) -> Texts:
     return Texts(list(texts), None, [f"text {n}" for n in range(1, len(texts) + 1)])
 
 
-def split_lines(lines: Iterable[str], source: str) -> Texts:
+def _texts_of_lines(lines: Sequence[Entry], source: str) -> Texts:
     """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
-    numbered = [(n, line.strip()) for n, line in enumerate(lines, start=1)]
-    kept = [(n, text) for n, text in numbered if text]
-    if len(kept) < len(numbered):
-        print(f"{source}: {len(numbered) - len(kept)} empty lines are left out", file=sys.stderr)
-    if not kept:
+    texts = {name: line for name, line in lines if line}
+    if len(texts) < len(lines):
+        print(f"{source}: {len(lines) - len(texts)} empty lines are left out", file=sys.stderr)
+    if not texts:
         raise UserError(f"{source} has no text: give one a line")
-    return Texts([text for _, text in kept], None, [f"{source}, line {n}" for n, _ in kept])
+    return Texts([*texts.values()], None, [*texts])
 
 
 def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
@@ -97,31 +96,21 @@ def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
     Raises:
       UserError: there is no such file, it cannot be read, or a row has no text.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        raise UserError(f"--input {path} is a folder: name a file in it")
-    if not place.is_file():
-        raise UserError(f"--input {path}: there is no such file")
+    entries = read_entries(path, "--input")
     if not holds_rows(path):
-        return split_lines(read_lines(place), path)
-    rows = read_file(place)
-    if not rows:
-        raise UserError(f"--input {path} has no rows")
-    names = [name_of(row, path, n) for n, row in enumerate(rows, start=1)]
+        return _texts_of_lines(entries, path)
 
     def texts(option: str, field: str) -> list[str]:
-        return [_text(row, name, option, field) for row, name in zip(rows, names, strict=True)]
+        return [_text(row, name, option, field) for name, row in entries]
 
     second = None if field_pair is None else texts("--field-pair", field_pair)
-    return Texts(texts("--field", field), second, names)
+    return Texts(texts("--field", field), second, [name for name, _ in entries])
 
 
 def read_standard_input() -> Texts:
     """Reads one text a line, up to the end."""
-    if sys.stdin.isatty():
-        print("One text per line; end with Ctrl-D.", file=sys.stderr)
-    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
-        return split_lines(sys.stdin, "standard input")
+    source = "standard input"
+    return _texts_of_lines(entries_of_lines(typed_lines("text"), source), source)
 
 
 def _text(row: Row, name: str, option: str, field: str) -> str:
@@ -204,9 +193,7 @@ def read_images(
 
 def _image_rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Row]:
     if given is not None and holds_rows(given) and Path(given).expanduser().is_file():
-        rows: list[Row] = [*read_file(Path(given).expanduser())]
-        if not rows:
-            raise UserError(f"--input {given} has no rows")
+        rows: list[Row] = [row for _, row in read_entries(given, "--input")]
         return locate_images(rows, field or IMAGE_FIELD, given)
     files = [*paths]
     if given is not None and Path(given).expanduser().is_dir():

@@ -1,0 +1,58 @@
+"""Reads the texts and the rows that a command takes from a file or from standard input."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lora_jax.training.data.rows import name_of
+from train.console.errors import UserError, as_user_errors
+from train.data.files import read_file
+from train.data.text_files import read_lines
+from train.options.paths import kind_of
+
+# A name for messages ("rows.csv, line 3"), and the row; or the line without space around it.
+Entry: TypeAlias = tuple[str, Any]
+
+
+def read_entries(path: str, option: str) -> list[Entry]:
+    """Reads a file: the rows of one whose name ends as that of a file of rows, or its lines.
+
+    Args:
+      path: the file.
+      option: the option that names it.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or it has no rows.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it")
+    if not place.is_file():
+        raise UserError(f"{option} {path}: there is no such file")
+    if kind_of(path) is None:
+        return entries_of_lines(read_lines(place), path)
+    rows = read_file(place)
+    if not rows:
+        raise UserError(f"{option} {path} has no rows")
+    return [(name_of(row, path, number), row) for number, row in enumerate(rows, start=1)]
+
+
+def entries_of_lines(lines: Iterable[str], source: str) -> list[Entry]:
+    """Returns lines, which are named by their numbers in the source."""
+    return [(f"{source}, line {n}", line.strip()) for n, line in enumerate(lines, start=1)]
+
+
+def typed_lines(content: str) -> Iterator[str]:
+    """Yields the lines of standard input as they come.
+
+    Args:
+      content: what a line holds, for the person who types it.
+
+    Raises:
+      UserError: they are not UTF-8 text.
+    """
+    if sys.stdin.isatty():
+        print(f"One {content} per line; end with Ctrl-D.", file=sys.stderr)
+    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
+        yield from sys.stdin
