@@ -172,10 +172,16 @@ class Layout(Placement):
         """Returns the split of causal queries over devices; None where each has them all."""
         return context.split_of(seq, self.sequence_parts, causal=True)
 
-    def jitted(self, function: Callable[..., Any]) -> OnMesh:
-        """Returns a function compiled for the mesh, where each device gets its whole result."""
-        where, options = self.whole, self.compiler_options
-        return OnMesh(jax.jit(function, out_shardings=where, compiler_options=options), self.mesh)
+    def jitted(self, function: Callable[..., Any], out: Any = None, **options: Any) -> OnMesh:
+        """Returns a function compiled for the mesh.
+
+        Args:
+          function: the function.
+          out: the shardings of its results; by default each device gets the whole.
+          **options: further options of `jax.jit`.
+        """
+        options |= {"out_shardings": out or self.whole, "compiler_options": self.compiler_options}
+        return OnMesh(jax.jit(function, **options), self.mesh)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns the sharding to load a parameter with; see `lora_jax.models.from_pretrained`."""

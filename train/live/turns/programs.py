@@ -45,19 +45,10 @@ class TurnPrograms:
         self._model, self._apply, self._layout = model, apply, layout
         self.mesh, self.with_routing = layout.mesh, with_routing
         self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
-        self._run_chunk = self._compiled(functools.partial(slots.run_chunk, apply), donate=3)
-        self._routing = self._compiled(turns.row_routing)
+        run_chunk = functools.partial(slots.run_chunk, apply)
+        self._run_chunk = layout.jitted(run_chunk, donate_argnums=3)
+        self._routing = layout.jitted(turns.row_routing)
         self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
-
-    def _compiled(
-        self, function: Callable[..., Any], donate: int | None = None, out: Any = None
-    ) -> Callable[..., Any]:
-        return jax.jit(
-            function,
-            donate_argnums=donate,
-            out_shardings=self._layout.whole if out is None else out,
-            compiler_options=self._layout.compiler_options,
-        )
 
     def empty(self, rows: int, length: int) -> "TurnRows":
         """Returns rows without completions.
@@ -74,20 +65,20 @@ class TurnPrograms:
             asked: dict[str, Any] = {"with_routing": self.with_routing}
             make = functools.partial(slots.empty_rows, model, rows, n_slots, **asked)
             where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
+            jitted = self._layout.jitted
             decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
             shape = 1, whole_chunks, model.dtype
             cache = functools.partial(init_cache, model.config, *shape, **asked)
             copy = functools.partial(turns.copy_row, length=whole_chunks)
             self._of_rows[rows, n_slots] = (
-                self._compiled(make, out=where),
-                self._compiled(cache),
-                self._compiled(copy),
-                self._compiled(turns.begin_turn, donate=0, out=(where, whole)),
-                self._compiled(decode, donate=1, out=(where, whole)),
+                jitted(make, where),
+                jitted(cache),
+                jitted(copy),
+                jitted(turns.begin_turn, (where, whole), donate_argnums=0),
+                jitted(decode, (where, whole), donate_argnums=1),
             )
-        with jax.set_mesh(self._layout.mesh):
-            make, *functions = self._of_rows[rows, n_slots]
-            return TurnRows(self, make(), *functions)
+        make, *functions = self._of_rows[rows, n_slots]
+        return TurnRows(self, make(), *functions)
 
     def _shardings(self, rows: DecodingRows) -> DecodingRows:
         """Returns the shardings of rows: those of a batch, the caches' behind the layers."""

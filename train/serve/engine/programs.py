@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,36 +71,18 @@ class SamplingPrograms:
         self.draw = self._program(self._draw_tokens)
         self._adjust = self._program(adjust_logits)
 
-    def _program(
-        self,
-        function: Callable[P, R],
-        *,
-        donate_argnums: int | None = None,
-        static_argnums: int | None = None,
-    ) -> Callable[P, R]:
-        """Returns a compiled function, which counts how often it is compiled."""
+    def _program(self, function: Callable[P, R], **options: Any) -> Callable[P, R]:
+        """Returns a compiled function, which counts how often it is compiled.
+
+        Its results lie on the mesh as the arguments of the next call do.
+        """
 
         @functools.wraps(function)
         def counted(*args: P.args, **kwargs: P.kwargs) -> R:
             self.compiled += 1
             return function(*args, **kwargs)
 
-        # Results are replicated on a mesh, so that they lie as the arguments of the next call do.
-        program = jax.jit(
-            counted,
-            out_shardings=self._layout.whole,
-            compiler_options=self._layout.compiler_options,
-            donate_argnums=donate_argnums,
-            static_argnums=static_argnums,
-        )
-
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            with jax.set_mesh(self._layout.mesh):
-                result: R = program(*args, **kwargs)
-                return result
-
-        return run
+        return self._layout.jitted(counted, **options)
 
     @property
     def has_memory(self) -> bool:
