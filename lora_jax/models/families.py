@@ -30,7 +30,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.qwen_vl.config import CLASSES as QWEN_VL
 from lora_jax.models.qwen_vl.config import QwenVLConfig
-from lora_jax.models.qwen_vl.keys import FURTHER, qwen_vl_name, qwen_vl_parts, qwen_vl_table
+from lora_jax.models.qwen_vl.keys import FURTHER, qwen_vl_name, qwen_vl_table
 from lora_jax.models.qwen_vl.model import QwenVL
 from lora_jax.models.smolvlm.config import CLASSES as SMOLVLM
 from lora_jax.models.smolvlm.config import SmolVLMConfig
@@ -91,7 +91,7 @@ def _read_text_or_images(fields: Fields, images: bool = False) -> ModelConfig:
 _QWEN_VL = ModelFormat(
     _read_text_or_images,
     qwen_vl_table,
-    qwen_vl_parts,
+    decoder_parts,
     options=frozenset({IMAGES}),
     name=qwen_vl_name,
     ignored=FURTHER,

@@ -1,6 +1,8 @@
 """Writes a key table down row by row: Hugging Face's names follow from our paths."""
 
 import dataclasses
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -110,3 +112,33 @@ class KeyTable(list[Row]):
         """Adds a LayerNorm's scale and bias; see ``add``."""
         self.add("norm", path, "scale", (size,), **more)
         self.add("norm", path, "bias", (size,), **more)
+
+
+def names_of_bare(bare: str, prefix: str) -> Callable[[str, Any], str]:
+    """Returns a function that adds a prefix to names of tensors that have none.
+
+    The tensors of a model without a head come without the prefix. The function takes the name of a
+    file's tensor and the model's configuration, and returns the table's name.
+
+    Args:
+      bare: a pattern of the names without the prefix.
+      prefix: the prefix, "model.".
+    """
+    pattern = re.compile(bare)
+    return lambda name, config: prefix + name if pattern.fullmatch(name) else name
+
+
+def with_prefix(rows: Iterable[Row], inside: str, prefix: str) -> list[Row]:
+    """Returns rows with another prefix of their names in files.
+
+    Args:
+      rows: the rows.
+      inside: the prefix, "bert."; rows without it stay as they are.
+      prefix: the prefix in its place.
+    """
+    return [
+        dataclasses.replace(row, hf=prefix + row.hf.removeprefix(inside))
+        if row.hf.startswith(inside)
+        else row
+        for row in rows
+    ]

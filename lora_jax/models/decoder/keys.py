@@ -1,5 +1,6 @@
 """The decoder's key table, and the other layout in which a file may hold experts."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -41,6 +42,17 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     rows.add("norm", "model/norm", "scale", (width,))
     if not config.tie_word_embeddings:
         rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
+    return rows
+
+
+def text_table(config: DecoderConfig, name: str) -> list[Row]:
+    """Returns the decoder's rows in a model that holds it as the module ``model.{name}``."""
+    rows = []
+    for row in decoder_table(config):
+        if row.path.startswith("model/"):
+            path, hf = row.path.removeprefix("model/"), row.hf.removeprefix("model.")
+            row = dataclasses.replace(row, path=f"model/{name}/{path}", hf=f"model.{name}.{hf}")
+        rows.append(row)
     return rows
 
 

@@ -1,6 +1,5 @@
 """The encoder's key table, and the names that files use beside it."""
 
-import dataclasses
 import re
 from typing import Any
 
@@ -8,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.key_rows import KeyTable
+from lora_jax.models.key_rows import KeyTable, with_prefix
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
@@ -92,10 +91,4 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
             beside("classifier", "classifier/dense", width, "classifier")
             last = "classifier/out_proj"
         beside("classifier", last, config.num_labels, "classifier")
-    inside = f"{trunk}."
-    return [
-        dataclasses.replace(row, hf=_prefix(config) + row.hf.removeprefix(inside))
-        if row.hf.startswith(inside)
-        else row
-        for row in rows
-    ]
+    return with_prefix(rows, f"{trunk}.", _prefix(config))

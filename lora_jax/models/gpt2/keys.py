@@ -1,19 +1,11 @@
 """GPT-2's key table."""
 
-import re
-
 from lora_jax.hf.keys import Row
 from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.key_rows import KeyTable
+from lora_jax.models.key_rows import KeyTable, names_of_bare
 from lora_jax.models.specs import COLUMNS, POSITIONS, ROWS
 
-# A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
-_BARE = re.compile(r"(wte|wpe|h\.\d+|ln_f)\..+")
-
-
-def gpt2_name(name: str, config: GPT2Config) -> str:
-    """Returns the table's name of a file's tensor: with the prefix ``transformer.``."""
-    return f"transformer.{name}" if _BARE.fullmatch(name) else name
+gpt2_name = names_of_bare(r"(wte|wpe|h\.\d+|ln_f)\..+", "transformer.")  # such as OpenAI's
 
 
 def gpt2_table(config: GPT2Config) -> list[Row]:

@@ -1,47 +1,24 @@
 """The key table of Qwen3.5 with images: the rows of its encoder and of its decoder."""
 
-import dataclasses
 import re
-from collections.abc import Mapping
 
-from lora_jax.hf.keys import Row, SubTensor
-from lora_jax.models.decoder.keys import decoder_parts, decoder_table
-from lora_jax.models.key_rows import KeyTable
+from lora_jax.hf.keys import Row
+from lora_jax.models.decoder.keys import text_table
+from lora_jax.models.key_rows import KeyTable, names_of_bare
 from lora_jax.models.qwen_vl.config import QwenVLConfig
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
 _TEXT = "language_model"
 
-# Tensors of a bare model (transformers' AutoModel) come without the prefix.
-_BARE = re.compile(rf"({_TEXT}|visual)\..+")
+qwen_vl_name = names_of_bare(rf"({_TEXT}|visual)\..+", "model.")
 
 # Layers that predict tokens further on.
 FURTHER = re.compile(r"mtp\..*")
 
 
-def qwen_vl_name(name: str, config: QwenVLConfig) -> str:
-    """Returns the table's name of a file's tensor: with the prefix ``model.``."""
-    return f"model.{name}" if _BARE.fullmatch(name) else name
-
-
 def qwen_vl_table(config: QwenVLConfig) -> list[Row]:
     """Returns every parameter of the model, once, in the order of the forward pass."""
-    return [*_vision_table(config), *map(_text_row, decoder_table(config.text))]
-
-
-def qwen_vl_parts(
-    config: QwenVLConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, SubTensor]:
-    """Finds the table's experts in a file that holds a layer's in two; see ``decoder_parts``."""
-    return decoder_parts(config.text, shapes)
-
-
-def _text_row(row: Row) -> Row:
-    """Returns a row of the decoder where it stands here: "model." is "model.language_model."."""
-    if not row.path.startswith("model/"):
-        return row
-    path, hf = row.path.removeprefix("model/"), row.hf.removeprefix("model.")
-    return dataclasses.replace(row, path=f"model/{_TEXT}/{path}", hf=f"model.{_TEXT}.{hf}")
+    return [*_vision_table(config), *text_table(config.text, _TEXT)]
 
 
 def _vision_table(config: QwenVLConfig) -> KeyTable:

@@ -1,36 +1,17 @@
 """SmolVLM's key table: the rows of its encoder, its connector and its decoder."""
 
-import dataclasses
-import re
-
 from lora_jax.hf.keys import Row
-from lora_jax.models.decoder.keys import decoder_table
-from lora_jax.models.key_rows import KeyTable
+from lora_jax.models.decoder.keys import text_table
+from lora_jax.models.key_rows import KeyTable, names_of_bare
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
-_TEXT = "model/text_model"
-
-# Tensors of a bare SmolVLMModel come without the prefix.
-_BARE = re.compile(r"(text_model|vision_model|connector)\..+")
-
-
-def smolvlm_name(name: str, config: SmolVLMConfig) -> str:
-    """Returns the table's name of a file's tensor: with the prefix ``model.``."""
-    return f"model.{name}" if _BARE.fullmatch(name) else name
+smolvlm_name = names_of_bare(r"(text_model|vision_model|connector)\..+", "model.")
 
 
 def smolvlm_table(config: SmolVLMConfig) -> list[Row]:
     """Returns every parameter of the model, once, in the order of the forward pass."""
-    return [*_vision_table(config), *map(_text_row, decoder_table(config.text))]
-
-
-def _text_row(row: Row) -> Row:
-    """Returns a row of the decoder where it stands here: "model." is "model.text_model."."""
-    if not row.path.startswith("model/"):
-        return row
-    path, hf = row.path.removeprefix("model/"), row.hf.removeprefix("model.")
-    return dataclasses.replace(row, path=f"{_TEXT}/{path}", hf=f"model.text_model.{hf}")
+    return [*_vision_table(config), *text_table(config.text, "text_model")]
 
 
 def _vision_table(config: SmolVLMConfig) -> KeyTable:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from lora_jax.hf.keys import Row
-from lora_jax.models.key_rows import KeyTable
+from lora_jax.models.key_rows import KeyTable, with_prefix
 from lora_jax.models.specs import COLUMNS, REPLICATED, ROWS
 from lora_jax.models.vision.config import VisionConfig
 
@@ -60,16 +60,12 @@ def vision_table(config: VisionConfig) -> list[Row]:
     if config.head == "classification":
         shape = (width * (2 if facts.mean_patch else 1), config.num_labels)
         rows.linear("classifier", "classifier", shape, REPLICATED, part="classifier")
-    return [_named(row, config) for row in rows]
+    return [_named(row, config) for row in with_prefix(rows, f"{trunk}.", _prefix(config))]
 
 
 def _named(row: Row, config: VisionConfig) -> Row:
-    """Returns a row with the prefix that files have, and its name in transformers 5's module."""
-    inside = f"{config.family.prefix}."
-    hf = row.hf
-    if hf.startswith(inside):
-        hf = _prefix(config) + hf.removeprefix(inside)
-    in_module = hf
+    """Returns a row with its name in transformers 5's module."""
+    in_module = row.hf
     for piece, new in config.family.in_module.items():
         in_module = in_module.replace(piece, new)
-    return dataclasses.replace(row, hf=hf, in_module=in_module if in_module != hf else None)
+    return dataclasses.replace(row, in_module=in_module if in_module != row.hf else None)
