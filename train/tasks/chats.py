@@ -39,16 +39,22 @@ def check(config: Config) -> None:
     """Raises a UserError for options of another task."""
     if config.data.shuffle_schemas:
         raise UserError("--shuffle-schemas is a control for --dataset sql only")
+    check_measured(config)
     data = config.data
-    if data.eval_dataset and not config.run.eval_every:
-        raise UserError(
-            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
-        )
     names = [dataset.name for dataset in parse_datasets(data.dataset)]
     if data.eval_dataset in names and data.eval_split == data.split:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
             "another split by --eval-split"
+        )
+
+
+def check_measured(config: Any) -> None:
+    """Raises a UserError for held-out data that would not be measured."""
+    data = config.data
+    if data.eval_dataset and not config.run.eval_every:
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
         )
 
 

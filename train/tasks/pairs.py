@@ -30,15 +30,6 @@ from train.run.task import Data, Task, TaskRows
 from train.tasks import chats
 
 
-def check(config: Config) -> None:
-    """Raises a UserError for held-out data that would not be measured."""
-    data = config.data
-    if data.eval_dataset and not config.run.eval_every:
-        raise UserError(
-            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
-        )
-
-
 def read_rows(config: Config) -> TaskRows:
     """Finds the data sets, and checks their rows."""
     data = config.data
@@ -182,7 +173,7 @@ def loss(config: Config, layout: Layout) -> Loss:
 
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=5e-5, full_lr=5e-6),
-    check=check,
+    check=chats.check_measured,
     rows=read_rows,
     outline=outline,
     examples=examples,

@@ -108,6 +108,15 @@ def _hermes(text: str, last: bool, tools: Tools) -> CallBlock:
     return CallBlock([_read_object(value)], rest)
 
 
+def _arguments(text: str, pattern: re.Pattern[str]) -> tuple[dict[str, str], str]:
+    """Returns the texts of arguments that a text begins with, by name, and the rest."""
+    texts: dict[str, str] = {}
+    while (argument := pattern.match(text)) is not None:
+        texts[argument[1].strip()] = argument[2]
+        text = text[argument.end() :]
+    return texts, text
+
+
 _FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^\n>]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
@@ -115,10 +124,8 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.D
 def _xml(text: str, last: bool, tools: Tools) -> CallBlock:
     if (head := _FUNCTION.match(text)) is None:
         raise ValueError("the call does not begin with <function=NAME>")
-    name, at, texts = head[1].strip(), head.end(), dict[str, str]()
-    while (part := _PARAMETER.match(text, at)) is not None:
-        texts[part[1].strip()], at = part[2], part.end()
-    rest = _closed(text[at:], "</function>", last)
+    name, (texts, rest) = head[1].strip(), _arguments(text[head.end() :], _PARAMETER)
+    rest = _closed(rest, "</function>", last)
     if text.startswith("<tool_call>"):
         rest = _closed(rest, "</tool_call>", last)
     return CallBlock([_make(name, with_types(name, texts, tools))], rest)
@@ -131,11 +138,9 @@ _ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_val
 def _glm(text: str, last: bool, tools: Tools) -> CallBlock:
     if (head := _NAMED.match(text)) is None:
         raise ValueError("the call does not begin with the name of a tool")
-    name, at, texts = head[1], head.end(), dict[str, str]()
-    while (part := _ARGUMENT.match(text, at)) is not None:
-        texts[part[1].strip()], at = part[2], part.end()
-    rest = _closed(text[at:], "</tool_call>", last)
-    return CallBlock([_make(name, with_types(name, texts, tools))], rest)
+    texts, rest = _arguments(text[head.end() :], _ARGUMENT)
+    rest = _closed(rest, "</tool_call>", last)
+    return CallBlock([_make(head[1], with_types(head[1], texts, tools))], rest)
 
 
 _ANOTHER = re.compile(r"\s*;\s*(?={)")
