@@ -89,17 +89,14 @@ class CausalLM(ModelPart):
         return out if cache is None else (out, extend_cache(cache, placed, new))
 
     @nn.nowrap
-    def place(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None,
-        positions: jax.Array | None,
-        cache: Cache | None,
-        segment_ids: jax.Array | None,
-        **inputs: Any,
-    ) -> TokenPlaces:
-        """Finds the positions of the tokens of a call; see ``__call__`` for the arguments."""
-        return place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
+    def place(self, *tokens: Any, **inputs: Any) -> TokenPlaces:
+        """Finds the positions of the tokens of a call.
+
+        Args:
+          tokens: see ``place_tokens``.
+          inputs: other inputs of the call; see ``__call__``.
+        """
+        return place_tokens(*tokens)
 
     @nn.nowrap
     def tokens_of_call(

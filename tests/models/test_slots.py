@@ -9,12 +9,12 @@ from jax.tree_util import tree_leaves, tree_map
 
 from lora_jax.models import Decoder
 from lora_jax.models.layers.cache import init_cache
-from lora_jax.models.sampling.blocks import grow_cache
 from lora_jax.models.sampling.slots import (
     RowState,
     empty_rows,
     fit_rows,
     insert_row,
+    resize_cache,
     run_chunk,
 )
 from lora_jax.models.sampling.turns import DrawingRows, begin_turn, copy_row, decode_turns
@@ -37,7 +37,7 @@ def test_experts_move_with_the_keys_of_their_tokens() -> None:
     arrays = tree_leaves(rows)
     assert len({*map(id, arrays)}) == len(arrays), "each is donated once"
     sampling = tree_leaves(rows.sampling)
-    state = RowState(grow_cache(alone, 8), np.int32(N), zero, zero, zero, rows.sampling)
+    state = RowState(resize_cache(alone, 8), np.int32(N), zero, zero, zero, rows.sampling)
     state = state._replace(sampling=type(rows.sampling)(*(x[0] for x in sampling)))
     moved = fit_rows(insert_row(rows, np.int32(1), state), np.array([2, 1]), WIDER)
     back = copy_row(moved, np.int32(1), np.int32(N), WIDER + 2)

@@ -1,6 +1,7 @@
 """Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,15 +37,10 @@ def answer_prompts(
     params: Tree,
     outline: ModelInfo,
     prompts: Sequence[list[int]],
-    *,
-    new_tokens: int,
-    forward: Forward | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> list[str]:
     """Returns the continuation of each prompt, decoded greedily; see `complete_prompts`."""
-    completions = complete_prompts(
-        model, params, outline, prompts, new_tokens=new_tokens, forward=forward, progress=progress
-    )
+    completions = complete_prompts(model, params, outline, prompts, **options)
     texts: list[str] = outline.tokenizer.batch_decode(completions, skip_special_tokens=True)
     return [text.strip() for text in texts]
 

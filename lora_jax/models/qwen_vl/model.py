@@ -9,9 +9,8 @@ from flax import linen as nn
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.model import Trunk
-from lora_jax.models.layers.blocks import EmbeddingNoise, ModelPart
+from lora_jax.models.layers.blocks import ModelPart
 from lora_jax.models.layers.cache import Cache, NewEntries
-from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import TokenPlaces, place_tokens
 from lora_jax.models.qwen_vl.config import QwenVLConfig
 from lora_jax.models.qwen_vl.grids import token_places
@@ -59,9 +58,9 @@ class QwenVL(CausalLM):
 
         A token's position is the largest of the three, so that a cache goes on from its images.
         """
-        given, cfg = (attention_mask, positions, cache, segment_ids), self.config
-        if (grids := inputs.get("image_grids")) is None:
-            return place_tokens(input_ids, *given)
+        cfg, grids = self.config, inputs.get("image_grids")
+        if grids is None:
+            return place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
         self._check_grids(input_ids.shape[0], grids)
         present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
@@ -105,10 +104,7 @@ class _QwenTrunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        placed: TokenPlaces,
-        mask: Mask,
-        cache: Cache | None,
-        embedding_noise: EmbeddingNoise | None,
+        *text: Any,
         pixel_values: jax.Array | None = None,
         image_grids: jax.Array | None = None,
         routing: jax.Array | None = None,
@@ -117,8 +113,7 @@ class _QwenTrunk(ModelPart):
         if pixel_values is not None or image_grids is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
         at = input_ids == self.config.image_token_id
-        options = (mask, cache, embedding_noise, at, vectors, routing)
-        return self.language_model(input_ids, placed, *options)
+        return self.language_model(input_ids, *text, at, vectors, routing)
 
     def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""

@@ -63,33 +63,24 @@ def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
     def put(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(old, new, first, axis=3)
 
-    slots = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)
-    return cache._replace(
+    cache = cache._replace(
         key=put(cache.key, block.key),
         value=put(cache.value, block.value),
-        positions=jnp.where(slots < end, slots, -1)[None],
-        filled=jnp.asarray(end, jnp.int32),
-        length=jnp.full_like(cache.length, end),
         recurrent=cache.recurrent if block.recurrent is None else _copy(block.recurrent),
+    )
+    return with_length(cache, end)
+
+
+def with_length(cache: Cache, n: Number) -> Cache:
+    """Returns the cache of one row, whose first n slots are in use, [] int32."""
+    slots = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)
+    return cache._replace(
+        positions=jnp.where(slots < n, slots, -1)[None],
+        filled=jnp.asarray(n, jnp.int32),
+        length=jnp.full(1, n, jnp.int32),
     )
 
 
 def _copy(recurrent: Recurrent | None) -> Recurrent | None:
     """Returns a memory in arrays of its own: caches are given away to what runs next."""
     return recurrent and Recurrent(*(jnp.array(x, copy=True) for x in recurrent))
-
-
-def grow_cache(cache: Cache, length: int) -> Cache:
-    """Returns a prompt's cache with room for so many tokens."""
-
-    def grow(x: jax.Array, axis: int, fill: int) -> jax.Array:
-        room = [(0, 0)] * x.ndim
-        room[axis] = (0, length - x.shape[axis])
-        return jnp.pad(x, room, constant_values=fill)
-
-    return cache._replace(
-        key=grow(cache.key, 3, 0),
-        value=grow(cache.value, 3, 0),
-        positions=grow(cache.positions, 1, -1),
-        routing=jax.tree.map(lambda x: grow(x, 2, -1), cache.routing),
-    )

@@ -204,19 +204,33 @@ def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> 
       length: length of the caches.
     """
 
+    cache = rows.cache
+    of_layers = (cache.key, cache.value, cache.recurrent, cache.routing)
+    key, value, recurrent, routing = jax.tree.map(lambda x: x[:, order], of_layers)
+    cache = cache._replace(
+        key=key,
+        value=value,
+        positions=cache.positions[order],
+        length=cache.length[order],
+        recurrent=recurrent,
+        routing=routing,
+    )
+    others = jax.tree.map(lambda x: x[order], rows[1:])
+    return DecodingRows(resize_cache(cache, length), *others)
+
+
+def resize_cache(cache: Cache, length: int) -> Cache:
+    """Returns a cache with so many slots: the first ones, and empty ones behind them."""
+
     def resize(x: jax.Array, axis: int, fill: int) -> jax.Array:
         room = [(0, 0)] * x.ndim
         room[axis] = (0, max(0, length - x.shape[axis]))
         padded = jnp.pad(x, room, constant_values=fill)
         return lax.slice_in_dim(padded, 0, length, axis=axis)
 
-    cache = rows.cache
-    fitted = cache._replace(
-        key=resize(cache.key[:, order], 3, 0),
-        value=resize(cache.value[:, order], 3, 0),
-        positions=resize(cache.positions[order], 1, -1),
-        length=cache.length[order],
-        recurrent=jax.tree.map(lambda x: x[:, order], cache.recurrent),
-        routing=jax.tree.map(lambda x: resize(x[:, order], 2, -1), cache.routing),
+    return cache._replace(
+        key=resize(cache.key, 3, 0),
+        value=resize(cache.value, 3, 0),
+        positions=resize(cache.positions, 1, -1),
+        routing=jax.tree.map(lambda x: resize(x, 2, -1), cache.routing),
     )
-    return DecodingRows(fitted, *jax.tree.map(lambda x: x[order], rows[1:]))

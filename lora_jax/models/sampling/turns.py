@@ -19,7 +19,7 @@ from jax import lax
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.sampling.blocks import grow_cache
+from lora_jax.models.sampling.blocks import with_length
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import (
     DecodingRows,
@@ -29,6 +29,7 @@ from lora_jax.models.sampling.slots import (
     decode_rows,
     draw_tokens,
     insert_row,
+    resize_cache,
     take_recurrent,
     take_routing,
     take_row,
@@ -76,17 +77,13 @@ def turn_key(key: jax.Array, turn: int) -> jax.Array:
 def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
     """Returns a row, which has n tokens, [] int32, as a cache of this length for `run_chunk`."""
     key, value = take_row(rows, row)
-    slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
     cache = rows.cache._replace(
         key=key,
         value=value,
-        positions=jnp.where(slots < n, slots, -1)[None],
-        filled=jnp.asarray(n, jnp.int32),
-        length=jnp.full(1, n, jnp.int32),
         recurrent=take_recurrent(rows, row),
         routing=take_routing(rows, row),
     )
-    return grow_cache(cache, length)
+    return resize_cache(with_length(cache, n), length)
 
 
 def row_routing(rows: DecodingRows, row: Number) -> jax.Array:

@@ -1,5 +1,7 @@
 """SmolVLM in Flax Linen (Marafioti et al. 2025): SigLIP, pixel shuffle, a linear layer, a Llama."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,17 +9,16 @@ from flax import linen as nn
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.model import Trunk
 from lora_jax.models.layers.blocks import (
-    EmbeddingNoise,
     ModelPart,
     PatchProjection,
     dense,
     embed,
     layer_norm,
 )
-from lora_jax.models.layers.cache import Cache, NewEntries
+from lora_jax.models.layers.cache import NewEntries
 from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import TokenPlaces, layer_input
+from lora_jax.models.layers.trunk import layer_input
 from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -67,17 +68,14 @@ class _Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        placed: TokenPlaces,
-        mask: Mask,
-        cache: Cache | None,
-        embedding_noise: EmbeddingNoise | None,
+        *text: Any,
         pixel_values: jax.Array | None = None,
     ) -> tuple[jax.Array, NewEntries]:
         vectors = None
         if pixel_values is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values)
         at = input_ids == self.config.image_token_id
-        return self.text_model(input_ids, placed, mask, cache, embedding_noise, at, vectors)
+        return self.text_model(input_ids, *text, at, vectors)
 
     def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""

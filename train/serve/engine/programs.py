@@ -58,7 +58,7 @@ class SamplingPrograms:
         kinds = models.kinds(model.config)
         self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self.compiled = 0
-        self._grow = self._program(blocks.grow_cache, static_argnums=1)
+        self._grow = self._program(slots.resize_cache, static_argnums=1)
         self._block = self._program(blocks.take_block, static_argnums=2)
         self._row_block = self._program(blocks.take_row_block, static_argnums=3)
         self.put = self._program(blocks.put_block, donate_argnums=0)
