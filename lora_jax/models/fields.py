@@ -18,37 +18,37 @@ class FieldTable:
     """
 
     def __init__(
-        self, kind: type[Any], apart: Collection[str] = (), renamed: Mapping[str, str] = {}
+        self, kind: type[Any], excluded: Collection[str] = (), renamed: Mapping[str, str] = {}
     ) -> None:
         """Lists the fields.
 
         Args:
           kind: the class of the configuration, a dataclass.
-          apart: the fields that config.json lacks, or holds in another form.
+          excluded: the fields that config.json lacks, or holds in another form.
           renamed: config.json's names of fields, where they are not the dataclass's.
         """
-        names = (field.name for field in dataclasses.fields(kind) if field.name not in apart)
+        names = (field.name for field in dataclasses.fields(kind) if field.name not in excluded)
         self.names = {name: renamed.get(name, name) for name in names}
 
     @property
-    def known(self) -> frozenset[str]:
+    def file_names(self) -> frozenset[str]:
         """The names in config.json."""
         return frozenset(self.names.values())
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Returns the fields that config.json has, under the dataclass's names."""
-        return {ours: fields[name] for ours, name in self.names.items() if name in fields}
+        return {field: fields[name] for field, name in self.names.items() if name in fields}
 
     def write(self, config: object) -> dict[str, Any]:
         """Returns the fields of a configuration under config.json's names."""
-        return {name: getattr(config, ours) for ours, name in self.names.items()}
+        return {name: getattr(config, field) for field, name in self.names.items()}
 
 
 def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> None:
     """Checks the values of a configuration, its activation, and the width of its heads.
 
     Args:
-      config: the configuration; see `check_values`.
+      config: the configuration, as `check_values` takes it.
       names: config.json's names of fields, where they are not the dataclass's.
 
     Raises:

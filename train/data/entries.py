@@ -25,14 +25,14 @@ def read_entries(path: str, option: str) -> list[Entry]:
     Raises:
       UserError: there is no such file, it cannot be read, or it has no rows.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
+    file = Path(path).expanduser()
+    if file.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file in it")
-    if not place.is_file():
+    if not file.is_file():
         raise UserError(f"{option} {path}: there is no such file")
     if kind_of(path) is None:
-        return entries_of_lines(read_lines(place), path)
-    rows = read_file(place)
+        return entries_of_lines(read_lines(file), path)
+    rows = read_file(file)
     if not rows:
         raise UserError(f"{option} {path} has no rows")
     return [(name_of(row, path, number), row) for number, row in enumerate(rows, start=1)]

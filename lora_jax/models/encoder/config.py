@@ -164,7 +164,7 @@ class EncoderConfig:
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
         own = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
-        refuse_unknown(config, family, own | _FIELDS.known | _NO_EFFECT, _UNSUPPORTED)
+        refuse_unknown(config, family, own | _FIELDS.file_names | _NO_EFFECT, _UNSUPPORTED)
         if config.get("vocab_size") is None:
             raise ConfigError("the configuration lacks vocab_size")
         head = options.get("head") or _head_of(config)
@@ -200,7 +200,7 @@ class EncoderConfig:
         return out
 
 
-_FIELDS = FieldTable(EncoderConfig, apart=(*OPTIONS, "label_names"))
+_FIELDS = FieldTable(EncoderConfig, excluded=(*OPTIONS, "label_names"))
 
 
 def _head_of(config: Fields) -> str:

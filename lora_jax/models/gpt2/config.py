@@ -88,7 +88,7 @@ class GPT2Config:
         Raises:
           ConfigError: names the fields that are unsupported or unknown.
         """
-        refuse_unknown(config, "gpt2", _NO_EFFECT | _FIELDS.known)
+        refuse_unknown(config, "gpt2", _NO_EFFECT | _FIELDS.file_names)
         values = _FIELDS.read(config)
         if values.get("intermediate_size") is None:
             values["intermediate_size"] = 4 * values.get("hidden_size", cls.hidden_size)
@@ -103,4 +103,4 @@ class GPT2Config:
         return out | _FIELDS.write(self)
 
 
-_FIELDS = FieldTable(GPT2Config, apart=("eos_token_ids", "generation"), renamed=_NAMES)
+_FIELDS = FieldTable(GPT2Config, excluded=("eos_token_ids", "generation"), renamed=_NAMES)

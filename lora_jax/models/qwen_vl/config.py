@@ -90,7 +90,7 @@ class QwenVisionConfig:
           ConfigError: names the fields that are unsupported or unknown.
         """
         others = {"model_type", "rope_parameters", "deepstack_visual_indexes"}
-        refuse_unknown(fields, f"{kind}'s vision_config", _VISION_FIELDS.known | others)
+        refuse_unknown(fields, f"{kind}'s vision_config", _VISION_FIELDS.file_names | others)
         if deep := fields.get("deepstack_visual_indexes"):
             raise ConfigError(f"deepstack_visual_indexes={deep} is not supported, only []")
         rope = dict(fields.get("rope_parameters") or {})
@@ -105,7 +105,7 @@ class QwenVisionConfig:
         return _VISION_FIELDS.write(self) | {"rope_parameters": rope}
 
 
-_VISION_FIELDS = FieldTable(QwenVisionConfig, apart=("rope_theta",), renamed=_NAMES)
+_VISION_FIELDS = FieldTable(QwenVisionConfig, excluded=("rope_theta",), renamed=_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

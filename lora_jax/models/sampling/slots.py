@@ -215,8 +215,8 @@ def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> 
         recurrent=recurrent,
         routing=routing,
     )
-    others = jax.tree.map(lambda x: x[order], rows[1:])
-    return DecodingRows(resize_cache(cache, length), *others)
+    rest = jax.tree.map(lambda x: x[order], rows[1:])
+    return DecodingRows(resize_cache(cache, length), *rest)
 
 
 def resize_cache(cache: Cache, length: int) -> Cache:

@@ -127,7 +127,7 @@ class SmolVLMConfig:
                 raise ConfigError(f"the configuration lacks {name}")
             parts[name] = dict(config[name])
         text, vision = parts.values()
-        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT | _VISION_FIELDS.known)
+        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT | _VISION_FIELDS.file_names)
         text = {name: value for name, value in text.items() if name not in _OF_OLD_TEXT}
         tied = "tie_word_embeddings"
         text[tied] = read_switch(tied, config.get(tied))
@@ -150,5 +150,5 @@ class SmolVLMConfig:
         }
 
 
-_FIELDS = FieldTable(SmolVLMConfig, apart=("model_type", "text", "vision", "generation"))
+_FIELDS = FieldTable(SmolVLMConfig, excluded=("model_type", "text", "vision", "generation"))
 _VISION_FIELDS = FieldTable(SiglipConfig)

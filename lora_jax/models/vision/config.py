@@ -181,7 +181,7 @@ class VisionConfig:
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
         facts = FAMILIES[family]
-        own = (_FIELDS.known - {"intermediate_size"}).union(facts.defaults)
+        own = (_FIELDS.file_names - {"intermediate_size"}).union(facts.defaults)
         refuse_unknown(config, family, own | _NO_EFFECT | {"num_labels"}, _UNSUPPORTED)
         classes = [known.class_name for known in FAMILIES.values()]
         head = options.get("head") or read_head(config, classes, _ARCHITECTURES)
@@ -211,4 +211,4 @@ class VisionConfig:
         return out | write_classes(self.num_labels, self.label_names)
 
 
-_FIELDS = FieldTable(VisionConfig, apart=(*OPTIONS, "label_names"))
+_FIELDS = FieldTable(VisionConfig, excluded=(*OPTIONS, "label_names"))

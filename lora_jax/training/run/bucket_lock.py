@@ -42,10 +42,10 @@ class BucketLock:
         with contextlib.suppress(BucketError):
             self._write(self._generation)
 
-    def remove(self, held: HeldLock | None = None) -> None:
+    def remove(self, lock: HeldLock | None = None) -> None:
         """Removes a lock that was read, by default this process's; leaves that of any other run."""
-        if held is not None:
-            delete_object(self._path, held.version)
+        if lock is not None:
+            delete_object(self._path, lock.version)
             return
         with contextlib.suppress(BucketError):
             delete_object(self._path, self._generation)

@@ -56,7 +56,7 @@ class LockFile(Protocol):
     def touch(self) -> None:
         """Shows that this process still runs."""
 
-    def remove(self, held: HeldLock | None = None) -> None:
+    def remove(self, lock: HeldLock | None = None) -> None:
         """Removes a lock that was read, by default this process's; leaves that of any other run."""
 
 
@@ -78,15 +78,15 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         while not self._file.place():
-            held = self._file.read()
-            if held is None:
+            lock = self._file.read()
+            if lock is None:
                 continue  # it was released in the meantime
-            if not self._is_stale(held):
+            if not self._is_stale(lock):
                 raise TrainingError(
-                    f"another run, {name_of_holder(held.holder)}, is writing to the folder "
+                    f"another run, {name_of_holder(lock.holder)}, is writing to the folder "
                     f"{self._file.folder}: let it end, or choose another folder"
                 )
-            self._file.remove(held)
+            self._file.remove(lock)
         self._thread.start()
         return self
 
@@ -95,24 +95,24 @@ class RunLock:
         self._thread.join(_BEAT)  # a touch may be under way
         self._file.remove()
 
-    def _is_stale(self, held: HeldLock) -> bool:
+    def _is_stale(self, lock: HeldLock) -> bool:
         """Returns True if the holder is gone; may wait to see whether it touches the lock."""
-        gone = is_gone(held.holder)
+        gone = is_gone(lock.holder)
         if gone is not None:
             return gone
-        if held.age > _STALE:
+        if lock.age > _STALE:
             return True
         self._notice(
-            f"{name_of_holder(held.holder)} holds {self._file.folder / LOCK}: waiting up to "
+            f"{name_of_holder(lock.holder)} holds {self._file.folder / LOCK}: waiting up to "
             f"{_STALE:.0f} s to see whether it still runs"
         )
-        until = time.monotonic() + _STALE - held.age
+        until = time.monotonic() + _STALE - lock.age
         while time.monotonic() < until:
             time.sleep(_LOOK)
-            again = self._file.read()
-            if again is None:
+            latest = self._file.read()
+            if latest is None:
                 return True
-            if again.version != held.version:
+            if latest.version != lock.version:
                 return False
         return True
 
@@ -159,9 +159,9 @@ class FolderLock:
         with contextlib.suppress(OSError):
             os.utime(self._path)
 
-    def remove(self, held: HeldLock | None = None) -> None:
+    def remove(self, lock: HeldLock | None = None) -> None:
         """Removes a lock that was read, by default this process's; leaves that of any other run."""
-        holder = self._own if held is None else held.holder
+        holder = self._own if lock is None else lock.holder
         aside = self._path.with_name(f".{LOCK}.{self._own['host']}.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.rename(self._path, aside)
