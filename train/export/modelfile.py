@@ -129,10 +129,9 @@ def _chat_text(
     tokenizer: Tokenizer, template: str | None, messages: Sequence[dict[str, str]]
 ) -> str:
     """Returns a chat as a tokenizer's template renders it."""
-    text: str = tokenizer.apply_chat_template(
+    return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    return text
 
 
 def _rendered(chat: ChatFormat, messages: Sequence[dict[str, str]]) -> str:

@@ -95,8 +95,7 @@ def grouped(completions: Sequence[TurnCompletion], group: int, width: int) -> Gr
 def shown_texts(drawn: GroupedCompletions, tokenizer: Any) -> list[str]:
     """Returns completions in words: of several turns, all that was said, tools included."""
     if drawn.turns is None:
-        texts: list[str] = drawn.texts.ravel().tolist()
-        return texts
+        return drawn.texts.ravel().tolist()
     return [tokenizer.decode(turns.ids, skip_special_tokens=True) for turns in drawn.turns.ravel()]
 
 

@@ -77,8 +77,7 @@ def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
             f"{name} is a class whose objects need {', '.join(wanted)}: make one in the file, such "
             f"as `judge = {name}(…)`, and name that"
         )
-    made: Callable[..., Any] = given()
-    return made
+    return given()
 
 
 class RewardLog:

@@ -78,5 +78,4 @@ def _read_image_info(name: str, **head: Any) -> ModelInfo:
             f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
             f"patches of {config.patch_size} pixels"
         )
-    replaced: ModelInfo = dataclasses.replace(outline, tokenizer=processor)
-    return replaced
+    return dataclasses.replace(outline, tokenizer=processor)

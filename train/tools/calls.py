@@ -162,8 +162,7 @@ def turn_text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> 
     """Returns the text of a turn's tokens for `read_turn`, without the one that ended it."""
     if len(ids) and ids[-1] in ends:
         ids = ids[:-1]
-    text: str = tokenizer.decode(ids, skip_special_tokens=False)
-    return text
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def opens_thinking(prompt: str) -> bool:

@@ -82,10 +82,7 @@ class TurnPrograms:
 
     def _shardings(self, rows: DecodingRows) -> DecodingRows:
         """Returns the shardings of rows: those of a batch, the caches' behind the layers."""
-        where: DecodingRows = jax.tree.map(
-            lambda x: self._layout.of_batch(x.shape, parts=x.ndim > 2), rows
-        )
-        return where
+        return jax.tree.map(lambda x: self._layout.of_batch(x.shape, parts=x.ndim > 2), rows)
 
     def run(self, params: Tree, ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
         """Runs tokens of one row; takes the cache.

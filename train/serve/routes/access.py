@@ -125,8 +125,7 @@ def read_keys(path: Path) -> dict[str, str]:
 
 def owner_of(request: HTTPConnection) -> str:
     """Returns the owner of a request that came through a `Gate`."""
-    owner: str = request.scope["owner"]
-    return owner
+    return request.scope["owner"]
 
 
 @dataclasses.dataclass(frozen=True)

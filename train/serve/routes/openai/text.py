@@ -51,10 +51,7 @@ class ServedTokenizer:
                 "give a shorter one"
             )
         check_text(text, "the prompt")
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)[
-            "input_ids"
-        ]
-        return ids
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens, special ones too."""
