@@ -30,9 +30,9 @@ async def read_body(request: Request) -> JsonObject:
     return body
 
 
-def field_error(name: str, value: object, needed: str, code: str | None = None) -> HttpError:
+def field_error(name: str, value: object, needed: str) -> HttpError:
     """Returns the refusal of a field."""
-    return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name, code=code)
+    return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name)
 
 
 def read_text(body: Mapping[str, object], name: str) -> str:
