@@ -390,7 +390,8 @@ class DecoderConfig:
         Raises:
           ConfigError: names the fields that are missing, unsupported or unknown.
         """
-        return cls(**read_fields(config))
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        return cls(**read_fields(config, defaults))
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.

@@ -20,54 +20,22 @@ _REQUIRED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
 ).split()
 
-# Fields that ``DecoderConfig`` has under the same name, and Llama's defaults: of all families, and
+# Fields that ``DecoderConfig`` has under the same name, with the same default: of all families, and
 # of those that read them.
-_SAME: dict[str, object] = {
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-_SAME_WHERE_READ: dict[str, object] = {
-    "mlp_bias": False,
-    "shared_expert_intermediate_size": 0,
-    "query_pre_attn_scalar": None,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": None,
-    "logits_scaling": 1.0,
-    "swiglu_limit": None,
-    "swiglu_alpha": 1.702,
-    "first_k_dense_replace": 0,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": None,
-    "kv_lora_rank": 0,
-    "qk_nope_head_dim": 0,
-    "qk_rope_head_dim": 0,
-    "v_head_dim": 0,
-    "rope_interleave": False,
-    "global_head_dim": 0,
-    "num_global_key_value_heads": None,
-    "attention_k_eq_v": False,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "linear_num_key_heads": 0,
-    "linear_num_value_heads": 0,
-    "linear_key_head_dim": 0,
-    "linear_value_head_dim": 0,
-    "linear_conv_kernel_dim": 0,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
-
-# The values that stand for none, as a null does.
-_NONE_VALUES = {name: x for name, x in (_SAME | _SAME_WHERE_READ).items() if x in (0, False)}
+_SAME = (
+    "rms_norm_eps max_position_embeddings tie_word_embeddings "
+    "initializer_range bos_token_id pad_token_id"
+).split()
+_SAME_WHERE_READ = """
+    mlp_bias shared_expert_intermediate_size query_pre_attn_scalar embedding_multiplier
+    residual_multiplier attention_multiplier logits_scaling swiglu_limit swiglu_alpha
+    first_k_dense_replace n_group topk_group routed_scaling_factor q_lora_rank kv_lora_rank
+    qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave global_head_dim
+    num_global_key_value_heads attention_k_eq_v num_kv_shared_layers use_double_wide_mlp
+    hidden_size_per_layer_input vocab_size_per_layer_input linear_num_key_heads
+    linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+    attn_logit_softcapping final_logit_softcapping
+    """.split()
 
 # Fields of a model with images that say nothing of its texts.
 _OF_IMAGES = frozenset(
@@ -100,11 +68,14 @@ _UNSUPPORTED: dict[str, object] = {
 }
 
 
-def read_fields(config: Fields) -> Fields:
+def read_fields(config: Fields, defaults: Fields) -> Fields:
     """Reads the fields of ``DecoderConfig`` from a parsed config.json.
+
+    A null stands for the default where that is 0 or False.
 
     Args:
       config: the parsed config.json.
+      defaults: the defaults of ``DecoderConfig``.
 
     Returns:
       Field -> value.
@@ -130,8 +101,11 @@ def read_fields(config: Fields) -> Fields:
         return read_switch(name, get(name))
 
     attention_bias = switch("attention_bias")
-    same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
-    same |= {name: none for name, none in _NONE_VALUES.items() if same[name] is None}
+    same = {}
+    for name in (*_SAME, *_SAME_WHERE_READ):
+        same[name] = get(name, defaults[name])
+        if same[name] is None and defaults[name] in (0, False):
+            same[name] = defaults[name]
     return {
         "model_type": family.model_type,
         **{name: get(name) for name in _REQUIRED},

@@ -18,12 +18,6 @@ from lora_jax.models.fields import FieldTable, check_transformer
 
 # model_type -> the beginning of the name of transformers' class.
 CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
-_VISION_DEFAULTS: dict[str, int] = {
-    "hidden_size": 1152,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 32,
-}
 _OWN = frozenset({"text_config", "vision_config", "scale_factor", "image_token_id"})
 # Without an effect on the output: of training, of the processor, and of parts that are not there.
 _NO_EFFECT = frozenset(
@@ -41,10 +35,10 @@ _OF_OLD_TEXT = frozenset(
 class SiglipConfig:
     """An encoder of images of the SigLIP kind. Hashable; sizes are in elements and pixels."""
 
-    hidden_size: int
-    intermediate_size: int
-    image_size: int
-    patch_size: int
+    hidden_size: int = 1152
+    intermediate_size: int = 3072
+    image_size: int = 224
+    patch_size: int = 32
     num_hidden_layers: int = 12
     num_attention_heads: int = 16
     num_channels: int = 3
@@ -134,7 +128,7 @@ class SmolVLMConfig:
         return cls(
             model_type=kind,
             text=DecoderConfig.from_hf({"model_type": "llama", **text}),
-            vision=SiglipConfig(**{**_VISION_DEFAULTS, **_VISION_FIELDS.read(vision)}),
+            vision=SiglipConfig(**_VISION_FIELDS.read(vision)),
             **_FIELDS.read(config),
         )
 
