@@ -42,7 +42,7 @@ from lora_jax.training.ready import (
 )
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
-from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.lock import FolderLock, RunLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
 
@@ -192,7 +192,7 @@ def finetune(
     )
     with contextlib.ExitStack() as held:
         if job.path is not None and is_first():
-            held.enter_context(FolderLock(job.path))
+            held.enter_context(RunLock(FolderLock(job.path)))
             arguments.check_folder(job.path, resume, overwrite)  # another run may just have ended
         begun = _begin(job, params)
         del params
