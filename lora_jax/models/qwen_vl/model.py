@@ -113,7 +113,8 @@ class _QwenTrunk(ModelPart):
         if pixel_values is not None or image_grids is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
         at = input_ids == self.config.image_token_id
-        return self.language_model(input_ids, *text, at, vectors, routing)
+        arguments = (*text, at, vectors, routing)
+        return self.language_model(input_ids, *arguments)
 
     def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""

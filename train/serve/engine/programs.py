@@ -82,7 +82,8 @@ class SamplingPrograms:
             self.compiled += 1
             return function(*args, **kwargs)
 
-        return self._layout.jitted(counted, **options)
+        program: Any = self._layout.jitted(counted, **options)
+        return program
 
     @property
     def has_memory(self) -> bool:
