@@ -26,7 +26,7 @@ PROGRAM = Path(__file__).with_name("maxtext_step.py")
 
 
 class Side(NamedTuple):
-    """A step by the clock: seconds, and bytes that a device sends or receives."""
+    """A step by the clock: seconds, and bytes that a device sends."""
 
     fusions: float
     kernels: float

@@ -40,6 +40,7 @@ def test_a_form_without_effect_is_refused(mesh, platform, why):
 def test_a_form_that_was_asked_for_is_taken():
     for form in COMPILER_OPTIONS:
         assert str(choose_form(SHARED, "tpu", form)) == f"{form} (as asked)"
+    assert str(choose_form(SHARED, "tpu")) == "whole (the default)", "nothing was compared"
 
 
 def test_a_layout_compiles_with_its_form_on_tpus():

@@ -46,7 +46,7 @@ class AnswerPrinter:
         """Prints the prompts whose turn has come.
 
         Args:
-          found: the answers so far.
+          answers: the answers so far.
           all_that_is_there: prints those of a prompt with some answers missing, too.
         """
         while self._next < len(self._prompts):

@@ -291,8 +291,8 @@ class RunConfig:
         "auto", field.CHANGEABLE, shared=SharedOption.PROCESS, uncompared=Uncompared.MANY_RUNS
     )
     """Products with kernels that several TPUs share. windowed: in parts, each as it arrives from a
-    neighbour. whole: of each kernel, which is gathered beside other work. auto: the faster one, as
-    the TPU's compiler estimates it."""
+    neighbour. whole: of each kernel, which is gathered beside other work. auto: whole, which the
+    TPU's compiler estimated faster at the sizes that were tried."""
     distributed: bool = option(False, field.OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
     coordinator: Words | None = option(None, field.OF_PROCESSES, single=True, of="process")

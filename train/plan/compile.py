@@ -52,7 +52,7 @@ class Plan:
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.flops.checked`.
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
-      collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
+      collective_bytes: bytes that a device sends in a step, by kind of collective.
       between_slices_bytes: part of these bytes that goes from slice to slice; {} on one slice.
       kernels: the kernels in the compiled step, in words; see `train.plan.hlo.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.

@@ -9,7 +9,7 @@ from rich.table import Table
 from train.plan.compile import STEP, Plan
 from train.plan.flops.checked import JAXPR
 from train.plan.tasks import SAMPLER, TASKS
-from train.run.report import megabytes
+from train.run.report import megabytes, step_time
 
 _HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
 _UNKNOWN = "–"
@@ -71,12 +71,13 @@ def print_plans(
         work.add_column(name, justify="right")
     for made, guess in zip(plans, estimates, strict=True):
         sent, leaving = map(_sum, (made.collective_bytes, made.between_slices_bytes))
+        seconds = guess["step_seconds"]
         work.add_row(
             made.name,
             _mark(made) + _scaled(made.flops_per_step, 1e12),
             _scaled(sent, 1e9),
             *([_scaled(leaving, 1e9, digits=4)] if over_slices else []),
-            _number(guess["step_seconds"], " s"),
+            _UNKNOWN if seconds is None else step_time(seconds),
             _number(guess["chip_hours"]),
             *([_number(guess["cost"])] if with_cost else []),
             megabytes(made.adapter_bytes),
@@ -127,7 +128,7 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
         peak = facts["peak_flops_per_device"] / 1e12
         notes += (
             f" The time of a step assumes {100 * facts['utilisation']:g} % of the published peak, "
-            f"{peak:,.0f} TFLOP/s (--utilisation)"
+            f"{peak:,g} TFLOP/s (--utilisation)"
         )
         notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
     else:
@@ -165,5 +166,5 @@ def _scaled(value: int | None, unit: float, digits: int = 2) -> str:
     return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}"
 
 
-def _number(value: float | None, unit: str = "") -> str:
-    return _UNKNOWN if value is None else f"{value:,.2f}{unit}"
+def _number(value: float | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,.2f}"

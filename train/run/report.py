@@ -67,6 +67,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def step_time(seconds: float) -> str:
+    """Formats the time of a step: "5.9 ms", or "7.83 s" from a second on."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:,.2f} s"
+
+
 def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     """Prints a table of a run's time, memory, and size on disk."""
     table = Table(title="Cost of the run", show_header=False)
@@ -75,7 +80,7 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     if seconds is None:
         step = "no step taken"
     else:
-        step = f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+        step = step_time(seconds)
     lines = [
         ("step (median)", step),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),

@@ -39,6 +39,7 @@ from train.plan.flops.checked import step_work
 from train.plan.flops.jaxpr import Count
 from train.plan.ladder import Ladder, print_ladder, rungs_of
 from train.plan.machines import find_machine, topology_here
+from train.plan.table import print_plans
 from train.run.output import folder_bytes
 
 
@@ -351,6 +352,11 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     table = capsys.readouterr().out
     assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +– │ +7.50 s │", table)
     assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │", table)
+    quick = facts | {"peak_flops_per_device": 8.1e12}
+    fast = [{"step_seconds": 0.0048, "chip_hours": None, "cost": None}]
+    print_plans(Console(width=120), quick, [made], fast)
+    table = capsys.readouterr().out
+    assert re.search("│ +4.8 ms │", table) and "peak, 8.1 TFLOP/s" in table
     assert "≈ LoRA r=3, remat: the HLO was not understood (the HLO has no entry)" in table
     assert "GB between" not in table, "one slice sends nothing to others"
     sent = {"all-gather": 5 * 10**9, "all-reduce": 9 * 10**6}

@@ -32,8 +32,9 @@ class HloWork:
 def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
     """Counts the work of a module.
 
-    A collective counts with its result or its operand, whichever is larger; a conditional with its
-    costliest branch, but one for an uneven choice of experts with none.
+    A collective counts with the bytes that one device sends; see `collectives.ring_bytes`. A
+    conditional counts with its costliest branch. One for an uneven choice of experts counts with
+    none.
 
     Args:
       text: the optimised HLO, as returned by ``compiled.as_text()``.
