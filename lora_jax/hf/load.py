@@ -58,7 +58,8 @@ def load_params(
     _check_dtypes(source, held)
     _check_aliases(source, held)
     if absent:
-        print(f"{source.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+        begins = "freshly initialised, unless an adapter brings its own"
+        print(f"{source.where} holds no {', '.join(absent)}: {begins}", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
     if quantize is None and source.shipped:
         quantize = STORED

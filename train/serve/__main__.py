@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from lora_jax import models
@@ -26,6 +25,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
+from train.run.report import megabytes
 from train.run.sampling import apply_generation_config
 from train.serve.app import make_app, make_starting_app
 from train.serve.engine.engine import Engine
@@ -194,10 +194,8 @@ def _engine(
     )
     with doing(console, "compiling what requests will need"):
         engine.warm_up(seen)
-    free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
-    say(
-        f"{outline.name}: {free:.2f} GB; rows of {', '.join(map(str, engine.sizes.lengths))} tokens"
-    )
+    lengths = ", ".join(map(str, engine.sizes.lengths))
+    say(f"{outline.name}: {megabytes(engine.status().base_size)}; rows of {lengths} tokens")
     return engine
 
 

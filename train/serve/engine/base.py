@@ -33,6 +33,7 @@ from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.run.invocation import meets_every_token
+from train.run.report import tree_bytes
 from train.serve.engine.adapter import Adapter, Factors, TrainingState
 from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save
@@ -93,7 +94,7 @@ class ServedBase:
         _, self.shell = lj.split(lj.lorafy(params, self.rules))
         self.slots = slots_of(add_slots(params, self.rules, 2))
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
-        self.size = sum(x.nbytes for x in jax.tree.leaves(params))
+        self.size = tree_bytes(params)
         self.none = self._adapter(whole, {})
         self._new_factors = jax.jit(self._make_factors)
 

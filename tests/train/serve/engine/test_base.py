@@ -110,3 +110,13 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
         base.read(tmp_path / "scaled")
     with pytest.raises(RequestError, match="neither an adapter's folder"):
         base.read(tmp_path)
+
+
+def test_the_base_holds_two_codes_of_4_bits_in_a_byte():
+    fields = FIELDS | {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    model = models.Decoder(models.read_config(fields | {"tie_word_embeddings": True}))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    coded = ServedBase(model, lj.quantized.quantize(params, "int4"), "tiny", max_rank=2)
+    kernels = 3 * (4 * 64 * 64 + 3 * 64 * 128)
+    rest = 37 * 64 + 7 * 64
+    assert coded.size == kernels // 2 + 4 * (kernels // 64 + rest)
