@@ -6,8 +6,8 @@ neighbour. Whole, a kernel is gathered beside other work, and multiplied at once
 same. Windows hide a product's own transfer, but their products are small, and take longer than one.
 
 By the estimate of a TPU v5e's compiler, whole products were the faster ones at both sizes that were
-tried (two layers of Llama-3.1-8B and a small head on 4x4 chips, LoRA on all linear layers, ms a
-step):
+tried. These are ms a step, of two layers of Llama-3.1-8B and a small head on 4x4 chips, with LoRA
+on all linear layers:
 
     fsdp=16, 512 tokens a device             29.1 windowed, 25.5 whole
     fsdp=4, tensor=4, 8,192 tokens a device  76.6 windowed, 70.5 whole
