@@ -16,8 +16,7 @@ from train.options.field import check_effects
 from train.options.file import replace_options
 from train.options.paths import check_local
 from train.processes import hosts
-from train.processes.age import process_age
-from train.processes.session import Session
+from train.processes.session import Session, process_age
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
 from train.run.report import whole_time

@@ -3,7 +3,8 @@
 JAX reports a dead process only when it has missed heartbeats, in an error of its own, and signals
 not at all: until then, the others wait in the next collective. Here every process holds a
 connection to process 0, which passes messages on. A connection that breaks without a message means
-that its process was killed, or that its host is gone; one that is silent, that it is frozen.
+that its process was killed, or that its host is gone; one that is silent for too long, that it is
+frozen (`Heartbeats`).
 """
 
 import contextlib
@@ -14,12 +15,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 
-from train.processes.heartbeats import Heartbeats
 from train.processes.hosts import gather
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
@@ -29,6 +29,59 @@ _MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
 # A host that is gone, whether or not something was sent to it: after 35 seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 35_000}
 _BEAT = b"\n"  # a line without a message
+_HEARTBEATS_PER_TIMEOUT = 8
+_SLOWEST_HEARTBEAT = 1.0  # most seconds between two heartbeats
+
+
+class Silence(NamedTuple):
+    """A process's silence: for how many seconds, and since which second of the epoch."""
+
+    seconds: float
+    since: float
+
+
+class Heartbeats:
+    """Counts for how long each process has been silent.
+
+    Time in which this process stood still itself (it was suspended with all others, say) does not
+    count: what the others sent in the meantime is read only afterwards.
+
+    Attributes:
+      every: seconds between two heartbeats.
+    """
+
+    def __init__(self, processes: Iterable[int], timeout: float) -> None:
+        """Begins with a sign of life of each process."""
+        self.every = min(timeout / _HEARTBEATS_PER_TIMEOUT, _SLOWEST_HEARTBEAT)
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._silences = dict.fromkeys(processes, Silence(0.0, time.time()))
+
+    def heard(self, process: int) -> None:
+        """Notes a sign of life."""
+        with self._lock:
+            if process in self._silences:
+                self._silences[process] = Silence(0.0, time.time())
+
+    def forget(self, process: int) -> None:
+        """Stops counting for a process, which has ended."""
+        with self._lock:
+            self._silences.pop(process, None)
+
+    def count(self, seconds: float) -> dict[int, Silence]:
+        """Adds time since the last count; returns the silences that are now too long, once each.
+
+        Args:
+          seconds: the time; of a longer one than two heartbeats, this process missed the rest.
+        """
+        with self._lock:
+            for process, silence in self._silences.items():
+                longer = silence.seconds + min(seconds, 2 * self.every)
+                self._silences[process] = silence._replace(seconds=longer)
+            late = {p: s for p, s in self._silences.items() if s.seconds >= self._timeout}
+            for process in late:
+                del self._silences[process]
+        return late
 
 
 class Ending(NamedTuple):

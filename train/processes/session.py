@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -32,6 +33,10 @@ from train.processes.peers import Ending, Peers, connect
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
 _OTHERS = 8.0  # seconds that process 0 waits for the others to end
 _FAILED = 1
+_PROCESS_STATUS = Path("/proc/self/stat")
+_BEGIN_FIELD = (
+    19  # the place of the begin among the fields after the program's name, in clock ticks
+)
 
 
 class Session:
@@ -209,3 +214,13 @@ class Session:
         if self._peers is not None:
             self._peers.wait_for_the_others(_OTHERS)
         os._exit(code)
+
+
+def process_age() -> float:
+    """Returns the seconds since this process began; 0.0 where the system is not Linux."""
+    try:
+        fields = _PROCESS_STATUS.read_text().rpartition(")")[2].split()
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, AttributeError):
+        return 0.0
+    return max(0.0, now - int(fields[_BEGIN_FIELD]) / os.sysconf("SC_CLK_TCK"))

@@ -73,7 +73,7 @@ def test_a_process_of_a_table_counts_once(clock, tmp_path):
 
 
 def test_a_process_is_as_old_as_its_parent_measures():
-    code = "import time; time.sleep(1.5); from train.processes.age import process_age as age; "
+    code = "import time; time.sleep(1.5); from train.processes.session import process_age as age; "
     began = time.monotonic()
     line = [sys.executable, "-c", f"{code}print(age())"]
     ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)

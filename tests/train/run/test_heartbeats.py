@@ -1,6 +1,6 @@
 """Whose silence is too long, and whose is this process's own."""
 
-from train.processes.heartbeats import Heartbeats
+from train.processes.peers import Heartbeats
 
 
 def late(heartbeats, turns, *, heard=(), seconds=1.0):
@@ -39,7 +39,7 @@ def test_time_in_which_this_process_stood_still_is_not_the_others_silence():
 
 def test_a_silence_knows_since_when(monkeypatch):
     clock = iter([1000.0, 1007.0])
-    monkeypatch.setattr("train.processes.heartbeats.time.time", lambda: next(clock))
+    monkeypatch.setattr("train.processes.peers.time.time", lambda: next(clock))
     heartbeats = Heartbeats([1], 4.0)
     heartbeats.heard(1)
     silences = [heartbeats.count(0.5) for _ in range(8)]
