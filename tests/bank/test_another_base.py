@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.bank import Bank, BankError, Tenant, Together, choose, mixed
-from lora_jax.bank import one_base as one_base_module
+from lora_jax.bank import bank as bank_module
 from lora_jax.bank import slots as slots_module
 from tests.support import array, assert_close, assert_identical, draw, with_random_factors
 
@@ -66,9 +66,9 @@ def test_the_same_base_elsewhere(monkeypatch):
     Also where they are in codes, which placing and mapping put together anew.
     """
     calls = []
-    real = one_base_module.base_fingerprint
+    real = bank_module.base_fingerprint
     monkeypatch.setattr(
-        one_base_module, "base_fingerprint", lambda leaves: calls.extend(leaves) or real(leaves)
+        bank_module, "base_fingerprint", lambda leaves: calls.extend(leaves) or real(leaves)
     )
     bank = Bank(PARAMS, RULES, slots=1)
     bank.add("a", adapted(PARAMS))

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.bank.bank import locked
+from lora_jax.bank.bank import OneBase, locked
 from lora_jax.bank.mixing import Choice, choose
-from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.stored import BankError
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import StackKind, Tenant

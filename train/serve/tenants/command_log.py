@@ -33,9 +33,15 @@ from train.serve.storage.database import LockedError
 from train.serve.storage.folders import adapter_name
 from train.serve.storage.ledger import DISCARD, MISSING, REFUSED, Ledger, Row
 from train.serve.storage.results import ResultWriter, error_answer
-from train.serve.tenants.loading import TenantLoader, TenantLog
+from train.serve.tenants.loading import (
+    TenantLoader,
+    TenantLog,
+    TenantProgress,
+    TenantTable,
+    load_of,
+    next_number,
+)
 from train.serve.tenants.parking import StateFolders, TenantParking
-from train.serve.tenants.progress import TenantProgress, TenantTable, load_of, next_number
 from train.serve.tenants.seats import Seats
 
 _logger = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ from train.serve.protocol.requests import (
 from train.serve.storage.database import LockedError
 from train.serve.storage.folders import link, list_folder
 from train.serve.storage.ledger import Ledger, Row
-from train.serve.tenants.loading import TenantLoader, TenantLog
-from train.serve.tenants.progress import TenantProgress, TenantTable
+from train.serve.tenants.loading import TenantLoader, TenantLog, TenantProgress, TenantTable
 from train.serve.tenants.seats import Phase
 
 _logger = logging.getLogger(__name__)
