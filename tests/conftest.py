@@ -110,6 +110,13 @@ def compiles_anew():
     use(kept)
 
 
+@pytest.fixture
+def compiled():
+    """Returns a function: the names of the programs that were compiled since the test began."""
+    start = len(COMPILED)
+    return lambda: COMPILED[start:]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drops the compiled programs after a file, once there are many: files share some of them.

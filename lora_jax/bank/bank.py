@@ -323,7 +323,8 @@ class Bank:
             if self._slot_of(name) is None:
                 self._load(name)
         by_name = {name: slot for slot, name in self._resident.items()} | {BASE: 0}
-        return jnp.asarray(np.array([by_name[name] for name in names], np.int32))
+        ids: jax.Array = jax.device_put(np.array([by_name[name] for name in names], np.int32))
+        return ids
 
     def choose(self, names: Iterable[str] | jax.Array) -> Choice:
         """Returns the bank's tree for a batch, to be passed where a function takes parameters.

@@ -3,11 +3,13 @@
 Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.core.axes import Label
@@ -107,12 +109,13 @@ def filled(array: jax.Array, axis: int, rank: int) -> jax.Array:
     return jnp.pad(array, widths)
 
 
+@functools.partial(jax.jit, static_argnames=("ranks", "axis"))
 def unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns the layers of a stack one after the other along the rank, without padding.
 
     Args:
       array: [layers, …, rank, …].
-      ranks: ranks of each layer.
+      ranks: ranks of each layer, as a tuple.
       axis: axis of the rank.
     """
     at = (slice(None),) * (axis - 1)
@@ -123,15 +126,14 @@ def cleared(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns an array with zeros in its padding, beyond each layer's own rank along an axis."""
     if len(set(ranks)) == 1:
         return array
-    own = jnp.asarray(ranks, jnp.int32).reshape(-1, *[1] * (array.ndim - 1))
+    own = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))
     return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < own, array, 0)
 
 
-def padded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
+def padded(array: np.ndarray, ranks: Sequence[int], axis: int) -> np.ndarray:
     """Returns the inverse of `unpadded`: each layer's rank is filled up with zeros."""
-    layers, start = [], 0
-    for rank in ranks:
-        at = (slice(None),) * (axis - 1)
-        layers.append(filled(array[(*at, slice(start, start + rank))], axis - 1, max(ranks)))
-        start += rank
-    return jnp.stack(layers)
+    rows = np.moveaxis(array, axis - 1, 0)
+    is_used = np.arange(max(ranks)) < np.array(ranks)[:, None]
+    stack = np.zeros((*is_used.shape, *rows.shape[1:]), array.dtype)
+    stack[is_used] = rows
+    return np.moveaxis(stack, 1, axis)

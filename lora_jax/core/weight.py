@@ -297,7 +297,7 @@ class LoraWeight(TreeNode):
         """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""
         if all(self.ranks):
             return array
-        on = jnp.asarray([rank > 0 for rank in self.ranks])
+        on = np.array(self.ranks) > 0
         on = on.reshape(-1, *[1] * (array.ndim - 1))
         return jnp.where(on, array, jnp.asarray(otherwise, array.dtype))
 
@@ -359,7 +359,7 @@ class TrainedRows(TreeNode):
     def merged(self) -> jax.Array:
         """Returns the leaf with its trained rows, in its own dtype."""
         base = as_array(self.base)
-        return base.at[jnp.asarray(self.rows)].set(self.value.astype(base.dtype))
+        return base.at[np.array(self.rows)].set(self.value.astype(base.dtype))
 
     def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
         """Returns the table as W + AB: each column of A picks one row, B holds their changes.

@@ -259,7 +259,7 @@ class _Contents:
         self._put(keys.b, b.T)
         for name, vector in VECTORS.items():
             if name in node.has:
-                self._put(keys.parts[name], np.asarray(node.arrays[name][at]).reshape(-1))
+                self._put(keys.parts[name], np.asarray(node.arrays[name])[at].reshape(-1))
             elif any(name in other.has for other in self._lora.values()):
                 self._put(keys.parts[name], np.full(b.shape[1], vector.fill))
         ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
@@ -267,7 +267,7 @@ class _Contents:
         if saves and module.kind in ("embedding", "head"):
             base = np.asarray(as_array(node.base)[at])
             self._put(keys.base_weight, base if module.is_table else base.T)
-        scale = float(node.scale[at] if at else node.scale)
+        scale = float(np.asarray(node.scale)[at])
         return len(a), scale * len(a)
 
     @staticmethod
@@ -275,7 +275,7 @@ class _Contents:
         a: Leaf, b: Leaf, node: LoraWeight, at: tuple[int, ...], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
-        a, b = (np.asarray(v[at] if at else v) for v in (a, b))
+        a, b = (np.asarray(v)[at] for v in (a, b))
         return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
 
     def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> JsonObject:
@@ -309,13 +309,13 @@ class _Contents:
         """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
         node, rank = self._lora[expert.path], self._rank(expert)
         (layer,) = expert.index
-        scales = np.unique(np.asarray(node.scale[layer]))
+        scales = np.unique(np.asarray(node.scale)[layer])
         if len(scales) > 1:
             raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
         parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
         whole = (expert.n, node.rank, -1)  # a router has no axis of experts
         a, b = (
-            [np.asarray(factor[layer]).reshape(whole)[:, :rank] for factor in factors]
+            [np.asarray(factor)[layer].reshape(whole)[:, :rank] for factor in factors]
             for factors in zip(*parts, strict=True)
         )
         b[1:] = [-factor for factor in b[1:]]

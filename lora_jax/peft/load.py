@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -240,9 +239,9 @@ def _read_bases(
         if is_abstract(leaf):
             continue
         here = leaf[index] if index else leaf
-        value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
+        value = (tensor.T if transpose else tensor).astype(leaf.dtype)
         if not np.array_equal(value, here, equal_nan=True):
-            changed[path] = leaf.at[index].set(value) if index else value
+            changed[path] = leaf.at[index].set(value) if index else jax.device_put(value)
     return map_leaves(lambda path, _: changed[path], params)
 
 
@@ -340,13 +339,13 @@ class _Files:
             of_layers = self._row(path).hf_names
             names = (of_layers[layer] for layer in node.rows)
             value = np.stack([self._tensor(name) for name in names])
-        return node.replace(value=jnp.asarray(value).astype(wide(node.dtype)))
+        return node.replace(value=jax.device_put(value.astype(wide(node.dtype))))
 
     def _whole(self, path: str, base: BaseLike) -> Trained:
         row = self._row(path)
         arrays = [self._tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
-        return Trained(jnp.asarray(value).astype(base.dtype))
+        return Trained(jax.device_put(value.astype(base.dtype)))
 
     def _row(self, path: str) -> Row:
         return next(row for row in self.table if row.path == path)

@@ -191,10 +191,10 @@ def load_adapter(
         if path in weights:
             return complete(path, _weight(base, arrays[path], weights[path], known))
         if path in rows:
-            value, table = jnp.asarray(arrays[path]["value"]), rows[path]
+            value, table = jax.device_put(arrays[path]["value"]), rows[path]
             return TrainedRows(base, value, tuple(table["rows"]), table["is_table"])
         in_full = path in metadata["trained"]
-        return Trained(jnp.asarray(arrays[path]["value"])) if in_full else base
+        return Trained(jax.device_put(arrays[path]["value"])) if in_full else base
 
     loaded = with_shared(treedef.unflatten(adapted(path, leaf) for path, leaf in leaves))
     return swap(params, loaded) if nodes_of(params) else loaded
@@ -282,13 +282,13 @@ def _arrays(path: str, node: Node) -> Parts:
 
 
 def _weight(
-    base: BaseLike, filed: Mapping[str, Leaf], settings: Fields, known: Mapping[str, Part]
+    base: BaseLike, filed: Mapping[str, np.ndarray], settings: Fields, known: Mapping[str, Part]
 ) -> LoraWeight:
     """Returns the inverse of `_settings` and `_arrays`."""
     invocation = settings.get("invocation")
     weight = LoraWeight(
         base,
-        {"scale": jnp.asarray(settings["scale"], jnp.float32)},
+        {"scale": jax.device_put(np.asarray(settings["scale"], np.float32))},
         roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
@@ -299,15 +299,15 @@ def _weight(
         invocation=invocation if invocation is None else tuple(invocation),
         ties=tuple(settings.get("ties", ())),
     )
-    arrays, ragged = jax.device_put(dict(filed)), len(set(weight.ranks)) > 1
+    arrays, ragged = dict(filed), len(set(weight.ranks)) > 1
     for name, array in arrays.items():
         axis = rank_axis(weight.axes_of(name), weight.labels)
         if name in _LONG_AXIS_FIRST:
-            array = jnp.moveaxis(array, -1, axis - ragged)
+            array = np.moveaxis(array, -1, axis - ragged)
         if axis >= 0 and ragged:
             array = padded(array, weight.ranks, axis)
         arrays[name] = array
-    return weight.replace(**arrays)
+    return weight.replace(**jax.device_put(arrays))
 
 
 def _read_metadata(folder: Path) -> JsonObject:

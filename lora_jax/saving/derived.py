@@ -12,6 +12,7 @@ their place the file's settings of a weight have one of
 and the loader compares. Factors that differ are an error, whatever base is accepted.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,37 +109,44 @@ class Remaker:
     def _read(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
         if (path, name) not in self._held:
             own = weight.arrays.get(name)
-            self._held[path, name] = jnp.asarray(self._arrays[path][name]) if own is None else own
+            array = self._arrays[path][name] if own is None else own
+            self._held[path, name] = jax.device_put(array)
         return self._held[path, name]
 
 
-def _matrix(node: LoraWeight, name: str) -> jax.Array:
-    """Returns a factor as [batch…, r, features], or [r, features], fp32; projections likewise."""
-    array, axis = node.arrays[name], node.n_batch if "batch" in node.axes_of(name) else 0
-    return array.reshape(*array.shape[: axis + 1], -1).astype(jnp.float32)
+def _sums_of(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sums of a factor, or of a projection, and its norms; see `_sums`."""
+    n_batch = node.n_batch if "batch" in node.axes_of(name) else 0
+    sums, norms = jax.device_get(_sums(node.arrays[name], n_batch))
+    return sums, norms
 
 
 def _probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
     """Returns for each factor the sums of its elements times random numbers, as nested lists."""
     rounded = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
-    return {name: rounded(np.asarray(_sums(_matrix(node, name)))).tolist() for name in names}
+    return {name: rounded(_sums_of(node, name)[0]).tolist() for name in names}
 
 
 def _differing(node: LoraWeight, probes: Fields) -> list[str]:
     """Returns the names of the factors that have other probes, rounding aside."""
 
     def differs(name: str) -> bool:
-        sums, saved = np.asarray(_sums(_matrix(node, name))), np.asarray(probes[name])
-        norms = np.asarray(jnp.linalg.norm(_matrix(node, name), axis=(-2, -1)))
-        return bool((np.abs(sums - saved) > _TOLERANCE * norms).any())
+        sums, norms = _sums_of(node, name)
+        return bool((np.abs(sums - np.asarray(probes[name])) > _TOLERANCE * norms).any())
 
     return [name for name in probes if differs(name)]
 
 
-@jax.jit
-def _sums(matrix: jax.Array) -> jax.Array:
-    """Returns the sum of the elements of matrices [batch…, r, features] times fixed numbers."""
+@functools.partial(jax.jit, static_argnames="n_batch")
+def _sums(array: jax.Array, n_batch: int) -> tuple[jax.Array, jax.Array]:
+    """Returns sums of the elements of matrices times fixed numbers, and norms: [batch…] fp32.
+
+    Args:
+      array: [batch…, r, features…].
+      n_batch: number of its batch axes.
+    """
+    matrix = array.reshape(*array.shape[: n_batch + 1], -1).astype(jnp.float32)
     row, column = (lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], axis) for axis in (0, 1))
     bits = mixed(mixed(row + jnp.uint32(1)) + column)
-    probe = bits.astype(jnp.float32) / jnp.float32(2**31) - jnp.float32(1)  # in [-1, 1]
-    return jnp.sum(matrix * probe, axis=(-2, -1))
+    probe = bits.astype(jnp.float32) / 2.0**31 - 1  # in [-1, 1]
+    return jnp.sum(matrix * probe, axis=(-2, -1)), jnp.linalg.norm(matrix, axis=(-2, -1))

@@ -4,12 +4,14 @@ Computed where the arrays are, in integers modulo 2³² only, so that the result
 not depend on the mesh.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import is_base
 from lora_jax.core.types import Tree
@@ -25,9 +27,16 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-@jax.jit
-def _sums(x: jax.Array) -> jax.Array:
-    """Returns two sums over all elements, each mixed with its position: uint32 [2]."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """Returns two sums over all elements, each mixed with its position: uint32 [2].
+
+    Args:
+      x: the array. One of NumPy is passed as it is: `jnp.asarray` would compile one more program.
+      dtype: dtype that the elements are rounded to first; None keeps the array's own.
+    """
+    if dtype is not None:
+        x = x.astype(dtype)
     if x.dtype == jnp.bool_ or "int4" in x.dtype.name:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -40,14 +49,15 @@ def _sums(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(each), jnp.sum(mixed(each ^ jnp.uint32(0xA5A5A5A5)))])
 
 
-def checksum(array: jax.Array) -> str:
+def checksum(array: jax.Array, dtype: DTypeLike | None = None) -> str:
     """Returns an array's dtype and shape, and 16 hexadecimal digits that change with any bit of it.
 
-    For example ``float32[3x5]:0123456789abcdef``.
+    For example ``float32[3x5]:0123456789abcdef``. Where `dtype` is given, the checksum is that of
+    the array in this dtype.
     """
-    low, high = (int(part) for part in np.asarray(_sums(jnp.asarray(array))))
+    low, high = (int(part) for part in np.asarray(_sums(array, dtype)))
     shape = "x".join(map(str, array.shape))
-    return f"{np.dtype(array.dtype).name}[{shape}]:{high:08x}{low:08x}"
+    return f"{np.dtype(dtype or array.dtype).name}[{shape}]:{high:08x}{low:08x}"
 
 
 def base_fingerprint(params: Tree) -> dict[str, str]:
@@ -63,13 +73,9 @@ def base_fingerprint(params: Tree) -> dict[str, str]:
         is_frozen = hasattr(base, "dtype") and not isinstance(leaf, Trained)
         if not is_frozen or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
             continue
-        if is_base(base):
-            fingerprint[path] = " ".join(map(checksum, jax.tree.leaves(base)))
-            continue
-        array = base
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            array = jnp.asarray(array).astype(jnp.bfloat16)
-        fingerprint[path] = checksum(array)
+        is_rounded = jnp.issubdtype(base.dtype, jnp.floating) and not is_base(base)
+        dtype = jnp.bfloat16 if is_rounded else None
+        fingerprint[path] = " ".join(checksum(x, dtype) for x in jax.tree.leaves(base))
     return fingerprint
 
 

@@ -75,7 +75,7 @@ def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: object) -> Node:
     array = as_array(leaf)
     if choice.rows is None:
         return Trained(jnp.array(array, copy=True))
-    value = array[jnp.asarray(choice.rows)].astype(wide(leaf.dtype))
+    value = jnp.take(array, np.asarray(choice.rows), axis=0).astype(wide(leaf.dtype))
     return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
 
 

@@ -119,7 +119,7 @@ def _scales(
     shares = np.sqrt(np.array(sizes) / total)
     if scale is None:
         return jnp.asarray(shares, dtype)
-    return scale[jnp.asarray(layers)] * shares.astype(scale.dtype)
+    return scale[np.asarray(layers)] * shares.astype(scale.dtype)
 
 
 def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]) -> jax.Array:

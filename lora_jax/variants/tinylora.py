@@ -58,7 +58,7 @@ def _projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
     drawn = lax.optimization_barrier(jax.random.normal(jax.random.key(seed), shape, kernel.dtype))
     scale = np.asarray([1 / max(r, 1) ** 0.5 for r in ranks], np.float32)
     scale = scale.reshape(-1, *[1] * (len(shape) - 1)) if len(ranks) > 1 else scale[0]
-    drawn = drawn * jnp.asarray(scale, drawn.dtype)
+    drawn = drawn * scale.astype(drawn.dtype)
     return cleared(cleared(drawn, ranks, len(shape) - 1), ranks, len(shape) - 2)
 
 

@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
+from tests.adapted_trees import adapted
 from tests.support import (
     PROGRAMS,
     array,
@@ -155,6 +156,21 @@ def test_a_base_has_one_fingerprint_in_fp32_and_bf16():
     assert differing(
         base_fingerprint(PARAMS | {"norm": PARAMS["norm"] * 1.01}), base_fingerprint(PARAMS)
     ) == ["norm"]
+
+
+def test_checksums_alone_are_compiled(tmp_path, compiled):
+    """For NumPy's arrays too: `jnp.asarray` of one compiles a program for its shape."""
+    base = {"dense": {"kernel": np.ones((29, 31), np.float32)}, "norm": np.ones(31, np.float32)}
+    tree = adapted(base, lj.LoraRule(targets=["dense"], rank=3, alpha=5.0))
+    lj.save_adapter(tmp_path / "adapter", tree)
+    assert set(compiled()) == {"jit(_sums)", "jit(_moveaxis)"}
+    n_saving = len(compiled())
+    assert n_saving == 5  # of W, the norm, A and B; A is written with its long axis first
+    assert_identical(lj.load_adapter(tmp_path / "adapter", base), tree)
+    assert set(compiled()[n_saving:]) <= {"jit(_sums)"}
+    n_loading = len(compiled())
+    jnp.asarray(base["norm"])  # the control
+    assert len(compiled()) == n_loading + 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.uint32])

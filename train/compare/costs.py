@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
@@ -218,7 +217,7 @@ def _reading(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list
     def run() -> list[float]:
         times = [time.perf_counter()]
         for _ in range(5):
-            jax.block_until_ready(forward(params, jnp.asarray(ids)))
+            jax.block_until_ready(forward(params, ids))
             times.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(times)]
 

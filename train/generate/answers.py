@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.types import Forward, Tokenizer, Tree
@@ -151,7 +150,7 @@ class AnswerGenerator:
         if self.grammar is not None:
             allow = AnswerMasks(self.grammar, len(prompts), self.outline)
         if options.temperature > 0:
-            key = row_keys(jax.random.key(options.seed), jnp.asarray(numbers, jnp.uint32))
+            key = row_keys(jax.random.key(options.seed), np.asarray(numbers, np.uint32))
         return stream(
             self.model,
             self.params,

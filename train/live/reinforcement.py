@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import lora_jax as lj
@@ -112,9 +112,9 @@ class RewardedRollouts(Rollouts):
             else:
                 batch["reference"] = reference
         if optim.loss == RLOO:
-            advantages = leave_one_out(jnp.asarray(flat_rewards), group)
+            advantages = leave_one_out(jax.device_put(flat_rewards), group)
         else:
-            advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
+            advantages = advantages_of(jax.device_put(flat_rewards), group, optim.scale)
         batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:-1])
         lost = lost and f"no completion has a reward ({lost})"
         if self._external is not None:

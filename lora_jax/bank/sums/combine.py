@@ -302,7 +302,7 @@ def _weight(
     ranks = tuple(n_lanes * rank_of_sum(r, (sizes[0], sizes[1]), how, rank) for r in each)
     factors = summed(
         [{name: n.arrays[name] for name in ARRAYS if name in n.arrays} for n in nodes],
-        jnp.asarray(weights, wide(dtype)),
+        weights.astype(wide(dtype)),
         key,
         by_layer=by_layer,
         ranks=ranks,
@@ -320,7 +320,7 @@ def _weight(
         has = [part in n.extras for n in nodes]
         terms = [(n.arrays[part.name], n.scale) for n in nodes if part in n.extras]
         arrays, scales = zip(*terms, strict=True)
-        total = summed_biases(arrays, scales, jnp.asarray(weights[has], wide(dtype)))
+        total = summed_biases(arrays, scales, weights[has].astype(wide(dtype)))
         node = node.replace(**{part.name: total.astype(dtype)})
     return node.replace(extras=extras)
 

@@ -100,7 +100,7 @@ def layer_inputs(trunk: ModelPart, table: jax.Array, words: jax.Array) -> jax.Ar
     shape = (*words.shape[:2], cfg.num_hidden_layers, size)
     projected = multiply(trunk.per_layer_model_projection(words), cfg.hidden_size**-0.5)
     projected = trunk.per_layer_projection_norm(projected.reshape(shape))
-    both = projected + (table * jnp.asarray(size**0.5, table.dtype)).reshape(shape)
+    both = projected + (table * size**0.5).reshape(shape)
     return jnp.moveaxis(multiply(both, 2**-0.5), 2, 0)
 
 

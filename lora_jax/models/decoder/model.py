@@ -116,7 +116,7 @@ class Trunk(ModelPart):
 
         x = add_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
-            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+            x = x * self.config.hidden_size**0.5
         own = None
         if self.config.hidden_size_per_layer_input:
             own = layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)

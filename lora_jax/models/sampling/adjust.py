@@ -102,10 +102,10 @@ def adjust_logits(
       temperature: [rows]; min_p counts at temperature 1 where it is 0.
     """
     logits = mask_logits(logits, adjustments.allowed)
-    has_bias = jnp.any(jnp.asarray(adjustments.bias_ids) != NO_TOKEN)
+    has_bias = jnp.any(adjustments.bias_ids != NO_TOKEN)
     logits = lax.cond(has_bias, _add_biases, _keep, logits, adjustments)
     penalties = (adjustments.repetition, adjustments.frequency, adjustments.presence)
-    is_neutral = [jnp.all(jnp.asarray(x) == y) for x, y in zip(penalties, (1, 0, 0), strict=True)]
+    is_neutral = [jnp.all(x == y) for x, y in zip(penalties, (1, 0, 0), strict=True)]
     is_penalized = ~jnp.all(jnp.stack(is_neutral))
     logits = lax.cond(is_penalized, _penalize, _keep, logits, adjustments)
     degrees = jnp.where(temperature > 0, temperature, 1.0)
@@ -123,14 +123,14 @@ def _add_biases(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
 
 
 def _penalize(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
-    tokens, rows = jnp.asarray(adjustments.tokens), jnp.arange(len(logits))[:, None]
+    tokens, rows = adjustments.tokens, jnp.arange(len(logits))[:, None]
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    is_prompt = places < jnp.asarray(adjustments.n_prompt)[:, None]
+    is_prompt = places < adjustments.n_prompt[:, None]
     drawn = jnp.where(is_prompt, NO_TOKEN, tokens)
     counts = jnp.zeros(logits.shape, jnp.int32).at[rows, drawn].add(1, mode="drop")
     is_there = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
-    factor = jnp.asarray(adjustments.repetition)[:, None]
+    factor = adjustments.repetition[:, None]
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(is_there, repeated, logits)
-    logits -= jnp.asarray(adjustments.frequency)[:, None] * counts.astype(jnp.float32)
-    return logits - jnp.where(counts > 0, jnp.asarray(adjustments.presence)[:, None], 0.0)
+    logits -= adjustments.frequency[:, None] * counts.astype(jnp.float32)
+    return logits - jnp.where(counts > 0, adjustments.presence[:, None], 0.0)

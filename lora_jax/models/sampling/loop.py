@@ -107,7 +107,8 @@ def make_decoding(
         top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
         key=jax.random.key(0) if key is None else key,
     )
-    return Decoding(sampling, jnp.asarray(eos, jnp.int32), jnp.asarray(pad_token_id, jnp.int32))
+    ends, padding = jax.device_put((np.array(eos, np.int32), np.int32(pad_token_id)))
+    return Decoding(sampling, ends, padding)
 
 
 def prefill(

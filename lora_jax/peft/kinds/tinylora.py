@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from lora_jax.core.magnitude import wide
@@ -164,9 +164,9 @@ class FileVectors:
             for array, value in zip(arrays.values(), read, strict=True):
                 array[module.index] = value
         shapes = {name: (*batch, rank, *axes) for name, axes in zip("ab", sides, strict=True)}
-        placed = {n: jnp.asarray(x.reshape(shapes.get(n, x.shape))) for n, x in arrays.items()}
+        shaped = {n: x.reshape(shapes.get(n, x.shape)) for n, x in arrays.items()}
         numbers = tuple(ties) if self._own["weight_tying"] else ()
-        return {"seed": None, "ties": numbers, **placed}
+        return {"seed": None, "ties": numbers, **jax.device_put(shaped)}
 
     def _group(self, module: Module) -> int:
         place, n = self._places[module.name], len(self._places)

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.magnitude import wide
@@ -161,7 +160,7 @@ class SharedPair:
             key_d, key_b = _keys(module)
             d[module.index] = self._reader.take(key_d, (node.rank,))
             b[module.index] = self._reader.take(key_b, (math.prod(outs),))
-        vectors = {"lambda_d": jnp.asarray(d), "lambda_b": jnp.asarray(b.reshape(*batch, *outs))}
+        vectors = jax.device_put({"lambda_d": d, "lambda_b": b.reshape(*batch, *outs)})
         pair = {name: self._part(node, name) for name in self._matrices}
         return {"seed": None, **pair, **vectors}
 
@@ -170,7 +169,7 @@ class SharedPair:
         key = (name, shape, dtype)
         if key not in self._made:
             part = self._matrices[name][:, : math.prod(shape[1:])].reshape(shape)
-            self._made[key] = jnp.asarray(part.astype(dtype))
+            self._made[key] = jax.device_put(part.astype(dtype))
         return self._made[key]
 
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
@@ -47,7 +46,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
         if axis_groups is None or isinstance(array, optax.MaskedNode):
             return array
         m, n = (math.prod(array.shape[axis] for axis in axes) for axes in axis_groups)
-        return array * jnp.asarray(_RMS * math.sqrt(max(m, n)), array.dtype)
+        return array * (_RMS * math.sqrt(max(m, n)))
 
     muon = contrib.scale_by_muon(
         beta=momentum,
