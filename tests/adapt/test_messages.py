@@ -51,7 +51,7 @@ def test_a_merge_names_the_users_line(fn, offset, wrap):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         y = wrap(lj.adapt(fn))(tree, X)
-    assert_close(y, fn(lj.merge(tree), X), 1e-5)
+    assert_close(y, jax.jit(fn)(lj.merge(tree), X), 1e-5)
     assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
     merged = [record for record in uses(fn, tree, X) if record.how == "merged"]
     assert merged and all(f"{__file__}:{line}" in record.place for record in merged)
