@@ -20,7 +20,13 @@ from lora_jax.models.layers import trunk
 from lora_jax.training import make_mesh
 from lora_jax.training.layout import Layout
 from tests.models import tiny
-from tests.support import assert_close, assert_identical, dots_of_size, with_random_factors
+from tests.support import (
+    assert_close,
+    assert_identical,
+    dots_of_size,
+    lorafied,
+    with_random_factors,
+)
 
 BATCH, SEQ, IN, OUT, LAYERS = 4, 7, 11, 13, 3
 INVOCATION = (5, 6)
@@ -79,7 +85,7 @@ def inputs():
     params = {"up": {"kernel": draw(LAYERS, IN, OUT)}, "down": {"kernel": draw(LAYERS, OUT, IN)}}
     rule = lj.LoraRule(targets=["up", "down"], rank=2, alpha=3)
     mask = rng.random((BATCH, SEQ)) < 0.5
-    return params, with_random_factors(lj.lorafy(params, [rule])), draw(BATCH, SEQ, IN), mask
+    return params, with_random_factors(lorafied(params, [rule])), draw(BATCH, SEQ, IN), mask
 
 
 def chosen(params, tree, x, mask):
@@ -161,7 +167,7 @@ def test_on_a_mesh(axes):
 def invoked_tree(**fields):
     params, _, x, _ = inputs()
     rule = lj.LoraRule(targets=["up", "down"], rank=2, invocation=INVOCATION, **fields)
-    return with_random_factors(lj.lorafy(params, [rule])), x
+    return with_random_factors(lorafied(params, [rule])), x
 
 
 def test_a_call_without_a_mask_is_refused():
@@ -275,7 +281,7 @@ def test_a_folder_of_peft_says_what_peft_activates(tmp_path, given, written):
 def language_model():
     model, params = tiny.decoder("llama3")
     rule = lj.LoraRule(targets="all-linear", rank=2, alpha=3, invocation=INVOCATION)
-    return model, params, with_random_factors(lj.lorafy(params, [rule]))
+    return model, params, with_random_factors(lorafied(params, [rule]))
 
 
 def test_a_model_finds_its_invocation():

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.core.names import SUMMED_OVER
 from tests.adapt.test_primitives import gathered_weight, mesh_of_four, rule, tensor_parallel
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import assert_close, draw, lorafied, with_random_factors
 
 ROWS, IN, OUT = 4, 12, 8
 
@@ -109,7 +109,7 @@ def halves():
         "a": {"kernel": draw(1, (IN, OUT), jnp.float64), "bias": draw(2, (OUT,), jnp.float64)}
     }
     return lj.split(
-        with_random_factors(lj.lorafy(params, [rule(bias_on_b=True, dtype=jnp.float64)]))
+        with_random_factors(lorafied(params, [rule(bias_on_b=True, dtype=jnp.float64)]))
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.names import NARROW_PRODUCT
-from tests.support import array, draw, equations, with_random_factors
+from tests.support import array, draw, equations, lorafied, with_random_factors
 
 SIZES = {"q": 7, "k": 11, "v": 17}  # of 67 in features
 RULES = [
@@ -34,7 +34,7 @@ def products_with_a(jaxpr: Any, features: int = 67) -> list[int]:
 
 def tree(rules: Any = RULES) -> Any:
     plain = {name: {"kernel": draw(n, (67, n))} for name, n in SIZES.items()}
-    return with_random_factors(lj.lorafy(plain, rules))
+    return with_random_factors(lorafied(plain, rules))
 
 
 def projections(params: Any, x: jax.Array) -> list[jax.Array]:

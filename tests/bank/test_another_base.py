@@ -10,7 +10,7 @@ import lora_jax as lj
 from lora_jax.bank import Bank, BankError, Tenant, Together, choose, mixed
 from lora_jax.bank import bank as bank_module
 from lora_jax.bank import slots as slots_module
-from tests.support import array, assert_close, assert_identical, draw, with_random_factors
+from tests.support import array, assert_close, assert_identical, draw, lorafied, with_random_factors
 
 RULES = [lj.LoraRule(targets=["up"], rank=2, alpha=3.0)]
 
@@ -27,7 +27,7 @@ def run(params, x):
 
 
 def adapted(params, seed=1, rules=RULES):
-    return with_random_factors(lj.lorafy(params, rules), seed=seed)
+    return with_random_factors(lorafied(params, rules), seed=seed)
 
 
 def tenant(tree):

@@ -146,7 +146,7 @@ def test_slots_lie_as_their_base_does():
         }
     }
     params["out"] = {"kernel": jax.device_put(draw(3, (6, 7)), at())}
-    one = with_random_factors(lj.lorafy(params, ALL), seed=1)
+    one = with_random_factors(lorafied(params, ALL), seed=1)
     bank = Bank(params, ALL, slots=2)
     bank.add("one", one)
     slots = slots_of(bank.tree)

@@ -12,7 +12,7 @@ from lora_jax import training
 from lora_jax.bank import BankError, Tenant, Together
 from lora_jax.models.layers.blocks import add_noise
 from lora_jax.training.neftune import neftune
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import assert_close, draw, lorafied, with_random_factors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"table": draw(1, (13, 5)), "up": {"kernel": draw(2, (5, 7))}, "out": draw(3, (7, 3))}
@@ -42,7 +42,7 @@ LOSS = training.Loss(squares)
 def tenant(seed, dropout=0.4, noise=NOISE):
     rule = lj.LoraRule(targets=["up"], rank=2, alpha=3.0, dropout=dropout)
     return Tenant(
-        params=with_random_factors(lj.lorafy(PARAMS, [rule]), seed=seed),
+        params=with_random_factors(lorafied(PARAMS, [rule]), seed=seed),
         schedule=lambda count: jnp.asarray(0.05, jnp.float32),
         steps=9,
         loss=LOSS,

@@ -20,6 +20,7 @@ from tests.support import (
     assert_close,
     dots_of_size,
     draw,
+    lorafied,
     over,
     with_random_factors,
 )
@@ -47,7 +48,7 @@ def adapters(params: Any, rules: list[Any], **more: dict[str, Any]) -> dict[str,
     made = {}
     for seed, (name, changes) in enumerate(more.items()):
         own = [lj.LoraRule(**{**rule, **changes}) for rule in rules]
-        made[name] = with_random_factors(lj.lorafy(params, own), seed=seed + 3)
+        made[name] = with_random_factors(lorafied(params, own), seed=seed + 3)
     return made
 
 
@@ -167,7 +168,7 @@ def test_an_encoder_with_heads_of_its_own(form, monkeypatch):
     trees = {}
     for seed, (name, rules) in enumerate(changes.items()):
         own = [head, *(lj.LoraRule(**rule) for rule in rules)]
-        trees[name] = with_random_factors(lj.lorafy(params, own), seed=seed)
+        trees[name] = with_random_factors(lorafied(params, own), seed=seed)
     bank = banked(params, [head, *(lj.LoraRule(**rule) for rule in room)], trees)
     names = ["variants", "plain", "base", "some layers", "variants"]
     ids = np.random.default_rng(1).integers(0, 61, (5, 9))

@@ -32,7 +32,7 @@ def test_merged_models_run_what_was_compiled_for_the_base(case, tmp_path):
     model, params = from_pretrained(tmp_path / "base", dtype=dtype, **how)
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     plain = forward(params, IDS)
-    tree = with_random_factors(lj.lorafy(params, [RULE]))
+    tree = with_random_factors(lorafied(params, [RULE]))
     merged = lj.merge(tree)
     found = forward(merged, IDS)
     models.save_pretrained(tmp_path / "merged", model, merged)

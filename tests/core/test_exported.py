@@ -135,7 +135,7 @@ def test_a_part_of_ones_own_is_refused_by_name(name):
 
     core = lj.Part(name, ("batch", "rank"), lambda node: jnp.ones(node.shape_of(name)), with_core)
     tree = with_random_factors(
-        lj.lorafy(PARAMS, [lj.LoraRule(targets=["out"], rank=2, extras=[core])])
+        lorafied(PARAMS, [lj.LoraRule(targets=["out"], rank=2, extras=[core])])
         if name not in PARTS
         else tree_with_other_part(core)
     )

@@ -19,7 +19,7 @@ from tests.core.coded import coded_program
 from tests.core.test_quantized import HEADS, STACK
 from tests.hf.shipped import e4m3, spread
 from tests.laws import test_laws as laws
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, lorafied, with_random_factors
 
 SMALL = dataclasses.replace(FORMATS["fp8"], block=5)  # of axes of 8, 12 and 16, the last is cut
 
@@ -90,7 +90,7 @@ def test_in_shard_map(block, float64):
     format = dataclasses.replace(SMALL, block=block)
     kernel = fp8((16, 20), format, jnp.float64)
     rule = lj.LoraRule(targets=["kernel"], rank=2, alpha=3.0, dtype=jnp.float64)
-    tree = with_random_factors(lj.lorafy({"kernel": kernel}, [rule]))
+    tree = with_random_factors(lorafied({"kernel": kernel}, [rule]))
     ours = jax.jit(lj.adapt(run, strict=True))(tree, x)
     assert_close(ours, np.asarray(x) @ np.asarray(lj.merge(tree)["kernel"]), 1e-9)
 
@@ -111,7 +111,7 @@ def test_on_a_mesh():
 @pytest.mark.slow
 def test_stored_and_exported(tmp_path):
     tree = with_random_factors(
-        lj.lorafy({"kernel": fp8((128, 24))}, [lj.LoraRule(targets=["kernel"], rank=2)])
+        lorafied({"kernel": fp8((128, 24))}, [lj.LoraRule(targets=["kernel"], rank=2)])
     )
     x = draw(9, (13, 128))
     forward = jax.jit(lj.adapt(lambda p, x: x @ p["kernel"]))

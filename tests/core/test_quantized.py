@@ -367,7 +367,7 @@ def test_merged_into_codes_again():
     """Merging forms arrays; codes of them lose what is smaller than their step, and say so."""
     params = model()
     base = quantized.quantize(params, "nf4", keep=["layers/odd"])
-    tree = with_random_factors(lj.lorafy(base, [lj.LoraRule(targets=["mlp"], rank=2)]))
+    tree = with_random_factors(lorafied(base, [lj.LoraRule(targets=["mlp"], rank=2)]))
     merged = lj.merge(tree)
     kernel, mlp = merged["layers"]["mlp"]["kernel"], base["layers"]["mlp"]["kernel"]
     delta = tree["layers"]["mlp"]["kernel"].factored().delta(jnp.float32)
@@ -389,7 +389,7 @@ def test_adapters_know_their_codes(tmp_path):
     """A file of an adapter goes onto the same codes, and onto no others."""
     params = model()
     base = quantized.quantize(params, "nf4", keep=["layers/odd"])
-    tree = with_random_factors(lj.lorafy(base, [lj.LoraRule(targets=["mlp"], rank=2)]))
+    tree = with_random_factors(lorafied(base, [lj.LoraRule(targets=["mlp"], rank=2)]))
     lj.save_adapter(tmp_path / "adapter", tree)
     assert_identical(lj.load_adapter(tmp_path / "adapter", base), tree)
     assert_identical(lj.swap(lj.lorafy(base, [lj.LoraRule(targets=["mlp"], rank=2)]), tree), tree)
@@ -444,7 +444,7 @@ def test_in_shard_map(spec, block, float64):
     format = dataclasses.replace(FORMATS["nf4"], block=block)
     params = {"kernel": encode(draw(1, (16, 20), jnp.float64), format)}
     rule = lj.LoraRule(targets=["kernel"], rank=2, alpha=3.0, dtype=jnp.float64)
-    tree = with_random_factors(lj.lorafy(params, [rule]))
+    tree = with_random_factors(lorafied(params, [rule]))
     ours = jax.jit(lj.adapt(run, strict=True))(tree, x)
     assert_close(ours, np.asarray(x) @ np.asarray(lj.merge(tree)["kernel"]), 1e-9)
 
@@ -462,7 +462,7 @@ def nested():
 @pytest.mark.parametrize("coded", [lambda: encode(draw(1, (128, 24)), "nf4"), nested])
 def test_exported(coded):
     params = {"kernel": coded()}
-    tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=["kernel"], rank=2)]))
+    tree = with_random_factors(lorafied(params, [lj.LoraRule(targets=["kernel"], rank=2)]))
     x = draw(9, (13, 128))
     forward = jax.jit(lj.adapt(lambda p, x: x @ p["kernel"]))
     again = export.deserialize(export.export(forward)(tree, x).serialize())

@@ -16,7 +16,7 @@ from lora_jax.core.base import as_array, member
 from lora_jax.quantized import FORMATS, Coded, encode
 from lora_jax.quantized.rows import find_kernel
 from tests.adapted_trees import with_random_factors
-from tests.support import assert_close, draw, equations
+from tests.support import assert_close, draw, equations, lorafied
 
 LAYERS, ROWS, SIZE = 3, 5, 96
 
@@ -96,7 +96,7 @@ def layers(params, x):
 @pytest.fixture(scope="module")
 def adapted():
     rule = lj.LoraRule(targets=["w"], rank=3, alpha=5, in_axes=(1,), out_axes=(2,))
-    return with_random_factors(lj.lorafy({"w": stack_of("nf4")}, [rule]))
+    return with_random_factors(lorafied({"w": stack_of("nf4")}, [rule]))
 
 
 def kernels_in(fn, *args, on="tpu"):

@@ -28,7 +28,7 @@ from lora_jax.models import (
 )
 from tests.hf.trees import decoder
 from tests.models import tiny
-from tests.support import array, over, thorough, with_random_factors
+from tests.support import array, lorafied, over, thorough, with_random_factors
 
 CASE = "qwen3"  # tied, with norms of its own
 INDEX = "model.safetensors.index.json"
@@ -231,7 +231,7 @@ def test_a_merged_tree_is_rounded_once(dtype: Any, tmp_path: Path) -> None:
     model, params = decoder(CASE)
     params = jax.tree.map(lambda x: array(x, dtype), params)
     rules = [dataclasses.replace(rule, targets=["q_proj"]) for rule in RULES]
-    adapted = with_random_factors(lj.lorafy(params, rules))
+    adapted = with_random_factors(lorafied(params, rules))
     save_pretrained(tmp_path / "out", model, lj.merge(adapted))
     _, loaded = from_pretrained(tmp_path / "out", dtype=dtype)
     weight = adapted["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -381,7 +381,7 @@ def test_transformers_reads_a_merged_export(case: str, tmp_path: Path) -> None:
         ]
     elif model.config.first_k_dense_replace:  # its dense stack may have one layer
         rules = RULES[1:]
-    adapted = with_random_factors(lj.lorafy(params, rules))
+    adapted = with_random_factors(lorafied(params, rules))
     save_pretrained(tmp_path / "out", model, lj.merge(adapted), max_shard_size=5000)
     ids = tiny.tokens(1, 2, 11)
     got = in_transformers(tmp_path / "out", ids)

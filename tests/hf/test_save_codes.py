@@ -23,7 +23,7 @@ from tests.hf.test_load_coded import assert_same
 from tests.hf.test_stored import fields_of, tensors_of
 from tests.hf.trees import decoder
 from tests.models import tiny
-from tests.support import over
+from tests.support import lorafied, over
 
 BYTES = dict[str, tuple[str, tuple[int, ...], bytes]]
 WHOLE = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 64, "num_attention_heads": 4}
@@ -65,7 +65,7 @@ def codes_config(folder: Path) -> dict[str, Any]:
 def merged(folder: Path, *targets: str, **how: Any) -> tuple[Any, Any, Any]:
     """A model, its tree with an adapter on these kernels, and the merged tree."""
     model, params = from_pretrained(folder, **how)
-    tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=[*targets], rank=2)]))
+    tree = with_random_factors(lorafied(params, [lj.LoraRule(targets=[*targets], rank=2)]))
     return model, tree, lj.merge(tree)
 
 

@@ -23,6 +23,7 @@ from tests.support import (
     assert_identical,
     dots_of_size,
     draw,
+    lorafied,
     over,
     with_random_factors,
 )
@@ -212,7 +213,7 @@ def test_swap_compiles_nothing(program):
 
     run(tree, x)
     rules = [lj.LoraRule(**(vars(r) | {"alpha": 17.0})) for r in program.rules]
-    other = with_random_factors(lj.lorafy(params, rules), seed=23)
+    other = with_random_factors(lorafied(params, rules), seed=23)
     swapped = lj.swap(tree, other)
     assert_close(run(swapped, x), jax.jit(merged(program))(other, x), 1e-4)
     assert len(traces) == 1, "another alpha must not recompile"
@@ -226,7 +227,7 @@ def test_linen_model():
     x = draw(1, (13, 5))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda leaf: draw(leaf.size, leaf.shape), shapes)
-    tree = with_random_factors(lj.lorafy(params, LINEN_RULES))
+    tree = with_random_factors(lorafied(params, LINEN_RULES))
     forward = lj.adapt(model.apply, strict=True)
     y = np.asarray(jax.jit(forward)({"params": tree}, x))
     plain = jax.jit(model.apply)

@@ -12,7 +12,13 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from tests.models import tiny
-from tests.support import assert_close, assert_identical, dots_of_size, with_random_factors
+from tests.support import (
+    assert_close,
+    assert_identical,
+    dots_of_size,
+    lorafied,
+    with_random_factors,
+)
 
 # Sizes whose products tell kernels from activations by the number of elements alone.
 CONFIG = models.DecoderConfig.from_hf(
@@ -56,7 +62,7 @@ def adapted(remat=True):
 @functools.cache
 def halves():
     """(adapter, base), the factors random."""
-    return lj.split(with_random_factors(lj.lorafy(model_and_params()[1], RULES)))
+    return lj.split(with_random_factors(lorafied(model_and_params()[1], RULES)))
 
 
 def loss_of(run, tree):
@@ -114,7 +120,7 @@ def test_rematerialisation_changes_no_gradient_and_needs_less_memory():
 def test_a_half_precision_base_with_fp32_factors():
     model, params = model_and_params()
     half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), params)
-    tree = with_random_factors(lj.lorafy(half, RULES))
+    tree = with_random_factors(lorafied(half, RULES))
     run = lj.adapt(model.clone(dtype=jnp.bfloat16).apply, strict=True)
     grads = jax.jit(jax.grad(lambda ad, base: loss_of(run, lj.join(ad, base))))(*lj.split(tree))
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))

@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from tests.models import tiny
-from tests.support import assert_close, dots_of_size, over, with_random_factors
+from tests.support import assert_close, dots_of_size, lorafied, over, with_random_factors
 
 SIZES = {
     "vocab_size": 61,
@@ -51,7 +51,7 @@ def model_and_tree(family):
     leaves, treedef = flatten_with_paths(shapes)
     rng = np.random.default_rng(3)
     values = [jnp.asarray(tiny.draw(rng, path, leaf.shape), leaf.dtype) for path, leaf in leaves]
-    return model, with_random_factors(lj.lorafy(jax.tree.unflatten(treedef, values), RULES))
+    return model, with_random_factors(lorafied(jax.tree.unflatten(treedef, values), RULES))
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def test_adapted_experts_generate_what_the_merged_do():
     """Through the cache and the decoding loop, where experts often have no token."""
     model, params = tiny.decoder("qwen3 moe")
     rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0)]
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
     ids = tiny.tokens(4, 2, 6)
     adapted = lj.adapt(model.apply, strict=True)
     ours = np.asarray(models.generate(model, tree, ids, max_new_tokens=6, apply=adapted))

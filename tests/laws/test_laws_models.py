@@ -12,7 +12,7 @@ from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.models.families import family_of
 from tests.models import tiny_encoders
-from tests.support import assert_close, dots_of_size, over, with_random_factors
+from tests.support import assert_close, dots_of_size, lorafied, over, with_random_factors
 
 # Sizes whose products tell kernels from activations by the number of elements alone.
 ENCODER = {
@@ -91,7 +91,7 @@ def adapted_tree(case, dtype=jnp.float32):
     rules = [lj.LoraRule(targets="all-linear", rank=4, alpha=3, dtype=dtype)]
     if case in TIED:
         rules.append(lj.LoraRule(targets=[TIED[case]], rank=2, alpha=3, dtype=dtype))
-    return with_random_factors(lj.lorafy(params, rules))
+    return with_random_factors(lorafied(params, rules))
 
 
 @pytest.mark.parametrize("case", list(CONFIGS))

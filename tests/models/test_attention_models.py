@@ -13,7 +13,7 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over, with_random_factors
+from tests.support import assert_close, lorafied, over, with_random_factors
 from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=4, spans=2)
@@ -80,7 +80,7 @@ def test_gradients_of_an_adapted_model() -> None:
     dense, blocks, params = decoder(WINDOWED)
     ids = tiny.tokens(0, 2, 11)
     rules = [lj.LoraRule(targets="all-linear", rank=3, alpha=7)]
-    adapter, base = lj.split(with_random_factors(lj.lorafy(params, rules)))
+    adapter, base = lj.split(with_random_factors(lorafied(params, rules)))
 
     def gradient(model: Any) -> Any:
         forward = lj.adapt(model.clone(remat=True).apply, strict=True)

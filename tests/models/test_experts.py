@@ -25,7 +25,7 @@ from lora_jax.quantized import quantize
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
-from tests.support import assert_close, draw, over, with_random_factors
+from tests.support import assert_close, draw, lorafied, over, with_random_factors
 from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
 
@@ -122,7 +122,7 @@ def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> N
     chosen = jnp.asarray(CHOICES["21 rows"], jnp.int32)
     rows, weights = (draw(key, (chosen.size, WIDTH), jnp.float64) for key in (8, 9))
     rule = lj.LoraRule(targets=[*NAMES], alpha=3, dtype=jnp.float64, **VARIANTS[variant])
-    adapter, base = lj.split(with_random_factors(lj.lorafy(kernels(jnp.float64), [rule])))
+    adapter, base = lj.split(with_random_factors(lorafied(kernels(jnp.float64), [rule])))
 
     def apply(fn: Any, params: Any, rows: Any) -> jax.Array:
         return fn(gated, rows, chosen, *(params[name]["kernel"] for name in NAMES))
@@ -180,7 +180,7 @@ def test_meshes(text: str, case: str, float64: None) -> None:
     params = jax.tree.map(lambda p: draw(p.size, p.shape, p.dtype), params)
     router = "router" if "router" in params[name] else "gate"
     rules = [lj.LoraRule(targets=["experts", router], rank=3, alpha=7)]
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
 
     def gradients(module: SparseMLP, tree: Any, x: jax.Array) -> Any:
         forward = lj.adapt(

@@ -20,7 +20,7 @@ from lora_jax.hf.gguf.write import Entry, write_gguf
 from lora_jax.models.decoder.gguf_form import check_form
 from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
 from tests.models.tiny_gguf import FAMILIES, fields_of, make, phi3_words, words
-from tests.support import assert_identical, over, with_random_factors
+from tests.support import assert_identical, lorafied, over, with_random_factors
 
 RULE = lj.LoraRule(targets="all-linear", rank=3, alpha=7)
 
@@ -89,7 +89,7 @@ def test_types(kind, tmp_path):
 @over("family", FAMILIES, often=("qwen3_moe",))
 def test_an_adapter_changes_what_the_file_of_the_merged_model_changes(family, tmp_path):
     model, params = make(family)
-    tree = with_random_factors(lj.lorafy(params, [RULE]))
+    tree = with_random_factors(lorafied(params, [RULE]))
     assert lp.save_gguf(tmp_path / "a.gguf", model, tree) == []
     for name, each in (("b", params), ("m", lj.merge(tree))):
         models.save_gguf(tmp_path / f"{name}.gguf", model, each, gguf_type="f32", tokenizer=words())
@@ -170,7 +170,7 @@ def test_scales_that_one_alpha_cannot_say(tmp_path):
         lj.LoraRule(targets=["q_proj"], rank=3, alpha=7),
         lj.LoraRule(targets=["v_proj"], rank=5, alpha=2, scaling="alpha/sqrt(rank)"),
     ]
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
     (note,) = lp.save_gguf(tmp_path / "a.gguf", model, tree)
     assert "one alpha" in note and "3 of 6 tensors" in note
     fields, factors = read(tmp_path / "a.gguf")
@@ -187,7 +187,7 @@ def test_scales_that_one_alpha_cannot_say(tmp_path):
 def test_a_scale_of_0_is_no_alpha(tmp_path):
     """llama.cpp takes an alpha of 0 for a scale of 1."""
     model, params = make("qwen2")
-    tree = with_random_factors(lj.lorafy(params, [RULE]))
+    tree = with_random_factors(lorafied(params, [RULE]))
     attention = tree["model"]["layers"]["self_attn"]
     for name in ("k_proj", "v_proj", "o_proj"):
         node = attention[name]["kernel"]
@@ -205,7 +205,7 @@ def test_codes_that_the_adapter_left_alone_stay(tmp_path):
     models.save_gguf(base, model, params, gguf_type="q4_0", tokenizer=words())
     model, params = models.from_pretrained(base)
     rule = lj.LoraRule(targets=["q_proj"], layers=[1], rank=2, alpha=3)
-    merged = lj.merge(with_random_factors(lj.lorafy(params, [rule])))
+    merged = lj.merge(with_random_factors(lorafied(params, [rule])))
     for codes_from, kept in ((base, "of the base"), (None, "")):
         notes = models.save_gguf(
             tmp_path / "m.gguf",
@@ -279,7 +279,7 @@ def test_adapters_that_llama_cpp_has_no_form_for(tmp_path):
         ([lj.LoraRule(targets=["embed_tokens"], rank=2)], "head is its embedding"),
     ):
         with pytest.raises(lp.PeftError, match="--merged --gguf") as caught:
-            lp.save_gguf(tmp_path / "a.gguf", model, with_random_factors(lj.lorafy(params, rules)))
+            lp.save_gguf(tmp_path / "a.gguf", model, with_random_factors(lorafied(params, rules)))
         assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,7 @@ import lora_jax as lj
 from lora_jax.models import GPT2, Samples, generate, read_config, sample
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over, thorough, variables_of, with_random_factors
+from tests.support import assert_close, lorafied, over, thorough, variables_of, with_random_factors
 
 PROGRAM = importlib.import_module("lora_jax.models.sampling.rollouts")._sample
 LENGTHS = np.array([6, 2, 5])
@@ -38,7 +38,7 @@ def adapted(case: str) -> tuple[Any, Any, Any]:
     model, plain = tiny_encoders.model("gpt2") if case == "gpt2" else tiny.decoder(case)
     targets = ["c_attn", "c_fc"] if case == "gpt2" else ["q_proj", "v_proj", "down_proj"]
     rules = [lj.LoraRule(targets=targets, rank=3, alpha=5)]
-    return model, with_random_factors(lj.lorafy(plain, rules)), lj.adapt(model.apply)
+    return model, with_random_factors(lorafied(plain, rules)), lj.adapt(model.apply)
 
 
 @pytest.fixture(scope="module")

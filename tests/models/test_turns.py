@@ -13,7 +13,7 @@ from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.turns import DrawingRows, turn_key
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 from train.live.turns.programs import BLOCK, TurnPrograms, make_sampling
 
 pytestmark = pytest.mark.slow  # tests/train/live/test_turns.py shows most of it, and runs
@@ -95,7 +95,7 @@ def driver(request):
     linear = ["in_proj_qkv", "in_proj_b"] if model.config.linear_layers else []
     targets = ["q_proj", "v_proj", "down_proj", *linear]
     rules = [lj.LoraRule(targets=targets, rank=3, alpha=5)]
-    params = with_random_factors(lj.lorafy(plain, rules))
+    params = with_random_factors(lorafied(plain, rules))
     return Driver((model, params, lj.adapt(model.apply)))
 
 

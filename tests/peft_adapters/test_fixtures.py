@@ -15,7 +15,7 @@ from lora_jax import models
 from tests.core.coded import decoded, is_on, with_coded_kernels
 from tests.peft_adapters.make_fixtures import ADAPTERS, FIXTURES, IDS
 from tests.peft_adapters.models import forward_of
-from tests.support import assert_close, assert_identical, over, with_random_factors
+from tests.support import assert_close, assert_identical, lorafied, over, with_random_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -172,7 +172,7 @@ def test_a_base_that_is_no_array(tmp_path):
     model, params = base("embedding-head")
     rules = [lj.LoraRule(targets=["embed_tokens", "lm_head", "q_proj"], rank=2, alpha=3.0)]
     params = with_coded_kernels(params, rules)
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
     assert is_on(tree)
     lp.save(tmp_path / "a", model, tree)
     assert_identical(lp.load(tmp_path / "a", model, params), tree)

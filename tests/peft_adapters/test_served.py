@@ -15,7 +15,7 @@ from lora_jax.peft.contents import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import problems_of
 from tests.models import tiny
-from tests.support import assert_close, over, with_random_factors
+from tests.support import assert_close, lorafied, over, with_random_factors
 
 # case of a model -> its rules: projections left out, ranks and scales that differ, a router.
 ADAPTERS: dict[str, list[lj.LoraRule]] = {
@@ -52,7 +52,7 @@ ADAPTERS: dict[str, list[lj.LoraRule]] = {
 
 def adapted(case: str) -> tuple[Any, Any, Any]:
     model, params = tiny.decoder(case)
-    return model, params, with_random_factors(lj.lorafy(params, ADAPTERS[case]))
+    return model, params, with_random_factors(lorafied(params, ADAPTERS[case]))
 
 
 def as_read(config: Any, fields: Any, tensors: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -172,7 +172,7 @@ def test_peft_merges_the_same(tmp_path: Any) -> None:
     from tests.models.test_parity import made
 
     reference, model, params = made("gpt-oss")
-    tree = with_random_factors(lj.lorafy(params, ADAPTERS["gpt-oss"]))
+    tree = with_random_factors(lorafied(params, ADAPTERS["gpt-oss"]))
     lp.save(tmp_path / "served", model, tree, for_serving=True)
     theirs = PeftModel.from_pretrained(reference, tmp_path / "served").merge_and_unload()
     with torch.no_grad():

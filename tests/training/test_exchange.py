@@ -17,7 +17,7 @@ from lora_jax.training import exchange
 from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.models import tiny
-from tests.support import array, assert_close, with_random_factors
+from tests.support import array, assert_close, lorafied, with_random_factors
 from train.plan.clock.work import work_of
 from train.plan.flops.checked import step_work
 
@@ -42,7 +42,7 @@ def case(choice):
     params["down"] = {"kernel": normal(EXPERTS, INNER, WIDTH)}
     base = lj.quantized.quantize(params, "int8") if choice == "codes" else params
     rule = lj.LoraRule(targets=list(NAMES), rank=3, alpha=7, bias_on_b=choice == "a bias on B")
-    tree = with_random_factors(lj.lorafy(base, [rule]))
+    tree = with_random_factors(lorafied(base, [rule]))
     draws = rng.permuted(np.tile(np.arange(EXPERTS), (BATCH, SEQ, 1)), axis=-1)[..., :CHOSEN]
     if choice == "one part":  # all on one device
         draws = np.broadcast_to([1, 0], draws.shape)

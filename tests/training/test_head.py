@@ -14,7 +14,7 @@ from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import predictions_at_once, token_values
 from lora_jax.training.losses.tokens import cross_entropy
 from tests.models import tiny
-from tests.support import array, assert_close, over, with_random_factors
+from tests.support import array, assert_close, lorafied, over, with_random_factors
 from tests.training.test_losses import bag, batch, lora, total
 from train.plan.clock.work import work_of
 from train.plan.job import placed_shapes
@@ -63,7 +63,7 @@ def test_the_head_is_gathered_before_the_loop(case):
     rules, tied = HEADS[case]
     model, plain = tiny.decoder("smollm2" if tied else "llama2")
     layout = Layout.of(make_mesh(jax.devices()[:4], fsdp=4), model.config)
-    adapter, base = lj.split(layout.placed(with_random_factors(lj.lorafy(plain, rules))))
+    adapter, base = lj.split(layout.placed(with_random_factors(lorafied(plain, rules))))
     data = {name: np.tile(x[:2], (ROWS // 2, 1)) for name, x in batch().items()}
     data = layout.batch(data, parts=False)
     shape = (61, 24) if tied else (24, 61)

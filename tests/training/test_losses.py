@@ -19,7 +19,7 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.benchmarks.shapes import SMOLLM2
 from tests.models import tiny, tiny_encoders
-from tests.support import array, assert_close, over, with_random_factors
+from tests.support import array, assert_close, lorafied, over, with_random_factors
 from train.options.scripts.sft import SftOptimConfig
 
 VOCAB = tiny.SIZES["vocab_size"]
@@ -163,7 +163,7 @@ def test_what_exceeds_the_batch_is_one_piece():
 def test_each_chunk_has_a_dropout_mask_of_its_own():
     model, plain = bag()
     rules = [lora("lm_head", dropout=0.5)]
-    params = with_random_factors(lj.lorafy(plain, rules))
+    params = with_random_factors(lorafied(plain, rules))
     data = batch(m=4)
     data |= {name: np.full_like(data[name], 3) for name in ("predict_at", "targets")}
     loss = functools.partial(total, lj.adapt(model.apply), params, chunk=BATCH)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES, token_loss
 from lora_jax.training.step import init_state, make_step
-from tests.support import assert_close, over, with_random_factors
+from tests.support import assert_close, lorafied, over, with_random_factors
 from tests.training.test_losses import BATCH, M, bag, batch, lora
 
 
@@ -64,7 +64,7 @@ WAYS = [(0, 1), (7, 1), (9, 3)]
 def test_an_adapter_gets_the_gradient_of_the_formula(name, chunk, parts):
     """Weights are negative, too; rows are in chunks and parts, and the vocabulary over devices."""
     model, plain = bag(vocab=VOCAB)
-    params = with_random_factors(lj.lorafy(plain, [lora("lm_head")]))
+    params = with_random_factors(lorafied(plain, [lora("lm_head")]))
     adapter, base = lj.split(params)
     data, forward = batch(), lj.adapt(model.apply)
     data["predict_at"] = np.arange(3, 3 + M, dtype=np.int32)[None].repeat(BATCH, axis=0)
@@ -104,7 +104,7 @@ def test_an_adapter_gets_the_gradient_of_the_formula(name, chunk, parts):
 @pytest.mark.parametrize("name", {*TOKEN_LOSSES} - {DEFAULT})
 def test_accumulation_is_the_large_batch(name):
     model, plain = bag()
-    adapter, base = lj.split(with_random_factors(lj.lorafy(plain, [lora("lm_head")])))
+    adapter, base = lj.split(with_random_factors(lorafied(plain, [lora("lm_head")])))
     parts = [batch(seed) for seed in range(2)]
     optimizer = optax.sgd(1.0)
     rate, loss = optax.constant_schedule(1.0), token_loss(name)

@@ -20,7 +20,7 @@ from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
-from tests.support import assert_close, draw, over, with_random_factors
+from tests.support import assert_close, draw, lorafied, over, with_random_factors
 
 NAMES = tuple(OPTIMIZERS)
 LAYERS, IN, OUT, RANK = 3, 10, 14, 4
@@ -38,7 +38,7 @@ def tree(rules=None, layers=LAYERS, n_in=IN, n_out=OUT):
         lj.LoraRule(targets=["layers"], rank=RANK, alpha=3),
         lj.TrainRule(targets=["norm"]),
     ]
-    return with_random_factors(lj.lorafy(params, rules))
+    return with_random_factors(lorafied(params, rules))
 
 
 def gradients(adapter, step):

@@ -11,7 +11,7 @@ from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import ONLINE, rollout_loss, token_values
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 from tests.training.test_losses import BATCH, SEQ, arrays_of_size, bag, batch, lora
 from train.processes.mesh import make_mesh
 
@@ -28,7 +28,7 @@ def adapted():
         places[row, :n] = np.sort(np.random.default_rng(row).permutation(SEQ - 1)[:n])
     weights = (np.arange(7) < counts[:, None]).astype(np.int32)
     data |= {"predict_at": places, "targets": data["targets"][:, :7], "weights": weights}
-    return model, with_random_factors(lj.lorafy(plain, [lora("lm_head", dropout=0.5)])), data
+    return model, with_random_factors(lorafied(plain, [lora("lm_head", dropout=0.5)])), data
 
 
 def judged(model, params, data, temperature=TEMPERATURE):
@@ -100,7 +100,7 @@ def test_padding_is_finite_and_needs_no_weights(adapted):
 @pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2", "data=2,sequence=2"])
 def test_a_mesh_scores_as_one_device_does(sizes):
     model, plain = tiny.decoder("llama3")
-    params = with_random_factors(lj.lorafy(plain, [lora("q_proj", "down_proj")]))
+    params = with_random_factors(lorafied(plain, [lora("q_proj", "down_proj")]))
     data = {name: np.tile(x[:2], (2, 1)) for name, x in batch().items()}
     places = np.arange(3, 3 + data["targets"].shape[1], dtype=np.int32)
     data = {k: v[:, :16] if v.shape[1] == SEQ else v for k, v in data.items()}
@@ -152,7 +152,7 @@ def test_the_temperature_divides(adapted):
 def test_the_scorer_agrees_with_the_sampler():
     """On answers behind prompts of two lengths, padded on the left there and on the right here."""
     model, plain = tiny.decoder("llama3")
-    params = with_random_factors(lj.lorafy(plain, [lora("q_proj", "down_proj")]))
+    params = with_random_factors(lorafied(plain, [lora("q_proj", "down_proj")]))
     apply, prompts, lengths, new = lj.adapt(model.apply), tiny.tokens(3, 2, 5), [5, 3], 6
     mask = (np.arange(5) >= 5 - np.array(lengths)[:, None]).astype(np.int32)
     options = {"n": 3, "max_new_tokens": new, "temperature": TEMPERATURE, "apply": apply}

@@ -13,7 +13,7 @@ from lora_jax.training.losses import summed_loss
 from lora_jax.training.optimizer import adamw, decays
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import State, init_state, make_step
-from tests.support import with_random_factors
+from tests.support import lorafied, with_random_factors
 from tests.train.tiny import CONFIG, decoder, tokenizer
 from tests.training.test_losses import bag
 
@@ -32,7 +32,7 @@ def halves(model):
         lj.LoraRule(targets=["lm_head"], rank=3, alpha=5, dropout=0.3, train_bias=True),
         lj.TrainRule(targets=["embed_tokens"]),
     ]
-    return lj.split(with_random_factors(lj.lorafy(model[1], rules)))
+    return lj.split(with_random_factors(lorafied(model[1], rules)))
 
 
 sums_of = jax.jit(summed_loss, static_argnums=0)
@@ -63,7 +63,7 @@ def test_packing_changes_no_loss():
     model, plain = decoder()
     forward = lj.adapt(model.apply)
     rules = [lj.LoraRule(targets=["q_proj", "v_proj", "down_proj"], rank=3, alpha=5)]
-    params = with_random_factors(lj.lorafy(plain, rules))
+    params = with_random_factors(lorafied(plain, rules))
     losses = []
     for packing in (False, True):
         rows = packs(packing=packing)

@@ -27,7 +27,7 @@ from lora_jax.training.losses import (
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 from tests.train.run.test_log import events, reporting
 from tests.training.test_losses import BATCH, M, bag, batch, lora, on_merged
 from train.options.common import RunConfig
@@ -161,7 +161,7 @@ def signed(seed):
 
 def test_weights_of_both_signs():
     model, plain = bag()
-    params = with_random_factors(lj.lorafy(plain, [lora("lm_head", train_bias=True)]))
+    params = with_random_factors(lorafied(plain, [lora("lm_head", train_bias=True)]))
     adapter, base = lj.split(params)
     data = {**batch(), "weights": signed(0)}
     assert data["weights"].sum() == 0 and (data["weights"] < 0).any()
