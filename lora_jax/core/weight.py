@@ -297,9 +297,8 @@ class LoraWeight(TreeNode):
         """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""
         if all(self.ranks):
             return array
-        on = np.array(self.ranks) > 0
-        on = on.reshape(-1, *[1] * (array.ndim - 1))
-        return jnp.where(on, array, jnp.asarray(otherwise, array.dtype))
+        on = np.reshape(self.ranks, (-1, *[1] * (array.ndim - 1))) > 0
+        return jnp.where(on, array, otherwise)
 
     def merged(self) -> jax.Array:
         """Returns W + s·AB with its gain, summed in fp32 and rounded once to W's dtype.

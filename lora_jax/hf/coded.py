@@ -184,9 +184,9 @@ def _stack_layers(layers: Iterable[Coded], shapes: Coded, where: Coded | Shardin
       shapes: shapes of the whole.
       where: the sharding of each array, or one for all.
     """
-    empty = jax.jit(lambda: shapes.map(lambda x: jnp.zeros(x.shape, x.dtype)), out_shardings=where)
+    places = where if isinstance(where, Coded) else shapes.map(lambda _: where)
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=where)
-    whole: Coded = empty()
+    whole = shapes.map(lambda x, place: jnp.zeros(x.shape, x.dtype, device=place), places)
     for i, layer in enumerate(layers):
         whole = jax.block_until_ready(write(whole, layer, i))
     return whole

@@ -275,8 +275,8 @@ class _Contents:
         a: Leaf, b: Leaf, node: LoraWeight, at: tuple[int, ...], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
-        a, b = (np.asarray(v)[at] for v in (a, b))
-        return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
+        a, b = (np.asarray(v)[at].reshape(node.rank, -1)[:rank] for v in (a, b))
+        return a, b
 
     def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> JsonObject:
         """Writes the tensors of experts, as PEFT packs them; adds their ranks and alphas."""

@@ -137,8 +137,7 @@ def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Cod
     if isinstance(sharding, NamedSharding):
         places = tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))
     encoder = _encoder(coding, dtype, jax.tree.structure(abstract), places)
-    is_whole = len(array.shape) < 3 or array.shape[0] == 1 or coding.axis == -len(array.shape)
-    if places or is_whole:
+    if places or math.prod(array.shape[:-2]) == 1 or coding.axis == -len(array.shape):
         coded, faults = encoder(array)
     else:
         # Layer by layer: a CPU's compiler casts all of a bf16 array before it reduces it.

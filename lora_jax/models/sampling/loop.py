@@ -107,8 +107,8 @@ def make_decoding(
         top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
         key=jax.random.key(0) if key is None else key,
     )
-    ends, padding = jax.device_put((np.array(eos, np.int32), np.int32(pad_token_id)))
-    return Decoding(sampling, ends, padding)
+    ends = jax.device_put((np.array(eos, np.int32), np.int32(pad_token_id)))
+    return Decoding(sampling, *ends)
 
 
 def prefill(
