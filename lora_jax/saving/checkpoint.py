@@ -288,7 +288,7 @@ def _weight(
     invocation = settings.get("invocation")
     weight = LoraWeight(
         base,
-        {"scale": np.asarray(settings["scale"], np.float32)},
+        {"scale": jax.device_put(np.asarray(settings["scale"], np.float32))},
         roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
@@ -299,7 +299,8 @@ def _weight(
         invocation=invocation if invocation is None else tuple(invocation),
         ties=tuple(settings.get("ties", ())),
     )
-    arrays, ragged = {**weight.arrays, **filed}, len(set(weight.ranks)) > 1
+    arrays: dict[str, Any] = {**weight.arrays, **filed}
+    ragged = len(set(weight.ranks)) > 1
     for name, array in arrays.items():
         axis = rank_axis(weight.axes_of(name), weight.labels)
         if name in _LONG_AXIS_FIRST:
