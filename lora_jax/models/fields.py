@@ -1,4 +1,4 @@
-"""What several models read from a config.json: fields of the same form, heads, and classes."""
+"""Reads the parts of a config.json that several models share: fields of one form, heads, classes."""
 
 import dataclasses
 import re
