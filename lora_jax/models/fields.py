@@ -1,4 +1,4 @@
-"""Reads the parts of a config.json that several models share: fields of one form, heads, classes."""
+"""Reads the parts of a config.json that several models share: fields, heads, and classes."""
 
 import dataclasses
 import re
