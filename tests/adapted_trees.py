@@ -12,7 +12,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.core.parts import RANK
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.weight import is_node
+from lora_jax.core.weight import is_leaf, is_node
 
 Params = Any
 
@@ -50,7 +50,7 @@ def _with_base(tree: Params, params: Params) -> Params:
             return leaf
         return node if isinstance(node, lj.Trained) else node.replace(base=leaf)
 
-    return jax.tree.map(replaced, tree, params, is_leaf=is_node)
+    return jax.tree.map(replaced, tree, params, is_leaf=is_leaf)
 
 
 def adapted(params: Params, rule: lj.LoraRule) -> Params:
