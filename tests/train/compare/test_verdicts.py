@@ -126,7 +126,7 @@ def test_seeds_that_are_apart_are_never_called_tied():
     """Each seed of full is above each of LoRA, by less than three seeds can tell."""
     of_lora, of_full = [right(n) for n in (30, 33, 36)], [right(n) for n in (37, 40, 44)]
     advice = compared(of_lora, of_full)
-    assert "so few seeds and questions do not tell the methods apart" in advice.headline
+    assert "so few seeds and 64 questions do not tell the methods apart" in advice.headline
     assert advice.verdict == "undecided" and "ahead by 18%" in advice.undecided[0]
     near = compared(of_lora, [right(n) for n in (37, 37, 38)])
     assert "so few seeds" in near.headline and "tied" not in " ".join(

@@ -260,10 +260,9 @@ def _quality_clause(leader: str, gap: Gap) -> str:
         return f"{leader} is better"
     if not gap.seeds:
         return "quality not told apart by one seed"
-    basis = "seeds and questions" if gap.questions else "seeds"
     if gap.is_separate:
-        return f"so few {basis} do not tell the methods apart"
-    return f"quality not told apart by these {basis}" if gap.is_hidden else "quality tied"
+        return f"so few {gap.spread_over} do not tell the methods apart"
+    return f"quality not told apart by these {gap.spread_over}" if gap.is_hidden else "quality tied"
 
 
 def _gap_sentence(leader: str, by: str, clause: str, gap: Gap) -> str:
