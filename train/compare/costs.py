@@ -141,18 +141,16 @@ def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bo
       model: the model.
       plain: its parameters without an adapter.
       adapted: its parameters with the adapter.
-      decodes: whether the model answers token by token; else it reads texts.
+      decodes: whether the model answers token by token; else it reads texts or images.
     """
-    rng = np.random.default_rng(0)
-    length = _PROMPT if decodes else _LENGTH
-    ids = rng.integers(1, min(model.config.vocab_size, 1000), (_ROWS, length), dtype=np.int32)
+    inputs, what = _inputs_of(model.config, decodes)
     ways: list[tuple[Forward, Tree]] = [
         (model.apply, plain),
         (model.apply, lj.merge(adapted)),
         (lj.adapt(model.apply), adapted),
     ]
     answering = functools.partial(_decoding, model) if decodes else _reading
-    timed = [answering(params, ids, apply) for apply, params in ways]
+    timed = [answering(params, inputs, apply) for apply, params in ways]
     for run in timed:
         run()  # compiles
     medians: list[list[float]] = [[] for _ in timed]  # of each way, round by round
@@ -161,7 +159,6 @@ def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bo
             place = (turn + way) % len(timed)
             medians[place].append(statistics.median(timed[place]()))
     base, merged, live = medians
-    what = f"a decoding step of {_ROWS} rows" if decodes else f"{_ROWS} texts of {length} tokens"
     return Latency(
         arm=arm,
         base=statistics.median(base),
@@ -171,6 +168,19 @@ def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bo
         merged_ratio=ratio_of(merged, base),
         live_ratio=ratio_of(live, base),
     )
+
+
+def _inputs_of(config: Any, decodes: bool) -> tuple[np.ndarray, str]:
+    """Returns the inputs of an answer, and what is timed, in words."""
+    rng = np.random.default_rng(0)
+    if isinstance(config, models.VisionConfig):
+        shape = (_ROWS, config.num_channels, *config.image_size)
+        return rng.normal(size=shape).astype(np.float32), f"{_ROWS} images"
+    length = _PROMPT if decodes else min(_LENGTH, config.max_tokens)
+    ids = rng.integers(1, min(config.vocab_size, 1000), (_ROWS, length), dtype=np.int32)
+    if decodes:
+        return ids, f"a decoding step of {_ROWS} rows"
+    return ids, f"{_ROWS} texts of {length} tokens"
 
 
 def ratio_of(times: Sequence[float], others: Sequence[float]) -> Ratio:

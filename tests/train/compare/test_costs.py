@@ -1,0 +1,37 @@
+"""The time of an answer: what a model is given to read."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.hf.trees import encoder
+from tests.train.test_classify_images import FIELDS
+from train.compare import costs
+from train.compare.result import Arm
+
+ARM = Arm("lora", 2, ("all-linear",), 4.0, 1e-3, 8)
+
+
+def reading_shapes(params, inputs, apply):
+    """Runs a model on shapes alone, in the place of a timed one."""
+    jax.eval_shape(apply, {"params": params}, inputs)
+    return lambda: [2.0]
+
+
+@pytest.mark.parametrize(
+    "kind, what", [("bert", "8 texts of 29 tokens"), ("vit", "8 images")], ids=["bert", "vit"]
+)
+def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
+    """A text has no more tokens than the model has positions; a ViT reads images."""
+    monkeypatch.setattr(costs, "_reading", reading_shapes)
+    if kind == "bert":
+        model, params = encoder("bert", "classification")
+    else:
+        model = models.VisionEncoder(models.read_config(FIELDS))
+        pixels = jnp.zeros((1, 3, *model.config.image_size))
+        params = model.init(jax.random.key(0), pixels)["params"]
+    adapted = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    latency = costs.answer_latency(ARM, model, params, adapted, decodes=False)
+    assert latency.what == what and latency.base == latency.merged == latency.live == 2.0
