@@ -26,7 +26,7 @@ def test_what_is_off_or_on_already_may_be_said_again(tmp_path):
 @pytest.mark.parametrize("name", FINDINGS)
 def test_costs_of_a_finding_may_be_turned_off_again(name):
     line = [FINDINGS[name].script, "--config", str(options_of(name)), "--no-costs"]
-    _, config, _ = compare.parse(line)
+    _, config = compare.parse(line)
     assert not config.compare.costs
 
 
