@@ -32,7 +32,7 @@ from train.plan.remat import choose_for
 from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
-from train.run.report import megabytes
+from train.run.report import byte_size
 from train.tools.contract import EpisodeHost
 
 _ROWS = 3  # that are shown
@@ -189,20 +189,20 @@ def _print_memory(say: Say, needed: LocalNeeds) -> None:
         "temporaries of the step" if needed.between else "temporaries": needed.temporaries,
         **{f"of the {name}": n for name, n in needed.between.items()},
     }
-    known = ", ".join(f"{name} {megabytes(n)}" for name, n in parts.items() if n is not None)
+    known = ", ".join(f"{name} {byte_size(n)}" for name, n in parts.items() if n is not None)
     if needed.total is None:
         say(f"memory of a device: {known}; this compiler does not report a step's temporaries")
     else:
-        of = "" if needed.capacity is None else f" of {megabytes(needed.capacity)}"
+        of = "" if needed.capacity is None else f" of {byte_size(needed.capacity)}"
         fits = needed.capacity is None or needed.total < needed.capacity
         say(
-            f"memory of a device, by the compiler: {megabytes(needed.total)}{of} ({known}"
+            f"memory of a device, by the compiler: {byte_size(needed.total)}{of} ({known}"
             f"{', one at a time' * bool(needed.between)}). The process itself, its rows and "
             "programs come on top"
         )
         if not fits:
             say("warning: this does not fit: use --remat, a smaller --batch-size or --seq-len")
-    say(f"a checkpoint on disk: {megabytes(needed.checkpoint)}")
+    say(f"a checkpoint on disk: {byte_size(needed.checkpoint)}")
 
 
 def _print_time(say: Say, config: Options, inputs: Inputs, needed: LocalNeeds) -> None:

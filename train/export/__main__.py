@@ -48,7 +48,7 @@ from train.export.terms import (
 from train.processes.cache import keep_compiled
 from train.run.output import folder_bytes
 from train.run.pretrained import ModelInfo, read_model, read_untokenized
-from train.run.report import megabytes
+from train.run.report import byte_size
 
 PROBLEMS = 1  # the exit code when --check-serving finds some
 
@@ -283,15 +283,10 @@ def print_files(work: ExportJob, what: str) -> None:
     work.say(f"{what}: {work.output}")
     table = Table("file", Column("size", justify="right"))
     for path in sorted(work.output.iterdir()):
-        table.add_row(path.name, size(path.stat().st_size))
+        table.add_row(path.name, byte_size(path.stat().st_size))
     table.add_section()
-    table.add_row("total", size(folder_bytes(work.output)))
+    table.add_row("total", byte_size(folder_bytes(work.output)))
     work.console.print(table)
-
-
-def size(n: int) -> str:
-    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
-    return megabytes(n) if n >= 1e6 else f"{n / 1e3:.1f} kB"
 
 
 if __name__ == "__main__":

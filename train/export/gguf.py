@@ -23,7 +23,7 @@ from train.export.modelfile import write_modelfile
 from train.export.options import ExportJob, ExportOptions, modelfile_of
 from train.export.terms import codes_notice
 from train.run.pretrained import read_tokenizer
-from train.run.report import megabytes
+from train.run.report import byte_size
 
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -143,7 +143,7 @@ def _tokenizer_of(path: Path) -> Tokenizer | None:
 
 
 def _report(work: ExportJob, file: Path, what: str, notes: Sequence[str]) -> None:
-    work.say(f"{what}: {file} ({megabytes(file.stat().st_size)})")
+    work.say(f"{what}: {file} ({byte_size(file.stat().st_size)})")
     for note in notes:
         work.say(note)
 

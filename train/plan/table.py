@@ -9,7 +9,7 @@ from rich.table import Table
 from train.plan.compile import STEP, Plan
 from train.plan.flops.checked import JAXPR
 from train.plan.tasks import SAMPLER, TASKS
-from train.run.report import megabytes, step_time
+from train.run.report import byte_size, step_time
 
 _HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
 _UNKNOWN = "–"
@@ -80,8 +80,8 @@ def print_plans(
             _UNKNOWN if seconds is None else step_time(seconds),
             _number(guess["chip_hours"]),
             *([_number(guess["cost"])] if with_cost else []),
-            megabytes(made.adapter_bytes),
-            megabytes(made.checkpoint_bytes),
+            byte_size(made.adapter_bytes),
+            byte_size(made.checkpoint_bytes),
         )
     console.print(work)
     for made in plans:

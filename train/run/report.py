@@ -62,8 +62,8 @@ def tree_bytes(tree: Any) -> int:
     return sum(map(bytes_of, jax.tree.leaves(tree)))
 
 
-def megabytes(size: float) -> str:
-    """Formats a number of bytes in megabytes: "19.6 MB"."""
+def byte_size(size: float) -> str:
+    """Formats a number of bytes in byte_size: "19.6 MB"."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -85,11 +85,11 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
         ("step (median)", step),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
         ("further compilations", f"{report['further_compile_seconds']:.1f} s"),
-        ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not reported"),
-        ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not reported"),
-        ("peak memory of the process", megabytes(report["peak_bytes"])),
-        ("adapter on disk", megabytes(report["adapter_bytes"])),
-        ("base in memory", megabytes(report["base_bytes"])),
+        ("compiled: temporaries", byte_size(memory["temporaries"]) if memory else "not reported"),
+        ("compiled: arguments", byte_size(memory["arguments"]) if memory else "not reported"),
+        ("peak memory of the process", byte_size(report["peak_bytes"])),
+        ("adapter on disk", byte_size(report["adapter_bytes"])),
+        ("base in memory", byte_size(report["base_bytes"])),
     ]
     for line in lines:
         table.add_row(*line)
@@ -140,8 +140,8 @@ def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) ->
     """Prints an adapter's folder and size on disk, and the base's size in memory."""
     tell(
         console,
-        f"adapter saved in {adapter}: {megabytes(report['adapter_bytes'])} beside "
-        f"the base's {megabytes(report['base_bytes'])} in memory",
+        f"adapter saved in {adapter}: {byte_size(report['adapter_bytes'])} beside "
+        f"the base's {byte_size(report['base_bytes'])} in memory",
     )
 
 

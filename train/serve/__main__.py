@@ -25,7 +25,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
-from train.run.report import megabytes
+from train.run.report import byte_size
 from train.run.sampling import apply_generation_config
 from train.serve.app import make_app, make_starting_app
 from train.serve.engine.engine import Engine
@@ -195,7 +195,7 @@ def _engine(
     with doing(console, "compiling what requests will need"):
         engine.warm_up(seen)
     lengths = ", ".join(map(str, engine.sizes.lengths))
-    say(f"{outline.name}: {megabytes(engine.status().base_size)}; rows of {lengths} tokens")
+    say(f"{outline.name}: {byte_size(engine.status().base_size)}; rows of {lengths} tokens")
     return engine
 
 
