@@ -256,7 +256,8 @@ def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
     assert "steps: 2, 1.33 epochs; 12 completions a step (3 batches of 4)" in said
     six_prompts = 6 * 21  # two completions share one
     assert f"tokens a step: about {six_prompts} of prompts, and at most 72 that are drawn" in said
-    assert re.search("of the step [0-9.]+ .B, of the scorer [0-9.]+ .B, of the sampler [0-9.]+ .B", said)
+    size = "[0-9.]+ .B"
+    assert re.search(f"of the step {size}, of the scorer {size}, of the sampler {size}", said)
     assert "takes time besides" in said
 
 
