@@ -64,7 +64,14 @@ def faults(path, source):
         found.append(f"{path}: split it: a file has one subject")
     if "jax._src" in source or "flax.core.frozen" in source:
         found.append(f"{path}: private parts of another library")
-    for function in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    kinds = [
+        ast.If if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) else type(node)
+        for node in tree.body
+    ]
+    if ast.If in kinds and {ast.FunctionDef, ast.ClassDef} & {*kinds[kinds.index(ast.If) :]}:
+        found.append(f"{path}: what stands behind the call of main is missing there")
+    for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 own = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
@@ -78,6 +85,9 @@ def faults(path, source):
 def test_the_judge_sees_faults():
     source = "def f():\n    from lora_jax import adapt\n    import jax._src\n" + "\n" * 600
     assert len(faults("file.py", source)) == 3
+    call = "if __name__ == '__main__':\n    main()\n"
+    assert len(faults("file.py", f"def main(): ...\n{call}def behind(): ...\n")) == 1
+    assert faults("file.py", f"def main(): ...\n{call}") == []
 
 
 def test_public_names_are_there_and_packages_come_at_their_first_use():

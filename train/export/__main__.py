@@ -289,10 +289,6 @@ def print_files(work: ExportJob, what: str) -> None:
     work.console.print(table)
 
 
-if __name__ == "__main__":
-    main()
-
-
 @contextlib.contextmanager
 def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
     """Yields the options with a folder of this machine, which is sent to the bucket at the end.
@@ -310,3 +306,7 @@ def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
             raise UserError(f"--output {place} is or holds {given}, an input: name another one")
     with staged(options.output) as folder:
         yield dataclasses.replace(options, output=str(folder))
+
+
+if __name__ == "__main__":
+    main()

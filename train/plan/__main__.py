@@ -388,10 +388,6 @@ def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float
     return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
 def largest_fit(
     plan_of: Callable[[int], Plan], first: int, unit: int, limit: int, share: float
 ) -> int | None:
@@ -442,3 +438,7 @@ def _size_for(totals: dict[int, int], capacity: float) -> float | None:
         sorted(totals.items(), key=lambda item: abs(item[1] - capacity))[:2]
     )
     return one + (other - one) * (capacity - low) / (high - low) if high > low else None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -178,10 +178,6 @@ def read_texts(options: PredictOptions) -> Texts:
     return read_standard_input()
 
 
-if __name__ == "__main__":
-    main()
-
-
 def output_format(asked: Format | None, out: str | None) -> Format:
     """Returns the format that is asked for; else that of the file's ending, or JSON lines."""
     return asked or ("csv" if out is not None and out.lower().endswith(".csv") else "jsonl")
@@ -223,3 +219,7 @@ def write(
             line = json.dumps(fields | {"probabilities": named}, ensure_ascii=False)
             file.write(f"{line}\n")
     file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -63,8 +63,8 @@ def tree_bytes(tree: Any) -> int:
 
 
 def byte_size(size: float) -> str:
-    """Formats a number of bytes in byte_size: "19.6 MB"."""
-    return f"{size / 1e6:,.1f} MB"
+    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
+    return f"{size / 1e3:.1f} kB" if size < 999_950 else f"{size / 1e6:,.1f} MB"
 
 
 def step_time(seconds: float) -> str:
