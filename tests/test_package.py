@@ -65,12 +65,12 @@ def faults(path, source):
     if "jax._src" in source or "flax.core.frozen" in source:
         found.append(f"{path}: private parts of another library")
     tree = ast.parse(source)
-    kinds = [
-        ast.If if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) else type(node)
-        for node in tree.body
-    ]
-    if ast.If in kinds and {ast.FunctionDef, ast.ClassDef} & {*kinds[kinds.index(ast.If) :]}:
-        found.append(f"{path}: what stands behind the call of main is missing there")
+    calls_main = False
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            calls_main = True
+        elif calls_main:
+            found.append(f"{path}:{node.lineno}: main is called before this line has run")
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):

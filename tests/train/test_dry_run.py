@@ -18,6 +18,10 @@ from train.run.output import state_of
 from train.sft import main
 
 
+def in_words(n_bytes):
+    return f"{n_bytes / 1e3:.1f} kB" if n_bytes < 1e6 else f"{n_bytes / 1e6:,.1f} MB"
+
+
 def files_in(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -49,7 +53,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
         assert of_run in said
     assert f"steps: {report['steps']:,}, " in said and "2." in said
     compiled = report["compiled_bytes"]
-    assert f"temporaries {compiled['temporaries'] / 1e6:,.1f} MB" in said
+    assert f"temporaries {in_words(compiled['temporaries'])}" in said
     assert state_of(tmp_path / "run").startswith("this output folder holds another run: --resume")
 
 
@@ -223,7 +227,7 @@ def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
     assert "steps: 2, 0.89 epochs; 4 pairs a step; the largest batch is 4 × 32 tokens" in said
     dpo.main([*line, "--compilation-cache", "off", "--report-to", "none"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    temporaries = f"{report['compiled_bytes']['temporaries'] / 1e6:,.1f} MB"
+    temporaries = in_words(report["compiled_bytes"]["temporaries"])
     assert f"temporaries of the step {temporaries}, of the reference " in said
     assert "before that, the reference reads all rows once: 0 s" in said
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from train.run import report
-from train.run.report import note_seconds, whole_time
+from train.run.report import byte_size, note_seconds, step_time, whole_time
 
 ROOT = Path(__file__).parents[3]
 
@@ -84,3 +84,11 @@ def test_a_process_is_as_old_as_its_parent_measures():
 def test_a_run_that_never_began_is_left_alone(clock, tmp_path):
     note_seconds(tmp_path, process(clock))
     assert not any(tmp_path.iterdir())
+
+
+def test_sizes_and_times_have_a_unit_in_which_they_can_be_read():
+    sizes = {0: "0.0 kB", 3_240: "3.2 kB", 999_949: "999.9 kB", 999_950: "1.0 MB"}
+    sizes |= {19_640_000: "19.6 MB", 16_060_522_496: "16,060.5 MB"}
+    assert {size: byte_size(size) for size in sizes} == sizes
+    times = {0.0059: "5.9 ms", 0.9994: "999 ms", 0.9996: "1.00 s", 7.834: "7.83 s"}
+    assert {seconds: step_time(seconds) for seconds in times} == times
