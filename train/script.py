@@ -19,6 +19,7 @@ from train.processes import hosts
 from train.processes.session import Session, process_age
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
+from train.run.output import ADAPTER
 from train.run.report import whole_time
 from train.run.task import PriorRuns, Task
 from train.settings.command import read_line
@@ -153,13 +154,19 @@ def train_many(script: str, requests: Sequence[RunRequest], session: Session) ->
     results = [row.result() for row in rows]
     parent = rows[0].run.folder.parent
     write_csv(parent / RESULTS, [results[0], *(result.values() for result in results)])
-    print_results(console, [{k: v for k, v in r.items() if k != "error"} for r in results])
+    paths_and_texts = ("adapter", "error")
+    print_results(
+        console,
+        [{k: v for k, v in result.items() if k not in paths_and_texts} for result in results],
+    )
     failed = [row for row in rows if row.state == "failed"]
     for row in failed:
         where = row.run.folder / ERROR
         print(f"error: {row.name} failed: {row.why} ({where})", file=sys.stderr, flush=True)
     took = whole_time((row.run.folder for row in rows), session)
     tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
+    if any(row.report is not None for row in rows):
+        tell(console, f"adapters: {parent / 'NAME' / ADAPTER}, with a run's name")
     hint = session.stop.remedy
     if n := sum(row.state == "stopped" for row in rows):
         raise Interrupted(f"stopped {n} of {len(rows)} runs, each saved. {hint}", session.stop.code)

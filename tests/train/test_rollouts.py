@@ -68,7 +68,8 @@ def line_of(folder, output, *args, reward="early"):
     line += ["--max-new-tokens", NEW, "--seq-len", 64, "--warmup", 1, "--report-to", "none"]
     line += ["--targets", "q_proj", "v_proj"] if "--init-adapter" not in args else []
     if reward:
-        line += ["--reward", f"{folder / 'rewards.py'}:{reward}", "--eval-questions", 0]
+        line += ["--reward", f"{folder / 'rewards.py'}:{reward}"]
+        line += ["--eval-questions", 0] if "--eval-dataset" not in args else []
         line += ["--group", GROUP, "--batch-size", GROUP * PROMPTS, "--loss", "grpo"]
     return [str(arg) for arg in [*line, *args]]
 
@@ -391,6 +392,14 @@ BAD = {
     "no such name": (["--reward", "length_"], "no reward of this name, but arithmetic"),
     "a column": (["--reward", "arithmetic"], "--reward arithmetic needs the column 'answer'"),
     "held-out loss": (["--eval-every", "1"], "there is no held-out loss"),
+    "held-out rows": (
+        ["--eval-dataset", "rows.jsonl", "--eval-questions", "8"],
+        "all of them count: leave out --eval-questions",
+    ),
+    "a task's own rows": (
+        ["--dataset", "arithmetic", "--eval-dataset", "rows.jsonl"],
+        "--eval-dataset is about rows of your own: name them with --dataset",
+    ),
 }
 
 
@@ -409,6 +418,7 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
         (["--teacher", "nowhere"], "--teacher nowhere"),
         (["--teacher-prompt", "long " * 900], "--teacher-prompt: the model"),
         (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
+        (["--teacher", "used", "--eval-dataset", "rows.jsonl"], "a teacher gives no score"),
         (["--teacher", "used", "--full"], "the base itself changes while training"),
     ],
 )

@@ -125,6 +125,10 @@ class NoEffect(enum.Enum):
             o.is_named or o.eval_dataset or o.stream or not (o.eval_every or o.eval_questions)
         ),
     )
+    EVAL_DATASET = (
+        "--eval-dataset names the rows to measure on, and all of them count",
+        lambda o: o.eval_dataset is not None and not o.is_named,
+    )
     NONE_MEASURED = "nothing is measured without --eval-every", lambda o: not o.eval_every
     STREAM = _STREAM, lambda o: o.stream
     ONLY_STREAM = _STREAM, lambda o: o.stream and o.eval_dataset is None

@@ -136,10 +136,23 @@ class BufferedConsole:
 
 
 def print_results(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the results of all runs, a row each."""
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]), title="Runs")
+    """Prints the results of all runs, a row each.
+
+    Long names are folded, and figures never are. A column in which no run has a value is left out.
+
+    Args:
+      console: console to print to.
+      rows: the results of each run, by name: first its own name, which is a text.
+    """
+    name_column, *others = rows[0]
+    figures = [name for name in others if any(row[name] is not None for row in rows)]
+    titles = (name.replace("_", "\n") for name in figures)
+    columns = (Column(title, justify="right", no_wrap=True) for title in titles)
+    table = Table(
+        Column(name_column, overflow="fold"), *columns, title="Runs", box=None, pad_edge=False
+    )
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(_cell(row[name]) for name in (name_column, *figures)))
     console.print(table)
 
 

@@ -36,7 +36,7 @@ TASK = dataclasses.replace(
         max_new_tokens=8,
         temperature=1.5,
     ),
-    check=lambda config: None,
+    check=prompts.check_own_rows,
     completed=completed,
     rows=read_rows,
     most_questions=lambda config, rows: arithmetic.HELD_OUT,

@@ -4,7 +4,7 @@ import dataclasses
 
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import ONLINE, Loss, rollout_loss
-from train.console.errors import UserError
+from train.console.errors import UserError, flag
 from train.live import distillation
 from train.live.prompts import PromptFeed
 from train.options.scripts.distill import Config
@@ -15,11 +15,16 @@ from train.tasks import prompts
 
 def check(config: Config) -> None:
     """Raises a UserError for prompts that would be held out for no measure."""
-    if config.run.eval_questions:
-        raise UserError(
-            f"--eval-questions {config.run.eval_questions}: a teacher gives no score to measure on "
-            "held-out prompts; leave it out"
-        )
+    held_out = {
+        "eval_questions": config.run.eval_questions,
+        "eval_dataset": config.data.eval_dataset,
+    }
+    for name, value in held_out.items():
+        if value:
+            raise UserError(
+                f"{flag(name)} {value}: a teacher gives no score to measure on held-out prompts; "
+                "leave it out"
+            )
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:

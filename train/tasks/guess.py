@@ -21,7 +21,8 @@ def completed(config: Config) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raises a UserError for the default model, which calls no tools."""
+    """Raises a UserError for options about other rows, and for a model that calls no tools."""
+    prompts.check_own_rows(config)
     if config.data.model == prompts.TASK.defaults.model and config.data.chat_template is None:
         raise UserError(
             f"--dataset guess needs a model that was made for tools, which {config.data.model} was "

@@ -12,7 +12,7 @@ from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
-from train.console.errors import UserError
+from train.console.errors import UserError, flag
 from train.data.dataset import find_dataset
 from train.live import reinforcement
 from train.live.external.sampler import find_server
@@ -47,6 +47,13 @@ def check(config: Config) -> None:
             f"--dataset {config.data.dataset}: say what rewards a completion, by --reward "
             "file.py:function, or by an --environment with a reward of its own"
         )
+
+
+def check_own_rows(config: Any) -> None:
+    """Raises a UserError for options about a user's own rows, which a task with rows ignores."""
+    for name in ("fields", "eval_dataset"):
+        if getattr(config.data, name):
+            raise UserError(f"{flag(name)} is about rows of your own: name them with --dataset")
 
 
 def check_prompts(rows: Sequence[Row], source: str) -> None:

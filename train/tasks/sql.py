@@ -18,7 +18,7 @@ from lora_jax.buckets.store import bucket_path
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
-from train.console.errors import UserError, flag
+from train.console.errors import UserError
 from train.console.output import tell
 from train.console.program import program
 from train.data import dataset
@@ -55,10 +55,8 @@ _FIRST = "sft"  # the folder, in a run's, of the run that makes its first adapte
 
 
 def check(config: sft.LanguageOptions) -> None:
-    """Raises a UserError for options about a user's own rows."""
-    for name in ("fields", "eval_dataset"):
-        if getattr(config.data, name):
-            raise UserError(f"{flag(name)} is about rows of your own: name them with --dataset")
+    """Raises a UserError for options about a user's own rows, and for scores of no questions."""
+    prompts.check_own_rows(config)
     if config.run.score_every and not config.run.eval_questions:
         raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
 

@@ -10,7 +10,7 @@ from train import inputs
 from train.inputs import InputReader
 from train.options.file import replace_options
 from train.options.scripts.sft import Config
-from train.run.board import Board, BufferedConsole
+from train.run.board import Board, BufferedConsole, print_results
 from train.settings.defaults import fill_defaults
 from train.tasks.chats import TASK
 from train.tasks.sql import TASK as SQL
@@ -62,3 +62,27 @@ def test_what_a_run_prints_is_kept_in_its_folder_once_it_has_one(tmp_path):
         paper.keep_in(tmp_path, held)
         paper.console.print("after")
         assert (tmp_path / "log.txt").read_text() == "before\nafter\n"
+
+
+def test_figures_of_the_results_are_whole_in_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    runs = [f"rank-{rank}-of-all-linear-layers-on-{rank} chats" for rank in (4, 128)]
+    figures = {
+        "status": "stopped",
+        "steps": 12_345,
+        "kept_step": 12_344,
+        "loss": 12.34567,
+        "loss_step": 12_343,
+        "held_out_loss": 23.45678,
+        "held_out_step": 12_342,
+        "score": 0.98765,
+    }
+    print_results(console, [{"name": name} | figures for name in runs])
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in console.file.getvalue()
+    in_words = ["stopped", "12345", "12344", "12.3457", "12343", "23.4568", "12342", "0.9877"]
+    assert [line.split()[-8:] for line in lines if "stopped" in line] == [in_words] * 2
+    for name in runs:
+        assert name.replace(" ", "") in "".join(line[:18].replace(" ", "") for line in lines)
+    print_results(console, [{"name": "a", "loss": None}, {"name": "b", "loss": None}])
+    assert "loss" not in console.file.getvalue().rpartition("Runs")[2]

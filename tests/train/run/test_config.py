@@ -80,6 +80,10 @@ def decoder_outline():
         ("--heartbeat-timeout 90", "no other to hear of: leave out --heartbeat-timeout"),
         ("--dataset a.jsonl --split test", "from a file, not from the hub: leave out --split"),
         ("--dataset a.jsonl --eval-questions 8", "for --eval-every alone: leave out --eval-q"),
+        (
+            "--dataset a.jsonl --eval-dataset b.jsonl --eval-every 1 --eval-questions 8",
+            "all of them count: leave out --eval-questions",
+        ),
         ("--targets none", "nothing would train"),
         ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
         (

@@ -128,7 +128,7 @@ class GrpoRunConfig(SftRunConfig):
     eval_questions: int | None = None
     """Prompts to hold out, whose greedy completions are rewarded before and after training, and
     every --score-every steps; by default 64 (of the SQL task 16 of each kind), at most a tenth of
-    all, drawn by --seed; 0 for none."""
+    all, drawn by --seed; 0 for none. The prompts of --eval-dataset take their place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

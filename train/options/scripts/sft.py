@@ -111,11 +111,15 @@ class SftRunConfig(RunConfig):
     sample_tokens: int = option(64, field.COURSE, NoEffect.NO_PROMPTS)
     """The maximum number of tokens of an answer to --sample-prompts."""
     eval_questions: int | None = option(
-        None, field.CHANGEABLE, NoEffect.NONE_HELD_OUT, NoEffect.STREAM
+        None,
+        field.CHANGEABLE,
+        NoEffect.NONE_HELD_OUT,
+        NoEffect.EVAL_DATASET,
+        NoEffect.STREAM,
     )
     """SQL task: questions of each kind to answer before and after training; by default 16, 0 for
-    none. Other data, with --eval-every: rows to hold out, by default 64, at most a tenth of all,
-    drawn by --seed; several data sets give their share."""
+    none. Other data, with --eval-every and without --eval-dataset: rows to hold out, by default 64,
+    at most a tenth of all, drawn by --seed; several data sets give their share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
