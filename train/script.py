@@ -154,11 +154,7 @@ def train_many(script: str, requests: Sequence[RunRequest], session: Session) ->
     results = [row.result() for row in rows]
     parent = rows[0].run.folder.parent
     write_csv(parent / RESULTS, [results[0], *(result.values() for result in results)])
-    paths_and_texts = ("adapter", "error")
-    print_results(
-        console,
-        [{k: v for k, v in result.items() if k not in paths_and_texts} for result in results],
-    )
+    print_results(console, results, hidden=("adapter", "error"))
     failed = [row for row in rows if row.state == "failed"]
     for row in failed:
         where = row.run.folder / ERROR

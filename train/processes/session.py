@@ -34,9 +34,7 @@ _PATIENCE = 5.0  # seconds for the main thread to end by itself
 _OTHERS = 8.0  # seconds that process 0 waits for the others to end
 _FAILED = 1
 _PROCESS_STATUS = Path("/proc/self/stat")
-_BEGIN_FIELD = (
-    19  # the place of the begin among the fields after the program's name, in clock ticks
-)
+_BEGIN_FIELD = 19  # the beginning in clock ticks, among the fields after the program's name
 
 
 class Session:

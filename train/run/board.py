@@ -135,7 +135,9 @@ class BufferedConsole:
         self.console.file = file
 
 
-def print_results(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_results(
+    console: Console, rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()
+) -> None:
     """Prints the results of all runs, a row each.
 
     Long names are folded, and figures never are. A column in which no run has a value is left out.
@@ -143,9 +145,11 @@ def print_results(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     Args:
       console: console to print to.
       rows: the results of each run, by name: first its own name, which is a text.
+      hidden: the results that are not printed.
     """
-    name_column, *others = rows[0]
-    figures = [name for name in others if any(row[name] is not None for row in rows)]
+    name_column, *result_names = rows[0]
+    measured = {name for row in rows for name, value in row.items() if value is not None}
+    figures = [name for name in result_names if name in measured and name not in hidden]
     titles = (name.replace("_", "\n") for name in figures)
     columns = (Column(title, justify="right", no_wrap=True) for title in titles)
     table = Table(

@@ -22,8 +22,8 @@ def check(config: Config) -> None:
     for name, value in held_out.items():
         if value:
             raise UserError(
-                f"{flag(name)} {value}: a teacher gives no score to measure on held-out prompts; "
-                "leave it out"
+                f"{flag(name)} {value}: a teacher gives no score to measure on held-out prompts. "
+                "Leave it out"
             )
 
 

@@ -118,8 +118,9 @@ class SftRunConfig(RunConfig):
         NoEffect.STREAM,
     )
     """SQL task: questions of each kind to answer before and after training; by default 16, 0 for
-    none. Other data, with --eval-every and without --eval-dataset: rows to hold out, by default 64,
-    at most a tenth of all, drawn by --seed; several data sets give their share."""
+    none. Other data, with --eval-every: rows to hold out, by default 64, at most a tenth of all,
+    drawn by --seed; several data sets give their share. The rows of --eval-dataset take their
+    place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
