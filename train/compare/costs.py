@@ -63,6 +63,7 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
     changes |= {"log_every": 1}  # so that no step ends together with the next
     changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
+    changes |= {"eval_dataset": None}  # which is measured with --eval-every alone
     config = replace_options(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.default_backend() == "cpu":

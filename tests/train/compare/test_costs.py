@@ -1,4 +1,8 @@
-"""The time of an answer: what a model is given to read."""
+"""The time of an answer, what a model is given to read, and the options of a timed run."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import lora_jax as lj
 from lora_jax import models
 from tests.hf.trees import encoder
 from tests.train.test_classify_images import FIELDS
+from train import sft
 from train.compare import costs
 from train.compare.result import Arm
 
@@ -35,3 +40,27 @@ def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
     adapted = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
     latency = costs.answer_latency(ARM, model, params, adapted, decodes=False)
     assert latency.what == what and latency.base == latency.merged == latency.live == 2.0
+
+
+def test_a_timed_run_measures_no_held_out_rows(tmp_path, monkeypatch):
+    """As the command of the process takes it: --eval-dataset alone would be an error."""
+    asked = []
+
+    def run_command(command):
+        asked.append(sft.SCRIPT.parse(command[command.index("train.sft") + 1 :]))
+        sft.SCRIPT.check(asked[-1])
+        output = Path(asked[-1].run.output)
+        output.mkdir()
+        report = {"median_step_seconds": 2.0, "step_seconds_quartiles": None}
+        (output / "report.json").write_text(
+            json.dumps(report | {"compiled_bytes": None, "peak_bytes": 3})
+        )
+
+    monkeypatch.setattr(costs, "_output_of", run_command)
+    line = ["--dataset", "rows.jsonl", "--eval-dataset", "others.jsonl", "--eval-every", "2"]
+    trial = SimpleNamespace(script="train.sft", name="a", config=sft.SCRIPT.parse(line))
+    cost = costs.step_cost(trial, tmp_path, None)
+    assert (cost["step_seconds"], cost["peak_bytes"]) == (2.0, 3)
+    (config,) = asked
+    assert config.data.eval_dataset is None and config.run.eval_every == 0
+    assert config.optim.steps == costs.STEPS
