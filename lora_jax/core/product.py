@@ -370,7 +370,7 @@ def dropped(x: jax.Array, weight: Factored) -> jax.Array:
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
     keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
-    kept = x * (1 / (1 - weight.dropout))
+    kept = x * float(1 / (1 - weight.dropout))  # a NumPy scalar would widen x
     return jnp.where(keep, kept, jnp.zeros_like(x))
 
 

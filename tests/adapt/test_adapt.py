@@ -330,6 +330,17 @@ class TestDropout:
     def masks(self, fn, tree, x, key=0):
         return np.asarray(compiled(fn)(tree, x, dropout_key=jax.random.key(key)))
 
+    def test_a_rate_of_numpy_widens_nothing(self):
+        """NumPy's scalars have a dtype, Python's have none; x has 16 bits."""
+        tree, x, key = tree_of(5, 7, rule=self.rule), X.astype(jnp.bfloat16), jax.random.key(0)
+
+        def jaxpr(rate):
+            weight = tree["a"]["kernel"].replace(dropout=rate)
+            forward = lj.adapt(lambda w, x: x @ w.astype(x.dtype))
+            return str(jax.make_jaxpr(lambda x: forward(weight, x, dropout_key=key))(x))
+
+        assert jaxpr(np.float64(0.4)) == jaxpr(0.4)
+
     def test_masks_differ_by_key_and_site(self):
         tree = tree_of(50, 7, rule=self.rule)
         x = ONES
