@@ -159,7 +159,7 @@ def _inverse_gram(node: LoraWeight, damping: float) -> jax.Array:
         return jnp.zeros((*batch, node.rank, node.rank), node.a.dtype)
     a = node.a.reshape(*batch, node.rank, -1)  # [batch…, r, in]
     gram = jnp.matmul(a, a.mT, precision=lax.Precision.HIGHEST)
-    damped = gram + damping * jnp.eye(node.rank, dtype=gram.dtype)
+    damped = gram + jnp.asarray(damping, gram.dtype) * jnp.eye(node.rank, dtype=gram.dtype)
     scale = node.scale[..., None, None].astype(gram.dtype)
     # A layer that is not adapted has s = 0, and no gradient either.
     squared = jnp.where(scale == 0, 1, scale * scale)
