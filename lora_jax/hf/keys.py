@@ -317,7 +317,7 @@ def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
         inside = all(low <= i < high for i, (low, high, _) in zip(index, ranges, strict=False))
         if inside and shard.replica_id == 0:
             local = tuple(i - low for i, (low, _, _) in zip(index, ranges, strict=False))
-            out[shard.index[n:]] = np.asarray(_indexed(shard.data, local))
+            out[shard.index[n:]] = np.asarray(_indexed(shard.data, local) if n else shard.data)
     return out
 
 
