@@ -30,7 +30,8 @@ from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input, projected
 
-_LATENT_EPS = 1e-6  # of the vectors' norms, whatever the configuration says of the others
+# Of the norms of latent vectors (MLA), whatever the configuration says of other norms.
+_LATENT_EPS = 1e-6
 
 
 class Step(NamedTuple):

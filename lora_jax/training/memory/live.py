@@ -41,6 +41,15 @@ from lora_jax.training.step import State
 
 _LANES = 128  # of a register of a TPU
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
+_INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "few_rows"}
+_PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
+# The same bytes under another shape or name.
+_VIEWS = frozenset({"reshape", "squeeze", "name", "sharding_constraint", "optimization_barrier"})
+_VIEWS |= {"copy", "copy_p", "stop_gradient", "pvary", "pcast"}
+# Computed into arrays; all others that hold no jaxpr are fused.
+_WRITTEN = frozenset({"sort", "top_k", "scatter", "scatter-add", "cumsum", "fft", "gather"})
+_WRITTEN |= {"pallas_call", "flash_kernel", "ffi_call", "random_bits", "device_put"}
+_WRITTEN |= {"cholesky", "qr", "eigh", "svd"}
 _GAPS = 1.05  # a compiler's heap has gaps between its buffers
 
 
@@ -107,17 +116,6 @@ def peak(events: Sequence[Event], begin: Iterable[Buffer], end: Collection[Buffe
 
 def _bytes(buffers: Iterable[Buffer]) -> int:
     return sum(buffer.size for buffer in buffers)
-
-
-_INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "few_rows"}
-_PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
-# The same bytes under another shape or name.
-_VIEWS = frozenset({"reshape", "squeeze", "name", "sharding_constraint", "optimization_barrier"})
-_VIEWS |= {"copy", "copy_p", "stop_gradient", "pvary", "pcast"}
-# Computed into arrays; all others that hold no jaxpr are fused.
-_WRITTEN = frozenset({"sort", "top_k", "scatter", "scatter-add", "cumsum", "fft", "gather"})
-_WRITTEN |= {"pallas_call", "flash_kernel", "ffi_call", "random_bits", "device_put"}
-_WRITTEN |= {"cholesky", "qr", "eigh", "svd"}
 
 
 class _Store:
