@@ -31,10 +31,6 @@ SHARED_CLASS_NAMES = {
 }
 # Methods of public classes, whose names users have: `Layout.of`, `Order.of`, `Examples.by_name`.
 PUBLIC_METHODS = {
-    "lora_jax/core/axes.py": {"of"},
-    "lora_jax/core/factored.py": {"of_columns"},
-    "lora_jax/bank/mixing.py": {"at_once"},
-    "lora_jax/models/layers/cache.py": {"for_rows"},
     "lora_jax/training/layout.py": {"of", "of_parameter", "of_batch"},
     "lora_jax/training/data/order.py": {"of"},
     "lora_jax/training/data/batches.py": {"by_name", "by_length"},
