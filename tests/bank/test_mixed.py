@@ -48,7 +48,7 @@ def adapters(params: Any, rules: list[Any], **more: dict[str, Any]) -> dict[str,
     made = {}
     for seed, (name, changes) in enumerate(more.items()):
         own = [lj.LoraRule(**{**rule, **changes}) for rule in rules]
-        made[name] = with_random_factors(lorafied(params, own), seed=seed + 3)
+        made[name] = with_random_factors(lj.lorafy(params, own), seed=seed + 3)
     return made
 
 
