@@ -24,6 +24,8 @@ class LlamaCpp:
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
+        # One that is dropped before its loop begins waits for the loop forever: it answers first.
+        self._post("completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False})
 
     def continue_ids(self, ids, n, every=8, reuse=False):
         """Returns the greedy continuation, and some tokens' most probable ones: [{id: logprob}].
