@@ -118,6 +118,27 @@ def compiled():
 
 
 @pytest.fixture(autouse=True, scope="module")
+def same_cache():
+    """Refuses a file whose tests leave JAX's cache of programs other than they found it.
+
+    Later files of the same process would compile all of their programs anew.
+    """
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    after = {name: getattr(jax.config, name) for name in names}
+    assert after == before, "a test of this file changed JAX's settings and left them so"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_kept_programs(same_cache):
+    """Scripts do not see that the tests keep programs: they neither say so nor find a conflict."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.processes.cache._setting", {"enable_compilation_cache": False}.get)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drops the compiled programs after a file, once there are many: files share some of them.
 

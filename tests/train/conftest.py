@@ -18,11 +18,3 @@ def few_devices():
         for module in ("mesh", "cache"):
             patch.setattr(f"train.processes.{module}.all_devices", lambda: jax.devices()[:1])
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_kept_programs():
-    """Scripts do not see that the tests keep programs: they neither say so nor find a conflict."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.processes.cache._setting", {"enable_compilation_cache": False}.get)
-        yield
