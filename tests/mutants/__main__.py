@@ -37,6 +37,7 @@ FOLDERS = (
     *("lora_jax/models/sampling", "lora_jax/peft", "lora_jax/quantized", "lora_jax/bank"),
     *("train/serve/engine", "train/live", "train/tools", "train/rewards"),
 )
+PACKAGES = ("lora_jax", "train")
 
 
 class Mutant(NamedTuple):
@@ -132,13 +133,14 @@ def main() -> int:
         print("there is nothing to change: the lines hold none of the expressions of operators.py")
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
-    files = runs.files_of(ROOT)
-    results = options.output / f"verdicts-{runs.digest(ROOT, files)}.jsonl"
+    files = [file for file in runs.files_of(ROOT) if options.output not in (ROOT / file).parents]
+    key = "-".join([runs.digest(ROOT, files), *(name.replace("/", ".") for name in options.tests)])
+    results = options.output / f"verdicts-{key}.jsonl"
     with tempfile.TemporaryDirectory(prefix="lora_jax-mutants-") as scratch:
         folders = [Path(scratch) / f"copy-{number}" for number in range(options.workers)]
         for folder in folders:
             runs.copy(ROOT, files, folder)
-        known = _record(folders[0], options, runs.digest(ROOT, files))
+        known = _record(folders[0], options, key)
         verdicts = _judge_all(mutants, folders, known, options, results)
     print("\n".join(report(mutants, verdicts)))
     return 0
@@ -149,7 +151,9 @@ def _options() -> argparse.Namespace:
         prog="python -m tests.mutants", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--folders", nargs="+", default=FOLDERS, metavar="FOLDER", help="folders to change code in")
+    add(
+        "--folders", nargs="+", metavar="FOLDER", help="to change code in; --since: lora_jax, train"
+    )
     add("--count", type=int, default=20, help="mutants of each folder (default: 20)")
     add("--seed", type=int, default=0, help="of the draw of mutants (default: 0)")
     add("--since", metavar="COMMIT", help="change only lines that differ from this commit")
@@ -158,15 +162,16 @@ def _options() -> argparse.Namespace:
     add("--tests", nargs="+", default=[], metavar="PATH", help="tests that judge (default: all)")
     options = parser.parse_args()
     options.output = options.output.absolute()
+    options.folders = options.folders or (PACKAGES if options.since else FOLDERS)
     for folder in options.folders:
         if not (ROOT / folder).is_dir():
             parser.error(f"--folders: {folder} is no folder of {ROOT}")
     return options
 
 
-def _record(folder: Path, options: argparse.Namespace, digest: str) -> runs.Record:
+def _record(folder: Path, options: argparse.Namespace, key: str) -> runs.Record:
     """Returns which tests run which lines of this checkout, from an earlier run if there is one."""
-    file = options.output / f"lines-{digest}.json"
+    file = options.output / f"lines-{key}.json"
     if not file.exists():
         print(
             "running the fast suite once, to learn which files of tests run which lines", flush=True
