@@ -212,6 +212,17 @@ def test_rows_that_fill_up_a_batch_are_no_completions():
         assert loss(*options, LOGPS, jnp.zeros_like(MASK), GAINS, OLD).tokens == 0
 
 
+def test_completions_of_one_token_count():
+    """Of answers such as "yes" and "no", a model would learn nothing; padding stays out."""
+    mask = array([[0, 1, 0], [0, 0, 0]])
+    chosen = losses.completions(array([[-9.0, -1.0, -9.0]] * 2), mask, jnp.full((2, 3), -2.0))
+    rejected = losses.completions(array([[-9.0, -3.0, -9.0]] * 2), mask, jnp.full((2, 3), -2.5))
+    # By hand: the log-ratios are 1 and -1/2, of one pair.
+    want = math.log1p(math.exp(-0.1 * (1.0 + 0.5)))
+    sums = preference_loss("sigmoid", chosen, rejected, PreferenceOptions(beta=0.1))
+    assert float(sums.count) == 1 and float(sums.total) == pytest.approx(want, rel=1e-6)
+
+
 def test_on_policy_the_ratio_is_one():
     """Without old log-probabilities the value is minus the mean advantage, with a gradient."""
     value, gradient = jax.value_and_grad(

@@ -19,12 +19,17 @@ BEFORE = 4 * CHUNK + 3  # tokens before the invocation, which stands in the mids
 
 @pytest.fixture(scope="module")
 def activated(world, tmp_path_factory):
-    """An activated LoRA that the engine has by name, the same as a plain one, and its tree."""
+    """Adapters that the engine has by name, and their trees: an activated LoRA, a plain LoRA with
+    the same factors, and an activated LoRA with the same invocation and other factors."""
     model, params = world.base.model, world.base.params
     trees, folder = {}, tmp_path_factory.mktemp("activated")
-    for name, invocation in (("alora", INVOCATION), ("lora", None)):
+    for name, invocation, seed in (
+        ("alora", INVOCATION, 7),
+        ("lora", None, 7),
+        ("other alora", INVOCATION, 8),
+    ):
         rule = lj.LoraRule(targets="all-linear", rank=4, alpha=6, invocation=invocation)
-        trees[name] = with_random_factors(lj.lorafy(params, [rule]))
+        trees[name] = with_random_factors(lj.lorafy(params, [rule]), seed)
         peft.save(folder / name, model, trees[name], task_type="CAUSAL_LM")
         adopt = functools.partial(world.engine.adopt, name, folder / name)
         asked(adopt).result(SECONDS)
@@ -96,7 +101,10 @@ def test_the_prefix_of_the_base_is_not_run_again(engine, activated):
 
 
 def test_turns_after_the_invocation_are_not_run_again(engine, activated):
-    """By the same adapter, after the same text; no other finds them, and they find no other's."""
+    """By the same adapter, after the same text; no other finds them, and they find no other's.
+
+    Users of a second activated LoRA with the same invocation would get the first's keys.
+    """
     forget(engine)
     text = prompt(more=ids(np.random.default_rng(6), 10).tolist())
     longer = [*text, 7, 9, 8]
@@ -113,9 +121,11 @@ def test_turns_after_the_invocation_are_not_run_again(engine, activated):
     assert other[: 4 * CHUNK] != longer[: 4 * CHUNK]
     _, n = ran(engine, adapter="alora", prompt=other)
     assert n == len(other)
-    for name in ("lora", None):
+    for name, cached in (("lora", 0), (None, 4 * CHUNK), ("other alora", 4 * CHUNK)):
         result, n = ran(engine, adapter=name, prompt=longer)
-        assert result.cached == (0 if name else 4 * CHUNK)
+        assert result.cached == cached
+    forget(engine)
+    assert bits(ran(engine, adapter="other alora", prompt=longer)[0]) == bits(result)
 
 
 def test_a_prompt_without_the_invocation_is_the_bases(engine, activated):

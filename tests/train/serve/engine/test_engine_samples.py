@@ -261,6 +261,9 @@ def test_stops(engine, monkeypatch):
     monkeypatch.setattr(engine._sampler, "_text_of", lambda tokens: "あ" * (len(tokens) // 3))
     slow = sampled(engine, **fields | {"max_tokens": 30}, stop=("あ" * 6,)).completions[0]
     assert slow.stopped and len(slow.tokens) == 18, "a letter of several tokens"
+    monkeypatch.setattr(engine._sampler, "_text_of", lambda ids: "".join(f"({i})" for i in ids))
+    within = sampled(engine, **fields, stop=(f"({free.tokens[at]}",)).completions[0]
+    assert within.stopped and len(within.tokens) == at + 1, "a stop text inside a token's text"
 
 
 @pytest.mark.parametrize(
