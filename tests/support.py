@@ -42,6 +42,7 @@ def over(
     cases: Iterable[Any],
     often: Iterable[str],
     called: Callable[[Any], str] = lambda case: getattr(case, "name", str(case)),
+    rare: Iterable[str] = (),
 ) -> pytest.MarkDecorator:
     """Parametrises a test over `cases`, all but a few of them marked slow.
 
@@ -51,17 +52,21 @@ def over(
         often: The names of those that the fast suite runs as well; together they should show
             each way that the code under test can go.
         called: Returns the name of a case.
+        rare: The names of slow cases that show what others do: they need THOROUGH=1.
     """
-    cases, often = list(cases), set(often)
-    if unknown := often - {called(case) for case in cases}:
-        raise ValueError(f"often names no case: {sorted(unknown)}")
+    cases, often, rare = list(cases), set(often), set(rare)
+    if unknown := (often | rare) - {called(case) for case in cases}:
+        raise ValueError(f"often and rare name no case: {sorted(unknown)}")
+    if both := often & rare:
+        raise ValueError(f"these cases are in often and in rare: {sorted(both)}")
+    slow = {False: [pytest.mark.slow], True: [pytest.mark.slow, thorough]}
     return pytest.mark.parametrize(
         arguments,
         [
             pytest.param(
                 *([case] if isinstance(arguments, str) else case),
                 id=called(case),
-                marks=() if called(case) in often else pytest.mark.slow,
+                marks=() if called(case) in often else slow[called(case) in rare],
             )
             for case in cases
         ],

@@ -169,7 +169,7 @@ def test_contents_list_all_sections():
 
 def test_the_page_of_tests_lists_what_runs_by_hand_alone():
     page = (ROOT / "tests/proofs.md").read_text()
-    marks = re.compile(r"\b(thorough|THOROUGH|but_rarely|over_families)\b")
+    marks = re.compile(r"\b(thorough|THOROUGH|but_rarely|over_families)\b|\brare=")
     files = {
         path.relative_to(ROOT / "tests").as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")

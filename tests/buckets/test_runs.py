@@ -208,7 +208,7 @@ def kills(process, output, moment):
     return seen
 
 
-@over("name", MOMENTS, often=["a checkpoint is half written", "a checkpoint has no record"])
+@over("name", MOMENTS, often=["a checkpoint is half written"])
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(name, runs, proxy):
     output, process = f"gs://bucket/killed-{[*MOMENTS].index(name)}", []
     proxy.latency, proxy.failing = 0.01, fails_often

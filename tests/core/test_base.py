@@ -85,7 +85,12 @@ def test_factored_equals_merged(program, float64):
     laws.test_factored_equals_merged(program, None)
 
 
-@over("program", [p for i, p in enumerate(FORMED) if i % 2 or p.name in FEW], often={STACK.name})
+@over(
+    "program",
+    [p for i, p in enumerate(FORMED) if i % 2 or p.name in FEW],
+    often={STACK.name},
+    rare=[p.name for i, p in enumerate(FORMED) if i % 2 and p.name not in FEW],
+)
 def test_factored_equals_merged_where_every_cut_forms_the_array(program, float64):
     laws.test_factored_equals_merged(program, None)
 

@@ -69,12 +69,16 @@ def test_factored_equals_merged(float64):
 
 
 WITH_BLOCKS = [STACK, HEADS]
+SHOWN = ("scanned and rematerialised", "experts, tokens sorted")  # the others: test_base.py's codes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "name"),
-    [(program, ("nf4", "int8")[i % 2]) for i, program in enumerate(OUR_PROGRAMS.values())]
+    [
+        pytest.param(program, ("nf4", "int8")[i % 2], marks=[thorough] * (name not in SHOWN))
+        for i, (name, program) in enumerate(OUR_PROGRAMS.items())
+    ]
     + [(program, name) for program in WITH_BLOCKS for name in ("nf4", "int8")]
     + [pytest.param(program, "nf4-double", marks=thorough) for program in WITH_BLOCKS],
     ids=lambda case: getattr(case, "name", case),

@@ -34,6 +34,10 @@ from train.remat import step_bytes
 
 pytestmark = pytest.mark.gpu_compiler
 FLASH = ("flash attention (fwd, dq, dkv)",)
+# Each compilation serves all tests that it can.
+SHORT = ("dense", "h100:1", "--batch-size", 1, "--seq-len", 2048)
+LONG = ("dense", "h100:1", "--batch-size", 1, "--seq-len", 8192)
+EIGHT = ("dense", "h100:8", "--batch-size", 8, "--seq-len", 1024, "--mesh", "fsdp=4,tensor=2")
 
 
 def kernels(step: Step) -> tuple[str, ...]:
@@ -51,7 +55,7 @@ def squares(step: Step, seq: int) -> list[tuple[int, ...]]:
         ("h100", "dense"),
         pytest.param("a100-80gb", "dense", marks=thorough),
         ("rtx4090", "dense"),
-        ("b200", "dense"),
+        pytest.param("b200", "dense", marks=thorough),
         ("h100", "windows"),
     ],
 )
@@ -78,23 +82,23 @@ def test_dense_attention_is_the_control() -> None:
 
 
 def test_memory_is_linear_in_the_length() -> None:
-    short, long = (
-        compiled("dense", "h100:1", "--batch-size", 1, "--seq-len", seq) for seq in (2048, 8192)
-    )
+    short, long = compiled(*SHORT), compiled(*LONG)
     assert long.memory.temp_size_in_bytes <= 4.4 * short.memory.temp_size_in_bytes
     assert not squares(long, 8192)
 
 
-@pytest.mark.parametrize(("seq", "rel"), [(2048, 0.25), (8192, 0.1)])
-def test_memory_is_predicted(seq: int, rel: float) -> None:
+@pytest.mark.parametrize(
+    ("words", "rel"), [(SHORT, 0.25), (LONG, 0.1)], ids=["2048-0.25", "8192-0.1"]
+)
+def test_memory_is_predicted(words: tuple[Any, ...], rel: float) -> None:
     """Before compiling, by the step's program. JAX 0.12's compiler holds one array of logits more,
     which is much of the short step."""
-    step = compiled("dense", "h100:1", "--batch-size", 1, "--seq-len", seq)
+    step = compiled(*words)
     made = step.prepared
     layout, batch = step.job.layout, made.batch
     predicted = predicted_bytes(made.traced, layout, made.state, made.base, batch)
     total = step_bytes(step.compiled)
-    print(f"{seq}: predicted {predicted:,} of {total:,}: {predicted / total:.3f}")
+    print(f"{words[-1]}: predicted {predicted:,} of {total:,}: {predicted / total:.3f}")
     assert predicted == pytest.approx(total, rel=rel)
 
 
@@ -108,10 +112,9 @@ def test_a_card_before_ampere_has_no_kernel() -> None:
         implementation("flash", 2048, OLD_GPU)
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "h100:8"])
-def test_what_is_held_is_what_a_count_by_hand_says(topology: str) -> None:
-    mesh = ("--mesh", "fsdp=4,tensor=2") if topology == "h100:8" else ()
-    step = compiled("dense", topology, "--batch-size", 8, "--seq-len", 1024, *mesh)
+@pytest.mark.parametrize("words", [SHORT, EIGHT], ids=["h100:1", "h100:8"])
+def test_what_is_held_is_what_a_count_by_hand_says(words: tuple[Any, ...]) -> None:
+    step = compiled(*words)
     made = step.prepared
     held = sum(map(bytes_of, (made.state, made.base, made.batch)))
     assert step.memory.argument_size_in_bytes == held
@@ -119,10 +122,9 @@ def test_what_is_held_is_what_a_count_by_hand_says(topology: str) -> None:
     assert donated <= step.memory.alias_size_in_bytes <= step.memory.output_size_in_bytes
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "h100:8"])
-def test_flops_as_traced_are_those_of_the_closed_form(topology: str) -> None:
-    mesh = ("--mesh", "fsdp=4,tensor=2") if topology == "h100:8" else ()
-    step = compiled("dense", topology, "--batch-size", 8, "--seq-len", 1024, *mesh)
+@pytest.mark.parametrize("words", [SHORT, EIGHT], ids=["h100:1", "h100:8"])
+def test_flops_as_traced_are_those_of_the_closed_form(words: tuple[Any, ...]) -> None:
+    step = compiled(*words)
     counted = count_traced(step.prepared.traced.jaxpr)
     variant = PlanVariant(AdapterConfig(targets="all-linear", rank=8), "full")
     by_hand = batch_flops(step.job, variant, step.prepared.params)
@@ -132,22 +134,16 @@ def test_flops_as_traced_are_those_of_the_closed_form(topology: str) -> None:
 
 def test_collectives_of_eight() -> None:
     """Kernels are gathered and gradients scattered; one device sends nothing."""
-    eight = compiled(
-        *("dense", "h100:8", "--batch-size", 8, "--seq-len", 1024, "--mesh", "fsdp=4,tensor=2")
-    )
+    eight = compiled(*EIGHT)
     sent = work_of(eight.text).sent
     assert sent["all-gather"] > sent["all-reduce"] > 0
     assert kernels(eight) == FLASH
-    one = compiled("dense", "h100:1", "--batch-size", 8, "--seq-len", 1024)
-    assert not work_of(one.text).sent
+    assert not work_of(compiled(*SHORT).text).sent
 
 
 def test_codes_stay_codes() -> None:
     """4 bits a weight, and 16 of a scale for 64; no float array of all layers' kernels."""
-    options = ("--batch-size", 1, "--seq-len", 2048)
-    plain, coded = (
-        compiled("dense", "h100:1", *options, "--quantize", codes) for codes in ("none", "nf4")
-    )
+    plain, coded = compiled(*SHORT), compiled(*SHORT, "--quantize", "nf4")
     stacked = {(3, 256, 896), (3, 896, 256), (3, 256, 256)}
     assert plain.floats >= stacked, "the control"
     assert not coded.floats & stacked
@@ -158,8 +154,7 @@ def test_codes_stay_codes() -> None:
 
 def test_the_layers_inputs_go_to_the_host() -> None:
     """With "offload" no stack of them is on the device, and MLPs are never there whole."""
-    options = ("--batch-size", 1, "--seq-len", 8192, "--remat")
-    here, away = (compiled("dense", "h100:1", *options, how) for how in ("full", "offload"))
+    here, away = (compiled(*LONG, "--remat", how) for how in ("full", "offload"))
     stack = re.compile(r"bf16\[3,1,8192,256\]\{[^}]*\}")
     assert any("S(5)" not in found for found in stack.findall(here.text)), "the control"
     assert all("S(5)" in found for found in stack.findall(away.text))
@@ -261,7 +256,7 @@ def test_an_encoder_sees_both_sides() -> None:
     assert not re.search(r"2048,2048\]", text)
 
 
-@pytest.mark.parametrize("task", ["dpo", "grpo"])
+@pytest.mark.parametrize("task", [pytest.param("dpo", marks=thorough), "grpo"])
 def test_what_is_scored_between_steps_runs_in_the_kernel(task: str) -> None:
     """And takes less memory than a step; the sampler has its prompts' attention by blocks."""
     more = ("--group", 2, "--max-new-tokens", 256) if task == "grpo" else ()

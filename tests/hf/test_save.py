@@ -28,7 +28,7 @@ from lora_jax.models import (
 )
 from tests.hf.trees import decoder
 from tests.models import tiny
-from tests.support import array, lorafied, over, thorough, with_random_factors
+from tests.support import array, but_rarely, lorafied, over, thorough, with_random_factors
 
 CASE = "qwen3"  # tied, with norms of its own
 INDEX = "model.safetensors.index.json"
@@ -172,6 +172,7 @@ def placement(kind: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     zip(tiny.CASES, itertools.cycle(meshes()), strict=False),
     often=OFTEN,
     called=lambda case: case[0],
+    rare={*tiny.VARIED} - OFTEN,
 )
 def test_sharded_loading_and_saving(case: str, kind: str, tmp_path: Path) -> None:
     model, params = decoder(case)
@@ -371,7 +372,7 @@ def test_transformers_reads_it(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", list(tiny.CASES))
+@pytest.mark.parametrize("case", but_rarely(tiny.CASES, *tiny.VARIED))
 def test_transformers_reads_a_merged_export(case: str, tmp_path: Path) -> None:
     model, params = decoder(case)
     rules = RULES

@@ -171,7 +171,10 @@ OFTEN = [
 ]
 
 
-@over("name", CASES, often=OFTEN)
+RARE = ["causal, whole blocks", "one span", "padded right", "a window", "no groups", "into a cache"]
+
+
+@over("name", CASES, often=OFTEN, rare=RARE)
 def test_blocks_compute_what_dense_attention_does(name: str) -> None:
     """Values, and gradients of what the queries that see anything give."""
     case = CASES[name]

@@ -308,6 +308,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# The cases beyond one of each family: they differ from it in options that change no file's layout.
+VARIED = [
+    case
+    for i, (case, own) in enumerate(CASES.items())
+    if own["model_type"] in [other["model_type"] for other in [*CASES.values()][:i]]
+]
+
+
 def fields(case: str) -> dict[str, Any]:
     """The config.json of a case."""
     return {**SIZES, **CASES[case]}

@@ -103,7 +103,10 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", but_rarely(ADAPTERS, "qwen3.5", "gemma4", "mistral with a window"))
+CONTAINED = ("qwen3.5", "gemma4", "mistral with a window", "qwen3", "gemma3", "olmo2")
+
+
+@pytest.mark.parametrize("name", but_rarely(ADAPTERS, *CONTAINED, "gpt-oss, gate and up alone"))
 def test_logits_and_gradients(
     name: str, tmp_path: Any, float64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support import but_rarely
 from tests.torch.checks import compare, is_exact
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -18,7 +19,9 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize(
+    "model_type", but_rarely(KINDS, "glm4", "starcoder2", "glm4_moe", "falcon_h1")
+)
 def test_a_model_trains_as_by_peft(model_type, tmp_path):
     facts = compare(model_type, tmp_path, generates=False)
     assert is_exact(facts), facts

@@ -159,7 +159,7 @@ def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
         assert told(capsys).count("no reward has an opinion on any of 48 completions") == 1
 
 
-@over("loss", ["dapo", "grpo", "rloo"], often=[])
+@over("loss", ["dapo", "grpo", "rloo"], often=[], rare=["dapo", "rloo"])
 def test_completions_without_a_counted_token_change_nothing(folder, tmp_path, loss, capsys):
     """Weight decay does not move the adapter, and no number of such steps ends the run."""
     args = ["--init-adapter", folder / "used", "--steps", 3, "--lr", 1e-1, "--loss", loss]
@@ -366,7 +366,7 @@ TEACHERS = {
 }
 
 
-@over("teacher", TEACHERS, often=[])
+@over("teacher", TEACHERS, often=[], rare=["an adapter"])
 def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
     if not (folder / "other").exists():
         write_model(folder / "other", scale=0.8, eos_token_id=ENDS)

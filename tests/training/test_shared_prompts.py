@@ -103,7 +103,12 @@ FAMILIES = [
 ]
 
 
-@over("case", [*FAMILIES, "llama3, packed"], often=[])
+@over(
+    "case",
+    [*FAMILIES, "llama3, packed"],
+    often=[],
+    rare=["gemma3", "qwen3 moe", "short longrope", "smollm3 with every option"],
+)
 def test_each_family_computes_what_it_does_unshared(case):
     case, packing = case.removesuffix(", packed"), case.endswith(", packed")
     loss = losses.pair_loss(SUMS, chunk=7)
@@ -134,7 +139,11 @@ def test_the_law_can_fail(wrong):
 OPTIONS = {"robust": {"smoothing": 0.1}, "exo_pair": {"smoothing": 0.001}}
 
 
-@over("name", [*losses.PREFERENCES], often=())
+# Losses of a pair's difference alone, as "sigmoid" is.
+OF_DIFFERENCES = ("robust", "hinge", "exo_pair", "sppo_hard", "bco_pair", "nca_pair", "apo_zero")
+
+
+@over("name", [*losses.PREFERENCES], often=(), rare=OF_DIFFERENCES)
 def test_each_loss_is_that_of_unshared_pairs(name):
     """With the cross-entropy of chosen completions, of ORPO's with their prompts."""
     loss = losses.PREFERENCES[name]

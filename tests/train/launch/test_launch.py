@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import THOROUGH
+from tests.support import THOROUGH, thorough
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
 from train.launch.__main__ import FILES, launch_file, main, resume_option
@@ -226,7 +226,7 @@ def test_a_job_of_slurm_saves_queues_again_and_goes_on(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["jobset", "skypilot"])
+@pytest.mark.parametrize("kind", ["jobset", pytest.param("skypilot", marks=thorough)])
 def test_two_nodes_find_each_other_and_go_on(kind, folder):
     port = str(free_port())
     shared = {"jobset": {"COORDINATOR": f"127.0.0.1:{port}", "NODES": "2"}}

@@ -52,7 +52,7 @@ def killed(server, rng, times, seconds, step):
 
 
 def test_kills_over_a_number(tmp_path):
-    rng, kills = random.Random(5), 20 if THOROUGH else 3
+    rng, kills = random.Random(5), 20 if THOROUGH else 2
     server = Server(tmp_path, lambda port: ["-c", SERVER, str(port)])
     model, last = server.create(rank=2), None
     number = momentum = 0.0
@@ -142,7 +142,7 @@ def test_kills_over_the_engine(tmp_path):
     (tmp_path / "tiny").mkdir()
     write_model(tmp_path / "tiny")
     sizes = "--max-length 64 --sequences 4 --slots 2 --max-rank 4"
-    server, kills = serve(tmp_path, "tiny", sizes), 20 if THOROUGH else 2
+    server, kills = serve(tmp_path, "tiny", sizes), 20 if THOROUGH else 1
     try:
         server.ready()
         run = Run(server)

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from tests.support import thorough
+from tests.support import THOROUGH, thorough
 from tests.train.serve.process import serve
 from tests.train.serve.waiting import until
 from train import sft
@@ -265,7 +265,7 @@ def test_a_killed_server_takes_no_step_twice(server, whole):
         assert process.poll() is None, (server.folder / f"{run}.log").read_text()[-3000:]
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    for steps in (2, 5):
+    for steps in (2, 5) if THOROUGH else (3,):
         until(lambda n=steps: taken() >= n, f"{steps} steps are taken", 300)
         server.restart()
         server.ready()
