@@ -79,14 +79,18 @@ def name_and_form(case):
     return f"{case[0].name}-{case[1]}"
 
 
+IN_OTHER_FORMS = {"scanned and rematerialised-one by one", "convolution-copies"}
+
+
 @over(
     ("program", "form"),
     PAIRS,
     often=[
         *(name_and_form((program, "at once")) for program in CASES if program.name not in SEEN),
-        *("scanned and rematerialised-one by one", "convolution-copies"),
+        *IN_OTHER_FORMS,
     ],
     called=name_and_form,
+    rare={name_and_form(pair) for pair in PAIRS if pair[1] != "at once"} - IN_OTHER_FORMS,
 )
 def test_programs(program, form, monkeypatch):
     """Runs scans, loops, branches, tied tables, heads, experts and a convolution."""

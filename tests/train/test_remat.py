@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from lora_jax.training.setup import Setup
+from tests.support import thorough
 from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
 from train import remat
@@ -121,6 +122,7 @@ def test_one_policy_down_where_the_compiler_refuses(
 
 
 @pytest.mark.slow
+@thorough
 def test_a_policy_that_was_predicted_not_to_fit_comes_after_the_last(
     inputs, tmp_path, compiled, monkeypatch, capsys
 ):
