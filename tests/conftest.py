@@ -36,8 +36,11 @@ COMPILED = []  # an entry for each program since they were last dropped
 LONGEST = (
     *("train/test_mesh.py", "train/plan/test_plan_tpu.py", "train/test_rollouts.py"),
     *("foreign/test_foreign.py", "train/serve/test_recipes.py", "train/compare/test_compare.py"),
+    *("train/compare/test_rewards.py", "train/launch/test_launch.py", "train/test_live_runs.py"),
     *("train/test_killed.py", "train/plan/test_plan_measured.py", "train/test_preferences.py"),
+    *("train/live/test_turn_processes.py", "bank/test_together_models.py"),
     *("train/serve/test_load.py", "train/test_trl_runs.py", "training/test_digits.py"),
+    *("train/test_quantized_images.py", "train/test_sft_qwen_vl.py"),
     *("train/serve/test_kills.py", "train/compare/test_subspaces.py", "train/test_sft.py"),
     *("train/run/test_cache.py", "train/test_endings.py", "test_docs.py"),
     *("train/serve/engine/test_engine_torch.py", "train/test_progress.py"),
