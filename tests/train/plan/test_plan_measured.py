@@ -17,7 +17,7 @@ from train.plan import compile as planned
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
-WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4}
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
 WIDE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 16000}
 DEEP = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12}
 DEEP |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 16000}
