@@ -242,6 +242,20 @@ def test_integers_that_can_be_kept_are(schema):
         assert allows(grammar, str(number)) == validator.is_valid(number), number
 
 
+@pytest.mark.parametrize("vocab", [len(TOKENIZER), VOCAB])
+def test_a_model_without_a_token_that_ends_answers(vocab):
+    """Its users could ask for no schema and no grammar; no logit may end an answer."""
+    row = GrammarCompiler(TOKENIZER, vocab, ()).regex("[0-9]{1,2}").begin()
+    digits = [TOKENIZER(digit, add_special_tokens=False)["input_ids"][0] for digit in "0123456789"]
+    for _ in range(2):
+        masks = np.full((1, mask_words(vocab)), 0xFFFFFFFF, np.uint32)
+        CompiledGrammar.fill({0: row}, masks)
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[0, :vocab]
+        assert np.flatnonzero(bits).tolist() == sorted(digits)
+        row.accept(digits[7])
+    assert row.is_over and len(TOKENIZER) == VOCAB - 6
+
+
 def test_a_grammar_that_cannot_be():
     for make, text, problem in (
         (COMPILER.regex, "(", "unclosed group"),

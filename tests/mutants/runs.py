@@ -172,7 +172,7 @@ def judge(folder: Path, programs: Path, known: Record, judges: list[str], most: 
     if not chosen:
         return Verdict(found=False, reason="", ran=[], not_reached=[], seconds=0.0)
     deselected = [word for test in known.failed for word in ("--deselect", test)]
-    command = [*_PYTEST, "-n0", "-x", "--tb=line", "-v", *deselected, *chosen]
+    command = [*_PYTEST, "-n0", "-x", "--tb=line", "-vv", *deselected, *chosen]
     environment = _environment(folder, programs) | {recorder.ORDER: " ".join(chosen)}
     begun, log = time.monotonic(), folder.with_suffix(".log")
     with log.open("w") as printed:

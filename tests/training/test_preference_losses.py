@@ -212,6 +212,20 @@ def test_rows_that_fill_up_a_batch_are_no_completions():
         assert loss(*options, LOGPS, jnp.zeros_like(MASK), GAINS, OLD).tokens == 0
 
 
+def test_ratios_are_clipped_where_the_gain_pulls_further():
+    """A log would call tokens clipped that have no gradient anyway: those of gain 0."""
+    gains, mask, old = array([1.0, 0.0, -1.0]), jnp.ones((3, 1), bool), jnp.zeros((3, 1))
+    plain, weighted = Online(low=0.1, high=0.2), Online(weighted=True, high=1.2)
+
+    @jax.jit
+    def shares(logps):
+        sums = [losses.online_loss(how, logps, mask, gains, old) for how in (plain, weighted)]
+        return [(x.logs["clip_low"] / x.count, x.logs["clip_high"] / x.count) for x in sums]
+
+    assert np.allclose(shares(jnp.ones((3, 1))), [(0, 1 / 3), (0, 1 / 3)])
+    assert np.allclose(shares(-jnp.ones((3, 1))), [(1 / 3, 0), (0, 0)])
+
+
 def test_completions_of_one_token_count():
     """Of answers such as "yes" and "no", a model would learn nothing; padding stays out."""
     mask = array([[0, 1, 0], [0, 0, 0]])

@@ -124,8 +124,14 @@ class GrammarCompiler:
         backend.no_padding()
         backend.no_truncation()
         size = max(self._vocab, len(self._tokenizer))
-        # Without a token that ends answers, one stands for it that no logit belongs to.
-        ends, size = (self._ends, size) if self._ends else ([size], size + 1)
+        ends = self._ends
+        if not ends:
+            # A token that no logit belongs to stands for the one that ends answers. llguidance
+            # takes tokens of the tokenizer alone, whatever `n_vocab` is.
+            names = [f"<|no logit {token}|>" for token in range(len(self._tokenizer), size + 1)]
+            backend.add_special_tokens(names)
+            ends = [backend.token_to_id(names[-1])]
+            size = ends[0] + 1
         try:
             return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
         except ValueError as error:

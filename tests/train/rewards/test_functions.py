@@ -30,6 +30,25 @@ def score(*specs: str):
         return rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP, state=STATE)
 
 
+def test_each_completion_has_its_fact():
+    """Facts of another number would stand beside completions that they do not describe."""
+    write(
+        """
+        def whole(completions, log_extra, **_):
+            log_extra("size", [len(c) for c in completions])
+            return [1.0] * len(completions)
+
+        def short(completions, log_extra, **_):
+            log_extra("size", [len(c) for c in completions][1:])
+            return [1.0] * len(completions)
+        """
+    )
+    scored = score("mine.py:whole", "mine.py:short")
+    assert scored.extra == {"whole/size": [len(text) for text in TEXTS]}
+    assert scored.failures, "whose facts are too few"
+    assert f"log_extra('size'): {GROUP - 1} values, {GROUP} completions" in str(scored.said)
+
+
 @pytest.mark.parity
 def test_state_metrics_and_facts_are_as_trl_gives_and_takes_them():
     torch = pytest.importorskip("torch")

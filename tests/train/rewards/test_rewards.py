@@ -310,6 +310,7 @@ def test_the_process_has_no_jax_and_the_folder_of_the_file():
         (["absent.py:f"], None, "there is no file absent.py"),
         (["good"], None, "no reward of this name, but"),
         (["mine.py"], None, "named as file.py:function"),
+        (["mine.py:"], None, "named as file.py:function"),
         (["mine.py:other"], None, "it has no function 'other', but: good, needy, inside"),
         (["mine.py:number"], None, "it has no function 'number'"),
         (["mine.py:needy"], None, "needs the column 'solution'; the rows have answer, level"),
