@@ -18,6 +18,8 @@ from typing import Any
 import jaxlib
 
 ROOT = Path(__file__).parent.parent
+# PYTHONPATH of processes that find the checkout, and no torch.
+WITHOUT_TORCH = os.pathsep.join([str(ROOT / "tests" / "without_torch"), str(ROOT)])
 # Set by the first process of a session, for those that it starts.
 _HOME, _CACHE = "LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE"
 # The folder of compiled programs that are kept between sessions; "none" keeps none.

@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax.bank.together.together import Together
 from lora_jax.training import loop
 from tests.support import assert_close
+from tests.surroundings import WITHOUT_TORCH
 from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import write_model, write_rows
 from train.compare import result
@@ -181,7 +182,8 @@ def test_full_fine_tuning_is_stopped_by_a_signal(folder, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_costs_and_plans(folder, tmp_path):
+def test_costs_and_plans(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", WITHOUT_TORCH)  # of the processes that measure
     grid = ["--ranks", "3", "--lrs", "1e-3", "--full-lrs", "1e-4", "--seeds", "0"]
     more = ["--no-early-stopping", "--topology", "cpu:2", "--price", "2"]
     more += ["--methods", "vera", "full"]

@@ -17,6 +17,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.support import with_random_factors
+from tests.surroundings import WITHOUT_TORCH
 from tests.train.tiny import tokenizer, write_model
 from train.generate import __main__ as generate
 from train.generate import answers, chat
@@ -148,6 +149,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "train.generate", *map(str, args)],
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": WITHOUT_TORCH},
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -9,19 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support import THOROUGH, thorough
+from tests.surroundings import WITHOUT_TORCH
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
 from train.launch.__main__ import FILES, launch_file, main, resume_option
 from train.processes.hosts import _is_alone_on_its_host
 from train.run.log import read_metrics
 
-ROOT = Path(__file__).parents[3]
 LINE = ["sft", "--model", "a model", "--dataset", "x.jsonl", "--output", "out dir", "--rank", "3"]
 
 
@@ -188,7 +187,7 @@ def options_of(output, steps):
 
 
 def start(folder, text, **variables):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    env = os.environ | {"PYTHONPATH": WITHOUT_TORCH, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
     return subprocess.Popen(
         ["bash", "-c", text],
         cwd=folder,

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from tests.support import THOROUGH
+from tests.surroundings import WITHOUT_TORCH
 from tests.train.tiny import write_model, write_rows
 from train import sft
 from train.console.errors import UserError
@@ -58,7 +59,8 @@ def process(run, *args, **env):
     done = subprocess.run(
         [sys.executable, "-c", COUNTING.format(run=run), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "true", **env},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "true", **env}
+        | {"PYTHONPATH": WITHOUT_TORCH},
         capture_output=True,
         text=True,
         timeout=600,

@@ -12,9 +12,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tests.surroundings import WITHOUT_TORCH
 from tests.train.serve.waiting import until
 
-ROOT = Path(__file__).parents[3]
 SECONDS = 300  # a loaded machine starts slowly
 
 
@@ -42,7 +42,7 @@ class Server:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **kept}
+        env = {**os.environ, "PYTHONPATH": WITHOUT_TORCH, "JAX_PLATFORMS": "cpu", **kept}
         how = {"cwd": self.folder, "env": env}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, **how)
