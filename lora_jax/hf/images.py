@@ -16,6 +16,7 @@ from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import resolve
+from lora_jax.hf.tokenizer import import_transformers
 
 ImageLike: TypeAlias = Any  # a path, bytes, a `PIL.Image.Image`, or a dict with one of them
 
@@ -123,10 +124,6 @@ class ImageProcessor:
 
     def to_hf(self) -> dict[str, object]:
         """Returns the fields that ``from_hf`` reads back as this processor."""
-
-        def named(pair: tuple[int, int]) -> dict[str, int]:
-            return dict(zip(("height", "width"), pair, strict=True))
-
         out: dict[str, object] = {
             "image_processor_type": "ViTImageProcessor"
             if self.crop is None
@@ -144,8 +141,8 @@ class ImageProcessor:
         if self.shortest_edge:
             out["size"] = {"shortest_edge": self.shortest_edge}
         elif self.size:
-            out["size"] = named(self.size)
-        return out | ({"crop_size": named(self.crop)} if self.crop else {})
+            out["size"] = _named(self.size)
+        return out | ({"crop_size": _named(self.crop)} if self.crop else {})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json into a folder that exists."""
@@ -170,11 +167,10 @@ class ImageProcessor:
           ImageError: the image cannot be read; says why.
         """
         image = open_image(image, _MODES[len(self.mean)])
-        if wanted := self._resized(*image.size):
-            image = image.resize(wanted, resample=self.resample)
-        array = np.asarray(image, np.uint8)
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        return array if self.crop is None else _crop(array, *self.crop)
+        layout = "channels_first" if image.mode == "L" else "channels_last"
+        features = self._processor(image, input_data_format=layout)
+        pixels: np.ndarray = features["pixel_values"][0]
+        return pixels
 
     def values(self, pixels: np.ndarray) -> np.ndarray:
         """Returns pixel values for a model, fp32, of `pixels`: [..., channels, height, width]."""
@@ -193,13 +189,22 @@ class ImageProcessor:
         mean, std = (np.array(x, np.float32)[:, None] for x in (self.mean, self.std))
         return np.asarray((levels.astype(np.float32) - mean) / std)
 
-    def _resized(self, width: int, height: int) -> tuple[int, int] | None:
-        """Returns the width and height to resize to; None to keep them."""
-        if self.shortest_edge is None:
-            return self.size and self.size[::-1]
-        short, long = sorted((width, height))
-        longer = int(self.shortest_edge * long / short)
-        return (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
+    @functools.cached_property
+    def _processor(self) -> Any:
+        size: dict[str, int] | None = None
+        if self.shortest_edge is not None:
+            size = {"shortest_edge": self.shortest_edge}
+        elif self.size is not None:
+            size = _named(self.size)
+        return pixel_processor(
+            "vit",
+            "ViT",
+            do_resize=size is not None,
+            size=size,
+            resample=self.resample,
+            do_center_crop=self.crop is not None,
+            crop_size=self.crop and _named(self.crop),
+        )
 
 
 def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
@@ -222,6 +227,25 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
         return ImageProcessor.from_hf(read_file(path, "a model of images", ConfigError))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else error) from None
+
+
+def pixel_processor(module: str, name: str, **fields: object) -> Any:
+    """Returns an image processor of transformers that runs on Pillow and makes bytes, not floats.
+
+    Args:
+      module: the package of the model that has the class.
+      name: the class's name ahead of ``ImageProcessorPil``.
+      **fields: its arguments.
+
+    Raises:
+      ImportError: transformers is missing; says what to install.
+    """
+    # `transformers` itself has placeholders of some classes where torchvision is missing.
+    place = f"transformers.models.{module}.image_processing_pil_{module}"
+    of_model = import_transformers(place, needed_by="an image processor")
+    return getattr(of_model, f"{name}ImageProcessorPil")(
+        do_rescale=False, do_normalize=False, **fields
+    )
 
 
 def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
@@ -308,24 +332,8 @@ def _height_and_width(name: str, size: object) -> tuple[int, int]:
     raise ConfigError(f"{name} is {size!r}; height and width, or one number, are needed")
 
 
-def _crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns the middle of [channels, ., .]; what lies beyond the image is 0."""
-    out = np.zeros((image.shape[0], height, width), image.dtype)
-    cuts = [
-        _overlap(size, wanted)
-        for size, wanted in zip(image.shape[1:], (height, width), strict=True)
-    ]
-    (y_from, y_to), (x_from, x_to) = cuts
-    out[:, y_to, x_to] = image[:, y_from, x_from]
-    return out
-
-
-def _overlap(size: int, wanted: int) -> tuple[slice, slice]:
-    """Returns the slice of the middle of an axis, and its place in one of the wanted size."""
-    if size >= wanted:
-        first = (size - wanted) // 2
-        return slice(first, first + wanted), slice(None)
-    return slice(None), slice((wanted - size + 1) // 2, (wanted - size + 1) // 2 + size)
+def _named(size: tuple[int, int]) -> dict[str, int]:
+    return {"height": size[0], "width": size[1]}
 
 
 def _pillow() -> ModuleType:

@@ -1,5 +1,6 @@
 """Loads transformers' fast tokenizers, from a folder's files or a GGUF file's metadata."""
 
+import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +73,7 @@ def _folder(name_or_path: str | Path) -> Path | None:
 
 
 def _read_folder(path: Path) -> Tokenizer:
-    auto = _transformers().AutoTokenizer
+    auto = import_transformers().AutoTokenizer
     try:
         return auto.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a damaged folder, anything
@@ -95,7 +96,7 @@ def _read_folder(path: Path) -> Tokenizer:
 
 def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
     """Builds a tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
-    _transformers()  # says what is missing
+    import_transformers()  # says what is missing
     core, special = build(metadata)
     tokenizer = fast_tokenizer(core, **special)
     prefix = "tokenizer.chat_template"
@@ -112,23 +113,30 @@ def fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
       core: a ``tokenizers.Tokenizer``.
       **special: the special tokens, by role, such as ``eos_token="<end>"``.
     """
-    return _transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    return import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def _transformers() -> ModuleType:
-    # On import, it advises installing torch, which tokenizers do not need.
+def import_transformers(module: str = "transformers", needed_by: str = "a tokenizer") -> ModuleType:
+    """Imports a module of transformers without its advice to install torch.
+
+    Args:
+      module: the module's whole name.
+      needed_by: what needs transformers, for the message.
+
+    Raises:
+      ImportError: transformers, or what it needs, is missing; says what to install.
+    """
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_no_advice_on_torch)
     try:
-        import transformers
+        return importlib.import_module(module)
     except ImportError:
         raise ImportError(
-            "a tokenizer needs the packages transformers and tokenizers: "
+            f"{needed_by} needs the packages transformers and tokenizers: "
             "pip install 'lora_jax[models]'"
         ) from None
     finally:
         logger.removeFilter(_is_no_advice_on_torch)
-    return transformers
 
 
 def _is_no_advice_on_torch(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.images import ImageError, ImageProcessor, load_image_processor
+from lora_jax.hf.vision.tiles import TileProcessor
 
 VIT: dict[str, Any] = {
     "image_processor_type": "ViTImageProcessor",
@@ -110,6 +111,43 @@ def test_steps_by_hand(tmp_path: Path) -> None:
     exif[0x0112] = 3  # upside down
     grey.save(file, "PNG", exif=exif)
     np.testing.assert_allclose(processor([file.getvalue()]), want[..., ::-1, ::-1], atol=1e-6)
+
+
+def test_the_middle_by_hand() -> None:
+    """A crop takes the middle of an image; beyond a smaller image it is black."""
+    image = picture(9, 6)
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    inside = ImageProcessor(crop=(4, 5)).pixels(image)
+    np.testing.assert_array_equal(inside, pixels[:, 1:5, 2:7])
+    beyond = ImageProcessor(crop=(9, 4)).pixels(image)
+    np.testing.assert_array_equal(beyond[:, 2:8], pixels[:, :, 2:6])
+    assert not beyond[:, :2].any() and not beyond[:, 8:].any()
+    # The nearest pixels of an image of half the size are those of odd rows and columns.
+    half = ImageProcessor(shortest_edge=3, crop=(3, 3), resample=0).pixels(picture(10, 6))
+    odd = np.asarray(picture(10, 6)).transpose(2, 0, 1)[:, 1::2, 1::2]
+    np.testing.assert_array_equal(half, odd[:, :, 1:4])
+
+
+def test_tiles_by_hand() -> None:
+    """An image of whole tiles is cut row by row; the whole image, made smaller, comes last."""
+    processor = TileProcessor(
+        tile=ImageProcessor(size=(4, 4), resample=0), longest_edge=None, split=True
+    )
+    image = picture(12, 8)
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    tiles, grid = processor.tiles(image)
+    assert grid == (2, 3) and tiles.shape == (7, 3, 4, 4)
+    for index, tile in enumerate(tiles[:6]):
+        row, column = divmod(index, 3)
+        cut = pixels[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        np.testing.assert_array_equal(tile, cut)
+    # The nearest pixel to the middle of each of 4 x 4 cells of 2 x 3 pixels.
+    np.testing.assert_array_equal(tiles[6], pixels[:, 1::2, 1::3])
+    one, grid = processor.tiles(picture(3, 4))
+    assert grid == (0, 0) and one.shape == (1, 3, 4, 4)
+    larger = TileProcessor(tile=processor.tile, longest_edge=12, split=True)
+    _, grid = larger.tiles(picture(30, 10))  # made 12 x 4 first
+    assert grid == (1, 3)
 
 
 def test_sizes_of_one_number() -> None:

@@ -138,13 +138,32 @@ def test_a_row_that_is_left_out_takes_no_room(tmp_path: Path) -> None:
 def test_sizes_by_hand() -> None:
     """Whole squares of patches, between the bounds; what is too long is named."""
     processor = PatchProcessor.from_hf(tiny.processor())
-    assert processor.fit(33, 21) == (30, 20)
-    assert processor.fit(11, 9) == (20, 20)  # 200 pixels at least
-    assert processor.fit(47, 80) == (20, 40)  # 1,200 at most
+    sizes = {(33, 21): (30, 20), (11, 9): (20, 20), (47, 80): (20, 40)}  # 200 to 1,200 pixels
+    for (height, width), (fitted_height, fitted_width) in sizes.items():
+        _, grid = processor.tiles(Image.new("RGB", (width, height)))
+        assert grid == (fitted_height // 5, fitted_width // 5)
     patches, grid = processor.tiles(Image.new("RGB", (1, 1)))
     assert grid == (4, 4) and patches.shape == (16, 3, 5, 5)
     with pytest.raises(ImageError, match="201 x 1 pixels: one edge is more than 200 times"):
         processor.tiles(Image.new("RGB", (201, 1)))
+
+
+def test_patches_by_hand() -> None:
+    """An image that fits is cut as it is: by squares of 2 x 2 patches, row by row in each."""
+    processor = PatchProcessor.from_hf(tiny.processor())
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
+    patches, grid = processor.tiles(Image.fromarray(pixels))
+    corners = [
+        (square_row + row, square_column + column)
+        for square_row in (0, 2)
+        for square_column in (0, 2, 4)
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+    assert grid == (4, 6) and len(patches) == len(corners)
+    for patch, (row, column) in zip(patches, corners, strict=True):
+        cut = pixels[5 * row : 5 * row + 5, 5 * column : 5 * column + 5]
+        np.testing.assert_array_equal(patch, cut.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cuts images of any size into patches as Qwen2-VL's processor does, which Qwen3.5 has."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.images import ImageError, ImageLike, ImageProcessor, open_image
+from lora_jax.hf.images import ImageError, ImageLike, ImageProcessor, open_image, pixel_processor
 
 PatchGrid = tuple[int, int]  # rows and columns of patches
 
@@ -83,39 +84,29 @@ class PatchProcessor:
         Raises:
           ImageError: the image cannot be read, or is too long; says why.
         """
-        image, (_, side, _) = open_image(image), self.tile.shape
-        height, width = self.fit(image.size[1], image.size[0])
-        image = image.resize((width, height), resample=self.tile.resample)
-        rows, columns, merge = height // side, width // side, self.merge
-        cut = np.asarray(image, np.uint8).reshape(
-            *(rows // merge, merge, side, columns // merge, merge, side, 3)
-        )
-        return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side, side), (rows, columns)
-
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the height and width that an image is resized to: whole squares of patches.
-
-        Its shape stays about the same, and its pixels are between ``least`` and ``most``.
-
-        Raises:
-          ImageError: one edge is more than 200 times as long as the other.
-        """
+        image = open_image(image)
+        width, height = image.size
         if max(height, width) > _LONGEST * min(height, width):
             raise ImageError(
                 f"{width} x {height} pixels: one edge is more than {_LONGEST} times as long as "
                 "the other"
             )
-        unit, area = self.tile.shape[1] * self.merge, height * width
-        fitted = [round(edge / unit) * unit for edge in (height, width)]
-        if math.prod(fitted) > self.most:
-            shrink = math.sqrt(area / self.most)
-            fitted = [
-                max(unit, math.floor(edge / shrink / unit) * unit) for edge in (height, width)
-            ]
-        elif math.prod(fitted) < self.least:
-            grow = math.sqrt(self.least / area)
-            fitted = [math.ceil(edge * grow / unit) * unit for edge in (height, width)]
-        return fitted[0], fitted[1]
+        features = self._processor(image)
+        _, rows, columns = features["image_grid_thw"][0].tolist()
+        patches = features["pixel_values"].astype(np.uint8)
+        return patches.reshape(-1, *self.tile.shape), (rows, columns)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        return pixel_processor(
+            "qwen2_vl",
+            "Qwen2VL",
+            size={"shortest_edge": self.least, "longest_edge": self.most},
+            resample=self.tile.resample,
+            patch_size=self.tile.shape[1],
+            merge_size=self.merge,
+            temporal_patch_size=1,  # the frames are equal: one of them is enough
+        )
 
 
 _SIDES = {"patch": 14, "merge": 2, "temporal_patch": 2}  # and what they are by default

@@ -6,7 +6,6 @@ and those around them.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from lora_jax.core.types import Fields, Tokenizer
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.images import ImageLike, ImageProcessor, open_image
+from lora_jax.hf.images import ImageLike, ImageProcessor, open_image, pixel_processor
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
@@ -73,29 +72,24 @@ class TileProcessor:
         Raises:
           ImageError: the image cannot be read; says why.
         """
-        image, (_, side, _) = open_image(image), self.tile.shape
-        if self.longest_edge is not None:
-            width, height = image.size
-            image = self._resized(image, *_fit_longest_edge(width, height, self.longest_edge))
-        rows = columns = 1
-        if self.split:
-            width, height = image.size
-            if width >= height:
-                columns = math.ceil(width / side)
-                rows = math.ceil(int(columns * side / (width / height)) / side)
-            else:
-                rows = math.ceil(height / side)
-                columns = math.ceil(int(rows * side * (width / height)) / side)
-            image = self._resized(image, columns * side, rows * side)
-        whole = self.tile.pixels(image)[None]
-        if rows * columns == 1:
-            return whole, (0, 0)
-        cut = np.asarray(image, np.uint8).reshape(rows, side, columns, side, 3)
-        cut = cut.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
-        return np.concatenate([cut, whole]), (rows, columns)
+        features = self._processor(open_image(image))
+        grid = features["rows"][0][0], features["cols"][0][0]
+        return np.stack(features["pixel_values"][0]), grid
 
-    def _resized(self, image: ImageLike, width: int, height: int) -> ImageLike:
-        return image.resize((width, height), resample=self.tile.resample)
+    @functools.cached_property
+    def _processor(self) -> Any:
+        side = self.tile.shape[1]
+        return pixel_processor(
+            "idefics3",
+            "Idefics3",
+            do_resize=self.longest_edge is not None,
+            size={"longest_edge": self.longest_edge or side},
+            resample=self.tile.resample,
+            do_image_splitting=self.split,
+            max_image_size={"longest_edge": side},
+            do_pad=False,
+            return_row_col_info=True,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +160,3 @@ def _edge(fields: Fields, name: str, default: int) -> int:
     if not isinstance(edge, int) or not 0 < edge <= _MOST:
         raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MOST}")
     return edge
-
-
-def _fit_longest_edge(width: int, height: int, edge: int) -> tuple[int, int]:
-    """Returns width and height whose longer one is `edge`; the other is even, as transformers'."""
-    if width >= height:
-        other = int(edge / (width / height))
-        return edge, max(1, other + other % 2)
-    other = int(edge * (width / height))
-    return max(1, other + other % 2), edge
