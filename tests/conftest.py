@@ -75,7 +75,12 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
-    """Begins each test, and the fixtures that it is the first to use, in an empty folder."""
+    """Begins each test, and the fixtures that it is the first to use, in an empty folder.
+
+    Torch draws the same numbers in each test.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)  # PEFT draws A; else its values depend on the tests before
     with tempfile.TemporaryDirectory(dir=HOME, prefix="here-") as here:
         os.chdir(here)
         try:
