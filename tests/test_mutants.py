@@ -1,5 +1,6 @@
 """The command that measures the tests changes what it says it changes, and judges it soundly."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -85,6 +86,7 @@ def test_a_draw_is_of_one_seed_and_of_distinct_expressions():
     assert len({name.partition(" ")[0] for name in names[0]}) == 8
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_only_lines_that_differ_from_a_commit_are_changed(tmp_path):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *words], check=True)
@@ -112,6 +114,8 @@ def test_verdicts_are_read_without_a_line_that_was_cut_off(tmp_path):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A checkout of a module, of one that a child process runs, and of tests of both."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     root = tmp_path_factory.mktemp("checkout")
     texts = {
         "lora_jax/__init__.py": "",
