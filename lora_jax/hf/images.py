@@ -233,19 +233,18 @@ def pixel_processor(module: str, name: str, **fields: object) -> Any:
     """Returns an image processor of transformers that runs on Pillow and makes bytes, not floats.
 
     Args:
-      module: the package of the model that has the class.
-      name: the class's name ahead of ``ImageProcessorPil``.
-      **fields: its arguments.
+      module: the name of the model's package, such as "vit".
+      name: the class's name ahead of ``ImageProcessorPil``, such as "ViT".
+      **fields: the arguments of the class.
 
     Raises:
-      ImportError: transformers is missing; says what to install.
+      ImportError: transformers is missing. The message says what to install.
     """
     # `transformers` itself has placeholders of some classes where torchvision is missing.
-    place = f"transformers.models.{module}.image_processing_pil_{module}"
-    of_model = import_transformers(place, needed_by="an image processor")
-    return getattr(of_model, f"{name}ImageProcessorPil")(
-        do_rescale=False, do_normalize=False, **fields
-    )
+    module_name = f"transformers.models.{module}.image_processing_pil_{module}"
+    processors = import_transformers(module_name, needed_by="an image processor")
+    processor_class = getattr(processors, f"{name}ImageProcessorPil")
+    return processor_class(do_rescale=False, do_normalize=False, **fields)
 
 
 def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:

@@ -124,7 +124,8 @@ def import_transformers(module: str = "transformers", needed_by: str = "a tokeni
       needed_by: what needs transformers, for the message.
 
     Raises:
-      ImportError: transformers, or what it needs, is missing; says what to install.
+      ImportError: transformers or one of its dependencies is missing. The message says what to
+        install.
     """
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_no_advice_on_torch)

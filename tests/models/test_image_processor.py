@@ -237,3 +237,9 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match="pip install pillow"):
         ImageProcessor.from_hf(VIT).pixels("cat.jpg")
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.vit.image_processing_pil_vit", None)
+    with pytest.raises(ImportError, match=r"an image processor needs .*\[models\]"):
+        ImageProcessor.from_hf(VIT).pixels(picture(4, 3))

@@ -67,9 +67,9 @@ def draw(
 
     Args:
       root: the checkout.
-      folder: of modules.
+      folder: the folder of modules.
       count: the number of mutants, if there are as many.
-      seed: of the draw.
+      seed: the seed of the draw.
       lines: the lines of each file that may change; None for all.
     """
     expressions = []
@@ -170,7 +170,7 @@ def _options() -> argparse.Namespace:
 
 
 def _record(folder: Path, options: argparse.Namespace, key: str) -> runs.Record:
-    """Returns which tests run which lines of this checkout, from an earlier run if there is one."""
+    """Returns the record of this checkout's fast suite, from an earlier run if there is one."""
     file = options.output / f"lines-{key}.json"
     if not file.exists():
         print(

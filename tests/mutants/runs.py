@@ -21,7 +21,7 @@ _FILE_SECONDS = 0.1  # to import a file of tests
 
 
 class Verdict(NamedTuple):
-    """What the judges of a mutant said.
+    """The result of judging a mutant.
 
     Attributes:
       found: whether a test failed.
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one run of the fast suite showed.
+    """The lines, seconds and failures of one run of the fast suite.
 
     Attributes:
       lines: the files of tests that run each line, by the path of a module and the line.
@@ -55,8 +55,8 @@ class Record(NamedTuple):
         """Returns the files of tests that run an expression, the quickest first.
 
         Args:
-          path: of the module, from the root of the checkout.
-          line: of the expression.
+          path: the module's path from the root of the checkout.
+          line: the line of the expression, from 1.
           statement: the lines that hold the statement, where no file runs the line alone.
           called: whether a call runs the expression. An import runs it otherwise, once a process
             and not once a file, so that whoever calls the module is a judge.
@@ -154,7 +154,7 @@ def load_record(file: Path) -> Record:
 
 
 def judge(folder: Path, programs: Path, known: Record, judges: list[str], most: float) -> Verdict:
-    """Returns what the judges say of a copy of the checkout, of whom the first failure suffices.
+    """Returns the verdict of the judges on a copy of the checkout. The first failure ends the run.
 
     Args:
       folder: the copy, with the mutant in it.

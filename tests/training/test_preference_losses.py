@@ -227,7 +227,7 @@ def test_ratios_are_clipped_where_the_gain_pulls_further():
 
 
 def test_completions_of_one_token_count():
-    """Of answers such as "yes" and "no", a model would learn nothing; padding stays out."""
+    """Completions of one token count, such as "yes" and "no". Padding does not."""
     mask = array([[0, 1, 0], [0, 0, 0]])
     chosen = losses.completions(array([[-9.0, -1.0, -9.0]] * 2), mask, jnp.full((2, 3), -2.0))
     rejected = losses.completions(array([[-9.0, -3.0, -9.0]] * 2), mask, jnp.full((2, 3), -2.5))
