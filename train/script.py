@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.errors import Interrupted, TrainingError
+from train import BEGAN
 from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.finetune import finetune, train_rows
@@ -16,7 +17,7 @@ from train.options.field import check_effects
 from train.options.file import replace_options
 from train.options.paths import check_local
 from train.processes import hosts
-from train.processes.session import Session, process_age
+from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
 from train.run.output import ADAPTER
@@ -97,7 +98,7 @@ class TrainingScript:
 
     def main(self, args: Sequence[str] | None = None) -> None:
         """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-        session = Session(process_age() if args is None else 0.0)
+        session = Session(BEGAN if args is None else None)
         with session.running():
             config, on_line, in_file = self._read(args)
             if getattr(config.run, "many", None) is not None:

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -33,8 +32,6 @@ from train.processes.peers import Ending, Peers, connect
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
 _OTHERS = 8.0  # seconds that process 0 waits for the others to end
 _FAILED = 1
-_PROCESS_STATUS = Path("/proc/self/stat")
-_BEGIN_FIELD = 19  # the beginning in clock ticks, among the fields after the program's name
 
 
 class Session:
@@ -46,15 +43,17 @@ class Session:
       began, began_at: when the script, or its part, began: by `time.monotonic` and `time.time`.
     """
 
-    def __init__(self, age: float = 0.0) -> None:
+    def __init__(self, began: float | None = None) -> None:
         """Begins a session.
 
         Args:
-          age: seconds for which the script has worked already.
+          began: when the script began, by `time.monotonic`. Without it, the script begins now.
         """
         self.stop = Stop()
         self.release = contextlib.ExitStack()
-        self.began, self.began_at = time.monotonic() - age, time.time() - age
+        now = time.monotonic()
+        self.began = now if began is None else began
+        self.began_at = time.time() - (now - self.began)
         self._peers: Peers | None = None
         self._claim = threading.Lock()  # held by the thread that ends the process
         self._verdict: tuple[str, int] | None = None  # what another process said, and the exit code
@@ -212,13 +211,3 @@ class Session:
         if self._peers is not None:
             self._peers.wait_for_the_others(_OTHERS)
         os._exit(code)
-
-
-def process_age() -> float:
-    """Returns the seconds since this process began; 0.0 where the system is not Linux."""
-    try:
-        fields = _PROCESS_STATUS.read_text().rpartition(")")[2].split()
-        now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    except (OSError, AttributeError):
-        return 0.0
-    return max(0.0, now - int(fields[_BEGIN_FIELD]) / os.sysconf("SC_CLK_TCK"))
