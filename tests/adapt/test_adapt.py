@@ -84,6 +84,23 @@ def test_kernels_that_wait_in_the_memory_of_the_host(dora, everything, float64):
     assert_close(got, want, 1e-12)
 
 
+def test_only_a_narrow_product_is_taken_again_for_its_magnitude():
+    """One of at most a third of its inputs; to take a wider one again would cost too much time."""
+
+    def products(fan_in, fan_out):
+        rule = lj.LoraRule(targets=["a"], rank=2, dora=True)
+        adapter, base = lj.split(lj.lorafy({"a": {"kernel": draw(1, (fan_in, fan_out))}}, [rule]))
+        x = draw(2, (3, fan_in))
+
+        def loss(adapter):
+            run = lj.adapt(lambda params, x: x @ params["a"]["kernel"])
+            return jnp.sum(jnp.sin(run(lj.join(adapter, base), x)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(adapter)).count("dot_general")
+
+    assert products(66, 22) > products(66, 23)
+
+
 def test_everything_but_arrays_reaches_the_function_untouched():
     seen = {}
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -140,6 +141,15 @@ def test_refused(use, primitive, float64):
     for forward in (lj.adapt(program(use)), jax.jit(lj.adapt(program(use)))):
         with pytest.raises(lj.MergeError, match=f"meets '{primitive}.*no place for a bias on B"):
             forward(tree, x)
+
+
+def test_a_scan_over_rows_of_a_weight_without_a_bias_does_not_form_it():
+    """A formed weight would need the memory that LoRA saves."""
+    tree = with_random_factors(lorafied({"a": {"kernel": draw(1, (IN, OUT))}}, [rule()]))
+    x = draw(3, (ROWS, IN))
+    run = lambda tree, x: blocks_of_rows(tree["a"]["kernel"], x)  # noqa: E731
+    ours = jax.jit(lj.adapt(run, strict=True))(tree, x)
+    assert_close(ours, np.asarray(x) @ np.asarray(lj.merge(tree)["a"]["kernel"]), 1e-5)
 
 
 def test_refused_beside_a_weight_without_a_bias():

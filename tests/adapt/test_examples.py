@@ -80,8 +80,12 @@ _gated.defvjp(lambda x: (_gated(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
 
 
 def flattened(p, x):
-    """[n·seq, d], then [seq·n, d], then features first with the weight on the left."""
-    y = jax.nn.gelu(x.reshape(20, 6) @ p["up"]).reshape(4, 5, 10).swapaxes(0, 1)
+    """[n·seq, d], then [seq·n, d], then features first with the weight on the left.
+
+    A weight is cast, as modules cast theirs to the type that they compute in.
+    """
+    up = p["up"].astype(jnp.bfloat16).astype(jnp.float32)
+    y = jax.nn.gelu(x.reshape(20, 6) @ up).reshape(4, 5, 10).swapaxes(0, 1)
     z = (y.reshape(20, 10) @ p["down"]).reshape(5, 4, 6)
     return lax.dot_general(p["up"], z, (((0,), (2,)), ((), ())))  # [out, seq, n]
 
@@ -276,6 +280,17 @@ def test_a_weight_of_each_example_is_never_formed():
         lj.adapt(lambda p, x: x @ p["up"])(tree, X)
     with pytest.raises(ExamplesError, match="adapter for each example"):
         lj.merge(tree)
+
+
+@pytest.mark.parametrize("variant", ["dora", "bias_on_b"])
+def test_a_vector_of_one_adapter_is_not_for_all_examples(variant):
+    """Each example would get the magnitude or the bias of the first one's adapter."""
+    rule = lj.LoraRule(targets=["kernel"], rank=2, **{variant: True})
+    of_slots = slots({"kernel": draw(0, (6, 10))}, [rule])
+    node = bank(of_slots, IDS)["kernel"]
+    tree = {"kernel": node.replace(arrays=of_slots[0]["kernel"].arrays | node.arrays)}
+    with pytest.raises(ExamplesError, match="'kernel' has a magnitude or a bias on B"):
+        at_once(lambda p, x: x @ p["kernel"], ExampleAxes((None, 0), 0), tree, X)
 
 
 @pytest.mark.parametrize("n", [1, 4])

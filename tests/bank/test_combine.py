@@ -178,11 +178,23 @@ def test_each_use_of_a_tied_table_has_its_own_sum(float64):
             expected = 2.0 * change(trees[0], use) - 0.5 * change(trees[1], use)
             u, s, vt = np.linalg.svd(expected, full_matrices=False)
             assert_close(change(both, use), u[:, :rank] * s[:rank] @ vt[:rank], 1e-9)
+    # Tables of several models, one beside the other.
+    rule = lj.LoraRule(targets=["embed"], rank=2, uses="each", in_axes=[1], out_axes=[2])
+    tables = {"embed": {"embedding": draw(6, (3, 13, 5), jnp.float64)}}
+    trees = [adapted(tables, [rule], i, jnp.float64) for i in (0, 1)]
+    both = combine(trees, [2.0, -0.5])
+    expected = 2.0 * change(trees[0], "lookup") - 0.5 * change(trees[1], "lookup")
+    assert_close(change(both, "lookup"), expected, 1e-9)
 
 
 def test_dare_prunes_at_random_and_keeps_the_mean():
     trees = [adapted(PARAMS, [lj.LoraRule(targets=["q"], rank=2, alpha=3.0)], i) for i in (0, 1)]
     linear = at(combine(trees, [1.0, -0.5], how="linear"), QUERY)
+    # As PEFT sums factors: each by the root of |w·s|, and A by the sign of w, too.
+    first, second = (at(tree, QUERY) for tree in trees)
+    roots = np.sqrt([1.0 * 1.5, 0.5 * 1.5])
+    assert_close(linear.a, roots[0] * first.a - roots[1] * second.a, 1e-6)
+    assert_close(linear.b, roots[0] * first.b + roots[1] * second.b, 1e-6)
 
     @jax.jit
     @jax.vmap

@@ -138,6 +138,15 @@ def test_layers_that_a_rule_leaves_out_count_as_lost():
     assert_close(found.errors["layers/q/kernel"], expected, 1e-5)
 
 
+def test_the_rank_is_the_least_that_keeps_the_energy():
+    """A change that is the same along five directions needs three for half of it, all for 0.9."""
+    before = {"q": {"kernel": draw(1, (3, 5, 7))}}
+    after = {"q": {"kernel": before["q"]["kernel"] + jnp.eye(5, 7)}}
+    for energy, rank in [(0.5, 3), (0.9, 5)]:
+        tree, _ = extract(before, after, energy=energy)
+        assert tree["q"]["kernel"].ranks == (rank,)
+
+
 def test_codes_are_mended():
     kernel = {"layers": {"up": {"kernel": draw(1, (2, 64, 128))}}}
     base = lj.quantized.quantize(kernel, "int4")

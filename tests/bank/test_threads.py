@@ -73,6 +73,16 @@ def test_nothing_is_copied_where_nothing_is_held(compiles_anew):
     assert numbers(choice) == [2, 2, 0]
 
 
+def test_examples_have_copies_of_their_factors_above_256_columns():
+    """Below, copies would take time and memory for nothing; slot 0, the base, has columns, too."""
+    for slots, has_copies in [(255, False), (256, True)]:
+        bank = Bank(PARAMS, RULES, slots=slots)
+        bank.add("a", adapter(1))
+        choice = bank.choose(["a", "base"])
+        chosen = slots_of(choice.tree)["kernel"].chosen(choice.ids)
+        assert chosen.per_example == has_copies, slots
+
+
 def stressed(n_calls, seed):
     """Eight threads choose among twelve adapters in three slots; each has some of its own.
 

@@ -213,6 +213,8 @@ def test_one_that_diverges_leaves_the_others_bitwise_as_they_were(whole):
         if number >= 1:
             bad["x"][0, 1, 2] = np.nan
         metrics = ill.step({"plain": batches("plain", number), "another rate": bad})
+        rate = float(member("plain").schedule(number))
+        assert metrics["plain"]["lr"] == pytest.approx(rate, rel=1e-6) and rate > 0
     assert_identical(healthy.state("plain").adapter, ill.state("plain").adapter)
     assert (metrics["another rate"]["skipped"], metrics["plain"]["skipped"]) == (1, 0)
     kept = ill.state("another rate")

@@ -295,6 +295,25 @@ def test_stacked_adapters(rules):
         lj.join(wrong, base)
 
 
+def test_a_layer_of_lora_xs_trains_no_number_beyond_its_rank():
+    """Its file would hold numbers that no product reads, and norms would count them."""
+    rules = [lj.LoraRule(targets=["up"], layers=[n], rank=2 * n + 1, xs=True) for n in (0, 1)]
+    latent = lj.lorafy({"up": {"kernel": draw(1, (2, 5, 7))}}, rules)["up"]["kernel"].latent
+    expected = np.ones((2, 3, 3), bool)
+    expected[0] = np.arange(9).reshape(3, 3) == 0
+    np.testing.assert_array_equal(np.asarray(latent) != 0, expected)
+
+
+def test_dora_leaves_a_layer_without_an_adapter_as_it_is():
+    kernel, x = draw(1, (2, 5, 7)), draw(2, (3, 5))
+    rules = [lj.LoraRule(targets=["up"], layers=[1], rank=2, dora=True)]
+    tree = with_random_factors(lj.lorafy({"up": {"kernel": kernel}}, rules))
+    both = jax.jit(lj.adapt(lambda p, x: [x @ p["up"]["kernel"][n] for n in (0, 1)]))(tree, x)
+    expected = [np.asarray(x) @ layer for layer in np.asarray(kernel)]
+    assert_close(both[0], expected[0], 1e-6)
+    assert np.abs(both[1] - expected[1]).max() > 0.1
+
+
 def test_the_summary_says_that_dropout_needs_a_key():
     rules = [lj.LoraRule(targets=["q_proj"], rank=2, dropout=0.1)]
     line = lj.summary(lj.lorafy(KERNEL, rules))

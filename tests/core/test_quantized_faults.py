@@ -75,6 +75,13 @@ def test_blocks_of_other_sizes_are_held(format):
     assert np.linalg.norm(found - kernel) < 0.15 * np.linalg.norm(kernel)
 
 
+def test_blocks_are_of_the_divisor_that_is_closest_to_the_formats_block():
+    """GGUF's blocks have 32 weights; at most twice as many, and at least a quarter, where not."""
+    for rows, block in [(992, 32), (65, 13), (128, 32), (44, 44), (469, None)]:
+        coding = quantized.coding_of((rows, 3), "q4_0")
+        assert (coding and coding.block) == block, rows
+
+
 @pytest.mark.slow
 def test_files_name_the_kernel_and_the_layer(tmp_path):
     model, params = tiny.decoder("smollm2")

@@ -10,6 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import peft
+from lora_jax.variants import variants_of
 
 
 def shaped(*shape):
@@ -334,3 +335,14 @@ def test_rules_are_values():
     assert pickle.loads(pickle.dumps(rule)) == copy.deepcopy(rule) == rule
     a, b = (lj.LoraRule(targets=["q", "v"], layers=[1]) for _ in range(2))
     assert a == b and hash(a) == hash(b)
+
+
+def test_an_adapted_weight_tells_its_variant():
+    """By which files say it: PEFT would read DoRA's as plain LoRA, and compute something else."""
+    kernel = {"q_proj": {"kernel": jax.ShapeDtypeStruct((6, 6), jnp.float32)}}
+    named = {"dora": "DoRA", "xs": "LoRA-XS", "vera": "VeRA", "tinylora": "TinyLoRA"}
+    for option, name in named.items():
+        tree = lj.lorafy(kernel, [lj.LoraRule(targets=["q_proj"], rank=2, **{option: True})])
+        assert [variant.name for variant in variants_of(tree["q_proj"]["kernel"])] == [name]
+    plain = lj.lorafy(kernel, [lj.LoraRule(targets=["q_proj"], rank=2)])
+    assert variants_of(plain["q_proj"]["kernel"]) == []

@@ -54,3 +54,13 @@ def test_a_row_of_a_server_draws_what_generation_draws(number: int) -> None:
 
 DRAW = jax.jit(lambda logits, rows, step: draw_tokens(logits, rows, step, 4, jnp.bool_(True)))
 CHOOSE = jax.jit(lambda logits, all, step: choose(logits, all, token_keys(all.key, step)))
+
+
+def test_top_k_draws_from_the_k_likeliest_tokens() -> None:
+    """All of them, and no other, where the temperature makes all tokens nearly as likely."""
+    rng = np.random.default_rng(7)
+    logits = rng.standard_normal(61).astype(np.float32)
+    keys = row_keys(jax.random.key(3), jnp.arange(300))
+    limits = jnp.float32(50.0), jnp.float32(1.0), jnp.int32(5)
+    tokens = CHOOSE(np.tile(logits, (300, 1)), Sampling(*limits, keys), jnp.int32(0))
+    assert {*np.asarray(tokens).tolist()} == {*np.argsort(logits)[-5:].tolist()}

@@ -7,6 +7,7 @@ judges the files in the order that is asked for, and writes the seconds and fail
 It needs sys.monitoring, of Python 3.12 or newer, to record lines.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = str(Path(__file__).resolve().parent) + os.sep
 RECORD = "LORA_JAX_TESTS_RECORD"
 TEST_FILE = "LORA_JAX_TESTS_FILE"
 ORDER = "LORA_JAX_TESTS_ORDER"
+_CACHED = type(functools.cache(len))
 _TOOL = 4  # of the six numbers of sys.monitoring, one that no known tool has
 
 
@@ -49,11 +51,25 @@ if os.environ.get(RECORD):
 def pytest_configure(config):
     if os.environ.get(RECORD) and "PYTEST_XDIST_WORKER" in os.environ:
         config.pluginmanager.register(Recording(), "recording of lines")
+    if any("from hypothesis" in (config.rootpath / name).read_text() for name in _order()):
+        end_at_a_failure()
+
+
+def end_at_a_failure():
+    """Has Hypothesis fail at once, rather than look for the smallest example for minutes."""
+    from hypothesis import Phase, settings
+
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("mutants")
+
+
+def _order():
+    return os.environ.get(ORDER, "").split()
 
 
 def pytest_collection_finish(session):
     """Puts the files in the order that is asked for, after all others have put theirs."""
-    order = os.environ.get(ORDER, "").split()
+    order = _order()
     if order:
         place = {name: index for index, name in enumerate(order)}
         session.items.sort(key=lambda item: place[_name(item)])
@@ -77,9 +93,22 @@ class Recording:
         if name == self.test_file:
             return
         self.test_file = os.environ[TEST_FILE] = name
+        forget_values()
         sys.monitoring.restart_events()
         if forks := sys.modules.get("tests.train.forks"):
             forks._server.cache_clear()  # a server's forks would have the name of its first file
+
+
+def forget_values():
+    """Empties the caches of functions: a value in them hides the lines that made it from a file."""
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+    for name, module in [*sys.modules.items()]:
+        if name.partition(".")[0] not in ("lora_jax", "train"):
+            continue
+        for value in [*vars(module).values()]:
+            if isinstance(value, _CACHED):
+                value.cache_clear()
 
 
 def _name(item):

@@ -422,6 +422,10 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
         (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
         (["--teacher", "used", "--eval-dataset", "rows.jsonl"], "a teacher gives no score"),
         (["--teacher", "used", "--full"], "the base itself changes while training"),
+        (
+            ["--teacher", "used", "--init", "pissa", "--rank", "2"],
+            "the base itself changes while training",
+        ),
     ],
 )
 def test_bad_teachers_are_one_paragraph(folder, tmp_path, capsys, args, message):

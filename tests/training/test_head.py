@@ -166,12 +166,19 @@ def test_other_derivatives_are_those_of_all_logits(plain_head):
 
 
 def test_values_without_a_derivative_and_parameters_that_dead_code_reads(plain_head):
-    """One value says if a token is the likeliest; one product in the head serves no logits."""
+    """One value says if a token is the likeliest; one product in the head serves no logits.
+
+    A token may have two targets, each with a value of its own.
+    """
     hidden, kernel, *_, data = plain_head
     tree = {"head": kernel, "table": kernel.T}
+    two = (data["targets"][..., None] + np.arange(2)) % 61
 
     def right(logits, targets):
         return jnp.argmax(logits, axis=-1) == targets
+
+    def at_targets(logits, targets):
+        return jnp.take_along_axis(logits, targets, axis=-1)
 
     def loss(hidden, chunk):
         def forward(variables, x, *, method=None, return_hidden=False, logits_at=None, **_):
@@ -181,10 +188,14 @@ def test_values_without_a_derivative_and_parameters_that_dead_code_reads(plain_h
 
         of = functools.partial(token_values, chunk=chunk)
         both = of(lambda *args: (cross_entropy(*args), right(*args)), forward, tree, data)
-        return jnp.sum(both[0]), (of(right, forward, tree, data), both[1])
+        of_two = of(at_targets, forward, tree, data | {"targets": two})
+        return jnp.sum(both[0]), (of(right, forward, tree, data), both[1], of_two)
 
     slope = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     assert_close(slope(hidden, 9), slope(hidden, 0), 1e-5)
+    logits = np.asarray(hidden) @ np.asarray(kernel)
+    expected = np.take_along_axis(logits, two, axis=-1)
+    assert_close(slope(hidden, 9)[0][1][2], expected, 1e-5)
 
 
 def test_bf16_is_no_further_from_fp32(plain_head):

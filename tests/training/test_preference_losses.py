@@ -237,6 +237,19 @@ def test_completions_of_one_token_count():
     assert float(sums.count) == 1 and float(sums.total) == pytest.approx(want, rel=1e-6)
 
 
+def test_prompts_that_are_predicted_are_no_part_of_completions():
+    """ORPO predicts prompts, too; its odds are those of completions alone."""
+    logits, targets = draw(4, (1, 4, 5)), np.array([[1, 2, 3, 4]])
+    batch = {"ids": targets, "predict_at": np.arange(4)[None], "targets": targets}
+    batch |= {"weights": np.ones((1, 4)), "counts": np.ones((1, 2), int)}
+    batch |= {"sequences": np.array([[0, 0, 1, 1]]), "completion": np.array([[0, 1, 0, 1]])}
+    found = losses.sequence_logps(lambda variables, ids, **_: logits, {}, batch)
+    exact = np.exp(np.asarray(logits[0], np.float64))
+    logps = np.log(exact / exact.sum(axis=-1, keepdims=True))
+    assert_close(found.policy, np.array([logps[1, 2], logps[3, 4]]), 1e-6)
+    assert found.tokens.tolist() == [1, 1]
+
+
 def test_on_policy_the_ratio_is_one():
     """Without old log-probabilities the value is minus the mean advantage, with a gradient."""
     value, gradient = jax.value_and_grad(

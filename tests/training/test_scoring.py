@@ -75,6 +75,7 @@ def test_a_loss_of_rollouts_logs_the_entropy_of_the_policy_that_it_updates(adapt
         compute = jax.value_and_grad(total, has_aux=True)
         products = str(jax.make_jaxpr(compute)(factors[0])).count("dot_general[")
         (_, sums), grads = jax.jit(compute)(factors[0])
+        assert loss.label == "loss a sequence", "by which a plot names its axis"
         return sums, grads, products
 
     want = judged(model, params, data)[1][counted].mean()

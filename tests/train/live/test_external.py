@@ -1,7 +1,9 @@
 """`train.grpo --sampler`: an external sampler, and the check that it holds the adapter."""
 
 import re
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from tests.train.scripts import fails
 from tests.train.test_mesh import run as run_processes
 from tests.train.tiny import write_jsonl, write_model
 from train import grpo
+from train.live.external.check import SamplerCheck
 from train.live.prompts import PromptFeed
 from train.live.rollouts import Rollouts
 from train.run.log import read_metrics
@@ -140,6 +143,29 @@ def test_a_sampler_that_holds_another_adapter_is_refused(folder, serving, tmp_pa
     assert ("has not taken up" in message) == (lie != "another")
     assert not read_metrics(tmp_path / "run")
     assert not stub.holder.adapters, "what was loaded is unloaded"
+
+
+def test_a_batch_that_was_drawn_ahead_is_held_to_the_adapter_of_its_time():
+    """A server that drew it by other weights is found out, while that adapter trains on."""
+    adapter, base = lj.split(
+        lj.lorafy({"kernel": jnp.ones((3, 2))}, [lj.LoraRule(targets=["kernel"], rank=1)])
+    )
+    data = SimpleNamespace(max_mismatch=0.05, staleness=1, sampler=None, importance_sampling=None)
+    config = SimpleNamespace(data=data, optim=SimpleNamespace(loss="grpo"))
+    server = SimpleNamespace(url="http://there")
+    sampler = SimpleNamespace(version=SimpleNamespace(step=3, adapter=adapter), server=server)
+    before = lambda params, batch: np.full_like(batch["old"], -2.0)  # noqa: E731
+    check = SamplerCheck(SimpleNamespace(config=config), None, sampler, before)
+    batch = {"old": np.full((2, 3, 5), -9.0), "weights": np.ones((2, 3, 5))}
+
+    def weighed(logp):
+        drawn = SimpleNamespace(logps=np.full((6, 5), logp))
+        return check.weigh(batch, drawn, base, number=4)
+
+    assert weighed(-2.0) == ({"staleness": 1.0, "sampler_mismatch": 0.0}, None)
+    metrics, problem = weighed(-2.5)
+    assert metrics["sampler_mismatch"] == 0.5
+    assert "http://there does not draw from the adapter" in problem and "are 0.5 from" in problem
 
 
 @pytest.mark.slow

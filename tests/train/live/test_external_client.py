@@ -106,6 +106,22 @@ def test_a_busy_server_is_asked_again(stub, monkeypatch):
         drawn_from(stub, 0.5)
 
 
+def test_a_server_may_take_a_second_until_it_can_be_reached(stub, monkeypatch):
+    connect, refused = http.client.HTTPConnection.connect, []
+
+    def refusing_once(connection):
+        if not refused:
+            refused.append(connection)
+            raise ConnectionRefusedError
+        connect(connection)
+
+    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(client, "_LOOK", 60.0)
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", refusing_once)
+    with stub.serving() as url:
+        assert SamplerServer(url, 60.0).probe() == ["base"] and len(refused) == 1
+
+
 def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
     monkeypatch.setattr(client, "_LOOK", 0.0)
     with stub.serving() as url:

@@ -1,8 +1,11 @@
 """Tools and environments in their processes: what an ugly one does, it does to its row alone."""
 
+import base64
 import json
+import pickle
 import socket
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from train.console.errors import UserError
 from train.tools.contract import ToolAnswer, ToolCall
+from train.tools.host import _AT_ONCE as AT_ONCE
 from train.tools.host import FAILED, ProcessHost
 
 CODE = '''
@@ -255,11 +259,22 @@ def test_an_ugly_tool_ends_its_row_alone(host):
 
 
 def test_a_process_ends_with_an_asker_that_read_no_answer(host):
+    """And with it what its tools have started: nobody else would end it after a run is killed."""
     channel = host.connect()
     process = json.loads(channel.recv(1000, socket.MSG_PEEK))["process"]
     assert is_alive(process)
     channel.close()
     assert ends(process)
+    channel = host.connect()
+    with channel.makefile("rw") as lines:
+        lines.readline()
+        reset = {"reset": {"start": 1}, "seed": 0, "rehearsed": False}
+        for request in (reset, {"calls": [("leave_child", {})]}):
+            lines.write(base64.b64encode(pickle.dumps(request)).decode() + "\n")
+            lines.flush()
+            answer = json.loads(lines.readline())
+    channel.close()
+    assert ends(answer["value"])
 
 
 def test_a_reset_that_fails_loses_its_row(host):
@@ -280,11 +295,23 @@ def test_a_flood_is_cut(host):
 
 
 def test_processes_end_with_the_host(host):
+    """Calls that wait for a thread are not made any more: the end would wait for each of them."""
     (episode,) = opened(host, 1)
     (left,) = answers(episode, ("leave_child", {}))
     assert is_alive(left.content)
+    ended, close = threading.Event(), episode.close
+
+    def close_and_end():
+        close()
+        ended.set()
+
+    episode.close = close_and_end
+    for _ in range(AT_ONCE):
+        host.run(ended.wait)
+    waiting = host.run(ended.wait)
     host.close()
     assert ends(left.content)
+    assert waiting.cancelled()
 
 
 BAD = '''

@@ -10,9 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+import lora_jax as lj
+from lora_jax.bank.writing import add_slots
 from lora_jax.models.layers.cache import init_cache
 from lora_jax.models.sampling.blocks import take_row_block
 from lora_jax.models.sampling.slots import empty_rows
+from lora_jax.training.layout import one_device
+from tests.train.tiny import decoder
 from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.prompts import PromptRunner
@@ -257,3 +261,21 @@ def test_a_block_that_is_kept_is_not_computed_again():
             PrefixScope("", None), np.array([1], np.int32), lambda: made.append(1) or BLOCK
         )
     assert made == [1]
+
+
+def test_programs_take_the_memory_of_the_caches_that_they_change():
+    """Else a cache would be in memory twice at each call."""
+    model, params = decoder()
+    tree = add_slots(params, [lj.LoraRule(targets=["q_proj"], rank=2)], 2)
+    programs = SamplingPrograms(model, one_device(), 4)
+    cache, one = programs.prompt(8), np.ones(1, np.int32)
+    ids = np.zeros((1, 4), np.int32)
+    calls = {
+        "extend": (tree, one[0], ids, one[0], cache),
+        "extend_after": (tree, one[0], ids, one[0], cache, one[0]),
+        "extend_all": (tree, one, ids[None], one, (cache,)),
+    }
+    for name, args in calls.items():
+        infos, _ = getattr(programs, name).trace(*args).args_info
+        taken = [{leaf.donated for leaf in jax.tree.leaves(argument)} for argument in infos]
+        assert taken == [{index == 4} for index in range(len(args))], name

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from lora_jax.models.sampling.slots import DrawnTokens
+from train.serve.engine import engine as engine_module
+from train.serve.engine.commands import EngineTenant
+from train.serve.engine.engine import Engine
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.sampler import Sampler
@@ -165,3 +168,27 @@ def test_a_prompt_that_fails_beside_others_ends_alone():
     while requests.sampler.busy:
         step(requests.sampler)
     assert [len(answer.completions[0].tokens) for answer in requests.answers[1:]] == [3, 3]
+
+
+def test_training_and_sampling_have_as_much_time(monkeypatch):
+    """A turn that takes three times as long comes a third as often; a job that began goes on."""
+    clock, turns = [1000.0], []
+
+    def turn(kind, seconds):
+        turns.append(kind)
+        clock[0] += seconds
+
+    tenant = EngineTenant("one", Client("anna"))
+    tenant.job = iter(())
+    engine = SimpleNamespace(
+        _tenants={"one": tenant},
+        _sampler=SimpleNamespace(busy=True, step=lambda: turn("sampling", 1.0)),
+        _spent={"training": 0.0, "sampling": 0.0},
+        _may_train=lambda tenant: True,
+        _order=lambda tenant: 0,
+        _train=lambda tenant: turn("training", 3.0),
+    )
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for _ in range(8):
+        Engine._turn(engine)
+    assert Counter(turns) == {"training": 2, "sampling": 6}
