@@ -41,6 +41,10 @@ def leave():
     """Raises SystemExit."""
     sys.exit(3)
 
+def interrupt():
+    """Is interrupted."""
+    raise KeyboardInterrupt
+
 async def wait(seconds: float) -> str:
     """Waits.
 
@@ -117,7 +121,7 @@ class Counter:
     def get_reward(self) -> float:
         return {7: None, 8: float("nan")}.get(self._n, self._n / 2)
 '''
-TOOLS = "add fail leave wait hang kill kill_all fork leave_child flood half parts".split()
+TOOLS = "add fail leave interrupt wait hang kill kill_all fork leave_child flood half parts".split()
 
 
 @pytest.fixture(scope="module")
@@ -259,22 +263,28 @@ def test_an_ugly_tool_ends_its_row_alone(host):
 
 
 def test_a_process_ends_with_an_asker_that_read_no_answer(host):
-    """And with it what its tools have started: nobody else would end it after a run is killed."""
     channel = host.connect()
     process = json.loads(channel.recv(1000, socket.MSG_PEEK))["process"]
     assert is_alive(process)
     channel.close()
     assert ends(process)
-    channel = host.connect()
-    with channel.makefile("rw") as lines:
-        lines.readline()
-        reset = {"reset": {"start": 1}, "seed": 0, "rehearsed": False}
-        for request in (reset, {"calls": [("leave_child", {})]}):
+
+
+def test_a_process_that_a_tool_interrupts_ends_with_what_its_tools_have_started(host):
+    """The asker may be gone by then."""
+    with host.connect() as channel, channel.makefile("rw") as lines:
+
+        def ask(**request):
             lines.write(base64.b64encode(pickle.dumps(request)).decode() + "\n")
             lines.flush()
-            answer = json.loads(lines.readline())
-    channel.close()
-    assert ends(answer["value"])
+            return lines.readline()
+
+        lines.readline()
+        ask(reset={"start": 1}, seed=0, rehearsed=False)
+        answer = json.loads(ask(calls=[("leave_child", {})]))
+        assert is_alive(answer["value"])
+        ask(calls=[("interrupt", {})])
+        assert ends(answer["value"])
 
 
 def test_a_reset_that_fails_loses_its_row(host):
