@@ -37,14 +37,19 @@ def f(a: "x[1]" = None) -> y[2]:
     raise ValueError("text" + str(3))
 '''
 MODULE = "FACTOR = 2\n\n\ndef double(x):\n    unused = 7\n    return FACTOR * x\n"
+KEPT = "import functools\n\n\n@functools.cache\ndef triple(x):\n    return 3 * x\n"
 TESTS = """
-    from lora_jax import module
+    from lora_jax import kept, module
 
     def test_here():
-        assert module.double(3) == 6
+        assert module.double(3) == 6 and kept.triple(3) == 9
 """
 CHILD_TESTS = """
     import subprocess, sys
+    from lora_jax import kept
+
+    def test_a_value_that_another_file_has_asked_for():
+        assert kept.triple(3) == 9
 
     def test_in_a_child():
         code = "from train import child; child.run()"
@@ -120,6 +125,7 @@ def checkout(tmp_path_factory):
     texts = {
         "lora_jax/__init__.py": "",
         "lora_jax/module.py": MODULE,
+        "lora_jax/kept.py": KEPT,
         "train/__init__.py": "",
         "train/child.py": CHILD,
         "tests/test_here.py": TESTS,
@@ -150,6 +156,8 @@ def test_judges_run_the_line_also_in_a_process_that_tests_start(copied):
     assert known.judges("lora_jax/module.py", 6, range(6, 7), True) == ["tests/test_here.py"]
     assert known.judges("train/child.py", 2, range(2, 3), True) == ["tests/test_child.py"]
     assert known.judges("train/child.py", 3, range(3, 4), True) == []
+    of_a_cache = known.judges("lora_jax/kept.py", 6, range(6, 7), True)
+    assert {*of_a_cache} == {"tests/test_here.py", "tests/test_child.py"}
     # An import runs it, and whoever calls the module judges it.
     assert known.judges("lora_jax/module.py", 1, range(1, 2), False) == ["tests/test_here.py"]
 

@@ -214,6 +214,7 @@ _PYTEST = (
 def _environment(folder: Path, programs: Path) -> dict[str, str]:
     """Returns an environment whose Python imports the copy, and keeps no bytecode of mutants."""
     names = ("LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE", "PYTEST_ADDOPTS")
+    names += (recorder.RECORD, recorder.TEST_FILE, recorder.ORDER)  # those of a run around it
     outer = {name: value for name, value in os.environ.items() if name not in names}
     return outer | {
         "PYTHONPATH": str(folder),
