@@ -39,7 +39,7 @@ def odd(completion_ids, **_):
 TINY = 1e-12  # a rate that changes nothing
 GRID = ["--methods", "lora", "full", "--ranks", "2", "--lrs", str(TINY), "0.1"]
 GRID += ["--full-lrs", "1e-2", "--seeds", "0", "3", "--target-sets", "all-linear"]
-LINE = ["--batch-sizes", "32", "--group", "8", "--eps", "1e-4", "--steps", "24", "--warmup", "1"]
+LINE = ["--batch-sizes", "32", "--group", "8", "--eps", "1e-4", "--steps", "16", "--warmup", "1"]
 LINE += ["--max-new-tokens", "8", "--seq-len", "64", "--eval-questions", "4", "--no-costs"]
 LINE += ["--score-every", "8"]
 LINE += ["--report-to", "none"]
