@@ -17,6 +17,7 @@ from tests.surroundings import (  # noqa: E402
     hide_torch,
     isolate,
     keep_single_device_programs,
+    remember_parsers,
     share_contexts,
 )
 
@@ -46,6 +47,7 @@ LONGEST = (
     *("train/serve/engine/test_engine_torch.py", "train/test_progress.py"),
 )
 share_contexts()
+remember_parsers()
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

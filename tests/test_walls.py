@@ -1,10 +1,14 @@
 """The house's walls: imports go downward, and rooms know what is theirs to know."""
 
 import ast
+import functools
 import itertools
+import re
 from pathlib import Path
 
 import pytest
+
+from tests.sources import statements
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,11 +59,18 @@ LATE = {
 # JAX's insides, which move between releases, and the one file that imports some of them.
 INSIDES = ("jax._src", "jax.extend", "jax.interpreters", "jax.lib", "jaxlib")
 IMPORTER = "lora_jax.core.extend"
+# A text without a match names none of them, and need not be parsed.
+MAY_NAME_INSIDES = re.compile(
+    r"\bjax\s*\.\s*(_src|extend|interpreters|lib)\b|\bjaxlib\b|\bfrom\s+[.\w]*jax\s+import\b"
+)
 # Looks at the file system, as names of modules, functions and methods.
 LOOKS = {
     *("os", "pathlib", "glob", "shutil", "tempfile", "open", "exists", "is_file", "is_dir"),
     *("read_text", "read_bytes", "iterdir", "rglob", "stat", "expanduser", "resolve"),
 }
+
+
+parse = functools.cache(ast.parse)  # two judges read each file
 
 
 def is_late(module):
@@ -76,13 +87,11 @@ def read(*folders):
 
 def imports(name, source, modules):
     """Returns the modules that one imports, but for those for type checkers alone."""
-    tree = ast.parse(source)
-    typing = [
-        n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
-    ]
-    skipped = {id(inner) for one in typing for part in one.body for inner in ast.walk(part)}
+    nodes = [*statements(parse(source))]
+    typing = [n for n in nodes if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    skipped = {id(inner) for one in typing for part in one.body for inner in statements(part)}
     asked = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
@@ -153,10 +162,10 @@ def late_imports(sources):
     """Returns the imports inside functions, but for those of `LATE`."""
     found = set()
     for name, source in sources.items():
-        for function in ast.walk(ast.parse(source)):
-            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for function in statements(parse(source)):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            for node in ast.walk(function):
+            for node in statements(function):
                 if isinstance(node, ast.Import):
                     asked = {alias.name for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
@@ -193,8 +202,7 @@ def is_chain_of_two(node):
 def insides_of_jax(sources):
     """Returns the names of JAX's insides that modules import or reach through `jax`."""
     found = set()
-    last = {inside.rpartition(".")[2] for inside in INSIDES}
-    told = {name: text for name, text in sources.items() if any(word in text for word in last)}
+    told = {name: text for name, text in sources.items() if MAY_NAME_INSIDES.search(text)}
     for name, source in told.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
@@ -241,7 +249,8 @@ def reachable(graph, name):
 
 @pytest.fixture(scope="module")
 def sources():
-    return read("lora_jax", "train")
+    yield read("lora_jax", "train")
+    parse.cache_clear()
 
 
 @pytest.fixture(scope="module")

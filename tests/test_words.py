@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import statements
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
 # A relative clause, or a part of a sentence, that stands for a subject.
@@ -42,14 +44,14 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstrings(tree):
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             yield getattr(node, "lineno", 1), text
 
 
 def help_texts(tree):
     """The strings that stand below a field of a class: `tyro` shows them."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.ClassDef):
             for one in node.body[1:]:
                 if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant):
@@ -58,7 +60,7 @@ def help_texts(tree):
 
 def messages(tree):
     """The texts of errors that are raised, from their first words on."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             first = node.exc.args[0]
             if isinstance(first, ast.JoinedStr) and first.values:
@@ -100,7 +102,7 @@ def test_functions_are_named_by_verbs_or_nouns(trees):
     found = [
         f"{path}:{node.lineno}: {node.name}: name its result, or what it does"
         for path, tree in trees.items()
-        for node in ast.walk(tree)
+        for node in statements(tree)
         if isinstance(node, FUNCTION)
         and PREPOSITION.match(node.name)
         and node.name not in PUBLIC_METHODS.get(path.relative_to(ROOT).as_posix(), ())
@@ -112,7 +114,7 @@ def class_owners(trees):
     """Returns the files that define each public class, by its name."""
     owners = defaultdict(set)
     for path, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in statements(tree):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 owners[node.name].add(str(path))
     return owners

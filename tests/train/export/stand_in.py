@@ -33,7 +33,8 @@ class Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        poll = (0.01,)  # seconds: it ends so soon
+        threading.Thread(target=self._server.serve_forever, args=poll, daemon=True).start()
 
     def add(self, name: str, *, private: bool = False, **files: bytes) -> None:
         """Makes a repository."""
