@@ -448,13 +448,16 @@ def test_values_and_gradients(case, float64):
     """And no product in the programs that give them has a kernel's shape, as merging has."""
     params, adapter, base, x = halves(case, jnp.float64)
     with jax.numpy_dtype_promotion("standard"):  # the cases' own literals are not the point
-        ours, theirs = (
-            jax.jit(functools.partial(values, case, run)).lower(adapter, base, x).compile()
-            for run in (lj.adapt(case.run, strict=True), merged(case))
-        )
-        plain = jax.jit(case.run)(params, x)
+        run = functools.partial(values, case, lj.adapt(case.run, strict=True))
+
+        def run_merged(adapter, base, x, params):
+            return values(case, merged(case), adapter, base, x), case.run(params, x)
+
+        ours = jax.jit(run).lower(adapter, base, x).compile()
+        theirs = jax.jit(run_merged).lower(adapter, base, x, params).compile()
     found = ours(adapter, base, x)
-    assert_close(found, theirs(adapter, base, x), 1e-9)
+    expected, plain = theirs(adapter, base, x, params)
+    assert_close(found, expected, 1e-9)
     changes = [
         np.abs(np.subtract(a, b)).max()
         for a, b in zip(jax.tree.leaves(found[0][1]), jax.tree.leaves(plain), strict=True)

@@ -225,7 +225,7 @@ def test_products_with_the_base_stay_one_for_all_examples(form, monkeypatch):
     assert len(dots_of_size(rows, (13, 7))) == 8
 
 
-@forms
+@over("form", FORMS, often=["at once", "copies"])
 def test_gradients(form, monkeypatch):
     """The gradient of each slot's factors is that of its own examples; others' are zero."""
     program = PROGRAMS[1]

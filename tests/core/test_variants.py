@@ -136,7 +136,6 @@ STACK, HEADS, SORTED, TABLE = USUAL
         "embedding looked up and tied-LoRA-FA with DoRA",
         "weight as the left operand-DoRA",
         "scanned and rematerialised-VeRA",
-        "experts, tokens sorted-VeRA",
         "embedding looked up and tied-VeRA",
         "convolution-LoRA-XS",
     ],

@@ -82,6 +82,7 @@ def compiled(how):
     return jax.jit(values).lower(*halves()).compile()
 
 
+@pytest.mark.slow
 def test_identity_where_b_is_zero():
     model, params = model_and_params()
     tree = lj.lorafy(params, RULES)

@@ -163,9 +163,7 @@ def test_a_mask_is_its_definition(name: str) -> None:
 OFTEN = [
     "one query",
     "bidirectional, padded left",
-    "packed, a window and padding",
     "capped",
-    "one head of keys",
     "into a cache, a window and padding",
     "prompts and completions, packed",
 ]

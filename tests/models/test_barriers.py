@@ -10,7 +10,7 @@ from lora_jax.models.decoder import blocks
 from lora_jax.models.decoder.blocks import settle, settle_gradient
 from lora_jax.models.families import read_config
 from lora_jax.models.layers.placement import Placement
-from tests.support import array
+from tests.support import array, variables_of
 from tests.train.plan.tiny_plans import FIELDS
 
 
@@ -33,7 +33,7 @@ X = array(np.linspace(-2.0, 3.0, 2 * 5 * 32, dtype=np.float32).reshape(2, 5, 32)
 def loss_on(placement):
     """(the loss of an adapted MLP, its parameters)"""
     mlp = blocks.MLP(read_config(FIELDS), placement=placement)
-    params = mlp.init(jax.random.key(0), X)["params"]
+    params = variables_of(mlp, X)["params"]
     tree = lj.lorafy(params, [lj.LoraRule(targets=".*", rank=2, alpha=3)])
     forward = lj.adapt(lambda params, x: mlp.apply({"params": params}, x))
     return lambda adapter, base, x: jnp.sum(jnp.tanh(forward(lj.join(adapter, base), x))), tree

@@ -126,9 +126,9 @@ def test_a_head_can_be_chosen_for_an_architecture_that_has_none_of_ours() -> Non
 @pytest.mark.parametrize(
     ("case", "head"),
     [
-        ("bert", "none"),
+        pytest.param("bert", "none", marks=pytest.mark.slow),
         ("bert", "embedding"),
-        ("roberta with other options", "masked_lm"),
+        pytest.param("roberta with other options", "masked_lm", marks=pytest.mark.slow),
         ("roberta with other options", "classification"),
     ],
 )

@@ -31,7 +31,7 @@ from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16)
 CALL = AttentionCall(queries=2048, head_dim=64, dtype=jnp.bfloat16)
-OFTEN = ("packed, padded, a window, capped", "a prompt and its completions", "sums of weights")
+OFTEN = ("packed, padded, a window, capped", "sums of weights")
 
 
 @pytest.fixture(scope="module")

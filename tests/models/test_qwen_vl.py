@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.support import array
 
 def test_places_of_patches() -> None:
     """Square by square, image by image; behind the last, no image's."""
-    places = patch_places(array([[[2, 4], [2, 2]]]), 13, 2)
+    places = jax.jit(patch_places, static_argnums=(1, 2))(array([[[2, 4], [2, 2]]]), 13, 2)
     rows = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     columns = [0, 1, 0, 1, 2, 3, 2, 3, 0, 1, 0, 1]
     np.testing.assert_array_equal(places.image[0], [0] * 8 + [1] * 4 + [2])
@@ -37,10 +38,10 @@ def test_places_of_tokens() -> None:
             [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7],
         ]
     ).T
-    places = token_places(jnp.asarray(is_image), jnp.ones((1, 11), bool), grids)
+    places = jax.jit(token_places)(is_image, np.ones((1, 11), bool), grids)
     np.testing.assert_array_equal(places[0], want)
     padded = array(np.pad(is_image, ((0, 0), (3, 0)), constant_values=True))
-    places = token_places(padded, jnp.arange(14)[None] >= 3, grids)
+    places = jax.jit(token_places)(padded, np.arange(14)[None] >= 3, grids)
     np.testing.assert_array_equal(places[0, 3:], want)
 
 
@@ -64,7 +65,7 @@ def test_a_cache_and_wrong_inputs() -> None:
         ({"pixel_values": None}, "pixel_values of shape None"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.apply({"params": params}, ids, **{**shown, **change})
+            jax.eval_shape(model.apply, {"params": params}, ids, **{**shown, **change})
 
 
 def _changed(part: str, **changes: Any) -> dict[str, Any]:

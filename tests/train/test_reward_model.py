@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -107,7 +108,8 @@ def test_results_stand_in_the_order_of_the_pairs(inputs):
     config = SimpleNamespace(optim=SimpleNamespace(batch_size=4))
     context = SimpleNamespace(data=SimpleNamespace(held_out=pairs), config=config)
     results = RewardModelEvaluation(context)._results(params, model.apply)
-    alone = [COMPARISONS(model.apply, params, pairs.take(np.array([i]))) for i in range(9)]
+    compare = jax.jit(lambda batch: COMPARISONS(model.apply, params, batch))
+    alone = [compare(pairs.take(np.array([i]))) for i in range(9)]
     assert results == [float(sums.logs["accuracy"]) == 1 for sums in alone]
     assert 0 < sum(results) < 9
 

@@ -1,5 +1,6 @@
 """Losses of preferences and rollouts: published values, invariances, gradients at the edges."""
 
+import functools
 import math
 
 import jax
@@ -103,16 +104,19 @@ def test_rewards_are_logged_and_differentiated_nowhere():
 )
 def test_parts_of_a_batch_add_up(name):
     """Sums and gradients of 8 pairs at once, and of 2 × 4: the count divides once."""
-    policy, reference = -jnp.abs(draw(1, (2, 8))) * 9 - 1, -jnp.abs(draw(2, (2, 8))) * 9 - 1
-    tokens = jnp.arange(1.0, 17.0).reshape(2, 8)
+    policy, reference = (-np.abs(draw(key, (2, 8))) * 9 - 1 for key in (1, 2))
+    tokens = np.arange(1, 17, dtype=np.float32).reshape(2, 8)
     options = PreferenceOptions(smoothing=0.1 if losses.PREFERENCES[name].smooths else 0.0)
 
     def total(policy, at):
         pair = [Completions(policy[i, at], tokens[i, at], reference[i, at]) for i in (0, 1)]
         return preference_loss(name, *pair, options).total
 
-    whole = jax.value_and_grad(total)(policy, np.s_[:])
-    parts = [jax.value_and_grad(total)(policy, np.s_[i : i + 4]) for i in (0, 4)]
+    @jax.jit
+    def compute(policy):
+        return [jax.value_and_grad(total)(policy, at) for at in (np.s_[:], np.s_[:4], np.s_[4:])]
+
+    whole, *parts = compute(policy)
     assert_close(jax.tree.map(lambda *x: sum(x), *parts), whole, 1e-6)
     assert np.abs(whole[1]).max() > 1e-3
 
@@ -175,7 +179,7 @@ def test_the_published_values_of_rollouts(name):
         sums = losses.online_loss(options, logps, MASK, GAINS, OLD, reference)
         return sums.total / sums.count
 
-    value, gradient = jax.value_and_grad(loss)(LOGPS)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(LOGPS)
     assert value == pytest.approx(want, abs=1e-6)
     assert np.isfinite(gradient).all() and gradient[1, 2] == 0 and np.abs(gradient).max() > 1e-3
 
@@ -197,7 +201,7 @@ def test_rloo_and_advantages():
 def test_rows_that_fill_up_a_batch_are_no_completions():
     """Those that are all masked count as such; these do not."""
     filled = [np.pad(x, [(0, 3), *[(0, 0)] * (x.ndim - 1)]) for x in (LOGPS, MASK, GAINS, OLD)]
-    there = jnp.arange(len(filled[0])) < len(LOGPS)
+    there = np.arange(len(filled[0])) < len(LOGPS)
     for name, loss in {
         "grpo": losses.online_loss,
         "dr_grpo": losses.online_loss,
@@ -206,10 +210,11 @@ def test_rows_that_fill_up_a_batch_are_no_completions():
     }.items():
         known = {"dr_grpo": losses.dr_grpo(4)} | losses.ONLINE
         options = () if name == "rloo" else (known[name],)
-        whole, more = loss(*options, LOGPS, MASK, GAINS, OLD), loss(*options, *filled, there=there)
+        compute = jax.jit(functools.partial(loss, *options))
+        whole, more = compute(LOGPS, MASK, GAINS, OLD), compute(*filled, there=there)
         assert_close((more.total, more.count), (whole.total, whole.count), 1e-6)
         assert more.tokens == whole.tokens == np.sum(MASK)
-        assert loss(*options, LOGPS, jnp.zeros_like(MASK), GAINS, OLD).tokens == 0
+        assert compute(LOGPS, np.zeros_like(MASK), GAINS, OLD).tokens == 0
 
 
 def test_ratios_are_clipped_where_the_gain_pulls_further():
@@ -264,10 +269,12 @@ def test_on_policy_the_ratio_is_one():
 
 def test_distillation():
     student, teacher = (
-        jnp.log(jnp.array([[[0.7, 0.2, 0.1]]])),
-        jnp.log(jnp.array([[[0.5, 0.3, 0.2]]])),
+        np.log(np.array([[probabilities]], np.float32))
+        for probabilities in ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2])
     )
     values = {0.0: 0.092033, 1.0: 0.085123, 0.1: 0.008185, 0.5: 0.021901, 0.9: 0.007695}
+    mask = np.ones((1, 1), bool)
+    compute = jax.jit(losses.distillation_loss, static_argnames="beta")
     for beta, want in values.items():
-        sums = losses.distillation_loss(student, teacher, jnp.ones((1, 1), bool), beta=beta)
+        sums = compute(student, teacher, mask, beta=beta)
         assert sums.total == pytest.approx(want, abs=1e-6) and sums.count == 1

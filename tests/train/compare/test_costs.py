@@ -5,12 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax import models
 from tests.hf.trees import encoder
+from tests.support import variables_of
 from tests.train.test_classify_images import FIELDS
 from train import sft
 from train.compare import costs
@@ -35,8 +36,8 @@ def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
         model, params = encoder("bert", "classification")
     else:
         model = models.VisionEncoder(models.read_config(FIELDS))
-        pixels = jnp.zeros((1, 3, *model.config.image_size))
-        params = model.init(jax.random.key(0), pixels)["params"]
+        pixels = np.zeros((1, 3, *model.config.image_size), np.float32)
+        params = variables_of(model, pixels)["params"]
     adapted = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
     latency = costs.answer_latency(ARM, model, params, adapted, decodes=False)
     assert latency.what == what and latency.base == latency.merged == latency.live == 2.0

@@ -4,12 +4,12 @@ Adapters of runs: which are read, and which are refused.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import variables_of
 from train.serve.engine.base import ServedBase
 from train.serve.protocol.requests import AdapterSpec, RequestError
 
@@ -28,7 +28,7 @@ INPUTS = {"down_proj": 24}  # of all others, the head among them: 16
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def base(request):
     model = models.Decoder(models.read_config(FIELDS | {"tie_word_embeddings": request.param}))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = variables_of(model, np.zeros((1, 2), np.int32))["params"]
     return ServedBase(model, params, "tiny", max_rank=7)
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
 def test_the_base_holds_two_codes_of_4_bits_in_a_byte():
     fields = FIELDS | {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     model = models.Decoder(models.read_config(fields | {"tie_word_embeddings": True}))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = variables_of(model, np.zeros((1, 2), np.int32))["params"]
     coded = ServedBase(model, lj.quantized.quantize(params, "int4"), "tiny", max_rank=2)
     kernels = 3 * (4 * 64 * 64 + 3 * 64 * 128)
     rest = 37 * 64 + 7 * 64
