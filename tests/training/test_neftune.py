@@ -37,12 +37,10 @@ def of_family(family):
 
 
 def test_the_length_is_that_of_the_own_sequence():
-    got = _lengths(IDS, None, jnp.asarray(SEGMENTS))
-    np.testing.assert_array_equal(got, LENGTHS)
-    np.testing.assert_array_equal(
-        _lengths(IDS, jnp.asarray(SEGMENTS > 0), None)[0], [10] * 10 + [0] * 2
-    )
-    np.testing.assert_array_equal(_lengths(IDS, None, None), np.full(IDS.shape, 12))
+    lengths = jax.jit(_lengths)
+    np.testing.assert_array_equal(lengths(IDS, None, SEGMENTS), LENGTHS)
+    np.testing.assert_array_equal(lengths(IDS, SEGMENTS > 0, None)[0], [10] * 10 + [0] * 2)
+    np.testing.assert_array_equal(lengths(IDS, None, None), np.full(IDS.shape, 12))
 
 
 @over("family", ["gemma2", "gpt2", "bert"], often=["gpt2"])
@@ -73,10 +71,9 @@ def test_noise_has_the_papers_bounds_and_spares_padding():
     def forward(variables, ids, *, dropout_key=None, embedding_noise=None, segment_ids=None):
         return add_noise(jnp.zeros((*ids.shape, width)), embedding_noise)
 
-    noisy = neftune(forward, ALPHA)
+    noisy = jax.jit(functools.partial(neftune(forward, ALPHA), {}, IDS, segment_ids=SEGMENTS))
     for seed in range(20):
-        key = jax.random.key(seed)
-        drawn.append(noisy({}, IDS, dropout_key=key, segment_ids=jnp.asarray(SEGMENTS)))
+        drawn.append(noisy(dropout_key=jax.random.key(seed)))
     noise = np.stack(drawn)  # [draws, batch, seq, width]
     assert not noise[:, LENGTHS == 0].any()
     for length in (2, 3, 5, 9):

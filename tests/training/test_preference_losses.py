@@ -185,16 +185,18 @@ def test_the_published_values_of_rollouts(name):
 
 
 def test_rloo_and_advantages():
-    sums = losses.rloo_loss(LOGPS, MASK, GAINS, OLD)
+    sums = jax.jit(losses.rloo_loss)(LOGPS, MASK, GAINS, OLD)
     assert sums.total / sums.count == pytest.approx(-0.052419, abs=1e-6)
     one_of_eight = array([1.0] + [0.0] * 7)
-    assert_close(losses.leave_one_out(one_of_eight, 8)[:2], jnp.array([1, -0.142857]), 1e-6)
-    assert_close(losses.advantages_of(one_of_eight, 8)[:2], jnp.array([2.474174, -0.353453]), 1e-6)
-    some = array([1.0, jnp.nan, 0.0, 4.0, jnp.nan, jnp.nan, 5.0, jnp.nan])
-    assert losses.leave_one_out(some, 4).tolist() == [-1.0, 0.0, -2.5, 3.5, 0.0, 0.0, 0.0, 0.0]
-    rewards = array([1.0, 2.0, jnp.nan, jnp.nan, 3.0, 3.0])
-    assert_close(losses.advantages_of(rewards, 2, "none"), jnp.array([-0.5, 0.5, 0, 0, 0, 0]), 1e-6)
-    batch = losses.advantages_of(rewards, 2, "batch")
+    leave_one_out = jax.jit(losses.leave_one_out, static_argnums=1)
+    advantages_of = jax.jit(losses.advantages_of, static_argnums=(1, 2))
+    assert_close(leave_one_out(one_of_eight, 8)[:2], np.array([1, -0.142857]), 1e-6)
+    assert_close(advantages_of(one_of_eight, 8)[:2], np.array([2.474174, -0.353453]), 1e-6)
+    some = array([1.0, np.nan, 0.0, 4.0, np.nan, np.nan, 5.0, np.nan], np.float32)
+    assert leave_one_out(some, 4).tolist() == [-1.0, 0.0, -2.5, 3.5, 0.0, 0.0, 0.0, 0.0]
+    rewards = array([1.0, 2.0, np.nan, np.nan, 3.0, 3.0], np.float32)
+    assert_close(advantages_of(rewards, 2, "none"), np.array([-0.5, 0.5, 0, 0, 0, 0]), 1e-6)
+    batch = advantages_of(rewards, 2, "batch")
     assert batch[1] == pytest.approx(0.5 / (np.std([1, 2, 3, 3], ddof=1) + 1e-4), abs=1e-6)
 
 
@@ -257,11 +259,14 @@ def test_prompts_that_are_predicted_are_no_part_of_completions():
 
 def test_on_policy_the_ratio_is_one():
     """Without old log-probabilities the value is minus the mean advantage, with a gradient."""
-    value, gradient = jax.value_and_grad(
-        lambda x: losses.online_loss(losses.ONLINE["grpo"], x, MASK, GAINS).total
+    value, gradient = jax.jit(
+        jax.value_and_grad(
+            lambda x: losses.online_loss(losses.ONLINE["grpo"], x, MASK, GAINS).total
+        )
     )(LOGPS)
     assert value == 0 and np.abs(gradient).max() > 0.1
-    nothing = losses.online_loss(losses.ONLINE["dapo"], LOGPS, jnp.zeros_like(MASK), GAINS)
+    compute = jax.jit(functools.partial(losses.online_loss, losses.ONLINE["dapo"]))
+    nothing = compute(LOGPS, np.zeros_like(MASK), GAINS)
     assert nothing.total == 0 and nothing.count == 0
     with pytest.raises(ValueError, match="beta and a reference go together"):
         losses.online_loss(Online(beta=0.1), LOGPS, MASK, GAINS)
