@@ -25,7 +25,7 @@ TODAY, OLDER, UNKNOWN = "of today's code", "older than the code", "never recorde
 _RUNS = ("lora_jax/training/loop.py", "lora_jax/training/step.py")
 _COMPARISON = ("train/compare",)
 _FINDINGS = ("train/findings/making", "train/findings/reporting", "train/findings/catalog.py")
-_PLANS = ("train/plan", "lora_jax/training/memory")
+_PLANS = ("train/plan", "lora_jax/training/remat.py")
 _REWARDS = (*_FINDINGS, "train/rewards", "train/live", "lora_jax/training/losses/online.py")
 SOURCES: dict[str, tuple[str, ...]] = {
     "README.md": ("train/environments/sql", "train/tasks/chats.py", *_RUNS),
@@ -41,7 +41,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         for name in ("batches", "forgetting", "numbers", "rank")
     },
     "train/compare/README.md": _COMPARISON,
-    "train/memory.md": ("lora_jax/training/memory", "train/remat.py", "train/plan/remat.py"),
+    "train/memory.md": ("lora_jax/training/remat.py", "train/stages/remat.py"),
     "train/gpu.md": _PLANS,
     "train/plan/figures.md": _PLANS,
     "train/plan/recipes.md": _PLANS,
@@ -56,7 +56,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "notebooks/6_lora_or_full.ipynb": _COMPARISON,
     "notebooks/7_preferences_and_rewards.ipynb": ("train/live", "lora_jax/training/losses"),
     "notebooks/8_one_base_many_tenants.ipynb": ("train/serve/engine",),
-    "notebooks/9_your_machine_a_real_model.ipynb": ("train/run/report.py", *_RUNS),
+    "notebooks/9_your_machine_a_real_model.ipynb": ("train/run/costs.py", *_RUNS),
 }
 
 

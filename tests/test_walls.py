@@ -19,10 +19,9 @@ LIBRARY = """
     subspace hf models peft torch __init__ training bank __main__
 """.split()
 SCRIPTS = """
-    extras __init__ console processes reporters adapters environments options data settings run
-    predict rewards tools live tasks plan generate export inputs table remat begin progress dry_run
-    steps finetune script sft classify dpo distill start grpo compare findings serve launch doctor
-    command
+    console __init__ processes reporters adapters environments options data settings run
+    predict rewards tools live tasks plan generate export stages finetune script sft classify dpo
+    distill prior grpo compare findings serve launch doctor command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
@@ -291,9 +290,13 @@ def test_options_look_at_no_file_and_name_no_task(sources):
     names = {name for tasks in NAMED.values() for name in tasks}
     options = {name: text for name, text in sources.items() if name.startswith("train.options.")}
     assert looks_at_files(options) == []
-    nameless = {f"train.{script}" for script in (*TRAINERS, "script", "finetune", "inputs")}
+    nameless = {f"train.{script}" for script in (*TRAINERS, "script", "finetune")}
     plan = {name: text for name, text in sources.items() if name.startswith("train.plan.")}
-    scripts = {name: text for name, text in sources.items() if name in nameless}
+    scripts = {
+        name: text
+        for name, text in sources.items()
+        if name in nameless or name.startswith("train.stages.")
+    }
     assert names_in(options | plan | scripts, names) == []
     del plan["train.plan.tasks"]  # has a row for each script that can be planned
     assert names_in(plan, {"sft", "dpo", "grpo"}) == []

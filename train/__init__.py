@@ -3,7 +3,7 @@
 import sys
 import time
 
-from train.extras import report_missing_package
+from train.console.extras import report_missing_package
 
 # When this process's Python began, by `time.monotonic`: until here it did nothing but compute. The
 # age of the process says too much: `sh -c "first && second"` may run `second` in its own process.

@@ -8,9 +8,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from train.console.extras import report_missing_package
 from train.console.pipe import closed_pipe
 from train.console.program import program
-from train.extras import report_missing_package
 
 COMMANDS = {
     "sft": "fine-tunes a language model on chats, pairs or text",

@@ -6,7 +6,7 @@ run itself is in `train.finetune`.
 
 from collections.abc import Collection
 
-from train import start
+from train import prior
 from train.options.defaults import Defaults
 from train.options.scripts import grpo as options
 from train.options.scripts.rollouts import fill_sampling
@@ -32,7 +32,7 @@ SCRIPT = TrainingScript(
     check_options=options.check,
     completed=completed,
     with_dataset=with_dataset,
-    prior=start,
+    prior=prior,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -10,7 +10,7 @@ from lora_jax.training.errors import Interrupted, TrainingError
 from train import BEGAN
 from train.console.errors import as_user_errors
 from train.console.output import tell
-from train.finetune import finetune, train_rows
+from train.finetune import finetune, train_runs
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import check_effects
@@ -20,15 +20,17 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.run.board import print_results
+from train.run.costs import whole_time
 from train.run.output import ADAPTER
-from train.run.report import whole_time
 from train.run.task import PriorRuns, Task
 from train.settings.command import read_line
 from train.settings.defaults import check_files, fill_defaults
 from train.settings.files import CONFIG
-from train.settings.table import RESULTS, TableRow, check_one_base, read_table
+from train.settings.table import RESULTS, RunOptions, check_one_base, read_table
 from train.settings.tasks import dataset_facts, find_task
-from train.table import RunRequest
+from train.stages.beside import SideBySide
+from train.stages.finish import result_of
+from train.stages.types import AskedRun, FailedRun, FinishedRun, RunContext
 
 FAILED = 1  # the exit code where some runs failed
 
@@ -103,10 +105,10 @@ class TrainingScript:
             config, on_line, in_file = self._read(args)
             if getattr(config.run, "many", None) is not None:
                 check_local("output", [config.run.output])  # a table is a folder of this machine
-                rows = read_table(config, self.plain, on_line | in_file.keys())
+                lines = read_table(config, self.plain, on_line | in_file.keys())
                 asked = [
-                    RunRequest(row._replace(options=self.begin(row.options, task, session)), task)
-                    for row, task in self.asked_for(rows)
+                    dataclasses.replace(run, options=self.begin(run.options, run.task, session))
+                    for run in self.asked_for(lines)
                 ]
                 return train_many(self.name, asked, session)
             config = self._alone(config, on_line, in_file)
@@ -114,22 +116,24 @@ class TrainingScript:
             task = self.task_of(config)
             finetune(self.name, self.begin(config, task, session), task, session)
 
-    def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[RunRequest]:
+    def asked_for(self, lines: Sequence[RunOptions[Any]]) -> list[AskedRun]:
         """Returns the runs of a table with their tasks, checked as a command line is.
 
         Raises:
-          UserError: options make no sense, or adapters stand on different bases; names the row.
+          UserError: options make no sense, or adapters stand on different bases; names the line.
         """
-        asked: list[RunRequest] = []
-        for row in rows:
-            with as_user_errors(TrainingError, prefix=f"{row.where}: "):
-                task = self.task_of(row.options)
-                config = self.completed(row.options, task.defaults)
+        asked: list[AskedRun] = []
+        completed: list[RunOptions[Any]] = []
+        for line in lines:
+            with as_user_errors(TrainingError, prefix=f"{line.where}: "):
+                task = self.task_of(line.options)
+                config = self.completed(line.options, task.defaults)
                 self.check(config)
-            begun = _holds_run(Path(config.run.output).expanduser())  # else its row is a new one
+            begun = _holds_run(Path(config.run.output).expanduser())  # else its line is a new one
             config = replace_options(config, {"resume": config.run.resume and begun})
-            asked.append(RunRequest(row._replace(options=config), task))
-        check_one_base([request.row for request in asked])
+            completed.append(line._replace(options=config))
+            asked.append(AskedRun(name=line.name, where=line.where, options=config, task=task))
+        check_one_base(completed)
         return asked
 
 
@@ -137,37 +141,42 @@ def _holds_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def train_many(script: str, requests: Sequence[RunRequest], session: Session) -> None:
+def train_many(script: str, asked: Sequence[AskedRun], session: Session) -> None:
     """Trains a table of runs, and writes their results beside their folders.
 
     Args:
       script: the command, for the hint how to go on: "train.sft".
-      requests: the runs, checked, with their tasks' defaults.
+      asked: the runs, checked, with their tasks' defaults.
       session: tells of signals.
 
     Raises:
-      TrainingError: a row asks for something that cannot be done; nothing was trained.
+      TrainingError: a run asks for something that cannot be done; nothing was trained.
       Interrupted: after a signal, once the last step of each run is saved.
       SystemExit: with code 1, once all others are done, if a run failed.
     """
     console = hosts.console()
-    rows = train_rows(script, requests, session, console)
-    results = [row.result() for row in rows]
-    parent = rows[0].run.folder.parent
+    arrangement = SideBySide(console, session)
+    endings = train_runs(script, asked, session, arrangement, RunContext())
+    results = [result_of(ending) for ending in endings]
+    parent = endings[0].opened.folder.parent
     write_csv(parent / RESULTS, [results[0], *(result.values() for result in results)])
     print_results(console, results, hidden=("adapter", "error"))
-    failed = [row for row in rows if row.state == "failed"]
-    for row in failed:
-        where = row.run.folder / ERROR
-        print(f"error: {row.name} failed: {row.why} ({where})", file=sys.stderr, flush=True)
-    took = whole_time((row.run.folder for row in rows), session)
+    broken = [ending for ending in endings if isinstance(ending, FailedRun)]
+    failed = [ending for ending in broken if ending.state == "failed"]
+    for ending in failed:
+        run, where = ending.opened, ending.opened.folder / ERROR
+        print(f"error: {run.name} failed: {ending.reason} ({where})", file=sys.stderr, flush=True)
+    took = whole_time((ending.opened.folder for ending in endings), session)
     tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
-    if any(row.report is not None for row in rows):
+    if any(isinstance(ending, FinishedRun) for ending in endings):
         tell(console, f"adapters: {parent / 'NAME' / ADAPTER}, with a run's name")
     hint = session.stop.remedy
-    if n := sum(row.state == "stopped" for row in rows):
-        raise Interrupted(f"stopped {n} of {len(rows)} runs, each saved. {hint}", session.stop.code)
+    if n := len(broken) - len(failed):
+        text = f"stopped {n} of {len(endings)} runs, each saved. {hint}"
+        raise Interrupted(text, session.stop.code)
     session.stop.check()
     if failed:
-        print(f"\n{len(failed)} of {len(rows)} runs failed; the others are done", file=sys.stderr)
+        print(
+            f"\n{len(failed)} of {len(endings)} runs failed; the others are done", file=sys.stderr
+        )
         sys.exit(FAILED)

@@ -26,7 +26,7 @@ from lora_jax.training.data.batches import Examples
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
-from lora_jax.training.loop import train
+from lora_jax.training.loop import Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind
@@ -74,12 +74,6 @@ class Report:
     step_seconds: float | None
     adapter: Path | None
     best: dict[str, Any] | None = None
-
-
-class _Pace(NamedTuple):
-    log_every: int
-    save_every: int
-    max_skipped: int
 
 
 def finetune(
@@ -250,7 +244,7 @@ def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tup
     compile_seconds = time.perf_counter() - began
     if keep_in is not None:  # so that a resumed run decomposes nothing again
         lj.save_adapter(keep_in, lj.join(start.state.adapter, start.base))
-    pace = _Pace(
+    pace = Pace(
         log_every=job.intervals.log_every or tenth,
         save_every=job.steps if path is None else job.intervals.save_every or tenth,
         max_skipped=job.intervals.max_skipped,

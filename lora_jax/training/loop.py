@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,7 +27,7 @@ class Stopped(Interrupted):
     """A run was stopped by a signal, after a step that it has saved."""
 
 
-class Pace(Protocol):
+class Pace(NamedTuple):
     """The intervals at which the loop logs and saves.
 
     Attributes:
@@ -37,12 +37,9 @@ class Pace(Protocol):
         count.
     """
 
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def max_skipped(self) -> int: ...
+    log_every: int
+    save_every: int
+    max_skipped: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -304,12 +305,60 @@ def test_memory():
         like = member("plain")
         together.add({k: dataclasses.replace(like, params=tree) for k, tree in rules.items()})
         batch = {"x": np.zeros((1, 1, 16), np.float32), "y": np.zeros((1, 1, 16), np.float32)}
-        return sum(stack.compiled_bytes(params, batch) for stack in together._stacks.values())
+        total = 0
+        for stack in together._stacks.values():
+            (program,) = stack.compile(params, [dict.fromkeys(stack.names, batch)])
+            total += sum(x.nbytes for x in jax.tree.leaves(stack.state))
+            total += program.memory_analysis().temp_size_in_bytes
+        return total
 
     ranks = [16] * 24 + [48] * 24
     wanted = 4 * 4 * sum(rank * 12 * (16 + 256) for rank in ranks)
     assert wanted <= needed(ranks) <= 1.1 * wanted
     assert needed([48] * 48) > 1.4 * wanted  # the control: all filled up to the largest rank
+
+
+def test_a_step_is_compiled_ahead_and_once():
+    """Also with another function of the model, which the next step then takes."""
+    programs = []
+
+    def note(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(duration_secs)
+
+    def compiled_by(work):
+        programs.clear()
+        return work(), len(programs)
+
+    batch = {"plain": batches("plain", 0)}
+    together, ahead = (Together(FORWARD, PARAMS) for _ in range(2))
+    for adapters in (together, ahead):
+        adapters.add({"plain": member("plain")})
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        metrics, n_programs = compiled_by(lambda: together.step(batch))
+        assert n_programs > 0
+        size, n_programs = compiled_by(lambda: ahead.compile(batch))
+        assert n_programs == 1
+        (stack,) = ahead._stacks.values()
+        state = sum(x.nbytes for x in jax.tree.leaves(stack.state))
+        base = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
+        assert state + base < size < 100 * (state + base)
+        assert compiled_by(lambda: ahead.step(batch)) == (metrics, 0)
+
+        doubled = lj.adapt(lambda params, x: 2 * run(params, x))
+        ahead.use(doubled)
+        ahead.compile(batch)
+        tree, data = ahead.tree("plain"), batch["plain"]
+        parts = [{name: array[n] for name, array in data.items()} for n in range(2)]
+        loss = sum(float(squares(doubled, tree, part, None)[0]) for part in parts)
+        after, n_programs = compiled_by(lambda: ahead.step(batch))
+        assert n_programs == 0
+        np.testing.assert_allclose(after["plain"]["loss"], loss / 8, rtol=1e-5)
+        ahead.use(FORWARD)
+        assert compiled_by(lambda: ahead.compile(batch))[1] == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_what_is_refused(whole):

@@ -20,7 +20,6 @@ from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.loop import Decoding, decode, prefill
 from lora_jax.models.sampling.prompts import Prompts
-from lora_jax.training.memory.live import predicted_bytes
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from tests.support import thorough
 from tests.train.plan.closed_form import batch_flops
@@ -30,7 +29,6 @@ from train.plan.flops.checked import count_traced
 from train.plan.hlo.kernels import kernel_lines
 from train.plan.job import PlanVariant
 from train.plan.machines import find_machine
-from train.remat import step_bytes
 
 pytestmark = pytest.mark.gpu_compiler
 FLASH = ("flash attention (fwd, dq, dkv)",)
@@ -85,21 +83,6 @@ def test_memory_is_linear_in_the_length() -> None:
     short, long = compiled(*SHORT), compiled(*LONG)
     assert long.memory.temp_size_in_bytes <= 4.4 * short.memory.temp_size_in_bytes
     assert not squares(long, 8192)
-
-
-@pytest.mark.parametrize(
-    ("words", "rel"), [(SHORT, 0.25), (LONG, 0.1)], ids=["2048-0.25", "8192-0.1"]
-)
-def test_memory_is_predicted(words: tuple[Any, ...], rel: float) -> None:
-    """Before compiling, by the step's program. JAX 0.12's compiler holds one array of logits more,
-    which is much of the short step."""
-    step = compiled(*words)
-    made = step.prepared
-    layout, batch = step.job.layout, made.batch
-    predicted = predicted_bytes(made.traced, layout, made.state, made.base, batch)
-    total = step_bytes(step.compiled)
-    print(f"{words[-1]}: predicted {predicted:,} of {total:,}: {predicted / total:.3f}")
-    assert predicted == pytest.approx(total, rel=rel)
 
 
 def test_a_card_before_ampere_has_no_kernel() -> None:

@@ -12,11 +12,11 @@ class Begun(BaseException):
 def begun(script, *args):
     """Returns the adapted tree that a script begins to train; nothing is compiled for it."""
 
-    def stop(run, params, key, facts):
+    def stop(run, params, key):
         raise Begun(params)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Begun) as caught:
-        patch.setattr("train.begin.begin_run", stop)
+        patch.setattr("train.stages.begin.begin_state", stop)
         script([str(arg) for arg in args])
     return caught.value.args[0]
 

@@ -153,7 +153,7 @@ def test_long_evaluations_are_no_steps(inputs, tmp_path, monkeypatch, capsys):
 
         return dataclasses.replace(measure, take=take)
 
-    monkeypatch.setattr("train.steps.held_out_loss", slow)
+    monkeypatch.setattr("train.stages.steps.held_out_loss", slow)
     folder = run(inputs, tmp_path, "--steps", 6, "--eval-every", 2, "--log-every", 5)
     report = json.loads((folder / "report.json").read_text())
     seconds = report["median_step_seconds"]

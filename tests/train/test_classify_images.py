@@ -24,8 +24,8 @@ from train.data.files import images_of, is_image_folder, read_rows
 from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.run.classifiers import read_classifier_info
+from train.run.costs import ask_words
 from train.run.log import read_metrics
-from train.run.report import ask_words
 from train.tasks import images
 
 # Orbax leaves coroutines behind where a file cannot be read.

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from tests.train.tiny import write_jsonl, write_model
-from train import command, extras
+from train import command
 from train.compare import costs
+from train.console import extras
 from train.console.errors import reported
 from train.console.program import program
 from train.options.command import parse_options

@@ -13,9 +13,9 @@ from tests.train.test_sft import fails
 from tests.train.tiny import CHATML, tokenizer, write_jsonl, write_model
 from train import classify, distill, dpo, grpo
 from train.data.preview import preview_rows
-from train.dry_run import as_text
 from train.run.output import state_of
 from train.sft import main
+from train.stages.dry_run import as_text
 
 
 def in_words(n_bytes):
@@ -38,7 +38,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     args = [str(arg) for arg in args]
     before = files_in(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("train.begin.read_model", None)
+        patch.setattr("train.stages.begin.read_model", None)
         main([*args, "--dry-run"])
     said = capsys.readouterr().out
     assert files_in(tmp_path) == before
@@ -70,7 +70,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
 def test_a_named_task_is_read_by_its_script(script, task, args, tmp_path, monkeypatch):
     """Its rows, examples and loss, of a dry run that compiles nothing."""
     seen = []
-    monkeypatch.setattr("train.finetune.rehearse", lambda *run: seen.append(run))
+    monkeypatch.setattr("train.stages.dry_run.show", lambda *run: seen.append(run))
     line = ["--dataset", task, "--model", write_model(tmp_path / "model"), "--rows", 20, *args]
     line += ["--seq-len", 900, "--output", tmp_path / "run", "--targets", "q_proj", "--dry-run"]
     script.main([str(arg) for arg in line])
@@ -161,7 +161,7 @@ def turns(pairs, **more):
 @pytest.mark.parametrize("script", ["sft", "dpo", "grpo"])
 def test_a_misspelled_role_or_field_is_named(script, tmp_path, capsys, monkeypatch):
     """By the command, before the first rows; a run without such turns says nothing of it."""
-    monkeypatch.setattr("train.finetune.rehearse", lambda *_: None)
+    monkeypatch.setattr("train.stages.dry_run.show", lambda *_: None)
     template = "{# 'ipython' #}" + CHATML
     model, main_of = write_model(tmp_path / "model", template), {"sft": main, "dpo": dpo.main}
     for names in ([], ["wieght", "thinkng", "tool_call", "author"]):

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import json
+import re
+import shlex
 import shutil
 
 import jax
@@ -270,6 +272,22 @@ def test_full_fine_tuning_is_no_adapter_of_pefts(saved, tmp_path, capsys):
     assert "nothing is adapted" in message and "--merged writes a whole model" in message
     export("--adapter", adapter, "--merged", "--output", tmp_path / "out")
     assert_identical(models.from_pretrained(tmp_path / "out")[1], lj.merge(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.25, 0.5])
+def test_a_run_prints_a_command_that_takes_its_adapter(base, saved, tmp_path, capsys, dropout):
+    """PEFT has one dropout for all modules."""
+    rules = (lj.LoraRule(targets=["q_proj"], rank=2, dropout=0.25),)
+    adapter, _ = saved(*rules, lj.LoraRule(targets=["v_proj"], rank=2, dropout=dropout))
+    args = ["--model", base, "--dataset", write_rows(tmp_path / "rows.jsonl"), "--steps", 1]
+    args += ["--init-adapter", adapter, "--output", tmp_path / "on", "--batch-size", 4]
+    sft.main([str(arg) for arg in args])
+    told = " ".join(capsys.readouterr().out.split())
+    command = shlex.split(re.search(r"to export it: (.*?exported(?: --merged)?)", told)[1])
+    assert ("--merged" in command) == (dropout != 0.25)
+    main(command[command.index("--adapter") :])
+    assert (tmp_path / "on" / "exported").is_dir()
 
 
 def test_another_base_is_refused(trained, tmp_path, capsys):

@@ -43,8 +43,8 @@ MOMENTS = {
     "a step is in the log": ("train.run.log:RunLog.add", 2, "after"),
     "older checkpoints are to go": (f"{CHECKPOINTS}._remove_all_but", 2, "before"),
     "the last checkpoint is written": (f"{CHECKPOINTS}.save", 1, "in"),
-    "the adapter is to be saved": ("train.steps:keep_adapter", 1, "before"),
-    "the adapter is saved": ("train.steps:keep_adapter", 1, "after"),
+    "the adapter is to be saved": ("train.stages.steps:keep_adapter", 1, "before"),
+    "the adapter is saved": ("train.stages.steps:keep_adapter", 1, "after"),
 }
 SAMPLED = ("a checkpoint has no record", "a checkpoint has its record", "a step is in the log")
 

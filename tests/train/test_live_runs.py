@@ -14,9 +14,10 @@ from lora_jax import models
 from tests.adapted_trees import with_random_factors
 from tests.support import but_rarely
 from tests.train.tiny import write_jsonl, write_model
-from train import dpo, grpo
-from train import steps as steps_module
+from train import dpo, grpo, sft
 from train.live import preferences, rollouts
+from train.stages import finish
+from train.stages import steps as steps_module
 
 # Orbax leaves coroutines behind, and rewards' processes end with the garbage.
 pytestmark = [
@@ -196,3 +197,25 @@ def test_a_copy_of_the_base_is_noticed(folder, base_bytes, tmp_path, monkeypatch
     )
     begun = steps_of(dpo, *of_pairs(folder, tmp_path / "run", *LORA, *LIVE), steps=2)
     assert min(one.bytes for one in begun) > 1.9 * base_bytes
+
+
+@pytest.mark.parametrize(("way", "n_steps", "at_report"), [("full", 3, 2), ("table", 1, 1)])
+def test_no_stage_keeps_what_the_next_one_has(
+    folder, base_bytes, tmp_path, monkeypatch, way, n_steps, at_report
+):
+    """In full, steps have weights and two moments; a report has weights before and after."""
+    written, write = [], finish.write_json
+    before = live_bytes()
+
+    def note(path, content):
+        written.append(live_bytes() - before)
+        write(path, content)
+
+    monkeypatch.setattr(finish, "write_json", note)
+    rows = write_jsonl(folder / "rows.jsonl", [{"prompt": "?", "completion": "yes"}] * 24)
+    (tmp_path / "runs.csv").write_text("name,rank\none,2\ntwo,2\n")
+    more = ["--full"] if way == "full" else ["--targets", "q_proj", "--many", tmp_path / "runs.csv"]
+    line = ["--model", folder / "model", "--dataset", rows, "--output", tmp_path / "run"]
+    begun = steps_of(sft, *line, "--batch-size", 4, *more, steps=3)
+    assert n_steps * base_bytes < max(step.bytes for step in begun) < (n_steps + 0.25) * base_bytes
+    assert written and max(written) < (at_report + 0.25) * base_bytes

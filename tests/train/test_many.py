@@ -19,7 +19,9 @@ from tests.support import assert_close, assert_identical
 from tests.train.scripts import exit_code, files_of, lines_of
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.run.log import read_metrics
+from train.run.output import OutputFolder
 from train.sft import main
+from train.stages import begin, finish
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = [
@@ -187,3 +189,37 @@ def test_a_stopped_table_goes_on(folder, whole, tmp_path, monkeypatch, capsys):
     alone(folder, tmp_path / "one", "one", "--resume")
     assert "going on after step 2" in capsys.readouterr().out
     assert_close(adapter_of(folder, tmp_path / "one"), adapter_of(folder, whole / "one"), 1e-5)
+
+
+def test_a_run_that_fails_before_or_after_training_has_its_line(folder, tmp_path, monkeypatch):
+    """The others go on, and the files of each are sent to its bucket."""
+    stages = {"begin_state": begin, "make_report": finish}
+    failing, sent = {"one": "begin_state", "two": "make_report"}, []
+
+    def failing_at(stage):
+        work = getattr(stages[stage], stage)
+
+        def attempt(run, *args):
+            opened = getattr(run, "opened", run)
+            if failing.get(opened.name) == stage:
+                raise OSError(f"no {stage}")
+            return work(run, *args)
+
+        return attempt
+
+    for stage, module in stages.items():
+        monkeypatch.setattr(module, stage, failing_at(stage))
+    monkeypatch.setattr(OutputFolder, "send", lambda place, *_: sent.append(place.path.name))
+    table = [{"name": name, **SMALL, "steps": 1} for name in ("one", "two", "three")]
+    (tmp_path / "runs.json").write_text(json.dumps(table))
+    line = ["--many", str(tmp_path / "runs.json"), "--model", str(folder / "model"), *LINE]
+    line += ["--dataset", str(folder / "rows.jsonl")]
+    assert exit_code(main, *line, "--output", tmp_path / "many") == 1
+    with (tmp_path / "many" / "runs.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert [row["status"] for row in rows.values()] == ["failed", "failed", "done"]
+    assert [bool(row["adapter"]) for row in rows.values()] == [False, False, True]
+    for name, stage in failing.items():
+        assert f"no {stage}" in rows[name]["error"]
+        assert f"no {stage}" in (tmp_path / "many" / name / "error.txt").read_text()
+    assert sent[-3:] == ["one", "two", "three"]

@@ -29,11 +29,11 @@ from train.options import elsewhere
 from train.options.field import traits_of
 from train.plan import __main__ as plan
 from train.predict import __main__ as predict
-from train.run import lifecycle
 from train.run.output import begin
 from train.serve import __main__ as serve
 from train.serve.options import ServeOptions
 from train.sft import main, parse
+from train.stages import begin as begin_stage
 from train.tasks.chats import hold_out
 
 # Orbax leaves coroutines behind where a file cannot be written.
@@ -78,8 +78,8 @@ def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):
     begin(tmp_path, config, "train.sft", {"resolved": {"steps": 11, "lr": 1.0}})
 
     def said(steps):
-        run = SimpleNamespace(folder=tmp_path, config=config, steps=steps)
-        return lifecycle._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
+        run = SimpleNamespace(folder=tmp_path, config=config, inputs=SimpleNamespace(steps=steps))
+        return begin_stage._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
 
     assert said(11) == ()
     (line,) = said(21)

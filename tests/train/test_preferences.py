@@ -178,7 +178,7 @@ def test_the_reference_is_read_once(folder, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise Read
 
-    monkeypatch.setattr("train.remat.compile_step", stop)
+    monkeypatch.setattr("train.stages.alone.compile_step", stop)
     used = tmp_path / "used"
     _, params = models.from_pretrained(folder / "model")
     rules = [lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=6)]

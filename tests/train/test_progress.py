@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.training.run.lock import LOCK
 from tests.support import assert_identical, thorough
 from tests.train.scripts import files_of
 from tests.train.test_classify import words, write_encoder
@@ -19,9 +20,10 @@ from train import classify, sft
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.export import __main__ as export
-from train.inputs import SamplePrompts
+from train.run import output
 from train.run.log import RunLog, read_metrics
 from train.run.pretrained import read_model_info
+from train.stages.inputs import SamplePrompts
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -252,3 +254,16 @@ def test_two_processes_decide_alike_and_as_one(tmp_path):
         for name in ("one", "two")
     ]
     assert asked[0] == asked[1]
+
+
+def test_overwrite_leaves_nothing_of_an_earlier_run(chats, whole, tmp_path):
+    """A new file of a run must be named in train/run/output.py. The control is a file of nobody."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    written = {path.name for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("a user's own")
+    config = sft.parse([*chats, "--output", str(folder), "--overwrite"])
+    output.begin(folder, config, "train.sft", {})
+    left = {path.name for path in folder.iterdir()} - {LOCK}
+    assert left == {"config.yaml", "facts.json", "notes.txt"}
+    assert {"metrics.jsonl", "report.json", "adapter", "best", "checkpoints"} <= written

@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
 def test_a_finished_run_is_left_as_it_is(inputs, whole, capsys, monkeypatch):
     """Neither is the model read, nor a file changed."""
     before = files_of(whole)
-    monkeypatch.setattr("train.finetune.load_model", None)
+    monkeypatch.setattr("train.stages.begin.load_model", None)
     options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
     run(inputs, whole, *options, "--dropout", 0.1, "--resume")
     said = " ".join(capsys.readouterr().out.split())
@@ -244,7 +244,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
         read.append(read_model(*args, **options))
         return read[-1]
 
-    monkeypatch.setattr("train.begin.read_model", reading)
+    monkeypatch.setattr("train.stages.begin.read_model", reading)
     run(
         *(inputs[:6], tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
         *("--eval-every", 1, "--dtype", "bfloat16", "--remat", "--attention", "blockwise"),

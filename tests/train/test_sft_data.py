@@ -102,7 +102,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
 def test_a_row_that_cannot_be_used_ends_the_script_before_weights_are_read(
     model, tmp_path, capsys, monkeypatch, text, args, words
 ):
-    monkeypatch.setattr("train.begin.read_model", None)
+    monkeypatch.setattr("train.stages.begin.read_model", None)
     table = tmp_path / "table.csv"
     table.write_text(text)
     args = ["--model", model, "--dataset", table, *args, "--output", tmp_path / "run"]
@@ -111,7 +111,7 @@ def test_a_row_that_cannot_be_used_ends_the_script_before_weights_are_read(
 
 
 def test_calls_that_the_template_drops_end_the_script(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.begin.read_model", None)
+    monkeypatch.setattr("train.stages.begin.read_model", None)
     calls = [{"type": "function", "function": {"name": "rain", "arguments": {}}}]
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])

@@ -141,7 +141,7 @@ def test_the_adapters_of_a_table_go_with_one_template(folder, tmp_path):
         return sft.SCRIPT.asked_for(read_table(config, sft.SCRIPT.plain, on_line))
 
     first, second = asked("one", "same")
-    assert first.row.options.data.chat_template != second.row.options.data.chat_template
+    assert first.options.data.chat_template != second.options.data.chat_template
     with pytest.raises(UserError, match="line 2: --init-adapter: this adapter goes with another c"):
         asked("one", "other")
 

@@ -19,8 +19,8 @@ from train.generate.shared_base import NamedAdapter, tokenizer_name
 from train.live.distillation import teacher_outline
 from train.predict import __main__ as predict
 from train.run.classifiers import read_classifier_info
+from train.run.costs import ask_words
 from train.run.pretrained import read_model_info
-from train.run.report import ask_words
 from train.serve.engine.base import ServedBase
 from train.serve.protocol.requests import RequestError
 

@@ -15,6 +15,7 @@ from lora_jax import subspace
 from lora_jax.buckets.copies import readable
 from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
@@ -23,6 +24,8 @@ from lora_jax.lorafy import nodes_of
 from lora_jax.models.families import IMAGES, reading_options
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
+from lora_jax.peft.contents import contents
+from lora_jax.peft.errors import PeftError
 from lora_jax.peft.load import adapter_folder, read_names, read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
@@ -232,6 +235,23 @@ class AdapterSource:
             if self.from_peft:
                 return lp.load(self.folder, model, params)
             return lj.load_adapter(self.folder, params, allow_base_mismatch=allow_base_mismatch)
+
+    def fits_peft(self, outline: Any) -> bool:
+        """Returns True if files of PEFT can hold the adapter, over a model without its weights.
+
+        A form whose arrays are made of the base (LoRA-XS, TinyLoRA) is taken to be held.
+        """
+        if self.is_subspace:
+            return False
+        tree = self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
+        adapted = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
+        if any(isinstance(x, jax.ShapeDtypeStruct) for n in adapted for x in n.arrays.values()):
+            return True
+        try:
+            contents(outline, tree, embedding_layers=False)
+        except PeftError:
+            return False
+        return True
 
     def _check_name(self, name: str) -> None:
         """Compares names of PEFT's adapters, which have no fingerprint of their base."""

@@ -29,13 +29,12 @@ from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock, RunLock
 from lora_jax.training.run.log import duration
-from train import start
-from train.begin import load_model
+from train import prior
 from train.compare import measure, outside, result
 from train.compare.divergence import BaseDivergence
 from train.compare.intruders import Place, mean_intruders
 from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check
-from train.compare.reporting import dimension, recommend, report
+from train.compare.reporting import dimension, pages, recommend
 from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
 from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
@@ -43,8 +42,7 @@ from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
 from train.console.help import asks_for_help
 from train.console.output import tell
-from train.console.program import about, program
-from train.inputs import InputReader, Inputs
+from train.console.program import about, program, resume_hint
 from train.live.turns.use import tokenize_with_tools
 from train.options.field import check_effects
 from train.options.file import replace_options
@@ -52,19 +50,20 @@ from train.options.scripts import grpo as grpo_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merge_trained, moves_weights, space_of
-from train.run.lifecycle import Run, resume_hint
 from train.run.log import doing
 from train.run.output import CONFIG, remove_empty
 from train.run.task import Task
 from train.settings.command import read_line
 from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
-from train.table import RunPart
+from train.stages.begin import load_model
+from train.stages.inputs import InputReader, Inputs
+from train.stages.types import OpenedRun, RunContext
 
 _PROG = "train.compare"
 _OURS = (
     *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS),
-    *(report.HTML, report.MARKDOWN, report.PICTURES),
+    *(pages.HTML, pages.MARKDOWN, pages.PICTURES),
 )
 
 
@@ -171,7 +170,7 @@ def compare(
         folder=folder,
         trials=trials,
         record=done,
-        part=RunPart(reader=reader, hint=session.stop.remedy),
+        context=RunContext(reader=reader, hint=session.stop.remedy),
         asked=asked,
         outside=on_text,
         intruders=functools.partial(_intruders, inputs, {}) if asked.intruders else None,
@@ -182,13 +181,13 @@ def compare(
     comparison = measure.collect(sweep, inputs, command, text[1] if text and on_text else None)
     comparison = scripts.with_prompts(comparison)
     result.write(comparison, folder)
-    advice = report.write_report(comparison, folder)
+    advice = pages.write_report(comparison, folder)
     _tell_advice(comparison, advice, console)
     tell(
         console,
         f"this call took {duration(time.monotonic() - began)}, and all runs so far "
         f"{duration(sum(each.seconds for each in done.runs.values()))}; the report is "
-        f"{folder / report.HTML}",
+        f"{folder / pages.HTML}",
     )
     return comparison
 
@@ -232,7 +231,7 @@ def _begun(script: ComparedScript, config: CompareOptions, session: Session) -> 
     options = replace_options(options, {"resume": False, "batch_size": sizes[0]})
     script.check(script.completed(options))  # before anything is made
     whole = script.completed(options, full=True)
-    made = script.task_of(options).begin(whole, session, start)
+    made = script.task_of(options).begin(whole, session, prior)
     return replace_options(options, {"model": made.data.model})
 
 
@@ -313,7 +312,7 @@ class _BesideRewards(NamedTuple):
         return dataclasses.replace(comparison, facts=facts)
 
 
-def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: Run, tree: Tree) -> float:
+def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: OpenedRun, tree: Tree) -> float:
     """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
     outline, layout = inputs.read.outline, inputs.layout
     adapter = run.config.adapter

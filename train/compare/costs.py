@@ -123,7 +123,9 @@ def plan_result(
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))
     if not made["fits"]:
-        raise UserError(f"{topology} does not hold {trial.name}: {made['refused']}")
+        raise UserError(
+            f"{topology} does not hold {trial.name}: {made['refused'] or made['failed']}"
+        )
     bytes_of_chip = made["per_chip_bytes"]["total"]
     plan = PlanResult(
         trial.arm, bytes_of_chip, made["step_seconds"], made["chip_hours"], made["cost"]

@@ -11,7 +11,6 @@ import lora_jax as lj
 from lora_jax.hf.hub import stand_in
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT, SCORE
-from train.begin import load_model
 from train.compare import costs
 from train.compare.divergence import KL
 from train.compare.options import IN_FULL, has_adapter
@@ -31,11 +30,12 @@ from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.inputs import Inputs
 from train.reporters.files import read_json
+from train.run.costs import tree_bytes, versions
 from train.run.log import doing, read_metrics
 from train.run.output import ADAPTER, SCORES
-from train.run.report import tree_bytes, versions
+from train.stages.begin import load_model
+from train.stages.inputs import Inputs
 
 COSTS = "costs"
 

@@ -12,13 +12,13 @@ from typing import Any
 from lora_jax.training.data.order import Order
 from train import sft
 from train.compare.trials import ComparedScript
-from train.inputs import RunData, read_inputs
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.file import replace_options
 from train.options.scripts.sft import Config, SftRunConfig
 from train.run.task import Evaluation, EvaluationContext, Task
 from train.settings.defaults import check_files
+from train.stages.inputs import RunData, read_inputs
 
 _OWN = (
     "dataset",

@@ -26,18 +26,17 @@ from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
 from train.console.output import tell
-from train.finetune import finetune, train_rows
-from train.inputs import InputReader
+from train.finetune import finetune, train_runs
 from train.options.common import Options
 from train.options.file import replace_options
 from train.options.optim import warmup_steps
 from train.processes.session import Session
 from train.reporters.files import ERROR
-from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
-from train.settings.table import TableRow
-from train.table import RunPart, RunRequest
+from train.stages.beside import SideBySide
+from train.stages.inputs import InputReader
+from train.stages.types import AskedRun, FailedRun, FinishedRun, OpenedRun, RunContext
 
 PROGRESS = "sweep.json"
 
@@ -107,7 +106,7 @@ class Sweep:
       folder: folder of the comparison.
       trials: all runs.
       record: what was done.
-      part: what the runs share; its `hint` tells an interrupted user how to go on.
+      context: what the runs share; its `hint` tells an interrupted user how to go on.
       asked: what is compared, and how.
       outside: returns the loss on text outside the task, of an adapted tree and the function that
         runs it; None measures nothing.
@@ -120,10 +119,10 @@ class Sweep:
     folder: Path
     trials: Sequence[Trial]
     record: SweepRecord
-    part: RunPart
+    context: RunContext
     asked: CompareConfig
     outside: Callable[[Tree, Forward], float] | None
-    intruders: Callable[[Run, Tree], float] | None
+    intruders: Callable[[OpenedRun, Tree], float] | None
     session: Session
     console: Console
 
@@ -180,7 +179,7 @@ class Sweep:
         began = time.monotonic()
         until = None if stage is rungs.LAST else functools.partial(_end_of_stage, stage)
 
-        def trained(run: Run, tree: Tree, forward: Forward) -> None:
+        def trained(run: OpenedRun, tree: Tree, forward: Forward) -> None:
             done = self.record.progress(run.folder.name)
             done.saved_bytes = folder_bytes(run.folder / ADAPTER)
             if self.outside is not None:
@@ -188,15 +187,15 @@ class Sweep:
             if self.intruders is not None:
                 done.intruders = self.intruders(run, tree)
 
-        part = dataclasses.replace(self.part, until=until, on_trained=trained)
+        context = dataclasses.replace(self.context, until=until, on_trained=trained)
         first = group[0]
         if first.reads_alone:  # and what it read is closed in the end
-            part = dataclasses.replace(part, reader=InputReader())
+            context = dataclasses.replace(context, reader=InputReader())
         with self.session.part():
             if has_adapter(first.arm.method):
-                self._side_by_side(group, part)
+                self._side_by_side(group, context)
             else:
-                self._alone(first, part)
+                self._alone(first, context)
         gc.collect()
         seconds = (time.monotonic() - began) / len(group)
         for trial in group:
@@ -210,28 +209,33 @@ class Sweep:
         for trial in group:
             if self.record.progress(trial.name).finished:
                 self._tidy(trial)
-        self.session.stop.remedy = self.part.hint or ""
+        self.session.stop.remedy = self.context.hint or ""
         self.session.stop.check()
 
-    def _side_by_side(self, group: Sequence[Trial], part: RunPart) -> None:
-        asked = []
-        for trial in group:
-            row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
-            asked.append(RunRequest(row, trial.task))
-        script = group[0].script
-        for outcome in train_rows(script, asked, self.session, self.console, part):
-            done = self.record.progress(outcome.name)
-            if outcome.state == "failed":
-                done.error = outcome.why
-            if outcome.score is not None:
-                done.score = outcome.score
+    def _side_by_side(self, group: Sequence[Trial], context: RunContext) -> None:
+        asked = [
+            AskedRun(
+                name=trial.name,
+                where=f"run {trial.name}",
+                options=_resumed_options(trial),
+                task=trial.task,
+            )
+            for trial in group
+        ]
+        arrangement = SideBySide(self.console, self.session)
+        for ending in train_runs(group[0].script, asked, self.session, arrangement, context):
+            done = self.record.progress(ending.opened.name)
+            if isinstance(ending, FailedRun) and ending.reason is not None:
+                done.error = ending.reason
+            if isinstance(ending, FinishedRun) and ending.score is not None:
+                done.score = ending.score
 
-    def _alone(self, trial: Trial, part: RunPart) -> None:
+    def _alone(self, trial: Trial, context: RunContext) -> None:
         done = self.record.progress(trial.name)
         tell(self.console, f"run {trial.name}")
         try:
             options = _resumed_options(trial)
-            scores = finetune(trial.script, options, trial.task, self.session, part)
+            scores = finetune(trial.script, options, trial.task, self.session, context)
         except TrainingError as error:
             done.error = error.said(flag).strip().splitlines()[0]
             write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")

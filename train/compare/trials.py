@@ -23,7 +23,6 @@ from train.compare.options import (
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
 from train.console.errors import UserError, flag
-from train.inputs import InputReader, Inputs, make_inputs
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import idle_options
@@ -32,6 +31,7 @@ from train.processes.mesh import make_mesh
 from train.run.rules import rules
 from train.run.task import Task
 from train.settings.tasks import dataset_facts
+from train.stages.inputs import InputReader, Inputs, make_inputs
 
 RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training

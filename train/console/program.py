@@ -30,3 +30,9 @@ def program(script: str, *arguments: str) -> str:
 def about(text: str | None, script: str) -> str:
     """Returns a script's docstring, whose commands start the script as this process was started."""
     return (text or "").replace(f"python -m {script}", program(script))
+
+
+def resume_hint(script: str) -> str:
+    """Returns the command line of this call, with --resume, in a sentence."""
+    options = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
+    return f"Go on with: {program(script, *options, '--resume')}"

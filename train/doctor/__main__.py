@@ -19,8 +19,8 @@ from train.console.program import program
 from train.doctor import devices, hub, packages, storage
 from train.doctor.devices import run_module
 from train.doctor.hardware import find_hardware
-from train.doctor.report import DoctorReport, Trouble
 from train.doctor.storage import gib_text
+from train.doctor.troubles import DoctorReport, Trouble
 
 _SCRIPT = "train.doctor"
 _PLAN_SECONDS = 900

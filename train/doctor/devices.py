@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.doctor.hardware import Hardware
-from train.doctor.report import Trouble, set_variables
+from train.doctor.troubles import Trouble, set_variables
 
 _PATIENCE = 180  # seconds for JAX to find its devices
 # So that the probe takes no memory from programs that compute.

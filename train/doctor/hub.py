@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.doctor.report import Trouble, set_variables
+from train.doctor.troubles import Trouble, set_variables
 
 _SECONDS = 4.0
 _ON = ("1", "ON", "YES", "TRUE")  # of huggingface_hub's variables

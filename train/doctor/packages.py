@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-from train.doctor.report import Trouble
+from train.doctor.troubles import Trouble
 
 # Those that a report names, if they are installed. Plugins tell JAX of accelerators.
 _NAMED = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.doctor.report import Trouble
+from train.doctor.troubles import Trouble
 
 _GIB = 2**30
 _LITTLE = 5 * _GIB  # of room on a disk: less than a small model's files

@@ -46,9 +46,9 @@ from train.export.terms import (
     task_type,
 )
 from train.processes.cache import keep_compiled
+from train.run.costs import byte_size
 from train.run.output import folder_bytes
 from train.run.pretrained import ModelInfo, read_model, read_untokenized
-from train.run.report import byte_size
 
 PROBLEMS = 1  # the exit code when --check-serving finds some
 

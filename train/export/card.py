@@ -25,9 +25,9 @@ from train.options.field import CardSection, traits_of
 from train.options.paths import FILE_KINDS
 from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
+from train.run.costs import versions
 from train.run.log import newest_measurement, read_metrics
 from train.run.output import CONFIG, FACTS, REPORT, SCORES
-from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # ExportOptions that shaped the weights, in the order of the card.

@@ -22,8 +22,8 @@ from train.export.base import dtype_of_files
 from train.export.modelfile import write_modelfile
 from train.export.options import ExportJob, ExportOptions, modelfile_of
 from train.export.terms import codes_notice
+from train.run.costs import byte_size
 from train.run.pretrained import read_tokenizer
-from train.run.report import byte_size
 
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 

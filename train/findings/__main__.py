@@ -25,7 +25,7 @@ from train.compare.scripts import SCRIPTS
 from train.console.errors import UserError, flag
 from train.console.help import asks_for_help
 from train.console.output import tell
-from train.console.program import about, program
+from train.console.program import about, program, resume_hint
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.inputs import FindingInputs
@@ -36,7 +36,6 @@ from train.options.paths import check_local
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.lifecycle import resume_hint
 from train.run.output import CONFIG
 from train.settings.command import read_line
 

@@ -27,9 +27,9 @@ from train.data import cache
 from train.options.common import Options
 from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
+from train.run.costs import versions
 from train.run.log import doing
 from train.run.pretrained import ModelInfo
-from train.run.report import versions
 from train.run.task import ModelContext
 
 

@@ -55,7 +55,7 @@ else:
 
 _REMAT |= {name: name for name in ("products", "projections", "attention", "offload")}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
-AUTO = "auto"  # a policy that is chosen before the step is compiled
+AUTO = "auto"  # a policy that compilers decide
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
@@ -223,7 +223,7 @@ class OptimConfig:
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = option(None, field.OF_BASE, older="none")
     """Activations to recompute in the backward pass. auto: the first of none, products,
-    projections, attention, full and offload that fits, by the predicted memory of a step; the run
+    projections, attention, full and offload that fits, by the memory of the compiled step; the run
     says which, and keeps it when it is resumed. full, or --remat without a name: all those of each
     layer but xA of small ranks, for much less memory and some more time. offload: so, and the
     layers' inputs go to the host's memory until they are needed (GPUs and TPUs), for very long
@@ -262,8 +262,11 @@ class OptimConfig:
 
     @property
     def remat_policy(self) -> bool | str:
-        """The value of --remat, as models take it, once it is settled."""
-        return _REMAT[self.remat or "none"]
+        """The value of --remat, as models take it.
+
+        Until a compiler has decided what "auto" is, all is computed again, which takes least.
+        """
+        return _REMAT["full" if self.remat == AUTO else self.remat or "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

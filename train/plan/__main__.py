@@ -30,7 +30,7 @@ from train.options.rope import parse_rope_scaling
 from train.plan.clock.table import print_clocks
 from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
-from train.plan.ladder import Ladder, find_ladder, next_variants, print_ladder, rungs_of
+from train.plan.ladder import Ladder, climb, print_ladder, rungs_of
 from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
@@ -63,42 +63,49 @@ def run(options: PlanOptions) -> None:
     check(options)
     found: dict[str, int | None] = {}
     plans: list[Plan] = []
+    ladder: Ladder | None = None
     if asked.longest or asked.largest_batch:
-        found, largest = search(options)
+        found, largest, ladder = search(options)
         asked = _resized(asked, next(size for size in found.values() if size))
         plans = [largest]
     job, optim = make_job(asked)
-    rungs = None
-    if asked.remat == AUTO:
-        rungs = find_ladder(job, lora_of(options), optim)
     facts = {**described(asked, job), "largest": found}
-    progress, token = Console(stderr=True), None
-    first = variants(options, ladder=rungs)[0]
-    if asked.decode_adapters is not None:
-        rows_params(job, first, asked.decode_adapters)  # its errors, before the plans are made
+    progress, token = Console(stderr=True, highlight=False), None
+
+    def make_plan(variant: PlanVariant) -> Plan:
+        with progress.status(f"compiling {variant.name}"):
+            made = plan(job, variant, optim)
+        progress.print(f"compiled {variant.name}: {duration(made.compile_seconds)}")
+        return made
+
+    trained = lora_of(options)
+    if asked.decode_adapters is not None:  # its errors, before the plans are made
+        rows_params(job, PlanVariant(trained, "full"), asked.decode_adapters)
     try:
-        wanted = variants(options, job, rungs)[len(plans) :]
-        for variant in wanted:
-            with progress.status(f"compiling {variant.name}"):
-                plans.append(plan(job, variant, optim))
-            took = duration(plans[-1].compile_seconds)
-            progress.print(f"compiled {variant.name}: {took}", highlight=False)
-            if rungs and asked.alone and plans[-1].refused:  # as a run goes on
-                wanted += next_variants(variant, rungs)
+        if asked.remat == AUTO and ladder is None:
+            ladder = climb(job, trained, optim, make_plan, progress.print)
+            plans = [ladder.plans[ladder.remat]]
+        first, *others = variants(options, job, ladder)
+        for variant in [first, *others][len(plans) :]:
+            is_rung = variant == PlanVariant(trained, variant.remat)
+            of_ladder = ladder.plans if ladder and is_rung else {}
+            if variant.remat not in of_ladder:
+                of_ladder[variant.remat] = make_plan(variant)
+            plans.append(of_ladder[variant.remat])
         if asked.decode_rows:
             with progress.status("compiling a token"):
                 token = plan_token(job, first, asked.decode_rows, asked.decode_adapters)
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, facts, plans, rungs, token)
+            show(asked, job, facts, plans, ladder, token)
 
 
-def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
+def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
     """Finds the largest size that fits, for each share of the memory, and says so.
 
     Returns:
-      The size by share, None for a share into which not even the smallest fits; and the plan of the
-      first size that there is.
+      The size by share, None for a share into which not even the smallest fits; the plan of the
+      first size that there is; and its policies with --remat auto, None without.
 
     Raises:
       UserError: not even the smallest fits.
@@ -114,19 +121,30 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
     unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else math.lcm(parts, job.group)
     limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
     progress = Console(stderr=True, highlight=False)
+    trained, ladders = lora_of(options), dict[int, Ladder]()
 
     @functools.cache
     def plan_of_size(size: int) -> Plan:
         resized = make_job(_resized(asked, size))[0]
-        auto = asked.remat == AUTO
-        rungs = find_ladder(resized, lora_of(options), optim) if auto else None
-        (variant,) = variants(options, ladder=rungs)
-        with progress.status(f"compiling {variant.name}, {size:,} {what}"):
-            made = plan(resized, variant, optim)
-        total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
-        needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
-        progress.print(f"{size:,} {what}: {needs} ({took})")
-        return made
+
+        def make_plan(variant: PlanVariant) -> Plan:
+            with progress.status(f"compiling {variant.name}, {size:,} {what}"):
+                made = plan(resized, variant, optim)
+            if made.failed:
+                raise UserError(f"{variant.name}, {size:,} {what}: {made.failed}")
+            total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
+            needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
+            policy = f", --remat {variant.remat}" if asked.remat == AUTO else ""
+            progress.print(f"{size:,} {what}{policy}: {needs} ({took})")
+            return made
+
+        if asked.remat != AUTO:
+            (variant,) = variants(options)
+            return make_plan(variant)
+        # What fitted the last size is likely for this one, too.
+        last = [ladder.remat for ladder in ladders.values()][-1:]
+        ladders[size] = climb(resized, trained, optim, make_plan, first=last[0] if last else None)
+        return ladders[size].plans[ladders[size].remat]
 
     found = {
         f"{share:g}": largest_fit(plan_of_size, first, unit, limit, share)
@@ -143,7 +161,7 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
             f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
             f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
         )
-    return found, plan_of_size(size)
+    return found, plan_of_size(size), ladders.get(size)
 
 
 def _resized(asked: PlanConfig, size: int) -> PlanConfig:
@@ -161,11 +179,10 @@ def show(
     token: Token | None = None,
 ) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
-    rungs = rungs_of(ladder, plans) if ladder else []
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
         first |= {"token": dataclasses.asdict(token)} if token else {}
-        made = [dataclasses.asdict(rung) for rung in rungs]
+        made = [dataclasses.asdict(rung) for rung in rungs_of(ladder)] if ladder else []
         print(json.dumps({**facts, **first, "others": others, "ladder": made}, indent=2))
     else:
         estimates = [estimate(made, asked, job.machine) for made in plans]
@@ -173,7 +190,7 @@ def show(
         console = Console(width=wide)
         print_plans(console, facts, plans, estimates)
         if ladder:
-            print_ladder(console, ladder, rungs)
+            print_ladder(console, ladder)
         print_clocks(console, job.machine, [(made.name, made.clocks.get("step")) for made in plans])
         if token:
             print_token(console, token)
@@ -291,19 +308,19 @@ def variants(
     Args:
       options: the options.
       job: if given, the variant with the other form of products with sharded kernels is one, too.
-      ladder: policies of --remat auto: the requested variant is the one that a run takes, and the
-        others are its other policies.
+      ladder: policies of --remat auto: the requested variant is the one that the search ended
+        with, and the others are its other policies.
     """
     asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
     trained = lora_of(options)
     lora = dataclasses.replace(options.adapter, full=False)
-    remat = ladder.choice.remat if ladder else options.plan.remat or "none"
+    remat = ladder.remat if ladder else options.plan.remat or "none"
     if options.plan.adapters:
         return [PlanVariant(lora, remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
     asked = PlanVariant(trained, remat)
     if ladder:
-        others = [PlanVariant(trained, name) for name in ladder.predicted]
+        others = [PlanVariant(trained, name) for name in ladder.search.rungs]
     else:
         policies = ("full", "dots_with_no_batch_dims_saveable", "none")
         others = [PlanVariant(lora, name) for name in policies]

@@ -21,7 +21,7 @@ from train.live.reference import running, sequence_scorer
 from train.plan.flops.checked import count_traced
 from train.plan.job import bytes_per_device
 from train.plan.tasks import REFERENCE, SAMPLER, SCORER
-from train.run.report import tree_bytes
+from train.run.costs import tree_bytes
 
 
 class Program(NamedTuple):

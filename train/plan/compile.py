@@ -13,20 +13,21 @@ import jax.numpy as jnp
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
 from lora_jax.models.smolvlm.config import SmolVLMConfig
+from lora_jax.training.remat import compiled_bytes, is_refusal
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.console.errors import UserError
 from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between, token_flops
-from train.plan.clock.report import Clock, clock_of
+from train.plan.clock.summary import Clock, clock_of
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.flops.closed_form import model_flops
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
+from train.run.costs import tree_bytes
 from train.run.model_code import make_model
-from train.run.report import compiled_bytes, tree_bytes
 
 STEP = "temporaries"  # those of a step, by their name in a plan
 _WITHOUT_SPARSE_CORES: dict[str, Any] = {"xla_tpu_offload_gather_to_sparsecore": False}
@@ -42,7 +43,8 @@ class Plan:
       name: the variant in words.
       fits: whether the step compiles within the first share of a device's memory.
       fits_share: each share of the memory -> whether the step compiles within it.
-      refused: the compiler's message if it refused the step.
+      refused: the compiler's message if it refused the step for want of memory.
+      failed: the compiler's message if it failed for another reason.
       per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
         temporaries (of a step), those of the programs between steps (reference; scorer, sampler),
         other (the batch, padding, the program), total, capacity; and host, the memory of its host
@@ -68,6 +70,7 @@ class Plan:
     fits: bool
     fits_share: dict[str, bool]
     refused: str | None = None
+    failed: str | None = None
     per_chip_bytes: dict[str, int | None]
     flops_per_step: int | None = None
     flops_per_chip: int | None = None
@@ -86,27 +89,21 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TracedStep:
-    """A traced step, its model, and the shapes of its arguments."""
+class PreparedStep:
+    """A lowered step, its model, the shapes of its arguments, and the programs between steps."""
 
     traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
     params: Any
     state: State
     base: Any
     batch: dict[str, Any]
     model: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedStep(TracedStep):
-    """A lowered step as well, and the programs between steps."""
-
-    lowered: jax.stages.Lowered
     between: dict[str, Program]
 
 
-def trace_step(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> TracedStep:
-    """Traces the step of a task for abstract weights.
+def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedStep:
+    """Lowers the step of a task for abstract weights, and the programs between its steps.
 
     Args:
       job: the model, the machine, and the batch.
@@ -117,14 +114,13 @@ def trace_step(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Traced
       UserError: the rules do not fit the model.
     """
     job = job.with_products(variant.products)
-    params = abstract_params(job, variant)
+    layout, params = job.layout, abstract_params(job, variant)
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, _RATE, _STEPS)
-    setup = Setup.make(job.layout, params, make_optimizer(optim, schedule, params), schedule)
+    setup = Setup.make(layout, params, make_optimizer(optim, schedule, params), schedule)
     batch = batch_shapes(job, variant.adapters)
-    config = job.outline.config
     model = make_model(
-        config,
+        job.outline.config,
         jnp.dtype(job.dtype),
         jnp.dtype(job.dtype),
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
@@ -133,33 +129,28 @@ def trace_step(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Traced
         params=lj.strip(params),
     )
     loss, forward = job.loss, setup.forward(model)
-    with jax.set_mesh(job.layout.mesh):
+    with jax.set_mesh(layout.mesh):
         if variant.adapters is None:
             state = setup.abstract_state(adapter)
             traced = setup.trace(forward, loss, state, base, batch)
         else:
             key = jax.eval_shape(lambda: jax.random.key(0))  # nothing runs on devices elsewhere
             one = make_tenant(optim, params, schedule, _STEPS, loss=loss, key=key)
-            options = job.layout.compiler_options
+            options = layout.compiler_options
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
-    return TracedStep(
-        traced=traced, params=params, state=state, base=base, batch=batch, model=model
+        lowered = traced.lower()
+    return PreparedStep(
+        traced=traced,
+        lowered=lowered,
+        params=params,
+        state=state,
+        base=base,
+        batch=batch,
+        model=model,
+        between=programs_between(
+            model, layout, params, batch, chunk=job.loss_chunk, group=job.group
+        ),
     )
-
-
-def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedStep:
-    """Lowers the step of a task for abstract weights, and the programs between its steps.
-
-    The arguments and errors are those of `trace_step`.
-    """
-    job = job.with_products(variant.products)
-    step = trace_step(job, variant, optim)
-    with jax.set_mesh(job.layout.mesh):
-        lowered = step.traced.lower()
-    between = programs_between(
-        step.model, job.layout, step.params, step.batch, chunk=job.loss_chunk, group=job.group
-    )
-    return PreparedStep(**vars(step), lowered=lowered, between=between)
 
 
 def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
@@ -171,7 +162,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
       optim: the optimiser's options; its remat is replaced by the variant's.
 
     Returns:
-      The resources that the step needs, or the compiler's refusal.
+      The resources that the step needs, or the compiler's refusal or failure.
 
     Raises:
       UserError: the rules do not fit the model, or the compiler reports no memory use.
@@ -222,11 +213,13 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
             made[name] = _largest(one.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
             refusal = refused_bytes(str(error), held, machine.capacity)
+            reason = ("" if name == STEP else f"the {name}: ") + reason_of(error)
             others = {before: compiled_bytes(found).get(STEP) for before, found in made.items()}
             return Plan(
                 fits=False,
                 fits_share={f"{share:g}": False for share in machine.shares},
-                refused=("" if name == STEP else f"the {name}: ") + reason_of(error),
+                refused=reason if is_refusal(error) else None,
+                failed=None if is_refusal(error) else f"the compiler failed: {reason}",
                 per_chip_bytes={**refusal, name: refusal[STEP], **others},
                 flops_traced=work({}).traced,
                 compile_seconds=time.perf_counter() - began,

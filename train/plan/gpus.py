@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from train.console.errors import UserError
-from train.extras import install_command
+from train.console.extras import install_command
 
 _MIB = 2**20
 

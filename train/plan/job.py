@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
+from lora_jax.core.types import Shaped
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
@@ -19,8 +20,8 @@ from train.options.common import AdapterConfig
 from train.options.conditions import NO_ADAPTER
 from train.plan.machines import Machine
 from train.plan.tasks import PLAIN, TASKS, PlannedTask, Task
+from train.run.costs import tree_bytes
 from train.run.pretrained import ModelInfo
-from train.run.report import tree_bytes
 from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
@@ -211,11 +212,14 @@ def placed_shapes(params: Any, layout: Layout) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes on one device of a tree of shapes with shardings."""
-    return sum(
-        tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Returns the bytes on one device of a tree of arrays or shapes; all where none is sharded."""
+
+    def shard(leaf: Shaped) -> jax.ShapeDtypeStruct:
+        sharding: Any = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return tree_bytes([shard(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:

@@ -1,39 +1,45 @@
-"""The policies of rematerialisation that --remat auto chooses from, as a plan shows them."""
+"""The search for the policy of --remat auto, as a plan makes and shows it."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.training.memory.ladder import (
-    GIB,
-    RematChoice,
-    choose_remat,
-    next_choice,
-    rungs_for,
-)
-from lora_jax.training.memory.live import predicted_bytes
+import lora_jax as lj
+from lora_jax.training.remat import GIB, Attempt, RematSearch, expected_bytes, rungs_for
+from lora_jax.training.setup import Setup
+from train.console.errors import UserError
 from train.options.common import AdapterConfig, OptimConfig
-from train.plan.compile import Plan, trace_step
-from train.plan.job import PlanJob, PlanVariant
+from train.options.optim import make_optimizer, make_schedule
+from train.plan.compile import Plan
+from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 
 _UNKNOWN = "–"
+_REMARK = "A run compiles on its own devices, so it may end at another policy."
 
 
-class Ladder(NamedTuple):
-    """The predicted memory of each policy, and the one that a run is compiled with first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """The policies of --remat auto, and the plans of those that were compiled.
 
     Attributes:
-      choice: the policy.
-      predicted: bytes of a device of each, from the fastest to the leanest.
-      names: their plans' names.
+      search: the search.
+      attempts: the policies in the order of their compilation.
+      plans: the plan of each policy that was compiled.
     """
 
-    choice: RematChoice
-    predicted: dict[str, int]
-    names: dict[str, str]
+    search: RematSearch
+    attempts: Sequence[Attempt]
+    plans: dict[str, Plan]
+
+    @property
+    def remat(self) -> str:
+        """Returns the policy that the search ended with; the last one where none fits."""
+        best = self.search.best(self.attempts)
+        return (best or self.attempts[-1]).remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,7 @@ class PlannedRung:
 
     Attributes:
       remat: its name.
-      chosen: whether a run is compiled with it first.
-      predicted_bytes: bytes of a device before compiling.
+      chosen: whether the search ended with it.
       compiled_bytes: bytes of a device as compiled.
       fits: whether the compiled step fits.
       seconds: the estimate of a step.
@@ -52,84 +57,109 @@ class PlannedRung:
 
     remat: str
     chosen: bool
-    predicted_bytes: int
-    compiled_bytes: int | None
-    fits: bool | None
-    seconds: float | None
-    mfu: float | None
+    compiled_bytes: int | None = None
+    fits: bool | None = None
+    seconds: float | None = None
+    mfu: float | None = None
 
 
-def find_ladder(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> Ladder:
-    """Predicts the memory of a step with each policy; compiles nothing.
+def climb(
+    job: PlanJob,
+    adapter: AdapterConfig,
+    optim: OptimConfig,
+    make_plan: Callable[[PlanVariant], Plan],
+    notice: Callable[[str], object] = lambda line: None,
+    first: str | None = None,
+) -> Ladder:
+    """Compiles the policies that a run would compile.
 
     Args:
       job: the model, the machine, and the batch.
       adapter: the parameters that train.
       optim: the optimiser's options.
+      make_plan: compiles a variant.
+      notice: is told why another policy is compiled.
+      first: the policy to begin with; None for the likeliest one.
+
+    Raises:
+      UserError: the compiler failed, and not for want of memory.
     """
-    variants = {
-        remat: PlanVariant(adapter, remat)
-        for remat in rungs_for(job.layout.platform, job.chosen.name)
-    }
+    plans: dict[str, Plan] = {}
 
-    def predict(remat: str) -> int:
-        step = trace_step(job, variants[remat], optim)
-        return predicted_bytes(step.traced, job.layout, step.state, step.base, step.batch)
+    def attempt(remat: str) -> Attempt:
+        variant = PlanVariant(adapter, remat)
+        planned = plans[remat] = make_plan(variant)
+        if planned.failed:
+            raise UserError(f"{variant.name}: {planned.failed}")
+        return Attempt(
+            remat=remat,
+            size=None if planned.refused else planned.per_chip_bytes["total"],
+            refused=planned.refused is not None,
+            seconds=planned.compile_seconds,
+        )
 
-    predicted = {remat: predict(remat) for remat in variants}
-    capacity = int(job.machine.shares[0] * job.machine.capacity)
-    choice = choose_remat([*predicted], predicted.__getitem__, capacity)
-    return Ladder(choice, predicted, {remat: one.name for remat, one in variants.items()})
-
-
-def next_variants(refused: PlanVariant, ladder: Ladder) -> list[PlanVariant]:
-    """Returns the variant that a run compiles after one that the compiler refused, if there is."""
-    choice: RematChoice | None = ladder.choice
-    while choice is not None and choice.remat != refused.remat:
-        choice = next_choice(choice, None)
-    choice = choice and next_choice(choice, None)
-    return [dataclasses.replace(refused, remat=choice.remat)] if choice else []
+    search = _begin_search(job, adapter, optim)
+    if first is not None:
+        search = dataclasses.replace(search, first=first)
+    return Ladder(search=search, attempts=search.run(attempt, notice), plans=plans)
 
 
-def rungs_of(ladder: Ladder, plans: Sequence[Plan]) -> list[PlannedRung]:
-    """Returns the policies with what their plans say, those that were compiled."""
-    by_name = {made.name: made for made in plans}
+def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> RematSearch:
+    """Returns the search of a plan before its first compilation; see `climb`."""
+    params, outline = abstract_params(job, PlanVariant(adapter, "full")), job.outline
+    schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
+    optimizer = make_optimizer(optim, schedule, params)
+    trained, _ = lj.split(params)
+    state = Setup.make(job.layout, params, optimizer, schedule).abstract_state(trained)
+    ids = batch_shapes(job)["ids"]
+    expected = expected_bytes(
+        outline.config,
+        outline.params,
+        outline.kinds,
+        tokens=math.prod(ids.sharding.shard_shape(ids.shape)[1:]),
+        itemsize=jnp.dtype(job.dtype).itemsize,
+        arguments=bytes_per_device((params, state.opt_state)),
+    )
+    rungs = rungs_for(job.layout.platform, job.chosen.name)
+    return RematSearch.begin(rungs, int(job.machine.shares[0] * job.machine.capacity), expected)
 
-    def rung(remat: str, predicted: int) -> PlannedRung:
-        made = by_name.get(ladder.names[remat])
-        clock = made.clocks.get("step") if made else None
+
+def rungs_of(ladder: Ladder) -> list[PlannedRung]:
+    """Returns the policies with what their plans say, where they were compiled."""
+
+    def rung(remat: str) -> PlannedRung:
+        planned, chosen = ladder.plans.get(remat), remat == ladder.remat
+        if planned is None:
+            return PlannedRung(remat=remat, chosen=chosen)
+        clock = planned.clocks.get("step")
         return PlannedRung(
             remat=remat,
-            chosen=remat == ladder.choice.remat,
-            predicted_bytes=predicted,
-            compiled_bytes=made.per_chip_bytes["total"] if made else None,
-            fits=made.fits if made else None,
+            chosen=chosen,
+            compiled_bytes=planned.per_chip_bytes["total"],
+            fits=planned.fits,
             seconds=clock.seconds if clock else None,
             mfu=clock.mfu if clock else None,
         )
 
-    return [rung(remat, predicted) for remat, predicted in ladder.predicted.items()]
+    return [rung(remat) for remat in ladder.search.rungs]
 
 
-def print_ladder(console: Console, ladder: Ladder, rungs: Sequence[PlannedRung]) -> None:
+def print_ladder(console: Console, ladder: Ladder) -> None:
     """Prints the policies as a table, and the choice with its reason."""
+    rungs = rungs_of(ladder)
     timed = any(rung.seconds is not None for rung in rungs)
     table = Table(title="--remat auto, in GiB per device")
     table.add_column("")
-    for column in ("predicted", "compiled", "fits", *(["ms", "MFU"] * timed)):
+    for column in ("compiled", "fits", *(["ms", "MFU"] if timed else [])):
         table.add_column(column, justify="right")
     for rung in rungs:
         fits = _UNKNOWN if rung.fits is None else "yes" if rung.fits else "no"
         times = [_scaled(rung.seconds, 1e-3, 0), _scaled(rung.mfu, 1e-2, 1, " %")] if timed else []
-        table.add_row(
-            rung.remat + " (chosen)" * rung.chosen,
-            _scaled(rung.predicted_bytes, GIB),
-            _scaled(rung.compiled_bytes, GIB),
-            fits,
-            *times,
-        )
+        name = f"{rung.remat} (chosen)" if rung.chosen else rung.remat
+        table.add_row(name, _scaled(rung.compiled_bytes, GIB), fits, *times)
     console.print(table)
-    console.print(ladder.choice.describe(), highlight=False, soft_wrap=True)
+    line = f"{ladder.search.describe(ladder.attempts)}. {_REMARK}"
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _scaled(value: float | None, unit: float, digits: int = 2, after: str = "") -> str:

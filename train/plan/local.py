@@ -16,8 +16,8 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.subspace import Subspace
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from lora_jax.training.memory.live import predicted_bytes
 from lora_jax.training.optimizer import takes_from_base
+from lora_jax.training.remat import compiled_bytes
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.live.reference import reference_params
@@ -27,10 +27,10 @@ from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
 from train.plan.flops.checked import count_traced, step_work, text_of, together
 from train.plan.job import adapted_shapes, bytes_per_device, placed_shapes
+from train.run.costs import tree_bytes
 from train.run.intrinsic import model_in, moves_weights, space_of
 from train.run.model_code import make_model
 from train.run.pretrained import ModelInfo
-from train.run.report import compiled_bytes, tree_bytes
 
 _SIDE = 1024  # of the matrices of the measured product
 _SECONDS = 0.3
@@ -128,10 +128,6 @@ class LocalStep:
         forward = self.setup.forward(model_in(self.space, self.model(remat)))
         return self.setup.trace(forward, self.loss, self.state, self.base, self.batch)
 
-    def predict(self, remat: str) -> int:
-        """Returns the bytes of a device that the step is predicted to take; compiles nothing."""
-        return predicted_bytes(self.trace(remat), self.layout, self.state, self.base, self.batch)
-
 
 def local_step(
     config: Options, outline: ModelInfo, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
@@ -173,8 +169,12 @@ def _param_dtype(config: Options) -> jnp.dtype[Any]:
     return jnp.dtype("float32" if moves_weights(config.adapter) else config.optim.dtype)
 
 
-def local_needs(step: LocalStep) -> LocalNeeds:
-    """Compiles the step of a run, and what runs between steps, for abstract weights.
+def local_needs(step: LocalStep, compiled_step: jax.stages.Compiled) -> LocalNeeds:
+    """Compiles the programs between steps, for abstract weights; returns the needs of all programs.
+
+    Args:
+      step: the step, with the policy of rematerialisation in its options.
+      compiled_step: the step as it was compiled.
 
     Raises:
       UserError: a reference would need a second base.
@@ -198,7 +198,10 @@ def local_needs(step: LocalStep) -> LocalNeeds:
             group=getattr(config.data, "group", 1),
             reference=reference and placed_shapes(reference, layout),
         )
-        compiled = {name: one.lowered.compile() for name, one in programs.items()}
+        compiled = {
+            name: compiled_step if name == STEP else one.lowered.compile()
+            for name, one in programs.items()
+        }
     work = {
         name: step_work(
             text_of(compiled[name]), count_traced(one.traced.jaxpr), layout.mesh.devices.size

@@ -10,7 +10,7 @@ import jax
 
 from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
-from train.extras import install_command
+from train.console.extras import install_command
 from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
 
 KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach

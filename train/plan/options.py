@@ -195,8 +195,8 @@ def check(options: PlanOptions) -> None:
             )
     if asked.adapters and asked.remat == AUTO:
         raise UserError(
-            "--remat auto predicts the step of one adapter, and --adapters plans several side by "
-            "side: give the policy, such as --remat full"
+            "--remat auto chooses for the step of one adapter, and --adapters plans several: give "
+            "the policy, such as --remat full"
         )
     if kind.texts_alone and asked.images:
         raise UserError(f"--images: train.{asked.task} reads texts alone: leave it out")

@@ -9,7 +9,7 @@ from rich.table import Table
 from train.plan.compile import STEP, Plan
 from train.plan.flops.checked import JAXPR
 from train.plan.tasks import SAMPLER, TASKS
-from train.run.report import byte_size, step_time
+from train.run.costs import byte_size, step_time
 
 _HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
 _UNKNOWN = "–"
@@ -85,8 +85,8 @@ def print_plans(
         )
     console.print(work)
     for made in plans:
-        if made.refused:
-            console.print(f"{made.name}: {made.refused}", highlight=False, soft_wrap=True)
+        if problem := made.refused or made.failed:
+            console.print(f"{made.name}: {problem}", highlight=False, soft_wrap=True)
         if made.kernels:
             kernels = ", ".join(made.kernels)
             console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from lora_jax.models.sampling.loop import next_logits
 from lora_jax.quantized import is_coded
 from lora_jax.quantized.rows import KERNEL_NAME
 from train.console.errors import UserError
-from train.plan.clock.report import Clock, clock_of
+from train.plan.clock.summary import Clock, clock_of
 from train.plan.compile import hlo_of, reason_of
 from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
 

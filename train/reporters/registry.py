@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 
 from train.console.errors import UserError, flag
-from train.extras import install_command
+from train.console.extras import install_command
 from train.reporters import mlflow, tensorboard, trackio, wandb
 from train.reporters.contract import Tracker
 

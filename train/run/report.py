@@ -1,185 +1,65 @@
-"""The report at the end of a run: its memory, time, and size on disk."""
+"""The report of a run: the fields of report.json, which this type lists."""
 
-import contextlib
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-from rich.console import Console
-from rich.table import Table
-
-from lora_jax.models import VisionConfig
-from lora_jax.quantized import bytes_of
-from lora_jax.training.processes import write_json
-from lora_jax.training.run.best import Best
-from lora_jax.training.run.log import duration
-from train.console.errors import flag
-from train.console.output import tell
-from train.console.program import program
-from train.processes.session import Session
-from train.reporters.files import read_json
-from train.run.log import read_metrics
-from train.run.output import FACTS, PROCESS_SECONDS
-from train.run.pretrained import ModelInfo
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and the packages that a run's figures depend on."""
-    versions_by_package = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            versions_by_package[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions_by_package
-
-
-def compiled_bytes(compiled: Any) -> dict[str, int]:
-    """Returns the memory of a compiled function, in bytes; {} if the backend does not report it."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return {}
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
+# Fields that the report of some runs alone has.
+_OPTIONAL = frozenset(
+    {
+        *("best", "ended_early"),  # with --keep-best
+        *("compile_seconds", "further_compile_seconds", "compiled_bytes"),  # of a single run
+        "side_by_side",  # of a table
     }
+)
 
 
-def tree_bytes(tree: Any) -> int:
-    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The fields of report.json, in their order; the scores follow once a run is evaluated.
 
-    Two codes of 4 bits are one byte, as on accelerators.
+    Attributes:
+      summary: the trained parameters, in words.
+      steps: the number of all steps.
+      last_step: the number of the last step; fewer where the run ended early.
+      kept_step: the step of the saved adapter.
+      skipped_steps: the numbers of the steps that were skipped.
+      skip_reasons: the number of a skipped step -> the reason, where it is known.
+      median_step_seconds, step_seconds_quartiles: seconds of a step; None where none was taken.
+      peak_bytes: the peak memory of the process.
+      adapter_bytes: size of the adapter on disk.
+      best: what the saved adapter says of the best step; None without --keep-best.
+      ended_early: whether --patience ended the run; None without --keep-best.
+      compile_seconds: seconds of compiling the step; None beside other runs.
+      further_compile_seconds: seconds of later compilations; None beside other runs.
+      compiled_bytes: memory of the compiled step, by kind; None beside other runs.
+      side_by_side: the number of runs that took their steps together; None for a single run.
+      base_bytes: bytes of the base in memory.
     """
-    return sum(map(bytes_of, jax.tree.leaves(tree)))
 
+    summary: str
+    steps: int
+    last_step: int
+    kept_step: int
+    skipped_steps: list[int]
+    skip_reasons: Mapping[int, str]
+    median_step_seconds: float | None
+    step_seconds_quartiles: list[float] | None
+    peak_bytes: int
+    adapter_bytes: int
+    best: Mapping[str, Any] | None
+    ended_early: bool | None
+    compile_seconds: float | None
+    further_compile_seconds: float | None
+    compiled_bytes: Mapping[str, int] | None
+    side_by_side: int | None
+    base_bytes: int
 
-def byte_size(size: float) -> str:
-    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
-    return f"{size / 1e3:.1f} kB" if size < 999_950 else f"{size / 1e6:,.1f} MB"
-
-
-def step_time(seconds: float) -> str:
-    """Formats the time of a step: "5.9 ms", or "7.83 s" from a second on."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:,.2f} s"
-
-
-def print_costs(console: Console, report: Mapping[str, Any]) -> None:
-    """Prints a table of a run's time, memory, and size on disk."""
-    table = Table(title="Cost of the run", show_header=False)
-    memory = report["compiled_bytes"]
-    seconds = report["median_step_seconds"]
-    if seconds is None:
-        step = "no step taken"
-    else:
-        step = step_time(seconds)
-    lines = [
-        ("step (median)", step),
-        ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
-        ("further compilations", f"{report['further_compile_seconds']:.1f} s"),
-        ("compiled: temporaries", byte_size(memory["temporaries"]) if memory else "not reported"),
-        ("compiled: arguments", byte_size(memory["arguments"]) if memory else "not reported"),
-        ("peak memory of the process", byte_size(report["peak_bytes"])),
-        ("adapter on disk", byte_size(report["adapter_bytes"])),
-        ("base in memory", byte_size(report["base_bytes"])),
-    ]
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-
-
-def print_best(console: Console, best: Best, patience: int | None) -> None:
-    """Names the best step, and the reason why the run ended."""
-    standing = best.standing
-    if standing.value is None:
-        sentence = f"{best.metric} was never measured: the adapter is the last one"
-    else:
-        sentence = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
-    if best.is_over:
-        sentence = (
-            f"ended early: no better {best.metric} for {standing.waited} measurements "
-            f"({flag('patience', patience)}); {sentence}"
-        )
-    tell(console, sentence)
-
-
-def ask_words(outline: ModelInfo) -> tuple[str, ...]:
-    """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
-    if "head" in outline.head:
-        of_images = isinstance(outline.config, VisionConfig)
-        return "train.predict", "IMAGE" if of_images else "TEXT"
-    if outline.tokenizer.chat_template is None:
-        return "train.generate", "--prompt", "TEXT"
-    return "train.generate", "--interactive"
-
-
-def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merged: bool) -> None:
-    """Prints the commands that ask the trained model, and that export it.
-
-    Args:
-      console: console to print to.
-      adapter: the adapter's folder.
-      ask: the words that ask the model; see `ask_words`.
-      merged: whether the model can be exported merged only.
-    """
-    exported = str(adapter.parent / "exported")
-    export = ("train.export", "--output", exported, *["--merged"] * merged)
-    for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
-        tell(console, f"{what}: {program(module, '--adapter', str(adapter), *more)}")
-
-
-def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
-    """Prints an adapter's folder and size on disk, and the base's size in memory."""
-    tell(
-        console,
-        f"adapter saved in {adapter}: {byte_size(report['adapter_bytes'])} beside "
-        f"the base's {byte_size(report['base_bytes'])} in memory",
-    )
-
-
-def note_seconds(folder: Path, session: Session) -> None:
-    """Notes in the facts of a run how long this process has worked so far.
-
-    A process before it that was killed worked at least until its last line of metrics. Without
-    facts, or where they cannot be written, nothing is noted.
-
-    Args:
-      folder: the folder of a run that has begun.
-      session: the session of this process.
-    """
-    facts = read_json(folder / FACTS)
-    if not facts:
-        return
-    seconds = facts.setdefault(PROCESS_SECONDS, {})
-    this_process = str(session.began_at)
-    if seconds and this_process not in seconds:
-        last_process = [*seconds][-1]
-        ends = [line["time"] for line in read_metrics(folder)]
-        spans = [end - float(last_process) for end in ends]
-        seconds[last_process] = max([seconds[last_process], *spans])
-    seconds[this_process] = time.monotonic() - session.began
-    with contextlib.suppress(OSError):
-        write_json(folder / FACTS, facts)
-
-
-def whole_time(folders: Iterable[Path], session: Session) -> str:
-    """Returns the time of runs in words: "3 min 20 s", or "3 min 20 s in 2 processes".
-
-    Args:
-      folders: the folders of the runs. A process that worked on several of them counts once.
-      session: the session of this process, which works until now.
-    """
-    seconds = {str(session.began_at): time.monotonic() - session.began}
-    for folder in folders:
-        for process, noted in read_json(folder / FACTS).get(PROCESS_SECONDS, {}).items():
-            seconds[process] = max(noted, seconds.get(process, 0))
-    took = duration(sum(seconds.values()))
-    return f"{took} in {len(seconds)} processes" if len(seconds) > 1 else took
+    def as_json(self) -> dict[str, Any]:
+        """Returns the content of report.json, without fields of other kinds of runs."""
+        fields = dict(vars(self))
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in _OPTIONAL
+        }

@@ -190,7 +190,7 @@ class PriorRuns(Protocol):
         folder: Path,
         session: Session,
     ) -> Path:
-        """Trains a model in full; see `train.start`."""
+        """Trains a model in full; see `train.prior`."""
 
 
 def check_alone(config: Options, what: str) -> None:

@@ -23,9 +23,9 @@ from train.console.errors import UserError, reported
 from train.console.output import say
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
+from train.run.costs import byte_size
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
-from train.run.report import byte_size
 from train.run.sampling import apply_generation_config
 from train.serve.app import make_app, make_starting_app
 from train.serve.engine.engine import Engine

@@ -47,7 +47,7 @@ _YAML = (".yaml", ".yml")
 _TAG = "tag:yaml.org,2002:"
 
 
-class TableRow(NamedTuple, Generic[Config]):
+class RunOptions(NamedTuple, Generic[Config]):
     """A run of a table.
 
     Attributes:
@@ -63,7 +63,7 @@ class TableRow(NamedTuple, Generic[Config]):
     options: Config
 
 
-def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[TableRow[Config]]:
+def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[RunOptions[Config]]:
     """Returns the runs of the file of --many.
 
     Args:
@@ -91,7 +91,7 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
     return rows
 
 
-def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
+def check_one_base(rows: Sequence[RunOptions[Any]]) -> None:
     """Raises a UserError for a row whose adapter begins on another base than the first row's.
 
     Args:
@@ -126,7 +126,7 @@ def _base_option(options: Options, name: str) -> object:
 
 def _row(
     config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]
-) -> TableRow[Config]:
+) -> RunOptions[Config]:
     kinds, traits = kinds_of(config), traits_of(config)
     values: dict[str, Any] = {}
     for column, node in cells.items():
@@ -155,7 +155,7 @@ def _row(
     with as_user_errors(TrainingError, prefix=f"{where}: "):
         check_many(changed.run.report_to, "a table of runs")
         check_effects(changed, dataset_facts(changed), given)
-    return TableRow(name, where, given, changed)
+    return RunOptions(name, where, given, changed)
 
 
 def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
@@ -184,8 +184,8 @@ def _checked_name(name: str | None, where: str) -> str:
     return name
 
 
-def _check_names(rows: list[TableRow[Any]]) -> None:
-    seen: dict[str, TableRow[Any]] = {}
+def _check_names(rows: list[RunOptions[Any]]) -> None:
+    seen: dict[str, RunOptions[Any]] = {}
     for row in rows:
         first = seen.setdefault(row.name.casefold(), row)  # not every file system tells cases apart
         if first is not row:
@@ -195,7 +195,7 @@ def _check_names(rows: list[TableRow[Any]]) -> None:
             )
 
 
-def _check_line(rows: list[TableRow[Any]], on_line: Collection[str]) -> None:
+def _check_line(rows: list[RunOptions[Any]], on_line: Collection[str]) -> None:
     """Raises a UserError for an option on the command line that has an effect in no row."""
     for option in sorted(on_line):
         if all(
@@ -207,7 +207,7 @@ def _check_line(rows: list[TableRow[Any]], on_line: Collection[str]) -> None:
                 check_effects(of_none.options, dataset_facts(of_none.options), {option})
 
 
-def _place(row: TableRow[Any]) -> str:
+def _place(row: RunOptions[Any]) -> str:
     return row.where.rpartition(", ")[2]
 
 

@@ -20,7 +20,7 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
 from train.console.output import tell
-from train.console.program import program
+from train.console.program import program, resume_hint
 from train.data import dataset
 from train.environments.sql.examples import SqlExample, evaluation_examples, training_examples
 from train.options.defaults import Defaults
@@ -29,7 +29,6 @@ from train.options.scripts import dpo, grpo, sft
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.lifecycle import resume_hint
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, SCORES
 from train.run.pretrained import ModelInfo

@@ -18,13 +18,13 @@ from lora_jax.folders import cache_folder
 from lora_jax.hf.tokenizer import fast_tokenizer
 from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.console.output import tell
+from train.console.program import resume_hint
 from train.environments import arithmetic
 from train.options.file import replace_options
 from train.options.scripts.grpo import Config
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import write_lines
-from train.run.lifecycle import resume_hint
 from train.run.task import PriorRuns, check_alone
 
 MODEL = "arithmetic"  # stands for the decoder that is made

@@ -14,6 +14,7 @@ from lora_jax.bank.bank import HeldNodes
 from lora_jax.bank.slots import ValueSlots, WeightSlots, slot_shape
 from lora_jax.bank.together.stacked import (
     UPDATES,
+    StackSteps,
     TenantNumbers,
     compiled_steps,
     content_of,
@@ -63,8 +64,18 @@ class Stack:
         self._forget_choices()
         sizes: Sequence[tuple[int, ...]] = ((slots, 0), (slots,), (slots,))
         self._numbers = TenantNumbers(*(np.zeros(size, np.float32) for size in sizes))
-        self._steps = compiled_steps(kind, forward, self._axes, self._where, compiler_options)
+        self._options = compiler_options
+        self._steps_by_forward: dict[Logits, StackSteps] = {}
         self.names += [None] * slots
+        self.use(forward)
+
+    def use(self, forward: Logits) -> None:
+        """Takes the steps from now on with a function; compiles once for each function."""
+        if forward not in self._steps_by_forward:
+            self._steps_by_forward[forward] = compiled_steps(
+                self.kind, forward, self._axes, self._where, self._options
+            )
+        self._steps = self._steps_by_forward[forward]
 
     def grow(self, more: int) -> None:
         """Adds free slots; the next step compiles anew."""
@@ -173,21 +184,24 @@ class Stack:
             for name, metrics in jax.device_get(metrics_of).items()
         }
 
-    def compiled_bytes(self, base: Tree, batch: ArrayBatch) -> int:
-        """Returns the bytes that a step needs beside the base: its state and what it computes with.
+    def compile(
+        self, base: Tree, calls: Sequence[Mapping[str, ArrayBatch]]
+    ) -> list[jax.stages.Compiled]:
+        """Compiles the programs by which `step` takes such a step; takes none.
 
         Args:
-          base: the plain tree, or its shapes.
-          batch: batch of one adapter.
+          base, calls: see `step`.
         """
-        names = [name for name in self.names if name is not None]
-        arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory: Tree = (
-            self._steps.step_all.lower(self.state, *arguments).compile().memory_analysis()
-        )
-        state: int = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        temporaries: int = memory.temp_size_in_bytes
-        return state + temporaries
+        if len(calls) == 1:
+            arguments = self._arguments(base, calls[0])
+            return [self._steps.step_all.lower(self.state, *arguments).compile()]
+        return [
+            self._steps.step_one.lower(
+                self.state, self.fixed, self._numbers, base, np.int32(self.names.index(name)), batch
+            ).compile()
+            for call in calls
+            for name, batch in call.items()
+        ]
 
     def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Tree, ...]:
         """Returns the arguments of the step of all slots after the state."""

@@ -22,6 +22,7 @@ from lora_jax.core.opaque import sealed, unsealed
 from lora_jax.core.types import ArrayBatch, Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import Logits
+from lora_jax.training.remat import step_bytes
 from lora_jax.training.step import State
 
 BASE = "base"  # the name by which a batch chooses the base alone
@@ -148,17 +149,53 @@ class Together:
             self._check_there(name)
             if self._done[name] == self._steps[name]:
                 raise BankError(f"together: {name!r} has taken its {self._steps[name]} steps")
-        calls = []  # found for all stacks before any of them takes its step
-        for kind, stack in self._stacks.items():
-            mine = {name: batch for name, batch in batches.items() if name in stack.names}
-            if mine:
-                calls.append((stack, calls_of(mine, draws=kind.dropout)))
         metrics: dict[str, dict[str, float]] = {}
-        for stack, of_stack in calls:
+        for stack, of_stack in self._calls(batches):
             metrics |= stack.step(self._base, of_stack)
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
+
+    @locked
+    def compile(self, batches: Mapping[str, ArrayBatch]) -> int | None:
+        """Compiles the programs by which `step` takes a step with such batches; takes none.
+
+        Args:
+          batches: by name; see `step`.
+
+        Returns:
+          The bytes of a device that the largest program takes, with the state of adapters in other
+          stacks; None where the compiler does not say.
+
+        Raises:
+          BankError: see `step`.
+        """
+        totals = []
+        states = {id(stack): _bytes_of_device(stack.state) for stack in self._stacks.values()}
+        for stack, of_stack in self._calls(batches):
+            others = sum(states.values()) - states[id(stack)]
+            sizes = [step_bytes(program) for program in stack.compile(self._base, of_stack)]
+            totals += [None if size is None else size + others for size in sizes]
+        known = [total for total in totals if total is not None]
+        return max(known) if known and len(known) == len(totals) else None
+
+    @locked
+    def use(self, forward: Logits) -> None:
+        """Takes the steps from now on with another adapted function of the same model."""
+        self._forward = forward
+        for stack in self._stacks.values():
+            stack.use(forward)
+
+    def _calls(
+        self, batches: Mapping[str, ArrayBatch]
+    ) -> list[tuple[Stack, Sequence[Mapping[str, ArrayBatch]]]]:
+        """Returns each stack with the calls that take its step, before any of them is taken."""
+        calls = []
+        for kind, stack in self._stacks.items():
+            mine = {name: batch for name, batch in batches.items() if name in stack.names}
+            if mine:
+                calls.append((stack, calls_of(mine, draws=kind.dropout)))
+        return calls
 
     @locked
     def tree(self, name: str) -> Tree:
@@ -316,6 +353,11 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
         name: {key: filled(array, largest[key]) for key, array in batch.items()}
         for name, batch in batches.items()
     }
+
+
+def _bytes_of_device(tree: Tree) -> int:
+    """Returns the bytes that one device has of a tree's arrays."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 def _shapes(batch: ArrayBatch) -> dict[str, tuple[int, ...]]:

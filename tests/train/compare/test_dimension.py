@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from tests.train.compare.made_up import FACTS, full, lora, run
 from train.compare.reporting.dimension import dimensions, sentence
+from train.compare.reporting.pages import HTML, write_report
 from train.compare.reporting.pictures import draw
-from train.compare.reporting.report import HTML, write_report
 from train.compare.result import Arm, Comparison
 
 

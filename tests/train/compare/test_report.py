@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from tests.train.compare.made_up import FACTS, example, full, lora, run, runs
 from train.compare.reporting import tables
+from train.compare.reporting.pages import HTML, MARKDOWN, write_report
 from train.compare.reporting.pictures import draw
 from train.compare.reporting.recommend import recommend
-from train.compare.reporting.report import HTML, MARKDOWN, write_report
 from train.compare.result import Comparison
 
 

@@ -12,8 +12,8 @@ from tests.train.compare.made_up import FACTS, full, lora, run
 from train.compare import result
 from train.compare.reporting import gap as gaps
 from train.compare.reporting import tables
+from train.compare.reporting.pages import write_report
 from train.compare.reporting.recommend import recommend
-from train.compare.reporting.report import write_report
 from train.compare.result import Comparison
 
 N = 64

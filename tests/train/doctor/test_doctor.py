@@ -24,7 +24,7 @@ from train.doctor.devices import (
     run_module,
 )
 from train.doctor.hardware import Hardware, find_hardware
-from train.doctor.report import DoctorReport, Trouble
+from train.doctor.troubles import DoctorReport, Trouble
 
 ROOT = Path(__file__).parents[3]
 VERSIONS = {"jax": "0.12.0", "jaxlib": "0.12.0"}

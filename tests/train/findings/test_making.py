@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.train.test_classify import write_encoder
-from train import start
+from train import prior
 from train.data.files import read_rows
 from train.findings.making import habit, inputs, mixture, questions, vocabulary
 from train.findings.making.inputs import write_rows
@@ -102,8 +102,8 @@ def test_a_base_is_trained_once_and_anew_for_other_rows(tmp_path):
 
     def made(rows):
         write_rows(path, rows)
-        model = start.train_base("train.classify", line, [path], tmp_path, Session())
-        return start.digest(model), (model / "model.safetensors").stat().st_mtime_ns
+        model = prior.train_base("train.classify", line, [path], tmp_path, Session())
+        return prior.digest(model), (model / "model.safetensors").stat().st_mtime_ns
 
     first = made(rows)
     assert inputs.accuracy(tmp_path / "base", rows) == 1.0, "letters tell the classes apart"

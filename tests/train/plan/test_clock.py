@@ -28,7 +28,7 @@ from train.plan.clock.groups import (
     UPDATE,
 )
 from train.plan.clock.read import read_clock
-from train.plan.clock.report import clock_of
+from train.plan.clock.summary import clock_of
 from train.plan.clock.table import print_clocks
 from train.plan.clock.walk import Cost
 from train.plan.clock.work import NotUnderstood, work_of

@@ -53,7 +53,8 @@ def test_a_plan_of_the_longest_row(tmp_path, capsys, monkeypatch):
     assert "compiled" not in err, "the plan of that length is not made again"
     assert "the most that fits: 512 tokens a row (the model's limit)" in err
     memory = {"total": None, "capacity": 1}
-    refused = SimpleNamespace(per_chip_bytes=memory, fits_share={"1": False}, compile_seconds=0)
+    refused = SimpleNamespace(per_chip_bytes=memory, fits_share={"1": False}, failed=None)
+    refused.compile_seconds = 0
     monkeypatch.setattr(plan, "plan", lambda *_: refused)
     with pytest.raises(SystemExit):
         plan.main(words)

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.memory.ladder import choose_remat
+from lora_jax.training.remat import GIB, Attempt, RematSearch
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.support import over
@@ -37,7 +37,7 @@ from train.plan.clock.work import HloWork
 from train.plan.compile import refused_bytes
 from train.plan.flops.checked import step_work
 from train.plan.flops.jaxpr import Count
-from train.plan.ladder import Ladder, print_ladder, rungs_of
+from train.plan.ladder import Ladder, print_ladder
 from train.plan.machines import find_machine, topology_here
 from train.plan.table import print_plans
 from train.run.output import folder_bytes
@@ -505,54 +505,87 @@ def test_gpus_are_known_by_the_name_of_their_card():
 
 @pytest.mark.slow
 def test_auto_plans_the_policy_of_a_run_and_shows_the_ladder(model, capsys):
-    """It is the first that is predicted to fit; the others are planned beside it."""
-    few = ("--remat", "auto", "--capacity-gib", 1e-6)
-    options = asked(model, *few)
-    job, optim = plan.make_job(options.plan)
-    ladder = plan.find_ladder(job, options.adapter, optim)
-    assert [*ladder.predicted] == ["none", "full"] and ladder.choice.remat == "full"
-    assert ladder.predicted["none"] > ladder.predicted["full"] > 0
-    names = [variant.name for variant in plan.variants(options, ladder=ladder)]
-    assert names == ["LoRA r=3, remat", "LoRA r=3, no remat", "full fine-tuning, remat"]
-    wide = asked(model, "--remat", "auto", "--full")
-    ladder = ladder._replace(choice=dataclasses.replace(ladder.choice, remat="none"))
-    names = [variant.name for variant in plan.variants(wide, ladder=ladder)]
-    assert names == ["full fine-tuning, no remat", "full fine-tuning, remat"]
-    much = asked(model, "--remat", "auto", "--alone", "--json")
-    ladder = plan.find_ladder(plan.make_job(much.plan)[0], much.adapter, optim)
-    assert [variant.remat for variant in plan.variants(much, ladder=ladder)] == ["none"]
-
-    plan.run(much)
+    """It is the first that fits as it is compiled; the others are planned beside it."""
+    plan.run(asked(model, "--remat", "auto", "--alone", "--json"))
     out = json.loads(capsys.readouterr().out)
     assert out["name"] == "LoRA r=3, no remat" and out["others"] == []
     kept, again = out["ladder"]
     assert kept["chosen"] and kept["fits"] and kept["compiled_bytes"] > 0
     assert not again["chosen"] and again["compiled_bytes"] is again["seconds"] is None
-    assert kept["predicted_bytes"] == ladder.predicted["none"]
+
+    total = kept["compiled_bytes"]  # a byte less, and nothing is kept
+    few = ("--remat", "auto", "--capacity-gib", (total - 1) / 2**30)
+    plan.run(asked(model, *few, "--json"))
+    out = json.loads(capsys.readouterr().out)
+    names = [out["name"], *(other["name"] for other in out["others"])]
+    assert names == ["LoRA r=3, remat", "LoRA r=3, no remat", "full fine-tuning, remat"]
+    kept, again = out["ladder"]
+    assert not kept["chosen"] and not kept["fits"] and kept["compiled_bytes"] == total
+    assert again["chosen"] and again["fits"] and again["compiled_bytes"] < total
 
 
-def test_the_ladder_as_a_table(model):
-    options = asked(model, "--remat", "auto", "--alone")
-    job, optim = plan.make_job(options.plan)
-    ladder = plan.find_ladder(job, options.adapter, optim)
+def made_up(remat, total, capacity=10, **fields):
+    """A plan of a policy, which the compiler refused where no total is given."""
+    refused = "RESOURCE_EXHAUSTED" if total is None else None
+    fields = {"refused": refused, "failed": None, "compile_seconds": 1.0, "clocks": {}} | fields
+    memory = {"total": total, "capacity": capacity}
+    fits = total is not None and total <= capacity
+    return SimpleNamespace(
+        name=remat, per_chip_bytes=memory, fits=fits, fits_share={"1": fits}, **fields
+    )
+
+
+def test_the_ladder_as_a_table():
+    search = RematSearch(rungs=("none", "full"), capacity=2 * GIB, first="none")
+    plans = {"none": made_up("none", 3 * GIB), "full": made_up("full", GIB)}
+
+    def attempt(remat):
+        size = plans[remat].per_chip_bytes["total"]
+        return Attempt(remat=remat, size=size, refused=False, seconds=1.0)
+
+    climbed = Ladder(search=search, attempts=search.run(attempt), plans=plans)
     console = Console(file=io.StringIO(), width=120)
-    print_ladder(console, ladder, rungs_of(ladder, []))
+    print_ladder(console, climbed)
     table = console.file.getvalue()
-    assert re.search(r"none \(chosen\) │ +0\.00 │ +– │ +– │", table) and "full" in table
-    assert "remat: none (nothing is computed again): predicted 0.00 of" in table
+    assert re.search(r"full \(chosen\) │ +1\.00 │", table) and re.search(r"none +│ +3\.00 │", table)
+    assert "remat: full (the layers are computed again): the compiled step takes 1.00 of" in table
+    assert "it may end at another policy" in table
 
 
-def test_after_the_last_policy_comes_one_that_was_predicted_not_to_fit(model, monkeypatch):
-    """The compiler refuses all of them here."""
-    sizes, compiled = {"none": 2, "full": 1}, []
+def test_a_plan_tells_a_failure_of_the_compiler_as_such(model, monkeypatch, capsys):
+    """It says nothing about the memory, so that no other policy is compiled for it."""
+    compiled = []
 
-    def refused(job, variant, optim):
+    def failing(job, variant, optim):
         compiled.append(variant.remat)
-        return SimpleNamespace(refused="too much", compile_seconds=1.0)
+        return made_up(variant.remat, None, refused=None, failed="the compiler failed: INTERNAL")
 
-    ladder = Ladder(choose_remat([*sizes], sizes.__getitem__, 1), sizes, {})
-    for name, value in (("find_ladder", lambda *job: ladder), ("plan", refused)):
-        monkeypatch.setattr(plan, name, value)
-    monkeypatch.setattr(plan, "show", lambda *plans: None)
-    plan.run(asked(model, "--remat", "auto", "--alone"))
-    assert compiled == ["full", "none"]
+    monkeypatch.setattr(plan, "plan", failing)
+    with pytest.raises(UserError, match="LoRA r=3, no remat: the compiler failed: INTERNAL"):
+        plan.run(asked(model, "--remat", "auto", "--alone"))
+    assert compiled == ["none"]
+
+
+def test_a_search_begins_each_size_with_the_policy_of_the_last(model, monkeypatch):
+    """Here "full" takes a tenth of the memory for 256 tokens, and "none" twice as much."""
+    compiled = []
+
+    def grown(job, variant, optim):
+        total = job.seq_len // 256 * (2 if variant.remat == "none" else 1) * GIB // 10
+        compiled.append((job.seq_len, variant.remat))
+        return made_up(variant.remat, total, capacity=GIB)
+
+    monkeypatch.setattr(plan, "plan", grown)
+    few = ("--longest", "--remat", "auto", "--seq-len", 1536, "--capacity-gib", 1)
+    found, made, _ = plan.search(asked(model, *few))
+    assert found == {"1": 2560} and made.name == "full"
+    assert compiled[0] == (1536, "none") and ("full" in {remat for _, remat in compiled})
+    first = {}
+    for size, remat in compiled:
+        first.setdefault(size, remat)
+    ends = {}
+    for size, remat in compiled:
+        ends[size] = remat
+    sizes = [*first]
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        assert first[after] == ends[before], compiled

@@ -20,6 +20,7 @@ from lora_jax.models.sampling import rollouts
 from lora_jax.training.data.preferences import pack_pairs
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.losses import Loss, sequence_logps
+from lora_jax.training.remat import compiled_bytes
 from lora_jax.training.setup import Setup
 from tests.support import over
 from tests.train.plan.closed_form import plan_flops
@@ -41,7 +42,7 @@ from train.plan import compile as planned
 from train.plan.between import Program, programs_between
 from train.plan.job import batch_shapes, placed_shapes
 from train.plan.tasks import REFERENCE, SAMPLER, SCORER
-from train.run.report import compiled_bytes, tree_bytes
+from train.run.costs import tree_bytes
 
 DPO = ("--task", "dpo")
 GRPO = ("--task", "grpo", "--group", 2, "--max-new-tokens", 7)
@@ -337,15 +338,17 @@ def test_the_largest_batch_is_of_whole_groups_and_pairs_may_be_long(model, monke
         total = 1000 + job.batch_size * job.row
         capacity = {"total": total, "capacity": 20_000}
         fits = {"1": total <= 20_000}
-        return SimpleNamespace(per_chip_bytes=capacity, compile_seconds=0, fits_share=fits)
+        made = SimpleNamespace(per_chip_bytes=capacity, fits_share=fits, failed=None)
+        made.compile_seconds = 0
+        return made
 
     monkeypatch.setattr(plan, "plan", plan_of)
-    found, _ = plan.search(
+    found, *_ = plan.search(
         asked(model, "--task", "grpo", "--group", 6, "--batch-size", 6, "--largest-batch")
     )
     assert found == {"1": 786} and 786 * 24 + 1000 <= 20_000 < 792 * 24 + 1000
     assert all(rows % 6 == 0 for rows, _ in tried)
-    found, _ = plan.search(asked(model, *DPO, "--longest"))
+    found, *_ = plan.search(asked(model, *DPO, "--longest"))
     assert found == {"1": 2304} and 4 * 2 * 2304 + 1000 <= 20_000 < 4 * 2 * 2560 + 1000
 
 

@@ -12,7 +12,7 @@ from tests.support import over
 from tests.train.plan.closed_form import batch_flops
 from tests.train.plan.tiny_plans import FIELDS, asked, write
 from train.plan import __main__ as plan
-from train.plan.compile import trace_step
+from train.plan.compile import prepare
 from train.plan.flops.checked import count_traced
 
 POLICIES = ("none", "products", "projections", "full")
@@ -36,7 +36,7 @@ def flops_of(path, remat):
     options = asked(path, "--targets", "all-linear", "--remat", remat)
     job, optim = plan.make_job(options.plan)
     (variant, *_) = plan.variants(options)
-    step = trace_step(job, variant, optim)
+    step = prepare(job, variant, optim)
     return count_traced(step.traced.jaxpr).flops, batch_flops(job, variant, step.params)
 
 

@@ -10,7 +10,6 @@ from lora_jax import training
 from tests.train.tiny import CHATML, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.generate import prompts
-from train.inputs import SamplePrompts
 from train.predict.texts import (
     holds_rows,
     read_arguments,
@@ -18,6 +17,7 @@ from train.predict.texts import (
     read_text_file,
     tokenize,
 )
+from train.stages.inputs import SamplePrompts
 
 USER = {"role": "user", "content": "a"}
 HALF = "one half of a surrogate pair"

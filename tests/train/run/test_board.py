@@ -6,12 +6,12 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from train import inputs
-from train.inputs import InputReader
 from train.options.file import replace_options
 from train.options.scripts.sft import Config
 from train.run.board import Board, BufferedConsole, print_results
 from train.settings.defaults import fill_defaults
+from train.stages import inputs
+from train.stages.inputs import InputReader
 from train.tasks.chats import TASK
 from train.tasks.sql import TASK as SQL
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.run import report
-from train.run.report import byte_size, note_seconds, step_time, whole_time
+from train.run import costs
+from train.run.costs import byte_size, note_seconds, step_time, whole_time
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 def clock(monkeypatch):
     """Returns the clocks of a machine on which a second passes where a test says so."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 7.0 + now.seconds))
+    monkeypatch.setattr(costs, "time", SimpleNamespace(monotonic=lambda: 7.0 + now.seconds))
     return now
 
 

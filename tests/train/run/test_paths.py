@@ -19,7 +19,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import over
 from tests.train.scripts import fails
-from train import classify, distill, dpo, grpo, inputs, sft
+from train import classify, distill, dpo, grpo, sft
 from train.compare import __main__ as compare
 from train.compare.options import CompareConfig
 from train.console.errors import UserError
@@ -33,6 +33,7 @@ from train.plan import __main__ as plan
 from train.predict import __main__ as predict
 from train.run import output
 from train.serve import __main__ as serve
+from train.stages import inputs
 
 BUCKET, OTHER_BUCKET = "gs://bucket/run", "s3://bucket/run"
 # Options whose folder or file may lie in a bucket of Google's, by script; those of all trainers.

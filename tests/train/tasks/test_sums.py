@@ -13,7 +13,7 @@ from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.sampling.prompts import pad_left
 from tests.support import thorough
 from tests.train.tiny import write_jsonl
-from train import grpo, start
+from train import grpo, prior
 from train.environments import arithmetic
 from train.processes.session import Session
 from train.settings.files import options_file
@@ -78,14 +78,14 @@ def test_a_run_that_pretrains_its_base_lists_its_parts_and_has_one_ending(
 ):
     monkeypatch.setattr(making, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(making, "_BASE_ROWS", 64)
-    train, seconds = start.train, []
+    train, seconds = prior.train, []
 
     def train_slowly(*arguments):
         train(*arguments)
         time.sleep(2)
         seconds.append(time.monotonic() - began)
 
-    monkeypatch.setattr(start, "train", train_slowly)
+    monkeypatch.setattr(prior, "train", train_slowly)
     line = "--steps 1 --batch-size 8 --eval-questions 0 --report-to none --output".split()
     began = time.monotonic()
     grpo.main([*line, str(tmp_path / "run")])
@@ -101,10 +101,10 @@ def test_a_run_that_pretrains_its_base_lists_its_parts_and_has_one_ending(
 @pytest.mark.slow
 @thorough
 def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(tmp_path, capsys):
-    folder = making.make_base(tmp_path, Session(), start)
+    folder = making.make_base(tmp_path, Session(), prior)
     assert "pretraining" in capsys.readouterr().out
     kept = (folder / "model.safetensors").stat().st_mtime_ns
-    assert making.make_base(tmp_path, Session(), start) == folder
+    assert making.make_base(tmp_path, Session(), prior) == folder
     assert "pretraining" not in capsys.readouterr().out
     assert (folder / "model.safetensors").stat().st_mtime_ns == kept
 

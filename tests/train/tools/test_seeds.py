@@ -147,7 +147,7 @@ def test_a_dry_run_names_what_an_episode_changes(folder, tmp_path, capsys, monke
     def shown(_):
         raise Shown
 
-    monkeypatch.setattr("train.dry_run.lengths", shown)
+    monkeypatch.setattr("train.stages.dry_run.lengths", shown)
     with pytest.raises(Shown):
         grpo.main(line_of(folder, tmp_path, "Game", "--dry-run"))
     said = capsys.readouterr().out

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from lora_jax.hf.packaged import MINILM
-from train import start as prior
+from train import prior
 from train.findings.making.inputs import FindingInputs, Labelled, accuracy, keep_figure, write_rows
 from train.processes.session import Session
 from train.tasks import vader

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora_jax.hf.tokenizer import fast_tokenizer
-from train import start as prior
+from train import prior
 from train.compare import outside
 from train.findings.making import questions
 from train.findings.making.inputs import FindingInputs

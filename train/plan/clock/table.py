@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from train.plan.clock.report import Clock
+from train.plan.clock.summary import Clock
 from train.plan.machines import Machine
 
 _UNKNOWN = "–"

@@ -32,8 +32,8 @@ from lora_jax.peft.experts import experts_of
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
+from train.run.costs import tree_bytes
 from train.run.invocation import meets_every_token
-from train.run.report import tree_bytes
 from train.serve.engine.adapter import Adapter, Factors, TrainingState
 from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save

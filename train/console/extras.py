@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-_ROOT = Path(__file__).resolve().parents[1]  # of `train` and `lora_jax`
+_ROOT = Path(__file__).resolve().parents[2]  # of `train` and `lora_jax`
 _MISSING = 2  # the exit code of bad input
 
 

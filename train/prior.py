@@ -20,7 +20,7 @@ from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import ADAPTER, CONFIG
 from train.run.task import Task
-from train.table import RunPart
+from train.stages.types import RunContext
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
 MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
@@ -40,7 +40,7 @@ def train(script: str, config: Options, task: Task, session: Session) -> None:
       Interrupted: after a signal, once the last step is saved.
     """
     with session.part():
-        prior = RunPart(hint=session.stop.remedy, is_prior=True)
+        prior = RunContext(hint=session.stop.remedy, is_prior=True)
         finetune(script, config, task, session, prior)
     session.stop.check()
 

@@ -10,13 +10,13 @@ from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
-from train.inputs import SamplePrompts
 from train.reporters.contract import Sample
 from train.run.complete import answer_prompts
 from train.run.log import SAMPLED, QuietLog, RunLog
 from train.run.pretrained import ModelInfo
 from train.run.task import Evaluation, RolloutFeed
-from train.table import TableRun
+from train.stages.inputs import SamplePrompts
+from train.stages.types import OpenedRun
 
 _COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
 
@@ -74,7 +74,8 @@ def sample(
 
 
 def make_measures(
-    row: TableRun,
+    run: OpenedRun,
+    evaluation: Evaluation | None,
     model: Model,
     tree_of: Callable[[State], Tree],
     forward: Forward,
@@ -84,14 +85,15 @@ def make_measures(
     """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
 
     Args:
-      row: the run.
+      run: the run.
+      evaluation: scores the model; None for a task without one.
       model: the model that answers.
       tree_of: returns the adapted tree of a state.
       forward: the model's ``apply``, for an adapted tree.
       held_out: `held_out_loss`, with its arguments up to the examples.
       log: the log that sampled answers go to.
     """
-    run, inputs, evaluation = row.run, row.inputs, row.evaluation
+    inputs = run.inputs
     asked: Any = run.config.run
     if asked.eval_every and inputs.read.data.measured_on is not None:
         examples = inputs.read.data.measured_on
@@ -109,7 +111,7 @@ def make_measures(
         def completed(state: State) -> dict[str, float]:
             step = int(state.step)
             until = step + updates - 1  # the last step that new completions are for
-            some = step == 1 or until >= run.last or until % asked.save_every < updates
+            some = step == 1 or until >= run.end or until % asked.save_every < updates
             log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
             return {}
 

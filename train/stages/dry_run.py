@@ -11,28 +11,35 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from lora_jax.models.layers.placement import platform_of
 from lora_jax.training.data.batches import Examples, HostBatch
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import Loss
+from lora_jax.training.remat import step_bytes
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.data.preview import PreviewRow, lengths, preview_rows
-from train.inputs import Inputs
 from train.live.external.sampler import lines_of_server
 from train.live.prompts import PromptFeed
 from train.live.reference import is_live
-from train.options.common import AUTO, Options
+from train.options.common import Options
 from train.options.file import replace_options
 from train.plan.local import LocalNeeds, local_needs, local_step, measured_rate
-from train.plan.remat import choose_for
+from train.processes import hosts
+from train.processes.mesh import make_mesh
+from train.processes.session import Session
 from train.rewards.ask import columns_of
+from train.run.costs import byte_size
 from train.run.log import doing
 from train.run.output import state_of
-from train.run.report import byte_size
+from train.run.rules import rules
+from train.stages.inputs import Inputs, make_inputs
+from train.stages.remat import settle_remat, settle_step
+from train.stages.types import AskedRun, RunContext
 from train.tools.contract import EpisodeHost
 
 _ROWS = 3  # that are shown
@@ -45,7 +52,33 @@ COMPLETION = "Hello! The answer is 4."  # that rewards are asked about
 OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
 
 
-def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
+def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Console) -> None:
+    """Shows a run that is asked for without running it; reads its rows without a lock.
+
+    Args:
+      asked: the run.
+      session: closes what the rows need in the end.
+      context: the rows that are read already.
+      console: console to print to.
+
+    Raises:
+      UserError: something that was asked for cannot be done.
+    """
+    with hosts.raise_in_every_process():
+        run, task = asked.options.run, asked.task
+        mesh = make_mesh(run.mesh, asked.options.optim.batch_size, slice_axis=run.slice_axis)
+        platform = platform_of(mesh.devices.flat[0])
+        config = settle_remat(task.completed(asked.options), platform)
+        rules(config.adapter)
+        read = context.reader(config, task)
+        session.release.callback(read.data.close)
+        inputs = make_inputs(config, mesh, read)
+    for line in inputs.lines:
+        tell(console, line)
+    show(config, inputs, task.loss(config, inputs.layout), console)
+
+
+def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
     """Prints the first rows, the lengths, and the steps, memory and time of a run.
 
     Args:
@@ -86,13 +119,18 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     first = feed.first()
     _print_steps(say, config, inputs, first)
     step = local_step(config, outline, layout, loss, first)
-    if config.optim.remat == AUTO:
-        choice = choose_for([step], inputs.attention)
-        say(choice.describe())
-        config = replace_options(config, {"remat": choice.remat})
-        step = dataclasses.replace(step, config=config)
+
+    def compile_rung(remat: str) -> tuple[jax.stages.Compiled, int | None]:
+        with jax.set_mesh(layout.mesh):
+            compiled = step.trace(remat).lower().compile()
+        return compiled, step_bytes(compiled)
+
     with doing(console, "compiling"), as_user_errors(_REFUSAL, prefix=_REFUSED):
-        needed = local_needs(step)
+        remat, compiled = settle_step(
+            config, inputs, [first], step.base, [step.state], compile_rung, say
+        )
+        config = replace_options(config, {"remat": remat})
+        needed = local_needs(dataclasses.replace(step, config=config), compiled)
     _print_memory(say, needed)
     if teacher := getattr(config.data, "teacher_model", None):
         say(f"the teacher, {teacher}, needs memory besides")

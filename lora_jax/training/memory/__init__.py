@@ -1,1 +1,0 @@
-"""The memory of a step before it is compiled, and what rematerialisation keeps within it."""

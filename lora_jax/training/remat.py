@@ -1,0 +1,271 @@
+"""The policies of rematerialisation from most memory to least, and the search for one that fits.
+
+A compiler tells what a step needs with a policy. A rule of bytes per layer names the policy to
+compile first; the search goes on from there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.core.types import Tree
+from lora_jax.core.weight import leaves_of
+
+GIB = 2**30
+
+# From the fastest to the leanest. By the estimates of a TPU's compiler for Llama-3.1-8B and rows of
+# 8,192 tokens, a GiB of what a kernel of attention returns saves more than 100 ms of work, a GiB of
+# its projections 40, and of an MLP's products 30: what costs most and takes least goes last.
+LADDER = ("none", "products", "projections", "attention", "full", "offload")
+KEPT_KERNELS = ("splash", "flash")  # whose results "attention" keeps
+SLOW_SECONDS = 120.0  # of a compilation; after a slower one, few policies are tried
+_ROOMY = 2 / 3  # a step that takes less of the memory leaves room for a faster policy
+_REFUSAL = "RESOURCE_EXHAUSTED"  # in a compiler's message: the program does not fit
+
+_KEPT = {
+    "none": "nothing is computed again",
+    "products": "the layers are computed again, but for their products and kernels",
+    "projections": "the layers are computed again, but for attention's products and kernels",
+    "attention": "the layers are computed again, but for the kernels of attention",
+    "full": "the layers are computed again",
+    "offload": "the layers are computed again, and their inputs go to the host's memory",
+}
+
+
+def expected_bytes(
+    config: Any,
+    params: Tree,
+    kinds: Mapping[str, str],
+    *,
+    tokens: int,
+    itemsize: int,
+    arguments: int,
+) -> dict[str, int]:
+    """Returns the bytes of a device that a step is expected to take with each policy of `LADDER`.
+
+    It is a rule, and no model of a compiler: the arguments, what all layers keep, and twice what
+    one layer computes with.
+
+    Args:
+      config: the model's configuration.
+      params: its plain parameters, or their shapes.
+      kinds: the kind of each parameter, by path; see `lora_jax.models.kinds`.
+      tokens: the tokens that a device has at once.
+      itemsize: bytes of an element of an activation.
+      arguments: bytes of the step's arguments.
+    """
+    n_layers = max(1, config.num_hidden_layers)
+    widths = {"attention": 0, "mlp": 0, "experts": 0}  # of the outputs of all layers' products
+    for path, leaf in leaves_of(params)[0]:
+        kind = kinds.get(path)
+        if kind in widths and len(leaf.shape) > 1:
+            widths[kind] += math.prod(leaf.shape[:-2]) * leaf.shape[-1]
+    # Of the experts, a token goes through a few.
+    n_experts = getattr(config, "num_experts", None) or 1
+    active = getattr(config, "num_experts_per_tok", None) or n_experts
+    size = tokens * itemsize
+    inputs = kernels = n_layers * config.hidden_size * size
+    projections = widths["attention"] * size
+    products = projections + (widths["mlp"] + widths["experts"] * active // n_experts) * size
+    everything = 2 * (products + kernels)  # what is elementwise takes as much again
+    kept = {
+        "none": everything,
+        "products": products + kernels,
+        "projections": projections + kernels,
+        "attention": kernels,
+        "full": 0,
+        "offload": -inputs,
+    }
+    of_all = arguments + inputs + 2 * everything // n_layers
+    return {remat: of_all + size for remat, size in kept.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """The step as it was compiled with one policy.
+
+    Attributes:
+      remat: the policy, one of `LADDER`.
+      size: bytes of a device; None where the compiler does not say.
+      refused: whether the compiler refused the step for want of memory.
+      seconds: the time of the compilation.
+      step: the compiled step; None where it was refused, or is not needed any more.
+    """
+
+    remat: str
+    size: int | None
+    refused: bool
+    seconds: float
+    step: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RematSearch:
+    """The policies of rematerialisation that a run may compile, and what it knows before it does.
+
+    Attributes:
+      rungs: the policies, in the order of `LADDER`.
+      capacity: bytes of the smallest device; None where a device does not say.
+      first: the policy to compile first.
+      is_settled: whether an earlier search ended with `first`, for the same shapes and devices.
+    """
+
+    rungs: tuple[str, ...]
+    capacity: int | None
+    first: str
+    is_settled: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        rungs: Sequence[str],
+        capacity: int | None,
+        expected: Mapping[str, int],
+        settled: str | None = None,
+    ) -> "RematSearch":
+        """Returns a search that begins with a settled policy, else with the likeliest one.
+
+        The likeliest one is the fastest that is expected to fit. Where none is, or the memory is
+        not known, it is "full".
+
+        Args:
+          rungs, capacity: see `RematSearch`.
+          expected: the bytes that each policy is expected to take; see `expected_bytes`.
+          settled: the policy with which an earlier search ended; None for none.
+
+        >>> from lora_jax.training.remat import RematSearch
+        >>> sizes = {"none": 30, "attention": 12, "full": 10}
+        >>> RematSearch.begin([*sizes], 16, sizes).first
+        'attention'
+        """
+        if settled is not None and settled in rungs:
+            first = settled
+        else:
+            fitting = [r for r in rungs if capacity is not None and expected[r] <= capacity]
+            first = [*fitting, "full"][0]
+        return cls(rungs=(*rungs,), capacity=capacity, first=first, is_settled=first == settled)
+
+    def fits(self, attempt: Attempt) -> bool:
+        """Returns True if a step fits; one of unknown size fits from "full" on, unless refused."""
+        if self.capacity is None or attempt.size is None:
+            is_lean = self.rungs.index(attempt.remat) >= self.rungs.index("full")
+            return is_lean and not attempt.refused
+        return attempt.size <= self.capacity and not attempt.refused
+
+    def best(self, attempts: Sequence[Attempt]) -> Attempt | None:
+        """Returns the fastest of the attempts that fit; None for none."""
+        fitting = [attempt for attempt in attempts if self.fits(attempt)]
+        return min(fitting, key=lambda attempt: self.rungs.index(attempt.remat), default=None)
+
+    def next_remat(self, attempts: Sequence[Attempt]) -> str | None:
+        """Returns the policy to compile after some attempts; None where the search is over.
+
+        A leaner policy follows one that does not fit. A faster one follows one that was compiled
+        soon and leaves a third of the memory. After a slow compilation, only the leanest policy
+        is tried, and only if the step did not fit.
+        """
+        last, best = attempts[-1], self.best(attempts)
+        is_slow = [attempt.seconds > SLOW_SECONDS for attempt in attempts]
+        if best is None:
+            leaner = self.rungs[self.rungs.index(last.remat) + 1 :]
+            if last.size is None and not last.refused:
+                leaner = ("full",)
+            if any(is_slow):
+                leaner = () if any(is_slow[:-1]) else leaner[-1:]
+            return leaner[0] if leaner else None
+        faster = self.rungs[: self.rungs.index(best.remat)][-1:]
+        if any(is_slow) or self.is_settled or not faster or not self._is_roomy(best):
+            return None
+        return None if faster[0] in [attempt.remat for attempt in attempts] else faster[0]
+
+    def _is_roomy(self, attempt: Attempt) -> bool:
+        if self.capacity is None or attempt.size is None:
+            return False
+        return attempt.size <= _ROOMY * self.capacity
+
+    def run(
+        self,
+        compile_rung: Callable[[str], Attempt],
+        notice: Callable[[str], object] = lambda line: None,
+    ) -> list[Attempt]:
+        """Compiles policies until the search is over; returns all attempts.
+
+        Of the compiled steps, only the best one is kept.
+
+        Args:
+          compile_rung: compiles the step with a policy.
+          notice: is told why another policy is compiled.
+        """
+        attempts: list[Attempt] = []
+        remat: str | None = self.first
+        while remat is not None:
+            attempts.append(compile_rung(remat))
+            best = self.best(attempts)
+            attempts = [
+                attempt if attempt is best else dataclasses.replace(attempt, step=None)
+                for attempt in attempts
+            ]
+            last, remat = attempts[-1], self.next_remat(attempts)
+            if remat is not None:
+                standing = "leaves a third of the memory" if last is best else "does not fit"
+                why = f"{last.remat} {standing} ({self._size(last)})"
+                notice(f"remat: {why}: compiling anew with {remat}")
+        return attempts
+
+    def describe(self, attempts: Sequence[Attempt]) -> str:
+        """Returns the policy that the search ended with and its reason, in a line."""
+        best = self.best(attempts)
+        if best is None:
+            sizes = "; ".join(f"{attempt.remat}: {self._size(attempt)}" for attempt in attempts)
+            return f"remat: no policy that was tried fits ({sizes})"
+        return f"remat: {best.remat} ({_KEPT[best.remat]}): {self._size(best)}"
+
+    def _size(self, attempt: Attempt) -> str:
+        """Returns the size of a step, or the reason why it is not known, in words."""
+        if attempt.refused:
+            return "the compiler refuses the step for want of memory"
+        if attempt.size is None:
+            return "the compiler does not say what the step takes"
+        size = f"the compiled step takes {attempt.size / GIB:,.2f}"
+        if self.capacity is None:
+            return f"{size} GiB, and the memory of the device is not known"
+        return f"{size} of {self.capacity / GIB:,.2f} GiB"
+
+
+def rungs_for(platform: str, attention: str) -> tuple[str, ...]:
+    """Returns the policies of `LADDER` that differ from each other on a platform.
+
+    Args:
+      platform: "cpu", whose memory is the host's, or another.
+      attention: the name of the implementation of attention; what some kernels return can be kept.
+    """
+    without = {"offload", "products", "projections"} if platform == "cpu" else set()
+    if attention not in KEPT_KERNELS:
+        without.add("attention")
+    return tuple(remat for remat in LADDER if remat not in without)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Returns True if a compiler's error says that the program does not fit into the memory."""
+    return _REFUSAL in str(error)
+
+
+def compiled_bytes(compiled: Any) -> dict[str, int]:
+    """Returns the memory of a compiled function, in bytes; {} if the backend does not report it."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return {}
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+
+
+def step_bytes(compiled: Any) -> int | None:
+    """Returns the bytes of a device that a compiled step takes; None if it is not reported."""
+    sizes = compiled_bytes(compiled)
+    return sum(sizes.values()) - 2 * sizes["aliased"] if sizes else None

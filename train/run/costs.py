@@ -1,0 +1,171 @@
+"""The report at the end of a run: its memory, time, and size on disk."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.models import VisionConfig
+from lora_jax.quantized import bytes_of
+from lora_jax.training.processes import write_json
+from lora_jax.training.run.best import Best
+from lora_jax.training.run.log import duration
+from train.console.errors import flag
+from train.console.output import tell
+from train.console.program import program
+from train.processes.session import Session
+from train.reporters.files import read_json
+from train.run.log import read_metrics
+from train.run.output import FACTS, PROCESS_SECONDS
+from train.run.pretrained import ModelInfo
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and the packages that a run's figures depend on."""
+    versions_by_package = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            versions_by_package[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions_by_package
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract.
+
+    Two codes of 4 bits are one byte, as on accelerators.
+    """
+    return sum(map(bytes_of, jax.tree.leaves(tree)))
+
+
+def byte_size(size: float) -> str:
+    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
+    return f"{size / 1e3:.1f} kB" if size < 999_950 else f"{size / 1e6:,.1f} MB"
+
+
+def step_time(seconds: float) -> str:
+    """Formats the time of a step: "5.9 ms", or "7.83 s" from a second on."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:,.2f} s"
+
+
+def print_costs(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints a table of a run's time, memory, and size on disk."""
+    table = Table(title="Cost of the run", show_header=False)
+    memory = report["compiled_bytes"]
+    seconds = report["median_step_seconds"]
+    if seconds is None:
+        step = "no step taken"
+    else:
+        step = step_time(seconds)
+    lines = [
+        ("step (median)", step),
+        ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
+        ("further compilations", f"{report['further_compile_seconds']:.1f} s"),
+        ("compiled: temporaries", byte_size(memory["temporaries"]) if memory else "not reported"),
+        ("compiled: arguments", byte_size(memory["arguments"]) if memory else "not reported"),
+        ("peak memory of the process", byte_size(report["peak_bytes"])),
+        ("adapter on disk", byte_size(report["adapter_bytes"])),
+        ("base in memory", byte_size(report["base_bytes"])),
+    ]
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def print_best(console: Console, best: Best, patience: int | None) -> None:
+    """Names the best step, and the reason why the run ended."""
+    standing = best.standing
+    if standing.value is None:
+        sentence = f"{best.metric} was never measured: the adapter is the last one"
+    else:
+        sentence = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
+    if best.is_over:
+        sentence = (
+            f"ended early: no better {best.metric} for {standing.waited} measurements "
+            f"({flag('patience', patience)}); {sentence}"
+        )
+    tell(console, sentence)
+
+
+def ask_words(outline: ModelInfo) -> tuple[str, ...]:
+    """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
+    if "head" in outline.head:
+        of_images = isinstance(outline.config, VisionConfig)
+        return "train.predict", "IMAGE" if of_images else "TEXT"
+    if outline.tokenizer.chat_template is None:
+        return "train.generate", "--prompt", "TEXT"
+    return "train.generate", "--interactive"
+
+
+def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merged: bool) -> None:
+    """Prints the commands that ask the trained model, and that export it.
+
+    Args:
+      console: console to print to.
+      adapter: the adapter's folder.
+      ask: the words that ask the model; see `ask_words`.
+      merged: whether the model can be exported merged only.
+    """
+    exported = str(adapter.parent / "exported")
+    export = ("train.export", "--output", exported, *["--merged"] * merged)
+    for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
+        tell(console, f"{what}: {program(module, '--adapter', str(adapter), *more)}")
+
+
+def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
+    """Prints an adapter's folder and size on disk, and the base's size in memory."""
+    tell(
+        console,
+        f"adapter saved in {adapter}: {byte_size(report['adapter_bytes'])} beside "
+        f"the base's {byte_size(report['base_bytes'])} in memory",
+    )
+
+
+def note_seconds(folder: Path, session: Session) -> None:
+    """Notes in the facts of a run how long this process has worked so far.
+
+    A process before it that was killed worked at least until its last line of metrics. Without
+    facts, or where they cannot be written, nothing is noted.
+
+    Args:
+      folder: the folder of a run that has begun.
+      session: the session of this process.
+    """
+    facts = read_json(folder / FACTS)
+    if not facts:
+        return
+    seconds = facts.setdefault(PROCESS_SECONDS, {})
+    this_process = str(session.began_at)
+    if seconds and this_process not in seconds:
+        last_process = [*seconds][-1]
+        ends = [line["time"] for line in read_metrics(folder)]
+        spans = [end - float(last_process) for end in ends]
+        seconds[last_process] = max([seconds[last_process], *spans])
+    seconds[this_process] = time.monotonic() - session.began
+    with contextlib.suppress(OSError):
+        write_json(folder / FACTS, facts)
+
+
+def whole_time(folders: Iterable[Path], session: Session) -> str:
+    """Returns the time of runs in words: "3 min 20 s", or "3 min 20 s in 2 processes".
+
+    Args:
+      folders: the folders of the runs. A process that worked on several of them counts once.
+      session: the session of this process, which works until now.
+    """
+    seconds = {str(session.began_at): time.monotonic() - session.began}
+    for folder in folders:
+        for process, noted in read_json(folder / FACTS).get(PROCESS_SECONDS, {}).items():
+            seconds[process] = max(noted, seconds.get(process, 0))
+    took = duration(sum(seconds.values()))
+    return f"{took} in {len(seconds)} processes" if len(seconds) > 1 else took

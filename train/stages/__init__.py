@@ -1,0 +1,1 @@
+"""The life of a run: asked for, opened, begun, compiled, trained, finished."""

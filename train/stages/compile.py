@@ -1,0 +1,92 @@
+"""Compiles the step of runs that have begun; their policy of rematerialisation is known then."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.core.types import Model, Tree
+from lora_jax.training.processes import write_text
+from train.console.output import tell
+from train.options.common import OptimConfig
+from train.options.file import replace_options
+from train.run.log import doing
+from train.settings.files import CONFIG, options_file
+from train.stages.arrangement import Arrangement
+from train.stages.remat import settle_step
+from train.stages.types import (
+    BegunRun,
+    CompiledRun,
+    CompiledRuns,
+    Handover,
+    OpenedRun,
+    SharedModel,
+)
+
+
+def compile_runs(
+    runs: Mapping[str, BegunRun],
+    base: SharedModel,
+    weights: Handover[Tree],
+    arrangement: Arrangement,
+) -> CompiledRuns:
+    """Compiles the step that runs take together, for their largest batches; settles --remat auto.
+
+    Args:
+      runs: the runs, by name.
+      base: the model.
+      weights: its parameters, which are taken.
+      arrangement: has the step.
+
+    Raises:
+      UserError: with --remat auto, no policy fits, or the compiler failed.
+    """
+    began = time.perf_counter()
+    compile_for = arrangement.step_compiler(runs, base, weights)
+
+    def compile_rung(remat: str) -> tuple[Any, int | None]:
+        with doing(arrangement.console, "compiling the step"):
+            return compile_for(with_remat(base.model, remat))
+
+    first = next(iter(runs.values())).opened
+    starts = [run.start.content for run in runs.values()]
+    remat, driver = settle_step(
+        first.config,
+        first.inputs,
+        [run.batch for run in runs.values()],
+        starts[0].base,
+        [start.state for start in starts],
+        compile_rung,
+        functools.partial(tell, arrangement.console),
+    )
+    compiled = {
+        name: CompiledRun(
+            opened=settled_run(run.opened, remat),
+            evaluation=run.evaluation,
+            best=run.best,
+            start=run.start,
+        )
+        for name, run in runs.items()
+    }
+    return CompiledRuns(
+        runs=compiled,
+        driver=Handover(driver),
+        base=base._replace(model=with_remat(base.model, remat)),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def with_remat(model: Model, remat: str) -> Model:
+    """Returns a model with a policy of rematerialisation, by its name among the options."""
+    changed: Model = model.clone(remat=OptimConfig(remat=remat).remat_policy)
+    return changed
+
+
+def settled_run(run: OpenedRun, remat: str) -> OpenedRun:
+    """Returns a run with its policy of rematerialisation, which its config.yaml then has."""
+    if run.config.optim.remat == remat:
+        return run
+    config = replace_options(run.config, {"remat": remat})
+    write_text(run.folder / CONFIG, options_file(config, run.script))
+    return dataclasses.replace(run, config=config)

@@ -1,0 +1,167 @@
+"""Finishes runs: writes their reports, and measures what they have trained."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import lora_jax as lj
+from lora_jax.adapt.activate import invocations_of
+from lora_jax.training.losses import HELD_OUT, SCORE
+from lora_jax.training.processes import write_json
+from train.processes.memory import peak_bytes
+from train.reporters.files import read_json
+from train.run.costs import print_adapter
+from train.run.intrinsic import merge_trained
+from train.run.log import newest_measurement, read_metrics
+from train.run.output import ADAPTER, REPORT, folder_bytes
+from train.run.report import RunReport
+from train.stages.arrangement import Arrangement
+from train.stages.types import (
+    EndedTraining,
+    FailedRun,
+    FinishedRun,
+    RunContext,
+    RunEnding,
+    SharedModel,
+    TrainedRun,
+    best_facts,
+)
+
+# Measured while steps are taken.
+_OF_STEPS = ("median_step_seconds", "step_seconds_quartiles", "peak_bytes")
+
+
+def measure_runs(
+    runs: Mapping[str, EndedTraining],
+    base: SharedModel,
+    arrangement: Arrangement,
+    context: RunContext,
+) -> dict[str, RunEnding]:
+    """Writes the reports of runs that came to their ends, and evaluates what they trained.
+
+    After a signal, nothing is evaluated: a resumed run evaluates all.
+
+    Args:
+      runs: the runs, by name.
+      base: the model that they share.
+      arrangement: says how the runs stand beside each other.
+      context: gets the trees that were trained.
+    """
+    failed = [run for run in runs.values() if isinstance(run, FailedRun)]
+    evaluates = not any(run.state == "stopped" for run in failed)
+    endings: dict[str, RunEnding] = {}
+    for name, run in runs.items():
+        if isinstance(run, TrainedRun):
+            work = functools.partial(
+                measure_run, run, base, arrangement, context, n_runs=len(runs), evaluates=evaluates
+            )
+            endings[name] = arrangement.attempt(run.opened, work, run.best)
+        else:
+            endings[name] = run
+        run.opened.place.send()
+    return endings
+
+
+def measure_run(
+    run: TrainedRun,
+    base: SharedModel,
+    arrangement: Arrangement,
+    context: RunContext,
+    *,
+    n_runs: int,
+    evaluates: bool,
+) -> FinishedRun:
+    """Finishes a run that is trained: writes its report, and evaluates what it trained.
+
+    Args:
+      run: the run.
+      n_runs: the number of runs over the base.
+      evaluates: whether the task scores it.
+      base, arrangement, context: see `measure_runs`.
+    """
+    opened, path = run.opened, run.opened.folder / REPORT
+    arrangement.check_signal(run)
+    report = make_report(run, base.n_bytes, n_runs).as_json()
+    write_json(path, report)
+    print_adapter(opened.console, opened.folder / ADAPTER, report)
+    tree, scores = run.tree.take(), dict[str, float]()
+    if context.on_trained:
+        context.on_trained(opened, tree, base.answering)
+    if run.evaluation and evaluates:
+        with arrangement.evaluating(opened.name):
+            # Codes that are merged are the float model, and an activated LoRA has no merged form.
+            forward = base.answering
+            if not (base.outline.has_codes or invocations_of(tree)):
+                forward, tree = base.model.apply, merge_trained(opened.space, tree)
+            scores = run.evaluation.after(base.model, tree, forward)
+    if evaluates:
+        write_json(path, report | {"scores": scores})
+    return FinishedRun(opened=opened, report=report, scores=scores)
+
+
+def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
+    """Returns the report of a run that is trained.
+
+    A process that took no step keeps what the one before it measured of its steps.
+
+    Args:
+      run: the run.
+      base_bytes: bytes of the base in memory.
+      n_runs: the number of runs over the base.
+    """
+    opened, times, best = run.opened, run.step_times, run.best
+    metrics = read_metrics(opened.folder)
+    of_steps: dict[str, Any] = {
+        "median_step_seconds": None if times is None else times.median,
+        "step_seconds_quartiles": None if times is None else [times.low, times.high],
+        "peak_bytes": peak_bytes(),
+    }
+    earlier = read_json(opened.folder / REPORT)
+    if times is None and earlier.get("last_step") == run.last_step:
+        of_steps |= {name: earlier[name] for name in _OF_STEPS if name in earlier}
+    compilation = run.compilation
+    return RunReport(
+        summary=lj.summary(run.tree.content, in_training=True),
+        steps=opened.inputs.steps,
+        last_step=run.last_step,
+        kept_step=best_facts(best).get("step", run.last_step),
+        skipped_steps=[line["step"] for line in metrics if "skipped" in line],
+        skip_reasons={line["step"]: line["reason"] for line in metrics if "reason" in line},
+        **of_steps,
+        adapter_bytes=folder_bytes(opened.folder / ADAPTER),
+        best=best.about if best else None,
+        ended_early=best.is_over if best else None,
+        compile_seconds=compilation.seconds if compilation else None,
+        further_compile_seconds=compilation.further_seconds if compilation else None,
+        compiled_bytes=compilation.sizes if compilation else None,
+        side_by_side=None if compilation else n_runs,
+        base_bytes=base_bytes,
+    )
+
+
+def result_of(ending: RunEnding) -> dict[str, Any]:
+    """Returns a run's line of the table of results."""
+    opened, score, adapter = ending.opened, None, None
+    lines = read_metrics(opened.folder)
+    last = lines[-1]["step"] if lines else 0
+    if isinstance(ending, FinishedRun):
+        last, score = ending.report["last_step"], ending.score
+        adapter = str(opened.folder / ADAPTER)
+    kept_step = ending.best.get("step", last)
+    loss, held_out, measured_score = (
+        newest_measurement(lines, name, kept_step)
+        for name in ("loss", f"{HELD_OUT}loss", f"{SCORE}{opened.task.score}")
+    )
+    return {
+        "name": opened.name,
+        "status": ending.state,
+        "steps": last,
+        "kept_step": kept_step,
+        "loss": loss.value,
+        "loss_step": loss.step,
+        "held_out_loss": held_out.value,
+        "held_out_step": held_out.step,
+        "score": measured_score.value if score is None else score,
+        "adapter": adapter,
+        "error": ending.reason if isinstance(ending, FailedRun) else None,
+    }

@@ -1,0 +1,189 @@
+"""Opens runs: checks their options, locks their folders, reads their rows."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import jax
+from jax.sharding import Mesh
+
+from lora_jax.models.layers.placement import platform_of
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.processes import is_first
+from lora_jax.training.run.checkpoints import Checkpoints
+from train.console.errors import UserError, as_user_errors
+from train.console.output import tell
+from train.console.program import resume_hint
+from train.processes import hosts
+from train.processes.cache import keep_compiled
+from train.processes.mesh import make_mesh
+from train.processes.session import Session
+from train.reporters.files import read_json
+from train.reporters.registry import check_packages
+from train.run import output
+from train.run.intrinsic import about_space, space_of
+from train.run.rules import rules
+from train.run.task import Evaluation, EvaluationContext
+from train.stages.arrangement import Arrangement
+from train.stages.inputs import make_inputs
+from train.stages.remat import settle_remat
+from train.stages.types import AskedRun, FinishedRun, OpenedRun, RunContext
+
+_OF_DATA = ("labels", "seq_len")  # the facts about examples that the adapter keeps
+
+
+def open_runs(
+    script: str,
+    asked: Sequence[AskedRun],
+    session: Session,
+    arrangement: Arrangement,
+    context: RunContext,
+) -> list[OpenedRun | FinishedRun]:
+    """Opens runs, and checks what can be checked before weights are read.
+
+    That is, of all runs: options and output folder, then the data, then examples and targets
+    against the model's configuration.
+
+    Args:
+      script: the command, for the hint how to go on: "train.sft".
+      asked: the runs.
+      session: tells of signals, and releases the locks in the end.
+      arrangement: says how the runs stand beside each other.
+      context: how far they train, and the rows that are read already.
+
+    Returns:
+      The runs, in order; a resumed run that is finished, and of which nothing is asked, as such.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done; names the line of a table.
+    """
+    with hosts.raise_in_every_process():
+        options = asked[0].options.run
+        cached = keep_compiled(options.compilation_cache)
+        sizes = (run.options.optim.batch_size for run in asked)
+        mesh = make_mesh(options.mesh, math.gcd(*sizes), slice_axis=options.slice_axis)
+        opened = [open_run(script, run, mesh, session, arrangement, context) for run in asked]
+        runs = [finished_run(run, context) or run for run in opened]
+        going = [run for run in runs if isinstance(run, OpenedRun)]
+        check_images(going)
+    if cached:
+        tell(arrangement.console, cached)
+    for run in going:
+        tell(run.console, *run.inputs.lines)
+    arrangement.tell(
+        *(f"{run.opened.name}: finished" for run in runs if isinstance(run, FinishedRun))
+    )
+    return runs
+
+
+def open_run(
+    script: str,
+    asked: AskedRun,
+    mesh: Mesh,
+    session: Session,
+    arrangement: Arrangement,
+    context: RunContext,
+) -> OpenedRun:
+    """Opens a run that is asked for.
+
+    Args:
+      asked: the run.
+      mesh: the devices.
+      script, session, arrangement, context: see `open_runs`.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done; names the line of a table.
+    """
+    prefix = f"{asked.where}: "
+    with as_user_errors(TrainingError, prefix=prefix) if asked.where else nullcontext():
+        task, console = asked.task, arrangement.console_of(asked.name)
+        config = task.completed(asked.options)
+        config = settle_remat(config, platform_of(mesh.devices.flat[0]))
+        if is_first():
+            check_packages(config.run.report_to)
+        rules(config.adapter)
+        place = output.locked_output(config, session.release, console)
+        read = context.reader(config, task)
+        session.release.callback(read.data.close)
+        inputs = make_inputs(config, mesh, read)
+        space = space_of(config, read.outline.params)
+        facts = {name: fact for name, fact in read.data.facts.items() if name in _OF_DATA}
+        return OpenedRun(
+            asked=asked,
+            script=script,
+            config=config,
+            place=place,
+            console=console,
+            stop=session.stop,
+            inputs=inputs,
+            end=inputs.steps if context.until is None else context.until(inputs.steps, config),
+            about=read.outline.about | about_space(space) | facts,
+            hint=context.hint or resume_hint(script),
+            loss=task.loss(config, inputs.layout),
+            space=space,
+        )
+
+
+def evaluation_of(run: OpenedRun) -> Evaluation | None:
+    """Returns the evaluation of a run; None for a task without one."""
+    read = run.inputs.read
+    context = EvaluationContext(
+        config=run.config,
+        folder=run.folder,
+        console=run.console,
+        rows=read.rows,
+        data=read.data,
+        outline=read.outline,
+        stop=run.stop,
+    )
+    return run.task.evaluation(context)
+
+
+def finished_run(run: OpenedRun, context: RunContext) -> FinishedRun | None:
+    """Returns a resumed run that is finished, with its report and its scores; None for others.
+
+    A run without scores that has an evaluation goes on, and so does one whose tree
+    `context.on_trained` gets. All processes have to call this.
+    """
+    if context.on_trained is not None:
+        return None
+    finished = hosts.map_over_processes(lambda _: is_finished(run), range(jax.process_count()))
+    if not all(finished):
+        return None
+    report = read_json(run.folder / output.REPORT)
+    if not report["scores"] and evaluation_of(run) is not None:
+        return None
+    return FinishedRun(opened=run, report=report, scores=report["scores"], is_unchanged=True)
+
+
+def is_finished(run: OpenedRun) -> bool:
+    """Returns True for a resumed run that is over, if its options ask for nothing longer.
+
+    Its report and scores are written, and its newest checkpoint is whole and of these data.
+    """
+    options, adapter = run.config.run, run.folder / output.ADAPTER
+    if run.pauses or not options.resume or not adapter.exists():
+        return False
+    steps, report = run.inputs.steps, read_json(run.folder / output.REPORT)
+    if "scores" not in report or not report["last_step"] <= steps <= report["steps"]:
+        return False
+    checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, options.keep)
+    is_last = checkpoints.steps()[-1:] == [report["last_step"]]
+    saved = checkpoints.run_of_newest() if is_last else None
+    checkpoints.close()
+    if saved is None or saved["data"] != run.inputs.feed.digest() or saved.get("owed"):
+        return False
+    waited = saved.get("best", {}).get("waited", 0)
+    is_over = options.patience is not None and waited >= options.patience
+    return is_over or report["last_step"] == steps
+
+
+def check_images(runs: Sequence[OpenedRun]) -> None:
+    """Raises a UserError where the rows of some runs hold images, and those of others none."""
+    having = [getattr(run.inputs.read.data.train, "further", None) is not None for run in runs]
+    if len({*having}) > 1:
+        raise UserError(
+            f"the rows of {runs[having.index(True)].name} have images, and those of "
+            f"{runs[having.index(False)].name} have none, and they train side by side: "
+            "give each kind a table of its own"
+        )

@@ -1,0 +1,175 @@
+"""The policy of rematerialisation of runs: --remat, by default, when a run is resumed, and auto."""
+
+import contextlib
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.types import Tree
+from lora_jax.folders import cache_folder
+from lora_jax.training.data.batches import HostBatch
+from lora_jax.training.layout import Layout
+from lora_jax.training.processes import is_first
+from lora_jax.training.remat import (
+    Attempt,
+    RematSearch,
+    expected_bytes,
+    is_refusal,
+    rungs_for,
+)
+from lora_jax.training.step import State
+from train.console.errors import UserError
+from train.options.common import AUTO, Options
+from train.options.file import replace_options
+from train.plan.compile import reason_of
+from train.plan.job import bytes_per_device
+from train.plan.local import capacity_of
+from train.processes import hosts
+from train.run.costs import versions
+from train.run.output import saved_options
+from train.stages.inputs import Inputs
+
+_SETTLED = "remat"  # the folder, in the user's cache, of the policies that searches ended with
+
+
+def settle_remat(config: Options, platform: str) -> Options:
+    """Returns the options with --remat as a resumed run has it, or as this platform has it.
+
+    "auto" remains for a new run on an accelerator, or where it is asked for: compilers decide.
+
+    Raises:
+      UserError: --resume, and there is no run to go on with.
+    """
+    asked = config.optim.remat
+    if asked not in (None, AUTO):
+        return config
+    if saved := saved_options(config):
+        return replace_options(config, {"remat": saved.get("remat", "none")})
+    default = "none" if platform == "cpu" else AUTO
+    return replace_options(config, {"remat": asked or default})
+
+
+def settle_step(
+    config: Options,
+    inputs: Inputs,
+    batches: Sequence[HostBatch],
+    base: Tree,
+    states: Sequence[State],
+    compile_rung: Callable[[str], tuple[Any, int | None]],
+    notice: Callable[[str], object],
+) -> tuple[str, Any]:
+    """Compiles the step of runs; with --remat auto, until it fits and no other is worth compiling.
+
+    All processes have to call this: they go by the smallest device of all, by the process whose
+    step takes most, and by the clock of the first process. The policy is kept for later runs with
+    the same shapes, devices and versions.
+
+    Args:
+      config: the options of the runs; of many, those that they share count.
+      inputs: the inputs of one of them.
+      batches: a batch of each run, of the largest shape.
+      base: the frozen parameters that they share, arrays or shapes.
+      states: the state of each run, likewise.
+      compile_rung: compiles the step with a policy; returns it with the bytes that it takes, None
+        where the compiler does not say.
+      notice: is told why another policy is compiled, and with which one the search ended.
+
+    Returns:
+      The policy with its compiled step.
+
+    Raises:
+      UserError: with --remat auto, no policy that was tried fits, or the compiler failed for
+        another reason.
+    """
+    asked = config.optim.remat
+    if asked is not None and asked != AUTO:
+        return asked, compile_rung(asked)[0]
+    outline, layout = inputs.read.outline, inputs.layout
+    length = inputs.read.data.facts["sequence_length"]
+    arguments = [base, *((state.adapter, state.opt_state) for state in states)]
+    capacity, rungs = smallest_device(layout), rungs_for(layout.platform, inputs.attention)
+    facts = [
+        *(capacity, rungs, layout.mesh.devices.flat[0].device_kind, dict(layout.mesh.shape)),
+        *(versions(), outline.config, inputs.attention, config.optim.dtype),
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)],
+        [{name: x.shape for name, x in batch.items()} for batch in batches],
+        (config.optim.experts, getattr(config.optim, "loss_chunk", None)),
+    ]
+    file = cache_folder() / _SETTLED / hashlib.sha256(repr(facts).encode()).hexdigest()
+    settled = None
+    if is_first():
+        with contextlib.suppress(OSError):
+            settled = file.read_text(encoding="utf-8")
+    expected = expected_bytes(
+        outline.config,
+        outline.params,
+        outline.kinds,
+        tokens=sum(_tokens_of_device(layout, batch, length) for batch in batches),
+        itemsize=jnp.dtype(config.optim.dtype).itemsize,
+        arguments=bytes_per_device(arguments),
+    )
+    search = RematSearch.begin(rungs, capacity, expected, hosts.gather(settled)[0])
+    attempts = search.run(functools.partial(_attempt, compile_rung), notice)
+    best, line = search.best(attempts), search.describe(attempts)
+    if best is None:
+        raise UserError(
+            f"{line}: give a smaller --batch-size, shorter rows, --quantize or more devices; "
+            "--remat full begins the run all the same where the compiler does not refuse it"
+        )
+    notice(line)
+    if is_first() and not config.run.dry_run:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(best.remat, encoding="utf-8")
+    return best.remat, best.step
+
+
+def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) -> Attempt:
+    """Compiles the step with a policy; returns the attempt as all processes see it.
+
+    Raises:
+      UserError: the compiler failed, and not for want of memory.
+    """
+    began = time.perf_counter()
+    step = size = refusal = None
+    try:
+        step, size = compile_rung(remat)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_refusal(error):
+            raise UserError(
+                f"the compiler failed on the step with --remat {remat}, and not for want "
+                f"of memory: {reason_of(error)}. Name another policy, such as --remat full"
+            ) from error
+        refusal = str(error)
+    every = hosts.gather([refusal, size, time.perf_counter() - began])
+    refused = any(of_process[0] for of_process in every)
+    known = [of_process[1] for of_process in every if of_process[1] is not None]
+    return Attempt(
+        remat=remat,
+        size=max(known) if len(known) == len(every) else None,
+        refused=refused,
+        seconds=every[0][2],
+        step=None if refused else step,
+    )
+
+
+def _tokens_of_device(layout: Layout, batch: HostBatch, length: int) -> int:
+    """Returns the tokens that a device has at once; of rows that are no tokens, by their length."""
+    first = next(iter(batch.values()))
+    shape = batch["ids"].shape if "ids" in batch else (*first.shape[:2], length)
+    sharding = layout.of_batch(shape, parts=True)
+    return math.prod(sharding.shard_shape(shape)[1:])
+
+
+def smallest_device(layout: Layout) -> int | None:
+    """Returns the memory of the smallest device of all processes; None if one does not say."""
+    own = [capacity_of(device) for device in layout.mesh.local_devices]
+    every = [size for sizes in hosts.gather(own) for size in sizes]
+    known = [size for size in every if size is not None]
+    return min(known) if every and len(known) == len(every) else None

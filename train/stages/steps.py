@@ -1,0 +1,190 @@
+"""The loop of a run whose steps a driver takes."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
+
+import lora_jax as lj
+from lora_jax.bank.together.side_by_side import DrivenRun
+from lora_jax.core.types import Tree
+from lora_jax.training.clock import StepClock
+from lora_jax.training.data.batches import HostBatch
+from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
+from lora_jax.training.loop import Pace, training_steps
+from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.processes import is_first
+from lora_jax.training.ready import (
+    TrainingStart,
+    adapted_tree,
+    final_tree,
+    make_hooks,
+    open_log,
+)
+from lora_jax.training.run.best import Best
+from lora_jax.training.step import State
+from train.console.output import tell
+from train.reporters.files import SAMPLES, read_json, read_lines
+from train.reporters.registry import trackers
+from train.reporters.reporting import Reporting
+from train.run import output
+from train.run.board import Board, TeeLog
+from train.run.costs import print_best
+from train.run.intrinsic import merge_trained
+from train.run.log import QuietLog, RunLog, draw_curve, draw_progress, read_metrics
+from train.settings.files import effective_options
+from train.stages.measures import make_measures
+from train.stages.types import (
+    CompiledRun,
+    CompiledRuns,
+    Handover,
+    OpenedRun,
+    PausedRun,
+    StepDriver,
+    TrainedRun,
+    best_facts,
+)
+
+Evaluations = dict[Loss, Callable[..., Sums]]  # the compiled evaluations of held-out examples
+
+
+def drive(
+    run: CompiledRun,
+    compiled: CompiledRuns,
+    driver: StepDriver,
+    evaluations: Evaluations,
+    clock: StepClock,
+    board: Board | None = None,
+) -> DrivenRun:
+    """Returns a run that leaves its steps to a driver; it ends with a `TrainedRun` or `PausedRun`.
+
+    Args:
+      run: the run, whose start is taken.
+      compiled: the runs that take their steps together.
+      driver: takes the steps.
+      evaluations: the compiled evaluations of held-out examples so far, by their losses.
+      clock: measures the seconds of steps, of all runs of the driver.
+      board: gets the metrics as well; None for none.
+    """
+    opened, loss, start = run.opened, run.opened.loss, run.start.take()
+    base = compiled.base
+    options, layout = opened.config.run, opened.inputs.layout
+    pace = Pace(
+        log_every=options.log_every,
+        save_every=options.save_every,
+        max_skipped=options.max_skipped,
+    )
+    formed, measured = None, base.answering
+    if opened.space is not None:  # weights are formed once for a measurement, not in each batch
+        measured = base.model.apply
+        formed = FormedTree(
+            functools.partial(merge_trained, opened.space), layout.constrained(base.model).apply
+        )
+    if loss.held_out not in evaluations:
+        evaluated = driver.forward if formed is None else formed.forward
+        evaluations[loss.held_out] = compiled_evaluation(layout, evaluated, loss)
+    held_out = functools.partial(
+        held_out_loss,
+        start,
+        driver.forward,
+        loss,
+        evaluation=evaluations[loss.held_out],
+        formed=formed,
+    )
+    hooks = make_hooks(start, loss, [], opened.hint)
+
+    def now() -> State:
+        return driver.state(opened.name)
+
+    def tree_of_state(state: State) -> Tree:
+        tree = adapted_tree(start, state)
+        return tree if formed is None else formed.form(tree)
+
+    def turns() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
+        with open_run_log(opened, start, int(now().step)) as own_log:
+            measures = make_measures(
+                opened, run.evaluation, base.model, tree_of_state, measured, held_out, own_log
+            )
+            measured_hooks = dataclasses.replace(hooks, measures=[*measures])
+            log = own_log if board is None else TeeLog(own_log, board, opened.name)
+            # A table's driver defers signals itself, of all its runs.
+            deferral = opened.stop.deferred() if board is None else nullcontext()
+            with open_log(log, start), deferral:
+                step_times = yield from training_steps(
+                    now, opened.end, pace, measured_hooks, log, opened.stop, clock
+                )
+            with clock.paused():
+                state = now()
+                trained = final_tree(start, state)
+                if opened.pauses:
+                    return PausedRun(opened=opened, best=best_facts(run.best))
+                keep_adapter(opened, run.best, trained)
+        with clock.paused():
+            _draw(opened)
+            if run.best is not None:
+                print_best(opened.console, run.best, options.patience)
+            return TrainedRun(
+                opened=opened,
+                evaluation=run.evaluation,
+                best=run.best,
+                tree=Handover(trained),
+                last_step=int(state.step),
+                step_times=step_times,
+                compilation=driver.compilation(compiled.seconds, clock),
+            )
+
+    def batch(number: int) -> HostBatch:
+        return hooks.batch(number, start.state if start.live is None else now())
+
+    return DrivenRun(turns=turns(), batch=batch, tokens=start.feed.tokens)
+
+
+@contextlib.contextmanager
+def open_run_log(run: OpenedRun, start: TrainingStart, done: int) -> Iterator[RunLog | QuietLog]:
+    """Opens the reporters of --report-to and yields the run's log, which the loop opens.
+
+    Args:
+      run: the run.
+      start: the state that it begins with.
+      done: the number of steps before.
+    """
+    if not is_first():
+        yield QuietLog()
+        return
+    facts = read_json(run.folder / output.FACTS)
+    reporting = Reporting(
+        run.folder,
+        {name: tracker.reporter for name, tracker in trackers(run.config.run.report_to).items()},
+        config=effective_options(run.config) | {"summary": facts.get("summary")},
+        project=run.config.run.report_project,
+        lines=read_metrics(run.folder),
+        samples=read_lines(run.folder / SAMPLES),
+        warn=functools.partial(tell, run.console),
+    )
+    with reporting:
+        yield RunLog(
+            run.folder,
+            run.console,
+            first=done,
+            last=run.inputs.steps,
+            owed=start.owed,
+            reporting=reporting,
+            watched=run.watched,
+        )
+
+
+def keep_adapter(run: OpenedRun, best: Best | None, trained: Tree) -> None:
+    """Saves the adapter of a run that is over."""
+    about = {**run.about, **best_facts(best)}
+    lj.save_adapter(run.folder / output.ADAPTER, trained, about=about, overwrite=True)
+
+
+def _draw(run: OpenedRun) -> None:
+    """Draws the curves of a run's metrics."""
+    if not is_first():
+        return
+    metrics = read_metrics(run.folder)
+    draw_curve(run.folder, metrics, run.loss.label)
+    if drawn := draw_progress(run.folder, metrics, run.watched):
+        tell(run.console, drawn)
