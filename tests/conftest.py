@@ -75,14 +75,21 @@ def pytest_configure(config):
         hide_torch()
 
 
+def do_nothing():
+    """Takes the place of a function of torch."""
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     """Begins each test, and the fixtures that it is the first to use, in an empty folder.
 
-    Torch draws the same numbers in each test.
+    Torch draws the same numbers in each test. Torch's accelerator has nothing to release: a test
+    before this one may have imported torchax, whose device is one without an allocator, and
+    accelerate's trainers raise an error there.
     """
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)  # PEFT draws A; else its values depend on the tests before
+        torch.accelerator.empty_cache = do_nothing
     with tempfile.TemporaryDirectory(dir=HOME, prefix="here-") as here:
         os.chdir(here)
         try:
