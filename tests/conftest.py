@@ -157,13 +157,16 @@ def no_kept_programs(same_cache):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drops the compiled programs after a file, once there are many: files share some of them.
+    """Shares the programs that a file compiled, and drops them once there are many.
 
     The more of them live, the longer each new one takes to lower and to compile: a third longer
     after some thousand. Each also maps about nine pieces of memory, of which Linux grants a process
     65,530; the compiler that gets no more crashes.
     """
+    n_compiled = len(COMPILED)
     yield
+    if len(COMPILED) > n_compiled:
+        PROGRAMS.share()
     if len(COMPILED) >= MOST_COMPILED:
         COMPILED.clear()
         jax.clear_caches()
@@ -287,6 +290,6 @@ def pytest_collection():
 
 def pytest_sessionfinish():
     """Keeps what was compiled and fetched; the session's first process ends last."""
-    PROGRAMS.close()
+    PROGRAMS.share()
     if WORKER == "main":
         end(os.environ)

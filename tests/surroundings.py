@@ -221,7 +221,7 @@ class KeptPrograms:
     """Compiled programs that outlive a session, in a store of their own.
 
     JAX does not write a program's file in one piece, so that no two processes may share a folder:
-    each has its own, of links to all that is kept, and what a session added is kept at its end.
+    each has its own, of links to all that is kept. Processes exchange programs between two files.
     """
 
     def __init__(self, environ: MutableMapping[str, str], worker: str) -> None:
@@ -247,14 +247,20 @@ class KeptPrograms:
             pass
         return self.own
 
-    def close(self) -> None:
-        """Keeps what this process added; called where a session ends by itself."""
+    def share(self) -> None:
+        """Exchanges programs with the store, in which other processes find them from then on.
+
+        It is called between two files of tests, while this process writes no program.
+        """
         if self.kept is None:
             return
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
-            for program in self.own.glob("*"):
-                _link(program, self.kept)
+            own_names, kept_names = set(os.listdir(self.own)), set(os.listdir(self.kept))
+            for name in own_names - kept_names:
+                _link(self.own / name, self.kept)
+            for name in kept_names - own_names:
+                _link(self.kept / name, self.own)
         except OSError:
             pass
 

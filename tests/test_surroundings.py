@@ -83,15 +83,16 @@ def kept_programs(folder, worker, store="store"):
     return KeptPrograms(surroundings, worker)
 
 
-def test_programs_are_kept_where_a_session_ends_and_shared_by_links(tmp_path):
+def test_programs_are_shared_by_links_once_a_process_shares_its_own(tmp_path):
     first, second = (kept_programs(tmp_path, worker) for worker in ("gw0", "gw1"))
     for programs, name in ((first, "one"), (second, "two")):
         (programs.open() / name).write_text(name)
-    first.close()
+    first.share()
     third = kept_programs(tmp_path, "gw2")
-    assert os.listdir(third.open()) == ["one"], "the second has not ended"
-    second.close()
-    third.close()
+    assert os.listdir(third.open()) == ["one"], "the second has shared nothing"
+    second.share()
+    third.share()
+    assert sorted(os.listdir(third.own)) == ["one", "two"], "a process finds others' programs"
     assert {p.name: p.read_text() for p in first.kept.iterdir()} == {"one": "one", "two": "two"}
     assert (first.kept / "one").samefile(third.own / "one")
 
@@ -99,7 +100,7 @@ def test_programs_are_kept_where_a_session_ends_and_shared_by_links(tmp_path):
 def test_too_many_programs_make_room_and_other_files_stay(tmp_path):
     programs = kept_programs(tmp_path, "gw0")
     (programs.open() / "one").write_text("one")
-    programs.close()
+    programs.share()
     (tmp_path / "store" / "others.txt").write_text("of the user")
     with (programs.kept / "large").open("wb") as file:
         file.truncate(MOST_BYTES)  # a hole: it takes no room
@@ -152,7 +153,7 @@ def test_the_compiler_is_told_the_newest_instructions_of_a_cpu():
 def test_none_are_kept_where_the_user_wants_none(tmp_path):
     programs = KeptPrograms({"LORA_JAX_TESTS_HOME": str(tmp_path), STORE: "none"}, "gw0")
     assert programs.open() is None
-    programs.close()
+    programs.share()
     assert os.listdir(tmp_path) == []
     assert "LORA_JAX_TESTS_PROGRAMS is none" in keep_single_device_programs(None)
 
