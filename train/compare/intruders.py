@@ -101,6 +101,7 @@ def right_vectors(matrix: np.ndarray, most: int | None = None) -> np.ndarray:
 def _eigh(matrix: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `most` largest eigenvalues, or all, in rising order, and their vectors."""
     if most is None:
-        return np.linalg.eigh(matrix)  # divides and conquers, which is quicker for all of them
+        values, vectors = np.linalg.eigh(matrix)  # divides and conquers: quicker for all of them
+        return values, vectors
     n = len(matrix)
     return scipy.linalg.eigh(matrix, subset_by_index=(max(0, n - most), n - 1))

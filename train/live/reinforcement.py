@@ -106,9 +106,10 @@ class RewardedRollouts(Rollouts):
         if self._reference is not None:
             reference, _ = self.log_probabilities(self._reference, batch, replays=False)
             if optim.loss == RLOO:
-                apart = np.where(counted, old - reference, 0).sum(-1)
-                flat_rewards = flat_rewards - optim.beta * apart.ravel()
-                metrics["kl"] = float(apart.sum() / counted.sum()) if counted.any() else None
+                divergence = np.where(counted, old - reference, 0).sum(-1)
+                flat_rewards = flat_rewards - optim.beta * divergence.ravel()
+                total = float(divergence.sum())
+                metrics["kl"] = total / int(counted.sum()) if counted.any() else None
             else:
                 batch["reference"] = reference
         if optim.loss == RLOO:

@@ -342,7 +342,7 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
             "filled up: give them the same shapes"
         )
     largest = {
-        name: np.max([np.shape(batch[name]) for batch in batches.values()], axis=0)
+        name: tuple(np.max([np.shape(batch[name]) for batch in batches.values()], axis=0).tolist())
         for name in batches[first]
     }
 

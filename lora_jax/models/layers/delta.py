@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +164,8 @@ def short_convolution(
             known = jnp.pad(segments, ((0, 0), (n - 1, 0)), mode="edge")
             same = [known[:, i : i + seq] == segments for i in range(n)]
             parts = [jnp.where(s[..., None], part, 0) for s, part in zip(same, parts, strict=True)]
-        return sum(tap * part for tap, part in zip(taps, parts, strict=True)), None
+        products = [tap * part for tap, part in zip(taps, parts, strict=True)]
+        return cast(jax.Array, sum(products)), None
     # Real tokens first, so that those before each one stand beside it.
     count = jnp.cumsum(present, axis=1)
     order = jnp.argsort(~present, axis=1, stable=True)

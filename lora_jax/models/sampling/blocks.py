@@ -58,7 +58,7 @@ def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
 
     A block without a memory leaves that of the tokens before it: one that has it has to follow.
     """
-    end = first + block.key.shape[3]
+    end = jnp.asarray(first + block.key.shape[3], jnp.int32)
 
     def put(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(old, new, first, axis=3)

@@ -185,6 +185,6 @@ def _drawn(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.nd
 
     def bounded(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         bound = np.float32(math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])))
-        return part.reshape(shape) * (bound + bound) - bound
+        return np.asarray(part.reshape(shape) * (bound + bound) - bound)
 
     return bounded(drawn[: rank * ins], (rank, ins)), bounded(drawn[rank * ins :], (outs, rank))
