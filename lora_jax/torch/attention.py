@@ -44,9 +44,9 @@ _CHOSEN: ContextVar[Attending] = ContextVar("attention", default=Attending())  #
 
 
 @contextlib.contextmanager
-def attending(chosen: Attending) -> Iterator[None]:
+def attending(implementation: Attending) -> Iterator[None]:
     """Sets the implementation of attention within a block."""
-    token = _CHOSEN.set(chosen)
+    token = _CHOSEN.set(implementation)
     try:
         yield
     finally:
@@ -67,27 +67,29 @@ def _mask(
 
     A model that looks into its masks, or lays others over them, allows no None.
     """
-    chosen = _CHOSEN.get()
-    if chosen.unpadded or chosen.segments is not None:  # padding is a segment of its own
-        attention_mask = None
-    plain = mask_function is causal_mask_function or (local_size or 0) >= kv_length
-    same_length = q_length == kv_length or chosen.cached is not None
-    plain = plain and allow_is_causal_skip and attention_mask is None and same_length
-    if plain and not chosen.keeps_masks:
+    implementation = _CHOSEN.get()
+    if implementation.unpadded or implementation.segments is not None:
+        attention_mask = None  # padding is a segment of its own
+    is_causal = mask_function is causal_mask_function or (local_size or 0) >= kv_length
+    has_all_keys = q_length == kv_length or implementation.cached is not None
+    may_skip = allow_is_causal_skip and not implementation.keeps_masks
+    if is_causal and has_all_keys and may_skip and attention_mask is None:
         return None
-    if chosen.cached is not None:
-        return _placed_mask(mask_function, chosen.cached)
-    if chosen.segments is not None:
-        return _placed_mask(mask_function, _mask_of_segments(chosen.segments))
-    options |= {"mask_function": mask_function, "local_size": local_size}
-    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    seen: torch.Tensor | None = sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        **options | {"use_vmap": False},  # torchax cannot map
+    if implementation.cached is not None:
+        return _mask_by_positions(mask_function, implementation.cached)
+    if implementation.segments is not None:
+        return _mask_by_positions(mask_function, _mask_of_segments(implementation.segments))
+    options |= {
+        "mask_function": mask_function,
+        "local_size": local_size,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": False,
+        "use_vmap": False,  # torchax cannot map
+    }
+    mask: torch.Tensor | None = sdpa_mask(
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **options
     )
-    return seen
+    return mask
 
 
 def _mask_of_segments(segments: jax.Array) -> Mask:
@@ -98,15 +100,26 @@ def _mask_of_segments(segments: jax.Array) -> Mask:
     return Mask(queries=tokens, keys=tokens, causal=False, aligned=True)
 
 
-def _placed_mask(mask_function: Any, mask: Mask) -> torch.Tensor:
-    """Returns [batch, 1, queries, keys]: what a function of positions lets see within a mask."""
-    queries, slots = mask.queries.positions, mask.keys.positions
-    assert queries is not None and slots is not None, "the tokens have positions"
-    rows, head = jnp.arange(len(slots), dtype=jnp.int32), jnp.zeros((1, 1, 1, 1), jnp.int32)
-    at = (rows[:, None, None, None], head, queries[:, None, :, None], slots[:, None, None, :])
+def _mask_by_positions(mask_function: Any, mask: Mask) -> torch.Tensor:
+    """Returns the part of a mask that a function of positions allows, [batch, 1, queries, keys].
+
+    Args:
+      mask_function: transformers' function of (row, head, query position, key position).
+      mask: the mask of the queries and keys, with their positions.
+    """
+    query_positions, key_positions = mask.queries.positions, mask.keys.positions
+    assert query_positions is not None and key_positions is not None, "the tokens have positions"
+    rows = jnp.arange(len(key_positions), dtype=jnp.int32)
+    indices = (
+        rows[:, None, None, None],
+        jnp.zeros((1, 1, 1, 1), jnp.int32),  # the head
+        query_positions[:, None, :, None],
+        key_positions[:, None, None, :],
+    )
     visible = mask.visible()[:, None]
-    seen: torch.Tensor = call_jax(lambda own: own & visible, mask_function(*to_torch(at)))
-    return seen
+    allowed = mask_function(*to_torch(indices))
+    visible_and_allowed: torch.Tensor = call_jax(lambda array: array & visible, allowed)
+    return visible_and_allowed
 
 
 def _attention(
@@ -135,53 +148,91 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    array: jax.Array | None,
+    mask: jax.Array | None,
     scale: float | None,
     cap: float | None,
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes [batch, seq, heads, head_dim]; an array for a mask is of bools or of numbers to add.
+    """Computes attention by `attend` where the mask is known by its rule, and else by its array.
 
-    Without one it is `attend`'s, for which zeros fill up the narrower values of latent attention.
+    Args:
+      q: [batch, heads, queries, head_dim].
+      k: [batch, kv_heads, keys, head_dim].
+      v: [batch, kv_heads, keys, value_dim], which is smaller than head_dim in latent attention.
+      mask: [batch or 1, heads or 1, queries, keys], bools or numbers to add to the scores; None for
+        the implementation's own mask.
+      scale: the factor of the scores; None for 1/sqrt(head_dim).
+      cap: the bound of the scores; None for none.
+      sinks: [heads], a score of no key; None for none.
+      causal: whether a query sees no later key, where there is no mask.
+
+    Returns:
+      [batch, queries, heads, value_dim].
     """
-    batch, heads, n, size = q.shape
-    kv_heads, m, width = v.shape[1:]
-    scale = size**-0.5 if scale is None else scale
-    chosen = _CHOSEN.get()
-    seen = chosen.cached
-    if array is None and seen is not None and not causal:
+    batch, _, n_queries, head_dim = q.shape
+    n_keys, value_dim = v.shape[2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    implementation = _CHOSEN.get()
+    visible = implementation.cached
+    if mask is None and visible is not None and not causal:
         raise TorchModelError("it attends to more than the tokens so far")
-    if array is None and (seen is not None or n == m):
-        if seen is None:
-            slots = jnp.arange(n, dtype=jnp.int32)
-            tokens = MaskTokens(slots, jnp.broadcast_to(slots, (batch, n)), chosen.segments)
-            seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
-        q, k, v = (_widened(x.swapaxes(1, 2), max(size, width)) for x in (q, k, v))
-        inputs = AttentionInputs(q, k, v, seen, scale, cap, sinks)
-        return attend(inputs, attention=chosen.attention, placement=chosen.placement)[..., :width]
+    has_rule = mask is None and (visible is not None or n_queries == n_keys)
+    if not has_rule:
+        return _attend_by_scores(q, k, v, mask, scale, cap, sinks, causal)
+    if visible is None:
+        slots = jnp.arange(n_queries, dtype=jnp.int32)
+        positions = jnp.broadcast_to(slots, (batch, n_queries))
+        tokens = MaskTokens(slots, positions, implementation.segments)
+        visible = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+    width = max(head_dim, value_dim)
+    q, k, v = (_pad_last_axis(x.swapaxes(1, 2), width) for x in (q, k, v))
+    inputs = AttentionInputs(q, k, v, visible, scale, cap, sinks)
+    out = attend(inputs, attention=implementation.attention, placement=implementation.placement)
+    return out[..., :value_dim]
+
+
+def _attend_by_scores(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    cap: float | None,
+    sinks: jax.Array | None,
+    causal: bool,
+) -> jax.Array:
+    """Computes attention with all scores at once; see `_attend` for the arguments."""
+    batch, heads, n_queries, head_dim = q.shape
+    kv_heads, n_keys, value_dim = v.shape[1:]
     wide = wide_dtype(q.dtype)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, n, size)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, n_queries, head_dim)
     scores = jnp.einsum("bhgqd,bhkd->bhgqk", grouped, k, preferred_element_type=wide) * scale
-    scores = soft_cap(scores.reshape(batch, heads, n, m), cap)
-    if array is None and causal:
-        array = jnp.tril(jnp.ones((n, m), bool), m - n)[None, None]
-    if array is not None:
-        array = array[..., :m]
-        is_bool = array.dtype == bool
-        scores = jnp.where(array, scores, jnp.finfo(wide).min) if is_bool else scores + array
+    scores = soft_cap(scores.reshape(batch, heads, n_queries, n_keys), cap)
+    if mask is None and causal:
+        mask = jnp.tril(jnp.ones((n_queries, n_keys), bool), n_keys - n_queries)[None, None]
+    if mask is not None:
+        mask = mask[..., :n_keys]
+        if mask.dtype == bool:
+            scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+        else:
+            scores = scores + mask
     if sinks is not None:
-        each = jnp.broadcast_to(sinks.astype(wide)[:, None, None], (batch, heads, n, 1))
-        scores = jnp.concatenate([scores, each], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., :m].astype(v.dtype)
-    weights = weights.reshape(batch, kv_heads, heads // kv_heads, n, m)
+        sink_scores = sinks.astype(wide)[:, None, None]
+        sink_scores = jnp.broadcast_to(sink_scores, (batch, heads, n_queries, 1))
+        scores = jnp.concatenate([scores, sink_scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :n_keys].astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads, n_queries, n_keys)
     out = jnp.einsum("bhgqk,bhkd->bqhgd", weights, v)
-    return out.reshape(batch, n, heads, width)
+    return out.reshape(batch, n_queries, heads, value_dim)
 
 
-def _widened(x: jax.Array, width: int) -> jax.Array:
-    more = width - x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+def _pad_last_axis(x: jax.Array, width: int) -> jax.Array:
+    """Returns an array whose last axis is filled up with zeros to a width."""
+    missing = width - x.shape[-1]
+    if missing == 0:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 AttentionInterface.register(NAME, _attention)

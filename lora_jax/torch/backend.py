@@ -63,14 +63,14 @@ class _OperatorError(Exception):
 @contextlib.contextmanager
 def exchanged(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """Sets attributes, (owner, name, value), within a block; behind it they are as before."""
-    before: list[tuple[Any, str, Any]] = []
+    originals: list[tuple[Any, str, Any]] = []
     try:
         for owner, name, value in attributes:
-            before.append((owner, name, vars(owner).get(name, _ABSENT)))
+            originals.append((owner, name, vars(owner).get(name, _ABSENT)))
             setattr(owner, name, value)
         yield
     finally:
-        for owner, name, value in reversed(before):
+        for owner, name, value in reversed(originals):
             if value is _ABSENT:
                 delattr(owner, name)
             else:
@@ -126,10 +126,12 @@ def _frozen(out: Any, args: Any) -> Any:
     """
     if torch.is_grad_enabled() or _IN_FUNCTION.get():
         return out
-    given = {id(arg) for arg in torch_tree.tree_leaves(args)}
-    return torch_tree.tree_map_only(
-        (Tensor, View), lambda tensor: tensor if id(tensor) in given else _stopped(tensor), out
-    )
+    argument_ids = set(map(id, torch_tree.tree_leaves(args)))
+
+    def without_gradient(tensor: Any) -> Any:
+        return tensor if id(tensor) in argument_ids else _stopped(tensor)
+
+    return torch_tree.tree_map_only((Tensor, View), without_gradient, out)
 
 
 def _stopped(tensor: Any) -> Any:
@@ -164,16 +166,17 @@ _written.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 def _overwrite(old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns an array that takes the place of another one, whose gradient stays."""
-    alike = (old.shape, old.dtype) == (new.shape, new.dtype)
-    keeps = alike and jnp.issubdtype(old.dtype, jnp.inexact)
-    array: jax.Array = _written(old, new) if keeps else lax.stop_gradient(new)
+    has_same_form = (old.shape, old.dtype) == (new.shape, new.dtype)
+    keeps_gradient = has_same_form and jnp.issubdtype(old.dtype, jnp.inexact)
+    array: jax.Array = _written(old, new) if keeps_gradient else lax.stop_gradient(new)
     return array
 
 
 def _hold(tensor: Any, array: jax.Array) -> None:
     """Gives a tensor its array; what is written under ``no_grad`` changes no gradient."""
-    old, records = vars(tensor).get("_elem"), torch.is_grad_enabled() or _IN_FUNCTION.get()
-    vars(tensor)["_elem"] = array if old is None or records else _overwrite(old, array)
+    old = vars(tensor).get("_elem")
+    has_gradients = torch.is_grad_enabled() or _IN_FUNCTION.get()
+    vars(tensor)["_elem"] = array if old is None or has_gradients else _overwrite(old, array)
 
 
 def _set_data(tensor: Any, other: Any) -> None:
@@ -239,8 +242,8 @@ def call_module(
     module: torch.nn.Module, arrays: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
     """Calls a module with JAX's arrays for its parameters and buffers, by name."""
-    given = to_torch((dict(arrays), tuple(args), dict(kwargs)))
-    return torch.func.functional_call(module, *given, tie_weights=False)
+    tensors, args, kwargs = to_torch((dict(arrays), tuple(args), dict(kwargs)))
+    return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
@@ -296,9 +299,9 @@ def _place(error: Exception) -> str:
     """Returns the innermost module, and its line of code, that an error passed through."""
     module, line = "the model", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        own = frame.f_locals.get("self")
-        if isinstance(own, torch.nn.Module):
-            module = type(own).__name__
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            module = type(owner).__name__
             file = os.path.basename(frame.f_code.co_filename)
             line = f" ({file}, line {number})" if file != "module.py" else line
     return module + line

@@ -27,17 +27,23 @@ MORE = "it remembers more than keys and values"
 
 
 def empty_cache(entries: Entries, batch: int, max_len: int) -> Cache:
-    """Returns a cache without tokens, for entries of the shapes of any of them, stacked."""
+    """Returns a cache without tokens, whose field `key` has the keys and the values of all layers.
+
+    Args:
+      entries: stacked entries, of which the shapes count.
+      batch: the number of rows.
+      max_len: the number of slots of a row.
+    """
 
     def zeros(x: Any) -> jax.Array:
         layers, _, heads, _, size = x.shape
         return jnp.zeros((layers, batch, heads, max_len, size), x.dtype)
 
-    pairs: Any = jax.tree.map(zeros, entries)
-    nothing: Any = {}
+    keys_and_values: Any = jax.tree.map(zeros, entries)
+    no_values: Any = {}
     return Cache(
-        key=pairs,
-        value=nothing,
+        key=keys_and_values,
+        value=no_values,
         positions=jnp.full((batch, max_len), -1, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
@@ -64,10 +70,12 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
     is_sliding = is_linear = is_dummy = ()
 
     def __init__(self, cache: Cache, ids: jax.Array, mask: jax.Array | None):
-        self._cache, self._placed = cache, place_tokens(ids, mask, None, cache, None)
-        self.mask, self.positions = causal_mask(self._placed, None, cache), self._placed.positions
+        self._cache = cache
+        self._placed = place_tokens(ids, mask, None, cache, None)
+        self.mask = causal_mask(self._placed, None, cache)
+        self.positions = self._placed.positions
         self._entries: Any = cache.key
-        self._now: Entries = jax.tree.map(lambda x: x[0], self._entries)
+        self._earlier: Entries = jax.tree.map(lambda x: x[0], self._entries)
         self._new: Entries = {}
         self._stacked: Entries = {}
 
@@ -90,41 +98,49 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
     ) -> tuple[torch.Tensor, ...]:
         if layer_idx in self._new:
             raise TorchModelError(f"layer {layer_idx} makes keys and values twice")
-        new = self._new[layer_idx] = key_states.jax(), value_states.jax()
-        before = self._now[layer_idx] if self._entries else map(self._no_slots, new)
+        added = key_states.jax(), value_states.jax()
+        self._new[layer_idx] = added
+        earlier = self._earlier[layer_idx] if self._entries else map(self._empty_slots, added)
 
-        def whole(old: jax.Array, new: jax.Array) -> Any:
+        def with_added(old: jax.Array, new: jax.Array) -> Any:
             slots = put_slots(old, new, self._placed.first, batch=0, axis=2)
             return to_torch(slots.astype(new.dtype))
 
-        return tuple(map(whole, before, new))
+        return tuple(map(with_added, earlier, added))
 
-    def _no_slots(self, new: jax.Array) -> jax.Array:
-        return jnp.zeros((*new.shape[:2], self._cache.max_len, *new.shape[3:]), new.dtype)
+    def _empty_slots(self, states: jax.Array) -> jax.Array:
+        """Returns zeros for all slots of a layer's keys or values, [batch, heads, n, head_dim]."""
+        batch, heads, _, head_dim = states.shape
+        return jnp.zeros((batch, heads, self._cache.max_len, head_dim), states.dtype)
 
-    def entries_of(self, numbers: range) -> Entries:
-        """Returns the entries before the call of layers of these numbers, those that have any."""
-        return {layer: own for layer, own in self._entries.items() if layer in numbers}
+    def entries_of(self, layers: range) -> Entries:
+        """Returns the entries before the call of these layers, of those that have any."""
+        return {layer: entry for layer, entry in self._entries.items() if layer in layers}
 
     @contextlib.contextmanager
     def turn(self, entries: Entries) -> Iterator[Entries]:
         """Gives layers of a scan these entries within a block; yields what they add to them."""
-        outer = self._now, self._new
-        self._now, self._new = self._now | entries, {}
+        outer_earlier, outer_new = self._earlier, self._new
+        self._earlier = outer_earlier | entries
+        self._new = {}
         try:
             yield self._new
         finally:
-            self._now, self._new = outer
+            self._earlier = outer_earlier
+            self._new = outer_new
 
-    def add(self, new: Entries, numbers: range) -> None:
+    def add(self, entries: Entries, layers: range) -> None:
         """Takes the new entries of the layers of a stack.
 
         Raises:
-          TorchModelError: layers of other numbers are among them.
+          TorchModelError: entries of other layers are among them.
         """
-        if others := new.keys() - set(numbers):
-            raise TorchModelError(f"its stacked layers number themselves {min(others)} and on")
-        self._stacked |= new
+        other_layers = entries.keys() - set(layers)
+        if other_layers:
+            raise TorchModelError(
+                f"its stacked layers number themselves {min(other_layers)} and on"
+            )
+        self._stacked |= entries
 
     @property
     def new_entries(self) -> Entries:
@@ -134,8 +150,8 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
 
     def extended(self) -> Cache:
         """Returns the cache with what the call added."""
-        new = jax.tree.map(lambda x: x.swapaxes(2, 3), self.new_entries)
-        return extend_cache(self._cache, self._placed, (new, {}))
+        token_major = jax.tree.map(lambda x: x.swapaxes(2, 3), self.new_entries)
+        return extend_cache(self._cache, self._placed, (token_major, {}))
 
 
 class Tokens(NamedTuple):
@@ -185,7 +201,7 @@ class Tokens(NamedTuple):
         mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
         slots = self.length[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
-        to = jnp.where(mask, slots, self.max_len)  # padding goes nowhere
-        all_ids = self.ids.at[rows, to].set(ids.astype(jnp.int32), mode="drop")
+        target_slots = jnp.where(mask, slots, self.max_len)  # padding is dropped
+        all_ids = self.ids.at[rows, target_slots].set(ids.astype(jnp.int32), mode="drop")
         length = self.length + jnp.sum(mask, axis=1, dtype=jnp.int32)
         return Tokens(all_ids, length), jnp.clip(slots, 0, self.max_len - 1)

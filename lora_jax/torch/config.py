@@ -69,9 +69,12 @@ class TorchConfig(Recipe):
 
     def _text(self, *names: str) -> Any:
         """Returns the first of the fields, of the part that reads texts, that is there."""
-        own = self.hf.get_text_config() if self.hf is not None else None
-        values = (getattr(own, name, None) for name in names)
-        return next((value for value in values if value is not None), None)
+        text_config = None if self.hf is None else self.hf.get_text_config()
+        for name in names:
+            value = getattr(text_config, name, None)
+            if value is not None:
+                return value
+        return None
 
     @property
     def vocab_size(self) -> int:

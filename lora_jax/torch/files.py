@@ -94,9 +94,10 @@ class TorchFolder(SafetensorsFolder):
             _, pattern, first = _renamed(name, self.config)
             if pattern is None:
                 continue
-            converter = next(each for each in converters if pattern in each.source_patterns)
+            converter = next(c for c in converters if pattern in c.source_patterns)
             patterns = converter.target_patterns
-            for target in {first.replace(patterns[0], own) for own in patterns} & rows.keys():
+            targets = {first.replace(patterns[0], target_pattern) for target_pattern in patterns}
+            for target in targets & rows.keys():
                 joined = self._joined.setdefault(target, _Joined(converter, first, {}))
                 joined.parts.setdefault(pattern, []).append(name)
                 self.shapes[target] = rows[target]
@@ -116,28 +117,30 @@ class TorchFolder(SafetensorsFolder):
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in self._joined:
             return super()._slice(name, index)
-        own = self._joined[name]
-        parts = {pattern: list(map(self._tensor, names)) for pattern, names in own.parts.items()}
-        whole, shape = self._join(name, parts), self.shapes[name]
-        if whole.shape != shape:
+        part_names = self._joined[name].parts
+        parts = {pattern: list(map(self._part, names)) for pattern, names in part_names.items()}
+        tensor = self._join(name, parts)
+        shape = self.shapes[name]
+        if tensor.shape != shape:
             raise WeightsError(
-                f"{self.where}: {name} is {list(whole.shape)} of the parts in the files, such as "
-                f"{next(iter(own.parts.values()))[-1]}, expected {list(shape)}"
+                f"{self.where}: {name} is {list(tensor.shape)} of the parts in the files, such as "
+                f"{next(iter(part_names.values()))[-1]}, expected {list(shape)}"
             )
-        return whole[index]
+        return tensor[index]
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _part(self, name: str) -> np.ndarray:
+        """Returns a tensor of the files, whole."""
         return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
     def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
         """Returns a tensor of the module, put together from the parts in the files."""
         converter, first, _ = self._joined[name]
-        some = next(iter(parts.values()))[0].dtype
-        is_bf16 = some == ml_dtypes.bfloat16
-        tensors: Any = {
-            pattern: [torch.from_numpy(a.view(np.int16) if is_bf16 else a) for a in arrays]
-            for pattern, arrays in parts.items()
-        }
+        is_bf16 = next(iter(parts.values()))[0].dtype == ml_dtypes.bfloat16
+        tensors: Any = {}
+        for pattern, arrays in parts.items():
+            if is_bf16:  # which torch does not read from NumPy
+                arrays = [array.view(np.int16) for array in arrays]
+            tensors[pattern] = list(map(torch.from_numpy, arrays))
         # Conversions ask the module for the shapes of its parameters.
         model = SimpleNamespace(get_parameter=lambda n: torch.empty(self.shapes[n], device="meta"))
         for operation in converter.operations:

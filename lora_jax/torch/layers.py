@@ -43,18 +43,20 @@ class Recomputed(NamedTuple):
         if self.remat is False:
             return body
 
-        def begun(hidden: jax.Array, arrays: Any) -> Any:
+        def with_marked_input(hidden: jax.Array, arrays: Any) -> Any:
             return body(layer_input(hidden, self.remat), arrays)
 
-        return jax.checkpoint(begun, policy=remat_policy(self.remat), prevent_cse=not scans)
+        return jax.checkpoint(
+            with_marked_input, policy=remat_policy(self.remat), prevent_cse=not scans
+        )
 
 
 def layer_lists(module: torch.nn.Module) -> list[str]:
     """Returns the names of the lists of two or more modules that lie in no other such list."""
     names: list[str] = []
-    for name, part in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in names)
-        if isinstance(part, torch.nn.ModuleList) and len(part) > 1 and not inside:
+    for name, submodule in module.named_modules():
+        is_nested = any(name.startswith(f"{outer}.") for outer in names)
+        if isinstance(submodule, torch.nn.ModuleList) and len(submodule) > 1 and not is_nested:
             names.append(name)
     return names
 
@@ -75,15 +77,17 @@ def patched(layers: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> I
 
     While it runs, all layers are as they were.
     """
-    own = [(layer, "forward", layer.forward) for layer in layers]
+    originals = [(layer, "forward", layer.forward) for layer in layers]
 
-    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with exchanged(own):
+    def run_forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with exchanged(originals):
             return forward(i, layer, *args, **kwargs)
 
-    with exchanged(
-        (layer, "forward", functools.partial(called, i, layer)) for i, layer in enumerate(layers)
-    ):
+    replacements = [
+        (layer, "forward", functools.partial(run_forward, i, layer))
+        for i, layer in enumerate(layers)
+    ]
+    with exchanged(replacements):
         yield
 
 
@@ -98,27 +102,46 @@ class _LayerCall:
     def __init__(self, layer: torch.nn.Module, args: Any, kwargs: Any):
         self._layer = layer
         named = kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-        first = args[0] if args else named
-        self.hidden: jax.Array = first.jax()
-        self._given, self._form = torch_tree.tree_flatten((args, kwargs))
-        at = self._at = next(i for i, x in enumerate(self._given) if x is first)
-        self.others: list[Any] = self._given[:at] + self._given[at + 1 :]
-        self._out: Any = None  # the leaves that it returns, `_ARRAY` for arrays, and their tree
+        hidden = args[0] if args else named
+        self.hidden: jax.Array = hidden.jax()
+        self._arguments, self._argument_tree = torch_tree.tree_flatten((args, kwargs))
+        self._hidden_index = next(i for i, x in enumerate(self._arguments) if x is hidden)
+        self.others: list[Any] = [*self._arguments]
+        del self.others[self._hidden_index]
+        # The leaves of the output, `_ARRAY` for each array, and their tree: known after a call.
+        self._output_leaves: list[Any] = []
+        self._output_tree: Any = None
 
     def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
-        given = [*self._given]
-        given[self._at] = to_torch(hidden)
-        args, kwargs = torch_tree.tree_unflatten(given, self._form)
+        arguments = [*self._arguments]
+        arguments[self._hidden_index] = to_torch(hidden)
+        args, kwargs = torch_tree.tree_unflatten(arguments, self._argument_tree)
         out = call_module(self._layer, arrays, args, kwargs)
-        leaves, form = torch_tree.tree_flatten(out)
-        self._out = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves], form
+        leaves, self._output_tree = torch_tree.tree_flatten(out)
+        self._output_leaves = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves]
         return [to_jax(x) for x in leaves if isinstance(x, torch.Tensor)]
 
     def restore(self, arrays: Sequence[jax.Array]) -> Any:
         """Returns the layer's output, with these arrays in it."""
-        (leaves, form), left = self._out, iter(arrays)
-        leaves = [to_torch(next(left)) if x is _ARRAY else x for x in leaves]
-        return torch_tree.tree_unflatten(leaves, form)
+        remaining = iter(arrays)
+        leaves = [to_torch(next(remaining)) if x is _ARRAY else x for x in self._output_leaves]
+        return torch_tree.tree_unflatten(leaves, self._output_tree)
+
+
+class _ProbedCall(NamedTuple):
+    """A call of a layer, as it is compared with the calls of other layers.
+
+    Attributes:
+      layer: the index of the layer in its list.
+      signature: equal for two calls that compute the same.
+      follows: whether its hidden states are what the layer before returned.
+      alive: the objects whose ids are in the signature.
+    """
+
+    layer: int
+    signature: Any
+    follows: bool
+    alive: Any
 
 
 def find_stack(
@@ -139,33 +162,58 @@ def find_stack(
       arrays: the shapes of each one's parameters and buffers.
       run: runs the whole module.
     """
-    calls: list[tuple[int, Any, bool, Any]] = []
-    given: list[Any] = [None]  # by the layer before
+    calls: list[_ProbedCall] = []
+    outputs: list[Any] = [None]  # those of all layers so far; None before the first one
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(layer, args, kwargs)
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(arrays[i], call.hidden)
-        same = [(x.shape, x.dtype) for x in shapes] == [(call.hidden.shape, call.hidden.dtype)]
-        told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
-        constants = [_mark(constant) for constant in traced.consts]
-        sign = (str(traced), constants, told, _settings(layer)) if same else (i,)
-        alive = call, traced.consts  # what is compared by its id
-        calls.append((i, sign, call.hidden is given[-1], alive))
-        given.extend(jnp.zeros(s.shape, s.dtype) for s in shapes)
-        return call.restore(given[-len(shapes) :])
+        calls.append(
+            _ProbedCall(
+                layer=i,
+                signature=_signature(i, layer, call, traced, shapes),
+                follows=call.hidden is outputs[-1],
+                alive=(call, traced.consts),
+            )
+        )
+        layer_outputs = [jnp.zeros(s.shape, s.dtype) for s in shapes]
+        outputs.extend(layer_outputs)
+        return call.restore(layer_outputs)
 
     with patched(layers, record):
         run()
     n = len(layers)
-    if [i for i, *_ in calls] != list(range(n)):
+    if [call.layer for call in calls] != list(range(n)):
         return None
-    _, signs, follows, _ = zip(*calls, strict=True)
     for start in range(min(n - 1, 4)):
+        if not all(call.follows for call in calls[start + 1 :]):
+            continue
         for period in range(1, (n - start) // 2 + 1):
-            alike = all(signs[i] == signs[start + (i - start) % period] for i in range(start, n))
-            if (n - start) % period == 0 and alike and all(follows[start + 1 :]):
+            if (n - start) % period == 0 and _repeats(calls[start:], period):
                 return LayerPeriods(name, start, period, (n - start) // period)
     return None
+
+
+def _signature(
+    index: int,
+    layer: torch.nn.Module,
+    call: _LayerCall,
+    traced: Any,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+) -> Any:
+    """Returns a value that is equal for two layers that compute the same."""
+    output_forms = [(x.shape, x.dtype) for x in shapes]
+    if output_forms != [(call.hidden.shape, call.hidden.dtype)]:
+        return (index,)  # its output is no input of another layer
+    arguments = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
+    constants = [_mark(constant) for constant in traced.consts]
+    return str(traced), constants, arguments, _settings(layer)
+
+
+def _repeats(calls: Sequence[_ProbedCall], period: int) -> bool:
+    """Returns True if each call computes the same as the call one period later."""
+    pairs = zip(calls, calls[period:], strict=False)
+    return all(call.signature == later.signature for call, later in pairs)
 
 
 def _mark(constant: Any) -> Any:
@@ -176,24 +224,21 @@ def _mark(constant: Any) -> Any:
     return array.dtype, array.shape, array.tobytes()
 
 
-_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx", "idx")
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "idx")
 _PLAIN = (int, float, str, bool, type(None), tuple)
 
 
 def _settings(layer: torch.nn.Module) -> list[Any]:
     """Returns the classes and the plain settings of a layer's modules, but for its number."""
-    return [
-        (
-            name,
-            type(part),
-            sorted(
-                (k, repr(v))
-                for k, v in vars(part).items()
-                if k not in _NUMBERS and isinstance(v, _PLAIN)
-            ),
-        )
-        for name, part in layer.named_modules()
-    ]
+    settings: list[Any] = []
+    for name, module in layer.named_modules():
+        plain = {
+            key: repr(value)
+            for key, value in vars(module).items()
+            if key not in _INDEX_NAMES and isinstance(value, _PLAIN)
+        }
+        settings.append((name, type(module), sorted(plain.items())))
+    return settings
 
 
 @contextlib.contextmanager
@@ -214,34 +259,35 @@ def scanned(
       cache: the tokens so far; None without a cache.
     """
     calls: list[_LayerCall] = []
-    numbers = range(stack.start, stack.n_layers)
+    layer_indices = range(stack.start, stack.n_layers)
     with_entries = contextlib.nullcontext if cache is None else cache.turn
 
-    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run_period(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+        arrays_of_layers, entries = slices
+        with with_entries(entries) as added_entries:
+            for call, layer_arrays in zip(calls, arrays_of_layers, strict=True):
+                (hidden,) = call(layer_arrays, hidden)
+                hidden = recomputed.placement.constrain(hidden, "residual")
+        return hidden, added_entries
+
+    def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if i == 0:
             calls.clear()
-        calls.append(_LayerCall(layer, args, kwargs))
-        if i < stack.period - 1:
-            own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
-            with with_entries({}):  # for the structure of its output
-                jax.eval_shape(calls[i], own, calls[i].hidden)
-            return calls[i].restore([calls[i].hidden])
-
-        def turn(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
-            with with_entries(slices[1]) as new:
-                for call, own in zip(calls, slices[0], strict=True):
-                    (hidden,) = call(own, hidden)
-                    hidden = recomputed.placement.constrain(hidden, "residual")
-            return hidden, new
-
-        body = recomputed(turn, scans=True)
-        entries = {} if cache is None else cache.entries_of(numbers)
-        hidden, new = jax.lax.scan(body, calls[0].hidden, (list(arrays), entries))
+        call = _LayerCall(layer, args, kwargs)
+        calls.append(call)
+        if i < stack.period - 1:  # the last layer of the period runs this one
+            layer_shapes = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
+            with with_entries({}):
+                jax.eval_shape(call, layer_shapes, call.hidden)  # for the structure of its output
+            return call.restore([call.hidden])
+        body = recomputed(run_period, scans=True)
+        entries = {} if cache is None else cache.entries_of(layer_indices)
+        hidden, added_entries = jax.lax.scan(body, calls[0].hidden, (list(arrays), entries))
         if cache is not None:
-            cache.add(new, numbers)
-        return calls[i].restore([hidden])
+            cache.add(added_entries, layer_indices)
+        return call.restore([hidden])
 
-    with patched(layers, called):
+    with patched(layers, forward):
         yield
 
 
@@ -251,11 +297,11 @@ def unrolled(
 ) -> Iterator[None]:
     """Runs each layer by itself, recomputed in the backward pass."""
 
-    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(layer, args, kwargs)
         hidden = recomputed.placement.constrain(call.hidden, "residual")
-        body = recomputed(lambda hidden, own: call(own, hidden), scans=False)
+        body = recomputed(lambda hidden, layer_arrays: call(layer_arrays, hidden), scans=False)
         return call.restore(body(hidden, arrays[i]))
 
-    with patched(layers, called):
+    with patched(layers, forward):
         yield

@@ -91,11 +91,12 @@ def from_torch(
     tensors = source.state_dict()
 
     def read(row: Row) -> jax.Array:
-        arrays = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
-        arrays = [array.T if row.transpose else array for array in arrays]
-        whole = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
-        place = None if sharding is None else sharding(row.path, row.stacked_shape)
-        array: jax.Array = jax.device_put(whole.astype(param_dtype), place)
+        layers = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
+        if row.transpose:
+            layers = [layer.T for layer in layers]
+        values = np.stack(layers).reshape(row.stacked_shape) if row.stack else layers[0]
+        row_sharding = None if sharding is None else sharding(row.path, row.stacked_shape)
+        array: jax.Array = jax.device_put(values.astype(param_dtype), row_sharding)
         return array
 
     return model, nest_leaves((row.path, read(row)) for row in config.key_rows())

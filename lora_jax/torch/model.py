@@ -83,16 +83,20 @@ class TorchModel:
         args: Any,
         kwargs: Mapping[str, Any],
         cache: CachedCall | None = None,
-        **how: Any,
+        **attention_fields: Any,
     ) -> Any:
+        """Calls the module, whose attention has further fields of `Attending`."""
         recomputed = Recomputed(self.remat if cache is None else False, self.placement)
-        how |= {} if cache is None else {"cached": cache.mask}
+        if cache is not None:
+            attention_fields["cached"] = cache.mask
 
         def cast(x: Any) -> Any:
             return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        wide = self.built.wide_logits() if self.config.continues else contextlib.nullcontext()
-        with attending(Attending(self.attention, self.placement, **how)), wide:
+        implementation = Attending(self.attention, self.placement, **attention_fields)
+        is_language_model = self.config.continues
+        head = self.built.wide_logits() if is_language_model else contextlib.nullcontext()
+        with attending(implementation), head:
             return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed, cache)
 
     def apply(
@@ -115,11 +119,13 @@ class TorchModel:
           TorchModelError: see `__call__`. The module takes no such argument, or it gets
             ``segment_ids`` and cannot keep the sequences of a row apart.
         """
-        if unknown := [name for name in places if name not in _PLACES]:
-            raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown[0]}")
-        for name in _PLACES[1:] if cache is not None else ():
-            if places.get(name) is not None:
-                raise TorchModelError(f"{self.built.name}: it takes no {name} with a cache")
+        unknown_names = [name for name in places if name not in _PLACES]
+        if unknown_names:
+            raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown_names[0]}")
+        if cache is not None:
+            for name in _PLACES[1:]:
+                if places.get(name) is not None:
+                    raise TorchModelError(f"{self.built.name}: it takes no {name} with a cache")
         places = self._without_segments(places)
         params = variables["params"]
         if method == "head":
@@ -130,15 +136,24 @@ class TorchModel:
             return logits, call.extended()
         if cache is not None:
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
-            at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)
+            if logits_at is not None:
+                slots = jnp.take_along_axis(slots, logits_at, axis=1)
             kwargs = self._places(cache.ids, {})
-            return self._logits(params, cache.ids, kwargs, at, return_hidden, unpadded=True), cache
-        segments, mask = places.get("segment_ids"), places.get("attention_mask")
+            logits = self._logits(params, cache.ids, kwargs, slots, return_hidden, unpadded=True)
+            return logits, cache
+        segments = places.get("segment_ids")
+        mask = places.get("attention_mask")
         if segments is not None and mask is not None:
             segments = jnp.where(mask.astype(bool), segments, -1)
-        how = {"segments": segments, "unpadded": mask is None}
-        kwargs = self._places(input_ids, places)
-        return self._logits(params, input_ids, kwargs, logits_at, return_hidden, **how)
+        return self._logits(
+            params,
+            input_ids,
+            self._places(input_ids, places),
+            logits_at,
+            return_hidden,
+            segments=segments,
+            unpadded=mask is None,
+        )
 
     def _without_segments(self, places: dict[str, jax.Array | None]) -> dict[str, jax.Array | None]:
         """Returns the places of tokens, without segments where the module cannot keep them apart.
@@ -166,42 +181,41 @@ class TorchModel:
         an array of [seq, seq].
         """
         mask, positions, segments = (places.get(name) for name in _PLACES)
-        given: dict[str, jax.Array] = {}
+        arguments: dict[str, jax.Array] = {}
         if mask is not None or self.built.attends:
             ones = jnp.ones(ids.shape, jnp.int32)
             # Where there are segments, padding is a segment of its own.
-            given["attention_mask"] = ones if mask is None or segments is not None else mask
-        anything = any(place is not None for place in (mask, positions, segments))
-        if anything and "position_ids" in self.built.arguments:
+            arguments["attention_mask"] = ones if mask is None or segments is not None else mask
+        is_placed = any(place is not None for place in (mask, positions, segments))
+        if is_placed and "position_ids" in self.built.arguments:
             placed = place_tokens(ids, mask, positions, None, segments)
-            given["position_ids"] = placed.positions + self.built.first_position
-        return given
+            arguments["position_ids"] = placed.positions + self.built.first_position
+        return arguments
 
     def _logits(
         self,
         params: Tree,
         ids: jax.Array,
         kwargs: Mapping[str, Any],
-        at: jax.Array | None,
+        slots: jax.Array | None,
         return_hidden: bool,
-        **how: Any,
+        **run_options: Any,
     ) -> jax.Array:
-        """Returns logits in fp32, or hidden states, at some places."""
-        taken: list[jax.Array] = []
+        """Returns logits in fp32, or hidden states, of some slots of each row; None for all."""
+        head_inputs: list[jax.Array] = []
 
-        def pick(hidden: jax.Array) -> jax.Array:
-            picked = hidden
-            if at is not None:
-                picked = jnp.take_along_axis(hidden, at[..., None], axis=1)
-            taken.append(picked)
-            return picked
+        def select(hidden: jax.Array) -> jax.Array:
+            if slots is not None:
+                hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
+            head_inputs.append(hidden)
+            return hidden
 
-        with self.built.trunk_output(pick):
+        with self.built.trunk_output(select):
             arguments = {"input_ids": ids, "use_cache": False, **kwargs}
-            out = self._run(params, (), arguments, **how)
-        if not taken:
+            out = self._run(params, (), arguments, **run_options)
+        if not head_inputs:
             raise TorchModelError(f"{self.built.name}: its head is no part of its own")
-        return taken[0] if return_hidden else _wide_logits(out)
+        return head_inputs[0] if return_hidden else _wide_logits(out)
 
     def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states, [batch, n, d_model]."""

@@ -85,29 +85,24 @@ class Built:
         Raises:
           TorchModelError: see `running`.
         """
-        leaves = dict(flatten_with_paths(tree)[0])
-        if lacking := [row.path for row in self.rows if row.path not in leaves]:
-            raise TorchModelError(f"{self.name}: the tree has no {lacking[0]}")
-        arrays: dict[str, jax.Array] = {n: jnp.asarray(b) for n, b in self.buffers.items()}
-        for row in self.rows:
-            array = leaves[row.path]
-            array = array.swapaxes(-1, -2) if row.transpose else array
-            arrays |= dict.fromkeys((row.hf_names[0], *row.aliases), array)
+        arrays = self._arrays(tree)
 
-        def layers(name: str, numbers: range) -> tuple[list[torch.nn.Module], list[Any]]:
+        def layers(name: str, indices: range) -> tuple[list[torch.nn.Module], list[Any]]:
             modules = self.layers(name)
-            return [modules[i] for i in numbers], [within(arrays, f"{name}.{i}.") for i in numbers]
+            layer_arrays = [within(arrays, f"{name}.{i}.") for i in indices]
+            return [modules[i] for i in indices], layer_arrays
 
-        with running(self.name), contextlib.ExitStack() as open_:
+        with running(self.name), contextlib.ExitStack() as contexts:
             for stack in self.stacks:
-                own = layers(stack.name, range(stack.start, stack.n_layers))
-                open_.enter_context(scanned(stack, *own, recomputed, cache))
-            apart = recomputed.remat is not False or recomputed.placement.token_parts > 1
-            single = {name: len(self.layers(name)) for name in self.lists}
-            single |= {stack.name: stack.start for stack in self.stacks}
-            for name, n in single.items() if apart else ():
-                open_.enter_context(unrolled(*layers(name, range(n)), recomputed))
-            holds_others = open_.enter_context(loose(self.module))
+                kinds, kind_arrays = layers(stack.name, range(stack.start, stack.n_layers))
+                contexts.enter_context(scanned(stack, kinds, kind_arrays, recomputed, cache))
+            # A layer that is neither recomputed nor placed runs as torch calls it.
+            if recomputed.remat is not False or recomputed.placement.token_parts > 1:
+                n_unrolled = {name: len(self.layers(name)) for name in self.lists}
+                n_unrolled |= {stack.name: stack.start for stack in self.stacks}
+                for name, n in n_unrolled.items():
+                    contexts.enter_context(unrolled(*layers(name, range(n)), recomputed))
+            holds_others = contexts.enter_context(loose(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
                 kwargs["position_ids"] = cache.positions + self.first_position
@@ -115,6 +110,20 @@ class Built:
             if cache is not None and holds_others():
                 raise TorchModelError(MORE)
             return out
+
+    def _arrays(self, tree: Tree) -> dict[str, jax.Array]:
+        """Returns the arrays of a tree and the buffers under the module's own names."""
+        leaves = dict(flatten_with_paths(tree)[0])
+        missing_paths = [row.path for row in self.rows if row.path not in leaves]
+        if missing_paths:
+            raise TorchModelError(f"{self.name}: the tree has no {missing_paths[0]}")
+        arrays: dict[str, jax.Array] = {n: jnp.asarray(b) for n, b in self.buffers.items()}
+        for row in self.rows:
+            array = leaves[row.path]
+            if row.transpose:
+                array = array.swapaxes(-1, -2)
+            arrays |= dict.fromkeys((row.hf_names[0], *row.aliases), array)
+        return arrays
 
     def layers(self, name: str) -> list[torch.nn.Module]:
         """Returns the modules of a list."""
@@ -126,8 +135,8 @@ class Built:
         """Transformers' renamings and conversions of files' tensors, and the module's tensors."""
         module: Any = self.module
         mapping = get_model_conversion_mapping(module)
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
         names = [name for row in self.rows for name in (*row.hf_names, *row.aliases)]
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
@@ -156,8 +165,9 @@ class Built:
     @property
     def packs(self) -> bool:
         """True if rows may hold several sequences: attention alone mixes tokens, and is ours."""
-        mixing = any(_MIXES.search(type(part).__name__) for part in self.module.modules())
-        return self.attends and "position_ids" in self.arguments and not mixing
+        classes = [type(submodule).__name__ for submodule in self.module.modules()]
+        mixes_otherwise = any(map(_MIXES.search, classes))
+        return self.attends and "position_ids" in self.arguments and not mixes_otherwise
 
     @functools.cached_property
     def first_position(self) -> int:
@@ -176,13 +186,21 @@ class Built:
         """
         module: Any = self.module
         table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-        trunks: list[Any] = [getattr(module, "base_model", None)]
-        trunks = trunks if trunks[0] not in (None, module) else []
-        parts: Any = trunks[-1:] or [module]
-        while parts:
-            inner = (part for part in parts[-1].children() if part is not table)
-            parts = [part for part in inner if table in list(part.modules())][:1]
-            trunks += parts
+        base_model = getattr(module, "base_model", None)
+        trunks: list[Any] = []
+        if base_model not in (None, module):
+            trunks.append(base_model)
+        innermost = trunks[0] if trunks else module
+        while True:
+            with_table = [
+                child
+                for child in innermost.children()
+                if child is not table and table in list(child.modules())
+            ]
+            if not with_table:
+                break
+            innermost = with_table[0]
+            trunks.append(innermost)
         if not trunks:
             raise TorchModelError(f"{self.name}: its head is no part of its own")
         return trunks
@@ -244,24 +262,29 @@ class _Hidden:
 
 @functools.lru_cache(maxsize=8)
 def _built(recipe: Recipe) -> Built:
+    """Returns the module of a recipe, whose stacks keep a layer of each kind."""
     module: torch.nn.Module = recipe.empty_module().eval()
-    name, buffers, lists = recipe.model_type, buffers_of(module), layer_lists(module)
-    compares = recipe.scan and recipe.continues
-    found = find_stacks(name, module, lists, buffers) if compares else {}
-    stacks = [stack for stack in found.values() if not isinstance(stack, str)]
+    buffers = buffers_of(module)
+    lists = layer_lists(module)
+    stack_or_reason: dict[str, LayerPeriods | str] = {}
+    if recipe.scan and recipe.continues:
+        stack_or_reason = find_stacks(recipe.model_type, module, lists, buffers)
+    stacks = [stack for stack in stack_or_reason.values() if not isinstance(stack, str)]
+    stack_names = {stack.name for stack in stacks}
     rows = rows_of(module, stacks)
-    stored = {name for row in rows_of(module) for name in (*row.hf_names, *row.aliases)}
+    stored_names = {name for row in rows_of(module) for name in (*row.hf_names, *row.aliases)}
+    further_buffers = {n: buffer for n, buffer in buffers.items() if n not in stored_names}
     for stack in stacks:
         layers: Any = module.get_submodule(stack.name)
         del layers[stack.n_layers :]
     return Built(
-        name=name,
+        name=recipe.model_type,
         module=module,
         rows=rows,
         stacks=stacks,
-        lists=[name for name in lists if name not in {stack.name for stack in stacks}],
-        buffers=stack_buffers(stacks, {n: b for n, b in buffers.items() if n not in stored}),
-        unlike={name: why for name, why in found.items() if isinstance(why, str)},
+        lists=[name for name in lists if name not in stack_names],
+        buffers=stack_buffers(stacks, further_buffers),
+        unlike={name: why for name, why in stack_or_reason.items() if isinstance(why, str)},
     )
 
 

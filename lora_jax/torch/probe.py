@@ -15,7 +15,7 @@ from lora_jax.torch.layers import find_stack
 from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.structure import LayerPeriods, place_of
 
-_PROBE = 8  # tokens of the row by which layers are compared
+_PROBE_TOKENS = 8  # of the row by which layers are compared
 
 
 def within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -31,27 +31,31 @@ def loose(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
     a function that tells whether the modules hold others by now; behind the block, all attributes
     are as before.
     """
-    before = [(part, vars(part).copy()) for part in module.modules()]
-    shared: dict[Any, Any] = {}
+    attributes_before = [(submodule, vars(submodule).copy()) for submodule in module.modules()]
+    tensor_of_contents: dict[Any, Any] = {}
     try:
-        for part, own in before:
-            for name, value in own.items():
+        for submodule, attributes in attributes_before:
+            for name, value in attributes.items():
                 if isinstance(value, torch.Tensor) and value.device.type == "cpu":
                     array = _host_array(value)
-                    key = array.dtype, array.shape, array.tobytes()
-                    vars(part)[name] = shared.setdefault(key, to_torch(array))
+                    contents = array.dtype, array.shape, array.tobytes()
+                    tensor = tensor_of_contents.setdefault(contents, to_torch(array))
+                    vars(submodule)[name] = tensor
 
         def holds_others() -> bool:
-            values = (value for part, _ in before for value in vars(part).values())
-            tensors = (value for value in values if isinstance(value, torch.Tensor))
-            given = set(map(id, shared.values()))
-            return any(x.device.type == "jax" and id(x) not in given for x in tensors)
+            exchanged_ids = set(map(id, tensor_of_contents.values()))
+            return any(
+                value.device.type == "jax" and id(value) not in exchanged_ids
+                for submodule, _ in attributes_before
+                for value in vars(submodule).values()
+                if isinstance(value, torch.Tensor)
+            )
 
         yield holds_others
     finally:
-        for part, own in before:
-            vars(part).clear()
-            vars(part).update(own)
+        for submodule, attributes in attributes_before:
+            vars(submodule).clear()
+            vars(submodule).update(attributes)
 
 
 def _host_array(tensor: torch.Tensor) -> np.ndarray:
@@ -74,14 +78,17 @@ def find_stacks(
     name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
 ) -> dict[str, LayerPeriods | str]:
     """Returns the stack of each list of layers, compared by a short row, or why it is none."""
-    found: dict[str, LayerPeriods | str] = {}
+    stack_or_reason: dict[str, LayerPeriods | str] = {}
     shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
-    for each in lists:
+    for list_name in lists:
         try:
-            found[each] = _probe(name, module, each, {**shapes, **buffers}) or "they differ"
+            stack = _probe(name, module, list_name, {**shapes, **buffers})
         except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            found[each] = f"they cannot be compared: {str(error).partition(chr(10))[0]}"
-    return found
+            reason = str(error).partition("\n")[0]
+            stack_or_reason[list_name] = f"they cannot be compared: {reason}"
+        else:
+            stack_or_reason[list_name] = stack or "they differ"
+    return stack_or_reason
 
 
 def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -90,32 +97,32 @@ def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
 
 
 def _probe(
-    name: str, module: torch.nn.Module, each: str, shapes: Mapping[str, Any]
+    name: str, module: torch.nn.Module, list_name: str, shapes: Mapping[str, Any]
 ) -> LayerPeriods | None:
     """Returns the stack of a list of layers, by a trace of the whole module."""
-    result: list[LayerPeriods | None] = []
-    layers: Any = module.get_submodule(each)
+    stacks: list[LayerPeriods | None] = []
+    layers: Any = module.get_submodule(list_name)
+    layer_shapes = [within(shapes, f"{list_name}.{i}.") for i in range(len(layers))]
 
-    def traced(values: Mapping[str, Any], ids: jax.Array) -> None:
-        own = [within(shapes, f"{each}.{i}.") for i in range(len(layers))]
+    def trace(values: Mapping[str, Any], ids: jax.Array) -> None:
         with running(name), attending(Attending(keeps_masks=True)), loose(module):
             inputs = {"input_ids": ids, "use_cache": False}
             run = functools.partial(call_module, module, values, (), inputs)
-            result.append(find_stack(each, list(layers), own, run))
+            stacks.append(find_stack(list_name, list(layers), layer_shapes, run))
 
-    jax.eval_shape(traced, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE), np.int32))
-    return result[0]
+    jax.eval_shape(trace, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE_TOKENS), np.int32))
+    return stacks[0]
 
 
 def stack_buffers(
     stacks: Sequence[LayerPeriods], buffers: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Returns buffers, those of layers of a kind stacked under the first one's name."""
-    kept: dict[str, np.ndarray] = {}
+    stacked: dict[str, np.ndarray] = {}
     for name, buffer in buffers.items():
-        placed = place_of(name, stacks)
-        if placed is None:
-            kept[name] = buffer
-        elif placed.turn == 0:
-            kept[name] = np.stack([buffers[each] for each in placed.all_names])
-    return kept
+        place = place_of(name, stacks)
+        if place is None:
+            stacked[name] = buffer
+        elif place.turn == 0:
+            stacked[name] = np.stack([buffers[layer_name] for layer_name in place.all_names])
+    return stacked

@@ -99,10 +99,10 @@ def rows_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> lis
         tensors[id(tensor)] = tensor
     rows: list[Row] = []
     for key, (name, *aliases) in names.items():
-        placed = place_of(name, stacks)
-        if placed is not None and placed.turn > 0:
+        place = place_of(name, stacks)
+        if place is not None and place.turn > 0:
             continue  # the row of the first layer of its kind holds it
-        rows.append(_row(module, name, tuple(aliases), tensors[key], placed, heads))
+        rows.append(_row(module, name, tuple(aliases), tensors[key], place, heads))
     return rows
 
 
@@ -119,12 +119,16 @@ def _stored(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _heads(module: torch.nn.Module) -> dict[str, Kind]:
     """Returns the kinds of the modules that turn tokens into vectors and back, by name."""
     kinds: dict[str, Kind] = {}
-    for kind, get in (("embedding", "get_input_embeddings"), ("head", "get_output_embeddings")):
+    getters: dict[Kind, str] = {
+        "embedding": "get_input_embeddings",
+        "head": "get_output_embeddings",
+    }
+    for kind, getter in getters.items():
         try:
-            own = getattr(module, get)()
+            table = getattr(module, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        kinds |= {name: kind for name, part in module.named_modules() if part is own}
+        kinds |= {name: kind for name, submodule in module.named_modules() if submodule is table}
     return kinds
 
 
@@ -133,52 +137,73 @@ def _row(
     name: str,
     aliases: tuple[str, ...],
     tensor: torch.Tensor,
-    placed: Place | None,
+    place: Place | None,
     heads: dict[str, Kind],
 ) -> Row:
-    owner_name, _, leaf = name.rpartition(".")
+    """Returns the row of a tensor.
+
+    Args:
+      module: the whole module.
+      name: the module's name of the tensor, in the first layer of its kind.
+      aliases: its other names.
+      tensor: the tensor.
+      place: its place in a stack; None outside of stacks.
+      heads: the kinds of modules, from `_heads`.
+    """
+    owner_name, _, torch_leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    shape, ours, transpose = tuple(tensor.shape), leaf, False
-    is_kernel = leaf == "weight" and len(shape) == 2
-    if is_kernel and isinstance(owner, torch.nn.Linear):
-        shape, ours, transpose = shape[::-1], "kernel", True
-    elif is_kernel and isinstance(owner, torch.nn.Embedding):
-        ours = "embedding"
-    elif is_kernel and type(owner).__name__ == "Conv1D":  # transformers', as GPT-2 has it
-        ours = "kernel"
-    elif leaf == "weight" and "norm" in type(owner).__name__.lower():
-        ours = "scale"
-    kind = _kind(owner_name, ours, len(shape), heads)
-    path, hf, stacked = owner_name.split("."), name, dict[str, Any]()
-    if placed is not None:
-        stack, number, _, within = placed
-        path = [*stack.name.split("."), stack.place(number), *within.split(".")[:-1]]
-        hf = f"{stack.name}.{{}}.{within}"
-        stacked = {"stack": (stack.repeats,), "numbers": stack.numbers(number)}
+    leaf = _leaf_name(owner, torch_leaf, tensor.ndim)
+    shape = tuple(tensor.shape)
+    transpose = leaf == "kernel" and isinstance(owner, torch.nn.Linear)
+    if transpose:
+        shape = shape[::-1]
+    kind = _kind(owner_name, leaf, len(shape), heads)
+    segments = owner_name.split(".")
+    hf_name = name
+    stack_fields: dict[str, Any] = {}
+    if place is not None:
+        stack = place.stack
+        module_segments = place.name.split(".")[:-1]
+        segments = [*stack.name.split("."), stack.place(place.kind), *module_segments]
+        hf_name = f"{stack.name}.{{}}.{place.name}"
+        stack_fields = {"stack": (stack.repeats,), "numbers": stack.numbers(place.kind)}
     return Row(
-        path="/".join(part for part in (*path, ours) if part),
-        hf=hf,
+        path="/".join(segment for segment in (*segments, leaf) if segment),
+        hf=hf_name,
         shape=shape,
         transpose=transpose,
         aliases=aliases,
         kind=kind,
-        spec=_spec(owner_name, ours, shape, kind),
-        **stacked,
+        spec=_spec(owner_name, leaf, shape, kind),
+        **stack_fields,
     )
 
 
+def _leaf_name(owner: torch.nn.Module, torch_leaf: str, ndim: int) -> str:
+    """Returns the last segment of a tensor's path: torch's own name, or Flax's for a weight."""
+    if torch_leaf != "weight":
+        return torch_leaf
+    if ndim == 2 and isinstance(owner, torch.nn.Embedding):
+        return "embedding"
+    # transformers' Conv1D is a linear layer whose weight is [in, out], as GPT-2 has it.
+    if ndim == 2 and (isinstance(owner, torch.nn.Linear) or type(owner).__name__ == "Conv1D"):
+        return "kernel"
+    return "scale" if "norm" in type(owner).__name__.lower() else torch_leaf
+
+
 def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | None:
+    """Returns the kind of a tensor of a module of that name; None for one of no known kind."""
     if owner in heads:
         return heads[owner]
-    last = owner.rsplit(".", 1)[-1]
+    module_name = owner.rsplit(".", 1)[-1]
     if leaf == "embedding":
         return "positions"
-    if leaf == "scale" or "norm" in last:
+    if leaf == "scale" or "norm" in module_name:
         return "norm"
-    numbered = leaf == "kernel" and re.search(r"(^|\.)experts\.\d+\.", owner)
-    if numbered or (ndim == 3 and re.search(r"(^|\.)experts(\.|$)", owner)):
+    is_one_expert = leaf == "kernel" and re.search(r"(^|\.)experts\.\d+\.", owner)
+    if is_one_expert or (ndim == 3 and re.search(r"(^|\.)experts(\.|$)", owner)):
         return "experts"
-    if last in ("gate", "router"):
+    if module_name in ("gate", "router"):
         return "router"
     if leaf not in ("kernel", "bias"):
         return None
