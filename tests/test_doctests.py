@@ -34,7 +34,8 @@ NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
 LONG = {
     f"lora_jax.{name}"
     for name in (
-        "bank.bank", "bank.mixing", "bank.sums.combine", "bank.together.together", "hf.keys",
+        "adapt.activate", "bank.bank", "bank.mixing", "bank.sums.combine",
+        "bank.together.together", "hf.keys",
         "init", "models.pretrained", "models.sampling.generate", "models.sampling.rollouts",
         "models.sampling.streaming", "optim", "peft.contents", "peft.rules", "quantized.trees",
         "saving.checkpoint", "subspace.saving", "subspace.space", "training.finetune",

@@ -151,6 +151,7 @@ def copied(checkout, tmp_path_factory):
     return folder, output / "programs", known
 
 
+@pytest.mark.slow
 def test_judges_run_the_line_also_in_a_process_that_tests_start(copied):
     known = copied[2]
     assert known.judges("lora_jax/module.py", 6, range(6, 7), True) == ["tests/test_here.py"]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lora_jax as lj
 from tests.sources import statements
 
@@ -27,6 +29,7 @@ x = jnp.ones((2, 5)); forward(params, x); jax.jit(forward)(params, x); lj.merge(
 """
 
 
+@pytest.mark.slow
 def test_heavy_libraries_are_imported_by_those_who_need_them():
     """In one process, which at last imports some: the judge sees them."""
     say = f"import sys; print(*({DEAR | OF_SCRIPTS!r} & {{*sys.modules}}), flush=True)"

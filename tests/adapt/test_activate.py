@@ -284,6 +284,7 @@ def language_model():
     return model, params, with_random_factors(lorafied(params, [rule]))
 
 
+@pytest.mark.slow
 def test_a_model_finds_its_invocation():
     """Packed in one row, each segment has what it has alone; the tokens before are the base's."""
     model, params, tree = language_model()
@@ -299,6 +300,10 @@ def test_a_model_finds_its_invocation():
     assert changed.tolist() == [*[False] * 4, *[True] * 3, *[False] * 2, *[True] * 2]
     assert_identical(packed[:4], base[:4])
     assert {use.how for use in uses(model.apply, {"params": tree}, ids)} == {"factored"}
+
+
+def test_a_cache_is_refused():
+    model, _, tree = language_model()
+    cache, ids = models.init_cache(model.config, 1, 8), np.array([[9, 5, 6, 3]])
     with pytest.raises(lj.TokensError, match="without a cache"):
-        cache = models.init_cache(model.config, 1, 8)
-        forward({"params": tree}, ids[:, :4], cache=cache)
+        jax.eval_shape(lj.adapt(model.apply, strict=True), {"params": tree}, ids, cache=cache)

@@ -53,8 +53,15 @@ def merging(params, x):
     return x @ jnp.tanh(params["a"]["kernel"])
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["the kernel", "A and B, too"])
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    ("dora", "everything"),
+    [
+        pytest.param(False, False, id="LoRA-the kernel", marks=pytest.mark.slow),
+        pytest.param(False, True, id="LoRA-A and B, too", marks=pytest.mark.slow),
+        pytest.param(True, False, id="DoRA-the kernel", marks=pytest.mark.slow),
+        pytest.param(True, True, id="DoRA-A and B, too"),
+    ],
+)
 def test_kernels_that_wait_in_the_memory_of_the_host(dora, everything, float64):
     """Kernels that a function moves to the device bring their adapters. Gradients are as usual."""
     rule = lj.LoraRule(targets=["a"], rank=2, alpha=3.0, dora=dora, dtype=jnp.float64)
@@ -84,6 +91,7 @@ def test_kernels_that_wait_in_the_memory_of_the_host(dora, everything, float64):
     assert_close(got, want, 1e-12)
 
 
+@pytest.mark.slow
 def test_only_a_narrow_product_is_taken_again_for_its_magnitude():
     """One of at most a third of its inputs; to take a wider one again would cost too much time."""
 

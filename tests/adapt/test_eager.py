@@ -253,6 +253,7 @@ def test_eager_gradients_and_other_transforms_use_the_trace():
     assert_close(tangent, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_an_eager_call_with_factors_of_zero_is_the_plain_call_to_the_bit():
     model = nn.Sequential([nn.Dense(11), nn.LayerNorm(), jnp.tanh, nn.Dense(7), nn.softmax])
     params = variables_of(model, X)

@@ -293,7 +293,7 @@ def test_a_vector_of_one_adapter_is_not_for_all_examples(variant):
         at_once(lambda p, x: x @ p["kernel"], ExampleAxes((None, 0), 0), tree, X)
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@over("n", [1, 4], often=["1"])
 def test_gradients_reach_each_adapter_from_its_own_examples(n):
     """Four of them eagerly; and under jit one example, whose axis is like others of size one."""
     ids, x = IDS[:n], X[:n]
@@ -384,6 +384,7 @@ def test_models_are_followed(case):
         check(decode, slots_of, IDS, args, in_axes, (0, 1, 1, 0))
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_copies_no_more_than_the_base():
     """vmap over examples does: it turns the cache's axes around, and scatters into it."""
     apply, args, in_axes, out_axes = _step("llama")

@@ -120,7 +120,7 @@ def of_dtype64(**settings):
     return with_random_factors(lj.lorafy(params, [rule])), draw(9, (13, 5), jnp.float64)
 
 
-@over("name", SOLVES, often=["cg", "cg under vmap"])
+@over("name", SOLVES, often=["cg"])
 def test_solves_are_factored_with_their_implicit_derivative(name, float64):
     fn, (tree, x) = SOLVES[name], of_dtype64()
     adapter, base = lj.split(tree)

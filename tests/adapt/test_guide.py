@@ -122,6 +122,7 @@ def test_a_neural_ode(ran):
         jax.grad(refused)(adapter)
 
 
+@pytest.mark.slow
 @of("A Pallas kernel with its derivative")
 def test_a_pallas_kernel(ran):
     tree = with_random_factors(ran["tree"])

@@ -287,24 +287,19 @@ CASES = [
 ]
 OFTEN = [
     "ravel_pytree and back",
-    "a branch that returns a weight",
     "a branch for each row, ranks that differ",
     "where, by row",
     "select one of three",
     "select by layer",
     "of two, used both ways",
     "of a power",
-    "of stacks, each their own",
     "of single ones",
     "mirrored",
     "with DoRA",
     "over one of two in axes",
     "over a stack",
-    "mirrored stack, weight first",
-    "complex, mirrored",
     "integers",
     "all_gather that adds the last axis",
-    "ppermute to some",
     "carried through loops and branches",
 ]
 EAGERLY = [  # one of each way of putting weights together, choosing, and passing them on

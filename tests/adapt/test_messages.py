@@ -157,6 +157,7 @@ def test_a_number_is_no_dropout_key():
         lj.adapt(lambda p, x: x @ p["a"]["kernel"])(tree_of(5, 7), X, dropout_key=0)
 
 
+@pytest.mark.slow
 def test_a_use_inside_of_a_function_that_is_known_counts():
     inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
     tree = tree_of(5, 7)

@@ -8,7 +8,7 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.bank import Bank, mixed
-from tests.support import assert_close, draw, numpy_init, with_random_factors
+from tests.support import assert_close, draw, numpy_init, over, with_random_factors
 
 RULES = [lj.LoraRule(targets=["up", "table"], rank=2, alpha=3.0, init=numpy_init)]
 X = draw(9, (13, 5))
@@ -61,21 +61,36 @@ def call(module, x):
     return module(x)
 
 
+def eager(fn):
+    return fn
+
+
 def state_of(module):
     """The state beside the weights, keys as their data."""
     state = nnx.to_pure_dict(nnx.state(module, (nnx.BatchStat, nnx.RngCount)))
     return jax.tree.map(jnp.asarray, state)
 
 
-def test_a_call_is_that_of_the_module():
+@over(
+    "wraps",
+    [(nnx.jit, nnx.jit), (eager, nnx.jit, eager)],
+    often=["compiled"],
+    called=lambda wraps: "eager" if eager in wraps else "compiled",
+)
+def test_a_call_is_that_of_the_module(wraps):
     """The masks, the counters and the statistics of a plain call; B is 0."""
     module = Net()
     tree, ours = lj.lorafy(module, RULES), lj.adapt(call, strict=True)
-    for wrap in (lambda fn: fn, nnx.jit, lambda fn: fn):
+    for wrap in wraps:
         y = wrap(call)(module, X)
         assert_close(wrap(ours)(tree, X), y, 1e-5)
         assert_close(state_of(tree), state_of(module), 1e-5)
-    assert int(tree.drops[0].rngs.dropout.count[...]) == 6
+    assert int(tree.drops[0].rngs.dropout.count[...]) == 2 * len(wraps)
+
+
+@pytest.mark.slow
+def test_a_module_that_is_returned_shares_as_before():
+    tree = lj.lorafy(Net(), RULES)
     same, y = lj.adapt(lambda module, x: (module, module(x)))(tree, X)
     assert same.last is same.blocks[0] and y.shape == (13, 5)
 
@@ -152,6 +167,7 @@ class Twice(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_axis_roles_are_read_and_a_bank_mixes():
     module, rules = Twice(), [lj.LoraRule(targets="all-linear", rank=2)]
     tree = with_random_factors(lj.lorafy(module, rules, trace=(call, module, X)))

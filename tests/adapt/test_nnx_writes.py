@@ -88,6 +88,7 @@ def test_state_is_written_back(wrap):
     assert lj.is_node(tree.up.kernel.get_raw_value()), "the adapter is where it was"
 
 
+@pytest.mark.slow
 def test_ten_steps_of_training_equal_those_through_merge():
     """BatchNorm and Dropout, the state carried from step to step."""
     optimiser = optax.sgd(0.1, momentum=0.9)
@@ -278,6 +279,7 @@ def test_a_weight_that_is_returned_as_it_was_keeps_its_adapter():
     assert_identical(kernel.a, tree.up.kernel.get_raw_value().a)
 
 
+@pytest.mark.slow
 def test_mixed_batches_run_at_once_through_remat():
     rule = lj.LoraRule(targets=["up", "down"], rank=2)
     module = NnxModel(nnx.Rngs(0))

@@ -33,6 +33,7 @@ COMMON = {
 ways = st.sampled_from(list(WAYS))
 
 
+@pytest.mark.slow
 @settings(max_examples=2, **COMMON)
 @given(programs(), ways)
 def test_random_programs_keep_the_laws(program, way):

@@ -85,6 +85,7 @@ def test_the_cotangents_of_one_x_are_one_product() -> None:
     assert backward(from_different_values) == 9 + 15
 
 
+@pytest.mark.slow
 def test_a_users_policy_keeps_what_it_says() -> None:
     adapter, base = lj.split(tree())
 

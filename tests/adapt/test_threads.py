@@ -8,6 +8,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lj
 from lora_jax.adapt import traces
@@ -81,6 +82,7 @@ def test_many_shapes_in_turn_are_traced_once_and_the_number_is_bounded(monkeypat
     assert count.n == 102, "it was dropped"
 
 
+@pytest.mark.slow
 def test_arrays_that_each_call_closes_over_are_not_all_kept(monkeypatch):
     monkeypatch.setattr(traces, "_MOST_BYTES", 3 * 400)
 

@@ -117,7 +117,7 @@ def test_exact(float64):
     ("rank", "ranks"),
     [
         (3, {QUERY: (3,), EXPERTS: (2, 3, 2), OUT: (3,)}),
-        (None, {QUERY: (4,), EXPERTS: (2, 4, 2), OUT: (3,)}),
+        pytest.param(None, {QUERY: (4,), EXPERTS: (2, 4, 2), OUT: (3,)}, marks=pytest.mark.slow),
     ],
 )
 def test_svd_is_the_best_approximation(rank, ranks, float64):
@@ -163,6 +163,7 @@ def test_matrices_of_a_stack_are_decomposed_one_by_one():
     assert {len(s) for s in decomposed(jnp.linalg.qr, a)} == {4}  # the control
 
 
+@pytest.mark.slow
 def test_each_use_of_a_tied_table_has_its_own_sum(float64):
     params = plain(jnp.float64)
     rules = [lj.LoraRule(targets=["embed"], rank=r, alpha=5.0, uses="each") for r in (2, 3)]

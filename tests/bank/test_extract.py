@@ -127,6 +127,7 @@ def test_the_whole_rank_is_the_whole_change(tmp_path):
     assert_identical(lj.load_adapter(tmp_path / "extracted", base), part)
 
 
+@pytest.mark.slow
 def test_layers_that_a_rule_leaves_out_count_as_lost():
     before, after = trees()
     rules = [lj.LoraRule(targets=["q"], layers=[1])]
@@ -147,6 +148,7 @@ def test_the_rank_is_the_least_that_keeps_the_energy():
         assert tree["q"]["kernel"].ranks == (rank,)
 
 
+@pytest.mark.slow
 def test_codes_are_mended():
     kernel = {"layers": {"up": {"kernel": draw(1, (2, 64, 128))}}}
     base = lj.quantized.quantize(kernel, "int4")

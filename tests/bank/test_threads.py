@@ -73,6 +73,7 @@ def test_nothing_is_copied_where_nothing_is_held(compiles_anew):
     assert numbers(choice) == [2, 2, 0]
 
 
+@pytest.mark.slow
 def test_examples_have_copies_of_their_factors_above_256_columns():
     """Below, copies would take time and memory for nothing; slot 0, the base, has columns, too."""
     for slots, has_copies in [(255, False), (256, True)]:
@@ -162,6 +163,7 @@ def tenant(number, steps=50):
     return Tenant(params=adapter(number), schedule=rate, steps=steps, loss=LOSS, optimizer="sgd")
 
 
+@pytest.mark.slow
 def test_choices_of_what_trains():
     """One that is held stays as it was, also when adapters join; else a step takes its memory."""
     together = Together(lj.adapt(lambda params, x: x @ params["kernel"]), PARAMS)

@@ -205,6 +205,7 @@ def whole():
     return together, states
 
 
+@pytest.mark.slow
 def test_one_that_diverges_leaves_the_others_bitwise_as_they_were(whole):
     healthy, _ = whole
     ill = Together(FORWARD, PARAMS)
@@ -318,6 +319,7 @@ def test_memory():
     assert needed([48] * 48) > 1.4 * wanted  # the control: all filled up to the largest rank
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_ahead_and_once():
     """Also with another function of the model, which the next step then takes."""
     programs = []

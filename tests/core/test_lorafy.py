@@ -295,6 +295,7 @@ def test_stacked_adapters(rules):
         lj.join(wrong, base)
 
 
+@pytest.mark.slow
 def test_a_layer_of_lora_xs_trains_no_number_beyond_its_rank():
     """Its file would hold numbers that no product reads, and norms would count them."""
     rules = [lj.LoraRule(targets=["up"], layers=[n], rank=2 * n + 1, xs=True) for n in (0, 1)]
@@ -304,6 +305,7 @@ def test_a_layer_of_lora_xs_trains_no_number_beyond_its_rank():
     np.testing.assert_array_equal(np.asarray(latent) != 0, expected)
 
 
+@pytest.mark.slow
 def test_dora_leaves_a_layer_without_an_adapter_as_it_is():
     kernel, x = draw(1, (2, 5, 7)), draw(2, (3, 5))
     rules = [lj.LoraRule(targets=["up"], layers=[1], rank=2, dora=True)]

@@ -76,6 +76,7 @@ def by_hand(tree):
     return jax.tree.map(dense, tree, is_leaf=lj.is_node)
 
 
+@pytest.mark.slow
 @programs
 def test_the_laws(program, float64):
     laws.test_factored_equals_merged(program, None)

@@ -62,6 +62,7 @@ def by(format):
     return lambda leaf, roles: encode(leaf, format, roles)
 
 
+@pytest.mark.slow
 def test_factored_equals_merged(float64):
     quantised = coded_program(STACK, by(SHORT["nf4-double"]))
     assert is_on(quantised.inputs(jnp.float64)[1])
@@ -171,7 +172,11 @@ def test_blocks_of_gguf_files_are_read_bitwise(kind):
 
 @pytest.mark.parametrize(
     ("name", "error", "size"),
-    [("nf4", 0.093, 0.30), ("nf4-double", 0.093, 0.265), ("int4", 0.109, 0.30)]
+    [
+        pytest.param("nf4", 0.093, 0.30, marks=pytest.mark.slow),
+        ("nf4-double", 0.093, 0.265),
+        ("int4", 0.109, 0.30),
+    ]
     + [("int8", 0.007, 0.54)],
 )
 def test_errors_and_bytes(name, error, size):
@@ -216,6 +221,7 @@ def largest_float(hlo):
     return max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
 
 
+@pytest.mark.slow
 @over("changes", [{}, {"dora": True}], often=["{}"])
 def test_a_step_holds_one_kernel_at_most(changes):
     """No array of floats in the program of a gradient is larger; where W is formed first, some are.

@@ -121,6 +121,7 @@ def test_rules_that_make_no_sense(changes, message):
         lj.LoraRule(targets=["up"], rank=2, **changes)
 
 
+@pytest.mark.slow
 def test_an_optimiser_of_the_whole_tree_would_train_them_apart():
     with pytest.raises(ValueError, match="shares another weight's A or vector"):
         lj.trainable_mask(lj.lorafy(PARAMS, [rule(0.5)]))

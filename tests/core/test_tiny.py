@@ -117,7 +117,7 @@ def test_all_weights_of_vera_share_one_pair():
     assert not np.allclose(other["out"]["kernel"].shared_a, out.shared_a)
 
 
-@pytest.mark.parametrize("name", ["xs", "vera", "tinylora"])
+@over("name", ["xs", "vera", "tinylora"], often=["vera", "tinylora"])
 def test_only_what_is_tiny_trains(name):
     one = tree(name, **{"weight_tying": 0} if name == "tinylora" else {})
     adapter, base = lj.split(one)
@@ -167,7 +167,7 @@ def test_scanned_is_unrolled_and_merged(name):
         assert np.abs(expected - plain).max() > 1e-2, "it must be seen"
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@over("remat", [False, True], often=["False"])
 def test_a_scan_over_layers_holds_no_copies_of_the_pair(remat):
     """Compiled memory of a gradient; plain LoRA of this rank, which has a pair a layer, fails."""
     layers, width, rank = 24, 64, 128
@@ -255,6 +255,7 @@ def test_xs_on_another_base_is_refused(tmp_path):
     lj.load_adapter(tmp_path / "a", near, allow_base_mismatch=True)
 
 
+@pytest.mark.slow
 @BOTH
 def test_swapping_compiles_nothing_anew(name):
     traces = []
@@ -273,6 +274,7 @@ def test_swapping_compiles_nothing_anew(name):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @over(
     ("name", "optimizer"),
     [(name, o) for name in ("xs", "vera") for o in ("adamw", "muon", "adafactor", "lion")]
@@ -301,6 +303,7 @@ def test_optimisers_take_what_trains(name, optimizer):
     assert after < before
 
 
+@pytest.mark.slow
 @over("name", ["xs", "vera", "tinylora"], often=["vera"])
 def test_on_a_mesh(name):
     """A and B lie as W's axes do; an array that weights share is placed once."""

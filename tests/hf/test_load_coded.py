@@ -129,12 +129,24 @@ def test_the_codes_of_a_file_stay_as_they_are(kind: str, tmp_path: Path) -> None
     assert_same(dequantize(coded), plain)
     shapes = shapes_of(key_table(again.config), jnp.float32, "stored", open_source(path))
     assert_same(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), coded), shapes)
-    ids = np.array([[1, 5, 2]], np.int32)
-    forward = jax.jit(lj.adapt(again.apply))
-    tiny.assert_close(forward({"params": coded}, ids), tiny.run(again, plain, ids), 1e-5)
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     alike = NamedSharding(mesh, PartitionSpec(None))
     assert_same(from_pretrained(path, quantize="stored", sharding=lambda *_: alike)[1], coded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_a_model_runs_over_the_codes_of_a_file(kind: str, tmp_path: Path) -> None:
+    model, params = decoder(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16
+    )
+    path = tmp_path / "model.gguf"
+    write(path, model.config, params, kind)
+    again, plain = from_pretrained(path)
+    _, coded = from_pretrained(path, quantize="stored")
+    ids = np.array([[1, 5, 2]], np.int32)
+    forward = jax.jit(lj.adapt(again.apply))
+    tiny.assert_close(forward({"params": coded}, ids), tiny.run(again, plain, ids), 1e-5)
 
 
 def test_types_of_a_file_that_do_not_stay_are_named(tmp_path: Path) -> None:

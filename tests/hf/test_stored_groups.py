@@ -57,6 +57,7 @@ def test_folders_of_llm_compressor_stay_in_their_codes(folder: str, tmp_path: Pa
     assert codes_config(tmp_path / "out") == codes_config(FIXTURES / folder)
 
 
+@pytest.mark.slow
 def test_a_run_trains_over_one(tmp_path: Path) -> None:
     folder = shutil.copytree(MIXED, tmp_path / "model")
     vocabulary = {chr(33 + i): i for i in range(64)}

@@ -29,11 +29,9 @@ from tests.support import (
 )
 
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
-# Values and gradients, the other laws' foundation, are often checked on all of them.
 SCANNED, HEADS = "scanned and rematerialised", "einsum with heads"
 LOOPS, FUSED = "branches and loops", "fused kernel taken apart"
 BY_HAND, NESTED = "stack walked by hand", "nested jit"
-SHARED = "several kernels over one x"
 EXPERTS = "experts, all of them on every token"
 
 
@@ -53,7 +51,7 @@ def both(program, law):
     return jax.jit(lambda *args: [law(run, *args) for run in runs])
 
 
-@over("program", PROGRAMS, often=[SCANNED, HEADS, LOOPS, FUSED, SHARED])
+@over("program", PROGRAMS, often=[SCANNED, HEADS])
 def test_identity_where_b_is_zero(program):
     params, _, x = program.inputs()
     fresh = lj.lorafy(params, program.rules)
@@ -61,7 +59,7 @@ def test_identity_where_b_is_zero(program):
     assert_identical(ours, jax.jit(program.run)(params, x))
 
 
-@programs
+@over("program", PROGRAMS, often=["mlp", SCANNED, HEADS, BY_HAND])
 def test_factored_equals_merged(program, float64):
     params, tree, x = program.inputs(jnp.float64)
     adapter, base = lj.split(tree)
@@ -90,7 +88,7 @@ def test_inverses(program):
     assert all(a is b for a, b in leaves)
 
 
-@over("program", PROGRAMS, often=[SCANNED, HEADS, FUSED, BY_HAND])
+@over("program", PROGRAMS, often=[SCANNED, HEADS, BY_HAND])
 def test_no_frozen_gradient(program):
     """No product has the shape of a kernel or of its slice, and the gradient is the adapter's."""
     _, tree, x = program.inputs()
@@ -134,7 +132,7 @@ def test_locality(program):
             assert_identical(parts, every[other])
 
 
-@over("program", PROGRAMS, often=[SCANNED, FUSED, BY_HAND, SHARED])
+@over("program", PROGRAMS, often=[SCANNED, BY_HAND])
 def test_commutes_with_jit_and_vmap(program, float64):
     _, tree, x = program.inputs(jnp.float64)
     x = np.asarray(x)
@@ -201,7 +199,7 @@ def test_hessian(float64):
 SWAPPED = [program for program in PROGRAMS if program.name in (SCANNED, HEADS, FUSED, EXPERTS)]
 
 
-@over("program", SWAPPED, often=[SCANNED, HEADS])
+@over("program", SWAPPED, often=[SCANNED])
 def test_swap_compiles_nothing(program):
     params, tree, x = program.inputs()
     traces = []
@@ -301,7 +299,7 @@ def spread_over(mesh, program, tree, x):
     return spread, jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
-@pytest.mark.parametrize("program", EVEN, ids=lambda p: p.name)
+@over("program", EVEN, often=[SCANNED])
 def test_on_a_mesh(program, float64):
     """Values and gradients of one device, with data and kernels sharded over four."""
     _, tree, x = program.inputs(jnp.float64)

@@ -91,6 +91,7 @@ def test_identity_where_b_is_zero():
     )
 
 
+@pytest.mark.slow
 def test_factored_equals_merged():
     ours, theirs = (compiled(how)(*halves()) for how in ("factored", "merged"))
     assert_close(ours, theirs, 1e-4)
@@ -110,6 +111,7 @@ def test_no_product_has_a_kernels_shape():
     assert kernel_products("merged"), "the judge must see naive merging"
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient_and_needs_less_memory():
     kept, remade = compiled("kept"), compiled("factored")
     assert_close(remade(*halves()), kept(*halves()), 1e-5)

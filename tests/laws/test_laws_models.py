@@ -115,6 +115,7 @@ def test_factored_is_merged(case):
     assert np.abs(want - base).max() > 1e-2
 
 
+@pytest.mark.slow
 @over("case", ["roberta, masked_lm", "gpt2"], often=["gpt2"])
 def test_no_product_has_a_kernels_shape(case):
     model = model_of(case)

@@ -30,6 +30,7 @@ def programs(model: Any, params: Any, *args: Any, **kwargs: Any) -> str:
     return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, *args, **kwargs))(params))
 
 
+@pytest.mark.slow
 @over("case", [WINDOWED, "gemma3 with every option"], often=[WINDOWED])
 def test_logits(case: str) -> None:
     """Padded left and right, and packed: of the real tokens. (All families: test_parity.py.)"""

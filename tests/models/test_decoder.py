@@ -99,7 +99,7 @@ def test_padding_changes_nothing(case: str, side: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "sizes"),
-    [("llama2", (9,)), (WINDOWED, (4, 1, 4))],
+    [pytest.param("llama2", (9,), marks=pytest.mark.slow), (WINDOWED, (4, 1, 4))],
 )
 def test_a_cache_changes_nothing(case: str, sizes: tuple[int, ...]) -> None:
     """Every kind of layer is compared with transformers in test_parity.py."""
@@ -128,7 +128,7 @@ def test_a_window_counts_tokens_not_padding() -> None:
     tiny.assert_close(got, plain(model, params)[:, 6:], 1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama3", WINDOWED])
+@over("case", ["llama3", WINDOWED], often=["llama3"])
 def test_packed_segments_are_separate_sequences(case: str) -> None:
     model, params = tiny.decoder(case)
     sizes, parts = (5, 3, 6), tiny.tokens(1, 3, 6)
@@ -160,7 +160,7 @@ def test_positions_are_honoured() -> None:
     assert np.abs(stretched - want).max() > 1e-2
 
 
-@pytest.mark.parametrize("case", ["smollm2", "llama3"])
+@over("case", ["smollm2", "llama3"], often=["llama3"])
 def test_hidden_states_and_chosen_logits(case: str) -> None:
     model, params = tiny.decoder(case)
     ids, full = tiny.tokens(0, 2, 9), plain(model, params)
@@ -181,6 +181,7 @@ _gradients = jax.jit(jax.grad(_loss), static_argnums=1, compiler_options=tiny.FA
 TWO_ROWS = tiny.tokens(0, 2, 5), np.array([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 
 
+@pytest.mark.slow
 def test_a_wholly_padded_row_has_finite_gradients() -> None:
     model, params = tiny.decoder("qwen3")
     gradient = _gradients(params, model, *TWO_ROWS)
@@ -206,7 +207,9 @@ def test_what_is_no_remat_policy_names_those_that_are(name: str) -> None:
         model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "param_dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
+)
 def test_bfloat16_computation(param_dtype: Any) -> None:
     model, params = tiny.decoder("qwen3", dtype=jnp.bfloat16, param_dtype=param_dtype)
     single = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params)
@@ -215,6 +218,7 @@ def test_bfloat16_computation(param_dtype: Any) -> None:
     assert 1e-4 < np.abs(got - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 def test_a_cache_in_bfloat16() -> None:
     model, params = tiny.decoder("qwen3", dtype=jnp.bfloat16)
     cache, ids = init_cache(model.config, 2, 9, jnp.bfloat16), tiny.tokens(0, 2, 9)
@@ -261,7 +265,6 @@ YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32)
     often=[
         "llama3, {'query_pre_attn_scalar': 3}",
         "llama3, {'rms_norm_eps': 1e-06}",
-        "gemma3 with every option, {'rope_local_theta': None}",
         "gemma3 with every option, {'attn_logit_softcapping': 1.5}",
     ],
     called=lambda case: f"{case[0]}, {case[1]}",

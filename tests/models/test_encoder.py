@@ -129,7 +129,7 @@ def test_a_head_can_be_chosen_for_an_architecture_that_has_none_of_ours() -> Non
         pytest.param("bert", "none", marks=pytest.mark.slow),
         ("bert", "embedding"),
         pytest.param("roberta with other options", "masked_lm", marks=pytest.mark.slow),
-        ("roberta with other options", "classification"),
+        pytest.param("roberta with other options", "classification", marks=pytest.mark.slow),
     ],
 )
 def test_padding_changes_nothing(case: str, head: str) -> None:
@@ -156,6 +156,7 @@ def test_every_token_sees_every_other() -> None:
     assert np.abs(difference).max(-1).min() > 1e-2
 
 
+@pytest.mark.slow
 def test_positions_and_token_types_are_honoured() -> None:
     bert, params = tiny_encoders.model("bert")
     ids = tiny_encoders.tokens(0, 2, 7, 0)
@@ -184,6 +185,7 @@ def test_too_many_tokens_are_refused() -> None:
             tiny.run(model, params, tiny_encoders.tokens(0, 1, most + 1))
 
 
+@pytest.mark.slow
 def test_hidden_states_and_chosen_logits() -> None:
     model, params = tiny_encoders.model("bert", "masked_lm")
     ids = tiny_encoders.tokens(0, 2, 7)
@@ -194,7 +196,11 @@ def test_hidden_states_and_chosen_logits() -> None:
     at = np.array([[6, 0], [2, 3]])
     chosen = tiny.run(model, params, ids, logits_at=at)
     tiny.assert_close(chosen, np.take_along_axis(full, at[..., None], axis=1), 1e-6)
+
+
+def test_logits_are_chosen_only_of_a_head_that_has_them() -> None:
     bare, params = tiny_encoders.model("bert")
+    ids, at = tiny_encoders.tokens(0, 2, 7), np.array([[6, 0], [2, 3]])
     with pytest.raises(ValueError, match="logits_at is for the head 'masked_lm'"):
         tiny.run(bare, params, ids, logits_at=at)
 
@@ -225,6 +231,7 @@ def test_layers_are_scanned_and_rematerialised(case: str, kind: type) -> None:
     assert 1 <= activation < layer
 
 
+@pytest.mark.slow
 @over(
     ("case", "head"),
     [("bert", "classification"), ("roberta", "masked_lm")],

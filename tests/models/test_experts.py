@@ -243,6 +243,7 @@ def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
     assert program(alone).count("ragged_dot_general") == 3
 
 
+@pytest.mark.slow
 def test_experts_in_codes_are_formed_where_that_is_less_work(monkeypatch: Any) -> None:
     """A layer's for many rows on a TPU, if they fit; one expert's for few rows, and elsewhere."""
     model, params = tiny.decoder("mixtral")
@@ -276,6 +277,7 @@ def test_a_model_without_experts_refuses(tmp_path: Any) -> None:
         model.clone(experts="ragged").apply({"params": params}, tiny.tokens(0, 1, 3))
 
 
+@pytest.mark.slow
 def test_a_policy_that_keeps_products_keeps_ragged_ones() -> None:
     model, params = tiny.decoder("mixtral", experts="ragged")
 

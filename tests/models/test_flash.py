@@ -31,7 +31,6 @@ from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16)
 CALL = AttentionCall(queries=2048, head_dim=64, dtype=jnp.bfloat16)
-OFTEN = ("packed, padded, a window, capped", "sums of weights")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,8 @@ def interpreter() -> Any:
         process.kill()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in OFTEN else pytest.param(name, marks=pytest.mark.gpu_compiler)
-        for name in flash_interpreted.PROOFS
-    ],
-)
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("name", flash_interpreted.PROOFS)
 def test_the_kernel_computes_what_dense_attention_does(interpreter: Any, name: str) -> None:
     interpreter.stdin.write(f"{name}\n")
     interpreter.stdin.flush()
@@ -174,6 +168,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str, compiles: None) -> None
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     """In packed rows, blocks of other texts, too; the bounds hold all that is seen."""

@@ -163,6 +163,7 @@ def test_a_row_ends_at_eos(tiny_model: Any) -> None:
         assert (row[stop:] == 60).all()
 
 
+@pytest.mark.slow
 def test_a_row_ends_where_generation_config_says(tiny_model: Any) -> None:
     """No other default of the file counts."""
     model, params = tiny_model
@@ -205,6 +206,7 @@ def test_it_stops_when_all_rows_have_ended(tiny_model: Any, counted: Any) -> Non
     assert passes(list(EOS)) == 8, "the control"
 
 
+@pytest.mark.slow
 @over("case", ["llama3", "gpt2", "qwen3.5", "gpt-oss"], often=["llama3"])
 def test_it_runs_where_64_bits_are_enabled(case: str) -> None:
     """The tokens are those of the loop, which runs without a cache and with 32 bits."""

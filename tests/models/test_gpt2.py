@@ -167,6 +167,7 @@ def test_too_long_is_refused() -> None:
         generate(model, params, tiny.tokens(0, 1, 20), max_new_tokens=11)
 
 
+@pytest.mark.slow
 def test_hidden_states_and_chosen_logits() -> None:
     model, params = tiny_encoders.model("gpt2")
     ids, full = tiny.tokens(0, 2, 9), plain(model, params)
@@ -193,6 +194,7 @@ def test_each_option_matters(change: dict[str, Any]) -> None:
     assert np.abs(plain(other, params) - plain(model, params)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_computation() -> None:
     model, params = tiny_encoders.model("gpt2")
     half = model.clone(dtype=jnp.bfloat16)

@@ -44,7 +44,7 @@ def all_experts(params: dict[str, Any], x: jax.Array, config: DecoderConfig) -> 
     return jnp.einsum("bsef,efd,bse->bsd", hidden, kernels[2], weights)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize("case", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3 moe"])
 def test_values_and_gradients(case: str) -> None:
     module, params, x = layer(case)
 
@@ -86,6 +86,7 @@ def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
     assert 512 * n_experts * pair > 1.3 * needed, "all experts would be seen"
 
 
+@pytest.mark.slow
 def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block has its expert's kernels; all of them at once would be more than the experts'."""
     module, params, _ = layer("mixtral")
@@ -104,6 +105,7 @@ def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert of_blocks in gradient(), "the control"
 
 
+@pytest.mark.slow
 def test_any_choice_has_its_blocks() -> None:
     """All tokens for one expert, one pair in all, and what is between: no pair is lost."""
     rng = np.random.default_rng(0)

@@ -111,7 +111,7 @@ def step_of(adapted: Any, remat: bool | str, kernel: Any) -> Any:
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@over("name", KERNELS, often=["flash"])
 def test_what_a_kernel_returns_is_kept(adapted: Any, name: str, monkeypatch: Any) -> None:
     """Its forward pass runs once a layer, not twice: the difference is its work, exactly."""
     monkeypatch.setattr(flash, "missing_compiler", lambda: None)

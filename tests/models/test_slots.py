@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.tree_util import tree_leaves, tree_map
 
 from lora_jax.models import Decoder
@@ -24,6 +25,7 @@ from tests.support import draw
 N, LENGTH, WIDER = 4, 6, 9
 
 
+@pytest.mark.slow
 def test_experts_move_with_the_keys_of_their_tokens() -> None:
     model = Decoder(tiny.config("mixtral"))
     alone = init_cache(model.config, 1, 7, with_routing=True)

@@ -80,6 +80,7 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     assert all(np.abs(x).max() > 1e-2 for x in want)
 
 
+@pytest.mark.slow
 def test_sinks_in_fp32_beside_bf16() -> None:
     """As full fine-tuning holds them: the kernel's gradient of sinks has the queries' dtype."""
     case = Case(128, batch=2, packed=True, kv_heads=2, group=1, sinks=True)

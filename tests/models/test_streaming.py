@@ -57,6 +57,7 @@ def test_it_is_generate_step_by_step(
     np.testing.assert_array_equal(parts, ended[:, :n])
 
 
+@pytest.mark.slow
 def test_another_length_or_weights_compile_nothing(tiny_model: Any) -> None:
     model, params = tiny_model
     traces = []
@@ -111,6 +112,7 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
     assert aliased(kept) == 0, "the control"
 
 
+@pytest.mark.slow
 def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> None:
     ids, keys = tiny.tokens(2, 3, 6), jax.random.split(jax.random.key(1), 3)
 

@@ -71,6 +71,7 @@ def test_other_draws_of_the_same_seed_are_refused(saved, monkeypatch):
             subspace.load(folder, params)
 
 
+@pytest.mark.slow
 def test_a_tree_of_it_splits_joins_and_runs(saved):
     _, space, theta, params = saved
     tree = subspace.tree_of(space, params, theta)

@@ -94,7 +94,7 @@ def test_permutations_permute():
     assert len(permutation[0]) == 4096 and (permutation[0] == np.arange(4096)).sum() < 10
 
 
-@pytest.mark.parametrize("d, size", [(207, 3000), (1000, 300)])
+@pytest.mark.parametrize("d, size", [pytest.param(207, 3000, marks=pytest.mark.slow), (1000, 300)])
 def test_projections_keep_the_norm(d, size):
     def ratio(key):
         x = jax.random.normal(key, (d,))
@@ -104,7 +104,9 @@ def test_projections_keep_the_norm(d, size):
     assert abs(float(ratios.mean()) - 1) < 0.01
 
 
-@pytest.mark.parametrize("d, size", [(7, 1), (19, 13), (19, 100)])
+@pytest.mark.parametrize(
+    "d, size", [(7, 1), (19, 13), pytest.param(19, 100, marks=pytest.mark.slow)]
+)
 def test_a_projection_equals_the_dense_one(d, size, float64):
     @jax.jit
     def drawn(key):

@@ -99,6 +99,7 @@ def test_the_best_is_the_least_of_the_record_and_its_adapter_measures_that(whole
     assert not np.array_equal(last["kernel"].b, tree["kernel"].b)
 
 
+@pytest.mark.slow
 def test_of_an_optimiser_that_averages_the_average_is_kept(tmp_path):
     tree, report = tuned(tmp_path, optimizer="schedule-free", steps=8)
     step, loss = report.best["step"], report.best["eval_loss"]

@@ -118,6 +118,7 @@ def kernels_in(text):
     return {int(n) for n in shapes}
 
 
+@pytest.mark.slow
 def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
     """No device has the kernels of others; turns for an uneven choice are not counted."""
     text, gathered, alone = (

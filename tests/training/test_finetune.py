@@ -298,6 +298,7 @@ def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     assert (tmp_path / "notes.txt").exists() and report.metrics[0]["step"] == 1
 
 
+@pytest.mark.slow
 def test_progress_is_printed_or_handed_over_now_and_then(capsys):
     model, params = mlp()
     options = {"loss": of_mlp, "lr": 0.1, "steps": 20, "batch_size": 4}

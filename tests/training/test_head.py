@@ -198,6 +198,7 @@ def test_values_without_a_derivative_and_parameters_that_dead_code_reads(plain_h
     assert_close(slope(hidden, 9)[0][1][2], expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_no_further_from_fp32(plain_head):
     """By the root mean square, than with all logits at once, where tokens count or do not.
 

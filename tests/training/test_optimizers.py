@@ -66,7 +66,7 @@ def trained(optimizer, adapter, steps=3, start=0, state=None, gradient=gradients
     return adapter, state
 
 
-@over("name", NAMES, often=["adamw", "muon"])
+@over("name", NAMES, often=["muon"])
 def test_layers_of_a_stack_train_as_if_apart(name):
     """And LoRA+ and weight decay, which norms do without, are the same for each."""
     params = tree()
@@ -249,7 +249,7 @@ def test_rows_and_columns_lie_as_the_axes_that_they_are_of():
     assert not any(shape == (LAYERS, 128, 132) for shape, _ in shapes), "nothing is kept whole"
 
 
-@over("name", ["adafactor", "lion", "muon", "schedule-free"], often=["muon"])
+@over("name", ["adafactor", "lion", "muon", "schedule-free"], often=())
 def test_a_checkpoint_goes_on_bitwise(name, tmp_path):
     params = tree()
     adapter, _ = lj.split(params)

@@ -200,6 +200,7 @@ def test_rloo_and_advantages():
     assert batch[1] == pytest.approx(0.5 / (np.std([1, 2, 3, 3], ddof=1) + 1e-4), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_fill_up_a_batch_are_no_completions():
     """Those that are all masked count as such; these do not."""
     filled = [np.pad(x, [(0, 3), *[(0, 0)] * (x.ndim - 1)]) for x in (LOGPS, MASK, GAINS, OLD)]

@@ -56,7 +56,12 @@ def test_scores_are_numpys(adapted, chunk, parts):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "parts"), [(0, 1), pytest.param(9, 1, marks=pytest.mark.slow), (9, 3)]
+    ("chunk", "parts"),
+    [
+        (0, 1),
+        pytest.param(9, 1, marks=pytest.mark.slow),
+        pytest.param(9, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_loss_of_rollouts_logs_the_entropy_of_the_policy_that_it_updates(adapted, chunk, parts):
     """It costs no further product, and changes no gradient."""
@@ -126,6 +131,7 @@ def test_a_mesh_scores_as_one_device_does(sizes):
     assert_close(*of_counted, 1e-5)
 
 
+@pytest.mark.slow
 def test_no_chunk_holds_all_logits():
     """Nor does the gradient of values that stay apart."""
     model, plain = bag()

@@ -235,6 +235,7 @@ ONLINE = {
 }
 
 
+@pytest.mark.slow
 @over("name", [*ONLINE], often=("grpo",))
 @pytest.mark.parametrize(
     "per_token", [False, pytest.param(True, marks=[pytest.mark.slow, thorough])]
@@ -317,6 +318,7 @@ def flops(loss, batch):
     return count_flops(jax.make_jaxpr(jax.grad(total))(adapter)).flops
 
 
+@pytest.mark.slow
 def test_a_prompt_is_computed_once():
     """A step's FLOPs are those of a text of all its tokens within 5%; unshared, far more."""
     asked, tokens = ids_of(1, 40), np.concatenate([ids_of(2, 8), [0], ids_of(3, 7)])

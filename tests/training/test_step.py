@@ -59,6 +59,7 @@ def test_the_loss_is_the_cross_entropy_of_the_tokens_that_count(model):
     assert float(sums_of(module.apply, params, batch).total) == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_packing_changes_no_loss():
     model, plain = decoder()
     forward = lj.adapt(model.apply)

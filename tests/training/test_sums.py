@@ -97,7 +97,9 @@ def by_hand():
     return np.sum((y**2).sum(-1) * FACTORS), {"up/kernel": gradient}, (y**2).sum(-1)
 
 
-@pytest.mark.parametrize(("reduction", "divisor"), [("mean", 5), ("sum", 1)])
+@pytest.mark.parametrize(
+    ("reduction", "divisor"), [("mean", 5), pytest.param("sum", 1, marks=pytest.mark.slow)]
+)
 def test_accumulation_is_the_large_batch_exactly(reduction, divisor):
     total, gradient, each = by_hand()
     assert abs(total) > 100 and abs(gradient["up/kernel"]["b"]).max() > 100
@@ -134,6 +136,7 @@ def test_an_evaluation_gives_sums_that_add_up():
     jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(np.add, *parts))
 
 
+@pytest.mark.slow
 def test_a_mesh_has_the_sums_of_one_device():
     mesh = make_mesh("data=2,fsdp=2", 4, devices=jax.devices())
     layout = Layout(mesh, [("up/kernel", P("fsdp", None))])
@@ -159,6 +162,7 @@ def signed(seed):
     return np.random.default_rng(seed).permuted(weights, axis=1).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_weights_of_both_signs():
     model, plain = bag()
     params = with_random_factors(lorafied(plain, [lora("lm_head", train_bias=True)]))
