@@ -171,6 +171,7 @@ JUDGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", JUDGED)
 def test_a_mutant_is_found_where_a_test_fails(copied, case):
     """The copy is what Python imports: an installed lora_jax would have no such modules."""

@@ -229,7 +229,10 @@ def test_join_refuses_what_does_not_belong():
     "rules",
     [
         lambda rank: [lj.LoraRule(targets=["q_proj"], rank=rank)],
-        lambda rank: [lj.LoraRule(targets=["q_proj"], rank=rank, xs=True)],
+        pytest.param(
+            lambda rank: [lj.LoraRule(targets=["q_proj"], rank=rank, xs=True)],
+            marks=pytest.mark.slow,
+        ),
         lambda rank: [lj.TrainRule(targets=["kernel"], rows=range(rank))],
     ],
     ids=["LoRA", "LoRA-XS", "rows"],

@@ -167,7 +167,7 @@ def test_scanned_is_unrolled_and_merged(name):
         assert np.abs(expected - plain).max() > 1e-2, "it must be seen"
 
 
-@over("remat", [False, True], often=["False"])
+@over("remat", [False, True], often=())
 def test_a_scan_over_layers_holds_no_copies_of_the_pair(remat):
     """Compiled memory of a gradient; plain LoRA of this rank, which has a pair a layer, fails."""
     layers, width, rank = 24, 64, 128

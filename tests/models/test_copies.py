@@ -60,6 +60,7 @@ def test_attention_keeps_one_array_of_scores() -> None:
 LAYERS, BATCH, KV_HEADS, GROUP, HEAD_DIM, SLOTS = 3, 5, 2, 3, 10, 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads_lead", [True, False])
 def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
     """Layers take one token each; what holds all slots of a layer is neither moved nor copied."""

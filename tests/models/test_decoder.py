@@ -53,6 +53,7 @@ class OnTPU(Placement):
         return isinstance(other, OnTPU)
 
 
+@pytest.mark.slow
 def test_no_product_has_the_activation_in_it_on_a_tpu() -> None:
     """There, what the gate and up products return is written before it; values are the same."""
     model, params = tiny.decoder("llama3")

@@ -137,6 +137,7 @@ def test_padding_changes_nothing(side: str) -> None:
     tiny.assert_close(got, plain(model, params), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_cache_changes_nothing() -> None:
     model, params = tiny_encoders.model("gpt2 scaled by layer")
     ids = tiny.tokens(0, 2, 9)

@@ -70,7 +70,7 @@ def _values_and_gradients(
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-@pytest.mark.parametrize("n_experts", [8, 32])
+@pytest.mark.parametrize("n_experts", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
     """FLOPs: k products a token, and less than a third as much for blocks that are not full."""
     fields = tiny.fields("mixtral") | {"num_local_experts": n_experts, "num_experts_per_tok": 2}
