@@ -68,7 +68,7 @@ CASES = [
 ]
 
 
-@over(("text", "case", "how"), CASES, often=[str(CASES[0])], called=str)
+@over(("text", "case", "how"), CASES, often=[str(CASES[1])], called=str)
 def test_devices_compute_what_one_does(text: str, case: Case, how: Any) -> None:
     layout = layout_of(text)
     want = differentiated(case, layout, "dense")

@@ -83,11 +83,11 @@ def layout_of(**sizes):
 
 
 CASES = [
-    ({"data": 2, "expert": 2}, "one part of some", "blocks", 3),
+    ({"expert": 2, "tensor": 2}, "one part", "ragged", 1),
+    pytest.param({"data": 2, "expert": 2}, "one part of some", "blocks", 3, marks=pytest.mark.slow),
     pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "blocks", 3, marks=pytest.mark.slow),
     pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "ragged", 1, marks=pytest.mark.slow),
     pytest.param({"expert": 4}, "one part", "blocks", 3, marks=pytest.mark.slow),
-    pytest.param({"expert": 2, "tensor": 2}, "one part", "ragged", 1, marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "expert": 2}, "codes", "blocks", 1, marks=pytest.mark.slow),
 ]
 
