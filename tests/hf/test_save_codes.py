@@ -128,7 +128,7 @@ def test_experts_fused_in_one_tensor(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(folder)
 
 
-@pytest.mark.parametrize("layout", ["compressed fp8 rows", "nf4 nested"])
+@over("layout", ["compressed fp8 rows", "nf4 nested"], often=["compressed fp8 rows"])
 def test_a_bare_model_gets_its_prefix(layout: str, tmp_path: Path) -> None:
     """Tensors in codes, and what config.json says of them, have the names of all others."""
     folder, out = ship(tmp_path / "in", layout, 1, tie_word_embeddings=True), tmp_path / "out"

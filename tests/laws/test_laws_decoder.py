@@ -99,6 +99,7 @@ def test_factored_equals_merged():
     assert abs(ours[0] - compiled("factored")(*fresh)[0]) > 1e-2
 
 
+@pytest.mark.slow
 def test_no_product_has_a_kernels_shape():
     kernels = [(22, 42), (22, 14), (42, 22), (22, 29), (22, 61)]
     kernels += [(3, *kernel) for kernel in kernels[:-1]]

@@ -189,6 +189,7 @@ def test_a_wholly_padded_row_has_finite_gradients() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_value() -> None:
     """A policy changes none; test_laws_decoder.py compares a model that keeps nothing."""
     model, params = tiny.decoder("qwen3")

@@ -44,6 +44,7 @@ def all_experts(params: dict[str, Any], x: jax.Array, config: DecoderConfig) -> 
     return jnp.einsum("bsef,efd,bse->bsd", hidden, kernels[2], weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3 moe"])
 def test_values_and_gradients(case: str) -> None:
     module, params, x = layer(case)
