@@ -16,10 +16,11 @@ from train.data.files import NO_PARQUET, files_of, load, rows_of, rows_of_arrow
 from train.data.text_files import not_utf_8, parsed, placed
 
 BLOCK = 2**18  # bytes of a block of lines
-_ROWS = 1_000  # of a block, for data that `datasets` loads
-_SPOTS, _SPOT = 64, 2**12  # samples of a file for its fingerprint, and their bytes
-_PIECE = 2**20  # bytes that are read at a time where lines are counted
-_LINES = (".jsonl", ".ndjson", ".json")
+_BLOCK_ROWS = 1_000  # of a block, for data that `datasets` loads
+_N_SAMPLES = 64  # of a file, for its fingerprint
+_SAMPLE_BYTES = 2**12
+_READ_BYTES = 2**20  # that are read at a time where lines are counted
+_LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 NumberedRow = tuple[int, Row]
 
@@ -44,17 +45,25 @@ class FilePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BytePosition:
-    """The place of a line that begins at a byte of a file; its number is counted if asked for."""
+    """The place of a line in a file, by its first byte.
+
+    Only `str` counts the lines before it, which means to read the file that far.
+    """
 
     path: Path
-    at: int
+    byte: int
 
     def __str__(self) -> str:
-        line, left = 1, self.at
+        line = 1
+        remaining = self.byte
         with self.path.open("rb") as file:
-            while left and (piece := file.read(min(left, _PIECE))):
-                line, left = line + piece.count(b"\n"), left - len(piece)
-        return f"line {line:,} (byte {self.at:,})"
+            while remaining > 0:
+                content = file.read(min(remaining, _READ_BYTES))
+                if not content:
+                    break
+                line += content.count(b"\n")
+                remaining -= len(content)
+        return f"line {line:,} (byte {self.byte:,})"
 
 
 class DatasetBlocks:
@@ -68,8 +77,8 @@ class DatasetBlocks:
     def read(self, block: int) -> tuple[int, list[NumberedRow]]:
         """Returns the number of a block's part, and its rows with their numbers there."""
         part = int(np.searchsorted(self._ends, block, side="right"))
-        first = int(self._ends[part]) - len(self.parts[part].sizes)
-        return part, self.parts[part].read(block - first)
+        first_block = int(self._ends[part]) - len(self.parts[part].sizes)
+        return part, self.parts[part].read(block - first_block)
 
     def named(self, part: int, number: int) -> str:
         """Returns the name of a row in messages: "the row at byte 3,000 of a.jsonl"."""
@@ -103,63 +112,76 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Data
 
 
 def _file_part(path: Path) -> FilePart:
-    if path.suffix.lower() == ".parquet":
+    """Returns a file of lines or of Parquet in blocks."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _parquet_part(path)
-    if path.suffix.lower() not in _LINES or path.suffix.lower() == ".json" and _is_array(path):
+    has_lines = suffix in _LINE_SUFFIXES and not (suffix == ".json" and _is_array(path))
+    if not has_lines:
         raise UserError(
             f"--stream: {path} cannot be read from its middle; lines of JSON (.jsonl), Parquet "
             "and what `datasets` loads can. Unpack or convert it, or leave out --stream"
         )
-    size = path.stat().st_size
-    sizes = np.full(-(-size // BLOCK), BLOCK, np.int64)
-    sizes[-1:] = size - BLOCK * (len(sizes) - 1)
-    read = functools.partial(_read_lines, path, BLOCK)
-    return FilePart(str(path), "byte", sizes, read, _fingerprint(path))
+    file_bytes = path.stat().st_size
+    sizes = np.full(-(-file_bytes // BLOCK), BLOCK, np.int64)
+    sizes[-1:] = file_bytes - BLOCK * (len(sizes) - 1)
+    return FilePart(
+        name=str(path),
+        where="byte",
+        sizes=sizes,
+        read=functools.partial(_read_lines, path, BLOCK),
+        digest=_fingerprint(path),
+    )
 
 
 def _is_array(path: Path) -> bool:
+    """Returns True if a file begins as a JSON array."""
     with path.open("rb") as file:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
-def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
+def _read_lines(path: Path, block_bytes: int, block: int) -> list[NumberedRow]:
     """Returns the objects of the lines that begin in a block, with the byte that each begins at."""
     rows: list[NumberedRow] = []
-    for at, line in _lines(path, block * size, (block + 1) * size):
+    for byte, line in _lines(path, block * block_bytes, (block + 1) * block_bytes):
         if not line.strip():
             continue
-        where = BytePosition(path, at)
+        where = BytePosition(path, byte)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
             raise not_utf_8(path, where, error) from None
         row = parsed(text, path, where)
-        rows.append((at, placed(row, path, where)))
+        rows.append((byte, placed(row, path, where)))
     return rows
 
 
-def _lines(path: Path, first: int, last: int) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that begin from byte `first` on and before `last`, and where they begin."""
+def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yields each line that begins at a byte from `start` on and before `end`, with that byte."""
     with path.open("rb") as file:
-        at = first
-        if first:  # the line before belongs to an earlier block
-            at = first - 1
-            file.seek(at)
-            while at < last:
-                skipped = file.readline(last - at)
-                at += len(skipped)
+        byte = start
+        if start > 0:  # a line that begins before `start` belongs to an earlier block
+            byte = start - 1
+            file.seek(byte)
+            while byte < end:
+                skipped = file.readline(end - byte)
+                byte += len(skipped)
                 if not skipped or skipped.endswith(b"\n"):
                     break
             else:
                 return  # one line is longer than the block
-        while at < last and (line := file.readline()):
-            if not at:
+        while byte < end:
+            line = file.readline()
+            if not line:
+                return
+            if byte == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            yield at, line
-            at = file.tell()
+            yield byte, line
+            byte = file.tell()
 
 
 def _parquet_part(path: Path) -> FilePart:
+    """Returns a Parquet file in blocks, which are its row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -174,37 +196,44 @@ def _parquet_part(path: Path) -> FilePart:
     def read(block: int) -> list[NumberedRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = file.read_row_group(block).to_pylist()
-        first = int(starts[block]) + 1
+        first_number = int(starts[block]) + 1
         return [
-            (n, placed(rows_of_arrow(row), path, f"row {n}"))
-            for n, row in enumerate(rows, start=first)
+            (number, placed(rows_of_arrow(row), path, f"row {number}"))
+            for number, row in enumerate(rows, start=first_number)
         ]
 
-    return FilePart(str(path), "row", sizes, read, _fingerprint(path))
+    return FilePart(name=str(path), where="row", sizes=sizes, read=read, digest=_fingerprint(path))
 
 
 def _arrow_part(name: str, dataset: Any) -> FilePart:
     """Returns a data set that `datasets` maps into memory, which loads only the rows in use."""
-    n = len(dataset)
-    a_row = max(1, (dataset.data.nbytes or n) // max(n, 1))
-    counts = [min(_ROWS, n - first) for first in range(0, n, _ROWS)]
+    n_rows = len(dataset)
+    row_bytes = max(1, (dataset.data.nbytes or n_rows) // max(n_rows, 1))
+    rows_of_blocks = [min(_BLOCK_ROWS, n_rows - i) for i in range(0, n_rows, _BLOCK_ROWS)]
 
     def read(block: int) -> list[NumberedRow]:
-        here = range(block * _ROWS, block * _ROWS + counts[block])
-        return list(enumerate(rows_of(dataset.select(here)), start=here.start + 1))
+        start = block * _BLOCK_ROWS
+        indices = range(start, start + rows_of_blocks[block])
+        return list(enumerate(rows_of(dataset.select(indices)), start=start + 1))
 
-    spots = np.linspace(0, n - 1, min(n, _SPOTS)).astype(int).tolist()
-    seen = [json.dumps(row, default=repr) for row in dataset.select(spots)]
-    digest = hashlib.sha256(repr((n, seen)).encode()).hexdigest()
-    return FilePart(name, "row", a_row * np.array(counts, np.int64), read, digest)
+    sample_indices = np.linspace(0, n_rows - 1, min(n_rows, _N_SAMPLES)).astype(int).tolist()
+    samples = [json.dumps(row, default=repr) for row in dataset.select(sample_indices)]
+    return FilePart(
+        name=name,
+        where="row",
+        sizes=row_bytes * np.array(rows_of_blocks, np.int64),
+        read=read,
+        digest=hashlib.sha256(repr((n_rows, samples)).encode()).hexdigest(),
+    )
 
 
 def _fingerprint(path: Path) -> str:
     """Returns a hash of a file's size and of samples from all over it."""
-    size = path.stat().st_size
-    made = hashlib.sha256(str(size).encode())
+    file_bytes = path.stat().st_size
+    digest = hashlib.sha256(str(file_bytes).encode())
+    last_start = max(0, file_bytes - _SAMPLE_BYTES)
     with path.open("rb") as file:
-        for at in np.linspace(0, max(0, size - _SPOT), _SPOTS).astype(int).tolist():
-            file.seek(at)
-            made.update(file.read(_SPOT))
-    return made.hexdigest()
+        for start in np.linspace(0, last_start, _N_SAMPLES).astype(int).tolist():
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

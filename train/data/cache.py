@@ -16,57 +16,65 @@ from lora_jax.training.data.templates import tells_today
 
 OFF = "off"
 _FORMAT = b"lora_jax tokens 6\n"
-_DIGITS = 24  # of a hash in a file's name
+_HASH_DIGITS = 24  # of each hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
 _MOST_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
-def place(asked: str | None, key: str, tokenizer: Any, **options: Any) -> Path | None:
+def place(token_cache: str | None, key: str, tokenizer: Any, **options: Any) -> Path | None:
     """Returns the file that keeps the tokens of some rows; None where they are not to be kept.
 
     Its name has two hashes: of the rows, and of what else the tokens depend on, which is the
     tokenizer with its chat template, the options, and the packages that render and tokenise.
 
     Args:
-      asked: the option --token-cache: a folder, "off", or None for the user's cache folder.
+      token_cache: the option: a folder, "off", or None for the user's cache folder.
       key: a hash of the rows.
       tokenizer: the model's.
       options: further options of the tokenisation.
     """
-    if asked == OFF:
+    if token_cache == OFF:
         return None
     core = tokenizer.backend_tokenizer
     core.no_padding()  # as in every call for chats
     core.no_truncation()
-    chat_template = tokenizer.chat_template
-    template = json.dumps(chat_template)
-    named = chat_template.values() if isinstance(chat_template, dict) else [chat_template or ""]
-    today = str(date.today()) if any(map(tells_today, named)) else ""
-    special = repr(sorted(tokenizer.special_tokens_map.items()))
-    packages = repr([version(package) for package in _PACKAGES])
-    made = hashlib.sha256(_FORMAT)
-    for part in (core.to_str(), template, today, special, packages, repr(sorted(options.items()))):
-        made.update(hashlib.sha256(part.encode()).digest())
-    return _folder(asked) / f"{_short(key)}-{made.hexdigest()[:_DIGITS]}.tokens"
+    template = tokenizer.chat_template  # a text, or a text for each name
+    templates = template.values() if isinstance(template, dict) else [template or ""]
+    dependencies = (
+        core.to_str(),
+        json.dumps(template),
+        str(date.today()) if any(map(tells_today, templates)) else "",
+        repr(sorted(tokenizer.special_tokens_map.items())),
+        repr([version(package) for package in _PACKAGES]),
+        repr(sorted(options.items())),
+    )
+    digest = hashlib.sha256(_FORMAT)
+    for dependency in dependencies:
+        digest.update(hashlib.sha256(dependency.encode()).digest())
+    return _folder(token_cache) / f"{_row_hash(key)}-{digest.hexdigest()[:_HASH_DIGITS]}.tokens"
 
 
-def knows(asked: str | None, key: str) -> bool:
+def knows(token_cache: str | None, key: str) -> bool:
     """Returns True if an earlier run read these rows, could use them all, and kept their tokens."""
-    return asked != OFF and any(_folder(asked).glob(f"{_short(key)}-*.tokens"))
+    return token_cache != OFF and any(_folder(token_cache).glob(f"{_row_hash(key)}-*.tokens"))
 
 
-def _folder(asked: str | None) -> Path:
-    return cache_folder() / "tokens" if asked is None else Path(asked).expanduser().absolute()
+def _folder(token_cache: str | None) -> Path:
+    """Returns the folder of the files of tokens."""
+    if token_cache is None:
+        return cache_folder() / "tokens"
+    return Path(token_cache).expanduser().absolute()
 
 
-def _short(key: str) -> str:
-    return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_DIGITS]
+def _row_hash(key: str) -> str:
+    """Returns the first part of the name of the files that keep tokens of some rows."""
+    return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_HASH_DIGITS]
 
 
-def place_of(asked: str | None, name: str) -> Path | None:
+def place_of(token_cache: str | None, name: str) -> Path | None:
     """Returns the file of that name beside those of tokens; None where nothing is to be kept."""
-    return None if asked == OFF else _folder(asked) / f"{name}.tokens"
+    return None if token_cache == OFF else _folder(token_cache) / f"{name}.tokens"
 
 
 def read_tokens(path: Path) -> Sequences | None:
@@ -99,13 +107,13 @@ def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        made.update(part)
+        digest.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
         try:
-            partial.write(_FORMAT + made.digest())
+            partial.write(_FORMAT + digest.digest())
             for part in parts:
                 partial.write(part)
             partial.close()
@@ -117,15 +125,16 @@ def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def _make_room(newest: Path) -> None:
-    files = {}
+    """Removes files of the folder, those unused for longest, until the rest is small enough."""
+    status_of_file = {}
     for path in newest.parent.glob("*.tokens"):
         try:
-            files[path] = path.stat()
+            status_of_file[path] = path.stat()
         except OSError:  # another process removed it
             continue
-    total = sum(status.st_size for status in files.values())
-    for path in sorted(files, key=lambda path: files[path].st_mtime):
-        if total <= _MOST_BYTES or path == newest:
+    total_bytes = sum(status.st_size for status in status_of_file.values())
+    for path in sorted(status_of_file, key=lambda path: status_of_file[path].st_mtime):
+        if total_bytes <= _MOST_BYTES or path == newest:
             break
         path.unlink(missing_ok=True)
-        total -= files[path].st_size
+        total_bytes -= status_of_file[path].st_size

@@ -27,8 +27,8 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
       UserError: a name is not that of a known field.
     """
     pairs = [pair.partition("=")[::2] for field in fields for pair in field.split(",")]
-    for name, own in pairs:
-        if name not in _KNOWN or not own:
+    for name, row_field in pairs:
+        if name not in _KNOWN or not row_field:
             raise UserError(
                 f"{flag('fields', *fields)}: give name=field, where name is one of "
                 f"{', '.join(_KNOWN)}"
@@ -38,7 +38,7 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
 
 def pairs_in_rows(rows: Sequence[Row], pairs: Pairs) -> Pairs:
     """Returns the pairs whose fields the first row has."""
-    return [(name, own) for name, own in pairs if rows and own in rows[0]]
+    return [pair for pair in pairs if rows and pair[1] in rows[0]]
 
 
 def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
@@ -54,20 +54,23 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     """
     if not pairs:
         return rows
-    given = flag("fields", *(f"{name}={own}" for name, own in pairs))
+    option = flag("fields", *(f"{name}={row_field}" for name, row_field in pairs))
     names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{given}: {source} has two fields for `{twice[0]}`")
-    own_names = {own for _, own in pairs}
-    renamed = []
+    repeated_names = [name for name in names if names.count(name) > 1]
+    if repeated_names:
+        raise UserError(f"{option}: {source} has two fields for `{repeated_names[0]}`")
+    row_fields = {row_field for _, row_field in pairs}
+    renamed_rows = []
     for number, row in enumerate(rows, start=1):
-        for own in own_names - {*row}:
+        for row_field in row_fields - {*row}:
             raise UserError(
-                f"{given}: {name_of(row, source, number)} has {field_names(row)}, and no `{own}`"
+                f"{option}: {name_of(row, source, number)} has {field_names(row)}, and no "
+                f"`{row_field}`"
             )
-        others = {name: value for name, value in row.items() if name not in own_names}
-        renamed.append(replace_values(row, others | {name: row[own] for name, own in pairs}))
-    return renamed
+        others = {name: value for name, value in row.items() if name not in row_fields}
+        renamed = {name: row[row_field] for name, row_field in pairs}
+        renamed_rows.append(replace_values(row, others | renamed))
+    return renamed_rows
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,10 +118,10 @@ class Dataset:
             return self.hashed
         if self._rows is None:
             self._rows = self.read()
-        made = hashlib.sha256()
+        digest = hashlib.sha256()
         for row in self._rows:
-            made.update(json.dumps(row, default=repr).encode() + b"\n")
-        return made.hexdigest()
+            digest.update(json.dumps(row, default=repr).encode() + b"\n")
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"{self.name} {self.key}"
@@ -159,20 +162,21 @@ def find_dataset(
 
     def read() -> list[Row]:
         table = read_rows(name, split=split, subset=subset)[:rows]
-        own = pairs if used is None else pairs_in_rows(table, pairs)
+        row_pairs = pairs
         if used is not None:
-            used.update(field for _, field in own)
-        table = rename_fields(table, own, name)
+            row_pairs = pairs_in_rows(table, pairs)
+            used.update(field for _, field in row_pairs)
+        table = rename_fields(table, row_pairs, name)
         check(table, name)
         return table
 
-    hashed, n_bytes = None, 0
-    if (paths := files_of(name, split)) is not None:
-        asked = (pairs, rows, used is None, check is check_rows)
-        made = hashlib.sha256(repr(asked).encode())
-        for path in paths:
-            n_bytes += path.stat().st_size
-            with path.open("rb") as file:
-                made.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
-        hashed = made.hexdigest()
-    return Dataset(name, read, hashed, kept_in, n_bytes)
+    paths = files_of(name, split)
+    if paths is None:
+        return Dataset(name, read, kept_in=kept_in)
+    n_bytes = sum(path.stat().st_size for path in paths)
+    options = (pairs, rows, used is None, check is check_rows)
+    digest = hashlib.sha256(repr(options).encode())
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
+    return Dataset(name, read, digest.hexdigest(), kept_in, n_bytes)

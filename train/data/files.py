@@ -29,9 +29,9 @@ IMAGE_FIELD = "image"  # of a folder's rows
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
-_NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
-_NAMED = 5  # files that a line names
-_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
+_WEIGHT_FORM = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
+_MOST_NAMED = 5  # files that a line names
+_CHAT_FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:
@@ -72,9 +72,10 @@ def data_path(name: str) -> Path:
 def is_image_folder(name: str) -> bool:
     """Returns True for the name of a folder of images that no file of rows in it names."""
     folder = data_path(name)
-    if any(kind_of(path.name) for at in ("*", "*/*") for path in folder.glob(at)):
-        return False
-    return any(any(map(known, _files_under(folder))) for known in (_is_named_image, is_image))
+    if any(kind_of(path.name) for pattern in ("*", "*/*") for path in folder.glob(pattern)):
+        return False  # it has files of rows
+    is_named = any(map(_is_named_image, _files_under(folder)))
+    return is_named or any(map(is_image, _files_under(folder)))  # this opens each file
 
 
 def holds_images(field: str | None, dataset: str) -> bool:
@@ -103,10 +104,11 @@ def labelled_images(folder: Path, split: str = "train") -> list[Row]:
     rows: list[Row] = []
     for root in roots:
         images = _images_in(root)
-        if loose := [path for path in images if path.parent == root]:
+        images_outside = [path for path in images if path.parent == root]
+        if images_outside:
             raise UserError(
-                f"{loose[0]} lies in no folder of a class: {root} needs one for each class, with "
-                "its images"
+                f"{images_outside[0]} lies in no folder of a class: {root} needs one for each "
+                "class, with its images"
             )
         for path in images:
             rows.append({IMAGE_FIELD: str(path), "label": path.relative_to(root).parts[0]})
@@ -120,9 +122,13 @@ def _folders_in(folder: Path) -> list[Path]:
 def _files_under(folder: Path) -> Iterator[Path]:
     """Yields the files in a folder, at any depth, but for those that are hidden."""
     for path in folder.rglob("*"):
-        hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
+        if path.is_file() and not _is_hidden(path, folder):
             yield path
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Returns True if the name of a file, or of a folder between, is that of a hidden one."""
+    return any(name[0] in "._" for name in path.relative_to(folder).parts)
 
 
 def _is_named_image(path: Path) -> bool:
@@ -135,17 +141,18 @@ def _images_in(folder: Path) -> list[Path]:
     A file is one by its ending or, with another ending or none, by how it begins.
     """
     images: list[Path] = []
-    others: list[str] = []
+    skipped: list[str] = []
     for path in sorted(_files_under(folder)):
         if _is_named_image(path) or is_image(path):
             images.append(path)
         else:
-            others.append(str(path.relative_to(folder)))
-    if images and others:
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            skipped.append(str(path.relative_to(folder)))
+    if images and skipped:
+        n_unnamed = len(skipped) - _MOST_NAMED
+        more = f" and {n_unnamed} more" if n_unnamed > 0 else ""
         print(
-            f"{folder}: left out {len(others)} of {len(images) + len(others)} files, from which no "
-            f"image can be read: {', '.join(others[:_NAMED])}{more}",
+            f"{folder}: left out {len(skipped)} of {len(images) + len(skipped)} files, from which "
+            f"no image can be read: {', '.join(skipped[:_MOST_NAMED])}{more}",
             file=sys.stderr,
         )
     return images
@@ -165,15 +172,17 @@ def locate_images(rows: list[Row], field: str, source: str) -> list[Row]:
       source: the rows' file or folder.
     """
     folder = data_path(source)
-    folder = folder if folder.is_dir() else folder.parent
+    if not folder.is_dir():
+        folder = folder.parent
 
-    def found(row: Row) -> Row:
-        value = row[field]
-        if not isinstance(value, str) or Path(value).exists() or not (folder / value).is_file():
+    def locate(row: Row) -> Row:
+        path = row[field]
+        is_known = not isinstance(path, str) or Path(path).exists()
+        if is_known or not (folder / path).is_file():
             return row
-        return replace_values(row, {**row, field: str(folder / value)})
+        return replace_values(row, {**row, field: str(folder / path)})
 
-    return [found(row) for row in rows]
+    return [locate(row) for row in rows]
 
 
 def files_of(dataset: str, split: str = "train") -> list[Path] | None:
@@ -227,7 +236,7 @@ def _read_parquet(path: Path) -> list[Row]:
 def _files_in(folder: Path, split: str) -> list[Path]:
     """Returns the files of a folder that are of a split, in the order of their names."""
     paths = sorted(path for path in folder.rglob("*") if kind_of(path.name))
-    paths = [p for p in paths if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
+    paths = [path for path in paths if not _is_hidden(path, folder)]
     if not paths:
         raise UserError(
             f"--dataset {folder}: the folder has no file of one of the kinds "
@@ -242,9 +251,12 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    parts = (path.name, *path.parent.parts[::-1])
-    words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower())]
-    return next((_SPLITS[word] for word in words if word in _SPLITS), "train")
+    """Returns the split that a file's name, or else the name of a folder above it, has in it."""
+    for name in (path.name, *path.parent.parts[::-1]):
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return "train"
 
 
 def _load_saved(folder: Path, split: str) -> Any:
@@ -267,7 +279,8 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
     # Without an answer, datasets would try again for half a minute before it looks into its cache.
     problem = probe(name, kind="dataset")
     constants: Any = huggingface_hub.constants
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, problem is not None
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = problem is not None
     try:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # any error of the hub's layers is about the given name
@@ -277,7 +290,7 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
             "that is in the local cache, or a name on the hub that can be reached"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def rows_of(dataset: Any) -> list[Row]:
@@ -300,23 +313,33 @@ def rows_of(dataset: Any) -> list[Row]:
 
 def _class_names(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the row's class numbers as the dataset's class names; leaves out -1 (no class)."""
-    numbers = {name: row[name] for name in classes}
-    known = {name: n for name, n in numbers.items() if n is not None and n >= 0}
-    return {name: classes[name].int2str(n) for name, n in known.items()}
+    names: dict[str, Any] = {}
+    for field, feature in classes.items():
+        number = row[field]
+        if number is not None and number >= 0:
+            names[field] = feature.int2str(number)
+    return names
 
 
 def rows_of_arrow(row: Row) -> dict[str, Any]:
     """Returns a row without the null fields that Arrow adds to the objects in chats."""
     return {
-        name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()
+        name: _without_nulls(value) if name in _CHAT_FIELDS else value
+        for name, value in row.items()
     }
 
 
 def _without_nulls(value: Any) -> Any:
+    """Returns a value of a chat's field without null fields, at any depth; a null content stays."""
+    if isinstance(value, list):
+        return [_without_nulls(element) for element in value]
     if isinstance(value, dict):
-        kept = ((k, v) for k, v in value.items() if v is not None or k == "content")
-        return {name: _without_nulls(item) for name, item in kept}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {
+            name: _without_nulls(element)
+            for name, element in value.items()
+            if element is not None or name == "content"
+        }
+    return value
 
 
 class NamedDataset(NamedTuple):
@@ -326,7 +349,7 @@ class NamedDataset(NamedTuple):
     weight: float | None
 
 
-def parse_datasets(given: Sequence[str]) -> list[NamedDataset]:
+def parse_datasets(values: Sequence[str]) -> list[NamedDataset]:
     """Returns the data sets that --dataset names: `a.jsonl`, or `a.jsonl:3 b.jsonl:1`.
 
     A colon belongs to the name if a file or a folder has that name, or if part of a path follows
@@ -336,30 +359,32 @@ def parse_datasets(given: Sequence[str]) -> list[NamedDataset]:
       UserError: none is named, one is named twice, a weight is not a positive number, or only
         some have weights.
     """
-    named = [_named(text) for text in given]
-    names = [dataset.name for dataset in named]
-    if not named:
+    named_datasets = [_parse_dataset(value) for value in values]
+    names = [dataset.name for dataset in named_datasets]
+    if not named_datasets:
         raise UserError("--dataset names no data set: give a file, a folder, or a name on the hub")
-    if twice := [name for name in names if names.count(name) > 1]:
+    repeated_names = [name for name in names if names.count(name) > 1]
+    if repeated_names:
         raise UserError(
-            f"--dataset names {twice[0]} twice: give it once, with a larger weight if it is to be "
-            "seen more often"
+            f"--dataset names {repeated_names[0]} twice: give it once, with a larger weight if it "
+            "is to be seen more often"
         )
-    without = [dataset.name for dataset in named if dataset.weight is None]
-    if len(named) == 1 and not without:
+    without_weight = [dataset.name for dataset in named_datasets if dataset.weight is None]
+    if len(named_datasets) == 1 and not without_weight:
         raise UserError(
-            f"--dataset {given[0]}: a weight has no effect on a single data set; name "
+            f"--dataset {values[0]}: a weight has no effect on a single data set; name "
             f"{names[0]} alone, or others beside it"
         )
-    if without and len(without) < len(named):
+    if 0 < len(without_weight) < len(named_datasets):
         raise UserError(
-            f"--dataset {' '.join(given)}: {', '.join(without)} has no weight, and others have: "
-            "give all of them a weight, or none (each row then comes once an epoch)"
+            f"--dataset {' '.join(values)}: {', '.join(without_weight)} has no weight, and others "
+            "have: give all of them a weight, or none (each row then comes once an epoch)"
         )
-    return named
+    return named_datasets
 
 
-def _named(text: str) -> NamedDataset:
+def _parse_dataset(text: str) -> NamedDataset:
+    """Returns the data set that one value of --dataset names, with its weight."""
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return NamedDataset(text, None)
@@ -369,10 +394,10 @@ def _named(text: str) -> NamedDataset:
         if kind_of(weight) or "/" in weight or "\\" in weight:
             return NamedDataset(text, None)
         raise UserError(
-            f"--dataset {text}: {weight!r} is not a weight of {name}; {_NEEDED}"
+            f"--dataset {text}: {weight!r} is not a weight of {name}; {_WEIGHT_FORM}"
         ) from None
     if not (math.isfinite(number) and number > 0):
-        raise UserError(f"--dataset {text}: {_NEEDED}, not {weight}")
+        raise UserError(f"--dataset {text}: {_WEIGHT_FORM}, not {weight}")
     if not name:
         raise UserError(f"--dataset {text} has a weight and no name")
     return NamedDataset(name, number)

@@ -12,7 +12,7 @@ from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.shared_prompts import JoinedPairs, split_pairs
 from lora_jax.training.data.vision.images import Images
 
-_ENDS = 160  # tokens shown of the beginning of a long sequence, and of its end
+_END_TOKENS = 160  # tokens shown of the beginning of a long sequence, and of its end
 
 
 class Span(NamedTuple):
@@ -34,7 +34,7 @@ def preview_rows(
     tokenizer: Any,
     n: int,
     labels: Any = (),
-    named: Callable[[int, int], str] | None = None,
+    row_name: Callable[[int, int], str] | None = None,
 ) -> list[PreviewRow]:
     """Returns the first `n` sequences, or those of so many pairs, as the model sees them.
 
@@ -43,17 +43,18 @@ def preview_rows(
       tokenizer: the model's.
       n: the number of sequences or pairs.
       labels: the names of the classes.
-      named: returns the name of a row, from its data set and its number there.
+      row_name: returns the name of a row, from the index of its data set and its number there.
     """
     if isinstance(examples, Packs):
         examples = _with_own_prompts(examples)
-        known = range(min(n * _a_unit(examples), len(examples.table)))
-        return [_pack_rows(examples, tokenizer, at, named) for at in known]
+        n_sequences = min(n * _unit_sequences(examples), len(examples.table))
+        return [_pack_row(examples, tokenizer, i, row_name) for i in range(n_sequences)]
     if isinstance(examples, Labelled):
-        known = range(min(n, len(lengths(examples))))
-        return [_label_row(examples, tokenizer, at, labels) for at in known]
+        n_texts = min(n, len(lengths(examples)))
+        return [_label_row(examples, tokenizer, i, labels) for i in range(n_texts)]
     if isinstance(examples, Images):
-        return [_image_row(examples, at, labels) for at in range(min(n, len(examples)))]
+        n_images = min(n, len(examples))
+        return [_image_row(examples, i, labels) for i in range(n_images)]
     return []
 
 
@@ -76,63 +77,86 @@ def _with_own_prompts(packs: Packs) -> Packs:
     return dataclasses.replace(packs, table=table, firsts=2 * packs.firsts, branches=None)
 
 
-def _a_unit(packs: Packs) -> int:
+def _unit_sequences(packs: Packs) -> int:
     """Returns the number of sequences that make a unit: 2 of pairs."""
     return packs.a_unit if isinstance(packs, Preferences) else 1
 
 
-def _pack_rows(
-    packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
+def _pack_row(
+    packs: Packs, tokenizer: Any, index: int, row_name: Callable[[int, int], str] | None
 ) -> PreviewRow:
-    tokens, origin = packs.table[at], int(packs.table.origins[at])
-    ids, counted = tokens.ids, tokens.counts.copy()
+    """Returns a sequence of packs in words."""
+    sequence = packs.table[index]
+    counted = sequence.counts.copy()
     counted[:1] = False  # the first token of a sequence is never predicted
-    unit = int(np.searchsorted(packs.firsts, at, side="right")) - 1
-    a_unit = _a_unit(packs)
-    of_unit = (packs.firsts[unit + 1] - packs.firsts[unit]) // a_unit
-    source = f" of {packs.sources[origin]}" if packs.sources else ""
-    name = f"row {tokens.row}{source}" if named is None else named(origin, tokens.row)
-    if a_unit == 2:
-        name += ", rejected" if at % 2 else ", chosen"
-    elif isinstance(packs, Preferences):
-        name += ", good" if packs.table.labels[at] else ", bad"
-    title = f"{name}: {len(ids)} tokens"
-    if packs.table.counts.any():  # or else they are prompts
+    title = f"{_pack_name(packs, index, row_name)}: {len(sequence.ids)} tokens"
+    are_prompts = not packs.table.counts.any()
+    if not are_prompts:
         title += f", {counted.sum()} of them count"
-    if of_unit > 1:
-        place = f"{(at - packs.firsts[unit]) // a_unit + 1} of {of_unit}"
-        title += f"; {place} in packed sequence {unit + 1}"
-    return PreviewRow(title, _spans(ids, counted, tokenizer))
+    pack = int(np.searchsorted(packs.firsts, index, side="right")) - 1
+    unit_sequences = _unit_sequences(packs)
+    units_of_pack = (packs.firsts[pack + 1] - packs.firsts[pack]) // unit_sequences
+    if units_of_pack > 1:
+        unit = (index - packs.firsts[pack]) // unit_sequences
+        title += f"; {unit + 1} of {units_of_pack} in packed sequence {pack + 1}"
+    return PreviewRow(title, _spans(sequence.ids, counted, tokenizer))
 
 
-def _label_row(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> PreviewRow:
-    ids, mask = (x.reshape(-1, x.shape[-1])[at] for x in (texts.ids, texts.attention_mask))
-    ids = ids[mask > 0]
-    if texts.ids.ndim == 3:
-        title = f"pair {at // 2 + 1}, {'rejected' if at % 2 else 'chosen'}: {len(ids)} tokens"
+def _pack_name(packs: Packs, index: int, row_name: Callable[[int, int], str] | None) -> str:
+    """Returns the name of a sequence: of its row, and of its side or its verdict."""
+    origin = int(packs.table.origins[index])
+    number = packs.table[index].row
+    if row_name is not None:
+        name = row_name(origin, number)
     else:
-        name = labels[int(texts.labels[at])]
-        title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
+        source = f" of {packs.sources[origin]}" if packs.sources else ""
+        name = f"row {number}{source}"
+    if not isinstance(packs, Preferences):
+        return name
+    if packs.a_unit == 2:
+        return name + (", rejected" if index % 2 else ", chosen")
+    return name + (", good" if packs.table.labels[index] else ", bad")
+
+
+def _label_row(texts: Labelled, tokenizer: Any, index: int, labels: Any) -> PreviewRow:
+    """Returns a labelled text, or one of a pair, in words."""
+    seq = texts.ids.shape[-1]
+    mask = texts.attention_mask.reshape(-1, seq)[index]
+    ids = texts.ids.reshape(-1, seq)[index][mask > 0]
+    if texts.ids.ndim == 3:
+        side = "rejected" if index % 2 else "chosen"
+        title = f"pair {index // 2 + 1}, {side}: {len(ids)} tokens"
+    else:
+        label = labels[int(texts.labels[index])]
+        title = f"text {index + 1}: {len(ids)} tokens; the label to learn is {label!r}"
     return PreviewRow(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
 
 
-def _image_row(images: Images, at: int, labels: Any) -> PreviewRow:
+def _image_row(images: Images, index: int, labels: Any) -> PreviewRow:
+    """Returns an image in words."""
     size = " x ".join(map(str, images.pixels.shape[1:]))
-    title = f"image {at + 1}: the label to learn is {labels[int(images.labels[at])]!r}"
+    label = labels[int(images.labels[index])]
+    title = f"image {index + 1}: the label to learn is {label!r}"
     return PreviewRow(title, [Span(f"{images.length} tokens, of {size} pixels", False)])
 
 
 def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
     """Returns runs of tokens that count, or do not; the middle of a long sequence is left out."""
-    if len(ids) <= 2 * _ENDS:
+    if len(ids) <= 2 * _END_TOKENS:
         return _runs(ids, counted, tokenizer)
-    left_out = Span(f" … {len(ids) - 2 * _ENDS:,} tokens … ", False)
-    first = _runs(ids[:_ENDS], counted[:_ENDS], tokenizer)
-    return [*first, left_out, *_runs(ids[-_ENDS:], counted[-_ENDS:], tokenizer)]
+    beginning = _runs(ids[:_END_TOKENS], counted[:_END_TOKENS], tokenizer)
+    middle = Span(f" … {len(ids) - 2 * _END_TOKENS:,} tokens … ", False)
+    end = _runs(ids[-_END_TOKENS:], counted[-_END_TOKENS:], tokenizer)
+    return [*beginning, middle, *end]
 
 
 def _runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
-    at = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
-    parts = zip(np.split(ids, at), np.split(counted, at), strict=True)
-    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [Span(tokenizer.decode(part.tolist(), **how), bool(c[0])) for part, c in parts]
+    """Returns runs of tokens that all count, or all do not."""
+    starts = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
+    spans: list[Span] = []
+    for run_ids, run_counted in zip(np.split(ids, starts), np.split(counted, starts), strict=True):
+        text = tokenizer.decode(
+            run_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        spans.append(Span(text, bool(run_counted[0])))
+    return spans

@@ -31,17 +31,20 @@ def read_json(path: Path) -> list[PlacedRow]:
       UserError: the file cannot be read; names the line.
     """
     with _opened(path) as file:
-        begin = file.read(1)
-        while begin.isspace():
-            begin = file.read(1)
+        character = file.read(1)
+        while character.isspace():
+            character = file.read(1)
         file.seek(0)
-        if begin == "[" and (rows := _array(path, file.read())) is not None:
-            return rows
+        if character == "[":
+            rows = _array(path, file.read())
+            if rows is not None:
+                return rows
         file.seek(0)
         return list(_lines(path, file))
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[PlacedRow]:
+    """Yields the object of each line that is not blank."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -68,20 +71,22 @@ def parsed(text: str, path: Path, where: object) -> dict[str, Any]:
 
 
 def _unreadable(error: Exception, text: str, path: Path, where: object) -> UserError:
-    what, seen = f"{path}, {where}", shown(text)
+    """Returns the error of a text that cannot be parsed."""
+    what = f"{path}, {where}"
+    excerpt = shown(text)
     if isinstance(error, json.JSONDecodeError):
         return UserError(
-            f"{what} is not JSON ({error}): {seen}. A file has one object a line, or is one array "
-            "of objects"
+            f"{what} is not JSON ({error}): {excerpt}. A file has one object a line, or is one "
+            "array of objects"
         )
     if isinstance(error, RecursionError):
         return UserError(
             f"{what} has lists or objects in each other, more than {_MOST_LEVELS} levels deep: "
-            f"{seen}. Correct it or take the row out"
+            f"{excerpt}. Correct it or take the row out"
         )
     return UserError(
-        f"{what} has a whole number of more than {sys.get_int_max_str_digits():,} digits: {seen}. "
-        "Write it as a text, in quotes, or take it out"
+        f"{what} has a whole number of more than {sys.get_int_max_str_digits():,} digits: "
+        f"{excerpt}. Write it as a text, in quotes, or take it out"
     )
 
 
@@ -103,63 +108,78 @@ def _object(value: Any, text: str, path: Path, where: object) -> dict[str, Any]:
 
 def _depth(value: Any) -> int:
     """Returns the depth to which lists and objects are nested."""
-    level, depth = [value], 0
-    while level := [node for node in level if isinstance(node, dict | list)]:
+    depth = 0
+    level = _containers([value])
+    while level:
         depth += 1
-        level = [x for node in level for x in (node.values() if isinstance(node, dict) else node)]
+        children: list[Any] = []
+        for container in level:
+            children += container.values() if isinstance(container, dict) else container
+        level = _containers(children)
     return depth
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """Returns the lists and the objects among values."""
+    return [value for value in values if isinstance(value, dict | list)]
 
 
 def _array(path: Path, text: str) -> list[PlacedRow] | None:
     """Returns the objects of a JSON array; None if the text has one array a line."""
-    decoder, breaks = json.JSONDecoder(), [rows.start() for rows in re.finditer("\n", text)]
-    rows: list[tuple[int, dict[str, Any]]] = []  # rows, and the line in which each begins
-    at = text.index("[") + 1
+    decoder = json.JSONDecoder()
+    breaks = [match.start() for match in re.finditer("\n", text)]
+    rows: list[tuple[int, dict[str, Any]]] = []  # with the line in which each begins
+    index = text.index("[") + 1
     while True:
-        at = _after_space(text, at)
-        if text[at : at + 1] == "]" and not rows:
+        index = _after_space(text, index)
+        if text[index : index + 1] == "]" and not rows:
             return []
-        line = bisect.bisect_left(breaks, at) + 1
+        line = bisect.bisect_left(breaks, index) + 1
         where = f"line {line}"
         if rows and rows[-1][0] == line:
             where += f", row {len(rows) + 1}"
         try:
-            row, end = decoder.raw_decode(text, at)
+            row, end = decoder.raw_decode(text, index)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not a JSON array ({error})") from None
         except (ValueError, RecursionError) as error:
-            raise _unreadable(error, text[at : at + 100], path, where) from None
+            raise _unreadable(error, text[index : index + 100], path, where) from None
         if not rows and not isinstance(row, dict):
             return None  # its lines are read one by one, and refused
-        rows.append((line, _object(row, text[at:end], path, where)))
-        at = _after_space(text, end)
-        if text[at : at + 1] == "]":
+        rows.append((line, _object(row, text[index:end], path, where)))
+        index = _after_space(text, end)
+        if text[index : index + 1] == "]":
             break
-        if text[at : at + 1] != ",":
+        if text[index : index + 1] != ",":
             raise UserError(
-                f"{path}, line {bisect.bisect_left(breaks, at) + 1}: a comma or the array's end is "
-                f"missing before {shown(text[at : at + 40])}"
+                f"{path}, line {bisect.bisect_left(breaks, index) + 1}: a comma or the array's end "
+                f"is missing before {shown(text[index : index + 40])}"
             )
-        at += 1
-    if rest := text[at + 1 :].strip():
+        index += 1
+    rest = text[index + 1 :].strip()
+    if rest:
         raise UserError(f"{path} has text after the end of its JSON array: {shown(rest[:40])}")
-    of_line = Counter(line for line, _ in rows)
-    return [
-        placed(row, path, f"line {line}, row {n}" if of_line[line] > 1 else f"line {line}")
-        for n, (line, row) in enumerate(rows, start=1)
-    ]
+    rows_of_line = Counter(line for line, _ in rows)
+    placed_rows: list[PlacedRow] = []
+    for number, (line, row) in enumerate(rows, start=1):
+        where = f"line {line}"
+        if rows_of_line[line] > 1:
+            where += f", row {number}"
+        placed_rows.append(placed(row, path, where))
+    return placed_rows
 
 
-def _after_space(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    return space.end() if space else at
+def _after_space(text: str, start: int) -> int:
+    """Returns the index of the first character from `start` on that is no white space."""
+    space = _SPACE.match(text, start)
+    return space.end() if space else start
 
 
 def placed(row: dict[str, Any], path: Path, where: object) -> PlacedRow:
     """Returns a row that knows its place, for messages."""
-    made = PlacedRow(row)
-    made.place = (str(path), where)
-    return made
+    placed_row = PlacedRow(row)
+    placed_row.place = (str(path), where)
+    return placed_row
 
 
 def read_lines(path: Path) -> list[str]:
@@ -194,14 +214,16 @@ def _separator(header: str) -> str:
 
 
 def _records(path: Path, reader: Any) -> Iterator[PlacedRow]:
+    """Yields the records of a table; an error names the line at which a record begins."""
     header: list[str] = []
     line = 1  # at which a record begins: fields may hold line breaks
     try:
         for fields in reader:
             if not header:
                 header = fields
-                if twice := [name for name in header if header.count(name) > 1]:
-                    raise UserError(f"{path}: the header has the field {twice[0]!r} twice")
+                repeated_names = [name for name in header if header.count(name) > 1]
+                if repeated_names:
+                    raise UserError(f"{path}: the header has the field {repeated_names[0]!r} twice")
             elif fields and len(fields) != len(header):
                 raise UserError(
                     f"{path}, line {line} has {len(fields)} fields and the header {len(header)} "

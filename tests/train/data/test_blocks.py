@@ -44,7 +44,7 @@ def test_each_line_is_in_one_block_wherever_blocks_are_cut(tmp_path, monkeypatch
 
 def test_folders_parquet_and_saved_data_are_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 200)
-    monkeypatch.setattr(blocks, "_ROWS", 25)
+    monkeypatch.setattr(blocks, "_BLOCK_ROWS", 25)
     folder = tmp_path / "folder"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", ROWS[:20])
