@@ -27,8 +27,8 @@ from train.generate.shared_base import (
     base_of,
     code_for,
     find_adapters,
+    outline_as_trained,
     outline_with_template,
-    outlined,
     tokenizer_name,
 )
 from train.options.field import given_options
@@ -39,73 +39,79 @@ from train.run.sampling import apply_generation_config
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    given = sys.argv[1:] if args is None else args
+    command_line = sys.argv[1:] if args is None else args
     with reported():
-        options = parse(given)
-        check(options, given_options(given))
-        run(options, given_options(given))
+        options = parse(command_line)
+        named_options = given_options(command_line)
+        check(options, named_options)
+        run(options, named_options)
 
 
-def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
+def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -> None:
     """Loads the model and its adapters, and answers the prompts, or chats.
 
     Args:
       options: the options.
-      given: the names of those on the command line.
+      named_options: the names of those on the command line.
 
     Raises:
       UserError: something that was asked for cannot be done: before weights are read; of prompts
         on standard input that are too long, once the others are answered.
     """
-    if problem := keep_compiled(options.compilation_cache):
+    problem = keep_compiled(options.compilation_cache)
+    if problem:
         print(problem, file=sys.stderr)
     if options.output:
         check_free(options.output, options.overwrite, "--output")
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
     tokenizer = tokenizer_name(adapters, options.tokenizer)
-    base, code = base_of(adapters, options.model), code_for(adapters, options.model_code)
+    base = base_of(adapters, options.model)
+    code = code_for(adapters, options.model_code)
     outline = read_model_info(base, tokenizer, model_code=code)
     if any(prompt.chat.images for prompt in prompts or ()):
         outline = outline.with_images()
-    outline = outlined(outline, adapters)
+    outline = outline_as_trained(outline, adapters)
     outline = outline_with_template(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
     check_template(options, outline, prompts or [])
-    asked = {name: value for name, value in vars(options).items() if name in given}
-    outline, sampling = apply_generation_config(outline, options.generation_config, asked)
-    options = apply_sampling(options, sampling, given)
+    named_values = {name: value for name, value in vars(options).items() if name in named_options}
+    outline, sampling = apply_generation_config(outline, options.generation_config, named_values)
+    options = apply_sampling(options, sampling, named_options)
     grammar = None if options.schema is None else read_schema(options.schema, outline)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.
-    one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()
-    refused = 0
+    reads_lines = not (prompts or options.interactive or options.output)
+    one_by_one = reads_lines and sys.stdin.isatty()
+    n_refused = 0
     if prompts is not None:
         tokens = tokenize(prompts, outline, options.system)
         check_lengths(prompts, tokens, outline, options)
     elif not (options.interactive or one_by_one):
         prompts = read_standard_input()
-        n, tokens = len(prompts), tokenize(prompts, outline, options.system)
+        n_prompts = len(prompts)
+        tokens = tokenize(prompts, outline, options.system)
         prompts, tokens = drop_long_prompts(prompts, tokens, outline, options)
-        refused = n - len(prompts)
+        n_refused = n_prompts - len(prompts)
 
-    how = {"attention": options.attention, **outline.head}
-    model, params = read_model(outline.name, dtype="float32", **how)
+    model, params = read_model(
+        outline.name, dtype="float32", attention=options.attention, **outline.head
+    )
     if outline.is_torch:
         say(model.config.cache_line())
-    served = LoadedAdapters(model, params, adapters, outline, options, grammar)
+    loaded = LoadedAdapters(model, params, adapters, outline, options, grammar)
     if options.interactive:
-        talk(served)
+        talk(loaded)
     elif prompts is None:
-        refused = stream_answers(served, typed_prompts())
+        n_refused = stream_answers(loaded, typed_prompts())
     elif sys.stdout.isatty() and len(prompts) * options.num_samples == 1 and not options.output:
-        stream_answers(served, prompts)
+        stream_answers(loaded, prompts)
     elif prompts:
-        answer_all(served, prompts, tokens)
-    if refused:
-        raise UserError(f"{refused} prompts got no answer; the reasons are above")
+        answer_all(loaded, prompts, tokens)
+    if n_refused:
+        raise UserError(f"{n_refused} prompts got no answer; the reasons are above")
 
 
 if __name__ == "__main__":

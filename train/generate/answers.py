@@ -30,7 +30,7 @@ from train.generate.prompts import PromptTokens
 from train.run.pretrained import ModelInfo, end_tokens
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
-_STEPS = 16  # tokens of a batch between two looks at what has ended
+_CALL_TOKENS = 16  # of a batch between two looks at what has ended
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -58,25 +58,32 @@ class GeneratedAnswer:
         """
         self.tokens: list[int] = []
         self.ended: FinishReason | None = None
-        self._stops, self._ends, self.most = StopTexts(tokenizer, stops), ends, most
-        self._stream, self._streamed, self._n_streamed = TextStream(self._stops), "", 0
+        self.most = most
         self.said = ""
+        self._end_tokens = ends
+        self._stops = StopTexts(tokenizer, stops)
+        self._stream = TextStream(self._stops)
+        self._streamed = ""  # the text that the stream has given
+        self._n_streamed = 0  # tokens that the stream has taken
 
     def add(self, tokens: Sequence[int]) -> None:
         """Takes the next tokens; leaves out those after the end."""
         if self.ended is not None:
             return
-        before = len(self.tokens)
+        n_before = len(self.tokens)
         for token in tokens:
             if self.ended is None:
                 self.tokens.append(token)
-                if token in self._ends:
+                if token in self._end_tokens:
                     self.ended = "eos"
                 elif len(self.tokens) == self.most:
                     self.ended = "length"
-        n = self._stops.length(self.tokens, before)
-        if n is not None and not (self.ended == "eos" and n == len(self.tokens)):
-            del self.tokens[n:]
+        n_until_stop = self._stops.length(self.tokens, n_before)
+        if n_until_stop is None:
+            return
+        ends_with_eos = self.ended == "eos" and n_until_stop == len(self.tokens)
+        if not ends_with_eos:
+            del self.tokens[n_until_stop:]
             self.ended = "stop"
 
     @property
@@ -96,9 +103,9 @@ class GeneratedAnswer:
                 self._streamed += self._stream.add(token)
             self._n_streamed = len(self.tokens)
         shown = self._streamed.strip() if self.ended is None else self.text
-        new = shown[len(os.path.commonprefix([shown, self.said])) :]
+        n_said = len(os.path.commonprefix([shown, self.said]))
         self.said = shown
-        return new
+        return shown[n_said:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +147,18 @@ class AnswerGenerator:
           per_call: the tokens that are decoded at once.
           most: the most tokens of an answer.
         """
-        options, longest = self.options, padded_length(max(map(len, prompts)))
-        ids, mask = pad_left(prompts, longest, 0)
-        shown, inputs = [prompt.images for prompt in prompts], None
-        if any(row.grids for row in shown):
+        options = self.options
+        prompt_slots = padded_length(max(map(len, prompts)))
+        ids, mask = pad_left(prompts, prompt_slots, 0)
+        images = [prompt.images for prompt in prompts]
+        inputs = None
+        if any(row.grids for row in images):
             assert self.outline.images is not None
-            inputs = image_inputs(shown, self.outline.images)
-        allow, key = None, None
+            inputs = image_inputs(images, self.outline.images)
+        allow = None
         if self.grammar is not None:
             allow = AnswerMasks(self.grammar, len(prompts), self.outline)
+        key = None
         if options.temperature > 0:
             key = row_keys(jax.random.key(options.seed), np.asarray(numbers, np.uint32))
         return stream(
@@ -158,7 +168,7 @@ class AnswerGenerator:
             mask,
             max_new_tokens=most,
             tokens_per_call=per_call,
-            cache_len=longest + options.max_new_tokens - 1,
+            cache_len=prompt_slots + options.max_new_tokens - 1,
             eos_token_id=end_tokens(self.outline) or None,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -179,12 +189,12 @@ def padded_length(n: int) -> int:
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yields the indices of each batch, the longest prompts first, so that memory fails early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for first in range(0, len(order), size):
-        yield order[first : first + size]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def generate_answers(
-    speaker: AnswerGenerator,
+    generator: AnswerGenerator,
     prompts: Sequence[PromptTokens],
     *,
     progress: Callable[[int], None] = lambda done: None,
@@ -192,28 +202,38 @@ def generate_answers(
     """Yields the answers to prompts with the index of each, as they end.
 
     Args:
-      speaker: the model.
+      generator: the model with an adapter.
       prompts: their tokens; the index of each is the number that its key comes from.
       progress: is called with the number of answers so far.
     """
-    done, size = 0, min(speaker.options.batch_size, len(prompts))
+    n_done = 0
+    size = min(generator.options.batch_size, len(prompts))
     for batch in batches([len(prompt) for prompt in prompts], size):
-        rows = {i: speaker.answer() for i in batch}
-        going = dict(rows)
-        filled = [*batch, *[batch[0]] * (size - len(batch))]  # all batches have one size
-        most = speaker.options.max_new_tokens
-        steps = speaker.tokens([prompts[i] for i in filled], filled, per_call=_STEPS, most=most)
-        while going and (part := list(itertools.islice(steps, _STEPS))):
-            for row, new in zip(rows.values(), np.stack(part, axis=1), strict=False):
-                row.add(new.tolist())
-            for i in [i for i, row in going.items() if row.ended]:
-                yield i, going.pop(i)
-                done += 1
-            progress(done)
+        answers = {i: generator.answer() for i in batch}
+        unfinished = dict(answers)
+        n_missing = size - len(batch)
+        padded_batch = [*batch, *[batch[0]] * n_missing]  # all batches have one size
+        steps = generator.tokens(
+            [prompts[i] for i in padded_batch],
+            padded_batch,
+            per_call=_CALL_TOKENS,
+            most=generator.options.max_new_tokens,
+        )
+        while unfinished:
+            call_steps = list(itertools.islice(steps, _CALL_TOKENS))
+            if not call_steps:
+                break
+            tokens_of_prompts = np.stack(call_steps, axis=1)
+            for answer, tokens in zip(answers.values(), tokens_of_prompts, strict=False):
+                answer.add(tokens.tolist())
+            for i in [i for i, answer in unfinished.items() if answer.ended]:
+                yield i, unfinished.pop(i)
+                n_done += 1
+            progress(n_done)
 
 
 def stream_answer(
-    speaker: AnswerGenerator,
+    generator: AnswerGenerator,
     answer: GeneratedAnswer,
     prompt: PromptTokens,
     number: int,
@@ -224,16 +244,17 @@ def stream_answer(
     """Gives out the answer to one prompt as it is generated.
 
     Args:
-      speaker: the model.
+      generator: the model with an adapter.
       answer: an empty one, which takes the tokens.
       prompt: its tokens.
       number: the number that its key comes from.
       say: takes the next piece of text.
       stopped: tells, before each further token, whether to leave it at that.
     """
-    for new in speaker.tokens([prompt], [number], per_call=1, most=answer.most):
-        answer.add(new.tolist())
-        if text := answer.fresh():
+    for tokens in generator.tokens([prompt], [number], per_call=1, most=answer.most):
+        answer.add(tokens.tolist())
+        text = answer.fresh()
+        if text:
             say(text)
         if answer.ended or stopped():
             return
@@ -258,11 +279,13 @@ def read_schema(file: str, outline: ModelInfo) -> CompiledGrammar:
     try:
         return compiler.schema(schema)
     except GrammarError as error:
-        place = ".".join(error.path)
-        raise UserError(f"{option}{place + ': ' if place else ''}{error}") from None
+        path = ".".join(error.path)
+        place = f"{path}: " if path else ""
+        raise UserError(f"{option}{place}{error}") from None
 
 
 def _vocab_size(outline: ModelInfo) -> int:
+    """Returns the number of logits of the model."""
     config: Any = outline.config
     return int(config.vocab_size)
 
@@ -278,19 +301,23 @@ class AnswerMasks:
           rows: the number of answers.
           outline: the model's.
         """
-        self._grammar, self._ends = grammar, frozenset(end_tokens(outline))
-        self._rows = {i: grammar.begin() for i in range(rows)}
+        self._grammar = grammar
+        self._end_tokens = frozenset(end_tokens(outline))
+        self._matchers = {i: grammar.begin() for i in range(rows)}  # of answers that go on
         self._shape = rows, mask_words(_vocab_size(outline))
 
     def __call__(self, newest: np.ndarray | None) -> np.ndarray:
         """Takes the newest tokens; returns the masks of the next ones."""
-        for i, token in enumerate([] if newest is None else newest.tolist()):
-            if i in self._rows and token in self._ends:
-                del self._rows[i]
-            elif i in self._rows:
+        tokens = [] if newest is None else newest.tolist()
+        for i, token in enumerate(tokens):
+            if i not in self._matchers:
+                continue
+            if token in self._end_tokens:
+                del self._matchers[i]
+            else:
                 with as_user_errors(GrammarError, prefix="--schema: "):
-                    self._rows[i].accept(token)
+                    self._matchers[i].accept(token)
         masks = np.full(self._shape, 0xFFFFFFFF, np.uint32)
-        if self._rows:
-            self._grammar.fill(self._rows, masks)
+        if self._matchers:
+            self._grammar.fill(self._matchers, masks)
         return masks

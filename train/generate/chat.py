@@ -16,7 +16,8 @@ from train.generate.shared_base import LoadedAdapters
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` a history, and keys to edit a line)
 
-_WAITING, _ERASED = "…", "\r\x1b[K"
+_WAITING = "…"
+_ERASE_LINE = "\r\x1b[K"
 _HELP = """\
 /adapter         lists the adapters
 /adapter NAME    goes on with another one; the conversation stays
@@ -33,23 +34,23 @@ class Chat:
     """A conversation with one of several adapters.
 
     Attributes:
-      served: the model and the adapters.
+      adapters: the model and the adapters.
       name: the adapter that answers.
       system: the system prompt; None for the chat template's own.
       turns: what user and assistant have said.
       number: the number of answers so far, from which the next one's key comes.
     """
 
-    served: LoadedAdapters
+    adapters: LoadedAdapters
     name: str
     system: str | None = None
     turns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     number: int = 0
 
 
-def talk(served: LoadedAdapters) -> None:
+def talk(adapters: LoadedAdapters) -> None:
     """Chats until /quit or the end of standard input."""
-    chat = Chat(served, served.names[0], served.options.system)
+    chat = Chat(adapters, adapters.names[0], adapters.options.system)
     say(f"{_adapters(chat)}. /help lists the commands.")
     while True:
         try:
@@ -59,8 +60,9 @@ def talk(served: LoadedAdapters) -> None:
             if line.startswith("/") and not line.startswith("//"):
                 say(command(chat, line))
             elif line:
-                with ctrl_c() as pressed:
-                    ask(chat, line.removeprefix("/") if line.startswith("//") else line, pressed)
+                text = line.removeprefix("/") if line.startswith("//") else line
+                with ctrl_c() as is_pressed:
+                    ask(chat, text, is_pressed)
         except KeyboardInterrupt:
             say("\n/quit or Ctrl-D ends the chat")
         except EOFError:
@@ -70,26 +72,26 @@ def talk(served: LoadedAdapters) -> None:
 
 def command(chat: Chat, line: str) -> str:
     """Executes a line that begins with /; returns the reply."""
-    word, _, rest = line.partition(" ")
-    rest = rest.strip()
+    word, _, argument = line.partition(" ")
+    argument = argument.strip()
     if word == "/help":
         return _HELP
     if word == "/reset":
         chat.turns.clear()
         return "the conversation is forgotten"
     if word == "/system":
-        chat.system = rest or None
-        return "the system prompt is set" if rest else "the system prompt is removed"
+        chat.system = argument or None
+        return "the system prompt is set" if argument else "the system prompt is removed"
     if word != "/adapter":
         return f"there is no command {word}; /help lists them, and // sends a line that begins so"
-    if rest in chat.served.names:
-        chat.name = rest
-    elif rest:
-        return f"there is no adapter {rest}; {_adapters(chat)}"
+    if argument in chat.adapters.names:
+        chat.name = argument
+    elif argument:
+        return f"there is no adapter {argument}; {_adapters(chat)}"
     return _adapters(chat)
 
 
-def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
+def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
     """Answers the user's next turn, and keeps both turns, also of an answer that Ctrl-C ended.
 
     The whole conversation is computed again for each answer: adapters and system prompts change
@@ -98,15 +100,16 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
     Args:
       chat: the conversation so far.
       text: the user's turn.
-      pressed: tells of Ctrl-C.
+      is_pressed: returns True once Ctrl-C was pressed.
     """
     chat.turns.append({"role": "user", "content": text})
-    outline, longest = chat.served.outline, chat.served.options.max_new_tokens
+    outline = chat.adapters.outline
+    most_tokens = chat.adapters.options.max_new_tokens
     try:
         prompt = Prompt("the conversation", {}, Conversation(chat.turns))
         (tokens,) = tokenize([prompt], outline, chat.system)
-        room = outline.max_tokens - len(tokens)
-        if room < 1:
+        free_tokens = outline.max_tokens - len(tokens)
+        if free_tokens < 1:
             raise UserError(
                 f"the conversation has {len(tokens):,} tokens with this turn, and "
                 f"{outline.name} allows {outline.max_tokens:,}: /reset begins a new one"
@@ -115,39 +118,40 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
         chat.turns.pop()
         say(str(error))
         return
-    answer = _answered(chat, tokens, min(room, longest), pressed)
-    stopped = answer.ended is None
-    if not answer.said and stopped:
+    answer = _print_answer(chat, tokens, min(free_tokens, most_tokens), is_pressed)
+    is_stopped = answer.ended is None
+    if not answer.said and is_stopped:
         chat.turns.pop()
         say("(stopped before the first word: the question is forgotten)")
         return
     chat.turns.append({"role": "assistant", "content": answer.said})
-    if stopped:
+    if is_stopped:
         say("(stopped; the conversation keeps what was said)")
-    elif answer.ended == "length" and room <= longest:
+    elif answer.ended == "length" and free_tokens <= most_tokens:
         say(f"(the model allows {outline.max_tokens:,} tokens: /reset begins a new one)")
     elif answer.ended == "length":
-        say(f"(cut off at --max-new-tokens {longest})")
+        say(f"(cut off at --max-new-tokens {most_tokens})")
 
 
-def _answered(
-    chat: Chat, tokens: PromptTokens, most: int, pressed: Callable[[], bool]
+def _print_answer(
+    chat: Chat, tokens: PromptTokens, most_tokens: int, is_pressed: Callable[[], bool]
 ) -> GeneratedAnswer:
-    """Prints an answer of at most so many tokens as it is generated, and returns it."""
-    speaker, waiting = chat.served.speaker(chat.name), sys.stdout.isatty()
+    """Prints an answer as it is generated, and returns it."""
+    generator = chat.adapters.generator(chat.name)
+    is_waiting = sys.stdout.isatty()
 
-    def tell(text: str) -> None:
-        nonlocal waiting
-        print(_ERASED if waiting else "", text, sep="", end="", flush=True)
-        waiting = False
+    def show(text: str) -> None:
+        nonlocal is_waiting
+        print(_ERASE_LINE if is_waiting else "", text, sep="", end="", flush=True)
+        is_waiting = False
 
-    if waiting:  # the first answer of a length waits for the compiler
+    if is_waiting:  # the first answer of a length waits for the compiler
         print(_WAITING, end="", flush=True)
-    answer = speaker.answer(most)
+    answer = generator.answer(most_tokens)
     with contextlib.suppress(KeyboardInterrupt):
-        stream_answer(speaker, answer, tokens, chat.number, tell, stopped=pressed)
+        stream_answer(generator, answer, tokens, chat.number, show, stopped=is_pressed)
     chat.number += 1
-    tell("\n")
+    show("\n")
     return answer
 
 
@@ -158,23 +162,24 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
     An exception in the midst of a compilation could leave half of its work behind. A second Ctrl-C
     raises KeyboardInterrupt nevertheless.
     """
-    presses = 0
+    n_presses = 0
 
     def press(number: int, frame: Any) -> None:
-        nonlocal presses
-        presses += 1
-        if presses > 1:
+        nonlocal n_presses
+        n_presses += 1
+        if n_presses > 1:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, press)
+    earlier_handler = signal.signal(signal.SIGINT, press)
     try:
-        yield lambda: presses > 0
+        yield lambda: n_presses > 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, earlier_handler)
 
 
 def _adapters(chat: Chat) -> str:
-    others = [name for name in chat.served.names if name != chat.name]
+    """Returns a line that says which adapter answers, and which others there are."""
+    others = [name for name in chat.adapters.names if name != chat.name]
     return f"{chat.name} answers" + (f"; there are also {', '.join(others)}" if others else "")
 
 

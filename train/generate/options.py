@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
@@ -100,10 +100,15 @@ def parse(args: Sequence[str]) -> GenerateOptions:
     return parse_options(GenerateOptions, args, "train.generate")
 
 
-def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
-    """Raises a UserError for options that make no sense, or that were given to no effect."""
+def check(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect.
+
+    Args:
+      options: the options.
+      named_options: the names of those on the command line.
+    """
     for name in ("adapter", "prompt", "image", "stop"):
-        if name in given and not getattr(options, name):
+        if name in named_options and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
     with as_user_errors(TrainingError):
         check_numbers(vars(options), _NUMBERS)
@@ -112,38 +117,54 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
     if any(not prompt.strip() for prompt in options.prompt):
         raise UserError("--prompt: one of the prompts is empty: leave it out")
     if options.output is not None and options.prompts is not None:
-        out, source = (Path(path).expanduser() for path in (options.output, options.prompts))
-        if out.exists() and source.exists() and out.samefile(source):
+        output = Path(options.output).expanduser()
+        source = Path(options.prompts).expanduser()
+        if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"--output {options.output} is the file of --prompts: name another")
     if options.attention in ("splash", "flash", "cudnn"):
         raise UserError(
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "
             "generation has one: give blockwise, dense or auto"
         )
-    for holds, names, why in _without_effect(options, given):
-        if holds and (named := [name for name in names if name in given]):
-            raise UserError(f"{flag(named[0])} {why}")
+    for case in _without_effect(options, named_options):
+        useless_options = [name for name in case.names if name in named_options]
+        if case.holds and useless_options:
+            raise UserError(f"{flag(useless_options[0])} {case.reason}")
 
 
 def apply_sampling(
-    options: GenerateOptions, sampling: Mapping[str, Any], given: frozenset[str]
+    options: GenerateOptions, sampling: Mapping[str, Any], named_options: frozenset[str]
 ) -> GenerateOptions:
-    """Returns the options; those on the command line take precedence over the file's.
+    """Returns the options with those of a generation config that the command line does not name.
 
     Raises:
       UserError: an option has no effect beside them.
     """
-    kept = {name: value for name, value in sampling.items() if name not in given}
-    options = dataclasses.replace(options, **kept, generation_config=None)
-    check(options, given)
+    values_of_file = {name: value for name, value in sampling.items() if name not in named_options}
+    options = dataclasses.replace(options, **values_of_file, generation_config=None)
+    check(options, named_options)
     return options
 
 
+class _CaseWithoutEffect(NamedTuple):
+    """A case in which options have no effect.
+
+    Attributes:
+      holds: whether it is the case.
+      names: the options.
+      reason: what follows the option in a message.
+    """
+
+    holds: bool
+    names: tuple[str, ...]
+    reason: str
+
+
 def _without_effect(
-    options: GenerateOptions, given: frozenset[str]
-) -> list[tuple[bool, tuple[str, ...], str]]:
-    """Returns cases in which options have no effect: whether each holds, and why."""
-    return [
+    options: GenerateOptions, named_options: frozenset[str]
+) -> list[_CaseWithoutEffect]:
+    """Returns the cases in which options have no effect."""
+    cases = [
         (
             options.temperature == 0 and options.generation_config is None,
             ("num_samples", "seed", "top_k", "top_p"),
@@ -151,7 +172,7 @@ def _without_effect(
             "token: give a temperature above 0, or leave it out",
         ),
         (
-            options.temperature == 0 and "temperature" in given,
+            options.temperature == 0 and "temperature" in named_options,
             ("generation_config",),
             "says how to sample, and --temperature 0 always takes the most likely token: leave out "
             "one of them",
@@ -180,3 +201,4 @@ def _without_effect(
             "is about several answers, and one is asked for: leave it out",
         ),
     ]
+    return [_CaseWithoutEffect(*case) for case in cases]

@@ -21,7 +21,7 @@ from train.generate.options import GenerateOptions
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
-_REPEATED = ("messages", "prompt", "tools", IMAGES)  # of a row, in an output
+_REPEATED_FIELDS = ("messages", "prompt", "tools", IMAGES)  # of a row, in an output
 _TOO_LONG = "prompt and --max-new-tokens"
 
 
@@ -61,9 +61,11 @@ class PromptTokens(list[int]):
 
 def prompt_of(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
     """Returns a prompt that is a text, and perhaps images ahead of it."""
-    fields: dict[str, Any] = {"prompt": text} | ({IMAGES: [*images]} if images else {})
-    turns, shown = shown_images([{"role": "user", "content": text}], fields, name)
-    return Prompt(name, fields, Conversation(turns, images=shown))
+    fields: dict[str, Any] = {"prompt": text}
+    if images:
+        fields[IMAGES] = [*images]
+    turns, turn_images = shown_images([{"role": "user", "content": text}], fields, name)
+    return Prompt(name, fields, Conversation(turns, images=turn_images))
 
 
 def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
@@ -74,8 +76,12 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
     """
     if options.prompts is not None:
         return _read_file(options.prompts)
-    given = enumerate(options.prompt, start=1)
-    return [prompt_of(text, f"prompt {n}", options.image) for n, text in given] or None
+    if not options.prompt:
+        return None
+    return [
+        prompt_of(text, f"prompt {number}", options.image)
+        for number, text in enumerate(options.prompt, start=1)
+    ]
 
 
 def read_standard_input() -> list[Prompt]:
@@ -92,21 +98,25 @@ def read_standard_input() -> list[Prompt]:
 
 def typed_prompts() -> Iterator[Prompt]:
     """Yields the prompts of standard input, one per line, as they come."""
-    for n, line in enumerate(filter(str.strip, typed_lines("prompt")), start=1):
-        yield prompt_of(line.strip(), f"prompt {n}")
+    lines = filter(str.strip, typed_lines("prompt"))
+    for number, line in enumerate(lines, start=1):
+        yield prompt_of(line.strip(), f"prompt {number}")
 
 
 def _read_file(path: str) -> list[Prompt]:
-    read: Callable[..., Prompt] = prompt_of if kind_of(path) is None else _read_row
-    prompts = [read(value, name) for name, value in read_entries(path, "--prompts") if value != ""]
+    """Returns the prompts of a file of rows, or of one with a prompt a line."""
+    make_prompt: Callable[..., Prompt] = prompt_of if kind_of(path) is None else _prompt_of_row
+    entries = read_entries(path, "--prompts")
+    prompts = [make_prompt(value, name) for name, value in entries if value != ""]
     if not prompts:
         raise UserError(f"--prompts {path} has no prompt")
     return prompts
 
 
-def _read_row(row: Row, name: str) -> Prompt:
+def _prompt_of_row(row: Row, name: str) -> Prompt:
+    """Returns the prompt that a row holds."""
     chat = question(row, name, images=True)
-    repeated = {field: row[field] for field in _REPEATED if row.get(field)}
+    repeated = {field: row[field] for field in _REPEATED_FIELDS if row.get(field)}
     if "messages" in repeated:
         repeated.pop("prompt", None)
     return Prompt(name, repeated, chat)
@@ -126,10 +136,11 @@ def check_template(options: GenerateOptions, outline: ModelInfo, prompts: Iterab
             f"--system: {outline.name} has no chat template to put a system prompt into: leave it "
             "out, or write it into the prompt"
         )
-    if chat := next((prompt for prompt in prompts if not prompt.is_text), None):
+    with_turns = [prompt for prompt in prompts if not prompt.is_text]
+    if with_turns:
         raise UserError(
-            f"{chat.name} has turns, and {outline.name} has no chat template to render them: "
-            "give its text as `prompt`"
+            f"{with_turns[0].name} has turns, and {outline.name} has no chat template to render "
+            "them: give its text as `prompt`"
         )
 
 
@@ -152,40 +163,44 @@ def tokenize(
             chat = prompt.chat._replace(images=())
             check_text(json.dumps(chat, ensure_ascii=False, default=repr), prompt.name)
         check_text(system or "", "--system")
-    shown = [prompt.name for prompt in prompts if prompt.chat.images]
-    if shown and (outline.images is None or outline.tokenizer.chat_template is None):
+    names_with_images = [prompt.name for prompt in prompts if prompt.chat.images]
+    if names_with_images and (outline.images is None or outline.tokenizer.chat_template is None):
         raise UserError(
-            f"{shown[0]} has images, and the model {outline.name} reads none, or has no chat "
-            "template to show them: name a model that reads images, such as SmolVLM or Qwen3.5"
+            f"{names_with_images[0]} has images, and the model {outline.name} reads none, or has "
+            "no chat template to show them: name a model that reads images, such as SmolVLM or "
+            "Qwen3.5"
         )
     if outline.tokenizer.chat_template is None:
-        made = outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
-        return [PromptTokens(ids) for ids in made]
-    texts = [_rendered(prompt, outline, system) for prompt in prompts]
-    made = outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    if not shown:
-        return [PromptTokens(ids) for ids in made]
-    return _add_images(prompts, made, outline)
+        texts = [prompt.text for prompt in prompts]
+        ids_of_prompts = outline.tokenizer(texts, verbose=False)["input_ids"]
+        return [PromptTokens(ids) for ids in ids_of_prompts]
+    texts = [_render(prompt, outline, system) for prompt in prompts]
+    ids_of_prompts = outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if not names_with_images:
+        return [PromptTokens(ids) for ids in ids_of_prompts]
+    return _add_images(prompts, ids_of_prompts, outline)
 
 
 def _add_images(
-    prompts: Sequence[Prompt], made: Sequence[list[int]], outline: ModelInfo
+    prompts: Sequence[Prompt], ids_of_prompts: Sequence[list[int]], outline: ModelInfo
 ) -> list[PromptTokens]:
     """Returns tokens with those of images, and the images."""
     assert outline.images is not None
     names = [prompt.name for prompt in prompts]
-    with_images = []
+    images = [prompt.chat.images for prompt in prompts]
+    tokens_with_images = []
     with as_user_errors(TrainingError):
-        pictures = read_pictures([each.chat.images for each in prompts], names, outline.images)
-        for number, (ids, name) in enumerate(zip(made, names, strict=True), start=1):
-            tokens = TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
-            with_images.append(PromptTokens(pictures.expand(tokens, name).ids.tolist()))
-            shown = RowImages(pictures.tiles_of(number), pictures.grids[number - 1])
-            with_images[-1].images = shown
-    return with_images
+        pictures = read_pictures(images, names, outline.images)
+        for number, (ids, name) in enumerate(zip(ids_of_prompts, names, strict=True), start=1):
+            sequence = TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
+            tokens = PromptTokens(pictures.expand(sequence, name).ids.tolist())
+            tokens.images = RowImages(pictures.tiles_of(number), pictures.grids[number - 1])
+            tokens_with_images.append(tokens)
+    return tokens_with_images
 
 
-def _rendered(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
+def _render(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
+    """Returns the text of a prompt by the chat template, with a system prompt ahead of it."""
     turns = prompt.chat.messages
     if system is not None:
         if any(turn["role"] == "system" for turn in turns):
@@ -205,25 +220,30 @@ def check_lengths(
     options: GenerateOptions,
 ) -> None:
     """Raises a UserError if a prompt and its answer together are longer than the model allows."""
-    most = outline.max_tokens - options.max_new_tokens
-    longer = [i for i, ids in enumerate(tokens) if len(ids) > most]
-    if longer:
-        more = f" (and of {len(longer) - 1} more prompts)" if len(longer) > 1 else ""
-        what = _TOO_LONG if len(prompts) == 1 else f"{prompts[longer[0]].name}: {_TOO_LONG}{more}"
-        has = f"; the prompt has {len(tokens[longer[0]])}"
-        outline.check_length(outline.max_tokens + 1, what, has)
+    most_tokens = outline.max_tokens - options.max_new_tokens
+    too_long = [i for i, ids in enumerate(tokens) if len(ids) > most_tokens]
+    if not too_long:
+        return
+    subject = _TOO_LONG
+    if len(prompts) > 1:
+        more = f" (and of {len(too_long) - 1} more prompts)" if len(too_long) > 1 else ""
+        subject = f"{prompts[too_long[0]].name}: {_TOO_LONG}{more}"
+    remark = f"; the prompt has {len(tokens[too_long[0]])}"
+    outline.check_length(outline.max_tokens + 1, subject, remark)
 
 
 def drop_long_prompts(
     prompts: list[Prompt], tokens: list[PromptTokens], outline: ModelInfo, options: GenerateOptions
 ) -> tuple[list[Prompt], list[PromptTokens]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""
-    kept = []
-    for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+    allowed_prompts: list[Prompt] = []
+    allowed_tokens: list[PromptTokens] = []
+    for prompt, ids in zip(prompts, tokens, strict=True):
         try:
             check_lengths([prompt], [ids], outline, options)
         except UserError as error:
             print(f"{prompt.name} is left out: {error}", file=sys.stderr, flush=True)
         else:
-            kept.append(i)
-    return [prompts[i] for i in kept], [tokens[i] for i in kept]
+            allowed_prompts.append(prompt)
+            allowed_tokens.append(ids)
+    return allowed_prompts, allowed_tokens

@@ -23,7 +23,7 @@ from train.generate.options import BASE, GenerateOptions
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.run.pretrained import ModelInfo
 
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
+_NAME_AND_PATH = re.compile(r"([\w.-]+)=(.+)")
 
 
 class NamedAdapter(NamedTuple):
@@ -33,7 +33,7 @@ class NamedAdapter(NamedTuple):
     source: AdapterSource | None
 
 
-def find_adapters(given: Sequence[str]) -> list[NamedAdapter]:
+def find_adapters(values: Sequence[str]) -> list[NamedAdapter]:
     """Returns the adapters that --adapter names; [base] where it names none.
 
     One without a name is called after its folder, or by all that was given where two folders have
@@ -42,31 +42,32 @@ def find_adapters(given: Sequence[str]) -> list[NamedAdapter]:
     Raises:
       UserError: there is no such adapter, or a name is there twice.
     """
-    parts = [_parted(text) for text in given or (BASE,)]
-    labels = Counter(_label(path) for name, path in parts if name is None)
-    labels.update(name for name, _ in parts if name is not None)
+    names_and_paths = [_name_and_path(value) for value in values or (BASE,)]
+    labels = Counter(_label(path) if name is None else name for name, path in names_and_paths)
     by_name: dict[str, NamedAdapter] = {}
-    for name, path in parts:
+    for name, path in names_and_paths:
         if name is None:
             label = _label(path)
-            name = label if labels[label] == 1 and label != BASE or path == BASE else path
+            is_clear = labels[label] == 1 and label != BASE
+            name = label if is_clear or path == BASE else path
         if name in by_name:
             raise UserError(f"--adapter: {name} is there twice; give names: --adapter name=folder")
         by_name[name] = NamedAdapter(name, None if name == BASE else find_adapter(path))
     return list(by_name.values())
 
 
-def _parted(given: str) -> tuple[str | None, str]:
-    """Returns name and path; the name is None where none is given."""
-    match = _NAMED.fullmatch(given)
-    if match is None or Path(given).expanduser().exists():
-        return None, given
+def _name_and_path(value: str) -> tuple[str | None, str]:
+    """Returns the name and the path in a value of --adapter; the name is None without one."""
+    match = _NAME_AND_PATH.fullmatch(value)
+    if match is None or Path(value).expanduser().exists():
+        return None, value
     if match[1] == BASE:
-        raise UserError(f"--adapter {given}: {BASE} is the base alone; choose another name")
+        raise UserError(f"--adapter {value}: {BASE} is the base alone; choose another name")
     return match[1], match[2]
 
 
 def _label(path: str) -> str:
+    """Returns the name of an adapter's folder; of the folder `adapter` of a run, the run's."""
     parts = Path(os.path.abspath(Path(path).expanduser())).parts
     return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
 
@@ -77,7 +78,7 @@ def base_of(adapters: Sequence[NamedAdapter], model: str | None) -> str:
     Raises:
       UserError: they state different ones, or one states none.
     """
-    sources = [adapter.source for adapter in adapters if adapter.source is not None]
+    sources = _sources(adapters)
     if model is not None or not sources:
         return model or DEFAULT_MODEL
     first, *others = sources
@@ -97,7 +98,7 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     Raises:
       UserError: they were trained with different ones.
     """
-    sources = [adapter.source for adapter in adapters if adapter.source is not None]
+    sources = _sources(adapters)
     if tokenizer is not None or not sources:
         return tokenizer
     first, *others = sources
@@ -111,35 +112,45 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     return first.tokenizer
 
 
-def code_for(adapters: Sequence[NamedAdapter], asked: str) -> str:
-    """Returns the code that the base runs by: as asked for, or as the first adapter has it."""
-    stated = (one.source.model_code for one in adapters if one.source is not None)
-    return next(filter(None, stated), asked) if asked == "auto" else asked
+def code_for(adapters: Sequence[NamedAdapter], model_code: str) -> str:
+    """Returns the code that the base runs by: that of --model-code, or of the first adapter."""
+    if model_code != "auto":
+        return model_code
+    for source in _sources(adapters):
+        if source.model_code:
+            return source.model_code
+    return model_code
 
 
-def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
+def _sources(adapters: Sequence[NamedAdapter]) -> list[AdapterSource]:
+    """Returns the sources of the adapters, without the base alone."""
+    return [adapter.source for adapter in adapters if adapter.source is not None]
+
+
+def outline_as_trained(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 
     Raises:
       UserError: they were trained on it in different ways.
     """
-    sources = [one.source for one in adapters if one.source is not None]
-    for what in ("rope_scaling", "quantize"):
+    sources = _sources(adapters)
+    for setting in ("rope_scaling", "quantize"):
+        setting_of_files = outline.head.get(setting)
         for source in sources[1:]:
-            own = outline.head.get(what)  # what the files hold
-            one, other = (getattr(each, what) or own for each in (sources[0], source))
-            if one != other:
+            first_value = getattr(sources[0], setting) or setting_of_files
+            value = getattr(source, setting) or setting_of_files
+            if value != first_value:
                 raise UserError(
-                    f"{sources[0].given} was trained with the {what} {one or 'none'}, and "
-                    f"{source.given} with {other or 'none'}: ask them one after the other"
+                    f"{sources[0].given} was trained with the {setting} {first_value or 'none'}, "
+                    f"and {source.given} with {value or 'none'}: ask them one after the other"
                 )
     if any(source.images for source in sources):
         outline = outline.with_images()
-    of_texts = (each for each in sources if not (each.images or each.from_peft))
-    if outline.head.get(IMAGES) and (of_text := next(of_texts, None)) is not None:
+    text_sources = [source for source in sources if not (source.images or source.from_peft)]
+    if outline.head.get(IMAGES) and text_sources:
         raise UserError(
-            f"{of_text.given} was trained on the text of {outline.name} alone, and here the model "
-            "reads images: ask it about texts, by itself"
+            f"{text_sources[0].given} was trained on the text of {outline.name} alone, and here "
+            "the model reads images: ask it about texts, by itself"
         )
     if not sources:
         return outline
@@ -147,18 +158,19 @@ def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
 
 
 def outline_with_template(
-    outline: ModelInfo, adapters: Sequence[NamedAdapter], given: str | None
+    outline: ModelInfo, adapters: Sequence[NamedAdapter], template: str | None
 ) -> ModelInfo:
     """Returns the outline with the chat template of --chat-template, or else of the adapters.
 
     Raises:
       UserError: it cannot be read, or the adapters were trained with different ones.
     """
-    sources = [each.source for each in adapters if each.source is not None]
-    if given is not None or not sources:
-        return outline.with_template(given)
-    first, *others = (outline.with_template(each.chat_template, each.given) for each in sources)
-    for source, other in zip(sources[1:], others, strict=True):
+    sources = _sources(adapters)
+    if template is not None or not sources:
+        return outline.with_template(template)
+    outlines = [outline.with_template(source.chat_template, source.given) for source in sources]
+    first = outlines[0]
+    for source, other in zip(sources[1:], outlines[1:], strict=True):
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
             raise UserError(
                 f"{sources[0].given} and {source.given} were trained with different chat "
@@ -197,7 +209,9 @@ class LoadedAdapters:
         Raises:
           UserError: an adapter is damaged or of another base, or cannot be merged as asked.
         """
-        self.model, self.outline, self.options = model, outline, options
+        self.model = model
+        self.outline = outline
+        self.options = options
         self._grammar = grammar
         self.names = [adapter.name for adapter in adapters]
         self._merge = options.merge
@@ -208,25 +222,34 @@ class LoadedAdapters:
         for name, source in adapters:
             if source is not None:
                 tree = source.load(model, params, outline.name, allow_base_mismatch=mismatch)
-                self._trees[name] = self._alike(tree)
+                self._trees[name] = self._with_shared_structure(tree)
         names = list(self._trees)
-        for name in names if options.merge else ():
-            with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
-                jax.eval_shape(merged, self._trees[name])  # merges nothing yet
-        how = "merged into" if options.merge else "beside"
-        if len(names) == len(self.names) == 1 and not options.interactive and not options.no_merge:
-            how = self._serve_merged(names[0])
+        if options.merge:
+            for name in names:
+                with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
+                    jax.eval_shape(merged, self._trees[name])  # merges nothing yet
+        relation = "merged into" if options.merge else "beside"
+        has_one_adapter = len(names) == len(self.names) == 1
+        if has_one_adapter and not options.interactive and not options.no_merge:
+            relation = self._serve_merged(names[0])
         if names:
-            say(f"{' and '.join(names)}: {how} the base")
+            say(f"{' and '.join(names)}: {relation} the base")
         if options.interactive and BASE not in self.names:
             self.names.append(BASE)
         if BASE in self.names:
             self._trees[BASE] = params
 
-    def speaker(self, name: str) -> AnswerGenerator:
+    def generator(self, name: str) -> AnswerGenerator:
         """Returns the generator of an adapter's answers."""
-        used = self.use(name)
-        return AnswerGenerator(self.model, *used, self.outline, self.options, self._grammar)
+        params, apply = self.use(name)
+        return AnswerGenerator(
+            model=self.model,
+            params=params,
+            apply=apply,
+            outline=self.outline,
+            options=self.options,
+            grammar=self._grammar,
+        )
 
     def use(self, name: str) -> tuple[Tree, Forward | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
@@ -249,12 +272,12 @@ class LoadedAdapters:
         del self._trees[name]
         return "merged into"
 
-    def _alike(self, tree: Tree) -> Tree:
-        """Returns a tree of the structure of an earlier one, where it has the same weights.
+    def _with_shared_structure(self, tree: Tree) -> Tree:
+        """Returns a tree with the structure of an earlier one, where it has the same weights.
 
         The two then share what is compiled: their dropout, which does nothing here, may differ.
         """
-        for other in self._trees.values():
+        for earlier_tree in self._trees.values():
             with contextlib.suppress(ValueError):
-                return lj.swap(other, tree)
+                return lj.swap(earlier_tree, tree)
         return tree

@@ -161,8 +161,8 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
     adapters = find_adapters(options.adapter)
     outline = read_model_info(base_of(adapters, options.model))
-    served = LoadedAdapters(model, trees["base"], adapters, outline, options)
-    used = {name: served.use(name) for name in served.names}
+    loaded = LoadedAdapters(model, trees["base"], adapters, outline, options)
+    used = {name: loaded.use(name) for name in loaded.names}
     assert list(used) == ["a", "sql", "peft", "base"]
     for name in ("a", "sql", "peft"):
         plain = jax.tree.leaves(lj.strip(used[name][0]))

@@ -60,7 +60,7 @@ def talk(monkeypatch, capsys):
             print(line)
             return line
 
-        answered = chat._answered
+        answered = chat._print_answer
 
         def recorded(state, *args):
             system = [{"role": "system", "content": state.system}] if state.system else []
@@ -68,7 +68,7 @@ def talk(monkeypatch, capsys):
             return answered(state, *args)
 
         monkeypatch.setattr("builtins.input", typed)
-        monkeypatch.setattr(chat, "_answered", recorded)
+        monkeypatch.setattr(chat, "_print_answer", recorded)
         generate.main(["--interactive", "--max-new-tokens", "5", *map(str, args)])
         return capsys.readouterr().out.splitlines(), turns
 
