@@ -42,7 +42,7 @@ from train.processes.cache import keep_compiled
 from train.run.pretrained import ModelInfo
 
 Format = Literal["jsonl", "csv"]
-_DIGITS = 7  # decimals of a probability: fp32 has no more
+_DECIMALS = 7  # of a probability: fp32 has no more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,36 +107,42 @@ def run(options: PredictOptions) -> None:
     Raises:
       UserError: something that was asked for cannot be done; before weights are read.
     """
-    if problem := keep_compiled(options.compilation_cache):
+    problem = keep_compiled(options.compilation_cache)
+    if problem:
         print(problem, file=sys.stderr)
-    mismatch = options.allow_base_mismatch
+    allow_base_mismatch = options.allow_base_mismatch
     classifier = find_classifier(
         options.adapter,
         options.model,
         options.labels,
         tokenizer=options.tokenizer,
-        allow_base_mismatch=mismatch,
+        allow_base_mismatch=allow_base_mismatch,
     )
-    texts, inputs, what = read_inputs(options, classifier.outline)
+    texts, inputs, kind = read_inputs(options, classifier.outline)
     with opened(options.out, options.overwrite) as file:
-        apply, params = classifier.load(allow_base_mismatch=mismatch)
-        with progress_of(len(texts), "classifying", "classified", f"{what}s") as progress:
-            size = options.batch_size
-            values = probabilities(apply, params, inputs, batch_size=size, progress=progress)
-        write(
-            file, output_format(options.format, options.out), texts, values, classifier.labels, what
-        )
+        apply, params = classifier.load(allow_base_mismatch=allow_base_mismatch)
+        with progress_of(len(texts), "classifying", "classified", f"{kind}s") as progress:
+            class_probabilities = probabilities(
+                apply, params, inputs, batch_size=options.batch_size, progress=progress
+            )
+        file_format = output_format(options.format, options.out)
+        write(file, file_format, texts, class_probabilities, classifier.labels, kind)
 
 
-def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
-    """Raises a UserError for options that make no sense, or that were given to no effect."""
+def check(options: PredictOptions, named_options: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect.
+
+    Args:
+      options: the options.
+      named_options: the names of those on the command line.
+    """
     if options.texts and options.input is not None:
         raise UserError("texts come from the command line or from --input: give one of them")
-    of_rows = sorted({"field", "field_pair"} & given)
-    if of_rows and (options.input is None or not holds_rows(options.input)):
+    field_options = sorted({"field", "field_pair"} & named_options)
+    if field_options and (options.input is None or not holds_rows(options.input)):
         raise UserError(
-            f"{flag(of_rows[0])} names a field of --input's rows, and there are none: give a file "
-            "of rows, or leave it out"
+            f"{flag(field_options[0])} names a field of --input's rows, and there are none: give "
+            "a file of rows, or leave it out"
         )
     if options.overwrite and options.out is None:
         raise UserError("--overwrite replaces the file of --out: name one, or leave it out")
@@ -147,7 +153,8 @@ def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
     if options.seq_len is not None and options.seq_len < 3:
         raise UserError(f"--seq-len {options.seq_len}: at least 3 is needed")
     if options.out is not None and options.input is not None:
-        out, source = (Path(path).expanduser() for path in (options.out, options.input))
+        out = Path(options.out).expanduser()
+        source = Path(options.input).expanduser()
         if out.exists() and source.exists() and out.samefile(source):
             raise UserError(f"--out {options.out} is the file of --input: name another")
 
@@ -155,7 +162,7 @@ def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
 def read_inputs(
     options: PredictOptions, outline: ModelInfo
 ) -> tuple[Texts, TokenizedTexts | Images, str]:
-    """Returns texts with their tokens, or names of images with these, and what they are.
+    """Returns texts with their tokens, or names of images with the images; and "text" or "image".
 
     Raises:
       UserError: they cannot be read, or do not fit the model.
@@ -164,7 +171,8 @@ def read_inputs(
         for name in ("field_pair", "seq_len", "truncate"):
             if getattr(options, name):
                 raise UserError(f"{flag(name)} is about texts, and {outline.name} reads images")
-        return *read_images(options.texts, options.input, options.field, outline), "image"
+        names, images = read_images(options.texts, options.input, options.field, outline)
+        return names, images, "image"
     texts = read_texts(options)
     return texts, tokenize(texts, outline, options.seq_len, options.truncate), "text"
 
@@ -178,9 +186,11 @@ def read_texts(options: PredictOptions) -> Texts:
     return read_standard_input()
 
 
-def output_format(asked: Format | None, out: str | None) -> Format:
-    """Returns the format that is asked for; else that of the file's ending, or JSON lines."""
-    return asked or ("csv" if out is not None and out.lower().endswith(".csv") else "jsonl")
+def output_format(format: Format | None, out: str | None) -> Format:
+    """Returns the format of --format; else that of the file's ending, or JSON lines."""
+    if format is not None:
+        return format
+    return "csv" if out is not None and out.lower().endswith(".csv") else "jsonl"
 
 
 def write(
@@ -189,7 +199,7 @@ def write(
     texts: Texts,
     probabilities: np.ndarray,
     labels: Sequence[str],
-    what: str = "text",
+    kind: str = "text",
 ) -> None:
     """Writes a line for each text or image, in their order.
 
@@ -199,24 +209,25 @@ def write(
       texts: the texts, or the names of images.
       probabilities: [n, classes].
       labels: the names of the classes.
-      what: the name of the field that has the text.
+      kind: "text" or "image": the name of the field that has the text or the image's name.
     """
-    rows = csv.writer(file, lineterminator="\n")
+    table = csv.writer(file, lineterminator="\n")
     if format == "csv":
-        pair = [] if texts.second is None else ["text_pair"]
-        rows.writerow([what, *pair, "label", "probability", *(f"p({label})" for label in labels)])
-    for i, of_text in enumerate(probabilities):
-        best = int(of_text.argmax())
-        shown = [round(float(p), _DIGITS) for p in of_text]
-        fields: dict[str, object] = {what: texts.first[i]}
+        pair_column = [] if texts.second is None else ["text_pair"]
+        label_columns = [f"p({label})" for label in labels]
+        table.writerow([kind, *pair_column, "label", "probability", *label_columns])
+    for i, text_probabilities in enumerate(probabilities):
+        best = int(text_probabilities.argmax())
+        rounded = [round(float(p), _DECIMALS) for p in text_probabilities]
+        fields: dict[str, object] = {kind: texts.first[i]}
         if texts.second is not None:
             fields["text_pair"] = texts.second[i]
-        fields |= {"label": labels[best], "probability": shown[best]}
+        fields |= {"label": labels[best], "probability": rounded[best]}
         if format == "csv":
-            rows.writerow([*fields.values(), *shown])
+            table.writerow([*fields.values(), *rounded])
         else:
-            named = dict(zip(labels, shown, strict=True))
-            line = json.dumps(fields | {"probabilities": named}, ensure_ascii=False)
+            fields["probabilities"] = dict(zip(labels, rounded, strict=True))
+            line = json.dumps(fields, ensure_ascii=False)
             file.write(f"{line}\n")
     file.flush()
 

@@ -1,7 +1,6 @@
 """Probabilities of many texts or images, in batches of few shapes: each shape is compiled once."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,13 +11,17 @@ from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import logits_of
 from train.predict.texts import TokenizedTexts
 
-_SHORTEST = 16
+_LEAST_LENGTH = 16  # tokens
 
 
 def lengths_up_to(most: int) -> tuple[int, ...]:
     """Returns the lengths that texts are padded to: doubling, up to the most tokens of a text."""
-    doubling = (_SHORTEST << i for i in itertools.count())
-    return (*itertools.takewhile(lambda length: length < most, doubling), most)
+    lengths: list[int] = []
+    length = _LEAST_LENGTH
+    while length < most:
+        lengths.append(length)
+        length *= 2
+    return (*lengths, most)
 
 
 def batches(
@@ -38,12 +41,12 @@ def batches(
       The indices of a batch's texts, its rows, and its length.
     """
     rows = min(batch_size, 1 << max(0, len(lengths) - 1).bit_length())
-    padded = lengths_up_to(most)
-    groups = np.searchsorted(padded, lengths)
-    for i in reversed(range(len(padded))):
-        group = np.flatnonzero(groups == i)
-        for at in range(0, len(group), rows):
-            yield group[at : at + rows], rows, padded[i]
+    padded_lengths = lengths_up_to(most)
+    group_of_text = np.searchsorted(padded_lengths, lengths)
+    for group in reversed(range(len(padded_lengths))):
+        texts = np.flatnonzero(group_of_text == group)
+        for start in range(0, len(texts), rows):
+            yield texts[start : start + rows], rows, padded_lengths[group]
 
 
 def probabilities(
@@ -65,18 +68,19 @@ def probabilities(
       progress: is called with the number of those that are done.
       of: the function of the logits to return, in the place of probabilities.
     """
-    done, out = 0, None
     if isinstance(inputs, Images):
-        made = _image_batches(inputs, batch_size)
+        input_batches = _image_batches(inputs, batch_size)
     else:
-        made = _text_batches(inputs, batch_size)
-    for chosen, batch in made:
+        input_batches = _text_batches(inputs, batch_size)
+    n_done = 0
+    out = None
+    for indices, batch in input_batches:
         values = np.asarray(_run(apply, of, params, batch))
         if out is None:
             out = np.empty((len(inputs), values.shape[-1]), np.float32)
-        out[chosen] = values[: len(chosen)]
-        done += len(chosen)
-        progress(done)
+        out[indices] = values[: len(indices)]
+        n_done += len(indices)
+        progress(n_done)
     assert out is not None, "nothing to classify"
     return out
 
@@ -84,6 +88,7 @@ def probabilities(
 def _text_batches(
     tokens: TokenizedTexts, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields the indices of a batch's texts, and the batch."""
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
         yield texts, _batch(tokens, texts, rows, length)
 
@@ -91,10 +96,11 @@ def _text_batches(
 def _image_batches(
     images: Images, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields the indices of a batch's images, and the batch."""
     size = min(batch_size, len(images))
-    for first in range(0, len(images), size):
-        chosen = np.arange(first, min(first + size, len(images)))
-        yield chosen, images.take(np.resize(chosen, size))
+    for start in range(0, len(images), size):
+        indices = np.arange(start, min(start + size, len(images)))
+        yield indices, images.take(np.resize(indices, size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -113,5 +119,7 @@ def _batch(
     for row in range(rows):
         text = texts[row if row < len(texts) else 0]
         n = len(tokens.ids[text])
-        ids[row, :n], types[row, :n], mask[row, :n] = tokens.ids[text], tokens.types[text], 1
+        ids[row, :n] = tokens.ids[text]
+        types[row, :n] = tokens.types[text]
+        mask[row, :n] = 1
     return {"ids": ids, "token_type_ids": types, "attention_mask": mask}

@@ -100,8 +100,8 @@ def find_classifier(
             f"--model {name}: its files hold no {outline.absent[0]}, so its head is not trained: "
             "give the adapter of a classifier with --adapter, or another model"
         )
-    named = tuple(source.about.get("labels", ())) if source else ()
-    return Classifier(outline, source, _labels(named, config, labels))
+    adapter_labels = tuple(source.about.get("labels", ())) if source else ()
+    return Classifier(outline, source, _labels(adapter_labels, config, labels))
 
 
 def _check_own_head(name: str, source: AdapterSource | None) -> None:
@@ -132,15 +132,20 @@ def _check_problem(name: str) -> None:
 
 
 def _labels(
-    named: Sequence[str], config: EncoderConfig | VisionConfig, asked: Sequence[str]
+    adapter_labels: Sequence[str],
+    config: EncoderConfig | VisionConfig,
+    option: Sequence[str],
 ) -> tuple[str, ...]:
-    """Returns the names of the classes: the adapter's, the model's, those asked for, or LABEL_0."""
-    known = tuple(named) or config.label_names
-    if known and asked:
-        raise UserError(f"--labels: the classes have names, {', '.join(known)}: leave it out")
-    if asked and (len(asked) != config.num_labels or len(set(asked)) < len(asked)):
+    """Returns the classes' names: the adapter's, the model's, those of --labels, or LABEL_0."""
+    known_labels = tuple(adapter_labels) or config.label_names
+    if known_labels and option:
         raise UserError(
-            f"--labels {' '.join(asked)}: {config.num_labels} different names are needed, one a "
+            f"--labels: the classes have names, {', '.join(known_labels)}: leave it out"
+        )
+    if option and (len(option) != config.num_labels or len(set(option)) < len(option)):
+        raise UserError(
+            f"--labels {' '.join(option)}: {config.num_labels} different names are needed, one a "
             "class"
         )
-    return known or tuple(asked) or tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    default_labels = tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    return known_labels or tuple(option) or default_labels

@@ -18,7 +18,7 @@ from train.data.files import IMAGE_FIELD, images_of, locate_images
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
-_BLOCK = 256  # texts that are tokenised at once
+_BLOCK_TEXTS = 256  # that are tokenised at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,13 @@ def read_arguments(texts: Sequence[str]) -> Texts:
 
 def _texts_of_lines(lines: Sequence[Entry], source: str) -> Texts:
     """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
-    texts = {name: line for name, line in lines if line}
-    if len(texts) < len(lines):
-        print(f"{source}: {len(lines) - len(texts)} empty lines are left out", file=sys.stderr)
-    if not texts:
+    text_of_name = {name: line for name, line in lines if line}
+    n_empty = len(lines) - len(text_of_name)
+    if n_empty > 0:
+        print(f"{source}: {n_empty} empty lines are left out", file=sys.stderr)
+    if not text_of_name:
         raise UserError(f"{source} has no text: give one a line")
-    return Texts([*texts.values()], None, [*texts])
+    return Texts([*text_of_name.values()], None, [*text_of_name])
 
 
 def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
@@ -114,6 +115,7 @@ def read_standard_input() -> Texts:
 
 
 def _text(row: Row, name: str, option: str, field: str) -> str:
+    """Returns the text in a field of a row; raises a UserError if there is none."""
     value = row.get(field)
     if isinstance(value, str) and value.strip():
         return value
@@ -147,34 +149,37 @@ def tokenize(
     limit: dict[str, Any] = {"truncation": True, "max_length": most} if truncate else {}
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
-    for at in range(0, len(texts), _BLOCK):
-        block = slice(at, at + _BLOCK)
+    for start in range(0, len(texts), _BLOCK_TEXTS):
+        block = slice(start, start + _BLOCK_TEXTS)
         second = texts.second[block] if texts.second else None
-        made = outline.tokenizer(
+        encoded = outline.tokenizer(
             texts.first[block], second, return_token_type_ids=True, verbose=False, **limit
         )
-        ids += [np.array(ids_of_text, np.int32) for ids_of_text in made["input_ids"]]
-        types += [np.array(ids_of_text, np.int32) for ids_of_text in made["token_type_ids"]]
-    tokens = TokenizedTexts(ids, types, most, outline.tokenizer.pad_token_id or 0)
-    longer = np.flatnonzero(tokens.lengths > most)
-    if len(longer):
-        whose = "--seq-len" if seq_len is not None else "the model"
+        ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
+        types += [np.array(row, np.int32) for row in encoded["token_type_ids"]]
+    tokens = TokenizedTexts(
+        ids=ids, types=types, most=most, pad=outline.tokenizer.pad_token_id or 0
+    )
+    too_long = np.flatnonzero(tokens.lengths > most)
+    if len(too_long):
+        limit_name = "--seq-len" if seq_len is not None else "the model"
         raise UserError(
-            f"{len(longer)} of {len(texts)} texts have more tokens than the {most} that {whose} "
-            f"allows; the first is {texts.names[longer[0]]}, with {tokens.lengths[longer[0]]}. "
+            f"{len(too_long)} of {len(texts)} texts have more tokens than the {most} that "
+            f"{limit_name} allows; the first is {texts.names[too_long[0]]}, with "
+            f"{tokens.lengths[too_long[0]]}. "
             "Cut them off at the end with --truncate, or leave them out"
         )
     return tokens
 
 
 def read_images(
-    paths: Sequence[str], given: str | None, field: str | None, outline: ModelInfo
+    paths: Sequence[str], source: str | None, field: str | None, outline: ModelInfo
 ) -> tuple[Texts, Images]:
     """Returns the names of images, and the images.
 
     Args:
       paths: the images of the command line.
-      given: the option --input: a folder, a file of rows, or a file with a path a line; without
+      source: the option --input: a folder, a file of rows, or a file with a path a line; without
         it and `paths`, standard input has a path a line.
       field: the option --field.
       outline: the model's, with its processor.
@@ -182,26 +187,28 @@ def read_images(
     Raises:
       UserError: there are none, or some cannot be read; names them.
     """
-    rows, field = _image_rows(paths, given, field), field or IMAGE_FIELD
+    field = field or IMAGE_FIELD
+    rows = _image_rows(paths, source, field)
+    source_name = source or "the images"
     with as_user_errors(TrainingError):
-        check_rows(rows, given or "the images", field, None)
-        names = names_of(rows, field, given or "the images")
+        check_rows(rows, source_name, field, None)
+        names = names_of(rows, field, source_name)
         pixels = read_pixels([row[field] for row in rows], names, outline.tokenizer)
-    unused = np.zeros(len(rows), np.int32)
+    unused = np.zeros(len(rows), np.int32)  # labels and numbers of rows
     return Texts(names, None, names), Images(pixels, unused, unused, outline.tokenizer)
 
 
-def _image_rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Row]:
-    if given is not None and holds_rows(given) and Path(given).expanduser().is_file():
-        rows: list[Row] = [row for _, row in read_entries(given, "--input")]
-        return locate_images(rows, field or IMAGE_FIELD, given)
-    files = [*paths]
-    if given is not None and Path(given).expanduser().is_dir():
-        files = images_of(given)
+def _image_rows(paths: Sequence[str], source: str | None, field: str) -> list[Row]:
+    """Returns a row for each image of the command line, of --input, or of standard input."""
+    if source is None:
+        files = [*paths] or read_standard_input().first
+    elif holds_rows(source) and Path(source).expanduser().is_file():
+        rows: list[Row] = [row for _, row in read_entries(source, "--input")]
+        return locate_images(rows, field, source)
+    elif Path(source).expanduser().is_dir():
+        files = images_of(source)
         if not files:
-            raise UserError(f"--input {given}: there is no image in this folder")
-    elif given is not None:
-        files = read_text_file(given, "", None).first
-    elif not paths:
-        files = read_standard_input().first
-    return [{field or IMAGE_FIELD: path} for path in files]
+            raise UserError(f"--input {source}: there is no image in this folder")
+    else:
+        files = read_text_file(source, "", None).first
+    return [{field: path} for path in files]

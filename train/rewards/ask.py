@@ -44,7 +44,7 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
       Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
     """
 
-    def asked(_: int) -> dict[str, Any]:
+    def ask_here(_: int) -> dict[str, Any]:
         try:
             with stop.dropping():
                 totals = rewards(
@@ -58,11 +58,15 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
             return {"dropped": stop.signal}
         for line in totals.said:
             tell(console, f"warning: {line}")
-        total = [None if math.isnan(x) else x for x in totals.total.tolist()]
-        lost = None if any(x is not None for x in total) else totals.why
-        return {"total": total, "lost": lost, "metrics": _metrics(totals), "extra": totals.extra}
+        has_reward = ~np.isnan(totals.total)
+        return {
+            "total": [None if math.isnan(x) else x for x in totals.total.tolist()],
+            "lost": None if has_reward.any() else totals.why,
+            "metrics": _metrics(totals),
+            "extra": totals.extra,
+        }
 
-    (answer,) = hosts.map_over_processes(asked, range(1))
+    (answer,) = hosts.map_over_processes(ask_here, range(1))
     if "dropped" in answer:
         stop.signal = stop.signal or answer["dropped"]
         raise Dropped
@@ -74,7 +78,8 @@ def _metrics(totals: RewardTotals) -> dict[str, float | None]:
     """Returns the metrics of what was rewarded."""
     metrics: dict[str, float | None] = {}
     if len(totals.by_name) > 1:
-        metrics = {f"reward_{k}": mean_known(v) for k, v in totals.by_name.items()}
+        for name, values in totals.by_name.items():
+            metrics[f"reward_{name}"] = mean_known(values)
     metrics["reward_failed"] = float(totals.failed.mean())
     for kinds in totals.kinds.values():
         metrics |= {f"share_{kind}": n / len(totals.total) for kind, n in kinds.items()}

@@ -44,14 +44,14 @@ def sql_reward(runs: float = 0.0) -> Reward:
     values = {MATCHED: 1.0, MISMATCH: runs}
 
     def judge_all(batch: RewardBatch) -> RewardValues:
-        columns = (batch.columns[name] for name in _NEEDS)
-        asked = list(zip(*columns, batch.completions, strict=True))
-        distinct = list(dict.fromkeys(asked))
+        schemas, gold_queries = (batch.columns[name] for name in _NEEDS)
+        questions = list(zip(schemas, gold_queries, batch.completions, strict=True))
+        distinct = list(dict.fromkeys(questions))
         with as_user_errors(ValueError, prefix="--reward sql: "):
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                kinds_found = threads.map(lambda pair: judge(*pair), distinct)
-                kind_of = dict(zip(distinct, kinds_found, strict=True))
-        kinds = [kind_of[pair] for pair in asked]
+                distinct_kinds = list(threads.map(lambda question: judge(*question), distinct))
+        kind_of_question = dict(zip(distinct, distinct_kinds, strict=True))
+        kinds = [kind_of_question[question] for question in questions]
         rewards = np.array([values.get(kind, 0.0) for kind in kinds], np.float32)
         return RewardValues(rewards, kinds=dict(Counter(kinds)))
 
@@ -95,10 +95,11 @@ class Rewards:
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Sequence[float]) -> None:
-        self._rewards, self._weights = rewards, np.array(weights, np.float32)
+        self._rewards = rewards
+        self._weights = np.array(weights, np.float32)
         self.names = [*rewards]
         self.needs = {name: reward.needs for name, reward in rewards.items()}
-        self._known: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
         self._was_silent = False
 
     def __enter__(self) -> "Rewards":
@@ -128,31 +129,36 @@ class Rewards:
         batch = RewardBatch(
             prompts, completions, completion_ids, columns, group, state or {}, chats, earned
         )
-        judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
-        values = np.stack([got.values for got in judged.values()])  # [rewards, n]
+        answers = {name: reward.judge(batch) for name, reward in self._rewards.items()}
+        values = np.stack([answer.values for answer in answers.values()])  # [rewards, n]
         if earned:
-            values[:, [each.is_lost for each in earned]] = np.nan
-        failed = np.isinf(values)
-        values = np.where(failed, np.float32(np.nan), values)
-        given = ~np.isnan(values)
-        total = np.where(given, values, 0).T @ self._weights
+            values[:, [reward.is_lost for reward in earned]] = np.nan
+        has_failed = np.isinf(values)
+        values = np.where(has_failed, np.float32(np.nan), values)
+        has_opinion = ~np.isnan(values)
+        is_rewarded = has_opinion.any(0) & ~has_failed.any(0)
+        total = np.where(has_opinion, values, 0).T @ self._weights
+        n_completions = len(total)
+        remarks = self._silence(bool(has_opinion.any() or has_failed.any()), n_completions)
+        first_failure: str | None = None
+        metrics: dict[str, float] = {}
+        extra: dict[str, Sequence[Any]] = {}
+        for name, answer in answers.items():
+            remarks += self._new_failures(name, answer, n_completions)
+            for text in answer.said.values():
+                first_failure = first_failure or f"{name}: {text}"
+            metrics |= {f"{name}/{metric}": mean(x) for metric, x in answer.metrics.items()}
+            extra |= {f"{name}/{fact}": x for fact, x in answer.extra.items()}
         return RewardTotals(
-            np.where(given.any(0) & ~failed.any(0), total, np.float32(np.nan)),
-            dict(zip(judged, values, strict=True)),
-            failed.any(0),
-            {name: dict(got.failures) for name, got in judged.items() if got.failures},
-            [
-                *self._silence(bool(given.any() or failed.any()), len(total)),
-                *(x for name, got in judged.items() for x in self._news(name, got, len(total))),
-            ],
-            next((f"{k}: {text}" for k, got in judged.items() for text in got.said.values()), None),
-            {name: dict(got.kinds) for name, got in judged.items() if got.kinds},
-            {
-                f"{name}/{k}": mean(v)
-                for name, got in judged.items()
-                for k, v in got.metrics.items()
-            },
-            {f"{name}/{k}": v for name, got in judged.items() for k, v in got.extra.items()},
+            total=np.where(is_rewarded, total, np.float32(np.nan)),
+            by_name=dict(zip(answers, values, strict=True)),
+            failed=has_failed.any(0),
+            failures={name: dict(a.failures) for name, a in answers.items() if a.failures},
+            said=remarks,
+            why=first_failure,
+            kinds={name: dict(a.kinds) for name, a in answers.items() if a.kinds},
+            metrics=metrics,
+            extra=extra,
         )
 
     def _silence(self, has_any: bool, n: int) -> list[str]:
@@ -162,13 +168,14 @@ class Rewards:
         self._was_silent = True
         return [f"no reward has an opinion on any of {n} completions: nothing is learned from them"]
 
-    def _news(self, name: str, judged: RewardValues, n: int) -> list[str]:
-        new = [kind for kind in judged.failures if (name, kind) not in self._known]
-        self._known.update((name, kind) for kind in new)
+    def _new_failures(self, name: str, answer: RewardValues, n: int) -> list[str]:
+        """Returns a sentence on each kind of failure that a reward has for the first time."""
+        new_kinds = [kind for kind in answer.failures if (name, kind) not in self._reported]
+        self._reported.update((name, kind) for kind in new_kinds)
         return [
-            f"{name}: no reward for {judged.failures[kind]} of {n} completions ({kind}): "
-            f"{judged.said[kind]}"
-            for kind in new
+            f"{name}: no reward for {answer.failures[kind]} of {n} completions ({kind}): "
+            f"{answer.said[kind]}"
+            for kind in new_kinds
         ]
 
 
@@ -207,49 +214,60 @@ def find_rewards(
       UserError: a reward cannot be found or imported, needs a column that the rows do not have, or
         has no weight or two.
     """
-    given = [1.0] * len(specs) if weights is None else weights
-    if len(given) != len(specs) or not all(map(math.isfinite, given)):
+    weights = [1.0] * len(specs) if weights is None else [*weights]
+    if len(weights) != len(specs) or not all(map(math.isfinite, weights)):
         raise UserError(
-            f"{flag('reward_weights', *given)}: {len(specs)} rewards need as many finite weights"
+            f"{flag('reward_weights', *weights)}: {len(specs)} rewards need as many finite weights"
         )
-    if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
-        raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
-    known = {name: make(max_tokens) for name, make in OURS.items()}
-    models = [spec for spec in specs if spec not in known and Path(spec).expanduser().is_dir()]
-    files = [spec for spec in specs if spec not in (*known, *models)]
-    for spec in files:
-        path, _, function = spec.rpartition(":")
-        if not path.endswith(".py") or not function:
-            raise UserError(
-                f"--reward {spec}: no folder, and no reward of this name, but {', '.join(known)}; "
-                "a function of your own is named as file.py:function, a reward model by its run's "
-                "folder"
-            )
-        if not Path(path).is_file():
-            raise UserError(f"--reward {spec}: there is no file {path}")
-    known |= {spec: Reward(RewardModel(spec)) for spec in models}
-    if files:
-        pool = Workers(files, seconds, workers or os.cpu_count() or 1)
-        for i, (spec, needs) in enumerate(zip(files, pool.needs, strict=True)):
-            known[spec] = Reward(partial(pool.judge, i), needs, pool.close)
-    by_name = {_short(spec, specs): known[spec] for spec in specs}
+    repeated_specs = [spec for spec, n_times in Counter(specs).items() if n_times > 1]
+    if repeated_specs:
+        raise UserError(f"--reward {repeated_specs[0]} is named twice: give it a weight instead")
+    reward_of_spec = {name: make(max_tokens) for name, make in OURS.items()}
+    others = [spec for spec in specs if spec not in OURS]
+    models = [spec for spec in others if Path(spec).expanduser().is_dir()]
+    functions = [spec for spec in others if spec not in models]
+    for spec in functions:
+        _check_function(spec)
+    for spec in models:
+        reward_of_spec[spec] = Reward(RewardModel(spec))
+    if functions:
+        pool = Workers(functions, seconds, workers or os.cpu_count() or 1)
+        for i, (spec, needs) in enumerate(zip(functions, pool.needs, strict=True)):
+            reward_of_spec[spec] = Reward(partial(pool.judge, i), needs, pool.close)
+    by_name = {_short(spec, specs): reward_of_spec[spec] for spec in specs}
     if earned is not None:
         name = f"environment {earned}" if earned in by_name else earned
-        by_name, given = by_name | {name: earned_reward()}, [*given, 1.0]
-    rewards = Rewards(by_name, given)
+        by_name[name] = earned_reward()
+        weights.append(1.0)
+    rewards = Rewards(by_name, weights)
     for spec in specs:
-        if missing := [name for name in known[spec].needs if name not in columns]:
-            rewards.close()
-            if _ENVIRONMENTS in missing:
-                raise UserError(
-                    f"--reward {spec} takes `{_ENVIRONMENTS}`, which live in other processes: "
-                    "reward by a method `get_reward` of the environment instead"
-                )
+        missing = [name for name in reward_of_spec[spec].needs if name not in columns]
+        if not missing:
+            continue
+        rewards.close()
+        if _ENVIRONMENTS in missing:
             raise UserError(
-                f"--reward {spec} needs the column {missing[0]!r}; the rows have "
-                f"{', '.join(columns) or 'none beside the prompt'}"
+                f"--reward {spec} takes `{_ENVIRONMENTS}`, which live in other processes: "
+                "reward by a method `get_reward` of the environment instead"
             )
+        raise UserError(
+            f"--reward {spec} needs the column {missing[0]!r}; the rows have "
+            f"{', '.join(columns) or 'none beside the prompt'}"
+        )
     return rewards
+
+
+def _check_function(spec: str) -> None:
+    """Raises a UserError if a value of --reward names no function of a file that is there."""
+    path, _, function = spec.rpartition(":")
+    if not path.endswith(".py") or not function:
+        raise UserError(
+            f"--reward {spec}: no folder, and no reward of this name, but {', '.join(OURS)}; "
+            "a function of your own is named as file.py:function, a reward model by its run's "
+            "folder"
+        )
+    if not Path(path).is_file():
+        raise UserError(f"--reward {spec}: there is no file {path}")
 
 
 def _short(spec: str, specs: Sequence[str]) -> str:
@@ -281,24 +299,29 @@ class RewardModel:
         outline = outline.quantized(source.quantize)
         source.check(outline)
         self._apply, self._params = Classifier(outline, source, ()).load()
-        self._given, self._tokenizer = source.given, outline.tokenizer
-        self._most: int = source.about.get("seq_len", outline.max_tokens)
-        self._has_said = False
+        self._folder = source.given
+        self._tokenizer = outline.tokenizer
+        self._max_tokens: int = source.about.get("seq_len", outline.max_tokens)
+        self._has_warned = False
 
     def __call__(self, batch: RewardBatch) -> RewardValues:
         """Returns the scores; says once that texts are shortened."""
         prompts = [as_text(question({"prompt": text}, "a row").messages) for text in batch.prompts]
         texts = list(zip(prompts, batch.completions, strict=True))
-        encoded, n_shortened = encode(texts, self._tokenizer, self._most)
-        if n_shortened and not self._has_said:
-            self._has_said = True
+        encoded, n_shortened = encode(texts, self._tokenizer, self._max_tokens)
+        if n_shortened and not self._has_warned:
+            self._has_warned = True
             print(
-                f"{self._given} reads {self._most} tokens: {n_shortened} of {len(texts)} prompts "
-                "lose their beginning, and so do later ones",
+                f"{self._folder} reads {self._max_tokens} tokens: {n_shortened} of {len(texts)} "
+                "prompts lose their beginning, and so do later ones",
                 file=sys.stderr,
             )
-        ids, types = ([np.array(text, np.int32) for text in each] for each in encoded.values())
-        tokens = TokenizedTexts(ids, types, self._most, self._tokenizer.pad_token_id or 0)
+        ids, types = (
+            [np.array(row, np.int32) for row in rows_of_field] for rows_of_field in encoded.values()
+        )
+        tokens = TokenizedTexts(
+            ids=ids, types=types, most=self._max_tokens, pad=self._tokenizer.pad_token_id or 0
+        )
         scores = probabilities(
             self._apply, self._params, tokens, batch_size=_SCORED_AT_ONCE, of=jax.nn.identity
         )

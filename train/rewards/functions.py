@@ -45,15 +45,17 @@ class Workers:
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         command = [sys.executable, "-P", worker.__file__, *specs]
         self._seconds = seconds
-        self._served = ProgramPool(command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS)
+        self._processes = ProgramPool(
+            command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS
+        )
         try:
-            greeting = json.loads(self._served.start())
+            greeting = json.loads(self._processes.start())
             if "error" in greeting:
                 raise UserError(f"--reward {greeting['spec']}: {greeting['error']}")
         except NoAnswer as error:
             raise UserError(f"--reward {' '.join(specs)}: importing it {error}") from error
         except BaseException:
-            self._served.close()
+            self._processes.close()
             raise
         self.needs: list[list[str]] = greeting["needs"]
         self._threads = ThreadPoolExecutor(workers, "rewards")
@@ -61,55 +63,64 @@ class Workers:
     def judge(self, function: int, batch: RewardBatch) -> RewardValues:
         """Calls a function once for each prompt of a batch; returns its values."""
         starts = range(0, len(batch.completions), batch.group)
-        parts = [slice(start, start + batch.group) for start in starts]
+        groups = [slice(start, start + batch.group) for start in starts]
         try:
-            answers = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
+            answers = list(self._threads.map(lambda rows: self._ask(function, batch, rows), groups))
         except BaseException:  # such as a signal: what is still being asked is not waited for
-            self._served.close()
+            self._processes.close()
             raise
         values = [value for answer in answers for value in answer["values"]]
         failures: Counter[str] = Counter()
         texts: dict[str, str] = {}
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
-        for part, answer in zip(parts, answers, strict=True):
-            for kind, (number, text) in answer["failures"].items():
-                failures[kind] += number
+        for rows, answer in zip(groups, answers, strict=True):
+            for kind, (n_completions, text) in answer["failures"].items():
+                failures[kind] += n_completions
                 texts.setdefault(kind, text)
-            for name, numbers in answer.get("metrics", {}).items():
-                metrics.setdefault(name, []).extend(numbers)
+            for name, logged in answer.get("metrics", {}).items():
+                metrics.setdefault(name, []).extend(logged)
             for name, facts in answer.get("extra", {}).items():
-                extra.setdefault(name, [None] * len(values))[part] = facts
-        return RewardValues(np.array(values, np.float32), dict(failures), texts, {}, metrics, extra)
+                extra.setdefault(name, [None] * len(values))[rows] = facts
+        return RewardValues(
+            values=np.array(values, np.float32),
+            failures=dict(failures),
+            said=texts,
+            metrics=metrics,
+            extra=extra,
+        )
 
     def close(self) -> None:
         """Ends the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._served.close()
+        self._processes.close()
         self._threads.shutdown()
-        self._served.close()  # those that a thread started meanwhile
+        self._processes.close()  # those that a thread started meanwhile
 
-    def _ask(self, function: int, batch: RewardBatch, part: slice) -> dict[str, Any]:
-        columns = {name: list(values[part]) for name, values in batch.columns.items()}
-        completions: list[Any] = list(batch.completions[part])
+    def _ask(self, function: int, batch: RewardBatch, rows: slice) -> dict[str, Any]:
+        """Returns a process's answer on the completions of one prompt, or that it gave none."""
+        columns = {name: list(values[rows]) for name, values in batch.columns.items()}
+        completions: list[Any] = list(batch.completions[rows])
         if batch.chats:  # turns, and those of tools between them
-            completions = [list(chat) for chat in batch.chats[part]]
-        elif not isinstance(batch.prompts[part][0], str):  # a chat
+            completions = [list(chat) for chat in batch.chats[rows]]
+        elif not isinstance(batch.prompts[rows][0], str):  # a chat
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         keywords = columns | {
-            "prompts": list(batch.prompts[part]),
+            "prompts": list(batch.prompts[rows]),
             "completions": completions,
-            "completion_ids": [list(map(int, ids)) for ids in batch.completion_ids[part]],
+            "completion_ids": [list(map(int, ids)) for ids in batch.completion_ids[rows]],
         }
-        asked = (function, keywords, dict(batch.state))
-        line = base64.b64encode(pickle.dumps(asked)).decode()
+        request = (function, keywords, dict(batch.state))
+        line = base64.b64encode(pickle.dumps(request)).decode()
         try:
-            return json.loads(self._served.ask(line, self._seconds))
+            return json.loads(self._processes.ask(line, self._seconds))
         except NoAnswer as error:
-            n = len(completions)
-            late = f"a call took longer than {self._seconds:g} seconds, --reward-timeout"
-            why = late if error.late else str(error)
+            kind, reason = DIED, str(error)
+            if error.late:
+                kind = TIMEOUT
+                reason = f"a call took longer than {self._seconds:g} seconds, --reward-timeout"
+            n_completions = len(completions)
             return {
-                "values": [worker.FAILED] * n,
-                "failures": {TIMEOUT if error.late else DIED: [n, why]},
+                "values": [worker.FAILED] * n_completions,
+                "failures": {kind: [n_completions, reason]},
             }

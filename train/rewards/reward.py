@@ -82,7 +82,7 @@ def function_reward(function: Callable[..., float], *needs: str) -> Reward:
     """Returns a reward that is a function of a completion, its tokens, and these columns."""
 
     def judge(batch: RewardBatch) -> RewardValues:
-        columns = (batch.columns[name] for name in needs)
+        columns = [batch.columns[name] for name in needs]
         rows = zip(batch.completions, batch.completion_ids, *columns, strict=True)
         return RewardValues(np.array([function(*row) for row in rows], np.float32))
 
@@ -94,10 +94,15 @@ def earned_reward() -> Reward:
 
     def judge(batch: RewardBatch) -> RewardValues:
         earned = batch.earned or [EarnedReward(None)] * len(batch.completions)
-        values = [np.nan if each.value is None else each.value for each in earned]
-        failed = [each.problem or "no reason is known" for each in earned if each.problem]
-        failures = {"environment": len(failed)} if failed else {}
-        said = dict.fromkeys(failures, *failed[:1])
-        return RewardValues(np.array(values, np.float32), failures, said)
+        values = [np.nan if reward.value is None else reward.value for reward in earned]
+        problems = [reward.problem for reward in earned if reward.problem]
+        if not problems:
+            return RewardValues(np.array(values, np.float32))
+        kind = "environment"
+        return RewardValues(
+            np.array(values, np.float32),
+            failures={kind: len(problems)},
+            said={kind: problems[0]},
+        )
 
     return Reward(judge)

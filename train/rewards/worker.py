@@ -61,23 +61,23 @@ def find(spec: str) -> Function:
     return Function(target, takes, [keyword for keyword in needs if keyword not in OURS])
 
 
-def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
+def _instantiate(reward_class: type[Any], name: str) -> Callable[..., Any]:
     """Returns an object of a class, to be called."""
-    if not any("__call__" in vars(base) for base in given.__mro__):
+    if not any("__call__" in vars(base) for base in reward_class.__mro__):
         raise user_files.NoFunction(
             f"{name} is a class, and its objects cannot be called: give it __call__"
         )
-    wanted = [
+    required = [
         p.name
-        for p in inspect.signature(given).parameters.values()
+        for p in inspect.signature(reward_class).parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if wanted:
+    if required:
         raise user_files.NoFunction(
-            f"{name} is a class whose objects need {', '.join(wanted)}: make one in the file, such "
-            f"as `judge = {name}(…)`, and name that"
+            f"{name} is a class whose objects need {', '.join(required)}: make one in the file, "
+            f"such as `judge = {name}(…)`, and name that"
         )
-    return given()
+    return reward_class()
 
 
 class RewardLog:
@@ -95,7 +95,8 @@ class RewardLog:
 
     def metric(self, name: str, value: Any) -> None:
         """Takes a number; one that is not finite is not known."""
-        if math.isfinite(number := float(value)):
+        number = float(value)
+        if math.isfinite(number):
             self.metrics.setdefault(str(name), []).append(number)
 
     def column(self, name: str, values: Iterable[Any]) -> None:
@@ -120,40 +121,55 @@ def judge(
       Values, failures, and what it has logged, as JSON.
     """
     logged = RewardLog(len(keywords["completions"]))
-    given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
-    given |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
-    taken = user_files.taken(given, function.takes)
-    answer = _call(function, taken, len(keywords["completions"]))
+    offered: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
+    offered |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
+    arguments = user_files.taken(offered, function.takes)
+    answer = _call(function, arguments, len(keywords["completions"]))
     return answer | {"metrics": logged.metrics, "extra": logged.extra}
 
 
-def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, Any]:
+def _call(function: Function, arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Returns the values and the failures of a call for n completions."""
     try:
-        returned = function.call(**keywords)
+        returned = function.call(**arguments)
         if inspect.iscoroutine(returned):
             returned = asyncio.run(returned)
-        if wrong := _no_list(returned):
-            return {"values": [FAILED] * n, "failures": {NO_LIST: [n, wrong]}}
+        problem = _no_list(returned)
+        if problem:
+            return _all_failed(n, NO_LIST, problem)
         results = list(returned)
     except (Exception, SystemExit) as error:
-        return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, user_files.said(error)]}}
+        return _all_failed(n, EXCEPTION, user_files.said(error))
     if len(results) != n:
-        text = f"{len(results)} results for {n} completions"
-        return {"values": [FAILED] * n, "failures": {NUMBER_OF_RESULTS: [n, text]}}
+        return _all_failed(n, NUMBER_OF_RESULTS, f"{len(results)} results for {n} completions")
     failures: dict[str, list[Any]] = {}
     values: list[float | None] = []
     for result in results:
-        value, kind = None, ""
-        if result is not None:
-            try:
-                value = None if isinstance(result, str | bytes) else float(result)
-                kind = NO_NUMBER if value is None else "" if abs(value) < _LARGEST else NOT_FINITE
-            except Exception:  # __float__ of any type
-                kind = NO_NUMBER
-        if kind:
+        value, kind = _value_of(result)
+        if kind is not None:
             failures.setdefault(kind, [0, repr(result)[:80]])[0] += 1
-        values.append(FAILED if kind else value)
+        values.append(value)
     return {"values": values, "failures": failures}
+
+
+def _all_failed(n: int, kind: str, problem: str) -> dict[str, Any]:
+    """Returns the answer of a call that has no value for any of n completions."""
+    return {"values": [FAILED] * n, "failures": {kind: [n, problem]}}
+
+
+def _value_of(result: Any) -> tuple[float | None, str | None]:
+    """Returns the value of a result, None without an opinion; and the kind of failure, or None."""
+    if result is None:
+        return None, None
+    if isinstance(result, str | bytes):
+        return FAILED, NO_NUMBER
+    try:
+        value = float(result)
+    except Exception:  # __float__ of any type
+        return FAILED, NO_NUMBER
+    if not abs(value) < _LARGEST:  # a NaN is not less
+        return FAILED, NOT_FINITE
+    return value, None
 
 
 def _no_list(result: Any) -> str | None:

@@ -71,7 +71,7 @@ def test_labelled_texts_are_named_by_their_row():
     ],
 )
 def test_a_prompt_of_which_something_would_be_lost_is_refused(row, message):
-    prompt = prompts._read_row(row, "row 1")
+    prompt = prompts._prompt_of_row(row, "row 1")
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(UserError, match=message):
         prompts.tokenize([prompt], outline(template), None)
