@@ -16,7 +16,7 @@ def main() -> None:
     if spec is None or spec.loader is None or not folder.is_dir():
         sys.exit(f"error: the scripts of lora_jax are not installed: there is no {folder}")
     package = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = package  # whatever the path finds first
+    sys.modules["train"] = package  # imports of `train` find this package before any on the path
     spec.loader.exec_module(package)
     importlib.import_module("train.command").main(sys.argv[1:])
 

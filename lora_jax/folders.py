@@ -1,4 +1,7 @@
-"""Folders that appear whole or not at all, on the disks of this machine."""
+"""Paths of this machine, and folders that are written as a whole or not at all.
+
+A folder is written under a hidden name beside its path, the **partial** folder, and renamed then.
+"""
 
 import contextlib
 import os
@@ -7,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPLATE_FILE = "chat_template.jinja"  # of a model or an adapter, where transformers looks for it
+TEMPLATE_FILE = "chat_template.jinja"  # name that transformers reads, of a model or an adapter
 # A scheme of two letters at least: C: is a drive. `pathlib` writes one slash for two.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(//?)", re.IGNORECASE)
 _HUB = re.compile(
@@ -20,11 +23,11 @@ _MOUNTED_BY = {
     "s3": "mount-s3 BUCKET FOLDER",
     **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "blobfuse2 mount FOLDER"),
 }
-_KNOWN = {*_MOUNTED_BY, "file", "hf", "http", "https", "hdfs", "ftp", "s3a", "r2", "oci"}
+_KNOWN_SCHEMES = {*_MOUNTED_BY, "file", "hf", "http", "https", "hdfs", "ftp", "s3a", "r2", "oci"}
 
 
 class RemotePathError(ValueError):
-    """A path with a scheme, such as gs://, where one of this machine is needed."""
+    """A path has a scheme, such as gs://, where a path of this machine is needed."""
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -46,21 +49,29 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def remote_problem(path: str | os.PathLike[str]) -> str | None:
-    """Returns the refusal of a path with a scheme, and its remedy; None for others."""
+    """Returns the problem of a path with a scheme, with its remedy; None for other paths."""
     text = os.fspath(path)
     match = _SCHEME.match(text)
-    if match is None or match[2] == "/" and match[1].lower() not in _KNOWN:
+    if match is None:
         return None
-    scheme, rest = match[1].lower(), text[match.end() :]
+    scheme = match[1].lower()
+    has_one_slash = match[2] == "/"  # a name before a colon, unless it is a known scheme
+    if has_one_slash and scheme not in _KNOWN_SCHEMES:
+        return None
     problem = "is no path of this machine: "
     if scheme == "file":
-        return f"{problem}leave out the scheme, and give /{rest.lstrip('/')}"
-    if hub := _HUB.match(text):
-        if (hub[1] or "").lower() == "spaces":
+        path_after_scheme = text[match.end() :].lstrip("/")
+        return f"{problem}leave out the scheme, and give /{path_after_scheme}"
+    hub_match = _HUB.match(text)
+    if hub_match:
+        if (hub_match[1] or "").lower() == "spaces":
             return f"{problem}a space of the hub is no model and no data; clone it to use its files"
-        return f"{problem}a name on the hub has no scheme: {hub[2]}"
-    if mount := _MOUNTED_BY.get(scheme):
-        return f"{problem}mount the bucket ({mount}), and name the folder where it is mounted"
+        return f"{problem}a name on the hub has no scheme: {hub_match[2]}"
+    mount_command = _MOUNTED_BY.get(scheme)
+    if mount_command:
+        return (
+            f"{problem}mount the bucket ({mount_command}), and name the folder where it is mounted"
+        )
     return f"{problem}copy it here or mount it (a bucket by gcsfuse), and give that path"
 
 
@@ -72,9 +83,9 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write to, which takes the place of `folder` at the end.
+    """Yields a partial folder to write to, and renames it to `folder` at the end.
 
-    After an error `folder` is as it was, and what was written is gone.
+    After an error, `folder` is unchanged, and the partial folder is deleted.
     """
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,8 +103,8 @@ def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
 
     Args:
       folder: the folder.
-      overwrite: whether one that is there may be replaced.
-      marker: the file that every folder of this kind has; one without it is not replaced.
+      overwrite: whether an existing folder may be replaced.
+      marker: the file that every folder of this kind has; a folder without it is not replaced.
       kind: "model's" or "adapter's", for messages.
 
     Raises:
@@ -113,22 +124,22 @@ def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
 
 
 def partial_of(folder: Path) -> Path:
-    """Returns the path that a folder is written to before it is renamed: hidden, beside it."""
+    """Returns the path of a folder's partial folder, hidden beside it."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; deletes what was there once the new one is in place."""
+    """Renames `partial` to `folder`, and deletes the folder that was there before."""
     if not folder.exists():
         partial.rename(folder)
         return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+    replaced_folder = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced_folder, ignore_errors=True)
+    folder.rename(replaced_folder)
     try:
         partial.rename(folder)
     except BaseException:
         if not folder.exists():
-            old.rename(folder)
+            replaced_folder.rename(folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(replaced_folder)

@@ -182,12 +182,12 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
     def init(
         key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
     ) -> Factors:
-        width = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
-        probe = jax.random.normal(key, (*shape.batch, shape.fan_out, width), kernel.dtype)
+        n_vectors = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
+        probe = jax.random.normal(key, (*shape.batch, shape.fan_out, n_vectors), kernel.dtype)
         q, _ = jnp.linalg.qr(kernel @ probe)
         for _ in range(iterations):
-            back, _ = jnp.linalg.qr(kernel.mT @ q)
-            q, _ = jnp.linalg.qr(kernel @ back)
+            row_space, _ = jnp.linalg.qr(kernel.mT @ q)
+            q, _ = jnp.linalg.qr(kernel @ row_space)
         u, s, vt = jnp.linalg.svd(q.mT @ kernel, full_matrices=False)
         return _singular(q @ u[..., : shape.rank], s, vt, shape.rank, scale)
 
@@ -197,11 +197,11 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
 def truncated(kernel: jax.Array, rank: int) -> Factors:
     """Returns UΣ [batch…, in, r] and Vᵀ [batch…, r, out] of the r largest singular values.
 
-    By ten subspace iterations from ten vectors more than the rank (Halko et al., arXiv 0909.4061),
-    as LoRA-XS's authors do; of a matrix with no more singular values than that, exactly. The
-    vectors that it starts from are fixed, and each row of Vᵀ is turned so that its largest element
-    is positive: whoever decomposes the same W again gets the same factors. The matrices of a batch
-    take turns.
+    Ten subspace iterations start from ten vectors more than the rank (Halko et al., arXiv
+    0909.4061), as LoRA-XS's authors do. A matrix with no more singular values than vectors is
+    decomposed exactly. The first vectors are fixed, and the largest element of each row of Vᵀ is
+    made positive, so that decomposing the same W again gives the same factors. The matrices of a
+    batch are decomposed one after another.
 
     Args:
       kernel: W, [batch…, in, out] in fp32 (or wider).
@@ -220,27 +220,19 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
             f"{min(kernel.shape[-2:])} singular values: choose a smaller rank"
         )
 
-    width = min(rank + 10, *kernel.shape[-2:])
-    is_whole = width == min(kernel.shape[-2:])
-    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-    def again(_: object, q: jax.Array, w: jax.Array) -> jax.Array:
-        back, _ = jnp.linalg.qr(dot(w.mT, q))
-        return jnp.linalg.qr(dot(w, back))[0]
+    n_vectors = min(rank + 10, *kernel.shape[-2:])
+    is_exact = n_vectors == min(kernel.shape[-2:])
 
     def decompose(w: jax.Array) -> Factors:
-        if is_whole:
+        if is_exact:
             u, s, vt = jnp.linalg.svd(w, full_matrices=False)
         else:
-            probe = jax.random.normal(jax.random.key(0), (w.shape[1], width), w.dtype)
-            q, _ = jnp.linalg.qr(dot(w, probe))
-            q = jax.lax.fori_loop(0, 10, functools.partial(again, w=w), q)
-            u, s, vt = jnp.linalg.svd(dot(q.mT, w), full_matrices=False)
-            u = dot(q, u)
-        u, vt = u[:, :rank] * s[:rank], vt[:rank]
-        largest = jnp.argmax(jnp.abs(vt), axis=1, keepdims=True)
-        sign = jnp.where(jnp.take_along_axis(vt, largest, axis=1) < 0, -1, 1).astype(vt.dtype)
-        return u * sign.T, vt * sign
+            u, s, vt = _subspace_svd(w, n_vectors)
+        a = u[:, :rank] * s[:rank]
+        b = vt[:rank]
+        largest = jnp.argmax(jnp.abs(b), axis=1, keepdims=True)
+        sign = jnp.where(jnp.take_along_axis(b, largest, axis=1) < 0, -1, 1).astype(b.dtype)
+        return a * sign.T, b * sign
 
     if kernel.ndim == 2:
         return decompose(kernel)
@@ -249,7 +241,23 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
 
 
+def _subspace_svd(w: jax.Array, n_vectors: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns U, the singular values and Vᵀ of the largest ones, by ten subspace iterations."""
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def iterate(_: object, q: jax.Array) -> jax.Array:
+        row_space, _ = jnp.linalg.qr(dot(w.mT, q))
+        return jnp.linalg.qr(dot(w, row_space))[0]
+
+    probe = jax.random.normal(jax.random.key(0), (w.shape[1], n_vectors), w.dtype)
+    q, _ = jnp.linalg.qr(dot(w, probe))
+    q = jax.lax.fori_loop(0, 10, iterate, q)
+    u, s, vt = jnp.linalg.svd(dot(q.mT, w), full_matrices=False)
+    return dot(q, u), s, vt
+
+
 def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array) -> Factors:
+    """Returns A = U√(S/s) and B = √(S/s)Vᵀ of the r largest singular values."""
     root = jnp.sqrt(s[..., :rank] / jnp.asarray(scale, s.dtype)[..., None])
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
 

@@ -73,40 +73,47 @@ def lorafy(
     refuse_bytes()
     key = jax.random.key(0) if key is None else checked_key("lorafy: key", key)
     leaves, treedef = leaves_of(params)
-    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
-        raise ValueError(
-            f"the tree is adapted already (at {adapted[0]!r}): give lorafy the tree before, "
-            "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
-        )
-    arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    shared = aliases(treedef.unflatten(leaf for _, leaf in leaves))
-    known = LeafFacts(traced_roles(trace, arrays), kinds, shared)
+    for path, leaf in leaves:
+        if is_node(leaf):
+            raise ValueError(
+                f"the tree is adapted already (at {path!r}): give lorafy the tree before, "
+                "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
+            )
+    arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
+    facts = LeafFacts(
+        roles=traced_roles(trace, [*arrays.items()]),
+        kinds=kinds,
+        shared=aliases(treedef.unflatten(leaf for _, leaf in leaves)),
+    )
     rules = listed(rules)
-    chosen = resolve(arrays, rules, known)
-    check_names(rules, dict(arrays), known)
-    starts, a_of = starts_of(dict(arrays), chosen, key), owners(chosen, dict(arrays))
-    ties = ties_of(chosen, dict(arrays), list(kinds or ()))
+    decisions = resolve([*arrays.items()], rules, facts)
+    check_names(rules, arrays, facts)
+    starts = starts_of(arrays, decisions, key)
+    a_of = owners(decisions, arrays)
+    ties = ties_of(decisions, arrays, list(kinds or ()))
 
-    def made(path: str, leaf: Leaf) -> Leaf:
-        if path not in chosen:
+    def node_or_leaf(path: str, leaf: Leaf) -> Leaf:
+        if path not in decisions:
             return leaf
-        node = node_of(leaf, path, chosen[path], key, starts)
+        node = node_of(leaf, path, decisions[path], key, starts)
         if path in a_of:
             return node.replace(a_of=a_of[path])
         return node.replace(ties=ties[path]) if path in ties else node
 
-    return with_shared(treedef.unflatten(made(path, leaf) for path, leaf in leaves))
+    return with_shared(treedef.unflatten(node_or_leaf(path, leaf) for path, leaf in leaves))
 
 
 def nodes_of(tree: Tree) -> dict[str, Node]:
-    """Returns the nodes of a tree by path; none where it is plain."""
+    """Returns the nodes of a tree by path; none for a plain tree."""
     return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf)}
 
 
-def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
-    if nodes := nodes_of(params):
+def _require_nodes(function: str, params: Tree) -> dict[str, Node]:
+    """Returns the nodes of an adapted tree by path; raises a ValueError if the tree is plain."""
+    nodes = nodes_of(params)
+    if nodes:
         return nodes
-    raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
+    raise ValueError(f"{function} needs an adapted tree, and this one is plain: call lorafy first")
 
 
 def map_nodes(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
@@ -120,14 +127,17 @@ def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
     """
 
-    def visited(path: str, parts: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    def visit_parts(path: str, parts: Mapping[str, Leaf]) -> dict[str, Leaf]:
         return {name: visit(path, name, array) for name, array in parts.items()}
 
-    if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
-        return {path: visited(path, parts) for path, parts in tree.items()}
-    return with_shared(
-        map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
-    )
+    is_adapter = isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values())
+    if is_adapter:
+        return {path: visit_parts(path, parts) for path, parts in tree.items()}
+
+    def visit_node(path: str, node: Leaf) -> Leaf:
+        return node.with_parts(visit_parts(path, node.parts()))
+
+    return with_shared(map_nodes(visit_node, tree))
 
 
 def _is_parts(parts: object) -> bool:
@@ -157,7 +167,7 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
     >>> jax.tree.map(jnp.shape, adapter)
     {'dense/kernel': {'a': (2, 4), 'b': (2, 3)}}
     """
-    nodes = _nodes_for("split", params)
+    nodes = _require_nodes("split", params)
     check_owners(nodes)
     adapter = {path: node.parts() for path, node in nodes.items()}
     return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
@@ -185,37 +195,48 @@ def join(adapter: Tree, base: Tree) -> Tree:
         return base
     nodes = nodes_of(base)
     check_same_paths("join", adapter, nodes)
-    leading_axes: list[tuple[int, ...]] = []  # of the arrays so far
+    _check_parts(adapter, nodes)
 
-    def filled(path: str, node: Node) -> Node:
-        given, wanted = sorted(adapter[path]), sorted(node.part_names())
-        if given != wanted:
-            raise ValueError(
-                f"join: the adapter has {given} for {path!r}, where the tree trains {wanted}"
-            )
-        for name, array in adapter[path].items():
-            shape, expected = getattr(array, "shape", None), node.part_shape(name)
-            if shape is None or expected is None:
-                continue
-            leading_axes.append(shape[: max(0, len(shape) - len(expected))])
-            if shape != (*leading_axes[0], *expected):
-                raise ValueError(
-                    f"join: the adapter's {name!r} of {path!r} has the shape {shape}, where the "
-                    f"tree takes {expected}: adapt the base by the adapter's own rules (rank, "
-                    "layers), or load it from its folder by lora_jax.load_adapter"
-                )
+    def join_node(path: str, node: Node) -> Node:
         owner = owner_of(path, nodes)
-        shared = {} if owner is None else {"a": adapter[owner]["a"]}
-        return node.with_parts({**adapter[path], **shared})
+        if owner is None:
+            return node.with_parts(adapter[path])
+        return node.with_parts({**adapter[path], "a": adapter[owner]["a"]})
 
-    joined = map_nodes(filled, base)
+    joined = map_nodes(join_node, base)
     return with_ties(joined) if tied_nodes(nodes) else joined
 
 
-def strip(params: Tree) -> Tree:
-    """Returns the tree before `lorafy`, with the very same leaves.
+def _check_parts(adapter: Tree, nodes: Mapping[str, Node]) -> None:
+    """Raises a ValueError unless an adapter's parts have the names and shapes of the nodes' parts.
 
-    A leaf that trains in full has its present value: no copy of the earlier one is kept.
+    All arrays may have further leading axes, if these are the same for all of them.
+    """
+    leading_axes: tuple[int, ...] | None = None
+    for path, node in nodes.items():
+        names, node_names = sorted(adapter[path]), sorted(node.part_names())
+        if names != node_names:
+            raise ValueError(
+                f"join: the adapter has {names} for {path!r}, where the tree trains {node_names}"
+            )
+        for name, array in adapter[path].items():
+            shape, node_shape = getattr(array, "shape", None), node.part_shape(name)
+            if shape is None or node_shape is None:
+                continue
+            if leading_axes is None:
+                leading_axes = shape[: max(0, len(shape) - len(node_shape))]
+            if shape != (*leading_axes, *node_shape):
+                raise ValueError(
+                    f"join: the adapter's {name!r} of {path!r} has the shape {shape}, where the "
+                    f"tree takes {node_shape}: adapt the base by the adapter's own rules (rank, "
+                    "layers), or load it from its folder by lora_jax.load_adapter"
+                )
+
+
+def strip(params: Tree) -> Tree:
+    """Returns the tree as it was before `lorafy`, with the very same leaves.
+
+    A leaf that trains in full has its present value: no copy of its first value is kept.
 
     Args:
       params: an adapted tree.
@@ -247,42 +268,65 @@ def merge(params: Tree) -> Tree:
     (4, 3)
     """
     leaves, treedef = leaves_of(params)
-    on = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
-    for path, weight in on.items():
-        if weight.uses != "all":
-            how = "for each of its uses" if weight.uses == "each" else "for one use of it only"
-            raise ValueError(
-                f"merge: {path!r} has an adapter {how} (uses={weight.uses!r}); merged, all uses "
-                "would see it. Run the adapted tree through lora_jax.adapt"
-            )
-        if weight.invocation is not None:
-            raise ValueError(
-                f"merge: {path!r} belongs to an activated LoRA, which acts from its invocation "
-                f"{list(weight.invocation)} on; merged, all tokens would see it. Run the adapted "
-                "tree through lora_jax.adapt"
-            )
-    factored = {path: weight.factored() for path, weight in on.items()}
-    merged = {p: factored[p].merged() if p in on else _merged(leaf) for p, leaf in leaves}
-    shifts = {path: w.shift for path, w in factored.items() if w.shift is not None}
-    for path, shift in shifts.items():
-        bias = bias_path(path, merged)
-        shape = None if bias is None else merged[bias].shape
-        if bias is None or shape != shift.shape:
-            problem = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
-            raise ValueError(
-                f"merge: {path!r} has a bias on B of shape {shift.shape}, and {problem}: "
-                "it cannot be merged. Run the adapted tree through lora_jax.adapt"
-            )
-        dtype = merged[bias].dtype
-        total = merged[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
-        merged[bias] = total.astype(dtype)
+    weights = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
+    for path, weight in weights.items():
+        _check_mergeable(path, weight)
+    factored = {path: weight.factored() for path, weight in weights.items()}
+    merged = {
+        path: factored[path].merged() if path in factored else _merged_leaf(leaf)
+        for path, leaf in leaves
+    }
+    for path, weight in factored.items():
+        if weight.shift is not None:
+            _add_shift(merged, path, weight.shift)
     return resolved(treedef.unflatten(merged[path] for path, _ in leaves))
 
 
-def _merged(leaf: Leaf) -> Leaf:
+def _check_mergeable(path: str, weight: LoraWeight) -> None:
+    """Raises a ValueError for a weight that is adapted for some uses or some tokens only."""
+    if weight.uses != "all":
+        limit = "for each of its uses" if weight.uses == "each" else "for one use of it only"
+        raise ValueError(
+            f"merge: {path!r} has an adapter {limit} (uses={weight.uses!r}); merged, all uses "
+            "would see it. Run the adapted tree through lora_jax.adapt"
+        )
+    if weight.invocation is not None:
+        raise ValueError(
+            f"merge: {path!r} belongs to an activated LoRA, which acts from its invocation "
+            f"{list(weight.invocation)} on; merged, all tokens would see it. Run the adapted "
+            "tree through lora_jax.adapt"
+        )
+
+
+def _merged_leaf(leaf: Leaf) -> Leaf:
+    """Returns the array of a leaf other than an adapted kernel, or of a node of a base half."""
     if not is_node(leaf):
         return leaf
     return leaf.merged() if leaf.is_on else leaf.base
+
+
+def _add_shift(merged: dict[str, Leaf], path: str, shift: jax.Array) -> None:
+    """Adds the shift of a weight to the bias that stands beside its kernel.
+
+    Args:
+      merged: the merged leaves by path; the bias is replaced.
+      path: path of the weight.
+      shift: s times the bias on B.
+
+    Raises:
+      ValueError: no bias of the shift's shape stands beside the kernel.
+    """
+    bias = bias_path(path, merged)
+    shape = None if bias is None else merged[bias].shape
+    if bias is None or shape != shift.shape:
+        problem = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
+        raise ValueError(
+            f"merge: {path!r} has a bias on B of shape {shift.shape}, and {problem}: "
+            "it cannot be merged. Run the adapted tree through lora_jax.adapt"
+        )
+    dtype = merged[bias].dtype
+    total = merged[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
+    merged[bias] = total.astype(dtype)
 
 
 def swap(params: Tree, other: Tree) -> Tree:
@@ -304,23 +348,25 @@ def swap(params: Tree, other: Tree) -> Tree:
     >>> float(lj.swap(tree, other)["dense"]["kernel"].scale)
     8.0
     """
-    mine, theirs = nodes_of(params), _nodes_for("swap", other)
-    check_same_paths("swap", theirs, mine)
-    for path, node in mine.items():
-        a, b = _kind(node), _kind(theirs[path])
-        if a != b:
-            raise ValueError(f"swap: {path!r} is {a} in one tree and {b} in the other")
+    nodes = nodes_of(params)
+    other_nodes = _require_nodes("swap", other)
+    check_same_paths("swap", other_nodes, nodes)
+    for path, node in nodes.items():
+        kind, other_kind = _kind(node), _kind(other_nodes[path])
+        if kind != other_kind:
+            raise ValueError(f"swap: {path!r} is {kind} in one tree and {other_kind} in the other")
 
-    def swapped(path: str, node: Node) -> Leaf:
+    def swap_node(path: str, node: Node) -> Leaf:
         if isinstance(node, Trained):
-            return theirs[path]
-        kept = {"dropout": node.dropout} if isinstance(node, LoraWeight) else {}
-        return theirs[path].replace(base=node.base, **kept)
+            return other_nodes[path]
+        swapped = other_nodes[path].replace(base=node.base)
+        return swapped.replace(dropout=node.dropout) if isinstance(node, LoraWeight) else swapped
 
-    return map_nodes(swapped, params)
+    return map_nodes(swap_node, params)
 
 
 def _kind(node: Node) -> str:
+    """Returns the kind of a node, its shape and its roles in words, for a message."""
     if isinstance(node, LoraWeight):
         return f"adapted with the shape {node.shape} and {node.roles}"
     return "trained in full" if isinstance(node, Trained) else "trained in some rows"
@@ -345,18 +391,21 @@ def trainable_mask(params: Tree) -> Tree:
     (False, True, False)
     """
 
-    if shared := sharers(nodes_of(params)):
+    sharing_paths = sharers(nodes_of(params))
+    if sharing_paths:
         raise ValueError(
-            f"trainable_mask: {shared[0]!r} shares another weight's A or vector, and an optimiser "
-            "of the whole tree would train the two apart: optimise the adapter of "
+            f"trainable_mask: {sharing_paths[0]!r} shares another weight's A or vector, and an "
+            "optimiser of the whole tree would train the two apart: optimise the adapter of "
             "lora_jax.split(params)"
         )
 
-    def mask(node: Node) -> Node:
-        untrained: Node = jax.tree.map(lambda _: False, node)
-        return untrained.with_parts(dict.fromkeys(node.parts(), True))
+    def leaf_mask(leaf: Leaf) -> Leaf:
+        if not is_node(leaf):
+            return False
+        frozen: Node = jax.tree.map(lambda _: False, leaf)
+        return frozen.with_parts(dict.fromkeys(leaf.parts(), True))
 
-    return jax.tree.map(lambda x: mask(x) if is_node(x) else False, params, is_leaf=is_node)
+    return jax.tree.map(leaf_mask, params, is_leaf=is_node)
 
 
 def count_params(params: Tree) -> tuple[int, int]:
@@ -370,13 +419,16 @@ def count_params(params: Tree) -> tuple[int, int]:
     >>> lj.count_params(tree)
     (14, 29)
     """
-    leaves = [leaf for _, leaf in flatten(params, is_leaf)[0]]
+    keyed, _ = flatten(params, is_leaf)
+    leaves = [leaf for _, leaf in keyed]
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
-    on = {str(i): node for i, node in enumerate(nodes) if node.is_on}
-    trained = sum(node.n_trainable for node in on.values()) - n_shared(on)
-    frozen = sum(node.n_frozen for node in nodes) + sum(math.prod(base.shape) for base in bases)
-    return trained, trained + frozen
+    training_nodes = {str(i): node for i, node in enumerate(nodes) if node.is_on}
+    n_trained = sum(node.n_trainable for node in training_nodes.values())
+    n_trained -= n_shared(training_nodes)
+    n_frozen = sum(node.n_frozen for node in nodes)
+    n_frozen += sum(math.prod(base.shape) for base in bases)
+    return n_trained, n_trained + n_frozen
 
 
 def summary(params: Tree, *, in_training: bool = False) -> str:
@@ -394,11 +446,16 @@ def summary(params: Tree, *, in_training: bool = False) -> str:
     >>> print(lj.summary(tree))
     trainable params: 14 || all params: 29 || trainable%: 48.2759
     """
-    trained, total = count_params(params)
-    share = 100 * trained / total if total else 0.0
-    line = f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+    n_trained, n_all = count_params(params)
+    percentage = 100 * n_trained / n_all if n_all else 0.0
+    fields = [
+        f"trainable params: {n_trained:,d}",
+        f"all params: {n_all:,d}",
+        f"trainable%: {percentage:.4f}",
+    ]
     weights = [node for node in nodes_of(params).values() if isinstance(node, LoraWeight)]
-    if rates := sorted({node.dropout for node in weights if node.dropout}):
-        line += f" || dropout {', '.join(map(str, rates))}"
-        line += "" if in_training else " (needs dropout_key)"
-    return line
+    rates = sorted({weight.dropout for weight in weights if weight.dropout})
+    if rates:
+        hint = "" if in_training else " (needs dropout_key)"
+        fields.append(f"dropout {', '.join(map(str, rates))}{hint}")
+    return " || ".join(fields)

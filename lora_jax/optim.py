@@ -23,7 +23,7 @@ from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `optimizer` for a whole adapted tree: it moves a, b and trained leaves, nothing else.
+    """Returns `optimizer` for a whole adapted tree: it updates only the arrays that train.
 
     The frozen arrays get updates of zero (weight decay included) and no optimiser state. It is for
     gradients of the whole tree. Differentiating the adapter alone (`lora_jax.split`) costs less,
@@ -69,14 +69,15 @@ def scale_factors(
     (1.0, 4.0)
     """
 
-    def scaled(path: str, name: str, update: jax.Array) -> jax.Array:
+    def scale_update(path: str, name: str, update: jax.Array) -> jax.Array:
         if name not in ("a", "b"):
             return update
-        of_table = embedding if leaf_name(path) in EMBEDDING_NAMES else None
-        factor = {"a": a, "b": b}[name] if of_table is None else of_table
+        factor = a if name == "a" else b
+        if embedding is not None and leaf_name(path) in EMBEDDING_NAMES:
+            factor = embedding
         return update * jnp.asarray(factor, update.dtype)
 
-    return optax.stateless(lambda updates, _: map_parts(scaled, updates))
+    return optax.stateless(lambda updates, _: map_parts(scale_update, updates))
 
 
 def lora_plus(
@@ -129,8 +130,11 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
     >>> tree = lj.lorafy(params, [rule])
     >>> optimizer = optax.chain(lj.optim.project_b(tree), optax.adam(1e-3))
     """
-    weights = {p: node for p, node in nodes_of(params).items() if isinstance(node, LoraWeight)}
-    inverse = {p: _inverse_gram(w, damping) for p, w in weights.items() if w.frozen == ("a",)}
+    inverse = {
+        path: _inverse_gram(node, damping)
+        for path, node in nodes_of(params).items()
+        if isinstance(node, LoraWeight) and node.frozen == ("a",)
+    }
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
 
@@ -139,15 +143,16 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
     ) -> tuple[Tree, ProjectionState]:
         del params
 
-        def projected(path: str, name: str, gradient: jax.Array) -> jax.Array:
+        def project(path: str, name: str, gradient: jax.Array) -> jax.Array:
             if name != "b" or path not in state.inverse:
                 return gradient
-            matrix = state.inverse[path].astype(gradient.dtype)
-            n = matrix.ndim - 2
-            axes = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
-            return lax.dot_general(matrix, gradient, axes, precision=lax.Precision.HIGHEST)
+            inverse = state.inverse[path].astype(gradient.dtype)  # [batch…, r, r]
+            n_batch = inverse.ndim - 2
+            batch = tuple(range(n_batch))
+            dims = (((n_batch + 1,), (n_batch,)), (batch, batch))
+            return lax.dot_general(inverse, gradient, dims, precision=lax.Precision.HIGHEST)
 
-        return map_parts(projected, updates), state
+        return map_parts(project, updates), state
 
     return optax.GradientTransformation(lambda _: ProjectionState(inverse), update)
 
@@ -162,8 +167,8 @@ def _inverse_gram(node: LoraWeight, damping: float) -> jax.Array:
     damped = gram + jnp.asarray(damping, gram.dtype) * jnp.eye(node.rank, dtype=gram.dtype)
     scale = node.scale[..., None, None].astype(gram.dtype)
     # A layer that is not adapted has s = 0, and no gradient either.
-    squared = jnp.where(scale == 0, 1, scale * scale)
-    return jnp.linalg.pinv(damped, hermitian=True) / squared
+    squared_scale = jnp.where(scale == 0, 1, scale * scale)
+    return jnp.linalg.pinv(damped, hermitian=True) / squared_scale
 
 
 def learning_rate(
@@ -196,9 +201,10 @@ def learning_rate(
         raise ValueError(f"family={family!r}: the rule was fitted for {' and '.join(exponents)}")
     if hidden_size < 1 or (steps is not None and steps < 1):
         raise ValueError(f"hidden_size={hidden_size}, steps={steps}: numbers of at least 1")
-    times = 1.0 if full else 15.0 if steps is not None and steps < 100 else 10.0
-    wider: float = (2000 / hidden_size) ** exponents[family]
-    return 5e-5 * times * wider
+    is_short = steps is not None and steps < 100
+    factor = 15.0 if is_short else 10.0
+    width_factor: float = (2000 / hidden_size) ** exponents[family]
+    return 5e-5 * (1.0 if full else factor) * width_factor
 
 
 def expert_rank(rank: int, active: int) -> int:

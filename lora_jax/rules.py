@@ -13,25 +13,32 @@ from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
 from lora_jax.core.paths import nearest
 from lora_jax.core.weight import Part
-from lora_jax.variants import VARIANTS, Variants
+from lora_jax.variants import VARIANTS, Variant, Variants
 
 Targets = str | Sequence[str]
 _LAYERS = ("attention", "mlp", "experts")
 ALL_LINEAR = "all-linear"
-# Targets by what a leaf is, as `lora_jax.models.kinds` says; tables, heads and norms are in none.
+# The kinds of leaves (`lora_jax.models.kinds`) that a preset selects. No preset selects tables,
+# heads and norms.
 PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYERS}
 PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "connector"})
 
 
 def _non_defaults(rule: "Rule") -> str:
     """Returns a rule as it was written: only the fields that are not the default."""
+    # Fields of variants have metadata, and come last.
     fields = sorted(dataclasses.fields(rule), key=lambda field: bool(field.metadata))
-    given = [f.name for f in fields if getattr(rule, f.name) != f.default]
-    inside = ", ".join(f"{name}={_shown(getattr(rule, name))}" for name in given)
-    return f"{type(rule).__name__}({inside})"
+    values = {field.name: getattr(rule, field.name) for field in fields}
+    arguments = [
+        f"{field.name}={_shown(values[field.name])}"
+        for field in fields
+        if values[field.name] != field.default
+    ]
+    return f"{type(rule).__name__}({', '.join(arguments)})"
 
 
 def _shown(value: object) -> str:
+    """Returns a field's value as it is written in a call."""
     if isinstance(value, tuple):
         return repr(list(value))
     return getattr(value, "__name__", None) or repr(value)
@@ -42,23 +49,21 @@ class AnyOf(tuple[str, ...]):
 
 
 class _Fields:
-    """Answers a keyword that a rule does not have with the one to write."""
+    """Superclass of rules: raises an error with a remedy for keywords that a rule does not have."""
 
-    _elsewhere: dict[str, str]  # what stands for names that PEFT has
+    _peft_fields: dict[str, str]  # what to write for fields of PEFT's configurations
 
-    def __new__(cls, *values: object, **given: object) -> Self:
-        """Raises a TypeError for what is no field of the rule."""
+    def __new__(cls, *values: object, **keywords: object) -> Self:
+        """Raises a TypeError for positional arguments and for unknown keywords."""
         if values:
             raise TypeError(
                 f"{cls.__name__} takes keywords alone: {cls.__name__}(targets={values[0]!r}, …)"
             )
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in given:
-            if name not in known:
-                instead = cls._elsewhere.get(name)
-                hint = (
-                    f"write {instead}" if instead else f"the nearest is {nearest(name, known)[0]}"
-                )
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in keywords:
+            if name not in names:
+                remedy = cls._peft_fields.get(name)
+                hint = f"write {remedy}" if remedy else f"the nearest is {nearest(name, names)[0]}"
                 raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
         return super().__new__(cls)
 
@@ -130,7 +135,7 @@ class LoraRule(_Fields, Variants):
     out_axes: Sequence[int] | None = None
 
     __repr__ = _non_defaults
-    _elsewhere = {
+    _peft_fields = {
         "r": "rank=…",
         "lora_alpha": "alpha=…",
         "lora_dropout": "dropout=…",
@@ -162,8 +167,8 @@ class LoraRule(_Fields, Variants):
             raise ValueError(f"scaling={self.scaling!r}: choose 'alpha/rank' or 'alpha/sqrt(rank)'")
         if self.uses not in ("all", "lookup", "product", "each"):
             raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup', 'product' or 'each'")
-        is_more = self.variants or self.extras or initialisers.takes_from_base(self.init)
-        if self.uses == "each" and is_more:
+        is_plain = not (self.variants or self.extras or initialisers.takes_from_base(self.init))
+        if self.uses == "each" and not is_plain:
             options = ", ".join(variant.option for variant in VARIANTS)
             raise ValueError(
                 f"uses='each' is for plain A and B: leave out {options}, extras and an init that "
@@ -182,49 +187,65 @@ class LoraRule(_Fields, Variants):
             raise ValueError(f"dtype={self.dtype!r}: A and B need a floating-point dtype")
         if (self.in_axes is None) != (self.out_axes is None):
             raise ValueError("give both in_axes and out_axes, or neither")
-        names, own = [part.name for part in self.parts], {part.name for part in self.extras}
-        if taken := [n for n in names if n in own & {*AXES, "value"} or names.count(n) > 1]:
-            raise ValueError(f"extras: a part is called {taken[0]!r}, which is taken: rename it")
+        self._check_part_names()
+
+    def _check_part_names(self) -> None:
+        """Raises a ValueError for a part of `extras` whose name another array has."""
+        names = [part.name for part in self.parts]
+        extra_names = {part.name for part in self.extras}
+        reserved_names = extra_names & {*AXES, "value"}
+        for name in names:
+            if name in reserved_names or names.count(name) > 1:
+                raise ValueError(f"extras: a part is called {name!r}, which is taken: rename it")
 
     def _check_variants(self) -> None:
         """Raises a ValueError for variants that do not go with each other or with other fields."""
-        given = [variant.option for variant in self.variants]
         for variant in VARIANTS:
-            for setting in variant.settings:
-                value = getattr(self, setting.name)
-                if value != setting.default and variant.option not in given:
-                    raise ValueError(
-                        f"{setting.name}={value!r} has no effect without {variant.option}=True"
-                    )
-                if not setting.fits(value):
-                    raise ValueError(f"{setting.name}={value!r}: {setting.needed} is needed")
+            self._check_settings(variant)
         for variant in self.variants:
-            others = [option for option in given if option != variant.option]
-            for other in others:
-                if other in variant.not_with:
-                    why = variant.not_with[other]
-                    raise ValueError(f"{variant.option} and {other} do not go together: {why}")
-            others += ["extras"] * bool(self.extras)
-            others += ["init"] * (self.init is not initialisers.kaiming)
-            if variant.alone and others:
+            options = [v.option for v in self.variants if v.option != variant.option]
+            for option in options:
+                if option in variant.not_with:
+                    reason = variant.not_with[option]
+                    raise ValueError(f"{variant.option} and {option} do not go together: {reason}")
+            if self.extras:
+                options.append("extras")
+            if self.init is not initialisers.kaiming:
+                options.append("init")
+            if variant.alone and options:
                 raise ValueError(
-                    f"{variant.option} and {others[0]} do not go together: {variant.option} "
+                    f"{variant.option} and {options[0]} do not go together: {variant.option} "
                     f"{variant.alone}, freezes both and trains what stands between them: leave out "
-                    f"{' and '.join(others)}"
+                    f"{' and '.join(options)}"
                 )
 
+    def _check_settings(self, variant: Variant) -> None:
+        """Raises a ValueError for a variant's setting without the variant, or without sense."""
+        for setting in variant.settings:
+            value = getattr(self, setting.name)
+            if value != setting.default and variant not in self.variants:
+                raise ValueError(
+                    f"{setting.name}={value!r} has no effect without {variant.option}=True"
+                )
+            if not setting.fits(value):
+                raise ValueError(f"{setting.name}={value!r}: {setting.needed} is needed")
+
     def _check_invocation(self) -> None:
-        """Raises a ValueError for an invocation that is none, or that a field does not go with."""
-        if (tokens := self.invocation) is None:
+        """Raises a ValueError for a wrong invocation, or a field that does not go with one."""
+        tokens = self.invocation
+        if tokens is None:
             return
         if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
             raise ValueError(f"invocation={list(tokens)}: token ids are needed, one at least")
-        others = [variant.option for variant in self.variants if variant.option != "freeze_a"]
-        others += [part.name for part in self.extras] + ["train_bias"] * self.train_bias
-        others += ["uses"] * (self.uses != "all")
-        if others:
+        fields = [variant.option for variant in self.variants if variant.option != "freeze_a"]
+        fields += [part.name for part in self.extras]
+        if self.train_bias:
+            fields.append("train_bias")
+        if self.uses != "all":
+            fields.append("uses")
+        if fields:
             raise ValueError(
-                f"invocation: an activated LoRA is A and B alone: leave out {others[0]}"
+                f"invocation: an activated LoRA is A and B alone: leave out {fields[0]}"
             )
 
     @property
@@ -239,14 +260,15 @@ class LoraRule(_Fields, Variants):
 
     @property
     def stored_rank(self) -> int:
-        """The rank that A and B are stored with: of uses="each", both adapters side by side."""
+        """The rank that A and B are stored with; with uses="each", the sum of both adapters'."""
         return 2 * self.rank if self.uses == "each" else self.rank
 
     @property
     def scale(self) -> float:
         """s, the factor of AB."""
         alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.scaling == "alpha/sqrt(rank)" else self.rank)
+        divisor = math.sqrt(self.rank) if self.scaling == "alpha/sqrt(rank)" else self.rank
+        return alpha / divisor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -276,7 +298,7 @@ class TrainRule(_Fields):
     layers: Sequence[int] | None = None
 
     __repr__ = _non_defaults
-    _elsewhere = {
+    _peft_fields = {
         "target_modules": "targets=[…]",
         "modules_to_save": "targets=[…]",
         "exclude_modules": "exclude=[…]",
@@ -290,7 +312,8 @@ class TrainRule(_Fields):
         if self.rows is not None and self.layers is not None:
             raise ValueError("rows are of a table and layers of a stack: give one of them")
         for name in ("rows", "layers"):
-            if (indices := getattr(self, name)) is None:
+            indices = getattr(self, name)
+            if indices is None:
                 continue
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
                 raise ValueError(f"{name}={list(indices)}: indices from 0, each of them once")
@@ -308,6 +331,7 @@ def _freeze_sequences(rule: Rule, *names: str) -> None:
 
 
 def _check_targets(targets: Targets) -> None:
+    """Raises a ValueError unless targets are a regular expression or a list of names."""
     if not targets:
         raise ValueError("targets is empty: name at least one module, or 'all-linear'")
     if isinstance(targets, str):
@@ -315,5 +339,7 @@ def _check_targets(targets: Targets) -> None:
             re.compile(targets)
         except re.error as error:
             raise ValueError(f"targets={targets!r} is no regular expression: {error}") from None
-    elif wrong := [name for name in targets if not isinstance(name, str) or not name]:
-        raise ValueError(f"targets holds {wrong[0]!r}: each target is a non-empty string")
+        return
+    for name in targets:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"targets holds {name!r}: each target is a non-empty string")

@@ -64,7 +64,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
             return _node_shardings(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):
             return leaf
-        return along(leaf, _fitting(_axes_of(path, leaf.shape, table), mesh))
+        return along(leaf, _array_sharding(_axes_of(path, leaf.shape, table), mesh))
 
     return map_leaves(leaf_sharding, params)
 
@@ -83,19 +83,23 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
     >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
     (None, None)
     """
-    where, placed = shardings(params, table, mesh), dict[tuple[int, NamedSharding], Leaf]()
+    arrays, treedef = flatten(params)
+    array_shardings, _ = flatten(shardings(params, table, mesh))
+    placed_arrays: dict[tuple[int, NamedSharding], Leaf] = {}
 
     def put(array: Leaf, sharding: NamedSharding | None) -> Leaf:
         if not isinstance(sharding, NamedSharding):
             return array
         key = (id(array), sharding)  # an array that several weights share is placed once
-        if key not in placed:
-            placed[key] = jax.device_put(array, sharding)
-        return placed[key]
+        if key not in placed_arrays:
+            placed_arrays[key] = jax.device_put(array, sharding)
+        return placed_arrays[key]
 
-    keyed, treedef = flatten(params)
-    arrays = [put(array, at) for (_, array), (_, at) in zip(keyed, flatten(where)[0], strict=True)]
-    return restore_form(params, treedef.unflatten(arrays))
+    placed = [
+        put(array, sharding)
+        for (_, array), (_, sharding) in zip(arrays, array_shardings, strict=True)
+    ]
+    return restore_form(params, treedef.unflatten(placed))
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:
@@ -112,14 +116,17 @@ def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> Na
 
 def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
     """Returns the table's entry for each axis; None for the leading axes of a stack."""
-    pattern, spec = next((line for line in table if re.fullmatch(line[0], path)), ("", ()))
-    if len(spec) > len(shape):
-        raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
-    return (None,) * (len(shape) - len(spec)) + tuple(spec)
+    for pattern, spec in table:
+        if re.fullmatch(pattern, path) is None:
+            continue
+        if len(spec) > len(shape):
+            raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
+        return (None,) * (len(shape) - len(spec)) + tuple(spec)
+    return (None,) * len(shape)
 
 
 def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
+    """Returns the sharding of an array, without the axes of the mesh that do not divide its axes.
 
     Args:
       axes: one entry an axis of the array: None, or a name or names of the mesh's axes. A name that
@@ -136,22 +143,35 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     (None, 'tensor')
     """
 
-    taken: list[str] = []
-
-    def fitting(size: int, entry: _Entry) -> _Entry:
-        kept: list[str] = []
-        for name in (entry,) if isinstance(entry, str) else entry or ():
-            if name not in mesh.shape:
-                raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(mesh.shape)}")
-            if name in taken:
-                continue
-            if size % math.prod(mesh.shape[k] for k in (*kept, name)) == 0:
-                kept.append(name)
-        taken.extend(kept)
-        return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
-
-    spec = [fitting(size, entry) for size, entry in zip(shape, axes, strict=True)]
+    spec: list[_Entry] = []
+    used_names: list[str] = []
+    for size, entry in zip(shape, axes, strict=True):
+        names = _dividing_names(size, entry, mesh, used_names)
+        used_names.extend(names)
+        spec.append(tuple(names) if len(names) > 1 else next(iter(names), None))
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _dividing_names(size: int, entry: _Entry, mesh: Mesh, used_names: Sequence[str]) -> list[str]:
+    """Returns the axes of the mesh that one axis of an array is sharded over.
+
+    Args:
+      size: size of the array's axis.
+      entry: the axes of the mesh that the table names for it.
+      mesh: the mesh.
+      used_names: axes of the mesh that earlier axes of the array are sharded over.
+
+    Raises:
+      ValueError: the mesh lacks an axis.
+    """
+    dividing: list[str] = []
+    for name in (entry,) if isinstance(entry, str) else entry or ():
+        if name not in mesh.shape:
+            raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(mesh.shape)}")
+        n_shards = math.prod(mesh.shape[axis] for axis in (*dividing, name))
+        if name not in used_names and size % n_shards == 0:
+            dividing.append(name)
+    return dividing
 
 
 def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
@@ -159,24 +179,26 @@ def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(sharding_for(axes, node.shape, mesh))
-    fitting = _fitting(axes, mesh)
-    base = along(node.base, fitting)
+    array_sharding = _array_sharding(axes, mesh)
+    base = along(node.base, array_sharding)
     if isinstance(node, LoraWeight):
-        arrays = {name: fitting(array, node.layout(name)) for name, array in node.arrays.items()}
+        arrays = {
+            name: array_sharding(array, node.layout(name)) for name, array in node.arrays.items()
+        }
         return node.replace(base=base, arrays=arrays)
-    whole = sharding_for((None, *axes[1:]), node.shape, mesh)  # the trained rows are not split
-    return node.replace(base=base, value=None if node.value is None else whole)
+    value_sharding = sharding_for((None, *axes[1:]), node.shape, mesh)  # no split of trained rows
+    return node.replace(base=base, value=None if node.value is None else value_sharding)
 
 
-def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Leaf, Sequence[int]], NamedSharding]:
-    """Returns a function of an array and, for each of its axes, the weight's axis, if it holds one.
+def _array_sharding(axes: _Axes, mesh: Mesh) -> Callable[[Leaf, Sequence[int]], NamedSharding]:
+    """Returns a function (array, layout) -> sharding for the arrays of one weight.
 
-    It returns the array's sharding: the entry in `axes` of each of the weight's axes, none for
-    others.
+    An axis of an array has the entry in `axes` of the weight's axis that it holds. Axes that the
+    weight lacks, such as the rank, are replicated.
     """
 
-    def fitting(array: Leaf, places: Sequence[int]) -> NamedSharding:
-        picked = tuple(None if place < 0 else axes[place] for place in places)
-        return sharding_for(picked, array.shape, mesh)
+    def array_sharding(array: Leaf, layout: Sequence[int]) -> NamedSharding:
+        entries = tuple(None if axis < 0 else axes[axis] for axis in layout)
+        return sharding_for(entries, array.shape, mesh)
 
-    return fitting
+    return array_sharding

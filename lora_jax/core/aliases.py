@@ -1,9 +1,10 @@
 """Keeps the sharing of NNX objects as a part of the tree's structure.
 
-A module, a stream of keys or a Variable of NNX may stand at several places of a tree. JAX's pytrees
-know no identity: flattened and rebuilt, each place holds a copy. In an adapted tree the first of
-the places holds the object, as in the state of `nnx.split`, and each other one an `Alias`, which
-has no leaves and survives all transforms. Functions see the object at all of its places again.
+An **object** is a module, a stream of keys or a Variable of NNX. It may stand at several key paths
+of a tree. JAX's pytrees know no identity: a tree that is flattened and rebuilt has a copy at each
+key path. In an adapted tree the first key path holds the object, as in the state of `nnx.split`,
+and each other key path an `Alias`, which has no leaves and survives all transforms. Functions see
+the object at all of its key paths again.
 """
 
 import dataclasses
@@ -17,54 +18,61 @@ from jax.tree_util import keystr
 
 from lora_jax.core.types import Leaf, Tree
 
-KeyPath = tuple[Any, ...]  # of keys, as `jax.tree_util` has them
+KeyPath = tuple[Any, ...]  # keys of `jax.tree_util`
 Keyed = list[tuple[KeyPath, Leaf]]
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
 class Alias:
-    """Stands for an object of NNX at each of its places but the first.
+    """Stands for an object of NNX at each of its key paths but the first.
 
     Attributes:
-      at, first: key paths of this place and of the object, from where they part.
+      alias_keys, object_keys: the key paths of the alias and of the object, without the keys that
+        both begin with.
       kind: the object's class.
-      path: the object's whole path, for messages.
+      path: the object's path in the whole tree, for messages.
     """
 
-    at: KeyPath
-    first: KeyPath
+    alias_keys: KeyPath
+    object_keys: KeyPath
     kind: type
     path: str
 
     @classmethod
-    def from_paths(cls, value: Leaf, at: KeyPath, first: KeyPath) -> "Alias":
+    def from_paths(cls, value: Leaf, alias_path: KeyPath, object_path: KeyPath) -> "Alias":
         """Returns the alias of an object, from the key paths in the whole tree.
 
         Raises:
           ValueError: the object holds itself.
         """
-        if at[: len(first)] == first:
+        if alias_path[: len(object_path)] == object_path:
             raise ValueError(
-                f"a {type(value).__name__} holds itself, at {_shown(at)!r}, which no pytree can: "
-                "flax.nnx.split(module) returns a state without the circle, to be given in its "
-                "place"
+                f"a {type(value).__name__} holds itself, at {_shown(alias_path)!r}, which no "
+                "pytree can: flax.nnx.split(module) returns a state without the circle, to be "
+                "given in its place"
             )
-        parted = next(n for n, (a, b) in enumerate(zip(at, first, strict=False)) if a != b)
-        return cls(at[parted:], first[parted:], type(value), _shown(first))
+        pairs = enumerate(zip(alias_path, object_path, strict=False))
+        n_shared = next(n for n, (alias_key, object_key) in pairs if alias_key != object_key)
+        return cls(
+            alias_keys=alias_path[n_shared:],
+            object_keys=object_path[n_shared:],
+            kind=type(value),
+            path=_shown(object_path),
+        )
 
-    def place(self, at: KeyPath) -> KeyPath:
+    def object_path(self, alias_path: KeyPath) -> KeyPath:
         """Returns the key path of the object in a tree that holds this alias at a key path."""
-        n = len(at) - len(self.at)
-        if n < 0 or at[n:] != self.at:
-            self.refuse_apart(at)
-        return (*at[:n], *self.first)
+        n_shared = len(alias_path) - len(self.alias_keys)
+        if n_shared < 0 or alias_path[n_shared:] != self.alias_keys:
+            self.raise_missing(alias_path)
+        return (*alias_path[:n_shared], *self.object_keys)
 
-    def refuse_apart(self, at: KeyPath) -> NoReturn:
+    def raise_missing(self, alias_path: KeyPath) -> NoReturn:
         """Raises the ValueError for an alias without its object."""
         raise ValueError(
-            f"{_shown(at)!r} stands for the {self.kind.__name__} at {self.path!r} of an adapted "
-            "module, which is not in this tree: pass the module whole, or what holds both"
+            f"{_shown(alias_path)!r} stands for the {self.kind.__name__} at {self.path!r} of an "
+            "adapted module, which is not in this tree: pass the module whole, or what holds both"
         )
 
     @property
@@ -97,89 +105,110 @@ def flatten(
     """
     if "flax.nnx" not in sys.modules:
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    met: dict[int, object] = {}  # held, so that no identity is given twice
+    visited: dict[int, object] = {}  # objects by id; holding them keeps their ids unique
 
-    def stops(value: Leaf) -> bool:
+    def is_leaf_or_repeated(value: Leaf) -> bool:
         if is_leaf is not None and is_leaf(value):
             return True
         if not is_object(value):
             return False
-        is_met = id(value) in met
-        met[id(value)] = value
-        return is_met
+        is_repeated = id(value) in visited
+        visited[id(value)] = value
+        return is_repeated
 
     treedef: jax.tree_util.PyTreeDef
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)
-    if not any(id(leaf) in met for _, leaf in keyed):
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf_or_repeated)
+    has_repeated = any(id(leaf) in visited for _, leaf in keyed)
+    if not has_repeated:
         return keyed, treedef
-    first = {id(value): path for path, value in objects(tree)}
-    leaves = [
-        Alias.from_paths(leaf, path, first[id(leaf)])
-        if id(leaf) in met and path != first[id(leaf)]
-        else leaf
-        for path, leaf in keyed
-    ]
+    object_paths = {id(value): path for path, value in objects(tree)}
+
+    def alias_or_leaf(path: KeyPath, leaf: Leaf) -> Leaf:
+        is_repeated = id(leaf) in visited and path != object_paths[id(leaf)]
+        return Alias.from_paths(leaf, path, object_paths[id(leaf)]) if is_repeated else leaf
+
+    leaves = [alias_or_leaf(path, leaf) for path, leaf in keyed]
     return jax.tree_util.tree_flatten_with_path(treedef.unflatten(leaves), is_leaf=is_leaf)
 
 
 def resolved(tree: Tree) -> Tree:
-    """Returns a tree with objects in the place of aliases; the tree itself where it has none.
+    """Returns a tree with objects in place of aliases; the tree itself where it has no aliases.
 
     Raises:
       ValueError: the tree lacks an object that an alias stands for.
     """
-    places = {path: alias for path, alias in _aliases(tree)}
-    if not places:
+    originals = _originals(tree)
+    if not originals:
         return tree
-    objects_at = dict(objects(tree))
-    originals: dict[KeyPath, Leaf] = {}
-    for path, alias in places.items():
-        original = objects_at.get(alias.place(path))
-        if type(original) is not alias.kind:
-            alias.refuse_apart(path)
-        originals[path] = original
-    shared = {id(original) for original in originals.values()}
-    made: dict[int, Leaf] = {}
+    original_ids = {id(original) for original in originals.values()}
+    rebuilt: dict[int, Leaf] = {}  # by the id of the original
 
-    def rebuilt(value: Tree, at: KeyPath) -> Tree:
-        def stops(child: object) -> bool:
-            return isinstance(child, Alias) or (id(child) in shared and child is not value)
+    def rebuild(value: Tree, value_path: KeyPath) -> Tree:
+        """Returns a value whose aliases are replaced by rebuilt objects."""
 
-        def put(path: KeyPath, leaf: Leaf) -> Leaf:
+        def is_alias_or_original(child: object) -> bool:
+            return isinstance(child, Alias) or (id(child) in original_ids and child is not value)
+
+        def rebuild_leaf(path: KeyPath, leaf: Leaf) -> Leaf:
             if isinstance(leaf, Alias):
-                if id(originals[path]) not in made:
-                    leaf.refuse_apart(path)
-                return made[id(originals[path])]
-            if id(leaf) in shared and leaf is not value:
-                made[id(leaf)] = rebuilt(leaf, path)
-                return made[id(leaf)]
+                if id(originals[path]) not in rebuilt:
+                    leaf.raise_missing(path)
+                return rebuilt[id(originals[path])]
+            if id(leaf) in original_ids and leaf is not value:
+                rebuilt[id(leaf)] = rebuild(leaf, path)
+                return rebuilt[id(leaf)]
             return leaf
 
         treedef: jax.tree_util.PyTreeDef
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=stops)
-        return treedef.unflatten([put((*at, *path), leaf) for path, leaf in keyed])
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_alias_or_original)
+        return treedef.unflatten([rebuild_leaf((*value_path, *path), leaf) for path, leaf in keyed])
 
-    return rebuilt(tree, ())
+    return rebuild(tree, ())
+
+
+def _originals(tree: Tree) -> dict[KeyPath, Leaf]:
+    """Returns the object that each alias of a tree stands for, by the alias's key path.
+
+    Raises:
+      ValueError: the tree lacks an object that an alias stands for.
+    """
+    aliases = _aliases(tree)
+    if not aliases:
+        return {}
+    object_of_path = dict(objects(tree))
+    originals: dict[KeyPath, Leaf] = {}
+    for path, alias in aliases:
+        original = object_of_path.get(alias.object_path(path))
+        if type(original) is not alias.kind:
+            alias.raise_missing(path)
+        originals[path] = original
+    return originals
 
 
 def aliased(tree: Tree) -> Tree:
-    """Returns a tree with aliases; the tree itself where it needs none."""
+    """Returns a tree with aliases for repeated objects; the tree itself if it has none."""
     keyed, treedef = flatten(tree)
-    made = treedef.unflatten(leaf for _, leaf in keyed)
-    return made if _aliases(made) else tree
+    with_aliases = treedef.unflatten(leaf for _, leaf in keyed)
+    return with_aliases if _aliases(with_aliases) else tree
 
 
-def restore_form(tree: Tree, made: Tree) -> Tree:
-    """Returns a tree that was made from another's leaves, with aliases where the other has them."""
-    return made if _aliases(tree) else resolved(made)
+def restore_form(tree: Tree, result: Tree) -> Tree:
+    """Returns a result with aliases if the tree that it was computed from has aliases.
+
+    Args:
+      tree: the tree whose leaves the result was computed from.
+      result: a tree of the same structure, with aliases.
+    """
+    return result if _aliases(tree) else resolved(result)
 
 
 def aliases(tree: Tree) -> dict[str, str]:
-    """Returns the path of each alias in a tree, with that of the object."""
-    return {_shown(path): _shown(alias.place(path)) for path, alias in _aliases(tree)}
+    """Returns the path of the object of each alias in a tree, by the alias's path."""
+    return {_shown(path): _shown(alias.object_path(path)) for path, alias in _aliases(tree)}
 
 
 def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
+    """Returns the aliases of a tree with their key paths."""
     if "flax.nnx" not in sys.modules:
         return []
     keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Alias))
@@ -188,7 +217,7 @@ def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 
 def is_object(value: Leaf) -> bool:
     """Returns True if a value is an object of NNX: a module, a stream, a Variable."""
-    # Without NNX there are none, and it is slow to import.
+    # Before NNX is imported, which is slow, there are no objects.
     return "flax.nnx" in sys.modules and _is_class(type(value))  # type: ignore[arg-type]
 
 
@@ -199,11 +228,11 @@ def _is_class(kind: type) -> bool:
 
 
 def objects(tree: Tree, seen: dict[int, object] | None = None) -> Iterator[tuple[KeyPath, Leaf]]:
-    """Returns each object of NNX in a tree, with its first key path.
+    """Yields each object of NNX in a tree, with its first key path.
 
     Args:
       tree: any tree.
-      seen: by identity, objects that are left out.
+      seen: objects that are not yielded, by id; objects that are yielded are added.
     """
     if "flax.nnx" not in sys.modules:
         return
@@ -215,14 +244,15 @@ def objects(tree: Tree, seen: dict[int, object] | None = None) -> Iterator[tuple
         yield path, value
         if isinstance(value, sys.modules["flax.nnx"].Pytree):
             for key, child in _children(value):
-                for below, each in objects(child, seen):
-                    yield (*path, *key, *below), each
+                for child_path, descendant in objects(child, seen):
+                    yield (*path, *key, *child_path), descendant
 
 
 def _children(value: Leaf) -> Keyed:
     """Returns the children of an object, with a key each."""
-    calls = iter([False])  # for the object itself
-    keyed, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda _: next(calls, True))
+    # The first call asks about the object itself, which is no leaf.
+    answers = iter([False])
+    keyed, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda _: next(answers, True))
     return keyed
 
 

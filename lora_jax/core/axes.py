@@ -35,21 +35,25 @@ class AxisRoles:
         Raises:
           ValueError: an axis is out of range or named twice, or a role has none.
         """
-        given = f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}"
+        arguments = f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}"
         if not in_axes or not out_axes:
-            raise ValueError(f"{given}: a weight needs at least one axis of each role")
-        if wrong := [axis for axis in (*in_axes, *out_axes) if not -ndim <= axis < ndim]:
-            raise ValueError(f"axis {wrong[0]} does not exist in a weight of {ndim} axes")
-        ins, outs = (sorted(axis % ndim - ndim for axis in axes) for axes in (in_axes, out_axes))
-        if len({*ins, *outs}) < len(ins) + len(outs):
-            raise ValueError(f"{given} of a weight of {ndim} axes name an axis twice")
-        return cls(tuple(ins), tuple(outs))
+            raise ValueError(f"{arguments}: a weight needs at least one axis of each role")
+        for axis in (*in_axes, *out_axes):
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"axis {axis} does not exist in a weight of {ndim} axes")
+        roles = cls(_sorted_from_end(in_axes, ndim), _sorted_from_end(out_axes, ndim))
+        axes = (*roles.in_axes, *roles.out_axes)
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"{arguments} of a weight of {ndim} axes name an axis twice")
+        return roles
 
     def labels(self, ndim: int) -> tuple[Label, ...]:
         """Returns the role of each axis of a weight with `ndim` axes."""
 
         def label(axis: int) -> Label:
-            return "in" if axis in self.in_axes else "out" if axis in self.out_axes else "batch"
+            if axis in self.in_axes:
+                return "in"
+            return "out" if axis in self.out_axes else "batch"
 
         return tuple(label(axis) for axis in range(-ndim, 0))
 
@@ -62,14 +66,19 @@ class AxisRoles:
         return f"in axes {self.in_axes}, out axes {self.out_axes}, the rest batch"
 
 
+def _sorted_from_end(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Returns axes as negative integers, in ascending order."""
+    return tuple(sorted(axis % ndim - ndim for axis in axes))
+
+
 @dataclasses.dataclass(frozen=True)
 class ObservedRoles:
-    """The roles of the axes of a leaf, as a function was seen to use it.
+    """The roles of the axes of a leaf, read from what a traced function does with it.
 
     Attributes:
       roles: the roles of its axes.
       not_kernel_reason: why it is no kernel (it is looked up, or a gain, or added to an
-        activation); empty where it is one.
+        activation); empty for a kernel.
     """
 
     roles: AxisRoles

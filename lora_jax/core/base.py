@@ -1,9 +1,11 @@
-"""Bases: an adapted weight has W as an array, or as a `Base`, which stores it otherwise.
+"""Bases: an adapted weight has W as an array, or as a `Base`, such as quantized codes and scales.
 
-Only this file looks inside a base. Others use its shape, its dtype and the functions below. A base
-that is no array (codes and scales, say) is one leaf of a tree: `lorafy` puts factors beside it as
-beside an array, and `adapt` forms W from it where a function uses it, and never keeps W for the
-backward pass.
+Only this file looks inside a base. Other files use its shape, its dtype and the functions below. A
+`Base` is one leaf of a tree: `lorafy` puts factors beside it as beside an array. `adapt` **forms**
+W, the array, from it where a function uses it, and never keeps W for the backward pass.
+
+A **move** is a function that slices, indexes or rearranges the axes of one array. `along` applies a
+move to W, or to each array of a `Base`.
 """
 
 import dataclasses
@@ -23,8 +25,9 @@ from lora_jax.core.types import BaseLike, EqnParams, Leaf, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Leaf, Axes], Leaf]
+_HashableParams = tuple[tuple[str, object], ...]  # of an equation, sorted by name
 
-_BLOCK = 4  # weights at least, for which a scale stands
+_MIN_BLOCK = 4  # the fewest elements of W that one scale stands for
 
 
 class Base(Protocol):
@@ -48,13 +51,13 @@ class Base(Protocol):
     def along(self, move: Move, touched: frozenset[int]) -> "Base | None":
         """Returns the base with ``move(array, axes)`` in place of each of its arrays.
 
-        A move cuts, indexes or places axes one by one, alike in all arrays.
+        A move treats each axis by itself, and treats an axis of W in the same way in all arrays.
 
         Args:
           move: called with an array and, for each of its axes, the axis of W that it holds, or -1
             where the array's axis is shorter than W's (one scale for all, one for a block). A move
-            that only places axes (`touched` is empty) places blocks too, if all are of one size: it
-            gets their axis.
+            that only rearranges axes (`touched` is empty) rearranges blocks too, if all blocks have
+            one size: it gets their axis.
           touched: the axes of W that the move changes. Every array must hold these in full: stretch
             an array that is constant along one of them.
 
@@ -66,73 +69,74 @@ class Base(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackMember:
-    """A base that is one member of a stack, with the whole stack at hand.
+    """A base that is one member of a stack, together with the stack.
 
-    A kernel that reads its member out of the stack needs no copy of it; all else uses `own`.
+    A compiled kernel that reads the member out of the stack needs no copy of the member. All other
+    code uses `member`.
 
     Attributes:
-      own: the member.
-      stack: the stack, along its first axis.
-      index: [] int32, the member's place.
+      member: the base of the member.
+      stack: the base of the stack, whose first axis is that of the members.
+      index: [] int32, the member's index in the stack.
     """
 
-    own: BaseLike
+    member: BaseLike
     stack: BaseLike
     index: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.own.shape)
+        return tuple(self.member.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
-        own: jnp.dtype = self.own.dtype
-        return own
+        dtype: jnp.dtype = self.member.dtype
+        return dtype
 
     def as_array(self) -> jax.Array:
-        return as_array(self.own)
+        return as_array(self.member)
 
     def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
-        moved: BaseLike = self.own.along(move, touched)
+        moved: BaseLike = self.member.along(move, touched)
         return moved
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A base after operations that re-arranged or cast it; `as_array` repeats them on W.
+    """A base after operations that rearranged or cast it; `as_array` applies them to W.
 
     Attributes:
-      source: the base before them.
-      moves: each a primitive with its parameters.
+      source: the base before the operations.
+      operations: primitives of JAX with their parameters, in order.
       dtype: dtype of the result.
-      rearranged: the shape of the result; None where all moves are element-wise.
+      rearranged_shape: the shape of the result; None where all operations are casts.
     """
 
     source: BaseLike
-    moves: tuple[tuple[Primitive, tuple[tuple[str, object], ...]], ...] = field(metadata=STATIC)
+    operations: tuple[tuple[Primitive, _HashableParams], ...] = field(metadata=STATIC)
     dtype: DTypeLike = field(metadata=STATIC)
-    rearranged: tuple[int, ...] | None = field(metadata=STATIC)
+    rearranged_shape: tuple[int, ...] | None = field(metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.source.shape if self.rearranged is None else self.rearranged
+        return self.source.shape if self.rearranged_shape is None else self.rearranged_shape
 
     def as_array(self) -> jax.Array:
         array = as_array(self.source)
-        for primitive, params in self.moves:
-            array = _bound(primitive, dict(params), array)
+        for primitive, params in self.operations:
+            array = _bind(primitive, dict(params), array)
         return array
 
     def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
-        if self.rearranged is not None:
+        if self.rearranged_shape is not None:
             return None
         source = self.source.along(move, touched)
         return None if source is None else dataclasses.replace(self, source=source)
 
 
 class NoArray:
-    """Base class of nodes that raise an error with a remedy where they are used as arrays."""
+    """Superclass of nodes that raise an error with a remedy where they are used as arrays."""
 
     how_to_use: str
 
@@ -155,7 +159,7 @@ def is_base(value: Leaf) -> bool:
 
 
 def is_of_4_bits(array: Shaped) -> bool:
-    """Returns True if two numbers of an array share a byte, on accelerators."""
+    """Returns True if an accelerator stores two elements of an array in a byte."""
     return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
 
 
@@ -166,7 +170,7 @@ def as_array(base: BaseLike) -> jax.Array:
 
 
 def stand_in(base: BaseLike) -> BaseLike:
-    """Returns the array, or the shape, that a function is traced with in place of W."""
+    """Returns the array or the shape to trace a function with in place of a base."""
     return jax.eval_shape(as_array, base) if is_base(base) else base
 
 
@@ -178,39 +182,40 @@ def is_abstract(base: BaseLike) -> bool:
 def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) -> jax.Array:
     """Returns ``fn(W, *operands)``: a product with W, in either orientation.
 
-    Where the base is no array, the backward pass forms W again rather than keep it: a barrier keeps
-    a compiler from taking it from the forward pass. It stands before the scales, where there are
-    any, and not before the codes: for it, a TPU would copy a layer's codes out of their stack.
+    Where the base is no array, the backward pass forms W again instead of keeping it. A barrier
+    prevents the compiler from reusing W of the forward pass. The barrier is put on the scales of
+    the base, if it has any, and not on its codes: a TPU would copy a layer's codes out of their
+    stack for a barrier.
     """
     if not is_base(base):
         return fn(base, *operands)
-    is_small = jax.tree.map(lambda leaf: _BLOCK * leaf.size <= math.prod(base.shape), base)
-    barriers = (is_small if any(jax.tree.leaves(is_small)) else True, *[True] * len(operands))
+    is_scale = jax.tree.map(lambda leaf: _MIN_BLOCK * leaf.size <= math.prod(base.shape), base)
+    has_scales = any(jax.tree.leaves(is_scale))
+    barriers = (is_scale if has_scales else True, *[True] * len(operands))
 
-    def formed(base: BaseLike, *operands: jax.Array) -> jax.Array:
+    def form_and_multiply(base: BaseLike, *operands: jax.Array) -> jax.Array:
         return fn(as_array(base), *operands)
 
-    result: jax.Array = jax.checkpoint(formed, prevent_cse=barriers)(base, *operands)
+    result: jax.Array = jax.checkpoint(form_and_multiply, prevent_cse=barriers)(base, *operands)
     return result
 
 
 def has_rows_kernel(base: BaseLike) -> bool:
-    """Returns True if stacks of a base may have a kernel for products of few rows."""
+    """Returns True if stacks of this kind of base may have a compiled kernel for few rows of x."""
     return hasattr(type(base), "rows_kernel")
 
 
 def stack_member(base: BaseLike) -> tuple[StackMember, tuple[DTypeLike, ...]] | None:
-    """Returns the member of a stack that a base is, and the dtypes that it was cast to, in order.
+    """Returns the stack member behind a base, and the dtypes that it was cast to, in order.
 
-    None if it is none, or was re-arranged.
+    None for a base that is no member of a stack, and for one that was rearranged.
     """
     if isinstance(base, StackMember):
         return base, ()
-    if not isinstance(base, _View) or not isinstance(base.source, StackMember):
+    is_view_of_member = isinstance(base, _View) and isinstance(base.source, StackMember)
+    if not is_view_of_member or base.rearranged_shape is not None:
         return None
-    if base.rearranged is not None:
-        return None
-    casts: list[Any] = [dict(params)["new_dtype"] for _, params in base.moves]
+    casts: list[Any] = [dict(params)["new_dtype"] for _, params in base.operations]
     return base.source, tuple(casts)
 
 
@@ -219,24 +224,30 @@ def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Lea
 
     Args:
       base: the operand.
-      primitive, params: the equation's.
-      out: its output's type.
+      primitive, params: the primitive and the parameters of the equation.
+      out: the type of the equation's output.
     """
     if not is_base(base):
-        return _bound(primitive, params, base)
-    view = base if isinstance(base, _View) else _View(base, (), base.dtype, None)
-    move = (primitive, tuple(sorted(params.items())))
+        return _bind(primitive, params, base)
+    operation = (primitive, tuple(sorted(params.items())))
     try:
-        hash(move)
-    except TypeError:
-        return _bound(primitive, params, as_array(base))
-    cast = view.rearranged is None and primitive.name == "convert_element_type"
-    shape = None if cast else tuple(out.shape)
-    return _View(view.source, (*view.moves, move), out.dtype, shape)
+        hash(operation)
+    except TypeError:  # a view is a static part of a pytree, which has to be hashable
+        return _bind(primitive, params, as_array(base))
+    view = base
+    if not isinstance(base, _View):
+        view = _View(source=base, operations=(), dtype=base.dtype, rearranged_shape=None)
+    is_cast = view.rearranged_shape is None and primitive.name == "convert_element_type"
+    return _View(
+        source=view.source,
+        operations=(*view.operations, operation),
+        dtype=out.dtype,
+        rearranged_shape=None if is_cast else tuple(out.shape),
+    )
 
 
 def along(base: BaseLike, move: Move, touched: Sequence[int] = ()) -> BaseLike:
-    """Returns the base after a move of the axes `touched`, each by itself; see `Base.along`."""
+    """Returns the base after a move that changes the axes `touched`; see `Base.along`."""
     if is_base(base):
         moved = base.along(move, frozenset(touched))
         if moved is not None:
@@ -249,41 +260,47 @@ def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
     """Returns one member of a stack, without the stack's axis.
 
     Args:
-      base: base of a weight.
-      axis: the axis of the stack.
+      base: base of the stack.
+      axis: the axis of the members.
       index: index of the member; it may be traced.
     """
 
-    def picked(array: jax.Array, axes: Axes) -> jax.Array:
+    def index_array(array: jax.Array, axes: Axes) -> jax.Array:
         if axis not in axes:
             return array
-        slice_: jax.Array = lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+        array_axis = axes.index(axis)
+        slice_: jax.Array = lax.dynamic_index_in_dim(array, index, array_axis, keepdims=False)
         return slice_
 
-    return along(base, picked, [axis])
+    return along(base, index_array, [axis])
 
 
 def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
-    """Returns the base if it can be cut into pieces that are bases, else W as an array.
+    """Returns the base if it can be split into pieces that are bases, else W as an array.
 
     Args:
       base: base of a weight.
-      parts: the number of pieces along each axis of it.
+      parts: the number of pieces along each axis of the weight.
     """
     if not is_base(base):
         return base
-    is_even: list[bool] = []
+    is_splittable_array: list[bool] = []
 
-    def look(array: Leaf, axes: Axes) -> Leaf:
-        cuts = zip(array.shape, axes, parts, strict=True)
-        is_even.append(all(1 in (n, cut) or (axis >= 0 and n % cut == 0) for n, axis, cut in cuts))
+    def check_array(array: Leaf, axes: Axes) -> Leaf:
+        """Appends whether the pieces are even along each axis of the array, or hold it whole."""
+        is_even_axis = [
+            1 in (size, n_pieces) or (axis >= 0 and size % n_pieces == 0)
+            for size, axis, n_pieces in zip(array.shape, axes, parts, strict=True)
+        ]
+        is_splittable_array.append(all(is_even_axis))
         return array
 
-    moved = base.along(look, frozenset())
-    return as_array(base) if moved is None or not all(is_even) else base
+    moved = base.along(check_array, frozenset())
+    return base if moved is not None and all(is_splittable_array) else as_array(base)
 
 
-def _bound(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
+def _bind(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
+    """Returns the result of a primitive with one operand and one result."""
     out = primitive.bind(array, **primitive.get_bind_params(params))
     array = out[0] if primitive.multiple_results else out
     return array

@@ -32,13 +32,15 @@ Space: Any = jax.memory.Space
 
 
 def move_to_memory(array: Any, space: Space) -> Any:
-    """Returns an array in a memory space; the array itself where it lies there."""
-    is_there = jax.typeof(array).memory_space == space
-    return array if is_there else jax.device_put(array, space)
+    """Returns an array in a memory space; the array itself if it is there already."""
+    is_in_space = jax.typeof(array).memory_space == space
+    return array if is_in_space else jax.device_put(array, space)
 
 
 def varies_over(array: Any) -> frozenset[str]:
-    """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
-    kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)
-    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+    """Returns the axes of the mesh over which an array's type in shard_map says that it differs."""
+    array_type = jax.typeof(array)
+    manual_axes = getattr(array_type, "manual_axis_type", None)
+    if manual_axes is None:  # in older releases of JAX
+        return frozenset(getattr(array_type, "vma", ()))
+    return frozenset(manual_axes.varying)

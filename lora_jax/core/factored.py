@@ -1,4 +1,8 @@
-"""A weight with its factors, unformed: what `adapt` carries through a function."""
+"""A weight with its factors: what `adapt` carries through a function in place of an array.
+
+A weight's **parts** are the arrays beside its base, by name. A weight is **formed** where A and B
+stand among its parts, and **compact** where they follow from smaller parts.
+"""
 
 import dataclasses
 import math
@@ -17,7 +21,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 from lora_jax.core.types import BaseLike, Leaf, Parts
 
-# Parts that `Factored.formed` folds into a and b.
+# Parts that A and B follow from.
 _COMPACT = ("shared_a", "shared_b", "latent", "lambda_b")
 
 
@@ -26,14 +30,14 @@ class ExamplesError(ValueError):
 
 
 class TokensError(ValueError):
-    """A weight acts on some tokens alone, and a use of it does not tell which these are.
+    """A weight acts on some tokens alone, and a use of it does not tell which tokens these are.
 
-    Or the use has its tokens in another order than the mask.
+    The use may also have its tokens in another order than the mask.
     """
 
 
 class _ForMessages(str):
-    """A path, equal to every other: layers that share a jitted function share its compilation."""
+    """A path that equals every other path: layers of one form share a compiled function."""
 
     __slots__ = ()
 
@@ -47,24 +51,24 @@ class _ForMessages(str):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order; `labels` has their roles.
+    """(W + s·AB)·diag(gain) + shift, as its base and its parts.
 
     Attributes:
-      base: W; see `lora_jax.core.base`.
-      parts: the arrays beside it by name, laid out as `lora_jax.core.parts.AXES` says: a, b, scale,
-        and perhaps key (typed PRNG keys, which turn dropout on), lambda_d (one more factor for each
-        column of A), rows (one for each example of a batch and column, so that examples have
-        adapters of their own; see `lora_jax.adapt.per_example`), active (the tokens that see the
-        adapter; see `lora_jax.activate`), gain and shift. Compact ones have
-        shared_a and shared_b for a and b, latent (AB is then A·latent·B) or lambda_b (a factor for
-        each column of B); `formed` folds these into a and b. Without any, the weight is W alone.
+      base: W; see `lora_jax.core.base`. Its axes come in any order.
+      parts: the arrays beside W by name, laid out as `lora_jax.core.parts.AXES` says: a, b, scale,
+        and optionally key (typed PRNG keys, which turn dropout on), lambda_d (one more factor for
+        each column of A), rows (a mask of columns for each example of a batch, so that examples
+        have adapters of their own; see `lora_jax.adapt.per_example`), active (the tokens that see
+        the adapter; see `lora_jax.activate`), gain and shift. Compact weights have shared_a and
+        shared_b in place of a and b, latent (AB is then A·latent·B) or lambda_b (a factor for each
+        column of B); `formed` computes a and b from these. Without parts, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: path of the weight, for messages.
       uses: the uses that see the adapter: "all"; of a tied table also "lookup", "product", or
         "each": look-ups see the first half of the rank, products the second.
       split: inside a `jax.shard_map`, the axes of the mesh along which the in axes of a weight with
-        a shift are split. A product with such a part may not add the shift.
+        a shift are split. A product with a piece of the weight must not add the shift.
     """
 
     base: BaseLike
@@ -88,23 +92,26 @@ class Factored:
 
     @property
     def a(self) -> jax.Array:
-        """A, [batch…, r, in…]; one that a stack shares is repeated for each of its members."""
-        return self.parts["a"] if "a" in self.parts else self._repeated("a")
+        """A, [batch…, r, in…]; an A that a stack shares is repeated for each of its layers."""
+        return self.parts["a"] if "a" in self.parts else self._repeated_factor("shared_a")
 
     @property
     def b(self) -> jax.Array:
-        """B, [batch…, r, out…], with what stands around it: latent and lambda_b."""
-        b = self.parts["b"] if "b" in self.parts else self._repeated("b")
-        if (latent := self.parts.get("latent")) is not None:
-            n = latent.ndim - 2
-            dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
+        """latent·B·diag(lambda_b), [batch…, r, out…]; just B where the weight is not compact."""
+        b = self.parts["b"] if "b" in self.parts else self._repeated_factor("shared_b")
+        latent = self.parts.get("latent")
+        if latent is not None:
+            n_batch = latent.ndim - 2
+            batch = tuple(range(n_batch))
+            dims = (((n_batch + 1,), (n_batch,)), (batch, batch))
             b = lax.dot_general(latent, b.astype(latent.dtype), dims, lax.Precision.HIGHEST)
-        if (lambda_b := self.parts.get("lambda_b")) is not None:
+        lambda_b = self.parts.get("lambda_b")
+        if lambda_b is not None:
             b = b.astype(lambda_b.dtype) * jnp.expand_dims(lambda_b, len(self.axes("batch")))
         return b
 
-    def _repeated(self, name: str) -> jax.Array:
-        shared = self.parts[f"shared_{name}"]
+    def _repeated_factor(self, name: str) -> jax.Array:
+        shared = self.parts[name]
         return jnp.broadcast_to(shared, (*self.sizes("batch"), *shared.shape))
 
     @property
@@ -113,7 +120,7 @@ class Factored:
         return not self.parts.keys().isdisjoint(_COMPACT)
 
     def formed(self) -> "Factored":
-        """Returns the weight with a and b in the place of the parts that they follow from."""
+        """Returns the weight with a and b in place of the parts that they follow from."""
         if not self.is_compact:
             return self
         return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
@@ -121,31 +128,40 @@ class Factored:
     def replace(
         self, base: BaseLike = None, labels: Any = None, **parts: jax.Array | None
     ) -> "Factored":
-        """Returns the weight with another base, other labels or parts; None takes a part away."""
-        both = {name: array for name, array in {**self.parts, **parts}.items() if array is not None}
+        """Returns the weight with another base, labels or parts; None removes a part."""
+        merged_parts = {**self.parts, **parts}
         return dataclasses.replace(
             self,
             base=self.base if base is None else base,
             labels=self.labels if labels is None else tuple(labels),
-            parts=both,
+            parts={name: array for name, array in merged_parts.items() if array is not None},
         )
 
-    def alone(self) -> BaseLike:
-        """Returns W without the adapter: an array, or a weight without parts."""
+    def _without_adapter(self) -> BaseLike:
+        """Returns W: an array, or a weight without parts."""
         return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
 
     def seen_by(self, use: str) -> BaseLike:
-        """Returns the weight as a "lookup" or a "product" of it sees it; see `alone`."""
+        """Returns the weight that one use of a tied table sees: W alone, or W with its factors.
+
+        Args:
+          use: "lookup" or "product".
+        """
         if not self.parts or self.uses in ("all", use):
             return self
-        if self.uses != "each":
-            return self.alone()
-        rank, half, axis = self.rank, self.rank // 2, len(self.axes("batch"))
-        ends = (0, half) if use == "lookup" else (half, rank)
-        cut: dict[str, int] = {name: axis for name in ("a", "b", "lambda_d") if name in self.parts}
-        cut |= {"rows": 1} if self.rows is not None else {}
-        mine = {n: lax.slice_in_dim(self.parts[n], *ends, axis=at) for n, at in cut.items()}
-        return dataclasses.replace(self.replace(**mine), uses=use)
+        has_adapter_of_use = self.uses == "each"
+        if not has_adapter_of_use:
+            return self._without_adapter()
+        half = self.rank // 2
+        start, stop = (0, half) if use == "lookup" else (half, self.rank)
+        n_batch = len(self.axes("batch"))
+        rank_axes = {"a": n_batch, "b": n_batch, "lambda_d": n_batch, "rows": 1}
+        columns = {
+            name: lax.slice_in_dim(self.parts[name], start, stop, axis=axis)
+            for name, axis in rank_axes.items()
+            if name in self.parts
+        }
+        return dataclasses.replace(self.replace(**columns), uses=use)
 
     def axes(self, label: Label) -> Axes:
         """Returns the base's axes with this role, in order."""
@@ -191,21 +207,22 @@ class Factored:
         """Returns the weight on a base of another shape whose axes keep the order in each role.
 
         Args:
-          base: the new base.
-          labels: labels of its axes.
-          narrow: its shape before axes of size one were stretched.
+          base: the base of the result.
+          labels: the role of each axis of `base`.
+          narrow: the shape of `base` before its axes of size one were broadcast.
         """
         if not self.parts:
             return dataclasses.replace(self, base=base, labels=tuple(labels))
-        before = base.shape if narrow is None else narrow
+        narrow_shape = base.shape if narrow is None else narrow
 
-        def moved(name: str, array: jax.Array) -> jax.Array:
-            if EXAMPLE in self.layout(name):
+        def reshape(name: str, array: jax.Array) -> jax.Array:
+            is_mask = EXAMPLE in self.layout(name)
+            if is_mask:
                 return array
-            array = array.reshape(self.shape_of(name, before, labels))
+            array = array.reshape(self.shape_of(name, narrow_shape, labels))
             return jnp.broadcast_to(array, self.shape_of(name, base.shape, labels))
 
-        parts = {name: moved(name, array) for name, array in self.parts.items()}
+        parts = {name: reshape(name, array) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts, labels=tuple(labels))
 
     def merged(self) -> jax.Array:
@@ -220,9 +237,10 @@ class Factored:
         return total.astype(base.dtype)
 
     def spread_columns(self, vector: jax.Array) -> jax.Array:
-        """Returns a gain or a shift in the base's layout, of size one where the in axes are."""
+        """Returns a gain or a shift in the base's layout, with size one along the in axes."""
         ndim = len(self.labels)
-        return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)
+        axes_of_base = {axis: axis for axis in range(ndim)}
+        return spread(vector, self.layout("gain"), axes_of_base, ndim)
 
     def delta(self, dtype: DTypeLike) -> jax.Array:
         """Returns s·AB in the base's layout.
@@ -235,13 +253,15 @@ class Factored:
             raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
         if self.active is not None:
             raise TokensError(f"the weight {self.path!r} has an adapter for some tokens alone")
-        n = len(self.axes("batch"))
-        dims = (((n,), (n,)), (tuple(range(n)), tuple(range(n))))
-        a, b = self.a.astype(dtype), self.b.astype(dtype)
-        a = a * lax.expand_dims(self.scales.astype(dtype), range(n + 1, a.ndim))
-        ab = lax.dot_general(a, b, dims, lax.Precision.HIGHEST)  # [batch…, in…, out…]
-        order = self.axes("batch") + self.axes("in") + self.axes("out")
-        return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
+        n_batch = len(self.axes("batch"))
+        batch = tuple(range(n_batch))
+        a = self.a.astype(dtype)
+        b = self.b.astype(dtype)
+        a = a * lax.expand_dims(self.scales.astype(dtype), range(n_batch + 1, a.ndim))
+        dims = (((n_batch,), (n_batch,)), (batch, batch))
+        ab = lax.dot_general(a, b, dims, lax.Precision.HIGHEST)
+        ab_axes = self.axes("batch") + self.axes("in") + self.axes("out")
+        return lax.transpose(ab, tuple(ab_axes.index(axis) for axis in range(len(ab_axes))))
 
 
 def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
@@ -251,7 +271,8 @@ def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
       weight: the weight, with its mask.
       rows: the sizes of the activation's axes that are neither contracted nor batched.
     """
-    if not weight.active.size:
+    is_mask_missing = not weight.active.size
+    if is_mask_missing:
         return (
             f"the weight {weight.path!r} belongs to an activated LoRA, and this call does not say "
             "which tokens see it: pass lora_jax.activate(tree, mask), where the mask [batch, seq] "
@@ -270,8 +291,10 @@ def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
 def matrices_of(leaf: Leaf, roles: AxisRoles) -> jax.Array:
     """Returns W as [batch…, in, out], in fp32 (or wider)."""
     order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
-    batch, *sides = (roles.sizes(leaf.shape, label) for label in ("batch", "in", "out"))
-    kernel = jnp.transpose(as_array(leaf), order).reshape(*batch, *map(math.prod, sides))
+    batch_shape = roles.sizes(leaf.shape, "batch")
+    fan_in = math.prod(roles.sizes(leaf.shape, "in"))
+    fan_out = math.prod(roles.sizes(leaf.shape, "out"))
+    kernel = jnp.transpose(as_array(leaf), order).reshape(*batch_shape, fan_in, fan_out)
     return kernel.astype(wide(leaf.dtype))
 
 

@@ -1,17 +1,17 @@
-"""The product with W alone, by a kernel for few rows of x, as in decoding, on TPUs.
+"""The product of few rows of x, as in decoding, with a quantized W alone, for TPUs.
 
-A training step multiplies thousands of rows by W, and codes become W within the product. With few
-rows the TPU's compiler would write W first, at every token. It forms W within the product again
-where x and the result have two axes and stand between barriers. Its matrix units take no fewer than
-eight rows: zeros fill them up.
+A training step multiplies thousands of rows by W, and XLA decodes W inside the product. With few
+rows, XLA for TPUs would write the decoded W to memory first, at every token. The **flat** form of
+the product prevents that: x and the result have two axes and stand between barriers. The matrix
+units of a TPU take at least eight rows, so x is padded with rows of zeros.
 
-Where W is a layer of a stack, codes may have a kernel that reads them there (`rows_kernel`): on one
-device, whose program a kernel may stand in, up to the kernel's number of rows.
+Where W is a layer of a stack, its codes may have a **rows kernel** (`rows_kernel`): a compiled
+kernel that reads the codes of the layer out of the stack, for a limited number of rows.
 
-The kernel's call is a primitive that platforms lower each their way. A program for one TPU has the
-kernel. XLA cannot partition a kernel, so a program for several has the form that XLA compiles for
-TPUs, and other platforms have the plain product. Derivatives are those of the product, and so is a
-mapped call, unless the rows alone are mapped.
+The call of a rows kernel is a primitive, which each platform lowers in its way. A program for one
+TPU contains the kernel. XLA cannot partition a kernel, so a program for several TPUs contains the
+flat form. Other platforms have the plain product. The primitive has the derivatives of the product.
+Under `jax.vmap` it becomes the product, unless x alone is mapped.
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ from lora_jax.core.extend import Primitive, ad, batching, jaxpr_as_fun, mlir
 from lora_jax.core.types import BaseLike, EqnParams
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
-FEW = 256  # rows
-KERNEL_ROWS = 32  # the most that a kernel is given
-_TILE = 8  # rows that a TPU holds side by side
+FEW = 256  # rows at most
+KERNEL_ROWS = 32  # the most rows that a rows kernel takes
+_TILE = 8  # rows that a TPU's matrix unit takes at least
 Product = Callable[[BaseLike, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowsCall:
-    """The forms of one product of W and x, each a function of both.
+    """The forms of one product of W and x, each a function (W, x) -> xW.
 
     Attributes:
-      kernel: the form for one TPU.
-      plain: the form for other platforms.
+      kernel: the form for one TPU, the rows kernel.
+      plain: the form for other platforms than TPUs.
       flat: the form for several TPUs.
-      differentiable: the form that is differentiated.
-      mapped: the form where x has a further axis in front.
+      differentiable: the form that derivatives are taken of.
+      mapped: the form for an x with one more axis in front.
     """
 
     kernel: Product
@@ -55,22 +55,25 @@ class RowsCall:
 
 
 def call_rows(call: RowsCall, base: BaseLike, x: jax.Array) -> jax.Array:
-    """Returns xW, in the form of the platform that the program is lowered for."""
+    """Returns xW, in the form for the platform that the program is lowered for."""
     leaves, tree = jax.tree.flatten((base, x))
-    jaxpr = jax.make_jaxpr(_leaf_product(tree, call.plain))(*leaves)
+    jaxpr = jax.make_jaxpr(_product_of_leaves(tree, call.plain))(*leaves)
     out: jax.Array = _CALL.bind(*leaves, jaxpr=jaxpr, call=call, tree=tree)
     return out
 
 
+# Its operands are the leaves of the pair (W, x). Its parameters are the jaxpr of the plain product,
+# the `RowsCall`, and the structure of the pair (`tree`).
 _CALL = Primitive("few_rows")
 
 
-def _leaf_product(tree: Any, product: Product) -> Callable[..., jax.Array]:
+def _product_of_leaves(tree: Any, product: Product) -> Callable[..., jax.Array]:
+    """Returns a product as a function of the leaves of the pair (W, x)."""
     return lambda *leaves: product(*jax.tree.unflatten(tree, leaves))
 
 
-def _run_now(*leaves: jax.Array, **how: Any) -> Any:
-    return jax.jit(lambda *leaves: _CALL.bind(*leaves, **how))(*leaves)
+def _run_eagerly(*leaves: jax.Array, **params: Any) -> Any:
+    return jax.jit(lambda *leaves: _CALL.bind(*leaves, **params))(*leaves)
 
 
 def _abstract(*_: Any, jaxpr: Any, **__: Any) -> Any:
@@ -82,38 +85,45 @@ def _lower(ctx: Any, *leaves: Any, jaxpr: Any, **_: Any) -> Any:
 
 
 def _lower_for_tpu(ctx: Any, *leaves: Any, call: RowsCall, tree: Any, **_: Any) -> Any:
-    # Inside shard_map there is a mesh rather than a number of devices.
-    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-    product = _leaf_product(tree, call.kernel if devices == 1 else call.flat)
+    # Inside shard_map the context has a mesh instead of a number of devices.
+    n_devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    product = _product_of_leaves(tree, call.kernel if n_devices == 1 else call.flat)
     return mlir.lower_fun(product, multiple_results=False)(ctx, *leaves)
 
 
 def _differentiate(
     primals: Sequence[Any], tangents: Sequence[Any], *, call: RowsCall, tree: Any, **_: Any
 ) -> Any:
-    live = [at for at, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    """Returns the product and its tangent: the JVP of the differentiable form."""
+    product = _product_of_leaves(tree, call.differentiable)
+    indices = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
-    def product(*some: jax.Array) -> jax.Array:
+    def product_of_variables(*variables: jax.Array) -> jax.Array:
         leaves = [*primals]
-        for at, leaf in zip(live, some, strict=True):
-            leaves[at] = leaf
-        return _leaf_product(tree, call.differentiable)(*leaves)
+        for i, variable in zip(indices, variables, strict=True):
+            leaves[i] = variable
+        return product(*leaves)
 
-    return jax.jvp(product, [primals[at] for at in live], [tangents[at] for at in live])
+    return jax.jvp(
+        product_of_variables, [primals[i] for i in indices], [tangents[i] for i in indices]
+    )
 
 
 def _map(
     leaves: Sequence[Any], axes: Sequence[int | None], *, call: RowsCall, tree: Any, **_: Any
 ) -> tuple[Any, int]:
-    *of_base, x_axis = axes
-    if x_axis is None or any(axis is not None for axis in of_base):
-        product = _leaf_product(tree, call.differentiable)
+    """Returns the product mapped over an axis of some leaves, and the axis of the result."""
+    *base_axes, x_axis = axes
+    is_x_alone = x_axis is not None and all(axis is None for axis in base_axes)
+    if not is_x_alone:
+        product = _product_of_leaves(tree, call.differentiable)
         return jax.vmap(product, tuple(axes))(*leaves), 0
-    *base, x = leaves
-    return _leaf_product(tree, call.mapped)(*base, jnp.moveaxis(x, x_axis, 0)), 0
+    *base_leaves, x = leaves
+    x = jnp.moveaxis(x, x_axis, 0)
+    return _product_of_leaves(tree, call.mapped)(*base_leaves, x), 0
 
 
-_CALL.def_impl(_run_now)
+_CALL.def_impl(_run_eagerly)
 _CALL.def_abstract_eval(_abstract)
 mlir.register_lowering(_CALL, _lower)
 mlir.register_lowering(_CALL, _lower_for_tpu, platform="tpu")
@@ -122,7 +132,7 @@ batching.primitive_batchers[_CALL] = _map
 
 
 class BaseDot(NamedTuple):
-    """The way to multiply x by W; see `lora_jax.core.product.dot`."""
+    """The arguments of `lax.dot_general` for x and W; see `lora_jax.core.product.dot`."""
 
     contract: Dims
     batch: Dims = ((), ())
@@ -130,83 +140,102 @@ class BaseDot(NamedTuple):
     params: EqnParams = {}
 
 
-def base_dot(x: jax.Array, base: BaseLike, how: BaseDot) -> jax.Array:
+def base_dot(x: jax.Array, base: BaseLike, spec: BaseDot) -> jax.Array:
     """Returns xW, or Wᵀx where the weight comes first, as `lax.dot_general` does.
 
     Args:
       x: any array.
       base: W.
-      how: the axes, their order, and the parameters of `lax.dot_general`.
+      spec: the axes, their order, and the parameters of `lax.dot_general`.
     """
-    if not _has_few_rows(x, base, how):
-        return _plain_dot(how, base, x)
-    if (call := _rows_call(x, base, how)) is not None:
-        return call_rows(call, base, x)
-    return _dot_by_platform(how, base, x)
+    if not _has_few_rows(x, base, spec):
+        return _plain_dot(spec, base, x)
+    call = _rows_call(x, base, spec)
+    if call is None:
+        return _dot_by_platform(spec, base, x)
+    return call_rows(call, base, x)
 
 
-def _dot_by_platform(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
-    usual, flat = (functools.partial(dot, how) for dot in (_plain_dot, flat_dot))
-    chosen = functools.partial(lax.platform_dependent, tpu=flat, default=usual)
-    # A choice would keep for the backward pass what its branches read: codes, layer by layer.
-    out: jax.Array = jax.checkpoint(chosen, prevent_cse=False)(base, x)
+def _dot_by_platform(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
+    """Returns xW: in the flat form on TPUs, and in the plain form elsewhere."""
+    dot = functools.partial(
+        lax.platform_dependent,
+        tpu=functools.partial(flat_dot, spec),
+        default=functools.partial(_plain_dot, spec),
+    )
+    # Without checkpoint, the backward pass would keep the operands of both branches: the codes of
+    # each layer.
+    out: jax.Array = jax.checkpoint(dot, prevent_cse=False)(base, x)
     return out
 
 
-def _rows_call(x: jax.Array, base: BaseLike, how: BaseDot) -> RowsCall | None:
-    """Returns the call of the kernel of W's stack, if W is a layer of one that has a kernel."""
-    member = stack_member(base)
-    if member is None or how.contract != ((x.ndim - 1,), (0,)) or len(base.shape) != 2:
+def _rows_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall | None:
+    """Returns the call of a rows kernel; None if W is no layer of a stack that has a kernel."""
+    member_and_casts = stack_member(base)
+    if member_and_casts is None:
         return None
+    is_matrix_product = spec.contract == ((x.ndim - 1,), (0,)) and len(base.shape) == 2
+    if not is_matrix_product:
+        return None
+    member, casts = member_and_casts
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    kernel = member[0].stack.rows_kernel(rows, member[1], how.params)
+    kernel = member.stack.rows_kernel(rows, casts, spec.params)
     if kernel is None:
         return None
 
     def run_kernel(base: BaseLike, x: jax.Array) -> jax.Array:
-        at, _ = stack_member(base) or member  # the same, of the leaves that the call is given
-        out: jax.Array = kernel(at.stack, at.index, x.reshape(rows.shape))
+        # The call's operands are other arrays than those of `member`, in the same structure.
+        operand, _ = stack_member(base) or member_and_casts
+        out: jax.Array = kernel(operand.stack, operand.index, x.reshape(rows.shape))
         return out.reshape(*x.shape[:-1], -1)
 
     def map_rows(base: BaseLike, x: jax.Array) -> jax.Array:
-        return base_dot(x, base, how._replace(contract=((x.ndim - 1,), (0,))))
+        return base_dot(x, base, spec._replace(contract=((x.ndim - 1,), (0,))))
 
-    plain, flat, by_platform = (
-        functools.partial(dot, how) for dot in (_plain_dot, flat_dot, _dot_by_platform)
+    return RowsCall(
+        kernel=run_kernel,
+        plain=functools.partial(_plain_dot, spec),
+        flat=functools.partial(flat_dot, spec),
+        differentiable=functools.partial(_dot_by_platform, spec),
+        mapped=map_rows,
     )
-    return RowsCall(run_kernel, plain, flat, by_platform, map_rows)
 
 
-def _plain_dot(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
+def _plain_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
+    """Returns xW, or Wᵀx where the weight comes first, by `lax.dot_general` as it is."""
+
     def dot(w: jax.Array, x: jax.Array) -> jax.Array:
-        if how.weight_first:
-            return lax.dot_general(w, x, (how.contract[::-1], how.batch[::-1]), **how.params)
-        return lax.dot_general(x, w, (how.contract, how.batch), **how.params)
+        if spec.weight_first:
+            return lax.dot_general(w, x, (spec.contract[::-1], spec.batch[::-1]), **spec.params)
+        return lax.dot_general(x, w, (spec.contract, spec.batch), **spec.params)
 
     return product(dot, base, x)
 
 
-def flat_dot(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
-    """Returns xW in the form for TPUs: at least eight rows of x, between barriers."""
-    first = x.ndim - len(how.contract[0])
-    lead, rows = x.shape[:first], math.prod(x.shape[:first])
-    x = x.reshape(rows, *x.shape[first:])
-    x = jnp.pad(x, [(0, max(0, _TILE - rows)), *[(0, 0)] * (x.ndim - 1)])
+def flat_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
+    """Returns xW in the flat form: at least eight rows of x, between barriers."""
+    n_row_axes = x.ndim - len(spec.contract[0])
+    row_shape = x.shape[:n_row_axes]
+    n_rows = math.prod(row_shape)
+    x = x.reshape(n_rows, *x.shape[n_row_axes:])
+    x = jnp.pad(x, [(0, max(0, _TILE - n_rows)), *[(0, 0)] * (x.ndim - 1)])
 
     def dot(w: jax.Array, x: jax.Array) -> jax.Array:
-        dims = ((tuple(range(1, x.ndim)), how.contract[1]), ((), ()))
-        return lax.dot_general(x, w, dims, **how.params)
+        dims = ((tuple(range(1, x.ndim)), spec.contract[1]), ((), ()))
+        return lax.dot_general(x, w, dims, **spec.params)
 
     x = lax.optimization_barrier(x)
     result: jax.Array = lax.optimization_barrier(product(dot, base, x))
-    return result[:rows].reshape(*lead, *result.shape[1:])
+    return result[:n_rows].reshape(*row_shape, *result.shape[1:])
 
 
-def _has_few_rows(x: jax.Array, base: BaseLike, how: BaseDot) -> bool:
-    """Returns True if x has few rows, its last axes are contracted, and W is no array."""
-    if not is_base(base) or how.weight_first or how.batch[0] or how.params.get("out_sharding"):
+def _has_few_rows(x: jax.Array, base: BaseLike, spec: BaseDot) -> bool:
+    """Returns True if W is no array, the last axes of x are contracted, and x has few rows."""
+    is_plain_product = not (spec.weight_first or spec.batch[0] or spec.params.get("out_sharding"))
+    if not is_base(base) or not is_plain_product:
         return False
-    first = x.ndim - len(how.contract[0])
-    is_last = how.contract[0] == tuple(range(first, x.ndim))
-    placed = any(part is not None for part in jax.typeof(x).sharding.spec)
-    return is_last and not placed and math.prod(x.shape[:first]) <= FEW
+    n_row_axes = x.ndim - len(spec.contract[0])
+    is_contracted_last = spec.contract[0] == tuple(range(n_row_axes, x.ndim))
+    is_sharded = any(entry is not None for entry in jax.typeof(x).sharding.spec)
+    is_few = math.prod(x.shape[:n_row_axes]) <= FEW
+    return is_contracted_last and not is_sharded and is_few

@@ -40,37 +40,46 @@ def column_norms(
       scale: [batch…].
       labels: the role of each axis of W.
     """
-    stack, rows, columns = (layout((role,), labels) for role in ("batch", "in", "out"))
-    dtype, n = wide(base.dtype), len(stack)
-    kept = sorted((*stack, *columns))
-    order = [kept.index(axis) for axis in (*stack, *columns)]
-    squares = lax.transpose(jnp.sum(jnp.square(base.astype(dtype)), axis=rows), order)
+    batch_axes = layout(("batch",), labels)
+    in_axes = layout(("in",), labels)
+    out_axes = layout(("out",), labels)
+    n_batch = len(batch_axes)
+    dtype = wide(base.dtype)
+
+    base_squares = jnp.sum(jnp.square(base.astype(dtype)), axis=in_axes)  # ‖W‖²
+    sum_axes = sorted((*batch_axes, *out_axes))
+    order = [sum_axes.index(axis) for axis in (*batch_axes, *out_axes)]
+    base_squares = lax.transpose(base_squares, order)  # [batch…, out…]
 
     dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
-    a, b = a.astype(dtype), b.astype(dtype)
-    in_of_a, batch = tuple(range(n + 1, a.ndim)), tuple(range(n))
+    a = a.astype(dtype)
+    b = b.astype(dtype)
+    a_in_axes = tuple(range(n_batch + 1, a.ndim))
+    a_batch = tuple(range(n_batch))
+    dims = ((a_in_axes, in_axes), (a_batch, batch_axes))
     cross = sum(
-        dot(part, base, ((in_of_a, rows), (batch, stack)), preferred_element_type=dtype)
-        for part in _parts(a, base.dtype)
+        dot(term, base, dims, preferred_element_type=dtype) for term in _terms(a, base.dtype)
     )  # AᵀW, [batch…, r, out…]
-    gram = dot(a, a, ((in_of_a, in_of_a), (batch, batch)))  # AᵀA, [batch…, r, r]
-    gram_b = dot(gram, b, (((n + 1,), (n,)), (batch, batch)))
-    s = lax.expand_dims(scale.astype(dtype), range(n, b.ndim))
-    change = jnp.sum((2 * cross + s * gram_b) * s * b, axis=n)
-    return jnp.sqrt(jnp.maximum(squares + change, jnp.finfo(dtype).tiny))
+    gram = dot(a, a, ((a_in_axes, a_in_axes), (a_batch, a_batch)))  # AᵀA, [batch…, r, r]
+    gram_b = dot(gram, b, (((n_batch + 1,), (n_batch,)), (a_batch, a_batch)))
+    s = lax.expand_dims(scale.astype(dtype), range(n_batch, b.ndim))
+    change = jnp.sum((2 * cross + s * gram_b) * s * b, axis=n_batch)
+    return jnp.sqrt(jnp.maximum(base_squares + change, jnp.finfo(dtype).tiny))
 
 
-def _parts(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+def _terms(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """Returns arrays of W's dtype whose sum is A, so that W need not be cast for the product."""
-    if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
+    is_exact = jnp.dtype(dtype).itemsize >= a.dtype.itemsize
+    if is_exact:
         return [a]
-    high = a.astype(dtype)
-    return [high, (a - high.astype(a.dtype)).astype(dtype)]
+    rounded = a.astype(dtype)
+    remainder = a - rounded.astype(a.dtype)
+    return [rounded, remainder.astype(dtype)]
 
 
 @jax.custom_jvp
 def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
-    """Returns u·gain, multiplied in the wider of their dtypes and rounded to u's; they broadcast.
+    """Multiplies u by a gain, with broadcasting, in the wider dtype, and rounds to u's dtype.
 
     Its derivative with respect to the gain is written with the result instead of u. The next
     operation mostly keeps the result anyway, so that nothing more is kept for the gain.
@@ -83,9 +92,12 @@ def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
 def _rescaled_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    (u, gain), (u_dot, gain_dot) = primals, tangents
+    """Returns the result y and its tangent, u̇·gain + y·(gain˙ / gain)."""
+    u, gain = primals
+    u_dot, gain_dot = tangents
     y = rescaled(u, gain)
-    inverse = jnp.where(gain == 0, 0, 1 / gain).astype(gain.dtype)
-    of_gain = y * (gain_dot * inverse).astype(y.dtype)
+    inverse_gain = jnp.where(gain == 0, 0, 1 / gain).astype(gain.dtype)
+    gain_term = y * (gain_dot * inverse_gain).astype(y.dtype)
     dtype = jnp.promote_types(u.dtype, gain.dtype)
-    return y, (u_dot.astype(dtype) * gain.astype(dtype)).astype(y.dtype) + of_gain
+    u_term = (u_dot.astype(dtype) * gain.astype(dtype)).astype(y.dtype)
+    return y, u_term + gain_term

@@ -16,7 +16,7 @@ from lora_jax.core.weight import is_leaf
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
-    """Holds a leaf that is no array. Two are equal where their values are, or are one object."""
+    """Holds a leaf that is no array. Two are equal if their values are equal or one object."""
 
     value: object
 
@@ -27,7 +27,7 @@ class Opaque:
             return True
         try:
             return is_hashable(self.value) and bool(self.value == other.value)
-        except Exception:  # as of values whose == gives an array
+        except Exception:  # such as of values whose == returns an array
             return False
 
     def __hash__(self) -> int:
@@ -35,7 +35,7 @@ class Opaque:
 
 
 def is_hashable(value: object) -> bool:
-    """Returns True if a value has a hash, and so has what it holds."""
+    """Returns True if a value and all that it contains can be hashed."""
     try:
         hash(value)
     except TypeError:
@@ -48,7 +48,7 @@ def _is_opaque(value: Leaf) -> bool:
 
 
 def sealed(tree: Tree) -> Tree:
-    """Returns a tree with each leaf that is no array in an `Opaque`, which is no leaf."""
+    """Wraps each leaf that is no array in an `Opaque`, which has no leaves."""
     treedef: jax.tree_util.PyTreeDef
     keyed, treedef = flatten(tree, is_leaf)
     if all(hasattr(leaf, "shape") for _, leaf in keyed):
@@ -62,6 +62,7 @@ def unsealed(tree: Tree) -> Tree:
     leaves = jax.tree.leaves(tree, is_leaf=_is_opaque)
     if not any(map(_is_opaque, leaves)):
         return tree
-    return jax.tree.map(  # of a module of NNX that shares, the sealed form has aliases
+    # `jax.tree.map` keeps the aliases that a sealed module of NNX may have.
+    return jax.tree.map(
         lambda leaf: leaf.value if _is_opaque(leaf) else leaf, tree, is_leaf=_is_opaque
     )

@@ -1,6 +1,10 @@
 """The arrays of an adapted weight, and the roles of their axes: the one table of their layout.
 
 Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
+The **layout** of an array is the weight's axis that each of its axes holds. An axis that the weight
+lacks (the rank, examples, tokens, TinyLoRA's u) has a negative number there: `RANK`, `EXAMPLE`, …
+Where the layers of a stack differ in rank, all are stored with the largest; the zeros beyond a
+layer's own rank are its **padding**.
 """
 
 import functools
@@ -17,10 +21,11 @@ from lora_jax.core.axes import Label
 Role = Label | Literal["rank", "example", "token", "u"]
 Axes = tuple[int, ...]
 STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
-RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
-EXAMPLE = -2  # likewise, the entry for the examples of a batch
-TOKEN = -3  # likewise, the entry for the tokens of an example
-U = -4  # likewise, the entry for the numbers that TinyLoRA trains
+# Entries of a layout for axes that the weight lacks.
+RANK = -1
+EXAMPLE = -2  # the examples of a batch
+TOKEN = -3  # the tokens of an example
+U = -4  # the elements of the vector that TinyLoRA trains
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
 # or the out axes. A is stored transposed: see `lora_jax.core.product`.
@@ -57,83 +62,101 @@ def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
       axes: the roles of the array's axes, as in `AXES`.
       labels: the role of each axis of the weight.
     """
-    places: dict[Role, Axes] = {
+    axes_of_role: dict[Role, Axes] = {
         "rank": (RANK,),
         "example": (EXAMPLE,),
         "token": (TOKEN,),
         "u": (U,),
     }
     for role in ("batch", "in", "out"):
-        places[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
-    return tuple(axis for role in axes for axis in places[role])
+        axes_of_role[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
+    return tuple(axis for role in axes for axis in axes_of_role[role])
 
 
 def sizes(
     axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int, u: int = 0
 ) -> Axes:
-    """Returns the shape of an array of a weight of this shape, rank and u; see `layout`."""
-    others = {RANK: rank, U: u}
-    return tuple(others[a] if a in others else shape[a] for a in layout(axes, labels))
-
-
-def spread(array: jax.Array, axes: Axes, where: Mapping[int, int], ndim: int) -> jax.Array:
-    """Returns an array in the layout of another one, of size one along axes that it lacks.
+    """Returns the shape of an array that belongs to a weight.
 
     Args:
-      array: with an axis for each of `axes`.
-      axes: the weight's axis that each of them holds; those not in `where` are of size one.
-      where: by the weight's axis, an axis of the result.
+      axes: the roles of the array's axes, as in `AXES`.
+      shape: the shape of the weight.
+      labels: the role of each axis of the weight.
+      rank: r, as the factors are stored.
+      u: the length of the vector that TinyLoRA trains.
+
+    Raises:
+      ValueError: the array is a mask of examples or tokens, whose numbers no weight tells.
+    """
+    size_of_axis = {RANK: rank, U: u, **dict(enumerate(shape))}
+    array_layout = layout(axes, labels)
+    if not size_of_axis.keys() >= {*array_layout}:
+        raise ValueError(f"a weight of shape {tuple(shape)} does not tell the sizes of {axes}")
+    return tuple(size_of_axis[axis] for axis in array_layout)
+
+
+def spread(array: jax.Array, axes: Axes, result_axes: Mapping[int, int], ndim: int) -> jax.Array:
+    """Transposes an array to the axes of a result, with size one along the axes that it lacks.
+
+    Args:
+      array: the array; it has size one along each axis of the weight not in `result_axes`.
+      axes: the layout of the array.
+      result_axes: the axis of the result, by axis of the weight.
       ndim: the number of axes of the result.
     """
-    array = lax.squeeze(array, [i for i, axis in enumerate(axes) if axis not in where])
-    kept = [where[axis] for axis in axes if axis in where]
-    array = lax.transpose(array, sorted(range(len(kept)), key=kept.__getitem__))
-    return lax.expand_dims(array, [axis for axis in range(ndim) if axis not in kept])
+    array = lax.squeeze(array, [i for i, axis in enumerate(axes) if axis not in result_axes])
+    array_axes = [result_axes[axis] for axis in axes if axis in result_axes]
+    array = lax.transpose(array, sorted(range(array.ndim), key=array_axes.__getitem__))
+    return lax.expand_dims(array, [axis for axis in range(ndim) if axis not in array_axes])
 
 
 def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
     """Returns the axis of an array that holds the rank, -1 where it has none."""
-    places = layout(axes, labels)
-    return places.index(RANK) if RANK in places else -1
+    array_layout = layout(axes, labels)
+    return array_layout.index(RANK) if RANK in array_layout else -1
 
 
 def filled(array: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Returns an array with zeros up to a rank along an axis, counted from either end.
+    """Pads an array with zeros up to a rank.
 
-    With the axis -1, as `rank_axis` returns for an array without the rank, it stays as it is.
+    Args:
+      array: the array.
+      axis: the axis of the rank, as `rank_axis` returns it; with -1 the array is returned as it is.
+      rank: the size of that axis in the result.
     """
     if axis == -1 or array.shape[axis] == rank:
         return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, rank - array.shape[axis])
-    return jnp.pad(array, widths)
+    pad_width = [(0, 0)] * array.ndim
+    pad_width[axis] = (0, rank - array.shape[axis])
+    return jnp.pad(array, pad_width)
 
 
 @functools.partial(jax.jit, static_argnames=("ranks", "axis"))
 def unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
-    """Returns the layers of a stack one after the other along the rank, without padding.
+    """Concatenates the layers of a stack along the rank, without their padding.
 
     Args:
       array: [layers, …, rank, …].
       ranks: ranks of each layer, as a tuple.
       axis: axis of the rank.
     """
-    at = (slice(None),) * (axis - 1)
-    return jnp.concatenate([array[i][(*at, slice(r))] for i, r in enumerate(ranks)], axis - 1)
+    axes_before_rank = (slice(None),) * (axis - 1)
+    layers = [array[i][(*axes_before_rank, slice(rank))] for i, rank in enumerate(ranks)]
+    return jnp.concatenate(layers, axis - 1)
 
 
 def cleared(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
-    """Returns an array with zeros in its padding, beyond each layer's own rank along an axis."""
+    """Returns an array with zeros in its padding along an axis of the rank."""
     if len(set(ranks)) == 1:
         return array
-    own = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))
-    return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < own, array, 0)
+    layer_rank = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < layer_rank, array, 0)
 
 
 def padded(array: np.ndarray, ranks: Sequence[int], axis: int) -> np.ndarray:
-    """Returns the inverse of `unpadded`: each layer's rank is filled up with zeros."""
-    rows = np.moveaxis(array, axis - 1, 0)
-    is_used = np.arange(max(ranks)) < np.array(ranks)[:, None]
-    stack = np.zeros((*is_used.shape, *rows.shape[1:]), array.dtype)
-    stack[is_used] = rows
+    """Returns the inverse of `unpadded`: a stack whose layers are padded to the largest rank."""
+    columns_of_a = np.moveaxis(array, axis - 1, 0)  # [sum of ranks, …]
+    is_in_rank = np.arange(max(ranks)) < np.array(ranks)[:, None]  # [layers, largest rank]
+    stack = np.zeros((*is_in_rank.shape, *columns_of_a.shape[1:]), array.dtype)
+    stack[is_in_rank] = columns_of_a
     return np.moveaxis(stack, 1, axis)

@@ -13,8 +13,8 @@ from jax.tree_util import GetAttrKey, keystr
 from lora_jax.core.aliases import flatten
 from lora_jax.core.types import Leaf, Tree
 
-# A box (a Flax NNX Variable, `nn.Partitioned`) holds its array under one of these attributes.
-# They say nothing to a reader, so a path ends at the box.
+# A box (a Flax NNX Variable, `nn.Partitioned`) holds its array under one of these attributes. A
+# path ends at the box, since the attribute tells a reader nothing.
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 
 
@@ -30,7 +30,7 @@ def flatten_with_paths(
 ) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a tree with their paths, and its treedef.
 
-    What an NNX module shares has one path, its first; see `lora_jax.core.aliases`.
+    An object that an NNX module shares has its first path alone; see `lora_jax.core.aliases`.
 
     Args:
       tree: any pytree.
@@ -41,29 +41,36 @@ def flatten_with_paths(
     """
     keyed, treedef = flatten(tree, is_leaf)
     leaves = [(path_string(key_path), leaf) for key_path, leaf in keyed]
-    times = Counter(path for path, _ in leaves)
-    if repeated := [path for path, n in times.items() if n > 1]:
-        raise ValueError(
-            f"two leaves of the tree have the same path {repeated[0]!r}; rename one of the keys, "
-            "so that a rule and an adapter file can tell them apart"
-        )
+    n_leaves_of_path = Counter(path for path, _ in leaves)
+    for path, n_leaves in n_leaves_of_path.items():
+        if n_leaves > 1:
+            raise ValueError(
+                f"two leaves of the tree have the same path {path!r}; rename one of the keys, "
+                "so that a rule and an adapter file can tell them apart"
+            )
     return leaves, treedef
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:
-    """Returns a key for one path: the same in every process, whatever other paths there are."""
+    """Returns the key of one path, which depends on no other path and on no process."""
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
 
 
 def checked_key(what: str, key: Leaf) -> jax.Array:
-    """Returns a PRNG key, typed or raw.
+    """Returns `key`, a PRNG key, typed or raw.
+
+    Args:
+      what: the name of the argument, for the message.
+      key: the value that was passed.
 
     Raises:
-      TypeError: it is none.
+      TypeError: the value is no PRNG key.
     """
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or shape):
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype is not None and bool(getattr(key, "shape", ()))
+    if not is_typed and not is_raw:
         raise TypeError(f"{what}={key!r} is no PRNG key: write jax.random.key({key!r})")
     checked: jax.Array = key
     return checked
@@ -83,7 +90,7 @@ def numbered_layer(path: str, *, stacked: bool) -> int | None:
     """Returns the layer of a path, its first numbered segment ("layers/3/…", "h_3/…"), or None.
 
     In the path of a stack of kernels, the numbers of Linen's automatic names ("ScanBlock_0",
-    "Dense_0") count modules, not layers, and are passed over.
+    "Dense_0") count modules, not layers, and are ignored.
     """
     pattern = r"(?:[a-z]\w*_)?(\d+)" if stacked else r"(?:\w*_)?(\d+)"
     matches = (re.fullmatch(pattern, segment) for segment in path.split("/"))
@@ -93,15 +100,17 @@ def numbered_layer(path: str, *, stacked: bool) -> int | None:
 def nearest(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
     """Returns the `n` paths that most resemble `name`, best first, for error messages."""
 
-    def likeness(path: str) -> float:
-        forms = (form.lower() for form in (path, *path.split("/")))
-        return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
+    def similarity(path: str) -> float:
+        """Returns the greatest ratio of `name` to the path or to one of its segments."""
+        texts = [path, *path.split("/")]
+        matchers = [difflib.SequenceMatcher(None, name.lower(), text.lower()) for text in texts]
+        return max(matcher.ratio() for matcher in matchers)
 
-    return sorted(paths, key=likeness, reverse=True)[:n]
+    return sorted(paths, key=similarity, reverse=True)[:n]
 
 
 def check_same_paths(what: str, adapter: Collection[str], nodes: Collection[str]) -> None:
-    """Raises ValueError unless an adapter has something for each node of a tree, and no more.
+    """Raises ValueError unless an adapter has arrays for the nodes of a tree, and no others.
 
     Args:
       what: the caller's name, for the message.
@@ -109,10 +118,10 @@ def check_same_paths(what: str, adapter: Collection[str], nodes: Collection[str]
       nodes: the paths of the tree's nodes.
     """
     if unknown := [path for path in adapter if path not in nodes]:
-        near = nearest(unknown[0], nodes, n=3)
+        suggestions = nearest(unknown[0], nodes, n=3)
         raise ValueError(
             f"{what}: the adapter has {unknown[0]!r} (and {len(unknown) - 1} more) that the tree "
-            f"does not adapt; the nearest paths there are {near}"
+            f"does not adapt; the nearest paths there are {suggestions}"
         )
     if missing := sorted(set(nodes) - set(adapter)):
         raise ValueError(

@@ -12,8 +12,13 @@ and where a variant asks for them, vectors over the columns:
     gain   [batch…, out…]       g: each column of W + s·AB is multiplied by it
     shift  [batch…, out…]       added to the product xW
 
-A weight that trains little else has, in the place of a and b, one pair [r, in…] and [r, out…] for
-all layers of its stack, and small arrays around B; B is then formed where it is used.
+A compact weight (VeRA, LoRA-XS, TinyLoRA) has, in place of a and b, one pair [r, in…] and [r, out…]
+for all layers of its stack, or small arrays around B; B is then formed where it is used.
+
+Terms of this file: **z** is s·xA. The **near** axes of a weight are those of the side that x
+contracts, and the **far** axes those of the other side: in and out for xW, out and in for the
+**mirror image** xWᵀ. A **free** axis is neither contracted nor batched. The **free stack** is the
+batch axes of a weight that are free, so that x meets all layers of a stack at once.
 
 Measured on the layers of SmolLM2-135M (tests/benchmarks/product_layouts.py, two CPU cores, forward
 and backward to A and B): this order is the fastest of the four, and the order of the operands
@@ -47,7 +52,7 @@ _NARROW = 32  # see `NARROW_PRODUCT`
 
 
 class ProductCall(NamedTuple):
-    """The way to multiply x by a weight; see `dot`."""
+    """The arguments of a product of x and a weight; see `dot`."""
 
     contract: Dims
     batch: Dims = ((), ())
@@ -56,21 +61,24 @@ class ProductCall(NamedTuple):
     params: EqnParams = {}
 
     def x_free(self, x: jax.Array) -> list[int]:
-        """Returns the axes of x that are neither contracted nor batched."""
+        """Returns the free axes of x."""
         return [axis for axis in range(x.ndim) if axis not in (*self.contract[0], *self.batch[0])]
 
     def free_stack(self, weight: Factored) -> tuple[int, ...]:
-        """Returns the batch axes of the weight that are not batched in the product."""
+        """Returns the free batch axes of the weight."""
         return tuple(axis for axis in weight.axes("batch") if axis not in self.batch[1])
 
     def sides(self, weight: Factored) -> tuple[Axes, Axes]:
-        """Returns the axes that are contracted, in or out, and those on the other side."""
-        near, far = weight.axes("in"), weight.axes("out")
-        return (near, far) if set(self.contract[1]) == set(near) else (far, near)
+        """Returns the near axes and the far axes of the weight."""
+        in_axes = weight.axes("in")
+        out_axes = weight.axes("out")
+        if set(self.contract[1]) == set(in_axes):
+            return in_axes, out_axes
+        return out_axes, in_axes
 
 
 class ExampleColumns(NamedTuple):
-    """The columns of rank that each row of an activation sees, where examples have own adapters.
+    """The columns of A that each row of an activation sees, where examples have own adapters.
 
     Attributes:
       mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.
@@ -84,20 +92,23 @@ class ExampleColumns(NamedTuple):
     inner: int = 1
 
     def along(self, z: jax.Array, axis: int, rank: int = -1) -> jax.Array:
-        """Returns the mask in the dtype of z, ready to multiply it.
+        """Returns the mask in the dtype of z, with axes that broadcast against z.
 
         Args:
-          z: xA, with the activation's rows along `axis` and the columns of rank along `rank`.
-          axis, rank: axis and rank of z.
+          z: xA.
+          axis: axis of z that the activation's rows lie along.
+          rank: axis of z that the columns of A lie along.
         """
-        n, r = self.mask.shape
-        outer, rank = z.shape[axis] // (n * self.inner), rank % z.ndim
+        n_examples, r = self.mask.shape
+        n_rows = z.shape[axis]
+        rank_axis = rank % z.ndim
         mask = self.mask.astype(z.dtype)
-        if outer * self.inner > 1:
-            mask = jnp.broadcast_to(mask[None, :, None], (outer, n, self.inner, r))
-            mask = mask.reshape(z.shape[axis], r)
-        mask = mask if axis < rank else mask.T
-        return lax.expand_dims(mask, [a for a in range(z.ndim) if a not in (axis, rank)])
+        repeats = n_rows // (n_examples * self.inner)
+        if repeats * self.inner > 1:
+            mask = jnp.broadcast_to(mask[None, :, None], (repeats, n_examples, self.inner, r))
+            mask = mask.reshape(n_rows, r)
+        mask = mask if axis < rank_axis else mask.T
+        return lax.expand_dims(mask, [i for i in range(z.ndim) if i not in (axis, rank_axis)])
 
 
 def dot(
@@ -118,7 +129,7 @@ def dot(
       x: any array.
       weight: contracted over all its in axes (the product xW), or over all its out axes (the
         mirror image: a tied head, a transposed use). Its batch axes may be batched or free.
-      for_factors: x again, as A is to read it; x itself by default.
+      for_factors: a copy of x for A to read, such as x in another dtype; x itself by default.
       contract, batch: axes of x and of the weight, as in `lax.dot_general`.
       weight_first: whether the weight is the left operand, so that its axes lead the result.
       rows: which columns of rank each row of x sees, where the weight has `rows`.
@@ -127,45 +138,61 @@ def dot(
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
-    how = ProductCall(contract, batch, weight_first, rows, params)
+    call = ProductCall(
+        contract=contract, batch=batch, weight_first=weight_first, rows=rows, params=params
+    )
 
     def base_product(x: jax.Array) -> jax.Array:
-        return base_dot(x, weight.base, BaseDot(contract, batch, weight_first, params))
+        spec = BaseDot(contract=contract, batch=batch, weight_first=weight_first, params=params)
+        return base_dot(x, weight.base, spec)
 
-    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        return lax.reshape(_delta(x, weight, how, seen.dtype, z), seen.shape)
+    def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
+        delta = _delta(x, weight, call, base_result.dtype, z)
+        return lax.reshape(delta, base_result.shape)
 
     if not weight.parts:
         return base_product(x)
-    if set(contract[1]) != set(weight.axes("in")):
+    is_mirror_image = set(contract[1]) != set(weight.axes("in"))
+    if is_mirror_image:
         if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
-            return _transposed_products(x, weight, how)
+            return _mirror_image_of_stack(x, weight, call)
         if weight.gain is not None:
             x = for_factors = x * _contracted_gain(weight, x, contract, batch)
         weight = weight.replace(gain=None, shift=None)
-    placed = functools.partial(_result_vector, weight, how, x.ndim)
-    return combined(x, weight, base_product, factor_product, placed, for_factors=for_factors)
+    lay_out = functools.partial(_result_vector, weight, call, x.ndim)
+    return combined(x, weight, base_product, factor_product, lay_out, for_factors=for_factors)
 
 
-def _transposed_products(x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
-    """Returns the mirror image where batch axes are free, so that each weight has its own gain.
+def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+    """Returns the mirror image for a free stack, each of whose layers has its own gain.
 
-    Copies x for each weight, times its gain, batches the stack, and puts the axes back in order.
+    Copies x for each layer, times the layer's gain, batches the stack, and puts the axes of the
+    result in order.
     """
-    contract, batch, weight_first, _, params = how
-    free = tuple(axis for axis in weight.axes("batch") if axis not in batch[1])
-    xs = lax.expand_dims(x, range(x.ndim, x.ndim + len(free)))
-    every = (batch[0] + tuple(range(x.ndim, xs.ndim)), batch[1] + free)
-    xs = xs * _contracted_gain(weight, xs, contract, every)
-    alone = weight.replace(gain=None, shift=None)
-    result = dot(xs, alone, contract=contract, batch=every, weight_first=weight_first, **params)
+    (x_batch, w_batch), free_stack = call.batch, call.free_stack(weight)
+    x_of_layer = lax.expand_dims(x, range(x.ndim, x.ndim + len(free_stack)))
+    batch = (x_batch + tuple(range(x.ndim, x_of_layer.ndim)), w_batch + free_stack)
+    x_of_layer = x_of_layer * _contracted_gain(weight, x_of_layer, call.contract, batch)
+    result = dot(
+        x_of_layer,
+        weight.replace(gain=None, shift=None),
+        contract=call.contract,
+        batch=batch,
+        weight_first=call.weight_first,
+        **call.params,
+    )
 
-    rows = [-1 - axis for axis in range(x.ndim - len(batch[0]) - len(contract[0]))]
-    near = weight.axes("in")
-    have = [*every[1], *near, *rows] if weight_first else [*every[1], *rows, *near]
-    ours = sorted((*free, *near))
-    want = [*batch[1], *ours, *rows] if weight_first else [*batch[1], *rows, *ours]
-    return lax.transpose(result, [have.index(axis) for axis in want])
+    # Axes of the result by name: those of the weight by number, the free ones of x below zero.
+    x_free = [-1 - axis for axis in range(len(call.x_free(x)))]
+    far_axes = weight.axes("in")
+    w_free = sorted((*free_stack, *far_axes))
+    if call.weight_first:
+        result_axes = [*w_batch, *free_stack, *far_axes, *x_free]
+        order = [*w_batch, *w_free, *x_free]
+    else:
+        result_axes = [*w_batch, *free_stack, *x_free, *far_axes]
+        order = [*w_batch, *x_free, *w_free]
+    return lax.transpose(result, [result_axes.index(axis) for axis in order])
 
 
 def combined(
@@ -173,95 +200,106 @@ def combined(
     weight: Factored,
     base_product: Callable[[Value], jax.Array],
     factor_product: Callable[[Value, Factored, jax.Array], jax.Array],
-    placed: Callable[[jax.Array], jax.Array],
+    lay_out: Callable[[jax.Array], jax.Array],
     *,
     for_factors: Value = None,
 ) -> jax.Array:
-    """Returns the product of x with a whole weight; every kind of product ends here.
+    """Returns x(W + s·AB)·diag(gain) + shift; every kind of product ends here.
 
     Args:
       x: the activation.
-      weight: seen by its in axes, so that gain and shift stand over what comes out.
+      weight: the weight, whose in axes x contracts: gain and shift are vectors over the result.
       base_product: x ↦ xW.
       factor_product: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
-      placed: puts a vector over the columns into the layout of xW.
-      for_factors: x again, as A is to read it; x itself by default.
+      lay_out: brings a gain or a shift into the layout of xW.
+      for_factors: a copy of x for A to read; x itself by default.
     """
-    again = x if for_factors is None else for_factors
+    factor_x = x if for_factors is None else for_factors
 
-    def taken(again: Value, weight: Factored, seen: jax.Array) -> jax.Array:
+    def add_factors(factor_x: Value, weight: Factored, base_result: jax.Array) -> jax.Array:
         with jax.named_scope(FACTORS):
-            delta = factor_product(dropped(again, weight), weight, seen)
-        return seen + delta
+            delta = factor_product(dropped(factor_x, weight), weight, base_result)
+        return base_result + delta
 
-    def columns_rescaled(x: jax.Array, again: Value, weight: Factored) -> jax.Array:
-        return rescaled(taken(again, weight, base_product(x)), placed(weight.gain))
+    def rescaled_product(x: jax.Array, factor_x: Value, weight: Factored) -> jax.Array:
+        total = add_factors(factor_x, weight, base_product(x))
+        return rescaled(total, lay_out(weight.gain))
 
     if weight.gain is None:
-        result = taken(again, weight, base_product(x))
+        result = add_factors(factor_x, weight, base_product(x))
     elif is_dropped(weight):  # as in PEFT: dropout acts on the adapter's change alone
-        whole, seen = base_product(x), base_product(dropped(x, weight))
-        result = whole - seen + rescaled(taken(again, weight, seen), placed(weight.gain))
+        base_result = base_product(x)
+        dropped_result = base_product(dropped(x, weight))
+        difference = base_result - dropped_result
+        total = add_factors(factor_x, weight, dropped_result)
+        result = difference + rescaled(total, lay_out(weight.gain))
     elif _is_narrow(weight):
-        result = jax.checkpoint(columns_rescaled)(x, again, weight)
+        result = jax.checkpoint(rescaled_product)(x, factor_x, weight)
     else:
-        result = columns_rescaled(x, again, weight)
+        result = rescaled_product(x, factor_x, weight)
     if weight.shift is None:
         return result
-    return result + placed(weight.shift).astype(result.dtype)
+    return result + lay_out(weight.shift).astype(result.dtype)
 
 
 def _is_narrow(weight: Factored) -> bool:
-    """Returns True if, for the gain, a product is cheaper to recompute than its result to keep.
+    """Returns True if a product is cheaper to compute again for the gain than to keep.
 
-    That holds for the keys and values of grouped-query attention, which are narrow.
+    That holds for the narrow keys and values of grouped-query attention.
     """
     return 3 * math.prod(weight.sizes("out")) <= math.prod(weight.sizes("in"))
 
 
 def _contracted_gain(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
     """Returns the gain in x's layout and dtype, where the out axes are contracted."""
-    where = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
-    return spread(weight.gain, weight.layout("gain"), where, x.ndim).astype(x.dtype)
+    x_axes = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
+    return spread(weight.gain, weight.layout("gain"), x_axes, x.ndim).astype(x.dtype)
 
 
-def _result_vector(weight: Factored, how: ProductCall, x_ndim: int, vector: jax.Array) -> jax.Array:
+def _result_vector(
+    weight: Factored, call: ProductCall, x_ndim: int, vector: jax.Array
+) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
-    (x_contract, w_contract), (_, w_batch) = how.contract, how.batch
-    n_free_x = x_ndim - len(w_batch) - len(x_contract)
-    free = [a for a in range(len(weight.labels)) if a not in (*w_contract, *w_batch)]
-    first = len(w_batch) + (0 if how.weight_first else n_free_x)
-    where = {axis: i for i, axis in enumerate(w_batch)}
-    where |= {axis: first + i for i, axis in enumerate(free)}
-    return spread(vector, weight.layout("gain"), where, len(where) + n_free_x)
+    x_contract, w_contract = call.contract
+    _, w_batch = call.batch
+    n_x_free = x_ndim - len(w_batch) - len(x_contract)
+    w_free = [axis for axis in range(len(weight.labels)) if axis not in (*w_contract, *w_batch)]
+    n_axes_before_w_free = len(w_batch) + (0 if call.weight_first else n_x_free)
+    result_axes = {axis: i for i, axis in enumerate(w_batch)}
+    result_axes |= {axis: i for i, axis in enumerate(w_free, n_axes_before_w_free)}
+    return spread(vector, weight.layout("gain"), result_axes, len(result_axes) + n_x_free)
 
 
 def _delta(
-    x: jax.Array, weight: Factored, how: ProductCall, dtype: DTypeLike, z: jax.Array | None
+    x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike, z: jax.Array | None
 ) -> jax.Array:
-    """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
+    """Returns s·(xA)B, with the free axes of x flattened to one where z has them so."""
     if weight.is_compact:
-        # B is formed again in the backward pass: kept, it would be a copy a layer.
-        def through(z: jax.Array, weight: Factored) -> jax.Array:
-            z = _activated(_scaled(x, z, weight, how), x, weight, how)
-            return _product_with_b(z, x, weight, how, dtype)
+        # B is formed again in the backward pass: kept, it would take a copy for each layer.
+        def scale_and_multiply(xa: jax.Array, weight: Factored) -> jax.Array:
+            z = _activated(_scaled(x, xa, weight, call), x, weight, call)
+            return _product_with_b(z, x, weight, call, dtype)
 
-        delta: jax.Array = jax.checkpoint(through)(_product_with_a(x, weight, how), weight)
+        xa = _product_with_a(x, weight, call)
+        delta: jax.Array = jax.checkpoint(scale_and_multiply)(xa, weight)
         return delta
-    z = scaled_product(x, weight, how) if z is None else z
-    return _product_with_b(_activated(z, x, weight, how), x, weight, how, dtype)
+    z = scaled_product(x, weight, call) if z is None else z
+    return _product_with_b(_activated(z, x, weight, call), x, weight, call, dtype)
 
 
-def scaled_product(x: jax.Array, weight: Factored, how: ProductCall, of: int = 1) -> jax.Array:
+def scaled_product(
+    x: jax.Array, weight: Factored, call: ProductCall, n_weights: int = 1
+) -> jax.Array:
     """Returns s·xA in x's dtype, [w_batch…, x_free…, free_stack…, r], x_free mostly flattened.
 
     Args:
-      x, weight, how: see `dot`.
-      of: the number of weights whose columns the weight's A has.
+      x, weight: see `dot`.
+      call: the arguments of the product.
+      n_weights: the number of weights whose A's are joined in the weight's A.
     """
-    z = _scaled(x, _product_with_a(x, weight, how), weight, how)
-    contracted = math.prod(x.shape[axis] for axis in how.contract[0])
-    return named_if_narrow(z, weight.rank, contracted * of)
+    z = _scaled(x, _product_with_a(x, weight, call), weight, call)
+    contracted_size = math.prod(x.shape[axis] for axis in call.contract[0])
+    return named_if_narrow(z, weight.rank, contracted_size * n_weights)
 
 
 def named_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
@@ -280,44 +318,50 @@ def is_worth_keeping(rank: int, contracted: int) -> bool:
     return rank * _NARROW <= contracted
 
 
-def _product_with_a(x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
+def _product_with_a(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
     """Returns xA, [w_batch…, x_free…, free_stack…, r], in fp32 (or wider)."""
-    (x_contract, w_contract), (x_batch, w_batch) = how.contract, how.batch
-    stack, near_axes = weight.axes("batch"), how.sides(weight)[0]
-    near = weight.a if near_axes == weight.axes("in") else weight.b
-    n_stack, first = len(how.free_stack(weight)), len(stack) + 1
+    x_contract, w_contract = call.contract
+    x_batch, w_batch = call.batch
+    near_axes, _ = call.sides(weight)
+    near_factor = weight.a if near_axes == weight.axes("in") else weight.b
+    stack_axes = weight.axes("batch")
+    n_axes_before_near = len(stack_axes) + 1  # [batch…, r, near…]
+    factor_contract = tuple(n_axes_before_near + near_axes.index(axis) for axis in w_contract)
+    factor_batch = tuple(stack_axes.index(axis) for axis in w_batch)
+    out_sharding = None
+    if is_sharded(x):
+        n_free_stack = len(call.free_stack(weight))
+        out_sharding = _rank_sharding(x, x_batch, call.x_free(x), n_free_stack)
     return lax.dot_general(
         x,
-        near.astype(x.dtype),
-        (
-            (x_contract, tuple(first + near_axes.index(axis) for axis in w_contract)),
-            (x_batch, tuple(stack.index(axis) for axis in w_batch)),
-        ),
-        precision=how.params.get("precision"),
+        near_factor.astype(x.dtype),
+        ((x_contract, factor_contract), (x_batch, factor_batch)),
+        precision=call.params.get("precision"),
         preferred_element_type=wide(x.dtype),
-        out_sharding=_rank_sharding(x, x_batch, how.x_free(x), n_stack) if is_sharded(x) else None,
+        out_sharding=out_sharding,
     )
 
 
-def _scaled(x: jax.Array, z: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
-    """Returns s·z in x's dtype, z being xA; its axes that are x's free ones mostly flattened."""
-    x_batch, w_batch, x_free = how.batch[0], how.batch[1], how.x_free(x)
-    stack = weight.axes("batch")
-    order = [stack.index(axis) for axis in (*w_batch, *how.free_stack(weight))]
-    scales = lax.transpose(weight.scales.astype(z.dtype), [*order, len(stack)])
-    scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
-    z = z * scales
-    if how.rows is not None:
-        z = z * how.rows.along(z, [*x_batch, *x_free].index(how.rows.axis))
+def _scaled(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+    """Returns z = s·xA in x's dtype; the axes of z that are x's free ones are mostly flattened."""
+    x_batch, w_batch = call.batch
+    x_free = call.x_free(x)
+    n_batch = len(w_batch)
+    stack_axes = weight.axes("batch")
+    order = [stack_axes.index(axis) for axis in (*w_batch, *call.free_stack(weight))]
+    scales = lax.transpose(weight.scales.astype(xa.dtype), [*order, len(stack_axes)])
+    scales = lax.expand_dims(scales, range(n_batch, n_batch + len(x_free)))
+    z = xa * scales
+    if call.rows is not None:
+        z = z * call.rows.along(z, [*x_batch, *x_free].index(call.rows.axis))
     z = z.astype(x.dtype)
     if len(x_free) <= 1 or is_sharded(x) or is_on_mesh():
         return z
-    flat = math.prod(x.shape[axis] for axis in x_free)
-    lead = len(w_batch)
-    return lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
+    n_rows = math.prod(x.shape[axis] for axis in x_free)
+    return lax.reshape(z, (*z.shape[:n_batch], n_rows, *z.shape[n_batch + len(x_free) :]))
 
 
-def _activated(z: jax.Array, x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
+def _activated(z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
     """Returns s·xA with zeros for the tokens that do not see the adapter.
 
     Raises:
@@ -326,52 +370,60 @@ def _activated(z: jax.Array, x: jax.Array, weight: Factored, how: ProductCall) -
     mask = weight.active
     if mask is None:
         return z
-    rows = tuple(x.shape[axis] for axis in how.x_free(x))
-    if rows not in (mask.shape, (mask.size,)):
-        raise TokensError(wrong_rows(weight, rows))
-    lead, last = len(how.batch[1]), len(how.free_stack(weight)) + 1
-    mask = mask.reshape(z.shape[lead : z.ndim - last])
-    mask = lax.expand_dims(mask, [*range(lead), *range(z.ndim - last, z.ndim)])
+    row_shape = tuple(x.shape[axis] for axis in call.x_free(x))
+    if row_shape not in (mask.shape, (mask.size,)):
+        raise TokensError(wrong_rows(weight, row_shape))
+    row_start = len(call.batch[1])
+    row_stop = z.ndim - 1 - len(call.free_stack(weight))
+    mask = mask.reshape(z.shape[row_start:row_stop])
+    mask = lax.expand_dims(mask, [*range(row_start), *range(row_stop, z.ndim)])
     return jnp.where(mask, z, jnp.zeros_like(z))
 
 
 def _product_with_b(
-    z: jax.Array, x: jax.Array, weight: Factored, how: ProductCall, dtype: DTypeLike
+    z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns zB, z being s·xA: the rank is contracted."""
-    w_batch, free_stack, params = how.batch[1], how.free_stack(weight), how.params
-    near_axes, far_axes = how.sides(weight)
-    stack = weight.axes("batch")
-    n_free = z.ndim - 1 - len(w_batch) - len(free_stack)
-    # batch axes of the weight, wherever they stand in x, are batched
-    z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
-    far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
-    last, rank = (z.ndim - 1,), (len(stack),)
-    kwargs: EqnParams = {"precision": params.get("precision"), "preferred_element_type": dtype}
+    """Returns zB: the rank is contracted, and the batch axes of the weight are batched."""
+    w_batch = call.batch[1]
+    free_stack = call.free_stack(weight)
+    near_axes, far_axes = call.sides(weight)
+    stack_axes = weight.axes("batch")
+    n_x_free = z.ndim - 1 - len(w_batch) - len(free_stack)
+    z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_x_free, z.ndim - 1))
+    factor_batch = tuple(stack_axes.index(axis) for axis in (*w_batch, *free_stack))
+    z_rank = (z.ndim - 1,)
+    factor_rank = (len(stack_axes),)
+    kwargs: EqnParams = {
+        "precision": call.params.get("precision"),
+        "preferred_element_type": dtype,
+    }
     if is_sharded(x) and not free_stack:
-        kwargs["out_sharding"] = params.get("out_sharding")
-    far = (weight.b if near_axes == weight.axes("in") else weight.a).astype(x.dtype)
-    if how.weight_first and not free_stack:
-        return lax.dot_general(far, z, ((rank, last), (far_batch, z_batch)), **kwargs)
-    delta = lax.dot_general(z, far, ((last, rank), (z_batch, far_batch)), **kwargs)
+        kwargs["out_sharding"] = call.params.get("out_sharding")
+    far_factor = weight.b if near_axes == weight.axes("in") else weight.a
+    far_factor = far_factor.astype(x.dtype)
+    if call.weight_first and not free_stack:
+        dims = ((factor_rank, z_rank), (factor_batch, z_batch))
+        return lax.dot_general(far_factor, z, dims, **kwargs)
+    dims = ((z_rank, factor_rank), (z_batch, factor_batch))
+    delta = lax.dot_general(z, far_factor, dims, **kwargs)
     if not free_stack:
         return delta
     # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
-    free_x = [("x", axis) for axis in range(n_free)]
-    have = [*w_batch, *free_stack, *free_x, *far_axes]
-    free_w = sorted((*free_stack, *far_axes))
-    want = [*w_batch, *free_w, *free_x] if how.weight_first else [*w_batch, *free_x, *free_w]
-    return lax.transpose(delta, [have.index(axis) for axis in want])
+    x_free = [("x", axis) for axis in range(n_x_free)]
+    w_free = sorted((*free_stack, *far_axes))
+    delta_axes = [*w_batch, *free_stack, *x_free, *far_axes]
+    order = [*w_batch, *w_free, *x_free] if call.weight_first else [*w_batch, *x_free, *w_free]
+    return lax.transpose(delta, [delta_axes.index(axis) for axis in order])
 
 
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:
-    """Returns x with dropout as A's input, where the weight carries a key."""
+    """Returns A's input: x with dropout, where the weight has a key."""
     if not is_dropped(weight):
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
-    keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
-    kept = x * float(1 / (1 - weight.dropout))  # a NumPy scalar would widen x
-    return jnp.where(keep, kept, jnp.zeros_like(x))
+    is_kept = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
+    rescaled_x = x * float(1 / (1 - weight.dropout))  # a NumPy scalar would widen x
+    return jnp.where(is_kept, rescaled_x, jnp.zeros_like(x))
 
 
 def is_dropped(weight: Factored) -> bool:
@@ -381,7 +433,7 @@ def is_dropped(weight: Factored) -> bool:
 
 def is_sharded(x: jax.Array) -> bool:
     """Returns True if x's type says how it is sharded (a mesh with explicit axes)."""
-    return any(part is not None for part in jax.typeof(x).sharding.spec)
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
 def is_on_mesh() -> bool:
@@ -391,10 +443,10 @@ def is_on_mesh() -> bool:
 
 
 def _rank_sharding(
-    x: jax.Array, x_batch: tuple[int, ...], x_free: list[int], n_stack: int
+    x: jax.Array, x_batch: tuple[int, ...], x_free: list[int], n_free_stack: int
 ) -> jax.sharding.NamedSharding:
-    """Returns the sharding of z: x's, and none over the weight's free axes and the rank."""
+    """Returns the sharding of xA: that of x, and replicated over the free stack and the rank."""
     sharding = jax.typeof(x).sharding
-    parts = [sharding.spec[axis] for axis in (*x_batch, *x_free)]
-    spec = jax.sharding.PartitionSpec(*parts, *[None] * (n_stack + 1))
+    entries = [sharding.spec[axis] for axis in (*x_batch, *x_free)]
+    spec = jax.sharding.PartitionSpec(*entries, *[None] * (n_free_stack + 1))
     return jax.sharding.NamedSharding(sharding.mesh, spec)

@@ -1,9 +1,10 @@
 """The nodes that `lorafy` puts into a parameter tree.
 
 `LoraWeight` is an adapted kernel, `Trained` a leaf that trains in full, `TrainedRows` a leaf of
-which some rows train. All of them give and take their trained arrays by name (`parts`,
-`with_parts`), so that code that walks over a tree need not know their kinds. Flax's msgpack files
-refuse them, and say what to save in the place of an adapted tree.
+which some rows train. A node's **parts** are its arrays that train, by name. Every kind of node
+returns its parts (`parts`) and takes others (`with_parts`), so that code that walks over a tree
+need not know the kinds. A node **is on** where its parts are present; in the base half of a tree
+(`lora_jax.split`) they are not. Flax's msgpack files refuse nodes, and say what to save instead.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
-_NO_MASK: Leaf = np.zeros((0, 0), bool)  # of no call; see `lora_jax.core.factored.wrong_rows`
+_NO_MASK: Leaf = np.zeros((0, 0), bool)  # where a call gives none; see `wrong_rows`
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed", "projection")  # of `lora_jax.core.parts.AXES`
 _FLAX = "flax.serialization"
 
@@ -45,16 +46,16 @@ class TreeNode(NoArray):
     is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
     def part_names(self) -> tuple[str, ...]:
-        """Returns the names of the arrays that train, also of those that this half lacks."""
+        """Returns the names of the parts, also of parts that are not present."""
         return ("value",)
 
     def parts(self) -> Parts:
-        """Returns the arrays that train, by name; none in the base half of a tree."""
+        """Returns the parts that are present, by name; none in the base half of a tree."""
         arrays = {name: getattr(self, name) for name in self.part_names()}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def part_shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of an array that trains; None where this half does not tell."""
+        """Returns the shape of a part; None where this node does not determine it."""
         return getattr(getattr(self, name), "shape", None)
 
     def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
@@ -63,7 +64,7 @@ class TreeNode(NoArray):
 
     @property
     def is_on(self) -> bool:
-        """True where what trains is here; False in the base half, which stands for W alone."""
+        """True where the parts are present; False in the base half, which stands for W alone."""
         return all(getattr(self, name) is not None for name in self.part_names())
 
     @property
@@ -96,16 +97,16 @@ class Part:
     """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
 
     Attributes:
-      name: how the adapter's dictionary and its file call the array.
+      name: the name of the array in the adapter's dictionary and in its file.
       axes: the roles of its axes: "batch", then "rank", then "in" or "out".
       init: (node without the array) -> its first value, of the shape ``node.shape_of(name)``.
         Where `is_drawn`, a PRNG key is its second argument.
       apply: (weight without the part, node, the part's array) -> the weight with the part, as
         products use it. None for an array of `lora_jax.core.parts.AXES`, used as it is.
       is_drawn: whether the first value is random.
-      vector: the vector over the columns of `lora_jax.core.product` that `apply` computes from the
-        array, if it is all that the part changes: "gain", or "shift", which is s times the array.
-        A bank then has room for the part.
+      vector: the vector over the columns of W, "gain" or "shift" (see `lora_jax.core.product`),
+        that `apply` computes from the array, if that is all that the part changes. A shift is s
+        times the array. A bank holds only parts with such a vector.
 
     See `lora_jax.variants` for an example.
     """
@@ -176,13 +177,13 @@ class LoraWeight(TreeNode):
         raise AttributeError(f"a LoraWeight has no attribute {name!r}")
 
     def replace(self, **changes: Leaf) -> Self:
-        """Returns a copy with other attributes or arrays; None takes an array away."""
-        fields = {spec.name for spec in dataclasses.fields(self)} & changes.keys()
-        others = {name: value for name, value in changes.items() if name not in fields}
-        arrays = changes.get("arrays", self.arrays) | others
-        own: dict[str, Leaf] = {name: changes[name] for name in fields}
-        own["arrays"] = {name: array for name, array in arrays.items() if array is not None}
-        return dataclasses.replace(self, **own)
+        """Returns a copy with other attributes or arrays; None removes an array."""
+        field_names = {field.name for field in dataclasses.fields(self)}
+        fields: dict[str, Leaf] = {n: value for n, value in changes.items() if n in field_names}
+        arrays = {n: value for n, value in changes.items() if n not in field_names}
+        arrays = fields.get("arrays", self.arrays) | arrays
+        fields["arrays"] = {name: array for name, array in arrays.items() if array is not None}
+        return dataclasses.replace(self, **fields)
 
     @property
     def start(self) -> tuple[jax.Array, jax.Array] | None:
@@ -192,7 +193,7 @@ class LoraWeight(TreeNode):
 
     @property
     def is_compact(self) -> bool:
-        """True where A and B follow from W or a seed, and what stands around them trains."""
+        """True where A and B follow from W or a seed, and the arrays around them train."""
         return {"a", "b"} <= set(self.frozen)
 
     @property
@@ -201,8 +202,10 @@ class LoraWeight(TreeNode):
         return tuple(extra.name for extra in self.extras)
 
     def part_names(self) -> tuple[str, ...]:
-        elsewhere = (*self.frozen, *["a"] * (self.a_of is not None))
-        return tuple(name for name in ("a", "b", *self.has) if name not in elsewhere)
+        other_names = set(self.frozen)
+        if self.a_of is not None:
+            other_names.add("a")  # it is a part of the owner
+        return tuple(name for name in ("a", "b", *self.has) if name not in other_names)
 
     def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
         node = super().with_parts(parts)
@@ -225,7 +228,10 @@ class LoraWeight(TreeNode):
 
     def axes_of(self, name: str) -> tuple[Role, ...]:
         """Returns the roles of an array's axes; see `lora_jax.core.parts.AXES`."""
-        return next((e.axes for e in self.extras if e.name == name), None) or AXES[name]
+        for extra in self.extras:
+            if extra.name == name and extra.axes:
+                return extra.axes
+        return AXES[name]
 
     def layout(self, name: str) -> Axes:
         """Returns W's axis for each axis of an array; see `lora_jax.core.parts.layout`."""
@@ -233,7 +239,7 @@ class LoraWeight(TreeNode):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Returns the shape of an array, padding included."""
-        projection = self.arrays.get("projection")
+        projection = self.arrays.get("projection")  # [batch…, u, r, r]
         u = 0 if projection is None else projection.shape[self.n_batch]
         return sizes(self.axes_of(name), self.shape, self.labels, self.rank, u)
 
@@ -242,10 +248,10 @@ class LoraWeight(TreeNode):
 
     def _count(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
-        n = self.axes_of(name).count("rank")
-        used: list[int] = [r**n for r in self.ranks if r]
-        whole: int = len(self.ranks) * self.rank**n
-        return math.prod(self.shape_of(name)) // whole * sum(used)
+        n_rank_axes = self.axes_of(name).count("rank")
+        sizes_of_layers: list[int] = [rank**n_rank_axes for rank in self.ranks if rank]
+        padded_size: int = len(self.ranks) * self.rank**n_rank_axes
+        return math.prod(self.shape_of(name)) // padded_size * sum(sizes_of_layers)
 
     @property
     def n_trainable(self) -> int:
@@ -263,48 +269,57 @@ class LoraWeight(TreeNode):
     is_factored = is_on
 
     def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
-        """Returns the weight as what the products work on; see `lora_jax.core.product`."""
+        """Returns the weight in the form that products take; see `lora_jax.core.product`.
+
+        Args:
+          path: path of the weight, for messages.
+          key: PRNG key of dropout; without one there is no dropout.
+        """
         # In one order, so that the same weight makes the same program in every process.
-        used = [name for name in AXES if name in self.arrays and name not in _NOT_IN_PRODUCTS]
-        parts = {name: self.arrays[name] for name in used}
-        if self.start is not None:
-            (a0, b0), n = self.start, self.n_batch
-            parts["a"] = jnp.concatenate([self.a, a0], axis=n)
-            parts["b"] = jnp.concatenate([self.b, -b0], axis=n)
+        names = [name for name in AXES if name in self.arrays and name not in _NOT_IN_PRODUCTS]
+        parts = {name: self.arrays[name] for name in names}
+        if self.start is not None:  # AB − A₀B₀ = [A A₀][B; −B₀]
+            a0, b0 = self.start
+            rank_axis = self.n_batch
+            parts["a"] = jnp.concatenate([self.a, a0], axis=rank_axis)
+            parts["b"] = jnp.concatenate([self.b, -b0], axis=rank_axis)
         if key is not None:
             parts["key"] = key
         if self.invocation is not None and "active" not in parts:
             parts["active"] = _NO_MASK
-        weight = Factored(self.base, parts, self.labels, self.dropout, path, self.uses)
+        weight = Factored(
+            base=self.base,
+            parts=parts,
+            labels=self.labels,
+            dropout=self.dropout,
+            path=path,
+            uses=self.uses,
+        )
         for extra in self.extras:
-            if extra.apply and (array := self.arrays.get(extra.name)) is not None:
+            array = self.arrays.get(extra.name)
+            if extra.apply and array is not None:
                 weight = extra.apply(weight, self, array)
         return weight
 
     def as_lora(self) -> Self:
-        """Returns a compact weight as plain LoRA: A and B, and nothing beside them.
-
-        A stack's A and B are formed for each of its layers.
-        """
+        """Returns a compact weight as plain LoRA, with an A and a B for each layer of a stack."""
         weight = self.factored().formed()
-        a, scale = weight.a, self.scale
-        if (d := weight.lambda_d) is not None:
-            a = a * jnp.expand_dims(d, range(d.ndim, a.ndim)).astype(a.dtype)
-        arrays = {"a": a, "b": weight.b.astype(a.dtype), "scale": scale}
+        a = weight.a
+        lambda_d = weight.lambda_d
+        if lambda_d is not None:
+            a = a * jnp.expand_dims(lambda_d, range(lambda_d.ndim, a.ndim)).astype(a.dtype)
+        arrays = {"a": a, "b": weight.b.astype(a.dtype), "scale": self.scale}
         return self.replace(arrays=arrays, extras=(), frozen=(), ties=())
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
         """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""
         if all(self.ranks):
             return array
-        on = np.reshape(self.ranks, (-1, *[1] * (array.ndim - 1))) > 0
-        return jnp.where(on, array, otherwise)
+        is_adapted = np.reshape(self.ranks, (-1, *[1] * (array.ndim - 1))) > 0
+        return jnp.where(is_adapted, array, otherwise)
 
     def merged(self) -> jax.Array:
-        """Returns W + s·AB with its gain, summed in fp32 and rounded once to W's dtype.
-
-        A shift is no part of it.
-        """
+        """Returns (W + s·AB)·diag(gain), in fp32 and rounded once to W's dtype; without a shift."""
         return self.factored().merged()
 
     def __repr__(self) -> str:
@@ -322,7 +337,7 @@ class Trained(TreeNode):
 
     @property
     def base(self) -> Leaf:
-        """The value: no copy of the earlier one is kept."""
+        """The value that trains, since no copy of the value before training is kept."""
         return self.value
 
     def merged(self) -> Leaf:
@@ -337,10 +352,10 @@ class TrainedRows(TreeNode):
 
     Attributes:
       base: the leaf itself, [n, …], frozen.
-      value: [rows, …], which replaces those rows; None in the base half.
-      rows: their indices.
-      is_table: whether they are rows of a matrix, which may be looked up or multiplied by, or
-        layers of a stack.
+      value: [rows, …], the rows that train, in place of those of `base`; None in the base half.
+      rows: the indices of these rows.
+      is_table: True for rows of a matrix, which may be looked up or multiplied by; False for layers
+        of a stack.
     """
 
     base: BaseLike
@@ -361,19 +376,20 @@ class TrainedRows(TreeNode):
         return base.at[np.array(self.rows)].set(self.value.astype(base.dtype))
 
     def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
-        """Returns the table as W + AB: each column of A picks one row, B holds their changes.
+        """Returns the table as W + AB: each column of A selects one row, and B has its change.
 
         A look-up then adds a row's change to the row, and a tied head multiplies by the changes
         beside W: neither copies the table, and there is no gradient of it.
         """
-        dtype, rows = wide(self.dtype), jnp.asarray(self.rows)
+        dtype = wide(self.dtype)
+        rows = jnp.asarray(self.rows)
 
-        def picked(array: jax.Array, axes: Axes) -> jax.Array:
+        def take_rows(array: jax.Array, axes: Axes) -> jax.Array:
             return jnp.take(array, rows, axis=axes.index(0))
 
         a = (rows[:, None] == jnp.arange(self.shape[0])).astype(dtype)
-        before = jax.lax.stop_gradient(as_array(along(self.base, picked, [0])))
-        b = self.value.astype(dtype) - before.astype(dtype)
+        base_rows = jax.lax.stop_gradient(as_array(along(self.base, take_rows, [0])))
+        b = self.value.astype(dtype) - base_rows.astype(dtype)
         parts = {"a": a, "b": b, "scale": jnp.ones((), jnp.float32)}
         return Factored(self.base, parts, ("in", "out"), path=path)
 
@@ -393,25 +409,25 @@ def is_node(leaf: Leaf) -> bool:
 
 
 def is_leaf(value: Leaf) -> bool:
-    """Returns True if `value` is one leaf to a walk over an adapted tree: a node, or a base."""
+    """Returns True if `value` is one leaf of an adapted tree: a node, or a base."""
     return isinstance(value, Node) or is_base(value)
 
 
 def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
-    """Returns a tree with ``visit(path, leaf)`` in place of each leaf, nodes whole."""
+    """Returns a tree with ``visit(path, leaf)`` in place of each leaf; a node is one leaf."""
     leaves, treedef = leaves_of(tree)
     return restore_form(tree, treedef.unflatten(visit(path, leaf) for path, leaf in leaves))
 
 
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
-    """Returns the leaves of an adapted tree with their paths, nodes whole, and its treedef."""
+    """Returns the leaves of an adapted tree with their paths, and its treedef; nodes are leaves."""
     return flatten_with_paths(tree, is_leaf=is_leaf)
 
 
 def refuse_bytes() -> None:
-    """Makes ``flax.serialization.to_bytes`` of an adapted tree say what to save instead.
+    """Makes ``flax.serialization.to_bytes`` of an adapted tree raise, with what to save instead.
 
-    Flax's state dictionaries, which its Orbax checkpoints use, keep nodes as they did.
+    Flax's state dictionaries, which its Orbax checkpoints use, still hold nodes.
     """
     flax = sys.modules.get(_FLAX)  # imported by those who use it
     if flax is None:
@@ -422,10 +438,10 @@ def refuse_bytes() -> None:
 
 
 def _refuse_to_bytes(node: Node) -> Node:
-    """Returns a node for a state dictionary.
+    """Returns a node for a state dictionary of Flax.
 
     Raises:
-      TypeError: the dictionary is to be bytes.
+      TypeError: ``flax.serialization.to_bytes`` asks for the dictionary.
     """
     for frame, _ in traceback.walk_stack(sys._getframe(1)):
         if (frame.f_globals.get("__name__"), frame.f_code.co_name) == (_FLAX, "to_bytes"):

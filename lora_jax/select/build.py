@@ -1,7 +1,10 @@
-"""Makes the node of one leaf by its rule: draws its factors, adds its variants' arrays."""
+"""Makes the node of one leaf by its rule: draws its factors, adds the arrays of its variants.
+
+The **start** of a variant makes A and B of its weights, in place of an initialiser that draws them.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,139 +25,187 @@ from lora_jax.variants.variant import KernelFacts, MakeFactors, Variant
 Starts = Mapping[Variant, MakeFactors]
 
 
-def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Decision], key: jax.Array) -> Starts:
-    """Returns the functions that make A and B of a tree's weights, for variants that draw none.
+def starts_of(
+    leaves: Mapping[str, Leaf], decisions: Mapping[str, Decision], key: jax.Array
+) -> Starts:
+    """Returns the functions that make A and B, by variant, for variants that do not draw them.
 
     Args:
       leaves: the arrays of the tree, by path.
-      chosen: the decision for some of them, by path.
+      decisions: the decision for each selected leaf, by path.
       key: a PRNG key.
 
     Raises:
       ValueError: the weights do not fit their variant.
     """
     kernels: dict[Variant, list[KernelFacts]] = {}
-    for path, choice in chosen.items():
-        if isinstance(choice, Adaptation) and (variant := _starting(choice)):
-            kernels.setdefault(variant, []).append(_kernel(leaves[path], path, choice))
-    return {v: v.start(each, key) for v, each in kernels.items() if v.start}
+    for path, decision in decisions.items():
+        variant = _starting_variant(decision)
+        if isinstance(decision, Adaptation) and variant is not None:
+            kernels.setdefault(variant, []).append(_kernel_facts(leaves[path], path, decision))
+    return {
+        variant: variant.start(facts, key) for variant, facts in kernels.items() if variant.start
+    }
 
 
-def _starting(choice: Adaptation) -> Variant | None:
-    """Returns the variant that gives a weight its A and B, if there is one."""
-    return next((variant for variant in choice.rule.variants if variant.start), None)
+def _starting_variant(decision: Decision) -> Variant | None:
+    """Returns the variant that gives a weight its A and B; None if they are drawn."""
+    if isinstance(decision, FullTraining):
+        return None
+    return next((variant for variant in decision.rule.variants if variant.start), None)
 
 
-def _kernel(leaf: Leaf, path: str, choice: Adaptation) -> KernelFacts:
-    dtype = np.dtype(choice.rule.dtype)
-    variant = _starting(choice)
-    settings = choice.rule.settings_of(variant) if variant else {}
-    return KernelFacts(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype, settings)
+def _kernel_facts(leaf: Leaf, path: str, adaptation: Adaptation) -> KernelFacts:
+    variant = _starting_variant(adaptation)
+    return KernelFacts(
+        path=path,
+        shape=tuple(leaf.shape),
+        roles=adaptation.roles,
+        ranks=adaptation.ranks,
+        dtype=np.dtype(adaptation.rule.dtype),
+        settings=adaptation.rule.settings_of(variant) if variant else {},
+    )
 
 
-def node_of(leaf: Leaf, path: str, choice: Decision, key: jax.Array, starts: Starts) -> Node:
+def node_of(leaf: Leaf, path: str, decision: Decision, key: jax.Array, starts: Starts) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
       leaf: an array, or a `lora_jax.core.base.Base`.
       path: path of the leaf; each of its draws depends on it.
-      choice: the decision of `lora_jax.select.resolve.resolve` for the leaf.
+      decision: the decision of `lora_jax.select.resolve.resolve` for the leaf.
       key: a PRNG key.
       starts: see `starts_of`.
     """
-    make: Callable[..., Node] = _trained if isinstance(choice, FullTraining) else _adapted
+
+    def make(leaf: Leaf, key: jax.Array) -> Node:
+        if isinstance(decision, FullTraining):
+            return _trained_node(leaf, decision)
+        return _adapted_node(leaf, path, decision, key, starts)
+
     if is_abstract(leaf):
-        key = jax.random.key(0)
-        node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, starts), leaf)
+        node: Node = jax.eval_shape(lambda leaf: make(leaf, jax.random.key(0)), leaf)
         return node if isinstance(node, Trained) else node.replace(base=leaf)
-    return make(leaf, path, choice, key, starts)
+    return make(leaf, key)
 
 
-def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: object) -> Node:
-    """Returns the node with a copy of what trains, so that donating it spares the leaf."""
+def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
+    """Returns the node with a copy of what trains, so that donating the copy spares the leaf."""
     array = as_array(leaf)
-    if choice.rows is None:
+    if training.rows is None:
         return Trained(jnp.array(array, copy=True))
-    value = jnp.take(array, np.asarray(choice.rows), axis=0).astype(wide(leaf.dtype))
-    return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
+    value = jnp.take(array, np.asarray(training.rows), axis=0).astype(wide(leaf.dtype))
+    return TrainedRows(base=leaf, value=value, rows=training.rows, is_table=training.is_table)
 
 
-def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: Starts) -> Node:
-    rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
+def _adapted_node(
+    leaf: Leaf, path: str, adaptation: Adaptation, key: jax.Array, starts: Starts
+) -> Node:
+    """Returns the node with its factors and the parts of its rule; see `node_of`."""
+    rule = adaptation.rule
     if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
         raise ValueError(
             f"{path!r} is looked up by token, and an activated LoRA is for weights that multiply "
             "activations: exclude it in the rule with the invocation"
         )
-    a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
-    n_batch = len(scale_shape)
-    scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
-    scale = jax.device_put(np.broadcast_to(scales, scale_shape))  # asarray would compile
-    arrays: dict[str, Leaf] = {"scale": scale}
-    if variant := _starting(choice):
-        arrays |= starts[variant](leaf, _kernel(leaf, path, choice))
+    scale = _scale(leaf, adaptation)
+    variant = _starting_variant(adaptation)
+    if variant is not None:
+        arrays = {"scale": scale, **starts[variant](leaf, _kernel_facts(leaf, path, adaptation))}
     else:
-        a, b = _draw(leaf, path, choice, scale, key)
-        a, b = jnp.moveaxis(a, -1, n_batch).reshape(a_shape), b.reshape(b_shape)
-        arrays |= {"a": a, "b": b}
-    if takes_from_base(rule.init):
-        # Copies, so that a donated factor leaves the one that training started from.
-        copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
-        arrays |= {"start_a": a, "start_b": b, **copies}
+        a, b = _stored_factors(leaf, path, adaptation, scale, key)
+        arrays = {"scale": scale, "a": a, "b": b}
+        if takes_from_base(rule.init):
+            # Copies, so that a donated factor spares the factor that training starts from.
+            copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
+            arrays |= {"start_a": a, "start_b": b, **copies}
     node = LoraWeight(
-        leaf, arrays, choice.roles, choice.ranks, rule.dropout, rule.parts, rule.frozen, rule.uses
+        base=leaf,
+        arrays=arrays,
+        roles=adaptation.roles,
+        ranks=adaptation.ranks,
+        dropout=rule.dropout,
+        extras=rule.parts,
+        frozen=rule.frozen,
+        uses=rule.uses,
+        invocation=None if rule.invocation is None else tuple(rule.invocation),
     )
-    node = node.replace(invocation=rule.invocation)
-    key = fold_in_path(key, path)
+    weight_key = fold_in_path(key, path)
 
-    def first(extra: Part) -> jax.Array:
-        given = (fold_in_path(key, extra.name),) if extra.is_drawn else ()
-        return extra.init(node, *given).astype(rule.dtype)
+    def init_part(part: Part) -> jax.Array:
+        if part.is_drawn:
+            return part.init(node, fold_in_path(weight_key, part.name)).astype(rule.dtype)
+        return part.init(node).astype(rule.dtype)
 
-    return node.replace(**{extra.name: first(extra) for extra in rule.parts})
+    return node.replace(**{part.name: init_part(part) for part in rule.parts})
 
 
-def _draw(leaf: Leaf, path: str, choice: Adaptation, scale: jax.Array, key: jax.Array) -> Factors:
+def _scale(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
+    """Returns s, [batch…] fp32."""
+    shape = adaptation.roles.sizes(leaf.shape, "batch")
+    scales = np.asarray(adaptation.scales, np.float32)  # one for each layer, or one for all
+    scales = scales.reshape(-1, *[1] * (len(shape) - 1)) if shape else scales[0]
+    return jax.device_put(np.broadcast_to(scales, shape))  # asarray would compile
+
+
+def _stored_factors(
+    leaf: Leaf, path: str, adaptation: Adaptation, scale: jax.Array, key: jax.Array
+) -> Factors:
+    """Draws A and B, and lays them out as they are stored; see `lora_jax.core.parts.AXES`."""
+    a, b = _draw_factors(leaf, path, adaptation, scale, key)
+    a_shape, b_shape, _ = factor_shapes(leaf.shape, adaptation.roles, max(adaptation.ranks))
+    a = jnp.moveaxis(a, -1, scale.ndim)  # [batch…, r, in]
+    return a.reshape(a_shape), b.reshape(b_shape)
+
+
+def _draw_factors(
+    leaf: Leaf, path: str, adaptation: Adaptation, scale: jax.Array, key: jax.Array
+) -> Factors:
     """Returns A [batch…, in, r] and B [batch…, r, out].
 
-    Where ranks differ, the factors are drawn layer by layer and filled up with zeros, which
-    training leaves as they are.
+    Where ranks differ, the factors are drawn layer by layer and padded with zeros, which training
+    leaves at zero.
     """
-    roles, rule, ranks = choice.roles, choice.rule, choice.ranks
+    roles = adaptation.roles
+    rule = adaptation.rule
+    ranks = adaptation.ranks
     batch = roles.sizes(leaf.shape, "batch")
-    fan_in, fan_out = (math.prod(roles.sizes(leaf.shape, label)) for label in ("in", "out"))
-    key, dtype, kernel = fold_in_path(key, path), np.dtype(rule.dtype), None
-    if takes_from_base(rule.init):
-        kernel = matrices_of(leaf, roles)
+    fan_in = math.prod(roles.sizes(leaf.shape, "in"))
+    fan_out = math.prod(roles.sizes(leaf.shape, "out"))
+    dtype = np.dtype(rule.dtype)
+    weight_key = fold_in_path(key, path)
+    kernel = matrices_of(leaf, roles) if takes_from_base(rule.init) else None
 
-    def drawn(key: jax.Array, rank: int, *layer: int) -> Factors:
-        size = FactorShape(batch[len(layer) :], fan_in, fan_out, rank)
-        more = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
-        a, b = rule.init(key, size, dtype, **more)
-        if a.shape != size.a or b.shape != size.b:
+    def initialise(key: jax.Array, rank: int, *layer: int) -> Factors:
+        """Returns the factors that the rule's initialiser draws for a stack, or for one layer."""
+        shape = FactorShape(batch=batch[len(layer) :], fan_in=fan_in, fan_out=fan_out, rank=rank)
+        base = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
+        a, b = rule.init(key, shape, dtype, **base)
+        if a.shape != shape.a or b.shape != shape.b:
             raise ValueError(
                 f"the initialiser {rule.init!r} returned A of shape {a.shape} and B of shape "
-                f"{b.shape}; expected {size.a} and {size.b}"
+                f"{b.shape}; expected {shape.a} and {shape.b}"
             )
         return a.astype(dtype), b.astype(dtype)
 
-    def initialise(rank: int, *layer: int) -> Factors:
-        own = jax.random.fold_in(key, *layer) if layer else key
+    def draw(rank: int, *layer: int) -> Factors:
+        """Returns the factors of all uses, side by side, for a stack or for one layer."""
+        layer_key = jax.random.fold_in(weight_key, *layer) if layer else weight_key
         if rule.uses != "each":
-            return drawn(own, rank, *layer)
-        halves = [drawn(jax.random.fold_in(own, n), rank // 2, *layer) for n in (0, 1)]
-        a, b = zip(*halves, strict=True)
-        return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
+            return initialise(layer_key, rank, *layer)
+        lookup_key, product_key = (jax.random.fold_in(layer_key, n) for n in (0, 1))
+        lookup_a, lookup_b = initialise(lookup_key, rank // 2, *layer)
+        product_a, product_b = initialise(product_key, rank // 2, *layer)
+        a = jnp.concatenate([lookup_a, product_a], axis=-1)
+        b = jnp.concatenate([lookup_b, product_b], axis=-2)
+        return a, b
 
     if len(set(ranks)) == 1:
-        return initialise(ranks[0])
-    none = FactorShape(batch[1:], fan_in, fan_out, 0)
-    empty = jnp.zeros(none.a, dtype), jnp.zeros(none.b, dtype)
-    layers = [initialise(rank, i) if rank else empty for i, rank in enumerate(ranks)]
-    a, b = (
-        jnp.stack([filled(factor, axis, max(ranks)) for factor in factors])
-        for factors, axis in zip(
-            zip(*layers, strict=True), (len(batch), len(batch) - 1), strict=True
-        )
-    )
-    return a, b
+        return draw(ranks[0])
+    empty_shape = FactorShape(batch=batch[1:], fan_in=fan_in, fan_out=fan_out, rank=0)
+    empty = (jnp.zeros(empty_shape.a, dtype), jnp.zeros(empty_shape.b, dtype))
+    layers = [draw(rank, i) if rank else empty for i, rank in enumerate(ranks)]
+    largest_rank = max(ranks)
+    a_of_layers = [filled(a, len(batch), largest_rank) for a, _ in layers]
+    b_of_layers = [filled(b, len(batch) - 1, largest_rank) for _, b in layers]
+    return jnp.stack(a_of_layers), jnp.stack(b_of_layers)

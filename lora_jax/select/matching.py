@@ -1,4 +1,8 @@
-"""Finds the leaves that a rule selects, or the reason why it selects none."""
+"""Finds the leaves that a rule selects, or the reason why it selects none.
+
+A rule **names** the leaves whose paths its targets match, and **selects** those of them that it can
+adapt or train and that its `exclude` does not match. A **side leaf** is a bias or a part of a norm.
+"""
 
 import dataclasses
 import re
@@ -11,9 +15,9 @@ from lora_jax.core.paths import has_run, leaf_name, nearest
 from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
 
-# Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
-# and the heads that turn the last hidden state into the model's output. In masked language models
-# the output layer lies in a module that holds other layers, too.
+# Modules that "all-linear" does not select without kinds: embeddings (also by the name of the leaf)
+# and the heads that compute the model's output from the last hidden state. In masked language
+# models the output layer lies in a module that holds other layers, too.
 _NOT_LINEAR = re.compile(
     r"(?!(.*/)?lm_head/dense/\w+$)(.*/)?(cls/predictions/decoder/\w+|(embed\w*|\w*embeddings?|wte|"
     r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
@@ -29,14 +33,14 @@ NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 
 @dataclasses.dataclass(frozen=True)
 class LeafFacts:
-    """Facts about the leaves, by path.
+    """Facts about the leaves of a tree, by path.
 
     Attributes:
-      roles: what a function was seen to do with a leaf, or why that tells no axis roles. None: axis
-        roles follow from the names of leaves.
+      roles: the roles that a traced function shows for a leaf, or the reason why it shows none.
+        None: axis roles follow from the names of leaves.
       kinds: the part of the model that a leaf belongs to; presets select by it. None: "all-linear"
         goes by names, and no other preset can be used.
-      shared: the path of the object that stands at a path, too; see `lora_jax.core.aliases`.
+      shared: the path of the object that an alias stands for; see `lora_jax.core.aliases`.
     """
 
     roles: Mapping[str, ObservedRoles | str] | None = None
@@ -44,28 +48,36 @@ class LeafFacts:
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
-    """Returns True if a rule names a leaf that it can adapt (a LoraRule) or train."""
+def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -> bool:
+    """Returns True if a rule selects a leaf: it names a leaf that it can adapt or train."""
     leaf = tree[path]
-    if matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
+    if matches(rule.exclude, path) or not _is_named(rule, path, leaf, facts):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, known)
+    return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, facts)
 
 
-def _is_named(rule: Rule, path: str, leaf: Leaf, known: LeafFacts) -> bool:
-    if isinstance(rule.targets, str) and rule.targets not in PRESETS:
-        return matches(rule.targets, path)
-    names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
+def _is_named(rule: Rule, path: str, leaf: Leaf, facts: LeafFacts) -> bool:
+    """Returns True if the targets of a rule match a leaf: a pattern, a preset or a name."""
+    targets = rule.targets
+    if isinstance(targets, str):
+        if targets in PRESETS:
+            return _is_in_presets([targets], rule, path, leaf, facts)
+        return matches(targets, path)
+    return _is_in_presets(targets, rule, path, leaf, facts) or matches(targets, path)
+
+
+def _is_in_presets(
+    names: Sequence[str], rule: Rule, path: str, leaf: Leaf, facts: LeafFacts
+) -> bool:
+    """Returns True if one of the names is a preset that a leaf belongs to."""
     presets = [name for name in names if name in PRESETS]
-    if known.kinds is not None:
-        if any(known.kinds.get(path) in PRESETS[preset] for preset in presets):
-            return True
-    elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not is_table_or_head(path):
-        if _is_linear(path, leaf, known):
-            return True
-    return names is rule.targets and matches(names, path)
+    if facts.kinds is not None:
+        return any(facts.kinds.get(path) in PRESETS[preset] for preset in presets)
+    if ALL_LINEAR not in presets or not isinstance(rule, LoraRule):
+        return False
+    return not is_table_or_head(path) and _is_linear(path, leaf, facts)
 
 
 def is_table_or_head(path: str) -> bool:
@@ -73,12 +85,12 @@ def is_table_or_head(path: str) -> bool:
     return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
 
 
-def _is_linear(path: str, leaf: Leaf, known: LeafFacts) -> bool:
-    """Returns True if a leaf is known as a kernel: by what was seen of it, or else by its name."""
-    if known.roles is None:
+def _is_linear(path: str, leaf: Leaf, facts: LeafFacts) -> bool:
+    """Returns True if a leaf is known as a kernel: by a traced function, or else by its name."""
+    if facts.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
-    seen = known.roles.get(path)
-    return isinstance(seen, ObservedRoles) and not seen.not_kernel_reason
+    observed = facts.roles.get(path)
+    return isinstance(observed, ObservedRoles) and not observed.not_kernel_reason
 
 
 def matches(targets: Targets, path: str) -> bool:
@@ -92,147 +104,184 @@ def _is_matrix(leaf: Leaf) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
+def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -> bool:
     """Returns True if the name of a leaf says that it is a bias or a part of a norm.
 
-    The name does not count where the leaf was seen to be a kernel. Nor does it where the rule gives
-    axis roles and either names the leaf, or nothing about it looks like a bias: no axis is a batch
-    axis, none has size one, and no leaf of its module has more axes.
+    The name does not count if a traced function shows that the leaf is a kernel. It does not count
+    either if the rule gives axis roles, and names the leaf, or the leaf does not look like a bias:
+    it has no batch axis and no axis of size one, and no leaf of its module has more axes.
     """
-    parent, name = path.removesuffix(leaf_name(path)), leaf_name(path)
+    name = leaf_name(path)
+    leaf = tree[path]
     if name not in _SIDE_LEAVES:
         return False
-    leaf = tree[path]
-    if known.roles is not None and _is_linear(path, leaf, known):
+    is_traced_kernel = facts.roles is not None and _is_linear(path, leaf, facts)
+    if is_traced_kernel:
         return False
     if rule.in_axes is None or rule.out_axes is None:
         return True
-    if not isinstance(rule.targets, str) and name in map(leaf_name, rule.targets):
+    rule_names_leaf = not isinstance(rule.targets, str) and name in map(leaf_name, rule.targets)
+    if rule_names_leaf:
         return False
-    beside = [len(t.shape) for p, t in tree.items() if p.removesuffix(leaf_name(p)) == parent]
-    is_whole = len(rule.in_axes) + len(rule.out_axes) == len(leaf.shape) and 1 not in leaf.shape
-    return name not in BIASES or not is_whole or max(beside) > len(leaf.shape)
+    if name not in BIASES:
+        return True
+    ndim = len(leaf.shape)
+    has_batch_axis = len(rule.in_axes) + len(rule.out_axes) != ndim
+    module = _module_of(path)
+    ndims_in_module = [len(t.shape) for p, t in tree.items() if _module_of(p) == module]
+    return has_batch_axis or 1 in leaf.shape or max(ndims_in_module) > ndim
 
 
-def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: LeafFacts) -> None:
-    """Raises a ValueError for a name in a rule's list that selects nothing beside others that do.
+def _module_of(path: str) -> str:
+    """Returns the path of the module that a leaf stands in, with a slash at its end."""
+    return path.removesuffix(leaf_name(path))
 
-    Names count whose leaves an earlier rule takes, or the rule's own exclude or layers leave out.
+
+def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], facts: LeafFacts) -> None:
+    """Raises a ValueError for a name in a rule's list that selects nothing.
+
+    A name selects a leaf also where an earlier rule selects the leaf first, and where the exclude
+    or the layers of the rule do not allow the leaf.
     """
     for rule in rules:
         if isinstance(rule.targets, (str, AnyOf)):
             continue
-        everywhere: JsonObject = {"exclude": (), "layers": None}
+        no_limits: JsonObject = {"exclude": (), "layers": None}
         for name in rule.targets:
-            alone = dataclasses.replace(rule, targets=(name,), **everywhere)
-            if not any(selects(alone, path, tree, known) for path in tree):
-                why = no_match_reason(alone, tree, (), known)
-                raise ValueError(f"{rule}: the target {name!r} selects nothing: {why}")
+            rule_of_name = dataclasses.replace(rule, targets=(name,), **no_limits)
+            if not any(selects(rule_of_name, path, tree, facts) for path in tree):
+                reason = no_match_reason(rule_of_name, tree, (), facts)
+                raise ValueError(f"{rule}: the target {name!r} selects nothing: {reason}")
 
 
 def no_match_reason(
-    rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], known: LeafFacts
+    rule: Rule, tree: Mapping[str, Leaf], selected_paths: Container[str], facts: LeafFacts
 ) -> str:
     """Returns the reason why a rule selects nothing.
 
     Args:
       rule: the rule.
       tree: the leaves by path.
-      taken: paths of the leaves that other rules select; none where the rule is the first.
-      known: see `resolve`.
+      selected_paths: paths of the leaves that other rules select; none for the first rule.
+      facts: see `resolve`.
     """
-    named = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, known)}
-    if gone := [path for path in named if path in taken]:
-        return f"an earlier rule takes {gone[0]!r} (the first rule wins)"
-    if excluded := [path for path in named if matches(rule.exclude, path)]:
-        return f"its exclude takes out {excluded[0]!r}"
+    named = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, facts)}
+    if named:
+        return _no_selection_reason(rule, named, tree, selected_paths, facts)
+    if not tree:
+        return "the tree has no leaves"
+    shared_reason = _shared_reason(rule, tree, facts)
+    if shared_reason:
+        return shared_reason
+    names = [rule.targets] if isinstance(rule.targets, str) else [*rule.targets]
+    names_in_pattern = _names_in(rule.targets, tree) if isinstance(rule.targets, str) else []
+    if names_in_pattern:
+        return (
+            "a string is a pattern for whole paths (of re.fullmatch). A list holds names: write "
+            f"targets={names_in_pattern}"
+        )
+    if ALL_LINEAR in names and isinstance(rule, LoraRule) and facts.kinds is None:
+        matrices = {path: leaf for path, leaf in tree.items() if _is_matrix(leaf)}
+        return _not_linear_reason(matrices, facts)
+    suggestions = dict.fromkeys(path for name in names for path in nearest(name, tree))
+    return "\n  ".join(["the nearest paths are:", *suggestions])
+
+
+def _no_selection_reason(
+    rule: Rule,
+    named: Mapping[str, Leaf],
+    tree: Mapping[str, Leaf],
+    selected_paths: Container[str],
+    facts: LeafFacts,
+) -> str:
+    """Returns the reason why a rule selects none of the leaves that it names.
+
+    Args:
+      rule: the rule.
+      named: the leaves that the rule names, by path: at least one.
+      tree, selected_paths, facts: see `no_match_reason`.
+    """
+    for path in named:
+        if path in selected_paths:
+            return f"an earlier rule takes {path!r} (the first rule wins)"
+    for path in named:
+        if matches(rule.exclude, path):
+            return f"its exclude takes out {path!r}"
     if isinstance(rule, LoraRule):
         matrices = [path for path, leaf in named.items() if _is_matrix(leaf)]
-        side = [path for path in matrices if _is_side_leaf(rule, path, tree, known)]
-        if rule.layers is not None and (kernels := [path for path in matrices if path not in side]):
+        side_leaves = [path for path in matrices if _is_side_leaf(rule, path, tree, facts)]
+        kernels = [path for path in matrices if path not in side_leaves]
+        if rule.layers is not None and kernels:
             return f"{kernels[0]!r} has none of the layers {rule.layers}"
-        if side:
-            return _side_leaf_reason(side[0], known)
+        if side_leaves:
+            return _side_leaf_reason(side_leaves[0], facts)
     for path, leaf in named.items():
         if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
             return (
                 f"{path!r} holds whole numbers ({leaf.dtype}), which do not train: give floats and "
                 'have lora_jax.quantized.quantize(params, "int8") make codes that lorafy adapts'
             )
-    if named:
-        path, leaf = next(iter(named.items()))
-        return (
-            f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, which is no "
-            "kernel; a TrainRule trains such a leaf in full"
-        )
-    if not tree:
-        return "the tree has no leaves"
-    if shared := _shared_reason(rule, tree, known):
-        return shared
-    if isinstance(rule.targets, str) and (names := _names_in(rule.targets, tree)):
-        return (
-            "a string is a pattern for whole paths (of re.fullmatch). A list holds names: write "
-            f"targets={names}"
-        )
-    names = [rule.targets] if isinstance(rule.targets, str) else [*rule.targets]
-    if ALL_LINEAR in names and isinstance(rule, LoraRule) and known.kinds is None:
-        return _not_linear_reason({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
-    near = dict.fromkeys(path for name in names for path in nearest(name, tree))
-    return "\n  ".join(["the nearest paths are:", *near])
+    path, leaf = next(iter(named.items()))
+    return (
+        f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, which is no "
+        "kernel; a TrainRule trains such a leaf in full"
+    )
 
 
 def _names_in(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
-    """Returns the names of modules that a string holds, if it holds nothing else."""
+    """Returns the names of modules that a string lists; none if it contains anything else."""
     names = [name for name in re.split(r"[\s,|()]+", pattern) if name]
-    return names if all(any(has_run(path, name) for path in tree) for name in names) else []
+    are_modules = all(any(has_run(path, name) for path in tree) for name in names)
+    return names if are_modules else []
 
 
-def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], known: LeafFacts) -> str:
-    """Returns the reason why a rule for a later place of a shared object selects nothing, or ""."""
-    for place, first in known.shared.items():
+def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> str:
+    """Returns the reason why a rule that names an alias of an object selects nothing, or ""."""
+    for alias_path, object_path in facts.shared.items():
         for path in tree:
-            rest = path.removeprefix(first)
-            is_inside = path == first or path.startswith(f"{first}/")
-            if is_inside and matches(rule.targets, f"{place}{rest}"):
-                return f"what stands at {place!r} is {first!r} itself: name that path"
+            is_in_object = path == object_path or path.startswith(f"{object_path}/")
+            path_through_alias = f"{alias_path}{path.removeprefix(object_path)}"
+            if is_in_object and matches(rule.targets, path_through_alias):
+                return f"what stands at {alias_path!r} is {object_path!r} itself: name that path"
     return ""
 
 
-def _side_leaf_reason(path: str, known: LeafFacts) -> str:
-    """Returns the reason why a rule leaves a leaf alone that is named as a bias, and a remedy."""
-    look = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
-    if known.roles is not None:
-        look = f"since trace shows none: {_not_kernel_reason(path, known.roles)}"
+def _side_leaf_reason(path: str, facts: LeafFacts) -> str:
+    """Returns the reason why a rule does not select a leaf named as a bias, and a remedy."""
+    advice = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
+    if facts.roles is not None:
+        advice = f"since trace shows none: {_not_kernel_reason(path, facts.roles)}"
     return (
         f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
         "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
-        f"names it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
+        f"names it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {advice}"
     )
 
 
 def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> str:
-    """Returns the reason why a leaf was not seen to be used as a kernel; "" where it was."""
-    seen = roles.get(path, NO_ARGUMENT)
-    return seen if isinstance(seen, str) else seen.not_kernel_reason
+    """Returns the reason why a traced function does not show a leaf as a kernel, or ""."""
+    observed = roles.get(path, NO_ARGUMENT)
+    return observed if isinstance(observed, str) else observed.not_kernel_reason
 
 
-def _not_linear_reason(matrices: Mapping[str, Leaf], known: LeafFacts) -> str:
-    """Returns the reason why "all-linear" takes no leaf with two axes or more, and a remedy."""
+def _not_linear_reason(matrices: Mapping[str, Leaf], facts: LeafFacts) -> str:
+    """Returns the reason why "all-linear" selects no leaf of two axes or more, and a remedy."""
     if not matrices:
         return "no leaf is an array of floats with two axes or more"
-    some = list(matrices)[:5]
-    if known.roles is not None:
-        reasons = []
-        for path in some:
-            reason = _not_kernel_reason(path, known.roles)
-            reasons.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
-        return "\n  ".join(["trace shows no kernel:", *reasons])
-    if kernels := [p for p, leaf in matrices.items() if _is_linear(p, leaf, known)]:
-        what = "all kernels are embeddings or heads, by their names. Name those to adapt:"
-        return "\n  ".join([what, *kernels[:5]])
-    what = (
+    examples = list(matrices)[:5]
+    if facts.roles is not None:
+        lines = []
+        for path in examples:
+            reason = _not_kernel_reason(path, facts.roles)
+            lines.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
+        return "\n  ".join(["trace shows no kernel:", *lines])
+    kernels = [path for path, leaf in matrices.items() if _is_linear(path, leaf, facts)]
+    if kernels:
+        problem = "all kernels are embeddings or heads, by their names. Name those to adapt:"
+        return "\n  ".join([problem, *kernels[:5]])
+    problem = (
         "it goes by names, and no leaf is called kernel or w. Let lorafy look at what your "
         "function does with each: lorafy(params, rules, trace=(fn, params, x)). Or name the "
         "kernels, and say their axes with in_axes=… and out_axes=…; arrays of two axes or more are:"
     )
-    return "\n  ".join([what, *map(repr, some)])
+    return "\n  ".join([problem, *map(repr, examples)])

@@ -1,4 +1,7 @@
-"""Resolves rules: finds the leaves of a tree that they select, and decides on each."""
+"""Resolves rules: finds the leaves of a tree that they select, and makes a decision for each.
+
+A **decision** is an `Adaptation` of a kernel, or the `FullTraining` of a leaf.
+"""
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -24,7 +27,7 @@ class FullTraining:
 
     Attributes:
       rows: indices of the rows; None: all.
-      is_table: whether these are rows of a table, or layers of a stack.
+      is_table: True for rows of a table, False for layers of a stack.
     """
 
     rows: tuple[int, ...] | None = None
@@ -37,8 +40,8 @@ class Adaptation:
 
     Attributes:
       roles: axis roles of the weight.
-      rules: one for each layer of batch axis 0, None where the layer isn't adapted; a single one
-        where all layers have the same, or there is no stack.
+      rules: a rule for each layer of batch axis 0, None where the layer isn't adapted; a single
+        rule where all layers have the same rule, or there is no stack.
     """
 
     roles: AxisRoles
@@ -46,7 +49,7 @@ class Adaptation:
 
     @property
     def rule(self) -> LoraRule:
-        """The settings that all layers share (of `rules`, the first)."""
+        """The first of `rules`, for the settings that all layers share."""
         return next(rule for rule in self.rules if rule is not None)
 
     @property
@@ -67,14 +70,14 @@ def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Returns the rules of a list or another iterable.
 
     Raises:
-      TypeError: `rules` is no iterable of rules; says what to write.
-      ValueError: there are none.
+      TypeError: `rules` is no iterable of rules; the message says what to write.
+      ValueError: there are no rules.
     """
     if isinstance(rules, Rule):
         raise TypeError(f"rules is a list: write [{rules!r}]")
     if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
-        wrong = f"{rules!r}{_peft_hint(rules)}"
-        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {wrong}")
+        text = f"{rules!r}{_peft_hint(rules)}"
+        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {text}")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
@@ -87,14 +90,14 @@ def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
 def resolve(
     leaves: Leaves,
     rules: Iterable[Rule],
-    known: LeafFacts = LeafFacts(),  # noqa: B008
+    facts: LeafFacts = LeafFacts(),  # noqa: B008
 ) -> dict[str, Decision]:
     """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
     Args:
       leaves: leaves of the tree, with their paths.
       rules: the rules, in the order in which they apply; see `listed`.
-      known: facts about the leaves beyond their names.
+      facts: facts about the leaves beyond their names.
 
     Raises:
       ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
@@ -103,43 +106,45 @@ def resolve(
     """
     rules = listed(rules)
     for rule in rules:
-        if known.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
+        if facts.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
             raise ValueError(
                 f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
                 "kinds=lora_jax.models.kinds(model.config)), or kinds={path: kind} of your own"
             )
-    used: set[int] = set()
-    resolved: dict[str, Decision] = {}
+    effective_rules: set[int] = set()  # indices of rules that take part in a decision
+    decisions: dict[str, Decision] = {}
     tree = dict(leaves)
     for path, leaf in leaves:
-        matching = {i: rule for i, rule in enumerate(rules) if selects(rule, path, tree, known)}
-        if not matching:
+        selecting = {i: rule for i, rule in enumerate(rules) if selects(rule, path, tree, facts)}
+        if not selecting:
             continue
-        index, first = next(iter(matching.items()))
-        choice: Decision | None
-        if isinstance(first, TrainRule):
-            choice, taking_part = _train(first, path, leaf), {index}
+        first_index = min(selecting)
+        first_rule = selecting[first_index]
+        decision: Decision | None
+        if isinstance(first_rule, TrainRule):
+            decision = _train(first_rule, path, leaf)
+            decision_rules = {first_index}
         else:
-            lora = {i: rule for i, rule in matching.items() if isinstance(rule, LoraRule)}
-            choice, taking_part = _adapt(lora, path, leaf, known)
-        if choice is not None:
-            resolved[path] = choice
-            used |= taking_part
-    resolved |= _biases(tree, resolved)
+            lora_rules = {i: rule for i, rule in selecting.items() if isinstance(rule, LoraRule)}
+            decision, decision_rules = _adapt(lora_rules, path, leaf, facts)
+        if decision is not None:
+            decisions[path] = decision
+            effective_rules |= decision_rules
+    decisions |= _biases(tree, decisions)
     for index, rule in enumerate(rules):
-        if index not in used:
-            why = no_match_reason(rule, tree, resolved if index else {}, known)
-            raise ValueError(f"{rule} selects nothing: {why}")
-    return resolved
+        if index not in effective_rules:
+            reason = no_match_reason(rule, tree, decisions if index else {}, facts)
+            raise ValueError(f"{rule} selects nothing: {reason}")
+    return decisions
 
 
 def _peft_hint(rules: object) -> str:
-    """Returns the remedy for a configuration of PEFT that is given for rules."""
+    """Returns the remedy for a configuration of PEFT in place of a rule; "" for other values."""
     return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 
 
 def _train(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
-    """Returns the decision for a leaf that a rule selects; None if it is in none of its layers."""
+    """Returns the decision for a leaf that a rule selects; None if its layers exclude the leaf."""
     is_table = rule.rows is not None
     indices = rule.rows if is_table else rule.layers
     if indices is None:
@@ -148,99 +153,131 @@ def _train(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
         raise ValueError(
             f"{rule}: {path!r} has the shape {tuple(leaf.shape)}; rows are those of a table [n, d]"
         )
-    if not is_table and (number := numbered_layer(path, stacked=False)) is not None:
-        return FullTraining() if number in indices else None
-    n = leaf.shape[0] if leaf.shape else 0
-    _check_indices(rule, "row" if is_table else "layer", indices, path, n)
+    layer = None if is_table else numbered_layer(path, stacked=False)
+    if layer is not None:
+        return FullTraining() if layer in indices else None
+    size = leaf.shape[0] if leaf.shape else 0
+    _check_indices(rule, "row" if is_table else "layer", indices, path, size)
     return FullTraining(tuple(indices), is_table)
 
 
-def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: int) -> None:
-    if wrong := [index for index in indices if index >= n]:
-        raise ValueError(
-            f"{rule} asks for {what} {wrong[0]} of {path!r}, which has {n}, counted from 0"
-        )
+def _check_indices(rule: Rule, unit: str, indices: Sequence[int], path: str, size: int) -> None:
+    """Raises a ValueError for an index beyond the first axis of a leaf.
+
+    Args:
+      rule: the rule with the indices.
+      unit: "row" or "layer", for the message.
+      indices: the indices of rows or layers.
+      path: path of the leaf.
+      size: the size of the leaf's first axis.
+    """
+    for index in indices:
+        if index >= size:
+            raise ValueError(
+                f"{rule} asks for {unit} {index} of {path!r}, which has {size}, counted from 0"
+            )
 
 
-def _biases(paths: Container[str], resolved: Mapping[str, Decision]) -> dict[str, Decision]:
+def _biases(paths: Container[str], decisions: Mapping[str, Decision]) -> dict[str, Decision]:
     """Returns the decision for each bias that stands beside a kernel whose rule trains it."""
-    decisions: dict[str, Decision] = {}
-    for path, choice in resolved.items():
-        if isinstance(choice, Adaptation) and choice.rule.train_bias:
-            bias = bias_path(path, paths)
-            if bias is not None and bias not in resolved:
-                on = tuple(layer for layer, rank in enumerate(choice.ranks) if rank)
-                decisions[bias] = FullTraining(None if len(on) == len(choice.ranks) else on)
-    return decisions
+    bias_decisions: dict[str, Decision] = {}
+    for path, decision in decisions.items():
+        if not isinstance(decision, Adaptation) or not decision.rule.train_bias:
+            continue
+        bias = bias_path(path, paths)
+        if bias is None or bias in decisions:
+            continue
+        layers = tuple(layer for layer, rank in enumerate(decision.ranks) if rank)
+        has_all_layers = len(layers) == len(decision.ranks)
+        bias_decisions[bias] = FullTraining(None if has_all_layers else layers)
+    return bias_decisions
 
 
 def bias_path(path: str, paths: Container[str]) -> str | None:
-    """Returns the path of the bias that stands beside a kernel, if there is one."""
-    parent = path.removesuffix(leaf_name(path))
-    return next((parent + name for name in BIASES if parent + name in paths), None)
+    """Returns the path of the bias that stands beside a kernel; None if there is no bias."""
+    module = path.removesuffix(leaf_name(path))
+    return next((module + name for name in BIASES if module + name in paths), None)
 
 
 def _adapt(
-    rules: Mapping[int, LoraRule], path: str, leaf: Leaf, known: LeafFacts
+    rules: Mapping[int, LoraRule], path: str, leaf: Leaf, facts: LeafFacts
 ) -> tuple[Adaptation | None, set[int]]:
     """Returns the decision for a kernel and the indices of the rules that take part in it.
 
     Args:
       rules: rules that select the kernel, by their index.
       path, leaf: the kernel.
-      known: see `resolve`.
+      facts: see `resolve`.
     """
-    roles = _roles(next(iter(rules.values())), path, len(leaf.shape), known)
+    roles = _roles(next(iter(rules.values())), path, len(leaf.shape), facts)
     batch = roles.sizes(leaf.shape, "batch")
-    number = numbered_layer(path, stacked=bool(batch))
-    stacked = number is None and bool(batch)
-
-    def first(layer: int) -> int | None:
-        on = (i for i, rule in rules.items() if rule.layers is None or layer in rule.layers)
-        return next(on, None)
-
-    chosen = [first(layer) for layer in (range(batch[0]) if stacked else [number or 0])]
-    used = {index for index in chosen if index is not None}
-    if not used:
-        return None, used
-    if stacked:
+    layer_of_path = numbered_layer(path, stacked=bool(batch))
+    is_stack = layer_of_path is None and bool(batch)
+    layers = range(batch[0]) if is_stack else [layer_of_path or 0]
+    rule_of_layer = [_first_rule(rules, layer) for layer in layers]
+    indices = {index for index in rule_of_layer if index is not None}
+    if not indices:
+        return None, indices
+    if is_stack:
         for rule in rules.values():
             _check_indices(rule, "layer", rule.layers or (), path, batch[0])
-    shared = [
-        dataclasses.replace(rules[i], **_MAY_DIFFER, dtype=jnp.dtype(rules[i].dtype)) for i in used
-    ]
-    if len(set(shared)) > 1:
+    settings = {
+        dataclasses.replace(rules[i], **_LAYER_FIELDS, dtype=jnp.dtype(rules[i].dtype))
+        for i in indices
+    }
+    if len(settings) > 1:
         raise ValueError(
             f"the layers of the stack {path!r} get rules that differ in more than rank and alpha; "
             "make all other fields of these rules the same"
         )
-    layers = chosen[:1] if len(set(chosen)) == 1 else chosen
-    if len(layers) > 1 and shared[0].uses == "each":
+    if len(set(rule_of_layer)) == 1:
+        rule_of_layer = rule_of_layer[:1]
+    elif any(rules[i].uses == "each" for i in indices):
         raise ValueError(f"uses='each' is for all layers alike, and those of {path!r} differ")
-    return Adaptation(roles, tuple(None if i is None else rules[i] for i in layers)), used
+    adaptation = Adaptation(roles, tuple(None if i is None else rules[i] for i in rule_of_layer))
+    return adaptation, indices
 
 
-# Fields that may differ between the layers of one stack, with values that replace theirs.
-_MAY_DIFFER: JsonObject = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
+def _first_rule(rules: Mapping[int, LoraRule], layer: int) -> int | None:
+    """Returns the index of the first rule for a layer; None if no rule adapts the layer."""
+    for index, rule in rules.items():
+        if rule.layers is None or layer in rule.layers:
+            return index
+    return None
 
 
-def _roles(rule: LoraRule, path: str, ndim: int, known: LeafFacts) -> AxisRoles:
+# Fields that may differ between the layers of one stack. With these values, rules that differ in no
+# other field are equal.
+_LAYER_FIELDS: JsonObject = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
+
+
+def _roles(rule: LoraRule, path: str, ndim: int, facts: LeafFacts) -> AxisRoles:
+    """Returns the axis roles of a kernel: by its rule, by a traced function, or by its name.
+
+    Raises:
+      ValueError: the rule's axes do not fit the kernel, or the roles are unknown.
+    """
     if rule.in_axes is not None and rule.out_axes is not None:
         try:
             return AxisRoles.from_axes(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
     roles = default_roles(leaf_name(path), ndim)
-    if known.roles is not None:
-        seen = known.roles.get(path, NO_ARGUMENT)
-        if isinstance(seen, ObservedRoles):
-            return seen.roles
-        if roles is None or seen == NO_ARGUMENT:
+    if facts.roles is not None:
+        observed = facts.roles.get(path, NO_ARGUMENT)
+        if isinstance(observed, ObservedRoles):
+            return observed.roles
+        if roles is None or observed == NO_ARGUMENT:
             raise ValueError(
-                f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. {_REMEDY}"
+                f"{rule} selects {path!r}, and trace tells no axis roles for it: {observed}. "
+                f"{_REMEDY}"
             )
-        guessed = f"trace tells no axis roles for {path!r}: {seen}. It gets those of its name"
-        warn(f"{guessed}, {roles}. {_REMEDY}", RoleWarning, place_of_call())
+        warn(
+            f"trace tells no axis roles for {path!r}: {observed}. It gets those of its name, "
+            f"{roles}. {_REMEDY}",
+            RoleWarning,
+            place_of_call(),
+        )
     if roles is None:
         raise ValueError(
             f"{rule} selects {path!r}, whose name tells nothing about its {ndim} axes (kernel, w "

@@ -1,4 +1,8 @@
-"""Weights that share a trained array, one A or one vector, and how a tree holds it once."""
+"""Weights that share a trained array, one A or one vector, and how a tree holds it once.
+
+The **owner** of a shared A is the weight in whose part A trains; the other weights of its group
+take A from the owner (`LoraWeight.a_of`).
+"""
 
 from collections.abc import Mapping
 
@@ -9,60 +13,63 @@ from lora_jax.select.resolve import Adaptation, Decision
 from lora_jax.select.ties import tied_nodes, with_ties
 
 
-def owners(chosen: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
+def owners(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
     """Returns `LoraWeight.a_of` of each weight that shares another's A, by path.
 
     Weights share an A where one rule with `share_a` selects them, and the modules that they are
-    the kernels of stand side by side. What is returned begins at the owner's module, so that it
-    holds wherever in a larger tree, or in a part of the tree, the two stand; see `owner_of`.
+    the kernels of stand side by side. The value is the end of the owner's path from its module on,
+    so that it also holds in a larger tree, and in a part of the tree; see `owner_of`.
 
     Args:
-      chosen: the decision for each selected leaf, by path.
+      decisions: the decision for each selected leaf, by path.
       leaves: the arrays of the tree, by path.
 
     Raises:
       ValueError: the A's have different shapes, or a rule with `share_a` shares none.
     """
     groups: dict[tuple[LoraRule, object], list[str]] = {}
-    for path, choice in chosen.items():
-        if isinstance(choice, Adaptation) and choice.rule.share_a:
-            groups.setdefault((choice.rule, _place(path)), []).append(path)
+    for path, decision in decisions.items():
+        if isinstance(decision, Adaptation) and decision.rule.share_a:
+            groups.setdefault((decision.rule, _parent_of_module(path)), []).append(path)
     _check_effect(groups)
-    shared: dict[str, str] = {}
-    for owner, *others in groups.values():
-        for path in others:
-            shapes = [_shape_of_a(leaves[each], chosen[each]) for each in (owner, path)]
-            if shapes[0] != shapes[1]:
+    a_of: dict[str, str] = {}
+    for owner, *sharing in groups.values():
+        owner_shape = _shape_of_a(leaves[owner], decisions[owner])
+        for path in sharing:
+            shape = _shape_of_a(leaves[path], decisions[path])
+            if shape != owner_shape:
                 raise ValueError(
                     f"share_a=True: {owner!r} and {path!r} stand side by side, and their A's "
-                    f"differ in shape or ranks ({shapes[0]} and {shapes[1]}): give each a rule of "
+                    f"differ in shape or ranks ({owner_shape} and {shape}): give each a rule of "
                     "its own"
                 )
-            shared[path] = "/".join(owner.split("/")[-2:])
-    return shared
+            a_of[path] = "/".join(owner.split("/")[-2:])
+    return a_of
 
 
-def _place(path: str) -> object:
-    """Returns the common part of the paths of kernels whose modules stand side by side."""
+def _parent_of_module(path: str) -> object:
+    """Returns a key that is equal for kernels whose modules stand side by side."""
     segments = path.split("/")
-    return (len(segments) > 1, *segments[:-2])  # a leaf without a module stands beside its like
+    has_module = len(segments) > 1  # leaves without a module stand side by side themselves
+    return (has_module, *segments[:-2])
 
 
 def _check_effect(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
-    """Raises a ValueError for a rule with `share_a` no two of whose kernels share one."""
-    effective = {rule for (rule, _), paths in groups.items() if len(paths) > 1}
+    """Raises a ValueError for a rule with `share_a` that shares no A."""
+    effective_rules = {rule for (rule, _), paths in groups.items() if len(paths) > 1}
     for (rule, _), paths in groups.items():
-        if rule not in effective:
+        if rule not in effective_rules:
             raise ValueError(
                 f"{rule}: share_a=True has no effect, since no two kernels of this rule stand side "
                 f"by side ({paths[0]!r} stands alone): name both in targets, or leave out share_a"
             )
 
 
-def _shape_of_a(leaf: Leaf, choice: Decision) -> tuple[object, ...]:
-    assert isinstance(choice, Adaptation)
-    sizes = (choice.roles.sizes(leaf.shape, role) for role in ("batch", "in"))
-    return (*sizes, choice.ranks)
+def _shape_of_a(leaf: Leaf, decision: Decision) -> tuple[object, ...]:
+    """Returns the batch sizes and the in sizes of A, and the rank of each layer."""
+    assert isinstance(decision, Adaptation)
+    roles = decision.roles
+    return roles.sizes(leaf.shape, "batch"), roles.sizes(leaf.shape, "in"), decision.ranks
 
 
 def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
@@ -88,7 +95,7 @@ def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
 
 
 def check_owners(nodes: Mapping[str, Leaf]) -> None:
-    """Raises a ValueError where a weight shares the A of one that is not among the nodes."""
+    """Raises a ValueError for a weight that shares the A of a weight that the nodes lack."""
     for path in nodes:
         owner_of(path, nodes)
 
@@ -100,7 +107,7 @@ def sharers(nodes: Mapping[str, Leaf]) -> list[str]:
 
 
 def with_shared(tree: Tree) -> Tree:
-    """Returns a tree in which each weight that shares another's A or vector has it.
+    """Returns a tree in which each weight that shares an A or a vector holds the trained array.
 
     Raises:
       ValueError: the tree lacks a weight whose A another one shares.
@@ -111,8 +118,8 @@ def with_shared(tree: Tree) -> Tree:
     if all(node.a_of is None for node in nodes.values()):
         return tree
 
-    def shared(path: str, leaf: Leaf) -> Leaf:
+    def take_a(path: str, leaf: Leaf) -> Leaf:
         owner = owner_of(path, nodes) if path in nodes else None
         return leaf if owner is None else leaf.replace(a=nodes[owner].a)
 
-    return map_leaves(shared, tree)
+    return map_leaves(take_a, tree)

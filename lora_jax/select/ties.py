@@ -1,11 +1,14 @@
 """Tied vectors: the members of a tree that train one vector together.
 
-A tie is a number for each member of a stack (`lora_jax.core.weight.LoraWeight.ties`): members of
-one number hold one vector. The first of them in the order of the tree's leaves trains, and the
-others take its values wherever a tree is put together, so that each node can be used by itself.
+A **member** is one matrix of a stack, or a kernel that is no stack. A **tie** is the number of the
+vector that a member trains (`lora_jax.core.weight.LoraWeight.ties`), or −1 for a member without
+one. Members with one tie hold one vector. The first of them in the order of the tree's leaves
+trains, and the others take its values wherever a tree is put together, so that each node can be
+used by itself.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +19,14 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
 from lora_jax.select.resolve import Adaptation, Decision
 
-NAME = "v"  # of the part that is tied
+NAME = "v"  # the name of the part that is tied
 
 
 def group_of(index: int, n: int, tying: float) -> int:
     """Returns the number of the vector of one of n modules.
 
     Args:
-      index: place of the module in their order.
+      index: index of the module in the order of the modules.
       n: the number of modules.
       tying: 0 for a vector each, 1 for one for all.
 
@@ -34,94 +37,125 @@ def group_of(index: int, n: int, tying: float) -> int:
 
 
 def ties_of(
-    chosen: Mapping[str, Decision], leaves: Mapping[str, Leaf], order: Sequence[str] = ()
+    decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf], order: Sequence[str] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Returns `LoraWeight.ties` of each weight that trains a vector with others, by path.
 
-    All weights of rules with the same u and `weight_tying` are counted together, layer by layer.
+    All weights of rules with the same u and `weight_tying` are one pool, in which vectors are tied
+    layer by layer.
 
     Args:
-      chosen: the decision for each selected leaf, by path.
+      decisions: the decision for each selected leaf, by path.
       leaves: the arrays of the tree, by path.
-      order: paths in the order of the forward pass; by default that of the tree's leaves.
+      order: paths in the order of the forward pass; by default the order of the tree's leaves.
     """
     pools: dict[tuple[int, float], list[str]] = {}
-    for path, choice in chosen.items():
-        if isinstance(choice, Adaptation) and choice.rule.tinylora and choice.rule.weight_tying:
-            pools.setdefault((choice.rule.u, choice.rule.weight_tying), []).append(path)
-    places = {path: place for place, path in enumerate(order)}
-    ties, first = dict[str, tuple[int, ...]](), 0
+    for path, decision in decisions.items():
+        if not isinstance(decision, Adaptation):
+            continue
+        rule = decision.rule
+        if rule.tinylora and rule.weight_tying:
+            pools.setdefault((rule.u, rule.weight_tying), []).append(path)
+    index_of_path = {path: index for index, path in enumerate(order)}
+    ties = dict[str, list[int]]()
+    n_numbers = 0  # numbers up to here belong to earlier pools
     for (_, tying), paths in pools.items():
-        paths.sort(key=lambda path: places.get(path, len(places)))
-        sizes = {path: _members(leaves[path], chosen[path]) for path in paths}
-        modules = _layer_by_layer(paths, sizes)
-        made = {path: [-1] * len(on) for path, on in sizes.items()}
+        paths.sort(key=lambda path: index_of_path.get(path, len(index_of_path)))
+        is_adapted = {path: _adapted_members(leaves[path], decisions[path]) for path in paths}
+        ties |= {path: [-1] * len(is_adapted[path]) for path in paths}
+        modules = _members_by_layer(paths, is_adapted)
         for index, (path, member) in enumerate(modules):
-            made[path][member] = first + group_of(index, len(modules), tying)
-        ties |= {path: tuple(numbers) for path, numbers in made.items()}
-        first += len(modules)
-    return ties
+            ties[path][member] = n_numbers + group_of(index, len(modules), tying)
+        n_numbers += len(modules)
+    return {path: tuple(ties_of_path) for path, ties_of_path in ties.items()}
 
 
-def _members(leaf: Leaf, choice: Decision) -> list[bool]:
-    """Returns for each member of a stack, or for a kernel alone, whether it is adapted."""
-    assert isinstance(choice, Adaptation)
-    batch = choice.roles.sizes(leaf.shape, "batch")
-    ranks = np.asarray(choice.ranks).reshape(-1, *[1] * (len(batch) - 1))
-    on: list[bool] = np.broadcast_to(ranks > 0, batch or (1,)).ravel().tolist()
-    return on
+def _adapted_members(leaf: Leaf, decision: Decision) -> list[bool]:
+    """Returns True for each member of a weight that is adapted."""
+    assert isinstance(decision, Adaptation)
+    batch = decision.roles.sizes(leaf.shape, "batch")
+    ranks = np.asarray(decision.ranks).reshape(-1, *[1] * (len(batch) - 1))
+    is_adapted: list[bool] = np.broadcast_to(ranks > 0, batch or (1,)).ravel().tolist()
+    return is_adapted
 
 
-def _layer_by_layer(
-    paths: Sequence[str], sizes: Mapping[str, Sequence[bool]]
+class _OrderedMember(NamedTuple):
+    """A member with its keys of order: the run of weights, its layer, and its weight's index.
+
+    A run is consecutive weights with equal numbers of members. A weight without layers is a run.
+    """
+
+    run: int
+    layer: int
+    weight_index: int
+    path: str
+    member: int
+
+
+def _members_by_layer(
+    paths: Sequence[str], is_adapted: Mapping[str, Sequence[bool]]
 ) -> list[tuple[str, int]]:
-    """Returns the adapted members of weights; those of one layer follow each other."""
-    keyed: list[tuple[int, int, int, str, int]] = []
-    run, before = 0, None
-    for place, path in enumerate(paths):
-        numbered = None if len(sizes[path]) > 1 else numbered_layer(path, stacked=False)
-        kind = None if numbered is None and len(sizes[path]) == 1 else len(sizes[path])
-        run += kind is None or kind != before
-        before = kind
-        for member, is_on in enumerate(sizes[path]):
-            layer = member if numbered is None else numbered
-            keyed += [(run, layer, place, path, member)] * is_on
-    return [(path, member) for *_, path, member in sorted(keyed)]
+    """Returns the path and the index of each adapted member; members of a layer are consecutive."""
+    members: list[_OrderedMember] = []
+    run = 0
+    run_members: int | None = None  # members of each weight of the run
+    for weight_index, path in enumerate(paths):
+        n_members = len(is_adapted[path])
+        layer_of_path = numbered_layer(path, stacked=False) if n_members == 1 else None
+        has_layers = n_members > 1 or layer_of_path is not None
+        if not has_layers or n_members != run_members:
+            run += 1
+        run_members = n_members if has_layers else None
+        for member in np.flatnonzero(is_adapted[path]).tolist():
+            layer = member if layer_of_path is None else layer_of_path
+            ordered = _OrderedMember(
+                run=run, layer=layer, weight_index=weight_index, path=path, member=member
+            )
+            members.append(ordered)
+    return [(ordered.path, ordered.member) for ordered in sorted(members)]
 
 
 def with_ties(tree: Tree) -> Tree:
-    """Returns a tree in which members that share a vector hold that of the first of them."""
+    """Returns a tree in which tied members hold the vector of the first of them."""
     nodes = tied_nodes({p: x for p, x in leaves_of(tree)[0] if isinstance(x, LoraWeight)})
     vectors: dict[str, Leaf] = {path: node.arrays.get(NAME) for path, node in nodes.items()}
-    if not nodes or not all(isinstance(v, jax.Array | np.ndarray) for v in vectors.values()):
-        return tree  # plain, half of a tree, or abstract
-    changed = dict[str, jax.Array]()
-    for u in {v.shape[-1] for v in vectors.values()}:
-        alike = {path: v for path, v in vectors.items() if v.shape[-1] == u}
-        ties = [nodes[path].ties for path in alike]
+    are_arrays = all(isinstance(vector, jax.Array | np.ndarray) for vector in vectors.values())
+    if not nodes or not are_arrays:  # a plain, a half or an abstract tree
+        return tree
+    tied = dict[str, jax.Array]()
+    for u in {vector.shape[-1] for vector in vectors.values()}:
+        paths = [path for path, vector in vectors.items() if vector.shape[-1] == u]
+        ties = [nodes[path].ties for path in paths]
         # [adapters, members, u]: a tree may hold several adapters, stacked.
-        vectors_of = zip(alike.values(), ties, strict=True)
-        rows = jnp.concatenate([v.reshape(-1, len(n), u) for v, n in vectors_of], axis=1)
-        for (path, v), numbers in zip(alike.items(), _rows_of_firsts(ties), strict=True):
-            changed[path] = rows[:, np.asarray(numbers)].reshape(v.shape).astype(v.dtype)
-
-    def visit(path: str, leaf: Leaf) -> Leaf:
-        return leaf.replace(**{NAME: changed[path]}) if path in changed else leaf
-
-    return map_leaves(visit, tree)
-
-
-def _rows_of_firsts(ties: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Returns for each member the row of the first member of its number; its own without one."""
-    firsts, row = dict[int, int](), 0
-    picked = []
-    for numbers in ties:
-        rows = range(row, row + len(numbers))
-        picked.append(
-            [at if n < 0 else firsts.setdefault(n, at) for n, at in zip(numbers, rows, strict=True)]
+        rows = jnp.concatenate(
+            [vectors[path].reshape(-1, len(nodes[path].ties), u) for path in paths], axis=1
         )
-        row += len(numbers)
-    return picked
+        for path, indices in zip(paths, _first_rows(ties), strict=True):
+            vector = vectors[path]
+            tied[path] = rows[:, np.asarray(indices)].reshape(vector.shape).astype(vector.dtype)
+
+    def replace_vector(path: str, leaf: Leaf) -> Leaf:
+        return leaf.replace(**{NAME: tied[path]}) if path in tied else leaf
+
+    return map_leaves(replace_vector, tree)
+
+
+def _first_rows(ties: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns for each member the row of the first member with its tie, or its own row.
+
+    Args:
+      ties: ties of the members of each weight; rows are counted over all weights.
+    """
+    row_of_tie: dict[int, int] = {}
+    rows_of_weights = []
+    row = 0
+    for weight_ties in ties:
+        rows = []
+        for tie in weight_ties:
+            rows.append(row if tie < 0 else row_of_tie.setdefault(tie, row))
+            row += 1
+        rows_of_weights.append(rows)
+    return rows_of_weights
 
 
 def tied_nodes(nodes: Mapping[str, Leaf]) -> dict[str, LoraWeight]:
@@ -130,11 +164,12 @@ def tied_nodes(nodes: Mapping[str, Leaf]) -> dict[str, LoraWeight]:
 
 
 def n_shared(nodes: Mapping[str, Leaf]) -> int:
-    """Returns the number of elements of vectors that are copies of others, which train."""
-    counts: dict[int, int] = {}
-    n = 0
+    """Returns the number of elements of tied vectors that are copies of a vector that trains."""
+    u_of_tie: dict[int, int] = {}
+    n_elements = 0
     for node in tied_nodes(nodes).values():
         u = node.shape_of(NAME)[-1]
-        n += u * sum(number >= 0 for number in node.ties)
-        counts |= {number: u for number in node.ties if number >= 0}
-    return n - sum(counts.values())
+        ties = [tie for tie in node.ties if tie >= 0]
+        n_elements += u * len(ties)
+        u_of_tie |= dict.fromkeys(ties, u)
+    return n_elements - sum(u_of_tie.values())

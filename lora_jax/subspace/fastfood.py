@@ -1,4 +1,4 @@
-"""Fastfood (Le et al., arXiv 1408.3060): a random projection that is drawn anew at each use.
+"""Fastfood (Le et al., arXiv 1408.3060): a random projection that is drawn again at each use.
 
 P = HGΠHB takes d numbers to D. With n the power of two from D on:
 
@@ -23,15 +23,15 @@ import numpy as np
 
 # Another value of these makes other projections of the same seed: saved subspaces would be lost.
 _ROUNDS = 4
-_PIECE = 2**18
-_PIECES = 4  # at once, for the cores of a CPU
+_CHUNK = 2**18  # normal numbers that are drawn at once
+_CHUNKS_AT_ONCE = 4  # for the cores of a CPU
 MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
-_CACHED = 2**15  # entries that a CPU core's cache holds
+_CACHED_ENTRIES = 2**15  # entries that a CPU core's cache holds
 # H of size n = 2^k is the Kronecker product of k matrices [[1, 1], [1, −1]], so of k/5 matrices of
 # size 32. Multiplying by those costs more additions than a butterfly of k passes and fewer passes
 # over memory: at n = 2²³ on two cores it takes 92 ms, the butterfly 139 ms
 # (tests/benchmarks/subspace.py).
-_MOST_BITS = 5  # of a small matrix: 32 x 32
+_MAX_BITS = 5  # of the size of a small matrix: 32 x 32
 
 
 class FastfoodDraws(NamedTuple):
@@ -56,10 +56,12 @@ def draw(key: jax.Array, d: int, size: int) -> FastfoodDraws:
       d, size: at least 1.
     """
     n = _power_of_two(size)
-    blocks, block = -(-d // n), min(n, _power_of_two(d))
-    key_b, key_p, key_g = jax.random.split(key, 3)
-    signs = jax.random.rademacher(key_b, (blocks, block), jnp.int8)
-    return FastfoodDraws(signs, _permutation(key_p, blocks, n), _normals(key_g, blocks, n))
+    n_blocks = -(-d // n)
+    block_size = min(n, _power_of_two(d))
+    sign_key, permutation_key, normal_key = jax.random.split(key, 3)
+    signs = jax.random.rademacher(sign_key, (n_blocks, block_size), jnp.int8)
+    permutation = _permutation(permutation_key, n_blocks, n)
+    return FastfoodDraws(signs, permutation, _normals(normal_key, n_blocks, n))
 
 
 def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
@@ -78,12 +80,13 @@ def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
 
 def projected(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
     """Returns Px for a projection's random parts; see `project`."""
-    (d,), dtype = theta.shape, theta.dtype
+    dtype = theta.dtype
     signs, permutation, normals = draws
-    blocks, p = signs.shape
+    n_blocks, block_size = signs.shape
     normals = normals.astype(dtype)
     norms = jnp.sqrt(size * jnp.sum(normals**2, axis=-1, keepdims=True))  # [K, 1]
-    x = jnp.pad(theta, (0, blocks * p - d)).reshape(blocks, p) * signs.astype(dtype) / norms
+    x = jnp.pad(theta, (0, signs.size - theta.size)).reshape(n_blocks, block_size)
+    x = x * signs.astype(dtype) / norms
     # All entries from p on are zero, so Hx repeats the transform of the first p.
     x = jax.lax.platform_dependent(
         hadamard_transform(x), permutation, cpu=_permuted_on_cpu, default=_permuted
@@ -92,58 +95,66 @@ def projected(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
 
 
 def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Returns the permutation of vectors that repeat the given ones, [K, n].
+    """Repeats vectors up to the length n, and permutes them: [K, n].
 
     Args:
       x: [K, p].
       permutation: permutation of 0 … n−1, [K, n].
     """
-    (blocks, p), n = x.shape, permutation.shape[-1]
-    x = jnp.broadcast_to(x[:, None], (blocks, n // p, p)).reshape(-1)
-    places = permutation.astype(jnp.int32) + jnp.arange(blocks, dtype=jnp.int32)[:, None] * n
-    return x.at[places].get(unique_indices=True, mode="promise_in_bounds")
+    n_blocks, block_size = x.shape
+    n = permutation.shape[-1]
+    x = jnp.broadcast_to(x[:, None], (n_blocks, n // block_size, block_size)).reshape(-1)
+    block_starts = jnp.arange(n_blocks, dtype=jnp.int32)[:, None] * n
+    indices = permutation.astype(jnp.int32) + block_starts
+    return x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _permuted_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Like `_permuted`, reading few enough repetitions to fit in a core's cache.
+    """Returns the result of `_permuted`, from as few copies of x as fit in a core's cache.
 
-    A CPU reads them faster than [K, n] at random (tests/benchmarks/subspace.py). Backwards, entries
-    are added up where they were read; several repetitions keep those sums short.
+    A CPU reads the copies faster than [K, n] at random (tests/benchmarks/subspace.py). The backward
+    pass adds up the entries that were read from one place; several copies keep those sums short.
     """
-    (blocks, p), n = x.shape, permutation.shape[-1]
-    copies = max(1, min(n, _CACHED) // p)
-    x = jnp.broadcast_to(x[:, None], (blocks, copies, p)).reshape(-1)
-    places = (permutation & jnp.uint32(p - 1)).astype(jnp.int32).reshape(blocks, copies, -1)
-    first = jnp.arange(blocks * copies, dtype=jnp.int32).reshape(blocks, copies, 1) * p
-    return x.at[places + first].get(mode="promise_in_bounds").reshape(blocks, n)
+    n_blocks, block_size = x.shape
+    n = permutation.shape[-1]
+    n_copies = max(1, min(n, _CACHED_ENTRIES) // block_size)
+    x = jnp.broadcast_to(x[:, None], (n_blocks, n_copies, block_size)).reshape(-1)
+    indices = (permutation & jnp.uint32(block_size - 1)).astype(jnp.int32)
+    indices = indices.reshape(n_blocks, n_copies, -1)
+    copy_starts = jnp.arange(n_blocks * n_copies, dtype=jnp.int32)
+    copy_starts = copy_starts.reshape(n_blocks, n_copies, 1) * block_size
+    return x.at[indices + copy_starts].get(mode="promise_in_bounds").reshape(n_blocks, n)
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+def _power_of_two(size: int) -> int:
+    """Returns the smallest power of two that is at least a size."""
+    return 1 << (size - 1).bit_length()
 
 
-def _normals(key: jax.Array, blocks: int, n: int) -> jax.Array:
-    """Returns G, [blocks, n], drawn a piece at a time: the generator needs three times the room."""
-    if n <= _PIECE:
-        return jax.random.normal(key, (blocks, n), jnp.float32)
-    piece = _PIECE
-    pieces: jax.Array = jax.lax.map(
-        lambda key: jax.random.normal(key, (blocks, piece), jnp.float32),
-        jax.random.split(key, n // piece),
-        batch_size=_PIECES,
+def _normals(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
+    """Returns G, [n_blocks, n], drawn in chunks: the generator needs three times the memory."""
+    if n <= _CHUNK:
+        return jax.random.normal(key, (n_blocks, n), jnp.float32)
+    chunks: jax.Array = jax.lax.map(
+        lambda key: jax.random.normal(key, (n_blocks, _CHUNK), jnp.float32),
+        jax.random.split(key, n // _CHUNK),
+        batch_size=_CHUNKS_AT_ONCE,
     )
-    return pieces.swapaxes(0, 1).reshape(blocks, n)
+    return chunks.swapaxes(0, 1).reshape(n_blocks, n)
 
 
-def _permutation(key: jax.Array, blocks: int, n: int) -> jax.Array:
-    """Returns a permutation of 0 … n−1 for each block: [blocks, n] uint32."""
-    constants = jax.random.bits(key, (_ROUNDS, 2, blocks, 1), jnp.uint32)
-    mask, shift = jnp.uint32(n - 1), jnp.uint32(max(1, (n.bit_length() - 1) // 2))
-    i = jnp.arange(n, dtype=jnp.uint32)[None]
-    for added, factor in constants:
-        i = ((i ^ added) * (factor | 1)) & mask  # each step is a bijection of k-bit integers
-        i = i ^ (i >> shift)
-    return i
+def _permutation(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
+    """Returns a permutation of 0 … n−1 for each block: [n_blocks, n] uint32."""
+    constants = jax.random.bits(key, (_ROUNDS, 2, n_blocks, 1), jnp.uint32)
+    n_bits = n.bit_length() - 1
+    mask = jnp.uint32(n - 1)
+    shift = jnp.uint32(max(1, n_bits // 2))
+    index = jnp.arange(n, dtype=jnp.uint32)[None]
+    for xor_constant, factor in constants:
+        # Each step is a bijection of integers of `n_bits` bits.
+        index = ((index ^ xor_constant) * (factor | 1)) & mask
+        index = index ^ (index >> shift)
+    return index
 
 
 def hadamard_transform(x: jax.Array) -> jax.Array:
@@ -168,17 +179,19 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
     bits = n.bit_length() - 1
     if n != 2**bits:
         raise ValueError(f"hadamard_transform needs a power of two, and the last axis has {n}")
-    rounds = -(-bits // _MOST_BITS)
-    for i in range(rounds):
-        size = 2 ** (bits // rounds + (i < bits % rounds))
+    n_factors = -(-bits // _MAX_BITS)  # of the Kronecker product
+    for i in range(n_factors):
+        has_extra_bit = i < bits % n_factors
+        size = 2 ** (bits // n_factors + has_extra_bit)
         rows = x.reshape(*batch, n // size, size)
-        done = jnp.matmul(rows, _small(size, x.dtype), precision=jax.lax.Precision.HIGHEST)
-        # The axis that was done goes first: at the end, all are back.
-        x = done.mT.reshape(*batch, n)
+        matrix = _hadamard_matrix(size, x.dtype)
+        product = jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST)
+        # The transformed axis goes first, so that after all factors the axes are in order again.
+        x = product.mT.reshape(*batch, n)
     return x
 
 
-def _small(size: int, dtype: jnp.dtype) -> jax.Array:
+def _hadamard_matrix(size: int, dtype: jnp.dtype) -> jax.Array:
     """Returns the Hadamard matrix [size, size]."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:

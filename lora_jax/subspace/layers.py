@@ -1,12 +1,12 @@
-"""Tensors of a tree, their layers, and the names that their projections are drawn by.
+"""Tensors of a tree, their layers, and the logical paths that their projections are drawn from.
 
-A scanned stack holds layer i on its first axis; unrolled, the same tensor has a path with i in it.
-Both have one logical path, ``model/layers/3/mlp/kernel``: of a stack ``model/layers``, the layer's
-number is put behind its name; unrolled, ``layers_3`` is read as ``layers/3``.
+A scanned **stack** holds layer i on the first axis of its leaves. In an unrolled tree, the same
+tensor has a leaf of its own, with i in its path. The **logical path** of a tensor is the same in
+both: ``model/layers/3/mlp/kernel``. For a stack ``model/layers``, the number of the layer is put
+after the stack's name. In an unrolled tree, ``layers_3`` is read as ``layers/3``.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from lora_jax.core.paths import has_run
 from lora_jax.core.types import Leaf
 
-# The modules that hold scanned layers in `lora_jax.models`, and by custom elsewhere.
+# The names of modules that hold scanned layers in `lora_jax.models`, and by custom in other code.
 STACKS = ("layers", "encoder/layer", "transformer/h")
 
 
@@ -26,8 +26,8 @@ class Tensor:
       path: path of the leaf.
       shape: shape of the leaf.
       names: the logical path of each tensor, from which its projection is drawn.
-      layers: for each tensor, the number of its layer, whose λ it has.
-      is_stack: whether the leaf's first axis is that of the layers.
+      layers: the number of each tensor's layer, whose λ scales the tensor's change.
+      is_stack: whether the leaf's first axis is the axis of the layers.
     """
 
     path: str
@@ -60,40 +60,42 @@ def tensors_of(
       ValueError: the leaves of a stack differ in their numbers of layers, or two leaves have one
         logical path.
     """
-    named = {path: _names(path, leaf, stacks) for path, leaf in leaves.items()}
-    _check_stacks(named, stacks)
-    every = [name for names in named.values() for name in names]
-    if len(set(every)) < len(every):
-        twice = next(name for name in every if every.count(name) > 1)
-        both = [path for path, names in named.items() if twice in names]
+    names_of_leaf = {path: _logical_paths(path, leaf, stacks) for path, leaf in leaves.items()}
+    _check_stacks(names_of_leaf, stacks)
+    all_names = [name for names in names_of_leaf.values() for name in names]
+    if len(set(all_names)) < len(all_names):
+        repeated = next(name for name in all_names if all_names.count(name) > 1)
+        paths = [path for path, names in names_of_leaf.items() if repeated in names]
         raise ValueError(
-            f"the leaves {both} have one logical path, {twice!r}, so one projection: rename one"
+            f"the leaves {paths} have one logical path, {repeated!r}, so one projection: rename one"
         )
-    layer_of = _layers(every)
-    numbers = {layer: i for i, layer in enumerate(sorted(set(layer_of.values()), key=_natural))}
+    layer_of_name = _layers(all_names)
+    layers = tuple(sorted(set(layer_of_name.values()), key=_natural_order))
+    index_of_layer = {layer: i for i, layer in enumerate(layers)}
     tensors = tuple(
         Tensor(
-            path,
-            tuple(leaves[path].shape),
-            names,
-            tuple(numbers[layer_of[name]] for name in names),
-            _stack_of(path, stacks) is not None,
+            path=path,
+            shape=tuple(leaves[path].shape),
+            names=names,
+            layers=tuple(index_of_layer[layer_of_name[name]] for name in names),
+            is_stack=_stack_of(path, stacks) is not None,
         )
-        for path, names in named.items()
+        for path, names in names_of_leaf.items()
     )
-    return tensors, tuple(numbers)
+    return tensors, layers
 
 
 def _stack_of(path: str, stacks: Sequence[str]) -> str | None:
-    """Returns the path of the stack that a leaf lies in; None if it lies in none.
+    """Returns the path of the stack that contains a leaf; None if no stack contains it.
 
-    ``layers/3/kernel`` is a leaf of an unrolled layer, and ``layers`` alone no module.
+    ``layers/3/kernel`` is a leaf of an unrolled layer, and a leaf ``layers`` is no module.
     """
     segments = path.split("/")
-    for end in range(1, len(segments)):
-        head = "/".join(segments[:end])
-        if any(_ends_with(head, name) for name in stacks):
-            return None if segments[end].isdecimal() else head
+    for n_segments in range(1, len(segments)):
+        module = "/".join(segments[:n_segments])
+        if any(_ends_with(module, name) for name in stacks):
+            is_unrolled = segments[n_segments].isdecimal()
+            return None if is_unrolled else module
     return None
 
 
@@ -101,32 +103,42 @@ def _ends_with(path: str, name: str) -> bool:
     return has_run(path, name) and f"/{path}".endswith(f"/{name}")
 
 
-def _names(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, ...]:
+def _logical_paths(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the logical path of each tensor of a leaf.
+
+    Raises:
+      ValueError: the leaf lies in a stack and has no axes.
+    """
     stack = _stack_of(path, stacks)
     if stack is None:
-        return (_logical(path),)
+        return (_split_numbers(path),)
     if not leaf.shape:
-        raise ValueError(_no_stack(stack, f"{path!r} has no axes"))
-    before, rest = _logical(stack), path.removeprefix(f"{stack}/")
-    return tuple(f"{before}/{layer}/{_logical(rest)}" for layer in range(leaf.shape[0]))
+        raise ValueError(_not_stack_message(stack, f"{path!r} has no axes"))
+    stack_name = _split_numbers(stack)
+    name_in_layer = _split_numbers(path.removeprefix(f"{stack}/"))
+    return tuple(f"{stack_name}/{layer}/{name_in_layer}" for layer in range(leaf.shape[0]))
 
 
-def _logical(path: str) -> str:
-    """Returns a path with each segment ``name_3`` in two, ``name/3``."""
+def _split_numbers(path: str) -> str:
+    """Returns a path with each segment ``name_3`` as two, ``name/3``."""
     return re.sub(r"(?<![^/])(\w*[a-zA-Z])_(\d+)(?![^/])", r"\1/\2", path)
 
 
-def _check_stacks(named: Mapping[str, Sequence[str]], stacks: Sequence[str]) -> None:
-    lengths: dict[str, tuple[str, int]] = {}
-    for path, names in named.items():
-        if (stack := _stack_of(path, stacks)) is not None:
-            first, length = lengths.setdefault(stack, (path, len(names)))
-            if length != len(names):
-                problem = f"{first!r} begins with {length}, {path!r} with {len(names)}"
-                raise ValueError(_no_stack(stack, problem))
+def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[str]) -> None:
+    """Raises a ValueError for leaves of one stack that differ in their numbers of layers."""
+    first_leaves: dict[str, str] = {}  # by stack
+    for path, names in names_of_leaf.items():
+        stack = _stack_of(path, stacks)
+        if stack is None:
+            continue
+        first_path = first_leaves.setdefault(stack, path)
+        n_layers = len(names_of_leaf[first_path])
+        if len(names) != n_layers:
+            problem = f"{first_path!r} begins with {n_layers}, {path!r} with {len(names)}"
+            raise ValueError(_not_stack_message(stack, problem))
 
 
-def _no_stack(stack: str, problem: str) -> str:
+def _not_stack_message(stack: str, problem: str) -> str:
     return (
         f"{stack!r} is taken for a stack of layers, by its name, and {problem}: say which modules "
         "hold layers on their leaves' first axis with stacks=[…], or stacks=() for none"
@@ -134,32 +146,55 @@ def _no_stack(stack: str, problem: str) -> str:
 
 
 def _layers(names: Sequence[str]) -> dict[str, str]:
-    """Returns the layer of each logical path."""
-    split = {name: name.split("/") for name in names}
-    numbered = {
-        name: next((i for i, segment in enumerate(segments[:-1]) if segment.isdecimal()), None)
-        for name, segments in split.items()
+    """Returns the layer of each logical path: a block, or a module beside blocks; see `tensors_of`.
+
+    The **parents** are the modules that hold blocks, and the module that holds all tensors. A
+    tensor outside of blocks belongs to the module directly below the closest parent.
+    """
+    segments_of_name = {name: name.split("/") for name in names}
+    number_index_of_name = {
+        name: _number_index(segments) for name, segments in segments_of_name.items()
     }
-    holders = {tuple(split[name][:i]) for name, i in numbered.items() if i is not None}
-    holders.add(tuple(_common(*(segments[:-1] for segments in split.values()))))
+    parents = {
+        tuple(segments_of_name[name][:index])
+        for name, index in number_index_of_name.items()
+        if index is not None
+    }
+    modules = [segments[:-1] for segments in segments_of_name.values()]
+    parents.add(tuple(_common_start(*modules)))
 
     def layer(name: str) -> str:
-        segments, i = split[name], numbered[name]
-        if i is not None:
-            return "/".join(segments[: i + 1])
-        shared = max(len(_common(segments, holder)) for holder in holders)
-        return "/".join(segments[: min(shared + 1, len(segments) - 1)])
+        segments = segments_of_name[name]
+        number_index = number_index_of_name[name]
+        if number_index is not None:
+            return "/".join(segments[: number_index + 1])
+        n_shared = max(len(_common_start(segments, parent)) for parent in parents)
+        return "/".join(segments[: min(n_shared + 1, len(segments) - 1)])
 
     return {name: layer(name) for name in names}
 
 
-def _natural(path: str) -> list[tuple[bool, int, str]]:
+def _number_index(segments: Sequence[str]) -> int | None:
+    """Returns the index of the first segment that is a number, the last one excluded, or None."""
+    for index, segment in enumerate(segments[:-1]):
+        if segment.isdecimal():
+            return index
+    return None
+
+
+def _natural_order(path: str) -> list[tuple[bool, int, str]]:
     """Returns a key that sorts layer 2 before layer 10, in an unrolled tree as in a stack."""
-    segments = path.split("/")
-    return [(not s.isdecimal(), int(s) if s.isdecimal() else 0, s) for s in segments]
+    return [
+        (False, int(segment), segment) if segment.isdecimal() else (True, 0, segment)
+        for segment in path.split("/")
+    ]
 
 
-def _common(*paths: Sequence[str]) -> list[str]:
-    """Returns the first segments that paths share."""
-    each = itertools.takewhile(lambda same: len({*same}) == 1, zip(*paths, strict=False))
-    return [segments[0] for segments in each]
+def _common_start(*paths: Sequence[str]) -> list[str]:
+    """Returns the segments that all paths begin with."""
+    common = []
+    for segments in zip(*paths, strict=False):
+        if len(set(segments)) > 1:
+            break
+        common.append(segments[0])
+    return common

@@ -1,12 +1,13 @@
-"""θ₀ + λP(θ_d) of each tensor: large ones one by one, small ones of one size together.
+"""Computes θ₀ + λP(θ_d): for large tensors one by one, for small tensors of one size together.
 
 P is the tensor's Fastfood projection times √(n/D), where a tensor has n of the tree's D entries:
 the change of the whole tree has about the norm of θ_d, and all entries move alike. (With that norm
 in each tensor, entries of gains would move many times as far as those of kernels, and steps would
 have to be small.)
 
-A projection is drawn where it is used, and drawn again in the backward pass. Each program for one
-size takes the compiler a second or so, and a model has hundreds of small tensors of few sizes.
+A tensor **moves** by its **change**, λP(θ_d). Its projection is drawn where it is used, and drawn
+again in the backward pass. The compiler takes about a second for the program of one size, and a
+model has hundreds of small tensors of few sizes.
 """
 
 import functools
@@ -29,7 +30,7 @@ from lora_jax.subspace.fastfood import project
 from lora_jax.subspace.layers import Tensor
 
 _GENERATOR = "threefry2x32"  # of the draws, whatever JAX's default is
-_SMALL = 2**18  # entries of a tensor, and of those that are projected at once
+_SMALL = 2**18  # the most entries of a small tensor, and of small tensors that move together
 
 
 def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
@@ -59,43 +60,57 @@ def moved(
       theta: θ_d.
       scale: λ of each layer; None for one everywhere.
     """
-    total = sum(tensor.size for tensor in tensors)
-    by_path, small = {}, defaultdict(list)
-    # The compiler must not compute the draws itself, where it knows the keys.
-    every = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
-    ends = itertools.accumulate(len(tensor.names) for tensor in tensors)
-    own = {t.path: every[end - len(t.names) : end] for t, end in zip(tensors, ends, strict=True)}
+    total_size = sum(tensor.size for tensor in tensors)
+    # The barrier keeps the compiler from computing the draws itself, where it knows the keys.
+    all_keys = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
+    key_stops = itertools.accumulate(len(tensor.names) for tensor in tensors)
+    keys_of_leaf = {
+        tensor.path: all_keys[stop - len(tensor.names) : stop]
+        for tensor, stop in zip(tensors, key_stops, strict=True)
+    }
+    moved_leaves: dict[str, jax.Array] = {}
+    small_tensors: dict[int, list[Tensor]] = defaultdict(list)  # leaves by size of their tensors
     for tensor in tensors:
-        if tensor.size // len(tensor.names) <= _SMALL:
-            small[tensor.size // len(tensor.names)].append(tensor)
+        size = tensor.size // len(tensor.names)
+        if size <= _SMALL:
+            small_tensors[size].append(tensor)
             continue
-        shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
-        scales = _scales(scale, [tensor], total, theta.dtype)
+        leaf = leaves[tensor.path]
+        stack_shape = leaf.shape[: int(tensor.is_stack)]
+        scales = _scales(scale, [tensor], total_size, theta.dtype)
+        leaf_keys = keys_of_leaf[tensor.path].reshape(stack_shape)
         move = _move_stack if tensor.is_stack else _move_tensor
-        by_path[tensor.path] = move(
-            leaves[tensor.path], theta, own[tensor.path].reshape(shape), scales.reshape(shape)
-        )
-    for size, group in small.items():
-        group_keys = jnp.concatenate([own[tensor.path] for tensor in group])
-        changes = _together(theta, group_keys, _scales(scale, group, total, theta.dtype), size)
-        done = 0
+        moved_leaves[tensor.path] = move(leaf, theta, leaf_keys, scales.reshape(stack_shape))
+    for size, group in small_tensors.items():
+        group_keys = jnp.concatenate([keys_of_leaf[tensor.path] for tensor in group])
+        group_scales = _scales(scale, group, total_size, theta.dtype)
+        changes = _changes(theta, group_keys, group_scales, size)
+        start = 0
         for tensor in group:
-            leaf, n = leaves[tensor.path], len(tensor.names)
-            by_path[tensor.path] = _sum(leaf, changes[done : done + n].reshape(tensor.shape))
-            done += n
-    return by_path
+            stop = start + len(tensor.names)
+            change = changes[start:stop].reshape(tensor.shape)
+            moved_leaves[tensor.path] = _sum(leaves[tensor.path], change)
+            start = stop
+    return moved_leaves
 
 
 def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:
-    """Returns a moved leaf with a sharding; by default its own, where it is known."""
-    if sharding is None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None
+    """Places a moved leaf on devices.
+
+    Args:
+      array: θ₀ + λP(θ_d) of the leaf.
+      leaf: θ₀ of the leaf.
+      sharding: the sharding of the result; by default that of `leaf`, where it is known.
+    """
+    has_known_sharding = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if sharding is None and has_known_sharding and len(leaf.sharding.device_set) > 1:
+        sharding = leaf.sharding
     if sharding is None:
         return array
-    traced = isinstance(array, jax.core.Tracer)
-    put: Forward = jax.lax.with_sharding_constraint if traced else jax.device_put
-    moved: jax.Array = put(array, sharding)
-    return moved
+    is_traced = isinstance(array, jax.core.Tracer)
+    put: Forward = jax.lax.with_sharding_constraint if is_traced else jax.device_put
+    placed_array: jax.Array = put(array, sharding)
+    return placed_array
 
 
 def draws_of(seed: int) -> jax.Array:
@@ -104,26 +119,26 @@ def draws_of(seed: int) -> jax.Array:
 
 
 def _scales(
-    scale: jax.Array | None, tensors: Sequence[Tensor], total: int, dtype: DTypeLike
+    scale: jax.Array | None, tensors: Sequence[Tensor], total_size: int, dtype: DTypeLike
 ) -> jax.Array:
     """Returns λ·√(n/D) of each tensor of some leaves.
 
     Args:
       scale: λ of each layer; None for one everywhere.
       tensors: the leaves; a layer of a stack is a tensor of its own.
-      total: D.
+      total_size: D.
       dtype: dtype of the result without `scale`.
     """
     layers = [layer for tensor in tensors for layer in tensor.layers]
     sizes = [tensor.size // len(tensor.names) for tensor in tensors for _ in tensor.names]
-    shares = np.sqrt(np.array(sizes) / total)
+    share_roots = np.sqrt(np.array(sizes) / total_size)
     if scale is None:
-        return jnp.asarray(shares, dtype)
-    return scale[np.asarray(layers)] * shares.astype(scale.dtype)
+        return jnp.asarray(share_roots, dtype)
+    return scale[np.asarray(layers)] * share_roots.astype(scale.dtype)
 
 
 def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns a tensor's change, λP(θ_d). Its scale comes first: in d numbers."""
+    """Returns a tensor's change, P(λθ_d): scaling d numbers costs less than scaling the change."""
     dtype = wide(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
     return project(x, key, math.prod(shape)).reshape(shape)
@@ -135,19 +150,19 @@ def _sum(leaf: Leaf, change: jax.Array) -> jax.Array:
     return total.astype(leaf.dtype)
 
 
-# Keeps θ_d and a key for the backward pass, rather than the draws.
-_drawn_again = jax.checkpoint(_change, static_argnums=3)
+# Keeps θ_d and a key for the backward pass instead of the draws.
+_checkpointed_change = jax.checkpoint(_change, static_argnums=3)
 
 
 @jax.jit  # tensors of one shape share one compiled function
 def _move_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of one tensor."""
-    return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
+    return _sum(leaf, _checkpointed_change(theta, key, scale, leaf.shape))
 
 
 @jax.custom_jvp
-def _layer_by_layer(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of a stack, each layer in its place.
+def _moved_stack(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of a stack, computed in place, layer by layer.
 
     (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
     """
@@ -160,35 +175,45 @@ def _layer_by_layer(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.A
     return total
 
 
-@functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
-def _layer_by_layer_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Array]:
+def _instantiate(tangent: jax.Array | SymbolicZero) -> jax.Array:
+    """Returns a tangent as an array."""
+    if isinstance(tangent, SymbolicZero):
+        return jnp.zeros(tangent.shape, tangent.dtype)
+    return tangent
+
+
+@functools.partial(_moved_stack.defjvp, symbolic_zeros=True)
+def _moved_stack_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Array]:
     """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
     leaf, theta, keys, scales = primals
-    fixed = isinstance(tangents[0], SymbolicZero)  # no array of zeros for a base that is constant
-    d_leaf, d_theta, d_scales = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
-        for x in (scales if fixed else tangents[0], tangents[1], tangents[3])
-    )
+    d_leaf, d_theta, _, d_scales = tangents
+    is_base_constant = isinstance(d_leaf, SymbolicZero)  # it gets no array of zeros
+    d_leaf_or_unused = scales if is_base_constant else _instantiate(d_leaf)
+    d_theta = _instantiate(d_theta)
+    d_scales = _instantiate(d_scales)
 
-    def layer(one: Tree) -> jax.Array:
-        d_one, key, scale, d_scale = one
+    def layer_tangent(layer: tuple[jax.Array, ...]) -> jax.Array:
+        d_layer, key, scale, d_scale = layer
         x = d_theta * scale + d_scale * theta
-        change = _drawn_again(x, key, jnp.ones_like(scale), leaf.shape[1:])
-        return change.astype(leaf.dtype) if fixed else _sum(d_one, change)
+        change = _checkpointed_change(x, key, jnp.ones_like(scale), leaf.shape[1:])
+        return change.astype(leaf.dtype) if is_base_constant else _sum(d_layer, change)
 
-    total = _layer_by_layer(leaf, theta, keys, scales)
-    return total, jax.lax.map(layer, (d_leaf, keys, scales, d_scales))
+    total = _moved_stack(leaf, theta, keys, scales)
+    return total, jax.lax.map(layer_tangent, (d_leaf_or_unused, keys, scales, d_scales))
 
 
-_move_stack = jax.jit(_layer_by_layer)
+_move_stack = jax.jit(_moved_stack)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _together(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -> jax.Array:
-    """Returns λP(θ_d) of n tensors of one size, [n, size], some at a time."""
+def _changes(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -> jax.Array:
+    """Returns λP(θ_d) of n tensors of one size, [n, size], `_SMALL` entries at most at once."""
     n = len(keys)
-    at_once = max(k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL))
-    changes: jax.Array = jax.lax.map(
-        lambda one: _drawn_again(theta, one[0], one[1], (size,)), (keys, scales), batch_size=at_once
-    )
+    batch_sizes = [k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL)]
+
+    def change(tensor: tuple[jax.Array, jax.Array]) -> jax.Array:
+        key, scale = tensor
+        return _checkpointed_change(theta, key, scale, (size,))
+
+    changes: jax.Array = jax.lax.map(change, (keys, scales), batch_size=max(batch_sizes))
     return changes

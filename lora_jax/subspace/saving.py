@@ -17,9 +17,12 @@ from lora_jax.saving.fingerprint import checksum
 from lora_jax.subspace.moving import draws_of
 from lora_jax.subspace.space import Subspace, Theta, make
 
-FACTS = "subspace"  # its name among the facts about an adapter
-_GIVEN = ("dimension", "kind", "seed", "targets", "exclude")  # arguments of `make`, as they are
-_BESIDE, _BASE, _KEYS = "subspace", "base", "keys"
+FACTS = "subspace"  # name of the subspace's facts among the facts about an adapter
+_ARGUMENTS = ("dimension", "kind", "seed", "targets", "exclude")  # of `make`, unchanged in facts
+# Keys of the tree: {"subspace": {"theta": …, "scale": …, "keys": …}, "base": …}.
+_SUBSPACE = "subspace"
+_BASE = "base"
+_KEYS = "keys"
 
 
 def tree_of(space: Subspace, base: Tree, theta: Tree = None) -> Tree:
@@ -41,8 +44,8 @@ def tree_of(space: Subspace, base: Tree, theta: Tree = None) -> Tree:
     {'subspace/theta': {'value': (5,)}}
     """
     theta = space.zeros() if theta is None else theta
-    beside = {name: Trained(jnp.array(array, copy=True)) for name, array in theta.items()}
-    return {_BESIDE: {**beside, _KEYS: space.keys()}, _BASE: base}
+    trained = {name: Trained(jnp.array(array, copy=True)) for name, array in theta.items()}
+    return {_SUBSPACE: {**trained, _KEYS: space.keys()}, _BASE: base}
 
 
 def theta_of(tree: Tree) -> Theta:
@@ -53,8 +56,11 @@ def theta_of(tree: Tree) -> Theta:
     >>> lj.subspace.theta_of(lj.subspace.tree_of(space, params))["theta"].shape
     (5,)
     """
-    beside = {name: x for name, x in tree[_BESIDE].items() if name != _KEYS}
-    return {name: x.value if isinstance(x, Trained) else x for name, x in beside.items()}
+    return {
+        name: leaf.value if isinstance(leaf, Trained) else leaf
+        for name, leaf in tree[_SUBSPACE].items()
+        if name != _KEYS
+    }
 
 
 def base_of(tree: Tree) -> Tree:
@@ -82,22 +88,27 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
     >>> bool((lj.subspace.merge(space, tree)["kernel"] == params["kernel"]).all())
     True
     """
-    keys = tree[_BESIDE][_KEYS]
+    keys = tree[_SUBSPACE][_KEYS]
     return space.params_of(theta_of(tree), base_of(tree), shardings, keys)
 
 
 def facts_of(space: Subspace) -> JsonObject:
-    """Returns the facts that make the subspace anew from the base, of JSON's types.
+    """Returns the facts that make the subspace again from the base, in JSON's types.
 
-    "draws" tells of JAX's random generator, so that other draws of the same seed are noticed.
+    "draws" is a checksum of some random numbers, so that another JAX that draws other numbers from
+    the seed is noticed.
 
     >>> space = lj.subspace.make({"kernel": jnp.ones((4, 3))}, dimension=5, seed=7)
     >>> lj.subspace.facts_of(space)["seed"]
     7
     """
-    facts = {name: getattr(space, name) for name in (*_GIVEN, "stacks")}
+    arguments = {name: getattr(space, name) for name in (*_ARGUMENTS, "stacks")}
+    json_arguments = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in arguments.items()
+    }
     return {
-        **{name: list(fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()},
+        **json_arguments,
         "size": space.size,
         "layers": len(space.layers),
         "draws": checksum(draws_of(space.seed)),
@@ -167,11 +178,11 @@ def load(
         )
     if space is not None:
         _check_same(folder, facts, facts_of(space))
-    given = {name: facts[name] for name in _GIVEN}
-    if not isinstance(given["targets"], str):
-        given["targets"] = AnyOf(given["targets"])  # earlier versions saved names without a match
+    arguments = {name: facts[name] for name in _ARGUMENTS}
+    if not isinstance(arguments["targets"], str):
+        arguments["targets"] = AnyOf(arguments["targets"])  # earlier files have unmatched names
     try:
-        subspace = make(base, **given, stacks=tuple(facts["stacks"]))
+        subspace = make(base, **arguments, stacks=tuple(facts["stacks"]))
     except ValueError as error:
         raise AdapterError(f"the subspace {folder} does not fit this tree: {error}") from error
     _check_same(folder, facts, facts_of(subspace))
@@ -180,15 +191,26 @@ def load(
 
 
 def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) -> None:
+    """Raises an AdapterError unless the facts of a folder are those of a subspace.
+
+    Args:
+      folder: the folder, for the message.
+      saved: facts of the folder.
+      current: facts of the subspace, as `facts_of` returns them.
+    """
     if saved["draws"] != current["draws"] and saved["seed"] == current["seed"]:
         raise AdapterError(
             f"the subspace {folder} was trained where JAX drew other random numbers from the seed "
             f"{saved['seed']}: use the version and settings of JAX that it was trained with "
             "(jax_threefry_partitionable)"
         )
-    if wrong := [name for name in current if saved.get(name) != current[name] and name != "draws"]:
-        differ = "; ".join(f"{n} {saved.get(n)} in the folder, {current[n]} here" for n in wrong)
+    differences = "; ".join(
+        f"{name} {saved.get(name)} in the folder, {value} here"
+        for name, value in current.items()
+        if saved.get(name) != value and name != "draws"
+    )
+    if differences:
         raise AdapterError(
-            f"the subspace {folder} is another one: {differ}. Its numbers mean nothing here: load "
-            "it without `space`, or make the space with the folder's settings and base"
+            f"the subspace {folder} is another one: {differences}. Its numbers mean nothing here: "
+            "load it without `space`, or make the space with the folder's settings and base"
         )

@@ -37,7 +37,7 @@ class Subspace:
     """A random subspace of the parameters of a tree. It holds no arrays, and can be hashed.
 
     Attributes:
-      dimension: d, the numbers that train.
+      dimension: d, the number of parameters that train.
       kind: "did" or "said".
       seed: seed of all projections.
       targets, exclude, stacks: the selection; see `make`.
@@ -100,29 +100,37 @@ class Subspace:
         """
         leaves, treedef = leaves_of(base)
         self._check(theta, dict(leaves))
-        where = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
-        keys = self.keys() if keys is None else keys
-        changed = moved(keys, self.tensors, dict(leaves), theta["theta"], theta.get("scale"))
+        leaf_shardings = [None] * len(leaves)
+        if shardings is not None:
+            leaf_shardings = treedef.flatten_up_to(shardings)
+        moved_leaves = moved(
+            keys=self.keys() if keys is None else keys,
+            tensors=self.tensors,
+            leaves=dict(leaves),
+            theta=theta["theta"],
+            scale=theta.get("scale"),
+        )
         return treedef.unflatten(
-            placed(changed[path], leaf, sharding) if path in changed else leaf
-            for (path, leaf), sharding in zip(leaves, where, strict=True)
+            placed(moved_leaves[path], leaf, sharding) if path in moved_leaves else leaf
+            for (path, leaf), sharding in zip(leaves, leaf_shardings, strict=True)
         )
 
     def _check(self, theta: Mapping[str, jax.Array], leaves: Mapping[str, Leaf]) -> None:
-        wanted = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
+        """Raises a ValueError unless θ_d and the leaves of a base have the subspace's shapes."""
+        expected = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
         shapes = {name: tuple(array.shape) for name, array in theta.items()}
-        if shapes != wanted:
+        if shapes != expected:
             raise ValueError(
-                f"params_of: theta has {shapes}, and the subspace {wanted}: begin with "
+                f"params_of: theta has {shapes}, and the subspace {expected}: begin with "
                 "space.zeros(), and keep to its structure"
             )
         for tensor in self.tensors:
             shape = getattr(leaves.get(tensor.path), "shape", None)
             if shape is None or tuple(shape) != tensor.shape:
-                here = "missing" if shape is None else f"{list(shape)}"
+                shape_in_base = "missing" if shape is None else f"{list(shape)}"
                 raise ValueError(
-                    f"params_of: {tensor.path!r} is {here} in the base, and {list(tensor.shape)} "
-                    "in the subspace: give the tree that it was made for"
+                    f"params_of: {tensor.path!r} is {shape_in_base} in the base, and "
+                    f"{list(tensor.shape)} in the subspace: give the tree that it was made for"
                 )
 
 
@@ -179,29 +187,42 @@ def make(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r}: a seed is an integer from 0 to 2**32 - 1")
     rule = TrainRule(targets=targets, exclude=exclude)
-    chosen = _chosen(params, rule)
     stacks = (stacks,) if isinstance(stacks, str) else tuple(stacks)
-    tensors, layers = tensors_of(chosen, stacks)
-    space = Subspace(dimension, kind, seed, rule.targets, rule.exclude, stacks, tensors, layers)
+    tensors, layers = tensors_of(_selected_leaves(params, rule), stacks)
+    space = Subspace(
+        dimension=dimension,
+        kind=kind,
+        seed=seed,
+        targets=rule.targets,
+        exclude=rule.exclude,
+        stacks=stacks,
+        tensors=tensors,
+        layers=layers,
+    )
     _check_sizes(space)
     return space
 
 
-def _chosen(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
-    """Returns the leaves that move, by path."""
+def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
+    """Returns the leaves that move, by path.
+
+    Raises:
+      ValueError: the tree is adapted, nothing is selected, or a selected leaf cannot move.
+    """
     leaves, _ = leaves_of(params)
-    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
-        raise ValueError(
-            f"the tree is adapted already (at {adapted[0]!r}): a subspace is one of a plain tree, "
-            "lora_jax.strip(params) or lora_jax.merge(params)"
-        )
+    for path, leaf in leaves:
+        if is_node(leaf):
+            raise ValueError(
+                f"the tree is adapted already (at {path!r}): a subspace is one of a plain tree, "
+                "lora_jax.strip(params) or lora_jax.merge(params)"
+            )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
         raise ValueError("the tree has no leaf of floating-point numbers: nothing can train")
-    selected = resolve(arrays, [rule])
+    decisions = resolve(arrays, [rule])
     check_names([rule], dict(arrays), LeafFacts())
-    chosen = {path: leaf for path, leaf in arrays if path in selected and 0 not in leaf.shape}
-    for path, leaf in chosen.items():
+    selected = {path: leaf for path, leaf in arrays if path in decisions and 0 not in leaf.shape}
+    for path, leaf in selected.items():
         if is_base(leaf):
             raise ValueError(
                 f"{path!r} is in codes, which cannot move by small steps: leave it out with "
@@ -209,11 +230,13 @@ def _chosen(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
             )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(f"{path!r} is complex: leave it out with exclude=[…]")
-    return chosen
+    return selected
 
 
 def _check_sizes(space: Subspace) -> None:
-    m, d = len(space.layers), space.dimension
+    """Raises a ValueError unless d fits the tensors and layers, and the tensors can be indexed."""
+    m = len(space.layers)
+    d = space.dimension
     if d > space.size:
         raise ValueError(
             f"dimension={d}, and the tensors have {space.size:,} entries in all: a subspace has at "

@@ -1,4 +1,4 @@
-"""Variants of LoRA: what each trains, freezes and starts from, and how it is saved, file by file.
+"""Variants of LoRA. Each file declares what one variant trains and freezes, and how it is saved.
 
 To add a variant of your own to a tree, write a `lora_jax.Part` and give it to a rule,
 ``LoraRule(extras=[part], …)``. This one trains a factor for each column of rank, s·A·diag(d)·B:
@@ -77,7 +77,9 @@ class Variants:
 
 
 VARIANTS: tuple[Variant, ...] = tuple(
-    f.metadata["variant"] for f in dataclasses.fields(Variants) if "variant" in f.metadata
+    field.metadata["variant"]
+    for field in dataclasses.fields(Variants)
+    if "variant" in field.metadata
 )
 PARTS: dict[str, Part] = {part.name: part for variant in VARIANTS for part in variant.parts}
 
@@ -89,9 +91,13 @@ def variant_of(part: Part) -> Variant | None:
 
 def variants_of(weight: LoraWeight) -> list[Variant]:
     """Returns the variants whose parts a weight has."""
-    return [v for v in VARIANTS if v.parts and set(v.parts) <= set(weight.extras)]
+    return [
+        variant
+        for variant in VARIANTS
+        if variant.parts and set(variant.parts) <= set(weight.extras)
+    ]
 
 
 def derived_of(weight: LoraWeight) -> Derived | None:
-    """Returns the declaration of arrays that follow from W or a seed; None where none do."""
-    return next((v.derived for v in variants_of(weight) if v.derived), None)
+    """Returns the declaration of a weight's derived arrays; None if it has none."""
+    return next((variant.derived for variant in variants_of(weight) if variant.derived), None)

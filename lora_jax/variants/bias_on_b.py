@@ -3,8 +3,8 @@
 The shift of the products is s·c, and the part that trains is c.
 
 A product with all in axes of W adds s·c once. `lora_jax.adapt` raises a MergeError where a function
-multiplies by parts of the in axes and sums the products: each of them would add s·c. A kernel whose
-parts are gathered inside a `jax.shard_map` is whole again.
+multiplies by pieces of the in axes and sums the products: each product would add s·c. A kernel
+whose pieces are gathered inside a `jax.shard_map` has all in axes again.
 """
 
 import jax
@@ -20,6 +20,7 @@ def _first_bias(node: LoraWeight) -> jax.Array:
 
 
 def _shifted(weight: Factored, node: LoraWeight, bias: jax.Array) -> Factored:
+    """Returns the weight with the shift s·c."""
     scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
     return weight.replace(shift=scale * bias)
 

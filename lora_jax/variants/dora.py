@@ -24,10 +24,11 @@ _move_to_device = functools.partial(move_to_memory, space=Space.Device)
 def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ‖W + s·AB‖ of each column, [batch…, out…].
 
-    Of a stack that is no array, one layer's W is formed at a time.
+    If the base is a stack of codes, W is formed for one layer at a time.
     """
     node, a, b = jax.tree.map(_move_to_device, (node, a, b))
-    if not is_base(node.base) or not node.n_batch:
+    is_stack_of_codes = is_base(node.base) and node.n_batch > 0
+    if not is_stack_of_codes:
         return column_norms(as_array(node.base), a, b, node.scale, node.labels)
     axis = node.labels.index("batch")
     labels = (*node.labels[:axis], *node.labels[axis + 1 :])
@@ -42,12 +43,13 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:
-    """Returns ‖W‖, or ‖W + s·AB‖ where AB starts elsewhere than at 0 and is not taken out of W."""
+    """Returns the norms at the start: ‖W‖ if A and B are taken out of W, else ‖W + s·AB‖."""
     a = node.a if node.start is None else jnp.zeros_like(node.a)
     return _norms(node, a, node.b)
 
 
 def _rescaled(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
+    """Returns the weight with the gain m / ‖W + s·AB‖; 1 for layers that are not adapted."""
     norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
     return weight.replace(gain=node.where_adapted(_move_to_device(magnitude) / norms, 1))
 

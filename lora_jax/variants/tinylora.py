@@ -24,63 +24,81 @@ from lora_jax.variants.xs import remade_factors, singular_factors
 
 
 def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
+    """Returns a function that decomposes W, and draws the P's from a seed of each weight."""
     del kernels
 
-    def arrays(leaf: BaseLike, kernel: KernelFacts) -> Parts:
+    def make_factors(leaf: BaseLike, kernel: KernelFacts) -> Parts:
         seed = jax.random.bits(fold_in_path(key, f"{kernel.path}/tinylora"), dtype=jnp.uint32)
-        return _frozen(leaf, kernel) | {
+        return _factors(leaf, kernel) | {
             "projection": _projection(seed, kernel, kernel.settings["u"]),
             "seed": seed,
         }
 
-    return arrays
+    return make_factors
 
 
-def _frozen(leaf: Leaf, kernel: KernelFacts) -> Parts:
+def _factors(leaf: Leaf, kernel: KernelFacts) -> Parts:
     """Returns a and b: U√Σ and √ΣVᵀ of the largest singular values of W, by layer."""
-    parts = singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
+    factors = singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
     n_batch = len(kernel.roles.sizes(kernel.shape, "batch"))
-    a, b = parts["a"], parts["b"]
-    values = jnp.sqrt(jnp.square(a).sum(axis=tuple(range(n_batch + 1, a.ndim))))  # [batch…, r]
-    root = jnp.sqrt(values)
-    by_row = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+    a = factors["a"]  # UΣ, whose columns have the singular values as norms
+    b = factors["b"]
+    in_axes = tuple(range(n_batch + 1, a.ndim))
+    singular_values = jnp.sqrt(jnp.square(a).sum(axis=in_axes))  # [batch…, r]
+    root = jnp.sqrt(singular_values)
+    inverse_root = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)  # 0 in the padding
     return {
-        "a": a * lax.expand_dims(by_row, range(n_batch + 1, a.ndim)),
+        "a": a * lax.expand_dims(inverse_root, range(n_batch + 1, a.ndim)),
         "b": b * lax.expand_dims(root, range(n_batch + 1, b.ndim)),
     }
 
 
 def _projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
-    """Returns the matrices P [batch…, u, r, r], zeros where a layer's rank is smaller."""
-    batch, ranks = kernel.roles.sizes(kernel.shape, "batch"), kernel.ranks
+    """Returns the matrices P [batch…, u, r, r], with zeros in the padding of each layer."""
+    ranks = kernel.ranks
+    batch = kernel.roles.sizes(kernel.shape, "batch")
     shape = (*batch, u, max(ranks), max(ranks))
-    # Without the barrier, a compiled draw is rounded otherwise than one that is not.
-    drawn = lax.optimization_barrier(jax.random.normal(jax.random.key(seed), shape, kernel.dtype))
-    scale = np.asarray([1 / max(r, 1) ** 0.5 for r in ranks], np.float32)
-    scale = scale.reshape(-1, *[1] * (len(shape) - 1)) if len(ranks) > 1 else scale[0]
-    drawn = drawn * scale.astype(drawn.dtype)
-    return cleared(cleared(drawn, ranks, len(shape) - 1), ranks, len(shape) - 2)
+    # Without the barrier, a compiled draw is rounded differently from an eager draw.
+    normals = lax.optimization_barrier(jax.random.normal(jax.random.key(seed), shape, kernel.dtype))
+    deviations = np.asarray([1 / max(rank, 1) ** 0.5 for rank in ranks], np.float32)
+    if len(ranks) > 1:
+        deviations = deviations.reshape(-1, *[1] * (len(shape) - 1))
+    else:
+        deviations = deviations[0]
+    projection = normals * deviations.astype(normals.dtype)
+    for rank_axis in (len(shape) - 1, len(shape) - 2):
+        projection = cleared(projection, ranks, rank_axis)
+    return projection
 
 
 def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns the recipe of the frozen arrays; None where they came from another library's file."""
+    """Returns the recipe of the frozen arrays; None if they come from another library's file."""
     del others
     return {"seed": int(node.arrays["seed"])} if "seed" in node.arrays else None
 
 
-def _again(there: Mapping[str, Leaf]) -> Remake:
+def _again(nodes: Mapping[str, Leaf]) -> Remake:
     """Returns a function that decomposes W, and draws the P's from the recipe's seed."""
 
-    def arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
-        dtype = weight.v.dtype
-        kernel = KernelFacts(path, weight.shape, weight.roles, weight.ranks, dtype)
+    def make_arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
+        kernel = KernelFacts(
+            path=path,
+            shape=weight.shape,
+            roles=weight.roles,
+            ranks=weight.ranks,
+            dtype=weight.v.dtype,
+        )
+
+        def decompose(base: BaseLike) -> Parts:
+            return _factors(base, kernel)
+
         seed = np.uint32(recipe["seed"])
-        return remade_factors(there, path, weight, "v", lambda base: _frozen(base, kernel)) | {
+        return remade_factors(nodes, path, weight, "v", decompose) | {
             "projection": _projection(seed, kernel, weight.v.shape[-1]),
             "seed": jnp.asarray(seed),
         }
 
-    return arrays
+    return make_arrays
 
 
 def _first_v(node: LoraWeight) -> jax.Array:
@@ -103,19 +121,19 @@ TINYLORA = Variant(
     parts=(Part("v", ("batch", "u"), _first_v, _with_latent),),
     settings=(
         Setting(
-            "u",
-            64,
-            "The numbers that a weight trains with --tinylora.",
-            lambda value: isinstance(value, int) and value >= 1,
-            "a number of at least 1",
+            name="u",
+            default=64,
+            help="The numbers that a weight trains with --tinylora.",
+            fits=lambda value: isinstance(value, int) and value >= 1,
+            needed="a number of at least 1",
         ),
         Setting(
-            "weight_tying",
-            0.0,
-            "The share of vectors that --tinylora saves by tying weights to others: 0 for a vector "
-            "for each weight, 1 for one for all.",
-            lambda value: 0 <= value <= 1,
-            "a share from 0 to 1",
+            name="weight_tying",
+            default=0.0,
+            help="The share of vectors that --tinylora saves by tying weights to others: 0 for a "
+            "vector for each weight, 1 for one for all.",
+            fits=lambda value: 0 <= value <= 1,
+            needed="a share from 0 to 1",
         ),
     ),
     frozen=("a", "b"),

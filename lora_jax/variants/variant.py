@@ -1,4 +1,8 @@
-"""The declaration of a variant of LoRA: all that other code asks about it."""
+"""The declaration of a variant of LoRA: all facts that other code reads about it.
+
+A variant's arrays are **derived** where they follow from W or from a seed, so that a file holds a
+**recipe** in their place.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -43,19 +47,19 @@ Remake = Callable[[str, LoraWeight, Fields], Parts]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Derived:
-    """Arrays that no file need hold, as they follow from W or from a seed.
+    """Arrays that follow from W or from a seed, so that no file has to hold them.
 
-    A file holds a recipe in their place, and some numbers to compare them by.
+    A file holds a recipe in their place, and some of their numbers to compare them by.
 
     Attributes:
-      names: the arrays.
+      names: the names of the arrays.
       entry: the name of the recipe among a weight's settings in the file.
-      recipe: (weight, all weights of the variant) -> what the arrays are made from beside W, as
-        JSON has it; None where they do not follow.
+      recipe: (weight, all weights of the variant) -> the recipe, a JSON object of all that the
+        arrays are made from beside W; None for arrays that do not follow from it.
       again: (nodes of the tree that the adapter is loaded onto, by path) -> a function of (path,
-        weight without the arrays, recipe) that returns the arrays.
-      differs: the end of the error for arrays that come out otherwise than where they were trained;
-        a format of {path}, {name} (the array's) and the recipe.
+        weight without the arrays, recipe) that makes the arrays again.
+      differs: the end of the error for arrays that differ from those of the training; a format of
+        {path}, {name} (the array's) and the recipe.
     """
 
     names: tuple[str, ...]
@@ -69,7 +73,7 @@ class InPeft(NamedTuple):
     """The form of a variant in PEFT's LoraConfig.
 
     Attributes:
-      field: the field that turns it on; None for a plain LoRA, which only trains otherwise.
+      field: the field that turns it on; None for a plain LoRA that trains in another way.
       tensor: the end of the key of its part's tensors.
       fill: the elements of that tensor in modules without the part; None where PEFT has the part in
         all modules or in none.
@@ -84,11 +88,11 @@ class Setting(NamedTuple):
     """A number that a variant takes beside the rank: a field of `lora_jax.LoraRule`, and an option.
 
     Attributes:
-      name: the name of both.
-      default: the value of one that is not given.
+      name: the name of the field and of the option.
+      default: the default value.
       help: the option's help in the scripts.
-      fits: returns True for a value that makes sense.
-      needed: the values that do, as a part of a sentence.
+      fits: returns True for a valid value.
+      needed: the valid values, as a part of a sentence.
     """
 
     name: str
@@ -115,7 +119,7 @@ class Variant:
       alone: source of A and B, as a part of a sentence, in a variant that freezes both and goes
         with no other; "" in others.
       alone_in_scripts: the same, for the scripts' options.
-      not_with: other variants that it does not go with, by option, and why.
+      not_with: the reasons why it does not go with other variants, by option.
       in_peft: the form in a LoraConfig. None: PEFT has a configuration of its own for it
         (`lora_jax.peft.forms`), or does not have it: a compact one is then written as plain LoRA.
       rate: the learning rate by default, from plain LoRA's; None for the same.

@@ -1,10 +1,11 @@
 """VeRA: W + s·A·diag(d)·B·diag(b), where all weights of a rank share one random A and B.
 
-VeRA (Kopiczko et al., arXiv 2310.11454) draws A [r, in] and B [r, out] once, as wide as the widest
-weight, and never trains them; d and b train. A weight sees the first `in` columns of A and the
-first `out` columns of B; weights of one size hold the same array, and the layers of a stack share
-it. Both follow from a seed, so a file need not hold them. As in PEFT, each is drawn from Kaiming's
-uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±√(6/r)) for B.
+VeRA (Kopiczko et al., arXiv 2310.11454) draws a **pair**, A [r, in] and B [r, out], for each rank.
+The pair is as wide as the widest weight of the rank, and never trains; d and b train. A weight uses
+the first `in` columns of A and the first `out` columns of B. Weights of one size hold the same
+arrays, and the layers of a stack share them. A pair follows from a seed, so a file need not hold
+it. As in PEFT, each matrix is drawn from Kaiming's uniform distribution for its own shape:
+U(±√(6/in)) for A, U(±√(6/r)) for B.
 """
 
 import math
@@ -21,106 +22,119 @@ from lora_jax.core.types import Fields, JsonObject, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import Derived, KernelFacts, Remake, Variant
 
-Widths = tuple[int, int]  # the most in and out features of the weights that share a pair
+Widths = tuple[int, int]  # numbers of in and out features, of a weight or of a shared pair
 
 
 class Projections:
-    """The shared matrices of a tree, drawn where a weight first asks for them."""
+    """The pairs of a tree, drawn when a weight first needs them."""
 
     def __init__(self, seed: ArrayLike, widths: Mapping[int, Widths]) -> None:
         """Args:
         seed: a number from 0 to 2³² − 1, [] uint32.
-        widths: the widths of the matrices by rank.
+        widths: the widths of the pair of each rank.
         """
-        self.seed, self.widths = seed, widths
-        self._drawn: dict[Hashable, jax.Array] = {}
+        self.seed = seed
+        self.widths = widths
+        self._cache: dict[Hashable, jax.Array] = {}
 
     def __call__(self, leaf: Leaf, kernel: KernelFacts) -> Parts:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
-        rank, (ins, outs) = max(kernel.ranks), kernel.sides
-        width_in, width_out = self.widths[rank]
+        rank = max(kernel.ranks)
+        in_sizes, out_sizes = kernel.sides
+        in_width, out_width = self.widths[rank]
 
-        def seen(name: str, sizes: tuple[int, ...], width: int, fan: int) -> jax.Array:
-            """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
+        def columns(name: str, sizes: tuple[int, ...], width: int, fan: int) -> jax.Array:
+            """Returns the columns of a matrix that the weight uses, in the shape of its axes."""
 
-            def first() -> jax.Array:
-                key, bound = fold_in_path(jax.random.key(self.seed), name), math.sqrt(6 / fan)
+            def draw() -> jax.Array:
+                key = fold_in_path(jax.random.key(self.seed), name)
+                bound = math.sqrt(6 / fan)
                 matrix = jax.random.uniform(key, (rank, width), kernel.dtype, -bound, bound)
                 return matrix[:, : math.prod(sizes)].reshape(rank, *sizes)
 
-            return self._once((name, rank, kernel.dtype, sizes), first)
+            return self._cached((name, rank, kernel.dtype, sizes), draw)
 
         return {
-            "shared_a": seen("a", ins, width_in, width_in),
-            "shared_b": seen("b", outs, width_out, rank),
-            "seed": self._once("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
+            "shared_a": columns("a", in_sizes, width=in_width, fan=in_width),
+            "shared_b": columns("b", out_sizes, width=out_width, fan=rank),
+            "seed": self._cached("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
         }
 
-    def _once(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
-        if key in self._drawn:
-            return self._drawn[key]
+    def _cached(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
+        """Returns the array of a key, made at the first call."""
+        if key in self._cache:
+            return self._cache[key]
         array = make()
-        if not isinstance(array, jax.core.Tracer):  # whose trace may end before the next call
-            self._drawn[key] = array
+        if not isinstance(array, jax.core.Tracer):  # a tracer's trace may end before the next call
+            self._cache[key] = array
         return array
 
 
 def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> Projections:
-    """Returns the matrices that the weights of a tree share.
+    """Returns the pairs that the weights of a tree share.
 
     Raises:
       ValueError: the layers of a stack differ in rank.
     """
-    shapes: dict[int, list[Widths]] = {}
+    widths_of_rank: dict[int, list[Widths]] = {}
     for kernel in kernels:
-        if len(ranks := sorted({*kernel.ranks} - {0})) > 1:
+        ranks = sorted({*kernel.ranks} - {0})
+        if len(ranks) > 1:
             raise ValueError(
                 f"vera: the layers of {kernel.path!r} have the ranks {ranks}, and a stack shares "
                 "one A and B: give all of its layers one rank"
             )
-        shapes.setdefault(ranks[0], []).append(_widths(kernel))
-    widths = {rank: _widest(each) for rank, each in shapes.items()}
-    return Projections(jax.random.bits(fold_in_path(key, "vera"), dtype=jnp.uint32), widths)
+        widths_of_rank.setdefault(ranks[0], []).append(_widths(kernel))
+    pair_widths = {rank: _largest(widths) for rank, widths in widths_of_rank.items()}
+    return Projections(jax.random.bits(fold_in_path(key, "vera"), dtype=jnp.uint32), pair_widths)
 
 
 def _widths(kernel: KernelFacts) -> Widths:
-    ins, outs = kernel.sides
-    return math.prod(ins), math.prod(outs)
+    in_sizes, out_sizes = kernel.sides
+    return math.prod(in_sizes), math.prod(out_sizes)
 
 
-def _widest(shapes: Iterable[Widths]) -> Widths:
-    ins, outs = zip(*shapes, strict=True)
-    return max(ins), max(outs)
+def _largest(widths: Iterable[Widths]) -> Widths:
+    in_widths, out_widths = zip(*widths, strict=True)
+    return max(in_widths), max(out_widths)
 
 
-def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelFacts:
-    return KernelFacts(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
+def _kernel_facts(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelFacts:
+    return KernelFacts(
+        path=path, shape=node.shape, roles=node.roles, ranks=node.ranks, dtype=np.dtype(dtype)
+    )
 
 
-def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns the recipe that draws a pair again; None where it did not come from a seed."""
+def _recipe(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject | None:
+    """Returns the recipe that draws a pair again; None if the pair does not come from a seed."""
     if "seed" not in node.arrays:
         return None
     dtype = node.arrays["shared_a"].dtype
-    alike = (_widths(_kernel(other, dtype)) for other in others if other.rank == node.rank)
-    seed, widths = int(node.arrays["seed"]), list(_widest(alike))
-    return {"seed": seed, "widths": widths, "dtype": np.dtype(dtype).name}
+    pair_widths = _largest(
+        _widths(_kernel_facts(other, dtype)) for other in nodes if other.rank == node.rank
+    )
+    return {
+        "seed": int(node.arrays["seed"]),
+        "widths": list(pair_widths),
+        "dtype": np.dtype(dtype).name,
+    }
 
 
-def _again(there: Mapping[str, Leaf]) -> Remake:
+def _again(nodes: Mapping[str, Leaf]) -> Remake:
     """Returns a function that draws each pair once, so that weights of one size share an array."""
-    del there
-    drawn: dict[Hashable, Projections] = {}
+    del nodes
+    pairs: dict[Hashable, Projections] = {}
 
-    def pair(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
-        ins, outs = recipe["widths"]
-        key = (recipe["seed"], ins, outs, weight.rank)
-        if key not in drawn:
-            drawn[key] = Projections(np.uint32(recipe["seed"]), {weight.rank: (ins, outs)})
-        return drawn[key](weight.base, _kernel(weight, recipe["dtype"], path))
+    def make_arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
+        in_width, out_width = recipe["widths"]
+        key = (recipe["seed"], in_width, out_width, weight.rank)
+        if key not in pairs:
+            widths = {weight.rank: (in_width, out_width)}
+            pairs[key] = Projections(np.uint32(recipe["seed"]), widths)
+        return pairs[key](weight.base, _kernel_facts(weight, recipe["dtype"], path))
 
-    return pair
+    return make_arrays
 
 
 def _first_d(node: LoraWeight) -> jax.Array:

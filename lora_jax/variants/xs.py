@@ -24,7 +24,7 @@ from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake,
 
 
 def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
-    """Returns R ~ N(0, 1e-5²), zeros where a layer's rank is smaller than the largest."""
+    """Returns R ~ N(0, 1e-5²), with zeros in the padding of each layer."""
     r = 1e-5 * jax.random.normal(key, node.shape_of("latent"), node.b.dtype)
     return cleared(cleared(r, node.ranks, r.ndim - 1), node.ranks, r.ndim - 2)
 
@@ -41,70 +41,75 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
     Raises:
       ValueError: the rank is larger than W's.
     """
-    kernel, rank = matrices_of(leaf, roles), max(ranks)
-    on = [layer for layer, r in enumerate(ranks) if r]
-    is_whole = len(on) == len(ranks)
-    a, b = truncated(kernel if is_whole else kernel[jnp.asarray(on)], rank)
-    if not is_whole:
-        a, b = (
-            jnp.zeros((len(ranks), *x.shape[1:]), x.dtype).at[jnp.asarray(on)].set(x)
-            for x in (a, b)
-        )
-    a, b = cleared(a, ranks, a.ndim - 1), cleared(b, ranks, b.ndim - 2)
-    a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, rank)
+    kernel = matrices_of(leaf, roles)
+    largest_rank = max(ranks)
+    layers = [layer for layer, rank in enumerate(ranks) if rank]
+    if len(layers) == len(ranks):
+        a, b = truncated(kernel, largest_rank)
+    else:
+        indices = jnp.asarray(layers)
+        adapted_a, adapted_b = truncated(kernel[indices], largest_rank)
+        a = jnp.zeros((len(ranks), *adapted_a.shape[1:]), adapted_a.dtype)
+        a = a.at[indices].set(adapted_a)
+        b = jnp.zeros((len(ranks), *adapted_b.shape[1:]), adapted_b.dtype)
+        b = b.at[indices].set(adapted_b)
+    a = cleared(a, ranks, a.ndim - 1)
+    b = cleared(b, ranks, b.ndim - 2)
+    a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, largest_rank)
     return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
 
 
 def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
+    """Returns a function that decomposes W."""
     del kernels, key
     return lambda leaf, kernel: singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
 
 
-def _again(there: Mapping[str, Leaf]) -> Remake:
-    """Returns a function that decomposes W, or takes the factors of the node that is there."""
+def _again(nodes: Mapping[str, Leaf]) -> Remake:
+    """Returns a function that decomposes W, or takes the factors of the node at the same path."""
 
-    def factors(path: str, weight: LoraWeight, _: Fields) -> Parts:
+    def make_arrays(path: str, weight: LoraWeight, _: Fields) -> Parts:
         def decompose(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 
-        return remade_factors(there, path, weight, "latent", decompose)
+        return remade_factors(nodes, path, weight, "latent", decompose)
 
-    return factors
+    return make_arrays
 
 
 def remade_factors(
-    there: Mapping[str, Leaf],
+    nodes: Mapping[str, Leaf],
     path: str,
     weight: LoraWeight,
-    part: str,
+    part_name: str,
     decompose: Callable[[BaseLike], Parts],
 ) -> Parts:
-    """Returns a and b of a weight without them: those of the node that is there, or new ones.
+    """Returns a and b of a weight without factors: those of an equal node, or decomposed ones.
 
     Args:
-      there: the nodes of the tree that the adapter is loaded onto, by path.
+      nodes: the nodes of the tree that the adapter is loaded onto, by path.
       path: the weight's path.
       weight: the weight.
-      part: the name of its part that trains.
+      part_name: the name of the weight's part.
       decompose: returns a and b of a base.
     """
     if is_abstract(weight.base):
         shapes: Parts = jax.eval_shape(decompose, weight.base)
         return shapes
-    node = there.get(path)
-    if _decomposes_alike(node, weight, part):
+    node = nodes.get(path)
+    if _has_same_factors(node, weight, part_name):
         return {name: node.arrays[name] for name in ("a", "b")}
     return decompose(weight.base)
 
 
-def _decomposes_alike(node: Leaf, weight: LoraWeight, part: str) -> TypeGuard[LoraWeight]:
+def _has_same_factors(node: Leaf, weight: LoraWeight, part_name: str) -> TypeGuard[LoraWeight]:
     """Returns True if a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)
         and node.base is weight.base
-        and part in node.has
+        and part_name in node.has
         and (node.roles, node.ranks) == (weight.roles, weight.ranks)
-        and node.arrays["a"].dtype == weight.arrays[part].dtype
+        and node.arrays["a"].dtype == weight.arrays[part_name].dtype
     )
 
 

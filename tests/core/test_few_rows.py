@@ -74,7 +74,7 @@ def texts(rows, how=ONE, base=None):
     """Returns the programs that are lowered for a CPU and for a TPU."""
     coded = kernel("int8") if base is None else base
     x = jax.ShapeDtypeStruct((rows, 1, N_IN), jnp.float32)
-    traced = jax.jit(functools.partial(base_dot, how=how)).trace(x, coded)
+    traced = jax.jit(functools.partial(base_dot, spec=how)).trace(x, coded)
     return [traced.lower(lowering_platforms=(on,)).as_text() for on in ("cpu", "tpu")]
 
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import optim, sharding
+from lora_jax.adapt.rules.choices import common_form
+from lora_jax.core.parts import AXES, sizes
 from lora_jax.core.weight import Part
 from lora_jax.variants import PARTS, VARIANTS, Variants
 from tests.laws import test_laws as laws
@@ -187,3 +189,22 @@ def test_arrays_reach_products_in_one_order():
     arrays = dict(reversed(node.arrays.items()))
     assert list(arrays) != list(node.arrays)
     assert [*node.replace(arrays=arrays).factored().parts] == [*node.factored().parts]
+
+
+@pytest.mark.parametrize("name", ["rows", "active"])
+def test_no_weight_tells_the_shape_of_a_mask(name):
+    """The negative numbers of examples and tokens in a layout are not axes of the weight."""
+    labels = ("batch", "in", "out")
+    assert sizes(AXES["b"], (7, 5, 3), labels, 2) == (7, 2, 3)
+    with pytest.raises(ValueError, match="a weight of shape \\(7, 5, 3\\) does not tell the sizes"):
+        sizes(AXES[name], (7, 5, 3), labels, 2)
+
+
+@pytest.mark.parametrize("name", ["rows", "active"])
+def test_a_weight_with_a_mask_and_one_without_have_no_common_form(name):
+    params = {"stack": jnp.ones((7, 5, 3))}
+    rule = lj.LoraRule(targets=["stack"], rank=2, in_axes=[-2], out_axes=[-1])
+    weight = lj.lorafy(params, [rule])["stack"].factored()
+    masked = weight.replace(**{name: np.ones((4, 2), np.float32)})
+    assert common_form([weight, weight]) is not None and common_form([masked, masked]) is not None
+    assert common_form([weight, masked]) is None and common_form([masked, weight]) is None

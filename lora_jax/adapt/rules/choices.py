@@ -45,6 +45,9 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
             and (weight.dropout, weight.uses, weight.split)
             == (first.dropout, first.uses, first.split)
             and (weight.key is None) == (first.key is None)
+            # No weight tells the shape of a mask that it lacks.
+            and (weight.rows is None) == (first.rows is None)
+            and (weight.active is None) == (first.active is None)
         )
 
     if not all(map(fits, weights)):

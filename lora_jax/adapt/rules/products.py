@@ -79,7 +79,7 @@ def shared_product(
         scales = [jnp.broadcast_to(each.scales, (each.rank,)) for each in group.values()]
         ones = jnp.ones((), scales[0].dtype)
         joint = weight.replace(a=a, scale=ones, lambda_d=jnp.concatenate(scales))
-        z = scaled_product(x, joint, how, of=len(ranks))
+        z = scaled_product(x, joint, how, n_weights=len(ranks))
         products.update(zip(group, lax.split(z, ranks, axis=z.ndim - 1), strict=True))
     return products.pop(id(use.eqn))
 
