@@ -276,9 +276,9 @@ def merge(params: Tree) -> Tree:
         path: factored[path].merged() if path in factored else _merged_leaf(leaf)
         for path, leaf in leaves
     }
-    for path, weight in factored.items():
-        if weight.shift is not None:
-            _add_shift(merged, path, weight.shift)
+    for path, factored_weight in factored.items():
+        if factored_weight.shift is not None:
+            _add_shift(merged, path, factored_weight.shift)
     return resolved(treedef.unflatten(merged[path] for path, _ in leaves))
 
 

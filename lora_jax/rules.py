@@ -13,7 +13,8 @@ from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
 from lora_jax.core.paths import nearest
 from lora_jax.core.weight import Part
-from lora_jax.variants import VARIANTS, Variant, Variants
+from lora_jax.variants import VARIANTS, Variants
+from lora_jax.variants.variant import Variant
 
 Targets = str | Sequence[str]
 _LAYERS = ("attention", "mlp", "experts")

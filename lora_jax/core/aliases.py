@@ -52,8 +52,9 @@ class Alias:
                 "pytree can: flax.nnx.split(module) returns a state without the circle, to be "
                 "given in its place"
             )
-        pairs = enumerate(zip(alias_path, object_path, strict=False))
-        n_shared = next(n for n, (alias_key, object_key) in pairs if alias_key != object_key)
+        n_shared = 0  # keys that both paths begin with
+        while alias_path[n_shared] == object_path[n_shared]:
+            n_shared += 1
         return cls(
             alias_keys=alias_path[n_shared:],
             object_keys=object_path[n_shared:],

@@ -114,8 +114,8 @@ def _map(
 ) -> tuple[Any, int]:
     """Returns the product mapped over an axis of some leaves, and the axis of the result."""
     *base_axes, x_axis = axes
-    is_x_alone = x_axis is not None and all(axis is None for axis in base_axes)
-    if not is_x_alone:
+    is_base_mapped = any(axis is not None for axis in base_axes)
+    if x_axis is None or is_base_mapped:
         product = _product_of_leaves(tree, call.differentiable)
         return jax.vmap(product, tuple(axes))(*leaves), 0
     *base_leaves, x = leaves
@@ -217,15 +217,16 @@ def flat_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
     n_row_axes = x.ndim - len(spec.contract[0])
     row_shape = x.shape[:n_row_axes]
     n_rows = math.prod(row_shape)
-    x = x.reshape(n_rows, *x.shape[n_row_axes:])
-    x = jnp.pad(x, [(0, max(0, _TILE - n_rows)), *[(0, 0)] * (x.ndim - 1)])
+    flat_x = x.reshape(n_rows, *x.shape[n_row_axes:])
+    n_padding_rows = max(0, _TILE - n_rows)
+    flat_x = jnp.pad(flat_x, [(0, n_padding_rows), *[(0, 0)] * (flat_x.ndim - 1)])
 
-    def dot(w: jax.Array, x: jax.Array) -> jax.Array:
-        dims = ((tuple(range(1, x.ndim)), spec.contract[1]), ((), ()))
-        return lax.dot_general(x, w, dims, **spec.params)
+    def dot(w: jax.Array, flat_x: jax.Array) -> jax.Array:
+        dims = ((tuple(range(1, flat_x.ndim)), spec.contract[1]), ((), ()))
+        return lax.dot_general(flat_x, w, dims, **spec.params)
 
-    x = lax.optimization_barrier(x)
-    result: jax.Array = lax.optimization_barrier(product(dot, base, x))
+    flat_x = lax.optimization_barrier(flat_x)
+    result: jax.Array = lax.optimization_barrier(product(dot, base, flat_x))
     return result[:n_rows].reshape(*row_shape, *result.shape[1:])
 
 

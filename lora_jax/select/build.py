@@ -145,7 +145,8 @@ def _scale(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
     shape = adaptation.roles.sizes(leaf.shape, "batch")
     scales = np.asarray(adaptation.scales, np.float32)  # one for each layer, or one for all
     scales = scales.reshape(-1, *[1] * (len(shape) - 1)) if shape else scales[0]
-    return jax.device_put(np.broadcast_to(scales, shape))  # asarray would compile
+    scale: jax.Array = jax.device_put(np.broadcast_to(scales, shape))  # asarray would compile
+    return scale
 
 
 def _stored_factors(

@@ -104,8 +104,9 @@ def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
     n_blocks, block_size = x.shape
     n = permutation.shape[-1]
     x = jnp.broadcast_to(x[:, None], (n_blocks, n // block_size, block_size)).reshape(-1)
+    indices = permutation.astype(jnp.int32)
     block_starts = jnp.arange(n_blocks, dtype=jnp.int32)[:, None] * n
-    indices = permutation.astype(jnp.int32) + block_starts
+    indices = indices + block_starts
     return x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
 
 

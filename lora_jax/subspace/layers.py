@@ -72,17 +72,17 @@ def tensors_of(
     layer_of_name = _layers(all_names)
     layers = tuple(sorted(set(layer_of_name.values()), key=_natural_order))
     index_of_layer = {layer: i for i, layer in enumerate(layers)}
-    tensors = tuple(
-        Tensor(
+    tensors: list[Tensor] = []
+    for path, names in names_of_leaf.items():
+        tensor = Tensor(
             path=path,
             shape=tuple(leaves[path].shape),
             names=names,
             layers=tuple(index_of_layer[layer_of_name[name]] for name in names),
             is_stack=_stack_of(path, stacks) is not None,
         )
-        for path, names in names_of_leaf.items()
-    )
-    return tensors, layers
+        tensors.append(tensor)
+    return tuple(tensors), layers
 
 
 def _stack_of(path: str, stacks: Sequence[str]) -> str | None:

@@ -63,7 +63,7 @@ def moved(
     total_size = sum(tensor.size for tensor in tensors)
     # The barrier keeps the compiler from computing the draws itself, where it knows the keys.
     all_keys = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
-    key_stops = itertools.accumulate(len(tensor.names) for tensor in tensors)
+    key_stops = [*itertools.accumulate(len(tensor.names) for tensor in tensors)]
     keys_of_leaf = {
         tensor.path: all_keys[stop - len(tensor.names) : stop]
         for tensor, stop in zip(tensors, key_stops, strict=True)
@@ -213,7 +213,8 @@ def _changes(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) ->
 
     def change(tensor: tuple[jax.Array, jax.Array]) -> jax.Array:
         key, scale = tensor
-        return _checkpointed_change(theta, key, scale, (size,))
+        result: jax.Array = _checkpointed_change(theta, key, scale, (size,))
+        return result
 
     changes: jax.Array = jax.lax.map(change, (keys, scales), batch_size=max(batch_sizes))
     return changes

@@ -26,19 +26,20 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
 
     If the base is a stack of codes, W is formed for one layer at a time.
     """
-    node, a, b = jax.tree.map(_move_to_device, (node, a, b))
+    node, a, b = jax.tree.map(_move_to_device, (node, a, b))  # from the host's memory
     is_stack_of_codes = is_base(node.base) and node.n_batch > 0
     if not is_stack_of_codes:
         return column_norms(as_array(node.base), a, b, node.scale, node.labels)
-    axis = node.labels.index("batch")
-    labels = (*node.labels[:axis], *node.labels[axis + 1 :])
+    stack_axis = node.labels.index("batch")
+    layer_labels = (*node.labels[:stack_axis], *node.labels[stack_axis + 1 :])
 
     def layer_norms(layer: tuple[jax.Array, ...]) -> jax.Array:
-        index, a, b, scale = layer
-        w = as_array(member(node.base, axis, index))
-        return column_norms(w, a, b, scale, labels)
+        index, layer_a, layer_b, layer_scale = layer
+        w = as_array(member(node.base, stack_axis, index))
+        return column_norms(w, layer_a, layer_b, layer_scale, layer_labels)
 
-    norms: jax.Array = lax.map(layer_norms, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    indices = jnp.arange(node.shape[stack_axis])
+    norms: jax.Array = lax.map(layer_norms, (indices, a, b, node.scale))
     return norms
 
 

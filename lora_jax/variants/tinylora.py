@@ -65,7 +65,7 @@ def _projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
         deviations = deviations.reshape(-1, *[1] * (len(shape) - 1))
     else:
         deviations = deviations[0]
-    projection = normals * deviations.astype(normals.dtype)
+    projection: jax.Array = normals * deviations.astype(normals.dtype)
     for rank_axis in (len(shape) - 1, len(shape) - 2):
         projection = cleared(projection, ranks, rank_axis)
     return projection
