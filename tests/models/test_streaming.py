@@ -107,8 +107,8 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
         lowered = function.lower(*args, model=model, apply=None)
         return lowered.compile().memory_analysis().alias_size_in_bytes
 
-    kept = jax.jit(streaming._more.__wrapped__, static_argnames=("model", "apply"))
-    assert aliased(streaming._more) >= cache.key.nbytes + cache.value.nbytes
+    kept = jax.jit(streaming._decode_more.__wrapped__, static_argnames=("model", "apply"))
+    assert aliased(streaming._decode_more) >= cache.key.nbytes + cache.value.nbytes
     assert aliased(kept) == 0, "the control"
 
 

@@ -1,8 +1,8 @@
-"""Layers of Gemma 4: heads of two sizes, keys and values of other layers, inputs of their own.
+"""Layers of Gemma 4: heads of two sizes, keys and values of other layers, and per-layer inputs.
 
 Layers with a window and those without have heads of other sizes and numbers. In a cache, whose
 layers are alike, a wide head lies as several of the smaller size, side by side, and heads that a
-layer does not have are zeros.
+layer does not have are zeros: keys and values are packed, and unpacked when a layer reads them.
 """
 
 from typing import NamedTuple
@@ -32,94 +32,95 @@ class KeptKeys(NamedTuple):
 
 
 def keep_last(
-    config: DecoderConfig, numbers: range, new: NewEntries, cache: LayerCache | None
+    config: DecoderConfig, layer_indices: range, new: NewEntries, cache: LayerCache | None
 ) -> tuple[KeptKeys, ...]:
     """Returns the keys and values of the last layer with a window, and of the last one without.
 
     Args:
       config: the decoder's.
-      numbers: the layers of a run from the first on.
+      layer_indices: the layers of the first run.
       new: keys and values of this call, stacked on axis 0 by layers.
-      cache: keys and values of earlier calls, stacked so.
+      cache: keys and values of earlier calls, stacked in the same way.
     """
 
-    def kept(whole: bool) -> KeptKeys:
-        i = max((i for i in numbers if config.kind_of(i).whole == whole), default=numbers[-1])
-        mine, before = jax.tree.map(lambda x: x[i], (new, cache))
-        return KeptKeys(mine, before)
+    def last_of_kind(*, whole: bool) -> KeptKeys:
+        candidates = [i for i in layer_indices if config.kind_of(i).whole == whole]
+        index = candidates[-1] if candidates else layer_indices[-1]
+        return KeptKeys(*jax.tree.map(lambda x: x[index], (new, cache)))
 
-    return kept(False), kept(True)
+    return last_of_kind(whole=False), last_of_kind(whole=True)
 
 
 def pack(x: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Returns keys or values, [batch, seq, kv_heads, size], as a cache has them."""
-    heads, size = config.cache_heads
+    """Lays keys or values, [batch, seq, kv_heads, size], out as in a cache."""
+    n_heads, size = config.cache_heads
     packed = x.reshape(*x.shape[:2], -1, size)
-    return jnp.pad(packed, ((0, 0), (0, 0), (0, heads - packed.shape[2]), (0, 0)))
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, n_heads - packed.shape[2]), (0, 0)))
 
 
 def unpack(x: jax.Array, config: DecoderConfig, kind: LayerKind) -> jax.Array:
-    """Returns a layer's keys or values from a cache's, [batch, seq, heads, size]."""
-    heads, size = config.heads_of(kind)
-    return x[:, :, : heads * size // config.head_dim].reshape(*x.shape[:2], heads, size)
+    """Undoes ``pack`` for a layer of a kind: returns [batch, seq, kv_heads, size]."""
+    n_heads, size = config.heads_of(kind)
+    n_cache_heads = n_heads * size // config.head_dim
+    return x[:, :, :n_cache_heads].reshape(*x.shape[:2], n_heads, size)
 
 
 def unpack_cache(
     cache: LayerCache | None, config: DecoderConfig, kind: LayerKind
 ) -> LayerCache | None:
-    """Returns a layer's part of a cache, with heads of its own size."""
+    """Returns a layer's part of a cache, with heads of the layer's size."""
     if cache is None:
         return None
 
-    def slots(x: jax.Array) -> jax.Array:  # [batch, heads, slots, size]
+    def unpack_slots(x: jax.Array) -> jax.Array:  # [batch, heads, slots, size]
         return unpack(x.swapaxes(1, 2), config, kind).swapaxes(1, 2)
 
     shared = cache.shared
     if shared is not None:  # without a batch
-        shared = Shared(slots(shared.key[None])[0], slots(shared.value[None])[0])
-    return LayerCache(slots(cache.key), slots(cache.value), shared)
+        shared = Shared(unpack_slots(shared.key[None])[0], unpack_slots(shared.value[None])[0])
+    return LayerCache(unpack_slots(cache.key), unpack_slots(cache.value), shared)
 
 
 def normalise_values(x: jax.Array, eps: float) -> jax.Array:
-    """Returns x / rms(x), in fp32 at least, in x's dtype."""
+    """Returns x / rms(x), computed in fp32 at least, in x's dtype."""
     y = x.astype(wide_dtype(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype)
 
 
-def layer_inputs(trunk: ModelPart, table: jax.Array, words: jax.Array) -> jax.Array:
-    """Returns each layer's input of its own, [layers, batch, seq, size].
+def layer_inputs(trunk: ModelPart, token_vectors: jax.Array, embedded: jax.Array) -> jax.Array:
+    """Computes the per-layer inputs, [layers, batch, seq, size].
 
     Args:
       trunk: the module that has the projection and its norm.
-      table: vectors of the tokens for all layers, [batch, seq, layers * size].
-      words: embedded tokens, [batch, seq, d_model].
+      token_vectors: the tokens' vectors for all layers, [batch, seq, layers * size].
+      embedded: embedded tokens, [batch, seq, d_model].
     """
     cfg: DecoderConfig = trunk.config
     size = cfg.hidden_size_per_layer_input
-    shape = (*words.shape[:2], cfg.num_hidden_layers, size)
-    projected = multiply(trunk.per_layer_model_projection(words), cfg.hidden_size**-0.5)
+    shape = (*embedded.shape[:2], cfg.num_hidden_layers, size)
+    projected = multiply(trunk.per_layer_model_projection(embedded), cfg.hidden_size**-0.5)
     projected = trunk.per_layer_projection_norm(projected.reshape(shape))
-    both = projected + (table * size**0.5).reshape(shape)
-    return jnp.moveaxis(multiply(both, 2**-0.5), 2, 0)
+    inputs = projected + (token_vectors * size**0.5).reshape(shape)
+    return jnp.moveaxis(multiply(inputs, 2**-0.5), 2, 0)
 
 
-def add_input(layer: ModelPart, x: jax.Array, own: jax.Array) -> jax.Array:
-    """Adds a layer's own input, gated by the stream and projected, to the stream.
+def add_input(layer: ModelPart, x: jax.Array, layer_input: jax.Array) -> jax.Array:
+    """Adds a per-layer input, gated by the stream and projected, to the stream.
 
     Args:
       layer: the module that has the projections, in its compact method.
       x: the stream, [batch, seq, d_model].
-      own: the layer's input, [batch, seq, size].
+      layer_input: the layer's entry of ``layer_inputs``, [batch, seq, size].
     """
     cfg: DecoderConfig = layer.config
-    gate = dense(layer, own.shape[-1], use_bias=False, name="per_layer_input_gate")(x)
-    part = ACTIVATION[cfg.hidden_act](gate) * own
-    part = dense(layer, cfg.hidden_size, use_bias=False, name="per_layer_projection")(part)
-    return x + rms_norm(layer, "post_per_layer_input_norm")(part)
+    gate = dense(layer, layer_input.shape[-1], use_bias=False, name="per_layer_input_gate")(x)
+    gated = ACTIVATION[cfg.hidden_act](gate) * layer_input
+    out = dense(layer, cfg.hidden_size, use_bias=False, name="per_layer_projection")(gated)
+    return x + rms_norm(layer, "post_per_layer_input_norm")(out)
 
 
 def scale_output(layer: ModelPart, x: jax.Array) -> jax.Array:
-    """Multiplies a layer's output by its number."""
+    """Multiplies a layer's output by the layer's trained scalar."""
     factor = layer.param("layer_scalar", nn.initializers.ones, (1,), layer.param_dtype)
     return x * factor.astype(x.dtype)

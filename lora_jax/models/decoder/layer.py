@@ -30,7 +30,7 @@ from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input, projected
 
-# Of the norms of latent vectors (MLA), whatever the configuration says of other norms.
+# Epsilon of the norms of latent vectors (MLA), whatever the configuration says of other norms.
 _LATENT_EPS = 1e-6
 
 
@@ -100,103 +100,135 @@ class Attention(ModelPart):
           [batch, seq, d_model], and this call's keys and values, for the cache:
           each [batch, seq, kv_heads, head_dim]; None for a layer that takes those of another.
         """
-        cfg, cache = self.config, layer.cache
+        cfg = self.config
+        cache = layer.cache
         rope = self._angles(step, layer)
-        gate: list[jax.Array] = []
+        gate = None
         if cfg.kv_lora_rank:
             q, k, v = project_latent(self, x, rope)
-        elif step.kept is not None:
-            (q,), kept = self._project(x), step.kept[self.kind.whole]
-            k, v = (unpack(part, cfg, self.kind) for part in kept.new)
-            q, cache = rotate(q, rope), kept.cache
+        elif step.kept is not None:  # keys and values of an earlier layer, in a cache's layout
+            kept = step.kept[self.kind.whole]
+            cache = kept.cache
+            q = rotate(self._project(x)["q"], rope)
+            k, v = (unpack(heads, cfg, self.kind) for heads in kept.new)
         else:
-            q, k, v, *gate = self._project(x)
-            q, k = rotate(q, rope), rotate(k, rope)
-            if not self._has_work_between:
-                q, k, v = (projected(part, self.remat) for part in (q, k, v))
+            projections = self._project(x)
+            gate = projections.get("gate")
+            q = rotate(projections["q"], rope)
+            k = rotate(projections["k"], rope)
+            v = projections["v"]
+            if not self._keeps_projections:
+                q, k, v = (projected(heads, self.remat) for heads in (q, k, v))
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
-        new: NewEntries = None if self.kind.reuses else (k, v)
-        windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
-        some = 0 < windowed < layers
-        if cfg.global_head_dim:  # known for each stack
-            windowed, layers, some = int(not self.kind.whole), 1, False
+        entries: NewEntries = None if self.kind.reuses else (k, v)
+        if cfg.global_head_dim:
             cache = unpack_cache(cache, cfg, self.kind)
-            new = new and tuple(pack(part, cfg) for part in new)
-        window = cfg.sliding_window if windowed else None
-        mask = step.mask.within(window, layer.windowed if some else None)
+            entries = entries and tuple(pack(heads, cfg) for heads in entries)
+        mask, scope = self._mask_and_scope(step.mask, layer.windowed)
         sinks = None
         if cfg.sinks:
             init = nn.initializers.normal(cfg.initializer_range)
             sinks = self.param("sinks", init, (cfg.num_attention_heads,), self.param_dtype)
-        # All layers are one program; the name tells a plan how many of them have the window.
-        named = some or (cfg.global_head_dim and windowed)
-        with jax.named_scope(f"windowed_{windowed}_of_{layers}" if named else "attention"):
-            options = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
-            inputs = AttentionInputs(q, k, v, mask, *options)
+        inputs = AttentionInputs(
+            q=q,
+            k=k,
+            v=v,
+            mask=mask,
+            scale=cfg.score_scale,
+            cap=cfg.attn_logit_softcapping,
+            sinks=sinks,
+        )
+        with jax.named_scope(scope):
             out = attend_heads(self, inputs, cache, step.filled)
         if cfg.kv_lora_rank:
             out = take_values(self, out)
-        if gate:
-            out = out * nn.sigmoid(gate[0].reshape(out.shape))
-        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), new
+        if gate is not None:
+            out = out * nn.sigmoid(gate.reshape(out.shape))
+        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), entries
+
+    @nn.nowrap  # adds no scope of its own to the program
+    def _mask_and_scope(self, mask: Mask, windowed: jax.Array) -> tuple[Mask, str]:
+        """Returns the layer's mask, and the name that tells a plan how many layers have the window.
+
+        Layers of a stack are one program, which is given whether the layer is ``windowed``, unless
+        all of its layers have the window, or none.
+        """
+        cfg = self.config
+        if cfg.global_head_dim:  # a stack has only layers with the window, or only layers without
+            if self.kind.whole:
+                return mask.within(None), "attention"
+            return mask.within(cfg.sliding_window), "windowed_1_of_1"
+        n_windowed = len(cfg.windowed_layers)
+        if n_windowed in (0, cfg.num_hidden_layers):
+            return mask.within(cfg.sliding_window), "attention"
+        scope = f"windowed_{n_windowed}_of_{cfg.num_hidden_layers}"
+        return mask.within(cfg.sliding_window, windowed), scope
 
     @property
-    def _has_work_between(self) -> bool:
-        """Returns True if derivatives of what stands between projections and RoPE need its input.
+    def _keeps_projections(self) -> bool:
+        """Returns True if the backward pass needs the projections' results as they are.
 
-        RoPE's own do not: its result is then kept in the place of the projection's.
+        It does where a norm or a gate follows. RoPE's derivative needs no input: its result is then
+        kept in the place of the projection's.
         """
         cfg = self.config
         return bool(cfg.qk_norm or cfg.value_norm or cfg.attn_output_gate or self.kind.reuses)
 
     def _angles(self, step: Step, layer: PerLayer) -> RopeAngles:
-        if self.config.global_head_dim and step.other_rope is not None:
+        """Returns the layer's rotation."""
+        if step.other_rope is None:
+            return step.rope
+        if self.config.global_head_dim:
             return step.rope if self.kind.whole else step.other_rope
-        return _choose_angles(layer.apart, step.other_rope, step.rope)
+        choose = functools.partial(jnp.where, layer.apart)
+        angles: RopeAngles = jax.tree.map(choose, step.other_rope, step.rope)
+        return angles
 
-    def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Returns queries, keys and values, normalised: [batch, seq, heads, head_dim] each.
+    def _project(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Returns queries "q", keys "k" and values "v", normalised, and gates of the outputs.
 
-        Behind them stand the gates of the outputs, as queries, if there are any. A layer that takes
-        keys and values of another has queries alone.
+        Each is [batch, seq, heads, head_dim]. Gates ("gate") are there if the model has them. A
+        layer that takes keys and values of another has queries alone.
         """
         cfg = self.config
         kv_heads, head_dim = cfg.heads_of(self.kind)
-        shares = cfg.attention_k_eq_v and self.kind.whole
-        own = "" if self.kind.reuses else "k" if shares else "kv"
-        heads = {"q": cfg.num_attention_heads} | dict.fromkeys(own, kv_heads)
-        sizes = [n * head_dim for n in heads.values()]
-        sizes[0] *= 1 + cfg.attn_output_gate
-        if cfg.fused_projections:
-            fused = dense(self, sum(sizes), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
-            flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        else:
-            flat = [
-                dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
-                for name, size in zip(heads, sizes, strict=True)
-            ]
-        if self._has_work_between:
-            flat = [projected(part, self.remat) for part in flat]
-        names = ("q_norm", "k_norm")
-        if cfg.qk_norm and cfg.qk_norm_joins_heads:
-            flat[:2] = [rms_norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
-        parts = [
-            self.placement.constrain(part.reshape(*x.shape[:2], n, -1), "heads")
-            for part, n in zip(flat, heads.values(), strict=True)
-        ]
+        keys_are_values = cfg.attention_k_eq_v and self.kind.whole
+        heads = {"q": cfg.num_attention_heads}
+        if not self.kind.reuses:
+            heads["k"] = kv_heads
+            if not keys_are_values:
+                heads["v"] = kv_heads
+        sizes = {name: n_heads * head_dim for name, n_heads in heads.items()}
         if cfg.attn_output_gate:
-            parts[:1] = jnp.split(parts[0], 2, axis=-1)
-            parts.append(parts.pop(1))
-        if shares and own:
-            parts.append(parts[1])
-        if cfg.value_norm and own:
-            parts[2] = normalise_values(parts[2], cfg.rms_norm_eps)
-        if cfg.qk_norm and not cfg.qk_norm_joins_heads:
-            parts[:2] = [
-                rms_norm(self, name)(part) for name, part in zip(names, parts, strict=False)
-            ]
-        return parts
+            sizes["q"] *= 2
+        if cfg.fused_projections:
+            fused = dense(self, sum(sizes.values()), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
+            ends = [sizes["q"], sizes["q"] + sizes["k"]]
+            flat = dict(zip("qkv", jnp.split(fused, ends, axis=-1), strict=True))
+        else:
+            flat = {
+                name: dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
+                for name, size in sizes.items()
+            }
+        if self._keeps_projections:
+            flat = {name: projected(features, self.remat) for name, features in flat.items()}
+        normalised = [name for name in heads if name in "qk" and cfg.qk_norm]
+        if cfg.qk_norm_joins_heads:
+            flat |= {name: rms_norm(self, f"{name}_norm")(flat[name]) for name in normalised}
+        results = {
+            name: self.placement.constrain(features.reshape(*x.shape[:2], heads[name], -1), "heads")
+            for name, features in flat.items()
+        }
+        if cfg.attn_output_gate:
+            results["q"], results["gate"] = jnp.split(results["q"], 2, axis=-1)
+        if keys_are_values and "k" in results:  # keys before their norm
+            results["v"] = results["k"]
+        if cfg.value_norm and "v" in results:
+            results["v"] = normalise_values(results["v"], cfg.rms_norm_eps)
+        if not cfg.qk_norm_joins_heads:
+            results |= {name: rms_norm(self, f"{name}_norm")(results[name]) for name in normalised}
+        return results
 
 
 class DecoderLayer(ModelPart):
@@ -216,64 +248,74 @@ class DecoderLayer(ModelPart):
           The carry; and the entries for the cache, with the experts of each token where
           ``layer.routing`` is given.
         """
-        cfg, x = self.config, layer_input(x, self.remat)
+        cfg = self.config
+        x = layer_input(x, self.remat)
         if step.cache is not None:
             take = functools.partial(
                 jax.lax.dynamic_index_in_dim, index=layer.number, keepdims=False
             )
             layer = layer._replace(cache=jax.tree.map(take, step.cache))
-        if self.kind.sparse:
-            mlp: nn.Module = SparseMLP(
-                *self.options, products=self.experts, name=cfg.family.mlp_name
-            )
-        else:
-            wide = self.kind.reuses and cfg.use_double_wide_mlp
-            inner = cfg.intermediate_size * (1 + wide)
-            mlp = MLP(*self.options, inner=inner, name=cfg.family.mlp_name)
 
-        before, after = ["input_layernorm", "post_attention_layernorm"], ["", ""]
-        if cfg.post_norms:
-            after = ["post_attention_layernorm", "post_feedforward_layernorm"]
-            before[1] = "pre_feedforward_layernorm"
-
-        def inputs(i: int, x: jax.Array) -> jax.Array:
-            return self.placement.constrain(
-                rms_norm(self, before[i])(x) if cfg.pre_norms else x, "inputs"
-            )
-
-        def added(i: int, x: jax.Array, part: jax.Array) -> jax.Array:
-            part = rms_norm(self, after[i])(part) if cfg.post_norms else part
-            return x + multiply(part, cfg.residual_multiplier)
-
-        new: NewEntries
-        if self.kind.linear:
-            mixer = GatedDeltaNet(*self.options, name="linear_attn")
-            hidden, new = mixer(inputs(0, x), step.tokens, layer.recurrent)
-        else:
-            attention = Attention(*self.options, kind=self.kind, name="self_attn")
-            hidden, new = attention(inputs(0, x), step, layer)
-            new = None if layer.cache is None and not cfg.num_kv_shared_layers else new
-        x = added(0, x, projected(hidden, self.remat))
-        routing = None if layer.routing is None else layer.routing.astype(jnp.int32)
-        if self.kind.sparse:
-            hidden, routing = mlp(inputs(1, x), layer.routing)
-        else:
-            hidden = mlp(inputs(1, x))
-        x = added(1, x, hidden)
+        hidden, entries = self._mix_tokens(self._normalise_input(0, x), step, layer)
+        x = self._add_output(0, x, projected(hidden, self.remat))
+        hidden, experts = self._apply_mlp(self._normalise_input(1, x), layer.routing)
+        x = self._add_output(1, x, hidden)
         if layer.inputs is not None:
             x = add_input(self, x, layer.inputs)
         if cfg.layer_scalars:
             x = scale_output(self, x)
-        x = self.placement.constrain(x, "residual")
-        return x, (new, None if layer.routing is None else routing)
+        return self.placement.constrain(x, "residual"), (entries, experts)
 
+    @nn.nowrap  # adds no scope of its own to the program
+    def _normalise_input(self, block: int, x: jax.Array) -> jax.Array:
+        """Returns the input of a block: of the token mixer, 0, or of the MLP, 1."""
+        cfg = self.config
+        if cfg.pre_norms:
+            mlp_norm = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+            x = rms_norm(self, ("input_layernorm", mlp_norm)[block])(x)
+        return self.placement.constrain(x, "inputs")
 
-def _choose_angles(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:
-    """Chooses a layer's rotation; no other: no difference."""
-    if other is None:
-        return usual
-    chosen: RopeAngles = jax.tree.map(functools.partial(jnp.where, apart), other, usual)
-    return chosen
+    @nn.nowrap
+    def _add_output(self, block: int, x: jax.Array, output: jax.Array) -> jax.Array:
+        """Adds a block's output to the stream x; see ``_normalise_input``."""
+        cfg = self.config
+        if cfg.post_norms:
+            names = ("post_attention_layernorm", "post_feedforward_layernorm")
+            output = rms_norm(self, names[block])(output)
+        return x + multiply(output, cfg.residual_multiplier)
+
+    @nn.nowrap
+    def _mix_tokens(
+        self, x: jax.Array, step: Step, layer: PerLayer
+    ) -> tuple[jax.Array, NewEntries]:
+        """Applies attention or the linear mixer; see ``__call__`` for the entries."""
+        if self.kind.linear:
+            mixer = GatedDeltaNet(*self.options, name="linear_attn")
+            return mixer(x, step.tokens, layer.recurrent)
+        attention = Attention(*self.options, kind=self.kind, name="self_attn")
+        hidden, entries = attention(x, step, layer)
+        if layer.cache is None and not self.config.num_kv_shared_layers:
+            return hidden, None  # nobody reads them
+        return hidden, entries
+
+    @nn.nowrap
+    def _apply_mlp(
+        self, x: jax.Array, routing: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Applies the MLP or the experts; returns the tokens' experts where ``routing`` is given.
+
+        In a layer without experts they are ``routing`` itself.
+        """
+        cfg = self.config
+        if self.kind.sparse:
+            mixture = SparseMLP(*self.options, products=self.experts, name=cfg.family.mlp_name)
+            hidden, experts = mixture(x, routing)
+            return hidden, None if routing is None else experts
+        inner = cfg.intermediate_size
+        if self.kind.reuses and cfg.use_double_wide_mlp:
+            inner *= 2
+        mlp = MLP(*self.options, inner=inner, name=cfg.family.mlp_name)
+        return mlp(x), None if routing is None else routing.astype(jnp.int32)
 
 
 def project_latent(
@@ -291,42 +333,45 @@ def project_latent(
       rope: the rotation of its tokens.
     """
     cfg: DecoderConfig = module.config
-    plain, heads = cfg.qk_nope_head_dim, cfg.num_attention_heads
+    nope_dim, rope_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim  # without RoPE, and with it
+    n_heads = cfg.num_attention_heads
 
-    def product(x: jax.Array, name: str, size: int, *, use_bias: bool = False) -> jax.Array:
+    def project(x: jax.Array, name: str, size: int, *, use_bias: bool = False) -> jax.Array:
         return projected(dense(module, size, use_bias=use_bias, name=name)(x), module.remat)
 
     def split_heads(x: jax.Array) -> jax.Array:
-        return module.placement.constrain(x.reshape(*x.shape[:2], heads, -1), "heads")
+        return module.placement.constrain(x.reshape(*x.shape[:2], n_heads, -1), "heads")
 
-    def norm(x: jax.Array, name: str) -> jax.Array:
+    def normalise(x: jax.Array, name: str) -> jax.Array:
         return RMSNorm(_LATENT_EPS, module.dtype, module.param_dtype, name=name)(x)
 
-    def turn(x: jax.Array) -> jax.Array:
+    def rotate_pairs(x: jax.Array) -> jax.Array:
         return rotate(x, rope, neighbours=cfg.rope_interleave)
 
     if cfg.q_lora_rank is None:
-        q = product(x, "q_proj", heads * cfg.head_dim)
+        q = project(x, "q_proj", n_heads * cfg.head_dim)
     else:
-        q = product(x, "q_a_proj", cfg.q_lora_rank, use_bias=cfg.qkv_bias)
-        q = product(norm(q, "q_a_layernorm"), "q_b_proj", heads * cfg.head_dim)
-    q_plain, q_turned = jnp.split(split_heads(q), [plain], axis=-1)
-    size = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    joined = product(x, "kv_a_proj_with_mqa", size, use_bias=cfg.qkv_bias)
-    shared, k_turned = jnp.split(joined, [cfg.kv_lora_rank], axis=-1)
-    size = heads * (plain + cfg.v_head_dim)
-    expanded = split_heads(product(norm(shared, "kv_a_layernorm"), "kv_b_proj", size))
-    k_plain, v = jnp.split(expanded, [plain], axis=-1)
-    k_turned = jnp.broadcast_to(
-        turn(k_turned[:, :, None]), (*k_plain.shape[:-1], cfg.qk_rope_head_dim)
+        q_latent = project(x, "q_a_proj", cfg.q_lora_rank, use_bias=cfg.qkv_bias)
+        q_latent = normalise(q_latent, "q_a_layernorm")
+        q = project(q_latent, "q_b_proj", n_heads * cfg.head_dim)
+    q_nope, q_rope = jnp.split(split_heads(q), [nope_dim], axis=-1)
+    latent_and_rope = project(
+        x, "kv_a_proj_with_mqa", cfg.kv_lora_rank + rope_dim, use_bias=cfg.qkv_bias
     )
-    q = jnp.concatenate([q_plain, turn(q_turned)], axis=-1)
-    k = jnp.concatenate([k_plain, k_turned], axis=-1)
+    kv_latent, k_rope = jnp.split(latent_and_rope, [cfg.kv_lora_rank], axis=-1)
+    kv = project(
+        normalise(kv_latent, "kv_a_layernorm"), "kv_b_proj", n_heads * (nope_dim + cfg.v_head_dim)
+    )
+    k_nope, v = jnp.split(split_heads(kv), [nope_dim], axis=-1)
+    k_rope = rotate_pairs(k_rope[:, :, None])  # one head, which all heads share
+    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], rope_dim))
+    q = jnp.concatenate([q_nope, rotate_pairs(q_rope)], axis=-1)
+    k = jnp.concatenate([k_nope, k_rope], axis=-1)
     return q, k, jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.head_dim - cfg.v_head_dim)))
 
 
 def take_values(module: ModelPart, out: jax.Array) -> jax.Array:
-    """Returns attention's output without what fills values up: [batch, seq, heads * v_head_dim]."""
+    """Removes the padding of values from attention's output: [batch, seq, heads * v_head_dim]."""
     cfg: DecoderConfig = module.config
     heads = out.reshape(*out.shape[:2], cfg.num_attention_heads, -1)[..., : cfg.v_head_dim]
     return module.placement.constrain(heads.reshape(*out.shape[:2], -1), "features")

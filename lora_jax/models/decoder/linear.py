@@ -25,68 +25,84 @@ class GatedDeltaNet(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: RecurrentTokens, before: Recurrent | None
+        self, x: jax.Array, tokens: RecurrentTokens, memory: Recurrent | None
     ) -> tuple[jax.Array, Recurrent | None]:
         """Mixes tokens.
 
         Args:
           x: [batch, seq, d_model].
           tokens: padding and segments.
-          before: what the layer remembers of earlier tokens; None without a cache.
+          memory: the layer's memory of earlier tokens; None without a cache.
 
         Returns:
-          [batch, seq, d_model], and what the layer remembers now; None without a cache.
+          [batch, seq, d_model], and the memory after these tokens; None without a cache.
         """
-        cfg, dtype = self.config, wide_dtype(self.dtype)
-        keys, values = cfg.linear_num_key_heads, cfg.linear_num_value_heads
-        tail, state = cfg.recurrent_shapes
-        act, init = ACTIVATION[cfg.hidden_act], nn.initializers.normal(cfg.initializer_range)
-        width, group = cfg.linear_key_head_dim, values // keys
+        cfg = self.config
+        dtype = wide_dtype(self.dtype)
+        key_heads, value_heads = cfg.linear_num_key_heads, cfg.linear_num_value_heads
+        key_dim = cfg.linear_key_head_dim
+        (_, channels), state_shape = cfg.recurrent_shapes
 
-        def heads(x: jax.Array, n: int) -> jax.Array:
-            return self.placement.constrain(x.reshape(*x.shape[:2], n, -1), "heads")
+        def split_heads(x: jax.Array, n_heads: int) -> jax.Array:
+            return self.placement.constrain(x.reshape(*x.shape[:2], n_heads, -1), "heads")
 
-        shape = (tail[1], 1, cfg.linear_conv_kernel_dim)
-        taps = self.param("conv1d", init, shape, self.param_dtype)
-        rate = self.param("A_log", nn.initializers.zeros, (values,), self.param_dtype)
-        shift = self.param("dt_bias", nn.initializers.ones, (values,), self.param_dtype)
+        init = nn.initializers.normal(cfg.initializer_range)
+        taps_shape = (channels, 1, cfg.linear_conv_kernel_dim)
+        taps = self.param("conv1d", init, taps_shape, self.param_dtype)
+        log_rate = self.param("A_log", nn.initializers.zeros, (value_heads,), self.param_dtype)
+        shift = self.param("dt_bias", nn.initializers.ones, (value_heads,), self.param_dtype)
 
-        q, k, v, z, b, a = [
-            part for name in cfg.linear_projections for part in self._project(x, name)
-        ]
-        mixed, new_tail = short_convolution(
-            *(jnp.concatenate([q, k, v], axis=-1).astype(dtype), taps.astype(dtype), tokens),
-            before and before.tail.astype(dtype),
+        projections: dict[str, jax.Array] = {}
+        for letters in cfg.linear_projections:
+            projections |= zip(letters, self._project(x, letters), strict=True)
+        qkv = jnp.concatenate([projections[letter] for letter in "qkv"], axis=-1)
+        qkv, new_tail = short_convolution(
+            qkv.astype(dtype),
+            taps.astype(dtype),
+            tokens,
+            memory and memory.tail.astype(dtype),
         )
-        q, k, v = jnp.split(act(mixed), [keys * width, 2 * keys * width], axis=-1)
-        q, k = (normalise(heads(part, keys)) for part in (q, k))
+        qkv = ACTIVATION[cfg.hidden_act](qkv)
+        q, k, v = jnp.split(qkv, [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
+        q = normalise(split_heads(q, key_heads))
+        k = normalise(split_heads(k, key_heads))
         # A head of keys serves neighbouring heads of values.
-        q, k = (jnp.repeat(part, group, axis=2) for part in (q, k))
-        beta = nn.sigmoid(b.astype(dtype))
-        softened = nn.softplus(a.astype(dtype) + shift.astype(dtype))
-        log_decay = -jnp.exp(rate.astype(dtype)) * softened
-        beta, log_decay = (jnp.where(tokens.present[..., None], x, 0) for x in (beta, log_decay))
-        if before is None:
-            start = jnp.zeros((x.shape[0], *state), dtype)
+        q = jnp.repeat(q, value_heads // key_heads, axis=2)
+        k = jnp.repeat(k, value_heads // key_heads, axis=2)
+
+        beta = nn.sigmoid(projections["b"].astype(dtype))
+        time_step = nn.softplus(projections["a"].astype(dtype) + shift.astype(dtype))
+        log_decay = -jnp.exp(log_rate.astype(dtype)) * time_step
+        is_present = tokens.present[..., None]
+        beta = jnp.where(is_present, beta, 0)
+        log_decay = jnp.where(is_present, log_decay, 0)
+        if memory is None:
+            state = jnp.zeros((x.shape[0], *state_shape), dtype)
         else:
-            start = before.state.astype(dtype)
-        out, end = gated_delta_rule(
-            *(q * width**-0.5, k, heads(v, values), log_decay, beta, start),
-            tokens.segments,
+            state = memory.state.astype(dtype)
+        out, state = gated_delta_rule(
+            q=q * key_dim**-0.5,
+            k=k,
+            v=split_heads(v, value_heads),
+            log_decay=log_decay,
+            beta=beta,
+            state=state,
+            segments=tokens.segments,
         )
         out = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(out)
-        out = out.astype(dtype) * nn.silu(heads(z, values).astype(dtype))
+        out = out.astype(dtype) * nn.silu(split_heads(projections["z"], value_heads).astype(dtype))
         out = self.placement.constrain(out.reshape(*x.shape[:2], -1).astype(self.dtype), "features")
         out = dense(self, cfg.hidden_size, use_bias=False, name="out_proj")(out)
-        if before is None or new_tail is None:
+        if memory is None or new_tail is None:
             return out, None
-        return out, Recurrent(new_tail.astype(before.tail.dtype), end.astype(before.state.dtype))
+        return out, Recurrent(new_tail.astype(memory.tail.dtype), state.astype(memory.state.dtype))
 
-    def _project(self, x: jax.Array, name: str) -> list[jax.Array]:
-        """Returns the parts of a projection, such as "qkv": [batch, seq, features] each."""
+    def _project(self, x: jax.Array, letters: str) -> list[jax.Array]:
+        """Returns the results of a projection, such as "qkv": [batch, seq, features] each."""
         cfg = self.config
-        n = cfg.linear_num_key_heads if cfg.linear_projections_joined else 1
-        sizes = [cfg.linear_sizes[part] for part in name]
-        out = dense(self, sum(sizes), use_bias=False, name=f"in_proj_{name}")(x)
-        parts = jnp.split(out.reshape(*x.shape[:2], n, -1), np.cumsum(sizes[:-1]) // n, axis=-1)
-        return [part.reshape(*x.shape[:2], -1) for part in parts]
+        n_groups = cfg.linear_num_key_heads if cfg.linear_projections_joined else 1
+        sizes = [cfg.linear_sizes[letter] for letter in letters]
+        out = dense(self, sum(sizes), use_bias=False, name=f"in_proj_{letters}")(x)
+        grouped = out.reshape(*x.shape[:2], n_groups, -1)
+        results = jnp.split(grouped, np.cumsum(sizes[:-1]) // n_groups, axis=-1)
+        return [result.reshape(*x.shape[:2], -1) for result in results]

@@ -1,4 +1,9 @@
-"""Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``."""
+"""Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``.
+
+Layers of one kind are stacked and scanned. A run is a number of consecutive layers whose kinds
+repeat in a pattern, a period is one repetition of the pattern, and a stack has the layers of one
+place in the pattern (see ``DecoderConfig.runs``).
+"""
 
 import math
 from typing import Any
@@ -66,9 +71,9 @@ class Decoder(CausalLM):
 class Trunk(ModelPart):
     """Embedding, scanned layers and the final norm: everything but the head.
 
-    ``vectors`` stand in the places ``at`` of embedded tokens; see ``insert_vectors``. ``routing``,
-    [batch, seq, layers, k] int, are the experts that tokens go through, such as those of a sampler;
-    -1 stands for the router's choice.
+    ``vectors`` replace the embedded tokens where ``is_vector``; see ``insert_vectors``.
+    ``routing``, [batch, seq, layers, k] int, are the experts that tokens go through, such as those
+    of a sampler; -1 stands for the router's choice.
     """
 
     config: DecoderConfig
@@ -97,56 +102,75 @@ class Trunk(ModelPart):
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
-        at: jax.Array | None = None,
+        is_vector: jax.Array | None = None,
         vectors: jax.Array | None = None,
         routing: jax.Array | None = None,
     ) -> tuple[jax.Array, NewEntries]:
+        cfg = self.config
         self._check_routing(routing)
-        positions = placed.positions
-        length = jnp.max(positions) + 1 if cache is None else cache.max_len
-        rotated = positions if placed.rotated is None else placed.rotated
-        rope = rotations(rotated, self.config, length)
-        other_rope = None
-        if self.config.rope_free_layers:
-            other_rope = RopeAngles(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
-        elif self.config.rope_local_theta is not None:
-            other_rope = rotations(positions, self.config, length, local=True)
-        tokens = RecurrentTokens(placed.present, mask.queries.segments)
-        step = Step(rope, other_rope, mask, placed.first, tokens)
+        rope, other_rope = self._rotations(placed, cache)
+        step = Step(
+            rope=rope,
+            other_rope=other_rope,
+            mask=mask,
+            filled=placed.first,
+            tokens=RecurrentTokens(placed.present, mask.queries.segments),
+        )
 
         x = add_noise(self.embed_tokens(input_ids), embedding_noise)
-        if self.config.scale_embeddings:
-            x = x * self.config.hidden_size**0.5
-        own = None
-        if self.config.hidden_size_per_layer_input:
-            own = layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)
-        x = self.placement.constrain(
-            insert_vectors(multiply(x, self.config.embedding_multiplier), at, vectors), "residual"
-        )
-        windowed, apart = (
-            jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
-            for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
-        )
+        if cfg.scale_embeddings:
+            x = x * cfg.hidden_size**0.5
+        per_layer_inputs = None
+        if cfg.hidden_size_per_layer_input:
+            per_layer_inputs = layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)
+        x = insert_vectors(multiply(x, cfg.embedding_multiplier), is_vector, vectors)
+        x = self.placement.constrain(x, "residual")
+
         if routing is not None:
             routing = jnp.moveaxis(routing, 2, 0)
         elif cache is not None and cache.routing is not None:
-            shape = (self.config.num_hidden_layers, *input_ids.shape, cache.routing.shape[-1])
+            shape = (cfg.num_hidden_layers, *input_ids.shape, cache.routing.shape[-1])
             routing = jnp.full(shape, -1, jnp.int32)
-        of_cache = (cache and cache.layers, cache and cache.recurrent)
-        each = PerLayer(windowed, apart, *of_cache, inputs=own, routing=routing)
-        x, (new, chosen) = run_layers(self.layers, "", x, step, each)
-        if cache is not None:
-            new = (*new, *[None] * (3 - len(new)), chosen)
-        return self.placement.constrain(self.norm(x), "inputs"), new
+        layer_indices = np.arange(cfg.num_hidden_layers)
+        layers = PerLayer(
+            windowed=jnp.asarray(np.isin(layer_indices, cfg.windowed_layers)),
+            apart=jnp.asarray(np.isin(layer_indices, cfg.layers_rotated_apart)),
+            cache=cache and cache.layers,
+            recurrent=cache and cache.recurrent,
+            inputs=per_layer_inputs,
+            routing=routing,
+        )
+        x, (entries, experts) = run_layers(self.layers, "", x, step, layers)
+        if cache is not None:  # (keys, values, memories or None, experts or None)
+            padding = [None] * (3 - len(entries))
+            entries = (*entries, *padding, experts)
+        return self.placement.constrain(self.norm(x), "inputs"), entries
+
+    @nn.nowrap  # adds no scope of its own to the program
+    def _rotations(
+        self, placed: TokenPlaces, cache: Cache | None
+    ) -> tuple[RopeAngles, RopeAngles | None]:
+        """Returns RoPE's rotations of the tokens: in most layers, and in ``Step.other_rope``'s."""
+        cfg, positions = self.config, placed.positions
+        length = jnp.max(positions) + 1 if cache is None else cache.max_len
+        rope = rotations(positions if placed.rotated is None else placed.rotated, cfg, length)
+        if cfg.rope_free_layers:
+            return rope, RopeAngles(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
+        if cfg.rope_local_theta is not None:
+            return rope, rotations(positions, cfg, length, local=True)
+        return rope, None
 
     def _check_routing(self, routing: jax.Array | None) -> None:
         """Raises a ValueError for experts of another number of layers, or of a dense model."""
         cfg = self.config
-        want = (cfg.num_hidden_layers, cfg.num_experts_per_tok if cfg.num_experts else 0)
-        if routing is not None and routing.shape[2:] != want:
+        layers_and_choices = (
+            cfg.num_hidden_layers,
+            cfg.num_experts_per_tok if cfg.num_experts else 0,
+        )
+        if routing is not None and routing.shape[2:] != layers_and_choices:
             raise ValueError(
                 f"routing has the experts of {routing.shape[2:]} layers and choices, and the model "
-                f"has {want}: give [batch, seq, layers, k], to a mixture of experts"
+                f"has {layers_and_choices}: give [batch, seq, layers, k], to a mixture of experts"
             )
 
 
@@ -172,28 +196,26 @@ class Period(ModelPart):
           [batch, seq, d_model]; and the layers' keys, values and memories, stacked on axis 0, with
           the experts of each token where ``layers.routing`` is given.
         """
-        layer = rematerialise(DecoderLayer, self.remat)
-        new: dict[bool, list[Any]] = {False: [], True: []}
-        chosen: list[Any] = []
-        for i, (name, numbers) in enumerate(self.config.runs[self.run].items()):
-            kind = self.config.kind_of(numbers[0])
-            linear, at = kind.linear, len(new[kind.linear])
-            cache, recurrent = (
-                jax.tree.map(lambda x, at=at: x[at], part if is_mine else None)
-                for part, is_mine in ((layers.cache, not linear), (layers.recurrent, linear))
-            )
-            others = layers._replace(cache=None, recurrent=None)
-            others = jax.tree.map(lambda x, i=i: x[i], others)
-            mine = others._replace(cache=cache, recurrent=recurrent)
-            x, (entries, experts) = layer(
-                *self.options, experts=self.experts, kind=kind, name=name
-            )(x, step, mine)
-            new[linear].append(entries)
-            chosen.append(experts)
-        routing = None if layers.routing is None else jnp.stack(chosen)
-        stacked = [jax.tree.map(lambda *of: jnp.stack(of), *each) for each in new.values() if each]
+        make_layer = rematerialise(DecoderLayer, self.remat)
+        keys_and_values: list[Any] = []  # of layers with attention, which alone are in the cache
+        memories: list[Any] = []  # of linear layers
+        experts_of_layers: list[Any] = []
+        for i, (place, layer_indices) in enumerate(self.config.runs[self.run].items()):
+            kind = self.config.kind_of(layer_indices[0])
+            layer = _entry(layers._replace(cache=None, recurrent=None), i)
+            if kind.linear:
+                layer = layer._replace(recurrent=_entry(layers.recurrent, len(memories)))
+            else:
+                layer = layer._replace(cache=_entry(layers.cache, len(keys_and_values)))
+            run_layer = make_layer(*self.options, experts=self.experts, kind=kind, name=place)
+            x, (entries, experts) = run_layer(x, step, layer)
+            (memories if kind.linear else keys_and_values).append(entries)
+            experts_of_layers.append(experts)
+        routing = None if layers.routing is None else jnp.stack(experts_of_layers)
+        stacked = [_stack(entries) for entries in (keys_and_values, memories) if entries]
+        # Keys and values are a pair, or None without a cache; memories are one entry.
         entries = (*(stacked[0] or ()), *stacked[1:])
-        return x, (None if not jax.tree.leaves(entries) else entries, routing)
+        return x, (entries if jax.tree.leaves(entries) else None, routing)
 
 
 class Runs(ModelPart):
@@ -204,66 +226,81 @@ class Runs(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: Step, each: PerLayer
+        self, x: jax.Array, step: Step, layers: PerLayer
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs all layers; see ``run_layers``."""
-        # A slice of the cache for each run would be a copy: all see the whole.
-        step = step._replace(cache=each.cache)
-        each = each._replace(cache=None, number=jnp.arange(self.config.num_hidden_layers))
-        new, chosen = [], []
-        for run, places in self.config.runs.items():
-            numbers = [number for stack in places.values() for number in stack]
-            part = slice(min(numbers), max(numbers) + 1)
-            mine = jax.tree.map(lambda x, part=part: x[part], each)
+        cfg = self.config
+        # A slice of the cache for each run would be a copy: all runs see the cache of all layers.
+        step = step._replace(cache=layers.cache)
+        layers = layers._replace(cache=None, number=jnp.arange(cfg.num_hidden_layers))
+        entries_of_runs = []
+        experts_of_runs = []
+        for run, stacks in cfg.runs.items():
+            start = min(layer_indices[0] for layer_indices in stacks.values())
+            stop = max(layer_indices[-1] for layer_indices in stacks.values()) + 1
+            run_module = stack_layers(self, run, name=run)
             x, (entries, experts) = run_layers(
-                stack_layers(self, run, name=run), run, x, step, mine
+                run_module, run, x, step, _entry(layers, slice(start, stop))
             )
-            new.append(entries)
-            chosen.append(experts)
-            if self.config.num_kv_shared_layers and step.kept is None:
-                kept = keep_last(self.config, range(max(numbers) + 1), new[0], step.cache)
+            entries_of_runs.append(entries)
+            experts_of_runs.append(experts)
+            if cfg.num_kv_shared_layers and step.kept is None:
+                kept = keep_last(cfg, range(stop), entries, step.cache)
                 step = step._replace(cache=None, kept=kept)
-        routing = None if each.routing is None else jnp.concatenate(chosen)
-        if self.config.num_kv_shared_layers:
-            return x, (new[0], routing)
-        return x, (jax.tree.map(lambda *of: jnp.concatenate(of), *new), routing)
+        routing = None if layers.routing is None else jnp.concatenate(experts_of_runs)
+        if cfg.num_kv_shared_layers:  # the second run has no keys and values
+            return x, (entries_of_runs[0], routing)
+        entries = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *entries_of_runs)
+        return x, (entries, routing)
 
 
-def run_layers(layers: nn.Module, run: str, x: jax.Array, step: Step, each: PerLayer) -> Any:
+def _entry(tree: Any, index: int | slice) -> Any:
+    """Returns an entry, or several, of a tree that is stacked on axis 0."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _stack(trees: list[Any]) -> Any:
+    """Stacks trees of one structure on axis 0."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+
+
+def run_layers(stack: nn.Module, run: str, x: jax.Array, step: Step, layers: PerLayer) -> Any:
     """Runs scanned layers, by periods if they are of several kinds.
 
     Args:
-      layers: what ``stack_layers`` returned.
+      stack: the module that ``stack_layers`` made.
       run: the name of the run.
       x, step: see ``Period``.
-      each: the layers' own input, stacked on axis 0.
+      layers: the layers' own input, stacked on axis 0.
 
     Returns:
       See ``Period``; of all layers.
     """
-    config: DecoderConfig = layers.config
-    if run not in config.runs or len(config.runs[run]) == 1:
-        return layers(x, step, each)
-    n = len(next(iter(config.runs[run].values())))
-    each = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), each)
-    x, new = layers(x, step, each)
-    return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), new)
+    config: DecoderConfig = stack.config
+    has_periods = run in config.runs and len(config.runs[run]) > 1
+    if not has_periods:
+        return stack(x, step, layers)
+    n_periods = len(next(iter(config.runs[run].values())))
+    periods = jax.tree.map(lambda x: x.reshape(n_periods, -1, *x.shape[1:]), layers)
+    x, results = stack(x, step, periods)
+    return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), results)
 
 
-def stack_layers(module: ModelPart, run: str = "", **more: Any) -> nn.Module:
+def stack_layers(module: ModelPart, run: str = "", **options: Any) -> nn.Module:
     """Makes the scanned layers of a decoder's trunk, or of one of their runs.
 
     Args:
       module: the part of a decoder that has them.
       run: the name of the run; "" for all layers.
-      **more: the name of the stack.
+      **options: the name of the stack.
     """
     cfg: DecoderConfig = module.config
-    more |= {"experts": module.experts}
+    options |= {"experts": module.experts}
     if run not in cfg.runs:
-        return Runs(*module.options, **more)
-    numbers, *others = cfg.runs[run].values()
-    if others:
-        return scan_layers(Period, False, len(numbers))(*module.options, run=run, **more)
-    scanned = scan_layers(DecoderLayer, module.remat, len(numbers))
-    return scanned(*module.options, kind=cfg.kind_of(numbers[0]), **more)
+        return Runs(*module.options, **options)
+    layer_indices = next(iter(cfg.runs[run].values()))
+    if len(cfg.runs[run]) > 1:
+        scanned_periods = scan_layers(Period, False, len(layer_indices))
+        return scanned_periods(*module.options, run=run, **options)
+    scanned_layers = scan_layers(DecoderLayer, module.remat, len(layer_indices))
+    return scanned_layers(*module.options, kind=cfg.kind_of(layer_indices[0]), **options)

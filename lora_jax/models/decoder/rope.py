@@ -44,20 +44,24 @@ def rotations(
       cos and sin, [batch, seq, 1, rotated / 2] each, fp32.
     """
     if local:
-        freqs = jnp.asarray(_plain_frequencies(config, config.rope_local_theta))
+        freqs = jnp.asarray(_unscaled_frequencies(config.rotary_dim, config.rope_local_theta))
         factor = 1.0
     else:
         freqs = frequencies(config, length)
         factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
-    at = (positions if positions.ndim == 3 else positions[..., None])[..., None, :]
-    at = at.astype(jnp.float32)
-    angles = at * freqs
+    if positions.ndim == 2:  # one position for all pairs
+        positions = positions[..., None]
+    positions = positions[..., None, :].astype(jnp.float32)
+    angles = positions * freqs
     return RopeAngles(
-        jnp.cos(angles) * factor, jnp.sin(angles) * factor, _query_factors(at, config.rope_scaling)
+        cos=jnp.cos(angles) * factor,
+        sin=jnp.sin(angles) * factor,
+        queries=_query_factors(positions, config.rope_scaling),
     )
 
 
 def _query_factors(positions: jax.Array, scaling: RopeScaling | None) -> jax.Array | None:
+    """Returns the factor of each query beyond the context trained on; see ``RopeScaling``."""
     if scaling is None or not scaling.llama_4_scaling_beta:
         return None
     contexts = jnp.floor(positions / scaling.original_max_position_embeddings)
@@ -71,14 +75,16 @@ def rotate(x: jax.Array, rotation: RopeAngles, *, neighbours: bool = False) -> j
     ``neighbours``, dimensions 2i and 2i + 1 are a pair, and lie as if they had been i and
     i + rotated/2.
     """
-    half = rotation.cos.shape[-1]
+    n_pairs = rotation.cos.shape[-1]
     y = x.astype(wide_dtype(x.dtype))
-    first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
+    x1, x2, unrotated = jnp.split(y, [n_pairs, 2 * n_pairs], axis=-1)
     if neighbours:
-        first, second = (y[..., i : 2 * half : 2] for i in range(2))
-    cos, sin = rotation.cos.astype(y.dtype), rotation.sin.astype(y.dtype)
-    parts = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+        x1 = y[..., 0 : 2 * n_pairs : 2]
+        x2 = y[..., 1 : 2 * n_pairs : 2]
+    cos = rotation.cos.astype(y.dtype)
+    sin = rotation.sin.astype(y.dtype)
+    rotated = [x1 * cos - x2 * sin, x2 * cos + x1 * sin, unrotated]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
@@ -99,55 +105,60 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
     Frequencies that change with every token ("dynamic") are refused: they would not fit the keys in
     a cache, nor what was computed from them.
     """
-    plain = _plain_frequencies(config, config.rope_theta)
+    freqs = _unscaled_frequencies(config.rotary_dim, config.rope_theta)
     scaling = config.rope_scaling
     if scaling is None:
-        return jnp.asarray(plain)
+        return jnp.asarray(freqs)
     if scaling.kind == "proportional":
-        size = config.global_head_dim or config.head_dim
-        turned = np.arange(size // 2) < int(scaling.rotated_share * size // 2)
-        exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-        whole = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
-        return jnp.asarray(np.where(turned, whole / np.float32(scaling.factor), np.float32(0)))
+        head_dim = config.global_head_dim or config.head_dim
+        n_rotated = int(scaling.rotated_share * head_dim // 2)
+        head_freqs = _unscaled_frequencies(head_dim, config.rope_theta) / np.float32(scaling.factor)
+        is_rotated = np.arange(head_dim // 2) < n_rotated
+        return jnp.asarray(np.where(is_rotated, head_freqs, np.float32(0)))
     if scaling.kind == "longrope":
-        short, long = (
-            jnp.asarray((plain / np.asarray(factors, np.float32)).astype(np.float32))
-            for factors in (scaling.short_factor, scaling.long_factor)
-        )
-        return jnp.where(length > scaling.original_max_position_embeddings, long, short)
-    keep = _kept_share(config, scaling, plain)
-    blended = (1.0 - keep) * plain / scaling.factor + keep * plain
+        short_freqs = (freqs / np.asarray(scaling.short_factor, np.float32)).astype(np.float32)
+        long_freqs = (freqs / np.asarray(scaling.long_factor, np.float32)).astype(np.float32)
+        is_long = length > scaling.original_max_position_embeddings
+        return jnp.where(is_long, jnp.asarray(long_freqs), jnp.asarray(short_freqs))
+    share = _unscaled_share(config, scaling, freqs)
+    blended = (1.0 - share) * freqs / scaling.factor + share * freqs
     return jnp.asarray(blended.astype(np.float32))
 
 
-def _plain_frequencies(config: DecoderConfig, theta: float | None) -> np.ndarray:
-    dim = config.rotary_dim
+def _unscaled_frequencies(dim: int, theta: float | None) -> np.ndarray:
+    """Returns theta^(-2i / dim) of each of dim / 2 pairs, fp32."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return np.float32(1.0) / np.float32(theta) ** exponents
 
 
-def _kept_share(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
-    """Returns the part of each frequency that is kept, 0 to 1; the factor divides the rest."""
+def _unscaled_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray) -> np.ndarray:
+    """Returns the share of each frequency, 0 to 1, that the factor does not divide."""
     if scaling.kind == "linear":
-        return np.zeros_like(plain)
+        return np.zeros_like(freqs)
     context = scaling.original_max_position_embeddings
     if scaling.kind == "llama3":
-        turns = context * plain / (2 * np.pi)
+        turns = context * freqs / (2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
     dim = config.rotary_dim
 
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    def pair_with_turns(turns: float) -> float:
+        """Returns the pair, a real number, that turns so often in the context trained on."""
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    fast_pair = pair_with_turns(scaling.beta_fast)
+    slow_pair = pair_with_turns(scaling.beta_slow)
     if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    last = last if last != first else last + 0.001
-    slow = (np.arange(dim // 2, dtype=np.float32) - first) / (last - first)
-    kept: np.ndarray = 1.0 - np.clip(slow, 0.0, 1.0)
-    return kept
+        fast_pair = math.floor(fast_pair)
+        slow_pair = math.ceil(slow_pair)
+    fast_pair = max(fast_pair, 0)
+    slow_pair = min(slow_pair, dim - 1)
+    if slow_pair == fast_pair:
+        slow_pair += 0.001
+    pairs = np.arange(dim // 2, dtype=np.float32)
+    scaled_share = np.clip((pairs - fast_pair) / (slow_pair - fast_pair), 0.0, 1.0)
+    share: np.ndarray = 1.0 - scaled_share
+    return share
 
 
 # Llama 3.1's values, for fields that are not given.
@@ -181,15 +192,14 @@ def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
     (2048, 8192)
     """
     if not isinstance(config, DecoderConfig):
-        why = "has no RoPE to scale"
+        reason = "has no RoPE to scale"
         if isinstance(getattr(config, "text", None), DecoderConfig):
-            why = "that reads images keeps its RoPE: only that of texts alone is scaled"
-        raise ConfigError(f"a {config.model_type} model {why}")
-    if config.rope_scaling is not None:
-        was = config.rope_scaling
+            reason = "that reads images keeps its RoPE: only that of texts alone is scaled"
+        raise ConfigError(f"a {config.model_type} model {reason}")
+    if (existing := config.rope_scaling) is not None:
         raise ConfigError(
-            f"the model scales its RoPE already ({was.kind}, factor {was.factor:g}), and what it "
-            "learned with that would be lost"
+            f"the model scales its RoPE already ({existing.kind}, factor {existing.factor:g}), and "
+            "what it learned with that would be lost"
         )
     kind = scaling.get("rope_type")
     if kind == "dynamic":
@@ -197,9 +207,11 @@ def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
             "RoPE type 'dynamic' changes its frequencies with the length of a text, so that they "
             "would not fit the keys in a cache: use its successor yarn, whose frequencies are fixed"
         )
-    if (known := config.family.rope_kinds) and kind not in known:
+    supported = config.family.rope_kinds
+    if supported and kind not in supported:
         raise ConfigError(
-            f"RoPE type {kind!r} is not supported for {config.model_type}, only {', '.join(known)}"
+            f"RoPE type {kind!r} is not supported for {config.model_type}, "
+            f"only {', '.join(supported)}"
         )
     factor = scaling.get("factor", 0.0)
     if not factor > 1:
@@ -210,12 +222,15 @@ def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
     fields = {**_DEFAULTS.get(str(kind), {}), **scaling}
     if kind != "linear":
         fields[_ORIGINAL] = original
-    written = {
-        **config.to_hf(),
-        "rope_scaling": fields,
-        "max_position_embeddings": round(original * factor),
-    }
-    read = DecoderConfig.from_hf(written)
+    scaled = DecoderConfig.from_hf(
+        {
+            **config.to_hf(),
+            "rope_scaling": fields,
+            "max_position_embeddings": round(original * factor),
+        }
+    )
     return dataclasses.replace(
-        config, rope_scaling=read.rope_scaling, max_position_embeddings=read.max_position_embeddings
+        config,
+        rope_scaling=scaled.rope_scaling,
+        max_position_embeddings=scaled.max_position_embeddings,
     )

@@ -23,23 +23,30 @@ class LayerKind(NamedTuple):
 def runs_of(
     kinds: Sequence[LayerKind], first: int, names: tuple[str, str]
 ) -> dict[str, dict[str, range]]:
-    """Returns the layers as runs of stacks that take turns: name -> place -> layers' numbers.
+    """Returns the layers as runs of stacks that take turns: run -> place -> layer indices.
 
     One run, "", has all layers, unless the first ones are another. In each, the shortest pattern of
     kinds that repeats has the places, such as "0of4": layers 0, 4, 8, …; "" if all are alike.
 
     Args:
-      kinds: the layers'.
+      kinds: the layers' kinds.
       first: the number of layers in the first run.
       names: names of two runs.
     """
-    n = len(kinds)
-    parts = dict(zip(names, (range(first), range(first, n)), strict=True))
-    runs = {}
-    for name, numbers in (parts if 0 < first < n else {"": range(n)}).items():
-        own, size = tuple(kinds[i] for i in numbers), len(numbers)
-        period = next(p for p in range(1, size + 1) if own == own[:p] * (size // p))
-        runs[name] = {
-            f"{i}of{period}" if period > 1 else "": numbers[i::period] for i in range(period)
-        }
-    return runs
+    n_layers = len(kinds)
+    layers_of_runs = {"": range(n_layers)}
+    if 0 < first < n_layers:
+        layers_of_runs = {names[0]: range(first), names[1]: range(first, n_layers)}
+    return {run: _stacks(kinds, layers) for run, layers in layers_of_runs.items()}
+
+
+def _stacks(kinds: Sequence[LayerKind], layers: range) -> dict[str, range]:
+    """Returns the stacks of a run's layers: place -> layer indices; see ``runs_of``."""
+    pattern = tuple(kinds[i] for i in layers)
+    n_layers = len(layers)
+    period = next(
+        size for size in range(1, n_layers + 1) if pattern == pattern[:size] * (n_layers // size)
+    )
+    if period == 1:
+        return {"": layers}
+    return {f"{i}of{period}": layers[i::period] for i in range(period)}

@@ -32,7 +32,12 @@ def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -
 
 
 class KeysAndValues(NamedTuple):
-    """Some of the keys and values, and the names of their axes: with a batch ("b") or without."""
+    """Keys and values, and the letters of their axes for einsum.
+
+    Attributes:
+      axes: "bntd", batch, kv_heads, keys, head_dim; or "ntd" of shared ones.
+      keys, values: arrays with these axes.
+    """
 
     axes: str
     keys: jax.Array
@@ -41,7 +46,7 @@ class KeysAndValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """The static facts of one call.
+    """The static facts of one call of attention, by which a kernel serves or refuses it.
 
     Attributes:
       queries: queries on this device.
@@ -129,12 +134,12 @@ class AttentionInputs(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of an ``Attend``: a function of one's own may do without sinks."""
+        """The arguments of an ``Attend``. Sinks are given only if there are any."""
         return tuple(self[:-1] if self.sinks is None else self)
 
 
 class Softmax(NamedTuple):
-    """The options that make weights of scores.
+    """The options by which scores become weights.
 
     Attributes:
       factor: [], the factor of the scores, in their dtype.
@@ -178,43 +183,42 @@ class DenseAttention(Implementation):
     def compute(self, inputs: AttentionInputs, shared: Shared | None = None) -> jax.Array:
         q, k, v, mask, _, cap, sinks = inputs
         batch, seq, _, head_dim = q.shape
+        kv_heads = k.shape[2]
         dtype = wide_dtype(q.dtype)
-        grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
-        own = KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        parts = [own]
-        if shared is not None:
-            parts = [
-                KeysAndValues("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)),
-                own,
-            ]
-        factor, lowest = inputs.factor, jnp.finfo(dtype).min
+        grouped = q.reshape(batch, seq, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        key_sets = [KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))]
+        if shared is not None:  # they come first in the mask
+            shared_keys = shared.key.astype(k.dtype)
+            shared_values = shared.value.astype(v.dtype)
+            key_sets.insert(0, KeysAndValues("ntd", shared_keys, shared_values))
+        factor = inputs.factor
 
-        def scores_of(part: KeysAndValues, seen: jax.Array) -> jax.Array:
+        def compute_scores(key_set: KeysAndValues, visible: jax.Array) -> jax.Array:
             scores = jnp.einsum(
-                f"bngsd,{part.axes}->bngst", grouped, part.keys, preferred_element_type=dtype
+                f"bngsd,{key_set.axes}->bngst", grouped, key_set.keys, preferred_element_type=dtype
             )
-            return jnp.where(seen, soft_cap(scores * factor, cap), lowest)
+            return jnp.where(visible, soft_cap(scores * factor, cap), jnp.finfo(dtype).min)
 
-        ends = np.cumsum([part.keys.shape[-2] for part in parts])
-        seen = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
-        scores = list(map(scores_of, parts, seen))
+        ends = np.cumsum([key_set.keys.shape[-2] for key_set in key_sets])
+        visible_sets = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
+        score_sets = list(map(compute_scores, key_sets, visible_sets))
         # The maximum changes no result, and so needs no derivative.
-        largest = functools.reduce(
-            jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores)
-        )
-        largest, sink = add_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
-        weights = [jnp.exp(s - largest) for s in scores]
-        total = (
-            functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights)) + sink
-        )
+        maxima = [jnp.max(scores, axis=-1, keepdims=True) for scores in score_sets]
+        largest = lax.stop_gradient(functools.reduce(jnp.maximum, maxima))
+        largest, sink = add_sinks(largest, sinks, (kv_heads, -1, 1, 1))
+        weight_sets = [jnp.exp(scores - largest) for scores in score_sets]
+        sums = [jnp.sum(weights, axis=-1, keepdims=True) for weights in weight_sets]
+        total = functools.reduce(jnp.add, sums) + sink
 
-        def sum_of(part: KeysAndValues, weights: jax.Array) -> jax.Array:
-            weights = weights.astype(v.dtype)
+        def sum_values(key_set: KeysAndValues, weights: jax.Array) -> jax.Array:
             return jnp.einsum(
-                f"bngst,{part.axes}->bngsd", weights, part.values, preferred_element_type=dtype
+                f"bngst,{key_set.axes}->bngsd",
+                weights.astype(v.dtype),
+                key_set.values,
+                preferred_element_type=dtype,
             )
 
-        out = functools.reduce(jnp.add, map(sum_of, parts, weights))
+        out = functools.reduce(jnp.add, map(sum_values, key_sets, weight_sets))
         return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -224,12 +228,12 @@ DENSE = DenseAttention()
 def add_sinks(
     largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the largest of scores and sinks, and what sinks add to the sums of weights.
+    """Returns the largest of scores and sinks, and the sinks' terms in the sums of weights.
 
     Args:
       largest: the largest scores, without a derivative.
       sinks: [heads], or None.
-      shape: that of the sinks beside ``largest``.
+      shape: the shape by which sinks broadcast against ``largest``.
     """
     if sinks is None:
         return largest, 0.0

@@ -85,7 +85,7 @@ class ModelPart(nn.Module):
 
 
 def attend_heads(
-    part: ModelPart,
+    module: ModelPart,
     inputs: AttentionInputs,
     cache: LayerCache | None = None,
     filled: jax.Array | None = None,
@@ -93,7 +93,7 @@ def attend_heads(
     """Computes attention over a cache and the call's own tokens: [batch, seq, heads * head_dim].
 
     Args:
-      part: the layer's attention.
+      module: the layer's attention.
       inputs: queries, keys and values of the call, the mask, and the options.
       cache: the layer's keys and values so far; None without a cache.
       filled: [] int32, the number of the cache's slots in use.
@@ -103,8 +103,8 @@ def attend_heads(
         k = write_slots(cache.key, inputs.k, filled)
         inputs = inputs._replace(k=k, v=write_slots(cache.value, inputs.v, filled))
     shared = cache and cache.shared
-    out = attend(inputs, attention=part.attention, placement=part.placement, shared=shared)
-    return part.placement.constrain(out.reshape(*out.shape[:2], -1), "features")
+    out = attend(inputs, attention=module.attention, placement=module.placement, shared=shared)
+    return module.placement.constrain(out.reshape(*out.shape[:2], -1), "features")
 
 
 def dense(
@@ -182,9 +182,9 @@ def add_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
     """Returns embedded tokens, [batch, seq, d_model], with the noise added; None adds nothing."""
     if noise is None:
         return x
-    drawn = jax.random.uniform(noise.key, x.shape, jnp.float32, -1.0, 1.0)
+    uniform = jax.random.uniform(noise.key, x.shape, jnp.float32, -1.0, 1.0)
     bound = noise.bound[..., None] / math.sqrt(x.shape[-1])
-    return x + (bound * drawn).astype(x.dtype)
+    return x + (bound * uniform).astype(x.dtype)
 
 
 class PatchProjection(ModelPart):
@@ -200,28 +200,34 @@ class PatchProjection(ModelPart):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        cfg, (high, wide) = self.config, self.size
-        shape = (wide, high, cfg.num_channels, cfg.hidden_size)
+        cfg = self.config
+        height, width = self.size
+        shape = (width, height, cfg.num_channels, cfg.hidden_size)
         normal = nn.initializers.normal(cfg.initializer_range)
         kernel = self.param("kernel", normal, shape, self.param_dtype).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
-        rows, columns = pixels.shape[2] // high, pixels.shape[3] // wide
-        x = pixels[:, :, : rows * high, : columns * wide].astype(self.dtype)
-        x = x.reshape(*x.shape[:2], rows, high, columns, wide)
-        x = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], rows * columns, -1)
-        return x @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
+        n_rows = pixels.shape[2] // height
+        n_columns = pixels.shape[3] // width
+        x = pixels[:, :, : n_rows * height, : n_columns * width].astype(self.dtype)
+        x = x.reshape(*x.shape[:2], n_rows, height, n_columns, width)
+        patches = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], n_rows * n_columns, -1)
+        return patches @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
 
 
-def insert_vectors(x: jax.Array, at: jax.Array | None, vectors: jax.Array | None) -> jax.Array:
+def insert_vectors(
+    x: jax.Array, is_vector: jax.Array | None, vectors: jax.Array | None
+) -> jax.Array:
     """Returns embedded tokens with vectors in the place of some of them.
 
     Args:
       x: the embedded tokens, [batch, seq, d_model].
-      at: where a row's next vector stands, [batch, seq] bool.
+      is_vector: [batch, seq] bool, True where a row's next vector replaces a token.
       vectors: the vectors of each row in their order, [batch, n, d_model]; None for none.
     """
-    if at is None or vectors is None:
+    if is_vector is None or vectors is None:
         return x
-    order = jnp.maximum(jnp.cumsum(at, axis=1) - 1, 0)[..., None]
-    placed = jnp.take_along_axis(vectors.astype(x.dtype), order, axis=1, mode="fill")
-    return jnp.where(at[..., None], placed, x)
+    vector_of_token = jnp.maximum(jnp.cumsum(is_vector, axis=1) - 1, 0)[..., None]
+    token_vectors = jnp.take_along_axis(
+        vectors.astype(x.dtype), vector_of_token, axis=1, mode="fill"
+    )
+    return jnp.where(is_vector[..., None], token_vectors, x)

@@ -60,24 +60,40 @@ class Blockwise(Implementation):
         q, k, v, mask, *_ = inputs
         batch, seq, _, head_dim = q.shape
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-        keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        keys = k.transpose(0, 2, 1, 3)
+        values = v.transpose(0, 2, 1, 3)
         softmax = Softmax(inputs.factor, inputs.cap, inputs.sinks)
         if mask.causal and mask.split is not None and mask.split.paired:
-            size = self._tile(seq // 2, mask.split)
-            out = _attend_pairs(grouped, keys, values, mask, softmax, (size, self.block))
+            out = _attend_pairs(
+                q=grouped,
+                keys=keys,
+                values=values,
+                mask=mask,
+                softmax=softmax,
+                tile=self._tile(seq // 2, mask.split),
+                block=self.block,
+            )
             return out.reshape(q.shape)
-        skips = mask.causal and mask.aligned
-        outs = []
-        for start, stop in self._bounds(seq) if skips else [(0, seq)]:
-            seen = stop if skips else k.shape[1]
-            part = dataclasses.replace(
+        skips_hidden_keys = mask.causal and mask.aligned
+        span_bounds = self._bounds(seq) if skips_hidden_keys else [(0, seq)]
+        span_outputs = []
+        for start, stop in span_bounds:
+            n_keys = stop if skips_hidden_keys else k.shape[1]
+            span_mask = dataclasses.replace(
                 mask,
                 queries=mask.queries.take(start, stop - start),
-                keys=mask.keys.take(0, seen),
+                keys=mask.keys.take(0, n_keys),
             )
-            spans = (grouped[:, start:stop], keys[:, :, :seen], values[:, :, :seen])
-            outs.append(_attend_span(*spans, part, softmax, self.block))
-        return jnp.concatenate(outs, axis=1).reshape(q.shape)
+            span_output = _attend_span(
+                q=grouped[:, start:stop],
+                keys=keys[:, :, :n_keys],
+                values=values[:, :, :n_keys],
+                mask=span_mask,
+                softmax=softmax,
+                block=self.block,
+            )
+            span_outputs.append(span_output)
+        return jnp.concatenate(span_outputs, axis=1).reshape(q.shape)
 
     def pairs(self, seq: int, split: Split | None = None) -> int:
         """Returns the number of scores that a head computes for a causal sequence.
@@ -107,8 +123,9 @@ class Blockwise(Implementation):
 
         A tile's pair of blocks costs as much as two blocks of a span.
         """
-        parts = max(1, min(self.spans // split.parts, chunk // self.block))
-        return chunk // max(n for n in range(1, parts + 1) if chunk % n == 0)
+        max_tiles = max(1, min(self.spans // split.parts, chunk // self.block))
+        n_tiles = max(n for n in range(1, max_tiles + 1) if chunk % n == 0)
+        return chunk // n_tiles
 
 
 ON_GPU = Blockwise(spans=2)
@@ -147,7 +164,8 @@ def _attend_pairs(
     values: jax.Array,
     mask: Mask,
     softmax: Softmax,
-    sizes: tuple[int, int],
+    tile: int,
+    block: int,
 ) -> jax.Array:
     """Computes attention of a device's two chunks of queries, a tile of each at a time.
 
@@ -158,37 +176,40 @@ def _attend_pairs(
       keys, values: [batch, kv_heads, keys, head_dim], of the whole row.
       mask: mask of these queries and keys, with a split.
       softmax: makes weights of scores.
-      sizes: queries per tile, as many keys, and queries per block.
+      tile: queries per tile, and keys per tile.
+      block: queries per block.
 
     Returns:
       As q.
     """
-    tile, block = sizes
     assert mask.split is not None, "pairs of tiles are those of a split"
-    axis = mask.split.axis
 
-    def tiles(tree: Tree, axis: int) -> Tree:
+    def cut_into_tiles(tree: Tree, axis: int) -> Tree:
         return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)
 
-    all_keys, all_values, tokens = tiles(keys, 2), tiles(values, 2), tiles(mask.keys, -1)
-    mine, looking = tiles(q, 1), tiles(mask.queries, -1)
-    count = mine.shape[1]
-    outs = []
-    for i in range(count // 2):
-        first = lax.axis_index(axis) * (count // 2) + i
-        seen = visible_tiles(first, all_keys, all_values, tokens)
-        pair = (i, count - 1 - i)
+    key_tiles, value_tiles = cut_into_tiles(keys, 2), cut_into_tiles(values, 2)
+    key_tokens = cut_into_tiles(mask.keys, -1)
+    query_tiles, query_tokens = cut_into_tiles(q, 1), cut_into_tiles(mask.queries, -1)
+    n_tiles = query_tiles.shape[1]
+    n_pairs = n_tiles // 2
+    pair_outputs = []
+    for early in range(n_pairs):
+        late = n_tiles - 1 - early
+        tile_of_row = lax.axis_index(mask.split.axis) * n_pairs + early
+        visible = visible_tiles(tile_of_row, key_tiles, value_tiles, key_tokens)
 
-        def attend_queries(q: jax.Array, queries: MaskTokens, seen: Any = seen) -> jax.Array:
-            return attend_pair(q, queries, seen, mask, softmax)
+        def attend_queries(q: jax.Array, queries: MaskTokens, visible: Any = visible) -> jax.Array:
+            return attend_pair(q, queries, visible, mask, softmax)
 
-        both = jnp.stack([mine[:, at] for at in pair], axis=2)
-        queries = jax.tree.map(
-            lambda x, pair=pair: jnp.stack([x[..., at, :] for at in pair], axis=-2), looking
-        )
-        outs.append(_map_blocks(attend_queries, both, queries, block))
-    out = jnp.stack([x[:, :, 0] for x in outs] + [x[:, :, 1] for x in reversed(outs)], axis=1)
-    return out.reshape(q.shape)
+        def stack_pair(x: jax.Array, early: int = early, late: int = late) -> jax.Array:
+            return jnp.stack([x[..., early, :], x[..., late, :]], axis=-2)
+
+        pair = jnp.stack([query_tiles[:, early], query_tiles[:, late]], axis=2)
+        pair_tokens = jax.tree.map(stack_pair, query_tokens)
+        pair_outputs.append(_map_blocks(attend_queries, pair, pair_tokens, block))
+    early_outputs = [pair[:, :, 0] for pair in pair_outputs]
+    late_outputs = [pair[:, :, 1] for pair in reversed(pair_outputs)]
+    return jnp.stack(early_outputs + late_outputs, axis=1).reshape(q.shape)
 
 
 def _map_blocks(
@@ -197,23 +218,25 @@ def _map_blocks(
     queries: MaskTokens,
     block: int,
 ) -> jax.Array:
-    """Computes ``body``, again in the backward pass, for each block of q [batch, seq, …]."""
-    run = jax.checkpoint(body, policy=KEEPS_SUMS)
-    seq, outs = q.shape[1], []
-    looped = seq - seq % block
-    if looped:
-        xs = _blocks(q[:, :looped], 1, block), _blocks(queries.take(0, looped), -1, block)
-        out = jnp.moveaxis(lax.map(lambda x: run(*x), xs), 0, 1)
-        outs.append(out.reshape(q.shape[0], looped, *q.shape[2:]))
-    if rest := seq - looped:
-        outs.append(run(q[:, looped:], queries.take(looped, rest)))
-    return jnp.concatenate(outs, axis=1)
+    """Computes ``body`` for each block of q, [batch, seq, …], and again in the backward pass."""
+    run_block = jax.checkpoint(body, policy=KEEPS_SUMS)
+    seq = q.shape[1]
+    n_looped = seq - seq % block  # queries in full blocks
+    outputs = []
+    if n_looped:
+        query_blocks = _blocks(q[:, :n_looped], 1, block)
+        token_blocks = _blocks(queries.take(0, n_looped), -1, block)
+        out = lax.map(lambda arrays: run_block(*arrays), (query_blocks, token_blocks))
+        outputs.append(jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n_looped, *q.shape[2:]))
+    if n_looped < seq:
+        outputs.append(run_block(q[:, n_looped:], queries.take(n_looped, seq - n_looped)))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _attend_block(
     q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, softmax: Softmax
 ) -> jax.Array:
-    """Computes attention of a block; its mask is [batch, block, keys]. See ``_attend_span``."""
+    """Computes attention of a block; ``visible`` is [batch, block, keys]. See ``_attend_span``."""
     batch, size, kv_heads, group, head_dim = q.shape
     scale, cap, sinks = softmax
     dtype = scale.dtype
@@ -228,13 +251,13 @@ def _attend_block(
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True) + sink
     weights = weights.reshape(batch, kv_heads, group * size, -1).astype(values.dtype)
-    out = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
-    out = (name_sums(out).reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)
-    return out.transpose(0, 3, 1, 2, 4)
+    sums = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
+    out = name_sums(sums).reshape(batch, kv_heads, group, size, head_dim) / total
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
 def _blocks(tree: Tree, axis: int, size: int) -> Tree:
-    """Cuts an axis of each leaf into blocks, and lets them lead."""
+    """Cuts an axis of each leaf into blocks, and moves the axis of the blocks to the front."""
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(_cut(x.shape, axis, size)), axis % x.ndim, 0)
@@ -244,5 +267,5 @@ def _blocks(tree: Tree, axis: int, size: int) -> Tree:
 
 def _cut(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
     """Returns a shape, one axis of which is cut into parts of a size: [parts, size]."""
-    at = axis % len(shape)
-    return (*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+    axis = axis % len(shape)
+    return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])

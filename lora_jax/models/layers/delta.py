@@ -1,4 +1,8 @@
-"""The gated delta rule and the short causal convolution before it: what a linear layer computes."""
+"""The computations of a linear layer: the gated delta rule, and a short causal convolution.
+
+A state is a head's matrix S, which each token changes. A chunk is a number of consecutive tokens
+that are computed together; `entry` is the state before a chunk's first token.
+"""
 
 from __future__ import annotations
 
@@ -66,40 +70,45 @@ def gated_delta_rule(
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
     q, k, v, beta = cut(q), cut(k), cut(v), cut(beta)[..., None]
-    total = jnp.cumsum(cut(log_decay), axis=-1)
-    whole = jnp.tril(jnp.ones((size, size), bool))  # what a token sees of its chunk
-    since, until, through = (jnp.ones((), bool),) * 3
+    log_total = jnp.cumsum(cut(log_decay), axis=-1)  # from the chunk's start on
+    sees_entry = reaches_end = entry_reaches_end = jnp.ones((), bool)
+    is_visible = jnp.tril(jnp.ones((size, size), bool))  # tokens of the chunk, for a token
     if segments is not None:
-        own = cut(segments[..., None], "edge")
-        last = own[..., -1:]
-        before = jnp.concatenate([own[:1, ..., :1], last[:-1]])
-        whole = whole & (own[..., :, None] == own[..., None, :])
-        # Segments are contiguous: equal ends have nothing else between them.
-        since, until, through = own == before, own == last, last == before
-    # Masked before exp: what is not seen would overflow, and its derivative be no number.
-    between = jnp.exp(jnp.where(whole, total[..., :, None] - total[..., None, :], -jnp.inf))
+        chunk_segments = cut(segments[..., None], "edge")
+        end_segment = chunk_segments[..., -1:]
+        entry_segment = jnp.concatenate([chunk_segments[:1, ..., :1], end_segment[:-1]])
+        is_visible = is_visible & (chunk_segments[..., :, None] == chunk_segments[..., None, :])
+        # Segments are contiguous: between two tokens of one segment lie no others.
+        sees_entry = chunk_segments == entry_segment
+        reaches_end = chunk_segments == end_segment
+        entry_reaches_end = end_segment == entry_segment
+    # Masked before exp: decays of hidden tokens would overflow, and their derivatives be NaN.
+    log_between = log_total[..., :, None] - log_total[..., None, :]
+    decay_between = jnp.exp(jnp.where(is_visible, log_between, -jnp.inf))
 
-    def decay(log: jax.Array, where: jax.Array) -> jax.Array:
-        return jnp.where(where, jnp.exp(log), 0)[..., None]
+    def masked_decay(log: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask, jnp.exp(log), 0)[..., None]
 
-    from_before = decay(total, since)
-    weights = jnp.einsum("...id,...jd->...ij", q, k) * between
-    values, keys = beta * v, beta * from_before * k
+    decay_from_entry = masked_decay(log_total, sees_entry)
+    weights = jnp.einsum("...id,...jd->...ij", q, k) * decay_between
+    values = beta * v
+    keys = beta * decay_from_entry * k
     if size > 1:
-        system = jnp.tril(beta * jnp.einsum("...id,...jd->...ij", k, k) * between, -1)
-        both = inverse_plus_one(system) @ jnp.concatenate([values, keys], axis=-1)
-        values, keys = jnp.split(both, [v.shape[-1]], axis=-1)
+        system = jnp.tril(beta * jnp.einsum("...id,...jd->...ij", k, k) * decay_between, -1)
+        solved = inverse_plus_one(system) @ jnp.concatenate([values, keys], axis=-1)
+        values, keys = jnp.split(solved, [v.shape[-1]], axis=-1)
 
-    def through_chunk(state: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        reads, weights, values, keys, writes, through = of
-        new = values - keys @ state
-        out = reads @ state + weights @ new
-        return through * state + writes.swapaxes(-1, -2) @ new, out
+    def run_chunk(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        entry_queries, weights, values, keys, end_keys, entry_decay = chunk
+        updates = values - keys @ state
+        out = entry_queries @ state + weights @ updates
+        return entry_decay * state + end_keys.swapaxes(-1, -2) @ updates, out
 
-    to_end = decay(total[..., -1:] - total, until)
-    through = decay(total[..., -1:], through)
-    each = (q * from_before, weights, values, keys, k * to_end, through)
-    state, out = lax.scan(through_chunk, state, each)
+    log_end = log_total[..., -1:]
+    decay_to_end = masked_decay(log_end - log_total, reaches_end)
+    entry_decay = masked_decay(log_end, entry_reaches_end)
+    chunks = (q * decay_from_entry, weights, values, keys, k * decay_to_end, entry_decay)
+    state, out = lax.scan(run_chunk, state, chunks)
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, -1, heads, v.shape[-1])
     return out[:, :seq], state
 
@@ -121,20 +130,25 @@ def inverse_plus_one(system: jax.Array) -> jax.Array:
     """
     size = system.shape[-1]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
-    for block in (1 << level for level in range(size.bit_length() - 1)):
-        row, column = np.indices((size, size)) // block
-        beside = jnp.where((row == column + 1) & (row % 2 == 1), system, 0)
-        inverse -= beside if block == 1 else _exactly(inverse, beside, inverse)
+    for level in range(size.bit_length() - 1):
+        block_size = 1 << level
+        row_block, column_block = np.indices((size, size)) // block_size
+        is_below_diagonal = (row_block == column_block + 1) & (row_block % 2 == 1)
+        below_diagonal = jnp.where(is_below_diagonal, system, 0)
+        if level == 0:  # the inverse is 1 so far
+            inverse -= below_diagonal
+        else:
+            inverse -= _multiply_exactly(inverse, below_diagonal, inverse)
     return inverse
 
 
 @inverse_plus_one.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     inverse = inverse_plus_one(*primals)
-    return inverse, -_exactly(inverse, *tangents, inverse)
+    return inverse, -_multiply_exactly(inverse, *tangents, inverse)
 
 
-def _exactly(*factors: jax.Array) -> jax.Array:
+def _multiply_exactly(*factors: jax.Array) -> jax.Array:
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return functools.reduce(product, factors)
 
@@ -154,26 +168,40 @@ def short_convolution(
     Returns:
       [batch, seq, channels] in the dtype of the taps, and the new tail.
     """
-    seq, n = x.shape[1], taps.shape[-1]
     present, segments = tokens
-    taps = taps[:, 0].T
     if tail is None:
-        x = jnp.pad(jnp.where(present[..., None], x, 0), ((0, 0), (n - 1, 0), (0, 0)))
-        parts = [x[:, i : i + seq] for i in range(n)]
-        if segments is not None:
-            known = jnp.pad(segments, ((0, 0), (n - 1, 0)), mode="edge")
-            same = [known[:, i : i + seq] == segments for i in range(n)]
-            parts = [jnp.where(s[..., None], part, 0) for s, part in zip(same, parts, strict=True)]
-        products = [tap * part for tap, part in zip(taps, parts, strict=True)]
-        return cast(jax.Array, sum(products)), None
+        x = jnp.where(present[..., None], x, 0)
+        return _convolve_segments(x, taps[:, 0].T, segments), None
+    seq, n_taps = x.shape[1], taps.shape[-1]
     # Real tokens first, so that those before each one stand beside it.
     count = jnp.cumsum(present, axis=1)
     order = jnp.argsort(~present, axis=1, stable=True)
     x = jnp.concatenate([tail, jnp.take_along_axis(x, order[..., None], axis=1)], axis=1)
-    y = sum(tap * x[:, i : i + seq] for i, tap in enumerate(taps))
-    y = jnp.take_along_axis(y, jnp.maximum(count - 1, 0)[..., None], axis=1)
-    at = count[:, -1:] + jnp.arange(n - 1)
-    return y, jnp.take_along_axis(x, at[..., None], axis=1)
+    sums = sum(tap * x[:, i : i + seq] for i, tap in enumerate(taps[:, 0].T))
+    sum_of_token = jnp.maximum(count - 1, 0)
+    sums = jnp.take_along_axis(sums, sum_of_token[..., None], axis=1)
+    tail_indices = count[:, -1:] + jnp.arange(n_taps - 1)
+    return sums, jnp.take_along_axis(x, tail_indices[..., None], axis=1)
+
+
+def _convolve_segments(x: jax.Array, taps: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Computes ``short_convolution`` of rows without a tail, whose padding is zeros.
+
+    Args:
+      x: [batch, seq, channels].
+      taps: [n, channels].
+      segments: see ``short_convolution``.
+    """
+    seq, n_taps = x.shape[1], len(taps)
+    x = jnp.pad(x, ((0, 0), (n_taps - 1, 0), (0, 0)))
+    shifted = [x[:, i : i + seq] for i in range(n_taps)]
+    if segments is not None:
+        padded = jnp.pad(segments, ((0, 0), (n_taps - 1, 0)), mode="edge")
+        for i in range(n_taps):
+            is_same_segment = padded[:, i : i + seq] == segments
+            shifted[i] = jnp.where(is_same_segment[..., None], shifted[i], 0)
+    products = [tap * tokens for tap, tokens in zip(taps, shifted, strict=True)]
+    return cast(jax.Array, sum(products))
 
 
 def normalise(x: jax.Array) -> jax.Array:

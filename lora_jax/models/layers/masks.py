@@ -75,16 +75,18 @@ class Split:
 
     def take(self, tokens: MaskTokens) -> MaskTokens:
         """Returns this device's part of all tokens."""
-        index, count = lax.axis_index(self.axis), tokens.slots.shape[0]
+        device_index = lax.axis_index(self.axis)
+        n_tokens = tokens.slots.shape[0]
         if not self.paired:
-            size = count // self.parts
-            return tokens.take(index * size, size)
-        size = count // (2 * self.parts)
-        first, last = (
-            tokens.take(chunk * size, size) for chunk in (index, 2 * self.parts - 1 - index)
+            size = n_tokens // self.parts
+            return tokens.take(device_index * size, size)
+        size = n_tokens // (2 * self.parts)
+        early_chunk = tokens.take(device_index * size, size)
+        late_chunk = tokens.take((2 * self.parts - 1 - device_index) * size, size)
+        pair: MaskTokens = jax.tree.map(
+            lambda *chunks: jnp.concatenate(chunks, axis=-1), early_chunk, late_chunk
         )
-        both: MaskTokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
-        return both
+        return pair
 
 
 @functools.partial(
@@ -143,29 +145,32 @@ class Mask:
         keys = self.keys if keys is None else keys
         if keys.positions is None:
             raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
-        seen = (keys.positions >= 0)[:, None, :]
+        visible = (keys.positions >= 0)[:, None, :]
         if self.causal:
-            seen = seen & (keys.slots[None, :] <= queries.slots[:, None])[None]
+            visible = visible & (keys.slots[None, :] <= queries.slots[:, None])[None]
         if queries.segments is not None and keys.segments is not None:
-            seen = seen & (queries.segments[:, :, None] == keys.segments[:, None, :])
+            visible = visible & (queries.segments[:, :, None] == keys.segments[:, None, :])
         if queries.branches is not None and keys.branches is not None:
-            mine = queries.branches[:, :, None] == keys.branches[:, None, :]
-            seen = seen & (mine | (keys.branches == 0)[:, None, :])
+            is_same_branch = queries.branches[:, :, None] == keys.branches[:, None, :]
+            is_prompt = (keys.branches == 0)[:, None, :]
+            visible = visible & (is_same_branch | is_prompt)
         if self.window is not None:
             if queries.positions is None:
                 raise ValueError("the queries of a mask with a window need positions")
             distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-            near = distance < self.window
-            seen = seen & (near if self.windowed is None else near | ~self.windowed)
-        whole = (seen.shape[0], queries.slots.shape[0], keys.slots.shape[0])
-        return jnp.broadcast_to(seen, whole)
+            is_in_window = distance < self.window
+            if self.windowed is not None:
+                is_in_window = is_in_window | ~self.windowed
+            visible = visible & is_in_window
+        shape = (visible.shape[0], queries.slots.shape[0], keys.slots.shape[0])
+        return jnp.broadcast_to(visible, shape)
 
     def segments(self) -> tuple[jax.Array, jax.Array]:
-        """Returns segments of queries and of keys, [batch, n] int32: padding is one of its own.
+        """Returns segments of queries and of keys, [batch, n] int32; padding is a segment, too.
 
         For kernels that tell tokens apart by segments alone: a real token sees the real ones of its
         segment. Where there are branches, the last bits are the branch, and a token sees those of
-        its ``root``, too. There has to be no cache.
+        its ``root``, too. The mask must be one without a cache.
         """
         if self.keys.positions is None:
             raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
@@ -185,35 +190,43 @@ def prompts_apart(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.A
     """Returns segments by which the tokens of branches see their prompts, and others see nothing.
 
     Args:
-      queries, keys: what ``Mask.segments`` returns for a mask with branches.
+      queries, keys: the result of ``Mask.segments`` for a mask with branches.
     """
-    nothing, unseen = jnp.int32(_PADDING), jnp.int32(_PADDING + 1)
-    is_prompt = (keys == root(keys)) & (keys != _PADDING)
+    # Segments that differ from each other and from all others: such queries see no such keys.
+    blind_query, hidden_key = jnp.int32(_PADDING), jnp.int32(_PADDING + 1)
+    is_prompt_query = queries == root(queries)
+    is_prompt_key = (keys == root(keys)) & (keys != _PADDING)
     return (
-        jnp.where(queries == root(queries), nothing, root(queries)),
-        jnp.where(is_prompt, keys, unseen),
+        jnp.where(is_prompt_query, blind_query, root(queries)),
+        jnp.where(is_prompt_key, keys, hidden_key),
     )
 
 
 def extremes(
     low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
 ) -> tuple[Slots, Slots]:
-    """Returns (empty, full): no query of slots low to high sees a key first to last; all do.
+    """Returns two flags of a block of the mask: it is empty, and it is full.
 
-    Distances in a block are a range, and so are those that are seen. Arrays broadcast.
+    In an empty block, no query of slots low to high sees a key of slots first to last; in a full
+    one, all queries see all keys. Distances in a block are a range, and so are the visible ones.
+    Arrays broadcast.
 
     Args:
       low, high: the extreme slots of queries.
       first, last: the extreme slots of keys.
-      causal, window: the mask's.
+      causal, window: see ``Mask``.
     """
-    nearest, farthest = low - last, high - first
-    empty, full = nearest > farthest, nearest <= farthest  # of all slots: False, True
+    min_distance = low - last
+    max_distance = high - first
+    is_empty = min_distance > max_distance  # False, in the shape of the arrays
+    is_full = min_distance <= max_distance  # True
     if causal:
-        empty, full = empty | (farthest < 0), full & (nearest >= 0)
+        is_empty = is_empty | (max_distance < 0)
+        is_full = is_full & (min_distance >= 0)
     if window is not None:
-        empty, full = empty | (nearest >= window), full & (farthest < window)
-    return empty, full
+        is_empty = is_empty | (min_distance >= window)
+        is_full = is_full & (max_distance < window)
+    return is_empty, is_full
 
 
 def visited_blocks(
@@ -231,8 +244,10 @@ def visited_blocks(
       sizes: queries and keys per block.
       causal, window: the mask's.
     """
-    query_blocks, key_blocks = slots.reshape(-1, sizes[0]), keys.reshape(-1, sizes[1])
-    empty, _ = extremes(
+    query_size, key_size = sizes
+    query_blocks = slots.reshape(-1, query_size)
+    key_blocks = keys.reshape(-1, key_size)
+    is_empty, _ = extremes(
         query_blocks.min(1)[:, None],
         query_blocks.max(1)[:, None],
         key_blocks.min(1),
@@ -240,7 +255,8 @@ def visited_blocks(
         causal=causal,
         window=window,
     )
-    return ~(empty | np.zeros((query_blocks.shape[0], key_blocks.shape[0]), bool))
+    # Without causality and a window, is_empty may have fewer axes.
+    return ~(is_empty | np.zeros((query_blocks.shape[0], key_blocks.shape[0]), bool))
 
 
 def scope_of_visits(visited: Sequence[int], blocks: int) -> str:
@@ -272,5 +288,5 @@ def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
       multiple: the size.
     """
     pads = [(0, 0), (0, -x.shape[1] % multiple), *[(0, 0)] * (x.ndim - 2)]
-    segments = jnp.issubdtype(x.dtype, jnp.integer)
-    return jnp.pad(x, pads, constant_values=_PADDING if segments else 0)
+    is_segments = jnp.issubdtype(x.dtype, jnp.integer)
+    return jnp.pad(x, pads, constant_values=_PADDING if is_segments else 0)

@@ -1,14 +1,16 @@
 """Causal attention on one of several devices, each with two chunks of a row, in plain JAX.
 
 The row is cut into T tiles. Tile f sees f + 1 tiles of keys, and tile T - 1 - f sees T - f of them:
-T + 1 together. So a loop over blocks of both has the same shape on every device, whatever its f is,
-and computes about half of all scores. As in ``Blockwise``, a block is multiplied with all its keys
-in one product, and its softmax needs no running maximum.
+T + 1 together. A pair is these two tiles of queries, the early and the late one. So a loop over
+blocks of a pair has the same shape on every device, whatever its f is, and computes about half of
+all scores. As in ``Blockwise``, a block is multiplied with all its keys in one product, and its
+softmax needs no running maximum.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,8 @@ from lora_jax.models.layers.attention import Softmax, add_sinks, soft_cap
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
 _SUMS = "sums of values"
-# Of a block, the backward pass computes scores and weights again, but not their sums of values: as
-# large as queries, and an eighth of a block's products.
+# The backward pass of a block computes scores and weights again, but not the sums of values, which
+# are as large as queries, and take an eighth of a block's products.
 KEEPS_SUMS = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
 
@@ -31,12 +33,12 @@ def name_sums(sums: jax.Array) -> jax.Array:
 
 
 class VisibleTiles(NamedTuple):
-    """The tiles of keys that a pair of tiles sees: first those of the earlier tile.
+    """The tiles of keys that a pair of tiles sees: first those that the early tile sees.
 
     Attributes:
-      keys, values: [batch, kv_heads, tiles, tile, head_dim].
-      tokens: positions of the keys; axes [tiles, tile] last.
-      early: [tiles] bool, True for those of the earlier tile.
+      keys, values: [batch, kv_heads, T + 1, tile, head_dim].
+      tokens: positions of the keys; axes [T + 1, tile] last.
+      early: [T + 1] bool, True for tiles that the early tile sees.
     """
 
     keys: jax.Array
@@ -55,25 +57,26 @@ def visible_tiles(
       keys, values: [batch, kv_heads, T, tile, head_dim], of the whole row.
       tokens: positions of the keys; axes [T, tile] last.
     """
-    turn = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
-    order = jnp.where(turn <= first, turn, turn - first - 1)
+    entry = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
+    is_early = entry <= first
+    tile_of_entry = jnp.where(is_early, entry, entry - first - 1)
     return VisibleTiles(
-        jnp.take(keys, order, axis=2),
-        jnp.take(values, order, axis=2),
-        jax.tree.map(lambda x: jnp.take(x, order, axis=-2), tokens),
-        turn <= first,
+        keys=jnp.take(keys, tile_of_entry, axis=2),
+        values=jnp.take(values, tile_of_entry, axis=2),
+        tokens=jax.tree.map(lambda x: jnp.take(x, tile_of_entry, axis=-2), tokens),
+        early=is_early,
     )
 
 
 def attend_pair(
-    q: jax.Array, queries: MaskTokens, seen: VisibleTiles, mask: Mask, softmax: Softmax
+    q: jax.Array, queries: MaskTokens, tiles: VisibleTiles, mask: Mask, softmax: Softmax
 ) -> jax.Array:
-    """Computes attention of a block of the earlier tile and one of the later.
+    """Computes attention of a block of the early tile and one of the late.
 
     Args:
-      q: [batch, block, 2, kv_heads, group, head_dim]: of the earlier tile, of the later.
+      q: [batch, block, 2, kv_heads, group, head_dim]: of the early tile, of the late.
       queries: axes [2, block] last.
-      seen: the tiles that these see, T + 1.
+      tiles: the tiles of keys that these see, T + 1.
       mask: gives everything but the tokens.
       softmax: makes weights of scores.
 
@@ -82,35 +85,40 @@ def attend_pair(
     """
     batch, size, _, kv_heads, group, head_dim = q.shape
     scale, cap, sinks = softmax
-    dtype, early = scale.dtype, seen.early[:, None, None, None]
+    dtype = scale.dtype
+    is_early = tiles.early[:, None, None, None]
 
-    def mine(pair: jax.Array) -> jax.Array:
-        """Takes, of [2, batch, kv_heads, 1, …], what each tile of keys meets."""
-        return jnp.where(early, pair[0], pair[1])
+    def select_for_tiles(pair: jax.Array) -> jax.Array:
+        """Returns, of [2, batch, kv_heads, 1, …], the entry that sees each tile of keys."""
+        return jnp.where(is_early, pair[0], pair[1])
 
-    def summed(x: jax.Array) -> jax.Array:
-        """Sums [batch, kv_heads, T + 1, group, block, n] over each one's tiles: [2, …, 1, …]."""
-        parts = (jnp.where(of, x, 0) for of in (early, ~early))
-        return jnp.stack([jnp.sum(part, axis=2, keepdims=True) for part in parts])
+    def reduce_tiles(x: jax.Array, reduce: Callable[..., jax.Array], neutral: Any) -> jax.Array:
+        """Reduces [batch, kv_heads, T + 1, …] over the tiles that each entry sees: [2, …, 1, …]."""
+        of_early = reduce(jnp.where(is_early, x, neutral), axis=2, keepdims=True)
+        of_late = reduce(jnp.where(is_early, neutral, x), axis=2, keepdims=True)
+        return jnp.stack([of_early, of_late])
 
-    rows = mine(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
-    flat = (batch, kv_heads, seen.early.size, group * size)
+    rows = select_for_tiles(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
+    flat = (batch, kv_heads, tiles.early.size, group * size)
     scores = jnp.einsum(
-        "bntqd,bntkd->bntqk", rows.reshape(*flat, head_dim), seen.keys, preferred_element_type=dtype
+        "bntqd,bntkd->bntqk",
+        rows.reshape(*flat, head_dim),
+        tiles.keys,
+        preferred_element_type=dtype,
     )
     scores = soft_cap(scores.reshape(*rows.shape[:-1], -1) * scale, cap)
-    of_early = seen.early[:, None]
-    looking = jax.tree.map(lambda x: jnp.where(of_early, x[..., :1, :], x[..., 1:, :]), queries)
-    visible = jax.vmap(mask.visible, in_axes=-2, out_axes=1)(looking, seen.tokens)
+    query_tokens = jax.tree.map(
+        lambda x: jnp.where(tiles.early[:, None], x[..., :1, :], x[..., 1:, :]), queries
+    )
+    visible = jax.vmap(mask.visible, in_axes=-2, out_axes=1)(query_tokens, tiles.tokens)
     lowest = jnp.finfo(dtype).min
     scores = jnp.where(visible[:, None, :, None], scores, lowest)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    tops = (jnp.where(of, top, lowest) for of in (early, ~early))
-    largest = jnp.stack([jnp.max(x, axis=2, keepdims=True) for x in tops])
+    largest_of_tiles = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    largest = reduce_tiles(largest_of_tiles, jnp.max, lowest)
     largest, sink = add_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
-    weights = jnp.exp(scores - mine(largest))
-    total = summed(jnp.sum(weights, axis=-1, keepdims=True)) + sink
-    weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
-    out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
-    out = name_sums(summed(out.reshape(rows.shape))) / total
+    weights = jnp.exp(scores - select_for_tiles(largest))
+    total = reduce_tiles(jnp.sum(weights, axis=-1, keepdims=True), jnp.sum, 0) + sink
+    weights = weights.reshape(*flat, -1).astype(tiles.values.dtype)
+    out = jnp.einsum("bntqk,bntkd->bntqd", weights, tiles.values, preferred_element_type=dtype)
+    out = name_sums(reduce_tiles(out.reshape(rows.shape), jnp.sum, 0)) / total
     return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)

@@ -92,9 +92,10 @@ class _QwenTrunk(ModelPart):
     n_positions = None
 
     def setup(self) -> None:
-        config, others = self.config, self.options[1:]
-        self.visual = QwenVision(config.vision, *others)
-        self.language_model = Trunk(config.text, *others, experts=self.experts)
+        config = self.config
+        options = self.options[1:]  # but for the configuration
+        self.visual = QwenVision(config.vision, *options)
+        self.language_model = Trunk(config.text, *options, experts=self.experts)
 
     @property
     def words(self) -> nn.Embed:
@@ -112,8 +113,8 @@ class _QwenTrunk(ModelPart):
         vectors = None
         if pixel_values is not None or image_grids is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
-        at = input_ids == self.config.image_token_id
-        arguments = (*text, at, vectors, routing)
+        is_vector = input_ids == self.config.image_token_id
+        arguments = (*text, is_vector, vectors, routing)
         return self.language_model(input_ids, *arguments)
 
     def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:

@@ -83,9 +83,10 @@ def neutral_adjustments(
 
 def mask_logits(logits: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
     """Returns logits, [rows, vocab], -inf where a mask, [rows, words] uint32, has no bit."""
-    places = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
-    words = jnp.asarray(allowed)[:, places // _BITS]
-    return jnp.where((words >> (places % _BITS)) & 1 == 1, logits, -jnp.inf)
+    token_ids = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    word_of_token = jnp.asarray(allowed)[:, token_ids // _BITS]
+    is_allowed = (word_of_token >> (token_ids % _BITS)) & 1 == 1
+    return jnp.where(is_allowed, logits, -jnp.inf)
 
 
 def adjust_logits(
@@ -103,17 +104,20 @@ def adjust_logits(
     """
     logits = mask_logits(logits, adjustments.allowed)
     has_bias = jnp.any(adjustments.bias_ids != NO_TOKEN)
-    logits = lax.cond(has_bias, _add_biases, _keep, logits, adjustments)
-    penalties = (adjustments.repetition, adjustments.frequency, adjustments.presence)
-    is_neutral = [jnp.all(x == y) for x, y in zip(penalties, (1, 0, 0), strict=True)]
-    is_penalized = ~jnp.all(jnp.stack(is_neutral))
-    logits = lax.cond(is_penalized, _penalize, _keep, logits, adjustments)
-    degrees = jnp.where(temperature > 0, temperature, 1.0)
-    least = jnp.max(logits, axis=-1) + degrees * jnp.log(adjustments.min_p)
-    return jnp.where(logits < least[:, None], -jnp.inf, logits)
+    logits = lax.cond(has_bias, _add_biases, _leave_unchanged, logits, adjustments)
+    has_no_penalty = [
+        jnp.all(adjustments.repetition == 1),
+        jnp.all(adjustments.frequency == 0),
+        jnp.all(adjustments.presence == 0),
+    ]
+    has_penalty = ~jnp.all(jnp.stack(has_no_penalty))
+    logits = lax.cond(has_penalty, _penalize, _leave_unchanged, logits, adjustments)
+    divisor = jnp.where(temperature > 0, temperature, 1.0)
+    min_logit = jnp.max(logits, axis=-1) + divisor * jnp.log(adjustments.min_p)
+    return jnp.where(logits < min_logit[:, None], -jnp.inf, logits)
 
 
-def _keep(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
+def _leave_unchanged(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
     return logits
 
 
@@ -123,14 +127,16 @@ def _add_biases(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
 
 
 def _penalize(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
-    tokens, rows = adjustments.tokens, jnp.arange(len(logits))[:, None]
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    is_prompt = places < adjustments.n_prompt[:, None]
-    drawn = jnp.where(is_prompt, NO_TOKEN, tokens)
-    counts = jnp.zeros(logits.shape, jnp.int32).at[rows, drawn].add(1, mode="drop")
-    is_there = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
-    factor = adjustments.repetition[:, None]
-    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
-    logits = jnp.where(is_there, repeated, logits)
+    """Returns logits after the three penalties; see ``Adjustments``."""
+    tokens = adjustments.tokens
+    rows = jnp.arange(len(logits))[:, None]
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_prompt = columns < adjustments.n_prompt[:, None]
+    drawn_tokens = jnp.where(is_prompt, NO_TOKEN, tokens)
+    counts = jnp.zeros(logits.shape, jnp.int32).at[rows, drawn_tokens].add(1, mode="drop")
+    has_occurred = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
+    repetition = adjustments.repetition[:, None]
+    penalized = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(has_occurred, penalized, logits)
     logits -= adjustments.frequency[:, None] * counts.astype(jnp.float32)
     return logits - jnp.where(counts > 0, adjustments.presence[:, None], 0.0)

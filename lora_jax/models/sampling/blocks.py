@@ -1,4 +1,4 @@
-"""Blocks of a cache: what it holds of some consecutive tokens, to be put into other caches.
+"""Blocks of a cache: keys, values and memory of consecutive tokens, to be put into other caches.
 
 All functions are pure; the caller compiles them.
 """
@@ -43,29 +43,37 @@ def take_block(cache: Cache, first: Number, n: int) -> CacheBlock:
       first: [] int32, the first of the tokens.
       n: number of tokens.
     """
-    key, value = (lax.dynamic_slice_in_dim(x, first, n, axis=3) for x in (cache.key, cache.value))
-    return CacheBlock(key, value, _copy(cache.recurrent))
+    return CacheBlock(
+        key=lax.dynamic_slice_in_dim(cache.key, first, n, axis=3),
+        value=lax.dynamic_slice_in_dim(cache.value, first, n, axis=3),
+        recurrent=_copy(cache.recurrent),
+    )
 
 
 def take_row_block(rows: DecodingRows, row: Number, first: Number, n: int) -> CacheBlock:
     """Returns a copy of n tokens of a row, and its memory after its newest token."""
-    key, value = (lax.dynamic_slice_in_dim(x, first, n, axis=3) for x in take_row(rows, row))
-    return CacheBlock(key, value, take_recurrent(rows, row))
+    row_key, row_value = take_row(rows, row)
+    return CacheBlock(
+        key=lax.dynamic_slice_in_dim(row_key, first, n, axis=3),
+        value=lax.dynamic_slice_in_dim(row_value, first, n, axis=3),
+        recurrent=take_recurrent(rows, row),
+    )
 
 
 def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
-    """Returns the cache of one row with a block behind its first tokens, [] int32 of them.
+    """Returns the cache of one row with a block after its first `first` tokens, [] int32.
 
-    A block without a memory leaves that of the tokens before it: one that has it has to follow.
+    A block without a memory leaves the memory of the tokens before it, until a block that has one
+    follows.
     """
     end = jnp.asarray(first + block.key.shape[3], jnp.int32)
 
-    def put(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(old, new, first, axis=3)
+    def write(array: jax.Array, tokens: jax.Array | np.ndarray) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(array, tokens, first, axis=3)
 
     cache = cache._replace(
-        key=put(cache.key, block.key),
-        value=put(cache.value, block.value),
+        key=write(cache.key, block.key),
+        value=write(cache.value, block.value),
         recurrent=cache.recurrent if block.recurrent is None else _copy(block.recurrent),
     )
     return with_length(cache, end)
@@ -82,5 +90,5 @@ def with_length(cache: Cache, n: Number) -> Cache:
 
 
 def _copy(recurrent: Recurrent | None) -> Recurrent | None:
-    """Returns a memory in arrays of its own: caches are given away to what runs next."""
+    """Returns a copy of a memory: caches are donated to the program that runs next."""
     return recurrent and Recurrent(*(jnp.array(x, copy=True) for x in recurrent))

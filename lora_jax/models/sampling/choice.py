@@ -42,11 +42,11 @@ def has_row_keys(key: jax.Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
 
 
-def row_keys(key: jax.Array, numbers: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the key of each row by its number, [rows]."""
+def row_keys(key: jax.Array, row_indices: jax.typing.ArrayLike) -> jax.Array:
+    """Derives the key of each row from the row's index, [rows]."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, row_indices)
     return keys
 
 
@@ -83,7 +83,9 @@ def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
         if has_row_keys(keys):
             categorical = jax.vmap(categorical)
         tokens = categorical(keys, scores).astype(jnp.int32)
-        return jnp.where(is_greedy, greedy(logits), tokens) if is_greedy.ndim else tokens
+        if not is_greedy.ndim:  # one temperature for all rows, which is above 0
+            return tokens
+        return jnp.where(is_greedy, greedy(logits), tokens)
 
     def draw_from_all(logits: jax.Array) -> jax.Array:
         return draw(logits, scale(logits, sampling.temperature))
@@ -137,12 +139,14 @@ def likeliest(
 
 
 def _limit(scores: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns scores, -inf outside top_k and top_p."""
-    ranked = -jnp.sort(-scores, axis=-1)
+    """Returns scores, [rows, vocab], with -inf for tokens outside top_k and top_p."""
+    sorted_scores = -jnp.sort(-scores, axis=-1)
     rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    is_inside = rank < sampling.top_k[..., None]
-    probs = jax.nn.softmax(jnp.where(is_inside, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
-    is_likely = (rank == 0) | (is_inside & (before < sampling.top_p[..., None]))
-    least = jnp.min(jnp.where(is_likely, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scores >= least, scores, -jnp.inf)
+    is_in_top_k = rank < sampling.top_k[..., None]
+    probs = jax.nn.softmax(jnp.where(is_in_top_k, sorted_scores, -jnp.inf), axis=-1)
+    mass_of_likelier = jnp.cumsum(probs, axis=-1) - probs
+    is_in_top_p = mass_of_likelier < sampling.top_p[..., None]
+    is_candidate = (rank == 0) | (is_in_top_k & is_in_top_p)
+    candidates = jnp.where(is_candidate, sorted_scores, jnp.inf)
+    min_score = jnp.min(candidates, axis=-1, keepdims=True)
+    return jnp.where(scores >= min_score, scores, -jnp.inf)

@@ -79,7 +79,8 @@ def generate(
     """
     prompts = make_prompts(input_ids, attention_mask, shared, inputs)
     decoding = make_decoding(
-        *(model, len(prompts.ids)),
+        model,
+        len(prompts.ids),
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -136,12 +137,17 @@ def share(
 def _share(
     params: Tree, ids: jax.Array, *, model: Model, more_tokens: int, apply: Forward | None
 ) -> Shared:
+    """Computes ``share``, compiled."""
     run: Any = model.apply if apply is None else apply
-    n = ids.shape[0]
-    cache = init_cache(model.config, 1, n + more_tokens, model.dtype)
-    no_logits = jnp.zeros((1, 1), jnp.int32)
-    _, cache = run({"params": params}, ids[None], cache=cache, logits_at=no_logits)
-    return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n], cache.recurrent)
+    n_tokens = ids.shape[0]
+    cache = init_cache(model.config, 1, n_tokens + more_tokens, model.dtype)
+    first_token = jnp.zeros((1, 1), jnp.int32)  # the fewest logits that a call can return
+    _, cache = run({"params": params}, ids[None], cache=cache, logits_at=first_token)
+    return Shared(
+        key=cache.key[:, 0, :, :n_tokens],
+        value=cache.value[:, 0, :, :n_tokens],
+        recurrent=cache.recurrent,
+    )
 
 
 # Static arguments are compared: equal models share what was compiled.
@@ -155,8 +161,9 @@ def _generate(
     apply: Forward | None,
     max_new_tokens: int,
 ) -> jax.Array:
+    """Computes ``generate``, compiled."""
     static: dict[str, Any] = {"model": model, "apply": apply}
     length = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
-    of_prompts, params = params_by_prompt(apply, params, prompts)
-    state = prefill(of_prompts, prompts, decoding, cache_len=length, n=max_new_tokens, **static)
-    return decode(params, state, decoding, max_new_tokens, **static).tokens
+    prompt_params, answer_params = params_by_prompt(apply, params, prompts)
+    state = prefill(prompt_params, prompts, decoding, cache_len=length, n=max_new_tokens, **static)
+    return decode(answer_params, state, decoding, max_new_tokens, **static).tokens

@@ -88,13 +88,19 @@ class CompiledGrammar:
 
         One that reached a limit of its parser allows nothing: the library would end its text there.
         """
-        own = np.zeros((len(rows), next(iter(rows.values())).words), np.int32)
-        pairs = [(each.matcher, i) for i, each in enumerate(rows.values())]
-        _executor().unsafe_compute_mask_ptr(pairs, own.ctypes.data, own.shape[1] * 4, len(rows))
-        own[[each.matcher.is_error() for each in rows.values()]] = 0
-        words = min(own.shape[1], masks.shape[1])
-        masks[[*rows], :words] &= own[:, :words].view(np.uint32)
-        masks[[*rows], words:] = 0
+        matchers = [constraint.matcher for constraint in rows.values()]
+        row_words = next(iter(rows.values())).words
+        row_masks = np.zeros((len(rows), row_words), np.int32)
+        indexed_matchers = [(matcher, i) for i, matcher in enumerate(matchers)]
+        row_bytes = row_words * row_masks.itemsize
+        _executor().unsafe_compute_mask_ptr(
+            indexed_matchers, row_masks.ctypes.data, row_bytes, len(rows)
+        )
+        row_masks[[matcher.is_error() for matcher in matchers]] = 0
+        n_words = min(row_words, masks.shape[1])
+        row_indices = list(rows)
+        masks[row_indices, :n_words] &= row_masks[:, :n_words].view(np.uint32)
+        masks[row_indices, n_words:] = 0
 
 
 class GrammarCompiler:
@@ -347,7 +353,7 @@ def _check_time(grammar: str) -> None:
     )
     command = [sys.executable, "-c", code]
     try:
-        tried = subprocess.run(
+        process = subprocess.run(
             command, input=grammar.encode(), timeout=_SECONDS, capture_output=True
         )
     except subprocess.TimeoutExpired:
@@ -355,7 +361,7 @@ def _check_time(grammar: str) -> None:
             f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together, "
             "fewer properties, or a smaller multipleOf"
         ) from None
-    if tried.returncode < 0:
+    if process.returncode < 0:  # a signal ended it
         raise GrammarError("the process that compiles it ended: give fewer or smaller patterns")
 
 

@@ -84,8 +84,12 @@ def make_decoding(
 ) -> Decoding:
     """Returns the options of ``generate`` as arrays, with the configuration's defaults.
 
+    Args:
+      model: see ``generate``, also for the options.
+      rows: the number of answers, each of which may have a key.
+
     Raises:
-      ValueError: see ``generate``; `rows` is the number of answers, each of which may have a key.
+      ValueError: see ``generate``.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -107,8 +111,8 @@ def make_decoding(
         top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
         key=jax.random.key(0) if key is None else key,
     )
-    ends = jax.device_put((np.array(eos, np.int32), np.int32(pad_token_id)))
-    return Decoding(sampling, *ends)
+    eos_ids, pad_id = jax.device_put((np.array(eos, np.int32), np.int32(pad_token_id)))
+    return Decoding(sampling, eos_ids, pad_id)
 
 
 def prefill(
@@ -151,14 +155,21 @@ def begin(
     cache = init_cache(
         model.config, batch, cache_len, model.dtype, shared=prompts.shared, **options
     )
-    last_real = seq - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1).astype(jnp.int32)
+    last_token = seq - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1).astype(jnp.int32)
     logits, cache = next_logits(
-        run, params, prompts.ids, cache, prompts.mask, at=last_real, inputs=prompts.inputs
+        run,
+        params,
+        prompts.ids,
+        cache,
+        prompts.mask,
+        logit_index=last_token,
+        inputs=prompts.inputs,
     )
     rows = batch * rows_each
     if rows_each > 1:
-        logits, cache = jnp.repeat(logits, rows_each, axis=0), cache.repeated(rows_each)
-    start = DecodingState(
+        logits = jnp.repeat(logits, rows_each, axis=0)
+        cache = cache.repeated(rows_each)
+    state = DecodingState(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.broadcast_to(decoding.pad, (rows, n)),
         last=jnp.zeros((rows,), jnp.int32),
@@ -166,7 +177,7 @@ def begin(
         cache=cache,
         logps=jnp.zeros((rows, n), jnp.float32) if with_logps else None,
     )
-    return start, logits
+    return state, logits
 
 
 def decode(
@@ -205,30 +216,31 @@ def next_logits(
     cache: Cache,
     mask: jax.Array | None = None,
     *,
-    at: jax.Array | None = None,
+    logit_index: jax.Array | None = None,
     inputs: Inputs | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs the next tokens of each row.
 
     Args:
-      run: the model's ``apply``, or what takes its place.
-      params: passed to it.
+      run: the model's ``apply``, or the function in its place.
+      params: the parameters that ``run`` takes.
       ids: [rows, seq] int32.
-      cache: the tokens so far.
+      cache: the cache of the tokens before these.
       mask: [rows, seq] bool, False at padding; None without padding.
-      at: [rows] int32, the place among ``ids`` whose logits are wanted; 0 by default.
+      logit_index: [rows] int32, the index of the token whose logits are returned; 0 by default.
       inputs: see ``generate``.
 
     Returns:
       The logits, [rows, vocab] fp32, and the cache with these tokens.
     """
-    at = jnp.zeros(len(ids), jnp.int32) if at is None else at
+    if logit_index is None:
+        logit_index = jnp.zeros(len(ids), jnp.int32)
     logits, cache = run(
         {"params": params},
         ids,
         attention_mask=mask,
         cache=cache,
-        logits_at=at[:, None],
+        logits_at=logit_index[:, None],
         **(inputs or {}),
     )
     return logits[:, 0], cache
@@ -249,15 +261,20 @@ def append(
       allowed: [rows, words] uint32, the tokens to choose from; by default all. See ``mask_logits``.
     """
     sampling = decoding.sampling
-    choices = logits if allowed is None else mask_logits(logits, allowed)
-    tokens = choose(choices, sampling, token_keys(sampling.key, state.step))
+    masked_logits = logits if allowed is None else mask_logits(logits, allowed)
+    tokens = choose(masked_logits, sampling, token_keys(sampling.key, state.step))
     tokens = jnp.where(state.done, decoding.pad, tokens)
     column = state.step % state.tokens.shape[1]
-    all_tokens = lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], column, axis=1)
     logps = state.logps
     if logps is not None:
-        new = log_probability(logits, tokens, sampling.temperature)
-        new = jnp.where(state.done, 0.0, new)
-        logps = lax.dynamic_update_slice_in_dim(logps, new[:, None], column, axis=1)
-    done = state.done | jnp.isin(tokens, decoding.eos)
-    return DecodingState(state.step + 1, all_tokens, tokens, done, state.cache, logps)
+        token_logps = log_probability(logits, tokens, sampling.temperature)
+        token_logps = jnp.where(state.done, 0.0, token_logps)
+        logps = lax.dynamic_update_slice_in_dim(logps, token_logps[:, None], column, axis=1)
+    return DecodingState(
+        step=state.step + 1,
+        tokens=lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], column, axis=1),
+        last=tokens,
+        done=state.done | jnp.isin(tokens, decoding.eos),
+        cache=state.cache,
+        logps=logps,
+    )

@@ -62,8 +62,8 @@ def params_by_prompt(
     if choose is None:
         return params, params
     ids = jnp.where(prompts.mask, prompts.ids, -1)
-    of_prompts, after = choose(params, ids)
-    if of_prompts is params:
+    prompt_params, answer_params = choose(params, ids)
+    if prompt_params is params:  # no row differs
         return params, params
     if prompts.shared is not None:
         raise ValueError(
@@ -71,8 +71,8 @@ def params_by_prompt(
             "may hold it: give generate whole prompts, without shared="
         )
     if rows_each > 1:
-        after = choose(params, jnp.repeat(ids, rows_each, axis=0))[1]
-    return of_prompts, after
+        _, answer_params = choose(params, jnp.repeat(ids, rows_each, axis=0))
+    return prompt_params, answer_params
 
 
 def pad_left(

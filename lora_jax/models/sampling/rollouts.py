@@ -85,7 +85,8 @@ def sample(
         raise ValueError(f"n is {n}: the number of answers to each prompt, 1 at least")
     prompts = make_prompts(input_ids, attention_mask)
     decoding = make_decoding(
-        *(model, len(prompts.ids) * n),
+        model,
+        len(prompts.ids) * n,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -94,9 +95,16 @@ def sample(
         top_k=top_k,
         key=key,
     )
-    static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
-    static["with_routing"] = with_routing
-    samples: Samples = _sample(params, prompts, decoding, n=n, **static)
+    samples: Samples = _sample(
+        params,
+        prompts,
+        decoding,
+        model=model,
+        apply=apply,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        with_routing=with_routing,
+    )
     return samples
 
 
@@ -114,14 +122,18 @@ def _sample(
     max_new_tokens: int,
     with_routing: bool,
 ) -> Samples:
+    """Computes ``sample``, compiled."""
     static: dict[str, Any] = {"model": model, "apply": apply}
     batch, seq = prompts.ids.shape
-    if not has_row_keys(key := decoding.sampling.key):
+    key = decoding.sampling.key
+    if not has_row_keys(key):
         sampling = decoding.sampling._replace(key=row_keys(key, jnp.arange(batch * n)))
         decoding = decoding._replace(sampling=sampling)
-    of_prompts, params = params_by_prompt(apply, params, prompts, n)
+    prompt_params, answer_params = params_by_prompt(apply, params, prompts, n)
     state = prefill(
-        *(of_prompts, prompts, decoding),
+        prompt_params,
+        prompts,
+        decoding,
         cache_len=seq + max_new_tokens - 1,  # the last token is never fed
         n=max_new_tokens,
         rows_each=n,
@@ -129,12 +141,20 @@ def _sample(
         with_routing=with_routing,
         **static,
     )
-    state = decode(params, state, decoding, max_new_tokens, **static)
-    first_end = jnp.argmax(jnp.isin(state.tokens, decoding.eos), axis=1).astype(jnp.int32)
-    lengths, logps = jnp.where(state.done, first_end + 1, max_new_tokens), state.logps
-    assert logps is not None  # they were asked for
-    if (routing := state.cache.routing) is not None:
-        slots = jnp.arange(routing.shape[2], dtype=jnp.int32)  # a row that has ended feeds padding
-        fed = (state.cache.positions >= 0) & (slots < (seq + lengths - 1)[:, None])
-        routing = jnp.where(fed[..., None, None], jnp.moveaxis(routing, 0, 2), -1)
-    return Samples(state.tokens, logps, lengths, state.done, routing)
+    state = decode(answer_params, state, decoding, max_new_tokens, **static)
+    eos_index = jnp.argmax(jnp.isin(state.tokens, decoding.eos), axis=1).astype(jnp.int32)
+    lengths = jnp.where(state.done, eos_index + 1, max_new_tokens)
+    assert state.logps is not None, "prefill was called with_logps"
+    routing = state.cache.routing
+    if routing is not None:
+        slots = jnp.arange(routing.shape[2], dtype=jnp.int32)
+        # A row that has ended feeds padding, whose experts do not count.
+        has_token = (state.cache.positions >= 0) & (slots < (seq + lengths - 1)[:, None])
+        routing = jnp.where(has_token[..., None, None], jnp.moveaxis(routing, 0, 2), -1)
+    return Samples(
+        tokens=state.tokens,
+        logps=state.logps,
+        lengths=lengths,
+        ended=state.done,
+        routing=routing,
+    )

@@ -1,5 +1,8 @@
 """Rows that begin and end independently: each enters, leaves and comes back between two tokens.
 
+A row is the place of one completion in `DecodingRows`. Its slots are the places of tokens in its
+cache; a completion outside the rows is a `RowState`.
+
 All functions are pure; the caller compiles them, and decides which row has which place.
 """
 
@@ -82,13 +85,19 @@ class DrawnTokens(NamedTuple, Generic[ArrayT]):
 def empty_rows(model: Model, rows: int, length: int, *, with_routing: bool = False) -> DecodingRows:
     """Returns rows without completions, whose caches hold so many tokens; see `init_cache`."""
     cache = init_cache(model.config, rows, length, model.dtype, with_routing=with_routing)
-    cache = cache._replace(filled=None)
-    vocab = jnp.full(rows, model.config.vocab_size, jnp.int32)
-    keys = jax.random.split(jax.random.key(0), rows)
-    last, drawn, adapters = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-    temperature, top_p = (jnp.ones(rows, jnp.float32) for _ in range(2))
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=vocab, key=keys)
-    return DecodingRows(cache, last, drawn, adapters, sampling)
+    # Each field is an array of its own: a program to which rows are donated takes no array twice.
+    return DecodingRows(
+        cache=cache._replace(filled=None),
+        last=jnp.zeros(rows, jnp.int32),
+        drawn=jnp.zeros(rows, jnp.int32),
+        adapters=jnp.zeros(rows, jnp.int32),
+        sampling=Sampling(
+            temperature=jnp.ones(rows, jnp.float32),
+            top_p=jnp.ones(rows, jnp.float32),
+            top_k=jnp.full(rows, model.config.vocab_size, jnp.int32),
+            key=jax.random.split(jax.random.key(0), rows),
+        ),
+    )
 
 
 def run_chunk(
@@ -97,14 +106,15 @@ def run_chunk(
     """Runs a chunk of a prompt; returns the logits after its last token, [1, vocab].
 
     Args:
-      run: the model's ``apply``, or what takes its place.
-      params: passed to it.
-      ids: [1, chunk] int32, filled up on the right.
-      n: [] int32, the tokens of the chunk.
-      cache: the prompt's tokens so far.
+      run: the model's ``apply``, or the function in its place.
+      params: the parameters that ``run`` takes.
+      ids: [1, chunk] int32, padded on the right.
+      n: [] int32, the number of tokens without padding.
+      cache: the cache of the prompt's tokens before the chunk.
     """
-    mask, last = (jnp.arange(ids.shape[1], dtype=jnp.int32) < n)[None], jnp.broadcast_to(n - 1, 1)
-    return next_logits(run, params, ids, cache, mask, at=last)
+    is_token = jnp.arange(ids.shape[1], dtype=jnp.int32) < n
+    last_token = jnp.broadcast_to(n - 1, 1)
+    return next_logits(run, params, ids, cache, is_token[None], logit_index=last_token)
 
 
 def draw_tokens(
@@ -125,10 +135,13 @@ def draw_tokens(
       with_top: [] bool, whether they are wanted.
       adjusted: the logits to choose from, by `adjust_logits`; by default `logits`.
     """
-    choices = logits if adjusted is None else adjusted
-    ids = choose(choices, sampling, token_keys(sampling.key, step))
-    logps = log_probability(logits, ids, sampling.temperature)
-    return DrawnTokens(ids, logps, likeliest(scale(logits, sampling.temperature), top, with_top))
+    adjusted = logits if adjusted is None else adjusted
+    ids = choose(adjusted, sampling, token_keys(sampling.key, step))
+    return DrawnTokens(
+        ids=ids,
+        logps=log_probability(logits, ids, sampling.temperature),
+        top=likeliest(scale(logits, sampling.temperature), top, with_top),
+    )
 
 
 def decode_rows(
@@ -148,18 +161,17 @@ def run_rows(run: Forward, params: Tree, rows: DecodingRows) -> tuple[jax.Array,
 
 def take_row(rows: DecodingRows, row: Number) -> tuple[jax.Array, jax.Array]:
     """Returns the keys and values of a row, [] int32."""
-    key, value = (
-        lax.dynamic_slice_in_dim(x, row, 1, axis=1) for x in (rows.cache.key, rows.cache.value)
-    )
+    key = lax.dynamic_slice_in_dim(rows.cache.key, row, 1, axis=1)
+    value = lax.dynamic_slice_in_dim(rows.cache.value, row, 1, axis=1)
     return key, value
 
 
 def take_recurrent(rows: DecodingRows, row: Number) -> Recurrent | None:
     """Returns the memory of linear layers of a row, [] int32; None without such layers."""
-    taken: Recurrent | None = jax.tree.map(
+    memory: Recurrent | None = jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=1), rows.cache.recurrent
     )
-    return taken
+    return memory
 
 
 def take_routing(rows: DecodingRows, row: Number) -> jax.Array | None:
@@ -169,63 +181,73 @@ def take_routing(rows: DecodingRows, row: Number) -> jax.Array | None:
 
 
 def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows:
-    """Returns rows with a completion in one of them, [] int32."""
-    length = rows.cache.positions.shape[1]
-    slots = jnp.arange(length, dtype=jnp.int32)
-    positions = jnp.where(slots < state.n, slots, -1)
+    """Returns the rows with a completion in row `row`, [] int32."""
+    cache, row_cache = rows.cache, state.cache
+    n_slots = cache.positions.shape[1]
+    slots = jnp.arange(n_slots, dtype=jnp.int32)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(old, new, row, axis=1)
+    def update_row(arrays: jax.Array, array: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(arrays, array, row, axis=1)
 
-    old, new = rows.cache, state.cache
-    routings = old.routing, new.routing
+    def set_entry(array: jax.Array, entry: jax.Array) -> jax.Array:
+        return array.at[row].set(entry)
+
+    def update_routing(routing: jax.Array, row_routing: jax.Array) -> jax.Array:
+        return update_row(routing, row_routing[:, :, :n_slots])
+
     return DecodingRows(
-        cache=old._replace(
-            key=put(old.key, new.key[:, :, :, :length]),
-            value=put(old.value, new.value[:, :, :, :length]),
-            recurrent=jax.tree.map(put, old.recurrent, new.recurrent),
-            routing=jax.tree.map(lambda old, new: put(old, new[:, :, :length]), *routings),
-            positions=old.positions.at[row].set(positions),
-            length=old.length.at[row].set(state.n),
+        cache=cache._replace(
+            key=update_row(cache.key, row_cache.key[:, :, :, :n_slots]),
+            value=update_row(cache.value, row_cache.value[:, :, :, :n_slots]),
+            recurrent=jax.tree.map(update_row, cache.recurrent, row_cache.recurrent),
+            routing=jax.tree.map(update_routing, cache.routing, row_cache.routing),
+            positions=cache.positions.at[row].set(jnp.where(slots < state.n, slots, -1)),
+            length=cache.length.at[row].set(state.n),
         ),
         last=rows.last.at[row].set(state.last),
         drawn=rows.drawn.at[row].set(state.drawn),
         adapters=rows.adapters.at[row].set(state.adapter),
-        sampling=jax.tree.map(lambda x, new: x.at[row].set(new), rows.sampling, state.sampling),
+        sampling=jax.tree.map(set_entry, rows.sampling, state.sampling),
     )
 
 
 def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> DecodingRows:
-    """Returns chosen rows, with caches of another length.
+    """Returns some of the rows, in an order, with caches of another length.
 
     Args:
       rows: the rows.
-      order: [n] int32, which of them.
-      length: length of the caches.
+      order: [n] int32, the indices of the rows to return.
+      length: the number of slots of the caches.
     """
-
     cache = rows.cache
-    of_layers = (cache.key, cache.value, cache.recurrent, cache.routing)
-    key, value, recurrent, routing = jax.tree.map(lambda x: x[:, order], of_layers)
+
+    def select(x: jax.Array) -> jax.Array:  # [layers, rows, …]
+        return x[:, order]
+
     cache = cache._replace(
-        key=key,
-        value=value,
+        key=select(cache.key),
+        value=select(cache.value),
         positions=cache.positions[order],
         length=cache.length[order],
-        recurrent=recurrent,
-        routing=routing,
+        recurrent=jax.tree.map(select, cache.recurrent),
+        routing=jax.tree.map(select, cache.routing),
     )
-    rest = jax.tree.map(lambda x: x[order], rows[1:])
-    return DecodingRows(resize_cache(cache, length), *rest)
+    return DecodingRows(
+        cache=resize_cache(cache, length),
+        last=rows.last[order],
+        drawn=rows.drawn[order],
+        adapters=rows.adapters[order],
+        sampling=jax.tree.map(lambda x: x[order], rows.sampling),
+    )
 
 
 def resize_cache(cache: Cache, length: int) -> Cache:
     """Returns a cache with so many slots: the first ones, and empty ones behind them."""
 
     def resize(x: jax.Array, axis: int, fill: int) -> jax.Array:
-        room = [(0, 0)] * x.ndim
-        room[axis] = (0, max(0, length - x.shape[axis]))
-        padded = jnp.pad(x, room, constant_values=fill)
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, max(0, length - x.shape[axis]))
+        padded = jnp.pad(x, pads, constant_values=fill)
         return lax.slice_in_dim(padded, 0, length, axis=axis)
 
     return cache._replace(

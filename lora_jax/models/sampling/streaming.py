@@ -79,39 +79,49 @@ def stream(
     """
     prompts = make_prompts(input_ids, attention_mask, shared, inputs)
     decoding = make_decoding(model, len(prompts.ids), max_new_tokens=max_new_tokens, **choosing)
-    needed = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
-    cache_len = needed if cache_len is None else cache_len
-    if cache_len < needed:
-        raise ValueError(f"cache_len is {cache_len}; prompt and answer need {needed} slots")
+    n_slots = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
+    if cache_len is None:
+        cache_len = n_slots
+    if cache_len < n_slots:
+        raise ValueError(f"cache_len is {cache_len}; prompt and answer need {n_slots} slots")
     if tokens_per_call < 1:
         raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
     static: dict[str, Any] = {"model": model, "apply": apply}
-    of_prompts, params = params_by_prompt(apply, params, prompts)
+    prompt_params, answer_params = params_by_prompt(apply, params, prompts)
     if allow is not None:
-        begun = _begin_logits(of_prompts, prompts, decoding, cache_len=cache_len, n=1, **static)
-        state, logits = begun
-        rest = _Rest(decoding, prompts.shared, max_new_tokens)
-        return _allowed_steps(params, state, logits, rest, allow, **static)
+        state, logits = _begin_logits(
+            prompt_params, prompts, decoding, cache_len=cache_len, n=1, **static
+        )
+        options = _StreamOptions(decoding, prompts.shared, max_new_tokens)
+        return _allowed_steps(answer_params, state, logits, options, allow, **static)
 
     def steps() -> Iterator[np.ndarray]:
-        read, n = 0, min(tokens_per_call, max_new_tokens)
-        state = _begin(of_prompts, prompts, decoding, cache_len=cache_len, n=n, **static)
+        n_yielded = 0
+        n = min(tokens_per_call, max_new_tokens)
+        state = _begin(prompt_params, prompts, decoding, cache_len=cache_len, n=n, **static)
         while True:
             step, tokens, done = jax.device_get((state.step, state.tokens, state.done))
-            for i in range(read, step):
+            for i in range(n_yielded, step):
                 yield tokens[:, i % n]
-            read = int(step)
-            if read == max_new_tokens or done.all():
+            n_yielded = int(step)
+            if n_yielded == max_new_tokens or done.all():
                 return
-            until = np.int32(min(read + n, max_new_tokens))
-            rest = state._replace(cache=None)
-            state = _more(params, state.cache, rest, decoding, until, shared, **static)
+            until = np.int32(min(n_yielded + n, max_new_tokens))
+            state = _decode_more(
+                answer_params,
+                state.cache,
+                state._replace(cache=None),
+                decoding,
+                until,
+                shared,
+                **static,
+            )
 
     return steps()
 
 
-class _Rest(NamedTuple):
-    """The arguments that stay the same from token to token."""
+class _StreamOptions(NamedTuple):
+    """The arguments that stay the same from token to token; see ``stream``."""
 
     decoding: Decoding
     shared: Shared | None
@@ -122,21 +132,22 @@ def _allowed_steps(
     params: Tree,
     state: DecodingState,
     logits: jax.Array,
-    rest: _Rest,
+    options: _StreamOptions,
     allow: Allow,
     **static: Any,
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens of ``stream``, each chosen from those that `allow` names."""
-    newest, no_cache = None, cast(Cache, None)
-    for i in range(rest.max_new_tokens):
+    """Yields the tokens of ``stream``, each chosen from the tokens that `allow` allows."""
+    tokens = None
+    no_cache = cast(Cache, None)
+    for i in range(options.max_new_tokens):
         cache = state.cache
-        masks = allow(newest)  # while the device computes
-        state = _append_allowed(state._replace(cache=no_cache), logits, rest.decoding, masks)
-        newest, done = jax.device_get((state.last, state.done))
-        yield newest
-        if done.all() or i + 1 == rest.max_new_tokens:
+        masks = allow(tokens)  # while the device computes
+        state = _append_allowed(state._replace(cache=no_cache), logits, options.decoding, masks)
+        tokens, done = jax.device_get((state.last, state.done))
+        yield tokens
+        if done.all() or i + 1 == options.max_new_tokens:
             return
-        cache, logits = _run_tokens(params, cache, state, rest.shared, **static)
+        cache, logits = _run_tokens(params, cache, state, options.shared, **static)
         state = state._replace(cache=cache)
 
 
@@ -153,19 +164,20 @@ def _begin_logits(*args: Any, **static: Any) -> tuple[DecodingState, jax.Array]:
 def _run_tokens(
     params: Tree,
     cache: Cache,
-    rest: DecodingState,
+    state: DecodingState,
     shared: Shared | None,
     *,
     model: Model,
     apply: Forward | None,
 ) -> tuple[Cache, jax.Array]:
+    """Runs the newest token of each row; ``state`` comes without its cache."""
     run: Any = model.apply if apply is None else apply
-    state = rest._replace(cache=cache._replace(shared=shared))
+    state = state._replace(cache=cache._replace(shared=shared))
     state, logits = run_tokens(run, params, state)
     return state.cache._replace(shared=None), logits
 
 
-# `shared` stays out of the state, which is given away: its arrays are the caller's.
+# `shared` stays out of the state, which is donated: its arrays are the caller's.
 @functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
 def _begin(*args: Any, **static: Any) -> DecodingState:
     state = prefill(*args, **static)
@@ -173,15 +185,16 @@ def _begin(*args: Any, **static: Any) -> DecodingState:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "apply"), donate_argnames="cache")
-def _more(
+def _decode_more(
     params: Tree,
     cache: Cache,
-    rest: DecodingState,
+    state: DecodingState,
     decoding: Decoding,
     until: jax.Array,
     shared: Shared | None,
     **static: Any,
 ) -> DecodingState:
-    state = rest._replace(cache=cache._replace(shared=shared))
+    """Decodes up to ``until`` tokens; ``state`` comes without its cache."""
+    state = state._replace(cache=cache._replace(shared=shared))
     state = decode(params, state, decoding, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

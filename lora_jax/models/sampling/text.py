@@ -33,7 +33,8 @@ class StopTexts:
 
     def place(self, text: str) -> int | None:
         """Returns the place of the first stop text in a decoded text; None if there is none."""
-        return min((at for at in map(text.find, self.stops) if at >= 0), default=None)
+        places = [text.find(stop) for stop in self.stops]
+        return min((place for place in places if place >= 0), default=None)
 
     def shown(self, text: str) -> str:
         """Returns a decoded text without special tokens, up to the first stop text."""
@@ -58,12 +59,12 @@ class StopTexts:
         """
         if not self.stops or self.place(self.decoded(ids)) is None:
             return None
-        numbers = range(known + 1, len(ids) + 1)
+        lengths = range(known + 1, len(ids) + 1)
 
-        def is_complete(n: int) -> bool:
-            return self.place(self.decoded(ids[:n])) is not None
+        def has_stop(length: int) -> bool:
+            return self.place(self.decoded(ids[:length])) is not None
 
-        return numbers[bisect.bisect_left(numbers, True, key=is_complete)]
+        return lengths[bisect.bisect_left(lengths, True, key=has_stop)]
 
     def cut(self, ids: Sequence[int]) -> tuple[str, int | None]:
         """Returns the text of an answer, and the number of its tokens if a stop text ends it."""
@@ -103,42 +104,51 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        new = self._decoded()
-        self.is_cut = new.endswith(CUT) and len(self._ids) - self._known < _HELD
-        self.is_cut &= self._place(self._held + new) is None
-        return "" if self.is_cut else self._give(new)
+        text = self._decoded()
+        self.is_cut = text.endswith(CUT) and len(self._ids) - self._known < _HELD
+        self.is_cut &= self._place(self._held + text) is None
+        return "" if self.is_cut else self._release(text)
 
     def end(self) -> str:
         """Returns the text that was held back, once no more tokens come."""
-        return "" if self.stopped else self._give(self._decoded(), last=True)
+        return "" if self.stopped else self._release(self._decoded(), last=True)
 
     def _place(self, text: str) -> int | None:
         return self._stops.place(text) if self.searches else None
 
     def _decoded(self) -> str:
         """Returns the text since the tokens that were given out last."""
-        before = self._text(self._ids[: self._known])
-        return self._text(self._ids)[len(before) :]
+        released = self._text(self._ids[: self._known])
+        return self._text(self._ids)[len(released) :]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._stops.decoded(ids, special=self._special)
 
-    def _give(self, new: str, *, last: bool = False) -> str:
-        if new:
+    def _release(self, decoded: str, *, last: bool = False) -> str:
+        """Returns the text that can be given out, and holds back what may begin a stop text.
+
+        Args:
+          decoded: the text of the tokens since the last release.
+          last: whether no tokens follow, so that nothing is held back.
+        """
+        if decoded:
             self._ids = self._ids[self._known :]
             self._known = len(self._ids)
-        text = self._held + new
-        kept = self._place(text)
-        self.stopped = kept is not None
-        if kept is None:
-            holds = self.searches and not last
-            kept = len(text) - (partial_length(text, self._stops.stops) if holds else 0)
+        text = self._held + decoded
+        stop_place = self._place(text)
+        self.stopped = stop_place is not None
+        if stop_place is None:
+            end = len(text)
+            if self.searches and not last:
+                end -= partial_length(text, self._stops.stops)
         elif self._keeps_stop:
-            kept = self._stops.end(text, kept)
-        self._held = text[kept:]
-        given = text[:kept] if self._special else self._stops.plain(text[:kept])
-        self.length += len(given)
-        return given
+            end = self._stops.end(text, stop_place)
+        else:
+            end = stop_place
+        self._held = text[end:]
+        released = text[:end] if self._special else self._stops.plain(text[:end])
+        self.length += len(released)
+        return released
 
 
 def partial_length(text: str, marks: Iterable[str]) -> int:
@@ -151,12 +161,12 @@ def partial_length(text: str, marks: Iterable[str]) -> int:
 def ends_with_stop(
     ids: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> bool:
-    """Returns True if a stop text stands at the end of an answer, of which the newest token is new.
+    """Returns True if the newest token of an answer completes a stop text.
 
     Args:
-      ids: all its tokens.
-      stops: the texts.
-      decode: returns the text of tokens; it sees those alone that a stop text can be of.
+      ids: all tokens of the answer.
+      stops: the stop texts.
+      decode: returns the text of tokens; it is given only tokens that a stop text can be made of.
     """
     if not stops:
         return False

@@ -1,9 +1,9 @@
-"""Completions of several turns: between two of a row, tokens join it that nobody drew.
+"""Completions of several turns: between two turns of a row, tokens join it that nobody drew.
 
-Rows wait and go on independently: one that waits keeps its place, and what its cache holds. A turn
-begins with a chunk of tokens (the prompt, or what answered the turn before), run for that row
-alone; then all rows that are drawing take a token at a time. All shapes are fixed, so that neither
-the other rows nor the time at which a row goes on change what it draws.
+Rows wait and go on independently: a row that waits keeps its place and its cache. A turn begins
+with a chunk of tokens (the prompt, or the answer to the turn before), run for that row alone; then
+all rows that are drawing take a token at a time. All shapes are fixed, so that neither the other
+rows nor the time at which a row goes on change the tokens that it draws.
 
 All functions are pure; the caller compiles them, and decides which row has which place.
 """
@@ -35,8 +35,8 @@ from lora_jax.models.sampling.slots import (
     take_row,
 )
 
-_TURNS = 2**31  # no token's number, so that no turn's key is that of a token
-_NO_TOP = np.bool_(False)  # the likeliest tokens are not wanted
+_TURNS = 2**31  # beyond the index of any token, so that no turn's key is that of a token
+_NO_TOP = np.bool_(False)  # the likeliest tokens are not computed
 
 
 class DrawingRows(NamedTuple):
@@ -87,12 +87,12 @@ def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
 
 
 def row_routing(rows: DecodingRows, row: Number) -> jax.Array:
-    """Returns the experts of the tokens that a row has run, [slots, layers, k]; -1 behind them."""
+    """Returns the experts of a row's tokens, [slots, layers, k]; -1 in slots without a token."""
     routing = take_routing(rows, row)
     slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
-    assert routing is not None  # its cache keeps them
-    has_run = slots < rows.cache.length[row]
-    return jnp.where(has_run[:, None, None], jnp.moveaxis(routing[:, 0], 0, 1), -1)
+    assert routing is not None, "the cache of such rows keeps experts"
+    has_token = slots < rows.cache.length[row]
+    return jnp.where(has_token[:, None, None], jnp.moveaxis(routing[:, 0], 0, 1), -1)
 
 
 def begin_turn(
@@ -103,14 +103,21 @@ def begin_turn(
     Args:
       rows: the rows.
       row: [] int32, the place.
-      cache: that of one row: all tokens before the turn.
-      logits: [1, vocab], after them.
+      cache: the cache of one row, with all tokens before the turn.
+      logits: [1, vocab], after these tokens.
       sampling: [] each, with the key of the turn.
     """
-    alone = jax.tree.map(lambda x: x[None], sampling)
-    tokens = draw_tokens(logits, alone, jnp.zeros(1, jnp.int32), 1, _NO_TOP)
-    drawn = jnp.ones((), jnp.int32)
-    state = RowState(cache, cache.length[0], tokens.ids[0], drawn, jnp.zeros_like(drawn), sampling)
+    sampling_of_row = jax.tree.map(lambda x: x[None], sampling)
+    step = jnp.zeros(1, jnp.int32)
+    tokens = draw_tokens(logits, sampling_of_row, step, top=1, with_top=_NO_TOP)
+    state = RowState(
+        cache=cache,
+        n=cache.length[0],
+        last=tokens.ids[0],
+        drawn=jnp.ones((), jnp.int32),
+        adapter=jnp.zeros((), jnp.int32),
+        sampling=sampling,
+    )
     return insert_row(rows, row, state), tokens
 
 
@@ -120,8 +127,8 @@ def decode_turns(
     """Draws tokens of the drawing rows until one of them has to stop.
 
     Args:
-      run: the model's ``apply``, or what takes its place.
-      params: passed to it.
+      run: the model's ``apply``, or the function in its place.
+      params: the parameters that ``run`` takes.
       rows: the rows; the newest token of each that draws is already known.
       active: the rows that draw. One whose newest token ends its turn, or that has no room left,
         stops all.
@@ -129,34 +136,36 @@ def decode_turns(
     """
     drawing = jnp.asarray(active.drawing)
 
-    def goes_on(state: tuple[DecodingRows, TokenBlock]) -> jax.Array:
+    def no_row_stops(state: tuple[DecodingRows, TokenBlock]) -> jax.Array:
         rows, block = state
         stops = jnp.isin(rows.last, active.ends) | (block.steps >= active.room)
         return (block.steps < active.until) & ~jnp.any(drawing & stops)
 
     def step(state: tuple[DecodingRows, TokenBlock]) -> tuple[DecodingRows, TokenBlock]:
-        before, block = state
-        after, tokens = decode_rows(run, params, before, 1, _NO_TOP)
-        # A row that waits writes its next slot again and again, until a token of its own does. A
-        # memory without slots has to stay.
-        length = jnp.where(drawing, after.cache.length, before.cache.length)
-        recurrent = before.cache.recurrent
-        if recurrent is not None and after.cache.recurrent is not None:
-            recurrent = recurrent.replace_rows(drawing, after.cache.recurrent)
-        rows = after._replace(
-            cache=after.cache._replace(length=length, recurrent=recurrent),
-            last=jnp.where(drawing, after.last, before.last),
-            drawn=jnp.where(drawing, after.drawn, before.drawn),
+        rows, block = state
+        next_rows, tokens = decode_rows(run, params, rows, 1, _NO_TOP)
+        # A row that waits writes its next slot again and again, until a token of the row overwrites
+        # it. The memory of linear layers has no slots, and must stay.
+        length = jnp.where(drawing, next_rows.cache.length, rows.cache.length)
+        recurrent = rows.cache.recurrent
+        if recurrent is not None and next_rows.cache.recurrent is not None:
+            recurrent = recurrent.replace_rows(drawing, next_rows.cache.recurrent)
+        next_rows = next_rows._replace(
+            cache=next_rows.cache._replace(length=length, recurrent=recurrent),
+            last=jnp.where(drawing, next_rows.last, rows.last),
+            drawn=jnp.where(drawing, next_rows.drawn, rows.drawn),
         )
-        put = lax.dynamic_update_slice_in_dim
-        return rows, TokenBlock(
-            block.steps + 1,
-            put(block.ids, tokens.ids[:, None], block.steps, axis=1),
-            put(block.logps, tokens.logps[:, None], block.steps, axis=1),
+        update = lax.dynamic_update_slice_in_dim
+        return next_rows, TokenBlock(
+            steps=block.steps + 1,
+            ids=update(block.ids, tokens.ids[:, None], block.steps, axis=1),
+            logps=update(block.logps, tokens.logps[:, None], block.steps, axis=1),
         )
 
     shape = (len(drawing), n)
-    start = TokenBlock(
-        jnp.zeros((), jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    empty_block = TokenBlock(
+        steps=jnp.zeros((), jnp.int32),
+        ids=jnp.zeros(shape, jnp.int32),
+        logps=jnp.zeros(shape, jnp.float32),
     )
-    return lax.while_loop(goes_on, step, (rows, start))
+    return lax.while_loop(no_row_stops, step, (rows, empty_block))

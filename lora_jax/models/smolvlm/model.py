@@ -55,10 +55,11 @@ class _Trunk(ModelPart):
     n_positions = None
 
     def setup(self) -> None:
-        config, others = self.config, self.options[1:]
-        self.vision_model = _Vision(config.vision, *others)
+        config = self.config
+        options = self.options[1:]  # but for the configuration
+        self.vision_model = _Vision(config.vision, *options)
         self.connector = _Connector(*self.options)
-        self.text_model = Trunk(config.text, *others)
+        self.text_model = Trunk(config.text, *options)
 
     @property
     def words(self) -> nn.Embed:
@@ -74,8 +75,8 @@ class _Trunk(ModelPart):
         vectors = None
         if pixel_values is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values)
-        at = input_ids == self.config.image_token_id
-        arguments = (*text, at, vectors)
+        is_vector = input_ids == self.config.image_token_id
+        arguments = (*text, is_vector, vectors)
         return self.text_model(input_ids, *arguments)
 
     def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
