@@ -220,7 +220,7 @@ def stack_member(base: BaseLike) -> tuple[StackMember, tuple[DTypeLike, ...]] | 
 
 
 def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Leaf) -> BaseLike:
-    """Returns the base after an equation whose only operand it is.
+    """Applies an equation with one operand to a base, and returns the result as a base.
 
     Args:
       base: the operand.

@@ -36,13 +36,13 @@ class TokensError(ValueError):
     """
 
 
-class _ForMessages(str):
+class _MessagePath(str):
     """A path that equals every other path: layers of one form share a compiled function."""
 
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ForMessages)
+        return isinstance(other, _MessagePath)
 
     def __hash__(self) -> int:
         return 0
@@ -80,7 +80,7 @@ class Factored:
     split: tuple[str, ...] = field(default=(), metadata=STATIC)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", _ForMessages(self.path))
+        object.__setattr__(self, "path", _MessagePath(self.path))
 
     scale = property(lambda self: self.parts["scale"])
     key = property(lambda self: self.parts.get("key"))
@@ -173,14 +173,14 @@ class Factored:
 
     @property
     def rank(self) -> int:
-        """r, as the factors are stored."""
+        """The rank that the factors are stored with."""
         if "a" not in self.parts:
             return self.parts["shared_a"].shape[0]
         return self.parts["a"].shape[len(self.axes("batch"))]
 
     @property
     def scales(self) -> jax.Array:
-        """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
+        """The factors of the columns of xA: s [batch…, 1], or s·lambda_d [batch…, r]."""
         scale: jax.Array = jnp.expand_dims(self.scale, self.scale.ndim)
         if self.lambda_d is None:
             return scale

@@ -58,7 +58,7 @@ def sealed(tree: Tree) -> Tree:
 
 
 def unsealed(tree: Tree) -> Tree:
-    """Returns the inverse of `sealed`; the tree itself where nothing is sealed."""
+    """Undoes `sealed`: returns the tree with its values in place of `Opaque`s."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_opaque)
     if not any(map(_is_opaque, leaves)):
         return tree

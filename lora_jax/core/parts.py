@@ -56,7 +56,7 @@ NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
-    """Returns the weight's axis for each axis of an array, a negative number where it is none.
+    """Returns the layout of an array: the weight's axis for each of its axes, or a negative number.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.

@@ -114,7 +114,7 @@ def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> ja
 
 
 def draws_of(seed: int) -> jax.Array:
-    """Returns some random bits, to tell whether another JAX draws the same from a seed: uint32."""
+    """Returns some random bits of a seed, uint32, by which draws of two versions of JAX compare."""
     return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
 
 

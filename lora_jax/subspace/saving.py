@@ -49,7 +49,7 @@ def tree_of(space: Subspace, base: Tree, theta: Tree = None) -> Tree:
 
 
 def theta_of(tree: Tree) -> Theta:
-    """Returns the numbers that train of a tree that `tree_of` made.
+    """Returns θ_d (and λ) of a tree that `tree_of` made.
 
     >>> params = {"kernel": jnp.ones((4, 3))}
     >>> space = lj.subspace.make(params, dimension=5)

@@ -17,7 +17,7 @@ from lora_jax.core.weight import LoraWeight, Part
 
 
 class KernelFacts(NamedTuple):
-    """The facts about a kernel that its A and B are made from.
+    """The facts about a kernel from which a variant makes A and B.
 
     Attributes:
       path: the kernel's path in the tree.
@@ -37,7 +37,7 @@ class KernelFacts(NamedTuple):
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The sizes of the in and of the out axes."""
+        """The sizes of the in axes, and the sizes of the out axes."""
         return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
 
 
