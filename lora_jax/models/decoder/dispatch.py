@@ -1,8 +1,9 @@
 """One part of a mixture's experts, for the tokens that chose them.
 
+A pair is a token with one of its k experts, and a row is the place of a pair in the experts' input.
 Tokens are read into the rows of their experts, and rows are read back into the sums of tokens: each
 is the other's derivative, so that nothing is scattered, sums have a fixed order, and no array holds
-all (token, expert) pairs of a batch.
+all pairs of a batch. A turn is a fixed number of rows.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from jax import lax
 from lora_jax.models.decoder.experts import Experts, Gated
 
 UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
-_SLACK = 1.25  # of a part of all experts, over an equal share of the pairs
+_SLACK = 1.25  # rows of the first turn, over an equal share of the pairs
 _SUBLANES = 8  # a turn's rows are a multiple; see `experts`
 
 
@@ -45,65 +46,80 @@ def apply_own(
     Returns:
       [tokens, d_model] fp32, without the experts of other parts.
     """
-    n, last, shape = chosen.size, kernels[0].shape[0] - 1, chosen.shape
-    chosen, more = chosen.reshape(-1), {"biases": biases} if biases else {}
-    is_own = (chosen >= 0) & (chosen <= last)
-    turn = min(-(-round(_SLACK * n) // (_SUBLANES * shares)), -(-n // _SUBLANES)) * _SUBLANES
-    order = jnp.argsort(jnp.where(is_own, chosen, last + 1))  # stable: those of other parts last
-    places = jnp.argsort(order)
-    n_own = jnp.sum(is_own, dtype=order.dtype)
-    pairs = jnp.pad(order, (0, -n % turn)).reshape(-1, turn)
-    begins = turn * jnp.arange(len(pairs), dtype=order.dtype)
+    k, n_tokens = chosen.shape
+    n_pairs = chosen.size
+    last_expert = kernels[0].shape[0] - 1
+    bias_option = {"biases": biases} if biases else {}  # a function of one's own may do without
+    chosen = chosen.reshape(-1)  # the expert of each pair
+    is_own = (chosen >= 0) & (chosen <= last_expert)
+    # The sort is stable, and pairs of other parts come last.
+    pair_of_row = jnp.argsort(jnp.where(is_own, chosen, last_expert + 1))
+    row_of_pair = jnp.argsort(pair_of_row)
+    row_dtype = pair_of_row.dtype
+    n_own = jnp.sum(is_own, dtype=row_dtype)
+    turn_rows = _SUBLANES * min(
+        -(-round(_SLACK * n_pairs) // (_SUBLANES * shares)), -(-n_pairs // _SUBLANES)
+    )
+    turn_pairs = jnp.pad(pair_of_row, (0, -n_pairs % turn_rows)).reshape(-1, turn_rows)
+    turn_starts = turn_rows * jnp.arange(len(turn_pairs), dtype=row_dtype)
 
-    def sums(begin: jax.Array, pairs: jax.Array) -> jax.Array:
-        here = begin + jnp.arange(turn, dtype=order.dtype) < n_own
-        is_here = is_own & (places >= begin) & (places < begin + turn)
-        rows_of = jnp.where(is_here, places - begin, turn).reshape(shape)
-        rows = _read_tokens(tokens, pairs % shape[1], rows_of)
-        of_rows = jnp.where(here, chosen[pairs], last).astype(chosen.dtype)  # the rest: any will do
-        out = experts(gated, rows, of_rows, *kernels, **more)
-        of_pairs = jnp.where(here, weights.reshape(-1)[pairs], 0)
-        return _sum_rows(out, of_pairs, pairs % shape[1], rows_of)
+    def run_turn(start: jax.Array, pairs: jax.Array) -> jax.Array:
+        """Returns the sums of tokens over the rows of a turn, from row `start` on."""
+        is_row_own = start + jnp.arange(turn_rows, dtype=row_dtype) < n_own
+        is_in_turn = is_own & (row_of_pair >= start) & (row_of_pair < start + turn_rows)
+        rows_of_token = jnp.where(is_in_turn, row_of_pair - start, turn_rows).reshape(k, n_tokens)
+        token_of_row = pairs % n_tokens
+        rows = _read_tokens(tokens, token_of_row, rows_of_token)
+        # Rows of other parts have a weight of 0, so that any expert will do.
+        expert_of_row = jnp.where(is_row_own, chosen[pairs], last_expert).astype(chosen.dtype)
+        out = experts(gated, rows, expert_of_row, *kernels, **bias_option)
+        weight_of_row = jnp.where(is_row_own, weights.reshape(-1)[pairs], 0)
+        return _sum_rows(out, weight_of_row, token_of_row, rows_of_token)
 
-    total = sums(begins[0], pairs[0])
-    if len(pairs) == 1:
+    total = run_turn(turn_starts[0], turn_pairs[0])
+    if len(turn_pairs) == 1:
         return total
-    nothing = jnp.zeros_like(total)
+    zeros = jnp.zeros_like(total)
 
-    def later(total: jax.Array, args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + lax.cond(args[0] < n_own, sums, lambda *_: nothing, *args), None
+    def add_turn(total: jax.Array, turn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        start, pairs = turn
+        sums = lax.cond(start < n_own, run_turn, lambda *_: zeros, start, pairs)
+        return total + sums, None
 
-    def left_over(total: jax.Array) -> jax.Array:
-        body = jax.checkpoint(later, prevent_cse=False)
-        total, _ = lax.scan(body, total, (begins[1:], pairs[1:]))
+    def add_further_turns(total: jax.Array) -> jax.Array:
+        body = jax.checkpoint(add_turn, prevent_cse=False)
+        total, _ = lax.scan(body, total, (turn_starts[1:], turn_pairs[1:]))
         return total
 
     with jax.named_scope(UNEVEN):
-        whole: jax.Array = lax.cond(turn < n_own, left_over, lambda total: total, total)
-    return whole
+        is_uneven = turn_rows < n_own
+        sums: jax.Array = lax.cond(is_uneven, add_further_turns, lambda total: total, total)
+    return sums
 
 
 @jax.custom_vjp
-def _read_tokens(tokens: jax.Array, tokens_of: jax.Array, rows_of: jax.Array) -> jax.Array:
+def _read_tokens(tokens: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array) -> jax.Array:
     """Returns the token of each row.
 
     Args:
       tokens: [tokens, d_model].
-      tokens_of: [rows] int, the token of each row.
-      rows_of: [k, tokens] int, the rows of each token; the number of rows stands for none.
+      token_of_row: [rows] int.
+      rows_of_token: [k, tokens] int; the number of rows stands for no row.
     """
-    del rows_of
-    return tokens[tokens_of]
+    del rows_of_token
+    return tokens[token_of_row]
 
 
 def _read_tokens_forward(
-    tokens: jax.Array, tokens_of: jax.Array, rows_of: jax.Array
+    tokens: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _read_tokens(tokens, tokens_of, rows_of), rows_of
+    return _read_tokens(tokens, token_of_row, rows_of_token), rows_of_token
 
 
-def _read_tokens_backward(rows_of: jax.Array, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    return _added(ct, None, rows_of).astype(ct.dtype), None, None
+def _read_tokens_backward(
+    rows_of_token: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, None, None]:
+    return _add_rows(cotangent, None, rows_of_token).astype(cotangent.dtype), None, None
 
 
 _read_tokens.defvjp(_read_tokens_forward, _read_tokens_backward)
@@ -111,48 +127,51 @@ _read_tokens.defvjp(_read_tokens_forward, _read_tokens_backward)
 
 @jax.custom_vjp
 def _sum_rows(
-    rows: jax.Array, weights: jax.Array, tokens_of: jax.Array, rows_of: jax.Array
+    rows: jax.Array, weights: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
 ) -> jax.Array:
     """Returns the weighted sum of each token's rows, [tokens, d_model] fp32.
 
     Args:
       rows: [rows, d_model].
       weights: [rows] fp32; zeros for rows of no token.
-      tokens_of, rows_of: see `_read_tokens`.
+      token_of_row, rows_of_token: see `_read_tokens`.
     """
-    del tokens_of
-    return _added(rows, weights, rows_of)
+    del token_of_row
+    return _add_rows(rows, weights, rows_of_token)
 
 
 def _sum_rows_forward(
-    rows: jax.Array, weights: jax.Array, tokens_of: jax.Array, rows_of: jax.Array
+    rows: jax.Array, weights: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _added(rows, weights, rows_of), (rows, weights, tokens_of)
+    return _add_rows(rows, weights, rows_of_token), (rows, weights, token_of_row)
 
 
 def _sum_rows_backward(
-    kept: tuple[jax.Array, jax.Array, jax.Array], ct: jax.Array
+    residuals: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    rows, weights, tokens_of = kept
-    of_rows = ct[tokens_of]
-    of_weights = jnp.sum(rows.astype(ct.dtype) * of_rows, axis=-1)
-    return (of_rows * weights[:, None]).astype(rows.dtype), of_weights, None, None
+    rows, weights, token_of_row = residuals
+    row_cotangents = cotangent[token_of_row]
+    weight_gradients = jnp.sum(rows.astype(cotangent.dtype) * row_cotangents, axis=-1)
+    row_gradients = (row_cotangents * weights[:, None]).astype(rows.dtype)
+    return row_gradients, weight_gradients, None, None
 
 
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
-def _added(rows: jax.Array, weights: jax.Array | None, rows_of: jax.Array) -> jax.Array:
-    """Returns the sums of each token's rows, fp32; zeros stand for a row that is none."""
+def _add_rows(rows: jax.Array, weights: jax.Array | None, rows_of_token: jax.Array) -> jax.Array:
+    """Returns the sums of each token's rows, fp32; an index without a row adds zeros."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
 
-    def read(array: jax.Array, at: jax.Array) -> jax.Array:
-        return array.at[at].get(mode="fill", fill_value=0).astype(dtype)
+    def read(array: jax.Array, indices: jax.Array) -> jax.Array:
+        return array.at[indices].get(mode="fill", fill_value=0).astype(dtype)
 
-    def term(at: jax.Array) -> jax.Array:
-        return read(rows, at) if weights is None else read(rows, at) * read(weights, at)[:, None]
+    def read_weighted(indices: jax.Array) -> jax.Array:
+        if weights is None:
+            return read(rows, indices)
+        return read(rows, indices) * read(weights, indices)[:, None]
 
-    total = term(rows_of[0])
-    for at in rows_of[1:]:
-        total = total + term(at)
+    total = read_weighted(rows_of_token[0])
+    for indices in rows_of_token[1:]:
+        total = total + read_weighted(indices)
     return total

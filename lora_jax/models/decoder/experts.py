@@ -74,23 +74,24 @@ def apply_blocks(
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
     blocks = lay_out_blocks(chosen, kernels[0].shape[0])
 
-    def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def run_block(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
 
-        def product(x: jax.Array, i: int) -> jax.Array:
+        def multiply(x: jax.Array, i: int) -> jax.Array:
             y: jax.Array = x @ lax.dynamic_index_in_dim(kernels[i], expert, keepdims=False)
             return y + lax.dynamic_index_in_dim(biases[i], expert, keepdims=False) if biases else y
 
-        *first, last = range(len(kernels))
-        return None, product(gated(*(product(rows, i) for i in first)), last)
+        down = len(kernels) - 1
+        inner = gated(*(multiply(rows, i) for i in range(down)))
+        return None, multiply(inner, down)
 
     # No slot is written or read twice, so that the derivatives add in a fixed order.
     filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
     filled = filled.at[blocks.slots].set(rows, unique_indices=True)
     filled = filled.reshape(-1, blocks.rows, rows.shape[1])
     # The backward pass indexes the kernels of each block again: they are not kept for all blocks.
-    kept = jax.checkpoint_policies.dots_saveable
-    body = jax.checkpoint(through, policy=kept, prevent_cse=False)
+    policy = jax.checkpoint_policies.dots_saveable
+    body = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
     _, out = lax.scan(body, None, (filled, blocks.experts))
     out = jnp.reshape(out, (-1, out.shape[-1]))
     return out.at[blocks.slots].get(unique_indices=True)
@@ -116,15 +117,21 @@ def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     A block has a quarter of the rows that an expert gets on average, but between 8 and 512: an
     expert's kernels are read, and formed from codes, once for each of its blocks.
     """
-    rows, n_blocks = _size_and_number(chosen.size, n_experts)
-    sizes = jnp.bincount(chosen, length=n_experts)
-    blocks_until = jnp.cumsum(-(-sizes // rows))  # of this expert and those before it
-    places = jnp.argsort(jnp.argsort(chosen))  # of each row, in the order of experts
-    within = places - (jnp.cumsum(sizes) - sizes)[chosen]  # its expert's rows
-    before = (blocks_until - -(-sizes // rows))[chosen]
-    experts = jnp.searchsorted(blocks_until, jnp.arange(n_blocks), side="right")
-    experts = jnp.minimum(experts, n_experts - 1)  # of blocks that are left over
-    return ExpertBlocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
+    block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
+    expert_rows = jnp.bincount(chosen, length=n_experts)
+    expert_blocks = -(-expert_rows // block_rows)
+    block_ends = jnp.cumsum(expert_blocks)  # the first block behind each expert's
+    place_of_row = jnp.argsort(jnp.argsort(chosen))  # in the order of experts
+    row_starts = jnp.cumsum(expert_rows) - expert_rows
+    row_in_expert = place_of_row - row_starts[chosen]
+    first_block = (block_ends - expert_blocks)[chosen]
+    expert_of_block = jnp.searchsorted(block_ends, jnp.arange(n_blocks), side="right")
+    expert_of_block = jnp.minimum(expert_of_block, n_experts - 1)  # blocks without rows have any
+    return ExpertBlocks(
+        rows=block_rows,
+        experts=expert_of_block.astype(jnp.int32),
+        slots=(first_block * block_rows + row_in_expert).astype(jnp.int32),
+    )
 
 
 def _size_and_number(n: int, n_experts: int) -> tuple[int, int]:
@@ -141,28 +148,30 @@ def apply_ragged(
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Applies experts to sorted rows; see ``Experts`` for the arguments."""
-    n = chosen.size
+    n_rows = chosen.size
     order = jnp.argsort(chosen)  # stable
-    groups = jnp.arange(kernels[0].shape[0], dtype=chosen.dtype)
-    sizes = jnp.sum(chosen == groups[:, None], axis=1, dtype=jnp.int32)
+    expert_ids = jnp.arange(kernels[0].shape[0], dtype=chosen.dtype)
+    expert_rows = jnp.sum(chosen == expert_ids[:, None], axis=1, dtype=jnp.int32)
     # No row is written or read twice, so that the derivatives add in a fixed order.
-    grouped = rows.at[order].get(unique_indices=True)
-    if spare := -n % _SUBLANES:  # rows of zeros, for the last expert
-        grouped = jnp.pad(grouped, ((0, spare), (0, 0)))
-        sizes = sizes.at[-1].add(spare)
+    sorted_rows = rows.at[order].get(unique_indices=True)
+    n_padding = -n_rows % _SUBLANES
+    if n_padding:  # rows of zeros, for the last expert
+        sorted_rows = jnp.pad(sorted_rows, ((0, n_padding), (0, 0)))
+        expert_rows = expert_rows.at[-1].add(n_padding)
     if biases:
-        of_rows = jnp.pad(jnp.asarray(chosen)[order], (0, spare), constant_values=-1)
+        sorted_experts = jnp.asarray(chosen)[order]
+        expert_of_row = jnp.pad(sorted_experts, (0, n_padding), constant_values=-1)
 
-    def through(x: jax.Array, *kernels: jax.Array) -> jax.Array:
-        def product(x: jax.Array, i: int) -> jax.Array:
-            y = lax.ragged_dot(x, kernels[i], sizes)
-            return y + biases[i][of_rows] if biases else y
+    def run_experts(x: jax.Array, *kernels: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, i: int) -> jax.Array:
+            y = lax.ragged_dot(x, kernels[i], expert_rows)
+            return y + biases[i][expert_of_row] if biases else y
 
-        *first, last = range(len(kernels))
-        return product(gated(*(product(x, i) for i in first)), last)
+        down = len(kernels) - 1
+        return multiply(gated(*(multiply(x, i) for i in range(down))), down)
 
-    through = jax.checkpoint(through, policy=_keeps_products, prevent_cse=False)
-    out = through(grouped, *kernels)[:n]
+    run = jax.checkpoint(run_experts, policy=_keeps_products, prevent_cse=False)
+    out = run(sorted_rows, *kernels)[:n_rows]
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
@@ -173,17 +182,17 @@ def apply_formed(
     *kernels: jax.Array,
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Applies experts in codes, where ragged products are kernels; see ``Experts``.
+    """Applies quantized experts, where ragged products are kernels; see ``Experts``.
 
-    Sorted rows where small blocks would form experts again and again, if a layer's kernel, formed,
-    leaves room for the rest. Else blocks: for a token of decoding, and where they are so large that
-    a product takes longer than forming its kernel does.
+    A kernel is formed from its codes. Rows are sorted where small blocks would form experts again
+    and again, if a layer's kernel, formed, leaves room for the rest. They lie in blocks for a token
+    of decoding, and where blocks are so large that a product takes longer than forming its kernel.
     """
-    experts = kernels[0].shape[0]
-    block, n_blocks = _size_and_number(chosen.size, experts)
-    largest = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
-    is_many = n_blocks > 2 * experts  # what would be formed, were each block to form its own
-    is_ragged = is_many and block < _LARGE_BLOCK and largest <= _MOST_FORMED
+    n_experts = kernels[0].shape[0]
+    block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
+    kernel_bytes = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
+    forms_often = n_blocks > 2 * n_experts  # each block would form its expert's kernels
+    is_ragged = forms_often and block_rows < _LARGE_BLOCK and kernel_bytes <= _MOST_FORMED
     apply = apply_ragged if is_ragged else apply_blocks
     return apply(gated, rows, chosen, *kernels, biases=biases)
 

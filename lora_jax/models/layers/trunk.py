@@ -33,8 +33,9 @@ OFFLOAD = "offload"
 ATTENTION = "attention"
 PROJECTIONS = "projections"
 PRODUCTS = "products"
-_INPUT = "layer_input"  # what "offload" moves
-_PROJECTED, _MULTIPLIED = "projected", "multiplied"  # by attention's kernels, and by MLPs'
+_INPUT = "layer_input"  # the array that "offload" moves
+_PROJECTED = "projected"  # products of attention's kernels
+_MULTIPLIED = "multiplied"  # products of the kernels of MLPs
 # The names that a layer keeps, from the least memory to the most.
 _KEPT: dict[bool | str, tuple[str, ...]] = {True: (NARROW_PRODUCT,)}
 _KEPT[ATTENTION] = (*_KEPT[True], KERNEL_OUTPUT)
@@ -109,23 +110,24 @@ def causal_mask(
     counts positions, since padding may lie between the tokens of a row; with branches, since other
     completions do. Shared tokens come before a cache's slots.
     """
-    first = placed.first
-    if first.ndim:  # a token a row, which may see all that its row has
-        first = jnp.int32(placed.slots.shape[1] - 1)
-    queries = first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
-    keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
-    positions, slots = placed.positions, placed.slots
+    first_slot = placed.first
+    if first_slot.ndim:  # a token a row, which may see all tokens of its row
+        first_slot = jnp.int32(placed.slots.shape[1] - 1)
+    query_slots = first_slot + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
+    key_slots = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
+    query_positions, key_positions = placed.positions, placed.slots
     if cache is not None and cache.shared is not None:
-        before = jnp.arange(cache.shared.n_tokens, dtype=jnp.int32)
-        keys = jnp.concatenate([before - cache.shared.n_tokens, keys])
-        seen = jnp.broadcast_to(before, (slots.shape[0], before.shape[0]))
-        slots = jnp.concatenate([seen, slots], axis=1)
-    if cache is None and branches is None:
-        positions = jnp.broadcast_to(queries, positions.shape)
-        slots = jnp.where(slots >= 0, keys, -1)
+        n_shared = cache.shared.n_tokens
+        shared_positions = jnp.arange(n_shared, dtype=jnp.int32)
+        key_slots = jnp.concatenate([shared_positions - n_shared, key_slots])
+        shared_positions = jnp.broadcast_to(shared_positions, (key_positions.shape[0], n_shared))
+        key_positions = jnp.concatenate([shared_positions, key_positions], axis=1)
+    if cache is None and branches is None:  # windows count slots
+        query_positions = jnp.broadcast_to(query_slots, query_positions.shape)
+        key_positions = jnp.where(key_positions >= 0, key_slots, -1)
     mask = Mask(
-        queries=MaskTokens(queries, positions, segment_ids),
-        keys=MaskTokens(keys, slots, segment_ids),
+        queries=MaskTokens(query_slots, query_positions, segment_ids),
+        keys=MaskTokens(key_slots, key_positions, segment_ids),
         causal=True,
         aligned=cache is None,
     )
@@ -138,22 +140,22 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
     Args:
       cache: the cache before the call.
       placed: the positions of the call's tokens.
-      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each; behind them, what linear
-        layers remember now, a ``Recurrent``, if there are such layers, or None; and behind that the
-        experts of each token, [layers, batch, seq, k], if the cache keeps them, or None.
+      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each; then the memory of linear
+        layers, a ``Recurrent``, or None without such layers; then the experts of each token,
+        [layers, batch, seq, k], or None if the cache does not keep them. Trailing None may be left
+        out.
     """
-    keys, values, *more = new
-    recurrent, chosen = (*more, None, None)[:2]
+    keys, values, recurrent, experts = (*new, None, None)[:4]
     routing = cache.routing
     if routing is not None:
-        routing = put_slots(routing, chosen, placed.first, batch=1, axis=2)
+        routing = put_slots(routing, experts, placed.first, batch=1, axis=2)
 
-    def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
-        return put_slots(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
+    def extend(cached: jax.Array, entries: jax.Array) -> jax.Array:
+        return put_slots(cached, entries.swapaxes(2, 3), placed.first, batch=1, axis=3)
 
     return Cache(
-        key=jax.tree.map(extended, cache.key, keys),
-        value=jax.tree.map(extended, cache.value, values),
+        key=jax.tree.map(extend, cache.key, keys),
+        value=jax.tree.map(extend, cache.value, values),
         positions=placed.slots,
         filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
@@ -178,7 +180,7 @@ def put_slots(
     if not first.ndim:
         return lax.dynamic_update_slice_in_dim(cached, new, first, axis)
     # In place; under vmap, rows would be moved to the front, and the cache copied.
-    numbers = lax.ScatterDimensionNumbers(
+    dimension_numbers = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(1, cached.ndim - 1)),
         inserted_window_dims=(axis,),
         scatter_dims_to_operand_dims=(axis,),
@@ -189,7 +191,7 @@ def put_slots(
         cached,
         first[:, None],
         jnp.moveaxis(new.squeeze(axis), batch, 0),
-        numbers,
+        dimension_numbers,
         indices_are_sorted=True,
         unique_indices=True,
         mode="clip",
@@ -276,11 +278,10 @@ def multiplied(x: jax.Array, remat: bool | str) -> jax.Array:
 
 
 def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Computes ``body(module, x)``, in a long row that is recomputed a chunk of tokens at a time.
+    """Computes ``body(module, x)``; a long row that is recomputed goes a chunk of tokens at a time.
 
-    A layer that is recomputed keeps its input alone; its MLP is several times as wide as that, and
-    would be there whole in the backward pass. Its parameters are those of ``module``, as without
-    chunks.
+    A layer that is recomputed keeps its input alone. Its MLP is several times as wide, and the
+    backward pass would hold all of it. The parameters are those of ``module``, as without chunks.
 
     Args:
       module: a ``ModelPart``, in its compact method.
@@ -288,32 +289,35 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
       x: [batch, seq, d_model].
     """
     batch, seq, _ = x.shape
-    again = module.remat in (True, OFFLOAD, ATTENTION, PROJECTIONS)
-    whole = not again or not module.placement.takes_chunks
-    if whole or seq < 2 * CHUNK or module.is_initializing():
+    is_recomputed = module.remat in (True, OFFLOAD, ATTENTION, PROJECTIONS)
+    takes_chunks = is_recomputed and module.placement.takes_chunks
+    if not takes_chunks or seq < 2 * CHUNK or module.is_initializing():
         return body(module, x)
-    least = -(-seq // CHUNK)
-    chunks = next((n for n in range(least, 4 * least) if seq % n == 0), seq // CHUNK)
-    size = seq // chunks if seq % chunks == 0 else CHUNK
-    looped = chunks * size
+    # Equal chunks, if few of them divide the row; else chunks of 4,096 tokens, and a remainder.
+    min_chunks = -(-seq // CHUNK)
+    divisors = [n for n in range(min_chunks, 4 * min_chunks) if seq % n == 0]
+    n_chunks = divisors[0] if divisors else seq // CHUNK
+    chunk_tokens = seq // n_chunks if seq % n_chunks == 0 else CHUNK
+    looped_tokens = n_chunks * chunk_tokens
 
-    def through(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
+    def run_chunk(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
         return None, body(module, x)
 
-    # What a layer does not keep of a chunk, the chunk does not either: it would be computed anew.
+    # A chunk keeps no more than a layer keeps: the layer would compute the rest again.
     policy = None if module.remat == OFFLOAD else _KEEPS_NARROW
     scanned = nn.scan(
-        nn.remat(through, prevent_cse=False, policy=policy),
+        nn.remat(run_chunk, prevent_cse=False, policy=policy),
         variable_broadcast="params",
         split_rngs={"params": False},
         in_axes=1,
         out_axes=1,
     )
-    parts = x[:, :looped].reshape(batch, chunks, size, -1)
-    out: jax.Array = scanned(module, None, parts)[1].reshape(batch, looped, -1)
-    if looped == seq:
+    chunks = x[:, :looped_tokens].reshape(batch, n_chunks, chunk_tokens, -1)
+    _, outputs = scanned(module, None, chunks)
+    out: jax.Array = outputs.reshape(batch, looped_tokens, -1)
+    if looped_tokens == seq:
         return out
-    return jnp.concatenate([out, body(module, x[:, looped:])], axis=1)
+    return jnp.concatenate([out, body(module, x[:, looped_tokens:])], axis=1)
 
 
 @functools.cache
@@ -335,10 +339,10 @@ def _count_positions(
     """Counts the real tokens before each one, in its row or segment: [batch, seq] int32."""
     count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
     if segment_ids is not None:
-        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.concatenate([jnp.ones_like(changed[:, :1]), changed], axis=1)
-        before = count - present.astype(jnp.int32) + 1  # real tokens before this slot
-        count = count - lax.cummax(jnp.where(starts, before, 0), axis=1)
+        is_change = segment_ids[:, 1:] != segment_ids[:, :-1]
+        is_start = jnp.concatenate([jnp.ones_like(is_change[:, :1]), is_change], axis=1)
+        tokens_before = count - present.astype(jnp.int32) + 1  # real tokens before this slot
+        count = count - lax.cummax(jnp.where(is_start, tokens_before, 0), axis=1)
     if cache is not None:
         count = count + cache.length[:, None]
     return jnp.maximum(count, 0)

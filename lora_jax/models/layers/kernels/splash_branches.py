@@ -1,9 +1,9 @@
 """Splash attention over prompts with several completions: two calls, joined by their sums.
 
 The kernel tells tokens apart by segments alone, of which a token has one. So each token looks at
-its own branch, then each token of a completion at its prompt, and the two results are joined by the
-logarithms of their sums of weights. JAX's kernel has no derivative of these; but its backward pass,
-given the joined result and sum, computes just what each part adds to the gradients.
+its own branch, then each token of a completion at its prompt, and the two outputs are joined by the
+logarithms of their sums of weights (`logsumexp`). JAX's kernel has no derivative of these; but its
+backward pass, given the joined output and logsumexp, computes each call's terms of the gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def missing_derivative() -> str | None:
 
 
 def attend_branches(
-    kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, parts: list[kernels.SegmentIds]
+    kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment_sets: list[kernels.SegmentIds]
 ) -> jax.Array:
     """Computes attention over several sets of keys, which are disjoint, by a call for each.
 
@@ -36,40 +36,47 @@ def attend_branches(
       kernel: a splash attention kernel without sinks, [heads, queries] by [heads, keys].
       q: [heads, queries, head_dim], scaled.
       k, v: [kv_heads, keys, head_dim].
-      parts: the segments of queries and of keys by which each call tells what is seen. A query sees
-        a key in some call at least; where it sees none in one, that call adds nothing.
+      segment_sets: the segments of queries and of keys in each call. A query sees a key in one call
+        at least; a call in which it sees none adds nothing.
 
     Returns:
       As q.
     """
     options = {**kernel.kwargs, "residual_checkpoint_name": None}
-    tables = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    mask_tables = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
 
     @jax.custom_vjp
-    def joined(tables: Any, q: jax.Array, k: jax.Array, v: jax.Array, parts: Any) -> Any:
-        return forward(tables, q, k, v, parts)[0]
+    def joined(mask_tables: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> Any:
+        return forward(mask_tables, q, k, v, segments)[0]
 
-    def forward(tables: Any, q: jax.Array, k: jax.Array, v: jax.Array, parts: Any) -> Any:
-        each = type(kernel)(tables[0], None, None, **{**options, "save_residuals": True})
-        outs, residuals = zip(*(each(q, k, v, part) for part in parts), strict=True)
-        sums = [of for (of,) in residuals]
-        total = jax.nn.logsumexp(jnp.stack(sums), axis=0)
+    def forward(mask_tables: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> Any:
+        options_with_sums = {**options, "save_residuals": True}
+        forward_kernel = type(kernel)(mask_tables[0], None, None, **options_with_sums)
+        outputs = []
+        logsumexps = []
+        for segment_ids in segments:
+            output, (logsumexp,) = forward_kernel(q, k, v, segment_ids)
+            outputs.append(output)
+            logsumexps.append(logsumexp)
+        total = jax.nn.logsumexp(jnp.stack(logsumexps), axis=0)
         weighted = [
-            out * jnp.exp(of - total)[..., None] for out, of in zip(outs, sums, strict=True)
+            output * jnp.exp(logsumexp - total)[..., None]
+            for output, logsumexp in zip(outputs, logsumexps, strict=True)
         ]
         out = checkpoint_name(sum(weighted).astype(q.dtype), KERNEL_OUTPUT)
         total = checkpoint_name(total, KERNEL_OUTPUT)
-        return out, (tables, q, k, v, parts, out, total)
+        return out, (mask_tables, q, k, v, segments, out, total)
 
-    def backward(kept: Any, cotangent: jax.Array) -> Any:
-        tables, q, k, v, parts, out, total = kept
-        slopes = []
-        for part in parts:
-            residuals = (q, k, v, part, None, out, total, *tables[1:])
-            _, _, _, *slope, _, _ = _backward(**options, res=residuals, do=cotangent)
-            slopes.append(slope)
-        return None, *(sum(of) for of in zip(*slopes, strict=True)), None
+    def backward(residuals: Any, cotangent: jax.Array) -> Any:
+        mask_tables, q, k, v, segments, out, total = residuals
+        gradients = []
+        for segment_ids in segments:
+            kernel_residuals = (q, k, v, segment_ids, None, out, total, *mask_tables[1:])
+            _, _, _, dq, dk, dv, _, _ = _backward(**options, res=kernel_residuals, do=cotangent)
+            gradients.append((dq, dk, dv))
+        dq, dk, dv = (sum(terms) for terms in zip(*gradients, strict=True))
+        return None, dq, dk, dv, None
 
     joined.defvjp(forward, backward)
-    result: jax.Array = joined(tables, q, k, v, parts)
+    result: jax.Array = joined(mask_tables, q, k, v, segment_sets)
     return result
