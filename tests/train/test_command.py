@@ -118,6 +118,7 @@ def test_nor_is_one_that_broke_where_the_output_is_no_file(output):
         raise BrokenPipeError("a tracker's")
 
 
+@pytest.mark.slow
 def test_the_list_of_commands_ends_quietly_where_nobody_reads_it(folder):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     line, reader = [sys.executable, "-P", "-c", START, "--help"], os.pipe()
@@ -184,6 +185,7 @@ def hide(tmp_path, monkeypatch):
     return hide_packages
 
 
+@pytest.mark.slow
 def test_without_extras_every_command_names_the_extra_in_one_line(hide, tmp_path, monkeypatch):
     hide(OF_EXTRAS)
     monkeypatch.chdir(tmp_path)

@@ -265,6 +265,7 @@ def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
     assert "takes time besides" in said
 
 
+@pytest.mark.slow
 def test_a_second_base_is_refused_before_the_run(tmp_path, capsys):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     line = ["--model", write_model(tmp_path / "model"), "--output", tmp_path / "run", "--dry-run"]

@@ -23,6 +23,7 @@ from tests.support import assert_close, assert_identical, with_random_factors
 from tests.train.tiny import tokenizer, write_model, write_rows
 from train import sft
 from train.export.__main__ import main
+from train.run.pretrained import read_model_info
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -37,6 +38,17 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
+    """The folder of a run, of which only the adapter is there."""
+    folder = tmp_path_factory.mktemp("trained")
+    _, params = models.from_pretrained(base)
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "v_proj"], rank=2)])
+    about = read_model_info(str(base)).about
+    lj.save_adapter(folder / "adapter", with_random_factors(tree), about=about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
     """The folder of a run."""
     folder = tmp_path_factory.mktemp("run")
     rows = write_rows(folder / "rows.jsonl")
@@ -83,24 +95,24 @@ def logits(model, tree):
 
 
 @pytest.mark.slow
-def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
+def test_a_run_as_a_peft_adapter(base, finished, tmp_path, capsys):
     output = tmp_path / "peft"
-    export("--adapter", trained / "adapter", "--output", output)
+    export("--adapter", finished / "adapter", "--output", output)
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "adapter_config.json" in shown
     assert "names no base, because the base is a local folder" in shown
-    assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"' in shown
+    assert f'PeftModel.from_prefinished(AutoModelForCausalLM.from_prefinished("{base}"' in shown
     assert {path.name for path in tmp_path.iterdir()} == {"peft"}
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None  # no path of this machine
     assert config["task_type"] == "CAUSAL_LM" and config["r"] == 2
-    model, params = models.from_pretrained(base)
-    tree = lj.load_adapter(trained / "adapter", params)
+    model, params = models.from_prefinished(base)
+    tree = lj.load_adapter(finished / "adapter", params)
     assert_identical(lp.load(output, model, params), tree)
     assert np.abs(logits(model, tree) - plain_logits(model, params, IDS)).max() > 1e-3
     for file in output.iterdir():
         assert str(base).encode() not in file.read_bytes()
-    args = ["--adapter", trained / "adapter", "--output", output, "--overwrite"]
+    args = ["--adapter", finished / "adapter", "--output", output, "--overwrite"]
     export(*args, "--base-name", "owner/name")
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
@@ -110,17 +122,17 @@ def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
+def test_a_run_as_a_merged_model(base, finished, tmp_path, capsys):
     output = tmp_path / "merged"
-    args = ["--adapter", trained / "adapter", "--output", output, "--merged"]
+    args = ["--adapter", finished / "adapter", "--output", output, "--merged"]
     export(*args, "--max-shard-size", "0.02MB")
     shown = capsys.readouterr().out
-    assert f'AutoModelForCausalLM.from_pretrained("{output}")' in shown and "float32" in shown
+    assert f'AutoModelForCausalLM.from_prefinished("{output}")' in shown and "float32" in shown
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < names
-    model, params = models.from_pretrained(base)
-    tree = lj.load_adapter(trained / "adapter", params)
-    again, merged = models.from_pretrained(output)
+    model, params = models.from_prefinished(base)
+    tree = lj.load_adapter(finished / "adapter", params)
+    again, merged = models.from_prefinished(output)
     assert_close(plain_logits(again, merged, IDS), logits(model, tree), 1e-5)
     assert models.load_tokenizer(output)("abc") == tokenizer()("abc")
 

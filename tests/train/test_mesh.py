@@ -253,8 +253,8 @@ def test_a_run_goes_on_under_another_mesh(tmp_path):
     ("before", "after"),
     [
         ("fsdp=2,tensor=2", "data=2,fsdp=2"),
-        ("fsdp=2,tensor=2", "data=2,fsdp=2 on two slices"),
-        ("data=2,fsdp=2 on two slices", "fsdp=4"),
+        pytest.param(*("fsdp=2,tensor=2", "data=2,fsdp=2 on two slices"), marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=2 on two slices", "fsdp=4", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_loads_bitwise_under_another_mesh(before, after, tmp_path, monkeypatch):

@@ -181,6 +181,7 @@ def test_the_command_for_a_pickle_converts_it(folder):
     jax.tree.map(np.testing.assert_array_equal, models.from_pretrained(folder)[1], want)
 
 
+@pytest.mark.slow
 def test_the_gguf_file_of_a_folder_is_the_model(tmp_path, capsys):
     """With the tokenizer beside it, if there is one; the configuration alone is enough to plan."""
     model, params = decoder()

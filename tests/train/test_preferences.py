@@ -14,8 +14,10 @@ from tests.support import assert_close, thorough
 from tests.train.scripts import fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
-from train.dpo import main
+from train.console.errors import UserError
+from train.dpo import main, parse
 from train.live import preferences
+from train.live.reference import reference_params
 from train.run.log import read_metrics
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -336,6 +338,15 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
     told = fails(capsys, main, *line, "--output", tmp_path / "run", *args)
     assert message in told and len(told.splitlines()) == 1, told
     assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize("takes_from_base", [False, True])
+def test_a_second_base_is_refused(takes_from_base):
+    options = ["--dataset", "pairs.jsonl", "--reference", "base", "--reference-logps", "live"]
+    config = parse([*options, *([] if takes_from_base else ["--full"])])
+    what = "--init takes factors out of" if takes_from_base else "--full trains"
+    with pytest.raises(UserError, match=f"{what} the base itself, and a second one would be"):
+        reference_params(config, SimpleNamespace(name="tiny"), {}, takes_from_base)
 
 
 def test_a_reference_over_another_base_is_refused(folder, tmp_path, capsys):

@@ -256,6 +256,7 @@ def test_two_processes_decide_alike_and_as_one(tmp_path):
     assert asked[0] == asked[1]
 
 
+@pytest.mark.slow
 def test_overwrite_leaves_nothing_of_an_earlier_run(chats, whole, tmp_path):
     """A new file of a run must be named in train/run/output.py. The control is a file of nobody."""
     folder = tmp_path / "copy"

@@ -102,17 +102,16 @@ def test_what_fits_is_kept_and_a_resumed_run_keeps_it(
 
 
 def refusing(monkeypatch, text, at_most=1):
-    """The first steps are refused with a message."""
-    compile_, refused = Setup.compile, []
+    """The compiler refuses the first steps with a message."""
+    compile_, refused = jax.stages.Lowered.compile, []
 
-    def compiled(self, *args):
-        made = compile_(self, *args)
+    def compiled(self, *args, **options):
         if len(refused) < at_most:
-            refused.append(made)
+            refused.append(self)
             raise jax.errors.JaxRuntimeError(text)
-        return made
+        return compile_(self, *args, **options)
 
-    monkeypatch.setattr(Setup, "compile", compiled)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
 
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."

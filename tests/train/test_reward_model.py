@@ -11,7 +11,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.data.comparisons import comparisons
 from lora_jax.training.losses import COMPARISONS
-from tests.support import assert_identical, thorough
+from tests.support import assert_identical, thorough, with_random_factors
 from tests.train.test_classify import fails, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
@@ -21,6 +21,7 @@ from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.rewards.find import RewardModel, find_rewards
 from train.rewards.reward import RewardBatch
+from train.run.classifiers import read_classifier_info
 from train.run.log import read_metrics
 from train.tasks.labelled import ADAPTED
 from train.tasks.reward_model import BEFORE, LONGER, RewardModelEvaluation, read_rows
@@ -69,8 +70,26 @@ def whole(inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(whole):
+def learned(whole):
     return RewardModel(str(whole))
+
+
+@pytest.fixture(scope="module")
+def drawn(inputs, tmp_path_factory):
+    """The folder of a reward model that learned nothing, whose scores differ."""
+    folder = tmp_path_factory.mktemp("drawn")
+    _, params = models.from_pretrained(inputs[3], head="classification", num_labels=1)
+    rules = [lj.TrainRule(targets=["classifier"]), lj.LoraRule(targets=["query"], rank=2)]
+    adapter, base = lj.split(with_random_factors(lj.lorafy(params, rules)))
+    adapter["classifier/kernel"]["value"] *= 20
+    about = read_classifier_info(inputs[3], 1).about | {"labels": ["reward"], "seq_len": SEQ}
+    lj.save_adapter(folder / "adapter", lj.join(adapter, base), about=about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(drawn):
+    return RewardModel(str(drawn))
 
 
 def scored(model, prompts, completions):
@@ -79,12 +98,13 @@ def scored(model, prompts, completions):
     return found.values
 
 
-def test_a_saved_run_rewards_as_its_own_evaluation_says(inputs, whole, model):
+@pytest.mark.slow
+def test_a_saved_run_rewards_as_its_own_evaluation_says(inputs, whole, learned):
     scores = json.loads((whole / "scores.json").read_text())
     test = read_rows(parse(inputs)).held_out
     prompts = [row["prompt"] for row in test]
     chosen, rejected = (
-        scored(model, prompts, [row[side] for row in test]) for side in ("chosen", "rejected")
+        scored(learned, prompts, [row[side] for row in test]) for side in ("chosen", "rejected")
     )
     margin = chosen - rejected
     assert scores[ADAPTED]["accuracy"] == (margin > 0).mean() == 1
@@ -135,25 +155,26 @@ def test_scores_are_of_the_text_alone(model, capsys):
     assert np.ptp(together) > 1 and not capsys.readouterr().err
 
 
-def test_long_texts_are_shortened_and_said_to_be_so_once(whole, capsys):
-    model = RewardModel(str(whole))
+def test_long_texts_are_shortened_and_said_to_be_so_once(drawn, capsys):
+    model = RewardModel(str(drawn))
     capsys.readouterr()
     short, long = "q" * (SEQ - 3), "p" * 40 + "q" * (SEQ - 3)
     values = scored(model, [short, long], ["abc", "abc"])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     said = capsys.readouterr().err
-    assert f"--reward {whole} reads {SEQ} tokens: 1 of 2 prompts lose their beginning" in said
+    assert f"--reward {drawn} reads {SEQ} tokens: 1 of 2 prompts lose their beginning" in said
     scored(model, [long], ["abc"])
     assert not capsys.readouterr().err
 
 
-def test_it_stands_beside_other_rewards(whole, model):
+@pytest.mark.slow
+def test_it_stands_beside_other_rewards(whole, learned):
     prompts, texts = ["pq", "pq", "rs", "rs"], ["abc", "xyz", "cab", "zyx"]
     ids = [tokenizer(None)(text)["input_ids"] for text in texts]
     with find_rewards([str(whole), "length"], [1.0, -2.0], columns=[], max_tokens=6) as rewards:
         assert rewards.names == [whole.name, "length"]
         found = rewards(prompts, texts, ids, {}, group=2)
-    values = scored(model, prompts, texts)
+    values = scored(learned, prompts, texts)
     np.testing.assert_allclose(found.by_name[whole.name], values)
     np.testing.assert_allclose(found.total, values - 2 * 0.5, rtol=1e-6)
     assert (values[[0, 2]] > values[[1, 3]] + 1).all()
@@ -175,7 +196,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, tmp_path):
 
 
 @pytest.mark.parity
-def test_transformers_scores_as_the_run_does(whole, model, tmp_path):
+def test_transformers_scores_as_the_run_does(whole, learned, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification
 
@@ -188,10 +209,10 @@ def test_transformers_scores_as_the_run_does(whole, model, tmp_path):
     )
     with torch.no_grad():
         want = theirs(**encoded).logits[:, 0].numpy()
-    np.testing.assert_allclose(scored(model, prompts, texts), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scored(learned, prompts, texts), want, rtol=1e-4, atol=1e-5)
 
 
-def test_other_folders_are_no_reward_models(inputs, whole, tmp_path, capsys):
+def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
     def message(spec):
         with pytest.raises(UserError) as caught:
             find_rewards([str(spec)], columns=[], max_tokens=6)
@@ -205,20 +226,20 @@ def test_other_folders_are_no_reward_models(inputs, whole, tmp_path, capsys):
     lj.save_adapter(tmp_path / "classes", tree, about=about)
     assert "holds no reward model: name the folder of a run" in message(tmp_path / "classes")
     with pytest.raises(SystemExit):
-        predict.main(["--adapter", str(whole), "abc"])
+        predict.main(["--adapter", str(drawn), "abc"])
     said = capsys.readouterr().err
     assert "has one class: it is a regression model or a reward model (which --reward" in said
 
 
-def test_a_base_that_is_gone(whole, monkeypatch):
+def test_a_base_that_is_gone(drawn, monkeypatch):
     gone = {"model": "/nowhere", "labels": ["reward"]}
-    monkeypatch.setattr(type(find_adapter(str(whole))), "about", gone)
+    monkeypatch.setattr(type(find_adapter(str(drawn))), "about", gone)
     with pytest.raises(UserError, match="--reward .*: its base cannot be read: --model /nowhere"):
-        RewardModel(str(whole))
+        RewardModel(str(drawn))
     gone = {"model": "/nowhere", "labels": ["reward"], "tokenizer": "/nowhere/tokens"}
-    monkeypatch.setattr(type(find_adapter(str(whole))), "about", gone)
+    monkeypatch.setattr(type(find_adapter(str(drawn))), "about", gone)
     with pytest.raises(UserError, match="in /nowhere/tokens, .* copy it there, or train the rew"):
-        RewardModel(str(whole))
+        RewardModel(str(drawn))
 
 
 def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):

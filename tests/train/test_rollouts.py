@@ -413,6 +413,9 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
     assert not list(tmp_path.glob("run/*"))
 
 
+CHANGES = "the base itself changes while training"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -421,10 +424,10 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
         (["--teacher-prompt", "long " * 900], "--teacher-prompt: the model"),
         (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
         (["--teacher", "used", "--eval-dataset", "rows.jsonl"], "a teacher gives no score"),
-        (["--teacher", "used", "--full"], "the base itself changes while training"),
-        (
-            ["--teacher", "used", "--init", "pissa", "--rank", "2"],
-            "the base itself changes while training",
+        (["--teacher", "used", "--full"], CHANGES),
+        pytest.param(
+            *(["--teacher", "used", "--init", "pissa", "--rank", "2"], CHANGES),
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -84,6 +84,7 @@ def test_what_loads_the_adapter_renders_with_it(folder, tmp_path, capsys):
     assert ahead.data.chat_template == str(folder.path / "run/adapter" / FILE)
 
 
+@pytest.mark.slow
 def test_a_merged_model_has_it_in_the_place_of_its_own(folder, tmp_path):
     """Also where the base's stands in tokenizer_config.json, as older folders have it."""
     config = folder.path / "model/tokenizer_config.json"

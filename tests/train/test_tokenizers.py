@@ -58,6 +58,7 @@ def test_a_run_reads_rows_with_it_and_its_adapter_says_so(folder, tmp_path, caps
     assert (ahead.data.model, ahead.data.tokenizer) == (folder.model, folder.tokens)
 
 
+@pytest.mark.slow
 def test_answers_and_a_merged_model_have_it(folder, tmp_path, capsys):
     prompt = ["--prompt", "1 plus 1?", "--max-new-tokens", "2"]
     generate.main(["--adapter", folder.adapter, *prompt])
@@ -134,6 +135,7 @@ def test_the_command_that_asks_a_model_is_one_that_it_answers(folder, tmp_path):
     assert ask_words(chats) == ("train.generate", "--prompt", "TEXT")
 
 
+@pytest.mark.slow
 def test_a_classifier_reads_texts_with_it(tmp_path, capsys):
     """As a run and `train.predict` do; images have none."""
     base = write_encoder(tmp_path / "base")
@@ -151,7 +153,10 @@ def test_a_classifier_reads_texts_with_it(tmp_path, capsys):
     assert "hold images, not texts: leave out --tokenizer" in fails(capsys, classify.main, *args)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "llama"])
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama-bpe", "llama"))],
+)
 def test_a_gguf_file_is_trained_on_and_answers_with_its_own(kind, folder, tmp_path):
     found = sentencepiece() if kind == "llama" else metadata_of(byte_level(kind), kind)
     model_type = "qwen2" if kind == "qwen2" else "llama"

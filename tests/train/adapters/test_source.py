@@ -225,6 +225,7 @@ def test_a_folder_without_an_adapter(make, words, tmp_path, capsys):
     assert words.format(folder) in fails(capsys, generate, "--adapter", folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_images_where_texts_are_read_and_back(tmp_path):
     whole, params = tiny_qwen_vl.made()
     text = models.Decoder(whole.config.text)

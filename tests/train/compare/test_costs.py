@@ -27,7 +27,11 @@ def reading_shapes(params, inputs, apply):
 
 
 @pytest.mark.parametrize(
-    "kind, what", [("bert", "8 texts of 29 tokens"), ("vit", "8 images")], ids=["bert", "vit"]
+    ("kind", "what"),
+    [
+        pytest.param("bert", "8 texts of 29 tokens", id="bert"),
+        pytest.param("vit", "8 images", id="vit", marks=pytest.mark.slow),
+    ],
 )
 def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
     """A text has no more tokens than the model has positions; a ViT reads images."""

@@ -58,6 +58,7 @@ def examples() -> list[sql.SqlExample]:
     )
 
 
+@pytest.mark.slow
 def test_gold_is_right(examples: list[sql.SqlExample]) -> None:
     for example in examples:
         assert sql.score(example, example.sql), example.sql
@@ -275,6 +276,7 @@ def test_harmful_sql_is_wrong_and_harmless(text: str) -> None:
         assert _memory() < 100_000
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_ended_by_its_own_clock() -> None:
     """The control: without the limits of SQLite, the process's own ones end a query."""
     program = Path(guard.__file__).read_text()

@@ -73,6 +73,7 @@ def test_an_adapter(base, adapter, tmp_path, capsys):
     export("--adapter", adapter, "--gguf", file, "--overwrite", "--gguf-type", "f16")
 
 
+@pytest.mark.slow
 def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     file, again = tmp_path / "one.gguf", tmp_path / "two.gguf"
     export("--adapter", adapter, "--gguf", file, "--merged", "--gguf-type", "q8_0")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from lora_jax.models import key_table, read_config, save_pretrained
 from lora_jax.quantized import is_coded
@@ -17,6 +18,7 @@ from train.run.pretrained import read_model, read_untokenized
 PROCESSORS = ["preprocessor_config.json", "video_preprocessor_config.json"]
 
 
+@pytest.mark.slow
 def test_codes_and_processors_stay(tmp_path: Path) -> None:
     fields, rng = tiny_qwen_vl.fields(), np.random.default_rng(3)
     rows = key_table(read_config(fields, images=True))

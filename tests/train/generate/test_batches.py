@@ -155,6 +155,7 @@ def test_who_types_a_line_waits_for_its_answer(made, expected, monkeypatch, caps
     assert "1 prompts got no answer" in said[3].err
 
 
+@pytest.mark.slow
 def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compiled(made):
     folder, model, trees = made
     options = parse(["--adapter", f"a={folder / 'runs/sql'}", str(folder / "runs/sql/adapter")])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lora_jax.models.families import module_of, read_config
-from tests.support import over
 from tests.train.plan.closed_form import batch_flops
 from tests.train.plan.tiny_plans import FIELDS, asked, write
 from train.plan import __main__ as plan
@@ -40,7 +39,8 @@ def flops_of(path, remat):
     return count_traced(step.traced.jaxpr).flops, batch_flops(job, variant, step.params)
 
 
-@over("name", MODELS, often=["Llama"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_policies_keep_what_they_say(name, tmp_path):
     """In closed form, by the names of products; a policy that keeps more computes less."""
     path = write(tmp_path, MODELS[name])

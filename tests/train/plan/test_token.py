@@ -49,6 +49,7 @@ def test_bytes_by_hand(tmp_path):
     assert "3.00" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_adapters_of_the_rows(tmp_path):
     """The base alone, one adapter, and three of a bank, whose first slot is the base's."""
     base, one, three = (
@@ -88,6 +89,7 @@ def test_weights_that_train_are_read_once(tmp_path):
     assert read_bytes(job, params, ROWS) == 4 * (LAYERS * (LAYER + MLP) + 259 * 32 + 32)
 
 
+@pytest.mark.slow
 def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
     """One row reads two of four; a table beside a head is looked up."""
     monkeypatch.setattr("train.plan.token.clock_of", lambda *_: None)

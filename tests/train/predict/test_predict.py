@@ -35,7 +35,7 @@ HEAD = {"head": "classification", "num_labels": 3}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folders of one classifier: a run, PEFT's, a merged model; its function and its tree.
+    """The folders of one classifier: a run, and PEFT's; its function and its tree.
 
     Also the probabilities of each text by hand: alone, without padding.
     """
@@ -54,8 +54,6 @@ def made(tmp_path_factory):
     about = {"model": str(base), "labels": LABELS}
     lj.save_adapter(folder / "run" / "adapter", tree, about=about)
     lp.save(folder / "peft", model, tree, base_model=str(base), task_type="SEQ_CLS")
-    merged = ["--adapter", folder / "run", "--output", folder / "merged", "--merged"]
-    export.main([str(arg) for arg in merged])
     return folder, forward, tree, np.asarray(expected)
 
 
@@ -120,6 +118,9 @@ def test_texts_from_everywhere(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_every_form_of_a_classifier(made, expected, tmp_path, capsys):
     folder = made[0]
+    merged = ["--adapter", folder / "run", "--output", folder / "merged", "--merged"]
+    export.main([str(arg) for arg in merged])
+    capsys.readouterr()
     short = [i for i, text in enumerate(TEXTS) if len(text) < 16]  # of one length, padded
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": TEXTS[i]} for i in short])
     for args in (
@@ -133,6 +134,7 @@ def test_every_form_of_a_classifier(made, expected, tmp_path, capsys):
     assert unnamed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+@pytest.mark.slow
 def test_pairs(made, tmp_path, capsys):
     folder, forward, tree, _ = made
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"text": "ab", "other": "xyz"}])
@@ -158,6 +160,7 @@ def test_batches_hold_each_text_once_in_few_shapes(n):
     assert n < 1000 or padded < 1.6 * lengths.sum(), "little is padding"
 
 
+@pytest.mark.slow
 def test_more_texts_compile_nothing_more(monkeypatch):
     """Each trace is a compilation. The control has more lengths."""
     traced = []

@@ -353,6 +353,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_the_guard_alone_keeps_a_database_as_it_is(tmp_path: Path) -> None:
     """Runs all on one database: judged texts get new ones, which hides what they change."""
     script = tmp_path / "script.sql"

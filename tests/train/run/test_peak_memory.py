@@ -25,6 +25,7 @@ print(done.stdout.decode())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux hands on the peak of the parent")
 def test_the_peak_of_a_process_is_not_that_of_its_parent():
     command = [sys.executable, "-c", PARENT, CHILD]

@@ -75,6 +75,7 @@ def test_a_head_that_does_not_come_ends_its_connection(served, connected):
     assert slow.startswith(b"HTTP/1.1 408") or slow == b""  # it was sending still
 
 
+@pytest.mark.slow
 def test_bodies_and_pauses_between_requests_may_take_longer(served, connected):
     def work(port):
         slow, kept = connected(port), connected(port)

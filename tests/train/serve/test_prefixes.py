@@ -78,6 +78,7 @@ def chat(served, between=lambda: None):
     return answers, messages[:-1]
 
 
+@pytest.mark.slow
 def test_the_turns_of_a_chat_are_run_once(served):
     served.forget()
     found, messages = chat(served)
@@ -94,6 +95,7 @@ def test_the_turns_of_a_chat_are_run_once(served):
     assert int(re.findall(r"^lora_jax_prefix_size (\d+)", metrics, re.MULTILINE)[0]) > 0
 
 
+@pytest.mark.slow
 def test_turns_of_others_are_not_found(served):
     """Neither by times of answers: an owner's prompt takes as long as if nobody had asked it."""
     messages = [{"role": "user", "content": "x" * 50}]

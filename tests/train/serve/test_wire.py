@@ -170,7 +170,7 @@ def test_garbage_is_a_request_error(body):
         decoded(body)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, len(BODY) - 1), st.integers(0, 255)), min_size=1, max_size=9),
     st.integers(0, len(BODY)),

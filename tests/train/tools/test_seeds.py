@@ -117,6 +117,7 @@ def test_generators_of_a_users_files_have_the_rows_seed_and_streams_of_their_own
         assert openings(host, rows[:1]) == [first]
 
 
+@pytest.mark.slow
 def test_numpy_has_the_rows_seed_wherever_it_is_imported(folder):
     with hosted(folder, "Late") as host:
         first, again, other = openings(host, [{"row": n} for n in (1, 1, 2)])

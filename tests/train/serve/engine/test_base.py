@@ -112,6 +112,7 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
         base.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_base_holds_two_codes_of_4_bits_in_a_byte():
     fields = FIELDS | {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     model = models.Decoder(models.read_config(fields | {"tie_word_embeddings": True}))

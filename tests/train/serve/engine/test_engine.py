@@ -51,7 +51,8 @@ STEP = Update(learning_rate=1e-2, eps=1e-8)
 
 
 @pytest.fixture(scope="module")
-def engine(base):
+def warm(base):
+    """An engine that compiled all programs before it began."""
     made = made_engine(base)
     made.seen = []
     made.warm_up(lambda *progress: made.seen.append(progress))
@@ -66,9 +67,10 @@ def logps(engine, tenant, data):
     return [x.tobytes() for x in tell(engine, tenant, request).logprobs]
 
 
-def test_the_progress_of_compiling_is_told(engine):
-    parts = len(engine.seen) - 1
-    assert parts > 10 and engine.seen == [(done, parts) for done in range(parts + 1)]
+@pytest.mark.slow
+def test_the_progress_of_compiling_is_told(warm):
+    parts = len(warm.seen) - 1
+    assert parts > 10 and warm.seen == [(done, parts) for done in range(parts + 1)]
 
 
 def test_a_step_without_a_gradient_has_no_loss(engine):
@@ -110,52 +112,53 @@ def test_figures_of_training_count_what_trained(engine):
     assert [loss for _, loss in status.tenants["counted"].losses] == pytest.approx(shown, rel=1e-6)
 
 
+@pytest.mark.slow
 @of_families
-def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
+def test_nothing_compiles_once_it_is_warm(warm, tmp_path):
     compiled = []
 
     def note(event, *_, **facts):
         if event == "/jax/core/compile/backend_compile_duration":
-            if threading.get_ident() not in engine.others:
+            if threading.get_ident() not in warm.others:
                 compiled.append(facts.get("fun_name"))
 
-    before = engine.status().compiled
+    before = warm.status().compiled
     jax.monitoring.register_event_duration_secs_listener(note)
     for rank in (5, 2, 3):
         name, data = f"of rank {rank}", random_data(rank, n=rank)
         spec = AdapterSpec(rank=rank, seed=rank, mlp=rank > 2, attention=rank > 1)
-        tell(engine, name, Create(spec))
+        tell(warm, name, Create(spec))
         for loss in ("cross_entropy", "dro") if rank == 3 else ("cross_entropy",):
             given = {"logprobs": np.zeros(4, np.float32), "advantages": np.ones(4, np.float32)}
             short = Datum(ids(np.random.default_rng(1), 4), given | {"target_tokens": np.arange(4)})
-            tell(engine, name, Gradient(data if loss == "cross_entropy" else [short], loss))
-        tell(engine, name, dataclasses.replace(STEP, grad_clip_norm=0.1, weight_decay=0.1))
-        tell(engine, name, Save(tmp_path / name, optimizer=True, name=name))
-        tell(engine, "other", Load(tmp_path / name, optimizer=True))
+            tell(warm, name, Gradient(data if loss == "cross_entropy" else [short], loss))
+        tell(warm, name, dataclasses.replace(STEP, grad_clip_norm=0.1, weight_decay=0.1))
+        tell(warm, name, Save(tmp_path / name, optimizer=True, name=name))
+        tell(warm, "other", Load(tmp_path / name, optimizer=True))
         prompt = [*range(5 * rank + 8)]
         crowd = [
-            begun(engine, adapter=name, prompt=prompt, n=rank, max_tokens=4, top_p=0.9, seed=3),
-            begun(engine, adapter=name, prompt=[*prompt, 3], max_tokens=20, top=2, seed=-1),
-            begun(engine, prompt=[1], max_tokens=45, temperature=0, prompt_logprobs=True),
-            begun(engine, prompt=[1, 2], max_tokens=0, top_prompt=2),
+            begun(warm, adapter=name, prompt=prompt, n=rank, max_tokens=4, top_p=0.9, seed=3),
+            begun(warm, adapter=name, prompt=[*prompt, 3], max_tokens=20, top=2, seed=-1),
+            begun(warm, prompt=[1], max_tokens=45, temperature=0, prompt_logprobs=True),
+            begun(warm, prompt=[1, 2], max_tokens=0, top_prompt=2),
         ]
         assert [len(x.result(SECONDS).completions[0].tokens) for x in crowd] == [4, 20, 45, 0]
-        with held(engine):  # rows are paused, and go on
+        with held(warm):  # rows are paused, and go on
             crowd = [
-                begun(engine, prompt=prompt, n=20, max_tokens=6, client=Client(owner))
+                begun(warm, prompt=prompt, n=20, max_tokens=6, client=Client(owner))
                 for owner in ("anna", "ben")
             ]
         assert [len(x.result(SECONDS).completions) for x in crowd] == [20, 20]
-        tell(engine, name, Leave())
-    tell(engine, "other", Leave())
-    assert not compiled and engine.status().compiled == before
+        tell(warm, name, Leave())
+    tell(warm, "other", Leave())
+    assert not compiled and warm.status().compiled == before
     wide = {"target_tokens": np.ones((4, 2), np.int32)}
-    tell(engine, "other", Create(AdapterSpec(rank=1, seed=0)))
+    tell(warm, "other", Create(AdapterSpec(rank=1, seed=0)))
     wider = Gradient([Datum(np.arange(4, dtype=np.int32), wide)], "cross_entropy")
-    tell(engine, "other", wider)
-    tell(engine, "other", Leave())
+    tell(warm, "other", wider)
+    tell(warm, "other", Leave())
     jax.monitoring.unregister_event_duration_listener(note)
-    assert compiled and engine.status().compiled == before + 1, "it is counted"
+    assert compiled and warm.status().compiled == before + 1, "it is counted"
 
 
 class Neighbours:
@@ -382,7 +385,7 @@ def test_a_folder_is_read_while_others_are_written(engine, base, tmp_path, monke
         tell(engine, name, Leave())
 
 
-@pytest.mark.parametrize("kind", ["peft", "run"])
+@pytest.mark.parametrize("kind", ["peft", pytest.param("run", marks=pytest.mark.slow)])
 def test_folders_from_elsewhere(engine, base, tmp_path, kind):
     rules = [
         lj.LoraRule(targets=["q_proj", "down_proj"], rank=2, alpha=5),

@@ -68,6 +68,7 @@ def test_draws_by_vllms_formulas(world, engine, number):
     assert off < 1e-5 * np.abs(logps).max(), "they are the model's own, whatever the limits"
 
 
+@pytest.mark.slow
 def test_rows_with_and_without_change_no_bit_of_each_other(engine):
     """Nothing compiles when limits come and go, either."""
     asked = [{**FIELDS, **limits, "seed": i, "n": 2} for i, limits in enumerate(LIMITS)]

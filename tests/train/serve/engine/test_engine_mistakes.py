@@ -124,6 +124,7 @@ def test_a_gradient_that_no_update_could_take_is_refused(engine, weight):
     tell(engine, "greedy", Leave())
 
 
+@pytest.mark.slow
 def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
     def wrong(*_):
         raise ValueError("a callback of a route's")

@@ -95,6 +95,7 @@ class Log:
         return n_checked
 
 
+@pytest.mark.slow
 def test_one_turn_of_each_other_owner_between_two_tokens(engine, monkeypatch):
     rng, log = np.random.default_rng(0), Log(engine, monkeypatch)
     with held(engine):
@@ -115,6 +116,7 @@ def alone(engine, **fields):
     return bits(sampled(engine, **fields | {"n": ROWS}))[0]
 
 
+@pytest.mark.slow
 def test_who_fills_all_rows_keeps_nobody_out(engine, monkeypatch):
     many = {"prompt": [3], "n": 64, "max_tokens": 12, "seed": 1, "temperature": 0.8}
     few = {"adapter": "one", "prompt": [7, 8], "max_tokens": 5, "seed": 2}

@@ -155,6 +155,7 @@ def test_sampler_and_trainer_agree(world, engine):
     assert largest < 1e-5
 
 
+@pytest.mark.slow
 @of_families
 def test_greedy_tokens_are_those_of_generate(world, engine):
     prompts = np.stack([ids(np.random.default_rng(seed), 6) for seed in range(4)])
@@ -222,6 +223,7 @@ def test_snapshots_never_change(world, engine):
         sampled(engine, adapter="step 1", **score)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution(world, engine):
     """Tokens become uniform numbers by the model's distribution functions: a χ² test of those."""
     fields = {"adapter": "one", "prompt": [3, 8], "max_tokens": 3, "temperature": 1.3}

@@ -206,6 +206,7 @@ def test_bad_samples_are_refused(engine, fields, said):
         sampled(engine, **{"prompt": [1]} | fields)
 
 
+@pytest.mark.slow
 def test_status_while_all_changes(world, engine):
     stop, failures = threading.Event(), []
 
