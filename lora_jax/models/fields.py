@@ -88,20 +88,23 @@ def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequ
     return "none"
 
 
-def read_classes(config: Fields, asked: int | None = None) -> tuple[int, tuple[str, ...]]:
+def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tuple[str, ...]]:
     """Returns the number of classes, and their names in the order of their indices.
 
     Args:
       config: the parsed config.json.
-      asked: the number to take instead of the file's.
+      num_labels: the number to take instead of the file's.
 
     Returns:
       The number, and the names: () where there are none, or those of another number of classes.
     """
-    named = {str(i): str(name) for i, name in (config.get("id2label") or {}).items()}
-    indices = [str(i) for i in range(len(named))]
-    names = tuple(named[i] for i in indices) if set(named) == set(indices) else ()
-    number = asked or config.get("num_labels") or len(names) or 2
+    id2label = config.get("id2label") or {}
+    name_of_index = {str(index): str(name) for index, name in id2label.items()}
+    indices = [str(i) for i in range(len(name_of_index))]
+    names: tuple[str, ...] = ()
+    if set(name_of_index) == set(indices):
+        names = tuple(name_of_index[index] for index in indices)
+    number = num_labels or config.get("num_labels") or len(names) or 2
     if names == _number_labels(len(names)) or len(names) != number:
         names = ()
     return number, names

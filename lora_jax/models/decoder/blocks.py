@@ -1,11 +1,11 @@
 """The parts of a decoder layer: norms and gated MLPs, with barriers around an MLP's activation.
 
-XLA for TPUs makes what precedes and follows a product a part of it. With more operands at a time, a
-product is cut into smaller parts, which take longer. By the estimate of a TPU v5e's compiler for a
-step of Llama-3.1-8B (fsdp=16, 8,192 tokens a chip), the down projection [14336, 4096] takes 9.8 ms
-forward with the activation before it and the sums after it, 7.9 with the sums, and 4.8 alone; the
-sum with the stream then takes 0.7. With 2,048 and 4,096 tokens a chip, that saves nothing, and one
-barrier in front of the activation, in both passes, is best.
+XLA for TPUs fuses the operations before and after a product with it. With more operands at a time,
+a product is cut into smaller parts, which take longer. By the estimate of a TPU v5e's compiler for
+a step of Llama-3.1-8B (fsdp=16, 8,192 tokens a chip), the down projection [14336, 4096] takes 9.8
+ms forward with the activation before it and the sums after it, 7.9 with the sums, and 4.8 alone;
+the sum with the stream then takes 0.7. With 2,048 and 4,096 tokens a chip, that saves nothing, and
+one barrier in front of the activation, in both passes, is best.
 """
 
 import math
@@ -83,27 +83,32 @@ class MLP(ModelPart):
 
 
 def _gated(module: MLP, x: jax.Array) -> jax.Array:
+    """Computes an ``MLP``. On a TPU it has barriers; see this module."""
     cfg = module.config
-    size, bias = module.inner or cfg.intermediate_size, cfg.mlp_bias
+    size = module.inner or cfg.intermediate_size
+
+    def project(x: jax.Array, name: str, features: int) -> jax.Array:
+        return dense(module, features, use_bias=cfg.mlp_bias, name=name)(x)
+
     if cfg.fused_projections:
-        fused = dense(module, 2 * size, use_bias=bias, name="gate_up_proj")(x)
-        fused = multiplied(fused, module.remat)
+        fused = multiplied(project(x, "gate_up_proj", 2 * size), module.remat)
         gate, up = jnp.split(fused, 2, axis=-1)
     else:
-        gate, up = (
-            multiplied(dense(module, size, use_bias=bias, name=name)(x), module.remat)
-            for name in ("gate_proj", "up_proj")
-        )
-    on_tpu = module.placement.platform == "tpu"
-    alone = on_tpu and math.prod(x.shape[:-1]) >= MANY * module.placement.token_parts
-    if alone:
-        gate, up = settle_gradient(gate), settle_gradient(up)
-    elif on_tpu:
+        gate = multiplied(project(x, "gate_proj", size), module.remat)
+        up = multiplied(project(x, "up_proj", size), module.remat)
+    is_on_tpu = module.placement.platform == "tpu"
+    has_many_tokens = math.prod(x.shape[:-1]) >= MANY * module.placement.token_parts
+    isolates_product = is_on_tpu and has_many_tokens
+    if isolates_product:
+        gate = settle_gradient(gate)
+        up = settle_gradient(up)
+    elif is_on_tpu:
         gate, up = lax.optimization_barrier((gate, up))
     hidden = module.placement.constrain(activate(cfg.hidden_act, gate, up), "features")
-    hidden = settle(hidden) if alone else hidden
-    out = dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
-    return settle(out) if alone else out
+    if isolates_product:
+        hidden = settle(hidden)
+    out = project(hidden, "down_proj", cfg.hidden_size)
+    return settle(out) if isolates_product else out
 
 
 def multiply(x: jax.Array, factor: float) -> jax.Array:
@@ -114,5 +119,11 @@ def multiply(x: jax.Array, factor: float) -> jax.Array:
 def rms_norm(module: ModelPart, name: str | None = None) -> RMSNorm:
     """Makes a norm with the dtypes and the options of the module that holds it."""
     cfg: DecoderConfig = module.config
-    how = (cfg.norm_adds_one, cfg.norm_multiplies_wide)
-    return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, *how, name=name)
+    return RMSNorm(
+        eps=cfg.rms_norm_eps,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        adds_one=cfg.norm_adds_one,
+        multiplies_wide=cfg.norm_multiplies_wide,
+        name=name,
+    )

@@ -56,7 +56,7 @@ class SparseMLP(ModelPart):
         """
         cfg = self.config
         name, biased = cfg.family.router_name, cfg.expert_biases
-        dtype = wide_dtype(self.dtype) if biased else None  # of the sum
+        dtype = wide_dtype(self.dtype) if biased else None  # dtype of product plus bias
         x = _rounded(x, x.dtype)
         router = dense(
             self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
@@ -66,8 +66,7 @@ class SparseMLP(ModelPart):
             bias = self.param(CORRECTION, init, (cfg.num_experts,), wide_dtype(self.param_dtype))
             weights, chosen = route_by_sigmoids(router(x), bias, cfg, routing)
         else:
-            how = (cfg.num_experts_per_tok, cfg.norm_topk_prob)
-            weights, chosen = route(router(x), *how, routing)
+            weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob, routing)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = mixed_of(gated_of(cfg), products)
@@ -90,11 +89,12 @@ def gated_of(config: DecoderConfig) -> Gated:
     if limit is None:
         return lambda gate, up: act(gate) * up
 
-    def clamped(both: jax.Array) -> jax.Array:
-        gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
+    def clamped_swiglu(gate_up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate_up[..., ::2], limit)
+        up = jnp.clip(gate_up[..., 1::2], -limit, limit)
         return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
 
-    return clamped
+    return clamped_swiglu
 
 
 def route(
@@ -145,11 +145,11 @@ def route_by_sigmoids(
     ranked = scores + bias.astype(scores.dtype)
     if config.topk_group < config.n_group:
         groups = ranked.reshape(*ranked.shape[:-1], config.n_group, -1)
-        best = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
-        _, kept = lax.top_k(best, config.topk_group)
-        numbers = jnp.arange(config.n_group, dtype=kept.dtype)
-        is_kept = jnp.any(kept[..., None] == numbers, axis=-2)
-        ranked = jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(ranked.shape)
+        group_scores = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
+        _, top_groups = lax.top_k(group_scores, config.topk_group)
+        group_indices = jnp.arange(config.n_group, dtype=top_groups.dtype)
+        is_top_group = jnp.any(top_groups[..., None] == group_indices, axis=-2)
+        ranked = jnp.where(is_top_group[..., None], groups, -jnp.inf).reshape(ranked.shape)
     _, chosen = lax.top_k(ranked, config.num_experts_per_tok)
     if routing is not None:
         chosen = jnp.where(routing < 0, chosen, routing.astype(chosen.dtype))
@@ -176,15 +176,16 @@ def _mixed(
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the arguments."""
     width, k = x.shape[-1], weights.shape[-1]
-    # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
     tokens = x.reshape(-1, width).astype(kernels[0].dtype)
-    weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
-    more = {"biases": biases} if biases else {}  # a function of one's own may do without
+    # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
+    weights = weights.reshape(-1, k).T
+    chosen = chosen.reshape(-1, k).T
+    bias_option = {"biases": biases} if biases else {}  # a function of one's own may do without
     if shares > 1:
-        out = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **more)
+        out = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option)
     else:
         rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
-        out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
+        out = experts(gated, rows, chosen.reshape(-1), *kernels, **bias_option)
         out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
         out = out.sum(axis=0)
     return _rounded(out.reshape(x.shape), x.dtype)
@@ -196,10 +197,10 @@ def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     XLA may leave out a rounding to bf16 between operations in fp32, in one program and not in
     another; the router of a sampler and that of a step would then see other numbers.
     """
-    to = jnp.finfo(dtype)
-    if to.bits >= 32:
+    info = jnp.finfo(dtype)
+    if info.bits >= 32:
         return x.astype(dtype)
-    return lax.reduce_precision(x.astype(jnp.float32), to.nexp, to.nmant).astype(dtype)
+    return lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant).astype(dtype)
 
 
 class _Experts(ModelPart):

@@ -69,8 +69,10 @@ class _Attention(ModelPart):
         cfg = self.config
         fused = projected(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
-        parts = jnp.split(fused, 3, axis=-1)
-        q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
+        q, k, v = (
+            self.placement.constrain(features.reshape(heads), "heads")
+            for features in jnp.split(fused, 3, axis=-1)
+        )
         inputs = AttentionInputs(q, k, v, step.mask, layer.scale)
         out = attend_heads(self, inputs, layer.cache, step.filled)
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
@@ -128,13 +130,14 @@ class _Trunk(ModelPart):
         x = add_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(_score_scales(self.config), cache and cache.layers)
-        x, new = self.h(x, _Step(mask, placed.first), per_layer)
-        return self.placement.constrain(self.ln_f(x), "inputs"), new
+        x, entries = self.h(x, _Step(mask, placed.first), per_layer)
+        return self.placement.constrain(self.ln_f(x), "inputs"), entries
 
 
 def _score_scales(config: GPT2Config) -> jax.Array:
     """Returns the factor of each layer's scores: [layers] fp32."""
-    root = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
-    by_layer = config.scale_attn_by_inverse_layer_idx
-    numbers = range(1, config.num_hidden_layers + 1)
-    return jnp.asarray([root / number if by_layer else root for number in numbers], jnp.float32)
+    scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+    scales = [scale] * config.num_hidden_layers
+    if config.scale_attn_by_inverse_layer_idx:
+        scales = [scale / (index + 1) for index in range(config.num_hidden_layers)]
+    return jnp.asarray(scales, jnp.float32)

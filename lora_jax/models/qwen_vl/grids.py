@@ -34,13 +34,13 @@ def patch_places(grids: jax.Array, n: int, merge: int) -> PatchPlaces:
       n: the patches of each row, padding included.
       merge: the patches along a side of a square that becomes one token.
     """
-    numbers = jnp.arange(n, dtype=jnp.int32)[None]
-    image, start, sizes = _image_of(numbers, grids)
+    patch_indices = jnp.arange(n, dtype=jnp.int32)[None]
+    image, start, sizes = _image_of_cells(patch_indices, grids)
     sizes = jnp.maximum(sizes, 1)
-    square, inside = jnp.divmod(numbers - start, merge**2)
-    squares = jnp.maximum(sizes[..., 1] // merge, 1)  # of a row of squares
-    row = square // squares * merge + inside // merge
-    column = square % squares * merge + inside % merge
+    square, patch_in_square = jnp.divmod(patch_indices - start, merge**2)
+    squares_per_row = jnp.maximum(sizes[..., 1] // merge, 1)
+    row = square // squares_per_row * merge + patch_in_square // merge
+    column = square % squares_per_row * merge + patch_in_square % merge
     return PatchPlaces(image, jnp.stack([row, column], axis=-1), sizes)
 
 
@@ -58,32 +58,36 @@ def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> j
     Source: Qwen2-VL (Wang et al. 2024), section 2.1, as transformers' ``get_rope_index`` has it.
     """
     is_image = is_image & present
-    order, texts = _before(is_image), _before(present & ~is_image)
-    image, start, sizes = _image_of(order, grids)
-    longest = jnp.cumsum(jnp.max(grids, axis=2), axis=1)
-    passed = jnp.take_along_axis(jnp.pad(longest, ((0, 0), (1, 0))), image, axis=1)
-    inside = jnp.divmod(order - start, jnp.maximum(sizes[..., 1], 1))
-    places = jnp.stack([jnp.zeros_like(order), *inside], axis=-1)
-    base = (texts + passed)[..., None]
+    n_image_tokens = _count_before(is_image)
+    n_text_tokens = _count_before(present & ~is_image)
+    image, start, sizes = _image_of_cells(n_image_tokens, grids)
+    # An image moves the positions behind it on by the longer of its sides.
+    image_lengths = jnp.cumsum(jnp.max(grids, axis=2), axis=1)
+    length_before = jnp.take_along_axis(jnp.pad(image_lengths, ((0, 0), (1, 0))), image, axis=1)
+    row, column = jnp.divmod(n_image_tokens - start, jnp.maximum(sizes[..., 1], 1))
+    places = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
+    base = (n_text_tokens + length_before)[..., None]
     return base + jnp.where(is_image[..., None], places, 0)
 
 
-def _before(chosen: jax.Array) -> jax.Array:
-    """Returns the number of chosen tokens before each of a row, [batch, seq] int32."""
-    counted = chosen.astype(jnp.int32)
-    return jnp.cumsum(counted, axis=1) - counted
+def _count_before(mask: jax.Array) -> jax.Array:
+    """Returns the number of True values before each one of a row, [batch, seq] int32."""
+    counts = mask.astype(jnp.int32)
+    return jnp.cumsum(counts, axis=1) - counts
 
 
-def _image_of(numbers: jax.Array, grids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the image that the n-th cell of a row's grids is in, its first cell, and its sizes.
+def _image_of_cells(
+    cell_indices: jax.Array, grids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the image of each cell of a row's grids, the image's first cell, and its sizes.
 
     Args:
-      numbers: [batch or 1, n] int32; behind the last cell, the image is one of no cells.
+      cell_indices: [batch or 1, n] int32; behind the last cell, the image is one of no cells.
       grids: [batch, images, 2] int32.
     """
     ends = jnp.cumsum(grids[..., 0] * grids[..., 1], axis=1)
-    image = jnp.sum(numbers[..., None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
+    image = jnp.sum(cell_indices[..., None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
     starts = jnp.pad(ends, ((0, 0), (1, 0)))
     start = jnp.take_along_axis(starts, image, axis=1)
-    padded = jnp.pad(grids, ((0, 0), (0, 1), (0, 0)))
-    return image, start, jnp.take_along_axis(padded, image[..., None], axis=1)
+    padded_grids = jnp.pad(grids, ((0, 0), (0, 1), (0, 0)))
+    return image, start, jnp.take_along_axis(padded_grids, image[..., None], axis=1)

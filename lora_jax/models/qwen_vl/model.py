@@ -65,8 +65,8 @@ class QwenVL(CausalLM):
         present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
             present = attention_mask.astype(bool)
-        of_tokens = grids.astype(jnp.int32) // cfg.vision.spatial_merge_size
-        places = token_places(input_ids == cfg.image_token_id, present, of_tokens)
+        token_grids = grids.astype(jnp.int32) // cfg.vision.spatial_merge_size
+        places = token_places(input_ids == cfg.image_token_id, present, token_grids)
         if cache is not None:
             places = places + cache.length[:, None, None]
         rotated = places[..., cfg.rotated_by]

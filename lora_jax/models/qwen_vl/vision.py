@@ -29,7 +29,7 @@ from lora_jax.models.qwen_vl.config import QwenVisionConfig
 from lora_jax.models.qwen_vl.grids import PatchPlaces, patch_places
 
 
-class _Seen(NamedTuple):
+class _Step(NamedTuple):
     """The input that all layers share: the patches that each may see, and their rotations."""
 
     mask: Mask
@@ -58,27 +58,31 @@ class QwenVision(_QwenPart):
         places = patch_places(grids, patches.shape[1], cfg.spatial_merge_size)
         x = _PatchEmbedding(*args, name="patch_embed")(patches)
         x = self.placement.constrain(x + self._positions(places), "residual")
-        seen = _Seen(_mask(places.image), _angles(places.at, cfg, wide_dtype(self.dtype)))
+        step = _Step(_mask(places.image), _angles(places.at, cfg, wide_dtype(self.dtype)))
         layers = scan_layers(_QwenLayer, self.remat, cfg.num_hidden_layers, nn.broadcast)
-        x, _ = layers(*args, name="blocks")(x, seen)
+        x, _ = layers(*args, name="blocks")(x, step)
         vectors: jax.Array = _Merger(*args, name="merger")(x)
         return vectors
 
     def _positions(self, places: PatchPlaces) -> jax.Array:
         """Returns the vectors of positions, [batch, n, d_model], bilinear between four of them."""
-        cfg, last, wide = self.config, self.config.side - 1, wide_dtype(self.dtype)
+        cfg = self.config
+        dtype = wide_dtype(self.dtype)
         table = embed(self, cfg.num_position_embeddings, name="pos_embed")
-        # The corners of an image are those of the table.
-        steps = jnp.maximum(places.sizes - 1, 1).astype(wide)
-        at = places.at.astype(wide) * last / steps
-        low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, last)
-        high = jnp.minimum(low + 1, last)
-        share = at - jnp.floor(at)
-        out = jnp.zeros((*low.shape[:2], cfg.hidden_size), wide)
-        for row, down in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
-            for column, right in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
-                corner = table(row * cfg.side + column).astype(wide)
-                out = out + corner * (down * right)[..., None]
+        max_index = cfg.side - 1
+        # The corners of an image have the positions of the table's corners.
+        image_steps = jnp.maximum(places.sizes - 1, 1).astype(dtype)
+        table_places = places.at.astype(dtype) * max_index / image_steps
+        low = jnp.clip(jnp.floor(table_places).astype(jnp.int32), 0, max_index)
+        high = jnp.minimum(low + 1, max_index)
+        high_weight = table_places - jnp.floor(table_places)
+        neighbours = ((low, 1 - high_weight), (high, high_weight))
+        out = jnp.zeros((*low.shape[:2], cfg.hidden_size), dtype)
+        for row_index, row_weight in neighbours:
+            for column_index, column_weight in neighbours:
+                vectors = table(row_index[..., 0] * cfg.side + column_index[..., 1]).astype(dtype)
+                weight = row_weight[..., 0] * column_weight[..., 1]
+                out = out + vectors * weight[..., None]
         return out.astype(self.dtype)
 
 
@@ -103,20 +107,20 @@ class _FrameProjection(_QwenPart):
         normal = nn.initializers.normal(cfg.initializer_range)
         kernel = self.param("kernel", normal, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
-        of_image = jnp.sum(kernel, axis=2, dtype=wide_dtype(kernel.dtype))
-        of_image = of_image.reshape(-1, cfg.hidden_size).astype(self.dtype)
+        image_kernel = jnp.sum(kernel, axis=2, dtype=wide_dtype(kernel.dtype))
+        image_kernel = image_kernel.reshape(-1, cfg.hidden_size).astype(self.dtype)
         x = patches.astype(self.dtype).transpose(0, 1, 4, 3, 2)
-        return x.reshape(*x.shape[:2], -1) @ of_image + bias.astype(self.dtype)
+        return x.reshape(*x.shape[:2], -1) @ image_kernel + bias.astype(self.dtype)
 
 
 class _QwenLayer(_QwenPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: _Seen) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, step: _Step) -> tuple[jax.Array, None]:
         args, x = self.options, layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="norm1")(x), "inputs")
-        x = x + _QwenAttention(*args, name="attn")(normed, seen)
+        x = x + _QwenAttention(*args, name="attn")(normed, step)
         normed = self.placement.constrain(layer_norm(self, name="norm2")(x), "inputs")
         x = x + TwoLayerMLP(*args, ("linear_fc1", "linear_fc2"), name="mlp")(normed)
         return self.placement.constrain(x, "residual"), None
@@ -124,15 +128,17 @@ class _QwenLayer(_QwenPart):
 
 class _QwenAttention(_QwenPart):
     @nn.compact
-    def __call__(self, x: jax.Array, seen: _Seen) -> jax.Array:
-        width, heads = x.shape[-1], self.config.num_attention_heads
-        both = dense(self, 3 * width, name="qkv")(x)
+    def __call__(self, x: jax.Array, step: _Step) -> jax.Array:
+        width = x.shape[-1]
+        n_heads = self.config.num_attention_heads
+        fused = dense(self, 3 * width, name="qkv")(x)
         q, k, v = (
-            self.placement.constrain(part.reshape(*x.shape[:2], heads, -1), "heads")
-            for part in jnp.split(both, 3, axis=-1)
+            self.placement.constrain(features.reshape(*x.shape[:2], n_heads, -1), "heads")
+            for features in jnp.split(fused, 3, axis=-1)
         )
-        q, k = (rotate(part, seen.angles) for part in (q, k))
-        out = attend_heads(self, AttentionInputs(q, k, v, seen.mask))
+        q = rotate(q, step.angles)
+        k = rotate(k, step.angles)
+        out = attend_heads(self, AttentionInputs(q, k, v, step.mask))
         return dense(self, width, name="proj")(out)
 
 
@@ -150,10 +156,13 @@ class _Merger(_QwenPart):
 
 
 def _mask(image: jax.Array) -> Mask:
-    """Returns the mask of patches of the same image; those behind the last see each other."""
+    """Returns the mask of patches of the same image; patches of no image see each other."""
     mask = bidirectional_mask(jnp.ones(image.shape, bool))
-    queries, keys = (part._replace(segments=image) for part in (mask.queries, mask.keys))
-    return dataclasses.replace(mask, queries=queries, keys=keys)
+    return dataclasses.replace(
+        mask,
+        queries=mask.queries._replace(segments=image),
+        keys=mask.keys._replace(segments=image),
+    )
 
 
 def _angles(at: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike) -> RopeAngles:

@@ -156,39 +156,42 @@ class _LayerScale(_VisionPart):
 _A = -0.75  # torch's parameter of the cubic kernel (Keys 1981)
 
 
-def resample(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
+def resample(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int]) -> jax.Array:
     """Returns a table of positions for another grid of patches.
 
     Args:
       table: [1, 1 + rows * columns, d_model]; the first position is that of the whole image.
       grid: rows and columns of patches in the table.
-      wanted: rows and columns to return.
+      new_grid: rows and columns to return.
 
     Returns:
-      [1, 1 + rows * columns of `wanted`, d_model], in the table's dtype. It is computed in fp32.
+      [1, 1 + rows * columns of `new_grid`, d_model], in the table's dtype. It is computed in fp32.
     """
-    if grid == wanted:
+    if grid == new_grid:
         return table
     patches = table[0, 1:].reshape(*grid, -1).astype(jnp.float32)
-    rows, columns = (cubic_weights(old, new) for old, new in zip(grid, wanted, strict=True))
-    out = jnp.einsum("yr,xc,rcd->yxd", rows, columns, patches)
+    row_weights = cubic_weights(grid[0], new_grid[0])
+    column_weights = cubic_weights(grid[1], new_grid[1])
+    out = jnp.einsum("yr,xc,rcd->yxd", row_weights, column_weights, patches)
     out = out.reshape(1, -1, table.shape[-1]).astype(table.dtype)
     return jnp.concatenate([table[:, :1], out], axis=1)
 
 
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """Returns the weights of cubic interpolation along an axis, [new, old] fp32.
+def cubic_weights(old_size: int, new_size: int) -> np.ndarray:
+    """Returns the weights of cubic interpolation along an axis, [new_size, old_size] fp32.
 
     Source: torch's ``interpolate(mode="bicubic", align_corners=False)``, without antialiasing;
-    places beyond an edge repeat it.
+    indices beyond an edge repeat the edge.
     """
-    weights = np.zeros((new, old))
-    at = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(at).astype(int)
+    weights = np.zeros((new_size, old_size))
+    new_indices = np.arange(new_size)
+    positions = (new_indices + 0.5) * old_size / new_size - 0.5
     for offset in range(-1, 3):
-        distance = np.abs(at - first - offset)
-        near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
-        far = _A * (((distance - 5) * distance + 8) * distance - 4)
-        place = np.clip(first + offset, 0, old - 1)
-        np.add.at(weights, (np.arange(new), place), np.where(distance <= 1, near, far))
+        neighbours = np.floor(positions).astype(int) + offset
+        distance = np.abs(positions - neighbours)
+        inner_kernel = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1  # up to a distance of 1
+        outer_kernel = _A * (((distance - 5) * distance + 8) * distance - 4)
+        kernel = np.where(distance <= 1, inner_kernel, outer_kernel)
+        old_indices = np.clip(neighbours, 0, old_size - 1)
+        np.add.at(weights, (new_indices, old_indices), kernel)
     return weights.astype(np.float32)

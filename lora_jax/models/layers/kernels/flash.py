@@ -129,14 +129,17 @@ class Flash(Implementation):
         )
         # Shared memory is small: 99 KiB on Ada. Wide heads and fp32 take smaller blocks.
         width = 1 << (head_dim - 1).bit_length()
-        smaller = 1 if width * q.dtype.itemsize <= 256 else 2 if width <= 128 else 4
+        if width * q.dtype.itemsize <= 256:
+            divisor = 1
+        else:
+            divisor = 2 if width <= 128 else 4
         how = FlashOptions(
             causal=mask.causal,
             branched=inputs.call.branched,
             scale=head_dim**-0.5 if scale is None else float(scale),
             cap=cap,
-            queries=max(16, self.queries // smaller),
-            keys=max(16, self.keys // smaller),
+            queries=max(16, self.queries // divisor),
+            keys=max(16, self.keys // divisor),
         )
         with jax.named_scope(self._visited(q.shape[1], k.shape[1], mask)):
             out, lse = _attention(how, q, k, v, tokens)
@@ -144,8 +147,8 @@ class Flash(Implementation):
         if (
             sinks is not None
         ):  # the sum of weights is exp(sums), and exp(sums) + exp(sink) with them
-            kept = jax.nn.sigmoid(sums - sinks.astype(sums.dtype))
-            out = (out.astype(kept.dtype) * kept[..., None]).astype(q.dtype)
+            share = jax.nn.sigmoid(sums - sinks.astype(sums.dtype))
+            out = (out.astype(share.dtype) * share[..., None]).astype(q.dtype)
         return out[:, :seq], sums[:, :seq]
 
     def _visited(self, queries: int, keys: int, mask: Mask) -> str:
@@ -175,22 +178,22 @@ def _bounds(
     visits = visited_blocks(
         tokens.slots, key_slots, sizes, causal=how.causal, window=tokens.window[0]
     )
-    blocks = [
-        x.reshape(x.shape[0], -1, size)
-        for x, size in zip((tokens.queries, tokens.keys), sizes, strict=True)
-    ]
-    (low, high), (first, last) = ((x.min(2), x.max(2)) for x in blocks)
-    if how.branched:
-        low = root(blocks[0]).min(2)
-    near = (low[:, :, None] <= last[:, None]) & (first[:, None] <= high[:, :, None])
-    visits = visits & near
+    query_size, key_size = sizes
+    query_segments = tokens.queries.reshape(tokens.queries.shape[0], -1, query_size)
+    key_segments = tokens.keys.reshape(tokens.keys.shape[0], -1, key_size)
+    query_min, query_max = query_segments.min(2)[:, :, None], query_segments.max(2)[:, :, None]
+    key_min, key_max = key_segments.min(2)[:, None], key_segments.max(2)[:, None]
+    if how.branched:  # completions see their prompts
+        query_min = root(query_segments).min(2)[:, :, None]
+    segments_overlap = (query_min <= key_max) & (key_min <= query_max)
+    visits = visits & segments_overlap
     if axis == 0:
         visits = visits.swapaxes(1, 2)
-    count = visits.shape[2]
+    n_blocks = visits.shape[2]
     start = jnp.argmax(visits, axis=2)
-    stop = count - jnp.argmax(visits[..., ::-1], axis=2)
-    none = ~visits.any(2)
-    return start.astype(jnp.int32), jnp.where(none, start, stop).astype(jnp.int32)
+    stop = n_blocks - jnp.argmax(visits[..., ::-1], axis=2)
+    stop = jnp.where(visits.any(2), stop, start)
+    return start.astype(jnp.int32), stop.astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -211,17 +214,17 @@ def _forward(
 
 
 def _backward(
-    how: FlashOptions, kept: Any, cotangents: tuple[jax.Array, jax.Array]
+    how: FlashOptions, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
-    q, k, v, tokens, out, lse = kept
-    cotangent, of_lse = cotangents
-    mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    mean = mean.transpose(0, 2, 1) - of_lse / math.log(2)
-    arrays = (q, k, v, cotangent, lse, mean)
-    of_queries = _bounds(how, tokens, (how.queries, how.keys), 1)
-    of_keys = _bounds(how, tokens, (how.keys, how.keys), 0)
-    (dq,) = run("flash_dq", how, of_queries, tokens, arrays)
-    dk, dv = run("flash_dkv", how, of_keys, tokens, arrays)
+    q, k, v, tokens, out, lse = residuals
+    out_cotangent, lse_cotangent = cotangents
+    mean = jnp.sum(out.astype(jnp.float32) * out_cotangent.astype(jnp.float32), axis=-1)
+    mean = mean.transpose(0, 2, 1) - lse_cotangent / math.log(2)
+    arrays = (q, k, v, out_cotangent, lse, mean)
+    query_bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
+    key_bounds = _bounds(how, tokens, (how.keys, how.keys), 0)
+    (dq,) = run("flash_dq", how, query_bounds, tokens, arrays)
+    dk, dv = run("flash_dkv", how, key_bounds, tokens, arrays)
     return dq, dk, dv, None
 
 

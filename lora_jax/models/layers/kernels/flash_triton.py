@@ -76,36 +76,45 @@ def program_of(name: str, how: FlashOptions, operands: Any) -> tuple[Any, tuple[
 def _load(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Returns rows of a head, [rows, WIDTH], zero behind the head's own numbers."""
     columns = tl.arange(0, WIDTH)
-    at = array + rows[:, None] * stride + columns[None, :]
+    pointers = array + rows[:, None] * stride + columns[None, :]
     if HEAD_DIM == WIDTH:
-        block = tl.load(at)
+        block = tl.load(pointers)
     else:
-        block = tl.load(at, mask=columns[None, :] < HEAD_DIM, other=0.0)
+        block = tl.load(pointers, mask=columns[None, :] < HEAD_DIM, other=0.0)
     return block
 
 
 @triton.jit
 def _store(array, rows, stride, block, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes rows of a head, [rows, WIDTH], without the columns behind the head's own numbers."""
     columns = tl.arange(0, WIDTH)
-    at = array + rows[:, None] * stride + columns[None, :]
+    pointers = array + rows[:, None] * stride + columns[None, :]
     block = block.to(array.dtype.element_ty)
     if HEAD_DIM == WIDTH:
-        tl.store(at, block)
+        tl.store(pointers, block)
     else:
-        tl.store(at, block, mask=columns[None, :] < HEAD_DIM)
+        tl.store(pointers, block, mask=columns[None, :] < HEAD_DIM)
 
 
 @triton.jit
-def _see(slots, other, segments, others, window, CAUSAL: tl.constexpr, BRANCHED: tl.constexpr):
-    """Returns [queries, keys]: whether a query of these slots may look."""
-    distance = slots[:, None] - other[None, :]
-    same = segments[:, None] == others[None, :]
+def _see(
+    query_slots,
+    key_slots,
+    query_segments,
+    key_segments,
+    window,
+    CAUSAL: tl.constexpr,
+    BRANCHED: tl.constexpr,
+):
+    """Returns [queries, keys]: whether a query of these slots and segments may look at a key."""
+    distance = query_slots[:, None] - key_slots[None, :]
+    visible = query_segments[:, None] == key_segments[None, :]
     if BRANCHED:
-        same = same | ((segments & _ROOT)[:, None] == others[None, :])
-    seen = same & (distance < window)
+        visible = visible | ((query_segments & _ROOT)[:, None] == key_segments[None, :])
+    visible = visible & (distance < window)
     if CAUSAL:
-        seen = seen & (distance >= 0)
-    return seen
+        visible = visible & (distance >= 0)
+    return visible
 
 
 @triton.jit
@@ -118,10 +127,10 @@ def _score(q, k, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def _weigh(q, k, v, seen, out, lse, mean, SCALE: tl.constexpr, CAP: tl.constexpr):
+def _weigh(q, k, v, visible, out, lse, mean, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Returns a block's weights, and the gradient of its scores without their scale."""
     scores = _score(q, k, SCALE, CAP)
-    weights = tl.where(seen, tl.exp2(scores * _LOG2_E - lse[:, None]), 0.0)
+    weights = tl.where(visible, tl.exp2(scores * _LOG2_E - lse[:, None]), 0.0)
     slopes = weights * (tl.dot(out, tl.trans(v)) - mean[:, None])
     if CAP > 0.0:
         slopes = slopes * (1.0 - (scores / CAP) * (scores / CAP))
@@ -134,7 +143,7 @@ def flash_fwd(
     stop,
     slots,
     segments,
-    others,
+    key_segments,
     window,
     q,
     k,
@@ -158,9 +167,9 @@ def flash_fwd(
     i, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
     rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mine = tl.load(slots + rows)
-    of_mine = tl.load(segments + row * QUERIES + rows)
-    near = tl.load(window)
+    query_slots = tl.load(slots + rows)
+    query_segments = tl.load(segments + row * QUERIES + rows)
+    window_size = tl.load(window)
     q += (row * QUERIES * HEADS + head) * HEAD_DIM
     k += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
     v += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
@@ -168,24 +177,26 @@ def flash_fwd(
     queries = _load(q, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
     total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     largest = tl.full((BLOCK_Q,), _HIDDEN, tl.float32)
-    summed = tl.zeros((BLOCK_Q,), tl.float32)
-    at = row * (QUERIES // BLOCK_Q) + i
-    for j in range(tl.load(start + at), tl.load(stop + at)):
+    weight_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    bounds_index = row * (QUERIES // BLOCK_Q) + i
+    for j in range(tl.load(start + bounds_index), tl.load(stop + bounds_index)):
         keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
-        of_keys = tl.load(others + row * KEYS + keys)
-        seen = _see(mine, keys, of_mine, of_keys, near, CAUSAL, BRANCHED)
-        block = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        scores = tl.where(seen, _score(queries, block, SCALE, CAP) * _LOG2_E, _HIDDEN)
-        now = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - now[:, None])
-        shrunk = tl.exp2(largest - now)
+        block_segments = tl.load(key_segments + row * KEYS + keys)
+        visible = _see(
+            query_slots, keys, query_segments, block_segments, window_size, CAUSAL, BRANCHED
+        )
+        block_keys = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        scores = tl.where(visible, _score(queries, block_keys, SCALE, CAP) * _LOG2_E, _HIDDEN)
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_largest[:, None])
+        rescale = tl.exp2(largest - new_largest)
         values = _load(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        total = total * shrunk[:, None] + tl.dot(weights.to(values.dtype), values)
-        summed = summed * shrunk + tl.sum(weights, 1)
-        largest = now
-    summed = tl.maximum(summed, 1.1754943508222875e-38)  # padding's, if it visits nothing
-    _store(out, rows, HEADS * HEAD_DIM, total / summed[:, None], HEAD_DIM, WIDTH)
-    tl.store(lse + (row * HEADS + head) * QUERIES + rows, largest + tl.log2(summed))
+        total = total * rescale[:, None] + tl.dot(weights.to(values.dtype), values)
+        weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+        largest = new_largest
+    weight_sum = tl.maximum(weight_sum, 1.1754943508222875e-38)  # padding's, if it visits nothing
+    _store(out, rows, HEADS * HEAD_DIM, total / weight_sum[:, None], HEAD_DIM, WIDTH)
+    tl.store(lse + (row * HEADS + head) * QUERIES + rows, largest + tl.log2(weight_sum))
 
 
 @triton.jit
@@ -194,7 +205,7 @@ def flash_dq(
     stop,
     slots,
     segments,
-    others,
+    key_segments,
     window,
     q,
     k,
@@ -220,27 +231,29 @@ def flash_dq(
     i, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
     rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mine = tl.load(slots + rows)
-    of_mine = tl.load(segments + row * QUERIES + rows)
-    near = tl.load(window)
-    of_head = (row * QUERIES * HEADS + head) * HEAD_DIM
+    query_slots = tl.load(slots + rows)
+    query_segments = tl.load(segments + row * QUERIES + rows)
+    window_size = tl.load(window)
+    head_offset = (row * QUERIES * HEADS + head) * HEAD_DIM
     k += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
     v += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
-    queries = _load(q + of_head, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-    out = _load(cotangent + of_head, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    queries = _load(q + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    out = _load(cotangent + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
     sums = tl.load(lse + (row * HEADS + head) * QUERIES + rows)
     means = tl.load(mean + (row * HEADS + head) * QUERIES + rows)
     total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
-    at = row * (QUERIES // BLOCK_Q) + i
-    for j in range(tl.load(start + at), tl.load(stop + at)):
+    bounds_index = row * (QUERIES // BLOCK_Q) + i
+    for j in range(tl.load(start + bounds_index), tl.load(stop + bounds_index)):
         keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
-        of_keys = tl.load(others + row * KEYS + keys)
-        seen = _see(mine, keys, of_mine, of_keys, near, CAUSAL, BRANCHED)
-        block = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        block_segments = tl.load(key_segments + row * KEYS + keys)
+        visible = _see(
+            query_slots, keys, query_segments, block_segments, window_size, CAUSAL, BRANCHED
+        )
+        block_keys = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
         values = _load(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        _, slopes = _weigh(queries, block, values, seen, out, sums, means, SCALE, CAP)
-        total += tl.dot(slopes.to(block.dtype), block)
-    _store(dq + of_head, rows, HEADS * HEAD_DIM, total * SCALE, HEAD_DIM, WIDTH)
+        _, slopes = _weigh(queries, block_keys, values, visible, out, sums, means, SCALE, CAP)
+        total += tl.dot(slopes.to(block_keys.dtype), block_keys)
+    _store(dq + head_offset, rows, HEADS * HEAD_DIM, total * SCALE, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -249,7 +262,7 @@ def flash_dkv(
     stop,
     slots,
     segments,
-    others,
+    key_segment_array,
     window,
     q,
     k,
@@ -276,30 +289,36 @@ def flash_dkv(
     i, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     rows = i * BLOCK_K + tl.arange(0, BLOCK_K)
-    of_mine = tl.load(others + row * KEYS + rows)
-    near = tl.load(window)
-    of_head = (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
-    keys = _load(k + of_head, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-    values = _load(v + of_head, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-    of_keys = tl.zeros((BLOCK_K, WIDTH), tl.float32)
-    of_values = tl.zeros((BLOCK_K, WIDTH), tl.float32)
-    at = row * (KEYS // BLOCK_K) + i
-    first, last = tl.load(start + at), tl.load(stop + at)
+    key_segments = tl.load(key_segment_array + row * KEYS + rows)
+    window_size = tl.load(window)
+    head_offset = (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
+    keys = _load(k + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    values = _load(v + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    dk_sum = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+    dv_sum = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+    bounds_index = row * (KEYS // BLOCK_K) + i
+    first_block, stop_block = tl.load(start + bounds_index), tl.load(stop + bounds_index)
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        looking = (row * QUERIES * HEADS + head) * HEAD_DIM
-        numbers = (row * HEADS + head) * QUERIES
-        for j in range(first, last):
-            at_queries = j * BLOCK_K + tl.arange(0, BLOCK_K)
-            of_queries = tl.load(segments + row * QUERIES + at_queries)
-            seen = _see(
-                tl.load(slots + at_queries), rows, of_queries, of_mine, near, CAUSAL, BRANCHED
+        query_offset = (row * QUERIES * HEADS + head) * HEAD_DIM
+        row_offset = (row * HEADS + head) * QUERIES
+        for j in range(first_block, stop_block):
+            query_rows = j * BLOCK_K + tl.arange(0, BLOCK_K)
+            query_segments = tl.load(segments + row * QUERIES + query_rows)
+            visible = _see(
+                tl.load(slots + query_rows),
+                rows,
+                query_segments,
+                key_segments,
+                window_size,
+                CAUSAL,
+                BRANCHED,
             )
-            queries = _load(q + looking, at_queries, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-            out = _load(cotangent + looking, at_queries, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-            sums = tl.load(lse + numbers + at_queries)
-            means = tl.load(mean + numbers + at_queries)
-            weights, slopes = _weigh(queries, keys, values, seen, out, sums, means, SCALE, CAP)
-            of_keys += tl.dot(tl.trans(slopes.to(queries.dtype)), queries)
-            of_values += tl.dot(tl.trans(weights.to(out.dtype)), out)
-    _store(dk + of_head, rows, KV_HEADS * HEAD_DIM, of_keys * SCALE, HEAD_DIM, WIDTH)
-    _store(dv + of_head, rows, KV_HEADS * HEAD_DIM, of_values, HEAD_DIM, WIDTH)
+            queries = _load(q + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+            out = _load(cotangent + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+            sums = tl.load(lse + row_offset + query_rows)
+            means = tl.load(mean + row_offset + query_rows)
+            weights, slopes = _weigh(queries, keys, values, visible, out, sums, means, SCALE, CAP)
+            dk_sum += tl.dot(tl.trans(slopes.to(queries.dtype)), queries)
+            dv_sum += tl.dot(tl.trans(weights.to(out.dtype)), out)
+    _store(dk + head_offset, rows, KV_HEADS * HEAD_DIM, dk_sum * SCALE, HEAD_DIM, WIDTH)
+    _store(dv + head_offset, rows, KV_HEADS * HEAD_DIM, dv_sum, HEAD_DIM, WIDTH)

@@ -114,12 +114,13 @@ class Splash(Implementation):
 
         def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
-            own = kernels.SegmentIds(*row[3:])
+            segment_ids = kernels.SegmentIds(*row[3:])
             with jax.named_scope(visits):
                 if branched:
-                    of_prompt = kernels.SegmentIds(*prompts_apart(*own))
-                    return attend_branches(kernel, q, k, v, [own, of_prompt]).transpose(1, 0, 2)
-                out: jax.Array = kernel(q, k, v, own, sinks)
+                    prompt_ids = kernels.SegmentIds(*prompts_apart(*segment_ids))
+                    out = attend_branches(kernel, q, k, v, [segment_ids, prompt_ids])
+                else:
+                    out = kernel(q, k, v, segment_ids, sinks)
             return out.transpose(1, 0, 2)
 
         # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.
@@ -134,9 +135,11 @@ class Splash(Implementation):
         The kernel takes [heads, queries, head_dim]. The number is for plans: "blocks_3_of_4";
         "blocks_3_or_2_of_4" where a layer may have a window.
         """
-        split, choice = mask.split, mask.windowed
-        window = mask.window if mask.window is not None and mask.window < keys else None
-        if not mask.causal and window is None:  # all is seen, whichever queries these are
+        split = mask.split
+        window = mask.window
+        if window is not None and window >= keys:  # it hides nothing
+            window = None
+        if not mask.causal and window is None:  # each query sees all keys, on any device
             split = None
         parts = split.parts if split else 1
         band = _Band(parts * queries, keys, mask.causal, window, split)
@@ -159,22 +162,25 @@ class Splash(Implementation):
             )
             return jax.tree.map(lambda table: _part(table, split), kernel)
 
-        visited, blocks = band.visits(size, key_size)
-        if choice is None or window is None:
-            return make(band), scope_of_visits([visited], blocks)
-        without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
-        kernel = jax.tree.map(
-            lambda first, second: _either(choice, first, second), make(within), make(without)
-        )
-        every, _ = without.visits(size, key_size)
-        return kernel, scope_of_visits([every, visited], blocks)
+        n_visited, n_blocks = band.visits(size, key_size)
+        if mask.windowed is None or window is None:  # the mask is the same in all layers
+            return make(band), scope_of_visits([n_visited], n_blocks)
+        windowed_band = dataclasses.replace(band, some=True)
+        full_band = dataclasses.replace(band, some=False)
+        select = functools.partial(_select_table, mask.windowed)
+        kernel = jax.tree.map(select, make(windowed_band), make(full_band))
+        n_visited_without_window, _ = full_band.visits(size, key_size)
+        return kernel, scope_of_visits([n_visited_without_window, n_visited], n_blocks)
 
     def _blocks(self, band: _Band) -> tuple[int, int]:
         """Returns the numbers of queries and of keys per block."""
-        chunk = _chunk(band.queries // band.split.parts, band.split) if band.split else band.queries
+        chunk = band.queries
+        if band.split is not None:
+            chunk = _chunk(band.queries // band.split.parts, band.split)
         sizes = range(LANES, self.block + 1, LANES)
-        size, key_size = (max(n for n in sizes if of % n == 0) for of in (chunk, band.keys))
-        return size, key_size
+        query_size = max(size for size in sizes if chunk % size == 0)
+        key_size = max(size for size in sizes if band.keys % size == 0)
+        return query_size, key_size
 
 
 def _branches_refusal(call: AttentionCall) -> str | None:
@@ -200,14 +206,17 @@ def _part(table: jax.Array, split: Split | None) -> jax.Array:
     return lax.dynamic_slice_in_dim(table, lax.axis_index(split.axis) * size, size, axis)
 
 
-def _either(choice: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Chooses a table; the smaller is filled up with zeros, which are no visits."""
-    shape = np.maximum(first.shape, second.shape)
-    dtype = np.promote_types(first.dtype, second.dtype)
-    first, second = (
-        jnp.pad(x, [(0, more) for more in shape - x.shape]).astype(dtype) for x in (first, second)
-    )
-    return jnp.where(choice, first, second)
+def _select_table(
+    windowed: jax.Array, windowed_table: jax.Array, full_table: jax.Array
+) -> jax.Array:
+    """Selects a table at run time; the smaller is padded with zeros, which are no visits."""
+    shape = np.maximum(windowed_table.shape, full_table.shape)
+    dtype = np.promote_types(windowed_table.dtype, full_table.dtype)
+
+    def pad(table: jax.Array) -> jax.Array:
+        return jnp.pad(table, [(0, size) for size in shape - table.shape]).astype(dtype)
+
+    return jnp.where(windowed, pad(windowed_table), pad(full_table))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +259,14 @@ class _Band(kernels.Mask):
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         """Returns a block of the mask; one that is all True or all False costs nothing."""
         rows, columns = index
-        slots, (first, last, _) = self.slots[rows], columns.indices(self.keys)
-        ends = (slots.min(), slots.max(), first, last - 1)
-        empty, full = extremes(*ends, causal=self.causal, window=self._window)
-        if empty or full:
-            return _uniform(bool(full), (len(slots), last - first))
-        keys = np.arange(first, last, dtype=np.int32)
+        slots = self.slots[rows]
+        start, stop, _ = columns.indices(self.keys)
+        is_empty, is_full = extremes(
+            slots.min(), slots.max(), start, stop - 1, causal=self.causal, window=self._window
+        )
+        if is_empty or is_full:
+            return _uniform(bool(is_full), (len(slots), stop - start))
+        keys = np.arange(start, stop, dtype=np.int32)
         block: np.ndarray = self.mask_function(self.q_sequence[rows][:, None], keys[None])
         return block
 
@@ -285,11 +296,13 @@ class _Sees:
 
     def __call__(self, slots: Slots, keys: Slots) -> Slots:
         queries = slots & (_WINDOWED - 1) if self.marked else slots
-        seen = queries >= keys if self.causal else queries == queries
+        visible = queries >= keys if self.causal else queries == queries
         if self.window is not None:
-            near = queries - keys < self.window
-            seen = seen & (near | (slots < _WINDOWED) if self.marked else near)
-        return seen
+            is_in_window = queries - keys < self.window
+            if self.marked:
+                is_in_window = is_in_window | (slots < _WINDOWED)
+            visible = visible & is_in_window
+        return visible
 
 
 @functools.lru_cache(maxsize=16)
