@@ -23,6 +23,7 @@ from train.rewards.find import RewardModel, find_rewards
 from train.rewards.reward import RewardBatch
 from train.run.classifiers import read_classifier_info
 from train.run.log import read_metrics
+from train.run.task import EvaluatedModel
 from train.tasks.labelled import ADAPTED
 from train.tasks.reward_model import BEFORE, LONGER, RewardModelEvaluation, read_rows
 
@@ -127,7 +128,7 @@ def test_results_stand_in_the_order_of_the_pairs(inputs):
     pairs = comparisons(preferences(9), tokenizer(None), seq_len=SEQ)
     config = SimpleNamespace(optim=SimpleNamespace(batch_size=4))
     context = SimpleNamespace(data=SimpleNamespace(held_out=pairs), config=config)
-    results = RewardModelEvaluation(context)._results(params, model.apply)
+    results = RewardModelEvaluation(context)._results(EvaluatedModel(model, params, model.apply))
     compare = jax.jit(lambda batch: COMPARISONS(model.apply, params, batch))
     alone = [compare(pairs.take(np.array([i]))) for i in range(9)]
     assert results == [float(sums.logs["accuracy"]) == 1 for sums in alone]

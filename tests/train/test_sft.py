@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
 def test_a_finished_run_is_left_as_it_is(inputs, whole, capsys, monkeypatch):
     """Neither is the model read, nor a file changed."""
     before = files_of(whole)
-    monkeypatch.setattr("train.stages.begin.load_model", None)
+    monkeypatch.setattr("train.stages.begin.load_base", None)
     options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
     run(inputs, whole, *options, "--dropout", 0.1, "--resume")
     said = " ".join(capsys.readouterr().out.split())

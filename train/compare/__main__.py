@@ -56,7 +56,7 @@ from train.run.task import Task
 from train.settings.command import read_line
 from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
-from train.stages.begin import load_model
+from train.stages.begin import load_base
 from train.stages.inputs import InputReader, Inputs
 from train.stages.types import OpenedRun, RunContext
 
@@ -299,10 +299,8 @@ class _BesideRewards(NamedTuple):
             raise UserError("--kl: no prompt of --dataset is held out: give your own rows")
         tokens = tokenize_with_tools(rows, (), outline, "the held-out rows")
         with doing(console, f"the base completes {len(tokens)} held-out prompts"):
-            model, plain = load_model(config.optim, config.adapter, outline, inputs.layout)
-            forward = lj.adapt(model.apply) if outline.has_codes else model.apply
-            n = config.data.max_new_tokens
-            self.divergence.read(model, plain, forward, outline, tokens, n)
+            base = load_base(config, inputs)
+            self.divergence.read(base, outline, tokens, config.data.max_new_tokens)
         tell(console, f"--kl is measured on completions of {self.divergence.measured_on}")
 
     def with_prompts(self, comparison: result.Comparison) -> result.Comparison:
@@ -314,10 +312,9 @@ class _BesideRewards(NamedTuple):
 
 def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: OpenedRun, tree: Tree) -> float:
     """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
-    outline, layout = inputs.read.outline, inputs.layout
-    adapter = run.config.adapter
-    if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
-        before = load_model(run.config.optim, adapter, outline, layout)[1]
+    outline = inputs.read.outline
+    if moves_weights(run.config.adapter):  # the tree holds no base, or one that a subspace moves
+        before = load_base(run.config, inputs).params
     else:
         before = lj.strip(tree)
     after = merge_trained(space_of(run.config, outline.params), tree)

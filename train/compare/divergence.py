@@ -7,18 +7,18 @@ task (Shenfeld et al., arXiv 2509.04259).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models import generate
 from lora_jax.models.sampling.prompts import pad_left
 from train.run.pretrained import ModelInfo, end_tokens
-from train.run.task import Evaluation, EvaluationContext, Progress, Task
+from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progress, Task
 
 KL = "kl"  # its name beside the scores of a run
 _ROWS, _PART = 8, 2**28  # rows in memory at once, and bytes of their log-probabilities, at most
@@ -62,9 +62,7 @@ class BaseDivergence:
 
     def read(
         self,
-        model: Model,
-        params: Tree,
-        forward: Forward,
+        evaluated: EvaluatedModel,
         outline: ModelInfo,
         prompts: Sequence[list[int]],
         new_tokens: int,
@@ -72,13 +70,12 @@ class BaseDivergence:
         """Draws completions by the base at temperature 1, and keeps its log-probabilities.
 
         Args:
-          model: the model.
-          params: its parameters, as `forward` takes them.
-          forward: the model's ``apply``, or that on a tree of codes.
+          evaluated: the base.
           outline: the model's.
           prompts: the tokens of each.
           new_tokens: the maximum number of tokens of a completion.
         """
+        model, params, forward = evaluated
         config: Any = outline.config
         of_prompt = 4 * new_tokens * config.vocab_size
         chosen = prompts[: max(1, _HELD // of_prompt)]
@@ -104,15 +101,11 @@ class BaseDivergence:
             base = np.asarray(_log_probabilities(forward, params, *arrays[:3]))
             self.parts.append(_PromptRows(*arrays, base))
 
-    def divergence(self, params: Tree, forward: Forward) -> dict[str, float]:
-        """Returns the divergence of a model from the base by its name; {} where none was read.
-
-        Args:
-          params: the parameters, adapted or plain, as `forward` takes them.
-          forward: the model's ``apply``, adapted or not.
-        """
+    def divergence(self, evaluated: EvaluatedModel) -> dict[str, float]:
+        """Returns the divergence of a model from the base by its name; {} where none was read."""
         if not self.tokens:
             return {}
+        forward, params = evaluated.forward, evaluated.params
         sums = (float(_divergence(forward, params, *part)) for part in self.parts)
         return {KL: sum(sums) / self.tokens}
 
@@ -133,27 +126,22 @@ class _DivergingEvaluation:
     plain: Evaluation
     base: BaseDivergence
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def before(self, evaluated: EvaluatedModel) -> None:
         """Evaluates the base, which does not diverge from itself."""
-        self.plain.before(model, params, forward)
+        self.plain.before(evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes another run's measures of the base."""
         plain = other.plain if isinstance(other, _DivergingEvaluation) else other
         return self.plain.reuse_base_scores(plain)
 
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
+    def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Returns the scores of an adapted tree, and its divergence."""
-        return self.plain.score(model, params, forward, progress) | self.base.divergence(
-            params, forward
-        )
+        return self.plain.score(evaluated, progress) | self.base.divergence(evaluated)
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Evaluates the trained model."""
-        scores = self.plain.after(model, params, forward)
-        return scores | self.base.divergence(params, forward)
+        return self.plain.after(evaluated) | self.base.divergence(evaluated)
 
 
 def _arrays(

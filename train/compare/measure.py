@@ -34,7 +34,7 @@ from train.reporters.files import read_json
 from train.run.costs import tree_bytes, versions
 from train.run.log import doing, read_metrics
 from train.run.output import ADAPTER, SCORES
-from train.stages.begin import load_model
+from train.stages.begin import load_base
 from train.stages.inputs import Inputs
 
 COSTS = "costs"
@@ -56,8 +56,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     # The options of an adapter's run, if there is one: over the base as it is.
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
-        model, plain = load_model(config.optim, config.adapter, outline, inputs.layout)
-    forward = lj.adapt(model.apply) if outline.has_codes else model.apply
+        model, plain, forward = load_base(config, inputs)
     before = None
     if sweep.outside is not None:
         with doing(console, "measuring the base on text outside the task"):

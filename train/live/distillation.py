@@ -13,7 +13,7 @@ from lora_jax.training.ready import TrainingStart
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
-from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
+from train.live.prompts import GroupedCompletions, TokenizedPrompts
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE, DistillDataConfig
 from train.reporters.contract import Sample
@@ -23,8 +23,7 @@ from train.run.task import Data, ModelContext
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns the start of training, with a teacher that judges its rollouts, and its data."""
-    assert isinstance(of.ready.feed, PromptFeed)
-    return dataclasses.replace(of.ready, live=DistillationRollouts(of, of.ready.feed)), of.data
+    return dataclasses.replace(of.ready, live=DistillationRollouts(of)), of.data
 
 
 def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
@@ -79,17 +78,17 @@ def _add_text(text: str, row: Row, outline: ModelInfo) -> Row:
 class DistillationRollouts(Rollouts):
     """Judges each token by how much likelier the teacher finds it than the student."""
 
-    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
+    def __init__(self, of: ModelContext) -> None:
         """Reads the teacher.
 
         Raises:
           UserError: it cannot be read, or does not fit the student.
         """
-        super().__init__(of, feed)
+        super().__init__(of)
         data, optim = of.config.data, of.config.optim
         outline = teacher_outline(data, of.outline)
-        self._prompts = teacher_prompts(data, feed.prompts, outline)
-        self._widths = feed.widths_of(self._prompts)
+        self._prompts = teacher_prompts(data, self.feed.prompts, outline)
+        self._widths = self.feed.widths_of(self._prompts)
         self._layout, model, params = of.layout, of.model, of.plain
         if data.teacher_model is None and (of.config.adapter.full or of.takes_from_base):
             raise UserError(

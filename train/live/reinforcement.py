@@ -13,7 +13,7 @@ from lora_jax.training.losses import advantages_of, leave_one_out
 from lora_jax.training.ready import TrainingStart
 from train.live.external.check import SamplerCheck
 from train.live.external.sampler import ExternalSampler
-from train.live.prompts import GroupedCompletions, PromptFeed
+from train.live.prompts import GroupedCompletions
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
 from train.live.turn_groups import GroupedTurns, ask_of_turns, shown_texts
@@ -36,20 +36,20 @@ def arrays_per_token(config: Config) -> tuple[str, ...]:
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns the start of training, with rewards that judge its rollouts, and its data."""
-    assert isinstance(of.ready.feed, PromptFeed)
-    return dataclasses.replace(of.ready, live=RewardedRollouts(of, of.ready.feed)), of.data
+    return dataclasses.replace(of.ready, live=RewardedRollouts(of)), of.data
 
 
 class RewardedRollouts(Rollouts):
     """Judges completions by rewards, and compares those of one prompt with one another."""
 
-    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
+    def __init__(self, of: ModelContext) -> None:
         """Finds the reference, too.
 
         Raises:
           UserError: the reference does not fit the base.
         """
-        super().__init__(of, feed)
+        super().__init__(of)
+        feed = self.feed
         self._turns = None
         if feed.tools is not None:
             drawer = TurnDrawer(

@@ -61,15 +61,11 @@ def group_completions(
 class Rollouts(abc.ABC):
     """Draws the completions of each step, and judges them; see `StateBatches`."""
 
-    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
-        """Takes the model that draws and trains.
-
-        Args:
-          of: the run.
-          feed: its prompts.
-        """
-        layout = of.layout
-        self.of, self.feed, self.config = dataclasses.replace(of, plain=None), feed, of.config
+    def __init__(self, of: ModelContext) -> None:
+        """Takes the prompts of a run, and the model that draws and trains."""
+        assert isinstance(of.ready.feed, PromptFeed)
+        self.of, self.config = dataclasses.replace(of, plain=None), of.config
+        self.feed, layout = of.ready.feed, of.layout
         self.model: Any = layout.constrained(of.model)
         self.apply, self._score = lj.adapt(self.model.apply), self.scorer(of.model, layout)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)

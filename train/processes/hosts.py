@@ -16,8 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lora_jax.training.errors import TrainingError
+from lora_jax.training.errors import Dropped, Interrupted, TrainingError
 from lora_jax.training.processes import is_first
+from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError, flag
 
 _ROUND = 2**24  # bytes that each process sends at once
@@ -177,6 +178,37 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
             raise _ErrorOfAll(message["error"])
         results.append(message["value"])
     return results
+
+
+def ask_first_process(
+    work: Callable[[], Item], as_json: Callable[[Item], Result], stop: Stop
+) -> Result:
+    """Works in the first process, and returns the result as JSON in all of them.
+
+    Args:
+      work: the work, which a signal interrupts.
+      as_json: returns a result as JSON; see `map_over_processes`.
+      stop: tells of a signal.
+
+    Raises:
+      Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
+      UserError: the work failed; raised in all processes.
+    """
+
+    def attempt(_: int) -> dict[str, Any]:
+        try:
+            with stop.dropping():
+                result = work()
+        except Interrupted:
+            return {"signal": stop.signal}
+        return {"result": as_json(result)}
+
+    (answer,) = map_over_processes(attempt, range(1))
+    if "signal" in answer:
+        stop.signal = stop.signal or answer["signal"]
+        raise Dropped
+    result: Result = answer["result"]
+    return result
 
 
 def _success(value: Any) -> _Message:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from lora_jax.training.errors import Dropped, Interrupted
 from lora_jax.training.run.stop import Stop
 from train.console.output import tell
 from train.processes import hosts
@@ -44,18 +43,16 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
       Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
     """
 
-    def ask_here(_: int) -> dict[str, Any]:
-        try:
-            with stop.dropping():
-                totals = rewards(
-                    *batch[:4],
-                    group=batch.group,
-                    state=batch.state,
-                    chats=batch.chats,
-                    earned=batch.earned,
-                )
-        except Interrupted:
-            return {"dropped": stop.signal}
+    def judge() -> RewardTotals:
+        return rewards(
+            *batch[:4],
+            group=batch.group,
+            state=batch.state,
+            chats=batch.chats,
+            earned=batch.earned,
+        )
+
+    def as_json(totals: RewardTotals) -> dict[str, Any]:
         for line in totals.said:
             tell(console, f"warning: {line}")
         has_reward = ~np.isnan(totals.total)
@@ -66,10 +63,7 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
             "extra": totals.extra,
         }
 
-    (answer,) = hosts.map_over_processes(ask_here, range(1))
-    if "dropped" in answer:
-        stop.signal = stop.signal or answer["dropped"]
-        raise Dropped
+    answer = hosts.ask_first_process(judge, as_json, stop)
     total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
     return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
 

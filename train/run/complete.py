@@ -1,18 +1,19 @@
 """Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.adapt.activate import invocations_of
-from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.core.types import Model
 from lora_jax.models import generate, init_cache, share
 from lora_jax.models.sampling.prompts import common_prefix, pad_left
 from lora_jax.training.data.rows import Conversation
 from lora_jax.training.data.templates import render_prompt
 from train.run.pretrained import ModelInfo, end_tokens
+from train.run.task import EvaluatedModel, Progress
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
 _MOST_ROWS = 128
@@ -33,27 +34,24 @@ def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]
 
 
 def answer_prompts(
-    model: Model,
-    params: Tree,
+    evaluated: EvaluatedModel,
     outline: ModelInfo,
     prompts: Sequence[list[int]],
     **options: Any,
 ) -> list[str]:
     """Returns the continuation of each prompt, decoded greedily; see `complete_prompts`."""
-    completions = complete_prompts(model, params, outline, prompts, **options)
+    completions = complete_prompts(evaluated, outline, prompts, **options)
     texts: list[str] = outline.tokenizer.batch_decode(completions, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def complete_prompts(
-    model: Model,
-    params: Tree,
+    evaluated: EvaluatedModel,
     outline: ModelInfo,
     prompts: Sequence[list[int]],
     *,
     new_tokens: int,
-    forward: Forward | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[list[int]]:
     """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
 
@@ -62,15 +60,13 @@ def complete_prompts(
     whole prompts.
 
     Args:
-      model: a decoder.
-      params: its parameters, as `forward` takes them.
+      evaluated: a decoder.
       outline: the model's outline, with its tokenizer.
       prompts: their tokens.
       new_tokens: the maximum number of tokens of an answer.
-      forward: the model's ``apply``, by default, or that on an adapted tree. Keep one and pass it
-        again: each new function compiles.
       progress: is called with the number of answers so far, and of all.
     """
+    model, params, forward = evaluated
     apart = _has_own_cache(model) or bool(invocations_of(params))
     n_shared = 0 if apart else _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]

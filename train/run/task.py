@@ -77,7 +77,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationContext:
-    """The options, folder, console, rows, model and signals of a run, for an evaluation."""
+    """The parts of a run that a task reads.
+
+    Attributes:
+      config: its options.
+      folder: the folder of its files.
+      console: console to print to.
+      rows, data: its rows, and these as examples.
+      outline: the model without its weights.
+      stop: tells of a signal.
+    """
 
     config: Any
     folder: Path
@@ -89,24 +98,16 @@ class EvaluationContext:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelContext:
+class ModelContext(EvaluationContext):
     """The state of a run before its first step, for a task whose batches need the model.
 
     Attributes:
-      config, folder, console, outline, data: parts of the run.
-      stop: tells of a signal.
       layout: the placement of all that follows.
       model, plain: the model and its parameters, without the adapter.
       ready: what training begins with.
       takes_from_base: whether the adapter has taken factors out of the base.
     """
 
-    config: Any
-    folder: Path
-    console: Console
-    outline: ModelInfo
-    data: Data
-    stop: Stop
     layout: Layout
     model: Any
     plain: Any
@@ -122,20 +123,29 @@ class RolloutFeed(Protocol):
         """Returns the completions that were drawn since it was last asked."""
 
 
+class EvaluatedModel(NamedTuple):
+    """A model that is evaluated, with its parameters.
+
+    Attributes:
+      model: the model.
+      params: its parameters, as `forward` takes them: plain, in codes, or an adapted tree.
+      forward: the model's ``apply``, or that on such a tree. Keep one and pass it again: each new
+        function compiles.
+    """
+
+    model: Any
+    params: Any
+    forward: Callable[..., Any]
+
+
 Progress = Callable[[int, int], None]  # is called with the number done so far, and the total
 
 
 class Evaluation(Protocol):
     """An evaluation of a model before, during and after training."""
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
-        """Evaluates the base; its parameters have no adapter.
-
-        Args:
-          model: the model.
-          params: its parameters, as `forward` takes them.
-          forward: the model's ``apply``, or that on a tree of codes.
-        """
+    def before(self, evaluated: EvaluatedModel) -> None:
+        """Evaluates the base; its parameters have no adapter."""
 
     def reuse_base_scores(self, other: "Evaluation") -> bool:
         """Takes another run's measures of the same base, in the place of `before`.
@@ -144,30 +154,24 @@ class Evaluation(Protocol):
           Whether there was anything to take; if not, nothing has changed.
         """
 
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
+    def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Returns the scores of an adapted tree by name, the task's `score` if it is known.
 
         Args:
-          model: the model.
-          params: the adapted tree.
-          forward: the model's ``apply``, for an adapted tree.
+          evaluated: the model, with an adapted tree.
           progress: may be called on the way, in all processes alike; ends the scoring by raising.
 
         Raises:
           Dropped: a signal came meanwhile; raised in all processes.
         """
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Evaluates the trained model; writes and prints the scores.
 
         Returns the scores by name, as `score` does.
 
         Args:
-          model: the model.
-          params: its parameters, merged, or adapted codes.
-          forward: the model's ``apply`` on such parameters.
+          evaluated: the model, with merged parameters or adapted codes.
         """
 
 

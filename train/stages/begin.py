@@ -12,7 +12,6 @@ from rich.console import Console
 import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.core.types import Model, Tree
-from lora_jax.training.layout import Layout
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
@@ -22,7 +21,7 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.console.output import tell
-from train.options.common import AdapterConfig, OptimConfig
+from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.processes import hosts
 from train.processes.session import Session
@@ -31,11 +30,12 @@ from train.run import output
 from train.run.costs import note_seconds, tree_bytes, versions
 from train.run.intrinsic import model_in, moves_weights, space_of
 from train.run.log import doing
-from train.run.pretrained import ModelInfo, check_weights, read_model
+from train.run.pretrained import check_weights, read_model
 from train.run.rules import rules
-from train.run.task import ModelContext
+from train.run.task import EvaluatedModel, ModelContext
 from train.stages.arrangement import Arrangement
-from train.stages.open import evaluation_of
+from train.stages.inputs import Inputs
+from train.stages.open import evaluation_context, evaluation_of
 from train.stages.types import (
     BegunRun,
     FailedRun,
@@ -54,39 +54,39 @@ def read_base(run: OpenedRun, console: Console) -> tuple[SharedModel, Handover[T
     """
     outline, layout = run.inputs.read.outline, run.inputs.layout
     with hosts.raise_in_every_process(), doing(console, f"reading the weights of {outline.name}"):
-        model, plain = load_model(run.config.optim, run.config.adapter, outline, layout)
+        model, plain, _ = load_base(run.config, run.inputs)
     # A model that recomputes its layers takes long rows by chunks, without a backward pass, too.
-    answering = model.clone(remat=False) if layout.keeps_rows else model
-    forward = lj.adapt(model_in(run.space, answering).apply)
+    without_remat = model.clone(remat=False) if layout.keeps_rows else model
     shared = SharedModel(
         model=model,
         outline=outline,
         layout=layout,
         n_bytes=tree_bytes(plain),
-        answering=forward,
+        adapted_forward=lj.adapt(model_in(run.space, without_remat).apply),
     )
     return shared, Handover(plain)
 
 
-def load_model(
-    optim: OptimConfig, adapter: AdapterConfig, outline: ModelInfo, layout: Layout
-) -> tuple[Model, Tree]:
-    """Reads the model and its weights, as the options say.
+def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
+    """Reads the model and its weights, as the options say; returns them with plain weights.
 
     Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
     """
+    optim, outline = config.optim, inputs.read.outline
     model, plain = read_model(
         outline.name,
         dtype=optim.dtype,
-        param_dtype="float32" if moves_weights(adapter) else optim.dtype,
+        param_dtype="float32" if moves_weights(config.adapter) else optim.dtype,
         remat=optim.remat_policy,
         attention=optim.attention,
         experts=optim.experts,
-        sharding=layout.of_parameter,
+        sharding=inputs.layout.of_parameter,
         **outline.head,
     )
     check_weights(outline, plain)
-    return model, plain
+    # Codes stay codes, which the model runs on through `adapt` alone.
+    forward = lj.adapt(model.apply) if outline.has_codes else model.apply
+    return EvaluatedModel(model, plain, forward)
 
 
 def begin_runs(
@@ -114,11 +114,13 @@ def begin_runs(
         )
         for name, run in runs.items()
     }
+    # Plain weights run by the model itself; codes stay codes.
+    forward = base.adapted_forward if base.outline.has_codes else base.model.apply
     for run in begun.values():
         if isinstance(run, BegunRun) and run.evaluation and not run.opened.pauses:
             # What an earlier run measured of the same base is not measured again.
             if not any(map(run.evaluation.reuse_base_scores, context.measured)):
-                run.evaluation.before(base.model, plain, base.evaluated)
+                run.evaluation.before(EvaluatedModel(base.model, plain, forward))
                 context.measured.append(run.evaluation)
     return begun
 
@@ -138,26 +140,20 @@ def begin_run(
     Raises:
       TrainingError: the checkpoint in the folder belongs to another run.
     """
-    optim, read, layout = run.config.optim, run.inputs.read, run.inputs.layout
-    key = jax.random.key(optim.seed)
+    key = jax.random.key(run.config.optim.seed)
     params = adapt_base(run, plain, jax.random.fold_in(key, 0))
-    params = layout.placed(params)
+    params = run.inputs.layout.placed(params)
     start = begin_state(run, params, jax.random.fold_in(key, 1))
     context = ModelContext(
-        config=run.config,
-        folder=run.folder,
-        console=run.console,
-        outline=read.outline,
-        data=read.data,
-        stop=run.stop,
-        layout=layout,
+        **vars(evaluation_context(run)),
+        layout=run.inputs.layout,
         model=model,
         plain=plain,
         ready=start,
         takes_from_base=takes_from_base(params),
     )
     start, data = run.task.prepare(context)
-    inputs = dataclasses.replace(run.inputs, read=read._replace(data=data))
+    inputs = dataclasses.replace(run.inputs, read=run.inputs.read._replace(data=data))
     opened = dataclasses.replace(run, inputs=inputs)
     arrangement.keep_log(opened, session.release)
     state = jax.eval_shape(lambda: start.state)

@@ -15,6 +15,7 @@ from train.run.intrinsic import merge_trained
 from train.run.log import newest_measurement, read_metrics
 from train.run.output import ADAPTER, REPORT, folder_bytes
 from train.run.report import RunReport
+from train.run.task import EvaluatedModel
 from train.stages.arrangement import Arrangement
 from train.stages.types import (
     EndedTraining,
@@ -86,14 +87,14 @@ def measure_run(
     print_adapter(opened.console, opened.folder / ADAPTER, report)
     tree, scores = run.tree.take(), dict[str, float]()
     if context.on_trained:
-        context.on_trained(opened, tree, base.answering)
+        context.on_trained(opened, tree, base.adapted_forward)
     if run.evaluation and evaluates:
         with arrangement.evaluating(opened.name):
             # Codes that are merged are the float model, and an activated LoRA has no merged form.
-            forward = base.answering
+            forward = base.adapted_forward
             if not (base.outline.has_codes or invocations_of(tree)):
                 forward, tree = base.model.apply, merge_trained(opened.space, tree)
-            scores = run.evaluation.after(base.model, tree, forward)
+            scores = run.evaluation.after(EvaluatedModel(base.model, tree, forward))
     if evaluates:
         write_json(path, report | {"scores": scores})
     return FinishedRun(opened=opened, report=report, scores=scores)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import PeriodicMeasure
 from lora_jax.training.losses import SCORE
@@ -14,7 +13,7 @@ from train.reporters.contract import Sample
 from train.run.complete import answer_prompts
 from train.run.log import SAMPLED, QuietLog, RunLog
 from train.run.pretrained import ModelInfo
-from train.run.task import Evaluation, RolloutFeed
+from train.run.task import EvaluatedModel, Evaluation, RolloutFeed
 from train.stages.inputs import SamplePrompts
 from train.stages.types import OpenedRun
 
@@ -25,16 +24,12 @@ class _Cut(Exception):
     """A signal came."""
 
 
-def score(
-    evaluation: Evaluation, model: Model, tree: Tree, forward: Forward, stop: Stop
-) -> dict[str, float] | None:
+def score(evaluation: Evaluation, evaluated: EvaluatedModel, stop: Stop) -> dict[str, float] | None:
     """Returns a task's score; None after a signal, which cuts the measurement short.
 
     Args:
       evaluation: scores the model.
-      model: the model.
-      tree: the adapted tree.
-      forward: the model's ``apply`` on an adapted tree.
+      evaluated: the model, with an adapted tree.
       stop: tells of a signal.
     """
     agreement = Agreement()
@@ -44,18 +39,13 @@ def score(
             raise _Cut
 
     try:
-        return evaluation.score(model, tree, forward, progress)
+        return evaluation.score(evaluated, progress)
     except (_Cut, Dropped):
         return None
 
 
 def sample(
-    prompts: SamplePrompts,
-    new_tokens: int,
-    outline: ModelInfo,
-    model: Model,
-    tree: Tree,
-    forward: Forward,
+    prompts: SamplePrompts, new_tokens: int, outline: ModelInfo, evaluated: EvaluatedModel
 ) -> list[Sample]:
     """Returns the model's greedy answers to prompts.
 
@@ -63,22 +53,16 @@ def sample(
       prompts: the prompts.
       new_tokens: the most tokens of an answer.
       outline: the model's outline.
-      model: a decoder.
-      tree: the adapted tree.
-      forward: the model's ``apply`` on an adapted tree; see `complete.answer_prompts`.
+      evaluated: a decoder.
     """
-    answers = answer_prompts(
-        model, tree, outline, prompts.tokens, new_tokens=new_tokens, forward=forward
-    )
+    answers = answer_prompts(evaluated, outline, prompts.tokens, new_tokens=new_tokens)
     return [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
 
 
 def make_measures(
     run: OpenedRun,
     evaluation: Evaluation | None,
-    model: Model,
-    tree_of: Callable[[State], Tree],
-    forward: Forward,
+    trained_model: Callable[[State], EvaluatedModel],
     held_out: Callable[..., PeriodicMeasure],
     log: RunLog | QuietLog,
 ) -> Iterator[PeriodicMeasure]:
@@ -87,9 +71,7 @@ def make_measures(
     Args:
       run: the run.
       evaluation: scores the model; None for a task without one.
-      model: the model that answers.
-      tree_of: returns the adapted tree of a state.
-      forward: the model's ``apply``, for an adapted tree.
+      trained_model: returns the model as a state has trained it.
       held_out: `held_out_loss`, with its arguments up to the examples.
       log: the log that sampled answers go to.
     """
@@ -102,7 +84,7 @@ def make_measures(
     if asked.score_every and evaluation:
 
         def scored(state: State) -> dict[str, float] | None:
-            return score(evaluation, model, tree_of(state), forward, run.stop)
+            return score(evaluation, trained_model(state), run.stop)
 
         yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
     if isinstance(inputs.feed, RolloutFeed):
@@ -120,7 +102,7 @@ def make_measures(
         tokens, outline = asked.sample_tokens, inputs.read.outline
 
         def sampled(state: State) -> dict[str, float]:
-            answers = sample(prompts, tokens, outline, model, tree_of(state), forward)
+            answers = sample(prompts, tokens, outline, trained_model(state))
             log.sampled(int(state.step), answers)
             return {}
 

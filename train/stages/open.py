@@ -124,10 +124,10 @@ def open_run(
         )
 
 
-def evaluation_of(run: OpenedRun) -> Evaluation | None:
-    """Returns the evaluation of a run; None for a task without one."""
+def evaluation_context(run: OpenedRun) -> EvaluationContext:
+    """Returns the parts of a run that its task reads."""
     read = run.inputs.read
-    context = EvaluationContext(
+    return EvaluationContext(
         config=run.config,
         folder=run.folder,
         console=run.console,
@@ -136,7 +136,11 @@ def evaluation_of(run: OpenedRun) -> Evaluation | None:
         outline=read.outline,
         stop=run.stop,
     )
-    return run.task.evaluation(context)
+
+
+def evaluation_of(run: OpenedRun) -> Evaluation | None:
+    """Returns the evaluation of a run; None for a task without one."""
+    return run.task.evaluation(evaluation_context(run))
 
 
 def finished_run(run: OpenedRun, context: RunContext) -> FinishedRun | None:

@@ -33,6 +33,7 @@ from train.run.board import Board, TeeLog
 from train.run.costs import print_best
 from train.run.intrinsic import merge_trained
 from train.run.log import QuietLog, RunLog, draw_curve, draw_progress, read_metrics
+from train.run.task import EvaluatedModel
 from train.settings.files import effective_options
 from train.stages.measures import make_measures
 from train.stages.types import (
@@ -75,9 +76,9 @@ def drive(
         save_every=options.save_every,
         max_skipped=options.max_skipped,
     )
-    formed, measured = None, base.answering
+    formed, forward = None, base.adapted_forward
     if opened.space is not None:  # weights are formed once for a measurement, not in each batch
-        measured = base.model.apply
+        forward = base.model.apply
         formed = FormedTree(
             functools.partial(merge_trained, opened.space), layout.constrained(base.model).apply
         )
@@ -97,15 +98,15 @@ def drive(
     def now() -> State:
         return driver.state(opened.name)
 
-    def tree_of_state(state: State) -> Tree:
+    def trained_model(state: State) -> EvaluatedModel:
         tree = adapted_tree(start, state)
-        return tree if formed is None else formed.form(tree)
+        if formed is not None:
+            tree = formed.form(tree)
+        return EvaluatedModel(base.model, tree, forward)
 
     def turns() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
         with open_run_log(opened, start, int(now().step)) as own_log:
-            measures = make_measures(
-                opened, run.evaluation, base.model, tree_of_state, measured, held_out, own_log
-            )
+            measures = make_measures(opened, run.evaluation, trained_model, held_out, own_log)
             measured_hooks = dataclasses.replace(hooks, measures=[*measures])
             log = own_log if board is None else TeeLog(own_log, board, opened.name)
             # A table's driver defers signals itself, of all its runs.

@@ -76,18 +76,21 @@ class RunContext:
 
 
 class SharedModel(NamedTuple):
-    """The model that runs share, and the function that answers by an adapted tree of it."""
+    """The model that runs share.
+
+    Attributes:
+      model: the model.
+      outline: the model without its weights.
+      layout: the placement of weights and activations on the mesh.
+      n_bytes: bytes of its weights in memory.
+      adapted_forward: the model's ``apply`` on an adapted tree, not laid out for a step.
+    """
 
     model: Model
     outline: ModelInfo
     layout: Layout
     n_bytes: int
-    answering: Forward  # as the model itself answers, not laid out for a step
-
-    @property
-    def evaluated(self) -> Forward:
-        """The function of the trees that are evaluated: plain ones, or codes, which stay codes."""
-        return self.answering if self.outline.has_codes else self.model.apply
+    adapted_forward: Forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,15 @@ from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import ModelInfo
 from train.run.rules import peft_fields
-from train.run.task import Data, Evaluation, EvaluationContext, Progress, Task, TaskRows
+from train.run.task import (
+    Data,
+    EvaluatedModel,
+    Evaluation,
+    EvaluationContext,
+    Progress,
+    Task,
+    TaskRows,
+)
 from train.tasks import classes
 
 SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
@@ -203,30 +211,29 @@ class ClassifierEvaluation:
         row[context.config.data.text] for row in context.rows.held_out
     ]
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def before(self, evaluated: EvaluatedModel) -> None:
         """Does nothing: the head is not trained yet."""
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Returns False: nothing of the base is measured."""
         return False
 
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
+    def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Classifies them; returns accuracy and macro F1."""
         test: Any = self.context.data.held_out
         rows = 4 * self.context.config.optim.batch_size
-        predicted = predict(forward, params, test, rows).argmax(-1)
+        predicted = predict(evaluated.forward, evaluated.params, test, rows).argmax(-1)
         scores = classes.scores_of(test.labels, predicted, self.context.data.facts["labels"])
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Classifies them; writes, prints and returns scores, and prints mistakes."""
         context = self.context
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
+        rows = 4 * context.config.optim.batch_size
         with doing(context.console, f"classifying {len(test)} {self.unit}"):
-            probabilities = predict(forward, params, test, 4 * context.config.optim.batch_size)
+            probabilities = predict(evaluated.forward, evaluated.params, test, rows)
         texts = self.titles(context)
         ways = self._without_model(test, texts, names)
         predicted = probabilities.argmax(-1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
-from train.run.task import Data, Evaluation, EvaluationContext, Progress, TaskRows
+from train.run.task import Data, EvaluatedModel, Evaluation, EvaluationContext, Progress, TaskRows
 from train.tasks import labelled
 
 BEFORE, LONGER = "before training", "always the longer completion"
@@ -86,41 +86,43 @@ class RewardModelEvaluation:
     context: EvaluationContext
     found: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def before(self, evaluated: EvaluatedModel) -> None:
         """Measures the base with its new head."""
-        self.found[BEFORE] = self.score(model, params, forward)
+        self.found[BEFORE] = self.score(evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Returns False: a base is measured in a moment."""
         return False
 
     def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress | None = None
+        self, evaluated: EvaluatedModel, progress: Progress | None = None
     ) -> dict[str, float]:
         """Returns the loss, the share of pairs that are right, and their mean margin."""
         test: Any = self.context.data.held_out
         parts = test.parts(self.context.config.optim.batch_size)
-        sums = [_sums(forward, params, part) for part in parts]
+        sums = [_sums(evaluated.forward, evaluated.params, part) for part in parts]
         return means(COMPARISONS, jax.tree.map(lambda *each: float(sum(each)), *sums))
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Measures the trained model; writes and prints the scores."""
         lengths = [[*map(len, texts_of(row, ""))] for row in self.context.rows.held_out]
         longer = float(np.mean([chosen > rejected for _, chosen, rejected in lengths]))
-        scores = self.score(model, params, forward)
+        scores = self.score(evaluated)
         self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
-        saved = {**self.found, labelled.RIGHT: self._results(params, forward)}
+        saved = {**self.found, labelled.RIGHT: self._results(evaluated)}
         write_json(self.context.folder / SCORES, saved)
         rows = [(way, f"{100 * measures['accuracy']:.1f}") for way, measures in self.found.items()]
         title = f"{len(lengths)} held-out pairs"
         print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores
 
-    def _results(self, params: Any, forward: Callable[..., Any]) -> list[bool]:
+    def _results(self, evaluated: EvaluatedModel) -> list[bool]:
         """Returns True for each pair whose better completion gets the higher score."""
         test: Any = self.context.data.held_out
         batches = test.parts(self.context.config.optim.batch_size)
-        margins = np.concatenate([_margins(forward, params, batch) for batch in batches])
+        margins = np.concatenate(
+            [_margins(evaluated.forward, evaluated.params, batch) for batch in batches]
+        )
         right = np.empty(len(test), bool)
         right[test.by_length] = margins[: len(test)] > 0
         return right.tolist()

@@ -1,7 +1,7 @@
 """The evaluation by rewards of greedy completions, before and after training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from train.rewards.reward import RewardBatch
 from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
-from train.run.task import Evaluation, EvaluationContext, Progress
+from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progress
 
 REWARD = "reward"  # the name of the score
 BASE, ADAPTED = "base", "fine-tuned"
@@ -54,11 +54,11 @@ class RewardEvaluation:
             of = self.context
             self._drawer = TurnDrawer(of.config, of.outline, tools, of.stop, temperature=0.0)
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def before(self, evaluated: EvaluatedModel) -> None:
         """Rewards the base, unless an interrupted run did."""
         self.found = read_json(self.context.folder / SCORES)
         if BASE not in self.found.get(REWARD, {}):
-            self._measure(BASE, model, params, forward)
+            self._measure(BASE, evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes another run's measures of the base on the same prompts."""
@@ -72,16 +72,14 @@ class RewardEvaluation:
         self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
         return True
 
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
+    def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Returns the mean reward of the completions that have one; {} where none has."""
         of = self.prompts
         turns: list[TurnCompletion] | None = None
         if self._drawer is None:
-            texts, ids = self._complete(model, params, forward, progress)
+            texts, ids = self._complete(evaluated, progress)
         else:
-            turns = self._converse(self._drawer, model, params, forward)
+            turns = self._converse(self._drawer, evaluated)
             texts, ids = [x.text for x in turns], [x.ids for x in turns]
         names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
         asked = [of.asked(row) for row in range(len(of.rows))]
@@ -108,26 +106,22 @@ class RewardEvaluation:
         return {REWARD: mean}
 
     def _complete(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+        self, evaluated: EvaluatedModel, progress: Progress
     ) -> tuple[list[str], list[list[int]]]:
         """Returns the texts and tokens of greedy completions."""
         outline, data = self.context.outline, self.context.config.data
         ids = complete_prompts(
-            model,
-            params,
+            evaluated,
             outline,
             self.prompts.tokens,
             new_tokens=data.max_new_tokens,
-            forward=forward,
             progress=progress,
         )
         cut = [*map(StopTexts(outline.tokenizer, data.stop).cut, ids)]
         ids = [numbers[:n] for numbers, (_, n) in zip(ids, cut, strict=True)]
         return [text for text, _ in cut], ids
 
-    def _converse(
-        self, drawer: TurnDrawer, model: Any, params: Any, forward: Callable[..., Any]
-    ) -> list[TurnCompletion]:
+    def _converse(self, drawer: TurnDrawer, evaluated: EvaluatedModel) -> list[TurnCompletion]:
         """Returns greedy completions that call tools."""
         config, rows = self.context.config, self.prompts.rows
         asked = [
@@ -138,11 +132,12 @@ class RewardEvaluation:
         mesh = make_mesh(run.mesh, places, slice_axis=run.slice_axis)
         layout = Layout.of(mesh, self.context.outline.config)
         key, longest = jax.random.key(0), self.prompts.longest
-        return drawer.draw((model, forward, layout), params, asked, key, places, longest)
+        model = evaluated.model, evaluated.forward, layout
+        return drawer.draw(model, evaluated.params, asked, key, places, longest)
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Rewards the trained model; writes and prints the rewards."""
-        self._measure(ADAPTED, model, params, forward)
+        self._measure(ADAPTED, evaluated)
         rewards = self.found.get(REWARD, {})
         figures = [rewards.get(way) for way in (BASE, ADAPTED)]
         rows = [("reward", *("none" if x is None else f"{x:.4f}" for x in figures))]
@@ -153,12 +148,12 @@ class RewardEvaluation:
         print_figures(self.context.console, title, ("", BASE, ADAPTED), rows)
         return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
 
-    def _measure(self, way: str, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def _measure(self, way: str, evaluated: EvaluatedModel) -> None:
         n = len(self.prompts.rows)
         self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
         with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
             try:
-                scores = self.score(model, params, forward, progress)
+                scores = self.score(evaluated, progress)
             except Dropped:
                 raise self.context.stop.interrupted() from None
         if scores:

@@ -8,7 +8,7 @@ judgement.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from train.run.pretrained import ModelInfo
 from train.run.shared_prompts import OF_SHARING
 from train.run.task import (
     Data,
+    EvaluatedModel,
     Evaluation,
     EvaluationContext,
     PriorRuns,
@@ -90,13 +91,13 @@ class SqlEvaluation:
     context: EvaluationContext
     scores: sql_scores.SqlScores
 
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def before(self, evaluated: EvaluatedModel) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
         if scores.reuse_base_scores(read_json(path)):
             return
         for way, few_shot in ((sql_scores.ZERO_SHOT, False), (sql_scores.FEW_SHOT, True)):
-            self._ask(way, model, params, forward, few_shot)
+            self._ask(way, evaluated, few_shot)
         write_json(path, scores.as_json())
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
@@ -108,41 +109,28 @@ class SqlEvaluation:
         write_json(self.context.folder / SCORES, self.scores.as_json())
         return True
 
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
+    def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Asks the adapted model; returns the execution accuracies."""
         scores, outline = sql_scores.SqlScores(self.scores.questions), self.context.outline
-        answers = sql_scores.answer(
-            model, params, outline, scores.questions, forward=forward, progress=progress
-        )
+        answers = sql_scores.answer(evaluated, outline, scores.questions, progress)
         scores.answers[sql_scores.ADAPTED] = answers
         return _accuracies(scores)
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
-        self._ask(sql_scores.ADAPTED, model, params, forward, few_shot=False)
+        self._ask(sql_scores.ADAPTED, evaluated, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
         sql_scores.print_examples(self.context.console, self.scores.examples())
         sql_scores.print_scores(self.context.console, self.scores.accuracies())
         return _accuracies(self.scores)
 
-    def _ask(
-        self, way: str, model: Any, params: Any, forward: Callable[..., Any], few_shot: bool
-    ) -> None:
+    def _ask(self, way: str, evaluated: EvaluatedModel, few_shot: bool) -> None:
         questions, outline = self.scores.questions, self.context.outline
         with doing(
             self.context.console, f"{way}: answering {2 * self.scores.n} questions"
         ) as progress:
-            self.scores.answers[way] = sql_scores.answer(
-                model,
-                params,
-                outline,
-                questions,
-                forward=forward,
-                few_shot=few_shot,
-                progress=progress,
-            )
+            answers = sql_scores.answer(evaluated, outline, questions, progress, few_shot=few_shot)
+            self.scores.answers[way] = answers
 
 
 def _accuracies(scores: sql_scores.SqlScores) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The evaluation of the SQL task: runs the model's queries on databases it never saw."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from train.console.output import print_figures
 from train.environments.sql import examples as sql
 from train.run.complete import Chat, answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
+from train.run.task import EvaluatedModel, Progress
 
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
@@ -35,30 +36,24 @@ def longest_prompt(outline: ModelInfo, questions: Questions) -> int:
 
 
 def answer(
-    model: Any,
-    params: Any,
+    evaluated: EvaluatedModel,
     outline: ModelInfo,
     questions: Questions,
+    progress: Progress,
     *,
     few_shot: bool = False,
-    forward: Callable[..., Any] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
     """Returns the model's answers, decoded greedily.
 
     Args:
-      model: a decoder.
-      params: its parameters, as `forward` takes them.
+      evaluated: a decoder.
       outline: the model's outline, with its tokenizer.
       questions: the questions, by kind.
-      few_shot: whether solved examples come first.
-      forward: the model's ``apply``, or that on an adapted tree.
       progress: is called with the number of answers so far, and of all.
+      few_shot: whether solved examples come first.
     """
     prompts = tokenize_chats(outline, _chats(questions, few_shot))
-    made = answer_prompts(
-        model, params, outline, prompts, new_tokens=NEW_TOKENS, forward=forward, progress=progress
-    )
+    made = answer_prompts(evaluated, outline, prompts, new_tokens=NEW_TOKENS, progress=progress)
     texts = iter(made)
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
 

@@ -11,6 +11,7 @@ from tests.support import over
 from tests.train.tiny import decoder, tokenizer
 from train.run.complete import answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
+from train.run.task import EvaluatedModel
 from train.tasks.sql import question_scores
 from train.tasks.sql_scores import (
     ADAPTED,
@@ -45,7 +46,8 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
     model, params = decoder()
     questions = ["one", "another, longer one", "one"]
     chats = [[*system, {"role": "user", "content": text}] for text in questions]
-    texts = answer_prompts(model, params, outline, tokenize_chats(outline, chats), new_tokens=6)
+    evaluated = EvaluatedModel(model, params, model.apply)
+    texts = answer_prompts(evaluated, outline, tokenize_chats(outline, chats), new_tokens=6)
     assert texts == [alone(outline, chat, 6) for chat in chats]
     assert texts[0] != texts[1]
 
@@ -64,7 +66,8 @@ def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
     model, params = decoder()
     asked = ["b", "cc", "d", "ee", "f"]
     chats = [[{"role": "user", "content": text}] for text in asked]
-    texts = answer_prompts(model, params, outline, tokenize_chats(outline, chats), new_tokens=4)
+    evaluated = EvaluatedModel(model, params, model.apply)
+    texts = answer_prompts(evaluated, outline, tokenize_chats(outline, chats), new_tokens=4)
     assert [text.split("\n")[0] for text in texts] == asked
     assert len(batches) == 3 and len({*batches}) == 1
 

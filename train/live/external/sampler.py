@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_jax.core.types import Tree
 from lora_jax.models.sampling.text import StopTexts
-from lora_jax.training.errors import Dropped, Interrupted, TrainingError
+from lora_jax.training.errors import Dropped, TrainingError
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, flag
@@ -185,26 +185,20 @@ class ExternalSampler:
     def _hear(self, request: _Request) -> GroupedCompletions:
         """Waits for the answers; the first process passes them on."""
 
-        def heard(_: int) -> dict[str, Any]:
-            try:
-                with self._of.stop.dropping():
-                    over = wait(request.answers, return_when=FIRST_EXCEPTION).done
-                    for answer in over:
-                        answer.result()  # the first that failed, whichever it is
-                    answers = [answer.result() for answer in request.answers]
-            except Interrupted:
-                return {"dropped": self._of.stop.signal}
-            except TrainingError as error:
-                return {"failed": error.said(flag)}
-            return {"drawn": [[[*completion] for completion in answer] for answer in answers]}
+        def answers() -> list[list[DrawnCompletion]]:
+            over = wait(request.answers, return_when=FIRST_EXCEPTION).done
+            for answer in over:
+                answer.result()  # the first that failed, whichever it is
+            return [answer.result() for answer in request.answers]
 
-        (answer,) = hosts.map_over_processes(heard, range(1))
-        if "dropped" in answer:
-            self._of.stop.signal = self._of.stop.signal or answer["dropped"]
-            raise Dropped
-        if "failed" in answer:
-            raise Dropped(answer["failed"])
-        return self._grouped([DrawnCompletion(*made) for each in answer["drawn"] for made in each])
+        def as_json(drawn: list[list[DrawnCompletion]]) -> list[Any]:
+            return [[*completion] for of_prompt in drawn for completion in of_prompt]
+
+        try:
+            drawn = hosts.ask_first_process(answers, as_json, self._of.stop)
+        except UserError as error:
+            raise Dropped(str(error)) from None
+        return self._grouped([DrawnCompletion(*fields) for fields in drawn])
 
     def _grouped(self, drawn: Sequence[DrawnCompletion]) -> GroupedCompletions:
         shape = (len(drawn), self._options.max_tokens)

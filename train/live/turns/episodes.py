@@ -5,7 +5,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
 from lora_jax.training.data.rows import question
-from lora_jax.training.errors import Dropped, Interrupted
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.stop import Stop
 from train.live.turns.joints import TurnJoints
@@ -125,22 +124,16 @@ class Listener:
           Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
         """
 
-        def listen(_: int) -> dict[str, Any]:
-            try:
-                with self._stop.dropping():
-                    futures = [future for _, future in self._futures.values()]
-                    if until_one:
-                        wait(futures, return_when=FIRST_COMPLETED)
-            except Interrupted:
-                return {"dropped": self._stop.signal}
-            done = [number for number, (_, future) in self._futures.items() if future.done()]
-            return {"heard": [self._message(number) for number in sorted(done)]}
+        def listen() -> None:
+            futures = [future for _, future in self._futures.values()]
+            if until_one:
+                wait(futures, return_when=FIRST_COMPLETED)
 
-        (message,) = hosts.map_over_processes(listen, range(1))
-        if "dropped" in message:
-            self._stop.signal = self._stop.signal or message["dropped"]
-            raise Dropped
-        heard = [_read(each) for each in message["heard"]]
+        def messages(_: None) -> list[dict[str, Any]]:
+            done = [number for number, (_, future) in self._futures.items() if future.done()]
+            return [self._message(number) for number in sorted(done)]
+
+        heard = [*map(_read, hosts.ask_first_process(listen, messages, self._stop))]
         self.waiting.difference_update(each.number for each in heard)
         return heard
 

@@ -84,7 +84,7 @@ class TurnDrawer:
           with_routing: keep the experts of each token, of a mixture.
         """
         data = config.data
-        self._data, self._outline, self._use, self._stop = data, outline, use, stop
+        self._outline, self._use, self._stop = outline, use, stop
         limits = (None, None) if temperature == 0 else (data.top_p, data.top_k)
         top_p = 1.0 if limits[0] is None else limits[0]
         self._drawing = Drawing(temperature, top_p, limits[1], end_tokens(outline))
