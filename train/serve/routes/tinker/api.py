@@ -14,7 +14,7 @@ from starlette.routing import Route
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import RequestError
 from train.serve.routes.errors import HttpError, json_response
-from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Owner, guard
+from train.serve.routes.tinker.bodies import Endpoint, Owner, OwnerRequest, guard
 from train.serve.routes.tinker.commands import TinkerCodec
 from train.serve.routes.tinker.futures import Futures
 from train.serve.routes.tinker.owner_rows import OwnerRows, TinkerParts
@@ -186,33 +186,33 @@ class Tinker:
     # Sessions
 
     def _answer_with(self, content: Mapping[str, object]) -> Endpoint:
-        async def answer(request: Request, owner: str, body: bytes) -> Response:
+        async def answer(request: OwnerRequest) -> Response:
             return json_response(content)
 
         return answer
 
-    def _capabilities(self, request: Request, owner: str, body: bytes) -> Response:
+    def _capabilities(self, request: OwnerRequest) -> Response:
         length = self._engine.facts.max_length
         facts = {"max_context_length": length, "trainable": True, "sampleable": True}
         return json_response(
             {"supported_models": [{"model_name": name} | facts for name in self.rows.names]}
         )
 
-    def _create_session(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = JsonFields.parse(body)
+    def _create_session(self, request: OwnerRequest) -> Response:
         session = str(uuid.uuid4())
-        name = fields.get("display_name", str, None)
+        name = request.fields.get("display_name", str, None)
         attached = {"display_name": name} if name else {}
-        self.ledger.open_session(session, owner, (fields.metadata() or {}) | attached)
+        metadata = (request.fields.metadata() or {}) | attached
+        self.ledger.open_session(session, request.owner, metadata)
         return json_response({"type": "create_session", "session_id": session})
 
-    def _heartbeat(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = JsonFields.parse(body)
-        self.ledger.hear(self.rows.open_session(fields.get("session_id", str), owner))
+    def _heartbeat(self, request: OwnerRequest) -> Response:
+        session = request.fields.get("session_id", str)
+        self.ledger.hear(self.rows.open_session(session, request.owner))
         return json_response({"type": "session_heartbeat"})
 
-    def _finish(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self.rows.session(request.path_params["session"], owner)
+    def _finish(self, request: OwnerRequest) -> Response:
+        row = self.rows.session(request.path["session"], request.owner)
         self.end_session(row["id"])
         return json_response({})
 
@@ -229,5 +229,5 @@ def _anyone(request: Request) -> str:
     return ""  # it needs no key
 
 
-async def _unknown(request: Request, owner: str, body: bytes) -> Response:
-    raise HttpError(404, f"there is no {request.method} {request.url.path[:200]} here")
+async def _unknown(request: OwnerRequest) -> Response:
+    raise HttpError(404, f"there is no {request.http.method} {request.http.url.path[:200]} here")

@@ -1,13 +1,14 @@
 """Reads bodies of requests, and turns errors into answers in JSON."""
 
 import asyncio
+import dataclasses
+import functools
 import inspect
 import json
 import logging
 import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,16 +28,47 @@ _Kind = TypeVar("_Kind", str, int, float, bool, dict, list)
 _NEEDED: Any = object()
 _WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 _WORDS |= {dict: "an object", list: "a list"}
-# Called with the request, its owner and its body: in a thread, unless it is a coroutine function.
-Endpoint = Callable[[Request, str, bytes], Response | Awaitable[Response]]
 Owner = Callable[[Request], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerRequest:
+    """A request with a valid key.
+
+    Attributes:
+      http: the request.
+      owner: whose key it has.
+      body: its body.
+    """
+
+    http: Request
+    owner: str
+    body: bytes
+
+    @property
+    def path(self) -> dict[str, Any]:
+        """The values in the path, by their names in the route."""
+        return self.http.path_params
+
+    @functools.cached_property
+    def fields(self) -> "JsonFields":
+        """The fields of the body.
+
+        Raises:
+          RequestError: the body is no object in JSON.
+        """
+        return JsonFields.parse(self.body)
+
+
+# Is called in a thread, where it may wait for files, unless it is a coroutine function.
+Endpoint = Callable[[OwnerRequest], Response | Awaitable[Response]]
 
 
 def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Response]]:
     """Returns an endpoint for those with a key; what it raises becomes an answer.
 
     Args:
-      endpoint: gets the request, its owner and its body. In a thread, it may wait for files.
+      endpoint: answers the request.
       owner: says whose key a request has; None for no valid one.
     """
 
@@ -45,10 +77,10 @@ def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Res
             who = owner(request)
             if who is None:
                 return json_response({"detail": "the X-API-Key is not known here"}, 401)
-            body = await read_bytes(request)
+            of_owner = OwnerRequest(request, who, await read_bytes(request))
             if inspect.iscoroutinefunction(endpoint):
-                return await endpoint(request, who, body)
-            loop, call = asyncio.get_running_loop(), partial(endpoint, request, who, body)
+                return await endpoint(of_owner)
+            loop, call = asyncio.get_running_loop(), functools.partial(endpoint, of_owner)
             return await loop.run_in_executor(_THREADS, cast(Callable[[], Response], call))
         except RequestError as error:
             return json_response({"detail": str(error)}, 400)

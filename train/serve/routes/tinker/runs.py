@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from train.serve.protocol.requests import RequestError
 from train.serve.routes.errors import HttpError, JsonObject, json_response
-from train.serve.routes.tinker.bodies import Endpoint, JsonFields
+from train.serve.routes.tinker.bodies import Endpoint, OwnerRequest
 from train.serve.routes.tinker.owner_rows import TinkerParts, spec_of
 from train.serve.storage.ledger import Row
 
@@ -54,14 +53,14 @@ class RunRoutes:
             ("weights_info", "POST", self._weights_info),
         ]
 
-    def _list_runs(self, request: Request, owner: str, body: bytes) -> Response:
+    def _list_runs(self, request: OwnerRequest) -> Response:
         limit, offset = _page(request)
-        rows, count = self._ledger.models(owner, limit, offset)
+        rows, count = self._ledger.models(request.owner, limit, offset)
         listed = [self._run(row) for row in rows]
         return json_response({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
 
-    def _get_run(self, request: Request, owner: str, body: bytes) -> Response:
-        return json_response(self._run(self._rows.model(request.path_params["model"], owner)))
+    def _get_run(self, request: OwnerRequest) -> Response:
+        return json_response(self._run(self._rows.model(request.path["model"], request.owner)))
 
     def _run(self, row: Row) -> JsonObject:
         saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
@@ -79,47 +78,46 @@ class RunRoutes:
             "user_metadata": _metadata(row),
         }
 
-    def _list_of_run(self, request: Request, owner: str, body: bytes) -> Response:
-        model = self._rows.model(request.path_params["model"], owner)["id"]
-        rows, _ = self._ledger.checkpoints(owner, model)
+    def _list_of_run(self, request: OwnerRequest) -> Response:
+        model = self._rows.model(request.path["model"], request.owner)["id"]
+        rows, _ = self._ledger.checkpoints(request.owner, model)
         return json_response({"checkpoints": [_checkpoint(row) for row in rows]})
 
-    def _list_checkpoints(self, request: Request, owner: str, body: bytes) -> Response:
+    def _list_checkpoints(self, request: OwnerRequest) -> Response:
         limit, offset = _page(request)
-        rows, count = self._ledger.checkpoints(owner, None, limit, offset)
+        rows, count = self._ledger.checkpoints(request.owner, None, limit, offset)
         listed = [_checkpoint(row) for row in rows]
         return json_response({"checkpoints": listed, "cursor": _cursor(limit, offset, count)})
 
-    def _own_checkpoint(self, request: Request, owner: str) -> Row:
-        values = request.path_params
+    def _own_checkpoint(self, request: OwnerRequest) -> Row:
+        values = request.path
         path = f"tinker://{values['model']}/{values['checkpoint']}"
         row = self._ledger.checkpoint(path)
-        if row is None or row["owner"] != owner:
+        if row is None or row["owner"] != request.owner:
             raise HttpError(404, f"there is no checkpoint {path[:300]}")
         return row
 
-    def _delete(self, request: Request, owner: str, body: bytes) -> Response:
-        self._log.delete(self._own_checkpoint(request, owner))
+    def _delete(self, request: OwnerRequest) -> Response:
+        self._log.delete(self._own_checkpoint(request))
         return json_response({})
 
-    def _set_ttl(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._own_checkpoint(request, owner)
-        fields = JsonFields.parse(body)
-        seconds = fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
+    def _set_ttl(self, request: OwnerRequest) -> Response:
+        row = self._own_checkpoint(request)
+        seconds = request.fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
         self._ledger.set_expiry(row["path"], seconds)
         return json_response({})
 
-    def _publish(self, request: Request, owner: str, body: bytes) -> Response:
-        path = self._own_checkpoint(request, owner)["path"]
-        self._ledger.set_public(path, request.method == "POST")
+    def _publish(self, request: OwnerRequest) -> Response:
+        path = self._own_checkpoint(request)["path"]
+        self._ledger.set_public(path, request.http.method == "POST")
         return json_response({})
 
-    def _list_sessions(self, request: Request, owner: str, body: bytes) -> Response:
-        rows = self._ledger.sessions(owner, *_page(request))
+    def _list_sessions(self, request: OwnerRequest) -> Response:
+        rows = self._ledger.sessions(request.owner, *_page(request))
         return json_response({"sessions": [row["id"] for row in rows]})
 
-    def _get_session(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._rows.session(request.path_params["session"], owner)
+    def _get_session(self, request: OwnerRequest) -> Response:
+        row = self._rows.session(request.path["session"], request.owner)
         session = {
             "training_run_ids": [child["id"] for child in self._ledger.models_of(row["id"])],
             "sampler_ids": [child["id"] for child in self._ledger.samplers_of(row["id"])],
@@ -127,14 +125,14 @@ class RunRoutes:
         }
         return json_response(session)
 
-    def _get_sampler(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._rows.sampler(request.path_params["sampler"], owner)
+    def _get_sampler(self, request: OwnerRequest) -> Response:
+        row = self._rows.sampler(request.path["sampler"], request.owner)
         sampler = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
         return json_response(sampler)
 
-    def _weights_info(self, request: Request, owner: str, body: bytes) -> Response:
-        path = JsonFields.parse(body).get("tinker_path", str)
-        model = self._ledger.model(self._rows.weights(path, owner)["model"])
+    def _weights_info(self, request: OwnerRequest) -> Response:
+        path = request.fields.get("tinker_path", str)
+        model = self._ledger.model(self._rows.weights(path, request.owner)["model"])
         spec = spec_of(model)
         told = {
             "base_model": model["base"] if model else "",
@@ -148,27 +146,27 @@ class RunRoutes:
 
     # Downloads
 
-    def _urls(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._own_checkpoint(request, owner)
+    def _urls(self, request: OwnerRequest) -> Response:
+        row = self._own_checkpoint(request)
         if row["kind"] != "external_weights":
             raise RequestError(f"{row['path']} is no export: call save_weights_external first")
-        expires = int(time.time()) + _SECONDS
+        expires, url = int(time.time()) + _SECONDS, request.http.url
         folder = Path(row["folder"])
         urls = {}
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = file.relative_to(folder).as_posix()
             link = f"{self._api}/files/{expires}/{self._sign(expires, row['path'], name)}"
             query = f"checkpoint={quote(row['path'], safe='')}&file={quote(name, safe='')}"
-            urls[name] = f"{request.url.scheme}://{request.url.netloc}{link}?{query}"
+            urls[name] = f"{url.scheme}://{url.netloc}{link}?{query}"
         return json_response({"urls": urls, "expires": _time(expires)})
 
-    def download(self, request: Request, owner: str, body: bytes) -> Response:
+    def download(self, request: OwnerRequest) -> Response:
         """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
-        path = request.query_params.get("checkpoint", "")
-        name = request.query_params.get("file", "")
-        expires = request.path_params["expires"]
+        query = request.http.query_params
+        path, name = query.get("checkpoint", ""), query.get("file", "")
+        expires = request.path["expires"]
         signed = self._sign(expires, path, name)
-        if not hmac.compare_digest(signed.encode(), request.path_params["signature"].encode()):
+        if not hmac.compare_digest(signed.encode(), request.path["signature"].encode()):
             raise HttpError(403, "the link is not valid: ask for another")
         row = self._ledger.checkpoint(path)
         if expires < time.time() or row is None:
@@ -206,11 +204,11 @@ def _time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
-def _page(request: Request) -> tuple[int, int]:
+def _page(request: OwnerRequest) -> tuple[int, int]:
     """Returns limit and offset of a request for a list."""
     numbers = []
     for name, usual, most in (("limit", 20, 1000), ("offset", 0, 10**9)):
-        text = request.query_params.get(name, str(usual))
+        text = request.http.query_params.get(name, str(usual))
         if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
             raise RequestError(f"{name} is to be an integer, {most} at most")
         numbers.append(int(text))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from train.serve.protocol.engine import EngineProtocol
@@ -22,7 +21,7 @@ from train.serve.protocol.requests import (
 )
 from train.serve.routes.errors import json_response, wait_disconnect
 from train.serve.routes.tinker import commands
-from train.serve.routes.tinker.bodies import Endpoint, JsonFields
+from train.serve.routes.tinker.bodies import Endpoint, OwnerRequest
 from train.serve.routes.tinker.owner_rows import TinkerParts
 
 
@@ -117,43 +116,46 @@ class SamplingRoutes:
             ("retrieve_future", "POST", self._retrieve),
         ]
 
-    def _create_sampling_session(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = JsonFields.parse(body)
-        session = self._rows.open_session(fields.get("session_id", str), owner)
+    def _create_sampling_session(self, request: OwnerRequest) -> Response:
+        fields = request.fields
+        session = self._rows.open_session(fields.get("session_id", str), request.owner)
         number = fields.get("sampling_session_seq_id", int, least=0)
         sampler = f"{session}:sample:{number}"
-        base, path, folder = self._source(fields, owner)
-        facts = {"session": session, "owner": owner, "base": base, "path": path, "folder": folder}
-        self._ledger.add_sampler(sampler, **facts)
+        base, path, folder = self._source(request)
+        self._ledger.add_sampler(
+            sampler, session=session, owner=request.owner, base=base, path=path, folder=folder
+        )
         return json_response({"type": "create_sampling_session", "sampling_session_id": sampler})
 
-    def _source(self, fields: JsonFields, owner: str) -> tuple[str, str | None, str | None]:
+    def _source(self, request: OwnerRequest) -> tuple[str, str | None, str | None]:
         """Returns the base, the path and the folder that a client wants to sample from."""
+        fields = request.fields
         if (path := fields.get("model_path", str, None)) is None:
             return self._rows.base_name(fields.get("base_model", str)), None, None
-        row = self._rows.weights(path, owner)
+        row = self._rows.weights(path, request.owner)
         return self._rows.base_of(row, fields.get("base_model", str, None)), path, row["folder"]
 
-    def _sample(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = JsonFields.parse(body)
+    def _sample(self, request: OwnerRequest) -> Response:
+        fields = request.fields
         if (sampler := fields.get("sampling_session_id", str, None)) is not None:
-            row = self._rows.sampler(sampler, owner)
+            row = self._rows.sampler(sampler, request.owner)
             request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
-            path, folder, client = row["path"], row["folder"], Client(owner, row["session"])
+            path, folder, client = row["path"], row["folder"], Client(request.owner, row["session"])
             if path is not None and not Path(folder).exists():
                 raise RequestError(f"{path} was deleted or overwritten: sample from another")
         else:
-            _, path, folder = self._source(fields, owner)
-            request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
+            _, path, folder = self._source(request)
+            request_id, client = f"{uuid.uuid4()}:sample", Client(request.owner)
         self._ledger.hear(client.session)
         name = None if folder is None else self._log.name(folder)
         sample, encode = commands.sample_of(fields, self._engine.facts, name)
         sample = dataclasses.replace(sample, client=client)
         work = partial(self._adoption.sample, sample, folder)
-        self._futures.start(request_id, owner, work, encode, client.session)
+        self._futures.start(request_id, request.owner, work, encode, client.session)
         sequences = [f"{request_id}:{index}" for index in range(sample.n)]
         return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
 
-    async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
-        request_id = JsonFields.parse(body).get("request_id", str)
-        return await self._futures.poll(request_id, owner, partial(wait_disconnect, request))
+    async def _retrieve(self, request: OwnerRequest) -> Response:
+        request_id = request.fields.get("request_id", str)
+        gone = partial(wait_disconnect, request.http)
+        return await self._futures.poll(request_id, request.owner, gone)
