@@ -1,6 +1,7 @@
 """A reward model from its pairs to the rewards of `train.grpo`, and bad input."""
 
 import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import jax
@@ -172,9 +173,11 @@ def test_long_texts_are_shortened_and_said_to_be_so_once(drawn, capsys):
 def test_it_stands_beside_other_rewards(whole, learned):
     prompts, texts = ["pq", "pq", "rs", "rs"], ["abc", "xyz", "cab", "zyx"]
     ids = [tokenizer(None)(text)["input_ids"] for text in texts]
-    with find_rewards([str(whole), "length"], [1.0, -2.0], columns=[], max_tokens=6) as rewards:
+    with closing(
+        find_rewards([str(whole), "length"], [1.0, -2.0], columns=[], max_tokens=6)
+    ) as rewards:
         assert rewards.names == [whole.name, "length"]
-        found = rewards(prompts, texts, ids, {}, group=2)
+        found = rewards(RewardBatch(prompts, texts, ids, {}, 2))
     values = scored(learned, prompts, texts)
     np.testing.assert_allclose(found.by_name[whole.name], values)
     np.testing.assert_allclose(found.total, values - 2 * 0.5, rtol=1e-6)

@@ -52,7 +52,6 @@ from train.processes.session import Session
 from train.run.intrinsic import merge_trained, moves_weights, space_of
 from train.run.log import doing
 from train.run.output import CONFIG, remove_empty
-from train.run.task import Task
 from train.settings.command import read_line
 from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
@@ -245,10 +244,6 @@ def _check_examples(asked: CompareConfig) -> None:
         )
 
 
-def _unchanged(task: Task) -> Task:
-    return task
-
-
 class _BesideRewards(NamedTuple):
     """The scripts of a comparison, with the measures that only one by rewards has.
 
@@ -278,7 +273,7 @@ class _BesideRewards(NamedTuple):
         prompts = HeldOutPrompts(config, script.task_of(config))
         session.release.callback(prompts.read.data.close)
         divergence = BaseDivergence() if asked.kl else None
-        measured_in = divergence.measured_in if divergence else _unchanged
+        measured_in = divergence.measured_in if divergence else lambda task: task
         examples = None
         if rows is not None:
             completed = supervised_options(config, rows)

@@ -51,6 +51,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     """
     asked, console, outline = sweep.asked, sweep.console, inputs.read.outline
     first = sweep.trials[0]
+    best_value = f"highest {first.task.score}" if first.by_score else "lowest held-out loss"
     # Runs on --demonstrations hold out no prompts of their own.
     rewarded = max(sweep.trials, key=lambda trial: trial.most_questions or 0)
     # The options of an adapter's run, if there is one: over the base as it is.
@@ -77,7 +78,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             date=sweep.record.date,
             versions=versions(),
             outside=text,
-            rule=rule(f"the {_best_value(first)}") if asked.early_stopping else None,
+            rule=rule(f"the {best_value}") if asked.early_stopping else None,
             baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
             by_score=first.by_score,
             eval_questions=getattr(rewarded.config.run, "eval_questions", None),
@@ -107,10 +108,6 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         length = inputs.read.data.facts["sequence_length"]
         comparison = _add_plans(comparison, asked.topology, best, sweep, length)
     return comparison
-
-
-def _best_value(trial: Trial) -> str:
-    return f"highest {trial.task.score}" if trial.by_score else "lowest held-out loss"
 
 
 def _baselines(trial: Trial) -> dict[str, float]:

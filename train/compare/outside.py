@@ -1,6 +1,5 @@
 """Forgetting: a language model's loss on text outside the task, before and after training."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.training.losses import summed_loss
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, read_user_file
 
 OFF = "off"
 _ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens
@@ -31,9 +30,7 @@ def read_text(asked: str | None) -> tuple[str, str] | None:
         return None
     if asked is None:
         return _documentation(), "Python's documentation of its language"
-    unreadable = f"--outside {asked}: the file cannot be read as text: "
-    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
-        return Path(asked).expanduser().read_text(encoding="utf-8"), asked
+    return read_user_file(asked, f"--outside {asked}: the file cannot be read as text: "), asked
 
 
 def knows(tokenizer: Tokenizer, text: str) -> bool:

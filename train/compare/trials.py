@@ -158,7 +158,7 @@ def trials_of(
     compare: CompareConfig,
     folder: Path,
     reader: InputReader,
-    examples: tuple[ComparedScript, Options] | None = None,
+    examples: tuple[ComparedScript, Options] | None,
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_jax.buckets.copies import shown
@@ -21,6 +22,16 @@ _QUOTED_PATH = re.compile(r"""(["'])(/(?:(?!\1).)+)\1""")
 
 class UserError(TrainingError):
     """A request that cannot be met; the message says what to do instead."""
+
+
+def read_user_file(path: str | Path, problem: str) -> str:
+    """Returns the text of a user's file.
+
+    Raises:
+      UserError: the file cannot be read, or is not UTF-8; the message begins with the problem.
+    """
+    with as_user_errors(OSError, UnicodeDecodeError, prefix=problem):
+        return Path(path).expanduser().read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -45,6 +45,20 @@ def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[
         partial.unlink(missing_ok=True)
 
 
+def check_other(output: str | None, source: str | None, option: str, of_source: str) -> None:
+    """Raises a UserError if a command would write the very file that it reads.
+
+    Args:
+      output, source: the files; None for none.
+      option, of_source: the options that name them.
+    """
+    if output is None or source is None:
+        return
+    written, read = Path(output).expanduser(), Path(source).expanduser()
+    if written.exists() and read.exists() and written.samefile(read):
+        raise UserError(f"{option} {output} is the file of {of_source}: name another")
+
+
 def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
     """Raises a UserError if a file is there and must not be replaced, or is a folder."""
     path = Path(out).expanduser()

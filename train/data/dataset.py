@@ -36,11 +36,6 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
     return pairs
 
 
-def pairs_in_rows(rows: Sequence[Row], pairs: Pairs) -> Pairs:
-    """Returns the pairs whose fields the first row has."""
-    return [pair for pair in pairs if rows and pair[1] in rows[0]]
-
-
 def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     """Returns rows with their fields renamed.
 
@@ -164,7 +159,7 @@ def find_dataset(
         table = read_rows(name, split=split, subset=subset)[:rows]
         row_pairs = pairs
         if used is not None:
-            row_pairs = pairs_in_rows(table, pairs)
+            row_pairs = [pair for pair in pairs if table and pair[1] in table[0]]
             used.update(field for _, field in row_pairs)
         table = rename_fields(table, row_pairs, name)
         check(table, name)

@@ -119,7 +119,8 @@ def examine(options: DoctorOptions) -> DoctorReport:
     report.add(
         "disks", *storage.examine_disks({"output": output, "caches": caches["tokens"].parent})
     )
-    report.add("caches", storage.describe_caches(caches), [])
+    sizes = {name: f"{folder} ({storage.size_of(folder)})" for name, folder in caches.items()}
+    report.add("caches", sizes, [])
     report.add("hub", *hub.examine_hub(os.environ))
     if options.model is not None:
         report.add("fits", *examine_fits(options.model, now.found))

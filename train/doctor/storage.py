@@ -52,11 +52,6 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
     return facts, troubles
 
 
-def describe_caches(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Returns the folders of caches with their sizes."""
-    return {name: f"{folder} ({size_of(folder)})" for name, folder in folders.items()}
-
-
 def size_of(folder: Path, seconds: float = _SECONDS) -> str:
     """Returns the size of a folder's files in words, as far as they are added up in some time."""
     if not os.path.isdir(folder):

@@ -39,7 +39,7 @@ class Repository:
     has_own_card: bool = False
 
 
-def find_repository(name: str, *, private: bool = False, overwrite: bool = False) -> Repository:
+def find_repository(name: str, *, private: bool, overwrite: bool) -> Repository:
     """Returns the repository of a name, once the hub has said that it may be written.
 
     Args:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -24,7 +23,7 @@ from lora_jax.models.sampling.grammar import CompiledGrammar, GrammarCompiler, G
 from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.vision.pictures import image_inputs
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors, read_user_file
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.pretrained import ModelInfo, end_tokens
@@ -269,8 +268,7 @@ def read_schema(file: str, outline: ModelInfo) -> CompiledGrammar:
     option = f"--schema {file}: "
     if not end_tokens(outline):
         raise UserError(f"{option}no token of the model ends an answer, as the schema needs")
-    with as_user_errors(OSError, UnicodeDecodeError, prefix=option):
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+    text = read_user_file(file, option)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.help import HelpPage
+from train.console.output import check_other
 from train.options.command import parse_options
 from train.options.common import Attention
 from train.options.paths import Place, Words
@@ -116,11 +116,7 @@ def check(options: GenerateOptions, named_options: frozenset[str] = frozenset())
         raise UserError("--stop '': an empty text would end every answer before it begins")
     if any(not prompt.strip() for prompt in options.prompt):
         raise UserError("--prompt: one of the prompts is empty: leave it out")
-    if options.output is not None and options.prompts is not None:
-        output = Path(options.output).expanduser()
-        source = Path(options.prompts).expanduser()
-        if output.exists() and source.exists() and output.samefile(source):
-            raise UserError(f"--output {options.output} is the file of --prompts: name another")
+    check_other(options.output, options.prompts, "--output", "--prompts")
     if options.attention in ("splash", "flash", "cudnn"):
         raise UserError(
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "

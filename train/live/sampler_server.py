@@ -207,7 +207,8 @@ class SamplerServer:
         told = choice.get("logprobs")
         logps = told.get("token_logprobs") if isinstance(told, dict) else None
         logps = logps if isinstance(logps, list) else []
-        if len(logps) != len(ids) or not all(map(_is_number, logps)):
+        numbers = [x for x in logps if isinstance(x, int | float) and -1e4 < x < 1e-3]
+        if not len(numbers) == len(logps) == len(ids):
             n = len(logps)
             raise self._error(
                 f"it returns log-probabilities of {n} tokens where it drew {len(ids)}: "
@@ -320,10 +321,6 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and -1e4 < value < 1e-3
 
 
 def _message(text: str) -> str:

@@ -35,11 +35,13 @@ def print_plans(
     codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
     products = facts["collective_matmul"]
     products = f"collective matmul: {products}, " if products else ""
+    chunk = facts["loss_chunk"]
+    predictions = f"{chunk:,} predictions at a time" if chunk else "all predictions at once"
     devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
     console.print(
         f"{facts['model']} on {facts['topology']} ({devices}), "
         f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
-        f"{products}the head: {_rows_of_head(facts['loss_chunk'])}, "
+        f"{products}the head: {predictions}, "
         f"optimizer: {facts['optimizer']}; compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,
@@ -94,10 +96,6 @@ def print_plans(
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
     for note in (*facts["remarks"], _notes(facts, to_host), *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
-
-
-def _rows_of_head(chunk: int) -> str:
-    return f"{chunk:,} predictions at a time" if chunk else "all predictions at once"
 
 
 def _mark(made: Plan) -> str:

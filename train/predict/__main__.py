@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TextIO
 
 import numpy as np
@@ -20,7 +19,7 @@ from lora_jax.models import VisionConfig
 from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
 from train.console.help import HelpPage
-from train.console.output import opened
+from train.console.output import check_other, opened
 from train.console.progress import progress_of
 from train.options.command import parse_options
 from train.options.field import given_options
@@ -152,11 +151,7 @@ def check(options: PredictOptions, named_options: frozenset[str] = frozenset()) 
         raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
     if options.seq_len is not None and options.seq_len < 3:
         raise UserError(f"--seq-len {options.seq_len}: at least 3 is needed")
-    if options.out is not None and options.input is not None:
-        out = Path(options.out).expanduser()
-        source = Path(options.input).expanduser()
-        if out.exists() and source.exists() and out.samefile(source):
-            raise UserError(f"--out {options.out} is the file of --input: name another")
+    check_other(options.out, options.input, "--out", "--input")
 
 
 def read_inputs(

@@ -43,15 +43,6 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
       Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
     """
 
-    def judge() -> RewardTotals:
-        return rewards(
-            *batch[:4],
-            group=batch.group,
-            state=batch.state,
-            chats=batch.chats,
-            earned=batch.earned,
-        )
-
     def as_json(totals: RewardTotals) -> dict[str, Any]:
         for line in totals.said:
             tell(console, f"warning: {line}")
@@ -63,7 +54,7 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
             "extra": totals.extra,
         }
 
-    answer = hosts.ask_first_process(judge, as_json, stop)
+    answer = hosts.ask_first_process(lambda: rewards(batch), as_json, stop)
     total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
     return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
 

@@ -25,7 +25,6 @@ from train.predict.classifier import Classifier
 from train.predict.texts import TokenizedTexts
 from train.rewards.functions import Workers
 from train.rewards.reward import (
-    EarnedReward,
     Reward,
     RewardBatch,
     RewardValues,
@@ -87,7 +86,7 @@ class RewardTotals(NamedTuple):
 
 
 class Rewards:
-    """Rewards and their weights; a context that ends the processes which they need.
+    """Rewards and their weights; `close` ends the processes which they need.
 
     Attributes:
       names: the rewards' names.
@@ -102,37 +101,17 @@ class Rewards:
         self._reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
         self._was_silent = False
 
-    def __enter__(self) -> "Rewards":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Ends the processes."""
         for reward in self._rewards.values():
             reward.close()
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Any]],
-        *,
-        group: int,
-        state: Mapping[str, Any] | None = None,
-        chats: Sequence[Sequence[Mapping[str, Any]]] = (),
-        earned: Sequence[EarnedReward] = (),
-    ) -> RewardTotals:
-        """Returns the rewards of completions; see `RewardBatch` for what is given."""
-        batch = RewardBatch(
-            prompts, completions, completion_ids, columns, group, state or {}, chats, earned
-        )
+    def __call__(self, batch: RewardBatch) -> RewardTotals:
+        """Returns the rewards of completions."""
         answers = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([answer.values for answer in answers.values()])  # [rewards, n]
-        if earned:
-            values[:, [reward.is_lost for reward in earned]] = np.nan
+        if batch.earned:
+            values[:, [reward.is_lost for reward in batch.earned]] = np.nan
         has_failed = np.isinf(values)
         values = np.where(has_failed, np.float32(np.nan), values)
         has_opinion = ~np.isnan(values)

@@ -7,7 +7,7 @@ task that differs from another in some of its functions is made by ``dataclasses
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -21,7 +21,6 @@ from train.console.errors import UserError
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.processes.session import Session
-from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo
 
 
@@ -113,14 +112,6 @@ class ModelContext(EvaluationContext):
     plain: Any
     ready: TrainingStart
     takes_from_base: bool
-
-
-@runtime_checkable
-class RolloutFeed(Protocol):
-    """Batches of completions that a run draws itself."""
-
-    def fresh(self) -> Sequence[Sample]:
-        """Returns the completions that were drawn since it was last asked."""
 
 
 class EvaluatedModel(NamedTuple):

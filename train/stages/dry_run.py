@@ -33,6 +33,7 @@ from train.processes import hosts
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.rewards.ask import columns_of
+from train.rewards.reward import RewardBatch
 from train.run.costs import byte_size
 from train.run.log import doing
 from train.run.output import state_of
@@ -147,16 +148,17 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     row, group = feed.prompts.rows[0], feed.config.data.group
     chat = [{"role": "assistant", "content": COMPLETION}]
     ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
-    began = time.perf_counter()
-    totals = feed.rewards(
-        [feed.prompts.asked(0)] * group,
-        [COMPLETION] * group,
-        [ids] * group,
-        columns_of([row] * group, feed.prompts.columns),
+    batch = RewardBatch(
+        prompts=[feed.prompts.asked(0)] * group,
+        completions=[COMPLETION] * group,
+        completion_ids=[ids] * group,
+        columns=columns_of([row] * group, feed.prompts.columns),
         group=group,
         state=feed.progress(0),
         chats=() if feed.tools is None else [chat] * group,
     )
+    began = time.perf_counter()
+    totals = feed.rewards(batch)
     took = time.perf_counter() - began
     say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(took)}:")
     for name, values in totals.by_name.items():

@@ -17,7 +17,7 @@ from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors, read_user_file
 from train.data.lines import mixture_lines
 from train.data.remarks import turn_remarks
 from train.data.text_files import parsed
@@ -271,9 +271,7 @@ def _read(given: Sequence[str]) -> list[Chat]:
         return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
     check_local("sample_prompts", files)
     path = Path(files[0]).expanduser()
-    unreadable = f"--sample-prompts: {path} cannot be read: "
-    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_user_file(path, f"--sample-prompts: {path} cannot be read: ").splitlines()
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise UserError(f"--sample-prompts: {path} is empty")

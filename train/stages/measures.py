@@ -9,12 +9,11 @@ from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
+from train.live.prompts import PromptFeed
 from train.reporters.contract import Sample
 from train.run.complete import answer_prompts
 from train.run.log import SAMPLED, QuietLog, RunLog
-from train.run.pretrained import ModelInfo
-from train.run.task import EvaluatedModel, Evaluation, RolloutFeed
-from train.stages.inputs import SamplePrompts
+from train.run.task import EvaluatedModel, Evaluation
 from train.stages.types import OpenedRun
 
 _COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
@@ -42,21 +41,6 @@ def score(evaluation: Evaluation, evaluated: EvaluatedModel, stop: Stop) -> dict
         return evaluation.score(evaluated, progress)
     except (_Cut, Dropped):
         return None
-
-
-def sample(
-    prompts: SamplePrompts, new_tokens: int, outline: ModelInfo, evaluated: EvaluatedModel
-) -> list[Sample]:
-    """Returns the model's greedy answers to prompts.
-
-    Args:
-      prompts: the prompts.
-      new_tokens: the most tokens of an answer.
-      outline: the model's outline.
-      evaluated: a decoder.
-    """
-    answers = answer_prompts(evaluated, outline, prompts.tokens, new_tokens=new_tokens)
-    return [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
 
 
 def make_measures(
@@ -87,7 +71,7 @@ def make_measures(
             return score(evaluation, trained_model(state), run.stop)
 
         yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
-    if isinstance(inputs.feed, RolloutFeed):
+    if isinstance(inputs.feed, PromptFeed):
         rolling, updates = inputs.feed, getattr(run.config.optim, "updates", 1)
 
         def completed(state: State) -> dict[str, float]:
@@ -99,11 +83,14 @@ def make_measures(
 
         yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
     if prompts := inputs.prompts:
-        tokens, outline = asked.sample_tokens, inputs.read.outline
+        outline = inputs.read.outline
 
         def sampled(state: State) -> dict[str, float]:
-            answers = sample(prompts, tokens, outline, trained_model(state))
-            log.sampled(int(state.step), answers)
+            answers = answer_prompts(
+                trained_model(state), outline, prompts.tokens, new_tokens=asked.sample_tokens
+            )
+            samples = [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
+            log.sampled(int(state.step), samples)
             return {}
 
         yield PeriodicMeasure(every=asked.sample_every, prefix=SAMPLED, take=sampled)

@@ -185,8 +185,17 @@ def question_scores(scores: Mapping[str, Any]) -> list[float]:
     return [float(right) for results in scores.get("right", {}).values() for right in results]
 
 
+# How each task over SQL is evaluated.
+_SCORING: dict[str, Any] = {
+    "evaluation": evaluation,
+    "score": "accuracy",
+    "baselines": baselines,
+    "score_error": accuracy_error,
+    "question_scores": question_scores,
+}
 TASK = dataclasses.replace(
     chats.TASK,
+    **_SCORING,
     defaults=Defaults(
         model=SMOLLM2.name,
         alpha=10.0,
@@ -199,12 +208,7 @@ TASK = dataclasses.replace(
     check=check,
     rows=read_rows,
     examples=examples,
-    evaluation=evaluation,
     reads=reads_all,  # the questions are drawn by --seed, as many as 35 steps see
-    score="accuracy",
-    baselines=baselines,
-    score_error=accuracy_error,
-    question_scores=question_scores,
     most_questions=lambda config, rows: _MOST_QUESTIONS,
 )
 
@@ -233,13 +237,11 @@ def _pairs(examples: list[SqlExample]) -> list[Row]:
 
 PAIRS = dataclasses.replace(
     pairs.TASK,
+    **_SCORING,
     defaults=dataclasses.replace(TASK.defaults, lr=2e-4, full_lr=2e-5),
     check=check,
     rows=read_pairs,
-    evaluation=evaluation,
     reads=lambda config: ("loss", *OF_SHARING, *TASK.reads(config)),
-    score=TASK.score,
-    baselines=TASK.baselines,
 )
 
 
@@ -310,6 +312,7 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
 
 REWARDS = dataclasses.replace(
     prompts.TASK,
+    **_SCORING,
     defaults=dataclasses.replace(
         TASK.defaults, lr=5e-5, full_lr=5e-6, steps=100, max_new_tokens=sql_scores.NEW_TOKENS
     ),
@@ -318,20 +321,13 @@ REWARDS = dataclasses.replace(
     begin=begin_with_sql,
     rows=read_prompts,
     examples=prompt_examples,
-    evaluation=evaluation,
-    score=TASK.score,
-    baselines=TASK.baselines,
-    score_error=TASK.score_error,
-    question_scores=TASK.question_scores,
     most_questions=TASK.most_questions,
 )
 
 DISTILLATION = dataclasses.replace(
     distillation.TASK,
+    **_SCORING,
     defaults=dataclasses.replace(REWARDS.defaults, lr=1e-4, full_lr=1e-5),
     check=check,
     rows=read_prompts,
-    evaluation=evaluation,
-    score=TASK.score,
-    baselines=TASK.baselines,
 )

@@ -51,7 +51,7 @@ class CallReader:
       n: the number of calls so far.
     """
 
-    def __init__(self, form: CallFormat, tools: Tools = (), *, shows_malformed: bool = False):
+    def __init__(self, form: CallFormat, tools: Tools, *, shows_malformed: bool = False):
         """Begins an answer.
 
         Args:

@@ -1,10 +1,13 @@
 """Sums: each once, the held-out ones apart, and the reward of an answer."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
 from train.environments.arithmetic import HELD_OUT, rows
 from train.rewards.find import find_rewards
+from train.rewards.reward import RewardBatch
 
 
 def test_all_sums_are_trained_on_or_held_out_and_answers_are_right():
@@ -31,6 +34,7 @@ def test_seeds_order_the_rows_and_all_come_before_one_comes_again():
     [("62", 1), (" 62\n", 1), ("62.", 0), ("162", 0), ("6", 0), ("", 0), ("062", 0), ("62=", 0)],
 )
 def test_the_reward_is_of_the_answer_alone(text, reward):
-    with find_rewards(["arithmetic"], columns=["answer"], max_tokens=4) as found:
-        scored = found(["37+25="] * 2, [text, "x"], [[1], [2]], {"answer": ["62"] * 2}, group=2)
+    with closing(find_rewards(["arithmetic"], columns=["answer"], max_tokens=4)) as found:
+        columns = {"answer": ["62"] * 2}
+        scored = found(RewardBatch(["37+25="] * 2, [text, "x"], [[1], [2]], columns, 2))
     np.testing.assert_array_equal(scored.total, [reward, 0])

@@ -3,6 +3,7 @@
 import logging
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from tests.support import over
 from train.console.errors import UserError
 from train.rewards.find import find_rewards
+from train.rewards.reward import RewardBatch
 
 N, GROUP = 6, 3
 PROMPTS, TEXTS = [f"prompt {i // GROUP}" for i in range(N)], ["a" * (1 + i) for i in range(N)]
@@ -26,8 +28,8 @@ def write(code: str, name: str = "mine.py") -> Path:
 
 
 def score(*specs: str):
-    with find_rewards(specs, columns=[*COLUMNS], max_tokens=10, workers=2) as rewards:
-        return rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP, state=STATE)
+    with closing(find_rewards(specs, columns=[*COLUMNS], max_tokens=10, workers=2)) as rewards:
+        return rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP, STATE))
 
 
 def test_each_completion_has_its_fact():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from tests.support import over
 from train.console.errors import UserError
 from train.rewards.find import find_rewards
+from train.rewards.reward import RewardBatch
 
 N, GROUP = 12, 3
 PROMPTS = [f"prompt {i // GROUP}" for i in range(N)]
@@ -34,8 +36,8 @@ def find(*specs: str, weights=None, **options):
 
 
 def score(*specs: str, weights=None, prompts=PROMPTS, **options):
-    with find(*specs, weights=weights, **options) as rewards:
-        return rewards(prompts, TEXTS, IDS, COLUMNS, group=GROUP)
+    with closing(find(*specs, weights=weights, **options)) as rewards:
+        return rewards(RewardBatch(prompts, TEXTS, IDS, COLUMNS, GROUP))
 
 
 def alive(pid: int) -> bool:
@@ -192,11 +194,11 @@ def test_what_fails_is_counted_by_kind_and_is_no_zero():
             return level
         """
     )
-    with find("mine.py:of_kind", "mine.py:leaves", "length", seconds=1.0) as rewards:
+    with closing(find("mine.py:of_kind", "mine.py:leaves", "length", seconds=1.0)) as rewards:
         start = time.monotonic()
-        scored = rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP)
+        scored = rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP))
         assert time.monotonic() - start < 10
-        again = rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP)
+        again = rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP))
     nan = np.nan
     np.testing.assert_array_equal(scored.by_name["of_kind"], [*[nan] * 8, 2, *[nan] * 3])
     np.testing.assert_array_equal(scored.by_name["leaves"], [*[nan] * 9, 9, 10, 11])
@@ -250,8 +252,8 @@ def test_a_function_that_hangs_is_ended_with_what_it_started_and_replaced():
             return [os.getpid()] * len(level)
         """
     )
-    with find("mine.py:hangs", seconds=1.5, workers=1) as rewards:
-        scored = rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP)
+    with closing(find("mine.py:hangs", seconds=1.5, workers=1)) as rewards:
+        scored = rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP))
         pids = [int(pid) for pid in Path("pids").read_text().split()]
         assert all(map(ends, pids))
         assert scored.failures == {"hangs": {"timeout": 3}}
@@ -264,10 +266,10 @@ def test_a_function_that_hangs_is_ended_with_what_it_started_and_replaced():
 @pytest.mark.slow
 def test_groups_are_judged_at_the_same_time():
     write("import time\ndef slow(level):\n    time.sleep(1)\n    return level")
-    with find("mine.py:slow", workers=4) as rewards:
-        rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP)  # starts the processes
+    with closing(find("mine.py:slow", workers=4)) as rewards:
+        rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP))  # starts the processes
         start = time.monotonic()
-        rewards(PROMPTS, TEXTS, IDS, COLUMNS, group=GROUP)
+        rewards(RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP))
         assert time.monotonic() - start < 3  # 4 in a row
 
 
@@ -364,7 +366,9 @@ def test_no_process_is_left_however_the_script_ends(how):
     script = write(
         f"""
         import os, signal, threading, time
+        from contextlib import closing
         from train.rewards.find import find_rewards
+        from train.rewards.reward import RewardBatch
 
         # It is ignored by what a shell starts in the background, tests too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -381,8 +385,9 @@ def test_no_process_is_left_however_the_script_ends(how):
         if __name__ == "__main__":
             n = {N}
             threading.Thread(target=end, daemon=True).start()
-            with find_rewards(["mine.py:hangs"], columns=["level"], max_tokens=1, workers=2) as r:
-                r(["a"] * n, ["b"] * n, [[1]] * n, {{"level": [*range(n)]}}, group=2)
+            options = {{"columns": ["level"], "max_tokens": 1, "workers": 2}}
+            with closing(find_rewards(["mine.py:hangs"], **options)) as r:
+                r(RewardBatch(["a"] * n, ["b"] * n, [[1]] * n, {{"level": [*range(n)]}}, 2))
         """,
         "script.py",
     )

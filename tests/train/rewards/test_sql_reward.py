@@ -4,6 +4,7 @@ import random
 import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from train.environments.sql.guard import ERROR, REFUSED, TIMEOUT
 from train.environments.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
 from train.environments.sql.schemas import SCHEMAS
 from train.rewards.find import find_rewards
+from train.rewards.reward import RewardBatch
 
 EXAMPLES = training_examples(60, seed=3)
 ONE = EXAMPLES[0]
@@ -25,8 +27,8 @@ ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELEC
 def rewards(texts, examples, name="sql"):
     columns = {"schema": [e.schema for e in examples], "gold": [e.sql for e in examples]}
     n = len(texts)
-    with find_rewards([name], columns=[*columns], max_tokens=1) as found:
-        return found([None] * n, texts, [[1]] * n, columns, group=1)
+    with closing(find_rewards([name], columns=[*columns], max_tokens=1)) as found:
+        return found(RewardBatch([None] * n, texts, [[1]] * n, columns, 1))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +115,9 @@ def test_hundreds_take_a_second_and_equal_ones_are_run_once(monkeypatch):
 
 def test_a_gold_query_that_does_not_run_is_an_error_of_the_user():
     for schema, gold in (("absent", "SELECT 1"), (ONE.schema, "SELECT absent")):
-        with find_rewards(["sql"], columns=["schema", "gold"], max_tokens=1) as found:
+        with closing(find_rewards(["sql"], columns=["schema", "gold"], max_tokens=1)) as found:
             with pytest.raises(UserError, match="--reward sql: "):
-                found([0], ["SELECT 1"], [[1]], {"schema": [schema], "gold": [gold]}, group=1)
+                columns = {"schema": [schema], "gold": [gold]}
+                found(RewardBatch([0], ["SELECT 1"], [[1]], columns, 1))
     with pytest.raises(UserError, match="needs the column 'schema'"):
         find_rewards(["sql"], columns=["gold"], max_tokens=1)

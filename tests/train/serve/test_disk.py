@@ -261,7 +261,7 @@ def test_what_could_not_be_noted_before_a_kill_is_done_again_and_noted(tmp_path,
     if parked:
         client.engine.release()
         client.later(200.0)
-        client.server.log.park_silent(100.0)
+        client.server.log.parking.park_silent(100.0)
         until(lambda: not client.engine.tenants, "it is parked")
         client.step(model, 3, 0.0)
         found, steps = client, 2

@@ -121,7 +121,7 @@ def test_a_gap_that_is_not_filled_ends_the_commands_behind_it(tmp_path, parked):
     client.gradient(model, 7, bad, status=400)
     client.later(200.0)
     if parked:
-        client.server.log.park_silent(100.0)
+        client.server.log.parking.park_silent(100.0)
         until(lambda: model not in client.engine.tenants, "it is parked")
     client.later(350.0)
     young = client.step(other, 2)

@@ -59,11 +59,6 @@ def find_query(text: str) -> str | None:
     return query[: len(bare)].strip()
 
 
-def has_other_statement(text: str) -> bool:
-    """Returns True if a model's answer has a statement of another kind, such as DROP TABLE."""
-    return _OTHER.search(_answer(text)) is not None
-
-
 def _answer(text: str) -> str:
     return text.partition("<|")[0]  # text after a chat template's token is no answer
 
@@ -94,7 +89,7 @@ def judge(schema: str, gold: str, text: str) -> str:
         raise ValueError(f"there is no schema {schema!r}")
     golds, query = _gold_results(SCHEMAS[schema], gold), find_query(text)
     if query is None:
-        return REFUSED if has_other_statement(text) else NO_SQL
+        return REFUSED if _OTHER.search(_answer(text)) else NO_SQL
     results, ordered = GUARDED.run(SCHEMAS[schema], query), " ORDER BY " in gold
     if isinstance(results, str):
         return results

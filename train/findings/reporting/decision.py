@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from train.compare.reporting import tables, words
-from train.compare.reporting.gap import Gap, gap_of, with_error
+from train.compare.reporting.gap import gap_of, with_error
 from train.compare.reporting.tables import ArmRow, Criterion
 from train.compare.result import Arm, Comparison
 from train.findings.reporting import same_score
@@ -88,15 +88,12 @@ def _batch_sentence(rows: Sequence[ArmRow], arms: Sequence[Arm]) -> tuple[int, s
     open_gaps = [(name, gap) for name, gap in gaps if not gap.decides]
     separate = [f"{name} by {with_error(gap)}" for name, gap in open_gaps if gap.is_separate]
     within = [name for name, gap in open_gaps if not gap.is_separate]
+    spread_over = gaps[0][1].spread_over if gaps else ""
     clauses = [f"{words.label(top.arm, arms)} is the best, with {words.figure(top.quality.mean)}"]
     for text, names in (
-        (f"behind it, beyond the spread over {_spread_over(gaps)}, are", behind),
+        (f"behind it, beyond the spread over {spread_over}, are", behind),
         ("behind it in every seed, but not told apart by so few, are", separate),
         ("within the spread of it are", within),
     ):
         clauses += [f"{text} {', '.join(names)}"] if names else []
     return len(behind), "; ".join(clauses) + "."
-
-
-def _spread_over(gaps: Sequence[tuple[str, Gap]]) -> str:
-    return gaps[0][1].spread_over if gaps else ""

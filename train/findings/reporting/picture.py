@@ -22,7 +22,6 @@ from train.compare.reporting.pictures import (
     errors,
     plain,
 )
-from train.compare.reporting.tables import Spread
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 PICTURE = "finding.png"
@@ -82,16 +81,12 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
             axes.errorbar(numbers, means, yerr=errors(along), label=label, **style)
         for row, spread in spreads:
             if isinstance(row, str):
-                _draw_line_across(axes, spread, label, style["color"])
+                # A mean is a horizontal line, and its seeds are a band.
+                axes.axhline(spread.mean, color=style["color"], label=label)
+                axes.axhspan(spread.low, spread.high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_ylabel(plain(textwrap.fill(pivot.measure.name, _LABEL)))
     if block.title:
         axes.set_title(plain(block.title), loc="left", fontsize=11.5)
-
-
-def _draw_line_across(axes: Axes, spread: Spread, label: str, colour: str) -> None:
-    """Draws a mean as a horizontal line, and its seeds as a band."""
-    axes.axhline(spread.mean, color=colour, label=label)
-    axes.axhspan(spread.low, spread.high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _style(column: Key, columns: list[Key]) -> dict[str, Any]:

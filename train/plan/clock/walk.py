@@ -117,7 +117,9 @@ class Walk:
         computation = self.module.computations[name]
         run = _Run()
         for op in computation.values():
-            if op.opcode in _FREE or is_rare(op):
+            # A branch that runs only where tokens choose experts unevenly is rare.
+            is_rare = op.opcode == "conditional" and UNEVEN in op.op_name
+            if op.opcode in _FREE or is_rare:
                 continue
             if op.opcode in ("while", "call", "async-start"):
                 times = self.module.turns(op) if op.opcode == "while" else 1
@@ -283,11 +285,6 @@ def _size(tally: Tally) -> tuple[float, int, int]:
     """Returns the seconds of a branch; where nothing has any, its work tells which is costliest."""
     costs = tally.costs.values()
     return tally.seconds, sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
-
-
-def is_rare(op: Instruction) -> bool:
-    """Returns True for a branch that runs only where tokens choose experts unevenly."""
-    return op.opcode == "conditional" and UNEVEN in op.op_name
 
 
 def _is_start(op: Instruction) -> bool:

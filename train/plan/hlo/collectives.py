@@ -25,7 +25,7 @@ _RESHAPED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")  # a whole axis, or a part: (parts before) parts
 
 
-def collective_kind(op: Instruction, computation: str, caller: str = "") -> str | None:
+def collective_kind(op: Instruction, computation: str, caller: str) -> str | None:
     """Returns the kind of a collective, None for other instructions.
 
     Args:

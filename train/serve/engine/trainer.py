@@ -132,8 +132,7 @@ class Trainer:
         """Returns the gradient so far, the part's loss and its log-probabilities."""
         inputs = self._inputs(adapter, request, part)
         loss, p, grads_of_part = self._gradient(adapter.factors, inputs)
-        grads = grads_of_part if total is None else self._add(total, grads_of_part)
-        return grads, float(loss), np.asarray(p)
+        return self.add(total, grads_of_part), float(loss), np.asarray(p)
 
     def loss(
         self, adapter: Adapter, request: Gradient, part: TrainBatch

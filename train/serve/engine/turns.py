@@ -101,7 +101,7 @@ class TurnOrder:
 
 def parties(path: TurnPath) -> list[TurnPath]:
     """Returns the owner and the session of a path."""
-    return [path[: n + 1] for n in range(PARTY)]
+    return [*levels(path[:PARTY])]
 
 
 def levels(path: TurnPath) -> Iterator[TurnPath]:

@@ -22,8 +22,10 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
     keys: list[str] = []
     for number, recipient in enumerate(recipients, 1):
         try:
-            keys.append(_check_text(recipient))
-            _key(keys[-1])
+            if not isinstance(recipient, str):
+                raise TypeError("it is no text")
+            _key(recipient)
+            keys.append(recipient)
         except (TypeError, pyrage.RecipientError) as error:
             raise RequestError(
                 f"age_encryption_recipients, number {number}: neither a public key of age "
@@ -38,12 +40,6 @@ def encrypt(folder: Path, recipients: Sequence[str]) -> None:
     for path in sorted(folder.iterdir()):
         pyrage.encrypt_file(str(path), f"{path}{SUFFIX}", keys)
         path.unlink()
-
-
-def _check_text(recipient: object) -> str:
-    if not isinstance(recipient, str):
-        raise TypeError("it is no text")
-    return recipient
 
 
 def _key(recipient: str) -> pyrage.x25519.Recipient | pyrage.ssh.Recipient:

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, read_user_file
 from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
 
@@ -102,10 +102,8 @@ def read_keys(path: Path) -> dict[str, str]:
       UserError: the file cannot be read, holds no key, or has another line, or a key twice.
     """
     given = f"--keys {path}: "
-    with as_user_errors(OSError, UnicodeDecodeError, prefix=given):
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     keys: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_user_file(path, given).splitlines(), start=1):
         parts = line.split()
         if not parts or parts[0].startswith("#"):
             continue

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -208,7 +207,7 @@ class CommandLog:
         finally:
             self._lock.release()
 
-    def replay(self, silent: float = math.inf) -> None:
+    def replay(self, silent: float) -> None:
         """Loads each tenant's last state, and executes again what was logged since.
 
         Args:
@@ -370,10 +369,6 @@ class CommandLog:
         with self._lock:
             busy = [tenant for tenant in self._tenants.values() if not tenant.is_quiet]
         return {tenant.client.session for tenant in busy}
-
-    def park_silent(self, seconds: float) -> None:
-        """Parks the tenants of sessions that were silent for so long."""
-        self.parking.park_silent(seconds)
 
     def sweep(self, keep: float = 3600.0) -> None:
         """Removes commands that are over; call it every minute or so.

@@ -69,7 +69,8 @@ class Seats:
 
     def fits(self, client: Client) -> bool:
         """Returns True if there is room for another tenant of a client."""
-        return self._has_room() and self._has_own_room(client)
+        has_room = self._room is None or len(self._taken) < self._room
+        return has_room and self._has_own_room(client)
 
     def next(self) -> str | None:
         """Gives a free seat to the first tenant in the line that may have it; returns its name."""
@@ -92,7 +93,8 @@ class Seats:
         Args:
           quiet: tenants without work, in the order in which they may be parked.
         """
-        leaving = [name for name in self._taken if not self._stays(name)]
+        staying = (Phase.LOADING, Phase.READY)
+        leaving = [name for name, seat in self._taken.items() if seat.phase not in staying]
         before = time.monotonic() - _TURN
         since = {name: seat.since for name, seat in self._taken.items() if seat.since < before}
         candidates = (*quiet, *sorted(since, key=since.__getitem__))
@@ -106,9 +108,6 @@ class Seats:
             elif helpers := self._helpers(client, free):
                 return helpers[0]
         return None
-
-    def _stays(self, name: str) -> bool:
-        return self._taken[name].phase in (Phase.LOADING, Phase.READY)
 
     def _helpers(self, client: Client, names: Iterable[str]) -> list[str]:
         """Returns the tenants whose leaving makes room for another one of a client."""
@@ -153,9 +152,6 @@ class Seats:
         """Frees the seat of a tenant that has left the engine, or never came."""
         self._taken.pop(name, None)
         self._stuck.pop(name, None)
-
-    def _has_room(self) -> bool:
-        return self._room is None or len(self._taken) < self._room
 
     def _has_own_room(self, client: Client) -> bool:
         if self._own is None:

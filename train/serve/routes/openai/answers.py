@@ -60,7 +60,7 @@ class ChoiceBuilder:
         self,
         tokens: ServedTokenizer,
         sample: SampleRequest,
-        style: AnswerStyle = AnswerStyle(),
+        style: AnswerStyle,
     ) -> None:
         """Begins a completion."""
         self._text = CompletionText(

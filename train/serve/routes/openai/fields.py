@@ -98,7 +98,7 @@ def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
 
 
 def read_sample(
-    body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, least: int = 1
+    body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, least: int
 ) -> SampleRequest:
     """Returns the sample that a request asks for, of the base and with an empty prompt.
 
@@ -149,7 +149,7 @@ def read_room(body: Mapping[str, object], sample: SampleRequest, facts: EngineFa
 
 
 def add_prompt(
-    sample: SampleRequest, prompt: list[int], facts: EngineFacts, room: int | None = None
+    sample: SampleRequest, prompt: list[int], facts: EngineFacts, room: int | None
 ) -> SampleRequest:
     """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty.
 

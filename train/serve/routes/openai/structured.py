@@ -24,7 +24,7 @@ _NO_PARAMETERS: Mapping[str, object] = {**_OBJECT, "additionalProperties": False
 
 
 def read_grammar(
-    body: Mapping[str, object], compiler: GrammarCompiler, template: str = ""
+    body: Mapping[str, object], compiler: GrammarCompiler, template: str
 ) -> CompiledGrammar | None:
     """Returns the grammar of the answers that a request asks for; None for any answers.
 

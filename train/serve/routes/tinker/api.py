@@ -130,7 +130,7 @@ class Tinker:
             for session in idle - self.log.busy_sessions() - self.futures.busy_sessions():
                 _try(f"the end of the idle session {session}", self.end_session, session)
         _try("the search for missing commands", self.log.gaps.close, self._missing)
-        _try("the parking of tenants", self.log.park_silent, silent)
+        _try("the parking of tenants", self.log.parking.park_silent, silent)
         _try("the removal of what is over", self.log.sweep)
 
     def sweep_samples(self) -> None:
