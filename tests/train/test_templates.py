@@ -196,7 +196,8 @@ def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_
     for first, other in ((folder.run, "same"), (str(tmp_path / "plain"), "base")):
         named = generate.find_adapters([first, f"other={tmp_path / other}"])
         outline = generate.read_model_info(folder.model)
-        assert generate.outline_with_template(outline, named, None).tokenizer.chat_template
+        sources = [adapter.source for adapter in named]
+        assert generate.outline_with_template(outline, sources, None).tokenizer.chat_template
 
 
 def test_a_server_renders_the_chats_of_an_adapter_with_its_own(folder):

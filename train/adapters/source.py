@@ -211,7 +211,7 @@ class AdapterSource:
             if self.is_subspace:
                 space, _ = subspace.load(self.folder, outline.params, allow_base_mismatch=True)
                 return self._check_head(outline, {tensor.path for tensor in space.tensors})
-        tree = self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
+        tree = self.abstract_tree(outline)
         self._check_head(outline, set(nodes_of(tree)))
 
     def load(
@@ -236,6 +236,10 @@ class AdapterSource:
                 return lp.load(self.folder, model, params)
             return lj.load_adapter(self.folder, params, allow_base_mismatch=allow_base_mismatch)
 
+    def abstract_tree(self, outline: Any) -> Tree:
+        """Returns the tree of `load` over a model without its weights, whatever its base is."""
+        return self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
+
     def fits_peft(self, outline: Any) -> bool:
         """Returns True if files of PEFT can hold the adapter, over a model without its weights.
 
@@ -243,7 +247,7 @@ class AdapterSource:
         """
         if self.is_subspace:
             return False
-        tree = self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
+        tree = self.abstract_tree(outline)
         adapted = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
         if any(isinstance(x, jax.ShapeDtypeStruct) for n in adapted for x in n.arrays.values()):
             return True

@@ -68,6 +68,12 @@ def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
         raise UserError(f"{option} {out} exists: name another file, or replace it with --overwrite")
 
 
+def shorten(text: str, most: int) -> str:
+    """Returns a text in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def tell(console: Console, *lines: str) -> None:
     """Prints lines on a console as they are: without markup or colours, and however long."""
     for line in lines:

@@ -260,8 +260,7 @@ def check_form(options: ExportOptions, adapter: AdapterSource, outline: ModelInf
     form = "--merged" if options.merged else "--gguf" if options.gguf is not None else None
     if form is None or adapter.is_subspace:
         return
-    tree = adapter.load(outline, outline.params, outline.name, allow_base_mismatch=True)
-    for invocation in invocations_of(tree):
+    for invocation in invocations_of(adapter.abstract_tree(outline)):
         raise UserError(
             f"{form}: {adapter.given} is an activated LoRA, which acts from its invocation "
             f"{list(invocation)} on, and there it would act on all tokens: write PEFT's files, "

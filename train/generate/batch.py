@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.console.errors import UserError
-from train.console.output import opened, say
+from train.console.output import opened, say, shorten
 from train.console.progress import progress_of
 from train.generate.answers import GeneratedAnswer, generate_answers, stream_answer
 from train.generate.prompts import Prompt, PromptTokens, check_lengths, tokenize
@@ -72,7 +72,7 @@ class AnswerPrinter:
             print("".join(answer.text for answer in answers.values()), flush=True)
             return
         console = Console(file=sys.stdout, highlight=False)
-        title = f"{prompt.name}: {first_line(prompt.text)}"
+        title = f"{prompt.name}: {shorten(prompt.text, _TITLE_WIDTH)}"
         print(heading(title, 0))
         if on_terminal and 1 < len(self._names) <= console.width // _LEAST_WIDTH:
             console.print(self._table(answers))
@@ -103,12 +103,6 @@ def heading(text: str, level: int) -> str:
     """Returns a line above a prompt's answers (level 0), or above one of them (1)."""
     line = f"{'##' if level == 0 else '--'} {text}"
     return f"\x1b[1m{line}\x1b[0m" if sys.stdout.isatty() else line
-
-
-def first_line(text: str) -> str:
-    """Returns the beginning of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= _TITLE_WIDTH else f"{line[: _TITLE_WIDTH - 1]}…"
 
 
 def json_lines(

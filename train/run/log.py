@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.run.log import Line, NullLog, duration, losses_of, skipped_line
-from train.console.output import tell
+from train.console.output import shorten, tell
 from train.reporters.contract import Sample
 from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
 from train.reporters.reporting import Reporting
@@ -147,10 +147,8 @@ class RunLog:
             tell(self._console, f"step {step}: sampled answers")
         for sample in first:
             reward = "" if sample.reward is None else f"  [reward {sample.reward:.4g}]"
-            tell(
-                self._console,
-                f"  > {_shorten(sample.prompt)}\n    {_shorten(sample.answer)}{reward}",
-            )
+            prompt, answer = shorten(sample.prompt, _LONGEST), shorten(sample.answer, _LONGEST)
+            tell(self._console, f"  > {prompt}\n    {answer}{reward}")
 
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
@@ -213,12 +211,6 @@ def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line
         ]
         if samples:
             reporting.samples(step, samples, of_step[-1]["time"])
-
-
-def _shorten(text: str) -> str:
-    """Returns a text for the log: in one line, and not too long."""
-    joined = " ".join(text.split())
-    return joined if len(joined) <= _LONGEST else f"{joined[: _LONGEST - 1]}…"
 
 
 @contextmanager

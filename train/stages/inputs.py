@@ -215,11 +215,11 @@ def _check_rules(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
     """
     adapter = config.adapter
     if adapter.init_adapter is not None:
-        source, mismatch = find_adapter(adapter.init_adapter, "--init-adapter"), True
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
         source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
         if source.is_subspace:
             return None
-        tree = source.load(outline, outline.params, outline.name, allow_base_mismatch=mismatch)
+        tree = source.abstract_tree(outline)
     elif space_of(config, outline.params) is not None:
         return None
     else:

@@ -29,6 +29,7 @@ class TurnPrograms:
       chunk: tokens of a prompt, or of answers, that run at once.
       mesh: the mesh, under which all of it is called.
       with_routing: whether rows keep the experts of their tokens.
+      routing: `row_routing`.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class TurnPrograms:
         self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
         run_chunk = functools.partial(slots.run_chunk, apply)
         self._run_chunk = layout.jitted(run_chunk, donate_argnums=3)
-        self._routing = layout.jitted(turns.row_routing)
+        self.routing = layout.jitted(turns.row_routing)
         self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def empty(self, rows: int, length: int) -> "TurnRows":
@@ -99,10 +100,6 @@ class TurnPrograms:
         assert logits is not None, "there is a token"
         return logits, cache
 
-    def routing(self, rows: DecodingRows, place: int) -> np.ndarray:
-        """Returns the experts of a row's tokens; see `row_routing`."""
-        return np.asarray(self._routing(rows, np.int32(place)))
-
 
 class TurnRows:
     """Rows on the devices; see `TurnPrograms.empty`.
@@ -137,7 +134,7 @@ class TurnRows:
 
     def routing(self, place: int) -> np.ndarray:
         """Returns the experts of a row's tokens; see `row_routing`."""
-        return self._programs.routing(self._arrays, place)
+        return np.asarray(self._programs.routing(self._arrays, np.int32(place)))
 
     def begin(
         self, place: int, logits: jax.Array, cache: Cache, sampling: Sampling

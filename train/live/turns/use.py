@@ -85,9 +85,8 @@ class TurnDrawer:
         """
         data = config.data
         self._outline, self._use, self._stop = outline, use, stop
-        limits = (None, None) if temperature == 0 else (data.top_p, data.top_k)
-        top_p = 1.0 if limits[0] is None else limits[0]
-        self._drawing = Drawing(temperature, top_p, limits[1], end_tokens(outline))
+        top_p, top_k = (1.0, None) if temperature == 0 else (data.top_p, data.top_k)
+        self._drawing = Drawing(temperature, top_p, top_k, end_tokens(outline))
         self._limits = TurnLimits(data.max_new_tokens, data.seq_len, data.max_turns)
         self._stops = StopTexts(outline.tokenizer, data.stop)
         self._with_routing = with_routing
