@@ -3,7 +3,11 @@
     W = s·v(c)              c the codes, v their values (`lora_jax.quantized.formats`)
     W = s·v(c) + m          of formats with a minimum for each block
 
-All arrays have W's axes in W's order. Codes have W's shape. Of another array, an element stands for
+A code is the small number that is stored for an element of W. A block is a run of elements that
+share a scale. To decode is to compute W from codes and scales; to expand an array is to repeat each
+of its elements over the elements of W that it stands for.
+
+All arrays have W's axes in W's order. Codes have W's shape. An element of another array stands for
 as many elements of W along an axis as their sizes say: a scale for a block of 64, a mean for a
 whole axis. So an array's shape says all about its blocks (beside `Format.partial`, where the last
 block may have fewer elements), and whatever cuts, indexes, stacks or shards W's other axes does so
@@ -29,7 +33,7 @@ from lora_jax.core.types import EqnParams, Forward, Leaf, Shaped
 from lora_jax.quantized.formats import FORMATS, Format
 from lora_jax.quantized.rows import RowsKernel, find_kernel
 
-_TILE = 8  # rows that a TPU holds side by side
+_TILE = 8  # rows of a TPU's register
 
 
 @jax.tree_util.register_dataclass
@@ -69,8 +73,8 @@ class Coded:
     @property
     def blocks(self) -> tuple[int, ...]:
         """The size of a block along each axis of W."""
-        pairs = zip(self.shape, self.arrays["scales"].shape, strict=True)
-        return tuple(self.format.span(n, m) for n, m in pairs)
+        axis_sizes = zip(self.shape, self.arrays["scales"].shape, strict=True)
+        return tuple(self.format.span(size, n_blocks) for size, n_blocks in axis_sizes)
 
     @property
     def nbytes(self) -> int:
@@ -79,8 +83,8 @@ class Coded:
 
     def as_array(self) -> jax.Array:
         """Returns W."""
-        whole: jax.Array = _decoded(self.arrays, self.format, self.dtype)
-        return whole
+        weight: jax.Array = _decode(self.arrays, self.format, self.dtype)
+        return weight
 
     def map(self, fn: Forward, *others: "Coded") -> "Coded":
         """Returns the codes with ``fn(array, …)`` in the place of each array."""
@@ -89,23 +93,30 @@ class Coded:
 
     def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
         """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
-        whole = self.shape
-        touched_sizes = ((x.shape[a], whole[a]) for x in self.arrays.values() for a in touched)
-        if any(1 != n != size for n, size in touched_sizes):
-            return None  # an element stands for a block along a touched axis
+        for array in self.arrays.values():
+            if any(array.shape[axis] not in (1, self.shape[axis]) for axis in touched):
+                return None  # an element stands for a block along a touched axis
 
-        def moved(array: Leaf) -> Leaf:
-            sizes = array.shape
-            if any(sizes[axis] != whole[axis] for axis in touched):
-                sizes = [whole[a] if a in touched else n for a, n in enumerate(sizes)]
+        def move_array(array: Leaf) -> Leaf:
+            if any(array.shape[axis] != self.shape[axis] for axis in touched):
+                sizes = list(array.shape)
+                for axis in touched:
+                    sizes[axis] = self.shape[axis]
                 array = jnp.broadcast_to(array, sizes)
-            # What only places axes places blocks as well, if they are all of one size.
-            pairs = list(zip(sizes, whole, strict=True))
-            even = [not touched and m != 1 and n == m * self.format.span(n, m) for m, n in pairs]
-            held = [m == n or is_even for (m, n), is_even in zip(pairs, even, strict=True)]
-            return move(array, tuple(a if is_held else -1 for a, is_held in enumerate(held)))
+            has_axis = [
+                n_elements == size or (not touched and self._has_equal_blocks(n_elements, size))
+                for n_elements, size in zip(array.shape, self.shape, strict=True)
+            ]
+            return move(array, tuple(axis if has_axis[axis] else -1 for axis in range(self.ndim)))
 
-        return self.map(moved)
+        return self.map(move_array)
+
+    def _has_equal_blocks(self, n_blocks: int, size: int) -> bool:
+        """Returns True if an axis of W has several blocks, which all have the same size.
+
+        A move that only places axes may place such blocks, too.
+        """
+        return n_blocks != 1 and size == n_blocks * self.format.span(size, n_blocks)
 
     def rows_kernel(
         self, rows: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
@@ -126,144 +137,175 @@ def bytes_of(array: Shaped) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("format", "dtype"), inline=True)
-def _decoded(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) -> jax.Array:
+def _decode(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) -> jax.Array:
+    """Returns W from the arrays of a `Coded`."""
     if "scale_divisor" in arrays:  # XLA multiplies by the inverse of a single number
-        each = jnp.broadcast_to(arrays["scale_divisor"], arrays["scales"].shape)
-        arrays = {**arrays, "scale_divisor": lax.optimization_barrier(each)}
-    formed = _formed(format.values(arrays["codes"]), arrays, format, stretched)
-    whole: jax.Array = formed.astype(dtype)
-    return whole
+        divisors = jnp.broadcast_to(arrays["scale_divisor"], arrays["scales"].shape)
+        arrays = {**arrays, "scale_divisor": lax.optimization_barrier(divisors)}
+    values = format.values(arrays["codes"])
+    weight: jax.Array = _scale_values(values, arrays, format, expand).astype(dtype)
+    return weight
 
 
 def host_array(coded: Coded) -> np.ndarray:
     """Returns W of a `Coded` of NumPy arrays, in fp32: the exact product, rounded once.
 
-    XLA gives zero for what is below 2⁻¹²⁶, and NumPy does not.
+    XLA returns zero for magnitudes below 2⁻¹²⁶, and NumPy does not.
 
     Args:
       coded: its codes are int4, or of 8 bits.
     """
     codes = coded.arrays["codes"]
     if is_of_4_bits(codes):
-        every = ((np.arange(16) ^ 8) - 8).astype(np.int8).astype(codes.dtype)
+        all_codes = ((np.arange(16) ^ 8) - 8).astype(np.int8).astype(codes.dtype)
     else:
-        every = np.arange(256, dtype=np.uint8).view(codes.dtype)
-    table = np.asarray(coded.format.values(jnp.asarray(every)))
+        all_codes = np.arange(256, dtype=np.uint8).view(codes.dtype)
+    table = np.asarray(coded.format.values(jnp.asarray(all_codes)))
     with np.errstate(all="ignore"):
         values = table[codes.view(np.uint8) & (len(table) - 1)]
-        return np.asarray(_formed(values, coded.arrays, coded.format, _repeated))
+        return np.asarray(_scale_values(values, coded.arrays, coded.format, _expand_in_numpy))
 
 
-def _formed(values: Leaf, arrays: Mapping[str, Leaf], format: Format, stretch: Forward) -> Leaf:
-    """Returns W in fp32 from the values of its codes, by the functions of JAX or NumPy."""
+def _scale_values(
+    values: Leaf, arrays: Mapping[str, Leaf], format: Format, expand_fn: Forward
+) -> Leaf:
+    """Returns W in fp32 from the values of its codes.
+
+    Args:
+      values: fp32, of W's shape.
+      arrays: arrays of a `Coded`.
+      format: the format of the codes.
+      expand_fn: `expand`, or `_expand_in_numpy` for arrays of NumPy.
+    """
     if "zeros" in arrays:
-        values = values - stretch(arrays["zeros"].astype(np.float32), values.shape)
+        values = values - expand_fn(arrays["zeros"].astype(np.float32), values.shape)
     block = format.block if format.partial else None
-    values = values * stretch(scales_of(arrays, format, stretch), values.shape, block)
+    values = values * expand_fn(scales_of(arrays, format, expand_fn), values.shape, block)
     if "mins" in arrays:
-        values = values + stretch(arrays["mins"].astype(np.float32), values.shape)
+        values = values + expand_fn(arrays["mins"].astype(np.float32), values.shape)
     return values
 
 
-def scales_of(arrays: Mapping[str, Leaf], format: Format, stretch: Forward | None = None) -> Leaf:
-    """Returns the scales of a `Coded`'s blocks, fp32, from its arrays; by default, JAX's."""
-    scales, table = arrays["scales"], format.scale_table
-    of = np if isinstance(scales, np.ndarray) else jnp
-    if table is not None:
-        scales = of.take(of.asarray(table, np.float32), scales.astype(np.int32), mode="clip")
+def scales_of(arrays: Mapping[str, Leaf], format: Format, expand_fn: Forward | None = None) -> Leaf:
+    """Returns the scales of a `Coded`'s blocks, fp32.
+
+    Args:
+      arrays: arrays of the `Coded`, of JAX or NumPy.
+      format: its format.
+      expand_fn: `expand` by default, or `_expand_in_numpy` for arrays of NumPy.
+    """
+    scales = arrays["scales"]
+    numpy_like = np if isinstance(scales, np.ndarray) else jnp
+    if format.scale_table is not None:
+        table = numpy_like.asarray(format.scale_table, np.float32)
+        scales = numpy_like.take(table, scales.astype(np.int32), mode="clip")
     elif scales.dtype == np.uint8:
         scales = scales.view(jnp.float8_e8m0fnu)
     scales = scales.astype(np.float32)
     if "scale_divisor" in arrays:
         scales = scales / arrays["scale_divisor"]
     if "scale_steps" in arrays:
-        steps = (stretch or stretched)(arrays["scale_steps"], scales.shape)
-        # Compilers join a product and a sum, and round once; a minimum between keeps them apart.
-        scales = of.minimum(steps * scales, np.finfo(np.float32).max)
-    return scales + arrays["scale_mean"] if "scale_mean" in arrays else scales
+        steps = (expand_fn or expand)(arrays["scale_steps"], scales.shape)
+        # A compiler would fuse a product and a sum and round once. The minimum prevents this.
+        scales = numpy_like.minimum(steps * scales, np.finfo(np.float32).max)
+    if "scale_mean" in arrays:
+        scales = scales + arrays["scale_mean"]
+    return scales
 
 
-def _repeated(array: np.ndarray, shape: Sequence[int], block: int | None = None) -> np.ndarray:
-    """Returns the result of `stretched`, by NumPy."""
-    for axis, (n, m) in enumerate(zip(shape, array.shape, strict=True)):
-        if 1 < m < n:
-            array = np.repeat(array, block or n // m, axis)
-            array = array[(*[slice(None)] * axis, slice(n))]
+def _expand_in_numpy(
+    array: np.ndarray, shape: Sequence[int], block: int | None = None
+) -> np.ndarray:
+    """Repeats each element over its block, as `expand` does, by NumPy."""
+    for axis, size in enumerate(shape):
+        n_blocks = array.shape[axis]
+        if 1 < n_blocks < size:
+            array = np.repeat(array, block or size // n_blocks, axis)
+            array = array[(*[slice(None)] * axis, slice(size))]
     return array
 
 
-def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) -> jax.Array:
-    """Returns an array with each element repeated over its block, of size one where all share it.
+def expand(array: jax.Array, shape: Sequence[int], block: int | None = None) -> jax.Array:
+    """Repeats each element over its block, along every axis that has several blocks.
+
+    An axis of size one stays as it is: it broadcasts.
 
     Args:
-      array: its sizes divide `shape`, unless a block is given.
-      shape: shape of the result.
+      array: an element for each block; its sizes divide `shape`, unless a block is given.
+      shape: shape of W.
       block: the size of blocks along each axis that has several, the last of which may be smaller.
     """
-    pairs = enumerate(zip(shape, array.shape, strict=True))
-    axes = [axis for axis, (n, m) in pairs if 1 < m < n]
-    is_one = sum(n > 1 for n in shape) <= 2  # kernels of several experts are written anyway
-    # Last along an axis of partial blocks: a TPU lays whole ones along its lanes.
-    for axis in sorted(reversed(axes), key=lambda axis: shape[axis] % (block or 1) > 0):
-        size, n_blocks = shape[axis], array.shape[axis]
-        over = block or size // n_blocks
-        unit = math.gcd(size, over)
-        if unit < over:  # a partial block: by parts of blocks, of which the axis has whole ones
-            array = _spread(array, axis, over // unit)
-            array = lax.slice_in_dim(array, 0, size // unit, axis=axis)
-        if len(axes) > 1 or unit < over:  # the product's own kernel does the last step, and no more
+    sizes = zip(shape, array.shape, strict=True)
+    axes = [axis for axis, (size, n_blocks) in enumerate(sizes) if 1 < n_blocks < size]
+    is_matrix = sum(n > 1 for n in shape) <= 2  # kernels of several experts are written anyway
+
+    def has_partial_block(axis: int) -> bool:
+        return shape[axis] % (block or 1) > 0
+
+    # An axis with a partial block comes last: a TPU lays whole blocks along its lanes.
+    for axis in sorted(reversed(axes), key=has_partial_block):
+        size = shape[axis]
+        span = block or size // array.shape[axis]
+        piece = math.gcd(size, span)  # whole blocks and a partial block consist of such pieces
+        if piece < span:
+            array = _repeat(array, axis, span // piece)
+            array = lax.slice_in_dim(array, 0, size // piece, axis=axis)
+        if len(axes) > 1 or piece < span:  # the product's own kernel fuses the last step only
             array = lax.optimization_barrier(array)
-        if unit % _TILE == 0 and is_one:
+        if piece % _TILE == 0 and is_matrix:
             array = lax.platform_dependent(
                 array,
-                tpu=functools.partial(_spread_tiles, axis=axis, times=unit),
-                default=functools.partial(_spread, axis=axis, times=unit),
+                tpu=functools.partial(_repeat_by_tiles, axis=axis, times=piece),
+                default=functools.partial(_repeat, axis=axis, times=piece),
             )
         else:
-            array = _spread(array, axis, unit)
+            array = _repeat(array, axis, piece)
     return array
 
 
-def _spread_tiles(array: jax.Array, axis: int, times: int) -> jax.Array:
-    """Returns the array of `_spread`, for TPUs: in memory up to whole tiles, then in the product.
+def _repeat_by_tiles(array: jax.Array, axis: int, times: int) -> jax.Array:
+    """Repeats as `_repeat` does, for TPUs: in memory up to whole tiles, then in the product.
 
-    The TPU's compiler forms W within a product if the part of the scales that it takes at a time
+    The TPU's compiler decodes W within a product if the part of the scales that it takes at a time
     has whole tiles. Otherwise it writes arrays of W's size: W, its scales, or codes laid out anew.
     """
-    tiles: jax.Array = lax.optimization_barrier(_spread(array, axis, times // _TILE))
-    return _spread(tiles, axis, _TILE)
+    tiles: jax.Array = lax.optimization_barrier(_repeat(array, axis, times // _TILE))
+    return _repeat(tiles, axis, _TILE)
 
 
-def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
-    """Returns an array with each element repeated along an axis."""
-    apart = (*array.shape[: axis + 1], times, *array.shape[axis + 1 :])
-    kept = [i for i in range(len(apart)) if i != axis + 1]
-    joined = (*array.shape[:axis], array.shape[axis] * times, *array.shape[axis + 1 :])
-    return lax.broadcast_in_dim(array, apart, kept).reshape(joined)
+def _repeat(array: jax.Array, axis: int, times: int) -> jax.Array:
+    """Repeats each element along an axis, as `jnp.repeat` does."""
+    shape = (*array.shape[: axis + 1], times, *array.shape[axis + 1 :])
+    array_axes = [i for i in range(len(shape)) if i != axis + 1]
+    repeated_shape = (*array.shape[:axis], array.shape[axis] * times, *array.shape[axis + 1 :])
+    return lax.broadcast_in_dim(array, shape, array_axes).reshape(repeated_shape)
 
 
-def _written(values: Sequence[Leaf]) -> bytes:
-    format, dtype = values
+def _serialize(static: Sequence[Leaf]) -> bytes:
+    """Returns the static fields of a `Coded` as JSON, for `jax.export`."""
+    format, dtype = static
     known = FORMATS.get(format.name)
-    own = {"block": format.block, "scale_table": format.scale_table}
-    if known is None or dataclasses.replace(known, **own) != format:
+    settings = {"block": format.block, "scale_table": format.scale_table}
+    if known is None or dataclasses.replace(known, **settings) != format:
         raise ValueError(
             f"jax.export cannot write {format!r}, whose functions are your own; it writes "
             f"{', '.join(FORMATS)}"
         )
-    return json.dumps([format.name, own, np.dtype(dtype).name]).encode()
+    return json.dumps([format.name, settings, np.dtype(dtype).name]).encode()
 
 
-def _read(text: bytes | bytearray) -> tuple[Format, jnp.dtype]:
-    name, own, dtype = json.loads(bytes(text))
-    table = own["scale_table"] and tuple(own["scale_table"])
-    return dataclasses.replace(FORMATS[name], **own | {"scale_table": table}), jnp.dtype(dtype)
+def _deserialize(text: bytes | bytearray) -> tuple[Format, jnp.dtype]:
+    """Returns the static fields that `_serialize` wrote."""
+    name, settings, dtype = json.loads(bytes(text))
+    if settings["scale_table"] is not None:
+        settings["scale_table"] = tuple(settings["scale_table"])
+    return dataclasses.replace(FORMATS[name], **settings), jnp.dtype(dtype)
 
 
 export.register_pytree_node_serialization(
     Coded,
     serialized_name="lora_jax.quantized.Coded",
-    serialize_auxdata=_written,
-    deserialize_auxdata=_read,
+    serialize_auxdata=_serialize,
+    deserialize_auxdata=_deserialize,
     from_children=lambda static, children: Coded(*children, *static),
 )

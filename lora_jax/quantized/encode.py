@@ -1,4 +1,7 @@
-"""One array into codes: how its blocks lie, and the codes themselves."""
+"""Encodes one array: chooses the blocks of W, and computes their scales and the codes.
+
+A block is lost if the format cannot hold its scale, so that its weights are lost.
+"""
 
 import dataclasses
 import functools
@@ -16,13 +19,13 @@ from jax.typing import DTypeLike
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
 from lora_jax.core.types import Forward, Leaf, Shaped, Tree
-from lora_jax.quantized.coded import Coded, scales_of, stretched
+from lora_jax.quantized.coded import Coded, expand, scales_of
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import sharding_for
 
 _TINY = float(np.finfo(np.float32).tiny)
 _SCALES_IN_A_BLOCK = 256  # of scales that are coded themselves
-_LOST = 0.25  # a block is lost if its scale is off by this share
+_LOST_ERROR = 0.25  # a block is lost if the relative error of its scale is larger
 
 
 class QuantizeWarning(UserWarning):
@@ -31,7 +34,7 @@ class QuantizeWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-    """A decision: in which format an array is stored, and how its blocks lie.
+    """The choice of a format and of blocks for one array.
 
     Attributes:
       format: format of the codes.
@@ -64,16 +67,20 @@ def coding_of(
     format = format_of(format)
     in_axes = (-2,) if roles is None else roles.in_axes
     for axis in reversed(in_axes):
-        if -axis <= len(shape) and (block := _block_of(shape[axis], format.block)):
+        if -axis > len(shape):
+            continue
+        block = _block_of(shape[axis], format.block)
+        if block is not None:
             return Coding(format, axis, block)
     return None
 
 
-def _block_of(size: int, wanted: int) -> int | None:
-    if 1 < size <= wanted:
+def _block_of(size: int, block: int) -> int | None:
+    """Returns the divisor of an axis' size that is closest to a block's size, or None."""
+    if 1 < size <= block:
         return size
-    fitting = [n for n in range(max(2, wanted // 4), 2 * wanted + 1) if size % n == 0]
-    return min(fitting, key=lambda n: abs(math.log(n / wanted)), default=None)
+    divisors = [n for n in range(max(2, block // 4), 2 * block + 1) if size % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / block)), default=None)
 
 
 def encode(
@@ -84,15 +91,15 @@ def encode(
     dtype: DTypeLike | None = None,
     name: str = "the array",
 ) -> Coded:
-    """Returns an array in codes. For readers of files, tensor by tensor; see also `quantize`.
+    """Encodes one array, for readers of files, tensor by tensor; see also `quantize`.
 
     Args:
       array: a NumPy or JAX array, or a tracer; a `jax.ShapeDtypeStruct` gives a `Coded` of those.
         Codes and scales lie on a mesh as the array does.
       format: a format or its name, or the decision of `coding_of` or `plan`.
       roles: the array's axis roles; by default Flax's (the last axis out, the one before it in).
-      dtype: that the codes stand for an array of; the array's own by default.
-      name: what messages call the array.
+      dtype: dtype of the array that the codes stand for; the array's own by default.
+      name: name of the array in messages.
 
     Raises:
       ValueError: no blocks fit the array, or it holds a NaN or an infinity (unless it is a tracer).
@@ -115,7 +122,7 @@ def encode(
         )
     dtype = np.dtype(array.dtype if dtype is None else dtype)
     if isinstance(array, jax.core.Tracer):
-        return _encoded(array, coding, dtype)[0]
+        return _encode(array, coding, dtype)[0]
     if isinstance(array, jax.ShapeDtypeStruct):
         return _abstract(array, coding, dtype)
     coded, n_lost = encode_part(array, coding, dtype, name)
@@ -124,32 +131,34 @@ def encode(
 
 
 def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Coded, int]:
-    """Returns an array, perhaps some layers of a stack, in codes; and how many blocks are lost.
+    """Encodes an array, perhaps some layers of a stack; see `encode`.
+
+    Returns:
+      The codes, and the number of blocks that are lost.
 
     Raises:
-      ValueError: it holds a NaN or an infinity.
-
-    See `encode`.
+      ValueError: the array holds a NaN or an infinity.
     """
     sharding = getattr(array, "sharding", None)
     abstract = _abstract(array, coding, dtype)
-    places = None
+    shardings = None
     if isinstance(sharding, NamedSharding):
-        places = tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))
-    encoder = _encoder(coding, dtype, jax.tree.structure(abstract), places)
-    if places or math.prod(array.shape[:-2]) == 1 or coding.axis == -len(array.shape):
+        shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))
+    encoder = _encoder(coding, dtype, jax.tree.structure(abstract), shardings)
+    is_stack = math.prod(array.shape[:-2]) != 1 and coding.axis != -len(array.shape)
+    if shardings or not is_stack:
         coded, faults = encoder(array)
     else:
         # Layer by layer: a CPU's compiler casts all of a bf16 array before it reduces it.
         layers = [encoder(array[i]) for i in range(array.shape[0])]
-        coded, each = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-        faults = jnp.sum(each, axis=0)
+        coded, faults_of_layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        faults = jnp.sum(faults_of_layers, axis=0)
     if isinstance(faults, jax.core.Tracer):  # within a trace, where no value is known
         return coded, 0
-    not_finite, n_lost = np.asarray(faults).tolist()
-    if not_finite:
+    n_not_finite, n_lost = np.asarray(faults).tolist()
+    if n_not_finite:
         raise ValueError(
-            f"{name}: {not_finite} of its {coded.arrays['scales'].size} blocks hold a NaN or an "
+            f"{name}: {n_not_finite} of its {coded.arrays['scales'].size} blocks hold a NaN or an "
             "infinity, which no code stands for: mend the weights first"
         )
     return coded, n_lost
@@ -170,72 +179,85 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
 
 def _abstract(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
     """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
-    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    coded: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
-    sharding = getattr(array, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
+    struct = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    coded: Coded = jax.eval_shape(lambda array: _encode(array, coding, dtype)[0], struct)
+    weight_sharding = getattr(array, "sharding", None)
+    if not isinstance(weight_sharding, NamedSharding):
         return coded
-    return coded.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        shardings_of(coded, sharding),
-    )
+
+    def with_sharding(struct: Shaped, sharding: NamedSharding) -> Shaped:
+        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
+
+    return coded.map(with_sharding, shardings_of(coded, weight_sharding))
 
 
-def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
-    """Returns the sharding of each of the arrays of a `Coded`, from that of the array W.
+def shardings_of(coded: Coded, weight_sharding: NamedSharding) -> Coded:
+    """Returns the sharding of each array of a `Coded`, derived from the sharding of W.
 
     Args:
       coded: arrays, or their shapes.
-      of_array: the sharding of W.
+      weight_sharding: the sharding of W.
     """
-    spec = [*of_array.spec, *[None] * (coded.ndim - len(of_array.spec))]
-    mesh: Any = of_array.mesh
+    weight_spec = [*weight_sharding.spec, *[None] * (coded.ndim - len(weight_sharding.spec))]
+    mesh: Any = weight_sharding.mesh
 
-    def place(array: Shaped, axes: Sequence[int]) -> NamedSharding:
-        picked = tuple(None if axis < 0 else spec[axis] for axis in axes)
-        return sharding_for(picked, array.shape, mesh)
+    def array_sharding(array: Shaped, axes: Sequence[int]) -> NamedSharding:
+        spec = tuple(None if axis < 0 else weight_spec[axis] for axis in axes)
+        return sharding_for(spec, array.shape, mesh)
 
-    shardings: Coded = along(coded, place)
+    shardings: Coded = along(coded, array_sharding)
     return shardings
 
 
 @functools.lru_cache(maxsize=256)
 def _encoder(
-    coding: Coding, dtype: DTypeLike, treedef: jax.tree_util.PyTreeDef, places: Tree
+    coding: Coding, dtype: DTypeLike, treedef: jax.tree_util.PyTreeDef, shardings: Tree
 ) -> Forward:
-    where = None if places is None else (treedef.unflatten(places), None)
-    return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
+    """Returns the compiled `_encode`, whose codes and scales get these shardings."""
+    out_shardings = None if shardings is None else (treedef.unflatten(shardings), None)
+    return jax.jit(lambda array: _encode(array, coding, dtype), out_shardings=out_shardings)
 
 
-def _encoded(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, jax.Array]:
-    """Returns an array in codes, and the numbers of blocks not finite and lost: int32 [2]."""
-    format, axis = coding.format, coding.axis % array.ndim
-    n = array.shape[axis]
-    apart = (*array.shape[:axis], n // coding.block, coding.block, *array.shape[axis + 1 :])
-    blocks = array.reshape(apart)  # cast where each is read: no fp32 copy of the array
+def _encode(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, jax.Array]:
+    """Encodes an array.
+
+    Returns:
+      The codes; and int32 [2], the numbers of blocks that are not finite and that are lost.
+    """
+    format = coding.format
+    axis = coding.axis % array.ndim
+    blocks = _split_axis(array, axis, coding.block)
+    # Each use of the blocks casts them: no fp32 copy of the array is made.
     absmax = jnp.max(jnp.abs(blocks), axis=axis + 1).astype(jnp.float32)
-    exact = format.scales(absmax)
-    scales = exact.astype(format.scale_dtype)
+    exact_scales = format.scales(absmax)
+    scales = exact_scales.astype(format.scale_dtype)
     divisor = jnp.expand_dims(jnp.maximum(scales.astype(jnp.float32), _TINY), axis + 1)
     scaled = jnp.clip(blocks.astype(jnp.float32) * (1 / divisor), -format.top, format.top)
     arrays = {"codes": format.codes(scaled).reshape(array.shape), "scales": scales}
-    held = scales.astype(jnp.float32)
+    stored_scales = scales.astype(jnp.float32)
     if format.double:
-        arrays |= _doubled(scales, coding)
-        held = scales_of(arrays, format)
-    is_held = (jnp.abs(held - exact) <= _LOST * exact) & (held < 1 / _TINY)
-    is_lost = (absmax > _TINY) & jnp.isfinite(absmax) & ~is_held
+        arrays |= _encode_scales(scales, coding)
+        stored_scales = scales_of(arrays, format)
+    is_close = jnp.abs(stored_scales - exact_scales) <= _LOST_ERROR * exact_scales
+    is_close &= stored_scales < 1 / _TINY
+    is_lost = (absmax > _TINY) & jnp.isfinite(absmax) & ~is_close
     faults = jnp.stack([jnp.sum(~jnp.isfinite(absmax)), jnp.sum(is_lost)])
     return Coded(arrays, format, dtype), faults
 
 
-def _doubled(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:
-    """Returns scales as int8 steps from their mean along the axis of the blocks."""
-    axis, n = coding.axis % scales.ndim, scales.shape[coding.axis]
-    size = _block_of(n, _SCALES_IN_A_BLOCK) or n
+def _encode_scales(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:
+    """Encodes scales as int8 steps from their mean along the axis of the blocks."""
+    axis = coding.axis % scales.ndim
+    n_scales = scales.shape[axis]
     mean = jnp.mean(scales, axis=axis, keepdims=True)
-    apart = (*scales.shape[:axis], n // size, size, *scales.shape[axis + 1 :])
-    steps = jnp.max(jnp.abs((scales - mean).reshape(apart)), axis=axis + 1) / 127
-    codes = jnp.round((scales - mean) / stretched(jnp.maximum(steps, _TINY), scales.shape))
+    blocks = _split_axis(scales - mean, axis, _block_of(n_scales, _SCALES_IN_A_BLOCK) or n_scales)
+    steps = jnp.max(jnp.abs(blocks), axis=axis + 1) / 127
+    codes = jnp.round((scales - mean) / expand(jnp.maximum(steps, _TINY), scales.shape))
     codes = jnp.clip(codes, -127, 127).astype(jnp.int8)
     return {"scales": codes, "scale_steps": steps, "scale_mean": mean}
+
+
+def _split_axis(array: jax.Array, axis: int, block: int) -> jax.Array:
+    """Returns an array with one of its axes as two: the blocks, and the elements of a block."""
+    shape = (*array.shape[:axis], array.shape[axis] // block, block, *array.shape[axis + 1 :])
+    return array.reshape(shape)

@@ -1,4 +1,4 @@
-"""Formats: how the numbers of a block become codes, and codes numbers.
+"""Formats: how the weights of a block become codes, and how codes become weights.
 
 A block of weights w shares a scale s. Its codes c stand for the values v(c), and W = s·v(c) (+ m,
 where a format has a minimum for each block). A format is an entry of the table below: to add one,
@@ -43,15 +43,16 @@ def to_nf4(scaled: jax.Array) -> jax.Array:
 
 def from_nf4(codes: jax.Array) -> jax.Array:
     """Returns the values of codes, by a tree of selects: it fuses, where a look-up may not."""
-    bits = codes.astype(jnp.int8)
-    in_order = NF4_VALUES[8:] + NF4_VALUES[:8]  # 0…7, -8…-1
-    values: list[jax.Array] = [jnp.float32(value) for value in in_order]
-    for place in range(4):  # few operations: a TPU that decodes few rows waits for them
-        is_set = bits & jnp.int8(1 << place) != jnp.int8(0) if place < 3 else bits < jnp.int8(0)
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [jnp.where(is_set, high, low) for low, high in pairs]
-    whole: jax.Array = values[0]
-    return whole
+    codes = codes.astype(jnp.int8)
+    values_by_bits = NF4_VALUES[8:] + NF4_VALUES[:8]  # 0…7, -8…-1
+    candidates: list[jax.Array] = [jnp.float32(value) for value in values_by_bits]
+    zero = jnp.int8(0)
+    for bit in range(4):  # few operations: a TPU that decodes few rows waits for them
+        is_set = codes & jnp.int8(1 << bit) != zero if bit < 3 else codes < zero
+        pairs = zip(candidates[::2], candidates[1::2], strict=True)
+        candidates = [jnp.where(is_set, high, low) for low, high in pairs]
+    value: jax.Array = candidates[0]
+    return value
 
 
 def from_unsigned(codes: jax.Array) -> jax.Array:
@@ -60,9 +61,12 @@ def from_unsigned(codes: jax.Array) -> jax.Array:
 
 
 def from_bits(dtype: DTypeLike) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function of codes that are the bits of floats of 8 bits, uint8, to their values.
+    """Returns a function that converts the bits of 8-bit floats, uint8, to fp32.
 
-    Compilers that know no such floats would cast a stack of them before its layers are read.
+    A compiler without such floats would cast a whole stack of them before its layers are read.
+
+    Args:
+      dtype: dtype of the 8-bit floats.
     """
     return lambda codes: codes.view(dtype).astype(jnp.float32)
 
@@ -129,7 +133,10 @@ class Format:
 
     def scales(self, absmax: jax.Array) -> jax.Array:
         """Returns the scales of blocks with these largest magnitudes, both fp32."""
-        scales = absmax / jnp.float32(self.top) if self.scale_of is None else self.scale_of(absmax)
+        if self.scale_of is None:
+            scales = absmax / jnp.float32(self.top)
+        else:
+            scales = self.scale_of(absmax)
         return scales.astype(jnp.float32)
 
     def __repr__(self) -> str:
@@ -169,10 +176,10 @@ def format_of(format: "str | Format") -> Format:
       ValueError: there is none of that name, or it is only read from files.
     """
     if isinstance(format, str):
-        encoded = [f.name for f in _ENCODED]
-        if format not in encoded:
+        names = [encoded.name for encoded in _ENCODED]
+        if format not in names:
             raise ValueError(
-                f"format={format!r}: choose one of {', '.join(map(repr, encoded))}, or give a "
+                f"format={format!r}: choose one of {', '.join(map(repr, names))}, or give a "
                 "lora_jax.quantized.Format"
             )
         return FORMATS[format]

@@ -1,9 +1,12 @@
-"""Blocks of GGUF files as they are: codes, scales and minima, whose W is bitwise what gguf gives.
+"""Reads the blocks of GGUF files as codes, scales and minima, whose W is bitwise what gguf gives.
 
 A tensor of a file is [out, in] (rows first, or of more axes), with blocks along its last axis.
+Each reader below takes the bytes of blocks, uint8 [n_blocks, bytes], and returns the arrays of a
+`Coded`, each [n_blocks, …].
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -44,40 +47,49 @@ def _q8_0(blocks: np.ndarray) -> Arrays:
 
 
 def _q4_k(blocks: np.ndarray) -> Arrays:
-    """Eight blocks of 32, whose scales and minima are 6-bit multiples of two fp16 numbers."""
-    d, smallest = (_fp16(blocks[:, at : at + 2]).astype(np.float32) for at in (0, 2))
-    packed, raw = blocks[:, 4:16], blocks[:, 16:]
-    scales, mins, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    """Reads eight blocks of 32, whose scales and minima are 6-bit multiples of two fp16 numbers."""
+    scale_unit = _fp16(blocks[:, :2]).astype(np.float32)
+    min_unit = _fp16(blocks[:, 2:4]).astype(np.float32)
+    # Of the last four blocks, the low four bits stand in `high`, and the upper two beside the
+    # numbers of the first four blocks.
+    scales, mins, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([scales & 63, (high & 15) | (scales >> 6 << 4)], axis=-1)
     mins = np.concatenate([mins & 63, (high >> 4) | (mins >> 6 << 4)], axis=-1)
-    codes = _nibbles(raw.reshape(len(blocks), 4, 32)).reshape(len(blocks), 256)
+    codes = _nibbles(blocks[:, 16:].reshape(len(blocks), 4, 32)).reshape(len(blocks), 256)
     return {
         "codes": _int4(codes),
-        "scales": d * scales.astype(np.float32),
-        "mins": -(smallest * mins.astype(np.float32)),
+        "scales": scale_unit * scales.astype(np.float32),
+        "mins": -(min_unit * mins.astype(np.float32)),
     }
 
 
 def _q6_k(blocks: np.ndarray) -> Arrays:
-    """Sixteen blocks of 16; four low bits of each code, and two high ones elsewhere."""
-    n = len(blocks)
-    low, high = blocks[:, :128].reshape(n, 2, 64), blocks[:, 128:192].reshape(n, 2, 1, 32)
-    low = _nibbles(low)  # [n, 2, 128]
+    """Reads sixteen blocks of 16; the low four and the high two bits of a code stand apart."""
+    n_blocks = len(blocks)
+    low_bits = _nibbles(blocks[:, :128].reshape(n_blocks, 2, 64))  # [n_blocks, 2, 128]
+    packed_bits = blocks[:, 128:192].reshape(n_blocks, 2, 1, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    upper = (high >> shifts & np.uint8(3)).reshape(n, 2, 128)
-    codes = (low | upper << 4).astype(np.int8).reshape(n, 256) - np.int8(32)
+    high_bits = (packed_bits >> shifts & np.uint8(3)).reshape(n_blocks, 2, 128)
+    codes = (low_bits | high_bits << 4).astype(np.int8).reshape(n_blocks, 256) - np.int8(32)
     scales = _fp16(blocks[:, 208:]).astype(np.float32) * blocks[:, 192:208].view(np.int8)
     return {"codes": codes, "scales": scales}
 
 
-# By the name of a GGUF type: its format, the weights and the bytes of a block, and how it is read.
-_Reader = tuple[Format, int, int, Callable[[np.ndarray], Arrays]]
-_TYPES: dict[str, _Reader] = {
-    "Q4_0": (Q4_0, 32, 18, _q4_0),
-    "Q4_1": (Q4_1, 32, 20, _q4_1),
-    "Q8_0": (Q8_0, 32, 34, _q8_0),
-    "Q4_K": (Q4_K, 256, 144, _q4_k),
-    "Q6_K": (Q6_K, 256, 210, _q6_k),
+class _BlockType(NamedTuple):
+    """A type of GGUF files: its format, the size of a block, and the reader of its bytes."""
+
+    format: Format
+    block_weights: int
+    block_bytes: int
+    read: Callable[[np.ndarray], Arrays]
+
+
+_TYPES = {
+    "Q4_0": _BlockType(format=Q4_0, block_weights=32, block_bytes=18, read=_q4_0),
+    "Q4_1": _BlockType(format=Q4_1, block_weights=32, block_bytes=20, read=_q4_1),
+    "Q8_0": _BlockType(format=Q8_0, block_weights=32, block_bytes=34, read=_q8_0),
+    "Q4_K": _BlockType(format=Q4_K, block_weights=256, block_bytes=144, read=_q4_k),
+    "Q6_K": _BlockType(format=Q6_K, block_weights=256, block_bytes=210, read=_q6_k),
 }
 TYPES = tuple(_TYPES)
 
@@ -87,14 +99,14 @@ def from_gguf(
 ) -> Coded:
     """Returns a tensor of a GGUF file as codes, of NumPy arrays, in the file's order of axes.
 
-    What a loader does to the axes of an array it does to each of these: ``jax.tree.map(lambda
-    array: array.T, coded)``; only the last axis has to stay whole.
+    A loader may move the axes of all these arrays alike: ``jax.tree.map(lambda array: array.T,
+    coded)``. It must not cut the last axis.
 
     Args:
       data: the tensor's bytes, as `gguf.GGUFReader` gives them: uint8, of any shape.
       kind: the name of its type, one of `TYPES`.
       shape: shape of the tensor, rows first: [out, in].
-      dtype: that the codes stand for an array of. Of fp32, it is what `gguf.dequantize` returns.
+      dtype: dtype of W. For fp32, W is the array that `gguf.dequantize` returns.
 
     Raises:
       ValueError: the type is another one, or the bytes are not those of a tensor of this shape.
@@ -103,14 +115,16 @@ def from_gguf(
         raise ValueError(
             f"from_gguf: {kind} is not kept in codes, only {', '.join(TYPES)}: dequantise it"
         )
-    format, weights, size, read = _TYPES[kind]
-    n = int(np.prod(shape)) // weights
-    if shape[-1] % weights or data.nbytes != n * size:
+    block_type = _TYPES[kind]
+    n_blocks = int(np.prod(shape)) // block_type.block_weights
+    if shape[-1] % block_type.block_weights or data.nbytes != n_blocks * block_type.block_bytes:
         raise ValueError(
             f"from_gguf: {data.nbytes} bytes are no {kind} of shape {tuple(shape)}, whose rows are "
-            f"blocks of {weights} weights in {size} bytes"
+            f"blocks of {block_type.block_weights} weights in {block_type.block_bytes} bytes"
         )
-    arrays = read(np.ascontiguousarray(data).view(np.uint8).reshape(n, size))
-    lead = tuple(shape[:-1])
-    rows = {name: np.ascontiguousarray(array).reshape(*lead, -1) for name, array in arrays.items()}
-    return Coded(rows, format, np.dtype(dtype))
+    blocks = np.ascontiguousarray(data).view(np.uint8).reshape(n_blocks, block_type.block_bytes)
+    arrays = {
+        name: np.ascontiguousarray(array).reshape(*shape[:-1], -1)
+        for name, array in block_type.read(blocks).items()
+    }
+    return Coded(arrays, block_type.format, np.dtype(dtype))

@@ -1,6 +1,7 @@
-"""The transform of a parameter tree that puts codes in the place of kernels, and its inverses.
+"""Quantizes a parameter tree: codes take the place of kernels (`quantize`); and the inverses.
 
-`report` is a table of what it saves and costs, leaf by leaf.
+A leaf is coded if it is a `Coded` rather than an array. `report` is a table of the bytes that
+`quantize` saves and the error that it costs, leaf by leaf.
 """
 
 import dataclasses
@@ -56,11 +57,11 @@ class QuantRule:
 
     def __post_init__(self) -> None:
         format_of(self.format)
-        _selection(self)
+        _lora_rule(self)
 
 
-def _selection(rule: QuantRule) -> LoraRule:
-    """Returns the rule that selects the same kernels."""
+def _lora_rule(rule: QuantRule) -> LoraRule:
+    """Returns the LoraRule that selects the same kernels."""
     names = ("targets", "exclude", "in_axes", "out_axes")
     return LoraRule(**{name: getattr(rule, name) for name in names})
 
@@ -76,60 +77,69 @@ def plan(
 ) -> dict[str, Coding | None]:
     """Returns the coding of each leaf that `quantize` selects, by path; None where no blocks fit.
 
-    For those who encode tensor by tensor: ``encode(array, plan[path])``. Arguments and errors are
-    those of `quantize`.
+    Use it to encode tensor by tensor: ``encode(array, plan[path])``. Arguments and errors are those
+    of `quantize`.
 
     >>> shape = jax.ShapeDtypeStruct((128, 96), jnp.bfloat16)
     >>> lj.quantized.plan({"up": {"kernel": shape}, "lm_head": {"kernel": shape}}, "int8")
     {'up/kernel': Coding(format=Format('int8'), axis=-2, block=64)}
     """
     leaves, _ = leaves_of(params)
-    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
-        raise ValueError(
-            f"quantize: the tree is adapted already (at {adapted[0]!r}): give it the tree before, "
-            "lora_jax.strip(params), then lorafy that; swap puts the adapter onto it"
-        )
-    chosen = (QuantRule(format=format),) if rules is None else tuple(rules)
-    if wrong := [rule for rule in chosen if not isinstance(rule, QuantRule)]:
-        raise TypeError(f"quantize: a rule is a QuantRule, not {wrong[0]!r}")
+    for path, leaf in leaves:
+        if is_node(leaf):
+            raise ValueError(
+                f"quantize: the tree is adapted already (at {path!r}): give it the tree before, "
+                "lora_jax.strip(params), then lorafy that; swap puts the adapter onto it"
+            )
+    quant_rules = (QuantRule(format=format),) if rules is None else tuple(rules)
+    for rule in quant_rules:
+        if not isinstance(rule, QuantRule):
+            raise TypeError(f"quantize: a rule is a QuantRule, not {rule!r}")
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    _check_kept(keep, [path for path, _ in arrays])
+    _check_keep(keep, [path for path, _ in arrays])
     roles = traced_roles(trace, arrays)
-    is_router = {path for path, kind in (kinds or {}).items() if rules is None and kind == "router"}
+    routers = set()
+    if rules is None and kinds is not None:
+        routers = {path for path, kind in kinds.items() if kind == "router"}
     arrays = [
         (path, leaf)
         for path, leaf in arrays
-        if not (is_base(leaf) or matches(keep, path) or path in is_router)
+        if not (is_base(leaf) or matches(keep, path) or path in routers)
     ]
-    selecting = {_selection(rule): rule for rule in reversed(chosen)}
+    lora_rules = [_lora_rule(rule) for rule in quant_rules]
     try:
-        decisions = resolve(arrays, [_selection(rule) for rule in chosen], LeafFacts(roles, kinds))
+        decisions = resolve(arrays, lora_rules, LeafFacts(roles, kinds))
     except ValueError as error:
+        message = str(error).replace("LoraRule", "QuantRule")
         n_coded = sum(is_coded(leaf) for _, leaf in leaves)
-        already = f" ({n_coded} leaves of the tree are in codes already)" if n_coded else ""
-        raise ValueError(str(error).replace("LoraRule", "QuantRule") + already) from None
+        if n_coded:
+            message += f" ({n_coded} leaves of the tree are in codes already)"
+        raise ValueError(message) from None
+    # Of rules that select the same kernels, the first wins.
+    format_by_rule: dict[LoraRule, str | Format] = {}
+    for lora_rule, quant_rule in zip(lora_rules, quant_rules, strict=True):
+        format_by_rule.setdefault(lora_rule, quant_rule.format)
     shapes = {path: leaf.shape for path, leaf in arrays}
-
-    def coding(path: str, choice: Adaptation) -> Coding | None:
-        format, roles = selecting[choice.rule].format, choice.roles
-        if leaf_name(path) in EMBEDDING_NAMES:  # a row of a table is what a look-up reads
-            roles = AxisRoles(roles.out_axes, roles.in_axes)
-        return coding_of(shapes[path], format, roles)
-
-    return {
-        p: coding(p, choice) for p, choice in decisions.items() if isinstance(choice, Adaptation)
-    }
+    codings = {}
+    for path, decision in decisions.items():
+        if isinstance(decision, Adaptation):
+            axis_roles = decision.roles
+            if leaf_name(path) in EMBEDDING_NAMES:  # blocks lie along a row, which a look-up reads
+                axis_roles = AxisRoles(axis_roles.out_axes, axis_roles.in_axes)
+            codings[path] = coding_of(shapes[path], format_by_rule[decision.rule], axis_roles)
+    return codings
 
 
-def _check_kept(keep: Targets, paths: Sequence[str]) -> None:
+def _check_keep(keep: Targets, paths: Sequence[str]) -> None:
     """Raises a ValueError for a pattern that matches no path, or a name that stands in none."""
     if isinstance(keep, AnyOf):
         return
-    for each in (keep,) if isinstance(keep, str) else ((name,) for name in keep):
-        if not any(matches(each, path) for path in paths):
-            name = each if isinstance(each, str) else each[0]
-            near = "\n  ".join(["the nearest paths are:", *nearest(name, paths)])
-            raise ValueError(f"quantize: keep={name!r} names no leaf: {near}")
+    names = (keep,) if isinstance(keep, str) else keep
+    for name in names:
+        targets = name if isinstance(keep, str) else (name,)
+        if not any(matches(targets, path) for path in paths):
+            lines = "\n  ".join(["the nearest paths are:", *nearest(name, paths)])
+            raise ValueError(f"quantize: keep={name!r} names no leaf: {lines}")
 
 
 def quantize(
@@ -145,7 +155,7 @@ def quantize(
 ) -> Tree:
     """Returns `params` with codes in the place of kernels: a frozen base in 8 or 4 bits.
 
-    Give the result to `lorafy`; `lora_jax.adapt` runs functions on it, adapted or not, and forms
+    Give the result to `lorafy`; `lora_jax.adapt` runs functions on it, adapted or not, and decodes
     the kernel of one product at a time. Embeddings, the output head, norms, biases and routers stay
     as they are. Leaves are encoded one by one, where they lie; codes and scales lie on a mesh as
     the kernel did.
@@ -179,25 +189,27 @@ def quantize(
     6912
     """
     codings = plan(params, format, keep=keep, rules=rules, trace=trace, kinds=kinds)
-    if unfit := [path for path, coding in codings.items() if coding is None]:
+    paths_without_blocks = [path for path, coding in codings.items() if coding is None]
+    if paths_without_blocks:
         warnings.warn(
-            f"quantize: no blocks fit {unfit[0]!r} (and {len(unfit) - 1} more), whose in axes have "
-            "few divisors: they stay as they are",
+            f"quantize: no blocks fit {paths_without_blocks[0]!r} (and "
+            f"{len(paths_without_blocks) - 1} more), whose in axes have few divisors: they stay as "
+            "they are",
             QuantizeWarning,
             stacklevel=2,
         )
 
-    def coded(path: str, leaf: Leaf) -> Leaf:
+    def encode_leaf(path: str, leaf: Leaf) -> Leaf:
         coding = codings.get(path)
         if coding is None:
             return leaf
-        result = encode(leaf, coding, dtype=dtype, name=repr(path))
+        coded = encode(leaf, coding, dtype=dtype, name=repr(path))
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            jax.block_until_ready(result)
+            jax.block_until_ready(coded)
             leaf.delete()
-        return result
+        return coded
 
-    return map_leaves(coded, params)
+    return map_leaves(encode_leaf, params)
 
 
 def is_coded(value: Leaf) -> bool:
@@ -216,31 +228,34 @@ def dequantize(params: Tree) -> Tree:
     >>> lj.quantized.dequantize(base)["dense"]["kernel"].dtype
     dtype('float32')
     """
-    keyed, treedef = flatten(params, is_base)
-    leaves = (_decoded(leaf) if is_base(leaf) else leaf for _, leaf in keyed)
+    path_leaves, treedef = flatten(params, is_base)
+    leaves = [_decode(leaf) if is_base(leaf) else leaf for _, leaf in path_leaves]
     return restore_form(params, treedef.unflatten(leaves))
 
 
-def _decoded(base: BaseLike) -> Leaf:
-    """Returns W, compiled as one, on a mesh as the codes lie."""
+def _decode(base: BaseLike) -> Leaf:
+    """Returns W, by one compiled function, with the sharding of the codes on a mesh."""
     if is_abstract(base):
         return jax.eval_shape(as_array, base)
     codes = jax.tree.leaves(base)[0]
-    sharding = None if isinstance(codes, jax.core.Tracer) else getattr(codes, "sharding", None)
+    sharding = None
+    if not isinstance(codes, jax.core.Tracer) and hasattr(codes, "sharding"):
+        sharding = codes.sharding
     return _decoder(sharding if isinstance(sharding, NamedSharding) else None)(base)
 
 
 @functools.lru_cache(maxsize=256)
 def _decoder(sharding: Sharding | None) -> Forward:
+    """Returns the compiled function that decodes W."""
     return jax.jit(as_array, out_shardings=sharding)
 
 
 def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
-    """Returns a merged tree in the codes of another, and the error that this costs each weight.
+    """Encodes a merged tree as another tree is encoded, and returns the error of each weight.
 
     `lora_jax.merge` gives arrays in the place of adapted codes, since rounding W + s·AB to codes
-    again loses much of an update that is smaller than a step of the codes. Where the result has to
-    be as small as the base was, this does it, and says what was lost.
+    again loses much of an update that is smaller than a step of the codes. Use this function where
+    the result has to be as small as the base was.
 
     Args:
       params: a plain tree, such as `lora_jax.merge` returns.
@@ -260,29 +275,37 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     >>> errors
     {'dense/kernel': 0.0}
     """
-    wanted = {p: leaf.base if is_node(leaf) else leaf for p, leaf in leaves_of(like)[0]}
-    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves_of(params)[0]}):
+    base_by_path = dict(_base_leaves(like))
+    paths = {path for path, _ in leaves_of(params)[0]}
+    differences = sorted(base_by_path.keys() ^ paths)
+    if differences:
         raise ValueError(
-            f"requantize: the trees differ at {differ[0]!r} (and {len(differ) - 1} more)"
+            f"requantize: the trees differ at {differences[0]!r} (and {len(differences) - 1} more)"
         )
     errors: dict[str, float] = {}
 
-    def coded(path: str, leaf: Leaf) -> Leaf:
-        model = wanted[path]
-        if not is_coded(model) or is_base(leaf):
+    def encode_leaf(path: str, leaf: Leaf) -> Leaf:
+        base = base_by_path[path]
+        if not is_coded(base) or is_base(leaf):
             return leaf
-        format_of(model.format)
-        axis = next((a - model.ndim for a, n in enumerate(model.blocks) if n > 1), -2)
-        coding = Coding(model.format, axis, model.blocks[axis])
-        result = encode(leaf, coding, dtype=model.dtype, name=repr(path))
-        errors[path] = error_of(result, leaf)
-        return result
+        format_of(base.format)
+        block_axes = [axis - base.ndim for axis, size in enumerate(base.blocks) if size > 1]
+        axis = block_axes[0] if block_axes else -2
+        coding = Coding(base.format, axis, base.blocks[axis])
+        coded = encode(leaf, coding, dtype=base.dtype, name=repr(path))
+        errors[path] = error_of(coded, leaf)
+        return coded
 
-    return map_leaves(coded, params), errors
+    return map_leaves(encode_leaf, params), errors
+
+
+def _base_leaves(params: Tree) -> list[tuple[str, BaseLike]]:
+    """Returns the leaves by path, with the base in the place of an adapted weight."""
+    return [(path, leaf.base if is_node(leaf) else leaf) for path, leaf in leaves_of(params)[0]]
 
 
 def error_of(coded: BaseLike, array: jax.Array) -> float:
-    """Returns ‖Ŵ − W‖/‖W‖, W an array and Ŵ what its codes stand for.
+    """Returns ‖Ŵ − W‖/‖W‖ of an array W and the array Ŵ that its codes stand for.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))
     >>> round(lj.quantized.error_of(lj.quantized.encode(kernel, "nf4"), kernel), 3)
@@ -340,8 +363,8 @@ class QuantReport:
 
     def __str__(self) -> str:
         width = max((len(row.path) for row in self.rows), default=0)
-        rows = (*self.rows, LeafReport("total", "", self.before, self.after))
-        return "\n".join(f"{row.path:{width}}  {row}" for row in rows)
+        total = LeafReport(path="total", format="", before=self.before, after=self.after)
+        return "\n".join(f"{row.path:{width}}  {row}" for row in (*self.rows, total))
 
 
 def report(params: Tree, of: Tree = None) -> QuantReport:
@@ -358,15 +381,19 @@ def report(params: Tree, of: Tree = None) -> QuantReport:
     dense/kernel  int8                 24,576 ->         13,056 bytes  error 0.0000
     total         -                    24,960 ->         13,440 bytes
     """
-    exact = {} if of is None else dict(leaves_of(of)[0])
+    exact_leaves = {} if of is None else dict(leaves_of(of)[0])
 
     def row(path: str, leaf: Leaf) -> LeafReport:
         if not is_coded(leaf):
             size = bytes_of(leaf)
-            return LeafReport(path, "", size, size)
-        before = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        error = error_of(leaf, exact[path]) if path in exact else None
-        return LeafReport(path, leaf.format.name, before, leaf.nbytes, error)
+            return LeafReport(path=path, format="", before=size, after=size)
+        return LeafReport(
+            path=path,
+            format=leaf.format.name,
+            before=math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize,
+            after=leaf.nbytes,
+            error=error_of(leaf, exact_leaves[path]) if path in exact_leaves else None,
+        )
 
-    bases = [(p, leaf.base if is_node(leaf) else leaf) for p, leaf in leaves_of(params)[0]]
-    return QuantReport([row(path, leaf) for path, leaf in bases if hasattr(leaf, "shape")])
+    leaves = [(path, leaf) for path, leaf in _base_leaves(params) if hasattr(leaf, "shape")]
+    return QuantReport([row(path, leaf) for path, leaf in leaves])

@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax import quantized, sharding
 from lora_jax.core.axes import AxisRoles
 from lora_jax.quantized import FORMATS, Coded, Format, QuantRule, encode
-from lora_jax.quantized.coded import _spread, _spread_tiles
+from lora_jax.quantized.coded import _repeat, _repeat_by_tiles
 from lora_jax.quantized.gguf import TYPES
 from tests.core.coded import check_variant, coded_program, decoded, is_on
 from tests.laws import test_laws as laws
@@ -253,7 +253,7 @@ def test_scales_by_whole_tiles_are_the_scales():
     """A TPU's form of what other platforms spread at once."""
     scales = draw(2, (5, 3, 7))
     for axis in (1, 2):
-        assert_identical(_spread_tiles(scales, axis, 32), _spread(scales, axis, 32))
+        assert_identical(_repeat_by_tiles(scales, axis, 32), _repeat(scales, axis, 32))
 
 
 @pytest.mark.parametrize("is_ragged", [True, False])
