@@ -1,4 +1,8 @@
-"""A bank: one base in memory, and many adapters over it, whose arrays are shared without a copy."""
+"""A bank: one base in memory, and many adapters over it, whose arrays are shared without a copy.
+
+A slot is the place of one adapter in the arrays on the device. An adapter that has a slot is
+resident; the copies of all adapters are on the host.
+"""
 
 import functools
 import os
@@ -42,61 +46,65 @@ class OneBase:
 
     def __init__(self, params: Tree) -> None:
         self.leaves = _arrays_of(params)
-        self._sums: dict[str, dict[str, str]] = {}
+        self._checksums_by_path: dict[str, dict[str, str]] = {}
 
-    def check(self, what: str, tree: Tree) -> None:
+    def check(self, context: str, tree: Tree) -> None:
         """Checks that the frozen leaves of an adapted tree are the base's.
 
         Leaves that are the same objects are equal; of others, checksums are compared (see
         `lora_jax.saving.fingerprint`). Those of the base are computed once.
 
         Args:
-          what: the call and the adapter, for messages.
+          context: the call and the adapter, for messages.
           tree: an adapted tree.
 
         Raises:
           BankError: the paths or the values differ.
         """
-        theirs = _arrays_of(tree)
-        if only := sorted(theirs.keys() ^ self.leaves.keys()):
-            who = "its tree" if only[0] in theirs else "the base here"
+        leaf_by_path = _arrays_of(tree)
+        unshared_paths = sorted(leaf_by_path.keys() ^ self.leaves.keys())
+        if unshared_paths:
+            owner = "its tree" if unshared_paths[0] in leaf_by_path else "the base here"
             raise BankError(
-                f"{what} is over another base: only {who} has {only[0]!r}, among {len(only)} such "
-                f"leaves. {_BASE_REMEDY}"
+                f"{context} is over another base: only {owner} has {unshared_paths[0]!r}, among "
+                f"{len(unshared_paths)} such leaves. {_BASE_REMEDY}"
             )
-        others = {}
-        for path, leaf in theirs.items():
-            here = leaf.base if is_node(leaf) and not isinstance(leaf, Trained) else leaf
-            mine = self.leaves[path]
-            if not (isinstance(leaf, Trained) or is_abstract((here, mine)) or _is_same(here, mine)):
-                others[path] = here
-        fingerprint = base_fingerprint(others)
-        for path in others.keys() - self._sums.keys():
-            self._sums[path] = base_fingerprint({path: self.leaves[path]})
-        expected = {k: v for path in others for k, v in self._sums[path].items()}
-        if wrong := differing(expected, fingerprint):
+        unproved_leaves = {}
+        for path, leaf in leaf_by_path.items():
+            if isinstance(leaf, Trained):
+                continue  # it trains in full and has no frozen value
+            frozen_leaf = leaf.base if is_node(leaf) else leaf
+            base_leaf = self.leaves[path]
+            if not is_abstract((frozen_leaf, base_leaf)) and not _is_same(frozen_leaf, base_leaf):
+                unproved_leaves[path] = frozen_leaf
+        expected: dict[str, str] = {}
+        for path in unproved_leaves:
+            if path not in self._checksums_by_path:
+                self._checksums_by_path[path] = base_fingerprint({path: self.leaves[path]})
+            expected |= self._checksums_by_path[path]
+        different_paths = differing(expected, base_fingerprint(unproved_leaves))
+        if different_paths:
             raise BankError(
-                f"{what} is over another base: {len(wrong)} frozen leaves have other values, "
-                f"{', '.join(wrong[:3])} among them. {_BASE_REMEDY}"
+                f"{context} is over another base: {len(different_paths)} frozen leaves have other "
+                f"values, {', '.join(different_paths[:3])} among them. {_BASE_REMEDY}"
             )
 
 
 def _arrays_of(tree: Tree) -> dict[str, Leaf]:
     """Returns the arrays and nodes of a tree, by path."""
-    return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf) or _is_array(leaf)}
+    leaves, _ = leaves_of(tree)
+    return {path: leaf for path, leaf in leaves if is_node(leaf) or hasattr(leaf, "shape")}
 
 
-def _is_array(leaf: object) -> bool:
-    return hasattr(leaf, "shape")
-
-
-def _is_same(here: Leaf, mine: Leaf) -> bool:
+def _is_same(leaf: Leaf, base_leaf: Leaf) -> bool:
     """Returns True if two leaves are the same object, or hold the same arrays (codes, say)."""
-    forms: list[jax.tree_util.PyTreeDef] = [jax.tree.structure(leaf) for leaf in (here, mine)]
-    if here is mine or forms[0] != forms[1]:
-        return here is mine
-    pairs = zip(jax.tree.leaves(here), jax.tree.leaves(mine), strict=True)
-    return all(a is b for a, b in pairs)
+    if leaf is base_leaf:
+        return True
+    structure: jax.tree_util.PyTreeDef = jax.tree.structure(leaf)
+    if structure != jax.tree.structure(base_leaf):
+        return False
+    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(base_leaf), strict=True)
+    return all(array is base_array for array, base_array in pairs)
 
 
 _BASE_REMEDY = (
@@ -119,11 +127,12 @@ class HeldNodes:
         self._nodes.update(slots_of(tree).values())
 
     def writable(self, arrays: AdapterArrays) -> AdapterArrays:
-        """Returns the arrays of those nodes where no one holds these, else a copy, to be donated.
+        """Returns arrays of the nodes that may be donated: a copy if someone holds the nodes.
 
         The holders keep the arrays that they have, so the nodes are watched no longer.
         """
-        if not len(self._nodes):
+        has_holders = len(self._nodes) > 0
+        if not has_holders:
             return arrays
         self._nodes = weakref.WeakSet()
         # The copy lies as the arrays do, and nothing is compiled for it.
@@ -135,11 +144,11 @@ def locked(method: _Method) -> _Method:
     """Returns a method that holds the object's ``_lock``: no other thread runs one meanwhile."""
 
     @functools.wraps(method)
-    def alone(self: Any, /, *args: object, **kwargs: object) -> object:
+    def locked_method(self: Any, /, *args: object, **kwargs: object) -> object:
         with self._lock:
             return method(self, *args, **kwargs)
 
-    return cast(_Method, alone)
+    return cast(_Method, locked_method)
 
 
 class Bank:
@@ -191,13 +200,16 @@ class Bank:
         if slots < 1:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
         params = aliased(params)
-        self._model, self._params, self._base = model, params, OneBase(params)
+        self._model = model
+        self._params = params
+        self._base = OneBase(params)
         self._tree = sealed(add_slots(params, rules, slots + 1, trace=trace, kinds=kinds))
-        self._slots, self._held = slots_of(self._tree), HeldNodes()
-        self._lock = threading.RLock()  # held by all that reads or changes what follows
-        self._kept: dict[str, Adapter] = {}
-        # Names by slot, the least recently used first.
-        self._resident: dict[int, str | None] = dict.fromkeys(range(1, slots + 1))
+        self._slots = slots_of(self._tree)
+        self._held = HeldNodes()
+        self._lock = threading.RLock()  # guards the attributes below, and the tree
+        self._adapters: dict[str, Adapter] = {}
+        # Names of adapters by slot, None where it is free; the least recently used slot first.
+        self._name_of_slot: dict[int, str | None] = dict.fromkeys(range(1, slots + 1))
 
     @property
     @locked
@@ -215,25 +227,25 @@ class Bank:
     @locked
     def names(self) -> tuple[str, ...]:
         """The names of the adapters, the base's not among them."""
-        return tuple(self._kept)
+        return tuple(self._adapters)
 
     @property
     @locked
     def resident(self) -> tuple[str, ...]:
         """The names of the adapters that have a slot, the least recently used first."""
-        return tuple(name for name in self._resident.values() if name is not None)
+        return tuple(name for name in self._name_of_slot.values() if name is not None)
 
     @property
     def n_slots(self) -> int:
         """The number of slots for adapters."""
-        return len(self._resident)
+        return len(self._name_of_slot)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._kept
+        return name in self._adapters
 
     def __len__(self) -> int:
         """Returns the number of adapters."""
-        return len(self._kept)
+        return len(self._adapters)
 
     def __repr__(self) -> str:
         return f"Bank({len(self)} adapters, {self.n_slots} slots, {len(self._slots)} weights)"
@@ -253,7 +265,7 @@ class Bank:
           ValueError: the folder cannot be read; see `lora_jax.load_adapter` and
             `lora_jax.peft.load`.
         """
-        self._take_in(name, adapter, allow_base_mismatch, self._check_free)
+        self._store(name, adapter, allow_base_mismatch, self._check_name_is_free)
 
     def replace(self, name: str, adapter: Tree, *, allow_base_mismatch: bool = False) -> None:
         """Replaces an adapter, in its slot; the arguments are those of `add`.
@@ -262,7 +274,7 @@ class Bank:
           BankError: there is no adapter of that name, or the new one does not fit, or is over
             another base.
         """
-        self._take_in(name, adapter, allow_base_mismatch, self._check_there)
+        self._store(name, adapter, allow_base_mismatch, self._check_name_exists)
 
     @locked
     def remove(self, name: str) -> None:
@@ -271,9 +283,10 @@ class Bank:
         Raises:
           BankError: there is no adapter of that name.
         """
-        self._check_there(name)
-        del self._kept[name]
-        if (slot := self._slot_of(name)) is not None:
+        self._check_name_exists(name)
+        del self._adapters[name]
+        slot = self._slot_of(name)
+        if slot is not None:
             self._touch(slot, None)
 
     def get(self, name: str) -> Tree:
@@ -283,16 +296,16 @@ class Bank:
           BankError: there is no adapter of that name.
         """
         with self._lock:
-            self._check_there(name)
-            adapter = self._kept[name]
+            self._check_name_exists(name)
+            adapter = self._adapters[name]
 
-        def node(path: str, leaf: Leaf) -> Leaf:
+        def adapt_leaf(path: str, leaf: Leaf) -> Leaf:
             if path not in adapter:
                 return leaf
-            mine = jax.tree.map(jnp.asarray, adapter[path])
-            return mine.replace(base=leaf) if isinstance(mine, LoraWeight) else mine
+            node = jax.tree.map(jnp.asarray, adapter[path])
+            return node.replace(base=leaf) if isinstance(node, LoraWeight) else node
 
-        return map_leaves(node, self._params)
+        return map_leaves(adapt_leaf, self._params)
 
     @locked
     def ids(self, names: Iterable[str]) -> jax.Array:
@@ -308,22 +321,25 @@ class Bank:
           BankError: there is no adapter of a name, or more different ones than slots.
         """
         names = list(names)
-        wanted = [name for name in dict.fromkeys(names) if name != BASE]
-        for name in wanted:
-            self._check_there(name)
-        if len(wanted) > self.n_slots:
+        adapter_names = [name for name in dict.fromkeys(names) if name != BASE]
+        for name in adapter_names:
+            self._check_name_exists(name)
+        if len(adapter_names) > self.n_slots:
             raise BankError(
-                f"bank: {len(wanted)} different adapters at once, and {self.n_slots} slots: make "
-                "a bank with more slots, or smaller batches"
+                f"bank: {len(adapter_names)} different adapters at once, and {self.n_slots} slots: "
+                "make a bank with more slots, or smaller batches"
             )
-        for name in wanted:  # those that have a slot keep it, so that no other takes it below
-            if (slot := self._slot_of(name)) is not None:
+        # Adapters that have a slot count as used now, so that the loop below evicts none of them.
+        for name in adapter_names:
+            slot = self._slot_of(name)
+            if slot is not None:
                 self._touch(slot, name)
-        for name in wanted:
+        for name in adapter_names:
             if self._slot_of(name) is None:
                 self._load(name)
-        by_name = {name: slot for slot, name in self._resident.items()} | {BASE: 0}
-        ids: jax.Array = jax.device_put(np.array([by_name[name] for name in names], np.int32))
+        slot_of_name = {name: slot for slot, name in self._name_of_slot.items()} | {BASE: 0}
+        slots = np.array([slot_of_name[name] for name in names], np.int32)
+        ids: jax.Array = jax.device_put(slots)
         return ids
 
     def choose(self, names: Iterable[str] | jax.Array) -> Choice:
@@ -341,31 +357,33 @@ class Bank:
 
         See the example of `Bank`.
         """
-        with self._lock:  # names have these slots in this tree
+        with self._lock:  # the slots of names belong to the tree of the same moment
             ids = names if isinstance(names, (jax.Array, np.ndarray)) else self.ids(names)
             tree = self.tree
         return choose(tree, ids)
 
-    def _take_in(
-        self, name: str, adapter: Tree, allow_base_mismatch: bool, check: Callable[[str], None]
+    def _store(
+        self, name: str, adapter: Tree, allow_base_mismatch: bool, check_name: Callable[[str], None]
     ) -> None:
-        """Keeps an adapter from a tree or a folder, once it fits; checks its name before and after.
+        """Stores an adapter from a tree or a folder, after all checks.
 
-        Reading takes long, and other threads go on meanwhile.
+        The name is checked before and after the adapter is read: reading takes long, and other
+        threads may add and remove adapters meanwhile.
         """
         with self._lock:
-            check(name)
+            check_name(name)
         tree = adapter
         if isinstance(adapter, (str, os.PathLike)):
-            tree = self._loaded(local_path(adapter), allow_base_mismatch)
-        values = adapter_values(name, tree, self._slots)
+            tree = self._read_folder(local_path(adapter), allow_base_mismatch)
+        host_adapter = adapter_values(name, tree, self._slots)
         if not allow_base_mismatch:
             self._base.check(f"bank: {name!r}", tree)
         with self._lock:
-            check(name)
-            self._put(name, values)
+            check_name(name)
+            self._put(name, host_adapter)
 
-    def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Tree:
+    def _read_folder(self, folder: Path, allow_base_mismatch: bool) -> Tree:
+        """Returns the adapted tree of a folder, which PEFT or this library wrote."""
         if not (folder / PEFT_CONFIG).exists():
             return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
         if self._model is None:
@@ -376,40 +394,47 @@ class Bank:
         return peft.load(folder, self._model, self._params)
 
     def _put(self, name: str, adapter: Adapter) -> None:
-        self._kept[name] = adapter
+        """Keeps an adapter, and writes it into its slot or a free one, if there is any."""
+        self._adapters[name] = adapter
         slot = self._slot_of(name)
         if slot is not None:
             self._write(slot, name)
-        elif None in self._resident.values():
+        elif None in self._name_of_slot.values():
             self._load(name)
 
     def _load(self, name: str) -> None:
-        """Writes an adapter into a free slot, or the one that was not used for the longest."""
-        free = (slot for slot, there in self._resident.items() if there is None)
-        slot = next(free, next(iter(self._resident)))
-        self._write(slot, name)
+        """Writes an adapter into a free slot, or else into the least recently used one."""
+        free_slots = [slot for slot, owner in self._name_of_slot.items() if owner is None]
+        least_recent_slot = next(iter(self._name_of_slot))
+        self._write(free_slots[0] if free_slots else least_recent_slot, name)
 
     def _write(self, slot: int, name: str) -> None:
-        values = values_of(self._kept[name], self._slots, self._base.leaves)
+        """Writes an adapter into a slot, in place unless someone holds the slots' arrays."""
+        values = values_of(self._adapters[name], self._slots, self._base.leaves)
         arrays = {path: slots.arrays for path, slots in self._slots.items()}
         self._tree = write(self._tree, self._held.writable(arrays), slot, values)
         self._slots = slots_of(self._tree)
         self._touch(slot, name)
 
     def _touch(self, slot: int, name: str | None) -> None:
-        """Makes a slot the one that was used last, by an adapter or, being free, by none."""
-        del self._resident[slot]
-        self._resident[slot] = name
+        """Marks a slot as the most recently used, and sets its adapter; None frees the slot."""
+        del self._name_of_slot[slot]
+        self._name_of_slot[slot] = name
 
     def _slot_of(self, name: str) -> int | None:
-        return next((slot for slot, there in self._resident.items() if there == name), None)
+        """Returns the slot of an adapter; None if the adapter is on the host only."""
+        for slot, owner in self._name_of_slot.items():
+            if owner == name:
+                return slot
+        return None
 
-    def _check_free(self, name: str) -> None:
-        if name in self._kept or name == BASE:
-            what = "is the base" if name == BASE else "is taken; see Bank.replace"
-            raise BankError(f"bank: the name {name!r} {what}")
+    def _check_name_is_free(self, name: str) -> None:
+        if name == BASE:
+            raise BankError(f"bank: the name {name!r} is the base")
+        if name in self._adapters:
+            raise BankError(f"bank: the name {name!r} is taken; see Bank.replace")
 
-    def _check_there(self, name: str) -> None:
-        if name not in self._kept:
-            there = ", ".join(map(repr, self._kept)) or "none"
-            raise BankError(f"bank: there is no adapter {name!r}; there are {there}")
+    def _check_name_exists(self, name: str) -> None:
+        if name not in self._adapters:
+            names = ", ".join(map(repr, self._adapters)) or "none"
+            raise BankError(f"bank: there is no adapter {name!r}; there are {names}")

@@ -13,7 +13,7 @@ from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.transform import RULES, run
 from lora_jax.adapt.user_code import place_of_call, warn
-from lora_jax.bank.slots import WeightSlots, map_slots, slot_shape, slots_of
+from lora_jax.bank.slots import Slots, WeightSlots, map_slots, slot_shape, slots_of
 from lora_jax.core.extend import jaxpr_as_fun
 from lora_jax.core.factored import ExamplesError
 from lora_jax.core.types import Forward, Leaf, Tree
@@ -35,8 +35,8 @@ class Choice:
     @property
     def is_side_by_side(self) -> bool:
         """True where all slots are factors side by side: no copies, heads, DoRA or biases on B."""
-        slots = slots_of(self.tree).values()
-        return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
+        nodes = slots_of(self.tree).values()
+        return all(isinstance(node, WeightSlots) and node.is_side_by_side for node in nodes)
 
     def batch_tree(self) -> Tree:
         """Returns the adapted tree of all examples; see `lora_jax.adapt.per_example`."""
@@ -50,23 +50,26 @@ def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
 
     Args:
       tree: `Bank.tree`.
-      ids: [examples] int, the slot of each example; 0 is the base alone. It may be a tracer; what
-        an example then gets from a slot that there is none of is NaN.
+      ids: [examples] int, the slot of each example; 0 is the base alone. It may be a tracer; the
+        result of an example whose slot does not exist is then NaN.
 
     Raises:
-      ValueError: `ids` has another number of axes, or names a slot that there is none of.
+      ValueError: `ids` has another number of axes, or names a slot that does not exist.
     """
-    slots = slots_of(tree).values()
-    if not slots:
+    nodes = slots_of(tree).values()
+    if not nodes:
         raise ValueError("choose: the tree is not a bank's; see lora_jax.bank.Bank")
     if np.ndim(ids) != 1:
         raise ValueError(f"choose: ids has the shape {np.shape(ids)}; a slot for each example")
     if not isinstance(ids, jax.core.Tracer):
-        n = min(each.n_slots for each in slots)
-        if wrong := sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n}):
-            raise ValueError(f"choose: the bank has the slots 0 to {n - 1}, not {wrong[0]}")
+        n_slots = min(node.n_slots for node in nodes)
+        unknown_ids = sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n_slots})
+        if unknown_ids:
+            raise ValueError(
+                f"choose: the bank has the slots 0 to {n_slots - 1}, not {unknown_ids[0]}"
+            )
     ids = jnp.asarray(ids, jnp.int32)
-    return Choice(map_slots(lambda _, each: each.chosen(ids), tree), ids)
+    return Choice(map_slots(lambda _, node: node.chosen(ids), tree), ids)
 
 
 def mixed(
@@ -81,8 +84,8 @@ def mixed(
 ) -> Forward:
     """Returns `fn` for batches of which each example has an adapter of its own.
 
-    Pass `Bank.choose(names)` where `fn` takes a tree of parameters. Each example gets what `fn`
-    returns for it by its adapter. Products with the base remain one product for all examples.
+    Pass `Bank.choose(names)` where `fn` takes a tree of parameters. The result of each example is
+    that of `fn` with its adapter. Products with the base remain one product for all examples.
     Gradients with respect to the slots' arrays work, and nothing is compiled anew for other
     adapters in the slots or other `ids`.
 
@@ -153,7 +156,7 @@ class _Call:
       axes: the examples' axis in each of them, None where there is none.
       treedef: structure of (args, kwargs).
       out_axes: see `mixed`.
-      choice: the first one among the leaves.
+      choice: the first `Choice` among the leaves.
     """
 
     leaves: list[Leaf]
@@ -171,10 +174,11 @@ class _Call:
         kwarg_axes: dict[str, Tree],
         out_axes: Tree,
     ) -> "_Call":
-        """Returns a call, once its arguments fit."""
-        if unknown := sorted(kwarg_axes.keys() - kwargs.keys()):
+        """Checks the arguments of a call, and finds the examples' axes in them."""
+        unknown_names = sorted(kwarg_axes.keys() - kwargs.keys())
+        if unknown_names:
             raise TypeError(
-                f"mixed: kwarg_axes names {unknown[0]!r}, which is not among the arguments"
+                f"mixed: kwarg_axes names {unknown_names[0]!r}, which is not among the arguments"
             )
         if "dropout_key" in kwargs:
             raise TypeError("mixed: dropout is off in mixed batches; leave out dropout_key")
@@ -190,12 +194,15 @@ class _Call:
                 "function takes its parameters"
             )
         prefix = (tuple(in_axes), {name: kwarg_axes.get(name, 0) for name in kwargs})
-        given = zip(leaves, _axes_of_leaves(prefix, (args, kwargs)), strict=True)
-        axes = [_axis(leaf, axis, len(choice.ids)) for leaf, axis in given]
-        return cls(leaves, axes, treedef, out_axes, choice)
+        declared_axes = _axes_of_leaves(prefix, (args, kwargs))
+        axes = [
+            _axis(leaf, axis, len(choice.ids))
+            for leaf, axis in zip(leaves, declared_axes, strict=True)
+        ]
+        return cls(leaves=leaves, axes=axes, treedef=treedef, out_axes=out_axes, choice=choice)
 
     def axes_of(self, result: Tree) -> list[int | None]:
-        """Returns the axis that the examples are to have in each leaf of a result."""
+        """Returns the axis that the examples must have in each leaf of a result."""
         return _axes_of_leaves(self.out_axes, result)
 
 
@@ -203,10 +210,11 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Tree:
     """Runs a function on the whole batch.
 
     Raises:
-      ExamplesError: its examples cannot be followed, or end where they were not asked for.
+      ExamplesError: its examples cannot be followed, or the result has them along other axes than
+        `out_axes` says.
     """
 
-    def whole(args: Tree, kwargs: Tree) -> Tree:
+    def run_batch(args: Tree, kwargs: Tree) -> Tree:
         return fn(*args, **kwargs)
 
     def axes_of(result: Tree) -> Tree:
@@ -214,50 +222,56 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Tree:
 
     leaves = [leaf.batch_tree() if _is_choice(leaf) else leaf for leaf in call.leaves]
     axes = ExampleAxes(call.treedef.unflatten(call.axes), axes_of)
-    return run(whole, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
+    return run(run_batch, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
 
 
 def _run_one_by_one(adapted: Forward, call: _Call) -> Tree:
     """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
     treedef: jax.tree_util.PyTreeDef
-    each, axes_of_each = zip(*map(_own, call.leaves, call.axes), strict=True)
-    arrays, treedef = jax.tree.flatten(each)
-    axes = jax.tree.leaves(axes_of_each)
+    varying_trees, axes_trees = zip(*map(_varying_arrays, call.leaves, call.axes), strict=True)
+    arrays, treedef = jax.tree.flatten(varying_trees)
+    axes = jax.tree.leaves(axes_trees)
 
-    def run_example(index: jax.Array, *mine: Leaf) -> Tree:
-        own = zip(call.leaves, treedef.unflatten(mine), strict=True)
-        args, kwargs = call.treedef.unflatten(_take_example(*pair, index) for pair in own)
+    def run_example(index: jax.Array, *example_arrays: Leaf) -> Tree:
+        leaves = [
+            _take_example(leaf, example_tree, index)
+            for leaf, example_tree in zip(
+                call.leaves, treedef.unflatten(example_arrays), strict=True
+            )
+        ]
+        args, kwargs = call.treedef.unflatten(leaves)
         return adapted(*args, **kwargs)
 
     ids = call.choice.ids
     slot = jax.ShapeDtypeStruct((), ids.dtype)
-    traced, shape = jax.make_jaxpr(run_example, return_shape=True)(
+    jaxpr, result_shape = jax.make_jaxpr(run_example, return_shape=True)(
         slot, *map(slot_shape, arrays, axes)
     )
     out_tree: jax.tree_util.PyTreeDef
-    shapes, out_tree = jax.tree.flatten(shape)
-    to = [
-        0 if axis is not None and not s.shape else axis
-        for s, axis in zip(shapes, call.axes_of(shape), strict=True)
-    ]
-    for s, axis in zip(shapes, to, strict=True):
-        if axis is not None and s.shape and (axis >= len(s.shape) or s.shape[axis] != 1):
+    structs, out_tree = jax.tree.flatten(result_shape)
+    shapes = [struct.shape for struct in structs]
+    out_axes = call.axes_of(result_shape)
+    for i, (shape, axis) in enumerate(zip(shapes, out_axes, strict=True)):
+        if axis is None:
+            continue
+        if shape == ():
+            out_axes[i] = 0  # a number of each example becomes an array of all
+        elif axis >= len(shape) or shape[axis] != 1:
             raise ValueError(
                 f"mixed: for a batch of one example, the function returns an array of shape "
-                f"{s.shape}, which has no axis {axis} for it: say where it is by out_axes"
+                f"{shape}, which has no axis {axis} for it: say where it is by out_axes"
             )
     if len(ids) == 1:
-        mine = map(jnp.squeeze, arrays, axes)
-        results = jaxpr_as_fun(traced)(ids[0], *mine)
-        alone = zip(results, to, shapes, strict=True)
-        return out_tree.unflatten(
-            x if axis is None or s.shape else jnp.expand_dims(x, 0) for x, axis, s in alone
-        )
-    run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *axes), out_axes=to)
-    results = [
-        jnp.squeeze(result, axis + 1) if axis is not None and s.shape else result
-        for result, axis, s in zip(run(ids, *arrays), to, shapes, strict=True)
-    ]
+        results = jaxpr_as_fun(jaxpr)(ids[0], *map(jnp.squeeze, arrays, axes))
+        for i, (shape, axis) in enumerate(zip(shapes, out_axes, strict=True)):
+            if shape == () and axis is not None:
+                results[i] = jnp.expand_dims(results[i], 0)
+        return out_tree.unflatten(results)
+    run_examples = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=(0, *axes), out_axes=out_axes)
+    results = run_examples(ids, *arrays)
+    for i, (shape, axis) in enumerate(zip(shapes, out_axes, strict=True)):
+        if shape != () and axis is not None:
+            results[i] = jnp.squeeze(results[i], axis + 1)
     return out_tree.unflatten(results)
 
 
@@ -269,28 +283,29 @@ def _axes_of_leaves(prefix: Tree, tree: Tree) -> list[int | None]:
     """Returns the examples' axis in each leaf of a tree, a `Choice` being one leaf.
 
     Args:
-      prefix: an axis or None for each part of the tree, as in `jax.vmap`.
+      prefix: an axis or None for each subtree, as in `jax.vmap`.
       tree: arguments, or the shapes of results.
     """
     axes: list[int | None] = []
 
-    def own(axis: int | None, part: Tree) -> None:
-        axes.extend([axis] * len(jax.tree.leaves(part)))
+    def append(axis: int | None, subtree: Tree) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(subtree)))
 
-    def visit(axis: int | None, part: Tree) -> None:
-        for value in jax.tree.leaves(part, is_leaf=_says_its_axes):
+    def visit(axis: int | None, subtree: Tree) -> None:
+        for value in jax.tree.leaves(subtree, is_leaf=_has_axes):
             if _is_choice(value):
                 axes.append(None)
             elif axis is not None and hasattr(value, "example_axes"):
-                jax.tree.map(own, value.example_axes, value, is_leaf=_is_none)
+                jax.tree.map(append, value.example_axes, value, is_leaf=_is_none)
             else:
-                own(axis, value)
+                append(axis, value)
 
     jax.tree.map(visit, prefix, tree, is_leaf=_is_none)
     return axes
 
 
-def _says_its_axes(value: object) -> bool:
+def _has_axes(value: object) -> bool:
+    """Returns True for values that determine the axes of their own arrays."""
     return _is_choice(value) or hasattr(value, "example_axes")
 
 
@@ -298,19 +313,20 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-def _axis(leaf: Leaf, axis: int | None, n: int) -> int | None:
+def _axis(leaf: Leaf, axis: int | None, n_examples: int) -> int | None:
     """Returns the axis of the examples in an argument, None where it is the same for all."""
     if axis is None or not hasattr(leaf, "dtype") or not np.ndim(leaf):
         return None
-    if axis >= leaf.ndim or leaf.shape[axis] != n:
+    if axis >= leaf.ndim or leaf.shape[axis] != n_examples:
         raise ValueError(
-            f"mixed: {n} adapters are chosen, and an argument of shape {leaf.shape} has not {n} "
-            f"examples along its axis {axis}: say where they are by in_axes or kwarg_axes"
+            f"mixed: {n_examples} adapters are chosen, and an argument of shape {leaf.shape} has "
+            f"not {n_examples} examples along its axis {axis}: say where they are by in_axes or "
+            "kwarg_axes"
         )
     return axis
 
 
-def _own(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
+def _varying_arrays(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
     """Returns the arrays of an argument that differ from example to example, and the axis of each.
 
     Args:
@@ -318,16 +334,31 @@ def _own(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
       axis: axis of the examples, None where there are none.
     """
     if _is_choice(leaf):
-        copies = {path: slots for path, slots in slots_of(leaf.tree).items() if slots.per_example}
-        arrays = {path: slots.arrays for path, slots in copies.items()}
-        return arrays, {p: dict.fromkeys(s.arrays, s.slot_axis) for p, s in copies.items()}
+        arrays, axes = {}, {}
+        for path, node in slots_of(leaf.tree).items():
+            if node.per_example:
+                arrays[path] = node.arrays
+                axes[path] = dict.fromkeys(node.arrays, node.slot_axis)
+        return arrays, axes
+    if axis is None:
+        return None, None
     # The axis of size one that a batch of one example has is put in here rather than under vmap,
     # which would move the examples to the front first, and the array with them.
-    return (None, None) if axis is None else (jnp.expand_dims(leaf, axis + 1), axis)
+    return jnp.expand_dims(leaf, axis + 1), axis
 
 
-def _take_example(leaf: Leaf, own: Tree, index: jax.Array) -> Leaf:
-    """Returns an argument for one example, from its own arrays in it and its slot."""
+def _take_example(leaf: Leaf, example_arrays: Tree, index: jax.Array) -> Leaf:
+    """Returns an argument for one example.
+
+    Args:
+      leaf: the argument for the batch.
+      example_arrays: those of its arrays that differ from example to example, for this one.
+      index: [] int32, the slot of the example.
+    """
     if _is_choice(leaf):
-        return map_slots(lambda path, s: s.take_example(own.get(path, s.arrays), index), leaf.tree)
-    return leaf if own is None else own
+
+        def take(path: str, node: Slots) -> Leaf:
+            return node.take_example(example_arrays.get(path, node.arrays), index)
+
+        return map_slots(take, leaf.tree)
+    return leaf if example_arrays is None else example_arrays

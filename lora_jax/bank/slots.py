@@ -1,9 +1,12 @@
 """The arrays of several adapters of one weight, in slots side by side.
 
 The slot axis stands before the rank: [batch…, slots, r, in…]. All slots' factors are then one pair
-of factors of rank slots·r without a copy, and a mixed batch is one product with it, of which each
-example keeps its own columns. A scan over layers takes a layer of all slots, and `jax.vmap` over
-the slot axis runs each adapter by itself.
+of factors of rank slots·r without a copy: the slots are side by side. A mixed batch is one product
+with this pair, of which each example keeps its own columns. A scan over layers takes a layer of all
+slots, and `jax.vmap` over the slot axis runs each adapter by itself.
+
+Slot 0 is the base alone. It needs no room in the arrays: without `has_base`, the first slot of the
+arrays is slot 1.
 """
 
 import dataclasses
@@ -99,33 +102,49 @@ class WeightSlots(_Slots):
         Args:
           ids: [examples] int, the slot of each.
         """
-        slots = jnp.arange(self.n_here) + int(not self.has_base)
-        own = (slots == ids[:, None]).astype(jnp.float32) + _no_slot(ids, self.n_slots)[:, None]
+        is_slot_of = self._slots == ids[:, None]  # [examples, slots]
+        slot_weights = is_slot_of.astype(jnp.float32) + _nan_unless_slot(ids, self.n_slots)[:, None]
         parts = self._side_by_side(self.arrays["scale"])
-        rows = jnp.repeat(own, self.rank, axis=1)
-        return LoraWeight(
-            self.base, parts | {"rows": rows}, self.roles, (self._all_ranks,), uses=self.uses
-        )
+        parts["rows"] = jnp.repeat(slot_weights, self.rank, axis=1)
+        return self._joint_weight(parts)
 
     @property
-    def _all_ranks(self) -> int:
+    def _slots(self) -> jax.Array:
+        """The slots in the arrays, [slots] int."""
+        return jnp.arange(self.n_here) + int(not self.has_base)
+
+    @property
+    def _joint_rank(self) -> int:
+        """The rank of the factors of all slots side by side."""
         return self.n_here * self.rank
 
+    def _joint_weight(self, parts: Parts) -> LoraWeight:
+        """Returns the weight that the factors of all slots adapt."""
+        return LoraWeight(
+            base=self.base,
+            arrays=parts,
+            roles=self.roles,
+            ranks=(self._joint_rank,),
+            uses=self.uses,
+        )
+
     def _side_by_side(self, scales: jax.Array) -> Parts:
-        """Returns the factors of all slots as one pair, and what their columns are scaled by.
+        """Returns the factors of all slots as one pair, and the scales of its columns.
 
         Args:
           scales: [batch…, slots].
         """
-        n, arrays = self.slot_axis, self.arrays
+        axis = self.slot_axis
 
-        def joined(array: jax.Array) -> jax.Array:
-            return array.reshape(*array.shape[:n], self._all_ranks, *array.shape[n + 2 :])
+        def merge_slots_and_rank(array: jax.Array) -> jax.Array:
+            return array.reshape(*array.shape[:axis], self._joint_rank, *array.shape[axis + 2 :])
 
-        scale = jnp.ones(scales.shape[:n], jnp.float32)
-        factors = jnp.repeat(scales, self.rank, axis=n)
-        a, b = joined(arrays["a"]), joined(arrays["b"])
-        return {"a": a, "b": b, "scale": scale, "lambda_d": factors}
+        return {
+            "a": merge_slots_and_rank(self.arrays["a"]),
+            "b": merge_slots_and_rank(self.arrays["b"]),
+            "scale": jnp.ones(scales.shape[:axis], jnp.float32),
+            "lambda_d": jnp.repeat(scales, self.rank, axis=axis),
+        }
 
     def chosen(self, ids: jax.Array) -> "WeightSlots":
         """Returns the weight for a batch: with a copy of each example's factors, if that is best.
@@ -133,19 +152,22 @@ class WeightSlots(_Slots):
         Args:
           ids: [examples] int, the slot of each.
         """
-        if self.uses != "each" and self.n_here * self.rank <= WIDEST:
+        if self.uses != "each" and self._joint_rank <= WIDEST:
             return self
-        taken = _taken(self.arrays, ids if self.has_base else ids - 1, self.slot_axis)
-        scale = taken["scale"]
+        arrays = _take_slots(self.arrays, ids if self.has_base else ids - 1, self.slot_axis)
+        scale = arrays["scale"]
         if not self.has_base:
             scale = jnp.where(ids > 0, scale, 0)
-        taken["scale"] = scale + _no_slot(ids, self.n_slots)
-        return self.replace(arrays=taken, per_example=True)
+        arrays["scale"] = scale + _nan_unless_slot(ids, self.n_slots)
+        return self.replace(arrays=arrays, per_example=True)
 
     def only(self, slot: jax.Array) -> "WeightSlots":
         """Returns the weight with a copy of one slot, [] int, as slot 1, beside the base."""
-        index, axis = slot - (not self.has_base), self.slot_axis
-        arrays = {n: lax.dynamic_index_in_dim(x, index, axis) for n, x in self.arrays.items()}
+        index = slot - (not self.has_base)
+        arrays = {
+            name: lax.dynamic_index_in_dim(array, index, self.slot_axis)
+            for name, array in self.arrays.items()
+        }
         return self.replace(arrays=arrays, has_base=False)
 
     def take_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
@@ -157,14 +179,15 @@ class WeightSlots(_Slots):
         """
         if self.per_example:
             rank = arrays["a"].shape[self.slot_axis]
-            return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
-        mine = jnp.arange(self.n_here) + int(not self.has_base) == index
-        scales = jnp.where(mine, arrays["scale"], 0) + _no_slot(index, self.n_slots)
-        parts = self._side_by_side(scales)
+            return LoraWeight(
+                base=self.base, arrays=arrays, roles=self.roles, ranks=(rank,), uses=self.uses
+            )
+        scales = jnp.where(self._slots == index, arrays["scale"], 0)
+        parts = self._side_by_side(scales + _nan_unless_slot(index, self.n_slots))
         for name in ("gain", "shift"):
             if name in arrays:
                 parts[name] = jnp.take(arrays[name], index, axis=self.slot_axis, mode="clip")
-        return LoraWeight(self.base, parts, self.roles, (self._all_ranks,), uses=self.uses)
+        return self._joint_weight(parts)
 
     def __repr__(self) -> str:
         return f"WeightSlots(shape={self.base.shape}, slots={self.n_slots}, rank={self.rank})"
@@ -198,13 +221,13 @@ class ValueSlots(_Slots):
 
     def chosen(self, ids: jax.Array) -> "ValueSlots":
         """Returns the leaf with the value of each example of a batch."""
-        value = _taken(self.arrays, ids - int(self.base is not None), 0)["value"]
-        each = range(1, value.ndim)
+        value = _take_slots(self.arrays, ids - int(self.base is not None), 0)["value"]
+        value_axes = range(1, value.ndim)
         if self.base is not None:
-            is_base = jnp.expand_dims(ids == 0, each)
+            is_base = jnp.expand_dims(ids == 0, value_axes)
             value = jnp.where(is_base, self.base.astype(value.dtype), value)
-        value += jnp.expand_dims(_no_slot(ids, self.n_slots), each).astype(value.dtype)
-        return ValueSlots({"value": value}, per_example=True)
+        nans = jnp.expand_dims(_nan_unless_slot(ids, self.n_slots), value_axes)
+        return ValueSlots({"value": value + nans.astype(value.dtype)}, per_example=True)
 
     def take_example(self, arrays: Parts, index: jax.Array) -> Trained:
         """Returns the leaf of one example; see `WeightSlots.take_example`."""
@@ -217,21 +240,21 @@ class ValueSlots(_Slots):
 Slots = WeightSlots | ValueSlots
 
 
-def _taken(arrays: Parts, ids: jax.Array, axis: int) -> Parts:
+def _take_slots(arrays: Parts, ids: jax.Array, axis: int) -> Parts:
     """Returns the arrays with the slot of each example in the place of the slots."""
-    return {name: jnp.take(x, ids, axis=axis, mode="clip") for name, x in arrays.items()}
+    return {name: jnp.take(array, ids, axis=axis, mode="clip") for name, array in arrays.items()}
 
 
-def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
-    """Returns 0 for ids that there is a slot of, NaN for others: an error that a tracer can have.
+def _nan_unless_slot(ids: jax.Array, n_slots: int) -> jax.Array:
+    """Returns 0 for ids of slots, NaN for others: an error that traced ids can report, too.
 
-    What it is added to makes the results of these examples NaN.
+    Callers add it to scales or values, so that the results of these examples become NaN.
     """
     return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
 def slot_shape(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
-    """Returns the shape of what one slot holds of an array."""
+    """Returns the shape of one slot of an array: without the slot axis."""
     return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 
 
@@ -247,8 +270,9 @@ def slots_of(tree: Tree) -> dict[str, Slots]:
 
 def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
     """Returns a bank's tree with ``visit(path, node)`` in place of each node."""
-    leaves, treedef = _leaves_of(tree)
-    return treedef.unflatten(visit(p, x) if isinstance(x, Slots) else x for p, x in leaves)
+    path_leaves, treedef = _leaves_of(tree)
+    leaves = [visit(path, leaf) if isinstance(leaf, Slots) else leaf for path, leaf in path_leaves]
+    return treedef.unflatten(leaves)
 
 
 def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
@@ -263,23 +287,25 @@ def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
     """
     if isinstance(node, Trained):
         return ValueSlots({"value": jnp.repeat(node.value[None], n_slots, axis=0)})
-    n, arrays = node.n_batch, {}
+    arrays = {}
     for name in ("a", "b", "scale", *(part.vector for part in node.extras if part.vector)):
-        shape = node.shape_of(name)
+        shape = list(node.shape_of(name))
+        shape.insert(node.n_batch, n_slots)
         dtype = node.arrays[name].dtype if name in node.arrays else jnp.float32
-        filled = jnp.full((*shape[:n], n_slots, *shape[n:]), NEUTRAL.get(name, 0), dtype)
-        where = _sharding(node, name)
-        arrays[name] = filled if where is None else jax.device_put(filled, where)
-    return WeightSlots(node.base, arrays, node.roles, node.uses)
+        array = jnp.full(shape, NEUTRAL.get(name, 0), dtype)
+        sharding = _sharding(node, name)
+        arrays[name] = array if sharding is None else jax.device_put(array, sharding)
+    return WeightSlots(base=node.base, arrays=arrays, roles=node.roles, uses=node.uses)
 
 
 def _sharding(node: LoraWeight, name: str) -> NamedSharding | None:
     """Returns the sharding of an array of slots; None where W lies on one device."""
-    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(node.base)]
-    of_w = next((place for place in places if isinstance(place, NamedSharding)), None)
-    if of_w is None or of_w.mesh.size == 1:
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(node.base)]
+    named_shardings = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
+    if not named_shardings or named_shardings[0].mesh.size == 1:
         return None
-    spec = (*of_w.spec, *[None] * (node.ndim - len(of_w.spec)))
-    entries = [None if axis == RANK else spec[axis] for axis in node.layout(name)]
-    entries.insert(node.n_batch, None)
-    return NamedSharding(of_w.mesh, PartitionSpec(*entries))
+    weight_sharding = named_shardings[0]
+    weight_spec = (*weight_sharding.spec, *[None] * (node.ndim - len(weight_sharding.spec)))
+    spec = [None if axis == RANK else weight_spec[axis] for axis in node.layout(name)]
+    spec.insert(node.n_batch, None)
+    return NamedSharding(weight_sharding.mesh, PartitionSpec(*spec))

@@ -1,4 +1,8 @@
-"""Adapters on the host: what a bank keeps of each, and what goes into a slot."""
+"""Adapters on the host: the arrays that a bank keeps of each, and the arrays that fill a slot.
+
+A slot's values are the arrays that one adapter writes into it: factors of the bank's rank, and
+neutral values for parts that the adapter lacks.
+"""
 
 from collections.abc import Mapping
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
+from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots, slot_shape
 from lora_jax.core.parts import NEUTRAL, rank_axis
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Leaf, Tree
@@ -37,54 +41,64 @@ def adapter_values(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter
         raise BankError(f"bank: {name!r} is a plain tree: give an adapted one, or a folder")
     for path, node in nodes.items():
         _check_fits(name, path, node, slots)
-    alone = {p: n.replace(base=None) if isinstance(n, LoraWeight) else n for p, n in nodes.items()}
-    copies: Adapter = jax.tree.map(np.array, alone)  # callers may write into theirs
-    return copies
+    nodes_without_base = {
+        path: node.replace(base=None) if isinstance(node, LoraWeight) else node
+        for path, node in nodes.items()
+    }
+    adapter: Adapter = jax.tree.map(np.array, nodes_without_base)  # copies: callers may write later
+    return adapter
 
 
 def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) -> None:
+    """Raises a BankError if the slots of a path cannot hold an adapter's node."""
     if path not in slots:
         raise BankError(
             f"bank: {name!r} adapts {path!r}, which the bank has no slots for; the nearest that "
             f"it has are {nearest(path, slots, n=3)}. Make the bank with rules that select it"
         )
-    there = slots[path]
+    leaf_slots = slots[path]
     if not node.is_on:
         raise BankError(
             f"bank: {name!r} has no adapter at {path!r}: this is the base half of a tree; join "
             "the halves first"
         )
-    wanted = "in full" if isinstance(there, ValueSlots) else "by factors"
-    if isinstance(there, ValueSlots) != isinstance(node, Trained) or not isinstance(
-        node, (LoraWeight, Trained)
-    ):
-        raise BankError(f"bank: {name!r} trains {path!r} otherwise than {wanted}, as the bank has")
-    if node.shape != there.shape:
+    is_value = isinstance(leaf_slots, ValueSlots)
+    if is_value != isinstance(node, Trained) or not isinstance(node, (LoraWeight, Trained)):
+        method = "in full" if is_value else "by factors"
+        raise BankError(f"bank: {name!r} trains {path!r} otherwise than {method}, as the bank has")
+    if node.shape != leaf_slots.shape:
         raise BankError(
             f"bank: {name!r} has {path!r} in the shape {node.shape}, the bank's base in "
-            f"{there.shape}: it belongs to another base"
+            f"{leaf_slots.shape}: it belongs to another base"
         )
-    if isinstance(node, Trained) or isinstance(there, ValueSlots):
-        return
+    if isinstance(node, LoraWeight) and isinstance(leaf_slots, WeightSlots):
+        _check_weight_fits(name, path, node, leaf_slots)
+
+
+def _check_weight_fits(name: str, path: str, node: LoraWeight, slots: WeightSlots) -> None:
+    """Raises a BankError if an adapted weight's rank, roles or parts have no room in its slots."""
     if node.invocation is not None:
         raise BankError(
             f"bank: {name!r} is an activated LoRA, which acts from its invocation on, and a slot "
             "acts on all tokens: run it by lora_jax.adapt"
         )
-    rank = node.rank * (2 if node.start is not None else 1)
-    if rank > there.rank:
-        both = f", twice {node.rank} as its factors began in W" if node.start is not None else ""
+    rank = node.rank
+    reason = ""
+    if node.start is not None:
+        rank = 2 * node.rank
+        reason = f", twice {node.rank} as its factors began in W"
+    if rank > slots.rank:
         raise BankError(
-            f"bank: {name!r} has rank {rank} at {path!r}{both}, and the bank has room for "
-            f"{there.rank}: make it with a larger rank"
+            f"bank: {name!r} has rank {rank} at {path!r}{reason}, and the bank has room for "
+            f"{slots.rank}: make it with a larger rank"
         )
-    if (node.roles, node.uses) != (there.roles, there.uses):
+    if (node.roles, node.uses) != (slots.roles, slots.uses):
         raise BankError(
             f"bank: {name!r} adapts {path!r} with {node.roles} for {node.uses!r} uses; the bank "
-            f"has {there.roles} and {there.uses!r}: give its rule these in_axes, out_axes and uses"
+            f"has {slots.roles} and {slots.uses!r}: give its rule these in_axes, out_axes and uses"
         )
     for part in node.extras:
-        if part.vector and part.vector not in there.arrays:
+        if part.vector and part.vector not in slots.arrays:
             variant = variant_of(part)
             remedy = f"{variant.option}=True" if variant else "the same part"
             raise BankError(
@@ -96,27 +110,27 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
 def values_of(
     adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, BaseLike]
 ) -> dict[str, dict[str, Leaf]]:
-    """Returns the arrays of a slot that holds an adapter, by path and name.
+    """Returns the values of a slot for an adapter, by path and name of the array.
 
     They have the shapes of the slots' arrays, less the slot axis.
 
     Args:
       adapter: see `adapter_values`.
       slots: slots of the bank, by path.
-      base: the base's leaves by path, which stand where the adapter has nothing.
+      base: the base's leaves by path, for the paths that the adapter does not adapt.
     """
     return {path: _values(adapter.get(path), slots[path], base[path]) for path in slots}
 
 
 def _values(node: Leaf, slots: Slots, base: BaseLike) -> dict[str, Leaf]:
+    """Returns the values of a slot for one leaf; without a node, those of the base alone."""
     if isinstance(slots, ValueSlots):
         return {"value": base if node is None else node.value}
-    n = slots.slot_axis
-    shapes = {k: (*x.shape[:n], *x.shape[n + 1 :]) for k, x in slots.arrays.items()}
-    values = {
-        name: np.full(shape, NEUTRAL.get(name, 0), slots.arrays[name].dtype)
-        for name, shape in shapes.items()
-    }
+    slot_axis = slots.slot_axis
+    values = {}
+    for name, array in slots.arrays.items():
+        shape = slot_shape(array, slot_axis).shape
+        values[name] = np.full(shape, NEUTRAL.get(name, 0), array.dtype)
     if node is None:
         return values
     if node.is_compact:
@@ -125,35 +139,39 @@ def _values(node: Leaf, slots: Slots, base: BaseLike) -> dict[str, Leaf]:
     if node.extras:
         parts = _parts_of_variant(node, slots)
     elif node.start is not None:
-        (a0, b0) = node.start
-        parts["a"] = np.concatenate([node.a, a0], axis=n)
-        parts["b"] = np.concatenate([node.b, -b0], axis=n)
+        a0, b0 = node.start
+        parts["a"] = np.concatenate([node.a, a0], axis=slot_axis)
+        parts["b"] = np.concatenate([node.b, -b0], axis=slot_axis)
     for name, array in parts.items():
-        used = tuple(slice(size) for size in array.shape)  # ranks may be smaller than the bank's
-        values[name][used] = np.asarray(array, values[name].dtype)
+        region = tuple(slice(size) for size in array.shape)  # its rank may be below the bank's
+        values[name][region] = np.asarray(array, values[name].dtype)
     return values
 
 
 def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
     """Returns a, b and scale of an adapter with further parts, and its gain and shift.
 
-    Factors are first filled up to the bank's rank, so that adapters of all ranks run the same
-    compiled function.
+    Factors are first padded to the bank's rank, so that adapters of all ranks run the same compiled
+    function.
     """
-    most = slots.rank // (2 if node.start is not None else 1)
-    arrays: dict[str, Leaf] = {}
+    rank = slots.rank // (2 if node.start is not None else 1)
+    padded_arrays: dict[str, Leaf] = {}
     for name, array in node.arrays.items():
         axis = rank_axis(node.axes_of(name), node.roles.labels(len(slots.shape)))
-        arrays[name] = array
         if axis >= 0:
-            more = [(0, 0)] * array.ndim
-            more[axis] = (0, most - array.shape[axis])
-            arrays[name] = np.pad(array, more)
-    parts = {k: np.array(v) for k, v in _factored_parts(_alike(node, slots, arrays, most)).items()}
-    for layer, rank in enumerate(node.ranks if len(node.ranks) > 1 else ()):
-        if not rank:  # not adapted
-            for name in parts.keys() & {"gain", "shift"}:
-                parts[name][layer] = NEUTRAL.get(name, 0)
+            padding = [(0, 0)] * array.ndim
+            padding[axis] = (0, rank - array.shape[axis])
+            array = np.pad(array, padding)
+        padded_arrays[name] = array
+    factored_parts = _factored_parts(_canonical_node(node, slots, padded_arrays, rank))
+    parts = {name: np.array(array) for name, array in factored_parts.items()}
+    vectors = parts.keys() & {"gain", "shift"}
+    if len(node.ranks) > 1:
+        for layer, layer_rank in enumerate(node.ranks):
+            is_adapted = layer_rank > 0
+            for name in vectors:
+                if not is_adapted:
+                    parts[name][layer] = NEUTRAL.get(name, 0)
     return parts
 
 
@@ -164,14 +182,17 @@ def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
       node: as adapters have it, of the bank's rank; its arrays may be shapes.
       slots: slots of the same weight.
     """
-    arrays = {name: np.zeros(x.shape, x.dtype) for name, x in node.arrays.items()}
-    _factored_parts(_alike(node, slots, arrays, node.rank))
+    arrays = {name: np.zeros(array.shape, array.dtype) for name, array in node.arrays.items()}
+    _factored_parts(_canonical_node(node, slots, arrays, node.rank))
 
 
-def _alike(
+def _canonical_node(
     node: LoraWeight, slots: WeightSlots, arrays: Mapping[str, Leaf], rank: int
 ) -> LoraWeight:
-    """Returns a node over the slots' base that differs from others of its kind in arrays alone."""
+    """Returns a node over the slots' base that differs from others of its kind in arrays alone.
+
+    So all of them share one compiled function.
+    """
     return node.replace(
         base=slots.base, arrays=arrays, ranks=(rank,), dropout=0.0, frozen=(), a_of=None
     )
@@ -179,5 +200,6 @@ def _alike(
 
 @jax.jit
 def _factored_parts(node: LoraWeight) -> dict[str, jax.Array]:
+    """Returns the arrays by which a node's variant computes its products."""
     parts = node.factored().parts
     return {name: jnp.asarray(array) for name, array in parts.items()}

@@ -13,7 +13,7 @@ from lora_jax.bank.stored import BankError, compile_variant
 from lora_jax.core.aliases import flatten
 from lora_jax.core.base import is_base
 from lora_jax.core.types import Leaf, Parts, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, map_leaves
+from lora_jax.core.weight import Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import Rule
 
@@ -35,34 +35,40 @@ def add_slots(
     shapes, trace = _abstract(params, trace)
     nodes = nodes_of(lorafy(shapes, rules, trace=trace, kinds=kinds))
 
-    def slots(path: str, leaf: Leaf) -> Tree:
+    def slots_of_leaf(path: str, leaf: Leaf) -> Tree:
         node = nodes.get(path)
+        if node is None:
+            return leaf
         if isinstance(node, TrainedRows):
             raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
-        if isinstance(node, LoraWeight):
-            empty = empty_slots(node.replace(base=leaf), n_slots)
-            if node.extras and not node.is_compact and isinstance(empty, WeightSlots):
-                compile_variant(node, empty)
-            return empty
-        return leaf if node is None else empty_slots(Trained(leaf), n_slots)
+        if isinstance(node, Trained):
+            return empty_slots(Trained(leaf), n_slots)
+        slots = empty_slots(node.replace(base=leaf), n_slots)
+        if node.extras and not node.is_compact and isinstance(slots, WeightSlots):
+            compile_variant(node, slots)
+        return slots
 
-    return map_leaves(slots, params)
+    return map_leaves(slots_of_leaf, params)
 
 
 def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Sequence[object] | None]:
     """Returns a tree's shapes, and a trace whose arguments hold the very same shapes."""
-    twins: dict[int, Leaf] = {}
+    struct_of_leaf: dict[int, Leaf] = {}  # by the leaf's id
     for _, leaf in flatten(params, is_base)[0]:
         if hasattr(leaf, "shape"):
-            twins[id(leaf)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
+            struct_of_leaf[id(leaf)] = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), leaf
+            )
 
     def abstract(tree: Tree) -> Tree:
         treedef: jax.tree_util.PyTreeDef
-        keyed, treedef = flatten(tree, is_base)
-        return treedef.unflatten(twins.get(id(leaf), leaf) for _, leaf in keyed)
+        path_leaves, treedef = flatten(tree, is_base)
+        return treedef.unflatten([struct_of_leaf.get(id(leaf), leaf) for _, leaf in path_leaves])
 
-    known = isinstance(trace, Sequence) and bool(trace)  # of others, lorafy says what is wrong
-    return abstract(params), (trace[0], *abstract(tuple(trace[1:]))) if known and trace else trace
+    shapes = abstract(params)
+    if not isinstance(trace, Sequence) or not trace:
+        return shapes, trace  # none, or one that lorafy refuses with a message
+    return shapes, (trace[0], *abstract(tuple(trace[1:])))
 
 
 def write(tree: Tree, arrays: Mapping[str, Parts], slot: int, values: Mapping[str, Parts]) -> Tree:
@@ -72,40 +78,43 @@ def write(tree: Tree, arrays: Mapping[str, Parts], slot: int, values: Mapping[st
       tree: the tree.
       arrays: its arrays by path and name; their memory is taken.
       slot: the slot.
-      values: what goes into it: the arrays' shapes, less the slot axis.
+      values: values of the slot by path and name, of the arrays' shapes less the slot axis.
     """
     axes = tuple((path, slots.slot_axis) for path, slots in slots_of(tree).items())
-    placed = {
-        path: {name: _beside(arrays[path][name], axis, x) for name, x in values[path].items()}
-        for path, axis in axes
-    }
-    new = _written(dict(arrays), placed, np.int32(slot), axes)
-    return map_slots(lambda path, slots: slots.replace(arrays=new[path]), tree)
+    placed_values: dict[str, Parts] = {}
+    for path, axis in axes:
+        placed_values[path] = {
+            name: _place_on_mesh(value, arrays[path][name], axis)
+            for name, value in values[path].items()
+        }
+    updated_arrays = _update_slot(dict(arrays), placed_values, np.int32(slot), axes)
+    return map_slots(lambda path, slots: slots.replace(arrays=updated_arrays[path]), tree)
 
 
-def _beside(array: jax.Array, axis: int, value: Leaf) -> Leaf:
-    """Returns a slot's value on the mesh as the slots are, if they are on one."""
-    where = array.sharding
-    if not isinstance(where, NamedSharding):
+def _place_on_mesh(value: Leaf, array: jax.Array, axis: int) -> Leaf:
+    """Returns a slot's value with the sharding of the slots' array, if that lies on a mesh."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
         return value
-    spec = [*where.spec, *[None] * (array.ndim - len(where.spec))]
+    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
     del spec[axis]
-    return jax.device_put(value, NamedSharding(where.mesh, PartitionSpec(*spec)))
+    return jax.device_put(value, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _written(
+def _update_slot(
     arrays: dict[str, Parts],
     values: dict[str, Parts],
     slot: jax.typing.ArrayLike,
     axes: tuple[tuple[str, int], ...],
 ) -> dict[str, Parts]:
     """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
-    put = lax.dynamic_update_index_in_dim
-    return {
-        path: {
-            name: put(array, values[path][name].astype(array.dtype), slot, axis)
+    updated: dict[str, Parts] = {}
+    for path, axis in axes:
+        updated[path] = {
+            name: lax.dynamic_update_index_in_dim(
+                array, values[path][name].astype(array.dtype), slot, axis
+            )
             for name, array in arrays[path].items()
         }
-        for path, axis in axes
-    }
+    return updated
