@@ -1,4 +1,8 @@
-"""Reads a PEFT adapter's folder, local or on the hub, as an adapted tree."""
+"""Reads a PEFT adapter's folder, local or on the hub, as an adapted tree.
+
+A module is one Hugging Face module that the adapter adapts; it stands for one layer of a leaf, or
+for all of it. A row of the model's key table maps such names to a leaf.
+"""
 
 import dataclasses
 import math
@@ -8,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,14 +69,14 @@ def load(
     source = adapter_folder(folder, adapter)
     config = configuration.read_config(source / configuration.FILE)
     tensors = read_tensors(source / FILE)
-    where = str(source / FILE)
+    tensors_path = str(source / FILE)
     table = _table_for(tensors, model)
     _check_tree(params, table)
-    experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
-    tied = [row for row in table if row.aliases] if is_tied(config) else []
-    reader = _Reader(where, drop_copies(tensors, tied, where))
+    has_experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
+    tied_rows = [row for row in table if row.aliases] if is_tied(config) else []
+    reader = _Reader(tensors_path, drop_copies(tensors, tied_rows, tensors_path))
     try:
-        available, chosen = selected(config, table, model, experts=experts)
+        available, chosen = selected(config, table, model, experts=has_experts)
         rules = rules_for(config, table, available, chosen)
         params = _read_bases(params, chosen, table, config, reader)
         tree = lorafy(_abstract(params), rules)
@@ -80,41 +84,54 @@ def load(
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{source / configuration.FILE}: {error}") from None
-    own = None
-    if (form := FORMS.get(config[configuration.KIND])) is not None:
+    form = FORMS.get(config[configuration.KIND])
+    file_adapter = None
+    if form is not None:
         nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
-        own = form.read_file(reader, config[configuration.OWN], nodes, chosen)
-    files = _Files(reader, table, config, chosen, available, own)
+        file_adapter = form.read_file(reader, config[configuration.OWN], nodes, chosen)
+    node_reader = _NodeReader(
+        reader=reader,
+        table=table,
+        config=config,
+        chosen=chosen,
+        available=available,
+        file_adapter=file_adapter,
+    )
     bases = dict(leaves_of(params)[0])
-    loaded = with_shared(map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree))
+    loaded = map_leaves(lambda path, leaf: node_reader.read(path, leaf, bases[path]), tree)
+    loaded = with_shared(loaded)
     reader.finish()
     return loaded
 
 
-def _table_for(tensors: Iterable[str], model: Model) -> Sequence[Row]:
-    """Returns the model's key table by the names that a file has; see `tables_of`."""
-    newer, *older = tables_of(model)
-    files = {re.split(r"\.(?:lora_|base_layer)", key.removeprefix(PREFIX))[0] for key in tensors}
+def _table_for(keys: Iterable[str], model: Model) -> Sequence[Row]:
+    """Returns the key table of the model whose names a file's keys have; see `tables_of`."""
+    newest, *older = tables_of(model)
+    file_modules = {
+        re.split(r"\.(?:lora_|base_layer)", key.removeprefix(PREFIX))[0] for key in keys
+    }
     for table in older:
-        names = {name.removesuffix(".weight") for name in places(table).keys() - places(newer)}
-        if files & names:
+        old_names = places(table).keys() - places(newest)
+        if file_modules & {name.removesuffix(".weight") for name in old_names}:
             return table
-    return newer
+    return newest
 
 
 def _abstract(params: Tree) -> Tree:
+    """Returns the shapes of a tree."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
 def _check_tree(params: Tree, table: Sequence[Row]) -> None:
+    """Raises a PeftError if a tree is adapted, or its shapes are not those of the table."""
     if nodes_of(params):
         raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(params)[0]}
-    wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
-    if wrong:
+    paths = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
+    if paths:
         raise PeftError(
-            f"the tree does not fit the model: it has {shapes.get(wrong[0], 'nothing')} at "
-            f"{wrong[0]!r} (and {len(wrong) - 1} more)"
+            f"the tree does not fit the model: it has {shapes.get(paths[0], 'nothing')} at "
+            f"{paths[0]!r} (and {len(paths) - 1} more)"
         )
 
 
@@ -131,10 +148,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
       PeftError: if the file is missing, damaged or cut short, or holds other dtypes than floats.
     """
     tensors: dict[str, np.ndarray] = {}
-    with _opened(path) as file:
+    with _open(path) as file:
         for name in file.keys():
-            if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
-                raise PeftError(f"{path}: {name} has the dtype {kind}; weights are floats")
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in FLOATS:
+                raise PeftError(f"{path}: {name} has the dtype {dtype}; weights are floats")
             tensors[name] = file.get_tensor(name)
     return tensors
 
@@ -148,16 +166,18 @@ def read_names(path: Path) -> list[str]:
     Raises:
       PeftError: if the file is missing, damaged or cut short.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         return [*file.keys()]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     """Opens an adapter_model.safetensors; errors within become PeftErrors."""
     if not path.is_file():
-        others = sorted(file.name for file in path.parent.glob("adapter_model*"))
-        hint = f"; there is {others[0]}, and only safetensors are read" if others else ""
+        similar_files = sorted(file.name for file in path.parent.glob("adapter_model*"))
+        hint = ""
+        if similar_files:
+            hint = f"; there is {similar_files[0]}, and only safetensors are read"
         raise PeftError(f"{path} is missing{hint}")
     try:
         with safe_open(path, framework="np") as file:
@@ -171,8 +191,8 @@ def _opened(path: Path) -> Iterator[Any]:
 class _Reader:
     """The file's tensors; notes which are taken, and reports those that do not fit."""
 
-    def __init__(self, where: str, tensors: Mapping[str, np.ndarray]) -> None:
-        self._where = where
+    def __init__(self, path: str, tensors: Mapping[str, np.ndarray]) -> None:
+        self._path = path
         self._tensors = tensors
         self._taken: set[str] = set()
         self._problems: list[str] = []
@@ -187,11 +207,10 @@ class _Reader:
         tensor = self._tensors.get(key)
         if tensor is not None and tensor.shape == shape:
             return tensor
-        self._problems.append(
-            f"missing {key} {list(shape)}"
-            if tensor is None
-            else f"{key} is {list(tensor.shape)}, expected {list(shape)}"
-        )
+        if tensor is None:
+            self._problems.append(f"missing {key} {list(shape)}")
+        else:
+            self._problems.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
         return np.broadcast_to(np.float32(0), shape)  # no memory, however absurd the shape
 
     @property
@@ -201,10 +220,13 @@ class _Reader:
 
     def finish(self) -> None:
         """Raises one PeftError on all tensors that are missing, misshaped or left over."""
-        left = [f"unexpected {key}" for key in self._tensors if key not in self._taken]
-        if problems := self._problems + left:
+        problems = [
+            *self._problems,
+            *(f"unexpected {key}" for key in self._tensors if key not in self._taken),
+        ]
+        if problems:
             raise PeftError(
-                f"{self._where} does not fit its configuration and the model: "
+                f"{self._path} does not fit its configuration and the model: "
                 f"{len(problems)} tensors\n  " + "\n  ".join(problems[:20])
             )
 
@@ -217,79 +239,120 @@ def _read_bases(
     PEFT writes them for adapted tables, and for embeddings and heads if it was told to, or found
     the vocabulary resized.
     """
-    changed = dict(leaves_of(params)[0])
-    bases = [
-        (keys_of(module).base_weight, module.path, module.index, not module.is_table)
+    leaf_by_path = dict(leaves_of(params)[0])
+    sources = [
+        _BaseSource(
+            key=keys_of(module).base_weight,
+            path=module.path,
+            index=module.index,
+            is_transposed=not module.is_table,
+        )
         for module in chosen
         if not isinstance(module, Expert)
     ]
-    bases += [
-        (f"{PREFIX}{name}", row.path, (), row.transpose)
-        for row in table
-        if kind_of(row) in ("embedding", "head") and not row.stack
-        for name in (row.hf, *row.aliases)
-        if name.endswith(".weight") and not saved_modules(config, [name])
-    ]
-    for key, path, index, transpose in bases:
-        if not reader.has(key):
+    for row in table:
+        if kind_of(row) not in ("embedding", "head") or row.stack:
             continue
-        leaf = as_array(changed[path])
+        for name in (row.hf, *row.aliases):
+            if name.endswith(".weight") and not saved_modules(config, [name]):
+                key = f"{PREFIX}{name}"
+                sources.append(
+                    _BaseSource(key=key, path=row.path, index=(), is_transposed=row.transpose)
+                )
+    for source in sources:
+        if not reader.has(source.key):
+            continue
+        leaf = as_array(leaf_by_path[source.path])
+        index = source.index
         shape = leaf.shape[len(index) :]
-        tensor = reader.take(key, tuple(shape[::-1] if transpose else shape))
+        tensor = reader.take(source.key, tuple(shape[::-1] if source.is_transposed else shape))
         if is_abstract(leaf):
             continue
-        here = leaf[index] if index else leaf
-        value = (tensor.T if transpose else tensor).astype(leaf.dtype)
-        if not np.array_equal(value, here, equal_nan=True):
-            changed[path] = leaf.at[index].set(value) if index else jax.device_put(value)
-    return map_leaves(lambda path, _: changed[path], params)
+        value = (tensor.T if source.is_transposed else tensor).astype(leaf.dtype)
+        if not np.array_equal(value, leaf[index] if index else leaf, equal_nan=True):
+            changed_leaf = leaf.at[index].set(value) if index else jax.device_put(value)
+            leaf_by_path[source.path] = changed_leaf
+    return map_leaves(lambda path, _: leaf_by_path[path], params)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """The nodes of a tree, filled from the file's tensors."""
+class _BaseSource(NamedTuple):
+    """A key under which a file may hold a weight of the base, and the leaf that it belongs to.
+
+    Attributes:
+      key: the key of the tensor.
+      path: path of the leaf.
+      index: index of the weight in the leaf's stack; empty for the whole leaf.
+      is_transposed: whether the file has the transpose.
+    """
+
+    key: str
+    path: str
+    index: tuple[int, ...]
+    is_transposed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _NodeReader:
+    """Reads the nodes of a tree from the file's tensors.
+
+    Attributes:
+      reader: the tensors.
+      table: key table of the model.
+      config: fields of the configuration.
+      chosen: the modules that the adapter adapts.
+      available: the modules that it could adapt.
+      file_adapter: the content of the file, for kinds other than LORA.
+    """
 
     reader: _Reader
     table: Sequence[Row]
     config: Fields
     chosen: Sequence[Module]
     available: Sequence[Module]
-    own: FileAdapter | None  # of a kind other than LORA
+    file_adapter: FileAdapter | None
 
-    def node(self, path: str, leaf: Leaf, base: BaseLike) -> Leaf:
+    def read(self, path: str, leaf: Leaf, base: BaseLike) -> Leaf:
         """Returns the leaf at a path: a node filled from the file, or the base."""
         if isinstance(leaf, LoraWeight):
-            return self._adapted(path, leaf.replace(base=base))
+            return self._read_weight(path, leaf.replace(base=base))
         if isinstance(leaf, TrainedRows):
-            return self._rows(path, leaf.replace(base=base))
-        return self._whole(path, base) if isinstance(leaf, Trained) else base
+            return self._read_rows(path, leaf.replace(base=base))
+        return self._read_trained(path, base) if isinstance(leaf, Trained) else base
 
-    def _adapted(self, path: str, node: LoraWeight) -> LoraWeight:
-        batch, rows, columns = (
+    def _read_weight(self, path: str, node: LoraWeight) -> LoraWeight:
+        """Returns an adapted weight with the factors of all its modules, stacked.
+
+        If a tensor is missing, the node stays as it is, and `_Reader.finish` raises the error.
+        """
+        batch, in_sizes, out_sizes = (
             node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
         )
-        sizes = {"a": math.prod(rows), "b": math.prod(columns)}
-        members = [module for module in self.chosen if module.path == path]
-        if self.own is not None:
+        modules = [module for module in self.chosen if module.path == path]
+        if self.file_adapter is not None:
             scale = self._scale(path, batch)
-            return node.replace(scale=scale, **self.own.arrays(node, members))
-        factors = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
+            return node.replace(scale=scale, **self.file_adapter.arrays(node, modules))
+        fans = {"a": math.prod(in_sizes), "b": math.prod(out_sizes)}
+        arrays_of_modules = [
+            self._read_arrays(module, node, fans["a"], fans["b"]) for module in modules
+        ]
         if not self.reader.is_whole:
             return node
         dtype = np.dtype(wide(node.dtype))
-        out = {name: np.zeros((*batch, node.rank, n), dtype) for name, n in sizes.items()}
-        # A magnitude of a layer that is not adapted is never looked at.
-        vectors = {name: np.ones((*batch, sizes["b"]), dtype) for name in node.has}
-        for (at, arrays), module in zip(factors, members, strict=True):
-            start = node.rank // 2 if node.uses == "each" and module.uses == "product" else 0
+        factors = {name: np.zeros((*batch, node.rank, fan), dtype) for name, fan in fans.items()}
+        # No product reads the magnitude of a layer that is not adapted.
+        vectors = {name: np.ones((*batch, fans["b"]), dtype) for name in node.has}
+        for module, arrays in zip(modules, arrays_of_modules, strict=True):
+            is_head = node.uses == "each" and module.uses == "product"
+            start = node.rank // 2 if is_head else 0
             for name, array in arrays.items():
                 if name in vectors:
-                    vectors[name][at] = array
+                    vectors[name][module.index] = array
                 else:
-                    out[name][at][..., start : start + array.shape[-2], :] = array
-        changes = {name: v.reshape(*batch, *columns) for name, v in vectors.items()}
-        changes["a"] = out["a"].reshape(*batch, node.rank, *rows)
-        changes["b"] = out["b"].reshape(*batch, node.rank, *columns)
+                    stop = start + array.shape[-2]
+                    factors[name][module.index][..., start:stop, :] = array
+        changes = {name: vector.reshape(*batch, *out_sizes) for name, vector in vectors.items()}
+        changes["a"] = factors["a"].reshape(*batch, node.rank, *in_sizes)
+        changes["b"] = factors["b"].reshape(*batch, node.rank, *out_sizes)
         scale = node.scale
         if isinstance(scale, jax.ShapeDtypeStruct):
             scale = self._scale(path, batch)
@@ -297,17 +360,18 @@ class _Files:
             node = node.replace(frozen=("b",))  # as in PEFT, if it trains on
         return node.replace(scale=scale, **jax.device_put(changes))  # asarray would compile
 
-    def _arrays(
+    def _read_arrays(
         self, module: Module, node: LoraWeight, fan_in: int, fan_out: int
     ) -> dict[str, np.ndarray]:
         """Reads A [r, in], B [r, out] and the vectors of one member of the stack."""
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-        rank, keys = node.ranks[layer] // (2 if node.uses == "each" else 1), keys_of(module)
+        rank = node.ranks[layer] // (2 if node.uses == "each" else 1)
+        keys = keys_of(module)
         if isinstance(module, Expert):
             key_a, key_b = keys_of_expert(module, self.chosen)
-            wide_out = fan_out * (1 if module.half is None else 2)
+            packed_out = fan_out * (1 if module.half is None else 2)
             a = self.reader.take(key_a, (rank * module.n, fan_in))
-            b = self.reader.take(key_b, (wide_out, rank * module.n))
+            b = self.reader.take(key_b, (packed_out, rank * module.n))
             return {"a": unpack_a(a, module.n), "b": unpack_b(b, module.n, module.half)}
         if module.uses == "product":  # a head: its input is the table's output
             a = self.reader.take(keys.b, (fan_in, rank)).T
@@ -328,34 +392,36 @@ class _Files:
         placed: jax.Array = jax.device_put(scale)
         return placed
 
-    def _rows(self, path: str, node: TrainedRows) -> TrainedRows:
-        shape = (len(node.rows), *node.shape[1:])
+    def _read_rows(self, path: str, node: TrainedRows) -> TrainedRows:
+        """Returns a node with its trained rows: of a token table, or some layers of a stack."""
         if node.is_table:
-            name = next(m.name for m in self.available if m.path == path and m.is_embedding)
-            order = token_rows(self.config, self.available)[name]
+            shape = (len(node.rows), *node.shape[1:])
+            modules = [module for module in self.available if module.path == path]
+            name = next(module.name for module in modules if module.is_embedding)
+            tokens = token_rows(self.config, self.available)[name]
             value = self.reader.take(token_key(name), shape)
-            value = value[[order.index(row) for row in node.rows]]
+            value = value[[tokens.index(row) for row in node.rows]]
         else:
-            of_layers = self._row(path).hf_names
-            names = (of_layers[layer] for layer in node.rows)
-            value = np.stack([self._tensor(name) for name in names])
+            layer_names = self._row(path).hf_names
+            value = np.stack([self._read_tensor(layer_names[layer]) for layer in node.rows])
         return node.replace(value=jax.device_put(value.astype(wide(node.dtype))))
 
-    def _whole(self, path: str, base: BaseLike) -> Trained:
+    def _read_trained(self, path: str, base: BaseLike) -> Trained:
+        """Returns a leaf that trained in full."""
         row = self._row(path)
-        arrays = [self._tensor(name) for name in row.hf_names]
+        arrays = [self._read_tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
         return Trained(jax.device_put(value.astype(base.dtype)))
 
     def _row(self, path: str) -> Row:
         return next(row for row in self.table if row.path == path)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _read_tensor(self, name: str) -> np.ndarray:
         """Reads a tensor that trained in full, in our layout: a saved module's, or a bias."""
         row, _ = places(self.table)[name]
-        saved = saved_modules(self.config, [name])
-        adapted = [module.name for module in self.chosen]
-        key = f"{PREFIX}{name}" if saved else bias_key(name, adapted)
+        is_saved = saved_modules(self.config, [name])
+        module_names = [module.name for module in self.chosen]
+        key = f"{PREFIX}{name}" if is_saved else bias_key(name, module_names)
         tensor = self.reader.take(key, row.hf_shape)
         return tensor.T if row.transpose else tensor
 
@@ -389,10 +455,10 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
         path = path / adapter
     if (path / configuration.FILE).is_file():
         return path
-    inside = sorted(file.parent.name for file in path.glob(f"*/{configuration.FILE}"))
-    if inside:
+    adapters = sorted(file.parent.name for file in path.glob(f"*/{configuration.FILE}"))
+    if adapters:
         raise PeftError(
-            f"{path} holds several adapters, {', '.join(inside)}: choose one with adapter=…"
+            f"{path} holds several adapters, {', '.join(adapters)}: choose one with adapter=…"
         )
     raise PeftError(f"{path} is no adapter of PEFT: {configuration.FILE} is missing")
 
