@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -103,17 +103,10 @@ def save(
     folder = local_path(folder).absolute()
     check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params, embedding_layers)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
-    elif model_type in TAKEN_FOR_EXPERTS and (others := set(OF_MLP.findall("\n".join(tensors)))):
-        parts = sorted(name.rstrip(".") or "its layers without experts" for name in others)
-        names = ", ".join(parts)
-        raise PeftError(
-            f"PEFT takes gate_proj, up_proj and down_proj of a {model_type} model for its experts, "
-            f"and cannot hold an adapter of {names}: leave it out (exclude=['shared_expert'], "
-            "['shared_experts', 'dense/mlp']), merge the adapter, or write it for_serving"
-        )
+    else:
+        _check_not_taken_for_experts(tensors, model)
     if task_type is None and config.get(configuration.INVOCATION):
         task_type = "CAUSAL_LM"
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -124,6 +117,22 @@ def save(
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):
             if content is not None:
                 (partial / file).write_text(content, encoding="utf-8")
+
+
+def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
+    """Raises a PeftError for layers without experts that PEFT would take for experts."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in TAKEN_FOR_EXPERTS:
+        return
+    prefixes = set(OF_MLP.findall("\n".join(keys)))
+    if prefixes:
+        layers = sorted(prefix.rstrip(".") or "its layers without experts" for prefix in prefixes)
+        raise PeftError(
+            f"PEFT takes gate_proj, up_proj and down_proj of a {model_type} model for its experts, "
+            f"and cannot hold an adapter of {', '.join(layers)}: leave it out "
+            "(exclude=['shared_expert'], ['shared_experts', 'dense/mlp']), merge the adapter, or "
+            "write it for_serving"
+        )
 
 
 def contents(
@@ -143,14 +152,21 @@ def contents(
     nodes = nodes_of(params)
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
-    if off := [path for path, node in nodes.items() if not node.is_on]:
-        raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
+    for path, node in nodes.items():
+        if not node.is_on:
+            raise PeftError(f"{path!r} has no adapter in this half of the tree: join it first")
     nodes = {path: peft_node(path, node) for path, node in nodes.items()}
-    rows = {row.path: row for row in table}
-    if unknown := [path for path in nodes if path not in rows]:
-        raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
-    leaves = dict(leaves_of(params)[0])
-    return _Contents(table, leaves, nodes, experts_of(model), embedding_layers).collect()
+    table_paths = {row.path for row in table}
+    for path in nodes:
+        if path not in table_paths:
+            raise PeftError(f"{path!r} is in no row of the model's key table")
+    return _Contents(
+        table=table,
+        leaves=dict(leaves_of(params)[0]),
+        nodes=nodes,
+        experts=experts_of(model),
+        embedding_layers=embedding_layers,
+    ).collect()
 
 
 class _Contents:
@@ -164,21 +180,33 @@ class _Contents:
         experts: Sequence[Expert],
         embedding_layers: bool,
     ) -> None:
-        self._rows, self._places = {row.path: row for row in table}, places(table)
-        self._leaves, self._embedding_layers = leaves, embedding_layers
-        self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
-        self._trained = {p: n for p, n in nodes.items() if not isinstance(n, LoraWeight)}
-        tied = [row for row in table if row.aliases]
-        whole = (nodes[row.path] for row in tied if row.path in nodes)
-        self._tied = any(not isinstance(n, LoraWeight) or n.uses == "all" for n in whole)
-        self._all = modules(table, tied=self._tied)
-        self._heads = tied_heads(nodes, tied) if self._tied else {}
-        self._adapted = [m for m in self._all if self._rank(m)]
-        self._all_experts = experts
-        self._experts = [e for e in experts if self._rank(e)]
-        written = {m.path for m in [*self._adapted, *self._experts]}
-        if lost := sorted(set(self._lora) - written):
-            raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
+        self._rows = {row.path: row for row in table}
+        self._places = places(table)
+        self._leaves = leaves
+        self._embedding_layers = embedding_layers
+        self._lora: dict[str, LoraWeight] = {}
+        self._trained: dict[str, Leaf] = {}
+        for path, node in nodes.items():
+            if isinstance(node, LoraWeight):
+                self._lora[path] = node
+            else:
+                self._trained[path] = node
+        tied_rows = [row for row in table if row.aliases]
+        tied_nodes = [nodes[row.path] for row in tied_rows if row.path in nodes]
+        self._tied = any(
+            not isinstance(node, LoraWeight) or node.uses == "all" for node in tied_nodes
+        )
+        self._modules = modules(table, tied=self._tied)
+        self._heads = tied_heads(nodes, tied_rows) if self._tied else {}
+        self._adapted = [module for module in self._modules if self._rank(module)]
+        self._experts = experts
+        self._adapted_experts = [expert for expert in experts if self._rank(expert)]
+        module_paths = {module.path for module in [*self._adapted, *self._adapted_experts]}
+        paths_without_module = sorted(set(self._lora) - module_paths)
+        if paths_without_module:
+            raise PeftError(
+                f"{paths_without_module[0]!r} is adapted, and transformers has no such module"
+            )
         self._form = common_form(self._lora)
         self._tensors: dict[str, np.ndarray] = {}
 
@@ -193,6 +221,7 @@ class _Contents:
         return node.ranks[layer] if node.uses == module.uses else 0
 
     def collect(self) -> tuple[JsonObject, dict[str, np.ndarray]]:
+        """Returns the fields of the configuration, and the tensors by key."""
         config = self._settings()
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
@@ -200,8 +229,9 @@ class _Contents:
             ranks[module.name], alphas[module.name] = self._write(module)
         config |= self._write_experts(ranks, alphas)
         for table, heads in self._heads.items():
-            for head in heads if table in ranks else []:
-                ranks[head], alphas[head] = ranks[table], alphas[table]
+            if table in ranks:
+                ranks |= dict.fromkeys(heads, ranks[table])
+                alphas |= dict.fromkeys(heads, alphas[table])
         config |= self._patterns(ranks, alphas)
         config |= self._write_trained()
         for field in ("target_modules", "modules_to_save"):
@@ -218,14 +248,16 @@ class _Contents:
             str(form.field): {name in node.has for node in nodes} for name, form in VECTORS.items()
         }
         settings["lora_dropout"] = {float(node.dropout) for node in nodes}
-        may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
+        fields_that_may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
         for name, values in settings.items():
-            if len(values) > 1 and name not in may_differ:
+            if len(values) > 1 and name not in fields_that_may_differ:
                 raise PeftError(f"PEFT has one {name} for all modules; here they differ")
-        invocation, *others = {node.invocation for node in nodes} or {None}
-        if others:
+        invocations = {node.invocation for node in nodes}
+        if len(invocations) > 1:
             raise PeftError("PEFT has one invocation for all modules; here they differ")
-        return ({} if invocation is None else {INVOCATION: [*invocation]}) | {
+        (invocation,) = invocations or {None}
+        fields: JsonObject = {} if invocation is None else {INVOCATION: [*invocation]}
+        return fields | {
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
             "inference_mode": True,
@@ -240,86 +272,103 @@ class _Contents:
 
     def _write(self, module: Module) -> tuple[int, float]:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
-        node, at, keys = self._lora[module.path], module.index, keys_of(module)
+        node = self._lora[module.path]
+        keys = keys_of(module)
         rank = self._rank(module)
-        if form := form_of(node):
+        form = form_of(node)
+        if form:
             for key, tensor in form.tensors_of(module, node).items():
                 self._put(key, tensor)
             return rank, rank  # s is in the tensors
-        is_second = node.uses == "each" and module.uses == "product"
-        a, b = self._factors(node.a, node.b, node, at, 2 * rank if is_second else rank)
-        a, b = a[-rank:], b[-rank:]
-        if node.start is not None:
-            start_a, start_b = node.start
-            a0, b0 = self._factors(start_a, start_b, node, at, rank)
-            a, b = np.concatenate([a, a0]), np.concatenate([b, -b0])
-        if module.uses == "product":  # a head: its input is the table's output
-            a, b = b, a
+        a, b = self._factors(node, module, rank)
         self._put(keys.a, a)
         self._put(keys.b, b.T)
         for name, vector in VECTORS.items():
             if name in node.has:
-                self._put(keys.parts[name], np.asarray(node.arrays[name])[at].reshape(-1))
-            elif any(name in other.has for other in self._lora.values()):
+                self._put(keys.parts[name], np.asarray(node.arrays[name])[module.index].reshape(-1))
+            elif any(name in weight.has for weight in self._lora.values()):
                 self._put(keys.parts[name], np.full(b.shape[1], vector.fill))
-        ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
-        saves = self._embedding_layers and ends & {*EMBEDDING_NAMES}
-        if saves and module.kind in ("embedding", "head"):
-            base = np.asarray(as_array(node.base)[at])
+        last_names = {adapted.name.split(".")[-1] for adapted in self._adapted}
+        saves_bases = self._embedding_layers and last_names & {*EMBEDDING_NAMES}
+        if saves_bases and module.kind in ("embedding", "head"):
+            base = np.asarray(as_array(node.base)[module.index])
             self._put(keys.base_weight, base if module.is_table else base.T)
-        scale = float(np.asarray(node.scale)[at])
+        scale = float(np.asarray(node.scale)[module.index])
         return len(a), scale * len(a)
 
     @staticmethod
-    def _factors(
-        a: Leaf, b: Leaf, node: LoraWeight, at: tuple[int, ...], rank: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
-        a, b = (np.asarray(v)[at].reshape(node.rank, -1)[:rank] for v in (a, b))
+    def _factors(node: LoraWeight, module: Module, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns A [r, in] and B [r, out] of a module, as PEFT has them.
+
+        W + s(AB − A₀B₀) is W + s·[A A₀][B; −B₀].
+        """
+
+        def member(factor: Leaf) -> np.ndarray:
+            return np.asarray(factor)[module.index].reshape(node.rank, -1)
+
+        # The head of a table with an adapter for each use has the second half of the ranks.
+        is_second = node.uses == "each" and module.uses == "product"
+        ranks = slice(rank, 2 * rank) if is_second else slice(rank)
+        a, b = member(node.a)[ranks], member(node.b)[ranks]
+        if node.start is not None:
+            start_a, start_b = node.start
+            a = np.concatenate([a, member(start_a)[:rank]])
+            b = np.concatenate([b, -member(start_b)[:rank]])
+        if module.uses == "product":  # a head: its input is the table's output
+            return b, a
         return a, b
 
     def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> JsonObject:
         """Writes the tensors of experts, as PEFT packs them; adds their ranks and alphas."""
-        if not self._experts:
+        if not self._adapted_experts:
             return {"target_parameters": None}
-        by_name: dict[str, dict[int | None, Expert]] = {}
-        for expert in self._experts:
-            by_name.setdefault(expert.name, {})[expert.half] = expert
+        halves_by_name: dict[str, dict[int | None, Expert]] = {}
+        for expert in self._adapted_experts:
+            halves_by_name.setdefault(expert.name, {})[expert.half] = expert
             node = self._lora[expert.path]
-            for what in (*node.has, *["dropout"] * bool(node.dropout)):
-                raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
-        for name, halves in by_name.items():
+            unsupported = [*node.has]
+            if node.dropout:
+                unsupported.append("dropout")
+            if unsupported:
+                raise PeftError(
+                    f"PEFT has no {unsupported[0]} for experts and routers: {expert.path!r}"
+                )
+        for name, halves in halves_by_name.items():
             factors = {half: self._expert_factors(expert) for half, expert in halves.items()}
             if None in factors:
                 a, b, scale = factors[None]
             else:
                 a, b, scale = side_by_side(factors.get(0), factors.get(1))
-            ranks[name], alphas[name] = a.shape[1], scale * a.shape[1]
-            key_a, key_b = keys_of_expert(next(iter(halves.values())), self._experts)
+            ranks[name] = a.shape[1]
+            alphas[name] = scale * a.shape[1]
+            key_a, key_b = keys_of_expert(next(iter(halves.values())), self._adapted_experts)
             packed_a, packed_b = pack(a, b)
             self._put(key_a, packed_a)
             self._put(key_b, packed_b)
-        ends = sorted({end_of(name) for name in by_name})
-        every_layer = {
-            e.name for e in self._all_experts if end_of(e.name) in ends
-        } == by_name.keys()
-        return {"target_parameters": ends if every_layer else sorted(by_name)}
+        ends = sorted({end_of(name) for name in halves_by_name})
+        names_with_ends = {expert.name for expert in self._experts if end_of(expert.name) in ends}
+        adapts_all_layers = names_with_ends == halves_by_name.keys()
+        return {"target_parameters": ends if adapts_all_layers else sorted(halves_by_name)}
 
     def _expert_factors(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
-        node, rank = self._lora[expert.path], self._rank(expert)
+        node = self._lora[expert.path]
+        rank = self._rank(expert)
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale)[layer])
         if len(scales) > 1:
             raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
-        parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
-        whole = (expert.n, node.rank, -1)  # a router has no axis of experts
-        a, b = (
-            [np.asarray(factor)[layer].reshape(whole)[:, :rank] for factor in factors]
-            for factors in zip(*parts, strict=True)
-        )
-        b[1:] = [-factor for factor in b[1:]]
-        return np.concatenate(a, axis=1), np.concatenate(b, axis=1), float(scales[0])
+
+        def layer_factor(factor: Leaf) -> np.ndarray:
+            # The reshape gives a router, which has no axis of experts, one of size 1.
+            return np.asarray(factor)[layer].reshape(expert.n, node.rank, -1)[:, :rank]
+
+        a, b = layer_factor(node.a), layer_factor(node.b)
+        if node.start is not None:
+            start_a, start_b = node.start
+            a = np.concatenate([a, layer_factor(start_a)], axis=1)
+            b = np.concatenate([b, -layer_factor(start_b)], axis=1)
+        return a, b, float(scales[0])
 
     def _put(self, key: str, array: np.ndarray) -> None:
         self._tensors[key] = np.ascontiguousarray(array)
@@ -336,24 +385,30 @@ class _Contents:
             "target_modules": self._targets(names) if names else None,
             "r": rank,
             "lora_alpha": number(alpha),
-            "rank_pattern": {exactly(n): r for n, r in ranks.items() if r != rank},
-            "alpha_pattern": {exactly(n): number(v) for n, v in alphas.items() if v != alpha},
+            "rank_pattern": {
+                exactly(name): value for name, value in ranks.items() if value != rank
+            },
+            "alpha_pattern": {
+                exactly(name): number(value) for name, value in alphas.items() if value != alpha
+            },
         }
 
     def _targets(self, names: list[str]) -> list[str]:
         """Shortens names to their last parts, if these select no other module."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
         # Modules that hold others, too: "0" names a layer of a list as well as a kernel of a block.
-        every = {module.name for module in self._all}
-        every |= {name[: dot.start()] for name in every for dot in re.finditer(r"\.", name)}
-        others = every - set(names)
-        clash = [n for n in others if n in ends or ends_with(n, ends)]
-        return sorted(names) if clash else ends
+        module_names = {module.name for module in self._modules}
+        for module in self._modules:
+            module_names |= {module.name[: dot.start()] for dot in re.finditer(r"\.", module.name)}
+        is_ambiguous = any(
+            name in ends or ends_with(name, ends) for name in module_names - set(names)
+        )
+        return sorted(names) if is_ambiguous else ends
 
     def _write_trained(self) -> JsonObject:
         """Writes trained biases, tokens and whole modules; returns their fields."""
         biases: list[str] = []
-        whole: list[str] = []
+        weights: list[str] = []
         tokens: dict[str, list[int]] = {}
         for path, node in self._trained.items():
             row = self._rows[path]
@@ -369,23 +424,28 @@ class _Contents:
                 raise PeftError(
                     f"{path!r} trains in full; PEFT saves whole modules, and this is none"
                 )
-            (biases if row.hf.endswith(".bias") else whole).extend(names)
+            if row.hf.endswith(".bias"):
+                biases += names
+            else:
+                weights += names
         adapted = {module.name for module in self._adapted}
-        saved = {module_name(name) for name in whole}
-        if wrong := sorted(saved & adapted):
-            raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
-        loose = [name for name in biases if module_name(name) not in saved]
-        kind = self._bias_kind(loose, adapted, saved)
-        if kind is None:  # biases of modules of their own (norms): save these whole
-            saved |= {module_name(name) for name in loose} - adapted
-            loose = [name for name in loose if module_name(name) in adapted]
-            kind = self._bias_kind(loose, adapted, saved)
+        saved = {module_name(name) for name in weights}
+        if saved & adapted:
+            raise PeftError(
+                f"{min(saved & adapted)} is adapted and trains in full; PEFT has one or the other"
+            )
+        biases = [name for name in biases if module_name(name) not in saved]
+        kind = self._bias_kind(biases, adapted, saved)
+        if kind is None:  # biases of modules that are not adapted (norms): save these modules
+            saved |= {module_name(name) for name in biases} - adapted
+            biases = [name for name in biases if module_name(name) in adapted]
+            kind = self._bias_kind(biases, adapted, saved)
         if kind is None:
             raise PeftError(
                 "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
-                f"such as {loose[0]}"
+                f"such as {biases[0]}"
             )
-        for name in loose:
+        for name in biases:
             self._put(bias_key(name, adapted), self._tensor(name))
         for name in self._places:
             if module_name(name) in saved:
@@ -398,26 +458,36 @@ class _Contents:
 
     def _bias_kind(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
         """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
-        every = {name for name in self._places if name.endswith(".bias")}
-        every = {name for name in every if module_name(name) not in saved}
-        of_adapted = {name for name in every if module_name(name) in adapted}
         if not names:
             return "none"
-        if set(names) == of_adapted:
+        biases = {
+            name
+            for name in self._places
+            if name.endswith(".bias") and module_name(name) not in saved
+        }
+        adapted_biases = {name for name in biases if module_name(name) in adapted}
+        if set(names) == adapted_biases:
             return "lora_only"
-        return "all" if set(names) == every else None
+        return "all" if set(names) == biases else None
 
     def _name_whole_head(self, saved: set[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
-        places = self._places.items()
-        head = {module_name(name) for name, (row, _) in places if kind_of(row) == "classifier"}
-        whole = {name.partition(".")[0] for name in head}
-        return sorted((saved | whole) - head if whole != head <= saved else saved)
+        layers = {
+            module_name(name)
+            for name, (row, _) in self._places.items()
+            if kind_of(row) == "classifier"
+        }
+        classifiers = {name.partition(".")[0] for name in layers}
+        has_layers = classifiers != layers
+        if has_layers and layers <= saved:
+            return sorted((saved | classifiers) - layers)
+        return sorted(saved)
 
     def _tensor(self, name: str) -> np.ndarray:
         """Returns one of PyTorch's tensors, as it has been trained."""
         row, index = self._places[name]
         leaf = self._leaves[row.path]
-        whole = leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf
-        array: np.ndarray = np.asarray(whole)[index]
+        if isinstance(leaf, Trained | TrainedRows):
+            leaf = leaf.merged()
+        array: np.ndarray = np.asarray(leaf)[index]
         return array.T if row.transpose else array

@@ -64,22 +64,28 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
       PeftError: see `table_of`.
     """
     table = table_of(model)
-    newer = [dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table]
     if any(row.in_module for row in table):
-        return [newer, table]
+        new_table = [
+            dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table
+        ]
+        return [new_table, table]
     config = getattr(model, "config", None)
-    facts = getattr(config, "family", None)
-    tables, whole = [table], getattr(facts, "with_images", None)
-    if whole is not None and getattr(config, "model_type", None) == whole:
-        tables.append(_renamed(table, r"^model\.language_model\.", "model."))
-    elif whole is not None:
-        wholes = ("model.language_model.", "language_model.model.")
-        tables += [_renamed(table, r"^model\.", whole) for whole in wholes]
-    return [*tables, *(_renamed(each, r"^(model|transformer)\.", "") for each in tables)]
+    family = getattr(config, "family", None)
+    image_model_type = getattr(family, "with_images", None)
+    tables = [table]
+    if image_model_type is not None:
+        if getattr(config, "model_type", None) == image_model_type:
+            tables.append(_rename(table, r"^model\.language_model\.", "model."))
+        else:
+            tables.append(_rename(table, r"^model\.", "model.language_model."))
+            tables.append(_rename(table, r"^model\.", "language_model.model."))
+    bare_tables = [_rename(table, r"^(model|transformer)\.", "") for table in tables]
+    return [*tables, *bare_tables]
 
 
-def _renamed(table: Sequence[Row], pattern: str, by: str) -> list[Row]:
-    return [dataclasses.replace(row, hf=re.sub(pattern, by, row.hf)) for row in table]
+def _rename(table: Sequence[Row], pattern: str, replacement: str) -> list[Row]:
+    """Returns a table whose Hugging Face names have another beginning."""
+    return [dataclasses.replace(row, hf=re.sub(pattern, replacement, row.hf)) for row in table]
 
 
 def table_of(model: Model) -> Sequence[Row]:
@@ -117,35 +123,47 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
         transformers 4.
       tied: True if the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
     """
-    members = []
+    listed = []
     for row in table:
         kind = kind_of(row)
         if not _has_module(row) or (kind in ("experts", "router") and not experts):
             continue
         heads = [alias for alias in row.aliases if alias.endswith(".weight")]
         is_split = kind == "embedding" and not tied
-        uses = "lookup" if heads and is_split else "all"
         for index, name in zip(row.members, row.hf_names, strict=True):
-            members.append(Module(name.removesuffix(".weight"), row.path, index, kind, uses))
+            module = Module(
+                name=name.removesuffix(".weight"),
+                path=row.path,
+                index=index,
+                kind=kind,
+                uses="lookup" if heads and is_split else "all",
+            )
+            listed.append(module)
         if is_split:
-            names = (head.removesuffix(".weight") for head in heads)
-            members += [Module(name, row.path, (), "head", "product") for name in names]
-    return members
+            for head in heads:
+                name = head.removesuffix(".weight")
+                module = Module(name=name, path=row.path, index=(), kind="head", uses="product")
+                listed.append(module)
+    return listed
 
 
 def sort_modules(modules: Iterable[Module]) -> list[Module]:
     """Returns modules in the order in which torch lists them: a block's layers together."""
-    siblings: dict[str, dict[str, int]] = {}
+    ranks_by_parent: dict[str, dict[str, int]] = {}  # of children, in the order of their first use
 
-    def place(name: str, before: str) -> int:
-        known = siblings.setdefault(before, {})
-        return int(name) if name.isdigit() else known.setdefault(name, len(known))
+    def sort_key(module: Module) -> list[int]:
+        """Returns the rank of each name of the path among its siblings: a number's is itself."""
+        names = module.name.split(".")
+        key = []
+        for depth, name in enumerate(names):
+            sibling_ranks = ranks_by_parent.setdefault(".".join(names[:depth]), {})
+            if name.isdigit():
+                key.append(int(name))
+            else:
+                key.append(sibling_ranks.setdefault(name, len(sibling_ranks)))
+        return key
 
-    def places(module: Module) -> list[int]:
-        parts = module.name.split(".")
-        return [place(part, ".".join(parts[:depth])) for depth, part in enumerate(parts)]
-
-    return sorted(modules, key=places)
+    return sorted(modules, key=sort_key)
 
 
 def is_tied(config: Fields) -> bool:
@@ -153,11 +171,12 @@ def is_tied(config: Fields) -> bool:
 
     Source: PEFT's ``_check_tied_modules``, which goes by names.
     """
-    targets, saved = config["target_modules"] or (), config["modules_to_save"] or ()
+    targets = config["target_modules"] or ()
     if isinstance(targets, str):
         targets = [name for name in EMBEDDING_NAMES if re.fullmatch(targets, name)]
-    names = (name.split(".")[-1] for name in (*targets, *saved))
-    return bool(config["ensure_weight_tying"]) and not set(EMBEDDING_NAMES).isdisjoint(names)
+    saved = config["modules_to_save"] or ()
+    last_names = {name.split(".")[-1] for name in (*targets, *saved)}
+    return bool(config["ensure_weight_tying"]) and bool(last_names & {*EMBEDDING_NAMES})
 
 
 def kind_of(row: Row) -> Kind | None:
@@ -166,8 +185,11 @@ def kind_of(row: Row) -> Kind | None:
         return row.kind
     if row.path.rsplit("/", 1)[-1] == "embedding":
         return "embedding"
-    module = row.hf.replace("{}", "0").removesuffix(".weight")
-    return next((kind for kind, named in _KINDS.items() if named.fullmatch(module)), None)
+    name = row.hf.replace("{}", "0").removesuffix(".weight")
+    for kind, pattern in _KINDS.items():
+        if pattern.fullmatch(name):
+            return kind
+    return None
 
 
 def _has_module(row: Row) -> bool:
@@ -210,19 +232,21 @@ def targeted(config: Fields, available: Sequence[Module], model_type: str | None
 
 
 def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bool:
+    """Returns True if a configuration's targets, exclusions and layers select a module."""
     name = module.name
     if _is_excluded(name, config):
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            left_out = ["embedding", "positions", "head"]
-            left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
-            return module.kind not in left_out
+            if module.kind == "classifier":
+                return bool(config["task_type"] != "SEQ_CLS")
+            return module.kind not in ("embedding", "positions", "head")
         return re.fullmatch(targets, name) is not None
     return name in targets or (ends_with(name, targets) and _is_chosen_layer(name, config))
 
 
 def _is_excluded(name: str, config: Fields) -> bool:
+    """Returns True if exclude_modules or modules_to_save has a module, or what it is part of."""
     exclude = config["exclude_modules"]
     if isinstance(exclude, str) and exclude and re.fullmatch(exclude, name):
         return True
@@ -233,17 +257,22 @@ def _is_excluded(name: str, config: Fields) -> bool:
 
 
 def _is_chosen_layer(name: str, config: Fields) -> bool:
-    layers, patterns = config["layers_to_transform"], config["layers_pattern"]
+    """Returns True if a module's layer is one of layers_to_transform, or all layers are."""
+    layers = config["layers_to_transform"]
     if layers is None or layers == []:
         return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    patterns = config["layers_pattern"]
     if not patterns:
-        layer = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
     else:
-        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-        layer = next((match for match in matches if match), None)
-    chosen = [layers] if isinstance(layers, int) else layers
-    return layer is not None and int(layer[1]) in chosen
+        names = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){name_of_layers}\.(\d+)\." for name_of_layers in names]
+    indices = [layers] if isinstance(layers, int) else layers
+    for expression in expressions:
+        match = re.match(expression, name)
+        if match:
+            return int(match[1]) in indices
+    return False
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-_FEW = 16  # so many normal numbers or more are drawn in blocks of this size
+_BLOCK_SIZE = 16  # normal numbers are drawn in blocks of this size, unless there are fewer
 
 
 def uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -20,15 +20,17 @@ def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
     They agree with torch's up to the rounding of its logarithms and cosines.
     """
-    generator, n = np.random.RandomState(seed), math.prod(shape)
-    if n < _FEW:
-        return _few_normal(generator, n).astype(np.float32).reshape(shape)
-    drawn = _uniform(generator, n)
-    for start in range(0, n - _FEW + 1, _FEW):
-        drawn[start : start + _FEW] = _block(drawn[start : start + _FEW])
-    if n % _FEW:  # the last block begins earlier, and is drawn anew
-        drawn[-_FEW:] = _block(_uniform(generator, _FEW))
-    return drawn.reshape(shape)
+    generator = np.random.RandomState(seed)
+    n = math.prod(shape)
+    if n < _BLOCK_SIZE:
+        return _normal_pairs(generator, n).astype(np.float32).reshape(shape)
+    samples = _uniform(generator, n)
+    for start in range(0, n - _BLOCK_SIZE + 1, _BLOCK_SIZE):
+        block = slice(start, start + _BLOCK_SIZE)
+        samples[block] = _normal_block(samples[block])
+    if n % _BLOCK_SIZE:  # the last block begins earlier, and is drawn anew
+        samples[-_BLOCK_SIZE:] = _normal_block(_uniform(generator, _BLOCK_SIZE))
+    return samples.reshape(shape)
 
 
 def _uniform(generator: np.random.RandomState, n: int) -> np.ndarray:
@@ -36,19 +38,22 @@ def _uniform(generator: np.random.RandomState, n: int) -> np.ndarray:
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
-def _block(drawn: np.ndarray) -> np.ndarray:
+def _normal_block(uniforms: np.ndarray) -> np.ndarray:
     """Returns normal numbers by the method of Box and Muller: of pairs eight numbers apart."""
-    first, second = np.split(drawn, 2)
-    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - first))
-    angle = np.float32(2 * math.pi) * second
+    radius_uniforms, angle_uniforms = np.split(uniforms, 2)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius_uniforms))
+    angle = np.float32(2 * math.pi) * angle_uniforms
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
-def _few_normal(generator: np.random.RandomState, n: int) -> np.ndarray:
+def _normal_pairs(generator: np.random.RandomState, n: int) -> np.ndarray:
     """Returns normal numbers, fp64, drawn one pair after the other."""
-    words = generator.randint(0, 2**32, size=(-(-n // 2), 2, 2), dtype=np.uint32).astype(np.uint64)
-    bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
-    first, second = np.moveaxis(bits.astype(np.float64) * 2.0**-53, 1, 0)
-    radius, angle = np.sqrt(-2 * np.log1p(-second)), 2 * math.pi * first
+    n_pairs = -(-n // 2)
+    words = generator.randint(0, 2**32, size=(n_pairs, 2, 2), dtype=np.uint32).astype(np.uint64)
+    high, low = words[..., 0], words[..., 1]  # [pairs, 2]
+    bits = (high << np.uint64(32) | low) & np.uint64(2**53 - 1)
+    uniforms = bits.astype(np.float64) * 2.0**-53
+    angle = 2 * math.pi * uniforms[:, 0]
+    radius = np.sqrt(-2 * np.log1p(-uniforms[:, 1]))
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return pairs.ravel()[:n]

@@ -47,14 +47,15 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     """
     lora_fields, own = _FIELDS.as_lora(fields)
     u, tying, seed = (own[name] for name in ("u", "weight_tying", "projection_seed"))
-    fits = {
+    is_valid = {
         "u": type(u) is int and u >= 1,
         "weight_tying": type(tying) in (int, float) and 0 <= tying <= 1,
         "projection_seed": type(seed) is int and 0 <= seed < 2**31,
         "save_projection": type(own["save_projection"]) is bool,
     }
-    if wrong := [f"{name}={own[name]!r}" for name, is_right in fits.items() if not is_right]:
-        raise PeftError(f"{where}: {', '.join(wrong)}: not a value that PEFT would write")
+    invalid_fields = [f"{name}={own[name]!r}" for name, valid in is_valid.items() if not valid]
+    if invalid_fields:
+        raise PeftError(f"{where}: {', '.join(invalid_fields)}: not a value that PEFT would write")
     return lora_fields, own
 
 
@@ -65,16 +66,17 @@ def settings(own: Fields) -> JsonObject:
 
 def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     """Returns the tensors of one adapted module, by key."""
-    at = module.index
-    layer = at[0] if at and len(node.ranks) > 1 else 0
+    index = module.index
+    layer = index[0] if index and len(node.ranks) > 1 else 0
     rank = node.ranks[layer]
-    a, b = (np.asarray(x[at]).reshape(node.rank, -1)[:rank] for x in (node.a, node.b))
-    projection = np.asarray(node.arrays["projection"][at])[:, :rank, :rank]
-    projection = projection * np.asarray(node.scale[at]).astype(projection.dtype)
-    keys = _keys(module)
+    a = np.asarray(node.a[index]).reshape(node.rank, -1)[:rank]
+    b = np.asarray(node.b[index]).reshape(node.rank, -1)[:rank]
+    projection = np.asarray(node.arrays["projection"][index])[:, :rank, :rank]
+    projection = projection * np.asarray(node.scale[index]).astype(projection.dtype)
+    key_a, key_b, key_p = _keys(module)
     if module.is_table:  # PEFT looks B up
-        return dict(zip(keys, (b, a.T, projection), strict=True))
-    return dict(zip(keys, (a, b.T, projection.swapaxes(1, 2)), strict=True))
+        return {key_a: b, key_b: a.T, key_p: projection}
+    return {key_a: a, key_b: b.T, key_p: projection.swapaxes(1, 2)}
 
 
 def contents(
@@ -92,16 +94,17 @@ def contents(
     Raises:
       PeftError: a TinyLoraConfig cannot say it.
     """
-    written = _FIELDS.from_lora(config)
-    if len(sizes := sorted({node.v.shape[-1] for node in nodes.values()})) > 1:
+    fields = _FIELDS.from_lora(config)
+    sizes = sorted({node.v.shape[-1] for node in nodes.values()})
+    if len(sizes) > 1:
         raise PeftError(f"PEFT's TinyLoRA has one u for all modules; here they have {sizes}")
-    ordered = sort_modules(modules)
-    tying = _tying([_tie(module, nodes[module.path]) for module in ordered])
+    sorted_modules = sort_modules(modules)
+    tying = _tying([_tie(module, nodes[module.path]) for module in sorted_modules])
     vectors = dict[str, np.ndarray]()
-    for index, module in enumerate(ordered):
+    for number, module in enumerate(sorted_modules):
         v = np.asarray(nodes[module.path].v[module.index])
-        vectors.setdefault(f"{_SHARED}{group_of(index, len(ordered), tying)}", v)
-    return written | {"u": sizes[0], "weight_tying": tying}, vectors
+        vectors.setdefault(f"{_SHARED}{group_of(number, len(sorted_modules), tying)}", v)
+    return fields | {"u": sizes[0], "weight_tying": tying}, vectors
 
 
 def _tie(module: Module, node: LoraWeight) -> object:
@@ -112,16 +115,19 @@ def _tie(module: Module, node: LoraWeight) -> object:
 
 
 def _member(module: Module, node: LoraWeight) -> int:
+    """Returns the index of a module in the flattened batch axes of its weight."""
     batch = node.roles.sizes(node.shape, "batch")
     return int(np.ravel_multi_index(module.index, batch)) if module.index else 0
 
 
 def _tying(ties: Sequence[object]) -> float:
     """Returns PEFT's weight_tying for modules in order, 0.0 where PEFT cannot tie them so."""
-    n, numbers = len(ties), dict[object, int]()
-    groups = [numbers.setdefault(tie, len(numbers)) for tie in ties]
-    tying = 1 - len(numbers) / n
-    return tying if groups == [group_of(index, n, tying) for index in range(n)] else 0.0
+    n_modules = len(ties)
+    group_of_tie = dict[object, int]()  # numbered in the order of the modules
+    groups = [group_of_tie.setdefault(tie, len(group_of_tie)) for tie in ties]
+    tying = 1 - len(group_of_tie) / n_modules
+    peft_groups = [group_of(number, n_modules, tying) for number in range(n_modules)]
+    return tying if groups == peft_groups else 0.0
 
 
 class FileVectors:
@@ -137,8 +143,11 @@ class FileVectors:
         modules: the adapted modules.
         """
         del nodes
-        self._reader, self._own = reader, own
-        self._places = {module.name: place for place, module in enumerate(sort_modules(modules))}
+        self._reader = reader
+        self._own = own
+        self._number_of_module = {
+            module.name: number for number, module in enumerate(sort_modules(modules))
+        }
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Leaf]:
         """Returns the arrays of a weight: zeros where a layer isn't adapted; and its ties.
@@ -147,53 +156,66 @@ class FileVectors:
           node: the weight.
           members: the modules that the weight holds.
         """
-        dtype, u, rank = np.dtype(wide(node.dtype)), self._own["u"], node.rank
-        batch, *sides = (node.roles.sizes(node.shape, role) for role in ("batch", "in", "out"))
-        arrays = {
-            "a": np.zeros((*batch, rank, math.prod(sides[0])), dtype),
-            "b": np.zeros((*batch, rank, math.prod(sides[1])), dtype),
-            "projection": np.zeros((*batch, u, rank, rank), dtype),
-            "v": np.zeros((*batch, u), dtype),
-        }
-        ties = [-1] * math.prod(batch)
+        dtype = np.dtype(wide(node.dtype))
+        u, rank = self._own["u"], node.rank
+        batch, in_sizes, out_sizes = (
+            node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
+        )
+        fan_in, fan_out = math.prod(in_sizes), math.prod(out_sizes)
+        a = np.zeros((*batch, rank, fan_in), dtype)
+        b = np.zeros((*batch, rank, fan_out), dtype)
+        projection = np.zeros((*batch, u, rank, rank), dtype)
+        v = np.zeros((*batch, u), dtype)
+        groups = [-1] * math.prod(batch)
         for module in members:
             group = self._group(module)
-            ties[_member(module, node)] = group
-            v = self._reader.take(f"{_SHARED}{group}", (u,))
-            read = (*self._factors(module, rank, sides), v)
-            for array, value in zip(arrays.values(), read, strict=True):
-                array[module.index] = value
-        shapes = {name: (*batch, rank, *axes) for name, axes in zip("ab", sides, strict=True)}
-        shaped = {n: x.reshape(shapes.get(n, x.shape)) for n, x in arrays.items()}
-        numbers = tuple(ties) if self._own["weight_tying"] else ()
-        return {"seed": None, "ties": numbers, **jax.device_put(shaped)}
+            groups[_member(module, node)] = group
+            index = module.index
+            v[index] = self._reader.take(f"{_SHARED}{group}", (u,))
+            projection[index] = self._read_projection(module, rank)
+            a[index], b[index] = self._read_factors(module, rank, fan_in, fan_out)
+        arrays = {
+            "a": a.reshape(*batch, rank, *in_sizes),
+            "b": b.reshape(*batch, rank, *out_sizes),
+            "projection": projection,
+            "v": v,
+        }
+        ties = tuple(groups) if self._own["weight_tying"] else ()
+        return {"seed": None, "ties": ties, **jax.device_put(arrays)}
 
     def _group(self, module: Module) -> int:
-        place, n = self._places[module.name], len(self._places)
-        return group_of(place, n, self._own["weight_tying"])
+        """Returns the number of the vector that a module has."""
+        number = self._number_of_module[module.name]
+        return group_of(number, len(self._number_of_module), self._own["weight_tying"])
 
-    def _factors(
-        self, module: Module, rank: int, sides: Sequence[tuple[int, ...]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns a, b and the projection of a module, in our layout."""
-        ins, outs = map(math.prod, sides)
-        key_a, key_b, key_p = _keys(module)
+    def _read_projection(self, module: Module, rank: int) -> np.ndarray:
+        """Returns the projection [u, r, r] of a module, which PEFT draws if files lack it."""
+        _, _, key = _keys(module)
         shape = (self._own["u"], rank, rank)
-        saved, is_there = self._own["save_projection"], self._reader.has(key_p)
-        projection = self._reader.take(key_p, shape) if is_there else None
-        if projection is None or not saved:
-            seed = self._own["projection_seed"] + self._places[module.name]
+        projection = self._reader.take(key, shape) if self._reader.has(key) else None
+        if projection is None or not self._own["save_projection"]:
+            seed = self._own["projection_seed"] + self._number_of_module[module.name]
             projection = normal(seed, shape) * np.float32(1 / rank**0.5)
+        return projection if module.is_table else projection.swapaxes(1, 2)
+
+    def _read_factors(
+        self, module: Module, rank: int, fan_in: int, fan_out: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns A [r, in] and B [r, out] of a module."""
+        key_a, key_b, _ = _keys(module)
         if module.is_table:
-            a, b = self._reader.take(key_b, (ins, rank)).T, self._reader.take(key_a, (rank, outs))
-            return a, b, projection
-        a, b = self._reader.take(key_a, (rank, ins)), self._reader.take(key_b, (outs, rank)).T
-        return a, b, projection.swapaxes(1, 2)
+            a = self._reader.take(key_b, (fan_in, rank)).T
+            b = self._reader.take(key_a, (rank, fan_out))
+        else:
+            a = self._reader.take(key_a, (rank, fan_in))
+            b = self._reader.take(key_b, (fan_out, rank)).T
+        return a, b
 
 
 read_file = FileVectors
 
 
 def _keys(module: Module) -> tuple[str, str, str]:
+    """Returns the keys of A, B and P of a module."""
     a, b, p = (f"{PREFIX}{module.name}.tinylora_{name}" for name in "ABP")
     return a, b, p

@@ -133,18 +133,19 @@ class SharedPair:
         """
         del modules
         (rank,) = {node.rank for node in nodes}
-        ins, outs = (
-            max(math.prod(node.roles.sizes(node.shape, role)) for node in nodes)
-            for role in ("in", "out")
-        )
+        fan_in = max(math.prod(node.roles.sizes(node.shape, "in")) for node in nodes)
+        fan_out = max(math.prod(node.roles.sizes(node.shape, "out")) for node in nodes)
         if own["save_projection"]:
-            a, b = reader.take(KEY_A, (rank, ins)), reader.take(KEY_B, (outs, rank))
+            a = reader.take(KEY_A, (rank, fan_in))
+            b = reader.take(KEY_B, (fan_out, rank))
         else:
-            a, b = _drawn(own["projection_prng_key"], rank, ins, outs)
-            if reader.has(KEY_A):  # as PEFT does, with a warning
-                reader.take(KEY_A, a.shape), reader.take(KEY_B, b.shape)
-        self._reader, self._matrices = reader, {"shared_a": a, "shared_b": b.T}
-        self._made: dict[Hashable, jax.Array] = {}
+            a, b = _draw_matrices(own["projection_prng_key"], rank, fan_in, fan_out)
+            if reader.has(KEY_A):  # ignored, as in PEFT, which warns
+                reader.take(KEY_A, a.shape)
+                reader.take(KEY_B, b.shape)
+        self._reader = reader
+        self._matrices = {"shared_a": a, "shared_b": b.T}
+        self._arrays: dict[Hashable, jax.Array] = {}  # on the device, shared by equal weights
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Leaf]:
         """Returns the pair of a weight, and lambda_d and lambda_b: 0 where a layer isn't adapted.
@@ -154,37 +155,47 @@ class SharedPair:
           members: the modules that the weight holds.
         """
         dtype = np.dtype(wide(node.dtype))
-        batch, outs = (node.roles.sizes(node.shape, role) for role in ("batch", "out"))
-        d, b = np.zeros((*batch, node.rank), dtype), np.zeros((*batch, math.prod(outs)), dtype)
+        batch = node.roles.sizes(node.shape, "batch")
+        out_sizes = node.roles.sizes(node.shape, "out")
+        fan_out = math.prod(out_sizes)
+        lambda_d = np.zeros((*batch, node.rank), dtype)
+        lambda_b = np.zeros((*batch, fan_out), dtype)
         for module in members:
             key_d, key_b = _keys(module)
-            d[module.index] = self._reader.take(key_d, (node.rank,))
-            b[module.index] = self._reader.take(key_b, (math.prod(outs),))
-        vectors = jax.device_put({"lambda_d": d, "lambda_b": b.reshape(*batch, *outs)})
-        pair = {name: self._part(node, name) for name in self._matrices}
-        return {"seed": None, **pair, **vectors}
+            lambda_d[module.index] = self._reader.take(key_d, (node.rank,))
+            lambda_b[module.index] = self._reader.take(key_b, (fan_out,))
+        lambda_b = lambda_b.reshape(*batch, *out_sizes)
+        vectors = jax.device_put({"lambda_d": lambda_d, "lambda_b": lambda_b})
+        matrices = {name: self._slice_matrix(node, name) for name in self._matrices}
+        return {"seed": None, **matrices, **vectors}
 
-    def _part(self, node: LoraWeight, name: str) -> jax.Array:
-        shape, dtype = node.shape_of(name), np.dtype(wide(node.dtype))
+    def _slice_matrix(self, node: LoraWeight, name: str) -> jax.Array:
+        """Returns the first columns of a shared matrix, as many as a weight needs."""
+        shape = node.shape_of(name)
+        dtype = np.dtype(wide(node.dtype))
         key = (name, shape, dtype)
-        if key not in self._made:
-            part = self._matrices[name][:, : math.prod(shape[1:])].reshape(shape)
-            self._made[key] = jax.device_put(part.astype(dtype))
-        return self._made[key]
+        if key not in self._arrays:
+            columns = self._matrices[name][:, : math.prod(shape[1:])].reshape(shape)
+            self._arrays[key] = jax.device_put(columns.astype(dtype))
+        return self._arrays[key]
 
 
 read_file = SharedPair
 
 
-def _drawn(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw_matrices(
+    seed: int, rank: int, fan_in: int, fan_out: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns A [r, in] and B [out, r] as PEFT draws them, where a file does not hold them.
 
     Source: PEFT's ``_kaiming_init``, of one generator for both.
     """
-    drawn = uniform(seed, (rank * (ins + outs),))
+    samples = uniform(seed, (rank * (fan_in + fan_out),))
 
-    def bounded(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    def kaiming_uniform(samples: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         bound = np.float32(math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])))
-        return np.asarray(part.reshape(shape) * (bound + bound) - bound)
+        return np.asarray(samples.reshape(shape) * (bound + bound) - bound)
 
-    return bounded(drawn[: rank * ins], (rank, ins)), bounded(drawn[rank * ins :], (outs, rank))
+    a = kaiming_uniform(samples[: rank * fan_in], (rank, fan_in))
+    b = kaiming_uniform(samples[rank * fan_in :], (fan_out, rank))
+    return a, b
