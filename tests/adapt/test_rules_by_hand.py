@@ -10,6 +10,9 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
+from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.transform import RULES
+from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import column_norms
 from tests.support import array, assert_close, draw, numpy_init, with_random_factors
 
@@ -102,6 +105,17 @@ def test_each_table_is_looked_up_at_indices_of_its_own():
     rows = np.stack([table[ids] for table, ids in zip(tables, IDS, strict=True)])
     assert_close(found["look-ups"], rows, 2e-5)
     assert_close(found["look-ups, stacked later"], np.moveaxis(rows, 0, 1), 2e-5)
+
+
+def test_joined_kernels_have_their_parts_in_one_order():
+    """A set of names would have another order, and so another program, in another process."""
+    base = draw(0, (5, 7))
+    parts = {"shift": draw(1, (7,)), "gain": draw(2, (7,)), "scale": jnp.ones(())}
+    parts |= {"key": jax.random.key(0), "b": draw(3, (2, 7)), "a": draw(4, (2, 5))}
+    weight = Factored(base, parts, ("in", "out"))
+    jaxpr = jax.make_jaxpr(lambda v, w: jnp.concatenate([v, w], axis=1))(base, base)
+    (joined,) = Interpreter(RULES).evaluate(jaxpr, [weight, weight])
+    assert list(joined.parts) == list(parts)
 
 
 def test_signs_and_look_ups_form_no_kernel():

@@ -2,6 +2,9 @@
 
 They scale a weight by a number or by a vector along batch and out axes (or batch and in axes), or a
 copy of it for each row of such vectors; add other arrays and weights; and join kernels end to end.
+
+A weight is *mirrored* if its in axes are read as out axes. A part is *neutral* if it changes
+nothing, as a gain of ones. Weights are *aligned* if their axes have the same roles.
 """
 
 import dataclasses
@@ -34,12 +37,13 @@ def _div(_: Interpreter, use: Use) -> Outcome:
 
 def _neg(_: Interpreter, use: Use) -> Outcome:
     (weight,) = use.values
-    turned = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
-    return [weight.replace(base=use.bind(use.bases)[0], **turned)]
+    negated = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
+    return [weight.replace(base=use.bind(use.bases)[0], **negated)]
 
 
 # The parts that a factor multiplies, by the role of the axes that it varies along; "batch" where it
 # varies along neither in nor out axes.
+_SIDES: tuple[Label, Label] = ("in", "out")
 _SCALED: dict[Label, tuple[str, ...]] = {
     "in": ("a",),
     "out": ("b", "shift"),
@@ -56,37 +60,41 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     (base,) = use.bind(use.bases)
     if base.shape != weight.base.shape:
         axes = zip(weight.labels, weight.base.shape, base.shape, strict=True)
-        if not all(label == "batch" or n == m for label, n, m in axes):
+        if not all(label == "batch" or old == new for label, old, new in axes):
             return None  # the weight itself is stretched along in or out axes
         weight = weight.relabelled(base, weight.labels, weight.base.shape)
-    long = {label for n, label in zip(shape, weight.labels, strict=True) if n != 1}
-    if {"in", "out"} <= long:
-        return None
-    role: Label = "in" if "in" in long else "out" if "out" in long else "batch"
-    weight = weight if role == "batch" else weight.formed()
+    varying_roles = {label for size, label in zip(shape, weight.labels, strict=True) if size != 1}
+    if {"in", "out"} <= varying_roles:
+        return None  # neither factor alone can take the whole array
+    role: Label = "batch"
+    for side in _SIDES:
+        if side in varying_roles:
+            role = side
+            weight = weight.formed()
     factor = factor.reshape(shape)
-    changed = {
-        name: weight.parts[name] * _laid_out(factor, weight.layout(name), weight.parts[name].dtype)
-        for name in _SCALED[role]
-        if name in weight.parts
-    }
-    return [weight.replace(base=base, **changed)]
+    scaled_parts = {}
+    for name in _SCALED[role]:
+        if name in weight.parts:
+            part = weight.parts[name]
+            scaled_parts[name] = part * _in_layout(factor, weight.layout(name), part.dtype)
+    return [weight.replace(base=base, **scaled_parts)]
 
 
-def _laid_out(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
+def _in_layout(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
     """Returns an array with the weight's axes, those not in `axes` of size one, in that layout."""
-    kept = [axis for axis in axes if axis != RANK]
-    others = [axis for axis in range(array.ndim) if axis not in kept]
-    moved = lax.transpose(array, [*kept, *others])
-    return moved.reshape([1 if axis == RANK else array.shape[axis] for axis in axes]).astype(dtype)
+    weight_axes = [axis for axis in axes if axis != RANK]
+    unit_axes = [axis for axis in range(array.ndim) if axis not in weight_axes]
+    transposed = lax.transpose(array, [*weight_axes, *unit_axes])
+    shape = [1 if axis == RANK else array.shape[axis] for axis in axes]
+    return transposed.reshape(shape).astype(dtype)
 
 
 def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
-    weights = [v for v in values if isinstance(v, Factored)]
-    if any(w.base.shape != shape or has_more(w) for w in weights):
+    weights = _weights_among(values)
+    if any(weight.base.shape != shape or has_more(weight) for weight in weights):
         return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)
     if sign < 0 and isinstance(values[1], Factored):
         weights[-1] = weights[-1].replace(scale=-weights[-1].scale)
@@ -96,29 +104,38 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     aligned = _aligned(weights)
     if aligned is None:
         return None
-    folded = [scale_in_a(w) for w in aligned]
-    rank_axis = len(folded[0].axes("batch"))
-    both = {n: jnp.concatenate([w.parts[n] for w in folded], axis=rank_axis) for n in ("a", "b")}
-    return [folded[0].replace(base=base, **both)]
+    aligned = [scale_in_a(weight) for weight in aligned]
+    axis = len(aligned[0].axes("batch"))  # of the rank
+    factors = {}
+    for name in ("a", "b"):
+        factors[name] = jnp.concatenate([weight.parts[name] for weight in aligned], axis=axis)
+    return [aligned[0].replace(base=base, **factors)]
+
+
+def _weights_among(values: Sequence[Value]) -> list[Factored]:
+    return [value for value in values if isinstance(value, Factored)]
 
 
 def _aligned(values: Sequence[Value]) -> Outcome:
     """Returns the values with all weights' axes in the same roles; None where they cannot be.
 
-    A weight that comes transposed to the others (a tied table) is read as (BᵀAᵀ)ᵀ: the names of
-    its factors change, and of their axes.
+    A weight that comes transposed to the others (a tied table) is mirrored.
     """
-    first = next(v for v in values if isinstance(v, Factored))
-    aligned = [
-        mirrored(v) if isinstance(v, Factored) and v.labels != first.labels else v for v in values
-    ]
-    weights = [v for v in aligned if isinstance(v, Factored)]
-    if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
+    labels = _weights_among(values)[0].labels
+    aligned: list[Value] = []
+    has_mirrored = False
+    for value in values:
+        if isinstance(value, Factored) and value.labels != labels:
+            value = mirrored(value)
+            has_mirrored = True
+        aligned.append(value)
+    weights = _weights_among(aligned)
+    dropout = weights[0].dropout
+    if any(weight.labels != labels or weight.dropout != dropout for weight in weights):
         return None
-    if len(weights) > 1 and any(w.uses != "all" for w in weights):
+    if len(weights) > 1 and any(weight.uses != "all" for weight in weights):
         return None  # a use may see the adapter of one of them only
-    turned = any(a is not v for a, v in zip(aligned, values, strict=True))
-    if turned and any(map(has_more, weights)):
+    if has_mirrored and any(map(has_more, weights)):
         return None  # a gain of columns would become one of rows
     return aligned
 
@@ -130,9 +147,9 @@ def has_more(weight: Factored) -> bool:
 
 def mirrored(weight: Factored) -> Factored:
     """Returns the weight with in axes for out axes: W + s·AB read as (Wᵀ + s·BᵀAᵀ)ᵀ."""
-    other: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
+    mirror: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
     weight = weight.formed()
-    return weight.replace(a=weight.b, b=weight.a, labels=[other[label] for label in weight.labels])
+    return weight.replace(a=weight.b, b=weight.a, labels=[mirror[label] for label in weight.labels])
 
 
 def scale_in_a(weight: Factored) -> Factored:
@@ -162,79 +179,95 @@ def _stack(_: Interpreter, use: Use) -> Outcome:
 
 
 def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
-    """Joins weights, and plain arrays among them, along an axis."""
-    values = [v.formed() if isinstance(v, Factored) else v for v in values]
+    """Joins weights, and plain arrays among them, along an axis.
+
+    Args:
+      use: the equation; its base is that of the result.
+      values: operands, all of the rank of the result.
+      dimension: the axis, in each of them.
+    """
+    values = [value.formed() if isinstance(value, Factored) else value for value in values]
     aligned = _aligned(values)
     if aligned is None:
         return None
-    first = next(v for v in aligned if isinstance(v, Factored))
-    role = first.labels[dimension]
-    weights = [v for v in aligned if isinstance(v, Factored)]
+    weights = _weights_among(aligned)
+    model = weights[0]
+    role = model.labels[dimension]
     if role == "in" and any(map(has_more, weights)):
-        return None  # each part has a gain of its own for the same columns
+        return None  # each weight has a gain of its own for the same columns
     (base,) = use.bind(use.bases)
-    join = _end_to_end if role == "batch" else _side_by_side
-    if role != "batch":
-        aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
-    names = {name for v in aligned if isinstance(v, Factored) for name in v.parts}
-    joined = {name: join(name, aligned, first, dimension) for name in names}
+    if role == "batch":
+        join_part = _end_to_end
+    else:
+        join_part = _side_by_side
+        aligned = [scale_in_a(value) if isinstance(value, Factored) else value for value in aligned]
+    # In the order of the parts: that of a set would differ from process to process.
+    names = dict.fromkeys(name for weight in _weights_among(aligned) for name in weight.parts)
+    parts = {name: join_part(name, aligned, model, dimension) for name in names}
     split = tuple(name for weight in weights for name in weight.split)
-    return [dataclasses.replace(first, base=base, parts=joined, split=split)]
+    return [dataclasses.replace(model, base=base, parts=parts, split=split)]
 
 
-def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: int) -> jax.Array:
-    """Returns a part of all values, joined along the axis; ranks are filled up to the largest."""
-    axes = first.layout(name)
-    rank = max(v.rank for v in values if isinstance(v, Factored))
+def _end_to_end(name: str, values: Sequence[Value], model: Factored, dimension: int) -> jax.Array:
+    """Returns a part of all values, joined along an axis; ranks are filled up to the largest.
 
-    def part(value: Value) -> jax.Array:
-        if not isinstance(value, Factored) or name not in value.parts:
-            return _neutral(name, value, values, first, rank)
-        return filled(value.parts[name], rank_axis(AXES[name], first.labels), rank)
+    Args:
+      name: name of the part.
+      values: aligned weights and plain arrays.
+      model: one of the weights, which has the roles of the result.
+      dimension: axis of the values.
+    """
+    rank = max(weight.rank for weight in _weights_among(values))
+    arrays = []
+    for value in values:
+        if isinstance(value, Factored) and name in value.parts:
+            array = filled(value.parts[name], rank_axis(AXES[name], model.labels), rank)
+        else:
+            array = _neutral_part(name, value, values, model, rank)
+        arrays.append(array)
+    return jnp.concatenate(arrays, axis=model.layout(name).index(dimension))
 
-    return jnp.concatenate([part(value) for value in values], axis=axes.index(dimension))
 
-
-def _neutral(
-    name: str, value: Value, values: Sequence[Value], first: Factored, rank: int
+def _neutral_part(
+    name: str, value: Value, values: Sequence[Value], model: Factored, rank: int
 ) -> jax.Array:
-    """Returns a part that changes nothing, for a value that lacks it."""
-    like = next(v.parts[name] for v in values if isinstance(v, Factored) and name in v.parts)
-    shape = (value.base if isinstance(value, Factored) else value).shape
-    shape = sizes(AXES[name], shape, first.labels, rank)
+    """Returns a part that changes nothing, for a value that lacks it; see `_end_to_end`."""
+    example = next(w.parts[name] for w in _weights_among(values) if name in w.parts)
+    shape = sizes(AXES[name], _shape_of(value), model.labels, rank)
     if name == "key":  # any will do
-        return jnp.broadcast_to(like.reshape(-1)[0], shape)
-    return jnp.full(shape, NEUTRAL.get(name, 0), like.dtype)
+        return jnp.broadcast_to(example.reshape(-1)[0], shape)
+    return jnp.full(shape, NEUTRAL.get(name, 0), example.dtype)
 
 
-def _side_by_side(name: str, values: Sequence[Value], first: Factored, dimension: int) -> jax.Array:
+def _side_by_side(name: str, values: Sequence[Value], model: Factored, dimension: int) -> jax.Array:
     """Returns a part of values that are joined along an in or an out axis; s is in A.
 
-    Along that axis each weight's long factor stands at its own place, with zeros around; the other
-    factor, and the ranks, lie side by side.
+    The factor that has this axis is padded with zeros to the size of the result. The ranks of both
+    factors lie side by side. For the arguments see `_end_to_end`.
     """
-    axes = first.layout(name)
-    if dimension not in axes and RANK not in axes:
-        return first.parts[name] if name == "key" else jnp.ones_like(first.parts[name])
+    axes = model.layout(name)
+    if dimension not in axes and RANK not in axes:  # the key or the scale, which is one
+        return model.parts[name] if name == "key" else jnp.ones_like(model.parts[name])
     if RANK not in axes:
-        return _end_to_end(name, values, first, dimension)
-    total = sum(_size(v, dimension) for v in values)
-    arrays, start = [], 0
+        return _end_to_end(name, values, model, dimension)
+    joined_size = sum(_shape_of(value)[dimension] for value in values)
+    arrays = []
+    start = 0
     for value in values:
-        size = _size(value, dimension)
+        stop = start + _shape_of(value)[dimension]
         if isinstance(value, Factored):
             array = value.parts[name]
             if dimension in axes:
-                around = (start, total - start - size)
-                array = jnp.pad(array, [around if axis == dimension else (0, 0) for axis in axes])
+                padding = (start, joined_size - stop)
+                array = jnp.pad(array, [padding if axis == dimension else (0, 0) for axis in axes])
             arrays.append(array)
-        start += size
+        start = stop
     return jnp.concatenate(arrays, axis=axes.index(RANK))
 
 
-def _size(value: Value, axis: int) -> int:
-    size: int = (value.base if isinstance(value, Factored) else value).shape[axis]
-    return size
+def _shape_of(value: Value) -> tuple[int, ...]:
+    shape: tuple[int, ...] = (value.base if isinstance(value, Factored) else value).shape
+    return shape
 
 
 def _factors_only(rule: Rule) -> Rule:
