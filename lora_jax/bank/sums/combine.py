@@ -1,6 +1,7 @@
 """Sums of adapters over one base: one adapter that stands for several, with weights.
 
-That the trees share their base is checked before any work.
+The terms of a leaf are its nodes in the trees. `shared_base` checks first that the trees have one
+base.
 """
 
 import dataclasses
@@ -41,45 +42,55 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
     is none, it is left out.
 
     Args:
-      what: the function that asks, for messages.
+      what: name of the calling function, for messages.
       trees: adapted or plain, by a name for messages.
 
     Raises:
       ValueError: the trees have different paths, shapes or frozen values.
     """
-    leaves_of_tree = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
-    first = next(iter(leaves_of_tree))
+    leaves_by_name = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
+    first_name = next(iter(leaves_by_name))
+    first_leaves = leaves_by_name[first_name]
     base: dict[str, Leaf] = {}
-    owner: dict[str, str] = {}
-    for name, leaves in leaves_of_tree.items():
-        if list(leaves) != list(leaves_of_tree[first]):
-            only = sorted(leaves.keys() ^ leaves_of_tree[first].keys())
+    owner_of_path: dict[str, str] = {}  # the first tree that leaves a leaf frozen
+    for name, leaves in leaves_by_name.items():
+        if list(leaves) != list(first_leaves):
+            unshared_paths = sorted(leaves.keys() ^ first_leaves.keys())
             raise ValueError(
-                f"{what}: {first} and {name} have different leaves, {only[:3]} among them: the "
-                "trees are to be adapted trees of one base"
+                f"{what}: {first_name} and {name} have different leaves, {unshared_paths[:3]} "
+                "among them: the trees are to be adapted trees of one base"
             )
-        unlike: dict[str, Leaf] = {}
+        other_objects: dict[str, Leaf] = {}  # leaves whose values have to be compared
         for path, leaf in leaves.items():
-            mine, here = (x.base if is_node(x) else x for x in (leaves_of_tree[first][path], leaf))
-            shapes = [getattr(x, "shape", None) for x in (mine, here)]
-            if shapes[0] != shapes[1]:
+            frozen_leaf = leaf.base if is_node(leaf) else leaf
+            first_leaf = first_leaves[path]
+            first_shape = _shape(first_leaf.base if is_node(first_leaf) else first_leaf)
+            if _shape(frozen_leaf) != first_shape:
                 raise ValueError(
-                    f"{what}: {path!r} has the shape {shapes[0]} in {first} and {shapes[1]} in "
-                    f"{name}: the trees have different bases"
+                    f"{what}: {path!r} has the shape {first_shape} in {first_name} and "
+                    f"{_shape(frozen_leaf)} in {name}: the trees have different bases"
                 )
             if isinstance(leaf, Trained):
                 continue
-            owner.setdefault(path, name)
-            if base.setdefault(path, here) is not here and not is_abstract((here, base[path])):
-                unlike[path] = here
-        mine = {path: base[path] for path in unlike}
-        if wrong := differing(base_fingerprint(mine), base_fingerprint(unlike)):
+            owner_of_path.setdefault(path, name)
+            base_leaf = base.setdefault(path, frozen_leaf)
+            if base_leaf is not frozen_leaf and not is_abstract((frozen_leaf, base_leaf)):
+                other_objects[path] = frozen_leaf
+        base_sums = base_fingerprint({path: base[path] for path in other_objects})
+        different_paths = differing(base_sums, base_fingerprint(other_objects))
+        if different_paths:
             raise ValueError(
-                f"{what}: {owner[wrong[0]]} and {name} have different bases: {len(wrong)} frozen "
-                f"leaves differ, {', '.join(wrong[:3])} among them. Load all adapters onto one "
-                "base, load_adapter(folder, params)"
+                f"{what}: {owner_of_path[different_paths[0]]} and {name} have different bases: "
+                f"{len(different_paths)} frozen leaves differ, {', '.join(different_paths[:3])} "
+                "among them. Load all adapters onto one base, load_adapter(folder, params)"
             )
     return base
+
+
+def _shape(leaf: Leaf) -> tuple[int, ...] | None:
+    """Returns the shape of a leaf; None for leaves that are no arrays."""
+    shape: tuple[int, ...] | None = getattr(leaf, "shape", None)
+    return shape
 
 
 def combine(
@@ -153,59 +164,66 @@ def combine(
     >>> less["dense"]["kernel"].ranks
     (2,)
     """
-    chosen = _checked(how, rank, density, majority_sign_method, key)
+    method = _method(how, rank, density, majority_sign_method, key)
     if not trees or len(weights) != len(trees):
         raise ValueError(
             f"combine: {len(trees)} trees and {len(weights)} weights: give one weight for each "
             "tree, and one tree at least"
         )
-    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-        raise ValueError(f"combine: the weight {wrong[0]} is not finite")
-    named = {f"trees[{index}]": tree for index, tree in enumerate(trees)}
-    earlier = shared_base("combine", named if base is None else {**named, "base": base})
-    terms = _terms(trees, base)
-    for path, of_path in terms.items():
-        _check_terms(path, of_path, chosen, earlier, weights)
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"combine: the weight {weight} is not finite")
+    named_trees = {f"trees[{index}]": tree for index, tree in enumerate(trees)}
+    if base is not None:
+        named_trees["base"] = base
+    base_leaves = shared_base("combine", named_trees)
+    terms_by_path = _terms(trees, base)
+    for path, terms in terms_by_path.items():
+        _check_terms(path, terms, method, base_leaves, weights)
     key = jax.random.key(0) if key is None else key
 
-    def result(path: str) -> Node:
-        of_path = terms[path]
-        used = np.asarray([weights[index] for index in of_path])
-        if nodes := [node for node in of_path.values() if isinstance(node, LoraWeight)]:
-            return _weight(nodes, used, chosen, rank, fold_in_path(key, path))
-        return _sum_values(list(of_path.values()), used, earlier.get(path))
+    def sum_leaf(path: str, leaf: Leaf) -> Leaf:
+        if path not in terms_by_path:
+            return leaf
+        terms = terms_by_path[path]
+        term_weights = np.asarray([weights[index] for index in terms])
+        lora_nodes = [node for node in terms.values() if isinstance(node, LoraWeight)]
+        if lora_nodes:
+            return _sum_weights(lora_nodes, term_weights, method, rank, fold_in_path(key, path))
+        return _sum_values(list(terms.values()), term_weights, base_leaves.get(path))
 
-    return map_leaves(lambda path, leaf: result(path) if path in terms else leaf, trees[0])
+    return map_leaves(sum_leaf, trees[0])
 
 
-def _checked(
+def _method(
     how: str, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
 ) -> CombineMethod:
     """Returns the way to combine, after a check of the options that it takes and needs."""
     if how not in HOWS:
         hint = "; PEFT's 'cat' is 'exact'" if how == "cat" else ""
         raise ValueError(f"combine: how={how!r}: choose one of {list(HOWS)}{hint}")
-    chosen = HOWS[how]
-    takes = {
-        "rank": (rank, chosen.is_compressed),
-        "density": (density, chosen.prunes is not None),
-        "majority_sign_method": (sign, chosen.elects),
-        "key": (key, chosen.prunes == "random"),
+    method = HOWS[how]
+    has_effect = {
+        "rank": method.is_compressed,
+        "density": method.prunes is not None,
+        "majority_sign_method": method.elects,
+        "key": method.prunes == "random",
     }
-    for name, (value, is_taken) in takes.items():
-        if value is not None and not is_taken:
+    options = {"rank": rank, "density": density, "majority_sign_method": sign, "key": key}
+    for name, value in options.items():
+        if value is not None and not has_effect[name]:
             raise ValueError(f"combine: {name} has no effect with how={how!r}: leave it out")
-    if chosen.prunes and density is None:
+    if method.prunes and density is None:
         raise ValueError(f"combine: how={how!r} needs density=…, the share of elements to leave")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"combine: density={density}: a share in (0, 1]")
-    if chosen.prunes == "random" and key is None:
+    if method.prunes == "random" and key is None:
         raise ValueError(f"combine: how={how!r} draws at random: give key=jax.random.key(…)")
     if sign not in (None, "total", "frequency"):
         raise ValueError(f"combine: majority_sign_method={sign!r}: choose 'total' or 'frequency'")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"combine: rank={rank!r}: a rank is an integer of at least 1")
-    return dataclasses.replace(chosen, name=how, density=density or 1.0, sign=sign or "total")
+    return dataclasses.replace(method, name=how, density=density or 1.0, sign=sign or "total")
 
 
 def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node]]:
@@ -230,28 +248,34 @@ def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node
 def _check_terms(
     path: str,
     terms: _Terms,
-    how: CombineMethod,
-    earlier: Mapping[str, Leaf],
+    method: CombineMethod,
+    base_leaves: Mapping[str, Leaf],
     weights: Sequence[float],
 ) -> None:
     """Raises a ValueError where the nodes of one path have no sum."""
-    lora = [index for index, node in terms.items() if isinstance(node, LoraWeight)]
-    other = [index for index in terms if index not in lora]
-    if lora and other:
+    lora_indices = [index for index, node in terms.items() if isinstance(node, LoraWeight)]
+    value_indices = [index for index in terms if index not in lora_indices]
+    if lora_indices and value_indices:
         raise ValueError(
-            f"combine: trees[{lora[0]}] adapts {path!r}, and trees[{other[0]}] trains it, or rows "
-            "of it, in full: make an adapter of that, lora_jax.bank.extract(base, merge(tree), …)"
+            f"combine: trees[{lora_indices[0]}] adapts {path!r}, and trees[{value_indices[0]}] "
+            "trains it, or rows of it, in full: make an adapter of that, "
+            "lora_jax.bank.extract(base, merge(tree), …)"
         )
-    if not lora:
-        values = [node.value for node in terms.values()]
-        known = path in earlier or _is_kept(values, [weights[index] for index in terms])
-        if not known:
-            raise ValueError(
-                f"combine: {path!r} trains in full, and its sum needs the value before training: "
-                "give the plain tree, combine(…, base=params)"
-            )
+    if lora_indices:
+        _check_lora_terms(path, terms, method)
         return
-    first = terms[lora[0]]
+    values = [node.value for node in terms.values()]
+    is_constant = _sum_is_constant(values, [weights[index] for index in terms])
+    if path not in base_leaves and not is_constant:
+        raise ValueError(
+            f"combine: {path!r} trains in full, and its sum needs the value before training: "
+            "give the plain tree, combine(…, base=params)"
+        )
+
+
+def _check_lora_terms(path: str, terms: _Terms, method: CombineMethod) -> None:
+    """Raises a ValueError where the adapters of one weight have no sum."""
+    first_index, first_node = next(iter(terms.items()))
     for index, node in terms.items():
         if node.invocation is not None:
             raise ValueError(
@@ -266,95 +290,114 @@ def _check_terms(
                     "strip(tree), merge(tree), rank=…)"
                 )
         for name in ("roles", "uses"):
-            mine, theirs = getattr(first, name), getattr(node, name)
-            if mine != theirs:
+            first_value, value = getattr(first_node, name), getattr(node, name)
+            if first_value != value:
                 raise ValueError(
-                    f"combine: {path!r} has {name} {mine} in trees[{lora[0]}] and {theirs} in "
-                    f"trees[{index}]: adapt it with the same {name} in all trees"
+                    f"combine: {path!r} has {name} {first_value} in trees[{first_index}] and "
+                    f"{value} in trees[{index}]: adapt it with the same {name} in all trees"
                 )
-        if how.what == "factors" and node.start is not None:
+        if method.what == "factors" and node.start is not None:
             raise ValueError(
                 f"combine: trees[{index}] has {path!r} from an initialiser that takes factors out "
-                f"of the base, which how={how.name!r} cannot sum apart: choose 'exact' or 'svd'"
+                f"of the base, which how={method.name!r} cannot sum apart: choose 'exact' or 'svd'"
             )
-    if how.what == "factors":
+    if method.what == "factors":
         for ranks in ranks_by_layer(list(terms.values())):
             if len({rank for rank in ranks if rank}) > 1:
                 raise ValueError(
-                    f"combine: {path!r} has the ranks {list(ranks)}, and how={how.name!r} sums "
+                    f"combine: {path!r} has the ranks {list(ranks)}, and how={method.name!r} sums "
                     "factors of one rank only: choose 'exact', 'svd' or one that ends in '_svd'"
                 )
 
 
-def _weight(
+def _sum_weights(
     nodes: Sequence[LoraWeight],
     weights: np.ndarray,
-    how: CombineMethod,
+    method: CombineMethod,
     rank: int | None,
     key: jax.Array,
 ) -> LoraWeight:
     """Returns the sum of the nodes of one weight."""
-    first, by_layer = nodes[0], ranks_by_layer(nodes)
-    dtype = max((n.arrays[name].dtype for n in nodes for name in "ab"), key=lambda d: d.itemsize)
-    sizes = [math.prod(first.roles.sizes(first.shape, label)) for label in ("in", "out")]
-    n_lanes = 2 if first.uses == "each" else 1
-    each = [tuple(rank // n_lanes for rank in ranks) for ranks in by_layer]
-    ranks = tuple(n_lanes * rank_of_sum(r, (sizes[0], sizes[1]), how, rank) for r in each)
+    first_node = nodes[0]
+    dtypes = [node.arrays[name].dtype for node in nodes for name in "ab"]
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    n_in = math.prod(first_node.roles.sizes(first_node.shape, "in"))
+    n_out = math.prod(first_node.roles.sizes(first_node.shape, "out"))
+    n_lanes = 2 if first_node.uses == "each" else 1  # lanes: halves of the rank, one for each use
+    by_layer = ranks_by_layer(nodes)
+    ranks = []
+    for term_ranks in by_layer:
+        lane_ranks = tuple(term_rank // n_lanes for term_rank in term_ranks)
+        ranks.append(n_lanes * rank_of_sum(lane_ranks, (n_in, n_out), method, rank))
     factors = summed(
-        [{name: n.arrays[name] for name in ARRAYS if name in n.arrays} for n in nodes],
+        [{name: node.arrays[name] for name in ARRAYS if name in node.arrays} for node in nodes],
         weights.astype(wide(dtype)),
         key,
         by_layer=by_layer,
-        ranks=ranks,
-        n_batch=first.n_batch,
-        uses=first.uses,
-        how=how,
+        ranks=tuple(ranks),
+        n_batch=first_node.n_batch,
+        uses=first_node.uses,
+        how=method,
         dtype=dtype,
     )
-    frozen = first.frozen if all(n.frozen == first.frozen for n in nodes) else ()
-    node = replace_factors(
-        first.replace(extras=(), frozen=frozen, a_of=None, ties=()), factors, ranks
-    )
-    extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
-    for part in extras:  # whose shift is s times its array
-        has = [part in n.extras for n in nodes]
-        terms = [(n.arrays[part.name], n.scale) for n in nodes if part in n.extras]
-        arrays, scales = zip(*terms, strict=True)
-        total = summed_biases(arrays, scales, weights[has].astype(wide(dtype)))
-        node = node.replace(**{part.name: total.astype(dtype)})
-    return node.replace(extras=extras)
+    frozen = first_node.frozen if all(n.frozen == first_node.frozen for n in nodes) else ()
+    plain_node = first_node.replace(extras=(), frozen=frozen, a_of=None, ties=())
+    result = replace_factors(plain_node, factors, tuple(ranks))
+    extras = tuple(dict.fromkeys(part for node in nodes for part in node.extras))
+    for part in extras:  # biases on B, whose shift is s times the array
+        owners = [node for node in nodes if part in node.extras]
+        owner_weights = weights[[part in node.extras for node in nodes]]
+        bias = summed_biases(
+            tuple(node.arrays[part.name] for node in owners),
+            tuple(node.scale for node in owners),
+            owner_weights.astype(wide(dtype)),
+        )
+        result = result.replace(**{part.name: bias.astype(dtype)})
+    return result.replace(extras=extras)
 
 
-def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
+def _sum_is_constant(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
     """Returns True if a sum is the common value of all, whatever it was before training."""
-    same = all(v is values[0] or bool(jnp.array_equal(v, values[0])) for v in values[1:])
-    return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
+    are_equal = all(
+        value is values[0] or bool(jnp.array_equal(value, values[0])) for value in values[1:]
+    )
+    return are_equal and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 
 
-def _sum_values(nodes: Sequence[Leaf], weights: np.ndarray, before: BaseLike) -> Node:
-    """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀)."""
-    first: Leaf = nodes[0]
-    if before is None:
-        copied: Node = first.replace(value=jnp.array(first.value, copy=True))
-        return copied
-    if not all(isinstance(n, TrainedRows) and n.is_table == first.is_table for n in nodes):
-        total = _moved(before, [node.merged() for node in nodes], weights)
-        return Trained(total.astype(before.dtype))
+def _sum_values(nodes: Sequence[Leaf], weights: np.ndarray, base_leaf: BaseLike) -> Node:
+    """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀).
+
+    Without v₀, `_check_terms` has made sure that the sum is the value of each.
+    """
+    first_node: Leaf = nodes[0]
+    if base_leaf is None:
+        copy: Node = first_node.replace(value=jnp.array(first_node.value, copy=True))
+        return copy
+    are_rows_of_one_kind = all(
+        isinstance(node, TrainedRows) and node.is_table == first_node.is_table for node in nodes
+    )
+    if not are_rows_of_one_kind:
+        value = _sum_changes(base_leaf, [node.merged() for node in nodes], weights)
+        return Trained(value.astype(base_leaf.dtype))
     rows = tuple(sorted({row for node in nodes for row in node.rows}))
-    start = as_array(before)[np.asarray(rows)]
+    base_rows = as_array(base_leaf)[np.asarray(rows)]
     values = []
     for node in nodes:
-        places = np.asarray([rows.index(row) for row in node.rows])
-        values.append(start.astype(node.value.dtype).at[places].set(node.value))
-    total = _moved(start, values, weights).astype(first.value.dtype)
-    summed: Node = first.replace(value=total, rows=rows)
-    return summed
+        indices = np.asarray([rows.index(row) for row in node.rows])
+        values.append(base_rows.astype(node.value.dtype).at[indices].set(node.value))
+    value = _sum_changes(base_rows, values, weights).astype(first_node.value.dtype)
+    node_of_sum: Node = first_node.replace(value=value, rows=rows)
+    return node_of_sum
 
 
-def _moved(before: BaseLike, values: Sequence[jax.Array], weights: np.ndarray) -> jax.Array:
-    dtype = wide(before.dtype)
-    start = as_array(before).astype(dtype)
+def _sum_changes(
+    base_leaf: BaseLike, values: Sequence[jax.Array], weights: np.ndarray
+) -> jax.Array:
+    """Returns v₀ + Σ wᵢ(vᵢ − v₀) in fp32 or wider."""
+    dtype = wide(base_leaf.dtype)
+    base_value = as_array(base_leaf).astype(dtype)
     changes: list[jax.Array] = [
-        (v.astype(dtype) - start) * float(w) for v, w in zip(values, weights, strict=True)
+        (value.astype(dtype) - base_value) * float(weight)
+        for value, weight in zip(values, weights, strict=True)
     ]
-    return start + sum(changes[1:], changes[0])
+    return base_value + sum(changes[1:], changes[0])
