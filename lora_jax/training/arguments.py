@@ -132,39 +132,41 @@ class FinetuneJob:
         )
 
 
-def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
+def as_examples(examples: Examples | Mapping[str, Any], name: str) -> Examples:
     """Returns examples; checks that a user's own arrays have one length."""
-    if isinstance(given, Mapping):
-        arrays = {key: np.asarray(array) for key, array in given.items()}
-        lengths = {key: array.shape[0] if array.ndim else None for key, array in arrays.items()}
-        if not lengths or None in lengths.values() or len({*lengths.values()}) > 1:
+    if isinstance(examples, Mapping):
+        arrays = {key: np.asarray(array) for key, array in examples.items()}
+        has_scalars = any(array.ndim == 0 for array in arrays.values())
+        if has_scalars or len({len(array) for array in arrays.values()}) != 1:
             shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
             raise TrainingError(
                 f"{name} has {shapes}: arrays of one length are needed, [n, …] each"
             )
-        given = Arrays(arrays)
-    if not isinstance(given, Examples):
+        examples = Arrays(arrays)
+    if not isinstance(examples, Examples):
         raise TrainingError(
-            f"{name} is a {type(given).__name__}: give training.chats(rows, tokenizer, …), "
+            f"{name} is a {type(examples).__name__}: give training.chats(rows, tokenizer, …), "
             "training.texts(rows, tokenizer, …), or a dict of arrays"
         )
-    if not len(given):
+    if not len(examples):
         raise TrainingError(f"{name} is empty")
-    return given
+    return examples
 
 
 def matching_examples(
-    given: Examples | Mapping[str, Any] | None, examples: Examples
+    held_out: Examples | Mapping[str, Any] | None, examples: Examples
 ) -> Examples | None:
-    """Returns held-out examples, if there are any; they must have the same arrays as others."""
-    if given is None:
+    """Returns held-out examples, or None; they must have the same arrays as the examples."""
+    if held_out is None:
         return None
-    held_out = as_examples(given, "held_out")
-    first = np.zeros(1, int)
-    names = {*held_out.take(first)}, {*examples.take(first)}
-    if names[0] != names[1]:
-        theirs, ours = (", ".join(sorted(of_one)) for of_one in names)
-        raise TrainingError(f"held_out has the arrays {theirs}; examples has {ours}")
+    held_out = as_examples(held_out, "held_out")
+    first_row = np.zeros(1, int)
+    held_out_names = sorted(held_out.take(first_row))
+    names = sorted(examples.take(first_row))
+    if held_out_names != names:
+        raise TrainingError(
+            f"held_out has the arrays {', '.join(held_out_names)}; examples has {', '.join(names)}"
+        )
     return held_out
 
 
@@ -184,10 +186,10 @@ POSITIVE = NumberRange(lambda x: 0 < x < math.inf, "a positive number is needed"
 NOT_NEGATIVE = NumberRange(lambda x: 0 <= x < math.inf, "a number from 0 on is needed")
 # JAX takes a larger seed by its last 32 bits.
 SEED = NumberRange(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1} is needed")
-_RATE_OF_DECAY = NumberRange(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
+_DECAY_RATE = NumberRange(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
 _FINITE = "at least 0 is needed, and a finite number"
 
-# What the library and the scripts take, by the names of arguments and options.
+# The range of each number, by the names of arguments and options.
 NUMBERS = {
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), minimum(1)),
     **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), minimum(1)),
@@ -197,25 +199,26 @@ NUMBERS = {
     "weight_decay": NOT_NEGATIVE._replace(needed=_FINITE),
     "grad_clip": NOT_NEGATIVE._replace(needed=f"{_FINITE} (0 does not clip)"),
     **dict.fromkeys(("lora_plus", "eps"), POSITIVE),
-    **dict.fromkeys(("beta1", "beta2", "momentum"), _RATE_OF_DECAY),
+    **dict.fromkeys(("beta1", "beta2", "momentum"), _DECAY_RATE),
     "seed": SEED,
 }
 
 
 def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, NumberRange] = NUMBERS) -> None:
-    """Raises a TrainingError for a number that is none of those that its option takes.
+    """Raises a TrainingError for a number outside the range of its option.
 
     Args:
       values: the options by name; None for one that is not given.
-      numbers: the numbers that options take; those without an entry are not looked at.
+      numbers: the range of each option; options without a range are not checked.
     """
-    for name, taken in numbers.items():
-        if values.get(name) is not None and not taken.hold(values[name]):
-            raise _refused(name, values[name], taken)
+    for name, number_range in numbers.items():
+        value = values.get(name)
+        if value is not None and not number_range.hold(value):
+            raise _out_of_range(name, value, number_range)
 
 
-def _refused(name: str, value: Any, taken: NumberRange) -> TrainingError:
-    return TrainingError(lambda option: f"{option(name, value)}: {taken.needed}")
+def _out_of_range(name: str, value: Any, number_range: NumberRange) -> TrainingError:
+    return TrainingError(lambda option: f"{option(name, value)}: {number_range.needed}")
 
 
 def check_together(values: Mapping[str, Any]) -> None:
@@ -255,12 +258,14 @@ def check_best(keep_best: bool, *, held_out: bool, folder: bool) -> None:
         raise TrainingError("keep_best=True keeps adapters in the run's folder: name it by folder")
 
 
-def choose_loss(given: Any, examples: Examples, layout: Layout) -> Loss:
-    """Returns the given loss, or the default one of chats and texts."""
-    if isinstance(given, Loss):
-        return given
-    if given is not None:
-        return Loss(given, unit=examples.unit)
+def choose_loss(
+    loss: Loss | Callable[..., Sums] | None, examples: Examples, layout: Layout
+) -> Loss:
+    """Returns a user's loss, or the default one of chats, texts and images."""
+    if isinstance(loss, Loss):
+        return loss
+    if loss is not None:
+        return Loss(loss, unit=examples.unit)
     if isinstance(examples, Packs):
         layout.check_lengths(examples.lengths)
         return token_loss(**layout.chunks(None))
@@ -281,7 +286,8 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
             name = "resume" if resume else "overwrite"
             raise TrainingError(f"{name}=True is about a run's folder: name it by folder")
         return None
-    if problem := remote_problem(folder):
+    problem = remote_problem(folder)
+    if problem:
         raise TrainingError(f"the folder {folder} {problem}")
     path = Path(folder).expanduser()
     if not (resume or overwrite) and any((path / name).exists() for name in _OURS):
@@ -300,7 +306,7 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
 
 
 def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
-    """Deletes the named files and folders of a folder, where they exist; by default a run's."""
+    """Deletes those of the named files and folders that exist; by default all of a run's."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -310,12 +316,13 @@ def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
 
 def check_positions(model: Model | Forward, examples: Examples) -> None:
     """Raises a TrainingError for sequences that are longer than a decoder's positions."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
         return
-    if (longest := int(examples.table.lengths.max())) > most:
+    longest = int(examples.table.lengths.max())
+    if longest > positions:
         raise TrainingError(
-            f"a sequence has {longest} tokens, and the model {most} positions: "
+            f"a sequence has {longest} tokens, and the model {positions} positions: "
             "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
             '{"rope_type": "yarn", "factor": 2.0})'
         )
@@ -340,7 +347,7 @@ def settings_of(**settings: Any) -> dict[str, str]:
 
 
 def check_job(
-    given: dict[str, Any],
+    argument_values: dict[str, Any],
     subject: Subject,
     length: LengthOptions,
     rate: RateOptions,
@@ -349,21 +356,24 @@ def check_job(
     best: HeldOutOptions,
     seed: int,
 ) -> FinetuneJob:
-    """Returns a run whose arguments make sense; finds all that can be wrong before any work.
+    """Checks the arguments of a run before any work, and returns the run.
+
+    Args:
+      argument_values: all arguments of `finetune`, by name.
+      subject, length, rate, folder, intervals, best, seed: the same arguments, as records.
 
     Raises:
       TrainingError: an argument makes no sense, or the folder holds another run.
     """
-    model, examples, _, loss, layout = subject
-    examples = as_examples(examples, "examples")
+    examples = as_examples(subject.examples, "examples")
     measured = matching_examples(best.examples, examples)
-    check_numbers(given | {"lr": None if callable(rate.lr) else rate.lr})
-    check_together(given)
+    check_numbers(argument_values | {"lr": None if callable(rate.lr) else rate.lr})
+    check_together(argument_values)
     check_best(best.keep, held_out=measured is not None, folder=folder.name is not None)
     check_optimizer(rate.optimizer, rate.weight_decay)
     for rows in filter(None, (examples, measured)):
-        check_positions(model, rows)
-    loss = choose_loss(loss, examples, layout)
+        check_positions(subject.model, rows)
+    loss = choose_loss(subject.loss, examples, subject.layout)
     order = Order.of(examples, seed, length.batch_size, length.grad_accum)
     return FinetuneJob(
         subject=subject,

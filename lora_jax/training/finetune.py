@@ -46,8 +46,14 @@ from lora_jax.training.run.lock import FolderLock, RunLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
 
-_OF_TEXTS = models.Decoder, models.GPT2, models.Encoder
-_OUR_MODELS = *_OF_TEXTS, models.VisionEncoder, models.SmolVLM, models.QwenVL
+_LIBRARY_MODELS = (
+    models.Decoder,
+    models.GPT2,
+    models.Encoder,
+    models.VisionEncoder,
+    models.SmolVLM,
+    models.QwenVL,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,57 +177,90 @@ def finetune(
     >>> report.summary
     'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
-    given = {**locals()}  # the arguments, by name
+    argument_values = {**locals()}  # by name
     if isinstance(rules, Iterator):  # its rules are settings of the run as well
         rules = list(rules)
     job = arguments.check_job(
-        given,
-        arguments.Subject(model, examples, rules, loss, layout or one_device()),
-        arguments.LengthOptions(steps, epochs, batch_size, grad_accum),
-        arguments.RateOptions(lr, schedule, warmup, weight_decay, optimizer),
-        arguments.FolderOptions(folder, resume, overwrite, keep),
-        arguments.IntervalOptions(log_every, eval_every, save_every, max_skipped),
-        arguments.HeldOutOptions(held_out, keep_best, patience),
+        argument_values,
+        arguments.Subject(
+            model=model,
+            examples=examples,
+            rules=rules,
+            loss=loss,
+            layout=layout or one_device(),
+        ),
+        arguments.LengthOptions(
+            steps=steps, epochs=epochs, batch_size=batch_size, grad_accum=grad_accum
+        ),
+        arguments.RateOptions(
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+        ),
+        arguments.FolderOptions(name=folder, resume=resume, overwrite=overwrite, keep=keep),
+        arguments.IntervalOptions(
+            log_every=log_every,
+            eval_every=eval_every,
+            save_every=save_every,
+            max_skipped=max_skipped,
+        ),
+        arguments.HeldOutOptions(examples=held_out, keep=keep_best, patience=patience),
         seed,
     )
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as run_lock:
         if job.path is not None and is_first():
-            held.enter_context(RunLock(FolderLock(job.path)))
+            run_lock.enter_context(RunLock(FolderLock(job.path)))
             arguments.check_folder(job.path, resume, overwrite)  # another run may just have ended
-        begun = _begin(job, params)
+        start, summary, start_folder = _begin(job, params)
         del params
-        return _train(job, begun, Recorder(log))
+        return _train(job, start, summary, start_folder, Recorder(log))
 
 
-class _Begun(NamedTuple):
+class _Beginning(NamedTuple):
+    """The beginning of a run.
+
+    Attributes:
+      start: the first state, or that of the last checkpoint.
+      summary: the trainable parameters, in words.
+      start_folder: where to save the first adapter, if it took factors out of the base and is not
+        saved yet; else None.
+    """
+
     start: TrainingStart
     summary: str
-    keep_in: Path | None  # the folder for an adapter that took factors out of the base
+    start_folder: Path | None
 
 
-def _begin(job: arguments.FinetuneJob, params: Tree) -> _Begun:
+def _begin(job: arguments.FinetuneJob, params: Tree) -> _Beginning:
     """Returns the state before the first step, or after the last checkpoint."""
-    path, best, folder, rates = job.path, job.best, job.folder, job.rate.rates(job.steps)
-    model, _, rules, _, layout = job.subject
+    path, folder = job.path, job.folder
+    model, rules, layout = job.subject.model, job.subject.rules, job.subject.layout
     key = jax.random.key(job.seed)
-    kept = None if path is None else path / arguments.START
-    first = kept if kept is not None and folder.resume and kept.exists() else None
-    kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
-    params = sealed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
-    params = layout.placed(params)
+    start_folder = None if path is None else path / arguments.START
+    has_start = start_folder is not None and folder.resume and start_folder.exists()
+    kinds = models.kinds(model.config) if isinstance(model, _LIBRARY_MODELS) else None
+    params = _adapt_params(
+        params, rules, kinds, jax.random.fold_in(key, 0), start_folder if has_start else None
+    )
+    params = layout.placed(sealed(params))
+    checkpoints = None
+    best = None
+    if path is not None:
+        checkpoints = Checkpoints(path / arguments.CHECKPOINTS, folder.keep)
+        if job.best.keep:
+            best = Best(path / BEST, f"{HELD_OUT}loss", patience=job.best.patience)
+    schedule = job.rate.rates(job.steps)
     start = make_start(
         params,
         job.feed,
         layout=layout,
-        optimizer=job.rate.transformation(rates, params),
-        schedule=rates,
+        optimizer=job.rate.transformation(schedule, params),
+        schedule=schedule,
         key=jax.random.fold_in(key, 1),
-        checkpoints=None
-        if path is None
-        else Checkpoints(path / arguments.CHECKPOINTS, folder.keep),
-        best=None
-        if path is None or not best.keep
-        else Best(path / BEST, f"{HELD_OUT}loss", patience=best.patience),
+        checkpoints=checkpoints,
+        best=best,
     )
     start = dataclasses.replace(start, facts={**start.facts, "settings": job.settings()})
     if folder.resume:
@@ -230,33 +269,43 @@ def _begin(job: arguments.FinetuneJob, params: Tree) -> _Begun:
         if is_first():
             arguments.clear(path)
         wait_for_all("the folder is cleared")
-    keeps = first is None and rules is not None and takes_from_base(params)
-    return _Begun(start, lj.summary(params, in_training=True), kept if keeps else None)
+    if has_start or rules is None or not takes_from_base(params):
+        start_folder = None
+    return _Beginning(start, lj.summary(params, in_training=True), start_folder)
 
 
-def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tuple[Tree, Report]:
+def _train(
+    job: arguments.FinetuneJob,
+    start: TrainingStart,
+    summary: str,
+    start_folder: Path | None,
+    recorder: Recorder,
+) -> tuple[Tree, Report]:
     """Trains a run to its end and saves its adapter; returns the trained tree and the report."""
-    start, summary, keep_in = begun
-    path, loss, tenth = job.path, job.loss, max(1, job.steps // 10)
-    began = time.perf_counter()
+    path, loss = job.path, job.loss
+    compile_start = time.perf_counter()
     forward = _forward(job.subject.model, start)
     step = compile_step(start, forward, loss)
-    compile_seconds = time.perf_counter() - began
-    if keep_in is not None:  # so that a resumed run decomposes nothing again
-        lj.save_adapter(keep_in, lj.join(start.state.adapter, start.base))
+    compile_seconds = time.perf_counter() - compile_start
+    if start_folder is not None:  # so that a resumed run decomposes nothing again
+        lj.save_adapter(start_folder, lj.join(start.state.adapter, start.base))
+    tenth = max(1, job.steps // 10)
     pace = Pace(
         log_every=job.intervals.log_every or tenth,
         save_every=job.steps if path is None else job.intervals.save_every or tenth,
         max_skipped=job.intervals.max_skipped,
     )
-    stop, measures = Stop(), []
+    stop = Stop()
+    measures = []
     if job.measured is not None:
         every = job.intervals.eval_every or tenth
         measures = [held_out_loss(start, forward, loss, job.measured, every=every, stop=stop)]
-    stop.remedy = hint = f"Go on with {as_argument('resume', True)}"
-    in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
-    with stop.listening() if path is not None and in_main else contextlib.nullcontext():
-        hooks = make_hooks(start, loss, measures, hint)
+    resume_hint = f"Go on with {as_argument('resume', True)}"
+    stop.remedy = resume_hint
+    # Only the main thread gets signals.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    with stop.listening() if path is not None and is_main_thread else contextlib.nullcontext():
+        hooks = make_hooks(start, loss, measures, resume_hint)
         with open_log(recorder, start):
             state, step_times = train(
                 step, start.state, start.base, job.steps, pace, hooks, recorder, stop
@@ -266,12 +315,20 @@ def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tup
         lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
         stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
         stop.check()  # a signal in the last step
-    last: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
+    held_out_line: Line = {}
+    for line in recorder.lines:
+        if f"{HELD_OUT}loss" in line:
+            held_out_line = line
+    held_out = {
+        name.removeprefix(HELD_OUT): value
+        for name, value in held_out_line.items()
+        if name != "step"
+    }
     return trained, Report(
         summary=summary,
         steps=job.steps,
         metrics=tuple(recorder.lines),
-        held_out={k.removeprefix(HELD_OUT): v for k, v in last.items() if k != "step"},
+        held_out=held_out,
         compile_seconds=compile_seconds,
         step_seconds=None if step_times is None else step_times.median,
         adapter=None if path is None else path / arguments.ADAPTER,
@@ -279,19 +336,21 @@ def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tup
     )
 
 
-def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Tree:
-    """Returns the adapted tree, whose trained arrays are this run's own.
+def _adapt_params(
+    params: Tree, rules: Any, kinds: Any, key: jax.Array, start_folder: Path | None
+) -> Tree:
+    """Returns the adapted tree, with trained arrays that no one else holds.
 
     Args:
       params: plain, or adapted where `rules` is None.
       rules: say what trains.
       kinds: kinds of the parameters, for presets of targets; None for a model of the user's own.
       key: PRNG key of the adapter's start.
-      start: the adapter that the run began with, where it took factors out of the base.
+      start_folder: the saved adapter that the run began with, if it took factors out of the base.
     """
     if rules is not None:
-        if start is not None:
-            return lj.load_adapter(start, params)
+        if start_folder is not None:
+            return lj.load_adapter(start_folder, params)
         return lj.lorafy(params, rules, key=key, kinds=kinds)
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     if not any(is_node(leaf) for _, leaf in leaves):
@@ -304,7 +363,10 @@ def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path |
 
 
 def _forward(model: Any, ready: TrainingStart) -> Forward:
-    """Returns the function that the loss calls: adapted, a model's activations on the mesh."""
+    """Returns the adapted function that the loss calls.
+
+    A model of the library has its activations placed on the mesh.
+    """
     if hasattr(model, "placement"):
         return ready.setup.forward(model)
     return lj.adapt(getattr(model, "apply", model))

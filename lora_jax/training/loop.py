@@ -1,4 +1,9 @@
-"""The training loop: the compiled step over the batches; metrics, measurements, checkpoints."""
+"""The training loop: the compiled step over the batches; metrics, measurements, checkpoints.
+
+A measure computes numbers of the model, such as the held-out loss, every so many steps. A step owes
+a measure that was due after it and that a signal cut off. An unread step was begun, but its metrics
+are still on the device.
+"""
 
 import dataclasses
 import time
@@ -16,7 +21,7 @@ from lora_jax.training.run.log import NO_TOKENS, Log, window_line
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
 
-_SLOW = 0.5  # seconds a step, above which running ahead of the device gains nothing
+_SLOW_STEP_SECONDS = 0.5  # above it, running ahead of the device gains nothing
 
 # Yields the number of a step to take, from 0; is sent its metrics and its number of tokens. Returns
 # the seconds of a step (None where none was taken).
@@ -59,7 +64,9 @@ class PeriodicMeasure:
 
     def is_due(self, done: int, steps: int) -> bool:
         """Returns True if a measurement is due after `done` of `steps` steps."""
-        return bool(self.every) and (done % self.every == 0 or done == steps)
+        if not self.every:
+            return False
+        return done % self.every == 0 or done == steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +109,14 @@ class Hooks:
     judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
 
-class _StepUnderWay(NamedTuple):
-    """A step that was begun, and the seconds that its clock had counted of compilations by then."""
+class _RunningStep(NamedTuple):
+    """A step that the device may still compute.
+
+    Attributes:
+      metrics: metrics of the step, on the device.
+      tokens: number of tokens of its batch.
+      compile_seconds: seconds of compilation that the clock had counted when the step began.
+    """
 
     metrics: Mapping[str, Any]
     tokens: int
@@ -127,33 +140,36 @@ class _UnreadStep(NamedTuple):
 
 
 class _Window:
-    """Holds the steps whose metrics were not read yet: reading them waits for the device.
+    """Holds the unread steps: reading their metrics waits for the device.
 
     Attributes:
-      seconds: seconds of each step that has ended. Of a step during which the host compiled the
-        next one, they are not known.
-      skipped: the skipped steps in a row, up to the last that was read, but for those without a
-        counted token.
+      seconds: seconds of each finished step. A step during which the host compiled the next one is
+        missing, because its seconds are not known.
+      skipped: number of steps skipped in a row, up to the last that was read. Steps without a
+        counted token are ignored.
     """
 
     def __init__(self, run: Pace, hooks: Hooks, log: Log, clock: StepClock) -> None:
         self.seconds: list[float] = []
         self.skipped = 0
         self._run, self._hooks, self._log, self._clock = run, hooks, log, clock
-        self._steps: list[_UnreadStep] = []
-        self._under_way: list[_StepUnderWay] = []
+        self._unread_steps: list[_UnreadStep] = []
+        self._running_steps: list[_RunningStep] = []
         self._last_end = clock.now()
-        self._tokens, self._token_seconds = 0, 0.0  # of the steps in `seconds` that are not read
+        # Tokens and seconds of the unread steps that `seconds` has.
+        self._tokens = 0
+        self._token_seconds = 0.0
 
     def add(self, step: _UnreadStep, tokens: int) -> None:
         """Adds a step that was begun, whose batch has so many tokens."""
-        self._steps.append(step)
-        self._under_way.append(_StepUnderWay(step.metrics, tokens, self._clock.compile_seconds))
+        self._unread_steps.append(step)
+        running_step = _RunningStep(step.metrics, tokens, self._clock.compile_seconds)
+        self._running_steps.append(running_step)
 
-    def wait(self, *, under_way: int) -> None:
-        """Waits until at most so many steps are under way, and notes the seconds of the others."""
-        while len(self._under_way) > under_way:
-            step = self._under_way.pop(0)
+    def wait(self, *, max_running: int) -> None:
+        """Waits until at most so many steps are running, and records the seconds of the others."""
+        while len(self._running_steps) > max_running:
+            step = self._running_steps.pop(0)
             jax.block_until_ready(step.metrics)
             end = self._clock.now()
             if step.compile_seconds == self._clock.compile_seconds:
@@ -163,34 +179,48 @@ class _Window:
             self._last_end = end
 
     def read(self) -> None:
-        """Logs the steps as one line, and those that were skipped one by one.
+        """Logs the mean of the successful steps as one line, and each skipped step.
 
         Raises:
           Diverged: too many in a row were skipped.
         """
-        if not self._steps:
+        if not self._unread_steps:
             return
-        taken = []
-        for step in self._steps:
-            at, lost = step.done, step.lost
-            v = {name: float(value) for name, value in step.metrics.items()}
-            if v["skipped"] and v["count"] == 0 and lost is None:
-                self._log.skipped(at, {**v, "lost": NO_TOKENS})
+        step_metrics = []
+        batch_metrics = []
+        for step in self._unread_steps:
+            metrics = {name: float(value) for name, value in step.metrics.items()}
+            if self._is_skipped(step, metrics):
                 continue
-            self.skipped = self.skipped + 1 if v["skipped"] else 0
-            if v["skipped"]:
-                self._log.skipped(at, v if lost is None else {**v, "lost": lost})
-            if self.skipped == self._run.max_skipped:
-                rows = self._hooks.rows(at - 1)
-                raise _diverged(at, v, self._run.max_skipped, rows, lost)
-            if not v["skipped"]:
-                taken.append((v, step.batch_metrics))
-        if taken:
-            speed = self._tokens / self._token_seconds if self._token_seconds else None
-            step_metrics, batch_metrics = zip(*taken, strict=True)
-            line = window_line(step_metrics, batch_metrics, speed, self._hooks.reduction)
-            self._log.add({"step": self._steps[-1].done, **line})
-        self._steps, self._tokens, self._token_seconds = [], 0, 0.0
+            step_metrics.append(metrics)
+            batch_metrics.append(step.batch_metrics)
+        if step_metrics:
+            tokens_per_s = self._tokens / self._token_seconds if self._token_seconds else None
+            line = window_line(step_metrics, batch_metrics, tokens_per_s, self._hooks.reduction)
+            self._log.add({"step": self._unread_steps[-1].done, **line})
+        self._unread_steps = []
+        self._tokens = 0
+        self._token_seconds = 0.0
+
+    def _is_skipped(self, step: _UnreadStep, metrics: Mapping[str, float]) -> bool:
+        """Returns True if a step was skipped; logs it, and counts how many are skipped in a row.
+
+        Raises:
+          Diverged: too many in a row were skipped.
+        """
+        if not metrics["skipped"]:
+            self.skipped = 0
+            return False
+        if metrics["count"] == 0 and step.lost is None:  # no fault: nothing was to be learned
+            self._log.skipped(step.done, {**metrics, "lost": NO_TOKENS})
+            return True
+        self.skipped += 1
+        reason = {} if step.lost is None else {"lost": step.lost}
+        self._log.skipped(step.done, {**metrics, **reason})
+        if self.skipped == self._run.max_skipped:
+            rows = self._hooks.rows(step.done - 1)
+            raise _diverged(step, metrics, self._run.max_skipped, rows)
+        return True
 
 
 def train(
@@ -222,25 +252,24 @@ def train(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: `run.max_skipped` steps in a row were skipped.
     """
-    held = [state]
     with StepClock() as clock, stop.deferred():
-        turns = training_steps(lambda: held[0], steps, run, hooks, log, stop, clock)
+        turns = training_steps(lambda: state, steps, run, hooks, log, stop, clock)
         try:
             number = next(turns)
             while True:
                 try:
-                    batch = hooks.batch(number, held[0])
+                    batch = hooks.batch(number, state)
                 except Dropped as dropped:
                     turns.throw(dropped)  # it saves, and raises Stopped
                 n_tokens = hooks.tokens(batch)
-                held[0], metrics = step(held[0], base, hooks.placed(batch))
+                state, metrics = step(state, base, hooks.placed(batch))
                 number = turns.send((metrics, n_tokens))
         except StopIteration as end:
-            return held[0], end.value
+            return state, end.value
 
 
 def training_steps(
-    now: Callable[[], State],
+    current_state: Callable[[], State],
     steps: int,
     run: Pace,
     hooks: Hooks,
@@ -250,18 +279,19 @@ def training_steps(
 ) -> Turns:
     """Yields the index of each step and is sent its metrics: `train` without taking the steps.
 
-    Its driver takes them. A driver with several of these takes one step of each at a time.
+    The caller, called the driver, takes the steps. A driver of several runs takes one step of each
+    in turn.
 
     Args:
-      now: returns the state after the steps so far; it is called where a state is looked at: before
-        the first step, and to measure, judge and save.
-      steps, run, hooks, log, stop: see `train`. Of `hooks`, `batch`, `tokens` and `placed` are the
-        driver's, who also defers signals.
+      current_state: returns the state after the steps so far. It is called only where the state is
+        needed: before the first step, and to measure, judge and save.
+      steps, run, hooks, log, stop: see `train`. The driver itself calls `batch`, `tokens` and
+        `placed` of `hooks`, and defers signals.
       clock: measures the seconds of steps; runs of one driver share it.
 
     Yields:
-      The number of steps before the one to take. A driver without its batch, as a signal came,
-      throws `Dropped`: the steps before are saved.
+      The index of the step to take. A driver that got no batch because of a signal throws
+      `Dropped`: the completed steps are saved.
 
     Returns:
       The seconds of a step (None where none was taken).
@@ -269,107 +299,123 @@ def training_steps(
     Raises:
       Stopped, Diverged: see `train`.
     """
-    agreement, turn, took = Agreement(), time.monotonic(), 0.0
+    agreement = Agreement()
     with clock.paused():
-        state = now()
-        begun = int(state.step)
+        state = current_state()
+        first_step = int(state.step)
         owed: Sequence[PeriodicMeasure] = [m for m in hooks.measures if m.prefix in hooks.owed]
-        measured, owed = _measured(owed, now, begun, log)
-        if owed and begun < steps:  # the checkpoint says so already
-            raise _stopped(begun, hooks, stop)
-        if hooks.judge(state, measured):
+        scores, owed = _take_measures(owed, current_state, first_step, log)
+        if owed and first_step < steps:  # the checkpoint names them already
+            raise _stopped(first_step, hooks, stop)
+        if hooks.judge(state, scores):
             return None
-        del state
+        del state  # the driver may donate it
     window = _Window(run, hooks, log, clock)
-    for number in range(begun, steps):
+    turn_start = time.monotonic()
+    turn_seconds = 0.0
+    for number in range(first_step, steps):
         try:
             metrics, n_tokens = yield number
-        except Dropped as dropped:  # of which a resumed run makes the same batch
-            window.wait(under_way=0)
+        except Dropped as dropped:  # a resumed run makes the same batch again
+            window.wait(max_running=0)
             window.read()
-            if number > begun and number % run.save_every and not window.skipped:
-                hooks.save(now(), ())
+            if number > first_step and number % run.save_every and not window.skipped:
+                hooks.save(current_state(), ())
             stopped = _stopped(number, hooks, stop)
             if dropped.args:
                 raise TrainingError(f"{dropped}. The run {stopped}") from None
             raise stopped from None
-        done, lost = number + 1, hooks.lost(number)
+        done = number + 1
+        lost = hooks.lost(number)
         step = _UnreadStep(
             done=done, metrics=metrics, batch_metrics={**hooks.metrics(number)}, lost=lost
         )
         window.add(step, n_tokens)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
-        window.wait(under_way=0 if took > _SLOW else 1)
-        took, turn = time.monotonic() - turn, time.monotonic()
-        stopping = stop.agreed(agreement, metrics)
+        window.wait(max_running=0 if turn_seconds > _SLOW_STEP_SECONDS else 1)
+        turn_end = time.monotonic()
+        turn_seconds = turn_end - turn_start
+        turn_start = turn_end
+        is_stopping = stop.agreed(agreement, metrics)
         line_is_due = done % run.log_every == 0 or done % run.save_every == 0
-        is_read = stopping or done == steps or line_is_due or lost is not None
+        read_is_due = is_stopping or done == steps or line_is_due or lost is not None
         due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
-        if not is_read and not due:
+        if not read_is_due and not due:
             continue
-        window.wait(under_way=0)
+        window.wait(max_running=0)
         with clock.paused():
-            if is_read:
+            if read_is_due:
                 window.read()
-            if stopping and done < steps:
-                measured, owed = {}, due
+            if is_stopping and done < steps:
+                scores, owed = {}, due
             else:
-                measured, owed = _measured(due, now, done, log)
-            stopping = stopping or bool(owed)
-            ended = bool(measured) and hooks.judge(now(), measured)
-            last = stopping or ended or done == steps
-            if last:
+                scores, owed = _take_measures(due, current_state, done, log)
+            is_stopping = is_stopping or bool(owed)
+            is_ended_by_judge = bool(scores) and hooks.judge(current_state(), scores)
+            is_last = is_stopping or is_ended_by_judge or done == steps
+            if is_last:
                 window.read()
-            if (last or done % run.save_every == 0) and not window.skipped:
-                hooks.save(now(), [measure.prefix for measure in owed])
-            if stopping and done < steps:
+            if (is_last or done % run.save_every == 0) and not window.skipped:
+                hooks.save(current_state(), [measure.prefix for measure in owed])
+            if is_stopping and done < steps:
                 raise _stopped(done, hooks, stop)
-        if ended:
+        if is_ended_by_judge:
             break
     return times_of_steps(window.seconds)
 
 
-def _measured(
-    due: Sequence[PeriodicMeasure], now: Callable[[], State], done: int, log: Log
+def _take_measures(
+    due: Sequence[PeriodicMeasure], current_state: Callable[[], State], done: int, log: Log
 ) -> tuple[dict[str, float], Sequence[PeriodicMeasure]]:
-    """Returns the measurements, by prefixed name, and the measures that a signal cut off."""
-    measured: dict[str, float] = {}
+    """Returns the measured scores, by prefixed name, and the measures that a signal cut off."""
+    scores: dict[str, float] = {}
     for index, measure in enumerate(due):
-        scores = measure.take(now())
-        if scores is None:
-            return measured, due[index:]
-        if scores:
-            named = {
-                measure.prefix + name: value for name, value in broadcast_values(scores).items()
-            }
-            log.add({"step": done, **named})
-            measured |= named
-    return measured, ()
+        measurements = measure.take(current_state())
+        if measurements is None:  # a signal came
+            return scores, due[index:]
+        if not measurements:
+            continue
+        prefixed = {
+            measure.prefix + name: value for name, value in broadcast_values(measurements).items()
+        }
+        log.add({"step": done, **prefixed})
+        scores |= prefixed
+    return scores, ()
 
 
 def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
-    """Returns the end of a run by a signal, once its last step is saved."""
+    """Returns the exception that ends a run after a signal; its last step was saved."""
     hooks.settle()
     return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
 
 def _diverged(
-    step: int, metrics: Mapping[str, Any], n: int, rows: str, lost: str | None
+    step: _UnreadStep, metrics: Mapping[str, float], max_skipped: int, rows: str
 ) -> Diverged:
-    if lost is not None:
+    """Returns the exception that ends a run after too many skipped steps in a row.
+
+    Args:
+      step: the last of them.
+      metrics: its metrics, read.
+      max_skipped: the number of skipped steps in a row.
+      rows: names the rows of its batch.
+    """
+    if step.lost is not None:
         return Diverged(
             lambda option: (
-                f"{option('max_skipped', n)}: so many steps in a row were skipped, as they had "
-                f"nothing to learn from. The last is step {step}, {rows}: {lost}. Put it right, "
+                f"{option('max_skipped', max_skipped)}: so many steps in a row were skipped, as "
+                f"they had nothing to learn from. The last is step {step.done}, {rows}: "
+                f"{step.lost}. Put it right, "
                 f"and begin again; {option('resume', True)} goes on from the last checkpoint, if "
                 "there is one"
             )
         )
     return Diverged(
         lambda option: (
-            f"{option('max_skipped', n)}: so many steps in a row were skipped, because their loss, "
-            f"its count or its gradient was not finite. The last is step {step}: its loss is "
+            f"{option('max_skipped', max_skipped)}: so many steps in a row were skipped, because "
+            "their loss, its count or its gradient was not finite. The last is step "
+            f"{step.done}: its loss is "
             f"{metrics['loss']}, its count {metrics['count']}, its gradient's norm "
             f"{metrics['grad_norm']}, its batch {rows}. If something is wrong with these rows, "
             "put it right and begin again; otherwise training diverged: begin again with a lower "

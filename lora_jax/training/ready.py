@@ -1,4 +1,7 @@
-"""The state that a run begins with, new or resumed, its hooks and its compiled step."""
+"""The state that a run begins with, new or resumed, its hooks and its compiled step.
+
+The functions call a `TrainingStart`, the beginning of a run, `ready`.
+"""
 
 import contextlib
 import dataclasses
@@ -29,8 +32,8 @@ from lora_jax.training.run.log import Log
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State
 
-# Returns numbers by name that batches of held-out examples hold, such as KTO's divergence, of an
-# adapted tree; None where the second argument has said that it is to stop.
+# Called with an adapted tree and a function that says whether to stop. Returns numbers by name that
+# batches of held-out examples hold, such as KTO's divergence; None if it stopped.
 BatchNumbers = Callable[[Tree, Callable[[], bool]], Mapping[str, float] | None]
 
 
@@ -64,8 +67,8 @@ class TrainingStart:
       facts: the data, base and options that each checkpoint records, as JSON.
       owed: the prefixes of the measures that an interrupted run did not take after its last step.
       best: keeps the best adapter; None for no such thing.
-      live: makes the batches that are not of the data alone; None where all are the feed's.
-      measured: returns numbers that held-out examples need of the tree; None for none.
+      live: makes batches that depend on the state, such as rollouts; None if the feed makes all.
+      measured: computes numbers of the tree that held-out examples need; None for none.
     """
 
     feed: Batches
@@ -132,16 +135,18 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
     try:
         state, saved = ready.checkpoints.restore(ready.state)
     except DamagedCheckpoint:
-        if (whole := ready.checkpoints.run_of_newest()) is not None:
-            _check_settings(whole, ready)  # other rules make a state of other shapes
+        saved_run = ready.checkpoints.run_of_newest()
+        if saved_run is not None:
+            _check_settings(saved_run, ready)  # other rules make a state of other shapes
         raise
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
         raise _not_resumed("the training data are not those that the run began with")
-    if wrong := differing(saved["base"], ready.facts["base"]):
+    different_weights = differing(saved["base"], ready.facts["base"])
+    if different_weights:
         raise _not_resumed(
-            f"the base is not the one that the run began with; {len(wrong)} of its weights differ, "
-            f"{wrong[0]} among them"
+            "the base is not the one that the run began with; "
+            f"{len(different_weights)} of its weights differ, {different_weights[0]} among them"
         )
     _check_settings(saved, ready)
     if done > steps:
@@ -152,10 +157,15 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
 
 
 def _check_settings(saved: Fields, ready: TrainingStart) -> None:
-    was, now = saved.get("settings", {}), ready.facts.get("settings", {})
-    if changed := [name for name in now if was.get(name) != now[name]]:
-        news = "; ".join(f"{name} was {was.get(name)} and is now {now[name]}" for name in changed)
-        raise _not_resumed(f"the run began with other settings: {news}")
+    """Raises a TrainingError if the settings of the checkpoint are not those of the run."""
+    saved_settings = saved.get("settings", {})
+    changes = [
+        f"{name} was {saved_settings.get(name)} and is now {value}"
+        for name, value in ready.facts.get("settings", {}).items()
+        if saved_settings.get(name) != value
+    ]
+    if changes:
+        raise _not_resumed(f"the run began with other settings: {'; '.join(changes)}")
 
 
 def _not_resumed(why: str) -> TrainingError:
@@ -165,12 +175,15 @@ def _not_resumed(why: str) -> TrainingError:
 def not_finite(params: Tree) -> list[str]:
     """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
 
-    Of codes, the scales are looked at: nothing is decoded.
+    Of a quantized weight, the scales are checked: nothing is decoded.
     """
 
     def is_finite(leaf: Leaf) -> bool:
-        arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return all(bool(_all_finite(array)) for array in arrays)
+        return all(
+            bool(_all_finite(array))
+            for array in jax.tree.leaves(leaf)
+            if jnp.issubdtype(array.dtype, jnp.floating)
+        )
 
     return [path for path, leaf in leaves_of(params)[0] if not is_finite(leaf)]
 
@@ -193,8 +206,8 @@ def compile_step(ready: TrainingStart, forward: Forward, loss: Loss) -> Compiled
     """
 
     step = CompiledStep(functools.partial(ready.setup.compile, forward, loss))
-    first = ready.setup.layout.batch(ready.feed.first(), parts=True)
-    step.program(ready.state, ready.base, first)
+    first_batch = ready.setup.layout.batch(ready.feed.first(), parts=True)
+    step.program(ready.state, ready.base, first_batch)
     return step
 
 
@@ -226,9 +239,9 @@ def make_hooks(
             best.keep_for(checkpoints.steps())
 
     def judge(state: State, measured: Mapping[str, float]) -> bool:
-        return best is not None and best.judge(
-            int(state.step), lambda: adapted_tree(ready, state), measured
-        )
+        if best is None:
+            return False
+        return best.judge(int(state.step), lambda: adapted_tree(ready, state), measured)
 
     return Hooks(
         batch=live.batch if live else lambda number, state: feed.batch(number),
@@ -258,23 +271,27 @@ def open_log(log: Log, ready: TrainingStart) -> Iterator[None]:
         with log:
             yield
     except Diverged as error:
-        if bad := not_finite(ready.base):
+        paths = not_finite(ready.base)
+        if paths:
             raise Diverged(
-                f"{len(bad)} weights of the base hold values that are not finite, {bad[0]} among "
-                "them: no training on it can succeed. Load the base again, or take another"
+                f"{len(paths)} weights of the base hold values that are not finite, {paths[0]} "
+                "among them: no training on it can succeed. Load the base again, or take another"
             ) from error
         raise
 
 
 def final_tree(ready: TrainingStart, state: State) -> Tree:
-    """Returns the adapted tree of a run that is over.
+    """Returns the adapted tree of a finished run.
 
-    It is that of the last step or the best one (see `Best`), averaged where the optimiser averages.
+    It has the adapter of the last step, averaged where the optimiser averages, or the best adapter
+    (see `Best`).
     """
     if ready.checkpoints is not None:
         ready.checkpoints.close()
-    last = adapted_tree(ready, state)
-    return unsealed(last if ready.best is None else _place_adapter(ready, ready.best.load(last)))
+    tree = adapted_tree(ready, state)
+    if ready.best is not None:
+        tree = _place_adapter(ready, ready.best.load(tree))
+    return unsealed(tree)
 
 
 def adapted_tree(ready: TrainingStart, state: State) -> Tree:
@@ -283,7 +300,9 @@ def adapted_tree(ready: TrainingStart, state: State) -> Tree:
 
 
 def _place_adapter(ready: TrainingStart, loaded: Tree) -> Tree:
-    """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
-    host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
-    adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
+    """Places on the mesh the adapter of a tree that was read from a folder."""
+    loaded_adapter, _ = lj.split(loaded)
+    host_adapter = jax.tree.map(np.asarray, loaded_adapter)  # a jit of many processes takes it
+    place = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)
+    adapter = place(host_adapter)
     return lj.join(adapter, ready.base)

@@ -1,6 +1,6 @@
 """The step of a run on its mesh: the sharding of its state, and its compilation.
 
-A run gives it arrays, a plan of the run their shapes: the step is the same.
+A run passes arrays, and a plan of the run passes their shapes; both compile the same step.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Setup:
         *,
         noise: float = 0.0,
     ) -> "Setup":
-        """Returns the setup for an adapted tree, of arrays on the mesh or of placed shapes."""
+        """Returns the setup for an adapted tree, of placed arrays or of shapes with shardings."""
         adapter, _ = lj.split(params)
         return cls(
             layout=layout,
@@ -75,15 +75,17 @@ class Setup:
 
     def state(self, adapter: Adapter, key: jax.Array) -> State:
         """Returns the state before the first step, on the mesh."""
-        make = functools.partial(init_state, optimizer=self.optimizer, key=key)
-        state: State = jax.jit(make, out_shardings=self.where)(adapter)
+        init = functools.partial(init_state, optimizer=self.optimizer, key=key)
+        state: State = jax.jit(init, out_shardings=self.where)(adapter)
         return state
 
     def abstract_state(self, adapter: Adapter) -> State:
         """Returns the shapes of that state, with their shardings."""
         shapes: State = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            _shapes(adapter, self.optimizer),
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
+            _state_shapes(adapter, self.optimizer),
             self.where,
         )
         return shapes
@@ -117,6 +119,7 @@ class Setup:
         return compiled
 
     def _jitted(self, forward: Forward, loss: Loss) -> Any:
+        """Returns the step, to be called, traced or lowered on the layout's mesh."""
         step = make_step(
             forward,
             self.optimizer,
@@ -125,12 +128,11 @@ class Setup:
             loss=loss,
             gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.step_shardings),
         )
-        out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
             return jax.jit(
                 step,
                 donate_argnums=0,
-                out_shardings=out,
+                out_shardings=(self.where, self.layout.whole),
                 compiler_options=self.layout.compiler_options,
             )
 
@@ -168,11 +170,12 @@ class CompiledStep:
 
     def __call__(self, state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
         """Takes the step, which donates the state."""
-        taken: tuple[State, Metrics] = self.program(state, base, batch)(state, base, batch)
-        return taken
+        program = self.program(state, base, batch)
+        state_and_metrics: tuple[State, Metrics] = program(state, base, batch)
+        return state_and_metrics
 
     def program(self, state: State, base: Tree, batch: Batch) -> Any:
-        """Returns the compiled step for such a batch; compiles it if it is the first."""
+        """Returns the compiled step for a batch; compiles it for the first batch of a shape."""
         shape = tuple(array.shape for array in batch.values())
         if shape not in self._by_shape:
             self._by_shape[shape] = self._compiled(state, base, batch)
@@ -187,49 +190,69 @@ def state_shardings(
     layout: Layout, adapter: Adapter, optimizer: optax.GradientTransformation
 ) -> State:
     """Returns the sharding of each array of a state."""
-    of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
-    opt_state = _shapes(adapter, optimizer).opt_state
-    whole: Any = layout.whole
-    return State(of_adapter, _opt_state_shardings(opt_state, adapter, whole), whole, whole)
+    replicated: Any = layout.whole
+    opt_state = _state_shapes(adapter, optimizer).opt_state
+    return State(
+        adapter=jax.tree.map(lambda array: array.sharding, adapter),
+        opt_state=_opt_state_shardings(opt_state, adapter, replicated),
+        step=replicated,
+        key=replicated,
+    )
 
 
-def _shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
-    shapes: State = jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)
+def _state_shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
+    """Returns the shapes of the state before the first step."""
+
+    def init(adapter: Adapter) -> State:
+        return init_state(adapter, optimizer, jax.random.key(0))
+
+    shapes: State = jax.eval_shape(init, adapter)
     return shapes
 
 
-def _opt_state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
+def _opt_state_shardings(
+    opt_state: optax.OptState, adapter: Adapter, replicated: NamedSharding
+) -> Tree:
     """Returns the sharding of each array of an optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
-    path name the parameter. An array of the parameter's shape is sharded like it; one that lacks an
-    axis of it (a row or a column of Adafactor's), like the axes that are left. All others, and rows
-    where it is unclear which of two equal axes is gone, are replicated.
+    path name the parameter. An array of the parameter's shape is sharded like it. An array that
+    lacks one axis of the parameter (a row or a column of Adafactor's) is sharded like the other
+    axes. All others are replicated, and so are rows where it is unclear which of two equal axes is
+    missing.
 
     Args:
       opt_state: the state's shapes.
       adapter: the parameters, or their shapes with shardings.
-      whole: the sharding of a replicated array.
+      replicated: the sharding of a replicated array.
     """
 
     def sharding(keys: Any, array: Shaped) -> Sharding:
-        path, name = (getattr(key, "key", "") for key in ("", "", *keys)[-2:])
-        parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
-        return whole if parameter is None else _like(parameter, array.shape, whole)
+        names = [getattr(key, "key", "") for key in keys]
+        if len(names) < 2 or not isinstance(names[-2], str):  # a count, and the like
+            return replicated
+        path, name = names[-2:]
+        parameter = adapter.get(path, {}).get(name)
+        return (
+            replicated if parameter is None else _sharding_like(parameter, array.shape, replicated)
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
-def _like(parameter: jax.Array, shape: tuple[int, ...], whole: NamedSharding) -> Sharding:
-    where: Sharding = parameter.sharding
+def _sharding_like(
+    parameter: jax.Array, shape: tuple[int, ...], replicated: NamedSharding
+) -> Sharding:
+    """Returns the sharding of an array that has a parameter's shape, or lacks one axis of it."""
+    sharding: Sharding = parameter.sharding
     if shape == parameter.shape:
-        return where
-    if not isinstance(where, NamedSharding):
-        return whole
-    axes = [*where.spec, *[None] * (parameter.ndim - len(where.spec))]
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return replicated
+    mesh_axes = [*sharding.spec, *[None] * (parameter.ndim - len(sharding.spec))]
     specs = {
-        PartitionSpec(*axes[:axis], *axes[axis + 1 :])
+        PartitionSpec(*mesh_axes[:axis], *mesh_axes[axis + 1 :])
         for axis in range(parameter.ndim)
         if parameter.shape[:axis] + parameter.shape[axis + 1 :] == shape
     }
-    return NamedSharding(where.mesh, specs.pop()) if len(specs) == 1 else whole
+    return NamedSharding(sharding.mesh, specs.pop()) if len(specs) == 1 else replicated

@@ -21,7 +21,7 @@ class State(NamedTuple):
 
     adapter: Adapter  # what trains: the first half of `lora_jax.split`
     opt_state: optax.OptState
-    step: jax.Array  # int32 []: the steps done
+    step: jax.Array  # int32 []: the number of completed steps, skipped ones included
     key: jax.Array  # a PRNG key that never changes; dropout folds the step into it
 
 
@@ -39,7 +39,12 @@ def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: j
 
     See the example of `make_step`.
     """
-    return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
+    return State(
+        adapter=adapter,
+        opt_state=optimizer.init(adapter),
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 def make_step(
@@ -102,7 +107,8 @@ def make_step(
     update = make_update(optimizer, schedule, loss)
 
     def step(state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
-        return update(state, *gradient(state, base, batch))
+        sums, grads = gradient(state, base, batch)
+        return update(state, sums, grads)
 
     return step
 
@@ -125,19 +131,19 @@ def make_gradient(
         sums = loss(forward, unsealed(lj.join(adapter, base)), batch, key)
         return sums.total, sums
 
-    # Of the adapter: no gradient of the base exists.
+    # Differentiates the first argument, the adapter: no gradient of the base exists.
     value_and_grad = jax.value_and_grad(total_and_sums, has_aux=True)
 
     def gradient(state: State, base: Tree, batch: Batch) -> tuple[Sums, Adapter]:
         key = jax.random.fold_in(state.key, state.step)
-        working = gathered(state.adapter)
+        gathered_adapter = gathered(state.adapter)
 
         def part_gradient(part: Batch, index: jax.typing.ArrayLike) -> tuple[Sums, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
-            (_, sums), grads = value_and_grad(working, base, part, part_key)
+            (_, sums), grads = value_and_grad(gathered_adapter, base, part, part_key)
             return sums, grads
 
-        return _accumulated(part_gradient, batch)
+        return _sum_over_parts(part_gradient, batch)
 
     return gradient
 
@@ -151,22 +157,22 @@ def make_update(
 ) -> Callable[[State, Sums, Adapter], tuple[State, Metrics]]:
     """Returns the second half of a step: ``(state, sums, gradient) -> (state, metrics)``.
 
-    It divides as `loss` says. It skips what is not finite, and a batch without a counted token; see
-    `make_step`.
+    It divides the sums as `loss` says. It skips a step that is not finite, and a batch without a
+    counted token; see `make_step`.
 
     Args:
       optimizer, schedule, loss: see `make_step`.
-      either: ``(is_good, update, skip) -> what one of the two returns``.
+      either: calls one of two functions, as ``jax.lax.cond(is_good, update, skip)`` does.
     """
 
-    def updated(state: State, sums: Sums, grads: Adapter) -> tuple[State, Metrics]:
-        a_unit = 1 / jnp.where(sums.count == 0, 1, sums.count)
-        scale = a_unit if loss.reduction == "mean" else jnp.float32(1)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.total) & jnp.isfinite(sums.count) & jnp.isfinite(norm)
-        counts = (sums.count if sums.tokens is None else sums.tokens) != 0
-        is_good = finite & counts
+    def apply_gradient(state: State, sums: Sums, grads: Adapter) -> tuple[State, Metrics]:
+        scale = _inverse_count(sums) if loss.reduction == "mean" else jnp.float32(1)
+        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+        grad_norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(sums.total) & jnp.isfinite(sums.count) & jnp.isfinite(grad_norm)
+        n_tokens = sums.count if sums.tokens is None else sums.tokens
+        has_tokens = n_tokens != 0
+        is_good = is_finite & has_tokens
 
         def update() -> tuple[Adapter, optax.OptState]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
@@ -179,43 +185,52 @@ def make_update(
         adapter, opt_state = either(is_good, update, skip)
         metrics = {
             "loss": sums.total * scale,
-            "count": jnp.where(counts, sums.count, 0),
+            "count": jnp.where(has_tokens, sums.count, 0),
             **_logs(sums),
-            "grad_norm": norm,
-            "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
+            "grad_norm": grad_norm,
+            "lr": jnp.asarray(schedule(_update_count(state)), jnp.float32),
             "skipped": 1 - is_good.astype(jnp.float32),
         }
-        return State(adapter, opt_state, state.step + 1, state.key), metrics
+        return state._replace(adapter=adapter, opt_state=opt_state, step=state.step + 1), metrics
 
-    return updated
+    return apply_gradient
+
+
+def _inverse_count(sums: Sums) -> jax.Array:
+    """Returns 1 / count, fp32 []; 1 for a count of 0, whose sums are not divided."""
+    return 1 / jnp.where(sums.count == 0, 1, sums.count)
 
 
 def _logs(sums: Sums) -> Metrics:
-    """Returns the logs of a step; NaN for one whose own count is 0, and the own counts."""
-    counts = sums.log_counts or {}
-    a_unit = 1 / jnp.where(sums.count == 0, 1, sums.count)
-    logs = {name: value * a_unit for name, value in sums.logs.items()}
-    own = {name: jnp.where(n > 0, sums.logs[name] / n, jnp.nan) for name, n in counts.items()}
-    return logs | own | {f"{name}{UNITS}": n for name, n in counts.items()}
+    """Divides each log by its count, and adds the counts that belong to single logs.
+
+    A log whose own count (`Sums.log_counts`) is 0 is NaN.
+    """
+    inverse_count = _inverse_count(sums)
+    logs = {name: value * inverse_count for name, value in sums.logs.items()}
+    for name, count in (sums.log_counts or {}).items():
+        logs[name] = jnp.where(count > 0, sums.logs[name] / count, jnp.nan)
+        logs[f"{name}{UNITS}"] = count
+    return logs
 
 
-def _accumulated(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:
+def _sum_over_parts(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:
     """Returns the sum of ``part_gradient(part, index)``, a tree, over the parts of a batch."""
-    first = jax.tree.map(lambda array: array[0], batch)
+    first_part = jax.tree.map(lambda array: array[0], batch)
     n_parts = jax.tree.leaves(batch)[0].shape[0]
     if n_parts == 1:
-        return part_gradient(first, 0)
+        return part_gradient(first_part, 0)
 
-    def add(total: _Sum, xs: tuple[Batch, jax.Array]) -> tuple[_Sum, None]:
-        return jax.tree.map(jnp.add, total, part_gradient(*xs)), None
+    def add(total: _Sum, part_and_index: tuple[Batch, jax.Array]) -> tuple[_Sum, None]:
+        return jax.tree.map(jnp.add, total, part_gradient(*part_and_index)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, first, 0))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, first_part, 0))
     total: _Sum = jax.lax.scan(add, zeros, (batch, jnp.arange(n_parts)))[0]
     return total
 
 
-def _updates(state: State) -> jax.Array:
-    """Returns the updates so far, by the optimiser's own count, which leaves out skipped steps."""
+def _update_count(state: State) -> jax.Array:
+    """Returns the number of updates by the optimiser's own count, which omits skipped steps."""
     counts = optax.tree.get_all_with_path(state.opt_state, "count")
     return counts[0][1] if counts else state.step
 

@@ -1,10 +1,14 @@
-"""Examples, and the batches of fixed shape that are taken from them."""
+"""Examples, and the batches of fixed shape that are taken from them.
+
+A group is the rows that batches pad to one length. A unit is the sequences that stay together in a
+row, such as the two completions of a pair. A member of a row is the index of one of its sequences.
+"""
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +18,8 @@ from lora_jax.training.data.sequences import Sequences, TokenSequence, few_lengt
 HostBatch = dict[str, np.ndarray]
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
-_LONG, _MULTIPLE_OF_LONG = 1024, 128  # long rows are cut into blocks, and over devices
+_LONG_TOKENS = 1024
+_LONG_MULTIPLE = 128  # of lengths from there on: long rows are cut into blocks, and over devices
 
 
 class Examples:
@@ -51,8 +56,9 @@ class Examples:
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows in order, in batches; the last one may be shorter."""
-        for first in range(0, len(self), batch_size):
-            yield self.take(np.arange(first, min(first + batch_size, len(self))))
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            yield self.take(np.arange(start, stop))
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of units in a batch, without padding; see `unit`."""
@@ -100,22 +106,24 @@ class Padded(Examples):
     @functools.cached_property
     def groups(self) -> np.ndarray:
         """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
-        return np.asarray(np.searchsorted(*self._padding()))
+        lengths, sizes = self._padding()
+        return np.asarray(np.searchsorted(lengths, sizes))
 
     @property
     def filled(self) -> float:
-        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
-        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
+        """Returns the share of places in the padded rows that are no padding, over an epoch."""
+        draws = np.ones(len(self)) if self.mixture is None else self.mixture.often
         lengths, sizes = self._padding()
-        return float(often @ sizes / (often @ np.asarray(lengths)[self.groups]))
+        padded_sizes = np.asarray(lengths)[self.groups]
+        return float(draws @ sizes / (draws @ padded_sizes))
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
         order = self.by_length
-        for first in range(0, len(self), batch_size):
-            part = self.take(np.resize(order[first : first + batch_size], batch_size))
-            part["weights"][len(self) - first :] = 0
-            yield part
+        for start in range(0, len(self), batch_size):
+            batch = self.take(np.resize(order[start : start + batch_size], batch_size))
+            batch["weights"][len(self) - start :] = 0
+            yield batch
 
 
 class Further(Protocol):
@@ -171,76 +179,93 @@ class Packs(Padded):
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         batch = self.batch_of([(self, rows.ravel())])
         if self.further is not None:
-            each = [self.further.arrays(*self.origins_of(row)[0]) for row in rows.ravel().tolist()]
-            batch |= {name: np.stack([example[name] for example in each]) for name in each[0]}
+            row_arrays = []
+            for row in rows.ravel().tolist():
+                origin, data_row = self.origins_of(row)[0]
+                row_arrays.append(self.further.arrays(origin, data_row))
+            for name in row_arrays[0]:
+                batch[name] = np.stack([arrays[name] for arrays in row_arrays])
         return {name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in batch.items()}
 
     @staticmethod
     def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> HostBatch:
-        """Returns rows of several tables of the same lengths as one batch: arrays [rows, …].
+        """Returns rows of several `Packs` with the same lengths as one batch: arrays [rows, …].
 
         Args:
-          parts: tables, and the indices of rows in each: [n].
+          parts: each `Packs`, with the indices of its rows: [n].
         """
         group = max(int(packs.groups[rows].max()) for packs, rows in parts)
-        each = [(packs, row) for packs, rows in parts for row in rows.tolist()]
-        counted = max(int(packs._counted(row)[1].sum()) for packs, row in each)
-        batch = parts[0][0].blank(len(each), group, counted)
-        for at, (packs, row) in enumerate(each):
-            packs._fill({name: array[at] for name, array in batch.items()}, row)
+        packs_and_row = [(packs, row) for packs, rows in parts for row in rows.tolist()]
+        counted = 0
+        for packs, row in packs_and_row:
+            _, is_counted = packs._counted(row)
+            counted = max(counted, int(is_counted.sum()))
+        first_packs, _ = parts[0]
+        batch = first_packs.blank(len(packs_and_row), group, counted)
+        for index, (packs, row) in enumerate(packs_and_row):
+            packs._fill({name: array[index] for name, array in batch.items()}, row)
         return batch
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
         """Returns `n` rows of padding, as long as the longest, or as those of a group.
 
-        Where more tokens count than `predicted` says, arrays of them are as long as the row.
+        If `counted`, the number of tokens that count in a row, exceeds what `predicted` says, the
+        arrays of predicted tokens are as long as the row.
         """
-        length, most = self.lengths[group], self.predicted[group]
-        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length)
-        of_predicted = most if counted <= most else length
-        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), of_predicted)
-        return {name: np.zeros((n, size), np.int32) for name, size in sizes.items()}
+        length = self.lengths[group]
+        m = self.predicted[group] if counted <= self.predicted[group] else length
+        batch = {}
+        for name in ("ids", "segment_ids", "positions"):
+            batch[name] = np.zeros((n, length), np.int32)
+        for name in ("predict_at", "targets", "weights"):
+            batch[name] = np.zeros((n, m), np.int32)
+        return batch
 
     def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a row's tokens, and which of them are predicted and count in the loss: [m]."""
-        begins = self._begins(row)
-        here = slice(begins[0], begins[-1])
-        counts = self.table.counts[here].copy()
-        counts[begins[:-1] - begins[0]] = False  # the first token of a sequence is never predicted
-        return self.table.ids[here], counts
+        """Returns a row's tokens, and whether each is predicted and counts in the loss: [m]."""
+        bounds = self._bounds(row)
+        row_tokens = slice(bounds[0], bounds[-1])
+        is_counted = self.table.counts[row_tokens].copy()
+        first_tokens = bounds[:-1] - bounds[0]
+        is_counted[first_tokens] = False  # the first token of a sequence is never predicted
+        return self.table.ids[row_tokens], is_counted
 
-    def _begins(self, row: int) -> np.ndarray:
+    def _bounds(self, row: int) -> np.ndarray:
         """Returns the begin of each sequence of a row in the table, and the end of the last one."""
         return self.table.starts[self.firsts[row] : self.firsts[row + 1] + 1]
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
-        begins = self._begins(row)
-        lengths, offsets = np.diff(begins), begins - begins[0]
-        ids, counts = self._counted(row)
-        (counted,) = np.nonzero(counts)
+        """Writes a row into the arrays of its place in a batch, which are padding: [seq], [m]."""
+        bounds = self._bounds(row)
+        lengths = np.diff(bounds)
+        begins = bounds[:-1] - bounds[0]
+        ids, is_counted = self._counted(row)
+        targets = np.flatnonzero(is_counted)  # places of the predicted tokens
         arrays["ids"][: len(ids)] = ids
         arrays["segment_ids"][: len(ids)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        arrays["positions"][: len(ids)] = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
-        arrays["predict_at"][: len(counted)] = counted - 1
-        arrays["targets"][: len(counted)] = ids[counted]
-        arrays["weights"][: len(counted)] = 1
+        arrays["positions"][: len(ids)] = np.arange(len(ids)) - np.repeat(begins, lengths)
+        arrays["predict_at"][: len(targets)] = targets - 1
+        arrays["targets"][: len(targets)] = ids[targets]
+        arrays["weights"][: len(targets)] = 1
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
         return int((batch["segment_ids"] > 0).sum())
 
     def name(self, row: int) -> str:
-        """Returns the rows of the data that are in a sequence: "row 3, row 7"."""
-        return ", ".join(
-            f"row {number}" + (f" of {self.sources[origin]}" if self.sources else "")
-            for origin, number in self.origins_of(row)
-        )
+        """Returns the names of the data's rows that a packed row has: "row 3, row 7"."""
+        names = []
+        for origin, number in self.origins_of(row):
+            source = f" of {self.sources[origin]}" if self.sources else ""
+            names.append(f"row {number}{source}")
+        return ", ".join(names)
 
     def origins_of(self, row: int) -> list[tuple[int, int]]:
-        """Returns the data set and the row there of what a row has, each once."""
-        here = slice(self.firsts[row], self.firsts[row + 1])
-        origins, rows = self.table.origins[here].tolist(), self.table.rows[here].tolist()
-        return list(dict.fromkeys(zip(origins, rows, strict=True)))
+        """Returns the (data set, row of the data set) of each sequence of a row, each pair once."""
+        members = slice(self.firsts[row], self.firsts[row + 1])
+        origins = self.table.origins[members].tolist()
+        data_rows = self.table.rows[members].tolist()
+        return list(dict.fromkeys(zip(origins, data_rows, strict=True)))
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows: a resumed run must go on with the same."""
@@ -277,15 +302,15 @@ def pack(
     """Returns one sequence a row or, with `packing`, as many as fit; see `first_fit`.
 
     Rows are as long as the longest needs, and no longer than `seq_len`. Without packing, batches
-    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths. Of each
-    `a_unit` sequences, which stay together, `seq_len` is the mean.
+    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths. Each `a_unit`
+    sequences are a unit, and a row has `a_unit` times `seq_len` tokens at most.
     """
-    table, most = Sequences.from_list(sequences), seq_len * a_unit
-    members, counts = rows = _rows_of(table, most, packing, a_unit)
+    table = Sequences.from_list(sequences)
+    row_tokens = seq_len * a_unit
+    rows = _row_members(table, row_tokens, packing, a_unit)
     if like is None:
-        return _packs(table, rows, most, packing=packing)
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    return dataclasses.replace(like, table=table.select(members), firsts=firsts)
+        return _packs(table, rows, row_tokens, packing=packing)
+    return dataclasses.replace(like, table=table.select(rows.members), firsts=rows.firsts)
 
 
 def pack_mixture(
@@ -309,55 +334,81 @@ def pack_mixture(
     Raises:
       TrainingError: a weight is too small for a single row of an epoch.
     """
-    tables = [Sequences.from_list(part) for part in parts.values()]
-    joined, names = Sequences.join(tables), tuple(parts)
+    tables = [Sequences.from_list(sequences) for sequences in parts.values()]
+    joined_table = Sequences.join(tables)
+    names = tuple(parts)
     if weights is None:
-        packs = _packs(joined, _rows_of(joined, seq_len, packing), seq_len, packing=packing)
+        rows = _row_members(joined_table, seq_len, packing)
+        packs = _packs(joined_table, rows, seq_len, packing=packing)
         return dataclasses.replace(packs, sources=names)
-    rows = [_rows_of(table, seq_len, packing) for table in tables]
-    offsets = np.cumsum([0, *map(len, tables)])[:-1]
-    moved = [
-        (members + offset, counts) for (members, counts), offset in zip(rows, offsets, strict=True)
-    ]
-    members, counts = (np.concatenate(arrays) for arrays in zip(*moved, strict=True))
-    units = [len(counts) for _, counts in rows]
-    data_rows = [len(np.unique(table.rows)) for table in tables]
+    rows_of_tables = [_row_members(table, seq_len, packing) for table in tables]
+    joined_members = []
+    offset = 0  # of a table in the joined one
+    for table, rows in zip(tables, rows_of_tables, strict=True):
+        joined_members.append(rows.members + offset)
+        offset += len(table)
+    joined_rows = _RowMembers(
+        members=np.concatenate(joined_members),
+        counts=np.concatenate([rows.counts for rows in rows_of_tables]),
+    )
     return dataclasses.replace(
-        _packs(joined, (members, counts), seq_len, packing=packing),
+        _packs(joined_table, joined_rows, seq_len, packing=packing),
         sources=names,
-        mixture=shares_of(names, weights, rows=data_rows, units=units),
+        mixture=shares_of(
+            names,
+            weights,
+            rows=[len(np.unique(table.rows)) for table in tables],
+            units=[len(rows.counts) for rows in rows_of_tables],
+        ),
     )
 
 
-def _rows_of(
-    table: Sequences, seq_len: int, packing: bool, a_unit: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sequences in the order of their rows, [n], and how many each row has."""
+class _RowMembers(NamedTuple):
+    """The sequences of each row.
+
+    Attributes:
+      members: [n], indices of sequences in the order of the rows.
+      counts: [rows], the number of sequences of each row.
+    """
+
+    members: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """Returns the first member of each row, and the end of the last row: [rows + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+
+def _row_members(table: Sequences, row_tokens: int, packing: bool, a_unit: int = 1) -> _RowMembers:
+    """Chooses the sequences of each row: one unit or, with `packing`, as many as fit."""
     units = np.arange(len(table)).reshape(-1, a_unit)
     if not packing:
-        return units.ravel(), np.full(len(units), a_unit)
-    rows = first_fit(table.lengths[units].sum(axis=1).tolist(), seq_len)
-    members = units[np.concatenate([np.array(row) for row in rows])]
-    return members.ravel(), np.array([a_unit * len(row) for row in rows])
+        return _RowMembers(members=units.ravel(), counts=np.full(len(units), a_unit))
+    units_of_rows = first_fit(table.lengths[units].sum(axis=1).tolist(), row_tokens)
+    members = units[np.concatenate([np.array(row) for row in units_of_rows])]
+    counts = np.array([a_unit * len(row) for row in units_of_rows])
+    return _RowMembers(members=members.ravel(), counts=counts)
 
 
-def _packs(
-    table: Sequences, rows: tuple[np.ndarray, np.ndarray], seq_len: int, *, packing: bool
-) -> Packs:
-    members, counts = rows
-    table = table.select(members)
-    firsts = np.concatenate([[0], np.cumsum(counts)])
+def _packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing: bool) -> Packs:
+    """Returns the rows with the lengths that batches are padded to, none above `row_tokens`."""
+    table = table.select(rows.members)
+    firsts = rows.firsts
     sizes = np.diff(table.starts[firsts])
-    rounded = round_up(sizes, seq_len)
-    lengths = (int(rounded.max()),) if packing else few_lengths(rounded)
-    predicted = np.diff(np.concatenate([[0], np.cumsum(table.predicted)])[firsts])
+    rounded_sizes = round_up(sizes, row_tokens)
+    lengths = (int(rounded_sizes.max()),) if packing else few_lengths(rounded_sizes)
     groups = np.searchsorted(lengths, sizes)
-    most = [int(predicted[groups <= group].max(initial=1)) for group in range(len(lengths))]
-    places = (int(round_up(m, length)) for m, length in zip(most, lengths, strict=True))
-    return Packs(table=table, firsts=firsts, lengths=lengths, predicted=tuple(places))
+    predicted_before = np.concatenate([[0], np.cumsum(table.predicted)])  # each sequence
+    row_predicted = np.diff(predicted_before[firsts])
+    predicted = []
+    for group, length in enumerate(lengths):
+        largest = int(row_predicted[groups <= group].max(initial=1))
+        predicted.append(int(round_up(largest, length)))
+    return Packs(table=table, firsts=firsts, lengths=lengths, predicted=tuple(predicted))
 
 
 def round_up(lengths: Any, most: int) -> Any:
     """Returns lengths that suit devices, none above `most`: multiples of 8, or of 128 if long."""
-    multiple = np.where(np.asarray(lengths) < _LONG, _MULTIPLE, _MULTIPLE_OF_LONG)
+    multiple = np.where(np.asarray(lengths) < _LONG_TOKENS, _MULTIPLE, _LONG_MULTIPLE)
     return np.minimum(most, -(-lengths // multiple) * multiple)

@@ -29,7 +29,7 @@ from lora_jax.training.data.vision.pictures import Pictures, PixelValues, read_p
 from lora_jax.training.errors import TrainingError
 
 BLOCK = 1_000  # rows that one process tokenises
-_AT_ONCE = 2**17  # characters; a token's offsets take more than a hundred bytes
+_AT_ONCE = 2**17  # characters tokenised at once; a token's offsets take over a hundred bytes
 
 
 def chats(
@@ -74,9 +74,9 @@ def chats(
     check_rows(rows, source)
     pictures = None if images is None else pictures_of(rows, images, source)
     tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
-    shown = pictures is not None and len(pictures.pixels) > 0
-    kept = check_lengths(tokens, seq_len, truncate=truncate, images=shown)
-    packs = pack(kept, seq_len, packing=packing)
+    has_pixels = pictures is not None and len(pictures.pixels) > 0
+    sequences = check_lengths(tokens, seq_len, truncate=truncate, images=has_pixels)
+    packs = pack(sequences, seq_len, packing=packing)
     return packs if pictures is None else add_pictures(packs, [pictures], packing=packing)
 
 
@@ -107,8 +107,8 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
                 "itself: leave it out"
             )
         )
-    origins, numbers = packs.table.origins, packs.table.rows
-    rows = [np.unique(numbers[origins == at]) for at in range(len(parts))]
+    table = packs.table
+    rows = [np.unique(table.rows[table.origins == origin]) for origin in range(len(parts))]
     return dataclasses.replace(packs, further=PixelValues(parts, rows))
 
 
@@ -153,73 +153,99 @@ def tokenize(
     drafted = drafted or functools.partial(drafts_of, train_on=train_on)
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
-    def tokenize_block(first: int) -> dict[str, Any]:
+    def tokenize_block(start: int) -> dict[str, Any]:
         drafts: list[Draft] = []
         counts: Counter[str] = Counter()
-        block = slice(first, first + BLOCK)
+        names: dict[int, str] = {}
+        block = slice(start, start + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
+            name = name_of(row, source, number)
+            names[number] = name
             if pictures is None and has_images(row):
-                raise TrainingError(f"{name_of(row, source, number)} has {TEXTS_ONLY}")
-            made = drafted(row, number, tokenizer, name_of(row, source, number))
-            drafts += made.sequences
-            for field, left_out in made.left_out.items():
+                raise TrainingError(f"{name} has {TEXTS_ONLY}")
+            row_drafts = drafted(row, number, tokenizer, name)
+            drafts += row_drafts.sequences
+            for field, left_out in row_drafts.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
-        tokens = _encode(drafts, tokenizer)
+        sequences = _encode(drafts, tokenizer)
         if pictures is not None:
-            lasts = [ids.row != after.row for ids, after in itertools.pairwise(tokens)] + [True]
-            names = dict(zip(numbered[block], rows[block], strict=True))
-            tokens = [
-                pictures.expand(ids, name_of(names[ids.row], source, ids.row), whole=last)
-                for ids, last in zip(tokens, lasts, strict=True)
-            ]
-        return {**as_json(tokens), "left_out": counts}
+            sequences = _expand_images(sequences, pictures, names)
+        return {**as_json(sequences), "left_out": counts}
 
     blocks = mapped(tokenize_block, range(0, len(rows), BLOCK))
     if say is not None:
-        total: Counter[str] = Counter()
+        total_counts: Counter[str] = Counter()
         for block in blocks:
-            total.update(block["left_out"])
-        if lines := _left_out_lines(total, source):
+            total_counts.update(block["left_out"])
+        lines = _left_out_lines(total_counts, source)
+        if lines:
             say(lines)
     return Sequences.concatenate(map(from_json, blocks))
+
+
+def _expand_images(
+    sequences: Sequence[TokenSequence], pictures: Pictures, names: Mapping[int, str]
+) -> list[TokenSequence]:
+    """Writes the tokens of images into the sequences of a block.
+
+    Only the last sequence of a row must have all images of the row.
+
+    Args:
+      sequences: sequences with one token for each image.
+      pictures: the images of all rows.
+      names: the name of each row, by its number, for errors.
+    """
+    expanded = []
+    for index, sequence in enumerate(sequences):
+        is_last = index + 1 == len(sequences) or sequences[index + 1].row != sequence.row
+        expanded.append(pictures.expand(sequence, names[sequence.row], whole=is_last))
+    return expanded
 
 
 def _left_out_lines(counts: Mapping[str, int], source: str) -> list[str]:
     """Returns a line on each field that the template shows in some turns only."""
     lines = []
-    for field in sorted({name.partition(" ")[2] for name in counts}):
-        turns, later, never = (counts[f"{kind} {field}"] for kind in LeftOut._fields)
-        what = f"{source}: the model's chat template leaves out `{field}` of"
-        if later:
+    fields = {name.partition(" ")[2] for name in counts}
+    for field in sorted(fields):
+        left_out = LeftOut(*(counts[f"{kind} {field}"] for kind in LeftOut._fields))
+        prefix = f"{source}: the model's chat template leaves out `{field}` of"
+        if left_out.later:
             lines.append(
-                f"{what} {later:,} of {turns:,} turns once others follow; each of these turns is "
-                "learned with it, in a sequence that ends there"
+                f"{prefix} {left_out.later:,} of {left_out.turns:,} turns once others follow; each "
+                "of these turns is learned with it, in a sequence that ends there"
             )
-        if never:
-            lines.append(f"{what} {never:,} of {turns:,} turns, and it is not learned there")
+        if left_out.never:
+            lines.append(
+                f"{prefix} {left_out.never:,} of {left_out.turns:,} turns, and it is not learned "
+                "there"
+            )
     return lines
 
 
 def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence]:
     """Returns drafts as tokens; the tokenizer sees many texts at once."""
-    parts = [part for draft in drafts for part in draft.parts]
-    encoded = {
-        special: _encode_each([p.text for p in parts if p.special == special], special, tokenizer)
-        for special in (False, True)
-    }
+    plain_texts: list[str] = []
+    special_texts: list[str] = []
+    for draft in drafts:
+        for text in draft.parts:
+            (special_texts if text.special else plain_texts).append(text.text)
+    # Yields the tokens of the texts in the order of the drafts; a text is tokenised when needed.
+    plain_tokens = _encode_texts(plain_texts, False, tokenizer)
+    special_tokens = _encode_texts(special_texts, True, tokenizer)
     sequences = []
     for draft in drafts:
-        if draft.marked is not None:
+        if draft.marked is not None:  # tokenised already
             sequences.append(draft.marked)
             continue
         ids: list[int] = []
         counts = []
-        for part in draft.parts:
-            tokens, at = next(encoded[part.special])
-            ids += tokens
-            counts.append(np.zeros(len(at), bool))
-            for begin, end in part.spans:
-                counts[-1] |= (at >= begin) & (at < end)
+        for text in draft.parts:
+            text_ids, offsets = next(special_tokens if text.special else plain_tokens)
+            ids += text_ids
+            is_counted = np.zeros(len(offsets), bool)
+            for begin, end in text.spans:
+                is_counted |= (offsets >= begin) & (offsets < end)
+            counts.append(is_counted)
         if draft.end and tokenizer.eos_token_id not in (None, ids[-1]):
             ids.append(tokenizer.eos_token_id)
             counts.append(np.ones(1, bool))
@@ -227,22 +253,26 @@ def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence
     return sequences
 
 
-def _encode_each(
+def _encode_texts(
     texts: Sequence[str], special: bool, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-    """Returns the tokens of each text, and where each begins; few texts at a time."""
+    """Yields the tokens of each text, and the character at which each token begins.
+
+    The tokenizer gets so many texts at a time that they have some `_AT_ONCE` characters.
+    """
     ends = itertools.accumulate(map(len, texts))
-    for _, some in itertools.groupby(zip(texts, ends, strict=True), lambda p: p[1] // _AT_ONCE):
-        made = tokenizer(
-            [text for text, _ in some],
+    block_of_text = [end // _AT_ONCE for end in ends]
+    for _, members in itertools.groupby(range(len(texts)), block_of_text.__getitem__):
+        encoding = tokenizer(
+            [texts[index] for index in members],
             add_special_tokens=special,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True):
-            yield ids, np.array([begin for begin, _ in offsets], np.int64)
+        for ids, spans in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            yield ids, np.array([begin for begin, _ in spans], np.int64)
 
 
 def as_json(sequences: Sequence[TokenSequence], origin: int = 0) -> dict[str, Any]:
@@ -266,31 +296,35 @@ def check_lengths(
 ) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
-    Where one of the `a_unit` sequences that belong together has no such token, all are left out.
-    An error says how rows with `images` become shorter.
+    If one sequence of a unit (`a_unit` sequences) has no such token, the unit is dropped. An error
+    says how rows with `images` become shorter.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
     """
     table = Sequences.from_list(sequences)
-    longer = int((table.lengths > seq_len).sum())
-    if longer and not truncate:
+    n_longer = int((table.lengths > seq_len).sum())
+    if n_longer and not truncate:
         longest = int(table.lengths.max())
-        smaller = "; an image has fewer tokens with a smaller longest_edge in the size of "
-        smaller += "preprocessor_config.json, in a copy of the model's folder"
+        image_remedy = ""
+        if images:
+            image_remedy = (
+                "; an image has fewer tokens with a smaller longest_edge in the size of "
+                "preprocessor_config.json, in a copy of the model's folder"
+            )
         raise TrainingError(
             lambda option: (
-                f"{longer} of {len(sequences)} sequences are longer than "
+                f"{n_longer} of {len(sequences)} sequences are longer than "
                 f"{option('seq_len', seq_len)}, the longest has {longest} tokens. Raise "
                 f"{option('seq_len')} to {longest}, take those rows out, or cut them off at the "
-                f"end with {option('truncate', True)}" + smaller * images
+                f"end with {option('truncate', True)}{image_remedy}"
             )
         )
     table = table.cut(seq_len)
-    whole = table.predicted.reshape(-1, a_unit).all(axis=1)
-    kept = table.select(np.flatnonzero(np.repeat(whole, a_unit)))
-    if not len(kept):
+    is_usable_unit = table.predicted.reshape(-1, a_unit).all(axis=1)
+    table = table.select(np.flatnonzero(np.repeat(is_usable_unit, a_unit)))
+    if not len(table):
         raise TrainingError(
             lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
         )
-    return kept
+    return table

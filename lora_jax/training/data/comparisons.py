@@ -41,17 +41,20 @@ def comparisons(
     texts: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
         name = name_of(row, source, number)
-        prompt, *both = texts_of(row, name)
-        check_text("\n".join([prompt, *both]), name)
-        texts += [(prompt, completion) for completion in both]
-    most = seq_len if truncate else sys.maxsize
-    flat = padded_texts(
-        lambda block: encode(texts[block], tokenizer, most)[0],
-        len(texts), tokenizer, seq_len, source, mapped,
-    )  # fmt: skip
-    arrays = {name: array.reshape(len(rows), 2, -1) for name, array in flat.items()}
-    labels, weights = np.zeros(len(rows), np.int32), np.ones(len(rows), np.int32)
-    return Labelled(**arrays, labels=labels, weights=weights)
+        prompt, chosen, rejected = texts_of(row, name)
+        check_text("\n".join([prompt, chosen, rejected]), name)
+        texts += [(prompt, chosen), (prompt, rejected)]
+    max_tokens = seq_len if truncate else sys.maxsize
+
+    def encode_block(block: slice) -> dict[str, list[list[int]]]:
+        encoded, _ = encode(texts[block], tokenizer, max_tokens)
+        return encoded
+
+    text_arrays = padded_texts(encode_block, len(texts), tokenizer, seq_len, source, mapped)
+    arrays = {name: array.reshape(len(rows), 2, -1) for name, array in text_arrays.items()}
+    return Labelled(
+        **arrays, labels=np.zeros(len(rows), np.int32), weights=np.ones(len(rows), np.int32)
+    )
 
 
 def texts_of(row: Row, name: str) -> tuple[str, str, str]:
@@ -61,33 +64,39 @@ def texts_of(row: Row, name: str) -> tuple[str, str, str]:
 
 
 def as_text(turns: Sequence[Message]) -> str:
-    """Returns turns as a text: the content of one, or a line for each, after its role."""
+    """Returns turns as a text: the content of a single turn, or a line "role: content" for each."""
 
-    def said(turn: Message) -> str:
+    def content_of(turn: Message) -> str:
         if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
             return str(turn["content"])
-        parts = {name: value for name, value in turn.items() if name != "role"}
-        return json.dumps(parts, ensure_ascii=False, default=str)
+        fields = {name: value for name, value in turn.items() if name != "role"}
+        return json.dumps(fields, ensure_ascii=False, default=str)
 
     if len(turns) == 1:
-        return said(turns[0])
-    return "\n".join(f"{turn['role']}: {said(turn)}" for turn in turns)
+        return content_of(turns[0])
+    return "\n".join(f"{turn['role']}: {content_of(turn)}" for turn in turns)
 
 
 def encode(
-    texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, most: int
+    texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[dict[str, list[list[int]]], int]:
-    """Returns the tokens of prompts and completions, and how many were shortened to `most` tokens.
+    """Encodes prompts with their completions; returns also how many of them were shortened.
 
-    They lose the beginning of the prompt and, where that is not enough, the completion's end.
+    Those of more than `max_tokens` tokens lose the beginning of the prompt and, if that is not
+    enough, the completion's end.
     """
-    firsts, seconds = map(list, zip(*texts, strict=True))
-    made: Any = tokenizer(firsts, seconds, return_token_type_ids=True, verbose=False)
-    encoded = {name: made[name] for name in ("input_ids", "token_type_ids")}
-    longer = [i for i, ids in enumerate(made["input_ids"]) if len(ids) > most]
-    for i in longer:
-        side = np.array([-1 if of is None else of for of in made.sequence_ids(i)])
-        order = np.concatenate([np.flatnonzero(side == 0), np.flatnonzero(side == 1)[::-1]])
+    prompts = [prompt for prompt, _ in texts]
+    completions = [completion for _, completion in texts]
+    encoding: Any = tokenizer(prompts, completions, return_token_type_ids=True, verbose=False)
+    encoded = {name: encoding[name] for name in ("input_ids", "token_type_ids")}
+    lengths = [len(ids) for ids in encoding["input_ids"]]
+    longer_indices = [index for index, length in enumerate(lengths) if length > max_tokens]
+    for index in longer_indices:
+        text_of_token = np.array(encoding.sequence_ids(index))  # 0, 1, or None: a special token
+        prompt_tokens = np.flatnonzero(text_of_token == 0)
+        completion_tokens = np.flatnonzero(text_of_token == 1)
+        deletion_order = np.concatenate([prompt_tokens, completion_tokens[::-1]])
+        deleted_tokens = deletion_order[: lengths[index] - max_tokens]
         for lists in encoded.values():
-            lists[i] = np.delete(lists[i], order[: len(side) - most]).tolist()
-    return encoded, len(longer)
+            lists[index] = np.delete(lists[index], deleted_tokens).tolist()
+    return encoded, len(longer_indices)

@@ -1,4 +1,8 @@
-"""Finds in each row the text of its sequences, and what the loss counts in it."""
+"""Finds in each row the text of its sequences, and what the loss counts in it.
+
+A draft is a sequence before its texts are tokenised. An answer is a turn of the assistant. A field
+is left out if the template does not show it in some turns.
+"""
 
 import contextlib
 import json
@@ -51,8 +55,8 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
     chat = conversation(row, name)
     check_text(json.dumps(chat._replace(images=()), ensure_ascii=False, default=repr), name)
     if chat.text is not None:
-        part = CountedText(chat.text, [(0, len(chat.text))], special=True)
-        return Drafts([Draft(number, [part], end=True)])
+        text = CountedText(chat.text, [(0, len(chat.text))], special=True)
+        return Drafts([Draft(number, [text], end=True)])
     if tokenizer.chat_template is None:
         return Drafts([Draft(number, plain_parts(chat, name, train_on), end=True)])
     with errors_of(name):
@@ -84,15 +88,15 @@ def plain_parts(chat: Conversation, name: str, train_on: TrainOn) -> list[Counte
         )
     templates.check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
-    asked = [(0, len(prompt))] if train_on == "all" else []
+    prompt_spans = [(0, len(prompt))] if train_on == "all" else []
     return [
-        CountedText(prompt, asked, special=True),
+        CountedText(prompt, prompt_spans, special=True),
         CountedText(completion, [(0, len(completion))]),
     ]
 
 
 class AnswerSpan(NamedTuple):
-    """An assistant's turn: its number, the text up to its end, and its span in that text."""
+    """An assistant's turn: its index, the text up to its end, and its span in that text."""
 
     turn: int
     text: str
@@ -102,33 +106,34 @@ class AnswerSpan(NamedTuple):
 def _drafts_by_text(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
-    """Returns a chat whose answers are found by rendering the turns up to each."""
+    """Returns the drafts of a chat; finds each answer by rendering the turns up to it."""
     answers = answers_of(chat, tokenizer)
     learned = [answer for answer in answers if is_learned(chat.messages[answer.turn])]
-    if train_on != "all":  # then the turns after the last that is learned are left out
+    if train_on != "all":  # the turns after the last that is learned are dropped
         answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
-    end, whole = answers[-1].turn + 1, answers[-1].text
-    rendered = templates.Rendered(chat, end, whole, tokenizer)
-    rendered.check(end)
-    left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
+    n_turns = answers[-1].turn + 1
+    text = answers[-1].text
+    rendered = templates.Rendered(chat, n_turns, text, tokenizer)
+    rendered.check(n_turns)
+    left_out = rendered.left_out(n_turns, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
         spans = _spans_without_muted(answers, chat)
     elif train_on == "last":
         spans = [learned[-1].span]
-    elif all(whole.startswith(answer.text) for answer in learned):
+    elif all(text.startswith(answer.text) for answer in learned):
         spans = [answer.span for answer in learned]
     else:
         # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is
         # then learned as it was said, after what the model saw at that point.
         drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
         return Drafts(drafts, left_out)
-    return Drafts([Draft(row, [CountedText(whole, spans)])], count_as_never(left_out))
+    return Drafts([Draft(row, [CountedText(text, spans)])], count_as_never(left_out))
 
 
 def count_as_never(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
-    """Adds the turns whose fields later renderings lack to those that never show them."""
+    """Counts turns that lose a field once others follow as turns that never show it."""
     return {
-        field: templates.LeftOut(counts.turns, 0, counts.later + counts.never)
+        field: templates.LeftOut(turns=counts.turns, later=0, never=counts.later + counts.never)
         for field, counts in left_out.items()
     }
 
@@ -148,51 +153,70 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
     for index, turn in enumerate(chat.messages):
         if turn["role"] != "assistant" or index < first:
             continue
-        asked = templates.render(chat, index, tokenizer, ask=True)
-        answered = templates.render(chat, index + 1, tokenizer).rstrip()
-        if not answered.startswith(asked) and (
-            rest := _answer_after(chat, index, asked, tokenizer)
-        ):
-            answered = asked + rest
-        if not answered.startswith(asked):
+        prompt = templates.render(chat, index, tokenizer, ask=True)
+        text = templates.render(chat, index + 1, tokenizer).rstrip()
+        if not text.startswith(prompt):
+            answer = _answer_after_changed_prompt(chat, index, prompt, tokenizer)
+            if answer:
+                text = prompt + answer
+        if not text.startswith(prompt):
             raise TrainingError(
                 "the model's chat template renders an answer otherwise than its prompt announces, "
-                f"so that the answer cannot be found in it: {shown(asked[-60:])} is no part of "
-                f"{shown(answered[-120:])}"
+                f"so that the answer cannot be found in it: {shown(prompt[-60:])} is no part of "
+                f"{shown(text[-120:])}"
             )
-        templates.check_calls(turn, answered[len(asked) :])
-        spans.append(AnswerSpan(index, answered, (len(asked), len(answered))))
+        templates.check_calls(turn, text[len(prompt) :])
+        spans.append(AnswerSpan(index, text, (len(prompt), len(text))))
     return spans
 
 
-def _answer_after(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> str | None:
-    """Returns an answer whose template renders turns before it otherwise once it is there.
+def _answer_after_changed_prompt(
+    chat: Conversation, index: int, prompt: str, tokenizer: Tokenizer
+) -> str | None:
+    """Finds an answer in a text that does not begin with the prompt.
 
-    So does gpt-oss's, which drops the thoughts before a tool call once an answer follows. What the
-    model sees when it answers is the prompt. The answer begins where that of another text does.
+    Some templates render earlier turns differently once an answer follows: gpt-oss's drops the
+    thoughts before a tool call. To find where the answer begins, the chat is rendered once more
+    with another answer. Both texts are equal up to the answer, which follows the prompt's
+    announcement: what the prompt adds after the last turn, such as "<|im_start|>assistant".
+
+    Args:
+      chat: the chat.
+      index: the index of the assistant's turn.
+      prompt: the text that the model sees when it answers.
+      tokenizer: the model's.
 
     Returns:
-      None where its beginning is not that of the prompt's end.
+      The answer; None if the equal beginning has no announcement.
     """
     turn = chat.messages[index]
-    texts = {name for name, value in turn.items() if isinstance(value, str)} - {"role"}
-    other = turn | {name: f"~{turn[name]}" for name in texts}
-    changed = chat._replace(messages=[*chat.messages[:index], other])
-    both = [templates.render(turns, index + 1, tokenizer).rstrip() for turns in (chat, changed)]
-    begins = asked.removeprefix(templates.render(chat, index, tokenizer))
-    at = both[0].rfind(begins, 0, len(os.path.commonprefix(both)))
-    return None if begins in ("", asked) or at < 0 else both[0][at + len(begins) :]
+    changes = {
+        name: f"~{value}"
+        for name, value in turn.items()
+        if isinstance(value, str) and name != "role"
+    }
+    changed_chat = chat._replace(messages=[*chat.messages[:index], turn | changes])
+    text = templates.render(chat, index + 1, tokenizer).rstrip()
+    changed_text = templates.render(changed_chat, index + 1, tokenizer).rstrip()
+    equal_length = len(os.path.commonprefix([text, changed_text]))
+    announcement = prompt.removeprefix(templates.render(chat, index, tokenizer))
+    if announcement in ("", prompt):  # the prompt announces nothing, or is rendered anew
+        return None
+    start = text.rfind(announcement, 0, equal_length)
+    return None if start < 0 else text[start + len(announcement) :]
 
 
 def _spans_without_muted(
     answers: Sequence[AnswerSpan], chat: Conversation
 ) -> list[tuple[int, int]]:
-    """Returns the spans of the whole text that lie outside turns of the weight 0."""
-    whole, spans, begin = answers[-1].text, [], 0
+    """Returns the spans of the chat's text that lie outside turns of the weight 0."""
+    text = answers[-1].text
+    spans = []
+    begin = 0
     for answer in answers:
         if is_learned(chat.messages[answer.turn]):
             continue
-        if not whole.startswith(answer.text):
+        if not text.startswith(answer.text):
             raise TrainingError(
                 f"turn {answer.turn} has the weight 0, and the model's chat template renders it "
                 "otherwise once others follow, so that it cannot be found: leave out the weight, "
@@ -200,21 +224,23 @@ def _spans_without_muted(
             )
         spans.append((begin, answer.span[0]))
         begin = answer.span[1]
-    return [*spans, (begin, len(whole))]
+    return [*spans, (begin, len(text))]
 
 
 def _drafts_by_marks(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
-    """Returns a chat as tokens, of which those count that the template marks as generated."""
-    turns, left_out = chat.messages, {}
+    """Returns a chat as tokens; those count that the template marks as generated."""
+    turns = chat.messages
+    answer_indices = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    left_out: Mapping[str, templates.LeftOut] = {}
     if templates.needs_check(chat):
         text = templates.render(chat, len(turns), tokenizer)
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        n_turns = answer_indices[-1] + 1
         rendered = templates.Rendered(chat, len(turns), text, tokenizer)
-        rendered.check(last + 1)
-        left_out = count_as_never(rendered.left_out(last + 1, {}))
-    made = templates.render(
+        rendered.check(n_turns)
+        left_out = count_as_never(rendered.left_out(n_turns, {}))
+    encoding = templates.render(
         chat,
         len(turns),
         tokenizer,
@@ -222,23 +248,24 @@ def _drafts_by_marks(
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    ids, counts = np.array(made["input_ids"], np.int32), np.array(made["assistant_masks"], bool)
+    ids = np.array(encoding["input_ids"], np.int32)
+    counts = np.array(encoding["assistant_masks"], bool)
     if not counts.any():
         raise TrainingError("the model's chat template marks no token as generated")
     runs = _run_bounds(counts)
     end = int(runs[-1][1])
     if train_on == "all":
         counts[:] = True
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if muted := [n for n, index in enumerate(answers) if not is_learned(turns[index])]:
-        if len(runs) != len(answers):
-            raise TrainingError(
-                f"turn {answers[muted[0]]} has the weight 0, and cannot be told from the others: "
-                f"the model's chat template marks {len(runs)} texts as generated, for "
-                f"{len(answers)} turns of the assistant. Leave out the weights of this row"
-            )
-        for n in muted:
-            counts[slice(*runs[n])] = False
+    muted_indices = [index for index in answer_indices if not is_learned(turns[index])]
+    if muted_indices and len(runs) != len(answer_indices):
+        raise TrainingError(
+            f"turn {muted_indices[0]} has the weight 0, and cannot be told from the others: "
+            f"the model's chat template marks {len(runs)} texts as generated, for "
+            f"{len(answer_indices)} turns of the assistant. Leave out the weights of this row"
+        )
+    for index in muted_indices:
+        begin, stop = runs[answer_indices.index(index)]
+        counts[begin:stop] = False
     if train_on == "last":
         counts[: _run_bounds(counts)[-1][0]] = False
     return Drafts([Draft(row, [], marked=TokenSequence(ids[:end], counts[:end], row))], left_out)

@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.training.errors import TrainingError
 
 IMAGES = "images"  # a row's field
-_OWN = ("image", "path", "url")  # fields of a part that has its image itself
+_IMAGE_FIELDS = ("image", "path", "url")  # fields of a part that holds its image itself
 TEXTS_ONLY = (
     "images, and only texts are read here. Images go with the supervised fine-tuning of a model "
     "that reads them (SmolVLM, Qwen3.5), on rows in memory, and with its answers: leave them out "
@@ -38,12 +38,13 @@ def has_images(row: Mapping[str, Any]) -> bool:
 
 
 def _located(image: Any, row: Any) -> Any:
-    """Returns the path of an image as it is found from here; any other image as it is."""
+    """Returns the path of an image, resolved beside the row's file; any other image unchanged."""
     place = getattr(row, "place", None)
     if place is None or not isinstance(image, str) or Path(image).exists():
         return image
-    beside = Path(place[0]).parent / image
-    return str(beside) if beside.is_file() else image
+    row_file, _ = place
+    path = Path(row_file).parent / image
+    return str(path) if path.is_file() else image
 
 
 def shown_images(
@@ -51,9 +52,9 @@ def shown_images(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Returns turns as a chat template gets them, and their images in the order of their parts.
 
-    A part has its image itself, or shows the next of the row's `images`, or the row's `image`.
-    Where no part shows an image, the row's `images` come first in the first turn of the user. A
-    path that is not there is one beside the row's file.
+    A part of the type "image" holds its image itself, or shows the next of the row's `images`, or
+    the row's `image`. Where no part shows an image, the row's `images` come first in the first turn
+    of the user. A relative path that does not exist is tried beside the row's file.
 
     Args:
       turns: the turns of a row.
@@ -63,30 +64,45 @@ def shown_images(
     Raises:
       TrainingError: there are fewer images than parts that show one, or more.
     """
-    made, images = [dict(turn) for turn in turns], list[Any]()
-    given = row.get(IMAGES)
-    given = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    parts = [part for turn in made for part in images_in(turn.get("content"))]
-    if given and not parts:
-        asks = next((turn for turn in made if turn["role"] == "user"), made[0])
-        text = {"type": "text", "text": asks["content"]}
-        parts = [{"type": "image"} for _ in given]
-        asks["content"] = [*parts, text]
-    elif not given and row.get("image") is not None:
-        given = [row["image"]] * bool(parts)
-    left = iter(given)
-    for part in parts:
-        own = next((part[field] for field in _OWN if part.get(field) is not None), None)
-        images.append(_located(next(left, None) if own is None else own, row))
-    if any(image is None for image in images) or next(left, None) is not None:
+    template_turns = [dict(turn) for turn in turns]
+    row_images = _row_images(row)
+    image_parts = [part for turn in template_turns for part in images_in(turn.get("content"))]
+    if row_images and not image_parts:
+        user_turns = [turn for turn in template_turns if turn["role"] == "user"]
+        image_turn = user_turns[0] if user_turns else template_turns[0]
+        image_parts = [{"type": "image"} for _ in row_images]
+        text_part = {"type": "text", "text": image_turn["content"]}
+        image_turn["content"] = [*image_parts, text_part]
+    elif not row_images and image_parts and row.get("image") is not None:
+        row_images = [row["image"]]
+    images: list[Any] = []
+    unused_images = iter(row_images)
+    for part in image_parts:
+        held_images = [part[field] for field in _IMAGE_FIELDS if part.get(field) is not None]
+        image = held_images[0] if held_images else next(unused_images, None)
+        images.append(_located(image, row))
+    is_image_missing = any(image is None for image in images)
+    if is_image_missing or next(unused_images, None) is not None:
         raise TrainingError(
-            f"{name} has {len(given)} images, and {len(parts)} parts of the type 'image': give an "
-            "image for each of these parts"
+            f"{name} has {len(row_images)} images, and {len(image_parts)} parts of the type "
+            "'image': give an image for each of these parts"
         )
-    for turn in made:
+    for turn in template_turns:
         if isinstance(turn.get("content"), list):
-            turn["content"] = [
-                {"type": "image"} if is_image(part) else {"type": "text", "text": part["text"]}
-                for part in turn["content"]
-            ]
-    return made, images
+            turn["content"] = [_template_part(part) for part in turn["content"]]
+    return template_turns, images
+
+
+def _row_images(row: Mapping[str, Any]) -> list[Any]:
+    """Returns the `images` of a row, which may be a single one or missing, as a list."""
+    images = row.get(IMAGES)
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _template_part(part: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a part of a content as a chat template gets it: without the image itself."""
+    if is_image(part):
+        return {"type": "image"}
+    return {"type": "text", "text": part["text"]}

@@ -51,9 +51,11 @@ class Labelled(Padded):
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         """Returns the places up to the last token of each row: [n]."""
-        there = (self.attention_mask != 0).reshape(len(self), -1, self.ids.shape[-1])
-        after_last = there.shape[-1] - there[..., ::-1].argmax(axis=-1)
-        return np.asarray(np.where(there.any(axis=-1), after_last, 0).max(axis=-1))
+        n_places = self.ids.shape[-1]
+        is_token = (self.attention_mask != 0).reshape(len(self), -1, n_places)
+        text_sizes = n_places - is_token[..., ::-1].argmax(axis=-1)
+        text_sizes = np.where(is_token.any(axis=-1), text_sizes, 0)
+        return np.asarray(text_sizes.max(axis=-1))
 
     def by_name(self) -> HostBatch:
         """Returns the arrays."""
@@ -121,19 +123,23 @@ def texts(
     """
     check_rows(rows, source, fields)
     names = names or label_names(rows, fields.label)
-    firsts = [row[fields.text] for row in rows]
-    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
-    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
+    first_texts = [row[fields.text] for row in rows]
+    second_texts = [row[fields.text_pair] for row in rows] if fields.text_pair else None
+    options = {"truncation": True, "max_length": seq_len} if truncate else {}
 
-    def encoded(block: slice) -> dict[str, list[list[int]]]:
-        second = seconds[block] if seconds else None
-        return dict(
-            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
+    def encode_block(block: slice) -> dict[str, list[list[int]]]:
+        encoding = tokenizer(
+            first_texts[block],
+            second_texts[block] if second_texts else None,
+            return_token_type_ids=True,
+            verbose=False,
+            **options,
         )
+        return dict(encoding)
 
     labels = label_indices(rows, names, fields.label, source)
     return Labelled(
-        **padded_texts(encoded, len(rows), tokenizer, seq_len, source, mapped),
+        **padded_texts(encode_block, len(rows), tokenizer, seq_len, source, mapped),
         labels=labels,
         weights=np.ones(len(rows), np.int32),
     )
@@ -145,61 +151,77 @@ def label_indices(rows: Sequence[Row], names: Sequence[str], label: str, source:
     Raises:
       TrainingError: a row has a label that is not among them.
     """
-    index = {name: i for i, name in enumerate(names)}
+    index_of_name = {name: index for index, name in enumerate(names)}
     for number, row in enumerate(rows, start=1):
-        if str(row[label]) not in index:
+        if str(row[label]) not in index_of_name:
             raise TrainingError(
                 f"{name_of(row, source, number)}: the label {row[label]!r} is none of "
                 f"those to train on: {', '.join(names)}"
             )
-    return np.array([index[str(row[label])] for row in rows], np.int32)
+    return np.array([index_of_name[str(row[label])] for row in rows], np.int32)
 
 
 def padded_texts(
-    encoded: Callable[[slice], Mapping[str, list[list[int]]]],
+    encode_block: Callable[[slice], Mapping[str, list[list[int]]]],
     n: int,
     tokenizer: Tokenizer,
     seq_len: int,
     source: str,
     mapped: MapFunction,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of `n` texts, by their names in `Labelled`; `encoded` makes a slice."""
-    blocks = mapped(lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK))
-    ids, types = (
-        [ids_ for block in blocks for ids_ in block[name]]
-        for name in ("input_ids", "token_type_ids")
-    )
-    lengths = [len(ids_) for ids_ in ids]
-    if longer := sum(length > seq_len for length in lengths):
+    """Returns the arrays of `n` texts, by their names in `Labelled`.
+
+    Args:
+      encode_block: returns `input_ids` and `token_type_ids` of a slice of the texts.
+      n: the number of texts.
+      tokenizer: the model's, which has the token of padding.
+      seq_len, source, mapped: see `texts`.
+
+    Raises:
+      TrainingError: a text is longer than `seq_len`.
+    """
+    blocks = mapped(lambda start: encode_block(slice(start, start + _BLOCK)), range(0, n, _BLOCK))
+    ids_of_texts = [ids for block in blocks for ids in block["input_ids"]]
+    types_of_texts = [types for block in blocks for types in block["token_type_ids"]]
+    lengths = [len(ids) for ids in ids_of_texts]
+    n_longer = sum(length > seq_len for length in lengths)
+    if n_longer:
         raise TrainingError(
             lambda option: (
-                f"{source}: {longer} of {n} texts are longer than {option('seq_len', seq_len)}, "
+                f"{source}: {n_longer} of {n} texts are longer than {option('seq_len', seq_len)}, "
                 f"the longest has {max(lengths)} tokens. Raise {option('seq_len')}, take those "
                 f"rows out, or cut them off with {option('truncate', True)}"
             )
         )
-    length = round_up(max(lengths), seq_len)
+    padded_length = round_up(max(lengths), seq_len)
 
-    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
+    def pad(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+        array = np.full((n, padded_length), fill, np.int32)
+        for row, values in zip(array, lists, strict=True):
+            row[: len(values)] = values
+        return array
 
     return {
-        "ids": padded(ids, tokenizer.pad_token_id or 0),
-        "attention_mask": padded([[1] * n for n in lengths], 0),
-        "token_type_ids": padded(types, 0),
+        "ids": pad(ids_of_texts, tokenizer.pad_token_id or 0),
+        "attention_mask": pad([[1] * length for length in lengths], 0),
+        "token_type_ids": pad(types_of_texts, 0),
     }
 
 
 def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
     """Raises TrainingError where a row lacks a text or a label; names the row and the field."""
-    of_texts = {"text": fields.text} | ({"text_pair": fields.text_pair} if fields.text_pair else {})
+    field_of_option = {"text": fields.text}
+    if fields.text_pair:
+        field_of_option["text_pair"] = fields.text_pair
     for number, row in enumerate(rows, start=1):
-        for option, field in of_texts.items():
-            if not isinstance(row.get(field), str) or not row[field].strip():
-                raise no_field(row, name_of(row, source, number), option, field, "a text")
-            if not row[field].isascii():
-                check_text(row[field], name_of(row, source, number))
-        check_label(row, name_of(row, source, number), fields.label)
+        name = name_of(row, source, number)
+        for option, field in field_of_option.items():
+            text = row.get(field)
+            if not isinstance(text, str) or not text.strip():
+                raise no_field(row, name, option, field, "a text")
+            if not text.isascii():
+                check_text(text, name)
+        check_label(row, name, fields.label)
 
 
 def check_label(row: Row, where: str, field: str) -> None:
@@ -246,8 +268,8 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
         raise TrainingError(
             f"all rows have the label {names.pop()}: there is nothing to tell apart"
         )
-    numbers = all(name.lstrip("-").isdigit() for name in names)
-    return tuple(sorted(names, key=int) if numbers else sorted(names))
+    has_numbers_alone = all(name.lstrip("-").isdigit() for name in names)
+    return tuple(sorted(names, key=int) if has_numbers_alone else sorted(names))
 
 
 def predict(model: Model | Forward, params: Tree, examples: Padded, batch_size: int) -> np.ndarray:
@@ -262,10 +284,13 @@ def predict(model: Model | Forward, params: Tree, examples: Padded, batch_size: 
       examples: the texts or images; see `texts` and `images`.
       batch_size: how many of them are in memory at once.
     """
-    run = functools.partial(_probabilities, getattr(model, "apply", model))
-    parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]
-    predictions = np.concatenate(parts)[: len(examples)]
-    predictions[examples.by_length] = predictions.copy()
+    forward = getattr(model, "apply", model)
+    probabilities = [
+        np.asarray(_probabilities(forward, params, batch)) for batch in examples.parts(batch_size)
+    ]
+    sorted_predictions = np.concatenate(probabilities)[: len(examples)]
+    predictions = np.empty_like(sorted_predictions)
+    predictions[examples.by_length] = sorted_predictions
     return predictions
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax.training.errors import TrainingError
 
-_OF_PARTS = 2  # the stream of draws within a data set; others draw orders of an epoch
+_DATA_SET_STREAM = 2  # of draws within a data set; other streams draw orders of an epoch
 
 
 def order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
@@ -49,16 +49,20 @@ class Shares:
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the rows of an epoch, in a drawn order: [n_rows]."""
-        row_blocks: list[np.ndarray] = []
-        begins = (0, *self.ends[:-1])
-        parts = zip(begins, self.sizes, self.drawn, strict=True)
-        for part, (begin, size, drawn) in enumerate(parts):
-            first, last = epoch * drawn, (epoch + 1) * drawn
-            passes = range(first // size, -(-last // size))
-            orders = [order(seed, number, size, _OF_PARTS, part) for number in passes]
-            offset = passes.start * size
-            row_blocks.append(begin + np.concatenate(orders)[first - offset : last - offset])
-        drawn_rows: np.ndarray = np.concatenate(row_blocks)[order(seed, epoch, self.n_rows)]
+        rows_of_data_sets: list[np.ndarray] = []
+        for data_set, (end, size, n_drawn) in enumerate(
+            zip(self.ends, self.sizes, self.drawn, strict=True)
+        ):
+            # Draws are counted from the first epoch on; each pass over the data set has `size`.
+            first_draw = epoch * n_drawn
+            end_draw = first_draw + n_drawn
+            passes = range(first_draw // size, -(-end_draw // size))
+            orders = [order(seed, number, size, _DATA_SET_STREAM, data_set) for number in passes]
+            pass_draw = passes.start * size
+            draws = np.concatenate(orders)[first_draw - pass_draw : end_draw - pass_draw]
+            rows_of_data_sets.append(end - size + draws)
+        all_rows = np.concatenate(rows_of_data_sets)
+        drawn_rows: np.ndarray = all_rows[order(seed, epoch, self.n_rows)]
         return drawn_rows
 
 
@@ -77,13 +81,13 @@ def shares_of(
     Raises:
       TrainingError: an epoch would have no row of a data set.
     """
-    asked = np.array(weights, np.float64)
-    of_rows = sum(rows) * asked / asked.sum()
-    drawn = np.rint(of_rows * np.array(units) / np.array(rows)).astype(int)
-    for name, weight, n in zip(names, weights, drawn.tolist(), strict=True):
-        if n < 1:
+    total_weight = np.array(weights, np.float64).sum()
+    drawn_rows = sum(rows) * np.array(weights, np.float64) / total_weight
+    drawn_units = np.rint(drawn_rows * np.array(units) / np.array(rows)).astype(int)
+    for name, weight, n_drawn in zip(names, weights, drawn_units.tolist(), strict=True):
+        if n_drawn < 1:
             raise TrainingError(
-                f"{name}: its weight {weight:g} of {asked.sum():g} is less than one in the "
+                f"{name}: its weight {weight:g} of {total_weight:g} is less than one in the "
                 f"{sum(rows):,} rows of an epoch: give it a larger weight, or leave it out"
             )
-    return Shares(tuple(np.cumsum(units).tolist()), tuple(drawn.tolist()))
+    return Shares(ends=tuple(np.cumsum(units).tolist()), drawn=tuple(drawn_units.tolist()))

@@ -12,7 +12,7 @@ from lora_jax.training.data.mixture import Shares, order
 
 Item = TypeVar("Item")
 
-_SHOWN = 32  # rows of a batch that are named
+_NAMED_ROWS = 32  # rows of a batch that a message names
 
 
 def order_by_group(
@@ -30,7 +30,8 @@ def order_by_group(
       rows_a_step: rows that a step sees.
       rows: [m], the rows of the epoch, drawn; by default a permutation of all.
     """
-    rows = order(seed, epoch, len(groups)) if rows is None else rows
+    if rows is None:
+        rows = order(seed, epoch, len(groups))
     first = -epoch * len(rows) % rows_a_step  # the rows before it end the last epoch's last step
     draw = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
     sort_by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
@@ -59,12 +60,14 @@ def sort_by_group(
     n_steps = (len(rows) - first) // rows_a_step
     if n_steps < 2 or (groups == groups[0]).all():
         return
-    inner = rows[first : first + n_steps * rows_a_step]
-    steps = inner[np.argsort(groups[inner], kind="stable")].reshape(n_steps, rows_a_step)
-    turns = permutation(n_steps)
+    step_rows = rows[first : first + n_steps * rows_a_step]  # a view of `rows`
+    rows_by_group = step_rows[np.argsort(groups[step_rows], kind="stable")]
+    steps = rows_by_group.reshape(n_steps, rows_a_step)
+    step_order = permutation(n_steps)
     if largest_first:
-        turns = np.concatenate([[n_steps - 1], turns[turns != n_steps - 1]])
-    inner[:] = steps[turns].ravel()  # a view of `rows`
+        last_step = n_steps - 1
+        step_order = np.concatenate([[last_step], step_order[step_order != last_step]])
+    step_rows[:] = steps[step_order].ravel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,14 @@ class Order:
         """Returns the order of examples, those of one length together."""
         mixture = examples.mixture
         n = len(examples) if mixture is None else mixture.n_rows
-        return cls(seed, n, batch_size, accumulate, examples.groups, mixture)
+        return cls(
+            seed=seed,
+            n_rows=n,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            groups=examples.groups,
+            mixture=mixture,
+        )
 
     @property
     def rows_a_step(self) -> int:
@@ -102,28 +112,30 @@ class Order:
 
     def rows(self, step: int) -> np.ndarray:
         """Returns the rows of the step after `step` steps: [accumulate, batch_size]."""
-        taken = step * self.rows_a_step + np.arange(self.rows_a_step)
-        epochs, within = np.divmod(taken, self.n_rows)
-        pairs = zip(epochs.tolist(), within.tolist(), strict=True)
-        rows = [self._order(epoch)[i] for epoch, i in pairs]
+        draws = step * self.rows_a_step + np.arange(self.rows_a_step)  # of all epochs
+        epochs, indices = np.divmod(draws, self.n_rows)
+        rows = [
+            self._order(epoch)[index]
+            for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)
+        ]
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
     def seen(self, steps: int) -> tuple[int, np.ndarray]:
-        """Returns the whole epochs that `steps` steps see, and the rows of the one begun: [m]."""
-        epochs, rest = divmod(steps * self.rows_a_step, self.n_rows)
-        return epochs, self._order(epochs)[:rest]
+        """Returns the number of epochs that `steps` steps complete, and the rows after them: [m]."""
+        n_epochs, n_rows = divmod(steps * self.rows_a_step, self.n_rows)
+        return n_epochs, self._order(n_epochs)[:n_rows]
 
     @functools.cached_property
     def _order(self) -> Callable[[int], np.ndarray]:
-        """Returns the rows of an epoch; remembers two epochs, which may share a step."""
+        """Returns a function from an epoch to its rows, which caches two epochs: a step's."""
 
-        def drawn(epoch: int) -> np.ndarray:
+        def draw_epoch(epoch: int) -> np.ndarray:
             rows = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
             if self.groups is not None:
                 return order_by_group(self.seed, epoch, self.groups, self.rows_a_step, rows)
             return order(self.seed, epoch, self.n_rows) if rows is None else rows
 
-        return functools.lru_cache(maxsize=2)(drawn)
+        return functools.lru_cache(maxsize=2)(draw_epoch)
 
     def cursor(self, step: int) -> dict[str, int]:
         """Returns the position in the data after `step` steps."""
@@ -137,8 +149,10 @@ class Order:
 
 def list_rows(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
     """Returns the names of a batch's rows, the first of many."""
-    left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    return ", ".join(map(name, rows[:_SHOWN])) + left_out
+    names = ", ".join(map(name, rows[:_NAMED_ROWS]))
+    if len(rows) <= _NAMED_ROWS:
+        return names
+    return f"{names} and {len(rows) - _NAMED_ROWS} more"
 
 
 class Batches(Protocol):

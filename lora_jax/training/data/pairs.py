@@ -1,7 +1,7 @@
 """Turns rows of preferences into token sequences: pairs of completions, or single ones with labels.
 
-A completion begins where the tokens of the prompt alone and of prompt and completion part, as in
-TRL. All that follows counts, but for turns in it that are not the assistant's.
+A completion begins, as in TRL, at the first token that differs between the prompt alone and the
+prompt with its completion. All that follows counts, except turns that are not the assistant's.
 """
 
 import dataclasses
@@ -45,11 +45,12 @@ from lora_jax.training.errors import TrainingError
 
 Turns = list[dict[str, Any]]
 
-_PAIR, _LABELLED = ("chosen", "rejected"), ("prompt", "completion", "label")
+_PAIR = ("chosen", "rejected")
+_LABELLED = ("prompt", "completion", "label")
 FORMS = (("prompt", *_PAIR), _PAIR, _LABELLED)
 _QUESTIONS = ("question", "instruction", "query", "input", "problem")  # names of prompts elsewhere
-_OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
-READ = frozenset({"system", *_OF_TEMPLATE}.union(*FORMS))  # the fields that are read
+_TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")
+READ = frozenset({"system", *_TEMPLATE_FIELDS}.union(*FORMS))  # the fields that are read
 _NEEDED = (
     "a row needs `prompt`, `chosen` and `rejected` (each a text, or a list of turns with `role` "
     "and `content`), or a `chosen` and a `rejected` that begin with the same prompt"
@@ -74,58 +75,80 @@ def _is_pair(row: Row) -> bool:
 
 
 def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
-    """Returns the prompt of a row, whose `text` is set in plain texts, and its completions.
+    """Returns the prompt of a row, and its completions.
 
-    A `system` of the row is the prompt's first turn.
+    A `system` of the row is the prompt's first turn. If the row has no `prompt` and its completions
+    are texts, the prompt's `text` is set.
     """
-    fields = _PAIR if _is_pair(row) else ("completion",)
-    if fields != _PAIR:
-        if not labelled or any(row.get(field) is None for field in _LABELLED):
-            check_nulls(row, _PAIR + _LABELLED * labelled, name)
-            raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
-        if not isinstance(row["label"], bool):
-            raise TrainingError(
-                f"{name}: `label` is {shown(row['label'])}; true or false is needed"
-            )
+    if _is_pair(row):
+        fields: tuple[str, ...] = _PAIR
+    else:
+        _check_labelled(row, name, labelled)
+        fields = ("completion",)
     answers = [text_or_turns(row[field], field, name) for field in fields]
-    if answers[1:] == answers[:1]:
+    if _is_pair(row) and answers[0] == answers[1]:
         raise TrainingError(f"{name}: `chosen` and `rejected` are the same: leave the row out")
-    asked, text = row.get("prompt"), None
-    if asked is None:
-        n = _common_beginning(row, answers[0], answers[1], name)
-        asked, answers = answers[0][:n], [answer[n:] for answer in answers]
-        text = asked if isinstance(asked, str) else None
-    prompt = question({"prompt": asked, **{key: row.get(key) for key in _OF_TEMPLATE}}, name)
-    completions: list[Turns] = []
-    for field, answer in zip(fields, answers, strict=True):
-        turns, n = as_turns(answer, "assistant"), len(prompt.messages)
-        turns = turns[n:] if turns[:n] == prompt.messages else turns  # some repeat the prompt
-        roles = [turn["role"] for turn in turns]
-        if {*roles[:1], *roles[-1:]} != {"assistant"}:
-            raise TrainingError(
-                f"{name}: after the prompt, `{field}` has the turns {', '.join(roles) or 'none'}; "
-                "they need to begin and end with the assistant's"
-            )
-        learned = (turn for turn in turns if turn["role"] == "assistant" and is_learned(turn))
-        if not any(turn.get("content") or turn.get("tool_calls") for turn in learned):
-            raise TrainingError(f"{name}: the assistant says nothing in `{field}`")
-        completions.append(turns)
+    prompt_content = row.get("prompt")
+    text = None
+    if prompt_content is None:
+        length = _common_beginning(row, answers[0], answers[1], name)
+        prompt_content = answers[0][:length]
+        answers = [answer[length:] for answer in answers]
+        if isinstance(prompt_content, str):
+            text = prompt_content
+    template_fields = {field: row.get(field) for field in _TEMPLATE_FIELDS}
+    prompt = question({"prompt": prompt_content, **template_fields}, name)
+    completions = [
+        _completion_turns(answer, prompt.messages, field, name)
+        for field, answer in zip(fields, answers, strict=True)
+    ]
     messages = system_turns(row, prompt.messages, name) + prompt.messages
     return prompt._replace(messages=messages, text=text), completions
 
 
-def _check_read(row: Row, begun: TextOrTurns, name: str) -> None:
-    """Raises TrainingError if a row without `prompt` has one by another name, unread.
+def _check_labelled(row: Row, name: str, labelled: bool) -> None:
+    """Raises TrainingError for a row that is neither a pair nor, if allowed, a labelled one."""
+    if not labelled or any(row.get(field) is None for field in _LABELLED):
+        check_nulls(row, _PAIR + _LABELLED if labelled else _PAIR, name)
+        raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
+    if not isinstance(row["label"], bool):
+        raise TrainingError(f"{name}: `label` is {shown(row['label'])}; true or false is needed")
 
-    Beside turns with a question of the user, such a field is something else.
+
+def _completion_turns(answer: TextOrTurns, prompt: Turns, field: str, name: str) -> Turns:
+    """Returns the turns of a completion, without those of the prompt if it repeats them.
+
+    Raises:
+      TrainingError: they do not begin and end with the assistant, or the assistant says nothing.
     """
-    if not isinstance(begun, str) and any(turn["role"] == "user" for turn in begun):
+    turns = as_turns(answer, "assistant")
+    n_prompt = len(prompt)
+    if turns[:n_prompt] == prompt:
+        turns = turns[n_prompt:]
+    roles = [turn["role"] for turn in turns]
+    if {*roles[:1], *roles[-1:]} != {"assistant"}:
+        raise TrainingError(
+            f"{name}: after the prompt, `{field}` has the turns {', '.join(roles) or 'none'}; "
+            "they need to begin and end with the assistant's"
+        )
+    learned_turns = [turn for turn in turns if turn["role"] == "assistant" and is_learned(turn)]
+    if not any(turn.get("content") or turn.get("tool_calls") for turn in learned_turns):
+        raise TrainingError(f"{name}: the assistant says nothing in `{field}`")
+    return turns
+
+
+def _check_read(row: Row, beginning: TextOrTurns, name: str) -> None:
+    """Raises TrainingError if a row without `prompt` has an unread one by another name.
+
+    If the `beginning` of the completions has a turn of the user, such a field is something else.
+    """
+    if not isinstance(beginning, str) and any(turn["role"] == "user" for turn in beginning):
         return
-    turns = as_turns(begun, "user")
-    known = _one_spaced("\n".join(str(turn.get("content")) for turn in turns))
+    turns = as_turns(beginning, "user")
+    beginning_text = _one_spaced("\n".join(str(turn.get("content")) for turn in turns))
     for field in _QUESTIONS:
         value = row.get(field)
-        if isinstance(value, str) and _one_spaced(value) not in known:
+        if isinstance(value, str) and _one_spaced(value) not in beginning_text:
             raise TrainingError(
                 f"{name} has no `prompt`, and its `{field}` would not be read: rename it (in a "
                 f"script, --fields prompt={field}), or take it out"
@@ -140,72 +163,95 @@ def _one_spaced(text: str) -> str:
 def _common_beginning(row: Row, chosen: TextOrTurns, rejected: TextOrTurns, name: str) -> int:
     """Returns the number of turns or characters that two completions share, as TRL counts them.
 
-    One is left to each completion, and so is the space before a completion.
+    One turn or character is left to each completion, and so is the space before a completion.
     """
-    both = enumerate(zip(chosen, rejected, strict=False))
-    n = next((i for i, (one, other) in both if one != other), None)
-    if n is None:
-        n = min(len(chosen), len(rejected)) - 1
-    elif chosen[n - 1 : n] == " ":
-        n -= 1
-    begun = chosen[:n]
-    _check_read(row, begun, name)
-    if not (begun.strip() if isinstance(begun, str) else begun):
+    shorter = min(len(chosen), len(rejected))
+    length = shorter
+    for index, (chosen_item, rejected_item) in enumerate(zip(chosen, rejected, strict=False)):
+        if chosen_item != rejected_item:
+            length = index
+            break
+    if length == shorter:
+        length -= 1
+    elif chosen[length - 1 : length] == " ":
+        length -= 1
+    beginning = chosen[:length]
+    _check_read(row, beginning, name)
+    if not (beginning.strip() if isinstance(beginning, str) else beginning):
         raise TrainingError(
             f"{name} has no `prompt`, and `chosen` and `rejected` begin differently; {_NEEDED}"
         )
-    return n
+    return length
 
 
 def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled: bool) -> Drafts:
     """Returns a prompt and its completions; with `labelled`, a prompt before each completion."""
-    prompt, completions = read = read_pair(row, name, labelled)
-    check_text(json.dumps(read, ensure_ascii=False, default=repr), name)
+    prompt, completions = read_pair(row, name, labelled)
+    check_text(json.dumps([prompt, completions], ensure_ascii=False, default=repr), name)
     is_plain = prompt.text is not None or tokenizer.chat_template is None
     drafts: list[Draft] = []
     left_out: dict[str, templates.LeftOut] = {}
     for completion in completions:
         chat = prompt._replace(messages=prompt.messages + completion)
         if is_plain and row.get("system"):
-            why = "texts without a `prompt`" if prompt.text is not None else "a model that has none"
+            context = (
+                "texts without a `prompt`" if prompt.text is not None else "a model that has none"
+            )
             raise TrainingError(
-                f"{name}: `system` is a turn of a chat template, and not of {why}: write it into "
-                "the texts, and take it out"
+                f"{name}: `system` is a turn of a chat template, and not of {context}: write it "
+                "into the texts, and take it out"
             )
         if is_plain:
-            asked, answer = (part.text for part in plain_parts(chat, name, "last"))
-            counted = CountedText(asked + answer, [(0, len(asked + answer))], special=True)
+            prompt_part, completion_part = plain_parts(chat, name, "last")
+            prompt_text = prompt_part.text
+            text = prompt_text + completion_part.text
+            counted_text = CountedText(text, [(0, len(text))], special=True)
         else:
+            n_prompt = len(prompt.messages)
             with errors_of(name):
-                asked, counted = _rendered(chat, len(prompt.messages), tokenizer, left_out)
+                prompt_text, counted_text = _render_chat(chat, n_prompt, tokenizer, left_out)
         if labelled or not drafts:
-            drafts.append(Draft(number, [CountedText(asked, [], special=is_plain)]))
-        drafts.append(Draft(number, [counted], end=is_plain))
+            drafts.append(Draft(number, [CountedText(prompt_text, [], special=is_plain)]))
+        drafts.append(Draft(number, [counted_text], end=is_plain))
     return Drafts(drafts, left_out)
 
 
-def _rendered(
-    chat: Conversation, first: int, tokenizer: Tokenizer, left_out: dict[str, templates.LeftOut]
+def _render_chat(
+    chat: Conversation, n_prompt: int, tokenizer: Tokenizer, left_out: dict[str, templates.LeftOut]
 ) -> tuple[str, CountedText]:
-    """Returns the text up to the answer that is turn `first`, and that of all turns.
+    """Returns the text of a prompt, and that of all turns, which counts what is learned.
 
     What the template writes after the last answer belongs to it, as in TRL.
+
+    Args:
+      chat: the prompt and a completion.
+      n_prompt: the number of turns of the prompt.
+      tokenizer: the model's.
+      left_out: gets the fields that the template shows in some turns only.
     """
     templates.check_variables(chat, templates.template_of(tokenizer, chat))
-    answers, n = answers_of(chat, tokenizer, first), len(chat.messages)
-    text: str = templates.render(chat, n, tokenizer)
+    answers = answers_of(chat, tokenizer, n_prompt)
+    n_turns = len(chat.messages)
+    text: str = templates.render(chat, n_turns, tokenizer)
     if not all(text.startswith(answer.text) for answer in answers):
         raise TrainingError(
             "the model's chat template renders a turn of the assistant otherwise once others "
             "follow, so that the turns of a completion cannot be found: give completions of one"
         )
-    rendered = templates.Rendered(chat, n, text, tokenizer)
-    rendered.check(n)
-    left_out |= count_as_never(rendered.left_out(n, {}))
-    begins, ends = zip(*(answer.span for answer in answers), strict=True)
-    spans = zip(answers, [0, *begins[1:]], [*ends[:-1], len(text)], strict=True)
-    learned = [span for answer, *span in spans if is_learned(chat.messages[answer.turn])]
-    return text[: begins[0]], CountedText(text, [(begin, end) for begin, end in learned])
+    rendered = templates.Rendered(chat, n_turns, text, tokenizer)
+    rendered.check(n_turns)
+    left_out |= count_as_never(rendered.left_out(n_turns, {}))
+    spans = [answer.span for answer in answers]
+    prompt_end, first_end = spans[0]
+    spans[0] = (0, first_end)  # only tokens that differ from the prompt's count
+    last_begin, _ = spans[-1]
+    spans[-1] = (last_begin, len(text))
+    learned_spans = [
+        span
+        for answer, span in zip(answers, spans, strict=True)
+        if is_learned(chat.messages[answer.turn])
+    ]
+    return text[:prompt_end], CountedText(text, learned_spans)
 
 
 def tokenize_pairs(
@@ -225,8 +271,8 @@ def tokenize_pairs(
       TrainingError: a row is not usable; names the first one.
     """
     drafted = functools.partial(_drafts, labelled=labelled)
-    made = tokenize(rows, tokenizer, source, drafted=drafted, **how)
-    sequences = _completions(made, 1 if labelled else 2)
+    table = tokenize(rows, tokenizer, source, drafted=drafted, **how)
+    sequences = _completions(table, 1 if labelled else 2)
     if not labelled:
         return sequences
     labels = [[True, False] if _is_pair(row) else [row["label"]] for row in rows]
@@ -234,22 +280,25 @@ def tokenize_pairs(
 
 
 def _completions(table: Sequences, n: int) -> Sequences:
-    """Returns the completions of a table in which a prompt stands before each `n` of them.
+    """Returns the completions of a table that has a prompt before each `n` of them.
 
-    None counts the tokens that the prompt and all `n` begin with.
+    The tokens that the prompt and its `n` completions begin with do not count.
     """
-    for at in range(0, len(table), n + 1):
-        prompt, *completions = (table[i] for i in range(at, at + n + 1))
-        begin = min(_common(prompt.ids, completion.ids) for completion in completions)
+    for index in range(0, len(table), n + 1):
+        prompt = table[index]
+        completions = [table[index + i] for i in range(1, n + 1)]
+        begin = min(_common_length(prompt.ids, completion.ids) for completion in completions)
         for completion in completions:
             completion.counts[:begin] = False  # a view of the table
-    return table.select(np.flatnonzero(np.arange(len(table)) % (n + 1)))
+    is_completion = np.arange(len(table)) % (n + 1) > 0
+    return table.select(np.flatnonzero(is_completion))
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
+def _common_length(ids: np.ndarray, other_ids: np.ndarray) -> int:
     """Returns the number of tokens that two sequences begin with."""
-    n = min(len(one), len(other))
-    return int(np.argmin(np.append(one[:n] == other[:n], False)))
+    n = min(len(ids), len(other_ids))
+    is_equal = ids[:n] == other_ids[:n]
+    return int(np.argmin(np.append(is_equal, False)))
 
 
 def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[list[int]]:
@@ -263,14 +312,16 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> 
     Raises:
       TrainingError: a row has no prompt, or the template drops something of it; names the first.
     """
-    texts, is_plain = [], tokenizer.chat_template is None
+    texts = []
+    is_plain = tokenizer.chat_template is None
     for number, row in enumerate(rows, start=1):
         name = name_of(row, source, number)
         chat = question(row, name)
         check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
         if is_plain:
             chat.messages.append({"role": "assistant", "content": ""})
-            texts.append(plain_parts(chat, name, "last")[0].text)
+            prompt, _ = plain_parts(chat, name, "last")
+            texts.append(prompt.text)
             continue
         with errors_of(name):
             texts.append(templates.render_prompt(chat, tokenizer))

@@ -82,28 +82,29 @@ class Preferences(Packs):
             batch["kl"] = np.zeros(rows.shape, np.float32)
         if self.reference is not None:
             batch["reference"] = self.reference[rows]
-        return batch | self._shares(rows)
+        return batch | self._mean_counts(rows)
 
-    def _shares(self, rows: np.ndarray) -> HostBatch:
-        """Returns the numbers about all rows that are taken together, in the shape of `rows`."""
+    def _mean_counts(self, rows: np.ndarray) -> HostBatch:
+        """Returns means over all of `rows`, repeated for each row: in the shape of `rows`."""
         if self.a_unit == 1:
             return {}
-        counts = self._counts[rows]
-        chosen = counts[..., ::2] > 0
-        shares = {"mean_tokens": counts[..., ::2][chosen].mean()}
+        chosen_counts = self._counts[rows][..., ::2]
+        has_tokens = chosen_counts > 0
+        means = {"mean_tokens": chosen_counts[has_tokens].mean()}
         if self.completion is not None:
-            shares["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
-        return {name: np.full(rows.shape, x, np.float32) for name, x in shares.items()}
+            chosen_predicted = self._predicted[rows][..., ::2]
+            means["mean_with_prompts"] = chosen_predicted[has_tokens].mean()
+        return {name: np.full(rows.shape, mean, np.float32) for name, mean in means.items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows, by length; what fills up the last part counts nothing.
+        """Yields all rows, by length, in batches; weights of 0 fill up the last.
 
-        Numbers about rows that are taken together are those of all rows.
+        The means of each batch are those of all rows.
         """
-        of_all = {name: x[0] for name, x in self._shares(np.arange(len(self))).items()}
-        for part in super().parts(batch_size):
-            part["counts"] *= part["weights"].any(axis=1, keepdims=True)
-            yield part | {name: np.full_like(part[name], x) for name, x in of_all.items()}
+        means = {name: mean[0] for name, mean in self._mean_counts(np.arange(len(self))).items()}
+        for batch in super().parts(batch_size):
+            batch["counts"] *= batch["weights"].any(axis=1, keepdims=True)
+            yield batch | {name: np.full_like(batch[name], mean) for name, mean in means.items()}
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
         """Returns `n` rows of padding; see `Packs.blank`."""
@@ -117,25 +118,40 @@ class Preferences(Packs):
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
         super()._fill(arrays, row)
-        begins = self._begins(row)
-        here = slice(begins[0], begins[-1])
+        bounds = self._bounds(row)
+        row_tokens = slice(bounds[0], bounds[-1])
+        _, is_counted = self._counted(row)
         if self.completion is not None:
-            values = self.completion[here][self._counted(row)[1]]
-            arrays["completion"][: len(values)] = values
+            in_completion = self.completion[row_tokens][is_counted]
+            arrays["completion"][: len(in_completion)] = in_completion
         if self.branches is not None:
-            self._fill_branches(arrays, self.branches[here], self._counted(row)[1])
+            self._fill_branches(arrays, self.branches[row_tokens], is_counted)
 
-    def _fill_branches(self, arrays: HostBatch, branches: np.ndarray, counts: np.ndarray) -> None:
-        """Puts the rejected completions of a row behind the prompts that they share."""
-        n, m = len(branches), int(counts.sum())
-        pair = arrays["segment_ids"][:n] - 1
-        between = np.bincount(pair[branches == CHOSEN], minlength=pair[-1] + 1)[pair]
-        behind = branches == REJECTED
-        begins = behind & (np.roll(branches, 1) != REJECTED)
-        arrays["branches"][:n] = branches
-        arrays["positions"][:n] -= between * behind
-        arrays["predict_at"][:m] -= (between * begins)[counts]
-        arrays["sequences"][:m] = (self.a_unit * pair + behind)[counts]
+    def _fill_branches(
+        self, arrays: HostBatch, branches: np.ndarray, is_counted: np.ndarray
+    ) -> None:
+        """Makes the rejected completions of a row continue the prompts that they share.
+
+        In the row, the chosen completion of a pair stands between its prompt and the rejected one.
+
+        Args:
+          arrays: the arrays of the row, already filled as if each pair were one text.
+          branches: [tokens], the branch of each token of the row.
+          is_counted: [tokens] bool, whether the loss counts it.
+        """
+        n_tokens = len(branches)
+        n_targets = int(is_counted.sum())
+        pair_of_token = arrays["segment_ids"][:n_tokens] - 1
+        n_pairs = pair_of_token[-1] + 1
+        chosen_tokens = np.bincount(pair_of_token[branches == CHOSEN], minlength=n_pairs)
+        shift = chosen_tokens[pair_of_token]  # from the prompt's end to the rejected completion
+        is_rejected = branches == REJECTED
+        is_first_rejected = is_rejected & (np.roll(branches, 1) != REJECTED)
+        sequence_of_token = self.a_unit * pair_of_token + is_rejected
+        arrays["branches"][:n_tokens] = branches
+        arrays["positions"][:n_tokens] -= shift * is_rejected
+        arrays["predict_at"][:n_targets] -= (shift * is_first_rejected)[is_counted]
+        arrays["sequences"][:n_targets] = sequence_of_token[is_counted]
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows and labels; the reference follows from these.
@@ -144,10 +160,11 @@ class Preferences(Packs):
         """
         if self.unshared is not None:
             return self.unshared
-        known = super().digest().encode() + self.table.labels.tobytes()
-        for part in (self.completion, self.branches):
-            known += b"" if part is None else part.tobytes()
-        return hashlib.sha256(known).hexdigest()
+        content = super().digest().encode() + self.table.labels.tobytes()
+        for array in (self.completion, self.branches):
+            if array is not None:
+                content += array.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     @functools.cached_property
     def _counts(self) -> np.ndarray:
@@ -166,9 +183,12 @@ class Preferences(Packs):
             return self._split_segments(table.predicted)
         counts = counts.copy()
         counts[table.starts[:-1]] = False
-        pair = np.repeat(np.arange(len(table)), table.lengths)
-        of = self.a_unit * pair + (self.branches == REJECTED)
-        return self._split_segments(np.bincount(of[counts], minlength=self.a_unit * len(table)))
+        pair_of_token = np.repeat(np.arange(len(table)), table.lengths)
+        completion_of_token = self.a_unit * pair_of_token + (self.branches == REJECTED)
+        n_completions = self.a_unit * len(table)
+        return self._split_segments(
+            np.bincount(completion_of_token[counts], minlength=n_completions)
+        )
 
     @functools.cached_property
     def _labels(self) -> np.ndarray:
@@ -205,22 +225,26 @@ def pack_pairs(
     """
     if labelled and share_prompt:
         raise ValueError("labelled completions have a prompt each: share_prompt is for pairs")
-    a_unit, completion, branches, unshared = 1 if labelled else 2, None, None, None
+    a_unit = 1 if labelled else 2
+    completion = None
+    branches = None
+    unshared = None
     table = Sequences.from_list(sequences)
-    packed = functools.partial(pack, seq_len=seq_len, packing=packing, a_unit=a_unit)
+    pack_table = functools.partial(pack, seq_len=seq_len, packing=packing, a_unit=a_unit)
     is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
     if share_prompt and not packing:
-        alone = pack_pairs(table, seq_len, packing=False, predict_prompts=predict_prompts)
-        unshared = alone.digest()
+        unshared_rows = pack_pairs(table, seq_len, packing=False, predict_prompts=predict_prompts)
+        unshared = unshared_rows.digest()
     if share_prompt:
-        table, of_tokens = join_pairs(table)
-        packed = functools.partial(pack, seq_len=a_unit * seq_len, packing=packing)
-        branches = packed(dataclasses.replace(table, ids=of_tokens)).table.ids
-        is_chosen = np.isin(of_tokens, (PROMPT, CHOSEN))
+        table, branch_of_token = join_pairs(table)
+        pack_table = functools.partial(pack, seq_len=a_unit * seq_len, packing=packing)
+        # Packs the branches as if they were tokens, to get them in the order of the rows.
+        branches = pack_table(dataclasses.replace(table, ids=branch_of_token)).table.ids
+        is_chosen = np.isin(branch_of_token, (PROMPT, CHOSEN))
     if predict_prompts:
-        completion = packed(table).table.counts
+        completion = pack_table(table).table.counts
         table = dataclasses.replace(table, counts=table.counts | is_chosen)
-    packs = packed(table)
+    packs = pack_table(table)
     fields = {field.name: getattr(packs, field.name) for field in dataclasses.fields(packs)}
     return Preferences(
         **fields, a_unit=a_unit, completion=completion, branches=branches, unshared=unshared
@@ -276,9 +300,9 @@ def pairs(
     check_pairs(rows, source, labelled=labelled)
     say = functools.partial(warn, above=2)
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)
-    kept = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
+    sequences = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
     return pack_pairs(
-        kept,
+        sequences,
         seq_len,
         packing=packing,
         labelled=labelled,

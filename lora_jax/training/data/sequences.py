@@ -36,14 +36,16 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     free = [room] * (2 * leaves)  # node i has the most free tokens of its leaves, 2i and 2i + 1
     rows: list[list[int]] = []
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        length, node = lengths[index], 1
+        length = lengths[index]
+        node = 1
         while node < leaves:
             node *= 2
             if free[node] < length:
                 node += 1
-        if node - leaves == len(rows):
+        row = node - leaves
+        if row == len(rows):
             rows.append([])
-        rows[node - leaves].append(index)
+        rows[row].append(index)
         free[node] -= length
         while node > 1:
             node //= 2
@@ -58,48 +60,51 @@ def few_lengths(
     least: int | None = None,
     worth: float = _WORTH,
 ) -> tuple[int, ...]:
-    """Returns at most `most` lengths that rows are padded to, so that little is padding.
+    """Returns at most `most` lengths that rows are padded to, with the least padding.
 
-    Dynamic programming over the distinct lengths finds those with the least padding. There are
-    fewer where a further one saves next to nothing, or would have few rows.
+    Dynamic programming over the distinct lengths finds them. There are fewer lengths than `most` if
+    a further one saves almost no padding, or would have few rows.
 
     Args:
       lengths: [n], of the rows, rounded up to lengths that suit devices.
-      most: the number of lengths.
-      least: the number of rows that a length has, at least; by default as many as repay a
-        compilation.
-      worth: how many times as many tokens as with `most` lengths fewer may need.
+      most: the largest number of lengths.
+      least: the smallest number of rows of a length; by default as many as repay a compilation.
+      worth: fewer lengths are chosen if they need at most `worth` times the tokens that `most`
+        lengths need.
 
     Returns:
       The lengths, ascending; the last is that of the longest row.
     """
     sizes, counts = np.unique(lengths, return_counts=True)
     if len(sizes) > _CANDIDATES:  # the longest of each run of neighbours stands for all of it
-        last = np.linspace(0, len(sizes), _CANDIDATES + 1).astype(int)[1:] - 1
-        counts = np.diff(np.cumsum(counts)[last], prepend=0)
-        sizes = sizes[last]
-    below = np.concatenate([[0], np.cumsum(counts)])  # rows of the first i sizes
-    rows = below[None, 1:] - below[:-1, None]  # [from, to]
-    least = _ROWS_A_LENGTH if least is None else least
-    cost = np.where(rows >= min(least, below[-1]), rows * sizes, np.inf)
-    best = cost[0]  # tokens of the rows up to each size, padded to one length
-    totals, cuts = [best[-1]], []
+        run_ends = np.linspace(0, len(sizes), _CANDIDATES + 1).astype(int)[1:] - 1
+        counts = np.diff(np.cumsum(counts)[run_ends], prepend=0)
+        sizes = sizes[run_ends]
+    rows_before = np.concatenate([[0], np.cumsum(counts)])  # rows of the first i sizes
+    # Rows whose size is from index i to index j, [i, j], and their tokens if padded to size j.
+    rows = rows_before[None, 1:] - rows_before[:-1, None]
+    min_rows = min(_ROWS_A_LENGTH if least is None else least, rows_before[-1])
+    range_tokens = np.where(rows >= min_rows, rows * sizes, np.inf)
+    tokens_upto = range_tokens[0]  # [j], of the rows up to size j, padded to one length
+    totals = [tokens_upto[-1]]  # tokens of all rows, by the number of lengths less one
+    range_starts = []  # [j] each, the start of the last range of the rows up to size j
     for _ in range(most - 1):
-        split = np.concatenate([[np.inf], best[:-1]])[:, None] + cost
-        cuts.append(split.argmin(axis=0))
-        best = split.min(axis=0)
-        totals.append(best[-1])
-    n = next(i for i, total in enumerate(totals) if total <= worth * min(totals))
-    widths, to = [], len(sizes) - 1
-    for cut in reversed(cuts[:n]):
-        widths.append(to)
-        to = int(cut[to]) - 1
-    widths.append(to)
-    return tuple(int(sizes[i]) for i in reversed(widths))
+        tokens_before = np.concatenate([[np.inf], tokens_upto[:-1]])
+        tokens = tokens_before[:, None] + range_tokens
+        range_starts.append(tokens.argmin(axis=0))
+        tokens_upto = tokens.min(axis=0)
+        totals.append(tokens_upto[-1])
+    n_cuts = next(n for n, total in enumerate(totals) if total <= worth * min(totals))
+    end = len(sizes) - 1
+    chosen_lengths = [int(sizes[end])]
+    for starts in reversed(range_starts[:n_cuts]):
+        end = int(starts[end]) - 1
+        chosen_lengths.append(int(sizes[end]))
+    return tuple(reversed(chosen_lengths))
 
 
-# As bytes: lengths, rows, tokens, which ones count, and labels.
-_KINDS = ("<i8", "<i8", "<i4", "?", "?")
+# The arrays that `Sequences.as_bytes` writes, in their order, with their dtypes.
+_STORED_DTYPES = {"lengths": "<i8", "rows": "<i8", "ids": "<i4", "counts": "?", "labels": "?"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,10 +144,10 @@ class Sequences(Sequence[TokenSequence]):
         """Returns a list of sequences as a table; a table as it is."""
         if isinstance(sequences, cls):
             return sequences
-        none = np.empty(0, np.int32)
+        no_tokens = np.empty(0, np.int32)
         return cls.from_arrays(
-            ids=np.concatenate([none, *(sequence.ids for sequence in sequences)]),
-            counts=np.concatenate([none, *(sequence.counts for sequence in sequences)]),
+            ids=np.concatenate([no_tokens, *(sequence.ids for sequence in sequences)]),
+            counts=np.concatenate([no_tokens, *(sequence.counts for sequence in sequences)]),
             lengths=[len(sequence) for sequence in sequences],
             rows=[sequence.row for sequence in sequences],
         )
@@ -159,49 +164,53 @@ class Sequences(Sequence[TokenSequence]):
         labels: Any = False,
     ) -> "Sequences":
         """Returns a table of sequences, from arrays as `Sequences` has them and their lengths."""
-        numbers = np.asarray(rows, np.int64)
+        rows = np.asarray(rows, np.int64)
         return cls(
             ids=np.asarray(ids, np.int32),
             counts=np.asarray(counts, bool),
             starts=np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]),
-            rows=numbers,
-            origins=np.broadcast_to(np.asarray(origins, np.int32), numbers.shape),
-            labels=np.broadcast_to(np.asarray(labels, bool), numbers.shape),
+            rows=rows,
+            origins=np.broadcast_to(np.asarray(origins, np.int32), rows.shape),
+            labels=np.broadcast_to(np.asarray(labels, bool), rows.shape),
         )
 
     @classmethod
-    def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
-        """Returns the sequences of several data sets, one after the other, with their origins."""
-        origins = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        return dataclasses.replace(cls.concatenate(parts), origins=origins)
+    def join(cls, tables: Sequence["Sequences"]) -> "Sequences":
+        """Concatenates the tables of several data sets; the index of each becomes its origin."""
+        lengths = [len(table) for table in tables]
+        origins = np.repeat(np.arange(len(tables), dtype=np.int32), lengths)
+        return dataclasses.replace(cls.concatenate(tables), origins=origins)
 
     @classmethod
-    def concatenate(cls, parts: Iterable["Sequences"]) -> "Sequences":
+    def concatenate(cls, tables: Iterable["Sequences"]) -> "Sequences":
         """Returns the sequences of several tables, one after the other, with their origins."""
-        tables = [cls.from_list([]), *parts]
-
-        def all_of(name: str) -> np.ndarray:
-            return np.concatenate([getattr(table, name) for table in tables])
-
-        names = ("ids", "counts", "lengths", "rows", "origins", "labels")
-        return cls.from_arrays(**{name: all_of(name) for name in names})
+        tables = [cls.from_list([]), *tables]
+        arrays = {}
+        for name in ("ids", "counts", "lengths", "rows", "origins", "labels"):
+            arrays[name] = np.concatenate([getattr(table, name) for table in tables])
+        return cls.from_arrays(**arrays)
 
     @classmethod
     def from_bytes(cls, data: Any, origin: int = 0) -> "Sequences":
         """Returns the sequences that `as_bytes` wrote; their arrays are views of `data`."""
-        n, total = np.frombuffer(data, "<i8", 2).tolist()
-        arrays, at = [], 16
-        for kind, size in zip(_KINDS, (n, n, total, total, n), strict=True):
-            arrays.append(np.frombuffer(data, kind, size, at))
-            at += arrays[-1].nbytes
-        names = ("lengths", "rows", "ids", "counts", "labels")
-        return cls.from_arrays(**dict(zip(names, arrays, strict=True)), origins=origin)
+        header = np.frombuffer(data, "<i8", 2)
+        n_sequences, n_tokens = header.tolist()
+        offset = header.nbytes
+        arrays = {}
+        for name, dtype in _STORED_DTYPES.items():
+            size = n_tokens if name in ("ids", "counts") else n_sequences
+            arrays[name] = np.frombuffer(data, dtype, size, offset)
+            offset += arrays[name].nbytes
+        return cls.from_arrays(**arrays, origins=origin)
 
     def as_bytes(self) -> list[memoryview]:
-        """Returns the sequences, but for their origins, as bytes in several parts."""
-        arrays = (self.lengths, self.rows, self.ids, self.counts, self.labels)
-        kept = [np.ascontiguousarray(a, kind) for a, kind in zip(arrays, _KINDS, strict=True)]
-        return [array.data for array in (np.array([len(self), len(self.ids)], "<i8"), *kept)]
+        """Returns the sequences, without their origins, as the bytes of several arrays."""
+        header = np.array([len(self), len(self.ids)], "<i8")
+        arrays = [
+            np.ascontiguousarray(getattr(self, name), dtype)
+            for name, dtype in _STORED_DTYPES.items()
+        ]
+        return [array.data for array in (header, *arrays)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -214,13 +223,13 @@ class Sequences(Sequence[TokenSequence]):
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Returns the number of tokens of each that the loss counts; never its first: [n]."""
-        filled = self.lengths > 0
-        starts = self.starts[:-1][filled]
-        totals = np.zeros(len(self), np.int64)
+        has_tokens = self.lengths > 0
+        starts = self.starts[:-1][has_tokens]
+        n_predicted = np.zeros(len(self), np.int64)
         if len(starts):  # no running total of all tokens: they may be many
             sums = np.add.reduceat(self.counts, starts, dtype=np.int64)
-            totals[filled] = sums - self.counts[starts]
-        return totals
+            n_predicted[has_tokens] = sums - self.counts[starts]
+        return n_predicted
 
     @overload
     def __getitem__(self, index: int) -> TokenSequence: ...
@@ -229,23 +238,24 @@ class Sequences(Sequence[TokenSequence]):
     def __getitem__(self, index: int | slice) -> "TokenSequence | Sequences":
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        at = range(len(self))[index]  # raises IndexError; counts from the end, too
-        here = slice(self.starts[at], self.starts[at + 1])
-        return TokenSequence(self.ids[here], self.counts[here], int(self.rows[at]))
+        index = range(len(self))[index]  # raises IndexError; counts from the end, too
+        tokens = slice(self.starts[index], self.starts[index + 1])
+        return TokenSequence(self.ids[tokens], self.counts[tokens], int(self.rows[index]))
 
     def __iter__(self) -> Iterator[TokenSequence]:
-        return (self[at] for at in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def select(self, at: np.ndarray) -> "Sequences":
-        """Returns the sequences at the indices `at`, [m], in their order."""
-        if np.array_equal(at, np.arange(len(self))):
+    def select(self, indices: np.ndarray) -> "Sequences":
+        """Returns the sequences at `indices`, [m], in their order."""
+        if np.array_equal(indices, np.arange(len(self))):
             return self
-        return self._cut(at, self.lengths[at])
+        return self._cut(indices, self.lengths[indices])
 
     def split(self, rows: np.ndarray) -> tuple["Sequences", "Sequences"]:
-        """Splits the sequences in two: all rows but those numbered `rows`, and these rows."""
-        taken = np.isin(self.rows, rows)
-        return self.select(np.flatnonzero(~taken)), self.select(np.flatnonzero(taken))
+        """Splits the sequences in two: the rows that are not in `rows`, and those that are."""
+        is_in_rows = np.isin(self.rows, rows)
+        others = self.select(np.flatnonzero(~is_in_rows))
+        return others, self.select(np.flatnonzero(is_in_rows))
 
     def cut(self, most: int) -> "Sequences":
         """Returns the sequences, each cut off after `most` tokens."""
@@ -253,17 +263,18 @@ class Sequences(Sequence[TokenSequence]):
             return self
         return self._cut(np.arange(len(self)), np.minimum(self.lengths, most))
 
-    def _cut(self, at: np.ndarray, lengths: np.ndarray) -> "Sequences":
-        """Returns the sequences at the indices `at`, of each its first `lengths` tokens."""
+    def _cut(self, indices: np.ndarray, lengths: np.ndarray) -> "Sequences":
+        """Returns the first `lengths` tokens, [m], of the sequences at `indices`, [m]."""
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        taken = np.arange(starts[-1]) + np.repeat(self.starts[at] - starts[:-1], lengths)
+        shifts = self.starts[indices] - starts[:-1]  # of each sequence in the tokens
+        tokens = np.arange(starts[-1]) + np.repeat(shifts, lengths)
         return Sequences(
-            ids=self.ids[taken],
-            counts=self.counts[taken],
+            ids=self.ids[tokens],
+            counts=self.counts[tokens],
             starts=starts,
-            rows=self.rows[at],
-            origins=self.origins[at],
-            labels=self.labels[at],
+            rows=self.rows[indices],
+            origins=self.origins[indices],
+            labels=self.labels[indices],
         )
 
 

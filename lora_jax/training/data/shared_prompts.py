@@ -1,7 +1,6 @@
 """Pairs of completions whose prompt stands in a row once, before both."""
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ class JoinedPairs(NamedTuple):
 
     Attributes:
       table: the sequences, one a pair.
-      branches: int32 [tokens of `table`], the part of its pair that each token is of.
+      branches: int32 [tokens of `table`], PROMPT, CHOSEN or REJECTED for each token.
     """
 
     table: Sequences
@@ -29,61 +28,70 @@ def share_of_prompts(table: Sequences) -> float:
     Args:
       table: two sequences a pair, of which completions count.
     """
-    return 2 * sum(_prompts(table)) / max(1, len(table.ids))
+    return 2 * sum(_prompt_lengths(table)) / max(1, len(table.ids))
 
 
 def join_pairs(table: Sequences) -> JoinedPairs:
-    """Returns pairs of sequences, the prompt of each pair once.
+    """Joins the two sequences of each pair into one, which has their prompt once.
 
-    A prompt is what both begin with, before a token counts. A completion's first token does not
-    count where there is no prompt to predict it from.
+    A prompt is the common beginning of both sequences, before a token counts. A completion's first
+    token does not count if there is no prompt to predict it from.
 
     Args:
       table: two sequences a pair, of which completions count.
     """
-    lengths = table.lengths.reshape(-1, 2)
-    prompts = np.fromiter(_prompts(table), np.int64, len(lengths))
-    parts = np.column_stack([prompts, lengths - prompts[:, None]])
-    kept = np.ones(len(table.ids), bool)
-    for start, n in zip(table.starts[1:-1:2].tolist(), prompts.tolist(), strict=True):
-        kept[start : start + n] = False
+    pair_lengths = table.lengths.reshape(-1, 2)
+    prompt_lengths = np.array(_prompt_lengths(table), np.int64)
+    branch_lengths = np.column_stack([prompt_lengths, pair_lengths - prompt_lengths[:, None]])
+    is_repeated_prompt = np.zeros(len(table.ids), bool)
+    rejected_starts = table.starts[1:-1:2].tolist()
+    for start, length in zip(rejected_starts, prompt_lengths.tolist(), strict=True):
+        is_repeated_prompt[start : start + length] = True
     counts = table.counts.copy()
     counts[table.starts[:-1][table.lengths > 0]] = False
-    joined = Sequences.from_arrays(
-        ids=table.ids[kept],
-        counts=counts[kept],
-        lengths=parts.sum(axis=1),
+    joined_table = Sequences.from_arrays(
+        ids=table.ids[~is_repeated_prompt],
+        counts=counts[~is_repeated_prompt],
+        lengths=branch_lengths.sum(axis=1),
         rows=table.rows[::2],
         origins=table.origins[::2],
     )
-    branches = np.repeat(np.tile(np.arange(3, dtype=np.int32), len(parts)), parts.ravel())
-    return JoinedPairs(joined, branches)
+    pair_branches = np.arange(3, dtype=np.int32)
+    branches = np.repeat(np.tile(pair_branches, len(branch_lengths)), branch_lengths.ravel())
+    return JoinedPairs(joined_table, branches)
 
 
 def split_pairs(joined: JoinedPairs) -> Sequences:
-    """Inverts `join_pairs`; prompts that count do so before chosen completions alone."""
-    table, branches = joined
-    taken, counts = [], []
+    """Inverts `join_pairs`; a prompt that counts does so before the chosen completion alone."""
+    table = joined.table
+    token_indices = [np.empty(0, np.int64)]
+    counts = [np.empty(0, bool)]
+    lengths = []
     for start, end in itertools.pairwise(table.starts.tolist()):
-        of = branches[start:end]
-        for side in (CHOSEN, REJECTED):
-            mine = np.flatnonzero((of == PROMPT) | (of == side))
-            taken.append(start + mine)
-            counts.append(table.counts[start + mine] & ((of[mine] == side) | (side == CHOSEN)))
-    none = np.empty(0, np.int64)
+        branches = joined.branches[start:end]
+        for branch in (CHOSEN, REJECTED):
+            tokens = np.flatnonzero((branches == PROMPT) | (branches == branch))
+            may_count = (branches[tokens] == branch) | (branch == CHOSEN)
+            token_indices.append(start + tokens)
+            counts.append(table.counts[start + tokens] & may_count)
+            lengths.append(len(tokens))
     return Sequences.from_arrays(
-        ids=table.ids[np.concatenate([none, *taken])],
-        counts=np.concatenate([none.astype(bool), *counts]),
-        lengths=[len(places) for places in taken],
+        ids=table.ids[np.concatenate(token_indices)],
+        counts=np.concatenate(counts),
+        lengths=lengths,
         rows=np.repeat(table.rows, 2),
         origins=np.repeat(table.origins, 2),
     )
 
 
-def _prompts(table: Sequences) -> Iterator[int]:
-    """Yields the number of tokens that stand once, of each pair."""
-    for at in range(0, len(table), 2):
-        chosen, rejected = table[at], table[at + 1]
+def _prompt_lengths(table: Sequences) -> list[int]:
+    """Returns the number of tokens of the prompt of each pair; see `join_pairs`."""
+    lengths = []
+    for index in range(0, len(table), 2):
+        chosen = table[index]
+        rejected = table[index + 1]
         n = min(len(chosen), len(rejected))
-        differs = chosen.counts[:n] | rejected.counts[:n] | (chosen.ids[:n] != rejected.ids[:n])
-        yield int(np.argmax(np.append(differs, True)))
+        is_counted = chosen.counts[:n] | rejected.counts[:n]
+        is_end = is_counted | (chosen.ids[:n] != rejected.ids[:n])
+        lengths.append(int(np.argmax(np.append(is_end, True))))
+    return lengths

@@ -1,5 +1,10 @@
-"""Chunks of predictions: the head's logits exist for some of them at a time."""
+"""Chunks of predictions: the head's logits exist for one chunk at a time.
 
+A slope is the gradient of one token's value with regard to its hidden state. A leaf is an array of
+the parameters, or of what else the head reads.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +19,8 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.models.layers.placement import Placement
 
 ON_CPU = 256  # predictions at once
-_UNIT = 256  # chunks of accelerators are a multiple of it
-_LOGITS = 2**29  # bytes of a chunk's logits, fp32, on an accelerator
+_CHUNK_MULTIPLE = 256  # chunks of accelerators are a multiple of it
+_LOGITS_BYTES = 2**29  # of a chunk, fp32, on an accelerator
 
 _Outputs = list[jax.Array]
 _Values = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]
@@ -51,16 +56,18 @@ def predictions_at_once(placement: Placement, words: int) -> int:
     """
     if placement.platform == "cpu":
         return ON_CPU
-    fitting = _LOGITS // (4 * -(-words // placement.word_parts))
-    return max(_UNIT, fitting // _UNIT * _UNIT)
+    words_of_device = -(-words // placement.word_parts)
+    n_predictions = _LOGITS_BYTES // (4 * words_of_device)
+    return max(_CHUNK_MULTIPLE, n_predictions // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
 
 
 def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
     """Returns the number of chunks of predictions of `shape`, [batch, m]; see `token_values`."""
     batch, m = shape
-    if not chunk:
+    if not chunk:  # all predictions at once
         return 1
-    return -(-m // (parts * max(1, chunk // (batch * parts))))
+    size = max(1, chunk // (batch * parts))  # places of one part of one row
+    return -(-m // (parts * size))
 
 
 def map_chunks(
@@ -75,9 +82,9 @@ def map_chunks(
 ) -> Any:
     """Maps a function of hidden states and targets over chunks of them.
 
-    What the head reads is gathered once, before the loop. Of a head that does not train, the
-    gradient of each token's hidden state is computed along with its value, while the logits are
-    there; else the head runs once more for each chunk in the backward pass.
+    What the head reads is gathered once, before the loop. If the head does not train, the slope of
+    each token is computed along with its value, while the logits exist. Otherwise the head runs
+    once more for each chunk in the backward pass.
 
     Args:
       values: ``(inputs, index of the chunk, hidden [batch, c, d_model], targets [batch, c, …])`` ->
@@ -92,149 +99,183 @@ def map_chunks(
     Returns:
       The values, [batch, m, …].
     """
-    chunks = tuple(_split_chunks(array, n, parts) for array in (hidden, targets))
-    leaves = jax.tree.leaves(inputs)
+    chunks = (_split_chunks(hidden, n, parts), _split_chunks(targets, n, parts))
+    leaves, structure = jax.tree.flatten(inputs)
 
-    def function(leaves: Sequence[Leaf], *chunk: jax.Array) -> Tree:
-        return values(jax.tree.unflatten(jax.tree.structure(inputs), leaves), *chunk)
+    def values_of_leaves(leaves: Sequence[Leaf], *chunk: jax.Array) -> Tree:
+        return values(jax.tree.unflatten(structure, leaves), *chunk)
 
-    first = (jnp.int32(0), *(array[0] for array in chunks))
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(leaves, *first)
-    traced, places = _without_dead_code(traced)
-    read = [place for place in places if place < len(leaves)]
-    run = jaxpr_as_fun(traced)
+    first_chunk = (jnp.int32(0), *(array[0] for array in chunks))
+    jaxpr, shapes = jax.make_jaxpr(values_of_leaves, return_shape=True)(leaves, *first_chunk)
+    jaxpr, input_indices = _without_dead_code(jaxpr)
+    leaf_indices = [index for index in input_indices if index < len(leaves)]
+    run_jaxpr = jaxpr_as_fun(jaxpr)
 
-    def called(given: Sequence[Leaf], *chunk: jax.Array) -> _Outputs:
-        known = dict(zip(read, given, strict=True))
-        outputs: _Outputs = run(*(known.get(place, 0) for place in range(len(leaves))), *chunk)
+    def values_of_read_leaves(read_leaves: Sequence[Leaf], *chunk: jax.Array) -> _Outputs:
+        # The jaxpr reads no other leaf, so that 0 stands for each of them.
+        all_leaves: list[Leaf] = [0] * len(leaves)
+        for index, leaf in zip(leaf_indices, read_leaves, strict=True):
+            all_leaves[index] = leaf
+        outputs: _Outputs = run_jaxpr(*all_leaves, *chunk)
         return outputs
 
-    by_place = [*where, *[None] * (len(leaves) - len(where))]
+    shardings = [*where, *[None] * (len(leaves) - len(where))]
     n_facts = len(jax.tree.leaves(shapes.facts)) if isinstance(shapes, ValueWithFacts) else 0
-    loop = _Loop(called, [by_place[place] for place in read], n_facts)
-    given = [leaves[place] for place in read]
-    if any(isinstance(const, jax.core.Tracer) for const in getattr(traced, "consts", ())):
-        outputs = loop.recomputed(given, *chunks)  # nothing tells whether these are differentiated
-    else:
-        outputs = loop.differentiable(given, *chunks)
-    joined = [_join_chunks(x, parts)[:, : targets.shape[1]] for x in outputs]
+    loop = _Loop(values_of_read_leaves, [shardings[index] for index in leaf_indices], n_facts)
+    read_leaves = [leaves[index] for index in leaf_indices]
+    # Nothing tells whether constants of the jaxpr are differentiated.
+    has_traced_consts = any(
+        isinstance(const, jax.core.Tracer) for const in getattr(jaxpr, "consts", ())
+    )
+    map_leaves = loop.recomputed if has_traced_consts else loop.differentiable
+    outputs = map_leaves(read_leaves, *chunks)
+    joined = [_join_chunks(output, parts)[:, : targets.shape[1]] for output in outputs]
     return jax.tree.unflatten(jax.tree.structure(shapes), joined)
 
 
 class _Loop:
-    """A scan over chunks, with three ways to differentiate it."""
+    """A scan over chunks, with three ways to differentiate it.
 
-    def __init__(self, called: Callable[..., _Outputs], where: Sequence[Any], n_facts: int) -> None:
-        self._called, self._where = called, where
+    Its `chunk_values` are called as ``chunk_values(leaves, index, hidden, targets)``, for the
+    leaves that it reads.
+    """
+
+    def __init__(
+        self, chunk_values: Callable[..., _Outputs], shardings: Sequence[Any], n_facts: int
+    ) -> None:
+        self._chunk_values = chunk_values
+        self._shardings = shardings  # of each leaf in the loop, or None
         self._n_facts = n_facts  # of the last outputs, which are constants to the gradient
 
-    def _gathered(self, given: Sequence[Leaf], trains: Sequence[bool] | None = None) -> list[Leaf]:
-        """Returns the leaves gathered, but for those that train: their gradient is sharded."""
-        trains = trains or [False] * len(given)
-        return [
-            x if where is None or moves else lax.with_sharding_constraint(x, where)
-            for x, where, moves in zip(given, self._where, trains, strict=True)
-        ]
+    def _gather(self, leaves: Sequence[Leaf], trains: Sequence[bool]) -> list[Leaf]:
+        """Gathers the leaves that do not train: the gradient of the others is sharded."""
+        gathered = []
+        for leaf, sharding, is_trained in zip(leaves, self._shardings, trains, strict=True):
+            if sharding is None or is_trained:
+                gathered.append(leaf)
+            else:
+                gathered.append(lax.with_sharding_constraint(leaf, sharding))
+        return gathered
 
-    def _scanned(
-        self, function: Callable[..., Tree], hidden: jax.Array, targets: jax.Array
-    ) -> Tree:
+    def _scan(self, function: Callable[..., Tree], hidden: jax.Array, targets: jax.Array) -> Tree:
+        """Calls ``function(index, hidden, targets)`` for each chunk; stacks the results."""
+
         def body(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Tree]:
             return None, function(*chunk)
 
         return lax.scan(body, None, (jnp.arange(len(hidden)), hidden, targets))[1]
 
-    def recomputed(self, given: Sequence[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
+    def recomputed(self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
         """Returns the values; the backward pass computes the logits again."""
         # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-        function = jax.checkpoint(self._called, prevent_cse=False)
-        outputs: _Outputs = self._scanned(lambda *chunk: function(given, *chunk), hidden, targets)
+        chunk_values = jax.checkpoint(self._chunk_values, prevent_cse=False)
+        outputs: _Outputs = self._scan(functools.partial(chunk_values, leaves), hidden, targets)
         return outputs
 
     def differentiable(
-        self, given: Sequence[Leaf], hidden: jax.Array, targets: jax.Array
+        self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array
     ) -> _Outputs:
         """Returns the values; their derivative is computed for differentiated arrays alone."""
 
         @jax.custom_jvp
-        def mapped(given: list[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
-            whole = self._gathered(given)
-            outputs: _Outputs = self._scanned(
-                lambda *chunk: self._called(whole, *chunk), hidden, targets
-            )
+        def mapped(leaves: list[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
+            gathered = self._gather(leaves, [False] * len(leaves))
+            chunk_values = functools.partial(self._chunk_values, gathered)
+            outputs: _Outputs = self._scan(chunk_values, hidden, targets)
             return outputs
 
         mapped.defjvp(self._jvp, symbolic_zeros=True)
-        outputs: _Outputs = mapped(list(given), hidden, targets)
+        outputs: _Outputs = mapped(list(leaves), hidden, targets)
         return outputs
 
     def _jvp(self, primals: Any, tangents: Any) -> tuple[_Outputs, _Outputs]:
-        given, hidden, targets = primals
-        trains = [not isinstance(tangent, SymbolicZero) for tangent in tangents[0]]
-        whole = self._gathered(given, trains)
-        shapes = jax.eval_shape(self._called, whole, jnp.int32(0), hidden[0], targets[0])
-        moves = [*trains, not isinstance(tangents[1], SymbolicZero)]
-        values = shapes[: len(shapes) - self._n_facts]
-        is_loss = [(x.shape, jnp.issubdtype(x.dtype, jnp.floating)) for x in values] == [
-            (hidden.shape[1:3], True)
+        """Differentiates with regard to the leaves and hidden states that have a tangent."""
+        leaves, hidden, targets = primals
+        leaf_tangents, hidden_tangent, _ = tangents
+        trains = [not isinstance(tangent, SymbolicZero) for tangent in leaf_tangents]
+        gathered = self._gather(leaves, trains)
+        if not any(trains) and self._is_loss(gathered, hidden, targets):
+            return self._with_slopes(gathered, hidden, targets, hidden_tangent)
+        all_primals = [*gathered, hidden]
+        all_tangents = [*leaf_tangents, hidden_tangent]
+        moving_indices = [
+            index
+            for index, tangent in enumerate(all_tangents)
+            if not isinstance(tangent, SymbolicZero)
         ]
-        if is_loss and not any(trains):
-            return self._with_slopes(whole, hidden, targets, tangents[1])
-        all_tangents = [*tangents[0], tangents[1]]
 
-        def moving_outputs(*moving: jax.Array) -> _Outputs:
-            left = iter(moving)
-            *new, states = (
-                next(left) if moved else x for x, moved in zip([*whole, hidden], moves, strict=True)
-            )
-            return self.recomputed(new, states, targets)
+        def moving_outputs(*moving_primals: jax.Array) -> _Outputs:
+            primals = list(all_primals)
+            for index, primal in zip(moving_indices, moving_primals, strict=True):
+                primals[index] = primal
+            *leaves, hidden = primals
+            return self.recomputed(leaves, hidden, targets)
 
         return jax.jvp(
             moving_outputs,
-            [x for x, moved in zip([*whole, hidden], moves, strict=True) if moved],
-            [x for x, moved in zip(all_tangents, moves, strict=True) if moved],
+            [all_primals[index] for index in moving_indices],
+            [all_tangents[index] for index in moving_indices],
         )
 
+    def _is_loss(self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array) -> bool:
+        """Returns True if a chunk has one value that is no fact: a float for each token."""
+        shapes = jax.eval_shape(self._chunk_values, leaves, jnp.int32(0), hidden[0], targets[0])
+        values = shapes[: len(shapes) - self._n_facts]
+        if len(values) != 1:
+            return False
+        (value,) = values
+        return value.shape == hidden.shape[1:3] and jnp.issubdtype(value.dtype, jnp.floating)
+
     def _with_slopes(
-        self, given: Sequence[Leaf], hidden: jax.Array, targets: jax.Array, change: jax.Array
+        self,
+        leaves: Sequence[Leaf],
+        hidden: jax.Array,
+        targets: jax.Array,
+        hidden_tangent: jax.Array,
     ) -> tuple[_Outputs, _Outputs]:
         """Computes each token's value and its gradient together: two products with the head."""
 
-        def function(index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
-            def value_and_facts(x: jax.Array) -> tuple[jax.Array, _Outputs]:
-                value, *facts = self._called(given, index, x, targets)
+        def value_slope_and_facts(index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+            def value_and_facts(hidden: jax.Array) -> tuple[jax.Array, _Outputs]:
+                value, *facts = self._chunk_values(leaves, index, hidden, targets)
                 return value, facts
 
-            value, pull, facts = jax.vjp(value_and_facts, hidden, has_aux=True)
-            return value, pull(jnp.ones_like(value))[0], facts
+            value, pull_back, facts = jax.vjp(value_and_facts, hidden, has_aux=True)
+            (slope,) = pull_back(jnp.ones_like(value))
+            return value, slope, facts
 
-        value, slope, facts = self._scanned(function, hidden, targets)
-        moved = jnp.sum(change.astype(value.dtype) * slope.astype(value.dtype), axis=-1)
-        return [value, *facts], [moved, *map(jnp.zeros_like, facts)]
+        values, slopes, facts = self._scan(value_slope_and_facts, hidden, targets)
+        products = hidden_tangent.astype(values.dtype) * slopes.astype(values.dtype)
+        value_tangent = jnp.sum(products, axis=-1)
+        return [values, *facts], [value_tangent, *map(jnp.zeros_like, facts)]
 
 
-def _without_dead_code(traced: Any) -> tuple[Any, set[int]]:
-    """Returns a jaxpr without equations for nothing, and the places of the inputs that it reads."""
+def _without_dead_code(traced: Any) -> tuple[Any, list[int]]:
+    """Removes equations that no output needs; returns also the indices of the inputs it reads."""
     jaxpr: Jaxpr = getattr(traced, "jaxpr", traced)
-    live = [eqn for eqn, *_ in needed_equations(jaxpr, (True,) * len(jaxpr.outvars)).equations]
-    left = jaxpr.replace(eqns=live)
-    read = {id(atom) for atom in (*left.outvars, *(atom for eqn in live for atom in eqn.invars))}
-    places = {place for place, var in enumerate(jaxpr.invars) if id(var) in read}
-    return left if traced is jaxpr else traced.replace(jaxpr=left), places
+    needed = needed_equations(jaxpr, (True,) * len(jaxpr.outvars))
+    equations = [equation for equation, *_ in needed.equations]
+    pruned = jaxpr.replace(eqns=equations)
+    read_atoms = {id(atom) for atom in pruned.outvars}
+    for equation in equations:
+        read_atoms |= {id(atom) for atom in equation.invars}
+    input_indices = [index for index, var in enumerate(jaxpr.invars) if id(var) in read_atoms]
+    return pruned if traced is jaxpr else traced.replace(jaxpr=pruned), input_indices
 
 
 def _split_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
     """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], filled with zeros."""
-    batch, m = array.shape[:2]
+    batch, m, *features = array.shape
     size = -(-m // (n * parts))
-    missing = n * parts * size - m
-    filled = jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
-    chunks = jnp.moveaxis(filled.reshape(batch, parts, n, size, *array.shape[2:]), 2, 0)
-    return chunks.reshape(n, batch, parts * size, *array.shape[2:])
+    padding = [(0, 0)] * array.ndim
+    padding[1] = (0, n * parts * size - m)
+    chunks = jnp.pad(array, padding).reshape(batch, parts, n, size, *features)
+    chunks = jnp.moveaxis(chunks, 2, 0)
+    return chunks.reshape(n, batch, parts * size, *features)
 
 
 def _join_chunks(chunks: jax.Array, parts: int) -> jax.Array:
     """Inverts `_split_chunks`: [n, batch, parts * size, …] to [batch, parts * n * size, …]."""
-    n, batch, places, *rest = chunks.shape
-    split = chunks.reshape(n, batch, parts, places // parts, *rest)
-    return jnp.moveaxis(split, 0, 2).reshape(batch, n * places, *rest)
+    n, batch, chunk_length, *features = chunks.shape
+    by_part = chunks.reshape(n, batch, parts, chunk_length // parts, *features)
+    return jnp.moveaxis(by_part, 0, 2).reshape(batch, n * chunk_length, *features)

@@ -10,7 +10,7 @@ import optax
 from lora_jax.core.types import Batch, Tree
 from lora_jax.training.losses.contract import Loss, Sums, number_of_units
 
-_TEXTS = ("ids", "attention_mask", "token_type_ids")
+_TEXT_ARRAYS = ("ids", "attention_mask", "token_type_ids")
 
 
 def logits_of(
@@ -38,8 +38,8 @@ def classification_loss(
 ) -> Sums:
     """Sums the cross entropy of a batch's classes, in nats, over the texts or images that count.
 
-    Each one's is multiplied by its weight, which may be negative. Those whose weight is not zero
-    are counted.
+    The cross entropy of each text or image is multiplied by its weight, which may be negative.
+    Those whose weight is not zero are counted.
 
     Args:
       forward: a classifier's ``apply``, adapted or not; see `logits_of`.
@@ -52,11 +52,13 @@ def classification_loss(
       logit.
     """
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    logits, labels = logits_of(forward, params, batch, **dropout), batch["labels"]
+    logits = logits_of(forward, params, batch, **dropout)
+    labels = batch["labels"]
     weights = batch["weights"].astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = number_of_units(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
-    return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": right})
+    is_correct = jnp.argmax(logits, axis=-1) == labels
+    n_correct = number_of_units(jnp.where(is_correct, weights, 0))
+    return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": n_correct})
 
 
 def comparison_loss(
@@ -65,7 +67,7 @@ def comparison_loss(
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
-    """Sums -log σ(s - r) over pairs, s the score of the chosen text and r that of the other.
+    """Sums -log σ(s - r) over pairs, where s scores the chosen text and r the rejected one.
 
     The model of Bradley and Terry (1952): σ(s - r) is the probability that s is chosen. TRL's
     RewardTrainer has the same loss.
@@ -94,7 +96,7 @@ def comparison_loss(
 def pair_margins(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **dropout: jax.Array
 ) -> jax.Array:
-    """Returns the score of each pair's chosen text less that of the other; see `comparison_loss`.
+    """Returns the score of each chosen text minus that of the rejected; see `comparison_loss`.
 
     Args:
       forward: the ``apply`` of a classifier of one class, adapted or not.
@@ -105,7 +107,9 @@ def pair_margins(
     Returns:
       Float array [batch].
     """
-    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
+    texts = {}  # [2 * batch, seq] each
+    for name in _TEXT_ARRAYS:
+        texts[name] = batch[name].reshape(-1, batch[name].shape[-1])
     scores = logits_of(forward, params, texts, **dropout).reshape(-1, 2)
     return scores[:, 0] - scores[:, 1]
 

@@ -62,40 +62,50 @@ def completions(
     >>> completions(logps, logps < 0, segments=jnp.array([[0, 0, 1]]), n=2).policy.tolist()
     [-3.0, -4.0]
     """
-    counted = mask.astype(bool)
+    is_counted = mask.astype(bool)
 
-    def sums(x: jax.Array) -> jax.Array:
-        x = jnp.where(counted, x.astype(jnp.float32), 0.0)
+    def sum_by_completion(values: jax.Array) -> jax.Array:
+        values = jnp.where(is_counted, values.astype(jnp.float32), 0.0)
         if segments is None:
-            return jnp.sum(x, axis=1)
-        of = segments[..., None] == jnp.arange(n)  # a scatter would add in any order on a GPU
-        return jnp.sum(jnp.where(of, x[..., None], 0.0), axis=1).reshape(-1)
+            return jnp.sum(values, axis=1)
+        # A mask, as a scatter would add in any order on a GPU: [batch, seq, n].
+        is_in_segment = segments[..., None] == jnp.arange(n)
+        return jnp.sum(jnp.where(is_in_segment, values[..., None], 0.0), axis=1).reshape(-1)
 
-    tokens = sums(jnp.ones_like(logps, jnp.float32))
-    before = None if reference is None else sums(reference)
-    return Completions(sums(logps), jnp.maximum(tokens, 1.0), before, tokens > 0)
+    tokens = sum_by_completion(jnp.ones_like(logps, jnp.float32))
+    return Completions(
+        policy=sum_by_completion(logps),
+        tokens=jnp.maximum(tokens, 1.0),
+        reference=None if reference is None else sum_by_completion(reference),
+        counted=tokens > 0,
+    )
 
 
-def summed_nll(of: Completions, tokens: jax.Array | float | None = None) -> jax.Array:
+def summed_nll(completions: Completions, tokens: jax.Array | float | None = None) -> jax.Array:
     """Returns the cross-entropy of completions, a mean over their tokens, times their number: [].
 
     Args:
-      of: the completions.
-      tokens: mean number of tokens; by default of these.
+      completions: the completions.
+      tokens: mean number of tokens; by default that of these completions.
     """
-    of = without_padding(of)
-    assert of.counted is not None
+    completions = without_padding(completions)
+    counted = completions.counted
+    assert counted is not None
     if tokens is None:
-        tokens = sum_counted(of.tokens, of.counted) / jnp.maximum(jnp.sum(of.counted), 1)
-    return -sum_counted(of.policy, of.counted) / jnp.maximum(jnp.asarray(tokens), 1.0)
+        n_completions = jnp.maximum(jnp.sum(counted), 1)
+        tokens = sum_counted(completions.tokens, counted) / n_completions
+    return -sum_counted(completions.policy, counted) / jnp.maximum(jnp.asarray(tokens), 1.0)
 
 
-def without_padding(of: Completions) -> Completions:
-    """Returns completions that say which count; the others have values that no loss fails on."""
-    counted = jnp.ones_like(of.policy, bool) if of.counted is None else of.counted
-    return of._replace(policy=jnp.where(counted, of.policy, -1.0), counted=counted)
+def without_padding(completions: Completions) -> Completions:
+    """Sets `counted`, and gives padding a log-probability for which every loss is finite."""
+    counted = completions.counted
+    if counted is None:
+        counted = jnp.ones_like(completions.policy, bool)
+    policy = jnp.where(counted, completions.policy, -1.0)
+    return completions._replace(policy=policy, counted=counted)
 
 
-def sum_counted(x: jax.Array, counted: jax.Array) -> jax.Array:
+def sum_counted(values: jax.Array, counted: jax.Array) -> jax.Array:
     """Returns the sum of values, [n], over those that count, [n] bool."""
-    return jnp.sum(jnp.where(counted, x, 0.0))
+    return jnp.sum(jnp.where(counted, values, 0.0))

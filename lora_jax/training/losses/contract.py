@@ -12,11 +12,11 @@ from lora_jax.core.types import Batch, Tree
 Logits = Callable[..., jax.Array]
 Reduction = Literal["mean", "sum"]
 
-# The entries of a line of metrics beside the logs of a loss.
+# The entries of a line of metrics that are no logs of a loss.
 OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
-HELD_OUT = "eval_"  # before the names of metrics on held-out data
-UNITS = "_units"  # behind the name of a log with a count of its own: that count
-SCORE = "score_"  # before the names of a task's own scores
+HELD_OUT = "eval_"  # prefix of the metrics on held-out data
+UNITS = "_units"  # suffix of the count of a log that has a count of its own
+SCORE = "score_"  # prefix of a task's own scores
 
 
 class Sums(NamedTuple):
@@ -56,7 +56,7 @@ class Loss:
         ``dropout_key`` is None without dropout.
       reduction: "mean" or "sum".
       unit: what `Sums.count` counts, for people to read.
-      measured: the loss to measure on held-out examples; None for this one.
+      measured: the loss to measure on held-out examples; None for this loss.
     """
 
     sums: Callable[[Logits, Tree, Batch, jax.Array | None], Sums]
@@ -80,16 +80,16 @@ class Loss:
         sums = self.sums(forward, params, batch, dropout_key)
         if not isinstance(sums, Sums):
             raise TypeError(f"a loss returns Sums(total, count, logs), not {type(sums).__name__}")
-        if taken := [
-            name for name in sums.logs if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE))
-        ]:
-            raise ValueError(f"the log {taken[0]!r} has the name of another metric: rename it")
-        named = {"total": sums.total, "count": sums.count, **sums.logs}
-        if shaped := [name for name, value in named.items() if jnp.shape(value)]:
-            shape = jnp.shape(named[shaped[0]])
-            raise ValueError(f"{shaped[0]!r} has the shape {shape}: sum it over the batch")
-        in_fp32: Sums = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
-        return in_fp32
+        for name in sums.logs:
+            if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE)):
+                raise ValueError(f"the log {name!r} has the name of another metric: rename it")
+        sum_by_name = {"total": sums.total, "count": sums.count, **sums.logs}
+        for name, value in sum_by_name.items():
+            shape = jnp.shape(value)
+            if shape:
+                raise ValueError(f"{name!r} has the shape {shape}: sum it over the batch")
+        fp32_sums: Sums = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
+        return fp32_sums
 
     @property
     def held_out(self) -> "Loss":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from lora_jax.training.losses.online import Online, online_loss, rloo_loss
 from lora_jax.training.losses.preference import PreferenceOptions, kto_loss, preference_loss
 from lora_jax.training.losses.tokens import cross_entropy, entropy_of, token_values
 
-_Chunks = tuple[int | None, int, Placement]  # chunk, parts and placement of `token_values`
+
+class _Chunks(NamedTuple):
+    """The arguments of `token_values` that say how the head runs over predictions."""
+
+    chunk: int | None
+    parts: int
+    placement: Placement
+
+
 NLL = "nll"  # the term of a prompt's and a chosen completion's cross-entropy
 
 
@@ -43,35 +52,39 @@ def sequence_logps(
     Returns:
       [batch * n] completions; those without tokens, which fill up a row, do not count.
     """
-    return _sequences(forward, params, batch, dropout_key, (chunk, parts, placement))[0]
+    chunks = _Chunks(chunk, parts, placement)
+    sequences, _ = _sequences(forward, params, batch, dropout_key, chunks)
+    return sequences
 
 
 def _sequences(
     forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None, chunks: _Chunks
 ) -> tuple[Completions, Completions]:
-    """Returns the result of `sequence_logps`, and the same of all predictions, with prompts."""
-    chunk, parts, placement = chunks
+    """Returns the log-probabilities of completions, and those of prompts and completions together.
+
+    The first are the result of `sequence_logps`, with the reference's.
+    """
     logps = token_values(
         lambda logits, targets: -cross_entropy(logits, targets),
         forward,
         params,
         batch,
         dropout_key,
-        chunk=chunk,
-        parts=parts,
-        placement=placement,
+        **chunks._asdict(),
     )
     segments = batch.get("sequences")
     if segments is None:
         segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
-    known, n = batch["weights"] > 0, batch["counts"].shape[1]
-    whole = completions(logps, known, segments=segments, n=n)
-    sequences = whole
+    n_sequences = batch["counts"].shape[1]
+    is_counted = batch["weights"] > 0
+    with_prompts = completions(logps, is_counted, segments=segments, n=n_sequences)
+    sequences = with_prompts
     if "completion" in batch:
-        known &= batch["completion"] > 0
-        sequences = completions(logps, known, segments=segments, n=n)
-    reference = batch.get("reference")
-    return sequences._replace(reference=None if reference is None else reference.reshape(-1)), whole
+        is_counted &= batch["completion"] > 0
+        sequences = completions(logps, is_counted, segments=segments, n=n_sequences)
+    if "reference" in batch:
+        sequences = sequences._replace(reference=batch["reference"].reshape(-1))
+    return sequences, with_prompts
 
 
 def pair_loss(
@@ -90,34 +103,44 @@ def pair_loss(
       options: β and the like.
       chunk, parts, placement: see `token_values`.
     """
-    named = ((terms, 1.0),) if isinstance(terms, str) else tuple(terms.items())
-    return _pair_loss(named, options, (chunk, parts, placement))
+    weights = ((terms, 1.0),) if isinstance(terms, str) else tuple(terms.items())
+    return _pair_loss(weights, options, _Chunks(chunk, parts, placement))
 
 
 @functools.cache
 def _pair_loss(
-    terms: tuple[tuple[str, float], ...], options: PreferenceOptions, chunks: _Chunks
+    term_weights: tuple[tuple[str, float], ...], options: PreferenceOptions, chunks: _Chunks
 ) -> Loss:
+    """Returns the loss of `pair_loss`; the weights by name are a tuple, which can be hashed."""
+    weights = dict(term_weights)
+    nll_weight = weights.pop(NLL, 0.0)
+
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        both, whole = _sequences(forward, params, batch, dropout_key, chunks)
-        chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], both) for i in (0, 1))
-        mean, weights = batch["mean_tokens"][0], dict(terms)
-        weight = weights.pop(NLL, 0.0)
-        loss = preference_loss(weights, chosen, rejected, options, sft_tokens=mean)
-        if weight:
+        sequences, with_prompts = _sequences(forward, params, batch, dropout_key, chunks)
+        # Each pair is the chosen completion, then the rejected one.
+        chosen = jax.tree.map(lambda x: x[::2], sequences)
+        rejected = jax.tree.map(lambda x: x[1::2], sequences)
+        mean_tokens = batch["mean_tokens"][0]
+        loss = preference_loss(weights, chosen, rejected, options, sft_tokens=mean_tokens)
+        if nll_weight:
             if "completion" not in batch:
                 raise ValueError(
                     f'the term "{NLL}" needs predictions of prompts: pairs(…, predict_prompts=True)'
                 )
-            with_prompts = jax.tree.map(lambda x: x[::2], whole)
-            nll = summed_nll(with_prompts, batch["mean_with_prompts"][0])
-            loss = loss._replace(total=loss.total + weight * nll)
-        seen = jax.lax.stop_gradient({"chosen": chosen, "rejected": rejected})
-        logs = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
-        tokens = batch["counts"].astype(jnp.float32).reshape(-1, 2).sum(0)
-        logs |= {"length_chosen": tokens[0], "length_rejected": tokens[1]}
+            chosen_with_prompts = jax.tree.map(lambda x: x[::2], with_prompts)
+            nll = summed_nll(chosen_with_prompts, batch["mean_with_prompts"][0])
+            loss = loss._replace(total=loss.total + nll_weight * nll)
+        n_chosen_tokens, n_rejected_tokens = (
+            batch["counts"].astype(jnp.float32).reshape(-1, 2).sum(0)
+        )
+        logs = {
+            "logps_chosen": jnp.sum(jax.lax.stop_gradient(chosen.policy)),
+            "logps_rejected": jnp.sum(jax.lax.stop_gradient(rejected.policy)),
+            "length_chosen": n_chosen_tokens,
+            "length_rejected": n_rejected_tokens,
+        }
         return loss._replace(logs=loss.logs | logs)
 
     return Loss(sums, unit="pair")
@@ -142,10 +165,12 @@ def unpaired_loss(
       chunk, parts, placement: see `token_values`.
     """
 
+    chunks = _Chunks(chunk, parts, placement)
+
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        rows, _ = _sequences(forward, params, batch, dropout_key, (chunk, parts, placement))
+        rows, _ = _sequences(forward, params, batch, dropout_key, chunks)
         desirable = batch["labels"].reshape(-1) > 0
         return kto_loss(rows, desirable, batch["kl"][0], beta=beta, weights=weights)
 
@@ -179,7 +204,7 @@ def rollout_loss(
       chunk, parts, placement: see `token_values`.
     """
 
-    def each(logits: jax.Array, targets: jax.Array) -> ValueWithFacts:
+    def logps_with_entropy(logits: jax.Array, targets: jax.Array) -> ValueWithFacts:
         logits = logits / temperature
         facts = {"entropy": jax.lax.stop_gradient(entropy_of(logits))} if entropy else {}
         return ValueWithFacts(-cross_entropy(logits, targets), facts)
@@ -188,7 +213,7 @@ def rollout_loss(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
         logps, facts = token_values(
-            each,
+            logps_with_entropy,
             forward,
             params,
             batch,
@@ -197,20 +222,28 @@ def rollout_loss(
             parts=parts,
             placement=placement,
         )
-        counted = batch["weights"] > 0
-        arrays = (logps, counted, batch["advantages"], batch["old"])
-        further = batch.get("reference"), batch.get("importance")
-        there = jnp.any(batch["segment_ids"] > 0, axis=1)
-        if logps.ndim == 3:  # by completion
-            there = (jnp.arange(logps.shape[1]) < batch["completions"][:, None]).reshape(-1)
-            arrays, further = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (arrays, further))
+        is_counted = batch["weights"] > 0
+        arrays = {
+            "logps": logps,
+            "mask": is_counted,
+            "advantages": batch["advantages"],
+            "old": batch["old"],
+        }
+        if options is not None:
+            arrays |= {name: batch[name] for name in ("reference", "importance") if name in batch}
+        is_row = jnp.any(batch["segment_ids"] > 0, axis=1)
+        if logps.ndim == 3:  # [batch, n, …]: completions that share a prompt
+            is_row = (jnp.arange(logps.shape[1]) < batch["completions"][:, None]).reshape(-1)
+            for name, array in arrays.items():
+                arrays[name] = array.reshape(-1, *array.shape[2:])
         if options is None:
-            loss = rloo_loss(*arrays, there=there)
+            loss = rloo_loss(**arrays, there=is_row)
         else:
-            reference, importance = further
-            loss = online_loss(options, *arrays, reference, there, importance)
-        share = loss.count / jnp.maximum(jnp.sum(counted), 1)
-        logs = {name: jnp.sum(jnp.where(counted, x, 0)) * share for name, x in facts.items()}
+            loss = online_loss(options, **arrays, there=is_row)
+        count_per_token = loss.count / jnp.maximum(jnp.sum(is_counted), 1)
+        logs = {}
+        for name, values in facts.items():
+            logs[name] = jnp.sum(jnp.where(is_counted, values, 0)) * count_per_token
         return loss._replace(logs=loss.logs | logs)
 
     unit = "sequence" if options is None or options.over != "tokens" else "token"

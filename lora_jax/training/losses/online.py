@@ -73,9 +73,11 @@ Limit = jax.Array | float | None
 def clipped_loss(
     ratio: jax.Array, advantages: jax.Array, low: Limit, high: Limit, bound: Limit = None
 ) -> jax.Array:
-    """Returns PPO's -min(ρ A, clip(ρ, low, high) A), the first ρ no more than `bound`, [...]."""
-    free = ratio if bound is None else jnp.minimum(ratio, bound)
-    return -jnp.minimum(free * advantages, jnp.clip(ratio, low, high) * advantages)
+    """Returns PPO's -min(ρ A, clip(ρ, low, high) A), [...]; `bound` limits the first ρ."""
+    clipped_ratio = jnp.clip(ratio, low, high)
+    if bound is not None:
+        ratio = jnp.minimum(ratio, bound)
+    return -jnp.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
 def weighted_loss(
@@ -120,48 +122,51 @@ def online_loss(
     """
     if (reference is not None) != (options.beta != 0):
         raise ValueError("beta and a reference go together: the divergence needs both")
-    counted, logps = mask.astype(jnp.float32), logps.astype(jnp.float32)
-    tokens = jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1.0)
-    before = jax.lax.stop_gradient(logps) if old is None else old.astype(jnp.float32)
-    change = jnp.where(counted > 0, logps - before, 0.0)
+    weights = mask.astype(jnp.float32)
+    logps = logps.astype(jnp.float32)
+    sequence_tokens = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+    old_logps = jax.lax.stop_gradient(logps) if old is None else old.astype(jnp.float32)
+    log_ratio = jnp.where(weights > 0, logps - old_logps, 0.0)
     if options.level == "sequence":
-        change = jnp.sum(change, axis=1, keepdims=True) / tokens + jnp.zeros_like(change)
-    ratio, gain = jnp.exp(change), advantages.astype(jnp.float32)
-    gain = gain if gain.ndim == 2 else gain[:, None]
+        mean_log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / sequence_tokens
+        log_ratio = mean_log_ratio + jnp.zeros_like(log_ratio)
+    ratio = jnp.exp(log_ratio)
+    advantages = advantages.astype(jnp.float32)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
     high = options.low if options.high is None else options.high
     if options.weighted:
-        losses = weighted_loss(ratio, logps, gain, None, high)
-        clipped_low, clipped_high = jnp.zeros_like(ratio), (ratio > high) & (gain > 0)
+        losses = weighted_loss(ratio, logps, advantages, None, high)
+        is_clipped_low = jnp.zeros_like(ratio)
+        is_clipped_high = (ratio > high) & (advantages > 0)
     else:
-        losses = clipped_loss(ratio, gain, 1 - options.low, 1 + high, options.bound)
-        clipped_low = (ratio < 1 - options.low) & (gain < 0)
-        clipped_high = (ratio > 1 + high) & (gain > 0)
+        losses = clipped_loss(ratio, advantages, 1 - options.low, 1 + high, options.bound)
+        is_clipped_low = (ratio < 1 - options.low) & (advantages < 0)
+        is_clipped_high = (ratio > 1 + high) & (advantages > 0)
+    token_logs = {"clip_low": is_clipped_low, "clip_high": is_clipped_high}
     if importance is not None:
         losses *= importance
-    divergence = None
     if reference is not None:
-        away = jnp.where(counted > 0, reference.astype(jnp.float32) - logps, 0.0)
-        divergence = jnp.exp(away) - away - 1
+        reference_log_ratio = jnp.where(weights > 0, reference.astype(jnp.float32) - logps, 0.0)
+        divergence = jnp.exp(reference_log_ratio) - reference_log_ratio - 1
         if options.divergence == "corrected":
             divergence *= ratio
         losses += options.beta * divergence
-    shares = {"clip_low": clipped_low, "clip_high": clipped_high}
-    if divergence is not None:
-        shares["kl"] = divergence
-    if options.over == "sequences":
-        counted = counted / tokens
-    count = {
-        "tokens": jnp.sum(counted),
-        "sequences": _sequences(logps, there),
-        "length": _sequences(logps, there) * (options.length or 0),
-    }[options.over]
+        token_logs["kl"] = divergence
+    if options.over == "tokens":
+        count = jnp.sum(weights)
+    elif options.over == "sequences":
+        count = _number_of_sequences(logps, there)
+        weights = weights / sequence_tokens
+    else:
+        count = _number_of_sequences(logps, there) * (options.length or 0)
     n_tokens = jnp.sum(mask.astype(jnp.float32))
-    logs = {
-        name: jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0))
-        * (count / jnp.maximum(n_tokens, 1.0))
-        for name, x in shares.items()
-    }
-    return Sums(jnp.sum(jnp.where(mask, losses, 0.0) * counted), count, logs, n_tokens)
+    count_per_token = count / jnp.maximum(n_tokens, 1.0)
+    logs = {}
+    for name, values in token_logs.items():
+        logs[name] = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0)) * count_per_token
+    total = jnp.sum(jnp.where(mask, losses, 0.0) * weights)
+    return Sums(total=total, count=count, logs=logs, tokens=n_tokens)
 
 
 def rloo_loss(
@@ -181,13 +186,18 @@ def rloo_loss(
     Returns:
       The sums; sequences are counted.
     """
-    change = jnp.sum(jnp.where(mask, logps.astype(jnp.float32) - old, 0.0), axis=1)
-    losses = clipped_loss(jnp.exp(change), advantages, 1 - clip, 1 + clip)
-    n_tokens = jnp.sum(mask.astype(jnp.float32))
-    return Sums(jnp.sum(losses), _sequences(logps, there), {}, n_tokens)
+    log_ratio = jnp.sum(jnp.where(mask, logps.astype(jnp.float32) - old, 0.0), axis=1)
+    losses = clipped_loss(jnp.exp(log_ratio), advantages, 1 - clip, 1 + clip)
+    return Sums(
+        total=jnp.sum(losses),
+        count=_number_of_sequences(logps, there),
+        logs={},
+        tokens=jnp.sum(mask.astype(jnp.float32)),
+    )
 
 
-def _sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
+def _number_of_sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
+    """Returns the number of rows that do not fill up a batch, fp32 []."""
     return jnp.float32(len(logps)) if there is None else jnp.sum(there).astype(jnp.float32)
 
 
@@ -204,21 +214,22 @@ def importance_weights(
     """Returns π / π_sampler within bounds, for completions that another policy drew, [n, seq].
 
     Importance sampling as TRL's `vllm_importance_sampling_mode` has it: "token_truncate" and
-    "sequence_truncate", or, with `masked`, "token_mask" and "sequence_mask". What does not count
-    has the ratio 1, at the level of tokens.
+    "sequence_truncate", or, with `masked`, "token_mask" and "sequence_mask". A token that does not
+    count has the ratio 1 at the level of tokens.
 
     Args:
       logps: [n, seq], log-probabilities under the policy as a step begins.
-      sampled: [n, seq], those that the sampler tells of its draws.
+      sampled: [n, seq], log-probabilities that the sampler reports of its draws.
       mask: [n, seq], true at the tokens that count.
-      level: a token's own ratio, or that of its whole sequence, a product.
-      cap, floor: the largest and the smallest ratio that weighs as it is.
+      level: "token" for the ratio of each token, "sequence" for the product over its sequence.
+      cap, floor: the largest and the smallest ratio that is a weight as it is.
       masked: whether a ratio beyond them has the weight 0, rather than the nearer bound.
     """
-    apart = jnp.where(mask, logps - sampled, 0.0)
+    log_ratio = jnp.where(mask, logps - sampled, 0.0)
     if level == "sequence":
-        apart = jnp.sum(apart, axis=-1, keepdims=True) + jnp.zeros_like(apart)
-    ratio = jnp.exp(apart)
+        sequence_log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True)
+        log_ratio = sequence_log_ratio + jnp.zeros_like(log_ratio)
+    ratio = jnp.exp(log_ratio)
     if masked:
         return jnp.where((ratio >= floor) & (ratio <= cap), ratio, 0.0)
     return jnp.clip(ratio, floor, cap)
@@ -228,9 +239,9 @@ Scale = Literal["group", "batch", "none"]
 
 
 def advantages_of(rewards: jax.Array, group: int, scale: Scale = "group") -> jax.Array:
-    """Returns each reward less its group's mean, [n], by default over the group's deviation.
+    """Returns each reward minus its group's mean, [n], divided as `scale` says.
 
-    NaN stands for no reward: it has advantage 0, and its group's mean is that of the others.
+    NaN stands for no reward: it has advantage 0, and the mean of its group is over the others.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.training.losses import advantages_of
@@ -243,23 +254,26 @@ def advantages_of(rewards: jax.Array, group: int, scale: Scale = "group") -> jax
       scale: divide by the group's standard deviation plus 1e-4, by the batch's, or not at all.
     """
     by_group = rewards.reshape(-1, group)
-    less = by_group - jnp.nanmean(by_group, axis=1, keepdims=True)
+    advantages = by_group - jnp.nanmean(by_group, axis=1, keepdims=True)
     if scale == "group":
-        less = less / (jnp.nanstd(by_group, axis=1, ddof=1, keepdims=True) + STD_FLOOR)
+        group_std = jnp.nanstd(by_group, axis=1, ddof=1, keepdims=True)
+        advantages = advantages / (group_std + STD_FLOOR)
     elif scale == "batch":
-        less = less / (jnp.nanstd(rewards, ddof=1) + STD_FLOOR)
-    return jnp.nan_to_num(less.reshape(-1), nan=0.0)
+        batch_std = jnp.nanstd(rewards, ddof=1)
+        advantages = advantages / (batch_std + STD_FLOOR)
+    return jnp.nan_to_num(advantages.reshape(-1), nan=0.0)
 
 
 def leave_one_out(rewards: jax.Array, group: int) -> jax.Array:
-    """Returns each reward less the mean of the others of its group, [n]: RLOO's advantage.
+    """Returns each reward minus the mean of the others of its group, [n]: RLOO's advantage.
 
-    NaN stands for no reward: it has advantage 0, and so has a reward without others.
+    NaN stands for no reward: it has advantage 0, and so has the only reward of a group.
     """
     by_group = rewards.reshape(-1, group)
-    others = jnp.sum(~jnp.isnan(by_group), axis=1, keepdims=True) - 1
-    of_others = (jnp.nansum(by_group, axis=1, keepdims=True) - by_group) / jnp.maximum(others, 1)
-    advantages = jnp.where(others > 0, by_group - of_others, 0.0)
+    n_others = jnp.sum(~jnp.isnan(by_group), axis=1, keepdims=True) - 1
+    sum_of_others = jnp.nansum(by_group, axis=1, keepdims=True) - by_group
+    mean_of_others = sum_of_others / jnp.maximum(n_others, 1)
+    advantages = jnp.where(n_others > 0, by_group - mean_of_others, 0.0)
     return jnp.nan_to_num(advantages, nan=0.0).reshape(-1)
 
 
@@ -292,17 +306,22 @@ def distillation_loss(
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}: a share from 0 to 1")
-    ours = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    theirs = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature))
-    if beta in (0, 1):
-        first, second = (theirs, ours) if beta == 0 else (ours, theirs)
-        losses = _divergence(first, second)
+    log_student = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    log_teacher = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    log_teacher = jax.lax.stop_gradient(log_teacher)
+    if beta == 0:
+        losses = _kl(log_teacher, log_student)
+    elif beta == 1:
+        losses = _kl(log_student, log_teacher)
     else:
-        mixed = jnp.logaddexp(ours + jnp.log1p(-beta), theirs + jnp.log(beta))
-        losses = beta * _divergence(theirs, mixed) + (1 - beta) * _divergence(ours, mixed)
-    return Sums(jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask.astype(jnp.float32)), {})
+        log_mixture = jnp.logaddexp(log_student + jnp.log1p(-beta), log_teacher + jnp.log(beta))
+        teacher_kl = _kl(log_teacher, log_mixture)
+        student_kl = _kl(log_student, log_mixture)
+        losses = beta * teacher_kl + (1 - beta) * student_kl
+    total = jnp.sum(jnp.where(mask, losses, 0.0))
+    return Sums(total=total, count=jnp.sum(mask.astype(jnp.float32)), logs={})
 
 
-def _divergence(p: jax.Array, q: jax.Array) -> jax.Array:
+def _kl(p: jax.Array, q: jax.Array) -> jax.Array:
     """Returns KL(p‖q) of log-probabilities, [...]."""
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)

@@ -1,9 +1,9 @@
 """Losses of preferences, as functions of log-probabilities: DPO and its kin, KTO, ORPO, CPO, SimPO.
 
-They differ in one function of a pair; `PREFERENCES` is the table. Write c and r for the sums of the
-log-probabilities of the chosen and of the rejected completion, a and d for these less the
-reference's, and n for numbers of tokens. Values and defaults are those of TRL, whose trainers the
-tests run beside these functions.
+They differ in one function of a pair; `PREFERENCES` is the table. These functions take the chosen
+completions w (winner), the rejected ones r, and the options o. The ratio of a completion is its
+log-probability minus the reference's; a and d are the ratios of w and r times β. Values and
+defaults are those of TRL, whose trainers the tests run beside these functions.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Preference(NamedTuple):
     """A loss of pairs that has a name.
 
     Attributes:
-      each: computes the loss of each pair, [pairs], of (chosen, rejected, options).
-      about: says what it is, for a list of such losses.
+      each: ``(chosen, rejected, options) -> the loss of each pair``, [pairs].
+      about: describes the loss in a list of losses.
       smooths: whether it takes label smoothing.
       coupled: whether a pair's loss depends on the others of its batch, so that a batch cannot be
         accumulated in parts.
@@ -62,8 +62,8 @@ class Preference(NamedTuple):
 
 
 def _log_sigmoid(x: jax.Array) -> jax.Array:
-    y: jax.Array = jax.nn.log_sigmoid(x)
-    return y
+    log_sigmoid: jax.Array = jax.nn.log_sigmoid(x)
+    return log_sigmoid
 
 
 def _smoothed(logits: jax.Array, smoothing: float) -> jax.Array:
@@ -72,6 +72,7 @@ def _smoothed(logits: jax.Array, smoothing: float) -> jax.Array:
 
 
 def _delta(chosen: Completions, rejected: Completions) -> jax.Array:
+    """Returns DPO's log-ratio of the chosen completion minus that of the rejected one, [pairs]."""
     return chosen.ratio - rejected.ratio
 
 
@@ -80,58 +81,67 @@ def _sigmoid(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
 
 
 def _robust(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    logits, smoothing = o.beta * _delta(w, r), o.smoothing
-    biased = -(1 - smoothing) * _log_sigmoid(logits) + smoothing * _log_sigmoid(-logits)
-    return biased / (1 - 2 * smoothing)
+    logits = o.beta * _delta(w, r)
+    chosen_term = (1 - o.smoothing) * _log_sigmoid(logits)
+    rejected_term = o.smoothing * _log_sigmoid(-logits)
+    return (-chosen_term + rejected_term) / (1 - 2 * o.smoothing)
 
 
 def _exo_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     logits = o.beta * _delta(w, r)
-    right, wrong = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
-    of_right = _log_sigmoid(logits) - jnp.log1p(-o.smoothing)
-    return right * of_right + wrong * (_log_sigmoid(-logits) - jnp.log(o.smoothing))
+    # KL of the policy's two probabilities from the labels' 1 - ε and ε.
+    chosen_log_ratio = _log_sigmoid(logits) - jnp.log1p(-o.smoothing)
+    rejected_log_ratio = _log_sigmoid(-logits) - jnp.log(o.smoothing)
+    chosen_term = jax.nn.sigmoid(logits) * chosen_log_ratio
+    return chosen_term + jax.nn.sigmoid(-logits) * rejected_log_ratio
 
 
 def _discopop(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     logits = o.beta * _delta(w, r)
-    mixed = jax.nn.sigmoid(logits / o.temperature)
-    return -_log_sigmoid(logits) * (1 - mixed) + jnp.exp(-logits) * mixed
+    exponential_share = jax.nn.sigmoid(logits / o.temperature)
+    logistic_term = -_log_sigmoid(logits) * (1 - exponential_share)
+    return logistic_term + jnp.exp(-logits) * exponential_share
 
 
 def _nca_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    a, d = o.beta * w.ratio, o.beta * r.ratio
+    a = o.beta * w.ratio
+    d = o.beta * r.ratio
     return -_log_sigmoid(a) - 0.5 * _log_sigmoid(-a) - 0.5 * _log_sigmoid(-d)
 
 
 def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     if w.reference is None or r.reference is None:
         raise ValueError("aot compares with a reference: give its log-probabilities")
-    gains = _ranked(w.policy - r.policy, w) - _ranked(w.reference - r.reference, w)
-    return _smoothed(o.beta * gains, o.smoothing)
+    policy_margins = _sort_counted(w.policy - r.policy, w)
+    reference_margins = _sort_counted(w.reference - r.reference, w)
+    return _smoothed(o.beta * (policy_margins - reference_margins), o.smoothing)
 
 
 def _aot_unpaired(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    return _smoothed(o.beta * (_ranked(w.ratio, w) - _ranked(r.ratio, w)), o.smoothing)
+    margins = _sort_counted(w.ratio, w) - _sort_counted(r.ratio, w)
+    return _smoothed(o.beta * margins, o.smoothing)
 
 
-def _ranked(x: jax.Array, of: Completions) -> jax.Array:
-    """Sorts values, [n]; 0 stands in the last places, for those that do not count."""
-    if of.counted is None:
-        return jnp.sort(x)
-    ranked = jnp.sort(jnp.where(of.counted, x, jnp.inf))
-    return jnp.where(jnp.arange(len(x)) < jnp.sum(of.counted), ranked, 0.0)
+def _sort_counted(values: jax.Array, completions: Completions) -> jax.Array:
+    """Sorts the values of completions, [n]; those of padding become 0, in the last places."""
+    counted = completions.counted
+    if counted is None:
+        return jnp.sort(values)
+    ascending = jnp.sort(jnp.where(counted, values, jnp.inf))
+    return jnp.where(jnp.arange(len(values)) < jnp.sum(counted), ascending, 0.0)
 
 
 def _orpo(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    odds = w.mean - r.mean - (_log1mexp(w.mean) - _log1mexp(r.mean))
-    return -o.beta * _log_sigmoid(odds)
+    log_odds_ratio = w.mean - r.mean - (_log1mexp(w.mean) - _log1mexp(r.mean))
+    return -o.beta * _log_sigmoid(log_odds_ratio)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
     """Returns log(1 - e^x) of x < 0; both branches have finite gradients."""
-    small = x > -jnp.log(2.0)
-    near = jnp.log(-jnp.expm1(jnp.where(small, x, -1.0)))
-    return jnp.where(small, near, jnp.log1p(-jnp.exp(jnp.where(small, -1.0, x))))
+    is_near_0 = x > -jnp.log(2.0)
+    near_0 = jnp.log(-jnp.expm1(jnp.where(is_near_0, x, -1.0)))
+    far_from_0 = jnp.log1p(-jnp.exp(jnp.where(is_near_0, -1.0, x)))
+    return jnp.where(is_near_0, near_0, far_from_0)
 
 
 # By the names of TRL's loss_type; each line is the loss of a pair.
@@ -239,36 +249,48 @@ def preference_loss(
         not know or that it needs.
     """
     weights = {terms: 1.0} if isinstance(terms, str) else dict(terms)
-    of = chosen if sft is None else sft
-    chosen, rejected = without_padding(chosen), without_padding(rejected)
+    if sft is None:
+        sft = chosen
+    chosen = without_padding(chosen)
+    rejected = without_padding(rejected)
     counted = chosen.counted
     assert counted is not None
-    count, total = jnp.sum(counted).astype(jnp.float32), jnp.float32(0)
+    count = jnp.sum(counted).astype(jnp.float32)
+    total = jnp.float32(0)
     for name, weight in weights.items():
         if name == "sft":
-            total += weight * summed_nll(of, sft_tokens)
-        else:
-            known = _known(name, options)
-            kept = jnp.arange(len(counted)) < count if known.coupled else counted
-            total += weight * sum_counted(known.each(chosen, rejected, options), kept)
+            total += weight * summed_nll(sft, sft_tokens)
+            continue
+        preference = _preference(name, options)
+        # The losses of coupled pairs are sorted: those of padding come last.
+        is_loss = jnp.arange(len(counted)) < count if preference.coupled else counted
+        total += weight * sum_counted(preference.each(chosen, rejected, options), is_loss)
     if chosen.reference is None or rejected.reference is None:
         return Sums(total, count, {})
-    a, d = (options.beta * jax.lax.stop_gradient(x.ratio) for x in (chosen, rejected))
-    logs = {"chosen": a, "rejected": d, "margin": a - d, "accuracy": (a > d).astype(jnp.float32)}
-    return Sums(total, count, {name: sum_counted(x, counted) for name, x in logs.items()})
+    chosen_rewards = options.beta * jax.lax.stop_gradient(chosen.ratio)
+    rejected_rewards = options.beta * jax.lax.stop_gradient(rejected.ratio)
+    pair_logs = {
+        "chosen": chosen_rewards,
+        "rejected": rejected_rewards,
+        "margin": chosen_rewards - rejected_rewards,
+        "accuracy": (chosen_rewards > rejected_rewards).astype(jnp.float32),
+    }
+    logs = {name: sum_counted(values, counted) for name, values in pair_logs.items()}
+    return Sums(total, count, logs)
 
 
-def _known(name: str, options: PreferenceOptions) -> Preference:
+def _preference(name: str, options: PreferenceOptions) -> Preference:
+    """Returns a loss by its name; raises ValueError if it is unknown or does not take `options`."""
     if name not in PREFERENCES:
         raise ValueError(f"loss {name!r} is not one of sft, {', '.join(PREFERENCES)}")
-    known = PREFERENCES[name]
-    if options.smoothing and not known.smooths:
+    preference = PREFERENCES[name]
+    if options.smoothing and not preference.smooths:
         raise ValueError(f"loss {name!r} has no label smoothing: give smoothing=0")
     if not 0 <= options.smoothing < 0.5 or (name == "exo_pair" and not options.smoothing):
         raise ValueError(
             f"smoothing is {options.smoothing}: a share from 0, of exo_pair above 0, up to 0.5"
         )
-    return known
+    return preference
 
 
 def kto_loss(
@@ -295,17 +317,21 @@ def kto_loss(
     rows = without_padding(rows)
     counted = rows.counted
     assert counted is not None
-    gain = jnp.where(desirable, rows.ratio - kl, kl - rows.ratio)
-    losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * gain))
+    log_ratio_gain = jnp.where(desirable, rows.ratio - kl, kl - rows.ratio)
+    losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * log_ratio_gain))
     count = jnp.sum(counted).astype(jnp.float32)
     rewards = beta * jax.lax.stop_gradient(rows.ratio)
-    labelled = {"chosen": counted & desirable, "rejected": counted & ~desirable}
-    logs = {name: sum_counted(rewards, rows_of_label) for name, rows_of_label in labelled.items()}
+    is_chosen = counted & desirable
+    is_rejected = counted & ~desirable
     return Sums(
         total=sum_counted(losses, counted),
         count=count,
-        logs={**logs, "kl": count * kl},
-        log_counts={name: jnp.sum(of_label) for name, of_label in labelled.items()},
+        logs={
+            "chosen": sum_counted(rewards, is_chosen),
+            "rejected": sum_counted(rewards, is_rejected),
+            "kl": count * kl,
+        },
+        log_counts={"chosen": jnp.sum(is_chosen), "rejected": jnp.sum(is_rejected)},
     )
 
 
@@ -315,7 +341,8 @@ def mismatched_kl(mismatched: Completions) -> jax.Array:
     Args:
       mismatched: prompts with the completions of other rows of the batch.
     """
-    of = without_padding(mismatched)
-    assert of.counted is not None
-    mean = sum_counted(of.ratio, of.counted) / jnp.maximum(jnp.sum(of.counted), 1)
-    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+    mismatched = without_padding(mismatched)
+    counted = mismatched.counted
+    assert counted is not None
+    mean_ratio = sum_counted(mismatched.ratio, counted) / jnp.maximum(jnp.sum(counted), 1)
+    return jax.lax.stop_gradient(jnp.maximum(mean_ratio, 0.0))

@@ -28,22 +28,25 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _normalised(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross entropy of each target, and the log of the sum that divides, [...] each."""
-    total: jax.Array = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return total - picked, total
+    """Returns the cross entropy of each target and the log of the softmax's divisor, [...] each."""
+    log_divisor: jax.Array = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_divisor - target_logits, log_divisor
 
 
 @cross_entropy.defjvp
 def _cross_entropy_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient is softmax - onehot; that of a look-up would be one more array of logits."""
+    """Computes the gradient as softmax - onehot.
+
+    The gradient of a look-up would be one more array of logits.
+    """
     logits, targets = primals
-    losses, total = _normalised(logits, targets)
+    losses, log_divisor = _normalised(logits, targets)
     onehot = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    slope = jnp.exp(logits - total[..., None]) - onehot.astype(logits.dtype)
-    return losses, jnp.sum(slope * tangents[0], axis=-1)
+    gradient = jnp.exp(logits - log_divisor[..., None]) - onehot.astype(logits.dtype)
+    return losses, jnp.sum(gradient * tangents[0], axis=-1)
 
 
 def entropy_of(logits: jax.Array) -> jax.Array:
@@ -90,7 +93,7 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 
 
 # A model's inputs beside the tokens.
-_WHERE = ("positions", "segment_ids", "branches", "pixel_values", "image_grids", "routing")
+_MODEL_INPUTS = ("positions", "segment_ids", "branches", "pixel_values", "image_grids", "routing")
 
 
 def token_values(
@@ -107,13 +110,12 @@ def token_values(
     """Returns values of each token that a batch predicts.
 
     With `chunk`, logits and their gradient exist for so many predictions at a time, never as
-    [batch, m, vocab]. The gradient of a token's hidden state is computed along with its value,
-    where it has one; where the head trains, it runs once more for each chunk in the backward pass.
-    A chunk takes the same places of all rows (at least one), so that a batch stays spread over
-    devices.
+    [batch, m, vocab]. The gradient of a token's hidden state is computed along with its value, if
+    it has one. If the head trains, it runs once more for each chunk in the backward pass. A chunk
+    takes the same places of all rows (at least one), so that a batch stays spread over devices.
 
     Where a row is split over several devices, hidden states stay where they are: the head gets all
-    of them, not those alone that predict something, and a chunk takes the same places of each part.
+    of them, even those that predict nothing, and a chunk takes the same places of each part.
 
     Args:
       each: returns a tree of values, fp32 [...], of logits, fp32 [..., vocab], and targets, int32
@@ -147,12 +149,12 @@ def _flatten_predictions(batch: Batch) -> Batch:
     """Returns a batch whose predictions of all completions of a row are one axis: [batch, m]."""
     if batch["predict_at"].ndim == 2:
         return batch
-    flat = {
-        name: batch[name].reshape(batch[name].shape[0], -1, *batch[name].shape[3:])
-        for name in ("predict_at", "targets", "weights")
-        if name in batch
-    }
-    return {**batch, **flat}
+    flat_batch = {**batch}
+    for name in ("predict_at", "targets", "weights"):
+        if name in batch:
+            n_rows, _, _, *features = batch[name].shape
+            flat_batch[name] = batch[name].reshape(n_rows, -1, *features)
+    return flat_batch
 
 
 def sum_over_tokens(
@@ -168,8 +170,8 @@ def sum_over_tokens(
 ) -> Sums:
     """Sums a loss of a batch over the tokens that count.
 
-    Each token's is multiplied by its weight, which may be negative (an advantage, unlikelihood).
-    Tokens whose weight is not zero are counted.
+    The loss of each token is multiplied by its weight, which may be negative (an advantage,
+    unlikelihood). Tokens whose weight is not zero are counted.
 
     Args:
       each: the loss of each token.
@@ -181,10 +183,10 @@ def sum_over_tokens(
     batch = _flatten_predictions(batch)
     weights = batch["weights"].astype(jnp.float32)
     losses = _head_values(each, forward, params, batch, dropout_key, chunk, parts, placement)
-    placed = (
-        weights if parts == 1 else _place_at_predictors(weights, batch)
-    )  # no value moves over devices
-    return Sums(jnp.sum(losses * placed), number_of_units(weights), {})
+    count = number_of_units(weights)
+    if parts > 1:  # the weights move rather than the losses, which stay on their devices
+        weights = _place_at_predictors(weights, batch)
+    return Sums(jnp.sum(losses * weights), count, {})
 
 
 def _head_values(
@@ -197,18 +199,26 @@ def _head_values(
     parts: int,
     placement: Placement,
 ) -> Any:
-    """Returns the values of `token_values`; those of split rows where they lie: [batch, seq]."""
-    variables, targets = {"params": params}, batch["targets"]
-    where = {name: batch[name] for name in _WHERE if name in batch} | _dropout(dropout_key)
+    """Returns the values of `token_values`.
+
+    Rows that are split have their values at the places that predict the tokens: [batch, seq].
+    """
+    variables = {"params": params}
+    targets = batch["targets"]
+    options = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    options |= _dropout(dropout_key)
     if parts == 1:
-        where["logits_at"] = batch["predict_at"]
+        options["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0
         targets = _place_at_predictors(jnp.where(batch["weights"] == 0, 0, targets), batch)
-    lies = jax.tree.leaves(placement.head_shardings(params))
-    if chunk == 0 or chunk and not lies and number_of_chunks(targets.shape[:2], chunk, parts) == 1:
-        logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
+    head_shardings = jax.tree.leaves(placement.head_shardings(params))
+    # A head that is gathered goes through the loop, even of one chunk.
+    if chunk and not head_shardings and number_of_chunks(targets.shape[:2], chunk, parts) == 1:
+        chunk = 0
+    if chunk == 0:
+        logits = forward(variables, batch["ids"], **options)  # [batch, m, vocab]
         return each(logits.astype(jnp.float32), targets)
-    hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
+    hidden = forward(variables, batch["ids"], return_hidden=True, **options)  # [batch, m, d_model]
     if chunk is None:
         head = functools.partial(forward, method="head")
         words = jax.eval_shape(head, variables, hidden[:, :1]).shape[-1]
@@ -221,18 +231,26 @@ def _head_values(
         logits = forward({"params": params}, hidden, method="head", **_dropout(key))
         return each(logits.astype(jnp.float32), targets)  # of [batch, c, vocab]
 
-    inputs = (params, dropout_key)
-    return map_chunks(chunk_values, inputs, hidden, targets, n_chunks, parts=parts, where=lies)
+    return map_chunks(
+        chunk_values,
+        (params, dropout_key),
+        hidden,
+        targets,
+        n_chunks,
+        parts=parts,
+        where=head_shardings,
+    )
 
 
 def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout_key": key}
 
 
-def _place_at_predictors(x: jax.Array, batch: Batch) -> jax.Array:
+def _place_at_predictors(values: jax.Array, batch: Batch) -> jax.Array:
     """Returns values, [batch, m], at the places that predict them: [batch, seq]."""
-    rows = jnp.arange(x.shape[0])[:, None]
-    return jnp.zeros(batch["ids"].shape, x.dtype).at[rows, batch["predict_at"]].add(x)
+    rows = jnp.arange(values.shape[0])[:, None]
+    zeros = jnp.zeros(batch["ids"].shape, values.dtype)
+    return zeros.at[rows, batch["predict_at"]].add(values)
 
 
 summed_loss = functools.partial(sum_over_tokens, cross_entropy)
@@ -254,9 +272,9 @@ def token_loss(
 
 @functools.cache
 def _token_loss(name: str, chunk: int | None, parts: int, placement: Placement) -> Loss:
-    how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
-    sums = functools.partial(sum_over_tokens, TOKEN_LOSSES[name].each, **how)
-    return Loss(sums, measured=None if name == DEFAULT else token_loss(DEFAULT, **how))
+    options: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
+    sums = functools.partial(sum_over_tokens, TOKEN_LOSSES[name].each, **options)
+    return Loss(sums, measured=None if name == DEFAULT else token_loss(DEFAULT, **options))
 
 
 CROSS_ENTROPY = token_loss()

@@ -172,10 +172,10 @@ def test_full_fine_tuning_is_stopped_by_a_signal(folder, tmp_path, monkeypatch, 
 
     def raising(*args):
         signal.raise_signal(signal.SIGTERM)
-        return measured(*args)
+        return take_measures(*args)
 
-    measured = loop._measured
-    monkeypatch.setattr(loop, "_measured", raising)
+    take_measures = loop._take_measures
+    monkeypatch.setattr(loop, "_take_measures", raising)
     grid = ["--methods", "full", "--full-lrs", "1e-4", "--seeds", "0"]
     assert compare(folder, tmp_path / "out", "--no-costs", grid=grid) == 143
     assert "Go on with: python -m train.compare" in capsys.readouterr().err
