@@ -304,7 +304,8 @@ class _Contents:
         """
 
         def member(factor: Leaf) -> np.ndarray:
-            return np.asarray(factor)[module.index].reshape(node.rank, -1)
+            layer_factor: np.ndarray = np.asarray(factor)[module.index]
+            return layer_factor.reshape(node.rank, -1)
 
         # The head of a table with an adapter for each use has the second half of the ranks.
         is_second = node.uses == "each" and module.uses == "product"
@@ -361,7 +362,8 @@ class _Contents:
 
         def layer_factor(factor: Leaf) -> np.ndarray:
             # The reshape gives a router, which has no axis of experts, one of size 1.
-            return np.asarray(factor)[layer].reshape(expert.n, node.rank, -1)[:, :rank]
+            factors: np.ndarray = np.asarray(factor)[layer]
+            return factors.reshape(expert.n, node.rank, -1)[:, :rank]
 
         a, b = layer_factor(node.a), layer_factor(node.b)
         if node.start is not None:

@@ -244,7 +244,7 @@ def _read_bases(
         _BaseSource(
             key=keys_of(module).base_weight,
             path=module.path,
-            index=module.index,
+            stack_index=module.index,
             is_transposed=not module.is_table,
         )
         for module in chosen
@@ -263,7 +263,7 @@ def _read_bases(
         if not reader.has(source.key):
             continue
         leaf = as_array(leaf_by_path[source.path])
-        index = source.index
+        index = source.stack_index
         shape = leaf.shape[len(index) :]
         tensor = reader.take(source.key, tuple(shape[::-1] if source.is_transposed else shape))
         if is_abstract(leaf):
@@ -281,13 +281,13 @@ class _BaseSource(NamedTuple):
     Attributes:
       key: the key of the tensor.
       path: path of the leaf.
-      index: index of the weight in the leaf's stack; empty for the whole leaf.
+      stack_index: index of the weight in the leaf's stack; empty for the whole leaf.
       is_transposed: whether the file has the transpose.
     """
 
     key: str
     path: str
-    index: tuple[int, ...]
+    stack_index: tuple[int, ...]
     is_transposed: bool
 
 

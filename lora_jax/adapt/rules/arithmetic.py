@@ -41,9 +41,9 @@ def _neg(_: Interpreter, use: Use) -> Outcome:
     return [weight.replace(base=use.bind(use.bases)[0], **negated)]
 
 
+_SIDES: tuple[Label, Label] = ("in", "out")
 # The parts that a factor multiplies, by the role of the axes that it varies along; "batch" where it
 # varies along neither in nor out axes.
-_SIDES: tuple[Label, Label] = ("in", "out")
 _SCALED: dict[Label, tuple[str, ...]] = {
     "in": ("a",),
     "out": ("b", "shift"),

@@ -121,7 +121,7 @@ class Order:
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
     def seen(self, steps: int) -> tuple[int, np.ndarray]:
-        """Returns the number of epochs that `steps` steps complete, and the rows after them: [m]."""
+        """Returns the number of epochs that some steps complete, and the rows after them: [m]."""
         n_epochs, n_rows = divmod(steps * self.rows_a_step, self.n_rows)
         return n_epochs, self._order(n_epochs)[:n_rows]
 
