@@ -156,7 +156,7 @@ def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
     """
     rank = slots.rank // (2 if node.start is not None else 1)
     padded_arrays: dict[str, Leaf] = {}
-    array: Any
+    array: Leaf
     for name, array in node.arrays.items():
         axis = rank_axis(node.axes_of(name), node.roles.labels(len(slots.shape)))
         if axis >= 0:

@@ -257,7 +257,7 @@ def _read_bases(
             if name.endswith(".weight") and not saved_modules(config, [name]):
                 key = f"{PREFIX}{name}"
                 sources.append(
-                    _BaseSource(key=key, path=row.path, index=(), is_transposed=row.transpose)
+                    _BaseSource(key=key, path=row.path, stack_index=(), is_transposed=row.transpose)
                 )
     for source in sources:
         if not reader.has(source.key):
