@@ -352,7 +352,7 @@ def _take_example(leaf: Leaf, example_arrays: Tree, index: jax.Array) -> Leaf:
 
     Args:
       leaf: the argument for the batch.
-      example_arrays: those of its arrays that differ from example to example, for this one.
+      example_arrays: the arrays of this example, where each example has its own.
       index: [] int32, the slot of the example.
     """
     if _is_choice(leaf):

@@ -306,7 +306,7 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
 
 
 def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
-    """Deletes those of the named files and folders that exist; by default all of a run's."""
+    """Deletes the named files and folders, if they exist; by default all of a run."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

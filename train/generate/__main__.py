@@ -65,17 +65,17 @@ def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -
         check_free(options.output, options.overwrite, "--output")
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
-    tokenizer = tokenizer_name(adapters, options.tokenizer)
-    base = base_of(adapters, options.model)
-    code = code_for(adapters, options.model_code)
+    sources = [adapter.source for adapter in adapters if adapter.source is not None]
+    tokenizer = tokenizer_name(sources, options.tokenizer)
+    base = base_of(sources, options.model)
+    code = code_for(sources, options.model_code)
     outline = read_model_info(base, tokenizer, model_code=code)
     if any(prompt.chat.images for prompt in prompts or ()):
         outline = outline.with_images()
-    outline = outline_as_trained(outline, adapters)
-    outline = outline_with_template(outline, adapters, options.chat_template)
-    for adapter in adapters:
-        if adapter.source:
-            adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
+    outline = outline_as_trained(outline, sources)
+    outline = outline_with_template(outline, sources, options.chat_template)
+    for source in sources:
+        source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
     check_template(options, outline, prompts or [])
     named_values = {name: value for name, value in vars(options).items() if name in named_options}
     outline, sampling = apply_generation_config(outline, options.generation_config, named_values)

@@ -72,13 +72,12 @@ def _label(path: str) -> str:
     return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
 
 
-def base_of(adapters: Sequence[NamedAdapter], model: str | None) -> str:
+def base_of(sources: Sequence[AdapterSource], model: str | None) -> str:
     """Returns the name of the base: that of --model, or the one that all adapters state.
 
     Raises:
       UserError: they state different ones, or one states none.
     """
-    sources = _sources(adapters)
     if model is not None or not sources:
         return model or DEFAULT_MODEL
     first, *others = sources
@@ -92,13 +91,12 @@ def base_of(adapters: Sequence[NamedAdapter], model: str | None) -> str:
     return first.base()
 
 
-def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> str | None:
+def tokenizer_name(sources: Sequence[AdapterSource], tokenizer: str | None) -> str | None:
     """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
 
     Raises:
       UserError: they were trained with different ones.
     """
-    sources = _sources(adapters)
     if tokenizer is not None or not sources:
         return tokenizer
     first, *others = sources
@@ -112,28 +110,22 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     return first.tokenizer
 
 
-def code_for(adapters: Sequence[NamedAdapter], model_code: str) -> str:
+def code_for(sources: Sequence[AdapterSource], model_code: str) -> str:
     """Returns the code that the base runs by: that of --model-code, or of the first adapter."""
     if model_code != "auto":
         return model_code
-    for source in _sources(adapters):
+    for source in sources:
         if source.model_code:
             return source.model_code
     return model_code
 
 
-def _sources(adapters: Sequence[NamedAdapter]) -> list[AdapterSource]:
-    """Returns the sources of the adapters, without the base alone."""
-    return [adapter.source for adapter in adapters if adapter.source is not None]
-
-
-def outline_as_trained(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
+def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> ModelInfo:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 
     Raises:
       UserError: they were trained on it in different ways.
     """
-    sources = _sources(adapters)
     for setting in ("rope_scaling", "quantize"):
         setting_of_files = outline.head.get(setting)
         for source in sources[1:]:
@@ -158,14 +150,13 @@ def outline_as_trained(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> 
 
 
 def outline_with_template(
-    outline: ModelInfo, adapters: Sequence[NamedAdapter], template: str | None
+    outline: ModelInfo, sources: Sequence[AdapterSource], template: str | None
 ) -> ModelInfo:
     """Returns the outline with the chat template of --chat-template, or else of the adapters.
 
     Raises:
       UserError: it cannot be read, or the adapters were trained with different ones.
     """
-    sources = _sources(adapters)
     if template is not None or not sources:
         return outline.with_template(template)
     outlines = [outline.with_template(source.chat_template, source.given) for source in sources]

@@ -76,11 +76,11 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     for name in _SCALED[role]:
         if name in weight.parts:
             part = weight.parts[name]
-            scaled_parts[name] = part * _in_layout(factor, weight.layout(name), part.dtype)
+            scaled_parts[name] = part * _with_layout(factor, weight.layout(name), part.dtype)
     return [weight.replace(base=base, **scaled_parts)]
 
 
-def _in_layout(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
+def _with_layout(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
     """Returns an array with the weight's axes, those not in `axes` of size one, in that layout."""
     weight_axes = [axis for axis in axes if axis != RANK]
     unit_axes = [axis for axis in range(array.ndim) if axis not in weight_axes]

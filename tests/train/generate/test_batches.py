@@ -161,7 +161,8 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     options = parse(["--adapter", f"a={folder / 'runs/sql'}", str(folder / "runs/sql/adapter")])
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
     adapters = find_adapters(options.adapter)
-    outline = read_model_info(base_of(adapters, options.model))
+    sources = [adapter.source for adapter in adapters if adapter.source is not None]
+    outline = read_model_info(base_of(sources, options.model))
     loaded = LoadedAdapters(model, trees["base"], adapters, outline, options)
     used = {name: loaded.use(name) for name in loaded.names}
     assert list(used) == ["a", "sql", "peft", "base"]

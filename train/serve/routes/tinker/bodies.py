@@ -37,7 +37,7 @@ class OwnerRequest:
 
     Attributes:
       http: the request.
-      owner: whose key it has.
+      owner: the owner of that key.
       body: its body.
     """
 
