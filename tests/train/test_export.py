@@ -101,12 +101,12 @@ def test_a_run_as_a_peft_adapter(base, finished, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "adapter_config.json" in shown
     assert "names no base, because the base is a local folder" in shown
-    assert f'PeftModel.from_prefinished(AutoModelForCausalLM.from_prefinished("{base}"' in shown
+    assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"' in shown
     assert {path.name for path in tmp_path.iterdir()} == {"peft"}
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None  # no path of this machine
     assert config["task_type"] == "CAUSAL_LM" and config["r"] == 2
-    model, params = models.from_prefinished(base)
+    model, params = models.from_pretrained(base)
     tree = lj.load_adapter(finished / "adapter", params)
     assert_identical(lp.load(output, model, params), tree)
     assert np.abs(logits(model, tree) - plain_logits(model, params, IDS)).max() > 1e-3
@@ -127,12 +127,12 @@ def test_a_run_as_a_merged_model(base, finished, tmp_path, capsys):
     args = ["--adapter", finished / "adapter", "--output", output, "--merged"]
     export(*args, "--max-shard-size", "0.02MB")
     shown = capsys.readouterr().out
-    assert f'AutoModelForCausalLM.from_prefinished("{output}")' in shown and "float32" in shown
+    assert f'AutoModelForCausalLM.from_pretrained("{output}")' in shown and "float32" in shown
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < names
-    model, params = models.from_prefinished(base)
+    model, params = models.from_pretrained(base)
     tree = lj.load_adapter(finished / "adapter", params)
-    again, merged = models.from_prefinished(output)
+    again, merged = models.from_pretrained(output)
     assert_close(plain_logits(again, merged, IDS), logits(model, tree), 1e-5)
     assert models.load_tokenizer(output)("abc") == tokenizer()("abc")
 
