@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import THOROUGH
 from tests.train.serve.fakes import FACTS
 from tests.train.serve.protobuf import (
     BF16,
@@ -170,7 +171,7 @@ def test_garbage_is_a_request_error(body):
         decoded(body)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000 if THOROUGH else 300, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, len(BODY) - 1), st.integers(0, 255)), min_size=1, max_size=9),
     st.integers(0, len(BODY)),

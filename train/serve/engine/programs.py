@@ -187,15 +187,15 @@ class SamplingPrograms:
         Returns:
           The logits after each piece, [prompts, 1, vocab], and the caches.
         """
-
-        def run(slot: Number, ids: jax.Array, n: Number, cache: Cache) -> tuple[jax.Array, Cache]:
-            return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
-
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
-        each_piece = jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n)
-        logits, after = jax.vmap(run)(*each_piece, stacked)
-        each = [jax.tree.map(lambda x, i=i: x[i], after) for i in range(len(caches))]
-        return logits, tuple(each)
+        run_chunk: Any = jax.vmap(functools.partial(self._run_chunk, tree))
+        stacked_caches = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        logits, stacked_caches = run_chunk(
+            jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n), stacked_caches
+        )
+        caches = tuple(
+            jax.tree.map(lambda x, i=i: x[i], stacked_caches) for i in range(len(caches))
+        )
+        return logits, caches
 
     def _run_rows(self, tree: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
         """Runs the newest token of each row by its adapter; takes the rows."""
