@@ -302,7 +302,7 @@ class Rendered(NamedTuple):
 
         Args:
           n: the number of turns that are looked at.
-          said: for turns by their index, the text that ends with the turn, as far as it is known.
+          texts: for turns by their index, the text that ends with the turn, as far as it is known.
 
         Raises:
           TrainingError: the template shows a field in no turn.

@@ -131,7 +131,7 @@ def read_pixels(
     """Reads images into a temporary file: [n, channels, height, width] uint8; see `images`.
 
     Args:
-      found: the images; see ``ImageProcessor.pixels``.
+      sources: the images; see ``ImageProcessor.pixels``.
       names: their names in errors.
       processor: resizes and cuts them.
 
