@@ -25,6 +25,7 @@ from train.compare.divergence import BaseDivergence
 from train.compare.sweep import Sweep
 from train.grpo import main as grpo
 from train.reporters.files import read_json
+from train.run.task import EvaluatedModel
 from train.tasks.reward_scores import standard_error
 from train.tasks.sql import accuracy_error
 
@@ -263,7 +264,7 @@ def test_a_divergence_on_some_prompts_says_so(folder, monkeypatch):
         monkeypatch.setattr(divergence, "_HELD", held * of_prompt)
         monkeypatch.setattr(divergence, "_PART", part * of_prompt)
         base = BaseDivergence()
-        base.read(model, params, model.apply, outline, prompts, 2)
+        base.read(EvaluatedModel(model, params, model.apply), outline, prompts, 2)
         assert base.measured_on == words and [len(part.ids) for part in base.parts] == rows
         assert base.tokens == 2 * sum(rows)
 
