@@ -20,6 +20,7 @@ from lora_jax.training.processes import write_json
 from train.adapters.source import find_adapter, runnable
 from train.environments.sql.examples import score
 from train.run.pretrained import read_model, read_model_info
+from train.run.task import EvaluatedModel
 from train.sft import main as sft
 from train.tasks.sql_scores import answer, draw_questions
 
@@ -45,7 +46,7 @@ def outcomes(folder: Path, codes: str, seed: int, questions: int, steps: int | N
     outline = read_model_info(found.base()).quantized(found.quantize)
     model, params = read_model(outline.name, dtype="float32", **outline.head)
     forward, params = runnable(model, found.load(model, params, outline.name))
-    answers = answer(model, params, outline, drawn, forward=forward)
+    answers = answer(EvaluatedModel(model, params, forward), outline, drawn)
     right = [
         int(score(example, given))
         for kind, examples in drawn.items()

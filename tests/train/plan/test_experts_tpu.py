@@ -91,6 +91,6 @@ def estimate_of_blocks():
 
 def test_a_product_forms_the_kernel_where_scales_come_by_whole_tiles(monkeypatch):
     new = estimate_of_blocks()
-    monkeypatch.setattr(coded, "_spread_tiles", coded._spread)
+    monkeypatch.setattr(coded, "_repeat_by_tiles", coded._repeat)
     old = estimate_of_blocks()
     assert 2 * new < old
