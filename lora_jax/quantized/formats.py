@@ -137,7 +137,8 @@ class Format:
             scales = absmax / jnp.float32(self.top)
         else:
             scales = self.scale_of(absmax)
-        return scales.astype(jnp.float32)
+        scales_fp32: jax.Array = scales.astype(jnp.float32)
+        return scales_fp32
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"

@@ -242,8 +242,8 @@ def call_module(
     module: torch.nn.Module, arrays: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
     """Calls a module with JAX's arrays for its parameters and buffers, by name."""
-    tensors, args, kwargs = to_torch((dict(arrays), tuple(args), dict(kwargs)))
-    return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
+    tensors: Any = to_torch((dict(arrays), tuple(args), dict(kwargs)))
+    return torch.func.functional_call(module, *tensors, tie_weights=False)
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
