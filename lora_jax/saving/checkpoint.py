@@ -209,14 +209,16 @@ def _orbax() -> Any:
 
 def _checkpointer(ocp: Any, is_own: bool) -> Any:
     """Returns Orbax's writer: of all processes together, or of this one alone."""
+    # Folders that a thread makes are announced by a signal. Its name is the number of the process's
+    # newest save: where another thread begins one meanwhile, this save waits for a signal in vain.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     if not is_own:
-        return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        composite_options = ocp.CompositeOptions(async_options=at_once)
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler(composite_options=composite_options))
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
     )
-    # The signal that a folder was made in another thread would come from any process's.
-    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(
             multiprocessing_options=alone, async_options=at_once

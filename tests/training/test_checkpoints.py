@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.futures.future import AwaitableSignalsContract
 
+import lora_jax as lj
 from lora_jax.training.errors import DamagedCheckpoint
+from lora_jax.training.run.bucket_files import checkpoint_writer
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.step import State
 from tests.support import array, over
@@ -211,3 +215,41 @@ def test_bytes_that_decode_but_differ_are_found(saved, monkeypatch):
     # The control: without the digests, the other's arrays are taken for this one's.
     monkeypatch.setattr(Checkpoints, "_recorded", lambda _: {"2": {}, "3": {}})
     assert_same(saved.restore(state_at(0))[0], state_at(2))
+
+
+def save_an_adapter(folder):
+    params = {"dense": {"kernel": array(np.ones((4, 3)))}}
+    lj.save_adapter(folder, lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)]))
+
+
+def save_a_checkpoint(folder, writer=checkpoint_writer):
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave({"a": np.ones(3)}), run=ocp.args.JsonSave({"cursor": 1})
+    )
+    with writer() as opened:
+        opened.save(folder, items)
+
+
+def test_a_save_waits_for_no_signal_that_another_thread_could_take(tmp_path, monkeypatch):
+    """An adapter is saved beside the thread that writes a checkpoint to a bucket.
+
+    Orbax names signals by the number of the process's newest save, whichever thread began it.
+    """
+    waits = []
+    add = AwaitableSignalsContract.add_to_awaitable_signals_contract
+
+    def add_and_count(signals):
+        waits.extend(signals)
+        add(signals)
+
+    monkeypatch.setattr(
+        AwaitableSignalsContract, "add_to_awaitable_signals_contract", add_and_count
+    )
+    save_a_checkpoint(tmp_path / "checkpoint")
+    save_an_adapter(tmp_path / "adapter")
+    assert not waits
+    # The control: Orbax's own way.
+    save_a_checkpoint(
+        tmp_path / "control", lambda: ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    )
+    assert waits

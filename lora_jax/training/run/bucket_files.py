@@ -98,8 +98,8 @@ class BucketFiles:
         tries = 1 if jax.process_count() > 1 else _TRIES  # all processes would have to begin anew
         for left in reversed(range(tries)):
             try:
-                with _checkpointer() as checkpointer:
-                    checkpointer.save(self._url(step), items)
+                with checkpoint_writer() as writer:
+                    writer.save(self._url(step), items)
                     return
             except Exception:
                 if not left:
@@ -113,8 +113,8 @@ class BucketFiles:
         """
         for left in reversed(range(_TRIES)):
             try:
-                with _checkpointer() as checkpointer:
-                    return checkpointer.restore(self._url(step), args)
+                with checkpoint_writer() as writer:
+                    return writer.restore(self._url(step), args)
             except Exception:
                 if not left:
                     raise
@@ -175,13 +175,18 @@ class BucketFiles:
         return str(self._folder / str(step))
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def checkpoint_writer() -> ocp.Checkpointer:
+    """Returns Orbax's reader and writer of a checkpoint's items, of all processes together."""
     n = jax.process_count()
     processes = ocp.options.MultiprocessingOptions(
         active_processes=set(range(n)) if n > 1 else None
     )
+    # As in `save_adapter`, which the training thread calls while this checkpoint is written.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        composite_options=ocp.CompositeOptions(
+            multiprocessing_options=processes, async_options=at_once
+        ),
         state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
         run=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
     )
