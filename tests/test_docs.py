@@ -82,6 +82,7 @@ def test_code_runs(blocks, tmp_path, monkeypatch, capsys):
     run(blocks, capsys)
 
 
+@pytest.mark.slow
 def test_code_of_the_first_page_learns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ((_, blocks),) = programs("README.md")

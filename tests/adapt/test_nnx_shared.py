@@ -137,6 +137,7 @@ def test_an_adapter_of_the_module_loads_onto_the_state(tmp_path):
     assert_close(lj.adapt(call)(tree, X), y, 1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_merged_or_stripped_shares_again():
     tree = with_random_factors(lj.lorafy(Net(), RULES))
     for plain in (lj.merge(tree), lj.strip(tree), lj.quantized.dequantize(lj.strip(tree))):

@@ -181,6 +181,7 @@ def test_choices_of_what_trains():
     assert [x.is_deleted() for x in before] == [True, True, False]  # A, B, and the scale
 
 
+@pytest.mark.slow
 def test_threads_share_what_trains():
     """One trains, one samples, one lets others join and leave: a sampler sees whole steps."""
     together = Together(lj.adapt(lambda params, x: x @ params["kernel"]), PARAMS)

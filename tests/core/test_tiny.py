@@ -242,6 +242,7 @@ def test_a_pair_without_a_seed_is_filed_once(tmp_path):
     assert loaded["out"]["kernel"].shared_a is loaded["layers"]["up"]["kernel"].shared_a
 
 
+@pytest.mark.slow
 def test_xs_on_another_base_is_refused(tmp_path):
     """Also where another base is accepted; rounding is not another base."""
     lj.save_adapter(tmp_path / "a", tree("xs"))

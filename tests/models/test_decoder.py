@@ -117,6 +117,7 @@ def test_a_cache_changes_nothing(case: str, sizes: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(cache.length, [9, 9])
 
 
+@pytest.mark.slow
 def test_a_window_counts_tokens_not_padding() -> None:
     """Right-padded prompts leave a gap in the cache that the window does not see."""
     model, params = tiny.decoder("mistral with a window")

@@ -69,7 +69,7 @@ def judged(made: Any, tokens: np.ndarray, temperature: float) -> np.ndarray:
     return np.stack(found)
 
 
-@over("case", ["llama3", "gpt2", "gpt-oss"], often=["llama3"])
+@over("case", ["llama3", "gpt2", "gpt-oss"], often=[])
 def test_log_probabilities_are_those_of_the_whole_vocabulary(case: str) -> None:
     """Whatever the tokens were drawn from; at temperature 0 it is 1."""
     made = adapted(case)

@@ -33,9 +33,10 @@ def streamed(*args: Any, n: int = 8, **options: Any) -> np.ndarray:
     return np.stack(list(stream(*args, max_new_tokens=n, **options)), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drawing",
-    [pytest.param(dict, id="greedy", marks=pytest.mark.slow), pytest.param(sampled, id="sampled")],
+    [pytest.param(dict, id="greedy"), pytest.param(sampled, id="sampled")],
 )
 def test_it_is_generate_step_by_step(
     tiny_model: Any, drawing: Callable[[], dict[str, Any]]

@@ -353,6 +353,7 @@ def test_on_a_mesh_it_is_as_on_one_device():
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_it_trains_by_optax():
     params = {"head": {"kernel": draw(5, (5, 7))}, "up": {"kernel": draw(6, (7, 5))}}
     x = np.asarray(draw(9, (17, 5)))

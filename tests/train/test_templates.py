@@ -110,6 +110,7 @@ def peft_folder(folder, template):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_run_of_before_goes_on_with_the_template_of_its_base(folder, tmp_path):
     """It began when adapters of PEFT did not give theirs."""
     given = ["--init-adapter", peft_folder(tmp_path / "peft", OWN), "--model", folder.model]

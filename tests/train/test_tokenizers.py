@@ -96,6 +96,7 @@ def test_one_that_does_not_fit_is_refused(folder, tmp_path, capsys):
     assert said.startswith(f"--tokenizer {tmp_path / 'none'}: ")
 
 
+@pytest.mark.slow
 def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys, monkeypatch):
     module, params = folder.base
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])

@@ -21,6 +21,8 @@ from tests.support import array, assert_close, lorafied, with_random_factors
 from train.plan.clock.work import work_of
 from train.plan.flops.checked import step_work
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, WIDTH, INNER, CHOSEN = 8, 12, 10, 2
 BATCH, SEQ = 4, 18
 NAMES = ("gate", "up", "down")
@@ -84,11 +86,11 @@ def layout_of(**sizes):
 
 CASES = [
     ({"expert": 2, "tensor": 2}, "one part", "ragged", 1),
-    pytest.param({"data": 2, "expert": 2}, "one part of some", "blocks", 3, marks=pytest.mark.slow),
-    pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "blocks", 3, marks=pytest.mark.slow),
-    pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "ragged", 1, marks=pytest.mark.slow),
-    pytest.param({"expert": 4}, "one part", "blocks", 3, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 2, "expert": 2}, "codes", "blocks", 1, marks=pytest.mark.slow),
+    ({"data": 2, "expert": 2}, "one part of some", "blocks", 3),
+    ({"expert": 2, "tensor": 2}, "a bias on B", "blocks", 3),
+    ({"expert": 2, "tensor": 2}, "a bias on B", "ragged", 1),
+    ({"expert": 4}, "one part", "blocks", 3),
+    ({"fsdp": 2, "expert": 2}, "codes", "blocks", 1),
 ]
 
 
@@ -118,7 +120,6 @@ def kernels_in(text):
     return {int(n) for n in shapes}
 
 
-@pytest.mark.slow
 def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
     """No device has the kernels of others; turns for an uneven choice are not counted."""
     text, gathered, alone = (
@@ -135,7 +136,6 @@ def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
     assert work_of(text).flops > 2 * flops, "the control"
 
 
-@pytest.mark.slow
 def test_a_family_routes_as_on_one_device():
     """DeepSeek-V3, whose router knows groups, with two parts of its experts."""
     model, params = tiny.decoder("deepseek v3")

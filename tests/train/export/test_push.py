@@ -104,6 +104,7 @@ def test_a_merged_model_arrives_without_an_output(hub, adapter, tmp_path, monkey
     assert [path for path in tmp_path.iterdir() if path.name != "hub cache"] == []
 
 
+@pytest.mark.slow
 def test_an_export_is_replaced_only_when_asked(hub, adapter, tmp_path, capsys):
     hub.add("me/name", **{"model-00001.safetensors": b"old", "notes.txt": b"mine"})
     said = fails(capsys, adapter, "--push-to-hub", "me/name")

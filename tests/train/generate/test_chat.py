@@ -121,6 +121,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_a_conversation_that_fills_the_models_positions(made, talk):
     lines = ["a" * 150, "b" * 40, "c", "/reset", "c"]
     said, turns = talk("--model", made[0], lines=lines)

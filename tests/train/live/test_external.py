@@ -128,7 +128,7 @@ LIES = {  # what is held in the place of the adapter asked for, and how the run 
 }
 
 
-@over("lie", LIES, often=["the base"])
+@over("lie", LIES, often=[])
 def test_a_sampler_that_holds_another_adapter_is_refused(folder, serving, tmp_path, capsys, lie):
     """Before the first step, and where the adapter begins as the base, too."""
     stub, sampler = serving

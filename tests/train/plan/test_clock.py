@@ -176,7 +176,8 @@ ENTRY"""
     assert made.uncovered == pytest.approx(4 * (SENT - 1500) * 1e-9, rel=1e-9)
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_products_of_a_head_in_chunks_are_in_its_group(tied):
     """Also where the table of tokens is the head as well."""
     config = dataclasses.replace(LLAMA, tie_word_embeddings=tied, num_hidden_layers=1)

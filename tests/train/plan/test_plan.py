@@ -56,7 +56,7 @@ def model(tmp_path_factory):
         ("full", True),
         ("dots_with_no_batch_dims_saveable", False),
     ],
-    often=["full, False"],
+    often=[],
     called=lambda case: f"{case[0]}, {case[1]}",
 )
 def test_flops_are_those_counted_by_hand(model, full, remat):

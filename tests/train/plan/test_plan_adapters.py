@@ -36,6 +36,7 @@ def test_memory_grows_by_the_adapters_alone(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_json(tmp_path, capsys):
     model = write(tmp_path, FIELDS)
     options = ["--model", model, "--batch-size", "4", "--seq-len", "16", "--dtype", "float32"]

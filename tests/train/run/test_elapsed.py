@@ -73,6 +73,7 @@ def test_a_process_of_a_table_counts_once(clock, tmp_path):
     assert whole_time(folders[1:], alone) == "50 s in 2 processes"
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_imports_and_nothing_that_a_shell_did_before():
     imports = "import time\nwhile time.process_time() < 0.4: pass\n"
     code = f"{imports}from train import BEGAN\nprint(time.monotonic() - BEGAN)"

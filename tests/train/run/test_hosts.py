@@ -298,7 +298,8 @@ def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
     eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
 
 
-@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 2])
 def test_the_others_and_itself_are_told_of_a_process_that_is_frozen(who, processes, monkeypatch):
     """It sends nothing, and ends nothing; of the others, whose hearts beat, none is told of."""
     lines, told = connected(processes, 3, timeout=1.5)

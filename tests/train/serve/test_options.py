@@ -110,6 +110,7 @@ def is_draining(address):
     return lambda: status(address, "healthz") == {"status": "draining"}
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):
     process, address, work, found = server
     process.send_signal(signal.SIGTERM)

@@ -102,6 +102,7 @@ def openings(host, rows, **options):
     return [future.result(60).opening for future in host.open(rows, **options)]
 
 
+@pytest.mark.slow
 def test_generators_of_a_users_files_have_the_rows_seed_and_streams_of_their_own(folder):
     rows = [{"row": n} for n in (1, 1, 2)]
     with hosted(folder, "Game") as host:

@@ -52,6 +52,7 @@ class Reference:
         return {*np.flatnonzero(p >= fields.get("min_p", 0.0) * (1 - 1e-5)).tolist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(LIMITS)))
 def test_draws_by_vllms_formulas(world, engine, number):
     fields = {**FIELDS, **LIMITS[number], "seed": number}

@@ -135,6 +135,7 @@ def test_who_fills_all_rows_keeps_nobody_out(engine, monkeypatch):
     log.check()
 
 
+@pytest.mark.slow
 def test_rows_are_shared_evenly(engine, monkeypatch):
     log = Log(engine, monkeypatch)
     with held(engine):

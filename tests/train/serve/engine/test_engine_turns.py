@@ -36,6 +36,7 @@ def forget(engine):
     engine._sampler._runner.store.clear()
 
 
+@pytest.mark.slow
 @of_families
 def test_shared_prefixes_run_once(engine):
     prompt = ids(np.random.default_rng(0), 30).tolist()
@@ -85,6 +86,7 @@ def test_long_prompts_hold_up_no_short_ones(engine):
     assert seen["long 1"] > 8 * CHUNK
 
 
+@pytest.mark.slow
 def test_a_chunk_of_prompts_runs_between_two_tokens_of_a_neighbour(engine):
     """Whoever asks for them, and however many rows are free."""
     forget(engine)
