@@ -70,6 +70,7 @@ def test_names_owners_and_last_use_stand_beside_ids(monkeypatch, tmp_path):
         before, made = status(port), time.time()
         models.append(create(post("create_session")["session_id"]))  # there is no room for it
         until(lambda: status(port)[models[0]]["parked"], "another is parked")
+        until(lambda: models[3] in status(port), "it has the room")
         parked = status(port)
         post("optim_step", model_id=models[0], seq_id=1, adam_params={})
         until(lambda: not status(port)[models[0]]["parked"], "it is back")
