@@ -152,12 +152,16 @@ def pissa(
     PiSSA (Meng et al., arXiv 2404.02948), PEFT's ``init_lora_weights="pissa"``. A full
     decomposition of each kernel: see `fast_pissa` for large ones.
 
+    Raises:
+      ValueError: the rank is larger than the number of W's singular values.
+
     >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.pissa)])
     >>> tree["kernel"].a.shape
     (2, 4)
     """
     del key
+    _check_rank(shape.rank, kernel)
     u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
     return _singular(u, s, vt, shape.rank, scale)
 
@@ -182,6 +186,7 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
     def init(
         key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
     ) -> Factors:
+        _check_rank(shape.rank, kernel)
         n_vectors = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
         probe = jax.random.normal(key, (*shape.batch, shape.fan_out, n_vectors), kernel.dtype)
         q, _ = jnp.linalg.qr(kernel @ probe)
@@ -214,12 +219,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
     >>> bool(jnp.allclose(a @ b, 1, atol=1e-5)), bool((b > 0).all())
     (True, True)
     """
-    if rank > min(kernel.shape[-2:]):
-        raise ValueError(
-            f"rank {rank}: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} has "
-            f"{min(kernel.shape[-2:])} singular values: choose a smaller rank"
-        )
-
+    _check_rank(rank, kernel)
     n_vectors = min(rank + 10, *kernel.shape[-2:])
     is_exact = n_vectors == min(kernel.shape[-2:])
 
@@ -239,6 +239,16 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
     batch = kernel.shape[:-2]
     a, b = jax.lax.map(decompose, kernel.reshape(-1, *kernel.shape[-2:]))
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
+
+
+def _check_rank(rank: int, kernel: jax.Array) -> None:
+    """Raises where a kernel [batch…, in, out] has fewer singular values than the rank."""
+    n_values = min(kernel.shape[-2:])
+    if rank > n_values:
+        raise ValueError(
+            f"rank {rank}: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} has {n_values} "
+            "singular values: choose a smaller rank"
+        )
 
 
 def _subspace_svd(w: jax.Array, n_vectors: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -276,5 +286,6 @@ def olora(
     (2, 4)
     """
     del key, scale
+    _check_rank(shape.rank, kernel)
     q, r = jnp.linalg.qr(kernel.mT)
     return r[..., : shape.rank, :].mT, q[..., : shape.rank].mT

@@ -183,8 +183,9 @@ def _draw_factors(
         base = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
         a, b = rule.init(key, shape, dtype, **base)
         if a.shape != shape.a or b.shape != shape.b:
+            name = getattr(rule.init, "__qualname__", rule.init)
             raise ValueError(
-                f"the initialiser {rule.init!r} returned A of shape {a.shape} and B of shape "
+                f"the initialiser {name} returned A of shape {a.shape} and B of shape "
                 f"{b.shape}; expected {shape.a} and {shape.b}"
             )
         return a.astype(dtype), b.astype(dtype)

@@ -150,11 +150,18 @@ def test_orthogonal_needs_an_even_rank():
         lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=3, init=lj.init.orthogonal)])
 
 
+@pytest.mark.parametrize("init", [lj.init.pissa, lj.init.fast_pissa(), lj.init.olora])
+def test_a_rank_beyond_the_kernels_is_refused(init):
+    """The message is about the user's rank, not about shapes of factors."""
+    with pytest.raises(ValueError, match="rank 6: a kernel of 5 by . has 5 singular values"):
+        lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=6, init=init)])
+
+
 def test_an_initialiser_of_ones_own_is_checked():
     def wrong(key, shape, dtype):
         return jnp.zeros((1, 1), dtype), jnp.zeros(shape.b, dtype)
 
-    with pytest.raises(ValueError, match=r"A of shape \(1, 1\).*expected \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"wrong returned A of shape \(1, 1\).*expected \(5, 2\)"):
         lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=2, init=wrong)])
 
 
