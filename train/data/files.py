@@ -235,8 +235,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     """Returns the files of a folder that are of a split, in the order of their names."""
-    paths = sorted(path for path in folder.rglob("*") if kind_of(path.name))
-    paths = [path for path in paths if not _is_hidden(path, folder)]
+    paths = sorted(path for path in _files_under(folder) if kind_of(path.name))
     if not paths:
         raise UserError(
             f"--dataset {folder}: the folder has no file of one of the kinds "

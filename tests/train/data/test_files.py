@@ -101,6 +101,14 @@ def test_a_folder_has_files_of_splits(tmp_path):
         read_rows(str(tmp_path / "empty"))
 
 
+def test_rows_are_read_once_from_a_folder_named_as_a_file(tmp_path):
+    """Spark writes data.parquet/part-00000.parquet."""
+    folder = tmp_path / "data.parquet"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "part-00000.parquet")
+    assert read_rows(str(tmp_path)) == read_rows(str(folder)) == ROWS
+
+
 def test_folders_that_datasets_saved(tmp_path):
     calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
