@@ -4,7 +4,8 @@ A row is cut into equal chunks along the axis ``sequence``. Keys and values are 
 layer at a time: with grouped heads they are a fraction of the queries, and linear in the length.
 Under a causal mask the last queries see the most keys. To balance the work, each device exchanges
 half of its queries first, and its results afterwards: of 2n chunks, device i of n works on chunks
-i and 2n - 1 - i, which together see 2n + 1 chunks, whatever i is.
+i and 2n - 1 - i, which together see 2n + 1 chunks, whatever i is. A split is paired where queries
+are exchanged like this.
 """
 
 import dataclasses
@@ -53,58 +54,91 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
     """
 
     def attend_mesh(*arguments: Any) -> jax.Array:
-        q, k, v, mask, scale, cap, sinks = AttentionInputs(*arguments)
+        inputs = AttentionInputs(*arguments)
+        n_queries, n_heads = inputs.q.shape[1:3]
         split = None
-        if mask.aligned and q.shape[1] == k.shape[1]:
-            split = split_of(q.shape[1], mesh.shape[AXIS], causal=mask.causal)
-        k, v = (_repeated(x, q.shape[2], mesh.shape["tensor"]) for x in (k, v))
-        heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
-        axes = (BATCH, AXIS if split else None, heads, None)
-        of_arrays = sharding_for(axes, q.shape, mesh).spec
-        # A number stays a number, for kernels that need one.
-        given = scale if isinstance(scale, jax.Array) else None
-
-        def attend_part(inputs: AttentionInputs) -> jax.Array:
-            inputs = inputs._replace(scale=scale if given is None else inputs.scale, cap=cap)
-            if split is None:
-                return local(*inputs.arguments)
-            queries = split.take(inputs.mask.queries)
-            mask = dataclasses.replace(inputs.mask, queries=queries, aligned=False, split=split)
-            k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (inputs.k, inputs.v))
-            inputs = inputs._replace(k=k, v=v, mask=mask)
-            if not split.paired:
-                return local(*inputs.arguments)
-            paired = inputs._replace(q=_pair_chunks(inputs.q, split))
-            return _unpair_chunks(local(*paired.arguments), split)
-
-        # A mask has a few integers per token: a device has those of all queries, and takes its own.
-        of_mask = jax.tree.map(
-            lambda x: sharding_for((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
+        # Queries that look into a cache are not split.
+        if inputs.mask.aligned and n_queries == inputs.k.shape[1]:
+            split = split_of(n_queries, mesh.shape[AXIS], causal=inputs.mask.causal)
+        head_devices = mesh.shape["tensor"]
+        inputs = inputs._replace(
+            k=_repeat_heads(inputs.k, n_heads, head_devices),
+            v=_repeat_heads(inputs.v, n_heads, head_devices),
         )
-        of_sinks = None if sinks is None else P(of_arrays[2])
-        arrays = AttentionInputs(q, k, v, mask, given, None, sinks)
-        of_scale = None if given is None else P()
-        of_inputs = [of_arrays, of_arrays, of_arrays, of_mask, of_scale, None, of_sinks]
-        specs = AttentionInputs._make(of_inputs)
+        # A number stays a number, for kernels that need one: only an array goes to the devices.
+        array_scale = inputs.scale if isinstance(inputs.scale, jax.Array) else None
+        arrays = inputs._replace(scale=array_scale, cap=None)
+
+        def attend_on_device(device_arrays: AttentionInputs) -> jax.Array:
+            device_inputs = device_arrays._replace(cap=inputs.cap)
+            if array_scale is None:
+                device_inputs = device_inputs._replace(scale=inputs.scale)
+            if split is None:
+                return local(*device_inputs.arguments)
+            return _attend_split(local, device_inputs, split)
+
+        specs = _input_specs(arrays, split, mesh)
         # Kernels do not say over which axes of a mesh their results differ.
         run = jax.shard_map(
-            attend_part, mesh=mesh, in_specs=(specs,), out_specs=of_arrays, check_vma=False
+            attend_on_device, mesh=mesh, in_specs=(specs,), out_specs=specs.q, check_vma=False
         )
         return run(arrays)
 
     return attend_mesh
 
 
-def _repeated(x: jax.Array, heads: int, devices: int) -> jax.Array:
+def _input_specs(arrays: AttentionInputs, split: Split | None, mesh: Mesh) -> AttentionInputs:
+    """Returns the specs of the arrays among attention's inputs; None for those that are missing."""
+    has_divisible_heads = arrays.k.shape[2] % mesh.shape["tensor"] == 0
+    head_axis = "tensor" if has_divisible_heads else None
+    query_axis = None if split is None else AXIS
+    qkv_spec = sharding_for((BATCH, query_axis, head_axis, None), arrays.q.shape, mesh).spec
+
+    def mask_spec(array: Any) -> P:
+        """Returns the spec of an array of the mask: each device has that of all queries."""
+        if array.ndim != 2:
+            return P()
+        return sharding_for((BATCH, None), array.shape, mesh).spec
+
+    return AttentionInputs(
+        q=qkv_spec,
+        k=qkv_spec,
+        v=qkv_spec,
+        mask=jax.tree.map(mask_spec, arrays.mask),
+        scale=None if arrays.scale is None else P(),
+        cap=None,
+        sinks=None if arrays.sinks is None else P(qkv_spec[2]),
+    )
+
+
+def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> jax.Array:
+    """Returns the attention of a device's queries over the keys of all devices."""
+    # The mask's integers of all queries are on each device, which takes its own.
+    queries = split.take(inputs.mask.queries)
+    inputs = inputs._replace(
+        k=lax.all_gather(inputs.k, AXIS, axis=1, tiled=True),
+        v=lax.all_gather(inputs.v, AXIS, axis=1, tiled=True),
+        mask=dataclasses.replace(inputs.mask, queries=queries, aligned=False, split=split),
+    )
+    if not split.paired:
+        return local(*inputs.arguments)
+    inputs = inputs._replace(q=_pair_chunks(inputs.q, split))
+    return _unpair_chunks(local(*inputs.arguments), split)
+
+
+def _repeat_heads(x: jax.Array, n_heads: int, head_devices: int) -> jax.Array:
     """Returns keys or values with as many heads as devices can share, if that is possible.
 
     Args:
       x: [batch, keys, kv_heads, head_dim].
-      heads: the number of heads of queries.
-      devices: the number of devices that share the heads.
+      n_heads: the number of heads of queries.
+      head_devices: the number of devices that share the heads.
     """
-    needed = math.lcm(x.shape[2], devices)
-    return x if heads % needed else jnp.repeat(x, needed // x.shape[2], axis=2)
+    kv_heads = x.shape[2]
+    n_repeated_heads = math.lcm(kv_heads, head_devices)
+    if n_heads % n_repeated_heads != 0:
+        return x
+    return jnp.repeat(x, n_repeated_heads // kv_heads, axis=2)
 
 
 def _pair_chunks(x: jax.Array, split: Split) -> jax.Array:
@@ -115,35 +149,36 @@ def _pair_chunks(x: jax.Array, split: Split) -> jax.Array:
     Args:
       x: [batch, queries, …], on a device.
     """
-    even, odd = (
-        lax.ppermute(half, split.axis, _homes(split.parts, parity))
-        for parity, half in enumerate(jnp.split(x, 2, axis=1))
-    )
-    return _ordered(even, odd, split)
+    even_chunk, odd_chunk = jnp.split(x, 2, axis=1)
+    even_chunk = lax.ppermute(even_chunk, split.axis, _chunk_moves(split.parts, parity=0))
+    odd_chunk = lax.ppermute(odd_chunk, split.axis, _chunk_moves(split.parts, parity=1))
+    return _join_swapped(even_chunk, odd_chunk, split)
 
 
 def _unpair_chunks(x: jax.Array, split: Split) -> jax.Array:
     """Exchanges chunks back; see ``_pair_chunks``."""
-    first, last = jnp.split(x, 2, axis=1)
-    halves = jnp.split(_ordered(first, last, split), 2, axis=1)  # the even chunk, the odd one
-    back = [
-        lax.ppermute(
-            half, split.axis, [(there, here) for here, there in _homes(split.parts, parity)]
-        )
-        for parity, half in enumerate(halves)
-    ]
-    return jnp.concatenate(back, axis=1)
+    lower_chunk, upper_chunk = jnp.split(x, 2, axis=1)
+    chunks_by_parity = jnp.split(_join_swapped(lower_chunk, upper_chunk, split), 2, axis=1)
+    own_chunks = []
+    for parity, chunk in enumerate(chunks_by_parity):
+        moves_back = [(end, start) for start, end in _chunk_moves(split.parts, parity)]
+        own_chunks.append(lax.ppermute(chunk, split.axis, moves_back))
+    return jnp.concatenate(own_chunks, axis=1)
 
 
-def _ordered(one: jax.Array, other: jax.Array, split: Split) -> jax.Array:
-    """Joins two chunks; odd devices, whose first chunk is an odd one, put `other` first."""
-    swapped = lax.axis_index(split.axis) % 2 == 1
-    return jnp.where(
-        swapped, jnp.concatenate([other, one], axis=1), jnp.concatenate([one, other], axis=1)
-    )
+def _join_swapped(left: jax.Array, right: jax.Array, split: Split) -> jax.Array:
+    """Joins two chunks, swapped on odd devices, whose lower chunk is an odd one."""
+    is_odd_device = lax.axis_index(split.axis) % 2 == 1
+    swapped = jnp.concatenate([right, left], axis=1)
+    return jnp.where(is_odd_device, swapped, jnp.concatenate([left, right], axis=1))
 
 
-def _homes(parts: int, parity: int) -> list[tuple[int, int]]:
-    """Returns, for each device, the device that works on its even (0) or odd (1) chunk."""
-    chunks = [(device, 2 * device + parity) for device in range(parts)]
-    return [(device, min(chunk, 2 * parts - 1 - chunk)) for device, chunk in chunks]
+def _chunk_moves(n_devices: int, parity: int) -> list[tuple[int, int]]:
+    """Returns (device that has it, device that works on it) of all even (0) or odd (1) chunks."""
+    n_chunks = 2 * n_devices
+    moves = []
+    for device in range(n_devices):
+        chunk = 2 * device + parity
+        working_device = min(chunk, n_chunks - 1 - chunk)
+        moves.append((device, working_device))
+    return moves

@@ -4,7 +4,11 @@ A device has its part of the experts, by the axis ``expert``, and their kernels 
 along it. The tokens of the devices along the axis are gathered; each device computes those that its
 experts are chosen for, and the sums go back to the tokens' devices. That sends what a layer's
 tokens weigh, not what its experts do. A long batch goes by chunks, so that gathered tokens fit
-in `CHUNK_BYTES`; an expert in codes is formed again for each chunk.
+in `CHUNK_BYTES`; a quantized expert is formed again for each chunk.
+
+A mixture's arguments are tokens, their experts' weights and numbers, kernels and biases; see
+`lora_jax.models.layers.placement.Mixture`. The number of expert shards is the number of devices
+that divide the experts among them.
 
 Along the other axes kernels are gathered, a layer at a time, and no token moves.
 """
@@ -29,11 +33,16 @@ CHUNK_BYTES = 2**30  # of a chunk's tokens, of all devices that share experts
 _TOKENS = P(BATCH, "sequence")
 
 
-class _Parts(NamedTuple):
-    """The parts that a mesh's devices have of a mixture's arguments."""
+class _MixtureSpecs(NamedTuple):
+    """The shardings of a mixture's arguments on a mesh.
 
-    experts: int  # the devices that share the experts; 1 where each has them all
-    specs: tuple[Any, ...]
+    Attributes:
+      expert_shards: the number of devices that divide the experts; 1 where each has them all.
+      arguments: the specs of the arguments, in their order.
+    """
+
+    expert_shards: int
+    arguments: tuple[Any, ...]
 
 
 def shared_out(mixed: Mixture, mesh: Mesh) -> Mixture:
@@ -44,70 +53,91 @@ def shared_out(mixed: Mixture, mesh: Mesh) -> Mixture:
     it, too.
     """
 
-    def called(*args: Any) -> jax.Array:
-        parts = _parts_of(args, mesh)
-        leaves = zip(*(jax.tree.leaves(each) for each in (args, parts.specs)), strict=True)
-        if not all(_fits(array.shape, spec, mesh) for array, spec in leaves):
+    def mix_on_mesh(*args: Any) -> jax.Array:
+        specs = _mixture_specs(args, mesh)
+        arrays = jax.tree.leaves(args)
+        array_specs = jax.tree.leaves(specs.arguments)
+        is_divisible = all(
+            _divides_evenly(array.shape, spec, mesh)
+            for array, spec in zip(arrays, array_specs, strict=True)
+        )
+        if not is_divisible:
             return mixed(*args)
 
-        def apart(*args: Any) -> jax.Array:
-            total: jax.Array = lax.psum(_exchanged(mixed, parts.experts, *args), "tensor")
-            return total
+        def mix_on_device(*device_args: Any) -> jax.Array:
+            device_sums = _mix_shards(mixed, specs.expert_shards, *device_args)
+            sums: jax.Array = lax.psum(device_sums, "tensor")
+            return sums
 
-        run = jax.shard_map(apart, mesh=mesh, in_specs=parts.specs, out_specs=_TOKENS)
+        run = jax.shard_map(mix_on_device, mesh=mesh, in_specs=specs.arguments, out_specs=_TOKENS)
         out: jax.Array = run(*args)
         return out
 
-    return called
+    return mix_on_mesh
 
 
-def _parts_of(args: tuple[Any, ...], mesh: Mesh) -> _Parts:
+def _mixture_specs(args: tuple[Any, ...], mesh: Mesh) -> _MixtureSpecs:
+    """Returns the specs of a mixture's arguments: experts divided, and the inner features."""
     *_, kernels, biases = args
-    shares = mesh.shape["expert"]
-    whole = kernels[0].shape[0] % shares != 0
-    axis, n = None if whole else "expert", len(kernels) - 1
-    of_kernels = (*[P(axis, None, "tensor")] * n, P(axis, "tensor"))
-    of_biases = (*[P(axis, "tensor")] * n, P(axis)) if biases else ()
-    specs = (_TOKENS, _TOKENS, _TOKENS, of_kernels, of_biases)
-    return _Parts(1 if whole else shares, specs)
+    n_experts = kernels[0].shape[0]
+    expert_shards = mesh.shape["expert"]
+    expert_axis: str | None = "expert"
+    if n_experts % expert_shards != 0:
+        expert_axis = None
+        expert_shards = 1
+    # The last kernel is the down projection. The inner features are its input, and the others'
+    # output.
+    n_up_kernels = len(kernels) - 1
+    kernel_specs = (P(expert_axis, None, "tensor"),) * n_up_kernels + (P(expert_axis, "tensor"),)
+    bias_specs: tuple[P, ...] = ()
+    if biases:
+        bias_specs = (P(expert_axis, "tensor"),) * n_up_kernels + (P(expert_axis),)
+    return _MixtureSpecs(expert_shards, (_TOKENS, _TOKENS, _TOKENS, kernel_specs, bias_specs))
 
 
-def _fits(shape: tuple[int, ...], spec: P, mesh: Mesh) -> bool:
-    axes = (*spec, *[None] * (len(shape) - len(spec)))
-    fitting = sharding_for(axes, shape, mesh)
-    return NamedSharding(mesh, spec).is_equivalent_to(fitting, len(shape))
+def _divides_evenly(shape: tuple[int, ...], spec: P, mesh: Mesh) -> bool:
+    """Returns True if the mesh divides a shape along all axes of a spec."""
+    missing_axes = (None,) * (len(shape) - len(spec))
+    possible_sharding = sharding_for((*spec, *missing_axes), shape, mesh)
+    return NamedSharding(mesh, spec).is_equivalent_to(possible_sharding, len(shape))
 
 
-def _exchanged(
+def _mix_shards(
     mixed: Mixture,
-    shares: int,
+    expert_shards: int,
     x: jax.Array,
     weights: jax.Array,
-    chosen: jax.Array,
+    expert_indices: jax.Array,
     kernels: tuple[jax.Array, ...],
     biases: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Returns a device's part of the sums of its tokens; see `shared_out`."""
-    args = (x, weights, chosen, kernels, biases)
-    x, weights, chosen, kernels, biases = jax.tree.map(_varying, args)
-    if biases:  # the last is added to the sum once
-        here = lax.axis_index("tensor") == 0
-        biases = (*biases[:-1], jnp.where(here, biases[-1], 0))
-    summed = checkpoint_name(kernels[-1], SUMMED_OVER + "tensor")
-    kernels = (*kernels[:-1], summed)
-    if shares == 1:
-        return mixed(x, weights, chosen, kernels, biases)
+    """Returns a device's addend to the sums of its tokens; see `shared_out`."""
+    args = (x, weights, expert_indices, kernels, biases)
+    x, weights, expert_indices, kernels, biases = jax.tree.map(_varying, args)
+    if biases:
+        # Devices along "tensor" are summed later: only the first one adds the last bias.
+        is_first_device = lax.axis_index("tensor") == 0
+        last_bias = jnp.where(is_first_device, biases[-1], 0)
+        biases = (*biases[:-1], last_bias)
+    down_kernel = checkpoint_name(kernels[-1], SUMMED_OVER + "tensor")
+    kernels = (*kernels[:-1], down_kernel)
+    if expert_shards == 1:
+        return mixed(x, weights, expert_indices, kernels, biases)
 
-    def through(x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-        tokens = [lax.all_gather(t, "expert", axis=0, tiled=True) for t in (x, weights, chosen)]
-        own = kernels[0].shape[0]
-        tokens[2] = tokens[2] - lax.axis_index("expert") * own
-        sums = mixed(*tokens, kernels, biases, shares=shares)
+    def mix_gathered(x: jax.Array, weights: jax.Array, expert_indices: jax.Array) -> jax.Array:
+        """Gathers the tokens of all shards; returns the sums of this device's own tokens."""
+        all_x, all_weights, all_indices = (
+            lax.all_gather(array, "expert", axis=0, tiled=True)
+            for array in (x, weights, expert_indices)
+        )
+        device_experts = kernels[0].shape[0]
+        local_indices = all_indices - lax.axis_index("expert") * device_experts
+        sums = mixed(all_x, all_weights, local_indices, kernels, biases, shares=expert_shards)
         own_sums: jax.Array = lax.psum_scatter(sums, "expert", scatter_dimension=0, tiled=True)
         return own_sums
 
-    n = _chunks(x, shares)
-    return _apply_chunks(through, n, x, weights, chosen)
+    n_chunks = _number_of_chunks(x, expert_shards)
+    return _apply_chunks(mix_gathered, n_chunks, x, weights, expert_indices)
 
 
 def _varying(array: jax.Array) -> jax.Array:
@@ -116,28 +146,35 @@ def _varying(array: jax.Array) -> jax.Array:
     Further inside, they would add them for each chunk, and in turns that not all devices take: the
     others would wait for ever.
     """
-    missing = tuple(sorted({*AXES} - varies_over(array)))
-    return lax.pcast(array, missing, to="varying") if missing else array
+    unvaried_axes = tuple(sorted({*AXES} - varies_over(array)))
+    if not unvaried_axes:
+        return array
+    return lax.pcast(array, unvaried_axes, to="varying")
 
 
-def _chunks(x: jax.Array, shares: int) -> int:
+def _number_of_chunks(x: jax.Array, expert_shards: int) -> int:
     """Returns the number of chunks for a device's tokens, [batch, seq, d_model]."""
-    size, seq = shares * x.size * x.dtype.itemsize, x.shape[1]
-    divisors = [n for n in range(1, seq + 1) if seq % n == 0]
-    return next((n for n in divisors if size <= n * CHUNK_BYTES), seq)
+    seq = x.shape[1]
+    gathered_bytes = expert_shards * x.size * x.dtype.itemsize
+    for n_chunks in range(1, seq):
+        if seq % n_chunks == 0 and gathered_bytes <= n_chunks * CHUNK_BYTES:
+            return n_chunks
+    return seq
 
 
-def _apply_chunks(fn: Callable[..., jax.Array], n: int, *tokens: jax.Array) -> jax.Array:
-    """Returns a function's values of tokens, [batch, seq, …] each, by n chunks of the sequence."""
-    if n == 1:
-        return fn(*tokens)
+def _apply_chunks(fn: Callable[..., jax.Array], n_chunks: int, *arrays: jax.Array) -> jax.Array:
+    """Returns a function's values of arrays, [batch, seq, …] each, by chunks of the sequence."""
+    if n_chunks == 1:
+        return fn(*arrays)
 
-    def body(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+    def apply_chunk(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         return None, fn(*chunk)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0)
+    def split_chunks(array: jax.Array) -> jax.Array:
+        batch, _, *features = array.shape
+        chunks = array.reshape(batch, n_chunks, -1, *features)
+        return jnp.moveaxis(chunks, 1, 0)  # [chunks, batch, chunk's seq, …]
 
-    body = jax.checkpoint(body, prevent_cse=False)
-    _, values = lax.scan(body, None, tuple(map(cut, tokens)))
-    return jnp.moveaxis(values, 0, 1).reshape(tokens[0].shape)
+    apply_chunk = jax.checkpoint(apply_chunk, prevent_cse=False)
+    _, values = lax.scan(apply_chunk, None, tuple(map(split_chunks, arrays)))
+    return jnp.moveaxis(values, 0, 1).reshape(arrays[0].shape)

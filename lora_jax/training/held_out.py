@@ -56,32 +56,40 @@ def held_out_loss(
       evaluation: what `compiled_evaluation` returned, for runs that share it.
       formed: runs the examples in place of `forward`.
     """
-    layout, loss = ready.setup.layout, loss.held_out
+    layout = ready.setup.layout
+    loss = loss.held_out
     if formed is not None:
         forward = formed.forward
     evaluate = evaluation or compiled_evaluation(layout, forward, loss)
 
-    def halves(state: State) -> tuple[Adapter, Tree]:
+    def evaluated_trees(state: State) -> tuple[Adapter, Tree]:
+        """Returns the adapter and the base; of a formed tree an empty adapter and the tree."""
         adapter = averaged(state.opt_state, state.adapter)
         if formed is None:
             return adapter, ready.base
         return {}, formed.form(lj.join(adapter, ready.base))
 
     def take(state: State) -> dict[str, float] | None:
-        parts, agreement, (adapter, base) = [], Agreement(), halves(state)
-        numbers: Mapping[str, float] | None = {}
+        """Returns the loss and its logs; None after a signal."""
+        agreement = Agreement()
+        adapter, base = evaluated_trees(state)
+        batch_constants: Mapping[str, float] | None = {}
         if ready.measured is not None:
-            numbers = ready.measured(lj.join(adapter, base), lambda: stop.agreed(agreement))
-        if numbers is None:
+            params = lj.join(adapter, base)
+            batch_constants = ready.measured(params, lambda: stop.agreed(agreement))
+        if batch_constants is None:
             return None
-        for part in examples.parts(ready.feed.batch_size):
-            part |= {name: np.full_like(part[name], x) for name, x in numbers.items()}
-            batch = layout.batch(part, parts=False)
+        sums_of_batches: list[Sums] = []
+        for host_batch in examples.parts(ready.feed.batch_size):
+            for name, value in batch_constants.items():
+                host_batch[name] = np.full_like(host_batch[name], value)
+            batch = layout.batch(host_batch, parts=False)
             with jax.set_mesh(layout.mesh):
-                parts.append(jax.tree.map(float, evaluate(adapter, base, batch)))
+                batch_sums = evaluate(adapter, base, batch)
+                sums_of_batches.append(jax.tree.map(float, batch_sums))
             if stop.agreed(agreement):
                 return None
-        return means(loss, jax.tree.map(lambda *sums: sum(sums), *parts))
+        return means(loss, jax.tree.map(lambda *values: sum(values), *sums_of_batches))
 
     return PeriodicMeasure(every=every, prefix=HELD_OUT, take=take)
 
@@ -106,13 +114,15 @@ def means(loss: Loss, sums: Sums) -> dict[str, float]:
     count: Any = sums.count
     if not count:
         return {}
-    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
-    logs = {
-        name: value / sums.count_of(name)
-        for name, value in sums.logs.items()
-        if sums.count_of(name)
-    }
-    return {"loss": total, **logs}
+    loss_value: Any = sums.total
+    if loss.reduction == "mean":
+        loss_value = sums.total / count
+    line = {"loss": loss_value}
+    for name, log_sum in sums.logs.items():
+        log_count = sums.count_of(name)
+        if log_count:
+            line[name] = log_sum / log_count
+    return line
 
 
 class Scores(NamedTuple):
@@ -165,12 +175,19 @@ def make_scorer(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: the logits are divided by it; give 1")
 
-    def each(logits: jax.Array, targets: jax.Array) -> Scores:
+    def scores_of_tokens(logits: jax.Array, targets: jax.Array) -> Scores:
         logits = logits / temperature
-        return Scores(-cross_entropy(logits, targets), entropy_of(logits))
+        return Scores(logps=-cross_entropy(logits, targets), entropy=entropy_of(logits))
 
     def score(params: Tree, batch: Batch) -> Any:
-        how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
-        return token_values(each, forward, params, batch, **how)
+        return token_values(
+            scores_of_tokens,
+            forward,
+            params,
+            batch,
+            chunk=chunk,
+            parts=parts,
+            placement=placement,
+        )
 
     return jax.jit(score) if layout is None else layout.jitted(score)

@@ -54,24 +54,27 @@ def make_optimizer(
     >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
     >>> muon = training.make_optimizer("muon", optax.constant_schedule(1e-3), tree)
     """
-    chosen, values = optimizer_named(name), settings(name, options or {})
+    optimizer = optimizer_named(name)
+    option_values = settings(name, options or {})
     if name == "muon" and params is None:
         raise ValueError("muon needs the adapted tree, for the roles of the axes: give params")
-    step = [
-        chosen.direction(params, **values),
+    gradient_transforms = []
+    is_clipped = isinstance(grad_clip, jax.Array) or bool(grad_clip)
+    if is_clipped:
+        gradient_transforms.append(optax.clip_by_global_norm(grad_clip))
+    if any(weight.frozen == ("a",) for weight in _adapted_weights(params)):
+        gradient_transforms.append(lj.optim.project_b(params))
+    update_transforms = [
+        optimizer.direction(params, **option_values),
         optax.add_decayed_weights(weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule),
     ]
     if lora_plus is not None:
-        step.append(lj.optim.lora_plus(lora_plus))
-    is_limited = isinstance(grad_clip, jax.Array) or bool(grad_clip)
-    parts = [optax.clip_by_global_norm(grad_clip)] if is_limited else []
-    if any(weight.frozen == ("a",) for weight in _adapted(params)):
-        parts.append(lj.optim.project_b(params))
-    whole: Any = optax.chain(*step)
-    if chosen.averages:
-        whole = contrib.schedule_free(whole, schedule, b1=values["beta1"])
-    return optax.chain(*parts, whole)
+        update_transforms.append(lj.optim.lora_plus(lora_plus))
+    update: Any = optax.chain(*update_transforms)
+    if optimizer.averages:
+        update = contrib.schedule_free(update, schedule, b1=option_values["beta1"])
+    return optax.chain(*gradient_transforms, update)
 
 
 def adamw(
@@ -122,35 +125,44 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     Array([1., 1., 1.], dtype=float32)
     """
 
-    def is_free(node: Leaf) -> bool:
+    def is_schedule_free(node: Leaf) -> bool:
         return isinstance(node, contrib.ScheduleFreeState)
 
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]
-    return contrib.schedule_free_eval_params(states[0], adapter) if states else adapter
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule_free)
+    averaging_states = [node for node in nodes if is_schedule_free(node)]
+    if not averaging_states:
+        return adapter
+    return contrib.schedule_free_eval_params(averaging_states[0], adapter)
 
 
 def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
     """Returns the mask of the arrays that decay: matrices such as A and B, kernels, embeddings."""
-    matrices = {"a", "b", *(n for n, part in PARTS.items() if part.axes.count("rank") == 2)}
+    matrix_names = {"a", "b"}
+    for name, part in PARTS.items():
+        if part.axes.count("rank") == 2:
+            matrix_names.add(name)
 
     def is_matrix(path: str, name: str) -> bool:
-        if name == "value":
+        if name == "value":  # an array that trains in full
             return re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
-        return name in matrices
+        return name in matrix_names
 
-    return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
+    mask = {}
+    for path, arrays in adapter.items():
+        mask[path] = {name: is_matrix(path, name) for name in arrays}
+    return mask
 
 
 def takes_from_base(params: Tree) -> bool:
     """Returns True if an adapter started from factors of the base (PiSSA, OLoRA)."""
-    return any(weight.start is not None for weight in _adapted(params))
+    return any(weight.start is not None for weight in _adapted_weights(params))
 
 
 def has_dropout(params: Tree) -> bool:
     """Returns True if an adapter's input is dropped in training."""
-    return any(weight.dropout > 0 for weight in _adapted(params))
+    return any(weight.dropout > 0 for weight in _adapted_weights(params))
 
 
-def _adapted(params: Tree) -> list[LoraWeight]:
+def _adapted_weights(params: Tree) -> list[LoraWeight]:
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     return [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_ASK_SECONDS, _MOST_TURNS = 1.0, 10
+_EXCHANGE_SECONDS = 1.0  # between two exchanges of numbers
+_MAX_TURNS = 10  # until the next exchange
 
 
 def is_first() -> bool:
@@ -34,9 +35,10 @@ def broadcast_values(values: dict[str, float]) -> dict[str, float]:
     if jax.process_count() == 1:
         return values
     # As bytes: JAX would round them to 32 bits.
-    own = np.array([*values.values()], np.float64).view(np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(own))
-    return dict(zip(values, told.view(np.float64).tolist(), strict=True))
+    value_bytes = np.array([*values.values()], np.float64).view(np.uint8)
+    first_bytes = np.asarray(multihost_utils.broadcast_one_to_all(value_bytes))
+    first_values = first_bytes.view(np.float64).tolist()
+    return dict(zip(values, first_values, strict=True))
 
 
 class Agreement:
@@ -47,28 +49,32 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._turns, self._every = 0, 1
-        self._asked = time.monotonic()
+        self._turns = 0  # since the last exchange
+        self._exchange_turns = 1  # turns from an exchange to the next
+        self._exchange_time = time.monotonic()
 
-    def largest(self, own: Callable[[], int | None], turn: Any = ()) -> int | None:
+    def largest(self, own_number: Callable[[], int | None], turn: Any = ()) -> int | None:
         """Returns the largest number of all; all processes have to call this, each turn.
 
         Args:
-          own: returns this process's number, from 1; it is called once the turn is over.
+          own_number: returns this process's number, from 1; it is called once the turn is over.
           turn: arrays that are ready once the turn is over.
         """
         if jax.process_count() == 1:
-            return own()
+            return own_number()
         self._turns += 1
-        if self._turns < self._every:
+        if self._turns < self._exchange_turns:
             return None
         jax.block_until_ready(turn)
-        seconds = time.monotonic() - self._asked
-        told: Any = multihost_utils.process_allgather(np.array([own() or 0, seconds], np.float32))
-        a_turn = max(float(told[:, 1].max()) / self._turns, 1e-3)
-        self._turns, self._every = 0, max(1, min(_MOST_TURNS, int(_ASK_SECONDS / a_turn)))
-        self._asked = time.monotonic()
-        return int(told[:, 0].max()) or None
+        seconds = time.monotonic() - self._exchange_time
+        message = np.array([own_number() or 0, seconds], np.float32)
+        messages: Any = multihost_utils.process_allgather(message)  # [processes, 2]
+        turn_seconds = max(float(messages[:, 1].max()) / self._turns, 1e-3)
+        turns_a_second = int(_EXCHANGE_SECONDS / turn_seconds)
+        self._exchange_turns = max(1, min(_MAX_TURNS, turns_a_second))
+        self._turns = 0
+        self._exchange_time = time.monotonic()
+        return int(messages[:, 0].max()) or None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -101,7 +101,7 @@ def test_little_is_in_memory_and_nothing_after_the_last_step_is_read():
     held = []
     for step in range(4):
         made.batch(step)
-        held.append(sum(len(chunk.rows) for chunk in made._loaded))
+        held.append(sum(len(chunk.rows) for chunk in made._loaded_chunks))
     for thread in threading.enumerate():
         if thread.name == "reading ahead":
             thread.join()
@@ -132,7 +132,7 @@ def test_errors_of_reading_reach_the_run(ahead):
         raise TrainingError("line 3 is bad")
 
     made = stream(False)
-    made._load = load
+    made._source = made._source._replace(load=load)
     if not ahead:
         made._reader = None
     made.first()

@@ -4,6 +4,9 @@ The data are cut into blocks that can be read on their own. An epoch draws their
 as many of them as fit into a buffer, and its rows are shuffled, packed or grouped by length there.
 So the rows of a step depend on nothing but the seed and where its chunk begins, and a resumed run
 reads one chunk again.
+
+A row is a row of a batch, which holds several sequences where they are packed. The position of a
+chunk says which rows it has among those of all chunks; a loaded chunk is one in memory.
 """
 
 import dataclasses
@@ -21,8 +24,8 @@ from lora_jax.training.data.order import list_rows, sort_by_group
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.errors import TrainingError
 
-_OF_CHUNK = 3  # the stream of draws within a chunk
-_REMEMBERED = 512  # steps whose rows can be named
+_CHUNK_STREAM = 3  # the stream of draws within a chunk
+_NAMED_STEPS = 512  # steps whose rows can be named
 
 
 class Position(NamedTuple):
@@ -56,21 +59,28 @@ class Chunks:
     def blocks_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Returns the blocks of each chunk, in a drawn order."""
         blocks = order(self.seed, epoch, len(self.sizes))
-        begins = np.cumsum(self.sizes[blocks]) - self.sizes[blocks]
-        return np.split(blocks, np.flatnonzero(np.diff(begins // self.room)) + 1)
+        sizes = self.sizes[blocks]
+        starts = np.cumsum(sizes) - sizes
+        chunk_of_block = starts // self.room
+        first_blocks = np.flatnonzero(np.diff(chunk_of_block)) + 1  # of all chunks but the first
+        return np.split(blocks, first_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loaded:
+class _LoadedChunk:
     """Holds a chunk in memory: its rows of batches, and the order in which steps take them."""
 
-    at: Position
+    position: Position
     packs: Packs
     rows: np.ndarray
 
     @property
+    def start(self) -> int:
+        return self.position.first
+
+    @property
     def end(self) -> int:
-        return self.at.first + len(self.rows)
+        return self.start + len(self.rows)
 
 
 class BlockSource(NamedTuple):
@@ -123,24 +133,26 @@ class Stream:
           packing: puts several sequences into one row.
           ahead: reads the next chunk in a thread of its own.
         """
-        self._load, self._chunks, self._like = source.load, source.chunks, like
-        self._digest, self._name = source.digest, source.named
-        self._packing, self._batch_size = packing, size.batch_size
+        self._source = source
+        self._like = like
+        self._packing = packing
+        self._batch_size = size.batch_size
         self._accumulate = size.accumulate
         # One thread for all chunks: each new one would get a part of the heap of its own.
         self._reader = ThreadPoolExecutor(1, "reading ahead") if ahead else None
-        self._until = size.steps * self.rows_a_step
-        self._of_epoch = functools.lru_cache(maxsize=2)(source.chunks.blocks_of_epoch)
-        self._taken: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_REMEMBERED)
-        self.begin(Position(0, 0, 0))
+        self._last_row = size.steps * self.rows_a_step  # no chunk after it is read
+        self._blocks_of_epoch = functools.lru_cache(maxsize=2)(source.chunks.blocks_of_epoch)
+        # The origins of the rows of the last steps, with the steps' numbers.
+        self._step_origins: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_NAMED_STEPS)
+        self.begin(Position(epoch=0, chunk=0, first=0))
 
-    def begin(self, at: Position) -> None:
+    def begin(self, position: Position) -> None:
         """Goes on with the chunk at a position. Call it before any call of `batch`."""
-        self._positions = deque([at], maxlen=2)
-        self._loaded: list[_Loaded] = []
-        self._next = at
-        self._coming: Future[Sequences] | None = None
-        self._empty = 0
+        self._positions = deque([position], maxlen=2)  # of the last chunks with rows
+        self._loaded_chunks: list[_LoadedChunk] = []
+        self._next_position = position
+        self._next_sequences: Future[Sequences] | None = None
+        self._n_empty_chunks = 0  # in a row
 
     @property
     def batch_size(self) -> int:
@@ -154,7 +166,7 @@ class Stream:
 
     def digest(self) -> str:
         """Returns a fingerprint of the data."""
-        return self._digest
+        return self._source.digest
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
@@ -162,9 +174,10 @@ class Stream:
 
     def first(self) -> HostBatch:
         """Returns a batch of the largest shape, of padding alone; has the first rows read."""
-        if self._coming is None and not self._loaded:
+        is_reading = self._next_sequences is not None
+        if not is_reading and not self._loaded_chunks:
             self._read_ahead()
-        batch = self._like.blank(self._batch_size * self._accumulate)
+        batch = self._like.blank(self.rows_a_step)
         return {name: self._split_batches(array) for name, array in batch.items()}
 
     def batch(self, number: int) -> HostBatch:
@@ -173,84 +186,101 @@ class Stream:
         Raises:
           TrainingError: a row cannot be read or used, or there is no row in all the data.
         """
-        first = number * self.rows_a_step
-        last = first + self.rows_a_step
-        while not self._loaded or self._loaded[-1].end < last:
+        step_start = number * self.rows_a_step
+        step_end = step_start + self.rows_a_step
+        while not self._loaded_chunks or self._loaded_chunks[-1].end < step_end:
             self._take_next()
-        while self._loaded[0].end <= first:
-            self._loaded.pop(0)
-        parts, names = [], []
-        for chunk in self._loaded:
-            here = slice(max(first - chunk.at.first, 0), max(last - chunk.at.first, 0))
-            rows = chunk.rows[here]
-            parts.append((chunk.packs, rows))
-            names += [name for row in rows.tolist() for name in chunk.packs.origins_of(row)]
-        self._taken.append((number, names))
-        taken = [(packs, rows) for packs, rows in parts if len(rows)]
-        batch = Packs.batch_of(taken)
+        while self._loaded_chunks[0].end <= step_start:
+            self._loaded_chunks.pop(0)
+        rows_of_packs = []
+        origins = []
+        for chunk in self._loaded_chunks:
+            start = max(step_start - chunk.start, 0)
+            end = max(step_end - chunk.start, 0)
+            rows = chunk.rows[start:end]
+            if len(rows):
+                rows_of_packs.append((chunk.packs, rows))
+            for row in rows.tolist():
+                origins += chunk.packs.origins_of(row)
+        self._step_origins.append((number, origins))
+        batch = Packs.batch_of(rows_of_packs)
         return {name: self._split_batches(array) for name, array in batch.items()}
 
     def _split_batches(self, array: np.ndarray) -> np.ndarray:
+        """Returns the rows of a step as [accumulate, batch, …]."""
         return array.reshape(self._accumulate, self._batch_size, -1)
 
     def _take_next(self) -> None:
         """Puts the next chunk behind those in memory, and has the one after it read."""
-        at = self._next
-        coming, self._coming = self._coming, None
-        loaded = self._shuffle(at, self._read(at) if coming is None else coming.result())
-        if len(loaded.rows):
-            self._loaded.append(loaded)
-            self._positions.append(at)
-            self._empty = 0
+        position = self._next_position
+        if self._next_sequences is None:
+            sequences = self._read(position)
         else:
-            self._empty += 1
-            if self._empty > len(self._of_epoch(at.epoch)):
+            sequences = self._next_sequences.result()
+            self._next_sequences = None
+        chunk = self._shuffle(position, sequences)
+        n_epoch_chunks = len(self._blocks_of_epoch(position.epoch))
+        if len(chunk.rows):
+            self._loaded_chunks.append(chunk)
+            self._positions.append(position)
+            self._n_empty_chunks = 0
+        else:
+            self._n_empty_chunks += 1
+            if self._n_empty_chunks > n_epoch_chunks:
                 raise TrainingError("no row of the data has a token that the loss counts")
-        over = at.chunk + 1 == len(self._of_epoch(at.epoch))
-        epoch, chunk = (at.epoch + 1, 0) if over else (at.epoch, at.chunk + 1)
-        self._next = Position(epoch, chunk, loaded.end)
-        if loaded.end < self._until:
+        is_epoch_over = position.chunk + 1 == n_epoch_chunks
+        if is_epoch_over:
+            self._next_position = Position(epoch=position.epoch + 1, chunk=0, first=chunk.end)
+        else:
+            self._next_position = position._replace(chunk=position.chunk + 1, first=chunk.end)
+        if chunk.end < self._last_row:
             self._read_ahead()
 
     def _read_ahead(self) -> None:
         if self._reader is not None:
-            self._coming = self._reader.submit(self._read, self._next)
+            self._next_sequences = self._reader.submit(self._read, self._next_position)
 
-    def _read(self, at: Position) -> Sequences:
-        return self._load(self._of_epoch(at.epoch)[at.chunk])
+    def _read(self, position: Position) -> Sequences:
+        blocks = self._blocks_of_epoch(position.epoch)[position.chunk]
+        return self._source.load(blocks)
 
-    def _shuffle(self, at: Position, sequences: Sequences) -> _Loaded:
+    def _shuffle(self, position: Position, sequences: Sequences) -> _LoadedChunk:
         """Returns a chunk with its rows in a drawn order; rows of one length share a step."""
         if not len(sequences):
-            return _Loaded(at, self._like, np.empty(0, np.int64))
+            return _LoadedChunk(position, self._like, np.empty(0, np.int64))
         packs = pack(sequences, self._like.lengths[-1], packing=self._packing, like=self._like)
-        stream = [self._chunks.seed, at.epoch, _OF_CHUNK, at.chunk]
-        draw = np.random.Generator(np.random.PCG64(stream))
-        rows = draw.permutation(len(packs))
-        rest = -at.first % self.rows_a_step  # the rows that end the step of the chunk before
-        sort_by_group(rows, packs.groups, self.rows_a_step, rest, draw.permutation)
-        return _Loaded(at, packs, rows)
+        seeds = [self._source.chunks.seed, position.epoch, _CHUNK_STREAM, position.chunk]
+        generator = np.random.Generator(np.random.PCG64(seeds))
+        rows = generator.permutation(len(packs))
+        # The first rows end the step that the chunk before began.
+        n_rows_of_last_step = -position.first % self.rows_a_step
+        sort_by_group(
+            rows, packs.groups, self.rows_a_step, n_rows_of_last_step, generator.permutation
+        )
+        return _LoadedChunk(position, packs, rows)
 
     def named(self, number: int) -> str:
         """Returns the names of what is in a batch, unless it is long gone."""
-        names = next((names for step, names in self._taken if step == number), None)
-        if names is None:
-            return f"that of step {number + 1}, which is gone from memory"
-        return list_rows(names, lambda row: self._name(*row))
+        for step, origins in self._step_origins:
+            if step == number:
+                return list_rows(origins, lambda origin: self._source.named(*origin))
+        return f"that of step {number + 1}, which is gone from memory"
 
     def cursor(self, step: int) -> dict[str, int]:
         """Returns the position in the data after `step` steps: the chunk that goes on there."""
-        first = step * self.rows_a_step
-        at = next((at for at in reversed(self._positions) if at.first <= first), None)
-        assert at is not None, "this step is long gone"
-        return at._asdict()
+        first_row = step * self.rows_a_step
+        for position in reversed(self._positions):
+            if position.first <= first_row:
+                return position._asdict()
+        raise AssertionError("this step is long gone")
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
         """Goes on after `step` steps, from their cursor; returns True if it can be one."""
         if cursor.keys() != set(Position._fields):
             return False
-        at = Position(**cursor)
-        if at.first > step * self.rows_a_step or at.chunk >= len(self._of_epoch(at.epoch)):
+        position = Position(**cursor)
+        is_behind_step = position.first > step * self.rows_a_step
+        if is_behind_step or position.chunk >= len(self._blocks_of_epoch(position.epoch)):
             return False
-        self.begin(at)
+        self.begin(position)
         return True

@@ -1,4 +1,7 @@
-"""Reads turns of chats: roles, contents, calls of tools and weights, checked."""
+"""Reads turns of chats: roles, contents, calls of tools and weights, checked.
+
+The name of a row, and the label of a field in it, begin the messages of errors.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -43,74 +46,91 @@ def read_turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     """Returns a turn without fields that are None: Parquet adds those that it lacks."""
     if not isinstance(turn, Mapping):
         raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
-    role, content = turn.get("role"), turn.get("content")
-    kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
-    if not isinstance(role, str):
-        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {_A_TURN}")
-    if (usual := _ROLES.get(role.strip().lower(), role)) != role:
-        raise TrainingError(
-            f"{name}: `role` of turn {index} is {shown(role)}, which chat templates call "
-            f"{_USUAL.get(usual, repr(usual))}"
-        )
-    _check_weight(kept, role, f"{name}: `weight` of turn {index}")
-    if calls := parse_json(kept.pop("tool_calls", None)):
-        kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
-    if isinstance(content, list) and content and all(map(is_text, content)):
-        content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
-    parts = content if isinstance(content, list) else ()
-    if images_in(content) and all(is_text(part) or is_image(part) for part in parts):
-        return kept
-    if content is None and calls or role == "tool" and content is not None:
-        return kept
-    if not isinstance(content, str):
+    role = turn.get("role")
+    _check_role(role, f"{name}: `role` of turn {index}")
+    fields = {key: value for key, value in turn.items() if value is not None or key == "content"}
+    _check_weight(fields, role, f"{name}: `weight` of turn {index}")
+    calls = parse_json(fields.pop("tool_calls", None))
+    if calls:
+        fields["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
+    content = turn.get("content")
+    has_parts = isinstance(content, list) and bool(content)
+    if has_parts and all(map(is_text, content)):
+        content = "\n".join(part["text"] for part in content)  # as servers do
+        fields["content"] = content
+    shows_images = bool(images_in(content)) and all(
+        is_text(part) or is_image(part) for part in content
+    )
+    only_calls = content is None and bool(calls)
+    is_tool_result = role == "tool" and content is not None
+    if not (isinstance(content, str) or shows_images or only_calls or is_tool_result):
         raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {_A_TURN}")
-    return kept
+    return fields
 
 
-def _check_weight(turn: Message, role: str, what: str) -> None:
+def _check_role(role: Any, label: str) -> None:
+    """Raises a TrainingError unless a role is a text that chat templates know it by."""
+    if not isinstance(role, str):
+        raise TrainingError(f"{label} is {shown(role)}; {_A_TURN}")
+    template_role = _ROLES.get(role.strip().lower(), role)
+    if template_role != role:
+        raise TrainingError(
+            f"{label} is {shown(role)}, which chat templates call "
+            f"{_USUAL.get(template_role, repr(template_role))}"
+        )
+
+
+def _check_weight(turn: Message, role: str, label: str) -> None:
+    """Raises a TrainingError unless a turn's weight is 0 or 1 and the turn is the assistant's."""
     weight = turn.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise TrainingError(f"{what} is {shown(weight)}: 0 (not learned) or 1 is needed")
+        raise TrainingError(f"{label} is {shown(weight)}: 0 (not learned) or 1 is needed")
     if "weight" in turn and role != "assistant":
         raise TrainingError(
-            f"{what} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
+            f"{label} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
             "it out"
         )
 
 
-def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
+def _calls(calls: Any, role: str, label: str) -> list[dict[str, Any]]:
     """Returns the calls of a turn; arguments that are JSON as text become objects.
 
     Servers do the same before they render a chat, since most templates write arguments as JSON: a
     text would be quoted twice.
     """
     if role != "assistant":
-        raise TrainingError(f"{what} are of the role {role!r}; only an assistant calls tools")
+        raise TrainingError(f"{label} are of the role {role!r}; only an assistant calls tools")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise TrainingError(f"{what} is {shown(calls)}; a list of calls is needed")
-    parsed = []
-    for call in calls:
-        function = call.get("function") or call if isinstance(call, Mapping) else None
-        if function is None or not isinstance(function.get("name"), str):
-            raise TrainingError(
-                f"{what} has {shown(call)}; a call needs `function` with `name` and `arguments`"
-            )
-        arguments = parse_json(function.get("arguments", {}))
-        if not isinstance(arguments, Mapping):
-            raise TrainingError(
-                f"{what}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
-                "object is needed, or the JSON of one"
-            )
-        made = {**function, "arguments": arguments}
-        parsed.append({**call, "function": made} if call.get("function") else made)
-    return parsed
+        raise TrainingError(f"{label} is {shown(calls)}; a list of calls is needed")
+    return [_parsed_call(call, label) for call in calls]
+
+
+def _parsed_call(call: Any, label: str) -> dict[str, Any]:
+    """Returns a call whose arguments are an object."""
+    function = None
+    if isinstance(call, Mapping):
+        function = call.get("function") or call
+    if function is None or not isinstance(function.get("name"), str):
+        raise TrainingError(
+            f"{label} has {shown(call)}; a call needs `function` with `name` and `arguments`"
+        )
+    arguments = parse_json(function.get("arguments", {}))
+    if not isinstance(arguments, Mapping):
+        raise TrainingError(
+            f"{label}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
+            "object is needed, or the JSON of one"
+        )
+    parsed_function = {**function, "arguments": arguments}
+    has_function_field = bool(call.get("function"))
+    return {**call, "function": parsed_function} if has_function_field else parsed_function
 
 
 def sharegpt_turn(turn: Any, index: int, name: str) -> Any:
     """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
-    role, value = _ROLES.get(turn["from"]), turn.get("value")
+    role = _ROLES.get(turn["from"])
+    value = turn.get("value")
     if role is None:
         raise TrainingError(
             f"{name}: `from` of turn {index} is {shown(turn['from'])}; one of "

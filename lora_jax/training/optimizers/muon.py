@@ -1,4 +1,8 @@
-"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for all other arrays."""
+"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for all other arrays.
+
+An array is called by its path and its name among the parts of the node there. Its matrix axes are
+those that are contracted and those that come out; Optax calls them dimension numbers.
+"""
 
 import math
 from typing import Any
@@ -33,30 +37,31 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
 
     Source: Jordan et al., *Muon*, 2024; Liu et al., arXiv 2502.16982, section 2.2.
     """
-    numbers = dimension_numbers(params)
+    matrix_axes = dimension_numbers(params)
 
-    def label(path: str, name: str, _: Any) -> str:
-        return "adamw" if numbers[path, name] is None else "muon"
+    def optimizer_of_array(path: str, name: str, _: Any) -> str:
+        return "adamw" if matrix_axes[path, name] is None else "muon"
 
-    def matrix_alone(path: str, name: str, array: Any) -> Any:
-        return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
+    def axes_of_update(path: str, name: str, update: Any) -> Any:
+        return update if isinstance(update, optax.MaskedNode) else matrix_axes[path, name]
 
-    def sized(path: str, name: str, array: jax.Array) -> Any:
-        axis_groups = numbers[path, name]
-        if axis_groups is None or isinstance(array, optax.MaskedNode):
-            return array
-        m, n = (math.prod(array.shape[axis] for axis in axes) for axes in axis_groups)
-        return array * (_RMS * math.sqrt(max(m, n)))
+    def scale_update(path: str, name: str, update: jax.Array) -> Any:
+        axes = matrix_axes[path, name]
+        if axes is None or isinstance(update, optax.MaskedNode):
+            return update
+        n_rows = math.prod(update.shape[axis] for axis in axes.reduction_axis)
+        n_columns = math.prod(update.shape[axis] for axis in axes.output_axis)
+        return update * (_RMS * math.sqrt(max(n_rows, n_columns)))
 
     muon = contrib.scale_by_muon(
         beta=momentum,
         nesterov=True,
-        weight_dimension_numbers=lambda updates: map_parts(matrix_alone, updates),
+        weight_dimension_numbers=lambda updates: map_parts(axes_of_update, updates),
     )
-    scale = optax.stateless(lambda updates, _: map_parts(sized, updates))
+    scale = optax.stateless(lambda updates, _: map_parts(scale_update, updates))
     return optax.partition(
         {"muon": optax.chain(muon, scale), "adamw": optax.scale_by_adam()},
-        lambda adapter: map_parts(label, adapter),
+        lambda adapter: map_parts(optimizer_of_array, adapter),
     )
 
 
@@ -70,36 +75,44 @@ def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumber
       By (path, name of the array): the axes that are contracted, and those that come out.
     """
     return {
-        (path, name): _numbers(path, node, name, array)
+        (path, name): _matrix_axes(path, node, name, array)
         for path, node in nodes_of(params).items()
         for name, array in node.parts().items()
     }
 
 
-def _numbers(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNumbers | None:
+def _matrix_axes(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNumbers | None:
+    """Returns the matrix axes of a node's array; None where it is no matrix."""
+    # Flax's convention: the axes before the last two count layers or experts.
+    last_axes = MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
     if isinstance(node, LoraWeight) and node.axes_of(name).count("rank") == 2:
-        return MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
+        return last_axes
     if isinstance(node, LoraWeight) and name in ("a", "b"):
-        places, labels = node.layout(name), node.labels
-        rank = [axis for axis, place in enumerate(places) if place == RANK]
-        side = [
-            axis for axis, place in enumerate(places) if place != RANK and labels[place] != "batch"
-        ]
-        return MuonDimensionNumbers(*(side, rank) if name == "a" else (rank, side))
+        rank_axes = []
+        kernel_axes = []  # in of A, out of B
+        for axis, axis_of_kernel in enumerate(node.layout(name)):
+            if axis_of_kernel == RANK:
+                rank_axes.append(axis)
+            elif node.labels[axis_of_kernel] != "batch":
+                kernel_axes.append(axis)
+        if name == "a":
+            return MuonDimensionNumbers(kernel_axes, rank_axes)
+        return MuonDimensionNumbers(rank_axes, kernel_axes)
     is_kernel = isinstance(node, Trained) and leaf_name(path) in KERNEL_NAMES
     if not is_kernel or array.ndim < 2 or is_table_or_head(path):
         return None
-    return MuonDimensionNumbers(
-        (array.ndim - 2,), (array.ndim - 1,)
-    )  # Flax's convention; the rest batch
+    return last_axes
 
 
 def described(params: Tree) -> str:
     """Returns a line on the number of matrices, and on the arrays that go to AdamW."""
-    numbers = dimension_numbers(params)
-    others = sorted({path for (path, _), axes in numbers.items() if axes is None})
-    n = sum(axes is not None for axes in numbers.values())
-    if not others:
-        return f"muon on all {n} arrays"
-    shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)
-    return f"muon on {n} arrays, adamw on {len(numbers) - n} that are no matrices ({shown})"
+    matrix_axes = dimension_numbers(params)
+    n_matrices = sum(axes is not None for axes in matrix_axes.values())
+    adamw_paths = sorted({path for (path, _), axes in matrix_axes.items() if axes is None})
+    if not adamw_paths:
+        return f"muon on all {n_matrices} arrays"
+    path_list = ", ".join(adamw_paths[:3])
+    if len(adamw_paths) > 3:
+        path_list += ", …"
+    n_others = len(matrix_axes) - n_matrices
+    return f"muon on {n_matrices} arrays, adamw on {n_others} that are no matrices ({path_list})"

@@ -14,8 +14,10 @@ from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.training.optimizers.muon import orthogonalised
 
 Name = Literal["adamw", "lion", "adafactor", "muon", "schedule-free", "sgd"]
-_NARROW = 128  # matrices narrower than this keep all second moments: a row would save little
-_CLIP = 1.0  # the largest root mean square of a matrix's update
+_MIN_FACTORED_SIZE = (
+    128  # matrices narrower than this keep all second moments: a row would save little
+)
+_MAX_RMS = 1.0  # the largest root mean square of a matrix's update
 
 
 def factored_rms(params: Tree = None) -> optax.GradientTransformation:
@@ -32,43 +34,45 @@ def factored_rms(params: Tree = None) -> optax.GradientTransformation:
 
     Source: Shazeer & Stern, *Adafactor*, arXiv 1804.04235.
     """
-    stacked = {} if params is None else _batch_axes(params)
+    batch_axes = {} if params is None else _batch_axes(params)
 
-    def label(path: str, name: str, array: Shaped) -> str:
-        largest = sorted(range(array.ndim), key=lambda axis: array.shape[axis])[-2:]
-        return "whole" if set(largest) & stacked.get((path, name), set()) else "factored"
+    def moments_of_array(path: str, name: str, array: Shaped) -> str:
+        """Names the group of an array, whose second moments are factored or whole."""
+        axes_by_size = sorted(range(array.ndim), key=lambda axis: array.shape[axis])
+        has_large_batch = set(axes_by_size[-2:]) & batch_axes.get((path, name), set())
+        return "whole" if has_large_batch else "factored"
 
-    def clipped(path: str, name: str, update: jax.Array) -> jax.Array:
-        batch = stacked.get((path, name), set())
-        axes = tuple(axis for axis in range(update.ndim) if axis not in batch)
-        rms = jnp.sqrt(jnp.mean(update * update, axis=axes, keepdims=True))
-        return update / jnp.maximum(1, rms / _CLIP)
+    def clip_update(path: str, name: str, update: jax.Array) -> jax.Array:
+        array_batch_axes = batch_axes.get((path, name), set())
+        matrix_axes = tuple(axis for axis in range(update.ndim) if axis not in array_batch_axes)
+        rms = jnp.sqrt(jnp.mean(update * update, axis=matrix_axes, keepdims=True))
+        return update / jnp.maximum(1, rms / _MAX_RMS)
 
     factored = optax.partition(
         {
-            "factored": optax.scale_by_factored_rms(min_dim_size_to_factor=_NARROW),
+            "factored": optax.scale_by_factored_rms(min_dim_size_to_factor=_MIN_FACTORED_SIZE),
             "whole": optax.scale_by_factored_rms(factored=False),
         },
-        lambda adapter: map_parts(label, adapter),
+        lambda adapter: map_parts(moments_of_array, adapter),
     )
-    return optax.chain(factored, optax.stateless(lambda updates, _: map_parts(clipped, updates)))
+    clip = optax.stateless(lambda updates, _: map_parts(clip_update, updates))
+    return optax.chain(factored, clip)
 
 
 def _batch_axes(params: Tree) -> dict[tuple[str, str], set[int]]:
     """Returns the axes of each trained array that count layers or experts."""
-    axes: dict[tuple[str, str], set[int]] = {}
+    batch_axes: dict[tuple[str, str], set[int]] = {}
     for path, node in nodes_of(params).items():
         for name, array in node.parts().items():
-            batch = set(range(array.ndim - 2))  # Flax's convention
-            if isinstance(node, LoraWeight):
-                places, labels = node.layout(name), node.labels
-                batch = {
-                    axis
-                    for axis, place in enumerate(places)
-                    if place >= 0 and labels[place] == "batch"
-                }
-            axes[path, name] = batch
-    return axes
+            if not isinstance(node, LoraWeight):
+                batch_axes[path, name] = set(range(array.ndim - 2))  # Flax's convention
+                continue
+            batch_axes[path, name] = {
+                axis
+                for axis, axis_of_kernel in enumerate(node.layout(name))
+                if axis_of_kernel >= 0 and node.labels[axis_of_kernel] == "batch"
+            }
+    return batch_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,15 +146,18 @@ def optimizer_named(name: str) -> NamedOptimizer:
     return OPTIMIZERS[name]
 
 
-def settings(name: str, given: Mapping[str, float | None]) -> dict[str, float]:
-    """Returns the options of an optimiser: those given (not None), and defaults for the others.
+def settings(name: str, values: Mapping[str, float | None]) -> dict[str, float]:
+    """Returns the options of an optimiser: the values that are not None, else the defaults.
 
     Raises:
-      ValueError: it does not read one that is given, or there is no optimiser of this name.
+      ValueError: it does not read an option with a value, or there is no optimiser of this name.
     """
-    options = optimizer_named(name).options
-    set_ = {option: value for option, value in given.items() if value is not None}
-    if unread := sorted(set(set_) - set(options)):
-        reads = ", ".join(options) or "none"
-        raise ValueError(f"{name} does not read {', '.join(unread)}; the options it has: {reads}")
-    return {**options, **set_}
+    defaults = optimizer_named(name).options
+    user_values = {option: value for option, value in values.items() if value is not None}
+    unread_options = sorted(set(user_values) - set(defaults))
+    if unread_options:
+        option_list = ", ".join(defaults) or "none"
+        raise ValueError(
+            f"{name} does not read {', '.join(unread_options)}; the options it has: {option_list}"
+        )
+    return {**defaults, **user_values}

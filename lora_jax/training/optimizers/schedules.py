@@ -46,25 +46,28 @@ def warmed_up(
     0.001
     """
     warmup = min(warmup, steps - 1)
-    left = steps - warmup
-    last = floor * rate
+    main_steps = steps - warmup
+    last_rate = floor * rate
     if kind == "constant":
-        after = optax.constant_schedule(rate)
+        main_schedule = optax.constant_schedule(rate)
     elif kind == "linear":
-        after = optax.linear_schedule(rate, last, left)
+        main_schedule = optax.linear_schedule(rate, last_rate, main_steps)
     elif kind == "cosine":
-        after = optax.cosine_decay_schedule(rate, left, alpha=floor)
+        main_schedule = optax.cosine_decay_schedule(rate, main_steps, alpha=floor)
     elif kind == "wsd":
-        falling = min(max(1, round(decay * steps)), left)
-        after = optax.linear_schedule(rate, last, falling, transition_begin=left - falling)
+        decay_steps = min(max(1, round(decay * steps)), main_steps)
+        stable_steps = main_steps - decay_steps
+        main_schedule = optax.linear_schedule(
+            rate, last_rate, decay_steps, transition_begin=stable_steps
+        )
     elif kind == "inverse-sqrt":
-        after = _inverse_sqrt(rate, max(warmup, 1))
+        main_schedule = _inverse_sqrt(rate, max(warmup, 1))
     else:
         raise ValueError(f"there is no schedule {kind!r}")
     if not warmup:
-        return after
-    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+        return main_schedule
+    warmup_schedule = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+    return optax.join_schedules([warmup_schedule, main_schedule], [warmup])
 
 
 def _inverse_sqrt(rate: float, warmup: int) -> optax.Schedule:

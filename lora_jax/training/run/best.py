@@ -6,6 +6,7 @@ checkpoint finds the adapter that was the best there. Each checkpoint records wh
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,10 +45,12 @@ class Standing:
         Standing(value=2.0, step=10, waited=1)
         """
         if self.value is None:
-            better = value == value
+            is_better = not math.isnan(value)
+        elif goal == "min":
+            is_better = value < self.value
         else:
-            better = value < self.value if goal == "min" else value > self.value
-        if better:
+            is_better = value > self.value
+        if is_better:
             return Standing(value, step)
         return dataclasses.replace(self, waited=self.waited + 1)
 
@@ -111,12 +114,14 @@ class Best:
         Returns:
           Whether training ends here.
         """
-        if self.metric in measured:
-            self.standing = self.standing.after(step, measured[self.metric], goal=self._goal)
-            if self.standing.step == step and self.standing.waited == 0:
-                about = self._about | self.about
-                lj.save_adapter(self.folder / str(step), tree(), about=about, overwrite=True)
-                wait_for_all("the best adapter is saved")
+        if self.metric not in measured:
+            return self.is_over
+        self.standing = self.standing.after(step, measured[self.metric], goal=self._goal)
+        is_best = self.standing.step == step and self.standing.waited == 0
+        if is_best:
+            facts = self._about | self.about
+            lj.save_adapter(self.folder / str(step), tree(), about=facts, overwrite=True)
+            wait_for_all("the best adapter is saved")
         return self.is_over
 
     def keep_for(self, checkpoints: Sequence[int]) -> None:
@@ -125,10 +130,11 @@ class Best:
         Args:
           checkpoints: their steps.
         """
-        kept = {self.standing.step}
-        for step in checkpoints:
-            kept |= {max((s for s in self._steps() if s <= step), default=0)}
-        self._delete_all_but(kept)
+        needed_steps = {self.standing.step}
+        for checkpoint in checkpoints:
+            earlier_steps = [step for step in self._steps() if step <= checkpoint]
+            needed_steps.add(max(earlier_steps, default=0))
+        self._delete_all_but(needed_steps)
 
     def go_on_from(self, step: int, saved: Fields | None) -> None:
         """Restores the best score so far, and its step, as a checkpoint holds them.
@@ -161,7 +167,7 @@ class Best:
                 f"the best adapter {self.folder / str(self.standing.step)} is missing: put it "
                 "back, or begin another run"
             )
-        self._delete_all_but({s for s in self._steps() if s <= step})
+        self._delete_all_but({best_step for best_step in self._steps() if best_step <= step})
 
     def as_json(self) -> dict[str, Any]:
         """Returns the standing, for a checkpoint to keep."""
@@ -171,18 +177,21 @@ class Best:
         """Returns an adapted tree with the best adapter; as it is, if nothing was measured."""
         if self.standing.value is None:
             return params
+        best_folder = self.folder / str(self.standing.step)
         # Its base is this one: there is nothing to check.
-        best = self.folder / str(self.standing.step)
-        return lj.load_adapter(best, params, allow_base_mismatch=True)
+        return lj.load_adapter(best_folder, params, allow_base_mismatch=True)
 
     def _steps(self) -> list[int]:
+        """Returns the steps of the adapters that the folder holds."""
         if not self.folder.is_dir():
             return []
         return [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
 
-    def _delete_all_but(self, kept: set[int]) -> None:
+    def _delete_all_but(self, needed_steps: set[int]) -> None:
+        """Deletes other adapters in the first process, and what a killed run left beside them."""
         if is_first() and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if not path.name.isdecimal() or int(path.name) not in kept:  # or a kill left it
+                is_needed = path.name.isdecimal() and int(path.name) in needed_steps
+                if not is_needed:
                     shutil.rmtree(path, ignore_errors=True)
         wait_for_all("older adapters are deleted")

@@ -77,24 +77,46 @@ def window_line(
       tokens_per_s: speed of the steps; None where it is not known.
       reduction: reduction of the loss.
     """
-    count = sum(v["count"] for v in steps)
-
-    def a_unit(name: str) -> float | None:
-        if f"{name}{UNITS}" in steps[0]:
-            counted = [(v[name], v[f"{name}{UNITS}"]) for v in steps if v[f"{name}{UNITS}"]]
-            return sum(x * n for x, n in counted) / sum(n for _, n in counted) if counted else None
-        weighed = [(v.get(name, 0), v["count"] if count else 1) for v in steps]
-        return sum(x * n for x, n in weighed) / (count or len(weighed))
-
-    left_out = {"skipped", *(name for name in steps[-1] if name.endswith(UNITS))}
-    newest = {name: value for name, value in steps[-1].items() if name not in left_out}
-    logged = dict.fromkeys(name for v in steps for name in v if name not in OWN_METRICS)
-    names = [name for name in logged if not name.endswith(UNITS)]
-    logs = {name: a_unit(name) for name in names}
-    loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in steps) / len(steps)
-    line = {**newest, **logs, **_batch_line(batches), "loss": loss, "count": int(count)}
+    line: dict[str, float | None] = {}
+    # The newest values, such as the learning rate.
+    for name, value in steps[-1].items():
+        if name != "skipped" and not name.endswith(UNITS):
+            line[name] = value
+    for name in _log_names(steps):
+        line[name] = _mean_over_units(steps, name)
+    line |= _batch_line(batches)
+    if reduction == "mean":
+        line["loss"] = _mean_over_units(steps, "loss")
+    else:
+        line["loss"] = sum(metrics["loss"] for metrics in steps) / len(steps)
+    line["count"] = int(sum(metrics["count"] for metrics in steps))
     line["tokens_per_s"] = None if tokens_per_s is None else round(tokens_per_s, 1)
     return {name: value for name, value in line.items() if value is not None}
+
+
+def _log_names(steps: Sequence[Mapping[str, float]]) -> list[str]:
+    """Returns the names of the loss's logs in the metrics of steps, each once."""
+    metric_names = dict.fromkeys(name for metrics in steps for name in metrics)
+    return [name for name in metric_names if name not in OWN_METRICS and not name.endswith(UNITS)]
+
+
+def _mean_over_units(steps: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Returns the mean of a metric as a line has it; None for a log that no unit counts for."""
+    own_count_name = f"{name}{UNITS}"
+    has_own_count = own_count_name in steps[0]
+    has_units = any(metrics["count"] for metrics in steps)
+    total = 0.0
+    total_weight = 0.0
+    for metrics in steps:
+        if has_own_count:
+            weight = metrics[own_count_name]
+        else:
+            weight = metrics["count"] if has_units else 1
+        if has_own_count and not weight:
+            continue  # its value may be NaN
+        total += metrics.get(name, 0) * weight
+        total_weight += weight
+    return total / total_weight if total_weight else None
 
 
 def _batch_line(batches: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

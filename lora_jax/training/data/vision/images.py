@@ -55,8 +55,8 @@ class Images(Padded):
     def digest(self) -> str:
         """Returns a fingerprint of all images and of what makes values of them."""
         sha = hashlib.sha256(f"{self.pixels.shape}{self.processor}".encode())
-        for first in range(0, len(self), _BLOCK):
-            sha.update(self.pixels[first : first + _BLOCK].tobytes())
+        for start in range(0, len(self), _BLOCK):
+            sha.update(self.pixels[start : start + _BLOCK].tobytes())
         sha.update(self.labels.tobytes() + self.weights.tobytes())
         return sha.hexdigest()
 
@@ -102,27 +102,33 @@ def images(
     check_rows(rows, source, image, label)
     labels = label_indices(rows, names or label_names(rows, label), label, source)
     pixels = read_pixels([row[image] for row in rows], names_of(rows, image, source), processor)
-    return Images(pixels, labels, np.ones(len(rows), np.int32), processor, length)
+    return Images(
+        pixels=pixels,
+        labels=labels,
+        weights=np.ones(len(rows), np.int32),
+        processor=processor,
+        length=length,
+    )
 
 
 def check_rows(rows: Sequence[Row], source: str, image: str, label: str | None) -> None:
     """Raises TrainingError where a row lacks an image or a label; names the row and the field."""
     for number, row in enumerate(rows, start=1):
+        row_name = name_of(row, source, number)
         if row.get(image) in (None, ""):
-            needed = "an image, by its path or as its file's bytes,"
-            raise no_field(row, name_of(row, source, number), "image", image, needed)
+            description = "an image, by its path or as its file's bytes,"
+            raise no_field(row, row_name, "image", image, description)
         if label is not None:
-            check_label(row, name_of(row, source, number), label)
+            check_label(row, row_name, label)
 
 
 def names_of(rows: Sequence[Row], image: str, source: str) -> list[str]:
     """Returns names of images for messages: their paths, or the places of their rows."""
-    return [
-        str(row[image])
-        if isinstance(row[image], str | os.PathLike)
-        else name_of(row, source, number)
-        for number, row in enumerate(rows, start=1)
-    ]
+    names = []
+    for number, row in enumerate(rows, start=1):
+        is_path = isinstance(row[image], str | os.PathLike)
+        names.append(str(row[image]) if is_path else name_of(row, source, number))
+    return names
 
 
 def read_pixels(
@@ -141,13 +147,15 @@ def read_pixels(
     with tempfile.TemporaryFile() as file:  # lives as long as the map
         pixels = np.memmap(file, np.uint8, "w+", shape=(len(sources), *processor.shape))
 
-    def read(at: int) -> str | None:
+    def read(index: int) -> str | None:
+        """Reads an image; returns the problem if it is broken."""
         try:
-            pixels[at] = processor.pixels(sources[at])
+            pixels[index] = processor.pixels(sources[index])
             return None
         except ImageError as error:
-            return f"{names[at]}: {error}"
+            return f"{names[index]}: {error}"
 
     with ThreadPoolExecutor() as pool:
-        check_read([why for why in pool.map(read, range(len(sources))) if why], len(sources))
+        problems = [problem for problem in pool.map(read, range(len(sources))) if problem]
+    check_read(problems, len(sources))
     return pixels

@@ -18,7 +18,7 @@ from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import TrainingError
 
-_NAMED = 5  # broken images that a message names
+_MAX_NAMED = 5  # broken images that a message names
 _BLOCK = 64  # tiles that are hashed at once
 
 
@@ -37,10 +37,10 @@ class Pictures:
     pixels: np.ndarray
 
     @functools.cached_property
-    def firsts(self) -> np.ndarray:
-        """Returns the first tile of each row, and after the last: [n + 1]."""
-        counts = [sum(map(self.reader.count, row)) for row in self.grids]
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    def tile_starts(self) -> np.ndarray:
+        """Returns the index of the first tile of each row, and the number of all tiles: [n + 1]."""
+        tile_counts = [sum(map(self.reader.count, row_grids)) for row_grids in self.grids]
+        return np.concatenate([[0], np.cumsum(tile_counts, dtype=np.int64)])
 
     def expand(self, tokens: TokenSequence, name: str, *, whole: bool = True) -> TokenSequence:
         """Returns a row's tokens with those of its images; the loss counts none of these.
@@ -53,27 +53,33 @@ class Pictures:
         Raises:
           TrainingError: there are more such tokens than images, or less.
         """
-        (at,) = np.nonzero(tokens.ids == self.reader.token)
+        (image_indices,) = np.nonzero(tokens.ids == self.reader.token)
         grids = self.grids[tokens.row - 1]
-        if len(at) > len(grids) or whole and len(at) < len(grids):
+        n_places = len(image_indices)
+        is_image_missing = n_places > len(grids)
+        is_image_unused = whole and n_places < len(grids)
+        if is_image_missing or is_image_unused:
             raise TrainingError(
                 f"{name} has {len(grids)} images, and the chat that the model learns or answers "
-                f"has {len(at)} places for them: the model's chat template leaves some out, a text "
+                f"has {n_places} places for them: the model's chat template leaves some out, a text "
                 "has the token for an image, or images follow the last answer"
             )
-        parts = [self.reader.written(grid) for grid in grids[: len(at)]]
-        sizes = np.ones(len(tokens), np.int64)
-        sizes[at] = [len(part) for part in parts]
-        ids = np.repeat(tokens.ids, sizes)
-        counts = np.repeat(tokens.counts, sizes)
-        for part, end in zip(parts, np.cumsum(sizes)[at].tolist(), strict=True):
-            here = slice(end - len(part), end)
-            ids[here], counts[here] = part, False
+        ids_of_images = [self.reader.written(grid) for grid in grids[:n_places]]
+        # Each token is repeated as often as it has tokens; those of images are then written over.
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[image_indices] = [len(image_ids) for image_ids in ids_of_images]
+        ids = np.repeat(tokens.ids, repeats)
+        counts = np.repeat(tokens.counts, repeats)
+        image_ends = np.cumsum(repeats)[image_indices].tolist()
+        for image_ids, end in zip(ids_of_images, image_ends, strict=True):
+            start = end - len(image_ids)
+            ids[start:end] = image_ids
+            counts[start:end] = False
         return dataclasses.replace(tokens, ids=ids, counts=counts)
 
     def tiles_of(self, row: int) -> np.ndarray:
         """Returns the tiles of a row, counted from 1: [n, channels, height, width] uint8."""
-        return self.pixels[self.firsts[row - 1] : self.firsts[row]]
+        return self.pixels[self.tile_starts[row - 1] : self.tile_starts[row]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,32 +95,36 @@ class PixelValues:
     rows: Sequence[np.ndarray]
 
     @functools.cached_property
-    def most(self) -> int:
+    def max_tiles(self) -> int:
         """Returns the tiles that each row gets: as many as the row with most of them."""
-        each = zip(self.parts, self.rows, strict=True)
-        n = max(int(np.diff(part.firsts)[rows - 1].max(initial=1)) for part, rows in each)
-        return self.parts[0].reader.room(n)
+        max_tiles = 1
+        for pictures, rows in zip(self.parts, self.rows, strict=True):
+            tile_counts = np.diff(pictures.tile_starts)[rows - 1]
+            max_tiles = max(max_tiles, int(tile_counts.max(initial=1)))
+        return self.parts[0].reader.room(max_tiles)
 
     @functools.cached_property
-    def most_images(self) -> int:
+    def max_images(self) -> int:
         """Returns the number of images of the row with most of them, 1 at least."""
-        each = zip(self.parts, self.rows, strict=True)
-        found = (len(part.grids[row - 1]) for part, rows in each for row in rows.tolist())
-        return max(1, max(found, default=1))
+        max_images = 1
+        for pictures, rows in zip(self.parts, self.rows, strict=True):
+            for row in rows.tolist():
+                max_images = max(max_images, len(pictures.grids[row - 1]))
+        return max_images
 
     def arrays(self, origin: int, row: int) -> HostBatch:
         """Returns the model's inputs of a row's images, with room for as many as any row has."""
-        part = self.parts[origin]
-        most = (self.most, self.most_images)
-        return part.reader.inputs(part.tiles_of(row), part.grids[row - 1], most)
+        pictures = self.parts[origin]
+        room = (self.max_tiles, self.max_images)
+        return pictures.reader.inputs(pictures.tiles_of(row), pictures.grids[row - 1], room)
 
     def digest(self) -> str:
         """Returns a fingerprint of all images and of what makes values of them."""
         sha = hashlib.sha256()
-        for part in self.parts:
-            sha.update(f"{part.reader.processor}{part.grids}".encode())
-            for first in range(0, len(part.pixels), _BLOCK):
-                sha.update(part.pixels[first : first + _BLOCK].tobytes())
+        for pictures in self.parts:
+            sha.update(f"{pictures.reader.processor}{pictures.grids}".encode())
+            for start in range(0, len(pictures.pixels), _BLOCK):
+                sha.update(pictures.pixels[start : start + _BLOCK].tobytes())
         return sha.hexdigest()
 
 
@@ -127,9 +137,10 @@ class RowImages(NamedTuple):
 
 def image_inputs(rows: Sequence[RowImages], reader: AnyReader) -> dict[str, np.ndarray]:
     """Returns a model's inputs of the images of rows, all with room for as many as any has."""
-    most = (reader.room(max(len(row.tiles) for row in rows)), max(len(row.grids) for row in rows))
-    made = [reader.inputs(row.tiles, row.grids, most) for row in rows]
-    return {name: np.stack([each[name] for each in made]) for name in made[0]}
+    max_tiles = reader.room(max(len(row.tiles) for row in rows))
+    max_images = max(len(row.grids) for row in rows)
+    row_inputs = [reader.inputs(row.tiles, row.grids, (max_tiles, max_images)) for row in rows]
+    return {name: np.stack([inputs[name] for inputs in row_inputs]) for name in row_inputs[0]}
 
 
 def read_pictures(
@@ -148,40 +159,46 @@ def read_pictures(
       TrainingError: some cannot be read; names the first of them.
     """
     grids: list[list[Grid]] = [[] for _ in rows]
-    broken = []
+    problems = []
 
-    def read(place: tuple[int, Any]) -> Any:
-        row, image = place
+    def read(row: int, image: Any) -> Any:
+        """Returns an image's tiles and its grid, or the problem if it is broken."""
         try:
             return reader.processor.tiles(image)
         except ImageError as error:
             path = f", {image}" if isinstance(image, str | os.PathLike) else ""
             return f"{names[row]}{path}: {error}"
 
-    places = [(row, image) for row, images in enumerate(rows) for image in images]
+    images = [image for row_images in rows for image in row_images]
+    row_of_image = [row for row, row_images in enumerate(rows) for _ in row_images]
     # The file lives as long as the map.
     with tempfile.TemporaryFile() as file, ThreadPoolExecutor() as pool:
-        for (row, _), made in zip(places, pool.map(read, places), strict=True):
-            if isinstance(made, str):
-                broken.append(made)
+        results = pool.map(read, row_of_image, images)
+        for row, result in zip(row_of_image, results, strict=True):
+            if isinstance(result, str):
+                problems.append(result)
                 continue
-            file.write(made[0].tobytes())
-            grids[row].append(made[1])
-        check_read(broken, len(places))
+            tiles, grid = result
+            file.write(tiles.tobytes())
+            grids[row].append(grid)
+        check_read(problems, len(images))
         file.flush()
-        shape = reader.processor.tile.shape
-        n = file.tell() // int(np.prod(shape))
-        pixels: np.ndarray = np.empty((0, *shape), np.uint8)
-        if n:
-            pixels = np.memmap(file, np.uint8, "r", shape=(n, *shape))
+        tile_shape = reader.processor.tile.shape
+        n_tiles = file.tell() // int(np.prod(tile_shape))
+        pixels: np.ndarray = np.empty((0, *tile_shape), np.uint8)
+        if n_tiles:
+            pixels = np.memmap(file, np.uint8, "r", shape=(n_tiles, *tile_shape))
     return Pictures(reader, grids, pixels)
 
 
-def check_read(broken: Sequence[str], n: int) -> None:
-    """Raises TrainingError where some of n images are broken; names the first of them."""
-    if broken:
-        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        raise TrainingError(
-            f"{len(broken)} of {n} images cannot be used: {'; '.join(broken[:_NAMED])}{more}. "
-            "Replace them, or take them out"
-        )
+def check_read(problems: Sequence[str], n_images: int) -> None:
+    """Raises TrainingError where some of the images are broken; names the first of them."""
+    if not problems:
+        return
+    problem_list = "; ".join(problems[:_MAX_NAMED])
+    if len(problems) > _MAX_NAMED:
+        problem_list += f" and {len(problems) - _MAX_NAMED} more"
+    raise TrainingError(
+        f"{len(problems)} of {n_images} images cannot be used: {problem_list}. "
+        "Replace them, or take them out"
+    )
