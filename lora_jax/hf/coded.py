@@ -1,4 +1,8 @@
-"""Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
+"""Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole.
+
+The *form* of a tensor is the format of its codes and their shapes, or none for floats. `Coded`
+stands for codes, their scales, and the dtype of the array that they encode.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +29,8 @@ def encode_row(
     row: Row,
     coding: Coding,
     dtype: DTypeLike,
-    place: Sharding | None,
-    read: Callable[[range | None], jax.Array],
+    sharding: Sharding | None,
+    read_layers: Callable[[range | None], jax.Array],
 ) -> Coded:
     """Reads a kernel and encodes it; of a stack, one layer after another.
 
@@ -34,37 +38,39 @@ def encode_row(
       row: the kernel.
       coding: how it is stored.
       dtype: dtype of the array that the codes stand for.
-      place: the sharding of that array.
-      read: returns the fp32 array of these layers, or of all for None.
+      sharding: the sharding of that array.
+      read_layers: returns the fp32 array of these layers, or of all for None.
 
     Raises:
       ValueError: it holds a NaN or an infinity.
     """
-    whole_stack = isinstance(place, NamedSharding) and any(place.spec[:1])  # layers are sharded
-    if not row.stack or whole_stack:
-        return encode(read(None), coding, dtype=dtype, name=row.path)
-    lost = []
+    has_sharded_layers = isinstance(sharding, NamedSharding) and any(sharding.spec[:1])
+    if not row.stack or has_sharded_layers:
+        return encode(read_layers(None), coding, dtype=dtype, name=row.path)
+    lost_counts = []
 
-    def layer(i: int) -> Coded:
-        coded, n_lost = encode_part(read(range(i, i + 1)), coding, dtype, f"{row.path}, layer {i}")
-        lost.append(n_lost)
-        return coded
+    def encode_layer(layer: int) -> Coded:
+        array = read_layers(range(layer, layer + 1))
+        coded_layer, n_lost = encode_part(array, coding, dtype, f"{row.path}, layer {layer}")
+        lost_counts.append(n_lost)
+        return coded_layer
 
     shapes = encode(jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32), coding, dtype=dtype)
-    where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place
-    whole = _stack_layers(map(layer, range(row.stack[0])), shapes, where)
-    warn_of_lost(sum(lost), whole, row.path)
-    return whole
+    layers = map(encode_layer, range(row.stack[0]))
+    stack = _stack_layers(layers, shapes, _code_shardings(shapes, sharding))
+    warn_of_lost(sum(lost_counts), stack, row.path)
+    return stack
 
 
 def check_alike(source: HasCodes, row: Row) -> None:
     """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
-    first, *others = _kinds(source, row)
-    if others and not source.shipped.isdisjoint((first, *others)):
-        raise WeightsError(
-            f"{source.where}: {first} and {others[0]} lie in different codes, or one of them in "
-            f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
-        )
+    tensors = _tensor_of_each_form(source, row)
+    if len(tensors) == 1 or source.shipped.isdisjoint(tensors):
+        return
+    raise WeightsError(
+        f"{source.where}: {tensors[0]} and {tensors[1]} lie in different codes, or one of them in "
+        f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
+    )
 
 
 def check_stored(source: Source, kernels: Sequence[Row]) -> None:
@@ -78,59 +84,64 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
       ConfigError: none lies in codes that stay so; says what they lie in.
       WeightsError: a stack's tensors lie in different codes, and those of the file always stay so.
     """
-    for row in kernels:
-        check_alike(source, row)
-    if any([stored_shapes(source, row, np.float32) for row in kernels]):
+    for kernel in kernels:
+        check_alike(source, kernel)
+    shapes_of_kernels = [stored_shapes(source, kernel, np.float32) for kernel in kernels]
+    if any(shapes is not None for shapes in shapes_of_kernels):
         return
-    codes = "in codes"
+    requirement = "in codes"
     if source.kept_forms_note:
-        codes = f"in codes that stay so: they lie in {count_forms(source, kernels)}. "
-        codes += source.kept_forms_note
+        forms = count_forms(source, kernels)
+        requirement = f"in codes that stay so: they lie in {forms}. {source.kept_forms_note}"
     raise ConfigError(
         f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
-        f"{codes}: choose a format, such as quantize='nf4'"
+        f"{requirement}: choose a format, such as quantize='nf4'"
     )
 
 
 def count_forms(source: Source, kernels: Iterable[Row]) -> str:
     """Returns the forms that kernels lie in, and how many of their layers do: "Q5_K (12)"."""
-    forms = Counter(source.form(name) for row in kernels for name in row.hf_names)
-    return ", ".join(f"{form} ({n})" for form, n in forms.most_common())
+    counts: Counter[str] = Counter()
+    for kernel in kernels:
+        counts.update(source.form(name) for name in kernel.hf_names)
+    return ", ".join(f"{form} ({count})" for form, count in counts.most_common())
 
 
-def _kinds(source: HasCodes, row: Row) -> list[str]:
-    """Returns the first tensor of a stack in each form that they lie in."""
-    kinds: dict[object, str] = {}  # of codes -> the first tensor in them
+def _tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
+    """Returns the first tensor of a stack in each form that its tensors lie in."""
+    tensor_of_form: dict[object, str] = {}
     for name in row.hf_names:
         shapes = source.code_shapes(name, np.float32)
-        leaves = jax.tree.leaves(shapes)
-        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        kinds.setdefault((kind, jax.tree.structure(shapes)), name)
-    return list(kinds.values())
+        arrays = tuple((array.shape, array.dtype) for array in jax.tree.leaves(shapes))
+        form = (arrays, jax.tree.structure(shapes))
+        tensor_of_form.setdefault(form, name)
+    return list(tensor_of_form.values())
 
 
 def stored_shapes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
     """Returns the shapes of what `read_stored` returns."""
-    first, *others = _kinds(source, row)
-    coded = source.code_shapes(first, dtype)
-    if coded is None or others:
+    tensors = _tensor_of_each_form(source, row)
+    tensor_shapes = source.code_shapes(tensors[0], dtype)
+    if tensor_shapes is None or len(tensors) > 1:
         return None
 
-    def stacked(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def stack_shape(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         shape = array.shape[::-1] if row.transpose else array.shape
         return jax.ShapeDtypeStruct((*row.stack, *shape), array.dtype)
 
-    return coded.map(stacked)
+    return tensor_shapes.map(stack_shape)
 
 
-def read_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None) -> Coded | None:
-    """Reads a kernel in the codes of the file, a layer at a time, into its place.
+def read_stored(
+    source: Source, row: Row, dtype: DTypeLike, sharding: Sharding | None
+) -> Coded | None:
+    """Reads a kernel in the codes of the file, a layer at a time, onto its devices.
 
     Args:
       source: the file.
       row: the kernel.
       dtype: dtype of the array that the codes stand for.
-      place: the sharding of that array.
+      sharding: the sharding of that array.
 
     Returns:
       The codes; None if not all of it is in codes of one format.
@@ -138,59 +149,86 @@ def read_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | No
     shapes = stored_shapes(source, row, dtype)
     if shapes is None:
         return None
-    where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place
+    shardings = _code_shardings(shapes, sharding)
     if not row.stack:
-        return _put(_read(source, row, row.hf_names, dtype), where)
-    names = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
-    layers = (_put(_read(source, row, some, dtype), _layer_shardings(where)) for some in names)
-    return _stack_layers(layers, shapes, where)
+        return _put_on_devices(_read_tensors(source, row, row.hf_names, dtype), shardings)
+    names_of_layers = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
+    layer_shardings = _layer_shardings(shardings)
+
+    def read_layer(names: Sequence[str]) -> Coded:
+        return _put_on_devices(_read_tensors(source, row, names, dtype), layer_shardings)
+
+    return _stack_layers(map(read_layer, names_of_layers), shapes, shardings)
 
 
-def _read(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
+def _read_tensors(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
     """Returns a kernel, or a layer of a stack with an axis for itself, of NumPy arrays."""
-    first, *others = [cast(Coded, source.codes(name, dtype)) for name in names]
+    tensors = [cast(Coded, source.codes(name, dtype)) for name in names]
 
-    def joined(*arrays: np.ndarray) -> np.ndarray:
-        each = [array.T if row.transpose else array for array in arrays]
-        shape = (*(1 for _ in row.stack[:1]), *row.stack[1:], *each[0].shape)
-        return (np.stack(each) if len(each) > 1 else each[0]).reshape(shape)
+    def join_members(*arrays: np.ndarray) -> np.ndarray:
+        members = [array.T if row.transpose else array for array in arrays]
+        if not row.stack:
+            return members[0]
+        shape = (1, *row.stack[1:], *members[0].shape)
+        joined = np.stack(members) if len(members) > 1 else members[0]
+        return joined.reshape(shape)
 
-    return first.map(joined, *others)
-
-
-def _put(coded: Coded, where: Coded | Sharding | None) -> Coded:
-    """Returns codes on their devices: `where` has the sharding of each array, or one for all."""
-    if not isinstance(where, Coded):
-        return coded.map(lambda array: jax.device_put(array, where))
-
-    def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, where, array.__getitem__)
-
-    return coded.map(placed, where)
+    return tensors[0].map(join_members, *tensors[1:])
 
 
-def _layer_shardings(where: Coded | Sharding | None) -> Coded | Sharding | None:
+def _code_shardings(shapes: Coded, sharding: Sharding | None) -> Coded | Sharding | None:
+    """Returns the sharding of each array of codes, or that of all of them for a single device."""
+    return shardings_of(shapes, sharding) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _put_on_devices(coded: Coded, shardings: Coded | Sharding | None) -> Coded:
+    """Returns codes on their devices: there is a sharding of each array, or one for all."""
+    if not isinstance(shardings, Coded):
+        return coded.map(lambda array: jax.device_put(array, shardings))
+
+    def put_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return coded.map(put_array, shardings)
+
+
+def _layer_shardings(stack_shardings: Coded | Sharding | None) -> Coded | Sharding | None:
     """Returns the shardings of one layer of a stack, which has an axis for itself."""
-    if not isinstance(where, Coded):
-        return where
-    return where.map(lambda old: NamedSharding(old.mesh, PartitionSpec(None, *old.spec[1:])))
+    if not isinstance(stack_shardings, Coded):
+        return stack_shardings
+
+    def layer_sharding(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+
+    return stack_shardings.map(layer_sharding)
 
 
-def _stack_layers(layers: Iterable[Coded], shapes: Coded, where: Coded | Sharding | None) -> Coded:
-    """Returns a stack in its place, written a layer at a time: there is no second copy of it.
+def _stack_layers(
+    layers: Iterable[Coded], shapes: Coded, shardings: Coded | Sharding | None
+) -> Coded:
+    """Returns a stack on its devices, written a layer at a time: there is no second copy of it.
 
     Args:
       layers: each with an axis for itself.
-      shapes: shapes of the whole.
-      where: the sharding of each array, or one for all.
+      shapes: shapes of the stack.
+      shardings: the sharding of each array, or one for all.
     """
-    places = where if isinstance(where, Coded) else shapes.map(lambda _: where)
-    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=where)
-    whole = shapes.map(lambda x, place: jnp.zeros(x.shape, x.dtype, device=place), places)
-    for i, layer in enumerate(layers):
-        whole = jax.block_until_ready(write(whole, layer, i))
-    return whole
+
+    def zeros(array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.Array:
+        return jnp.zeros(array.shape, array.dtype, device=sharding)
+
+    if isinstance(shardings, Coded):
+        stack = shapes.map(zeros, shardings)
+    else:
+        stack = shapes.map(lambda array: zeros(array, shardings))
+    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=shardings)
+    for layer_index, layer in enumerate(layers):
+        stack = jax.block_until_ready(write(stack, layer, layer_index))
+    return stack
 
 
-def _write_layer(whole: Coded, layer: Coded, i: jax.Array) -> Coded:
-    return whole.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, i, 0), layer)
+def _write_layer(stack: Coded, layer: Coded, layer_index: jax.Array) -> Coded:
+    def write_array(stack_array: jax.Array, layer_array: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(stack_array, layer_array, layer_index, 0)
+
+    return stack.map(write_array, layer)

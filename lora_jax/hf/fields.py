@@ -91,9 +91,9 @@ def check_known(name: str, value: object, known: Collection[KnownT]) -> KnownT:
 
 def check_multiple(**sizes: int) -> None:
     """Raises a ConfigError unless the first of two sizes is a multiple of the second."""
-    (name, size), (other, part) = sizes.items()
-    if size % part:
-        raise ConfigError(f"{name} ({size}) is not a multiple of {other} ({part})")
+    (name, size), (divisor_name, divisor) = sizes.items()
+    if size % divisor:
+        raise ConfigError(f"{name} ({size}) is not a multiple of {divisor_name} ({divisor})")
 
 
 def read_switch(name: str, value: object) -> bool:
@@ -123,18 +123,20 @@ def check_values(config: Any, names: Mapping[str, str] | None = None) -> None:
       KindError: a field holds a value of another kind.
       ConfigError: a number is out of range, or is not finite.
     """
-    names = names or {}
+    json_names = names or {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kinds = get_args(field.type) or (field.type,)  # of `int | None`, of `tuple[int, ...]`
-        if value is None and NoneType in kinds:
+        is_absent = value is None and NoneType in kinds
+        if is_absent:
             continue
-        name = names.get(field.name, field.name)
+        json_name = json_names.get(field.name, field.name)
         if kinds[0] is bool:
-            read_switch(name, value)
+            read_switch(json_name, value)
         elif kinds[0] in (int, float):
-            for number in value if isinstance(value, tuple) else (value,):
-                _check_number(name, number, field, kinds[0])
+            numbers = value if isinstance(value, tuple) else (value,)
+            for number in numbers:
+                _check_number(json_name, number, field, kinds[0])
 
 
 def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: object) -> None:
@@ -144,27 +146,36 @@ def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: 
     if isinstance(value, bool) or not is_number:
         kind_name = "a whole number" if is_integer else "a number"
         raise KindError(f"{name} ({value!r}) must be {kind_name}: correct the configuration")
-    bound, is_within = "finite", True
+    is_token_id = field.name.endswith(("_id", "_ids"))
+    requirement = "finite"
+    is_in_range = True
     if field.name in _POSITIVE:
-        bound, is_within = "finite and above 0", value > 0
+        requirement = "finite and above 0"
+        is_in_range = value > 0
     elif field.name in _NOT_NEGATIVE:
-        bound, is_within = "finite and at least 0", value >= 0
-    elif is_integer and not field.name.endswith(("_id", "_ids")):
+        requirement = "finite and at least 0"
+        is_in_range = value >= 0
+    elif is_integer and not is_token_id:
         minimum = 0 if field.default in (0, ()) else 1
-        bound, is_within = f"at least {minimum}", value >= minimum
-    if not (is_within and math.isfinite(value)):
-        raise ConfigError(f"{name} ({value!r}) must be {bound}: correct the configuration")
+        requirement = f"at least {minimum}"
+        is_in_range = value >= minimum
+    if not (is_in_range and math.isfinite(value)):
+        raise ConfigError(f"{name} ({value!r}) must be {requirement}: correct the configuration")
 
 
 def read_eos(config: Fields) -> tuple[int, ...]:
     """Returns the tokens that end a text: config.json has one, several or none."""
     eos = config.get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
 def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
-    """Returns the inverse of `read_eos`, the field."""
-    return list(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+    """Returns the field that `read_eos` reads back as these tokens."""
+    if not tokens:
+        return None
+    return list(tokens) if len(tokens) > 1 else tokens[0]
 
 
 def refuse_unknown(
@@ -182,13 +193,17 @@ def refuse_unknown(
     Raises:
       ConfigError: there are such fields; names each of them.
     """
+    supported_values = {**_UNSUPPORTED, **(unsupported or {})}
     problems = []
-    unsupported = {**_UNSUPPORTED, **(unsupported or {})}
     for name, value in config.items():
-        if name in unsupported:
-            if value is not None and value != unsupported[name]:
+        if name in supported_values:
+            is_supported = value is None or value == supported_values[name]
+            if not is_supported:
                 problems.append(f"{name}={value!r} is not supported")
-        elif name not in known | HARMLESS and value is not None and value is not False:
+            continue
+        is_known = name in known or name in HARMLESS
+        is_off = value is None or value is False
+        if not is_known and not is_off:
             problems.append(f"{name}={value!r} is not known for {family}")
     if problems:
         raise ConfigError(

@@ -91,8 +91,11 @@ class ModelFormats:
         Raises:
           ConfigError: for an unknown architecture; lists the known ones.
         """
-        known = {f.gguf.architecture: (f, f.gguf) for f in self.by_type.values() if f.gguf}
-        return known[check_known("GGUF architecture", architecture, known)]
+        formats: dict[str, tuple[ModelFormat, GGUFLayout]] = {}
+        for format in self.by_type.values():
+            if format.gguf is not None:
+                formats[format.gguf.architecture] = (format, format.gguf)
+        return formats[check_known("GGUF architecture", architecture, formats)]
 
     def read_config(self, fields: Fields, **options: object) -> AnyConfig:
         """Reads a configuration from a parsed config.json.
@@ -108,7 +111,8 @@ class ModelFormats:
           ConfigError: names what is missing, unsupported or unknown, in the file or the options.
         """
         model_type = fields.get("model_type")
-        family = self.format_of(model_type)
-        if unknown := sorted(set(options) - family.options):
-            raise ConfigError(f"a {model_type} model has no option {', '.join(unknown)}")
-        return family.read(fields, **options)
+        format = self.format_of(model_type)
+        unknown_options = sorted(set(options) - format.options)
+        if unknown_options:
+            raise ConfigError(f"a {model_type} model has no option {', '.join(unknown_options)}")
+        return format.read(fields, **options)

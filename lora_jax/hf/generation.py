@@ -49,8 +49,11 @@ class Generation:
     text: str
 
     def __post_init__(self) -> None:
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in self.eos_token_ids):
-            raise ConfigError(f"eos_token_id={self.fields['eos_token_id']!r}: token ids are needed")
+        for token in self.eos_token_ids:
+            is_token_id = isinstance(token, int) and not isinstance(token, bool)
+            if not is_token_id:
+                eos = self.fields["eos_token_id"]
+                raise ConfigError(f"eos_token_id={eos!r}: token ids are needed")
 
     @cached_property
     def fields(self) -> Fields:
@@ -72,12 +75,12 @@ class Generation:
         """
         if self.fields.get("do_sample") is False:
             return {"temperature": 0.0}
-        given = {name: self.fields.get(name) for name in _SAMPLING}
-        if self.fields.get("do_sample") and given["temperature"] is None:
-            given["temperature"] = 1.0
-        if given["top_k"] in (0, -1):
-            given["top_k"] = None
-        return {name: value for name, value in given.items() if value is not None}
+        settings = {name: self.fields.get(name) for name in _SAMPLING}
+        if self.fields.get("do_sample") and settings["temperature"] is None:
+            settings["temperature"] = 1.0
+        if settings["top_k"] in (0, -1):
+            settings["top_k"] = None
+        return {name: value for name, value in settings.items() if value is not None}
 
     def check_sampling(self) -> None:
         """Raises a ConfigError for a value of `sampling` that nothing can be sampled with."""
@@ -89,8 +92,12 @@ class Generation:
     @property
     def others(self) -> dict[str, object]:
         """The further fields that would change what is drawn, and are not applied here."""
-        given = {name: self.fields.get(name) for name in _NEUTRAL}
-        return {n: x for n, x in given.items() if x is not None and x not in _NEUTRAL[n]}
+        effective = {}
+        for name, neutral_values in _NEUTRAL.items():
+            value = self.fields.get(name)
+            if value is not None and value not in neutral_values:
+                effective[name] = value
+        return effective
 
 
 def end_tokens(config: AnyConfig) -> tuple[int, ...]:
@@ -117,12 +124,12 @@ def read_generation(path: Path) -> Generation:
     Raises:
       ConfigError: the file is missing, cannot be read, or has a field of the wrong kind.
     """
-    path = path / FILE if path.is_dir() else path
-    read_file(path, "a model", ConfigError)
+    file = path / FILE if path.is_dir() else path
+    read_file(file, "a model", ConfigError)  # raises, if it cannot be read
     try:
-        return Generation(path.read_text(encoding="utf-8"))
+        return Generation(file.read_text(encoding="utf-8"))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def with_generation(config: AnyConfig, folder: Path) -> AnyConfig:
@@ -134,6 +141,7 @@ def with_generation(config: AnyConfig, folder: Path) -> AnyConfig:
     Raises:
       ConfigError: see `read_generation`.
     """
-    if not hasattr(config, "generation") or not (folder / FILE).is_file():
+    continues_texts = hasattr(config, "generation")
+    if not continues_texts or not (folder / FILE).is_file():
         return config
     return dataclasses.replace(config, generation=read_generation(folder))

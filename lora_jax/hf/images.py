@@ -91,43 +91,34 @@ class ImageProcessor:
         Raises:
           ConfigError: names the fields that are missing, or not known.
         """
-        if unknown := [
+        unknown_fields = [
             f"{name}={value!r}"
             for name, value in fields.items()
             if name not in (*_READ, *_NO_EFFECT) and value not in (None, False)
-        ]:
-            raise ConfigError(f"{', '.join(unknown)}: not known for images")
-        kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or ""
-        read: dict[str, Any] = {}
+        ]
+        if unknown_fields:
+            raise ConfigError(f"{', '.join(unknown_fields)}: not known for images")
+        settings: dict[str, Any] = {}
         if fields.get("do_resize", True):
-            size = fields.get("size")
-            if isinstance(size, int) and kind.startswith(_SHORTEST_EDGE):
-                size = {"shortest_edge": size}
-            if isinstance(size, dict) and [*size] == ["shortest_edge"]:
-                read["shortest_edge"] = size["shortest_edge"]
-            else:
-                read["size"] = _height_and_width("size", size)
-            read["resample"] = fields.get("resample", 2)
+            settings |= _resize_settings(fields)
         if fields.get("do_center_crop", "crop_size" in fields):
-            read["crop"] = _height_and_width("crop_size", fields.get("crop_size"))
-        read["scale"] = fields.get("rescale_factor", cls.scale)
-        if not fields.get("do_rescale", True):
-            read["scale"] = None
+            settings["crop"] = _height_and_width("crop_size", fields.get("crop_size"))
+        is_rescaled = fields.get("do_rescale", True)
+        settings["scale"] = fields.get("rescale_factor", cls.scale) if is_rescaled else None
+        if not fields.get("do_normalize", True):
+            return cls(**settings, mean=(0.0,) * 3, std=(1.0,) * 3)
         for name in ("mean", "std"):
-            if fields.get("do_normalize", True):
-                if not isinstance(fields.get(f"image_{name}"), list):
-                    raise ConfigError(f"image_{name} is {fields.get(f'image_{name}')!r}, no list")
-                read[name] = tuple(map(float, fields[f"image_{name}"]))
-            else:
-                read[name] = (float(name == "std"),) * 3
-        return cls(**read)
+            channel_values = fields.get(f"image_{name}")
+            if not isinstance(channel_values, list):
+                raise ConfigError(f"image_{name} is {channel_values!r}, no list")
+            settings[name] = tuple(map(float, channel_values))
+        return cls(**settings)
 
     def to_hf(self) -> dict[str, object]:
         """Returns the fields that ``from_hf`` reads back as this processor."""
-        out: dict[str, object] = {
-            "image_processor_type": "ViTImageProcessor"
-            if self.crop is None
-            else "BitImageProcessor",
+        processor_type = "ViTImageProcessor" if self.crop is None else "BitImageProcessor"
+        fields: dict[str, object] = {
+            "image_processor_type": processor_type,
             "do_resize": bool(self.size or self.shortest_edge),
             "do_center_crop": self.crop is not None,
             "do_rescale": self.scale is not None,
@@ -139,10 +130,12 @@ class ImageProcessor:
             "image_std": list(self.std),
         }
         if self.shortest_edge:
-            out["size"] = {"shortest_edge": self.shortest_edge}
+            fields["size"] = {"shortest_edge": self.shortest_edge}
         elif self.size:
-            out["size"] = _named(self.size)
-        return out | ({"crop_size": _named(self.crop)} if self.crop else {})
+            fields["size"] = _size_fields(self.size)
+        if self.crop:
+            fields["crop_size"] = _size_fields(self.crop)
+        return fields
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json into a folder that exists."""
@@ -174,8 +167,8 @@ class ImageProcessor:
 
     def values(self, pixels: np.ndarray) -> np.ndarray:
         """Returns pixel values for a model, fp32, of `pixels`: [..., channels, height, width]."""
-        channel = np.arange(len(self.mean))[:, None, None]
-        values: np.ndarray = self._table[channel, pixels]
+        channel_indices = np.arange(len(self.mean))[:, None, None]
+        values: np.ndarray = self._value_of_level[channel_indices, pixels]
         return values
 
     def __call__(self, images: Sequence[ImageLike]) -> np.ndarray:
@@ -183,19 +176,22 @@ class ImageProcessor:
         return self.values(np.stack([self.pixels(image) for image in images]))
 
     @functools.cached_property
-    def _table(self) -> np.ndarray:
-        """Returns the value of each of the 256 levels in each channel."""
-        levels = np.arange(256) * (1.0 if self.scale is None else self.scale)
-        mean, std = (np.array(x, np.float32)[:, None] for x in (self.mean, self.std))
-        return np.asarray((levels.astype(np.float32) - mean) / std)
+    def _value_of_level(self) -> np.ndarray:
+        """The value of each of the 256 levels in each channel, [channels, 256] fp32."""
+        scale = 1.0 if self.scale is None else self.scale
+        levels = (np.arange(256) * scale).astype(np.float32)
+        mean = np.array(self.mean, np.float32)[:, None]
+        std = np.array(self.std, np.float32)[:, None]
+        return np.asarray((levels - mean) / std)
 
     @functools.cached_property
     def _processor(self) -> Any:
+        """The image processor of transformers that resizes and crops."""
         size: dict[str, int] | None = None
         if self.shortest_edge is not None:
             size = {"shortest_edge": self.shortest_edge}
         elif self.size is not None:
-            size = _named(self.size)
+            size = _size_fields(self.size)
         return pixel_processor(
             "vit",
             "ViT",
@@ -203,7 +199,7 @@ class ImageProcessor:
             size=size,
             resample=self.resample,
             do_center_crop=self.crop is not None,
-            crop_size=self.crop and _named(self.crop),
+            crop_size=self.crop and _size_fields(self.crop),
         )
 
 
@@ -265,36 +261,42 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
     pil = _pillow()
     source = image
     if isinstance(image, dict):
-        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        data = image.get("bytes")
+        source = image.get("path") if data is None else data
     if isinstance(source, bytes | bytearray | memoryview):
         source = io.BytesIO(source)
     is_file = isinstance(source, str | os.PathLike | io.BytesIO)
     try:
         if isinstance(source, str):
             source = local_path(source)
-        if is_file:
-            source = pil.Image.open(source)
-        if not isinstance(source, pil.Image.Image):
+        opened = pil.Image.open(source) if is_file else source
+        if not isinstance(opened, pil.Image.Image):
             raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
-        loaded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(source))
-        is_transparent = "A" in loaded.getbands() or "transparency" in loaded.info
+        decoded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(opened))
+        is_transparent = "A" in decoded.getbands() or "transparency" in decoded.info
         if mode == "RGB" and is_transparent and not is_file:
-            loaded = loaded.convert("RGBA")
-            ground = pil.Image.new("RGBA", loaded.size, (255, 255, 255, 255))
-            loaded = pil.Image.alpha_composite(ground, loaded)
-        loaded.info.pop("transparency", None)  # of which Pillow would warn
-        return loaded.convert(mode)
+            decoded = _on_white(pil, decoded)
+        decoded.info.pop("transparency", None)  # of which Pillow would warn
+        return decoded.convert(mode)
     except Exception as error:  # of a damaged file, anything
         message = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be read: {message}") from None
+
+
+def _on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
+    """Returns a transparent image on a white ground."""
+    image = image.convert("RGBA")
+    ground = pil.Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return pil.Image.alpha_composite(ground, image)
 
 
 def is_image(path: Path) -> bool:
     """Returns True if a file begins as an image does, whatever its name ends in."""
     pil = _pillow()
     pil.Image.init()
+    formats = [name for name in _FORMATS if name in pil.Image.OPEN]
     try:
-        with pil.Image.open(path, formats=[name for name in _FORMATS if name in pil.Image.OPEN]):
+        with pil.Image.open(path, formats=formats):
             return True
     except Exception:  # of any file, anything
         return False
@@ -323,7 +325,22 @@ def _convert_to_8_bits(pil: ModuleType, image: ImageLike) -> ImageLike:
     return pil.Image.fromarray(levels)
 
 
+def _resize_settings(fields: Fields) -> dict[str, Any]:
+    """Returns the `size` or the `shortest_edge` of an `ImageProcessor`, and its `resample`."""
+    resample = fields.get("resample", 2)
+    size = fields.get("size")
+    processor_type = (
+        fields.get("image_processor_type") or fields.get("feature_extractor_type") or ""
+    )
+    if isinstance(size, int) and processor_type.startswith(_SHORTEST_EDGE):
+        return {"shortest_edge": size, "resample": resample}
+    if isinstance(size, dict) and list(size) == ["shortest_edge"]:
+        return {"shortest_edge": size["shortest_edge"], "resample": resample}
+    return {"size": _height_and_width("size", size), "resample": resample}
+
+
 def _height_and_width(name: str, size: object) -> tuple[int, int]:
+    """Returns the height and the width in a field that holds both, or one number for both."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, dict) and {*size} == {"height", "width"}:
@@ -331,7 +348,7 @@ def _height_and_width(name: str, size: object) -> tuple[int, int]:
     raise ConfigError(f"{name} is {size!r}; height and width, or one number, are needed")
 
 
-def _named(size: tuple[int, int]) -> dict[str, int]:
+def _size_fields(size: tuple[int, int]) -> dict[str, int]:
     return {"height": size[0], "width": size[1]}
 
 

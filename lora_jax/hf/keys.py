@@ -99,7 +99,10 @@ class Row:
         """Hugging Face's names, in the order of ``members``."""
         if self.numbers is None:
             return [self.hf.format(*index) for index in self.members]
-        return [self.hf.format(self.numbers[layer], *rest) for layer, *rest in self.members]
+        names = []
+        for layer, *expert in self.members:
+            names.append(self.hf.format(self.numbers[layer], *expert))
+        return names
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -113,29 +116,32 @@ class Row:
 
 
 class SubTensor(NamedTuple):
-    """A tensor that a file holds within another one."""
+    """A tensor that a file holds within another one: the tensor `name`, cut by the index `at`."""
 
     name: str  # in the file
     at: tuple[int | slice, ...]
 
-    def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+    def shape_of(self, file_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the part's shape, given the shape of the tensor that holds it."""
-        return np.broadcast_to(np.int8(0), whole)[self.at].shape
+        return np.broadcast_to(np.int8(0), file_shape)[self.at].shape
 
-    def inside(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
+    def inside(self, part_index: tuple[slice, ...]) -> tuple[int | slice, ...]:
         """Returns a slice of the part as a slice of the tensor that holds it."""
-        asked = iter(index)
-        return (*(_within(cut, asked) for cut in self.at), *asked)
+        part_slices = list(part_index)
+        file_index: list[int | slice] = []
+        for cut in self.at:
+            if isinstance(cut, slice):
+                file_index.append(_slice_of_slice(cut, part_slices.pop(0)))
+            else:
+                file_index.append(cut)  # an axis that the part does not have
+        return (*file_index, *part_slices)
 
 
-def _within(cut: int | slice, asked: Iterator[slice]) -> int | slice:
-    """Returns the part of a cut axis that the next slice asks for; an index stays as it is."""
-    if not isinstance(cut, slice):
-        return cut
-    wanted, start = next(asked), cut.start or 0
-    return slice(
-        start + (wanted.start or 0), cut.stop if wanted.stop is None else start + wanted.stop
-    )
+def _slice_of_slice(outer: slice, inner: slice) -> slice:
+    """Returns the slice of an axis that is `inner` of its slice `outer`."""
+    start = outer.start or 0
+    stop = outer.stop if inner.stop is None else start + inner.stop
+    return slice(start + (inner.start or 0), stop)
 
 
 # Buffers that follow from the configuration: files may hold them, and no table does.
@@ -144,8 +150,9 @@ _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|at
 
 def absent_parts(shapes: Mapping[str, object], table: Sequence[Row]) -> list[str]:
     """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
-    held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
-    return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
+    stored_parts = {row.part for row in table if any(name in shapes for name in row.hf_names)}
+    absent = [row.part for row in table if row.part and row.part not in stored_parts]
+    return list(dict.fromkeys(absent))
 
 
 def check(
@@ -166,33 +173,40 @@ def check(
       WeightsError: one error that lists every missing, unexpected and misshaped tensor.
     """
     expected = {name: row.hf_shape for row in table for name in row.hf_names}
-    allowed = {alias for row in table for alias in row.aliases}
-    missing = [f"missing {name} {list(expected[name])}" for name in expected if name not in shapes]
+    aliases = {alias for row in table for alias in row.aliases}
+
+    def is_expected(name: str) -> bool:
+        is_named = name in expected or name in aliases
+        is_derived = _DERIVED.fullmatch(name) is not None
+        is_ignored = ignored is not None and ignored.fullmatch(name) is not None
+        return is_named or is_derived or is_ignored
+
+    missing_names = [name for name in expected if name not in shapes]
+    missing = [f"missing {name} {list(expected[name])}" for name in missing_names]
     unexpected = [
-        f"unexpected {name} {list(shapes[name])}"
-        for name in shapes
-        if name not in expected
-        and name not in allowed
-        and not _DERIVED.fullmatch(name)
-        and not (ignored and ignored.fullmatch(name))
+        f"unexpected {name} {list(shape)}"
+        for name, shape in shapes.items()
+        if not is_expected(name)
     ]
     misshaped = [
         f"{name} is {list(shapes[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and tuple(shapes[name]) != shape
     ]
-    if problems := missing + unexpected + misshaped:
-        heads = {name for row in table if row.kind == "head" for name in row.hf_names}
-        if missing and heads.issuperset(name for name in expected if name not in shapes):
-            problems.append(
-                "the files have no head, as a base class (transformers' AutoModel) saves a model, "
-                "and config.json ties none to the embedding (tie_word_embeddings): save the model "
-                "with its head, from AutoModelForCausalLM"
-            )
-        raise WeightsError(
-            f"{where} does not fit the model's configuration: {len(missing)} missing, "
-            f"{len(unexpected)} unexpected, {len(misshaped)} misshaped\n  " + "\n  ".join(problems)
+    problems = missing + unexpected + misshaped
+    if not problems:
+        return
+    head_names = {name for row in table if row.kind == "head" for name in row.hf_names}
+    if missing_names and head_names.issuperset(missing_names):
+        problems.append(
+            "the files have no head, as a base class (transformers' AutoModel) saves a model, "
+            "and config.json ties none to the embedding (tie_word_embeddings): save the model "
+            "with its head, from AutoModelForCausalLM"
         )
+    raise WeightsError(
+        f"{where} does not fit the model's configuration: {len(missing)} missing, "
+        f"{len(unexpected)} unexpected, {len(misshaped)} misshaped\n  " + "\n  ".join(problems)
+    )
 
 
 def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
@@ -203,8 +217,9 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
     """
     with np.errstate(over="ignore"):
         out[...] = values
-    infinities = (np.count_nonzero(np.isinf(array)) for array in (out, values))
-    if out.dtype == np.float16 != values.dtype and len(set(infinities)) > 1:
+    if out.dtype != np.float16 or values.dtype == np.float16:
+        return
+    if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
         raise WeightsError(
             f"{where} has values beyond the range of float16 (65504); choose bfloat16"
         )
@@ -228,15 +243,15 @@ def check_leaves(params: Tree, table: Sequence[Row], *, in_codes: bool = False) 
       WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
         no array that this process holds.
     """
-    leaves = dict(flatten_with_paths(params, lambda value: not isinstance(value, Mapping))[0])
-    expected = {row.path: row.stacked_shape for row in table}
-    problems = [f"missing {path}" for path in expected if path not in leaves]
-    problems += [f"unexpected {path}" for path in leaves if path not in expected]
-    problems += [
-        f"{path} {problem}"
-        for path, shape in expected.items()
-        if path in leaves and (problem := _problem(leaves[path], shape, in_codes))
-    ]
+    leaves_and_paths = flatten_with_paths(params, lambda value: not isinstance(value, Mapping))[0]
+    leaves = dict(leaves_and_paths)
+    expected_shapes = {row.path: row.stacked_shape for row in table}
+    problems = [f"missing {path}" for path in expected_shapes if path not in leaves]
+    problems += [f"unexpected {path}" for path in leaves if path not in expected_shapes]
+    for path, shape in expected_shapes.items():
+        problem = _leaf_problem(leaves[path], shape, in_codes) if path in leaves else None
+        if problem is not None:
+            problems.append(f"{path} {problem}")
     if problems:
         raise WeightsError(
             "the parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
@@ -244,7 +259,8 @@ def check_leaves(params: Tree, table: Sequence[Row], *, in_codes: bool = False) 
     return leaves
 
 
-def _problem(leaf: Leaf, shape: tuple[int, ...], in_codes: bool) -> str | None:
+def _leaf_problem(leaf: Leaf, shape: tuple[int, ...], in_codes: bool) -> str | None:
+    """Returns the reason why a leaf is not the array of this shape that is expected, or None."""
     if is_coded(leaf):
         if not in_codes:
             return (
@@ -293,7 +309,8 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):
-            yield name, np.ascontiguousarray(hf_member(row, leaf, index))
+            tensor = hf_member(row, leaf, index)
+            yield name, np.ascontiguousarray(tensor)
 
 
 def hf_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
@@ -310,15 +327,30 @@ def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """
     if isinstance(leaf, np.ndarray):
         return leaf[index] if index else leaf
-    n = len(index)
-    out = np.empty(leaf.shape[n:], leaf.dtype)
+    n_stack_axes = len(index)
+    member = np.empty(leaf.shape[n_stack_axes:], leaf.dtype)
     for shard in leaf.addressable_shards:
-        ranges = [s.indices(size) for s, size in zip(shard.index, leaf.shape, strict=True)]
-        inside = all(low <= i < high for i, (low, high, _) in zip(index, ranges, strict=False))
-        if inside and shard.replica_id == 0:
-            local = tuple(i - low for i, (low, _, _) in zip(index, ranges, strict=False))
-            out[shard.index[n:]] = np.asarray(_indexed(shard.data, local) if n else shard.data)
-    return out
+        if shard.replica_id != 0:
+            continue
+        index_in_shard = _index_in_shard(index, shard.index, leaf.shape)
+        if index_in_shard is None:
+            continue
+        values = _indexed(shard.data, index_in_shard) if index else shard.data
+        member[shard.index[n_stack_axes:]] = np.asarray(values)
+    return member
+
+
+def _index_in_shard(
+    index: tuple[int, ...], shard_slices: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Returns an index of the first axes within a shard; None if the shard does not hold it."""
+    index_in_shard = []
+    for axis, axis_index in enumerate(index):
+        start, stop, _ = shard_slices[axis].indices(shape[axis])
+        if not start <= axis_index < stop:
+            return None
+        index_in_shard.append(axis_index - start)
+    return tuple(index_in_shard)
 
 
 @jax.jit

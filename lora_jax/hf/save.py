@@ -28,7 +28,7 @@ from lora_jax.quantized import is_coded
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-# Those of what makes arrays of a user's data: a tokenizer or an image processor.
+# The files of a tokenizer or an image processor, which make arrays of a user's data.
 _TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "processor_config.json",
@@ -51,14 +51,17 @@ def file_dtypes(
     Raises:
       WeightsError: if the tree does not fit the table (one error lists all), or is not merged.
     """
-    leaves = check_leaves(params, table, in_codes=in_codes).items()
-    floats = {path: leaf for path, leaf in leaves if not is_coded(leaf)}
-    asked = {p: jnp.dtype(leaf.dtype if dtype is None else dtype) for p, leaf in floats.items()}
-    if wrong := [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]:
+    leaves = check_leaves(params, table, in_codes=in_codes)
+    dtypes: dict[str, np.dtype] = {}
+    for path, leaf in leaves.items():
+        if not is_coded(leaf):
+            dtypes[path] = jnp.dtype(leaf.dtype if dtype is None else dtype)
+    problems = [f"{path}: {d.name}" for path, d in dtypes.items() if d.name not in _DTYPES]
+    if problems:
         raise WeightsError(
-            f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(wrong)
+            f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(problems)
         )
-    return asked
+    return dtypes
 
 
 def write_model(
@@ -88,9 +91,10 @@ def write_model(
     if source is None:
         leaves = check_leaves(params, table)
     else:
-        kept = CodesCheck(params, table, source)
-        leaves, fields["quantization_config"] = kept.leaves, kept.quantization()
-        kept.check()
+        codes_check = CodesCheck(params, table, source)
+        leaves = codes_check.leaves
+        fields["quantization_config"] = codes_check.quantization()
+        codes_check.check()
     tensors: dict[str, TensorEntry] = {}
     for row in table:
         leaf = leaves[row.path]
@@ -98,49 +102,57 @@ def write_model(
             if source is not None and is_coded(leaf):
                 tensors |= source.entries(name)
             else:
-                header = Header(NAMES[dtypes[row.path]], row.hf_shape)
-                read = partial(_convert_member, row, leaf, index, dtypes[row.path], name)
-                tensors[name] = TensorEntry(header, read)
+                dtype = dtypes[row.path]
+                read = partial(_convert_member, row, leaf, index, dtype, name)
+                tensors[name] = TensorEntry(Header(NAMES[dtype], row.hf_shape), read)
     n_parameters = sum(math.prod(row.stacked_shape) for row in table)
     _write_shards(folder, tensors, max_shard_size, n_parameters)
-    counts: Counter[str] = Counter()
+    fields["dtype"] = _main_dtype(table, dtypes)
+    _write_json(folder / "config.json", fields)
+    generation = getattr(config, "generation", None)
+    if generation is not None:
+        (folder / generation_config.FILE).write_text(generation.text, encoding="utf-8")
+
+
+def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
+    """Returns the name of the dtype that most of the parameters are saved in."""
+    n_parameters: Counter[str] = Counter()
     for row in table:
         if row.path in dtypes:
-            counts[dtypes[row.path].name] += math.prod(row.stacked_shape)
-    main_dtype = counts.most_common(1)[0][0]  # of most of the parameters
-    _write_json(folder / "config.json", {**fields, "dtype": main_dtype})
-    if (generation := getattr(config, "generation", None)) is not None:
-        (folder / generation_config.FILE).write_text(generation.text, encoding="utf-8")
+            n_parameters[dtypes[row.path].name] += math.prod(row.stacked_shape)
+    return n_parameters.most_common(1)[0][0]
 
 
 def _write_shards(
     folder: Path, tensors: Mapping[str, TensorEntry], max_shard_size: int, n_parameters: int
 ) -> None:
     """Writes the weights, and the index of their files if there are several."""
-    sizes = {name: entry.header.nbytes for name, entry in tensors.items()}
-    shards = _shards(sizes, max_shard_size)
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        path = folder / ("model.safetensors" if len(shards) == 1 else many)
-        write_tensors(path, {name: tensors[name] for name in names})
-        weight_map.update(dict.fromkeys(names, path.name))
+    tensor_bytes = {name: entry.header.nbytes for name, entry in tensors.items()}
+    shards = _split_into_shards(tensor_bytes, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for shard_number, names in enumerate(shards, 1):
+        file = f"model-{shard_number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = "model.safetensors"
+        write_tensors(folder / file, {name: tensors[name] for name in names})
+        weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        metadata = {"total_parameters": n_parameters, "total_size": sum(sizes.values())}
-        listing = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", listing)
+        metadata = {"total_parameters": n_parameters, "total_size": sum(tensor_bytes.values())}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Splits names, in their order, where a file would grow beyond the limit."""
+def _split_into_shards(tensor_bytes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
+    """Splits names, in their order, where a file would grow beyond the maximum."""
     shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
+    shard_bytes = 0
+    for name, n_bytes in tensor_bytes.items():
+        is_full = shard_bytes + n_bytes > max_shard_size
+        if shards[-1] and is_full:
             shards.append([])
-            used = 0
+            shard_bytes = 0
         shards[-1].append(name)
-        used += size
+        shard_bytes += n_bytes
     return shards
 
 
@@ -148,12 +160,12 @@ def _convert_member(
     row: Row, leaf: Leaf, index: tuple[int, ...], dtype: np.dtype, name: str
 ) -> np.ndarray:
     """Returns a tensor of a parameter in its dtype in the file."""
-    array = hf_member(row, leaf, index)
-    if array.dtype == dtype:
-        return array
-    out = np.empty(array.shape, dtype)
-    convert(array, out, name)
-    return out
+    tensor = hf_member(row, leaf, index)
+    if tensor.dtype == dtype:
+        return tensor
+    converted = np.empty(tensor.shape, dtype)
+    convert(tensor, converted, name)
+    return converted
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -180,13 +192,16 @@ def write_template(folder: Path, template: str) -> None:
     config = folder / "tokenizer_config.json"
     if config.is_file():
         fields = json.loads(config.read_text(encoding="utf-8"))
-        if fields.pop("chat_template", None) is not None:  # older readers look there
+        if fields.get("chat_template") is not None:  # older readers look there
             _write_json(config, {**fields, "chat_template": template})
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Returns the files of the tokenizer, or of the image processor, in a model's folder."""
-    return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
+    files: set[Path] = set()
+    for pattern in _TOKENIZER_FILES:
+        files.update(path for path in folder.glob(pattern) if path.is_file())
+    return sorted(files)
 
 
 def _write_json(path: Path, fields: Fields) -> None:

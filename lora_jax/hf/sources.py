@@ -1,8 +1,13 @@
-"""Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
+"""Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time.
+
+A *file name* of a tensor is the name in the files. A *table name* is the name in the family's key
+table, under which callers ask for the tensor. A tensor of the table may be a part of one of the
+files (`SubTensor`).
+"""
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,128 +114,160 @@ class SafetensorsFolder:
         config, fields = _read_config(folder / "config.json", formats, options)
         self.config = with_generation(config, folder)
         self.format = formats.format_of(self.config.model_type)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._paths: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
-        listed = weight_map(folder)
-        for path in sorted({folder / shard for shard in listed.values()}):
-            self._open(path)
-        for name, shard in listed.items():
-            if name and self._paths.get(name) != folder / shard:
-                raise WeightsError(f"{folder / INDEX} puts {name} in {shard}, which lacks it")
-        self._raw: dict[Path, RawFile] = {}
-        headers = {name: Header(self.dtypes[name], shape) for name, shape in self.shapes.items()}
-        self._headers = headers
-        self._stored = stored_tensors(read_method(fields), headers, self._fetch, self.where)
+        self._raw_files: dict[Path, RawFile] = {}
+        self._headers: dict[str, Header] = {}
+        self._paths: dict[str, Path] = {}  # by file names
+        self._open_files(folder)
+        self._stored = stored_tensors(read_method(fields), self._headers, self._fetch, self.where)
+        tensors = dict(self._headers)
         for name, stored in self._stored.items():
             path = self._paths[stored.tensors[0]]
             for tensor in stored.tensors:
-                del self.shapes[tensor]
-            self.shapes[name], self.dtypes[name], self._paths[name] = stored.shape, "F32", path
-        parts = self.format.parts(self.config, self.shapes)
-        apart = {part.name for part in parts.values()}
-        held = {name: SubTensor(name, ()) for name in self.shapes if name not in apart} | parts
-        parts = self._parts = {name: held[own] for name, own in self._names_of(held).items()}
-        shapes, dtypes, paths = self.shapes, self.dtypes, self._paths
-        self.shapes = {name: part.shape_of(shapes[part.name]) for name, part in parts.items()}
-        self.dtypes = {name: dtypes[part.name] for name, part in parts.items()}
-        self._locations = {name: paths[part.name] for name, part in parts.items()}
-        self.shipped = frozenset(n for n, part in parts.items() if part.name in self._stored)
-        quantization: Fields = fields.get("quantization_config") or {}
-        if any(self.format.name(name, self.config) != name for name in headers):
-            quantization = rename_modules(
-                quantization, lambda name: self.format.name(name, self.config)
-            )
-        self.quantization = quantization
+                del tensors[tensor]
+            tensors[name] = Header("F32", stored.shape)
+            self._paths[name] = path
+        self._parts = self._parts_of_table(tensors)
+        self.shapes = {
+            name: part.shape_of(tensors[part.name].shape) for name, part in self._parts.items()
+        }
+        self.dtypes = {name: tensors[part.name].dtype for name, part in self._parts.items()}
+        self._locations = {name: self._paths[part.name] for name, part in self._parts.items()}
+        self.shipped = frozenset(n for n, part in self._parts.items() if part.name in self._stored)
+        self.quantization = self._quantization_by_table_names(fields)
         if fields.get(_TIES) is None and self._has_own_head():
             self.config = dataclasses.replace(self.config, **{_TIES: False})
+
+    def _table_name(self, file_name: str) -> str:
+        """Returns the table's name of a tensor of the files."""
+        return self.format.name(file_name, self.config)
+
+    def _parts_of_table(self, tensors: Mapping[str, Header]) -> dict[str, SubTensor]:
+        """Returns where the files hold each tensor, by the table's names."""
+        shapes = {name: header.shape for name, header in tensors.items()}
+        parts = self.format.parts(self.config, shapes)
+        divided_tensors = {part.name for part in parts.values()}
+        all_parts = {name: SubTensor(name, ()) for name in tensors if name not in divided_tensors}
+        all_parts |= parts
+        file_names = self._file_names(all_parts)
+        return {name: all_parts[file_name] for name, file_name in file_names.items()}
+
+    def _quantization_by_table_names(self, fields: Fields) -> Fields:
+        """Returns the quantization_config with the table's names of modules; {} without one."""
+        quantization: Fields = fields.get("quantization_config") or {}
+        if all(self._table_name(name) == name for name in self._headers):
+            return quantization
+        return rename_modules(quantization, self._table_name)
 
     def _has_own_head(self) -> bool:
         """Returns True if the configuration ties a head that differs from its embedding here."""
         if not vars(self.config).get(_TIES):
             return False
-        pairs = [(row.hf, alias) for row in self.format.table(self.config) for alias in row.aliases]
-        tensors = [pair for pair in pairs if self.shapes.keys() >= set(pair)]
+        tied_pairs = []
+        for row in self.format.table(self.config):
+            tied_pairs += [(row.hf, alias) for alias in row.aliases]
+        pairs = [
+            (embedding, head)
+            for embedding, head in tied_pairs
+            if embedding in self.shapes and head in self.shapes
+        ]
         # The first row tells most heads from the embedding, so that the others are not read.
         for rows in (slice(0, 1), slice(None)):
-            for table, head in tensors:
-                values = self._slice(table, (rows,)), self._slice(head, (rows,))
-                if not np.array_equal(*values, equal_nan=True):
+            for embedding, head in pairs:
+                embedding_rows = self._slice(embedding, (rows,))
+                head_rows = self._slice(head, (rows,))
+                if not np.array_equal(embedding_rows, head_rows, equal_nan=True):
                     return True
         return False
 
-    def _names_of(self, held: Iterable[str]) -> dict[str, str]:
+    def _file_names(self, names: Iterable[str]) -> dict[str, str]:
         """Returns the tensors' names in the family's table -> their names in the files.
 
-        A tied tensor that the files hold by an alias alone gets its own name.
+        A tied tensor that the files hold by an alias alone gets the name of its row.
         """
-        names: dict[str, str] = {}
-        for own in held:
-            name = self.format.name(own, self.config)
-            if name in names:
-                raise WeightsError(f"{self.where} holds both {names[name]} and {own}")
-            names[name] = own
+        file_name_of: dict[str, str] = {}
+        for file_name in names:
+            table_name = self._table_name(file_name)
+            if table_name in file_name_of:
+                raise WeightsError(
+                    f"{self.where} holds both {file_name_of[table_name]} and {file_name}"
+                )
+            file_name_of[table_name] = file_name
         for row in self.format.table(self.config):
             for alias in row.aliases:
-                if row.hf not in names and alias in names:
-                    names[row.hf] = names.pop(alias)
-        return names
+                if row.hf not in file_name_of and alias in file_name_of:
+                    file_name_of[row.hf] = file_name_of.pop(alias)
+        return file_name_of
+
+    def _open_files(self, folder: Path) -> None:
+        """Opens all shards of the folder; raises a WeightsError if the index names others."""
+        shard_of_tensor = weight_map(folder)
+        for shard in sorted(set(shard_of_tensor.values())):
+            self._open(folder / shard)
+        for name, shard in shard_of_tensor.items():
+            if name and self._paths.get(name) != folder / shard:
+                raise WeightsError(f"{folder / INDEX} puts {name} in {shard}, which lacks it")
 
     def _open(self, path: Path) -> None:
+        """Opens a file, and adds the headers of its tensors."""
         try:
-            file = self._files[path] = safe_open(path, framework="np", backend="pread")
+            file = safe_open(path, framework="np", backend="pread")
+            self._files[path] = file
             for name in file.keys():
                 if name in self._paths:
                     raise WeightsError(f"{path} and {self._paths[name].name} both hold {name}")
+                tensor = file.get_slice(name)
                 self._paths[name] = path
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                self.dtypes[name] = file.get_slice(name).get_dtype()
+                self._headers[name] = Header(tensor.get_dtype(), tuple(tensor.get_shape()))
         except (SafetensorError, OSError) as error:
             raise WeightsError(damage_message(path, error)) from None
 
-    def _fetch(self, name: str, rows: slice | None) -> np.ndarray:
-        path = self._paths[name]
+    def _fetch(self, file_name: str, rows: slice | None) -> np.ndarray:
+        """Reads rows of a tensor of the files as they lie there; all rows for None."""
+        path = self._paths[file_name]
         try:
-            if path not in self._raw:
-                self._raw[path] = RawFile(path)
-            return self._raw[path].read(name, rows)
+            if path not in self._raw_files:
+                self._raw_files[path] = RawFile(path)
+            return self._raw_files[path].read(file_name, rows)
         except OSError as error:
-            raise WeightsError(f"{path}: cannot read {name}: {error}") from None
+            raise WeightsError(f"{path}: cannot read {file_name}: {error}") from None
 
     def entries(self, name: str) -> dict[str, TensorEntry]:
         """Returns the stored tensors of a coded weight, keyed by the key table's names."""
-        tensors = self._stored[self._parts[name].name].tensors
-        return {
-            self.format.name(n, self.config): TensorEntry(
-                self._headers[n], partial(self._fetch, n, None)
-            )
-            for n in tensors
-        }
+        stored = self._stored[self._parts[name].name]
+        entries: dict[str, TensorEntry] = {}
+        for tensor in stored.tensors:
+            entry = TensorEntry(self._headers[tensor], partial(self._fetch, tensor, None))
+            entries[self._table_name(tensor)] = entry
+        return entries
 
     def read(self, name: str) -> np.ndarray:
         return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        # Block by block, so that there is never a second copy of a large tensor.
+        label = f"{self.locate(name)}: {name}"
         if not index or name in self.shipped:
-            return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
+            convert(self._slice(name, index), out, label)
+            return
+        # Block by block, so that there is never a second copy of a large tensor.
         row_bytes = out.itemsize * math.prod(out.shape[1:])
-        rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
-        first, *rest = index
-        for at in range(0, out.shape[0], rows):
-            stop = min(at + rows, out.shape[0])
-            block = slice(first.start + at, first.start + stop)
-            values = self._slice(name, (block, *rest))
-            convert(values, out[at:stop], f"{self.locate(name)}: {name}")
+        block_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+        first_row = index[0].start
+        for start in range(0, out.shape[0], block_rows):
+            stop = min(start + block_rows, out.shape[0])
+            rows = slice(first_row + start, first_row + stop)
+            values = self._slice(name, (rows, *index[1:]))
+            convert(values, out[start:stop], label)
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        stored = self._stored.get(self._parts[name].name)
-        return None if stored is None else stored.coded(dtype, self._parts[name].at)
+        part = self._parts[name]
+        stored = self._stored.get(part.name)
+        return None if stored is None else stored.coded(dtype, part.at)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        stored = self._stored.get(self._parts[name].name)
-        return None if stored is None else stored.shapes(dtype, self._parts[name].at)
+        part = self._parts[name]
+        stored = self._stored.get(part.name)
+        return None if stored is None else stored.shapes(dtype, part.at)
 
     def locate(self, name: str) -> str:
         return str(self._locations[name])
@@ -239,11 +276,15 @@ class SafetensorsFolder:
         return self.dtypes[name]
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        path, part = self._locations[name], self._parts[name]
-        if (coded := self.codes(name, np.float32)) is not None:
+        """Reads a slice of a tensor of the table, as it is stored or in fp32."""
+        part = self._parts[name]
+        path = self._locations[name]
+        coded = self.codes(name, np.float32)
+        if coded is not None:
             return host_array(coded)[index]
         try:
-            return np.asarray(self._files[path].get_slice(part.name)[part.inside(index)])
+            tensor = self._files[path].get_slice(part.name)
+            return np.asarray(tensor[part.inside(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
@@ -259,13 +300,14 @@ def read_config_file(path: Path, formats: ModelFormats, **options: object) -> An
 
 def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[Any, Fields]:
     """Returns a configuration, and the fields of the file, whose codes are known."""
-    if not path.exists() and (why := not_a_model(path.parent)):
-        raise ConfigError(f"{path} is missing: {why}")
+    problem = None if path.exists() else not_a_model(path.parent)
+    if problem is not None:
+        raise ConfigError(f"{path} is missing: {problem}")
     fields = read_file(path, "a model", ConfigError)
     try:
         read_method(fields)
-        own = {name: value for name, value in fields.items() if name != "quantization_config"}
-        return formats.read_config(own, **options), fields
+        model_fields = {n: value for n, value in fields.items() if n != "quantization_config"}
+        return formats.read_config(model_fields, **options), fields
     except KindError as error:
         raise ConfigError(f"{path} has a field of the wrong kind: {error}") from None
     except ConfigError as error:

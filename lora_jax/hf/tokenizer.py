@@ -42,7 +42,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    path = _folder(name_or_path) or resolve(name_or_path).path
+    path = _tokenizer_folder(name_or_path) or resolve(name_or_path).path
     if path.is_dir():
         return _read_folder(path)
     try:
@@ -62,23 +62,25 @@ def tokenizer_path(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     if Path(name).expanduser().exists() or name in BUNDLES:
-        return _folder(name) or resolve(name).path
+        return _tokenizer_folder(name) or resolve(name).path
     return snapshot(hub_name(name), [*FILES, "config.json"], needed="tokenizer*.json")
 
 
-def _folder(name_or_path: str | Path) -> Path | None:
+def _tokenizer_folder(name_or_path: str | Path) -> Path | None:
     """Returns a folder that holds a tokenizer, perhaps beside a GGUF file with one; else None."""
     folder = Path(name_or_path).expanduser()
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _read_folder(path: Path) -> Tokenizer:
-    auto = import_transformers().AutoTokenizer
+    """Returns the tokenizer of a folder; raises a ConfigError with a remedy if it is damaged."""
+    auto_tokenizer = import_transformers().AutoTokenizer
     try:
-        return auto.from_pretrained(path, trust_remote_code=False)
+        return auto_tokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a damaged folder, anything
         file = path / "tokenizer.json"
-        if file.is_file() and (pointer := pointer_problem(file)):
+        pointer = pointer_problem(file) if file.is_file() else None
+        if pointer is not None:
             raise ConfigError(pointer) from None
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
@@ -97,12 +99,16 @@ def _read_folder(path: Path) -> Tokenizer:
 def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
     """Builds a tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
     import_transformers()  # says what is missing
-    core, special = build(metadata)
-    tokenizer = fast_tokenizer(core, **special)
+    core, special_tokens = build(metadata)
+    tokenizer = fast_tokenizer(core, **special_tokens)
     prefix = "tokenizer.chat_template"
-    template = metadata.get(prefix)
-    named = {name: metadata[f"{prefix}.{name}"] for name in metadata.get(f"{prefix}s", ())}
-    tokenizer.chat_template = {"default": template, **named} if named and template else template
+    default_template = metadata.get(prefix)
+    names = metadata.get(f"{prefix}s", ())
+    templates = {name: metadata[f"{prefix}.{name}"] for name in names}
+    if templates and default_template:
+        tokenizer.chat_template = {"default": default_template, **templates}
+    else:
+        tokenizer.chat_template = default_template
     return tokenizer
 
 

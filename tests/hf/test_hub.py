@@ -133,12 +133,12 @@ def test_a_configuration_is_had_without_weights(
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "shard"])
 def test_half_a_cache_is_not_used(lost: str, tmp_path: Path) -> None:
     folder = snapshot(tmp_path / "snapshot")
-    assert hub._complete(folder) == folder
+    assert hub._is_complete(folder)
     if lost == "shard":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.st"}}')
     else:
         (folder / lost).unlink()
-    assert hub._complete(folder) is None
+    assert not hub._is_complete(folder)
 
 
 def test_without_a_hub_the_package_is_fetched_once(

@@ -79,14 +79,14 @@ def test_rules_say_which_kernels(folder: Any) -> None:
 @pytest.mark.slow
 def test_a_layer_is_read_at_a_time(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    original = load._part
+    original = load._read_box
 
     def part(source: Any, row: Any, box: Any, dtype: Any) -> Any:
         if row.path == UP:
             read.append(len(box[0]))
         return original(source, row, box, dtype)
 
-    monkeypatch.setattr(load, "_part", part)
+    monkeypatch.setattr(load, "_read_box", part)
     where = folder("llama3")
     from_pretrained(where, quantize="nf4")
     assert read == [1, 1, 1]

@@ -199,14 +199,14 @@ def test_a_devices_part_is_read_alone_and_once(
     model, params = decoder("llama2")
     save_pretrained(tmp_path / "out", model, params)
     read: dict[str, list[tuple[int, ...]]] = {}
-    part = load._part
+    part = load._read_box
 
     def watched(source: Any, row: Any, *args: Any) -> np.ndarray:
         out = part(source, row, *args)
         read.setdefault(row.path, []).append(out.shape)
         return out
 
-    monkeypatch.setattr(load, "_part", watched)
+    monkeypatch.setattr(load, "_read_box", watched)
     place = placement("auto")
     from_pretrained(tmp_path / "out", sharding=place)
     for row in key_table(model.config):

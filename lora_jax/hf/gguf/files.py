@@ -15,7 +15,7 @@ from lora_jax.hf.folder import damage_message
 from lora_jax.hf.keys import WeightsError
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names them
-_NAMED = 5  # missing parts that a message names
+_MAX_LISTED = 5  # missing parts that a message names
 
 
 class OpenGGUF(NamedTuple):
@@ -49,12 +49,15 @@ def open_gguf(path: Path) -> OpenGGUF:
             "reading a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
         ) from None
     match = _PART.fullmatch(path.name)
-    names = [path]
+    files = [path]
     if match:
-        names = sorted(path.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf"))
-    statuses = [(name.absolute(), name.stat()) for name in names or [path]]
-    stamps = tuple((name, status.st_mtime_ns, status.st_size) for name, status in statuses)
-    return _open_parts(path, stamps)
+        pattern = f"{glob.escape(match[1])}-*-of-{match[3]}.gguf"
+        files = sorted(path.parent.glob(pattern)) or [path]
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append((file.absolute(), status.st_mtime_ns, status.st_size))
+    return _open_parts(path, tuple(stamps))
 
 
 @functools.lru_cache(maxsize=2)  # tokenizer, configuration and weights are read one by one
@@ -68,14 +71,15 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
     """
     import gguf
 
-    first = _reader(path)
-    parts = _parts(path, first)
-    readers = [first if part == path else _reader(part) for part in parts]
+    reader_of_path = _reader(path)
+    part_paths = _parts(path, reader_of_path)
+    readers = [reader_of_path if part == path else _reader(part) for part in part_paths]
     try:
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     except Exception as error:
-        raise WeightsError(f"{parts[0]} is damaged or cut short: {error}") from None
-    return OpenGGUF(gguf, metadata, [tensor for reader in readers for tensor in reader.tensors])
+        raise WeightsError(f"{part_paths[0]} is damaged or cut short: {error}") from None
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    return OpenGGUF(gguf=gguf, metadata=metadata, tensors=tensors)
 
 
 def _parts(path: Path, reader: Any) -> list[Path]:
@@ -84,22 +88,27 @@ def _parts(path: Path, reader: Any) -> list[Path]:
     Raises:
       WeightsError: parts are missing; names them.
     """
-    count = reader.fields.get("split.count")
-    n = 1 if count is None else int(count.contents())
-    if n == 1:
+    count_field = reader.fields.get("split.count")
+    n_parts = 1 if count_field is None else int(count_field.contents())
+    if n_parts == 1:
         return [path]
-    part = f"{path} is part {int(reader.fields['split.no'].contents()) + 1} of {n} of a split model"
+    part_number = int(reader.fields["split.no"].contents()) + 1
+    description = f"{path} is part {part_number} of {n_parts} of a split model"
     match = _PART.fullmatch(path.name)
-    if match is None or int(match[3]) != n:
+    if match is None or int(match[3]) != n_parts:
         raise WeightsError(
-            f"{part}, and its name does not end in -0000N-of-{n:05}.gguf, by which the other parts "
-            "are found: give the parts the names that they were published under"
+            f"{description}, and its name does not end in -0000N-of-{n_parts:05}.gguf, by which "
+            "the other parts are found: give the parts the names that they were published under"
         )
-    parts = [path.with_name(f"{match[1]}-{i + 1:05}-of-{n:05}.gguf") for i in range(n)]
-    if missing := [each.name for each in parts if not each.exists()]:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    names = [f"{match[1]}-{number:05}-of-{n_parts:05}.gguf" for number in range(1, n_parts + 1)]
+    parts = [path.with_name(name) for name in names]
+    missing_names = [part.name for part in parts if not part.exists()]
+    if missing_names:
+        listing = ", ".join(missing_names[:_MAX_LISTED])
+        if len(missing_names) > _MAX_LISTED:
+            listing += f" and {len(missing_names) - _MAX_LISTED} more"
         raise WeightsError(
-            f"{part}, and {', '.join(missing[:_NAMED])}{more} are missing beside it: put all parts "
+            f"{description}, and {listing} are missing beside it: put all parts "
             "into one folder, and name any of them"
         )
     return parts
@@ -118,7 +127,8 @@ def _reader(path: Path) -> Any:
 
     class _PlainArrayReader(gguf.GGUFReader):
         def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+            is_file_content = name == "data"
+            super().__setattr__(name, np.asarray(value) if is_file_content else value)
 
     try:
         return _PlainArrayReader(path)

@@ -43,24 +43,29 @@ class GGUFFile:
         self.where = str(path)
         self._gguf, self.metadata, tensors = open_gguf(path)
         try:
-            self.format, self._layout = formats.gguf_format_of(
-                self.metadata.get("general.architecture")
-            )
-            facts = {t.name: self._array(t) for t in tensors if t.name in self._layout.facts}
-            self._tensors = {self._layout.name(t.name): t for t in tensors if t.name not in facts}
-            self.shapes = {
-                name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
-            }
+            architecture = self.metadata.get("general.architecture")
+            self.format, self._layout = formats.gguf_format_of(architecture)
+            facts: dict[str, np.ndarray] = {}
+            self._tensors: dict[str, Any] = {}  # by Hugging Face's names
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            for tensor in tensors:
+                if tensor.name in self._layout.facts:
+                    facts[tensor.name] = self._dequantize(tensor)
+                    continue
+                hf_name = self._layout.name(tensor.name)
+                self._tensors[hf_name] = tensor
+                self.shapes[hf_name] = tuple(map(int, reversed(tensor.shape)))
             self.config = self._layout.read(self.metadata, self.shapes, facts)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
 
     def read(self, name: str) -> np.ndarray:
-        rows = self._array(self._tensors[name]).reshape(self.shapes[name])
+        rows = self._dequantize(self._tensors[name]).reshape(self.shapes[name])
         return self._layout.reorder(rows, name, self.config)
 
-    def _array(self, tensor: Any) -> np.ndarray:
+    def _dequantize(self, tensor: Any) -> np.ndarray:
+        """Returns the fp32 array of one of the file's tensors."""
         try:
             array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         except (ValueError, NotImplementedError) as error:
@@ -68,20 +73,23 @@ class GGUFFile:
         return np.asarray(array, np.float32)
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        tensor = self._tensors[name]
         if self.form(name) not in TYPES:
             return None
-        coded = from_gguf(tensor.data, self.form(name), self.shapes[name], dtype)
+        data = self._tensors[name].data
+        coded = from_gguf(data, self.form(name), self.shapes[name], dtype)
         return coded.map(lambda rows: self._layout.reorder(rows, name, self.config))
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        tensor, shape = self._tensors[name], self.shapes[name]
         if self.form(name) not in TYPES:
             return None
-        row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
-        coded_row = from_gguf(row, self.form(name), (1, shape[-1]), dtype)
-        lead = shape[:-1]
-        return coded_row.map(lambda row: jax.ShapeDtypeStruct((*lead, row.shape[-1]), row.dtype))
+        *leading_sizes, row_size = self.shapes[name]
+        row_bytes = self._tensors[name].data.nbytes // math.prod(leading_sizes)
+        coded_row = from_gguf(np.zeros(row_bytes, np.uint8), self.form(name), (1, row_size), dtype)
+
+        def tensor_shape(row: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*leading_sizes, row.shape[-1]), row.dtype)
+
+        return coded_row.map(tensor_shape)
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")

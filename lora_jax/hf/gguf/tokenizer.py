@@ -5,7 +5,7 @@ them: known here are those of the models that are read.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from lora_jax.core.types import Fields
@@ -77,13 +77,14 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
     Raises:
       ConfigError: it is of an unknown kind, or its lists do not fit each other.
     """
-    kind, pre = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    splits = SPLITS.get(str(pre)) if kind == BYTE_LEVEL else None
+    kind = metadata.get("tokenizer.ggml.model")
+    pre_tokenizer = metadata.get("tokenizer.ggml.pre")
+    splits = SPLITS.get(str(pre_tokenizer)) if kind == BYTE_LEVEL else None
     if splits is None and kind != SENTENCEPIECE:
         raise ConfigError(
-            f"the tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported: {BYTE_LEVEL!r} "
-            f"with {', '.join(SPLITS)} are, and {SENTENCEPIECE!r} is. Load the tokenizer from a "
-            "folder with tokenizer.json (--tokenizer of a script)"
+            f"the tokenizer {kind!r} with pre-tokenizer {pre_tokenizer!r} is not supported: "
+            f"{BYTE_LEVEL!r} with {', '.join(SPLITS)} are, and {SENTENCEPIECE!r} is. Load the "
+            "tokenizer from a folder with tokenizer.json (--tokenizer of a script)"
         )
     try:
         return _build(metadata, splits)
@@ -94,37 +95,49 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
 
 
 def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
-    from tokenizers import AddedToken
-
+    """Returns what `build` returns; `splits` is None for SentencePiece."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    # The rows that only make a table of a round size stand for no text.
-    vocab = {
-        token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != UNUSED
-    }
-    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in ROLES.items()}
-    special = {role: tokens[i] for role, i in ids.items() if i is not None}
+    vocab: dict[str, int] = {}
+    for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        # The rows that only make a table of a round size stand for no text.
+        if token_type != UNUSED:
+            vocab[token] = token_id
+    special: dict[str, str] = {}  # token by role
+    for role, name in ROLES.items():
+        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None:
+            special[role] = tokens[token_id]
     if splits is None:
         core = _sentencepiece(metadata, vocab, special.setdefault("unk", "<unk>"))
+        adds_bos = True
     else:
         core = _byte_level(metadata, vocab, splits)
-    begins = True if splits is None else splits.begins
-    ends = {
-        role: special[role]
-        for role, default in (("bos", begins), ("eos", False))
-        if metadata.get(f"tokenizer.ggml.add_{role}_token", default) and role in special
-    }
-    if ends:
-        core.post_processor = _frame_texts(vocab, ends.get("bos"), ends.get("eos"))
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type == CONTROL or token in special.values() and splits is None:
-            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == USER_DEFINED:
-            core.add_tokens([AddedToken(token, normalized=False)])
+        adds_bos = splits.begins
+    bos = special.get("bos") if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) else None
+    eos = special.get("eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    if bos is not None or eos is not None:
+        core.post_processor = _frame_texts(vocab, bos, eos)
+    special_texts = set(special.values()) if splits is None else set()
+    _add_tokens(core, tokens, types, special_texts)
     return core, {f"{role}_token": token for role, token in special.items()}
 
 
+def _add_tokens(
+    core: CoreTokenizer, tokens: Sequence[str], types: Sequence[int], special_texts: set[str]
+) -> None:
+    """Adds the tokens that a text is split at: control tokens, special texts, and the user's."""
+    from tokenizers import AddedToken
+
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type == CONTROL or token in special_texts:
+            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == USER_DEFINED:
+            core.add_tokens([AddedToken(token, normalized=False)])
+
+
 def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> CoreTokenizer:
+    """Returns a byte-level BPE that splits a text first."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -140,51 +153,61 @@ def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> Core
     return core
 
 
-def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> CoreTokenizer:
+def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown_token: str) -> CoreTokenizer:
     """Returns SentencePiece's BPE as transformers' `LlamaTokenizer` has it.
 
     A text that begins with a space gets no second one, as it would from SentencePiece.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    given = metadata.get("tokenizer.ggml.merges")
-    if given is None:
+    merge_texts = metadata.get("tokenizer.ggml.merges")
+    if merge_texts is None:
         tokens = metadata["tokenizer.ggml.tokens"]
-        merges = _merges(vocab, dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)))
+        scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
+        merges = _merges(vocab, scores)
     else:
-        merges = [tuple(merge.split(" ")) for merge in given]
+        merges = [tuple(text.split(" ")) for text in merge_texts]
     model = models.BPE(
-        vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        vocab=vocab, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True
     )
     core = Tokenizer(model)
-    begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    scheme = "first" if begins else "never"
+    adds_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "first" if adds_space else "never"
     core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
     steps: list[object] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins else [])])
+    if adds_space:
+        steps.append(decoders.Strip(" ", 1, 0))
+    core.decoder = decoders.Sequence(steps)
     return core
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
     """Returns the pairs that make tokens, best first; SentencePiece stores no merges."""
+    pairs: list[tuple[str, str]] = []
+    for token in vocab:
+        for left_length in range(1, len(token)):
+            left = token[:left_length]
+            right = token[left_length:]
+            if left in vocab and right in vocab:
+                pairs.append((left, right))
 
-    def pairs() -> Iterator[tuple[float, int, int, str, str]]:
-        for token in vocab:
-            for at in range(1, len(token)):
-                left, right = token[:at], token[at:]
-                if left in vocab and right in vocab:
-                    yield -scores[token], -len(left), vocab[left], left, right
+    def order(pair: tuple[str, str]) -> tuple[float, int, int, str, str]:
+        left, right = pair
+        return -scores[left + right], -len(left), vocab[left], left, right
 
-    return [(left, right) for *_, left, right in sorted(pairs())]
+    return sorted(pairs, key=order)
 
 
 def _frame_texts(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
     """Returns the processor that adds the first and the last token to a text or a pair."""
     from tokenizers import processors
 
-    def around(text: str, segment: int) -> Sequence[str]:
-        return [f"{piece}:{segment}" for piece in (bos, text, eos) if piece is not None]
+    def template(text: str, segment: int) -> list[str]:
+        return [f"{token}:{segment}" for token in (bos, text, eos) if token is not None]
 
-    named = [(token, vocab[token]) for token in (bos, eos) if token is not None]
-    pair = [*around("$A", 0), *around("$B", 1)]
-    return processors.TemplateProcessing(single=[*around("$A", 0)], pair=pair, special_tokens=named)
+    token_ids = [(token, vocab[token]) for token in (bos, eos) if token is not None]
+    return processors.TemplateProcessing(
+        single=template("$A", 0),
+        pair=template("$A", 0) + template("$B", 1),
+        special_tokens=token_ids,
+    )

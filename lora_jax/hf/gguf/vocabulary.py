@@ -3,6 +3,9 @@
 llama.cpp splits a text by rules that it knows by name. Here they are found by what tokenizer.json
 says, so that a tokenizer with further tokens is known as well.
 
+The *definition* of a tokenizer is its parsed tokenizer.json: a model (the merges), and the steps of
+a normalizer and of a pre-tokenizer.
+
 The files have no field for spaces that a tokenizer drops. llama.cpp drops those behind special
 tokens if the model's name is one of Phi-3's, and keeps all spaces otherwise: see `general_name`.
 """
@@ -32,13 +35,14 @@ from lora_jax.hf.gguf.tokenizer import (
 _NORMAL = 1
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused.*>", re.DOTALL)
-_LAST = -1e9  # the score of a token that no merge makes
-_WAY_OUT = "name another tokenizer (--tokenizer), or write safetensors (--output)"
+_LOWEST_SCORE = -1e9  # of a token that no merge makes
+_REMEDY = "name another tokenizer (--tokenizer), or write safetensors (--output)"
 _PHI3 = "Phi-3"
 _LIKE_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # In a model of that name, spaces stay behind the first three and go behind the last one. A file
 # whose vocabulary lacks one of the four does not load.
-_KEEPING, _DROPPING = frozenset(("<unk>", "<s>", "<|endoftext|>")), frozenset(("</s>",))
+_PHI3_KEEPING = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+_PHI3_DROPPING = frozenset(("</s>",))
 _CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "content": "C d"})
 
 
@@ -55,21 +59,24 @@ def vocabulary(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dic
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
-        raise ConfigError(f"a {type(tokenizer).__name__} is no fast tokenizer: {_WAY_OUT}")
-    whole = json.loads(core.to_str())
-    model = whole["model"]
+        raise ConfigError(f"a {type(tokenizer).__name__} is no fast tokenizer: {_REMEDY}")
+    definition = json.loads(core.to_str())
+    model = definition["model"]
     if model["type"] != "BPE":
-        raise ConfigError(f"llama.cpp has no decoder's tokenizer of {model['type']}: {_WAY_OUT}")
-    added = {token["id"]: token for token in whole["added_tokens"]}
-    words = {i: word for word, i in model["vocab"].items()}
-    words |= {i: token["content"] for i, token in added.items()}
-    if max(words) >= size:
+        raise ConfigError(f"llama.cpp has no decoder's tokenizer of {model['type']}: {_REMEDY}")
+    added_tokens = {token["id"]: token for token in definition["added_tokens"]}
+    text_of_id = {token_id: text for text, token_id in model["vocab"].items()}
+    text_of_id |= {token_id: token["content"] for token_id, token in added_tokens.items()}
+    if max(text_of_id) >= size:
         raise ConfigError(
-            f"the tokenizer has a token {max(words)}, and the model {size} rows: {_WAY_OUT}"
+            f"the tokenizer has a token {max(text_of_id)}, and the model {size} rows: {_REMEDY}"
         )
-    tokens = [words.get(i, f"[PAD{i}]") for i in range(size)]
-    types = [_type_of(i, words, added) for i in range(size)]
-    fields = _byte_level(whole) if not model.get("byte_fallback") else _pieces(whole, tokens, types)
+    tokens = [text_of_id.get(token_id, f"[PAD{token_id}]") for token_id in range(size)]
+    types = [_token_type(token_id, text_of_id, added_tokens) for token_id in range(size)]
+    if model.get("byte_fallback"):
+        fields = _sentencepiece(definition, tokens, types)
+    else:
+        fields = _byte_level(definition)
     return {
         **fields,
         "tokenizer.ggml.tokens": tokens,
@@ -79,101 +86,115 @@ def vocabulary(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dic
     }
 
 
-def _type_of(i: int, words: dict[int, str], added: dict[int, Fields]) -> int:
-    if i not in words:
+def _token_type(token_id: int, text_of_id: dict[int, str], added_tokens: dict[int, Fields]) -> int:
+    """Returns llama.cpp's type of a token."""
+    if token_id not in text_of_id:
         return UNUSED
-    if i not in added:
+    if token_id not in added_tokens:
         return _NORMAL
-    is_control = added[i]["special"] or _LOOKS_SPECIAL.fullmatch(words[i])
+    is_special = added_tokens[token_id]["special"]
+    is_control = is_special or _LOOKS_SPECIAL.fullmatch(text_of_id[token_id])
     return CONTROL if is_control else USER_DEFINED
 
 
-def _byte_level(whole: Fields) -> dict[str, Any]:
-    merges = [" ".join(m) if isinstance(m, list) else m for m in whole["model"]["merges"]]
+def _byte_level(definition: Fields) -> dict[str, Any]:
+    """Returns the metadata of a byte-level BPE."""
+    merges = [
+        " ".join(merge) if isinstance(merge, list) else merge
+        for merge in definition["model"]["merges"]
+    ]
     if not merges:
-        raise ConfigError(f"this tokenizer has no merges, which llama.cpp needs: {_WAY_OUT}")
+        raise ConfigError(f"this tokenizer has no merges, which llama.cpp needs: {_REMEDY}")
     return {
         "tokenizer.ggml.model": BYTE_LEVEL,
-        "tokenizer.ggml.pre": _rule_of(whole),
+        "tokenizer.ggml.pre": _split_rule(definition),
         "tokenizer.ggml.merges": merges,
     }
 
 
-def _rule_of(whole: Fields) -> str:
+def _split_rule(definition: Fields) -> str:
     """Returns llama.cpp's name of the rule by which a byte-level tokenizer splits a text."""
-    patterns = tuple(_patterns(whole["pre_tokenizer"]))
-    composes = any(step["type"] == "NFC" for step in _steps(whole["normalizer"], "normalizers"))
-    keeps_whole = bool(whole["model"].get("ignore_merges"))
-    fitting = [
-        (rules.nfc != composes, name)
-        for name, rules in SPLITS.items()
-        if rules.patterns == patterns and rules.whole == keeps_whole
-    ]
-    if not fitting:
-        shown = " then ".join(map(repr, patterns)) or "nothing"
+    patterns = tuple(_patterns(definition["pre_tokenizer"]))
+    normalizers = _steps(definition["normalizer"], "normalizers")
+    composes = any(step["type"] == "NFC" for step in normalizers)
+    keeps_whole = bool(definition["model"].get("ignore_merges"))
+    rules = {
+        name: splits
+        for name, splits in SPLITS.items()
+        if splits.patterns == patterns and splits.whole == keeps_whole
+    }
+    if not rules:
+        listing = " then ".join(map(repr, patterns)) or "nothing"
         raise ConfigError(
-            f"llama.cpp has no known rule that splits texts as this tokenizer does, by {shown}: "
-            f"{', '.join(SPLITS)} are known; {_WAY_OUT}"
+            f"llama.cpp has no known rule that splits texts as this tokenizer does, by {listing}: "
+            f"{', '.join(SPLITS)} are known; {_REMEDY}"
         )
-    return min(fitting, key=lambda pair: pair[0])[1]
+    # The first rule that composes texts as the tokenizer does, or else the first of all.
+    return min(rules, key=lambda name: rules[name].nfc != composes)
 
 
-def _patterns(step: Fields | None) -> Iterator[str]:
+def _patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
     """Yields the regular expressions by which a text is split, one after another."""
-    for each in _steps(step, "pretokenizers"):
-        if each["type"] == "Split" and "Regex" in each["pattern"] and not each["invert"]:
-            yield each["pattern"]["Regex"]
-        elif each["type"] == "Digits" and each["individual_digits"]:
+    for step in _steps(pre_tokenizer, "pretokenizers"):
+        kind = step["type"]
+        if kind == "Split" and "Regex" in step["pattern"] and not step["invert"]:
+            yield step["pattern"]["Regex"]
+        elif kind == "Digits" and step["individual_digits"]:
             yield r"\p{N}"
-        elif each["type"] == "ByteLevel" and not each["add_prefix_space"]:
-            if each["use_regex"]:
+        elif kind == "ByteLevel" and not step["add_prefix_space"]:
+            if step["use_regex"]:
                 yield GPT2
         else:
-            yield each["type"]
+            yield kind
 
 
-def _steps(step: Fields | None, inside: str) -> list[Fields]:
-    if step is None:
+def _steps(definition: Fields | None, field: str) -> list[Fields]:
+    """Returns the steps of a normalizer or a pre-tokenizer; `field` holds those of a sequence."""
+    if definition is None:
         return []
-    return step[inside] if step["type"] == "Sequence" else [step]
+    return definition[field] if definition["type"] == "Sequence" else [definition]
 
 
-def _pieces(whole: Fields, tokens: Sequence[str], types: list[int]) -> dict[str, Any]:
+def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) -> dict[str, Any]:
     """Returns the metadata of SentencePiece's BPE, and corrects the types of its tokens.
 
     Where SentencePiece has scores, tokenizer.json has merges, best first: a token's score is the
     place of the first merge that makes it.
     """
-    model = whole["model"]
-    ranks: dict[str, int] = {}
+    model = definition["model"]
+    rank_of_token: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
-        ranks.setdefault(
-            "".join(merge) if isinstance(merge, list) else merge.replace(" ", ""), rank
-        )
-    for i, token in enumerate(tokens):
-        if types[i] == _NORMAL and _BYTE.fullmatch(token):
-            types[i] = BYTE
+        token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+        rank_of_token.setdefault(token, rank)
+    for token_id, token in enumerate(tokens):
+        if types[token_id] == _NORMAL and _BYTE.fullmatch(token):
+            types[token_id] = BYTE
         elif token == model["unk_token"]:
-            types[i] = UNKNOWN
-    scores = [float(-ranks[t]) if t in ranks else _LAST if len(t) > 1 else 0.0 for t in tokens]
-    scores = [
-        0.0 if t in (BYTE, CONTROL, UNKNOWN) else s for s, t in zip(scores, types, strict=True)
-    ]
-    steps = [
-        *_steps(whole["normalizer"], "normalizers"),
-        *_steps(whole["pre_tokenizer"], "pretokenizers"),
-    ]
-    begins = any(
+            types[token_id] = UNKNOWN
+
+    def score(token: str, token_type: int) -> float:
+        if token_type in (BYTE, CONTROL, UNKNOWN):
+            return 0.0
+        if token in rank_of_token:
+            return float(-rank_of_token[token])
+        return 0.0 if len(token) <= 1 else _LOWEST_SCORE
+
+    steps = _steps(definition["normalizer"], "normalizers")
+    steps = steps + _steps(definition["pre_tokenizer"], "pretokenizers")
+    adds_space = any(
         step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never"
         for step in steps
     )
-    if not any(step.get("content") == SPACE or step["type"] == "Metaspace" for step in steps):
-        raise ConfigError(f"this tokenizer's spaces are not SentencePiece's ({SPACE}): {_WAY_OUT}")
+    replaces_spaces = any(
+        step.get("content") == SPACE or step["type"] == "Metaspace" for step in steps
+    )
+    if not replaces_spaces:
+        raise ConfigError(f"this tokenizer's spaces are not SentencePiece's ({SPACE}): {_REMEDY}")
     return {
         "tokenizer.ggml.model": SENTENCEPIECE,
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": begins,
+        "tokenizer.ggml.scores": list(map(score, tokens, types)),
+        "tokenizer.ggml.add_space_prefix": adds_space,
     }
 
 
@@ -181,32 +202,39 @@ def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
     """Returns the ids of special tokens, and whether the first and the last one frame a text."""
     prefix = "tokenizer.ggml"
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
-    fields = {f"{prefix}.{ROLES[r]}_token_id": i for r, i in ids.items() if i is not None}
-    if ids["eos"] is None and ends:
-        fields[f"{prefix}.eos_token_id"], ends = ends[0], ends[1:]
-    others = [i for i in ends if i != ids["eos"]]
-    for name, i in zip(ENDS[1:], others, strict=False):
-        fields[f"{prefix}.{name}_token_id"] = i
-    framed = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for role, at in (("bos", 0), ("eos", -1)):
-        is_added = len(framed) > len(bare) and framed[at] == ids[role]
-        fields[f"{prefix}.add_{role}_token"] = bool(is_added)
+    fields = {}
+    for role, token_id in ids.items():
+        if token_id is not None:
+            fields[f"{prefix}.{ROLES[role]}_token_id"] = token_id
+    eos = ids["eos"]
+    if eos is None and ends:
+        fields[f"{prefix}.eos_token_id"] = ends[0]
+        ends = ends[1:]
+    end_tokens = [token_id for token_id in ends if token_id != eos]
+    for name, token_id in zip(ENDS[1:], end_tokens, strict=False):
+        fields[f"{prefix}.{name}_token_id"] = token_id
+    framed_ids = tokenizer("a")["input_ids"]
+    bare_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    has_frame = len(framed_ids) > len(bare_ids)
+    fields[f"{prefix}.add_bos_token"] = bool(has_frame and framed_ids[0] == ids["bos"])
+    fields[f"{prefix}.add_eos_token"] = bool(has_frame and framed_ids[-1] == eos)
     return fields
 
 
-def _templates(given: str | dict[str, str] | None) -> dict[str, Any]:
-    if given is None:
+def _templates(chat_template: str | dict[str, str] | None) -> dict[str, Any]:
+    """Returns the metadata of a chat template, or of several by their names."""
+    if chat_template is None:
         return {}
-    if isinstance(given, str):
-        return {"tokenizer.chat_template": given}
-    named = {name: text for name, text in given.items() if name != "default"}
-    main = given.get("default") or next(iter(given.values()))
-    return {
-        "tokenizer.chat_template": main,
-        **({"tokenizer.chat_templates": list(named)} if named else {}),
-        **{f"tokenizer.chat_template.{name}": text for name, text in named.items()},
-    }
+    if isinstance(chat_template, str):
+        return {"tokenizer.chat_template": chat_template}
+    default = chat_template.get("default") or next(iter(chat_template.values()))
+    fields: dict[str, Any] = {"tokenizer.chat_template": default}
+    names = [name for name in chat_template if name != "default"]
+    if names:
+        fields["tokenizer.chat_templates"] = names
+    for name in names:
+        fields[f"tokenizer.chat_template.{name}"] = chat_template[name]
+    return fields
 
 
 def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple[str, list[str]]:
@@ -226,30 +254,44 @@ def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple
     plain_name = _LIKE_PHI3.sub("phi", name)
     if tokenizer is None:
         return plain_name, []
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    spaces = {x.content: (x.lstrip, x.rstrip) for x in added if x.lstrip or x.rstrip}
-    if not spaces:
+    dropped_sides: dict[str, tuple[bool, bool]] = {}  # left and right of which tokens
+    for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values():
+        if token.lstrip or token.rstrip:
+            dropped_sides[token.content] = (token.lstrip, token.rstrip)
+    if not dropped_sides:
         return plain_name, []
-    tokens = words["tokenizer.ggml.tokens"]
-    kinds = zip(tokens, words["tokenizer.ggml.token_type"], strict=True)
-    special = {token for token, kind in kinds if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
-    of_phi3 = dict.fromkeys((special | _DROPPING) - _KEEPING, (False, True))
-    if spaces == of_phi3 and (_KEEPING | _DROPPING).issubset(tokens):
+    if dropped_sides == _dropped_sides_of_phi3(words):
         return _PHI3, []
-    shown = ", ".join(sorted(spaces))
-    beside = "|".join(map(re.escape, spaces))
-    if re.search(rf"\s({beside})|({beside})\s", _rendered(tokenizer, words)):
+    listing = ", ".join(sorted(dropped_sides))
+    tokens_pattern = "|".join(map(re.escape, dropped_sides))
+    pattern = rf"\s({tokens_pattern})|({tokens_pattern})\s"
+    if re.search(pattern, _rendered_chat(tokenizer, words)):
         raise ConfigError(
-            f"llama.cpp keeps the spaces beside {shown}, which this tokenizer drops, and so makes "
-            "other tokens of chats: write safetensors (--output)"
+            f"llama.cpp keeps the spaces beside {listing}, which this tokenizer drops, and so "
+            "makes other tokens of chats: write safetensors (--output)"
         )
     return plain_name, [
-        f"llama.cpp keeps the spaces beside {shown}, which the tokenizer drops: a message that "
+        f"llama.cpp keeps the spaces beside {listing}, which the tokenizer drops: a message that "
         "begins or ends with spaces there has other tokens"
     ]
 
 
-def _rendered(tokenizer: Tokenizer, words: Fields) -> str:
+def _dropped_sides_of_phi3(words: Fields) -> dict[str, tuple[bool, bool]] | None:
+    """Returns the sides on which llama.cpp drops the spaces beside tokens of a model named Phi-3.
+
+    Returns:
+      token -> (left, right); None for a vocabulary that llama.cpp does not load under this name.
+    """
+    tokens = words["tokenizer.ggml.tokens"]
+    if not (_PHI3_KEEPING | _PHI3_DROPPING).issubset(tokens):
+        return None
+    special_types = (CONTROL, USER_DEFINED, UNKNOWN)
+    tokens_and_types = zip(tokens, words["tokenizer.ggml.token_type"], strict=True)
+    special = {token for token, token_type in tokens_and_types if token_type in special_types}
+    return dict.fromkeys((special | _PHI3_DROPPING) - _PHI3_KEEPING, (False, True))
+
+
+def _rendered_chat(tokenizer: Tokenizer, words: Fields) -> str:
     """Returns a chat as the template renders it; "" if there is no template that does."""
     template = words.get("tokenizer.chat_template")
     try:

@@ -86,8 +86,9 @@ def check_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
 def fitting_type(kind: str, shape: Sequence[int]) -> str:
     """Returns the type, or F16 where a row is no whole number of the type's blocks."""
     gguf = import_gguf()
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return "F16" if shape[-1] % block else kind
+    block_weights, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    has_whole_blocks = shape[-1] % block_weights == 0
+    return kind if has_whole_blocks else "F16"
 
 
 def _write(
@@ -97,52 +98,54 @@ def _write(
     entries: Sequence[Entry],
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    """Writes a file as `write_gguf` does, under the path itself."""
     writer = gguf.GGUFWriter(None, fields["general.architecture"])
     try:
         for name, value in fields.items():
             if name != "general.architecture":
-                _add(gguf, writer, name, value)
-        sizes = [_n_bytes(gguf, entry) for entry in entries]
-        for entry, size in zip(entries, sizes, strict=True):
+                _add_field(gguf, writer, name, value)
+        entry_bytes = [_n_bytes(gguf, entry) for entry in entries]
+        for entry, n_bytes in zip(entries, entry_bytes, strict=True):
             kind = gguf.GGMLQuantizationType[entry.kind]
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, kind)
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file(path=path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        written = 0
-        for entry, size in zip(entries, sizes, strict=True):
+        written_bytes = 0
+        for entry, n_bytes in zip(entries, entry_bytes, strict=True):
             writer.write_tensor_data(_encoded(gguf, entry))
-            written += size
+            written_bytes += n_bytes
             if progress is not None:
-                progress(written, sum(sizes))
+                progress(written_bytes, sum(entry_bytes))
     finally:
         if writer.fout is not None:
             writer.close()
 
 
-def _add(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
+def _add_field(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
     """Adds a pair of the metadata: ints are uint32, or int32 below 0; floats are fp32."""
-    kinds = gguf.GGUFValueType
-    if isinstance(value, list):
-        inner = _kind_of(kinds, value[0]) if value else kinds.STRING
-        # llama.cpp's converters write the types of tokens so.
-        inner = kinds.INT32 if inner == kinds.UINT32 else inner
-        writer.add_key_value(name, value, kinds.ARRAY, sub_type=inner)
-    else:
-        writer.add_key_value(name, value, _kind_of(kinds, value))
+    value_types = gguf.GGUFValueType
+    if not isinstance(value, list):
+        writer.add_key_value(name, value, _value_type(value_types, value))
+        return
+    element_type = _value_type(value_types, value[0]) if value else value_types.STRING
+    if element_type == value_types.UINT32:
+        element_type = value_types.INT32  # as llama.cpp's converters write the types of tokens
+    writer.add_key_value(name, value, value_types.ARRAY, sub_type=element_type)
 
 
-def _kind_of(kinds: Any, value: Any) -> Any:
+def _value_type(value_types: Any, value: Any) -> Any:
+    """Returns gguf's type of a value of the metadata."""
     if isinstance(value, bool):
-        return kinds.BOOL
+        return value_types.BOOL
     if isinstance(value, int):
-        return kinds.UINT32 if value >= 0 else kinds.INT32
-    return kinds.FLOAT32 if isinstance(value, float) else kinds.STRING
+        return value_types.UINT32 if value >= 0 else value_types.INT32
+    return value_types.FLOAT32 if isinstance(value, float) else value_types.STRING
 
 
 def _n_bytes(gguf: ModuleType, entry: Entry) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.kind]]
-    return int(math.prod(entry.shape) // block * size)
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.kind]]
+    return int(math.prod(entry.shape) // block_weights * block_bytes)
 
 
 def _encoded(gguf: ModuleType, entry: Entry) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Layouts of integers of 4 bits, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`."""
+"""Layouts of integers of 4 bits, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`.
+
+A *word* is an int32 that packs eight codes. A *group* is the inputs of one output that share a
+scale, and a zero where codes have one.
+"""
 
 import dataclasses
 import json
@@ -16,12 +20,12 @@ from lora_jax.quantized.formats import INT4, NF4, NF4_NESTED, NF4_VALUES
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def _words(files: Files, name: str) -> np.ndarray:
+def _unpack_words(files: Files, name: str) -> np.ndarray:
     """Returns the numbers of 4 bits in a tensor's words, less 8."""
     return unpack(files.fetch(name, None), less_8=True)
 
 
-def _matrix(files: Files, name: str) -> tuple[int, int]:
+def _matrix_shape(files: Files, name: str) -> tuple[int, int]:
     shape = files.tensors[name].shape
     if len(shape) != 2:
         raise WeightsError(f"{name} is {list(shape)}, expected a matrix")
@@ -33,104 +37,132 @@ def pack_quantized(name: str, files: Files) -> CodedTensor | None:
     stem = name.removesuffix("weight_packed")
     if stem == name or files.tensors[name].dtype != "I32":
         return None
-    if (order := f"{stem}weight_g_idx") in files.tensors:
+    order = f"{stem}weight_g_idx"
+    if order in files.tensors:
         raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
-    shape = files.find(name, ("I64", "I32"), f"{stem}weight_shape")
-    scale = files.find(name, _FLOATS, f"{stem}weight_scale")
-    n_out, n_in = (int(n) for n in files.fetch(shape, None).reshape(-1))
-    files.piece(name, (n_out, -(-n_in // 8)))  # has this shape
-    groups = (n_out, files.groups(name, n_in))
+    shape_name = files.find(name, ("I64", "I32"), f"{stem}weight_shape")
+    scale_name = files.find(name, _FLOATS, f"{stem}weight_scale")
+    n_out, n_in = map(int, files.fetch(shape_name, None).reshape(-1))
+    files.lazy_array(name, (n_out, -(-n_in // 8)))  # raises if the words have another shape
+    n_groups = files.groups(name, n_in)
 
     def codes(_: slice | None) -> np.ndarray:
-        return _words(files, name)[:, :n_in]
+        return _unpack_words(files, name)[:, :n_in]
 
-    pieces = {
+    arrays = {
         "codes": LazyArray((n_out, n_in), INT4.code_dtype, codes),
-        "scales": files.piece(scale, groups),
+        "scales": files.lazy_array(scale_name, (n_out, n_groups)),
     }
-    tensors = [name, shape, scale]
-    zero = f"{stem}weight_zero_point"
-    if zero in files.tensors or not files.facts.symmetric:  # packed along the outputs
-        files.find(name, ("I32",), zero)
-        files.piece(zero, (-(-n_out // 8), groups[1]))
+    tensors = [name, shape_name, scale_name]
+    zero_name = f"{stem}weight_zero_point"
+    if zero_name in files.tensors or not files.facts.symmetric:  # packed along the outputs
+        files.find(name, ("I32",), zero_name)
+        files.lazy_array(zero_name, (-(-n_out // 8), n_groups))
 
         def zeros(_: slice | None) -> np.ndarray:
-            words = np.ascontiguousarray(files.fetch(zero, None).T)
+            words = np.ascontiguousarray(files.fetch(zero_name, None).T)
             return unpack(words, less_8=True)[:, :n_out].T.astype(np.int8)
 
-        pieces["zeros"] = LazyArray(groups, np.int8, zeros)
-        tensors.append(zero)
-    return CodedTensor(f"{stem}weight", INT4, pieces, tensors)
+        arrays["zeros"] = LazyArray((n_out, n_groups), np.int8, zeros)
+        tensors.append(zero_name)
+    return CodedTensor(name=f"{stem}weight", format=INT4, arrays=arrays, tensors=tensors)
 
 
 def gptq(name: str, files: Files) -> CodedTensor | None:
     """Finds GPTQ's: eight codes a word along the inputs, with zeros for groups of them."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
-    stem = name.removesuffix("qweight")
-    n_words, n_out = _matrix(files, name)
+    n_words, n_out = _matrix_shape(files, name)
     n_in = 8 * n_words
-    order = f"{stem}g_idx"
-    if order in files.tensors:
-        group = files.facts.group or n_in
-        if not np.array_equal(files.fetch(order, None), np.arange(n_in) // group):
-            raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
+    order_name = f"{name.removesuffix('qweight')}g_idx"
+    tensors = [name]
+    if order_name in files.tensors:
+        group_size = files.facts.group or n_in
+        group_of_input = np.arange(n_in) // group_size
+        if not np.array_equal(files.fetch(order_name, None), group_of_input):
+            raise WeightsError(
+                f"{order_name}: groups in the order of activations are not kept in codes"
+            )
+        tensors.append(order_name)
 
     def codes(_: slice | None) -> np.ndarray:
         return unpack(files.fetch(name, None).T, less_8=True)
 
-    def reorder(numbers: np.ndarray) -> np.ndarray:
-        return numbers
-
-    return _store_with_zeros(name, files, (n_out, n_in), codes, reorder, [order])
+    return _with_zeros(
+        tensors=tensors,
+        files=files,
+        codes=LazyArray((n_out, n_in), INT4.code_dtype, codes),
+        reorder=lambda zeros: zeros,
+    )
 
 
 def awq(name: str, files: Files) -> CodedTensor | None:
     """Finds AWQ's: eight codes a word along the outputs, mixed, with zeros for groups of inputs."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
-    n_in, n_words = _matrix(files, name)
-
-    def reorder(numbers: np.ndarray) -> np.ndarray:
-        return numbers.reshape(len(numbers), -1, 8)[..., _AWQ].reshape(len(numbers), -1)
+    n_in, n_words = _matrix_shape(files, name)
 
     def codes(_: slice | None) -> np.ndarray:
-        return reorder(_words(files, name)).T
+        return _reorder_awq(_unpack_words(files, name)).T
 
-    return _store_with_zeros(name, files, (8 * n_words, n_in), codes, reorder, [])
+    return _with_zeros(
+        tensors=[name],
+        files=files,
+        codes=LazyArray((8 * n_words, n_in), INT4.code_dtype, codes),
+        reorder=_reorder_awq,
+    )
 
 
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of a word's numbers
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of a word's numbers
 
 
-def _store_with_zeros(
-    name: str,
+def _reorder_awq(numbers: np.ndarray) -> np.ndarray:
+    """Returns the numbers of AWQ's words in the order of the outputs."""
+    words = numbers.reshape(len(numbers), -1, 8)
+    return words[..., _AWQ_ORDER].reshape(len(numbers), -1)
+
+
+def _with_zeros(
+    tensors: Sequence[str],
     files: Files,
-    shape: tuple[int, int],
-    codes: Callable[[slice | None], np.ndarray],
+    codes: LazyArray,
     reorder: Callable[[np.ndarray], np.ndarray],
-    others: Sequence[str],
 ) -> CodedTensor:
-    """Returns a tensor whose scales and packed zeros lie [groups, out]."""
+    """Returns a tensor whose scales and packed zeros lie [groups, out].
+
+    Args:
+      tensors: the tensor of the codes, and others that it makes useless.
+      files: the folder's tensors.
+      codes: the codes, [out, in].
+      reorder: puts the numbers in a row of words in the order of the outputs.
+    """
+    name = tensors[0]
     stem = name.removesuffix("qweight")
-    n_out, n_in = shape
+    n_out, n_in = codes.shape
     n_groups = files.groups(name, n_in)
-    scale = files.find(name, _FLOATS, f"{stem}scales")
-    zero = files.find(name, ("I32",), f"{stem}qzeros")
-    scales = files.piece(scale, (n_groups, n_out))
-    files.piece(zero, (n_groups, n_out // 8))
+    scale_name = files.find(name, _FLOATS, f"{stem}scales")
+    zero_name = files.find(name, ("I32",), f"{stem}qzeros")
+    file_scales = files.lazy_array(scale_name, (n_groups, n_out))
+    files.lazy_array(zero_name, (n_groups, n_out // 8))  # raises if zeros have another shape
+
+    def scales(_: slice | None) -> np.ndarray:
+        return file_scales.read(None).T
 
     def zeros(_: slice | None) -> np.ndarray:
-        numbers = reorder(_words(files, zero)).astype(np.int8)
-        return (numbers + np.int8(files.facts.zero_is_less)).T
+        file_zeros = reorder(_unpack_words(files, zero_name)).astype(np.int8)
+        return (file_zeros + np.int8(files.facts.zero_is_less)).T
 
-    pieces = {
-        "codes": LazyArray(shape, INT4.code_dtype, codes),
-        "scales": LazyArray((n_out, n_groups), scales.dtype, lambda _: scales.read(None).T),
+    arrays = {
+        "codes": codes,
+        "scales": LazyArray((n_out, n_groups), file_scales.dtype, scales),
         "zeros": LazyArray((n_out, n_groups), np.int8, zeros),
     }
-    held = [other for other in others if other in files.tensors]
-    return CodedTensor(f"{stem}weight", INT4, pieces, [name, scale, zero, *held])
+    return CodedTensor(
+        name=f"{stem}weight",
+        format=INT4,
+        arrays=arrays,
+        tensors=[*tensors, scale_name, zero_name],
+    )
 
 
 def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
@@ -143,86 +175,97 @@ def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
         if f"{name}.absmax" in files.tensors:
             raise WeightsError(f"{name} is in codes, and no file holds its {state}")
         return None
-    sizes, block = _facts(files, state, "shape", "blocksize")
-    shape, n = tuple(sizes), math.prod(sizes)
+    sizes, block = _read_state(files, state, "shape", "blocksize")
+    shape = tuple(sizes)
+    n_weights = math.prod(shape)
     if len(shape) != 2 or shape[1] % block:
         raise WeightsError(f"{name}: blocks of {block} do not fit its rows of {shape[1:]} weights")
-    held = files.tensors[name]
-    if held.nbytes != n // 2 or max(held.shape) != math.prod(held.shape):
+    header = files.tensors[name]
+    is_one_row = max(header.shape) == math.prod(header.shape)
+    if header.nbytes != n_weights // 2 or not is_one_row:
         raise WeightsError(
-            f"{name} is {held.dtype} {list(held.shape)}, expected {n // 2} bytes in a row for the "
-            f"{list(shape)} of its quant_state"
+            f"{name} is {header.dtype} {list(header.shape)}, expected {n_weights // 2} bytes in a "
+            f"row for the {list(shape)} of its quant_state"
         )
-    table = files.find(name, ("F32",), f"{name}.quant_map")
-    if not np.array_equal(files.fetch(table, None), np.array(NF4_VALUES, np.float32)):
-        raise WeightsError(f"{table} holds other values than those of NF4")
-    absmax = files.find(name, ("F32", "U8"), f"{name}.absmax")
-    tensors = [name, state, table, absmax]
+    map_name = files.find(name, ("F32",), f"{name}.quant_map")
+    if not np.array_equal(files.fetch(map_name, None), np.array(NF4_VALUES, np.float32)):
+        raise WeightsError(f"{map_name} holds other values than those of NF4")
+    scale_name = files.find(name, ("F32", "U8"), f"{name}.absmax")
 
     def codes(_: slice | None) -> np.ndarray:
-        raw = files.fetch(name, None).reshape(-1).view(np.uint8)
-        return unpack(raw, less_8=True, high_first=True).reshape(shape)
+        data = files.fetch(name, None).reshape(-1).view(np.uint8)
+        return unpack(data, less_8=True, high_first=True).reshape(shape)
 
-    pieces = {
-        "codes": LazyArray(shape, NF4.code_dtype, codes),
-        "scales": files.piece(absmax, (shape[0], shape[1] // block), (n // block,)),
-    }
-    if files.tensors[absmax].dtype == "F32":
-        return CodedTensor(name, NF4, pieces, tensors)
-    return _nested(files, CodedTensor(name, NF4_NESTED, pieces, tensors), block, state)
+    scale_shape = (shape[0], shape[1] // block)
+    has_coded_scales = files.tensors[scale_name].dtype == "U8"
+    stored = CodedTensor(
+        name=name,
+        format=NF4_NESTED if has_coded_scales else NF4,
+        arrays={
+            "codes": LazyArray(shape, NF4.code_dtype, codes),
+            "scales": files.lazy_array(scale_name, scale_shape, (n_weights // block,)),
+        },
+        tensors=[name, state, map_name, scale_name],
+    )
+    return _add_nested_scales(files, stored, block, state) if has_coded_scales else stored
 
 
-def _facts(files: Files, state: str, *names: str) -> list[Any]:
-    """Returns the facts of a tensor of bitsandbytes, by these names.
+def _read_state(files: Files, state: str, *fields: str) -> list[Any]:
+    """Returns fields of the quant_state of a tensor of bitsandbytes.
 
     Raises:
-      WeightsError: it does not say so.
+      WeightsError: it lacks one of them.
     """
     try:
-        facts = json.loads(files.fetch(state, None).tobytes())
-        return [facts[name] for name in names]
+        values = json.loads(files.fetch(state, None).tobytes())
+        return [values[field] for field in fields]
     except (ValueError, LookupError) as error:
-        raise WeightsError(f"{state} does not tell {' and '.join(names)}: {error!r}") from error
+        raise WeightsError(f"{state} does not tell {' and '.join(fields)}: {error!r}") from error
 
 
-def _nested(files: Files, stored: CodedTensor, block: int, state: str) -> CodedTensor:
+def _add_nested_scales(files: Files, stored: CodedTensor, block: int, state: str) -> CodedTensor:
     """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
 
     In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
-    for a part of a row whose size divides both a row and what shares a step, so that it needs no
-    other rows. Where that is a single block, scales are held in fp32: fewer bytes.
+    for a part of a row, a span, whose size divides both a row and what shares a step, so that it
+    needs no other rows. Where that is a single block, scales are held in fp32: fewer bytes.
     """
-    size, mean = _facts(files, state, "nested_blocksize", "nested_offset")
-    name, (n_out, n_in), group = stored.name, stored.shape, block * size
-    of_map = files.find(name, ("F32",), f"{name}.nested_quant_map")
-    of_max = files.find(name, ("F32",), f"{name}.nested_absmax")
-    files.piece(of_map, (256,))
-    files.piece(of_max, (-(-n_out * n_in // group),))
-    table = tuple(map(float, files.fetch(of_map, None)))
-    format = dataclasses.replace(stored.format, scale_table=table)
-    span = math.gcd(group, n_in)
+    scales_per_step, mean = _read_state(files, state, "nested_blocksize", "nested_offset")
+    weights_per_step = block * scales_per_step
+    name = stored.name
+    n_out, n_in = stored.shape
+    n_weights = n_out * n_in
+    map_name = files.find(name, ("F32",), f"{name}.nested_quant_map")
+    step_name = files.find(name, ("F32",), f"{name}.nested_absmax")
+    # These two raise if a tensor has another shape.
+    files.lazy_array(map_name, (256,))
+    files.lazy_array(step_name, (-(-n_weights // weights_per_step),))
+    scale_table = tuple(map(float, files.fetch(map_name, None)))
+    format = dataclasses.replace(stored.format, scale_table=scale_table)
+    span = math.gcd(weights_per_step, n_in)
 
     def steps(_: slice | None) -> np.ndarray:
-        each = np.arange(0, n_out * n_in, span) // group
-        most: np.ndarray = files.fetch(of_max, None)[each]
-        return most.reshape(n_out, -1)
+        step_of_span = np.arange(0, n_weights, span) // weights_per_step
+        step_values: np.ndarray = files.fetch(step_name, None)[step_of_span]
+        return step_values.reshape(n_out, -1)
 
     def offset(_: slice | None) -> np.ndarray:
         return np.full((1, 1), mean, np.float32)
 
-    pieces = {
-        **stored.pieces,
+    nested_arrays = {
+        **stored.arrays,
         "scale_steps": LazyArray((n_out, n_in // span), np.float32, steps),
         "scale_mean": LazyArray((1, 1), np.float32, offset),
     }
-    tensors = [*stored.tensors, of_map, of_max]
+    tensors = [*stored.tensors, map_name, step_name]
     if span > block:
-        return CodedTensor(name, format, pieces, tensors)
+        return CodedTensor(name=name, format=format, arrays=nested_arrays, tensors=tensors)
 
     def scales(_: slice | None) -> np.ndarray:
-        arrays = {part: pieces[part].read(None) for part in pieces if part != "codes"}
-        whole: np.ndarray = scales_of(arrays, format, lambda steps, shape: steps)
-        return whole
+        arrays = {n: array.read(None) for n, array in nested_arrays.items() if n != "codes"}
+        values: np.ndarray = scales_of(arrays, format, lambda steps, shape: steps)
+        return values
 
-    of_blocks = LazyArray((n_out, n_in // block), np.float32, scales)
-    return CodedTensor(name, NF4, {"codes": pieces["codes"], "scales": of_blocks}, tensors)
+    fp32_scales = LazyArray((n_out, n_in // block), np.float32, scales)
+    arrays = {"codes": stored.arrays["codes"], "scales": fp32_scales}
+    return CodedTensor(name=name, format=NF4, arrays=arrays, tensors=tensors)

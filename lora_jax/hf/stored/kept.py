@@ -18,7 +18,7 @@ from lora_jax.hf.stored.raw import TensorEntry
 from lora_jax.quantized import Coded, is_coded
 
 # The field that lists modules in floats, by quant_method. GPTQ's has none.
-_LISTS = {
+_FLOAT_LISTS = {
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
     "awq": "modules_to_not_convert",
@@ -62,44 +62,48 @@ def rename_modules(config: Fields, rename: Callable[[str], str]) -> dict[str, An
       rename: a tensor's name -> its other name.
     """
 
-    def names(listed: Sequence[str]) -> list[str]:
-        return [_renamed(name, rename) for name in listed]
+    def rename_all(modules: Sequence[str]) -> list[str]:
+        return [_rename_module(module, rename) for module in modules]
 
-    config = dict(config)
-    field = _LISTS.get(config.get("quant_method", ""), "")
+    renamed = dict(config)
+    field = _FLOAT_LISTS.get(config.get("quant_method", ""), "")
     if config.get(field):
-        config[field] = names(config[field])
-    if groups := config.get("config_groups"):
-        config["config_groups"] = {
-            key: {**group, "targets": names(group.get("targets") or [])}
+        renamed[field] = rename_all(config[field])
+    groups = config.get("config_groups")
+    if groups:
+        renamed["config_groups"] = {
+            key: {**group, "targets": rename_all(group.get("targets") or [])}
             for key, group in groups.items()
         }
-    return config
+    return renamed
 
 
-def _renamed(name: str, rename: Callable[[str], str]) -> str:
+def _rename_module(module: str, rename: Callable[[str], str]) -> str:
     """Renames a module; a pattern ("re:…") gets one that matches behind any prefix as well."""
-    pattern = name.removeprefix("re:")
-    if pattern == name:
-        return rename(f"{name}.weight").removesuffix(".weight")
-    flags, pattern = _FLAGS.fullmatch(pattern).groups()  # type: ignore[union-attr]
-    if pattern.startswith((".*", "^.*")) and not _has_alternatives(pattern):
-        return name
-    pattern = _ATOMS.sub(lambda atom: "" if atom[0] == "^" else atom[0], pattern)
-    return rf"re:{flags}(?:.*\.)?(?:{pattern})"
+    if not module.startswith("re:"):
+        return rename(f"{module}.weight").removesuffix(".weight")
+    match = _FLAGS.fullmatch(module.removeprefix("re:"))
+    assert match is not None
+    flags, pattern = match.groups()
+    matches_any_prefix = pattern.startswith((".*", "^.*")) and not _has_alternatives(pattern)
+    if matches_any_prefix:
+        return module
+    unanchored = _ATOMS.sub(lambda atom: "" if atom[0] == "^" else atom[0], pattern)
+    return rf"re:{flags}(?:.*\.)?(?:{unanchored})"
 
 
 def _has_alternatives(pattern: str) -> bool:
     """Returns True if a pattern has a | outside of its groups."""
-    pattern, n = _ATOMS.sub("", pattern), 1
-    while n:
-        pattern, n = re.subn(r"\([^()]*\)", "", pattern)
-    return "|" in pattern
+    text = _ATOMS.sub("", pattern)
+    n_removed = 1
+    while n_removed > 0:  # the innermost groups first
+        text, n_removed = re.subn(r"\([^()]*\)", "", text)
+    return "|" in text
 
 
-def _module(name: str) -> str:
+def _module_of(tensor: str) -> str:
     """Returns the module of a tensor; all experts of a layer are one."""
-    return _EXPERTS.sub(".experts", name).removesuffix(".weight")
+    return _EXPERTS.sub(".experts", tensor).removesuffix(".weight")
 
 
 class CodesCheck:
@@ -120,11 +124,15 @@ class CodesCheck:
     def __init__(self, params: Tree, table: Sequence[Row], source: CodesFolder):
         self.leaves = check_leaves(params, table, in_codes=True)
         self._source = source
-        self._field = _LISTS.get(source.quantization.get("quant_method", ""))
+        self._float_list = _FLOAT_LISTS.get(source.quantization.get("quant_method", ""))
         self._heads = [row.hf for row in table if row.kind in ("head", "classifier")]
-        self._coded = [row for row in table if is_coded(self.leaves[row.path])]
-        shipped = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
-        self._changed = [row for row in shipped if row not in self._coded]
+        self._coded_rows = [row for row in table if is_coded(self.leaves[row.path])]
+        # The rows whose codes in the files have become arrays.
+        self._decoded_rows = [
+            row
+            for row in table
+            if not is_coded(self.leaves[row.path]) and not source.shipped.isdisjoint(row.hf_names)
+        ]
 
     def unwanted(self) -> list[str]:
         """Returns the paths of codes that readers want as arrays, since others are arrays.
@@ -133,12 +141,14 @@ class CodesCheck:
         fuses. Where the method has no list of modules in floats, all kernels do.
         """
 
-        def together(row: Row) -> str:
-            name = _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
-            return name if self._field else ""
+        def group_of(row: Row) -> str:
+            """Returns a name that all rows share which lie in codes only together."""
+            if not self._float_list:
+                return ""
+            return _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
 
-        changed = set(map(together, self._changed))
-        return [row.path for row in self._coded if together(row) in changed]
+        decoded_groups = set(map(group_of, self._decoded_rows))
+        return [row.path for row in self._coded_rows if group_of(row) in decoded_groups]
 
     def check(self) -> None:
         """Compares the codes with those of the files, a tensor at a time.
@@ -147,14 +157,14 @@ class CodesCheck:
           WeightsError: there are none, or they are others; names the first.
         """
         source = self._source
-        if not self._coded:
+        if not self._coded_rows:
             raise WeightsError(f"codes_from={source.where}: none of the parameters is in codes")
-        for row in self._coded:
+        for row in self._coded_rows:
             leaf = self.leaves[row.path]
             for index, name in zip(row.members, row.hf_names, strict=True):
-                ours = leaf.map(partial(hf_member, row, index=index))
-                held = source.codes(name, leaf.dtype) if name in source.shipped else None
-                if held is None or not _same(held, ours):
+                tree_codes = leaf.map(partial(hf_member, row, index=index))
+                file_codes = source.codes(name, leaf.dtype) if name in source.shipped else None
+                if file_codes is None or not _are_equal(file_codes, tree_codes):
                     raise WeightsError(
                         f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} "
                         f"in {source.where}: name the checkpoint that they were read from, or make "
@@ -167,28 +177,37 @@ class CodesCheck:
         Raises:
           WeightsError: the method has no list, or modules are in codes in part; says what to do.
         """
-        fields, shipped = dict(self._source.quantization), self._source.shipped
-        names = [name for row in self._changed for name in row.hf_names if name in shipped]
-        if not names:
+        fields = dict(self._source.quantization)
+        shipped = self._source.shipped
+        decoded_tensors = []
+        for row in self._decoded_rows:
+            decoded_tensors += [name for name in row.hf_names if name in shipped]
+        if not decoded_tensors:
             return fields
-        modules = list(map(_module, names))
-        half = {_module(name) for row in self._coded for name in row.hf_names}.intersection(modules)
-        if half or self._field is None:
-            why = f"{min(half)} lies in codes in part" if half else f"{names[0]} is an array now"
+        modules = [_module_of(name) for name in decoded_tensors]
+        coded_modules = {_module_of(name) for row in self._coded_rows for name in row.hf_names}
+        mixed_modules = coded_modules.intersection(modules)
+        if mixed_modules or self._float_list is None:
+            problem = f"{decoded_tensors[0]} is an array now"
+            if mixed_modules:
+                problem = f"{min(mixed_modules)} lies in codes in part"
             raise WeightsError(
-                f"{why}, which a quantization_config of {fields['quant_method']} cannot say: "
+                f"{problem}, which a quantization_config of {fields['quant_method']} cannot say: "
                 "lora_jax.quantized.dequantize makes arrays of the codes"
             )
-        listed = fields.get(self._field) or []
-        if self._field == "ignore":  # of modules as they lie in the files
-            modules = [name.removesuffix(".weight") for name in names]
-        elif not listed:  # without a list, readers leave out the heads alone
-            heads = {name for name in self._heads if name.endswith(".weight")} | {"lm_head.weight"}
-            modules += sorted(map(_module, heads - shipped))
-        return fields | {self._field: list(dict.fromkeys([*listed, *modules]))}
+        listed_modules = fields.get(self._float_list) or []
+        if self._float_list == "ignore":  # of modules as they lie in the files
+            modules = [name.removesuffix(".weight") for name in decoded_tensors]
+        elif not listed_modules:  # without a list, readers leave out the heads alone
+            heads = {name for name in self._heads if name.endswith(".weight")}
+            heads.add("lm_head.weight")
+            modules += sorted(map(_module_of, heads - shipped))
+        fields[self._float_list] = list(dict.fromkeys([*listed_modules, *modules]))
+        return fields
 
 
-def _same(a: Coded, b: Coded) -> bool:
+def _are_equal(a: Coded, b: Coded) -> bool:
+    """Returns True if codes have the same format and the same arrays."""
     if a.format != b.format or a.arrays.keys() != b.arrays.keys():
         return False
     return all(np.array_equal(array, b.arrays[name]) for name, array in a.arrays.items())

@@ -14,7 +14,7 @@ from lora_jax.quantized.formats import FP8, FP8_E5M2, MXFP4, NVFP4
 
 _FLOATS = ("F32", "F16", "BF16")
 _POWERS = ("F8_E8M0", "U8")  # a byte b is 2^(b - 127), and 255 is NaN
-_INPUTS = (  # scales of activations, which no weight needs
+_ACTIVATION_SCALES = (  # which no weight needs
     *("input_scale", "activation_scale", "input_global_scale"),
     *("output_scale", "k_scale", "v_scale"),
 )
@@ -26,24 +26,30 @@ def fp8(name: str, files: Files) -> CodedTensor | None:
     if dtype not in ("F8_E4M3", "F8_E5M2") or len(shape) < 2:
         return None
     stem = name.removesuffix("weight")
-    scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}qscale_weight")
-    scale = files.find(name, (*_FLOATS, *_POWERS), *scales)
+    names = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}qscale_weight")
+    scale_name = files.find(name, (*_FLOATS, *_POWERS), *names)
+    scale_shape = files.tensors[scale_name].shape
     *lead, n_out, n_in = shape
-    if (block := files.facts.block) is not None:
-        blocks = (*lead, -(-n_out // block), -(-n_in // block))
-        of_scales = files.piece(scale, blocks)
-    elif files.tensors[scale].shape[-2:] in ((n_out, 1), (*lead, n_out)[-2:]):
-        of_scales = files.piece(scale, (*lead, n_out, 1), (*lead, n_out))
+    block = files.facts.block
+    if block is not None:
+        block_counts = (-(-n_out // block), -(-n_in // block))
+        scales = files.lazy_array(scale_name, (*lead, *block_counts))
+    elif scale_shape[-2:] in ((n_out, 1), (*lead, n_out)[-2:]):  # one for each row
+        scales = files.lazy_array(scale_name, (*lead, n_out, 1), (*lead, n_out))
     else:
-        of_scales = files.piece(scale, (*lead, 1, 1), tuple(lead) or (1,), tuple(lead))
+        scales = files.lazy_array(scale_name, (*lead, 1, 1), tuple(lead) or (1,), tuple(lead))
     format = FP8 if dtype == "F8_E4M3" else FP8_E5M2
-    format = dataclasses.replace(format, block=block or format.block)
-    pieces = {"codes": files.piece(name, shape, raw=True), "scales": of_scales}
-    return CodedTensor(name, format, pieces, (name, scale, *_inputs(stem, files)))
+    return CodedTensor(
+        name=name,
+        format=dataclasses.replace(format, block=block or format.block),
+        arrays={"codes": files.lazy_array(name, shape, raw=True), "scales": scales},
+        tensors=(name, scale_name, *_activation_scales(stem, files)),
+    )
 
 
-def _inputs(stem: str, files: Files) -> list[str]:
-    return [stem + name for name in _INPUTS if stem + name in files.tensors]
+def _activation_scales(stem: str, files: Files) -> list[str]:
+    """Returns the scales of a layer's activations that the files hold."""
+    return [stem + name for name in _ACTIVATION_SCALES if stem + name in files.tensors]
 
 
 def mxfp4_blocks(name: str, files: Files) -> CodedTensor | None:
@@ -51,25 +57,25 @@ def mxfp4_blocks(name: str, files: Files) -> CodedTensor | None:
     dtype, shape = files.tensors[name]
     if not name.endswith("_blocks") or dtype != "U8":
         return None
-    whole = name.removesuffix("_blocks")
-    scale = files.find(whole, _POWERS, f"{whole}_scales")
+    weight_name = name.removesuffix("_blocks")
+    scale_name = files.find(weight_name, _POWERS, f"{weight_name}_scales")
     if len(shape) < 3 or shape[-1] != 16:
         raise WeightsError(f"{name} is {list(shape)}, expected [..., 16]: blocks of 32 codes")
     *lead, n_out, n_blocks, _ = shape
-    of_scales = files.piece(scale, (*lead, n_out, n_blocks))
+    file_scales = files.lazy_array(scale_name, (*lead, n_out, n_blocks))
 
     def codes(rows: slice | None) -> np.ndarray:
-        numbers = unpack(files.fetch(name, rows))
-        return numbers.reshape(*numbers.shape[:-2], -1).swapaxes(-1, -2)
+        blocks = unpack(files.fetch(name, rows))  # [..., out, in / 32, 32]
+        return blocks.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2)
 
     def scales(rows: slice | None) -> np.ndarray:
-        return of_scales.read(rows).swapaxes(-1, -2)
+        return file_scales.read(rows).swapaxes(-1, -2)
 
-    pieces = {
+    arrays = {
         "codes": LazyArray((*lead, 32 * n_blocks, n_out), MXFP4.code_dtype, codes),
-        "scales": LazyArray((*lead, n_blocks, n_out), of_scales.dtype, scales),
+        "scales": LazyArray((*lead, n_blocks, n_out), file_scales.dtype, scales),
     }
-    return CodedTensor(whole, MXFP4, pieces, (name, scale))
+    return CodedTensor(name=weight_name, format=MXFP4, arrays=arrays, tensors=(name, scale_name))
 
 
 def packed_floats(name: str, files: Files) -> CodedTensor | None:
@@ -79,23 +85,32 @@ def packed_floats(name: str, files: Files) -> CodedTensor | None:
     calls them ``weight`` and multiplies by it.
     """
     dtype, shape = files.tensors[name]
-    stem, weight, rest = name.rpartition("weight")
-    if dtype != "U8" or len(shape) != 2 or weight + rest not in ("weight", "weight_packed"):
+    is_matrix_of_bytes = dtype == "U8" and len(shape) == 2
+    stem, weight, suffix = name.rpartition("weight")
+    if not is_matrix_of_bytes or weight + suffix not in ("weight", "weight_packed"):
         return None
-    scale = files.find(name, (*_POWERS, "F8_E4M3"), f"{stem}weight_scale")
-    format = NVFP4 if files.tensors[scale].dtype == "F8_E4M3" else MXFP4
-    n_out, n_in = shape[0], 2 * shape[1]
+    scale_name = files.find(name, (*_POWERS, "F8_E4M3"), f"{stem}weight_scale")
+    format = NVFP4 if files.tensors[scale_name].dtype == "F8_E4M3" else MXFP4
+    n_out, row_bytes = shape
+    n_in = 2 * row_bytes
     n_groups = files._replace(facts=CodeFacts(group=format.block)).groups(name, n_in)
-    pieces = {
-        "codes": LazyArray(
-            (n_out, n_in), format.code_dtype, lambda _: unpack(files.fetch(name, None))
-        ),
-        "scales": files.piece(scale, (n_out, n_groups)),
+
+    def codes(_: slice | None) -> np.ndarray:
+        return unpack(files.fetch(name, None))
+
+    arrays = {
+        "codes": LazyArray((n_out, n_in), format.code_dtype, codes),
+        "scales": files.lazy_array(scale_name, (n_out, n_groups)),
     }
-    tensors = [name, scale, *_inputs(stem, files)]
+    tensors = [name, scale_name, *_activation_scales(stem, files)]
     if format is NVFP4:
-        role, second = ("scale_divisor", "global_scale") if rest else ("scale_steps", "scale_2")
-        second = files.find(name, ("F32",), f"{stem}weight_{second}")
-        pieces[role] = files.piece(second, (1, 1), (1,), ())
-        tensors.append(second)
-    return CodedTensor(f"{stem}weight", format, pieces, tensors)
+        if weight + suffix == "weight_packed":
+            array_name = "scale_divisor"
+            tensor_name = f"{stem}weight_global_scale"
+        else:
+            array_name = "scale_steps"
+            tensor_name = f"{stem}weight_scale_2"
+        files.find(name, ("F32",), tensor_name)
+        arrays[array_name] = files.lazy_array(tensor_name, (1, 1), (1,), ())
+        tensors.append(tensor_name)
+    return CodedTensor(name=f"{stem}weight", format=format, arrays=arrays, tensors=tensors)

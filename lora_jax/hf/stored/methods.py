@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -31,7 +31,8 @@ def check_target(target: object) -> str:
     """
     try:
         if isinstance(target, str):
-            re.compile(target.removeprefix(_PATTERN) if target.startswith(_PATTERN) else "")
+            if target.startswith(_PATTERN):
+                re.compile(target.removeprefix(_PATTERN))
             return target
         problem = f"is a {type(target).__name__}"
     except re.error as error:
@@ -51,24 +52,34 @@ class Targets:
 
     def __init__(self, facts: Mapping[str, CodeFacts]):
         self._facts = facts
-        patterns = sorted(target for target in facts if target.startswith(_PATTERN))
-        self._patterns = [(re.compile(p.removeprefix(_PATTERN)), facts[p]) for p in patterns]
-        self._rest = next((facts[name] for name in _CLASSES if name in facts), None)
+        self._facts_of_patterns: list[tuple[re.Pattern[str], CodeFacts]] = []
+        for target in sorted(facts):
+            if target.startswith(_PATTERN):
+                pattern = re.compile(target.removeprefix(_PATTERN))
+                self._facts_of_patterns.append((pattern, facts[target]))
+        classes = [name for name in _CLASSES if name in facts]
+        self._facts_of_class = facts[classes[0]] if classes else None
 
     def facts_of(self, tensor: str) -> CodeFacts | None:
         """Returns the facts of the first target that names a weight's module; None without one."""
         module = _PARAMETER.sub("", tensor)
         if module in self._facts:
             return self._facts[module]
-        matching = (facts for pattern, facts in self._patterns if pattern.match(module))
-        return next(matching, self._rest)
+        for pattern, facts in self._facts_of_patterns:
+            if pattern.match(module):
+                return facts
+        return self._facts_of_class
 
 
 def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
     """Returns the facts that kinds have in common, for a module that no target names."""
-    blocks, sizes = ({kind[i] for kind in facts} - {None} for i in range(2))
-    block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
-    return CodeFacts(block, size, symmetric=all(kind.symmetric for kind in facts))
+    blocks = {kind.block for kind in facts} - {None}
+    groups = {kind.group for kind in facts} - {None}
+    return CodeFacts(
+        block=blocks.pop() if len(blocks) == 1 else None,
+        group=groups.pop() if len(groups) == 1 else None,
+        symmetric=all(kind.symmetric for kind in facts),
+    )
 
 
 Layout = Callable[[str, Files], CodedTensor | None]
@@ -101,32 +112,35 @@ def read_method(fields: Fields) -> Method | None:
         return None
     if not isinstance(config, Mapping):
         raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
-    given = config.get("quant_method")
-    name = check_known("quantization_config: quant_method", given, METHODS)
+    quant_method = config.get("quant_method")
+    name = check_known("quantization_config: quant_method", quant_method, METHODS)
     try:
         return METHODS[name](config)
     except ConfigError as error:
         raise ConfigError(f"quantization_config, {name}: {error}") from None
 
 
-def _square(size: object) -> int | None:
-    if size is None:
+def _square_block(sizes: Any) -> int | None:
+    """Returns the size of square blocks along both axes; raises a ConfigError for others."""
+    if sizes is None:
         return None
-    if not isinstance(size, list) or len(size) != 2 or size[0] != size[1] or size[0] < 2:
-        raise ConfigError(f"blocks of {size} weights are not kept in codes, only square ones")
-    return int(size[0])
+    is_pair = isinstance(sizes, list) and len(sizes) == 2
+    if not is_pair or sizes[0] != sizes[1] or sizes[0] < 2:
+        raise ConfigError(f"blocks of {sizes} weights are not kept in codes, only square ones")
+    return int(sizes[0])
 
 
-def _require(config: Fields, what: str, **wanted: Collection[object]) -> None:
-    """Raises a ConfigError if a field that is given has another value than one of those wanted."""
-    for name, values in wanted.items():
+def _check_fields(config: Fields, prefix: str, **supported: Collection[object]) -> None:
+    """Raises a ConfigError if a field that is present has a value that is not supported."""
+    for name, values in supported.items():
         if config.get(name) is not None:
-            check_known(f"{what}{name}", config[name], values)
+            check_known(f"{prefix}{name}", config[name], values)
 
 
 def _fp8(config: Fields) -> Method:
-    _require(config, "", fmt=("e4m3", "e5m2"))
-    return Method("fp8", (fp8,), CodeFacts(_square(config.get("weight_block_size"))))
+    _check_fields(config, "", fmt=("e4m3", "e5m2"))
+    block = _square_block(config.get("weight_block_size"))
+    return Method("fp8", (fp8,), CodeFacts(block=block))
 
 
 def _mxfp4(config: Fields) -> Method:
@@ -136,44 +150,62 @@ def _mxfp4(config: Fields) -> Method:
 def _bitsandbytes(config: Fields) -> Method:
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
         raise ConfigError("only load_in_4bit is kept in codes, not 8 bits")
-    _require({"bnb_4bit_quant_type": "fp4", **config}, "", bnb_4bit_quant_type=("nf4",))
+    _check_fields({"bnb_4bit_quant_type": "fp4", **config}, "", bnb_4bit_quant_type=("nf4",))
     return Method("bitsandbytes", (bnb_nf4,))
 
 
-def _read_words(layout: Layout) -> Callable[[Fields], Method]:
+def _method_of_words(layout: Layout) -> Callable[[Fields], Method]:
+    """Returns the reader of a quantization_config of GPTQ or AWQ."""
+
     def method(config: Fields) -> Method:
-        _require(config, "", bits=(4,), version=("gemm", "GEMM"))
-        form = config.get("checkpoint_format") or config.get("format") or "gptq"
+        _check_fields(config, "", bits=(4,), version=("gemm", "GEMM"))
+        format = config.get("checkpoint_format") or config.get("format") or "gptq"
         if layout is gptq:
-            check_known("checkpoint_format", form, ("gptq", "gptq_v2"))
+            check_known("checkpoint_format", format, ("gptq", "gptq_v2"))
         group = config.get("group_size", 128)
-        group = None if group == -1 else group
-        less = layout is gptq and form == "gptq"
-        return Method(str(config["quant_method"]), (layout,), CodeFacts(None, group, less))
+        facts = CodeFacts(
+            group=None if group == -1 else group,
+            zero_is_less=layout is gptq and format == "gptq",
+        )
+        return Method(str(config["quant_method"]), (layout,), facts)
 
     return method
 
 
 def _compressed(config: Fields) -> Method:
-    sparse = config.get("sparsity_config") or {}
-    _require(sparse, "sparsity_config: ", format=("dense",))
-    _require(config, "", quantization_status=("compressed",), format=_FORMATS)
-    targets: dict[str, CodeFacts] = {}
-    kinds = []
+    """Returns compressed-tensors' method, whose groups of modules may have different codes."""
+    sparsity = config.get("sparsity_config") or {}
+    _check_fields(sparsity, "sparsity_config: ", format=("dense",))
+    _check_fields(config, "", quantization_status=("compressed",), format=_FORMATS)
+    facts_of_target: dict[str, CodeFacts] = {}
+    facts_of_groups: list[CodeFacts] = []
     for group in (config.get("config_groups") or {}).values():
-        _require(group, "", format=_FORMATS)
-        weights = group.get("weights") or {}
-        _require(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
-        if weights.get("num_bits") == 8 and weights.get("type") != "float":
-            raise ConfigError("integers of 8 bits are not kept in codes")
-        strategy = weights.get("strategy")
-        block = _square(weights.get("block_structure")) if strategy == "block" else None
-        size = weights.get("group_size") if strategy == "group" else None
-        kinds.append(CodeFacts(block, size, symmetric=weights.get("symmetric") is not False))
-        targets |= dict.fromkeys(map(check_target, group.get("targets") or ()), kinds[-1])
-    layouts = (pack_quantized, packed_floats, fp8)
+        facts = _group_facts(group)
+        facts_of_groups.append(facts)
+        for target in group.get("targets") or ():
+            facts_of_target[check_target(target)] = facts
+    are_groups_equal = len(set(facts_of_groups)) <= 1
     return Method(
-        "compressed-tensors", layouts, common_facts(kinds), targets if len({*kinds}) > 1 else {}
+        name="compressed-tensors",
+        layouts=(pack_quantized, packed_floats, fp8),
+        facts=common_facts(facts_of_groups),
+        targets={} if are_groups_equal else facts_of_target,
+    )
+
+
+def _group_facts(group: Fields) -> CodeFacts:
+    """Returns the facts of one of compressed-tensors' groups of modules."""
+    _check_fields(group, "", format=_FORMATS)
+    weights = group.get("weights") or {}
+    _check_fields(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
+    if weights.get("num_bits") == 8 and weights.get("type") != "float":
+        raise ConfigError("integers of 8 bits are not kept in codes")
+    strategy = weights.get("strategy")
+    block_sizes = weights.get("block_structure") if strategy == "block" else None
+    return CodeFacts(
+        block=_square_block(block_sizes),
+        group=weights.get("group_size") if strategy == "group" else None,
+        symmetric=weights.get("symmetric") is not False,
     )
 
 
@@ -184,7 +216,7 @@ _FORMATS = (
 
 
 def _modelopt(config: Fields) -> Method:
-    _require(config, "", quant_algo=("FP8", "NVFP4"))
+    _check_fields(config, "", quant_algo=("FP8", "NVFP4"))
     return Method("modelopt", (packed_floats, fp8))
 
 
@@ -193,8 +225,8 @@ METHODS: dict[str, Callable[[Fields], Method]] = {
     "compressed-tensors": _compressed,
     "mxfp4": _mxfp4,
     "bitsandbytes": _bitsandbytes,
-    "gptq": _read_words(gptq),
-    "awq": _read_words(awq),
+    "gptq": _method_of_words(gptq),
+    "awq": _method_of_words(awq),
     "modelopt": _modelopt,
 }
 
@@ -218,44 +250,57 @@ def stored_tensors(
     Raises:
       WeightsError: codes without scales, or of another shape than config.json says; lists them all.
     """
-    stored: dict[str, CodedTensor] = {}
-    claimed: set[str] = set()
-    problems: list[str] = []
-    if method is not None:
-        targets = Targets(method.targets)
-        files = {
-            name: Files(tensors, fetch, targets.facts_of(name) or method.facts) for name in tensors
-        }
-        for layout in method.layouts:
-            for name in tensors:
-                if name in claimed:
-                    continue
-                try:
-                    tensor = layout(name, files[name])
-                except WeightsError as error:
-                    problems.append(str(error))
-                    claimed.add(name)
-                    continue
-                if tensor is not None:
-                    stored[tensor.name] = tensor
-                    claimed.update(tensor.tensors)
+    if method is None:
+        stored: dict[str, CodedTensor] = {}
+        problems = _float8_problems(tensors, "names no quantization_config")
+    else:
+        stored, problems = _find_in_codes(method, tensors, fetch)
         if not stored and not problems:
-            problems.append(f"no tensor is in the codes of {method.name}, which config.json names")
-    names = "names no quantization_config" if method is None else f"says {method.name}"
-    problems += [
-        f"{name} is {dtype}, and config.json {names}"
-        for name, (dtype, shape) in tensors.items()
-        if dtype.startswith(("F8", "F4"))
-        and len(shape) > 1
-        and name not in claimed
-        and not problems
-    ]
+            problems = [f"no tensor is in the codes of {method.name}, which config.json names"]
+        if not problems:
+            tensors_in_codes = {name for tensor in stored.values() for name in tensor.tensors}
+            others = {n: header for n, header in tensors.items() if n not in tensors_in_codes}
+            problems = _float8_problems(others, f"says {method.name}")
     if problems:
         raise WeightsError(f"{where}: its codes cannot be read\n  " + "\n  ".join(problems))
     return stored
 
 
-_NEVER = ("embedding", "positions", "router", "norm", "head", "classifier")  # kinds of parameters
+def _find_in_codes(
+    method: Method, tensors: Mapping[str, Header], fetch: Fetch
+) -> tuple[dict[str, CodedTensor], list[str]]:
+    """Returns the tensors in the codes of a method, by name, and the problems with others."""
+    targets = Targets(method.targets)
+    stored: dict[str, CodedTensor] = {}
+    problems: list[str] = []
+    claimed_names: set[str] = set()
+    for layout in method.layouts:
+        for name in tensors:
+            if name in claimed_names:
+                continue
+            facts = targets.facts_of(name) or method.facts
+            try:
+                tensor = layout(name, Files(tensors, fetch, facts))
+            except WeightsError as error:
+                problems.append(str(error))
+                claimed_names.add(name)
+                continue
+            if tensor is not None:
+                stored[tensor.name] = tensor
+                claimed_names.update(tensor.tensors)
+    return stored, problems
+
+
+def _float8_problems(tensors: Mapping[str, Header], config_phrase: str) -> list[str]:
+    """Returns a problem for each matrix of small floats, whose scales nothing names."""
+    problems = []
+    for name, (dtype, shape) in tensors.items():
+        if dtype.startswith(("F8", "F4")) and len(shape) > 1:
+            problems.append(f"{name} is {dtype}, and config.json {config_phrase}")
+    return problems
+
+
+_FLOAT_KINDS = ("embedding", "positions", "router", "norm", "head", "classifier")  # of parameters
 
 
 class ConfigCodes:
@@ -280,13 +325,15 @@ class ConfigCodes:
                     f"{path}: the shapes of {method.name}'s codes do not follow from config.json; "
                     "take quantization_config out of a copy, and say in which codes kernels are"
                 )
-            kept = fields["quantization_config"].get("modules_to_not_convert") or ()
+            float_modules = fields["quantization_config"].get("modules_to_not_convert") or ()
             for row in table:
-                if len(row.shape) > 1 and row.kind not in _NEVER:
-                    for name in row.hf_names:
-                        if not any(_names(pattern, name) for pattern in kept):
-                            headers |= _headers(method, name, row.hf_shape)
-        self._stored = stored_tensors(method, headers, _nothing, self.where)
+                is_kernel = len(row.shape) > 1 and row.kind not in _FLOAT_KINDS
+                if not is_kernel:
+                    continue
+                for name in row.hf_names:
+                    if not any(_is_in_module(name, module) for module in float_modules):
+                        headers |= _headers(method, name, row.hf_shape)
+        self._stored = stored_tensors(method, headers, _fetch_nothing, self.where)
         self.shipped = frozenset(self._stored)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
@@ -295,26 +342,35 @@ class ConfigCodes:
         return None if stored is None else stored.shapes(dtype)
 
 
-def _names(pattern: str, name: str) -> bool:
+def _is_in_module(tensor: str, module: str) -> bool:
     """Returns True if a module's name, perhaps with stars, is that of a tensor or of its parent."""
-    each = re.escape(pattern).replace(r"\*", "[^.]*")
-    return re.match(rf"(.*\.)?{each}(\.|$)", name) is not None
+    pattern = re.escape(module).replace(r"\*", "[^.]*")
+    return re.match(rf"(.*\.)?{pattern}(\.|$)", tensor) is not None
 
 
 def _headers(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Header]:
     """Returns the headers of a tensor in codes, by the names in the files."""
     if method.layouts == (mxfp4_blocks,):
-        if len(shape) < 3:  # the experts alone
+        is_of_experts = len(shape) >= 3
+        if not is_of_experts:
             return {}
         *lead, n_in, n_out = shape
-        blocks, scales = (*lead, n_out, n_in // 32, 16), (*lead, n_out, n_in // 32)
-        return {f"{name}_blocks": Header("U8", blocks), f"{name}_scales": Header("U8", scales)}
+        scale_shape = (*lead, n_out, n_in // 32)
+        return {
+            f"{name}_blocks": Header("U8", (*scale_shape, 16)),
+            f"{name}_scales": Header("U8", scale_shape),
+        }
     assert method.layouts == (fp8,)
-    scales = ()
-    if (block := method.facts.block) is not None:
-        scales = (*shape[:-2], *(-(-n // block) for n in shape[-2:]))
-    return {name: Header("F8_E4M3", shape), f"{name}_scale_inv": Header("F32", scales)}
+    scale_shape = ()
+    block = method.facts.block
+    if block is not None:
+        *lead, n_out, n_in = shape
+        scale_shape = (*lead, -(-n_out // block), -(-n_in // block))
+    return {
+        name: Header("F8_E4M3", shape),
+        f"{name}_scale_inv": Header("F32", scale_shape),
+    }
 
 
-def _nothing(name: str, rows: slice | None) -> np.ndarray:
+def _fetch_nothing(name: str, rows: slice | None) -> np.ndarray:
     raise NotImplementedError(f"{name} has no file")

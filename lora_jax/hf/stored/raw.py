@@ -57,9 +57,9 @@ class RawFile:
     def __init__(self, path: Path):
         self._path = path
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            self._header = json.loads(file.read(size))
-        self._start = 8 + size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            self._header = json.loads(file.read(header_bytes))
+        self._data_start = 8 + header_bytes
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Reads a tensor.
@@ -72,23 +72,26 @@ class RawFile:
           OSError: the file cannot be read, or is shorter than its header says.
         """
         header = self._header[name]
-        dtype, shape = DTYPES[header["dtype"]], list(header["shape"])
-        if header["dtype"] == "F4":
+        dtype = DTYPES[header["dtype"]]
+        shape = list(header["shape"])
+        if header["dtype"] == "F4":  # two numbers a byte
             shape[-1] //= 2
-        start = self._start + header["data_offsets"][0]
+        start = self._data_start + header["data_offsets"][0]
         if rows is not None:
-            start += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            start += rows.start * row_bytes
             shape[0] = rows.stop - rows.start
         n_bytes = math.prod(shape) * dtype.itemsize
-        out = np.empty(n_bytes, np.uint8)
+        data = np.empty(n_bytes, np.uint8)
+        n_read = 0
         with self._path.open("rb", buffering=0) as file:
             file.seek(start)
-            view, at = out.data, 0
-            while at < n_bytes and (got := file.readinto(view[at:])):
-                at += got
-        if at < n_bytes:
-            raise OSError(f"{self._path} ends within {name}")
-        return out.view(dtype).reshape(shape)
+            while n_read < n_bytes:
+                chunk_bytes = file.readinto(data.data[n_read:])
+                if not chunk_bytes:
+                    raise OSError(f"{self._path} ends within {name}")
+                n_read += chunk_bytes
+        return data.view(dtype).reshape(shape)
 
 
 class TensorEntry(NamedTuple):
@@ -114,21 +117,30 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     Raises:
       OSError: if the file cannot be written.
     """
-    sizes = {name: DTYPES[entry.header.dtype].itemsize for name, entry in tensors.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, at = {}, 0
-    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
-        dtype, shape = tensors[name].header
-        ends = [at, at + tensors[name].header.nbytes]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": ends}
-        starts[name], at = ends
-    text = json.dumps(header).encode()
+
+    def element_bytes(name: str) -> int:
+        return DTYPES[tensors[name].header.dtype].itemsize
+
+    file_header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    n_bytes = 0
+    for name in sorted(tensors, key=lambda name: (-element_bytes(name), name)):
+        header = tensors[name].header
+        starts[name] = n_bytes
+        n_bytes += header.nbytes
+        file_header[name] = {
+            "dtype": header.dtype,
+            "shape": list(header.shape),
+            "data_offsets": [starts[name], n_bytes],
+        }
+    text = json.dumps(file_header).encode()
     text += b" " * (-len(text) % 8)
+    data_start = 8 + len(text)
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in tensors.items():
-                file.seek(8 + len(text) + starts[name])
+                file.seek(data_start + starts[name])
                 array = np.ascontiguousarray(entry.read())
                 file.write(array.reshape(-1).view(np.uint8).data)
     except OSError as error:

@@ -29,62 +29,67 @@ class CodedTensor:
     Attributes:
       name: its name, as if it were an array.
       format: the format of its codes.
-      pieces: the arrays of its `Coded`, by name. Only of tensors of three axes, such as those of
+      arrays: the arrays of its `Coded`, by name. Only of tensors of three axes, such as those of
         experts, are some rows of the first axis read.
       tensors: the names of the tensors that hold it, and of others that it makes useless.
     """
 
     name: str
     format: Format
-    pieces: Mapping[str, LazyArray]
+    arrays: Mapping[str, LazyArray]
     tensors: Sequence[str]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that the codes stand for."""
-        return self.pieces["codes"].shape
+        return self.arrays["codes"].shape
 
-    def coded(self, dtype: DTypeLike, at: tuple[int | slice, ...] = ()) -> Coded:
+    def coded(self, dtype: DTypeLike, index: tuple[int | slice, ...] = ()) -> Coded:
         """Reads the codes of a part.
 
         Args:
           dtype: dtype of the array that they stand for.
-          at: the part: an index or a slice along each of the first axes.
+          index: the part: an index or a slice along each of the first axes.
 
         Raises:
           WeightsError: the part cuts through a block.
         """
         rows = None
-        if at and isinstance(at[0], int):
-            rows, at = slice(at[0], at[0] + 1), (0, *at[1:])
-        arrays = {name: piece.read(rows) for name, piece in self.pieces.items()}
-        return self._cut(Coded(arrays, self.format, np.dtype(dtype)), at)
+        if index and isinstance(index[0], int):  # reads one member of a stack
+            rows = slice(index[0], index[0] + 1)
+            index = (0, *index[1:])
+        arrays = {name: array.read(rows) for name, array in self.arrays.items()}
+        return self._cut(Coded(arrays, self.format, np.dtype(dtype)), index)
 
-    def shapes(self, dtype: DTypeLike, at: tuple[int | slice, ...] = ()) -> Coded:
+    def shapes(self, dtype: DTypeLike, index: tuple[int | slice, ...] = ()) -> Coded:
         """Returns the shapes of what `coded` returns."""
-        empty = {
-            name: np.broadcast_to(np.zeros((), piece.dtype), piece.shape)
-            for name, piece in self.pieces.items()
+        empty_arrays = {
+            name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
+            for name, array in self.arrays.items()
         }
-        part = self._cut(Coded(empty, self.format, np.dtype(dtype)), at)
-        return part.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+        part = self._cut(Coded(empty_arrays, self.format, np.dtype(dtype)), index)
+        return part.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype))
 
-    def _cut(self, coded: Coded, at: tuple[int | slice, ...]) -> Coded:
-        whole = coded.shape
+    def _cut(self, coded: Coded, index: tuple[int | slice, ...]) -> Coded:
+        """Returns a part of codes, with the scales of its blocks; see `coded`."""
+        weight_shape = coded.shape
 
-        def inside(array: np.ndarray) -> np.ndarray:
-            index = list(at)
-            for axis, cut in enumerate(at):
-                if array.shape[axis] == whole[axis]:
+        def cut_array(array: np.ndarray) -> np.ndarray:
+            array_index = list(index)
+            for axis, axis_index in enumerate(index):
+                n_weights = weight_shape[axis]
+                if array.shape[axis] == n_weights:
                     continue
-                if array.shape[axis] > 1 and range(whole[axis])[cut] != range(whole[axis]):
+                # A scale along this axis belongs to several weights, or to all of them.
+                takes_all = range(n_weights)[axis_index] == range(n_weights)
+                if array.shape[axis] > 1 and not takes_all:
                     raise WeightsError(
                         f"{self.name}: its parts cut through the blocks of its codes"
                     )
-                index[axis] = slice(None) if isinstance(cut, slice) else 0
-            return array[tuple(index)]
+                array_index[axis] = slice(None) if isinstance(axis_index, slice) else 0
+            return array[tuple(array_index)]
 
-        return coded.map(inside)
+        return coded.map(cut_array)
 
 
 class CodeFacts(NamedTuple):
@@ -116,56 +121,61 @@ class Files(NamedTuple):
     fetch: Fetch
     facts: CodeFacts = CodeFacts()
 
-    def find(self, whose: str, dtypes: Sequence[str], *names: str) -> str:
+    def find(self, owner: str, dtypes: Sequence[str], *names: str) -> str:
         """Returns the first of these names that there is.
 
         Raises:
-          WeightsError: there is none, or its dtype is another; names `whose` it is.
+          WeightsError: there is none, or its dtype is another; names `owner`, a tensor in codes.
         """
-        name = next((name for name in names if name in self.tensors), None)
-        if name is None:
-            raise WeightsError(f"{whose} is in codes, and no file holds its {names[0]}")
-        if (dtype := self.tensors[name].dtype) not in dtypes:
+        stored_names = [name for name in names if name in self.tensors]
+        if not stored_names:
+            raise WeightsError(f"{owner} is in codes, and no file holds its {names[0]}")
+        name = stored_names[0]
+        dtype = self.tensors[name].dtype
+        if dtype not in dtypes:
             raise WeightsError(f"{name} is {dtype}, expected {' or '.join(dtypes)}")
         return name
 
-    def piece(
-        self, name: str, shape: tuple[int, ...], *others: tuple[int, ...], raw: bool = False
+    def lazy_array(
+        self, name: str, shape: tuple[int, ...], *file_shapes: tuple[int, ...], raw: bool = False
     ) -> LazyArray:
         """Returns a tensor as it lies in its file; powers of two (F8_E8M0) as bytes.
 
         Args:
           name: the tensor.
-          shape: its shape, and that of the piece.
-          *others: shapes that the file may hold it in as well.
+          shape: the shape of the array, and of the tensor.
+          *file_shapes: shapes that the tensor may have as well.
           raw: whether each of its numbers is a byte, whatever it stands for.
 
         Raises:
           WeightsError: the file holds it in none of these shapes.
         """
-        dtype, own = self.tensors[name]
-        if own not in (shape, *others):
-            wanted = " or ".join(str(list(shape)) for shape in (shape, *others))
-            raise WeightsError(f"{name} is {list(own)}, expected {wanted} by config.json")
-        kind = np.dtype(np.uint8) if raw or dtype == "F8_E8M0" else DTYPES[dtype]
+        file_dtype, file_shape = self.tensors[name]
+        expected_shapes = (shape, *file_shapes)
+        if file_shape not in expected_shapes:
+            listing = " or ".join(str(list(expected)) for expected in expected_shapes)
+            raise WeightsError(f"{name} is {list(file_shape)}, expected {listing} by config.json")
+        is_bytes = raw or file_dtype == "F8_E8M0"
+        dtype = np.dtype(np.uint8) if is_bytes else DTYPES[file_dtype]
 
         def read(rows: slice | None) -> np.ndarray:
-            if own == shape:
-                return self.fetch(name, rows).view(kind)
-            whole = self.fetch(name, None).view(kind).reshape(shape)
-            return whole if rows is None else whole[rows]
+            if file_shape == shape:
+                return self.fetch(name, rows).view(dtype)
+            array = self.fetch(name, None).view(dtype).reshape(shape)
+            return array if rows is None else array[rows]
 
-        return LazyArray(shape, kind, read)
+        return LazyArray(shape, dtype, read)
 
-    def groups(self, whose: str, n_in: int) -> int:
-        """Returns the number of groups of inputs.
+    def groups(self, name: str, n_in: int) -> int:
+        """Returns the number of groups of a tensor's inputs.
 
         Raises:
           WeightsError: they do not come out even.
         """
-        if n_in % (group := self.facts.group or n_in):
-            raise WeightsError(f"{whose} has {n_in} inputs, which are no groups of {group}")
-        return n_in // group
+        group_size = self.facts.group or n_in
+        if n_in % group_size:
+            raise WeightsError(f"{name} has {n_in} inputs, which are no groups of {group_size}")
+        return n_in // group_size
 
 
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1)
@@ -181,7 +191,8 @@ def unpack(array: np.ndarray, *, less_8: bool = False, high_first: bool = False)
       less_8: take 8 from numbers of 0 to 15; by default, each keeps its four bits.
       high_first: the first number of a byte is in its high bits.
     """
-    table = _LESS_8 if less_8 else _SIGNED
-    table = table[:, ::-1] if high_first else table
-    raw = np.ascontiguousarray(array).view(np.uint8)
-    return table[raw].reshape(*array.shape[:-1], -1)
+    numbers_of_byte = _LESS_8 if less_8 else _SIGNED
+    if high_first:
+        numbers_of_byte = numbers_of_byte[:, ::-1]
+    data = np.ascontiguousarray(array).view(np.uint8)
+    return numbers_of_byte[data].reshape(*array.shape[:-1], -1)

@@ -14,15 +14,18 @@ from lora_jax.hf.images import ImageError, ImageLike, ImageProcessor, open_image
 
 PatchGrid = tuple[int, int]  # rows and columns of patches
 
-_OWN = frozenset("size min_pixels max_pixels patch_size temporal_patch_size merge_size".split())
+_PATCH_FIELDS = frozenset(
+    "size min_pixels max_pixels patch_size temporal_patch_size merge_size".split()
+)
 _DEFAULTS = {
     "resample": 3,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-_LEAST, _MOST = 56 * 56, 28 * 28 * 1280  # pixels of an image, where the file does not say
+# Pixels of an image, where the file does not say.
+_MIN_PIXELS = 56 * 56
+_MAX_PIXELS = 28 * 28 * 1280
 _LONGEST = 200  # how many times as long as the other an edge may be
-_STEPS = 4  # a number of patches is rounded up by a quarter at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +60,23 @@ class PatchProcessor:
         size = fields.get("size") or {}
         if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge"}:
             raise ConfigError(f"size is {size!r}; shortest_edge and longest_edge are needed")
-        given = (
-            fields.get("min_pixels") or size.get("shortest_edge", _LEAST),
-            fields.get("max_pixels") or size.get("longest_edge", _MOST),
-        )
-        sides = [fields.get(f"{name}_size", n) for name, n in _SIDES.items()]
-        if not all(isinstance(x, int) and x > 0 for x in (*given, *sides)):
-            raise ConfigError(f"{given} pixels, or patches of {sides}: positive numbers are needed")
-        rest = {name: value for name, value in fields.items() if name not in _OWN}
+        min_pixels = fields.get("min_pixels") or size.get("shortest_edge", _MIN_PIXELS)
+        max_pixels = fields.get("max_pixels") or size.get("longest_edge", _MAX_PIXELS)
+        sides = [fields.get(f"{name}_size", default) for name, default in _SIDES.items()]
+        sizes = (min_pixels, max_pixels, *sides)
+        if not all(isinstance(number, int) and number > 0 for number in sizes):
+            pixels = (min_pixels, max_pixels)
+            raise ConfigError(
+                f"{pixels} pixels, or patches of {sides}: positive numbers are needed"
+            )
+        patch_side, merge, frames = sides
+        tile_fields = {name: value for name, value in fields.items() if name not in _PATCH_FIELDS}
         return cls(
-            tile=ImageProcessor.from_hf({**_DEFAULTS, **rest, "size": sides[0]}),
-            least=given[0],
-            most=given[1],
-            merge=sides[1],
-            frames=sides[2],
+            tile=ImageProcessor.from_hf({**_DEFAULTS, **tile_fields, "size": patch_side}),
+            least=min_pixels,
+            most=max_pixels,
+            merge=merge,
+            frames=frames,
         )
 
     def tiles(self, image: ImageLike) -> tuple[np.ndarray, PatchGrid]:
@@ -98,6 +104,7 @@ class PatchProcessor:
 
     @functools.cached_property
     def _processor(self) -> Any:
+        """The image processor of transformers that resizes and cuts images."""
         return pixel_processor(
             "qwen2_vl",
             "Qwen2VL",
@@ -128,8 +135,8 @@ class PatchReader:
 
     def written(self, grid: PatchGrid) -> np.ndarray:
         """Returns the tokens of an image with this grid of patches: [n] int32."""
-        n = grid[0] * grid[1] // self.processor.merge**2
-        return np.full(n, self.token, np.int32)
+        n_tokens = self.count(grid) // self.processor.merge**2
+        return np.full(n_tokens, self.token, np.int32)
 
     def count(self, grid: PatchGrid) -> int:
         """Returns the number of patches of an image with this grid."""
@@ -137,9 +144,11 @@ class PatchReader:
 
     def room(self, n: int) -> int:
         """Returns the patches that a row of n gets: few different numbers, in whole squares."""
-        step = max(self.processor.merge**2, 1 << max(0, (n - 1).bit_length() - 3))
-        step = math.lcm(step, self.processor.merge**2)
-        return max(step, -(-n // step) * step)
+        square = self.processor.merge**2
+        power_of_two = 1 << max(0, (n - 1).bit_length() - 3)  # n / 8 to n / 4
+        step = math.lcm(max(square, power_of_two), square)
+        n_steps = max(1, -(-n // step))
+        return n_steps * step
 
     def inputs(
         self, tiles: np.ndarray, grids: Sequence[PatchGrid], most: tuple[int, int]
@@ -155,11 +164,12 @@ class PatchReader:
           pixel_values, [patches, channels, side, side] fp32, and image_grids, [images, 2] int32;
           0 behind the last.
         """
-        values = np.zeros((most[0], *self.processor.tile.shape), np.float32)
-        values[: len(tiles)] = self.processor.tile.values(tiles)
-        sizes = np.zeros((most[1], 2), np.int32)
-        sizes[: len(grids)] = np.reshape(grids, (-1, 2))
-        return {"pixel_values": values, "image_grids": sizes}
+        max_patches, max_images = most
+        pixel_values = np.zeros((max_patches, *self.processor.tile.shape), np.float32)
+        pixel_values[: len(tiles)] = self.processor.tile.values(tiles)
+        image_grids = np.zeros((max_images, 2), np.int32)
+        image_grids[: len(grids)] = np.reshape(grids, (-1, 2))
+        return {"pixel_values": pixel_values, "image_grids": image_grids}
 
     def describe(self, images: int, tiles: int, most: int) -> str:
         """Returns the number of images and of their patches, in words."""

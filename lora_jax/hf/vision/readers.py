@@ -57,49 +57,64 @@ def load_image_reader(
     >>> row = {"messages": [asks, {"role": "assistant", "content": "A cat."}], "images": ["1.jpg"]}
     >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
     """
-    folder = resolve(name_or_path).path
-    path = folder / FILE
-    fields: Fields = {}
-    if not path.is_file() and (folder / _PROCESSOR).is_file():
-        joined = read_file(folder / _PROCESSOR, "a model of images", ConfigError)
-        if fields := joined.get("image_processor") or {}:
-            path = folder / _PROCESSOR
-    fields = fields or read_file(path, "a model of images", ConfigError)
+    path, fields = _image_processor_fields(resolve(name_or_path).path)
     if config.image_form == "patches":
         return _patch_reader(path, fields, tokenizer, config)
     return _tile_reader(path, fields, tokenizer, config)
 
 
+def _image_processor_fields(folder: Path) -> tuple[Path, Fields]:
+    """Returns the file that describes a folder's image processor, and the fields of it."""
+    path = folder / FILE
+    processor_path = folder / _PROCESSOR
+    if not path.is_file() and processor_path.is_file():
+        processor = read_file(processor_path, "a model of images", ConfigError)
+        fields = processor.get("image_processor")
+        if fields:
+            return processor_path, fields
+    return path, read_file(path, "a model of images", ConfigError)
+
+
 def _tile_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) -> ImageReader:
+    """Returns the reader of tiles; raises a ConfigError if it does not fit the model."""
     try:
         processor = TileProcessor.from_hf(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    reader = ImageReader(processor, tokenizer, config.image_token_id, config.tokens_per_image)
-    shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
-    if processor.tile.shape != shape:
-        raise ConfigError(f"{path} makes tiles of {processor.tile.shape}, the model takes {shape}")
-    n = int((reader.written((0, 0)) == reader.token).sum())
-    if n != reader.per_tile:
+    reader = ImageReader(
+        processor=processor,
+        tokenizer=tokenizer,
+        token=config.image_token_id,
+        per_tile=config.tokens_per_image,
+    )
+    vision = config.vision
+    model_shape = (vision.num_channels, vision.image_size, vision.image_size)
+    if processor.tile.shape != model_shape:
         raise ConfigError(
-            f"the tokenizer makes {n} tokens {reader.token} (image_token_id) of an image, and the "
-            f"model takes {reader.per_tile}"
+            f"{path} makes tiles of {processor.tile.shape}, the model takes {model_shape}"
+        )
+    n_image_tokens = int((reader.written((0, 0)) == reader.token).sum())
+    if n_image_tokens != reader.per_tile:
+        raise ConfigError(
+            f"the tokenizer makes {n_image_tokens} tokens {reader.token} (image_token_id) of an "
+            f"image, and the model takes {reader.per_tile}"
         )
     return reader
 
 
 def _patch_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) -> PatchReader:
+    """Returns the reader of patches; raises a ConfigError if it does not fit the model."""
     try:
         processor = PatchProcessor.from_hf(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     vision = config.vision
-    made = (*processor.tile.shape, processor.merge, processor.frames)
-    taken = (*vision.patch_shape, vision.spatial_merge_size, vision.temporal_patch_size)
-    if made != taken:
+    patch_sizes = (*processor.tile.shape, processor.merge, processor.frames)
+    model_sizes = (*vision.patch_shape, vision.spatial_merge_size, vision.temporal_patch_size)
+    if patch_sizes != model_sizes:
         raise ConfigError(
-            f"{path} makes patches of {made} (channels, height, width, merged, frames), the model "
-            f"takes {taken}"
+            f"{path} makes patches of {patch_sizes} (channels, height, width, merged, frames), "
+            f"the model takes {model_sizes}"
         )
     if config.image_token_id not in set(tokenizer.get_vocab().values()):
         raise ConfigError(f"the tokenizer has no token {config.image_token_id} (image_token_id)")

@@ -17,18 +17,13 @@ from lora_jax.hf.images import ImageLike, ImageProcessor, open_image, pixel_proc
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
-_MOST = 4096  # pixels of the longest edge: transformers makes longer ones smaller
-_OWN = frozenset(  # read here, or without an effect
+_MAX_EDGE = 4096  # pixels of the longest edge: transformers makes longer ones smaller
+_SPLIT_FIELDS = frozenset(  # read here, or without an effect
     """
     size do_resize do_image_splitting max_image_size do_pad video_sampling return_row_col_info
     """.split()
 )
 _DEFAULTS = {"resample": 1, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_WRITTEN = {
-    "image_token": "<image>",
-    "fake_image_token": "<fake_token_around_image>",
-    "global_image_token": "<global-img>",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +50,12 @@ class TileProcessor:
         Raises:
           ConfigError: names the fields that are not supported, or not known.
         """
-        side = _edge(fields, "max_image_size", 364)
-        rest = {name: value for name, value in fields.items() if name not in _OWN}
+        tile_side = _edge(fields, "max_image_size", 364)
+        tile_fields = {name: value for name, value in fields.items() if name not in _SPLIT_FIELDS}
+        is_resized = fields.get("do_resize", True)
         return cls(
-            tile=ImageProcessor.from_hf({**_DEFAULTS, **rest, "size": side}),
-            longest_edge=_edge(fields, "size", 4 * 364) if fields.get("do_resize", True) else None,
+            tile=ImageProcessor.from_hf({**_DEFAULTS, **tile_fields, "size": tile_side}),
+            longest_edge=_edge(fields, "size", 4 * 364) if is_resized else None,
             split=bool(fields.get("do_image_splitting", True)),
         )
 
@@ -73,11 +69,12 @@ class TileProcessor:
           ImageError: the image cannot be read; says why.
         """
         features = self._processor(open_image(image))
-        grid = features["rows"][0][0], features["cols"][0][0]
+        grid = (features["rows"][0][0], features["cols"][0][0])
         return np.stack(features["pixel_values"][0]), grid
 
     @functools.cached_property
     def _processor(self) -> Any:
+        """The image processor of transformers that resizes and cuts images."""
         side = self.tile.shape[1]
         return pixel_processor(
             "idefics3",
@@ -111,13 +108,18 @@ class ImageReader:
     @functools.lru_cache(maxsize=64)  # noqa: B019  (readers live as long as the process)
     def written(self, grid: Grid) -> np.ndarray:
         """Returns the tokens of an image with this grid of tiles: [n] int32."""
-        image, around, whole = (getattr(self.tokenizer, *item) for item in _WRITTEN.items())
-        (rows, columns), tile = grid, image * self.per_tile
-        text = "".join(
-            "".join(f"{around}<row_{y + 1}_col_{x + 1}>{tile}" for x in range(columns)) + "\n"
-            for y in range(rows)
-        )
-        text += ("\n" if rows else "") + f"{around}{whole}{tile}{around}"
+        image = getattr(self.tokenizer, "image_token", "<image>")
+        border = getattr(self.tokenizer, "fake_image_token", "<fake_token_around_image>")
+        global_image = getattr(self.tokenizer, "global_image_token", "<global-img>")
+        tile = image * self.per_tile
+        n_rows, n_columns = grid
+        lines = []
+        for row in range(1, n_rows + 1):
+            tiles = [f"{border}<row_{row}_col_{col}>{tile}" for col in range(1, n_columns + 1)]
+            lines.append("".join(tiles) + "\n")
+        if lines:
+            lines.append("\n")
+        text = "".join(lines) + f"{border}{global_image}{tile}{border}"
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def count(self, grid: Grid) -> int:
@@ -141,9 +143,10 @@ class ImageReader:
         Returns:
           pixel_values, [tiles, channels, side, side] fp32; 0 behind the last.
         """
-        values = np.zeros((most[0], *self.processor.tile.shape), np.float32)
-        values[: len(tiles)] = self.processor.tile.values(tiles)
-        return {"pixel_values": values}
+        max_tiles, _ = most
+        pixel_values = np.zeros((max_tiles, *self.processor.tile.shape), np.float32)
+        pixel_values[: len(tiles)] = self.processor.tile.values(tiles)
+        return {"pixel_values": pixel_values}
 
     def describe(self, images: int, tiles: int, most: int) -> str:
         """Returns the number of images and of their tiles, in words."""
@@ -155,8 +158,10 @@ class ImageReader:
 
 
 def _edge(fields: Fields, name: str, default: int) -> int:
+    """Returns the longest edge in a field, in pixels."""
     size: Any = fields.get(name) or {"longest_edge": default}
     edge = size.get("longest_edge") if isinstance(size, dict) else None
-    if not isinstance(edge, int) or not 0 < edge <= _MOST:
-        raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MOST}")
-    return edge
+    is_in_range = isinstance(edge, int) and 0 < edge <= _MAX_EDGE
+    if not is_in_range:
+        raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MAX_EDGE}")
+    return int(edge)
