@@ -6,7 +6,8 @@ object is read by the generation that one listing named, so a folder that is rep
 read again, and never as a mixture.
 
 A copy lies in `…/lora_jax_bucket_<name>/gs/<bucket>/<path>`: its path says where it comes from,
-and `shown` writes it so.
+and `shown` writes it so. The *root* of a copy is its folder `lora_jax_bucket_<name>`. A *place* is
+an address in a bucket.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ from lora_jax.buckets.store import (
 from lora_jax.folders import cache_folder, local_path
 
 MARK = ".being_written"
-_AT_ONCE = 8  # objects
+_N_THREADS = 8  # each of which reads or writes an object
 _TRIES = 5  # readings of a folder that somebody replaces meanwhile
 PREFIX = "lora_jax_bucket_"  # of the names of folders that hold a copy
 _COPY = re.compile(rf"[^\s'\"=]*{PREFIX}\w+/gs/")  # in a text
@@ -99,20 +100,21 @@ def readable(
     if place is None:
         return local_path(path)
     for _ in range(_TRIES):
-        objects = whole_objects(place)
-        picked = {name: facts for name, facts in objects.items() if wanted(name)}
-        if not objects:
+        objects_in_folder = whole_objects(place)
+        objects = {name: facts for name, facts in objects_in_folder.items() if wanted(name)}
+        if not objects_in_folder:
             facts = find_object(place)
             if facts is None:
                 raise NotInBucket(f"{place}: there is no such object or folder in the bucket")
-            picked = {"": facts}
-        made = hashlib.sha256(repr((place, sorted(picked.items()))).encode()).hexdigest()[:24]
-        root = cache_folder() / "buckets" / f"{PREFIX}{made}"
+            objects = {"": facts}
+        state = repr((place, sorted(objects.items())))
+        digest = hashlib.sha256(state.encode()).hexdigest()[:24]
+        root = cache_folder() / "buckets" / f"{PREFIX}{digest}"
         copy = copy_in(root, place)
         if hold(root):
             return copy
         with contextlib.suppress(ObjectChanged):
-            _make_copy(root, place, picked)
+            _make_copy(root, place, objects)
             hold(root)
             return copy
     raise BucketError(f"{place}: somebody replaces it again and again while it is read")
@@ -137,17 +139,20 @@ def copy_in(root: Path, place: BucketPath) -> Path:
 
 
 def _make_copy(root: Path, place: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
+    """Makes a copy of a folder's objects, or of the place itself (""), which appears whole."""
     root.parent.mkdir(parents=True, exist_ok=True)
     make_room(root.parent)
-    partial = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
+    partial_root = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
     try:
-        if "" not in objects:
-            copy_in(partial, place).mkdir(parents=True)
-        fetch_objects(place, objects, copy_in(partial, place))
+        partial_copy = copy_in(partial_root, place)
+        is_folder = "" not in objects
+        if is_folder:
+            partial_copy.mkdir(parents=True)
+        fetch_objects(place, objects, partial_copy)
         with contextlib.suppress(OSError):  # where another process was faster
-            partial.rename(root)
+            partial_root.rename(root)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_root, ignore_errors=True)
 
 
 def whole_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
@@ -157,13 +162,18 @@ def whole_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
       BucketError: the folder itself is being written, or a kill left it so.
     """
     objects = list_objects(folder)
-    marked = [name.removesuffix(MARK) for name in objects if name.split("/")[-1] == MARK]
-    if "" in marked:
+    unfinished_folders = []
+    for name in objects:
+        parent, slash, file = name.rpartition("/")
+        if file == MARK:
+            unfinished_folders.append(parent + slash)
+    if "" in unfinished_folders:
         raise BucketError(
             f"{folder} is being written, or a kill left it half-written: wait, or write it again "
             f"with --overwrite (overwrite=True). Its mark is {folder / MARK}"
         )
-    return {n: facts for n, facts in objects.items() if not n.startswith((*marked, "\0"))}
+    prefixes = tuple(unfinished_folders)
+    return {name: facts for name, facts in objects.items() if not name.startswith(prefixes)}
 
 
 def fetch_objects(place: BucketPath, objects: Mapping[str, ObjectFacts], folder: Path) -> None:
@@ -179,7 +189,7 @@ def fetch_objects(place: BucketPath, objects: Mapping[str, ObjectFacts], folder:
 
 def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
     """Does some work for each name, several at once; raises the first error."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_N_THREADS) as pool:
         tasks = [pool.submit(work, name) for name in names]
         try:
             for task in tasks:
@@ -189,7 +199,7 @@ def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
 
-def publish(folder: Path, place: BucketPath, same: Container[str] = ()) -> None:
+def publish(folder: Path, place: BucketPath, unchanged: Container[str] = ()) -> None:
     """Writes a folder of this machine to a bucket, in the place of what is there.
 
     Until all of it is there, the folder counts as not there; see the module.
@@ -197,20 +207,22 @@ def publish(folder: Path, place: BucketPath, same: Container[str] = ()) -> None:
     Args:
       folder: the folder.
       place: its place in the bucket.
-      same: names of files whose objects stay as they are.
+      unchanged: names of files whose objects stay as they are.
     """
     files = files_in(folder)
-    before = list_objects(place)
+    objects = list_objects(place)
     write_object(place / MARK, b"")
-    changed = [name for name in files if name not in same]
-    run_parallel(lambda name: write_object(place / name, folder / name), changed)
-    run_parallel(lambda name: delete_object(place / name), sorted({*before} - {*files, MARK}))
+    changed_files = [name for name in files if name not in unchanged]
+    run_parallel(lambda name: write_object(place / name, folder / name), changed_files)
+    deleted_files = sorted(set(objects) - {*files, MARK})
+    run_parallel(lambda name: delete_object(place / name), deleted_files)
     delete_object(place / MARK)
 
 
 def files_in(folder: Path) -> list[str]:
     """Returns the files in a folder, at any depth, by their names within it."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 @contextlib.contextmanager
@@ -235,18 +247,20 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
         with _barrier(place, by_all):  # before the first one changes what is there
             copy.parent.mkdir(parents=True)
             _fetch_outline(place, copy)
-        before = _states(copy)
+        fetched_states = _file_states(copy)
+        is_sender = jax.process_index() == 0 or not by_all
         with _barrier(place, by_all):
             yield copy
-            after = _states(copy)
-            same = {name for name, state in after.items() if before.get(name) == state}
-            if after != before and (jax.process_index() == 0 or not by_all):
+            states = _file_states(copy)
+            if states != fetched_states and is_sender:
                 if copy.is_file():
                     write_object(place, copy)
-                else:  # what was not written is there in part alone
-                    publish(copy, place, same)
+                else:
+                    # Of the files that were not written, the copy may have the names alone.
+                    unchanged = {n for n, state in states.items() if fetched_states.get(n) == state}
+                    publish(copy, place, unchanged)
     except Exception as error:
-        error.args = tuple(shown(x) if isinstance(x, str) else x for x in error.args)
+        error.args = tuple(shown(arg) if isinstance(arg, str) else arg for arg in error.args)
         raise
     finally:
         drop_working_folder(root)
@@ -263,31 +277,41 @@ def _barrier(place: BucketPath, by_all: bool) -> Iterator[None]:
     if by_all and jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        failed: Any = multihost_utils.process_allgather(np.array(problem is not None))
-        if problem is None and failed.any():
+        has_failed = np.array(problem is not None)
+        failed_processes: Any = multihost_utils.process_allgather(has_failed)
+        if problem is None and failed_processes.any():
             raise BucketError(
-                f"{place} could not be read or written by process {int(failed.argmax())}, which "
-                "says why"
+                f"{place} could not be read or written by process "
+                f"{int(failed_processes.argmax())}, which says why"
             )
     if problem is not None:
         raise problem
 
 
-def _states(copy: Path) -> dict[str, tuple[int, int]]:
+def _file_states(copy: Path) -> dict[str, tuple[int, int]]:
     """Returns the time of the last change and the size of each file; "" stands for the copy."""
-    files = {name: copy / name for name in files_in(copy)} if copy.is_dir() else {"": copy}
-    facts = {name: file.stat() for name, file in files.items() if file.is_file()}
-    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
+    paths = {"": copy}
+    if copy.is_dir():
+        paths = {name: copy / name for name in files_in(copy)}
+    states = {}
+    for name, path in paths.items():
+        if path.is_file():
+            status = path.stat()
+            states[name] = (status.st_mtime_ns, status.st_size)
+    return states
 
 
 def _fetch_outline(place: BucketPath, copy: Path) -> None:
+    """Makes the files of a folder in a bucket: small ones with their content, others empty."""
     objects = list_objects(place)
     objects.pop(MARK, None)  # a kill left it: what is there may be replaced
     for name in objects:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).touch()
-    fetch_objects(place, {n: f for n, f in objects.items() if n.endswith(_SMALL)}, copy)
-    if not objects and find_object(place) is not None:
+    small_objects = {name: facts for name, facts in objects.items() if name.endswith(_SMALL)}
+    fetch_objects(place, small_objects, copy)
+    is_file = not objects and find_object(place) is not None
+    if is_file:
         copy.touch()
 
 
@@ -306,10 +330,11 @@ def writes_to_buckets(
             folder: Any = args[0] if args else options["folder"]
             if bucket_path(folder) is None:
                 return save(*args, **options)
-            with staged(folder, by_all=by_all) as local:
-                others: Any = args[1:] if args else ()
-                call: Callable[..., Result] = save
-                return call(local, *others, **{k: v for k, v in options.items() if k != "folder"})
+            other_args: Any = args[1:]
+            other_options = {name: value for name, value in options.items() if name != "folder"}
+            save_to: Callable[..., Result] = save
+            with staged(folder, by_all=by_all) as local_folder:
+                return save_to(local_folder, *other_args, **other_options)
 
         return save_anywhere
 

@@ -17,11 +17,11 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-_UNUSED = 30 * 24 * 3600.0  # seconds without a use, after which a copy makes room
+_UNUSED_SECONDS = 30 * 24 * 3600.0  # without a use, after which a copy makes room
 _USE = "in_use"  # in each copy: the file that is locked, whose time is that of the last use
 _GONE = ".gone-"  # how names begin of what is being deleted
-_MOST_HELD = 200  # copies, each by an open file: those that were asked for last
-_held: dict[Path, int] = {}  # the open files
+_MAX_HELD = 200  # copies, each by an open file: those that were asked for last
+_held: dict[Path, int] = {}  # the open file of each root, the newest last
 _working: dict[Path, int] = {}  # those of working copies
 
 
@@ -32,13 +32,15 @@ def hold(root: Path) -> bool:
             if root not in _held:
                 _held[root] = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(_held[root], fcntl.LOCK_SH)
-            _held[root] = _held.pop(root)  # the last one
+            _held[root] = _held.pop(root)  # moves it to the end
             os.utime(_held[root])
-        if len(_held) > _MOST_HELD:
-            os.close(_held.pop(next(iter(_held))))
+        if len(_held) > _MAX_HELD:
+            oldest_root = next(iter(_held))
+            os.close(_held.pop(oldest_root))
     if root.is_dir():
         return True
-    if (file := _held.pop(root, None)) is not None:  # it made room while this process waited
+    file = _held.pop(root, None)
+    if file is not None:  # the copy made room while this process waited
         os.close(file)
     return False
 
@@ -51,10 +53,10 @@ def make_working_folder(prefix: str) -> Path:
     """
     if sys.platform == "win32":
         return Path(tempfile.mkdtemp(prefix=prefix))
-    temporary = Path(tempfile.gettempdir())
-    for gone in temporary.glob(f"{_GONE}{prefix}*"):  # a kill interrupted their deletion
-        shutil.rmtree(gone, ignore_errors=True)
-    for root in temporary.glob(f"{prefix}*"):
+    temporary_folder = Path(tempfile.gettempdir())
+    for deleted_root in temporary_folder.glob(f"{_GONE}{prefix}*"):  # a kill interrupted it
+        shutil.rmtree(deleted_root, ignore_errors=True)
+    for root in temporary_folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # it is held, gone, or another user's
             if (root / _USE).exists():
                 _delete(root)
@@ -72,7 +74,8 @@ def make_working_folder(prefix: str) -> Path:
 def drop_working_folder(root: Path) -> None:
     """Deletes a folder that `make_working_folder` made."""
     shutil.rmtree(root, ignore_errors=True)
-    if (file := _working.pop(root, None)) is not None:
+    file = _working.pop(root, None)
+    if file is not None:
         os.close(file)
 
 
@@ -80,18 +83,22 @@ def make_room(folder: Path) -> None:
     """Deletes the copies in a folder that nobody holds, and nobody has asked for in a month."""
     for root in folder.iterdir():
         with contextlib.suppress(OSError):  # it is held, or gone
-            use = root / _USE
-            if time.time() - (use if use.exists() else root).stat().st_mtime > _UNUSED:
+            use_file = root / _USE
+            dated_path = use_file if use_file.exists() else root
+            unused_seconds = time.time() - dated_path.stat().st_mtime
+            if unused_seconds > _UNUSED_SECONDS:
                 _delete(root)
 
 
 def _delete(root: Path) -> None:
-    if sys.platform != "win32":
-        file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = root.with_name(f"{_GONE}{root.name}")
-            root.rename(gone)  # so that nobody sees a part of it
-            shutil.rmtree(gone)
-        finally:
-            os.close(file)
+    """Deletes a copy; raises an OSError if a process holds it."""
+    if sys.platform == "win32":
+        return
+    file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        deleted_root = root.with_name(f"{_GONE}{root.name}")
+        root.rename(deleted_root)  # so that nobody sees a part of it
+        shutil.rmtree(deleted_root)
+    finally:
+        os.close(file)

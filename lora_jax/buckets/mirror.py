@@ -3,6 +3,9 @@
 Objects cannot be appended to. So a run writes its files to a folder of this machine, which lies in
 the bucket as it was when it was last sent: a folder that holds an adapter appears whole or not at
 all, and so does each other file.
+
+The *state* of a file is the time of its last change and its size. The files that other writers send
+to the bucket lie *apart*: the working copy has only their names.
 """
 
 import contextlib
@@ -51,42 +54,47 @@ class FolderMirror:
           place: the folder in the bucket.
           is_apart: returns True for the names of files that are written to the bucket by others.
         """
-        self.place, self._is_apart = place, is_apart
+        self.place = place
+        self._is_apart = is_apart
         self._root = make_working_folder(PREFIX)
         self.folder = copy_in(self._root, place)
         self._lock = threading.Lock()
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._sent_states: dict[str, tuple[int, int]] = {}
         self._fetch()
 
     def _fetch(self) -> None:
+        """Makes the working copy of what is in the bucket."""
         for _ in range(_TRIES):
-            there = whole_objects(self.place)
-            objects = {n: facts for n, facts in there.items() if not self._is_apart(n)}
+            objects = whole_objects(self.place)
+            names_apart = [name for name in objects if self._is_apart(name)]
+            fetched = {name: facts for name, facts in objects.items() if name not in names_apart}
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             with contextlib.suppress(ObjectChanged):
-                fetch_objects(self.place, objects, self.folder)
-                for name in there.keys() - objects:  # so that they are seen to be there
+                fetch_objects(self.place, fetched, self.folder)
+                for name in names_apart:  # so that they are seen to be there
                     (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (self.folder / name).touch()
-                self._sent = self._states()
+                self._sent_states = self._file_states()
                 return
         raise BucketError(f"{self.place}: somebody writes to it again and again while it is read")
 
     def send(self) -> None:
         """Sends changed files, and deletes those that are gone."""
         with self._lock:
-            states = self._states()
-            changed = {name for name, state in states.items() if self._sent.get(name) != state}
-            gone = self._sent.keys() - states.keys()
-            folders = {_adapter_of(name, {*states, *self._sent}) for name in changed | gone} - {""}
-            for folder in sorted(folders):
-                self._send_adapter(folder)
-            loose = [n for n in changed if not n.startswith(tuple(f"{f}/" for f in folders))]
-            run_parallel(self._send_file, loose)
-            dropped = [n for n in gone if not n.startswith(tuple(f"{f}/" for f in folders))]
-            run_parallel(lambda name: delete_object(self.place / name), dropped)
-            self._sent = states
+            states = self._file_states()
+            changed = {n for n, state in states.items() if self._sent_states.get(n) != state}
+            deleted = self._sent_states.keys() - states.keys()
+            known_files = {*states, *self._sent_states}
+            adapters = {_adapter_of(name, known_files) for name in changed | deleted} - {""}
+            for adapter in sorted(adapters):
+                self._send_adapter(adapter)
+            adapter_prefixes = tuple(f"{adapter}/" for adapter in adapters)
+            single_files = [name for name in changed if not name.startswith(adapter_prefixes)]
+            run_parallel(self._send_file, single_files)
+            deleted_files = [name for name in deleted if not name.startswith(adapter_prefixes)]
+            run_parallel(lambda name: delete_object(self.place / name), deleted_files)
+            self._sent_states = states
 
     def clear_apart(self, lock: str) -> None:
         """Deletes the files that others write to the bucket; see `is_apart`.
@@ -94,8 +102,9 @@ class FolderMirror:
         Args:
           lock: The name of the lock, which stays.
         """
-        names = [n for n in list_objects(self.place) if self._is_apart(n) and n != lock]
-        run_parallel(lambda name: delete_object(self.place / name), names)
+        names_apart = [name for name in list_objects(self.place) if self._is_apart(name)]
+        deleted_names = [name for name in names_apart if name != lock]
+        run_parallel(lambda name: delete_object(self.place / name), deleted_names)
 
     def close(self) -> None:
         """Sends changed files, and deletes the working copy.
@@ -106,24 +115,25 @@ class FolderMirror:
         try:
             self.send()
         except BucketError as error:
-            kept = Path(tempfile.mkdtemp(prefix="lora_jax_not_sent_")) / self.folder.name
-            self.folder.rename(kept)
-            raise BucketError(f"{error}. What was not sent is in {kept}") from error
+            rescue_folder = Path(tempfile.mkdtemp(prefix="lora_jax_not_sent_")) / self.folder.name
+            self.folder.rename(rescue_folder)
+            raise BucketError(f"{error}. What was not sent is in {rescue_folder}") from error
         self.drop()
 
     def drop(self) -> None:
         """Deletes the working copy."""
         drop_working_folder(self._root)
 
-    def _states(self) -> dict[str, tuple[int, int]]:
-        """Returns the time of the last change and the size of each file but temporary ones."""
+    def _file_states(self) -> dict[str, tuple[int, int]]:
+        """Returns the state of each file but temporary ones, and those that lie apart."""
         states = {}
         for name in files_in(self.folder):
-            if self._is_apart(name) or any(part.startswith(".") for part in name.split("/")):
+            is_temporary = any(part.startswith(".") for part in name.split("/"))
+            if is_temporary or self._is_apart(name):
                 continue
             with contextlib.suppress(FileNotFoundError):  # a run deletes files meanwhile
-                facts = (self.folder / name).stat()
-                states[name] = (facts.st_mtime_ns, facts.st_size)
+                status = (self.folder / name).stat()
+                states[name] = (status.st_mtime_ns, status.st_size)
         return states
 
     def _send_file(self, name: str) -> None:
@@ -131,19 +141,24 @@ class FolderMirror:
             write_object(self.place / name, (self.folder / name).read_bytes())
 
     def _send_adapter(self, name: str) -> None:
-        folder, place = self.folder / name, self.place / name
+        """Sends an adapter's folder, or deletes it from the bucket if it is gone."""
+        folder = self.folder / name
+        place = self.place / name
         if (folder / _ADAPTER).is_file():
             with contextlib.suppress(FileNotFoundError):  # its mark stays: it is none any more
                 publish(folder, place)
             return
         write_object(place / MARK, b"")
-        objects = sorted({*list_objects(place)} - {MARK})
-        run_parallel(lambda file: delete_object(place / file), objects)
+        deleted_names = sorted(set(list_objects(place)) - {MARK})
+        run_parallel(lambda file: delete_object(place / file), deleted_names)
         delete_object(place / MARK)
 
 
 def _adapter_of(name: str, files: set[str]) -> str:
     """Returns the folder of the adapter that a file belongs to; "" for none."""
     parts = name.split("/")
-    folders = ("/".join(parts[:n]) for n in range(1, len(parts)))
-    return next((folder for folder in folders if f"{folder}/{_ADAPTER}" in files), "")
+    for depth in range(1, len(parts)):
+        folder = "/".join(parts[:depth])
+        if f"{folder}/{_ADAPTER}" in files:
+            return folder
+    return ""

@@ -72,13 +72,15 @@ def list_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
     prefix = f"{folder.name}/" if folder.name else ""
     with _errors(folder):
         blobs = _client().list_blobs(folder.bucket, prefix=prefix, retry=_retry(), timeout=_TIMEOUT)
-        named = {blob.name.removeprefix(prefix): _facts(blob) for blob in blobs}
-    if strange := [name for name in named if name.startswith("/") or ".." in name.split("/")]:
+        objects = {blob.name.removeprefix(prefix): _facts(blob) for blob in blobs}
+    outside_names = [n for n in objects if n.startswith("/") or ".." in n.split("/")]
+    if outside_names:
         raise BucketError(
-            f"{folder} has an object {strange[0]!r}, which as a file would lie outside the folder: "
-            "delete or rename it"
+            f"{folder} has an object {outside_names[0]!r}, which as a file would lie outside the "
+            "folder: delete or rename it"
         )
-    return {name: facts for name, facts in named.items() if name and not name.endswith("/")}
+    # An object whose name ends with a slash stands for a folder.
+    return {name: facts for name, facts in objects.items() if name and not name.endswith("/")}
 
 
 def find_object(path: BucketPath) -> ObjectFacts | None:
@@ -92,13 +94,15 @@ def find_object(path: BucketPath) -> ObjectFacts | None:
 
 def read_object(path: BucketPath) -> tuple[bytes, int] | None:
     """Returns an object's content and generation; None if there is no such object."""
-    while (facts := find_object(path)) is not None:
+    while True:
+        facts = find_object(path)
+        if facts is None:
+            return None
         with _errors(path):
             blob = _client().bucket(path.bucket).blob(path.name, generation=facts.generation)
             with contextlib.suppress(_not_there()):  # it was replaced in between
                 content: bytes = blob.download_as_bytes(retry=_retry(), timeout=_TIMEOUT)
                 return content, facts.generation
-    return None
 
 
 def download(path: BucketPath, generation: int, file: Path) -> None:
@@ -126,13 +130,17 @@ def write_object(path: BucketPath, content: bytes | Path, generation: int | None
     Raises:
       ObjectChanged: it has another one.
     """
-    how = {"retry": _retry(), "timeout": _TIMEOUT, "if_generation_match": generation}
     with _errors(path):
         blob = _client().bucket(path.bucket).blob(path.name)
-        if isinstance(content, bytes):
-            blob.upload_from_string(content, checksum="crc32c", **how)
-        else:
-            blob.upload_from_filename(content, checksum="crc32c", **how)
+        is_in_memory = isinstance(content, bytes)
+        upload = blob.upload_from_string if is_in_memory else blob.upload_from_filename
+        upload(
+            content,
+            checksum="crc32c",
+            retry=_retry(),
+            timeout=_TIMEOUT,
+            if_generation_match=generation,
+        )
     return int(blob.generation)
 
 
@@ -151,7 +159,9 @@ def delete_object(path: BucketPath, generation: int | None = None) -> bool:
 
 
 def _facts(blob: Any) -> ObjectFacts:
-    return ObjectFacts(int(blob.generation), int(blob.size or 0), blob.crc32c or "")
+    return ObjectFacts(
+        generation=int(blob.generation), size=int(blob.size or 0), crc32c=blob.crc32c or ""
+    )
 
 
 @functools.cache
@@ -161,6 +171,7 @@ def _client() -> Any:
 
 
 def _storage() -> Any:
+    """Returns the module of Google's client; a BucketError says how to install it."""
     try:
         from google.cloud import storage
     except ImportError:
@@ -178,10 +189,11 @@ def _retry() -> Any:
 
 
 def _not_there() -> type[Exception]:
+    """Returns the client's error for an object that is not there."""
     from google.api_core.exceptions import NotFound
 
-    kind: type[Exception] = NotFound
-    return kind
+    error_class: type[Exception] = NotFound
+    return error_class
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ A folder written by Orbax with two items: ``adapter``, the arrays, in the order 
 version, the roles, ranks, scales and dropout of each weight, which rows of a leaf train, a checksum
 of each array, and the fingerprint of the base. Factors that follow from the base or from a seed are
 made again on loading, and compared: see `lora_jax.saving.derived`.
+
+The *settings* of a weight are the fields of a `LoraWeight` other than arrays. Its *filed* arrays
+are its arrays in the order of the file.
 """
 
 import dataclasses
@@ -86,44 +89,54 @@ def save_adapter(
         raise AdapterError(
             f"{folder} exists; name another folder, or give overwrite=True to replace it"
         )
-    facts, nodes = dict(about or {}), nodes_of(params)
+    nodes = nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
     check_owners(nodes)
     fingerprint = base_fingerprint(params)
     if base is not None:
-        _check_meant(nodes, fingerprint, base)
-    arrays = {path: _arrays(path, node) for path, node in nodes.items()}
-    derived = take_out_derived(nodes, arrays)
+        _check_intended_base(nodes, fingerprint, base)
+    arrays = {path: _filed_arrays(path, node) for path, node in nodes.items()}
+    recipes = take_out_derived(nodes, arrays)
+    facts = dict(about or {})
+    template = facts.pop(TEMPLATE, None)
     metadata = {
         "format": FORMAT,
-        "weights": {
-            path: _settings(n) | derived.get(path, {})
-            for path, n in nodes.items()
-            if isinstance(n, LoraWeight)
-        },
-        "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
-        "rows": {
-            path: {"shape": n.shape, "rows": n.rows, "is_table": n.is_table}
-            for path, n in nodes.items()
-            if isinstance(n, TrainedRows)
-        },
+        **_node_settings(nodes, recipes),
         "arrays": jax.tree.map(checksum, arrays),
         "base": fingerprint,
-        "about": {name: fact for name, fact in facts.items() if name != TEMPLATE},
+        "about": facts,
     }
-    is_own = is_copy(folder) and jax.process_count() > 1  # each process has this folder of its own
-    if is_own:
+    # Each process has the copy of a bucket for itself.
+    has_own_folder = is_copy(folder) and jax.process_count() > 1
+    if has_own_folder:
         arrays = jax.tree.map(_gathered, arrays)
-    ocp, partial = _orbax(), partial_of(folder)
-    args = ocp.args
-    items = args.Composite(adapter=args.StandardSave(arrays), lora=args.JsonSave(metadata))
-    with _checkpointer(ocp, is_own) as checkpointer:
-        checkpointer.save(partial, items, force=True)
-    if is_own or jax.process_index() == 0:
-        if (template := facts.get(TEMPLATE)) is not None:
-            (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        put_in_place(partial, folder)
+    ocp = _orbax()
+    items = ocp.args.Composite(
+        adapter=ocp.args.StandardSave(arrays), lora=ocp.args.JsonSave(metadata)
+    )
+    partial_folder = partial_of(folder)
+    with _checkpointer(ocp, has_own_folder) as checkpointer:
+        checkpointer.save(partial_folder, items, force=True)
+    if has_own_folder or jax.process_index() == 0:
+        if template is not None:
+            (partial_folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        put_in_place(partial_folder, folder)
+
+
+def _node_settings(
+    nodes: Mapping[str, Node], recipes: Mapping[str, JsonObject]
+) -> dict[str, object]:
+    """Returns the settings of weights, with the recipes of arrays; and what else trains."""
+    weights: dict[str, JsonObject] = {}
+    rows: dict[str, JsonObject] = {}
+    for path, node in nodes.items():
+        if isinstance(node, LoraWeight):
+            weights[path] = _settings(node) | recipes.get(path, {})
+        elif isinstance(node, TrainedRows):
+            rows[path] = {"shape": node.shape, "rows": node.rows, "is_table": node.is_table}
+    trained = sorted(path for path, node in nodes.items() if isinstance(node, Trained))
+    return {"weights": weights, "trained": trained, "rows": rows}
 
 
 def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
@@ -139,8 +152,9 @@ def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
     """
     folder = readable(folder).absolute()
     about: JsonObject = _read_metadata(folder)["about"]
-    if (file := folder / TEMPLATE_FILE).is_file():
-        about[TEMPLATE] = file.read_text(encoding="utf-8")
+    template_file = folder / TEMPLATE_FILE
+    if template_file.is_file():
+        about[TEMPLATE] = template_file.read_text(encoding="utf-8")
     return about
 
 
@@ -180,23 +194,32 @@ def load_adapter(
     refuse_bytes()
     leaves, treedef = leaves_of(strip(params))
     _check_shapes(folder, metadata, leaves)
-    known = PARTS | {part.name: part for part in extras}
-    _check_parts(folder, metadata, known)
+    known_parts = PARTS | {part.name: part for part in extras}
+    _check_parts(folder, metadata, known_parts)
     if not allow_base_mismatch:
         _check_base(folder, metadata, params)
-    arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
-    complete = Remaker(folder, weights, arrays, nodes_of(params))
+    arrays = _read_arrays(folder, metadata)
+    weights = metadata["weights"]
+    rows = metadata["rows"]
+    complete = Remaker(folder=folder, settings=weights, arrays=arrays, nodes=nodes_of(params))
 
-    def adapted(path: str, base: BaseLike) -> Leaf:
+    def adapt_leaf(path: str, base: BaseLike) -> Leaf:
         if path in weights:
-            return complete(path, _weight(base, arrays[path], weights[path], known))
+            weight = _weight(base, arrays[path], weights[path], known_parts)
+            return complete(path, weight)
         if path in rows:
-            value, table = jax.device_put(arrays[path]["value"]), rows[path]
-            return TrainedRows(base, value, tuple(table["rows"]), table["is_table"])
-        in_full = path in metadata["trained"]
-        return Trained(jax.device_put(arrays[path]["value"])) if in_full else base
+            return TrainedRows(
+                base=base,
+                value=jax.device_put(arrays[path]["value"]),
+                rows=tuple(rows[path]["rows"]),
+                is_table=rows[path]["is_table"],
+            )
+        if path in metadata["trained"]:
+            return Trained(jax.device_put(arrays[path]["value"]))
+        return base
 
-    loaded = with_shared(treedef.unflatten(adapted(path, leaf) for path, leaf in leaves))
+    adapted_leaves = [adapt_leaf(path, leaf) for path, leaf in leaves]
+    loaded = with_shared(treedef.unflatten(adapted_leaves))
     return swap(params, loaded) if nodes_of(params) else loaded
 
 
@@ -207,62 +230,79 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _checkpointer(ocp: Any, is_own: bool) -> Any:
+def _checkpointer(ocp: Any, has_own_folder: bool) -> Any:
     """Returns Orbax's writer: of all processes together, or of this one alone."""
     # Folders that a thread makes are announced by a signal. Its name is the number of the process's
     # newest save: where another thread begins one meanwhile, this save waits for a signal in vain.
-    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    if not is_own:
-        composite_options = ocp.CompositeOptions(async_options=at_once)
+    async_options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    if not has_own_folder:
+        composite_options = ocp.CompositeOptions(async_options=async_options)
         return ocp.Checkpointer(ocp.CompositeCheckpointHandler(composite_options=composite_options))
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    process = jax.process_index()
+    process_options = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process_{process}",
     )
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(
-            multiprocessing_options=alone, async_options=at_once
+            multiprocessing_options=process_options, async_options=async_options
         ),
-        adapter=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        lora=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        adapter=ocp.StandardCheckpointHandler(multiprocessing_options=process_options),
+        lora=ocp.JsonCheckpointHandler(multiprocessing_options=process_options),
     )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=process_options)
 
 
 def _gathered(array: Leaf) -> np.ndarray:
     """Returns an array in the host's memory, whole in each process."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        if not array.is_fully_replicated:
-            from jax.experimental import multihost_utils
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    is_spread = not array.is_fully_addressable and not array.is_fully_replicated
+    if is_spread:
+        from jax.experimental import multihost_utils
 
-            array = multihost_utils.process_allgather(array, tiled=True)
+        array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
-def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base: Tree) -> None:
+def _check_intended_base(
+    nodes: Mapping[str, Node], fingerprint: Mapping[str, str], intended_base: Tree
+) -> None:
     """Raises an AdapterError where the base of an adapter is not the one that it is meant for."""
-    meant = base_fingerprint(base)
-    trained = {path for path, node in nodes.items() if isinstance(node, Trained)}
-    if wrong := [path for path in differing(meant, fingerprint) if path not in trained]:
-        some = ", ".join(map(repr, wrong[:3]))
+    intended_fingerprint = base_fingerprint(intended_base)
+    changed_paths = [
+        path
+        for path in differing(intended_fingerprint, fingerprint)
+        if not isinstance(nodes.get(path), Trained)
+    ]
+    if changed_paths:
+        examples = ", ".join(map(repr, changed_paths[:3]))
         raise AdapterError(
-            f"save_adapter: the tree is over another base than the one given: {len(wrong)} of "
-            f"{len(meant)} frozen leaves differ, {some} among them. Nothing was written. An "
+            "save_adapter: the tree is over another base than the one given: "
+            f"{len(changed_paths)} of {len(intended_fingerprint)} frozen leaves differ, "
+            f"{examples} among them. Nothing was written. An "
             "optimiser over the whole tree moves the base with the adapter: optimise the adapter "
             "alone, lora_jax.split(params)[0], or wrap it, lora_jax.optim.freeze_base(optimizer)"
         )
 
 
 def _settings(weight: LoraWeight) -> JsonObject:
+    """Returns the settings of a weight, as the file has them."""
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
-    settings |= {n: v for n in ("a_of", "invocation") if (v := getattr(weight, n)) is not None}
-    settings |= {"ties": weight.ties} if weight.ties else {}
-    scale = np.asarray(weight.scale).tolist()
-    return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
+    for name in ("a_of", "invocation"):
+        value = getattr(weight, name)
+        if value is not None:
+            settings[name] = value
+    if weight.ties:
+        settings["ties"] = weight.ties
+    settings |= dataclasses.asdict(weight.roles)
+    settings["scale"] = np.asarray(weight.scale).tolist()
+    return settings
 
 
-def _arrays(path: str, node: Node) -> Parts:
+def _filed_arrays(path: str, node: Node) -> Parts:
     """Returns the arrays of a node as the file holds them."""
     if not node.is_on:
         raise AdapterError(
@@ -270,13 +310,15 @@ def _arrays(path: str, node: Node) -> Parts:
         )
     if not isinstance(node, LoraWeight):
         return node.parts()
-    apart = ("scale", "active")  # a setting, and the mask of a call
-    filed = {name: array for name, array in node.arrays.items() if name not in apart}
-    ragged = len(set(node.ranks)) > 1
-    for name, array in filed.items():
+    is_ragged = len(set(node.ranks)) > 1
+    filed: Parts = {}
+    for name, array in node.arrays.items():
+        if name in ("scale", "active"):  # a setting, and the mask of a call
+            continue
         axis = rank_axis(node.axes_of(name), node.labels)
-        if axis >= 0 and ragged:
-            array, axis = unpadded(array, node.ranks, axis), axis - 1
+        if axis >= 0 and is_ragged:
+            array = unpadded(array, node.ranks, axis)
+            axis -= 1
         if name in _LONG_AXIS_FIRST:
             array = jnp.moveaxis(array, axis, -1)
         filed[name] = array
@@ -284,9 +326,12 @@ def _arrays(path: str, node: Node) -> Parts:
 
 
 def _weight(
-    base: BaseLike, filed: Mapping[str, np.ndarray], settings: Fields, known: Mapping[str, Part]
+    base: BaseLike,
+    filed: Mapping[str, np.ndarray],
+    settings: Fields,
+    known_parts: Mapping[str, Part],
 ) -> LoraWeight:
-    """Returns the inverse of `_settings` and `_arrays`."""
+    """Returns a weight of its filed arrays: the inverse of `_settings` and `_filed_arrays`."""
     invocation = settings.get("invocation")
     weight = LoraWeight(
         base,
@@ -294,26 +339,28 @@ def _weight(
         roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
-        extras=tuple(part for name, part in known.items() if name in filed),
+        extras=tuple(part for name, part in known_parts.items() if name in filed),
         frozen=tuple(settings["frozen"]),
         uses=settings["uses"],
         a_of=settings.get("a_of"),
-        invocation=invocation if invocation is None else tuple(invocation),
+        invocation=None if invocation is None else tuple(invocation),
         ties=tuple(settings.get("ties", ())),
     )
     arrays: dict[str, Any] = {**weight.arrays, **filed}
-    ragged = len(set(weight.ranks)) > 1
+    is_ragged = len(set(weight.ranks)) > 1
     for name, array in arrays.items():
         axis = rank_axis(weight.axes_of(name), weight.labels)
         if name in _LONG_AXIS_FIRST:
-            array = np.moveaxis(array, -1, axis - ragged)
-        if axis >= 0 and ragged:
+            filed_axis = axis - 1 if is_ragged else axis
+            array = np.moveaxis(array, -1, filed_axis)
+        if axis >= 0 and is_ragged:
             array = padded(array, weight.ranks, axis)
         arrays[name] = array
     return weight.replace(**jax.device_put(arrays))
 
 
 def _read_metadata(folder: Path) -> JsonObject:
+    """Returns the metadata of an adapter's folder; raises an AdapterError if it is damaged."""
     file = folder / "lora" / "metadata"
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}")
@@ -333,67 +380,88 @@ def _read_metadata(folder: Path) -> JsonObject:
     return metadata
 
 
-def _check_parts(folder: Path, metadata: Fields, known: Mapping[str, Part]) -> None:
-    names = {name for path in metadata["weights"] for name in metadata["arrays"][path]}
-    if unknown := sorted(names - {*AXES, *known}):
+def _check_parts(folder: Path, metadata: Fields, known_parts: Mapping[str, Part]) -> None:
+    """Raises an AdapterError if an adapter has parts that are not known."""
+    names: set[str] = set()
+    for path in metadata["weights"]:
+        names.update(metadata["arrays"][path])
+    unknown = sorted(names - {*AXES, *known_parts})
+    if unknown:
         raise AdapterError(
-            f"the adapter {folder} has the part {unknown[0]!r}, which is none of {sorted(known)}: "
-            "give the part that it was trained with, load_adapter(…, extras=[part])"
+            f"the adapter {folder} has the part {unknown[0]!r}, which is none of "
+            f"{sorted(known_parts)}: give the part that it was trained with, "
+            "load_adapter(…, extras=[part])"
         )
 
 
 def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]) -> None:
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
-    settings = {**metadata["weights"], **metadata["rows"]}
-    wanted = {path: tuple(each["shape"]) for path, each in settings.items()}
-    wanted |= {path: _type(metadata["arrays"][path]["value"])[0] for path in metadata["trained"]}
-    if wrong := [path for path, shape in wanted.items() if shapes.get(path) != shape]:
-        here = {path: f"{list(shape)}" for path, shape in shapes.items()}
-        shown = [
-            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing')} in the tree"
-            for path in wrong[:5]
-        ]
+    """Raises an AdapterError if leaves are missing or have other shapes than the adapter's."""
+    tree_shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    adapter_shapes: dict[str, tuple[int, ...]] = {}
+    for path, settings in {**metadata["weights"], **metadata["rows"]}.items():
+        adapter_shapes[path] = tuple(settings["shape"])
+    for path in metadata["trained"]:
+        shape, _ = _shape_and_dtype(metadata["arrays"][path]["value"])
+        adapter_shapes[path] = shape
+    problems: dict[str, str] = {}
+    for path, shape in adapter_shapes.items():
+        tree_shape = tree_shapes.get(path)
+        if tree_shape != shape:
+            in_tree = "missing" if tree_shape is None else list(tree_shape)
+            problems[path] = f"{path}: {list(shape)} in the adapter, {in_tree} in the tree"
+    if problems:
+        paths = list(problems)
         raise AdapterError(
-            f"the adapter {folder} does not fit this tree; {len(wrong)} of {len(wanted)} weights "
-            f"differ: {'; '.join(shown)}. The nearest paths in the tree are "
-            f"{nearest(wrong[0], shapes, n=3)}"
+            f"the adapter {folder} does not fit this tree; {len(problems)} of "
+            f"{len(adapter_shapes)} weights differ: {'; '.join(list(problems.values())[:5])}. "
+            f"The nearest paths in the tree are {nearest(paths[0], tree_shapes, n=3)}"
         )
 
 
-def _type(described: str) -> tuple[tuple[int, ...], str]:
+def _shape_and_dtype(checksum_text: str) -> tuple[tuple[int, ...], str]:
     """Returns the shape and the dtype that a checksum begins with ("float32[3x5]:…")."""
-    dtype, _, sizes = described.partition("]")[0].partition("[")
+    array_type, _, _ = checksum_text.partition("]")
+    dtype, _, sizes = array_type.partition("[")
     return tuple(int(size) for size in sizes.split("x") if size), dtype
 
 
 def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
-    saved, trained = metadata["base"], set(metadata["trained"])
-    if wrong := [p for p in differing(saved, base_fingerprint(params)) if p not in trained]:
+    """Raises an AdapterError if an adapter was trained on another base than that of a tree."""
+    fingerprint = metadata["base"]
+    trained = set(metadata["trained"])
+    changed_paths = [
+        path for path in differing(fingerprint, base_fingerprint(params)) if path not in trained
+    ]
+    if changed_paths:
         raise AdapterError(
-            f"the adapter {folder} was trained on another base: {len(wrong)} of {len(saved)} "
-            f"frozen leaves differ, {', '.join(wrong[:3])} among them. Load the base that it was "
-            "trained on, or accept this one with allow_base_mismatch=True (--allow-base-mismatch)"
+            f"the adapter {folder} was trained on another base: {len(changed_paths)} of "
+            f"{len(fingerprint)} frozen leaves differ, {', '.join(changed_paths[:3])} among them. "
+            "Load the base that it was trained on, or accept this one with "
+            "allow_base_mismatch=True (--allow-base-mismatch)"
         )
 
 
 def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the filed arrays of each path, whose checksums are right."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda described: jax.ShapeDtypeStruct(*_type(described), sharding=device),
-        metadata["arrays"],
-    )
+
+    def abstract_array(checksum_text: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(*_shape_and_dtype(checksum_text), sharding=device)
+
+    abstract_arrays = jax.tree.map(abstract_array, metadata["arrays"])
     ocp = _orbax()
-    items = ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract))
+    items = ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract_arrays))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
-    for path, parts in metadata["arrays"].items():
+    for path, saved_checksums in metadata["arrays"].items():
         checksums = {name: checksum(array) for name, array in restored[path].items()}
-        if wrong := differing(parts, checksums):
-            name = f"{path}/{wrong[0]}"
+        changed_names = differing(saved_checksums, checksums)
+        if changed_names:
+            name = f"{path}/{changed_names[0]}"
             raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.

@@ -32,38 +32,65 @@ from lora_jax.variants.variant import Derived, Remake
 
 _TOLERANCE = 5e-3  # of a factor's norm; another sign of one singular vector changes much more
 
-Filed = dict[str, dict[str, Leaf]]  # by path and name
+ArraysByPath = dict[str, dict[str, Leaf]]  # and by name
 
 
-def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, JsonObject]:
+def take_out_derived(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[str, JsonObject]:
     """Takes out of `arrays` what is made again on loading; returns the settings to make it with.
 
     Args:
       nodes: the nodes of an adapted tree, by path.
       arrays: their arrays as the file would hold them; changed.
     """
-    weights: dict[Derived, dict[str, LoraWeight]] = defaultdict(dict)
+    weights_of_derived: dict[Derived, dict[str, LoraWeight]] = defaultdict(dict)
     for path, node in nodes.items():
-        if isinstance(node, LoraWeight) and (derived := derived_of(node)):
-            weights[derived][path] = node
+        derived = derived_of(node) if isinstance(node, LoraWeight) else None
+        if derived is not None and isinstance(node, LoraWeight):
+            weights_of_derived[derived][path] = node
     settings: dict[str, JsonObject] = {}
-    for derived, of_kind in weights.items():
-        others, again, holders = list(of_kind.values()), derived.again(of_kind), dict[str, str]()
-        for path, node in of_kind.items():
-            filed = arrays[path]
-            filed.pop("seed", None)
-            recipe, probes = derived.recipe(node, others), _probes(node, derived.names)
-            if recipe is None or _differing(node.replace(**again(path, node, recipe)), probes):
-                checksums = {name: checksum(node.arrays[name]) for name in derived.names}
-                same = {name: holders[sum_] for name, sum_ in checksums.items() if sum_ in holders}
-                settings[path] = {"same": same}
-                holders |= {checksums[name]: path for name in derived.names if name not in same}
-                gone = tuple(same)
+    for derived, weights in weights_of_derived.items():
+        all_weights = list(weights.values())
+        remake = derived.again(weights)
+        path_of_checksum: dict[str, str] = {}
+        for path, weight in weights.items():
+            recipe = derived.recipe(weight, all_weights)
+            probes = _probes(weight, derived.names)
+            follows_from_recipe = recipe is not None and not _differing(
+                weight.replace(**remake(path, weight, recipe)), probes
+            )
+            if follows_from_recipe:
+                entry = {**recipe, "probes": probes} if recipe else probes
+                settings[path] = {derived.entry: entry}
+                remade_names = derived.names
             else:
-                settings[path] = {derived.entry: recipe | {"probes": probes} if recipe else probes}
-                gone = derived.names
-            arrays[path] = {name: array for name, array in filed.items() if name not in gone}
+                stored_paths = _stored_paths(path, weight, derived, path_of_checksum)
+                settings[path] = {"same": stored_paths}
+                remade_names = tuple(stored_paths)
+            for name in ("seed", *remade_names):
+                arrays[path].pop(name, None)
     return settings
+
+
+def _stored_paths(
+    path: str, weight: LoraWeight, derived: Derived, path_of_checksum: dict[str, str]
+) -> dict[str, str]:
+    """Returns the path under which the file holds each array that an earlier weight has as well.
+
+    Args:
+      path: the weight's path.
+      weight: the weight, whose arrays follow from no recipe.
+      derived: the declaration of these arrays.
+      path_of_checksum: the path of each array that the file holds; those of this weight are added.
+    """
+    checksums = {name: checksum(weight.arrays[name]) for name in derived.names}
+    stored_paths = {}
+    for name, array_checksum in checksums.items():
+        if array_checksum in path_of_checksum:
+            stored_paths[name] = path_of_checksum[array_checksum]
+    for name, array_checksum in checksums.items():
+        if name not in stored_paths:
+            path_of_checksum[array_checksum] = path
+    return stored_paths
 
 
 class Remaker:
@@ -83,35 +110,46 @@ class Remaker:
         nodes: the nodes of the tree that the adapter is loaded onto, whose factors are taken where
           they fit.
         """
-        self._folder, self._settings, self._arrays, self._nodes = folder, settings, arrays, nodes
-        self._again = dict[Derived, Remake]()
-        self._held = dict[tuple[str, str], jax.Array]()
+        self._folder = folder
+        self._settings = settings
+        self._arrays = arrays
+        self._nodes = nodes
+        self._remake_functions: dict[Derived, Remake] = {}
+        self._device_arrays: dict[tuple[str, str], jax.Array] = {}  # by path and name
 
     def __call__(self, path: str, weight: LoraWeight) -> LoraWeight:
         """Returns a weight with all of its arrays."""
-        derived, settings = derived_of(weight), self._settings[path]
+        derived = derived_of(weight)
         if derived is None:
             return weight
+        settings = self._settings[path]
         if "same" in settings:
-            where = {name: settings["same"].get(name, path) for name in derived.names}
-            return weight.replace(**{n: self._read(where[n], n, weight) for n in derived.names})
+            arrays = {}
+            for name in derived.names:
+                stored_path = settings["same"].get(name, path)
+                arrays[name] = self._device_array(stored_path, name, weight)
+            return weight.replace(**arrays)
         recipe = settings[derived.entry]
-        if derived not in self._again:
-            self._again[derived] = derived.again(self._nodes)
-        weight = weight.replace(**self._again[derived](path, weight, recipe))
+        if derived not in self._remake_functions:
+            self._remake_functions[derived] = derived.again(self._nodes)
+        remake = self._remake_functions[derived]
+        weight = weight.replace(**remake(path, weight, recipe))
         if is_abstract(weight.arrays[derived.names[0]]):
             return weight
-        if wrong := _differing(weight, recipe.get("probes", recipe)):
-            why = derived.differs.format(path=path, name=wrong[0], **recipe)
-            raise AdapterError(f"the adapter {self._folder} {why}")
+        changed_names = _differing(weight, recipe.get("probes", recipe))
+        if changed_names:
+            problem = derived.differs.format(path=path, name=changed_names[0], **recipe)
+            raise AdapterError(f"the adapter {self._folder} {problem}")
         return weight
 
-    def _read(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
-        if (path, name) not in self._held:
-            own = weight.arrays.get(name)
-            array = self._arrays[path][name] if own is None else own
-            self._held[path, name] = jax.device_put(array)
-        return self._held[path, name]
+    def _device_array(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
+        """Returns an array of the file on the device, one for all weights that share it."""
+        if (path, name) not in self._device_arrays:
+            array = weight.arrays.get(name)
+            if array is None:
+                array = self._arrays[path][name]
+            self._device_arrays[path, name] = jax.device_put(array)
+        return self._device_arrays[path, name]
 
 
 def _sums_of(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -123,8 +161,12 @@ def _sums_of(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
     """Returns for each factor the sums of its elements times random numbers, as nested lists."""
-    rounded = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
-    return {name: rounded(_sums_of(node, name)[0]).tolist() for name in names}
+    round_sums = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
+    probes = {}
+    for name in names:
+        sums, _ = _sums_of(node, name)
+        probes[name] = round_sums(sums).tolist()
+    return probes
 
 
 def _differing(node: LoraWeight, probes: Fields) -> list[str]:
@@ -132,7 +174,8 @@ def _differing(node: LoraWeight, probes: Fields) -> list[str]:
 
     def differs(name: str) -> bool:
         sums, norms = _sums_of(node, name)
-        return bool((np.abs(sums - np.asarray(probes[name])) > _TOLERANCE * norms).any())
+        errors = np.abs(sums - np.asarray(probes[name]))
+        return bool((errors > _TOLERANCE * norms).any())
 
     return [name for name in probes if differs(name)]
 
@@ -146,7 +189,10 @@ def _sums(array: jax.Array, n_batch: int) -> tuple[jax.Array, jax.Array]:
       n_batch: number of its batch axes.
     """
     matrix = array.reshape(*array.shape[: n_batch + 1], -1).astype(jnp.float32)
-    row, column = (lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], axis) for axis in (0, 1))
+    row = lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], 0)
+    column = lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], 1)
     bits = mixed(mixed(row + jnp.uint32(1)) + column)
     probe = bits.astype(jnp.float32) / 2.0**31 - 1  # in [-1, 1]
-    return jnp.sum(matrix * probe, axis=(-2, -1)), jnp.linalg.norm(matrix, axis=(-2, -1))
+    sums = jnp.sum(matrix * probe, axis=(-2, -1))
+    norms = jnp.linalg.norm(matrix, axis=(-2, -1))
+    return sums, norms

@@ -23,42 +23,54 @@ from lora_jax.variants import PARTS
 
 def register() -> None:
     """Registers the nodes of an adapted tree with `jax.export`."""
-    for kind in (LoraWeight, Trained, TrainedRows):
-        fields = dataclasses.fields(kind)
-        static = [field.name for field in fields if field.metadata.get("static")]
-        _register(kind, static, [field.name for field in fields if field.name not in static])
+    for node_class in (LoraWeight, Trained, TrainedRows):
+        static_fields: list[str] = []
+        array_fields: list[str] = []
+        for field in dataclasses.fields(node_class):
+            names = static_fields if field.metadata.get("static") else array_fields
+            names.append(field.name)
+        _register(node_class, static_fields, array_fields)
 
 
-def _register(kind: type[Node], static: Sequence[str], arrays: Sequence[str]) -> None:
-    def written(values: Sequence[Leaf]) -> bytes:
-        named = dict(zip(static, values, strict=True))
-        return json.dumps({name: _plain(name, value) for name, value in named.items()}).encode()
+def _register(
+    node_class: type[Node], static_fields: Sequence[str], array_fields: Sequence[str]
+) -> None:
+    """Registers a class of nodes; its static fields are written as JSON."""
 
-    def read(text: bytes | bytearray) -> JsonObject:
-        return {name: _restored(name, value) for name, value in json.loads(bytes(text)).items()}
+    def serialize(values: Sequence[Leaf]) -> bytes:
+        fields = zip(static_fields, values, strict=True)
+        return json.dumps({name: _to_json(name, value) for name, value in fields}).encode()
 
-    def made(aux_data: JsonObject, children: Sequence[Leaf]) -> Leaf:
-        return kind(**dict(zip(arrays, children, strict=True)), **aux_data)
+    def deserialize(text: bytes | bytearray) -> JsonObject:
+        fields = json.loads(bytes(text))
+        return {name: _from_json(name, value) for name, value in fields.items()}
+
+    def from_children(static_values: JsonObject, children: Sequence[Leaf]) -> Leaf:
+        arrays = dict(zip(array_fields, children, strict=True))
+        return node_class(**arrays, **static_values)
 
     export.register_pytree_node_serialization(
-        kind,
-        serialized_name=f"lora_jax.{kind.__name__}",
-        serialize_auxdata=written,
-        deserialize_auxdata=read,
-        from_children=made,
+        node_class,
+        serialized_name=f"lora_jax.{node_class.__name__}",
+        serialize_auxdata=serialize,
+        deserialize_auxdata=deserialize,
+        from_children=from_children,
     )
 
 
-def _plain(name: str, value: Leaf) -> Leaf:
+def _to_json(name: str, value: Leaf) -> Leaf:
     """Returns a static field as JSON has it."""
     if isinstance(value, AxisRoles):
         return dataclasses.asdict(value)
     if name == "extras":
-        return [_name_of(part) for part in value]
-    return [operator.index(n) for n in value] if name in ("ranks", "rows") else value
+        return [_part_name(part) for part in value]
+    if name in ("ranks", "rows"):
+        return [operator.index(number) for number in value]
+    return value
 
 
-def _name_of(part: Part) -> str:
+def _part_name(part: Part) -> str:
+    """Returns the name of a part; raises a ValueError for one that this library does not define."""
     if PARTS.get(part.name) is not part:
         raise ValueError(
             f"jax.export cannot write the part {part.name!r}, which is none of {sorted(PARTS)}: "
@@ -69,8 +81,8 @@ def _name_of(part: Part) -> str:
     return part.name
 
 
-def _restored(name: str, value: Leaf) -> Leaf:
-    """Returns the inverse of `_plain`."""
+def _from_json(name: str, value: Leaf) -> Leaf:
+    """Returns a static field from its JSON: the inverse of `_to_json`."""
     if name == "roles":
         return AxisRoles(tuple(value["in_axes"]), tuple(value["out_axes"]))
     if name == "extras":

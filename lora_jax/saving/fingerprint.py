@@ -45,8 +45,9 @@ def _sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     for axis in range(bits.ndim):
         step = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
         position = mixed(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
-    each = mixed(bits + position)
-    return jnp.stack([jnp.sum(each), jnp.sum(mixed(each ^ jnp.uint32(0xA5A5A5A5)))])
+    hashes = mixed(bits + position)
+    second_hashes = mixed(hashes ^ jnp.uint32(0xA5A5A5A5))
+    return jnp.stack([jnp.sum(hashes), jnp.sum(second_hashes)])
 
 
 def checksum(array: jax.Array, dtype: DTypeLike | None = None) -> str:
@@ -55,9 +56,10 @@ def checksum(array: jax.Array, dtype: DTypeLike | None = None) -> str:
     For example ``float32[3x5]:0123456789abcdef``. Where `dtype` is given, the checksum is that of
     the array in this dtype.
     """
-    low, high = (int(part) for part in np.asarray(_sums(array, dtype)))
+    low, high = np.asarray(_sums(array, dtype)).tolist()
+    dtype_name = np.dtype(dtype or array.dtype).name
     shape = "x".join(map(str, array.shape))
-    return f"{np.dtype(dtype or array.dtype).name}[{shape}]:{high:08x}{low:08x}"
+    return f"{dtype_name}[{shape}]:{high:08x}{low:08x}"
 
 
 def base_fingerprint(params: Tree) -> dict[str, str]:
@@ -75,10 +77,12 @@ def base_fingerprint(params: Tree) -> dict[str, str]:
             continue
         is_rounded = jnp.issubdtype(base.dtype, jnp.floating) and not is_base(base)
         dtype = jnp.bfloat16 if is_rounded else None
-        fingerprint[path] = " ".join(checksum(x, dtype) for x in jax.tree.leaves(base))
+        checksums = [checksum(array, dtype) for array in jax.tree.leaves(base)]
+        fingerprint[path] = " ".join(checksums)
     return fingerprint
 
 
 def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """Returns the paths whose checksums differ, or that only one of the two has, sorted."""
-    return sorted(path for path in {*saved, *current} if saved.get(path) != current.get(path))
+    paths = {*saved, *current}
+    return sorted(path for path in paths if saved.get(path) != current.get(path))

@@ -77,7 +77,7 @@ def test_a_copy_that_is_gone_is_not_held(cache):
 
 
 def test_files_are_open_of_the_last_copies_alone(cache, monkeypatch):
-    monkeypatch.setattr(kept, "_MOST_HELD", 2)
+    monkeypatch.setattr(kept, "_MAX_HELD", 2)
     for name in ("held", "unused", "held", "young"):
         assert kept.hold(cache / name)
     assert [root.name for root in kept._held] == ["held", "young"]
