@@ -64,36 +64,40 @@ def side_by_side(
       Exception: the common step failed; a second signal, which ends everything at once, too.
     """
     endings: dict[str, RunEnding] = {}
-    numbers: dict[str, int] = {}
+    next_steps: dict[str, int] = {}  # of the runs that go on
 
-    def advance(name: str, work: Callable[..., Any], *args: object) -> Any:
-        """Returns the result of a run's part of a turn; None where the run has ended."""
+    def call_run(name: str, function: Callable[..., Any], *args: object) -> Any:
+        """Returns what a function of a run returns; None where the run has ended."""
         try:
-            return work(*args)
+            return function(*args)
         except StopIteration as end:
             endings[name] = RunEnding(result=end.value)
         except (Exception, Stopped) as error:
             endings[name] = RunEnding(error=error)
-        numbers.pop(name, None)
+        next_steps.pop(name, None)
         runs[name].turns.close()
         ended(name, endings[name])
         return None
 
-    def take_turn(name: str, sent: tuple[Metrics, int] | None) -> None:
-        """Sends a run what its last turn gave, None at first, and notes the number of its next."""
-        number = advance(name, runs[name].turns.send, sent)
-        if number is not None:
-            numbers[name] = number
+    def take_turn(name: str, step_result: tuple[Metrics, int] | None) -> None:
+        """Sends a run the result of its last step, None at first, and notes its next step."""
+        step_number = call_run(name, runs[name].turns.send, step_result)
+        if step_number is not None:
+            next_steps[name] = step_number
 
     try:
         for name in runs:
             take_turn(name, None)
-        while numbers:
-            made = {name: advance(name, _made, runs[name], n) for name, n in [*numbers.items()]}
-            batches = {name: batch for name, batch in made.items() if batch is not None}
+        while next_steps:
+            batches: dict[str, HostBatch] = {}
+            for name, step_number in list(next_steps.items()):  # which loses the runs that end
+                batch = call_run(name, _make_batch, runs[name], step_number)
+                if batch is not None:
+                    batches[name] = batch
             metrics = step(batches) if batches else {}
             for name, batch in batches.items():
-                take_turn(name, (metrics[name], runs[name].tokens(batch)))
+                n_tokens = runs[name].tokens(batch)
+                take_turn(name, (metrics[name], n_tokens))
             turned()
     except BaseException as error:  # the logs of the runs hear what ended them
         for run in runs.values():
@@ -106,10 +110,10 @@ def side_by_side(
     return endings
 
 
-def _made(run: DrivenRun, number: int) -> HostBatch:
+def _make_batch(run: DrivenRun, step_number: int) -> HostBatch:
     """Returns a run's batch; where a signal dropped it, the run saves its steps and stops."""
     try:
-        return run.batch(number)
+        return run.batch(step_number)
     except Dropped as dropped:
         run.turns.throw(dropped)
         raise

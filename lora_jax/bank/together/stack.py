@@ -1,6 +1,8 @@
 """A stack: adapters of one kind over one base, which one compiled step trains side by side.
 
-Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train.
+Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train. The
+*content* of a slot is the state of its adapter, and the *fixed* arrays beside W, which do not train.
+In a stack, each array has an axis for the slots; `axes` is a tree of these axes.
 """
 
 import functools
@@ -44,8 +46,8 @@ class Stack:
         self,
         kind: StackKind,
         forward: Logits,
-        like: Tenant,
-        slots: int,
+        tenant: Tenant,
+        n_slots: int,
         compiler_options: Mapping[str, str] | None = None,
     ) -> None:
         """Makes a stack of free slots.
@@ -53,85 +55,98 @@ class Stack:
         Args:
           kind: the adapters' kind.
           forward: the adapted function that the loss calls.
-          like: an adapter of the kind.
-          slots: their number.
+          tenant: an adapter of the kind.
+          n_slots: their number.
           compiler_options: to compile the step with; see `lora_jax.training.Layout`.
         """
         self.kind = kind
         self.names: list[str | None] = []
-        shapes, self._axes, self._where = form_of(kind, like)
-        self.state, self.fixed = self._empty(slots, shapes)
+        slot_shapes, self._axes, self._shardings = form_of(kind, tenant)
+        self.state, self.fixed = self._free_slots(n_slots, slot_shapes)
         self._forget_choices()
-        sizes: Sequence[tuple[int, ...]] = ((slots, 0), (slots,), (slots,))
-        self._numbers = TenantNumbers(*(np.zeros(size, np.float32) for size in sizes))
-        self._options = compiler_options
+        self._numbers = TenantNumbers(
+            rates=np.zeros((n_slots, 0), np.float32),
+            weight_decay=np.zeros(n_slots, np.float32),
+            grad_clip=np.zeros(n_slots, np.float32),
+        )
+        self._compiler_options = compiler_options
         self._steps_by_forward: dict[Logits, StackSteps] = {}
-        self.names += [None] * slots
+        self.names += [None] * n_slots
         self.use(forward)
 
     def use(self, forward: Logits) -> None:
         """Takes the steps from now on with a function; compiles once for each function."""
         if forward not in self._steps_by_forward:
             self._steps_by_forward[forward] = compiled_steps(
-                self.kind, forward, self._axes, self._where, self._options
+                self.kind, forward, self._axes, self._shardings, self._compiler_options
             )
         self._steps = self._steps_by_forward[forward]
 
-    def grow(self, more: int) -> None:
+    def grow(self, n_new: int) -> None:
         """Adds free slots; the next step compiles anew."""
 
-        old = (self.state, self.fixed)
-        new = self._empty(more, jax.tree.map(slot_shape, old, self._axes))
-        longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
-        self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
+        def append(array: jax.Array, new_slots: jax.Array, axis: int) -> jax.Array:
+            return jnp.concatenate([array, new_slots], axis)
+
+        def append_zeros(numbers: np.ndarray) -> np.ndarray:
+            zeros = np.zeros((n_new, *numbers.shape[1:]), numbers.dtype)
+            return np.concatenate([numbers, zeros])
+
+        content = (self.state, self.fixed)
+        slot_shapes = jax.tree.map(slot_shape, content, self._axes)
+        new_slots = self._free_slots(n_new, slot_shapes)
+        self.state, self.fixed = self._placed(jax.tree.map(append, content, new_slots, self._axes))
         self._forget_choices()
-        self._numbers = TenantNumbers(
-            *(np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for x in self._numbers)
-        )
-        self.names += [None] * more
+        self._numbers = jax.tree.map(append_zeros, self._numbers)
+        self.names += [None] * n_new
 
     def shrink(self) -> None:
         """Drops the free slots; the next step compiles anew."""
-        kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
+        used_slots = np.array([slot for slot, name in enumerate(self.names) if name is not None])
 
-        def fewer(array: jax.Array, axis: int) -> jax.Array:
-            return array[(slice(None),) * axis + (kept,)]
+        def select_used(array: jax.Array, axis: int) -> jax.Array:
+            return array[(slice(None),) * axis + (used_slots,)]
 
-        content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
+        content = jax.tree.map(select_used, (self.state, self.fixed), self._axes)
         self.state, self.fixed = self._placed(content)
         self._forget_choices()
-        self._numbers = TenantNumbers(*(x[kept] for x in self._numbers))
-        self.names = [self.names[slot] for slot in kept.tolist()]
+        self._numbers = jax.tree.map(lambda numbers: numbers[used_slots], self._numbers)
+        self.names = [self.names[slot] for slot in used_slots.tolist()]
 
-    def _empty(self, n: int, shapes: Tree) -> Tree:
-        """Returns n free slots, from the shapes of one."""
-        return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))
+    def _free_slots(self, n_slots: int, slot_shapes: Tree) -> Tree:
+        """Returns the content of free slots, from the shapes of one."""
+        make_array = functools.partial(_empty_array, n_slots)
+        return self._placed(jax.tree.map(make_array, slot_shapes, self._axes))
 
     def _placed(self, content: Tree) -> Tree:
-        return content if self._where is None else jax.device_put(content, self._where)
+        """Returns the content of slots on the stack's mesh, if it has one."""
+        return content if self._shardings is None else jax.device_put(content, self._shardings)
 
     def _forget_choices(self) -> None:
         """Begins to watch choices of new arrays: of what trains, and of what does not."""
-        self._held, self._fixed_held = HeldNodes(), HeldNodes()
+        self._held_adapters = HeldNodes()
+        self._held_fixed = HeldNodes()
 
     def _writable_state(self) -> State:
         """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
-        state: State = self.state._replace(adapter=self._held.writable(self.state.adapter))
+        adapter = self._held_adapters.writable(self.state.adapter)
+        state: State = self.state._replace(adapter=adapter)
         return state
 
     def put(self, name: str, tenant: Tenant) -> None:
         """Puts an adapter into a free slot."""
         slot = self.names.index(None)
-        content = content_of(self.kind, tenant)
-        mine = (self._writable_state(), self._fixed_held.writable(self.fixed))
-        self.state, self.fixed = _put(mine, content, np.int32(slot), _flat(self._axes))
-        updates = -(-tenant.steps // UPDATES) * UPDATES
-        rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(updates)), np.float32)
-        wide = max(updates, self._numbers.rates.shape[1])
-        all_rates = np.zeros((len(self.names), wide), np.float32)
-        all_rates[:, : self._numbers.rates.shape[1]] = self._numbers.rates
-        all_rates[slot, :updates] = rates
-        self._numbers = self._numbers._replace(rates=all_rates)
+        slot_content = content_of(self.kind, tenant)
+        content = (self._writable_state(), self._held_fixed.writable(self.fixed))
+        self.state, self.fixed = _put(content, slot_content, np.int32(slot), _flat(self._axes))
+        n_updates = -(-tenant.steps // UPDATES) * UPDATES
+        tenant_rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(n_updates)), np.float32)
+        old_rates = self._numbers.rates
+        n_columns = max(n_updates, old_rates.shape[1])
+        rates = np.zeros((len(self.names), n_columns), np.float32)
+        rates[:, : old_rates.shape[1]] = old_rates
+        rates[slot, :n_updates] = tenant_rates
+        self._numbers = self._numbers._replace(rates=rates)
         self._numbers.weight_decay[slot] = tenant.weight_decay
         self._numbers.grad_clip[slot] = tenant.grad_clip
         self.names[slot] = name
@@ -139,7 +154,8 @@ class Stack:
     def take(self, name: str) -> State:
         """Returns a copy of the state of one adapter."""
         slot = self.names.index(name)
-        state: State = _taken(self.state, np.int32(slot), _flat(self._axes[0]))
+        state_axes = self._axes[0]
+        state: State = _take(self.state, np.int32(slot), _flat(state_axes))
         return state
 
     def free(self, name: str) -> None:
@@ -149,7 +165,7 @@ class Stack:
     def tree(self, name: str, base: Tree) -> Tree:
         """Returns a copy of one adapter as an adapted tree over the base."""
         slot = np.int32(self.names.index(name))
-        state, fixed = _taken((self.state, self.fixed), slot, _flat(self._axes))
+        state, fixed = _take((self.state, self.fixed), slot, _flat(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
     def step(
@@ -166,15 +182,15 @@ class Stack:
         """
         metrics_of: dict[str, Tree] = {}
         if len(calls) == 1:
-            (batches,) = calls
-            self.state, metrics = self._steps.step_all(
-                self._writable_state(), *self._arguments(base, batches)
-            )
-            slots = {name: self.names.index(name) for name in batches}
-            whole = jax.device_get(metrics)
-            metrics_of = {n: {key: x[i] for key, x in whole.items()} for n, i in slots.items()}
+            batches = calls[0]
+            arguments = self._arguments(base, batches)
+            self.state, stacked_metrics = self._steps.step_all(self._writable_state(), *arguments)
+            stacked_metrics = jax.device_get(stacked_metrics)
+            for name in batches:
+                slot = self.names.index(name)
+                metrics_of[name] = {key: values[slot] for key, values in stacked_metrics.items()}
         else:
-            for name, batch in ((name, batch) for call in calls for name, batch in call.items()):
+            for name, batch in _named_batches(calls):
                 slot = np.int32(self.names.index(name))
                 self.state, metrics_of[name] = self._steps.step_one(
                     self._writable_state(), self.fixed, self._numbers, base, slot, batch
@@ -195,21 +211,23 @@ class Stack:
         if len(calls) == 1:
             arguments = self._arguments(base, calls[0])
             return [self._steps.step_all.lower(self.state, *arguments).compile()]
-        return [
-            self._steps.step_one.lower(
-                self.state, self.fixed, self._numbers, base, np.int32(self.names.index(name)), batch
-            ).compile()
-            for call in calls
-            for name, batch in call.items()
-        ]
+        programs = []
+        for name, batch in _named_batches(calls):
+            slot = np.int32(self.names.index(name))
+            lowered = self._steps.step_one.lower(
+                self.state, self.fixed, self._numbers, base, slot, batch
+            )
+            programs.append(lowered.compile())
+        return programs
 
     def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Tree, ...]:
         """Returns the arguments of the step of all slots after the state."""
-        active = np.array([name in batches for name in self.names])
-        blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
-        rows = [batches.get(name or "", blank) for name in self.names]
-        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
-        return self.fixed, self._numbers, base, active, batch
+        is_active = np.array([name in batches for name in self.names])
+        any_batch = list(batches.values())[0]
+        blank_batch = jax.tree.map(np.zeros_like, any_batch)
+        batch_of_slots = [batches.get(name or "", blank_batch) for name in self.names]
+        stacked_batch = jax.tree.map(lambda *arrays: np.stack(arrays), *batch_of_slots)
+        return self.fixed, self._numbers, base, is_active, stacked_batch
 
     def slots(self, base: Tree) -> Tree:
         """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies.
@@ -217,16 +235,23 @@ class Stack:
         While the tree is held, no step changes it.
         """
 
-        def slots(path: str, leaf: Leaf) -> Tree:
+        def with_slots(path: str, leaf: Leaf) -> Tree:
             if path not in self.kind.shells:
                 return leaf
             arrays = {**self.state.adapter[path], **self.fixed[path]}
             return _slots(self.kind.shells[path], leaf, arrays)
 
-        tree = map_leaves(slots, base)
-        self._held.watch(tree)
-        self._fixed_held.watch(tree)
+        tree = map_leaves(with_slots, base)
+        self._held_adapters.watch(tree)
+        self._held_fixed.watch(tree)
         return tree
+
+
+def _named_batches(
+    calls: Sequence[Mapping[str, ArrayBatch]],
+) -> list[tuple[str, ArrayBatch]]:
+    """Returns the batches of all calls, with the names of their adapters."""
+    return [(name, batch) for call in calls for name, batch in call.items()]
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
@@ -235,7 +260,7 @@ def _put(stacked: Tree, slot_tree: Tree, slot: jax.typing.ArrayLike, axes: tuple
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
+def _take(stacked: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
     return indexed(stacked, slot, jax.tree.unflatten(jax.tree.structure(stacked), axes))
 
 
@@ -244,11 +269,11 @@ def _flat(axes: Tree) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-def _empty(n: int, leaf: Shaped, axis: int) -> jax.Array:
-    """Returns n free slots."""
-    shape = (*leaf.shape[:axis], n, *leaf.shape[axis:])
+def _empty_array(n_slots: int, leaf: Shaped, axis: int) -> jax.Array:
+    """Returns an array of free slots, from the shape of one and the axis of the slots."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(0), n)
+        return jax.random.split(jax.random.key(0), n_slots)
+    shape = (*leaf.shape[:axis], n_slots, *leaf.shape[axis:])
     return jnp.zeros(shape, leaf.dtype)
 
 
@@ -261,5 +286,10 @@ def _slots(shell: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree
             "slots: factors that began in W, DoRA and other variants have no slots in a bank as "
             "they train; add the trees that they come to, by Together.tree(name), to a Bank"
         )
-    parts = {name: arrays[name] for name in ("a", "b", "scale")}
-    return WeightSlots(base, parts, shell.roles, shell.uses, has_base=False)
+    return WeightSlots(
+        base=base,
+        arrays={name: arrays[name] for name in ("a", "b", "scale")},
+        roles=shell.roles,
+        uses=shell.uses,
+        has_base=False,
+    )

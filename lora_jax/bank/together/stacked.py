@@ -7,7 +7,7 @@ one slot, where batches of other shapes are not to be filled up.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -43,8 +43,8 @@ class TenantNumbers(NamedTuple):
 
 def traced_step(
     forward: Logits,
-    like: Tenant,
-    slots: int,
+    tenant: Tenant,
+    n_slots: int,
     batch: Batch,
     compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[jax.stages.Traced, State]:
@@ -52,29 +52,36 @@ def traced_step(
 
     Args:
       forward: the adapted function that the loss calls.
-      like: an adapter; its arrays may be `jax.ShapeDtypeStruct`\\ s with shardings.
-      slots: the number of such adapters.
+      tenant: an adapter; its arrays may be `jax.ShapeDtypeStruct`\\ s with shardings.
+      n_slots: the number of such adapters.
       batch: batch of all, arrays [slots, parts, …] or their shapes.
       compiler_options: to compile the step with.
 
     Returns:
       The traced step, and the shapes of its state.
     """
-    kind = StackKind.from_tenant(like)
-    shapes, axes, where = form_of(kind, like)
-    places = jax.tree.map(lambda _: None, shapes) if where is None else where
+    kind = StackKind.from_tenant(tenant)
+    slot_shapes, axes, shardings = form_of(kind, tenant)
+    sharding_tree = shardings
+    if shardings is None:
+        sharding_tree = jax.tree.map(lambda _: None, slot_shapes)
 
-    def stacked(leaf: Shaped, axis: int, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
-        shape = (*leaf.shape[:axis], slots, *leaf.shape[axis:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+    def stack_shape(leaf: Shaped, axis: int, sharding: NamedSharding | None) -> Shaped:
+        shape = (*leaf.shape[:axis], n_slots, *leaf.shape[axis:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
-    is_none = lambda x: x is None  # noqa: E731
-    state, fixed = jax.tree.map(stacked, shapes, axes, places, is_leaf=is_none)
-    sizes: Sequence[tuple[int, ...]] = ((slots, UPDATES), (slots,), (slots,))
-    numbers = TenantNumbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
-    active = jax.ShapeDtypeStruct((slots,), np.bool_)
-    steps = compiled_steps(kind, forward, axes, where, compiler_options)
-    return steps.step_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
+    state, fixed = jax.tree.map(
+        stack_shape, slot_shapes, axes, sharding_tree, is_leaf=lambda x: x is None
+    )
+    numbers = TenantNumbers(
+        rates=jax.ShapeDtypeStruct((n_slots, UPDATES), np.float32),
+        weight_decay=jax.ShapeDtypeStruct((n_slots,), np.float32),
+        grad_clip=jax.ShapeDtypeStruct((n_slots,), np.float32),
+    )
+    active = jax.ShapeDtypeStruct((n_slots,), np.bool_)
+    steps = compiled_steps(kind, forward, axes, shardings, compiler_options)
+    base = strip(tenant.params)
+    return steps.step_all.trace(state, fixed, numbers, base, active, batch), state
 
 
 def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
@@ -87,32 +94,32 @@ def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree
       fixed: the others beside W.
     """
 
-    def node(path: str, leaf: Leaf) -> Leaf:
+    def to_node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
         return replace_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
 
-    return map_leaves(node, base)
+    return map_leaves(to_node, base)
 
 
 def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     """Returns a slot's content for an adapter before its first step, or where it goes on."""
-    nodes = nodes_of(tenant.params)
     adapter, _ = split(tenant.params)
     optimizer = kind.make_optimizer(
         tenant.schedule, tenant.params, tenant.weight_decay, tenant.grad_clip
     )
-    fixed = {
-        path: {k: x for k, x in arrays_of(node).items() if k not in adapter[path]}
-        for path, node in nodes.items()
-    }
+    fixed: Arrays = {}
+    for path, node in nodes_of(tenant.params).items():
+        arrays = arrays_of(node)
+        fixed[path] = {name: array for name, array in arrays.items() if name not in adapter[path]}
+
+    def make_state(adapter: Adapter) -> State:
+        return init_state(adapter, optimizer, tenant.key)
+
     if tenant.state is None:
-        return init_state(adapter, optimizer, tenant.key), fixed
-    begun: State = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
-    structures: list[jax.tree_util.PyTreeDef] = [
-        jax.tree.structure(tree) for tree in (tenant.state, begun)
-    ]
-    if structures[0] != structures[1]:
+        return make_state(adapter), fixed
+    first_state: State = jax.eval_shape(make_state, adapter)
+    if jax.tree.structure(tenant.state) != jax.tree.structure(first_state):
         raise ValueError(
             "Tenant: the state to go on from is of another adapter or optimiser: give the params "
             "and the options that it was made with"
@@ -120,20 +127,23 @@ def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     return tenant.state, fixed
 
 
-def form_of(kind: StackKind, like: Tenant) -> tuple[Tree, Tree, Tree]:
-    """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
+def form_of(kind: StackKind, tenant: Tenant) -> tuple[Tree, Tree, Tree]:
+    """Returns a slot's shapes, the axes of the slots and the shardings of (state, fixed arrays)."""
 
     def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
-        return content_of(kind, dataclasses.replace(like, params=params, key=key))
+        return content_of(kind, dataclasses.replace(tenant, params=params, key=key))
 
-    shapes: tuple[State, Arrays] = jax.eval_shape(content, like.params, like.key)
-    state, fixed = shapes
-    of_fixed = {p: {name: kind.slot_axis(p, name) for name in own} for p, own in fixed.items()}
-    axes = _axes(kind, state), of_fixed
-    return shapes, axes, _shardings(shapes, axes, like)
+    slot_shapes: tuple[State, Arrays] = jax.eval_shape(content, tenant.params, tenant.key)
+    state, fixed = slot_shapes
+    fixed_axes = {
+        path: {name: kind.slot_axis(path, name) for name in arrays}
+        for path, arrays in fixed.items()
+    }
+    axes = (_state_axes(kind, state), fixed_axes)
+    return slot_shapes, axes, _shardings(slot_shapes, axes, tenant)
 
 
-def _axes(kind: StackKind, state: State) -> Tree:
+def _state_axes(kind: StackKind, state: State) -> Tree:
     """Returns the axis of the slots in each array of a stacked state.
 
     An optimiser's arrays have it where the adapter's have it, if they have their shapes.
@@ -150,35 +160,39 @@ def _axes(kind: StackKind, state: State) -> Tree:
 
 def _array_at(arrays: Mapping[str, Mapping[str, Leaf]], keys: KeyPath) -> tuple[str, Leaf]:
     """Returns the path that a key path ends with, and the array there: a weight's, or None."""
-    path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
+    if len(keys) < 2:
+        return "", None
+    path = getattr(keys[-2], "key", "")
+    name = getattr(keys[-1], "key", "")
     return path, arrays.get(path, {}).get(name)
 
 
-def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
+def _shardings(slot_shapes: Tree, axes: Tree, tenant: Tenant) -> Tree:
     """Returns the sharding of each stacked array; None where the adapter lies on no mesh.
 
     Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
 
     Args:
-      shapes: shapes of the state and the fixed arrays of one adapter.
+      slot_shapes: shapes of the state and the fixed arrays of one adapter.
       axes: axes of the slots in each.
-      like: the adapter, whose arrays have shardings.
+      tenant: the adapter, whose arrays have shardings.
     """
-    arrays = {path: arrays_of(node) for path, node in nodes_of(like.params).items()}
-    places = [getattr(x, "sharding", None) for x in jax.tree.leaves(arrays)]
-    meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
+    arrays = {path: arrays_of(node) for path, node in nodes_of(tenant.params).items()}
+    shardings = [getattr(array, "sharding", None) for array in jax.tree.leaves(arrays)]
+    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     if not meshes:
         return None
 
-    def sharding(keys: KeyPath, shape: Shaped, axis: int) -> NamedSharding:
+    def stacked_sharding(keys: KeyPath, shape: Shaped, slot_axis: int) -> NamedSharding:
         _, array = _array_at(arrays, keys)
-        spec: list[str | tuple[str, ...] | None] = []
-        if array is not None and array.shape == shape.shape:
-            spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
-            spec.insert(axis, None)
+        if array is None or array.shape != shape.shape:
+            return NamedSharding(meshes[0], PartitionSpec())
+        spec: list[str | tuple[str, ...] | None] = [*array.sharding.spec]
+        spec += [None] * (array.ndim - len(spec))
+        spec.insert(slot_axis, None)
         return NamedSharding(meshes[0], PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+    return jax.tree_util.tree_map_with_path(stacked_sharding, slot_shapes, axes)
 
 
 class StackSteps(NamedTuple):
@@ -196,68 +210,81 @@ class StackSteps(NamedTuple):
 
 
 def _make_slot_update(
-    kind: StackKind, axes: Tree, axes_of_fixed: Tree
+    kind: StackKind, axes: Tree, fixed_axes: Tree
 ) -> Callable[..., tuple[State, Metrics]]:
     """Returns the function that updates the adapter in one slot of a stack."""
 
-    def updated(
+    def update_slot(
         state: State,
         fixed: Arrays,
         numbers: TenantNumbers,
         base: Tree,
-        active: jax.Array | bool,
+        is_active: jax.Array | bool,
         slot: jax.typing.ArrayLike,
         sums: Sums,
         grads: Adapter,
     ) -> tuple[State, Metrics]:
         """Updates the adapter in one slot, if it is active, in the memory of the stack."""
-        slot_state, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        mine: TenantNumbers = jax.tree.map(lambda x: x[slot], numbers)
+        slot_state = indexed(state, slot, axes)
+        slot_fixed = indexed(fixed, slot, fixed_axes)
+        slot_numbers: TenantNumbers = jax.tree.map(lambda array: array[slot], numbers)
 
         def schedule(count: jax.Array) -> Leaf:
-            return mine.rates[jnp.minimum(count, mine.rates.shape[0] - 1)]
+            last_update = slot_numbers.rates.shape[0] - 1
+            return slot_numbers.rates[jnp.minimum(count, last_update)]
 
-        whole = tree_of(kind, base, slot_state.adapter, own)
-        optimizer = kind.make_optimizer(schedule, whole, mine.weight_decay, mine.grad_clip)
+        tree = tree_of(kind, base, slot_state.adapter, slot_fixed)
+        optimizer = kind.make_optimizer(
+            schedule, tree, slot_numbers.weight_decay, slot_numbers.grad_clip
+        )
 
         def either(
             is_good: jax.Array, update: Callable[[], Tree], skip: Callable[[], Tree]
         ) -> Tree:
-            return lax.cond(is_good & active, update, skip)
+            return lax.cond(is_good & is_active, update, skip)
 
         update = make_update(optimizer, schedule, kind.loss, either=either)
-        new, metrics = update(slot_state, sums, grads)
-        new = new._replace(step=jnp.where(active, new.step, slot_state.step))
-        return replaced(state, new, slot, axes), metrics
+        updated_state, metrics = update(slot_state, sums, grads)
+        step = jnp.where(is_active, updated_state.step, slot_state.step)
+        updated_state = updated_state._replace(step=step)
+        return replaced(state, updated_state, slot, axes), metrics
 
-    return updated
+    return update_slot
 
 
 def compiled_steps(
     kind: StackKind,
     forward: Logits,
-    both_axes: tuple[Tree, Tree],
-    where: tuple[Tree, Tree] | None,
+    axes: tuple[Tree, Tree],
+    shardings: tuple[Tree, Tree] | None,
     compiler_options: Mapping[str, str] | None,
 ) -> StackSteps:
     """Returns a stack's steps.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
     what it computes with is held for one adapter at a time.
-    """
-    axes, axes_of_fixed = both_axes
-    noisy = neftune(forward, kind.noise) if kind.noise else forward
-    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
-    updated = _make_slot_update(kind, axes, axes_of_fixed)
 
-    def gradient_of_one(
+    Args:
+      kind: the kind of the adapters.
+      forward: the adapted function that the loss calls.
+      axes, shardings: of the state and the fixed arrays; see `form_of`.
+      compiler_options: to compile the steps with.
+    """
+    state_axes, fixed_axes = axes
+    noisy_forward = neftune(forward, kind.noise) if kind.noise else forward
+    gradient = make_gradient(noisy_forward, dropout=kind.dropout, loss=kind.loss)
+    update_slot = _make_slot_update(kind, state_axes, fixed_axes)
+
+    def slot_gradient(
         state: State, fixed: Arrays, base: Tree, batch: Batch
     ) -> tuple[Sums, Adapter]:
-        whole = tree_of(kind, base, state.adapter, fixed)
-        return gradient(state, split(whole)[1], batch)
+        _, base_half = split(tree_of(kind, base, state.adapter, fixed))
+        return gradient(state, base_half, batch)
 
     gradients = jax.vmap(
-        gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
+        slot_gradient,
+        in_axes=(state_axes, fixed_axes, None, 0),
+        out_axes=(0, state_axes.adapter),
     )
 
     def step_all(
@@ -271,8 +298,11 @@ def compiled_steps(
         sums, grads = gradients(state, fixed, base, batch)
 
         def visit(state: State, slot: jax.Array) -> tuple[State, Metrics]:
-            mine = jax.tree.map(lambda x: x[slot], sums), indexed(grads, slot, axes.adapter)
-            return updated(state, fixed, numbers, base, active[slot], slot, *mine)
+            slot_sums = jax.tree.map(lambda array: array[slot], sums)
+            slot_grads = indexed(grads, slot, state_axes.adapter)
+            return update_slot(
+                state, fixed, numbers, base, active[slot], slot, slot_sums, slot_grads
+            )
 
         return lax.scan(visit, state, jnp.arange(active.shape[0]))
 
@@ -284,25 +314,34 @@ def compiled_steps(
         slot: jax.typing.ArrayLike,
         batch: Batch,
     ) -> tuple[State, Metrics]:
-        slot_state, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        sums_and_gradients = gradient_of_one(slot_state, own, base, batch)
-        return updated(state, fixed, numbers, base, True, slot, *sums_and_gradients)
+        slot_state = indexed(state, slot, state_axes)
+        slot_fixed = indexed(fixed, slot, fixed_axes)
+        sums, grads = slot_gradient(slot_state, slot_fixed, base, batch)
+        return update_slot(state, fixed, numbers, base, True, slot, sums, grads)
 
-    out = None if where is None else (where[0], None)
-    options = dict(compiler_options) if compiler_options else None
-    jitted = functools.partial(
-        jax.jit, donate_argnums=0, out_shardings=out, compiler_options=options
+    state_shardings = None if shardings is None else shardings[0]
+    jit = functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=None if shardings is None else (state_shardings, None),
+        compiler_options=dict(compiler_options) if compiler_options else None,
     )
-    return StackSteps(jitted(step_all), jitted(step_one))
+    return StackSteps(step_all=jit(step_all), step_one=jit(step_one))
 
 
 def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     """Returns the content of one slot."""
-    take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
-    return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
+
+    def take(array: jax.Array, axis: int) -> jax.Array:
+        return lax.dynamic_index_in_dim(array, slot, axis, keepdims=False)
+
+    return jax.tree.map(take, stacked, axes)
 
 
-def replaced(stacked: Tree, tree: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
-    """Returns stacked arrays with others in one slot."""
-    put = lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, tree, axes)
+def replaced(stacked: Tree, content: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
+    """Returns stacked arrays with another content of one slot."""
+
+    def put(array: jax.Array, slot_array: jax.Array, axis: int) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(array, slot_array, slot, axis)
+
+    return jax.tree.map(put, stacked, content, axes)

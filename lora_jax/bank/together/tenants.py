@@ -92,24 +92,27 @@ class StackKind:
     def from_tenant(cls, tenant: Tenant) -> "StackKind":
         """Returns the kind of an adapter; raises a ValueError for weights that share."""
         nodes = nodes_of(tenant.params)
-        if shared := sharers(nodes):
+        sharing_paths = sharers(nodes)
+        if sharing_paths:
             raise ValueError(
-                f"{shared[0]!r} shares another weight's A or vector (share_a=True, weight_tying), "
-                "which adapters side by side cannot: train it alone, or give each weight its own"
+                f"{sharing_paths[0]!r} shares another weight's A or vector (share_a=True, "
+                "weight_tying), which adapters side by side cannot: train it alone, or give each "
+                "weight its own"
             )
-        if invoked := [p for p, node in nodes.items() if getattr(node, "invocation", None)]:
+        activated_paths = [p for p, node in nodes.items() if getattr(node, "invocation", None)]
+        if activated_paths:
             raise ValueError(
-                f"{invoked[0]!r} belongs to an activated LoRA, which adapters side by side cannot "
-                "be: train it alone"
+                f"{activated_paths[0]!r} belongs to an activated LoRA, which adapters side by side "
+                "cannot be: train it alone"
             )
-        given = {name: value for name, value in tenant.options.items() if value is not None}
+        options = {name: value for name, value in tenant.options.items() if value is not None}
         return cls(
             shells={path: replace_arrays(node, None, {}) for path, node in nodes.items()},
             shapes=tuple((path, *_form(node)) for path, node in sorted(nodes.items())),
             loss=tenant.loss,
             optimizer=tenant.optimizer,
             lora_plus=tenant.lora_plus,
-            options=tuple(sorted(given.items())),
+            options=tuple(sorted(options.items())),
             clips=bool(tenant.grad_clip),
             dropout=has_dropout(tenant.params) or tenant.noise > 0,
             noise=tenant.noise,
@@ -137,10 +140,14 @@ class StackKind:
           name: name of the array; without it, of one that has all batch axes.
         """
         shell = self.shells[path]
-        if not isinstance(shell, LoraWeight) or (name and "batch" not in shell.axes_of(name)):
+        if not isinstance(shell, LoraWeight):
             return 0
-        ndim: int = next(ndim for at, _, _, ndim, _ in self.shapes if at == path)
-        return ndim - len(shell.roles.in_axes) - len(shell.roles.out_axes)
+        has_batch_axes = name is None or "batch" in shell.axes_of(name)
+        if not has_batch_axes:
+            return 0
+        ndim_of_path = {node_path: ndim for node_path, _, _, ndim, _ in self.shapes}
+        n_axes: int = ndim_of_path[path]
+        return n_axes - len(shell.roles.in_axes) - len(shell.roles.out_axes)
 
 
 def arrays_of(node: Node) -> dict[str, Leaf]:
@@ -153,16 +160,19 @@ def replace_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) 
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))
     value = arrays.get("value")
-    return Trained(value) if isinstance(node, Trained) else node.replace(base=base, value=value)
+    if isinstance(node, Trained):
+        return Trained(value)
+    return node.replace(base=base, value=value)
 
 
 def _form(node: Node) -> tuple[Hashable, ...]:
     """Returns the kind of a node, its structure, its number of axes and its arrays' shapes."""
-    static: tuple[Hashable, ...] = ()
+    settings: tuple[Hashable, ...] = ()
     if isinstance(node, LoraWeight):
-        static = (node.roles, node.ranks, node.dropout, node.extras, node.frozen, node.uses)
+        settings = (node.roles, node.ranks, node.dropout, node.extras, node.frozen, node.uses)
     elif isinstance(node, TrainedRows):
-        static = (node.rows, node.is_table)
-    arrays = sorted(arrays_of(node).items())
-    shapes = tuple((name, tuple(x.shape), np.dtype(x.dtype).name) for name, x in arrays)
-    return type(node).__name__, static, len(node.shape), shapes
+        settings = (node.rows, node.is_table)
+    shapes = []
+    for name, array in sorted(arrays_of(node).items()):
+        shapes.append((name, tuple(array.shape), np.dtype(array.dtype).name))
+    return type(node).__name__, settings, len(node.shape), tuple(shapes)

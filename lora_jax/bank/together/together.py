@@ -67,7 +67,9 @@ class Together:
           base: the plain tree that all share; it is not copied.
           compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
-        self._forward, self._base, self._options = forward, sealed(aliased(base)), compiler_options
+        self._forward = forward
+        self._base = sealed(aliased(base))
+        self._compiler_options = compiler_options
         self._shared = OneBase(base)
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._stacks: dict[StackKind, Stack] = {}
@@ -90,7 +92,7 @@ class Together:
     @locked
     def done(self, name: str) -> int:
         """Returns the number of steps that an adapter has taken."""
-        self._check_there(name)
+        self._check_name(name)
         return self._done[name]
 
     @locked
@@ -106,27 +108,39 @@ class Together:
         Raises:
           BankError: a name is taken, or an adapter is over another base; none was added.
         """
-        tenants = {n: replace(t, params=sealed(t.params)) for n, t in tenants.items()}
-        for name, tenant in tenants.items():
-            if name in self._stack_of or name == BASE:
-                what = "is the base's" if name == BASE else "is taken"
-                raise BankError(f"together: the name {name!r} {what}")
+        sealed_tenants = {
+            name: replace(tenant, params=sealed(tenant.params)) for name, tenant in tenants.items()
+        }
+        for name, tenant in sealed_tenants.items():
+            if name == BASE:
+                raise BankError(f"together: the name {name!r} is the base's")
+            if name in self._stack_of:
+                raise BankError(f"together: the name {name!r} is taken")
             self._check_shapes(name, tenant)
             if not allow_base_mismatch:
                 self._shared.check(f"together: {name!r}", tenant.params)
-        kinds = {name: StackKind.from_tenant(tenant) for name, tenant in tenants.items()}
-        for kind in dict.fromkeys(kinds.values()):
-            mine = [name for name in tenants if kinds[name] == kind]
+        names_of_kind: dict[StackKind, list[str]] = {}
+        for name, tenant in sealed_tenants.items():
+            names_of_kind.setdefault(StackKind.from_tenant(tenant), []).append(name)
+        for kind, names in names_of_kind.items():
             if kind not in self._stacks:
-                first = tenants[mine[0]]
-                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), self._options)
+                self._stacks[kind] = Stack(
+                    kind=kind,
+                    forward=self._forward,
+                    tenant=sealed_tenants[names[0]],
+                    n_slots=len(names),
+                    compiler_options=self._compiler_options,
+                )
             stack = self._stacks[kind]
-            if (missing := len(mine) - stack.names.count(None)) > 0:
-                stack.grow(missing)
-            for name in mine:
-                stack.put(name, tenants[name])
+            n_missing = len(names) - stack.names.count(None)
+            if n_missing > 0:
+                stack.grow(n_missing)
+            for name in names:
+                tenant = sealed_tenants[name]
+                stack.put(name, tenant)
                 self._stack_of[name] = stack
-                self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
+                self._steps[name] = tenant.steps
+                self._done[name] = tenant.done
 
     @locked
     def step(self, batches: Mapping[str, ArrayBatch]) -> dict[str, dict[str, float]]:
@@ -146,12 +160,12 @@ class Together:
           BankError: there is no adapter of a name, it is done, or shapes differ in a stack.
         """
         for name in batches:
-            self._check_there(name)
+            self._check_name(name)
             if self._done[name] == self._steps[name]:
                 raise BankError(f"together: {name!r} has taken its {self._steps[name]} steps")
         metrics: dict[str, dict[str, float]] = {}
-        for stack, of_stack in self._calls(batches):
-            metrics |= stack.step(self._base, of_stack)
+        for stack, calls in self._calls(batches):
+            metrics |= stack.step(self._base, calls)
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
@@ -170,14 +184,18 @@ class Together:
         Raises:
           BankError: see `step`.
         """
-        totals = []
-        states = {id(stack): _bytes_of_device(stack.state) for stack in self._stacks.values()}
-        for stack, of_stack in self._calls(batches):
-            others = sum(states.values()) - states[id(stack)]
-            sizes = [step_bytes(program) for program in stack.compile(self._base, of_stack)]
-            totals += [None if size is None else size + others for size in sizes]
-        known = [total for total in totals if total is not None]
-        return max(known) if known and len(known) == len(totals) else None
+        all_state_bytes = sum(_bytes_of_device(stack.state) for stack in self._stacks.values())
+        total_bytes = []
+        is_known = True
+        for stack, calls in self._calls(batches):
+            other_state_bytes = all_state_bytes - _bytes_of_device(stack.state)
+            for program in stack.compile(self._base, calls):
+                program_bytes = step_bytes(program)
+                if program_bytes is None:
+                    is_known = False
+                else:
+                    total_bytes.append(program_bytes + other_state_bytes)
+        return max(total_bytes) if total_bytes and is_known else None
 
     @locked
     def use(self, forward: Logits) -> None:
@@ -190,12 +208,12 @@ class Together:
         self, batches: Mapping[str, ArrayBatch]
     ) -> list[tuple[Stack, Sequence[Mapping[str, ArrayBatch]]]]:
         """Returns each stack with the calls that take its step, before any of them is taken."""
-        calls = []
+        calls_of_stacks = []
         for kind, stack in self._stacks.items():
-            mine = {name: batch for name, batch in batches.items() if name in stack.names}
-            if mine:
-                calls.append((stack, calls_of(mine, draws=kind.dropout)))
-        return calls
+            stack_batches = {name: batch for name, batch in batches.items() if name in stack.names}
+            if stack_batches:
+                calls_of_stacks.append((stack, calls_of(stack_batches, draws=kind.dropout)))
+        return calls_of_stacks
 
     @locked
     def tree(self, name: str) -> Tree:
@@ -204,7 +222,7 @@ class Together:
         Raises:
           BankError: there is no adapter of the name.
         """
-        self._check_there(name)
+        self._check_name(name)
         return unsealed(self._stack_of[name].tree(name, self._base))
 
     @locked
@@ -214,7 +232,7 @@ class Together:
         Raises:
           BankError: there is no adapter of the name.
         """
-        self._check_there(name)
+        self._check_name(name)
         return self._stack_of[name].take(name)
 
     @locked
@@ -239,13 +257,14 @@ class Together:
         Args:
           steps: only stacks shrink in which an adapter has to take as many.
         """
-        for kind, stack in [*self._stacks.items()]:
+        for kind, stack in list(self._stacks.items()):
             names = [name for name in stack.names if name is not None]
             if not names:
                 del self._stacks[kind]
-            elif 2 * len(names) <= len(stack.names) and any(
-                self._steps[name] - self._done[name] >= steps for name in names
-            ):
+                continue
+            is_half_free = 2 * len(names) <= len(stack.names)
+            steps_left = max(self._steps[name] - self._done[name] for name in names)
+            if is_half_free and steps_left >= steps:
                 stack.shrink()
 
     @locked
@@ -262,26 +281,30 @@ class Together:
         Raises:
           BankError: there is no adapter of a name, or they are of several kinds.
         """
+        adapter_of_stack: dict[int, str] = {}
         for name in names:
             if name != BASE:
-                self._check_there(name)
-        stacks = {id(self._stack_of[name]): name for name in names if name != BASE}
-        if len(stacks) != 1:
-            kinds = ", ".join(map(repr, stacks.values())) or "the base alone"
+                self._check_name(name)
+                adapter_of_stack[id(self._stack_of[name])] = name
+        adapters = list(adapter_of_stack.values())
+        if len(adapters) != 1:
+            listing = ", ".join(map(repr, adapters)) or "the base alone"
             raise BankError(
-                f"together: {kinds}: a batch reads the arrays of one stack, so its adapters are of "
-                "one kind (rank, targets, loss); ask for the others in another batch"
+                f"together: {listing}: a batch reads the arrays of one stack, so its adapters are "
+                "of one kind (rank, targets, loss); ask for the others in another batch"
             )
-        stack = self._stack_of[next(iter(stacks.values()))]
-        ids = [0 if name == BASE else stack.names.index(name) + 1 for name in names]
-        return choose(stack.slots(self._base), ids)
+        stack = self._stack_of[adapters[0]]
+        slot_ids = [0 if name == BASE else stack.names.index(name) + 1 for name in names]
+        return choose(stack.slots(self._base), slot_ids)
 
-    def _check_there(self, name: str) -> None:
+    def _check_name(self, name: str) -> None:
+        """Raises a BankError if there is no adapter of a name."""
         if name not in self._stack_of:
-            there = ", ".join(map(repr, self._stack_of)) or "none"
-            raise BankError(f"together: there is no adapter {name!r}; there are {there}")
+            listing = ", ".join(map(repr, self._stack_of)) or "none"
+            raise BankError(f"together: there is no adapter {name!r}; there are {listing}")
 
     def _check_shapes(self, name: str, tenant: Tenant) -> None:
+        """Raises a BankError if an adapter's weights have other shapes than the base's leaves."""
         for path, node in nodes_of(tenant.params).items():
             leaf = self._shared.leaves.get(path)
             shape = None if leaf is None else tuple(leaf.shape)
@@ -309,14 +332,15 @@ def calls_of(
     Raises:
       BankError: see `alike`.
     """
-    first, *others = (_shapes(batch) for batch in batches.values())
-    if draws and any(shapes != first for shapes in others):
+    shapes_of_batches = [_shapes(batch) for batch in batches.values()]
+    has_equal_shapes = all(shapes == shapes_of_batches[0] for shapes in shapes_of_batches)
+    if draws and not has_equal_shapes:
         return [{name: batch} for name, batch in batches.items()]
-    kinds: dict[Any, dict[str, ArrayBatch]] = {}
+    batches_of_form: dict[Any, dict[str, ArrayBatch]] = {}
     for name, batch in batches.items():
-        arrays = frozenset((key, np.ndim(array)) for key, array in batch.items())
-        kinds.setdefault(arrays, {})[name] = batch
-    return [alike(kind) for kind in kinds.values()]
+        form = frozenset((key, np.ndim(array)) for key, array in batch.items())
+        batches_of_form.setdefault(form, {})[name] = batch
+    return [alike(form_batches) for form_batches in batches_of_form.values()]
 
 
 def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
@@ -328,36 +352,41 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
     Raises:
       BankError: they have other shapes, and no "weights", of which 0 is for what does not count.
     """
-    shapes = {name: _shapes(batch) for name, batch in batches.items()}
-    first, *others = shapes
-    wrong = next((name for name in others if shapes[name] != shapes[first]), None)
-    if wrong is None:
+    shapes_of = {name: _shapes(batch) for name, batch in batches.items()}
+    adapter = list(batches)[0]
+    different_adapters = [name for name in batches if shapes_of[name] != shapes_of[adapter]]
+    if not different_adapters:
         return batches
-    if not all(
-        "weights" in batch and batch.keys() == batches[first].keys() for batch in batches.values()
-    ):
+    keys = batches[adapter].keys()
+    has_weights = all("weights" in batch and batch.keys() == keys for batch in batches.values())
+    if not has_weights:
+        different_adapter = different_adapters[0]
         raise BankError(
-            f"together: {first!r} and {wrong!r} train in one stack, and their batches have the "
-            f'shapes {shapes[first]} and {shapes[wrong]}, without "weights" by which they could be '
-            "filled up: give them the same shapes"
+            f"together: {adapter!r} and {different_adapter!r} train in one stack, and their "
+            f"batches have the shapes {shapes_of[adapter]} and {shapes_of[different_adapter]}, "
+            'without "weights" by which they could be filled up: give them the same shapes'
         )
-    largest = {
-        name: tuple(np.max([np.shape(batch[name]) for batch in batches.values()], axis=0).tolist())
-        for name in batches[first]
-    }
+    largest_shapes = {}
+    for key in keys:
+        array_shapes = [np.shape(batch[key]) for batch in batches.values()]
+        largest_shapes[key] = np.max(array_shapes, axis=0)
 
-    def filled(array: jax.Array | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
+    def fill_up(array: jax.Array | np.ndarray, shape: np.ndarray) -> np.ndarray:
+        padding = [(0, n_zeros) for n_zeros in shape - np.shape(array)]
+        return np.pad(array, padding)
 
-    return {
-        name: {key: filled(array, largest[key]) for key, array in batch.items()}
-        for name, batch in batches.items()
-    }
+    filled_batches = {}
+    for name, batch in batches.items():
+        filled_batches[name] = {
+            key: fill_up(array, largest_shapes[key]) for key, array in batch.items()
+        }
+    return filled_batches
 
 
 def _bytes_of_device(tree: Tree) -> int:
     """Returns the bytes that one device has of a tree's arrays."""
-    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    arrays = jax.tree.leaves(tree)
+    return sum(array.addressable_shards[0].data.nbytes for array in arrays)
 
 
 def _shapes(batch: ArrayBatch) -> dict[str, tuple[int, ...]]:
