@@ -145,7 +145,7 @@ class Remaker:
     def _device_array(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
         """Returns an array of the file on the device, one for all weights that share it."""
         if (path, name) not in self._device_arrays:
-            array = weight.arrays.get(name)
+            array: Leaf = weight.arrays.get(name)
             if array is None:
                 array = self._arrays[path][name]
             self._device_arrays[path, name] = jax.device_put(array)

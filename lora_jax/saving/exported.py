@@ -45,9 +45,9 @@ def _register(
         fields = json.loads(bytes(text))
         return {name: _from_json(name, value) for name, value in fields.items()}
 
-    def from_children(static_values: JsonObject, children: Sequence[Leaf]) -> Leaf:
+    def from_children(aux_data: JsonObject, children: Sequence[Leaf]) -> Leaf:
         arrays = dict(zip(array_fields, children, strict=True))
-        return node_class(**arrays, **static_values)
+        return node_class(**arrays, **aux_data)
 
     export.register_pytree_node_serialization(
         node_class,

@@ -40,18 +40,21 @@ class CombineMethod:
     sign: Sign = "total"
 
 
-_PRUNED: dict[str, tuple[Literal["magnitude", "random"], bool]] = {
-    "magnitude_prune": ("magnitude", False),
-    "ties": ("magnitude", True),
-    "dare_linear": ("random", False),
-    "dare_ties": ("random", True),
+_PRUNED = {
+    "magnitude_prune": CombineMethod("factors", prunes="magnitude"),
+    "ties": CombineMethod("factors", prunes="magnitude", elects=True),
+    "dare_linear": CombineMethod("factors", prunes="random"),
+    "dare_ties": CombineMethod("factors", prunes="random", elects=True),
 }
 HOWS = {
     "exact": CombineMethod("ranks"),
     "svd": CombineMethod("ranks", is_compressed=True),
     "linear": CombineMethod("factors"),
-    **{name: CombineMethod("factors", *fields) for name, fields in _PRUNED.items()},
-    **{f"{name}_svd": CombineMethod("changes", *fields, True) for name, fields in _PRUNED.items()},
+    **_PRUNED,
+    **{
+        f"{name}_svd": dataclasses.replace(method, what="changes", is_compressed=True)
+        for name, method in _PRUNED.items()
+    },
 }
 
 
@@ -83,23 +86,31 @@ def combined(
             return _side_by_side(factors, scales, weights, rank if how.is_compressed else None)
         if how.what == "changes":
             return _sum_changes(factors, scales, weights, key, rank, how)
-        factor = jnp.stack([s * w for s, w in zip(scales, weights, strict=True)])[..., None, None]
-        root = jnp.sqrt(jnp.abs(factor))
-        signed = jnp.where(factor < 0, -root, root)
+        # The roots of s·w multiply both factors, and its sign one of them.
+        products = jnp.stack([s * w for s, w in zip(scales, weights, strict=True)])
+        products = products[..., None, None]  # [n, batch…, 1, 1]
+        roots = jnp.sqrt(jnp.abs(products))
+        signed_roots = jnp.where(products < 0, -roots, roots)
+        weights_a = roots if is_mirrored else signed_roots
+        weights_b = signed_roots if is_mirrored else roots
+        all_a = jnp.stack([a for a, _ in factors])
+        all_b = jnp.stack([b for _, b in factors])
         key_a, key_b = jax.random.split(key)
-        a, b = (jnp.stack(side) for side in zip(*factors, strict=True))
-        of_a, of_b = (root, signed) if is_mirrored else (signed, root)
-        return _summed(a, of_a, key_a, how), _summed(b, of_b, key_b, how)
+        return _summed(all_a, weights_a, key_a, how), _summed(all_b, weights_b, key_b, how)
 
 
 def _side_by_side(
     factors: Sequence[Factors], scales: Sequence[jax.Array], weights: jax.Array, rank: int | None
 ) -> Factors:
     """Returns [w₁s₁A₁ w₂s₂A₂ …] and [B₁; B₂; …], compressed where a rank is given."""
-    each = zip(factors, scales, weights, strict=True)
-    a = jnp.concatenate([a * (w * s)[..., None, None] for (a, _), s, w in each], axis=-2)
-    b = jnp.concatenate([b for _, b in factors], axis=-2)
-    return (a, b) if rank is None else nearest_product(a, b, rank)
+    weighted = []
+    for (a, _), scale, weight in zip(factors, scales, weights, strict=True):
+        weighted.append(a * (weight * scale)[..., None, None])
+    joined_a = jnp.concatenate(weighted, axis=-2)
+    joined_b = jnp.concatenate([b for _, b in factors], axis=-2)
+    if rank is None:
+        return joined_a, joined_b
+    return nearest_product(joined_a, joined_b, rank)
 
 
 def _sum_changes(
@@ -111,16 +122,18 @@ def _sum_changes(
     how: CombineMethod,
 ) -> Factors:
     """Returns the factors of a sum of changes s·AB, one matrix of the stack after the other."""
-    batch = scales[0].shape
+    batch_shape = scales[0].shape
 
     def sum_matrix(member: tuple[list[Factors], list[jax.Array], jax.Array]) -> Factors:
-        factors, scales, key = member
-        each = zip(factors, scales, strict=True)
-        changes = jnp.stack([s * (a.mT @ b) for (a, b), s in each])
-        return nearest_factors(_summed(changes, weights[:, None, None], key, how), rank)
+        member_factors, member_scales, member_key = member
+        changes = []
+        for (a, b), scale in zip(member_factors, member_scales, strict=True):
+            changes.append(scale * (a.mT @ b))
+        change = _summed(jnp.stack(changes), weights[:, None, None], member_key, how)
+        return nearest_factors(change, rank)
 
-    keys = jax.random.split(key, batch)
-    return map_batch(sum_matrix, (list(factors), list(scales), keys), len(batch))
+    keys = jax.random.split(key, batch_shape)
+    return map_batch(sum_matrix, (list(factors), list(scales), keys), len(batch_shape))
 
 
 def _summed(
@@ -134,21 +147,23 @@ def _summed(
     if how.prunes == "magnitude" and how.density < 1:
         tensors = _largest(tensors, how.density)
     elif how.prunes == "random" and how.density < 1:
-        kept = jax.random.bernoulli(key, how.density, tensors.shape)
-        tensors = jnp.where(kept, tensors / how.density, 0)
+        is_kept = jax.random.bernoulli(key, how.density, tensors.shape)
+        tensors = jnp.where(is_kept, tensors / how.density, 0)
     weighted = tensors * weights
     if not how.elects:
         return jnp.sum(weighted, axis=0)
-    votes = jnp.sum(tensors if how.sign == "total" else jnp.sign(tensors), axis=0)
-    agree = jnp.sign(tensors) == jnp.where(votes >= 0, 1, -1).astype(tensors.dtype)
-    count = jnp.maximum(jnp.sum(agree, axis=0), 1).astype(tensors.dtype)
-    return jnp.sum(jnp.where(agree, weighted, 0), axis=0) / count
+    votes = tensors if how.sign == "total" else jnp.sign(tensors)
+    majority_sign = jnp.where(jnp.sum(votes, axis=0) >= 0, 1, -1).astype(tensors.dtype)
+    is_in_majority = jnp.sign(tensors) == majority_sign
+    n_in_majority = jnp.maximum(jnp.sum(is_in_majority, axis=0), 1).astype(tensors.dtype)
+    return jnp.sum(jnp.where(is_in_majority, weighted, 0), axis=0) / n_in_majority
 
 
 def _largest(tensors: jax.Array, density: float) -> jax.Array:
     """Returns matrices […, rows, columns] with the largest elements alone, 0 for the others."""
-    flat = tensors.reshape(*tensors.shape[:-2], -1)
-    _, indices = lax.top_k(jnp.abs(flat), int(density * flat.shape[-1]))
-    none = jnp.zeros(flat.shape, bool)
-    kept = jnp.put_along_axis(none, indices, True, axis=-1, inplace=False)
-    return jnp.where(kept, flat, 0).reshape(tensors.shape)
+    elements = tensors.reshape(*tensors.shape[:-2], -1)
+    n_kept = int(density * elements.shape[-1])
+    _, indices = lax.top_k(jnp.abs(elements), n_kept)
+    nothing_kept = jnp.zeros(elements.shape, bool)
+    is_kept = jnp.put_along_axis(nothing_kept, indices, True, axis=-1, inplace=False)
+    return jnp.where(is_kept, elements, 0).reshape(tensors.shape)

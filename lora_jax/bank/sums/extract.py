@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.bank.sums.lowrank import Factors, replace_factors, split_roots, stack_layers
 from lora_jax.core.aliases import aliased
@@ -49,16 +50,22 @@ class Extraction:
     lost: dict[str, float]
 
     def __str__(self) -> str:
-        lines = []
+        lines: list[tuple[str, str, str]] = []  # a leaf, its form in the adapter, its change
         for path, error in self.errors.items():
-            ranks = sorted({*self.ranks.get(path, ())})
-            shown = "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else ""
-            kept = f"rank {shown}" if shown else "some rows"
-            lines.append((path, kept, f"relative error of the change {error:.4f}"))
+            ranks = self.ranks.get(path, ())
+            form = "some rows"
+            if ranks:
+                smallest, largest = min(ranks), max(ranks)
+                form = f"rank {smallest}" if smallest == largest else f"rank {smallest}–{largest}"
+            lines.append((path, form, f"relative error of the change {error:.4f}"))
         lines += [(path, "in full", "") for path in self.in_full]
         lines += [(path, "lost", f"changed by {size:.4f}") for path, size in self.lost.items()]
-        first, second = (max((len(line[i]) for line in lines), default=0) for i in (0, 1))
-        return "\n".join(f"{p:{first}}  {k:{second}}  {e}".rstrip() for p, k, e in lines)
+        path_width = max((len(path) for path, _, _ in lines), default=0)
+        form_width = max((len(form) for _, form, _ in lines), default=0)
+        return "\n".join(
+            f"{path:{path_width}}  {form:{form_width}}  {change}".rstrip()
+            for path, form, change in lines
+        )
 
 
 def extract(
@@ -114,116 +121,143 @@ def extract(
         raise ValueError(f"extract: rank={rank!r}: a rank is an integer of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"extract: energy={energy}: a share in (0, 1]")
-    chosen = [LoraRule(targets="all-linear")] if rules is None else rules
-    old, new = _leaves(before, after)
-    marked = lorafy(before, [_cheap_rule(rule) for rule in chosen], trace=trace, kinds=kinds)
-    nodes = nodes_of(marked)
+    if rules is None:
+        rules = [LoraRule(targets="all-linear")]
+    leaves_before, leaves_after = _leaves(before, after)
+    # The nodes say what is selected, and how it trains on.
+    tree = lorafy(before, [_cheap_rule(rule) for rule in rules], trace=trace, kinds=kinds)
+    nodes = nodes_of(tree)
     extracted: dict[str, Node] = {}
     ranks: dict[str, tuple[int, ...]] = {}
     errors: dict[str, float] = {}
     lost: dict[str, float] = {}
-    for path in old:
-        node, value = nodes.get(path), new[path]
-        if isinstance(node, LoraWeight) and (kept := _weight(node, value, rank, energy)):
-            extracted[path], errors[path] = kept
-            ranks[path] = kept[0].ranks
+    for path, leaf in leaves_before.items():
+        node = nodes.get(path)
+        new_leaf = leaves_after[path]
+        if isinstance(node, LoraWeight):
+            weight_and_error = _weight(node, new_leaf, rank, energy)
+            if weight_and_error is not None:
+                weight, errors[path] = weight_and_error
+                extracted[path] = weight
+                ranks[path] = weight.ranks
+                continue
+        change = _change(leaf, new_leaf)
+        if change == 0:
             continue
-        change = _change(old[path], value)
-        if not change:
-            continue
+        is_held_whole = isinstance(node, Trained) or (
+            keep_rest and node is None and _is_float(new_leaf)
+        )
         if isinstance(node, TrainedRows):
-            picked = as_array(value)[np.asarray(node.rows)].astype(node.value.dtype)
-            extracted[path] = node.replace(value=picked)
-            errors[path] = _change(extracted[path].merged(), value) / change
-        elif isinstance(node, Trained) or (keep_rest and node is None and _is_float(value)):
-            extracted[path] = Trained(jnp.array(as_array(value), old[path].dtype, copy=True))
+            rows = as_array(new_leaf)[np.asarray(node.rows)].astype(node.value.dtype)
+            trained_rows = node.replace(value=rows)
+            extracted[path] = trained_rows
+            errors[path] = _change(trained_rows.merged(), new_leaf) / change
+        elif is_held_whole:
+            extracted[path] = Trained(jnp.array(as_array(new_leaf), leaf.dtype, copy=True))
         else:
-            lost[path] = change / (float(_norm(old[path])) or 1.0)
+            lost[path] = change / (float(_norm(leaf)) or 1.0)
+    lost_paths = list(lost)
     if not extracted:
+        hint = f"; {lost_paths[0]!r} does, among {len(lost)}" if lost else ""
         raise ValueError(
-            "extract: nothing that the rules select differs between before and after"
-            + (f"; {next(iter(lost))!r} does, among {len(lost)}" if lost else "")
+            f"extract: nothing that the rules select differs between before and after{hint}"
         )
     if lost:
-        some = ", ".join(list(lost)[:5]) + (", …" if len(lost) > 5 else "")
+        examples = ", ".join(lost_paths[:5]) + (", …" if len(lost) > 5 else "")
         warnings.warn(
-            f"{len(lost)} leaves have changed and are no part of the adapter: {some}. Keep them "
-            "whole by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True",
+            f"{len(lost)} leaves have changed and are no part of the adapter: {examples}. Keep "
+            "them whole by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True",
             ExtractWarning,
             stacklevel=2,
         )
     in_full = tuple(path for path, node in extracted.items() if isinstance(node, Trained))
-    tree = map_leaves(extracted.get, aliased(before))
-    return tree, Extraction(ranks, errors, in_full, lost)
+    extraction = Extraction(ranks=ranks, errors=errors, in_full=in_full, lost=lost)
+    return map_leaves(extracted.get, aliased(before)), extraction
 
 
 def _cheap_rule(rule: Rule) -> Rule:
-    """Returns a rule that selects the same, at little cost; checks that all it says has effect."""
+    """Returns a rule of rank 1 that selects the same; checks that all it says has effect."""
     if not isinstance(rule, LoraRule):
         return rule
     for field in dataclasses.fields(rule):
-        if field.name not in _FIELDS and getattr(rule, field.name) != field.default:
-            hint = ": give it to extract" if field.name == "rank" else ": leave it out"
-            raise ValueError(f"extract: {field.name} of {rule} has no effect here{hint}")
+        has_no_effect = field.name not in _FIELDS and getattr(rule, field.name) != field.default
+        if has_no_effect:
+            hint = "give it to extract" if field.name == "rank" else "leave it out"
+            raise ValueError(f"extract: {field.name} of {rule} has no effect here: {hint}")
     return dataclasses.replace(rule, rank=1)
 
 
 def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Returns the arrays of both trees by path, after a check that they belong together."""
-    for name, tree in (("before", before), ("after", after)):
-        if nodes := nodes_of(tree):
+    leaves_before = _plain_leaves("before", before)
+    leaves_after = _plain_leaves("after", after)
+    unmatched_paths = sorted(set(leaves_before) ^ set(leaves_after))
+    if unmatched_paths:
+        raise ValueError(
+            f"extract: only one of the trees has {unmatched_paths[0]!r}, among "
+            f"{len(unmatched_paths)}"
+        )
+    for path, leaf in leaves_before.items():
+        shape = tuple(leaf.shape)
+        new_shape = tuple(leaves_after[path].shape)
+        if shape != new_shape:
             raise ValueError(
-                f"extract: {name} is adapted (at {next(iter(nodes))!r}): give a plain tree, "
-                "lora_jax.merge(tree) or lora_jax.strip(tree)"
+                f"extract: {path!r} has the shape {shape} before and {new_shape} after"
             )
-    old, new = (
-        {path: leaf for path, leaf in leaves_of(tree)[0] if hasattr(leaf, "dtype")}
-        for tree in (before, after)
-    )
-    if only := sorted(set(old) ^ set(new)):
-        raise ValueError(f"extract: only one of the trees has {only[0]!r}, among {len(only)}")
-    for path, leaf in old.items():
-        if tuple(leaf.shape) != tuple(new[path].shape):
-            raise ValueError(
-                f"extract: {path!r} has the shape {tuple(leaf.shape)} before and "
-                f"{tuple(new[path].shape)} after"
-            )
-    return old, new
+    return leaves_before, leaves_after
+
+
+def _plain_leaves(name: str, tree: Tree) -> dict[str, Leaf]:
+    """Returns the arrays of a tree by path; raises a ValueError if the tree is adapted."""
+    nodes = nodes_of(tree)
+    if nodes:
+        raise ValueError(
+            f"extract: {name} is adapted (at {list(nodes)[0]!r}): give a plain tree, "
+            "lora_jax.merge(tree) or lora_jax.strip(tree)"
+        )
+    return {path: leaf for path, leaf in leaves_of(tree)[0] if hasattr(leaf, "dtype")}
 
 
 def _weight(
-    node: LoraWeight, after: BaseLike, rank: int | None, energy: float | None
+    node: LoraWeight, new_kernel: BaseLike, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, float] | None:
     """Returns the weight with factors of its change, and their relative error.
 
     None if no adapted layer has changed.
     """
-    labels, n = node.labels, node.n_batch
-    depth = node.shape[labels.index("batch")] if n else 1
+    depth = node.shape[node.labels.index("batch")] if node.n_batch > 0 else 1
     groups: list[tuple[list[int], Factors | None]] = []
-    left = whole = 0.0
+    lost_energy = total_energy = 0.0
     for layer in range(depth):
-        a, b, s = _decomposed(node.base, after, layer, labels)
-        energies = np.square(np.asarray(s, np.float64)).reshape(-1, s.shape[-1]).sum(0)
-        is_kept = node.ranks[layer % len(node.ranks)] > 0 and energies[0] > 0
-        r = _rank(energies, rank, energy) if is_kept else 0
-        whole, left = whole + float(energies.sum()), left + float(energies[r:].sum())
-        if r:
-            a, b = (factor[..., :r, :].astype(node.a.dtype) for factor in (a, b))
-            groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
+        a, b, singular_values = _decomposed(node.base, new_kernel, layer, node.labels)
+        # Summed over the experts of the layer.
+        squares = np.square(np.asarray(singular_values, np.float64))
+        energies = squares.reshape(-1, squares.shape[-1]).sum(0)
+        is_adapted = node.ranks[layer % len(node.ranks)] > 0
+        has_changed = energies[0] > 0
+        layer_rank = _rank(energies, rank, energy) if is_adapted and has_changed else 0
+        total_energy += float(energies.sum())
+        lost_energy += float(energies[layer_rank:].sum())
+        if layer_rank == 0:
+            continue
+        a = a[..., :layer_rank, :].astype(node.a.dtype)
+        b = b[..., :layer_rank, :].astype(node.a.dtype)
+        groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
     if not groups:
         return None
-    return replace_factors(node, *stack_layers(groups, depth)), math.sqrt(left / whole)
+    factors, ranks = stack_layers(groups, depth)
+    return replace_factors(node, factors, ranks), math.sqrt(lost_energy / total_energy)
 
 
 def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
     """Returns the rank that keeps a share of the energies, at most `rank`."""
-    largest = min(rank or len(energies), len(energies))
+    max_rank = min(rank or len(energies), len(energies))
     if energy is None:
-        return largest
-    kept = np.cumsum(energies)
-    enough = int(np.argmax(kept >= energy * kept[-1])) + 1
-    return min(enough, largest)
+        return max_rank
+    energy_by_rank = np.cumsum(energies)
+    is_enough = energy_by_rank >= energy * energy_by_rank[-1]
+    sufficient_rank = int(np.argmax(is_enough)) + 1
+    return min(sufficient_rank, max_rank)
 
 
 @functools.partial(jax.jit, static_argnames="labels")
@@ -237,25 +271,35 @@ def _decomposed(
       layer: index along the first batch axis.
       labels: the roles of the kernel's axes.
     """
-    dtype = max(wide(before.dtype), wide(after.dtype), key=lambda kind: np.dtype(kind).itemsize)
-    order: tuple[Label, ...] = ("batch", "in", "out")
+    dtype = _wide_dtype(before.dtype, after.dtype)
+    layer_labels = labels
+    stack_axis = labels.index("batch") if "batch" in labels else None
+    if stack_axis is not None:
+        layer_labels = (*labels[:stack_axis], *labels[stack_axis + 1 :])
 
-    def matrix(leaf: Leaf) -> jax.Array:
-        own = labels
-        if "batch" in labels:
-            axis = labels.index("batch")
-            own = (*labels[:axis], *labels[axis + 1 :])
-            leaf = member(leaf, axis, layer)
-        array = as_array(leaf)
-        batch, rows, columns = (
-            [array.shape[axis] for axis in layout((label,), own)] for label in order
+    def to_matrix(leaf: Leaf) -> jax.Array:
+        """Returns a layer as [batch…, in, out]."""
+        array = as_array(leaf if stack_axis is None else member(leaf, stack_axis, layer))
+        batch_axes = layout(("batch",), layer_labels)
+        in_axes = layout(("in",), layer_labels)
+        out_axes = layout(("out",), layer_labels)
+        shape = (
+            *(array.shape[axis] for axis in batch_axes),
+            math.prod(array.shape[axis] for axis in in_axes),
+            math.prod(array.shape[axis] for axis in out_axes),
         )
-        flat = (*batch, math.prod(rows), math.prod(columns))
-        return jnp.transpose(array, layout(order, own)).reshape(flat).astype(dtype)
+        order = layout(("batch", "in", "out"), layer_labels)
+        return jnp.transpose(array, order).reshape(shape).astype(dtype)
 
-    change = matrix(after) - matrix(before)
+    change = to_matrix(after) - to_matrix(before)
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
-    return *split_roots(u, s, vt, s.shape[-1]), s
+    a, b = split_roots(u, s, vt, s.shape[-1])
+    return a, b, s
+
+
+def _wide_dtype(*dtypes: DTypeLike) -> DTypeLike:
+    """Returns the widest of some dtypes, fp32 at least."""
+    return max(map(wide, dtypes), key=lambda dtype: np.dtype(dtype).itemsize)
 
 
 def _change(before: BaseLike, after: BaseLike) -> float:
@@ -265,11 +309,12 @@ def _change(before: BaseLike, after: BaseLike) -> float:
 
 @jax.jit
 def _distance(before: BaseLike, after: BaseLike) -> jax.Array:
-    old, new = as_array(before), as_array(after)
-    if not _is_float(old):
-        return jnp.any(old != new).astype(jnp.float32)
-    dtype = max(wide(old.dtype), wide(new.dtype), key=lambda kind: np.dtype(kind).itemsize)
-    return _length(new.astype(dtype) - old.astype(dtype))
+    array_before = as_array(before)
+    array_after = as_array(after)
+    if not _is_float(array_before):
+        return jnp.any(array_before != array_after).astype(jnp.float32)
+    dtype = _wide_dtype(array_before.dtype, array_after.dtype)
+    return _length(array_after.astype(dtype) - array_before.astype(dtype))
 
 
 @jax.jit

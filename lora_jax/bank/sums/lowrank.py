@@ -29,15 +29,14 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
       rank: at most R, in and out.
     """
 
-    def nearest(factors: Factors) -> Factors:
+    def compress(factors: Factors) -> Factors:
         a, b = factors
         q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
         q_b, r_b = jnp.linalg.qr(b.mT)
-        u, s, vt = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-        a, b = split_roots(u, s, vt, rank)
-        return a @ q_a.mT, b @ q_b.mT
+        core_a, core_b = nearest_factors(r_a @ r_b.mT, rank)
+        return core_a @ q_a.mT, core_b @ q_b.mT
 
-    return map_batch(nearest, (a, b), a.ndim - 2)
+    return map_batch(compress, (a, b), a.ndim - 2)
 
 
 def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Factors:
@@ -48,10 +47,13 @@ def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Fact
       arrays: a tree of arrays with the same batch axes in front.
       n_batch: their number.
     """
-    batch = jax.tree.leaves(arrays)[0].shape[:n_batch]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[n_batch:]), arrays)
-    a, b = lax.map(fn, flat)
-    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
+    batch_shape = jax.tree.leaves(arrays)[0].shape[:n_batch]
+
+    def join_batch_axes(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, *array.shape[n_batch:])
+
+    a, b = lax.map(fn, jax.tree.map(join_batch_axes, arrays))
+    return a.reshape(*batch_shape, *a.shape[1:]), b.reshape(*batch_shape, *b.shape[1:])
 
 
 def nearest_factors(change: jax.Array, rank: int) -> Factors:
@@ -68,10 +70,13 @@ def split_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors
 
 def replace_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
     """Returns a weight with other factors, and a scale of 1; of 0 in layers of rank 0."""
-    node = node.replace(arrays={}, ranks=ranks if len(set(ranks)) > 1 else ranks[:1])
-    a, b = (f.reshape(node.shape_of(name)) for f, name in zip(factors, "ab", strict=True))
+    has_one_rank = len(set(ranks)) == 1
+    node = node.replace(arrays={}, ranks=ranks[:1] if has_one_rank else ranks)
+    a, b = factors
     scale = node.where_adapted(jnp.ones(node.shape_of("scale"), jnp.float32), 0)
-    return node.replace(a=a, b=b, scale=scale)
+    return node.replace(
+        a=a.reshape(node.shape_of("a")), b=b.reshape(node.shape_of("b")), scale=scale
+    )
 
 
 def stack_layers(
@@ -86,25 +91,29 @@ def stack_layers(
         of 1 has one group, whose factors have no axis of layers, or all of them.
       depth: the number of layers.
     """
-    present = [(layers, factors) for layers, factors in groups if factors is not None]
-    largest = max(a.shape[-2] for _, (a, _) in present)
+    layers_and_factors = [(layers, factors) for layers, factors in groups if factors is not None]
     ranks = [0] * depth
-    for layers, (a, _) in present:
+    for layers, (a, _) in layers_and_factors:
         for layer in layers:
             ranks[layer] = a.shape[-2]
+    largest_rank = max(ranks)
     if depth == 1:
-        return present[0][1], (largest,)
-    order = [layer for layers, _ in present for layer in layers]
-    absent = [layer for layer in range(depth) if layer not in order]
-    places = np.argsort([*order, *absent])
+        _, factors = layers_and_factors[0]
+        return factors, (largest_rank,)
+    present_layers = [layer for layers, _ in layers_and_factors for layer in layers]
+    absent_layers = [layer for layer in range(depth) if layer not in present_layers]
+    # The index of each layer among the joined factors, where absent layers come last.
+    index_of_layer = np.argsort([*present_layers, *absent_layers])
 
-    def whole(parts: list[jax.Array]) -> jax.Array:
-        *batch, _, width = parts[0].shape
-        parts = [filled(part, -2, largest) for part in parts]
-        if absent:
-            shape = (len(absent), *batch[1:], largest, width)
-            parts.append(jnp.zeros(shape, parts[0].dtype))
-        return jnp.concatenate(parts)[places]
+    def stack(factor_groups: list[jax.Array]) -> jax.Array:
+        padded_groups = [filled(factor, -2, largest_rank) for factor in factor_groups]
+        if absent_layers:
+            layer_shape = padded_groups[0].shape[1:]
+            zeros = jnp.zeros((len(absent_layers), *layer_shape), padded_groups[0].dtype)
+            padded_groups.append(zeros)
+        return jnp.concatenate(padded_groups)[index_of_layer]
 
-    a, b = (whole([factors[which] for _, factors in present]) for which in (0, 1))
-    return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)
+    stacked_a = stack([a for _, (a, _) in layers_and_factors])
+    stacked_b = stack([b for _, (_, b) in layers_and_factors])
+    has_one_rank = len(set(ranks)) == 1
+    return (stacked_a, stacked_b), (largest_rank,) if has_one_rank else tuple(ranks)

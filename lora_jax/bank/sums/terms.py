@@ -1,4 +1,8 @@
-"""The arrays of one weight in several adapters, summed layers of one rank at a time."""
+"""The arrays of one weight in several adapters, summed layers of one rank at a time.
+
+A *term* is an adapter in a sum. A *lane* is a part of the rank that is a sum of its own: a weight
+of whose uses each has its own half of the rank has two lanes.
+"""
 
 import functools
 from collections import defaultdict
@@ -24,11 +28,14 @@ def ranks_by_layer(nodes: Sequence[LoraWeight]) -> tuple[Ranks, ...]:
     A weight with start factors, W + s(AB − A₀B₀), changes W by twice its rank.
     """
     depth = max(len(node.ranks) for node in nodes)
-    times = [1 if node.start is None else 2 for node in nodes]
-    return tuple(
-        tuple(t * n.ranks[i % len(n.ranks)] for t, n in zip(times, nodes, strict=True))
-        for i in range(depth)
-    )
+    ranks_of_layers = []
+    for layer in range(depth):
+        layer_ranks = []
+        for node in nodes:
+            rank = node.ranks[layer % len(node.ranks)]
+            layer_ranks.append(rank if node.start is None else 2 * rank)
+        ranks_of_layers.append(tuple(layer_ranks))
+    return tuple(ranks_of_layers)
 
 
 def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: CombineMethod, rank: int | None) -> int:
@@ -42,10 +49,11 @@ def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: CombineMethod, rank: 
     """
     if not any(ranks):
         return 0
-    if how.is_compressed:
-        limit = min(*sizes, sum(ranks)) if how.what == "ranks" else min(sizes)
-        return min(rank or max(ranks), limit)
-    return sum(ranks) if how.what == "ranks" else max(ranks)
+    sums_ranks = how.what == "ranks"
+    if not how.is_compressed:
+        return sum(ranks) if sums_ranks else max(ranks)
+    limit = min(*sizes, sum(ranks)) if sums_ranks else min(sizes)
+    return min(rank or max(ranks), limit)
 
 
 @functools.partial(
@@ -76,45 +84,59 @@ def summed(
       how: see `lora_jax.bank.sums.arithmetic.combined`.
       dtype: dtype of the result.
     """
-    layers_of: dict[Ranks, list[int]] = defaultdict(list)
+    layers_of_ranks: dict[Ranks, list[int]] = defaultdict(list)
     for layer, term_ranks in enumerate(by_layer):
-        layers_of[term_ranks].append(layer)
+        layers_of_ranks[term_ranks].append(layer)
     n_lanes = 2 if uses == "each" else 1
 
-    def sum_lane(lane: int) -> Factors:
-        def sum_group(term_ranks: Ranks, layers: list[int]) -> Factors | None:
-            on = [term for term, rank in enumerate(term_ranks) if rank]
-            at = None if len(by_layer) == 1 else np.asarray(layers)
-            if not on:
-                return None
-            taken = [
-                _taken(arrays[i], term_ranks[i], at, lane, n_lanes, n_batch, wide(dtype))
-                for i in on
-            ]
-            factors, scales = zip(*taken, strict=True)
-            return combined(
-                factors,
-                scales,
-                weights[np.asarray(on)],
-                jax.random.fold_in(jax.random.fold_in(key, lane), layers[0]),
-                how=how,
-                rank=ranks[layers[0]] // n_lanes,
-                is_mirrored=lane == 1 or uses == "product",
+    def sum_layers(lane: int, term_ranks: Ranks, layers: list[int]) -> Factors | None:
+        """Returns one lane of layers in which each term has one rank; None if all ranks are 0."""
+        terms = [term for term, rank in enumerate(term_ranks) if rank > 0]
+        if not terms:
+            return None
+        factors = []
+        scales = []
+        for term in terms:
+            term_factors, scale = _factors_and_scale(
+                arrays[term],
+                rank=term_ranks[term],
+                layers=None if len(by_layer) == 1 else np.asarray(layers),
+                lane=lane,
+                n_lanes=n_lanes,
+                n_batch=n_batch,
+                dtype=wide(dtype),
             )
+            factors.append(term_factors)
+            scales.append(scale)
+        first_layer = layers[0]
+        return combined(
+            factors,
+            scales,
+            weights[np.asarray(terms)],
+            jax.random.fold_in(jax.random.fold_in(key, lane), first_layer),
+            how=how,
+            rank=ranks[first_layer] // n_lanes,
+            is_mirrored=lane == 1 or uses == "product",
+        )
 
+    lanes = []
+    for lane in range(n_lanes):
         groups = [
-            (layers, sum_group(term_ranks, layers)) for term_ranks, layers in layers_of.items()
+            (layers, sum_layers(lane, term_ranks, layers))
+            for term_ranks, layers in layers_of_ranks.items()
         ]
-        return stack_layers(groups, len(by_layer))[0]
+        factors, _ = stack_layers(groups, len(by_layer))
+        lanes.append(factors)
+    joined_a = jnp.concatenate([a for a, _ in lanes], axis=-2)
+    joined_b = jnp.concatenate([b for _, b in lanes], axis=-2)
+    return joined_a.astype(dtype), joined_b.astype(dtype)
 
-    a, b = zip(*map(sum_lane, range(n_lanes)), strict=True)
-    return jnp.concatenate(a, axis=-2).astype(dtype), jnp.concatenate(b, axis=-2).astype(dtype)
 
-
-def _taken(
+def _factors_and_scale(
     arrays: Mapping[str, jax.Array],
+    *,
     rank: int,
-    at: np.ndarray | None,
+    layers: np.ndarray | None,
     lane: int,
     n_lanes: int,
     n_batch: int,
@@ -127,26 +149,31 @@ def _taken(
     Args:
       arrays: see `summed`.
       rank: rank of these layers' change.
-      at: their indices; None for all.
+      layers: their indices; None for all.
       lane: 0, or 1 for the second half of the rank.
       n_lanes: 1 or 2.
       n_batch: the number of batch axes.
       dtype: dtype of the result.
     """
     has_start = "start_a" in arrays
-    each = rank // (2 if has_start else n_lanes)
+    lane_rank = rank // (2 if has_start else n_lanes)
+    lane_slice = slice(lane * lane_rank, (lane + 1) * lane_rank)
 
     def take_layers(name: str) -> jax.Array:
-        array = (arrays[name] if at is None else arrays[name][at]).astype(dtype)
-        array = array.reshape(*array.shape[: n_batch + 1], -1)
-        return array[..., lane * each : (lane + 1) * each, :]
+        array = arrays[name] if layers is None else arrays[name][layers]
+        return array.astype(dtype)
 
-    a, b = take_layers("a"), take_layers("b")
+    def take_lane(name: str) -> jax.Array:
+        factor = take_layers(name)
+        factor = factor.reshape(*factor.shape[: n_batch + 1], -1)
+        return factor[..., lane_slice, :]
+
+    a = take_lane("a")
+    b = take_lane("b")
     if has_start:
-        a = jnp.concatenate([a, take_layers("start_a")], axis=-2)
-        b = jnp.concatenate([b, -take_layers("start_b")], axis=-2)
-    scale = arrays["scale"] if at is None else arrays["scale"][at]
-    return (a, b), scale.astype(dtype)
+        a = jnp.concatenate([a, take_lane("start_a")], axis=-2)
+        b = jnp.concatenate([b, -take_lane("start_b")], axis=-2)
+    return (a, b), take_layers("scale")
 
 
 @jax.jit
@@ -154,9 +181,9 @@ def summed_biases(
     biases: Sequence[jax.Array], scales: Sequence[jax.Array], weights: jax.Array
 ) -> jax.Array:
     """Returns Σ w·s·c of biases c [batch…, out…], in the dtype of the weights [n]."""
-    terms = [
-        bias.astype(weights.dtype)
-        * jnp.expand_dims(scale.astype(weights.dtype) * weight, range(scale.ndim, bias.ndim))
-        for bias, scale, weight in zip(biases, scales, weights, strict=True)
-    ]
+    terms = []
+    for bias, scale, weight in zip(biases, scales, weights, strict=True):
+        factor = scale.astype(weights.dtype) * weight
+        factor = jnp.expand_dims(factor, range(scale.ndim, bias.ndim))
+        terms.append(bias.astype(weights.dtype) * factor)
     return functools.reduce(jnp.add, terms)

@@ -1,8 +1,8 @@
 """A stack: adapters of one kind over one base, which one compiled step trains side by side.
 
 Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train. The
-*content* of a slot is the state of its adapter, and the *fixed* arrays beside W, which do not train.
-In a stack, each array has an axis for the slots; `axes` is a tree of these axes.
+*content* of a slot is the state of its adapter, and the *fixed* arrays beside W, which do not
+train. In a stack, each array has an axis for the slots; `axes` is a tree of these axes.
 """
 
 import functools

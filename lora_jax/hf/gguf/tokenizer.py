@@ -105,9 +105,9 @@ def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict
             vocab[token] = token_id
     special: dict[str, str] = {}  # token by role
     for role, name in ROLES.items():
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            special[role] = tokens[token_id]
+        special_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if special_id is not None:
+            special[role] = tokens[special_id]
     if splits is None:
         core = _sentencepiece(metadata, vocab, special.setdefault("unk", "<unk>"))
         adds_bos = True
