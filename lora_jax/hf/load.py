@@ -10,6 +10,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -235,8 +236,9 @@ def _read_parameter(
         array_box = (layers, *array_box[1:])
     shape = tuple(map(len, array_box))
     if sharding is None:
-        array: jax.Array = jax.device_put(_read_box(source, row, array_box, dtype))
-        return jax.block_until_ready(array)
+        values = _read_box(source, row, array_box, dtype)
+        array: jax.Array = jax.block_until_ready(jax.device_put(values))
+        return array
     try:
         slices_of_device = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
@@ -266,8 +268,9 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
         indices_and_ranges = list(zip(member, stack_ranges, strict=True))
         if not all(index in axis_range for index, axis_range in indices_and_ranges):
             continue
-        index_in_box = tuple(index - axis_range.start for index, axis_range in indices_and_ranges)
-        member_values = values[(*index_in_box, ...)]
+        index_in_box = [index - axis_range.start for index, axis_range in indices_and_ranges]
+        member_index: tuple[int | EllipsisType, ...] = (*index_in_box, ...)
+        member_values = values[member_index]
         tensor_values = member_values.T if row.transpose else member_values
         source.read_into(tensor_values, name, tensor_slices)
     return values

@@ -187,8 +187,8 @@ class Stack:
             self.state, stacked_metrics = self._steps.step_all(self._writable_state(), *arguments)
             stacked_metrics = jax.device_get(stacked_metrics)
             for name in batches:
-                slot = self.names.index(name)
-                metrics_of[name] = {key: values[slot] for key, values in stacked_metrics.items()}
+                index = self.names.index(name)
+                metrics_of[name] = {key: values[index] for key, values in stacked_metrics.items()}
         else:
             for name, batch in _named_batches(calls):
                 slot = np.int32(self.names.index(name))

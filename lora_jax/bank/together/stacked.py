@@ -119,7 +119,9 @@ def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     if tenant.state is None:
         return make_state(adapter), fixed
     first_state: State = jax.eval_shape(make_state, adapter)
-    if jax.tree.structure(tenant.state) != jax.tree.structure(first_state):
+    structure: jax.tree_util.PyTreeDef = jax.tree.structure(tenant.state)
+    first_structure: jax.tree_util.PyTreeDef = jax.tree.structure(first_state)
+    if structure != first_structure:
         raise ValueError(
             "Tenant: the state to go on from is of another adapter or optimiser: give the params "
             "and the options that it was made with"
@@ -333,7 +335,8 @@ def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     """Returns the content of one slot."""
 
     def take(array: jax.Array, axis: int) -> jax.Array:
-        return lax.dynamic_index_in_dim(array, slot, axis, keepdims=False)
+        slot_array: jax.Array = lax.dynamic_index_in_dim(array, slot, axis, keepdims=False)
+        return slot_array
 
     return jax.tree.map(take, stacked, axes)
 
@@ -342,6 +345,7 @@ def replaced(stacked: Tree, content: Tree, slot: jax.typing.ArrayLike, axes: Tre
     """Returns stacked arrays with another content of one slot."""
 
     def put(array: jax.Array, slot_array: jax.Array, axis: int) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(array, slot_array, slot, axis)
+        updated: jax.Array = lax.dynamic_update_index_in_dim(array, slot_array, slot, axis)
+        return updated
 
     return jax.tree.map(put, stacked, content, axes)

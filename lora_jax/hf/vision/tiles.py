@@ -161,7 +161,6 @@ def _edge(fields: Fields, name: str, default: int) -> int:
     """Returns the longest edge in a field, in pixels."""
     size: Any = fields.get(name) or {"longest_edge": default}
     edge = size.get("longest_edge") if isinstance(size, dict) else None
-    is_in_range = isinstance(edge, int) and 0 < edge <= _MAX_EDGE
-    if not is_in_range:
+    if not isinstance(edge, int) or not 0 < edge <= _MAX_EDGE:
         raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MAX_EDGE}")
-    return int(edge)
+    return edge
