@@ -275,7 +275,7 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
         decoded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(opened))
         is_transparent = "A" in decoded.getbands() or "transparency" in decoded.info
         if mode == "RGB" and is_transparent and not is_file:
-            decoded = _on_white(pil, decoded)
+            decoded = _paste_on_white(pil, decoded)
         decoded.info.pop("transparency", None)  # of which Pillow would warn
         return decoded.convert(mode)
     except Exception as error:  # of a damaged file, anything
@@ -283,7 +283,7 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
         raise ImageError(f"the image cannot be read: {message}") from None
 
 
-def _on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
+def _paste_on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
     """Returns a transparent image on a white ground."""
     image = image.convert("RGBA")
     ground = pil.Image.new("RGBA", image.size, (255, 255, 255, 255))

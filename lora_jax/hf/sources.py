@@ -143,7 +143,7 @@ class SafetensorsFolder:
         return self.format.name(file_name, self.config)
 
     def _parts_of_table(self, tensors: Mapping[str, Header]) -> dict[str, SubTensor]:
-        """Returns where the files hold each tensor, by the table's names."""
+        """Returns the part of the files that each tensor is, by the table's names."""
         shapes = {name: header.shape for name, header in tensors.items()}
         parts = self.format.parts(self.config, shapes)
         divided_tensors = {part.name for part in parts.values()}

@@ -73,29 +73,22 @@ def read_config(source: Any) -> JsonObject:
       PeftError: if the kind is not supported, or if a field that is not supported is in use.
     """
     fields, where = fields_of(source)
-    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
+    kind = fields.get("peft_type", "LORA")
+    kind = getattr(kind, "value", kind)  # of an enum
     if kind not in ("LORA", *FORMS):
         kinds = ", ".join(("LORA", *FORMS))
         raise PeftError(f"{where}: peft_type is {kind!r}; only {kinds} are supported")
-    own: JsonObject = {}
+    kind_fields: JsonObject = {}
     if kind in FORMS:
-        fields, own = FORMS[kind].as_lora_fields(fields, where)
-    problems = []
-    for name, value in fields.items():
-        if name in REFUSED:
-            if value not in UNUSED:
-                problems.append(f"{name}={value!r} is not supported")
-        elif name not in _HONOURED and name not in _HARMLESS and value not in (None, False, {}, []):
-            problems.append(f"{name}={value!r} is not known")
-    if problems:
-        raise PeftError(f"{where}: {'; '.join(problems)}")
+        fields, kind_fields = FORMS[kind].as_lora_fields(fields, where)
+    _check_known(fields, where)
     config: JsonObject = {name: fields.get(name, default) for name, default in _HONOURED.items()}
     config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config[name], set | frozenset | tuple):
             config[name] = sorted(config[name])
     _check_values(config, where)
-    return config | {KIND: kind, OWN: own}
+    return config | {KIND: kind, OWN: kind_fields}
 
 
 def fields_of(source: Any) -> tuple[JsonObject, str]:
@@ -115,31 +108,28 @@ def fields_of(source: Any) -> tuple[JsonObject, str]:
     if hasattr(source, "to_dict"):
         return dict(source.to_dict()), type(source).__name__
     path = readable(source)
-    path = path / FILE if path.is_dir() else path
-    return read_file(path, "a PEFT adapter", PeftError), str(path)
+    file = path / FILE if path.is_dir() else path
+    return read_file(file, "a PEFT adapter", PeftError), str(file)
+
+
+def _check_known(fields: Fields, where: str) -> None:
+    """Raises a PeftError that names each field that is refused or not known, and is in use."""
+    problems = []
+    for name, value in fields.items():
+        if name in REFUSED:
+            if value not in UNUSED:
+                problems.append(f"{name}={value!r} is not supported")
+            continue
+        is_known = name in _HONOURED or name in _HARMLESS
+        is_empty = value in (None, False, {}, [])
+        if not is_known and not is_empty:
+            problems.append(f"{name}={value!r} is not known")
+    if problems:
+        raise PeftError(f"{where}: {'; '.join(problems)}")
 
 
 def _check_values(config: Fields, where: str) -> None:
     """Raises a PeftError that names each field with a value of the wrong kind."""
-
-    def number(value: object, least: float) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return False
-        return least <= value < 1e6
-
-    def names(value: object) -> bool:
-        return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-    def pattern(value: object, least: float) -> bool:
-        return isinstance(value, Mapping) and all(
-            isinstance(key, str) and number(n, least) for key, n in value.items()
-        )
-
-    def indices(value: object) -> bool:
-        return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
-    layers = config["layers_to_transform"]
-    tokens = config["trainable_token_indices"]
     init = config["init_lora_weights"]
     if str(init).startswith(_REDRAWN_INITS):
         raise PeftError(
@@ -147,29 +137,62 @@ def _check_values(config: Fields, where: str) -> None:
             "random draw or by data that the folder lacks; save it in PEFT as plain LoRA, "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
-    right = {
-        "r": type(config["r"]) is int and number(config["r"], 1),
-        "lora_alpha": number(config["lora_alpha"], 0) and config["lora_alpha"] > 0,
-        "lora_dropout": number(config["lora_dropout"], 0) and config["lora_dropout"] < 1,
+    rank = config["r"]
+    alpha = config["lora_alpha"]
+    dropout = config["lora_dropout"]
+    rank_pattern = config["rank_pattern"]
+    alpha_pattern = config["alpha_pattern"]
+    layers = config["layers_to_transform"]
+    tokens = config["trainable_token_indices"]
+    invocation = config[INVOCATION]
+    has_tokens_by_module = isinstance(tokens, Mapping) and all(
+        _are_indices(indices) for indices in tokens.values()
+    )
+    is_valid = {
+        "r": type(rank) is int and _is_number(rank, minimum=1),
+        "lora_alpha": _is_number(alpha, minimum=0) and alpha > 0,
+        "lora_dropout": _is_number(dropout, minimum=0) and dropout < 1,
         "bias": config["bias"] in ("none", "all", "lora_only"),
-        "rank_pattern": config["rank_pattern"] is None or pattern(config["rank_pattern"], 1),
-        "alpha_pattern": config["alpha_pattern"] is None or pattern(config["alpha_pattern"], 0),
-        "layers_to_transform": layers is None or type(layers) is int or indices(layers),
-        "trainable_token_indices": tokens is None
-        or indices(tokens)
-        or (isinstance(tokens, Mapping) and all(map(indices, tokens.values()))),
+        "rank_pattern": rank_pattern is None or _is_pattern(rank_pattern, minimum=1),
+        "alpha_pattern": alpha_pattern is None or _is_pattern(alpha_pattern, minimum=0),
+        "layers_to_transform": layers is None or type(layers) is int or _are_indices(layers),
+        "trainable_token_indices": tokens is None or _are_indices(tokens) or has_tokens_by_module,
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
-        INVOCATION: config[INVOCATION] is None
-        or bool(config[INVOCATION])
-        and indices(config[INVOCATION]),
+        INVOCATION: invocation is None or (bool(invocation) and _are_indices(invocation)),
     }
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        right[name] = config[name] is None or names(config[name])
-    for name in ("target_modules", "exclude_modules"):
-        right[name] |= isinstance(config[name], str)
+        is_valid[name] = config[name] is None or _are_names(config[name])
+    for name in ("target_modules", "exclude_modules"):  # or a pattern
+        is_valid[name] |= isinstance(config[name], str)
     for name in ("use_rslora", *SWITCHES, "ensure_weight_tying"):
-        right[name] = type(config[name]) is bool
-    if wrong := [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]:
+        is_valid[name] = type(config[name]) is bool
+    problems = [f"{name}={config[name]!r}" for name in is_valid if not is_valid[name]]
+    if problems:
         raise PeftError(
-            f"{where}: {', '.join(wrong)}: not supported, or not a value that PEFT would write"
+            f"{where}: {', '.join(problems)}: not supported, or not a value that PEFT would write"
         )
+
+
+def _is_number(value: object, *, minimum: float) -> bool:
+    """Returns True for a number from `minimum` on and below a million."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return minimum <= value < 1e6
+
+
+def _are_names(value: object) -> bool:
+    """Returns True for a list of texts, none of which is empty."""
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(value: object, *, minimum: float) -> bool:
+    """Returns True for numbers by the patterns of modules' names."""
+    if not isinstance(value, Mapping):
+        return False
+    has_names = all(isinstance(name, str) for name in value)
+    return has_names and all(_is_number(number, minimum=minimum) for number in value.values())
+
+
+def _are_indices(value: object) -> bool:
+    """Returns True for a list of integers of at least 0."""
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)

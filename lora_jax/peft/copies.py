@@ -1,6 +1,7 @@
 """Adds and removes tensors that PEFT writes twice: a tied head's, a saved module's biases."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,21 @@ from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
 from lora_jax.peft.names import PREFIX
 from lora_jax.variants import variants_of
 
-# The end of a head's key, the end of the table's key, and whether one tensor is transposed.
-_PAIRS = (
-    ("lora_A.weight", "lora_embedding_B", True),
-    ("lora_B.weight", "lora_embedding_A", True),
-    ("base_layer.weight", "base_layer.weight", False),
-    ("weight", "weight", False),
+
+
+class _KeyPair(NamedTuple):
+    """The ends of the keys of a head's tensor and of the table's tensor that it repeats."""
+
+    head: str
+    table: str
+    is_transposed: bool
+
+
+_KEY_PAIRS = (
+    _KeyPair("lora_A.weight", "lora_embedding_B", is_transposed=True),
+    _KeyPair("lora_B.weight", "lora_embedding_A", is_transposed=True),
+    _KeyPair("base_layer.weight", "base_layer.weight", is_transposed=False),
+    _KeyPair("weight", "weight", is_transposed=False),
 )
 
 
@@ -31,25 +41,29 @@ def tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list
     Raises:
       PeftError: for a table that PEFT does not tie, and for DoRA on one.
     """
+    remedy = "adapt one use of it, LoraRule(uses='lookup')"
     heads: dict[str, list[str]] = {}
     for row in tied:
-        node, remedy = nodes.get(row.path), "adapt one use of it, LoraRule(uses='lookup')"
+        node = nodes.get(row.path)
         if node is None or isinstance(node, TrainedRows):  # PEFT ties trained tokens by itself
             continue
         names = [name.removesuffix(".weight") for name in (row.hf, *row.aliases)]
-        if not any(name.split(".")[-1] in EMBEDDING_NAMES for name in names):
+        has_embedding_name = any(name.split(".")[-1] in EMBEDDING_NAMES for name in names)
+        if not has_embedding_name:
             raise PeftError(
                 f"{' and '.join(names)} are tied, and PEFT ties trained weights of layers called "
                 f"{' or '.join(EMBEDDING_NAMES)} only: {remedy}"
             )
-        for variant in variants_of(node) if isinstance(node, LoraWeight) else ():
+        variants = variants_of(node) if isinstance(node, LoraWeight) else []
+        for variant in variants:
             for part in variant.parts:
                 if part.vector == "gain":
                     raise PeftError(
                         f"{row.path!r} is tied, and PEFT's {variant.name} has a {part.name} for "
                         f"each of its uses: {remedy}"
                     )
-        heads[names[0]] = names[1:]
+        table, *head_names = names
+        heads[table] = head_names
     return heads
 
 
@@ -60,10 +74,11 @@ def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) 
       names: the field.
       heads: see `tied_heads`.
     """
-    for table, others in heads.items():
+    for table, head_names in heads.items():
         is_named = names and (table in names or ends_with(table, names))
-        if is_named and table.split(".")[-1] not in EMBEDDING_NAMES:
-            names = sorted({*(names or ()), *others})
+        has_embedding_name = table.split(".")[-1] in EMBEDDING_NAMES
+        if is_named and not has_embedding_name:
+            names = sorted({*(names or ()), *head_names})
     return names
 
 
@@ -76,14 +91,17 @@ def add_heads(
       tensors: by key.
       heads: see `tied_heads`.
     """
-    copies = dict(tensors)
-    for table, others in heads.items():
-        for head in others:
-            for of_head, of_table, is_transposed in _PAIRS:
-                if (tensor := tensors.get(f"{PREFIX}{table}.{of_table}")) is not None:
-                    copy = tensor.T if is_transposed else tensor
-                    copies[f"{PREFIX}{head}.{of_head}"] = np.ascontiguousarray(copy)
-    return copies
+    all_tensors = dict(tensors)
+    for table, head_names in heads.items():
+        for pair in _KEY_PAIRS:
+            table_tensor = tensors.get(f"{PREFIX}{table}.{pair.table}")
+            if table_tensor is None:
+                continue
+            for head in head_names:
+                head_tensor = table_tensor.T if pair.is_transposed else table_tensor
+                key = f"{PREFIX}{head}.{pair.head}"
+                all_tensors[key] = np.ascontiguousarray(head_tensor)
+    return all_tensors
 
 
 def drop_copies(
@@ -102,31 +120,34 @@ def drop_copies(
     Raises:
       PeftError: if the head of a tied table has a magnitude of its own.
     """
-    kept = {key: t for key, t in tensors.items() if not _is_wrapped(key, tensors)}
+    remaining = {key: t for key, t in tensors.items() if not _is_wrapped_copy(key, tensors)}
     for row in tied:
+        table = _stem(row.hf)
         for head in map(_stem, row.aliases):
-            if (magnitude := f"{head}.lora_magnitude_vector") in kept:
+            magnitude = f"{head}.lora_magnitude_vector"
+            if magnitude in remaining:
                 raise PeftError(
                     f"{where}: {magnitude}: PEFT has a magnitude for each use of a tied table, "
                     "which is not supported; train it in PEFT without use_dora"
                 )
-            for of_head, of_table, is_transposed in _PAIRS:
-                copy = kept.get(key := f"{head}.{of_head}")
-                of = kept.get(f"{_stem(row.hf)}.{of_table}")
-                if copy is None or of is None:
+            for pair in _KEY_PAIRS:
+                head_tensor = remaining.get(f"{head}.{pair.head}")
+                table_tensor = remaining.get(f"{table}.{pair.table}")
+                if head_tensor is None or table_tensor is None:
                     continue
-                if np.array_equal(copy, of.T if is_transposed else of):
-                    del kept[key]
-    return kept
+                copy = table_tensor.T if pair.is_transposed else table_tensor
+                if np.array_equal(head_tensor, copy):
+                    del remaining[f"{head}.{pair.head}"]
+    return remaining
 
 
-def _stem(hf: str) -> str:
-    return PREFIX + hf.removesuffix(".weight")
+def _stem(hf_name: str) -> str:
+    return PREFIX + hf_name.removesuffix(".weight")
 
 
-def _is_wrapped(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
+def _is_wrapped_copy(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
     """Returns True for a key inside PEFT's wrapper of a saved module that is repeated outside."""
-    plain = tensors.get(key.replace(".modules_to_save.", "."))
-    if ".modules_to_save." in key and plain is not None:
-        return np.array_equal(tensors[key], plain)
+    outside_tensor = tensors.get(key.replace(".modules_to_save.", "."))
+    if ".modules_to_save." in key and outside_tensor is not None:
+        return np.array_equal(tensors[key], outside_tensor)
     return ".original_module." in key  # the base's, which is not used

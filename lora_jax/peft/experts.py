@@ -50,35 +50,47 @@ class Expert(Module):
 def experts_of(model: Model) -> list[Expert]:
     """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
-    n = getattr(config, "num_experts", None)
-    if config is None or not n:
+    n_experts = getattr(config, "num_experts", None)
+    if config is None or not n_experts:
         return []
-    router = config.family.router_name
-    *first, down = config.family.expert_names
-    parts = (
-        (router, router, ROUTER, None, 1),
-        *(
-            (f"experts/{name}", "experts", GATE_UP, half if len(first) > 1 else None, n)
-            for half, name in enumerate(first)
-        ),
-        (f"experts/{down}", "experts", DOWN, None, n),
-    )
-    return [
-        Expert(
-            name=f"model.layers.{layer}.mlp.{module}.{parameter}",
-            path=f"{stack}/{config.family.mlp_name}/{kernel}/kernel",
-            index=(index,),
-            layer=layer,
-            kind="router" if parameter == ROUTER else "experts",
-            parameter=parameter,
-            half=half,
-            n=packed,
+    family = config.family
+    *input_kernels, down_kernel = family.expert_names
+    has_gate_and_up = len(input_kernels) > 1
+    experts = []
+    for layer in range(config.num_hidden_layers):
+        if not config.kind_of(layer).sparse:
+            continue
+        stack, stack_index = config.place_of(layer)
+        mlp_module = f"model.layers.{layer}.mlp"
+        mlp_path = f"{stack}/{family.mlp_name}"
+        experts.append(
+            Expert(
+                name=f"{mlp_module}.{family.router_name}.{ROUTER}",
+                path=f"{mlp_path}/{family.router_name}/kernel",
+                index=(stack_index,),
+                layer=layer,
+                kind="router",
+                parameter=ROUTER,
+                half=None,
+                n=1,
+            )
         )
-        for layer in range(config.num_hidden_layers)
-        if config.kind_of(layer).sparse
-        for stack, index in [config.place_of(layer)]
-        for kernel, module, parameter, half, packed in parts
-    ]
+        for kernel_index, kernel in enumerate(family.expert_names):
+            is_down = kernel == down_kernel
+            parameter = DOWN if is_down else GATE_UP
+            experts.append(
+                Expert(
+                    name=f"{mlp_module}.experts.{parameter}",
+                    path=f"{mlp_path}/experts/{kernel}/kernel",
+                    index=(stack_index,),
+                    layer=layer,
+                    kind="experts",
+                    parameter=parameter,
+                    half=kernel_index if has_gate_and_up and not is_down else None,
+                    n=n_experts,
+                )
+            )
+    return experts
 
 
 def can_hold(model: Model, path: str) -> bool:
@@ -97,8 +109,9 @@ def can_hold(model: Model, path: str) -> bool:
     >>> peft.can_hold(model, "model/layers/mlp/up_proj/kernel")
     True
     """
-    of_mlp = OF_MLP.search(path.replace("/", ".") + ".")
-    return of_mlp is None or getattr(model.config, "model_type", None) not in TAKEN_FOR_EXPERTS
+    is_of_mlp = OF_MLP.search(path.replace("/", ".") + ".") is not None
+    model_type = getattr(model.config, "model_type", None)
+    return not is_of_mlp or model_type not in TAKEN_FOR_EXPERTS
 
 
 def end_of(name: str) -> str:
@@ -116,47 +129,59 @@ def targeted_experts(config: Fields, model: Model) -> list[Expert]:
     Raises:
       PeftError: for a name of another parameter, and for fields that do not go with experts.
     """
-    wanted = config["target_parameters"] or []
-    if not wanted:
+    targets = config["target_parameters"] or []
+    if not targets:
         return []
-    available = experts_of(model)
-    names = dict.fromkeys(expert.name for expert in available)
-    for target in wanted:
-        if target not in names and not any(ends_with(name, [target]) for name in names):
+    experts = experts_of(model)
+    names = dict.fromkeys(expert.name for expert in experts)
+    for target in targets:
+        is_known = target in names or any(ends_with(name, [target]) for name in names)
+        if not is_known:
             known = ", ".join(dict.fromkeys(map(end_of, names)))
             raise PeftError(
                 f"target_parameters names {target!r}; what can be adapted as a parameter here is "
                 + (known or "nothing, for the model has no experts: use target_modules")
             )
-    for name in ("use_dora", "lora_bias", "lora_dropout"):
-        if config[name]:
-            raise PeftError(f"{name} does not go with target_parameters, in PEFT as here")
-    return [e for e in available if e.name in wanted or ends_with(e.name, wanted)]
+    for field in ("use_dora", "lora_bias", "lora_dropout"):
+        if config[field]:
+            raise PeftError(f"{field} does not go with target_parameters, in PEFT as here")
+    return [
+        expert
+        for expert in experts
+        if expert.name in targets or ends_with(expert.name, targets)
+    ]
 
 
 def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
     """Returns the keys of A and B; if both are adapted, gate_up_proj's lie inside down_proj's."""
-    layer = expert.name.removesuffix(f".{expert.parameter}")
-    both = expert.parameter == GATE_UP and any(m.name == f"{layer}.{DOWN}" for m in chosen)
-    stem = f"{PREFIX}{layer}{'.base_layer' if both else ''}"
+    experts_module = expert.name.removesuffix(f".{expert.parameter}")
+    is_down_adapted = any(module.name == f"{experts_module}.{DOWN}" for module in chosen)
+    lies_inside = expert.parameter == GATE_UP and is_down_adapted
+    stem = f"{PREFIX}{experts_module}"
+    if lies_inside:
+        stem += ".base_layer"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def unpack_a(a: np.ndarray, n: int) -> np.ndarray:
+def unpack_a(a: np.ndarray, n_experts: int) -> np.ndarray:
     """Returns A, [experts·r, in], as [experts, r, in]."""
-    return a.reshape(n, -1, a.shape[-1])
+    return a.reshape(n_experts, -1, a.shape[-1])
 
 
-def unpack_b(b: np.ndarray, n: int, half: int | None) -> np.ndarray:
+def unpack_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
     """Returns B, [out, r·experts], as [experts, r, out], or a half of its outputs."""
-    unpacked = b.reshape(b.shape[0], -1, n).transpose(2, 1, 0)
-    return unpacked if half is None else np.split(unpacked, 2, axis=-1)[half]
+    unpacked = b.reshape(b.shape[0], -1, n_experts).transpose(2, 1, 0)
+    if half is None:
+        return unpacked
+    return np.split(unpacked, 2, axis=-1)[half]
 
 
 def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns [experts, r, in] and [experts, r, out] as PEFT's A and B."""
-    n, rank, fan_out = b.shape
-    return a.reshape(n * rank, -1), b.transpose(2, 1, 0).reshape(fan_out, rank * n)
+    n_experts, rank, n_out = b.shape
+    packed_a = a.reshape(n_experts * rank, -1)
+    packed_b = b.transpose(2, 1, 0).reshape(n_out, rank * n_experts)
+    return packed_a, packed_b
 
 
 def side_by_side(
@@ -165,14 +190,17 @@ def side_by_side(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Joins (A, B, s) of gate_up_proj's halves; None stands for a half without an adapter."""
     if gate is None or up is None:
-        a, b, s = gate or up  # type: ignore[misc]
-        nothing = np.zeros_like(b)
-        return a, np.concatenate([nothing, b] if gate is None else [b, nothing], axis=-1), s
-    (a_gate, b_gate, s_gate), (a_up, b_up, s_up) = gate, up
-    if a_gate.shape == a_up.shape and np.array_equal(a_gate, a_up) and s_gate == s_up:
-        return a_gate, np.concatenate([b_gate, b_up], axis=-1), s_gate
-    b_up = b_up * np.asarray(s_up / s_gate, b_up.dtype)
-    beside_gate = np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)
-    beside_up = np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype)
-    b = np.block([[b_gate, beside_gate], [beside_up, b_up]])
-    return np.concatenate([a_gate, a_up], axis=1), b, s_gate
+        a, b, scale = gate or up  # type: ignore[misc]
+        zeros = np.zeros_like(b)
+        halves = [zeros, b] if gate is None else [b, zeros]
+        return a, np.concatenate(halves, axis=-1), scale
+    a_gate, b_gate, scale_gate = gate
+    a_up, b_up, scale_up = up
+    has_common_a = a_gate.shape == a_up.shape and np.array_equal(a_gate, a_up)
+    if has_common_a and scale_gate == scale_up:
+        return a_gate, np.concatenate([b_gate, b_up], axis=-1), scale_gate
+    b_up = b_up * np.asarray(scale_up / scale_gate, b_up.dtype)
+    zeros_gate = np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)
+    zeros_up = np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype)
+    b = np.block([[b_gate, zeros_gate], [zeros_up, b_up]])
+    return np.concatenate([a_gate, a_up], axis=1), b, scale_gate

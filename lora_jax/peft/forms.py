@@ -66,8 +66,13 @@ FORMS: dict[str, PeftForm] = {"VERA": vera, "TINYLORA": tinylora}
 
 def form_of(node: Leaf) -> PeftForm | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
-    variants = variants_of(node) if isinstance(node, LoraWeight) else []
-    return next((form for form in FORMS.values() if form.VARIANT in variants), None)
+    if not isinstance(node, LoraWeight):
+        return None
+    variants = variants_of(node)
+    for form in FORMS.values():
+        if form.VARIANT in variants:
+            return form
+    return None
 
 
 def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
@@ -79,15 +84,18 @@ def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
     Raises:
       PeftError: some have another one.
     """
-    form = next(filter(None, map(form_of, nodes.values())), None)
-    others = [path for path, node in nodes.items() if form_of(node) is not form]
-    if form is not None and others:
-        name, option = form.VARIANT.name, form.VARIANT.option
+    form_of_path = {path: form_of(node) for path, node in nodes.items()}
+    forms = [form for form in form_of_path.values() if form is not None]
+    if not forms:
+        return None
+    other_paths = [path for path, form in form_of_path.items() if form is not forms[0]]
+    if other_paths:
+        variant = forms[0].VARIANT
         raise PeftError(
-            f"{others[0]!r} is adapted otherwise than by {name}, and PEFT has one kind of adapter "
-            f"in a file: give all rules {option}=True, or none"
+            f"{other_paths[0]!r} is adapted otherwise than by {variant.name}, and PEFT has one "
+            f"kind of adapter in a file: give all rules {variant.option}=True, or none"
         )
-    return form
+    return forms[0]
 
 
 def peft_node(path: str, node: Leaf) -> Leaf:
@@ -100,13 +108,14 @@ def peft_node(path: str, node: Leaf) -> Leaf:
     Raises:
       PeftError: the node has a part that PEFT does not have.
     """
-    if not isinstance(node, LoraWeight) or form_of(node):
+    if not isinstance(node, LoraWeight) or form_of(node) is not None:
         return node
     if node.is_compact:
         return node.as_lora()
-    if unknown := [name for name in node.has if name not in VECTORS]:
+    unknown_parts = [name for name in node.has if name not in VECTORS]
+    if unknown_parts:
         raise PeftError(
-            f"{path!r} has the part {unknown[0]!r}, which PEFT does not have: make a plain adapter "
-            "of the tree first, lora_jax.bank.extract(strip(tree), merge(tree), rank=…)"
+            f"{path!r} has the part {unknown_parts[0]!r}, which PEFT does not have: make a plain "
+            "adapter of the tree first, lora_jax.bank.extract(strip(tree), merge(tree), rank=…)"
         )
     return node

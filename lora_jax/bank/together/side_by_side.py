@@ -67,7 +67,7 @@ def side_by_side(
     next_steps: dict[str, int] = {}  # of the runs that go on
 
     def call_run(name: str, function: Callable[..., Any], *args: object) -> Any:
-        """Returns what a function of a run returns; None where the run has ended."""
+        """Returns the result of a run's function; None where the run has ended."""
         try:
             return function(*args)
         except StopIteration as end:

@@ -269,7 +269,7 @@ def compiled_steps(
     Args:
       kind: the kind of the adapters.
       forward: the adapted function that the loss calls.
-      axes, shardings: of the state and the fixed arrays; see `form_of`.
+      axes, shardings: axes and shardings of the state and the fixed arrays; see `form_of`.
       compiler_options: to compile the steps with.
     """
     state_axes, fixed_axes = axes

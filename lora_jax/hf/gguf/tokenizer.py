@@ -95,7 +95,7 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
 
 
 def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
-    """Returns what `build` returns; `splits` is None for SentencePiece."""
+    """Builds a tokenizer as `build` does; `splits` is None for SentencePiece."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocab: dict[str, int] = {}
