@@ -14,7 +14,6 @@ from lora_jax.peft.names import PREFIX
 from lora_jax.variants import variants_of
 
 
-
 class _KeyPair(NamedTuple):
     """The ends of the keys of a head's tensor and of the table's tensor that it repeats."""
 

@@ -146,9 +146,7 @@ def targeted_experts(config: Fields, model: Model) -> list[Expert]:
         if config[field]:
             raise PeftError(f"{field} does not go with target_parameters, in PEFT as here")
     return [
-        expert
-        for expert in experts
-        if expert.name in targets or ends_with(expert.name, targets)
+        expert for expert in experts if expert.name in targets or ends_with(expert.name, targets)
     ]
 
 

@@ -26,7 +26,7 @@ from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, targeted_exper
 from lora_jax.peft.names import PREFIX
 from lora_jax.peft.served import ENDS, expert_factors, scale_of
 
-_WAY_OUT = "merge it into its base, which llama.cpp runs (--merged --gguf)"
+_REMEDY = "merge it into its base, which llama.cpp runs (--merged --gguf)"
 # Fields of adapter_config.json that stand for something llama.cpp's adapters lack.
 _LACKING = {
     "use_dora": "DoRA's magnitudes",
@@ -43,6 +43,11 @@ class Factors(NamedTuple):
     a: np.ndarray
     b: np.ndarray
     scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of A's rows."""
+        return int(self.a.shape[-2])
 
 
 def save_gguf(
@@ -79,45 +84,52 @@ def save_gguf(
     check_type(gguf_type, FLOATS)
     notes = check_form(getattr(model, "config", None))
     # llama.cpp takes an alpha of 0 for a scale of 1.
-    factors = [f for f in _factors(model, params) if f.a.shape[-2] and f.scale]
+    factors = [f for f in _factors(model, params) if f.rank > 0 and f.scale != 0]
     if not factors:
         raise PeftError("the adapter changes nothing: there is nothing to write")
-    alpha = Counter(f.scale * f.a.shape[-2] for f in factors).most_common(1)[0][0]
-    arch = model.config.family.gguf
+    alphas = Counter(f.scale * f.rank for f in factors)
+    alpha, _ = alphas.most_common(1)[0]
     fields = {
-        "general.architecture": arch,
+        "general.architecture": model.config.family.gguf,
         "general.type": "adapter",
         "general.file_type": FILE_TYPES[gguf_type],
         "general.quantization_version": 2,
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    named = name_of(model.config)
-    entries = [e for f in factors for e in _entries(f, named(f.name), alpha, gguf_type.upper())]
+    gguf_name = name_of(model.config)
+    entries: list[Entry] = []
+    for tensor_factors in factors:
+        name = gguf_name(tensor_factors.name)
+        entries += _entries(tensor_factors, name, alpha, gguf_type.upper())
     write_gguf(path, fields, entries)
-    folded = sum(not _says(f, alpha) for f in factors)
-    if folded:
+    n_rescaled = sum(not _gives_scale(alpha, f) for f in factors)
+    if n_rescaled > 0:
         notes.append(
-            f"GGUF has one alpha, {alpha:g}: of {folded} of {len(factors)} tensors, whose alpha / "
-            "rank is another, B holds the rest of the scale"
+            f"GGUF has one alpha, {alpha:g}: of {n_rescaled} of {len(factors)} tensors, whose "
+            "alpha / rank is another, B holds the rest of the scale"
         )
     return notes
 
 
-def _says(factors: Factors, alpha: float) -> bool:
+def _gives_scale(alpha: float, factors: Factors) -> bool:
     """Returns True if the file's alpha gives a tensor's scale, as fp32 has it."""
-    return bool(np.float32(alpha / factors.a.shape[-2]) == np.float32(factors.scale))
+    return bool(np.float32(alpha / factors.rank) == np.float32(factors.scale))
 
 
-def _entries(factors: Factors, name: str, alpha: float, kind: str) -> Iterator[Entry]:
-    a, b = factors.a, factors.b
-    if not _says(factors, alpha):
-        rest = factors.scale * a.shape[-2] / alpha
-        b = (b.astype(wide(b.dtype)) * rest).astype(b.dtype)
+def _entries(factors: Factors, name: str, alpha: float, kind: str) -> list[Entry]:
+    """Returns the two tensors of the file for an adapted tensor; `kind` is their GGUF type."""
+    a = factors.a
+    b = factors.b
+    if not _gives_scale(alpha, factors):
+        remaining_scale = factors.scale * factors.rank / alpha
+        b = (b.astype(wide(b.dtype)) * remaining_scale).astype(b.dtype)
     if name == "token_embd.weight":  # llama.cpp looks rows of A up
         a = a.T
-    for end, array in (("lora_a", a), ("lora_b", b)):
-        yield Entry(f"{name}.{end}", array.shape, kind, _reader(array))
+    return [
+        Entry(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_reader(a)),
+        Entry(name=f"{name}.lora_b", shape=b.shape, kind=kind, read=_reader(b)),
+    ]
 
 
 def _reader(array: np.ndarray) -> Callable[[], np.ndarray]:
@@ -127,66 +139,72 @@ def _reader(array: np.ndarray) -> Callable[[], np.ndarray]:
 def _factors(model: Model, params: Tree) -> Iterator[Factors]:
     """Yields the adapted tensors of a tree, under Hugging Face's names and in GGUF's order."""
     config = model.config
-    fields, tensors = contents(model, map_leaves(_plain, params), embedding_layers=False)
-    _check(fields, config)
-    chosen = targeted_experts(fields, model)
-    of_experts = {key for expert in chosen for key in keys_of_expert(expert, chosen)}
-    for expert in chosen:
-        yield from _expert_tensors(expert, chosen, tensors, fields, config)
+    fields, tensors = contents(model, map_leaves(_as_plain_lora, params), embedding_layers=False)
+    _check_form(fields, config)
+    experts = targeted_experts(fields, model)
+    expert_keys = {key for expert in experts for key in keys_of_expert(expert, experts)}
+    for expert in experts:
+        yield from _expert_tensors(expert, experts, tensors, fields, config)
     for key, a in tensors.items():
         for end_a, end_b in ENDS:
-            if not key.endswith(end_a) or key in of_experts:
+            if not key.endswith(end_a) or key in expert_keys:
                 continue
             stem = key.removesuffix(end_a)
-            name = stem.removeprefix(PREFIX)
-            b = pair_rows(tensors[stem + end_b], f"{name}.weight", config)
-            yield Factors(f"{name}.weight", a, b, scale_of(fields, name))
+            module = stem.removeprefix(PREFIX)
+            name = f"{module}.weight"
+            b = pair_rows(tensors[stem + end_b], name, config)
+            yield Factors(name=name, a=a, b=b, scale=scale_of(fields, module))
 
 
-def _plain(path: str, leaf: Any) -> Any:
+def _as_plain_lora(path: str, leaf: Any) -> Any:
     """Returns a weight as plain LoRA where its factors follow from a seed or from W."""
     return leaf.as_lora() if isinstance(leaf, LoraWeight) and leaf.is_compact else leaf
 
 
-def _check(fields: Fields, config: Any) -> None:
+def _check_form(fields: Fields, config: Any) -> None:
     """Raises a PeftError for an adapter that llama.cpp has no form for."""
-    lacking = [what for field, what in _LACKING.items() if fields.get(field)]
-    if tokens := fields.get(INVOCATION):
+    missing_features = [feature for field, feature in _LACKING.items() if fields.get(field)]
+    invocation = fields.get(INVOCATION)
+    if invocation:
         raise PeftError(
-            f"the adapter is an activated LoRA, which acts from its invocation {tokens} on: most "
-            "programs that read GGUF would run it on all tokens, and it cannot be merged. Run it "
-            "by train.serve, or write PEFT's files (train.export --output)"
+            f"the adapter is an activated LoRA, which acts from its invocation {invocation} on: "
+            "most programs that read GGUF would run it on all tokens, and it cannot be merged. Run "
+            "it by train.serve, or write PEFT's files (train.export --output)"
         )
     if fields["bias"] != "none":
-        lacking.append("trained biases")
-    if lacking:
-        raise PeftError(f"llama.cpp's adapters have no {' and no '.join(lacking)}: {_WAY_OUT}")
-    tables = {"embed_tokens", "lm_head"} & {
-        target.rsplit(".", 1)[-1] for target in fields["target_modules"] or ()
-    }
+        missing_features.append("trained biases")
+    if missing_features:
+        listing = " and no ".join(missing_features)
+        raise PeftError(f"llama.cpp's adapters have no {listing}: {_REMEDY}")
+    target_names = {target.rsplit(".", 1)[-1] for target in fields["target_modules"] or ()}
+    tables = sorted({"embed_tokens", "lm_head"} & target_names)
     if tables and config.tie_word_embeddings:
         raise PeftError(
-            f"the adapter is on {' and '.join(sorted(tables))}, and this model's head is its "
-            f"embedding, which llama.cpp's adapters cannot tell apart: {_WAY_OUT}"
+            f"the adapter is on {' and '.join(tables)}, and this model's head is its "
+            f"embedding, which llama.cpp's adapters cannot tell apart: {_REMEDY}"
         )
 
 
 def _expert_tensors(
     expert: Expert,
-    chosen: list[Expert],
+    experts: list[Expert],
     tensors: Mapping[str, np.ndarray],
     fields: Fields,
     config: Any,
 ) -> Iterator[Factors]:
-    a, b = expert_factors(expert, chosen, tensors)
-    b, scale = b.swapaxes(-1, -2), scale_of(fields, expert.name)
+    """Yields the adapted tensors of a kernel of a layer's experts, or of its router."""
+    a, b_by_rank = expert_factors(expert, experts, tensors)
+    b = b_by_rank.swapaxes(-1, -2)
+    scale = scale_of(fields, expert.name)
     mlp = f"model.layers.{expert.layer}.mlp"
     if expert.parameter == ROUTER:
-        yield Factors(f"{mlp}.{config.family.router_name}.weight", a[0], b[0], scale)
+        name = f"{mlp}.{config.family.router_name}.weight"
+        yield Factors(name=name, a=a[0], b=b[0], scale=scale)
         return
-    name = f"{mlp}.experts.{expert.path.split('/')[-2]}"
+    kernel = expert.path.split("/")[-2]
+    stem = f"{mlp}.experts.{kernel}"
     if not has_fused_experts(config):
-        yield Factors(f"{name}.weight", a, b, scale)
+        yield Factors(name=f"{stem}.weight", a=a, b=b, scale=scale)
         return
-    for part, cut in fused_parts(name):
-        yield Factors(f"{part}.weight", a, b[:, cut], scale)
+    for part, outputs in fused_parts(stem):
+        yield Factors(name=f"{part}.weight", a=a, b=b[:, outputs], scale=scale)

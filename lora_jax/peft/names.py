@@ -29,10 +29,10 @@ class TensorKeys:
 def keys_of(module: Module) -> TensorKeys:
     """Returns the keys of an adapted module."""
     stem = f"{PREFIX}{module.name}"
-    looked_up = module.is_embedding
+    is_embedding = module.is_embedding
     return TensorKeys(
-        a=f"{stem}.lora_embedding_A" if looked_up else f"{stem}.lora_A.weight",
-        b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
+        a=f"{stem}.lora_embedding_A" if is_embedding else f"{stem}.lora_A.weight",
+        b=f"{stem}.lora_embedding_B" if is_embedding else f"{stem}.lora_B.weight",
         parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},
         base_weight=f"{stem}.base_layer.weight",
     )
@@ -56,5 +56,6 @@ def exactly(name: str) -> str:
 
 def number(value: float) -> float | int:
     """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
-    nearest = round(value)
-    return nearest if abs(value - nearest) <= 1e-5 * max(1.0, abs(value)) else value
+    integer = round(value)
+    is_integer = abs(value - integer) <= 1e-5 * max(1.0, abs(value))
+    return integer if is_integer else value

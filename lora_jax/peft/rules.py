@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 from jax.typing import DTypeLike
@@ -86,21 +86,27 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     _check_initialiser(fields)
     if model is None:
-        return _translated(fields)
-    first, *others = tables_of(model)
+        return _rules_by_names(fields)
+
+    def rules_by_table(table: Sequence[Row]) -> list[Rule]:
+        available, chosen = selected(fields, table, model)
+        return rules_for(fields, table, available, chosen)
+
+    table, *other_tables = tables_of(model)
     try:
-        return rules_for(fields, first, *selected(fields, first, model))
+        return rules_by_table(table)
     except PeftError:
-        for table in others:  # by other names of the same modules
+        for other_table in other_tables:  # by other names of the same modules
             with contextlib.suppress(PeftError):
-                return rules_for(fields, table, *selected(fields, table, model))
+                return rules_by_table(other_table)
         raise
 
 
 def _check_initialiser(config: Fields) -> None:
     """Raises a PeftError where PEFT initialises otherwise than any rule."""
     name = config["init_lora_weights"]
-    if (reason := _BEYOND_RULES.get(name)) is not None:
+    reason = _BEYOND_RULES.get(name)
+    if reason is not None:
         known = ", ".join(map(repr, _INITIALISERS))
         raise PeftError(
             f"init_lora_weights={name!r}: PEFT {reason}, and rules do not: choose one of {known}; "
@@ -108,11 +114,13 @@ def _check_initialiser(config: Fields) -> None:
         )
 
 
-def _translated(config: Fields) -> list[Rule]:
+def _rules_by_names(config: Fields) -> list[Rule]:
+    """Makes rules without a model, by the names in a configuration."""
     targets = config["target_modules"]
+    is_pattern = isinstance(targets, str) and targets != "all-linear"
     # Only the model's own names can settle these.
-    settled_by_model = {
-        "target_modules": targets is None or (isinstance(targets, str) and targets != "all-linear"),
+    is_unclear = {
+        "target_modules": targets is None or is_pattern,
         "exclude_modules": isinstance(config["exclude_modules"], str),
         "rank_pattern": bool(config["rank_pattern"]),
         "alpha_pattern": bool(config["alpha_pattern"]),
@@ -120,24 +128,34 @@ def _translated(config: Fields) -> list[Rule]:
         "trainable_token_indices": config["trainable_token_indices"] is not None,
         "target_parameters": bool(config["target_parameters"]),
     }
-    if unclear := [name for name, is_unclear in settled_by_model.items() if is_unclear]:
+    unclear_fields = [field for field in is_unclear if is_unclear[field]]
+    if unclear_fields:
         raise PeftError(
-            f"{', '.join(unclear)}: what these select depends on the model; give it as well: "
-            "rules(config, model)"
+            f"{', '.join(unclear_fields)}: what these select depends on the model; give it as "
+            "well: rules(config, model)"
         )
 
     def paths(field: str) -> AnyOf:
         return AnyOf(name.replace(".", "/") for name in config[field] or ())
 
-    targets = targets if isinstance(targets, str) else paths("target_modules")
-    layers = config["layers_to_transform"]
-    layers = [layers] if isinstance(layers, int) else layers or None
-    saved, exclude = paths("modules_to_save"), paths("exclude_modules")
-    rules_made: list[Rule] = [TrainRule(targets=saved)] if saved else []
+    rules_by_names: list[Rule] = []
+    saved_paths = paths("modules_to_save")
+    if saved_paths:
+        rules_by_names.append(TrainRule(targets=saved_paths))
     if config["bias"] == "all":
-        rules_made.append(TrainRule(targets=["bias"]))
-    rank, alpha = config["r"], config["lora_alpha"]
-    return [*rules_made, _lora_rule(config, targets, rank, alpha, layers, exclude=exclude)]
+        rules_by_names.append(TrainRule(targets=["bias"]))
+    layers = config["layers_to_transform"] or None
+    if isinstance(config["layers_to_transform"], int):
+        layers = [config["layers_to_transform"]]
+    lora_rule = _lora_rule(
+        config,
+        targets=targets if isinstance(targets, str) else paths("target_modules"),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        layers=layers,
+        exclude=paths("exclude_modules"),
+    )
+    return [*rules_by_names, lora_rule]
 
 
 def selected(
@@ -152,8 +170,20 @@ def selected(
       experts: see `modules`.
     """
     available = modules(table, experts=experts, tied=is_tied(config))
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    return available, targeted(config, available, family) + targeted_experts(config, model)
+    model_config = getattr(model, "config", None)
+    family = getattr(model_config, "model_type", None)
+    chosen = targeted(config, available, family) + targeted_experts(config, model)
+    return available, chosen
+
+
+class _LoraSettings(NamedTuple):
+    """The settings of a LoraRule that all of its paths have in common."""
+
+    rank: int
+    alpha: float
+    uses: str
+    layers: tuple[int, ...] | None
+    is_half: bool  # of gate_up_proj, whose two halves have one A
 
 
 def rules_for(
@@ -169,27 +199,40 @@ def rules_for(
     _check_two_uses(config, chosen)
     if is_tied(config):
         _check_tied_alphas(config, table, chosen)
-    chosen_rules: list[Rule] = [*_saved(config, table), *_tokens(config, available)]
+    all_rules: list[Rule] = [*_saved_rules(config, table), *_token_rules(config, available)]
     if config["bias"] == "all":
-        paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
-        if paths:
-            chosen_rules.append(TrainRule(targets=_either(paths)))
-    settings: dict[tuple[int, float, str, tuple[int, ...] | None, bool], list[str]] = {}
+        bias_paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
+        if bias_paths:
+            all_rules.append(TrainRule(targets=_pattern_of(bias_paths)))
+    rows = {row.path: row for row in table}
+    paths_of_settings: dict[_LoraSettings, list[str]] = {}
     for path, members in _group_by_path(chosen).items():
-        layers: dict[tuple[int, float], list[int]] = {}
+        layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
         for module in members:
-            at = layers.setdefault(rank_and_alpha(config, module.name), [])
-            at.extend(module.index[:1])
-        row = next(row for row in table if row.path == path)
-        uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
-        halves = getattr(members[0], "half", None) is not None  # of gate_up_proj, with one A
-        for (rank, alpha), at in layers.items():
-            key = (rank, alpha, uses, _some_layers(at, row), halves)
-            settings.setdefault(key, []).append(path)
-    for (rank, alpha, uses, layer, halves), paths in settings.items():
-        rule = _lora_rule(config, _either(paths), rank, alpha, layer, uses=uses)
-        chosen_rules.append(dataclasses.replace(rule, share_a=halves and _may_share_a(rule)))
-    return chosen_rules
+            layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
+            layers += module.index[:1]
+        has_one_use = len({module.uses for module in members}) == 1
+        for (rank, alpha), layers in layers_of_rank.items():
+            settings = _LoraSettings(
+                rank=rank,
+                alpha=alpha,
+                uses=members[0].uses if has_one_use else "each",
+                layers=_some_layers(layers, rows[path]),
+                is_half=getattr(members[0], "half", None) is not None,
+            )
+            paths_of_settings.setdefault(settings, []).append(path)
+    for settings, paths in paths_of_settings.items():
+        rule = _lora_rule(
+            config,
+            targets=_pattern_of(paths),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            layers=settings.layers,
+            uses=settings.uses,
+        )
+        shares_a = settings.is_half and _may_share_a(rule)
+        all_rules.append(dataclasses.replace(rule, share_a=shares_a))
+    return all_rules
 
 
 def _lora_rule(
@@ -201,9 +244,12 @@ def _lora_rule(
     uses: str = "all",
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
-    variants = {option: config[field] for field, option in SWITCHES.items()}
-    if (form := FORMS.get(config[KIND])) is not None:
-        variants |= {form.VARIANT.option: True} | form.settings(config[OWN])
+    """Makes the LoraRule of some paths, with the settings that a configuration has for all."""
+    variant_settings = {option: config[field] for field, option in SWITCHES.items()}
+    form = FORMS.get(config[KIND])
+    if form is not None:
+        variant_settings[form.VARIANT.option] = True
+        variant_settings |= form.settings(config[OWN])
     return LoraRule(
         targets=targets,
         exclude=exclude,
@@ -216,7 +262,7 @@ def _lora_rule(
         train_bias=config["bias"] == "lora_only",
         invocation=config[INVOCATION],
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
-        **variants,
+        **variant_settings,
     )
 
 
@@ -227,19 +273,22 @@ def _may_share_a(rule: LoraRule) -> bool:
 
 def _some_layers(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
     """Returns layers of a row as a rule has them: None for all of its stack, or without one."""
-    some = tuple(sorted(set(layers)))
-    return some if some and len(some) < row.stack[0] else None
+    sorted_layers = tuple(sorted(set(layers)))
+    is_part_of_stack = len(sorted_layers) > 0 and len(sorted_layers) < row.stack[0]
+    return sorted_layers if is_part_of_stack else None
 
 
-def _either(paths: Sequence[str]) -> str:
+def _pattern_of(paths: Sequence[str]) -> str:
+    """Returns a pattern that matches these paths alone."""
     return "|".join(re.escape(path) for path in paths)
 
 
 def _group_by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
-    paths: dict[str, list[Module]] = {}
+    """Returns the modules that lie in each leaf of the tree, by its path."""
+    modules_of_path: dict[str, list[Module]] = {}
     for module in chosen:
-        paths.setdefault(module.path, []).append(module)
-    return paths
+        modules_of_path.setdefault(module.path, []).append(module)
+    return modules_of_path
 
 
 def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
@@ -259,18 +308,22 @@ def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
 
 def _check_tied_alphas(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> None:
     """Raises a PeftError where a head that shares its table's A and B has another alpha."""
-    adapted = {module.path: module.name for module in chosen}
+    module_of_path = {module.path: module.name for module in chosen}
+
+    def alpha_of(module: str) -> float:
+        alpha: float = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
+        return alpha
+
     for row in table:
-        heads = [alias.removesuffix(".weight") for alias in row.aliases]
-        for head in heads if row.path in adapted else []:
-            names = (adapted[row.path], head)
-            alphas = [
-                pattern_value(config["alpha_pattern"], n, config["lora_alpha"]) for n in names
-            ]
-            if alphas[0] != alphas[1]:
+        if row.path not in module_of_path:
+            continue
+        module = module_of_path[row.path]
+        for alias in row.aliases:
+            head = alias.removesuffix(".weight")
+            if alpha_of(module) != alpha_of(head):
                 raise PeftError(
-                    f"alpha_pattern gives {names[0]} {alphas[0]} and {head} {alphas[1]}, and the "
-                    "two share an adapter: give both the same"
+                    f"alpha_pattern gives {module} {alpha_of(module)} and {head} "
+                    f"{alpha_of(head)}, and the two share an adapter: give both the same"
                 )
 
 
@@ -280,35 +333,43 @@ def saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
     every layer's input_layernorm, too.
     """
-    wanted = [f"{entry}." for entry in config["modules_to_save"] or ()]
-    return [name for name in names if any(entry in name for entry in wanted)]
+    entries = [f"{entry}." for entry in config["modules_to_save"] or ()]
+    return [name for name in names if any(entry in name for entry in entries)]
 
 
-def _saved(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
+def _saved_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
     """Makes rules for modules that are saved whole: they train in full, layer by layer."""
     if not config["modules_to_save"]:
         return []
-    where = places(table)
-    tensors = saved_modules(config, list(where))
-    tied = saved_modules(config, [alias for row in table for alias in row.aliases])
-    tied += [name for name in tensors if where[name][0].aliases]
-    if tied and not is_tied(config):
+    row_and_index = places(table)
+    tensors = saved_modules(config, list(row_and_index))
+    aliases = [alias for row in table for alias in row.aliases]
+    tied_tensors = saved_modules(config, aliases)
+    for tensor in tensors:
+        row, _ = row_and_index[tensor]
+        if row.aliases:
+            tied_tensors.append(tensor)
+    if tied_tensors and not is_tied(config):
         raise PeftError(
-            f"modules_to_save holds {tied[0].removesuffix('.weight')}, which is tied: PEFT saves a "
-            "copy that only one of its two uses sees, which is not supported; train it in PEFT "
-            "with ensure_weight_tying=True"
+            f"modules_to_save holds {tied_tensors[0].removesuffix('.weight')}, which is tied: PEFT "
+            "saves a copy that only one of its two uses sees, which is not supported; train it in "
+            "PEFT with ensure_weight_tying=True"
         )
     if not tensors:
         raise PeftError(
             f"modules_to_save={config['modules_to_save']!r} matches none of the model's modules"
         )
-    layers: dict[Row, list[int]] = {}
-    for row, index in map(where.__getitem__, tensors):
-        layers.setdefault(row, []).extend(index[:1])
-    grouped: dict[tuple[int, ...] | None, list[str]] = {}
-    for row, at in layers.items():
-        grouped.setdefault(_some_layers(at, row), []).append(row.path)
-    return [TrainRule(targets=_either(paths), layers=at) for at, paths in grouped.items()]
+    layers_of_row: dict[Row, list[int]] = {}
+    for tensor in tensors:
+        row, index = row_and_index[tensor]
+        layers_of_row.setdefault(row, []).extend(index[:1])
+    paths_of_layers: dict[tuple[int, ...] | None, list[str]] = {}
+    for row, layers in layers_of_row.items():
+        paths_of_layers.setdefault(_some_layers(layers, row), []).append(row.path)
+    return [
+        TrainRule(targets=_pattern_of(paths), layers=layers)
+        for layers, paths in paths_of_layers.items()
+    ]
 
 
 def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[int]]:
@@ -321,42 +382,47 @@ def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[in
         if not embeddings:
             raise PeftError("trainable_token_indices: the model has no embedding")
         return {embeddings[0]: tokens}
-    rows_by_path = {}
+    rows_of_embedding = {}
     for key, rows in tokens.items():
-        named = [name for name in embeddings if name == key or name.endswith(f".{key}")]
-        if not named and _repeats_table(key, tokens, available):
-            continue
-        if not named:
+        named_embeddings = [name for name in embeddings if name == key or name.endswith(f".{key}")]
+        if named_embeddings:
+            rows_of_embedding[named_embeddings[0]] = rows
+        elif not _repeats_table(key, tokens, available):
             raise PeftError(
                 f"trainable_token_indices names {key!r}; the model's embeddings are "
                 f"{', '.join(embeddings)}"
             )
-        rows_by_path[named[0]] = rows
-    return rows_by_path
+    return rows_of_embedding
 
 
 def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequence[Module]) -> bool:
     """Returns True for a tied head with the same tokens as its table, which PEFT saves once."""
 
-    def is_named(module: Module, key: str) -> bool:
-        return module.name == key or ends_with(module.name, [key])
+    def is_named(module: Module, name: str) -> bool:
+        return module.name == name or ends_with(module.name, [name])
 
-    paths = [m.path for m in available if m.uses == "product" and is_named(m, key)]
-    tables = [m for m in available if m.path in paths and m.is_embedding]
-    of_table = [rows for name, rows in tokens.items() for m in tables if is_named(m, name)]
-    if of_table and sorted(of_table[0]) != sorted(tokens[key]):
+    head_paths = [m.path for m in available if m.uses == "product" and is_named(m, key)]
+    tables = [m for m in available if m.path in head_paths and m.is_embedding]
+    rows_of_tables = []
+    for name, rows in tokens.items():
+        rows_of_tables += [rows for table in tables if is_named(table, name)]
+    if not rows_of_tables:
+        return False
+    if sorted(rows_of_tables[0]) != sorted(tokens[key]):
         raise PeftError(
             f"trainable_token_indices has other tokens for {key!r} than for {tables[0].name}, and "
             "the two are tied: train the same tokens of both"
         )
-    return bool(of_table)
+    return True
 
 
-def _tokens(config: Fields, available: Sequence[Module]) -> list[TrainRule]:
+def _token_rules(config: Fields, available: Sequence[Module]) -> list[TrainRule]:
+    """Makes rules for rows of embeddings that train in full."""
     paths = {module.name: module.path for module in available if module.is_embedding}
+    rows_of_embedding = token_rows(config, available)
     return [
         TrainRule(targets=re.escape(paths[name]), rows=rows)
-        for name, rows in token_rows(config, available).items()
+        for name, rows in rows_of_embedding.items()
     ]
 
 

@@ -9,8 +9,8 @@ experts it needs every projection of each, so that zeros stand for those that ar
   checkpoint, as PEFT names them in transformers 4.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,13 +42,18 @@ class _Factors(NamedTuple):
     a: np.ndarray
     b: np.ndarray
 
-    def filled(self, rank: int) -> "_Factors":
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return int(self.a.shape[1])
+
+    def padded(self, rank: int) -> "_Factors":
         """Returns factors of a higher rank, filled up with zeros."""
-        more = ((0, 0), (0, rank - self.a.shape[1]), (0, 0))
-        return _Factors(np.pad(self.a, more), np.pad(self.b, more))
+        padding = ((0, 0), (0, rank - self.rank), (0, 0))
+        return _Factors(np.pad(self.a, padding), np.pad(self.b, padding))
 
 
-_ByName = dict[str, _Factors]  # by the name of a module, which the keys begin with
+_FactorsByModule = dict[str, _Factors]  # by the module's name, without `PREFIX`
 
 
 def as_served(
@@ -71,99 +76,135 @@ def as_served(
             "vLLM's layout has no activated LoRA: leave out for_serving, and run it by PEFT or "
             "train.serve"
         )
-    chosen = targeted_experts(fields, model)
-    of_experts = {key for expert in chosen for key in keys_of_expert(expert, chosen)}
-    out = {key: tensor for key, tensor in tensors.items() if key not in of_experts}
-    factors_by_key: dict[tuple[str, str], _Factors] = {}
-    for key in list(out):
+    experts = targeted_experts(fields, model)
+    expert_keys = {key for expert in experts for key in keys_of_expert(expert, experts)}
+    served_tensors = {key: tensor for key, tensor in tensors.items() if key not in expert_keys}
+    factors_by_keys: dict[tuple[str, str], _Factors] = {}  # by the keys of A and B
+    for key_a in list(served_tensors):
         for end_a, end_b in ENDS:
-            if key.endswith(end_a):
-                stem = key.removesuffix(end_a)
-                a, b = out.pop(key), out.pop(stem + end_b)
+            if key_a.endswith(end_a):
+                stem = key_a.removesuffix(end_a)
+                key_b = stem + end_b
+                a = served_tensors.pop(key_a)
+                b = served_tensors.pop(key_b)
                 scale = scale_of(fields, stem.removeprefix(PREFIX))
-                factors_by_key[key, stem + end_b] = _scaled(a[None], b.T[None], scale)
-    changes: JsonObject = {}
-    if chosen:
-        of_names, changes = _experts(fields, tensors, chosen, model)
-        factors_by_key |= {
-            (PREFIX + name + ENDS[0][0], PREFIX + name + ENDS[0][1]): factors
-            for name, factors in of_names.items()
-        }
-    rank = max((factors.a.shape[1] for factors in factors_by_key.values()), default=1)
-    for keys, factors in factors_by_key.items():
-        out |= zip(keys, map(np.ascontiguousarray, pack(*factors.filled(rank))), strict=True)
-    changes |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-    return {**fields, **changes}, out
+                factors_by_keys[key_a, key_b] = _scaled(a[None], b.T[None], scale)
+    served_fields: JsonObject = dict(fields)
+    if experts:
+        expert_factors_by_module, target_fields = _serve_experts(fields, tensors, experts, model)
+        served_fields |= target_fields
+        end_a, end_b = ENDS[0]
+        for module, factors in expert_factors_by_module.items():
+            stem = PREFIX + module
+            factors_by_keys[stem + end_a, stem + end_b] = factors
+    rank = max((factors.rank for factors in factors_by_keys.values()), default=1)
+    for (key_a, key_b), factors in factors_by_keys.items():
+        a, b = pack(*factors.padded(rank))
+        served_tensors[key_a] = np.ascontiguousarray(a)
+        served_tensors[key_b] = np.ascontiguousarray(b)
+    served_fields |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    return served_fields, served_tensors
 
 
-def _experts(
-    fields: Fields, tensors: Mapping[str, np.ndarray], chosen: Sequence[Expert], model: Model
-) -> tuple[_ByName, JsonObject]:
+def _serve_experts(
+    fields: Fields, tensors: Mapping[str, np.ndarray], experts: Sequence[Expert], model: Model
+) -> tuple[_FactorsByModule, JsonObject]:
     """Returns the factors of experts and routers by their modules, and the fields on targets."""
     config = model.config
-    joined, n = has_fused_experts(config), config.num_experts
-    depth = config.num_hidden_layers - config.first_k_dense_replace
-    routers: _ByName = {}
-    kernels: dict[str, _ByName] = {}  # of each layer's experts, by the name of the kernel
-    for expert in chosen:
-        factors = _scaled(*expert_factors(expert, chosen, tensors), scale_of(fields, expert.name))
+    routers: _FactorsByModule = {}
+    kernels_of_mlp: dict[str, dict[str, _Factors]] = {}  # by the name of the experts' kernel
+    for expert in experts:
+        a, b = expert_factors(expert, experts, tensors)
+        factors = _scaled(a, b, scale_of(fields, expert.name))
         mlp = f"model.layers.{expert.layer}.{config.family.mlp_name}"
         if expert.parameter == ROUTER:
             routers[f"{mlp}.{config.family.router_name}"] = factors
         else:
-            kernels.setdefault(mlp, {})[expert.path.split("/")[-2]] = factors
-    factors_by_key, experts = dict(routers), []
-    for mlp, of in kernels.items():
-        dtype = next(iter(of.values())).a.dtype
-        for name, (fan_in, fan_out) in config.expert_shapes.items():
-            nothing = _Factors(np.zeros((n, 1, fan_in), dtype), np.zeros((n, 1, fan_out), dtype))
-            factors = of.get(name, nothing)
-            if joined:
-                experts.append(f"{mlp}.experts.{name}")
-                factors_by_key[f"{mlp}.experts{'.base_layer' if name == GATE_UP else ''}"] = factors
+            kernel = expert.path.split("/")[-2]
+            kernels_of_mlp.setdefault(mlp, {})[kernel] = factors
+    are_fused = has_fused_experts(config)
+    factors_by_module = dict(routers)
+    targets: list[str] = []  # the parameters or modules of experts
+    for mlp, kernels in kernels_of_mlp.items():
+        for kernel, factors in _all_kernels(kernels, config).items():
+            if are_fused:
+                targets.append(f"{mlp}.experts.{kernel}")
+                wrapper = ".base_layer" if kernel == GATE_UP else ""
+                factors_by_module[f"{mlp}.experts{wrapper}"] = factors
                 continue
-            for e in range(n):
-                experts.append(f"{mlp}.experts.{e}.{name}")
-                factors_by_key[experts[-1]] = _Factors(*(x[e : e + 1] for x in factors))
-    if joined:
-        names = _shortened(experts, depth, end_of)
-        names += _shortened([f"{name}.{ROUTER}" for name in routers], depth, end_of)
-        return factors_by_key, {"target_parameters": sorted(names)}
+            for index in range(config.num_experts):
+                module = f"{mlp}.experts.{index}.{kernel}"
+                targets.append(module)
+                one_expert = slice(index, index + 1)
+                factors_by_module[module] = _Factors(factors.a[one_expert], factors.b[one_expert])
+    return factors_by_module, _target_fields(fields, config, targets, list(routers))
+
+
+def _all_kernels(kernels: Mapping[str, _Factors], config: Any) -> dict[str, _Factors]:
+    """Returns the factors of each kernel of a layer's experts: zeros for those not adapted."""
+    dtype = list(kernels.values())[0].a.dtype
+    all_kernels = {}
+    for kernel, (n_in, n_out) in config.expert_shapes.items():
+        zeros = _Factors(
+            a=np.zeros((config.num_experts, 1, n_in), dtype),
+            b=np.zeros((config.num_experts, 1, n_out), dtype),
+        )
+        all_kernels[kernel] = kernels.get(kernel, zeros)
+    return all_kernels
+
+
+def _target_fields(
+    fields: Fields, config: Any, experts: Sequence[str], routers: Sequence[str]
+) -> JsonObject:
+    """Returns target_modules or target_parameters, which name experts and routers.
+
+    Args:
+      fields: the fields of adapter_config.json.
+      config: the model's configuration.
+      experts: names of the experts' parameters, or of their modules.
+      routers: names of the routers' modules.
+    """
+    n_layers = config.num_hidden_layers - config.first_k_dense_replace
+    if has_fused_experts(config):
+        router_parameters = [f"{name}.{ROUTER}" for name in routers]
+        names = _shortened(experts, n_layers, end_of)
+        names += _shortened(router_parameters, n_layers, end_of)
+        return {"target_parameters": sorted(names)}
     names = list(fields["target_modules"] or [])
     if config.shared_expert_intermediate_size:  # whose projections have the same last names
-        names += _shortened(experts, depth, lambda name: ".".join(name.split(".")[-3:]))
+        names += _shortened(experts, n_layers, lambda name: ".".join(name.split(".")[-3:]))
     else:
-        names += _shortened(experts, depth * n, _last)
-    names += _shortened(routers, depth, _last)
-    return factors_by_key, {"target_modules": sorted(names), "target_parameters": None}
+        names += _shortened(experts, n_layers * config.num_experts, _last_name)
+    names += _shortened(routers, n_layers, _last_name)
+    return {"target_modules": sorted(names), "target_parameters": None}
 
 
 def expert_factors(
-    expert: Expert, chosen: Sequence[Expert], tensors: Mapping[str, np.ndarray]
+    expert: Expert, experts: Sequence[Expert], tensors: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns A [experts, r, in] and B [experts, r, out] of a kernel of a layer's experts.
 
     Args:
       expert: the kernel.
-      chosen: all that the adapter adapts.
+      experts: all that the adapter adapts.
       tensors: PEFT's, by key.
     """
-    key_a, key_b = keys_of_expert(expert, chosen)
-    a, b = unpack_a(tensors[key_a], expert.n), unpack_b(tensors[key_b], expert.n, expert.half)
+    key_a, key_b = keys_of_expert(expert, experts)
+    a = unpack_a(tensors[key_a], expert.n)
+    b = unpack_b(tensors[key_b], expert.n, expert.half)
     if expert.half is None:
         return a, b
-    used = b.any(axis=(0, 2))  # without the ranks that the other half alone uses
-    return a[:, used], b[:, used]
+    is_rank_used = b.any(axis=(0, 2))  # the other ranks belong to the other half alone
+    return a[:, is_rank_used], b[:, is_rank_used]
 
 
-def _shortened(names: Iterable[str], each: int, end: Callable[[str], str]) -> list[str]:
-    """Returns the ends of names, if these name `each` modules; else the names."""
-    names = list(names)
+def _shortened(names: Sequence[str], n_per_end: int, end: Callable[[str], str]) -> list[str]:
+    """Returns the ends of names, if each end stands for `n_per_end` modules; else the names."""
     ends = list(dict.fromkeys(map(end, names)))
-    return ends if len(names) == each * len(ends) else names
+    return ends if len(names) == n_per_end * len(ends) else list(names)
 
 
-def _last(name: str) -> str:
+def _last_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 

@@ -25,10 +25,12 @@ MAX_RANK = 16  # vLLM's default
 _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
 _CLASSIFIERS = ("classifier", "score")
 _A = ".lora_A.weight"
-_BOTH = (".experts", ".experts.base_layer")
-_AGAIN = "write it by --for-serving, which fills in zeros and changes the layout"
+_EMBEDDING_A = ".lora_embedding_A"
+_EXPERT_MODULES = (".experts", ".experts.base_layer")  # the ends of their names
+# Remedies.
+_REWRITE = "write it by --for-serving, which fills in zeros and changes the layout"
 _MERGE = "merge it into the base (--merged)"
-_SCALED = f"write it by --for-serving, which gives all one scale, or {_MERGE}"
+_RESCALE = f"write it by --for-serving, which gives all one scale, or {_MERGE}"
 _BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
 
 
@@ -89,43 +91,55 @@ def problems_of(
 
 def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
     """Returns r by the name of the module; of a layer's experts, by that of the parameter."""
+    targets = fields.get("target_parameters") or ()
+    is_gate_up_targeted = any(GATE_UP in target for target in targets)
     ranks = {}
-    wanted = fields.get("target_parameters") or ()
     for key, tensor in tensors.items():
-        for end in (".lora_A.weight", ".lora_embedding_A"):
+        for end in (_A, _EMBEDDING_A):
             if not key.endswith(end):
                 continue
-            name, rank = key.removeprefix(PREFIX).removesuffix(end), int(tensor.shape[0])
-            if name.endswith(_BOTH):  # A has the ranks of all experts
-                inside = f"{PREFIX}{name}.base_layer{end}" in tensors
-                stem, kind = name.removesuffix(".base_layer"), GATE_UP
-                if stem == name and (inside or not any(GATE_UP in target for target in wanted)):
-                    kind = DOWN
-                name = f"{stem}.{kind}"
-                rank = pattern_value(fields.get("rank_pattern"), name, fields.get("r", 8))
-            ranks[name] = rank
+            name = key.removeprefix(PREFIX).removesuffix(end)
+            if not name.endswith(_EXPERT_MODULES):
+                ranks[name] = int(tensor.shape[0])
+                continue
+            # A has the ranks of all experts. Where both parameters are adapted, the factors of
+            # gate_up_proj lie inside those of down_proj.
+            experts = name.removesuffix(".base_layer")
+            is_inside = name != experts
+            has_inner_factors = f"{PREFIX}{name}.base_layer{end}" in tensors
+            is_down = not is_inside and (has_inner_factors or not is_gate_up_targeted)
+            parameter = f"{experts}.{DOWN if is_down else GATE_UP}"
+            rank_pattern = fields.get("rank_pattern")
+            ranks[parameter] = pattern_value(rank_pattern, parameter, fields.get("r", 8))
     return ranks
 
 
 def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
     """Lists experts of which a projection is not adapted, or in another model's layout."""
-    names = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
-    joined = {name for name in names if name.endswith(".experts")}
-    alone = sorted(name for name in joined if f"{name}.base_layer" not in names)
-    apart: dict[str, list[str]] = {}
-    for name in names:
-        if (match := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name)) is not None:
-            apart.setdefault(match[1], []).append(match[2])
-    alone += [layer for layer, of in apart.items() if len(of) < 3 * len(set(of))]
+    modules = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
+    packed_layers = {name for name in modules if name.endswith(".experts")}
+    expert_indices: dict[str, list[str]] = {}  # of each projection, by layer
+    for name in modules:
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name)
+        if match is not None:
+            expert_indices.setdefault(match[1], []).append(match[2])
+    incomplete_layers = [name for name in packed_layers if f"{name}.base_layer" not in modules]
+    for layer, indices in expert_indices.items():
+        n_experts = len(set(indices))
+        if len(indices) < 3 * n_experts:
+            incomplete_layers.append(layer)
     problems = []
-    if alone:
+    if incomplete_layers:
         problems.append(
-            f"experts: one projection of theirs is not adapted, in {len(alone)} layers, and an "
-            f"engine needs all of them; {_AGAIN}"
+            "experts: one projection of theirs is not adapted, in "
+            f"{len(incomplete_layers)} layers, and an engine needs all of them; {_REWRITE}"
         )
     family = FAMILIES.get(model_type or "")
-    if family is not None and (joined if len(family.expert_names) > 2 else apart):
-        problems.append(f"experts: not in the layout that is read for {model_type}; {_AGAIN}")
+    if family is not None:
+        has_gate_and_up = len(family.expert_names) > 2
+        has_other_layout = bool(packed_layers) if has_gate_and_up else bool(expert_indices)
+        if has_other_layout:
+            problems.append(f"experts: not in the layout that is read for {model_type}; {_REWRITE}")
     return problems
 
 
@@ -134,10 +148,11 @@ def _kind_problems(fields: Fields) -> list[str]:
     problems = []
     for variant in VARIANTS:
         field = variant.in_peft.field if variant.in_peft else None
-        if field and fields.get(field):
+        if field is not None and fields.get(field):
             problems.append(f"{field}: {variant.name} is refused; {_MERGE}")
     for name in (INVOCATION, *REFUSED):
-        if fields.get(name) in (*UNUSED, [], {}):
+        is_unused = fields.get(name) in (*UNUSED, [], {})
+        if is_unused:
             continue
         if name == INVOCATION:
             remedy = "run it by PEFT or train.serve, for it cannot be merged either"
@@ -152,23 +167,31 @@ def _kind_problems(fields: Fields) -> list[str]:
 def _start_problems(fields: Fields) -> list[str]:
     """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
-    why = f"init_lora_weights={init}: PEFT changes the base at each load, and engines do not"
     if init.startswith(("pissa", "olora")):
-        return [f"{why}; convert it to plain LoRA (--adapter this folder --output another)"]
-    if init.startswith("corda"):
+        remedy = "convert it to plain LoRA (--adapter this folder --output another)"
+    elif init.startswith("corda"):
         remedy = "save it by PEFT with path_initial_model_for_weight_conversion"
-        return [f"{why}; {remedy}"]
-    return [f"{why}; {_BY_PEFT}"] if init.startswith("loftq") else []
+    elif init.startswith("loftq"):
+        remedy = _BY_PEFT
+    else:
+        return []
+    problem = "PEFT changes the base at each load, and engines do not"
+    return [f"init_lora_weights={init}: {problem}; {remedy}"]
 
 
 def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
+    """Lists what trains in full: biases, modules other than a classifier, tokens."""
     problems = []
-    if (bias := fields.get("bias") or "none") != "none":
+    bias = fields.get("bias") or "none"
+    if bias != "none":
         problems.append(f"bias={bias}: trained biases are refused; {_MERGE}")
-    saved = fields.get("modules_to_save") or []
-    if other := sorted(name for name in saved if name not in _CLASSIFIERS):
-        problems.append(f"modules_to_save {', '.join(other)}: only a classifier may be; {_MERGE}")
-    if fields.get("trainable_token_indices") or any(".token_adapter." in key for key in tensors):
+    saved_modules = fields.get("modules_to_save") or []
+    refused_modules = sorted(name for name in saved_modules if name not in _CLASSIFIERS)
+    if refused_modules:
+        listing = ", ".join(refused_modules)
+        problems.append(f"modules_to_save {listing}: only a classifier may be; {_MERGE}")
+    has_token_rows = any(".token_adapter." in key for key in tensors)
+    if fields.get("trainable_token_indices") or has_token_rows:
         problems.append(f"trainable_token_indices: trained tokens are refused; {_MERGE}")
     return problems
 
@@ -178,8 +201,8 @@ def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
 
     (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
     """
-    ends = ".lora_embedding_A"
-    tables = [key.removesuffix(ends).removeprefix(PREFIX) for key in tensors if key.endswith(ends)]
+    keys = [key for key in tensors if key.endswith(_EMBEDDING_A)]
+    tables = [key.removesuffix(_EMBEDDING_A).removeprefix(PREFIX) for key in keys]
     problems = [
         f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE}"
         for name in tables
@@ -193,24 +216,31 @@ def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
 
 
 def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
+    """Lists ranks above the engine's limit, and modules with a scale of their own."""
     problems = []
-    r, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
-    if (highest := max([r, *ranks.values()])) > max_rank:
-        allowed = next((limit for limit in _MAX_RANKS if limit >= highest), None)
-        remedy = f"start the engine with --max-lora-rank {allowed}" if allowed else _MERGE
-        problems.append(f"rank {highest}: above the maximum of {max_rank}; {remedy}")
+    common_rank = fields.get("r", 8)
+    common_alpha = fields.get("lora_alpha", 8)
+    largest_rank = max([common_rank, *ranks.values()])
+    if largest_rank > max_rank:
+        sufficient_limits = [limit for limit in _MAX_RANKS if limit >= largest_rank]
+        remedy = _MERGE
+        if sufficient_limits:
+            remedy = f"start the engine with --max-lora-rank {sufficient_limits[0]}"
+        problems.append(f"rank {largest_rank}: above the maximum of {max_rank}; {remedy}")
 
-    def scale(alpha: float, r: int) -> float:
-        return alpha / (r**0.5 if fields.get("use_rslora") else r)
+    def scale(alpha: float, rank: int) -> float:
+        return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
 
-    other = []
+    common_scale = scale(common_alpha, common_rank)
+    rescaled_modules = []
     for name, rank in ranks.items():
-        own = pattern_value(fields.get("alpha_pattern"), name, alpha)
-        if abs(scale(own, rank) - scale(alpha, r)) > 1e-5 * scale(alpha, r):
-            other.append(name)
-    if other:
+        alpha = pattern_value(fields.get("alpha_pattern"), name, common_alpha)
+        if abs(scale(alpha, rank) - common_scale) > 1e-5 * common_scale:
+            rescaled_modules.append(name)
+    if rescaled_modules:
         problems.append(
-            f"rank_pattern, alpha_pattern: ignored, so {len(other)} modules, {other[0]} among "
-            f"them, would run with lora_alpha's scale instead of their own; {_SCALED}"
+            f"rank_pattern, alpha_pattern: ignored, so {len(rescaled_modules)} modules, "
+            f"{rescaled_modules[0]} among them, would run with lora_alpha's scale instead of their "
+            f"own; {_RESCALE}"
         )
     return problems
