@@ -137,10 +137,9 @@ def form_of(kind: StackKind, tenant: Tenant) -> tuple[Tree, Tree, Tree]:
 
     slot_shapes: tuple[State, Arrays] = jax.eval_shape(content, tenant.params, tenant.key)
     state, fixed = slot_shapes
-    fixed_axes = {
-        path: {name: kind.slot_axis(path, name) for name in arrays}
-        for path, arrays in fixed.items()
-    }
+    fixed_axes: dict[str, dict[str, int]] = {}
+    for path, arrays in fixed.items():
+        fixed_axes[path] = {name: kind.slot_axis(path, name) for name in arrays}
     axes = (_state_axes(kind, state), fixed_axes)
     return slot_shapes, axes, _shardings(slot_shapes, axes, tenant)
 
