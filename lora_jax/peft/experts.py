@@ -171,7 +171,8 @@ def unpack_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
     unpacked = b.reshape(b.shape[0], -1, n_experts).transpose(2, 1, 0)
     if half is None:
         return unpacked
-    return np.split(unpacked, 2, axis=-1)[half]
+    halves: list[np.ndarray] = np.split(unpacked, 2, axis=-1)
+    return halves[half]
 
 
 def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
