@@ -180,7 +180,7 @@ def _start_problems(fields: Fields) -> list[str]:
 
 
 def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
-    """Lists what trains in full: biases, modules other than a classifier, tokens."""
+    """Lists trained biases, trained modules other than a classifier, and trained tokens."""
     problems = []
     bias = fields.get("bias") or "none"
     if bias != "none":
