@@ -242,7 +242,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
 
 
 def _check_rank(rank: int, kernel: jax.Array) -> None:
-    """Raises where a kernel [batch…, in, out] has fewer singular values than the rank."""
+    """Raises a ValueError if a kernel [batch…, in, out] has fewer singular values than rank."""
     n_values = min(kernel.shape[-2:])
     if rank > n_values:
         raise ValueError(
