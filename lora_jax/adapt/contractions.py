@@ -1,4 +1,8 @@
-"""Products with a leaf: which of its axes each contracts, and which come out."""
+"""Products with a leaf: which of its axes each contracts, and which come out.
+
+The **contents** of an axis are the axes of leaves that it holds: several where arrays are joined or
+added, none where it holds no leaf. The **side** of an operand is its index, 0 or 1, in a product.
+"""
 
 import dataclasses
 import math
@@ -30,9 +34,8 @@ class LeafAxis(NamedTuple):
     inner: frozenset[int] = frozenset()
 
 
-# What an axis holds: axes of leaves, several where they are joined or added.
-Held = frozenset[LeafAxis]
-NOTHING: Held = frozenset()
+Contents = frozenset[LeafAxis]
+NOTHING: Contents = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Contraction:
     Attributes:
       contracted, free: the axes of the leaf.
       primitive: primitive of the product.
-      place: "file:line".
+      line: "file:line".
       is_lookup: whether rows of the leaf are read.
-      added: whether an activation was added to the leaf before: the product is the activation's.
-      stretched: whether the leaf is broadcast along an axis of the product, as a gain is.
+      is_added: whether an activation was added to the leaf before: the product is the activation's.
+      is_stretched: whether the leaf is broadcast along an axis of the product, as a gain is.
       not_kernel_reason: why the leaf is no kernel here; empty where it is one.
       with_leaf: whether the other operand is a leaf, too.
       with_vector: whether the other operand is one vector only.
@@ -54,132 +57,181 @@ class Contraction:
     contracted: frozenset[int]
     free: frozenset[int]
     primitive: str
-    place: str
+    line: str
     is_lookup: bool = False
-    added: bool = False
-    stretched: bool = False
+    is_added: bool = False
+    is_stretched: bool = False
     not_kernel_reason: str = ""
     with_leaf: bool = False
     with_vector: bool = False
 
     def __str__(self) -> str:
         verb = "looks up along" if self.is_lookup else "contracts"
-        return f"{self.primitive} {verb} {sorted(self.contracted)} at {self.place}"
+        return f"{self.primitive} {verb} {sorted(self.contracted)} at {self.line}"
 
 
-def labelled(array: Leaf, labels: Sequence[Held]) -> Factored:
-    """Returns an array with what its axes hold."""
-    held: Any = tuple(labels)
-    return Factored(array, {}, held, path="\n".join(sorted(paths_of(held, "", "scaled"))))
+class ContractedAxes(NamedTuple):
+    """The axes of an operand that a product contracts, and all those that do not come out."""
+
+    contracted: Sequence[int]
+    not_free: set[int]
 
 
-def paths_of(labels: Any, *mixed: str) -> set[str]:
-    """Returns the leaves that labels hold, mixed in one of these ways."""
-    return {axis.path for held in labels for axis in held if axis.mixed in mixed}
+def labelled(array: Leaf, contents_of_axis: Sequence[Contents]) -> Factored:
+    """Returns an array with the contents of its axes, in the place of a weight's labels."""
+    labels: Any = tuple(contents_of_axis)
+    return Factored(array, {}, labels, path="\n".join(sorted(paths_of(labels, "", "scaled"))))
 
 
-def axes_of(path: str, held: Held) -> frozenset[int]:
-    """Returns the axes of one leaf among those that are held."""
-    return frozenset(axis.axis for axis in held if axis.path == path)
+def paths_of(contents_of_axis: Any, *mixed: str) -> set[str]:
+    """Returns the leaves that axes hold, mixed in one of these ways."""
+    return {
+        leaf_axis.path
+        for contents in contents_of_axis
+        for leaf_axis in contents
+        if leaf_axis.mixed in mixed
+    }
 
 
-def union(held: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
+def axes_of(path: str, contents: Contents) -> frozenset[int]:
+    """Returns the axes of one leaf among the contents of an axis."""
+    return frozenset(leaf_axis.axis for leaf_axis in contents if leaf_axis.path == path)
+
+
+def union(contents: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
     """Returns the union of the contents of several axes."""
-    return frozenset().union(*held)
+    return frozenset().union(*contents)
 
 
-def contracts(use: Use, side: int, labels: Sequence[Held]) -> tuple[Sequence[int], set[int]] | None:
-    """Returns the axes that a product contracts of one operand, and those that do not come out."""
-    name, params = use.name, use.params
-    if name == "dot_general":
-        contract, batch = params["dimension_numbers"]
-        return contract[side], {*contract[side], *batch[side]}
-    if name == "gather":  # where a row comes out; where a matrix does, an index into a stack
-        cut = indexed(use, len(labels))
-        rest = [axis for axis in range(len(labels)) if axis not in cut and labels[axis]]
-        return (cut, set(cut)) if side == 0 and len(cut) == len(rest) == 1 else None
+def contracts(use: Use, side: int, contents_of_axis: Sequence[Contents]) -> ContractedAxes | None:
+    """Returns the axes of one operand that a product contracts; None if it contracts none."""
+    if use.name == "dot_general":
+        contract, batch = use.params["dimension_numbers"]
+        return ContractedAxes(contract[side], {*contract[side], *batch[side]})
+    if use.name == "gather":
+        indexed_axes = indexed(use, len(contents_of_axis))
+        row_axes = [
+            axis
+            for axis, contents in enumerate(contents_of_axis)
+            if axis not in indexed_axes and contents
+        ]
+        # Where a matrix comes out, the index is one into a stack.
+        reads_row = len(indexed_axes) == len(row_axes) == 1
+        if side == 0 and reads_row:
+            return ContractedAxes(indexed_axes, set(indexed_axes))
+        return None
     if side == 0:
         return None
-    if name == "ragged_dot_general":
-        numbers = params["ragged_dot_dimension_numbers"]
-        (_, contract), (_, batch) = numbers.dot_dimension_numbers
-        return contract, {*contract, *batch, *numbers.rhs_group_dimensions}
-    _, *contract = params["dimension_numbers"].rhs_spec  # a convolution
-    return contract, set(contract)
+    if use.name == "ragged_dot_general":
+        numbers = use.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+        not_free = {*contracted, *batched, *numbers.rhs_group_dimensions}
+        return ContractedAxes(contracted, not_free)
+    _, *contracted = use.params["dimension_numbers"].rhs_spec  # of a convolution
+    return ContractedAxes(contracted, set(contracted))
 
 
 def contractions(
-    use: Use, side: int, axes: tuple[Sequence[int], set[int]], with_leaf: bool
+    use: Use, side: int, axes: ContractedAxes, with_leaf: bool
 ) -> dict[str, Contraction]:
     """Returns the contraction by a product of each leaf in one of its operands, by path.
 
     Args:
       use: the product.
       side: side of the operand.
-      axes: see `contracts`.
+      axes: the axes that it contracts.
       with_leaf: whether the other operand is a leaf, too.
     """
-    name, weight = use.name, use.values[side]
-    contracted = union(weight.labels[axis] for axis in axes[0])
-    free = union(held for axis, held in enumerate(weight.labels) if axis not in axes[1])
-    batch = axes[1].difference(axes[0])
-    long = {axis for axis, n in enumerate(weight.base.shape) if n > 1 and axis not in batch}
-    other = math.prod(eqns.type_of(use.eqn.invars[1 - side]).shape)
-    one_vector = other == math.prod(weight.base.shape[axis] for axis in axes[0])
-    uses = {}
-    for path in sorted({axis.path for axis in contracted | free}):
-        mine = [axis for axis in contracted | free if axis.path == path]
-        mixed, inner = {axis.mixed for axis in mine}, union(axis.inner for axis in mine)
-        a, b = (axes_of(path, held) for held in (contracted, free))
-        a, b = (a, b | inner - a) if a else (inner - b, b)
-        held = all(axes_of(path, weight.labels[axis]) for axis in long)
-        contraction = Contraction(
-            a,
-            b,
-            name,
-            str(place_of(use.eqn)),
-            is_lookup=name == "gather",
-            added="added" in mixed,
-            stretched=not (held or inner or name == "gather"),
-            with_leaf=with_leaf,
-            with_vector=one_vector,
-        )
-        if contraction.is_lookup:
-            reason = "it is looked up"
-        elif contraction.added:
-            reason = "it is added to an activation or a constant, and the sum is multiplied"
-        elif contraction.stretched:
-            reason = "it is stretched along an axis of the product, as a gain is"
-        elif with_leaf and (side == 0 or "scaled" in mixed):
-            reason = "it stands in the place of an activation"
+    operand = use.values[side]
+    shape = operand.base.shape
+    contracted = union(operand.labels[axis] for axis in axes.contracted)
+    free = union(
+        contents for axis, contents in enumerate(operand.labels) if axis not in axes.not_free
+    )
+    batch = axes.not_free.difference(axes.contracted)
+    product_axes = [axis for axis, size in enumerate(shape) if size > 1 and axis not in batch]
+    n_other_elements = math.prod(eqns.type_of(use.eqn.invars[1 - side]).shape)
+    with_vector = n_other_elements == math.prod(shape[axis] for axis in axes.contracted)
+    is_lookup = use.name == "gather"
+    contraction_of_path: dict[str, Contraction] = {}
+    for path in sorted({leaf_axis.path for leaf_axis in contracted | free}):
+        leaf_axes = [leaf_axis for leaf_axis in contracted | free if leaf_axis.path == path]
+        mixed = {leaf_axis.mixed for leaf_axis in leaf_axes}
+        inner = union(leaf_axis.inner for leaf_axis in leaf_axes)
+        contracted_of_leaf = axes_of(path, contracted)
+        free_of_leaf = axes_of(path, free)
+        # What a product with another leaf contracted before is on the other side of this product.
+        if contracted_of_leaf:
+            free_of_leaf |= inner - contracted_of_leaf
         else:
-            reason = ""
-        uses[path] = dataclasses.replace(
-            contraction, not_kernel_reason=reason and f"{reason}: {contraction}"
+            contracted_of_leaf = inner - free_of_leaf
+        is_along_all_axes = all(axes_of(path, operand.labels[axis]) for axis in product_axes)
+        contraction = Contraction(
+            contracted=contracted_of_leaf,
+            free=free_of_leaf,
+            primitive=use.name,
+            line=str(place_of(use.eqn)),
+            is_lookup=is_lookup,
+            is_added="added" in mixed,
+            is_stretched=not (is_along_all_axes or inner or is_lookup),
+            with_leaf=with_leaf,
+            with_vector=with_vector,
         )
-    return uses
+        stands_for_activation = with_leaf and (side == 0 or "scaled" in mixed)
+        reason = _not_kernel_reason(contraction, stands_for_activation)
+        contraction_of_path[path] = dataclasses.replace(contraction, not_kernel_reason=reason)
+    return contraction_of_path
 
 
-def composed(use: Use) -> list[Held]:
-    """Returns the contents of a product's axes: of each leaf the axes that come out."""
+def _not_kernel_reason(contraction: Contraction, stands_for_activation: bool) -> str:
+    """Returns the reason why a leaf is no kernel in a product; empty where it is one."""
+    if contraction.is_lookup:
+        reason = "it is looked up"
+    elif contraction.is_added:
+        reason = "it is added to an activation or a constant, and the sum is multiplied"
+    elif contraction.is_stretched:
+        reason = "it is stretched along an axis of the product, as a gain is"
+    elif stands_for_activation:
+        reason = "it stands in the place of an activation"
+    else:
+        return ""
+    return f"{reason}: {contraction}"
+
+
+def composed(use: Use) -> list[Contents]:
+    """Returns the contents of the axes of a product of leaves: of each leaf the axes that come out.
+
+    They come in the order of the product's axes: batched ones, those of the left leaf, then those
+    of the right one.
+    """
     contract, batch = use.params["dimension_numbers"]
-    batched: list[list[Held]] = []
-    free: list[Held] = []
-    for side, weight in enumerate(use.values):
-        gone = union(weight.labels[axis] for axis in contract[side])
+    batched_contents: list[list[Contents]] = []  # by side
+    free_contents: list[Contents] = []
+    for side, operand in enumerate(use.values):
+        contracted = union(operand.labels[axis] for axis in contract[side])
+        contents_of_axis = [_with_inner_axes(contents, contracted) for contents in operand.labels]
+        batched_contents.append([contents_of_axis[axis] for axis in batch[side]])
+        for axis, contents in enumerate(contents_of_axis):
+            if axis not in contract[side] and axis not in batch[side]:
+                free_contents.append(contents)
+    return [*map(union, zip(*batched_contents, strict=True)), *free_contents]
 
-        def through(held: Held, gone: Held = gone) -> Held:
-            return frozenset(a._replace(inner=a.inner | axes_of(a.path, gone)) for a in held)
 
-        labels = [through(held) for held in weight.labels]
-        batched.append([labels[axis] for axis in batch[side]])
-        both = {*contract[side], *batch[side]}
-        free += [held for axis, held in enumerate(labels) if axis not in both]
-    return [*map(union, zip(*batched, strict=True)), *free]
+def _with_inner_axes(contents: Contents, contracted: Contents) -> Contents:
+    """Returns the contents of an axis, with the axes of the same leaves that were contracted."""
+    return frozenset(
+        leaf_axis._replace(inner=leaf_axis.inner | axes_of(leaf_axis.path, contracted))
+        for leaf_axis in contents
+    )
 
 
 def indexed(use: Use, ndim: int) -> list[int]:
     """Returns the axes that a gather indexes, whether they go or stay with one element."""
-    gone, sizes = use.params["dimension_numbers"].collapsed_slice_dims, use.params["slice_sizes"]
+    collapsed_axes = use.params["dimension_numbers"].collapsed_slice_dims
+    slice_sizes = use.params["slice_sizes"]
     shape = eqns.type_of(use.eqn.invars[0]).shape
-    return [axis for axis in range(ndim) if axis in gone or sizes[axis] == 1 < shape[axis]]
+    return [
+        axis
+        for axis in range(ndim)
+        if axis in collapsed_axes or slice_sizes[axis] == 1 < shape[axis]
+    ]

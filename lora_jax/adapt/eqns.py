@@ -1,8 +1,7 @@
 """Reads JAX's equations, every parameter that differs between releases, and applies them again."""
 
-import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import jax
 from jax.sharding import Mesh, PartitionSpec, Sharding
@@ -14,12 +13,13 @@ from lora_jax.core.types import EqnParams, Forward, Leaf, Value
 AnyJaxpr = ClosedJaxpr | Jaxpr
 Atom = Var | Literal  # an operand of an equation
 _NOT_COMPILED = ("device_put",)  # where an array lies is no part of a program
+_T = TypeVar("_T")
 
 
 def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
     """Returns a jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
-    inner: Value = getattr(jaxpr, "jaxpr", jaxpr)
-    return inner, getattr(jaxpr, "consts", ())
+    open_jaxpr: Value = getattr(jaxpr, "jaxpr", jaxpr)
+    return open_jaxpr, getattr(jaxpr, "consts", ())
 
 
 def is_literal(atom: Atom) -> TypeGuard[Literal]:
@@ -33,17 +33,22 @@ def type_of(atom: Atom) -> Leaf:
 
 
 def trace_with(
-    fn: Forward, leaves: Sequence[Leaf], treedef: jax.tree_util.PyTreeDef, places: Sequence[int]
+    fn: Forward,
+    leaves: Sequence[Leaf],
+    treedef: jax.tree_util.PyTreeDef,
+    input_indices: Sequence[int],
 ) -> Callable[..., list[Value]]:
-    """Returns a function of the leaves at `places` alone, the others being closed over.
+    """Returns a function of the leaves at `input_indices` alone, the others being closed over.
 
     It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.
     """
 
-    def traced(*values: Value) -> list[Value]:
-        given = dict(zip(places, values, strict=True))
-        args = treedef.unflatten(given.get(place, leaf) for place, leaf in enumerate(leaves))
-        return [out for out in jax.tree.leaves(fn(*args)) if isinstance(out, jax.core.Tracer)]
+    def traced(*inputs: Value) -> list[Value]:
+        all_leaves = list(leaves)
+        for index, value in zip(input_indices, inputs, strict=True):
+            all_leaves[index] = value
+        outputs = jax.tree.leaves(fn(*treedef.unflatten(all_leaves)))
+        return [output for output in outputs if isinstance(output, jax.core.Tracer)]
 
     return traced
 
@@ -61,13 +66,13 @@ def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
 
     The equation itself, where its parameters can't be compared.
     """
-    avals = tuple(atom.aval for atom in (*eqn.invars, *eqn.outvars))
-    same = (eqn.primitive, tuple(sorted(eqn.params.items())), avals)
+    types = tuple(type_of(atom) for atom in (*eqn.invars, *eqn.outvars))
+    key = (eqn.primitive, tuple(sorted(eqn.params.items())), types)
     try:
-        hash(same)
+        hash(key)
     except TypeError:
         return (id(eqn),)
-    return same
+    return key
 
 
 class Scan(NamedTuple):
@@ -80,6 +85,13 @@ class Scan(NamedTuple):
     reverse: bool
     unroll: int
 
+    def split(self, operands: list[_T]) -> tuple[list[_T], list[_T], list[_T]]:
+        """Splits what belongs to the operands into that of consts, of carries, and of xs."""
+        n_unsliced = self.n_consts + self.n_carry
+        consts = operands[: self.n_consts]
+        carries = operands[self.n_consts : n_unsliced]
+        return consts, carries, operands[n_unsliced:]
+
 
 def scan_of(eqn: JaxprEqn) -> Scan:
     """Reads a `scan` by the ranks of its operands, which no release changes.
@@ -88,15 +100,23 @@ def scan_of(eqn: JaxprEqn) -> Scan:
     """
     body = eqn.params["jaxpr"]
     inner, _ = opened(body)
+    n_ys = _count_stacked(eqn.outvars, inner.outvars)
+    n_xs = _count_stacked(eqn.invars, inner.invars)
+    n_carry = len(eqn.outvars) - n_ys
+    return Scan(
+        body=body,
+        n_consts=len(eqn.invars) - n_carry - n_xs,
+        n_carry=n_carry,
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
 
-    def are_sliced(outside: Sequence[Atom], inside: Sequence[Atom]) -> list[bool]:
-        pairs = zip(outside, inside, strict=True)
-        return [type_of(one).ndim != type_of(other).ndim for one, other in pairs]
 
-    n_carry = are_sliced(eqn.outvars, inner.outvars).count(False)
-    n_xs = sum(are_sliced(eqn.invars, inner.invars))
-    n_consts = len(eqn.invars) - n_carry - n_xs
-    return Scan(body, n_consts, n_carry, *_params(eqn, "length", "reverse", "unroll"))
+def _count_stacked(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
+    """Returns the number of variables with another rank outside a scan than in its body."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(type_of(stack).ndim != type_of(element).ndim for stack, element in pairs)
 
 
 class While(NamedTuple):
@@ -107,10 +127,22 @@ class While(NamedTuple):
     n_condition_consts: int
     n_body_consts: int
 
+    def split(self, operands: list[_T]) -> tuple[list[_T], list[_T], list[_T]]:
+        """Splits what belongs to the operands: the condition's, the body's, the carries'."""
+        n_consts = self.n_condition_consts + self.n_body_consts
+        condition_consts = operands[: self.n_condition_consts]
+        body_consts = operands[self.n_condition_consts : n_consts]
+        return condition_consts, body_consts, operands[n_consts:]
+
 
 def while_of(eqn: JaxprEqn) -> While:
     """Reads a `while`."""
-    return While(*_params(eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"))
+    return While(
+        condition=eqn.params["cond_jaxpr"],
+        body=eqn.params["body_jaxpr"],
+        n_condition_consts=eqn.params["cond_nconsts"],
+        n_body_consts=eqn.params["body_nconsts"],
+    )
 
 
 class Jit(NamedTuple):
@@ -126,14 +158,24 @@ class Jit(NamedTuple):
 
 def jit_of(eqn: JaxprEqn) -> Jit:
     """Reads a `jit`."""
-    body, name, inline = _params(eqn, "jaxpr", "name", "inline")
-    keep_unused, compiler, *shardings = _params(
-        eqn, "keep_unused", "compiler_options_kvs", "in_shardings", "out_shardings"
+    inline = eqn.params["inline"]  # a flag, or a member of an enum
+    compiler_options = dict(eqn.params["compiler_options_kvs"])
+    return Jit(
+        jaxpr=eqn.params["jaxpr"],
+        name=eqn.params["name"],
+        inline=inline is True or getattr(inline, "name", "") == "ALWAYS",
+        options={
+            "keep_unused": eqn.params["keep_unused"],
+            "compiler_options": compiler_options or None,
+        },
+        in_shardings=_specified(eqn.params["in_shardings"]),
+        out_shardings=_specified(eqn.params["out_shardings"]),
     )
-    options = {"keep_unused": keep_unused, "compiler_options": dict(compiler) or None}
-    known = [[s if isinstance(s, Sharding) else None for s in side] for side in shardings]
-    is_inline = inline is True or getattr(inline, "name", "") == "ALWAYS"
-    return Jit(body, name, is_inline, options, *known)
+
+
+def _specified(shardings: Sequence[object]) -> list[Sharding | None]:
+    """Returns shardings, with None for those that are not specified."""
+    return [sharding if isinstance(sharding, Sharding) else None for sharding in shardings]
 
 
 class ShardMap(NamedTuple):
@@ -149,8 +191,14 @@ class ShardMap(NamedTuple):
 
 def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     """Reads a `shard_map`."""
-    names = ("jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma")
-    return ShardMap(*_params(eqn, *names))
+    return ShardMap(
+        body=eqn.params["jaxpr"],
+        mesh=eqn.params["mesh"],
+        in_specs=eqn.params["in_specs"],
+        out_specs=eqn.params["out_specs"],
+        manual_axes=eqn.params["newly_manual_axes"],
+        check_vma=eqn.params["check_vma"],
+    )
 
 
 class SolverFunction(NamedTuple):
@@ -172,16 +220,22 @@ class LinearSolve(NamedTuple):
 
 def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
     """Reads a `custom_linear_solve`."""
-    jaxprs, lengths = _params(eqn, "jaxprs", "const_lengths")
-    ends = list(itertools.accumulate(lengths, initial=0))
-    consts = {name: slice(*ends[n : n + 2]) for n, name in enumerate(lengths._fields)}
-
-    def part(name: str) -> SolverFunction:
-        return SolverFunction(getattr(jaxprs, name), consts[name])
-
-    back = None if jaxprs.transpose_solve is None else part("transpose_solve")
-    right, is_symmetric = slice(ends[-1], None), jaxprs.vecmat is jaxprs.matvec
-    return LinearSolve(part("matvec"), part("solve"), back, right, is_symmetric)
+    jaxprs = eqn.params["jaxprs"]
+    n_consts = eqn.params["const_lengths"]  # of each function, by the same names
+    functions: dict[str, SolverFunction] = {}
+    start = 0
+    for name in n_consts._fields:
+        stop = start + getattr(n_consts, name)
+        functions[name] = SolverFunction(getattr(jaxprs, name), slice(start, stop))
+        start = stop
+    has_transpose = jaxprs.transpose_solve is not None
+    return LinearSolve(
+        matvec=functions["matvec"],
+        solve=functions["solve"],
+        transpose_solve=functions["transpose_solve"] if has_transpose else None,
+        right=slice(start, None),
+        is_symmetric=jaxprs.vecmat is jaxprs.matvec,
+    )
 
 
 class PallasKernel(NamedTuple):
@@ -200,10 +254,6 @@ def kernel_of(eqn: JaxprEqn) -> PallasKernel | None:
 def scope_of(eqn: JaxprEqn) -> str:
     """Returns the names of the scopes that an equation stands in, within its jaxpr."""
     return str(eqn.source_info.name_stack)
-
-
-def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
-    return [eqn.params[name] for name in names]
 
 
 def function_name(eqn: JaxprEqn) -> str | None:
@@ -226,21 +276,22 @@ class EagerSteps:
     """
 
     def __init__(self) -> None:
-        self._of_equation: dict[tuple[int, Hashable], Forward] = {}
-        self._shared: dict[Hashable, Forward] = {}
+        self._program_of_eqn: dict[tuple[int, Hashable], Forward] = {}
+        self._shared_programs: dict[Hashable, Forward] = {}
 
     def bind(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Applies an equation to plain arrays."""
         is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
         if is_traced or eqn.effects or eqn.primitive.name in _NOT_COMPILED:
             return bind(eqn, values)
-        outputs: list[Value] = self.compiled(eqn, None, lambda values: bind(eqn, values))(values)
+        program = self.compiled(eqn, None, lambda values: bind(eqn, values))
+        outputs: list[Value] = program(values)
         return outputs
 
-    def compiled(self, eqn: JaxprEqn, how: Hashable, call: Forward) -> Forward:
-        """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
-        known = self._of_equation.get((id(eqn), how))
-        if known is None:
-            known = self._shared.setdefault((*identity(eqn), how), jax.jit(call))
-            self._of_equation[id(eqn), how] = known
-        return known
+    def compiled(self, eqn: JaxprEqn, variant: Hashable, call: Forward) -> Forward:
+        """Returns `call`, compiled, which applies a variant of the equation."""
+        program = self._program_of_eqn.get((id(eqn), variant))
+        if program is None:
+            program = self._shared_programs.setdefault((*identity(eqn), variant), jax.jit(call))
+            self._program_of_eqn[id(eqn), variant] = program
+        return program

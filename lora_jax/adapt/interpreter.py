@@ -2,6 +2,8 @@
 
 An equation that touches none of them is applied as it stands. One that does follows the rule for
 its primitive; where there is none, or the rule declines, the weight is merged at that one place.
+
+A **use** is an equation that has a weight among its operands.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.eqns import EagerSteps
-from lora_jax.adapt.needed import FactorInputs, Live, needed_equations
+from lora_jax.adapt.needed import FactorInputs, UsedOutputs, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
@@ -42,64 +44,81 @@ class FoldedVector:
 
     pieces: tuple[Value, ...]
 
-    def formed(self, merged: Callable[[Factored], jax.Array]) -> jax.Array:
-        """Returns the vector, its weights formed by `merged`."""
-        arrays = [merged(p).reshape(-1) if isinstance(p, Factored) else p for p in self.pieces]
-        return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    def formed(self, merge: Callable[[Factored], jax.Array]) -> jax.Array:
+        """Returns the vector, its weights formed by `merge`."""
+        vectors = []
+        for piece in self.pieces:
+            vectors.append(merge(piece).reshape(-1) if isinstance(piece, Factored) else piece)
+        return jnp.concatenate(vectors) if len(vectors) > 1 else vectors[0]
 
     def cut(self, start: int, stop: int) -> Value:
         """Returns a stretch of the vector; None where it holds a part of a piece."""
-        ends = [0, *itertools.accumulate(map(_size, self.pieces))]
+        ends = [0, *itertools.accumulate(map(_n_elements, self.pieces))]
         if start not in ends or stop not in ends:
             return None
         pieces = self.pieces[ends.index(start) : ends.index(stop)]
-        is_vector = len(pieces) == 1 and not isinstance(pieces[0], Factored)
-        return pieces[0] if is_vector else FoldedVector(pieces)
+        is_plain_vector = len(pieces) == 1 and not isinstance(pieces[0], Factored)
+        return pieces[0] if is_plain_vector else FoldedVector(pieces)
 
 
-def _size(piece: Value) -> int:
+def _n_elements(piece: Value) -> int:
     return math.prod(piece.base.shape if isinstance(piece, Factored) else piece.shape)
 
 
-def move_vectors(name: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
+def move_vectors(primitive: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
     """Returns the outputs of an equation that lays vectors together or takes them apart.
 
     Args:
-      name: name of its primitive.
+      primitive: name of its primitive.
       params: the equation's.
       values: its operands, one `FoldedVector` or more among them.
 
     Returns:
       The outputs; None for any other equation, or where a weight is cut into.
     """
-    first = values[0]
-    if name == "concatenate":
-        each = (v.pieces if isinstance(v, FoldedVector) else (v,) for v in values)
-        return [FoldedVector(tuple(itertools.chain(*each)))]
-    if name == "split":
+    if primitive == "concatenate":
+        pieces: list[Value] = []
+        for value in values:
+            pieces += value.pieces if isinstance(value, FoldedVector) else (value,)
+        return [FoldedVector(tuple(pieces))]
+    vector = values[0]
+    stretches: list[tuple[int, int]] = []
+    if primitive == "split":
         ends = [0, *itertools.accumulate(params["sizes"])]
-        parts = [first.cut(*pair) for pair in itertools.pairwise(ends)]
-        return None if any(part is None for part in parts) else parts
-    if name == "slice" and params["strides"] in (None, (1,)):
-        part = first.cut(*params["start_indices"], *params["limit_indices"])
-        return None if part is None else [part]
-    if name == "reshape" and len(first.pieces) == 1:
-        (weight,) = first.pieces
-        return [weight] if tuple(params["new_sizes"]) == tuple(weight.base.shape) else None
-    return None
+        stretches = list(itertools.pairwise(ends))
+    elif primitive == "slice" and params["strides"] in (None, (1,)):
+        (start,) = params["start_indices"]
+        (stop,) = params["limit_indices"]
+        stretches = [(start, stop)]
+    elif primitive == "reshape" and len(vector.pieces) == 1:
+        (weight,) = vector.pieces
+        is_shape_of_weight = tuple(params["new_sizes"]) == tuple(weight.base.shape)
+        return [weight] if is_shape_of_weight else None
+    outputs = [vector.cut(start, stop) for start, stop in stretches]
+    cuts_piece = any(output is None for output in outputs)
+    return None if cuts_piece or not outputs else outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """An equation that meets an adapted weight: its operands, and which outputs are wanted."""
+    """An equation that meets an adapted weight: its operands, and which outputs are used.
+
+    Attributes:
+      eqn: the equation.
+      values: its operands: arrays, at least one `Factored` or `FoldedVector` among them.
+      used_outputs: which of its outputs something reads.
+      inputs: what factors read in this jaxpr.
+      jaxpr: the jaxpr that the equation is part of.
+      activation_label: where the examples with adapters of their own, or the tokens of a mask, lie
+        in the other operand.
+    """
 
     eqn: JaxprEqn
-    values: list[Value]  # arrays, at least one `Factored` or `FoldedVector` among them
-    live: Live
+    values: list[Value]
+    used_outputs: UsedOutputs
     inputs: FactorInputs
-    jaxpr: Jaxpr  # that the equation is part of
-    # The place of examples with adapters of their own, or of tokens, in the other operand.
-    at: ExampleLabel = None
+    jaxpr: Jaxpr
+    activation_label: ExampleLabel = None
 
     @property
     def params(self) -> EqnParams:
@@ -115,7 +134,9 @@ class Use:
     @property
     def bases(self) -> list[Value]:
         """The operands, each weight as W alone."""
-        return [as_array(v.base) if isinstance(v, Factored) else v for v in self.values]
+        return [
+            as_array(value.base) if isinstance(value, Factored) else value for value in self.values
+        ]
 
     def bind(self, values: Sequence[Value]) -> list[Value]:
         """Applies the equation to plain arrays."""
@@ -123,23 +144,32 @@ class Use:
 
     def rearranged(self, weight: Factored) -> Value:
         """Returns W after the equation, whose one operand is the weight."""
-        out = self.eqn.outvars[0].aval
-        return rearranged(weight.base, self.eqn.primitive, self.params, out)
+        result_type = self.eqn.outvars[0].aval
+        return rearranged(weight.base, self.eqn.primitive, self.params, result_type)
 
-    def varying_axes(self, place: int) -> list[int]:
+    def varying_axes(self, operand_index: int) -> list[int]:
         """Returns the axes along which an operand may vary: not those that it is stretched along.
 
         Args:
-          place: index of the operand.
+          operand_index: index of the operand.
         """
-        atom = self.eqn.invars[place]
-        made_by = (eqn for eqn in self.jaxpr.eqns if atom in eqn.outvars)
-        source = None if eqns.is_literal(atom) else next(made_by, None)
-        if source is None or source.primitive.name != "broadcast_in_dim":
-            return [axis for axis, n in enumerate(eqns.type_of(atom).shape) if n != 1]
-        before = eqns.type_of(source.invars[0]).shape
-        held = zip(source.params["broadcast_dimensions"], before, strict=True)
-        return [axis for axis, n in held if n != 1]
+        operand = self.eqn.invars[operand_index]
+        broadcast = self._broadcast_of(operand)
+        if broadcast is None:
+            shape = eqns.type_of(operand).shape
+            return [axis for axis, size in enumerate(shape) if size != 1]
+        source_shape = eqns.type_of(broadcast.invars[0]).shape
+        axis_of_source = broadcast.params["broadcast_dimensions"]
+        return [axis for axis, size in zip(axis_of_source, source_shape, strict=True) if size != 1]
+
+    def _broadcast_of(self, operand: eqns.Atom) -> JaxprEqn | None:
+        """Returns the `broadcast_in_dim` that an operand comes from; None if from another one."""
+        if eqns.is_literal(operand):
+            return None
+        for eqn in self.jaxpr.eqns:
+            if operand in eqn.outvars:
+                return eqn if eqn.primitive.name == "broadcast_in_dim" else None
+        return None
 
 
 class WeightUse(NamedTuple):
@@ -167,83 +197,107 @@ _FUNCTIONS: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, Forward]] = 
 )
 
 
+@dataclasses.dataclass
+class _Environment:
+    """The values of a jaxpr's variables while it is evaluated.
+
+    Attributes:
+      values: by variable; those that nothing reads any more are removed.
+      early_equations: identities of the equations that were evaluated before their turn.
+    """
+
+    values: dict[eqns.Atom, Value]
+    early_equations: set[int] = dataclasses.field(default_factory=set)
+
+    def read(self, atom: eqns.Atom) -> Value:
+        return atom.val if eqns.is_literal(atom) else self.values[atom]
+
+
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """Evaluates jaxprs whose values may be `Factored`."""
+    """Evaluates jaxprs whose values may be `Factored`.
+
+    Attributes:
+      rules: the rule for each primitive.
+      strict: raise where a weight would be merged.
+      own_rules: the caller's own rules, by the name of a primitive or of a function; see `adapt`.
+      record: called with each use of a weight. Inner functions are then evaluated in each call, not
+        cached.
+      default: the rule for primitives that have none; without it, weights are merged there.
+      examples: where the examples of a batch lie in the jaxpr that is evaluated, if each has its
+        adapter, or where the tokens lie, if some of them alone see an adapter.
+    """
 
     rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
     strict: bool = False
-    # The caller's own rules, by the name of a primitive or of a function; see `adapt`.
-    own: tuple[tuple[str, Forward], ...] = ()
-    # Called with each use of a weight. Inner functions are then evaluated in each call, not cached.
+    own_rules: tuple[tuple[str, Forward], ...] = ()
     record: Callable[[WeightUse], None] | None = None
-    # The rule for primitives that have none; without it, weights are merged there.
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
-    # Where the examples of a batch lie in the jaxpr that is evaluated, if each has its adapter, or
-    # where the tokens lie, if some of them alone see an adapter.
     examples: ExampleLabels | None = None
 
     def evaluate(
         self,
         jaxpr: eqns.AnyJaxpr,
         args: Sequence[Value],
-        live: Live | None = None,
-        steps: EagerSteps | None = None,
+        used_outputs: UsedOutputs | None = None,
+        eager_steps: EagerSteps | None = None,
     ) -> list[Value]:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         Args:
           jaxpr: the jaxpr to evaluate.
           args: its inputs.
-          live: which outputs are wanted; the others are None, and what only they need is not run.
-          steps: in an eager call, the rules that are compiled for equations of this jaxpr; added
-            to. None: rules are applied as they are, to be traced with what surrounds them.
+          used_outputs: which outputs are used; the others are None, and what only they need is not
+            run.
+          eager_steps: in an eager call, the rules that are compiled for equations of this jaxpr;
+            added to. None: rules are applied as they are, to be traced with what surrounds them.
         """
         inner, consts = eqns.opened(jaxpr)
-        live = (True,) * len(inner.outvars) if live is None else live
-        environment: dict[eqns.Atom, Value] = dict(zip(inner.constvars, consts, strict=True))
-        environment |= dict(zip(inner.invars, args, strict=True))
-
-        def read(atom: eqns.Atom) -> Value:
-            return atom.val if eqns.is_literal(atom) else environment[atom]
-
-        def result(atom: eqns.Atom) -> Value:
-            value = read(atom)
-            if isinstance(value, FoldedVector):
-                return self._unfolded(value, "output", place_of_call())
-            return value
-
-        needed = needed_equations(inner, live)
+        if used_outputs is None:
+            used_outputs = (True,) * len(inner.outvars)
+        environment = _Environment(dict(zip(inner.constvars, consts, strict=True)))
+        environment.values |= zip(inner.invars, args, strict=True)
+        needed = needed_equations(inner, used_outputs)
         inputs = FactorInputs()
-        done: set[int] = set()  # identities of equations that came before their turn
-        if steps is None and self.record is None:
-            known = (needed.moves, inner, environment, done)
-            inputs = FactorInputs(needed.same_operand, functools.partial(self._ahead, *known))
-        site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
-        for eqn, wanted, last_uses in needed.equations:
-            values = [read(atom) for atom in eqn.invars]
-            if id(eqn) in done:
-                outputs = [environment[atom] for atom in eqn.outvars]
-                site += 1
-            elif any(isinstance(value, (Factored, FoldedVector)) for value in values):
-                outputs = self._apply(site, Use(eqn, values, wanted, inputs, inner), steps)
-                site += any(isinstance(value, Factored) for value in values)
-            elif steps is None:
+        if eager_steps is None and self.record is None:
+            value_ahead = functools.partial(self._value_ahead, needed.moves, inner, environment)
+            inputs = FactorInputs(needed.products_of_operand, value_ahead)
+        use_index = 0  # counts uses alone, so that other equations change no dropout
+        for eqn, used_outputs_of_eqn, unread_variables in needed.equations:
+            values = [environment.read(atom) for atom in eqn.invars]
+            has_weight = any(isinstance(value, Factored) for value in values)
+            if id(eqn) in environment.early_equations:
+                outputs = [environment.read(atom) for atom in eqn.outvars]
+            elif has_weight or any(isinstance(value, FoldedVector) for value in values):
+                use = Use(
+                    eqn=eqn,
+                    values=values,
+                    used_outputs=used_outputs_of_eqn,
+                    inputs=inputs,
+                    jaxpr=inner,
+                )
+                outputs = self._apply(use, use_index, eager_steps)
+            elif eager_steps is None:
                 outputs = eqns.bind(eqn, values)
             else:
-                outputs = steps.bind(eqn, values)
-            environment |= dict(zip(eqn.outvars, outputs, strict=True))
-            for atom in last_uses:
-                del environment[atom]
-        wanted_atoms = zip(inner.outvars, live, strict=True)
-        return [result(atom) if wanted else None for atom, wanted in wanted_atoms]
+                outputs = eager_steps.bind(eqn, values)
+            use_index += has_weight
+            environment.values |= zip(eqn.outvars, outputs, strict=True)
+            for atom in unread_variables:
+                del environment.values[atom]
+        results: list[Value] = []
+        for atom, is_used in zip(inner.outvars, used_outputs, strict=True):
+            result = environment.read(atom) if is_used else None
+            if isinstance(result, FoldedVector):
+                result = self._unfolded(result, "output", place_of_call())
+            results.append(result)
+        return results
 
-    def _ahead(
+    def _value_ahead(
         self,
         moves: Mapping[eqns.Atom, JaxprEqn],
         jaxpr: Jaxpr,
-        environment: dict[eqns.Atom, Value],
-        done: set[int],
+        environment: _Environment,
         atom: eqns.Atom,
     ) -> Value:
         """Returns a weight before its turn, moved and cast; None where that is not known yet.
@@ -252,141 +306,182 @@ class Interpreter:
           moves: equations of the jaxpr that move or cast, by their results.
           jaxpr: the jaxpr that is evaluated.
           environment: the values so far; added to.
-          done: identities of the equations that are done before their turn; added to.
           atom: the operand.
         """
-        chain: list[JaxprEqn] = []
-        while not eqns.is_literal(atom) and atom not in environment and atom in moves:
+        chain: list[JaxprEqn] = []  # of moves, from the last to the first
+        while not eqns.is_literal(atom) and atom not in environment.values and atom in moves:
             chain.append(moves[atom])
             atom = chain[-1].invars[0]
-        value = None if eqns.is_literal(atom) else environment.get(atom)
+        if eqns.is_literal(atom):
+            return None
+        value = environment.values.get(atom)
         for eqn in reversed(chain):
             if not isinstance(value, Factored) or value.key is not None:
                 return None
-            (value,) = self._apply(0, Use(eqn, [value], (True,), FactorInputs(), jaxpr), None)
-            environment[eqn.outvars[0]] = value
-            done.add(id(eqn))
+            use = Use(
+                eqn=eqn, values=[value], used_outputs=(True,), inputs=FactorInputs(), jaxpr=jaxpr
+            )
+            (value,) = self._apply(use, 0, None)
+            environment.values[eqn.outvars[0]] = value
+            environment.early_equations.add(id(eqn))
         return value
 
     def function(
-        self, jaxpr: eqns.AnyJaxpr, live: Live | None = None
+        self, jaxpr: eqns.AnyJaxpr, used_outputs: UsedOutputs | None = None
     ) -> Callable[..., list[Value]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
-        reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
-        within = self
+        jaxpr_reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
+        interpreter = self
         if self.examples is not None:
-            within = dataclasses.replace(self, examples=self.examples.inner.get(id(jaxpr)))
+            inner_examples = self.examples.inner.get(id(jaxpr))
+            interpreter = dataclasses.replace(self, examples=inner_examples)
 
         def make() -> Callable[..., list[Value]]:
             def call(*args: Value) -> list[Value]:
-                alive = reference()
-                assert alive is not None, "an equation holds its jaxpr while it is evaluated"
-                return within.evaluate(alive, args, live)
+                live_jaxpr = jaxpr_reference()
+                assert live_jaxpr is not None, "an equation holds its jaxpr while it is evaluated"
+                return interpreter.evaluate(live_jaxpr, args, used_outputs)
 
             return call
 
-        return within.memoised(jaxpr, ("function", live), make)
+        return interpreter.memoised(jaxpr, ("function", used_outputs), make)
 
     def memoised(self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]) -> Forward:
         """Returns the function that `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
-        known = functions.get((self, key))
-        return known or functions.setdefault((self, key), make())  # one, whichever thread made it
+        function = functions.get((self, key))
+        if function is None:
+            function = functions.setdefault((self, key), make())  # one, whichever thread made it
+        return function
 
     def merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> jax.Array:
-        """Returns W + s·AB, formed at an equation or a place; see `say_merged`."""
+        """Returns W + s·AB, formed at an equation or a line; see `say_merged`."""
         self.say_merged(weight, primitive, where)
         return weight.merged()
 
-    def plain(self, value: Value, use: Use, how: str = "") -> Value:
-        """Returns a value as an array; a weight is merged at the equation, in which it is `how`."""
-        what = f"{use.name} ({how})" if how else use.name
-        return self.merged(value, what, use.eqn) if isinstance(value, Factored) else value
+    def plain(self, value: Value, use: Use, position: str = "") -> Value:
+        """Returns a value as an array: a weight is merged.
+
+        Args:
+          value: a weight or an array.
+          use: the equation that the message names.
+          position: the weight's position in this equation, such as "as a carry".
+        """
+        if not isinstance(value, Factored):
+            return value
+        primitive = f"{use.name} ({position})" if position else use.name
+        return self.merged(value, primitive, use.eqn)
 
     def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> None:
-        """Warns that a weight is merged at an equation or a place, or raises MergeError."""
+        """Warns that a weight is merged at an equation or a line, or raises MergeError."""
         if isinstance(where, SourceLine):
-            place, function = where, None
+            line = where
+            function = None
         else:
-            place, function = place_of(where), eqns.function_name(where)
+            line = place_of(where)
+            function = eqns.function_name(where)
         if weight.rows is not None:
-            raise ExamplesError(merging.example_error(weight, primitive, place))
-        if self.record is not None:
-            why = merging.merge_reason(primitive)
-            self.record(WeightUse(str(weight.path), primitive, str(place), "merged", why))
-        else:
-            merging.warn_or_raise(weight, primitive, function, place, strict=self.strict)
+            raise ExamplesError(merging.example_error(weight, primitive, line))
+        if self.record is None:
+            merging.warn_or_raise(weight, primitive, function, line, strict=self.strict)
+            return
+        record = WeightUse(
+            path=str(weight.path),
+            primitive=primitive,
+            place=str(line),
+            how="merged",
+            why=merging.merge_reason(primitive),
+        )
+        self.record(record)
 
-    def _apply(self, site: int, use: Use, steps: EagerSteps | None) -> list[Value]:
-        eqn, name, values = use.eqn, use.name, use.values
-        if any(isinstance(value, FoldedVector) for value in values):
-            outputs = move_vectors(name, eqn.params, values)
+    def _apply(self, use: Use, use_index: int, eager_steps: EagerSteps | None) -> list[Value]:
+        """Returns the outputs of an equation that meets weights or folded vectors.
+
+        Args:
+          use: the equation.
+          use_index: index of the use in its jaxpr, for dropout.
+          eager_steps: see `evaluate`.
+        """
+        if any(isinstance(value, FoldedVector) for value in use.values):
+            outputs = move_vectors(use.name, use.params, use.values)
             if outputs is not None:
                 return outputs
-            values = [self._unfolded(value, name, eqn) for value in values]
-        if not any(isinstance(value, Factored) for value in values):
-            return use.bind(values)
-        merging.check_tokens(name, values, lambda: place_of(eqn))
-        at, here = (
-            self._examples_in(eqn, values),
-            [fold_dropout_key(value, site) for value in values],
-        )
-        use = dataclasses.replace(use, values=here, at=at)
-        for called, rule in self.own:
-            if called in (name, eqns.function_name(eqn)):
-                _refuse_rows(eqn, values)
-                with user_context(eqn):
-                    outputs = rule(*use.values, **eqn.params)
-                if outputs is not None:
-                    self._note(use, f"by the rule given for {called!r}")
-                    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        seen = values
-        if name in _USES:
-            kind = _USES[name]
-            seen = [v.seen_by(kind) if isinstance(v, Factored) else v for v in values]
-        if any(a is not b for a, b in zip(seen, values, strict=True)):
-            if not any(isinstance(value, Factored) and value.parts for value in seen):
-                self._note(use, "W alone: the adapter is for other uses of it")
-            return self._apply(site, dataclasses.replace(use, values=seen), steps)
-        known = self.rules.get(name) or self.default
-        if known is not None:
-            outputs = self._apply_rule(known, use, steps)
-            if outputs is not None and not _cuts_shifted(use, outputs):
-                if name in _JOINS and sum(isinstance(v, Factored) for v in use.values) > 1:
-                    self._note(use, "joined with another weight, unformed")
-                elif name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
-                    self._note(use, "xW + s·(xA)B")
-                return outputs
-        return use.bind([self.plain(value, use) for value in values])
+            values = [self._unfolded(value, use.name, use.eqn) for value in use.values]
+            use = dataclasses.replace(use, values=values)
+        if not any(isinstance(value, Factored) for value in use.values):
+            return use.bind(use.values)
+        return self._apply_to_weights(use, use_index, eager_steps)
 
-    def _apply_rule(self, rule: Rule, use: Use, steps: EagerSteps | None) -> Outcome:
+    def _apply_to_weights(
+        self, use: Use, use_index: int, eager_steps: EagerSteps | None
+    ) -> list[Value]:
+        """Returns the outputs of a use, by the first rule that does not decline, or merged."""
+        merging.check_tokens(use.name, use.values, use.eqn)
+        activation_label = self._activation_label(use)
+        use_without_keys = use
+        values = [fold_dropout_key(value, use_index) for value in use.values]
+        use = dataclasses.replace(use, values=values, activation_label=activation_label)
+        outputs = self._apply_own_rule(use)
+        if outputs is not None:
+            return outputs
+        seen_values = _values_seen_by(use_without_keys)
+        if seen_values is not None:
+            if not any(isinstance(value, Factored) and value.parts for value in seen_values):
+                self._note(use, "W alone: the adapter is for other uses of it")
+            return self._apply(dataclasses.replace(use, values=seen_values), use_index, eager_steps)
+        rule = self.rules.get(use.name) or self.default
+        outputs = None if rule is None else self._apply_rule(rule, use, eager_steps)
+        if outputs is not None and not _repeats_shift(use, outputs):
+            self._note_factored(use, outputs)
+            return outputs
+        return use.bind([self.plain(value, use) for value in use.values])
+
+    def _apply_own_rule(self, use: Use) -> Outcome:
+        """Returns the outputs by the caller's own rule; None without one, or where it declines."""
+        for name, rule in self.own_rules:
+            if name not in (use.name, eqns.function_name(use.eqn)):
+                continue
+            _refuse_rows(use)
+            with user_context(use.eqn):
+                outputs = rule(*use.values, **use.params)
+            if outputs is not None:
+                self._note(use, f"by the rule given for {name!r}")
+                return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        return None
+
+    def _apply_rule(self, rule: Rule, use: Use, eager_steps: EagerSteps | None) -> Outcome:
         """Returns the outputs of an equation by a rule, compiled where the call is eager."""
         eqn = use.eqn
-        if steps is None or use.name in ("jit", "pjit"):  # compiled by itself
+        is_compiled_by_jit = use.name in ("jit", "pjit")
+        if eager_steps is None or is_compiled_by_jit:
             with user_context(eqn):
                 return rule(self, use)
 
-        # A step outlives the call's arrays.
-        bare = dataclasses.replace(use, values=[], inputs=FactorInputs())
+        # A compiled step outlives the call's arrays.
+        use_without_arrays = dataclasses.replace(use, values=[], inputs=FactorInputs())
 
         def call(values: list[Value]) -> Outcome:
             with user_context(eqn):
-                return rule(self, dataclasses.replace(bare, values=values, inputs=FactorInputs()))
+                traced_use = dataclasses.replace(
+                    use_without_arrays, values=values, inputs=FactorInputs()
+                )
+                return rule(self, traced_use)
 
-        how = (use.live, id(eqn) if use.name in _READ_AROUND else 0, self.examples, use.at)
-        outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
+        eqn_identity = id(eqn) if use.name in _READ_AROUND else 0
+        key = (use.used_outputs, eqn_identity, self.examples, use.activation_label)
+        outputs: Outcome = eager_steps.compiled(eqn, key, call)(use.values)
         return outputs
 
-    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> ExampleLabel:
+    def _activation_label(self, use: Use) -> ExampleLabel:
         """Returns the examples' axis in an equation's plain operand, if each has its adapter.
 
         Raises:
           ExamplesError: that is not known; see `lora_jax.adapt.per_example`.
         """
-        known = {} if self.examples is None else self.examples.uses
-        label = known.get(id(eqn))
-        if id(eqn) not in known or isinstance(label, MixedExamples):
-            _refuse_rows(eqn, values)
+        label_of_use = {} if self.examples is None else self.examples.uses
+        label = label_of_use.get(id(use.eqn))
+        if id(use.eqn) not in label_of_use or isinstance(label, MixedExamples):
+            _refuse_rows(use)
         return label
 
     def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | SourceLine) -> Value:
@@ -395,45 +490,77 @@ class Interpreter:
             return value
         return value.formed(lambda weight: self.merged(weight, primitive, where))
 
+    def _note_factored(self, use: Use, outputs: Sequence[Value]) -> None:
+        """Records a product or a joint of weights that forms none of them."""
+        n_weights = sum(isinstance(value, Factored) for value in use.values)
+        if use.name in _JOINS and n_weights > 1:
+            self._note(use, "joined with another weight, unformed")
+        elif use.name in _PRODUCTS and not any(isinstance(value, Factored) for value in outputs):
+            self._note(use, "xW + s·(xA)B")
+
     def _note(self, use: Use, why: str) -> None:
+        """Records a use of each weight among the operands, in factored form."""
         if self.record is None:
             return
-        place = str(place_of(use.eqn))
+        line = str(place_of(use.eqn))
         for value in use.values:
             if isinstance(value, Factored):
-                self.record(WeightUse(str(value.path), use.name, place, "factored", why))
+                record = WeightUse(
+                    path=str(value.path), primitive=use.name, place=line, how="factored", why=why
+                )
+                self.record(record)
 
 
-def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
+def _refuse_rows(use: Use) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
-    for value in values:
+    for value in use.values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.example_error(value, eqn.primitive.name, place_of(eqn)))
+            raise ExamplesError(merging.example_error(value, use.name, place_of(use.eqn)))
 
 
-def _cuts_shifted(use: Use, outputs: Sequence[Value]) -> bool:
+def _values_seen_by(use: Use) -> list[Value] | None:
+    """Returns the operands as this kind of use sees them; None if it sees them as they are.
+
+    A weight may be adapted for one kind of use only.
+    """
+    if use.name not in _KIND_OF_USE:
+        return None
+    kind = _KIND_OF_USE[use.name]
+    seen_values = [
+        value.seen_by(kind) if isinstance(value, Factored) else value for value in use.values
+    ]
+    is_same = all(seen is value for seen, value in zip(seen_values, use.values, strict=True))
+    return None if is_same else seen_values
+
+
+def _repeats_shift(use: Use, outputs: Sequence[Value]) -> bool:
     """Returns True if a bias on B would be added for a part of the in axes, and so more than once.
 
     That is so where a weight loses part of its in axes, or where a part of them is multiplied.
     """
-
-    def shifted(values: Sequence[Value]) -> list[Factored]:
-        return [v for v in values if isinstance(v, Factored) and v.shift is not None]
-
-    def sizes(weights: Sequence[Factored]) -> set[int]:
-        return {math.prod(weight.sizes("in")) for weight in weights}
-
-    weights = shifted(use.values)
-    if use.name in _SUMS and any(weight.split for weight in weights):
+    operands_with_shift = _weights_with_shift(use.values)
+    if use.name in _SUMS and any(weight.split for weight in operands_with_shift):
         return True
-    return use.name != "all_gather" and not sizes(shifted(outputs)) <= sizes(weights)
+    if use.name == "all_gather":
+        return False
+    return not _in_sizes(_weights_with_shift(outputs)) <= _in_sizes(operands_with_shift)
 
 
-# By primitive, how it uses a weight, which may be adapted for one kind of use only.
-_USES = {"gather": "lookup"}
-_USES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "product")
+def _weights_with_shift(values: Sequence[Value]) -> list[Factored]:
+    return [value for value in values if isinstance(value, Factored) and value.shift is not None]
+
+
+def _in_sizes(weights: Sequence[Factored]) -> set[int]:
+    return {math.prod(weight.sizes("in")) for weight in weights}
+
+
+# By primitive, the kind of use that it makes of a weight.
+_KIND_OF_USE = {"gather": "lookup"}
+_KIND_OF_USE |= dict.fromkeys(
+    ("dot_general", "conv_general_dilated", "ragged_dot_general"), "product"
+)
 # Primitives that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice", "reduce_sum"})
+_PRODUCTS = frozenset({*_KIND_OF_USE, "slice", "dynamic_slice", "reduce_sum"})
 _SUMS = _PRODUCTS - {"gather", "slice", "dynamic_slice"}  # over the in axes
 # Primitives that make one weight of several.
 _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})

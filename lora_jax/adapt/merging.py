@@ -1,8 +1,9 @@
 """Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from lora_jax.adapt.user_code import SourceLine, warn
+from lora_jax.adapt.user_code import SourceLine, place_of, warn
+from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.factored import Factored, TokensError
 from lora_jax.core.types import Value
 
@@ -61,22 +62,24 @@ def advice(primitive: str, function: str | None) -> str:
     )
 
 
-def example_error(weight: Factored, primitive: str, place: SourceLine) -> str:
+def example_error(weight: Factored, primitive: str, line: SourceLine) -> str:
     """Returns the message for a primitive that weights with an adapter each example cannot meet."""
     return (
         f"the weight {weight.path!r} has an adapter for each example of a batch, and it is not "
-        f"known which examples {primitive!r} at {place} multiplies it by"
+        f"known which examples {primitive!r} at {line} multiplies it by"
     )
 
 
-# What a weight may meet that some tokens alone see: a product, what moves or casts it, and what
-# several may enter. Where a derivative of its own would merge it, that is refused there.
-_BY_TOKENS = frozenset(
+# The primitives that a weight may meet that some tokens alone see: a product, or what moves or
+# casts it.
+_TELL_TOKENS = frozenset(
     """
     dot_general transpose squeeze expand_dims broadcast_in_dim reshape slice dynamic_slice split
     convert_element_type copy copy_p name stop_gradient device_put sharding_constraint reshard
     """.split()
 )
+# Primitives that several such weights may enter. Where a derivative of its own would merge a
+# weight, that is refused there.
 _ENTERED = frozenset(
     """
     jit pjit closed_call core_call remat2 checkpoint scan while cond shard_map
@@ -85,71 +88,77 @@ _ENTERED = frozenset(
 )
 
 
-def check_tokens(primitive: str, values: Sequence[Value], place: Callable[[], SourceLine]) -> None:
+def check_tokens(primitive: str, values: Sequence[Value], eqn: JaxprEqn) -> None:
     """Raises a TokensError where a primitive does not tell which tokens see an adapted weight.
 
     Args:
       primitive: the primitive.
       values: its operands.
-      place: returns the user's line.
+      eqn: the equation, whose line the message names.
     """
     weights = [value for value in values if isinstance(value, Factored)]
+    tells_tokens = primitive in _TELL_TOKENS and len(weights) == 1
+    if tells_tokens or primitive in _ENTERED:
+        return
     for weight in weights:
-        is_alone = primitive in _BY_TOKENS and len(weights) == 1
-        if weight.active is None or is_alone or primitive in _ENTERED:
-            continue
-        raise TokensError(
-            f"the weight {weight.path!r} acts on some tokens alone, and {primitive!r} at {place()} "
-            "does not tell which they are: leave it out of the rules (a table that is looked up, "
-            "experts, a convolution)"
-        )
+        if weight.active is not None:
+            raise TokensError(
+                f"the weight {weight.path!r} acts on some tokens alone, and {primitive!r} at "
+                f"{place_of(eqn)} does not tell which they are: leave it out of the rules (a table "
+                "that is looked up, experts, a convolution)"
+            )
 
 
 def warn_or_raise(
-    weight: Factored, primitive: str, function: str | None, place: SourceLine, *, strict: bool
+    weight: Factored, primitive: str, function: str | None, line: SourceLine, *, strict: bool
 ) -> None:
     """Warns that a weight is merged.
 
     Args:
       weight: the weight.
       primitive, function: see `advice`.
-      place: the user's line.
+      line: the user's line.
       strict: raise instead.
 
     Raises:
       MergeError: `strict`, or a merged weight would not do what the weight does.
     """
-    reason = merge_reason(primitive)
-    what = f"the weight {weight.path!r} meets {primitive!r} at {place}, which {reason}"
-    if primitive == "output":
-        what = f"the weight {weight.path!r}, changed, is an output of the function at {place}"
-    elif primitive == "assignment":
-        what = (
-            f"the function at {place} assigns to {weight.path!r}, which is adapted: what it "
-            "assigns takes the place of W and its factors"
-        )
+    problem = _problem(weight, primitive, line)
     remedy = advice(primitive, function)
     if weight.key is not None and weight.dropout:
         raise MergeError(
-            f"{what}, and a merged weight has no dropout. Leave out dropout_key, or set dropout=0 "
-            "in the rule of this weight"
+            f"{problem}, and a merged weight has no dropout. Leave out dropout_key, or set "
+            "dropout=0 in the rule of this weight"
         )
     if weight.active is not None:
-        raise MergeError(f"{what}, and a merged weight acts on all tokens. {remedy}")
+        raise MergeError(f"{problem}, and a merged weight acts on all tokens. {remedy}")
     if weight.uses != "all":
         raise MergeError(
-            f"{what}, and its uses are adapted one by one (uses={weight.uses!r}), so it cannot be "
-            f"merged. {remedy}"
+            f"{problem}, and its uses are adapted one by one (uses={weight.uses!r}), so it cannot "
+            f"be merged. {remedy}"
         )
     if weight.shift is not None:
         raise MergeError(
-            f"{what}, and a merged weight has no place for a bias on B. {remedy}, or set "
+            f"{problem}, and a merged weight has no place for a bias on B. {remedy}, or set "
             "bias_on_b=False in its rule"
         )
     if strict:
-        raise MergeError(f"{what}. {remedy}")
+        raise MergeError(f"{problem}. {remedy}")
     formed = "W + s·AB" if weight.parts else "W"
     cost = f": {formed} is formed there, at the cost of W's memory. The result is right"
     if primitive == "assignment":
         cost = ". The result is right, and the weight that was passed has no adapter afterwards"
-    warn(f"{what}{cost}. {remedy}.", MergeWarning, place)
+    warn(f"{problem}{cost}. {remedy}.", MergeWarning, line)
+
+
+def _problem(weight: Factored, primitive: str, line: SourceLine) -> str:
+    """Returns the first part of a message: the weight, and the use that has no factored form."""
+    if primitive == "output":
+        return f"the weight {weight.path!r}, changed, is an output of the function at {line}"
+    if primitive == "assignment":
+        return (
+            f"the function at {line} assigns to {weight.path!r}, which is adapted: what it "
+            "assigns takes the place of W and its factors"
+        )
+    reason = merge_reason(primitive)
+    return f"the weight {weight.path!r} meets {primitive!r} at {line}, which {reason}"

@@ -1,4 +1,7 @@
-"""The equations of a jaxpr that its wanted outputs need, and what several of them read."""
+"""The equations of a jaxpr that its used outputs need, and what several of them read.
+
+The **side** of an operand is its index, 0 or 1, in a product of two operands.
+"""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,70 +16,90 @@ from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.product import is_on_mesh
 from lora_jax.core.types import Value
 
-Live = tuple[bool, ...]  # which outputs are wanted
+UsedOutputs = tuple[bool, ...]  # for each output, True if something reads it
 # By an operand and its contracted axes, in products without batch axes: each product, and the side
 # on which it has the operand.
-SameOperand = dict[tuple[eqns.Atom, tuple[int, ...]], list[tuple[JaxprEqn, int]]]
+ProductsOfOperand = dict[tuple[eqns.Atom, tuple[int, ...]], list[tuple[JaxprEqn, int]]]
 # Equations that cast or move their one operand.
 _MOVES = frozenset({"convert_element_type", "transpose", "reshape", "squeeze", "copy", "copy_p"})
 _MOVES |= {"name", "sharding_constraint"}
+
+
+class NeededEquation(NamedTuple):
+    """An equation that is needed for some outputs of its jaxpr.
+
+    Attributes:
+      eqn: the equation.
+      used_outputs: which of its outputs are needed.
+      unread_variables: the variables that nothing after it reads: dropping them frees memory where
+        the function runs eagerly.
+    """
+
+    eqn: JaxprEqn
+    used_outputs: UsedOutputs
+    unread_variables: list[eqns.Atom]
 
 
 class Needed(NamedTuple):
     """The equations of a jaxpr that are needed for some of its outputs, and what they share.
 
     Attributes:
-      equations: in order, each with which of its outputs are wanted, and the variables that nothing
-        after it reads: dropping them frees memory where the function runs eagerly.
-      same_operand, moves: see `_products_of_same_operand` and `_moves_of`.
+      equations: in order.
+      products_of_operand: see `_products_of_operand`.
+      moves: see `_moves_of`.
     """
 
-    equations: list[tuple[JaxprEqn, Live, list[eqns.Atom]]]
-    same_operand: SameOperand
+    equations: list[NeededEquation]
+    products_of_operand: ProductsOfOperand
     moves: dict[eqns.Atom, JaxprEqn]
 
 
-_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[Live, Needed]] = weakref.WeakKeyDictionary()
+_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[UsedOutputs, Needed]] = weakref.WeakKeyDictionary()
 
 
-def needed_equations(jaxpr: Jaxpr, live: Live) -> Needed:
-    """Returns the equations that the wanted outputs or an effect need."""
-    known = _NEEDED.setdefault(jaxpr, {})
-    if live not in known:
-        known[live] = _find_needed(jaxpr, live)
-    return known[live]
+def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
+    """Returns the equations that the used outputs or an effect need."""
+    needed_of_jaxpr = _NEEDED.setdefault(jaxpr, {})
+    if used_outputs not in needed_of_jaxpr:
+        needed_of_jaxpr[used_outputs] = _find_needed(jaxpr, used_outputs)
+    return needed_of_jaxpr[used_outputs]
 
 
-def _find_needed(jaxpr: Jaxpr, live: Live) -> Needed:
-    needed = {
-        atom
-        for atom, wanted in zip(jaxpr.outvars, live, strict=True)
-        if wanted and not eqns.is_literal(atom)
-    }
-    equations: list[tuple[JaxprEqn, Live, list[eqns.Atom]]] = []
+def _find_needed(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
+    """Walks a jaxpr from its last equation to its first, with the variables that are read later."""
+    variables_read: set[eqns.Atom] = set()
+    for atom, is_used in zip(jaxpr.outvars, used_outputs, strict=True):
+        if is_used and not eqns.is_literal(atom):
+            variables_read.add(atom)
+    needed_eqns: list[NeededEquation] = []
     for eqn in reversed(jaxpr.eqns):
-        wanted = tuple(out in needed for out in eqn.outvars)
-        if not any(wanted) and not eqn.effects:
+        is_read = tuple(out in variables_read for out in eqn.outvars)
+        if not any(is_read) and not eqn.effects:
             continue
-        reads = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
-        unread = {out for out, used in zip(eqn.outvars, wanted, strict=True) if not used}
-        equations.append((eqn, wanted, [*((reads - needed) | unread)]))
-        needed |= reads
-    equations.reverse()
-    alone = [eqn for eqn, _, _ in equations]
-    return Needed(equations, _products_of_same_operand(alone), _moves_of(alone))
+        operands = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
+        last_read_here = operands - variables_read
+        never_read = {out for out in eqn.outvars if out not in variables_read}
+        needed_eqns.append(NeededEquation(eqn, is_read, [*(last_read_here | never_read)]))
+        variables_read |= operands
+    needed_eqns.reverse()
+    equations = [needed.eqn for needed in needed_eqns]
+    return Needed(needed_eqns, _products_of_operand(equations), _moves_of(equations))
 
 
-def _products_of_same_operand(equations: Iterable[JaxprEqn]) -> SameOperand:
+def _products_of_operand(equations: Iterable[JaxprEqn]) -> ProductsOfOperand:
     """Finds the operands that several products contract over the same axes."""
-    groups: SameOperand = {}
+    products: ProductsOfOperand = {}
     for eqn in equations:
-        if eqn.primitive.name != "dot_general" or any(eqn.params["dimension_numbers"][1]):
+        if eqn.primitive.name != "dot_general":
             continue
-        for side, contract in enumerate(eqn.params["dimension_numbers"][0]):
-            if not eqns.is_literal(eqn.invars[side]):
-                groups.setdefault((eqn.invars[side], tuple(contract)), []).append((eqn, side))
-    return {key: group for key, group in groups.items() if len(group) > 1}
+        contract, batch = eqn.params["dimension_numbers"]
+        if any(batch):
+            continue
+        for side, axes in enumerate(contract):
+            operand = eqn.invars[side]
+            if not eqns.is_literal(operand):
+                products.setdefault((operand, tuple(axes)), []).append((eqn, side))
+    return {key: group for key, group in products.items() if len(group) > 1}
 
 
 def _moves_of(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
@@ -86,6 +109,10 @@ def _moves_of(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
         for eqn in equations
         if eqn.primitive.name in _MOVES and len(eqn.invars) == 1
     }
+
+
+def _unknown(_: eqns.Atom) -> None:
+    """Returns the value of an operand before its turn, where no value is known so early."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +125,8 @@ class FactorInputs:
       products: s·xA of products that are to come, by the identity of their equations.
     """
 
-    groups: SameOperand = field(default_factory=dict)
-    ahead: Callable[[eqns.Atom], Value] = lambda atom: None
+    groups: ProductsOfOperand = field(default_factory=dict)
+    ahead: Callable[[eqns.Atom], Value] = _unknown
     products: dict[int, jax.Array] = field(default_factory=dict)
     # By id: an array, and that array for factors.
     _copies: dict[int, tuple[Value, Value]] = field(default_factory=dict)
@@ -115,16 +142,17 @@ class FactorInputs:
             return x
         if id(x) not in self._copies:
             self._copies[id(x)] = (x, jnp.copy(x))
-        return self._copies[id(x)][1]
+        _, copy = self._copies[id(x)]
+        return copy
 
-    def others(self, eqn: JaxprEqn, side: int) -> list[tuple[JaxprEqn, int]]:
-        """Returns the products that contract the same axes of the operand on one side of `eqn`.
+    def other_products(self, eqn: JaxprEqn, side: int) -> list[tuple[JaxprEqn, int]]:
+        """Returns the other products that contract the same axes of the operand on a side of `eqn`.
 
-        Each with the side on which it has the operand; `eqn` itself is left out.
+        Each comes with the side on which it has the operand.
         """
         contract, _ = eqn.params["dimension_numbers"]
-        atom = eqn.invars[side]
-        if eqns.is_literal(atom):
+        operand = eqn.invars[side]
+        if eqns.is_literal(operand):
             return []
-        group = self.groups.get((atom, tuple(contract[side])), [])
-        return [(other, place) for other, place in group if other is not eqn]
+        products = self.groups.get((operand, tuple(contract[side])), [])
+        return [(product, its_side) for product, its_side in products if product is not eqn]

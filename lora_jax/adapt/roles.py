@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from lora_jax.adapt import eqns
 from lora_jax.adapt.contractions import (
     NOTHING,
+    Contents,
     Contraction,
-    Held,
     LeafAxis,
     composed,
     contractions,
@@ -76,60 +76,73 @@ def infer_roles(
     """
     log = _Log()
     interpreter = Interpreter(log.rules(), record=log.merged, default=log.other)
-    keyed, treedef = flatten(tuple(args), is_base)
-    leaves = [leaf for _, leaf in keyed]
-    places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
+    keyed_leaves, treedef = flatten(tuple(args), is_base)
+    leaves = [leaf for _, leaf in keyed_leaves]
+    input_indices = [
+        index for index, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)
+    ]
 
-    def followed(place: int, array: jax.Array) -> Value:
-        path = paths.get(id(leaves[place]))
+    def with_labels(index: int, array: jax.Array) -> Value:
+        path = paths.get(id(leaves[index]))
         if path is None:
             return array
         return labelled(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
+    def fn_of_resolved(*args: Tree) -> Tree:
+        return fn(*resolved(args))
+
     def walk(arrays: list[Value]) -> None:
-        traced = eqns.trace_with(lambda *args: fn(*resolved(args)), leaves, treedef, places)
-        jaxpr = jax.make_jaxpr(traced)(*arrays)
-        interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
+        fn_of_arrays = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)
+        jaxpr = jax.make_jaxpr(fn_of_arrays)(*arrays)
+        interpreter.evaluate(jaxpr, list(map(with_labels, input_indices, arrays)))
 
-    jax.eval_shape(walk, [stand_in(leaves[place]) for place in places])
-    shapes = {paths[id(leaf)]: leaf.shape for leaf in leaves if id(leaf) in paths}
-    return {
-        path: _agreed(log.found.get(path, []), log.lost.get(path), shape)
-        for path, shape in shapes.items()
-    }
+    jax.eval_shape(walk, [stand_in(leaves[index]) for index in input_indices])
+    roles: dict[str, ObservedRoles | str] = {}
+    for leaf in leaves:
+        if id(leaf) in paths:
+            path = paths[id(leaf)]
+            uses = log.contractions.get(path, [])
+            roles[path] = _agreed_roles(uses, log.lost.get(path), len(leaf.shape))
+    return roles
 
 
-def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> ObservedRoles | str:
+def _agreed_roles(
+    uses: list[Contraction], lost_reason: str | None, ndim: int
+) -> ObservedRoles | str:
     """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes.
 
     Args:
       uses: uses of one leaf.
-      lost: where its axes could no longer be followed, if anywhere.
-      shape: its shape.
+      lost_reason: where its axes could no longer be followed, if anywhere.
+      ndim: the number of its axes.
     """
     if not uses:
         unseen = "the function never multiplies by it"
-        return unseen if lost is None else f"{unseen}, as far as it can be followed: {lost}"
-    uses = [use for use in uses if not use.added] or uses
-    first = min(uses, key=_rank)
+        if lost_reason is None:
+            return unseen
+        return f"{unseen}, as far as it can be followed: {lost_reason}"
+    uses_of_leaf_alone = [use for use in uses if not use.is_added]
+    uses = uses_of_leaf_alone or uses
+    clearest = min(uses, key=_unclearness)
     for use in uses:
-        if both := use.contracted & use.free:
+        axes_with_both_roles = use.contracted & use.free
+        if axes_with_both_roles:
             return (
-                f"its axes {sorted(both)} are one axis, or parts of one, where {use}. Keep them "
-                "apart: a reshape to one axis (ravel, ravel_pytree) loses them"
+                f"its axes {sorted(axes_with_both_roles)} are one axis, or parts of one, where "
+                f"{use}. Keep them apart: a reshape to one axis (ravel, ravel_pytree) loses them"
             )
-        if {use.contracted, use.free} != {first.contracted, first.free}:
-            return f"the function uses it in ways that contradict each other: {first}, but {use}"
-    if not first.contracted:
-        return f"no axis of it is contracted in the product: {first}"
-    if not first.free:
-        return f"no axis of it comes out of the product: {first}"
-    roles = AxisRoles.from_axes(sorted(first.contracted), sorted(first.free), len(shape))
-    is_table = first.is_lookup or all(use.not_kernel_reason for use in uses)
-    return ObservedRoles(roles, first.not_kernel_reason if is_table else "")
+        if {use.contracted, use.free} != {clearest.contracted, clearest.free}:
+            return f"the function uses it in ways that contradict each other: {clearest}, but {use}"
+    if not clearest.contracted:
+        return f"no axis of it is contracted in the product: {clearest}"
+    if not clearest.free:
+        return f"no axis of it comes out of the product: {clearest}"
+    roles = AxisRoles.from_axes(sorted(clearest.contracted), sorted(clearest.free), ndim)
+    is_kernel = not clearest.is_lookup and any(not use.not_kernel_reason for use in uses)
+    return ObservedRoles(roles, "" if is_kernel else clearest.not_kernel_reason)
 
 
-def _rank(use: Contraction) -> tuple[bool, ...]:
+def _unclearness(use: Contraction) -> tuple[bool, ...]:
     """Returns a sort key: first come the uses that say most clearly which axes are the in axes.
 
     Products with vectors or with other leaves come last: they may be a norm's.
@@ -141,12 +154,12 @@ class _Log:
     """The rules that follow leaves, and their notes.
 
     Attributes:
-      found: the products with each leaf, by path.
-      lost: for a leaf whose axes could no longer be followed somewhere, the first such place.
+      contractions: the products with each leaf, by path.
+      lost: for a leaf whose axes could no longer be followed somewhere, the first such line.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Contraction]] = {}
+        self.contractions: dict[str, list[Contraction]] = {}
         self.lost: dict[str, str] = {}
 
     def rules(self) -> dict[str, Rule]:
@@ -160,90 +173,124 @@ class _Log:
         """Notes that leaves leave a loop or a branch as plain arrays."""
         self._lose(record.path.splitlines(), record.primitive, record.place)
 
-    def _lose(self, paths: Iterable[str], primitive: str, place: str) -> None:
+    def _lose(self, paths: Iterable[str], primitive: str, line: str) -> None:
         for path in paths:
-            self.lost.setdefault(path, f"{primitive!r} at {place} loses its axes")
+            self.lost.setdefault(path, f"{primitive!r} at {line} loses its axes")
 
-    def _kept(self, use: Use, outputs: list[Value]) -> list[Value]:
+    def _note_lost(self, use: Use, outputs: list[Value]) -> list[Value]:
         """Returns the outputs; notes the leaves among the operands that none of them holds."""
-        there = {
-            path for v in use.values if isinstance(v, Factored) for path in v.path.splitlines()
-        }
-        here = (
-            paths_of(v.labels, "", "scaled", "added") for v in outputs if isinstance(v, Factored)
-        )
-        if lost := there.difference(*here):
-            self._lose(lost, use.name, str(place_of(use.eqn)))
+        lost_paths: set[str] = set()
+        for value in use.values:
+            if isinstance(value, Factored):
+                lost_paths |= set(value.path.splitlines())
+        for output in outputs:
+            if isinstance(output, Factored):
+                lost_paths -= paths_of(output.labels, "", "scaled", "added")
+        if lost_paths:
+            self._lose(lost_paths, use.name, str(place_of(use.eqn)))
         return outputs
 
     def _product(self, _: Interpreter, use: Use) -> list[Value]:
-        name, pair = use.name, use.values[:2]
-        is_leaf = [isinstance(v, Factored) and bool(paths_of(v.labels, "")) for v in pair]
-        seen = []
-        for side, weight in enumerate(pair):
-            labels: Any = weight.labels if isinstance(weight, Factored) else ()
+        """Notes which axes of leaves a product contracts; follows leaves through a look-up."""
+        operands = use.values[:2]
+        are_leaves = [
+            isinstance(value, Factored) and bool(paths_of(value.labels, "")) for value in operands
+        ]
+        contractions_of_side: list[dict[str, Contraction]] = []
+        for side, value in enumerate(operands):
+            labels: Any = value.labels if isinstance(value, Factored) else ()
             axes = contracts(use, side, labels) if labels else None
-            if axes is not None:
-                uses = contractions(use, side, axes, with_leaf=is_leaf[1 - side])
-                for path, path_uses in uses.items():
-                    self.found.setdefault(path, []).append(path_uses)
-                seen.append(uses)
-        if name == "gather":
-            outputs = _gathered(use)
-            return outputs if isinstance(outputs[0], Factored) else self._kept(use, outputs)
-        (out,) = use.bind(use.bases)
+            if axes is None:
+                continue
+            contraction_of_path = contractions(use, side, axes, with_leaf=are_leaves[1 - side])
+            for path, contraction in contraction_of_path.items():
+                self.contractions.setdefault(path, []).append(contraction)
+            contractions_of_side.append(contraction_of_path)
+        if use.name == "gather":
+            output = _gathered(use)
+            return [output] if isinstance(output, Factored) else self._note_lost(use, [output])
+        (result,) = use.bind(use.bases)
         if _mixing(use):
-            return [out]
-        is_whole = not any(path_uses.stretched for uses in seen for path_uses in uses.values())
-        are_others = all(is_leaf) and not set.intersection(*map(set, seen))
-        if name == "dot_general" and are_others and is_whole:
-            return [labelled(out, composed(use))]
-        return [labelled(out, [NOTHING] * out.ndim)]
+            return [result]
+        is_stretched = any(
+            contraction.is_stretched
+            for contraction_of_path in contractions_of_side
+            for contraction in contraction_of_path.values()
+        )
+        are_different_leaves = all(are_leaves) and not set.intersection(
+            *map(set, contractions_of_side)
+        )
+        if use.name == "dot_general" and are_different_leaves and not is_stretched:
+            return [labelled(result, composed(use))]
+        return [labelled(result, [NOTHING] * result.ndim)]
 
     def _moved(self, _: Interpreter, use: Use) -> list[Value]:
         """Moves axes as the axis map says; one that is stretched is lost."""
-        (out,), weights = use.bind(use.bases), [v for v in use.values if isinstance(v, Factored)]
-        places = axis_map(use.eqn)
-        if places is None:
-            return self._kept(use, [out])
+        (result,) = use.bind(use.bases)
+        weights = [value for value in use.values if isinstance(value, Factored)]
+        source_axes_of_result = axis_map(use.eqn)
+        if source_axes_of_result is None:
+            return self._note_lost(use, [result])
         if use.name == "broadcast_in_dim":
-            (shape,) = (w.base.shape for w in weights)
-            pairs = zip(places, out.shape, strict=True)
-            places = tuple(tuple(a for a in axes if shape[a] == n) for axes, n in pairs)
-        of_each: list[Any] = [weight.labels for weight in weights]
-        moved = [[union(held[a] for a in axes) for axes in places] for held in of_each]
-        return [labelled(out, _joined(moved, _mixing(use)))]
+            (shape,) = (weight.base.shape for weight in weights)
+            source_axes_of_result = tuple(
+                tuple(axis for axis in source_axes if shape[axis] == size)
+                for source_axes, size in zip(source_axes_of_result, result.shape, strict=True)
+            )
+        contents_of_weights = []
+        for weight in weights:
+            labels: Any = weight.labels
+            contents_of_weights.append(
+                [union(labels[axis] for axis in axes) for axes in source_axes_of_result]
+            )
+        return [labelled(result, _joined(contents_of_weights, _mixing(use)))]
 
     def other(self, interpreter: Interpreter, use: Use) -> list[Value]:
         """Enters functions; keeps axes in place in element-wise operations, else drops them."""
         body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
-        if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
-            return interpreter.function(body, use.live)(*use.values)
-        name, outputs = use.name, use.bind(use.bases)
-        mixed = _mixing(use)
+        if body is not None:
+            inner, _ = eqns.opened(body)
+            if len(inner.invars) == len(use.values):
+                return interpreter.function(body, use.used_outputs)(*use.values)
+        outputs = use.bind(use.bases)
+        mixing = _mixing(use)
+        labelled_outputs: list[Value] = []
+        for output_index, output in enumerate(outputs):
+            # Several outputs belong to the operands of the same indices, but for those of a split.
+            operands = use.values
+            if len(outputs) > 1 and use.name != "split":
+                operands = [use.values[output_index]] if output_index < len(use.values) else []
+            contents_of_operands = []
+            for operand in operands:
+                contents = _contents_in_place(operand, output, use.name)
+                if contents is not None:
+                    contents_of_operands.append(contents)
+            is_floating = output.ndim > 0 and jnp.issubdtype(output.dtype, jnp.floating)
+            if contents_of_operands:
+                output = labelled(output, _joined(contents_of_operands, mixing))
+            elif not mixing and is_floating:  # computed from leaves alone
+                output = labelled(output, [NOTHING] * output.ndim)
+            labelled_outputs.append(output)
+        return self._note_lost(use, labelled_outputs)
 
-        def stayed(place: int, value: Value, out: Value) -> list[Held] | None:
-            if not isinstance(value, Factored) or len(value.labels) != out.ndim:
-                return None
-            if len(outputs) > 1 and name != "split" and place:
-                return None
-            labels: Any = value.labels
-            if name in _SAME_RANK:
-                return list(labels)
-            sizes = tuple(zip(value.base.shape, out.shape, strict=True))
-            if any(n not in (1, m) for n, m in sizes):
-                return None
-            stretched = [n != m for n, m in sizes]
-            return [NOTHING if lost else held for held, lost in zip(labels, stretched, strict=True)]
 
-        followed = []
-        for place, out in enumerate(outputs):
-            each = (stayed(i - place, v, out) for i, v in enumerate(use.values))
-            kept = [labels for labels in each if labels is not None]
-            if not kept and not mixed and out.ndim and jnp.issubdtype(out.dtype, jnp.floating):
-                kept = [[NOTHING] * out.ndim]  # computed from leaves alone
-            followed.append(labelled(out, _joined(kept, mixed)) if kept else out)
-        return self._kept(use, followed)
+def _contents_in_place(operand: Value, output: Value, primitive: str) -> list[Contents] | None:
+    """Returns the contents of an output's axes that an operand has in place; None if none are.
+
+    An axis along which the operand is stretched loses its contents.
+    """
+    if not isinstance(operand, Factored) or len(operand.labels) != output.ndim:
+        return None
+    labels: Any = operand.labels
+    if primitive in _SAME_RANK:
+        return list(labels)
+    contents_of_axis: list[Contents] = []
+    sizes = zip(operand.base.shape, output.shape, strict=True)
+    for contents, (size, output_size) in zip(labels, sizes, strict=True):
+        if size not in (1, output_size):
+            return None
+        contents_of_axis.append(contents if size == output_size else NOTHING)
+    return contents_of_axis
 
 
 _ADDS = ("add", "sub", "add_any", "concatenate", "stack")
@@ -251,41 +298,54 @@ _ADDS = ("add", "sub", "add_any", "concatenate", "stack")
 
 def _mixing(use: Use) -> str:
     """Returns the way an equation mixes leaves with arrays that are computed from other things."""
-
-    def is_pure(value: Value) -> bool:
-        if not isinstance(value, Factored):
-            return math.prod(jnp.shape(value)) == 1
-        return not paths_of(value.labels, "scaled", "added")
-
-    if all(map(is_pure, use.values)):
+    if all(map(_is_of_leaves_alone, use.values)):
         return ""
     return "added" if use.name in _ADDS else "scaled"
 
 
-def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
+def _is_of_leaves_alone(value: Value) -> bool:
+    """Returns True for a number, and for an array that is computed from leaves alone."""
+    if isinstance(value, Factored):
+        return not paths_of(value.labels, "scaled", "added")
+    return math.prod(jnp.shape(value)) == 1
+
+
+def _joined(contents_of_arrays: Sequence[Sequence[Contents]], mixing: str) -> list[Contents]:
     """Returns the contents of each axis of several arrays, marked as mixed; "added" stays."""
-    joined = [union(each) for each in zip(*labels, strict=True)]
-    if not mixed:
-        return joined
-    return [
-        frozenset(a if a.mixed == "added" else a._replace(mixed=mixed) for a in held)
-        for held in joined
-    ]
+    joined_contents: list[Contents] = []
+    for contents_of_axis in zip(*contents_of_arrays, strict=True):
+        contents = union(contents_of_axis)
+        if mixing:
+            contents = frozenset(_marked(leaf_axis, mixing) for leaf_axis in contents)
+        joined_contents.append(contents)
+    return joined_contents
 
 
-def _gathered(use: Use) -> list[Value]:
+def _marked(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
+    return leaf_axis if leaf_axis.mixed == "added" else leaf_axis._replace(mixed=mixing)
+
+
+def _gathered(use: Use) -> Value:
     """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
-    weight, numbers = use.values[0], use.params["dimension_numbers"]
-    (out,) = use.bind(use.bases)
+    weight = use.values[0]
+    numbers = use.params["dimension_numbers"]
+    (result,) = use.bind(use.bases)
     if not isinstance(weight, Factored):
-        return [out]
-    cut, labels = indexed(use, len(weight.labels)), list[Any](weight.labels)
-    held = [NOTHING if a in cut else label for a, label in enumerate(labels)]
-    kept = [label for a, label in enumerate(held) if a not in numbers.collapsed_slice_dims]
-    if sum(map(bool, held)) < 2 or len(kept) != len(numbers.offset_dims):
-        return [out]
-    whole = dict(zip(numbers.offset_dims, kept, strict=True))
-    return [labelled(out, [whole.get(axis, NOTHING) for axis in range(out.ndim)])]
+        return result
+    labels: Any = weight.labels
+    indexed_axes = indexed(use, len(labels))
+    n_axes_with_leaf = 0
+    slice_contents: list[Contents] = []  # of the axes that come out
+    for axis, label in enumerate(labels):
+        contents = NOTHING if axis in indexed_axes else label
+        n_axes_with_leaf += bool(contents)
+        if axis not in numbers.collapsed_slice_dims:
+            slice_contents.append(contents)
+    is_row = n_axes_with_leaf < 2
+    if is_row or len(slice_contents) != len(numbers.offset_dims):
+        return result
+    contents_of_axis = dict(zip(numbers.offset_dims, slice_contents, strict=True))
+    return labelled(result, [contents_of_axis.get(axis, NOTHING) for axis in range(result.ndim)])
 
 
 _SAME_RANK = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")

@@ -20,7 +20,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
-from lora_jax.adapt.rules.flow import sources_among
+from lora_jax.adapt.rules.flow import Sources, sources_among
 from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Tree, Value
@@ -45,7 +45,7 @@ class FlatCall:
     Attributes:
       fn: the function.
       leaves, treedef: leaves and structure of (args, kwargs).
-      weights: by place among the leaves, the array that stands for an adapted weight.
+      weights: by the index of a leaf, the array that stands for an adapted weight.
       others: likewise, arrays that are inputs of the jaxpr beside the weights in any case.
     """
 
@@ -76,9 +76,8 @@ class TraceOutputs:
 
     def filled(self, arrays: Sequence[Value]) -> tuple[Tree, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        result, writes = self.treedef.unflatten(
-            arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
-        )
+        leaves = [arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
+        result, writes = self.treedef.unflatten(leaves)
         return resolved(result) if self._has_aliases else result, writes
 
     @functools.cached_property
@@ -89,14 +88,17 @@ class TraceOutputs:
 
 @dataclasses.dataclass
 class Trace:
-    """A jaxpr whose inputs are the leaves at `places`.
+    """A jaxpr of a function.
 
     Attributes:
+      jaxpr: the jaxpr.
+      leaf_indices: the leaf of the arguments that each of its inputs is.
+      outputs: what the function returns and writes.
       steps: its equations, compiled for eager calls.
     """
 
     jaxpr: eqns.AnyJaxpr
-    places: tuple[int, ...]
+    leaf_indices: tuple[int, ...]
     outputs: TraceOutputs
     steps: EagerSteps = field(default_factory=EagerSteps)
 
@@ -122,54 +124,66 @@ def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
 
     Args:
       call: the call.
-      inputs: by place among its leaves, the arrays that are inputs of the jaxpr.
+      inputs: by the index of a leaf, the arrays that are inputs of the jaxpr.
     """
-    made: list[tuple[list[Leaf], jax.tree_util.PyTreeDef]] = []
+    outputs: list[TraceOutputs] = []  # of the one call
 
-    def called(args: Tree, kwargs: Tree) -> list[Leaf]:
+    def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
         args, kwargs = resolved(unsealed((args, kwargs)))
-        before = Snapshot.take((args, kwargs))
+        snapshot = Snapshot.take((args, kwargs))
         result = aliased(call.fn(*args, **kwargs))
-        leaves, treedef = jax.tree.flatten((result, before.writes()))
-        made.append(([_TRACED if isinstance(x, jax.core.Tracer) else x for x in leaves], treedef))
+        leaves, treedef = jax.tree.flatten((result, snapshot.writes()))
+        leaves_without_arrays = [
+            _TRACED if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves
+        ]
+        outputs.append(TraceOutputs(leaves_without_arrays, treedef, {}))
         return leaves
 
-    fn = eqns.trace_with(called, call.leaves, call.treedef, list(inputs))
-    jaxpr = jax.make_jaxpr(fn)(*inputs.values())
-    return Trace(jaxpr, tuple(inputs), _outputs(*made.pop(), _origins(jaxpr, inputs, call), call))
+    fn_of_inputs = eqns.trace_with(call_and_record, call.leaves, call.treedef, list(inputs))
+    jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs.values())
+    origins = _origins(jaxpr, inputs, call)
+    return Trace(jaxpr, tuple(inputs), _without_idle_writes(outputs.pop(), origins, call))
 
 
-def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: FlatCall) -> list[int | None]:
-    """Returns, for each output of a call's jaxpr, the place of the leaf that it is."""
+def _origins(jaxpr: eqns.AnyJaxpr, input_indices: Iterable[int], call: FlatCall) -> Sources:
+    """Returns, for each output of a call's jaxpr, the index of the leaf that it is.
+
+    Args:
+      jaxpr: the jaxpr.
+      input_indices: the index of the leaf that each of its inputs is.
+      call: the call.
+    """
     inner, consts = eqns.opened(jaxpr)
-    of_leaf = {id(leaf): place for place, leaf in enumerate(call.leaves)}
-    constants = zip(inner.constvars, consts, strict=True)
-    places: dict[eqns.Atom, int] = {
-        var: of_leaf[id(const)] for var, const in constants if id(const) in of_leaf
-    }
-    places |= zip(inner.invars, inputs, strict=True)
-    return list(sources_among(jaxpr, places))
+    index_of_leaf = {id(leaf): index for index, leaf in enumerate(call.leaves)}
+    index_of_variable: dict[eqns.Atom, int] = {}
+    for variable, const in zip(inner.constvars, consts, strict=True):
+        if id(const) in index_of_leaf:
+            index_of_variable[variable] = index_of_leaf[id(const)]
+    index_of_variable |= zip(inner.invars, input_indices, strict=True)
+    return sources_among(jaxpr, index_of_variable)
 
 
-def _outputs(
-    leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: FlatCall
-) -> TraceOutputs:
+def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall) -> TraceOutputs:
     """Returns the outputs of a function, without writes that change nothing.
 
     Args:
-      leaves, treedef: leaves and structure of (result, writes); `_TRACED` for each output of the
-        jaxpr.
+      outputs: result and writes of the function, with `_TRACED` for each output of the jaxpr.
       origins: see `_origins`.
       call: the call that was traced.
     """
-    outputs = (Output(number, origin) for number, origin in enumerate(origins))
-    leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in leaves]
-    result, writes = treedef.unflatten(leaves)
-    assigned: dict[int, Leaf] = {}
-    if writes:
-        arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
-        writes, assigned = changes(arguments, writes)
-        leaves, treedef = jax.tree.flatten((result, writes))
+    leaves: list[Leaf] = []
+    n_arrays = 0
+    for leaf in outputs.leaves:
+        if leaf is _TRACED:
+            leaf = Output(n_arrays, origins[n_arrays])
+            n_arrays += 1
+        leaves.append(leaf)
+    result, writes = outputs.treedef.unflatten(leaves)
+    if not writes:
+        return TraceOutputs(leaves, outputs.treedef, {})
+    arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
+    writes, assigned = changes(arguments, writes)
+    leaves, treedef = jax.tree.flatten((result, writes))
     return TraceOutputs(leaves, treedef, assigned)
 
 
@@ -178,7 +192,7 @@ class EagerTraces:
 
     def __init__(self) -> None:
         # By all that a trace depends on, the latest last.
-        self._known: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._is_off = False
 
@@ -198,16 +212,13 @@ class EagerTraces:
         """
         if self._is_off:
             return None
-        arrays = {place: leaf for place, leaf in enumerate(call.leaves) if _is_array(leaf)}
+        arrays = {index: leaf for index, leaf in enumerate(call.leaves) if _is_array(leaf)}
         inputs = {**arrays, **call.weights}
-        others = [leaf for place, leaf in enumerate(call.leaves) if place not in inputs]
-        types = tuple((place, _type_of(value)) for place, value in inputs.items())
+        static_leaves = [leaf for index, leaf in enumerate(call.leaves) if index not in inputs]
+        types = tuple((index, _type_of(value)) for index, value in inputs.items())
         try:
-            state = FunctionState(call.fn, others)
-            key = (call.treedef, types, state, _settings())
-            with self._lock:
-                entry = self._known.setdefault(key, _Entry(state))
-                self._known.move_to_end(key)
+            state = FunctionState(call.fn, static_leaves)
+            entry = self._entry((call.treedef, types, state, _settings()), state)
         except RuntimeError:  # another thread changes what the function reads
             return None
         except (UnknownStateError, TypeError, ValueError):
@@ -224,18 +235,31 @@ class EagerTraces:
                 self._forget()
         return entry.trace
 
+    def _entry(self, key: Hashable, state: FunctionState) -> "_Entry":
+        """Returns the entry of a key, which is made where there is none, and is the latest now."""
+        with self._lock:
+            entry = self._entries.setdefault(key, _Entry(state))
+            self._entries.move_to_end(key)
+            return entry
+
     def _forget(self) -> None:
         """Drops the traces that were not used for longest, where there are too many."""
         with self._lock:
-            seen: set[int] = set()
-            size = most = 0
-            for n, (key, entry) in enumerate(list(reversed(self._known.items()))):
-                held = entry.held()
-                size += sum(nbytes for array, nbytes in held.items() if array not in seen)
-                seen |= held.keys()
-                most = most if n else size + _MOST_BYTES
-                if n >= _MOST_TRACES or (n >= _FEW_TRACES and size > most):
-                    del self._known[key]
+            counted_arrays: set[int] = set()  # by identity
+            n_bytes = 0
+            most_bytes = 0
+            for n_newer, (key, entry) in enumerate(list(reversed(self._entries.items()))):
+                bytes_of_array = entry.bytes_of_array()
+                for array, array_bytes in bytes_of_array.items():
+                    if array not in counted_arrays:
+                        n_bytes += array_bytes
+                counted_arrays |= bytes_of_array.keys()
+                is_newest = n_newer == 0
+                if is_newest:
+                    most_bytes = n_bytes + _MOST_BYTES
+                is_too_large = n_newer >= _FEW_TRACES and n_bytes > most_bytes
+                if n_newer >= _MOST_TRACES or is_too_large:
+                    del self._entries[key]
 
 
 @dataclasses.dataclass(eq=False)
@@ -251,10 +275,13 @@ class _Entry:
     is_made: bool = False
     lock: Any = field(default_factory=threading.RLock)
 
-    def held(self) -> dict[int, int]:
+    def bytes_of_array(self) -> dict[int, int]:
         """Returns the number of bytes of each array that is held, by its identity."""
-        consts = () if self.trace is None else eqns.opened(self.trace.jaxpr)[1]
-        return {id(a): getattr(a, "nbytes", 0) for a in (*self.state.arrays(), *consts)}
+        arrays: list[Any] = list(self.state.arrays())
+        if self.trace is not None:
+            _, consts = eqns.opened(self.trace.jaxpr)
+            arrays += consts
+        return {id(array): getattr(array, "nbytes", 0) for array in arrays}
 
 
 @jax.jit
@@ -273,6 +300,5 @@ def _type_of(value: Value) -> Hashable:
 
 
 def _is_array(leaf: Leaf) -> bool:
-    return isinstance(leaf, jax.Array) or (
-        isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
-    )
+    is_numpy_array = isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
+    return isinstance(leaf, jax.Array) or is_numpy_array

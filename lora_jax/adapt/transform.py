@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import params_by_prompt, with_own_masks
+from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.interpreter import Interpreter, Rule
 from lora_jax.adapt.nnx_writes import Output, write
 from lora_jax.adapt.per_example.axes import ExampleAxes, follow_tokens, follow_trace, mapped
@@ -26,13 +28,13 @@ from lora_jax.adapt.rules.reductions import REDUCTION_RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
-from lora_jax.core.aliases import flatten, resolved
+from lora_jax.core.aliases import KeyPath, flatten, resolved
 from lora_jax.core.axes import Label
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.paths import checked_key, fold_in_path, path_string
-from lora_jax.core.types import Forward, Leaf, Tree
+from lora_jax.core.types import BaseLike, Forward, Leaf, Tree, Value
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
 # The rule for each primitive that knows what to do with an adapted weight. Products and look-ups
@@ -102,13 +104,14 @@ def adapt(
     >>> forward(tree, jnp.ones((1, 4)))
     Array([[4., 4., 4.]], dtype=float32)
     """
-    own = tuple((primitives or {}).items())
-    interpreter, eager = Interpreter(RULES, strict, own), EagerTraces()
+    own_rules = tuple((primitives or {}).items())
+    interpreter = Interpreter(RULES, strict, own_rules)
+    eager_traces = EagerTraces()
 
     @functools.wraps(fn)
     def forward(*args: Tree, dropout_key: jax.Array | None = None, **kwargs: Tree) -> Tree:
         args = with_own_masks(fn, args, kwargs)
-        return run(fn, interpreter, args, kwargs, dropout_key, eager)
+        return run(fn, interpreter, args, kwargs, dropout_key, eager_traces)
 
     forward.params_by_prompt = params_by_prompt  # type: ignore[attr-defined]  # for generation
     return forward
@@ -120,7 +123,7 @@ def run(
     args: tuple[Tree, ...],
     kwargs: dict[str, Tree],
     dropout_key: jax.Array | None,
-    eager: EagerTraces | None = None,
+    eager_traces: EagerTraces | None = None,
     axes: ExampleAxes | None = None,
 ) -> Tree:
     """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored.
@@ -130,7 +133,7 @@ def run(
       interpreter: with the rules.
       args, kwargs: arguments of the function.
       dropout_key: see `adapt`.
-      eager: traces of the function, for eager calls.
+      eager_traces: traces of the function, for eager calls.
       axes: which axes hold the examples of a batch, where weights have `rows`, so that each example
         has an adapter of its own; see `lora_jax.adapt.per_example`.
 
@@ -140,40 +143,81 @@ def run(
     """
     if dropout_key is not None:
         dropout_key = checked_key("dropout_key", dropout_key)
-    call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
-    if not weights:
+    adapted = _adapted_call(fn, args, kwargs, dropout_key)
+    call = adapted.call
+    if not adapted.weights:
         args, kwargs = resolved(unsealed(call.treedef.unflatten(call.leaves)))
         return fn(*args, **kwargs)
-    where = {} if axes is None else mapped(call, nodes, axes)
-    call = dataclasses.replace(call, others={place: call.leaves[place] for place in where})
-    cached = None if eager is None or _is_traced() else eager.find(call)
-    steps = None if cached is None else cached.steps
-    traced = trace(call) if cached is None else cached
-    _say_assigned(interpreter, traced, weights, (args, kwargs))
+    example_axes: dict[int, int] = {}
     if axes is not None:
-        followed = follow_trace(traced, weights, call, where, axes.of_result)
-        interpreter = dataclasses.replace(interpreter, examples=followed)
-    elif any(weight.active is not None for weight in weights.values()):
-        followed = follow_tokens(traced, weights, call)
-        interpreter = dataclasses.replace(interpreter, examples=followed)
-    inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
-    inner, _ = eqns.opened(traced.jaxpr)
-    needed = traced.outputs.origins
-    same = {n: nodes[origin] for n, origin in needed.items() if origin in nodes}
-    live = tuple(n in needed and n not in same for n in range(len(inner.outvars)))
-    with noted() as seen:
-        values = interpreter.evaluate(traced.jaxpr, inputs, live, steps)
-    warn_of_swapped(seen, traced.jaxpr, inputs)
-    assigned = {v.number for v in traced.outputs.assigned.values() if isinstance(v, Output)}
-    results = [same.get(n, value) for n, value in enumerate(values)]
-    for n, value in enumerate(results):
-        if isinstance(value, Factored):
-            if n not in assigned:  # of which it has been said
-                interpreter.say_merged(value, "output", place_of_call())
-            results[n] = value.merged()
-    result, writes = traced.outputs.filled(results)
+        example_axes = mapped(call, adapted.nodes, axes)
+        call = dataclasses.replace(
+            call, others={index: call.leaves[index] for index in example_axes}
+        )
+    cached_trace = None
+    if eager_traces is not None and not _is_traced():
+        cached_trace = eager_traces.find(call)
+    traced = trace(call) if cached_trace is None else cached_trace
+    _say_assigned(interpreter, traced, adapted.weights, (args, kwargs))
+    if axes is not None:
+        examples = follow_trace(traced, adapted.weights, call, example_axes, axes.of_result)
+        interpreter = dataclasses.replace(interpreter, examples=examples)
+    elif any(weight.active is not None for weight in adapted.weights.values()):
+        examples = follow_tokens(traced, adapted.weights, call)
+        interpreter = dataclasses.replace(interpreter, examples=examples)
+    eager_steps = None if cached_trace is None else cached_trace.steps
+    outputs = _evaluated(interpreter, traced, adapted, eager_steps)
+    result, writes = traced.outputs.filled(outputs)
     write((args, kwargs), writes)
     return result
+
+
+class _AdaptedCall(NamedTuple):
+    """A call as its function is traced, and what its leaves stand for.
+
+    Attributes:
+      call: the call.
+      weights: by the index of a leaf, the weight in its place while the jaxpr is evaluated.
+      nodes: by the index of a leaf, the node or base in its place in the caller's tree.
+    """
+
+    call: FlatCall
+    weights: dict[int, Factored]
+    nodes: dict[int, Leaf]
+
+
+def _evaluated(
+    interpreter: Interpreter, traced: Trace, adapted: _AdaptedCall, eager_steps: EagerSteps | None
+) -> list[Value]:
+    """Returns the outputs of a traced function, as arrays or nodes; unused ones are None."""
+    inputs = [
+        adapted.weights.get(index, adapted.call.leaves[index]) for index in traced.leaf_indices
+    ]
+    leaf_of_output = traced.outputs.origins
+    node_of_output = {
+        output_index: adapted.nodes[leaf_index]
+        for output_index, leaf_index in leaf_of_output.items()
+        if leaf_index in adapted.nodes
+    }
+    inner, _ = eqns.opened(traced.jaxpr)
+    used_outputs = tuple(
+        index in leaf_of_output and index not in node_of_output
+        for index in range(len(inner.outvars))
+    )
+    with noted() as noted_sides:
+        outputs = interpreter.evaluate(traced.jaxpr, inputs, used_outputs, eager_steps)
+    warn_of_swapped(noted_sides, traced.jaxpr, inputs)
+    assigned_outputs = {
+        value.number for value in traced.outputs.assigned.values() if isinstance(value, Output)
+    }
+    for index, output in enumerate(outputs):
+        if index in node_of_output:
+            outputs[index] = node_of_output[index]
+        elif isinstance(output, Factored):
+            if index not in assigned_outputs:  # `_say_assigned` has warned of those
+                interpreter.say_merged(output, "output", place_of_call())
+            outputs[index] = output.merged()
+    return outputs
 
 
 def _say_assigned(
@@ -186,15 +230,15 @@ def _say_assigned(
     """
     if not traced.outputs.assigned:
         return
-    keyed, _ = flatten(arguments, is_leaf)
-    for place in traced.outputs.assigned:
-        key_path, node = keyed[place]
-        if not is_node(node) or isinstance(node, Trained):  # whose value it may change
+    keyed_leaves, _ = flatten(arguments, is_leaf)
+    for leaf_index in traced.outputs.assigned:
+        key_path, node = keyed_leaves[leaf_index]
+        may_change = not is_node(node) or isinstance(node, Trained)
+        if may_change:
             continue
-        weight = weights.get(place)
+        weight = weights.get(leaf_index)
         if weight is None:
-            labels: list[Label] = ["batch"] * len(node.shape)
-            weight = Factored(node.base, {}, tuple(labels), path=path_string(key_path[2:]))
+            weight = _without_factors(node.base, len(node.shape), _path_in_argument(key_path))
         interpreter.say_merged(weight, "assignment", place_of_call())
 
 
@@ -203,35 +247,49 @@ def _is_traced() -> bool:
     return isinstance(lax.full((), 0), jax.core.Tracer)
 
 
-def _flattened(
+def _adapted_call(
     fn: Forward, args: tuple[Tree, ...], kwargs: dict[str, Tree], dropout_key: jax.Array | None
-) -> tuple[FlatCall, dict[int, Factored], dict[int, Leaf]]:
-    """Returns a call as its function is traced, and its weights and nodes by place."""
+) -> _AdaptedCall:
+    """Returns a call as its function is traced, with its weights and nodes.
+
+    Raises:
+      TypeError: no argument holds an adapted tree.
+    """
     treedef: jax.tree_util.PyTreeDef
-    keyed, treedef = flatten((args, kwargs), is_leaf)
-    if not any(is_leaf(leaf) for _, leaf in keyed):
+    keyed_leaves, treedef = flatten((args, kwargs), is_leaf)
+    if not any(is_leaf(leaf) for _, leaf in keyed_leaves):
         raise TypeError(
             f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
             "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
             "returned as an argument; one that the function closes over is not seen"
         )
-    leaves = [leaf for _, leaf in keyed]
+    leaves = [leaf for _, leaf in keyed_leaves]
     nodes: dict[int, Leaf] = {}
     weights: dict[int, Factored] = {}
-    for place, (key_path, leaf) in enumerate(keyed):
+    for index, (key_path, leaf) in enumerate(keyed_leaves):
         if not is_leaf(leaf):
             continue
-        path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
-        leaves[place] = _plain(leaf, path)
+        path = _path_in_argument(key_path)
+        leaves[index] = _plain(leaf, path)
         if is_node(leaf) and leaf.is_factored:
-            nodes[place] = leaf
-            weights[place] = leaf.factored(path, _weight_key(leaf, path, dropout_key))
-        elif is_base(leaves[place]):
-            nodes[place] = leaf
-            labels: list[Label] = ["batch"] * len(leaf.shape)
-            weights[place] = Factored(leaves[place], {}, tuple(labels), path=path)
-    stand_ins = {place: stand_in(weight.base) for place, weight in weights.items()}
-    return FlatCall(fn, leaves, treedef, stand_ins), weights, nodes
+            nodes[index] = leaf
+            weights[index] = leaf.factored(path, _weight_key(leaf, path, dropout_key))
+        elif is_base(leaves[index]):
+            nodes[index] = leaf
+            weights[index] = _without_factors(leaves[index], len(leaf.shape), path)
+    stand_ins = {index: stand_in(weight.base) for index, weight in weights.items()}
+    return _AdaptedCall(FlatCall(fn, leaves, treedef, stand_ins), weights, nodes)
+
+
+def _path_in_argument(key_path: KeyPath) -> str:
+    """Returns the path of a leaf of (args, kwargs), without the two keys of the argument."""
+    return path_string(key_path[2:])
+
+
+def _without_factors(base: BaseLike, ndim: int, path: str) -> Factored:
+    """Returns W alone as a weight."""
+    labels: tuple[Label, ...] = ("batch",) * ndim
+    return Factored(base, {}, labels, path=path)
 
 
 def _plain(leaf: Leaf, path: str) -> Leaf:
@@ -255,5 +313,7 @@ def _weight_key(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     key = fold_in_path(key, path)
-    batch = weight.roles.sizes(weight.shape, "batch")
-    return jax.random.split(key, math.prod(batch)).reshape(batch) if batch else key
+    batch_shape = weight.roles.sizes(weight.shape, "batch")
+    if not batch_shape:
+        return key
+    return jax.random.split(key, math.prod(batch_shape)).reshape(batch_shape)

@@ -1,7 +1,7 @@
 """Finds the axes of a function's arguments and results that hold the examples of a batch."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -39,96 +39,113 @@ class ExampleAxes:
 
 
 def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dict[int, int]:
-    """Returns, by the place of each leaf that holds examples, the axis that does.
+    """Returns, by the index of each leaf that holds examples, the axis that does.
 
     Args:
       call: the call; its leaves have nodes whole.
-      nodes: the nodes of adapted trees, by place.
+      nodes: the nodes of adapted trees, by the index of the leaf.
       axes: axes of the examples.
 
     Raises:
       ValueError: `axes` do not fit the arguments, or a node has an axis of examples.
     """
-    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
-    holding = dict(_pairs(axes.of_args, args))
-    holding |= dict(_pairs(0, {k: v for k, v in kwargs.items() if not _holds(v, nodes)}))
-    holding = {place: axis for place, axis in holding.items() if axis is not None}
+    index_tree = call.treedef.unflatten(range(len(call.leaves)))
+    args, kwargs = index_tree
+    plain_kwargs = {
+        name: indices for name, indices in kwargs.items() if not _holds_node(indices, nodes)
+    }
+    declared_axes = _axis_by_leaf(axes.of_args, args) | _axis_by_leaf(0, plain_kwargs)
+    example_axes: dict[int, int] = {}
     sizes = set()
-    for place, axis in holding.items():
-        shape = getattr(call.leaves[place], "shape", ())
-        if place in nodes or not -len(shape) <= axis < len(shape):
+    for leaf_index, axis in declared_axes.items():
+        if axis is None:
+            continue
+        shape = getattr(call.leaves[leaf_index], "shape", ())
+        is_node = leaf_index in nodes
+        if is_node or not -len(shape) <= axis < len(shape):
+            remedy = ", a node of an adapted tree: give None" if is_node else ""
             raise ValueError(
                 f"axis {axis} cannot hold the examples of an argument of shape {tuple(shape)}"
-                + ", a node of an adapted tree: give None" * (place in nodes)
+                f"{remedy}"
             )
-        holding[place] = axis % len(shape)
+        example_axes[leaf_index] = axis % len(shape)
         sizes.add(shape[axis])
     if len(sizes) > 1:
         raise ValueError(f"the arguments hold {sorted(sizes)} examples: give one number of them")
-    return holding
+    return example_axes
 
 
-def _holds(tree: Tree, nodes: Mapping[int, Value]) -> bool:
-    return any(place in nodes for place in jax.tree.leaves(tree))
-
-
-def _pairs(prefix: Tree, tree: Tree) -> Iterator[tuple[Leaf, Leaf]]:
-    """Returns each leaf of a tree with that of its prefix, where None is a leaf, too."""
-    boxed = jax.tree.map(_Leaf, prefix, is_leaf=lambda axis: axis is None)
-    axes = (leaf.axis for leaf in jax.tree.leaves(jax.tree.broadcast(boxed, tree)))
-    return zip(jax.tree.leaves(tree), axes, strict=True)
+def _holds_node(indices: Tree, nodes: Mapping[int, Value]) -> bool:
+    """Returns True if one of the leaves of these indices is a node of an adapted tree."""
+    return any(index in nodes for index in jax.tree.leaves(indices))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
+class _AxisLeaf:
     """An axis, or None, as a leaf of a tree."""
 
     axis: int | None
+
+
+def _axis_by_leaf(prefix: Tree, tree: Tree) -> dict[Leaf, int | None]:
+    """Returns the axis of each leaf of a tree.
+
+    Args:
+      prefix: a prefix of the tree, whose leaves are axes; None is a leaf, too.
+      tree: the tree; its leaves are the keys of the result.
+    """
+    axis_leaves = jax.tree.map(_AxisLeaf, prefix, is_leaf=lambda axis: axis is None)
+    axis_tree = jax.tree.broadcast(axis_leaves, tree)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(axis_tree), strict=True)
+    return {leaf: axis_leaf.axis for leaf, axis_leaf in pairs}
 
 
 def follow_trace(
     traced: Trace,
     weights: Mapping[int, Factored],
     call: FlatCall,
-    axes: Mapping[int, int],
+    example_axes: Mapping[int, int],
     of_result: Tree,
 ) -> ExampleLabels:
     """Returns the examples' axes in a function's values, after a check of its result.
 
     Args:
       traced: trace of the call.
-      weights: by place among its leaves.
+      weights: by the index of the leaf.
       call: the call.
-      axes: see `mapped`.
+      example_axes: see `mapped`.
       of_result: see `ExampleAxes`.
 
     Raises:
       ExamplesError: there are no examples, or their number is not that of the weights' rows; an
         output mixes examples, or its examples lie elsewhere than asked.
     """
-    if not axes:
+    if not example_axes:
         raise ExamplesError("no argument holds examples")
-    place, axis = next(iter(axes.items()))
-    n = call.leaves[place].shape[axis]
+    leaf_index = min(example_axes)
+    n_examples = call.leaves[leaf_index].shape[example_axes[leaf_index]]
     for weight in weights.values():
         if weight.rows is None:
             continue
-        if len(weight.rows) != n:
-            raise ValueError(f"{weight.path!r} has adapters for {len(weight.rows)} of {n} examples")
+        if len(weight.rows) != n_examples:
+            raise ValueError(
+                f"{weight.path!r} has adapters for {len(weight.rows)} of {n_examples} examples"
+            )
         if weight.gain is not None or weight.shift is not None:
             raise ExamplesError(
                 f"the weight {weight.path!r} has a magnitude or a bias on B, of which there is "
                 "one for all examples"
             )
-
-    def known(place: int) -> ExampleLabel:
-        if place in axes:
-            return ExampleAxis(axes[place])
-        weight = weights.get(place)
-        return None if weight is None or weight.rows is None else ExampleKernels(weight.labels)
-
-    labels = followed(traced.jaxpr, [known(place) for place in traced.places], n)
-    _check_result(traced, labels, n, of_result)
+    input_labels: list[ExampleLabel] = []
+    for leaf_index in traced.leaf_indices:
+        label: ExampleLabel = None
+        if leaf_index in example_axes:
+            label = ExampleAxis(example_axes[leaf_index])
+        elif leaf_index in weights and weights[leaf_index].rows is not None:
+            label = ExampleKernels(weights[leaf_index].labels)
+        input_labels.append(label)
+    labels = followed(traced.jaxpr, input_labels, n_examples)
+    _check_result(traced, labels, n_examples, of_result)
     return labels
 
 
@@ -139,67 +156,109 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
 
     Args:
       traced: trace of the call.
-      weights: by place among its leaves.
+      weights: by the index of the leaf.
       call: the call.
     """
-    active = {place: w for place, w in weights.items() if w.active is not None}
-    masks = tuple(sorted({weight.active.shape for weight in active.values()}))
-    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
-    trees = [tree for tree in (*args, *kwargs.values()) if _holds(tree, weights)]
-    params = {id(call.leaves[place]) for place in jax.tree.leaves(trees)}
+    masks = [weight.active for weight in weights.values() if weight.active is not None]
+    mask_shapes = tuple(sorted({mask.shape for mask in masks}))
+    ids_of_params = _ids_beside_weights(weights, call)
 
-    def label_of(array: Leaf, place: int | None = None) -> ExampleLabel:
-        if place in active:
-            return ExampleKernels(weights[place].labels)
-        return None if id(array) in params else tokens_of(np.shape(array), masks)
+    def label_of_array(array: Leaf) -> ExampleLabel:
+        if id(array) in ids_of_params:
+            return None
+        return tokens_of(np.shape(array), mask_shapes)
 
+    labels: list[ExampleLabel] = []
+    for leaf_index in traced.leaf_indices:
+        weight = weights.get(leaf_index)
+        if weight is not None and weight.active is not None:
+            labels.append(ExampleKernels(weight.labels))
+        else:
+            labels.append(label_of_array(call.leaves[leaf_index]))
     _, consts = eqns.opened(traced.jaxpr)
-    labels = [label_of(call.leaves[place], place) for place in traced.places]
-    return followed(traced.jaxpr, [*labels, *map(label_of, consts)], masks)
+    labels += map(label_of_array, consts)
+    return followed(traced.jaxpr, labels, mask_shapes)
 
 
-def _check_result(traced: Trace, labels: ExampleLabels, n: int, expected: Tree) -> None:
+def _ids_beside_weights(weights: Mapping[int, Factored], call: FlatCall) -> set[int]:
+    """Returns the identities of the leaves of all arguments that hold an adapted weight."""
+    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
+    ids: set[int] = set()
+    for indices in (*args, *kwargs.values()):
+        if _holds_node(indices, weights):
+            ids |= {id(call.leaves[index]) for index in jax.tree.leaves(indices)}
+    return ids
+
+
+def _check_result(
+    traced: Trace, labels: ExampleLabels, n_examples: int, expected_axes: Tree
+) -> None:
+    """Checks that a function's result has the examples along the axes that were asked for.
+
+    Args:
+      traced: trace of the function.
+      labels: the labels of its jaxpr's outputs.
+      n_examples: the number of examples.
+      expected_axes: see `ExampleAxes.of_result`.
+
+    Raises:
+      ExamplesError: it has them elsewhere, or mixed, or a write depends on them.
+    """
     inner, _ = eqns.opened(traced.jaxpr)
-    types = [eqns.type_of(atom) for atom in inner.outvars]
-    known = list(zip(labels.outputs, types, strict=True))
-    each = [
-        known[leaf.number] if isinstance(leaf, Output) else (None, leaf)
-        for leaf in traced.outputs.leaves
-    ]
-    axes = [_axis(label, np.shape(value), n) for label, value in each]
+    shapes: list[tuple[int, ...]] = []
+    axes: list[int | None] = []
+    for leaf in traced.outputs.leaves:
+        if isinstance(leaf, Output):
+            shape = tuple(eqns.type_of(inner.outvars[leaf.number]).shape)
+            axes.append(_examples_axis(labels.outputs[leaf.number], shape, n_examples))
+        else:
+            shape = np.shape(leaf)
+            axes.append(None)
+        shapes.append(shape)
     result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
-    if any(axes[place] is not None for place in jax.tree.leaves(writes)):
+    if any(axes[index] is not None for index in jax.tree.leaves(writes)):
         raise ExamplesError("the function writes what depends on the examples")
-    if callable(expected):
-        expected = expected(result)
-    for place, want in _pairs(expected, result):
-        shape = np.shape(each[place][1])
-        want = want if want is None else want % len(shape) if shape else want
-        _check(axes[place], want, shape, n)
+    if callable(expected_axes):
+        expected_axes = expected_axes(result)
+    for index, expected_axis in _axis_by_leaf(expected_axes, result).items():
+        _check_axis(axes[index], expected_axis, shapes[index], n_examples)
 
 
-def _axis(known: ExampleLabel, shape: Sequence[int], n: int) -> int | None:
-    """Returns the axis of an output that holds the examples."""
-    if isinstance(known, MixedExamples):
-        raise ExamplesError(f"the examples of the batch cannot be told apart: {known.why}")
-    if isinstance(known, ExampleKernels):
+def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -> int | None:
+    """Returns the axis of an output that holds the examples; None if it is the same for all."""
+    if isinstance(label, MixedExamples):
+        raise ExamplesError(f"the examples of the batch cannot be told apart: {label.why}")
+    if isinstance(label, ExampleKernels):
         raise ExamplesError(f"an adapted weight is an output of the function at {place_of_call()}")
-    if not isinstance(known, ExampleAxis):
+    if not isinstance(label, ExampleAxis):
         return None
-    if shape[known.axis] != n:
+    if shape[label.axis] != n_examples:
         raise ExamplesError(
             f"an output of shape {tuple(shape)} has the examples merged with others along axis "
-            f"{known.axis}"
+            f"{label.axis}"
         )
-    return known.axis
+    return label.axis
 
 
-def _check(axis: int | None, want: int | None, shape: Sequence[int], n: int) -> None:
-    if axis == want or (axis is None and want is not None and shape[want : want + 1] == (n,)):
+def _check_axis(
+    axis: int | None, expected_axis: int | None, shape: Sequence[int], n_examples: int
+) -> None:
+    """Raises ExamplesError unless an output has the examples along the axis that was asked for.
+
+    An output that is the same for all examples has any axis of their number.
+    """
+    if expected_axis is not None and shape:
+        expected_axis %= len(shape)
+    if axis == expected_axis:
         return
-    there = (
-        "is the same for all examples" if axis is None else f"has the examples along axis {axis}"
-    )
+    if axis is None and expected_axis is not None:
+        is_axis_of_examples = tuple(shape[expected_axis : expected_axis + 1]) == (n_examples,)
+        if is_axis_of_examples:
+            return
+    position = "is the same for all examples"
+    if axis is not None:
+        position = f"has the examples along axis {axis}"
     raise ExamplesError(
-        f"an output of shape {tuple(shape)} {there}; the axis that was asked for is {want}"
+        f"an output of shape {tuple(shape)} {position}; the axis that was asked for is "
+        f"{expected_axis}"
     )

@@ -1,4 +1,9 @@
-"""Look-ups and updates by index: where the examples lie in their results."""
+"""Look-ups and updates by index: where the examples lie in their results.
+
+An **index axis** is an axis of the array of indices, but for the last one, which holds the
+elements of an index. A **batching axis** of the operand belongs to one index axis: each
+of its elements has indices of its own.
+"""
 
 from collections.abc import Sequence
 
@@ -9,75 +14,112 @@ from lora_jax.core.extend import JaxprEqn
 _BY_INDEX = "finds examples by an index that is the same for none or all of them"
 
 
-def _gather(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A look-up of each example's own indices, in its own part of the operand or in a table."""
-    operand, indices = given
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    places = [a for a in range(len(out_shape(eqn))) if a not in numbers.offset_dims]
-    batching = tuple(numbers.operand_batching_dims)
-    if isinstance(operand, ExampleAxis) and operand.axis in batching:
-        axis = numbers.start_indices_batching_dims[batching.index(operand.axis)]
-        own = ExampleAxis(axis, operand.inner)
-        if indices not in (None, own):
-            raise MixingError("looks up by indices of other examples")
-        return [ExampleAxis(places[axis], own.inner)]
-    if isinstance(operand, ExampleAxis):
-        is_whole = sizes[operand.axis] == shape_of(eqn)[operand.axis]
-        if indices is not None or not is_whole or operand.axis in numbers.start_index_map:
-            raise MixingError(_BY_INDEX)
-        gone = (*numbers.collapsed_slice_dims, *batching)
-        kept = [axis for axis in range(len(shape_of(eqn))) if axis not in gone]
-        if operand.axis not in kept:  # an axis of size one
-            raise MixingError("drops the axis of the examples")
-        return [ExampleAxis(numbers.offset_dims[kept.index(operand.axis)], operand.inner)]
-    assert isinstance(indices, ExampleAxis)
-    if indices.axis >= len(places):
-        raise MixingError("finds one element by indices of several examples")
-    return [ExampleAxis(places[indices.axis], indices.inner)]
-
-
-def _scatter(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """An update of each example's own part of the operand."""
-    operand, indices, updates = given
+    operand_label, indices_label = labels
     numbers = eqn.params["dimension_numbers"]
-    batching = tuple(numbers.operand_batching_dims)
-    by_index = tuple(numbers.scatter_indices_batching_dims)
-    gone = (*numbers.inserted_window_dims, *batching)
-    window = [axis for axis in range(len(shape_of(eqn))) if axis not in gone]
-    in_window = tuple(numbers.update_window_dims)
-    places = [axis for axis in range(len(shape_of(eqn, 2))) if axis not in in_window]
-
-    def target() -> ExampleAxis:
-        """Returns the examples' axis in the operand."""
-        if isinstance(operand, ExampleAxis):
-            return operand
-        batched = updates if isinstance(updates, ExampleAxis) else None
-        if batched is not None and batched.axis in in_window:
-            return ExampleAxis(window[in_window.index(batched.axis)], batched.inner)
-        if batched is None:
-            batched = indices if isinstance(indices, ExampleAxis) else None
-            assert batched is not None
-            axis = batched.axis
-        else:
-            axis = places.index(batched.axis)
-        if axis not in by_index:
-            raise MixingError(_BY_INDEX)
-        return ExampleAxis(batching[by_index.index(axis)], batched.inner)
-
-    at = target()
-    if at.axis in batching:
-        axis = by_index[batching.index(at.axis)]
-        own, update = ExampleAxis(axis, at.inner), ExampleAxis(places[axis], at.inner)
-        if indices not in (None, own) or updates not in (None, update):
-            raise MixingError("updates by indices, or with values, of other examples")
-        return [at]
-    if at.axis not in window or at.axis in numbers.scatter_dims_to_operand_dims:
+    batching_axes = tuple(numbers.operand_batching_dims)
+    result_axes = range(len(out_shape(eqn)))
+    # For each index axis, the axis of the result that it becomes.
+    result_of_index_axis = [axis for axis in result_axes if axis not in numbers.offset_dims]
+    if not isinstance(operand_label, ExampleAxis):
+        assert isinstance(indices_label, ExampleAxis)
+        if indices_label.axis >= len(result_of_index_axis):
+            raise MixingError("finds one element by indices of several examples")
+        result_axis = result_of_index_axis[indices_label.axis]
+        return [ExampleAxis(result_axis, indices_label.inner)]
+    inner = operand_label.inner
+    if operand_label.axis in batching_axes:
+        batching_index = batching_axes.index(operand_label.axis)
+        index_axis = numbers.start_indices_batching_dims[batching_index]
+        if indices_label not in (None, ExampleAxis(index_axis, inner)):
+            raise MixingError("looks up by indices of other examples")
+        return [ExampleAxis(result_of_index_axis[index_axis], inner)]
+    operand_shape = shape_of(eqn)
+    takes_all = eqn.params["slice_sizes"][operand_label.axis] == operand_shape[operand_label.axis]
+    is_indexed = operand_label.axis in numbers.start_index_map
+    if indices_label is not None or is_indexed or not takes_all:
         raise MixingError(_BY_INDEX)
-    update = ExampleAxis(in_window[window.index(at.axis)], at.inner)
-    is_whole = shape_of(eqn, 2)[update.axis] == shape_of(eqn)[at.axis]
-    if indices is not None or updates not in (None, update) or not is_whole:
+    dropped_axes = (*numbers.collapsed_slice_dims, *batching_axes)
+    slice_axes = [axis for axis in range(len(operand_shape)) if axis not in dropped_axes]
+    if operand_label.axis not in slice_axes:  # an axis of size one
+        raise MixingError("drops the axis of the examples")
+    return [ExampleAxis(numbers.offset_dims[slice_axes.index(operand_label.axis)], inner)]
+
+
+def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    """An update of each example's own part of the operand."""
+    operand_label, indices_label, updates_label = labels
+    axes = _ScatterAxes(eqn)
+    target = _scatter_target(axes, operand_label, indices_label, updates_label)
+    if target.axis in axes.batching:
+        index_axis = axes.index_of_batching[axes.batching.index(target.axis)]
+        update_axis = axes.update_of_index[index_axis]
+        if indices_label not in (None, ExampleAxis(index_axis, target.inner)):
+            raise MixingError(_OTHER_EXAMPLES)
+        if updates_label not in (None, ExampleAxis(update_axis, target.inner)):
+            raise MixingError(_OTHER_EXAMPLES)
+        return [target]
+    if target.axis not in axes.window or target.axis in axes.indexed:
         raise MixingError(_BY_INDEX)
-    return [at]
+    update_axis = axes.update_of_window[axes.window.index(target.axis)]
+    updates_all = shape_of(eqn, 2)[update_axis] == shape_of(eqn)[target.axis]
+    is_of_same_examples = updates_label in (None, ExampleAxis(update_axis, target.inner))
+    if indices_label is not None or not is_of_same_examples or not updates_all:
+        raise MixingError(_BY_INDEX)
+    return [target]
+
+
+_OTHER_EXAMPLES = "updates by indices, or with values, of other examples"
+
+
+class _ScatterAxes:
+    """The axes of a scatter's operand, indices and updates.
+
+    Attributes:
+      batching: axes of the operand that have indices of their own.
+      index_of_batching: for each of these, the index axis.
+      window: axes of the operand that an update covers.
+      update_of_window: for each of these, the axis of the updates.
+      update_of_index: for each index axis, the axis of the updates.
+      indexed: axes of the operand along which an index says where an update goes.
+    """
+
+    def __init__(self, eqn: JaxprEqn) -> None:
+        numbers = eqn.params["dimension_numbers"]
+        self.batching = tuple(numbers.operand_batching_dims)
+        self.index_of_batching = tuple(numbers.scatter_indices_batching_dims)
+        dropped_axes = (*numbers.inserted_window_dims, *self.batching)
+        operand_axes = range(len(shape_of(eqn)))
+        self.window = [axis for axis in operand_axes if axis not in dropped_axes]
+        self.update_of_window = tuple(numbers.update_window_dims)
+        update_axes = range(len(shape_of(eqn, 2)))
+        self.update_of_index = [axis for axis in update_axes if axis not in self.update_of_window]
+        self.indexed = tuple(numbers.scatter_dims_to_operand_dims)
+
+
+def _scatter_target(
+    axes: _ScatterAxes,
+    operand_label: ExampleLabel,
+    indices_label: ExampleLabel,
+    updates_label: ExampleLabel,
+) -> ExampleAxis:
+    """Returns the examples' axis in the operand of a scatter, which one of the operands tells."""
+    if isinstance(operand_label, ExampleAxis):
+        return operand_label
+    if isinstance(updates_label, ExampleAxis):
+        inner = updates_label.inner
+        if updates_label.axis in axes.update_of_window:
+            window_index = axes.update_of_window.index(updates_label.axis)
+            return ExampleAxis(axes.window[window_index], inner)
+        index_axis = axes.update_of_index.index(updates_label.axis)
+    else:
+        assert isinstance(indices_label, ExampleAxis)
+        inner = indices_label.inner
+        index_axis = indices_label.axis
+    if index_axis not in axes.index_of_batching:
+        raise MixingError(_BY_INDEX)
+    return ExampleAxis(axes.batching[axes.index_of_batching.index(index_axis)], inner)
 
 
 INDEXING_RULES: dict[str, Rule] = {"gather": _gather}

@@ -1,6 +1,7 @@
 """The facts that are known of a value of a jaxpr: the axis that holds the examples of a batch."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class ExampleAxis:
 class MaskAxis(NamedTuple):
     """An axis of a mask [batch, seq], 0 or 1, and the axis of a value that it lies along."""
 
-    number: int
+    axis: int
     location: ExampleAxis
 
 
@@ -41,14 +42,14 @@ class TokenAxes:
     axes: frozenset[MaskAxis]
     moved: str = dataclasses.field(default="", compare=False)
 
-    def shifted(self, n: int) -> "TokenAxes":
-        """Returns the label of a value with n more axes in front, or one less where n is -1."""
-        axes = frozenset(
-            MaskAxis(number, ExampleAxis(location.axis + n, location.inner))
-            for number, location in self.axes
-            if location.axis + n >= 0
-        )
-        return TokenAxes(self.mask, axes, self.moved)
+    def shifted(self, n_axes: int) -> "TokenAxes":
+        """Returns the label of a value with more axes in front, or with one less (-1)."""
+        axes: set[MaskAxis] = set()
+        for mask_axis, location in self.axes:
+            axis = location.axis + n_axes
+            if axis >= 0:
+                axes.add(MaskAxis(mask_axis, ExampleAxis(axis, location.inner)))
+        return TokenAxes(self.mask, frozenset(axes), self.moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,52 +105,61 @@ class ExampleLabels:
 
 def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
     """Returns the label of a value that is one of two."""
-    for one, other in ((a, b), (b, a)):
-        if isinstance(other, UnvisitedCarry):
-            return one
-        if isinstance(one, MixedExamples) or (
-            other is None and not isinstance(one, ExampleKernels)
+    for label, other_label in ((a, b), (b, a)):
+        is_other_same_for_all = other_label is None and not isinstance(label, ExampleKernels)
+        if (
+            isinstance(other_label, UnvisitedCarry)
+            or isinstance(label, MixedExamples)
+            or is_other_same_for_all
         ):
-            return one
-    return (
-        a
-        if a == b
-        else MixedExamples("the examples lie along different axes in two branches or steps")
-    )
+            return label
+    if a == b:
+        return a
+    return MixedExamples("the examples lie along different axes in two branches or steps")
 
 
-def agreed(given: Iterable[ExampleLabel]) -> ExampleAxis:
+def agreed(labels: Iterable[ExampleLabel]) -> ExampleAxis:
     """Returns the common axis of the examples in all operands that have them.
 
     Raises:
       MixingError: the operands differ.
     """
-    axes = {label for label in given if isinstance(label, ExampleAxis)}
-    if len(axes) != 1:
+    example_axes = {label for label in labels if isinstance(label, ExampleAxis)}
+    if len(example_axes) != 1:
         raise MixingError("joins values whose examples lie along different axes")
-    return axes.pop()
+    return example_axes.pop()
 
 
-def reshaped(at: ExampleAxis, n: int, shape: Sequence[int], out: Sequence[int]) -> ExampleAxis:
+def reshaped(
+    examples: ExampleAxis, n_examples: int, shape: Sequence[int], result_shape: Sequence[int]
+) -> ExampleAxis:
     """Returns the examples' axis after a reshape, which keeps the order of elements.
 
     Args:
-      at: before it.
-      n: the number of examples.
-      shape, out: before it, and after.
+      examples: their axis before it.
+      n_examples: the number of examples.
+      shape, result_shape: the shape before it, and after.
 
     Raises:
       MixingError: the axis is split between two examples or within.
     """
-    block = at.inner  # the number of elements after which the next example comes
-    for size in shape[at.axis + 1 :]:
-        block *= size
-    below, fits = 1, []
-    for axis in reversed(range(len(out))):
-        if below and block % below == 0 and out[axis] and below * out[axis] % (block * n) == 0:
-            fits.append(ExampleAxis(axis, block // below))
-        below *= out[axis]
-    if not fits:
+    example_stride = examples.inner * math.prod(shape[examples.axis + 1 :])  # in elements
+    axis_stride = 1  # of an axis of the result, in elements
+    candidates: list[ExampleAxis] = []
+    for axis in reversed(range(len(result_shape))):
+        axis_span = axis_stride * result_shape[axis]
+        if axis_span and example_stride % axis_stride == 0:
+            holds_all_examples = axis_span % (example_stride * n_examples) == 0
+            if holds_all_examples:
+                candidates.append(ExampleAxis(axis, example_stride // axis_stride))
+        axis_stride = axis_span
+        if not axis_stride:
+            break
+    if not candidates:
         raise MixingError("splits the axis of the examples")
-    # Of one example, several fit: the least merged, then the one that stays where it was.
-    return min(fits, key=lambda fit: (fit.inner, fit.axis != at.axis, fit.axis))
+
+    def preference(candidate: ExampleAxis) -> tuple[int, bool, int]:
+        """Returns a sort key: the least merged axis, then the one that stays where it was."""
+        return candidate.inner, candidate.axis != examples.axis, candidate.axis
+
+    return min(candidates, key=preference)  # of one example, several axes fit

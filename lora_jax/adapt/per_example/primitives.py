@@ -20,9 +20,9 @@ from lora_jax.core.extend import JaxprEqn
 Rule = Callable[[JaxprEqn, Sequence[ExampleLabel], int], list[ExampleLabel]]
 
 
-def shape_of(eqn: JaxprEqn, place: int = 0) -> tuple[int, ...]:
+def shape_of(eqn: JaxprEqn, operand_index: int = 0) -> tuple[int, ...]:
     """Returns the shape of an operand."""
-    return tuple(eqns.type_of(eqn.invars[place]).shape)
+    return tuple(eqns.type_of(eqn.invars[operand_index]).shape)
 
 
 def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
@@ -30,29 +30,38 @@ def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(eqns.type_of(eqn.outvars[0]).shape)
 
 
-def each(_: JaxprEqn, given: Sequence[ExampleLabel], __: int) -> list[ExampleLabel]:
+def labels_of_operands(_: JaxprEqn, labels: Sequence[ExampleLabel], __: int) -> list[ExampleLabel]:
     """Returns the labels of the operands: each is an output."""
-    return list(given)
+    return list(labels)
+
+
+def _same_axis(_: JaxprEqn, axis: int) -> int:
+    return axis
+
+
+def _never(*_: object) -> bool:
+    return False
 
 
 def _moved(
-    where: Callable[[JaxprEqn, int], int] = lambda _, axis: axis,
+    result_axis: Callable[[JaxprEqn, int], int] = _same_axis,
     problem: str = "",
-    mixes: Callable[[JaxprEqn, int], object] = lambda *_: False,
+    mixes: Callable[[JaxprEqn, int], object] = _never,
 ) -> Rule:
     """Returns the rule for a primitive in whose operands the examples lie along one axis.
 
     Args:
-      where: (equation, that axis) -> their axis in the outputs; by default the same.
+      result_axis: (equation, that axis) -> their axis in the outputs; by default the same.
       problem: what the primitive does where `mixes` is true of the same.
       mixes: whether it mixes examples.
     """
 
-    def rule(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-        at = agreed(given)
-        if mixes(eqn, at.axis):
+    def rule(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+        examples = agreed(labels)
+        if mixes(eqn, examples.axis):
             raise MixingError(problem)
-        return [ExampleAxis(where(eqn, at.axis), at.inner)] * len(eqn.outvars)
+        axis = result_axis(eqn, examples.axis)
+        return [ExampleAxis(axis, examples.inner)] * len(eqn.outvars)
 
     return rule
 
@@ -66,22 +75,60 @@ def _axes(eqn: JaxprEqn, name: str) -> list[int]:
 
 def _along(name: str, problem: str) -> Rule:
     """Returns the rule for an operation along the axes that a parameter names."""
-    return _moved(problem=problem, mixes=lambda eqn, axis: axis in _axes(eqn, name))
+
+    def is_along(eqn: JaxprEqn, axis: int) -> bool:
+        return axis in _axes(eqn, name)
+
+    return _moved(problem=problem, mixes=is_along)
 
 
 def _dropping(name: str, problem: str) -> Rule:
     """Returns the rule for an operation whose outputs lack the axes that a parameter names."""
-    return _moved(
-        lambda eqn, axis: axis - sum(gone < axis for gone in _axes(eqn, name)),
-        problem,
-        lambda eqn, axis: axis in _axes(eqn, name),
-    )
+
+    def result_axis(eqn: JaxprEqn, axis: int) -> int:
+        n_dropped_before = sum(dropped_axis < axis for dropped_axis in _axes(eqn, name))
+        return axis - n_dropped_before
+
+    def is_dropped(eqn: JaxprEqn, axis: int) -> bool:
+        return axis in _axes(eqn, name)
+
+    return _moved(result_axis, problem, is_dropped)
 
 
-def _reshape(eqn: JaxprEqn, given: Sequence[ExampleLabel], n: int) -> list[ExampleLabel]:
+def _reshape(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> list[ExampleLabel]:
     if eqn.params.get("dimensions") is not None:
         raise MixingError("transposes as it reshapes")
-    return [reshaped(agreed(given), n, shape_of(eqn), out_shape(eqn))]
+    return [reshaped(agreed(labels), n_examples, shape_of(eqn), out_shape(eqn))]
+
+
+def _transposed_axis(eqn: JaxprEqn, axis: int) -> int:
+    return tuple(eqn.params["permutation"]).index(axis)
+
+
+def _broadcast_axis(eqn: JaxprEqn, axis: int) -> int:
+    result_axis: int = eqn.params["broadcast_dimensions"][axis]
+    return result_axis
+
+
+def _stacked_axis(eqn: JaxprEqn, axis: int) -> int:
+    return axis + 1 if axis >= eqn.params["axis"] else axis
+
+
+def _is_padded(eqn: JaxprEqn, axis: int) -> bool:
+    return any(eqn.params["padding_config"][axis])
+
+
+def _is_transformed(eqn: JaxprEqn, axis: int) -> bool:
+    """Returns True if an FFT, which is along the last axes, is along this one."""
+    return axis >= len(shape_of(eqn)) - len(eqn.params["fft_lengths"])
+
+
+def _has_other_shape(eqn: JaxprEqn, _: int) -> bool:
+    return shape_of(eqn) != out_shape(eqn)
+
+
+def _is_updated_in_part(eqn: JaxprEqn, axis: int) -> bool:
+    return shape_of(eqn, 0)[axis] != shape_of(eqn, 1)[axis]
 
 
 def _is_shortened(eqn: JaxprEqn, axis: int) -> bool:
@@ -95,8 +142,8 @@ def _is_sliced(eqn: JaxprEqn, axis: int) -> bool:
 
 def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
     names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-    there = [eqn.params[name][axis] for name in names if name in eqn.params]
-    return any(n != 1 for n in there) or any(eqn.params["padding"][axis])
+    sizes = [eqn.params[name][axis] for name in names if name in eqn.params]
+    return any(size != 1 for size in sizes) or any(eqn.params["padding"][axis])
 
 
 def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
@@ -123,8 +170,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((f"reduce_{name}" for name in _REDUCTIONS), _dropping("axes", _OVER)),
     **dict.fromkeys(("argmax", "argmin"), _dropping("axes", _OVER)),
     "reduce": _dropping("dimensions", _OVER),
-    **dict.fromkeys(("optimization_barrier", "device_put"), each),
-    **dict.fromkeys(("sharding_constraint", "reshard"), each),
+    **dict.fromkeys(("optimization_barrier", "device_put"), labels_of_operands),
+    **dict.fromkeys(("sharding_constraint", "reshard"), labels_of_operands),
     **dict.fromkeys(
         ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
         _along("axis", "accumulates the axis of the examples"),
@@ -143,26 +190,17 @@ RULES: dict[str, Rule] = {
     "concatenate": _along("dimension", "joins values along the axis of the examples"),
     "split": _along("axis", "splits the axis of the examples"),
     "squeeze": _dropping("dimensions", "drops the axis of the examples"),
-    "transpose": _moved(lambda eqn, axis: tuple(eqn.params["permutation"]).index(axis)),
-    "broadcast_in_dim": _moved(lambda eqn, axis: eqn.params["broadcast_dimensions"][axis]),
+    "transpose": _moved(_transposed_axis),
+    "broadcast_in_dim": _moved(_broadcast_axis),
     "reshape": _reshape,
-    "stack": _moved(lambda eqn, axis: axis + (axis >= eqn.params["axis"])),
+    "stack": _moved(_stacked_axis),
     "unstack": _dropping("axis", "takes the axis of the examples apart"),
     "slice": _moved(problem=_IN_PART, mixes=_is_sliced),
-    "pad": _moved(
-        problem="pads the axis of the examples",
-        mixes=lambda eqn, axis: any(eqn.params["padding_config"][axis]),
-    ),
-    "fft": _moved(
-        problem="transforms along the axis of the examples",
-        mixes=lambda eqn, axis: axis >= len(shape_of(eqn)) - len(eqn.params["fft_lengths"]),
-    ),
-    "bitcast_convert_type": _moved(
-        problem="casts to another width", mixes=lambda eqn, _: shape_of(eqn) != out_shape(eqn)
-    ),
+    "pad": _moved(problem="pads the axis of the examples", mixes=_is_padded),
+    "fft": _moved(problem="transforms along the axis of the examples", mixes=_is_transformed),
+    "bitcast_convert_type": _moved(problem="casts to another width", mixes=_has_other_shape),
     "dynamic_slice": _moved(problem=_IN_PART, mixes=_is_shortened),
     "dynamic_update_slice": _moved(
-        problem="updates some of the examples",
-        mixes=lambda eqn, axis: shape_of(eqn, 0)[axis] != shape_of(eqn, 1)[axis],
+        problem="updates some of the examples", mixes=_is_updated_in_part
     ),
 }

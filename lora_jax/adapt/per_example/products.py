@@ -5,42 +5,50 @@ from collections.abc import Sequence
 from lora_jax.adapt.eqns import type_of
 from lora_jax.adapt.per_example.indexing import INDEXING_RULES
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleKernels, ExampleLabel, MixingError
-from lora_jax.adapt.per_example.primitives import Rule, each, shape_of
+from lora_jax.adapt.per_example.primitives import Rule, labels_of_operands, shape_of
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.layout import labels_after
 from lora_jax.core.extend import JaxprEqn
 
 
-def _dot_general(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _dot_general(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    """Finds the examples in a product: they are batched or free in each operand that has them."""
     contract, batch = eqn.params["dimension_numbers"]
-    free = [
-        [a for a in range(len(shape_of(eqn, side))) if a not in (*contract[side], *batch[side])]
-        for side in (0, 1)
-    ]
-    axes: list[ExampleLabel] = []
-    for side, at in enumerate(given):
-        if not isinstance(at, ExampleAxis):
+    left_free, right_free = (_free_axes(eqn, side) for side in (0, 1))
+    # For each axis of the product, the axis of the operand; None where it is the other operand's.
+    left_axes: list[int | None] = [*batch[0], *left_free]
+    right_axes: list[int | None] = [*batch[1], *[None] * len(left_free), *right_free]
+    result_labels: set[ExampleLabel] = set()
+    for side, operand_axes in enumerate((left_axes, right_axes)):
+        label = labels[side]
+        if not isinstance(label, ExampleAxis):
             continue
-        if at.axis in contract[side]:
+        if label.axis in contract[side]:
             raise MixingError("contracts the axis of the examples")
-        order = (
-            [*batch[0], *free[0]] if side == 0 else [*batch[1], *[None] * len(free[0]), *free[1]]
-        )
-        axes.append(ExampleAxis(order.index(at.axis), at.inner))
-    if len(set(axes)) != 1:
+        result_labels.add(ExampleAxis(operand_axes.index(label.axis), label.inner))
+    if len(result_labels) != 1:
         raise MixingError("multiplies examples by other examples")
-    return axes[:1]
+    return list(result_labels)
 
 
-def _convolution(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    at, numbers = given[0], eqn.params["dimension_numbers"]
-    if given[1] is not None and not isinstance(given[1], ExampleKernels):
+def _free_axes(eqn: JaxprEqn, side: int) -> list[int]:
+    """Returns the axes of an operand of a `dot_general` that are neither contracted nor batched."""
+    contract, batch = eqn.params["dimension_numbers"]
+    used_axes = (*contract[side], *batch[side])
+    return [axis for axis in range(len(shape_of(eqn, side))) if axis not in used_axes]
+
+
+def _convolution(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    x_label, kernel_label = labels
+    numbers = eqn.params["dimension_numbers"]
+    batch_axis, result_batch_axis = numbers.lhs_spec[0], numbers.out_spec[0]
+    if kernel_label is not None and not isinstance(kernel_label, ExampleKernels):
         raise MixingError("has examples in its kernel")
-    if not isinstance(at, ExampleAxis) or at.axis != numbers.lhs_spec[0]:
+    if not isinstance(x_label, ExampleAxis) or x_label.axis != batch_axis:
         raise MixingError("has the examples along another axis than its batch")
     if eqn.params["batch_group_count"] != 1:
         raise MixingError("has groups of examples")
-    return [ExampleAxis(numbers.out_spec[0], at.inner)]
+    return [ExampleAxis(result_batch_axis, x_label.inner)]
 
 
 PRODUCT_RULES: dict[str, Rule] = {
@@ -50,58 +58,72 @@ PRODUCT_RULES: dict[str, Rule] = {
 }
 
 
-def _product(eqn: JaxprEqn, given: Sequence[ExampleLabel], n: int) -> list[ExampleLabel]:
+def _product(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> list[ExampleLabel]:
     """A product of each example with its own weight."""
-    if sum(isinstance(label, ExampleKernels) for label in given) > 1:
+    if sum(isinstance(label, ExampleKernels) for label in labels) > 1:
         raise MixingError("multiplies an adapted weight by another one")
-    if not any(isinstance(label, ExampleAxis) for label in given):
+    if not any(isinstance(label, ExampleAxis) for label in labels):
         raise MixingError(
             "multiplies an adapted weight by a value that is the same for all examples"
         )
-    plain = [None if isinstance(label, ExampleKernels) else label for label in given]
-    return PRODUCT_RULES[eqn.primitive.name](eqn, plain, n)
+    labels_without_kernel = [
+        None if isinstance(label, ExampleKernels) else label for label in labels
+    ]
+    return PRODUCT_RULES[eqn.primitive.name](eqn, labels_without_kernel, n_examples)
 
 
-def _looked_up(eqn: JaxprEqn, given: Sequence[ExampleLabel], n: int) -> list[ExampleLabel]:
+def _looked_up(
+    eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int
+) -> list[ExampleLabel]:
     """A look-up of each example's indices in a table of its own."""
-    table, index = given[0], eqn.params["dimension_numbers"].start_index_map
-    if not isinstance(table, ExampleKernels) or [table.roles[a] for a in index] != ["in"]:
+    table = labels[0]
+    indexed_axes = eqn.params["dimension_numbers"].start_index_map
+    if not isinstance(table, ExampleKernels) or [table.roles[a] for a in indexed_axes] != ["in"]:
         raise MixingError("indexes a stack of adapted weights")
-    return _product(eqn, given, n)
+    return _product(eqn, labels, n_examples)
 
 
-def _moved(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _moved(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A transpose, a reshape, …, of the weight."""
-    weight, places = _only(given), axis_map(eqn)
-    shape, out = shape_of(eqn), type_of(eqn.outvars[0]).shape
-    roles = None if places is None else labels_after(weight.roles, shape, places, out)
-    if roles is None:
-        raise MixingError("mixes the in and out axes of an adapted weight")
-    return [ExampleKernels(tuple(roles))]
+    weight = _only_kernel(labels)
+    source_axes = axis_map(eqn)
+    if source_axes is not None:
+        result_shape = type_of(eqn.outvars[0]).shape
+        roles = labels_after(weight.roles, shape_of(eqn), source_axes, result_shape)
+        if roles is not None:
+            return [ExampleKernels(tuple(roles))]
+    raise MixingError("mixes the in and out axes of an adapted weight")
 
 
-def _kept(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    return [_only(given)] * len(eqn.outvars)
+def _label_of_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    return [_only_kernel(labels)] * len(eqn.outvars)
 
 
-def _cut(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _cut(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A part of the weight, of more than one row: that would be formed."""
-    weight, shape = _only(given), shape_of(eqn)
-    ins = [axis for axis, role in enumerate(weight.roles) if role == "in"]
-    for out in eqn.outvars:
-        if all(type_of(out).shape[axis] == 1 for axis in ins) and any(shape[a] > 1 for a in ins):
+    weight = _only_kernel(labels)
+    shape = shape_of(eqn)
+    in_axes = [axis for axis, role in enumerate(weight.roles) if role == "in"]
+    has_rows = any(shape[axis] > 1 for axis in in_axes)
+    for output in eqn.outvars:
+        output_shape = type_of(output).shape
+        is_row = all(output_shape[axis] == 1 for axis in in_axes)
+        if has_rows and is_row:
             raise MixingError("takes a row of an adapted weight")
     return [weight] * len(eqn.outvars)
 
 
-def _only(given: Sequence[ExampleLabel]) -> ExampleKernels:
+def _only_kernel(labels: Sequence[ExampleLabel]) -> ExampleKernels:
     """Returns the weight, which is the first operand, and the only one that is not the same."""
-    first, *others = given
-    if not isinstance(first, ExampleKernels) or any(label is not None for label in others):
+    weight, *other_labels = labels
+    are_others_same = all(label is None for label in other_labels)
+    if not isinstance(weight, ExampleKernels) or not are_others_same:
         raise MixingError("joins an adapted weight with something else")
-    return first
+    return weight
 
 
+_CASTS = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient")
+_PLACEMENTS = ("optimization_barrier", "device_put", "sharding_constraint", "reshard")
 # For equations with `ExampleKernels` among their operands. Others would form the weight.
 KERNEL_RULES: dict[str, Rule] = {
     "dot_general": _product,
@@ -109,6 +131,6 @@ KERNEL_RULES: dict[str, Rule] = {
     "gather": _looked_up,
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _moved),
     **dict.fromkeys(("slice", "dynamic_slice", "split"), _cut),
-    **dict.fromkeys(("convert_element_type", "copy", "copy_p", "name", "stop_gradient"), _kept),
-    **dict.fromkeys(("optimization_barrier", "device_put", "sharding_constraint", "reshard"), each),
+    **dict.fromkeys(_CASTS, _label_of_kernel),
+    **dict.fromkeys(_PLACEMENTS, labels_of_operands),
 }

@@ -31,32 +31,45 @@ def tokens_of(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
     return None
 
 
-def wrong_order(label: ExampleLabel, rows: Sequence[int], mask: Shape) -> str:
+def wrong_order(label: ExampleLabel, row_axes: Sequence[int], mask: Shape) -> str:
     """Returns the reason why rows are not known to be in a mask's order; empty if they are.
 
     Args:
       label: the label of the array.
-      rows: the axis or the two axes that hold the rows, which are as many as the tokens.
+      row_axes: the axis or the two axes that hold the rows, which are as many as the tokens.
       mask: shape of the mask.
     """
-    reason, axes = "they come from no argument whose first axes are the mask's", set[MaskAxis]()
+    reason = "they come from no argument whose first axes are the mask's"
+    axes_in_rows: set[MaskAxis] = set()
     if isinstance(label, MixedExamples):
         reason = label.why
     elif isinstance(label, TokenAxes) and label.mask == mask:
         reason = label.moved or reason
-        axes = {axis for axis in label.axes if axis.location.axis in rows}
-    return "" if axes == _ordered_axes(mask, rows) else reason
+        axes_in_rows = {axis for axis in label.axes if axis.location.axis in row_axes}
+    return "" if axes_in_rows == _ordered_axes(mask, row_axes) else reason
 
 
-def _ordered_axes(mask: Shape, rows: Sequence[int]) -> frozenset[MaskAxis]:
-    """Returns the axes of a mask in its order; those of one element are left out."""
-    batch = ExampleAxis(rows[0], 1 if len(rows) > 1 else mask[1])
-    axes = (MaskAxis(0, batch), MaskAxis(1, ExampleAxis(rows[-1])))
-    return frozenset(axis for axis in axes if mask[axis.number] > 1)
+def _ordered_axes(mask: Shape, row_axes: Sequence[int]) -> frozenset[MaskAxis]:
+    """Returns the axes of a mask in its order; those of one element are left out.
+
+    Args:
+      mask: shape of the mask.
+      row_axes: the two axes of a value that hold the tokens, or one that holds both.
+    """
+    n_batch, n_seq = mask
+    inner = n_seq if len(row_axes) == 1 else 1
+    axes: set[MaskAxis] = set()
+    if n_batch > 1:
+        axes.add(MaskAxis(0, ExampleAxis(row_axes[0], inner)))
+    if n_seq > 1:
+        axes.add(MaskAxis(1, ExampleAxis(row_axes[-1])))
+    return frozenset(axes)
 
 
 def follow_axes(rule: Rule, eqn: JaxprEqn, labels: Sequence[ExampleLabel]) -> list[ExampleLabel]:
     """Returns the labels of an equation's outputs, by its rule for examples along one axis.
+
+    The rule is applied once for each axis of the mask in each operand.
 
     Args:
       rule: see `lora_jax.adapt.per_example.primitives`.
@@ -67,27 +80,30 @@ def follow_axes(rule: Rule, eqn: JaxprEqn, labels: Sequence[ExampleLabel]) -> li
       MixingError: the equation moves tokens along one of their axes.
     """
     name = eqn.primitive.name
-    moves = name == "transpose"
     mask = next(label.mask for label in labels if isinstance(label, TokenAxes))
-    outputs = [set[MaskAxis]() for _ in eqn.outvars]
-    tokens = ((n, label) for n, label in enumerate(labels) if isinstance(label, TokenAxes))
-    operands = {n: label for n, label in tokens if label.mask == mask}
-    for operand, label in operands.items():
-        for number, location in label.axes:
-            single = [location if n == operand else None for n in range(len(labels))]
+    axes_of_output = [set[MaskAxis]() for _ in eqn.outvars]
+    moves_tokens = name == "transpose"
+    move_before = ""  # the last equation before this one that moved the tokens
+    for operand_index, label in enumerate(labels):
+        if not isinstance(label, TokenAxes) or label.mask != mask:
+            continue
+        move_before = move_before or label.moved
+        for mask_axis, location in label.axes:
+            labels_of_axis: list[ExampleLabel] = [None] * len(labels)
+            labels_of_axis[operand_index] = location
             try:
-                results = rule(eqn, single, mask[number])
+                results = rule(eqn, labels_of_axis, mask[mask_axis])
             except MixingError:
                 if name.startswith(_REORDERS):
                     raise MixingError("changes it") from None
-                results = [location] if name.startswith("cum") else []
-                moves |= not name.startswith(_SUMS)
-            for output, result in zip(outputs, results, strict=False):
+                is_accumulated = name.startswith("cum")
+                results = [location] if is_accumulated else []
+                moves_tokens |= not name.startswith(_SUMS)
+            for output_axes, result in zip(axes_of_output, results, strict=False):
                 if isinstance(result, ExampleAxis):
-                    output.add(MaskAxis(number, result))
-    moved = next((label.moved for label in operands.values() if label.moved), "")
-    moved = f"{name!r} at {place_of(eqn)} changes it" if moves else moved
-    return [TokenAxes(mask, frozenset(axes), moved) for axes in outputs]
+                    output_axes.add(MaskAxis(mask_axis, result))
+    moved = f"{name!r} at {place_of(eqn)} changes it" if moves_tokens else move_before
+    return [TokenAxes(mask, frozenset(axes), moved) for axes in axes_of_output]
 
 
 # How the names of primitives begin that may change the order of tokens along an axis, and of those

@@ -31,11 +31,12 @@ from lora_jax.adapt.user_code import place_of, user_context
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.names import SAME_TOKENS, TOKENS
 
+# The number of examples, or the shapes of the masks whose tokens are followed.
+Sizes = int | tuple[tuple[int, ...], ...]
 _FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
     weakref.WeakKeyDictionary()
 )
-Followed = int | tuple[tuple[int, ...], ...]
-_NO_RULE = {
+_REASONS_WITHOUT_RULE = {
     "ragged_dot_general": "multiplies rows that are sorted by group",
     "shard_map": "runs on parts of the batch",
     "pallas_call": "is a kernel, which is not looked into",
@@ -44,204 +45,257 @@ _NO_RULE = {
 _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 
 
-def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: Followed) -> ExampleLabels:
+def followed(
+    jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel], sizes: Sizes
+) -> ExampleLabels:
     """Returns the labels of a jaxpr's values: the same object for the same arguments.
 
     Args:
       jaxpr: the jaxpr.
-      given: what is known of its inputs, and perhaps of its constants behind them. Others are the
+      input_labels: labels of its inputs, and perhaps of its constants behind them. Others are the
         same for all examples.
-      n: the number of examples, or shapes of the masks whose tokens are followed.
+      sizes: the number of examples, or shapes of the masks whose tokens are followed.
     """
-    known, key = _FOLLOWED.setdefault(jaxpr, {}), (tuple(given), n)
-    labels = known.get(key)
-    return labels or known.setdefault(key, _Walk(n).through(jaxpr, key[0]))
+    labels_by_input = _FOLLOWED.setdefault(jaxpr, {})
+    key = (tuple(input_labels), sizes)
+    labels = labels_by_input.get(key)
+    if labels is None:
+        labels = labels_by_input.setdefault(key, _Walk(sizes).through(jaxpr, input_labels))
+    return labels
 
 
 class _Walk:
-    """The walk over one jaxpr, and what it finds; see `ExampleLabels`."""
+    """The walk over one jaxpr, and what it finds; see `ExampleLabels`.
 
-    def __init__(self, n: Followed) -> None:
-        self.n: Any = n
+    Attributes:
+      sizes: see `followed`.
+      uses, inner: see `ExampleLabels`.
+      tokens_label: label of the last value of the name `TOKENS`.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes: Any = sizes
         self.uses: dict[int, ExampleLabel] = {}
         self.inner: dict[int, ExampleLabels] = {}
-        self.tokens: ExampleLabel = None  # of the last value of the name `TOKENS`
+        self.tokens_label: ExampleLabel = None
 
-    def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
+    def through(self, jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
         inputs = (*inner.invars, *inner.constvars)
-        labels: dict[eqns.Atom, ExampleLabel] = dict(zip(inputs, given, strict=False))
+        label_of_variable: dict[eqns.Atom, ExampleLabel] = dict(
+            zip(inputs, input_labels, strict=False)
+        )
 
-        def known(atoms: Iterable[eqns.Atom]) -> list[ExampleLabel]:
-            return [None if eqns.is_literal(atom) else labels.get(atom) for atom in atoms]
+        def label_of(atom: eqns.Atom) -> ExampleLabel:
+            return None if eqns.is_literal(atom) else label_of_variable.get(atom)
 
         for eqn in inner.eqns:
-            operands = known(eqn.invars)
-            if any(label is not None for label in operands):
-                labels |= zip(eqn.outvars, self._after(eqn, operands), strict=True)
-        return ExampleLabels(tuple(known(inner.outvars)), self.uses, self.inner)
+            labels = list(map(label_of, eqn.invars))
+            if any(label is not None for label in labels):
+                label_of_variable |= zip(eqn.outvars, self._output_labels(eqn, labels), strict=True)
+        return ExampleLabels(tuple(map(label_of, inner.outvars)), self.uses, self.inner)
 
-    def _after(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
-        """Returns the labels of an equation's outputs."""
-        name = eqn.primitive.name
-        has_kernel = any(isinstance(at, ExampleKernels) for at in given)
-        enter = _CONTROL.get(name)
-        mixed = next((at for at in given if isinstance(at, MixedExamples)), None)
+    def _output_labels(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        """Returns the labels of an equation's outputs, given those of its operands.
+
+        Where a weight is among the operands, it also notes the label of the other operand.
+        """
         if eqn.params.get("name") == TOKENS:
-            self.tokens = given[0]
-        if eqn.params.get("name") == SAME_TOKENS and isinstance(self.tokens, TokenAxes):
-            return [self.tokens]
-        if mixed is not None and enter is None:
+            self.tokens_label = labels[0]
+        if eqn.params.get("name") == SAME_TOKENS and isinstance(self.tokens_label, TokenAxes):
+            return [self.tokens_label]
+        enter = _CONTROL.get(eqn.primitive.name)
+        mixed_label = _first_label(labels, MixedExamples)
+        has_kernel = _first_label(labels, ExampleKernels) is not None
+        if enter is None and mixed_label is not None:
             if has_kernel:
-                self.uses[id(eqn)] = mixed
-            return [mixed] * len(eqn.outvars)
-        has_tokens = any(isinstance(at, TokenAxes) for at in given)
-        if enter is None and any(isinstance(at, UnvisitedCarry) for at in given):
-            if not has_tokens and not any(isinstance(at, ExampleAxis) for at in given):
-                return [UnvisitedCarry()] * len(eqn.outvars)
-            given = [None if isinstance(at, UnvisitedCarry) else at for at in given]
+                self.uses[id(eqn)] = mixed_label
+            return [mixed_label] * len(eqn.outvars)
+        if enter is None and _depends_on_unvisited(labels):
+            return [UnvisitedCarry()] * len(eqn.outvars)
         try:
-            if enter is not None:
-                with user_context(eqn):
-                    outputs = enter(self, eqn, given)
+            if enter is None:
+                output_labels = self._labels_by_rule(eqn, labels)
             else:
-                rules = KERNEL_RULES if has_kernel and not has_tokens else _PLAIN_RULES
-                rule = rules.get(name)
-                if rule is None:
-                    raise MixingError(_no_rule(name, has_kernel))
-                if has_tokens:
-                    outputs = follow_axes(rule, eqn, given)
-                else:
-                    outputs = rule(eqn, given, self.n)
+                with user_context(eqn):
+                    output_labels = enter(self, eqn, labels)
         except MixingError as error:
             return [_mixed(eqn, error)] * len(eqn.outvars)
         if has_kernel:
-            examples = (at for at in given if isinstance(at, ExampleAxis | TokenAxes))
-            self.uses[id(eqn)] = next(examples, None)
-        return outputs
+            self.uses[id(eqn)] = _first_label(labels, ExampleAxis | TokenAxes)
+        return output_labels
+
+    def _labels_by_rule(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        """Returns the labels of an equation's outputs, by the rule for its primitive.
+
+        Raises:
+          MixingError: there is no rule, or the equation mixes examples.
+        """
+        has_tokens = _first_label(labels, TokenAxes) is not None
+        has_kernel = _first_label(labels, ExampleKernels) is not None
+        labels = [None if isinstance(label, UnvisitedCarry) else label for label in labels]
+        rules = KERNEL_RULES if has_kernel and not has_tokens else _PLAIN_RULES
+        rule = rules.get(eqn.primitive.name)
+        if rule is None:
+            raise MixingError(_reason_without_rule(eqn.primitive.name, has_kernel))
+        if has_tokens:
+            return follow_axes(rule, eqn, labels)
+        return rule(eqn, labels, self.sizes)
 
     def _entered(
-        self, body: eqns.AnyJaxpr, given: Sequence[ExampleLabel]
+        self, body: eqns.AnyJaxpr, labels: Sequence[ExampleLabel]
     ) -> tuple[ExampleLabel, ...]:
-        """Returns the labels of an inner jaxpr's outputs, and records its uses of weights."""
-        child = followed(body, given, self.n)
-        if child.uses and self.inner.setdefault(id(body), child) is not child:
-            why = "is met twice, with the examples along different axes"
-            mixed = (label for label in given if isinstance(label, MixedExamples))
-            uses = dict.fromkeys(child.uses, next(mixed, MixedExamples(f"a function {why}")))
-            self.inner[id(body)] = dataclasses.replace(child, uses=uses, inner={})
-            raise MixingError(why)
-        return child.outputs
+        """Returns the labels of an inner jaxpr's outputs, and records its uses of weights.
 
-    def _call(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
+        Raises:
+          MixingError: the jaxpr was entered with other labels before.
+        """
+        labels_in_body = followed(body, labels, self.sizes)
+        if not labels_in_body.uses:
+            return labels_in_body.outputs
+        is_known_otherwise = self.inner.setdefault(id(body), labels_in_body) is not labels_in_body
+        if is_known_otherwise:
+            problem = "is met twice, with the examples along different axes"
+            mixed_label = _first_label(labels, MixedExamples)
+            if mixed_label is None:
+                mixed_label = MixedExamples(f"a function {problem}")
+            uses = dict.fromkeys(labels_in_body.uses, mixed_label)
+            self.inner[id(body)] = dataclasses.replace(labels_in_body, uses=uses, inner={})
+            raise MixingError(problem)
+        return labels_in_body.outputs
+
+    def _call(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-        return list(self._entered(next(eqn.params[n] for n in names if n in eqn.params), given))
+        body = next(eqn.params[name] for name in names if name in eqn.params)
+        return list(self._entered(body, labels))
 
-    def _own_derivative(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
-        if any(isinstance(label, ExampleKernels) for label in given):
+    def _own_derivative(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        if _first_label(labels, ExampleKernels) is not None:
             raise MixingError("has a derivative of its own, for which an adapted weight is formed")
-        return self._call(eqn, given)
+        return self._call(eqn, labels)
 
-    def _scan(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
+    def _scan(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         scan = eqns.scan_of(eqn)
-        n_fixed = scan.n_consts + scan.n_carry
-        consts, carry = given[: scan.n_consts], given[scan.n_consts : n_fixed]
-        xs = [_slice_of(label, eqn) for label in given[n_fixed:]]
-        carry = self._carried(scan.body, consts, carry, xs)
-        ys = self._entered(scan.body, (*consts, *carry, *xs))[scan.n_carry :]
-        tokens = [label for label in given[n_fixed:] if isinstance(label, TokenAxes)]
-        scanned = {axis for label in tokens for axis in label.axes if axis.location.axis == 0}
-        return [*carry, *(_stack_of(label, eqn, scanned) for label in ys)]
+        consts, first_carry, stacks = scan.split(labels)
+        slices = [_slice_of(label, eqn) for label in stacks]
+        carry = self._carry_of_every_step(scan.body, consts, first_carry, slices)
+        outputs = self._entered(scan.body, (*consts, *carry, *slices))
+        scanned_axes: set[MaskAxis] = set()  # axes of a mask that the scan goes over
+        for label in stacks:
+            if isinstance(label, TokenAxes):
+                scanned_axes |= {axis for axis in label.axes if axis.location.axis == 0}
+        ys = [_stack_of(label, eqn, scanned_axes) for label in outputs[scan.n_carry :]]
+        return [*carry, *ys]
 
-    def _while(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
+    def _while(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         loop = eqns.while_of(eqn)
-        n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
-        of_condition, of_body = given[:n_condition], given[n_condition : n_condition + n_body]
-        carry = self._carried(loop.body, of_body, given[n_condition + n_body :], [])
-        self._entered(loop.body, (*of_body, *carry))
-        (goes_on,) = self._entered(loop.condition, (*of_condition, *carry))
-        return [goes_on] * len(carry) if isinstance(goes_on, MixedExamples) else list(carry)
+        condition_consts, body_consts, first_carry = loop.split(labels)
+        carry = self._carry_of_every_step(loop.body, body_consts, first_carry, [])
+        self._entered(loop.body, (*body_consts, *carry))
+        (condition_label,) = self._entered(loop.condition, (*condition_consts, *carry))
+        if isinstance(condition_label, MixedExamples):
+            return [condition_label] * len(carry)
+        return carry
 
-    def _carried(
+    def _carry_of_every_step(
         self,
         body: eqns.AnyJaxpr,
         consts: Sequence[ExampleLabel],
-        carry: Sequence[ExampleLabel],
-        xs: Sequence[ExampleLabel],
+        first_carry: Sequence[ExampleLabel],
+        slices: Sequence[ExampleLabel],
     ) -> list[ExampleLabel]:
         """Returns the labels of a loop's carry in every step; weights must stay as they are.
 
         A state that starts the same for all examples, as zeros, may have examples after a step. It
         is first taken for whatever the step makes of it, and then held against that.
+
+        Args:
+          body: body of the loop.
+          consts, first_carry, slices: labels of its arguments in the first step.
         """
 
-        def settled(carry: list[ExampleLabel]) -> list[ExampleLabel]:
+        def repeated(carry: list[ExampleLabel]) -> list[ExampleLabel]:
+            """Returns the labels that the carry has before or after any number of steps."""
             while True:
-                child = followed(body, (*consts, *carry, *xs), self.n)
-                before, carry = carry, list(map(joined, carry, child.outputs[: len(carry)]))
-                if carry == before:
+                outputs = followed(body, (*consts, *carry, *slices), self.sizes).outputs
+                next_carry = list(map(joined, carry, outputs[: len(carry)]))
+                if next_carry == carry:
                     return carry
+                carry = next_carry
 
-        after = settled([UnvisitedCarry() if label is None else label for label in carry])
-        carry = settled(list(map(joined, carry, after)))
-        origins = sources(body) if any(isinstance(label, ExampleKernels) for label in carry) else ()
-        for place, label in enumerate(carry):
-            if isinstance(label, ExampleKernels) and origins[place] != len(consts) + place:
+        unvisited_carry = [UnvisitedCarry() if label is None else label for label in first_carry]
+        carry_of_steps = repeated(unvisited_carry)
+        carry = repeated(list(map(joined, first_carry, carry_of_steps)))
+        if _first_label(carry, ExampleKernels) is None:
+            return carry
+        argument_of_output = sources(body)
+        for index, label in enumerate(carry):
+            is_changed = argument_of_output[index] != len(consts) + index
+            if isinstance(label, ExampleKernels) and is_changed:
                 raise MixingError("carries an adapted weight, and changes it")
         return carry
 
-    def _cond(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
-        index, *operands = given
-        if isinstance(index, MixedExamples):
-            return [index] * len(eqn.outvars)
-        each = [self._entered(branch, operands) for branch in eqn.params["branches"]]
-        outputs = list(each[0])
-        for branch in each[1:]:
-            outputs = list(map(joined, outputs, branch))
-        return [_formed(label, eqn) for label in outputs]
+    def _cond(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        branch_index, *operands = labels
+        if isinstance(branch_index, MixedExamples):
+            return [branch_index] * len(eqn.outvars)
+        outputs_of_branches = [self._entered(branch, operands) for branch in eqn.params["branches"]]
+        outputs = list(outputs_of_branches[0])
+        for branch_outputs in outputs_of_branches[1:]:
+            outputs = list(map(joined, outputs, branch_outputs))
+        return [_label_of_array(label, eqn) for label in outputs]
 
 
-def _mixed(eqn: JaxprEqn, why: object) -> MixedExamples:
-    return MixedExamples(f"{eqn.primitive.name!r} at {place_of(eqn)} {why}")
+def _first_label(labels: Iterable[ExampleLabel], kind: Any) -> ExampleLabel:
+    """Returns the first label of one class, or of one of several; None if there is none."""
+    return next((label for label in labels if isinstance(label, kind)), None)
 
 
-def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
+def _depends_on_unvisited(labels: Sequence[ExampleLabel]) -> bool:
+    """Returns True if only the first step of a loop will tell where examples or tokens lie."""
+    has_unvisited = _first_label(labels, UnvisitedCarry) is not None
+    return has_unvisited and _first_label(labels, ExampleAxis | TokenAxes) is None
+
+
+def _mixed(eqn: JaxprEqn, problem: object) -> MixedExamples:
+    return MixedExamples(f"{eqn.primitive.name!r} at {place_of(eqn)} {problem}")
+
+
+def _slice_of(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns the label of one step's part of an operand that a scan goes over."""
-    if isinstance(known, ExampleAxis):
-        if known.axis == 0:
+    if isinstance(label, ExampleAxis):
+        if label.axis == 0:
             return _mixed(eqn, "goes over the examples")
-        return ExampleAxis(known.axis - 1, known.inner)
-    if isinstance(known, TokenAxes):
-        return known.shifted(-1)
-    if isinstance(known, ExampleKernels):
-        first, *roles = known.roles
-        if first != "batch":
+        return ExampleAxis(label.axis - 1, label.inner)
+    if isinstance(label, TokenAxes):
+        return label.shifted(-1)
+    if isinstance(label, ExampleKernels):
+        if label.roles[0] != "batch":
             return _mixed(eqn, "goes over rows or columns of an adapted weight")
-        return ExampleKernels(tuple(roles))
-    return known
+        return ExampleKernels(label.roles[1:])
+    return label
 
 
-def _stack_of(known: ExampleLabel, eqn: JaxprEqn, scanned: Set[MaskAxis]) -> ExampleLabel:
+def _stack_of(label: ExampleLabel, eqn: JaxprEqn, scanned_axes: Set[MaskAxis]) -> ExampleLabel:
     """Returns the label of an output that a scan stacks; it goes over these axes of a mask."""
-    if isinstance(known, TokenAxes):
-        label = known.shifted(1)
-        return dataclasses.replace(label, axes=label.axes | scanned)
-    return (
-        ExampleAxis(known.axis + 1, known.inner)
-        if isinstance(known, ExampleAxis)
-        else _formed(known, eqn)
-    )
+    if isinstance(label, TokenAxes):
+        stack_label = label.shifted(1)
+        return dataclasses.replace(stack_label, axes=stack_label.axes | scanned_axes)
+    if isinstance(label, ExampleAxis):
+        return ExampleAxis(label.axis + 1, label.inner)
+    return _label_of_array(label, eqn)
 
 
-def _formed(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
+def _label_of_array(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns the label of a value that is an array from here on."""
-    return _mixed(eqn, "forms an adapted weight") if isinstance(known, ExampleKernels) else known
+    return _mixed(eqn, "forms an adapted weight") if isinstance(label, ExampleKernels) else label
 
 
-def _no_rule(name: str, has_kernel: bool) -> str:
-    if name in _NO_RULE:
-        return _NO_RULE[name]
+def _reason_without_rule(primitive: str, has_kernel: bool) -> str:
+    """Returns what a primitive without a rule does to examples."""
+    if primitive in _REASONS_WITHOUT_RULE:
+        return _REASONS_WITHOUT_RULE[primitive]
     if has_kernel:
         return "forms an adapted weight, of which each example has its own"
     return "is not known to keep examples apart"

@@ -1,4 +1,7 @@
-"""Maps of axes: the operations that only re-arrange an array, and where each axis goes."""
+"""Maps of axes: the operations that only re-arrange an array, and where each axis goes.
+
+An operand's axes are the **source axes** of the result's.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -7,8 +10,8 @@ from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.types import EqnParams
 
 Shape = Sequence[int]
-# For each axis of the result, the axes of the operand that it holds: several where they are merged,
-# none where the axis is new. An axis that is split is held by each of its parts.
+# For each axis of the result, its source axes: several where they are merged, none where the axis
+# is new. An axis that is split is the source of each of its parts.
 AxisMap = tuple[tuple[int, ...], ...]
 
 
@@ -16,8 +19,10 @@ def axis_map(eqn: JaxprEqn) -> AxisMap | None:
     """Returns the map of the axes of an equation's first operand; None where it is not known."""
     if eqn.primitive.name not in _MAPS:
         return None
-    shape, out = (eqns.type_of(atom).shape for atom in (eqn.invars[0], eqn.outvars[0]))
-    return _MAPS[eqn.primitive.name](eqn.params, shape, out)
+    map_axes = _MAPS[eqn.primitive.name]
+    shape = eqns.type_of(eqn.invars[0]).shape
+    result_shape = eqns.type_of(eqn.outvars[0]).shape
+    return map_axes(eqn.params, shape, result_shape)
 
 
 def _transpose(params: EqnParams, *_: Shape) -> AxisMap:
@@ -25,44 +30,54 @@ def _transpose(params: EqnParams, *_: Shape) -> AxisMap:
 
 
 def _squeeze(params: EqnParams, shape: Shape, _: Shape) -> AxisMap:
-    gone = {axis % len(shape) for axis in params["dimensions"]}
-    return tuple((axis,) for axis in range(len(shape)) if axis not in gone)
+    ndim = len(shape)
+    dropped_axes = {axis % ndim for axis in params["dimensions"]}
+    return tuple((axis,) for axis in range(ndim) if axis not in dropped_axes)
 
 
-def _broadcast_in_dim(params: EqnParams, _: Shape, out: Shape) -> AxisMap:
-    source = {target: (axis,) for axis, target in enumerate(params["broadcast_dimensions"])}
-    return tuple(source.get(axis, ()) for axis in range(len(out)))
+def _broadcast_in_dim(params: EqnParams, _: Shape, result_shape: Shape) -> AxisMap:
+    source_axes: list[tuple[int, ...]] = [()] * len(result_shape)
+    for source_axis, result_axis in enumerate(params["broadcast_dimensions"]):
+        source_axes[result_axis] = (source_axis,)
+    return tuple(source_axes)
 
 
 def _stack(params: EqnParams, shape: Shape, _: Shape) -> AxisMap:
-    at, kept = params["axis"], [(axis,) for axis in range(len(shape))]
-    return (*kept[:at], (), *kept[at:])
+    source_axes: list[tuple[int, ...]] = [(axis,) for axis in range(len(shape))]
+    source_axes.insert(params["axis"], ())
+    return tuple(source_axes)
 
 
-def _reshape(params: EqnParams, shape: Shape, out: Shape) -> AxisMap | None:
-    return None if params.get("dimensions") is not None else regrouped(shape, out)
+def _reshape(params: EqnParams, shape: Shape, result_shape: Shape) -> AxisMap | None:
+    transposes = params.get("dimensions") is not None
+    return None if transposes else regrouped(shape, result_shape)
 
 
-def regrouped(shape: Shape, out: Shape) -> AxisMap | None:
-    """Returns the map of a reshape. Axes of size one hold nothing; None for an empty array."""
+def regrouped(shape: Shape, result_shape: Shape) -> AxisMap | None:
+    """Returns the map of a reshape. Axes of size one have no source; None for an empty array."""
     if 0 in shape:
         return None
-    old = [axis for axis, size in enumerate(shape) if size != 1]
-    targets = [axis for axis, size in enumerate(out) if size != 1]
-    result: list[tuple[int, ...]] = [()] * len(out)
-    while old:
-        held, group = [old.pop(0)], [targets.pop(0)]
-        covered, filled = shape[held[0]], out[group[0]]
-        while covered != filled:  # take from the side that is behind
-            if covered < filled:
-                held.append(old.pop(0))
-                covered *= shape[held[-1]]
+    remaining_source_axes = [axis for axis, size in enumerate(shape) if size != 1]
+    remaining_result_axes = [axis for axis, size in enumerate(result_shape) if size != 1]
+    source_axes: list[tuple[int, ...]] = [()] * len(result_shape)
+    while remaining_source_axes:
+        # The next group: the fewest axes of both that have the same number of elements.
+        source_group = [remaining_source_axes.pop(0)]
+        result_group = [remaining_result_axes.pop(0)]
+        source_size = shape[source_group[0]]
+        result_size = result_shape[result_group[0]]
+        while source_size != result_size:
+            if source_size < result_size:
+                axis = remaining_source_axes.pop(0)
+                source_group.append(axis)
+                source_size *= shape[axis]
             else:
-                group.append(targets.pop(0))
-                filled *= out[group[-1]]
-        for axis in group:
-            result[axis] = tuple(held)
-    return tuple(result)
+                axis = remaining_result_axes.pop(0)
+                result_group.append(axis)
+                result_size *= result_shape[axis]
+        for axis in result_group:
+            source_axes[axis] = tuple(source_group)
+    return tuple(source_axes)
 
 
 _MAPS: dict[str, Callable[[EqnParams, Shape, Shape], AxisMap | None]] = {

@@ -4,12 +4,15 @@
 
 so only W1W2, which the function asks for, is formed at that size. The factors of the result are
 [s1·A1 | s2·W1A2] and [B1W2'; B2]: its rank is the sum of the two ranks.
+
+The factors are computed by einsums, in which each axis of the two weights has a **letter**. Axes
+that the product contracts or batches together have the same letter.
 """
 
 import dataclasses
-import functools
 import string
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,130 +31,188 @@ from lora_jax.core.parts import RANK
 from lora_jax.core.product import is_dropped, is_sharded
 from lora_jax.core.types import Outcome
 
-_SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the left, of the right
+_CONTRACTED_ROLES: tuple[Label, Label] = ("out", "in")  # of the left weight, of the right weight
+_LEFT_RANK, _RIGHT_RANK, *_AXIS_LETTERS = string.ascii_letters
 
-Lettered = tuple[jax.Array, list[str]]  # an array, with a letter for each of its axes
+
+class _Lettered(NamedTuple):
+    """An array, with a letter for each of its axes."""
+
+    array: jax.Array
+    letters: Sequence[str]
 
 
 def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies two weights to a weight; where that has no form, merges one of the two."""
     if not all(isinstance(value, Factored) for value in use.values):
         return dot_general(interpreter, use)
-    pairs = zip(*use.params["dimension_numbers"], strict=True)
-    seen = [_facing(*each) for each in zip(use.values, pairs, _SIDES, strict=True)]
-    left, right = seen
+    contract, batch = use.params["dimension_numbers"]
+    facing_weights: list[Factored | None] = []
+    for side, role in enumerate(_CONTRACTED_ROLES):
+        facing_weights.append(_facing(use.values[side], contract[side], batch[side], role))
+    left, right = facing_weights
     if left is not None and right is not None and _has_form(use, left, right):
-        return [_chained(use, left, right)]
-    order = sorted((0, 1), key=lambda place: _may_merge(use.values[place]))
-    kept = next((place for place in order if seen[place] is not None), None)
-    if kept is None:
+        return [_product_of_weights(use, left, right)]
+    factored_sides = [side for side in (0, 1) if facing_weights[side] is not None]
+    if not factored_sides:
         return None
+    factored_side = min(factored_sides, key=lambda side: _may_merge(use.values[side]))
+    merged_side = 1 - factored_side
     values = list(use.values)
-    values[1 - kept] = interpreter.merged(values[1 - kept], use.name, use.eqn)
+    values[merged_side] = interpreter.merged(values[merged_side], use.name, use.eqn)
     return dot_general(interpreter, dataclasses.replace(use, values=values))
 
 
 def _may_merge(weight: Factored) -> bool:
-    """Returns True if a weight may be merged; one that may not is the one to keep."""
+    """Returns True if a weight may be merged; one that may not must stay factored."""
     return weight.uses == "all" and weight.shift is None and not is_dropped(weight)
 
 
 def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     """Returns True if the product of two weights has factors."""
-    both, dtype = (left, right), eqns.type_of(use.eqn.outvars[0]).dtype
-    bases = [as_array(weight.base) for weight in both]
-    return (
-        not any(has_more(weight) or is_dropped(weight) for weight in both)
-        and all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, *(b.dtype for b in bases)))
-        and not any(map(is_sharded, bases))
-    )
+    weights = (left, right)
+    if any(has_more(weight) or is_dropped(weight) for weight in weights):
+        return False
+    bases = [as_array(weight.base) for weight in weights]
+    result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
+    dtypes = [result_dtype, *(base.dtype for base in bases)]
+    are_real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+    return are_real and not any(map(is_sharded, bases))
 
 
-def _facing(weight: Factored, dims: Sequence[Sequence[int]], role: Label) -> Factored | None:
+def _facing(
+    weight: Factored, contract: Sequence[int], batch: Sequence[int], role: Label
+) -> Factored | None:
     """Returns the weight read so that a product contracts its axes of a role, and all of them.
 
     Args:
       weight: an operand.
-      dims: the axes of it that are contracted, and those that are batched.
+      contract, batch: the axes of it that are contracted, and those that are batched.
       role: "in" or "out".
 
     Returns:
       The weight; None where the product mixes its roles, or batches more than its stack.
     """
-    contract, batch = map(tuple, dims)
-    side = contracted_role(weight, contract) if weight.parts else None
-    if side is None:
+    contract = tuple(contract)
+    recorded_role = contracted_role(weight, contract) if weight.parts else None
+    if recorded_role is None:
         return None
-    weight = match_unit_roles(weight, side, contract, batch)
-    is_whole = set(contract) == set(weight.axes(side)) and set(batch) <= set(weight.axes("batch"))
-    if not is_whole:
+    weight = match_unit_roles(weight, recorded_role, contract, tuple(batch))
+    contracts_whole_role = set(contract) == set(weight.axes(recorded_role))
+    if not contracts_whole_role or not set(batch) <= set(weight.axes("batch")):
         return None
-    return weight if side == role else mirrored(weight)
+    return weight if recorded_role == role else mirrored(weight)
 
 
-def _part(weight: Factored, name: str, held: Sequence[str], rank: str) -> Lettered:
-    """Returns a factor with the letters of its axes, given those of the weight's and its rank's."""
-    places = weight.layout(name)
-    return weight.parts[name], [rank if axis == RANK else held[axis] for axis in places]
-
-
-def _chained(use: Use, left: Factored, right: Factored) -> Factored:
+def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
     """Returns the product; its axes are the shared stack's, then the left's, then the right's."""
-    contract, batch = use.params["dimension_numbers"]
-    letters = iter(string.ascii_letters)
-    y, z = next(letters), next(letters)  # the ranks
-    of_left, of_right = ([next(letters) for _ in weight.labels] for weight in (left, right))
-    for ours, theirs in (contract, batch):
-        for i, j in zip(ours, theirs, strict=True):
-            of_right[j] = of_left[i]
-    shared = [(of_left[axis], "batch") for axis in batch[0]]
-    free = [
-        (letter, label)
-        for weight, names, axes in ((left, of_left, 0), (right, of_right, 1))
-        for axis, (letter, label) in enumerate(zip(names, weight.labels, strict=True))
-        if axis not in (*contract[axes], *batch[axes])
-    ]
-    names, labels = zip(*shared, *free, strict=True)
+    left_letters, right_letters = _operand_letters(use, left, right)
+    role_of_letter = _result_roles(use, (left, right), (left_letters, right_letters))
     (base,) = use.bind(use.bases)
-    size = dict(zip(names, base.shape, strict=True))
-    stack = [name for name, label in zip(names, labels, strict=True) if label == "batch"]
-    rows, columns = (
-        [name for name, label in zip(names, labels, strict=True) if label == role]
-        for role in ("in", "out")
-    )
+    size_of_letter = dict(zip(role_of_letter, base.shape, strict=True))
+    stack = _letters_with_role(role_of_letter, "batch")
+    rows = _letters_with_role(role_of_letter, "in")
+    columns = _letters_with_role(role_of_letter, "out")
+    left = scale_in_a(left)
+    right = scale_in_a(right)
+    factor_dtype = jnp.promote_types(wide(base.dtype), left.a.dtype)
+    factor_dtype = jnp.promote_types(factor_dtype, right.a.dtype)
+    a1 = _lettered_part(left, "a", left_letters, _LEFT_RANK)
+    b1 = _lettered_part(left, "b", left_letters, _LEFT_RANK)
+    a2 = _lettered_part(right, "a", right_letters, _RIGHT_RANK)
+    b2 = _lettered_part(right, "b", right_letters, _RIGHT_RANK)
+    w1 = _Lettered(as_array(left.base), left_letters)
+    w2 = _Lettered(as_array(right.base), right_letters)
 
-    def times(one: Lettered, two: Lettered, out: Sequence[str], dtype: DTypeLike) -> Lettered:
-        """Returns the product of two arrays, each with the letters of its axes, cast to a dtype."""
-        spec = f"{''.join(one[1])},{''.join(two[1])}->{''.join(out)}"
-        precision = use.params["precision"]
-        arrays = (array.astype(dtype) for array, _ in (one, two))
-        how = {"precision": precision, "preferred_element_type": wide(dtype)}
-        return jnp.einsum(spec, *arrays, **how), [*out]
-
-    def all_over(array: jax.Array, held: Sequence[str], out: Sequence[str]) -> jax.Array:
-        """Returns an array as [stack…, rank, …], repeated along the stack's axes that it lacks."""
-        order = [name for name in out if name in held]
-        array = lax.transpose(array, [held.index(name) for name in order])
-        array = lax.expand_dims(array, [i for i, name in enumerate(out) if name not in held])
-        shape = [size.get(name, n) for name, n in zip(out, array.shape, strict=True)]
-        return jnp.broadcast_to(array, shape).astype(kind)
-
-    left, right = scale_in_a(left), scale_in_a(right)
-    kind = functools.reduce(jnp.promote_types, [w.a.dtype for w in (left, right)], wide(base.dtype))
-    a1, b1 = _part(left, "a", of_left, y), _part(left, "b", of_left, y)
-    a2, b2 = _part(right, "a", of_right, z), _part(right, "b", of_right, z)
-    w1, w2 = (as_array(left.base), of_left), (as_array(right.base), of_right)
-    inner = times(b1, a2, [*stack, y, z], kind)
-    b1w2 = times(b1, w2, [*stack, y, *columns], w2[0].dtype)[0].astype(kind)
-    b1w2 += times(inner, b2, [*stack, y, *columns], kind)[0]
-    w1a2 = times(w1, a2, [*stack, z, *rows], w1[0].dtype)[0].astype(kind)
-    wide_a1, wide_b2 = all_over(*a1, [*stack, y, *rows]), all_over(*b2, [*stack, z, *columns])
+    left_rank_columns = [*stack, _LEFT_RANK, *columns]
+    right_rank_rows = [*stack, _RIGHT_RANK, *rows]
+    b1_a2 = _einsum(use, b1, a2, [*stack, _LEFT_RANK, _RIGHT_RANK], factor_dtype)
+    b1_w2 = _einsum(use, b1, w2, left_rank_columns, w2.array.dtype).array.astype(factor_dtype)
+    b1_w2 += _einsum(use, b1_a2, b2, left_rank_columns, factor_dtype).array
+    w1_a2 = _einsum(use, w1, a2, right_rank_rows, w1.array.dtype).array.astype(factor_dtype)
+    wide_a1 = _over_stack(a1, [*stack, _LEFT_RANK, *rows], size_of_letter).astype(factor_dtype)
+    wide_b2 = _over_stack(b2, [*stack, _RIGHT_RANK, *columns], size_of_letter).astype(factor_dtype)
+    rank_axis = len(stack)
     parts = {
-        "a": jnp.concatenate([wide_a1, w1a2], axis=len(stack)),
-        "b": jnp.concatenate([b1w2, wide_b2], axis=len(stack)),
-        "scale": jnp.ones([size[name] for name in stack], jnp.float32),
+        "a": jnp.concatenate([wide_a1, w1_a2], axis=rank_axis),
+        "b": jnp.concatenate([b1_w2, wide_b2], axis=rank_axis),
+        "scale": jnp.ones([size_of_letter[letter] for letter in stack], jnp.float32),
     }
+    labels = tuple(role_of_letter.values())
     return Factored(base, parts, labels, path=f"{left.path} @ {right.path}")
+
+
+def _operand_letters(use: Use, left: Factored, right: Factored) -> tuple[list[str], list[str]]:
+    """Returns the letters of the axes of both weights."""
+    n_left = len(left.labels)
+    left_letters = _AXIS_LETTERS[:n_left]
+    right_letters = _AXIS_LETTERS[n_left : n_left + len(right.labels)]
+    contract, batch = use.params["dimension_numbers"]
+    for left_axes, right_axes in (contract, batch):
+        for left_axis, right_axis in zip(left_axes, right_axes, strict=True):
+            right_letters[right_axis] = left_letters[left_axis]
+    return left_letters, right_letters
+
+
+def _result_roles(
+    use: Use, weights: Sequence[Factored], letters_of_side: Sequence[Sequence[str]]
+) -> dict[str, Label]:
+    """Returns the role of each axis of the product, by the letter of the axis, in order."""
+    contract, batch = use.params["dimension_numbers"]
+    role_of_letter: dict[str, Label] = {}
+    for axis in batch[0]:
+        role_of_letter[letters_of_side[0][axis]] = "batch"
+    for side, weight in enumerate(weights):
+        for axis, role in enumerate(weight.labels):
+            is_free = axis not in contract[side] and axis not in batch[side]
+            if is_free:
+                role_of_letter[letters_of_side[side][axis]] = role
+    return role_of_letter
+
+
+def _letters_with_role(role_of_letter: dict[str, Label], role: Label) -> list[str]:
+    return [letter for letter, letter_role in role_of_letter.items() if letter_role == role]
+
+
+def _lettered_part(
+    weight: Factored, name: str, weight_letters: Sequence[str], rank_letter: str
+) -> _Lettered:
+    """Returns a factor with its letters, given those of the weight's axes and of its rank."""
+    layout = weight.layout(name)
+    letters = [rank_letter if axis == RANK else weight_letters[axis] for axis in layout]
+    return _Lettered(weight.parts[name], letters)
+
+
+def _einsum(
+    use: Use, left: _Lettered, right: _Lettered, result_letters: Sequence[str], dtype: DTypeLike
+) -> _Lettered:
+    """Returns the product of two arrays that are cast to a dtype, accumulated in fp32 or wider."""
+    spec = f"{''.join(left.letters)},{''.join(right.letters)}->{''.join(result_letters)}"
+    product = jnp.einsum(
+        spec,
+        left.array.astype(dtype),
+        right.array.astype(dtype),
+        precision=use.params["precision"],
+        preferred_element_type=wide(dtype),
+    )
+    return _Lettered(product, result_letters)
+
+
+def _over_stack(
+    factor: _Lettered, result_letters: Sequence[str], size_of_letter: dict[str, int]
+) -> jax.Array:
+    """Returns a factor as [stack…, rank, …], repeated along the stack's axes that it lacks."""
+    order = [letter for letter in result_letters if letter in factor.letters]
+    array = lax.transpose(factor.array, [factor.letters.index(letter) for letter in order])
+    missing_axes = [
+        axis for axis, letter in enumerate(result_letters) if letter not in factor.letters
+    ]
+    array = lax.expand_dims(array, missing_axes)
+    shape = [
+        size_of_letter.get(letter, size)
+        for letter, size in zip(result_letters, array.shape, strict=True)
+    ]
+    return jnp.broadcast_to(array, shape)
 
 
 CHAIN_RULES: dict[str, Rule] = {"dot_general": _dot_general}

@@ -1,7 +1,6 @@
 """Chooses between weights, by a branch or row by row: all are brought into one form."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,35 +32,40 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
     Args:
       weights: their arrays may be `jax.ShapeDtypeStruct`\\ s.
     """
-    weights = [jax.eval_shape(Factored.formed, w) if w.is_compact else w for w in weights]
-    first = weights[0]
-
-    def fits(weight: Factored) -> bool:
-        turned = weight.labels != first.labels
-        return (
-            bool(weight.parts)
-            and (mirrored(weight).labels if turned else weight.labels) == first.labels
-            and not (turned and (has_more(weight) or has_more(first)))
-            and (weight.dropout, weight.uses, weight.split)
-            == (first.dropout, first.uses, first.split)
-            and (weight.key is None) == (first.key is None)
-            # No weight tells the shape of a mask that it lacks.
-            and (weight.rows is None) == (first.rows is None)
-            and (weight.active is None) == (first.active is None)
-        )
-
-    if not all(map(fits, weights)):
+    formed_weights = [
+        jax.eval_shape(Factored.formed, weight) if weight.is_compact else weight
+        for weight in weights
+    ]
+    model = formed_weights[0]
+    if not all(_fits(weight, model) for weight in formed_weights):
         return None
-    dtypes_of: dict[str, list[DTypeLike]] = {}
-    for weight in weights:
+    dtypes: dict[str, DTypeLike] = {}
+    for weight in formed_weights:
         for name, array in weight.parts.items():
-            dtypes_of.setdefault(name, []).append(array.dtype)
-    dtypes = {name: functools.reduce(_wider, each) for name, each in dtypes_of.items()}
-    return CommonForm(first.labels, dtypes, max(weight.rank for weight in weights))
+            dtypes[name] = _wider(dtypes.get(name, array.dtype), array.dtype)
+    rank = max(weight.rank for weight in formed_weights)
+    return CommonForm(model.labels, dtypes, rank)
+
+
+def _fits(weight: Factored, model: Factored) -> bool:
+    """Returns True if a weight can be brought into the form of another one."""
+    if not weight.parts:
+        return False
+    if weight.labels != model.labels:
+        has_vectors = has_more(weight) or has_more(model)
+        if has_vectors or mirrored(weight).labels != model.labels:
+            return False
+    return (
+        (weight.dropout, weight.uses, weight.split) == (model.dropout, model.uses, model.split)
+        and (weight.key is None) == (model.key is None)
+        # No weight tells the shape of a mask that it lacks.
+        and (weight.rows is None) == (model.rows is None)
+        and (weight.active is None) == (model.active is None)
+    )
 
 
 def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
-    return a if a == b else jnp.promote_types(a, b)
+    return a if a == b else jnp.promote_types(a, b)  # keys have a dtype that is not promoted
 
 
 def convert(weight: Factored, form: CommonForm) -> Factored:
@@ -72,15 +76,16 @@ def convert(weight: Factored, form: CommonForm) -> Factored:
     weight = weight.formed()
     if weight.labels != form.labels:
         weight = mirrored(weight)
-
-    def part(name: str, dtype: DTypeLike) -> jax.Array:
-        if name not in weight.parts:
+    parts: dict[str, jax.Array] = {}
+    for name, dtype in form.dtypes.items():
+        if name in weight.parts:
+            part = weight.parts[name]
+            if part.dtype != dtype:
+                part = part.astype(dtype)
+            parts[name] = filled(part, rank_axis(AXES[name], form.labels), form.rank)
+        else:
             shape = sizes(AXES[name], weight.base.shape, form.labels, form.rank)
-            return jnp.full(shape, NEUTRAL.get(name, 0), dtype)
-        array, axis = weight.parts[name], rank_axis(AXES[name], form.labels)
-        return filled(array if array.dtype == dtype else array.astype(dtype), axis, form.rank)
-
-    parts = {name: part(name, dtype) for name, dtype in form.dtypes.items()}
+            parts[name] = jnp.full(shape, NEUTRAL.get(name, 0), dtype)
     return dataclasses.replace(weight, base=as_array(weight.base), parts=parts)
 
 
@@ -89,34 +94,40 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     which, *cases = use.values
     if isinstance(which, Factored) or not all(isinstance(case, Factored) for case in cases):
         return None
-    if all(_is_same(case, cases[0]) for case in cases):
+    if all(_is_same_but_for_key(case, cases[0]) for case in cases):
         return [cases[0]]
     form = common_form(cases)
-    if form is None or {form.labels[axis] for axis in use.varying_axes(0)} - {"batch"}:
+    if form is None:
+        return None
+    varies_within_member = any(form.labels[axis] != "batch" for axis in use.varying_axes(0))
+    if varies_within_member:
         return None
     cases = [convert(case, form) for case in cases]
     (base,) = use.bind([which, *(case.base for case in cases)])
-    whole = [axis for axis, label in enumerate(form.labels) if label != "batch"]
-    narrow = which[tuple(0 if axis in whole else slice(None) for axis in range(which.ndim))]
-
-    def chosen(name: str) -> jax.Array:
-        arrays = [case.parts[name] for case in cases]
-        if not narrow.ndim:
-            return lax.select_n(narrow, *arrays)
-        last = range(narrow.ndim, arrays[0].ndim)  # batch axes come first in every part
-        return lax.select_n(
-            jnp.broadcast_to(lax.expand_dims(narrow, last), arrays[0].shape), *arrays
-        )
-
-    parts = {name: chosen(name) for name in form.dtypes}
+    which_labels = form.labels[: which.ndim]  # it has the axes of the weights, or is one number
+    indices = [slice(None) if label == "batch" else 0 for label in which_labels]
+    which_of_member = which[tuple(indices)]
+    parts = {
+        name: _selected(which_of_member, [case.parts[name] for case in cases])
+        for name in form.dtypes
+    }
     return [dataclasses.replace(cases[0], base=base, parts=parts)]
 
 
-def _is_same(a: Factored, b: Factored) -> bool:
+def _selected(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
+    """Returns a part that is chosen for each member of a stack; batch axes come first in it."""
+    if which_of_member.ndim:
+        other_axes = range(which_of_member.ndim, parts[0].ndim)
+        which_of_member = lax.expand_dims(which_of_member, other_axes)
+        which_of_member = jnp.broadcast_to(which_of_member, parts[0].shape)
+    return lax.select_n(which_of_member, *parts)
+
+
+def _is_same_but_for_key(a: Factored, b: Factored) -> bool:
     """Returns True if two weights are the same but for dropout keys, of which each use has one."""
-    names = a.parts.keys() | b.parts.keys()
-    same = all(a.parts.get(name) is b.parts.get(name) for name in names - {"key"})
-    return same and a.base is b.base and a.labels == b.labels
+    names = (a.parts.keys() | b.parts.keys()) - {"key"}
+    are_parts_same = all(a.parts.get(name) is b.parts.get(name) for name in names)
+    return are_parts_same and a.base is b.base and a.labels == b.labels
 
 
 CHOICE_RULES: dict[str, Rule] = {"select_n": _select_n}

@@ -1,8 +1,13 @@
-"""Rules that enter control flow and linear solves, with the weights' factors as operands."""
+"""Rules that enter control flow and linear solves, with the weights' factors as operands.
+
+A loop's **constant weights** are the weights among its carries that each iteration returns as they
+are. They are taken out of the carries and handed to each iteration.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +25,32 @@ from lora_jax.core.few_rows import KERNEL_ROWS
 from lora_jax.core.parts import Axes
 from lora_jax.core.types import Forward, Outcome, Tree, Value
 
-Entry = str | tuple[str, ...] | None  # the axes of the mesh along which an axis is split
-_State = tuple[Value, dict[int, Value]]  # of a loop: the iteration, if keys need it, and the carry
+MeshAxes = str | tuple[str, ...] | None  # the axes of the mesh along which an axis is split
+_Body = Callable[..., list[Value]]
+# A loop's state: the iteration if dropout keys need it, and the carries by index.
+_State = tuple[Value, dict[int, Value]]
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
+    """Calls the function under `jax.jit` again, with the shardings of the equation."""
     jit = eqns.jit_of(use.eqn)
-    body = called = interpreter.function(jit.jaxpr, use.live)
-    values = [_constrained(v, s) for v, s in zip(use.values, jit.in_shardings, strict=True)]
+    fn = interpreter.function(jit.jaxpr, use.used_outputs)
+    values = list(map(_constrained, use.values, jit.in_shardings))
     if not jit.inline and interpreter.record is None:
 
-        def make() -> Forward:
+        def compile_function(fn: _Body = fn) -> Forward:
             def call(*args: Value) -> list[Value]:
-                return body(*args)
+                return fn(*args)
 
             call.__name__ = call.__qualname__ = jit.name
             return jax.jit(call, **jit.options)
 
-        called = interpreter.memoised(jit.jaxpr, ("jit", use.live, jit.name), make)
-    outputs = called(*values)
-    return [_constrained(v, s) for v, s in zip(outputs, jit.out_shardings, strict=True)]
+        fn = interpreter.memoised(jit.jaxpr, ("jit", use.used_outputs, jit.name), compile_function)
+    return list(map(_constrained, fn(*values), jit.out_shardings))
 
 
 def _constrained(value: Value, sharding: Sharding | None) -> Value:
+    """Returns an array, or a weight with its base, under a sharding constraint."""
     if sharding is None or value is None:
         return value
     if not isinstance(value, Factored):
@@ -53,29 +61,48 @@ def _constrained(value: Value, sharding: Sharding | None) -> Value:
 
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
-    body = interpreter.function(use.params["jaxpr"], use.live)
+    body = interpreter.function(use.params["jaxpr"], use.used_outputs)
     if interpreter.record is None:
-        how = {name: use.params[name] for name in ("prevent_cse", "policy")}
-        body = jax.checkpoint(body, **how)
+        body = jax.checkpoint(
+            body, prevent_cse=use.params["prevent_cse"], policy=use.params["policy"]
+        )
     return body(*use.values)
 
 
-def _constants(
-    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Value], first: int
-) -> dict[int, Value]:
-    """Takes the weights that a loop carries unchanged out of `carries`; others are merged there.
+class _Carries(NamedTuple):
+    """The carries of a loop, by index: constant weights, and arrays that iterations change."""
+
+    weights: dict[int, Factored]
+    arrays: dict[int, Value]
+
+
+def _split_carries(
+    interpreter: Interpreter,
+    use: Use,
+    body: eqns.AnyJaxpr,
+    carries: Sequence[Value],
+    n_consts: int,
+) -> _Carries:
+    """Splits the carries of a loop; a weight that an iteration changes is merged.
 
     Args:
-      body: body of the loop.
-      carries: by place, from 0; changed.
-      first: the place of the first carry among the body's arguments.
+      interpreter: the interpreter.
+      use: the loop.
+      body: body of the loop; its arguments are constants, then carries.
+      carries: the first carries.
+      n_consts: the number of constants.
     """
-    weights = {place: v for place, v in carries.items() if isinstance(v, Factored)}
-    origins = sources(body) if weights else ()
-    same = [place for place in weights if origins[place] == first + place]
-    for place in weights.keys() - same:
-        carries[place] = interpreter.plain(weights[place], use, "as a carry")
-    return {place: carries.pop(place) for place in same}
+    has_weight = any(isinstance(value, Factored) for value in carries)
+    argument_of_output = sources(body) if has_weight else ()
+    split = _Carries(weights={}, arrays={})
+    for index, value in enumerate(carries):
+        if not isinstance(value, Factored):
+            split.arrays[index] = value
+        elif argument_of_output[index] == n_consts + index:
+            split.weights[index] = value
+        else:
+            split.arrays[index] = interpreter.plain(value, use, "as a carry")
+    return split
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
@@ -84,53 +111,66 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     A stack of a weight's own slices is that weight.
     """
     scan = eqns.scan_of(use.eqn)
-    n_fixed = scan.n_consts + scan.n_carry
-    consts = use.values[: scan.n_consts]
-    stacks = [_with_whole_shift(interpreter, use, value) for value in use.values[n_fixed:]]
-    carries = dict(enumerate(use.values[scan.n_consts : n_fixed]))
-    constant = _constants(interpreter, use, scan.body, carries, scan.n_consts)
-    rebuilders, sliced = zip(*map(_sliced, stacks), strict=True) if stacks else ((), ())
-    same = _restacked(use, scan)
-    live = tuple(w and p not in same for p, w in enumerate(use.live))
-    live = (*(True,) * scan.n_carry, *live[scan.n_carry :])
-    body = interpreter.function(scan.body, None if all(live) else live)
-    kernels = _kernel_places(stacks) if _has_few_rows(carries) else []
-    steps = jnp.arange(scan.length) if kernels or _has_keys(use.values) else None
+    consts, first_carries, stacks = scan.split(use.values)
+    stacks = [_without_sliced_shift(interpreter, use, stack) for stack in stacks]
+    carries = _split_carries(interpreter, use, scan.body, first_carries, scan.n_consts)
+    scanned_arrays = [_arrays_along_first_axis(stack) for stack in stacks]
+    restacked_weights = _restacked_weights(use, scan)
+    used_outputs = tuple(
+        index < scan.n_carry or (is_used and index not in restacked_weights)
+        for index, is_used in enumerate(use.used_outputs)
+    )
+    body = interpreter.function(scan.body, None if all(used_outputs) else used_outputs)
+    kernel_indices = _kernel_indices(stacks) if _has_few_rows(carries.arrays) else []
+    needs_iteration = bool(kernel_indices) or _has_keys(use.values)
+    iterations = jnp.arange(scan.length) if needs_iteration else None
 
-    def step(carry: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
-        parts, index = xs
-        slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
-        for place in kernels:
-            member = StackMember(slices[place].base, stacks[place].base, index)
-            slices[place] = slices[place].replace(base=member)
-        outputs = body(*_arguments(consts, constant, carry, index), *slices)
-        outputs = [
-            output if place in constant else interpreter.plain(output, use, "as an output")
-            for place, output in enumerate(outputs)
-        ]
-        return {place: outputs[place] for place in carry}, outputs[scan.n_carry :]
+    def run_iteration(arrays: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
+        slices_of_arrays, iteration = xs
+        slices = list(map(_slice_of, stacks, slices_of_arrays))
+        for index in kernel_indices:
+            layer = StackMember(slices[index].base, stacks[index].base, iteration)
+            slices[index] = slices[index].replace(base=layer)
+        outputs = body(*_arguments(consts, carries.weights, arrays, iteration), *slices)
+        for index, output in enumerate(outputs):
+            if index not in carries.weights:
+                outputs[index] = interpreter.plain(output, use, "as an output")
+        return {index: outputs[index] for index in arrays}, outputs[scan.n_carry :]
 
-    inputs, length, unroll = (sliced, steps), scan.length, scan.unroll
-    carry, ys = lax.scan(step, carries, inputs, length, reverse=scan.reverse, unroll=unroll)
-    final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
-    return [final[place] for place in range(len(live))]
-
-
-def _with_whole_shift(interpreter: Interpreter, use: Use, value: Value) -> Value:
-    """Returns an operand that a scan slices; merges one that would add a bias in each step."""
-    if not isinstance(value, Factored) or value.shift is None:
-        return value
-    is_cut = value.labels[0] == "in" and value.base.shape[0] > 1
-    return interpreter.plain(value, use, "over an in axis") if is_cut else value
-
-
-def _kernel_places(stacks: Sequence[Value]) -> list[int]:
-    """Returns the places of weights whose layers a kernel may read out of their stack."""
-    weights = ((place, v) for place, v in enumerate(stacks) if isinstance(v, Factored))
-    return [place for place, weight in weights if has_rows_kernel(weight.base)]
+    last_arrays, ys = lax.scan(
+        run_iteration,
+        carries.arrays,
+        (scanned_arrays, iterations),
+        scan.length,
+        reverse=scan.reverse,
+        unroll=scan.unroll,
+    )
+    results: dict[int, Value] = {**carries.weights, **last_arrays}
+    results |= enumerate(ys, scan.n_carry)
+    results |= restacked_weights
+    return [results[index] for index in range(len(used_outputs))]
 
 
-def _has_few_rows(carries: dict[int, Value]) -> bool:
+def _without_sliced_shift(interpreter: Interpreter, use: Use, stack: Value) -> Value:
+    """Returns an operand that a scan slices; merges one that would add a bias in each iteration."""
+    if not isinstance(stack, Factored) or stack.shift is None:
+        return stack
+    is_sliced_along_in_axis = stack.labels[0] == "in" and stack.base.shape[0] > 1
+    if is_sliced_along_in_axis:
+        return interpreter.plain(stack, use, "over an in axis")
+    return stack
+
+
+def _kernel_indices(stacks: Sequence[Value]) -> list[int]:
+    """Returns the indices of weights whose layers a kernel may read out of their stack."""
+    return [
+        index
+        for index, stack in enumerate(stacks)
+        if isinstance(stack, Factored) and has_rows_kernel(stack.base)
+    ]
+
+
+def _has_few_rows(carries: Mapping[int, Value]) -> bool:
     """Returns True if a loop carries an activation of few rows, as decoding does."""
     return any(
         jnp.issubdtype(x.dtype, jnp.floating)
@@ -142,48 +182,66 @@ def _has_few_rows(carries: dict[int, Value]) -> bool:
 
 
 def _arguments(
-    consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Value
+    consts: Sequence[Value],
+    constant_weights: Mapping[int, Value],
+    arrays: Mapping[int, Value],
+    iteration: Value,
 ) -> list[Value]:
-    """Returns the first arguments of a loop's body in an iteration: consts, then the carry."""
-    known = {place: fold_dropout_key(value, index) for place, value in constant.items()} | carry
-    return [
-        *(fold_dropout_key(value, index) for value in consts),
-        *map(known.get, range(len(known))),
-    ]
+    """Returns the first arguments of a loop's body in an iteration: constants, then carries."""
+    carries = dict(arrays)
+    for index, weight in constant_weights.items():
+        carries[index] = fold_dropout_key(weight, iteration)
+    arguments = [fold_dropout_key(const, iteration) for const in consts]
+    arguments += [carries[index] for index in range(len(carries))]
+    return arguments
 
 
-def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
-    """Returns, by the place of an output, the weight whose slices a scan stacks up again."""
-    n_fixed = scan.n_consts + scan.n_carry
-    if not any(isinstance(value, Factored) for value in use.values[n_fixed:]):
+def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
+    """Returns, by the index of an output, the weight whose slices a scan stacks up again."""
+    _, _, stacks = scan.split(use.values)
+    if not any(isinstance(stack, Factored) for stack in stacks):
         return {}
-    stacked = enumerate(sources(scan.body)[scan.n_carry :], scan.n_carry)
-    restacked = {p: use.values[s] for p, s in stacked if s is not None and s >= n_fixed}
-    return {place: value for place, value in restacked.items() if isinstance(value, Factored)}
+    n_unsliced = scan.n_consts + scan.n_carry
+    restacked_weights = {}
+    for output_index, argument_index in enumerate(sources(scan.body)):
+        is_stack_of_slices = (
+            output_index >= scan.n_carry
+            and argument_index is not None
+            and argument_index >= n_unsliced
+        )
+        if is_stack_of_slices and isinstance(use.values[argument_index], Factored):
+            restacked_weights[output_index] = use.values[argument_index]
+    return restacked_weights
 
 
-def _sliced(value: Value) -> tuple[Callable[[Tree], Value], Tree]:
-    """Returns a function that makes a slice of an operand, and the parts that a scan slices for it.
+def _arrays_along_first_axis(stack: Value) -> Tree:
+    """Returns the arrays that a scan slices for an operand.
 
-    Of a weight: its base, and each part that has the axis; the others stay whole.
+    Of a weight: its base, and each part that has the first axis.
     """
-    if not isinstance(value, Factored):
-        return (lambda part: part), value
-    stacked: list[Value] = []
+    if not isinstance(stack, Factored):
+        return stack
+    arrays: list[Value] = []
 
-    def collect(array: Value, axes: Axes) -> Value:
-        if 0 in axes:
-            stacked.append(jnp.moveaxis(array, axes.index(0), 0))
+    def collect(array: Value, layout: Axes) -> Value:
+        if 0 in layout:
+            arrays.append(jnp.moveaxis(array, layout.index(0), 0))
         return array
 
-    moved(value, collect, [0])
+    moved(stack, collect, [0])
+    return arrays
 
-    def rebuild(slices: list[Value]) -> Factored:
-        left = iter(slices)
-        put = lambda array, axes: next(left) if 0 in axes else array  # noqa: E731
-        return moved(value, put, [0]).replace(labels=value.labels[1:])
 
-    return rebuild, stacked
+def _slice_of(stack: Value, slices: Tree) -> Value:
+    """Returns a slice of an operand, from the slices of its arrays along the first axis."""
+    if not isinstance(stack, Factored):
+        return slices
+    remaining_slices = iter(slices)
+
+    def replace_sliced(array: Value, layout: Axes) -> Value:
+        return next(remaining_slices) if 0 in layout else array
+
+    return moved(stack, replace_sliced, [0]).replace(labels=stack.labels[1:])
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Value]:
@@ -193,135 +251,159 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     does, and the others keep their state.
     """
     loop = eqns.while_of(use.eqn)
-    n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
-    of_condition = use.values[:n_condition]
-    of_body = use.values[n_condition : n_condition + n_body]
-    init = dict(enumerate(use.values[n_condition + n_body :]))
-    n_carry = len(init)
-    constant = _constants(interpreter, use, loop.body, init, n_body)
-    condition, body = map(interpreter.function, (loop.condition, loop.body))
-    n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
+    condition_consts, body_consts, first_carries = loop.split(use.values)
+    carries = _split_carries(interpreter, use, loop.body, first_carries, loop.n_body_consts)
+    condition = interpreter.function(loop.condition)
+    body = interpreter.function(loop.body)
+    condition_jaxpr, _ = eqns.opened(loop.condition)
+    n_example_axes = eqns.type_of(condition_jaxpr.outvars[0]).ndim
 
     def goes_on(state: _State) -> jax.Array:
-        index, carry = state
-        wanted: jax.Array = condition(*_arguments(of_condition, constant, carry, index))[0]
-        return wanted
+        iteration, arrays = state
+        arguments = _arguments(condition_consts, carries.weights, arrays, iteration)
+        (is_true,) = condition(*arguments)
+        return is_true
 
-    def step(state: _State) -> _State:
-        index, before = state
-        outputs = body(*_arguments(of_body, constant, before, index))
-        kept = {p: interpreter.plain(outputs[p], use, "as a carry") for p in before}
-        if n_axes:
-            wanted = goes_on(state)
-            for p, after in kept.items():
-                axes = range(n_axes, after.ndim)
-                kept[p] = jnp.where(lax.expand_dims(wanted, axes), after, before[p])
-        return (None if index is None else index + 1), kept
+    def any_example_goes_on(state: _State) -> jax.Array:
+        is_true = goes_on(state)
+        return is_true.any() if n_example_axes else is_true
 
-    start = jnp.int32(0) if _has_keys(use.values) else None
-    any_goes_on = (lambda state: goes_on(state).any()) if n_axes else goes_on
-    _, carry = lax.while_loop(any_goes_on, step, (start, init))
-    final = constant | carry
-    return [final[place] for place in range(n_carry)]
+    def run_iteration(state: _State) -> _State:
+        iteration, arrays = state
+        outputs = body(*_arguments(body_consts, carries.weights, arrays, iteration))
+        next_arrays = {
+            index: interpreter.plain(outputs[index], use, "as a carry") for index in arrays
+        }
+        if n_example_axes:
+            is_running = goes_on(state)
+            for index, array in next_arrays.items():
+                mask = lax.expand_dims(is_running, range(n_example_axes, array.ndim))
+                next_arrays[index] = jnp.where(mask, array, arrays[index])
+        next_iteration = None if iteration is None else iteration + 1
+        return next_iteration, next_arrays
+
+    first_iteration = jnp.int32(0) if _has_keys(use.values) else None
+    first_state = (first_iteration, carries.arrays)
+    _, last_arrays = lax.while_loop(any_example_goes_on, run_iteration, first_state)
+    results: dict[int, Value] = {**carries.weights, **last_arrays}
+    return [results[index] for index in range(len(first_carries))]
 
 
 def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     """Enters the branches; returns a weight where each branch returns one, all of one form."""
-    index, *operands = use.values
-    if isinstance(index, Factored):
+    branch_index, *operands = use.values
+    if isinstance(branch_index, Factored):
         return None
-    unchanged = {
-        place: operands[origin]
-        for place, origin in enumerate(agreed_sources(use.params["branches"]))
-        if origin is not None and isinstance(operands[origin], Factored)
-    }
-    live = tuple(wanted and place not in unchanged for place, wanted in enumerate(use.live))
-    bodies = [interpreter.function(jaxpr, live) for jaxpr in use.params["branches"]]
-    forms = _forms(use, bodies, operands, live)
+    unchanged_weights: dict[int, Factored] = {}
+    for output_index, operand_index in enumerate(agreed_sources(use.params["branches"])):
+        if operand_index is not None and isinstance(operands[operand_index], Factored):
+            unchanged_weights[output_index] = operands[operand_index]
+    used_outputs = tuple(
+        is_used and index not in unchanged_weights for index, is_used in enumerate(use.used_outputs)
+    )
+    bodies = [interpreter.function(jaxpr, used_outputs) for jaxpr in use.params["branches"]]
+    forms = _output_forms(use, bodies, operands, used_outputs)
 
-    def branch(body: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
-        def leave(place: int, value: Value) -> Value:
-            if place in forms:
-                return convert(value, forms[place])
-            return interpreter.plain(value, use, "as an output")
+    def branch_of(body: _Body) -> _Body:
+        """Returns a branch, with arrays and weights of the common forms as outputs."""
 
-        return lambda *args: list(map(leave, range(len(live)), body(*args)))
+        def branch(*args: Value) -> list[Value]:
+            outputs = body(*args)
+            for index, output in enumerate(outputs):
+                if index in forms:
+                    outputs[index] = convert(output, forms[index])
+                else:
+                    outputs[index] = interpreter.plain(output, use, "as an output")
+            return outputs
 
-    outputs = lax.switch(index, list(map(branch, bodies)), *operands)
-    return [unchanged.get(place, output) for place, output in enumerate(outputs)]
+        return branch
+
+    outputs = lax.switch(branch_index, [branch_of(body) for body in bodies], *operands)
+    return [unchanged_weights.get(index, output) for index, output in enumerate(outputs)]
 
 
-def _forms(
-    use: Use,
-    bodies: Sequence[Callable[..., list[Value]]],
-    operands: Sequence[Value],
-    live: Sequence[bool],
+def _output_forms(
+    use: Use, bodies: Sequence[_Body], operands: Sequence[Value], used_outputs: Sequence[bool]
 ) -> dict[int, CommonForm]:
-    """Returns, by the place of an output, the form of the weights that the branches return."""
-    given = [isinstance(value, Factored) and bool(value.parts) for value in operands]
-    each = [may_be_weights(jaxpr, given) for jaxpr in use.params["branches"]]
-    may_be = [all(branches) for branches in zip(*each, strict=True)]
-    if not any(wanted and may for wanted, may in zip(live, may_be, strict=True)):
+    """Returns, by the index of an output, the form of the weights that the branches return."""
+    has_factors = [isinstance(value, Factored) and bool(value.parts) for value in operands]
+    may_be_weights_by_branch = [
+        may_be_weights(jaxpr, has_factors) for jaxpr in use.params["branches"]
+    ]
+    may_be_weight = [all(flags) for flags in zip(*may_be_weights_by_branch, strict=True)]
+    if not any(map(all, zip(used_outputs, may_be_weight, strict=True))):
         return {}
     forms: dict[int, CommonForm] = {}
-    outputs = zip(*(jax.eval_shape(body, *operands) for body in bodies), strict=True)
-    for place, values in enumerate(outputs):
+    outputs_by_branch = [jax.eval_shape(body, *operands) for body in bodies]
+    for index, values in enumerate(zip(*outputs_by_branch, strict=True)):
         if all(isinstance(value, Factored) for value in values):
             form = common_form(values)
-            forms |= {} if form is None else {place: form}
+            if form is not None:
+                forms[index] = form
     return forms
 
 
 def _has_keys(values: Sequence[Value]) -> bool:
-    return any(isinstance(v, Factored) and v.key is not None for v in values)
+    return any(isinstance(value, Factored) and value.key is not None for value in values)
 
 
 def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
-    mapped = eqns.shard_map_of(use.eqn)
-    body = interpreter.function(mapped.body)
-    pairs = zip(use.values, mapped.in_specs, strict=True)
-    operands = [_splittable(value, spec, mapped.mesh) for value, spec in pairs]
+    shard_map = eqns.shard_map_of(use.eqn)
+    body = interpreter.function(shard_map.body)
+    operands = [
+        _splittable(value, spec, shard_map.mesh)
+        for value, spec in zip(use.values, shard_map.in_specs, strict=True)
+    ]
 
-    def run(*values: Value) -> list[Value]:
+    def run_on_device(*values: Value) -> list[Value]:
         return [interpreter.plain(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
-        run,
-        mesh=mapped.mesh,
-        in_specs=tuple(_specs(v, s) for v, s in zip(operands, mapped.in_specs, strict=True)),
-        out_specs=list(mapped.out_specs),
-        axis_names=mapped.manual_axes,
-        check_vma=mapped.check_vma,
+        run_on_device,
+        mesh=shard_map.mesh,
+        in_specs=tuple(map(_specs, operands, shard_map.in_specs)),
+        out_specs=list(shard_map.out_specs),
+        axis_names=shard_map.manual_axes,
+        check_vma=shard_map.check_vma,
     )(*operands)
 
 
 def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
-    """Returns a weight with a base that each device can have a piece of."""
+    """Returns a weight with a base that each device can have a piece of; an array as it is."""
     if not isinstance(value, Factored):
         return value
-    each = [names if isinstance(names, tuple) else (names,) for names in _axis_names(value, spec)]
-    parts = [math.prod(mesh.shape[name] for name in names if name) for names in each]
-    split = value.split
+    names_by_axis = [_names_in(entry) for entry in _mesh_axes(value, spec)]
+    n_pieces = [math.prod(mesh.shape[name] for name in names) for names in names_by_axis]
+    split_names = value.split
     if value.shift is not None:
         for axis in value.axes("in"):
-            split += tuple(name for name in each[axis] if name and mesh.shape[name] > 1)
-    return dataclasses.replace(value, base=splittable(value.base, parts), split=split)
+            split_names += tuple(name for name in names_by_axis[axis] if mesh.shape[name] > 1)
+    return dataclasses.replace(value, base=splittable(value.base, n_pieces), split=split_names)
 
 
-def _axis_names(value: Factored, spec: PartitionSpec) -> list[Entry]:
-    return [*spec, *[None] * (len(value.labels) - len(spec))]
+def _mesh_axes(weight: Factored, spec: PartitionSpec) -> list[MeshAxes]:
+    """Returns the axes of the mesh for each axis of a weight."""
+    n_unnamed_axes = len(weight.labels) - len(spec)
+    return [*spec, *[None] * n_unnamed_axes]
+
+
+def _names_in(entry: MeshAxes) -> tuple[str, ...]:
+    """Returns the names in one entry of a PartitionSpec."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return tuple(name for name in names if name)
 
 
 def _specs(value: Value, spec: PartitionSpec) -> Value:
+    """Returns the PartitionSpec of an array, or those of a weight's arrays as a `Factored`."""
     if not isinstance(value, Factored):
         return spec
-    names = _axis_names(value, spec)
+    mesh_axes = _mesh_axes(value, spec)
 
-    def partition(_: object, axes: Axes) -> PartitionSpec:
-        return PartitionSpec(*(None if axis < 0 else names[axis] for axis in axes))
+    def part_spec(_: object, layout: Axes) -> PartitionSpec:
+        return PartitionSpec(*(None if axis < 0 else mesh_axes[axis] for axis in layout))
 
-    return moved(value, partition)
+    return moved(value, part_spec)
 
 
 CONTROL_RULES: dict[str, Rule] = {
@@ -350,36 +432,43 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     if any(weight.shift is not None or weight.key is not None for weight in weights):
         return None
     solve = eqns.linear_solve_of(use.eqn)
+    right_side = [interpreter.plain(value, use) for value in use.values[solve.right]]
+    n_unknowns = len(right_side)
+    has_aux = len(use.eqn.outvars) > n_unknowns
 
-    def plain(value: Value) -> Value:
-        return interpreter.plain(value, use)
+    def entered(function: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
+        """Returns a function of the solve, of the vector alone."""
+        body = interpreter.function(function.jaxpr)
+        consts = use.values[function.consts]
 
-    def called(part: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
-        body, consts = interpreter.function(part.jaxpr), use.values[part.consts]
-        return lambda vector: list(map(plain, body(*consts, *vector)))
+        def call(vector: Sequence[Value]) -> list[Value]:
+            return [interpreter.plain(output, use) for output in body(*consts, *vector)]
 
-    right = list(map(plain, use.values[solve.right]))
-    n, has_aux = len(right), len(use.eqn.outvars) > len(right)
+        return call
 
-    def solver(part: eqns.SolverFunction) -> Forward:
-        run = called(part)
+    def solver(function: eqns.SolverFunction) -> Forward:
+        """Returns a solver as `lax.custom_linear_solve` calls it: with the operator, too."""
+        call = entered(function)
 
-        def solved(_: object, vector: Sequence[Value]) -> Value:
-            outputs = run(vector)
-            return (outputs[:n], outputs[n:]) if has_aux else outputs
+        def solver_of_operator(_: object, vector: Sequence[Value]) -> Value:
+            outputs = call(vector)
+            return (outputs[:n_unknowns], outputs[n_unknowns:]) if has_aux else outputs
 
-        return solved
+        return solver_of_operator
 
-    back = solve.transpose_solve
+    has_transpose = solve.transpose_solve is not None
     outputs = lax.custom_linear_solve(
-        called(solve.matvec),
-        right,
+        entered(solve.matvec),
+        right_side,
         solver(solve.solve),
-        None if back is None else solver(back),
+        solver(solve.transpose_solve) if has_transpose else None,
         symmetric=solve.is_symmetric,
         has_aux=has_aux,
     )
-    return [*outputs[0], *outputs[1]] if has_aux else outputs
+    if not has_aux:
+        return outputs
+    solution, aux = outputs
+    return [*solution, *aux]
 
 
 SOLVE_RULES: dict[str, Rule] = {"custom_linear_solve": _linear_solve}

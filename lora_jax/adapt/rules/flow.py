@@ -1,156 +1,209 @@
-"""Finds, without running a jaxpr, which inputs it returns and which outputs may be weights."""
+"""Finds, without running a jaxpr, which inputs it returns and which outputs may be weights.
+
+The **source** of a value is the operand or input that it is, perhaps with its axes moved.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lora_jax.adapt import eqns
 from lora_jax.core.extend import JaxprEqn
 
 Sources = tuple[int | None, ...]
-# The place of an operand, and the order in which its axes come out.
-_Moved = tuple[int, tuple[int, ...]]
 _CALLS = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
-_Agreed = TypeVar("_Agreed")
+_T = TypeVar("_T")
+
+
+class _Source(NamedTuple):
+    """The operand that a value is.
+
+    Attributes:
+      index: index of the operand.
+      order: for each axis of the value, the axis of the operand.
+    """
+
+    index: int
+    order: tuple[int, ...]
 
 
 def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
-    """Returns, for each output that is an input, that input's place; None for other outputs.
+    """Returns, for each output that is an input, that input's index; None for other outputs.
 
     It looks into functions, loops and branches, and follows axes that are moved away and back.
     """
-    return tuple(map(_unmoved, _input_sources(jaxpr)))
+    return tuple(map(_index_if_unmoved, _input_sources(jaxpr)))
 
 
-def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[eqns.Atom, int]) -> Sources:
-    """Like `sources`, for outputs that are one of some variables, by these variables' places."""
-    return tuple(map(_unmoved, _origins(jaxpr, places)))
+def sources_among(jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]) -> Sources:
+    """Like `sources`, for outputs that are one of some variables, by these variables' indices."""
+    return tuple(map(_index_if_unmoved, _sources_among(jaxpr, index_of_variable)))
 
 
 def agreed_sources(branches: Sequence[eqns.AnyJaxpr]) -> Sources:
     """Returns, for each output, the input that every branch returns; None where they differ."""
-    return tuple(_agreed(places) for places in zip(*map(sources, branches), strict=True))
+    indices_of_branches = [sources(branch) for branch in branches]
+    return tuple(_agreed(indices) for indices in zip(*indices_of_branches, strict=True))
 
 
-def _unmoved(moved: _Moved | None) -> int | None:
-    """Returns the place of an operand that comes out as it went in."""
-    if moved is None or moved[1] != tuple(range(len(moved[1]))):
+def _index_if_unmoved(source: _Source | None) -> int | None:
+    """Returns the index of an operand that comes out as it went in."""
+    if source is None:
         return None
-    return moved[0]
+    is_moved = source.order != tuple(range(len(source.order)))
+    return None if is_moved else source.index
 
 
-def _agreed(each: Sequence[_Agreed]) -> _Agreed | None:
-    return each[0] if len(set(each)) == 1 else None
+def _agreed(values: Sequence[_T]) -> _T | None:
+    return values[0] if len(set(values)) == 1 else None
 
 
-def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[eqns.Atom, int]) -> list[_Moved | None]:
-    """Returns, for each output, which of the known variables it is."""
+def _sources_among(
+    jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
+) -> list[_Source | None]:
+    """Returns, for each output, which of some variables it is."""
     inner, _ = eqns.opened(jaxpr)
-    made_by = {out: (eqn, n) for eqn in inner.eqns for n, out in enumerate(eqn.outvars)}
-    entered: dict[int, Sequence[_Moved | None]] = {}  # by the identity of an equation
+    eqn_of_variable: dict[eqns.Atom, tuple[JaxprEqn, int]] = {}  # with the index of the output
+    for eqn in inner.eqns:
+        for output_index, output in enumerate(eqn.outvars):
+            eqn_of_variable[output] = (eqn, output_index)
+    sources_of_eqn: dict[int, Sequence[_Source | None]] = {}  # by identity
 
-    def origin(atom: eqns.Atom) -> _Moved | None:
+    def source_of(atom: eqns.Atom) -> _Source | None:
+        """Follows an output back through the equations that only pass it on."""
         order = tuple(range(getattr(eqns.type_of(atom), "ndim", 0)))
-        while not eqns.is_literal(atom) and atom not in known:
-            if atom not in made_by:
+        while not eqns.is_literal(atom):
+            if atom in index_of_variable:
+                return _Source(index_of_variable[atom], order)
+            if atom not in eqn_of_variable:
                 return None
-            eqn, n = made_by[atom]
-            if id(eqn) not in entered:
-                entered[id(eqn)] = _equation_sources(eqn)
-            moved = entered[id(eqn)][n]
-            if moved is None:
+            eqn, output_index = eqn_of_variable[atom]
+            if id(eqn) not in sources_of_eqn:
+                sources_of_eqn[id(eqn)] = _operand_sources(eqn)
+            source = sources_of_eqn[id(eqn)][output_index]
+            if source is None:
                 return None
-            atom, order = eqn.invars[moved[0]], tuple(moved[1][axis] for axis in order)
-        return None if eqns.is_literal(atom) else (known[atom], order)
+            atom = eqn.invars[source.index]
+            order = tuple(source.order[axis] for axis in order)
+        return None
 
-    return list(map(origin, inner.outvars))
+    return list(map(source_of, inner.outvars))
 
 
-def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Moved | None]:
+def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Source | None]:
     inner, _ = eqns.opened(jaxpr)
-    return _origins(jaxpr, {var: place for place, var in enumerate(inner.invars)})
+    return _sources_among(jaxpr, {variable: index for index, variable in enumerate(inner.invars)})
 
 
-def _equation_sources(eqn: JaxprEqn) -> Sequence[_Moved | None]:
+def _operand_sources(eqn: JaxprEqn) -> Sequence[_Source | None]:
     """Returns, for each output of an equation, the operand that it is."""
     name = eqn.primitive.name
     if name == "transpose":
-        return [(0, tuple(eqn.params["permutation"]))]
+        return [_Source(0, tuple(eqn.params["permutation"]))]
     if name in _CALLS:
         return _input_sources(_called(eqn))
     if name == "cond":
-        each = zip(*map(_input_sources, eqn.params["branches"]), strict=True)
-        return [_shift(_agreed(one), 1) for one in each]
+        sources_of_branches = [_input_sources(branch) for branch in eqn.params["branches"]]
+        # The first operand of a cond, the index of the branch, is no argument of a branch.
+        return [
+            _shifted(_agreed(source_of_branches), 1)
+            for source_of_branches in zip(*sources_of_branches, strict=True)
+        ]
     if name == "scan":
-        scan = eqns.scan_of(eqn)
-        of_body = _input_sources(scan.body)
-        n_fixed = scan.n_consts + scan.n_carry
-        ys = [_stacked(one) if one and one[0] >= n_fixed else None for one in of_body]
-        return [*_carried(of_body[: scan.n_carry], scan.n_consts, 0), *ys[scan.n_carry :]]
+        return _scan_sources(eqns.scan_of(eqn))
     if name == "while":
         loop = eqns.while_of(eqn)
-        return _carried(_input_sources(loop.body), loop.n_body_consts, loop.n_condition_consts)
+        carries = _unchanged_carries(_input_sources(loop.body), loop.n_body_consts)
+        # The condition's constants come before the arguments of the body.
+        return [_shifted(source, loop.n_condition_consts) for source in carries]
     return [None] * len(eqn.outvars)
 
 
-def _shift(moved: _Moved | None, before: int) -> _Moved | None:
-    """Returns an operand's place where `before` others come first."""
-    return None if moved is None else (before + moved[0], moved[1])
+def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
+    """Returns, for each output of a scan, the operand that it is, or a stack of whose slices."""
+    sources_in_body = _input_sources(scan.body)
+    n_unsliced = scan.n_consts + scan.n_carry
+    scan_sources = _unchanged_carries(sources_in_body[: scan.n_carry], scan.n_consts)
+    for source in sources_in_body[scan.n_carry :]:
+        if source is not None and source.index >= n_unsliced:
+            scan_sources.append(_stacked(source))
+        else:
+            scan_sources.append(None)
+    return scan_sources
 
 
-def _stacked(moved: _Moved) -> _Moved:
+def _shifted(source: _Source | None, n_operands: int) -> _Source | None:
+    """Returns the source where some other operands come first."""
+    return None if source is None else _Source(n_operands + source.index, source.order)
+
+
+def _stacked(source: _Source) -> _Source:
     """Returns the source of a stack of slices of an operand, whose axes may be moved."""
-    place, order = moved
-    return place, (0, *(axis + 1 for axis in order))
+    return _Source(source.index, (0, *(axis + 1 for axis in source.order)))
 
 
-def _carried(carries: Sequence[_Moved | None], first: int, before: int) -> list[_Moved | None]:
-    """Returns the operands of a loop that it carries unchanged.
+def _unchanged_carries(
+    sources_in_body: Sequence[_Source | None], n_consts: int
+) -> list[_Source | None]:
+    """Returns the arguments of a loop's body that it carries unchanged; None for other carries.
 
     Args:
-      carries: for each carry that the body returns, the argument of the body that it is.
-      first: the place of the first carry among the body's arguments.
-      before: the number of the loop's operands that the body does not take, which come first.
+      sources_in_body: for each carry that the body returns, the argument of the body that it is.
+      n_consts: the number of constants, which are the first arguments.
     """
-    same = (_unmoved(moved) == first + place for place, moved in enumerate(carries))
-    return [_shift(m, before) if kept else None for m, kept in zip(carries, same, strict=True)]
+    carries: list[_Source | None] = []
+    for index, source in enumerate(sources_in_body):
+        is_unchanged = _index_if_unmoved(source) == n_consts + index
+        carries.append(source if is_unchanged else None)
+    return carries
 
 
-def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
+def may_be_weights(jaxpr: eqns.AnyJaxpr, is_weight: Sequence[bool]) -> tuple[bool, ...]:
     """Returns a flag for each output: True if it may be a weight, without a product after one.
 
     Args:
       jaxpr: jaxpr of a function or a branch.
-      given: which of its inputs are adapted weights.
+      is_weight: which of its inputs are adapted weights.
     """
     inner, _ = eqns.opened(jaxpr)
-    held = set(itertools.compress(inner.invars, given))
+    possible_weights = set(itertools.compress(inner.invars, is_weight))
 
-    def is_held(atom: eqns.Atom) -> bool:
-        return not eqns.is_literal(atom) and atom in held
+    def may_be_weight(atom: eqns.Atom) -> bool:
+        return not eqns.is_literal(atom) and atom in possible_weights
 
     for eqn in inner.eqns:
-        operands = list(map(is_held, eqn.invars))
-        if any(operands):
-            held |= set(itertools.compress(eqn.outvars, _passed_on(eqn, operands)))
-    return tuple(map(is_held, inner.outvars))
+        operand_flags = list(map(may_be_weight, eqn.invars))
+        if any(operand_flags):
+            output_flags = _may_pass_on(eqn, operand_flags)
+            possible_weights |= set(itertools.compress(eqn.outvars, output_flags))
+    return tuple(map(may_be_weight, inner.outvars))
 
 
-def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
-    """Returns a flag for each output of an equation: True if it may be a weight."""
-    name, n_outputs = eqn.primitive.name, len(eqn.outvars)
+def _may_pass_on(eqn: JaxprEqn, operand_flags: list[bool]) -> Sequence[bool]:
+    """Returns a flag for each output of an equation: True if it may be a weight.
+
+    Args:
+      eqn: the equation.
+      operand_flags: which of its operands may be weights.
+    """
+    name = eqn.primitive.name
     if name in _CALLS:
-        return may_be_weights(_called(eqn), operands)
+        return may_be_weights(_called(eqn), operand_flags)
     if name == "cond":
-        each = (may_be_weights(branch, operands[1:]) for branch in eqn.params["branches"])
-        return [all(outputs) for outputs in zip(*each, strict=True)]
+        flags_of_branches = [
+            may_be_weights(branch, operand_flags[1:]) for branch in eqn.params["branches"]
+        ]
+        return [all(flags) for flags in zip(*flags_of_branches, strict=True)]
     if name in ("scan", "while"):
-        return [moved is not None and operands[moved[0]] for moved in _equation_sources(eqn)]
+        return [
+            source is not None and operand_flags[source.index] for source in _operand_sources(eqn)
+        ]
     if name == "dot_general":
-        return [all(operands)]
-    return [name not in _ENDS] * n_outputs
+        return [all(operand_flags)]
+    return [name not in _ENDS] * len(eqn.outvars)
 
 
+# Primitives that never return a weight.
 _ENDS = frozenset({"conv_general_dilated", "ragged_dot_general", "shard_map"})
 _ENDS |= {"custom_linear_solve"}
 _ENDS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}

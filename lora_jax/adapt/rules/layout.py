@@ -25,10 +25,9 @@ _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each par
 
 def _only_weight(use: Use) -> Factored | None:
     """Returns the weight, where it is the first operand and the others are plain."""
-    first, *others = use.values
-    if not isinstance(first, Factored) or any(isinstance(v, Factored) for v in others):
-        return None
-    return first
+    weight, *others = use.values
+    has_other_weight = any(isinstance(value, Factored) for value in others)
+    return weight if isinstance(weight, Factored) and not has_other_weight else None
 
 
 def _rearrange(_: Interpreter, use: Use) -> Outcome:
@@ -36,107 +35,128 @@ def _rearrange(_: Interpreter, use: Use) -> Outcome:
 
     A vector mixes all roles of a weight: it becomes a `FoldedVector`, which may be taken apart.
     """
-    weight, places = _only_weight(use), axis_map(use.eqn)
-    if weight is None or places is None or len(use.values) > 1:
+    weight = _only_weight(use)
+    source_axes_of_result = axis_map(use.eqn)
+    if weight is None or source_axes_of_result is None or len(use.values) > 1:
         return None
     base = use.rearranged(weight)
-    labels = labels_after(weight.labels, weight.base.shape, places, base.shape)
+    labels = labels_after(weight.labels, weight.base.shape, source_axes_of_result, base.shape)
     if labels is None:
-        return [FoldedVector((weight,))] if len(base.shape) == 1 and weight.parts else None
-    first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
+        is_vector = len(base.shape) == 1 and bool(weight.parts)
+        return [FoldedVector((weight,))] if is_vector else None
+    first_result_axis: dict[int, int] = {}  # by source axis
+    unbroadcast_shape: list[int] = []
+    for result_axis, source_axes in enumerate(source_axes_of_result):
+        for source_axis in source_axes:
+            first_result_axis.setdefault(source_axis, result_axis)
+        is_broadcast = all(weight.base.shape[axis] == 1 for axis in source_axes)
+        unbroadcast_shape.append(1 if is_broadcast else base.shape[result_axis])
 
-    def permuted(array: jax.Array, axes: Axes) -> jax.Array:
-        """Orders the axes of each role as they come first."""
-        if EXAMPLE in axes:
+    def permute(array: jax.Array, layout: Axes) -> jax.Array:
+        """Orders the axes of each role as they come first in the result."""
+        if EXAMPLE in layout:
             return array
-        roles = ["rank" if axis == RANK else weight.labels[axis] for axis in axes]
-        key = lambda i: (_BLOCKS[roles[i]], first.get(axes[i], -1))  # noqa: E731
-        return lax.transpose(array, sorted(range(len(axes)), key=key))
 
-    narrow = [
-        size if any(weight.base.shape[axis] != 1 for axis in held) else 1
-        for size, held in zip(base.shape, places, strict=True)
-    ]
-    return [weight.along(weight.base, permuted).relabelled(base, labels, narrow)]
+        def position(array_axis: int) -> tuple[int, int]:
+            axis = layout[array_axis]
+            role = "rank" if axis == RANK else weight.labels[axis]
+            return _BLOCKS[role], first_result_axis.get(axis, -1)
+
+        return lax.transpose(array, sorted(range(len(layout)), key=position))
+
+    permuted = weight.along(weight.base, permute)
+    return [permuted.relabelled(base, labels, unbroadcast_shape)]
 
 
 def labels_after(
-    labels: Sequence[Label], shape: Sequence[int], places: AxisMap, out: Sequence[int]
+    labels: Sequence[Label],
+    shape: Sequence[int],
+    source_axes_of_result: AxisMap,
+    result_shape: Sequence[int],
 ) -> list[Label] | None:
     """Returns the role of each axis of what a weight becomes, None where one would mix two roles.
 
     Axes that are new, and axes of size one that are stretched, are batch axes.
     """
-    result: list[Label] = []
-    for held, size in zip(places, out, strict=True):
-        roles = {labels[axis] for axis in held if shape[axis] != 1 or size == 1}
+    result_labels: list[Label] = []
+    for source_axes, size in zip(source_axes_of_result, result_shape, strict=True):
+        roles = {labels[axis] for axis in source_axes if shape[axis] != 1 or size == 1}
         if len(roles) > 1:
             return None
-        result.append(roles.pop() if roles else "batch")
-    return result
+        result_labels.append(roles.pop() if roles else "batch")
+    return result_labels
 
 
 def _convert(_: Interpreter, use: Use) -> Outcome:
     """Casts the base alone: the factors, which are real, are cast where they are used."""
-    weight, out = _only_weight(use), eqns.type_of(use.eqn.outvars[0])
-    if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):
+    weight = _only_weight(use)
+    result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
+    if weight is None or not jnp.issubdtype(result_dtype, jnp.inexact):
         return None
     if any(jnp.issubdtype(part.dtype, jnp.complexfloating) for part in weight.parts.values()):
         return None
     return [weight.replace(base=use.rearranged(weight))]
 
 
-def _same(_: Interpreter, use: Use) -> list[Value]:
+def _apply_to_base(_: Interpreter, use: Use) -> list[Value]:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
-        return [use.values[0].replace(base=use.rearranged(use.values[0]))]
+        (weight,) = use.values
+        return [weight.replace(base=use.rearranged(weight))]
     outputs = use.bind(use.bases)
-    return [
-        (value if is_base(value.base) else value.replace(base=output))
-        if isinstance(value, Factored)
-        else output
-        for value, output in zip(use.values, outputs, strict=True)
-    ]
+    for index, value in enumerate(use.values):
+        if isinstance(value, Factored):
+            outputs[index] = value if is_base(value.base) else value.replace(base=outputs[index])
+    return outputs
 
 
-def _joined_over(weight: Factored, axes: Sequence[str]) -> Factored:
+def _joined_over(weight: Factored, mesh_axes: Sequence[str]) -> Factored:
     """Returns a weight whose in axes are no longer split along these axes of the mesh."""
-    split = tuple(name for name in weight.split if name not in axes)
+    split = tuple(name for name in weight.split if name not in mesh_axes)
     return dataclasses.replace(weight, split=split)
 
 
 def _name(interpreter: Interpreter, use: Use) -> Outcome:
     """Names the base; see `lora_jax.core.names.SUMMED_OVER`."""
-    (weight,), name = use.values, use.params["name"]
-    axis = name.removeprefix(SUMMED_OVER)
-    if weight.shift is not None and axis != name:
-        shift = jnp.where(lax.axis_index(axis) == 0, weight.shift, 0)
-        weight = _joined_over(weight.replace(shift=shift), (axis,))
-    return _same(interpreter, dataclasses.replace(use, values=[weight]))
+    (weight,) = use.values
+    name = use.params["name"]
+    if weight.shift is not None and name.startswith(SUMMED_OVER):
+        # The devices along this axis add up their products: one of them adds the shift.
+        mesh_axis = name.removeprefix(SUMMED_OVER)
+        shift = jnp.where(lax.axis_index(mesh_axis) == 0, weight.shift, 0)
+        weight = _joined_over(weight.replace(shift=shift), (mesh_axis,))
+    return _apply_to_base(interpreter, dataclasses.replace(use, values=[weight]))
 
 
-def _placed(interpreter: Interpreter, use: Use) -> list[Value]:
+def _place(interpreter: Interpreter, use: Use) -> list[Value]:
     """Places the base; the other arrays of a weight follow it to its memory."""
-
-    def follow(value: Value, space: Space) -> Value:
-        if not isinstance(value, Factored):
-            return value
-        return value.along(value.base, lambda array, _: move_to_memory(array, space))
-
-    spaces = [eqns.type_of(atom).memory_space for atom in use.eqn.outvars]
-    return [follow(*pair) for pair in zip(_same(interpreter, use), spaces, strict=True)]
+    outputs = _apply_to_base(interpreter, use)
+    for index, output in enumerate(outputs):
+        if isinstance(output, Factored):
+            space = eqns.type_of(use.eqn.outvars[index]).memory_space
+            outputs[index] = _moved_to_memory(output, space)
+    return outputs
 
 
-def _everywhere(_: Interpreter, use: Use) -> Outcome:
+def _moved_to_memory(weight: Factored, space: Space) -> Factored:
+    """Returns a weight with its arrays beside the base in a memory space."""
+
+    def move(array: jax.Array, _: Axes) -> jax.Array:
+        return move_to_memory(array, space)
+
+    return weight.along(weight.base, move)
+
+
+def _apply_to_all_arrays(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
-
-    def each(weight: Factored) -> Factored:
-        moved: Factored = jax.tree.map(lambda array: use.bind([_varying(array, weight)])[0], weight)
-        return moved
-
-    return [each(weight) for weight in use.values]
+    outputs: list[Value] = []
+    for weight in use.values:
+        arrays, treedef = jax.tree.flatten(weight)
+        results = [use.bind([_varying(array, weight)])[0] for array in arrays]
+        outputs.append(treedef.unflatten(results))
+    return outputs
 
 
 def _varying(array: jax.Array, weight: Factored) -> jax.Array:
@@ -144,38 +164,50 @@ def _varying(array: jax.Array, weight: Factored) -> jax.Array:
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
     """
-    of_weight = frozenset[str]().union(*map(varies_over, jax.tree.leaves(weight.base)))
-    missing = tuple(sorted(of_weight - varies_over(array)))
-    return lax.pcast(array, missing, to="varying") if missing else array
+    mesh_axes_of_base = frozenset[str]().union(*map(varies_over, jax.tree.leaves(weight.base)))
+    missing_axes = tuple(sorted(mesh_axes_of_base - varies_over(array)))
+    return lax.pcast(array, missing_axes, to="varying") if missing_axes else array
 
 
-def moved(weight: Factored, move: Move, touched: Sequence[int] = ()) -> Factored:
+def moved(weight: Factored, move: Move, touched_axes: Sequence[int] = ()) -> Factored:
     """Returns the weight after a move of single axes, alike in its base and its parts."""
-    return weight.along(along(weight.base, move, touched), move)
+    return weight.along(along(weight.base, move, touched_axes), move)
 
 
-def _part(weight: Factored, slices: dict[int, tuple[int, int, int]]) -> Factored:
-    """Returns a part of a weight, by (start, limit, stride) of the axes that are cut."""
+_AxisSlice = tuple[int, int, int]  # start, limit, stride
 
-    def cut(array: jax.Array, axes: Axes) -> jax.Array:
-        three = [slices.get(axis, (0, n, 1)) for axis, n in zip(axes, array.shape, strict=True)]
-        return lax.slice(array, *zip(*three, strict=True)) if three else array
 
-    return moved(weight, cut, list(slices))
+def _cut(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
+    """Returns a part of a weight, by the slices of the axes that are cut."""
+
+    def cut(array: jax.Array, layout: Axes) -> jax.Array:
+        if not layout:
+            return array
+        slices = [
+            slice_of_axis.get(axis, (0, size, 1))
+            for axis, size in zip(layout, array.shape, strict=True)
+        ]
+        starts, limits, strides = zip(*slices, strict=True)
+        return lax.slice(array, starts, limits, strides)
+
+    return moved(weight, cut, list(slice_of_axis))
 
 
 def _slice(_: Interpreter, use: Use) -> Outcome:
-    weight, start = use.values[0], use.params["start_indices"]
-    strides = use.params["strides"] or (1,) * len(start)
-    three = list(zip(start, use.params["limit_indices"], strides, strict=True))
-    part = _part(weight, {axis: three[axis] for axis in _cut_axes(use, weight)})
-    return [_row_or_part(weight, part)]
+    weight = use.values[0]
+    starts = use.params["start_indices"]
+    limits = use.params["limit_indices"]
+    strides = use.params["strides"] or (1,) * len(starts)
+    slice_of_axis = {
+        axis: (starts[axis], limits[axis], strides[axis]) for axis in _cut_axes(use, weight)
+    }
+    return [_row_or_part(weight, _cut(weight, slice_of_axis))]
 
 
 def _cut_axes(use: Use, weight: Factored) -> list[int]:
     """Returns the axes that the equation makes shorter."""
-    out = eqns.type_of(use.eqn.outvars[0]).shape
-    return [axis for axis, n in enumerate(weight.base.shape) if out[axis] != n]
+    result_shape = eqns.type_of(use.eqn.outvars[0]).shape
+    return [axis for axis, size in enumerate(weight.base.shape) if result_shape[axis] != size]
 
 
 def _row_or_part(weight: Factored, part: Factored) -> Value:
@@ -184,68 +216,82 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
     A row with a bias on B may be one of many that the function adds up: it is a look-up only where
     the weight is adapted for look-ups alone.
     """
-    before, after = (math.prod(w.sizes("in")) for w in (weight, part))
-    is_row = after == 1 < before
+    is_row = math.prod(part.sizes("in")) == 1 < math.prod(weight.sizes("in"))
     if not is_row or (part.shift is not None and part.uses != "lookup"):
         return part
     row = part.merged()
-    return row if part.shift is None else row + part.spread_columns(part.shift).astype(row.dtype)
+    if part.shift is None:
+        return row
+    return row + part.spread_columns(part.shift).astype(row.dtype)
 
 
 def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
     weight = _only_weight(use)
     if weight is None:
         return None
-    starts, sizes = use.values[1:], use.params["slice_sizes"]
+    starts = use.values[1:]
+    slice_sizes = use.params["slice_sizes"]
 
-    def cut(array: jax.Array, axes: Axes) -> jax.Array:
-        if not axes:
+    def cut(array: jax.Array, layout: Axes) -> jax.Array:
+        if not layout:
             return array
-        begin = [jnp.zeros_like(starts[0]) if axis < 0 else starts[axis] for axis in axes]
-        size = [array.shape[i] if a < 0 else sizes[a] for i, a in enumerate(axes)]
-        return lax.dynamic_slice(array, begin, size)
+        array_starts = [jnp.zeros_like(starts[0]) if axis < 0 else starts[axis] for axis in layout]
+        array_sizes = [
+            size if axis < 0 else slice_sizes[axis]
+            for axis, size in zip(layout, array.shape, strict=True)
+        ]
+        return lax.dynamic_slice(array, array_starts, array_sizes)
 
     return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
 
 
 def _split(_: Interpreter, use: Use) -> Outcome:
-    axis, ends = use.params["axis"], [0, *itertools.accumulate(use.params["sizes"])]
-    return [_part(use.values[0], {axis: (*pair, 1)}) for pair in itertools.pairwise(ends)]
+    (weight,) = use.values
+    axis = use.params["axis"]
+    ends = [0, *itertools.accumulate(use.params["sizes"])]
+    return [_cut(weight, {axis: (start, stop, 1)}) for start, stop in itertools.pairwise(ends)]
 
 
-def _gathered_over_devices(_: Interpreter, use: Use) -> Outcome:
+def _all_gather(_: Interpreter, use: Use) -> Outcome:
     """Puts the parts of an axis together inside shard_map, or stacks them under a new axis."""
     (weight,) = use.values
-    dimension, params = use.params["all_gather_dimension"], use.params
+    gathered_axis = use.params["all_gather_dimension"]
+    mesh_axes = use.params["axis_name"]
+    device_groups = use.params["axis_index_groups"]
+    is_joined = use.params["tiled"]
 
-    def gather(array: jax.Array, axis: int) -> jax.Array:
-        names, groups = params["axis_name"], params["axis_index_groups"]
-        how = {"axis_index_groups": groups, "tiled": params["tiled"]}
-        gathered: jax.Array = lax.all_gather(array, names, axis=axis, **how)
+    def gather(array: jax.Array, array_axis: int) -> jax.Array:
+        gathered: jax.Array = lax.all_gather(
+            array, mesh_axes, axis=array_axis, axis_index_groups=device_groups, tiled=is_joined
+        )
         return gathered
 
-    def together(array: jax.Array, axes: Axes) -> jax.Array:
-        return gather(array, axis=axes.index(dimension)) if dimension in axes else array
+    def join(array: jax.Array, layout: Axes) -> jax.Array:
+        return gather(array, layout.index(gathered_axis)) if gathered_axis in layout else array
 
-    if params["tiled"]:
-        if weight.labels[dimension] == "in" and params["axis_index_groups"] is None:
-            weight = _joined_over(weight, params["axis_name"])
-        return [moved(weight, together, [dimension])]
+    if is_joined:
+        if weight.labels[gathered_axis] == "in" and device_groups is None:
+            weight = _joined_over(weight, mesh_axes)
+        return [moved(weight, join, [gathered_axis])]
+
     labels: list[Label] = [*weight.labels]
-    labels.insert(dimension, "batch")
-    at = labels[:dimension].count("batch")
-    base = gather(as_array(weight.base), axis=dimension)
-    stacked = weight.formed().along(base, lambda array, _: gather(_varying(array, weight), axis=at))
-    return [stacked.replace(labels=labels)]
+    labels.insert(gathered_axis, "batch")
+    stack_index = labels[:gathered_axis].count("batch")  # of the new axis among the batch axes
+
+    def stack(array: jax.Array, _: Axes) -> jax.Array:
+        return gather(_varying(array, weight), stack_index)
+
+    base = gather(as_array(weight.base), gathered_axis)
+    return [weight.formed().along(base, stack).replace(labels=labels)]
 
 
 def _rev(_: Interpreter, use: Use) -> Outcome:
-    turned = use.params["dimensions"]
+    reversed_axes = use.params["dimensions"]
 
-    def turn(array: jax.Array, axes: Axes) -> jax.Array:
-        return lax.rev(array, [place for place, axis in enumerate(axes) if axis in turned])
+    def reverse(array: jax.Array, layout: Axes) -> jax.Array:
+        return lax.rev(array, [i for i, axis in enumerate(layout) if axis in reversed_axes])
 
-    return [moved(use.values[0], turn, turned)]
+    return [moved(use.values[0], reverse, reversed_axes)]
 
 
 def _pad(_: Interpreter, use: Use) -> Outcome:
@@ -254,30 +300,34 @@ def _pad(_: Interpreter, use: Use) -> Outcome:
     if weight is None or weight.key is not None or weight.gain is not None:
         return None
     (base,) = use.bind(use.bases)
-    widths = use.params["padding_config"]
+    padding_of_axis = use.params["padding_config"]
 
-    def pad(array: jax.Array, axes: Axes) -> jax.Array:
-        config = [(0, 0, 0) if axis < 0 else widths[axis] for axis in axes]
-        return lax.pad(array, jnp.zeros((), array.dtype), config)
+    def pad(array: jax.Array, layout: Axes) -> jax.Array:
+        padding = [(0, 0, 0) if axis < 0 else padding_of_axis[axis] for axis in layout]
+        return lax.pad(array, jnp.zeros((), array.dtype), padding)
 
     return [weight.along(base, pad)]
+
+
+def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
+    return [jax.tree.map(lax.stop_gradient, use.values[0])]
 
 
 LAYOUT_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearrange),
     **dict.fromkeys(("convert_element_type", "real"), _convert),
-    "stop_gradient": lambda _, use: [jax.tree.map(lax.stop_gradient, use.values[0])],
+    "stop_gradient": _stop_gradient,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "rev": _rev,
     "pad": _pad,
     "split": _split,
-    "all_gather": _gathered_over_devices,
-    "pvary": _everywhere,
-    "pcast": _everywhere,
-    "ppermute": _everywhere,
+    "all_gather": _all_gather,
+    "pvary": _apply_to_all_arrays,
+    "pcast": _apply_to_all_arrays,
+    "ppermute": _apply_to_all_arrays,
     "name": _name,
-    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _same),
-    "device_put": _placed,
-    **dict.fromkeys(("sharding_constraint", "reshard"), _same),
+    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _apply_to_base),
+    "device_put": _place,
+    **dict.fromkeys(("sharding_constraint", "reshard"), _apply_to_base),
 }

@@ -10,6 +10,7 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import note_side, rows_of
+from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import NEUTRAL, Axes
@@ -22,29 +23,32 @@ def _gather(_: Interpreter, use: Use) -> Outcome:
     weight, indices = use.values
     if isinstance(indices, Factored):
         return None
-    numbers, sizes = use.params["dimension_numbers"], tuple(use.params["slice_sizes"])
-    rows = _looked_up(weight, indices, numbers, sizes, use)
-    return None if rows is None else [rows]
+    numbers = use.params["dimension_numbers"]
+    slice_sizes = tuple(use.params["slice_sizes"])
+    result = _looked_up(weight, indices, numbers, slice_sizes, use)
+    return None if result is None else [result]
 
 
 def _indexed_axis(
-    numbers: lax.GatherDimensionNumbers, sizes: tuple[int, ...], shape: tuple[int, ...]
+    numbers: lax.GatherDimensionNumbers, slice_sizes: tuple[int, ...], shape: tuple[int, ...]
 ) -> int | None:
     """Returns the one axis that a gather indexes, where it takes all others whole; else None."""
-    cut = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
-    cut = cut or list(numbers.start_index_map)
-    if len(cut) != 1:
+    axes_in_part = [axis for axis in numbers.start_index_map if slice_sizes[axis] != shape[axis]]
+    indexed_axes = axes_in_part or list(numbers.start_index_map)
+    if len(indexed_axes) != 1:
         return None
-    (axis,) = cut
-    whole = tuple(1 if a == axis else n for a, n in enumerate(shape))
-    return axis if sizes == whole and numbers.collapsed_slice_dims in ((), (axis,)) else None
+    (indexed_axis,) = indexed_axes
+    shape_of_row = tuple(1 if axis == indexed_axis else size for axis, size in enumerate(shape))
+    takes_rows = slice_sizes == shape_of_row
+    collapses_other_axes = numbers.collapsed_slice_dims not in ((), (indexed_axis,))
+    return indexed_axis if takes_rows and not collapses_other_axes else None
 
 
 def _looked_up(
     weight: Factored,
     indices: jax.Array,
     numbers: lax.GatherDimensionNumbers,
-    sizes: tuple[int, ...],
+    slice_sizes: tuple[int, ...],
     use: Use,
 ) -> Value:
     """Returns the rows, or the members of a stack; None if the look-up has no factored form.
@@ -52,50 +56,71 @@ def _looked_up(
     Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
     """
     if numbers.operand_batching_dims:
-        return _looked_up_by_member(weight, indices, numbers, sizes, use)
-    shape = weight.base.shape
-    axis = _indexed_axis(numbers, sizes, shape)
+        return _looked_up_by_member(weight, indices, numbers, slice_sizes, use)
+    axis = _indexed_axis(numbers, slice_sizes, weight.base.shape)
     if axis is None:
         return None
-    offsets = list(numbers.offset_dims)
-    if len(numbers.start_index_map) > 1:
+    has_other_indices = len(numbers.start_index_map) > 1  # of axes that are taken whole
+    if has_other_indices:
         if use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
             return None  # there, an index along an axis that is taken whole can drop a row
-        place = numbers.start_index_map.index(axis)
-        indices = lax.slice_in_dim(indices, place, place + 1, axis=indices.ndim - 1)
-    unit = None if numbers.collapsed_slice_dims else offsets.pop(axis)
-    if unit is not None:
-        offsets = [place - (place > unit) for place in offsets]
-    look_up = functools.partial(_take, indices=indices, mode=use.params["mode"])
+        element = numbers.start_index_map.index(axis)
+        indices = lax.slice_in_dim(indices, element, element + 1, axis=indices.ndim - 1)
+    offsets = list(numbers.offset_dims)
+    unit_axis = None
+    if not numbers.collapsed_slice_dims:
+        unit_axis = offsets.pop(axis)
+        offsets = [offset - 1 if offset > unit_axis else offset for offset in offsets]
+    result = _look_up_rows_or_members(weight, axis, indices, offsets, use)
+    if unit_axis is None or result is None:
+        return result
+    if not isinstance(result, Factored):
+        return jnp.expand_dims(result, unit_axis)
+    labels = list(result.labels)
+    labels.insert(unit_axis, "batch")
+    return result.relabelled(jnp.expand_dims(as_array(result.base), unit_axis), labels)
 
-    fill = use.params["fill_value"]
-    as_nan = fill is None or fill != fill  # a base's codes cannot be NaN, but its scales can
 
-    def read(array: jax.Array, axes: Axes) -> jax.Array:
-        given = fill if jnp.issubdtype(array.dtype, jnp.inexact) else None
-        return look_up(array, axes.index(axis), offsets=offsets, fill_value=given)
+def _look_up_rows_or_members(
+    weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], use: Use
+) -> Value:
+    """Returns what the indices choose along an axis; None if that has no factored form.
 
-    base = along(weight.base if as_nan else as_array(weight.base), read, [axis])
-    if not weight.parts and len(shape) == 2:  # rows of a table
-        rows = as_array(base)
-        return rows if unit is None else jnp.expand_dims(rows, unit)
+    Args:
+      weight: a table, or a stack of weights.
+      axis: the axis of its rows, or of its members.
+      indices: [places…, 1].
+      offsets: for each other axis of the weight, the axis of the result.
+      use: the look-up.
+    """
+    mode = use.params["mode"]
+    fill_value = use.params["fill_value"]
+    fills_with_nan = fill_value is None or fill_value != fill_value
+    look_up = functools.partial(_take, indices=indices, mode=mode)
+
+    def look_up_in_base(array: jax.Array, layout: Axes) -> jax.Array:
+        is_inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+        array_fill = fill_value if is_inexact else None
+        return look_up(array, layout.index(axis), offsets=offsets, fill_value=array_fill)
+
+    # A base's codes cannot be NaN, but its scales can.
+    stored_base = weight.base if fills_with_nan else as_array(weight.base)
+    base = along(stored_base, look_up_in_base, [axis])
+    if not weight.parts and len(weight.labels) == 2:  # rows of a table
+        return as_array(base)
     if weight.labels[axis] == "batch":
-        stack = _look_up_layers(weight, base, axis, indices, offsets, look_up)
-        if unit is None:
-            return stack
-        base, labels = jnp.expand_dims(as_array(stack.base), unit), list(stack.labels)
-        labels.insert(unit, "batch")
-        return stack.relabelled(base, labels)
+        return _look_up_members(weight, base, axis, indices, offsets, look_up)
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
-    places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
-    rows = _rows_of_table(weight, base, look_up, places + offsets, use)
-    has_columns = weight.gain is not None or weight.shift is not None
-    if has_columns and not as_nan and use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
-        index = lax.expand_dims(indices[..., 0], offsets)
-        is_inside = (index >= 0) & (index < shape[axis])
+    place_axes = [i for i in range(len(offsets) + indices.ndim - 1) if i not in offsets]
+    rows = _rows_of_table(weight, base, look_up, [*place_axes, *offsets], use)
+    has_vectors = weight.gain is not None or weight.shift is not None
+    may_be_filled = not fills_with_nan and mode is lax.GatherScatterMode.FILL_OR_DROP
+    if has_vectors and may_be_filled:
+        row_index = lax.expand_dims(indices[..., 0], offsets)
+        is_inside = (row_index >= 0) & (row_index < weight.base.shape[axis])
         rows = jnp.where(is_inside, rows, as_array(base))
-    return rows if unit is None else jnp.expand_dims(rows, unit)
+    return rows
 
 
 def _rows_of_table(
@@ -111,66 +136,77 @@ def _rows_of_table(
       use: the look-up.
     """
     note_side(weight, "in", use)
-    own = rows_of(weight, use)
+    example_columns = rows_of(weight, use)
 
-    def rows_of_factors(_: object, weight: Factored, rows: jax.Array) -> jax.Array:
+    def base_rows(_: object) -> jax.Array:
+        return as_array(base)
+
+    def factor_rows(_: object, weight: Factored, base_result: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
         scales = lax.expand_dims(weight.scales.astype(z.dtype), range(1, z.ndim))
         z = z * scales
-        if own is not None:
-            z = z * own.along(z, 1 + own.axis, rank=0)
-        z, b = z.astype(rows.dtype), weight.b.astype(rows.dtype)
-        return placed(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=rows.dtype))
+        if example_columns is not None:
+            z = z * example_columns.along(z, 1 + example_columns.axis, rank=0)
+        dtype = base_result.dtype
+        z = z.astype(dtype)
+        b = weight.b.astype(dtype)
+        return in_order(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=dtype))
 
-    def placed(array: jax.Array) -> jax.Array:
+    def in_order(array: jax.Array) -> jax.Array:
         """Puts columns, or places and columns, in the order of the rows."""
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
-    rows: Value = combined(
-        None, weight.replace(key=None), lambda _: as_array(base), rows_of_factors, placed
-    )
-    return rows
+    weight = weight.replace(key=None)  # look-ups have no dropout
+    return combined(None, weight, base_rows, factor_rows, in_order)
 
 
 def _looked_up_by_member(
     weight: Factored,
     indices: jax.Array,
     numbers: lax.GatherDimensionNumbers,
-    sizes: tuple[int, ...],
+    slice_sizes: tuple[int, ...],
     use: Use,
 ) -> jax.Array | None:
     """Returns the rows of each table of a stack at indices of its own, as under vmap; or None."""
     # Of NumPy's integers, some of which JAX writes there, `jax.vmap` takes none.
-    axis, *axes = map(int, numbers.operand_batching_dims)
-    place, *places = map(int, numbers.start_indices_batching_dims)
-    if weight.labels[axis] != "batch" or weight.rows is not None:
+    stack_axis, *other_stack_axes = map(int, numbers.operand_batching_dims)
+    index_axis, *other_index_axes = map(int, numbers.start_indices_batching_dims)
+    if weight.labels[stack_axis] != "batch" or weight.rows is not None:
         return None
-    n_out = indices.ndim - 1 + len(numbers.offset_dims)
-    out = [a for a in range(n_out) if a not in numbers.offset_dims][place]
-
-    def without(gone: int, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(a - (a > gone) for a in axes)
-
-    each = lax.GatherDimensionNumbers(
-        offset_dims=without(out, numbers.offset_dims),
-        collapsed_slice_dims=without(axis, numbers.collapsed_slice_dims),
-        start_index_map=without(axis, numbers.start_index_map),
-        operand_batching_dims=without(axis, axes),
-        start_indices_batching_dims=without(place, places),
+    n_result_axes = indices.ndim - 1 + len(numbers.offset_dims)
+    place_axes = [axis for axis in range(n_result_axes) if axis not in numbers.offset_dims]
+    result_axis = place_axes[index_axis]
+    member_numbers = lax.GatherDimensionNumbers(
+        offset_dims=_counted_without(result_axis, numbers.offset_dims),
+        collapsed_slice_dims=_counted_without(stack_axis, numbers.collapsed_slice_dims),
+        start_index_map=_counted_without(stack_axis, numbers.start_index_map),
+        operand_batching_dims=_counted_without(stack_axis, other_stack_axes),
+        start_indices_batching_dims=_counted_without(index_axis, other_index_axes),
     )
+    member_sizes = slice_sizes[:stack_axis] + slice_sizes[stack_axis + 1 :]
+    member_labels = weight.labels[:stack_axis] + weight.labels[stack_axis + 1 :]
     weight = weight.replace(as_array(weight.base), key=None)  # look-ups have no dropout
-    at = {n: weight.layout(n).index(axis) for n in weight.parts if axis in weight.layout(n)}
-    labels = weight.labels[:axis] + weight.labels[axis + 1 :]
 
-    def one(base: jax.Array, parts: Parts, indices: jax.Array) -> jax.Array | None:
-        member = dataclasses.replace(weight, base=base, parts=parts, labels=labels)
-        rows = _looked_up(member, indices, each, sizes[:axis] + sizes[axis + 1 :], use)
+    def look_up_in_member(base: jax.Array, parts: Parts, indices: jax.Array) -> jax.Array | None:
+        member = dataclasses.replace(weight, base=base, parts=parts, labels=member_labels)
+        rows = _looked_up(member, indices, member_numbers, member_sizes, use)
         return None if isinstance(rows, Factored) else rows
 
-    mapped = (axis, {name: at.get(name) for name in weight.parts}, place)
-    rows: jax.Array | None = jax.vmap(one, mapped, out)(weight.base, weight.parts, indices)
+    stack_axis_of_part: dict[str, int | None] = {}
+    for name in weight.parts:
+        layout = weight.layout(name)
+        stack_axis_of_part[name] = layout.index(stack_axis) if stack_axis in layout else None
+    look_up_in_stack = jax.vmap(
+        look_up_in_member, (stack_axis, stack_axis_of_part, index_axis), result_axis
+    )
+    rows: jax.Array | None = look_up_in_stack(weight.base, weight.parts, indices)
     return rows
+
+
+def _counted_without(removed_axis: int, axes: Sequence[int]) -> tuple[int, ...]:
+    """Returns axes as they are counted where one axis is removed."""
+    return tuple(axis - 1 if axis > removed_axis else axis for axis in axes)
 
 
 def _take(
@@ -187,17 +223,19 @@ def _take(
     By default, the places stand where the axis stood. An index out of range gives zeros in factors:
     the base alone decides on the result there.
     """
-    others = [a for a in range(array.ndim) if a != axis]
     if offsets is None:
-        offsets = [a if a < axis else a + indices.ndim - 2 for a in others]
+        n_axes_more = indices.ndim - 2
+        other_axes = [other for other in range(array.ndim) if other != axis]
+        offsets = [other if other < axis else other + n_axes_more for other in other_axes]
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
     )
-    sizes = tuple(1 if a == axis else n for a, n in enumerate(array.shape))
-    return lax.gather(array, indices, numbers, sizes, mode=mode, fill_value=fill_value)
+    slice_sizes = list(array.shape)
+    slice_sizes[axis] = 1
+    return lax.gather(array, indices, numbers, tuple(slice_sizes), mode=mode, fill_value=fill_value)
 
 
-def _look_up_layers(
+def _look_up_members(
     weight: Factored,
     base: BaseLike,
     axis: int,
@@ -205,30 +243,52 @@ def _look_up_layers(
     offsets: Sequence[int],
     look_up: Forward,
 ) -> Factored:
-    """Returns the weights of some indices of a stack; the places are batch axes."""
-    others = [a for a in range(len(weight.labels)) if a != axis]
-    source: dict[int, Value] = dict(zip(offsets, others, strict=True))  # for each that is whole
+    """Returns the weights of some indices of a stack; the places are batch axes.
+
+    Args:
+      weight: the stack.
+      base: the bases of the result.
+      axis: the axis of its members.
+      indices: [places…, 1].
+      offsets: for each other axis of the stack, the axis of the result.
+      look_up: takes an array and an axis, and returns what the indices choose.
+    """
     n_places = indices.ndim - 1
-    free = [a for a in range(len(offsets) + n_places) if a not in source]
-    source |= {a: ("place", i) for i, a in enumerate(free)}
-    labels = [weight.labels[source[a]] if a in offsets else "batch" for a in sorted(source)]
-    stack = weight.axes("batch")
-    # The stacks of parts: the places first taken where the axis stood, then put in base's order.
-    at = stack.index(axis)
-    have = [*stack[:at], *[("place", i) for i in range(n_places)], *stack[at + 1 :]]
-    order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
-
-    def taken(name: str, array: jax.Array) -> jax.Array:
-        axes = weight.layout(name)
-        if axis not in axes:
-            return array
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = jnp.take(array, indices[..., 0], axis=at, mode="clip")
+    other_axes = [other for other in range(len(weight.labels)) if other != axis]
+    # Axes by name: those of the stack by number, those of the indices as strings.
+    places = [f"place {i}" for i in range(n_places)]
+    remaining_places = iter(places)
+    axis_of_offset: dict[int, int] = dict(zip(offsets, other_axes, strict=True))
+    result_axes: list[int | str] = []
+    labels: list[Label] = []
+    for result_axis in range(len(offsets) + n_places):
+        if result_axis in axis_of_offset:
+            source_axis = axis_of_offset[result_axis]
+            result_axes.append(source_axis)
+            labels.append(weight.labels[source_axis])
         else:
-            array = look_up(array, axes.index(axis), fill_value=NEUTRAL.get(name, 0))
-        return lax.transpose(array, [*order, *range(len(order), array.ndim)])
-
-    parts = {name: taken(name, array) for name, array in weight.parts.items()}
+            result_axes.append(next(remaining_places))
+            labels.append("batch")
+    # In a part, the places first stand where the axis stood among the batch axes.
+    stack_axes = weight.axes("batch")
+    stack_index = stack_axes.index(axis)
+    part_axes = [*stack_axes[:stack_index], *places, *stack_axes[stack_index + 1 :]]
+    order = [
+        part_axes.index(result_axis)
+        for result_axis, label in zip(result_axes, labels, strict=True)
+        if label == "batch"
+    ]
+    parts: Parts = {}
+    for name, part in weight.parts.items():
+        layout = weight.layout(name)
+        if axis in layout:
+            if jnp.issubdtype(part.dtype, jax.dtypes.prng_key):
+                part = jnp.take(part, indices[..., 0], axis=stack_index, mode="clip")
+            else:
+                fill_value = NEUTRAL.get(name, 0)
+                part = look_up(part, layout.index(axis), fill_value=fill_value)
+            part = lax.transpose(part, [*order, *range(len(order), part.ndim)])
+        parts[name] = part
     return dataclasses.replace(weight, base=base, parts=parts, labels=tuple(labels))
 
 

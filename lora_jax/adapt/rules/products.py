@@ -1,6 +1,7 @@
 """Rules for primitives that multiply by a weight: xW + s·(xA)B in place of xW.
 
 Weights that multiply the very same x (q, k and v; gate and up) have one product xA.
+The **side** of an operand is its index, 0 or 1, in a product of two operands.
 """
 
 import math
@@ -19,7 +20,7 @@ from lora_jax.adapt.per_example.tokens import wrong_order
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
-from lora_jax.core.extend import varies_over
+from lora_jax.core.extend import JaxprEqn, varies_over
 from lora_jax.core.factored import Factored, TokensError
 from lora_jax.core.few_rows import BaseDot, Dims, base_dot
 from lora_jax.core.magnitude import wide
@@ -54,37 +55,52 @@ def shared_product(
     Returns:
       s·xA, see `scaled_product`; None where the weight has to have a product of its own.
     """
-    products = use.inputs.products
-    if id(use.eqn) in products:
-        return products.pop(id(use.eqn))
-    form = _form(weight, contract[1])
-    if form is None or is_sharded(x):
+    known_products = use.inputs.products
+    if id(use.eqn) in known_products:
+        return known_products.pop(id(use.eqn))
+    shareable_form = _shareable_form(weight, contract[1])
+    if shareable_form is None or is_sharded(x):
         return None
-    group = {id(use.eqn): weight}
-    for eqn, place in use.inputs.others(use.eqn, side):
-        other = use.inputs.ahead(eqn.invars[1 - place])
-        if isinstance(other, Factored):
-            other = other.seen_by("product")
-        if eqn.params["precision"] != use.params["precision"] or not isinstance(other, Factored):
+    weight_of_eqn = {id(use.eqn): weight}
+    for eqn, x_side in use.inputs.other_products(use.eqn, side):
+        other_weight = _weight_ahead(use, eqn, 1 - x_side)
+        if other_weight is None or eqn.params["precision"] != use.params["precision"]:
             continue
-        if _form(other, eqn.params["dimension_numbers"][0][1 - place]) == form:
-            group[id(eqn)] = other
-    ranks = [each.rank for each in group.values()]
-    how = ProductCall(contract, params={"precision": use.params["precision"]})
-    rows = math.prod(x.shape[axis] for axis in how.x_free(x))
-    if (len(ranks) - 1) * rows <= 2 * sum(ranks):  # rows not read again; rows written and read
+        other_contract = eqn.params["dimension_numbers"][0][1 - x_side]
+        if _shareable_form(other_weight, other_contract) == shareable_form:
+            weight_of_eqn[id(eqn)] = other_weight
+    weights = list(weight_of_eqn.values())
+    call = ProductCall(contract, params={"precision": use.params["precision"]})
+    n_rows = math.prod(x.shape[axis] for axis in call.x_free(x))
+    ranks = [each_weight.rank for each_weight in weights]
+    n_row_reads_saved = (len(weights) - 1) * n_rows
+    n_rows_copied = 2 * sum(ranks)  # of the A's, written and read
+    if n_row_reads_saved <= n_rows_copied:
         return None
     with jax.named_scope(FACTORS):
-        a = jnp.concatenate([each.a.astype(x.dtype) for each in group.values()])
-        scales = [jnp.broadcast_to(each.scales, (each.rank,)) for each in group.values()]
-        ones = jnp.ones((), scales[0].dtype)
-        joint = weight.replace(a=a, scale=ones, lambda_d=jnp.concatenate(scales))
-        z = scaled_product(x, joint, how, n_weights=len(ranks))
-        products.update(zip(group, lax.split(z, ranks, axis=z.ndim - 1), strict=True))
-    return products.pop(id(use.eqn))
+        z = scaled_product(x, _joined_by_rank(weights, x), call, n_weights=len(weights))
+        z_of_weights = lax.split(z, ranks, axis=z.ndim - 1)
+        known_products.update(zip(weight_of_eqn, z_of_weights, strict=True))
+    return known_products.pop(id(use.eqn))
 
 
-def _form(weight: Factored, contract: Sequence[int]) -> Hashable | None:
+def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
+    """Returns the weight on one side of a later product, as products see it; None if unknown."""
+    value = use.inputs.ahead(eqn.invars[side])
+    if isinstance(value, Factored):
+        value = value.seen_by("product")
+    return value if isinstance(value, Factored) else None
+
+
+def _joined_by_rank(weights: Sequence[Factored], x: jax.Array) -> Factored:
+    """Returns a weight with the A's of several weights side by side, in the dtype of x."""
+    a = jnp.concatenate([weight.a.astype(x.dtype) for weight in weights])
+    scales = [jnp.broadcast_to(weight.scales, (weight.rank,)) for weight in weights]
+    unit_scale = jnp.ones((), scales[0].dtype)
+    return weights[0].replace(a=a, scale=unit_scale, lambda_d=jnp.concatenate(scales))
+
+
+def _shareable_form(weight: Factored, contract: Sequence[int]) -> Hashable | None:
     """Returns a key that is equal for weights that can share a product; None where one cannot.
 
     It cannot where x is dropped out for it, where examples have adapters of their own, where A
@@ -92,47 +108,52 @@ def _form(weight: Factored, contract: Sequence[int]) -> Hashable | None:
     """
     if not weight.parts or weight.is_compact or is_dropped(weight) or weight.rows is not None:
         return None
-    ins, a = weight.axes("in"), weight.parts["a"]
-    if weight.axes("batch") or set(contract) != set(ins) or is_sharded(a):
+    in_axes = weight.axes("in")
+    a = weight.parts["a"]
+    is_mirror_image = set(contract) != set(in_axes)
+    if weight.axes("batch") or is_mirror_image or is_sharded(a):
         return None
     if not jnp.issubdtype(weight.base.dtype, jnp.floating):
         return None
-    order = tuple(ins.index(axis) for axis in contract)
+    order = tuple(in_axes.index(axis) for axis in contract)
     return order, weight.sizes("in"), varies_over(a)
 
 
-def base_product(use: Use, place: int) -> Callable[[Value], jax.Array]:
-    """Returns a function of x: the equation with W at a place, and x at the first other one."""
+def base_product(use: Use, side: int) -> Callable[[Value], jax.Array]:
+    """Returns a function of x: the equation with W on a side, and x as the first other operand."""
 
-    def apply(x: jax.Array) -> jax.Array:
-        others = [v for i, v in enumerate(use.values) if i != place]
-        others[0] = x
+    def multiply(x: jax.Array) -> jax.Array:
+        other_operands = [value for index, value in enumerate(use.values) if index != side]
+        other_operands[0] = x
 
-        def bind(w: jax.Array, *others: Value) -> jax.Array:
-            out: jax.Array
-            (out,) = use.bind([*others[:place], w, *others[place:]])
-            return out
+        def bind(w: jax.Array, *other_operands: Value) -> jax.Array:
+            operands = [*other_operands]
+            operands.insert(side, w)
+            result: jax.Array
+            (result,) = use.bind(operands)
+            return result
 
-        return product(bind, use.values[place].base, *others)
+        return product(bind, use.values[side].base, *other_operands)
 
-    return apply
+    return multiply
 
 
 def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Returns the product of x with a weight, in either order; None if it has no factored form."""
     weight_first = isinstance(use.values[0], Factored)
-    x, weight = use.values[::-1] if weight_first else use.values
+    x_side, weight_side = (1, 0) if weight_first else (0, 1)
+    x = use.values[x_side]
+    weight = use.values[weight_side]
     if isinstance(x, Factored):
         return None
-    dims = use.params["dimension_numbers"]
-    pairs: Any = (tuple(map(tuple, pair[::-1] if weight_first else pair)) for pair in dims)
-    contract, batch = pairs
-    how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
+    contract, batch = _dims_of_x_and_weight(use, x_side, weight_side)
+    names = ("precision", "preferred_element_type", "out_sharding")
+    params = {name: use.params[name] for name in names}
     if not weight.parts:
-        return [base_dot(x, weight.base, BaseDot(contract, batch, weight_first, how))]
-    dtype = eqns.type_of(use.eqn.outvars[0]).dtype
-    has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
-    if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
+        return [base_dot(x, weight.base, BaseDot(contract, batch, weight_first, params))]
+    result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
+    is_gain_of_integers = weight.gain is not None and not jnp.issubdtype(x.dtype, jnp.inexact)
+    if not jnp.issubdtype(result_dtype, jnp.inexact) or is_gain_of_integers:
         return None
     role = contracted_role(weight, contract[1])
     if role is None:
@@ -142,64 +163,93 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     note_side(weight, role, use)
     if weight.active is not None:
         check_order(weight, x, (*contract[0], *batch[0]), use)
-    if set(contract[1]) != set(weight.axes("in")):  # the mirror image
-        several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
+    is_mirror_image = set(contract[1]) != set(weight.axes("in"))
+    if is_mirror_image:
         check_bias(interpreter, weight, use)
-        if weight.shift is not None or (several_gains and is_sharded(x)):
+        has_several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
+        if weight.shift is not None or (has_several_gains and is_sharded(x)):
             return None
-    are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
-    again = use.inputs.copied(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
-    how |= {"for_factors": again, "weight_first": weight_first, "rows": rows_of(weight, use)}
-    if are_real:
-        how["z"] = shared_product(use, int(weight_first), again, weight, contract)
-    return [dot(x, weight, contract=contract, batch=batch, **how)]
+    are_real = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (x, weight.base))
+    # A and B are cast to the dtype of the x that they read.
+    x_for_factors = use.inputs.copied(x) if are_real else x.astype(result_dtype)
+    example_columns = rows_of(weight, use)
+    z = shared_product(use, x_side, x_for_factors, weight, contract) if are_real else None
+    result = dot(
+        x,
+        weight,
+        for_factors=x_for_factors,
+        contract=contract,
+        batch=batch,
+        weight_first=weight_first,
+        rows=example_columns,
+        z=z,
+        **params,
+    )
+    return [result]
+
+
+def _dims_of_x_and_weight(use: Use, x_side: int, weight_side: int) -> tuple[Dims, Dims]:
+    """Returns the contracted axes and the batched axes of a product: of x, of the weight."""
+    contract, batch = use.params["dimension_numbers"]
+    return (
+        (tuple(contract[x_side]), tuple(contract[weight_side])),
+        (tuple(batch[x_side]), tuple(batch[weight_side])),
+    )
 
 
 def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
     """Returns the columns of rank that each row of the activation sees, where examples differ."""
     if weight.rows is None:
         return None
-    assert isinstance(use.at, ExampleAxis), "an equation is refused where it is not known"
-    return ExampleColumns(weight.rows, use.at.axis, use.at.inner)
+    examples = use.activation_label
+    assert isinstance(examples, ExampleAxis), "an equation is refused where it is not known"
+    return ExampleColumns(weight.rows, examples.axis, examples.inner)
 
 
-def check_order(weight: Factored, x: jax.Array, used: Sequence[int], use: Use) -> None:
+def check_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: Use) -> None:
     """Raises TokensError unless the rows of x are in the order of the weight's mask, or all equal.
 
     Args:
       weight: a weight that some tokens alone see.
       x: the activation. Rows of another number than the mask's are refused later.
-      used: axes of x that are contracted or batched.
+      used_axes: axes of x that are contracted or batched.
       use: the product.
     """
-    mask = weight.active.shape
-    rows = [axis for axis in range(x.ndim) if axis not in used]
-    if tuple(x.shape[axis] for axis in rows) not in (mask, (math.prod(mask),)):
+    mask_shape = weight.active.shape
+    row_axes = [axis for axis in range(x.ndim) if axis not in used_axes]
+    row_shape = tuple(x.shape[axis] for axis in row_axes)
+    are_rows_of_mask = row_shape in (mask_shape, (math.prod(mask_shape),))
+    if not are_rows_of_mask:
         return
-    varying = use.varying_axes(int(isinstance(use.values[0], Factored)))
-    reason = wrong_order(use.at, rows, mask)
-    if reason and not set(rows).isdisjoint(varying):
+    x_side = int(isinstance(use.values[0], Factored))
+    are_rows_equal = set(row_axes).isdisjoint(use.varying_axes(x_side))
+    reason = wrong_order(use.activation_label, row_axes, mask_shape)
+    if reason and not are_rows_equal:
         raise TokensError(
-            f"the weight {weight.path!r} acts on tokens of a mask {list(mask)}, and the rows that "
-            f"{use.name!r} at {place_of(use.eqn)} multiplies it by are not known to be in their "
-            f"order: {reason}. Multiply [batch, seq, …], or [batch * seq, …], whose tokens are in "
-            "the order of the function's arguments, or leave the weight out of the rules"
+            f"the weight {weight.path!r} acts on tokens of a mask {list(mask_shape)}, and the rows "
+            f"that {use.name!r} at {place_of(use.eqn)} multiplies it by are not known to be in "
+            f"their order: {reason}. Multiply [batch, seq, …], or [batch * seq, …], whose tokens "
+            "are in the order of the function's arguments, or leave the weight out of the rules"
         )
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:
     """Notes the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
-        sides.note(weight, role, lambda: place_of(use.eqn))
+        sides.note(weight, role, use.eqn)
 
 
 def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
     """Returns the one role of the axes that a product contracts; None where it mixes two."""
     roles = {weight.labels[axis] for axis in contract if weight.base.shape[axis] != 1}
+    if len(roles) > 1:
+        return None
     if roles:
-        return roles.pop() if len(roles) == 1 else None
-    sides: tuple[Label, Label] = ("in", "out")  # a layer of one input, or of one output
-    return next((side for side in sides if math.prod(weight.sizes(side)) == 1), None)
+        return roles.pop()
+    # Only axes of size one are contracted: the weight is a layer of one input, or of one output.
+    if math.prod(weight.sizes("in")) == 1:
+        return "in"
+    return "out" if math.prod(weight.sizes("out")) == 1 else None
 
 
 def match_unit_roles(
@@ -208,9 +258,11 @@ def match_unit_roles(
     """Returns the weight with its axes of size one in the roles that a product uses them in."""
     labels = list(weight.labels)
     for axis, size in enumerate(weight.base.shape):
-        if size == 1 and axis in contract:
+        if size != 1:
+            continue
+        if axis in contract:
             labels[axis] = role
-        elif size == 1 and (axis in batch or labels[axis] == role):
+        elif axis in batch or labels[axis] == role:
             labels[axis] = "batch"
     return weight if tuple(labels) == weight.labels else weight.relabelled(weight.base, labels)
 
@@ -219,24 +271,28 @@ def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int],
     """Raises RoleError unless all in axes are contracted, or all out axes, and no other batched."""
     shape = weight.base.shape
 
-    def long(axes: Sequence[int]) -> set[int]:
+    def without_unit_axes(axes: Sequence[int]) -> set[int]:
         return {axis for axis in axes if shape[axis] != 1}
 
-    contracted, batched = long(contract), long(batch)
-    whole = contracted in (long(weight.axes("in")), long(weight.axes("out")))
-    if whole and batched <= set(weight.axes("batch")):
+    contracted_axes = without_unit_axes(contract)
+    batched_axes = without_unit_axes(batch)
+    in_axes = without_unit_axes(weight.axes("in"))
+    out_axes = without_unit_axes(weight.axes("out"))
+    if contracted_axes in (in_axes, out_axes) and batched_axes <= set(weight.axes("batch")):
         return
-    roles = ", ".join(f"{n}: {label}" for n, label in zip(shape, weight.labels, strict=True))
-    sizes = " and ".join(
-        f"{verb} {[shape[axis] for axis in sorted(axes)]}"
-        for verb, axes in (("contracts the axes of sizes", contracted), ("batches", batched))
-        if axes
-    )
+    roles = ", ".join(f"{size}: {label}" for size, label in zip(shape, weight.labels, strict=True))
+    actions = []
+    if contracted_axes:
+        sizes = [shape[axis] for axis in sorted(contracted_axes)]
+        actions.append(f"contracts the axes of sizes {sizes}")
+    if batched_axes:
+        actions.append(f"batches {[shape[axis] for axis in sorted(batched_axes)]}")
     raise RoleError(
         f"the weight {weight.path!r} is recorded with the axes ({roles}), but the function "
-        f"{sizes} at {place_of(use.eqn)}. LoRA needs all in axes contracted, or all out axes, and "
-        "batch axes left alone. Record what the function does: by hand with LoraRule(in_axes=…, "
-        "out_axes=…), or by looking with lorafy(params, rules, trace=(fn, params, x))"
+        f"{' and '.join(actions)} at {place_of(use.eqn)}. LoRA needs all in axes contracted, or "
+        "all out axes, and batch axes left alone. Record what the function does: by hand with "
+        "LoraRule(in_axes=…, out_axes=…), or by looking with "
+        "lorafy(params, rules, trace=(fn, params, x))"
     )
 
 
@@ -264,39 +320,73 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
     check_roles(weight, in_axes, (), use)
     weight = match_unit_roles(weight, "in", in_axes, ())
-    if weight.labels[out_axis] != "out":
-        return None  # all axes but one are contracted, and that one is an in axis: a mirror image
-    groups = params["feature_group_count"]
-    kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
-    kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
+    is_mirror_image = weight.labels[out_axis] != "out"  # the axis that comes out is an in axis
+    if is_mirror_image:
+        return None
+    n_groups = params["feature_group_count"]
+    kernel = _convolution_kernel(weight, x, out_axis, n_groups)
     note_side(weight, "in", use)
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    how = {name: params[name] for name in (*names, "dimension_numbers", "precision")}
-    batch, features, *_ = params["dimension_numbers"].out_spec
-    rows = rows_of(weight, use)
+    batch_axis, feature_axis, *_ = params["dimension_numbers"].out_spec
+    example_columns = rows_of(weight, use)
 
-    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+    def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
+        names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
         z = lax.conv_general_dilated(
-            x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
+            x,
+            kernel,
+            **{name: params[name] for name in (*names, "dimension_numbers", "precision")},
+            feature_group_count=n_groups,
+            preferred_element_type=wide(x.dtype),
         )
         scales = weight.scales.astype(z.dtype)
-        scales = jnp.tile(scales, groups) if scales.size > 1 else scales
-        z = jnp.moveaxis(z, features, -1) * scales
-        if rows is not None:  # x's batch axis is the result's
-            z = z * rows.along(z, batch - (batch > features))
-        z = z.astype(x.dtype)
-        lead, (rank, n_out) = z.shape[:-1], weight.b.shape
-        z = z.reshape(math.prod(lead), groups, rank)
-        b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
-        dims = (((2,), (0,)), ((1,), (1,)))  # [groups, places, out / groups]
-        delta = lax.dot_general(z, b, dims, params["precision"], seen.dtype)
-        return jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
+        if scales.size > 1:
+            scales = jnp.tile(scales, n_groups)
+        z = jnp.moveaxis(z, feature_axis, -1) * scales
+        if example_columns is not None:
+            n_axes_moved = int(batch_axis > feature_axis)
+            z = z * example_columns.along(z, batch_axis - n_axes_moved)
+        delta = _grouped_product_with_b(
+            z.astype(x.dtype), weight, n_groups, params["precision"], base_result.dtype
+        )
+        return jnp.moveaxis(delta, -1, feature_axis)
 
     def along_features(vector: jax.Array) -> jax.Array:
-        out = eqns.type_of(use.eqn.outvars[0]).ndim
-        return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
+        ndim = eqns.type_of(use.eqn.outvars[0]).ndim
+        return lax.expand_dims(vector, [axis for axis in range(ndim) if axis != feature_axis])
 
     return [combined(x, weight, base_product(use, 1), factor_product, along_features)]
+
+
+def _convolution_kernel(weight: Factored, x: jax.Array, out_axis: int, n_groups: int) -> jax.Array:
+    """Returns A in W's layout, with r output features for each group, in the dtype of x."""
+    kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)
+    return jnp.concatenate([kernel] * n_groups, axis=out_axis) if n_groups > 1 else kernel
+
+
+def _grouped_product_with_b(
+    z: jax.Array, weight: Factored, n_groups: int, precision: Any, dtype: Any
+) -> jax.Array:
+    """Returns zB for each group of output features.
+
+    Args:
+      z: s·xA, [places…, groups * r].
+      weight: the weight, whose B is [r, out].
+      n_groups: the number of groups.
+      precision: precision of the product.
+      dtype: dtype of the result.
+
+    Returns:
+      [places…, out].
+    """
+    place_shape = z.shape[:-1]
+    rank, n_out = weight.b.shape
+    z = z.reshape(math.prod(place_shape), n_groups, rank)
+    b = weight.b.astype(z.dtype).reshape(rank, n_groups, n_out // n_groups)
+    z_rank, b_rank = (2,), (0,)
+    z_group, b_group = (1,), (1,)
+    dims = ((z_rank, b_rank), (z_group, b_group))
+    delta = lax.dot_general(z, b, dims, precision, dtype)  # [groups, places, out / groups]
+    return jnp.moveaxis(delta, 0, 1).reshape(*place_shape, n_out)
 
 
 PRODUCT_RULES: dict[str, Rule] = {

@@ -1,4 +1,10 @@
-"""The rule for ragged products: rows sorted by group, each group with a weight of its own."""
+"""The rule for ragged products: rows sorted by group, each group with a weight of its own.
+
+The **near** factor of a weight is the one that x is multiplied by, and the **far** factor the other
+one: A and B for xW, B and A for the mirror image.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,101 +16,147 @@ from lora_jax.adapt.rules.products import base_product, check_bias, check_roles,
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import combined, named_if_narrow
-from lora_jax.core.types import EqnParams, Outcome
+from lora_jax.core.types import Outcome
 
-_UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
+_UNIT_COLUMNS = 256  # that two passes of a TPU's matrix unit take, 128 each
 
 
-def _through_factors(
-    x: jax.Array,
-    near: jax.Array,
-    far: jax.Array,
-    scales: jax.Array,
-    sizes: jax.Array,
-    precision: lax.PrecisionLike,
-    dtype: DTypeLike,
+class _GroupFactors(NamedTuple):
+    """The factors of all groups, in the dtype of x, and the rows of each group.
+
+    Attributes:
+      near: [groups, r, in].
+      far: [groups, r, out].
+      scales: s, [groups, 1] or [groups, r].
+      group_sizes: [groups] int, the number of rows of each group.
+    """
+
+    near: jax.Array
+    far: jax.Array
+    scales: jax.Array
+    group_sizes: jax.Array
+
+
+def _factor_product(
+    x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
 ) -> jax.Array:
     """Returns s·(xA)B of each row, with its group's A, B and s.
 
-    Where the ranks of all groups fit into a matrix unit, these are two plain products: with all A's
-    side by side, of which each row keeps its group's columns, and with all B's. They cost the unit
-    no more than one group's, and every compiler handles them well. (XLA makes a kernel of a ragged
-    product on TPU, but runs out of memory for the gradient of an A of [14336, 8]; elsewhere it
-    makes a masked copy of x for each group.)
-
     Args:
       x: [rows, in].
-      near, far: A, [groups, r, in], and B, [groups, r, out].
-      scales: s, [groups, 1] or [groups, r].
-      sizes: [groups] int, the rows of each group.
+      factors: factors of the groups.
       precision: precision of the products.
       dtype: dtype of the result.
 
     Returns:
       [rows, out].
     """
-    near, far = near.astype(x.dtype), far.astype(x.dtype)
-    groups, rank, contracted = near.shape
-    if groups * rank > _UNIT:
-        z = lax.ragged_dot(x, jnp.swapaxes(near, 1, 2), sizes, precision, wide(x.dtype))
-        z = z * group_vectors(scales, sizes, x.shape[0]).astype(z.dtype)
-        z = named_if_narrow(z.astype(x.dtype), rank, contracted)
-        return lax.ragged_dot(z, far, sizes, precision, dtype)
-    ends = jnp.cumsum(sizes)
-    row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
-    own = (ends - sizes <= row) & (row < ends)  # [rows, groups]
-    how: EqnParams = {"precision": precision, "preferred_element_type": wide(x.dtype)}
-    z = jnp.einsum("mi,gri->mgr", x, near, **how)
-    z = jnp.where(own[:, :, None], z * scales.astype(z.dtype), jnp.zeros_like(z)).astype(x.dtype)
-    z, far = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])
-    z = named_if_narrow(z, groups * rank, contracted)
-    return lax.dot(z, far, precision=precision, preferred_element_type=dtype)
+    n_groups, rank, _ = factors.near.shape
+    if n_groups * rank > _UNIT_COLUMNS:
+        return _ragged_factor_product(x, factors, precision, dtype)
+    return _joint_factor_product(x, factors, precision, dtype)
 
 
-def group_vectors(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
-    """Returns the vector, one of [groups, …], of the group that each of n rows belongs to."""
-    ends = jnp.cumsum(sizes)
-    group = jnp.searchsorted(ends, jnp.arange(n, dtype=ends.dtype), side="right")
-    return jnp.take(vectors, group, axis=0, mode="clip")
+def _ragged_factor_product(
+    x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
+) -> jax.Array:
+    """Returns s·(xA)B by two ragged products; see `_factor_product`."""
+    _, rank, n_in = factors.near.shape
+    a = jnp.swapaxes(factors.near, 1, 2)
+    z = lax.ragged_dot(x, a, factors.group_sizes, precision, wide(x.dtype))
+    row_scales = group_vectors(factors.scales, factors.group_sizes, x.shape[0])
+    z = z * row_scales.astype(z.dtype)
+    z = named_if_narrow(z.astype(x.dtype), rank, n_in)
+    return lax.ragged_dot(z, factors.far, factors.group_sizes, precision, dtype)
+
+
+def _joint_factor_product(
+    x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
+) -> jax.Array:
+    """Returns s·(xA)B by two plain products, for ranks that all fit into a matrix unit.
+
+    The first product is with all A's side by side, of which each row keeps its group's columns, and
+    the second with all B's. They cost the unit no more than one group's, and every compiler handles
+    them well. (XLA makes a kernel of a ragged product on TPU, but runs out of memory for the
+    gradient of an A of [14336, 8]; elsewhere it makes a masked copy of x for each group.)
+    """
+    n_rows = x.shape[0]
+    n_groups, rank, n_in = factors.near.shape
+    group_ends = jnp.cumsum(factors.group_sizes)
+    row = jnp.arange(n_rows, dtype=group_ends.dtype)[:, None]
+    is_in_group = (group_ends - factors.group_sizes <= row) & (row < group_ends)
+    z = jnp.einsum(
+        "mi,gri->mgr", x, factors.near, precision=precision, preferred_element_type=wide(x.dtype)
+    )
+    is_kept = is_in_group[:, :, None]  # [rows, groups, 1]
+    z = z * factors.scales.astype(z.dtype)
+    z = jnp.where(is_kept, z, jnp.zeros_like(z)).astype(x.dtype)
+    z = z.reshape(n_rows, -1)
+    b = factors.far.reshape(-1, factors.far.shape[2])
+    z = named_if_narrow(z, n_groups * rank, n_in)
+    return lax.dot(z, b, precision=precision, preferred_element_type=dtype)
+
+
+def group_vectors(vectors: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array:
+    """Returns the vector, one of [groups, …], of the group that each row belongs to."""
+    group_ends = jnp.cumsum(group_sizes)
+    group_of_row = jnp.searchsorted(
+        group_ends, jnp.arange(n_rows, dtype=group_ends.dtype), side="right"
+    )
+    return jnp.take(vectors, group_of_row, axis=0, mode="clip")
 
 
 def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies tokens that are sorted by expert: each group has its own A, B and s."""
-    x, weight, sizes = use.values
-    numbers = use.params["ragged_dot_dimension_numbers"]
-    ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
-    if isinstance(x, Factored) or isinstance(sizes, Factored):
+    x, weight, group_sizes = use.values
+    if isinstance(x, Factored) or isinstance(group_sizes, Factored):
         return None
     if not weight.parts:
         return [base_product(use, 1)(x)]
-    if (
-        use.params["group_offset"] is not None
-        or any(batch)
-        or tuple(numbers.lhs_ragged_dimensions) != (0,)
-        or (x.ndim, len(weight.labels), tuple(x_contract)) != (2, 3, (1,))
-        or weight.labels[numbers.rhs_group_dimensions[0]] != "batch"
-    ):
+    if not _is_product_of_rows(x, weight, use):
         return None
-    check_roles(weight, w_contract, (), use)
+    numbers = use.params["ragged_dot_dimension_numbers"]
+    (_, (contracted_axis,)), _ = numbers.dot_dimension_numbers
+    check_roles(weight, (contracted_axis,), (), use)
     near, far = weight.a, weight.b  # [groups, r, …] each
-
-    note_side(weight, weight.labels[w_contract[0]], use)
-    if weight.labels[w_contract[0]] != "in":
+    role = weight.labels[contracted_axis]
+    note_side(weight, role, use)
+    is_mirror_image = role != "in"
+    if is_mirror_image:
         check_bias(interpreter, weight, use)
         if weight.shift is not None:
             return None
         if weight.gain is not None:
-            x = x * group_vectors(weight.gain, sizes, x.shape[0]).astype(x.dtype)
-        near, far, weight = far, near, weight.replace(gain=None)
+            x = x * group_vectors(weight.gain, group_sizes, x.shape[0]).astype(x.dtype)
+            weight = weight.replace(gain=None)
+        near, far = far, near
 
-    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        how = (weight.scales, sizes, use.params["precision"], seen.dtype)
-        return _through_factors(x, near, far, *how)
+    def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
+        factors = _GroupFactors(
+            scales=weight.scales,
+            near=near.astype(x.dtype),
+            far=far.astype(x.dtype),
+            group_sizes=group_sizes,
+        )
+        return _factor_product(x, factors, use.params["precision"], base_result.dtype)
 
-    def placed(vector: jax.Array) -> jax.Array:
-        return group_vectors(vector, sizes, x.shape[0])
+    def vector_of_row(vectors: jax.Array) -> jax.Array:
+        return group_vectors(vectors, group_sizes, x.shape[0])
 
-    return [combined(x, weight, base_product(use, 1), factor_product, placed)]
+    return [combined(x, weight, base_product(use, 1), factor_product, vector_of_row)]
+
+
+def _is_product_of_rows(x: jax.Array, weight: Factored, use: Use) -> bool:
+    """Returns True if a ragged product is [rows, in] by [groups, in, out], the groups a stack."""
+    numbers = use.params["ragged_dot_dimension_numbers"]
+    (x_contract, _), batch = numbers.dot_dimension_numbers
+    return (
+        use.params["group_offset"] is None
+        and not any(batch)
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and (x.ndim, len(weight.labels), tuple(x_contract)) == (2, 3, (1,))
+        and weight.labels[numbers.rhs_group_dimensions[0]] == "batch"
+    )
 
 
 RAGGED_RULES: dict[str, Rule] = {"ragged_dot_general": _ragged_dot_general}

@@ -26,75 +26,94 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
     AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
     """
     (weight,) = use.values
-    over = {weight.labels[axis] for axis in use.params["axes"]}
     if not weight.parts or weight.uses == "lookup" or use.params.get("out_sharding") is not None:
         return None
-    if "out" in over and (weight.gain is not None or weight.shift is not None):
+    summed_axes = use.params["axes"]
+    has_vectors = weight.gain is not None or weight.shift is not None
+    sums_columns = any(weight.labels[axis] == "out" for axis in summed_axes)
+    if sums_columns and has_vectors:
         return None
     weight = weight.formed()
-    axes = tuple(axis for axis in use.params["axes"] if weight.labels[axis] != "batch")
-    stack = tuple(axis for axis in use.params["axes"] if weight.labels[axis] == "batch")
-    roles: tuple[Label, Label] = ("in", "out")
-    gone = [role for role in roles if set(weight.axes(role)) <= set(axes)]
-    if gone:
-        return _contracted(use, _dropped(weight, gone[0]), axes, stack)
-    if is_dropped(weight) or (stack and (weight.gain is not None or weight.shift is not None)):
+    matrix_axes = tuple(axis for axis in summed_axes if weight.labels[axis] != "batch")
+    stack_axes = tuple(axis for axis in summed_axes if weight.labels[axis] == "batch")
+    contracted_role: Label | None = None
+    if set(weight.axes("in")) <= set(matrix_axes):
+        contracted_role = "in"
+    elif set(weight.axes("out")) <= set(matrix_axes):
+        contracted_role = "out"
+    if contracted_role is not None:
+        return _contracted(use, _dropped(weight, contracted_role), matrix_axes, stack_axes)
+    if is_dropped(weight) or (stack_axes and has_vectors):
         return None
     (base,) = use.bind(use.bases)
-    ranks = math.prod(weight.base.shape[axis] for axis in stack) * weight.rank
-    summed = _without(weight, axes)
-    if stack and ranks > min(math.prod(summed.sizes("in")), math.prod(summed.sizes("out"))):
-        return None  # more columns of rank than W has rows or columns
-    whole = _ranks_together(summed, [axis - sum(a < axis for a in axes) for axis in stack])
-    return [whole.replace(base=base)]
-
-
-def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence[int]) -> Outcome:
-    """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
-    if stack and weight.gain is not None:
+    n_members = math.prod(weight.base.shape[axis] for axis in stack_axes)
+    rank_of_sum = n_members * weight.rank
+    summed = _without_axes(weight, matrix_axes)
+    n_rows = math.prod(summed.sizes("in"))
+    n_columns = math.prod(summed.sizes("out"))
+    if stack_axes and rank_of_sum > min(n_rows, n_columns):
         return None
-    (total,) = use.bind(use.bases)
-    part = _without(weight, axes)
-    stack = [axis - sum(a < axis for a in axes) for axis in stack]
-    dtype = wide(total.dtype)
-    result = total.astype(dtype) + jnp.sum(part.delta(dtype), axis=tuple(stack))
-    if part.gain is not None:
-        result *= part.spread_columns(part.gain).astype(dtype)
-    if part.shift is not None:
-        result += jnp.sum(part.spread_columns(part.shift).astype(dtype), axis=tuple(stack))
-    return [result.astype(total.dtype)]
+    summed = _sum_of_members(summed, _axes_after_removal(stack_axes, matrix_axes))
+    return [summed.replace(base=base)]
 
 
-def _without(weight: Factored, axes: Sequence[int]) -> Factored:
-    """Returns the weight, A and B summed over in and out axes; its base is not changed."""
-
-    def summed(array: jax.Array, held: Axes) -> jax.Array:
-        places = tuple(place for place, axis in enumerate(held) if axis in axes)
-        return jnp.sum(array, axis=places) if places else array
-
-    labels = [label for axis, label in enumerate(weight.labels) if axis not in axes]
-    shape = [n for axis, n in enumerate(weight.base.shape) if axis not in axes]
-    base = jax.ShapeDtypeStruct(tuple(shape), weight.base.dtype)
-    return weight.along(base, summed).replace(labels=labels)
+def _axes_after_removal(axes: Sequence[int], removed_axes: Sequence[int]) -> tuple[int, ...]:
+    """Returns axes as they are counted after some other axes were removed."""
+    return tuple(axis - sum(removed < axis for removed in removed_axes) for axis in axes)
 
 
-def _ranks_together(weight: Factored, stack: Sequence[int]) -> Factored:
+def _contracted(
+    use: Use, weight: Factored, matrix_axes: Sequence[int], stack_axes: Sequence[int]
+) -> Outcome:
+    """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
+    if stack_axes and weight.gain is not None:
+        return None
+    (base_sum,) = use.bind(use.bases)
+    weight = _without_axes(weight, matrix_axes)
+    stack_axes = _axes_after_removal(stack_axes, matrix_axes)
+    dtype = wide(base_sum.dtype)
+    result = base_sum.astype(dtype) + jnp.sum(weight.delta(dtype), axis=stack_axes)
+    if weight.gain is not None:
+        result *= weight.spread_columns(weight.gain).astype(dtype)
+    if weight.shift is not None:
+        shift = weight.spread_columns(weight.shift).astype(dtype)
+        result += jnp.sum(shift, axis=stack_axes)
+    return [result.astype(base_sum.dtype)]
+
+
+def _without_axes(weight: Factored, removed_axes: Sequence[int]) -> Factored:
+    """Returns the weight, A and B summed over in and out axes; its base is a shape only."""
+
+    def sum_over_removed(array: jax.Array, layout: Axes) -> jax.Array:
+        array_axes = tuple(i for i, axis in enumerate(layout) if axis in removed_axes)
+        return jnp.sum(array, axis=array_axes) if array_axes else array
+
+    remaining_axes = [axis for axis in range(len(weight.labels)) if axis not in removed_axes]
+    labels = [weight.labels[axis] for axis in remaining_axes]
+    shape = tuple(weight.base.shape[axis] for axis in remaining_axes)
+    base = jax.ShapeDtypeStruct(shape, weight.base.dtype)
+    return weight.along(base, sum_over_removed).replace(labels=labels)
+
+
+def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
     """Returns the sum of the weights of a stack: their ranks lie side by side."""
-    if not stack:
+    if not stack_axes:
         return weight
     weight = scale_in_a(weight)
-    first = len(weight.axes("batch")) - len(stack)
+    n_summed = len(stack_axes)
+    n_batch = len(weight.axes("batch")) - n_summed  # axes that stay
 
-    def together(array: jax.Array, held: Axes) -> jax.Array:
-        places = [held.index(axis) for axis in stack]
-        if RANK not in held:  # the scales, which are one
-            return array[tuple(0 if i in places else slice(None) for i in range(array.ndim))]
-        array = jnp.moveaxis(array, places, range(first, first + len(stack)))
-        last = first + len(stack) + 1
-        return array.reshape(*array.shape[:first], -1, *array.shape[last:])
+    def join_ranks(array: jax.Array, layout: Axes) -> jax.Array:
+        array_axes = [layout.index(axis) for axis in stack_axes]
+        if RANK not in layout:  # the scales, which are one
+            first_member = [0 if i in array_axes else slice(None) for i in range(array.ndim)]
+            return array[tuple(first_member)]
+        array = jnp.moveaxis(array, array_axes, range(n_batch, n_batch + n_summed))
+        sizes_behind_rank = array.shape[n_batch + n_summed + 1 :]
+        return array.reshape(*array.shape[:n_batch], -1, *sizes_behind_rank)
 
-    labels = [label for axis, label in enumerate(weight.labels) if axis not in stack]
-    return weight.replace(key=None).along(weight.base, together).replace(labels=labels)
+    labels = [label for axis, label in enumerate(weight.labels) if axis not in stack_axes]
+    return weight.replace(key=None).along(weight.base, join_ranks).replace(labels=labels)
 
 
 def _dropped(weight: Factored, role: Label) -> Factored:
@@ -104,9 +123,11 @@ def _dropped(weight: Factored, role: Label) -> Factored:
     name = "a" if role == "in" else "b"
     factor = weight.parts[name]
     shape = [
-        1 if axis == RANK else n for axis, n in zip(weight.layout(name), factor.shape, strict=True)
+        1 if axis == RANK else size
+        for axis, size in zip(weight.layout(name), factor.shape, strict=True)
     ]
-    return weight.replace(**{name: factor * dropped(jnp.ones(shape, factor.dtype), weight)})
+    mask = dropped(jnp.ones(shape, factor.dtype), weight)
+    return weight.replace(**{name: factor * mask})
 
 
 REDUCTION_RULES: dict[str, Rule] = {"reduce_sum": _reduce_sum}
