@@ -41,13 +41,16 @@ def activate(tree: Tree, mask: jax.typing.ArrayLike) -> Tree:
     >>> forward(some, jnp.ones((1, 2, 4))).shape
     (1, 2, 3)
     """
-    active = jnp.asarray(mask, bool)
-    if active.ndim != 2:
-        raise ValueError(f"activate: the mask has the shape {active.shape}; [batch, seq] is needed")
+    is_active = jnp.asarray(mask, bool)
+    if is_active.ndim != 2:
+        raise ValueError(
+            f"activate: the mask has the shape {is_active.shape}; [batch, seq] is needed"
+        )
     weights = _weights_of(tree)
     if not weights:
         raise ValueError("activate needs an adapted tree, and this one has no adapted weight")
-    return _with_masks(tree, dict.fromkeys({w.invocation for w in weights}, active))
+    invocations = {weight.invocation for weight in weights}
+    return _with_masks(tree, dict.fromkeys(invocations, is_active))
 
 
 def invoked(
@@ -78,23 +81,34 @@ def invoked(
             f"invoked: ids of the shape {ids.shape} and {len(invocation)} tokens; [batch, seq], "
             "and one token at least, are needed"
         )
-    n = ids.shape[1]
-    places = jnp.arange(n, dtype=jnp.int32)
-    first, last = jnp.zeros_like(ids, jnp.int32), jnp.full_like(ids, n, jnp.int32)
-    if segment_ids is not None:  # the first place of each token's segment, and the one behind it
+    n_tokens = ids.shape[1]
+    positions = jnp.arange(n_tokens, dtype=jnp.int32)
+    # For each token, the first position of its segment, and the position behind it.
+    segment_start = jnp.zeros_like(ids, jnp.int32)
+    segment_stop = jnp.full_like(ids, n_tokens, jnp.int32)
+    if segment_ids is not None:
         segments = jnp.asarray(segment_ids)
-        begins = segments != jnp.roll(segments, 1, axis=1)
-        begins |= places == 0
-        first = lax.cummax(jnp.where(begins, places, 0), axis=1)
-        ends = jnp.roll(jnp.where(begins, places, n), -1, axis=1).at[:, -1].set(n)
-        last = lax.cummin(ends, axis=1, reverse=True)
-    begins_here = places + len(invocation) <= last
+        is_segment_start = segments != jnp.roll(segments, 1, axis=1)
+        is_segment_start |= positions == 0
+        segment_start = lax.cummax(jnp.where(is_segment_start, positions, 0), axis=1)
+        segment_stop = _next_position(is_segment_start, positions)
+    is_invocation_start = positions + len(invocation) <= segment_stop
     for offset, token in enumerate(invocation):
-        begins_here &= jnp.roll(ids, -offset, axis=1) == token
-    before = lax.cummax(jnp.where(begins_here, places, -1), axis=1)
-    behind = lax.cummin(jnp.where(begins_here, places, n), axis=1, reverse=True)
-    behind = jnp.roll(behind, -1, axis=1).at[:, -1].set(n)
-    return (before >= first) & (behind >= last)
+        is_invocation_start &= jnp.roll(ids, -offset, axis=1) == token
+    last_invocation = lax.cummax(jnp.where(is_invocation_start, positions, -1), axis=1)
+    next_invocation = lax.cummin(
+        jnp.where(is_invocation_start, positions, n_tokens), axis=1, reverse=True
+    )
+    next_invocation = jnp.roll(next_invocation, -1, axis=1).at[:, -1].set(n_tokens)
+    return (last_invocation >= segment_start) & (next_invocation >= segment_stop)
+
+
+def _next_position(is_marked: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns, for each token, the position of the next marked token behind it, or the length."""
+    n_tokens = positions.size
+    marked_positions = jnp.where(is_marked, positions, n_tokens)
+    shifted_positions = jnp.roll(marked_positions, -1, axis=1).at[:, -1].set(n_tokens)
+    return lax.cummin(shifted_positions, axis=1, reverse=True)
 
 
 def invocations_of(tree: Tree) -> set[tuple[int, ...]]:
@@ -112,7 +126,7 @@ def activate_from(
       ids, segment_ids: see `invoked`.
     """
     masks: dict[Any, jax.Array] = {
-        each: invoked(ids, each, segment_ids) for each in invocations_of(tree)
+        invocation: invoked(ids, invocation, segment_ids) for invocation in invocations_of(tree)
     }
     return _with_masks(tree, masks) if masks else tree
 
@@ -126,11 +140,15 @@ def params_by_prompt(params: Tree, ids: jax.typing.ArrayLike) -> tuple[Tree, Tre
       params: any tree; without an invocation, both are that tree.
       ids: [batch, seq] int, the whole prompts; -1 at padding.
     """
-    masks: dict[Any, jax.Array] = {each: invoked(ids, each) for each in invocations_of(params)}
-    if not masks:
+    prompt_masks: dict[Any, jax.Array] = {
+        invocation: invoked(ids, invocation) for invocation in invocations_of(params)
+    }
+    if not prompt_masks:
         return params, params
-    after = {each: mask.any(axis=1, keepdims=True) for each, mask in masks.items()}
-    return _with_masks(params, masks), _with_masks(params, after)
+    completion_masks = {
+        invocation: mask.any(axis=1, keepdims=True) for invocation, mask in prompt_masks.items()
+    }
+    return _with_masks(params, prompt_masks), _with_masks(params, completion_masks)
 
 
 def with_own_masks(
@@ -142,16 +160,24 @@ def with_own_masks(
     arguments after the tree: it returns the token ids and segments of the call, or None where they
     are not whole rows. The models of `lora_jax.models` have it.
     """
-    asked = getattr(getattr(fn, "__self__", None), "tokens_of_call", None)
-    if asked is None or not args or not _waits_for_mask(args[0]):
+    model = getattr(fn, "__self__", None)
+    tokens_of_call = getattr(model, "tokens_of_call", None)
+    if tokens_of_call is None or not args or not _waits_for_mask(args[0]):
         return args
-    tokens = asked(*args[1:], **kwargs)
-    return args if tokens is None else (activate_from(args[0], *tokens), *args[1:])
+    tree, *inputs = args
+    tokens = tokens_of_call(*inputs, **kwargs)
+    if tokens is None:
+        return args
+    ids, segment_ids = tokens
+    return (activate_from(tree, ids, segment_ids), *inputs)
 
 
 def _waits_for_mask(tree: Tree) -> bool:
-    weights = _weights_of(tree)
-    return any(w.invocation is not None and "active" not in w.arrays for w in weights)
+    """Returns True if a weight has an invocation, and no mask says where it acts."""
+    return any(
+        weight.invocation is not None and "active" not in weight.arrays
+        for weight in _weights_of(tree)
+    )
 
 
 def _weights_of(tree: Tree) -> list[LoraWeight]:
@@ -162,9 +188,9 @@ def _weights_of(tree: Tree) -> list[LoraWeight]:
 def _with_masks(tree: Tree, masks: Mapping[Any, jax.Array]) -> Tree:
     """Returns a tree whose weights have the mask of their invocation, where there is one."""
 
-    def given(_: str, leaf: Leaf) -> Leaf:
+    def with_mask(_: str, leaf: Leaf) -> Leaf:
         if not isinstance(leaf, LoraWeight) or leaf.invocation not in masks or not leaf.is_on:
             return leaf
         return leaf.replace(active=masks[leaf.invocation])
 
-    return map_leaves(given, tree)
+    return map_leaves(with_mask, tree)

@@ -86,7 +86,7 @@ class Scan(NamedTuple):
     unroll: int
 
     def split(self, operands: list[_T]) -> tuple[list[_T], list[_T], list[_T]]:
-        """Splits what belongs to the operands into that of consts, of carries, and of xs."""
+        """Splits a list with an element for each operand: for consts, for carries, for xs."""
         n_unsliced = self.n_consts + self.n_carry
         consts = operands[: self.n_consts]
         carries = operands[self.n_consts : n_unsliced]
@@ -98,7 +98,8 @@ def scan_of(eqn: JaxprEqn) -> Scan:
 
     A carry has the body's rank inside and outside; an x has one axis more outside.
     """
-    body = eqn.params["jaxpr"]
+    params = eqn.params
+    body = params["jaxpr"]
     inner, _ = opened(body)
     n_ys = _count_stacked(eqn.outvars, inner.outvars)
     n_xs = _count_stacked(eqn.invars, inner.invars)
@@ -107,9 +108,9 @@ def scan_of(eqn: JaxprEqn) -> Scan:
         body=body,
         n_consts=len(eqn.invars) - n_carry - n_xs,
         n_carry=n_carry,
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
     )
 
 
@@ -128,7 +129,7 @@ class While(NamedTuple):
     n_body_consts: int
 
     def split(self, operands: list[_T]) -> tuple[list[_T], list[_T], list[_T]]:
-        """Splits what belongs to the operands: the condition's, the body's, the carries'."""
+        """Splits a list with an element for each operand: for both kinds of consts, for carries."""
         n_consts = self.n_condition_consts + self.n_body_consts
         condition_consts = operands[: self.n_condition_consts]
         body_consts = operands[self.n_condition_consts : n_consts]
@@ -137,11 +138,12 @@ class While(NamedTuple):
 
 def while_of(eqn: JaxprEqn) -> While:
     """Reads a `while`."""
+    params = eqn.params
     return While(
-        condition=eqn.params["cond_jaxpr"],
-        body=eqn.params["body_jaxpr"],
-        n_condition_consts=eqn.params["cond_nconsts"],
-        n_body_consts=eqn.params["body_nconsts"],
+        condition=params["cond_jaxpr"],
+        body=params["body_jaxpr"],
+        n_condition_consts=params["cond_nconsts"],
+        n_body_consts=params["body_nconsts"],
     )
 
 
@@ -158,18 +160,19 @@ class Jit(NamedTuple):
 
 def jit_of(eqn: JaxprEqn) -> Jit:
     """Reads a `jit`."""
-    inline = eqn.params["inline"]  # a flag, or a member of an enum
-    compiler_options = dict(eqn.params["compiler_options_kvs"])
+    params = eqn.params
+    inline = params["inline"]  # a flag, or a member of an enum
+    compiler_options = dict(params["compiler_options_kvs"])
     return Jit(
-        jaxpr=eqn.params["jaxpr"],
-        name=eqn.params["name"],
+        jaxpr=params["jaxpr"],
+        name=params["name"],
         inline=inline is True or getattr(inline, "name", "") == "ALWAYS",
         options={
-            "keep_unused": eqn.params["keep_unused"],
+            "keep_unused": params["keep_unused"],
             "compiler_options": compiler_options or None,
         },
-        in_shardings=_specified(eqn.params["in_shardings"]),
-        out_shardings=_specified(eqn.params["out_shardings"]),
+        in_shardings=_specified(params["in_shardings"]),
+        out_shardings=_specified(params["out_shardings"]),
     )
 
 
@@ -191,13 +194,14 @@ class ShardMap(NamedTuple):
 
 def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     """Reads a `shard_map`."""
+    params = eqn.params
     return ShardMap(
-        body=eqn.params["jaxpr"],
-        mesh=eqn.params["mesh"],
-        in_specs=eqn.params["in_specs"],
-        out_specs=eqn.params["out_specs"],
-        manual_axes=eqn.params["newly_manual_axes"],
-        check_vma=eqn.params["check_vma"],
+        body=params["jaxpr"],
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=params["out_specs"],
+        manual_axes=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
     )
 
 

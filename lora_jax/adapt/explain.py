@@ -21,23 +21,28 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     """
     records: list[WeightUse] = []
     interpreter = Interpreter(RULES, strict=False, record=records.append)
-    keyed, treedef = flatten((args, kwargs))
-    leaves = [leaf for _, leaf in keyed]
-    places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    keyed_leaves, treedef = flatten((args, kwargs))
+    leaves = [leaf for _, leaf in keyed_leaves]
+    array_indices = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
-    def called(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
+    def run_with_records(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
         return run(fn, interpreter, with_own_masks(fn, args, kwargs), kwargs, None)
 
-    traced = eqns.trace_with(called, leaves, treedef, places)
-    jax.eval_shape(traced, *(leaves[place] for place in places))
+    fn_of_arrays = eqns.trace_with(run_with_records, leaves, treedef, array_indices)
+    jax.eval_shape(fn_of_arrays, *(leaves[index] for index in array_indices))
     for argument in (*args, *kwargs.values()):
-        adapted = [path for path, leaf in leaves_of(argument)[0] if isinstance(leaf, LoraWeight)]
-        met = {record.path for record in records}
-        records += [
-            WeightUse(path, "", "", "unused", "no output depends on it; its adapter will not train")
-            for path in adapted
-            if path not in met
-        ]
+        leaves_by_path, _ = leaves_of(argument)
+        used_paths = {record.path for record in records}
+        for path, leaf in leaves_by_path:
+            if isinstance(leaf, LoraWeight) and path not in used_paths:
+                unused = WeightUse(
+                    path=path,
+                    primitive="",
+                    place="",
+                    how="unused",
+                    why="no output depends on it; its adapter will not train",
+                )
+                records.append(unused)
     return list(dict.fromkeys(records))
 
 
@@ -57,8 +62,8 @@ def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
     path          primitive    place  how       why
     dense/kernel  dot_general  ...    factored  xW + s·(xA)B
     """
-    rows: list[Sequence[str]] = [WeightUse._fields, *uses(fn, *args, **kwargs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    table: list[Sequence[str]] = [WeightUse._fields, *uses(fn, *args, **kwargs)]
+    column_widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded_cells = map(str.ljust, cells, column_widths)
+        print("  ".join(padded_cells).rstrip())

@@ -17,19 +17,19 @@ import numpy as np
 from lora_jax.adapt.user_code import is_packaged
 from lora_jax.core.opaque import is_hashable
 
-_MOST = 2_000  # values that are looked at
+_MOST_VALUES = 2_000  # that are looked at
 _MOST_BYTES = 1 << 16  # of a NumPy array, whose elements may change
 
 _SIMPLE: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...))
 _SIMPLE += (range, enum.Enum, np.dtype, np.generic)
-# What is the same as long as it is the same object: arrays, code, functions that are compiled.
+# Types whose values stay the same as long as they are the same object.
 _CONSTANT: tuple[type, ...] = (jax.Array, types.ModuleType, types.CodeType, np.ufunc)
 _CONSTANT += (type(jax.jit(lambda: 0)),)
 _CONSTANT += (types.WrapperDescriptorType, types.MethodDescriptorType)
 _CONSTANT += (types.GetSetDescriptorType, types.MemberDescriptorType)
 # Modules whose functions may return something else on each call, and such submodules of a package.
-_CHANGING = frozenset({"datetime", "os", "random", "secrets", "time", "uuid"})
-_CHANGING_INSIDE = {"numpy": "random"}
+_CHANGING_MODULES = frozenset({"datetime", "os", "random", "secrets", "time", "uuid"})
+_CHANGING_SUBMODULE = {"numpy": "random"}
 
 
 class UnknownStateError(Exception):
@@ -47,7 +47,7 @@ class FunctionState:
             refer to too much.
         """
         self._seen: dict[int, object] = {}  # by identity; held, so that no identity is given twice
-        self._key = tuple(part for value in values for part in self._walk(value))
+        self._key = tuple(self._walk_all(values))
         self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
@@ -58,9 +58,12 @@ class FunctionState:
 
     def arrays(self) -> list[jax.Array | np.ndarray]:
         """Returns the arrays that the values refer to."""
-        return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
+        return [
+            value for value in self._seen.values() if isinstance(value, (jax.Array, np.ndarray))
+        ]
 
     def _walk(self, value: object) -> Iterator[Hashable]:
+        """Yields the state of a value: what changes with the value or what it refers to."""
         yield id(type(value))
         if isinstance(value, _SIMPLE):
             yield value
@@ -69,14 +72,14 @@ class FunctionState:
         elif id(value) in self._seen or isinstance(value, _CONSTANT):
             self._seen[id(value)] = value
             yield id(value)
-        elif len(self._seen) > _MOST:
+        elif len(self._seen) > _MOST_VALUES:
             raise UnknownStateError("there is too much to look at")
         else:
             self._seen[id(value)] = value
             yield from self._inside(value)
 
     def _inside(self, value: object) -> Iterator[Hashable]:
-        """Returns the state of an object that is met for the first time."""
+        """Yields the state of an object that is met for the first time."""
         match value:
             case np.ndarray():
                 if value.nbytes > _MOST_BYTES or value.dtype.hasobject:
@@ -88,9 +91,9 @@ class FunctionState:
                 yield value.__name__
                 yield from self._walk(value.__self__)
             case types.MethodType():
-                yield from self._all((value.__func__, value.__self__))
+                yield from self._walk_all((value.__func__, value.__self__))
             case functools.partial():
-                yield from self._all((value.func, value.args, value.keywords))
+                yield from self._walk_all((value.func, value.args, value.keywords))
             case property():
                 yield from self._walk(value.fget)
             case staticmethod() | classmethod():
@@ -99,58 +102,72 @@ class FunctionState:
                 yield from self._class(value)
             case list() | tuple() | set() | frozenset():
                 yield len(value)
-                yield from self._all(value)
+                yield from self._walk_all(value)
             case dict() | types.MappingProxyType():
                 yield len(value)
-                yield from self._all(value.keys())
-                yield from self._all(value.values())
+                yield from self._walk_all(value.keys())
+                yield from self._walk_all(value.values())
             case _:
                 yield from self._object(value)
 
-    def _all(self, values: Iterable[object]) -> Iterator[Hashable]:
+    def _walk_all(self, values: Iterable[object]) -> Iterator[Hashable]:
         for value in values:
             yield from self._walk(value)
 
     def _object(self, value: object) -> Iterator[Hashable]:
-        kind = type(value)
-        yield from self._class(kind)
-        by_identity: object = object.__hash__
-        if kind.__hash__ not in (None, by_identity) and is_hashable(value):
+        """Yields the state of an instance: its class, and its attributes or what it is equal to."""
+        cls = type(value)
+        yield from self._class(cls)
+        hash_of_identity: object = object.__hash__
+        has_own_hash = cls.__hash__ not in (None, hash_of_identity)
+        if has_own_hash and is_hashable(value):
             yield _ByEquality(value)
             return
-        slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]
-        is_open = hasattr(value, "__dict__") or slots
-        if not is_open or any(base.__module__ in _CHANGING for base in kind.__mro__):
-            raise UnknownStateError(f"a {kind.__name__} may change unseen")
+        slots: list[str] = []
+        for base in cls.__mro__:
+            slots += vars(base).get("__slots__", ())
+        has_visible_attributes = hasattr(value, "__dict__") or slots
+        is_of_changing_module = any(base.__module__ in _CHANGING_MODULES for base in cls.__mro__)
+        if not has_visible_attributes or is_of_changing_module:
+            raise UnknownStateError(f"a {cls.__name__} may change unseen")
         yield from self._walk(getattr(value, "__dict__", None))
-        yield from self._all(getattr(value, name, None) for name in slots)
+        yield from self._walk_all(getattr(value, name, None) for name in slots)
 
-    def _class(self, kind: type) -> Iterator[Hashable]:
-        yield id(kind)
-        for base in kind.__mro__:
+    def _class(self, cls: type) -> Iterator[Hashable]:
+        """Yields the state of a class: what it and its bases define outside packages."""
+        yield id(cls)
+        for base in cls.__mro__:
             if not is_packaged(base.__module__):
-                named = {n: v for n, v in vars(base).items() if not _is_of_python(n, v)}
-                yield from self._walk(named)
+                written_attributes = {
+                    name: value
+                    for name, value in vars(base).items()
+                    if not _is_kept_by_python(name, value)
+                }
+                yield from self._walk(written_attributes)
 
     def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
-        code, module = fn.__code__, fn.__module__
-        yield from self._all((code, fn.__defaults__, fn.__kwdefaults__))
-        yield from self._all(map(_contents, fn.__closure__ or ()))
-        if module is None or not is_packaged(module):
-            yield from self._globals(fn.__globals__, _names_in(code))
+        """Yields the state of a function: code, defaults, what it closes over, its globals."""
+        yield from self._walk_all((fn.__code__, fn.__defaults__, fn.__kwdefaults__))
+        yield from self._walk_all(map(_contents, fn.__closure__ or ()))
+        if fn.__module__ is None or not is_packaged(fn.__module__):
+            yield from self._globals(fn.__globals__, _names_in(fn.__code__))
 
-    def _globals(self, known: dict[str, object], names: frozenset[str]) -> Iterator[Hashable]:
-        """Returns the state of the globals of these names, and of attributes of modules."""
-        for name in sorted(names & known.keys()):
-            value = known[name]
+    def _globals(
+        self, module_globals: dict[str, object], names: frozenset[str]
+    ) -> Iterator[Hashable]:
+        """Yields the state of the globals of these names, and of attributes of modules."""
+        for name in sorted(names & module_globals.keys()):
+            value = module_globals[name]
             yield from self._walk(value)
             if not isinstance(value, types.ModuleType):
                 continue
-            if value.__name__ in _CHANGING or _CHANGING_INSIDE.get(value.__name__) in names:
-                raise UnknownStateError(f"what {value.__name__} gives may change")
-            if not is_packaged(value.__name__):
-                there = vars(value)
-                yield from self._all(there[name] for name in sorted(names & there.keys()))
+            module = value.__name__
+            if module in _CHANGING_MODULES or _CHANGING_SUBMODULE.get(module) in names:
+                raise UnknownStateError(f"what {module} gives may change")
+            if not is_packaged(module):
+                attributes = vars(value)
+                attribute_names = sorted(names & attributes.keys())
+                yield from self._walk_all(attributes[name] for name in attribute_names)
 
 
 class _ByEquality:
@@ -169,10 +186,11 @@ class _ByEquality:
             return False
 
 
-def _is_of_python(name: str, value: object) -> bool:
+def _is_kept_by_python(name: str, value: object) -> bool:
     """Returns True if Python itself keeps an attribute of a class, beside what its author wrote."""
-    is_written = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
-    return name == "_abc_impl" or (name[:2] == name[-2:] == "__" and not is_written)
+    is_method = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
+    is_dunder = name[:2] == name[-2:] == "__"
+    return name == "_abc_impl" or (is_dunder and not is_method)
 
 
 def _contents(cell: types.CellType) -> object:
@@ -186,5 +204,5 @@ def _contents(cell: types.CellType) -> object:
 @functools.cache
 def _names_in(code: types.CodeType) -> frozenset[str]:
     """Returns the names of globals and attributes in a function, and in functions inside it."""
-    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return frozenset(code.co_names).union(*map(_names_in, inner))
+    inner_codes = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return frozenset(code.co_names).union(*map(_names_in, inner_codes))

@@ -265,10 +265,10 @@ class Interpreter:
         use_index = 0  # counts uses alone, so that other equations change no dropout
         for eqn, used_outputs_of_eqn, unread_variables in needed.equations:
             values = [environment.read(atom) for atom in eqn.invars]
-            has_weight = any(isinstance(value, Factored) for value in values)
+            is_use = any(isinstance(value, (Factored, FoldedVector)) for value in values)
             if id(eqn) in environment.early_equations:
                 outputs = [environment.read(atom) for atom in eqn.outvars]
-            elif has_weight or any(isinstance(value, FoldedVector) for value in values):
+            elif is_use:
                 use = Use(
                     eqn=eqn,
                     values=values,
@@ -281,7 +281,8 @@ class Interpreter:
                 outputs = eqns.bind(eqn, values)
             else:
                 outputs = eager_steps.bind(eqn, values)
-            use_index += has_weight
+            if is_use and any(isinstance(value, Factored) for value in values):
+                use_index += 1
             environment.values |= zip(eqn.outvars, outputs, strict=True)
             for atom in unread_variables:
                 del environment.values[atom]
@@ -543,14 +544,14 @@ def _repeats_shift(use: Use, outputs: Sequence[Value]) -> bool:
         return True
     if use.name == "all_gather":
         return False
-    return not _in_sizes(_weights_with_shift(outputs)) <= _in_sizes(operands_with_shift)
+    return not _fan_ins(_weights_with_shift(outputs)) <= _fan_ins(operands_with_shift)
 
 
 def _weights_with_shift(values: Sequence[Value]) -> list[Factored]:
     return [value for value in values if isinstance(value, Factored) and value.shift is not None]
 
 
-def _in_sizes(weights: Sequence[Factored]) -> set[int]:
+def _fan_ins(weights: Sequence[Factored]) -> set[int]:
     return {math.prod(weight.sizes("in")) for weight in weights}
 
 

@@ -30,25 +30,32 @@ class Snapshot:
     @classmethod
     def take(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
-        return cls([(path, each, _attributes(each)) for path, each in objects(tree)])
+        return cls(
+            [(path, nnx_object, _attributes(nnx_object)) for path, nnx_object in objects(tree)]
+        )
 
     def writes(self) -> Writes:
         """Returns the changes since the snapshot."""
-        changed_objects: Writes = []
-        for path, each, before in self.objects:
-            after = _attributes(each)
-            changed = {n: v for n, v in after.items() if n not in before or before[n] is not v}
-            changed |= dict.fromkeys(before.keys() - after.keys(), _DELETED)
-            if changed:
-                changed_objects.append((path, changed))
-        return changed_objects
+        writes: Writes = []
+        for path, nnx_object, old_attributes in self.objects:
+            attributes = _attributes(nnx_object)
+            changed_attributes = {
+                name: value
+                for name, value in attributes.items()
+                if name not in old_attributes or old_attributes[name] is not value
+            }
+            deleted_names = old_attributes.keys() - attributes.keys()
+            changed_attributes |= dict.fromkeys(deleted_names, _DELETED)
+            if changed_attributes:
+                writes.append((path, changed_attributes))
+        return writes
 
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """Stands for a leaf of the arguments, by its place among them."""
+    """Stands for a leaf of the arguments, by its index among them."""
 
-    place: int
+    index: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +63,8 @@ class Output:
     """Stands for an output of a jaxpr.
 
     Attributes:
-      number: among the outputs.
-      origin: the place of the argument that it is; None of one that is computed.
+      number: index among the outputs.
+      origin: the index of the argument that it is; None of one that is computed.
     """
 
     number: int
@@ -74,45 +81,50 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
       writes: what a function wrote in them; traced arrays are `Output`\\ s.
 
     Returns:
-      The writes, and the values written, by the place of the leaf that each takes.
+      The writes, and the values written, by the index of the leaf whose place each takes.
     """
-    kept: Writes = []
+    changing_writes: Writes = []
     assigned: dict[int, Leaf] = {}
     for path, attributes in writes:
-        before, changed = _attributes(_find(tree, path)), {}
+        old_attributes = _attributes(_find(tree, path))
+        changed_attributes: Attributes = {}
         for name, value in attributes.items():
-            leaf = before.get(name)
-            if isinstance(leaf, Argument):
-                if isinstance(value, Output) and value.origin == leaf.place:
+            argument = old_attributes.get(name)
+            if isinstance(argument, Argument):
+                is_unchanged = isinstance(value, Output) and value.origin == argument.index
+                if is_unchanged:
                     continue
-                assigned[leaf.place] = value
-            changed[name] = value
-        if changed:
-            kept.append((path, changed))
-    return kept, assigned
+                assigned[argument.index] = value
+            changed_attributes[name] = value
+        if changed_attributes:
+            changing_writes.append((path, changed_attributes))
+    return changing_writes, assigned
 
 
 def write(tree: Tree, writes: Writes) -> None:
     """Makes the changes in the objects of a tree of arguments."""
     for path, attributes in writes:
-        each = _find(tree, path)
-        before = _attributes(each)
+        nnx_object = _find(tree, path)
+        old_attributes = _attributes(nnx_object)
         for name, value in attributes.items():
-            held = before.get(name)
-            if isinstance(held, Trained) and not is_node(value) and value is not _DELETED:
-                value = held.replace(value=value)
             if value is _DELETED:
-                delattr(each, name)
-            elif name is not _VALUE:
-                setattr(each, name, value)
+                delattr(nnx_object, name)
+                continue
+            old_value = old_attributes.get(name)
+            if isinstance(old_value, Trained) and not is_node(value):
+                value = old_value.replace(value=value)
+            if name is _VALUE:
+                nnx_object.set_raw_value(value)
             else:
-                each.set_raw_value(value)
+                setattr(nnx_object, name, value)
 
 
-def _attributes(each: Leaf) -> Attributes:
-    if isinstance(each, sys.modules["flax.nnx"].Variable):
-        return {_VALUE: each.get_raw_value()}
-    return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
+def _attributes(nnx_object: Leaf) -> Attributes:
+    """Returns the attributes of an NNX object; of a Variable its value."""
+    if isinstance(nnx_object, sys.modules["flax.nnx"].Variable):
+        return {_VALUE: nnx_object.get_raw_value()}
+    attributes = vars(nnx_object)
+    return {name: attributes[name] for name in attributes if not name.startswith("_pytree__")}
 
 
 def _find(tree: Tree, path: KeyPath) -> Tree:

@@ -191,7 +191,7 @@ class _Log:
         return outputs
 
     def _product(self, _: Interpreter, use: Use) -> list[Value]:
-        """Notes which axes of leaves a product contracts; follows leaves through a look-up."""
+        """Notes the axes of leaves that a product contracts; follows leaves through a look-up."""
         operands = use.values[:2]
         are_leaves = [
             isinstance(value, Factored) and bool(paths_of(value.labels, "")) for value in operands

@@ -288,8 +288,8 @@ def _path_in_argument(key_path: KeyPath) -> str:
 
 def _without_factors(base: BaseLike, ndim: int, path: str) -> Factored:
     """Returns W alone as a weight."""
-    labels: tuple[Label, ...] = ("batch",) * ndim
-    return Factored(base, {}, labels, path=path)
+    labels: list[Label] = ["batch"] * ndim
+    return Factored(base, {}, tuple(labels), path=path)
 
 
 def _plain(leaf: Leaf, path: str) -> Leaf:

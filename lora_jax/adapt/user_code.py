@@ -18,23 +18,29 @@ import jax
 from lora_jax.core.extend import JaxprEqn, source_info_util
 
 
-def _inside(folder: str | Path) -> str:
+def _path_prefix(folder: str | Path) -> str:
     """Returns the prefix of the paths of files in a folder."""
     return f"{folder}{os.sep}"
 
 
+# Prefixes of the paths of files in packages, in lora_jax, in this folder, whose lines made no
+# equation, and in JAX.
 _PACKAGES = tuple(
-    {_inside(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
+    {_path_prefix(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
 )
-_OURS = _inside(Path(__file__).parent.parent)
-_WALK = _inside(Path(__file__).parent)  # this folder, whose lines made no equation
-_JAX = tuple(_inside(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
+_OURS = _path_prefix(Path(__file__).parent.parent)
+_WALK = _path_prefix(Path(__file__).parent)
+_JAX = tuple(
+    _path_prefix(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"])
+)
 
-_SHOWN = 40  # characters of a cell's line
+_CHARACTERS_SHOWN = 40  # of a cell's line
 _WARNED: dict[Any, Any] = {}  # what `warnings` needs to say a thing once
 
 # The equations that are being evaluated, one inside the other.
-_INSIDE: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("inside", default=())
+_OUTER_EQUATIONS: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar(
+    "outer_equations", default=()
+)
 
 
 @functools.cache
@@ -63,17 +69,18 @@ class SourceLine(NamedTuple):
     inside: str
 
     def __str__(self) -> str:
-        called = f" (in {self.inside})" if self.inside else ""
-        return f"{_named(self.file, self.line)}{called}"
+        line = _line_text(self.file, self.line)
+        return f"{line} (in {self.inside})" if self.inside else line
 
 
-def _named(file: str, line: int) -> str:
+def _line_text(file: str, line: int) -> str:
     """Returns "file:line"; of a notebook's cell, whose file exists nowhere, the line itself."""
-    text = "" if os.path.exists(file) else linecache.getline(file, line).strip()
-    if not text:
+    code = "" if os.path.exists(file) else linecache.getline(file, line).strip()
+    if not code:
         return f"{file}:{line}"
-    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-    return f"line {line}, {shown!r}"
+    if len(code) > _CHARACTERS_SHOWN:
+        code = f"{code[:_CHARACTERS_SHOWN]}…"
+    return f"line {line}, {code!r}"
 
 
 def place_of(eqn: JaxprEqn) -> SourceLine:
@@ -82,16 +89,16 @@ def place_of(eqn: JaxprEqn) -> SourceLine:
     An equation inside a function that JAX traced by itself has no line of the user's; the equation
     that calls that function has one, or else the Python stack, of which JAX keeps only a part.
     """
-    inside = ""
-    for each in (eqn, *reversed(_INSIDE.get())):
-        stack: Any = each.source_info.traceback
+    package_line = ""  # the innermost one, but for JAX's and those of this folder
+    for source_eqn in (eqn, *reversed(_OUTER_EQUATIONS.get())):
+        stack: Any = source_eqn.source_info.traceback
         frames = () if stack is None else stack.frames
         for frame in frames:
             if not _is_package_file(frame.file_name):
-                return SourceLine(frame.file_name, frame.line_num, inside)
-            if not inside and not frame.file_name.startswith((*_JAX, _WALK)):
-                inside = f"{_short(frame.file_name)}:{frame.line_num}"
-    return place_of_call()._replace(inside=inside)
+                return SourceLine(frame.file_name, frame.line_num, package_line)
+            if not package_line and not frame.file_name.startswith((*_JAX, _WALK)):
+                package_line = f"{_path_from_package(frame.file_name)}:{frame.line_num}"
+    return place_of_call()._replace(inside=package_line)
 
 
 def place_of_call() -> SourceLine:
@@ -102,16 +109,16 @@ def place_of_call() -> SourceLine:
     return SourceLine("a package", 1, "")
 
 
-def warn(message: str, category: type[Warning], place: SourceLine) -> None:
+def warn(message: str, category: type[Warning], line: SourceLine) -> None:
     """Warns at a line of the user's code; once for each message, unless a filter says otherwise."""
-    warnings.warn_explicit(message, category, place.file, place.line, registry=_WARNED)
+    warnings.warn_explicit(message, category, line.file, line.line, registry=_WARNED)
 
 
-def _short(path: str) -> str:
-    """Returns a path from the package on."""
-    roots = (*_PACKAGES, _inside(Path(_OURS).parent))
-    above = [root for root in roots if path.startswith(root)]
-    return path.removeprefix(max(above, key=len)) if above else path
+def _path_from_package(path: str) -> str:
+    """Returns the path of a file from its package on."""
+    roots = (*_PACKAGES, _path_prefix(Path(_OURS).parent))
+    roots_of_path = [root for root in roots if path.startswith(root)]
+    return path.removeprefix(max(roots_of_path, key=len, default=""))
 
 
 @contextlib.contextmanager
@@ -119,9 +126,9 @@ def user_context(eqn: JaxprEqn) -> Iterator[None]:
     """Gives the equation's names and source line to all that is traced inside."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
-    token = _INSIDE.set((*_INSIDE.get(), eqn))
+    token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))
     try:
         with source_info_util.user_context(info.traceback, name_stack=name_stack):
             yield
     finally:
-        _INSIDE.reset(token)
+        _OUTER_EQUATIONS.reset(token)

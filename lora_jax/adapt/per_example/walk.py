@@ -224,7 +224,9 @@ class _Walk:
                     return carry
                 carry = next_carry
 
-        unvisited_carry = [UnvisitedCarry() if label is None else label for label in first_carry]
+        unvisited_carry: list[ExampleLabel] = [
+            UnvisitedCarry() if label is None else label for label in first_carry
+        ]
         carry_of_steps = repeated(unvisited_carry)
         carry = repeated(list(map(joined, first_carry, carry_of_steps)))
         if _first_label(carry, ExampleKernels) is None:
@@ -293,7 +295,7 @@ def _label_of_array(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
 
 
 def _reason_without_rule(primitive: str, has_kernel: bool) -> str:
-    """Returns what a primitive without a rule does to examples."""
+    """Returns the action of a primitive without a rule that mixes examples."""
     if primitive in _REASONS_WITHOUT_RULE:
         return _REASONS_WITHOUT_RULE[primitive]
     if has_kernel:

@@ -32,7 +32,7 @@ from lora_jax.core.product import is_dropped, is_sharded
 from lora_jax.core.types import Outcome
 
 _CONTRACTED_ROLES: tuple[Label, Label] = ("out", "in")  # of the left weight, of the right weight
-_LEFT_RANK, _RIGHT_RANK, *_AXIS_LETTERS = string.ascii_letters
+_LEFT_RANK, _RIGHT_RANK, *_AXIS_LETTERS = list(string.ascii_letters)
 
 
 class _Lettered(NamedTuple):
@@ -130,8 +130,8 @@ def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
     b1_w2 = _einsum(use, b1, w2, left_rank_columns, w2.array.dtype).array.astype(factor_dtype)
     b1_w2 += _einsum(use, b1_a2, b2, left_rank_columns, factor_dtype).array
     w1_a2 = _einsum(use, w1, a2, right_rank_rows, w1.array.dtype).array.astype(factor_dtype)
-    wide_a1 = _over_stack(a1, [*stack, _LEFT_RANK, *rows], size_of_letter).astype(factor_dtype)
-    wide_b2 = _over_stack(b2, [*stack, _RIGHT_RANK, *columns], size_of_letter).astype(factor_dtype)
+    wide_a1 = _repeated(a1, [*stack, _LEFT_RANK, *rows], size_of_letter).astype(factor_dtype)
+    wide_b2 = _repeated(b2, [*stack, _RIGHT_RANK, *columns], size_of_letter).astype(factor_dtype)
     rank_axis = len(stack)
     parts = {
         "a": jnp.concatenate([wide_a1, w1_a2], axis=rank_axis),
@@ -198,7 +198,7 @@ def _einsum(
     return _Lettered(product, result_letters)
 
 
-def _over_stack(
+def _repeated(
     factor: _Lettered, result_letters: Sequence[str], size_of_letter: dict[str, int]
 ) -> jax.Array:
     """Returns a factor as [stack…, rank, …], repeated along the stack's axes that it lacks."""

@@ -103,7 +103,8 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     if varies_within_member:
         return None
     cases = [convert(case, form) for case in cases]
-    (base,) = use.bind([which, *(case.base for case in cases)])
+    bases = [case.base for case in cases]
+    (base,) = use.bind([which, *bases])
     which_labels = form.labels[: which.ndim]  # it has the axes of the weights, or is one number
     indices = [slice(None) if label == "batch" else 0 for label in which_labels]
     which_of_member = which[tuple(indices)]

@@ -204,13 +204,12 @@ def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
     n_unsliced = scan.n_consts + scan.n_carry
     restacked_weights = {}
     for output_index, argument_index in enumerate(sources(scan.body)):
-        is_stack_of_slices = (
-            output_index >= scan.n_carry
-            and argument_index is not None
-            and argument_index >= n_unsliced
-        )
-        if is_stack_of_slices and isinstance(use.values[argument_index], Factored):
-            restacked_weights[output_index] = use.values[argument_index]
+        is_carry = output_index < scan.n_carry
+        if is_carry or argument_index is None or argument_index < n_unsliced:
+            continue
+        stack = use.values[argument_index]
+        if isinstance(stack, Factored):
+            restacked_weights[output_index] = stack
     return restacked_weights
 
 
@@ -261,6 +260,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     def goes_on(state: _State) -> jax.Array:
         iteration, arrays = state
         arguments = _arguments(condition_consts, carries.weights, arrays, iteration)
+        is_true: jax.Array
         (is_true,) = condition(*arguments)
         return is_true
 
@@ -373,13 +373,16 @@ def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
     """Returns a weight with a base that each device can have a piece of; an array as it is."""
     if not isinstance(value, Factored):
         return value
-    names_by_axis = [_names_in(entry) for entry in _mesh_axes(value, spec)]
-    n_pieces = [math.prod(mesh.shape[name] for name in names) for names in names_by_axis]
-    split_names = value.split
-    if value.shift is not None:
-        for axis in value.axes("in"):
-            split_names += tuple(name for name in names_by_axis[axis] if mesh.shape[name] > 1)
-    return dataclasses.replace(value, base=splittable(value.base, n_pieces), split=split_names)
+    in_axes = value.axes("in")
+    split_names = [*value.split]
+    n_pieces: list[int] = []  # along each axis
+    for axis, mesh_axes in enumerate(_mesh_axes(value, spec)):
+        names = _names_in(mesh_axes)
+        n_pieces.append(math.prod(mesh.shape[name] for name in names))
+        if value.shift is not None and axis in in_axes:
+            split_names += [name for name in names if mesh.shape[name] > 1]
+    base = splittable(value.base, n_pieces)
+    return dataclasses.replace(value, base=base, split=tuple(split_names))
 
 
 def _mesh_axes(weight: Factored, spec: PartitionSpec) -> list[MeshAxes]:
@@ -456,12 +459,12 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
 
         return solver_of_operator
 
-    has_transpose = solve.transpose_solve is not None
-    outputs = lax.custom_linear_solve(
+    transpose_solve = solve.transpose_solve
+    outputs: list[Value] = lax.custom_linear_solve(
         entered(solve.matvec),
         right_side,
         solver(solve.solve),
-        solver(solve.transpose_solve) if has_transpose else None,
+        None if transpose_solve is None else solver(transpose_solve),
         symmetric=solve.is_symmetric,
         has_aux=has_aux,
     )

@@ -19,11 +19,11 @@ class _Source(NamedTuple):
     """The operand that a value is.
 
     Attributes:
-      index: index of the operand.
+      operand: index of the operand.
       order: for each axis of the value, the axis of the operand.
     """
 
-    index: int
+    operand: int
     order: tuple[int, ...]
 
 
@@ -51,7 +51,7 @@ def _index_if_unmoved(source: _Source | None) -> int | None:
     if source is None:
         return None
     is_moved = source.order != tuple(range(len(source.order)))
-    return None if is_moved else source.index
+    return None if is_moved else source.operand
 
 
 def _agreed(values: Sequence[_T]) -> _T | None:
@@ -83,7 +83,7 @@ def _sources_among(
             source = sources_of_eqn[id(eqn)][output_index]
             if source is None:
                 return None
-            atom = eqn.invars[source.index]
+            atom = eqn.invars[source.operand]
             order = tuple(source.order[axis] for axis in order)
         return None
 
@@ -125,7 +125,7 @@ def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
     n_unsliced = scan.n_consts + scan.n_carry
     scan_sources = _unchanged_carries(sources_in_body[: scan.n_carry], scan.n_consts)
     for source in sources_in_body[scan.n_carry :]:
-        if source is not None and source.index >= n_unsliced:
+        if source is not None and source.operand >= n_unsliced:
             scan_sources.append(_stacked(source))
         else:
             scan_sources.append(None)
@@ -134,12 +134,12 @@ def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
 
 def _shifted(source: _Source | None, n_operands: int) -> _Source | None:
     """Returns the source where some other operands come first."""
-    return None if source is None else _Source(n_operands + source.index, source.order)
+    return None if source is None else _Source(n_operands + source.operand, source.order)
 
 
 def _stacked(source: _Source) -> _Source:
     """Returns the source of a stack of slices of an operand, whose axes may be moved."""
-    return _Source(source.index, (0, *(axis + 1 for axis in source.order)))
+    return _Source(source.operand, (0, *(axis + 1 for axis in source.order)))
 
 
 def _unchanged_carries(
@@ -196,7 +196,7 @@ def _may_pass_on(eqn: JaxprEqn, operand_flags: list[bool]) -> Sequence[bool]:
         return [all(flags) for flags in zip(*flags_of_branches, strict=True)]
     if name in ("scan", "while"):
         return [
-            source is not None and operand_flags[source.index] for source in _operand_sources(eqn)
+            source is not None and operand_flags[source.operand] for source in _operand_sources(eqn)
         ]
     if name == "dot_general":
         return [all(operand_flags)]

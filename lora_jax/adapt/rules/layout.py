@@ -141,7 +141,7 @@ def _place(interpreter: Interpreter, use: Use) -> list[Value]:
 def _moved_to_memory(weight: Factored, space: Space) -> Factored:
     """Returns a weight with its arrays beside the base in a memory space."""
 
-    def move(array: jax.Array, _: Axes) -> jax.Array:
+    def move(array: Value, _: Axes) -> Value:
         return move_to_memory(array, space)
 
     return weight.along(weight.base, move)
@@ -153,9 +153,12 @@ def _apply_to_all_arrays(_: Interpreter, use: Use) -> Outcome:
         return None
     outputs: list[Value] = []
     for weight in use.values:
-        arrays, treedef = jax.tree.flatten(weight)
-        results = [use.bind([_varying(array, weight)])[0] for array in arrays]
-        outputs.append(treedef.unflatten(results))
+
+        def apply(array: jax.Array, weight: Factored = weight) -> Value:
+            (result,) = use.bind([_varying(array, weight)])
+            return result
+
+        outputs.append(jax.tree.map(apply, weight))
     return outputs
 
 

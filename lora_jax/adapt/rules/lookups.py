@@ -84,7 +84,7 @@ def _looked_up(
 def _look_up_rows_or_members(
     weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], use: Use
 ) -> Value:
-    """Returns what the indices choose along an axis; None if that has no factored form.
+    """Returns the rows or members at some indices; None if they have no factored form.
 
     Args:
       weight: a table, or a stack of weights.
@@ -150,15 +150,15 @@ def _rows_of_table(
         dtype = base_result.dtype
         z = z.astype(dtype)
         b = weight.b.astype(dtype)
-        return in_order(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=dtype))
+        return arranged(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=dtype))
 
-    def in_order(array: jax.Array) -> jax.Array:
+    def arranged(array: jax.Array) -> jax.Array:
         """Puts columns, or places and columns, in the order of the rows."""
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
     weight = weight.replace(key=None)  # look-ups have no dropout
-    return combined(None, weight, base_rows, factor_rows, in_order)
+    return combined(None, weight, base_rows, factor_rows, arranged)
 
 
 def _looked_up_by_member(

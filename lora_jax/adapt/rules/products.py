@@ -146,7 +146,9 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     weight = use.values[weight_side]
     if isinstance(x, Factored):
         return None
-    contract, batch = _dims_of_x_and_weight(use, x_side, weight_side)
+    contract, batch = (
+        (tuple(axes[x_side]), tuple(axes[weight_side])) for axes in use.params["dimension_numbers"]
+    )
     names = ("precision", "preferred_element_type", "out_sharding")
     params = {name: use.params[name] for name in names}
     if not weight.parts:
@@ -186,15 +188,6 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         **params,
     )
     return [result]
-
-
-def _dims_of_x_and_weight(use: Use, x_side: int, weight_side: int) -> tuple[Dims, Dims]:
-    """Returns the contracted axes and the batched axes of a product: of x, of the weight."""
-    contract, batch = use.params["dimension_numbers"]
-    return (
-        (tuple(contract[x_side]), tuple(contract[weight_side])),
-        (tuple(batch[x_side]), tuple(batch[weight_side])),
-    )
 
 
 def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
@@ -382,9 +375,7 @@ def _grouped_product_with_b(
     rank, n_out = weight.b.shape
     z = z.reshape(math.prod(place_shape), n_groups, rank)
     b = weight.b.astype(z.dtype).reshape(rank, n_groups, n_out // n_groups)
-    z_rank, b_rank = (2,), (0,)
-    z_group, b_group = (1,), (1,)
-    dims = ((z_rank, b_rank), (z_group, b_group))
+    dims = (((2,), (0,)), ((1,), (1,)))  # contracts the rank, and batches the groups
     delta = lax.dot_general(z, b, dims, precision, dtype)  # [groups, places, out / groups]
     return jnp.moveaxis(delta, 0, 1).reshape(*place_shape, n_out)
 

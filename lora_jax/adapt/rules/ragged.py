@@ -37,10 +37,10 @@ class _GroupFactors(NamedTuple):
     group_sizes: jax.Array
 
 
-def _factor_product(
+def _ragged_factor_product(
     x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns s·(xA)B of each row, with its group's A, B and s.
+    """Returns s·(xA)B of each row, with its group's A, B and s, by two ragged products.
 
     Args:
       x: [rows, in].
@@ -51,16 +51,6 @@ def _factor_product(
     Returns:
       [rows, out].
     """
-    n_groups, rank, _ = factors.near.shape
-    if n_groups * rank > _UNIT_COLUMNS:
-        return _ragged_factor_product(x, factors, precision, dtype)
-    return _joint_factor_product(x, factors, precision, dtype)
-
-
-def _ragged_factor_product(
-    x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
-) -> jax.Array:
-    """Returns s·(xA)B by two ragged products; see `_factor_product`."""
     _, rank, n_in = factors.near.shape
     a = jnp.swapaxes(factors.near, 1, 2)
     z = lax.ragged_dot(x, a, factors.group_sizes, precision, wide(x.dtype))
@@ -73,24 +63,25 @@ def _ragged_factor_product(
 def _joint_factor_product(
     x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns s·(xA)B by two plain products, for ranks that all fit into a matrix unit.
+    """Returns s·(xA)B by two plain products, where the ranks of all groups fit into a matrix unit.
 
-    The first product is with all A's side by side, of which each row keeps its group's columns, and
-    the second with all B's. They cost the unit no more than one group's, and every compiler handles
-    them well. (XLA makes a kernel of a ragged product on TPU, but runs out of memory for the
-    gradient of an A of [14336, 8]; elsewhere it makes a masked copy of x for each group.)
+    For the arguments see `_ragged_factor_product`. The first product is with all A's side by side,
+    of which each row keeps its group's columns, and the second with all B's. They cost the unit no
+    more than one group's, and every compiler handles them well. (XLA makes a kernel of a ragged
+    product on TPU, but runs out of memory for the gradient of an A of [14336, 8]; elsewhere it
+    makes a masked copy of x for each group.)
     """
     n_rows = x.shape[0]
     n_groups, rank, n_in = factors.near.shape
     group_ends = jnp.cumsum(factors.group_sizes)
     row = jnp.arange(n_rows, dtype=group_ends.dtype)[:, None]
     is_in_group = (group_ends - factors.group_sizes <= row) & (row < group_ends)
-    z = jnp.einsum(
+    z = jnp.einsum(  # [rows, groups, r]
         "mi,gri->mgr", x, factors.near, precision=precision, preferred_element_type=wide(x.dtype)
     )
-    is_kept = is_in_group[:, :, None]  # [rows, groups, 1]
+    is_own_column = is_in_group[:, :, None]
     z = z * factors.scales.astype(z.dtype)
-    z = jnp.where(is_kept, z, jnp.zeros_like(z)).astype(x.dtype)
+    z = jnp.where(is_own_column, z, jnp.zeros_like(z)).astype(x.dtype)
     z = z.reshape(n_rows, -1)
     b = factors.far.reshape(-1, factors.far.shape[2])
     z = named_if_narrow(z, n_groups * rank, n_in)
@@ -138,7 +129,10 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
             far=far.astype(x.dtype),
             group_sizes=group_sizes,
         )
-        return _factor_product(x, factors, use.params["precision"], base_result.dtype)
+        n_groups, rank, _ = near.shape
+        fits_into_unit = n_groups * rank <= _UNIT_COLUMNS
+        multiply = _joint_factor_product if fits_into_unit else _ragged_factor_product
+        return multiply(x, factors, use.params["precision"], base_result.dtype)
 
     def vector_of_row(vectors: jax.Array) -> jax.Array:
         return group_vectors(vectors, group_sizes, x.shape[0])
