@@ -322,6 +322,7 @@ class Interpreter:
             use = Use(
                 eqn=eqn, values=[value], used_outputs=(True,), inputs=FactorInputs(), jaxpr=jaxpr
             )
+            # The index of the use is for dropout, which a weight without a key has not.
             (value,) = self._apply(use, 0, None)
             environment.values[eqn.outvars[0]] = value
             environment.early_equations.add(id(eqn))
