@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -60,19 +60,25 @@ from train.stages.inputs import InputReader, Inputs
 from train.stages.types import OpenedRun, RunContext
 
 _PROG = "train.compare"
-_OURS = (
-    *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS),
-    *(pages.HTML, pages.MARKDOWN, pages.PICTURES),
+_FILES = (  # of a comparison, in its folder
+    CONFIG,
+    PROGRESS,
+    result.JSON,
+    RUNS,
+    measure.COSTS,
+    pages.HTML,
+    pages.MARKDOWN,
+    pages.PICTURES,
 )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-    given = list(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
     session = Session()
     with session.running():
-        script, config = parse(given)
-        command = program(_PROG, *given)
+        script, config = parse(arguments)
+        command = program(_PROG, *arguments)
         compare(script, config, session, command)
 
 
@@ -86,38 +92,65 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
       UserError: options make no sense.
     """
     if not args or args[0] not in SCRIPTS:
-        if asks_for_help(args):
-            usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
-            print(f"{about(__doc__, _PROG)}\n{usage}")
-            sys.exit(0)
-        other = f"not {args[0]!r}" if args else "and nothing was given"
-        *most, last = SCRIPTS
-        names = f"{', '.join(most)} or {last}"
-        raise UserError(f"the script to compare runs of is needed first: {names}, {other}")
+        _help_or_refuse(args)
     script = SCRIPTS[args[0]]
     line: Any = read_line(script.compared, args[1:], f"{_PROG} {args[0]}")
-    config, on_line, in_file = line
-    given = {*on_line, *in_file}
+    config, line_options, file_options = line
+    set_options = {*line_options, *file_options}
     if script.kind == "grpo":
-        config = grpo_options.fill_dataset(config, given)
-    check(config.compare, config, given)
-    check_effects(config, dataset_facts(config), on_line, in_file)  # --methods tells of variants
+        config = grpo_options.fill_dataset(config, set_options)
+    check(config.compare, config, set_options)
+    # --methods tells of variants.
+    check_effects(config, dataset_facts(config), line_options, file_options)
     if config.compare.quick:
-        length = {"steps", "epochs"}  # either says how long to train
-        kept = given | length if given & length else given
-        config = replace_options(config, {k: v for k, v in script.quick.items() if k not in kept})
-    wrong = [method for method in config.compare.methods if method in OF_CLASSIFIER]
-    if wrong and script.kind != "classify":
-        raise UserError(
-            f"{flag('methods', wrong[0])} is a way to train a classifier: compare classify"
-        )
-    supervised = [method for method in config.compare.methods if method in OF_EXAMPLES]
-    if supervised and script.kind != "grpo":
-        raise UserError(f"{flag('methods', supervised[0])} is for a comparison by rewards: grpo")
-    for name, why in NOT_OF[script.kind].items():
-        if name in given:
-            raise UserError(f"{flag(name)}: {why}")
+        config = _with_quick_options(script, config, set_options)
+    _check_methods(script, config.compare)
+    for name, reason in NOT_OF[script.kind].items():
+        if name in set_options:
+            raise UserError(f"{flag(name)}: {reason}")
     return script, config
+
+
+def _help_or_refuse(args: Sequence[str]) -> NoReturn:
+    """Prints the help and exits if arguments ask for it; else raises that no script is named."""
+    if asks_for_help(args):
+        usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
+        print(f"{about(__doc__, _PROG)}\n{usage}")
+        sys.exit(0)
+    problem = f"not {args[0]!r}" if args else "and nothing was given"
+    scripts = list(SCRIPTS)
+    names = f"{', '.join(scripts[:-1])} or {scripts[-1]}"
+    raise UserError(f"the script to compare runs of is needed first: {names}, {problem}")
+
+
+def _with_quick_options(
+    script: ComparedScript, config: CompareOptions, set_options: set[str]
+) -> CompareOptions:
+    """Returns the options with those of a first look, where the user has set none.
+
+    Args:
+      script: the training script.
+      config: the options.
+      set_options: names of options that the command line or a file sets.
+    """
+    length_options = {"steps", "epochs"}  # either says how long to train
+    fixed_options = set_options
+    if set_options & length_options:
+        fixed_options = set_options | length_options
+    changes = {name: value for name, value in script.quick.items() if name not in fixed_options}
+    return replace_options(config, changes)
+
+
+def _check_methods(script: ComparedScript, compare_config: CompareConfig) -> None:
+    """Raises a UserError for methods of another script."""
+    for method in compare_config.methods:
+        if method in OF_CLASSIFIER and script.kind != "classify":
+            raise UserError(
+                f"{flag('methods', method)} is a way to train a classifier: compare classify"
+            )
+    for method in compare_config.methods:
+        if method in OF_EXAMPLES and script.kind != "grpo":
+            raise UserError(f"{flag('methods', method)} is for a comparison by rewards: grpo")
 
 
 def compare(
@@ -143,80 +176,101 @@ def compare(
       TrainingError: something that was asked for cannot be done.
       Interrupted: after a signal, once what is on its way is saved.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     console = hosts.console()
     folder = _open_folder(config, session, console)
-    asked = config.compare
-    _check_examples(asked)
-    text = outside.read_text(asked.outside) if script.kind != "classify" else None
-    options, reader = _begun(script, config, session), InputReader()
-    scripts = _BesideRewards.read(script, options, asked, session)
+    compare_config = config.compare
+    _check_examples(compare_config)
+    outside_text: tuple[str, str] | None = None
+    if script.kind != "classify":
+        outside_text = outside.read_text(compare_config.outside)
+    options = _base_options(script, config, session)
+    reader = InputReader()
+    scripts = _BesideRewards.read(script, options, compare_config, session)
     script = scripts.script
-    trials, inputs = trials_of(script, options, asked, folder, reader, scripts.examples)
+    trials, inputs = trials_of(script, options, compare_config, folder, reader, scripts.examples)
     scripts.read_base(inputs, console)
-    on_text = _loss_outside(text, asked, inputs.read.outline.tokenizer, console)
+    tokenizer = inputs.read.outline.tokenizer
+    outside_loss = _loss_outside(outside_text, compare_config, tokenizer, console)
     if not config.run.resume:
-        clear(folder, _OURS)
+        clear(folder, _FILES)
     write_text(folder / CONFIG, options_file(config, f"train.compare {script.kind}"))
-    done = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
-    settings = len({trial.arm for trial in trials})
+    record = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
+    n_settings = len({trial.arm for trial in trials})
     tell(
-        console, f"{len(trials)} runs of {settings} settings; what they come to will be in {folder}"
+        console,
+        f"{len(trials)} runs of {n_settings} settings; what they come to will be in {folder}",
     )
     session.stop.remedy = resume_hint(prog)
+    intruders = functools.partial(_intruders, inputs, {}) if compare_config.intruders else None
     sweep = Sweep(
         kind=script.kind,
         folder=folder,
         trials=trials,
-        record=done,
+        record=record,
         context=RunContext(reader=reader, hint=session.stop.remedy),
-        asked=asked,
-        outside=on_text,
-        intruders=functools.partial(_intruders, inputs, {}) if asked.intruders else None,
+        config=compare_config,
+        outside=outside_loss,
+        intruders=intruders,
         session=session,
         console=console,
     )
     sweep.run()
-    comparison = measure.collect(sweep, inputs, command, text[1] if text and on_text else None)
+    outside_name = outside_text[1] if outside_text and outside_loss else None
+    comparison = measure.collect(sweep, inputs, command, outside_name)
     comparison = scripts.with_prompts(comparison)
     result.write(comparison, folder)
     advice = pages.write_report(comparison, folder)
     _tell_advice(comparison, advice, console)
+    run_seconds = sum(progress.seconds for progress in record.runs.values())
     tell(
         console,
-        f"this call took {duration(time.monotonic() - began)}, and all runs so far "
-        f"{duration(sum(each.seconds for each in done.runs.values()))}; the report is "
-        f"{folder / pages.HTML}",
+        f"this call took {duration(time.monotonic() - start_time)}, and all runs so far "
+        f"{duration(run_seconds)}; the report is {folder / pages.HTML}",
     )
     return comparison
 
 
 def _loss_outside(
-    text: tuple[str, str] | None, asked: CompareConfig, tokenizer: Tokenizer, console: Console
+    outside_text: tuple[str, str] | None,
+    compare_config: CompareConfig,
+    tokenizer: Tokenizer,
+    console: Console,
 ) -> Callable[[Tree, Forward], float] | None:
-    """Returns the loss on text outside the task, of a tree and its function; None for none."""
-    if text is None:
+    """Returns the loss on text outside the task, of a tree and its function; None for none.
+
+    Args:
+      outside_text: the text and its name; None for none.
+      compare_config: tells whether the user chose the text.
+      tokenizer: the model's.
+      console: is told if the tokenizer does not know the text.
+    """
+    if outside_text is None:
         return None
-    if asked.outside is None and not outside.knows(tokenizer, text[0]):
-        tell(console, f"what is forgotten is not measured: {outside.unknown(text[1])}")
+    text, name = outside_text
+    is_default = compare_config.outside is None
+    if is_default and not outside.knows(tokenizer, text):
+        tell(console, f"what is forgotten is not measured: {outside.unknown(name)}")
         return None
-    return functools.partial(outside.loss_on, outside.rows_of(text[0], tokenizer, text[1]))
+    return functools.partial(outside.loss_on, outside.rows_of(text, tokenizer, name))
 
 
 def _tell_advice(
     comparison: result.Comparison, advice: recommend.Recommendation, console: Console
 ) -> None:
     """Prints the verdict of a comparison, with its reasons."""
-    name = comparison.facts.score or "score"
-    for line in (
-        f"verdict: {advice.verdict}. {advice.headline}",
-        *(*advice.reasons, *advice.undecided, *([advice.command] if advice.command else [])),
-        *(dimension.sentence(each, name) for each in dimension.dimensions(comparison)),
-    ):
+    lines = [f"verdict: {advice.verdict}. {advice.headline}"]
+    lines += [*advice.reasons, *advice.undecided]
+    if advice.command:
+        lines.append(advice.command)
+    score_name = comparison.facts.score or "score"
+    for intrinsic_dimension in dimension.dimensions(comparison):
+        lines.append(dimension.sentence(intrinsic_dimension, score_name))
+    for line in lines:
         tell(console, line)
 
 
-def _begun(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
+def _base_options(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
     """Returns the options of a script with the model that its task begins with.
 
     A task that makes a model does so now. An adapter to begin with is not made: all methods begin
@@ -229,19 +283,21 @@ def _begun(script: ComparedScript, config: CompareOptions, session: Session) -> 
     # Whether a run is resumed, its own folder tells.
     options = replace_options(options, {"resume": False, "batch_size": sizes[0]})
     script.check(script.completed(options))  # before anything is made
-    whole = script.completed(options, full=True)
-    made = script.task_of(options).begin(whole, session, prior)
-    return replace_options(options, {"model": made.data.model})
+    full_options = script.completed(options, full=True)
+    base_options = script.task_of(options).begin(full_options, session, prior)
+    return replace_options(options, {"model": base_options.data.model})
 
 
-def _check_examples(asked: CompareConfig) -> None:
+def _check_examples(compare_config: CompareConfig) -> None:
     """Raises a UserError where sft has nothing to learn from."""
-    supervised = [method for method in asked.methods if method in OF_EXAMPLES]
-    if supervised and asked.demonstrations is None:
-        raise UserError(
-            f"{flag('methods', supervised[0])}: what does it learn from? Name rows with right "
-            "answers with --demonstrations"
-        )
+    if compare_config.demonstrations is not None:
+        return
+    for method in compare_config.methods:
+        if method in OF_EXAMPLES:
+            raise UserError(
+                f"{flag('methods', method)}: what does it learn from? Name rows with right "
+                "answers with --demonstrations"
+            )
 
 
 class _BesideRewards(NamedTuple):
@@ -261,25 +317,32 @@ class _BesideRewards(NamedTuple):
 
     @classmethod
     def read(
-        cls, script: ComparedScript, options: Any, asked: CompareConfig, session: Session
+        cls, script: ComparedScript, options: Any, compare_config: CompareConfig, session: Session
     ) -> "_BesideRewards":
         """Reads the held-out prompts where --kl or --demonstrations needs them."""
-        rows = asked.demonstrations
-        if not asked.kl and rows is None:
+        demonstrations = compare_config.demonstrations
+        if not compare_config.kl and demonstrations is None:
             return cls(script)
-        seed = options.data.held_out_seed
-        held_out_seed = asked.seeds[0] if seed is None else seed
+        held_out_seed = options.data.held_out_seed
+        if held_out_seed is None:
+            held_out_seed = compare_config.seeds[0]
         config = script.completed(options, held_out_seed=held_out_seed)
         prompts = HeldOutPrompts(config, script.task_of(config))
         session.release.callback(prompts.read.data.close)
-        divergence = BaseDivergence() if asked.kl else None
+        divergence = BaseDivergence() if compare_config.kl else None
         measured_in = divergence.measured_in if divergence else lambda task: task
-        examples = None
-        if rows is not None:
-            completed = supervised_options(config, rows)
-            examples = supervised_script(rows, prompts, measured_in), completed
+        examples: tuple[ComparedScript, Any] | None = None
+        if demonstrations is not None:
+            example_options = supervised_options(config, demonstrations)
+            example_script = supervised_script(demonstrations, prompts, measured_in)
+            examples = (example_script, example_options)
         task = measured_in(script.task_of(config))
-        return cls(script._replace(task_of=lambda _: task), examples, divergence, prompts)
+        return cls(
+            script=script._replace(task_of=lambda _: task),
+            examples=examples,
+            divergence=divergence,
+            prompts=prompts,
+        )
 
     def read_base(self, inputs: Inputs, console: Console) -> None:
         """Lets the base complete the held-out prompts, where its divergence is asked for.
@@ -289,31 +352,42 @@ class _BesideRewards(NamedTuple):
         """
         if self.divergence is None or self.prompts is None:
             return
-        outline, config = inputs.read.outline, self.prompts.config
-        if not (rows := self.prompts.read.rows.held_out):
+        rows = self.prompts.read.rows.held_out
+        if not rows:
             raise UserError("--kl: no prompt of --dataset is held out: give your own rows")
-        tokens = tokenize_with_tools(rows, (), outline, "the held-out rows")
-        with doing(console, f"the base completes {len(tokens)} held-out prompts"):
+        outline = inputs.read.outline
+        config = self.prompts.config
+        prompts = tokenize_with_tools(rows, (), outline, "the held-out rows")
+        with doing(console, f"the base completes {len(prompts)} held-out prompts"):
             base = load_base(config, inputs)
-            self.divergence.read(base, outline, tokens, config.data.max_new_tokens)
+            self.divergence.read(base, outline, prompts, config.data.max_new_tokens)
         tell(console, f"--kl is measured on completions of {self.divergence.measured_on}")
 
     def with_prompts(self, comparison: result.Comparison) -> result.Comparison:
         """Returns a comparison whose facts name the prompts of the divergence, if there is one."""
-        on = None if self.divergence is None else self.divergence.measured_on
-        facts = dataclasses.replace(comparison.facts, diverging_on=on)
+        prompts_name = None if self.divergence is None else self.divergence.measured_on
+        facts = dataclasses.replace(comparison.facts, diverging_on=prompts_name)
         return dataclasses.replace(comparison, facts=facts)
 
 
-def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: OpenedRun, tree: Tree) -> float:
-    """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
+def _intruders(
+    inputs: Inputs, base_vectors: dict[Place, np.ndarray], run: OpenedRun, tree: Tree
+) -> float:
+    """Returns the intruder dimensions of a run's tree.
+
+    Args:
+      inputs: the inputs of a run.
+      base_vectors: singular vectors of the base by matrix, which are added when first needed.
+      run: the run.
+      tree: its tree after training.
+    """
     outline = inputs.read.outline
     if moves_weights(run.config.adapter):  # the tree holds no base, or one that a subspace moves
-        before = load_base(run.config, inputs).params
+        base_params = load_base(run.config, inputs).params
     else:
-        before = lj.strip(tree)
-    after = merge_trained(space_of(run.config, outline.params), tree)
-    return mean_intruders(before, after, outline.kinds, known)
+        base_params = lj.strip(tree)
+    trained_params = merge_trained(space_of(run.config, outline.params), tree)
+    return mean_intruders(base_params, trained_params, outline.kinds, base_vectors)
 
 
 def _open_folder(config: CompareOptions, session: Session, console: Console) -> Path:
@@ -324,8 +398,8 @@ def _open_folder(config: CompareOptions, session: Session, console: Console) -> 
       TrainingError: another comparison writes to it.
     """
     folder = Path(config.run.output).expanduser()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    session.release.callback(remove_empty, made)  # where the comparison is refused later on
+    missing_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    session.release.callback(remove_empty, missing_folders)  # if the comparison is refused later
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(FolderLock(folder), notice=lambda line: console.print(line))
@@ -334,12 +408,12 @@ def _open_folder(config: CompareOptions, session: Session, console: Console) -> 
         raise UserError(
             f"{folder} cannot be written: {error.strerror or error}. Name another with --output"
         ) from error
-    holds = any((folder / name).exists() for name in _OURS)
+    has_files = any((folder / name).exists() for name in _FILES)
     if config.run.resume:
         if not (folder / CONFIG).exists():
             raise UserError(f"--resume: there is no comparison in {folder}: start without --resume")
         check_same_run(config, read_options_file(folder / CONFIG, config), folder)
-    elif holds and not config.run.overwrite:
+    elif has_files and not config.run.overwrite:
         raise UserError(
             f"{folder} holds another comparison or a run: go on with --resume, delete it with "
             "--overwrite, or name another folder with --output"

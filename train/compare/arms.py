@@ -50,62 +50,123 @@ def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
       compare: the settings.
       basis: the basis of the script, where none are given.
     """
-    sets = [tuple(text.split(",")) for text in compare.target_sets]
-    batch_sizes = compare.batch_sizes or (basis.batch_size,)
     arms: list[Arm] = []
     for method in compare.methods:
         if has_adapter(method):
-            times = basis.rates.get(method, basis.rates["lora"]) / basis.rates["lora"]
-            rates = _times(times, compare.lrs) or _times(times * basis.rates["lora"])
-            variant = COMPARED.get(method)
-            own = variant.ranks if variant else None
-            usual = (own or _QUICK_RANKS)[-1:] if compare.quick else own or _RANKS
-            ranks = compare.ranks or usual
-            times_rank = 1.0 if variant and variant.alpha_is_rank else basis.alpha
-            for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
-                alphas = compare.alphas or (times_rank * rank,)
-                arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
+            arms += _adapter_arms(method, compare, basis)
         elif method in OF_SUBSPACE:
-            lrs = compare.subspace_lrs or _times(basis.rates[method])
-            sizes = itertools.product(compare.dimensions or _DIMENSIONS, batch_sizes, lrs)
-            for dimension, size, lr in sizes:
-                rate = float(f"{rate_of_dimension(dimension, lr):.3g}")
-                arms.append(Arm(method, None, None, None, rate, size, dimension))
+            arms += _subspace_arms(method, compare, basis)
         else:
-            factors = basis.quick_full if compare.quick else _AROUND_FULL
-            is_full = method in IN_FULL
-            lrs = compare.full_lrs if is_full else compare.lrs
-            lrs = lrs or _times(basis.rates["full" if is_full else method], factors)
-            arms += [Arm(method, None, None, None, lr, size) for size in batch_sizes for lr in lrs]
+            arms += _full_arms(method, compare, basis)
     return arms
+
+
+def _adapter_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of LoRA or of a variant; see `arms_of`."""
+    variant = COMPARED.get(method)
+    ranks = compare.ranks or _default_ranks(variant.ranks if variant else None, compare.quick)
+    target_sets = [tuple(text.split(",")) for text in compare.target_sets]
+    batch_sizes = compare.batch_sizes or (basis.batch_size,)
+    # --lrs are those of LoRA; a method with another rate gets them multiplied.
+    rate_ratio = basis.rates.get(method, basis.rates["lora"]) / basis.rates["lora"]
+    rates = _multiples(rate_ratio, compare.lrs) or _multiples(rate_ratio * basis.rates["lora"])
+    alpha_ratio = 1.0 if variant and variant.alpha_is_rank else basis.alpha
+    arms: list[Arm] = []
+    for rank, targets, batch_size, rate in itertools.product(
+        ranks, target_sets, batch_sizes, rates
+    ):
+        for alpha in compare.alphas or (alpha_ratio * rank,):
+            arm = Arm(
+                method=method,
+                rank=rank,
+                targets=targets,
+                alpha=alpha,
+                learning_rate=rate,
+                batch_size=batch_size,
+            )
+            arms.append(arm)
+    return arms
+
+
+def _default_ranks(variant_ranks: tuple[int, ...] | None, is_quick: bool) -> tuple[int, ...]:
+    """Returns the ranks to try: a variant's own ones, if it has any, and one in a first look."""
+    if is_quick:
+        return (variant_ranks or _QUICK_RANKS)[-1:]
+    return variant_ranks or _RANKS
+
+
+def _subspace_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of a random subspace; see `arms_of`."""
+    arms: list[Arm] = []
+    base_rates = compare.subspace_lrs or _multiples(basis.rates[method])
+    for dimension, batch_size, base_rate in itertools.product(
+        compare.dimensions or _DIMENSIONS, compare.batch_sizes or (basis.batch_size,), base_rates
+    ):
+        arm = _without_adapter(
+            method,
+            learning_rate=float(f"{rate_of_dimension(dimension, base_rate):.3g}"),
+            batch_size=batch_size,
+            dimension=dimension,
+        )
+        arms.append(arm)
+    return arms
+
+
+def _full_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of full fine-tuning, or of a classifier's head alone; see `arms_of`."""
+    is_full = method in IN_FULL
+    rates = compare.full_lrs if is_full else compare.lrs
+    if not rates:
+        script_rate = basis.rates["full" if is_full else method]
+        rates = _multiples(script_rate, basis.quick_full if compare.quick else _AROUND_FULL)
+    batch_sizes = compare.batch_sizes or (basis.batch_size,)
+    return [
+        _without_adapter(method, learning_rate=rate, batch_size=batch_size)
+        for batch_size, rate in itertools.product(batch_sizes, rates)
+    ]
+
+
+def _without_adapter(
+    method: str, *, learning_rate: float, batch_size: int, dimension: int | None = None
+) -> Arm:
+    return Arm(
+        method=method,
+        rank=None,
+        targets=None,
+        alpha=None,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        dimension=dimension,
+    )
 
 
 def settings(arm: Arm, seed: int) -> dict[str, object]:
     """Returns the options of a run, by the names of their fields."""
-    given = {**METHODS[arm.method].sets, "lr": arm.learning_rate, "batch_size": arm.batch_size}
+    options = {**METHODS[arm.method].sets, "lr": arm.learning_rate, "batch_size": arm.batch_size}
     if has_adapter(arm.method):
-        given |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
+        options |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
     if arm.dimension is not None:
-        given["intrinsic"] = arm.dimension
-    return {**given, "seed": seed}
+        options["intrinsic"] = arm.dimension
+    return {**options, "seed": seed}
 
 
 def name_of(arm: Arm, seed: int) -> str:
     """Returns the name of a run's folder, which tells all settings."""
-    parts = [arm.method]
+    words = [arm.method]
     if arm.rank is not None:
-        parts += [f"r{arm.rank}", f"a{arm.alpha:g}", _word("+".join(arm.targets or ()))]
+        words += [f"r{arm.rank}", f"a{arm.alpha:g}", _targets_word("+".join(arm.targets or ()))]
     if arm.dimension is not None:
-        parts.append(f"d{arm.dimension}")
-    return "-".join([*parts, f"lr{arm.learning_rate:.3g}", f"b{arm.batch_size}", f"s{seed}"])
+        words.append(f"d{arm.dimension}")
+    words += [f"lr{arm.learning_rate:.3g}", f"b{arm.batch_size}", f"s{seed}"]
+    return "-".join(words)
 
 
-def _word(targets: str) -> str:
+def _targets_word(targets: str) -> str:
     """Returns targets as a part of a folder's name; a regular expression as a short hash."""
     if re.fullmatch(r"[\w+.-]{1,40}", targets):
         return targets.replace("-", "_")
     return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
 
 
-def _times(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
+def _multiples(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
     return tuple(float(f"{factor * rate:.2g}") for factor in factors)

@@ -36,8 +36,12 @@ from train.run.output import REPORT, folder_bytes
 from train.settings.files import options_file
 
 STEPS = 16  # of a timed run
-_ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
+_ROWS = 8  # of a timed answer
+_PROMPT_TOKENS = 64
+_NEW_TOKENS = 16
+_TEXT_TOKENS = 128  # at most
 _ROUNDS = 7
+_FORWARD_PASSES = 5  # of a round
 _ROOT = Path(__file__).parents[2]  # of the scripts
 _PYTHON = (sys.executable, "-P", "-m")  # what the working folder holds comes first without -P
 
@@ -59,28 +63,37 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     Raises:
       UserError: the process failed.
     """
-    script, output = trial.script, folder / trial.name
-    changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
-    changes |= {"log_every": 1}  # so that no step ends together with the next
-    changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
-    changes |= {"eval_dataset": None}  # which is measured with --eval-every alone
+    script = trial.script
+    output = folder / trial.name
+    changes = {
+        "steps": STEPS,
+        "epochs": None,
+        "output": str(output),
+        "report_to": ("none",),
+        "log_every": 1,  # so that no step ends together with the next
+        "save_every": STEPS,
+        "score_every": 0,
+        "eval_every": 0,
+        "eval_questions": 0,
+        "eval_dataset": None,  # which is measured with --eval-every alone
+    }
     config = replace_options(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.default_backend() == "cpu":
-        options = folder / f"{trial.name}.yaml"
-        options.write_text(options_file(config, script), encoding="utf-8")
-        command = [*_PYTHON, script, "--config", str(options), "--output", str(output)]
+        config_path = folder / f"{trial.name}.yaml"
+        config_path.write_text(options_file(config, script), encoding="utf-8")
+        command = [*_PYTHON, script, "--config", str(config_path), "--output", str(output)]
         _output_of([*command, "--overwrite"])
     else:
         with session.part():
             finetune(script, replace_options(config, {"overwrite": True}), trial.task, session)
     report = read_json(output / REPORT)
     memory = report["compiled_bytes"]
-    low, high = report["step_seconds_quartiles"] or (None, None)
+    low_seconds, high_seconds = report["step_seconds_quartiles"] or (None, None)
     return {
         "step_seconds": report["median_step_seconds"],
-        "step_seconds_low": low,
-        "step_seconds_high": high,
+        "step_seconds_low": low_seconds,
+        "step_seconds_high": high_seconds,
         "compiled_bytes": memory["arguments"] + memory["temporaries"] if memory else None,
         "peak_bytes": report["peak_bytes"],
     }
@@ -103,71 +116,92 @@ def plan_result(
     Raises:
       UserError: there is no such machine, or it does not hold the run's arrays.
     """
-    optim, adapter, data = trial.config.optim, trial.config.adapter, trial.config.data
-    rows = optim.batch_size * optim.grad_accum * trial.steps
-    command = [
-        *(*_PYTHON, "train.plan", "--model", data.model, "--topology", topology),
-        *("--batch-size", optim.batch_size, "--grad-accum", optim.grad_accum),
-        *("--seq-len", tokens_a_row, "--tokens", rows * tokens_a_row, "--dtype", optim.dtype),
-        *("--remat", optim.remat or AUTO, "--optimizer", optim.optimizer, "--alone", "--json"),
-    ]
-    if adapter.full:
-        command.append("--full")
-    else:
-        command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        for variant in adapter.variants:
-            command.append(flag(variant.option))
-            for name, value in adapter.settings_of(variant).items():
-                command += [flag(name), value]
+    optim = trial.config.optim
+    n_rows = optim.batch_size * optim.grad_accum * trial.steps
+    options = {
+        "--model": trial.config.data.model,
+        "--topology": topology,
+        "--batch-size": optim.batch_size,
+        "--grad-accum": optim.grad_accum,
+        "--seq-len": tokens_a_row,
+        "--tokens": n_rows * tokens_a_row,
+        "--dtype": optim.dtype,
+        "--remat": optim.remat or AUTO,
+        "--optimizer": optim.optimizer,
+    }
+    command = [*_PYTHON, "train.plan"]
+    for option, value in options.items():
+        command += [option, str(value)]
+    command += ["--alone", "--json", *_adapter_arguments(trial.config.adapter)]
     if price is not None:
-        command += ["--price", price]
-    made = json.loads(_output_of([str(word) for word in command]))
-    if not made["fits"]:
+        command += ["--price", str(price)]
+    plan = json.loads(_output_of(command))
+    if not plan["fits"]:
         raise UserError(
-            f"{topology} does not hold {trial.name}: {made['refused'] or made['failed']}"
+            f"{topology} does not hold {trial.name}: {plan['refused'] or plan['failed']}"
         )
-    bytes_of_chip = made["per_chip_bytes"]["total"]
-    plan = PlanResult(
-        trial.arm, bytes_of_chip, made["step_seconds"], made["chip_hours"], made["cost"]
+    plan_result = PlanResult(
+        arm=trial.arm,
+        bytes_per_device=plan["per_chip_bytes"]["total"],
+        step_seconds=plan["step_seconds"],
+        device_hours=plan["chip_hours"],
+        cost=plan["cost"],
     )
-    words = f"{topology} ({made['chips']} chips), at {made['utilisation']:.0%} of its peak"
-    return plan, words if price is None else f"{words}, {price:g} a chip-hour"
+    machine = f"{topology} ({plan['chips']} chips), at {plan['utilisation']:.0%} of its peak"
+    if price is not None:
+        machine += f", {price:g} a chip-hour"
+    return plan_result, machine
 
 
-def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bool) -> Latency:
+def _adapter_arguments(adapter: Any) -> list[str]:
+    """Returns the command-line arguments for an adapter's options, or for full fine-tuning."""
+    if adapter.full:
+        return ["--full"]
+    arguments = ["--rank", str(adapter.rank), "--targets", *adapter.targets]
+    for variant in adapter.variants:
+        arguments.append(flag(variant.option))
+        for name, value in adapter.settings_of(variant).items():
+            arguments += [flag(name), str(value)]
+    return arguments
+
+
+def answer_latency(
+    arm: Arm, model: Any, base_params: Tree, adapted_params: Tree, decodes: bool
+) -> Latency:
     """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
 
-    The three ways take turns for several rounds, each of which begins with another way.
+    The three programs take turns for several rounds, each of which begins with another program.
 
     Args:
       arm: the adapter's.
       model: the model.
-      plain: its parameters without an adapter.
-      adapted: its parameters with the adapter.
+      base_params: its parameters without an adapter.
+      adapted_params: its parameters with the adapter.
       decodes: whether the model answers token by token; else it reads texts or images.
     """
-    inputs, what = _inputs_of(model.config, decodes)
-    ways: list[tuple[Forward, Tree]] = [
-        (model.apply, plain),
-        (model.apply, lj.merge(adapted)),
-        (lj.adapt(model.apply), adapted),
+    inputs, description = _inputs_of(model.config, decodes)
+    timer_of = functools.partial(_decoding, model) if decodes else _reading
+    adapted_apply: Forward = lj.adapt(model.apply)
+    timers = [
+        timer_of(base_params, inputs, model.apply),
+        timer_of(lj.merge(adapted_params), inputs, model.apply),
+        timer_of(adapted_params, inputs, adapted_apply),
     ]
-    answering = functools.partial(_decoding, model) if decodes else _reading
-    timed = [answering(params, inputs, apply) for apply, params in ways]
-    for run in timed:
-        run()  # compiles
-    medians: list[list[float]] = [[] for _ in timed]  # of each way, round by round
-    for turn in range(_ROUNDS):
-        for way in range(len(timed)):
-            place = (turn + way) % len(timed)
-            medians[place].append(statistics.median(timed[place]()))
+    for timer in timers:
+        timer()  # compiles
+    medians: list[list[float]] = [[] for _ in timers]  # of each program, round by round
+    for round_index in range(_ROUNDS):
+        for offset in range(len(timers)):
+            program = (round_index + offset) % len(timers)
+            seconds = timers[program]()
+            medians[program].append(statistics.median(seconds))
     base, merged, live = medians
     return Latency(
         arm=arm,
         base=statistics.median(base),
         merged=statistics.median(merged),
         live=statistics.median(live),
-        what=what,
+        what=description,
         merged_ratio=ratio_of(merged, base),
         live_ratio=ratio_of(live, base),
     )
@@ -179,62 +213,66 @@ def _inputs_of(config: Any, decodes: bool) -> tuple[np.ndarray, str]:
     if isinstance(config, models.VisionConfig):
         shape = (_ROWS, config.num_channels, *config.image_size)
         return rng.normal(size=shape).astype(np.float32), f"{_ROWS} images"
-    length = _PROMPT if decodes else min(_LENGTH, config.max_tokens)
-    ids = rng.integers(1, min(config.vocab_size, 1000), (_ROWS, length), dtype=np.int32)
+    n_tokens = _PROMPT_TOKENS if decodes else min(_TEXT_TOKENS, config.max_tokens)
+    ids = rng.integers(1, min(config.vocab_size, 1000), (_ROWS, n_tokens), dtype=np.int32)
     if decodes:
         return ids, f"a decoding step of {_ROWS} rows"
-    return ids, f"{_ROWS} texts of {length} tokens"
+    return ids, f"{_ROWS} texts of {n_tokens} tokens"
 
 
-def ratio_of(times: Sequence[float], others: Sequence[float]) -> Ratio:
-    """Returns the ratio of times to others of the same rounds."""
-    ratios = [time / other for time, other in zip(times, others, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+def ratio_of(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
+    """Returns the ratio of times to those of the base in the same rounds."""
+    ratios = [time / base_time for time, base_time in zip(seconds, base_seconds, strict=True)]
+    return Ratio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
 
 
-def saved_base_bytes(plain: Tree, folder: Path) -> int | None:
+def saved_base_bytes(base_params: Tree, folder: Path) -> int | None:
     """Returns the bytes of a base's files, saved as a run of full fine-tuning saves its model.
 
     Args:
-      plain: the parameters of the base.
+      base_params: the parameters of the base.
       folder: a folder in which the files are written, and then deleted.
 
     Returns:
       The bytes; None for weights in codes, which full fine-tuning does not save as they are.
     """
-    if any(map(is_coded, jax.tree.leaves(plain, is_leaf=is_coded))):
+    leaves = jax.tree.leaves(base_params, is_leaf=is_coded)
+    if any(is_coded(leaf) for leaf in leaves):
         return None
-    whole = lj.lorafy(plain, [lj.TrainRule(targets=".*")])
+    trained_params = lj.lorafy(base_params, [lj.TrainRule(targets=".*")])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        lj.save_adapter(Path(name) / "base", whole)
+        lj.save_adapter(Path(name) / "base", trained_params)
         return folder_bytes(Path(name))
 
 
 def _decoding(
     model: models.Decoder, params: Tree, ids: np.ndarray, apply: Forward
 ) -> Callable[[], list[float]]:
-    def run() -> list[float]:
+    """Returns a function that decodes tokens, and returns the seconds of all but the first."""
+
+    def step_seconds() -> list[float]:
         tokens: Iterator[np.ndarray] = models.stream(
-            model, params, ids, max_new_tokens=_TOKENS, eos_token_id=(), apply=apply
+            model, params, ids, max_new_tokens=_NEW_TOKENS, eos_token_id=(), apply=apply
         )
         times = [time.perf_counter() for _ in tokens]
-        return [after - before for before, after in itertools.pairwise(times)]
+        return [end - start for start, end in itertools.pairwise(times)]
 
-    return run
+    return step_seconds
 
 
 def _reading(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list[float]]:
+    """Returns a function that runs some forward passes, and returns the seconds of each."""
     forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
 
-    def run() -> list[float]:
+    def pass_seconds() -> list[float]:
         times = [time.perf_counter()]
-        for _ in range(5):
+        for _ in range(_FORWARD_PASSES):
             jax.block_until_ready(forward(params, ids))
             times.append(time.perf_counter())
-        return [after - before for before, after in itertools.pairwise(times)]
+        return [end - start for start, end in itertools.pairwise(times)]
 
-    return run
+    return pass_seconds
 
 
 def _output_of(command: Sequence[str]) -> str:
@@ -243,13 +281,15 @@ def _output_of(command: Sequence[str]) -> str:
     Raises:
       UserError: it failed; holds the end of what it said.
     """
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    python_path = str(_ROOT)
+    inherited_path = os.environ.get("PYTHONPATH")
+    if inherited_path:
+        python_path += os.pathsep + inherited_path
+    process = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": python_path}
     )
-    if done.returncode:
-        tail = " ".join(done.stderr.split())[-500:]
-        raise UserError(
-            f"{' '.join(command[command.index('-m') :])} ended with code {done.returncode}: {tail}"
-        )
-    return done.stdout
+    if process.returncode:
+        module_command = " ".join(command[command.index("-m") :])
+        error_end = " ".join(process.stderr.split())[-500:]
+        raise UserError(f"{module_command} ended with code {process.returncode}: {error_end}")
+    return process.stdout

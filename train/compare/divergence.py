@@ -21,8 +21,9 @@ from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progress, Task
 
 KL = "kl"  # its name beside the scores of a run
-_ROWS, _PART = 8, 2**28  # rows in memory at once, and bytes of their log-probabilities, at most
-_HELD = 2**30  # bytes of all log-probabilities of the base, at most: prompts are left out beyond
+_MOST_ROWS = 8  # in memory at once
+_MOST_BATCH_BYTES = 2**28  # of their log-probabilities
+_MOST_BYTES = 2**30  # of all log-probabilities of the base: prompts beyond are left out
 _SEED = 0
 
 
@@ -31,16 +32,16 @@ class _PromptRows(NamedTuple):
 
     Attributes:
       ids, segment_ids: int32 [rows, tokens].
-      at: int32 [rows, new tokens], the places that predict the completions' tokens.
-      counted: bool, likewise: the tokens of the completions.
-      base: fp32 [rows, new tokens, vocabulary].
+      predict_at: int32 [rows, new tokens], the indices that predict the completions' tokens.
+      is_completion: bool, likewise: the tokens of the completions.
+      base_log_probs: fp32 [rows, new tokens, vocabulary].
     """
 
     ids: np.ndarray
     segment_ids: np.ndarray
-    at: np.ndarray
-    counted: np.ndarray
-    base: np.ndarray
+    predict_at: np.ndarray
+    is_completion: np.ndarray
+    base_log_probs: np.ndarray
 
 
 @dataclasses.dataclass
@@ -48,17 +49,17 @@ class BaseDivergence:
     """The completions of the base; knows none until `read`.
 
     Attributes:
-      parts: the completions.
+      batches: the completions.
       measured_on: the prompts that they complete, in words.
     """
 
-    parts: list[_PromptRows] = dataclasses.field(default_factory=list)
+    batches: list[_PromptRows] = dataclasses.field(default_factory=list)
     measured_on: str | None = None
 
     @property
     def tokens(self) -> int:
         """The number of tokens that the divergence is averaged over."""
-        return int(sum(part.counted.sum() for part in self.parts))
+        return int(sum(batch.is_completion.sum() for batch in self.batches))
 
     def read(
         self,
@@ -77,44 +78,65 @@ class BaseDivergence:
         """
         model, params, forward = evaluated
         config: Any = outline.config
-        of_prompt = 4 * new_tokens * config.vocab_size
-        chosen = prompts[: max(1, _HELD // of_prompt)]
-        at_once = min(_ROWS, len(chosen), max(1, _PART // of_prompt))
+        prompt_bytes = 4 * new_tokens * config.vocab_size  # of log-probabilities
+        read_prompts = prompts[: max(1, _MOST_BYTES // prompt_bytes)]
         self.measured_on = f"the {len(prompts)} held-out prompts"
-        if len(chosen) < len(prompts):
-            self.measured_on = f"the first {len(chosen)} of {self.measured_on}"
-        length, ends = max(map(len, chosen)), end_tokens(outline)
-        for first in range(0, len(chosen), at_once):
-            rows = chosen[first : first + at_once]
-            padded = [*rows, *[rows[0]] * (at_once - len(rows))]
-            drawn = generate(
+        if len(read_prompts) < len(prompts):
+            self.measured_on = f"the first {len(read_prompts)} of {self.measured_on}"
+        n_rows = min(_MOST_ROWS, len(read_prompts), max(1, _MOST_BATCH_BYTES // prompt_bytes))
+        prompt_tokens = max(map(len, read_prompts))
+        eos_ids = end_tokens(outline)
+        for start in range(0, len(read_prompts), n_rows):
+            batch_prompts = read_prompts[start : start + n_rows]
+            n_real = len(batch_prompts)
+            # The last batch is filled up to the size of the others.
+            padding_prompts = [batch_prompts[0]] * (n_rows - n_real)
+            row_prompts = [*batch_prompts, *padding_prompts]
+            prompt_ids, prompt_mask = pad_left(
+                row_prompts, prompt_tokens, eos_ids[0] if eos_ids else 0
+            )
+            completions = generate(
                 model,
                 params,
-                *pad_left(padded, length, ends[0] if ends else 0),
+                prompt_ids,
+                prompt_mask,
                 max_new_tokens=new_tokens,
-                eos_token_id=ends or None,
+                eos_token_id=eos_ids or None,
                 temperature=1.0,
-                key=jax.random.key(_SEED + first),
+                key=jax.random.key(_SEED + start),
                 apply=forward,
             )
-            arrays = _arrays(padded, np.asarray(drawn), ends, length, len(rows))
-            base = np.asarray(_log_probabilities(forward, params, *arrays[:3]))
-            self.parts.append(_PromptRows(*arrays, base))
+            ids, segment_ids, predict_at, is_completion = _arrays(
+                row_prompts, np.asarray(completions), eos_ids, prompt_tokens, n_real
+            )
+            log_probs = _log_probabilities(forward, params, ids, segment_ids, predict_at)
+            self.batches.append(
+                _PromptRows(
+                    ids=ids,
+                    segment_ids=segment_ids,
+                    predict_at=predict_at,
+                    is_completion=is_completion,
+                    base_log_probs=np.asarray(log_probs),
+                )
+            )
 
     def divergence(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Returns the divergence of a model from the base by its name; {} where none was read."""
         if not self.tokens:
             return {}
-        forward, params = evaluated.forward, evaluated.params
-        sums = (float(_divergence(forward, params, *part)) for part in self.parts)
-        return {KL: sum(sums) / self.tokens}
+        total = 0.0
+        for batch in self.batches:
+            total += float(_divergence(evaluated.forward, evaluated.params, *batch))
+        return {KL: total / self.tokens}
 
     def measured_in(self, task: Task) -> Task:
         """Returns a task whose scores have the divergence beside them."""
 
         def evaluation(context: EvaluationContext) -> Evaluation | None:
-            plain = task.evaluation(context)
-            return None if plain is None else _DivergingEvaluation(plain, self)
+            task_evaluation = task.evaluation(context)
+            if task_evaluation is None:
+                return None
+            return _DivergingEvaluation(task_evaluation, self)
 
         return dataclasses.replace(task, evaluation=evaluation)
 
@@ -145,30 +167,45 @@ class _DivergingEvaluation:
 
 
 def _arrays(
-    prompts: Sequence[list[int]], drawn: np.ndarray, ends: Sequence[int], length: int, n_real: int
+    prompts: Sequence[list[int]],
+    completions: np.ndarray,
+    eos_ids: Sequence[int],
+    prompt_tokens: int,
+    n_real: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the arrays of a `_PromptRows`; only the first so many rows count."""
-    new = drawn.shape[1]
-    ids = np.zeros((len(prompts), length + new), np.int32)
-    segment_ids, counted = np.zeros_like(ids), np.zeros(drawn.shape, bool)
-    at = np.zeros(drawn.shape, np.int32)
-    for row, (prompt, tokens) in enumerate(zip(prompts, drawn.tolist(), strict=True)):
-        n = next((i for i, token in enumerate(tokens, start=1) if token in ends), new)
-        whole = [*prompt, *tokens[:n]]
-        ids[row, : len(whole)], segment_ids[row, : len(whole)] = whole, 1
-        at[row, :n] = np.arange(len(prompt) - 1, len(whole) - 1)
-        counted[row, :n] = row < n_real
-    return ids, segment_ids, at, counted
+    """Returns the ids, segment ids, indices and mask of a `_PromptRows`.
+
+    Args:
+      prompts: the tokens of each prompt.
+      completions: the tokens drawn, [rows, new tokens].
+      eos_ids: tokens that end a completion.
+      prompt_tokens: the tokens of the longest prompt.
+      n_real: the number of rows that count; the others fill the batch up.
+    """
+    new_tokens = completions.shape[1]
+    ids = np.zeros((len(prompts), prompt_tokens + new_tokens), np.int32)
+    segment_ids = np.zeros_like(ids)
+    predict_at = np.zeros(completions.shape, np.int32)
+    is_completion = np.zeros(completions.shape, bool)
+    for row, (prompt, tokens) in enumerate(zip(prompts, completions.tolist(), strict=True)):
+        ends = [end for end, token in enumerate(tokens, start=1) if token in eos_ids]
+        n_tokens = ends[0] if ends else new_tokens
+        sequence = [*prompt, *tokens[:n_tokens]]
+        ids[row, : len(sequence)] = sequence
+        segment_ids[row, : len(sequence)] = 1
+        predict_at[row, :n_tokens] = np.arange(len(prompt) - 1, len(sequence) - 1)
+        is_completion[row, :n_tokens] = row < n_real
+    return ids, segment_ids, predict_at, is_completion
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probabilities(
-    forward: Forward, params: Tree, ids: jax.Array, segment_ids: jax.Array, at: jax.Array
+    forward: Forward, params: Tree, ids: jax.Array, segment_ids: jax.Array, predict_at: jax.Array
 ) -> jax.Array:
     """Returns log-probabilities of next tokens, fp32 [rows, n, vocabulary]."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     logits = forward(
-        {"params": params}, ids, positions=positions, segment_ids=segment_ids, logits_at=at
+        {"params": params}, ids, positions=positions, segment_ids=segment_ids, logits_at=predict_at
     )
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
@@ -179,11 +216,11 @@ def _divergence(
     params: Tree,
     ids: jax.Array,
     segment_ids: jax.Array,
-    at: jax.Array,
-    counted: jax.Array,
-    base: jax.Array,
+    predict_at: jax.Array,
+    is_completion: jax.Array,
+    base_log_probs: jax.Array,
 ) -> jax.Array:
     """Returns the sum of KL(base ‖ model) over the tokens that count."""
-    trained = _log_probabilities(forward, params, ids, segment_ids, at)
-    apart = jnp.sum(jnp.exp(base) * (base - trained), axis=-1)
-    return jnp.sum(jnp.where(counted, apart, 0.0))
+    log_probs = _log_probabilities(forward, params, ids, segment_ids, predict_at)
+    divergences = jnp.sum(jnp.exp(base_log_probs) * (base_log_probs - log_probs), axis=-1)
+    return jnp.sum(jnp.where(is_completion, divergences, 0.0))

@@ -5,7 +5,6 @@ matrix, those whose cosine with every left singular vector of the base's matrix 
 Few or none in full fine-tuning, several in LoRA of a low rank; they go along with forgetting.
 """
 
-import itertools
 from collections.abc import Mapping
 
 import jax
@@ -21,7 +20,7 @@ from lora_jax.rules import ALL_LINEAR, LoraRule
 FIRST = 10
 ALIKE = 0.5
 MOST = 60  # matrices of a model, evenly spread: each costs two decompositions
-_KEPT = 2**29  # bytes of the base's singular vectors
+_CACHE_BYTES = 2**29  # of the base's singular vectors, at most
 
 Place = tuple[str, tuple[int, ...]]  # the path of a leaf, and the index of a matrix in it
 
@@ -30,7 +29,7 @@ def mean_intruders(
     base: Tree,
     trained: Tree,
     kinds: Mapping[str, str] | None = None,
-    known: dict[Place, np.ndarray] | None = None,
+    base_vectors: dict[Place, np.ndarray] | None = None,
 ) -> float:
     """Returns the number of intruder dimensions of a matrix, averaged over matrices of all layers.
 
@@ -38,70 +37,86 @@ def mean_intruders(
       base: the parameters before training.
       trained: parameters after training, merged.
       kinds: the part of the model that each leaf belongs to; see `lora_jax.lorafy`.
-      known: singular vectors of the base, from earlier calls with the same one; this call adds
-        to them, up to half a gigabyte.
+      base_vectors: singular vectors of the base, from earlier calls with the same one; this call
+        adds to them, up to half a gigabyte.
     """
-    known = {} if known is None else known
+    base_vectors = {} if base_vectors is None else base_vectors
     outline = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
     rule = LoraRule(targets=ALL_LINEAR, rank=1)
-    adapted: dict[str, Tree] = nodes_of(lorafy(outline, [rule], kinds=kinds))
-    before, after = (dict(leaves_of(tree)[0]) for tree in (base, trained))
-    places = [
-        (path, index)
-        for path, node in adapted.items()
-        for index in np.ndindex(*node.roles.sizes(node.shape, "batch"))
-    ]
-    chosen = np.linspace(0, len(places) - 1, min(len(places), MOST)).round().astype(int)
-    counts = []
-    for path, group in itertools.groupby((places[i] for i in chosen), lambda place: place[0]):
-        roles = adapted[path].roles
-        old, new = (np.asarray(matrices_of(leaves[path], roles)) for leaves in (before, after))
-        for place in group:
-            index = place[1]
-            vectors = known.get(place)
+    nodes: dict[str, Tree] = nodes_of(lorafy(outline, [rule], kinds=kinds))
+    base_leaves = dict(leaves_of(base)[0])
+    trained_leaves = dict(leaves_of(trained)[0])
+    counts: list[int] = []
+    for path, indices in _measured_matrices(nodes).items():
+        roles = nodes[path].roles
+        base_matrices = np.asarray(matrices_of(base_leaves[path], roles))
+        trained_matrices = np.asarray(matrices_of(trained_leaves[path], roles))
+        for index in indices:
+            vectors = base_vectors.get((path, index))
             if vectors is None:
-                vectors = right_vectors(old[index])
-                if sum(x.nbytes for x in known.values()) + vectors.nbytes <= _KEPT:
-                    known[place] = vectors
-            counts.append(intruders(vectors, new[index]))
+                vectors = right_vectors(base_matrices[index])
+                cached_bytes = sum(cached.nbytes for cached in base_vectors.values())
+                if cached_bytes + vectors.nbytes <= _CACHE_BYTES:
+                    base_vectors[path, index] = vectors
+            counts.append(intruders(vectors, trained_matrices[index]))
     return float(np.mean(counts))
 
 
-def intruders(vectors: np.ndarray, trained: np.ndarray) -> int:
+def _measured_matrices(nodes: Mapping[str, Tree]) -> dict[str, list[tuple[int, ...]]]:
+    """Returns the indices of the matrices to measure by their leaf's path, evenly spread."""
+    places: list[Place] = []
+    for path, node in nodes.items():
+        batch_shape = node.roles.sizes(node.shape, "batch")
+        places += [(path, index) for index in np.ndindex(*batch_shape)]
+    n_measured = min(len(places), MOST)
+    measured = np.linspace(0, len(places) - 1, n_measured).round().astype(int)
+    indices_of_path: dict[str, list[tuple[int, ...]]] = {}
+    for place in measured:
+        path, index = places[place]
+        indices_of_path.setdefault(path, []).append(index)
+    return indices_of_path
+
+
+def intruders(base_vectors: np.ndarray, trained: np.ndarray) -> int:
     """Counts the first singular vectors of a trained matrix that are foreign to the base's.
 
     Args:
-      vectors: `right_vectors` of the base's matrix.
+      base_vectors: `right_vectors` of the base's matrix.
       trained: [in, out], as ``x @ W`` uses it; PyTorch's left singular vectors, of [out, in], are
         its right ones.
     """
-    cosines = np.abs(right_vectors(trained, FIRST) @ vectors.T)
-    return int(np.sum(cosines.max(axis=1) < ALIKE))
+    cosines = np.abs(right_vectors(trained, FIRST) @ base_vectors.T)
+    is_intruder = cosines.max(axis=1) < ALIKE
+    return int(np.sum(is_intruder))
 
 
-def right_vectors(matrix: np.ndarray, most: int | None = None) -> np.ndarray:
+def right_vectors(matrix: np.ndarray, limit: int | None = None) -> np.ndarray:
     """Returns the right singular vectors as rows, the strongest first.
 
     From the eigenvectors of the smaller Gram matrix, which is several times as fast as an SVD.
 
     Args:
       matrix: [in, out].
-      most: how many at most; None for all.
+      limit: how many at most; None for all.
     """
     matrix = matrix.astype(np.float64)
-    rows, columns = matrix.shape
-    if columns <= rows:
-        return _eigh(matrix.T @ matrix, most)[1].T[::-1]
-    squares, left = _eigh(matrix @ matrix.T, most)
-    order = np.argsort(squares)[::-1]
-    order = order[squares[order] > squares.max() * np.finfo(np.float64).eps * rows]
-    return (left[:, order].T @ matrix) / np.sqrt(squares[order])[:, None]
+    n_rows, n_columns = matrix.shape
+    if n_columns <= n_rows:
+        _, vectors = _eigh(matrix.T @ matrix, limit)
+        return vectors.T[::-1]
+    squared_values, left_vectors = _eigh(matrix @ matrix.T, limit)
+    order = np.argsort(squared_values)[::-1]
+    # Vectors of singular values that are zero but for rounding have no direction.
+    tolerance = squared_values.max() * np.finfo(np.float64).eps * n_rows
+    order = order[squared_values[order] > tolerance]
+    singular_values = np.sqrt(squared_values[order])
+    return (left_vectors[:, order].T @ matrix) / singular_values[:, None]
 
 
-def _eigh(matrix: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the `most` largest eigenvalues, or all, in rising order, and their vectors."""
-    if most is None:
+def _eigh(matrix: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `limit` largest eigenvalues, or all, in rising order, and their vectors."""
+    if limit is None:
         values, vectors = np.linalg.eigh(matrix)  # divides and conquers: quicker for all of them
         return values, vectors
     n = len(matrix)
-    return scipy.linalg.eigh(matrix, subset_by_index=(max(0, n - most), n - 1))
+    return scipy.linalg.eigh(matrix, subset_by_index=(max(0, n - limit), n - 1))

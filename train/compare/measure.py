@@ -49,65 +49,90 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
       command: the command line.
       text: the text outside the task, in words; None for none.
     """
-    asked, console, outline = sweep.asked, sweep.console, inputs.read.outline
-    first = sweep.trials[0]
-    best_value = f"highest {first.task.score}" if first.by_score else "lowest held-out loss"
-    # Runs on --demonstrations hold out no prompts of their own.
-    rewarded = max(sweep.trials, key=lambda trial: trial.most_questions or 0)
+    config = sweep.config
+    console = sweep.console
+    outline = inputs.read.outline
     # The options of an adapter's run, if there is one: over the base as it is.
-    config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
+    adapter_trials = [trial for trial in sweep.trials if has_adapter(trial.arm.method)]
+    base_trial = adapter_trials[0] if adapter_trials else sweep.trials[0]
     with doing(console, f"reading the weights of {outline.name}"):
-        model, plain, forward = load_base(config, inputs)
-    before = None
+        model, base_params, forward = load_base(base_trial.config, inputs)
+    base_outside: float | None = None
     if sweep.outside is not None:
         with doing(console, "measuring the base on text outside the task"):
-            before = sweep.outside(plain, forward)
-    given = config.data.dataset
+            base_outside = sweep.outside(base_params, forward)
+    base_bytes = tree_bytes(base_params)
     comparison = Comparison(
-        facts=ComparisonFacts(
-            command=command,
-            script=f"train.{sweep.kind}",
-            model=outline.name,
-            dataset=given if isinstance(given, str) else " ".join(given),
-            steps=max(trial.steps for trial in sweep.trials),
-            loss=first.task.loss(first.config, inputs.layout).label,
-            score=first.task.score,
-            base_bytes=tree_bytes(plain),
-            weights=stand_in(outline.name),
-            machine=_machine(),
-            date=sweep.record.date,
-            versions=versions(),
-            outside=text,
-            rule=rule(f"the {best_value}") if asked.early_stopping else None,
-            baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
-            by_score=first.by_score,
-            eval_questions=getattr(rewarded.config.run, "eval_questions", None),
-            most_questions=rewarded.most_questions,
-        ),
-        runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
+        facts=_facts(sweep, inputs, base_trial, command, text, base_bytes),
+        runs=tuple(_run_result(trial, sweep, base_outside) for trial in sweep.trials),
         rungs=sweep.record.rungs,
     )
-    best = _best(comparison, sweep.trials)
-    if asked.costs and any(trial.arm.method in IN_FULL for trial in best):
+    best_trials = _best_trials(comparison, sweep.trials)
+    if config.costs and any(trial.arm.method in IN_FULL for trial in best_trials):
         with doing(console, "saving the base as a full model is saved, to count its bytes"):
-            size = costs.saved_base_bytes(plain, sweep.folder / COSTS)
-        facts = dataclasses.replace(comparison.facts, base_saved_bytes=size)
+            saved_bytes = costs.saved_base_bytes(base_params, sweep.folder / COSTS)
+        facts = dataclasses.replace(comparison.facts, base_saved_bytes=saved_bytes)
         comparison = dataclasses.replace(comparison, facts=facts)
     latencies: list[Latency] = []
-    for trial in best:
-        if asked.costs and has_adapter(trial.arm.method):
+    for trial in best_trials:
+        if config.costs and has_adapter(trial.arm.method):
             with doing(console, f"timing an answer with {trial.name}"):
-                adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
-                decodes = sweep.kind != "classify"
-                latencies.append(costs.answer_latency(trial.arm, model, plain, adapted, decodes))
-    del plain, model
-    if asked.costs:
-        runs = _add_costs(comparison.runs, best, sweep)
+                adapted_params = lj.load_adapter(trial.folder / ADAPTER, base_params)
+                latency = costs.answer_latency(
+                    trial.arm, model, base_params, adapted_params, decodes=sweep.kind != "classify"
+                )
+                latencies.append(latency)
+    del base_params, model
+    if config.costs:
+        runs = _add_costs(comparison.runs, best_trials, sweep)
         comparison = dataclasses.replace(comparison, runs=runs, latencies=tuple(latencies))
-    if asked.topology is not None:
-        length = inputs.read.data.facts["sequence_length"]
-        comparison = _add_plans(comparison, asked.topology, best, sweep, length)
+    if config.topology is not None:
+        row_tokens = inputs.read.data.facts["sequence_length"]
+        comparison = _add_plans(comparison, config.topology, best_trials, sweep, row_tokens)
     return comparison
+
+
+def _facts(
+    sweep: Sweep,
+    inputs: Inputs,
+    base_trial: Trial,
+    command: str,
+    text: str | None,
+    base_bytes: int,
+) -> ComparisonFacts:
+    """Returns the facts that all runs share.
+
+    Args:
+      sweep, inputs, command, text: see `collect`.
+      base_trial: the run whose options the base is read with.
+      base_bytes: bytes of the base's weights in memory.
+    """
+    trial = sweep.trials[0]
+    # Runs on --demonstrations hold out no prompts of their own.
+    question_trial = max(sweep.trials, key=lambda trial: trial.most_questions or 0)
+    best_value = f"highest {trial.task.score}" if trial.by_score else "lowest held-out loss"
+    dataset = base_trial.config.data.dataset
+    baselines = [scores for scores in map(_baselines, sweep.trials) if scores]
+    return ComparisonFacts(
+        command=command,
+        script=f"train.{sweep.kind}",
+        model=inputs.read.outline.name,
+        dataset=dataset if isinstance(dataset, str) else " ".join(dataset),
+        steps=max(trial.steps for trial in sweep.trials),
+        loss=trial.task.loss(trial.config, inputs.layout).label,
+        score=trial.task.score,
+        base_bytes=base_bytes,
+        weights=stand_in(inputs.read.outline.name),
+        machine=_machine(),
+        date=sweep.record.date,
+        versions=versions(),
+        outside=text,
+        rule=rule(f"the {best_value}") if sweep.config.early_stopping else None,
+        baselines=baselines[0] if baselines else {},
+        by_score=trial.by_score,
+        eval_questions=getattr(question_trial.config.run, "eval_questions", None),
+        most_questions=question_trial.most_questions,
+    )
 
 
 def _baselines(trial: Trial) -> dict[str, float]:
@@ -117,69 +142,87 @@ def _baselines(trial: Trial) -> dict[str, float]:
 
 
 def _machine() -> str:
+    """Returns the devices in words: "8 × TPU v5e" or "x86_64 CPU, 2 cores (Linux)"."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"
     has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    plural = "" if cores == 1 else "s"
-    return f"{platform.machine()} CPU, {cores} core{plural} ({platform.system()})"
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    plural = "" if n_cores == 1 else "s"
+    return f"{platform.machine()} CPU, {n_cores} core{plural} ({platform.system()})"
 
 
-def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
-    """Returns the result of a run, as far as it went."""
-    done = sweep.record.progress(trial.name)
-    lines, scores = read_metrics(trial.folder), read_json(trial.folder / SCORES)
+def _run_result(trial: Trial, sweep: Sweep, base_outside: float | None) -> RunResult:
+    """Returns the result of a run, as far as it went.
 
-    def points(name: str) -> tuple[Point, ...]:
-        return tuple(Point(line["step"], line[name]) for line in lines if name in line)
+    Args:
+      trial: the run.
+      sweep: all runs.
+      base_outside: the base's loss on text outside the task; None where it was not measured.
+    """
+    progress = sweep.record.progress(trial.name)
+    lines = read_metrics(trial.folder)
+    scores = read_json(trial.folder / SCORES)
+
+    def points(metric: str) -> tuple[Point, ...]:
+        return tuple(Point(line["step"], line[metric]) for line in lines if metric in line)
 
     held_out = points(f"{HELD_OUT}loss")
-    status: Status = "stopped early" if sweep.is_over(trial) else "waiting"
-    if done.finished or done.error is not None:
-        status = "done" if done.error is None else "failed"
-    lost = None if before is None or done.outside is None else Forgetting(before, done.outside)
+    status: Status = "waiting"
+    if progress.error is not None:
+        status = "failed"
+    elif progress.finished:
+        status = "done"
+    elif sweep.is_over(trial):
+        status = "stopped early"
+    forgetting: Forgetting | None = None
+    if base_outside is not None and progress.outside is not None:
+        forgetting = Forgetting(before=base_outside, after=progress.outside)
     return RunResult(
         name=trial.name,
         arm=trial.arm,
         seed=trial.seed,
         status=status,
-        error=done.error,
+        error=progress.error,
         steps=lines[-1]["step"] if lines else 0,
         losses=points("loss"),
         held_out=held_out,
         held_out_loss=held_out[-1].value if held_out else None,
-        score=done.score,
+        score=progress.score,
         scores=points(trial.measured) if trial.by_score else (),
         divergences=points(f"{SCORE}{KL}"),
         score_error=trial.task.score_error(scores),
         question_scores=tuple(trial.task.question_scores(scores)),
         trained_parameters=trial.trained_parameters,
-        saved_bytes=done.saved_bytes,
-        side_by_side=done.side_by_side,
-        seconds=done.seconds or None,
-        forgetting=lost,
-        intruders=done.intruders,
+        saved_bytes=progress.saved_bytes,
+        side_by_side=progress.side_by_side,
+        seconds=progress.seconds or None,
+        forgetting=forgetting,
+        intruders=progress.intruders,
     )
 
 
-def _best(comparison: Comparison, trials: Sequence[Trial]) -> list[Trial]:
+def _best_trials(comparison: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     """Returns the best run of the best arm of each method."""
-    by_name = {trial.name: trial for trial in trials}
-    chosen = []
+    trial_of_name = {trial.name: trial for trial in trials}
+    best_trials: list[Trial] = []
     for row in tables.best_of_each(tables.rows(comparison), lambda arm: arm.method):
-        value_of = row.measure.value
-        values = {run.name: x for run in row.runs if (x := value_of(run)) is not None}
-        best = (max if row.measure.larger else min)(values, key=values.__getitem__)
-        chosen.append(by_name[best])
-    return chosen
+        values: dict[str, float] = {}
+        for run in row.runs:
+            value = row.measure.value(run)
+            if value is not None:
+                values[run.name] = value
+        best_of = max if row.measure.larger else min
+        best_name = best_of(values, key=values.__getitem__)
+        best_trials.append(trial_of_name[best_name])
+    return best_trials
 
 
 def _add_costs(
-    runs: tuple[RunResult, ...], best: list[Trial], sweep: Sweep
+    runs: tuple[RunResult, ...], best_trials: list[Trial], sweep: Sweep
 ) -> tuple[RunResult, ...]:
     """Returns the runs, those of the best arms with the memory and time of a step."""
-    for trial in best:
+    for trial in best_trials:
         try:
             with doing(sweep.console, f"timing {costs.STEPS} steps of {trial.name} alone"):
                 cost = costs.step_cost(trial, sweep.folder / COSTS, sweep.session)
@@ -193,18 +236,19 @@ def _add_costs(
 
 
 def _add_plans(
-    comparison: Comparison, topology: str, best: list[Trial], sweep: Sweep, length: int
+    comparison: Comparison, topology: str, best_trials: list[Trial], sweep: Sweep, row_tokens: int
 ) -> Comparison:
     """Returns the comparison with plans of the best arms for another machine."""
     plans: list[PlanResult] = []
-    words = topology
-    for trial in best:
+    machine = topology
+    price = sweep.config.price
+    for trial in best_trials:
         try:
             with doing(sweep.console, f"planning {trial.name} for {topology}"):
-                plan, words = costs.plan_result(trial, topology, sweep.asked.price, length)
+                plan, machine = costs.plan_result(trial, topology, price, row_tokens)
         except UserError as error:
             tell(sweep.console, f"warning: {error}")
             continue
         plans.append(plan)
-    facts = dataclasses.replace(comparison.facts, planned_on=words)
+    facts = dataclasses.replace(comparison.facts, planned_on=machine)
     return dataclasses.replace(comparison, facts=facts, planned=tuple(plans))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import arg
 
@@ -165,45 +165,49 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
             raise UserError(f"{flag(field)}: at least one is needed")
     for field in (*_OF_GRID, "seeds"):
         values = getattr(compare, field)
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise UserError(f"{flag(field, *values)}: {twice[0]} stands there twice")
-    for fields, fits, what in (
-        ((*_RATES, "price"), lambda v: 0 < v < math.inf, "above 0"),
-        ((*_COUNTS, "at_once"), lambda v: v >= 1, "from 1 on"),
-    ):
-        for field in fields:
-            values = getattr(compare, field)
-            for value in values if isinstance(values, tuple) else (values,):
-                if value is not None and not fits(value):
-                    raise UserError(f"{flag(field)} {value}: a number {what} is needed")
+        repeated_values = [value for value in values if values.count(value) > 1]
+        if repeated_values:
+            raise UserError(f"{flag(field, *values)}: {repeated_values[0]} stands there twice")
+    for field in (*_RATES, "price"):
+        for value in _values_of(compare, field):
+            if not 0 < value < math.inf:
+                raise UserError(f"{flag(field)} {value}: a number above 0 is needed")
+    for field in (*_COUNTS, "at_once"):
+        for value in _values_of(compare, field):
+            if value < 1:
+                raise UserError(f"{flag(field)} {value}: a number from 1 on is needed")
     _check_methods(compare, given)
     if compare.price is not None and compare.topology is None:
         raise UserError("--price: the price of what? Name a machine with --topology")
     check_many(options.run.report_to, "a comparison")
 
 
+def _values_of(compare: CompareConfig, field: str) -> tuple[Any, ...]:
+    """Returns the values of an option that takes several, or the one value if it is set."""
+    value = getattr(compare, field)
+    if isinstance(value, tuple):
+        return value
+    return () if value is None else (value,)
+
+
 def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
     """Raises a UserError for settings of methods that are not compared."""
-    adapters = any(map(has_adapter, compare.methods))
-    no_adapters = "is about adapters, and --methods names none of them"
-    for fields, is_compared, why in (
-        (("ranks", "target_sets", "alphas", "at_once"), adapters, no_adapters),
-        (("lrs",), adapters or "head-only" in compare.methods, no_adapters),
-        (
-            ("dimensions", "subspace_lrs"),
-            {*OF_SUBSPACE} & {*compare.methods},
-            "is about said and did, and --methods names neither",
-        ),
-        (
-            ("full_lrs", "keep_weights"),
-            bool({*IN_FULL} & {*compare.methods}),
-            "is about full, which --methods leaves out",
-        ),
-        (
-            ("demonstrations",),
-            bool({*OF_EXAMPLES} & {*compare.methods}),
-            "is about sft and sft-full, and --methods names neither",
-        ),
-    ):
-        if not is_compared and (idle := [field for field in fields if field in given]):
-            raise UserError(f"{flag(idle[0])} {why}")
+    methods = set(compare.methods)
+    unused: dict[str, str] = {}  # option -> why it has no effect
+    has_adapters = any(map(has_adapter, methods))
+    if not has_adapters:
+        reason = "is about adapters, and --methods names none of them"
+        unused |= dict.fromkeys(("ranks", "target_sets", "alphas", "at_once"), reason)
+        if "head-only" not in methods:
+            unused["lrs"] = reason
+    if methods.isdisjoint(OF_SUBSPACE):
+        reason = "is about said and did, and --methods names neither"
+        unused |= dict.fromkeys(("dimensions", "subspace_lrs"), reason)
+    if methods.isdisjoint(IN_FULL):
+        reason = "is about full, which --methods leaves out"
+        unused |= dict.fromkeys(("full_lrs", "keep_weights"), reason)
+    if methods.isdisjoint(OF_EXAMPLES):
+        unused["demonstrations"] = "is about sft and sft-full, and --methods names neither"
+    for field, reason in unused.items():
+        if field in given:
+            raise UserError(f"{flag(field)} {reason}")

@@ -11,33 +11,36 @@ from lora_jax.training.losses import summed_loss
 from train.console.errors import UserError, read_user_file
 
 OFF = "off"
-_ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens
-_AT_ONCE = 8  # rows
+_ROWS = 32  # of text: some four thousand tokens
+_ROW_TOKENS = 128
+_BATCH_ROWS = 8
 _CHUNK = 256
-_PROBED = 10_000  # characters, to see whether a tokenizer knows them
+_PROBED_CHARACTERS = 10_000  # to see whether a tokenizer knows them
 
 
-def read_text(asked: str | None) -> tuple[str, str] | None:
+def read_text(source: str | None) -> tuple[str, str] | None:
     """Returns the text to measure on, and what it is, in words; None for none.
 
     Args:
-      asked: a file, "off", or None for Python's own documentation.
+      source: a file, "off", or None for Python's own documentation.
 
     Raises:
       UserError: the file cannot be read.
     """
-    if asked == OFF:
+    if source == OFF:
         return None
-    if asked is None:
+    if source is None:
         return _documentation(), "Python's documentation of its language"
-    return read_user_file(asked, f"--outside {asked}: the file cannot be read as text: "), asked
+    text = read_user_file(source, f"--outside {source}: the file cannot be read as text: ")
+    return text, source
 
 
 def knows(tokenizer: Tokenizer, text: str) -> bool:
     """Returns True if a tokenizer has tokens for most letters of a text."""
-    part = text[:_PROBED]
-    ids: Any = tokenizer(part, add_special_tokens=False)["input_ids"]
-    return len(tokenizer.decode(ids, skip_special_tokens=True)) > len(part) / 2
+    sample = text[:_PROBED_CHARACTERS]
+    ids: Any = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    return len(decoded) > len(sample) / 2
 
 
 def unknown(name: str) -> str:
@@ -45,26 +48,27 @@ def unknown(name: str) -> str:
     return f"the tokenizer does not know the letters of {name}; name a text with --outside"
 
 
-def rows_of(text: str, tokenizer: Tokenizer, asked: str) -> np.ndarray:
+def rows_of(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
     """Returns rows of tokens from all over a text, int32 [rows, length].
 
     Args:
       text: the text.
       tokenizer: the model's.
-      asked: the text's name, for messages.
+      name: the text's name, for messages.
 
     Raises:
       UserError: the text is shorter than one row.
     """
     ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    n = len(ids) // _LENGTH
-    if not n:
+    n_rows = len(ids) // _ROW_TOKENS
+    if n_rows == 0:
         raise UserError(
-            f"{asked}: {len(ids)} tokens of text, and {_LENGTH} at least are needed to measure "
+            f"{name}: {len(ids)} tokens of text, and {_ROW_TOKENS} at least are needed to measure "
             "forgetting: name a longer text with --outside, or off"
         )
-    chosen = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).astype(int))
-    return ids[: n * _LENGTH].reshape(n, _LENGTH)[chosen]
+    rows = ids[: n_rows * _ROW_TOKENS].reshape(n_rows, _ROW_TOKENS)
+    row_indices = np.linspace(0, n_rows - 1, min(n_rows, _ROWS)).astype(int)
+    return rows[np.unique(row_indices)]
 
 
 def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
@@ -75,21 +79,24 @@ def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
       params: the parameters, adapted or plain, as `forward` takes them.
       forward: the model's ``apply``, adapted or not.
     """
-    total = count = 0.0
-    for at in range(0, len(rows), _AT_ONCE):
-        sums = _summed(forward, params, rows[at : at + _AT_ONCE])
-        total, count = total + float(sums[0]), count + float(sums[1])
-    return total / count
+    total_loss = 0.0
+    n_tokens = 0.0
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch_loss, batch_tokens = _summed(forward, params, rows[start : start + _BATCH_ROWS])
+        total_loss += float(batch_loss)
+        n_tokens += float(batch_tokens)
+    return total_loss / n_tokens
 
 
 @jax.jit(static_argnums=0)
 def _summed(forward: Forward, params: Tree, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    """Returns the sum of the loss over the tokens of some rows, and their number."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     batch = {
         "ids": ids,
-        "positions": places,
+        "positions": positions,
         "segment_ids": jnp.ones_like(ids),
-        "predict_at": places[:, :-1],
+        "predict_at": positions[:, :-1],
         "targets": ids[:, 1:],
         "weights": jnp.ones(ids[:, 1:].shape),
     }

@@ -315,13 +315,13 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
         ) from error
     with as_user_errors(ValueError, prefix=f"{path} is not JSON: "):  # Unicode's errors, too
         content = json.loads(text)
-    only = "; only train.compare writes this file"
-    with as_user_errors(_Mismatch, prefix=f"{path}: ", suffix=only):
+    hint = "; only train.compare writes this file"
+    with as_user_errors(_Mismatch, prefix=f"{path}: ", suffix=hint):
         return _parsed(content, kind, "")
 
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
-_WANTED = {int: "an integer", str: "a string", bool: "true or false"}
+_EXPECTED = {int: "an integer", str: "a string", bool: "true or false"}
 
 
 class _Mismatch(Exception):
@@ -330,8 +330,9 @@ class _Mismatch(Exception):
 
 def _plain(value: Any) -> object:
     """Returns a value as JSON has it; the inverse of `_parsed`."""
-    if fields := _fields(value.__class__):
-        return {name: _plain(getattr(value, name)) for name in fields}
+    field_names = _fields(value.__class__)
+    if field_names:
+        return {name: _plain(getattr(value, name)) for name in field_names}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -342,56 +343,91 @@ def _plain(value: Any) -> object:
 
 
 def _parsed(value: Any, kind: Any, field: str) -> Any:
-    """Returns a value of JSON as a field's annotated type has it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        other = next(x for x in arguments if x is not types.NoneType)
-        return None if value is None else _parsed(value, other, field)
-    if origin is Literal:
-        _need(value in arguments, field, " or ".join(map(repr, arguments)), value)
-        return value
-    if origin is tuple:
-        _need(isinstance(value, list), field, "a list", value)
-        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-        _need(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
-        pairs = enumerate(zip(value, kinds, strict=True))
-        return tuple(_parsed(x, kind, f"{field}[{index}]") for index, (x, kind) in pairs)
-    if origin is not None:  # Mapping[str, X]
-        _need(isinstance(value, dict), field, "an object", value)
-        return {key: _parsed(x, arguments[1], f"{field}[{key!r}]") for key, x in value.items()}
-    if fields := _fields(kind):
-        _need(isinstance(value, dict), field, "an object", value)
-        return _record(value, kind, fields, f"{field}." if field else "")
+    """Returns a value of JSON as a field's annotated type has it.
+
+    Args:
+      value: the value.
+      kind: the type.
+      field: the path of the field in the file, for errors: "runs[0].arm"; "" for the whole file.
+    """
+    origin = typing.get_origin(kind)
+    if origin is not None:
+        return _parsed_generic(value, origin, typing.get_args(kind), field)
+    is_required = _fields(kind)
+    if is_required:
+        _check(isinstance(value, dict), field, "an object", value)
+        return _parsed_record(value, kind, is_required, f"{field}." if field else "")
+    is_bool = isinstance(value, bool)
     if kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _need(is_number or value in _NOT_FINITE, field, "a number", value)
+        is_number = isinstance(value, int | float) and not is_bool
+        _check(is_number or value in _NOT_FINITE, field, "a number", value)
         return float(value)
-    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-    _need(fits, field, _WANTED[kind], value)
+    is_of_kind = isinstance(value, kind) and is_bool == (kind is bool)
+    _check(is_of_kind, field, _EXPECTED[kind], value)
     return value
 
 
-def _record(value: Mapping[str, Any], kind: Any, fields: Mapping[str, bool], path: str) -> Any:
-    if unknown := [name for name in value if name not in fields]:
-        raise _Mismatch(f"{path}{unknown[0]} is no field of {kind.__name__}")
-    if missing := [name for name, needed in fields.items() if needed and name not in value]:
-        raise _Mismatch(f"{path}{missing[0]} is missing")
+def _parsed_generic(value: Any, origin: Any, arguments: tuple[Any, ...], field: str) -> Any:
+    """Parses a value of a type with arguments, such as `tuple[Arm, ...]`; see `_parsed`."""
+    if origin in (typing.Union, types.UnionType):  # X | None
+        if value is None:
+            return None
+        (kind,) = [argument for argument in arguments if argument is not types.NoneType]
+        return _parsed(value, kind, field)
+    if origin is Literal:
+        _check(value in arguments, field, " or ".join(map(repr, arguments)), value)
+        return value
+    if origin is tuple:
+        _check(isinstance(value, list), field, "a list", value)
+        is_of_any_length = arguments[-1] is Ellipsis
+        kinds = (arguments[0],) * len(value) if is_of_any_length else arguments
+        _check(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
+        return tuple(
+            _parsed(item, kinds[index], f"{field}[{index}]") for index, item in enumerate(value)
+        )
+    # Mapping[str, X]
+    _check(isinstance(value, dict), field, "an object", value)
+    _, item_kind = arguments
+    return {key: _parsed(item, item_kind, f"{field}[{key!r}]") for key, item in value.items()}
+
+
+def _parsed_record(
+    record: Mapping[str, Any], kind: Any, is_required: Mapping[str, bool], prefix: str
+) -> Any:
+    """Returns an object of JSON as a record.
+
+    Args:
+      record: the object.
+      kind: the record's type.
+      is_required: field of the record -> whether it has no default.
+      prefix: the path of the object in the file, before the names of its fields: "runs[0].".
+    """
+    for name in record:
+        if name not in is_required:
+            raise _Mismatch(f"{prefix}{name} is no field of {kind.__name__}")
+    for name in is_required:
+        if is_required[name] and name not in record:
+            raise _Mismatch(f"{prefix}{name} is missing")
     kinds = typing.get_type_hints(kind)
-    return kind(**{name: _parsed(one, kinds[name], path + name) for name, one in value.items()})
+    values = {name: _parsed(value, kinds[name], prefix + name) for name, value in record.items()}
+    return kind(**values)
 
 
 @functools.cache
 def _fields(kind: Any) -> dict[str, bool]:
     """Returns the field names of a record's type, and whether each has no default."""
-    if not dataclasses.is_dataclass(kind) and not hasattr(kind, "_fields"):
+    is_record = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+    if not is_record:
         return {}
-    parameters = inspect.signature(kind).parameters
-    return {name: one.default is one.empty for name, one in parameters.items()}
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
 
 
-def _need(fits: bool, field: str, wanted: str, value: object) -> None:
+def _check(is_valid: bool, field: str, expected: str, value: object) -> None:
     """Raises a `_Mismatch` where a value is not what its field takes."""
-    if not fits:
-        names = json.dumps(value)
-        names = names if len(names) <= 60 else f"{names[:57]}..."
-        raise _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {names}")
+    if is_valid:
+        return
+    text = json.dumps(value)
+    if len(text) > 60:
+        text = f"{text[:57]}..."
+    raise _Mismatch(f"{field or 'the whole'} must be {expected}, and is {text}")

@@ -43,7 +43,7 @@ def rule(best: str) -> str:
     )
 
 
-def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
+def step_of(stage: Stage, n_steps: int, interval: int, warmup: int = 0) -> int:
     """Returns the step that ends a stage: one at which the held-out rows are measured.
 
     No stage ends within the warmup: there, the setting that learns fastest has the lowest loss, and
@@ -51,24 +51,26 @@ def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
 
     Args:
       stage: the stage.
-      steps: number of steps of the whole run.
-      every: steps between measurements.
+      n_steps: number of steps of the whole run.
+      interval: steps between measurements.
       warmup: steps in which the learning rate rises.
     """
     if stage.share >= 1:
-        return steps
-    return min(steps, every * math.ceil(max(stage.share * steps, warmup) / every))
+        return n_steps
+    earliest_step = max(stage.share * n_steps, warmup)
+    n_intervals = math.ceil(earliest_step / interval)
+    return min(n_steps, n_intervals * interval)
 
 
-def chooses(stage: Stage, arms: Collection[Arm]) -> bool:
+def stops_arms(stage: Stage, arms: Collection[Arm]) -> bool:
     """Returns True if a stage stops any of these arms: of a method's only arm it stops none."""
-    counts = Counter(arm.method for arm in arms)
-    return any(_kept(stage, n) < n for n in counts.values())
+    arm_counts = Counter(arm.method for arm in arms)
+    return any(_n_kept(stage, n_arms) < n_arms for n_arms in arm_counts.values())
 
 
-def _kept(stage: Stage, n: int) -> int:
-    """Returns the number of a method's n arms that go on after a stage."""
-    return max(1, math.ceil(stage.kept * n))
+def _n_kept(stage: Stage, n_arms: int) -> int:
+    """Returns the number of a method's arms that go on after a stage."""
+    return max(1, math.ceil(stage.kept * n_arms))
 
 
 def decide(
@@ -84,17 +86,17 @@ def decide(
       larger: whether a larger value is better.
     """
     sign = -1 if larger else 1
-    methods: defaultdict[str, list[Arm]] = defaultdict(list)
+    arms_of_method: defaultdict[str, list[Arm]] = defaultdict(list)
     for arm in values:
-        methods[arm.method].append(arm)
-    kept: list[Arm] = []
-    for arms in methods.values():
-        alive = [arm for arm in arms if not math.isnan(values[arm])]
-        alive.sort(key=lambda arm: sign * values[arm])  # stable: of equals, the first named
-        kept += alive[: _kept(stage, len(arms))]
-    ordered = sorted(values, key=lambda arm: (math.isnan(values[arm]), sign * values[arm]))
+        arms_of_method[arm.method].append(arm)
+    kept_arms: list[Arm] = []
+    for arms in arms_of_method.values():
+        sound_arms = [arm for arm in arms if not math.isnan(values[arm])]
+        sound_arms.sort(key=lambda arm: sign * values[arm])  # stable: of equals, the first named
+        kept_arms += sound_arms[: _n_kept(stage, len(arms))]
+    ranking = sorted(values, key=lambda arm: (math.isnan(values[arm]), sign * values[arm]))
     return Rung(
         share=share,
-        kept=tuple((arm, values[arm]) for arm in ordered if arm in kept),
-        stopped=tuple((arm, values[arm]) for arm in ordered if arm not in kept),
+        kept=tuple((arm, values[arm]) for arm in ranking if arm in kept_arms),
+        stopped=tuple((arm, values[arm]) for arm in ranking if arm not in kept_arms),
     )

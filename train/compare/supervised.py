@@ -20,7 +20,9 @@ from train.run.task import Evaluation, EvaluationContext, Task
 from train.settings.defaults import check_files
 from train.stages.inputs import RunData, read_inputs
 
-_OWN = (
+_OWN_OPTIONS = (  # of `train.sft`, which a run by rewards does not set
+    "alpha",
+    "lr",
     "dataset",
     "eval_dataset",
     "rows",
@@ -53,20 +55,21 @@ class HeldOutPrompts:
 
     def steps(self, batch_size: int) -> int:
         """Returns the number of steps of a run by rewards, with so many completions at once."""
-        optim, n = self.config.optim, len(self.read.data.train)
+        optim = self.config.optim
         if optim.steps is not None:
             return optim.steps
-        at_once = max(1, batch_size // self.config.data.group)
-        return Order(optim.seed, n, at_once, optim.grad_accum).steps(optim.epochs) * optim.updates
+        n_prompts = len(self.read.data.train)
+        batch_prompts = max(1, batch_size // self.config.data.group)
+        order = Order(optim.seed, n_prompts, batch_prompts, optim.grad_accum)
+        return order.steps(optim.epochs) * optim.updates
 
     def evaluation(self, context: EvaluationContext) -> Evaluation | None:
         """Returns the evaluation of a run of any script by these prompts."""
-        rows, outline, data = self.read
-        del outline
         config = replace_options(self.config, {"output": context.config.run.output})
-        return self.task.evaluation(
-            dataclasses.replace(context, config=config, rows=rows, data=data)
+        prompts_context = dataclasses.replace(
+            context, config=config, rows=self.read.rows, data=self.read.data
         )
+        return self.task.evaluation(prompts_context)
 
 
 def supervised_script(
@@ -79,35 +82,34 @@ def supervised_script(
       prompts: the held-out prompts.
       measured_in: adds further measures to a task.
     """
-    plain = Config()
-    given = replace_options(plain, {"dataset": (rows,)})
+    defaults = Config()
+    config = replace_options(defaults, {"dataset": (rows,)})
 
     @functools.cache
     def task() -> Task:
-        own = sft.task_of(given)
-        by_rewards = dataclasses.replace(
-            own,
+        rewarded_task = dataclasses.replace(
+            sft.task_of(config),
             score=prompts.task.score,
             evaluation=prompts.evaluation,
             baselines=prompts.task.baselines,
             score_error=prompts.task.score_error,
             question_scores=prompts.task.question_scores,
         )
-        return measured_in(by_rewards)
+        return measured_in(rewarded_task)
 
     def check(config: Any) -> None:
         sft.SCRIPT.check_options(config)
         check_files(config)
         task().check_options(config)
 
-    def with_defaults(options: Any, defaults: Defaults) -> Options:
-        as_many = {"steps": prompts.steps(options.optim.batch_size), "epochs": None}
-        return sft.SCRIPT.completed(replace_options(options, as_many), defaults)
+    def with_defaults(options: Any, task_defaults: Defaults) -> Options:
+        length = {"steps": prompts.steps(options.optim.batch_size), "epochs": None}
+        return sft.SCRIPT.completed(replace_options(options, length), task_defaults)
 
     return ComparedScript(
         name=sft.SCRIPT.name,
-        compared=plain,
-        plain=plain,
+        compared=defaults,
+        plain=defaults,
         task_of=lambda config: task(),
         check=check,
         with_defaults=with_defaults,
@@ -124,7 +126,10 @@ def supervised_options(options: Options, rows: str) -> Config:
       options: the options of `train.grpo`, with the task's defaults.
       rows: the demonstrations.
     """
-    same = {name: x for part in vars(options).values() for name, x in vars(part).items()}
-    plain = Config(run=SftRunConfig(eval_questions=0))
-    kept = {name: value for name, value in same.items() if name not in (*_OWN, "alpha", "lr")}
-    return replace_options(plain, kept | {"dataset": (rows,)})
+    changes: dict[str, Any] = {}
+    for section in vars(options).values():
+        changes |= vars(section)
+    for name in _OWN_OPTIONS:
+        changes.pop(name, None)
+    changes["dataset"] = (rows,)
+    return replace_options(Config(run=SftRunConfig(eval_questions=0)), changes)

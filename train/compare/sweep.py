@@ -107,7 +107,7 @@ class Sweep:
       trials: all runs.
       record: what was done.
       context: what the runs share; its `hint` tells an interrupted user how to go on.
-      asked: what is compared, and how.
+      config: what is compared, and how.
       outside: returns the loss on text outside the task, of an adapted tree and the function that
         runs it; None measures nothing.
       intruders: returns the intruder dimensions of a run's tree; None counts none.
@@ -120,7 +120,7 @@ class Sweep:
     trials: Sequence[Trial]
     record: SweepRecord
     context: RunContext
-    asked: CompareConfig
+    config: CompareConfig
     outside: Callable[[Tree, Forward], float] | None
     intruders: Callable[[OpenedRun, Tree], float] | None
     session: Session
@@ -132,28 +132,50 @@ class Sweep:
         Raises:
           Interrupted: after a signal, once what is on its way is saved.
         """
-        stages = [*rungs.STAGES, rungs.LAST] if self.asked.early_stopping else [rungs.LAST]
-        for number, stage in enumerate(stages):
-            going = [trial for trial in self.trials if not self.is_over(trial)]
-            waiting = [
-                trial for trial in going if self.record.progress(trial.name).stages <= number
+        stages = [*rungs.STAGES, rungs.LAST] if self.config.early_stopping else [rungs.LAST]
+        for index, stage in enumerate(stages):
+            pending_trials = [
+                trial
+                for trial in self.trials
+                if not self.is_over(trial) and self.record.progress(trial.name).stages <= index
             ]
-            before = stages[number - 1] if number and stage is not rungs.LAST else None
-            # After a long warmup, two stages may end at one step.
-            there = [each for each in waiting if before and _end(before, each) == _end(stage, each)]
-            alive = {trial.arm for trial in self.trials} - self.stopped_arms()
-            chooses = rungs.chooses(stage, alive)
-            if stage is not rungs.LAST and not chooses:
-                there = waiting  # on to the next one: to end here would cost time for nothing
-            for trial in there:
-                self.record.progress(trial.name).stages = number + 1
-            waiting = [trial for trial in waiting if trial not in there]
-            if waiting:
-                self._say(number, len(stages), stage, waiting)
-            for group in groups_of(waiting, self.asked.at_once):
-                self._train(group, number, stage)
-            if chooses and number == len(self.record.rungs):
+            active_arms = {trial.arm for trial in self.trials} - self.stopped_arms()
+            stops_arms = rungs.stops_arms(stage, active_arms)
+            skipping_trials = self._skipping(stages, index, pending_trials, stops_arms)
+            for trial in skipping_trials:
+                self.record.progress(trial.name).stages = index + 1
+            training_trials = [trial for trial in pending_trials if trial not in skipping_trials]
+            if training_trials:
+                self._tell_stage(index, len(stages), stage, training_trials)
+            for group in groups_of(training_trials, self.config.at_once):
+                self._train(group, index, stage)
+            is_undecided = index == len(self.record.rungs)
+            if stops_arms and is_undecided:
                 self._decide(stage)
+
+    def _skipping(
+        self, stages: Sequence[Stage], index: int, trials: Sequence[Trial], stops_arms: bool
+    ) -> Sequence[Trial]:
+        """Returns the runs that need not be trained to the end of a stage before the next one.
+
+        Args:
+          stages: all stages.
+          index: the index of the stage.
+          trials: the runs that have not ended the stage.
+          stops_arms: whether the rule stops arms after the stage.
+        """
+        stage = stages[index]
+        if stage is rungs.LAST:
+            return []
+        if not stops_arms:
+            return trials  # to end a stage for no decision costs time
+        if index == 0:
+            return []
+        # After a long warmup, two stages may end at one step.
+        previous_stage = stages[index - 1]
+        return [
+            trial for trial in trials if _end_step(previous_stage, trial) == _end_step(stage, trial)
+        ]
 
     def stopped_arms(self) -> set[Arm]:
         """Returns the arms that the rule has stopped."""
@@ -161,59 +183,66 @@ class Sweep:
 
     def is_over(self, trial: Trial) -> bool:
         """Returns True if a run needs no more training."""
-        done = self.record.progress(trial.name)
-        return done.finished or done.error is not None or trial.arm in self.stopped_arms()
+        progress = self.record.progress(trial.name)
+        is_stopped = trial.arm in self.stopped_arms()
+        return progress.finished or progress.error is not None or is_stopped
 
-    def _say(self, number: int, n: int, stage: Stage, waiting: Sequence[Trial]) -> None:
-        part = "to the end" if n == 1 else f"stage {number + 1} of {n}"
-        side_by_side = sum(has_adapter(trial.arm.method) for trial in waiting)
-        share = _share(stage, waiting)
+    def _tell_stage(self, index: int, n_stages: int, stage: Stage, trials: Sequence[Trial]) -> None:
+        """Tells how many runs are trained to the end of a stage, and how."""
+        title = "to the end" if n_stages == 1 else f"stage {index + 1} of {n_stages}"
+        n_adapters = sum(has_adapter(trial.arm.method) for trial in trials)
         tell(
             self.console,
-            f"{part}: {len(waiting)} runs to {share:.1%} of their steps, {side_by_side} of "
-            f"them side by side ({self.asked.at_once} at once), the others one after another",
+            f"{title}: {len(trials)} runs to {_share(stage, trials):.1%} of their steps, "
+            f"{n_adapters} of them side by side ({self.config.at_once} at once), the others one "
+            "after another",
         )
 
-    def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
+    def _train(self, group: Sequence[Trial], index: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""
-        began = time.monotonic()
-        until = None if stage is rungs.LAST else functools.partial(_end_of_stage, stage)
-
-        def trained(run: OpenedRun, tree: Tree, forward: Forward) -> None:
-            done = self.record.progress(run.folder.name)
-            done.saved_bytes = folder_bytes(run.folder / ADAPTER)
-            if self.outside is not None:
-                done.outside = self.outside(tree, forward)
-            if self.intruders is not None:
-                done.intruders = self.intruders(run, tree)
-
-        context = dataclasses.replace(self.context, until=until, on_trained=trained)
-        first = group[0]
-        if first.reads_alone:  # and what it read is closed in the end
+        start_time = time.monotonic()
+        is_last = stage is rungs.LAST
+        until = None if is_last else functools.partial(_end_step_of_run, stage)
+        context = dataclasses.replace(
+            self.context, until=until, on_trained=self._measure_trained_run
+        )
+        first_trial = group[0]
+        if first_trial.reads_alone:  # and what it read is closed in the end
             context = dataclasses.replace(context, reader=InputReader())
         with self.session.part():
-            if has_adapter(first.arm.method):
-                self._side_by_side(group, context)
+            if has_adapter(first_trial.arm.method):
+                self._train_side_by_side(group, context)
             else:
-                self._alone(first, context)
+                self._train_alone(first_trial, context)
         gc.collect()
-        seconds = (time.monotonic() - began) / len(group)
+        run_seconds = (time.monotonic() - start_time) / len(group)
         for trial in group:
-            done = self.record.progress(trial.name)
-            done.seconds += seconds
-            done.side_by_side = max(done.side_by_side, len(group))
+            progress = self.record.progress(trial.name)
+            progress.seconds += run_seconds
+            progress.side_by_side = max(progress.side_by_side, len(group))
             # A signal in the last step cuts off the measurement after it, still to do then.
-            if done.error is None and not self.session.stop.signal:
-                done.stages, done.finished = number + 1, until is None
+            if progress.error is None and not self.session.stop.signal:
+                progress.stages = index + 1
+                progress.finished = is_last
         write_record(self.record, self.folder / PROGRESS)
         for trial in group:
             if self.record.progress(trial.name).finished:
-                self._tidy(trial)
+                self._delete_checkpoints(trial)
         self.session.stop.remedy = self.context.hint or ""
         self.session.stop.check()
 
-    def _side_by_side(self, group: Sequence[Trial], context: RunContext) -> None:
-        asked = [
+    def _measure_trained_run(self, run: OpenedRun, tree: Tree, forward: Forward) -> None:
+        """Records the measures of a run that was trained to the end, from its tree."""
+        progress = self.record.progress(run.folder.name)
+        progress.saved_bytes = folder_bytes(run.folder / ADAPTER)
+        if self.outside is not None:
+            progress.outside = self.outside(tree, forward)
+        if self.intruders is not None:
+            progress.intruders = self.intruders(run, tree)
+
+    def _train_side_by_side(self, group: Sequence[Trial], context: RunContext) -> None:
+        """Trains adapters in shared steps, and records errors and scores."""
+        runs = [
             AskedRun(
                 name=trial.name,
                 where=f"run {trial.name}",
@@ -223,36 +252,39 @@ class Sweep:
             for trial in group
         ]
         arrangement = SideBySide(self.console, self.session)
-        for ending in train_runs(group[0].script, asked, self.session, arrangement, context):
-            done = self.record.progress(ending.opened.name)
+        for ending in train_runs(group[0].script, runs, self.session, arrangement, context):
+            progress = self.record.progress(ending.opened.name)
             if isinstance(ending, FailedRun) and ending.reason is not None:
-                done.error = ending.reason
+                progress.error = ending.reason
             if isinstance(ending, FinishedRun) and ending.score is not None:
-                done.score = ending.score
+                progress.score = ending.score
 
-    def _alone(self, trial: Trial, context: RunContext) -> None:
-        done = self.record.progress(trial.name)
+    def _train_alone(self, trial: Trial, context: RunContext) -> None:
+        """Trains one run by itself, and records its error or its score."""
+        progress = self.record.progress(trial.name)
         tell(self.console, f"run {trial.name}")
         try:
             options = _resumed_options(trial)
             scores = finetune(trial.script, options, trial.task, self.session, context)
         except TrainingError as error:
-            done.error = error.said(flag).strip().splitlines()[0]
-            write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
-            tell(self.console, f"error: {done.error}")
+            message = error.said(flag)
+            progress.error = message.strip().splitlines()[0]
+            write_text(trial.folder / ERROR, f"{message.rstrip()}\n")
+            tell(self.console, f"error: {progress.error}")
             return
-        done.score = scores.get(trial.task.score or "", done.score)
+        progress.score = scores.get(trial.task.score or "", progress.score)
 
     def _decide(self, stage: Stage) -> None:
         """Chooses the arms that go on, and records them."""
-        before = self.stopped_arms()
-        values: dict[Arm, list[float]] = {}
+        stopped_arms = self.stopped_arms()
+        seed_values: dict[Arm, list[float]] = {}
         for trial in self.trials:
-            if trial.arm not in before:
-                values.setdefault(trial.arm, []).append(self._newest(trial))
-        means = {arm: sum(of_arm) / len(of_arm) for arm, of_arm in values.items()}
-        larger = self.trials[0].by_score
-        rung = rungs.decide(stage, means, _share(stage, self.trials), larger=larger)
+            if trial.arm not in stopped_arms:
+                seed_values.setdefault(trial.arm, []).append(self._newest_value(trial))
+        means = {arm: sum(values) / len(values) for arm, values in seed_values.items()}
+        rung = rungs.decide(
+            stage, means, _share(stage, self.trials), larger=self.trials[0].by_score
+        )
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / PROGRESS)
         tell(
@@ -260,40 +292,43 @@ class Sweep:
             f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
             f"{len(rung.stopped)} stop",
         )
-        stopped = dict(rung.stopped)
+        newly_stopped = {arm for arm, _ in rung.stopped}
         for trial in self.trials:
-            if trial.arm in stopped:
-                self._tidy(trial)
+            if trial.arm in newly_stopped:
+                self._delete_checkpoints(trial)
 
-    def _newest(self, trial: Trial) -> float:
+    def _newest_value(self, trial: Trial) -> float:
         """Returns the newest held-out loss, or score, of a run; NaN for one that failed."""
         if self.record.progress(trial.name).error is not None:
             return math.nan
-        lines, name = read_metrics(trial.folder), trial.measured
-        return next((line[name] for line in reversed(lines) if name in line), math.nan)
+        metric = trial.measured
+        values: list[float] = [
+            line[metric] for line in read_metrics(trial.folder) if metric in line
+        ]
+        return values[-1] if values else math.nan
 
-    def _tidy(self, trial: Trial) -> None:
+    def _delete_checkpoints(self, trial: Trial) -> None:
         """Deletes the checkpoints and the full model of a run that is over."""
         for name in (CHECKPOINTS, START):
             shutil.rmtree(trial.folder / name, ignore_errors=True)
-        if trial.arm.method in IN_FULL and not self.asked.keep_weights:
+        if trial.arm.method in IN_FULL and not self.config.keep_weights:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
 
 
-def _end_of_stage(stage: Stage, steps: int, config: Options) -> int:
+def _end_step_of_run(stage: Stage, n_steps: int, config: Options) -> int:
     """Returns the step that ends a stage of a run, by its number of steps and its options."""
-    warmup = warmup_steps(config.optim, steps)
-    every = config.run.eval_every or config.run.score_every
-    return rungs.step_of(stage, steps, every, warmup)
+    warmup = warmup_steps(config.optim, n_steps)
+    interval = config.run.eval_every or config.run.score_every
+    return rungs.step_of(stage, n_steps, interval, warmup)
 
 
-def _end(stage: Stage, trial: Trial) -> int:
-    return _end_of_stage(stage, trial.steps, trial.config)
+def _end_step(stage: Stage, trial: Trial) -> int:
+    return _end_step_of_run(stage, trial.steps, trial.config)
 
 
 def _share(stage: Stage, trials: Sequence[Trial]) -> float:
     """Returns the share of their steps that a stage takes runs to: not always that of the rule."""
-    return max(_end(stage, trial) / trial.steps for trial in trials)
+    return max(_end_step(stage, trial) / trial.steps for trial in trials)
 
 
 def _resumed_options(trial: Trial) -> Options:

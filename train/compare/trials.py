@@ -138,10 +138,10 @@ def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
     if hasattr(options.adapter, "head_only"):
         names += OF_CLASSIFIER
     for name in names:
-        given = dict(METHODS[name].sets)
+        method_options = dict(METHODS[name].sets)
         if name in OF_SUBSPACE:
-            given["intrinsic"] = 10_000  # for which rates are given; see `rate_of_dimension`
-        completed = script.completed(options, **given)
+            method_options["intrinsic"] = 10_000  # for which rates are given: `rate_of_dimension`
+        completed = script.completed(options, **method_options)
         if completed.optim.lr is None:
             raise UserError(
                 f"{flag('optimizer', options.optim.optimizer)} has no learning rate of its own: "
@@ -149,7 +149,12 @@ def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
             )
         rates[name] = completed.optim.lr
     alpha = script.task_of(options).defaults.alpha
-    return arms.ScriptDefaults(alpha, rates, options.optim.batch_size, script.quick_full)
+    return arms.ScriptDefaults(
+        alpha=alpha,
+        rates=rates,
+        batch_size=options.optim.batch_size,
+        quick_full=script.quick_full,
+    )
 
 
 def trials_of(
@@ -178,17 +183,29 @@ def trials_of(
     grid = arms.arms_of(compare, basis_of(script, options))
     for arm, seed in itertools.product(grid, compare.seeds):
         name = arms.name_of(arm, seed)
+        is_supervised = arm.method in OF_EXAMPLES
+        run_script, run_options = script, options
+        if examples and is_supervised:
+            run_script, run_options = examples
         try:
-            place = folder / RUNS / name
-            is_supervised = arm.method in OF_EXAMPLES
-            of = examples if examples and is_supervised else (script, options)
-            trial, inputs = _trial(*of, arm, seed, compare.seeds[0], place, reader)
+            trial, inputs = _trial(
+                run_script,
+                run_options,
+                arm,
+                seed,
+                held_out_seed=compare.seeds[0],
+                folder=folder / RUNS / name,
+                reader=reader,
+            )
         except TrainingError as error:
             raise UserError(f"run {name}: {error.said(flag)}") from error
         trials.append(trial)
     names = [trial.name for trial in trials]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two runs are called {twice[0]}: leave out settings that are nearly equal")
+    repeated_names = [name for name in names if names.count(name) > 1]
+    if repeated_names:
+        raise UserError(
+            f"two runs are called {repeated_names[0]}: leave out settings that are nearly equal"
+        )
     assert inputs is not None
     return trials, inputs
 
@@ -196,15 +213,19 @@ def trials_of(
 def groups_of(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
     """Returns the runs as they train: adapters in groups of at most `at_once`, the others alone."""
     adapters = [trial for trial in trials if has_adapter(trial.arm.method)]
-    adapters.sort(key=_likeness)
-    groups = []
-    for of_examples in (False, True):  # of another script
-        alike = [trial for trial in adapters if (trial.arm.method in OF_EXAMPLES) == of_examples]
-        groups += [alike[i : i + at_once] for i in range(0, len(alike), at_once)]
-    return groups + [[trial] for trial in trials if not has_adapter(trial.arm.method)]
+    adapters.sort(key=_sharing_key)
+    # Runs on examples have a script of their own, so that they share no steps with the others.
+    supervised = [trial for trial in adapters if trial.arm.method in OF_EXAMPLES]
+    rewarded = [trial for trial in adapters if trial.arm.method not in OF_EXAMPLES]
+    groups: list[list[Trial]] = []
+    for script_trials in (rewarded, supervised):
+        for start in range(0, len(script_trials), at_once):
+            groups.append(script_trials[start : start + at_once])
+    groups += [[trial] for trial in trials if not has_adapter(trial.arm.method)]
+    return groups
 
 
-def _likeness(trial: Trial) -> tuple[object, ...]:
+def _sharing_key(trial: Trial) -> tuple[object, ...]:
     """Returns the key that sorts runs by what they can share.
 
     In one step, adapters of one method, rank and selection share a stack, in which smaller batches
@@ -219,20 +240,35 @@ def _trial(
     options: Options,
     arm: Arm,
     seed: int,
-    first_seed: int,
+    *,
+    held_out_seed: int,
     folder: Path,
     reader: InputReader,
 ) -> tuple[Trial, Inputs]:
+    """Returns a run, checked, and its inputs.
+
+    Args:
+      script: the training script.
+      options: its options, none of those that the comparison sets.
+      arm, seed: what the run trains.
+      held_out_seed: draws the held-out rows, the same for all runs, unless the options have one.
+      folder: the run's.
+      reader: reads rows once.
+    """
+    interval = getattr(options.run, script.every)
     changes = arms.settings(arm, seed) | {
         "output": str(folder),
         "overwrite": False,
         "resume": False,
-        script.every: getattr(options.run, script.every) or 1,  # so that rows are held out
+        script.every: interval or 1,  # so that rows are held out
     }
-    armed = replace_options(options, changes)
-    if "held_out_seed" not in idle_options(armed, dataset_facts(armed)):
-        drawn = getattr(options.data, "held_out_seed", None)
-        changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
+    changed_options = replace_options(options, changes)
+    holds_rows_out = "held_out_seed" not in idle_options(
+        changed_options, dataset_facts(changed_options)
+    )
+    if holds_rows_out:
+        option_seed = getattr(options.data, "held_out_seed", None)
+        changes["held_out_seed"] = held_out_seed if option_seed is None else option_seed
     if getattr(options.run, "eval_rows", 0) is None:
         changes["eval_rows"] = _EVAL_ROWS
     config = script.completed(options, **changes)
@@ -242,17 +278,13 @@ def _trial(
     rules(config.adapter)
     mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     inputs = make_inputs(config, mesh, reader(config, task))
-    steps = inputs.steps
     _check_held_out(script, arm, config, inputs)
-    every = getattr(options.run, script.every)
-    changed: dict[str, Any] = {script.every: every or -(-steps // MEASUREMENTS)}
-    if arm.method in IN_FULL and options.run.save_every == script.plain.run.save_every:
-        changed["save_every"] = steps  # a checkpoint holds the model three times
-    config, outline = replace_options(config, changed), inputs.read.outline
-    trained = arm.dimension
-    if trained is None:
-        tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
-        trained, _ = lj.count_params(tree)
+    n_steps = inputs.steps
+    intervals: dict[str, Any] = {script.every: interval or -(-n_steps // MEASUREMENTS)}
+    has_default_saves = options.run.save_every == script.plain.run.save_every
+    if arm.method in IN_FULL and has_default_saves:
+        intervals["save_every"] = n_steps  # a checkpoint holds the model three times
+    config = replace_options(config, intervals)
     trial = Trial(
         name=folder.name,
         script=script.name,
@@ -260,8 +292,8 @@ def _trial(
         seed=seed,
         config=config,
         task=task,
-        steps=steps,
-        trained_parameters=trained,
+        steps=n_steps,
+        trained_parameters=_trained_parameters(arm, config, inputs),
         by_score=script.uses_score,
         most_questions=task.most_questions(config, inputs.read.rows),
     )
@@ -270,17 +302,26 @@ def _trial(
     return trial, inputs
 
 
+def _trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
+    """Returns how many numbers a run trains: the dimension of a subspace, or those of its tree."""
+    if arm.dimension is not None:
+        return arm.dimension
+    outline = inputs.read.outline
+    tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
+    n_trained, _ = lj.count_params(tree)
+    return n_trained
+
+
 def _check_held_out(script: ComparedScript, arm: Arm, config: Any, inputs: Inputs) -> None:
     """Raises a UserError where nothing is held out to measure a run on."""
-    read = inputs.read
     if not script.uses_score:
-        has_rows = read.data.held_out is not None
+        has_held_out = inputs.read.data.held_out is not None
     elif arm.method in OF_EXAMPLES:
-        has_rows = True  # the prompts of the others
+        has_held_out = True  # the prompts of the others
     else:
-        asks = bool(read.rows.held_out) or dataset_facts(config).has_own_rows
-        has_rows = asks and bool(config.run.eval_questions)
-    if not has_rows:
+        has_prompts = bool(inputs.read.rows.held_out) or dataset_facts(config).has_own_rows
+        has_held_out = has_prompts and bool(config.run.eval_questions)
+    if not has_held_out:
         raise UserError(
             "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
             "more than 0 --eval-questions"

@@ -42,7 +42,7 @@ from train.run.shared_prompts import PromptRows, obstacle
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
-_SIZE_STEPS = 64  # the result is within one part of so many
+_SIZE_STEPS = 64  # a search ends within a 64th of the largest size that fits
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -58,46 +58,53 @@ def parse(args: Sequence[str] | None = None) -> PlanOptions:
 
 def run(options: PlanOptions) -> None:
     """Checks the options, compiles each variant, and prints the plans."""
-    asked = options.plan
+    config = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
-    found: dict[str, int | None] = {}
+    largest_sizes: dict[str, int | None] = {}
     plans: list[Plan] = []
     ladder: Ladder | None = None
-    if asked.longest or asked.largest_batch:
-        found, largest, ladder = search(options)
-        asked = _resized(asked, next(size for size in found.values() if size))
-        plans = [largest]
-    job, optim = make_job(asked)
-    facts = {**described(asked, job), "largest": found}
-    progress, token = Console(stderr=True, highlight=False), None
+    if config.longest or config.largest_batch:
+        largest_sizes, largest_plan, ladder = search(options)
+        fitting_sizes = [size for size in largest_sizes.values() if size]
+        config = _resized(config, fitting_sizes[0])
+        plans = [largest_plan]
+    job, optim = make_job(config)
+    facts = {**described(config, job), "largest": largest_sizes}
+    progress = Console(stderr=True, highlight=False)
+    token: Token | None = None
 
     def make_plan(variant: PlanVariant) -> Plan:
         with progress.status(f"compiling {variant.name}"):
-            made = plan(job, variant, optim)
-        progress.print(f"compiled {variant.name}: {duration(made.compile_seconds)}")
-        return made
+            variant_plan = plan(job, variant, optim)
+        progress.print(f"compiled {variant.name}: {duration(variant_plan.compile_seconds)}")
+        return variant_plan
 
-    trained = lora_of(options)
-    if asked.decode_adapters is not None:  # its errors, before the plans are made
-        rows_params(job, PlanVariant(trained, "full"), asked.decode_adapters)
+    adapter = lora_of(options)
+    if config.decode_adapters is not None:  # its errors, before the plans are made
+        rows_params(job, PlanVariant(adapter, "full"), config.decode_adapters)
     try:
-        if asked.remat == AUTO and ladder is None:
-            ladder = climb(job, trained, optim, make_plan, progress.print)
+        if config.remat == AUTO and ladder is None:
+            ladder = climb(job, adapter, optim, make_plan, progress.print)
             plans = [ladder.plans[ladder.remat]]
-        first, *others = variants(options, job, ladder)
-        for variant in [first, *others][len(plans) :]:
-            is_rung = variant == PlanVariant(trained, variant.remat)
-            of_ladder = ladder.plans if ladder and is_rung else {}
-            if variant.remat not in of_ladder:
-                of_ladder[variant.remat] = make_plan(variant)
-            plans.append(of_ladder[variant.remat])
-        if asked.decode_rows:
+        planned_variants = variants(options, job, ladder)
+        # A search has planned the first variant already.
+        for variant in planned_variants[len(plans) :]:
+            is_rung = variant == PlanVariant(adapter, variant.remat)
+            if not (ladder and is_rung):
+                plans.append(make_plan(variant))
+                continue
+            if variant.remat not in ladder.plans:
+                ladder.plans[variant.remat] = make_plan(variant)
+            plans.append(ladder.plans[variant.remat])
+        if config.decode_rows:
             with progress.status("compiling a token"):
-                token = plan_token(job, first, asked.decode_rows, asked.decode_adapters)
+                token = plan_token(
+                    job, planned_variants[0], config.decode_rows, config.decode_adapters
+                )
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, facts, plans, ladder, token)
+            show(config, job, facts, plans, ladder, token)
 
 
 def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
@@ -110,68 +117,81 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | 
     Raises:
       UserError: not even the smallest fits.
     """
-    asked = options.plan
-    first, what = asked.seq_len, f"tokens a {TASKS[asked.task].row}"
-    if asked.largest_batch:
-        first, what = asked.batch_size, f"{TASKS[asked.task].rows} a batch"
-    # The rows to begin with may be longer than the model allows.
-    job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
+    config = options.plan
+    task = TASKS[config.task]
+    if config.longest:
+        # The rows to begin with may be longer than the model allows.
+        job, optim = make_job(_resized(config, _ROW_UNIT))
+        start_size = config.seq_len
+        size_words = f"tokens a {task.row}"
+        unit = math.lcm(_ROW_UNIT, 2 * job.layout.sequence_parts)
+        size_limit = job.outline.max_tokens
+    else:
+        job, optim = make_job(config)
+        start_size = config.batch_size
+        size_words = f"{task.rows} a batch"
+        unit = math.lcm(job.layout.batch_parts, job.group)
+        size_limit = _MOST_ROWS
     machine = job.machine
-    parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
-    unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else math.lcm(parts, job.group)
-    limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
     progress = Console(stderr=True, highlight=False)
-    trained, ladders = lora_of(options), dict[int, Ladder]()
+    adapter = lora_of(options)
+    ladders: dict[int, Ladder] = {}
 
     @functools.cache
     def plan_of_size(size: int) -> Plan:
-        resized = make_job(_resized(asked, size))[0]
+        resized_job, _ = make_job(_resized(config, size))
 
         def make_plan(variant: PlanVariant) -> Plan:
-            with progress.status(f"compiling {variant.name}, {size:,} {what}"):
-                made = plan(resized, variant, optim)
-            if made.failed:
-                raise UserError(f"{variant.name}, {size:,} {what}: {made.failed}")
-            total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
-            needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
-            policy = f", --remat {variant.remat}" if asked.remat == AUTO else ""
-            progress.print(f"{size:,} {what}{policy}: {needs} ({took})")
-            return made
+            with progress.status(f"compiling {variant.name}, {size:,} {size_words}"):
+                variant_plan = plan(resized_job, variant, optim)
+            if variant_plan.failed:
+                raise UserError(f"{variant.name}, {size:,} {size_words}: {variant_plan.failed}")
+            total = variant_plan.per_chip_bytes["total"]
+            memory = "refused" if total is None else f"{total / 2**30:.2f} GiB"
+            policy = f", --remat {variant.remat}" if config.remat == AUTO else ""
+            compile_time = duration(variant_plan.compile_seconds)
+            progress.print(f"{size:,} {size_words}{policy}: {memory} ({compile_time})")
+            return variant_plan
 
-        if asked.remat != AUTO:
+        if config.remat != AUTO:
             (variant,) = variants(options)
             return make_plan(variant)
-        # What fitted the last size is likely for this one, too.
-        last = [ladder.remat for ladder in ladders.values()][-1:]
-        ladders[size] = climb(resized, trained, optim, make_plan, first=last[0] if last else None)
-        return ladders[size].plans[ladders[size].remat]
+        # The policy that fitted the last size is likely for this one, too.
+        policies = [ladder.remat for ladder in ladders.values()]
+        first_policy = policies[-1] if policies else None
+        ladder = climb(resized_job, adapter, optim, make_plan, first=first_policy)
+        ladders[size] = ladder
+        return ladder.plans[ladder.remat]
 
-    found = {
-        f"{share:g}": largest_fit(plan_of_size, first, unit, limit, share)
+    largest_sizes = {
+        f"{share:g}": largest_fit(plan_of_size, start_size, unit, size_limit, share)
         for share in machine.shares
     }
-    for share, size in found.items():
-        within = f" within {share} of the memory" if len(found) > 1 else ""
-        most = f"{size:,} {what}" if size else "nothing"
-        most += " (the model's limit)" * (asked.longest and size == limit - limit % unit)
-        progress.print(f"the most that fits{within}: {most}", soft_wrap=True)
-    size = next((size for size in found.values() if size), None)
-    if size is None:
+    for share, size in largest_sizes.items():
+        condition = f" within {share} of the memory" if len(largest_sizes) > 1 else ""
+        size_text = f"{size:,} {size_words}" if size else "nothing"
+        if config.longest and size == size_limit - size_limit % unit:
+            size_text += " (the model's limit)"
+        progress.print(f"the most that fits{condition}: {size_text}", soft_wrap=True)
+    fitting_sizes = [size for size in largest_sizes.values() if size]
+    if not fitting_sizes:
         raise UserError(
-            f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
-            f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
+            f"not even {unit} {size_words} fit into {machine.name}: give --quantize, --remat, a "
+            f"smaller {'--batch-size' if config.longest else '--seq-len'}, or more devices"
         )
-    return found, plan_of_size(size), ladders.get(size)
+    fitting_size = fitting_sizes[0]
+    return largest_sizes, plan_of_size(fitting_size), ladders.get(fitting_size)
 
 
-def _resized(asked: PlanConfig, size: int) -> PlanConfig:
-    if asked.longest:
-        return dataclasses.replace(asked, seq_len=size)
-    return dataclasses.replace(asked, batch_size=size)
+def _resized(config: PlanConfig, size: int) -> PlanConfig:
+    """Returns the options with another length of rows (--longest), or another batch size."""
+    if config.longest:
+        return dataclasses.replace(config, seq_len=size)
+    return dataclasses.replace(config, batch_size=size)
 
 
 def show(
-    asked: PlanConfig,
+    config: PlanConfig,
     job: PlanJob,
     facts: dict[str, Any],
     plans: list[Plan],
@@ -179,117 +199,134 @@ def show(
     token: Token | None = None,
 ) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
-    if asked.json:
-        first, *others = (as_json(made, asked, job.machine) for made in plans)
-        first |= {"token": dataclasses.asdict(token)} if token else {}
-        made = [dataclasses.asdict(rung) for rung in rungs_of(ladder)] if ladder else []
-        print(json.dumps({**facts, **first, "others": others, "ladder": made}, indent=2))
-    else:
-        estimates = [estimate(made, asked, job.machine) for made in plans]
-        wide = None if sys.stdout.isatty() else 120
-        console = Console(width=wide)
-        print_plans(console, facts, plans, estimates)
-        if ladder:
-            print_ladder(console, ladder)
-        print_clocks(console, job.machine, [(made.name, made.clocks.get("step")) for made in plans])
-        if token:
-            print_token(console, token)
+    if config.json:
+        _print_json(config, job, facts, plans, ladder, token)
+        return
+    estimates = [estimate(variant_plan, config, job.machine) for variant_plan in plans]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    print_plans(console, facts, plans, estimates)
+    if ladder:
+        print_ladder(console, ladder)
+    step_clocks = [(variant_plan.name, variant_plan.clocks.get("step")) for variant_plan in plans]
+    print_clocks(console, job.machine, step_clocks)
+    if token:
+        print_token(console, token)
 
 
-def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
+def _print_json(
+    config: PlanConfig,
+    job: PlanJob,
+    facts: dict[str, Any],
+    plans: list[Plan],
+    ladder: Ladder | None,
+    token: Token | None,
+) -> None:
+    """Prints the requested plan as JSON, with the other plans and the policies of the ladder."""
+    plans_json = [as_json(variant_plan, config, job.machine) for variant_plan in plans]
+    result = {**facts, **plans_json[0]}
+    if token:
+        result["token"] = dataclasses.asdict(token)
+    result["others"] = plans_json[1:]
+    result["ladder"] = [dataclasses.asdict(rung) for rung in rungs_of(ladder)] if ladder else []
+    print(json.dumps(result, indent=2))
+
+
+def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     """Returns the job and the options of an optimiser.
 
     Raises:
       UserError: model, machine and mesh do not fit together.
     """
-    outline = read_shapes(asked.model, asked.model_code)
-    outline = outline.scaled(parse_rope_scaling(asked.rope_scaling))
-    outline = outline.quantized(asked.quantize)
-    outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
-    outline.check_experts(asked.experts)
-    _check_images(asked, outline)
-    if asked.decode_rows and outline.is_torch:
+    outline = read_shapes(config.model, config.model_code)
+    outline = outline.scaled(parse_rope_scaling(config.rope_scaling))
+    outline = outline.quantized(config.quantize)
+    outline.check_length(config.seq_len, f"--seq-len {config.seq_len}")
+    outline.check_experts(config.experts)
+    _check_images(config, outline)
+    if config.decode_rows and outline.is_torch:
         raise UserError(
-            f"--decode-rows {asked.decode_rows}: {asked.model} runs as a torch module, whose "
+            f"--decode-rows {config.decode_rows}: {config.model} runs as a torch module, whose "
             "tokens are not planned: leave it out"
         )
     machine = find_machine(
-        asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
+        config.topology, config.capacity_gib, config.peak_tflops, config.mem_fraction
     )
-    machine = assuming(machine, asked.kernel_share, asked.link_gbytes)
-    mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices, asked.slice_axis)
+    machine = assuming(machine, config.kernel_share, config.link_gbytes)
+    mesh = make_mesh(config.mesh, config.batch_size, machine.devices, config.slice_axis)
     layout = Layout.of(mesh, outline.config)
-    layout, form = with_form(layout, asked.collective_matmul)
-    check_offload(asked.remat, layout.platform)
-    for n in asked.adapters:
-        if (asked.batch_size // n) % layout.batch_parts:
+    layout, form = with_form(layout, config.collective_matmul)
+    check_offload(config.remat, layout.platform)
+    for n in config.adapters:
+        if (config.batch_size // n) % layout.batch_parts:
             raise UserError(
-                f"--adapters {n}: each has {asked.batch_size // n} of the {asked.batch_size} "
+                f"--adapters {n}: each has {config.batch_size // n} of the {config.batch_size} "
                 f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
-    draws = TASKS[asked.task].draws
-    group, max_new_tokens = asked.drawn if draws else (1, 0)
+    draws = TASKS[config.task].draws
+    group, max_new_tokens = config.drawn if draws else (1, 0)
     job = PlanJob(
         outline=outline,
         layout=layout,
         machine=machine,
-        batch_size=asked.batch_size,
-        grad_accum=asked.grad_accum,
-        seq_len=asked.seq_len,
-        loss_chunk=asked.loss_chunk,
-        dtype=asked.dtype,
-        attention=asked.attention,
-        experts=asked.experts,
+        batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
+        seq_len=config.seq_len,
+        loss_chunk=config.loss_chunk,
+        dtype=config.dtype,
+        attention=config.attention,
+        experts=config.experts,
         products=form,
-        task=asked.task,
+        task=config.task,
         group=group,
         max_new_tokens=max_new_tokens,
-        prompt=asked.seq_len - max_new_tokens if draws else asked.prompt_len or 0,
-        images=asked.images,
+        prompt=config.seq_len - max_new_tokens if draws else config.prompt_len or 0,
+        images=config.images,
     )
-    job = _share_prompts(job, asked)
+    job = _share_prompts(job, config)
     layout.check_lengths([job.row])
-    optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
+    optim = OptimConfig(optimizer=config.optimizer, batch_size=config.batch_size)
     return job, fill_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
-def _share_prompts(job: PlanJob, asked: PlanConfig) -> PlanJob:
+def _share_prompts(job: PlanJob, config: PlanConfig) -> PlanJob:
     """Returns the job with prompts that completions share, if a run's would.
 
     Raises:
       UserError: --no-share-prompt has no effect.
     """
-    shared = dataclasses.replace(job, share_prompt=True)
+    sharing_job = dataclasses.replace(job, share_prompt=True)
     rows = PromptRows(
         completions=job.completions,
         share=job.prompt / job.seq_len,
-        rows=shared.rows,
-        shared=(shared.rows, shared.row),
+        rows=sharing_job.rows,
+        shared=(sharing_job.rows, sharing_job.row),
         alone=(job.rows, job.row),
     )
-    why = "there is no prompt that completions share"
+    reason: str | None = "there is no prompt that completions share"
     if job.completions > 1 and job.prompt:
-        how = {"attention": asked.attention, "dtype": asked.dtype}
-        why = obstacle([job.outline], job.layout, rows, **how) or ""
-    if why and not asked.share_prompt:
-        raise UserError(f"--no-share-prompt has no effect: {why}; leave it out")
-    return shared if asked.share_prompt and not why else job
+        reason = obstacle(
+            [job.outline], job.layout, rows, attention=config.attention, dtype=config.dtype
+        )
+    if reason and not config.share_prompt:
+        raise UserError(f"--no-share-prompt has no effect: {reason}; leave it out")
+    return job if reason or not config.share_prompt else sharing_job
 
 
-def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
-    if not asked.images:
+def _check_images(config: PlanConfig, outline: ModelInfo) -> None:
+    """Checks that the model reads --images, and that a row has place for their tokens."""
+    if not config.images:
         return
     if not isinstance(outline.config, SmolVLMConfig):
         raise UserError(
-            f"--images {asked.images}: the model {asked.model} reads texts alone here; images of "
+            f"--images {config.images}: the model {config.model} reads texts alone here; images of "
             "any size, as Qwen3.5's, are not planned"
         )
-    needed = asked.images * outline.config.tokens_per_image
-    if needed > asked.seq_len:
+    image_tokens = config.images * outline.config.tokens_per_image
+    if image_tokens > config.seq_len:
         raise UserError(
-            f"--images {asked.images}: they take {needed} tokens of a row, and --seq-len is "
-            f"{asked.seq_len}"
+            f"--images {config.images}: they take {image_tokens} tokens of a row, and --seq-len is "
+            f"{config.seq_len}"
         )
 
 
@@ -311,150 +348,179 @@ def variants(
       ladder: policies of --remat auto: the requested variant is the one that the search ended
         with, and the others are its other policies.
     """
-    asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
-    trained = lora_of(options)
+    config = options.plan
+    adapter = lora_of(options)
     lora = dataclasses.replace(options.adapter, full=False)
-    remat = ladder.remat if ladder else options.plan.remat or "none"
-    if options.plan.adapters:
-        return [PlanVariant(lora, remat, n) for n in options.plan.adapters]
-    full = AdapterConfig(full=True)
-    asked = PlanVariant(trained, remat)
+    remat = ladder.remat if ladder else config.remat or "none"
+    if config.adapters:
+        return [PlanVariant(lora, remat, n_adapters) for n_adapters in config.adapters]
+    requested = PlanVariant(adapter, remat)
+    if config.alone or config.longest or config.largest_batch:
+        return [requested]
+    comparisons: list[PlanVariant] = []
+    if job is not None and job.products is not None:
+        other_form: Form = "windowed" if job.products.form == "whole" else "whole"
+        comparisons.append(dataclasses.replace(requested, products=other_form))
     if ladder:
-        others = [PlanVariant(trained, name) for name in ladder.search.rungs]
+        comparisons += [PlanVariant(adapter, policy) for policy in ladder.search.rungs]
     else:
         policies = ("full", "dots_with_no_batch_dims_saveable", "none")
-        others = [PlanVariant(lora, name) for name in policies]
-    others.append(PlanVariant(full, "full"))
-    if asked_alone:
-        return [asked]
-    if job is not None and job.products is not None:
-        other: Form = "windowed" if job.products.form == "whole" else "whole"
-        others.insert(0, dataclasses.replace(asked, products=other))
-    return [*dict.fromkeys((asked, *others))]  # each once
+        comparisons += [PlanVariant(lora, policy) for policy in policies]
+    comparisons.append(PlanVariant(AdapterConfig(full=True), "full"))
+    return [*dict.fromkeys((requested, *comparisons))]  # without duplicates
 
 
-def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
+def described(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
     """Returns the facts that all plans share: model, machine, mesh, and batch."""
-    machine, mesh = job.machine, job.layout.mesh.shape
+    machine = job.machine
+    mesh = job.layout.mesh.shape
     return {
-        "model": asked.model,
+        "model": config.model,
         "topology": machine.name,
         "devices": len(machine.devices),
         "chips": machine.n_chips,
         "compiler": machine.platform,
         "slices": machine.n_slices,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1},
-        "batch_size": asked.batch_size,
-        "grad_accum": asked.grad_accum,
-        "seq_len": asked.seq_len,
-        "task": asked.task,
+        "batch_size": config.batch_size,
+        "grad_accum": config.grad_accum,
+        "seq_len": config.seq_len,
+        "task": config.task,
         "group": job.group,
         "max_new_tokens": job.max_new_tokens,
         "images": job.images,
         "rows": _rows(job),
-        "dtype": asked.dtype,
+        "dtype": config.dtype,
         "quantize": job.outline.head.get("quantize", "none"),
         "attention": str(job.chosen),
-        "experts": asked.experts,
+        "experts": config.experts,
         "collective_matmul": None if job.products is None else str(job.products),
         "loss_chunk": job.head_chunk // job.layout.token_parts,
-        "optimizer": asked.optimizer,
+        "optimizer": config.optimizer,
         "peak_flops_per_device": machine.flops,
         "memory_bytes_per_second": machine.bandwidth,
         "memory_shares": machine.shares,
         "kernel_share": machine.kernel_share if machine.clock else None,
         "link_bytes_per_second": machine.link,
         "remarks": machine.remarks,
-        "utilisation": asked.utilisation,
-        "tokens": asked.tokens,
-        "price": asked.price,
+        "utilisation": config.utilisation,
+        "tokens": config.tokens,
+        "price": config.price,
     }
 
 
 def _rows(job: PlanJob) -> str:
     """Returns the batch of a step in words."""
-    n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
-    once = ", a prompt once" * job.share_prompt
-    if (each := job.kind.sequences) > 1:
-        rows = job.kind.rows
-        pairs = f"{n} {rows.removesuffix('s') if n == 1 else rows} of {each} × {what}"
-        return f"{pairs}, {job.prompt} of them a prompt's{once}" if job.prompt else pairs
+    n_rows = job.batch_size * job.grad_accum
+    sequence_words = f"{job.seq_len} tokens"
+    sharing_words = ", a prompt once" if job.share_prompt else ""
+    is_paired = job.kind.sequences > 1
+    if is_paired:
+        row_words = job.kind.rows.removesuffix("s") if n_rows == 1 else job.kind.rows
+        pairs = f"{n_rows} {row_words} of {job.kind.sequences} × {sequence_words}"
+        return f"{pairs}, {job.prompt} of them a prompt's{sharing_words}" if job.prompt else pairs
     if job.kind.draws:
-        parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
-        return f"{n} completions, {job.group} of a prompt, of {parts} tokens{once}"
+        lengths = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
+        return f"{n_rows} completions, {job.group} of a prompt, of {lengths} tokens{sharing_words}"
     if job.images:
-        what += f" with {job.images} {'image' if job.images == 1 else 'images'}"
-    return f"{n} × {what}"
+        sequence_words += f" with {job.images} {'image' if job.images == 1 else 'images'}"
+    return f"{n_rows} × {sequence_words}"
 
 
-def as_json(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, Any]:
+def as_json(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[str, Any]:
     """Returns a plan and its estimates as JSON."""
-    return {**dataclasses.asdict(made), **estimate(made, asked, machine)}
+    return {**dataclasses.asdict(variant_plan), **estimate(variant_plan, config, machine)}
 
 
-def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float | None]:
+def estimate(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[str, float | None]:
     """Returns the seconds of a step, the chip-hours and the cost; None for what is not known."""
-    seconds = hours = cost = None
-    if made.flops_per_chip is not None and machine.flops is not None:
-        seconds = made.flops_per_chip / (machine.flops * asked.utilisation)
-        if asked.tokens is not None:
-            tokens_a_step = asked.batch_size * asked.grad_accum * asked.seq_len
-            tokens_a_step *= TASKS[asked.task].sequences
-            hours = asked.tokens / tokens_a_step * seconds * machine.n_chips / 3600
-            cost = None if asked.price is None else hours * asked.price
-    return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}
+    step_seconds: float | None = None
+    chip_hours: float | None = None
+    cost: float | None = None
+    if variant_plan.flops_per_chip is not None and machine.flops is not None:
+        step_seconds = variant_plan.flops_per_chip / (machine.flops * config.utilisation)
+        if config.tokens is not None:
+            n_sequences = config.batch_size * config.grad_accum * TASKS[config.task].sequences
+            n_steps = config.tokens / (n_sequences * config.seq_len)
+            chip_hours = n_steps * step_seconds * machine.n_chips / 3600
+            cost = None if config.price is None else chip_hours * config.price
+    return {"step_seconds": step_seconds, "chip_hours": chip_hours, "cost": cost}
 
 
 def largest_fit(
-    plan_of: Callable[[int], Plan], first: int, unit: int, limit: int, share: float
+    plan_of: Callable[[int], Plan], start_size: int, unit: int, size_limit: int, share: float
 ) -> int | None:
     """Returns the largest size that fits into a share of the memory; None if even a unit does not.
 
     Args:
       plan_of: makes the plan of a size.
-      first: the size to begin with.
+      start_size: the size to begin with.
       unit: sizes are multiples of it.
-      limit: the largest size that there is.
+      size_limit: the largest size that there is.
       share: the share of a device's memory.
 
     Returns:
       The size, within a unit or a 64th of it.
     """
-    limit -= limit % unit
-    size = min(limit, max(unit, first - first % unit))
-    if limit < unit:
+    size_limit -= size_limit % unit
+    if size_limit < unit:
         return None
-    fit, over = 0, limit + unit  # the largest that fits, the smallest that does not
-    totals: dict[int, int] = {}
-    over_before = False
+    size = min(size_limit, max(unit, start_size - start_size % unit))
+    largest_fitting = 0
+    smallest_refused = size_limit + unit
+    total_bytes: dict[int, int] = {}
+    was_refused = False
     while True:
-        made = plan_of(size)
-        total = made.per_chip_bytes["total"]
-        if total is not None:
-            totals[size] = total
-        if made.fits_share[f"{share:g}"]:
-            fit = size
+        size_plan = plan_of(size)
+        is_fitting = size_plan.fits_share[f"{share:g}"]
+        size_bytes = size_plan.per_chip_bytes["total"]
+        if size_bytes is not None:
+            total_bytes[size] = size_bytes
+        if is_fitting:
+            largest_fitting = size
         else:
-            over = size
-        step = max(unit, fit // _SIZE_STEPS // unit * unit)
-        if over - fit <= step:
-            return fit or None
-        capacity = share * (made.per_chip_bytes["capacity"] or 0)
-        guess = _size_for(totals, capacity) if len(totals) > 1 else None
-        if guess is None or (over_before and size == over):  # a curve leads the line astray
-            guess = 2 * fit if over > limit else (fit + over) // 2
-        elif size == fit and guess < fit + step:
-            guess = fit + step  # the one before it fits: does the next?
-        over_before = size == over
-        size = min(over - unit, max(fit + unit, int(guess) // unit * unit))
+            smallest_refused = size
+        step = max(unit, largest_fitting // _SIZE_STEPS // unit * unit)
+        if smallest_refused - largest_fitting <= step:
+            return largest_fitting or None
+        capacity = share * (size_plan.per_chip_bytes["capacity"] or 0)
+        guess = _size_for(total_bytes, capacity)
+        # After two refusals, memory grows as a curve, and a line through two points misleads.
+        is_line_misleading = was_refused and not is_fitting
+        if guess is None or is_line_misleading:
+            is_refusal_known = smallest_refused <= size_limit
+            guess = (
+                (largest_fitting + smallest_refused) // 2
+                if is_refusal_known
+                else 2 * largest_fitting
+            )
+        elif is_fitting:
+            guess = max(guess, largest_fitting + step)
+        was_refused = not is_fitting
+        guess_units = int(guess) // unit * unit
+        size = min(smallest_refused - unit, max(largest_fitting + unit, guess_units))
 
 
-def _size_for(totals: dict[int, int], capacity: float) -> float | None:
-    """Returns the size at which a line through the two nearest plans meets the capacity."""
-    (one, low), (other, high) = sorted(
-        sorted(totals.items(), key=lambda item: abs(item[1] - capacity))[:2]
-    )
-    return one + (other - one) * (capacity - low) / (high - low) if high > low else None
+def _size_for(total_bytes: dict[int, int], capacity: float) -> float | None:
+    """Returns the size at which a line through the two nearest plans meets the capacity.
+
+    Args:
+      total_bytes: the bytes of a device by size.
+      capacity: the bytes that a device has.
+
+    Returns:
+      The size; None for less than two plans, or where more does not take more memory.
+    """
+    if len(total_bytes) < 2:
+        return None
+    nearest_sizes = sorted(total_bytes, key=lambda size: abs(total_bytes[size] - capacity))[:2]
+    small_size, large_size = sorted(nearest_sizes)
+    small_bytes = total_bytes[small_size]
+    large_bytes = total_bytes[large_size]
+    if large_bytes <= small_bytes:
+        return None
+    free_bytes = capacity - small_bytes
+    return small_size + (large_size - small_size) * free_bytes / (large_bytes - small_bytes)
 
 
 if __name__ == "__main__":

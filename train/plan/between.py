@@ -68,52 +68,91 @@ def programs_between(
         return {}
 
     def placed(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        where = layout.of_batch(shape, parts=False)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        sharding = layout.of_batch(shape, parts=False)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    part = {name: placed(x.shape[1:], x.dtype) for name, x in batch.items()}
-    (rows, length), times = part["ids"].shape, batch["ids"].shape[0]
-    adapter, base = map(bytes_per_device, lj.split(params))
+    microbatch = {name: placed(array.shape[1:], array.dtype) for name, array in batch.items()}
+    n_microbatches = batch["ids"].shape[0]
+    adapter_bytes, base_bytes = map(bytes_per_device, lj.split(params))
     with jax.set_mesh(layout.mesh):
-        if "old" in batch:
-            split = layout.chunks(chunk)
-            score: Any = make_scorer(running(layout.constrained(model)), layout=layout, **split)
-            scorer = score.trace(params, part)
-            *each, new = part["targets"].shape[1:]  # each: the completions of a row
-            prompts = rows if each else rows // group
-            ids = placed((prompts, length - math.prod(each) * new), jnp.int32)
-            drawn = _sampler(layout.constrained(model), params, ids, new, group, layout.whole)
-            return {
-                SCORER: Program(scorer, scorer.lower(), params, base + adapter, times),
-                SAMPLER: Program(drawn, drawn.lower(), params, base + adapter, 0),
-            }
-        tree = lj.strip(params) if reference is None else reference
-        traced = sequence_scorer(model, layout, chunk).trace(tree, part)
-        return {REFERENCE: Program(traced, traced.lower(), tree, base, times)}
+        if "old" not in batch:
+            reference_params = lj.strip(params) if reference is None else reference
+            scorer = sequence_scorer(model, layout, chunk).trace(reference_params, microbatch)
+            reference_program = Program(
+                traced=scorer,
+                lowered=scorer.lower(),
+                params=reference_params,
+                shared=base_bytes,
+                times=n_microbatches,
+            )
+            return {REFERENCE: reference_program}
+        constrained_model = layout.constrained(model)
+        chunks = layout.chunks(chunk)
+        score: Any = make_scorer(running(constrained_model), layout=layout, **chunks)
+        scorer = score.trace(params, microbatch)
+        n_rows, row_tokens = microbatch["ids"].shape
+        # If a row has several completions, they have an axis of the targets.
+        *group_axis, completion_tokens = microbatch["targets"].shape[1:]
+        n_prompts = n_rows if group_axis else n_rows // group
+        prompt_tokens = row_tokens - math.prod(group_axis) * completion_tokens
+        prompt_ids = placed((n_prompts, prompt_tokens), jnp.int32)
+        sampler = _sampler(
+            constrained_model, params, prompt_ids, completion_tokens, group, layout.whole
+        )
+        return {
+            SCORER: Program(
+                traced=scorer,
+                lowered=scorer.lower(),
+                params=params,
+                shared=base_bytes + adapter_bytes,
+                times=n_microbatches,
+            ),
+            SAMPLER: Program(
+                traced=sampler,
+                lowered=sampler.lower(),
+                params=params,
+                shared=base_bytes + adapter_bytes,
+                times=0,
+            ),
+        }
 
 
 def _sampler(
-    model: Any, params: Tree, ids: jax.ShapeDtypeStruct, new: int, group: int, whole: Any
+    model: Any,
+    params: Tree,
+    prompt_ids: jax.ShapeDtypeStruct,
+    completion_tokens: int,
+    group: int,
+    replicated: Any,
 ) -> jax.stages.Traced:
     """Traces `lora_jax.models.sample` for prompts; limits of what is drawn are its arguments."""
     apply = lj.adapt(model.apply)
 
     def draw(params: Tree, ids: Any, mask: Any, keys: Any, top_p: Any, top_k: Any) -> Any:
-        how: dict[str, Any] = {
-            "n": group,
-            "max_new_tokens": new,
-            "temperature": 1.0,
-            "apply": apply,
-        }
-        return sample(model, params, ids, mask, top_p=top_p, top_k=top_k, key=keys, **how)
+        return sample(
+            model,
+            params,
+            ids,
+            mask,
+            n=group,
+            max_new_tokens=completion_tokens,
+            temperature=1.0,
+            top_p=top_p,
+            top_k=top_k,
+            key=keys,
+            apply=apply,
+        )
 
-    def shape(like: Any, of: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(of, like, sharding=whole)
-
-    key = jax.eval_shape(lambda: jax.random.key(0)).dtype  # nothing runs on devices elsewhere
-    keys = shape(key, (ids.shape[0] * group,))
-    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_, sharding=ids.sharding)
-    return jax.jit(draw).trace(params, ids, mask, keys, shape(jnp.float32), shape(jnp.int32))
+    key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype  # nothing runs on devices elsewhere
+    n_completions = prompt_ids.shape[0] * group
+    return jax.jit(draw).trace(
+        params,
+        prompt_ids,
+        jax.ShapeDtypeStruct(prompt_ids.shape, jnp.bool_, sharding=prompt_ids.sharding),
+        jax.ShapeDtypeStruct((n_completions,), key_dtype, sharding=replicated),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+    )
 
 
 def token_flops(model: Any, params: Tree, rows: int) -> int | None:
@@ -121,11 +160,11 @@ def token_flops(model: Any, params: Tree, rows: int) -> int | None:
 
     Attention to earlier tokens is left out.
     """
+    apply = lj.adapt(model.apply)
     ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-    run = lj.adapt(model.apply)
-    traced = jax.jit(lambda params, ids: run({"params": params}, ids)).trace(params, ids)
-    counted = count_traced(traced.jaxpr)
-    return counted and counted.flops
+    forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
+    count = count_traced(forward.trace(params, ids).jaxpr)
+    return count.flops if count else None
 
 
 def cache_bytes(model: Any, rows: int, length: int) -> int:

@@ -31,7 +31,8 @@ from train.run.model_code import make_model
 
 STEP = "temporaries"  # those of a step, by their name in a plan
 _WITHOUT_SPARSE_CORES: dict[str, Any] = {"xla_tpu_offload_gather_to_sparsecore": False}
-_STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
+_SCHEDULE_STEPS = 1000  # a plan takes no step
+_LEARNING_RATE = 1e-4
 _BYTE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -114,9 +115,10 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
       UserError: the rules do not fit the model.
     """
     job = job.with_products(variant.products)
-    layout, params = job.layout, abstract_params(job, variant)
+    layout = job.layout
+    params = abstract_params(job, variant)
     adapter, base = lj.split(params)
-    schedule = make_schedule(optim, _RATE, _STEPS)
+    schedule = make_schedule(optim, _LEARNING_RATE, _SCHEDULE_STEPS)
     setup = Setup.make(layout, params, make_optimizer(optim, schedule, params), schedule)
     batch = batch_shapes(job, variant.adapters)
     model = make_model(
@@ -128,16 +130,17 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
         experts=job.experts,
         params=lj.strip(params),
     )
-    loss, forward = job.loss, setup.forward(model)
+    loss = job.loss
+    forward = setup.forward(model)
     with jax.set_mesh(layout.mesh):
         if variant.adapters is None:
             state = setup.abstract_state(adapter)
             traced = setup.trace(forward, loss, state, base, batch)
         else:
             key = jax.eval_shape(lambda: jax.random.key(0))  # nothing runs on devices elsewhere
-            one = make_tenant(optim, params, schedule, _STEPS, loss=loss, key=key)
-            options = layout.compiler_options
-            traced, state = traced_step(forward, one, variant.adapters, batch, options)
+            tenant = make_tenant(optim, params, schedule, _SCHEDULE_STEPS, loss=loss, key=key)
+            compiler_options = layout.compiler_options
+            traced, state = traced_step(forward, tenant, variant.adapters, batch, compiler_options)
         lowered = traced.lower()
     return PreparedStep(
         traced=traced,
@@ -176,87 +179,119 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
             f"--attention {job.attention}: JAX asks the library for its version, and it is not "
             "here (pip install --no-deps nvidia-cudnn-cu12): install it, or give flash"
         ) from None
-    held = {
+    resident_bytes = {
         "base": bytes_per_device(step.base),
         "adapter": bytes_per_device(step.state.adapter),
         "optimizer": bytes_per_device(step.state.opt_state),
     }
-    whole = Program(step.traced, step.lowered, step.params, sum(held.values()))
-    programs = {STEP: whole, **step.between}
+    programs = {
+        STEP: Program(
+            traced=step.traced,
+            lowered=step.lowered,
+            params=step.params,
+            shared=sum(resident_bytes.values()),
+        ),
+        **step.between,
+    }
     machine = job.machine
-    in_hlo = machine.platform != "gpu"  # there, products are calls of cuBLAS and of Triton
-    n_devices, slices = len(machine.devices), slices_in_hlo(job.layout.mesh)
-    counts = {name: count_traced(one.traced.jaxpr) for name, one in programs.items()}
-
-    def work(texts: Mapping[str, str | None]) -> StepWork:
-        """Returns the work of a step, of compiled programs or as traced."""
-        return together(
-            [
-                (one.times, step_work(texts.get(name), counts[name], n_devices, in_hlo, slices))
-                for name, one in programs.items()
-                if one.times
-            ]
-        )
-
-    known: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "name": variant.name,
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     if SAMPLER in programs:
-        known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.seq_len)
-        known["sampled_token_flops"] = token_flops(step.model, step.params, job.batch_size)
-    began = time.perf_counter()
-    made: dict[str, jax.stages.Compiled] = {}
-    for name, one in programs.items():
+        sizes["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.seq_len)
+        sizes["sampled_token_flops"] = token_flops(step.model, step.params, job.batch_size)
+    start_seconds = time.perf_counter()
+    compiled_programs: dict[str, jax.stages.Compiled] = {}
+    for name, program in programs.items():
         try:
-            made[name] = _largest(one.lowered, machine.compilations)
+            compiled_programs[name] = _largest(program.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
-            refusal = refused_bytes(str(error), held, machine.capacity)
-            reason = ("" if name == STEP else f"the {name}: ") + reason_of(error)
-            others = {before: compiled_bytes(found).get(STEP) for before, found in made.items()}
+            refusal = refused_bytes(str(error), resident_bytes, machine.capacity)
+            reason = reason_of(error)
+            if name != STEP:
+                reason = f"the {name}: {reason}"
+            compiled_temporaries = {
+                compiled_name: compiled_bytes(compiled).get(STEP)
+                for compiled_name, compiled in compiled_programs.items()
+            }
             return Plan(
                 fits=False,
                 fits_share={f"{share:g}": False for share in machine.shares},
                 refused=reason if is_refusal(error) else None,
                 failed=None if is_refusal(error) else f"the compiler failed: {reason}",
-                per_chip_bytes={**refusal, name: refusal[STEP], **others},
-                flops_traced=work({}).traced,
-                compile_seconds=time.perf_counter() - began,
-                **known,
+                per_chip_bytes={**refusal, name: refusal[STEP], **compiled_temporaries},
+                flops_traced=_programs_work(job, programs, {}).traced,
+                compile_seconds=time.perf_counter() - start_seconds,
+                **sizes,
             )
-    texts = {name: hlo_of(made[name], one.lowered, machine) for name, one in programs.items()}
-    seconds = time.perf_counter() - began
-    found = work(texts)
-    memory = _device_bytes(made, programs, held) | {"capacity": machine.capacity}
-    fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
+    hlo_texts = {
+        name: hlo_of(compiled_programs[name], program.lowered, machine)
+        for name, program in programs.items()
+    }
+    compile_seconds = time.perf_counter() - start_seconds
+    work = _programs_work(job, programs, hlo_texts)
+    memory = _device_bytes(compiled_programs, programs, resident_bytes)
+    fits_share = {
+        f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares
+    }
     return Plan(
-        fits=next(iter(fits.values())),
-        fits_share=fits,
-        per_chip_bytes=dict(memory),
-        flops_per_step=found.per_step,
-        flops_per_chip=found.per_chip,
-        flops_source=found.source,
-        flops_traced=found.traced,
-        collective_bytes=found.sent,
-        between_slices_bytes=found.between,
-        kernels=found.kernels,
-        compile_seconds=seconds,
-        notes=found.notes,
-        clocks=_clocks(texts, machine, _model_flops(job, step.params)),
-        **known,
+        fits=fits_share[f"{machine.shares[0]:g}"],
+        fits_share=fits_share,
+        per_chip_bytes={**memory, "capacity": machine.capacity},
+        flops_per_step=work.per_step,
+        flops_per_chip=work.per_chip,
+        flops_source=work.source,
+        flops_traced=work.traced,
+        collective_bytes=work.sent,
+        between_slices_bytes=work.between,
+        kernels=work.kernels,
+        compile_seconds=compile_seconds,
+        notes=work.notes,
+        clocks=_clocks(hlo_texts, machine, _model_flops(job, step.params)),
+        **sizes,
     )
 
 
+def _programs_work(
+    job: PlanJob, programs: Mapping[str, Program], hlo_texts: Mapping[str, str | None]
+) -> StepWork:
+    """Returns the work of a step and of the programs that run a known number of times for it.
+
+    Args:
+      job: the model, the machine, and the batch.
+      programs: the programs by name.
+      hlo_texts: the optimised HLO by program; of a program without it, the jaxpr is counted.
+    """
+    machine = job.machine
+    works: list[tuple[int, StepWork]] = []
+    for name, program in programs.items():
+        if program.times == 0:
+            continue
+        program_work = step_work(
+            hlo_texts.get(name),
+            count_traced(program.traced.jaxpr),
+            len(machine.devices),
+            # On a GPU, products are calls of cuBLAS and of Triton.
+            products_in_hlo=machine.platform != "gpu",
+            slices=slices_in_hlo(job.layout.mesh),
+        )
+        works.append((program.times, program_work))
+    return together(works)
+
+
 def _clocks(
-    texts: Mapping[str, str | None], machine: Machine, needed: int | None
+    hlo_texts: Mapping[str, str | None], machine: Machine, step_flops: int | None
 ) -> dict[str, Clock]:
-    """Returns the estimates of programs, by name; the FLOPs needed are those of a step."""
-    clocks = {
-        "step" if name == STEP else name: clock_of(text, machine, needed if name == STEP else None)
-        for name, text in texts.items()
-    }
-    return {name: clock for name, clock in clocks.items() if clock}
+    """Returns the time estimates of the programs whose HLO is understood, by name."""
+    clocks: dict[str, Clock] = {}
+    for name, hlo_text in hlo_texts.items():
+        is_step = name == STEP
+        clock = clock_of(hlo_text, machine, step_flops if is_step else None)
+        if clock:
+            clocks["step" if is_step else name] = clock
+    return clocks
 
 
 def _model_flops(job: PlanJob, params: Any) -> int | None:
@@ -264,21 +299,27 @@ def _model_flops(job: PlanJob, params: Any) -> int | None:
     config: Any = job.outline.config
     if isinstance(config, SmolVLMConfig):
         return None
-    rows = job.grad_accum * job.batch_size * job.kind.sequences
-    predicted = job.seq_len - job.prompt
-    needed = model_flops(config, params, batch=rows, seq=job.seq_len, predicted=predicted)
-    if job.share_prompt:  # all completions of a prompt but one go without it
-        rows -= job.grad_accum * job.rows
-        needed -= model_flops(config, params, batch=rows, seq=job.prompt, predicted=0)
-    return round(needed)
+    n_sequences = job.grad_accum * job.batch_size * job.kind.sequences
+    flops = model_flops(
+        config,
+        params,
+        batch=n_sequences,
+        seq=job.seq_len,
+        predicted=job.seq_len - job.prompt,
+    )
+    if job.share_prompt:
+        # All completions of a prompt but one go without it.
+        n_skipped_prompts = n_sequences - job.grad_accum * job.rows
+        flops -= model_flops(config, params, batch=n_skipped_prompts, seq=job.prompt, predicted=0)
+    return round(flops)
 
 
 def _largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
 ) -> jax.stages.Compiled:
     """Compiles a program with each of several options; returns the one with most temporaries."""
-    made = [lowered.compile(compiler_options=options or None) for options in compilations]
-    return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
+    programs = [lowered.compile(compiler_options=options or None) for options in compilations]
+    return max(programs, key=lambda program: compiled_bytes(program).get(STEP, 0))
 
 
 def hlo_of(
@@ -297,42 +338,61 @@ def hlo_of(
 
 
 def _device_bytes(
-    made: Mapping[str, jax.stages.Compiled], programs: Mapping[str, Program], held: dict[str, int]
+    compiled_programs: Mapping[str, jax.stages.Compiled],
+    programs: Mapping[str, Program],
+    resident_bytes: dict[str, int],
 ) -> dict[str, int]:
     """Returns the memory of a device: what stays, what each program needs, and the most of all."""
-    sizes = {name: compiled_bytes(one) for name, one in made.items()}
-    if not all(sizes.values()):
-        raise UserError("this compiler does not report how much memory a program needs")
-    stays = sum(held.values())
-    totals = {  # donated arguments become outputs; those that a program does not read are left out
-        name: max(
-            sum(of.values()) - 2 * of["aliased"] + stays - programs[name].shared, stays + of[STEP]
-        )
-        for name, of in sizes.items()
-    }
-    temporaries = {name: of[STEP] for name, of in sizes.items()}
-    largest = max(totals, key=lambda name: totals[name])
-    memories: list[Any] = [one.memory_analysis() for one in made.values()]
+    total_resident = sum(resident_bytes.values())
+    temporaries: dict[str, int] = {}
+    totals: dict[str, int] = {}
+    host_bytes: list[int] = []
+    for name, compiled in compiled_programs.items():
+        sizes = compiled_bytes(compiled)
+        if not sizes:
+            raise UserError("this compiler does not report how much memory a program needs")
+        temporaries[name] = sizes[STEP]
+        # Donated arguments become outputs, so that both of them count the aliased bytes.
+        program_bytes = sum(sizes.values()) - 2 * sizes["aliased"]
+        # The program's arguments may leave out arrays that stay in memory between steps.
+        unread_bytes = total_resident - programs[name].shared
+        totals[name] = max(program_bytes + unread_bytes, total_resident + sizes[STEP])
+        memory: Any = compiled.memory_analysis()
+        host_bytes.append(getattr(memory, "host_temp_size_in_bytes", 0))
+    largest_program = max(totals, key=lambda name: totals[name])
+    total = totals[largest_program]
     return {
-        **held,
+        **resident_bytes,
         **temporaries,
-        "other": totals[largest] - stays - temporaries[largest],
-        "total": totals[largest],
-        "host": max(getattr(memory, "host_temp_size_in_bytes", 0) for memory in memories),
+        "other": total - total_resident - temporaries[largest_program],
+        "total": total,
+        "host": max(host_bytes),
     }
 
 
-def refused_bytes(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
-    """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
-    temporaries = total = None
-    if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
-        temporaries = _parsed_bytes(found[1])
-        total = temporaries + sum(held.values())
-    elif found := re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message):
-        total = _parsed_bytes(found[1])
-        temporaries = total - sum(held.values())
+def refused_bytes(
+    message: str, resident_bytes: dict[str, int], capacity: int
+) -> dict[str, int | None]:
+    """Returns the memory that a compiler's refusal names, in bytes; None for what it does not name.
+
+    Args:
+      message: the compiler's message.
+      resident_bytes: the bytes of the arrays that stay on a device, by name.
+      capacity: the bytes of a device's memory.
+    """
+    total_resident = sum(resident_bytes.values())
+    temporaries: int | None = None
+    total: int | None = None
+    temporaries_match = re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message)
+    total_match = re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message)
+    if temporaries_match:
+        temporaries = _parsed_bytes(temporaries_match[1])
+        total = temporaries + total_resident
+    elif total_match:
+        total = _parsed_bytes(total_match[1])
+        temporaries = total - total_resident
     return {
-        **held,
+        **resident_bytes,
         "temporaries": temporaries,
         "other": None,
         "total": total,

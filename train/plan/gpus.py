@@ -75,32 +75,41 @@ class Gpu:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Remarks of a plan on the card, in sentences."""
-        ours = f"XLA does not describe the {self.name}: its data are from NVIDIA's data sheet"
-        emulated = f"the {self.name} computes no bf16: XLA emulates it in fp32, whose peak this is"
-        return (ours,) * self.from_data_sheet + (emulated,) * (self.compute < (8, 0))
+        remarks: list[str] = []
+        if self.from_data_sheet:
+            remarks.append(
+                f"XLA does not describe the {self.name}: its data are from NVIDIA's data sheet"
+            )
+        has_bf16 = self.compute >= (8, 0)
+        if not has_bf16:
+            remarks.append(
+                f"the {self.name} computes no bf16: XLA emulates it in fp32, whose peak this is"
+            )
+        return tuple(remarks)
 
     @property
     def description(self) -> str:
         """The card in the text form of XLA's GpuTargetConfigProto."""
         major, minor = self.compute
-        of = _ARCHITECTURES[self.compute]
+        architecture = _ARCHITECTURES[self.compute]
         name = f"{self.name} (as {self.sibling})" if self.sibling else self.name
-        feature = "ACCELERATED_FEATURES" if of.accelerated else "NONE"
+        feature = "ACCELERATED_FEATURES" if architecture.accelerated else "NONE"
+        suffix = "a" if architecture.accelerated else ""
         return f"""
             gpu_device_info {{
               name: "{name}" device_vendor: "NVIDIA Corporation"
               cuda_compute_capability {{
                 major: {major} minor: {minor} feature_extension: {feature}
               }}
-              platform_version: "Compute Capability {major}.{minor}{"a" if of.accelerated else ""}"
-              core_count: {self.cores} fpus_per_core: {of.fpus_per_core}
+              platform_version: "Compute Capability {major}.{minor}{suffix}"
+              core_count: {self.cores} fpus_per_core: {architecture.fpus_per_core}
               clock_rate_ghz: {self.clock}
               device_memory_size: {self.memory} memory_bandwidth: {self.bandwidth:.0f}
               l2_cache_size: {self.l2}
-              shared_memory_per_block: 49152 shared_memory_per_core: {of.shared_per_core}
-              shared_memory_per_block_optin: {of.shared_per_block}
+              shared_memory_per_block: 49152 shared_memory_per_core: {architecture.shared_per_core}
+              shared_memory_per_block_optin: {architecture.shared_per_block}
               threads_per_block_limit: 1024 threads_per_warp: 32
-              threads_per_core_limit: {of.threads_per_core}
+              threads_per_core_limit: {architecture.threads_per_core}
               block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
               thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -171,24 +180,27 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
     """
     from jax.experimental import topologies
 
-    hosts, _, per_host = size.rpartition("x")
-    if not all(0 < int(n) <= 4096 for n in (hosts or "1", per_host) if n.isdigit()) or "x" in hosts:
+    n_hosts, _, gpus_per_host = size.rpartition("x")
+    counts = [int(count) for count in (n_hosts or "1", gpus_per_host) if count.isdigit()]
+    has_three_sizes = "x" in n_hosts
+    if has_three_sizes or not all(0 < count <= 4096 for count in counts):
         raise UserError(
             f"--topology {topology}: a number of GPUs is needed, such as {kind}:8, or hosts and "
             f"GPUs a host, such as {kind}:2x8"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        found = topologies.get_topology_desc(
+        gpus = topologies.get_topology_desc(
             platform="cuda",
             target_config=CARDS[kind].description,
-            topology=f"{hosts or 1}x1x{per_host}",  # NVLink joins those of a host, not hosts
+            topology=f"{n_hosts or 1}x1x{gpus_per_host}",  # NVLink joins those of a host, not hosts
         )
     except Exception as error:  # any error here is about the plugin
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(
             f"--topology {topology}: the GPU's compiler is not installed, or not with JAX "
             f"{jax.__version__} ({reason}). It needs no GPU: {install_command('gpu-plan')}, or pip "
             "install jax-cuda13-plugin jax-cuda13-pjrt (cuda12 with JAX 0.10) of JAX's own version"
         ) from None
-    return found.devices
+    return gpus.devices

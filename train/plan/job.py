@@ -93,8 +93,8 @@ class PlanJob:
     @property
     def rows(self) -> int:
         """Returns the rows in memory at once, on all devices."""
-        grouped = self.share_prompt and self.kind.draws
-        return self.batch_size // self.group if grouped else self.batch_size
+        has_all_completions = self.share_prompt and self.kind.draws
+        return self.batch_size // self.group if has_all_completions else self.batch_size
 
     @property
     def completions(self) -> int:
@@ -104,8 +104,8 @@ class PlanJob:
     @property
     def predicted(self) -> int:
         """Returns the tokens of a row that the loss counts."""
-        each = self.completions if self.share_prompt else self.kind.sequences
-        return each * (self.seq_len - self.prompt)
+        n_completions = self.completions if self.share_prompt else self.kind.sequences
+        return n_completions * (self.seq_len - self.prompt)
 
     @property
     def loss(self) -> Loss:
@@ -121,10 +121,11 @@ class PlanJob:
         chunk: int | None = self.layout.chunks(self.loss_chunk)["chunk"]
         if chunk is None:
             config: Any = self.outline.config  # of a language model
-            words = config.vocab_size
-            chunk = predictions_at_once(self.layout, words) * self.layout.token_parts
-        shape, parts = (self.rows, self.predicted), self.layout.sequence_parts
-        return chunk if number_of_chunks(shape, chunk, parts) > 1 else 0
+            device_chunk = predictions_at_once(self.layout, config.vocab_size)
+            chunk = device_chunk * self.layout.token_parts
+        predictions_shape = (self.rows, self.predicted)
+        n_chunks = number_of_chunks(predictions_shape, chunk, self.layout.sequence_parts)
+        return chunk if n_chunks > 1 else 0
 
     @property
     def chosen(self) -> AttentionChoice:
@@ -165,19 +166,19 @@ class PlanVariant:
     def name(self) -> str:
         """The variant in words, for tables."""
         if self.adapter.full:
-            what = "full fine-tuning"
+            method = "full fine-tuning"
         elif self.adapter.peft_config:
-            what = "the PEFT configuration"
+            method = "the PEFT configuration"
         elif self.adapter.targets == NO_ADAPTER:
-            what = "no adapter, parts in full"
+            method = "no adapter, parts in full"
         else:
-            alone = (variant.name for variant in self.adapter.variants if variant.alone)
-            kind = next(alone, "LoRA")
-            what = f"{kind} r={self.adapter.rank}"
+            names = [variant.name for variant in self.adapter.variants if variant.alone]
+            lora_variant = names[0] if names else "LoRA"
+            method = f"{lora_variant} r={self.adapter.rank}"
         if self.adapters is not None:
-            what = f"{self.adapters} × {what}"
+            method = f"{self.adapters} × {method}"
         products = f", products {self.products}" if self.products else ""
-        return f"{what}, {_REMAT.get(self.remat, self.remat)}{products}"
+        return f"{method}, {_REMAT.get(self.remat, self.remat)}{products}"
 
 
 def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:
@@ -205,7 +206,7 @@ def adapted_shapes(outline: ModelInfo, adapter: AdapterConfig, dtype: Any, layou
 def placed_shapes(params: Any, layout: Layout) -> Any:
     """Returns the shapes of an adapted tree, with its shardings."""
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
         shardings(params, layout.table, layout.mesh),
     )
@@ -214,12 +215,12 @@ def placed_shapes(params: Any, layout: Layout) -> Any:
 def bytes_per_device(tree: Any) -> int:
     """Returns the bytes on one device of a tree of arrays or shapes; all where none is sharded."""
 
-    def shard(leaf: Shaped) -> jax.ShapeDtypeStruct:
+    def shard_of(leaf: Shaped) -> jax.ShapeDtypeStruct:
         sharding: Any = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    return tree_bytes([shard(leaf) for leaf in jax.tree.leaves(tree)])
+    return tree_bytes([shard_of(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
@@ -227,36 +228,56 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
 
     The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.
     """
-    of = (job.grad_accum, job.rows // (adapters or 1))
-    by_place, by_target = ["ids", "segment_ids", "positions"], ["predict_at", "targets", "weights"]
-    grouped = job.share_prompt and job.kind.draws
-    each = [job.group] if grouped else []
-    ints: dict[str, Any] = {"completions": []} if grouped else {}
-    if job.share_prompt:
-        by_place.append("branches")
-        by_target += [] if grouped else ["sequences"]
-    predicted = [*each, job.max_new_tokens] if grouped else [job.predicted]
-    ints |= dict.fromkeys(by_place, [job.row]) | dict.fromkeys(by_target, predicted)
-    ints |= job.kind.counts
-    if job.kind.draws and (n := job.outline.active_experts):  # that the sampler has chosen
-        ints["routing"] = [job.row, job.outline.config.num_hidden_layers, n]
-    numbers: dict[str, Any] = {
-        name: predicted if sizes is None else [*each, *sizes]
-        for name, sizes in job.kind.numbers.items()
+    has_all_completions = job.share_prompt and job.kind.draws  # of a prompt in a row
+    int_shapes = _int_row_shapes(job, has_all_completions)
+    group_axis = [job.group] if has_all_completions else []
+    float_shapes: dict[str, Any] = {
+        name: int_shapes["targets"] if shape is None else [*group_axis, *shape]
+        for name, shape in job.kind.numbers.items()
     }
     if job.images:
         config: Any = job.outline.config
         vision = config.vision
-        shape = [vision.num_channels, vision.image_size, vision.image_size]
-        numbers["pixel_values"] = [job.images, *shape]
+        image_shape = [vision.num_channels, vision.image_size, vision.image_size]
+        float_shapes["pixel_values"] = [job.images, *image_shape]
+    batch_axes = (job.grad_accum, job.rows // (adapters or 1))
 
-    def placed(rest: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
-        shape = (*of, *rest)
-        where = job.layout.of_batch(shape, parts=True)
+    def placed(row_shape: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (*batch_axes, *row_shape)
+        sharding = job.layout.of_batch(shape, parts=True)
         if adapters is not None:
             shape = (adapters, *shape)
-            where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    batch = {name: placed(shape, jnp.int32) for name, shape in ints.items()}
-    return batch | {name: placed(shape, jnp.float32) for name, shape in numbers.items()}
+    batch = {name: placed(row_shape, jnp.int32) for name, row_shape in int_shapes.items()}
+    for name, row_shape in float_shapes.items():
+        batch[name] = placed(row_shape, jnp.float32)
+    return batch
+
+
+def _int_row_shapes(job: PlanJob, has_all_completions: bool) -> dict[str, Any]:
+    """Returns the shape of a row in each array of integers of a batch.
+
+    Args:
+      job: the model, the machine, and the batch.
+      has_all_completions: whether a row has all completions that are drawn for a prompt.
+    """
+    token_arrays = ["ids", "segment_ids", "positions"]
+    target_arrays = ["predict_at", "targets", "weights"]
+    shapes: dict[str, Any] = {}
+    target_shape = [job.predicted]
+    if has_all_completions:
+        shapes["completions"] = []
+        target_shape = [job.group, job.max_new_tokens]
+    if job.share_prompt:
+        token_arrays.append("branches")
+        if not has_all_completions:
+            target_arrays.append("sequences")
+    shapes |= dict.fromkeys(token_arrays, [job.row])
+    shapes |= dict.fromkeys(target_arrays, target_shape)
+    shapes |= job.kind.counts
+    n_experts = job.outline.active_experts
+    if job.kind.draws and n_experts:  # the experts that the sampler has chosen
+        shapes["routing"] = [job.row, job.outline.config.num_hidden_layers, n_experts]
+    return shapes

@@ -88,14 +88,15 @@ def climb(
 
     def attempt(remat: str) -> Attempt:
         variant = PlanVariant(adapter, remat)
-        planned = plans[remat] = make_plan(variant)
-        if planned.failed:
-            raise UserError(f"{variant.name}: {planned.failed}")
+        plan = make_plan(variant)
+        plans[remat] = plan
+        if plan.failed:
+            raise UserError(f"{variant.name}: {plan.failed}")
         return Attempt(
             remat=remat,
-            size=None if planned.refused else planned.per_chip_bytes["total"],
-            refused=planned.refused is not None,
-            seconds=planned.compile_seconds,
+            size=None if plan.refused else plan.per_chip_bytes["total"],
+            refused=plan.refused is not None,
+            seconds=plan.compile_seconds,
         )
 
     search = _begin_search(job, adapter, optim)
@@ -106,37 +107,41 @@ def climb(
 
 def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> RematSearch:
     """Returns the search of a plan before its first compilation; see `climb`."""
-    params, outline = abstract_params(job, PlanVariant(adapter, "full")), job.outline
+    outline = job.outline
+    params = abstract_params(job, PlanVariant(adapter, "full"))
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
     trained, _ = lj.split(params)
     state = Setup.make(job.layout, params, optimizer, schedule).abstract_state(trained)
     ids = batch_shapes(job)["ids"]
+    device_shape = ids.sharding.shard_shape(ids.shape)
     expected = expected_bytes(
         outline.config,
         outline.params,
         outline.kinds,
-        tokens=math.prod(ids.sharding.shard_shape(ids.shape)[1:]),
+        tokens=math.prod(device_shape[1:]),
         itemsize=jnp.dtype(job.dtype).itemsize,
         arguments=bytes_per_device((params, state.opt_state)),
     )
     rungs = rungs_for(job.layout.platform, job.chosen.name)
-    return RematSearch.begin(rungs, int(job.machine.shares[0] * job.machine.capacity), expected)
+    capacity = int(job.machine.shares[0] * job.machine.capacity)
+    return RematSearch.begin(rungs, capacity, expected)
 
 
 def rungs_of(ladder: Ladder) -> list[PlannedRung]:
     """Returns the policies with what their plans say, where they were compiled."""
 
     def rung(remat: str) -> PlannedRung:
-        planned, chosen = ladder.plans.get(remat), remat == ladder.remat
-        if planned is None:
-            return PlannedRung(remat=remat, chosen=chosen)
-        clock = planned.clocks.get("step")
+        is_chosen = remat == ladder.remat
+        plan = ladder.plans.get(remat)
+        if plan is None:
+            return PlannedRung(remat=remat, chosen=is_chosen)
+        clock = plan.clocks.get("step")
         return PlannedRung(
             remat=remat,
-            chosen=chosen,
-            compiled_bytes=planned.per_chip_bytes["total"],
-            fits=planned.fits,
+            chosen=is_chosen,
+            compiled_bytes=plan.per_chip_bytes["total"],
+            fits=plan.fits,
             seconds=clock.seconds if clock else None,
             mfu=clock.mfu if clock else None,
         )
@@ -147,20 +152,24 @@ def rungs_of(ladder: Ladder) -> list[PlannedRung]:
 def print_ladder(console: Console, ladder: Ladder) -> None:
     """Prints the policies as a table, and the choice with its reason."""
     rungs = rungs_of(ladder)
-    timed = any(rung.seconds is not None for rung in rungs)
+    is_timed = any(rung.seconds is not None for rung in rungs)
+    time_columns = ("ms", "MFU") if is_timed else ()
     table = Table(title="--remat auto, in GiB per device")
     table.add_column("")
-    for column in ("compiled", "fits", *(["ms", "MFU"] if timed else [])):
+    for column in ("compiled", "fits", *time_columns):
         table.add_column(column, justify="right")
+    answers = {None: _UNKNOWN, True: "yes", False: "no"}
     for rung in rungs:
-        fits = _UNKNOWN if rung.fits is None else "yes" if rung.fits else "no"
-        times = [_scaled(rung.seconds, 1e-3, 0), _scaled(rung.mfu, 1e-2, 1, " %")] if timed else []
         name = f"{rung.remat} (chosen)" if rung.chosen else rung.remat
-        table.add_row(name, _scaled(rung.compiled_bytes, GIB), fits, *times)
+        cells = [name, _scaled(rung.compiled_bytes, GIB), answers[rung.fits]]
+        if is_timed:
+            cells.append(_scaled(rung.seconds, 1e-3, digits=0))
+            cells.append(_scaled(rung.mfu, 1e-2, digits=1, suffix=" %"))
+        table.add_row(*cells)
     console.print(table)
     line = f"{ladder.search.describe(ladder.attempts)}. {_REMARK}"
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def _scaled(value: float | None, unit: float, digits: int = 2, after: str = "") -> str:
-    return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}{after}"
+def _scaled(value: float | None, unit: float, digits: int = 2, suffix: str = "") -> str:
+    return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}{suffix}"

@@ -25,7 +25,7 @@ from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
 from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
-from train.plan.flops.checked import count_traced, step_work, text_of, together
+from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.job import adapted_shapes, bytes_per_device, placed_shapes
 from train.run.costs import tree_bytes
 from train.run.intrinsic import model_in, moves_weights, space_of
@@ -63,12 +63,11 @@ class LocalNeeds:
     @property
     def total(self) -> int | None:
         """Returns the bytes of a device during a step, or between steps where it needs more."""
-        held, most = self.base + self.adapter + self.optimizer, 0
-        for needed in (self.temporaries, *self.between.values()):
-            if needed is None:
-                return None
-            most = max(most, needed)
-        return held + most
+        program_bytes = [self.temporaries, *self.between.values()]
+        known_bytes = [size for size in program_bytes if size is not None]
+        if len(known_bytes) < len(program_bytes):
+            return None
+        return self.base + self.adapter + self.optimizer + max(known_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,16 +137,17 @@ def local_step(
       config, outline, layout, loss: parts of the run; see `LocalStep`.
       batch: a batch of the largest shape.
     """
-    optim, dtype = config.optim, _param_dtype(config)
+    optim = config.optim
+    dtype = _param_dtype(config)
     space = space_of(config, outline.params)
     if space is None:
         params = adapted_shapes(outline, config.adapter, dtype, layout)
     else:
-        plain = outline.shapes(dtype, arrays=True)
-        params = placed_shapes(subspace.tree_of(space, plain), layout)
+        model_params = outline.shapes(dtype, arrays=True)
+        params = placed_shapes(subspace.tree_of(space, model_params), layout)
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
-    shapes = {
+    batch_shapes = {
         name: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=layout.of_batch(array.shape, parts=True)
         )
@@ -161,7 +161,7 @@ def local_step(
         space=space,
         params=params,
         setup=Setup.make(layout, params, optimizer, schedule, noise=optim.neftune),
-        batch=shapes,
+        batch=batch_shapes,
     )
 
 
@@ -180,51 +180,50 @@ def local_needs(step: LocalStep, compiled_step: jax.stages.Compiled) -> LocalNee
       UserError: a reference would need a second base.
       jax.errors.JaxRuntimeError: the compiler refuses a program, as a rule for want of memory.
     """
-    config, outline, layout, params = step.config, step.outline, step.layout, step.params
-    optim, state = config.optim, step.state
-    adapted = takes_from_base(params)
-    reference = reference_params(config, outline, lj.strip(params), adapted)
-    traced = step.trace(optim.remat)
+    layout = step.layout
+    remat = step.config.optim.remat
+    n_devices = layout.mesh.devices.size
+    between: dict[str, int | None] = {}
+    between_work: list[tuple[int, StepWork]] = []
     with jax.set_mesh(layout.mesh):
-        lowered = traced.lower()
-        programs = {
-            STEP: Program(traced, lowered, params, bytes_per_device(params))
-        } | programs_between(
-            step.model(optim.remat),
-            layout,
-            params,
-            step.batch,
-            chunk=getattr(optim, "loss_chunk", 0),
-            group=getattr(config.data, "group", 1),
-            reference=reference and placed_shapes(reference, layout),
-        )
-        compiled = {
-            name: compiled_step if name == STEP else one.lowered.compile()
-            for name, one in programs.items()
-        }
-    work = {
-        name: step_work(
-            text_of(compiled[name]), count_traced(one.traced.jaxpr), layout.mesh.devices.size
-        )
-        for name, one in programs.items()
-        if one.times
-    }
-    temporaries = {name: compiled_bytes(one).get(STEP) for name, one in compiled.items()}
-    between = {
-        name: found and found + bytes_per_device(programs[name].params) - programs[name].shared
-        for name, found in temporaries.items()
-    }
-    of_step = between.pop(STEP)
+        for name, program in _programs_between(step, remat).items():
+            compiled = program.lowered.compile()
+            # The program's own parameters, such as a reference's, are in memory beside the step's.
+            temporaries = compiled_bytes(compiled).get(STEP)
+            param_bytes = bytes_per_device(program.params) - program.shared
+            between[name] = temporaries and temporaries + param_bytes
+            if program.times:
+                count = count_traced(program.traced.jaxpr)
+                work = step_work(text_of(compiled), count, n_devices)
+                between_work.append((program.times, work))
+    step_count = count_traced(step.trace(remat).jaxpr)
+    state = step.state
     return LocalNeeds(
         base=step.base_bytes,
         adapter=bytes_per_device(state.adapter),
         optimizer=bytes_per_device(state.opt_state),
-        temporaries=of_step,
+        temporaries=compiled_bytes(compiled_step).get(STEP),
         between=between,
         capacity=capacity_of(layout.mesh.devices.flat[0]),
         checkpoint=tree_bytes(state.adapter) + tree_bytes(state.opt_state),
-        flops=work.pop(STEP).per_step,
-        scored=together([(programs[name].times, one) for name, one in work.items()]).per_step,
+        flops=step_work(text_of(compiled_step), step_count, n_devices).per_step,
+        scored=together(between_work).per_step,
+    )
+
+
+def _programs_between(step: LocalStep, remat: str | None) -> dict[str, Program]:
+    """Returns the programs between steps of a run, by name, for abstract weights."""
+    config = step.config
+    base = lj.strip(step.params)
+    reference = reference_params(config, step.outline, base, takes_from_base(step.params))
+    return programs_between(
+        step.model(remat),
+        step.layout,
+        step.params,
+        step.batch,
+        chunk=getattr(config.optim, "loss_chunk", 0),
+        group=getattr(config.data, "group", 1),
+        reference=reference and placed_shapes(reference, step.layout),
     )
 
 
@@ -235,7 +234,8 @@ def capacity_of(device: Any) -> int | None:
     """
     if device.platform == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return memory // len([one for one in jax.devices() if one.platform == "cpu"])
+        n_devices = sum(device.platform == "cpu" for device in jax.devices())
+        return memory // n_devices
     try:
         return device.memory_stats()["bytes_limit"]
     except (AttributeError, KeyError, TypeError, jax.errors.JaxRuntimeError):
@@ -247,12 +247,18 @@ def measured_rate(dtype: str, devices: list[Any]) -> float:
 
     Takes the best of some products on one device; the devices of a CPU share its cores.
     """
-    side = _SIDE if devices[0].platform == "cpu" else 8 * _SIDE
-    a = jax.device_put(jnp.ones((side, side), jnp.dtype(dtype)), devices[0])
+    is_cpu = devices[0].platform == "cpu"
+    side = _SIDE if is_cpu else 8 * _SIDE
+    matrix = jax.device_put(jnp.ones((side, side), jnp.dtype(dtype)), devices[0])
     product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    best, until = math.inf, time.perf_counter() + _SECONDS
-    while (began := time.perf_counter()) < until:
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best * (1 if devices[0].platform == "cpu" else len(devices))
+    product(matrix, matrix).block_until_ready()
+    best_seconds = math.inf
+    start = time.perf_counter()
+    deadline = start + _SECONDS
+    while start < deadline:
+        product(matrix, matrix).block_until_ready()
+        end = time.perf_counter()
+        best_seconds = min(best_seconds, end - start)
+        start = end
+    device_rate = 2 * side**3 / best_seconds
+    return device_rate if is_cpu else device_rate * len(devices)

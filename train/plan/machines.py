@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
@@ -132,20 +133,20 @@ def find_machine(
       UserError: the topology does not exist, its compiler is not installed, or a share is given for
         what is no GPU.
     """
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z][\w-]*):(\d+(?:x\d+)*)", topology.strip())
-    if found is None or found[2] not in (*KINDS, *CARDS, "cpu"):
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z][\w-]*):(\d+(?:x\d+)*)", topology.strip())
+    if match is None or match[2] not in (*KINDS, *CARDS, "cpu"):
         raise UserError(f"--topology {topology}: there is no such machine; give {_NAMED}")
-    slices, kind, size = found.groups()
+    slices, kind, size = match.groups()
     if mem_fraction is not None and kind not in CARDS:
         raise UserError(
             f"--mem-fraction {mem_fraction}: JAX reserves a share of memory on GPUs alone, and "
             f"--topology is {topology}"
         )
     if slices and kind not in KINDS:
-        raise UserError(
-            f"--topology {topology}: only TPUs have slices"
-            + (f"; for {slices} hosts of GPUs, give {kind}:{slices}x{size}" * (kind in CARDS))
-        )
+        remedy = ""
+        if kind in CARDS:
+            remedy = f"; for {slices} hosts of GPUs, give {kind}:{slices}x{size}"
+        raise UserError(f"--topology {topology}: only TPUs have slices{remedy}")
     if kind == "cpu":
         machine = _cpu_machine(topology, size)
     elif kind in CARDS:
@@ -165,16 +166,22 @@ def topology_here(devices: Sequence[Any]) -> str | None:
     Args:
       devices: the devices of one process, of one kind.
     """
-    first = devices[0]
-    if first.platform == "cpu":
+    platform = devices[0].platform
+    device_kind = devices[0].device_kind
+    if platform == "cpu":
         return f"cpu:{len(devices)}"
-    if first.platform == "tpu":
-        kind = _TPU_KINDS.get(first.device_kind)
-        sizes = [1 + max(at) - min(at) for at in zip(*(d.coords for d in devices), strict=True)]
-        sizes = sizes[: 2 if kind in ("v5e", "v6e") else 3]
-        return kind and f"{kind}:{'x'.join(map(str, sizes))}"
-    card = next((key for key, card in CARDS.items() if card.name == first.device_kind), None)
-    return card and f"{card}:{len(devices)}"
+    if platform == "tpu":
+        kind = _TPU_KINDS.get(device_kind)
+        if kind is None:
+            return None
+        n_dimensions = 2 if kind in ("v5e", "v6e") else 3
+        coordinates = np.array([device.coords for device in devices])
+        grid = 1 + coordinates.max(axis=0) - coordinates.min(axis=0)
+        return f"{kind}:{'x'.join(str(size) for size in grid[:n_dimensions])}"
+    for card_name, card in CARDS.items():
+        if card.name == device_kind:
+            return f"{card_name}:{len(devices)}"
+    return None
 
 
 def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | None) -> Machine:
@@ -183,11 +190,11 @@ def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | 
     Raises:
       UserError: its compiler estimates no time, so that neither has an effect.
     """
-    asked = {"--kernel-share": kernel_share, "--link-gbytes": link_gbytes}
-    given = [f"{name} {value:g}" for name, value in asked.items() if value is not None]
-    if given and machine.clock is None:
+    values = {"--kernel-share": kernel_share, "--link-gbytes": link_gbytes}
+    options = [f"{option} {value:g}" for option, value in values.items() if value is not None]
+    if options and machine.clock is None:
         raise UserError(
-            f"{' and '.join(given)}: only the TPU's compiler estimates the time of a step, which "
+            f"{' and '.join(options)}: only the TPU's compiler estimates the time of a step, which "
             f"these assumptions complete, and --topology is {machine.name}: leave them out"
         )
     return dataclasses.replace(
@@ -198,38 +205,45 @@ def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | 
 
 
 def _cpu_machine(topology: str, size: str) -> Machine:
+    """Returns virtual devices of this CPU, which share its memory."""
     if not size.isdigit() or not 1 <= int(size) <= 4096:
         raise UserError(f"--topology {topology}: a number of devices is needed, such as cpu:8")
-    n = int(size)
+    n_devices = int(size)
     try:
-        jax.config.update("jax_num_cpu_devices", n)
+        jax.config.update("jax_num_cpu_devices", n_devices)
     except RuntimeError:  # JAX has its devices already
         pass
     devices = jax.devices("cpu")
-    if len(devices) < n:
+    if len(devices) < n_devices:
         raise UserError(
             f"--topology {topology}: this process started with {len(devices)} CPU devices; plan in "
             "a new process"
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(topology, devices[:n], memory // n, None)
+    return Machine(
+        name=topology, devices=devices[:n_devices], capacity=memory // n_devices, flops=None
+    )
 
 
 def _gpu_machine(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
+    """Returns NVIDIA GPUs of a kind, of which programs may have a share of the memory."""
     card = CARDS[kind]
+    reserved_share = mem_fraction or DEFAULT_SHARE
+    has_one_share = reserved_share == LARGEST_SHARE
     return Machine(
-        topology,
-        find_gpus(topology, kind, size),
-        card.memory,
-        card.flops,
-        shares=tuple(dict.fromkeys((mem_fraction or DEFAULT_SHARE, LARGEST_SHARE))),
+        name=topology,
+        devices=find_gpus(topology, kind, size),
+        capacity=card.memory,
+        flops=card.flops,
+        shares=(reserved_share,) if has_one_share else (reserved_share, LARGEST_SHARE),
         bandwidth=card.bandwidth,
         compilations=PRODUCTS,
         remarks=card.remarks,
     )
 
 
-def _tpu_machine(topology: str, name: str, slices: int, kind: MachineKind) -> Machine:
+def _tpu_machine(topology: str, name: str, n_slices: int, kind: MachineKind) -> Machine:
+    """Returns the devices of TPU slices as their compiler describes them."""
     from jax.experimental import topologies
 
     # There is no TPU here: libtpu must neither query its metadata nor lock it.
@@ -238,26 +252,29 @@ def _tpu_machine(topology: str, name: str, slices: int, kind: MachineKind) -> Ma
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "4")
-    several = {"num_slices": slices} if slices > 1 else {}
+    slice_options = {"num_slices": n_slices} if n_slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **slice_options
+        )
     except Exception as error:  # any error here is about libtpu or about the topology
-        raise UserError(f"--topology {topology}: {_why(error)}") from None
+        raise UserError(f"--topology {topology}: {_topology_problem(error)}") from None
     return Machine(
-        topology,
-        found.devices,
-        kind.capacity,
-        kind.flops,
-        kind.devices_a_chip,
+        name=topology,
+        devices=description.devices,
+        capacity=kind.capacity,
+        flops=kind.flops,
+        devices_a_chip=kind.devices_a_chip,
         clock=kind.clock,
         bandwidth=kind.bandwidth,
         link=2 * kind.link,  # to both neighbours at once
     )
 
 
-def _why(error: Exception) -> str:
-    """Returns the reason of a topology's failure, and the remedy."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _topology_problem(error: Exception) -> str:
+    """Returns the reason why there is no description of a topology, and the remedy."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
     if "lockfile" in reason:
         return (
             "another process is using the TPU's compiler, and only one at a time can: wait for it "

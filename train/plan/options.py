@@ -153,93 +153,118 @@ class PlanOptions:
 
 def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
-    asked, adapter = options.plan, options.adapter
-    kind = TASKS[asked.task]
-    sizes = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len", "decode_rows")
-    numbers = dict.fromkeys(sizes, minimum(1)) | dict.fromkeys(
-        ("loss_chunk", "images", "decode_adapters"), minimum(0)
-    )
-    numbers |= dict.fromkeys(
-        ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes"), POSITIVE
-    )
+    _check_numbers(options.plan)
+    _check_task(options.plan)
+    _check_shares(options.plan)
+    _check_adapter(options.plan, options.adapter)
+    _check_several_adapters(options.plan, options.adapter)
+    rules(options.adapter)
+
+
+def _check_numbers(config: PlanConfig) -> None:
+    """Raises a UserError for a number that is out of its range."""
+    counts = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len", "decode_rows")
+    counts_or_zero = ("loss_chunk", "images", "decode_adapters")
+    amounts = ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes")
+    ranges = {
+        **dict.fromkeys(counts, minimum(1)),
+        **dict.fromkeys(counts_or_zero, minimum(0)),
+        **dict.fromkeys(amounts, POSITIVE),
+        "group": minimum(2),
+    }
     with as_user_errors(TrainingError):
-        check_numbers(vars(asked), numbers | {"group": minimum(2)})
+        check_numbers(vars(config), ranges)
+
+
+def _check_task(config: PlanConfig) -> None:
+    """Raises a UserError for options that have no meaning for the task."""
+    task = TASKS[config.task]
     for name in ("group", "max_new_tokens"):
-        if not kind.draws and getattr(asked, name) is not None:
+        if not task.draws and getattr(config, name) is not None:
             raise UserError(
                 f"{flag(name)} is about completions, which train.{DRAWING} draws: leave it out, or "
                 f"give --task {DRAWING}"
             )
-    if asked.prompt_len is not None:
-        if kind.sequences == 1:
+    if config.prompt_len is not None:
+        if task.sequences == 1:
             raise UserError(
                 "--prompt-len is about pairs, whose completions share a prompt: leave it out, or "
                 "give --task dpo"
             )
-        if asked.prompt_len >= asked.seq_len:
+        if config.prompt_len >= config.seq_len:
             raise UserError(
-                f"--prompt-len {asked.prompt_len} leaves no room for completions in --seq-len "
-                f"{asked.seq_len}: raise this, or lower that"
+                f"--prompt-len {config.prompt_len} leaves no room for completions in --seq-len "
+                f"{config.seq_len}: raise this, or lower that"
             )
-    if asked.decode_adapters is not None and asked.decode_rows is None:
+    if config.decode_adapters is not None and config.decode_rows is None:
         raise UserError(
             "--decode-adapters is about the rows that --decode-rows plans a token of: give that "
             "too, or leave this out"
         )
-    if kind.draws:
-        check_group(asked.batch_size, *asked.drawn, asked.seq_len)
-        if asked.longest:
+    if task.draws:
+        group, max_new_tokens = config.drawn
+        check_group(config.batch_size, group, max_new_tokens, config.seq_len)
+        if config.longest:
             raise UserError(
                 f"--longest: with --task {DRAWING}, --seq-len holds a prompt and a completion, and "
                 "which of them to lengthen is not said: try several --seq-len, or --largest-batch"
             )
-    if asked.adapters and asked.remat == AUTO:
+    if config.adapters and config.remat == AUTO:
         raise UserError(
             "--remat auto chooses for the step of one adapter, and --adapters plans several: give "
             "the policy, such as --remat full"
         )
-    if kind.texts_alone and asked.images:
-        raise UserError(f"--images: train.{asked.task} reads texts alone: leave it out")
-    if kind.texts_alone and asked.adapters:
+    if task.texts_alone and config.images:
+        raise UserError(f"--images: train.{config.task} reads texts alone: leave it out")
+    if task.texts_alone and config.adapters:
         raise UserError(
             f"--adapters plans adapters of train.{PLAIN} side by side: leave out --task "
-            f"{asked.task}"
+            f"{config.task}"
         )
-    if asked.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
-    if not 0 < asked.utilisation <= 1:
-        raise UserError(
-            f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
-        )
-    if asked.kernel_share is not None and not 0 < asked.kernel_share <= 1:
-        raise UserError(
-            f"--kernel-share {asked.kernel_share}: a share of the peak, above 0 and at most 1"
-        )
-    if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
-        raise UserError(
-            f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
-        )
+
+
+def _check_shares(config: PlanConfig) -> None:
+    """Raises a UserError for an unknown dtype, or for a share outside of (0, 1]."""
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {config.dtype}: float32 or bfloat16")
+    shares = {
+        "utilisation": (config.utilisation, "the peak"),
+        "kernel_share": (config.kernel_share, "the peak"),
+        "mem_fraction": (config.mem_fraction, "a GPU's memory"),
+    }
+    for name, (share, total) in shares.items():
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"{flag(name)} {share}: a share of {total}, above 0 and at most 1")
+
+
+def _check_adapter(config: PlanConfig, adapter: AdapterConfig) -> None:
+    """Raises a UserError for parameters that a plan cannot train."""
     if adapter.init_adapter:
         raise UserError(
             "--init-adapter: an adapter's shapes come from options here, not from a folder"
         )
-    if adapter.full and asked.quantize not in (None, "none"):
+    if adapter.full and config.quantize not in (None, "none"):
         raise UserError(
-            f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
+            f"--quantize {config.quantize}: codes do not train, and --full trains every weight"
         )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
-    if asked.longest and asked.largest_batch:
+
+
+def _check_several_adapters(config: PlanConfig, adapter: AdapterConfig) -> None:
+    """Raises a UserError for --adapters beside options of one run, and for two searches at once."""
+    if config.longest and config.largest_batch:
         raise UserError("--longest and --largest-batch: one of them at a time")
-    if asked.adapters and (asked.longest or asked.largest_batch):
+    if config.adapters and (config.longest or config.largest_batch):
         raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
-    if asked.adapters and (adapter.full or asked.alone):
-        other = "--full" if adapter.full else "--alone"
-        raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
-    for n in asked.adapters:
-        if n < 1 or asked.batch_size % n:
+    if config.adapters and (adapter.full or config.alone):
+        other_option = "--full" if adapter.full else "--alone"
+        raise UserError(
+            f"--adapters and {other_option} do not go together: it plans adapters alone"
+        )
+    for n_adapters in config.adapters:
+        if n_adapters < 1 or config.batch_size % n_adapters:
             raise UserError(
-                f"--adapters {n}: a number that divides --batch-size {asked.batch_size} is needed, "
-                "so that each adapter has as many sequences"
+                f"--adapters {n_adapters}: a number that divides --batch-size {config.batch_size} "
+                "is needed, so that each adapter has as many sequences"
             )
-    rules(adapter)

@@ -11,7 +11,8 @@ from train.plan.flops.checked import JAXPR
 from train.plan.tasks import SAMPLER, TASKS
 from train.run.costs import byte_size, step_time
 
-_HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
+_STEP_PARTS = ("base", "adapter", "optimizer", STEP)
+_TOTAL_PARTS = ("other", "total")
 _UNKNOWN = "–"
 _TRACED = "≈ "
 
@@ -31,89 +32,115 @@ def print_plans(
       estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
         `train.plan.__main__.estimate`.
     """
-    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
-    codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
-    products = facts["collective_matmul"]
-    products = f"collective matmul: {products}, " if products else ""
-    chunk = facts["loss_chunk"]
-    predictions = f"{chunk:,} predictions at a time" if chunk else "all predictions at once"
-    devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
-    console.print(
-        f"{facts['model']} on {facts['topology']} ({devices}), "
-        f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
-        f"{products}the head: {predictions}, "
-        f"optimizer: {facts['optimizer']}; compiled by the {facts['compiler'].upper()} compiler",
-        highlight=False,
-        soft_wrap=True,
-    )
-    capacity = _gib(plans[0].per_chip_bytes["capacity"])
-    memory = Table(title=f"Memory per device, in GiB (of {capacity})")
-    memory.add_column("")
-    for share in facts["memory_shares"]:
-        memory.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
-    to_host = any(made.per_chip_bytes["host"] for made in plans)
-    between = TASKS[facts["task"]].between
-    parts = (*_HELD, *between, *_REST, *(["host"] * to_host))
-    for part in parts:
-        memory.add_column("step" if part == STEP and between else part, justify="right")
-    for made in plans:
-        sizes = [_gib(made.per_chip_bytes.get(part)) for part in parts]
-        fits = ["yes" if one else "no" for one in made.fits_share.values()]
-        memory.add_row(made.name, *fits, *sizes)
-    console.print(memory)
-
-    work = Table(title="Work and time")
-    work.add_column("")
-    over_slices = ("GB between",) * (facts["slices"] > 1)
-    for name in ("TFLOP", "GB sent", *over_slices, "step", "chip-hours"):
-        work.add_column(name, justify="right")
-    with_cost = facts["price"] is not None
-    names = ("cost",) if with_cost else ()
-    for name in (*names, "adapter", "checkpoint"):
-        work.add_column(name, justify="right")
-    for made, guess in zip(plans, estimates, strict=True):
-        sent, leaving = map(_sum, (made.collective_bytes, made.between_slices_bytes))
-        seconds = guess["step_seconds"]
-        work.add_row(
-            made.name,
-            _mark(made) + _scaled(made.flops_per_step, 1e12),
-            _scaled(sent, 1e9),
-            *([_scaled(leaving, 1e9, digits=4)] if over_slices else []),
-            _UNKNOWN if seconds is None else step_time(seconds),
-            _number(guess["chip_hours"]),
-            *([_number(guess["cost"])] if with_cost else []),
-            byte_size(made.adapter_bytes),
-            byte_size(made.checkpoint_bytes),
-        )
-    console.print(work)
-    for made in plans:
-        if problem := made.refused or made.failed:
-            console.print(f"{made.name}: {problem}", highlight=False, soft_wrap=True)
-        if made.kernels:
-            kernels = ", ".join(made.kernels)
-            console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
-        for note in made.notes:
-            console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
-    for note in (*facts["remarks"], _notes(facts, to_host), *_task_notes(facts, plans[0])):
+    console.print(_headline(facts), highlight=False, soft_wrap=True)
+    console.print(_memory_table(facts, plans))
+    console.print(_work_table(facts, plans, estimates))
+    for plan in plans:
+        problem = plan.refused or plan.failed
+        if problem:
+            console.print(f"{plan.name}: {problem}", highlight=False, soft_wrap=True)
+        if plan.kernels:
+            kernels = ", ".join(plan.kernels)
+            console.print(f"{plan.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
+        for note in plan.notes:
+            console.print(f"{_mark(plan)}{plan.name}: {note}", highlight=False, soft_wrap=True)
+    column_notes = _column_notes(facts, _needs_host_memory(plans))
+    for note in (*facts["remarks"], column_notes, *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def _mark(made: Plan) -> str:
+def _headline(facts: Mapping[str, Any]) -> str:
+    """Returns the facts that all plans share, in one sentence."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
+    devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
+    codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
+    products = ""
+    if facts["collective_matmul"]:
+        products = f"collective matmul: {facts['collective_matmul']}, "
+    chunk = facts["loss_chunk"]
+    predictions = f"{chunk:,} predictions at a time" if chunk else "all predictions at once"
+    return (
+        f"{facts['model']} on {facts['topology']} ({devices}), "
+        f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
+        f"{products}the head: {predictions}, "
+        f"optimizer: {facts['optimizer']}; compiled by the {facts['compiler'].upper()} compiler"
+    )
+
+
+def _needs_host_memory(plans: Sequence[Plan]) -> bool:
+    """Returns whether a plan keeps activations in its host's memory."""
+    return any(plan.per_chip_bytes["host"] for plan in plans)
+
+
+def _memory_table(facts: Mapping[str, Any], plans: Sequence[Plan]) -> Table:
+    """Returns the table of a device's memory."""
+    capacity = _gib(plans[0].per_chip_bytes["capacity"])
+    table = Table(title=f"Memory per device, in GiB (of {capacity})")
+    table.add_column("")
+    for share in facts["memory_shares"]:
+        table.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
+    programs_between = TASKS[facts["task"]].between
+    parts = [*_STEP_PARTS, *programs_between, *_TOTAL_PARTS]
+    if _needs_host_memory(plans):
+        parts.append("host")
+    for part in parts:
+        is_step_of_several = part == STEP and programs_between
+        table.add_column("step" if is_step_of_several else part, justify="right")
+    for plan in plans:
+        fits = ["yes" if is_fitting else "no" for is_fitting in plan.fits_share.values()]
+        sizes = [_gib(plan.per_chip_bytes.get(part)) for part in parts]
+        table.add_row(plan.name, *fits, *sizes)
+    return table
+
+
+def _work_table(
+    facts: Mapping[str, Any],
+    plans: Sequence[Plan],
+    estimates: Sequence[Mapping[str, float | None]],
+) -> Table:
+    """Returns the table of a step's work, time and cost, and of the files' sizes."""
+    cells: dict[str, list[str]] = {"": [plan.name for plan in plans]}
+    cells["TFLOP"] = [_mark(plan) + _scaled(plan.flops_per_step, 1e12) for plan in plans]
+    cells["GB sent"] = [_scaled(_sum(plan.collective_bytes), 1e9) for plan in plans]
+    if facts["slices"] > 1:
+        cells["GB between"] = [
+            _scaled(_sum(plan.between_slices_bytes), 1e9, digits=4) for plan in plans
+        ]
+    step_seconds = [estimate["step_seconds"] for estimate in estimates]
+    cells["step"] = [
+        _UNKNOWN if seconds is None else step_time(seconds) for seconds in step_seconds
+    ]
+    cells["chip-hours"] = [_number(estimate["chip_hours"]) for estimate in estimates]
+    if facts["price"] is not None:
+        cells["cost"] = [_number(estimate["cost"]) for estimate in estimates]
+    cells["adapter"] = [byte_size(plan.adapter_bytes) for plan in plans]
+    cells["checkpoint"] = [byte_size(plan.checkpoint_bytes) for plan in plans]
+    table = Table(title="Work and time")
+    for column in cells:
+        table.add_column(column, justify="right" if column else "left")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _mark(plan: Plan) -> str:
     """Returns a mark for FLOPs that do not come from the compiled step."""
-    return _TRACED if made.flops_source == JAXPR else ""
+    return _TRACED if plan.flops_source == JAXPR else ""
 
 
-def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
-    of = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
+def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
+    """Returns what the columns of the tables hold, and what the figures assume."""
+    flops_source = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
         "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
-        f"program. TFLOP: per step on all devices, {of}. "
+        f"program. TFLOP: per step on all devices, {flops_source}. "
         "GB sent: per device and step."
     )
     if facts["slices"] > 1:
-        what = "hosts" if facts["compiler"] == "gpu" else "slices"
-        notes += f" GB between: the part of it that goes between the {facts['slices']} {what}."
-    if to_host:
+        slice_word = "hosts" if facts["compiler"] == "gpu" else "slices"
+        n_slices = facts["slices"]
+        notes += f" GB between: the part of it that goes between the {n_slices} {slice_word}."
+    if needs_host_memory:
         notes += " host: memory of a device's host that the layers' inputs take, not in the total."
     if facts["compiler"] == "gpu":
         notes += (
@@ -134,21 +161,22 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
     return notes
 
 
-def _task_notes(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
+def _task_notes(facts: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """Yields lines on the programs between steps."""
-    between = TASKS[facts["task"]].between
-    if between:
+    programs = TASKS[facts["task"]].between
+    if programs:
         yield (
-            f"{', '.join(('step', *between))}: temporaries of each program, one of which runs at a "
-            f"time; the total has the largest. TFLOP and time are of a step and its {between[0]}."
+            f"{', '.join(('step', *programs))}: temporaries of each program, one of which runs at "
+            f"a time; the total has the largest. TFLOP and time are of a step and its "
+            f"{programs[0]}."
         )
-    if SAMPLER in between:
-        token = made.sampled_token_flops
-        a_token = _scaled(token and facts["grad_accum"] * token, 1e12, digits=3)
+    if SAMPLER in programs:
+        flops = plan.sampled_token_flops
+        step_flops = None if flops is None else facts["grad_accum"] * flops
         yield (
-            f"The sampler's have the cache of keys and values, {_gib(made.cache_bytes)} GiB on all "
-            f"devices. Its work comes on top: {a_token} TFLOP for a token of each completion "
-            f"of a step, and up to {facts['max_new_tokens']} tokens."
+            f"The sampler's have the cache of keys and values, {_gib(plan.cache_bytes)} GiB on all "
+            f"devices. Its work comes on top: {_scaled(step_flops, 1e12, digits=3)} TFLOP for a "
+            f"token of each completion of a step, and up to {facts['max_new_tokens']} tokens."
         )
 
 

@@ -70,23 +70,34 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
       UserError: the adapters are no plain factors, and several are asked for.
     """
     adapters = 1 if adapters is None else adapters
+    machine = job.machine
     params = rows_params(job, variant, adapters)
     lowered, cache = lower_token(job, params, rows)
-    caches = cache.key, cache.value, cache.recurrent
-    size = _read_bytes(job, params, rows) + bytes_per_device(caches)
-    machine = job.machine
-    known: dict[str, Any] = {"rows": rows, "cached": job.seq_len, "bytes": size}
-    known["adapters"] = adapters
-    known["floor_seconds"] = None if machine.bandwidth is None else size / machine.bandwidth
+    cache_bytes = bytes_per_device((cache.key, cache.value, cache.recurrent))
+    read_bytes = _read_bytes(job, params, rows) + cache_bytes
+    token = Token(
+        rows=rows,
+        adapters=adapters,
+        cached=job.seq_len,
+        bytes=read_bytes,
+        floor_seconds=None if machine.bandwidth is None else read_bytes / machine.bandwidth,
+    )
     try:
         compiled = lowered.compile(compiler_options=machine.compilations[0] or None)
     except jax.errors.JaxRuntimeError as error:
-        return Token(refused=reason_of(error), **known)
+        return dataclasses.replace(token, refused=reason_of(error))
     text = hlo_of(compiled, lowered, machine)
     clock = clock_of(text, machine)
-    if machine.platform == "tpu" and text and KERNEL_NAME not in text:
-        known["without_kernel"] = _reason_without_kernel(job, params, rows)
-    return Token(seconds=clock.seconds if clock else None, clock=clock, **known)
+    has_kernel = text is not None and KERNEL_NAME in text
+    without_kernel: str | None = None
+    if machine.platform == "tpu" and text and not has_kernel:
+        without_kernel = _reason_without_kernel(job, params, rows)
+    return dataclasses.replace(
+        token,
+        seconds=clock.seconds if clock else None,
+        clock=clock,
+        without_kernel=without_kernel,
+    )
 
 
 def rows_params(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
@@ -94,10 +105,12 @@ def rows_params(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
     params = abstract_params(job, variant)
     if adapters == 0:
         return lj.strip(params)
-    return params if adapters == 1 else _with_slots(params, adapters + 1, job.layout.whole)
+    if adapters == 1:
+        return params
+    return _with_slots(params, adapters + 1, job.layout.whole)
 
 
-def _with_slots(params: Tree, n_slots: int, where: jax.sharding.Sharding) -> Tree:
+def _with_slots(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> Tree:
     """Returns the shapes of a bank's tree, the base's slot among them, out of an adapted tree's.
 
     Raises:
@@ -105,7 +118,7 @@ def _with_slots(params: Tree, n_slots: int, where: jax.sharding.Sharding) -> Tre
     """
     nodes = nodes_of(params)
 
-    def slots(path: str, leaf: Leaf) -> Leaf:
+    def with_slots(path: str, leaf: Leaf) -> Leaf:
         node = nodes.get(path)
         if node is None:
             return leaf
@@ -114,15 +127,14 @@ def _with_slots(params: Tree, n_slots: int, where: jax.sharding.Sharding) -> Tre
                 f"--decode-adapters plans rows whose adapters are factors A and B, and {path} has "
                 "more: leave it out"
             )
-        n = node.n_batch
-        shapes = {name: node.shape_of(name) for name in ("a", "b", "scale")}
-        arrays: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct((*of[:n], n_slots, *of[n:]), jnp.float32, sharding=where)
-            for name, of in shapes.items()
-        }
+        arrays: dict[str, Any] = {}
+        for name in ("a", "b", "scale"):
+            shape = node.shape_of(name)
+            slots_shape = (*shape[: node.n_batch], n_slots, *shape[node.n_batch :])
+            arrays[name] = jax.ShapeDtypeStruct(slots_shape, jnp.float32, sharding=sharding)
         return WeightSlots(leaf, arrays, node.roles, node.uses)
 
-    return map_leaves(slots, lj.strip(params))
+    return map_leaves(with_slots, lj.strip(params))
 
 
 def _plain(params: Tree) -> Tree:
@@ -135,11 +147,13 @@ def _coded_leaves(params: Tree) -> list[Any]:
 
 
 def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
+    """Returns the reason why no kernel reads the codes; None if there are no codes."""
     formats = sorted({leaf.format.name for leaf in _coded_leaves(_plain(params))})
     if not formats:
         return None
-    if (n := len(job.machine.devices)) > 1:
-        return f"a kernel is of one device, and these are {n}"
+    n_devices = len(job.machine.devices)
+    if n_devices > 1:
+        return f"a kernel is of one device, and these are {n_devices}"
     if rows > KERNEL_ROWS:
         return f"a kernel takes {KERNEL_ROWS} rows at most"
     return f"no kernel takes {', '.join(formats)} in these shapes and dtypes"
@@ -156,7 +170,7 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
     Returns:
       The program, and the shapes of its cache, which it takes.
     """
-    dtype, whole = jnp.dtype(job.dtype), job.layout.whole
+    dtype = jnp.dtype(job.dtype)
     model = module_of(
         job.outline.config,
         dtype,
@@ -167,51 +181,57 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
     )
     has_slots = bool(slots_of(params))
     # As in the server, mixed batches run on the model as it is.
-    run = job.layout.constrained(model).apply
+    apply = job.layout.constrained(model).apply
     if has_slots:
-        run = mixed(model.apply)
+        apply = mixed(model.apply)
     elif nodes_of(params) or _coded_leaves(params):
-        run = lj.adapt(run)
+        apply = lj.adapt(apply)
 
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    def replicated(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=job.layout.whole)
 
     def token(
         params: Tree, ids: jax.Array, slots: jax.Array | None, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         params = params if slots is None else Choice(params, slots)
-        logits, cache = next_logits(run, params, ids, cache)
+        logits, cache = next_logits(apply, params, ids, cache)
         return jnp.argmax(logits, axis=-1), cache
 
-    empty = jax.eval_shape(lambda: init_cache(model.config, rows, job.seq_len, dtype))
-    cache: Cache = jax.tree.map(shape, empty)
-    ids = shape(jax.ShapeDtypeStruct((rows, 1), jnp.int32))
-    slots = shape(jax.ShapeDtypeStruct((rows,), jnp.int32)) if has_slots else None
+    cache_shapes = jax.eval_shape(lambda: init_cache(model.config, rows, job.seq_len, dtype))
+    cache: Cache = jax.tree.map(replicated, cache_shapes)
+    ids = replicated(jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    slots = replicated(jax.ShapeDtypeStruct((rows,), jnp.int32)) if has_slots else None
     with jax.set_mesh(job.layout.mesh):
-        return jax.jit(token, donate_argnums=3).lower(params, ids, slots, cache), cache
+        lowered = jax.jit(token, donate_argnums=3).lower(params, ids, slots, cache)
+    return lowered, cache
 
 
 def print_token(console: Console, token: Token) -> None:
     """Prints a token's time beside the least that it can be."""
     rows = "one row" if token.rows == 1 else f"{token.rows} rows"
-    what = {0: ", the base alone", 1: ""}.get(token.adapters, f", {token.adapters} adapters mixed")
-    table = Table(title=f"A token of {rows}{what}, caches of {token.cached:,} tokens")
+    adapters = {0: ", the base alone", 1: ""}.get(
+        token.adapters, f", {token.adapters} adapters mixed"
+    )
+    table = Table(title=f"A token of {rows}{adapters}, caches of {token.cached:,} tokens")
     columns = ("GB read", "floor, ms", "estimate, ms", "of it kernels, ms", "times the floor")
     for column in columns:
         table.add_column(column, justify="right")
-    times = None
+    ratio: float | None = None
     if token.seconds is not None and token.floor_seconds:
-        times = token.seconds / token.floor_seconds
-    kernels = token.clock.kernels if token.clock else None
-    seconds = ((value, 1e3) for value in (token.floor_seconds, token.seconds, kernels))
-    numbers = (*seconds, (times, 1))
-    cells = ["–" if value is None else f"{unit * value:,.2f}" for value, unit in numbers]
-    table.add_row(f"{token.bytes / 1e9:,.2f}", *cells)
+        ratio = token.seconds / token.floor_seconds
+    kernel_seconds = token.clock.kernels if token.clock else None
+    table.add_row(
+        f"{token.bytes / 1e9:,.2f}",
+        _scaled(token.floor_seconds, 1e3),
+        _scaled(token.seconds, 1e3),
+        _scaled(kernel_seconds, 1e3),
+        _scaled(ratio, 1),
+    )
     console.print(table)
     if token.refused:
         console.print(f"the token: {token.refused}", highlight=False, soft_wrap=True)
     note = "GB read: base, adapter and caches, by a device; floor: at its memory's published rate."
-    if kernels:
+    if kernel_seconds:
         note += (
             " Kernels: assumed, no estimate of the compiler: their bytes at the memory's rate, or "
             "the cycles of their schedule on a v5e, whichever takes longer; attention by its FLOPs."
@@ -221,17 +241,25 @@ def print_token(console: Console, token: Token) -> None:
     console.print(note, highlight=False, soft_wrap=True)
 
 
+def _scaled(value: float | None, factor: float) -> str:
+    return "–" if value is None else f"{factor * value:,.2f}"
+
+
 def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
     """Returns the bytes of an adapted tree that a device reads for a token."""
-    kinds, config = job.outline.kinds, job.outline.config
+    kinds = job.outline.kinds
+    n_active_experts = job.outline.active_experts
+    n_experts = getattr(job.outline.config, "num_experts", 0)
+    # A table of embeddings is read where it is the head, too; of experts, those that rows choose.
+    read_share = {"embedding": 0.0 if "head" in kinds.values() else 1.0}
+    if n_active_experts and n_experts:
+        read_share["experts"] = min(1.0, rows * n_active_experts / n_experts)
     leaves, _ = flatten_with_paths(_plain(params), is_coded)
-    chosen, of = job.outline.active_experts, getattr(config, "num_experts", 0)
-    share = {"embedding": 0.0 if "head" in kinds.values() else 1.0}
-    if chosen and of:
-        share["experts"] = min(1.0, rows * chosen / of)
-    base = sum(share.get(kinds[path], 1.0) * bytes_per_device(leaf) for path, leaf in leaves)
+    base_bytes = 0.0
+    for path, leaf in leaves:
+        base_bytes += read_share.get(kinds[path], 1.0) * bytes_per_device(leaf)
     # What trains in full stands among the leaves already.
     factors: list[Any] = [slots.arrays for slots in slots_of(params).values()]
     if nodes_of(params):
         factors = [parts for parts in lj.split(params)[0].values() if "value" not in parts]
-    return round(base) + bytes_per_device(factors)
+    return round(base_bytes) + bytes_per_device(factors)

@@ -9,7 +9,7 @@ from tests.train.compare.made_up import full, lora
 from train.classify import parse
 from train.compare.arms import ScriptDefaults, arms_of, name_of, settings
 from train.compare.options import CompareConfig
-from train.compare.rungs import LAST, STAGES, chooses, decide, step_of
+from train.compare.rungs import LAST, STAGES, decide, step_of, stops_arms
 from train.compare.scripts import SCRIPTS
 from train.compare.trials import basis_of, groups_of
 from train.options.scripts import classify
@@ -142,10 +142,10 @@ def test_by_a_score_the_largest_go_on():
 
 
 def test_a_stage_at_which_each_method_has_one_arm_stops_nothing():
-    assert not chooses(STAGES[0], [lora(2), full()])
-    assert chooses(STAGES[0], [lora(2), lora(8), full()])
+    assert not stops_arms(STAGES[0], [lora(2), full()])
+    assert stops_arms(STAGES[0], [lora(2), lora(8), full()])
     three = [lora(2), lora(8), lora(32)]
-    assert chooses(STAGES[1], three) and not chooses(LAST, three)
+    assert stops_arms(STAGES[1], three) and not stops_arms(LAST, three)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,11 @@ def test_a_tree_counts_each_layer_of_a_stack_and_no_table():
     changed = np.asarray(trained["layers"]["up"]["kernel"])
     by_hand = [by_svd(layers[i], changed[i]) for i in range(3)]
     known = {}
-    assert by_hand == [0, 1, 0] and mean_intruders(base, trained, known=known) == approx(1 / 3)
+    assert by_hand == [0, 1, 0] and mean_intruders(base, trained, base_vectors=known) == approx(
+        1 / 3
+    )
     assert [index for _, index in known] == [(0,), (1,), (2,)]
     assert mean_intruders(trained, trained) == 0
-    assert mean_intruders(trained, trained, known=known) == approx(1 / 3), "the base is known"
+    assert mean_intruders(trained, trained, base_vectors=known) == approx(1 / 3), (
+        "the base is known"
+    )

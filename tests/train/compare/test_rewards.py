@@ -158,7 +158,7 @@ def test_the_divergence_is_the_exact_one_and_examples_are_scored_by_rewards(fold
     for run in comparison.runs:
         assert run.status == "done" and run.score is not None and run.score_error is not None
         adapter = lj.load_adapter(output / "runs" / run.name / "adapter", plain)
-        expected = _exact(kept[0].parts, model, plain, lj.merge(adapter))
+        expected = _exact(kept[0].batches, model, plain, lj.merge(adapter))
         assert run.divergence == pytest.approx(expected, rel=1e-3) and expected > 1e-3
     assert {run.arm.method for run in comparison.runs} == {"lora", "sft"}
     config = (output / "runs" / comparison.runs[-1].name / "config.yaml").read_text()
@@ -261,11 +261,11 @@ def test_a_divergence_on_some_prompts_says_so(folder, monkeypatch):
         (99, 99, "the 3 held-out prompts", [3]),
         (2, 1, "the first 2 of the 3 held-out prompts", [1, 1]),
     ):
-        monkeypatch.setattr(divergence, "_HELD", held * of_prompt)
-        monkeypatch.setattr(divergence, "_PART", part * of_prompt)
+        monkeypatch.setattr(divergence, "_MOST_BYTES", held * of_prompt)
+        monkeypatch.setattr(divergence, "_MOST_BATCH_BYTES", part * of_prompt)
         base = BaseDivergence()
         base.read(EvaluatedModel(model, params, model.apply), outline, prompts, 2)
-        assert base.measured_on == words and [len(part.ids) for part in base.parts] == rows
+        assert base.measured_on == words and [len(part.ids) for part in base.batches] == rows
         assert base.tokens == 2 * sum(rows)
 
 

@@ -36,7 +36,7 @@ def test_the_largest_size(name, first):
         memory = {"total": total, "capacity": CAPACITY}
         return SimpleNamespace(per_chip_bytes=memory, fits_share={"1": fits})
 
-    found = largest_fit(plan_of, first, unit=16, limit=5000, share=1.0)
+    found = largest_fit(plan_of, first, unit=16, size_limit=5000, share=1.0)
     sizes = [n for n in range(16, 5001, 16) if (NEEDS[name](n) or CAPACITY + 1) <= CAPACITY]
     want = max(sizes, default=None)
     assert found == want or (found and want - want / 32 - 16 <= found <= want)

@@ -34,10 +34,11 @@ def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[CostComparison, ...]:
     costs = []
     method = words.method(lora.arm.method)
     for name, title, field, show in _MEASURED:
-        lora_spread, full_spread = lora.spread_of(field), full.spread_of(field)
+        lora_spread = lora.spread_of(field)
+        full_spread = full.spread_of(field)
         if not lora_spread or not full_spread or not lora_spread.mean or not full_spread.mean:
             continue
-        side = _side(*_ranges(lora, full, field, lora_spread, full_spread))
+        side = _side(_range(lora, field, lora_spread), _range(full, field, full_spread))
         if side == 0:
             relation = "they are about equal"
         elif side > 0:
@@ -46,7 +47,8 @@ def compare_costs(lora: ArmRow, full: ArmRow) -> tuple[CostComparison, ...]:
             relation = f"{method} takes {words.times(lora_spread.mean / full_spread.mean)} as much"
         figures = f"{show(lora_spread.mean)} with {method}, {show(full_spread.mean)} in full"
         costs.append(CostComparison(name, side, f"{title}: {figures}; {relation}."))
-    lora_spread, full_spread = lora.spread_of("forgotten"), full.spread_of("forgotten")
+    lora_spread = lora.spread_of("forgotten")
+    full_spread = full.spread_of("forgotten")
     if lora_spread and full_spread:
         side = _side((lora_spread.low, lora_spread.high), (full_spread.low, full_spread.high))
         sentence = (
@@ -78,37 +80,37 @@ def cost_clause(method: str, costs: Sequence[CostComparison]) -> str:
     Returns:
       The clause; "" where no cost is told apart.
     """
-    ahead = [cost.name for cost in costs if cost.side > 0]
-    behind = [cost.name for cost in costs if cost.side < 0]
-    places = []
-    if ahead:
-        places.append(f"ahead in {_listed(ahead)}")
-    if behind:
-        places.append(f"behind in {_listed(behind)}")
-    return f"{method} is {' and '.join(places)}" if places else ""
+    smaller_costs = [cost.name for cost in costs if cost.side > 0]
+    larger_costs = [cost.name for cost in costs if cost.side < 0]
+    phrases: list[str] = []
+    if smaller_costs:
+        phrases.append(f"ahead in {_listed(smaller_costs)}")
+    if larger_costs:
+        phrases.append(f"behind in {_listed(larger_costs)}")
+    return f"{method} is {' and '.join(phrases)}" if phrases else ""
 
 
-def _ranges(
-    lora: ArmRow, full: ArmRow, field: str, lora_spread: Spread, full_spread: Spread
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Returns the ranges of a cost: of a step's time, over its steps; of others, over seeds."""
-    ranges = [(lora_spread.low, lora_spread.high), (full_spread.low, full_spread.high)]
+def _range(row: ArmRow, field: str, seed_spread: Spread) -> tuple[float, float]:
+    """Returns the range of a cost: of a step's time, over its steps; of others, over seeds."""
     if field == "step_seconds":
-        for index, row in enumerate((lora, full)):
-            low, high = row.mean("step_seconds_low"), row.mean("step_seconds_high")
-            if low is not None and high is not None:
-                ranges[index] = (low, high)
-    return ranges[0], ranges[1]
+        low_seconds = row.mean("step_seconds_low")
+        high_seconds = row.mean("step_seconds_high")
+        if low_seconds is not None and high_seconds is not None:
+            return low_seconds, high_seconds
+    return seed_spread.low, seed_spread.high
 
 
 def _side(lora_range: tuple[float, float], full_range: tuple[float, float]) -> int:
     """Returns the side of a cost by two ranges, of which the smaller is the better."""
-    if lora_range[1] < full_range[0]:
+    lora_low, lora_high = lora_range
+    full_low, full_high = full_range
+    if lora_high < full_low:
         return 1
-    return -1 if full_range[1] < lora_range[0] else 0
+    return -1 if full_high < lora_low else 0
 
 
 def _listed(names: Sequence[str]) -> str:
     """Returns names as a list in words: "memory, time and files"."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -44,24 +44,34 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
     Empty where there is no score, or full fine-tuning was not run to compare with.
     """
     rows = tables.rows(comparison)
-    _, whole = tables.best_sides(rows)
-    if whole is None or whole.quality is None or whole.measure.kind != "score":
+    _, full = tables.best_sides(rows)
+    if full is None or full.quality is None or full.measure.kind != "score":
         return ()
-    target = SHARE * whole.quality.mean
-    results = []
+    full_score = full.quality.mean
+    target = SHARE * full_score
+    results: list[Dimension] = []
     for method in OF_SUBSPACE:
-        own = [row for row in rows if row.arm.method == method and row.quality]
-        by_size = tables.best_of_each(own, lambda arm: arm.dimension)
-        curve = tuple(sorted(by_size, key=_size))
+        method_rows = [row for row in rows if row.arm.method == method and row.quality]
+        best_rows = tables.best_of_each(method_rows, lambda arm: arm.dimension)
+        curve = tuple(sorted(best_rows, key=_size))
         if not curve:
             continue
-        reach = (_size(row) for row in curve if row.quality and row.quality.mean >= target)
+        sizes = [_size(row) for row in curve if row.quality and row.quality.mean >= target]
         seeds = sorted({run.seed for row in curve for run in row.runs})
-        crossings = (_crossing(_points(curve, seed), target) for seed in seeds)
-        of_seeds = tuple(crossing for crossing in crossings if crossing is not None)
-        results.append(
-            Dimension(method, curve, whole.quality.mean, target, next(reach, None), of_seeds)
+        crossings: list[float] = []
+        for seed in seeds:
+            crossing = _crossing(_points(curve, seed), target)
+            if crossing is not None:
+                crossings.append(crossing)
+        result = Dimension(
+            method=method,
+            rows=curve,
+            whole=full_score,
+            target=target,
+            smallest=sizes[0] if sizes else None,
+            of_seeds=tuple(crossings),
         )
+        results.append(result)
     return tuple(results)
 
 
@@ -69,27 +79,29 @@ def sentence(measured: Dimension, score: str) -> str:
     """Returns an intrinsic dimension in words.
 
     Args:
-      one: the dimension.
+      measured: the dimension.
       score: the name of the score.
     """
-    who = words.method(measured.method)
+    method = words.method(measured.method)
     goal = (
         f"{SHARE:.0%} of full fine-tuning's {score} ({words.figure(measured.target)} of "
         f"{words.figure(measured.whole)})"
     )
     sizes = [_size(row) for row in measured.rows]
     if measured.smallest is None:
-        return f"{who} does not reach {goal} with up to {sizes[-1]:,} numbers."
-    low, high = min(measured.of_seeds, default=math.inf), max(measured.of_seeds, default=math.inf)
-    beginning = f"{who} reaches {goal} with {measured.smallest:,} numbers"
+        return f"{method} does not reach {goal} with up to {sizes[-1]:,} numbers."
+    clause = f"{method} reaches {goal} with {measured.smallest:,} numbers"
     if measured.smallest == sizes[0]:
-        return f"{beginning}, the fewest that were tried: d90 may be smaller."
-    above = f"{high:,.0f}" if math.isfinite(high) else f"beyond {sizes[-1]:,}"
-    below = f"{low:,.0f} or fewer" if low == sizes[0] else f"{low:,.0f}"
-    n = len(measured.of_seeds)
-    if n == 1:
-        return f"{beginning}. Between the dimensions tried, d90 is {below} (one seed)."
-    return f"{beginning}. Between the dimensions tried, d90 is {below} to {above} ({n} seeds)."
+        return f"{clause}, the fewest that were tried: d90 may be smaller."
+    low = min(measured.of_seeds, default=math.inf)
+    high = max(measured.of_seeds, default=math.inf)
+    low_text = f"{low:,.0f} or fewer" if low == sizes[0] else f"{low:,.0f}"
+    high_text = f"{high:,.0f}" if math.isfinite(high) else f"beyond {sizes[-1]:,}"
+    n_seeds = len(measured.of_seeds)
+    range_text = f"{low_text} to {high_text} ({n_seeds} seeds)"
+    if n_seeds == 1:
+        range_text = f"{low_text} (one seed)"
+    return f"{clause}. Between the dimensions tried, d90 is {range_text}."
 
 
 def _size(row: ArmRow) -> int:
@@ -110,12 +122,15 @@ def _crossing(points: Sequence[tuple[int, float]], target: float) -> float | Non
     """Returns the dimension at which a curve first reaches a score; None without points."""
     if not points:
         return None
-    before: tuple[int, float] | None = None
+    last_size: int | None = None
+    last_score = 0.0
     for size, score in points:
-        if score >= target:
-            if before is None:
-                return float(size)
-            share = (target - before[1]) / (score - before[1])
-            return math.exp(math.log(before[0]) + share * math.log(size / before[0]))
-        before = size, score
+        if score < target:
+            last_size = size
+            last_score = score
+        elif last_size is None:  # the smallest dimension reaches it already
+            return float(size)
+        else:
+            share = (target - last_score) / (score - last_score)
+            return math.exp(math.log(last_size) + share * math.log(size / last_size))
     return math.inf

@@ -92,17 +92,30 @@ def _markdown_block(block: Block) -> str:
         case Lines(items):
             return "\n".join(f"- {escape_markdown(item)}" for item in items)
         case Code(text):
-            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            longest_fence = max(map(len, re.findall("`+", text)), default=0)
+            fence = "`" * max(3, 1 + longest_fence)
             return f"{fence}text\n{text}\n{fence}"
         case Gallery(pictures):
-            shown = [(file, escape_markdown(t), escape_markdown(s)) for file, t, s in pictures]
-            return "\n\n".join(f"![{t}]({file})\n\n**{t}.** {below}" for file, t, below in shown)
-        case Grid(header, body, marked):
-            first, *rest = [[escape_markdown(cell) for cell in row] for row in (header, *body)]
-            if marked is not None:
-                rest[marked] = [f"**{cell}**" for cell in rest[marked]]
-            ruler = [":---", *["---:"] * (len(header) - 1)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in (first, ruler, *rest))
+            return "\n\n".join(_markdown_picture(picture) for picture in pictures)
+        case Grid():
+            return _markdown_table(block)
+
+
+def _markdown_picture(picture: Picture) -> str:
+    title = escape_markdown(picture.title)
+    return f"![{title}]({picture.file})\n\n**{title}.** {escape_markdown(picture.said)}"
+
+
+def _markdown_table(grid: Grid) -> str:
+    """Returns a table in Markdown; the row that stands out is bold."""
+    ruler = [":---", *["---:"] * (len(grid.header) - 1)]
+    rows = [[escape_markdown(name) for name in grid.header], ruler]
+    for index, cells in enumerate(grid.body):
+        row = [escape_markdown(cell) for cell in cells]
+        if index == grid.marked:
+            row = [f"**{cell}**" for cell in row]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _html_block(block: Block, folder: Path) -> str:
@@ -117,21 +130,22 @@ def _html_block(block: Block, folder: Path) -> str:
         case Code(text):
             return f'<pre tabindex="0">{html.escape(text)}</pre>'
         case Gallery(pictures):
-            shown = "\n".join(_figure(picture, folder) for picture in pictures)
-            return f'<div class="gallery">\n{shown}\n</div>'
+            figures = "\n".join(_figure(picture, folder) for picture in pictures)
+            return f'<div class="gallery">\n{figures}\n</div>'
         case Grid():
             return _grid(block)
 
 
 def _safe(text: str) -> str:
     """Returns plain text as HTML; names of options and numbers like 3e-05 stay on one line."""
-    whole = r"--[a-z][a-z-]*|\b\d[\d.]*e-\d+"
-    return re.sub(whole, r'<span class="whole">\g<0></span>', html.escape(text))
+    option_or_number = r"--[a-z][a-z-]*|\b\d[\d.]*e-\d+"
+    return re.sub(option_or_number, r'<span class="whole">\g<0></span>', html.escape(text))
 
 
 def _figure(picture: Picture, folder: Path) -> str:
     png = base64.b64encode((folder / picture.file).read_bytes()).decode()
-    title, caption = html.escape(picture.title), _safe(picture.said)
+    title = html.escape(picture.title)
+    caption = _safe(picture.said)
     return (
         f'<figure><img alt="{title}" src="data:image/png;base64,{png}">'
         f"<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
@@ -139,12 +153,14 @@ def _figure(picture: Picture, folder: Path) -> str:
 
 
 def _grid(grid: Grid) -> str:
+    """Returns a table in HTML, whose first column names its rows."""
     header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in grid.header)
-    body = []
+    body: list[str] = []
     for index, row in enumerate(grid.body):
-        first, *others = map(_safe, row)
-        cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
-        body.append(f"<tr{' class=best' if index == grid.marked else ''}>{cells}</tr>")
+        cells = f'<th scope="row">{_safe(row[0])}</th>'
+        cells += "".join(f"<td>{_safe(cell)}</td>" for cell in row[1:])
+        attribute = " class=best" if index == grid.marked else ""
+        body.append(f"<tr{attribute}>{cells}</tr>")
     return (
         '<p class="cue" aria-hidden="true">The table scrolls sideways →</p>'
         '<div class="table" role="region" aria-label="table" tabindex="0"><table>'

@@ -10,7 +10,6 @@ from scipy import stats
 
 from train.compare.reporting import words
 from train.compare.reporting.tables import ArmRow, Spread
-from train.compare.result import RunResult
 
 UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
 LEVEL = 0.95
@@ -79,8 +78,8 @@ class Gap(NamedTuple):
         if questions is not None and questions.differing < FEWEST:
             return False
         if not self.seeds:
-            by_questions = half_width([questions.variance]) if questions else 0.0
-            return abs(self.share) > UNKNOWN_SPREAD and abs(self.value) > by_questions
+            question_error = half_width([questions.variance]) if questions else 0.0
+            return abs(self.share) > UNKNOWN_SPREAD and abs(self.value) > question_error
         if questions is None and not any(variance.value for variance in self.seeds):
             return False  # nothing was seen to vary
         return abs(self.value) > half_width(self.variances)
@@ -93,15 +92,18 @@ class Gap(NamedTuple):
 
 def gap_of(arm: ArmRow, other: ArmRow) -> Gap:
     """Returns the gap of an arm to another one; both have values."""
-    one, two = arm.quality, other.quality
-    assert one and two
-    value = one.mean - two.mean if arm.measure.larger else two.mean - one.mean
-    largest = max(abs(one.mean), abs(two.mean))
+    quality = arm.quality
+    other_quality = other.quality
+    assert quality and other_quality
+    difference = quality.mean - other_quality.mean
+    if not arm.measure.larger:
+        difference = other_quality.mean - quality.mean
+    larger_mean = max(abs(quality.mean), abs(other_quality.mean))
     return Gap(
-        value=value,
-        share=value / largest if largest else 0.0,
-        is_separate=one.low > two.high or two.low > one.high,
-        seeds=_seed_variances([one, two]),
+        value=difference,
+        share=difference / larger_mean if larger_mean else 0.0,
+        is_separate=quality.low > other_quality.high or other_quality.low > quality.high,
+        seeds=_seed_variances([quality, other_quality]),
         questions=_question_spread(arm, other),
     )
 
@@ -117,100 +119,121 @@ def half_width(variances: Iterable[Variance]) -> float:
 
     Of two means over seeds alone, it is that of Welch (1947).
     """
-    total, freedom = _sum_of(variances)
-    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(total) if total else 0.0
+    total_variance, freedom = _sum_of(variances)
+    if not total_variance:
+        return 0.0
+    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(total_variance)
 
 
-def seeds_to_decide(gap: Gap, n: int) -> int | None:
+def seeds_to_decide(gap: Gap, n_seeds: int) -> int | None:
     """Returns the number of seeds at which a gap would be told apart; None if too many.
 
     Args:
       gap: what was observed, taken for the true difference.
-      n: number of seeds of each arm.
+      n_seeds: number of seeds of each arm.
     """
+    if not gap.seeds:
+        return None
 
-    def is_enough(seeds: int) -> bool:
-        scaled = [Variance(x.value * (x.freedom + 1) / seeds, seeds - 1) for x in gap.seeds]
-        return _is_likely(gap._replace(seeds=tuple(scaled)))
+    def is_enough(n: int) -> bool:
+        variances: list[Variance] = []
+        for mean_variance in gap.seeds:
+            seed_variance = mean_variance.value * (mean_variance.freedom + 1)
+            variances.append(Variance(seed_variance / n, n - 1))
+        return _is_likely(gap._replace(seeds=tuple(variances)))
 
-    return _smallest(range(n + 1, MOST_SEEDS + 1), is_enough) if gap.seeds else None
+    return _smallest_enough(range(n_seeds + 1, MOST_SEEDS + 1), is_enough)
 
 
-def questions_to_decide(gap: Gap, most: int) -> int | None:
+def questions_to_decide(gap: Gap, n_available: int) -> int | None:
     """Returns the number of questions at which a gap would be told apart; None if too many.
 
     Args:
       gap: what was observed, taken for the true difference.
-      most: how many questions there are.
+      n_available: how many questions there are.
     """
-    known = gap.questions
-    if known is None or not gap.seeds:
+    questions = gap.questions
+    if questions is None or not gap.seeds:
         return None
 
     def is_enough(n: int) -> bool:
-        differing = known.differing * n / known.n
-        is_common = stats.poisson.sf(FEWEST - 1, differing) >= POWER
+        expected_differing = questions.differing * n / questions.n
+        is_common = stats.poisson.sf(FEWEST - 1, expected_differing) >= POWER
         return bool(is_common) and _is_likely(with_questions(gap, n))
 
-    return _smallest(range(known.n + 1, most + 1), is_enough)
+    return _smallest_enough(range(questions.n + 1, n_available + 1), is_enough)
 
 
 def with_questions(gap: Gap, n: int) -> Gap:
     """Returns the gap that so many questions like those that were asked would show."""
-    known = gap.questions
-    assert known is not None
-    variance = Variance(known.variance.value * known.n / n, n - 1)
-    return gap._replace(questions=QuestionSpread(n, known.differing * n // known.n, variance))
+    questions = gap.questions
+    assert questions is not None
+    variance = Variance(questions.variance.value * questions.n / n, n - 1)
+    n_differing = questions.differing * n // questions.n
+    return gap._replace(questions=QuestionSpread(n=n, differing=n_differing, variance=variance))
 
 
-def _smallest(numbers: range, is_enough: Callable[[int], bool]) -> int | None:
-    index = bisect.bisect_left(numbers, True, key=is_enough)
-    return numbers[index] if index < len(numbers) else None
+def _smallest_enough(counts: range, is_enough: Callable[[int], bool]) -> int | None:
+    """Returns the smallest count that is enough, by bisection; None if none is."""
+    index = bisect.bisect_left(counts, True, key=is_enough)
+    return counts[index] if index < len(counts) else None
 
 
 def _is_likely(gap: Gap) -> bool:
     """Returns True if a gap is told apart in `POWER` of the comparisons."""
     if gap.questions is not None and gap.questions.differing < FEWEST:
         return False
-    total, freedom = _sum_of(gap.variances)
-    if not total:
+    total_variance, freedom = _sum_of(gap.variances)
+    if not total_variance:
         return gap.questions is not None and bool(gap.value)
-    bound = stats.t.ppf(0.5 + LEVEL / 2, freedom)
-    return bool(stats.nct.sf(bound, freedom, abs(gap.value) / math.sqrt(total)) >= POWER)
+    critical_value = stats.t.ppf(0.5 + LEVEL / 2, freedom)
+    noncentrality = abs(gap.value) / math.sqrt(total_variance)
+    return bool(stats.nct.sf(critical_value, freedom, noncentrality) >= POWER)
 
 
 def _sum_of(variances: Iterable[Variance]) -> tuple[float, float]:
     """Returns the sum of variances, and its degrees of freedom (Satterthwaite, 1946)."""
-    parts = [part for part in variances if part.value]
-    total = sum(part.value for part in parts)
-    squares = sum(part.value**2 / part.freedom for part in parts)
-    return total, total**2 / squares if squares else 0.0
+    terms = [variance for variance in variances if variance.value]
+    total = sum(term.value for term in terms)
+    weighted_squares = sum(term.value**2 / term.freedom for term in terms)
+    freedom = total**2 / weighted_squares if weighted_squares else 0.0
+    return total, freedom
 
 
 def _seed_variances(spreads: Sequence[Spread]) -> tuple[Variance, ...]:
-    if any(spread.deviation is None for spread in spreads):
-        return ()
-    return tuple(Variance((x.deviation or 0.0) ** 2 / x.n, x.n - 1) for x in spreads)
+    """Returns the variance of each mean over seeds; () if one of them has a single seed."""
+    variances: list[Variance] = []
+    for spread in spreads:
+        if spread.deviation is None:
+            return ()
+        variances.append(Variance(spread.deviation**2 / spread.n, spread.n - 1))
+    return tuple(variances)
 
 
 def _question_spread(arm: ArmRow, other: ArmRow) -> QuestionSpread | None:
     """Returns the spread over questions; None unless all runs answered the same ones."""
-    sides = [
-        [_results(run) for run in row.runs if row.measure.value(run) is not None]
-        for row in (arm, other)
-    ]
-    lengths = {len(results) for side in sides for results in side}
-    if arm.measure.kind != "score" or len(lengths) > 1 or min(lengths) == 0:
+    scores = _question_scores(arm)
+    other_scores = _question_scores(other)
+    question_counts = {len(run_scores) for run_scores in (*scores, *other_scores)}
+    is_known = len(question_counts) == 1 and 0 not in question_counts
+    if arm.measure.kind != "score" or not is_known:
         return None
-    means = [np.mean(side, axis=0) for side in sides]
-    differences = means[0] - means[1]
-    differences = differences[~np.isnan(differences)]
+    differences = np.mean(scores, axis=0) - np.mean(other_scores, axis=0)
+    differences = differences[~np.isnan(differences)]  # of questions that all runs answered
     n = len(differences)
     if n < 2:
         return None
-    variance = Variance(float(np.var(differences, ddof=1)) / n, n - 1)
-    return QuestionSpread(n, int(np.sum(np.abs(differences) > 1e-9)), variance)
+    return QuestionSpread(
+        n=n,
+        differing=int(np.sum(np.abs(differences) > 1e-9)),
+        variance=Variance(float(np.var(differences, ddof=1)) / n, n - 1),
+    )
 
 
-def _results(run: RunResult) -> list[float]:
-    return [math.nan if value is None else value for value in run.question_scores]
+def _question_scores(row: ArmRow) -> list[list[float]]:
+    """Returns the score of each question in each run that ended; NaN for questions without one."""
+    return [
+        [math.nan if score is None else score for score in run.question_scores]
+        for run in row.runs
+        if row.measure.value(run) is not None
+    ]

@@ -28,12 +28,12 @@ PICTURES = "pictures"  # the folder of the PNGs
 _SPREAD = ("Mean", "Deviation", "Lowest", "Highest", "Seeds")
 _ERROR = "Standard error"
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
-_OF_MEMORY = (
+_MEMORY_NOTE = (
     "The memory of the step is what its compiled program needs: weights, optimiser state, "
     "gradients and activations. The peak of its process is what the operating system saw while "
     "the step ran alone, Python, the compiler and the reading of the model included."
 )
-_OF_ONE_SEED = (
+_ONE_SEED_NOTE = (
     "Memory and time of a step are those of one seed of the best arm of each method, which was run "
     "again alone. The time of a run is a mean over seeds."
 )
@@ -51,8 +51,8 @@ def write_report(comparison: Comparison, folder: Path) -> Recommendation:
     """
     (folder / PICTURES).mkdir(exist_ok=True)
     pictures = [
-        each._replace(file=f"{PICTURES}/{each.file}")
-        for each in draw(comparison, folder / PICTURES)
+        picture._replace(file=f"{PICTURES}/{picture.file}")
+        for picture in draw(comparison, folder / PICTURES)
     ]
     recommendation = recommend(comparison)
     blocks = report_of(comparison, recommendation, pictures)
@@ -91,6 +91,7 @@ def _task(facts: ComparisonFacts) -> str:
 
 
 def _recommended(recommendation: Recommendation) -> list[Block]:
+    """Returns the verdict, its reasons and its rule, and what would decide an open question."""
     blocks: list[Block] = [
         Paragraph(recommendation.headline, "verdict"),
         Lines(recommendation.reasons),
@@ -117,72 +118,93 @@ def _table(
 
 
 def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
-    measure, rows = figures.measure, figures.rows
-    losses = [row.spread_of("held_out_loss") for row in rows]
-    loss = measure.kind == "score" and any(losses)
-    errors = [row.mean("score_error") for row in rows]
-    error = measure.kind == "score" and any(x is not None for x in errors)
-    header = ["Arm", *_SPREAD, *[_ERROR] * error, *["Held-out loss"] * loss]
+    """Returns the table of the arms' quality, and what follows from it."""
+    measure = figures.measure
+    is_score = measure.kind == "score"
+    losses = [row.spread_of("held_out_loss") for row in figures.rows]
+    shows_losses = is_score and any(losses)
+    errors = [row.mean("score_error") for row in figures.rows]
+    shows_errors = is_score and any(error is not None for error in errors)
+    header = ["Arm", *_SPREAD]
+    if shows_errors:
+        header.append(_ERROR)
+    if shows_losses:
+        header.append("Held-out loss")
     header += ["Trained parameters", "Other runs"]
-    body = []
-    for row, of_loss, of_rows in zip(rows, losses, errors, strict=True):
-        cells = [figures.label(row.arm), *_spread(row.quality), *[words.rough(of_rows)] * error]
-        cells += [_mean(of_loss)] * loss
-        body.append([*cells, words.count(row.trained_parameters), _others(row)])
-    is_undecided = recommendation.verdict == "undecided"
-    outstanding = rows[0].arm if is_undecided and rows and rows[0].quality else recommendation.arm
-    marked = next((i for i, row in enumerate(rows) if row.arm == outstanding), None)
+    body: list[list[str]] = []
+    for row, loss, error in zip(figures.rows, losses, errors, strict=True):
+        cells = [figures.label(row.arm), *_spread(row.quality)]
+        if shows_errors:
+            cells.append(words.rough(error))
+        if shows_losses:
+            cells.append(_mean(loss))
+        cells += [words.count(row.trained_parameters), _other_runs(row)]
+        body.append(cells)
     better = "larger" if measure.larger else "smaller"
-    marking = "" if marked is None else " The row that stands out is the one recommended above."
-    if marked is not None and is_undecided:
-        marking = " The row that stands out is ahead so far: its mean is the best."
-    blocks: list[Block] = [
-        Heading("Quality"),
-        Paragraph(
-            f"{words.capital(measure.name)} over seeds, {better} is better; the "
-            f"best arm comes first. Runs that did not end do not count.{marking}"
-            + f" {_ERROR}: of a run's mean over the held-out rows."
-            * error
-        ),
-        Grid(header, body, marked),
-    ]
+    marked_row, marking = _marked_row(figures, recommendation)
+    text = (
+        f"{words.capital(measure.name)} over seeds, {better} is better; the "
+        f"best arm comes first. Runs that did not end do not count.{marking}"
+    )
+    if shows_errors:
+        text += f" {_ERROR}: of a run's mean over the held-out rows."
+    blocks: list[Block] = [Heading("Quality"), Paragraph(text), Grid(header, body, marked_row)]
     return [*blocks, *_best(figures), *_rates(figures)]
 
 
+def _marked_row(figures: Figures, recommendation: Recommendation) -> tuple[int | None, str]:
+    """Returns the index of the row that stands out, None for none, and a sentence about it."""
+    is_undecided = recommendation.verdict == "undecided"
+    rows = figures.rows
+    marked_arm = recommendation.arm
+    if is_undecided and rows and rows[0].quality:
+        marked_arm = rows[0].arm
+    if marked_arm not in figures.arms:
+        return None, ""
+    sentence = " The row that stands out is the one recommended above."
+    if is_undecided:
+        sentence = " The row that stands out is ahead so far: its mean is the best."
+    return figures.arms.index(marked_arm), sentence
+
+
 def _best(figures: Figures) -> list[Block]:
-    body = []
-    groups: tuple[tuple[str, Callable[[Arm], str | None]], ...] = (
-        ("method", lambda arm: words.method(arm.method)),
-        ("rank", lambda arm: f"r={arm.rank}" if arm.rank else None),
-        ("dimension", lambda arm: f"d={arm.dimension:,}" if arm.dimension else None),
-        ("targets", lambda arm: " ".join(arm.targets) if arm.targets else None),
-    )
-    for what, key in groups:
-        among = [row for row in figures.rows if key(row.arm) is not None]
-        if len({key(row.arm) for row in among}) > 1:
-            body += [
-                [f"{what}: {key(row.arm)}", figures.label(row.arm), _mean(row.quality)]
-                for row in tables.best_of_each(among, key)
-            ]
+    """Returns the table of the best arm of each method, rank, dimension and target."""
+    groups: dict[str, Callable[[Arm], str | None]] = {
+        "method": lambda arm: words.method(arm.method),
+        "rank": lambda arm: f"r={arm.rank}" if arm.rank else None,
+        "dimension": lambda arm: f"d={arm.dimension:,}" if arm.dimension else None,
+        "targets": lambda arm: " ".join(arm.targets) if arm.targets else None,
+    }
+    body: list[list[str]] = []
+    for group, name_of in groups.items():
+        rows = [row for row in figures.rows if name_of(row.arm) is not None]
+        names = {name_of(row.arm) for row in rows}
+        if len(names) < 2:  # nothing to compare
+            continue
+        for row in tables.best_of_each(rows, name_of):
+            title = f"{group}: {name_of(row.arm)}"
+            body.append([title, figures.label(row.arm), _mean(row.quality)])
     heading = Heading("The best of each method, rank and targets", 3)
     return _table(heading, ["Of each", "Best arm", figures.measure.name], body)
 
 
 def _rates(figures: Figures) -> list[Block]:
-    body = []
-    for group in tables.rates(figures.rows):
-        cells = [figures.adapter(group.tried[0].arm)]
-        for at in (group.best - 1, group.best, group.best + 1):
-            if not 0 <= at < len(group.tried):
+    """Returns the table of the best learning rates, beside the next smaller and larger ones."""
+    body: list[list[str]] = []
+    for rates in tables.rates(figures.rows):
+        cells = [figures.adapter(rates.tried[0].arm)]
+        for index in (rates.best - 1, rates.best, rates.best + 1):
+            if not 0 <= index < len(rates.tried):
                 cells.append("not tried")
                 continue
-            row = group.tried[at]
+            row = rates.tried[index]
             value = _mean(row.quality) if row.quality else row.runs[0].status
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
     heading = Heading("Learning rates", 3)
     blocks = _table(heading, ["", "Next smaller", "Best", "Next larger"], body)
-    if blocks and (ratio := tables.rate_ratio(figures.rows)) is not None:
+    ratio = tables.rate_ratio(figures.rows)
+    if blocks and ratio is not None:
         blocks.append(
             Paragraph(f"The best adapter's rate is {words.times(ratio)} full fine-tuning's.")
         )
@@ -190,36 +212,54 @@ def _rates(figures: Figures) -> list[Block]:
 
 
 def _dimensions(figures: Figures) -> list[Block]:
-    measured = dimension.dimensions(figures.comparison)
-    sentences = [dimension.sentence(each, figures.measure.name) for each in measured]
+    """Returns the intrinsic dimension by each method, in sentences."""
+    sentences = [
+        dimension.sentence(measured, figures.measure.name)
+        for measured in dimension.dimensions(figures.comparison)
+    ]
     return [Heading("Intrinsic dimension"), Lines(sentences)] if sentences else []
 
 
 def _costs(figures: Figures) -> list[Block]:
-    header = ["Arm", "Trained parameters", "Files of a task", "Memory of the step"]
-    header += ["Peak of its process", "Time of a step", "Time of a run"]
+    """Returns the table of files, memory and time, with notes on them."""
+    header = [
+        "Arm",
+        "Trained parameters",
+        "Files of a task",
+        "Memory of the step",
+        "Peak of its process",
+        "Time of a step",
+        "Time of a run",
+    ]
     body = [
         [
             figures.label(row.arm),
             words.count(row.trained_parameters),
-            *(words.size(row.mean(f"{name}_bytes")) for name in ("saved", "compiled", "peak")),
-            *(words.seconds(row.mean(name)) for name in ("step_seconds", "seconds")),
+            words.size(row.mean("saved_bytes")),
+            words.size(row.mean("compiled_bytes")),
+            words.size(row.mean("peak_bytes")),
+            words.seconds(row.mean("step_seconds")),
+            words.seconds(row.mean("seconds")),
         ]
         for row in figures.series
     ]
     if not body:
         return []
-    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Paragraph(_OF_MEMORY, "note")]
+    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Paragraph(_MEMORY_NOTE, "note")]
     if any(row.mean("step_seconds") for row in figures.series):
-        blocks.append(Paragraph(_OF_ONE_SEED, "note"))
-    together = max(run.side_by_side for row in figures.series for run in row.runs)
-    if together > 1:
-        share = f"Up to {together} runs shared their steps; the time of such a run is its even "
-        blocks.append(Paragraph(f"{share}share of theirs.", "note"))
+        blocks.append(Paragraph(_ONE_SEED_NOTE, "note"))
+    n_side_by_side = max(run.side_by_side for row in figures.series for run in row.runs)
+    if n_side_by_side > 1:
+        text = (
+            f"Up to {n_side_by_side} runs shared their steps; the time of such a run is its even "
+            "share of theirs."
+        )
+        blocks.append(Paragraph(text, "note"))
     return [*blocks, *_planned(figures)]
 
 
 def _planned(figures: Figures) -> list[Block]:
+    """Returns the table of the plans for another machine."""
     header = ["Arm", "Memory of a device", "Time of a step", "Device hours", "Cost"]
     body = [
         [
@@ -231,36 +271,48 @@ def _planned(figures: Figures) -> list[Block]:
         ]
         for plan in figures.comparison.planned
     ]
-    on = figures.comparison.facts.planned_on or "another machine"
-    return _table(Heading(f"Computed, not measured: {on}", 3), header, body)
+    machine = figures.comparison.facts.planned_on or "another machine"
+    return _table(Heading(f"Computed, not measured: {machine}", 3), header, body)
 
 
 def _rungs(figures: Figures) -> list[Block]:
+    """Returns the table of the decisions that stopped settings early."""
     facts = figures.comparison.facts
-    body = [
-        [figures.label(arm), f"{rung.share:.1%}", words.figure(value), went]
-        for rung in figures.comparison.rungs
-        for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped))
-        for arm, value in arms
-    ]
+    body: list[list[str]] = []
+    for rung in figures.comparison.rungs:
+        for decision, arms in (("goes on", rung.kept), ("stopped", rung.stopped)):
+            for arm, value in arms:
+                cells = [figures.label(arm), f"{rung.share:.1%}", words.figure(value), decision]
+                body.append(cells)
     header = ["Arm", "After", words.capital(tables.decided_by(facts)), "Decision"]
     rule = f"The rule: {facts.rule}." if facts.rule else ""
     return _table(Heading("Early stopping"), header, body, rule)
 
 
 def _latencies(figures: Figures) -> list[Block]:
-    body = [
-        [
+    """Returns the table of the times of an answer."""
+    body: list[list[str]] = []
+    for latency in figures.comparison.latencies:
+        base = latency.base
+        cells = [
             figures.label(latency.arm),
             latency.what,
-            *map(words.seconds, (latency.base, latency.merged, latency.live)),
-            _ratio(latency.merged / latency.base if latency.base else None, latency.merged_ratio),
-            _ratio(latency.live / latency.base if latency.base else None, latency.live_ratio),
+            words.seconds(base),
+            words.seconds(latency.merged),
+            words.seconds(latency.live),
+            _ratio(latency.merged / base if base else None, latency.merged_ratio),
+            _ratio(latency.live / base if base else None, latency.live_ratio),
         ]
-        for latency in figures.comparison.latencies
+        body.append(cells)
+    header = [
+        "Arm",
+        "What",
+        "Base alone",
+        "Merged",
+        "Beside the base",
+        "Merged ÷ base",
+        "Beside ÷ base",
     ]
-    header = ["Arm", "What", "Base alone", "Merged", "Beside the base"]
-    header += ["Merged ÷ base", "Beside ÷ base"]
     text = (
         "Medians of rounds in which the three took turns. Of a ratio, the smallest and the largest "
         "of a round stand behind it. Where they lie on both sides of 1, the two times are not told "
@@ -315,23 +367,28 @@ def _intruders(figures: Figures) -> list[Block]:
 
 def _seeds_table(figures: Figures, field: str, heading: str, text: str) -> list[Block]:
     """Returns a table of a field of `RunResult`, with a row for each arm that has it."""
-    measured = ((row.arm, row.spread_of(field)) for row in figures.rows)
-    body = [[figures.label(arm), *_spread(spread)] for arm, spread in measured if spread]
+    body: list[list[str]] = []
+    for row in figures.rows:
+        spread = row.spread_of(field)
+        if spread:
+            body.append([figures.label(row.arm), *_spread(spread)])
     return _table(Heading(heading), ["Arm", *_SPREAD], body, text)
 
 
 def _failed(figures: Figures) -> list[Block]:
-    failed = [run for run in figures.comparison.runs if run.status == "failed"]
-    blocks: list[Block] = [Heading("Failed runs")] if failed else []
-    for run in failed:
+    """Returns the errors of the runs that failed."""
+    failed_runs = [run for run in figures.comparison.runs if run.status == "failed"]
+    blocks: list[Block] = [Heading("Failed runs")] if failed_runs else []
+    for run in failed_runs:
         blocks.append(Paragraph(f"{run.name}, after {run.steps} steps:"))
         blocks.append(Code(run.error or "no error was recorded"))
     return blocks
 
 
 def _facts(figures: Figures) -> list[Block]:
+    """Returns the command, and the facts that all runs share."""
     facts = figures.comparison.facts
-    lines = {
+    values = {
         "Model": facts.model if facts.weights is None else f"{facts.model}: {facts.weights}",
         "Data": facts.dataset,
         "Script": facts.script,
@@ -341,33 +398,46 @@ def _facts(figures: Figures) -> list[Block]:
         "Date": facts.date,
         "Versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
     }
-    facts_shown = [f"{name}: {value}" for name, value in lines.items()]
-    return [Heading("Facts"), Code(facts.command), Lines(facts_shown)]
+    lines = [f"{name}: {value}" for name, value in values.items()]
+    return [Heading("Facts"), Code(facts.command), Lines(lines)]
 
 
 _SECTIONS = (
-    *(_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _divergence, _intruders),
-    *(_failed, _facts),
+    _dimensions,
+    _costs,
+    _rungs,
+    _latencies,
+    _storage,
+    _forgetting,
+    _divergence,
+    _intruders,
+    _failed,
+    _facts,
 )
 
 
-def _others(row: ArmRow) -> str:
+def _other_runs(row: ArmRow) -> str:
     """Returns the number of a row's runs without a value, by how they ended."""
     counts: Counter[str] = Counter(run.status for run in row.runs)
     endings = [f"{counts[status]} {name}" for status, name in _ENDINGS.items() if counts[status]]
-    if n := counts["done"] - (row.quality.n if row.quality else 0):
-        endings.append(f"{n} without a finite value")
+    n_finite = row.quality.n if row.quality else 0
+    n_not_finite = counts["done"] - n_finite
+    if n_not_finite:
+        endings.append(f"{n_not_finite} without a finite value")
     return ", ".join(endings) or words.NOTHING
 
 
-def _spread(values: Spread | None) -> list[str]:
+def _spread(spread: Spread | None) -> list[str]:
     """Returns the cells of `_SPREAD`."""
-    if values is None:
+    if spread is None:
         return [*[words.NOTHING] * 4, "0"]
-    mean, low, high = (
-        words.beside(value, values.deviation) for value in (values.mean, values.low, values.high)
-    )
-    return [mean, words.rough(values.deviation), low, high, f"{values.n}"]
+    return [
+        words.beside(spread.mean, spread.deviation),
+        words.rough(spread.deviation),
+        words.beside(spread.low, spread.deviation),
+        words.beside(spread.high, spread.deviation),
+        f"{spread.n}",
+    ]
 
 
 def _mean(values: Spread | None) -> str:

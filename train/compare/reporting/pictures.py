@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from train.compare.reporting import dimension, tables, words
 from train.compare.reporting.tables import ArmRow, Figures, Spread
-from train.compare.result import Arm, Comparison, Point
+from train.compare.result import Arm, Comparison, ComparisonFacts, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 FULL, ADAPTERS = "#D55E00", ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#E69F00")
@@ -53,19 +54,22 @@ class _Plot(Figures):
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__(comparison)
-        shown = tables.series_and_stopped(self.rows)
+        drawn_rows = tables.series_and_stopped(self.rows)
         # Other alphas and batch sizes stand in one picture alone: they come last.
-        kinds = dict.fromkeys(row.arm.rate_group() for row in (*shown, *self.rows))
-        methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
-        self._colours = {m: ADAPTERS[i % len(ADAPTERS)] for i, m in enumerate(methods)}
-        self._colours["full"] = FULL
+        rate_groups = dict.fromkeys(row.arm.rate_group() for row in (*drawn_rows, *self.rows))
+        methods = dict.fromkeys(arm.method for arm in rate_groups if arm.method != "full")
+        self._colours = {"full": FULL}
+        for index, method in enumerate(methods):
+            self._colours[method] = ADAPTERS[index % len(ADAPTERS)]
         self._styles: dict[Arm, dict[str, Any]] = {}
-        for kind in kinds:
-            i = sum(other.method == kind.method for other in self._styles)
-            self._styles[kind] = {
-                "color": self.colour(kind.method),
-                "marker": "s" if kind.method == "full" else MARKERS[i % 8],
-                "linestyle": DASHES[(i + i // 8) % 4],
+        n_styles: Counter[str] = Counter()  # of each method
+        for arm in rate_groups:
+            index = n_styles[arm.method]
+            n_styles[arm.method] += 1
+            self._styles[arm] = {
+                "color": self.colour(arm.method),
+                "marker": "s" if arm.method == "full" else MARKERS[index % 8],
+                "linestyle": DASHES[(index + index // 8) % 4],
             }
 
     def colour(self, method: str) -> str:
@@ -81,14 +85,22 @@ class _Plot(Figures):
         return "\n".join(textwrap.wrap(plain(self.adapter(row.arm)), 26))
 
     def draw_line(
-        self, axes: Axes, rows: Sequence[ArmRow], at: Sequence[float], name: str | None = None
+        self, axes: Axes, rows: Sequence[ArmRow], x: Sequence[float], name: str | None = None
     ) -> None:
-        """Draws the quality of rows, a line with bars; of a single one, a mark."""
+        """Draws the quality of rows, a line with bars; of a single one, a mark.
+
+        Args:
+          axes: the axes to draw on.
+          rows: the rows, each with a quality.
+          x: the horizontal position of each row.
+          name: the line's name in the legend; by default that of the first row.
+        """
         spreads = [row.quality for row in rows if row.quality]
+        means = [spread.mean for spread in spreads]
         style = self.style(rows[0])
-        line = {**style, "capsize": 3} if len(at) > 1 else _mark(style)
-        name = name or self.name(rows[0])
-        axes.errorbar(at, [x.mean for x in spreads], yerr=errors(spreads), label=name, **line)
+        line_style = {**style, "capsize": 3} if len(x) > 1 else _mark(style)
+        label = name or self.name(rows[0])
+        axes.errorbar(x, means, yerr=errors(spreads), label=label, **line_style)
 
 
 def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
@@ -110,9 +122,11 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
             file = f"{drawer.__name__.lstrip('_')}.png"
             # Without pyplot there is no global state.
             figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-            if title_and_caption := drawer(drawing, figure):
+            title_and_caption = drawer(drawing, figure)
+            if title_and_caption:
+                title, caption = title_and_caption
                 figure.savefig(folder / file)
-                pictures.append(Picture(file, *title_and_caption))
+                pictures.append(Picture(file=file, title=title, said=caption))
     return tuple(pictures)
 
 
@@ -121,27 +135,25 @@ def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
     It is that of the held-out loss, else of the score, else of the loss in training.
     """
-    chosen, facts = _few(tables.series_and_stopped(drawing.rows)), drawing.comparison.facts
-    field, name = next(
-        (field, name)
-        for field, name in (
-            ("held_out", f"held-out {facts.loss}"),
-            ("scores", facts.score or "score"),
-            ("losses", f"training {facts.loss}"),
-        )
-        if any(len(getattr(run, field)) > 1 for row in chosen for run in row.runs)
-        or field == "losses"
-    )
+    rows = _few(tables.series_and_stopped(drawing.rows))
+    field, name = _curve_field(drawing.comparison.facts, rows)
     axes = figure.subplots()
-    for row in chosen:
-        ended = [run for run in row.runs if run.status == "done"] or row.runs
-        curves = [getattr(run, field) for run in ended]
+    for row in rows:
+        ended_runs = [run for run in row.runs if run.status == "done"]
+        curves = [getattr(run, field) for run in ended_runs or row.runs]
         steps, low, mean, high = _seed_curves(curves)
         if len(steps) < 2:
             continue
         style = drawing.style(row)
-        marks: dict[str, Any] = {"markersize": 4, "markevery": max(1, len(steps) // 8)}
-        axes.plot(steps, mean, label=drawing.name(row), linewidth=1.6, **style, **marks)
+        axes.plot(
+            steps,
+            mean,
+            label=drawing.name(row),
+            linewidth=1.6,
+            markersize=4,
+            markevery=max(1, len(steps) // 8),
+            **style,
+        )
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
     if not axes.lines:
         return None
@@ -153,6 +165,16 @@ def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     )
 
 
+def _curve_field(facts: ComparisonFacts, rows: Sequence[ArmRow]) -> tuple[str, str]:
+    """Returns the field of `RunResult` whose curves are drawn, and its name for people."""
+    names = {"held_out": f"held-out {facts.loss}", "scores": facts.score or "score"}
+    for field, name in names.items():
+        has_curve = any(len(getattr(run, field)) > 1 for row in rows for run in row.runs)
+        if has_curve:
+            return field, name
+    return "losses", f"training {facts.loss}"
+
+
 def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the quality against the learning rate, a line for each adapter and full.
 
@@ -162,9 +184,10 @@ def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
         return _first_rung(drawing, figure)
     axes = figure.subplots()
     for rates in tables.rates(drawing.rows):
-        ended = [row for row in rates.tried if row.quality]
-        if len(ended) > 1:
-            drawing.draw_line(axes, ended, [row.arm.learning_rate for row in ended])
+        measured_rows = [row for row in rates.tried if row.quality]
+        if len(measured_rows) > 1:
+            learning_rates = [row.arm.learning_rate for row in measured_rows]
+            drawing.draw_line(axes, measured_rows, learning_rates)
     if not axes.lines:
         return None
     axes.set_xscale("log")
@@ -177,16 +200,18 @@ def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
+    """Draws the values by which settings were first stopped, against the learning rate."""
     rung = drawing.comparison.rungs[0]
     values = {arm: value for arm, value in (*rung.kept, *rung.stopped) if math.isfinite(value)}
     axes = figure.subplots()
-    for first in tables.series_and_stopped(drawing.rows):
-        alike = first.arm.rate_group()
-        line = [arm for arm in values if arm.rate_group() == alike]
-        line.sort(key=lambda arm: arm.learning_rate)
-        at, of = [arm.learning_rate for arm in line], [values[arm] for arm in line]
-        if line:
-            axes.plot(at, of, label=drawing.name(first), **drawing.style(first))
+    for row in tables.series_and_stopped(drawing.rows):
+        rate_group = row.arm.rate_group()
+        arms = [arm for arm in values if arm.rate_group() == rate_group]
+        arms.sort(key=lambda arm: arm.learning_rate)
+        if arms:
+            learning_rates = [arm.learning_rate for arm in arms]
+            arm_values = [values[arm] for arm in arms]
+            axes.plot(learning_rates, arm_values, label=drawing.name(row), **drawing.style(row))
     if not axes.lines:
         return None
     axes.set_xscale("log")
@@ -201,15 +226,15 @@ def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 def _sizes(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the quality against the number of trained parameters, a line for each method."""
-    ended = [row for row in drawing.series if row.quality and row.trained_parameters]
-    if len(ended) < 2:
+    rows = [row for row in drawing.series if row.quality and row.trained_parameters]
+    if len(rows) < 2:
         return None
-    axes, counts = figure.subplots(), {row.arm: row.trained_parameters or 0 for row in ended}
-    ended.sort(key=lambda row: counts[row.arm])
-    for group in tables.groups(ended, lambda arm: (arm.method, arm.targets)):
+    rows.sort(key=_parameter_count)
+    axes = figure.subplots()
+    for group in tables.groups(rows, lambda arm: (arm.method, arm.targets)):
         name = words.family(group[0].arm, drawing.arms)
-        drawing.draw_line(axes, group, [counts[row.arm] for row in group], name)
-    _scale_of_counts(axes, list(counts.values()))
+        drawing.draw_line(axes, group, [_parameter_count(row) for row in group], name)
+    _scale_of_counts(axes, [_parameter_count(row) for row in rows])
     _label(figure, axes, "trained parameters", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} by trained parameters",
@@ -218,19 +243,25 @@ def _sizes(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     )
 
 
+def _parameter_count(row: ArmRow) -> int:
+    return row.trained_parameters or 0
+
+
 def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
-    measured = dimension.dimensions(drawing.comparison)
-    if not measured:
+    dimensions = dimension.dimensions(drawing.comparison)
+    if not dimensions:
         return None
     axes = figure.subplots()
-    for each in measured:
-        sizes = [row.arm.dimension or 0 for row in each.rows]
-        drawing.draw_line(axes, each.rows, sizes, words.method(each.method))
-    _scale_of_counts(axes, [row.arm.dimension or 0 for each in measured for row in each.rows])
-    axes.axhline(measured[0].whole, color=FULL, label=words.method("full"))
-    share = f"{dimension.SHARE:.0%} of it"
-    axes.axhline(measured[0].target, color=FULL, linestyle="--", label=share)
+    sizes: list[int] = []
+    for measured in dimensions:
+        method_sizes = [row.arm.dimension or 0 for row in measured.rows]
+        sizes += method_sizes
+        drawing.draw_line(axes, measured.rows, method_sizes, words.method(measured.method))
+    _scale_of_counts(axes, sizes)
+    axes.axhline(dimensions[0].whole, color=FULL, label=words.method("full"))
+    target_label = f"{dimension.SHARE:.0%} of it"
+    axes.axhline(dimensions[0].target, color=FULL, linestyle="--", label=target_label)
     _label(figure, axes, "trained numbers d", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} in random subspaces",
@@ -241,34 +272,23 @@ def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws bars of time, memory and files, a panel each."""
-    chosen = _few(drawing.series)
-    panels: list[tuple[str, list[float], Callable[[float | None], str]]] = []
-    for title, field, show in (
+    rows = _few(drawing.series)
+    panels: list[_CostPanel] = []
+    for title, field, format_value in (
         ("step time", "step_seconds", words.seconds),
         ("step memory", "compiled_bytes", words.size),
         ("files of a task", "saved_bytes", words.size),
     ):
-        values = [row.mean(field) or 0.0 for row in chosen]
-        if sum(map(bool, values)) > 1:
-            panels.append((title, values, show))
+        values = [row.mean(field) or 0.0 for row in rows]
+        n_measured = sum(value > 0 for value in values)
+        if n_measured > 1:
+            panels.append(_CostPanel(title=title, values=values, format_value=format_value))
     if not panels:
         return None
-    figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
-    every = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (title, values, shown) in zip(every, panels, strict=True):
-        places = range(len(chosen))
-        colours = [drawing.colour(row.arm.method) for row in chosen]
-        axes.barh(places, values, color=colours, height=0.7)
-        for at, value in zip(places, values, strict=True):
-            axes.text(value, at, f" {shown(value or None)}", va="center", fontsize=10.5)
-        axes.set_yticks(places, [drawing.name(row) for row in chosen])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.3 * max(values))
-        axes.xaxis.set_major_locator(NullLocator())
-        axes.spines[["bottom", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(False)
-        axes.set_title(title, loc="left", fontsize=11.5)
+    figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(rows)))
+    panel_axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, panel in zip(panel_axes, panels, strict=True):
+        _draw_bars(drawing, axes, rows, panel)
     return (
         "Costs",
         "Each adapter and full fine-tuning at its best learning rate. Time and memory of a step "
@@ -276,17 +296,46 @@ def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     )
 
 
+class _CostPanel(NamedTuple):
+    """The bars of one cost: its title, the value of each row, and the form of a value."""
+
+    title: str
+    values: list[float]
+    format_value: Callable[[float | None], str]
+
+
+def _draw_bars(drawing: _Plot, axes: Axes, rows: Sequence[ArmRow], panel: _CostPanel) -> None:
+    """Draws a bar for each row, from the top down, with its value behind it."""
+    y = range(len(rows))
+    colours = [drawing.colour(row.arm.method) for row in rows]
+    axes.barh(y, panel.values, color=colours, height=0.7)
+    for bar_y, value in zip(y, panel.values, strict=True):
+        text = f" {panel.format_value(value or None)}"
+        axes.text(value, bar_y, text, va="center", fontsize=10.5)
+    axes.set_yticks(y, [drawing.name(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * max(panel.values))
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)
+    axes.set_title(panel.title, loc="left", fontsize=11.5)
+
+
 def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the bytes on disk against the number of tasks."""
-    stored = tables.storage(drawing.comparison)
-    if not stored:
+    disk_uses = tables.storage(drawing.comparison)
+    if not disk_uses:
         return None
-    axes, (tasks, models, adapters) = figure.subplots(), zip(*stored, strict=True)
-    axes.loglog(tasks, models, "s-", color=FULL, label="full models")
-    top, _ = tables.best_sides(drawing.rows)
-    assert top
-    colour = drawing.colour(top.arm.method)
-    axes.loglog(tasks, adapters, "o-", color=colour, label="one base and adapters")
+    axes = figure.subplots()
+    tasks = [disk_use.tasks for disk_use in disk_uses]
+    model_bytes = [disk_use.full for disk_use in disk_uses]
+    adapter_bytes = [disk_use.adapters for disk_use in disk_uses]
+    axes.loglog(tasks, model_bytes, "s-", color=FULL, label="full models")
+    best_adapter, _ = tables.best_sides(drawing.rows)
+    assert best_adapter
+    colour = drawing.colour(best_adapter.arm.method)
+    axes.loglog(tasks, adapter_bytes, "o-", color=colour, label="one base and adapters")
     axes.set_xticks(tasks, [f"{n:,}" for n in tasks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.size(value)))
@@ -296,16 +345,17 @@ def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the rise of the loss outside the task."""
-    every = [(row, row.spread_of("forgotten")) for row in drawing.series]
-    measured = [(row, spread) for row, spread in every if spread]
-    if not measured:
+    rows = [row for row in drawing.series if row.spread_of("forgotten")]
+    if not rows:
         return None
-    figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(measured))
+    figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(rows))
     axes = figure.subplots()
-    for at, (row, spread) in enumerate(measured):
-        axes.errorbar(spread.mean, at, xerr=errors([spread]), **_mark(drawing.style(row)))
-    axes.set_yticks(range(len(measured)), [drawing.name(row) for row, _ in measured])
-    axes.set_ylim(len(measured) - 0.5, -0.5)
+    for y, row in enumerate(rows):
+        spread = row.spread_of("forgotten")
+        if spread:
+            axes.errorbar(spread.mean, y, xerr=errors([spread]), **_mark(drawing.style(row)))
+    axes.set_yticks(range(len(rows)), [drawing.name(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xlabel("rise of the loss\n(nats a token)")
     return (
@@ -321,15 +371,18 @@ _DRAWERS = (_curves, _rates, _sizes, _dimension, _costs, _storage, _forgetting)
 
 def errors(spreads: Sequence[Spread]) -> list[list[float]]:
     """Returns the lengths of error bars, from the lowest to the highest seed: [2, n]."""
-    return [[x.mean - x.low for x in spreads], [x.high - x.mean for x in spreads]]
+    lower = [spread.mean - spread.low for spread in spreads]
+    upper = [spread.high - spread.mean for spread in spreads]
+    return [lower, upper]
 
 
 def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
     """Returns few enough rows to tell apart: the smallest, the largest, and some between."""
-    whole = [row for row in series if row.is_full]
-    others = [row for row in series if not row.is_full]
-    kept = np.linspace(0, len(others) - 1, min(len(others), _MOST_LINES - len(whole)))
-    return [*(others[i] for i in kept.round().astype(int)), *whole]
+    full_rows = [row for row in series if row.is_full]
+    other_rows = [row for row in series if not row.is_full]
+    n_others = min(len(other_rows), _MOST_LINES - len(full_rows))
+    indices = np.linspace(0, len(other_rows) - 1, n_others).round().astype(int)
+    return [*(other_rows[index] for index in indices), *full_rows]
 
 
 def _label(figure: Figure, axes: Axes, horizontal: str, vertical: str) -> None:
@@ -342,13 +395,15 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> float:
     """Adds one legend of all panels below them; returns its height in inches."""
     handles: dict[str, Artist] = {}
     for axes in panels:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    columns = 1 if max(map(len, handles)) > 24 else 2
+        panel_handles, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, panel_handles, strict=True))
+    has_long_label = max(map(len, handles)) > 24
+    n_columns = 1 if has_long_label else 2
     figure.legend(
-        [*handles.values()], [*handles], loc="outside lower center", ncols=columns, fontsize=10.5
+        [*handles.values()], [*handles], loc="outside lower center", ncols=n_columns, fontsize=10.5
     )
-    lines = sum(name.count("\n") + 1 for name in handles)
-    return 0.2 * -(-lines // columns)
+    n_lines = sum(label.count("\n") + 1 for label in handles)
+    return 0.2 * math.ceil(n_lines / n_columns)
 
 
 def plain(text: str) -> str:
@@ -358,14 +413,18 @@ def plain(text: str) -> str:
 
 def _seed_curves(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
     """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
-    of_seed: list[dict[int, float]] = [
-        {point.step: point.value for point in curve if math.isfinite(point.value)}
-        for curve in curves
-        if curve
-    ]
-    steps = sorted(set[int]().union(*of_seed).intersection(*of_seed))
-    values = np.array([[seed[step] for step in steps] for seed in of_seed or [{}]])
-    return steps, values.min(0), values.mean(0), values.max(0)
+    value_of_step: list[dict[int, float]] = []  # for each seed
+    for curve in curves:
+        if curve:
+            finite = {point.step: point.value for point in curve if math.isfinite(point.value)}
+            value_of_step.append(finite)
+    if not value_of_step:
+        return [], np.zeros(0), np.zeros(0), np.zeros(0)
+    steps = sorted(set[int].intersection(*map(set, value_of_step)))
+    values = np.zeros((len(value_of_step), len(steps)))  # [seeds, steps]
+    for seed, seed_values in enumerate(value_of_step):
+        values[seed] = [seed_values[step] for step in steps]
+    return steps, values.min(axis=0), values.mean(axis=0), values.max(axis=0)
 
 
 def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:

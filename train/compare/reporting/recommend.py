@@ -60,6 +60,13 @@ class Doubt(NamedTuple):
     values: tuple[float | str, ...] = ()
 
 
+_NO_HELD_OUT = Doubt(
+    "no loss on held-out rows was measured",
+    "No score and no held-out loss was measured for both methods, and the training loss does not "
+    "show what a model has learned: hold out rows, and measure their loss.",
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """A method to use, and why.
@@ -88,37 +95,40 @@ def recommend(comparison: Comparison) -> Recommendation:
     if lora is None or full is None:
         return _one_sided(lora, full, figures)
     gap = gap_of(lora, full)
-    better = lora if gap.value >= 0 else full
+    better_row = lora if gap.value >= 0 else full
     costs = compare_costs(lora, full)
     cost_sentences = [cost.sentence for cost in costs]
-    quality, reasons = _quality(lora, full, gap, figures)
-    chosen, other = (full, lora) if gap.decides and better is full else (lora, full)
-    doubts = _doubts(other, figures)
-    if chosen is full:
-        reasons += ["This is the price of the better quality:", *cost_sentences] if costs else []
+    quality_clause, reasons = _quality(lora, full, gap, figures)
+    is_full_better = gap.decides and better_row is full
+    if is_full_better:
+        recommended_row = full
+        doubts = _doubts(lora, figures)
+        if costs:
+            reasons += ["This is the price of the better quality:", *cost_sentences]
     else:
-        doubts += _spread_doubts(gap, costs, lora, full, figures)
-        reasons += [*cost_sentences, *_smaller(lora, figures)]
+        recommended_row = lora
+        doubts = [*_doubts(full, figures), *_spread_doubts(gap, costs, lora, full, figures)]
+        reasons += [*cost_sentences, *_smaller_adapter(lora, figures)]
     if figures.measure.kind == "training":
-        lacks = "No score and no held-out loss was measured for both methods, and the training loss"
-        lacks += " does not show what a model has learned: hold out rows, and measure their loss."
-        chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
-    clauses = [quality]
-    if clause := cost_clause(words.method(lora.arm.method), costs):
-        clauses.append(clause)
-    verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
-    headline = f"Use {figures.label(chosen.arm)}"
+        doubts = [_NO_HELD_OUT]
+    clauses = [quality_clause]
+    costs_clause = cost_clause(words.method(lora.arm.method), costs)
+    if costs_clause:
+        clauses.append(costs_clause)
+    verdict: Literal["lora", "full", "undecided"] = "full" if is_full_better else "lora"
+    headline = f"Use {figures.label(recommended_row.arm)}"
     if doubts:
-        verdict, chosen = "undecided", better
+        verdict = "undecided"
+        recommended_row = better_row
         headline = f"Not decided between {figures.label(lora.arm)} and {figures.label(full.arm)}"
         clauses += dict.fromkeys(doubt.short for doubt in doubts)
     return Recommendation(
         verdict=verdict,
-        arm=chosen.arm,
+        arm=recommended_row.arm,
         headline=f"{headline}: {'; '.join(clauses)}.",
         reasons=tuple(reasons),
         undecided=tuple(doubt.said for doubt in doubts),
-        command=_further(comparison.facts.command, doubts),
+        command=_command_to_decide(comparison.facts.command, doubts),
     )
 
 
@@ -155,103 +165,150 @@ def _more_measurements(lead: str, gap: Gap, n_seeds: int, figures: Figures) -> l
     facts = figures.comparison.facts
     promise = "such a gap would be told apart in four of five comparisons"
     n_questions = 0 if gap.questions is None else gap.questions.n
-    per_option = n_questions / facts.eval_questions if facts.eval_questions else 1.0
-    limit = facts.most_questions or 0
-    n_available = int(limit * per_option)
-    needed = gaps.questions_to_decide(gap, n_available)
-    if needed is not None:
-        return [_question_doubt(lead, math.ceil(needed / per_option), promise)]
-    doubts = []
+    # A task may ask several questions for each of --eval-questions.
+    questions_per_option = 1.0
+    if facts.eval_questions:
+        questions_per_option = n_questions / facts.eval_questions
+    option_limit = facts.most_questions or 0
+    n_available = int(option_limit * questions_per_option)
+    questions_needed = gaps.questions_to_decide(gap, n_available)
+    if questions_needed is not None:
+        option_value = math.ceil(questions_needed / questions_per_option)
+        return [_question_doubt(lead, option_value, promise)]
+    doubts: list[Doubt] = []
     seeds_needed = gaps.seeds_to_decide(gap, n_seeds)
     if seeds_needed is None and n_available > n_questions:
-        seeds_needed = gaps.seeds_to_decide(gaps.with_questions(gap, n_available), n_seeds)
-        doubts = [_question_doubt(lead, limit, "more seeds are needed as well")]
+        gap_with_all_questions = gaps.with_questions(gap, n_available)
+        seeds_needed = gaps.seeds_to_decide(gap_with_all_questions, n_seeds)
+        doubts = [_question_doubt(lead, option_limit, "more seeds are needed as well")]
     if seeds_needed is not None:
         promise = f"with {seeds_needed}, {promise}"
         return [*doubts, _seed_doubt(lead, seeds_needed - n_seeds, figures, promise)]
-    if gap.seeds and gap.value and any(variance.value for variance in gap.variances):
+    has_variance = any(variance.value for variance in gap.variances)
+    if gap.seeds and gap.value and has_variance:
         text = f"{lead}. Not even {gaps.MOST_SEEDS} seeds would tell such a gap apart"
         text += " on these questions: hold out more." if gap.questions else "."
         return [Doubt("the gap is too small for what can be measured", text)]
-    n_compared = len({run.seed for run in figures.comparison.runs})
-    return [_seed_doubt(lead, max(2, n_compared), figures, "how many it takes is not known")]
+    n_compared_seeds = len({run.seed for run in figures.comparison.runs})
+    n_further_seeds = max(2, n_compared_seeds)
+    return [_seed_doubt(lead, n_further_seeds, figures, "how many it takes is not known")]
 
 
-def _question_doubt(lead: str, n: int, promise: str) -> Doubt:
-    text = f"{lead}: ask {n:,} questions (--eval-questions); {promise}."
-    return Doubt("more questions are needed", text, "--eval-questions", (n,))
+def _question_doubt(lead: str, n_questions: int, promise: str) -> Doubt:
+    return Doubt(
+        short="more questions are needed",
+        said=f"{lead}: ask {n_questions:,} questions (--eval-questions); {promise}.",
+        option="--eval-questions",
+        values=(n_questions,),
+    )
 
 
-def _seed_doubt(lead: str, n: int, figures: Figures, promise: str) -> Doubt:
+def _seed_doubt(lead: str, n_further_seeds: int, figures: Figures, promise: str) -> Doubt:
     """Returns the doubt that so many seeds beside those of the comparison would settle."""
     seeds = sorted({run.seed for run in figures.comparison.runs})
-    further = range(seeds[-1] + 1, seeds[-1] + 1 + n)
-    text = f"{lead}: train more seeds (--seeds); {promise}."
-    return Doubt("more seeds are needed", text, "--seeds", (*seeds, *further))
+    first_further_seed = seeds[-1] + 1
+    further_seeds = range(first_further_seed, first_further_seed + n_further_seeds)
+    return Doubt(
+        short="more seeds are needed",
+        said=f"{lead}: train more seeds (--seeds); {promise}.",
+        option="--seeds",
+        values=(*seeds, *further_seeds),
+    )
 
 
-def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
-    """Returns a command with options that would settle the doubts, into another folder."""
-    changes = {doubt.option: doubt.values for doubt in doubts if doubt.option}
-    if not changes:
+def _command_to_decide(command: str, doubts: Sequence[Doubt]) -> str | None:
+    """Returns a command with options that would settle the doubts, into another folder.
+
+    Args:
+      command: the command of the comparison.
+      doubts: the doubts; None is returned if no option settles any of them.
+    """
+    option_values = {
+        doubt.option: [_option_word(value) for value in doubt.values]
+        for doubt in doubts
+        if doubt.option
+    }
+    if not option_values:
         return None
-    without = ("--resume", "--overwrite", *["--no-costs"] * ("--costs" in changes))
-    given = [word for word in shlex.split(command) if word not in without]
+    removed_options = {"--resume", "--overwrite"}
+    if "--costs" in option_values:
+        removed_options.add("--no-costs")
+    command_words = [word for word in shlex.split(command) if word not in removed_options]
     output = "runs/compare"
-    if "--output" in given[:-1]:
-        output = given[given.index("--output") + 1]
-    of = {option: [*map(_word, values)] for option, values in changes.items()}
-    for option, values in {**of, "--output": [f"{output.rstrip('/')}-2"]}.items():
-        at = given.index(option) if option in given else len(given)
-        end = next((i for i in range(at + 1, len(given)) if given[i][:2] == "--"), len(given))
-        given[at:end] = [option, *values]
-    return shlex.join(given)
+    if "--output" in command_words[:-1]:
+        output = command_words[command_words.index("--output") + 1]
+    option_values["--output"] = [f"{output.rstrip('/')}-2"]
+    for option, values in option_values.items():
+        _set_option(command_words, option, values)
+    return shlex.join(command_words)
 
 
-def _word(value: float | str) -> str:
+def _set_option(command_words: list[str], option: str, values: list[str]) -> None:
+    """Gives an option of a command other values, in place; adds it if it is missing."""
+    if option not in command_words:
+        command_words += [option, *values]
+        return
+    start = command_words.index(option)
+    end = start + 1
+    while end < len(command_words) and not command_words[end].startswith("--"):
+        end += 1
+    command_words[start:end] = [option, *values]
+
+
+def _option_word(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
 def _one_sided(lora: ArmRow | None, full: ArmRow | None, figures: Figures) -> Recommendation:
+    """Returns the recommendation where an adapter or full fine-tuning has no value, or both."""
     rows = figures.rows
-    missing = "full fine-tuning" if full is None else "an adapter"
-    sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
-    runs = [run for row in sides for run in row.runs]
-    failed = [run for run in runs if run.status == "failed"]
-    reasons = [f"No run of {missing} ended with a value."]
+    missing_method = "full fine-tuning" if full is None else "an adapter"
+    missing_rows = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
     if lora is None and full is None:
         reasons = ["No run ended with a value."]
-        runs = failed = [run for row in rows for run in row.runs if run.status == "failed"]
-    if failed:
-        reasons.append(f"{len(failed)} of {len(runs)} failed, the first with: {failed[0].error}")
-    top = lora or full
+        failed_runs = [run for row in rows for run in row.runs if run.status == "failed"]
+        n_runs = len(failed_runs)
+    else:
+        reasons = [f"No run of {missing_method} ended with a value."]
+        runs = [run for row in missing_rows for run in row.runs]
+        failed_runs = [run for run in runs if run.status == "failed"]
+        n_runs = len(runs)
+    if failed_runs:
+        first_error = failed_runs[0].error
+        reasons.append(f"{len(failed_runs)} of {n_runs} failed, the first with: {first_error}")
+    best_row = lora or full
     methods = dict.fromkeys([*(row.arm.method for row in rows), "lora", "full"])
-    text = f"There is nothing to compare: run at least two seeds of {missing} (--methods)."
-    option = "" if sides else "--methods"  # which helps where no run of it was asked for
-    doubt = Doubt("there is nothing to compare", text, option, tuple(methods))
+    doubt = Doubt(
+        short="there is nothing to compare",
+        said=f"There is nothing to compare: run at least two seeds of {missing_method} "
+        "(--methods).",
+        # The option helps where no run of the method was asked for.
+        option="" if missing_rows else "--methods",
+        values=tuple(methods),
+    )
     return Recommendation(
         verdict="undecided",
-        arm=top.arm if top else None,
+        arm=best_row.arm if best_row else None,
         headline=f"Not decided: {reasons[0][0].lower()}{reasons[0][1:]}",
         reasons=tuple(reasons),
         undecided=(doubt.said,),
-        command=_further(figures.comparison.facts.command, [doubt]),
+        command=_command_to_decide(figures.comparison.facts.command, [doubt]),
     )
 
 
 def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[str, list[str]]:
     """Returns a comparison of the qualities: a clause of a headline, and sentences with both."""
-    one, other = lora.quality, full.quality
-    assert one and other
-    values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
-    measured = (
-        f"{words.capital(figures.measure.name)}: {values[0]} with {figures.label(lora.arm)} "
-        f"({_seeds(one)}), {values[1]} with {figures.label(full.arm)} ({_seeds(other)})."
-    )
-    by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
+    sides: list[str] = []
+    for row in (lora, full):
+        assert row.quality
+        value = words.beside(row.quality.mean, gap.error or row.quality.deviation)
+        sides.append(f"{value} with {figures.label(row.arm)} ({_seed_count(row.quality)})")
+    values_sentence = f"{words.capital(figures.measure.name)}: {', '.join(sides)}."
+    size = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
     leader = words.method((lora if gap.value >= 0 else full).arm.method)
     clause = _quality_clause(leader, gap)
-    return clause, [measured, _gap_sentence(leader, by, clause, gap), *_questions(gap)]
+    gap_sentence = _gap_sentence(leader, size, clause, gap)
+    return clause, [values_sentence, gap_sentence, *_question_sentences(gap)]
 
 
 def _quality_clause(leader: str, gap: Gap) -> str:
@@ -262,36 +319,40 @@ def _quality_clause(leader: str, gap: Gap) -> str:
         return "quality not told apart by one seed"
     if gap.is_separate:
         return f"so few {gap.spread_over} do not tell the methods apart"
-    return f"quality not told apart by these {gap.spread_over}" if gap.is_hidden else "quality tied"
+    if gap.is_hidden:
+        return f"quality not told apart by these {gap.spread_over}"
+    return "quality tied"
 
 
-def _gap_sentence(leader: str, by: str, clause: str, gap: Gap) -> str:
+def _gap_sentence(leader: str, size: str, clause: str, gap: Gap) -> str:
     """Returns a sentence on the gap beside its spread.
 
     Args:
       leader: the method that is ahead.
-      by: by how much, in words.
+      size: by how much, in words.
       clause: what that shows; see `_quality_clause`.
       gap: the gap.
     """
     if gap.error is None:
-        side = "more" if abs(gap.share) > UNKNOWN_SPREAD else "no more"
+        comparative = "more" if abs(gap.share) > UNKNOWN_SPREAD else "no more"
         return (
-            f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
-            "known, since a side has a single seed."
+            f"The gap is {size}, {comparative} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is "
+            "not known, since a side has a single seed."
         )
     spread = f"± {words.rough(gap.error)}, its {LEVEL:.0%} interval over {gap.spread_over}"
     if gap.decides:
-        return f"{words.capital(leader)} is better by {by}: beyond the spread ({spread})."
-    text = f"The gap is {by}: within the spread ({spread})."
+        return f"{words.capital(leader)} is better by {size}: beyond the spread ({spread})."
+    sentence = f"The gap is {size}: within the spread ({spread})."
     if abs(gap.value) > gap.error:
-        text = f"The gap is {by} ({spread})."
+        sentence = f"The gap is {size} ({spread})."
     if gap.is_separate:
-        return f"{text} Every seed of {leader} is ahead, but {clause}."
-    return text if gap.is_hidden else f"{text} Quality is tied: memory and time count."
+        return f"{sentence} Every seed of {leader} is ahead, but {clause}."
+    if gap.is_hidden:
+        return sentence
+    return f"{sentence} Quality is tied: memory and time count."
 
 
-def _questions(gap: Gap) -> list[str]:
+def _question_sentences(gap: Gap) -> list[str]:
     """Returns a sentence on the questions; none where the interval says it all."""
     questions = gap.questions
     if questions is None:
@@ -305,66 +366,105 @@ def _questions(gap: Gap) -> list[str]:
     return [f"{words.capital(count)}: over them alone, the gap is ± {error}."]
 
 
-def _seeds(values: Spread) -> str:
-    return f"{values.n} seeds" if values.n > 1 else "one seed"
+def _seed_count(quality: Spread) -> str:
+    return f"{quality.n} seeds" if quality.n > 1 else "one seed"
 
 
-def _smaller(lora: ArmRow, figures: Figures) -> list[str]:
-    """Names the smallest adapter that is within the spread of the best one."""
-    size = lora.trained_parameters or 0
+def _smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
+    """Names the smallest adapter that is within the spread of the best one, in a sentence."""
+    best_size = lora.trained_parameters or 0
     for row in sorted(figures.rows, key=lambda row: row.trained_parameters or 0):
-        n = row.trained_parameters
-        if not row.is_adapter or not row.is_whole or not n or n >= size:
+        size = row.trained_parameters
+        if not row.is_adapter or not row.is_whole or not size or size >= best_size:
             continue
         gap = gap_of(row, lora)
-        if gap.error is not None and not gap.decides:
+        is_within_spread = gap.error is not None and not gap.decides
+        if is_within_spread:
             return [
                 f"{figures.label(row.arm)} is within the spread of {figures.label(lora.arm)}, and "
-                f"trains {n / size:.2g} as many parameters."
+                f"trains {size / best_size:.2g} as many parameters."
             ]
     return []
 
 
 def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
     """Returns reasons why a method may do better than its best row here, and what would show it."""
-    doubts = []
-    tried = tables.rates_of(side, figures.rows)
-    rate, who = side.arm.learning_rate, words.method(side.arm.method)
+    return [
+        *_rate_doubts(side, figures),
+        *_failed_run_doubts(side, figures),
+        *_rank_doubts(side, figures),
+    ]
+
+
+def _rate_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
+    """Returns a doubt if the best learning rate is the smallest or the largest that was tried."""
+    rates = tables.rates_of(side, figures.rows)
+    if rates.edge is None:
+        return []
+    method = words.method(side.arm.method)
     option = "--full-lrs" if side.is_full else "--lrs"
-    if tried.edge:
-        lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))
-        beyond = {"smallest": (lower,), "largest": (higher,)}.get(tried.edge, (lower, higher))
-        text = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
-        if tried.edge == "only":
-            text = f"{figures.label(side.arm)}: one learning rate alone was tried; {text}"
-        else:
-            text = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {text}"
-        if side.arm.method in WITH_OWN_RATE:  # its rates are multiples of those that --lrs names
-            option = ""
-        values = sorted({*beyond, *(row.arm.learning_rate for row in tried.tried)})
-        short = f"the best rate of {who} is at the edge of what was tried"
-        doubts.append(Doubt(short, text, option, tuple(values)))
+    best_rate = side.arm.learning_rate
+    further_rates: list[float] = []
+    if rates.edge != "largest":
+        further_rates.append(float(f"{best_rate / 3:.2g}"))
+    if rates.edge != "smallest":
+        further_rates.append(float(f"{best_rate * 3:.2g}"))
+    rate_list = " and ".join(f"{rate:g}" for rate in further_rates)
+    finding = f"The best learning rate of {method}, {best_rate:g}, is the {rates.edge} tried:"
+    if rates.edge == "only":
+        finding = f"{figures.label(side.arm)}: one learning rate alone was tried;"
+    tried_rates = [row.arm.learning_rate for row in rates.tried]
+    # The rates of such a method are multiples of those that --lrs names.
+    has_multiples = side.arm.method in WITH_OWN_RATE
+    doubt = Doubt(
+        short=f"the best rate of {method} is at the edge of what was tried",
+        said=f"{finding} try {rate_list} too ({option}).",
+        option="" if has_multiples else option,
+        values=tuple(sorted({*further_rates, *tried_rates})),
+    )
+    return [doubt]
+
+
+def _failed_run_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
+    """Returns a doubt for each better setting of the method some of whose runs have no value."""
+    method = words.method(side.arm.method)
+    doubts: list[Doubt] = []
     for row in figures.rows:
         is_rival = (row.is_full, row.is_adapter) == (side.is_full, side.is_adapter)
-        if row.quality is None or not is_rival or row.is_whole or row.order >= side.order:
+        is_better = row.order < side.order
+        if row.quality is None or row.is_whole or not is_rival or not is_better:
             continue
-        lost = len(row.runs) - row.quality.n
+        n_missing = len(row.runs) - row.quality.n
         text = (
-            f"{figures.label(row.arm)} has {words.figure(row.quality.mean)}, but {lost} of its "
-            f"{len(row.runs)} runs {'has' if lost == 1 else 'have'} no value: run it again."
+            f"{figures.label(row.arm)} has {words.figure(row.quality.mean)}, but {n_missing} of "
+            f"its {len(row.runs)} runs {'has' if n_missing == 1 else 'have'} no value: run it "
+            "again."
         )
-        doubts.append(Doubt(f"a better setting of {who} lacks a run", text))
+        doubts.append(Doubt(f"a better setting of {method} lacks a run", text))
+    return doubts
+
+
+def _rank_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
+    """Returns a doubt if the best rank is the largest that was tried, and a larger one is small."""
     rank = side.arm.rank
     if rank is None:
-        return doubts
-    alike = [row for row in figures.rows if row.arm.method == side.arm.method]
-    ranks = {row.arm.rank for row in alike if row.arm.rank and tables.is_tried(row)}
-    whole = max((row.trained_parameters or 0 for row in figures.rows if row.is_full), default=0)
-    is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
-    if rank >= max(ranks) and not is_half:
-        short = f"the best rank of {who} is the largest tried"
-        text = (
-            f"The best rank of {who}, {rank}, is the largest tried: try {4 * rank} too (--ranks)."
-        )
-        doubts.append(Doubt(short, text, "--ranks", tuple(sorted({*ranks, 4 * rank}))))
-    return doubts
+        return []
+    ranks = {
+        row.arm.rank
+        for row in figures.rows
+        if row.arm.method == side.arm.method and row.arm.rank and tables.is_tried(row)
+    }
+    full_sizes = [row.trained_parameters or 0 for row in figures.rows if row.is_full]
+    full_size = max(full_sizes, default=0)
+    trains_half = full_size > 0 and 2 * (side.trained_parameters or 0) >= full_size
+    if rank < max(ranks) or trains_half:
+        return []
+    method = words.method(side.arm.method)
+    doubt = Doubt(
+        short=f"the best rank of {method} is the largest tried",
+        said=f"The best rank of {method}, {rank}, is the largest tried: try {4 * rank} too "
+        "(--ranks).",
+        option="--ranks",
+        values=tuple(sorted({*ranks, 4 * rank})),
+    )
+    return [doubt]

@@ -82,7 +82,8 @@ class ArmRow:
     @property
     def trained_parameters(self) -> int | None:
         """The number of parameters that a run trained; None if no run says so."""
-        return next((n for run in self.runs if (n := run.trained_parameters)), None)
+        counts = [run.trained_parameters for run in self.runs if run.trained_parameters]
+        return counts[0] if counts else None
 
     def spread_of(self, field: str) -> Spread | None:
         """Returns the spread of a field of `RunResult` over the runs that ended."""
@@ -91,7 +92,7 @@ class ArmRow:
     def mean(self, field: str) -> float | None:
         """Returns the mean of a field of `RunResult` over the runs that ended."""
         values = self.spread_of(field)
-        return values and values.mean
+        return None if values is None else values.mean
 
     @property
     def order(self) -> tuple[bool, float, int]:
@@ -162,7 +163,9 @@ class Rates(NamedTuple):
         """Names the end at which the best rate lies; None if it has neighbours on both sides."""
         if len(self.tried) == 1:
             return "only"
-        return {0: "smallest", len(self.tried) - 1: "largest"}.get(self.best)  # type: ignore[return-value]
+        if self.best == 0:
+            return "smallest"
+        return "largest" if self.best == len(self.tried) - 1 else None
 
 
 class DiskUse(NamedTuple):
@@ -178,29 +181,35 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return None
-    deviation = statistics.stdev(finite) if len(finite) > 1 else None
-    low, high = min(finite), max(finite)
+    low = min(finite)
+    high = max(finite)
     mean = min(max(statistics.fmean(finite), low), high)  # rounding can put it outside
-    return Spread(len(finite), mean, low, high, deviation)
+    return Spread(
+        n=len(finite),
+        mean=mean,
+        low=low,
+        high=high,
+        deviation=statistics.stdev(finite) if len(finite) > 1 else None,
+    )
 
 
 def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
     """Returns all measures by their kinds, named as the facts of a comparison name them."""
-    every = (
-        Criterion("score", facts.score or "score", True),
-        Criterion("held out", f"held-out {facts.loss}", False),
-        Criterion("training", f"training {facts.loss}", False),
-        Criterion("forgetting", "rise of the loss on other text (nats a token)", False),
-        Criterion("intruders", "intruder dimensions of a matrix", False),
-        Criterion("divergence", "divergence from the base (nats a token)", False),
+    measures = (
+        Criterion("score", facts.score or "score", larger=True),
+        Criterion("held out", f"held-out {facts.loss}", larger=False),
+        Criterion("training", f"training {facts.loss}", larger=False),
+        Criterion("forgetting", "rise of the loss on other text (nats a token)", larger=False),
+        Criterion("intruders", "intruder dimensions of a matrix", larger=False),
+        Criterion("divergence", "divergence from the base (nats a token)", larger=False),
     )
-    return {measure.kind: measure for measure in every}
+    return {measure.kind: measure for measure in measures}
 
 
 def decided_by(facts: ComparisonFacts) -> str:
     """Returns the name of the value by which hopeless runs are stopped early."""
-    known = criteria(facts)
-    return known["score" if facts.by_score else "held out"].name
+    measures = criteria(facts)
+    return measures["score" if facts.by_score else "held out"].name
 
 
 def criterion_of(comparison: Comparison) -> Criterion:
@@ -209,13 +218,14 @@ def criterion_of(comparison: Comparison) -> Criterion:
     The task's score if each method has a run with one; else the held-out loss if each method has a
     run with one; else the loss in training.
     """
-    known = criteria(comparison.facts)
-    done = [run for run in comparison.runs if run.status == "done"]
-    sides = {run.arm.method for run in done}
-    for measure in (known["score"], known["held out"]):
-        if sides and sides == {run.arm.method for run in done if measure.value(run) is not None}:
+    measures = criteria(comparison.facts)
+    ended_runs = [run for run in comparison.runs if run.status == "done"]
+    methods = {run.arm.method for run in ended_runs}
+    for measure in (measures["score"], measures["held out"]):
+        measured_methods = {run.arm.method for run in ended_runs if measure.value(run) is not None}
+        if methods and measured_methods == methods:
             return measure
-    return known["training"]
+    return measures["training"]
 
 
 def rows(comparison: Comparison, measure: Criterion | None = None) -> tuple[ArmRow, ...]:
@@ -230,16 +240,17 @@ def rows(comparison: Comparison, measure: Criterion | None = None) -> tuple[ArmR
 
 def arm_rows(comparison: Comparison, measure: Criterion) -> tuple[ArmRow, ...]:
     """Returns a row for each arm, in the order of their first runs."""
-    of_arm: dict[Arm, list[RunResult]] = {}
+    runs_of_arm: dict[Arm, list[RunResult]] = {}
     for run in comparison.runs:
-        of_arm.setdefault(run.arm, []).append(run)
-    return tuple(ArmRow(arm, tuple(runs), measure) for arm, runs in of_arm.items())
+        runs_of_arm.setdefault(run.arm, []).append(run)
+    return tuple(ArmRow(arm, tuple(runs), measure) for arm, runs in runs_of_arm.items())
 
 
 def best(among: Iterable[ArmRow]) -> ArmRow | None:
     """Returns the best row: of those whose every seed ended, if there are any."""
-    measured = [row for row in among if row.quality]
-    return min([row for row in measured if row.is_whole] or measured, key=_order, default=None)
+    measured_rows = [row for row in among if row.quality]
+    whole_rows = [row for row in measured_rows if row.is_whole]
+    return min(whole_rows or measured_rows, key=_order, default=None)
 
 
 def best_sides(among: Iterable[ArmRow]) -> tuple[ArmRow | None, ArmRow | None]:
@@ -261,16 +272,16 @@ def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tup
 
 def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns the best row of each method and size; by rank or dimension, full last."""
-    return tuple(sorted(best_of_each(among, _kind), key=_place))
+    return tuple(sorted(best_of_each(among, _kind), key=_series_key))
 
 
 def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
     row_of_kind = {_kind(row.arm): row for row in series(among)}
-    for row in sorted(among, key=_last):
+    for row in sorted(among, key=_progress_key):
         if any(run.held_out or run.scores or run.losses for run in row.runs):
             row_of_kind.setdefault(_kind(row.arm), row)
-    return tuple(sorted(row_of_kind.values(), key=_place))
+    return tuple(sorted(row_of_kind.values(), key=_series_key))
 
 
 def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
@@ -278,27 +289,30 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
 
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
-    groups_of_rates = []
+    groups_of_rates: list[Rates] = []
     for group in groups(filter(is_tried, among), Arm.rate_group):
-        tried = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
-        if (top := best(tried)) is not None:
-            groups_of_rates.append(Rates(tried, tried.index(top)))
-    return tuple(sorted(groups_of_rates, key=lambda tried_rates: _place(tried_rates.tried[0])))
+        rows_by_rate = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
+        best_row = best(rows_by_rate)
+        if best_row is not None:
+            groups_of_rates.append(Rates(rows_by_rate, rows_by_rate.index(best_row)))
+    return tuple(sorted(groups_of_rates, key=lambda arm_rates: _series_key(arm_rates.tried[0])))
 
 
 def is_tried(row: ArmRow) -> bool:
     """Returns True if a run of the row says something of its quality: it ended, or diverged."""
-    return any(
-        run.status in ("done", "stopped early") or (run.status == "failed" and _diverged(run))
-        for run in row.runs
-    )
+    for run in row.runs:
+        if run.status in ("done", "stopped early"):
+            return True
+        if run.status == "failed" and _diverged(run):
+            return True
+    return False
 
 
 def rates_of(row: ArmRow, among: Iterable[ArmRow]) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
-    alike = row.arm.rate_group()
-    (group,) = rates(candidate for candidate in among if candidate.arm.rate_group() == alike)
-    return group
+    rate_group = row.arm.rate_group()
+    (arm_rates,) = rates(other for other in among if other.arm.rate_group() == rate_group)
+    return arm_rates
 
 
 def rate_ratio(among: Iterable[ArmRow]) -> float | None:
@@ -319,9 +333,13 @@ def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
     adapter, full = best_sides(row for row in rows(comparison) if row.mean("saved_bytes"))
     if adapter is None or full is None:
         return ()
-    small, large = adapter.mean("saved_bytes") or 0.0, full.mean("saved_bytes") or 0.0
-    base = comparison.facts.base_saved_bytes or large
-    return tuple(DiskUse(n, n * large, base + n * small) for n in TASKS)
+    adapter_bytes = adapter.mean("saved_bytes") or 0.0
+    model_bytes = full.mean("saved_bytes") or 0.0
+    base_bytes = comparison.facts.base_saved_bytes or model_bytes
+    return tuple(
+        DiskUse(tasks=n, full=n * model_bytes, adapters=base_bytes + n * adapter_bytes)
+        for n in TASKS
+    )
 
 
 def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
@@ -336,22 +354,26 @@ def _kind(arm: Arm) -> tuple[Hashable, ...]:
     return arm.method, arm.rank, arm.targets, arm.dimension
 
 
-def _place(row: ArmRow) -> tuple[bool, bool, int]:
+def _series_key(row: ArmRow) -> tuple[bool, bool, int]:
+    """Returns the key that sorts LoRA first and full last, and arms of a method by their size."""
     return row.is_full, row.arm.method != "lora", row.arm.rank or row.arm.dimension or 0
 
 
-def _last(row: ArmRow) -> tuple[float, float]:
+def _progress_key(row: ArmRow) -> tuple[float, float]:
     """Returns the negative number of steps, and the last held-out loss; means over seeds.
 
     Of runs that are compared by their score, it is the negative score.
     """
-    lost = [-run.scores[-1].value if run.scores else run.held_out_loss for run in row.runs]
-    mean = spread(lost)
-    return -statistics.fmean(run.steps for run in row.runs), mean.mean if mean else math.inf
+    losses = [-run.scores[-1].value if run.scores else run.held_out_loss for run in row.runs]
+    loss = spread(losses)
+    mean_steps = statistics.fmean(run.steps for run in row.runs)
+    return -mean_steps, loss.mean if loss else math.inf
 
 
 def _diverged(run: RunResult) -> bool:
-    return "finite" in (run.error or "") or any(not math.isfinite(at.value) for at in run.losses)
+    """Returns True if a loss or a gradient of a run was not finite."""
+    has_error = "finite" in (run.error or "")
+    return has_error or any(not math.isfinite(point.value) for point in run.losses)
 
 
 _order = operator.attrgetter("order")

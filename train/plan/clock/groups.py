@@ -41,20 +41,25 @@ class Group(NamedTuple):
 
 def group_of(module: HloModule, op: Instruction, computation: Computation) -> Group:
     """Returns the group of an instruction: that of its largest product, or else of its scopes."""
-    if call := kernel_call(op, computation):
+    call = kernel_call(op, computation)
+    if call:
         kernel = kernel_of(call)
-        attends = kernel is not None and ATTENTION in kernel.label
-        return Group(ATTENTION if attends else _named(call.scope) or BASE, phase_of(call.scope))
-    if products := _products(module, op, computation):
-        scope = max(products)[1] or scope_of(module, op)
-        return Group(_named(scope) or BASE, phase_of(scope))
+        is_attention = kernel is not None and ATTENTION in kernel.label
+        name = ATTENTION if is_attention else _group_name(call.scope) or BASE
+        return Group(name, phase_of(call.scope))
+    products = _products(module, op, computation)
+    if products:
+        _, largest_scope = max(products)
+        scope = largest_scope or scope_of(module, op)
+        return Group(_group_name(scope) or BASE, phase_of(scope))
     scope = scope_of(module, op)
     phase = phase_of(scope)
     if _only_moves(module, op, computation):
         return Group(COPIES, phase)
     if phase == AFTER:
         return Group(UPDATE, phase)
-    return Group(_named(scope) or (HEAD if _LOSS.search(scope) else ELEMENTWISE), phase)
+    is_loss = _LOSS.search(scope) is not None
+    return Group(_group_name(scope) or (HEAD if is_loss else ELEMENTWISE), phase)
 
 
 def phase_of(scope: str) -> str:
@@ -67,17 +72,19 @@ def phase_of(scope: str) -> str:
 
 
 def scope_of(module: HloModule, op: Instruction) -> str:
-    """Returns the `op_name` of an instruction, or of the last inside that it has with scopes."""
+    """Returns the `op_name` of an instruction, or the last one with scopes inside of it, or ""."""
     if "/" in op.op_name:
         return op.op_name
-    return next(
-        (inner.op_name for inner, _ in reversed(list(module.inside(op))) if "/" in inner.op_name),
-        "",
-    )
+    inner_names = [inner.op_name for inner, _ in module.inside(op) if "/" in inner.op_name]
+    return inner_names[-1] if inner_names else ""
 
 
-def _named(scope: str) -> str | None:
-    return next((name for name, pattern in _SCOPES if pattern.search(scope)), None)
+def _group_name(scope: str) -> str | None:
+    """Returns the group that a scope names; None if it names none."""
+    for name, pattern in _SCOPES:
+        if pattern.search(scope):
+            return name
+    return None
 
 
 def _products(
@@ -85,13 +92,14 @@ def _products(
 ) -> list[tuple[int, str]]:
     """Returns the FLOPs and the scope of each product of an instruction."""
     return [
-        (product_flops(inner, around), inner.op_name)
-        for inner, around in ((op, computation), *module.inside(op))
+        (product_flops(inner, inner_computation), inner.op_name)
+        for inner, inner_computation in ((op, computation), *module.inside(op))
         if is_product(inner)
     ]
 
 
 def _only_moves(module: HloModule, op: Instruction, computation: Computation) -> bool:
+    """Returns whether an instruction, and all inside of it, move or cast arrays alone."""
     return all(
         inner.opcode in _MOVES
         for inner, _ in ((op, computation), *module.inside(op))

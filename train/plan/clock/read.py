@@ -48,17 +48,21 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Returns the groups as lines of text: milliseconds, TFLOP and GB."""
-        rows = [
-            ("fusions, as the compiler estimates", self.fusions, None),
-            ("kernels, assumed", self.kernels, None),
-            ("links uncovered, assumed", self.uncovered, None),
-            *((" ".join(g).strip(), c.seconds, c) for g, c in self.groups.items()),
+        seconds_by_source = {
+            "fusions, as the compiler estimates": self.fusions,
+            "kernels, assumed": self.kernels,
+            "links uncovered, assumed": self.uncovered,
+        }
+        lines = [
+            f"{source:36}{1e3 * seconds:10.2f} ms" for source, seconds in seconds_by_source.items()
         ]
-        return [
-            f"{name:36}{1e3 * seconds:10.2f} ms"
-            + ("" if c is None else f"{c.flops / 1e12:12.4f} TFLOP{c.bytes / 1e9:10.3f} GB")
-            for name, seconds, c in rows
-        ]
+        for group, cost in self.groups.items():
+            title = f"{group.name} {group.phase}".strip()
+            lines.append(
+                f"{title:36}{1e3 * cost.seconds:10.2f} ms"
+                f"{cost.flops / 1e12:12.4f} TFLOP{cost.bytes / 1e9:10.3f} GB"
+            )
+        return lines
 
 
 def read_clock(
@@ -89,7 +93,9 @@ def read_clock(
     Raises:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
     """
-    rates = None if clock is None else DeviceRates(clock, kernel_share * peak, link, memory)
+    rates: DeviceRates | None = None
+    if clock is not None:
+        rates = DeviceRates(clock=clock, kernel=kernel_share * peak, link=link, memory=memory)
     try:
         module = HloModule(text)
         tally = Walk(module, rates, slices).tally(module.entry)
@@ -97,19 +103,16 @@ def read_clock(
         raise
     except SURPRISES as error:
         raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
-    ordered = {
-        group: tally.costs[group]
-        for name in GROUPS
-        for phase in PHASES
-        if (group := Group(name, phase)) in tally.costs
-    }
-    waited = sum(cost.seconds for group, cost in ordered.items() if group.name == COLLECTIVES)
+    groups = [Group(name, phase) for name in GROUPS for phase in PHASES]
+    costs = {group: tally.costs[group] for group in groups if group in tally.costs}
+    link_waits = [cost.seconds for group, cost in costs.items() if group.name == COLLECTIVES]
+    wait_seconds = sum(link_waits)
     return Estimate(
         seconds=tally.seconds,
-        fusions=tally.seconds - tally.kernels - waited,
+        fusions=tally.seconds - tally.kernels - wait_seconds,
         kernels=tally.kernels,
-        uncovered=waited,
+        uncovered=wait_seconds,
         links=tally.links,
-        groups=ordered,
+        groups=costs,
         unknown=dict(tally.unknown),
     )

@@ -54,13 +54,13 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
       machine: the devices, and what is assumed of them.
       model_flops: FLOPs that the program needs, on all devices.
     """
-    timed = machine.clock is not None and machine.flops is not None and machine.link is not None
+    is_timed = machine.clock is not None and machine.flops is not None and machine.link is not None
     try:
         if text is None:
             return None
         estimate = read_clock(
             text,
-            machine.clock if timed else None,
+            machine.clock if is_timed else None,
             peak=machine.flops or 1.0,
             kernel_share=machine.kernel_share,
             link=machine.link or 1.0,
@@ -70,25 +70,25 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
     except NotUnderstood:
         return None
 
-    def known(seconds: float) -> float | None:
-        return seconds if timed else None
+    def estimated(seconds: float) -> float | None:
+        return seconds if is_timed else None
 
     mfu = None
-    if timed and model_flops is not None and machine.flops and estimate.seconds:
+    if is_timed and model_flops is not None and machine.flops and estimate.seconds:
         mfu = model_flops / (len(machine.devices) * machine.flops * estimate.seconds)
     return Clock(
-        seconds=known(estimate.seconds),
-        fusions=known(estimate.fusions),
-        kernels=known(estimate.kernels),
-        uncovered=known(estimate.uncovered),
-        links=known(estimate.links),
+        seconds=estimated(estimate.seconds),
+        fusions=estimated(estimate.fusions),
+        kernels=estimated(estimate.kernels),
+        uncovered=estimated(estimate.uncovered),
+        links=estimated(estimate.links),
         mfu=mfu,
         model_flops=model_flops,
         groups=tuple(
             GroupWork(
                 group=group.name,
                 phase=group.phase,
-                seconds=known(cost.seconds),
+                seconds=estimated(cost.seconds),
                 flops=cost.flops,
                 bytes=cost.bytes,
             )

@@ -27,48 +27,59 @@ def print_clocks(
         for column in ("fusions", "kernels", "links uncovered", "together", "MFU"):
             table.add_column(column, justify="right")
         for name, clock in clocks:
-            table.add_row(name, *(_times(clock) if clock else [_UNKNOWN] * 5))
+            table.add_row(name, *(_time_cells(clock) if clock else [_UNKNOWN] * 5))
         console.print(table)
-    name, first = clocks[0]
-    if first is None:
+    requested_name, requested_clock = clocks[0]
+    if requested_clock is None:
         return
-    timed = first.seconds is not None
-    table = Table(title=f"Work of a device by groups: {name}")
-    for column in ("", "", *(["ms", "%"] * timed), "TFLOP", "GB"):
-        table.add_column(column, justify="right" if column else "left")
-    for part in first.groups:
-        seconds = [_milli(part.seconds), _share(part.seconds, first.seconds)] if timed else []
-        flops, moved = f"{part.flops / 1e12:,.2f}", f"{part.bytes / 1e9:,.2f}"
-        table.add_row(part.group, part.phase, *seconds, flops, moved)
-    console.print(table)
-    for note in _notes(machine, first):
+    console.print(_group_table(requested_name, requested_clock))
+    for note in _notes(machine, requested_clock):
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def _times(clock: Clock) -> list[str]:
-    times = (clock.fusions, clock.kernels, clock.uncovered, clock.seconds)
-    return [*map(_milli, times), _UNKNOWN if clock.mfu is None else f"{100 * clock.mfu:.1f} %"]
+def _group_table(name: str, clock: Clock) -> Table:
+    """Returns the table of a step's work by groups; times only where something estimates them."""
+    is_timed = clock.seconds is not None
+    time_columns = ("ms", "%") if is_timed else ()
+    table = Table(title=f"Work of a device by groups: {name}")
+    for column in ("", "", *time_columns, "TFLOP", "GB"):
+        table.add_column(column, justify="right" if column else "left")
+    for work in clock.groups:
+        cells = [work.group, work.phase]
+        if is_timed:
+            cells += [_milli(work.seconds), _share(work.seconds, clock.seconds)]
+        cells += [f"{work.flops / 1e12:,.2f}", f"{work.bytes / 1e9:,.2f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _time_cells(clock: Clock) -> list[str]:
+    """Returns the cells of a step's estimate: milliseconds by source, their sum, and the MFU."""
+    seconds = (clock.fusions, clock.kernels, clock.uncovered, clock.seconds)
+    mfu = _UNKNOWN if clock.mfu is None else f"{100 * clock.mfu:.1f} %"
+    return [*map(_milli, seconds), mfu]
 
 
 def _notes(machine: Machine, clock: Clock) -> list[str]:
     """Returns remarks on the figures: the assumptions behind them, and omissions."""
-    notes = ["GB: bytes of operands and results; of collectives, the bytes that a device sends."]
+    bytes_note = "GB: bytes of operands and results; of collectives, the bytes that a device sends."
     if clock.seconds is None or machine.flops is None or machine.link is None:
-        notes[0] += " This compiler does not estimate the time that they take."
-        return notes
-    clock_rate, share = (machine.clock or 0) / 1e9, 100 * machine.kernel_share
-    notes[:0] = [
+        return [f"{bytes_note} This compiler does not estimate the time that they take."]
+    clock_ghz = (machine.clock or 0) / 1e9
+    kernel_percent = 100 * machine.kernel_share
+    time_note = (
         "Estimates of the compiler, never measured on a chip. Fusions: the cycles that it expects, "
-        f"at {clock_rate:g} GHz. Assumed: kernels at {share:g} % of the peak (--kernel-share), and "
-        f"links at {machine.link / 1e9:g} GB/s along an axis of the mesh (--link-gbytes), one "
-        "collective at a time; links uncovered: what no work between a collective's start and its "
-        "end covers. MFU: FLOPs of the base and of attention, forward and backward, without what "
-        "is recomputed, over the peak."
-    ]
+        f"at {clock_ghz:g} GHz. Assumed: kernels at {kernel_percent:g} % of the peak "
+        f"(--kernel-share), and links at {machine.link / 1e9:g} GB/s along an axis of the mesh "
+        "(--link-gbytes), one collective at a time; links uncovered: what no work between a "
+        "collective's start and its end covers. MFU: FLOPs of the base and of attention, forward "
+        "and backward, without what is recomputed, over the peak."
+    )
+    notes = [time_note, bytes_note]
     if clock.unknown:
-        kinds = ", ".join(f"{kind} ({n})" for kind, n in clock.unknown.items())
-        between = " (send: what goes between slices)" * ("send" in clock.unknown)
-        notes.append(f"Without an estimate, and left out: {kinds}{between}.")
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in clock.unknown.items())
+        send_note = " (send: what goes between slices)" if "send" in clock.unknown else ""
+        notes.append(f"Without an estimate, and left out: {kinds}{send_note}.")
     return notes
 
 
@@ -76,5 +87,7 @@ def _milli(seconds: float | None) -> str:
     return _UNKNOWN if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
-def _share(part: float | None, whole: float | None) -> str:
-    return _UNKNOWN if part is None or not whole else f"{100 * part / whole:.1f}"
+def _share(seconds: float | None, step_seconds: float | None) -> str:
+    return (
+        _UNKNOWN if seconds is None or not step_seconds else f"{100 * seconds / step_seconds:.1f}"
+    )

@@ -2,7 +2,7 @@
 
 from train.plan.hlo.module import Computation, HloModule, Instruction, root_of, size_of
 
-_PARTS = ("dynamic-slice", "slice", "gather")
+_READS_OF_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> int:
@@ -13,15 +13,17 @@ def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> 
     """
     if op.opcode == "dynamic-update-slice":
         return 2 * size_of(computation[op.operands[1]].shapes)
-    if op.opcode in _PARTS:
+    if op.opcode in _READS_OF_SLICES:
         return 2 * size_of(op.shapes)
-    given = [size_of(computation[name].shapes) for name in op.operands]
+    operand_sizes = [size_of(computation[name].shapes) for name in op.operands]
     if op.opcode != "fusion":
-        return sum(given) + size_of(op.shapes)
-    inner = module.computations[op.called[0]]
-    names = _parameters(inner)
-    read = sum(min(size, _read(module, inner, names[i])) for i, size in enumerate(given))
-    return read + _written(inner, root_of(inner))
+        return sum(operand_sizes) + size_of(op.shapes)
+    fused = module.computations[op.called[0]]
+    parameter_names = _parameters(fused)
+    read_bytes = 0
+    for index, operand_size in enumerate(operand_sizes):
+        read_bytes += min(operand_size, _read_bytes(module, fused, parameter_names[index]))
+    return read_bytes + _written_bytes(fused, root_of(fused))
 
 
 def _parameters(computation: Computation) -> dict[int, str]:
@@ -33,35 +35,34 @@ def _parameters(computation: Computation) -> dict[int, str]:
     }
 
 
-def _read(module: HloModule, computation: Computation, name: str) -> int:
+def _read_bytes(module: HloModule, computation: Computation, name: str) -> int:
     """Returns the bytes of an array that the instructions of a computation read."""
     users = [op for op in computation.values() if name in op.operands]
-    whole = size_of(computation[name].shapes)
+    array_size = size_of(computation[name].shapes)
     total = 0
     for user in users:
-        if user.opcode in _PARTS and user.operands[0] == name:
+        is_sliced = user.operands[0] == name
+        if user.opcode in _READS_OF_SLICES and is_sliced:
             total += size_of(user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode == "dynamic-update-slice" and is_sliced:
             continue  # written in place
         elif user.opcode == "bitcast":
-            total += _read(module, computation, user.name)
+            total += _read_bytes(module, computation, user.name)
         elif user.opcode == "fusion":
-            inner = module.computations[user.called[0]]
-            at = f"({user.operands.index(name)})"
-            inside = [
-                p for p in inner.values() if p.opcode == "parameter" and p.text[: len(at)] == at
-            ]
-            total += _read(module, inner, inside[0].name) if inside else whole
+            fused = module.computations[user.called[0]]
+            parameter = _parameters(fused).get(user.operands.index(name))
+            total += array_size if parameter is None else _read_bytes(module, fused, parameter)
         else:
-            return whole
+            return array_size
     return total
 
 
-def _written(computation: Computation, result: Instruction) -> int:
+def _written_bytes(computation: Computation, result: Instruction) -> int:
+    """Returns the bytes that a computation writes for its result; none for what it passes on."""
     if result.opcode == "tuple":
-        return sum(_written(computation, computation[name]) for name in result.operands)
+        return sum(_written_bytes(computation, computation[name]) for name in result.operands)
     if result.opcode == "bitcast":
-        return _written(computation, computation[result.operands[0]])
+        return _written_bytes(computation, computation[result.operands[0]])
     if result.opcode == "dynamic-update-slice":
         return size_of(computation[result.operands[1]].shapes)
     return 0 if result.opcode == "parameter" else size_of(result.shapes)

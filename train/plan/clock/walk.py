@@ -1,7 +1,8 @@
 """Walks a scheduled module: seconds, FLOPs and bytes of each group, and where links are waited for.
 
 The compiler writes the cycles that it expects of an instruction into the HLO; `while` bodies count
-by their trips. An asynchronous collective runs beside what stands between its start and its done.
+by their trips. An asynchronous collective runs beside what stands between its start and its done:
+until then it is *in flight*. A *tally* has the costs of a computation that runs once.
 """
 
 import functools
@@ -24,7 +25,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
-_PLACES = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays a place
+_ALLOCATIONS = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays memory
 _LINKS = Group(COLLECTIVES, AFTER)
 
 Sent = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
@@ -115,7 +116,7 @@ class Walk:
     def _tally(self, name: str) -> Tally:
         """Returns the tally of a computation, in the order of its schedule."""
         computation = self.module.computations[name]
-        run = _Run()
+        timeline = _Timeline()
         for op in computation.values():
             # A branch that runs only where tokens choose experts unevenly is rare.
             is_rare = op.opcode == "conditional" and UNEVEN in op.op_name
@@ -124,113 +125,164 @@ class Walk:
             if op.opcode in ("while", "call", "async-start"):
                 times = self.module.turns(op) if op.opcode == "while" else 1
                 for called in op.called:
-                    run.add(self.tally(called), times)
-                continue
-            if op.opcode == "conditional":
-                run.add(max(map(self.tally, op.called), key=_size))
-                continue
-            self._step(op, name, computation, run)
-        run.wait(run.free)
+                    timeline.add(self.tally(called), times)
+            elif op.opcode == "conditional":
+                branches = [self.tally(called) for called in op.called]
+                timeline.add(max(branches, key=_size))
+            elif op.opcode in ("send", "recv") and slice_transfer(op.text):
+                self._add_slice_transfer(op, computation, timeline)
+            else:
+                self._add_instruction(op, name, computation, timeline)
+        timeline.wait(timeline.links_free)
         return Tally(
-            costs=run.costs,
-            seconds=run.now,
-            kernels=run.kernels,
-            links=run.links,
-            sent=run.sent,
-            unknown=run.unknown,
+            costs=timeline.costs,
+            seconds=timeline.now,
+            kernels=timeline.kernels,
+            links=timeline.links,
+            sent=timeline.sent,
+            unknown=timeline.unknown,
         )
 
-    def _step(self, op: Instruction, name: str, computation: Computation, run: "_Run") -> None:
-        """Adds an instruction that calls no schedule of its own."""
-        if op.opcode in ("send", "recv") and (transfer := slice_transfer(op.text)):
-            if op.opcode == "send":
-                if transfer.kind not in KINDS_SENT:
-                    raise NotUnderstood(f"slices exchange data by {transfer.kind}")
-                size = transferred_bytes(op, transfer, computation, self.n_slices)
-                run.spend(_LINKS, Cost(bytes=size))
-                run.sent[transfer.kind, True] += size
-                run.without_estimate(op)
+    def _add_slice_transfer(
+        self, op: Instruction, computation: Computation, timeline: "_Timeline"
+    ) -> None:
+        """Adds the bytes that a send hands to other slices; a recv sends nothing."""
+        transfer = slice_transfer(op.text)
+        if transfer is None or op.opcode == "recv":
             return
-        sent = self._sent(op, name, computation)
-        started = run.started_by(op, computation)
-        if sent:
-            run.sent.update(sent)
-            size = sent.total()
-            ends = run.transfer(size / self.rates.link if self.rates else 0.0, size)
-            if _is_start(op):
-                run.flights[op.name] = ends
-                return
-            run.wait(ends)
-        if started is not None and _is_done(op):
-            run.wait(run.flights[started])
-            return
-        if started is not None:
-            run.passed[op.name] = started
-        if _is_start(op) or _is_done(op) or (sent and op.opcode != "fusion"):
-            return
-        moved = traffic_of(self.module, op, computation)
-        if (call := kernel_call(op, computation)) and (kernel := kernel_of(call)):
-            moved -= kernel.unread(call)
-        seconds = self._seconds(op, computation, run, moved)
-        flops = self._flops(op, computation)
-        group = group_of(self.module, op, computation)
-        run.spend(group, Cost(seconds, flops, moved))
+        if transfer.kind not in KINDS_SENT:
+            raise NotUnderstood(f"slices exchange data by {transfer.kind}")
+        n_bytes = transferred_bytes(op, transfer, computation, self.n_slices)
+        timeline.spend(_LINKS, Cost(bytes=n_bytes))
+        timeline.sent[transfer.kind, True] += n_bytes
+        timeline.count_unknown(op)
 
-    def _sent(self, op: Instruction, name: str, computation: Computation) -> Sent:
+    def _add_instruction(
+        self, op: Instruction, name: str, computation: Computation, timeline: "_Timeline"
+    ) -> None:
+        """Adds an instruction that calls no schedule of its own.
+
+        Args:
+          op: the instruction.
+          name: the name of its computation.
+          computation: its computation.
+          timeline: the state of the walk, to which it is added.
+        """
+        sent = self._sent_by(op, name, computation)
+        flight = timeline.flight_of(op, computation)
+        if sent:
+            timeline.sent.update(sent)
+            n_bytes = sent.total()
+            arrival = timeline.transfer(n_bytes / self.rates.link if self.rates else 0.0, n_bytes)
+            if _is_start(op):
+                timeline.arrivals[op.name] = arrival
+                return
+            timeline.wait(arrival)
+        if flight is not None and _is_done(op):
+            timeline.wait(timeline.arrivals[flight])
+            return
+        if flight is not None:
+            timeline.flight_of_fusion[op.name] = flight
+        has_no_work = _is_start(op) or _is_done(op) or (sent and op.opcode != "fusion")
+        if has_no_work:
+            return
+        traffic = traffic_of(self.module, op, computation)
+        call = kernel_call(op, computation)
+        kernel = kernel_of(call) if call else None
+        if call and kernel:
+            traffic -= kernel.unread(call)
+        cost = Cost(
+            seconds=self._seconds(op, computation, timeline, traffic),
+            flops=self._flops(op, computation),
+            bytes=traffic,
+        )
+        timeline.spend(group_of(self.module, op, computation), cost)
+
+    def _sent_by(self, op: Instruction, name: str, computation: Computation) -> Sent:
         """Returns the bytes that an instruction sends; empty where it is no collective."""
         sent = Sent()
-        inside = ((op, name, "", computation), *self._inside(op))
-        for inner, at, caller, around in inside:
-            if kind := collective_kind(inner, at, caller):
-                size = sent_bytes(self.module, inner, around, kind)
-                sent[kind, crosses(inner.text, self.slices)] += size
+        collectives = [_Placed(op, name, computation, caller=""), *self._inside(op)]
+        for placed in collectives:
+            kind = collective_kind(placed.op, placed.computation_name, placed.caller)
+            if kind:
+                n_bytes = sent_bytes(self.module, placed.op, placed.computation, kind)
+                sent[kind, crosses(placed.op.text, self.slices)] += n_bytes
         return sent
 
-    def _inside(self, op: Instruction) -> list[tuple[Instruction, str, str, Computation]]:
+    def _inside(self, op: Instruction) -> "list[_Placed]":
+        """Returns the instructions inside of a fusion, or of an asynchronous computation."""
         if op.opcode not in ("fusion", "async-start"):
             return []
-        match = []
+        inside: list[_Placed] = []
         for called in op.called:
-            around = self.module.computations[called]
-            for inner in around.values():
-                match += [(inner, called, op.name, around), *self._inside(inner)]
-        return match
+            computation = self.module.computations[called]
+            for inner in computation.values():
+                inside.append(_Placed(inner, called, computation, caller=op.name))
+                inside += self._inside(inner)
+        return inside
 
-    def _seconds(self, op: Instruction, computation: Computation, run: "_Run", moved: int) -> float:
+    def _seconds(
+        self, op: Instruction, computation: Computation, timeline: "_Timeline", traffic: int
+    ) -> float:
+        """Returns the seconds of an instruction, by the compiler's cycles or a kernel's rates."""
         if self.rates is None:
             return 0.0
-        if call := kernel_call(op, computation):
+        call = kernel_call(op, computation)
+        if call:
             kernel = kernel_of(call)
             if kernel is None:
-                run.without_estimate(op)
+                timeline.count_unknown(op)
             seconds = kernel_flops(call) / self.rates.kernel
             if kernel and kernel.cycles:
-                seconds = max(kernel.cycles(call) / self.rates.clock, moved / self.rates.memory)
-            run.kernels += seconds
+                seconds = max(kernel.cycles(call) / self.rates.clock, traffic / self.rates.memory)
+            timeline.kernels += seconds
             return seconds
         cycles = _cycles(self.module, op)
-        if cycles is None and op.target not in _PLACES and not is_scalar(op):
-            run.without_estimate(op)
+        if cycles is None and op.target not in _ALLOCATIONS and not is_scalar(op):
+            timeline.count_unknown(op)
         return (cycles or 0) / self.rates.clock
 
     def _flops(self, op: Instruction, computation: Computation) -> int:
+        """Returns the FLOPs of products and kernels of an instruction, and of those inside it."""
         total = 0
-        for inner, around in ((op, computation), *self.module.inside(op)):
+        for inner, inner_computation in ((op, computation), *self.module.inside(op)):
             if is_product(inner):
-                total += product_flops(inner, around)
-            if call := kernel_call(inner, around):
+                total += product_flops(inner, inner_computation)
+            call = kernel_call(inner, inner_computation)
+            if call:
                 total += kernel_flops(call)
         return total
 
 
-class _Run:
-    """The state of a walk along a schedule."""
+class _Placed(NamedTuple):
+    """An instruction, its computation, and the name of the instruction that calls this."""
+
+    op: Instruction
+    computation_name: str
+    computation: Computation
+    caller: str
+
+
+class _Timeline:
+    """The state of a walk along a schedule.
+
+    Attributes:
+      costs: the cost of each group so far.
+      now: seconds since the beginning.
+      links_free: when the links have carried all that was sent.
+      kernels, links, sent, unknown: see `Tally`.
+      arrivals: the name of a collective's start -> when the collective ends.
+      flight_of_fusion: a fusion that a collective runs beside -> the start of the collective.
+    """
 
     def __init__(self) -> None:
         self.costs: dict[Group, Cost] = {}
-        self.now = self.free = self.kernels = self.links = 0.0
-        self.flights: dict[str, float] = {}  # a collective's start -> when it ends
-        self.passed: dict[str, str] = {}  # a fusion that a collective runs beside -> its start
+        self.now = 0.0
+        self.links_free = 0.0
+        self.kernels = 0.0
+        self.links = 0.0
+        self.arrivals: dict[str, float] = {}
+        self.flight_of_fusion: dict[str, str] = {}
         self.sent = Sent()
         self.unknown = Counter[str]()
 
@@ -241,50 +293,57 @@ class _Run:
 
     def add(self, tally: Tally, times: int = 1) -> None:
         """Adds a computation that runs so many times."""
-        before = self.now
+        start = self.now
         for group, cost in tally.costs.items():
             self.spend(group, cost, times)
-        self.now = before + times * tally.seconds
+        # Waits for links make a computation take another time than the sum of its costs.
+        self.now = start + times * tally.seconds
         self.kernels += times * tally.kernels
         self.links += times * tally.links
-        self.sent.update({key: times * size for key, size in tally.sent.items()})
-        self.unknown.update({kind: times * n for kind, n in tally.unknown.items()})
+        self.sent.update({key: times * n_bytes for key, n_bytes in tally.sent.items()})
+        self.unknown.update({kind: times * count for kind, count in tally.unknown.items()})
 
-    def without_estimate(self, op: Instruction) -> None:
-        """Counts an instruction that has no estimate, by what it does."""
-        of = op.name if op.opcode in ("fusion", "custom-call") else op.opcode
-        self.unknown[re.sub(r"[.\d]+$", "", of)] += 1
+    def count_unknown(self, op: Instruction) -> None:
+        """Counts an instruction that has no estimate, by its name without a number."""
+        name = op.name if op.opcode in ("fusion", "custom-call") else op.opcode
+        self.unknown[re.sub(r"[.\d]+$", "", name)] += 1
 
-    def transfer(self, busy: float, sent: int) -> float:
+    def transfer(self, seconds: float, n_bytes: int) -> float:
         """Sends bytes once the links are free; returns when they have arrived."""
-        self.links += busy
-        self.free = max(self.free, self.now) + busy
-        self.spend(_LINKS, Cost(bytes=sent))
-        return self.free
+        self.links += seconds
+        self.links_free = max(self.links_free, self.now) + seconds
+        self.spend(_LINKS, Cost(bytes=n_bytes))
+        return self.links_free
 
-    def wait(self, until: float) -> None:
+    def wait(self, arrival: float) -> None:
         """Waits for what the links still carry."""
-        if until > self.now:
-            self.spend(_LINKS, Cost(seconds=until - self.now))
+        if arrival > self.now:
+            self.spend(_LINKS, Cost(seconds=arrival - self.now))
 
-    def started_by(self, op: Instruction, computation: Computation) -> str | None:
+    def flight_of(self, op: Instruction, computation: Computation) -> str | None:
         """Returns the start of the collective that an instruction runs beside, or ends."""
-        if not (_is_done(op) or any(called.startswith(LATER_PARTS) for called in op.called)):
+        runs_beside = any(called.startswith(LATER_PARTS) for called in op.called)
+        if not (runs_beside or _is_done(op)):
             return None
-        return next(
-            (start for name in op.operands if (start := self._origin(name, computation))), None
-        )
+        for name in op.operands:
+            start = self._flight_start(name, computation)
+            if start:
+                return start
+        return None
 
-    def _origin(self, name: str, computation: Mapping[str, Instruction]) -> str | None:
+    def _flight_start(self, name: str, computation: Mapping[str, Instruction]) -> str | None:
+        """Returns the start of the collective that an operand comes from, or None."""
         while computation[name].opcode == "get-tuple-element":
             name = computation[name].operands[0]
-        return name if name in self.flights else self.passed.get(name)
+        return name if name in self.arrivals else self.flight_of_fusion.get(name)
 
 
 def _size(tally: Tally) -> tuple[float, int, int]:
     """Returns the seconds of a branch; where nothing has any, its work tells which is costliest."""
     costs = tally.costs.values()
-    return tally.seconds, sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
+    flops = sum(cost.flops for cost in costs)
+    n_bytes = sum(cost.bytes for cost in costs)
+    return tally.seconds, flops, n_bytes
 
 
 def _is_start(op: Instruction) -> bool:
@@ -297,12 +356,14 @@ def _is_done(op: Instruction) -> bool:
 
 def _cycles(module: HloModule, op: Instruction) -> int | None:
     """Returns the cycles of an instruction, or of those that it calls; None if nothing tells."""
-    if match := _CYCLES.search(op.text):
-        return None if int(match[1]) == _NO_ESTIMATE else int(match[1])
-    inside = [
-        cycles
-        for name in op.called
-        for inner in module.computations[name].values()
-        if (cycles := _cycles(module, inner)) is not None
-    ]
-    return sum(inside) if inside else None
+    match = _CYCLES.search(op.text)
+    if match:
+        cycles = int(match[1])
+        return None if cycles == _NO_ESTIMATE else cycles
+    inner_cycles: list[int] = []
+    for name in op.called:
+        for inner in module.computations[name].values():
+            estimate = _cycles(module, inner)
+            if estimate is not None:
+                inner_cycles.append(estimate)
+    return sum(inner_cycles) if inner_cycles else None

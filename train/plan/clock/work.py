@@ -55,16 +55,27 @@ def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
 
 
 def _work(module: HloModule, slices: Sequence[int]) -> HloWork:
-    tally = Walk(module, None, len({*slices}), slices).tally(module.entry)
-    calls = (
-        kernel_call(op, computation)
-        for computation in module.computations.values()
-        for op in computation.values()
-    )
-    of_kinds = {kind: (tally.sent[kind, False], tally.sent[kind, True]) for kind in COLLECTIVES}
+    """Counts the work of a module; see `work_of`."""
+    walk = Walk(module, rates=None, n_slices=len({*slices}), slices=slices)
+    tally = walk.tally(module.entry)
+    calls: list[KernelCall] = []
+    for computation in module.computations.values():
+        for op in computation.values():
+            call = kernel_call(op, computation)
+            if call:
+                calls.append(call)
+    sent_bytes: dict[str, int] = {}
+    bytes_between_slices: dict[str, int] = {}
+    for kind in COLLECTIVES:
+        leaving_bytes = tally.sent[kind, True]
+        total_bytes = tally.sent[kind, False] + leaving_bytes
+        if total_bytes:
+            sent_bytes[kind] = total_bytes
+        if leaving_bytes:
+            bytes_between_slices[kind] = leaving_bytes
     return HloWork(
-        sum(cost.flops for cost in tally.costs.values()),
-        {kind: sum(sizes) for kind, sizes in of_kinds.items() if any(sizes)},
-        tuple(call for call in calls if call),
-        {kind: between for kind, (_, between) in of_kinds.items() if between},
+        flops=sum(cost.flops for cost in tally.costs.values()),
+        sent=sent_bytes,
+        kernels=tuple(calls),
+        between=bytes_between_slices,
     )

@@ -80,15 +80,15 @@ def step_work(
         work = work_of(text, slices)
     except NotUnderstood as error:
         return _traced_work(counted, n_devices, str(error))
-    even = (_EVEN,) * (UNEVEN in text)
+    expert_notes = (_EVEN,) if UNEVEN in text else ()
     if not products_in_hlo:
-        traced = _traced_work(counted, n_devices, None)
+        traced_work = _traced_work(counted, n_devices, None)
         return dataclasses.replace(
-            traced,
+            traced_work,
             sent=work.sent,
             between=work.between,
             kernels=kernel_lines(work.kernels),
-            notes=(*traced.notes, *even),
+            notes=(*traced_work.notes, *expert_notes),
         )
     return StepWork(
         source=HLO,
@@ -98,35 +98,51 @@ def step_work(
         sent=work.sent,
         between=work.between,
         kernels=kernel_lines(work.kernels),
-        notes=(*_compared(work, counted, n_devices), *even),
+        notes=(*_count_notes(work, counted, n_devices), *expert_notes),
     )
 
 
 def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
     """Returns the work of several programs, each so many times; None for what one does not know."""
-    each = [work for _, work in works]
 
-    def total(name: str) -> int | None:
-        known = [(times, getattr(work, name)) for times, work in works]
-        return None if any(n is None for _, n in known) else sum(times * n for times, n in known)
-
-    def sizes(name: str) -> dict[str, int]:
-        sent: Counter[str] = Counter()
+    def total(field: str) -> int | None:
+        flops = 0
         for times, work in works:
-            sent.update({kind: times * n for kind, n in (getattr(work, name) or {}).items()})
-        return dict(sent)
+            program_flops = getattr(work, field)
+            if program_flops is None:
+                return None
+            flops += times * program_flops
+        return flops
 
-    sources, of_all = {work.source for work in each}, all(work.sent is not None for work in each)
-    kernels = dict.fromkeys(name for work in each for name in work.kernels or ())
+    def sum_by_kind(field: str) -> dict[str, int]:
+        totals: Counter[str] = Counter()
+        for times, work in works:
+            bytes_of_kind = getattr(work, field) or {}
+            totals.update({kind: times * n_bytes for kind, n_bytes in bytes_of_kind.items()})
+        return dict(totals)
+
+    sources: set[str | None] = set()
+    kernels: list[str] = []
+    notes: list[str] = []
+    for _, work in works:
+        sources.add(work.source)
+        kernels += work.kernels or ()
+        notes += work.notes
+    source: str | None = HLO
+    if None in sources:
+        source = None
+    elif JAXPR in sources:
+        source = JAXPR
+    is_traffic_known = all(work.sent is not None for _, work in works)
     return StepWork(
-        source=None if None in sources else JAXPR if JAXPR in sources else HLO,
+        source=source,
         per_step=total("per_step"),
         per_chip=total("per_chip"),
         traced=total("traced"),
-        sent=sizes("sent") if of_all else None,
-        between=sizes("between") if of_all else None,
-        kernels=tuple(kernels) if of_all else None,
-        notes=tuple(dict.fromkeys(note for work in each for note in work.notes)),
+        sent=sum_by_kind("sent") if is_traffic_known else None,
+        between=sum_by_kind("between") if is_traffic_known else None,
+        kernels=tuple(dict.fromkeys(kernels)) if is_traffic_known else None,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -138,18 +154,28 @@ def count_traced(jaxpr: Any) -> Count | None:
         return None
 
 
-def _traced_work(counted: Count | None, n_devices: int, why: str | None) -> StepWork:
-    """Returns the work as traced, and why it is not the HLO's: None if it never is on a machine."""
+def _traced_work(counted: Count | None, n_devices: int, hlo_problem: str | None) -> StepWork:
+    """Returns the work as traced, with a note on what it leaves out.
+
+    Args:
+      counted: the count of the jaxpr; None if it was not understood.
+      n_devices: the number of devices.
+      hlo_problem: the reason why the HLO is not understood; None on a machine whose HLO never
+        shows products.
+    """
     note = ""
-    if why is not None:
-        note = f"the HLO was not understood ({why}), so the traffic between devices is not known; "
+    if hlo_problem is not None:
+        note = (
+            f"the HLO was not understood ({hlo_problem}), so the traffic between devices is not "
+            "known; "
+        )
     if counted is None:
         note += "the FLOPs are not known: the jaxpr was not understood either"
     else:
         note += "the FLOPs are those of the step as traced, without work added by the partitioner"
         if not counted.exact:
             note += ", and loops of unknown length are counted once"
-    remarkable = why is not None or counted is None or not counted.exact
+    is_remarkable = hlo_problem is not None or counted is None or not counted.exact
     return StepWork(
         source=counted and JAXPR,
         per_step=counted and counted.flops,
@@ -158,21 +184,22 @@ def _traced_work(counted: Count | None, n_devices: int, why: str | None) -> Step
         sent=None,
         between=None,
         kernels=None,
-        notes=(note,) * remarkable,
+        notes=(note,) if is_remarkable else (),
     )
 
 
-def _compared(work: HloWork, counted: Count | None, n_devices: int) -> tuple[str, ...]:
+def _count_notes(work: HloWork, counted: Count | None, n_devices: int) -> tuple[str, ...]:
     """Returns notes on kernels that are not counted, and on counts that are too far apart."""
-    if unknown := unlisted(work.kernels):
-        return (f"the FLOPs leave out kernels that the plan does not know: {', '.join(unknown)}",)
-    if counted is None or not counted.exact or not counted.flops:
+    unknown_kernels = unlisted(work.kernels)
+    if unknown_kernels:
+        names = ", ".join(unknown_kernels)
+        return (f"the FLOPs leave out kernels that the plan does not know: {names}",)
+    if counted is None or not counted.exact or counted.flops == 0:  # nothing to compare with
         return ()
     ratio = work.flops * n_devices / counted.flops
-    if ratio > _DUPLICATED:
-        why = "the partitioner makes devices repeat each other's work"
-    elif ratio < _MISSED:
-        why = "some of its products may not have been recognised"
-    else:
+    if _MISSED <= ratio <= _DUPLICATED:
         return ()
-    return (f"the HLO has {ratio:.2f} times the FLOPs of the step as traced: {why}",)
+    cause = "some of its products may not have been recognised"
+    if ratio > _DUPLICATED:
+        cause = "the partitioner makes devices repeat each other's work"
+    return (f"the HLO has {ratio:.2f} times the FLOPs of the step as traced: {cause}",)

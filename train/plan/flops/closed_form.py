@@ -24,31 +24,33 @@ def model_flops(
       batch, seq: the number of sequences, and the tokens of each.
       predicted: tokens of a sequence that are predicted; by default all.
     """
-    total = 0.0
-    kind_of = kinds(config)
-    heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
+    flops = 0.0
+    kind_of_path = kinds(config)
+    head_kinds = ("head", "embedding") if config.tie_word_embeddings else ("head",)
     for path, leaf in leaves_of(params)[0]:
-        is_head = kind_of[path] in heads_of
+        is_head = kind_of_path[path] in head_kinds
         if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
             continue
-        tokens = batch * (predicted if is_head and predicted is not None else seq)
+        row_tokens = predicted if is_head and predicted is not None else seq
         size: float = math.prod(leaf.shape)
-        if kind_of[path] == "experts":  # a token passes through some of them
+        if kind_of_path[path] == "experts":  # a token passes through some of them
             size *= config.num_experts_per_tok / config.num_experts
-        total += 2 * tokens * size * (2 + isinstance(leaf, Trained))
-    linear = len(getattr(config, "linear_layers", ()))
-    windowed = len(getattr(config, "windowed_layers", ()))
-    whole = config.num_hidden_layers - linear - windowed
-    wide = getattr(config, "global_head_dim", 0) or config.head_dim
-    pairs = wide * whole * seq * (seq + 1) / 2
-    if windowed:
-        reach = min(config.sliding_window or seq, seq)
-        near = reach * (reach + 1) / 2 + (seq - reach) * reach
-        pairs += config.head_dim * windowed * near
-    total += 3 * 4 * batch * config.num_attention_heads * pairs
-    if linear:
-        total += linear * batch * _delta_rule_flops(config, seq)
-    return total
+        n_products = 3 if isinstance(leaf, Trained) else 2  # forward, gradients of input and W
+        flops += 2 * batch * row_tokens * size * n_products
+    n_linear = len(getattr(config, "linear_layers", ()))
+    n_windowed = len(getattr(config, "windowed_layers", ()))
+    n_full = config.num_hidden_layers - n_linear - n_windowed
+    # The pairs of tokens that masks leave in all layers, by the width of a head.
+    full_width = getattr(config, "global_head_dim", 0) or config.head_dim
+    pair_size = full_width * n_full * seq * (seq + 1) / 2
+    if n_windowed:
+        window = min(config.sliding_window or seq, seq)
+        window_pairs = window * (window + 1) / 2 + (seq - window) * window
+        pair_size += config.head_dim * n_windowed * window_pairs
+    flops += 3 * 4 * batch * config.num_attention_heads * pair_size
+    if n_linear:
+        flops += n_linear * batch * _delta_rule_flops(config, seq)
+    return flops
 
 
 def _delta_rule_flops(config: DecoderConfig, seq: int) -> float:
@@ -56,11 +58,13 @@ def _delta_rule_flops(config: DecoderConfig, seq: int) -> float:
 
     Those of its projections are left out.
     """
-    heads, key, value = config.recurrent_shapes[1]
-    size = chunk_size(seq)
-    tokens = -(-seq // size) * size
+    n_heads, key_dim, value_dim = config.recurrent_shapes[1]
+    chunk = chunk_size(seq)
+    n_tokens = -(-seq // chunk) * chunk
     # Scores of keys and of queries, their sums and those of a system's solution; the state is read
     # twice and written. The system's inverse has no gradient through the products that make it.
-    products = 3 * (size * (3 * key + 2 * value) + 3 * key * value)
-    inverses = max(0, size.bit_length() - 2) + 1
-    return 2.0 * tokens * heads * (products + 2 * inverses * size**2)
+    chunk_products = chunk * (3 * key_dim + 2 * value_dim)
+    state_products = 3 * key_dim * value_dim
+    n_inverse_products = max(0, chunk.bit_length() - 2) + 1
+    inverse_products = 2 * n_inverse_products * chunk**2
+    return 2.0 * n_tokens * n_heads * (3 * (chunk_products + state_products) + inverse_products)

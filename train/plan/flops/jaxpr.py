@@ -20,7 +20,7 @@ from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
-from train.plan.hlo.kernels import kernel_of as listed
+from train.plan.hlo.kernels import kernel_of as table_entry
 from train.plan.hlo.products import pairs_along
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
@@ -57,10 +57,11 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     inner, _ = opened(jaxpr)
     # Compilers leave out equations that no output depends on.
     needed = needed_equations(inner, (True,) * len(inner.outvars))
-    return _sum(_equation_count(eqn, scope) for eqn, _, _ in needed.equations)
+    return _sum([_equation_count(eqn, scope) for eqn, _, _ in needed.equations])
 
 
 def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
+    """Counts the FLOPs of an equation, and of the jaxprs inside it; see `count_flops`."""
     name = eqn.primitive.name
     scope = f"{scope}/{scope_of(eqn)}"
     if name in _PRODUCTS:
@@ -70,49 +71,56 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
         return _times(scan.length, count_flops(scan.body, scope))
     if name == "shard_map":
         shard = shard_map_of(eqn)
-        devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
-        return _times(devices, count_flops(shard.body, scope))
-    if (kernel := kernel_of(eqn)) and listed(call := _call(kernel.name, scope, eqn)):
-        return Count(kernel_flops(call))
-    parts = [count_flops(inner, scope) for inner in _jaxprs(eqn)]
-    if name == "cond" and UNEVEN in scope:
-        return Count(0)
+        n_devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
+        return _times(n_devices, count_flops(shard.body, scope))
+    kernel = kernel_of(eqn)
+    if kernel:
+        call = _kernel_call(kernel.name, scope, eqn)
+        if table_entry(call):
+            return Count(kernel_flops(call))
+    inner_counts = [count_flops(inner, scope) for inner in _jaxprs(eqn)]
     if name == "cond":
-        return Count(max(part.flops for part in parts), all(part.exact for part in parts))
-    total = _sum(parts)
-    return Count(total.flops, total.exact and (name in _RUN_ONCE or total.flops == 0))
+        is_rare = UNEVEN in scope
+        if is_rare:
+            return Count(0)
+        costliest_flops = max(count.flops for count in inner_counts)
+        return Count(costliest_flops, exact=all(count.exact for count in inner_counts))
+    total = _sum(inner_counts)
+    runs_known_times = name in _RUN_ONCE or total.flops == 0
+    return Count(total.flops, exact=total.exact and runs_known_times)
 
 
-def _call(name: str, scope: str, eqn: JaxprEqn) -> KernelCall:
+def _kernel_call(name: str, scope: str, eqn: JaxprEqn) -> KernelCall:
     """Returns a kernel's call as its table takes it."""
-    arrays: list[Any] = [atom.aval for atom in eqn.invars]
-    return KernelCall(name, scope, tuple((_hlo_dtype(x.dtype.name), x.shape) for x in arrays))
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    operands = tuple((_hlo_dtype(aval.dtype.name), aval.shape) for aval in avals)
+    return KernelCall(name, scope, operands)
 
 
 def _hlo_dtype(dtype: str) -> str:
     """Returns a dtype's name as HLO has it: "bf16", "f32", "s8"."""
-    for long, short in (("bool", "pred"), ("float", "f"), ("uint", "u"), ("int", "s")):
-        dtype = dtype.replace(long, short)
+    hlo_names = {"bool": "pred", "float": "f", "uint": "u", "int": "s"}
+    for numpy_name, hlo_name in hlo_names.items():
+        dtype = dtype.replace(numpy_name, hlo_name)
     return dtype
 
 
 def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
     """Yields the jaxprs among an equation's parameters, whatever their names."""
     for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, ClosedJaxpr | Jaxpr):
-                yield one
+        items = value if isinstance(value, tuple | list) else (value,)
+        for item in items:
+            if isinstance(item, ClosedJaxpr | Jaxpr):
+                yield item
 
 
-def _sum(parts: Sequence[Count] | Iterator[Count]) -> Count:
-    flops, exact = 0, True
-    for part in parts:
-        flops, exact = flops + part.flops, exact and part.exact
-    return Count(flops, exact)
+def _sum(counts: Sequence[Count]) -> Count:
+    flops = sum(count.flops for count in counts)
+    return Count(flops, exact=all(count.exact for count in counts))
 
 
-def _times(n: int, part: Count) -> Count:
-    return Count(n * part.flops, part.exact)
+def _times(n: int, count: Count) -> Count:
+    return Count(n * count.flops, count.exact)
 
 
 def _dot(eqn: JaxprEqn) -> int:
@@ -121,39 +129,39 @@ def _dot(eqn: JaxprEqn) -> int:
 
 
 def _ragged_dot(eqn: JaxprEqn) -> int:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-    return _product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions))
+    dimension_numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = dimension_numbers.dot_dimension_numbers
+    return _product(eqn, (*contracted, *batch, *dimension_numbers.rhs_group_dimensions))
 
 
-def _product(eqn: JaxprEqn, shared: Sequence[int]) -> int:
+def _product(eqn: JaxprEqn, shared_axes: Sequence[int]) -> int:
     """Counts a product's FLOPs: the left operand's size times the right one's unshared axes."""
-    left, right = (_shape(operand) for operand in eqn.invars[:2])
-    return 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
+    left_shape, right_shape = (_shape(operand) for operand in eqn.invars[:2])
+    result_sizes = [size for axis, size in enumerate(right_shape) if axis not in shared_axes]
+    return 2 * math.prod(left_shape) * math.prod(result_sizes)
 
 
 def _convolution(eqn: JaxprEqn) -> int:
     """Counts two FLOPs for each pair of a kernel element and an input that it multiplies."""
-    of_left, of_right, of_result = eqn.params["dimension_numbers"]
-    left, right = (_shape(operand) for operand in eqn.invars)
-    result = _shape(eqn.outvars[0])
-    total = result[of_result[0]] * result[of_result[1]] * right[of_right[1]]
-    windows = zip(
-        *(eqn.params[name] for name in ("window_strides", "lhs_dilation", "rhs_dilation")),
-        (before for before, _ in eqn.params["padding"]),
-        strict=True,
-    )
-    for axis, (stride, hole, spread, before) in enumerate(windows, start=2):
-        total *= pairs_along(
-            left[of_left[axis]],
-            right[of_right[axis]],
-            result[of_result[axis]],
+    # The axes of each array: batch and features (of a kernel out and in), and the spatial axes.
+    input_axes, kernel_axes, result_axes = eqn.params["dimension_numbers"]
+    input_shape, kernel_shape = (_shape(operand) for operand in eqn.invars)
+    result_shape = _shape(eqn.outvars[0])
+    n_pairs = result_shape[result_axes[0]] * result_shape[result_axes[1]]
+    n_pairs *= kernel_shape[kernel_axes[1]]
+    for spatial_axis, stride in enumerate(eqn.params["window_strides"]):
+        axis = 2 + spatial_axis
+        first_padding, _ = eqn.params["padding"][spatial_axis]
+        n_pairs *= pairs_along(
+            input_shape[input_axes[axis]],
+            kernel_shape[kernel_axes[axis]],
+            result_shape[result_axes[axis]],
             stride=stride,
-            hole=hole,
-            spread=spread,
-            before=before,
+            input_dilation=eqn.params["lhs_dilation"][spatial_axis],
+            kernel_dilation=eqn.params["rhs_dilation"][spatial_axis],
+            padding=first_padding,
         )
-    return 2 * total
+    return 2 * n_pairs
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

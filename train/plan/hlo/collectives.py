@@ -22,7 +22,8 @@ _LISTED = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\}
 _RANGE = re.compile(r"\breplica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 _AXES = re.compile(r"\breplica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}")
 _RESHAPED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")  # a whole axis, or a part: (parts before) parts
+# A whole axis 'fsdp', or one of the factors of its size, 'fsdp':(outer size)size.
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
 def collective_kind(op: Instruction, computation: str, caller: str) -> str | None:
@@ -59,10 +60,10 @@ def sent_bytes(module: HloModule, op: Instruction, computation: Computation, kin
     Raises:
       ValueError: the groups of devices have an unknown form.
     """
-    operands = size_of(operand_arrays(op, computation))
-    devices = max(map(len, device_groups(op.text)), default=module.devices)
-    array = operands * devices if kind == "all-gather" else operands
-    return ring_bytes(kind, array, devices)
+    operand_bytes = size_of(operand_arrays(op, computation))
+    participants = max(map(len, device_groups(op.text)), default=module.devices)
+    array_bytes = operand_bytes * participants if kind == "all-gather" else operand_bytes
+    return ring_bytes(kind, array_bytes, participants)
 
 
 def ring_bytes(kind: str, array: int, participants: int) -> int:
@@ -92,46 +93,58 @@ def device_groups(text: str) -> Sequence[Sequence[int]]:
     Raises:
       ValueError: the groups have an unknown form.
     """
-    if by_axes := _AXES.search(text):
-        return _along_axes(*by_axes.groups())
-    if given := _RANGE.search(text):
-        groups: Any = _ordered(given[2]).reshape(_numbers(given[1])).tolist()
+    mesh_axes = _AXES.search(text)
+    if mesh_axes:
+        mesh, device_order, axes = mesh_axes.groups()
+        return _groups_along_axes(mesh, device_order, axes)
+    device_range = _RANGE.search(text)
+    if device_range:
+        group_shape = _integers(device_range[1])
+        groups: Any = _device_order(device_range[2]).reshape(group_shape).tolist()
         return groups
-    if (listed := _LISTED.search(text)) is None:
+    device_lists = _LISTED.search(text)
+    if device_lists is None:
         raise ValueError(f"a collective whose groups are not listed: {text[:200]}")
-    return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+    return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", device_lists[1])]
 
 
-def _along_axes(mesh: str, order: str | None, axes: str) -> Sequence[Sequence[int]]:
-    """Returns the groups along axes of a mesh.
+def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequence[Sequence[int]]:
+    """Returns the groups of devices that differ along given axes of a mesh alone.
 
     Args:
       mesh: its axes, such as `'data'=2,'fsdp'=4`.
-      order: its devices, such as `[2,4]T(1,0)`; None for 0, 1, 2, …
-      axes: axes along which devices are together, such as `'data','fsdp':(1)2`.
+      device_order: its devices, such as `[2,4]T(1,0)`; None for 0, 1, 2, …
+      axes: axes along which the devices of a group differ, such as `'data','fsdp':(1)2`.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    places = np.unravel_index(np.arange(math.prod(sizes.values())), [*sizes.values()])
-    at = dict(zip(sizes, places, strict=True))
-    for name, before, part in _AXIS.findall(axes):  # devices that differ along these are together
-        inner = sizes[name] // (int(before or 1) * int(part or sizes[name]))
-        outer = inner * int(part or sizes[name])
-        at[name] = at[name] // outer * outer + at[name] % inner
+    n_devices = math.prod(sizes.values())
+    indices = np.unravel_index(np.arange(n_devices), [*sizes.values()])
+    coordinates = dict(zip(sizes, indices, strict=True))
+    # Devices of a group have equal coordinates once those along the group's axes are zeroed.
+    for name, outer_size, factor_size in _AXIS.findall(axes):
+        factor = int(factor_size or sizes[name])
+        inner_stride = sizes[name] // (int(outer_size or 1) * factor)
+        outer_stride = inner_stride * factor
+        outer_part = coordinates[name] // outer_stride * outer_stride
+        coordinates[name] = outer_part + coordinates[name] % inner_stride
+    devices = _device_order(device_order or f"[{n_devices}]").tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
-    keys = zip(*(place.tolist() for place in at.values()), strict=True)
-    for device, key in zip(_ordered(order or f"[{len(places[0])}]").tolist(), keys, strict=True):
+    for index, device in enumerate(devices):
+        key = tuple(int(axis_coordinates[index]) for axis_coordinates in coordinates.values())
         groups.setdefault(key, []).append(device)
     return [*groups.values()]
 
 
-def _ordered(text: str) -> np.ndarray:
+def _device_order(text: str) -> np.ndarray:
     """Returns devices from their list, or from a range that is reshaped and transposed, flat."""
-    if (given := _RESHAPED.fullmatch(text)) is None:
-        return np.array([int(n) for n in text.split(",")])
-    sizes = _numbers(given[1])
-    order = _numbers(given[2]) if given[2] else None
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)
+    device_range = _RESHAPED.fullmatch(text)
+    if device_range is None:
+        return np.array([int(device) for device in text.split(",")])
+    sizes = _integers(device_range[1])
+    permutation = _integers(device_range[2]) if device_range[2] else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(permutation).reshape(-1)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
+def _integers(text: str) -> list[int]:
+    """Parses integers that commas separate."""
+    return [int(digits) for digits in text.split(",") if digits]

@@ -51,8 +51,8 @@ class KernelWork(NamedTuple):
 
 def kernel_of(call: KernelCall) -> KernelWork | None:
     """Returns the entry of a call's kernel: the longest name that its own begins with."""
-    found = [name for name in KERNELS if call.name.startswith(name)]
-    return KERNELS[max(found, key=len)] if found else None
+    prefixes = [prefix for prefix in KERNELS if call.name.startswith(prefix)]
+    return KERNELS[max(prefixes, key=len)] if prefixes else None
 
 
 def kernel_flops(call: KernelCall) -> int:
@@ -66,18 +66,20 @@ def kernel_lines(calls: Iterable[KernelCall]) -> tuple[str, ...]:
 
     A kernel that the table does not list has its own name.
     """
-    parts: dict[str, set[str]] = {}
+    parts_of_label: dict[str, set[str]] = {}
     for call in calls:
         kernel = kernel_of(call)
         if kernel is None:
-            parts.setdefault(re.sub(r"[.\d]+$", "", call.name), set())
+            unlisted_name = re.sub(r"[.\d]+$", "", call.name)
+            parts_of_label.setdefault(unlisted_name, set())
         else:
-            parts.setdefault(kernel.label, set()).add(kernel.part)
-    order = [kernel.part for kernel in KERNELS.values()]
-    return tuple(
-        f"{label} ({', '.join(sorted(found, key=order.index))})" if found else label
-        for label, found in sorted(parts.items())
-    )
+            parts_of_label.setdefault(kernel.label, set()).add(kernel.part)
+    part_order = [kernel.part for kernel in KERNELS.values()]
+    lines: list[str] = []
+    for label, parts in sorted(parts_of_label.items()):
+        part_list = ", ".join(sorted(parts, key=part_order.index))
+        lines.append(f"{label} ({part_list})" if parts else label)
+    return tuple(lines)
 
 
 def unlisted(calls: Iterable[KernelCall]) -> tuple[str, ...]:
@@ -91,37 +93,43 @@ _VISITED = re.compile(r"blocks_(\d+)(?:_or_(\d+))?_of_(\d+)")
 _WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
-def _attention(products: int, tokens: int = -2) -> Callable[[KernelCall], int]:
+def _attention(n_products: int, token_axis: int = -2) -> Callable[[KernelCall], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
-    Its first two floating operands are queries and keys, with their tokens on the axis `tokens`.
-    The scope says how many of all blocks the mask leaves (see
+    Its first two floating operands are queries and keys, with their tokens on the axis
+    `token_axis`. The scope says how many of all blocks the mask leaves (see
     `lora_jax.models.layers.kernels.splash`). Where that depends on the layer, a call counts as the
     mean of all layers.
     """
 
     def flops(call: KernelCall) -> int:
-        queries, keys, *_ = _floating(call.operands)
-        return round(2 * products * math.prod(queries) * keys[tokens] * _share(call.scope))
+        query_shape, key_shape, *_ = _floating_shapes(call.operands)
+        score_size = math.prod(query_shape) * key_shape[token_axis]
+        return round(2 * n_products * score_size * _visited_share(call.scope))
 
     return flops
 
 
-def _share(scope: str) -> float:
+def _visited_share(scope: str) -> float:
     """Returns the share of blocks that a mask leaves; 1 if the scope does not say."""
-    found = _VISITED.search(scope)
-    if found is None:
+    blocks = _VISITED.search(scope)
+    if blocks is None:
         return 1.0
-    visited, blocks = int(found[1]), int(found[3])
-    if found[2] and (layers := _WINDOWED.search(scope)):
-        windowed, count = int(layers[1]), int(layers[2])
-        return (visited * (count - windowed) + int(found[2]) * windowed) / (count * blocks)
-    return visited / blocks
+    visited_blocks = int(blocks[1])
+    n_blocks = int(blocks[3])
+    layers = _WINDOWED.search(scope)
+    if blocks[2] is None or layers is None:  # the mask is the same in all layers
+        return visited_blocks / n_blocks
+    windowed_blocks = int(blocks[2])
+    n_windowed = int(layers[1])
+    n_layers = int(layers[2])
+    total_visited = visited_blocks * (n_layers - n_windowed) + windowed_blocks * n_windowed
+    return total_visited / (n_layers * n_blocks)
 
 
-def _floating(operands: Sequence[Array]) -> list[tuple[int, ...]]:
+def _floating_shapes(operands: Sequence[Array]) -> list[tuple[int, ...]]:
     """Returns the shapes of floating-point operands."""
-    return [shape for kind, shape in operands if kind.startswith(("f", "bf"))]
+    return [shape for dtype, shape in operands if dtype.startswith(("f", "bf"))]
 
 
 # Products of the rows of groups (`jax.lax.ragged_dot`)
@@ -133,8 +141,11 @@ def _ragged_dot(call: KernelCall) -> int:
     The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
     of a cotangent, [m, n].
     """
-    (m, k), other = _floating(call.operands)[-2:]
-    return 2 * m * (math.prod(other[1:]) if len(other) == 3 else k * other[1])
+    row_shape, other_shape = _floating_shapes(call.operands)[-2:]
+    n_rows, row_width = row_shape
+    has_kernels = len(other_shape) == 3
+    kernel_size = math.prod(other_shape[1:]) if has_kernels else row_width * other_shape[1]
+    return 2 * n_rows * kernel_size
 
 
 # Products of few rows with a layer of a stack of codes (`lora_jax.quantized.rows`)
@@ -142,27 +153,50 @@ def _ragged_dot(call: KernelCall) -> int:
 
 def _rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of rows, [rows, in], and of codes, [layers, in, out]."""
-    rows = next(shape for _, shape in call.operands if len(shape) == 2)
-    return rows, next(shape for _, shape in call.operands if len(shape) == 3)
+    shapes = [shape for _, shape in call.operands]
+    row_shapes = [shape for shape in shapes if len(shape) == 2]
+    stack_shapes = [shape for shape in shapes if len(shape) == 3]
+    return row_shapes[0], stack_shapes[0]
 
 
 def _rows_flops(call: KernelCall) -> int:
-    rows, (_, *layer) = _rows_and_codes(call)
-    return 2 * rows[0] * math.prod(layer)
+    row_shape, stack_shape = _rows_and_codes(call)
+    layer_size = math.prod(stack_shape[1:])
+    return 2 * row_shape[0] * layer_size
 
 
-def _other_layers(call: KernelCall) -> int:
-    stacks = [array for array in call.operands if len(array[1]) == 3]
-    return size_of(stacks) - size_of([(kind, shape[1:]) for kind, shape in stacks])
+def _other_layers_bytes(call: KernelCall) -> int:
+    """Returns the bytes of the layers of a stack that a call does not read."""
+    stacks = [(dtype, shape) for dtype, shape in call.operands if len(shape) == 3]
+    layers = [(dtype, shape[1:]) for dtype, shape in stacks]
+    return size_of(stacks) - size_of(layers)
 
 
-def _cycles_by_weights(each: float) -> Callable[[KernelCall], float]:
+def _cycles_by_weights(cycles_per_1024: float) -> Callable[[KernelCall], float]:
     """Returns the count of a kernel that forms W, by cycles for 1,024 weights."""
-    return lambda call: each * math.prod(_rows_and_codes(call)[1][1:]) / 1024
+
+    def cycles(call: KernelCall) -> float:
+        _, stack_shape = _rows_and_codes(call)
+        return cycles_per_1024 * math.prod(stack_shape[1:]) / 1024
+
+    return cycles
 
 
-# The cycles are those of the compiler's schedule of a tile on v5e (its "final bundles").
-_CAST, _BY_TABLE = 1.2, 3.8
+# Cycles for 1,024 weights, by the compiler's schedule of a tile on v5e (its "final bundles").
+_CAST_CYCLES = 1.2
+_TABLE_CYCLES = 3.8
+
+
+def _coded_rows(part: str, cycles_per_1024: float) -> KernelWork:
+    """Returns the entry of a kernel of few rows by codes."""
+    return KernelWork(
+        label="few rows by codes",
+        part=part,
+        flops=_rows_flops,
+        unread=_other_layers_bytes,
+        cycles=_cycles_by_weights(cycles_per_1024),
+    )
+
 
 # The beginning of a kernel's name -> its entry.
 KERNELS: dict[str, KernelWork] = {
@@ -173,12 +207,8 @@ KERNELS: dict[str, KernelWork] = {
     "flash_fwd": KernelWork("flash attention", "fwd", _attention(2, -3)),
     "flash_dq": KernelWork("flash attention", "dq", _attention(3, -3)),
     "flash_dkv": KernelWork("flash attention", "dkv", _attention(4, -3)),
-    "coded_rows": KernelWork(
-        "few rows by codes", "cast", _rows_flops, _other_layers, _cycles_by_weights(_CAST)
-    ),
-    "coded_rows_by_table": KernelWork(
-        "few rows by codes", "by table", _rows_flops, _other_layers, _cycles_by_weights(_BY_TABLE)
-    ),
+    "coded_rows": _coded_rows("cast", _CAST_CYCLES),
+    "coded_rows_by_table": _coded_rows("by table", _TABLE_CYCLES),
     "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot),
     "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }

@@ -53,8 +53,8 @@ class Instruction:
     def called(self) -> tuple[str, ...]:
         """The names of the computations that it calls, but for a loop's condition."""
         names: list[str] = []
-        for many, single in _CALLED.findall(self.text):
-            names += [name.strip().lstrip("%") for name in (many or single).split(",")]
+        for braced_names, single_name in _CALLED.findall(self.text):
+            names += [name.strip().lstrip("%") for name in (braced_names or single_name).split(",")]
         return tuple(name for name in names if name)
 
     @functools.cached_property
@@ -89,7 +89,8 @@ class HloModule:
         self.devices = math.prod(int(count) for count in _DEVICES.findall(text.partition("\n")[0]))
         for is_entry, name, instructions in _computations(text):
             self.computations[name] = instructions
-            self.entry = name if is_entry else self.entry
+            if is_entry:
+                self.entry = name
         if not self.entry:
             raise NotUnderstood("the HLO has no entry")
 
@@ -102,25 +103,25 @@ class HloModule:
         Raises:
           NotUnderstood: the HLO does not say how often it runs.
         """
-        if known := _TRIPS.search(loop.text):
-            return int(known[1])
-        condition, body = (
-            self.computations[_found(rf"\b{name}=%?([\w.\-]+)", loop.text)]
-            for name in ("condition", "body")
-        )
-        test = root_of(condition)
-        if test.opcode == "fusion":
-            condition = self.computations[test.called[0]]
-            test = root_of(condition)
-        limit = _constant(test, condition)
+        trip_count = _TRIPS.search(loop.text)
+        if trip_count:
+            return int(trip_count[1])
+        condition = self.computations[_matched(r"\bcondition=%?([\w.\-]+)", loop.text)]
+        body = self.computations[_matched(r"\bbody=%?([\w.\-]+)", loop.text)]
+        comparison = root_of(condition)
+        if comparison.opcode == "fusion":
+            condition = self.computations[comparison.called[0]]
+            comparison = root_of(condition)
+        limit = _constant(comparison, condition)
         counters = [op for op in condition.values() if op.opcode == "get-tuple-element"]
-        if test.opcode == "compare" and "direction=LT" in test.text and len(counters) == 1:
-            index = int(_found(r"index=(\d+)", counters[0].text))
-            counted = _behind(body[root_of(body).operands[index]], body)
-            if counted.opcode == "fusion":
-                body = self.computations[counted.called[0]]
-                counted = _behind(root_of(body), body)
-            step = _constant(counted, body) if counted.opcode == "add" else None
+        is_less_than = comparison.opcode == "compare" and "direction=LT" in comparison.text
+        if is_less_than and len(counters) == 1:
+            index = int(_matched(r"index=(\d+)", counters[0].text))
+            increment = _copied(body[root_of(body).operands[index]], body)
+            if increment.opcode == "fusion":
+                body = self.computations[increment.called[0]]
+                increment = _copied(root_of(body), body)
+            step = _constant(increment, body) if increment.opcode == "add" else None
             if limit and step:
                 return -(-limit // step)
         raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
@@ -159,19 +160,24 @@ def operand_arrays(op: Instruction, computation: Computation) -> tuple[Array, ..
 
 def _constant(op: Instruction, computation: Computation) -> int | None:
     """Returns the only constant among the operands; None if there is none, or several."""
-    given = [_behind(computation[name], computation) for name in op.operands]
-    numbers = [match[1] for o in given if o.opcode == "constant" and (match := _INT(o.text))]
-    return int(numbers[0]) if len(numbers) == 1 else None
+    constants: list[int] = []
+    for name in op.operands:
+        operand = _copied(computation[name], computation)
+        match = _INT(operand.text)
+        if operand.opcode == "constant" and match:
+            constants.append(int(match[1]))
+    return constants[0] if len(constants) == 1 else None
 
 
-def _found(pattern: str, text: str) -> str:
+def _matched(pattern: str, text: str) -> str:
+    """Returns what the group of a pattern matches; raises NotUnderstood if it matches nothing."""
     match = re.search(pattern, text)
     if match is None:
         raise NotUnderstood(f"no {pattern} in {text[:200]}")
     return match[1]
 
 
-def _behind(op: Instruction, computation: Computation) -> Instruction:
+def _copied(op: Instruction, computation: Computation) -> Instruction:
     """Returns the instruction that this one is a copy of, or itself."""
     while op.opcode in ("copy", "bitcast", "convert"):
         op = computation[op.operands[0]]
@@ -179,42 +185,63 @@ def _behind(op: Instruction, computation: Computation) -> Instruction:
 
 
 def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
-    name, is_entry, instructions = "", False, dict[str, Instruction]()
-    last: Instruction | None = None
+    """Yields the computations of a module: whether it is the entry, its name, its instructions."""
+    name = ""
+    is_entry = False
+    instructions: dict[str, Instruction] = {}
+    op: Instruction | None = None
     for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name, is_entry, instructions = header[2], header[1] is not None, {}
+        header = _HEADER.match(line)
+        instruction = _INSTRUCTION.match(line)
+        if header:
+            name = header[2]
+            is_entry = header[1] is not None
+            instructions = {}
         elif _END.match(line):
             yield is_entry, name, instructions
-        elif match := _INSTRUCTION.match(line):
-            op = _instruction(match[2], match[3], match[1] is not None)
-            instructions[op.name] = last = op
-        elif last and last.name in instructions:  # a kernel's attributes have lines of their own
-            last = dataclasses.replace(last, text=last.text + line)
-            instructions[last.name] = last
+        elif instruction:
+            op = _instruction(instruction[2], instruction[3], instruction[1] is not None)
+            instructions[op.name] = op
+        elif op and op.name in instructions:  # a kernel's attributes have lines of their own
+            op = dataclasses.replace(op, text=op.text + line)
+            instructions[op.name] = op
 
 
-def _instruction(name: str, text: str, root: bool) -> Instruction:
-    if text.startswith("("):
-        end = _closing(text, 0) + 1
+def _instruction(name: str, definition: str, is_root: bool) -> Instruction:
+    """Parses the right side of an instruction: its shapes, its opcode, its operands."""
+    if definition.startswith("("):  # the shapes of a tuple
+        shapes_end = _closing_bracket(definition) + 1
     else:
-        end = text.index(" ")
-    opcode, _, rest = text[end:].strip().partition("(")
-    last = _closing(f"({rest}", 0)
-    operands = tuple(_NAME.findall(rest[:last]))
-    return Instruction(name, opcode, _arrays(text[:end]), operands, f"({rest}", root)
+        shapes_end = definition.index(" ")
+    opcode, _, arguments = definition[shapes_end:].strip().partition("(")
+    text = f"({arguments}"
+    return Instruction(
+        name=name,
+        opcode=opcode,
+        shapes=_arrays(definition[:shapes_end]),
+        operands=tuple(_NAME.findall(text[: _closing_bracket(text)])),
+        text=text,
+        root=is_root,
+    )
 
 
-def _closing(text: str, start: int) -> int:
+def _closing_bracket(text: str) -> int:
+    """Returns the index of the bracket that closes the first one of a text."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
+    for index, character in enumerate(text):
+        if character == "(":
+            depth += 1
+        elif character == ")":
+            depth -= 1
         if depth == 0:
-            return at
+            return index
     raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    return tuple(
-        (kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)
-    )
+    """Parses the dtypes and shapes of a result: "bf16[8,128]" and others."""
+    arrays: list[Array] = []
+    for dtype, sizes in _ARRAY.findall(text):
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        arrays.append((dtype, shape))
+    return tuple(arrays)

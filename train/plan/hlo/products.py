@@ -33,19 +33,22 @@ def is_product(op: Instruction) -> bool:
 
 def product_flops(op: Instruction, computation: Computation) -> int:
     """Counts two FLOPs for each multiplication of a product or a convolution."""
-    (_, left), (_, right) = (computation[name].shapes[0] for name in op.operands[:2])
+    _, left_shape = computation[op.operands[0]].shapes[0]
+    _, right_shape = computation[op.operands[1]].shapes[0]
     if op.opcode == "convolution":
-        return _convolution_flops(op, left, right)
-    axes = op.attribute("lhs_contracting_dims")
+        return _convolution_flops(op, left_shape, right_shape)
+    contracted_axes = op.attribute("lhs_contracting_dims")
     if op.opcode == "custom-call":
         match = _CONTRACTED.search(op.text)
         if match is None:
             raise NotUnderstood(f"a call of cuBLAS without contracted axes: {op.text[:200]}")
-        axes = [int(n) for n in re.findall(r"\d+", match[1])]
-    return 2 * math.prod(op.shapes[0][1]) * math.prod(left[axis] for axis in axes)
+        contracted_axes = [int(digits) for digits in re.findall(r"\d+", match[1])]
+    _, result_shape = op.shapes[0]
+    contracted_size = math.prod(left_shape[axis] for axis in contracted_axes)
+    return 2 * math.prod(result_shape) * contracted_size
 
 
-def _convolution_flops(op: Instruction, left: Shape, right: Shape) -> int:
+def _convolution_flops(op: Instruction, input_shape: Shape, kernel_shape: Shape) -> int:
     """Counts two FLOPs for each pair of a kernel element and an input element that it multiplies.
 
     The TPU compiler writes matrix products as convolutions, and batch axes as spatial axes dilated
@@ -54,43 +57,54 @@ def _convolution_flops(op: Instruction, left: Shape, right: Shape) -> int:
     labels = _LABELS.search(op.text)
     if labels is None:
         raise NotUnderstood(f"a convolution without dim_labels: {op.text[:200]}")
-    of_left, of_right, of_result = labels.groups()
-    result = op.shapes[0][1]
+    input_labels, kernel_labels, result_labels = labels.groups()
+    _, result_shape = op.shapes[0]
     window = _WINDOW.search(op.text)
-    fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    total = result[of_result.index("b")] * result[of_result.index("f")]
-    total *= right[of_right.index("i")]
-    for axis, label in enumerate(sorted(c for c in of_left if c.isdigit())):
-        along = {
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    n_pairs = result_shape[result_labels.index("b")] * result_shape[result_labels.index("f")]
+    n_pairs *= kernel_shape[kernel_labels.index("i")]
+    spatial_labels = sorted(label for label in input_labels if label.isdigit())
+    for axis, label in enumerate(spatial_labels):
+        # A field has one value for each axis, such as 3x3, or one value for all of them.
+        window_axis = {
             name: value.split("x")[axis] if "x" in value else value
             for name, value in fields.items()
         }
-        total *= pairs_along(
-            left[of_left.index(label)],
-            right[of_right.index(label)],
-            result[of_result.index(label)],
-            stride=int(along.get("stride", 1)),
-            hole=int(along.get("lhs_dilate", 1)),
-            spread=int(along.get("rhs_dilate", 1)),
-            before=int(along.get("pad", "0_0").split("_")[0]),
+        n_pairs *= pairs_along(
+            input_shape[input_labels.index(label)],
+            kernel_shape[kernel_labels.index(label)],
+            result_shape[result_labels.index(label)],
+            stride=int(window_axis.get("stride", 1)),
+            input_dilation=int(window_axis.get("lhs_dilate", 1)),
+            kernel_dilation=int(window_axis.get("rhs_dilate", 1)),
+            padding=int(window_axis.get("pad", "0_0").split("_")[0]),
         )
-    return 2 * total
+    return 2 * n_pairs
 
 
 def pairs_along(
-    n_in: int, n_kernel: int, n_out: int, *, stride: int, hole: int, spread: int, before: int
+    n_in: int,
+    n_kernel: int,
+    n_out: int,
+    *,
+    stride: int,
+    input_dilation: int,
+    kernel_dilation: int,
+    padding: int,
 ) -> int:
     """Counts the pairs (output, kernel element) that meet an input along a spatial axis.
 
     Args:
       n_in, n_kernel, n_out: the sizes of the axis.
       stride: the window stride.
-      hole: the dilation of the input; 1 for none.
-      spread: the dilation of the kernel; 1 for none.
-      before: the padding before the first input.
+      input_dilation, kernel_dilation: dilations; 1 for none.
+      padding: the padding before the first input.
 
     Returns:
       The number of pairs; padding and dilation holes are not inputs.
     """
-    place = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * spread - before
-    return int(np.sum((place >= 0) & (place % hole == 0) & (place < n_in * hole)))
+    window_starts = np.arange(n_out)[:, None] * stride - padding
+    positions = window_starts + np.arange(n_kernel) * kernel_dilation  # [out, kernel]
+    is_inside = (positions >= 0) & (positions < n_in * input_dilation)
+    is_input = positions % input_dilation == 0
+    return int(np.sum(is_inside & is_input))

@@ -36,18 +36,21 @@ class SliceTransfer(NamedTuple):
 
 def slices_in_hlo(mesh: Mesh) -> tuple[int, ...]:
     """Returns the slice of each device, by its number in the HLO; () for devices of one slice."""
-    numbers = [slice_of(device) for device in mesh.devices.flat]
-    if mesh.devices.flat[0].platform == "tpu":  # numbered within a slice
-        numbers.sort()
-    return tuple(numbers) if len({*numbers}) > 1 else ()
+    slices = [slice_of(device) for device in mesh.devices.flat]
+    if mesh.devices.flat[0].platform == "tpu":  # the HLO numbers devices slice by slice
+        slices.sort()
+    has_several = len(set(slices)) > 1
+    return tuple(slices) if has_several else ()
 
 
 def slice_transfer(text: str) -> SliceTransfer | None:
     """Returns the transfer of a send or a recv; None for one that stays on a device's host."""
-    kind, name = _KIND.search(text), _TRANSFER.search(text)
-    if kind is None or name is None:
+    kind_match = _KIND.search(text)
+    name_match = _TRANSFER.search(text)
+    if kind_match is None or name_match is None:
         return None
-    return SliceTransfer(name[1], _KINDS.get(kind[1], kind[1].lower().replace("_", "-")))
+    kind = kind_match[1]
+    return SliceTransfer(name_match[1], _KINDS.get(kind, kind.lower().replace("_", "-")))
 
 
 def transferred_bytes(
@@ -66,14 +69,15 @@ def transferred_bytes(
     """
     if slices < 2:
         raise ValueError(f"the transfer {transfer.name} leaves a slice, but there is one slice")
-    received = [
-        size_of(op.shapes[:1])
-        for op in computation.values()
-        if op.opcode == "recv" and slice_transfer(op.text) == transfer
-    ]
-    operand = size_of(operand_arrays(send, computation)[:1])
-    array = max(received, default=operand) if transfer.kind == "all-gather" else operand
-    return ring_bytes(transfer.kind, array, slices)
+    array_bytes = size_of(operand_arrays(send, computation)[:1])
+    if transfer.kind == "all-gather":  # the gathered array is the one that is received
+        received_bytes = [
+            size_of(op.shapes[:1])
+            for op in computation.values()
+            if op.opcode == "recv" and slice_transfer(op.text) == transfer
+        ]
+        array_bytes = max(received_bytes, default=array_bytes)
+    return ring_bytes(transfer.kind, array_bytes, slices)
 
 
 def crosses(text: str, slices: Sequence[int]) -> bool:
@@ -88,5 +92,8 @@ def crosses(text: str, slices: Sequence[int]) -> bool:
     """
     if not slices:
         return False
-    groups = device_groups(text) or [range(len(slices))]
-    return any(len({slices[device] for device in group}) > 1 for group in groups)
+    for group in device_groups(text) or [range(len(slices))]:
+        group_slices = {slices[device] for device in group}
+        if len(group_slices) > 1:
+            return True
+    return False
