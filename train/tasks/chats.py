@@ -62,63 +62,72 @@ def read_rows(config: Config) -> TaskRows:
     """Finds the data sets; reads and checks the rows of those whose tokens are not kept."""
     data = config.data
     names = [dataset.name for dataset in parse_datasets(data.dataset)]
-    used: set[str] | None = set() if data.fields and len(names) > 1 else None
-    look = _finder(config, used)
-    train = [look(name, split=data.split, rows=data.rows) for name in names]
-    if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
+    # Of several data sets, each field of --fields has to be in one of them.
+    fields_in_use: set[str] | None = set() if data.fields and len(names) > 1 else None
+    find = _finder(config, fields_in_use)
+    train = [find(name, split=data.split, rows=data.rows) for name in names]
+    n_bytes = sum(dataset.n_bytes for dataset in train)
+    if n_bytes > _LARGE:
         tell(
             hosts.console(),
             f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
             "--stream reads them while training",
         )
     for dataset in train:
-        dataset.check(again=used is not None)
-    if used is not None and (unused := [o for _, o in pairs_of(data.fields) if o not in used]):
-        raise UserError(
-            f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
-            "first row"
-        )
-    return TaskRows(train, read_eval_dataset(config, used))
+        dataset.check(again=fields_in_use is not None)
+    if fields_in_use is not None:
+        for _, field in pairs_of(data.fields):
+            if field not in fields_in_use:
+                raise UserError(
+                    f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{field}` in "
+                    "its first row"
+                )
+    return TaskRows(train, read_eval_dataset(config, fields_in_use))
 
 
-def read_eval_dataset(config: Config, used: set[str] | None = None) -> list[Dataset]:
+def read_eval_dataset(config: Config, fields_in_use: set[str] | None = None) -> list[Dataset]:
     """Returns the data set of --eval-dataset, checked, if there is one; see `find_dataset`."""
     data = config.data
     if data.eval_dataset is None:
         return []
-    held_out = _finder(config, used)(data.eval_dataset, split=data.eval_split)
+    held_out = _finder(config, fields_in_use)(data.eval_dataset, split=data.eval_split)
     held_out.check()
     return [held_out]
 
 
-def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
+def _finder(config: Config, fields_in_use: set[str] | None) -> Callable[..., Dataset]:
     """Returns `find_dataset` as the options say."""
     data = config.data
     return functools.partial(
-        find_dataset, subset=data.subset, fields=data.fields, used=used, kept_in=data.token_cache
+        find_dataset,
+        subset=data.subset,
+        fields=data.fields,
+        used=fields_in_use,
+        kept_in=data.token_cache,
     )
 
 
 def outline(
-    config: LanguageOptions, rows: TaskRows, *, shows: Callable[[], bool] = lambda: False
+    config: LanguageOptions, rows: TaskRows, *, needs_images: Callable[[], bool] = lambda: False
 ) -> ModelInfo:
     """Reads the model's outline; checks that the model allows sequences of --seq-len.
 
     Args:
       config: the options.
       rows: the rows.
-      shows: says whether images are to be read, of a model that has an encoder for them.
+      needs_images: says whether images are to be read, of a model that has an encoder for them.
     """
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
     outline = read_model_info(data.model, data.tokenizer, model_code=data.model_code)
-    if outline.can_have_images and shows():
+    if outline.can_have_images and needs_images():
         outline = outline.with_images()
-    of_torch: Any = outline.config if outline.is_torch else None
-    if of_torch and isinstance(data, RolloutDataConfig) and not of_torch.caches:
+    torch_config: Any = outline.config if outline.is_torch else None
+    draws_completions = isinstance(data, RolloutDataConfig)
+    if torch_config and draws_completions and not torch_config.caches:
         raise UserError(
             f"--model {data.model} runs as a torch module that keeps no keys and values "
-            f"({of_torch.cache_line()}): drawing completions by it would take too long; name "
+            f"({torch_config.cache_line()}): drawing completions by it would take too long; name "
             "another model"
         )
     if getattr(data, "packing", False):
@@ -141,11 +150,12 @@ def check_keeps_apart(outline: ModelInfo, reason: str, remedy: str) -> None:
     Raises:
       UserError: the model runs as a torch module that cannot.
     """
-    of_torch: Any = outline.config if outline.is_torch else None
-    if of_torch and not of_torch.packs:
+    torch_config: Any = outline.config if outline.is_torch else None
+    if torch_config and not torch_config.packs:
         raise UserError(
-            f"{reason}{outline.name}, a {of_torch.model_type}, runs as a torch module that cannot "
-            f"keep the sequences of one row apart. They would see each other: {remedy}"
+            f"{reason}{outline.name}, a {torch_config.model_type}, runs as a torch module that "
+            "cannot keep the sequences of one row apart. They would see each other: "
+            f"{remedy}"
         )
 
 
@@ -155,51 +165,64 @@ def outline_of_chats(config: Config, rows: TaskRows) -> ModelInfo:
     The rows are read for it, and only where the model has such an encoder.
     """
 
-    def shows() -> bool:
-        first = config.adapter.init_adapter
-        if first is not None and find_adapter(first, "--init-adapter").images:
+    def needs_images() -> bool:
+        if _starts_with_images(config):
             return True
-        every = (*rows.train, *rows.held_out)
-        return any(has_images(row) for dataset in every for row in dataset.peek())
+        datasets = (*rows.train, *rows.held_out)
+        return any(has_images(row) for dataset in datasets for row in dataset.peek())
 
-    return outline(config, rows, shows=shows)
+    return outline(config, rows, needs_images=needs_images)
+
+
+def _starts_with_images(config: Config) -> bool:
+    """Returns True if the adapter of --init-adapter was trained with images."""
+    path = config.adapter.init_adapter
+    return path is not None and find_adapter(path, "--init-adapter").images
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
-    data, lines = config.data, []
-    weights = [dataset.weight for dataset in parse_datasets(data.dataset)]
-    train, pictures = _read(config, rows.train, outline)
-    held_out, measured_pictures = _read(config, rows.held_out, outline)
-    parts = dict(zip((named.name for named in rows.train), train, strict=True))
-    source = ", ".join(dataset.name for dataset in rows.held_out)
-    counts = {name: int(tokens.rows[-1]) for name, tokens in parts.items()}
-    if not held_out and (drawn := hold_out(config, counts, weights)):
-        split = [tokens.split(taken) for tokens, taken in zip(parts.values(), drawn, strict=True)]
-        held_out = [measured for _, measured in split]
-        source = "the held-out rows"
-        parts = {name: rest for name, (rest, _) in zip(parts, split, strict=True)}
-        lines = [_drawn(config, n, rows) for n, rows in zip(counts.items(), drawn, strict=True)]
-        measured_pictures = pictures
-    elif held_out and config.run.eval_every:
-        lines = [measured_line(sum(map(len, held_out)), "rows", source)]
-    packs = packed(config, parts, [w for w in weights if w is not None], pictures)
-    measured = Sequences.join(held_out) if held_out else None
+    weights = [dataset.weight for dataset in parse_datasets(config.data.dataset)]
+    train_tokens, train_pictures = _read(config, rows.train, outline)
+    held_out_tokens, held_out_pictures = _read(config, rows.held_out, outline)
+    names = [dataset.name for dataset in rows.train]
+    tokens_of_dataset = dict(zip(names, train_tokens, strict=True))
+    held_out_source = ", ".join(dataset.name for dataset in rows.held_out)
+    lines: list[str] = []
+    if held_out_tokens:
+        if config.run.eval_every:
+            n_held_out = sum(map(len, held_out_tokens))
+            lines.append(measured_line(n_held_out, "rows", held_out_source))
+    else:
+        row_counts = {name: int(tokens.rows[-1]) for name, tokens in tokens_of_dataset.items()}
+        held_out_rows = hold_out(config, row_counts, weights)
+        if held_out_rows:
+            held_out_source = "the held-out rows"
+            held_out_pictures = train_pictures
+            for name, row_numbers in zip(names, held_out_rows, strict=True):
+                train_part, held_out_part = tokens_of_dataset[name].split(row_numbers)
+                tokens_of_dataset[name] = train_part
+                held_out_tokens.append(held_out_part)
+                lines.append(_held_out_line(config, name, row_counts[name], row_numbers))
+    mixture_weights = [weight for weight in weights if weight is not None]
+    packs = packed(config, tokens_of_dataset, mixture_weights, train_pictures)
+    held_out_packs: Packs | None = None
+    if held_out_tokens:
+        joined_tokens = {held_out_source: Sequences.join(held_out_tokens)}
+        held_out_packs = packed(config, joined_tokens, (), held_out_pictures)
     if packs.further is not None:
-        lines.append(_images_line(pictures, packs.further))
+        lines.append(_images_line(train_pictures, packs.further))
     return Data(
         train=packs,
-        held_out=None
-        if measured is None
-        else packed(config, {source: measured}, (), measured_pictures),
+        held_out=held_out_packs,
         name=packs.name,
-        source="" if packs.sources else next(iter(parts)),
+        source="" if packs.sources else names[0],
         facts={
             "sequence_length": packs.lengths[-1],
             "lengths": packs.lengths,
             "rows": len(packs.table),
         },
-        lines=(filling_line(packs, packing=data.packing), *lines),
+        lines=(filling_line(packs, packing=config.data.packing), *lines),
     )
 
 
@@ -207,12 +230,12 @@ def _read(
     config: Config, datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Sequences], Sequence[Pictures]]:
     """Returns data sets as sequences, and the images of each, if there are some."""
-    held, pictures = _read_images(datasets, outline)
-    options = [{"pictures": dataset} for dataset in pictures] or [{} for _ in held]
-    return [
-        tokens_of(config, dataset, outline.tokenizer, **more)
-        for dataset, more in zip(held, options, strict=True)
-    ], pictures
+    datasets, pictures = _read_images(datasets, outline)
+    tokens: list[Sequences] = []
+    for index, dataset in enumerate(datasets):
+        options = {"pictures": pictures[index]} if pictures else {}
+        tokens.append(tokens_of(config, dataset, outline.tokenizer, **options))
+    return tokens, pictures
 
 
 def _read_images(
@@ -221,15 +244,18 @@ def _read_images(
     """Returns data sets, and the images of each if a row has some and the model reads them."""
     if not reads_images(outline.config):
         return [*datasets], []
-    rows = [dataset.rows() for dataset in datasets]
-    held = [
-        Dataset(named.name, functools.partial(list, part), named.key)
-        for named, part in zip(datasets, rows, strict=True)
-    ]
-    reader = outline.images if any(has_images(row) for part in rows for row in part) else None
+    read_datasets: list[Dataset] = []
+    has_any_image = False
+    for dataset in datasets:
+        rows = dataset.rows()
+        has_any_image = has_any_image or any(map(has_images, rows))
+        read_rows = functools.partial(list, rows)
+        read_datasets.append(Dataset(dataset.name, read_rows, dataset.key))
+    reader = outline.images if has_any_image else None
     if reader is None:
-        return held, []
-    return held, [pictures_of(named.rows(), reader, named.name) for named in held]
+        return read_datasets, []
+    pictures = [pictures_of(dataset.rows(), reader, dataset.name) for dataset in read_datasets]
+    return read_datasets, pictures
 
 
 def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) -> Sequences:
@@ -240,10 +266,10 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) 
 
 def _images_line(pictures: Sequence[Pictures], values: Further) -> str:
     """Returns the number of images, and of their tiles, in words."""
-    n = sum(len(row) for part in pictures for row in part.grids)
-    tiles = sum(len(part.pixels) for part in pictures)
+    n_images = sum(len(row_grids) for dataset in pictures for row_grids in dataset.grids)
+    n_tiles = sum(len(dataset.pixels) for dataset in pictures)
     assert isinstance(values, PixelValues)
-    return pictures[0].reader.describe(n, tiles, values.most)
+    return pictures[0].reader.describe(n_images, n_tiles, values.most)
 
 
 def hold_out(
@@ -264,7 +290,8 @@ def hold_out(
     Raises:
       UserError: there are too few rows, or the run has already trained on all of them.
     """
-    run, saved = config.run, saved_options(config)
+    run = config.run
+    saved = saved_options(config)
     if run.eval_every and not saved.get("eval_every", True):
         raise UserError(
             f"--eval-every {run.eval_every}: the run has trained on all rows, and none can be held "
@@ -272,26 +299,32 @@ def hold_out(
         )
     if not saved.get("eval_every", run.eval_every):
         return None
-    questions: Any = saved.get("eval_questions", run.eval_questions)
-    if run.eval_every and questions != run.eval_questions:
+    n_questions: Any = saved.get("eval_questions", run.eval_questions)
+    if run.eval_every and n_questions != run.eval_questions:
         raise UserError(
-            f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
-            "of a run stay the same. Give the same number, or start another run in another --output"
+            f"--eval-questions was {n_questions} and is now {run.eval_questions}: the held-out "
+            "rows of a run stay the same. Give the same number, or start another run in another "
+            "--output"
         )
     shares = np.array([weight or n for weight, n in zip(weights, counts.values(), strict=True)])
-    wanted = np.rint(questions * shares / shares.sum()).astype(int)
-    drawn = []
-    for part, ((name, n), asked) in enumerate(zip(counts.items(), wanted.tolist(), strict=True)):
-        taken = min(max(asked, len(counts) > 1 and questions > 0), n // 10)
-        if taken == 0:
+    n_held_out = np.rint(n_questions * shares / shares.sum()).astype(int).tolist()
+    _, seed = _option_and_seed(config)
+    held_out_rows: list[np.ndarray] = []
+    for index, (name, n_rows) in enumerate(counts.items()):
+        n_drawn = n_held_out[index]
+        if len(counts) > 1 and n_questions > 0:  # at least one of each data set
+            n_drawn = max(n_drawn, 1)
+        n_drawn = min(n_drawn, n_rows // 10)
+        if n_drawn <= 0:
             raise UserError(
                 f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
-                f"{questions}, and at most a tenth of the {n} rows of {name} is held out"
+                f"{n_questions}, and at most a tenth of the {n_rows} rows of {name} is held out"
             )
-        seed = [_option_and_seed(config)[1], _HELD_OUT_STREAM, *([part] if part else [])]
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-        drawn.append(np.sort(order[:taken]) + 1)
-    return drawn
+        # The first data set's draw is that of a single one.
+        entropy = [seed, _HELD_OUT_STREAM, index] if index else [seed, _HELD_OUT_STREAM]
+        order = np.random.Generator(np.random.PCG64(entropy)).permutation(n_rows)
+        held_out_rows.append(np.sort(order[:n_drawn]) + 1)
+    return held_out_rows
 
 
 def filling_line(packs: Packs, *, packing: bool) -> str:
@@ -304,12 +337,15 @@ def filling_line(packs: Packs, *, packing: bool) -> str:
     return padding_line(len(packs), "rows", packs.lengths, packs.filled)
 
 
-def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:
-    name, n = of
-    some = ", ".join(map(str, held_out[:5].tolist())) + ", …" * (len(held_out) > 5)
+def _held_out_line(config: Config, name: str, n_rows: int, row_numbers: np.ndarray) -> str:
+    """Returns a line on the held-out rows of a data set: their number, and the first ones."""
+    first_numbers = ", ".join(map(str, row_numbers[:5].tolist()))
+    if len(row_numbers) > 5:
+        first_numbers += ", …"
+    option, seed = _option_and_seed(config)
     return (
-        f"{len(held_out)} of the {n} rows of {name} are held out, drawn by "
-        f"{flag(*_option_and_seed(config))}: row {some}"
+        f"{len(row_numbers)} of the {n_rows} rows of {name} are held out, drawn by "
+        f"{flag(option, seed)}: row {first_numbers}"
     )
 
 
@@ -322,7 +358,7 @@ def _option_and_seed(config: LanguageOptions) -> tuple[str, int]:
 
 def packed(
     config: Config,
-    parts: Mapping[str, Sequences],
+    tokens_of_dataset: Mapping[str, Sequences],
     weights: Sequence[float] = (),
     pictures: Sequence[Pictures] = (),
 ) -> Packs:
@@ -330,23 +366,26 @@ def packed(
 
     Args:
       config: the options.
-      parts: the sequences of each data set, by its name in messages.
+      tokens_of_dataset: the sequences of each data set, by its name in messages.
       weights: weights of the data sets, if they are mixed by weight.
       pictures: the images of each data set, if there are some.
     """
     data = config.data
-    kept = {}
-    shown = any(len(part.pixels) for part in pictures)
-    for source, sequences in parts.items():
-        kept[source] = check_lengths(sequences, data.seq_len, truncate=data.truncate, images=shown)
-        if left_out := len(sequences) - len(kept[source]):
-            print(f"{source}: left out {left_out} rows, truncated before their completion began")
-    how: Any = {"packing": data.packing}
-    if len(kept) == 1:
-        packs = pack(next(iter(kept.values())), data.seq_len, **how)
+    fitting_tokens: dict[str, Sequences] = {}
+    has_pixels = any(len(dataset.pixels) for dataset in pictures)
+    for source, sequences in tokens_of_dataset.items():
+        fitting_tokens[source] = check_lengths(
+            sequences, data.seq_len, truncate=data.truncate, images=has_pixels
+        )
+        n_left_out = len(sequences) - len(fitting_tokens[source])
+        if n_left_out:
+            print(f"{source}: left out {n_left_out} rows, truncated before their completion began")
+    if len(fitting_tokens) == 1:
+        (sequences,) = fitting_tokens.values()
+        packs = pack(sequences, data.seq_len, packing=data.packing)
     else:
-        packs = pack_mixture(kept, weights or None, data.seq_len, **how)
-    return add_pictures(packs, pictures, **how)
+        packs = pack_mixture(fitting_tokens, weights or None, data.seq_len, packing=data.packing)
+    return add_pictures(packs, pictures, packing=data.packing)
 
 
 def loss(config: Config, layout: Layout) -> Loss:
@@ -361,9 +400,8 @@ def seed_read(config: Config) -> tuple[str, ...]:
 
 def _read_by(config: Config) -> tuple[str, ...]:
     """Returns the further options that decide about rows and outline; see `Task.reads`."""
-    first = config.adapter.init_adapter
-    shows = first is not None and find_adapter(first, "--init-adapter").images
-    return (*seed_read(config), *["init_adapter"] * shows)
+    options = seed_read(config)
+    return (*options, "init_adapter") if _starts_with_images(config) else options
 
 
 TASK = Task(

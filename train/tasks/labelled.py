@@ -53,8 +53,10 @@ def completed(config: Config) -> Config:
         return config
     if adapter.intrinsic is not None:  # all parameters move
         return config
-    if adapter.peft_config and HEAD in (peft_fields(adapter.peft_config)["modules_to_save"] or ()):
-        return config
+    if adapter.peft_config:
+        saved_modules = peft_fields(adapter.peft_config)["modules_to_save"] or ()
+        if HEAD in saved_modules:
+            return config
     adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))
     return dataclasses.replace(config, adapter=adapter)
 
@@ -74,8 +76,8 @@ def split_by_label(data: ClassifyDataConfig, rows: list[Row]) -> Sequence[Any]:
     """Returns rows in two parts, with as many of each label in the second as in the first."""
     from sklearn.model_selection import train_test_split  # it takes two seconds
 
-    names = [str(row[data.label]) for row in rows]
-    return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=names)
+    labels = [str(row[data.label]) for row in rows]
+    return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=labels)
 
 
 def split_by_group(rows: Sequence[Row], groups: Sequence[str], share: float) -> list[list[Row]]:
@@ -83,8 +85,10 @@ def split_by_group(rows: Sequence[Row], groups: Sequence[str], share: float) -> 
     from sklearn.model_selection import GroupShuffleSplit  # it takes two seconds
 
     splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=SEED)
-    (parts,) = splitter.split(rows, groups=groups)
-    return [[rows[i] for i in part] for part in parts]
+    ((train_indices, test_indices),) = splitter.split(rows, groups=groups)
+    train = [rows[index] for index in train_indices]
+    test = [rows[index] for index in test_indices]
+    return [train, test]
 
 
 def read_parts(
@@ -149,7 +153,8 @@ def outline_of(data: ClassifyDataConfig, num_labels: int) -> ModelInfo:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the texts as arrays, with their class indices."""
-    data, names = config.data, label_names(rows.train, config.data.label)
+    data = config.data
+    names = label_names(rows.train, data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
     test = encode(data, rows.held_out, names, outline.tokenizer, data.test or "the held-out rows")
     return Data(
@@ -170,18 +175,18 @@ def spread(test: Part, n: int | None) -> Part | None:
     """Returns so many texts or images from all over the test rows; None for all of them."""
     if n is None or n >= len(test):
         return None
-    chosen = np.linspace(0, len(test) - 1, n).astype(int)
-    parts: Any = {name: array[chosen] for name, array in test.by_name().items()}
-    return dataclasses.replace(test, **parts)
+    indices = np.linspace(0, len(test) - 1, n).astype(int)
+    arrays: Any = {name: array[indices] for name, array in test.by_name().items()}
+    return dataclasses.replace(test, **arrays)
 
 
 def numbers(rows: TaskRows, label: str, unit: str) -> Iterator[str]:
     """Yields the number of texts or images of each part, and of each label in it."""
-    for what, part in (("to train on", rows.train), ("to test on", rows.held_out)):
-        yield f"{len(part)} {unit} {what}: {_shares(part, label)}"
+    for purpose, part in (("to train on", rows.train), ("to test on", rows.held_out)):
+        yield f"{len(part)} {unit} {purpose}: {_label_counts(part, label)}"
 
 
-def _shares(rows: Sequence[Row], label: str) -> str:
+def _label_counts(rows: Sequence[Row], label: str) -> str:
     """Describes the number of rows per label: "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
@@ -189,8 +194,9 @@ def _shares(rows: Sequence[Row], label: str) -> str:
 
 def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
     """Labels each text with the commonest label of the rows."""
-    usual = Counter(str(row[label]) for row in rows).most_common(1)[0][0]
-    return "always the commonest label", [usual] * len(texts)
+    counts = Counter(str(row[label]) for row in rows)
+    ((commonest_label, _),) = counts.most_common(1)
+    return "always the commonest label", [commonest_label] * len(texts)
 
 
 @dataclasses.dataclass
@@ -221,9 +227,10 @@ class ClassifierEvaluation:
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Classifies them; returns accuracy and macro F1."""
         test: Any = self.context.data.held_out
-        rows = 4 * self.context.config.optim.batch_size
-        predicted = predict(evaluated.forward, evaluated.params, test, rows).argmax(-1)
-        scores = classes.scores_of(test.labels, predicted, self.context.data.facts["labels"])
+        batch_rows = 4 * self.context.config.optim.batch_size
+        probabilities = predict(evaluated.forward, evaluated.params, test, batch_rows)
+        names = self.context.data.facts["labels"]
+        scores = classes.scores_of(test.labels, probabilities.argmax(-1), names)
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
@@ -231,35 +238,38 @@ class ClassifierEvaluation:
         context = self.context
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
-        rows = 4 * context.config.optim.batch_size
+        batch_rows = 4 * context.config.optim.batch_size
         with doing(context.console, f"classifying {len(test)} {self.unit}"):
-            probabilities = predict(evaluated.forward, evaluated.params, test, rows)
+            probabilities = predict(evaluated.forward, evaluated.params, test, batch_rows)
         texts = self.titles(context)
-        ways = self._without_model(test, texts, names)
-        predicted = probabilities.argmax(-1)
-        scores = classes.scores_of(test.labels, predicted, names, self.unit)
-        ways[ADAPTED] = scores
-        write_json(context.folder / SCORES, {**ways, RIGHT: (predicted == test.labels).tolist()})
+        predictions = probabilities.argmax(-1)
+        is_right = (predictions == test.labels).tolist()
+        scores = classes.scores_of(test.labels, predictions, names, self.unit)
+        scores_of_method = self._baseline_scores(test, texts, names)
+        scores_of_method[ADAPTED] = scores
+        write_json(context.folder / SCORES, {**scores_of_method, RIGHT: is_right})
         if is_first():
             classes.draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
         classes.print_mistakes(context.console, texts, test.labels, probabilities, names, self.unit)
         classes.print_classes(context.console, scores, self.unit)
-        classes.print_scores(context.console, ways, f"{len(test)} held-out {self.unit}")
+        title = f"{len(test)} held-out {self.unit}"
+        classes.print_scores(context.console, scores_of_method, title)
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
-    def _without_model(
+    def _baseline_scores(
         self, test: Any, texts: Sequence[str], names: Sequence[str]
     ) -> dict[str, Any]:
         """Returns the scores of the baselines, by name."""
-        rows, label = self.context.rows.train, self.context.config.data.label
-        index = {name: i for i, name in enumerate(names)}
-        made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
-        return {
-            way: classes.scores_of(
-                test.labels, np.array([index[name] for name in labels]), names, self.unit
-            )
-            for way, labels in made
-        }
+        rows = self.context.rows.train
+        label_field = self.context.config.data.label
+        predictions: list[tuple[str, Sequence[str]]] = [commonest(rows, texts, label_field)]
+        predictions += [baseline(rows, texts) for baseline in self.baselines]
+        index_of_label = {name: index for index, name in enumerate(names)}
+        scores: dict[str, Any] = {}
+        for baseline_name, labels in predictions:
+            indices = np.array([index_of_label[label] for label in labels])
+            scores[baseline_name] = classes.scores_of(test.labels, indices, names, self.unit)
+        return scores
 
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:

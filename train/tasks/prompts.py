@@ -1,7 +1,7 @@
 """The task of training on rewards: a user's prompts, whose completions are rewarded."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,24 +66,28 @@ def read_rows(config: Config) -> TaskRows:
     """Reads the rows; holds some out, or reads those of --eval-dataset."""
     data = config.data
 
-    def look(name: str, **where: Any) -> list[Row]:
-        return find_dataset(
-            name, subset=data.subset, fields=data.fields, check=check_prompts, **where
-        ).rows()
+    def read(name: str, **options: Any) -> list[Row]:
+        dataset = find_dataset(
+            name, subset=data.subset, fields=data.fields, check=check_prompts, **options
+        )
+        return dataset.rows()
 
-    rows = look(data.dataset, split=data.split, rows=data.rows)
+    rows = read(data.dataset, split=data.split, rows=data.rows)
     if data.eval_dataset is not None:
-        return TaskRows(rows, look(data.eval_dataset, split=data.eval_split))
+        return TaskRows(rows, read(data.eval_dataset, split=data.eval_split))
     return held_out(config, rows)
 
 
 def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
     """Returns the rows in two parts, drawn by --seed: to train on, and --eval-questions others."""
     seed = config.optim.seed if config.data.held_out_seed is None else config.data.held_out_seed
-    n = min(config.run.eval_questions or 0, _most_held_out(len(rows)))
+    n_held_out = min(config.run.eval_questions or 0, _most_held_out(len(rows)))
     order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT])).permutation(len(rows))
+    held_out_indices = np.sort(order[:n_held_out])
+    train_indices = np.sort(order[n_held_out:])
     return TaskRows(
-        [rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])]
+        train=[rows[index] for index in train_indices],
+        held_out=[rows[index] for index in held_out_indices],
     )
 
 
@@ -100,21 +104,26 @@ def most_questions(config: Config, rows: TaskRows) -> int | None:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that rewards of their completions make."""
-    tools, told = use_tools(config, outline)
+    tools, tool_lines = use_tools(config, outline)
     try:
-        return _with_tools(config, rows, outline, tools, told)
+        return _examples_with_tools(config, rows, outline, tools, tool_lines)
     except BaseException:
         if tools is not None:
             tools.host.close()
         raise
 
 
-def _with_tools(
-    config: Config, rows: TaskRows, outline: ModelInfo, tools: ToolUse | None, told: Sequence[str]
+def _examples_with_tools(
+    config: Config,
+    rows: TaskRows,
+    outline: ModelInfo,
+    tools: ToolUse | None,
+    tool_lines: Sequence[str],
 ) -> Data:
     """Returns the prompts as `examples` does, for completions that call these tools."""
-    data, shown = config.data, () if tools is None else tools.host.tools
-    train, held_out = read_prompts(data, rows, outline, shown)
+    data = config.data
+    schemas = () if tools is None else tools.host.tools
+    train, held_out = read_prompts(data, rows, outline, schemas)
     if tools is not None:
         sources = {f"--dataset {data.dataset}": rows.train}
         if data.eval_dataset is not None:
@@ -141,8 +150,9 @@ def _with_tools(
         sequence_parts=sequence_parts(config.run.mesh),
         routing=replayed_routing(config, outline),
     )
-    feed, sharing = share_prompts(feed, [outline])
-    lines = [f"completions are rewarded by {', '.join(rewards.names)}", *told, *sharing]
+    feed, sharing_lines = share_prompts(feed, [outline])
+    reward_line = f"completions are rewarded by {', '.join(rewards.names)}"
+    lines = [reward_line, *tool_lines, *sharing_lines]
     if config.optim.beta:
         lines.append(reference_line(config))
     if held_out is not None:
@@ -162,16 +172,17 @@ def replayed_routing(config: Any, outline: ModelInfo) -> tuple[int, int] | None:
     Raises:
       UserError: --no-replay-routing, and there is nothing to replay.
     """
-    n, nothing = outline.active_experts, None
-    if n is None:
-        nothing = f"the model {outline.name} has no experts"
+    n_active_experts = outline.active_experts
+    obstacle: str | None = None
+    if n_active_experts is None:
+        obstacle = f"the model {outline.name} has no experts"
     elif getattr(config.data, "sampler", None) is not None:
-        nothing = "a server tells nothing of its experts; leave it out"
-    if nothing and not config.data.replay_routing and not config.run.resume:
-        raise UserError(f"--no-replay-routing: {nothing}")
-    if n is None or nothing or not config.data.replay_routing:
+        obstacle = "a server tells nothing of its experts; leave it out"
+    if obstacle and not config.data.replay_routing and not config.run.resume:
+        raise UserError(f"--no-replay-routing: {obstacle}")
+    if n_active_experts is None or obstacle or not config.data.replay_routing:
         return None
-    return outline.config.num_hidden_layers, n
+    return outline.config.num_hidden_layers, n_active_experts
 
 
 def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts | None) -> None:
@@ -179,14 +190,15 @@ def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts |
     data = config.data
     if held_out is None or data.eval_dataset is None:
         return
-    for name, needs in rewards.needs.items():
-        if missing := [column for column in needs if column not in held_out.columns]:
-            rewards.close()
-            raise UserError(
-                f"--eval-dataset {data.eval_dataset}: the reward {name} needs the column "
-                f"{missing[0]!r}; the rows have "
-                f"{', '.join(held_out.columns) or 'none beside the prompt'}"
-            )
+    for name, needed_columns in rewards.needs.items():
+        for column in needed_columns:
+            if column not in held_out.columns:
+                rewards.close()
+                raise UserError(
+                    f"--eval-dataset {data.eval_dataset}: the reward {name} needs the column "
+                    f"{column!r}; the rows have "
+                    f"{', '.join(held_out.columns) or 'none beside the prompt'}"
+                )
 
 
 def read_prompts(
@@ -203,25 +215,40 @@ def read_prompts(
     Raises:
       UserError: there is none, or one leaves no room for a completion.
     """
-    parts = [
-        TokenizedPrompts(part, tokenize_with_tools(part, tools, outline, name)) if part else None
-        for part, name in ((rows.train, data.dataset), (rows.held_out, "the held-out rows"))
-    ]
-    train, measured = parts
-    if train is None:
+    if not rows.train:
         raise UserError(f"--dataset {data.dataset} has no row to train on")
-    most = data.seq_len - data.max_new_tokens
-    for part in filter(None, parts):
-        if longer := [at for at, ids in enumerate(part.tokens) if len(ids) > most]:
-            longest = max(len(ids) for prompts in filter(None, parts) for ids in prompts.tokens)
-            first = name_of(part.rows[longer[0]], data.dataset, longer[0] + 1)
-            raise UserError(
-                f"--seq-len {data.seq_len}: {len(longer)} prompts have more than {most} tokens, "
-                f"{first} the first, and leave no room for --max-new-tokens "
-                f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
-                f"{longest + data.max_new_tokens}, or take these rows out"
-            )
-    return train, measured
+    train_ids = tokenize_with_tools(rows.train, tools, outline, data.dataset)
+    train = TokenizedPrompts(rows.train, train_ids)
+    held_out: TokenizedPrompts | None = None
+    if rows.held_out:
+        held_out_ids = tokenize_with_tools(rows.held_out, tools, outline, "the held-out rows")
+        held_out = TokenizedPrompts(rows.held_out, held_out_ids)
+    parts = [train] if held_out is None else [train, held_out]
+    longest = max(len(ids) for prompts in parts for ids in prompts.tokens)
+    for prompts in parts:
+        _check_prompt_lengths(data, prompts, longest)
+    return train, held_out
+
+
+def _check_prompt_lengths(data: RolloutDataConfig, prompts: TokenizedPrompts, longest: int) -> None:
+    """Raises a UserError for prompts that leave no room for a completion.
+
+    Args:
+      data: the options.
+      prompts: the prompts.
+      longest: tokens of the longest of all prompts.
+    """
+    most_tokens = data.seq_len - data.max_new_tokens
+    long_rows = [row for row, ids in enumerate(prompts.tokens) if len(ids) > most_tokens]
+    if long_rows:
+        first_row = long_rows[0]
+        first_name = name_of(prompts.rows[first_row], data.dataset, first_row + 1)
+        raise UserError(
+            f"--seq-len {data.seq_len}: {len(long_rows)} prompts have more than {most_tokens} "
+            f"tokens, {first_name} the first, and leave no room for --max-new-tokens "
+            f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
+            f"{longest + data.max_new_tokens}, or take these rows out"
+        )
 
 
 def share_prompts(
@@ -229,7 +256,8 @@ def share_prompts(
 ) -> tuple[PromptFeed, tuple[str, ...]]:
     """Returns a feed whose completions share their prompt, if they can, and lines that tell it."""
     config = feed.config
-    group, new = config.data.group, config.data.max_new_tokens
+    group = config.data.group
+    max_new_tokens = config.data.max_new_tokens
     if feed.tools is not None and feed.tools.opens:
         if not config.data.share_prompt and not config.run.resume:
             feed.close()
@@ -237,9 +265,9 @@ def share_prompts(
         return feed, (f"each completion has a prompt of its own: {OPENS_EACH}",)
     rows = PromptRows(
         completions=group,
-        share=feed.prompts.share(new),
+        share=feed.prompts.share(max_new_tokens),
         rows=config.optim.batch_size // group,
-        shared=(1, feed.widths.sharing(group * new).rows[-1]),
+        shared=(1, feed.widths.sharing(group * max_new_tokens).rows[-1]),
         alone=(group, feed.length),
     )
     try:
@@ -252,39 +280,41 @@ def share_prompts(
 
 def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
     """Returns the prompts of a run as its data."""
-    data, optim = feed.config.data, feed.config.optim
-    shown = [
-        TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
-        for at, ids in enumerate(feed.prompts.tokens, start=1)
+    data = feed.config.data
+    optim = feed.config.optim
+    sequences = [
+        TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
+        for number, ids in enumerate(feed.prompts.tokens, start=1)
     ]
-    n = feed.order.rows_a_step
-    widths = (
-        f"a batch is as wide as its longest prompt needs: {len(feed.widths.rows)} widths, "
-        f"{', '.join(map(str, feed.widths.rows))} tokens; sampler and step are compiled for each "
-        "when it comes"
-    )
+    n_prompts = feed.order.rows_a_step
+    prompt_words = "one prompt" if n_prompts == 1 else f"each of {n_prompts} prompts"
+    first_lines = [
+        f"{len(sequences):,} prompts; a step has {data.group} completions of {prompt_words}"
+    ]
+    widths = feed.widths.rows
+    if len(widths) > 1:
+        first_lines.append(
+            f"a batch is as wide as its longest prompt needs: {len(widths)} widths, "
+            f"{', '.join(map(str, widths))} tokens; sampler and step are compiled for each when it "
+            "comes"
+        )
 
     def feed_of(steps: int) -> PromptFeed:
         feed.steps = steps or feed.steps
         return feed
 
     return Data(
-        train=pack(shown, data.seq_len, packing=False),
+        train=pack(sequences, data.seq_len, packing=False),
         held_out=None,
         name=lambda row: f"row {row + 1}",
         row=lambda _, number: f"prompt {number}",
         source=data.dataset,
         facts={
             "sequence_length": feed.length,
-            "lengths": feed.widths.rows,
+            "lengths": widths,
             SHARED: feed.share_prompt,
         },
-        lines=(
-            f"{len(shown):,} prompts; a step has {data.group} completions of "
-            f"{'one prompt' if n == 1 else f'each of {n} prompts'}",
-            *([widths] if len(feed.widths.rows) > 1 else []),
-            *lines,
-        ),
+        lines=(*first_lines, *lines),
         feed=feed_of,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
         watched={} if feed.server is None else OF_SERVER,
@@ -301,6 +331,12 @@ def loss(config: Config, layout: Layout) -> Loss:
         entropy=optim.updates > 1,
         **layout.chunks(optim.loss_chunk),
     )
+
+
+def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the base's reward, from a run's scores.json; {} if it was not measured."""
+    rewards = scores.get(REWARD, {})
+    return {BASE: rewards[BASE]} if BASE in rewards else {}
 
 
 SAMPLER = {  # what to watch where completions are drawn
@@ -332,7 +368,7 @@ TASK = Task(
     reads=lambda config: ("output",),  # a feed holds what its run has drawn
     score=REWARD,
     watched=WATCHED,
-    baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
+    baselines=baselines,
     score_error=standard_error,
     question_scores=question_scores,
     most_questions=most_questions,
