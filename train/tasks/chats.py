@@ -11,6 +11,7 @@ from lora_jax.hf.vision.readers import reads_images
 from lora_jax.training.data.batches import Further, Packs, pack, pack_mixture
 from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
 from lora_jax.training.data.image_parts import has_images
+from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
@@ -249,8 +250,8 @@ def _read_images(
     for dataset in datasets:
         rows = dataset.rows()
         has_any_image = has_any_image or any(map(has_images, rows))
-        read_rows = functools.partial(list, rows)
-        read_datasets.append(Dataset(dataset.name, read_rows, dataset.key))
+        rows_again: Callable[[], list[Row]] = functools.partial(list, rows)
+        read_datasets.append(Dataset(dataset.name, rows_again, dataset.key))
     reader = outline.images if has_any_image else None
     if reader is None:
         return read_datasets, []
@@ -269,7 +270,7 @@ def _images_line(pictures: Sequence[Pictures], values: Further) -> str:
     n_images = sum(len(row_grids) for dataset in pictures for row_grids in dataset.grids)
     n_tiles = sum(len(dataset.pixels) for dataset in pictures)
     assert isinstance(values, PixelValues)
-    return pictures[0].reader.describe(n_images, n_tiles, values.most)
+    return pictures[0].reader.describe(n_images, n_tiles, values.max_tiles)
 
 
 def hold_out(

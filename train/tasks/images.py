@@ -58,16 +58,17 @@ def outline(config: Config, rows: TaskRows) -> ModelInfo:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the images as arrays, with their class indices."""
-    data, names = config.data, label_names(rows.train, config.data.label)
+    data = config.data
+    names = label_names(rows.train, data.label)
     vision: Any = outline.config
     field = field_of(data)
-    _, *size = outline.tokenizer.shape
-    rows_, columns = vision.grid_of(*size)
-    length = 1 + rows_ * columns
+    _, height, width = outline.tokenizer.shape
+    grid_rows, grid_columns = vision.grid_of(height, width)
+    length = 1 + grid_rows * grid_columns
 
-    def read(part: Sequence[Row], source: str) -> Images:
+    def read(image_rows: Sequence[Row], source: str) -> Images:
         return images(
-            part,
+            image_rows,
             outline.tokenizer,
             names=names,
             image=field,
@@ -76,9 +77,11 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             source=source,
         )
 
-    train, test = read(rows.train, data.dataset), read(rows.held_out, data.test or _HELD_OUT)
+    train = read(rows.train, data.dataset)
+    test = read(rows.held_out, data.test or _HELD_OUT)
     titles = names_of(rows.train, field, data.dataset)
-    resampled = "" if vision.grid == (rows_, columns) else ", with resampled positions"
+    has_model_grid = vision.grid == (grid_rows, grid_columns)
+    resampling = "" if has_model_grid else ", with resampled positions"
     return Data(
         train=train,
         held_out=test,
@@ -88,7 +91,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         facts={"labels": names, "sequence_length": length, "lengths": (length,)},
         lines=(
             *labelled.numbers(rows, data.label, "images"),
-            f"images are {' x '.join(map(str, size))} pixels, {length} tokens{resampled}",
+            f"images are {height} x {width} pixels, {length} tokens{resampling}",
         ),
     )
 

@@ -59,7 +59,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     )
     train = encode(rows.train, source=data.dataset)
     test = encode(rows.held_out, source=data.test or "the held-out rows")
-    n, places = len(train), 2 * np.array(train.lengths)[train.groups].sum()
+    n_padded_tokens = 2 * np.array(train.lengths)[train.groups].sum()
+    filled_share = train.attention_mask.sum() / n_padded_tokens
     return Data(
         train=train,
         held_out=test,
@@ -73,8 +74,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             "lengths": train.lengths,
         },
         lines=(
-            f"{n} pairs to train on, {len(test)} to test on",
-            padding_line(n, "pairs", train.lengths, train.attention_mask.sum() / places),
+            f"{len(train)} pairs to train on, {len(test)} to test on",
+            padding_line(len(train), "pairs", train.lengths, filled_share),
         ),
     )
 
@@ -99,20 +100,27 @@ class RewardModelEvaluation:
     ) -> dict[str, float]:
         """Returns the loss, the share of pairs that are right, and their mean margin."""
         test: Any = self.context.data.held_out
-        parts = test.parts(self.context.config.optim.batch_size)
-        sums = [_sums(evaluated.forward, evaluated.params, part) for part in parts]
-        return means(COMPARISONS, jax.tree.map(lambda *each: float(sum(each)), *sums))
+        batches = test.parts(self.context.config.optim.batch_size)
+        batch_sums = [_sums(evaluated.forward, evaluated.params, batch) for batch in batches]
+        totals = jax.tree.map(lambda *values: float(sum(values)), *batch_sums)
+        return means(COMPARISONS, totals)
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Measures the trained model; writes and prints the scores."""
-        lengths = [[*map(len, texts_of(row, ""))] for row in self.context.rows.held_out]
-        longer = float(np.mean([chosen > rejected for _, chosen, rejected in lengths]))
+        held_out_rows = self.context.rows.held_out
+        is_chosen_longer: list[bool] = []
+        for row in held_out_rows:
+            _, chosen, rejected = texts_of(row, "")
+            is_chosen_longer.append(len(chosen) > len(rejected))
         scores = self.score(evaluated)
-        self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
-        saved = {**self.found, labelled.RIGHT: self._results(evaluated)}
-        write_json(self.context.folder / SCORES, saved)
-        rows = [(way, f"{100 * measures['accuracy']:.1f}") for way, measures in self.found.items()]
-        title = f"{len(lengths)} held-out pairs"
+        self.found[LONGER] = {"accuracy": float(np.mean(is_chosen_longer))}
+        self.found[labelled.ADAPTED] = scores
+        saved_scores = {**self.found, labelled.RIGHT: self._results(evaluated)}
+        write_json(self.context.folder / SCORES, saved_scores)
+        rows = [
+            (judge, f"{100 * measures['accuracy']:.1f}") for judge, measures in self.found.items()
+        ]
+        title = f"{len(held_out_rows)} held-out pairs"
         print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores
 
@@ -123,9 +131,9 @@ class RewardModelEvaluation:
         margins = np.concatenate(
             [_margins(evaluated.forward, evaluated.params, batch) for batch in batches]
         )
-        right = np.empty(len(test), bool)
-        right[test.by_length] = margins[: len(test)] > 0
-        return right.tolist()
+        is_right = np.empty(len(test), bool)
+        is_right[test.by_length] = margins[: len(test)] > 0
+        return is_right.tolist()
 
 
 TASK = dataclasses.replace(

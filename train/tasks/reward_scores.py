@@ -29,9 +29,15 @@ from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progre
 REWARD = "reward"  # the name of the score
 BASE, ADAPTED = "base", "fine-tuned"
 # The options that a reward of a held-out prompt's completion depends on, beside the prompt.
-_OF_REWARDS = (
-    *("reward", "reward_weights", "max_new_tokens", "stop"),
-    *("tools", "environment", "max_turns", "max_tool_output"),
+_REWARD_OPTIONS = (
+    "reward",
+    "reward_weights",
+    "max_new_tokens",
+    "stop",
+    "tools",
+    "environment",
+    "max_turns",
+    "max_tool_output",
 )
 
 
@@ -43,16 +49,18 @@ class RewardEvaluation:
     feed: PromptFeed
 
     def __post_init__(self) -> None:
-        rows = self.context.rows.held_out
+        context = self.context
+        rows = context.rows.held_out
         tools = self.feed.tools
-        shown = () if tools is None else tools.host.tools
-        tokens = tokenize_with_tools(rows, shown, self.context.outline, "the held-out rows")
+        schemas = () if tools is None else tools.host.tools
+        tokens = tokenize_with_tools(rows, schemas, context.outline, "the held-out rows")
         self.prompts = TokenizedPrompts(rows, tokens)
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, Any] = {}  # the content of scores.json
         self._drawer: TurnDrawer | None = None
         if tools is not None:
-            of = self.context
-            self._drawer = TurnDrawer(of.config, of.outline, tools, of.stop, temperature=0.0)
+            self._drawer = TurnDrawer(
+                context.config, context.outline, tools, context.stop, temperature=0.0
+            )
 
     def before(self, evaluated: EvaluatedModel) -> None:
         """Rewards the base, unless an interrupted run did."""
@@ -64,9 +72,11 @@ class RewardEvaluation:
         """Takes another run's measures of the base on the same prompts."""
         if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
             return False
-        mine, theirs = self.context.config.data, other.context.config.data
-        if any(getattr(mine, name) != getattr(theirs, name) for name in _OF_REWARDS):
-            return False
+        options = self.context.config.data
+        other_options = other.context.config.data
+        for name in _REWARD_OPTIONS:
+            if getattr(options, name) != getattr(other_options, name):
+                return False
         if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
             return False
         self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
@@ -74,34 +84,42 @@ class RewardEvaluation:
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Returns the mean reward of the completions that have one; {} where none has."""
-        of = self.prompts
         turns: list[TurnCompletion] | None = None
         if self._drawer is None:
             texts, ids = self._complete(evaluated, progress)
         else:
             turns = self._converse(self._drawer, evaluated)
-            texts, ids = [x.text for x in turns], [x.ids for x in turns]
-        names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
-        asked = [of.asked(row) for row in range(len(of.rows))]
-        state = self.feed.progress(self.feed.done)
-        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state)
+            texts = [completion.text for completion in turns]
+            ids = [completion.ids for completion in turns]
+        rows = self.prompts.rows
+        column_names = list(dict.fromkeys([*self.feed.prompts.columns, *self.prompts.columns]))
+        prompts = [self.prompts.asked(row) for row in range(len(rows))]
+        batch = RewardBatch(
+            prompts=prompts,
+            completions=texts,
+            completion_ids=ids,
+            columns=columns_of(rows, column_names),
+            group=1,
+            state=self.feed.progress(self.feed.done),
+        )
         assert self.feed.rewards is not None
-        said = self.context.console, self.context.stop
+        console = self.context.console
         if turns is None:
-            scored = ask(self.feed.rewards, batch, *said)
+            rewards = ask(self.feed.rewards, batch, console, self.context.stop)
         else:
-            scored = ask_of_turns(self.feed.rewards, batch, turns, *said)
+            rewards = ask_of_turns(self.feed.rewards, batch, turns, console, self.context.stop)
         self.newest = [
             {
                 "prompt": prompt,
                 "answer": text,
                 "reward": None if np.isnan(reward) else float(reward),
             }
-            for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
+            for prompt, text, reward in zip(prompts, texts, rewards.total, strict=True)
         ]
-        if (mean := mean_known(scored.total)) is None:
-            why = f" ({scored.lost})" if scored.lost else ""
-            tell(self.context.console, f"warning: no held-out completion has a reward{why}")
+        mean = mean_known(rewards.total)
+        if mean is None:
+            reason = f" ({rewards.lost})" if rewards.lost else ""
+            tell(console, f"warning: no held-out completion has a reward{reason}")
             return {}
         return {REWARD: mean}
 
@@ -109,56 +127,76 @@ class RewardEvaluation:
         self, evaluated: EvaluatedModel, progress: Progress
     ) -> tuple[list[str], list[list[int]]]:
         """Returns the texts and tokens of greedy completions."""
-        outline, data = self.context.outline, self.context.config.data
-        ids = complete_prompts(
+        outline = self.context.outline
+        data = self.context.config.data
+        drawn_ids = complete_prompts(
             evaluated,
             outline,
             self.prompts.tokens,
             new_tokens=data.max_new_tokens,
             progress=progress,
         )
-        cut = [*map(StopTexts(outline.tokenizer, data.stop).cut, ids)]
-        ids = [numbers[:n] for numbers, (_, n) in zip(ids, cut, strict=True)]
-        return [text for text, _ in cut], ids
+        stop_texts = StopTexts(outline.tokenizer, data.stop)
+        texts: list[str] = []
+        ids: list[list[int]] = []
+        for completion_ids in drawn_ids:
+            text, n_tokens = stop_texts.cut(completion_ids)
+            texts.append(text)
+            ids.append(completion_ids[:n_tokens])
+        return texts, ids
 
     def _converse(self, drawer: TurnDrawer, evaluated: EvaluatedModel) -> list[TurnCompletion]:
         """Returns greedy completions that call tools."""
-        config, rows = self.context.config, self.prompts.rows
-        asked = [
-            AskedRow(at, row, name_of(row, "the held-out rows", at + 1), self.prompts.tokens[at])
-            for at, row in enumerate(rows)
+        config = self.context.config
+        rows = [
+            AskedRow(
+                index, row, name_of(row, "the held-out rows", index + 1), self.prompts.tokens[index]
+            )
+            for index, row in enumerate(self.prompts.rows)
         ]
-        run, places = config.run, config.optim.batch_size
-        mesh = make_mesh(run.mesh, places, slice_axis=run.slice_axis)
+        n_slots = config.optim.batch_size
+        mesh = make_mesh(config.run.mesh, n_slots, slice_axis=config.run.slice_axis)
         layout = Layout.of(mesh, self.context.outline.config)
-        key, longest = jax.random.key(0), self.prompts.longest
-        model = evaluated.model, evaluated.forward, layout
-        return drawer.draw(model, evaluated.params, asked, key, places, longest)
+        return drawer.draw(
+            (evaluated.model, evaluated.forward, layout),
+            evaluated.params,
+            rows,
+            jax.random.key(0),
+            n_slots,
+            self.prompts.longest,
+        )
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Rewards the trained model; writes and prints the rewards."""
         self._measure(ADAPTED, evaluated)
         rewards = self.found.get(REWARD, {})
-        figures = [rewards.get(way) for way in (BASE, ADAPTED)]
-        rows = [("reward", *("none" if x is None else f"{x:.4f}" for x in figures))]
-        answers = [self.found.get("answers", {}).get(way, ()) for way in (BASE, ADAPTED)]
-        if any(without := [sum(a["reward"] is None for a in each) for each in answers]):
-            rows.append(("prompts without one", *map(str, without)))
+        answers_of_model = self.found.get("answers", {})
+        reward_row = ["reward"]
+        missing_row = ["prompts without one"]
+        n_missing = 0
+        for model in (BASE, ADAPTED):
+            mean = rewards.get(model)
+            reward_row.append("none" if mean is None else f"{mean:.4f}")
+            n_model = sum(answer["reward"] is None for answer in answers_of_model.get(model, ()))
+            missing_row.append(str(n_model))
+            n_missing += n_model
+        rows = [reward_row, missing_row] if n_missing else [reward_row]
         title = f"mean reward of {len(self.prompts.rows)} held-out prompts"
         print_figures(self.context.console, title, ("", BASE, ADAPTED), rows)
         return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
 
-    def _measure(self, way: str, evaluated: EvaluatedModel) -> None:
-        n = len(self.prompts.rows)
-        self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
-        with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
+    def _measure(self, name: str, evaluated: EvaluatedModel) -> None:
+        """Rewards a model's completions, and writes its rewards into scores.json by its name."""
+        title = f"{name}: completing {len(self.prompts.rows)} held-out prompts"
+        self.found.get(REWARD, {}).pop(name, None)  # of an earlier end of a run that went on
+        with doing(self.context.console, title) as progress:
             try:
                 scores = self.score(evaluated, progress)
             except Dropped:
                 raise self.context.stop.interrupted() from None
         if scores:
-            self.found.setdefault(REWARD, {})[way] = scores[REWARD]
-        self.found.setdefault("answers", {})[way] = self.newest
+            self.found.setdefault(REWARD, {})[name] = scores[REWARD]
+        self.found.setdefault("answers", {})[name] = self.newest
         write_json(self.context.folder / SCORES, self.found)
 
 
@@ -167,8 +205,10 @@ def standard_error(scores: Mapping[str, Any]) -> float | None:
 
     It is that over the held-out prompts; None with fewer than two rewards.
     """
-    known = [reward for reward in question_scores(scores) if reward is not None]
-    return float(np.std(known, ddof=1) / np.sqrt(len(known))) if len(known) > 1 else None
+    rewards = [reward for reward in question_scores(scores) if reward is not None]
+    if len(rewards) < 2:
+        return None
+    return float(np.std(rewards, ddof=1) / np.sqrt(len(rewards)))
 
 
 def question_scores(scores: Mapping[str, Any]) -> list[float | None]:

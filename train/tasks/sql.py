@@ -64,22 +64,23 @@ def check(config: sft.LanguageOptions) -> None:
 def read_rows(config: sft.Config) -> TaskRows:
     """Returns the training examples, and the questions of the evaluation as held-out rows."""
     data, optim = config.data, config.optim
-    rows = _chat_rows(
-        training_examples(
-            data.rows or STEPS * optim.batch_size * optim.grad_accum,
-            seed=optim.seed,
-            shuffle_schemas=data.shuffle_schemas,
-        )
+    train_examples = training_examples(
+        data.rows or STEPS * optim.batch_size * optim.grad_accum,
+        seed=optim.seed,
+        shuffle_schemas=data.shuffle_schemas,
     )
+    train = dataset.dataset_from_rows(data.dataset[0], _chat_rows(train_examples))
     questions = _questions(config)
-    measured = [_chat_rows(next(iter(questions.values())))] if questions else []
-    of_questions = [dataset.dataset_from_rows("the questions", rows) for rows in measured]
-    return TaskRows([dataset.dataset_from_rows(data.dataset[0], rows)], of_questions)
+    if not questions:
+        return TaskRows([train], [])
+    question_rows = _chat_rows(questions[sql_scores.UNSEEN_SCHEMAS])
+    return TaskRows([train], [dataset.dataset_from_rows("the questions", question_rows)])
 
 
 def examples(config: sft.Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
-    if questions := _questions(config):
+    questions = _questions(config)
+    if questions:
         outline.check_length(sql_scores.longest_prompt(outline, questions), "--eval-questions")
     return chats.examples(config, rows, outline)
 
@@ -93,28 +94,27 @@ class SqlEvaluation:
 
     def before(self, evaluated: EvaluatedModel) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
-        path, scores = self.context.folder / SCORES, self.scores
-        if scores.reuse_base_scores(read_json(path)):
+        path = self.context.folder / SCORES
+        if self.scores.reuse_base_scores(read_json(path)):
             return
-        for way, few_shot in ((sql_scores.ZERO_SHOT, False), (sql_scores.FEW_SHOT, True)):
-            self._ask(way, evaluated, few_shot)
-        write_json(path, scores.as_json())
+        self._ask(sql_scores.ZERO_SHOT, evaluated, few_shot=False)
+        self._ask(sql_scores.FEW_SHOT, evaluated, few_shot=True)
+        write_json(path, self.scores.as_json())
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes the base's answers from another run, if it asked the same questions."""
-        if not isinstance(other, SqlEvaluation) or not self.scores.reuse_base_scores(
-            other.scores.as_json()
-        ):
+        if not isinstance(other, SqlEvaluation):
             return False
-        write_json(self.context.folder / SCORES, self.scores.as_json())
-        return True
+        has_same_questions = self.scores.reuse_base_scores(other.scores.as_json())
+        if has_same_questions:
+            write_json(self.context.folder / SCORES, self.scores.as_json())
+        return has_same_questions
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
         """Asks the adapted model; returns the execution accuracies."""
-        scores, outline = sql_scores.SqlScores(self.scores.questions), self.context.outline
-        answers = sql_scores.answer(evaluated, outline, scores.questions, progress)
-        scores.answers[sql_scores.ADAPTED] = answers
-        return _accuracies(scores)
+        questions = self.scores.questions
+        answers = sql_scores.answer(evaluated, self.context.outline, questions, progress)
+        return _accuracies(sql_scores.SqlScores(questions, {sql_scores.ADAPTED: answers}))
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
@@ -124,22 +124,26 @@ class SqlEvaluation:
         sql_scores.print_scores(self.context.console, self.scores.accuracies())
         return _accuracies(self.scores)
 
-    def _ask(self, way: str, evaluated: EvaluatedModel, few_shot: bool) -> None:
-        questions, outline = self.scores.questions, self.context.outline
-        with doing(
-            self.context.console, f"{way}: answering {2 * self.scores.n} questions"
-        ) as progress:
-            answers = sql_scores.answer(evaluated, outline, questions, progress, few_shot=few_shot)
-            self.scores.answers[way] = answers
+    def _ask(self, method: str, evaluated: EvaluatedModel, few_shot: bool) -> None:
+        """Asks a model all questions; keeps its answers by the name of the prompting method."""
+        questions = self.scores.questions
+        title = f"{method}: answering {2 * self.scores.n} questions"
+        with doing(self.context.console, title) as progress:
+            self.scores.answers[method] = sql_scores.answer(
+                evaluated, self.context.outline, questions, progress, few_shot=few_shot
+            )
 
 
 def _accuracies(scores: sql_scores.SqlScores) -> dict[str, float]:
     """Returns the execution accuracies of the trained model."""
-    of_kind = {kind: ways[sql_scores.ADAPTED] for kind, ways in scores.accuracies().items()}
+    accuracies = {
+        kind: accuracy_of_method[sql_scores.ADAPTED]
+        for kind, accuracy_of_method in scores.accuracies().items()
+    }
     return {
-        "accuracy": sum(of_kind.values()) / len(of_kind),
-        "unseen_schemas": of_kind[sql_scores.UNSEEN_SCHEMAS],
-        "unseen_phrasings": of_kind[sql_scores.UNSEEN_BOTH],
+        "accuracy": sum(accuracies.values()) / len(accuracies),
+        "unseen_schemas": accuracies[sql_scores.UNSEEN_SCHEMAS],
+        "unseen_phrasings": accuracies[sql_scores.UNSEEN_BOTH],
     }
 
 
@@ -156,16 +160,19 @@ def _questions(config: sft.Config) -> sql_scores.Questions | None:
 _drawn = functools.cache(sql_scores.draw_questions)
 
 
-def _chat_rows(made: Any) -> list[Row]:
-    return [{"messages": example.messages} for example in made]
+def _chat_rows(examples: list[SqlExample]) -> list[Row]:
+    return [{"messages": example.messages} for example in examples]
 
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
-    of_kind = scores.get("accuracy", {}).values()
-    base = (sql_scores.ZERO_SHOT, sql_scores.FEW_SHOT)
-    by_way = {way: [ways[way] for ways in of_kind if way in ways] for way in base}
-    return {way: sum(values) / len(values) for way, values in by_way.items() if values}
+    accuracies_of_kind = scores.get("accuracy", {}).values()
+    means: dict[str, float] = {}
+    for method in (sql_scores.ZERO_SHOT, sql_scores.FEW_SHOT):
+        values = [accuracies[method] for accuracies in accuracies_of_kind if method in accuracies]
+        if values:
+            means[method] = sum(values) / len(values)
+    return means
 
 
 def accuracy_error(scores: Mapping[str, Any]) -> float | None:
@@ -173,11 +180,15 @@ def accuracy_error(scores: Mapping[str, Any]) -> float | None:
 
     It is that of the mean over both kinds of questions, each with as many; None if it is not known.
     """
-    n, of_kind = scores.get("questions_of_each_kind", 0), scores.get("accuracy", {}).values()
-    shares = [ways[sql_scores.ADAPTED] for ways in of_kind if sql_scores.ADAPTED in ways]
-    if n < 2 or not shares:
+    n_questions = scores.get("questions_of_each_kind", 0)
+    shares: list[float] = []
+    for accuracies in scores.get("accuracy", {}).values():
+        if sql_scores.ADAPTED in accuracies:
+            shares.append(accuracies[sql_scores.ADAPTED])
+    if n_questions < 2 or not shares:
         return None
-    return math.sqrt(sum(share * (1 - share) / (n - 1) for share in shares)) / len(shares)
+    variances = [share * (1 - share) / (n_questions - 1) for share in shares]
+    return math.sqrt(sum(variances)) / len(shares)
 
 
 def question_scores(scores: Mapping[str, Any]) -> list[float]:
@@ -216,22 +227,24 @@ TASK = dataclasses.replace(
 def read_pairs(config: dpo.Config) -> TaskRows:
     """Returns pairs on the training schemas and, with --eval-every, pairs on others."""
     data, optim = config.data, config.optim
-    n = data.rows or STEPS * optim.batch_size * optim.grad_accum
-    train = _pairs(training_examples(n, seed=optim.seed))
-    measured = _pairs(evaluation_examples(_HELD_OUT)) if config.run.eval_every else None
-    return TaskRows(
-        [dataset.dataset_from_rows(data.dataset, train)],
-        [] if measured is None else [dataset.dataset_from_rows("the questions", measured)],
-    )
+    n_examples = data.rows or STEPS * optim.batch_size * optim.grad_accum
+    train_rows = _pairs(training_examples(n_examples, seed=optim.seed))
+    train = dataset.dataset_from_rows(data.dataset, train_rows)
+    if not config.run.eval_every:
+        return TaskRows([train], [])
+    held_out_rows = _pairs(evaluation_examples(_HELD_OUT))
+    return TaskRows([train], [dataset.dataset_from_rows("the questions", held_out_rows)])
 
 
 def _pairs(examples: list[SqlExample]) -> list[Row]:
+    """Returns a pair for each example with mistakes: its answer, and one of the mistakes."""
     preferences: list[Row] = []
-    for number, example in enumerate(examples):
-        *asked, answer = example.messages
+    for index, example in enumerate(examples):
+        *prompt, answer = example.messages
         if example.mistakes:
-            wrong = {**answer, "content": example.mistakes[number % len(example.mistakes)]}
-            preferences.append({"prompt": asked, "chosen": [answer], "rejected": [wrong]})
+            mistake = example.mistakes[index % len(example.mistakes)]
+            wrong_answer = {**answer, "content": mistake}
+            preferences.append({"prompt": prompt, "chosen": [answer], "rejected": [wrong_answer]})
     return preferences
 
 
@@ -253,9 +266,11 @@ def reward_by_execution(config: grpo.Config) -> grpo.Config:
 def read_prompts(config: grpo.Config) -> TaskRows:
     """Returns questions on the training schemas."""
     examples = training_examples(config.data.rows or _PROMPTS, seed=config.optim.seed)
-    return TaskRows(
-        [{"prompt": e.messages[:-1], "schema": e.schema, "gold": e.sql} for e in examples], []
-    )
+    rows = [
+        {"prompt": example.messages[:-1], "schema": example.schema, "gold": example.sql}
+        for example in examples
+    ]
+    return TaskRows(rows, [])
 
 
 def _calls_tools(config: grpo.Config) -> bool:
@@ -296,18 +311,38 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
             f"the run has two parts: 1. an adapter in {folder} learns to write SQL, as "
             f"`train.sft` trains it; 2. it trains on rewards, in {config.run.output}",
         )
-        data, optim, run = config.data, config.optim, config.run
-        same = {
-            **{name: getattr(data, name) for name in ("model", "tokenizer", "chat_template")},
-            **{name: getattr(optim, name) for name in ("seed", "dtype", "quantize")},
-            **{name: getattr(run, name) for name in ("mesh", "compilation_cache", "report_to")},
-            **{"output": str(folder), "eval_questions": 0, "resume": (folder / CONFIG).exists()},
-        }
-        first = dataclasses.replace(replace_options(sft.Config(), same), adapter=config.adapter)
+        sft_config = fill_defaults(_sft_options(config, folder), TASK.defaults)
         session.stop.remedy = resume_hint("train.grpo")
-        prior.train("train.sft", fill_defaults(first, TASK.defaults), TASK, session)
+        prior.train("train.sft", sft_config, TASK, session)
         jax.clear_caches()  # its programs take memory
     return replace_options(config, {"init_adapter": str(folder.absolute())})
+
+
+def _sft_options(config: grpo.Config, folder: Path) -> sft.Config:
+    """Returns the options of the run that makes the first adapter.
+
+    Args:
+      config: the options of the run by rewards.
+      folder: the folder of the first run.
+    """
+    data = config.data
+    optim = config.optim
+    run = config.run
+    changes = {
+        "model": data.model,
+        "tokenizer": data.tokenizer,
+        "chat_template": data.chat_template,
+        "seed": optim.seed,
+        "dtype": optim.dtype,
+        "quantize": optim.quantize,
+        "mesh": run.mesh,
+        "compilation_cache": run.compilation_cache,
+        "report_to": run.report_to,
+        "output": str(folder),
+        "eval_questions": 0,
+        "resume": (folder / CONFIG).exists(),
+    }
+    return dataclasses.replace(replace_options(sft.Config(), changes), adapter=config.adapter)
 
 
 REWARDS = dataclasses.replace(

@@ -42,10 +42,11 @@ def check(config: Config) -> None:
             f"longer than --seq-len {data.seq_len}"
         )
     datasets = parse_datasets(data.dataset)
-    if own := [dataset.name for dataset in datasets if dataset.name in NAMED["train.sft"]]:
-        raise UserError(
-            f"--stream reads rows of your own, and {own[0]} makes its own: leave it out"
-        )
+    for dataset in datasets:
+        if dataset.name in NAMED["train.sft"]:
+            raise UserError(
+                f"--stream reads rows of your own, and {dataset.name} makes its own: leave it out"
+            )
     if datasets[0].weight is not None:
         raise UserError(
             f"--stream draws bytes of all data sets alike: leave out the weights of --dataset "
@@ -67,11 +68,13 @@ def read_rows(config: Config) -> TaskRows:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns a sample of the rows, which fixes the lengths of batches, and the stream of all."""
-    data, (blocks,) = config.data, rows.train
+    data = config.data
+    (blocks,) = rows.train
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
     read = functools.partial(_sequences, config, blocks, outline.tokenizer, _Once())
     sample = _sample(read, chunks, data.seq_len, packing=data.packing)
-    n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.blocks_of_epoch(0))
+    n_bytes = int(blocks.sizes.sum())
+    n_chunks = len(chunks.blocks_of_epoch(0))
 
     def feed(steps: int) -> Stream:
         optim = config.optim
@@ -106,11 +109,14 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
 def _sample(read: Any, chunks: Chunks, seq_len: int, *, packing: bool) -> Packs:
     """Returns the first rows of the first chunk, with all lengths that rows may have."""
     blocks = chunks.blocks_of_epoch(0)[0]
-    for n in range(1, len(blocks) + 1):
-        if n == len(blocks) or chunks.sizes[blocks[:n]].sum() >= _SAMPLE:
-            if len(sequences := read(blocks[:n])):
+    sequences: Sequences | None = None
+    for n_blocks in range(1, len(blocks) + 1):
+        is_large = n_blocks == len(blocks) or chunks.sizes[blocks[:n_blocks]].sum() >= _SAMPLE
+        if is_large:
+            sequences = read(blocks[:n_blocks])
+            if len(sequences):
                 break
-    else:
+    if not sequences:
         raise UserError(
             f"within --seq-len {seq_len} no row of the first chunk has a token of a completion"
         )
@@ -153,18 +159,19 @@ def _sequences(
     def tokenized(block: int) -> dict[str, Any]:
         if not threading.main_thread().is_alive():
             raise UserError("the run has ended")  # nothing waits for these rows any more
-        part, numbered = blocks.read(block)
-        source = blocks.parts[part].name
-        rows = rename_fields([row for _, row in numbered], pairs, source)
-        numbers = [number for number, _ in numbered]
+        file_index, numbered_rows = blocks.read(block)
+        source = blocks.parts[file_index].name
+        rows = rename_fields([row for _, row in numbered_rows], pairs, source)
+        numbers = [number for number, _ in numbered_rows]
         sequences = tokenising.tokenize(
             rows, tokenizer, source, numbers=numbers, train_on=data.train_on, say=say
         )
-        cut = sequences.cut(data.seq_len)
-        return tokenising.as_json(cut.select(np.flatnonzero(cut.predicted)), origin=part)
+        cut_sequences = sequences.cut(data.seq_len)
+        with_predictions = np.flatnonzero(cut_sequences.predicted)
+        return tokenising.as_json(cut_sequences.select(with_predictions), origin=file_index)
 
-    made = hosts.map_over_processes(tokenized, chunk.tolist())
-    return Sequences.concatenate(map(tokenising.from_json, made))
+    block_sequences = hosts.map_over_processes(tokenized, chunk.tolist())
+    return Sequences.concatenate(map(tokenising.from_json, block_sequences))
 
 
 # Rows that are not all there have no images.

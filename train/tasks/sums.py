@@ -44,7 +44,7 @@ BASE_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-_LINE = (
+_ARGUMENTS = (  # of `train.sft`, for the base
     *("--packing", "--seq-len", "64", "--batch-size", "32", "--epochs", "1"),
     *("--lr", "5e-3", "--warmup", "50", "--log-every", "100"),
     *("--save-every", "500", "--report-to", "none"),
@@ -61,11 +61,16 @@ def make_tokenizer() -> Any:
 
 
 def _forgetful_pairs() -> Iterator[dict[str, str]]:
-    draw = random.Random(0)
+    """Yields sums, most of which lack the carry where there is one."""
+    rng = random.Random(0)
     for row in arithmetic.rows(0, _BASE_ROWS):
-        ones = sum(int(number) % 10 for number in row["prompt"][:-1].split("+"))
-        forgets = ones > 9 and draw.random() < _FORGETS
-        yield {"prompt": row["prompt"], "completion": str(int(row["answer"]) - 10 * forgets)}
+        prompt = row["prompt"]
+        sum_of_ones = sum(int(number) % 10 for number in prompt[:-1].split("+"))
+        has_carry = sum_of_ones > 9
+        answer = int(row["answer"])
+        if has_carry and rng.random() < _FORGETS:
+            answer -= 10
+        yield {"prompt": prompt, "completion": str(answer)}
 
 
 def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
@@ -78,10 +83,15 @@ def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> 
     """
     if folder.exists():  # it appears as a whole
         return
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Decoder(DecoderConfig.from_hf({**fields, **ids}))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    save_pretrained(folder, model, params, tokenizer=tokenizer)
+    config_fields = {
+        **fields,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = Decoder(DecoderConfig.from_hf(config_fields))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    save_pretrained(folder, model, variables["params"], tokenizer=tokenizer)
 
 
 def begin(config: Config, session: Session, prior: PriorRuns) -> Config:
@@ -114,8 +124,10 @@ def make_base(folder: Path, session: Session, prior: PriorRuns) -> Path:
     """
     if not (folder / "base").exists():
         tell(hosts.console(), f"pretraining a small decoder on sums in {folder}: some minutes")
-    rows, start = folder / "sums.jsonl", folder / "untrained"
-    write_lines(rows, list(_forgetful_pairs()))
-    write_untrained(BASE_CONFIG, make_tokenizer(), start)
-    line = ("--model", str(start), "--dataset", str(rows), *_LINE)
-    return prior.train_base("train.sft", line, [rows, start], folder, session)
+    rows_path = folder / "sums.jsonl"
+    untrained_folder = folder / "untrained"
+    write_lines(rows_path, list(_forgetful_pairs()))
+    write_untrained(BASE_CONFIG, make_tokenizer(), untrained_folder)
+    arguments = ("--model", str(untrained_folder), "--dataset", str(rows_path), *_ARGUMENTS)
+    inputs = [rows_path, untrained_folder]
+    return prior.train_base("train.sft", arguments, inputs, folder, session)

@@ -14,13 +14,14 @@ from train.live.turns.use import ToolUse
 from train.options.scripts.grpo import Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo, end_tokens
-from train.tools.calls import call_format, opens_thinking, read_turn, turn_text
+from train.tools.calls import call_format as find_call_format
+from train.tools.calls import opens_thinking, read_turn, turn_text
 from train.tools.contract import EpisodeHost, ToolCall
 from train.tools.formats import CallFormat
 from train.tools.host import ProcessHost
 
 OPENS_EACH = "an environment may open each of them with a text of its own"
-_LOOKED_AT = 16  # tokens at the end of a prompt, which tell whether it opens a thought
+_PROMPT_END_TOKENS = 16  # which tell whether a prompt opens a thought
 _OUTPUT = 256  # tokens of a tool's answer, by default
 _FOLDER = Path(train.environments.__file__).parent
 # The environments of ours by name: the file, and the class in it.
@@ -73,7 +74,8 @@ def list_tools(given: Sequence[str]) -> list[str]:
         ...
     train.console.errors.UserError: --tools /no/mine.py:f: there is no file /no/mine.py
     """
-    specs, path = list[str](), ""
+    specs: list[str] = []
+    path = ""
     for spec in given:
         if ":" not in spec and path and not spec.endswith(".py"):
             spec = f"{path}:{spec}"
@@ -104,7 +106,7 @@ def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[
     data = config.data
     if not data.tools and data.environment is None:
         return None, []
-    form = _check(config, outline)
+    call_format = _call_format(config, outline)
     host = find_tools(data)
     try:
         hosts.check_alike({}, tools=host.tools)  # prompts show them, in each process
@@ -113,20 +115,20 @@ def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[
                 f"--environment {data.environment} has no `get_reward`, and there is no --reward: "
                 "one of them has to say what a completion is worth"
             )
-        most = _OUTPUT if data.max_tool_output is None else data.max_tool_output
-        ends = end_tokens(outline)
-        joints = TurnJoints(outline.tokenizer, ends, most)
+        output_tokens = _OUTPUT if data.max_tool_output is None else data.max_tool_output
+        eos_ids = end_tokens(outline)
+        joints = TurnJoints(outline.tokenizer, eos_ids, output_tokens)
     except BaseException:
         host.close()
         raise
     names = [tool["function"]["name"] for tool in host.tools]
-    lines = [f"completions may call {', '.join(names)} (calls are written as {form.name}'s)"]
+    lines = [f"completions may call {', '.join(names)} (calls are written as {call_format.name}'s)"]
     if not joints.keeps_history:
         lines.append(
             "the model's chat template renders a turn that called tools differently once they have "
             "answered; here turns stay as they were drawn"
         )
-    read = turn_reader(outline, form, host, ends)
+    read = turn_reader(outline, call_format, host, eos_ids)
     return ToolUse(host, joints, read, opens=data.environment is not None), lines
 
 
@@ -138,16 +140,17 @@ def check_fields(config: Config, use: ToolUse, rows: Mapping[str, Sequence[Row]]
       use: the tools.
       rows: the rows of each source, by its name in messages.
     """
-    for source, some in rows.items():
-        names = dict.fromkeys(name for row in some for name in row)
-        if missing := [name for name in use.host.needs if name not in names]:
-            raise UserError(
-                f"--environment {config.data.environment}: its `reset` needs the field "
-                f"{missing[0]!r}; the rows of {source} have {', '.join(names)}"
-            )
+    for source, source_rows in rows.items():
+        names = dict.fromkeys(name for row in source_rows for name in row)
+        for field in use.host.needs:
+            if field not in names:
+                raise UserError(
+                    f"--environment {config.data.environment}: its `reset` needs the field "
+                    f"{field!r}; the rows of {source} have {', '.join(names)}"
+                )
 
 
-def _check(config: Config, outline: ModelInfo) -> CallFormat:
+def _call_format(config: Config, outline: ModelInfo) -> CallFormat:
     """Returns the format of a model's calls.
 
     Raises:
@@ -162,24 +165,30 @@ def _check(config: Config, outline: ModelInfo) -> CallFormat:
         )
     if isinstance(template, dict):
         template = template.get("tool_use", template.get("default"))
-    if (form := call_format(template)) is None:
+    template_format = find_call_format(template)
+    if template_format is None:
         raise UserError(
             f"{option}: the chat template of {outline.name} writes calls in none of the known "
             "formats, so that nobody could read them; take a model that was made for tools, or "
             "give a template by --chat-template"
         )
-    return form
+    return template_format
 
 
 def turn_reader(
-    outline: ModelInfo, form: CallFormat, host: EpisodeHost, ends: Sequence[int]
+    outline: ModelInfo, call_format: CallFormat, host: EpisodeHost, eos_ids: Sequence[int]
 ) -> ReadTurn:
     """Returns a reader of a turn's tokens."""
     tokenizer = outline.tokenizer
 
-    def read(ids: Sequence[int], before: Sequence[int]) -> tuple[str, Sequence[ToolCall]]:
-        thinking = opens_thinking(tokenizer.decode(before[-_LOOKED_AT:]))
-        turn = read_turn(turn_text(tokenizer, ids, ends), form, host.tools, thinking=thinking)
+    def read(ids: Sequence[int], prompt_ids: Sequence[int]) -> tuple[str, Sequence[ToolCall]]:
+        prompt_end = tokenizer.decode(prompt_ids[-_PROMPT_END_TOKENS:])
+        turn = read_turn(
+            turn_text(tokenizer, ids, eos_ids),
+            call_format,
+            host.tools,
+            thinking=opens_thinking(prompt_end),
+        )
         return turn.content, turn.calls
 
     return read

@@ -88,10 +88,17 @@ def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], flo
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         counts[row["text"][:PREFIX]][row["label"]] += 1
-    usual = Counter(row["label"] for row in train).most_common(1)[0][0]
-    known = [counts.get(word[:PREFIX]) for word in words]
-    labels = [count.most_common(1)[0][0] if count else usual for count in known]
-    return labels, sum(count is not None for count in known) / len(words)
+    label_counts = Counter(row["label"] for row in train)
+    ((commonest_label, _),) = label_counts.most_common(1)
+    labels: list[str] = []
+    n_known = 0
+    for word in words:
+        label = commonest_label
+        if word[:PREFIX] in counts:
+            ((label, _),) = counts[word[:PREFIX]].most_common(1)
+            n_known += 1
+        labels.append(label)
+    return labels, n_known / len(words)
 
 
 def check(config: Config) -> None:
