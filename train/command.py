@@ -16,20 +16,20 @@ COMMANDS = {
     "sft": "fine-tunes a language model on chats, pairs or text",
     "dpo": "trains on preferences: pairs of a better and a worse completion",
     "grpo": "trains on rewards of the model's own completions",
-    "distill": "trains on a teacher's judgement of the model's own completions",
+    "distill": "trains on the probabilities that a teacher gives to the model's own completions",
     "classify": "fine-tunes an encoder on labelled texts or images",
     "compare": "measures LoRA against full fine-tuning on your model and data, and says which to "
     "use",
     "findings": "repeats published findings about LoRA, with a table and a picture each",
     "generate": "answers prompts with a base and its adapters, or chats",
-    "serve": "serves a base and its adapters over HTTP, to train with Tinker's client and to ask "
-    "with OpenAI's",
+    "serve": "serves a base and its adapters over HTTP: Tinker's client trains them, OpenAI's "
+    "client asks them",
     "predict": "classifies texts or images with a classifier that `train.classify` or PEFT trained",
     "export": "writes files that PEFT, transformers and serving engines load",
-    "plan": "says how much memory and time a run needs on a machine that you need not have",
-    "launch": "prints a file for a scheduler (Slurm, JobSet, SkyPilot) that starts a run, and "
-    "goes on with it",
-    "doctor": "says what this machine has, what is wrong with it, and what to do",
+    "plan": "tells how much memory and time a run needs, on a machine that you do not need to have",
+    "launch": "prints a file for a scheduler (Slurm, JobSet, SkyPilot) that starts a run and "
+    "continues it",
+    "doctor": "tells what this machine has, what is wrong with it, and what to do",
 }
 
 
