@@ -188,7 +188,7 @@ class Sweep:
         return progress.finished or progress.error is not None or is_stopped
 
     def _tell_stage(self, index: int, n_stages: int, stage: Stage, trials: Sequence[Trial]) -> None:
-        """Tells how many runs are trained to the end of a stage, and how."""
+        """Prints the number of runs that are trained to the end of a stage."""
         title = "to the end" if n_stages == 1 else f"stage {index + 1} of {n_stages}"
         n_adapters = sum(has_adapter(trial.arm.method) for trial in trials)
         tell(

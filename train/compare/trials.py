@@ -303,7 +303,7 @@ def _trial(
 
 
 def _trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
-    """Returns how many numbers a run trains: the dimension of a subspace, or those of its tree."""
+    """Counts the numbers that a run trains: the dimension of a subspace, or those of its tree."""
     if arm.dimension is not None:
         return arm.dimension
     outline = inputs.read.outline

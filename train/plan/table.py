@@ -68,7 +68,7 @@ def _headline(facts: Mapping[str, Any]) -> str:
 
 
 def _needs_host_memory(plans: Sequence[Plan]) -> bool:
-    """Returns whether a plan keeps activations in its host's memory."""
+    """Returns True if a plan keeps activations in its host's memory."""
     return any(plan.per_chip_bytes["host"] for plan in plans)
 
 
@@ -129,7 +129,7 @@ def _mark(plan: Plan) -> str:
 
 
 def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
-    """Returns what the columns of the tables hold, and what the figures assume."""
+    """Explains the columns of the tables, and the assumptions of the figures."""
     flops_source = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
         "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "

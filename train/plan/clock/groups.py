@@ -99,7 +99,7 @@ def _products(
 
 
 def _only_moves(module: HloModule, op: Instruction, computation: Computation) -> bool:
-    """Returns whether an instruction, and all inside of it, move or cast arrays alone."""
+    """Returns True if an instruction, and all inside of it, move or cast arrays alone."""
     return all(
         inner.opcode in _MOVES
         for inner, _ in ((op, computation), *module.inside(op))

@@ -170,7 +170,7 @@ def _constant(op: Instruction, computation: Computation) -> int | None:
 
 
 def _matched(pattern: str, text: str) -> str:
-    """Returns what the group of a pattern matches; raises NotUnderstood if it matches nothing."""
+    """Returns the text of a pattern's group; raises NotUnderstood if nothing matches."""
     match = re.search(pattern, text)
     if match is None:
         raise NotUnderstood(f"no {pattern} in {text[:200]}")
