@@ -32,10 +32,10 @@ def fetch(name_or_path: str | Path) -> Path:
     >>> from lora_jax import models
     >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    model = look_up(name_or_path)
-    if isinstance(model, LocalModel):
-        return model.path
-    problem = model
+    model_or_problem = look_up(name_or_path)
+    if isinstance(model_or_problem, LocalModel):
+        return model_or_problem.path
+    problem = model_or_problem
     name = str(name_or_path)
     if name not in BUNDLES:
         raise not_on_hub(name, problem)

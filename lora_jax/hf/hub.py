@@ -48,10 +48,10 @@ def resolve(name_or_path: str | Path) -> LocalModel:
     Raises:
       ModelNotFound: says what was tried, and what to do.
     """
-    model = look_up(name_or_path)
-    if isinstance(model, LocalModel):
-        return model
-    problem = model
+    model_or_problem = look_up(name_or_path)
+    if isinstance(model_or_problem, LocalModel):
+        return model_or_problem
+    problem = model_or_problem
     name = str(name_or_path)
     bundle = BUNDLES.get(name)
     if bundle is None:

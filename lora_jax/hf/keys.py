@@ -127,14 +127,14 @@ class SubTensor(NamedTuple):
 
     def inside(self, part_index: tuple[slice, ...]) -> tuple[int | slice, ...]:
         """Returns a slice of the part as a slice of the tensor that holds it."""
-        part_slices = list(part_index)
+        remaining_slices = list(part_index)
         file_index: list[int | slice] = []
         for cut in self.at:
-            if isinstance(cut, slice):
-                file_index.append(_slice_of_slice(cut, part_slices.pop(0)))
+            if isinstance(cut, slice):  # an axis that the part has; an index removes the axis
+                file_index.append(_slice_of_slice(cut, remaining_slices.pop(0)))
             else:
-                file_index.append(cut)  # an axis that the part does not have
-        return (*file_index, *part_slices)
+                file_index.append(cut)
+        return (*file_index, *remaining_slices)
 
 
 def _slice_of_slice(outer: slice, inner: slice) -> slice:
@@ -217,9 +217,12 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
     """
     with np.errstate(over="ignore"):
         out[...] = values
-    if out.dtype != np.float16 or values.dtype == np.float16:
+    can_overflow = out.dtype == np.float16 and values.dtype != np.float16
+    if not can_overflow:
         return
-    if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
+    n_infinities_before = np.count_nonzero(np.isinf(values))
+    n_infinities = np.count_nonzero(np.isinf(out))
+    if n_infinities != n_infinities_before:
         raise WeightsError(
             f"{where} has values beyond the range of float16 (65504); choose bfloat16"
         )

@@ -266,13 +266,15 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
     tensor_slices = member_slices[::-1] if row.transpose else member_slices
     for member, name in zip(row.members, row.hf_names, strict=True):
         indices_and_ranges = list(zip(member, stack_ranges, strict=True))
-        if not all(index in axis_range for index, axis_range in indices_and_ranges):
+        is_in_box = all(index in axis_range for index, axis_range in indices_and_ranges)
+        if not is_in_box:
             continue
         index_in_box = [index - axis_range.start for index, axis_range in indices_and_ranges]
         member_index: tuple[int | EllipsisType, ...] = (*index_in_box, ...)
-        member_values = values[member_index]
-        tensor_values = member_values.T if row.transpose else member_values
-        source.read_into(tensor_values, name, tensor_slices)
+        # Views of `values`, which the source fills.
+        member_view = values[member_index]
+        tensor_view = member_view.T if row.transpose else member_view
+        source.read_into(tensor_view, name, tensor_slices)
     return values
 
 

@@ -126,7 +126,8 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
     incomplete_layers = [name for name in packed_layers if f"{name}.base_layer" not in modules]
     for layer, indices in expert_indices.items():
         n_experts = len(set(indices))
-        if len(indices) < 3 * n_experts:
+        has_all_projections = len(indices) >= 3 * n_experts  # gate, up and down
+        if not has_all_projections:
             incomplete_layers.append(layer)
     problems = []
     if incomplete_layers:

@@ -44,9 +44,10 @@ def take_out_derived(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[st
     """
     weights_of_derived: dict[Derived, dict[str, LoraWeight]] = defaultdict(dict)
     for path, node in nodes.items():
-        derived = derived_of(node) if isinstance(node, LoraWeight) else None
-        if derived is not None and isinstance(node, LoraWeight):
-            weights_of_derived[derived][path] = node
+        if isinstance(node, LoraWeight):
+            derived = derived_of(node)
+            if derived is not None:
+                weights_of_derived[derived][path] = node
     settings: dict[str, JsonObject] = {}
     for derived, weights in weights_of_derived.items():
         all_weights = list(weights.values())
@@ -55,10 +56,11 @@ def take_out_derived(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[st
         for path, weight in weights.items():
             recipe = derived.recipe(weight, all_weights)
             probes = _probes(weight, derived.names)
-            follows_from_recipe = recipe is not None and not _differing(
-                weight.replace(**remake(path, weight, recipe)), probes
-            )
-            if follows_from_recipe:
+            follows_from_recipe = False
+            if recipe is not None:
+                remade_weight = weight.replace(**remake(path, weight, recipe))
+                follows_from_recipe = not _differing(remade_weight, probes)
+            if recipe is not None and follows_from_recipe:
                 entry = {**recipe, "probes": probes} if recipe else probes
                 settings[path] = {derived.entry: entry}
                 remade_names = derived.names

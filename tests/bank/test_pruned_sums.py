@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.bank import combine
-from lora_jax.bank.sums.arithmetic import HOWS, CombineMethod, combined
+from lora_jax.bank.sums.arithmetic import METHODS, CombineMethod, combined
 from tests.support import array, assert_close, assert_identical, draw
 
 WEIGHTS = np.array([1.25, -0.5, 0.75])
@@ -60,8 +60,8 @@ def all_sums():
         factors = [*zip(a, b, strict=True)]
         results = []
         for how, density, sign in CASES:
-            method = dataclasses.replace(HOWS[how], density=density, sign=sign or "total")
-            results.append(combined(factors, [*scales], weights, key, how=method, rank=3))
+            method = dataclasses.replace(METHODS[how], density=density, sign=sign or "total")
+            results.append(combined(factors, [*scales], weights, key, method=method, rank=3))
         return results
 
     return jax.device_get(run(A, B, array(SCALES, "f4"), array(WEIGHTS, "f4"), jax.random.key(0)))
@@ -88,7 +88,7 @@ def test_elements_without_a_majority_count_as_positive():
     ones = [np.full((1, 2), value, np.float32) for value in (1.0, -1.0)]
     eye = np.ones((1, 1), np.float32)
     method = CombineMethod("changes", "magnitude", True, True, "ties_svd", 1.0, "total")
-    a, b = jax.jit(functools.partial(combined, how=method, rank=1))(
+    a, b = jax.jit(functools.partial(combined, method=method, rank=1))(
         [(eye, one) for one in ones],
         [np.float32(1.0), np.float32(1.0)],
         array([3.0, 5.0], "f4"),

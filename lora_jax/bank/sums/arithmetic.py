@@ -18,9 +18,9 @@ class CombineMethod:
     """A way to combine adapters.
 
     Attributes:
-      what: "ranks" lays the factors side by side along the rank, which is the exact sum; "factors"
-        sums the A's, and the B's; "changes" sums the products s·AB, formed for one matrix of a
-        stack at a time.
+      summands: "ranks" lays the factors side by side along the rank, which is the exact sum;
+        "factors" sums the A's, and the B's; "changes" sums the products s·AB, formed for one matrix
+        of a stack at a time.
       is_compressed: whether the result is reduced to a given rank.
       prunes: which elements of each factor or change are set to zero: those of the smallest
         magnitude, or random ones (DARE, Yu et al., arXiv 2311.03099). None: none.
@@ -31,7 +31,7 @@ class CombineMethod:
       sign: the majority's: of the sum of elements ("total"), or of their signs ("frequency").
     """
 
-    what: Literal["ranks", "factors", "changes"]
+    summands: Literal["ranks", "factors", "changes"]
     prunes: Literal["magnitude", "random"] | None = None
     elects: bool = False
     is_compressed: bool = False
@@ -46,13 +46,13 @@ _PRUNED = {
     "dare_linear": CombineMethod("factors", prunes="random"),
     "dare_ties": CombineMethod("factors", prunes="random", elects=True),
 }
-HOWS = {
+METHODS = {
     "exact": CombineMethod("ranks"),
     "svd": CombineMethod("ranks", is_compressed=True),
     "linear": CombineMethod("factors"),
     **_PRUNED,
     **{
-        f"{name}_svd": dataclasses.replace(method, what="changes", is_compressed=True)
+        f"{name}_svd": dataclasses.replace(method, summands="changes", is_compressed=True)
         for name, method in _PRUNED.items()
     },
 }
@@ -64,7 +64,7 @@ def combined(
     weights: jax.Array,
     key: jax.Array,
     *,
-    how: CombineMethod,
+    method: CombineMethod,
     rank: int = 0,
     is_mirrored: bool = False,
 ) -> Factors:
@@ -77,15 +77,15 @@ def combined(
       scales: scales of each adapter, s [batch…].
       weights: weights of the adapters, [n].
       key: a PRNG key, of which random pruning makes use.
-      how: one of `HOWS`, with the options that it takes.
+      method: one of `METHODS`, with the options that it takes.
       rank: rank of the result, where it is compressed.
       is_mirrored: whether PEFT calls B what is A here: signs of weights go to its A.
     """
     with jax.default_matmul_precision("highest"):
-        if how.what == "ranks":
-            return _side_by_side(factors, scales, weights, rank if how.is_compressed else None)
-        if how.what == "changes":
-            return _sum_changes(factors, scales, weights, key, rank, how)
+        if method.summands == "ranks":
+            return _side_by_side(factors, scales, weights, rank if method.is_compressed else None)
+        if method.summands == "changes":
+            return _sum_changes(factors, scales, weights, key, rank, method)
         # The roots of s·w multiply both factors, and its sign one of them.
         products = jnp.stack([s * w for s, w in zip(scales, weights, strict=True)])
         products = products[..., None, None]  # [n, batch…, 1, 1]
@@ -96,7 +96,7 @@ def combined(
         all_a = jnp.stack([a for a, _ in factors])
         all_b = jnp.stack([b for _, b in factors])
         key_a, key_b = jax.random.split(key)
-        return _summed(all_a, weights_a, key_a, how), _summed(all_b, weights_b, key_b, how)
+        return _summed(all_a, weights_a, key_a, method), _summed(all_b, weights_b, key_b, method)
 
 
 def _side_by_side(
@@ -119,7 +119,7 @@ def _sum_changes(
     weights: jax.Array,
     key: jax.Array,
     rank: int,
-    how: CombineMethod,
+    method: CombineMethod,
 ) -> Factors:
     """Returns the factors of a sum of changes s·AB, one matrix of the stack after the other."""
     batch_shape = scales[0].shape
@@ -129,7 +129,7 @@ def _sum_changes(
         changes = []
         for (a, b), scale in zip(member_factors, member_scales, strict=True):
             changes.append(scale * (a.mT @ b))
-        change = _summed(jnp.stack(changes), weights[:, None, None], member_key, how)
+        change = _summed(jnp.stack(changes), weights[:, None, None], member_key, method)
         return nearest_factors(change, rank)
 
     keys = jax.random.split(key, batch_shape)
@@ -137,22 +137,22 @@ def _sum_changes(
 
 
 def _summed(
-    tensors: jax.Array, weights: jax.Array, key: jax.Array, how: CombineMethod
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, method: CombineMethod
 ) -> jax.Array:
     """Returns the weighted sum of matrices [n, batch…, rows, columns] over the first axis.
 
     PEFT's `task_arithmetic`, `magnitude_prune`, `ties`, `dare_linear` and `dare_ties`: the majority
     is that of the tensors without their weights.
     """
-    if how.prunes == "magnitude" and how.density < 1:
-        tensors = _largest(tensors, how.density)
-    elif how.prunes == "random" and how.density < 1:
-        is_kept = jax.random.bernoulli(key, how.density, tensors.shape)
-        tensors = jnp.where(is_kept, tensors / how.density, 0)
+    if method.prunes == "magnitude" and method.density < 1:
+        tensors = _largest(tensors, method.density)
+    elif method.prunes == "random" and method.density < 1:
+        is_kept = jax.random.bernoulli(key, method.density, tensors.shape)
+        tensors = jnp.where(is_kept, tensors / method.density, 0)
     weighted = tensors * weights
-    if not how.elects:
+    if not method.elects:
         return jnp.sum(weighted, axis=0)
-    votes = tensors if how.sign == "total" else jnp.sign(tensors)
+    votes = tensors if method.sign == "total" else jnp.sign(tensors)
     majority_sign = jnp.where(jnp.sum(votes, axis=0) >= 0, 1, -1).astype(tensors.dtype)
     is_in_majority = jnp.sign(tensors) == majority_sign
     n_in_majority = jnp.maximum(jnp.sum(is_in_majority, axis=0), 1).astype(tensors.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.sums.arithmetic import HOWS, CombineMethod, Sign
+from lora_jax.bank.sums.arithmetic import METHODS, CombineMethod, Sign
 from lora_jax.bank.sums.lowrank import replace_factors
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.core.base import as_array, is_abstract
@@ -199,10 +199,10 @@ def _method(
     how: str, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
 ) -> CombineMethod:
     """Returns the way to combine, after a check of the options that it takes and needs."""
-    if how not in HOWS:
+    if how not in METHODS:
         hint = "; PEFT's 'cat' is 'exact'" if how == "cat" else ""
-        raise ValueError(f"combine: how={how!r}: choose one of {list(HOWS)}{hint}")
-    method = HOWS[how]
+        raise ValueError(f"combine: how={how!r}: choose one of {list(METHODS)}{hint}")
+    method = METHODS[how]
     has_effect = {
         "rank": method.is_compressed,
         "density": method.prunes is not None,
@@ -296,12 +296,12 @@ def _check_lora_terms(path: str, terms: _Terms, method: CombineMethod) -> None:
                     f"combine: {path!r} has {name} {first_value} in trees[{first_index}] and "
                     f"{value} in trees[{index}]: adapt it with the same {name} in all trees"
                 )
-        if method.what == "factors" and node.start is not None:
+        if method.summands == "factors" and node.start is not None:
             raise ValueError(
                 f"combine: trees[{index}] has {path!r} from an initialiser that takes factors out "
                 f"of the base, which how={method.name!r} cannot sum apart: choose 'exact' or 'svd'"
             )
-    if method.what == "factors":
+    if method.summands == "factors":
         for ranks in ranks_by_layer(list(terms.values())):
             if len({rank for rank in ranks if rank}) > 1:
                 raise ValueError(
@@ -337,7 +337,7 @@ def _sum_weights(
         ranks=tuple(ranks),
         n_batch=first_node.n_batch,
         uses=first_node.uses,
-        how=method,
+        method=method,
         dtype=dtype,
     )
     frozen = first_node.frozen if all(n.frozen == first_node.frozen for n in nodes) else ()

@@ -38,26 +38,28 @@ def ranks_by_layer(nodes: Sequence[LoraWeight]) -> tuple[Ranks, ...]:
     return tuple(ranks_of_layers)
 
 
-def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: CombineMethod, rank: int | None) -> int:
+def rank_of_sum(
+    ranks: Ranks, sizes: tuple[int, int], method: CombineMethod, rank: int | None
+) -> int:
     """Returns the rank of a sum.
 
     Args:
       ranks: ranks of its terms; 0 of those that are absent.
       sizes: in and out.
-      how: the way to combine.
+      method: the way to combine.
       rank: the rank asked for; None for the largest of `ranks`.
     """
     if not any(ranks):
         return 0
-    sums_ranks = how.what == "ranks"
-    if not how.is_compressed:
+    sums_ranks = method.summands == "ranks"
+    if not method.is_compressed:
         return sum(ranks) if sums_ranks else max(ranks)
     limit = min(*sizes, sum(ranks)) if sums_ranks else min(sizes)
     return min(rank or max(ranks), limit)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "dtype")
+    jax.jit, static_argnames=("by_layer", "ranks", "n_batch", "uses", "method", "dtype")
 )
 def summed(
     arrays: Sequence[Mapping[str, jax.Array]],
@@ -68,7 +70,7 @@ def summed(
     ranks: Ranks,
     n_batch: int,
     uses: str,
-    how: CombineMethod,
+    method: CombineMethod,
     dtype: DTypeLike,
 ) -> Factors:
     """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
@@ -81,7 +83,7 @@ def summed(
       ranks: ranks of the sum in each layer, as `by_layer` has them.
       n_batch: the number of batch axes.
       uses: uses of the weight; of "each", both halves of the rank are sums of their own.
-      how: see `lora_jax.bank.sums.arithmetic.combined`.
+      method: see `lora_jax.bank.sums.arithmetic.combined`.
       dtype: dtype of the result.
     """
     layers_of_ranks: dict[Ranks, list[int]] = defaultdict(list)
@@ -114,7 +116,7 @@ def summed(
             scales,
             weights[np.asarray(terms)],
             jax.random.fold_in(jax.random.fold_in(key, lane), first_layer),
-            how=how,
+            method=method,
             rank=ranks[first_layer] // n_lanes,
             is_mirrored=lane == 1 or uses == "product",
         )

@@ -139,17 +139,20 @@ class Stack:
         slot_content = content_of(self.kind, tenant)
         content = (self._writable_state(), self._held_fixed.writable(self.fixed))
         self.state, self.fixed = _put(content, slot_content, np.int32(slot), _flat(self._axes))
-        n_updates = -(-tenant.steps // UPDATES) * UPDATES
-        tenant_rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(n_updates)), np.float32)
-        old_rates = self._numbers.rates
-        n_columns = max(n_updates, old_rates.shape[1])
-        rates = np.zeros((len(self.names), n_columns), np.float32)
-        rates[:, : old_rates.shape[1]] = old_rates
-        rates[slot, :n_updates] = tenant_rates
-        self._numbers = self._numbers._replace(rates=rates)
+        self._numbers = self._numbers._replace(rates=self._rates_with(slot, tenant))
         self._numbers.weight_decay[slot] = tenant.weight_decay
         self._numbers.grad_clip[slot] = tenant.grad_clip
         self.names[slot] = name
+
+    def _rates_with(self, slot: int, tenant: Tenant) -> np.ndarray:
+        """Returns the learning rates of all slots, [slots, updates], with an adapter's in one."""
+        old_rates = self._numbers.rates
+        n_updates = -(-tenant.steps // UPDATES) * UPDATES
+        rates_of_updates = jax.vmap(tenant.schedule)(jnp.arange(n_updates))
+        rates = np.zeros((len(self.names), max(n_updates, old_rates.shape[1])), np.float32)
+        rates[:, : old_rates.shape[1]] = old_rates
+        rates[slot, :n_updates] = np.array(rates_of_updates, np.float32)
+        return rates
 
     def take(self, name: str) -> State:
         """Returns a copy of the state of one adapter."""

@@ -353,17 +353,17 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
       BankError: they have other shapes, and no "weights", of which 0 is for what does not count.
     """
     shapes_of = {name: _shapes(batch) for name, batch in batches.items()}
-    adapter = list(batches)[0]
-    different_adapters = [name for name in batches if shapes_of[name] != shapes_of[adapter]]
-    if not different_adapters:
+    adapter, *other_adapters = batches
+    differing_adapters = [n for n in other_adapters if shapes_of[n] != shapes_of[adapter]]
+    if not differing_adapters:
         return batches
     keys = batches[adapter].keys()
     has_weights = all("weights" in batch and batch.keys() == keys for batch in batches.values())
     if not has_weights:
-        different_adapter = different_adapters[0]
+        differing_adapter = differing_adapters[0]
         raise BankError(
-            f"together: {adapter!r} and {different_adapter!r} train in one stack, and their "
-            f"batches have the shapes {shapes_of[adapter]} and {shapes_of[different_adapter]}, "
+            f"together: {adapter!r} and {differing_adapter!r} train in one stack, and their "
+            f"batches have the shapes {shapes_of[adapter]} and {shapes_of[differing_adapter]}, "
             'without "weights" by which they could be filled up: give them the same shapes'
         )
     largest_shapes = {}

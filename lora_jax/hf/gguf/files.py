@@ -48,12 +48,12 @@ def open_gguf(path: Path) -> OpenGGUF:
         raise ImportError(
             "reading a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
         ) from None
-    match = _PART.fullmatch(path.name)
     files = [path]
-    if match:
-        pattern = f"{glob.escape(match[1])}-*-of-{match[3]}.gguf"
-        files = sorted(path.parent.glob(pattern)) or [path]
-    stamps = []
+    part_match = _PART.fullmatch(path.name)
+    if part_match is not None:
+        parts_pattern = f"{glob.escape(part_match[1])}-*-of-{part_match[3]}.gguf"
+        files = sorted(path.parent.glob(parts_pattern)) or [path]
+    stamps = []  # a changed file is opened again
     for file in files:
         status = file.stat()
         stamps.append((file.absolute(), status.st_mtime_ns, status.st_size))

@@ -227,7 +227,7 @@ def _templates(chat_template: str | dict[str, str] | None) -> dict[str, Any]:
         return {}
     if isinstance(chat_template, str):
         return {"tokenizer.chat_template": chat_template}
-    default = chat_template.get("default") or next(iter(chat_template.values()))
+    default = chat_template.get("default") or list(chat_template.values())[0]
     fields: dict[str, Any] = {"tokenizer.chat_template": default}
     names = [name for name in chat_template if name != "default"]
     if names:

@@ -122,25 +122,25 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
         return DTYPES[tensors[name].header.dtype].itemsize
 
     file_header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    n_bytes = 0
+    offsets: dict[str, int] = {}
+    offset = 0
     for name in sorted(tensors, key=lambda name: (-element_bytes(name), name)):
         header = tensors[name].header
-        starts[name] = n_bytes
-        n_bytes += header.nbytes
+        offsets[name] = offset
+        offset += header.nbytes
         file_header[name] = {
             "dtype": header.dtype,
             "shape": list(header.shape),
-            "data_offsets": [starts[name], n_bytes],
+            "data_offsets": [offsets[name], offset],
         }
     text = json.dumps(file_header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
     data_start = 8 + len(text)
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in tensors.items():
-                file.seek(data_start + starts[name])
+                file.seek(data_start + offsets[name])
                 array = np.ascontiguousarray(entry.read())
                 file.write(array.reshape(-1).view(np.uint8).data)
     except OSError as error:

@@ -78,11 +78,12 @@ class CodedTensor:
             array_index = list(index)
             for axis, axis_index in enumerate(index):
                 n_weights = weight_shape[axis]
-                if array.shape[axis] == n_weights:
+                n_elements = array.shape[axis]
+                if n_elements == n_weights:
                     continue
-                # A scale along this axis belongs to several weights, or to all of them.
+                # These are scales, each of which belongs to several weights, or to all of them.
                 takes_all = range(n_weights)[axis_index] == range(n_weights)
-                if array.shape[axis] > 1 and not takes_all:
+                if n_elements > 1 and not takes_all:
                     raise WeightsError(
                         f"{self.name}: its parts cut through the blocks of its codes"
                     )

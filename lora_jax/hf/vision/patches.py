@@ -62,14 +62,15 @@ class PatchProcessor:
             raise ConfigError(f"size is {size!r}; shortest_edge and longest_edge are needed")
         min_pixels = fields.get("min_pixels") or size.get("shortest_edge", _MIN_PIXELS)
         max_pixels = fields.get("max_pixels") or size.get("longest_edge", _MAX_PIXELS)
-        sides = [fields.get(f"{name}_size", default) for name, default in _SIDES.items()]
-        sizes = (min_pixels, max_pixels, *sides)
-        if not all(isinstance(number, int) and number > 0 for number in sizes):
-            pixels = (min_pixels, max_pixels)
+        pixels = (min_pixels, max_pixels)
+        patch_side = fields.get("patch_size", 14)
+        merge = fields.get("merge_size", 2)
+        frames = fields.get("temporal_patch_size", 2)
+        sides = [patch_side, merge, frames]
+        if not all(isinstance(number, int) and number > 0 for number in (*pixels, *sides)):
             raise ConfigError(
                 f"{pixels} pixels, or patches of {sides}: positive numbers are needed"
             )
-        patch_side, merge, frames = sides
         tile_fields = {name: value for name, value in fields.items() if name not in _PATCH_FIELDS}
         return cls(
             tile=ImageProcessor.from_hf({**_DEFAULTS, **tile_fields, "size": patch_side}),
@@ -114,9 +115,6 @@ class PatchProcessor:
             merge_size=self.merge,
             temporal_patch_size=1,  # the frames are equal: one of them is enough
         )
-
-
-_SIDES = {"patch": 14, "merge": 2, "temporal_patch": 2}  # and what they are by default
 
 
 @dataclasses.dataclass(frozen=True)
