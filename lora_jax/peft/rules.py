@@ -207,19 +207,7 @@ def rules_for(
     rows = {row.path: row for row in table}
     paths_of_settings: dict[_LoraSettings, list[str]] = {}
     for path, members in _group_by_path(chosen).items():
-        layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
-        for module in members:
-            layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
-            layers += module.index[:1]
-        has_one_use = len({module.uses for module in members}) == 1
-        for (rank, alpha), layers in layers_of_rank.items():
-            settings = _LoraSettings(
-                rank=rank,
-                alpha=alpha,
-                uses=members[0].uses if has_one_use else "each",
-                layers=_some_layers(layers, rows[path]),
-                is_half=getattr(members[0], "half", None) is not None,
-            )
+        for settings in _settings_of_layers(config, rows[path], members):
             paths_of_settings.setdefault(settings, []).append(path)
     for settings, paths in paths_of_settings.items():
         rule = _lora_rule(
@@ -233,6 +221,25 @@ def rules_for(
         shares_a = settings.is_half and _may_share_a(rule)
         all_rules.append(dataclasses.replace(rule, share_a=shares_a))
     return all_rules
+
+
+def _settings_of_layers(config: Fields, row: Row, members: Sequence[Module]) -> list[_LoraSettings]:
+    """Returns the settings of a leaf's modules, once for each rank and alpha that layers have."""
+    layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
+    for module in members:
+        layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
+        layers += module.index[:1]
+    has_one_use = len({module.uses for module in members}) == 1
+    return [
+        _LoraSettings(
+            rank=rank,
+            alpha=alpha,
+            uses=members[0].uses if has_one_use else "each",
+            layers=_some_layers(layers, row),
+            is_half=getattr(members[0], "half", None) is not None,
+        )
+        for (rank, alpha), layers in layers_of_rank.items()
+    ]
 
 
 def _lora_rule(

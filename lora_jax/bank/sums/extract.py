@@ -135,7 +135,7 @@ def extract(
         node = nodes.get(path)
         new_leaf = leaves_after[path]
         if isinstance(node, LoraWeight):
-            weight_and_error = _weight(node, new_leaf, rank, energy)
+            weight_and_error = _weight_of_change(node, new_leaf, rank, energy)
             if weight_and_error is not None:
                 weight, errors[path] = weight_and_error
                 extracted[path] = weight
@@ -218,7 +218,7 @@ def _plain_leaves(name: str, tree: Tree) -> dict[str, Leaf]:
     return {path: leaf for path, leaf in leaves_of(tree)[0] if hasattr(leaf, "dtype")}
 
 
-def _weight(
+def _weight_of_change(
     node: LoraWeight, new_kernel: BaseLike, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, float] | None:
     """Returns the weight with factors of its change, and their relative error.
