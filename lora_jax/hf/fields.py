@@ -59,25 +59,25 @@ class KindError(ConfigError):
     """A field of a configuration that holds a value of the wrong kind, such as a text."""
 
 
-def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
+def read_file(path: Path, owner: str, error_class: type[ValueError]) -> dict[str, Any]:
     """Reads a JSON file of fields.
 
     Args:
       path: the file.
-      kind: the thing that it belongs to, for messages: "a model".
-      error: the class of errors.
+      owner: the thing that it belongs to, for messages: "a model".
+      error_class: the class of errors.
 
     Raises:
-      ValueError: the file is missing, or holds no fields; its class is `error`.
+      ValueError: the file is missing, or holds no fields; its class is `error_class`.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error(f"{path} is missing: the folder of {kind} holds {path.name}") from None
-    except (OSError, ValueError, RecursionError) as why:
-        raise error(f"{path} cannot be read: {why}") from None
+        raise error_class(f"{path} is missing: the folder of {owner} holds {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_class(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
-        raise error(f"{path} holds a {type(fields).__name__}, not the fields of {kind}")
+        raise error_class(f"{path} holds a {type(fields).__name__}, not the fields of {owner}")
     return fields
 
 

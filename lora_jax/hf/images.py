@@ -69,7 +69,8 @@ class ImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if (self.crop or self.size) is None:
+        has_one_size = self.crop is not None or self.size is not None
+        if not has_one_size:
             raise ConfigError(
                 "neither size (height and width) nor crop_size gives all images one size"
             )

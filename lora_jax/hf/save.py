@@ -174,7 +174,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         tokenizer.save_pretrained(folder)
         return
     source = resolve(Path(tokenizer)).path
-    if not source.is_dir():
+    is_gguf_file = not source.is_dir()
+    if is_gguf_file:
         load_tokenizer(Path(tokenizer)).save_pretrained(folder)
         return
     files = tokenizer_files(source)

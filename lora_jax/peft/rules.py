@@ -301,10 +301,12 @@ def _group_by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
 def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
     """Raises a PeftError where the two uses of a table are adapted in different ways."""
     for path, members in _group_by_path(chosen).items():
-        if len({module.uses for module in members}) == 1:
+        has_one_use = len({module.uses for module in members}) == 1
+        if has_one_use:
             continue
-        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            values = [pattern_value(config[field], m.name, config[default]) for m in members]
+        for field, default_field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            default = config[default_field]
+            values = [pattern_value(config[field], module.name, default) for module in members]
             if len(set(values)) > 1:
                 names = " and ".join(module.name for module in members)
                 raise PeftError(

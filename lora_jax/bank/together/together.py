@@ -307,11 +307,12 @@ class Together:
         """Raises a BankError if an adapter's weights have other shapes than the base's leaves."""
         for path, node in nodes_of(tenant.params).items():
             leaf = self._shared.leaves.get(path)
-            shape = None if leaf is None else tuple(leaf.shape)
-            if shape != node.shape:
+            base_shape = None if leaf is None else tuple(leaf.shape)
+            if base_shape != node.shape:
+                content = "nothing there" if leaf is None else f"the shape {base_shape}"
                 raise BankError(
                     f"together: {name!r} adapts {path!r} of shape {node.shape}, the base has "
-                    f"{'nothing there' if shape is None else f'the shape {shape}'}"
+                    f"{content}"
                 )
 
 

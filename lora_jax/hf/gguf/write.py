@@ -55,13 +55,13 @@ def write_gguf(
       WeightsError: for values that a type cannot hold; names the tensor.
     """
     gguf = import_gguf()
-    partial = partial_of(path)
+    partial_file = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(gguf, partial, fields, entries, progress)
-        os.replace(partial, path)
+        _write(gguf, partial_file, fields, entries, progress)
+        os.replace(partial_file, path)
     finally:
-        partial.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
 
 
 def import_gguf() -> ModuleType:
@@ -156,9 +156,9 @@ def _encoded(gguf: ModuleType, entry: Entry) -> np.ndarray:
     if array.shape != entry.shape:
         raise WeightsError(f"{entry.name} is {list(array.shape)}, expected {list(entry.shape)}")
     if entry.kind == "F16":
-        half = np.empty(array.shape, np.float16)
-        convert(array, half, entry.name)
-        return half
+        fp16_array = np.empty(array.shape, np.float16)
+        convert(array, fp16_array, entry.name)
+        return fp16_array
     array = np.ascontiguousarray(array, np.float32)
     codes: np.ndarray = gguf.quants.quantize(array, gguf.GGMLQuantizationType[entry.kind])
     return codes

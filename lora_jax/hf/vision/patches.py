@@ -25,7 +25,7 @@ _DEFAULTS = {
 # Pixels of an image, where the file does not say.
 _MIN_PIXELS = 56 * 56
 _MAX_PIXELS = 28 * 28 * 1280
-_LONGEST = 200  # how many times as long as the other an edge may be
+_MAX_ASPECT_RATIO = 200  # of the longer edge to the shorter one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,11 @@ class PatchProcessor:
         """
         image = open_image(image)
         width, height = image.size
-        if max(height, width) > _LONGEST * min(height, width):
+        is_too_long = max(height, width) > _MAX_ASPECT_RATIO * min(height, width)
+        if is_too_long:
             raise ImageError(
-                f"{width} x {height} pixels: one edge is more than {_LONGEST} times as long as "
-                "the other"
+                f"{width} x {height} pixels: one edge is more than {_MAX_ASPECT_RATIO} times as "
+                "long as the other"
             )
         features = self._processor(image)
         _, rows, columns = features["image_grid_thw"][0].tolist()
