@@ -105,7 +105,7 @@ def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
       folder: the folder.
       overwrite: whether an existing folder may be replaced.
       marker: the file that every folder of this kind has; a folder without it is not replaced.
-      kind: "model's" or "adapter's", for messages.
+      kind: "a model" or "an adapter", for messages.
 
     Raises:
       FileExistsError: the folder exists, or is of another kind.
@@ -114,12 +114,12 @@ def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"{folder} exists; name another folder, or give overwrite=True to replace it"
+            f"{folder} already exists. Name another folder, or pass overwrite=True to replace it."
         )
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).exists()):
         raise FileExistsError(
-            f"{folder} holds no {marker}, so it is no {kind} folder, and overwrite=True would "
-            "delete what is there; name another folder"
+            f"{folder} does not contain {marker}, so it is not the folder of {kind}, and "
+            "overwrite=True would delete its files. Name another folder."
         )
 
 

@@ -133,7 +133,7 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
     (2, 4)
     """
     if shape.rank % 2:
-        raise ValueError(f"orthogonal initialisation needs an even rank, not {shape.rank}")
+        raise ValueError(f"The orthogonal initialiser needs an even rank, not {shape.rank}.")
     half = shape.rank // 2
     key_q, key_a, key_b = jax.random.split(key, 3)
     square = jax.random.normal(key_q, (*shape.batch, shape.rank, shape.rank), dtype)
@@ -246,8 +246,8 @@ def _check_rank(rank: int, kernel: jax.Array) -> None:
     n_values = min(kernel.shape[-2:])
     if rank > n_values:
         raise ValueError(
-            f"rank {rank}: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} has {n_values} "
-            "singular values: choose a smaller rank"
+            f"rank {rank} is too large: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} "
+            f"has {n_values} singular values. Choose a smaller rank."
         )
 
 

@@ -76,8 +76,9 @@ def lorafy(
     for path, leaf in leaves:
         if is_node(leaf):
             raise ValueError(
-                f"the tree is adapted already (at {path!r}): give lorafy the tree before, "
-                "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
+                f"The tree is already adapted (at {path!r}). Pass the plain tree, "
+                "lora_jax.strip(params), to lorafy. To build on the adapter, pass "
+                "lora_jax.merge(params)."
             )
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
     facts = LeafFacts(
@@ -113,7 +114,9 @@ def _require_nodes(function: str, params: Tree) -> dict[str, Node]:
     nodes = nodes_of(params)
     if nodes:
         return nodes
-    raise ValueError(f"{function} needs an adapted tree, and this one is plain: call lorafy first")
+    raise ValueError(
+        f"{function} needs an adapted tree, but this tree is plain. Call lorafy first."
+    )
 
 
 def map_nodes(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
@@ -217,7 +220,8 @@ def _check_parts(adapter: Tree, nodes: Mapping[str, Node]) -> None:
         names, node_names = sorted(adapter[path]), sorted(node.part_names())
         if names != node_names:
             raise ValueError(
-                f"join: the adapter has {names} for {path!r}, where the tree trains {node_names}"
+                f"join: the adapter has {names} for {path!r}, but the tree trains "
+                f"{node_names} there."
             )
         for name, array in adapter[path].items():
             shape, node_shape = getattr(array, "shape", None), node.part_shape(name)
@@ -227,9 +231,10 @@ def _check_parts(adapter: Tree, nodes: Mapping[str, Node]) -> None:
                 leading_axes = shape[: max(0, len(shape) - len(node_shape))]
             if shape != (*leading_axes, *node_shape):
                 raise ValueError(
-                    f"join: the adapter's {name!r} of {path!r} has the shape {shape}, where the "
-                    f"tree takes {node_shape}: adapt the base by the adapter's own rules (rank, "
-                    "layers), or load it from its folder by lora_jax.load_adapter"
+                    f"join: {name!r} of {path!r} has the shape {shape} in the adapter, but "
+                    f"{node_shape} in the tree. Adapt the base with the rules of the adapter "
+                    "(rank, layers), or load the adapter from its folder with "
+                    "lora_jax.load_adapter."
                 )
 
 
@@ -287,14 +292,15 @@ def _check_mergeable(path: str, weight: LoraWeight) -> None:
     if weight.uses != "all":
         limit = "for each of its uses" if weight.uses == "each" else "for one use of it only"
         raise ValueError(
-            f"merge: {path!r} has an adapter {limit} (uses={weight.uses!r}); merged, all uses "
-            "would see it. Run the adapted tree through lora_jax.adapt"
+            f"merge: {path!r} has an adapter {limit} (uses={weight.uses!r}), and a merged "
+            "weight would apply it to all uses. Run the adapted tree through lora_jax.adapt "
+            "instead."
         )
     if weight.invocation is not None:
         raise ValueError(
-            f"merge: {path!r} belongs to an activated LoRA, which acts from its invocation "
-            f"{list(weight.invocation)} on; merged, all tokens would see it. Run the adapted "
-            "tree through lora_jax.adapt"
+            f"merge: {path!r} belongs to an activated LoRA, which acts only from its "
+            f"invocation {list(weight.invocation)} on, and a merged weight would act on all "
+            "tokens. Run the adapted tree through lora_jax.adapt instead."
         )
 
 
@@ -321,8 +327,9 @@ def _add_shift(merged: dict[str, Leaf], path: str, shift: jax.Array) -> None:
     if bias is None or shape != shift.shape:
         problem = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
         raise ValueError(
-            f"merge: {path!r} has a bias on B of shape {shift.shape}, and {problem}: "
-            "it cannot be merged. Run the adapted tree through lora_jax.adapt"
+            f"merge: {path!r} cannot be merged, because it has a bias on B of shape "
+            f"{shift.shape}, and {problem}. Run the adapted tree through lora_jax.adapt "
+            "instead."
         )
     dtype = merged[bias].dtype
     total = merged[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
@@ -354,7 +361,9 @@ def swap(params: Tree, other: Tree) -> Tree:
     for path, node in nodes.items():
         kind, other_kind = _kind(node), _kind(other_nodes[path])
         if kind != other_kind:
-            raise ValueError(f"swap: {path!r} is {kind} in one tree and {other_kind} in the other")
+            raise ValueError(
+                f"swap: {path!r} is {kind} in one tree, but {other_kind} in the other."
+            )
 
     def swap_node(path: str, node: Node) -> Leaf:
         if isinstance(node, Trained):
@@ -394,9 +403,9 @@ def trainable_mask(params: Tree) -> Tree:
     sharing_paths = sharers(nodes_of(params))
     if sharing_paths:
         raise ValueError(
-            f"trainable_mask: {sharing_paths[0]!r} shares another weight's A or vector, and an "
-            "optimiser of the whole tree would train the two apart: optimise the adapter of "
-            "lora_jax.split(params)"
+            f"trainable_mask: {sharing_paths[0]!r} shares the A or the vector of another "
+            "weight, and an optimizer of the whole tree would train two copies of it. "
+            "Optimize the adapter instead, lora_jax.split(params)[0]."
         )
 
     def leaf_mask(leaf: Leaf) -> Leaf:

@@ -96,7 +96,10 @@ def lora_plus(
     >>> optimizer = optax.chain(optax.adamw(2e-4), lj.optim.lora_plus(16.0))
     """
     if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"ratio={ratio!r}: B's learning rate over A's is a positive number")
+        raise ValueError(
+            f"ratio={ratio!r} must be a positive number: the learning rate of B divided by that "
+            "of A."
+        )
     return scale_factors(b=ratio, embedding=embedding)
 
 
@@ -136,7 +139,9 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
         if isinstance(node, LoraWeight) and node.frozen == ("a",)
     }
     if not inverse:
-        raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
+        raise ValueError(
+            "project_b needs weights whose A is frozen. Use LoraRule(freeze_a=True, …)."
+        )
 
     def update(
         updates: Tree, state: ProjectionState, params: Tree = None
@@ -198,9 +203,11 @@ def learning_rate(
     """
     exponents = {"llama": 0.781, "qwen": 0.0775}
     if family not in exponents:
-        raise ValueError(f"family={family!r}: the rule was fitted for {' and '.join(exponents)}")
+        raise ValueError(
+            f"family={family!r} is unknown. The rule was fitted for {' and '.join(exponents)}."
+        )
     if hidden_size < 1 or (steps is not None and steps < 1):
-        raise ValueError(f"hidden_size={hidden_size}, steps={steps}: numbers of at least 1")
+        raise ValueError(f"hidden_size={hidden_size} and steps={steps} must be at least 1.")
     is_short = steps is not None and steps < 100
     factor = 15.0 if is_short else 10.0
     width_factor: float = (2000 / hidden_size) ** exponents[family]
@@ -224,5 +231,5 @@ def expert_rank(rank: int, active: int) -> int:
     2
     """
     if rank < 1 or active < 1:
-        raise ValueError(f"rank={rank}, active={active}: numbers of at least 1")
+        raise ValueError(f"rank={rank} and active={active} must be at least 1.")
     return max(1, rank // active)

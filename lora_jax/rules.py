@@ -58,14 +58,19 @@ class _Fields:
         """Raises a TypeError for positional arguments and for unknown keywords."""
         if values:
             raise TypeError(
-                f"{cls.__name__} takes keywords alone: {cls.__name__}(targets={values[0]!r}, …)"
+                f"{cls.__name__} takes keyword arguments only. Write "
+                f"{cls.__name__}(targets={values[0]!r}, …)."
             )
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in keywords:
             if name not in names:
                 remedy = cls._peft_fields.get(name)
-                hint = f"write {remedy}" if remedy else f"the nearest is {nearest(name, names)[0]}"
-                raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
+                hint = (
+                    f"Write {remedy}."
+                    if remedy
+                    else f"The most similar field is {nearest(name, names)[0]}."
+                )
+                raise TypeError(f"{cls.__name__} has no field {name!r}. {hint}")
         return super().__new__(cls)
 
 
@@ -161,33 +166,37 @@ class LoraRule(_Fields, Variants):
         _freeze_sequences(self, "invocation")
         _check_targets(self.targets)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r}: a rank is an integer of at least 1")
+            raise ValueError(f"rank={self.rank!r} must be an integer of at least 1.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r}: alpha is a positive number")
+            raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
         if self.scaling not in ("alpha/rank", "alpha/sqrt(rank)"):
-            raise ValueError(f"scaling={self.scaling!r}: choose 'alpha/rank' or 'alpha/sqrt(rank)'")
+            raise ValueError(
+                f"scaling={self.scaling!r} is unknown. Choose 'alpha/rank' or 'alpha/sqrt(rank)'."
+            )
         if self.uses not in ("all", "lookup", "product", "each"):
-            raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup', 'product' or 'each'")
+            raise ValueError(
+                f"uses={self.uses!r} is unknown. Choose 'all', 'lookup', 'product' or 'each'."
+            )
         is_plain = not (self.variants or self.extras or initialisers.takes_from_base(self.init))
         if self.uses == "each" and not is_plain:
             options = ", ".join(variant.option for variant in VARIANTS)
             raise ValueError(
-                f"uses='each' is for plain A and B: leave out {options}, extras and an init that "
-                "takes factors out of the base, or choose one use"
+                f"uses='each' supports only plain A and B. Remove {options}, extras and an "
+                "init that takes factors from the base, or choose one use."
             )
         if self.share_a and (self.frozen or initialisers.takes_from_base(self.init)):
             raise ValueError(
-                "share_a=True: an A that is frozen, or that is taken out of its own base, is not "
-                "shared: leave out share_a, or the variant or init that makes it so"
+                "share_a=True cannot share an A that is frozen or that is computed from its "
+                "own base. Remove share_a, or the variant or init that makes A so."
             )
         self._check_variants()
         self._check_invocation()
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
+            raise ValueError(f"dropout={self.dropout!r} must be a probability in [0, 1).")
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype={self.dtype!r}: A and B need a floating-point dtype")
+            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, for A and B.")
         if (self.in_axes is None) != (self.out_axes is None):
-            raise ValueError("give both in_axes and out_axes, or neither")
+            raise ValueError("Give both in_axes and out_axes, or neither.")
         self._check_part_names()
 
     def _check_part_names(self) -> None:
@@ -197,7 +206,10 @@ class LoraRule(_Fields, Variants):
         reserved_names = extra_names & {*AXES, "value"}
         for name in names:
             if name in reserved_names or names.count(name) > 1:
-                raise ValueError(f"extras: a part is called {name!r}, which is taken: rename it")
+                raise ValueError(
+                    f"extras: the name {name!r} is taken by a part of every weight. Choose "
+                    "another name."
+                )
 
     def _check_variants(self) -> None:
         """Raises a ValueError for variants that do not go with each other or with other fields."""
@@ -208,16 +220,16 @@ class LoraRule(_Fields, Variants):
             for option in options:
                 if option in variant.not_with:
                     reason = variant.not_with[option]
-                    raise ValueError(f"{variant.option} and {option} do not go together: {reason}")
+                    raise ValueError(f"{variant.option} cannot be combined with {option}: {reason}")
             if self.extras:
                 options.append("extras")
             if self.init is not initialisers.kaiming:
                 options.append("init")
             if variant.alone and options:
                 raise ValueError(
-                    f"{variant.option} and {options[0]} do not go together: {variant.option} "
-                    f"{variant.alone}, freezes both and trains what stands between them: leave out "
-                    f"{' and '.join(options)}"
+                    f"{variant.option} cannot be combined with {options[0]}: "
+                    f"{variant.option} {variant.alone}, freezes both and trains what is "
+                    f"between them. Remove {' and '.join(options)}."
                 )
 
     def _check_settings(self, variant: Variant) -> None:
@@ -226,10 +238,10 @@ class LoraRule(_Fields, Variants):
             value = getattr(self, setting.name)
             if value != setting.default and variant not in self.variants:
                 raise ValueError(
-                    f"{setting.name}={value!r} has no effect without {variant.option}=True"
+                    f"{setting.name}={value!r} has no effect without {variant.option}=True."
                 )
             if not setting.fits(value):
-                raise ValueError(f"{setting.name}={value!r}: {setting.needed} is needed")
+                raise ValueError(f"{setting.name}={value!r} must be {setting.needed}.")
 
     def _check_invocation(self) -> None:
         """Raises a ValueError for a wrong invocation, or a field that does not go with one."""
@@ -237,7 +249,10 @@ class LoraRule(_Fields, Variants):
         if tokens is None:
             return
         if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-            raise ValueError(f"invocation={list(tokens)}: token ids are needed, one at least")
+            raise ValueError(
+                f"invocation={list(tokens)} must be a sequence of at least one token id, none "
+                "negative."
+            )
         fields = [variant.option for variant in self.variants if variant.option != "freeze_a"]
         fields += [part.name for part in self.extras]
         if self.train_bias:
@@ -246,7 +261,7 @@ class LoraRule(_Fields, Variants):
             fields.append("uses")
         if fields:
             raise ValueError(
-                f"invocation: an activated LoRA is A and B alone: leave out {fields[0]}"
+                f"invocation= is only for a LoRA of plain A and B. Remove {fields[0]}."
             )
 
     @property
@@ -311,13 +326,15 @@ class TrainRule(_Fields):
         _freeze_sequences(self, "targets", "exclude", "rows", "layers")
         _check_targets(self.targets)
         if self.rows is not None and self.layers is not None:
-            raise ValueError("rows are of a table and layers of a stack: give one of them")
+            raise ValueError("rows= is for tables and layers= is for stacks. Give one of them.")
         for name in ("rows", "layers"):
             indices = getattr(self, name)
             if indices is None:
                 continue
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
-                raise ValueError(f"{name}={list(indices)}: indices from 0, each of them once")
+                raise ValueError(
+                    f"{name}={list(indices)} must be different indices, counted from 0."
+                )
 
 
 Rule = LoraRule | TrainRule
@@ -334,13 +351,13 @@ def _freeze_sequences(rule: Rule, *names: str) -> None:
 def _check_targets(targets: Targets) -> None:
     """Raises a ValueError unless targets are a regular expression or a list of names."""
     if not targets:
-        raise ValueError("targets is empty: name at least one module, or 'all-linear'")
+        raise ValueError("targets is empty. Name at least one module, or 'all-linear'.")
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"targets={targets!r} is no regular expression: {error}") from None
+            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
         return
     for name in targets:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"targets holds {name!r}: each target is a non-empty string")
+            raise ValueError(f"targets contains {name!r}. Each target must be a non-empty string.")

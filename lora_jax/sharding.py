@@ -120,7 +120,10 @@ def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
         if re.fullmatch(pattern, path) is None:
             continue
         if len(spec) > len(shape):
-            raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
+            raise ValueError(
+                f"{path} of shape {list(shape)} has fewer axes than the spec {spec} of the "
+                f"pattern {pattern!r}."
+            )
         return (None,) * (len(shape) - len(spec)) + tuple(spec)
     return (None,) * len(shape)
 
@@ -167,7 +170,9 @@ def _dividing_names(size: int, entry: _Entry, mesh: Mesh, used_names: Sequence[s
     dividing: list[str] = []
     for name in (entry,) if isinstance(entry, str) else entry or ():
         if name not in mesh.shape:
-            raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(mesh.shape)}")
+            raise ValueError(
+                f"The mesh has no axis {name!r}. Its axes are {', '.join(mesh.shape)}."
+            )
         n_shards = math.prod(mesh.shape[axis] for axis in (*dividing, name))
         if name not in used_names and size % n_shards == 0:
             dividing.append(name)

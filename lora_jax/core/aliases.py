@@ -48,9 +48,9 @@ class Alias:
         """
         if alias_path[: len(object_path)] == object_path:
             raise ValueError(
-                f"a {type(value).__name__} holds itself, at {_shown(alias_path)!r}, which no "
-                "pytree can: flax.nnx.split(module) returns a state without the circle, to be "
-                "given in its place"
+                f"A {type(value).__name__} contains itself, at {_shown(alias_path)!r}, and a "
+                "pytree cannot contain a cycle. Call flax.nnx.split(module) and pass the "
+                "state that it returns, which has no cycle."
             )
         n_shared = 0  # keys that both paths begin with
         while alias_path[n_shared] == object_path[n_shared]:
@@ -72,16 +72,18 @@ class Alias:
     def raise_missing(self, alias_path: KeyPath) -> NoReturn:
         """Raises the ValueError for an alias without its object."""
         raise ValueError(
-            f"{_shown(alias_path)!r} stands for the {self.kind.__name__} at {self.path!r} of an "
-            "adapted module, which is not in this tree: pass the module whole, or what holds both"
+            f"{_shown(alias_path)!r} is a reference to the {self.kind.__name__} at "
+            f"{self.path!r} of an adapted module, but this tree does not contain that "
+            f"{self.kind.__name__}. Pass the whole module, or a part that contains both."
         )
 
     @property
     def _how_to_use(self) -> str:
         return (
-            f"this stands for the {self.kind.__name__} at {self.path!r}, which an adapted module "
-            "has at several places. Call the function that uses it through lora_jax.adapt, on the "
-            "module as lorafy returned it; or give lorafy the state of flax.nnx.split(module)"
+            f"This is a reference to the {self.kind.__name__} at {self.path!r}, which an "
+            "adapted module contains at several places. Call the function that uses it "
+            "through lora_jax.adapt, with the module that lorafy returned. Or pass the "
+            "state of flax.nnx.split(module) to lorafy."
         )
 
     def __call__(self, *_: object, **__: object) -> NoReturn:

@@ -37,14 +37,14 @@ class AxisRoles:
         """
         arguments = f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}"
         if not in_axes or not out_axes:
-            raise ValueError(f"{arguments}: a weight needs at least one axis of each role")
+            raise ValueError(f"{arguments}: a weight needs at least one in axis and one out axis.")
         for axis in (*in_axes, *out_axes):
             if not -ndim <= axis < ndim:
-                raise ValueError(f"axis {axis} does not exist in a weight of {ndim} axes")
+                raise ValueError(f"Axis {axis} does not exist in a weight of {ndim} axes.")
         roles = cls(_sorted_from_end(in_axes, ndim), _sorted_from_end(out_axes, ndim))
         axes = (*roles.in_axes, *roles.out_axes)
         if len(set(axes)) < len(axes):
-            raise ValueError(f"{arguments} of a weight of {ndim} axes name an axis twice")
+            raise ValueError(f"{arguments} name the same axis twice, in a weight of {ndim} axes.")
         return roles
 
     def labels(self, ndim: int) -> tuple[Label, ...]:

@@ -250,9 +250,13 @@ class Factored:
           TokensError: some tokens see the adapter, and others do not.
         """
         if self.rows is not None:
-            raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
+            raise ExamplesError(
+                f"The weight {self.path!r} has a different adapter for each example"
+            )
         if self.active is not None:
-            raise TokensError(f"the weight {self.path!r} has an adapter for some tokens alone")
+            raise TokensError(
+                f"The weight {self.path!r} has an adapter that acts on some tokens only"
+            )
         n_batch = len(self.axes("batch"))
         batch = tuple(range(n_batch))
         a = self.a.astype(dtype)

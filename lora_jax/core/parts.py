@@ -91,7 +91,9 @@ def sizes(
     size_of_axis = {RANK: rank, U: u, **dict(enumerate(shape))}
     array_layout = layout(axes, labels)
     if not size_of_axis.keys() >= {*array_layout}:
-        raise ValueError(f"a weight of shape {tuple(shape)} does not tell the sizes of {axes}")
+        raise ValueError(
+            f"The shape {tuple(shape)} of a weight does not determine the sizes of the axes {axes}."
+        )
     return tuple(size_of_axis[axis] for axis in array_layout)
 
 

@@ -45,8 +45,8 @@ def flatten_with_paths(
     for path, n_leaves in n_leaves_of_path.items():
         if n_leaves > 1:
             raise ValueError(
-                f"two leaves of the tree have the same path {path!r}; rename one of the keys, "
-                "so that a rule and an adapter file can tell them apart"
+                f"Two leaves of the tree have the same path, {path!r}. Rename one of their "
+                "keys, so that rules and adapter files can tell the leaves apart."
             )
     return leaves, treedef
 
@@ -71,7 +71,7 @@ def checked_key(what: str, key: Leaf) -> jax.Array:
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_raw = dtype is not None and bool(getattr(key, "shape", ()))
     if not is_typed and not is_raw:
-        raise TypeError(f"{what}={key!r} is no PRNG key: write jax.random.key({key!r})")
+        raise TypeError(f"{what}={key!r} is not a PRNG key. Write jax.random.key({key!r}).")
     checked: jax.Array = key
     return checked
 
@@ -120,10 +120,12 @@ def check_same_paths(what: str, adapter: Collection[str], nodes: Collection[str]
     if unknown := [path for path in adapter if path not in nodes]:
         suggestions = nearest(unknown[0], nodes, n=3)
         raise ValueError(
-            f"{what}: the adapter has {unknown[0]!r} (and {len(unknown) - 1} more) that the tree "
-            f"does not adapt; the nearest paths there are {suggestions}"
+            f"{what}: the adapter has arrays for {unknown[0]!r} (and {len(unknown) - 1} more "
+            "paths), but the tree has no adapted weight there. The most similar paths of "
+            f"adapted weights are {suggestions}."
         )
     if missing := sorted(set(nodes) - set(adapter)):
         raise ValueError(
-            f"{what}: the adapter has nothing for {missing[0]!r} (and {len(missing) - 1} more)"
+            f"{what}: the adapter has no arrays for the adapted weight {missing[0]!r} (and "
+            f"{len(missing) - 1} more)."
         )

@@ -446,9 +446,10 @@ def _refuse_to_bytes(node: Node) -> Node:
     for frame, _ in traceback.walk_stack(sys._getframe(1)):
         if (frame.f_globals.get("__name__"), frame.f_code.co_name) == (_FLAX, "to_bytes"):
             raise TypeError(
-                "to_bytes: the tree is adapted, and its nodes are no arrays. Save the adapter with "
-                "its ranks and scales, lora_jax.save_adapter(folder, params); or its arrays alone, "
-                "to_bytes(lora_jax.split(params)[0]), which from_bytes reads and lora_jax.join "
-                "puts back; or a plain model, to_bytes(lora_jax.merge(params))"
+                "to_bytes cannot serialize an adapted tree, because its nodes are not "
+                "arrays. To save the adapter with its ranks and scales, call "
+                "lora_jax.save_adapter(folder, params). To save only its arrays, call "
+                "to_bytes(lora_jax.split(params)[0]); from_bytes and lora_jax.join read "
+                "them. To save a plain model, call to_bytes(lora_jax.merge(params))."
             )
     return node

@@ -180,7 +180,7 @@ def save_pretrained(
     See the example of `from_pretrained`.
     """
     folder = local_path(folder).absolute()
-    check_free(folder, overwrite, "config.json", "model's")
+    check_free(folder, overwrite, "config.json", "a model")
     table = key_table(model.config)
     source = None
     if codes_from is not None:

@@ -101,7 +101,7 @@ def save(
     []
     """
     folder = local_path(folder).absolute()
-    check_free(folder, overwrite, configuration.FILE, "adapter's")
+    check_free(folder, overwrite, configuration.FILE, "an adapter")
     config, tensors = contents(model, params, embedding_layers)
     if for_serving:
         config, tensors = as_served(config, tensors, model)

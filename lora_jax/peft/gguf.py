@@ -80,7 +80,9 @@ def save_gguf(
     """
     path = local_path(path).absolute()
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; name another file, or give overwrite=True")
+        raise FileExistsError(
+            f"{path} already exists. Name another file, or pass overwrite=True to replace it."
+        )
     check_type(gguf_type, FLOATS)
     notes = check_form(getattr(model, "config", None))
     # llama.cpp takes an alpha of 0 for a scale of 1.

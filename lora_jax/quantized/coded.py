@@ -288,8 +288,8 @@ def _serialize(static: Sequence[Leaf]) -> bytes:
     settings = {"block": format.block, "scale_table": format.scale_table}
     if known is None or dataclasses.replace(known, **settings) != format:
         raise ValueError(
-            f"jax.export cannot write {format!r}, whose functions are your own; it writes "
-            f"{', '.join(FORMATS)}"
+            f"jax.export cannot write {format!r}, because its functions are your own. It can "
+            f"write {', '.join(FORMATS)}."
         )
     return json.dumps([format.name, settings, np.dtype(dtype).name]).encode()
 

@@ -117,8 +117,9 @@ def encode(
     coding = format if isinstance(format, Coding) else coding_of(array.shape, format, roles)
     if coding is None:
         raise ValueError(
-            f"encode: no blocks of {format!r} fit {name} of shape {tuple(array.shape)} along its "
-            "in axes: leave it as it is, or give a Format with another block"
+            f"encode: {name} of shape {tuple(array.shape)} cannot be divided into blocks of "
+            f"{format!r} along its in axes. Do not quantize it, or give a Format with "
+            "another block size."
         )
     dtype = np.dtype(array.dtype if dtype is None else dtype)
     if isinstance(array, jax.core.Tracer):
@@ -158,8 +159,8 @@ def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Cod
     n_not_finite, n_lost = np.asarray(faults).tolist()
     if n_not_finite:
         raise ValueError(
-            f"{name}: {n_not_finite} of its {coded.arrays['scales'].size} blocks hold a NaN or an "
-            "infinity, which no code stands for: mend the weights first"
+            f"{name}: {n_not_finite} of its {coded.arrays['scales'].size} blocks contain a "
+            "NaN or an infinity, which cannot be quantized. Repair the weights first."
         )
     return coded, n_lost
 
@@ -168,10 +169,10 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
     """Warns of blocks whose scales the format cannot hold; see `encode`."""
     if n_lost:
         warnings.warn(
-            f"{name}: {n_lost} of its {coded.arrays['scales'].size} blocks lose their weights in "
-            f"{coded.format.name!r}, which cannot hold their scales: their largest magnitudes are "
-            "too far from those of other blocks, or out of range. Keep this leaf as it is, or "
-            "choose another format for it",
+            f"{name}: {n_lost} of its {coded.arrays['scales'].size} blocks would lose their "
+            f"weights in {coded.format.name!r}, which cannot represent their scales. Their "
+            "largest magnitudes are out of range, or too far from those of the other "
+            "blocks. Do not quantize this leaf, or choose another format for it.",
             QuantizeWarning,
             stacklevel=3,
         )

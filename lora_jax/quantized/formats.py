@@ -180,12 +180,16 @@ def format_of(format: "str | Format") -> Format:
         names = [encoded.name for encoded in _ENCODED]
         if format not in names:
             raise ValueError(
-                f"format={format!r}: choose one of {', '.join(map(repr, names))}, or give a "
-                "lora_jax.quantized.Format"
+                f"format={format!r} is unknown. Choose one of {', '.join(map(repr, names))}, "
+                "or give a lora_jax.quantized.Format."
             )
         return FORMATS[format]
     if not isinstance(format, Format):
-        raise TypeError(f"format={format!r}: a format is a name or a lora_jax.quantized.Format")
+        raise TypeError(
+            f"format={format!r} must be the name of a format or a lora_jax.quantized.Format."
+        )
     if format.partial or format in _READ:
-        raise ValueError(f"format={format!r} is read from files, not encoded")
+        raise ValueError(
+            f"format={format!r} can be read from files, but arrays cannot be encoded in it."
+        )
     return format

@@ -113,14 +113,16 @@ def from_gguf(
     """
     if kind not in _TYPES:
         raise ValueError(
-            f"from_gguf: {kind} is not kept in codes, only {', '.join(TYPES)}: dequantise it"
+            f"from_gguf: weights of type {kind} cannot stay quantized, only those of "
+            f"{', '.join(TYPES)}. Dequantize them."
         )
     block_type = _TYPES[kind]
     n_blocks = int(np.prod(shape)) // block_type.block_weights
     if shape[-1] % block_type.block_weights or data.nbytes != n_blocks * block_type.block_bytes:
         raise ValueError(
-            f"from_gguf: {data.nbytes} bytes are no {kind} of shape {tuple(shape)}, whose rows are "
-            f"blocks of {block_type.block_weights} weights in {block_type.block_bytes} bytes"
+            f"from_gguf: a {kind} tensor of shape {tuple(shape)} does not have {data.nbytes} "
+            f"bytes. Its rows consist of blocks of {block_type.block_weights} weights in "
+            f"{block_type.block_bytes} bytes."
         )
     blocks = np.ascontiguousarray(data).view(np.uint8).reshape(n_blocks, block_type.block_bytes)
     arrays = {

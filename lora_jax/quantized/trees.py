@@ -88,13 +88,14 @@ def plan(
     for path, leaf in leaves:
         if is_node(leaf):
             raise ValueError(
-                f"quantize: the tree is adapted already (at {path!r}): give it the tree before, "
-                "lora_jax.strip(params), then lorafy that; swap puts the adapter onto it"
+                f"quantize: the tree is already adapted (at {path!r}). Quantize the plain "
+                "tree, lora_jax.strip(params), then adapt it with lorafy. lora_jax.swap "
+                "puts the trained adapter onto it."
             )
     quant_rules = (QuantRule(format=format),) if rules is None else tuple(rules)
     for rule in quant_rules:
         if not isinstance(rule, QuantRule):
-            raise TypeError(f"quantize: a rule is a QuantRule, not {rule!r}")
+            raise TypeError(f"quantize: a rule must be a QuantRule, not {rule!r}.")
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     _check_keep(keep, [path for path, _ in arrays])
     roles = traced_roles(trace, arrays)
@@ -113,7 +114,7 @@ def plan(
         message = str(error).replace("LoraRule", "QuantRule")
         n_coded = sum(is_coded(leaf) for _, leaf in leaves)
         if n_coded:
-            message += f" ({n_coded} leaves of the tree are in codes already)"
+            message += f" ({n_coded} leaves of the tree are already quantized)"
         raise ValueError(message) from None
     # Of rules that select the same kernels, the first wins.
     format_by_rule: dict[LoraRule, str | Format] = {}
@@ -138,8 +139,8 @@ def _check_keep(keep: Targets, paths: Sequence[str]) -> None:
     for name in names:
         targets = name if isinstance(keep, str) else (name,)
         if not any(matches(targets, path) for path in paths):
-            lines = "\n  ".join(["the nearest paths are:", *nearest(name, paths)])
-            raise ValueError(f"quantize: keep={name!r} names no leaf: {lines}")
+            lines = "\n  ".join(["The most similar paths are:", *nearest(name, paths)])
+            raise ValueError(f"quantize: keep={name!r} names no leaf. {lines}")
 
 
 def quantize(
@@ -192,9 +193,9 @@ def quantize(
     paths_without_blocks = [path for path, coding in codings.items() if coding is None]
     if paths_without_blocks:
         warnings.warn(
-            f"quantize: no blocks fit {paths_without_blocks[0]!r} (and "
-            f"{len(paths_without_blocks) - 1} more), whose in axes have few divisors: they stay as "
-            "they are",
+            f"quantize: {paths_without_blocks[0]!r} (and {len(paths_without_blocks) - 1} "
+            "more) cannot be divided into blocks, because the sizes of their in axes have "
+            "few divisors. They are not quantized.",
             QuantizeWarning,
             stacklevel=2,
         )
@@ -280,7 +281,8 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     differences = sorted(base_by_path.keys() ^ paths)
     if differences:
         raise ValueError(
-            f"requantize: the trees differ at {differences[0]!r} (and {len(differences) - 1} more)"
+            f"requantize: the two trees differ at {differences[0]!r} (and at "
+            f"{len(differences) - 1} more paths)."
         )
     errors: dict[str, float] = {}
 

@@ -87,7 +87,7 @@ def save_adapter(
     folder = local_path(folder).absolute()
     if folder.exists() and not overwrite:
         raise AdapterError(
-            f"{folder} exists; name another folder, or give overwrite=True to replace it"
+            f"{folder} already exists. Name another folder, or pass overwrite=True to replace it."
         )
     nodes = nodes_of(params)
     if not nodes:

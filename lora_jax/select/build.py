@@ -105,8 +105,9 @@ def _adapted_node(
     rule = adaptation.rule
     if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
         raise ValueError(
-            f"{path!r} is looked up by token, and an activated LoRA is for weights that multiply "
-            "activations: exclude it in the rule with the invocation"
+            f"{path!r} is an embedding table, which is looked up by token. A rule with "
+            f"invocation= can only adapt weights that multiply activations. Add {path!r} to "
+            "exclude= of that rule."
         )
     scale = _scale(leaf, adaptation)
     variant = _starting_variant(adaptation)
@@ -185,8 +186,8 @@ def _draw_factors(
         if a.shape != shape.a or b.shape != shape.b:
             name = getattr(rule.init, "__qualname__", rule.init)
             raise ValueError(
-                f"the initialiser {name} returned A of shape {a.shape} and B of shape "
-                f"{b.shape}; expected {shape.a} and {shape.b}"
+                f"The initialiser {name} returned A of shape {a.shape} and B of shape "
+                f"{b.shape}; expected {shape.a} and {shape.b}."
             )
         return a.astype(dtype), b.astype(dtype)
 

@@ -151,7 +151,7 @@ def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], facts: LeafFact
             rule_of_name = dataclasses.replace(rule, targets=(name,), **no_limits)
             if not any(selects(rule_of_name, path, tree, facts) for path in tree):
                 reason = no_match_reason(rule_of_name, tree, (), facts)
-                raise ValueError(f"{rule}: the target {name!r} selects nothing: {reason}")
+                raise ValueError(f"{rule}: the target {name!r} selects no leaf. {reason}")
 
 
 def no_match_reason(
@@ -169,7 +169,7 @@ def no_match_reason(
     if named:
         return _no_selection_reason(rule, named, tree, selected_paths, facts)
     if not tree:
-        return "the tree has no leaves"
+        return "The tree has no leaves."
     shared_reason = _shared_reason(rule, tree, facts)
     if shared_reason:
         return shared_reason
@@ -177,14 +177,14 @@ def no_match_reason(
     names_in_pattern = _names_in(rule.targets, tree) if isinstance(rule.targets, str) else []
     if names_in_pattern:
         return (
-            "a string is a pattern for whole paths (of re.fullmatch). A list holds names: write "
-            f"targets={names_in_pattern}"
+            "A string in targets is a pattern for whole paths (re.fullmatch), and names "
+            f"belong in a list. Write targets={names_in_pattern}."
         )
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and facts.kinds is None:
         matrices = {path: leaf for path, leaf in tree.items() if _is_matrix(leaf)}
         return _not_linear_reason(matrices, facts)
     suggestions = dict.fromkeys(path for name in names for path in nearest(name, tree))
-    return "\n  ".join(["the nearest paths are:", *suggestions])
+    return "\n  ".join(["The most similar paths are:", *suggestions])
 
 
 def _no_selection_reason(
@@ -203,28 +203,29 @@ def _no_selection_reason(
     """
     for path in named:
         if path in selected_paths:
-            return f"an earlier rule takes {path!r} (the first rule wins)"
+            return f"An earlier rule selects {path!r}, and the first rule wins."
     for path in named:
         if matches(rule.exclude, path):
-            return f"its exclude takes out {path!r}"
+            return f"Its exclude= contains {path!r}."
     if isinstance(rule, LoraRule):
         matrices = [path for path, leaf in named.items() if _is_matrix(leaf)]
         side_leaves = [path for path in matrices if _is_side_leaf(rule, path, tree, facts)]
         kernels = [path for path in matrices if path not in side_leaves]
         if rule.layers is not None and kernels:
-            return f"{kernels[0]!r} has none of the layers {rule.layers}"
+            return f"{kernels[0]!r} has none of the layers {rule.layers}."
         if side_leaves:
             return _side_leaf_reason(side_leaves[0], facts)
     for path, leaf in named.items():
         if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
             return (
-                f"{path!r} holds whole numbers ({leaf.dtype}), which do not train: give floats and "
-                'have lora_jax.quantized.quantize(params, "int8") make codes that lorafy adapts'
+                f"{path!r} contains integers ({leaf.dtype}), which cannot be trained. Give "
+                "floating-point weights, and quantize them with "
+                'lora_jax.quantized.quantize(params, "int8"): lorafy can adapt these.'
             )
     path, leaf = next(iter(named.items()))
     return (
-        f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, which is no "
-        "kernel; a TrainRule trains such a leaf in full"
+        f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, so it is "
+        "not a kernel. A TrainRule trains such a leaf in full."
     )
 
 
@@ -242,19 +243,22 @@ def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> st
             is_in_object = path == object_path or path.startswith(f"{object_path}/")
             path_through_alias = f"{alias_path}{path.removeprefix(object_path)}"
             if is_in_object and matches(rule.targets, path_through_alias):
-                return f"what stands at {alias_path!r} is {object_path!r} itself: name that path"
+                return (
+                    f"{alias_path!r} is the same object as {object_path!r}. Name the latter path."
+                )
     return ""
 
 
 def _side_leaf_reason(path: str, facts: LeafFacts) -> str:
     """Returns the reason why a rule does not select a leaf named as a bias, and a remedy."""
-    advice = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
+    advice = "or let lorafy trace your function: lorafy(params, rules, trace=(fn, …))"
     if facts.roles is not None:
-        advice = f"since trace shows none: {_not_kernel_reason(path, facts.roles)}"
+        reason = _not_kernel_reason(path, facts.roles)
+        advice = f"because the traced function does not show them: {reason}"
     return (
-        f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
-        "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
-        f"names it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {advice}"
+        f"By its name, {path!r} is a bias or a part of a norm, not a kernel. A TrainRule "
+        "trains such a leaf in full. If it is a kernel, give its axes in a rule that names "
+        f"it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {advice}"
     )
 
 
@@ -267,21 +271,22 @@ def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> s
 def _not_linear_reason(matrices: Mapping[str, Leaf], facts: LeafFacts) -> str:
     """Returns the reason why "all-linear" selects no leaf of two axes or more, and a remedy."""
     if not matrices:
-        return "no leaf is an array of floats with two axes or more"
+        return "No leaf is a floating-point array with two axes or more."
     examples = list(matrices)[:5]
     if facts.roles is not None:
         lines = []
         for path in examples:
             reason = _not_kernel_reason(path, facts.roles)
             lines.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
-        return "\n  ".join(["trace shows no kernel:", *lines])
+        return "\n  ".join(["The traced function shows no kernel:", *lines])
     kernels = [path for path, leaf in matrices.items() if _is_linear(path, leaf, facts)]
     if kernels:
-        problem = "all kernels are embeddings or heads, by their names. Name those to adapt:"
+        problem = "By their names, all kernels are embeddings or heads. Name those to adapt:"
         return "\n  ".join([problem, *kernels[:5]])
     problem = (
-        "it goes by names, and no leaf is called kernel or w. Let lorafy look at what your "
-        "function does with each: lorafy(params, rules, trace=(fn, params, x)). Or name the "
-        "kernels, and say their axes with in_axes=… and out_axes=…; arrays of two axes or more are:"
+        "Without a trace it goes by names, and no leaf is named kernel or w. Let lorafy "
+        "trace your function: lorafy(params, rules, trace=(fn, params, x)). Or name the "
+        "kernels, and give their in_axes=… and out_axes=…. The arrays of two axes or more "
+        "are:"
     )
     return "\n  ".join([problem, *map(repr, examples)])

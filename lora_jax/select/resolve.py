@@ -16,7 +16,7 @@ from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, TrainRule
 from lora_jax.select.matching import BIASES, NO_ARGUMENT, LeafFacts, no_match_reason, selects
 
-_REMEDY = "Leave it out with exclude=…, or give its in_axes=… and out_axes=… in a rule for it"
+_REMEDY = "Exclude it with exclude=…, or give its in_axes=… and out_axes=… in a rule of its own."
 
 Leaves = Sequence[tuple[str, Leaf]]  # path and array, or anything with a shape and a dtype
 
@@ -74,16 +74,18 @@ def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
       ValueError: there are no rules.
     """
     if isinstance(rules, Rule):
-        raise TypeError(f"rules is a list: write [{rules!r}]")
+        raise TypeError(f"rules must be a list. Write [{rules!r}].")
     if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
         text = f"{rules!r}{_peft_hint(rules)}"
-        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {text}")
+        raise TypeError(f"rules must be a list, such as [LoraRule(targets=['q_proj'])], not {text}")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}{_peft_hint(rule)}")
+            raise TypeError(
+                f"A rule must be a LoraRule or a TrainRule, not {rule!r}{_peft_hint(rule)}"
+            )
     if not rules:
-        raise ValueError("no rules: give at least one LoraRule or TrainRule")
+        raise ValueError("rules is empty. Give at least one LoraRule or TrainRule.")
     return rules
 
 
@@ -108,8 +110,9 @@ def resolve(
     for rule in rules:
         if facts.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
             raise ValueError(
-                f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
-                "kinds=lora_jax.models.kinds(model.config)), or kinds={path: kind} of your own"
+                f"{rule}: a preset needs the kind of each leaf. Call lorafy(params, rules, "
+                f"kinds=lora_jax.models.kinds(model.config)), or pass kinds={{path: kind}} "
+                "of your own."
             )
     effective_rules: set[int] = set()  # indices of rules that take part in a decision
     decisions: dict[str, Decision] = {}
@@ -134,13 +137,17 @@ def resolve(
     for index, rule in enumerate(rules):
         if index not in effective_rules:
             reason = no_match_reason(rule, tree, decisions if index else {}, facts)
-            raise ValueError(f"{rule} selects nothing: {reason}")
+            raise ValueError(f"{rule} selects no leaf. {reason}")
     return decisions
 
 
 def _peft_hint(rules: object) -> str:
     """Returns the remedy for a configuration of PEFT in place of a rule; "" for other values."""
-    return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
+    return (
+        ". lora_jax.peft.rules(config) converts a configuration of PEFT to rules"
+        if hasattr(rules, "peft_type")
+        else ""
+    )
 
 
 def _train(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
@@ -151,7 +158,8 @@ def _train(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
         return FullTraining()
     if is_table and len(leaf.shape) != 2:
         raise ValueError(
-            f"{rule}: {path!r} has the shape {tuple(leaf.shape)}; rows are those of a table [n, d]"
+            f"{rule}: rows= selects rows of a table [n, d], but {path!r} has the shape "
+            f"{tuple(leaf.shape)}."
         )
     layer = None if is_table else numbered_layer(path, stacked=False)
     if layer is not None:
@@ -174,7 +182,7 @@ def _check_indices(rule: Rule, unit: str, indices: Sequence[int], path: str, siz
     for index in indices:
         if index >= size:
             raise ValueError(
-                f"{rule} asks for {unit} {index} of {path!r}, which has {size}, counted from 0"
+                f"{rule} names {unit} {index} of {path!r}, which has {size} (counted from 0)."
             )
 
 
@@ -227,13 +235,16 @@ def _adapt(
     }
     if len(settings) > 1:
         raise ValueError(
-            f"the layers of the stack {path!r} get rules that differ in more than rank and alpha; "
-            "make all other fields of these rules the same"
+            f"The rules for the layers of the stack {path!r} may only differ in rank and "
+            "alpha. Give these rules the same values in all other fields."
         )
     if len(set(rule_of_layer)) == 1:
         rule_of_layer = rule_of_layer[:1]
     elif any(rules[i].uses == "each" for i in indices):
-        raise ValueError(f"uses='each' is for all layers alike, and those of {path!r} differ")
+        raise ValueError(
+            "uses='each' needs the same rule for all layers of a stack, but the layers of "
+            f"{path!r} have different rules."
+        )
     adaptation = Adaptation(roles, tuple(None if i is None else rules[i] for i in rule_of_layer))
     return adaptation, indices
 
@@ -269,20 +280,21 @@ def _roles(rule: LoraRule, path: str, ndim: int, facts: LeafFacts) -> AxisRoles:
             return observed.roles
         if roles is None or observed == NO_ARGUMENT:
             raise ValueError(
-                f"{rule} selects {path!r}, and trace tells no axis roles for it: {observed}. "
-                f"{_REMEDY}"
+                f"{rule} selects {path!r}, but the traced function does not show the roles "
+                f"of its axes: {observed}. {_REMEDY}"
             )
         warn(
-            f"trace tells no axis roles for {path!r}: {observed}. It gets those of its name, "
-            f"{roles}. {_REMEDY}",
+            f"The traced function does not show the roles of the axes of {path!r}: "
+            f"{observed}. lorafy uses the roles that the name suggests, {roles}. {_REMEDY}",
             RoleWarning,
             place_of_call(),
         )
     if roles is None:
         raise ValueError(
-            f"{rule} selects {path!r}, whose name tells nothing about its {ndim} axes (kernel, w "
-            "and embedding have a convention). Say which are contracted with the input and which "
-            "come out with LoraRule(in_axes=…, out_axes=…), or let lorafy look at what your "
-            "function does with it: lorafy(params, rules, trace=(fn, params, x))"
+            f"{rule} selects {path!r}, but the roles of its {ndim} axes are unknown: only "
+            "the names kernel, w and embedding have a convention. Name the axes that are "
+            "contracted with the input and those that come out: LoraRule(in_axes=…, "
+            "out_axes=…). Or let lorafy trace your function: lorafy(params, rules, "
+            "trace=(fn, params, x))."
         )
     return roles

@@ -39,9 +39,9 @@ def owners(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dic
             shape = _shape_of_a(leaves[path], decisions[path])
             if shape != owner_shape:
                 raise ValueError(
-                    f"share_a=True: {owner!r} and {path!r} stand side by side, and their A's "
-                    f"differ in shape or ranks ({owner_shape} and {shape}): give each a rule of "
-                    "its own"
+                    f"share_a=True: {owner!r} and {path!r} are in sibling modules, but their "
+                    f"A would differ in shape or rank ({owner_shape} and {shape}). Give each "
+                    "kernel a rule of its own."
                 )
             a_of[path] = "/".join(owner.split("/")[-2:])
     return a_of
@@ -60,8 +60,9 @@ def _check_effect(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
     for (rule, _), paths in groups.items():
         if rule not in effective_rules:
             raise ValueError(
-                f"{rule}: share_a=True has no effect, since no two kernels of this rule stand side "
-                f"by side ({paths[0]!r} stands alone): name both in targets, or leave out share_a"
+                f"{rule}: share_a=True has no effect, because no two kernels of this rule "
+                f"are in sibling modules ({paths[0]!r} has no sibling). Name both kernels in "
+                "targets, or remove share_a."
             )
 
 
@@ -88,8 +89,9 @@ def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
     owner = "/".join([*path.split("/")[: -len(a_of.split("/"))], a_of])
     if owner not in nodes:
         raise ValueError(
-            f"{path!r} shares the A of {owner!r} (share_a=True), which this tree does not adapt: "
-            "give the part of the tree that holds both, or a rule without share_a"
+            f"{path!r} shares the A of {owner!r} (share_a=True), but {owner!r} is not "
+            "adapted in this tree. Pass the part of the tree that contains both, or use a "
+            "rule without share_a."
         )
     return owner
 

@@ -179,7 +179,9 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
     *batch, n = x.shape
     bits = n.bit_length() - 1
     if n != 2**bits:
-        raise ValueError(f"hadamard_transform needs a power of two, and the last axis has {n}")
+        raise ValueError(
+            f"hadamard_transform needs a last axis whose size is a power of two, not {n}."
+        )
     n_factors = -(-bits // _MAX_BITS)  # of the Kronecker product
     for i in range(n_factors):
         has_extra_bit = i < bits % n_factors

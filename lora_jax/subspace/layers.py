@@ -67,7 +67,8 @@ def tensors_of(
         repeated = next(name for name in all_names if all_names.count(name) > 1)
         paths = [path for path, names in names_of_leaf.items() if repeated in names]
         raise ValueError(
-            f"the leaves {paths} have one logical path, {repeated!r}, so one projection: rename one"
+            f"The leaves {paths} have the same logical path, {repeated!r}, and would share "
+            "one projection. Rename one of them."
         )
     layer_of_name = _layers(all_names)
     layers = tuple(sorted(set(layer_of_name.values()), key=_natural_order))
@@ -113,7 +114,7 @@ def _logical_paths(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, .
     if stack is None:
         return (_split_numbers(path),)
     if not leaf.shape:
-        raise ValueError(_not_stack_message(stack, f"{path!r} has no axes"))
+        raise ValueError(_not_stack_message(stack, f"{path!r} is a scalar"))
     stack_name = _split_numbers(stack)
     name_in_layer = _split_numbers(path.removeprefix(f"{stack}/"))
     return tuple(f"{stack_name}/{layer}/{name_in_layer}" for layer in range(leaf.shape[0]))
@@ -140,8 +141,8 @@ def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[s
 
 def _not_stack_message(stack: str, problem: str) -> str:
     return (
-        f"{stack!r} is taken for a stack of layers, by its name, and {problem}: say which modules "
-        "hold layers on their leaves' first axis with stacks=[…], or stacks=() for none"
+        f"By its name, {stack!r} is a stack of layers, but {problem}. Name the modules whose "
+        "leaves have layers on their first axis with stacks=[…], or pass stacks=() for none."
     )
 
 

@@ -174,7 +174,7 @@ def load(
     facts = adapter_info(folder).get(FACTS)
     if facts is None:
         raise AdapterError(
-            f"{folder} holds an adapter and no subspace: read it with lora_jax.load_adapter"
+            f"{folder} contains an adapter, not a subspace. Load it with lora_jax.load_adapter."
         )
     if space is not None:
         _check_same(folder, facts, facts_of(space))
@@ -184,7 +184,7 @@ def load(
     try:
         subspace = make(base, **arguments, stacks=tuple(facts["stacks"]))
     except ValueError as error:
-        raise AdapterError(f"the subspace {folder} does not fit this tree: {error}") from error
+        raise AdapterError(f"The subspace in {folder} does not fit this tree: {error}") from error
     _check_same(folder, facts, facts_of(subspace))
     tree = load_adapter(folder, tree_of(subspace, base), allow_base_mismatch=allow_base_mismatch)
     return subspace, theta_of(tree)
@@ -200,9 +200,9 @@ def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) 
     """
     if saved["draws"] != current["draws"] and saved["seed"] == current["seed"]:
         raise AdapterError(
-            f"the subspace {folder} was trained where JAX drew other random numbers from the seed "
-            f"{saved['seed']}: use the version and settings of JAX that it was trained with "
-            "(jax_threefry_partitionable)"
+            f"The subspace in {folder} was trained with other random numbers for the seed "
+            f"{saved['seed']}. Use the JAX version and the value of "
+            "jax_threefry_partitionable that it was trained with."
         )
     differences = "; ".join(
         f"{name} {saved.get(name)} in the folder, {value} here"
@@ -211,6 +211,6 @@ def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) 
     )
     if differences:
         raise AdapterError(
-            f"the subspace {folder} is another one: {differences}. Its numbers mean nothing here: "
-            "load it without `space`, or make the space with the folder's settings and base"
+            f"The subspace in {folder} has other settings: {differences}. Load it without "
+            "`space`, or make the space from the settings and the base of the folder."
         )

@@ -121,16 +121,19 @@ class Subspace:
         shapes = {name: tuple(array.shape) for name, array in theta.items()}
         if shapes != expected:
             raise ValueError(
-                f"params_of: theta has {shapes}, and the subspace {expected}: begin with "
-                "space.zeros(), and keep to its structure"
+                f"params_of: theta has the structure {shapes}, but the subspace expects "
+                f"{expected}. Start from space.zeros() and keep its structure."
             )
         for tensor in self.tensors:
             shape = getattr(leaves.get(tensor.path), "shape", None)
             if shape is None or tuple(shape) != tensor.shape:
-                shape_in_base = "missing" if shape is None else f"{list(shape)}"
+                in_base = "is missing in the base"
+                if shape is not None:
+                    in_base = f"has the shape {list(shape)} in the base"
                 raise ValueError(
-                    f"params_of: {tensor.path!r} is {shape_in_base} in the base, and "
-                    f"{list(tensor.shape)} in the subspace: give the tree that it was made for"
+                    f"params_of: {tensor.path!r} {in_base}, and has the shape "
+                    f"{list(tensor.shape)} in the subspace. Pass the tree that the subspace was "
+                    "made for."
                 )
 
 
@@ -181,11 +184,11 @@ def make(
     (3,)
     """
     if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-        raise ValueError(f"dimension={dimension!r}: d is an integer of at least 1")
+        raise ValueError(f"dimension={dimension!r} must be an integer of at least 1.")
     if kind not in ("did", "said"):
-        raise ValueError(f"kind={kind!r}: choose 'did' or 'said'")
+        raise ValueError(f"kind={kind!r} is unknown. Choose 'did' or 'said'.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r}: a seed is an integer from 0 to 2**32 - 1")
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1.")
     rule = TrainRule(targets=targets, exclude=exclude)
     stacks = (stacks,) if isinstance(stacks, str) else tuple(stacks)
     tensors, layers = tensors_of(_selected_leaves(params, rule), stacks)
@@ -213,23 +216,27 @@ def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
     for path, leaf in leaves:
         if is_node(leaf):
             raise ValueError(
-                f"the tree is adapted already (at {path!r}): a subspace is one of a plain tree, "
-                "lora_jax.strip(params) or lora_jax.merge(params)"
+                f"The tree is already adapted (at {path!r}), but a subspace needs a plain "
+                "tree. Pass lora_jax.strip(params) or lora_jax.merge(params)."
             )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
-        raise ValueError("the tree has no leaf of floating-point numbers: nothing can train")
+        raise ValueError("The tree has no floating-point leaf, so there is nothing to train.")
     decisions = resolve(arrays, [rule])
     check_names([rule], dict(arrays), LeafFacts())
     selected = {path: leaf for path, leaf in arrays if path in decisions and 0 not in leaf.shape}
     for path, leaf in selected.items():
         if is_base(leaf):
             raise ValueError(
-                f"{path!r} is in codes, which cannot move by small steps: leave it out with "
-                "exclude=[…], or decode the tree with lora_jax.quantized.dequantize(params)"
+                f"{path!r} is quantized, so it cannot move in small steps. Exclude it with "
+                "exclude=[…], or dequantize the tree with "
+                "lora_jax.quantized.dequantize(params)."
             )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(f"{path!r} is complex: leave it out with exclude=[…]")
+            raise ValueError(
+                f"{path!r} is complex, which a subspace does not support. Exclude it with "
+                "exclude=[…]."
+            )
     return selected
 
 
@@ -239,17 +246,19 @@ def _check_sizes(space: Subspace) -> None:
     d = space.dimension
     if d > space.size:
         raise ValueError(
-            f"dimension={d}, and the tensors have {space.size:,} entries in all: a subspace has at "
-            "most as many dimensions"
+            f"dimension={d} is larger than the number of parameters, {space.size:,}. Choose "
+            "a smaller dimension."
         )
     if space.kind == "said" and d <= m:
         raise ValueError(
-            f"dimension={d} with kind='said', and there are {m} layers with a number each "
-            f"({', '.join(space.layers[:3])}, …): d has to be larger than {m}"
+            f"dimension={d} is too small for kind='said', which spends one number on each of "
+            f"the {m} layers ({', '.join(space.layers[:3])}, …). Choose a dimension larger "
+            f"than {m}."
         )
     for tensor in space.tensors:
         if 2 * max(tensor.size // len(tensor.names), d) > MOST:
             raise ValueError(
-                f"{tensor.path!r} has {tensor.size:,} entries, d is {d:,}: at most {MOST // 2:,} "
-                "a tensor are supported; leave it out with exclude=[…]"
+                f"{tensor.path!r} has {tensor.size:,} entries and the dimension is {d:,}, "
+                f"but at most {MOST // 2:,} entries per tensor are supported. Exclude the "
+                "tensor with exclude=[…]."
             )

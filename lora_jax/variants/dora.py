@@ -60,6 +60,6 @@ DORA = Variant(
     name="DoRA",
     help="Rescale each output column to a trained magnitude (DoRA).",
     parts=(Part("magnitude", ("batch", "out"), _first_magnitude, _rescaled, vector="gain"),),
-    not_with={"bias_on_b": "DoRA has no bias on B"},
+    not_with={"bias_on_b": "DoRA has no bias on B."},
     in_peft=InPeft("use_dora", "lora_magnitude_vector"),
 )

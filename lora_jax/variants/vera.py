@@ -82,8 +82,8 @@ def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> Projections:
         ranks = sorted({*kernel.ranks} - {0})
         if len(ranks) > 1:
             raise ValueError(
-                f"vera: the layers of {kernel.path!r} have the ranks {ranks}, and a stack shares "
-                "one A and B: give all of its layers one rank"
+                f"vera: the layers of {kernel.path!r} have the ranks {ranks}, but all layers "
+                "of a stack share one A and one B. Give all of its layers the same rank."
             )
         widths_of_rank.setdefault(ranks[0], []).append(_widths(kernel))
     pair_widths = {rank: _largest(widths) for rank, widths in widths_of_rank.items()}

@@ -213,7 +213,9 @@ def test_models_put_tokens_back_in_their_order(case, how):
 
 def test_never_merged(tmp_path):
     tree, _ = invoked_tree()
-    with pytest.raises(ValueError, match=r"activated LoRA, which acts from its invocation \[5, 6"):
+    with pytest.raises(
+        ValueError, match=r"activated LoRA, which acts only from its invocation \[5, 6"
+    ):
         lj.merge(tree)
     with pytest.raises(lj.MergeError, match="a merged weight acts on all tokens"):
         lj.adapt(lambda p: p["up"]["kernel"].T)(tree)
@@ -245,9 +247,9 @@ def test_uses_that_do_not_tell_their_tokens(use):
 
 def test_rules():
     for fields, message in [
-        ({"invocation": []}, "one at least"),
-        ({"invocation": [-1]}, "token ids are needed"),
-        ({"invocation": [1], "dora": True}, "leave out dora"),
+        ({"invocation": []}, "at least one token id"),
+        ({"invocation": [-1]}, "must be a sequence of at least one token id"),
+        ({"invocation": [1], "dora": True}, "Remove dora"),
         ({"invocation": [1], "train_bias": True}, "leave out train_bias"),
     ]:
         with pytest.raises(ValueError, match=message):

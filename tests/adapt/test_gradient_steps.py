@@ -63,7 +63,7 @@ def test_a_kernel_whose_roles_trace_cannot_read_gets_those_of_its_name(fn, why):
 def test_a_kernel_without_a_conventional_name_needs_roles():
     params = {"a": {"weight": PARAMS["a"]["kernel"]}, "b": PARAMS["b"]}
     fn = lambda p, x: tuned({"a": {"kernel": p["a"]["weight"]}, "b": p["b"]}, x)  # noqa: E731
-    with pytest.raises(ValueError, match="'a/weight'.*no axis roles.*in_axes"):
+    with pytest.raises(ValueError, match="'a/weight'.*does not show the roles of.*in_axes"):
         lj.lorafy(params, [lj.LoraRule(targets=".*", rank=2)], trace=(fn, params, X))
 
 

@@ -153,7 +153,9 @@ def test_python_code_that_needs_elements_is_told_what_tracing_means(use, error):
 
 
 def test_a_number_is_no_dropout_key():
-    with pytest.raises(TypeError, match=r"dropout_key=0 is no PRNG key: write jax.random.key\(0\)"):
+    with pytest.raises(
+        TypeError, match=r"dropout_key=0 is not a PRNG key. Write jax.random.key\(0\)"
+    ):
         lj.adapt(lambda p, x: x @ p["a"]["kernel"])(tree_of(5, 7), X, dropout_key=0)
 
 

@@ -111,7 +111,9 @@ def test_loading_over_an_adapted_tree_swaps_and_compiles_nothing(tmp_path):
 def test_an_existing_folder_is_kept_unless_told(saved, tmp_path):
     folder, tree = saved
     copy = shutil.copytree(folder, tmp_path / "adapter")
-    with pytest.raises(lj.AdapterError, match="exists; name another folder, or give overwrite"):
+    with pytest.raises(
+        lj.AdapterError, match="already exists. Name another folder, or pass overwrite"
+    ):
         lj.save_adapter(copy, tree)
     weight = tree["layers"]["q_proj"]["kernel"]
     changed = lj.swap(tree, tree)

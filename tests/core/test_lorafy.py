@@ -153,7 +153,7 @@ def test_orthogonal_needs_an_even_rank():
 @pytest.mark.parametrize("init", [lj.init.pissa, lj.init.fast_pissa(), lj.init.olora])
 def test_a_rank_beyond_the_kernels_is_refused(init):
     """The message is about the user's rank, not about shapes of factors."""
-    with pytest.raises(ValueError, match="rank 6: a kernel of 5 by . has 5 singular values"):
+    with pytest.raises(ValueError, match="rank 6 is too large: a kernel of 5 by . has 5"):
         lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=6, init=init)])
 
 
@@ -194,7 +194,7 @@ def test_lorafy_runs_under_jit():
 
 
 def test_an_adapted_tree_is_not_adapted_again():
-    with pytest.raises(ValueError, match="adapted already.*strip"):
+    with pytest.raises(ValueError, match="already adapted.*strip"):
         lj.lorafy(lj.lorafy(KERNEL, [RULE]), [RULE])
 
 
@@ -223,11 +223,11 @@ def test_nodes_let_anything_through():
 
 def test_join_refuses_what_does_not_belong():
     adapter, base = lj.split(lj.lorafy(KERNEL, [RULE]))
-    with pytest.raises(ValueError, match="q_prj/kernel.*nearest.*q_proj/kernel"):
+    with pytest.raises(ValueError, match="q_prj/kernel.*most similar.*q_proj/kernel"):
         lj.join({"q_prj/kernel": adapter["q_proj/kernel"]}, base)
     both = [RULE, lj.TrainRule(targets=["bias"])]
     _, base = lj.split(lj.lorafy(KERNEL, both))
-    with pytest.raises(ValueError, match="nothing for 'q_proj/bias'"):
+    with pytest.raises(ValueError, match="no arrays for the adapted weight 'q_proj/bias'"):
         lj.join(adapter, base)
 
 
@@ -247,7 +247,9 @@ def test_join_refuses_what_does_not_belong():
 def test_join_refuses_another_rank(rules, half):
     tree, other = (lj.lorafy(KERNEL, rules(rank)) for rank in (2, 3))
     adapter, base = lj.split(other)[0], lj.split(tree)[1] if half else tree
-    with pytest.raises(ValueError, match="q_proj/kernel.*has the shape.*3.*the tree takes.*2"):
+    with pytest.raises(
+        ValueError, match="q_proj/kernel.*has the shape.*3.*in the adapter, but.*2.*in the tree"
+    ):
         lj.join(adapter, base)
     stacked = jax.tree.map(lambda x: np.stack([x, x]), lj.split(tree)[0])
     joined = jax.jit(jax.vmap(lambda adapter: lj.merge(lj.join(adapter, base))))(stacked)
@@ -301,7 +303,7 @@ def test_stacked_adapters(rules):
     assert_close(np.asarray(jax.jit(forward)(joined, x)).reshape(6, 4, 7), each, 1e-5)
     name, parts = next(iter(stacked.items()))
     wrong = {**stacked, name: {**parts, **{part: array[0] for part, array in [*parts.items()][:1]}}}
-    with pytest.raises(ValueError, match="has the shape .*the tree takes"):
+    with pytest.raises(ValueError, match="has the shape .*in the adapter, but .*in the tree"):
         lj.join(wrong, base)
 
 
@@ -349,10 +351,10 @@ def test_swap_refuses_another_adaptation():
     turned = lj.LoraRule(targets=["q_proj"], in_axes=[1], out_axes=[0])
     with pytest.raises(ValueError, match="in axes"):
         lj.swap(tree, lj.lorafy(KERNEL, [turned]))
-    with pytest.raises(ValueError, match="call lorafy first"):
+    with pytest.raises(ValueError, match="Call lorafy first"):
         lj.swap(tree, KERNEL)
 
 
 def test_two_leaves_of_one_path_are_refused():
-    with pytest.raises(ValueError, match="same path 'a/w'"):
+    with pytest.raises(ValueError, match="same path, 'a/w'"):
         lj.lorafy({"a/w": jnp.ones((5, 7)), "a": {"w": jnp.ones((5, 7))}}, [RULE])

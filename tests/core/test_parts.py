@@ -176,9 +176,9 @@ def test_the_registry_has_each_option_and_each_part_once():
 @pytest.mark.parametrize("name", ["a", "scale", "gain", "value"])
 def test_names_that_are_taken_are_refused(name):
     part = dataclasses.replace(CORE, name=name)
-    with pytest.raises(ValueError, match=f"a part is called '{name}', which is taken"):
+    with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
         lj.LoraRule(targets=["up"], extras=[part])
-    with pytest.raises(ValueError, match="'core', which is taken"):
+    with pytest.raises(ValueError, match="'core' is taken"):
         lj.LoraRule(targets=["up"], extras=[CORE, CORE])
 
 
@@ -196,7 +196,7 @@ def test_no_weight_tells_the_shape_of_a_mask(name):
     """The negative numbers of examples and tokens in a layout are not axes of the weight."""
     labels = ("batch", "in", "out")
     assert sizes(AXES["b"], (7, 5, 3), labels, 2) == (7, 2, 3)
-    with pytest.raises(ValueError, match="a weight of shape \\(7, 5, 3\\) does not tell the sizes"):
+    with pytest.raises(ValueError, match="shape \\(7, 5, 3\\) of a weight does not determine"):
         sizes(AXES[name], (7, 5, 3), labels, 2)
 
 

@@ -166,7 +166,7 @@ def test_blocks_of_gguf_files_are_read_bitwise(kind):
     np.testing.assert_array_equal(quantized.dequantize(turned)[0], expected.T)
     np.testing.assert_array_equal(quantized.dequantize(turned)[1], expected[::-1].T)
     assert coded.nbytes < 0.63 * 2 * expected.size
-    with pytest.raises(ValueError, match="bytes are no"):
+    with pytest.raises(ValueError, match="does not have .* bytes"):
         quantized.from_gguf(raw[:5], kind, (6, 512))
 
 
@@ -295,7 +295,9 @@ def formats(tree):
 
 def test_selection():
     params = model()
-    with pytest.warns(quantized.QuantizeWarning, match="no blocks fit 'layers/odd/kernel'"):
+    with pytest.warns(
+        quantized.QuantizeWarning, match="'layers/odd/kernel'.*cannot be divided into blocks"
+    ):
         base = quantized.quantize(params, "nf4")
     both = {"layers/q_proj/kernel": "nf4", "layers/mlp/kernel": "nf4"}
     assert formats(base) == both
@@ -317,19 +319,19 @@ def test_selection():
     assert formats(quantized.quantize(some, "int8", keep=keep)) == both | {
         "layers/mlp/kernel": "int8"
     }
-    with pytest.raises(ValueError, match="selects nothing.*in codes already"):
+    with pytest.raises(ValueError, match="selects no leaf.*are already quantized"):
         quantized.quantize(mixed, "int8", keep=keep)
 
     for missing in ("q_prj", [*keep, "q_prj"]):  # a pattern, and a name beside another
         with pytest.raises(ValueError, match=r"keep='q_prj' names no leaf.*\n  layers/q_proj/"):
             quantized.quantize(params, keep=missing)
     quantized.quantize(params, keep=lj.rules.AnyOf([*keep, "q_prj"]))
-    with pytest.raises(ValueError, match=r"QuantRule\(.*'nowhere'.*selects nothing"):
+    with pytest.raises(ValueError, match=r"QuantRule\(.*'nowhere'.*selects no leaf"):
         quantized.quantize(params, rules=[QuantRule(targets=["nowhere"])])
-    with pytest.raises(ValueError, match="format='nf3': choose one of 'int8'"):
+    with pytest.raises(ValueError, match="format='nf3' is unknown. Choose one of 'int8'"):
         quantized.quantize(params, "nf3")
     adapted = lj.lorafy(params, [lj.LoraRule(targets=["mlp"])])
-    with pytest.raises(ValueError, match="adapted already.*strip"):
+    with pytest.raises(ValueError, match="already adapted.*strip"):
         quantized.quantize(adapted)
 
 
@@ -390,7 +392,7 @@ def test_merged_into_codes_again():
     same, errors = quantized.requantize(quantized.dequantize(base), like=tree)
     assert_identical(same, base)
     assert max(errors.values()) < 1e-6
-    with pytest.raises(ValueError, match="the trees differ at"):
+    with pytest.raises(ValueError, match="the two trees differ at"):
         quantized.requantize({"a": kernel}, like=tree)
 
 

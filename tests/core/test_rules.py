@@ -75,7 +75,7 @@ def test_all_linear_in_the_heads_of_masked_language_models():
 
 @pytest.mark.parametrize("name", ["proj", "q_pro", "_proj", "q_proj/bias"])
 def test_a_name_is_a_run_of_whole_segments(name):
-    with pytest.raises(ValueError, match="selects nothing"):
+    with pytest.raises(ValueError, match="selects no leaf"):
         selected([lj.LoraRule(targets=[name])])
 
 
@@ -130,15 +130,15 @@ def test_linen_automatic_names_count_no_layers():
         (
             [lj.LoraRule(targets=["q_prj"])],
             TREE,
-            r"LoraRule\(targets=\['q_prj'\]\) selects.*nearest.*\n +model.*q_proj/kernel",
+            r"LoraRule\(targets=\['q_prj'\]\) selects.*most similar.*\n +model.*q_proj/kernel",
         ),
-        ([lj.LoraRule(targets=["q_norm"])], TREE, r"q_norm/scale.*no kernel; a TrainRule"),
+        ([lj.LoraRule(targets=["q_norm"])], TREE, r"q_norm/scale.*not a kernel. A TrainRule"),
         (
             [lj.LoraRule(targets=["q_proj"]), lj.LoraRule(targets=["q_proj"], rank=3)],
             TREE,
-            "earlier rule takes",
+            "earlier rule selects",
         ),
-        ([lj.LoraRule(targets=["q_proj"], exclude=["q_proj"])], TREE, "exclude takes out"),
+        ([lj.LoraRule(targets=["q_proj"], exclude=["q_proj"])], TREE, "exclude= contains"),
         ([lj.LoraRule(targets=["q_proj"], layers=[7])], TREE, "layer"),
         ([lj.LoraRule(targets=["q_proj"], layers=[1, 7])], TREE, "layer 7"),
         ([lj.LoraRule(targets=["dense"], layers=[7])], NUMBERED, "none of the layers"),
@@ -146,9 +146,9 @@ def test_linen_automatic_names_count_no_layers():
         (
             [lj.LoraRule(targets=["fc"], in_axes=[0], out_axes=[2])],
             {"fc": {"weight": shaped(5, 7)}},
-            "axis 2 does not exist",
+            "Axis 2 does not exist",
         ),
-        ([], TREE, "no rules"),
+        ([], TREE, "rules is empty"),
         ([lj.LoraRule(targets=["x"])], {}, "no leaves"),
         (
             [
@@ -156,7 +156,7 @@ def test_linen_automatic_names_count_no_layers():
                 lj.LoraRule(targets=["q_proj"]),
             ],
             TREE,
-            "differ in more than rank and alpha",
+            "may only differ in rank and alpha",
         ),
     ],
 )
@@ -170,11 +170,11 @@ def test_errors_say_what_was_found(rules, tree, message):
     [
         (
             lj.LoraRule(targets=["q_proj", "v_prj"]),
-            r"targets=\['q_proj', 'v_prj'\]\).*target 'v_prj' selects nothing.*v_proj/kernel",
+            r"targets=\['q_proj', 'v_prj'\]\).*target 'v_prj' selects no leaf.*v_proj/kernel",
         ),
-        (lj.LoraRule(targets=["q_proj", "q_norm"]), "'q_norm'.*no kernel; a TrainRule trains"),
-        (lj.TrainRule(targets=["lm_head", "norms"]), "target 'norms' selects nothing"),
-        (lj.LoraRule(targets=["all-linear", "experts"]), "target 'experts' selects nothing"),
+        (lj.LoraRule(targets=["q_proj", "q_norm"]), "'q_norm'.*not a kernel. A TrainRule trains"),
+        (lj.TrainRule(targets=["lm_head", "norms"]), "target 'norms' selects no leaf"),
+        (lj.LoraRule(targets=["all-linear", "experts"]), "target 'experts' selects no leaf"),
     ],
 )
 def test_each_name_of_a_list_selects_something(rule, message):
@@ -199,29 +199,41 @@ def test_lists_of_peft_may_hold_other_models_names():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lj.LoraRule(targets=["q"], r=8), "no field 'r': write rank="),
-        (lambda: lj.LoraRule(targets=["q"], lora_alpha=8), "'lora_alpha': write alpha="),
-        (lambda: lj.LoraRule(targets=["q"], lora_dropout=0.1), "write dropout="),
-        (lambda: lj.LoraRule(target_modules=["q"]), r"write targets=\["),
+        (lambda: lj.LoraRule(targets=["q"], r=8), "no field 'r'. Write rank="),
+        (lambda: lj.LoraRule(targets=["q"], lora_alpha=8), "'lora_alpha'. Write alpha="),
+        (lambda: lj.LoraRule(targets=["q"], lora_dropout=0.1), "Write dropout="),
+        (lambda: lj.LoraRule(target_modules=["q"]), r"Write targets=\["),
         (lambda: lj.LoraRule(targets=["q"], use_rslora=True), r"scaling='alpha/sqrt\(rank\)'"),
-        (lambda: lj.LoraRule(targets=["q"], use_dora=True), "write dora=True"),
-        (lambda: lj.LoraRule(targets=["q"], rnak=8), "no field 'rnak': the nearest is rank$"),
-        (lambda: lj.LoraRule(targets=["q"], foo=1), "no field 'foo': the nearest is [a-z_]+$"),
-        (lambda: lj.TrainRule(targets=["q"], row=[1]), "no field 'row': the nearest is rows$"),
-        (lambda: lj.LoraRule(["q"]), r"keywords alone: LoraRule\(targets=\['q'\]"),
-        (lambda: lj.TrainRule(modules_to_save=["q"]), r"write targets=\["),
+        (lambda: lj.LoraRule(targets=["q"], use_dora=True), "Write dora=True"),
+        (
+            lambda: lj.LoraRule(targets=["q"], rnak=8),
+            "no field 'rnak'. The most similar field is rank.$",
+        ),
+        (
+            lambda: lj.LoraRule(targets=["q"], foo=1),
+            "no field 'foo'. The most similar field is [a-z_]+.$",
+        ),
+        (
+            lambda: lj.TrainRule(targets=["q"], row=[1]),
+            "no field 'row'. The most similar field is rows.$",
+        ),
+        (lambda: lj.LoraRule(["q"]), r"keyword arguments only. Write LoraRule\(targets=\['q'\]"),
+        (lambda: lj.TrainRule(modules_to_save=["q"]), r"Write targets=\["),
         (
             lambda: lj.lorafy(TREE, lj.LoraRule(targets=["q_proj"], rank=2)),
-            r"rules is a list: write \[LoraRule\(targets=\['q_proj'\], rank=2\)\]",
+            r"rules must be a list. Write \[LoraRule\(targets=\['q_proj'\], rank=2\)\]",
         ),
-        (lambda: lj.lorafy(TREE, "q_proj"), r"rules is a list, such as \[LoraRule.*not 'q_proj'"),
+        (
+            lambda: lj.lorafy(TREE, "q_proj"),
+            r"rules must be a list, such as \[LoraRule.*not 'q_proj'",
+        ),
         (
             lambda: lj.lorafy(TREE, types.SimpleNamespace(peft_type="LORA")),
             r"lora_jax.peft.rules\(config\)",
         ),
         (
             lambda: lj.lorafy(TREE, [lj.LoraRule(targets=["q_proj"])], key=0),
-            r"key=0 is no PRNG key: write jax.random.key\(0\)",
+            r"key=0 is not a PRNG key. Write jax.random.key\(0\)",
         ),
     ],
 )
@@ -235,9 +247,9 @@ def test_rules_may_be_any_iterable():
     rules = [lj.LoraRule(targets=[name]) for name in names]
     for given in ((rule for rule in rules), tuple(rules), dict.fromkeys(rules).keys()):
         assert selected(given) == {Q, V}
-    with pytest.raises(TypeError, match="a rule is a LoraRule or a TrainRule, not 'q_proj'"):
+    with pytest.raises(TypeError, match="A rule must be a LoraRule or a TrainRule, not 'q_proj'"):
         selected(name for name in names)
-    with pytest.raises(ValueError, match="no rules: give at least one"):
+    with pytest.raises(ValueError, match="rules is empty. Give at least one"):
         selected(iter(()))
 
 
@@ -250,7 +262,7 @@ def test_a_string_of_names_is_told_to_be_a_list(targets, names):
     with pytest.raises(ValueError) as caught:
         selected([lj.LoraRule(targets=targets)])
     assert (
-        f"pattern for whole paths (of re.fullmatch). A list holds names: write targets={names}"
+        f"pattern for whole paths (re.fullmatch), and names belong in a list. Write targets={names}"
         in (str(caught.value))
     )
 
@@ -261,12 +273,15 @@ BARE = [shaped(5, 7), shaped(7, 3)]
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (BARE, r"no leaf is called kernel or w.*trace=\(fn, params, x\).*'0'\n +'1'"),
+        (BARE, r"no leaf is named kernel or w.*trace=\(fn, params, x\).*'0'\n +'1'"),
         (tuple(BARE), r"trace=\(fn, params, x\).*'0'"),
         (BARE[0], r"trace=\(fn, params, x\)"),
         ({"fc": {"weight": shaped(7, 5), "bias": shaped(7)}}, r"trace=\(fn, .*'fc/weight'"),
-        ({"lm_head": {"kernel": shaped(5, 7)}}, "embeddings or heads, by their names.*lm_head"),
-        ({"norm": {"scale": shaped(7)}}, "no leaf is an array of floats with two axes or more"),
+        (
+            {"lm_head": {"kernel": shaped(5, 7)}},
+            "By their names, all kernels are embeddings or heads.*lm_head",
+        ),
+        ({"norm": {"scale": shaped(7)}}, "No leaf is a floating-point array with two axes or more"),
     ],
 )
 def test_all_linear_tells_of_trace_where_names_tell_nothing(tree, message):
@@ -291,9 +306,7 @@ def test_a_kernel_that_has_the_name_of_a_bias_is_taken_where_its_axes_are_said()
         "wide/v",
     }
     assert selected([lj.LoraRule(targets=["other/scale"], **axes)], SIDE) == {"other/scale"}
-    with pytest.raises(
-        ValueError, match=r"(?s)'lin/b' is taken for a bias.*targets=\['b'\], in_axes=…"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)'lin/b' is a bias.*targets=\['b'\], in_axes=…"):
         selected([lj.LoraRule(targets=r"lin/b", rank=2)], SIDE)
 
 
@@ -301,7 +314,7 @@ def test_a_kernel_that_has_the_name_of_a_bias_is_taken_where_its_axes_are_said()
     ("field", "message"),
     [
         ({"targets": []}, "targets is empty"),
-        ({"targets": "("}, "no regular expression"),
+        ({"targets": "("}, "not a regular expression"),
         ({"targets": [""]}, "non-empty string"),
         ({"rank": 0}, "at least 1"),
         ({"rank": 2.0}, "integer"),

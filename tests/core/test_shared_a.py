@@ -88,7 +88,7 @@ def test_it_holds_wherever_the_two_stand(place, gate, up, tmp_path):
 def test_a_part_without_the_owner_is_refused(tmp_path):
     whole = lj.lorafy(KERNELS, RULES)
     part = {"mlp": {name: whole["mlp"][name] for name in ("up", "down")}}
-    message = f"'{UP}' shares the A of '{GATE}'.*give the part of the tree that holds both"
+    message = f"'{UP}' shares the A of '{GATE}'.*Pass the part of the tree that contains both"
     for use in (
         lj.split,
         lambda tree: map_parts(lambda path, name, array: array, tree),
@@ -142,13 +142,13 @@ def test_sums_and_banks_hold_it_as_two():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"targets": ["gate", "up", "down"]}, "stand side by side, and their A's differ"),
+        ({"targets": ["gate", "up", "down"]}, "in sibling modules, but their A would differ"),
         (
             {"targets": ["gate"]},
-            "no two kernels of this rule stand side by side .*'mlp/gate/kernel",
+            "no two kernels of this rule are in sibling modules .*'mlp/gate/kernel",
         ),
-        ({"targets": ["gate"], "freeze_a": True}, "share_a=True: an A that is frozen"),
-        ({"targets": ["gate"], "init": lj.init.pissa}, "taken out of its own base"),
+        ({"targets": ["gate"], "freeze_a": True}, "cannot share an A that is frozen"),
+        ({"targets": ["gate"], "init": lj.init.pissa}, "computed from its own base"),
     ],
 )
 def test_what_cannot_be_shared(more, message):
@@ -158,7 +158,9 @@ def test_what_cannot_be_shared(more, message):
 
 def test_an_optimiser_of_the_whole_tree_would_train_it_apart():
     tree = lj.lorafy(KERNELS, RULES)
-    with pytest.raises(ValueError, match="'mlp/up/kernel' shares another weight's A"):
+    with pytest.raises(
+        ValueError, match="'mlp/up/kernel' shares the A or the vector of another weight"
+    ):
         lj.trainable_mask(tree)
-    with pytest.raises(ValueError, match="optimise the adapter of lora_jax.split"):
+    with pytest.raises(ValueError, match="Optimize the adapter instead, lora_jax.split"):
         optim.freeze_base(optax.sgd(0.1)).init(tree)

@@ -111,9 +111,9 @@ def test_members_train_one_vector(tmp_path):
     [
         ({"u": 3}, "u=3 has no effect without tinylora=True"),
         ({"weight_tying": 0.5}, "weight_tying=0.5 has no effect without tinylora=True"),
-        ({"tinylora": True, "u": 0}, "u=0: a number of at least 1 is needed"),
-        ({"tinylora": True, "weight_tying": 2}, "weight_tying=2: a share from 0 to 1 is needed"),
-        ({"tinylora": True, "xs": True}, "xs and tinylora do not go together"),
+        ({"tinylora": True, "u": 0}, "u=0 must be a number of at least 1"),
+        ({"tinylora": True, "weight_tying": 2}, "weight_tying=2 must be a share from 0 to 1"),
+        ({"tinylora": True, "xs": True}, "xs cannot be combined with tinylora"),
     ],
 )
 def test_rules_that_make_no_sense(changes, message):
@@ -123,5 +123,5 @@ def test_rules_that_make_no_sense(changes, message):
 
 @pytest.mark.slow
 def test_an_optimiser_of_the_whole_tree_would_train_them_apart():
-    with pytest.raises(ValueError, match="shares another weight's A or vector"):
+    with pytest.raises(ValueError, match="shares the A or the vector of another weight or vector"):
         lj.trainable_mask(lj.lorafy(PARAMS, [rule(0.5)]))

@@ -49,12 +49,15 @@ def tree(name, seed=7, **more):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"xs": True, "vera": True}, "xs and vera do not go together"),
-        ({"xs": True, "dora": True}, "xs and dora .* decomposes W"),
-        ({"vera": True, "freeze_a": True}, "vera and freeze_a .* shares one random A and B"),
-        ({"vera": True, "bias_on_b": True}, "vera and bias_on_b"),
-        ({"xs": True, "init": lj.init.pissa}, "xs and init"),
-        ({"xs": True, "uses": "each"}, "uses='each' is for plain A and B.*xs, vera"),
+        ({"xs": True, "vera": True}, "xs cannot be combined with vera"),
+        ({"xs": True, "dora": True}, "xs cannot be combined with dora.* decomposes W"),
+        (
+            {"vera": True, "freeze_a": True},
+            "vera cannot be combined with freeze_a.* shares one random A and B",
+        ),
+        ({"vera": True, "bias_on_b": True}, "vera cannot be combined with bias_on_b"),
+        ({"xs": True, "init": lj.init.pissa}, "xs cannot be combined with init"),
+        ({"xs": True, "uses": "each"}, "uses='each' supports only plain A and B.*xs, vera"),
     ],
 )
 def test_rules_that_make_no_sense(changes, message):
@@ -63,7 +66,9 @@ def test_rules_that_make_no_sense(changes, message):
 
 
 def test_ranks_that_cannot_be():
-    with pytest.raises(ValueError, match="rank 6: a kernel of 7 by 5 has 5 singular values"):
+    with pytest.raises(
+        ValueError, match="rank 6 is too large: a kernel of 7 by 5 has 5 singular values"
+    ):
         lj.lorafy(PARAMS, [rule("xs", rank=6)])
     rules = [rule("vera", targets=["up"], layers=[0]), rule("vera", targets=["up"], rank=2)]
     with pytest.raises(ValueError, match=r"the layers of 'layers/up/kernel' have the ranks \[2, 3"):

@@ -164,9 +164,9 @@ def test_layers_of_norms_and_every_bias():
     ("rule", "message"),
     [
         ({"targets": ["embed"], "rows": [11]}, r"row 11 of 'embed/embedding', which has 11"),
-        ({"targets": ["embed"], "rows": [3, 3]}, "each of them once"),
-        ({"targets": ["embed"], "rows": [-1]}, "indices from 0"),
-        ({"targets": ["embed"], "rows": [1], "layers": [1]}, "give one of them"),
+        ({"targets": ["embed"], "rows": [3, 3]}, "must be different indices"),
+        ({"targets": ["embed"], "rows": [-1]}, "counted from 0"),
+        ({"targets": ["embed"], "rows": [1], "layers": [1]}, "Give one of them"),
         ({"targets": ["embed"], "layers": [12]}, "layer 12 of"),
     ],
 )
@@ -176,11 +176,11 @@ def test_wrong_rows(rule, message):
 
 
 def test_rows_of_what_is_no_table():
-    with pytest.raises(ValueError, match=r"'head/bias' has the shape \(7,\); rows are those of a"):
+    with pytest.raises(ValueError, match=r"'head/bias' has the shape \(7,\)"):
         lj.lorafy(STACK, [lj.TrainRule(targets=["head"], rows=[1], exclude=["kernel"])])
 
 
 def test_low_rank_embedding_and_rows_do_not_mix():
     rules = [lj.TrainRule(targets=["embed"], rows=[1]), lj.LoraRule(targets=["embed"], rank=2)]
-    with pytest.raises(ValueError, match="an earlier rule takes 'embed/embedding'"):
+    with pytest.raises(ValueError, match="An earlier rule selects 'embed/embedding'"):
         lj.lorafy(inputs()[0], rules)

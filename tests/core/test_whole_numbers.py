@@ -14,7 +14,7 @@ FLOATS = np.random.default_rng(5).normal(size=(64, 96)).astype(np.float32)
 @pytest.mark.parametrize("targets", [["d"], "d/kernel"])
 def test_a_rule_that_names_whole_numbers_names_the_quantizer(rule, targets):
     tree = {"d": {"bias": jnp.ones(1, jnp.int32), "kernel": jnp.ones((4, 6), jnp.int8)}}
-    message = r"'d/kernel' holds whole numbers .int8.*lora_jax\.quantized\.quantize\("
+    message = r"'d/kernel' contains integers .int8.*lora_jax\.quantized\.quantize\("
     with pytest.raises(ValueError, match=message):
         lj.lorafy(tree, [rule(targets=targets)])
 

@@ -304,7 +304,9 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     model, params = decoder(CASE)
     out = tmp_path / "out"
     save_pretrained(out, model, params)
-    with pytest.raises(FileExistsError, match="out exists; name another folder, or give overwrite"):
+    with pytest.raises(
+        FileExistsError, match="out already exists. Name another folder, or pass overwrite"
+    ):
         save_pretrained(out, model, params)
     (out / "config.json").rename(out / "thesis.tex")
     with pytest.raises(FileExistsError, match="no model's folder"):

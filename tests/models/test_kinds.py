@@ -102,9 +102,9 @@ def test_presets_of_a_mixture() -> None:
     assert adapted(config, ["all-linear", "lm_head"]) == adapted(config, "all-linear") | {
         "lm_head/kernel"
     }
-    with pytest.raises(ValueError, match="'mlp'.*selects nothing"):
+    with pytest.raises(ValueError, match="'mlp'.*selects no leaf"):
         adapted(config, "mlp", kinds=kinds)
-    with pytest.raises(ValueError, match=r"needs to be told what each leaf is.*models\.kinds"):
+    with pytest.raises(ValueError, match=r"needs the kind of each leaf.*models\.kinds"):
         adapted(config, "attention")
 
 

@@ -148,7 +148,7 @@ def test_an_existing_folder_is_not_replaced_unless_asked(tmp_path):
     lp.save(tmp_path / "a", model, tree, overwrite=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is no adapter's folder"):
+    with pytest.raises(FileExistsError, match="is not the folder of an adapter"):
         lp.save(tmp_path / "other", model, tree, overwrite=True)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -60,7 +60,7 @@ def test_another_one_is_refused(saved, tmp_path):
     with pytest.raises(lj.AdapterError, match="exists"):
         subspace.save(folder, space, theta, params)
     lj.save_adapter(tmp_path / "lora", lj.lorafy(params, [lj.TrainRule(targets=["head"])]))
-    with pytest.raises(lj.AdapterError, match="no subspace"):
+    with pytest.raises(lj.AdapterError, match="not a subspace"):
         subspace.load(tmp_path / "lora", params)
 
 

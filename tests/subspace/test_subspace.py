@@ -226,7 +226,7 @@ def test_layers_count_from_2_to_10():
 
 
 def test_a_name_without_a_match_is_refused():
-    with pytest.raises(ValueError, match="the target 'layer' selects nothing: .*\n  layers/"):
+    with pytest.raises(ValueError, match="the target 'layer' selects no leaf. .*\n  layers/"):
         subspace.make(small(), dimension=23, targets=["head", "layer"])
 
 
@@ -388,24 +388,24 @@ def test_what_cannot_be_is_refused():
     coded = jax.eval_shape(lambda: lj.quantized.quantize(kernel, "int8"))
     adapted = jax.eval_shape(lambda: lj.lorafy(kernel, [lj.TrainRule(targets=".*")]))
     for said, tree, options in [
-        ("at most as many dimensions", params, {"dimension": 10**4}),
-        ("d has to be larger than 5", params, {"dimension": 5, "kind": "said"}),
+        ("is larger than the number of parameters", params, {"dimension": 10**4}),
+        ("Choose a dimension larger than 5", params, {"dimension": 5, "kind": "said"}),
         ("at least 1", params, {"dimension": 0}),
-        ("choose 'did' or 'said'", params, {"dimension": 9, "kind": "sa"}),
+        ("Choose 'did' or 'said'", params, {"dimension": 9, "kind": "sa"}),
         ("from 0 to", params, {"dimension": 9, "seed": -1}),
-        ("selects nothing", params, {"dimension": 9, "targets": ["none"]}),
-        ("nothing can train", {"n": np.arange(3)}, {"dimension": 1}),
-        ("nothing can train", {}, {"dimension": 1}),
-        ("no axes", {"layers": {"w": np.float32(1)}}, {"dimension": 1}),
+        ("selects no leaf", params, {"dimension": 9, "targets": ["none"]}),
+        ("there is nothing to train", {"n": np.arange(3)}, {"dimension": 1}),
+        ("there is nothing to train", {}, {"dimension": 1}),
+        ("is a scalar", {"layers": {"w": np.float32(1)}}, {"dimension": 1}),
         ("begins with 4", {"layers": {"a": np.ones(4), "b": np.ones(3)}}, {"dimension": 1}),
-        ("one logical path", twice, {"dimension": 1}),
-        ("adapted already", adapted, {"dimension": 1}),
-        ("in codes", coded, {"dimension": 1}),
+        ("the same logical path", twice, {"dimension": 1}),
+        ("already adapted", adapted, {"dimension": 1}),
+        ("is quantized", coded, {"dimension": 1}),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             subspace.make(tree, **options)
     space = subspace.make(params, dimension=9)
-    with pytest.raises(ValueError, match="keep to its structure"):
+    with pytest.raises(ValueError, match="keep its structure"):
         space.params_of({"theta": np.zeros(8)}, params)
     with pytest.raises(ValueError, match="'head/bias' is missing"):
         space.params_of(space.zeros(), params | {"head": {"kernel": params["head"]["kernel"]}})

@@ -111,5 +111,5 @@ def test_the_rate_falls_with_the_dimension(d, rate):
 
 def test_sizes_that_do_not_fit_the_model(inputs, tmp_path, capsys):
     args = [*options_of(inputs), "--output", tmp_path / "out"]
-    assert "d has to be larger than 5" in fails(capsys, *args, "--intrinsic", 5)
-    assert "at most as many dimensions" in fails(capsys, *args, "--intrinsic", 10**7)
+    assert "Choose a dimension larger than 5" in fails(capsys, *args, "--intrinsic", 5)
+    assert "is larger than the number of parameters" in fails(capsys, *args, "--intrinsic", 10**7)

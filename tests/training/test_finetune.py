@@ -342,7 +342,7 @@ BAD = {
     "rows": ({"examples": ROWS}, r"examples is a list: give training.chats\(rows, tokenizer"),
     "other names": ({"held_out": {"x": X}}, "held_out has the arrays x; examples has x, y"),
     "no loss": ({"loss": None}, "loss is missing: for your own arrays"),
-    "no rules": ({"rules": None}, "rules is missing, and params is a plain tree"),
+    "rules is empty": ({"rules": None}, "rules is missing, and params is a plain tree"),
     "lr": ({"lr": 0.0}, "lr=0.0: a learning rate is a positive number"),
     "optimizer": ({"optimizer": "adam"}, "optimizer='adam': give adamw, lion, adafactor"),
     "decay": ({"optimizer": optax.sgd(1.0), "weight_decay": 0.1}, "is for optimizers by name"),
@@ -351,7 +351,7 @@ BAD = {
     "epochs": ({"epochs": -1.0}, "epochs=-1.0: a positive number"),
     "batch": ({"batch_size": 0}, "batch_size=0: at least 1"),
     "resume": ({"resume": True}, "resume=True is about a run's folder: name it by folder"),
-    "resume, overwrite": ({"resume": True, "overwrite": True}, "give one of them"),
+    "resume, overwrite": ({"resume": True, "overwrite": True}, "Give one of them"),
 }
 
 

@@ -53,6 +53,6 @@ def test_subspaces_are_runs_like_others(inputs, tmp_path, capsys):
 def test_a_dimension_that_cannot_be_is_found_before_the_first_run(inputs, tmp_path, capsys):
     assert compare(inputs, tmp_path / "a", "--methods", "said", "--dimensions", 5) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "run said-d5-" in said and "d has to be larger than 5" in said
+    assert "run said-d5-" in said and "Choose a dimension larger than 5" in said
     assert compare(inputs, tmp_path / "b", "--methods", "did", "--dimensions", 10**9) == 2
-    assert "at most as many dimensions" in " ".join(capsys.readouterr().err.split())
+    assert "is larger than the number of parameters" in " ".join(capsys.readouterr().err.split())

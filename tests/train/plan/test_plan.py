@@ -390,7 +390,7 @@ BAD = [
     (["--utilisation", "40"], "a share of the peak"),
     (["--tokens", "-1"], "a positive number"),
     (["--price", "0"], "a positive number"),
-    (["--targets", "nothing_like_it"], "selects nothing"),
+    (["--targets", "nothing_like_it"], "selects no leaf"),
     (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
     (["--model", "."], "config.json is missing"),
     (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
