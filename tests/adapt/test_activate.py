@@ -250,7 +250,7 @@ def test_rules():
         ({"invocation": []}, "at least one token id"),
         ({"invocation": [-1]}, "must be a sequence of at least one token id"),
         ({"invocation": [1], "dora": True}, "Remove dora"),
-        ({"invocation": [1], "train_bias": True}, "leave out train_bias"),
+        ({"invocation": [1], "train_bias": True}, "Remove train_bias"),
     ]:
         with pytest.raises(ValueError, match=message):
             lj.LoraRule(targets=["up"], **fields)

@@ -14,7 +14,7 @@ def test_the_same_folder_twice_is_no_conflict(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for asked in (str(tmp_path / "theirs"), "theirs", f"{tmp_path}/theirs/"):
         assert keep_compiled(asked) == f"compiled programs are kept in {tmp_path}/theirs"
-    with pytest.raises(UserError, match="Give one of them"):
+    with pytest.raises(UserError, match="give one of them"):
         keep_compiled("others")
 
 
