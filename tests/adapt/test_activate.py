@@ -254,10 +254,10 @@ def test_rules():
     ]:
         with pytest.raises(ValueError, match=message):
             lj.LoraRule(targets=["up"], **fields)
-    with pytest.raises(TypeError, match="write invocation="):
+    with pytest.raises(TypeError, match="Write invocation="):
         lj.LoraRule(targets=["up"], alora_invocation_tokens=[1])
     table = {"words": {"embedding": np.ones((5, 3))}}
-    with pytest.raises(ValueError, match="is looked up by token"):
+    with pytest.raises(ValueError, match="is an embedding table"):
         lj.lorafy(table, [lj.LoraRule(targets=["words"], rank=2, invocation=[1])])
 
 

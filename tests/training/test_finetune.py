@@ -351,7 +351,7 @@ BAD = {
     "epochs": ({"epochs": -1.0}, "epochs=-1.0: a positive number"),
     "batch": ({"batch_size": 0}, "batch_size=0: at least 1"),
     "resume": ({"resume": True}, "resume=True is about a run's folder: name it by folder"),
-    "resume, overwrite": ({"resume": True, "overwrite": True}, "Give one of them"),
+    "resume, overwrite": ({"resume": True, "overwrite": True}, "give one of them"),
 }
 
 
