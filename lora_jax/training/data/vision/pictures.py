@@ -61,8 +61,8 @@ class Pictures:
         if is_image_missing or is_image_unused:
             raise TrainingError(
                 f"{name} has {len(grids)} images, and the chat that the model learns or answers "
-                f"has {n_places} places for them: the model's chat template leaves some out, a text "
-                "has the token for an image, or images follow the last answer"
+                f"has {n_places} places for them: the model's chat template leaves some out, a "
+                "text has the token for an image, or images follow the last answer"
             )
         ids_of_images = [self.reader.written(grid) for grid in grids[:n_places]]
         # Each token is repeated as often as it has tokens; those of images are then written over.
