@@ -194,7 +194,7 @@ def _engine(
     )
     with doing(console, "compiling what requests will need"):
         engine.warm_up(seen)
-    lengths = ", ".join(map(str, engine.sizes.lengths))
+    lengths = ", ".join(map(str, engine.sizes.row_lengths))
     say(f"{outline.name}: {byte_size(engine.status().base_size)}; rows of {lengths} tokens")
     return engine
 

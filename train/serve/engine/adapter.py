@@ -27,12 +27,15 @@ class Adapter:
     invocation: tuple[int, ...] | None = None
 
     def active_from(self, prompt: Sequence[int]) -> int | None:
-        """Returns the first place of a prompt that it acts on; None where it is not invoked."""
-        if self.invocation is None:
+        """Returns the index of the first token that it acts on; None where it is not invoked."""
+        if self.invocation is None:  # it acts on all tokens
             return 0
-        tokens, wanted = [*prompt], [*self.invocation]
-        starts = range(len(tokens) - len(wanted), -1, -1)
-        return next((i for i in starts if tokens[i : i + len(wanted)] == wanted), None)
+        invocation = [*self.invocation]
+        last_start = len(prompt) - len(invocation)
+        for start in range(last_start, -1, -1):
+            if [*prompt[start : start + len(invocation)]] == invocation:
+                return start
+        return None
 
     @property
     def size(self) -> int:
@@ -46,7 +49,7 @@ class TrainingState:
 
     Attributes:
       adapter: its arrays.
-      first, second: Adam's moments.
+      first, second: Adam's first and second moments.
       steps: updates taken.
     """
 
@@ -58,5 +61,9 @@ class TrainingState:
     @classmethod
     def begin(cls, adapter: Adapter) -> "TrainingState":
         """Returns the state before the first update."""
-        zeros = jax.tree.map(jnp.zeros_like, adapter.factors)
-        return cls(adapter, zeros, jax.tree.map(jnp.zeros_like, adapter.factors), 0)
+        return cls(
+            adapter=adapter,
+            first=jax.tree.map(jnp.zeros_like, adapter.factors),
+            second=jax.tree.map(jnp.zeros_like, adapter.factors),
+            steps=0,
+        )

@@ -19,76 +19,93 @@ class RowAdjuster:
 
     def __init__(self, vocab: int, length: int) -> None:
         """Takes the size of the vocabulary, and the most tokens of a sequence."""
-        self._vocab, self._length = vocab, length
+        self._vocab = vocab
+        self._max_length = length
 
-    def neutral(self, rows: int) -> Adjustments[np.ndarray]:
+    def neutral(self, n_rows: int) -> Adjustments[np.ndarray]:
         """Returns adjustments that change nothing."""
-        return neutral_adjustments(rows, self._vocab, length=self._length, biases=MOST_BIASES)
+        return neutral_adjustments(n_rows, self._vocab, length=self._max_length, biases=MOST_BIASES)
 
     def adjustments(
-        self, rows: Mapping[int, ActiveCompletion], n: int
+        self, completions: Mapping[int, ActiveCompletion], n_rows: int
     ) -> Adjustments[np.ndarray] | None:
         """Returns the adjustments of n rows; None where no completion asks for any.
 
         A completion that no token may follow has a `problem` from now on.
 
         Args:
-          rows: completions by their rows.
-          n: number of rows.
+          completions: completions by their rows.
+          n_rows: number of rows.
         """
-        adjusted = {place: row for place, row in rows.items() if row.job.request.is_adjusted}
-        if not adjusted:
+        adjusted_completions: dict[int, ActiveCompletion] = {}
+        masked_completions: dict[int, ActiveCompletion] = {}
+        for row, completion in completions.items():
+            if completion.job.request.is_adjusted:
+                adjusted_completions[row] = completion
+                if completion.job.request.limits.masks:
+                    masked_completions[row] = completion
+        if not adjusted_completions:
             return None
-        made = self.neutral(n)
-        for place, row in adjusted.items():
-            self._fill(made, place, row)
-        masked = {place: row for place, row in adjusted.items() if row.job.request.limits.masks}
-        for place, row in masked.items():
-            self._mask(made.allowed[place], row)
-        constraints: dict[int, TokenConstraint] = {}
-        grammar: Grammar | None = None
-        for place, row in masked.items():
-            if row.constraint is not None:
-                constraints[place], grammar = row.constraint, row.job.request.limits.grammar
-        if grammar is not None:
-            grammar.fill(constraints, made.allowed)
-        for place, row in masked.items():
-            if not np.any(made.allowed[place]):
-                row.problem = (
-                    f"after {len(row.ids)} tokens no other may follow: what is asked for leaves "
-                    "none"
+        adjustments = self.neutral(n_rows)
+        for row, completion in adjusted_completions.items():
+            self._fill_row(adjustments, row, completion)
+        for row, completion in masked_completions.items():
+            self._restrict_mask(adjustments.allowed[row], completion)
+        _apply_grammars(masked_completions, adjustments.allowed)
+        for row, completion in masked_completions.items():
+            if not np.any(adjustments.allowed[row]):
+                completion.problem = (
+                    f"after {len(completion.ids)} tokens no other may follow: what is asked for "
+                    "leaves none"
                 )
-        return made
+        return adjustments
 
-    def _fill(self, made: Adjustments[np.ndarray], place: int, row: ActiveCompletion) -> None:
+    def _fill_row(
+        self, adjustments: Adjustments[np.ndarray], row: int, completion: ActiveCompletion
+    ) -> None:
         """Writes biases, penalties and min_p of a row, in the host's memory."""
-        request = row.job.request
-        made.min_p[place] = request.min_p
-        ids = np.fromiter(request.limits.biases, np.int32)
-        made.bias_ids[place, : len(ids)] = ids
-        made.biases[place, : len(ids)] = [*request.limits.biases.values()]
-        if request.penalties != NO_PENALTIES:
-            made.repetition[place] = request.penalties.repetition
-            made.frequency[place] = request.penalties.frequency
-            made.presence[place] = request.penalties.presence
-            tokens = [*request.prompt, *row.ids]
-            made.tokens[place, : len(tokens)] = tokens
-            made.n_prompt[place] = len(request.prompt)
+        request = completion.job.request
+        adjustments.min_p[row] = request.min_p
+        biased_ids = np.fromiter(request.limits.biases, np.int32)
+        adjustments.bias_ids[row, : len(biased_ids)] = biased_ids
+        adjustments.biases[row, : len(biased_ids)] = [*request.limits.biases.values()]
+        if request.penalties == NO_PENALTIES:
+            return
+        adjustments.repetition[row] = request.penalties.repetition
+        adjustments.frequency[row] = request.penalties.frequency
+        adjustments.presence[row] = request.penalties.presence
+        tokens = [*request.prompt, *completion.ids]
+        adjustments.tokens[row, : len(tokens)] = tokens
+        adjustments.n_prompt[row] = len(request.prompt)
 
-    def _mask(self, mask: np.ndarray, row: ActiveCompletion) -> None:
+    def _restrict_mask(self, mask: np.ndarray, completion: ActiveCompletion) -> None:
         """Restricts the mask of a row, [words] uint32, but for its grammar."""
-        limits, drawn = row.job.request.limits, row.ids
+        limits = completion.job.request.limits
         if limits.allowed is not None:
-            if row.allowed is None:
-                row.allowed = pack_mask(limits.allowed, self._vocab)
-            mask &= row.allowed
-        banned = [word[-1] for word in limits.bad if _follows(drawn, word[:-1])]
-        if len(drawn) < limits.min_tokens:
-            banned.extend(limits.ends)
-        if banned:
-            remove_tokens(mask, banned)
+            if completion.allowed_mask is None:
+                completion.allowed_mask = pack_mask(limits.allowed, self._vocab)
+            mask &= completion.allowed_mask
+        banned_ids = [
+            bad_word[-1] for bad_word in limits.bad if _ends_with(completion.ids, bad_word[:-1])
+        ]
+        if len(completion.ids) < limits.min_tokens:
+            banned_ids.extend(limits.ends)
+        if banned_ids:
+            remove_tokens(mask, banned_ids)
 
 
-def _follows(drawn: list[int], run: tuple[int, ...]) -> bool:
-    """Returns True if the newest tokens are those of a run."""
-    return not run or tuple(drawn[-len(run) :]) == run
+def _apply_grammars(completions: Mapping[int, ActiveCompletion], masks: np.ndarray) -> None:
+    """Restricts masks, [rows, words] uint32, to what the completions' grammars allow next."""
+    constraints: dict[int, TokenConstraint] = {}
+    grammar: Grammar | None = None
+    for row, completion in completions.items():
+        if completion.constraint is not None:
+            constraints[row] = completion.constraint
+            grammar = completion.job.request.limits.grammar
+    if grammar is not None:  # any grammar fills the masks of all constraints
+        grammar.fill(constraints, masks)
+
+
+def _ends_with(ids: list[int], suffix: tuple[int, ...]) -> bool:
+    """Returns True if the last tokens are those of a suffix, which may be empty."""
+    return not suffix or tuple(ids[-len(suffix) :]) == suffix

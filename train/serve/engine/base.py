@@ -1,8 +1,8 @@
-"""The base that a server holds, and adapters over it in one form.
+"""The base that a server holds, and adapters over it in one form, the shared form.
 
-In that form, an adapter has the largest rank and all weights that any adapter may adapt: A and B
-are zeros beyond its own rank, and at weights that it leaves alone. Zeros stay zeros in training. So
-adapters of all ranks and targets run the same compiled functions.
+In the shared form, an adapter has the largest rank and all weights that any adapter may adapt: A
+and B are zeros beyond its own rank, and at weights that it leaves alone. Zeros stay zeros in
+training. So adapters of all ranks and targets run the same compiled functions.
 """
 
 import dataclasses
@@ -10,8 +10,9 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,10 @@ from train.serve.protocol.requests import AdapterSpec, RequestError, Save
 from train.settings.defaults import absolute_path
 
 Nodes = Mapping[str, Node]  # by path
-SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
+SPEC = "tenant.json"
+MOMENTS = "optimizer.safetensors"
+# The kinds of weights that each flag of an `AdapterSpec` stands for.
+_KINDS_OF_TARGET = {"attention": {"attention"}, "mlp": {"mlp", "experts"}, "unembed": {"head"}}
 
 
 class ServedBase:
@@ -66,36 +70,36 @@ class ServedBase:
           tokenizer: name of the tokenizer, if it is not the model's own.
         """
         self.tokenizer = absolute_path(tokenizer)
-        self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
+        self.model = model
+        self.params = params
+        self.name = name
+        self.max_rank = max_rank
         # New adapters lie where trained ones do: others would have all functions compile again.
-        self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
-        kinds = models.kinds(model.config)
-        self._paths = {
-            part: [
+        self._device_put = functools.partial(jax.device_put, device=(layout or one_device()).whole)
+        kind_of_path = models.kinds(model.config)
+        self._paths_of_target: dict[str, list[str]] = {}
+        for target, kinds in _KINDS_OF_TARGET.items():
+            self._paths_of_target[target] = [
                 path
-                for path, kind in kinds.items()
-                if kind in of and _is_matrix(path) and peft.can_hold(model, path)
+                for path, kind in kind_of_path.items()
+                if kind in kinds and _is_matrix(path) and peft.can_hold(model, path)
             ]
-            for part, of in {
-                "attention": {"attention"},
-                "mlp": {"mlp", "experts"},
-                "unembed": {"head"},
-            }.items()
-        }
-        self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
-        self._tied = not self._paths["unembed"]
-        if self._tied:  # the head's use of the table alone
-            self._paths["unembed"] = [path for path, kind in kinds.items() if kind == "embedding"]
+        self._token_paths = {path for path, kind in kind_of_path.items() if meets_every_token(kind)}
+        self._has_tied_head = not self._paths_of_target["unembed"]
+        if self._has_tied_head:  # the head's use of the table alone
+            self._paths_of_target["unembed"] = [
+                path for path, kind in kind_of_path.items() if kind == "embedding"
+            ]
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         # Sums over all slots' ranks have the same bits, whichever slot an adapter lies in, where
         # each has a multiple of 8.
-        whole = AdapterSpec(rank=-(-max_rank // 8) * 8)
-        self.rules = self._rules(whole)
+        shared_spec = AdapterSpec(rank=-(-max_rank // 8) * 8)
+        self.rules = self._rules(shared_spec)
         _, self.shell = lj.split(lj.lorafy(params, self.rules))
         self.slots = slots_of(add_slots(params, self.rules, 2))
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
         self.size = tree_bytes(params)
-        self.none = self._adapter(whole, {})
+        self.zero_adapter = self._adapter(shared_spec, {})
         self._new_factors = jax.jit(self._make_factors)
 
     def rules_of(self, spec: AdapterSpec) -> list[lj.LoraRule]:
@@ -114,16 +118,20 @@ class ServedBase:
         return rules
 
     def _rules(self, spec: AdapterSpec) -> list[lj.LoraRule]:
-        return [
-            lj.LoraRule(
-                targets=self._paths[part],
-                rank=spec.rank,
-                alpha=spec.alpha,
-                uses="product" if part == "unembed" and self._tied else "all",
-            )
-            for part in self._paths
-            if getattr(spec, part)
-        ]
+        """Returns a rule for each target that a spec asks for."""
+        rules: list[lj.LoraRule] = []
+        for target, paths in self._paths_of_target.items():
+            if getattr(spec, target):
+                is_tied_head = target == "unembed" and self._has_tied_head
+                rules.append(
+                    lj.LoraRule(
+                        targets=paths,
+                        rank=spec.rank,
+                        alpha=spec.alpha,
+                        uses="product" if is_tied_head else "all",
+                    )
+                )
+        return rules
 
     def begin(self, spec: AdapterSpec, seed: int) -> Adapter:
         """Returns a new adapter: A uniform in ±1/√inputs, B zeros.
@@ -132,19 +140,21 @@ class ServedBase:
           RequestError: see `rules_of`.
         """
         rules = self.rules_of(spec)
-        adapted = {path: any(path in rule.targets for rule in rules) for path in self.slots}
-        factors = self._new_factors(jax.random.key(seed), spec.rank, adapted)
-        return dataclasses.replace(self._adapter(spec, {}), factors=self._place(factors))
+        is_adapted = {path: any(path in rule.targets for rule in rules) for path in self.slots}
+        factors = self._new_factors(jax.random.key(seed), spec.rank, is_adapted)
+        return dataclasses.replace(self._adapter(spec, {}), factors=self._device_put(factors))
 
     def shell_of(self, adapter: Adapter) -> Tree:
         """Returns the base without an adapter's arrays, which knows its invocation."""
         if adapter.invocation is None:
             return self.shell
 
-        def told(path: str, node: Node) -> Node:
-            return node.replace(invocation=adapter.invocation) if path in self._by_token else node
+        def set_invocation(path: str, node: Node) -> Node:
+            return (
+                node.replace(invocation=adapter.invocation) if path in self._token_paths else node
+            )
 
-        return map_nodes(told, self.shell)
+        return map_nodes(set_invocation, self.shell)
 
     def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
         """Returns the adapted tree of an adapter; traced or not."""
@@ -161,30 +171,19 @@ class ServedBase:
         Raises:
           RequestError: it cannot be read, or does not fit.
         """
-        try:
-            source = find_adapter(str(folder.absolute()), "the adapter")
-            if source.images:
-                raise RequestError(f"{folder.name} was trained with images, which are not served")
-            if source.is_subspace or source.rope_scaling:
-                how = "--intrinsic" if source.is_subspace else "--rope-scaling"
-                raise RequestError(f"{folder.name} was trained by {how}, which is not served")
-            if source.tokenizer and source.tokenizer != self.tokenizer:
-                raise RequestError(
-                    f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
-                    f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
-                )
-            read: Nodes = nodes_of(source.load(self.model, self.params, self.name))
-        except (UserError, ValueError, OSError) as error:
-            raise RequestError(f"{folder.name}: {error}") from None
-        saved = folder / SPEC
-        about = json.loads(saved.read_text()) if saved.exists() else {}
-        spec = AdapterSpec(**about["spec"]) if about else self._spec_of(read)
-        read = self._part_experts(read, spec.rank) if about else read
-        invocation, nodes = self._invocation_of(folder.name, read)
+        nodes = self._load_nodes(folder)
+        spec_file = folder / SPEC
+        is_of_server = spec_file.exists()
+        saved_fields = json.loads(spec_file.read_text()) if is_of_server else {}
+        if is_of_server:
+            spec = AdapterSpec(**saved_fields["spec"])
+            nodes = self._split_experts(nodes, spec.rank)
+        else:
+            spec = self._spec_of(nodes)
+        invocation, nodes = self._invocation_of(folder.name, nodes)
         adapter = dataclasses.replace(self._adapter(spec, nodes), invocation=invocation)
-        if not all(
-            np.isfinite(x).all() for x in jax.tree.leaves((adapter.factors, adapter.scales))
-        ):
+        arrays = jax.tree.leaves((adapter.factors, adapter.scales))
+        if not all(np.isfinite(array).all() for array in arrays):
             raise RequestError(f"{folder.name} holds values that are not finite")
         state = TrainingState.begin(adapter)
         if not optimizer:
@@ -196,8 +195,26 @@ class ServedBase:
             state,
             first=self._fill_rank(moments, "first"),
             second=self._fill_rank(moments, "second"),
-            steps=about["steps"],
+            steps=saved_fields["steps"],
         )
+
+    def _load_nodes(self, folder: Path) -> Nodes:
+        """Returns the nodes of the adapter in a folder; raises a RequestError where it fails."""
+        try:
+            source = find_adapter(str(folder.absolute()), "the adapter")
+            if source.images:
+                raise RequestError(f"{folder.name} was trained with images, which are not served")
+            if source.is_subspace or source.rope_scaling:
+                option = "--intrinsic" if source.is_subspace else "--rope-scaling"
+                raise RequestError(f"{folder.name} was trained by {option}, which is not served")
+            if source.tokenizer and source.tokenizer != self.tokenizer:
+                raise RequestError(
+                    f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
+                    f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
+                )
+            return nodes_of(source.load(self.model, self.params, self.name))
+        except (UserError, ValueError, OSError) as error:
+            raise RequestError(f"{folder.name}: {error}") from None
 
     def write(self, state: TrainingState, command: Save) -> int:
         """Writes an adapter as a PEFT folder, which appears whole; returns its bytes.
@@ -208,32 +225,24 @@ class ServedBase:
         """
         folder = command.path
         spec = state.adapter.spec
-        tree = lj.lorafy(self._shapes, self.rules_of(spec))
-        scales = state.adapter.scales
+        shapes = lj.lorafy(self._shapes, self.rules_of(spec))
 
-        def own(path: str, node: LoraWeight) -> LoraWeight:
-            parts = self._cut_rank(state.adapter.factors[path], path, spec.rank)
-            return node.replace(**parts, scale=np.asarray(scales[path]))
+        def fill(path: str, node: LoraWeight) -> LoraWeight:
+            factors = self._cut_rank(state.adapter.factors[path], path, spec.rank)
+            return node.replace(**factors, scale=np.asarray(state.adapter.scales[path]))
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as partial:
-            inner = partial / "adapter"
-            mine = map_nodes(own, tree)
-            peft.save(inner, self.model, mine, base_model=self.name, embedding_layers=False)
-            for path in inner.iterdir():
+            peft_folder = partial / "adapter"
+            tree = map_nodes(fill, shapes)
+            peft.save(peft_folder, self.model, tree, base_model=self.name, embedding_layers=False)
+            for path in peft_folder.iterdir():
                 path.rename(partial / path.name)
-            inner.rmdir()
-            about = {"spec": dataclasses.asdict(spec), "steps": state.steps}
-            (partial / SPEC).write_text(json.dumps(about))
+            peft_folder.rmdir()
+            saved_fields = {"spec": dataclasses.asdict(spec), "steps": state.steps}
+            (partial / SPEC).write_text(json.dumps(saved_fields))
             if command.optimizer:
-                both = {"first": state.first, "second": state.second}
-                arrays = {
-                    f"{moment}|{path}|{name}": np.ascontiguousarray(array)
-                    for moment, factors in both.items()
-                    for path in nodes_of(tree)
-                    for name, array in self._cut_rank(factors[path], path, spec.rank).items()
-                }
-                save_file(arrays, partial / MOMENTS)
+                save_file(self._moment_arrays(state, [*nodes_of(shapes)]), partial / MOMENTS)
             if command.recipients:
                 encrypt(partial, command.recipients)
             for path in partial.iterdir():
@@ -241,39 +250,51 @@ class ServedBase:
                     os.fsync(file.fileno())
         return sum(path.stat().st_size for path in folder.iterdir())
 
+    def _moment_arrays(self, state: TrainingState, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns Adam's moments of some weights as a file holds them, at the adapter's rank."""
+        arrays: dict[str, np.ndarray] = {}
+        for moment, factors in (("first", state.first), ("second", state.second)):
+            for path in paths:
+                cut_factors = self._cut_rank(factors[path], path, state.adapter.spec.rank)
+                for name, array in cut_factors.items():
+                    arrays[f"{moment}|{path}|{name}"] = np.ascontiguousarray(array)
+        return arrays
+
     def _make_factors(
-        self, key: jax.Array, rank: jax.Array | int, adapted: Mapping[str, jax.Array | bool]
+        self, key: jax.Array, rank: jax.Array | int, is_adapted: Mapping[str, jax.Array | bool]
     ) -> Factors:
         """Returns the factors of a new adapter; its rank and targets are traced, too."""
-        factors = jax.tree.map(jnp.zeros_like, self.none.factors)
-        for path, parts in factors.items():
+        factors = jax.tree.map(jnp.zeros_like, self.zero_adapter.factors)
+        for path, weight_factors in factors.items():
             # The head's inputs are the columns of a tied table: its A is `b` here.
-            name = "b" if self._tied and path in self._paths["unembed"] else "a"
-            shape, axis = parts[name].shape, self.slots[path].slot_axis
-            bound = 1 / np.sqrt(math.prod(shape[axis + 1 :]))
-            own = fold_in_path(key, path)
-            drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
-            used = adapted[path] & (jax.lax.broadcasted_iota(jnp.int32, shape, axis) < rank)
-            parts[name] = jnp.where(used, drawn, 0.0)
+            is_tied_head = self._has_tied_head and path in self._paths_of_target["unembed"]
+            name = "b" if is_tied_head else "a"
+            shape = weight_factors[name].shape
+            rank_axis = self.slots[path].slot_axis
+            bound = 1 / np.sqrt(math.prod(shape[rank_axis + 1 :]))
+            path_key = fold_in_path(key, path)
+            random_factor = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
+            rank_indices = jax.lax.broadcasted_iota(jnp.int32, shape, rank_axis)
+            is_used = is_adapted[path] & (rank_indices < rank)
+            weight_factors[name] = jnp.where(is_used, random_factor, 0.0)
         return factors
 
     def _cut_rank(
-        self, parts: Mapping[str, jax.Array], path: str, rank: int
+        self, factors: Mapping[str, jax.Array], path: str, rank: int
     ) -> dict[str, np.ndarray]:
         """Returns A and B of a weight at the adapter's own rank."""
-        axis = self.slots[path].slot_axis
-        used = (slice(None),) * axis + (slice(rank),)
-        return {name: np.asarray(array)[used] for name, array in parts.items()}
+        cut = _rank_slice(self.slots[path].slot_axis, slice(rank))
+        return {name: np.asarray(factor)[cut] for name, factor in factors.items()}
 
     def _fill_rank(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
-        """Returns factors in the form of all adapters, from those at their own rank."""
-        factors = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.none.factors)
-        for path, parts in factors.items():
-            for name, whole in parts.items():
-                mine = arrays.get(f"{moment}|{path}|{name}")
-                if mine is not None:
-                    whole[tuple(map(slice, mine.shape))] = mine
-        return self._place(factors)
+        """Returns factors in the shared form, from those at their own rank."""
+        factors = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.zero_adapter.factors)
+        for path, weight_factors in factors.items():
+            for name, factor in weight_factors.items():
+                saved_factor = arrays.get(f"{moment}|{path}|{name}")
+                if saved_factor is not None:
+                    factor[tuple(map(slice, saved_factor.shape))] = saved_factor
+        return self._device_put(factors)
 
     def _invocation_of(self, name: str, nodes: Nodes) -> tuple[tuple[int, ...] | None, Nodes]:
         """Returns the invocation of an adapter, and its nodes as those of one that always acts.
@@ -281,46 +302,52 @@ class ServedBase:
         Raises:
           RequestError: a weight trains without the invocation, or does not multiply every token.
         """
-        every = {path: getattr(node, "invocation", None) for path, node in nodes.items()}
-        if not any(every.values()):
+        invocations = {path: getattr(node, "invocation", None) for path, node in nodes.items()}
+        if not any(invocations.values()):  # the adapter always acts
             return None, nodes
-        for path, invocation in every.items():
-            if invocation is None or path not in self._by_token:
+        for path, invocation in invocations.items():
+            if invocation is None or path not in self._token_paths:
                 raise RequestError(
                     f"{name} is an activated LoRA, and the tokens before its invocation would not "
                     f"be the base's at {path}"
                 )
         return invocation, {path: node.replace(invocation=None) for path, node in nodes.items()}
 
-    def _part_experts(self, nodes: Nodes, rank: int) -> Nodes:
+    def _split_experts(self, nodes: Nodes, rank: int) -> Nodes:
         """Returns an adapter of this server at its rank.
 
         PEFT's files hold gate and up of experts as one weight, their factors side by side: each
         would get those of the other, too, and other places than the optimiser's moments have.
         """
-        parted = dict(nodes)
+        split_nodes = dict(nodes)
         for expert in experts_of(self.model):
             node = nodes.get(expert.path)
             if expert.half is None or not isinstance(node, LoraWeight):
                 continue
-            if {*node.ranks} != {2 * rank}:  # one A for both
+            has_factors_of_both = {*node.ranks} == {2 * rank}
+            if not has_factors_of_both:  # gate and up share one A
                 continue
-            own = slice(expert.half * rank, (expert.half + 1) * rank)
-            at = (slice(None),) * self.slots[expert.path].slot_axis + (own,)
-            a, b = (np.asarray(part)[at] for part in (node.a, node.b))
-            parted[expert.path] = node.replace(a=a, b=b, ranks=(rank,) * len(node.ranks))
-        return parted
+            half = slice(expert.half * rank, (expert.half + 1) * rank)
+            cut = _rank_slice(self.slots[expert.path].slot_axis, half)
+            split_nodes[expert.path] = node.replace(
+                a=np.asarray(node.a)[cut],
+                b=np.asarray(node.b)[cut],
+                ranks=(rank,) * len(node.ranks),
+            )
+        return split_nodes
 
     def _spec_of(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""
-        weights = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
-        rank = max((node.rank for node in weights.values()), default=0)
-        scale = max((float(np.max(node.scale)) for node in weights.values()), default=0.0)
-        parts = {part: any(p in weights for p in paths) for part, paths in self._paths.items()}
-        return AdapterSpec(rank=rank, alpha=scale * rank, **parts)
+        weights = {path: node for path, node in nodes.items() if isinstance(node, LoraWeight)}
+        rank = max((weight.rank for weight in weights.values()), default=0)
+        scale = max((float(np.max(weight.scale)) for weight in weights.values()), default=0.0)
+        flags: dict[str, bool] = {}
+        for target, paths in self._paths_of_target.items():
+            flags[target] = any(path in weights for path in paths)
+        return AdapterSpec(rank=rank, alpha=scale * rank, **flags)
 
     def _adapter(self, spec: AdapterSpec, nodes: Nodes) -> Adapter:
-        """Returns an adapter in the form of all.
+        """Returns an adapter in the shared form.
 
         Args:
           spec: its description.
@@ -330,17 +357,27 @@ class ServedBase:
           RequestError: there is no room for it.
         """
         try:
-            kept = adapter_values("the adapter", _tree_of(nodes), self.slots) if nodes else {}
+            node_values = (
+                adapter_values("the adapter", _tree_of(nodes), self.slots) if nodes else {}
+            )
         except BankError as error:
             raise RequestError(str(error)) from None
-        values = values_of(kept, self.slots, self.leaves)
-        s = np.float32(spec.alpha / spec.rank)
-        scales = {
-            path: np.where((x == 0) | np.isclose(x, s, rtol=1e-5, atol=0), s, x)
-            for path, x in ((path, np.asarray(v["scale"])) for path, v in values.items())
-        }
-        factors = {path: {name: v[name] for name in ("a", "b")} for path, v in values.items()}
-        return Adapter(spec, *self._place((factors, scales)))
+        values = values_of(node_values, self.slots, self.leaves)
+        spec_scale = np.float32(spec.alpha / spec.rank)
+        scales: dict[str, np.ndarray] = {}
+        factors: dict[str, dict[str, Any]] = {}
+        for path, weight_values in values.items():
+            scale = np.asarray(weight_values["scale"])
+            is_close = np.isclose(scale, spec_scale, rtol=1e-5, atol=0)
+            scales[path] = np.where((scale == 0) | is_close, spec_scale, scale)
+            factors[path] = {name: weight_values[name] for name in ("a", "b")}
+        placed_factors, placed_scales = self._device_put((factors, scales))
+        return Adapter(spec, placed_factors, placed_scales)
+
+
+def _rank_slice(rank_axis: int, ranks: slice) -> tuple[slice, ...]:
+    """Returns the index of some ranks of a factor, whose first `rank_axis` axes stay whole."""
+    return (*[slice(None)] * rank_axis, ranks)
 
 
 def _is_matrix(path: str) -> bool:
@@ -351,6 +388,9 @@ def _tree_of(nodes: Nodes) -> Tree:
     """Returns nodes as a tree of their own."""
     tree: dict[str, Tree] = {}
     for path, node in nodes.items():
-        *folders, last = path.split("/")
-        functools.reduce(lambda at, name: at.setdefault(name, {}), folders, tree)[last] = node
+        *folders, leaf_name = path.split("/")
+        subtree = tree
+        for folder in folders:
+            subtree = subtree.setdefault(folder, {})
+        subtree[leaf_name] = node
     return tree

@@ -23,16 +23,17 @@ class AdapterCache:
     A client that trains and samples in turn names one at each step, and asks for few again.
     """
 
-    def __init__(self, most: int, read: Callable[[Path], Adapter]) -> None:
+    def __init__(self, max_adapters: int, read: Callable[[Path], Adapter]) -> None:
         """Starts with none.
 
         Args:
-          most: adapters in memory at most, beside those without a folder.
+          max_adapters: adapters in memory at most, beside those without a folder.
           read: reads the adapter in a folder, and waits while that is written.
         """
-        self._most, self._read = most, read
+        self._max_adapters = max_adapters
+        self._read = read
         self._folders: dict[str, Path | None] = {}
-        self._there: dict[str, Adapter] = {}  # the least recently used first
+        self._in_memory: dict[str, Adapter] = {}  # the least recently used first
 
     def __contains__(self, name: str) -> bool:
         """Returns True if there is one of this name; any thread may ask."""
@@ -44,7 +45,7 @@ class AdapterCache:
 
     def __len__(self) -> int:
         """Returns the number of adapters in memory."""
-        return len(self._there)
+        return len(self._in_memory)
 
     def add(self, name: str, folder: Path | None, adapter: Adapter) -> None:
         """Names an adapter, or notes that it was used.
@@ -56,23 +57,24 @@ class AdapterCache:
           adapter: its arrays.
         """
         self._folders[name] = folder
-        self._there.pop(name, None)
-        self._there[name] = adapter
-        in_folders = [name for name in self._there if self._folders[name] is not None]
-        if len(in_folders) > self._most:
-            del self._there[in_folders[0]]
+        self._in_memory.pop(name, None)
+        self._in_memory[name] = adapter
+        readable_names = [name for name in self._in_memory if self._folders[name] is not None]
+        if len(readable_names) > self._max_adapters:
+            del self._in_memory[readable_names[0]]
 
     def drop(self, name: str) -> None:
         """Forgets an adapter, if there is one of this name."""
         self._folders.pop(name, None)
-        self._there.pop(name, None)
+        self._in_memory.pop(name, None)
 
     def find(self, name: str) -> Adapter:
         """Returns an adapter; raises a RequestError if there is none of this name."""
         if name not in self._folders:
             names = ", ".join(self) or "none"
             raise requests.RequestError(f"there is no adapter {name!r}; there are {names}")
-        folder, adapter = self._folders[name], self._there.get(name)
+        folder = self._folders[name]
+        adapter = self._in_memory.get(name)
         if adapter is None:
             assert folder is not None
             adapter = self._read(folder)
@@ -86,22 +88,30 @@ class EngineTenant:
     Attributes:
       client: the client that it is of.
       seconds: seconds of the engine's time that it had.
+      job, done: the command that is executed, and what gets its result.
+      loss_sum, weight_sum: the loss, and the weight of its targets, since the last update.
     """
 
     def __init__(self, name: str, client: requests.Client) -> None:
         """Begins without an adapter."""
-        self.name, self.client, self.seconds = name, client, 0.0
+        self.name = name
+        self.client = client
+        self.seconds = 0.0
         self.queue: deque[tuple[requests.Command, requests.Done]] = deque()
         self.job: Generator[None, None, requests.CommandResult] | None = None
         self.done: requests.Done | None = None
         self.state: TrainingState | None = None
         self.grads: Factors | None = None
-        self.summed = (0.0, 0.0)  # the loss and the weight of its targets since the last update
+        self.loss_sum = 0.0
+        self.weight_sum = 0.0
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
     def become(self, state: TrainingState | None) -> None:
         """Takes a state and clears the gradient; None where the tenant leaves the engine."""
-        self.state, self.grads, self.summed = state, None, (0.0, 0.0)
+        self.state = state
+        self.grads = None
+        self.loss_sum = 0.0
+        self.weight_sum = 0.0
 
     @property
     def path(self) -> TurnPath:
@@ -111,8 +121,7 @@ class EngineTenant:
     @property
     def loss(self) -> float | None:
         """The loss a weighted target since the last update; None if no target had a weight."""
-        loss, weight = self.summed
-        return loss / weight if weight else None
+        return self.loss_sum / self.weight_sum if self.weight_sum else None
 
     @property
     def is_waiting(self) -> bool:
@@ -133,25 +142,27 @@ class CommandRunner:
     """Executes commands in the engine's thread; files are written in another one.
 
     Attributes:
-      named: the adapters that samples may choose.
+      adapters: those that samples may choose.
       trained_tokens: tokens of the data whose gradients were added.
     """
 
     def __init__(
-        self, base: ServedBase, trainer: Trainer, most: int, check_room: Callable[[], None]
+        self, base: ServedBase, trainer: Trainer, max_adapters: int, check_room: Callable[[], None]
     ) -> None:
         """Starts the thread that writes files.
 
         Args:
           base, trainer: see their classes.
-          most: see `AdapterCache`.
+          max_adapters: see `AdapterCache`.
           check_room: raises a RequestError if there is no room for another tenant.
         """
-        self._base, self._trainer, self._check_room = base, trainer, check_room
-        self.named = AdapterCache(most, lambda folder: self.read(folder).adapter)
+        self._base = base
+        self._trainer = trainer
+        self._check_room = check_room
+        self.adapters = AdapterCache(max_adapters, lambda folder: self.read(folder).adapter)
         self.trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
-        self._writing: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
+        self._writes: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
 
     def close(self) -> None:
         """Ends once all files are written."""
@@ -161,25 +172,27 @@ class CommandRunner:
         self, tenant: EngineTenant, command: requests.Command
     ) -> Generator[None, None, requests.CommandResult]:
         """Executes a command bit by bit, and returns its result."""
-        if isinstance(command, (requests.Create, requests.Load)) and tenant.state is None:
+        is_new_tenant = tenant.state is None
+        if is_new_tenant and isinstance(command, (requests.Create, requests.Load)):
             self._check_room()
         if isinstance(command, requests.Create):
             spec = command.spec
             tenant.become(TrainingState.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
         if isinstance(command, requests.Load):
-            loaded = self.read(command.path, command.optimizer)
-            if loaded.adapter.invocation is not None:
+            loaded_state = self.read(command.path, command.optimizer)
+            if loaded_state.adapter.invocation is not None:
                 raise requests.RequestError(
                     f"{command.path.name} is an activated LoRA, which a server samples from and "
                     "does not train: train.sft --alora does"
                 )
-            tenant.become(loaded)
-            return loaded.adapter.spec
+            tenant.become(loaded_state)
+            return loaded_state.adapter.spec
         if isinstance(command, requests.Leave):
             tenant.become(None)
             return None
-        if (state := tenant.state) is None:
+        state = tenant.state
+        if state is None:
             raise requests.RequestError(
                 f"there is no adapter {tenant.name}: create or load it first"
             )
@@ -196,60 +209,71 @@ class CommandRunner:
     def _add_gradient(
         self, tenant: EngineTenant, state: TrainingState, request: requests.Gradient
     ) -> Generator[None, None, requests.GradientResult]:
-        parts = self._trainer.parts(request)
-        logps = [np.zeros(0, np.float32)] * len(request.data)
-        total, grads = 0.0, None
-        for part in parts:
+        """Adds the gradient of a request to a tenant's, a batch at a time."""
+        logprobs = [np.zeros(0, np.float32)] * len(request.data)
+        loss = 0.0
+        grads = None
+        for batch in self._trainer.batches(request):
             if request.forward_only:
-                loss, p = self._trainer.loss(state.adapter, request, part)
+                batch_loss, batch_logps = self._trainer.loss(state.adapter, request, batch)
             else:
-                grads, loss, p = self._trainer.gradient(state.adapter, grads, request, part)
-            total += loss
-            for row, place in enumerate(part.at):
-                targets = request.data[place].inputs["target_tokens"]
-                n, k = len(targets), 1 if targets.ndim == 1 else targets.shape[1]
-                row_logps = p[row, :n, :k]
-                logps[place] = row_logps[:, 0] if targets.ndim == 1 else row_logps
+                grads, batch_loss, batch_logps = self._trainer.gradient(
+                    state.adapter, grads, request, batch
+                )
+            loss += batch_loss
+            for row, i in enumerate(batch.data_indices):
+                targets = request.data[i].inputs["target_tokens"]
+                if targets.ndim == 1:
+                    logprobs[i] = batch_logps[row, : len(targets), 0]
+                else:
+                    logprobs[i] = batch_logps[row, : len(targets), : targets.shape[1]]
             yield
-        finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))
-        if not request.forward_only and not finite:
+        is_finite = np.isfinite(loss) and (grads is None or self._trainer.is_finite(grads))
+        if not request.forward_only and not is_finite:
             raise requests.RequestError(
-                f"the loss is {total:g}, or its gradient is not finite: nothing was added"
+                f"the loss is {loss:g}, or its gradient is not finite: nothing was added"
             )
         if grads is not None:
             tenant.grads = self._trainer.add(tenant.grads, grads)
-            weight = sum(total_weight(request.loss, datum.inputs) for datum in request.data)
-            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + weight)
+            tenant.loss_sum += loss
+            tenant.weight_sum += sum(
+                total_weight(request.loss, datum.inputs) for datum in request.data
+            )
             self.trained_tokens += sum(len(datum.tokens) for datum in request.data)
-        return requests.GradientResult(logps, {"loss:sum": total})
+        return requests.GradientResult(logprobs, {"loss:sum": loss})
 
     def _step(
-        self, tenant: EngineTenant, state: TrainingState, how: requests.Update
+        self, tenant: EngineTenant, state: TrainingState, settings: requests.Update
     ) -> requests.UpdateResult:
-        check_update(how)
-        moved, norm = self._trainer.update(state, tenant.grads, how)
+        """Takes a step by a tenant's gradient, and notes the loss since the last one."""
+        check_update(settings)
+        next_state, norm = self._trainer.update(state, tenant.grads, settings)
         if tenant.loss is not None:
-            tenant.losses.append((moved.steps, tenant.loss))
-        tenant.become(moved)
-        return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(moved.steps)})
+            tenant.losses.append((next_state.steps, tenant.loss))
+        tenant.become(next_state)
+        return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(next_state.steps)})
 
     def _save(self, tenant: EngineTenant, state: TrainingState, command: requests.Save) -> None:
         """Names an adapter at once; its files are written while others compute."""
         if command.name is not None:
-            self.named.add(command.name, command.path, state.adapter)
-        done, tenant.done = tenant.done, None
+            self.adapters.add(command.name, command.path, state.adapter)
+        done = tenant.done
+        tenant.done = None  # the result follows once the files are written
         assert done is not None
 
-        def written() -> requests.SaveResult:
+        def write() -> requests.SaveResult:
             return requests.SaveResult(self._base.write(state, command))
 
-        self._writing = {path: job for path, job in self._writing.items() if not job.done()}
-        self._writing[command.path.absolute()] = self._files.submit(call_back, written, done)
+        for folder, future in [*self._writes.items()]:
+            if future.done():
+                del self._writes[folder]
+        self._writes[command.path.absolute()] = self._files.submit(call_back, write, done)
 
     def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
         """Returns an adapter and its training's state; waits while this very folder is written."""
-        if (job := self._writing.get(folder.absolute())) is not None:
-            job.result()
+        write = self._writes.get(folder.absolute())
+        if write is not None:
+            write.result()
         return self._base.read(folder, optimizer)
 
 

@@ -64,7 +64,9 @@ class Engine:
           tenants: adapters that train at once.
           chunk: predictions whose logits are there at a time in training.
         """
-        self._base, self.sizes, self._most_tenants = base, sizes, tenants
+        self._base = base
+        self.sizes = sizes
+        self._max_tenants = tenants
         self._trainer = Trainer(base, sizes, layout, chunk)
         self._programs = SamplingPrograms(base.model, layout, sizes.chunk)
         self._pool = AdapterPool(base, slots)
@@ -80,14 +82,15 @@ class Engine:
         )
         self._tenants: dict[str, EngineTenant] = {}
         self._commands = CommandRunner(base, self._trainer, 2 * slots, self._check_room)
-        self._named = self._commands.named
+        self._adapters = self._commands.adapters
         self._calls: deque[Callable[[], object]] = deque()
-        self._something = threading.Condition()
+        self._has_news = threading.Condition()  # a call, or the end
         self._stopping = False
         # Seconds of training, of owners, sessions and tenants: who has had the least is next.
-        self._trained_for: dict[TurnPath, float] = {}
-        self._trained: tuple[int, set[TurnPath]] = (0, set())  # who did since a token
-        self._spent = {"training": 0.0, "sampling": 0.0}
+        self._train_seconds: dict[TurnPath, float] = {}
+        self._trained_parties: set[TurnPath] = set()  # since the sampler's latest round
+        self._trained_round = 0
+        self._seconds_of_kind = {"training": 0.0, "sampling": 0.0}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -96,9 +99,9 @@ class Engine:
 
     def close(self) -> None:
         """Ends once all that was asked for is done; what is asked for from now on is refused."""
-        with self._something:
+        with self._has_news:
             self._stopping = True
-            self._something.notify()
+            self._has_news.notify()
         if self._thread.is_alive():
             self._thread.join()
         self._commands.close()
@@ -112,9 +115,10 @@ class Engine:
         state = TrainingState.begin(self._base.begin(requests.AdapterSpec(rank=1), 0))
         steps = self._trainer.steps + self._sampler.steps
         seen(0, steps)
-        work = chain(self._trainer.warm_up(state), self._sampler.warm_up())
-        for done, _ in enumerate(work, start=1):
-            seen(done, steps)
+        for n_done, _ in enumerate(
+            chain(self._trainer.warm_up(state), self._sampler.warm_up()), start=1
+        ):
+            seen(n_done, steps)
 
     def submit(
         self,
@@ -125,13 +129,13 @@ class Engine:
     ) -> None:
         """Queues a command of a tenant."""
 
-        def queued() -> None:
-            mine = self._tenants.setdefault(tenant, EngineTenant(tenant, client))
-            if not mine.is_waiting:
-                self._line_up(mine.path)
-            mine.queue.append((command, _guard(done)))
+        def queue_command() -> None:
+            engine_tenant = self._tenants.setdefault(tenant, EngineTenant(tenant, client))
+            if not engine_tenant.is_waiting:
+                self._line_up(engine_tenant.path)
+            engine_tenant.queue.append((command, _guard(done)))
 
-        self._call(queued)
+        self._call(queue_command)
 
     def sample(
         self,
@@ -141,58 +145,69 @@ class Engine:
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        job = SampleJob(request, None, seed, _guard(done), seen and _guard(seen))
+        job = SampleJob(
+            request=request,
+            adapter=None,
+            seed=seed,
+            done=_guard(done),
+            seen=None if seen is None else _guard(seen),
+        )
 
-        def queued() -> None:
+        def queue_sample() -> None:
             try:
                 check_sample(request, self.facts)
                 if request.adapter is not None:
-                    adapter = self._named.find(request.adapter)
-                    if (active := adapter.active_from(request.prompt)) is not None:
-                        job.adapter, job.active = adapter, active  # else the base alone answers
+                    adapter = self._adapters.find(request.adapter)
+                    active_start = adapter.active_from(request.prompt)
+                    if active_start is not None:  # else the base alone answers
+                        job.adapter = adapter
+                        job.active_start = active_start
                 self._sampler.add(job)
             except Exception as error:
                 job.done(error)
 
-        self._call(queued)
-        return lambda: self._call(lambda: self._sampler.end(job), late=True)
+        def end_early() -> None:
+            self._call(lambda: self._sampler.end(job), even_if_closed=True)
+
+        self._call(queue_sample)
+        return end_early
 
     def adopt(self, name: str, folder: Path, done: requests.Done) -> None:
         """Reads an adapter that samples may choose."""
 
-        def adopted() -> requests.AdapterSpec:
+        def read_adapter() -> requests.AdapterSpec:
             adapter = self._base.read(folder).adapter
-            self._named.add(name, None, adapter)
+            self._adapters.add(name, None, adapter)
             return adapter.spec
 
-        self._call(lambda: call_back(adopted, _guard(done)))
+        self._call(lambda: call_back(read_adapter, _guard(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
-        self._call(lambda: self._named.drop(name))
+        self._call(lambda: self._adapters.drop(name))
 
     def knows(self, name: str) -> bool:
         """Returns True if samples may choose an adapter of this name."""
-        return name in self._named
+        return name in self._adapters
 
     def status(self) -> Status:
         """Returns the state of the engine."""
-        tenants = {
-            name: TenantStatus(
-                spec=state.adapter.spec,
-                steps=state.steps,
-                losses=tuple(tenant.losses),
-                size=tenant.size,
-                queued=len(tenant.queue) + (tenant.job is not None),
-                seconds=tenant.seconds,
-                client=tenant.client,
-            )
-            for name, tenant in self._tenants.copy().items()
-            if (state := tenant.state) is not None
-        }
+        tenants: dict[str, TenantStatus] = {}
+        for name, tenant in self._tenants.copy().items():
+            state = tenant.state
+            if state is not None:
+                tenants[name] = TenantStatus(
+                    spec=state.adapter.spec,
+                    steps=state.steps,
+                    losses=tuple(tenant.losses),
+                    size=tenant.size,
+                    queued=len(tenant.queue) + (tenant.job is not None),
+                    seconds=tenant.seconds,
+                    client=tenant.client,
+                )
         return Status(
             tenants=tenants,
-            adapters=tuple(self._named),
+            adapters=tuple(self._adapters),
             waiting=self._sampler.waiting,
             drawing=self._sampler.drawing,
             prompt_tokens=self._sampler.prompt_tokens,
@@ -204,22 +219,24 @@ class Engine:
             prefix_size=self._sampler.prefix_size,
         )
 
-    def _call(self, function: Callable[[], object], late: bool = False) -> None:
-        """Has the engine's thread call a function; if `late`, even while it ends."""
-        with self._something:
-            if self._stopping and not late:
+    def _call(self, function: Callable[[], object], even_if_closed: bool = False) -> None:
+        """Has the engine's thread call a function."""
+        with self._has_news:
+            if self._stopping and not even_if_closed:
                 raise RuntimeError("the engine is closed")
             self._calls.append(function)
-            self._something.notify()
+            self._has_news.notify()
 
     def _work(self) -> None:
+        """Calls what other threads queue, and takes turns, until the engine is closed and idle."""
         while True:
-            with self._something:
+            with self._has_news:
                 while not (self._calls or self._stopping or self._is_busy()):
-                    self._something.wait()
+                    self._has_news.wait()
                 if self._stopping and not self._calls and not self._is_busy():
                     return
-                calls, self._calls = [*self._calls], deque()
+                calls = [*self._calls]
+                self._calls.clear()
             for call in calls:
                 call()
             try:
@@ -228,78 +245,99 @@ class Engine:
                 _logger.exception("a turn failed")
 
     def _is_busy(self) -> bool:
-        return self._sampler.busy or any(t.is_waiting for t in self._tenants.values())
+        return self._sampler.busy or any(tenant.is_waiting for tenant in self._tenants.values())
 
     def _turn(self) -> None:
         """Runs a piece of the work, sampling or training, that had the least time so far."""
         waiting = [tenant for tenant in self._tenants.values() if tenant.is_waiting]
-        kinds = ["training"] * bool(waiting) + ["sampling"] * self._sampler.busy
+        kinds: list[str] = []
+        if waiting:
+            kinds.append("training")
+        if self._sampler.busy:
+            kinds.append("sampling")
         if not kinds:
             return
-        kind = min(kinds, key=self._spent.__getitem__)
-        if len(kinds) == 1:  # what no one else wanted is not held against it
-            self._spent = dict.fromkeys(self._spent, 0.0)
-        ready = [tenant for tenant in waiting if self._may_train(tenant)]
-        began = time.monotonic()
-        if kind == "training" and ready:
-            self._train(min(ready, key=self._order))
+        kind = min(kinds, key=self._seconds_of_kind.__getitem__)
+        if len(kinds) == 1:  # the time that nobody else could use does not count
+            self._seconds_of_kind = dict.fromkeys(self._seconds_of_kind, 0.0)
+        trainable = [tenant for tenant in waiting if self._may_train(tenant)]
+        start_time = time.monotonic()
+        if kind == "training" and trainable:
+            self._train(min(trainable, key=self._order))
         else:
             kind = "sampling"
             try:
                 self._sampler.step()
             except Exception as error:
                 self._sampler.fail(error)
-        self._spent[kind] += time.monotonic() - began
+        self._seconds_of_kind[kind] += time.monotonic() - start_time
 
     def _line_up(self, path: TurnPath) -> None:
         """Queues a tenant, counting at least the time of the next in line: idling earns none."""
-        waiting = [t.path for t in self._tenants.values() if t.is_waiting]
+        waiting_paths = [tenant.path for tenant in self._tenants.values() if tenant.is_waiting]
         for level in levels(path):
-            n = len(level)
-            if any(other[:n] == level for other in waiting):
+            n_levels = len(level)
+            is_in_line = any(other[:n_levels] == level for other in waiting_paths)
+            if is_in_line:
                 continue
-            beside = [self._trained_for[o[:n]] for o in waiting if o[: n - 1] == level[:-1]]
-            siblings = (s for o, s in self._trained_for.items() if o[:-1] == level[:-1])
-            least = min(beside) if beside else max(siblings, default=0.0)
-            self._trained_for[level] = max(self._trained_for.get(level, 0.0), least)
+            waiting_siblings = {
+                other[:n_levels] for other in waiting_paths if other[: n_levels - 1] == level[:-1]
+            }
+            if waiting_siblings:
+                min_seconds = min(self._train_seconds[sibling] for sibling in waiting_siblings)
+            else:  # as much as the one that trained longest
+                min_seconds = max(self._seconds_of_siblings(level), default=0.0)
+            own_seconds = self._train_seconds.get(level, 0.0)
+            self._train_seconds[level] = max(own_seconds, min_seconds)
+
+    def _seconds_of_siblings(self, level: TurnPath) -> list[float]:
+        """Returns the seconds of training of all that share a level's parent."""
+        return [
+            seconds for other, seconds in self._train_seconds.items() if other[:-1] == level[:-1]
+        ]
 
     def _order(self, tenant: EngineTenant) -> tuple[float, ...]:
         """Returns a key to sort tenants by: the least is next."""
-        return tuple(self._trained_for[level] for level in levels(tenant.path))
+        return tuple(self._train_seconds[level] for level in levels(tenant.path))
 
     def _may_train(self, tenant: EngineTenant) -> bool:
         """Returns True if a tenant may have a turn before the next token of others."""
-        if self._trained[0] != self._sampler.rounds:
-            self._trained = self._sampler.rounds, set()
-        return not any(
-            party in self._trained[1] and self._sampler.serves_others(party)
-            for party in parties(tenant.path)
-        )
+        if self._trained_round != self._sampler.rounds:
+            self._trained_round = self._sampler.rounds
+            self._trained_parties = set()
+        for party in parties(tenant.path):
+            if party in self._trained_parties and self._sampler.serves_others(party):
+                return False
+        return True
 
     def _train(self, tenant: EngineTenant) -> None:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._commands.execute(tenant, command)
-        self._trained[1].update(parties(tenant.path))
-        began, is_over, result = time.monotonic(), True, None
+        self._trained_parties.update(parties(tenant.path))
+        start_time = time.monotonic()
+        is_over = True
+        result: requests.CommandResult = None
         try:
             next(tenant.job)
             is_over = False
-        except StopIteration as ended:
-            result = ended.value
+        except StopIteration as stop:
+            result = stop.value
         except Exception as error:  # it is this command's alone
             result = error
-        took = time.monotonic() - began
-        tenant.seconds += took
+        seconds = time.monotonic() - start_time
+        tenant.seconds += seconds
         for level in levels(tenant.path):
-            self._trained_for[level] += took
+            self._train_seconds[level] += seconds
         if is_over:
             self._finish(tenant, result)
 
     def _finish(self, tenant: EngineTenant, result: requests.CommandResult) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
-        done, tenant.job, tenant.done = tenant.done, None, None
+        done = tenant.done
+        tenant.job = None
+        tenant.done = None
         if tenant.state is None and not tenant.queue:
             del self._tenants[tenant.name]
         if done is not None:
@@ -307,9 +345,10 @@ class Engine:
 
     def _check_room(self) -> None:
         """Raises a RequestError if as many adapters train as the server has room for."""
-        if sum(t.state is not None for t in self._tenants.values()) >= self._most_tenants:
+        n_adapters = sum(tenant.state is not None for tenant in self._tenants.values())
+        if n_adapters >= self._max_tenants:
             raise requests.RequestError(
-                f"{self._most_tenants} adapters train here, and there is room for no more: unload "
+                f"{self._max_tenants} adapters train here, and there is room for no more: unload "
                 "one, or wait until a session ends"
             )
 

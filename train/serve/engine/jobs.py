@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,28 @@ from train.serve.protocol.requests import (
 )
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of a prompt, as in `SampleResult`; None where they were not asked for."""
+
+    prompt_logprobs: np.ndarray | None = None
+    top_prompt: Top | None = None
+    targets: np.ndarray | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class SampleJob:
     """A sample that was asked for.
 
     Attributes:
       adapter: its adapter's arrays, as they were when it was asked for; None for the base.
-      active: the first token of the prompt that the adapter acts on; 0 but for an activated LoRA.
-      slot: the slot of these, while it holds one.
-      completions: the finished ones, by place.
+      done: gets the result, or an error.
+      seen: gets each token as it is drawn.
+      slot: the slot of these arrays, while the sample holds one.
+      completions: the finished ones, by index.
+      scores: of the prompt, if they were asked for.
+      n_cached: the prompt's tokens that were found in the store.
+      active_start: the index of the first token of the prompt that the adapter acts on; 0 but for
+        an activated LoRA.
       is_over: whether `done` was called; then it holds no arrays.
     """
 
@@ -40,9 +53,9 @@ class SampleJob:
     slot: int | None = None
     is_over: bool = False
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
-    scores: tuple[Any, Any, Any] = (None, None, None)
-    cached: int = 0
-    active: int = 0
+    scores: PromptScores = PromptScores()
+    n_cached: int = 0
+    active_start: int = 0
 
     @property
     def path(self) -> TurnPath:
@@ -58,7 +71,7 @@ class ActiveCompletion:
     Attributes:
       cache: its cache, in the host's memory, while it is paused; see `SamplingPrograms.take`.
       constraint: what its grammar allows; None without one.
-      allowed: the mask of the tokens that its request allows, once it was made.
+      allowed_mask: of the tokens that its request allows, once it was made.
       problem: why no further token may come; None where one may.
     """
 
@@ -69,7 +82,7 @@ class ActiveCompletion:
     top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     cache: CacheBlock | None = None
     constraint: TokenConstraint | None = None
-    allowed: np.ndarray | None = None
+    allowed_mask: np.ndarray | None = None
     problem: str | None = None
 
     @property
@@ -98,6 +111,13 @@ class ActiveCompletion:
 
     def end(self, stopped: bool) -> None:
         """Hands over what was drawn."""
-        top = Top(*map(np.stack, zip(*self.top, strict=True))) if self.top else None
-        ids, logps = np.array(self.ids, np.int32), np.array(self.logps, np.float32)
-        self.job.completions[self.index] = Completion(ids, logps, stopped, top)
+        top = None
+        if self.top:
+            top_ids, top_logps = zip(*self.top, strict=True)
+            top = Top(np.stack(top_ids), np.stack(top_logps))
+        self.job.completions[self.index] = Completion(
+            tokens=np.array(self.ids, np.int32),
+            logprobs=np.array(self.logps, np.float32),
+            stopped=stopped,
+            top=top,
+        )

@@ -1,7 +1,9 @@
-"""The losses of clients: sums over the targets of all places, of log-probabilities p.
+"""The losses of clients: sums over the targets of all tokens, of log-probabilities.
 
-Each takes p, fp32 [rows, length, k], and what a client gave, and returns terms of the same shape.
-Places that are padding have advantage and weight 0, and `there` 0.
+Each takes `logps`, fp32 [rows, length, k], and the `inputs` that a client gave for its targets, and
+returns terms of the same shape. Padding has advantage and weight 0, and `target_mask` 0. Docstrings
+call the log-probability p, that at the time of drawing q, the advantage A, and the ratio
+r = exp(p - q).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,54 +15,63 @@ from jax import lax
 
 from lora_jax.training.losses.online import clipped_loss, weighted_loss
 
-Given = Mapping[str, jax.Array]
-LOW, HIGH = 0.8, 1.2  # PPO's bounds of a ratio of probabilities
+LossArrays = Mapping[str, jax.Array]  # by the names of `DEFAULTS`, "target_mask" and "beta"
+# PPO's bounds of a ratio of probabilities.
+MIN_RATIO = 0.8
+MAX_RATIO = 1.2
 
 
-def cross_entropy(p: jax.Array, given: Given) -> jax.Array:
+def cross_entropy(logps: jax.Array, inputs: LossArrays) -> jax.Array:
     """Returns -w p, w the weight, which may be negative."""
-    return -given["weights"] * p
+    return -inputs["weights"] * logps
 
 
-def importance_sampling(p: jax.Array, given: Given) -> jax.Array:
-    """Returns -exp(p - q) A, q the log-probability when the token was drawn, A the advantage."""
-    return -jnp.exp(p - given["logprobs"]) * given["advantages"]
+def importance_sampling(logps: jax.Array, inputs: LossArrays) -> jax.Array:
+    """Returns -r A."""
+    return -jnp.exp(logps - inputs["logprobs"]) * inputs["advantages"]
 
 
-def ppo(p: jax.Array, given: Given) -> jax.Array:
-    """Returns -min(r A, clip(r) A), r = exp(p - q)."""
-    return clipped_loss(jnp.exp(p - given["logprobs"]), given["advantages"], *_limits(given))
+def ppo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
+    """Returns -min(r A, clip(r) A)."""
+    ratio = jnp.exp(logps - inputs["logprobs"])
+    return clipped_loss(ratio, inputs["advantages"], *_ratio_bounds(inputs))
 
 
-def cispo(p: jax.Array, given: Given) -> jax.Array:
-    """Returns -sg(clip(r)) p A, r = exp(p - q), sg without a gradient."""
-    ratio = jnp.exp(p - given["logprobs"])
-    return weighted_loss(ratio, p, given["advantages"], *_limits(given))
+def cispo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
+    """Returns -sg(clip(r)) p A, sg without a gradient."""
+    ratio = jnp.exp(logps - inputs["logprobs"])
+    return weighted_loss(ratio, logps, inputs["advantages"], *_ratio_bounds(inputs))
 
 
-def dro(p: jax.Array, given: Given) -> jax.Array:
+def dro(logps: jax.Array, inputs: LossArrays) -> jax.Array:
     """Returns -(p A - β/2 (p - q)²)."""
-    apart = given["there"] * (p - given["logprobs"])
-    return -(p * given["advantages"] - 0.5 * given["beta"] * apart**2)
+    log_ratio = inputs["target_mask"] * (logps - inputs["logprobs"])
+    return -(logps * inputs["advantages"] - 0.5 * inputs["beta"] * log_ratio**2)
 
 
-def gspo(p: jax.Array, given: Given) -> jax.Array:
+def gspo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
     """Returns PPO's terms, with a sequence's ratio in the place of each token's.
 
-    It is exp of the mean of p - q over the places of `sequence_ratio_mask`.
+    It is exp of the mean of p - q over the targets of `sequence_ratio_mask`.
     """
-    mask = given["there"] * (given["sequence_ratio_mask"] != 0).astype(jnp.float32)
-    apart = jnp.sum(mask * (lax.stop_gradient(p) - given["logprobs"]), axis=(1, 2), keepdims=True)
-    mean = apart / jnp.maximum(jnp.sum(mask, axis=(1, 2), keepdims=True), 1.0)
-    ratio = jnp.exp(mean + p - lax.stop_gradient(p))
-    return clipped_loss(ratio, given["advantages"], *_limits(given))
+    is_in_ratio = (inputs["sequence_ratio_mask"] != 0).astype(jnp.float32)
+    mask = inputs["target_mask"] * is_in_ratio
+    constant_logps = lax.stop_gradient(logps)
+    log_ratios = mask * (constant_logps - inputs["logprobs"])
+    log_ratio_sum = jnp.sum(log_ratios, axis=(1, 2), keepdims=True)
+    n_targets = jnp.sum(mask, axis=(1, 2), keepdims=True)
+    sequence_log_ratio = log_ratio_sum / jnp.maximum(n_targets, 1.0)
+    # The value is the sequence's ratio, and the gradient that of each token.
+    ratio = jnp.exp(sequence_log_ratio + logps - constant_logps)
+    return clipped_loss(ratio, inputs["advantages"], *_ratio_bounds(inputs))
 
 
-def _limits(given: Given) -> tuple[jax.Array, jax.Array]:
-    return given["clip_low_threshold"], given["clip_high_threshold"]
+def _ratio_bounds(inputs: LossArrays) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest ratio of each target."""
+    return inputs["clip_low_threshold"], inputs["clip_high_threshold"]
 
 
-FUNCTIONS: dict[str, Callable[[jax.Array, Given], jax.Array]] = {
+FUNCTIONS: dict[str, Callable[[jax.Array, LossArrays], jax.Array]] = {
     function.__name__: function
     for function in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
 }
@@ -71,8 +82,8 @@ DEFAULTS = {
     "logprobs": 0.0,
     "advantages": 0.0,
     "sequence_ratio_mask": 1.0,
-    "clip_low_threshold": LOW,
-    "clip_high_threshold": HIGH,
+    "clip_low_threshold": MIN_RATIO,
+    "clip_high_threshold": MAX_RATIO,
 }
 
 
@@ -92,17 +103,17 @@ def total_weight(loss: str, inputs: Mapping[str, np.ndarray]) -> float:
     else:
         weights = (inputs["advantages"] != 0).astype(np.float32)
     if weights.ndim < targets.ndim:
-        weights = weights[..., None]  # each is that of all k targets of its place
+        weights = weights[..., None]  # a token's weight is that of all its k targets
     return float(np.broadcast_to(weights, targets.shape).sum())
 
 
-def sum_loss(which: jax.Array, p: jax.Array, given: Given) -> jax.Array:
+def sum_loss(loss_index: jax.Array, logps: jax.Array, inputs: LossArrays) -> jax.Array:
     """Returns the sum of one loss's terms, [] fp32.
 
     Args:
-      which: [] int32, its place in `ORDER`.
-      p: log-probabilities.
-      given: by name, [rows, length, k] fp32; beta [].
+      loss_index: [] int32, of the loss in `ORDER`.
+      logps: log-probabilities.
+      inputs: by name, [rows, length, k] fp32; beta [].
     """
-    terms = lax.switch(which, [*FUNCTIONS.values()], p, given)
-    return jnp.sum(jnp.where(given["there"] > 0, terms, 0.0))
+    terms = lax.switch(loss_index, [*FUNCTIONS.values()], logps, inputs)
+    return jnp.sum(jnp.where(inputs["target_mask"] > 0, terms, 0.0))

@@ -15,11 +15,11 @@ class AdapterPool:
     def __init__(self, base: ServedBase, slots: int) -> None:
         """Makes empty slots, `slots` of them; the base has no arrays."""
         tree = add_slots(base.params, base.rules, slots)
-        self._tree = map_slots(lambda _, here: here.replace(has_base=False), tree)
-        # By slot, the adapter that is there, the least recently used first.
-        self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
+        self._tree = map_slots(lambda _, weight_slots: weight_slots.replace(has_base=False), tree)
+        # By slot, the least recently used first.
+        self._adapters: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
         self._users: Counter[int] = Counter()
-        self._write(1, base.none)  # so the arrays lie where all later writes leave them
+        self._write(1, base.zero_adapter)  # so the arrays lie where all later writes leave them
 
     @property
     def tree(self) -> Tree:
@@ -34,14 +34,14 @@ class AdapterPool:
         """
         if adapter is None:
             return 0
-        slot = next((slot for slot, there in self._there.items() if there is adapter), None)
+        slot = self._find(adapter)
         if slot is None:
-            slot = next((slot for slot in self._there if not self._users[slot]), None)
+            slot = self._find_unused()
             if slot is None:
                 return None
             self._write(slot, adapter)
-        del self._there[slot]
-        self._there[slot] = adapter
+        del self._adapters[slot]
+        self._adapters[slot] = adapter  # at the end: the most recently used
         self._users[slot] += 1
         return slot
 
@@ -49,8 +49,25 @@ class AdapterPool:
         """Counts one user of a slot less."""
         self._users[slot] -= 1
 
+    def _find(self, adapter: Adapter) -> int | None:
+        """Returns the slot that an adapter lies in, or None."""
+        for slot, slot_adapter in self._adapters.items():
+            if slot_adapter is adapter:
+                return slot
+        return None
+
+    def _find_unused(self) -> int | None:
+        """Returns the slot without users that was used longest ago, or None."""
+        for slot in self._adapters:
+            if not self._users[slot]:
+                return slot
+        return None
+
     def _write(self, slot: int, adapter: Adapter) -> None:
+        """Writes the arrays of an adapter into a slot."""
         arrays = {path: slots.arrays for path, slots in slots_of(self._tree).items()}
-        scales = adapter.scales
-        values = {path: {**parts, "scale": scales[path]} for path, parts in adapter.factors.items()}
+        values = {
+            path: {**factors, "scale": adapter.scales[path]}
+            for path, factors in adapter.factors.items()
+        }
         self._tree = write(self._tree, arrays, slot - 1, values)

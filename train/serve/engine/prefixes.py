@@ -31,14 +31,15 @@ class _Node:
     """A block of a text that begins as its ancestors say.
 
     Attributes:
+      ids: the bytes of the block's tokens.
       block: the block; None in the root, the empty text.
-      later: the texts that go on from here, by their next tokens.
+      children: the blocks that follow in other texts, by their `ids`.
     """
 
     parent: "_Node | None" = None
     ids: bytes = b""
     block: CacheBlock | None = None
-    later: "dict[bytes, _Node]" = dataclasses.field(default_factory=dict)
+    children: "dict[bytes, _Node]" = dataclasses.field(default_factory=dict)
 
     @property
     def has_memory(self) -> bool:
@@ -46,7 +47,7 @@ class _Node:
         return self.block is not None and self.block.recurrent is not None
 
 
-class _Owned:
+class _OwnerTexts:
     """The texts of an owner.
 
     Attributes:
@@ -63,16 +64,18 @@ class _Owned:
 
     def root(self, scope: PrefixScope) -> _Node | None:
         """Returns the empty text of a scope; None for a scope without any."""
-        return self.roots.get(_key(scope), {}).get(scope.kind)
+        return self.roots.get(_adapter_key(scope), {}).get(scope.kind)
 
-    def keep(self, scope: PrefixScope, root: _Node) -> None:
+    def set_root(self, scope: PrefixScope, root: _Node) -> None:
         """Has a scope begin with an empty text."""
-        self.roots.setdefault(_key(scope), {})[scope.kind] = root
+        self.roots.setdefault(_adapter_key(scope), {})[scope.kind] = root
 
-    def _forget(self, root: _Node) -> None:
-        for kinds in self.roots.values():
-            for kind in [kind for kind, node in kinds.items() if node is root]:
-                del kinds[kind]
+    def _remove_root(self, root: _Node) -> None:
+        """Removes the scope that begins with an empty text."""
+        for root_of_kind in self.roots.values():
+            for kind in [*root_of_kind]:
+                if root_of_kind[kind] is root:
+                    del root_of_kind[kind]
 
     def evict(self) -> None:
         """Forgets the part that was not used for the longest time.
@@ -81,20 +84,23 @@ class _Owned:
         go on in another; then blocks.
         """
         for node in self.used:
-            if len(node.later) == 1 and node.has_memory:
+            if len(node.children) == 1 and node.has_memory:
                 assert node.block is not None
                 self.replace(node, node.block._replace(recurrent=None))
                 return
         node, _ = self.used.popitem(last=False)
         assert node.parent is not None and node.block is not None
-        del node.parent.later[node.ids]
+        del node.parent.children[node.ids]
         self.size -= node.block.size
-        if node.parent.block is None and not node.parent.later:
-            self._forget(node.parent)
+        is_text_empty = node.parent.block is None and not node.parent.children
+        if is_text_empty:
+            self._remove_root(node.parent)
 
     def replace(self, node: _Node, block: CacheBlock) -> None:
         """Gives a node a block, in the place of the one that it may have."""
-        self.size += block.size - (node.block.size if node.block else 0)
+        if node.block is not None:
+            self.size -= node.block.size
+        self.size += block.size
         node.block = block
 
 
@@ -105,7 +111,7 @@ class _Base:
 _BASE = _Base()
 
 
-def _key(scope: PrefixScope) -> object:
+def _adapter_key(scope: PrefixScope) -> object:
     return _BASE if scope.adapter is None else scope.adapter
 
 
@@ -116,26 +122,28 @@ class PrefixStore:
     time: nobody's many texts drive out those of others with fewer.
     """
 
-    def __init__(self, chunk: int, most: int, needs_memory: bool = False) -> None:
+    def __init__(self, chunk: int, max_bytes: int, needs_memory: bool = False) -> None:
         """Begins without any.
 
         Args:
           chunk: tokens of a block.
-          most: bytes of all blocks at most.
+          max_bytes: bytes of all blocks at most.
           needs_memory: whether a text goes on only from a block that has the memory of linear
             layers.
         """
-        self._chunk, self._most, self._needs_memory = chunk, most, needs_memory
-        self._owners: dict[Hashable, _Owned] = {}
+        self._chunk_tokens = chunk
+        self._max_bytes = max_bytes
+        self._needs_memory = needs_memory
+        self._texts_of_owner: dict[Hashable, _OwnerTexts] = {}
 
     @property
     def size(self) -> int:
         """The bytes of all blocks; any thread may ask."""
-        return sum(owned.size for owned in [*self._owners.values()])
+        return sum(texts.size for texts in [*self._texts_of_owner.values()])
 
     def clear(self) -> None:
         """Forgets all."""
-        self._owners.clear()
+        self._texts_of_owner.clear()
 
     def find(self, scope: PrefixScope, ids: np.ndarray) -> list[CacheBlock]:
         """Returns the blocks that a text can go on from, in order; they count as used.
@@ -144,59 +152,71 @@ class PrefixStore:
           scope: the scope.
           ids: [n] int32.
         """
-        if scope.owner not in self._owners:
+        if scope.owner not in self._texts_of_owner:
             return []
-        owned, nodes = self._owners[scope.owner], list[_Node]()
-        node = owned.root(scope) or _Node()
-        for part in self._parts(ids):
-            if (later := node.later.get(part)) is None:
+        texts = self._texts_of_owner[scope.owner]
+        nodes: list[_Node] = []
+        parent = texts.root(scope) or _Node()
+        for block_ids in self._split_blocks(ids):
+            child = parent.children.get(block_ids)
+            if child is None:
                 break
-            nodes.append(node := later)
+            nodes.append(child)
+            parent = child
         while self._needs_memory and nodes and not nodes[-1].has_memory:
             nodes.pop()
         for node in reversed(nodes):
-            owned.used.move_to_end(node)
+            texts.used.move_to_end(node)
         return [node.block for node in nodes if node.block is not None]
 
-    def add(self, scope: PrefixScope, ids: np.ndarray, make: Callable[[], CacheBlock]) -> None:
+    def add(
+        self, scope: PrefixScope, ids: np.ndarray, make_block: Callable[[], CacheBlock]
+    ) -> None:
         """Keeps the last block of a text of whole blocks, if those before it are kept.
 
         Args:
           scope: the scope.
           ids: [n] int32, the text up to the end of the block.
-          make: computes the block; it is not called for one that is kept as a whole.
+          make_block: computes the block; it is not called for one that is kept as a whole.
         """
-        if not self._most:
+        if not self._max_bytes:
             return
-        owned = self._owners.setdefault(scope.owner, _Owned())
-        nodes, (*before, last) = [owned.root(scope) or _Node()], self._parts(ids)
-        for part in before:
-            if (later := nodes[-1].later.get(part)) is None:
+        texts = self._texts_of_owner.setdefault(scope.owner, _OwnerTexts())
+        root = texts.root(scope) or _Node()
+        *earlier_blocks, last_block = self._split_blocks(ids)
+        parent = root
+        text_nodes: list[_Node] = []
+        for block_ids in earlier_blocks:
+            child = parent.children.get(block_ids)
+            if child is None:
                 return
-            nodes.append(later)
-        node = nodes[-1].later.get(last)
-        if node is not None and (node.has_memory or not self._needs_memory):
+            text_nodes.append(child)
+            parent = child
+        node = parent.children.get(last_block)
+        is_complete = node is not None and (node.has_memory or not self._needs_memory)
+        if is_complete:
             return
-        node = node or _Node(nodes[-1], last)
-        owned.replace(node, make())
-        nodes[-1].later[last] = node
-        owned.keep(scope, nodes[0])
-        nodes.append(node)
-        for node in reversed(nodes[1:]):
-            owned.used[node] = None
-            owned.used.move_to_end(node)
-        while self.size > self._most:
+        if node is None:
+            node = _Node(parent, last_block)
+        texts.replace(node, make_block())
+        parent.children[last_block] = node
+        texts.set_root(scope, root)
+        text_nodes.append(node)
+        for text_node in reversed(text_nodes):
+            texts.used[text_node] = None
+            texts.used.move_to_end(text_node)
+        while self.size > self._max_bytes:
             self._evict()
 
     def _evict(self) -> None:
         """Has the owner with the most forget a block."""
-        owner = max(self._owners, key=lambda owner: self._owners[owner].size)
-        self._owners[owner].evict()
-        if not self._owners[owner].used:
-            del self._owners[owner]
+        owner = max(self._texts_of_owner, key=lambda owner: self._texts_of_owner[owner].size)
+        self._texts_of_owner[owner].evict()
+        if not self._texts_of_owner[owner].used:
+            del self._texts_of_owner[owner]
 
-    def _parts(self, ids: np.ndarray) -> Iterator[bytes]:
+    def _split_blocks(self, ids: np.ndarray) -> Iterator[bytes]:
         """Yields a text's whole blocks."""
-        whole = np.ascontiguousarray(ids, np.int32)
-        for end in range(self._chunk, len(whole) + 1, self._chunk):
-            yield whole[end - self._chunk : end].tobytes()
+        text = np.ascontiguousarray(ids, np.int32)
+        for end in range(self._chunk_tokens, len(text) + 1, self._chunk_tokens):
+            yield text[end - self._chunk_tokens : end].tobytes()

@@ -49,14 +49,16 @@ class SamplingPrograms:
           layout: the mesh.
           chunk: tokens of a prompt that run at once.
         """
-        self._model, self._layout, self.chunk = model, layout, chunk
-        self._place = functools.partial(jax.device_put, device=layout.whole)
+        self._model = model
+        self._layout = layout
+        self.chunk = chunk
+        self._device_put = functools.partial(jax.device_put, device=layout.whole)
         # Experts sort the tokens of all rows together, which nothing tells apart afterwards.
         one_by_one = bool(getattr(model.config, "num_experts", 0))
         self._forward = mixed(model.apply, one_by_one=one_by_one)
         self._adapted = lj.adapt(model.apply)
         kinds = models.kinds(model.config)
-        self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
+        self._token_paths = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self.compiled = 0
         self._grow = self._program(slots.resize_cache, static_argnums=1)
         self._block = self._program(blocks.take_block, static_argnums=2)
@@ -95,84 +97,90 @@ class SamplingPrograms:
         """True where keys depend on the length of the cache."""
         return depends_on_room(self._model.config)
 
-    def empty(self, rows: int, length: int) -> DecodingRows:
+    def empty_rows(self, n_rows: int, length: int) -> DecodingRows:
         """Returns rows without completions."""
-        return self._place(slots.empty_rows(self._model, rows, length))
+        return self._device_put(slots.empty_rows(self._model, n_rows, length))
 
-    def prompt(self, length: int) -> Cache:
+    def prompt_cache(self, length: int) -> Cache:
         """Returns the cache for a prompt of at most this length, which has whole chunks."""
-        whole = self.whole(length)
-        return self._place(init_cache(self._model.config, 1, whole, self._model.dtype))
+        cache = init_cache(self._model.config, 1, self.round_up(length), self._model.dtype)
+        return self._device_put(cache)
 
-    def whole(self, length: int) -> int:
+    def round_up(self, n_tokens: int) -> int:
         """Returns a number of tokens, rounded up to whole chunks."""
-        return -(-length // self.chunk) * self.chunk
+        return -(-n_tokens // self.chunk) * self.chunk
 
     def grow(self, cache: Cache, length: int) -> Cache:
         """Returns a prompt's cache with room for so many tokens, rounded up to whole chunks."""
-        return self._grow(cache, self.whole(length))
+        return self._grow(cache, self.round_up(length))
 
-    def block(self, cache: Cache, first: int) -> CacheBlock:
+    def block(self, cache: Cache, start: int) -> CacheBlock:
         """Returns a copy of a prompt's newest chunk, which begins at a token."""
-        return self._block(cache, np.int32(first), self.chunk)
+        return self._block(cache, np.int32(start), self.chunk)
 
-    def row_block(self, rows: DecodingRows, row: int, first: int) -> CacheBlock:
+    def row_block(self, rows: DecodingRows, row: int, start: int) -> CacheBlock:
         """Returns a copy of a chunk of a row."""
-        return self._row_block(rows, np.int32(row), np.int32(first), self.chunk)
+        return self._row_block(rows, np.int32(row), np.int32(start), self.chunk)
 
-    def take(self, rows: DecodingRows, row: Number, n: int) -> CacheBlock:
+    def copy_row(self, rows: DecodingRows, row: Number, n_tokens: int) -> CacheBlock:
         """Returns a copy of a row, in the host's memory.
 
         Args:
           rows: the rows.
           row: [] int32.
-          n: the number of tokens in its cache.
+          n_tokens: the number of tokens in its cache.
         """
         length = rows.cache.positions.shape[1]
-        whole = self._row_block(rows, row, np.int32(0), length)
-        key, value = (np.array(np.asarray(x)[:, :, :, :n]) for x in (whole.key, whole.value))
-        return CacheBlock(key, value, jax.tree.map(np.array, whole.recurrent))
+        row_block = self._row_block(rows, row, np.int32(0), length)
+        return CacheBlock(
+            key=np.array(np.asarray(row_block.key)[:, :, :, :n_tokens]),
+            value=np.array(np.asarray(row_block.value)[:, :, :, :n_tokens]),
+            recurrent=jax.tree.map(np.array, row_block.recurrent),
+        )
 
-    def give(self, block: CacheBlock, length: int) -> Cache:
-        """Returns the arrays of `take` as the cache of a prompt of at most this length."""
-        cache = self.prompt(length)
-        room = [(0, 0)] * block.key.ndim
-        room[3] = (0, cache.positions.shape[1] - block.key.shape[3])
-        key, value = (np.pad(x, room) for x in (block.key, block.value))
-        key, value, recurrent = self._place((key, value, block.recurrent))
+    def restore_cache(self, block: CacheBlock, length: int) -> Cache:
+        """Returns the arrays of `copy_row` as the cache of a prompt of at most this length."""
+        cache = self.prompt_cache(length)
+        padding = [(0, 0)] * block.key.ndim
+        padding[3] = (0, cache.positions.shape[1] - block.key.shape[3])
+        padded_key = np.pad(block.key, padding)
+        padded_value = np.pad(block.value, padding)
+        key, value, recurrent = self._device_put((padded_key, padded_value, block.recurrent))
         return cache._replace(key=key, value=value, recurrent=recurrent)
 
     def _run_chunk(
-        self, tree: Tree, slot: Number, ids: np.ndarray, n: Number, cache: Cache
+        self, tree: Tree, slot: Number, ids: np.ndarray, n_tokens: Number, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """Runs a chunk of a prompt by the adapter in a slot, [] int32; takes the cache."""
-        return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
+        return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n_tokens, cache)
 
     def _run_activated(
         self,
         tree: Tree,
         slot: Number,
         ids: np.ndarray,
-        n: Number,
+        n_tokens: Number,
         cache: Cache,
-        first: Number,
+        active_start: Number,
     ) -> tuple[jax.Array, Cache]:
-        """Runs a chunk, of which the tokens from `first` on alone see the adapter."""
-        choice, active = _choose_slot(tree, slot), (jnp.arange(ids.shape[1]) >= first)[None]
+        """Runs a chunk, of which the tokens from `active_start` on alone see the adapter."""
+        choice = _choose_slot(tree, slot)
+        is_active = (jnp.arange(ids.shape[1]) >= active_start)[None]
 
-        def own(path: str, each: Slots) -> LoraWeight:
-            assert isinstance(each, WeightSlots)
-            weight = each.take_example(each.arrays, choice.ids[0])
-            return weight.replace(active=active) if path in self._by_token else weight
+        def activate(path: str, weight_slots: Slots) -> LoraWeight:
+            assert isinstance(weight_slots, WeightSlots)
+            weight = weight_slots.take_example(weight_slots.arrays, choice.ids[0])
+            return weight.replace(active=is_active) if path in self._token_paths else weight
 
-        return slots.run_chunk(self._adapted, map_slots(own, choice.tree), ids, n, cache)
+        adapted_tree = map_slots(activate, choice.tree)
+        return slots.run_chunk(self._adapted, adapted_tree, ids, n_tokens, cache)
 
     def _run_pieces(
         self,
         tree: Tree,
         slot: np.ndarray,
         ids: np.ndarray,
-        n: np.ndarray,
+        n_tokens: np.ndarray,
         caches: tuple[Cache, ...],
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Runs a piece of each of some prompts; takes the caches, which have one length.
@@ -181,21 +189,21 @@ class SamplingPrograms:
           tree: the base with adapters in slots.
           slot: [prompts] int32.
           ids: [prompts, 1, piece] int32, filled up on the right.
-          n: [prompts] int32, the tokens of each piece.
+          n_tokens: [prompts] int32, of each piece.
           caches: the caches.
 
         Returns:
           The logits after each piece, [prompts, 1, vocab], and the caches.
         """
         run_chunk: Any = jax.vmap(functools.partial(self._run_chunk, tree))
-        stacked_caches = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        stacked_caches = jax.tree.map(lambda *arrays: jnp.stack(arrays), *caches)
         logits, stacked_caches = run_chunk(
-            jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n), stacked_caches
+            jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n_tokens), stacked_caches
         )
-        caches = tuple(
-            jax.tree.map(lambda x, i=i: x[i], stacked_caches) for i in range(len(caches))
+        extended_caches = tuple(
+            jax.tree.map(lambda array, i=i: array[i], stacked_caches) for i in range(len(caches))
         )
-        return logits, caches
+        return logits, extended_caches
 
     def _run_rows(self, tree: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
         """Runs the newest token of each row by its adapter; takes the rows."""
@@ -205,26 +213,28 @@ class SamplingPrograms:
         self, logits: jax.Array, adjustments: Adjustments[np.ndarray], temperature: jax.Array
     ) -> jax.Array:
         """Returns the logits to choose from; see `adjust_logits`."""
-        return self._adjust(logits, *self._place((adjustments, temperature)))
+        return self._adjust(logits, *self._device_put((adjustments, temperature)))
 
     def _draw_tokens(
         self,
         logits: jax.Array,
-        adjusted: jax.Array,
+        adjusted_logits: jax.Array,
         sampling: Sampling,
-        drawn: jax.Array | np.ndarray,
+        n_drawn: jax.Array | np.ndarray,
         with_top: Flag,
     ) -> tuple[DrawnTokens[jax.Array], jax.Array]:
-        """Draws a token of each row, of logits that may be adjusted; also returns `drawn` + 1."""
-        step = jnp.asarray(drawn)
-        return slots.draw_tokens(logits, sampling, step, TOP, with_top, adjusted), step + 1
+        """Draws a token of each row, of logits that may be adjusted; also returns `n_drawn` + 1."""
+        step = jnp.asarray(n_drawn)
+        tokens = slots.draw_tokens(logits, sampling, step, TOP, with_top, adjusted_logits)
+        return tokens, step + 1
 
 
 def _choose_slot(tree: Tree, slot: Number) -> Choice:
     """Returns the choice of a slot for one row, at the cost of that slot alone."""
 
-    def only(_: str, slots: Slots) -> WeightSlots:
-        assert isinstance(slots, WeightSlots)  # adapters here are factors
-        return slots.only(jnp.asarray(slot))
+    def select(_: str, weight_slots: Slots) -> WeightSlots:
+        assert isinstance(weight_slots, WeightSlots)  # adapters here are factors
+        return weight_slots.only(jnp.asarray(slot))
 
-    return Choice(map_slots(only, tree), jnp.minimum(slot, 1)[None])
+    index = jnp.minimum(slot, 1)  # of the two slots that are left: the base's, and this one
+    return Choice(map_slots(select, tree), index[None])

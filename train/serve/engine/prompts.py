@@ -1,9 +1,13 @@
-"""Runs prompts in chunks, and a prefix that several share once."""
+"""Runs prompts in chunks, and a prefix that several share once.
+
+A chunk is `Sizes.chunk` tokens of one prompt. A piece is a smaller number of tokens, which runs in
+one call with pieces of other prompts.
+"""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,29 +31,34 @@ class RunningPrompt:
     Attributes:
       job: the sample.
       ids: its tokens.
-      cache: keys and values of the first `n`.
-      n: the tokens that ran.
-      cached: number of tokens that others ran.
+      cache: keys and values of the first `n_run` tokens.
+      n_run: the tokens that ran, or were found.
+      n_cached: the tokens among these that were found in the store.
       logits: [1, vocab], after the last token, once all ran.
-      begun: completions that began.
+      n_begun: completions that began.
     """
 
     job: SampleJob
     ids: np.ndarray
     cache: Cache | None = None
-    n: int = 0
-    cached: int = 0
+    n_run: int = 0
+    n_cached: int = 0
     logits: Any = None
-    begun: int = 0
+    n_begun: int = 0
 
     @property
     def is_done(self) -> bool:
         """True once all tokens ran."""
-        return self.n == len(self.ids)
+        return self.n_run == len(self.ids)
+
+    @property
+    def n_left(self) -> int:
+        """The number of tokens that have yet to run."""
+        return len(self.ids) - self.n_run
 
 
 class PromptRunner:
-    """Runs prompts in chunks; takes their prefixes from the cache, and adds to it.
+    """Runs prompts in chunks; takes their prefixes from the store, and adds to it.
 
     A chunk runs in a cache whose length depends on the chunk's place alone, and what a prompt
     begins with as another did is taken over up to the end of a whole chunk. So each prompt has the
@@ -65,8 +74,10 @@ class PromptRunner:
     """
 
     def __init__(self, programs: SamplingPrograms, sizes: Sizes) -> None:
-        """Begins without any."""
-        self._programs, self._sizes, self._chunk = programs, sizes, sizes.chunk
+        """Begins with an empty store."""
+        self._programs = programs
+        self._sizes = sizes
+        self._chunk_tokens = sizes.chunk
         self.store = PrefixStore(sizes.chunk, sizes.prefixes, programs.has_memory)
 
     def begin(self, job: SampleJob) -> RunningPrompt:
@@ -86,18 +97,19 @@ class PromptRunner:
           others: the prompts under way.
           due: prompts among `others` whose next tokens run at once.
         """
-        if prompt.cache is not None or not self._sizes.prefixes:
+        has_started = prompt.cache is not None
+        if has_started or not self._sizes.prefixes:
             return False
-        who, scope = prompt.job.path[:-1], self._scope(prompt.job)  # those of others: other turns
-        coming = [
-            shared
-            for other in others
-            if (other.n or other in due) and other.job.path[:-1] == who
-            # Other weights of the same name may wait for the slot that this prompt holds.
-            if other.job.adapter is prompt.job.adapter and self._scope(other.job) == scope
-            if other.n < (shared := self._shared(prompt, other))
-        ]
-        return bool(coming) and max(coming) > len(self._find(prompt)) * self._chunk
+        longest_prefix = 0  # in tokens, of those that other prompts are about to run
+        for other in others:
+            if not (other.n_run or other in due) or not self._has_scope_of(prompt, other):
+                continue
+            prefix_tokens = self._n_shared_tokens(prompt, other)
+            if other.n_run < prefix_tokens:
+                longest_prefix = max(longest_prefix, prefix_tokens)
+        if not longest_prefix:
+            return False
+        return longest_prefix > len(self._find_blocks(prompt)) * self._chunk_tokens
 
     def run(self, prompts: Sequence[RunningPrompt], tree: Tree) -> dict[RunningPrompt, int]:
         """Runs the next chunk of a prompt, or as many tokens of several ones.
@@ -109,148 +121,191 @@ class PromptRunner:
         Returns:
           The number of tokens that ran, of each prompt that did.
         """
-        first, (most, piece) = prompts[0], self._sizes.pieces
+        leader = prompts[0]
         caches = {prompt: self._make_room(prompt) for prompt in prompts}
-        length = caches[first].positions.shape[1]
-        same = [each for each in prompts if caches[each].positions.shape[1] == length]
-        # An activated LoRA runs by itself: one of its chunks is the base's up to the invocation.
-        same = [each for each in same if each is first or not (each.job.active or first.job.active)]
-        same = same[:most]
-        together = {each: min(piece, len(each.ids) - each.n) for each in same}
-        apart = min(self._chunk, len(first.ids) - first.n)
-        alone = first.n % self._chunk == 0 and apart >= sum(together.values())
-        together = {first: apart} if alone else together
+        batch = self._batch_with(leader, caches)
+        piece_tokens = {prompt: min(self._sizes.piece_tokens, prompt.n_left) for prompt in batch}
+        chunk_tokens = min(self._chunk_tokens, leader.n_left)
+        is_chunk_start = leader.n_run % self._chunk_tokens == 0
+        runs_chunk = is_chunk_start and chunk_tokens >= sum(piece_tokens.values())
+        tokens_run = {leader: chunk_tokens} if runs_chunk else piece_tokens
         try:
-            if alone:
-                self._run_chunk(first, caches[first], tree)
+            if runs_chunk:
+                self._run_chunk(leader, caches[leader], tree)
             else:
-                self._run_pieces({each: caches[each] for each in together}, tree)
-            for prompt, n in together.items():
-                prompt.n += n
-                self._keep(prompt)
+                self._run_pieces({prompt: caches[prompt] for prompt in batch}, tree)
+            for prompt, n_tokens in tokens_run.items():
+                prompt.n_run += n_tokens
+                self._store_newest_chunk(prompt)
         except Exception:  # all caches were given away: those whose sample goes on begin anew
-            for each in together:
-                each.cache, each.n = None, 0
+            for prompt in tokens_run:
+                prompt.cache = None
+                prompt.n_run = 0
             raise
-        return together
+        return tokens_run
 
-    def keep_drawn(self, row: ActiveCompletion, rows: RunningRows) -> None:
-        """Keeps the tokens of a completion to be found again, where last bits may differ.
+    def _batch_with(
+        self, leader: RunningPrompt, caches: Mapping[RunningPrompt, Cache]
+    ) -> list[RunningPrompt]:
+        """Returns the prompts, `leader` first, that can run in one call with it."""
+        cache_length = caches[leader].positions.shape[1]
+        batch = [leader]
+        for prompt, cache in caches.items():
+            if prompt is leader or cache.positions.shape[1] != cache_length:
+                continue
+            # An activated LoRA runs by itself: one of its chunks is the base's up to the invocation
+            if not (prompt.job.active_start or leader.job.active_start):
+                batch.append(prompt)
+        return batch[: self._sizes.piece_prompts]
+
+    def store_completion(self, completion: ActiveCompletion, rows: RunningRows) -> None:
+        """Stores the tokens of a completion to be found again, where last bits may differ.
 
         Not in models with linear layers: these remember a row's newest token, not each chunk's end.
         Nor where keys depend on the length of the cache: that of a row is that of the longest one.
 
         Args:
-          row: a completion that ends.
+          completion: a completion that ends.
           rows: the rows, one of which still is its.
         """
         programs = self._programs
         if not self._sizes.fast_prompts or programs.has_memory or programs.depends_on_room:
             return
-        if row.job.active:
+        if completion.job.active_start:
             return
-        scope, first = self._scope(row.job), len(row.job.request.prompt)
-        ids = np.asarray([*row.job.request.prompt, *row.ids[:-1]], np.int32)
-        for start in range(first - first % self._chunk, len(ids) - self._chunk + 1, self._chunk):
-            block = functools.partial(rows.block, row, start)
-            self.store.add(scope, ids[: start + self._chunk], block)
+        scope = self._scope(completion.job)
+        prompt = completion.job.request.prompt
+        ids = np.asarray([*prompt, *completion.ids[:-1]], np.int32)
+        chunk_tokens = self._chunk_tokens
+        first_chunk = len(prompt) - len(prompt) % chunk_tokens  # of those with a drawn token
+        for start in range(first_chunk, len(ids) - chunk_tokens + 1, chunk_tokens):
+            make_block = functools.partial(rows.block, completion, start)
+            self.store.add(scope, ids[: start + chunk_tokens], make_block)
 
-    def _shared(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
+    def _has_scope_of(self, prompt: RunningPrompt, other: RunningPrompt) -> bool:
+        """Returns True if a prompt may find what the other one computes.
+
+        Prompts of other turns do not count. Neither do those of other weights of the same name:
+        these may wait for the slot that this prompt holds.
+        """
+        if other.job.path[:-1] != prompt.job.path[:-1]:
+            return False
+        has_same_weights = other.job.adapter is prompt.job.adapter
+        return has_same_weights and self._scope(other.job) == self._scope(prompt.job)
+
+    def _n_shared_tokens(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
         """Returns the tokens, of whole chunks, that two prompts begin with alike."""
-        n = common_prefix(_sharable(prompt), _sharable(other))
-        return n - n % self._chunk
+        n_tokens = common_prefix(_storable_ids(prompt), _storable_ids(other))
+        return n_tokens - n_tokens % self._chunk_tokens
 
     def _scope(self, job: SampleJob) -> PrefixScope:
-        length = None
+        """Returns the scope in which the tokens of a prompt before an invocation are found."""
+        cache_length = None
         if self._programs.depends_on_room:
-            length = self._sizes.cache(len(job.request.prompt))
+            cache_length = self._sizes.cache_length(len(job.request.prompt))
         # Up to its invocation, the prompt of an activated LoRA is the base's, and is found as such.
-        return PrefixScope(job.request.client.owner, None if job.active else job.adapter, length)
+        adapter = None if job.active_start else job.adapter
+        return PrefixScope(job.request.client.owner, adapter, cache_length)
 
-    def _after(self, prompt: RunningPrompt) -> tuple[PrefixScope, int]:
+    def _active_scope(self, prompt: RunningPrompt) -> tuple[PrefixScope, int]:
         """Returns the scope of what an activated LoRA computed after a text, and that text's end.
 
         The text is what stands before the chunk with the invocation. It is part of the scope.
         """
-        job, scope = prompt.job, self._scope(prompt.job)
-        start = job.active - job.active % self._chunk
-        kind = (scope.kind, job.active, prompt.ids[:start].tobytes())
-        return dataclasses.replace(scope, adapter=job.adapter, kind=kind), start
+        job = prompt.job
+        base_scope = self._scope(job)
+        text_end = job.active_start - job.active_start % self._chunk_tokens
+        kind = (base_scope.kind, job.active_start, prompt.ids[:text_end].tobytes())
+        return dataclasses.replace(base_scope, adapter=job.adapter, kind=kind), text_end
 
-    def _find(self, prompt: RunningPrompt) -> list[CacheBlock]:
-        blocks = self.store.find(self._scope(prompt.job), _sharable(prompt))
-        if prompt.job.active:
-            scope, start = self._after(prompt)
-            if len(blocks) * self._chunk == start:
-                blocks += self.store.find(scope, prompt.ids[start:-1])
+    def _find_blocks(self, prompt: RunningPrompt) -> list[CacheBlock]:
+        """Returns the stored blocks that a prompt can go on from, in order."""
+        blocks = self.store.find(self._scope(prompt.job), _storable_ids(prompt))
+        if prompt.job.active_start:
+            active_scope, text_end = self._active_scope(prompt)
+            if len(blocks) * self._chunk_tokens == text_end:
+                blocks += self.store.find(active_scope, prompt.ids[text_end:-1])
         return blocks
 
-    def _length(self, prompt: RunningPrompt) -> int:
+    def _next_cache_length(self, prompt: RunningPrompt) -> int:
         """Returns the length of the cache in which the next chunk of a prompt runs."""
-        n = len(prompt.ids) if self._programs.depends_on_room else prompt.n + 1
-        return self._sizes.cache(n)
+        if self._programs.depends_on_room:
+            return self._sizes.cache_length(len(prompt.ids))
+        return self._sizes.cache_length(prompt.n_run + 1)
 
     def _make_room(self, prompt: RunningPrompt) -> Cache:
         """Returns a prompt's cache with room for its next chunk, and with all that was found."""
         if prompt.cache is None:
-            blocks = self._find(prompt)
-            prompt.n = prompt.cached = len(blocks) * self._chunk
-            cache = self._programs.prompt(self._length(prompt))
+            blocks = self._find_blocks(prompt)
+            prompt.n_cached = len(blocks) * self._chunk_tokens
+            prompt.n_run = prompt.n_cached
+            cache = self._programs.prompt_cache(self._next_cache_length(prompt))
             for i, block in enumerate(blocks):
-                cache = self._programs.put(cache, np.int32(i * self._chunk), block)
+                cache = self._programs.put(cache, np.int32(i * self._chunk_tokens), block)
             prompt.cache = cache
-        length = self._programs.whole(self._length(prompt))
-        if prompt.cache.positions.shape[1] < length:
-            prompt.cache = self._programs.grow(prompt.cache, length)
+        cache_length = self._programs.round_up(self._next_cache_length(prompt))
+        if prompt.cache.positions.shape[1] < cache_length:
+            prompt.cache = self._programs.grow(prompt.cache, cache_length)
         return prompt.cache
 
     def _run_chunk(self, prompt: RunningPrompt, cache: Cache, tree: Tree) -> None:
-        ids, n = self._piece(prompt, self._chunk)
-        slot, of_base = np.int32(_slot(prompt)), np.int32(prompt.job.active - prompt.n)
-        if 0 < of_base < n:
-            after = self._programs.extend_after(tree, slot, ids, n, cache, of_base)
-            prompt.logits, prompt.cache = after
+        """Runs the next chunk of a prompt; of an activated LoRA's, the part before it as base."""
+        ids, n_tokens = self._next_ids(prompt, self._chunk_tokens)
+        slot = np.int32(_slot(prompt))
+        n_base_tokens = np.int32(prompt.job.active_start - prompt.n_run)
+        if 0 < n_base_tokens < n_tokens:
+            prompt.logits, prompt.cache = self._programs.extend_after(
+                tree, slot, ids, n_tokens, cache, n_base_tokens
+            )
             return
-        slot = np.int32(0) if of_base > 0 else slot
-        prompt.logits, prompt.cache = self._programs.extend(tree, slot, ids, n, cache)
+        if n_base_tokens > 0:  # the whole chunk lies before the invocation
+            slot = np.int32(0)
+        prompt.logits, prompt.cache = self._programs.extend(tree, slot, ids, n_tokens, cache)
 
     def _run_pieces(self, caches: dict[RunningPrompt, Cache], tree: Tree) -> None:
-        most, width = self._sizes.pieces
-        pieces = [self._piece(prompt, width) for prompt in caches]
-        slots = [_slot(prompt) for prompt in caches]
-        length = next(iter(caches.values())).positions.shape[1]
-        empty, n_empty = np.zeros((1, width), np.int32), most - len(caches)
-        logits, after = self._programs.extend_all(
-            tree,
-            np.array([*slots, *[0] * n_empty], np.int32),
-            np.stack([*(ids for ids, _ in pieces), *[empty] * n_empty]),
-            np.array([*(n for _, n in pieces), *[0] * n_empty], np.int32),
-            (*caches.values(), *(self._programs.prompt(length) for _ in range(n_empty))),
+        """Runs the next piece of each prompt in one call, filled up to its number of prompts."""
+        n_prompts = self._sizes.piece_prompts
+        slots = np.zeros(n_prompts, np.int32)
+        ids = np.zeros((n_prompts, 1, self._sizes.piece_tokens), np.int32)
+        n_tokens = np.zeros(n_prompts, np.int32)
+        for i, prompt in enumerate(caches):
+            slots[i] = _slot(prompt)
+            ids[i], n_tokens[i] = self._next_ids(prompt, self._sizes.piece_tokens)
+        batch_caches = [*caches.values()]
+        cache_length = batch_caches[0].positions.shape[1]
+        while len(batch_caches) < n_prompts:
+            batch_caches.append(self._programs.prompt_cache(cache_length))
+        logits, extended_caches = self._programs.extend_all(
+            tree, slots, ids, n_tokens, tuple(batch_caches)
         )
         for i, prompt in enumerate(caches):
-            prompt.logits, prompt.cache = logits[i], after[i]
+            prompt.logits = logits[i]
+            prompt.cache = extended_caches[i]
 
-    def _piece(self, prompt: RunningPrompt, width: int) -> tuple[np.ndarray, np.int32]:
-        """Returns a prompt's next tokens, [1, width] int32, filled up, and how many there are."""
-        ids, part = np.zeros((1, width), np.int32), prompt.ids[prompt.n : prompt.n + width]
-        ids[0, : len(part)] = part
-        return ids, np.int32(len(part))
+    def _next_ids(self, prompt: RunningPrompt, length: int) -> tuple[np.ndarray, np.int32]:
+        """Returns a prompt's next tokens, [1, length] int32, padded, and how many there are."""
+        next_ids = prompt.ids[prompt.n_run : prompt.n_run + length]
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(next_ids)] = next_ids
+        return padded, np.int32(len(next_ids))
 
-    def _keep(self, prompt: RunningPrompt) -> None:
-        """Keeps the newest chunk, once it is whole, to be found again."""
-        if prompt.n % self._chunk == 0:
-            assert prompt.cache is not None
-            scope, start = self._scope(prompt.job), 0
-            if 0 < prompt.job.active < prompt.n:
-                scope, start = self._after(prompt)
-            first = prompt.n - self._chunk
-            block = functools.partial(self._programs.block, prompt.cache, first)
-            self.store.add(scope, prompt.ids[start : prompt.n], block)
+    def _store_newest_chunk(self, prompt: RunningPrompt) -> None:
+        """Stores the newest chunk, once it is whole, to be found again."""
+        if prompt.n_run % self._chunk_tokens:
+            return
+        assert prompt.cache is not None
+        scope = self._scope(prompt.job)
+        text_start = 0
+        if 0 < prompt.job.active_start < prompt.n_run:
+            scope, text_start = self._active_scope(prompt)
+        chunk_start = prompt.n_run - self._chunk_tokens
+        make_block = functools.partial(self._programs.block, prompt.cache, chunk_start)
+        self.store.add(scope, prompt.ids[text_start : prompt.n_run], make_block)
 
     @property
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
-        return len(self._sizes.caches) * (2 if self._sizes.fast_prompts else 1)
+        return len(self._sizes.cache_lengths) * (2 if self._sizes.fast_prompts else 1)
 
     def warm_up(self, tree: Tree) -> Generator[None, None, tuple[jax.Array, list[Cache]]]:
         """Compiles all functions of prompts, for all shapes, step by step.
@@ -261,13 +316,15 @@ class PromptRunner:
         Returns:
           The logits after a prompt, [1, vocab], and a cache of each length.
         """
-        programs, caches = self._programs, list[Cache]()
-        ids = np.zeros((1, self._chunk), np.int32)
-        most, width = self._sizes.pieces
-        none = np.zeros((most, 1, width), np.int32), np.zeros(most, np.int32)
-        for length in self._sizes.caches:
-            cache = programs.prompt(length)
-            logits, cache = programs.extend(tree, np.int32(0), ids, np.int32(1), cache)
+        programs = self._programs
+        caches: list[Cache] = []
+        chunk_ids = np.zeros((1, self._chunk_tokens), np.int32)
+        n_prompts = self._sizes.piece_prompts
+        piece_ids = np.zeros((n_prompts, 1, self._sizes.piece_tokens), np.int32)
+        zeros = np.zeros(n_prompts, np.int32)
+        for length in self._sizes.cache_lengths:
+            cache = programs.prompt_cache(length)
+            logits, cache = programs.extend(tree, np.int32(0), chunk_ids, np.int32(1), cache)
             block = programs.block(cache, 0)
             cache = programs.put(cache, np.int32(0), block)
             if programs.has_memory:
@@ -275,25 +332,31 @@ class PromptRunner:
             caches.append(cache)
             yield
             if self._sizes.fast_prompts:
-                empty = tuple(programs.prompt(length) for _ in range(most))
-                programs.extend_all(tree, none[1], *none, empty)
+                empty_caches = tuple(programs.prompt_cache(length) for _ in range(n_prompts))
+                programs.extend_all(tree, zeros, piece_ids, zeros, empty_caches)
                 yield
-        for start, then in self._growths():
-            programs.grow(programs.prompt(start), then)
+        for length, next_length in self._growths():
+            programs.grow(programs.prompt_cache(length), next_length)
         return logits, caches
 
     def _growths(self) -> Iterator[tuple[int, int]]:
-        """Yields the lengths of caches from which prompts go on to others, and these."""
-        starts = range(0, self._sizes.max_length, self._chunk)
-        lengths = [self._programs.whole(self._sizes.cache(n + 1)) for n in starts]
-        return ((a, b) for a, b in itertools.pairwise(lengths) if a != b)
+        """Yields each length of a cache from which prompts go on to another length, and that."""
+        chunk_starts = range(0, self._sizes.max_length, self._chunk_tokens)
+        lengths = [
+            self._programs.round_up(self._sizes.cache_length(start + 1)) for start in chunk_starts
+        ]
+        for length, next_length in itertools.pairwise(lengths):
+            if length != next_length:
+                yield length, next_length
 
 
-def _sharable(prompt: RunningPrompt) -> np.ndarray:
-    """Returns the tokens that may be cached: without the last, and before an invocation."""
-    return prompt.ids[:-1][: prompt.job.active or None]
+def _storable_ids(prompt: RunningPrompt) -> np.ndarray:
+    """Returns the tokens that may be stored: without the last, and before an invocation."""
+    ids = prompt.ids[:-1]
+    return ids[: prompt.job.active_start] if prompt.job.active_start else ids
 
 
 def _slot(prompt: RunningPrompt) -> int:
+    """Returns the slot of a prompt's adapter."""
     assert prompt.job.slot is not None
     return prompt.job.slot

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,18 @@ import numpy as np
 from lora_jax.models.sampling.slots import DrawnTokens
 from lora_jax.models.sampling.text import ends_with_stop
 from train.serve.engine.base import ServedBase
-from train.serve.engine.jobs import ActiveCompletion, SampleJob
+from train.serve.engine.jobs import ActiveCompletion, PromptScores, SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.prompts import PromptRunner, RunningPrompt
 from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
-from train.serve.engine.turns import PARTY, TurnOrder, TurnPath, parties
+from train.serve.engine.turns import PARTY_LEVELS, TurnOrder, TurnPath, parties
 from train.serve.protocol.requests import Completion, DrawnToken, SampleResult
 
-_ALONE = 32  # tokens after which an owner who is alone has all rows
+_LONE_OWNER_TOKENS = 32  # tokens after which an owner who draws alone has all rows
+Waiting = RunningPrompt | ActiveCompletion  # a prompt waits to begin its next completion
 
 
 class Sampler:
@@ -48,29 +49,36 @@ class Sampler:
           base, trainer, programs, pool, sizes: see their classes.
           text_of: decodes tokens, to find texts that end a completion.
         """
-        self._base, self._trainer, self._sizes, self._text_of = base, trainer, sizes, text_of
+        self._base = base
+        self._trainer = trainer
+        self._sizes = sizes
+        self._text_of = text_of
         self._pool = pool
-        self._places = RunningRows(programs, sizes, base.model.config.vocab_size)
+        self._rows = RunningRows(programs, sizes, base.model.config.vocab_size)
         self._runner = PromptRunner(programs, sizes)
         self._waiting: dict[TurnPath, deque[SampleJob]] = {}  # by owner, session and adapter
         self._prompts: list[RunningPrompt] = []
         self._ready: list[RunningPrompt] = []  # ran, with completions that are to begin
         self._paused: list[ActiveCompletion] = []
         self._turns = TurnOrder()
-        self._ran = False  # whether a chunk of a prompt did since the last token
-        self._alone = _ALONE  # tokens since several owners drew
-        self.rounds = self.prompt_tokens = self.found_tokens = self.drawn_tokens = 0
+        self._ran_chunk = False  # whether a chunk of a prompt ran since the last token
+        self._lone_tokens = _LONE_OWNER_TOKENS  # tokens since several owners drew
+        self.rounds = 0
+        self.prompt_tokens = 0
+        self.found_tokens = 0
+        self.drawn_tokens = 0
 
     @property
     def waiting(self) -> int:
         """The number of samples that wait."""
-        ready = sum(not prompt.begun for prompt in [*self._ready])
-        return sum(map(len, [*self._waiting.values()])) + len(self._prompts) + ready
+        n_queued = sum(len(queue) for queue in [*self._waiting.values()])
+        n_ready = sum(not prompt.n_begun for prompt in [*self._ready])
+        return n_queued + len(self._prompts) + n_ready
 
     @property
     def drawing(self) -> int:
         """The number of completions under way."""
-        return len(self._places.rows) + len(self._paused)
+        return len(self._rows.completions) + len(self._paused)
 
     @property
     def busy(self) -> bool:
@@ -95,9 +103,10 @@ class Sampler:
         """Runs a chunk of a prompt, or draws a token of each completion."""
         self._admit()
         self._fill_rows()
-        if prompts := self._due_prompts():
-            self._isolate(prompts[0].job, self._run_chunk, prompts)
-        elif self._places.rows:
+        due_prompts = self._due_prompts()
+        if due_prompts:
+            self._isolate(due_prompts[0].job, self._run_chunk, due_prompts)
+        elif self._rows.completions:
             self._draw()
         self._fill_rows()
 
@@ -106,35 +115,51 @@ class Sampler:
         if job.is_over:
             return
         job.is_over = True
-        rows = self._places.rows
-        for place in [place for place, row in rows.items() if row.job is job]:
-            rows.pop(place).end(stopped=False)
-        for row in [row for row in self._paused if row.job is job]:
-            row.end(stopped=False)
-        self._paused = [row for row in self._paused if row.job is not job]
+        for row, completion in [*self._rows.completions.items()]:
+            if completion.job is job:
+                del self._rows.completions[row]
+                completion.end(stopped=False)
+        for completion in self._paused:
+            if completion.job is job:
+                completion.end(stopped=False)
+        self._paused = [completion for completion in self._paused if completion.job is not job]
+        self._remove_queued(job)
+        self._prompts = [prompt for prompt in self._prompts if prompt.job is not job]
+        self._ready = [prompt for prompt in self._ready if prompt.job is not job]
+        self._turns.leave(job.path)
+        self._give_slot(job)
+        result = SampleResult(
+            completions=[job.completions[i] for i in sorted(job.completions)],
+            prompt_logprobs=job.scores.prompt_logprobs,
+            top_prompt=job.scores.top_prompt,
+            cached=job.n_cached,
+            targets=job.scores.targets,
+        )
+        job.done(error or result)
+        # Frees the arrays, though a client may still hold the job.
+        job.adapter = None
+        job.completions = {}
+        job.scores = PromptScores()
+
+    def _remove_queued(self, job: SampleJob) -> None:
+        """Removes a sample from its queue, if it waits there."""
         queue = self._waiting.get(job.path[:-1], deque())
         if job in queue:
             queue.remove(job)
             if not queue:
                 del self._waiting[job.path[:-1]]
-        self._prompts = [prompt for prompt in self._prompts if prompt.job is not job]
-        self._ready = [prompt for prompt in self._ready if prompt.job is not job]
-        self._turns.leave(job.path)
-        self._give_slot(job)
-        completions = [job.completions[i] for i in sorted(job.completions)]
-        own, top, targets = job.scores
-        job.done(error or SampleResult(completions, own, top, job.cached, targets))
-        job.adapter, job.completions, job.scores = None, {}, (None, None, None)
 
     def fail(self, error: Exception) -> None:
         """Ends all samples, by an error in what they share."""
         for job in [*itertools.chain(*self._waiting.values()), *self._active_jobs()]:
             self.end(job, error)
-        self._places.reset()
+        self._rows.reset()
 
     def _active_jobs(self) -> list[SampleJob]:
-        rows = [*self._places.rows.values(), *self._paused]
-        return [each.job for each in self._prompts + self._ready] + [row.job for row in rows]
+        """Returns the samples whose prompts run or ran; one for each of its completions, too."""
+        prompts = self._prompts + self._ready
+        completions = [*self._rows.completions.values(), *self._paused]
+        return [prompt.job for prompt in prompts] + [completion.job for completion in completions]
 
     # Slots
 
@@ -142,30 +167,42 @@ class Sampler:
         """Gives a sample's adapter a slot, if need be another's; returns True if it has one."""
         if job.slot is None:
             job.slot = self._pool.take(job.adapter)
-        if job.slot is None and (users := self._others_slot(job)):
-            for other in users:
-                self._suspend(other)
-            job.slot = self._pool.take(job.adapter)
+        if job.slot is None:
+            losers = self._slot_losers(job)
+            for loser in losers:
+                self._suspend(loser)
+            if losers:
+                job.slot = self._pool.take(job.adapter)
         return job.slot is not None
 
-    def _others_slot(self, job: SampleJob) -> set[SampleJob]:
+    def _slot_losers(self, job: SampleJob) -> set[SampleJob]:
         """Returns the users of a slot that they have to give to a sample."""
-        users: dict[Hashable, set[SampleJob]] = {}
-        for other in self._active_jobs():
-            if other.slot:  # all have 0, the base's
-                users.setdefault(other.slot, set()).add(other)
-        held = {slot: {other.path for other in there} for slot, there in users.items()}
-        if (lost := self._turns.loser(job.path, held)) is None:
+        users_of_slot: dict[int, set[SampleJob]] = {}
+        for user in self._active_jobs():
+            if user.slot:  # all have 0, the base's
+                users_of_slot.setdefault(user.slot, set()).add(user)
+        holders: dict[int, set[TurnPath]] = {}
+        for slot, users in users_of_slot.items():
+            holders[slot] = {user.path for user in users}
+        loss = self._turns.loser(job.path, holders)
+        if loss is None:
             return set()
-        return users[max(lost[1], key=lambda slot: max(map(self._turns.order, held[slot])))]
+        _, slots = loss
+
+        def latest_turn(slot: int) -> tuple[int, ...]:
+            return max(self._turns.order(path) for path in holders[slot])
+
+        return users_of_slot[max(slots, key=latest_turn)]
 
     def _suspend(self, job: SampleJob) -> None:
         """Takes a sample's slot away, and the rows with it, until its next turn."""
-        for row in [row for row in self._places.rows.values() if row.job is job]:
-            self._pause(row)
+        for completion in [*self._rows.completions.values()]:
+            if completion.job is job:
+                self._pause(completion)
         self._give_slot(job)
 
     def _give_slot(self, job: SampleJob) -> None:
+        """Gives the slot of a sample back, if it has one."""
         if job.slot is not None:
             self._pool.give(job.slot)
             job.slot = None
@@ -180,185 +217,237 @@ class Sampler:
         finds no slot, no other of the same session is taken in before; nor is one while a sample of
         the session that is under way has lost its slot.
         """
-        to_begin = self._prompts + self._ready
-        room = self._sizes.sequences - self.drawing
-        room -= sum(prompt.job.request.n - prompt.begun for prompt in to_begin)
-        last = {prompt.job.path[:-1]: prompt for prompt in to_begin}
-        many = Counter(prompt.job.path[:-1] for prompt in to_begin)
-        under_way: list[RunningPrompt | ActiveCompletion] = [*to_begin, *self._paused]
-        blocked = {each.job.path[:PARTY] for each in under_way if each.job.slot is None}
-        for who in sorted(self._waiting, key=self._turns.order):
-            queue, party = self._waiting[who], who[:PARTY]
-            while queue and (party not in blocked or queue[0].adapter is None):
-                if room <= 0 and many[who] and not (many[who] == 1 and last[who].begun):
+        admitted = self._prompts + self._ready
+        n_to_begin = sum(prompt.job.request.n - prompt.n_begun for prompt in admitted)
+        n_free_rows = self._sizes.sequences - self.drawing - n_to_begin
+        last_admitted = {prompt.job.path[:-1]: prompt for prompt in admitted}
+        n_admitted = Counter(prompt.job.path[:-1] for prompt in admitted)
+        blocked_sessions = self._sessions_without_slot()
+        for adapter_path in sorted(self._waiting, key=self._turns.order):
+            queue = self._waiting[adapter_path]
+            session = adapter_path[:PARTY_LEVELS]
+            while queue:
+                job = queue[0]
+                if session in blocked_sessions and job.adapter is not None:
                     break
-                if not self._take_slot(queue[0]):
-                    blocked.add(party)
+                has_one_begun = (
+                    n_admitted[adapter_path] == 1 and last_admitted[adapter_path].n_begun > 0
+                )
+                needs_no_room = n_admitted[adapter_path] == 0 or has_one_begun
+                if n_free_rows <= 0 and not needs_no_room:
                     break
-                job = queue.popleft()
-                last[who] = self._runner.begin(job)
-                many[who] += 1
-                self._prompts.append(last[who])
-                room -= job.request.n
+                if not self._take_slot(job):
+                    blocked_sessions.add(session)
+                    break
+                queue.popleft()
+                prompt = self._runner.begin(job)
+                last_admitted[adapter_path] = prompt
+                n_admitted[adapter_path] += 1
+                self._prompts.append(prompt)
+                n_free_rows -= job.request.n
             if not queue:
-                del self._waiting[who]
+                del self._waiting[adapter_path]
+
+    def _sessions_without_slot(self) -> set[TurnPath]:
+        """Returns the sessions of samples that are under way and have lost their slot."""
+        waiting: list[Waiting] = [*self._prompts, *self._ready, *self._paused]
+        return {item.job.path[:PARTY_LEVELS] for item in waiting if item.job.slot is None}
 
     def _due_prompts(self) -> list[RunningPrompt]:
         """Returns the prompt of which a chunk runs now, and those that may run with it.
 
         There are none where tokens are drawn: after a chunk, if there are completions.
         """
-        if self._places.rows and self._ran:
+        is_turn_of_tokens = self._rows.completions and self._ran_chunk
+        if is_turn_of_tokens:
             return []
-        due: list[RunningPrompt] = []
-        for prompt in sorted(self._prompts, key=lambda each: self._turns.order(each.job.path)):
-            if len(due) == self._sizes.pieces[0]:
+        due_prompts: list[RunningPrompt] = []
+        for prompt in sorted(self._prompts, key=self._job_order):
+            if len(due_prompts) == self._sizes.piece_prompts:
                 break
-            if not self._runner.waits(prompt, self._prompts, due):
-                if prompt.job.slot is not None or (not due and self._take_slot(prompt.job)):
-                    due.append(prompt)
-        return due
+            if self._runner.waits(prompt, self._prompts, due_prompts):
+                continue
+            has_slot = prompt.job.slot is not None
+            if not has_slot and not due_prompts:  # the first one may take another's slot
+                has_slot = self._take_slot(prompt.job)
+            if has_slot:
+                due_prompts.append(prompt)
+        return due_prompts
+
+    def _job_order(self, item: Waiting) -> tuple[int, ...]:
+        """Returns a key to sort by: the least is next."""
+        return self._turns.order(item.job.path)
 
     def _run_chunk(self, prompts: list[RunningPrompt]) -> None:
-        ran = self._runner.run(prompts, self._pool.tree)
-        self._turns.note(prompt.job.path for prompt in ran)
-        self._ran = True
-        self.rounds += not self._places.rows
-        self.prompt_tokens += sum(ran.values())
-        for prompt in ran:
+        """Runs a chunk of the first prompt, or pieces of several; finishes those that end."""
+        tokens_of_prompt = self._runner.run(prompts, self._pool.tree)
+        self._turns.note(prompt.job.path for prompt in tokens_of_prompt)
+        self._ran_chunk = True
+        if not self._rows.completions:
+            self.rounds += 1
+        self.prompt_tokens += sum(tokens_of_prompt.values())
+        for prompt in tokens_of_prompt:
             if prompt.is_done:
                 self._prompts.remove(prompt)
                 self._isolate(prompt.job, self._finish_prompt, prompt)
 
     def _finish_prompt(self, prompt: RunningPrompt) -> None:
+        """Scores a prompt that ran, if that was asked for, and lets its completions begin."""
         job = prompt.job
-        request, job.cached = job.request, prompt.cached
-        self.found_tokens += prompt.cached
-        if request.prompt_logprobs or request.top_prompt or request.targets is not None:
-            adapter = job.adapter or self._base.none
+        request = job.request
+        job.n_cached = prompt.n_cached
+        self.found_tokens += prompt.n_cached
+        needs_scores = request.prompt_logprobs or request.top_prompt or request.targets is not None
+        if needs_scores:
+            adapter = job.adapter or self._base.zero_adapter
             tokens = np.asarray(request.prompt, np.int32)
             job.scores = self._trainer.prompt(adapter, tokens, request.top_prompt, request.targets)
-        if request.max_tokens == 0:
-            nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
-            job.completions = dict.fromkeys(range(request.n), nothing)
+        if request.max_tokens == 0:  # the scores are all that was asked for
+            empty = Completion(
+                tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32), stopped=False
+            )
+            job.completions = dict.fromkeys(range(request.n), empty)
             self.end(job)
         else:
             self._ready.append(prompt)
 
     # Completions
 
-    def _limit(self) -> int:
+    def _n_usable_rows(self) -> int:
         """Returns the number of rows to use: fewer for a while after several owners drew."""
         n_owners = self._turns.n_below(())
-        if 1 < n_owners <= self._places.shared:
-            self._alone = 0
-        is_shared = n_owners <= self._places.shared and self._alone < _ALONE
-        return self._places.shared if is_shared else self._sizes.sequences
+        if 1 < n_owners <= self._rows.shared:
+            self._lone_tokens = 0
+        is_shared = n_owners <= self._rows.shared and self._lone_tokens < _LONE_OWNER_TOKENS
+        return self._rows.shared if is_shared else self._sizes.sequences
 
     def _fill_rows(self) -> None:
         """Gives rows to completions that begin or go on, and takes some of others for them."""
-        while len(self._places.rows) > self._limit():
-            self._pause_one([*self._places.rows])
-            self._places.narrow()
-        while any(self._has_row(each) for each in self._next_completions()):
+        while len(self._rows.completions) > self._n_usable_rows():
+            self._pause_one([*self._rows.completions])
+            self._rows.narrow()
+        while any(self._give_row(waiting) for waiting in self._next_completions()):
             pass
 
-    def _next_completions(self) -> list[RunningPrompt | ActiveCompletion]:
+    def _next_completions(self) -> list[Waiting]:
         """Returns completions that wait for a row, those of parties with the fewest rows first.
 
         Of each party, the first one that has a slot is among them, and the first that has none: of
         these, one can go on where all slots are the party's own.
         """
-        rows = Counter[TurnPath]()
-        for row in self._places.rows.values():
-            rows.update(parties(row.job.path))
+        n_rows = Counter[TurnPath]()
+        for completion in self._rows.completions.values():
+            n_rows.update(parties(completion.job.path))
 
-        def order(each: RunningPrompt | ActiveCompletion) -> tuple[Any, ...]:
-            path = each.job.path
-            turn = self._turns.order(path)
-            return rows[path[:1]], turn[0], rows[path[:2]], *turn[1:]
+        def order(item: Waiting) -> tuple[Any, ...]:
+            path = item.job.path
+            owner_turn, *later_turns = self._turns.order(path)
+            return n_rows[path[:1]], owner_turn, n_rows[path[:2]], *later_turns
 
-        firsts: dict[tuple[TurnPath, bool], RunningPrompt | ActiveCompletion] = {}
-        waiting: list[RunningPrompt | ActiveCompletion] = [*self._paused, *self._ready]
-        for each in sorted(waiting, key=order):
-            firsts.setdefault((each.job.path[:PARTY], each.job.slot is None), each)
-        return [*firsts.values()]
+        next_of_session: dict[tuple[TurnPath, bool], Waiting] = {}
+        waiting: list[Waiting] = [*self._paused, *self._ready]
+        for item in sorted(waiting, key=order):
+            session = item.job.path[:PARTY_LEVELS]
+            needs_slot = item.job.slot is None
+            next_of_session.setdefault((session, needs_slot), item)
+        return [*next_of_session.values()]
 
-    def _has_row(self, each: RunningPrompt | ActiveCompletion) -> bool:
+    def _give_row(self, item: Waiting) -> bool:
         """Gives a completion a row, if it gets one; returns whether it did."""
-        job = each.job
-        if len(self._places.rows) >= self._limit():
-            held = {place: {row.job.path} for place, row in self._places.rows.items()}
-            if (lost := self._turns.loser(job.path, held)) is None or not self._take_slot(job):
+        job = item.job
+        if len(self._rows.completions) < self._n_usable_rows():
+            if not self._take_slot(job):
                 return False
-            if len(self._places.rows) >= self._limit():
-                self._pause_one(lost[1])
-        elif not self._take_slot(job):
-            return False
-        if isinstance(each, ActiveCompletion):
-            self._paused.remove(each)
-            self._isolate(job, self._places.resume, each)
         else:
-            each.begun += 1
-            if each.begun == job.request.n:
-                self._ready.remove(each)
-            self._isolate(job, self._begin, each, each.begun - 1)
+            holders = {
+                row: {completion.job.path} for row, completion in self._rows.completions.items()
+            }
+            loss = self._turns.loser(job.path, holders)
+            if loss is None or not self._take_slot(job):
+                return False
+            # Taking the slot may have freed a row.
+            if len(self._rows.completions) >= self._n_usable_rows():
+                _, rows = loss
+                self._pause_one(rows)
+        if isinstance(item, ActiveCompletion):
+            self._paused.remove(item)
+            self._isolate(job, self._rows.resume, item)
+        else:
+            index = item.n_begun
+            item.n_begun += 1
+            if item.n_begun == job.request.n:
+                self._ready.remove(item)
+            self._isolate(job, self._begin, item, index)
         return True
 
-    def _pause_one(self, places: Sequence[int]) -> None:
+    def _pause_one(self, rows: Sequence[int]) -> None:
         """Pauses the latest completion of who has the most of some rows."""
-        rows = [self._places.rows[place] for place in reversed(places)]
-        counts = Counter(each for row in rows for each in parties(row.job.path))
-        self._pause(max(rows, key=lambda row: [counts[each] for each in parties(row.job.path)]))
+        completions = [self._rows.completions[row] for row in reversed(rows)]
+        n_rows = Counter[TurnPath]()
+        for completion in completions:
+            n_rows.update(parties(completion.job.path))
 
-    def _pause(self, row: ActiveCompletion) -> None:
-        self._places.pause(row)
-        self._paused.append(row)
+        def rows_of_parties(completion: ActiveCompletion) -> list[int]:
+            return [n_rows[party] for party in parties(completion.job.path)]
+
+        self._pause(max(completions, key=rows_of_parties))
+
+    def _pause(self, completion: ActiveCompletion) -> None:
+        """Takes a completion out of its row, until it gets one again."""
+        self._rows.pause(completion)
+        self._paused.append(completion)
 
     def _begin(self, prompt: RunningPrompt, index: int) -> None:
+        """Draws the first token of a prompt's completion, and gives it a row."""
         grammar = prompt.job.request.limits.grammar
         constraint = None if grammar is None else grammar.begin()
-        row = ActiveCompletion(prompt.job, index, constraint=constraint)
+        completion = ActiveCompletion(prompt.job, index, constraint=constraint)
         assert prompt.cache is not None  # it ran
-        tokens = self._places.begin(row, prompt.logits, prompt.cache)
-        self._turns.note([row.job.path])
-        self._take(row, tokens, 0)
+        tokens = self._rows.begin(completion, prompt.logits, prompt.cache)
+        self._turns.note([completion.job.path])
+        self._add_token(completion, tokens, 0)
 
     def _draw(self) -> None:
-        tokens = self._places.draw(self._pool.tree)
-        self._ran = False
+        """Draws the next token of each completion that has a row."""
+        tokens = self._rows.draw(self._pool.tree)
+        self._ran_chunk = False
         self.rounds += 1
-        self._alone += 1
-        rows = [*self._places.rows.items()]
-        self._turns.note(row.job.path for _, row in rows)
-        for place, row in rows:
-            if not row.job.is_over:
-                self._isolate(row.job, self._take, row, tokens, place)
+        self._lone_tokens += 1
+        completions = {**self._rows.completions}  # rows are freed in the loop below
+        self._turns.note(completion.job.path for completion in completions.values())
+        for row, completion in completions.items():
+            if not completion.job.is_over:
+                self._isolate(completion.job, self._add_token, completion, tokens, row)
 
-    def _take(self, row: ActiveCompletion, tokens: DrawnTokens[np.ndarray], at: int) -> None:
-        """Notes the token that a row drew, and ends the row if it is the last one."""
-        job = row.job
+    def _add_token(
+        self, completion: ActiveCompletion, tokens: DrawnTokens[np.ndarray], row: int
+    ) -> None:
+        """Adds the token that a row drew to its completion, and ends it if it is the last one."""
+        job = completion.job
         request = job.request
-        row.check()
-        token, logp = int(tokens.ids[at]), float(tokens.logps[at])
+        completion.check()
+        token = int(tokens.ids[row])
+        logprob = float(tokens.logps[row])
         top = None
         if request.top:
-            top = (tokens.top[0][at, : request.top], tokens.top[1][at, : request.top])
-            row.top.append(top)
-        row.ids.append(token)
-        row.logps.append(logp)
+            top_ids, top_logps = tokens.top
+            top = (top_ids[row, : request.top], top_logps[row, : request.top])
+            completion.top.append(top)
+        completion.ids.append(token)
+        completion.logps.append(logprob)
         self.drawn_tokens += 1
         if job.seen:
-            job.seen(DrawnToken(row.index, token, logp, top))
-        room = self._sizes.max_length - len(request.prompt)
-        most = room if request.max_tokens is None else min(room, request.max_tokens)
-        searched = row.ids[request.limits.min_tokens :]
-        says_stop = ends_with_stop(searched, request.stop, self._text_of)
-        stopped = token in request.stop_ids or says_stop or row.accept(token)
-        if stopped or len(row.ids) >= most:
-            self._runner.keep_drawn(row, self._places)
-            self._places.free(row)
-            row.end(stopped)
+            job.seen(DrawnToken(index=completion.index, token=token, logprob=logprob, top=top))
+        searched_ids = completion.ids[request.limits.min_tokens :]
+        has_stop_text = ends_with_stop(searched_ids, request.stop, self._text_of)
+        stopped = token in request.stop_ids or has_stop_text or completion.accept(token)
+        max_tokens = self._sizes.max_length - len(request.prompt)
+        if request.max_tokens is not None:
+            max_tokens = min(max_tokens, request.max_tokens)
+        if stopped or len(completion.ids) >= max_tokens:
+            self._runner.store_completion(completion, self._rows)
+            self._rows.free(completion)
+            completion.end(stopped)
             if len(job.completions) == request.n:
                 self.end(job)
 
@@ -368,16 +457,18 @@ class Sampler:
             function(*args)
         except Exception as error:
             self.end(job, error)
-            if self._places.are_lost:
+            if self._rows.are_lost:
                 raise
 
     @property
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
-        return self._runner.steps + self._places.steps
+        return self._runner.steps + self._rows.steps
 
     def warm_up(self) -> Iterator[None]:
         """Compiles all functions, for all shapes, step by step; nobody samples yet."""
         logits, caches = yield from self._runner.warm_up(self._pool.tree)
-        yield from self._places.warm_up(self._pool.tree, logits, caches)
-        self._pool.give(self._pool.take(self._base.none) or 0)
+        yield from self._rows.warm_up(self._pool.tree, logits, caches)
+        slot = self._pool.take(self._base.zero_adapter)
+        assert slot is not None  # nobody samples
+        self._pool.give(slot)

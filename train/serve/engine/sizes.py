@@ -4,9 +4,10 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
-_LEAST, _LEAST_CACHE = 64, 128  # the shortest rows, and caches
-TARGETS = (1, 32)  # targets of a place
-_TOGETHER = 4  # prompts, at most, of which pieces run together
+_SHORTEST_ROW = 64
+_SHORTEST_CACHE = 128
+N_TARGETS = (1, 32)  # the numbers of targets of a token that programs are compiled for
+_MAX_PIECE_PROMPTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,49 +34,58 @@ class Sizes:
     fast_prompts: bool = False
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def row_lengths(self) -> tuple[int, ...]:
         """The lengths of rows: halves of the longest."""
-        halvings = [self.max_length]
-        while halvings[-1] % 2 == 0 and halvings[-1] // 2 >= _LEAST:
-            halvings.append(halvings[-1] // 2)
-        return tuple(reversed(halvings))
+        lengths = [self.max_length]
+        while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_ROW:
+            lengths.append(lengths[-1] // 2)
+        return tuple(reversed(lengths))
 
     @property
-    def caches(self) -> tuple[int, ...]:
+    def cache_lengths(self) -> tuple[int, ...]:
         """The lengths of completions' caches."""
-        return tuple(n for n in self.lengths if n >= _LEAST_CACHE) or self.lengths[-1:]
+        lengths = tuple(length for length in self.row_lengths if length >= _SHORTEST_CACHE)
+        return lengths or self.row_lengths[-1:]
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The numbers of completions side by side."""
-        few = max(1, self.sequences // 8)
-        return (few, self.sequences) if few < self.sequences else (self.sequences,)
+        narrow = max(1, self.sequences // 8)
+        return (narrow, self.sequences) if narrow < self.sequences else (self.sequences,)
 
     @property
-    def pieces(self) -> tuple[int, int]:
-        """The number of prompts that run together, and tokens of each: a chunk in all."""
-        n = min(_TOGETHER, self.chunk) if self.fast_prompts else 1
-        while self.chunk % n:
-            n -= 1
-        return n, self.chunk // n
+    def piece_prompts(self) -> int:
+        """The number of prompts of which pieces run together: a divisor of a chunk's tokens."""
+        n_prompts = min(_MAX_PIECE_PROMPTS, self.chunk) if self.fast_prompts else 1
+        while self.chunk % n_prompts:
+            n_prompts -= 1
+        return n_prompts
 
-    def rows(self, length: int) -> int:
+    @property
+    def piece_tokens(self) -> int:
+        """The number of tokens of each piece: all pieces together have as many as a chunk."""
+        return self.chunk // self.piece_prompts
+
+    def n_rows(self, row_length: int) -> int:
         """Returns the number of rows of a batch of this length."""
-        return self.parts * max(1, self.tokens // (length * self.parts))
+        return self.parts * max(1, self.tokens // (row_length * self.parts))
 
-    def cache(self, n: int) -> int:
+    def cache_length(self, n_tokens: int) -> int:
         """Returns the length of a cache that holds n tokens."""
-        return self.caches[bisect.bisect_left(self.caches, n)]
+        return self.cache_lengths[bisect.bisect_left(self.cache_lengths, n_tokens)]
 
-    def caches_to(self, length: int, other: int) -> Sequence[int]:
+    def caches_to(self, length: int, other_length: int) -> Sequence[int]:
         """Returns the lengths of caches from one, left out, to another one, a step at a time."""
-        i, j = self.caches.index(length), self.caches.index(other)
-        return self.caches[i + 1 : j + 1] or self.caches[j:i][::-1]
+        start = self.cache_lengths.index(length)
+        end = self.cache_lengths.index(other_length)
+        if end >= start:
+            return self.cache_lengths[start + 1 : end + 1]
+        return self.cache_lengths[end:start][::-1]
 
-    def length(self, n: int) -> int:
+    def row_length(self, n_tokens: int) -> int:
         """Returns the length of a row that holds n tokens."""
-        return self.lengths[bisect.bisect_left(self.lengths, n)]
+        return self.row_lengths[bisect.bisect_left(self.row_lengths, n_tokens)]
 
-    def width(self, n: int) -> int:
+    def width(self, n_completions: int) -> int:
         """Returns the width that holds n completions."""
-        return self.widths[bisect.bisect_left(self.widths, n)]
+        return self.widths[bisect.bisect_left(self.widths, n_completions)]

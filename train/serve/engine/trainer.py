@@ -1,8 +1,13 @@
-"""Gradients and updates of adapters: one compiled function for those of all tenants."""
+"""Gradients and updates of adapters: one compiled function for those of all tenants.
 
+A token has one target or several: the tokens whose log-probabilities a loss is computed from. All
+arrays of a batch have the same number of targets a token.
+"""
+
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +21,25 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
 from train.serve.engine.adapter import Adapter, Factors, TrainingState
 from train.serve.engine.base import ServedBase
+from train.serve.engine.jobs import PromptScores
 from train.serve.engine.losses import DEFAULTS, ORDER, sum_loss
-from train.serve.engine.sizes import TARGETS, Sizes
+from train.serve.engine.sizes import N_TARGETS, Sizes
 from train.serve.protocol.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update
 
-_EMPTY = -99999.0  # the log-probability of a token that there is none of
-_HUGE = 1e30
-EachToken = Callable[[jax.Array, jax.Array], Tree]  # of logits and targets
+_NO_LOGPROB = -99999.0  # in the place of the log-probability of a token, where there is no token
+_NO_CLIP_NORM = 1e30
+TokenFunction = Callable[[jax.Array, jax.Array], Tree]  # of logits and targets
 
 
 class TrainBatch(NamedTuple):
     """Some rows of a request, filled up to a shape.
 
     Attributes:
-      at: the places of the rows among the request's data.
+      data_indices: of the rows, among the request's data.
       batch: arrays for `lora_jax.training.losses.tokens.token_values`, and those of losses.
     """
 
-    at: list[int]
+    data_indices: list[int]
     batch: dict[str, np.ndarray]
 
 
@@ -44,13 +50,37 @@ class LossInputs(NamedTuple):
       scales: s of each weight.
       shell: the base, without its adapter's arrays.
       batch: see `TrainBatch`, and β of a loss, "beta".
-      which: place of the loss in `ORDER`.
+      loss_index: of the loss in `ORDER`.
     """
 
     scales: dict[str, jax.Array]
     shell: Tree
     batch: Mapping[str, jax.Array]
-    which: jax.Array
+    loss_index: jax.Array
+
+
+class AdamSettings(NamedTuple):
+    """The numbers of a step of AdamW, fp32 [] each.
+
+    Attributes:
+      learning_rate, eps: as in `Update`.
+      decay: by which the factors are multiplied.
+      max_norm: of the gradient.
+      beta1, beta2: as in `Update`.
+      weight1, weight2: of the gradient and of its square, 1 - beta.
+      correction1, correction2: of the moments' bias, 1 - beta**steps.
+    """
+
+    learning_rate: Any
+    eps: Any
+    decay: Any
+    max_norm: Any
+    beta1: Any
+    weight1: Any
+    correction1: Any
+    beta2: Any
+    weight2: Any
+    correction2: Any
 
 
 class Trainer:
@@ -65,36 +95,39 @@ class Trainer:
           layout: the mesh.
           chunk: predictions whose logits are there at a time.
         """
-        self._base, self._sizes, self._layout, self._chunk = base, sizes, layout, chunk
+        self._base = base
+        self._sizes = sizes
+        self._layout = layout
+        self._chunk_tokens = chunk
         # Samples run on the model as it is: mixed batches cannot be followed into `shard_map`.
         model = base.model if layout.mesh.size == 1 else layout.constrained(base.model)
         self._forward = lj.adapt(model.apply)
         self.compiled = 0
         jitted = layout.jitted
-        self._gradient = jitted(self._gradients)
-        self._scores = jitted(self._scored)
-        self._add = jitted(lambda one, other: jax.tree.map(jnp.add, one, other))
-        self._update = jitted(self._updated)
+        self._gradient = jitted(self._compute_gradient)
+        self._scores = jitted(self._compute_scores)
+        self._add = jitted(lambda total, grads: jax.tree.map(jnp.add, total, grads))
+        self._update = jitted(self._compute_update)
         self._finite = jitted(lambda factors: jnp.isfinite(optax.tree.norm(factors)))
 
     @property
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
-        return 2 * len(self._sizes.lengths) + 3
+        return 2 * len(self._sizes.row_lengths) + 3
 
     def warm_up(self, state: TrainingState) -> Iterator[None]:
         """Compiles all functions, for all shapes, step by step.
 
         Args:
-          state: that of an adapter, which stays as it is.
+          state: the state of an adapter, which stays as it is.
         """
-        for length in self._sizes.lengths:
+        for length in self._sizes.row_lengths:
             tokens = np.zeros(length, np.int32)
             request = Gradient([Datum(tokens, {"target_tokens": tokens})], "cross_entropy")
-            (part,) = self.parts(request)
-            grads, *_ = self.gradient(state.adapter, None, request, part)
+            (batch,) = self.batches(request)
+            grads, _, _ = self.gradient(state.adapter, None, request, batch)
             yield
-            self.loss(state.adapter, request, part)
+            self.loss(state.adapter, request, batch)
             yield
         grads = self.add(grads, grads)
         yield
@@ -103,7 +136,7 @@ class Trainer:
         self.update(state, grads, Update())
         yield
 
-    def parts(self, request: Gradient) -> list[TrainBatch]:
+    def batches(self, request: Gradient) -> list[TrainBatch]:
         """Returns the batches of a request, data of like length together.
 
         Raises:
@@ -111,79 +144,81 @@ class Trainer:
         """
         if request.loss not in LOSSES:
             raise RequestError(f"the loss {request.loss!r}: there are {', '.join(LOSSES)}")
-        if wrong := [name for name, value in request.config.items() if not np.isfinite(value)]:
-            raise RequestError(f"{wrong[0]} is {request.config[wrong[0]]}: give a finite number")
+        for name, value in request.config.items():
+            if not np.isfinite(value):
+                raise RequestError(f"{name} is {value}: give a finite number")
         if not request.data:
             raise RequestError("there are no data: give at least one datum")
         for i, datum in enumerate(request.data):
             self._check(i, datum, request.loss)
-        shapes: dict[tuple[int, int], list[int]] = {}
+        indices_of_shape: dict[tuple[int, int], list[int]] = {}
         for i, datum in enumerate(request.data):
-            shapes.setdefault(self._shape(datum), []).append(i)
-        return [
-            TrainBatch(rows, self._batch([request.data[i] for i in rows], request, *shape))
-            for shape, places in shapes.items()
-            for rows in _groups(places, self._sizes.rows(shape[0]))
-        ]
+            indices_of_shape.setdefault(self._shape(datum), []).append(i)
+        batches: list[TrainBatch] = []
+        for (row_length, n_targets), indices in indices_of_shape.items():
+            for batch_indices in _groups(indices, self._sizes.n_rows(row_length)):
+                batch_data = [request.data[i] for i in batch_indices]
+                arrays = self._batch(batch_data, request, row_length, n_targets)
+                batches.append(TrainBatch(batch_indices, arrays))
+        return batches
 
     def gradient(
-        self, adapter: Adapter, total: Factors | None, request: Gradient, part: TrainBatch
+        self, adapter: Adapter, total: Factors | None, request: Gradient, batch: TrainBatch
     ) -> tuple[Factors, float, np.ndarray]:
-        """Returns the gradient so far, the part's loss and its log-probabilities."""
-        inputs = self._inputs(adapter, request, part)
-        loss, p, grads_of_part = self._gradient(adapter.factors, inputs)
-        return self.add(total, grads_of_part), float(loss), np.asarray(p)
+        """Returns the gradient so far, the batch's loss and its log-probabilities."""
+        inputs = self._inputs(adapter, request, batch)
+        loss, logps, batch_grads = self._gradient(adapter.factors, inputs)
+        return self.add(total, batch_grads), float(loss), np.asarray(logps)
 
     def loss(
-        self, adapter: Adapter, request: Gradient, part: TrainBatch
+        self, adapter: Adapter, request: Gradient, batch: TrainBatch
     ) -> tuple[float, np.ndarray]:
-        """Returns a part's loss and its log-probabilities, without a gradient."""
-        inputs = self._inputs(adapter, request, part)
-        loss, p, _ = self._scores(adapter.factors, inputs, np.bool_(False))
-        return float(loss), np.asarray(p)
+        """Returns a batch's loss and its log-probabilities, without a gradient."""
+        inputs = self._inputs(adapter, request, batch)
+        loss, logps, _ = self._scores(adapter.factors, inputs, np.bool_(False))
+        return float(loss), np.asarray(logps)
 
     def prompt(
         self, adapter: Adapter, tokens: np.ndarray, top: int, targets: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Top | None, np.ndarray | None]:
+    ) -> PromptScores:
         """Scores a prompt.
 
         Args:
           adapter: the adapter.
           tokens: [n] int32.
-          top: the number of likeliest tokens wanted at each place.
-          targets: other tokens at each place; see `SampleRequest.targets`.
-
-        Returns:
-          The log-probabilities of its tokens, the likeliest ones at each place if they are wanted,
-          and the log-probabilities of the targets if there are any.
+          top: the number of likeliest tokens to return for each token.
+          targets: other tokens in the place of each one; see `SampleRequest.targets`.
         """
-        wanted, n = np.append(tokens[1:], 0)[:, None], len(tokens) - 1
+        n_scored = len(tokens) - 1  # all but the first
+        scored_ids = np.append(tokens[1:], 0)[:, None]
         if targets is not None:
-            others = np.pad(np.maximum(targets, 0), ((0, 1), (0, 0)))
-            wanted = np.concatenate([wanted, others], axis=1)
-        scores: list[np.ndarray] = []
-        for first in range(0, wanted.shape[1], TARGETS[-1]):
-            columns = wanted[:, first : first + TARGETS[-1]].astype(np.int32)
+            padded_targets = np.pad(np.maximum(targets, 0), ((0, 1), (0, 0)))
+            scored_ids = np.concatenate([scored_ids, padded_targets], axis=1)
+        column_logps: list[np.ndarray] = []
+        top_of_prompt = None
+        max_targets = N_TARGETS[-1]
+        for start in range(0, scored_ids.shape[1], max_targets):
+            columns = scored_ids[:, start : start + max_targets].astype(np.int32)
             datum = Datum(tokens, {"target_tokens": columns})
             request = Gradient([datum], "cross_entropy", forward_only=True)
-            (part,) = self.parts(request)
-            with_top = np.bool_(top > 0 and not scores)
-            inputs = self._inputs(adapter, request, part)
-            _, p, likely = self._scores(adapter.factors, inputs, with_top)
-            if with_top:
-                ids, top_logps = likely
-            scores.append(np.asarray(p)[0, :n, : columns.shape[1]])
-        logps = np.concatenate(scores, axis=1)
-        own = np.append(np.float32(np.nan), logps[:, 0])
-        asked = None if targets is None else np.where(targets < 0, np.float32(0), logps[:, 1:])
-        if not top:
-            return own, None, asked
-        none = (np.zeros((1, top), np.int32), np.full((1, top), _EMPTY, np.float32))
-        both = [
-            np.concatenate([empty, np.asarray(x)[0, :n, :top]])
-            for empty, x in zip(none, (ids, top_logps), strict=True)
-        ]
-        return own, Top(*both), asked
+            (batch,) = self.batches(request)
+            is_first_call = not column_logps
+            inputs = self._inputs(adapter, request, batch)
+            _, logps, top_arrays = self._scores(
+                adapter.factors, inputs, np.bool_(top > 0 and is_first_call)
+            )
+            if top and is_first_call:
+                top_of_prompt = _prompt_top(*top_arrays, n_scored, top)
+            column_logps.append(np.asarray(logps)[0, :n_scored, : columns.shape[1]])
+        all_logps = np.concatenate(column_logps, axis=1)
+        target_logps = None
+        if targets is not None:
+            target_logps = np.where(targets < 0, np.float32(0), all_logps[:, 1:])
+        return PromptScores(
+            prompt_logprobs=np.append(np.float32(np.nan), all_logps[:, 0]),
+            top_prompt=top_of_prompt,
+            targets=target_logps,
+        )
 
     def add(self, total: Factors | None, grads: Factors) -> Factors:
         """Returns the sum of two gradients."""
@@ -194,7 +229,7 @@ class Trainer:
         return bool(self._finite(factors))
 
     def update(
-        self, state: TrainingState, grads: Factors | None, how: Update
+        self, state: TrainingState, grads: Factors | None, settings: Update
     ) -> tuple[TrainingState, float]:
         """Returns the state after a step of AdamW, and the norm of the gradient before clipping.
 
@@ -203,52 +238,67 @@ class Trainer:
         """
         if grads is None:
             grads = jax.tree.map(jnp.zeros_like, state.adapter.factors)
-        clip, steps = how.grad_clip_norm or _HUGE, state.steps + 1
-        given = [how.learning_rate, how.eps, 1 - how.learning_rate * how.weight_decay, clip]
-        for beta in (how.beta1, how.beta2):  # 1 - beta in fp32 would lose half of its digits
-            given += [beta, 1 - beta, 1 - beta**steps]
+        steps = state.steps + 1
+        adam = AdamSettings(
+            learning_rate=settings.learning_rate,
+            eps=settings.eps,
+            decay=1 - settings.learning_rate * settings.weight_decay,
+            max_norm=settings.grad_clip_norm or _NO_CLIP_NORM,
+            # 1 - beta in fp32 would lose half of its digits.
+            beta1=settings.beta1,
+            weight1=1 - settings.beta1,
+            correction1=1 - settings.beta1**steps,
+            beta2=settings.beta2,
+            weight2=1 - settings.beta2,
+            correction2=1 - settings.beta2**steps,
+        )
         with np.errstate(over="ignore"):
-            numbers = np.array(given, np.float32)
-        moved, first, second, norm, is_finite = self._update(
-            state.adapter.factors, state.first, state.second, grads, numbers
+            adam_array = np.array(adam, np.float32)
+        factors, first, second, norm, is_finite = self._update(
+            state.adapter.factors, state.first, state.second, grads, adam_array
         )
         if not is_finite:
             raise RequestError(
                 "the update is not finite: adapter and gradient stay as they are; load a saved "
                 "state to go on without this gradient"
             )
-        adapter = dataclasses.replace(state.adapter, factors=moved)
-        return TrainingState(adapter, first, second, steps), float(norm)
+        adapter = dataclasses.replace(state.adapter, factors=factors)
+        return TrainingState(adapter=adapter, first=first, second=second, steps=steps), float(norm)
 
     def _shape(self, datum: Datum) -> tuple[int, int]:
+        """Returns the length of a row for a datum, and the number of targets of a token there."""
         targets = datum.inputs["target_tokens"]
-        k = 1 if targets.ndim == 1 else targets.shape[1]
-        return self._sizes.length(len(datum.tokens)), next(n for n in TARGETS if n >= k)
+        n_targets = 1 if targets.ndim == 1 else targets.shape[1]
+        row_targets = N_TARGETS[bisect.bisect_left(N_TARGETS, n_targets)]
+        return self._sizes.row_length(len(datum.tokens)), row_targets
 
     def _check(self, i: int, datum: Datum, loss: str) -> None:
         """Raises a RequestError if a datum does not fit."""
-        n, vocab = len(datum.tokens), self._base.model.config.vocab_size
-        if not 1 <= n <= self._sizes.max_length:
+        n_tokens = len(datum.tokens)
+        vocab_size = self._base.model.config.vocab_size
+        if not 1 <= n_tokens <= self._sizes.max_length:
             raise RequestError(
-                f"datum {i} has {n} tokens: from 1 to {self._sizes.max_length} are possible"
+                f"datum {i} has {n_tokens} tokens: from 1 to {self._sizes.max_length} are possible"
             )
         targets = datum.inputs.get("target_tokens")
         if targets is None:
             raise RequestError(f"datum {i} lacks target_tokens, which {loss} needs")
         for name, ids in (("tokens", datum.tokens), ("target_tokens", targets)):
-            if ids.size and not (0 <= ids.min() and ids.max() < vocab):
-                raise RequestError(f"datum {i}: {name} holds an id outside 0 to {vocab - 1}")
-        if targets.ndim not in (1, 2) or len(targets) != n:
-            raise RequestError(f"datum {i}: target_tokens has the shape {targets.shape}, not {n}")
-        if targets.ndim == 2 and not 1 <= targets.shape[1] <= TARGETS[-1]:
+            if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+                raise RequestError(f"datum {i}: {name} holds an id outside 0 to {vocab_size - 1}")
+        if targets.ndim not in (1, 2) or len(targets) != n_tokens:
+            raise RequestError(
+                f"datum {i}: target_tokens has the shape {targets.shape}, not {n_tokens}"
+            )
+        if targets.ndim == 2 and not 1 <= targets.shape[1] <= N_TARGETS[-1]:
             raise RequestError(f"datum {i}: {targets.shape[1]} targets a place; at most 32")
-        needed = () if loss == "cross_entropy" else ("logprobs", "advantages")
-        for name in needed:
+        needed_inputs = () if loss == "cross_entropy" else ("logprobs", "advantages")
+        for name in needed_inputs:
             if name not in datum.inputs:
                 raise RequestError(f"datum {i} lacks {name}, which {loss} needs")
         for name in DEFAULTS.keys() & datum.inputs.keys():
             array = datum.inputs[name]
-            if array.shape not in (targets.shape, (n,)):
+            if array.shape not in (targets.shape, (n_tokens,)):
                 raise RequestError(
                     f"datum {i}: {name} has the shape {array.shape}, target_tokens {targets.shape}"
                 )
@@ -256,89 +306,125 @@ class Trainer:
                 raise RequestError(f"datum {i}: {name} holds a value that is not finite")
 
     def _batch(
-        self, data: Sequence[Datum], request: Gradient, length: int, k: int
+        self, data: Sequence[Datum], request: Gradient, row_length: int, n_targets: int
     ) -> dict[str, np.ndarray]:
-        rows = self._sizes.rows(length)
-        shape = (rows, length, k)
-        ids = np.zeros((rows, length), np.int32)
-        targets, there = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        given = {
-            name: np.full(shape, request.config.get(name, value), np.float32)
-            for name, value in DEFAULTS.items()
+        """Returns the arrays of a batch, a datum a row, filled up to a shape."""
+        n_rows = self._sizes.n_rows(row_length)
+        target_shape = (n_rows, row_length, n_targets)
+        ids = np.zeros((n_rows, row_length), np.int32)
+        targets = np.zeros(target_shape, np.int32)
+        target_mask = np.zeros(target_shape, np.float32)
+        loss_inputs = {
+            name: np.full(target_shape, request.config.get(name, default), np.float32)
+            for name, default in DEFAULTS.items()
         }
         for row, datum in enumerate(data):
-            n = len(datum.tokens)
-            ids[row, :n] = datum.tokens
-            wanted = _wide(datum.inputs["target_tokens"])
-            used = (row, slice(n), slice(wanted.shape[1]))
-            targets[used], there[used] = wanted, 1
+            n_tokens = len(datum.tokens)
+            ids[row, :n_tokens] = datum.tokens
+            datum_targets = _with_target_axis(datum.inputs["target_tokens"])
+            datum_index = (row, slice(n_tokens), slice(datum_targets.shape[1]))
+            targets[datum_index] = datum_targets
+            target_mask[datum_index] = 1
             for name in DEFAULTS.keys() & datum.inputs.keys():
-                given[name][used] = _wide(datum.inputs[name])
-        place = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
-        whole = {"ids": ids, "positions": place, "predict_at": place, "targets": targets}
-        whole["segment_ids"] = (there[:, :, 0] > 0).astype(np.int32)
-        return whole | given | {"there": there}
+                loss_inputs[name][datum_index] = _with_target_axis(datum.inputs[name])
+        positions = np.broadcast_to(np.arange(row_length, dtype=np.int32), ids.shape)
+        token_inputs = {
+            "ids": ids,
+            "positions": positions,
+            "predict_at": positions,
+            "targets": targets,
+            "segment_ids": (target_mask[:, :, 0] > 0).astype(np.int32),
+        }
+        return token_inputs | loss_inputs | {"target_mask": target_mask}
 
-    def _inputs(self, adapter: Adapter, request: Gradient, part: TrainBatch) -> LossInputs:
-        batch = {**self._layout.batch(part.batch, parts=False)}
-        batch["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
-        which = cast(jax.Array, np.int32(ORDER.index(request.loss)))
-        return LossInputs(adapter.scales, self._base.shell_of(adapter), batch, which)
+    def _inputs(self, adapter: Adapter, request: Gradient, batch: TrainBatch) -> LossInputs:
+        """Returns the inputs of a batch's loss besides the factors, on the mesh."""
+        arrays = {**self._layout.batch(batch.batch, parts=False)}
+        arrays["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
+        return LossInputs(
+            scales=adapter.scales,
+            shell=self._base.shell_of(adapter),
+            batch=arrays,
+            loss_index=cast(jax.Array, np.int32(ORDER.index(request.loss))),
+        )
 
-    def _values(self, each: EachToken, factors: Factors, inputs: LossInputs) -> Tree:
+    def _token_values(self, function: TokenFunction, factors: Factors, inputs: LossInputs) -> Tree:
+        """Returns a function of the logits and targets of each token of a batch."""
         tree = self._base.tree(factors, inputs.scales, inputs.shell)
         batch = {name: array for name, array in inputs.batch.items() if name != "beta"}
-        return token_values(each, self._forward, tree, batch, chunk=self._chunk)
+        return token_values(function, self._forward, tree, batch, chunk=self._chunk_tokens)
 
-    def _gradients(
+    def _compute_gradient(
         self, factors: Factors, inputs: LossInputs
     ) -> tuple[jax.Array, jax.Array, Factors]:
+        """Returns the loss of a batch, its log-probabilities and its gradient."""
         self.compiled += 1
 
         def loss(factors: Factors) -> tuple[jax.Array, jax.Array]:
-            p = self._values(log_probabilities, factors, inputs)
-            return sum_loss(inputs.which, p, inputs.batch), p
+            logps = self._token_values(log_probabilities, factors, inputs)
+            return sum_loss(inputs.loss_index, logps, inputs.batch), logps
 
-        (total, p), grads = jax.value_and_grad(loss, has_aux=True)(factors)
-        return total, p, grads
+        (total, logps), grads = jax.value_and_grad(loss, has_aux=True)(factors)
+        return total, logps, grads
 
-    def _scored(
+    def _compute_scores(
         self, factors: Factors, inputs: LossInputs, with_top: jax.Array
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """Returns the loss of a batch, its log-probabilities and the likeliest tokens."""
         self.compiled += 1
 
-        def each(logits: jax.Array, targets: jax.Array) -> Tree:
+        def score(logits: jax.Array, targets: jax.Array) -> Tree:
             return log_probabilities(logits, targets), likeliest(logits, TOP, with_top)
 
-        p, top = self._values(each, factors, inputs)
-        return sum_loss(inputs.which, p, inputs.batch), p, top
+        logps, top = self._token_values(score, factors, inputs)
+        return sum_loss(inputs.loss_index, logps, inputs.batch), logps, top
 
-    def _updated(
-        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: jax.Array
+    def _compute_update(
+        self,
+        factors: Factors,
+        first: Factors,
+        second: Factors,
+        grads: Factors,
+        adam_array: jax.Array,
     ) -> tuple[Factors, Factors, Factors, jax.Array, jax.Array]:
+        """Returns factors and moments after a step, the gradient's norm, and if all are finite."""
         self.compiled += 1
-        rate, eps, kept, clip, beta1, new1, fix1, beta2, new2, fix2 = how
+        adam = AdamSettings(*adam_array)
         norm = optax.tree.norm(grads)
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
-        first = jax.tree.map(lambda m, g: beta1 * m + new1 * g, first, grads)
-        second = jax.tree.map(lambda v, g: beta2 * v + new2 * g * g, second, grads)
+        clip_scale = jnp.minimum(1.0, adam.max_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * clip_scale, grads)
+        first = jax.tree.map(lambda m, g: adam.beta1 * m + adam.weight1 * g, first, grads)
+        second = jax.tree.map(lambda v, g: adam.beta2 * v + adam.weight2 * g * g, second, grads)
 
-        def moved(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            size = jnp.sqrt(v / fix2) + eps
-            return x * kept - rate * jnp.where(m == 0, 0.0, m / fix1 / size)
+        def step(factor: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            denominator = jnp.sqrt(v / adam.correction2) + adam.eps
+            direction = jnp.where(m == 0, 0.0, m / adam.correction1 / denominator)
+            return factor * adam.decay - adam.learning_rate * direction
 
-        new = jax.tree.map(moved, factors, first, second)
-        return new, first, second, norm, _are_finite((new, first, second, norm))
+        factors = jax.tree.map(step, factors, first, second)
+        return factors, first, second, norm, _are_finite((factors, first, second, norm))
+
+
+def _prompt_top(ids: jax.Array, logps: jax.Array, n_scored: int, top: int) -> Top:
+    """Returns the likeliest tokens of a prompt's scores, [1, length, k] each; none for token 0."""
+    prompt_ids = np.zeros((n_scored + 1, top), np.int32)
+    prompt_ids[1:] = np.asarray(ids)[0, :n_scored, :top]
+    prompt_logps = np.full((n_scored + 1, top), _NO_LOGPROB, np.float32)
+    prompt_logps[1:] = np.asarray(logps)[0, :n_scored, :top]
+    return Top(prompt_ids, prompt_logps)
 
 
 def _are_finite(arrays: Tree) -> jax.Array:
+    """Returns whether all numbers of a tree are finite, [] bool."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
 
 
-def _wide(array: np.ndarray) -> np.ndarray:
+def _with_target_axis(array: np.ndarray) -> np.ndarray:
+    """Returns an array of a datum, [n] or [n, k], as [n, k]."""
     return array if array.ndim == 2 else array[:, None]
 
 
-def _groups(places: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(places), size):
-        yield places[first : first + size]
+def _groups(indices: list[int], size: int) -> Iterator[list[int]]:
+    """Yields groups of at most `size` indices."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

@@ -1,14 +1,19 @@
-"""The order of turns of owners, their sessions, the sessions' adapters, and requests."""
+"""The order of turns of owners, their sessions, the sessions' adapters, and requests.
+
+A path names one of these: its levels are an owner, a session of it, an adapter there, and a
+request. A party is an owner or a session. Parties share things of which there are few, called
+resources here: rows, and slots.
+"""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-# An owner, a session of it, an adapter there, a request; or the first of these alone.
-Place = TypeVar("Place")
-TurnPath = tuple[Hashable, ...]
-PARTY = 2  # levels that stand for people: owners, and sessions
-_PATIENCE = (1, 16)  # turns without one after which an owner, or a session, has another's place
+Resource = TypeVar("Resource")
+TurnPath = tuple[Hashable, ...]  # an owner, a session of it, an adapter there, a request, or fewer
+PARTY_LEVELS = 2
+# Others' turns after which an owner, or a session, that has no resource gets one of another.
+_MAX_WAIT_TURNS = (1, 16)
 
 
 class TurnOrder:
@@ -19,17 +24,17 @@ class TurnOrder:
 
     def __init__(self) -> None:
         """Begins without anybody."""
-        self._now = 0
-        self._last: dict[TurnPath, int] = {}  # when each had its latest turn, or came
+        self._n_turns = 0
+        self._last_turn: dict[TurnPath, int] = {}  # or the time of its coming
         self._users: Counter[TurnPath] = Counter()
-        self._children: Counter[TurnPath] = Counter()  # of those that are there
+        self._children: Counter[TurnPath] = Counter()  # of those that have users
 
     def enter(self, path: TurnPath) -> None:
         """Lets somebody in."""
         for level in levels(path):
             if not self._users[level]:
-                self._now += 1
-                self._last[level] = self._now
+                self._n_turns += 1
+                self._last_turn[level] = self._n_turns
                 self._children[level[:-1]] += 1
             self._users[level] += 1
 
@@ -38,20 +43,21 @@ class TurnOrder:
         for level in levels(path):
             self._users[level] -= 1
             if not self._users[level]:
-                del self._users[level], self._last[level]
+                del self._users[level]
+                del self._last_turn[level]
                 self._children[level[:-1]] -= 1
                 if not self._children[level[:-1]]:
                     del self._children[level[:-1]]
 
     def note(self, paths: Iterable[TurnPath]) -> None:
         """Notes a turn that these paths had together."""
-        self._now += 1
+        self._n_turns += 1
         for path in paths:
-            self._last.update(dict.fromkeys(levels(path), self._now))
+            self._last_turn.update(dict.fromkeys(levels(path), self._n_turns))
 
     def last(self, path: TurnPath) -> int:
         """Returns the time of somebody's last turn."""
-        return self._last[path]
+        return self._last_turn[path]
 
     def n_below(self, path: TurnPath) -> int:
         """Returns the number of those right beneath a path: () for owners."""
@@ -59,51 +65,71 @@ class TurnOrder:
 
     def order(self, path: TurnPath) -> tuple[int, ...]:
         """Returns a key to sort by: the least is next."""
-        return tuple(self._last[level] for level in levels(path))
+        return tuple(self._last_turn[level] for level in levels(path))
 
     def has_others(self, path: TurnPath) -> bool:
         """Returns True if anybody else is there at the last level of a path."""
         return self._children[path[:-1]] > (path in self._users)
 
     def loser(
-        self, path: TurnPath, held: Mapping[Place, set[TurnPath]]
-    ) -> tuple[TurnPath, list[Place]] | None:
-        """Returns the owner or session that gives up a place, where no place is free.
+        self, path: TurnPath, holders: Mapping[Resource, set[TurnPath]]
+    ) -> tuple[TurnPath, list[Resource]] | None:
+        """Returns the party that gives up a resource, where none is free.
 
-        One with two places more than another has, loses one; and so has one of a single place, to
-        one without any who waits for longer. So places are shared evenly among owners, and an
-        owner's among its sessions. Requests of one session take no places from each other.
+        One with two resources more than another has, loses one; and so has one of a single
+        resource, to one without any who waits for longer. So resources are shared evenly among
+        owners, and an owner's among its sessions. Requests of one session take none from each
+        other.
 
         Args:
-          path: who wants a place.
-          held: holders of each place.
+          path: who needs a resource.
+          holders: the paths that hold each resource.
 
         Returns:
-          The owner or the session, and its places; None where nobody has to.
+          The owner or the session, and its resources; None where nobody has to.
         """
-        for depth in range(1, PARTY + 1):
-            mine, rivals, own = path[:depth], dict[TurnPath, list[Place]](), 0
-            for place, holders in held.items():
-                parties_there = {holder[:depth] for holder in holders}
-                own += mine in parties_there
-                if len(parties_there) == 1 and (other := next(iter(parties_there))) != mine:
-                    if other[:-1] == mine[:-1]:
-                        rivals.setdefault(other, []).append(place)
-            if not rivals:
+        for n_levels in range(1, PARTY_LEVELS + 1):
+            party = path[:n_levels]
+            n_own = 0
+            resources_of_rivals: dict[TurnPath, list[Resource]] = {}
+            for resource, paths in holders.items():
+                holding_parties = {holder[:n_levels] for holder in paths}
+                n_own += party in holding_parties
+                if len(holding_parties) != 1:  # several parties share it: none can give it up
+                    continue
+                (rival,) = holding_parties
+                if rival != party and rival[:-1] == party[:-1]:
+                    resources_of_rivals.setdefault(rival, []).append(resource)
+            if not resources_of_rivals:
                 continue
-            most = max(rivals, key=lambda other: (len(rivals[other]), self._last[other]))
-            waits = self._now - self._last[mine] >= _PATIENCE[depth - 1]
-            is_older = waits and self._last[mine] < self._last[most]
-            if len(rivals[most]) > own + 1 or (own == 0 and is_older):
-                return most, rivals[most]
+            richest = self._richest(resources_of_rivals)
+            has_two_more = len(resources_of_rivals[richest]) > n_own + 1
+            has_waited_longer = n_own == 0 and self._has_waited_longer(party, richest)
+            if has_two_more or has_waited_longer:
+                return richest, resources_of_rivals[richest]
         return None
+
+    def _richest(self, resources_of_parties: Mapping[TurnPath, Sequence[object]]) -> TurnPath:
+        """Returns the party with the most resources; of equals, that with the latest turn."""
+
+        def wealth(party: TurnPath) -> tuple[int, int]:
+            return len(resources_of_parties[party]), self._last_turn[party]
+
+        return max(resources_of_parties, key=wealth)
+
+    def _has_waited_longer(self, party: TurnPath, rival: TurnPath) -> bool:
+        """Returns True if a party waited long enough, and longer than a rival."""
+        wait_turns = self._n_turns - self._last_turn[party]
+        is_long = wait_turns >= _MAX_WAIT_TURNS[len(party) - 1]
+        return is_long and self._last_turn[party] < self._last_turn[rival]
 
 
 def parties(path: TurnPath) -> list[TurnPath]:
     """Returns the owner and the session of a path."""
-    return [*levels(path[:PARTY])]
+    return [*levels(path[:PARTY_LEVELS])]
 
 
 def levels(path: TurnPath) -> Iterator[TurnPath]:
     """Yields the beginnings of a path: the owner's, the session's, and so on."""
-    return (path[: n + 1] for n in range(len(path)))
+    for n_levels in range(1, len(path) + 1):
+        yield path[:n_levels]

@@ -187,7 +187,9 @@ class World:
 
     def __init__(self, engine, base, folder):
         self.engine, self.base = engine, base
-        self.trees = {None: base.tree(base.none.factors, base.none.scales, base.shell)}
+        self.trees = {
+            None: base.tree(base.zero_adapter.factors, base.zero_adapter.scales, base.shell)
+        }
         for number, name in enumerate(NAMES[1:]):
             tell(engine, "maker", Create(AdapterSpec(rank=3, seed=number, mlp=name == "one")))
             self.learn("maker", number)

@@ -53,7 +53,7 @@ def ran(engine, **fields):
 def forget(engine):
     """Has an engine compute all anew, in as few rows as will do, on which last bits depend."""
     engine._sampler._runner.store.clear()
-    engine._sampler._places.narrow()
+    engine._sampler._rows.narrow()
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ SIZES = Sizes(max_length=512, tokens=512, sequences=8, chunk=16)
 
 @pytest.mark.parametrize("n", [1, 100, 129, 500])
 def test_a_cache_is_at_most_twice_as_long_as_its_tokens(n):
-    assert n <= SIZES.cache(n) <= max(128, 2 * n)
-    assert Sizes(max_length=100, tokens=1, sequences=1, chunk=1).caches == (100,)
+    assert n <= SIZES.cache_length(n) <= max(128, 2 * n)
+    assert Sizes(max_length=100, tokens=1, sequences=1, chunk=1).cache_lengths == (100,)
 
 
 def test_steps_between_caches():
@@ -29,7 +29,7 @@ def test_steps_between_caches():
 def test_rows_keep_their_tokens_while_caches_grow_and_shrink(base):
     engine = Engine(base, SIZES, one_device(), eos=(), text_of=text_of, slots=1)
     engine.warm_up()
-    before, places, lengths = engine.status().compiled, engine._sampler._places, []
+    before, places, lengths = engine.status().compiled, engine._sampler._rows, []
     resize = places._resize
 
     def seen(order, length):
@@ -39,7 +39,7 @@ def test_rows_keep_their_tokens_while_caches_grow_and_shrink(base):
     places._resize = seen
     rng = np.random.default_rng(0)
     forward = jax.jit(lj.adapt(base.model.apply))
-    tree = base.tree(base.none.factors, base.none.scales, base.shell)
+    tree = base.tree(base.zero_adapter.factors, base.zero_adapter.scales, base.shell)
 
     def deviation(prompt, completion):
         whole = np.zeros((1, SIZES.max_length), np.int32)

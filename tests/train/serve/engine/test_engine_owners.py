@@ -40,7 +40,7 @@ class Log:
 
     def __init__(self, engine, monkeypatch):
         self.engine, self.events, self.futures, self.ends = engine, [], [], []
-        runner, places = engine._sampler._runner, engine._sampler._places
+        runner, places = engine._sampler._runner, engine._sampler._rows
         runner.store.clear()
         run, draw = runner.run, places.draw
 
@@ -49,7 +49,7 @@ class Log:
             return run(prompts, *rest)
 
         def drawn(tree):
-            rows = Counter(row.job.request.client for row in places.rows.values())
+            rows = Counter(row.job.request.client for row in places.completions.values())
             self.events.append(("draw", {client.owner for client in rows}, rows))
             return draw(tree)
 
@@ -182,7 +182,7 @@ def test_who_fills_all_slots_keeps_nobody_out(engine, monkeypatch):
 def test_a_session_whose_samples_lost_their_slots_goes_on(engine, monkeypatch):
     """Its other samples hold all slots then, and none of them has a row."""
     sampler = engine._sampler
-    monkeypatch.delitem(sampler._pool._there, 3)  # two are left
+    monkeypatch.delitem(sampler._pool._adapters, 3)  # two are left
     plan = {0: ("a", "one", 8, 20), 2: ("a", "two", 12, 5), 11: ("b", "more 0", 1, 20)}
     plan[24] = "a", "more 0", 8, 5
     futures, count, step = [], itertools.count(), sampler.step
@@ -223,7 +223,7 @@ def test_others_train_one_batch_between_two_tokens(engine, monkeypatch):
     log, now = Log(engine, monkeypatch), [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0)
     monkeypatch.setattr(engine_module, "time", clock)
-    gradient, draw = engine._trainer.gradient, engine._sampler._places.draw
+    gradient, draw = engine._trainer.gradient, engine._sampler._rows.draw
 
     def trained(*rest):
         now[0] += 1.0
@@ -235,7 +235,7 @@ def test_others_train_one_batch_between_two_tokens(engine, monkeypatch):
         return draw(tree)
 
     monkeypatch.setattr(engine._trainer, "gradient", trained)
-    monkeypatch.setattr(engine._sampler._places, "draw", drawn)
+    monkeypatch.setattr(engine._sampler._rows, "draw", drawn)
     ben = Client("ben")
     tell(engine, "tenant", Create(AdapterSpec(rank=1)))
     data = [Datum(np.arange(60) % VOCAB, {"target_tokens": np.ones(60, int)})] * 40

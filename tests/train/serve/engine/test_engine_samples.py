@@ -311,7 +311,7 @@ def test_adapters_that_nobody_asks_for_are_read_again(base, tmp_path):
             tell(engine, "maker", Update(3e-2, eps=1e-8))
             tell(engine, "maker", Save(tmp_path / str(i), name=str(i)))
             said.append(draw(adapter=str(i)))
-            assert len(engine._named) == min(i + 1, 2)
+            assert len(engine._adapters) == min(i + 1, 2)
         assert len({tuple(one.prompt_logprobs[1:]) for one in said}) == 5
         assert engine.status().adapters == ("0", "1", "2", "3", "4") and engine.knows("0")
         for i in (0, 1, 4, 0):

@@ -30,7 +30,7 @@ def fast(world, base):
     engine = Engine(base, SIZES, one_device(), eos=[], text_of=text_of, slots=3)
     engine.warm_up()
     for name in NAMES[1:]:
-        engine._commands.named.add(name, None, world.engine._commands.named.find(name))
+        engine._commands.adapters.add(name, None, world.engine._commands.adapters.find(name))
     engine.calls, runner = [], engine._sampler._runner
     run = runner.run
 

@@ -33,17 +33,17 @@ class Unread:
     """Gives caches of the right length, and computes nothing."""
 
     chunk = SIZES.chunk
-    whole = SamplingPrograms.whole
+    round_up = SamplingPrograms.round_up
 
     has_memory = False
 
     def __init__(self, depends_on_room=False):
         self.depends_on_room, self.lengths = depends_on_room, []
 
-    def prompt(self, length):
-        return init_cache(MODEL, 1, self.whole(length))
+    def prompt_cache(self, length):
+        return init_cache(MODEL, 1, self.round_up(length))
 
-    grow = lambda self, cache, length: self.prompt(length)  # noqa: E731
+    grow = lambda self, cache, length: self.prompt_cache(length)  # noqa: E731
     block = lambda self, cache, first: BLOCK  # noqa: E731
     put = lambda self, cache, first, block: cache  # noqa: E731
 
@@ -59,7 +59,7 @@ class Weights:
 def job(ids, owner="", adapter=None, active=0):
     request = SimpleNamespace(prompt=ids, client=SimpleNamespace(owner=owner))
     return SimpleNamespace(
-        request=request, adapter=adapter, slot=0, active=active, path=(owner, "", "a", None)
+        request=request, adapter=adapter, slot=0, active_start=active, path=(owner, "", "a", None)
     )
 
 
@@ -79,7 +79,7 @@ def test_a_prefix_is_taken_over_into_a_cache_of_any_length(n, cached):
     assert runner.waits(other, [first]) == (cached > 16)
     while not first.is_done:
         runner.run([first], None)
-    assert ran(runner, job(ids[:n])).cached == cached
+    assert ran(runner, job(ids[:n])).n_cached == cached
 
 
 def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
@@ -89,7 +89,7 @@ def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
         runner, ids = PromptRunner(programs, SIZES), np.arange(250)
         ran(runner, job(ids[:113]))
         assert programs.lengths == [128] * 8
-        assert ran(runner, job(ids)).cached == found
+        assert ran(runner, job(ids)).n_cached == found
         n = (250 - found + 15) // 16
         short = 0 if depends_on_room else 1
         assert programs.lengths[8:] == [128] * short + [256] * (n - short)
@@ -98,10 +98,10 @@ def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
 def test_a_kept_prefix_is_found_by_its_owner_for_its_weights():
     weights, runner, ids = Weights(), PromptRunner(Unread(), SIZES), np.arange(50)
     ran(runner, job(ids, "anna", weights))
-    assert ran(runner, job(ids, "anna", weights)).cached == 48
+    assert ran(runner, job(ids, "anna", weights)).n_cached == 48
     for other in (("ben", weights), ("anna", Weights()), ("anna", None)):
-        assert ran(runner, job(ids, *other)).cached == 0
-    assert ran(PromptRunner(Unread(), SIZES), job(ids, "anna", weights)).cached == 0
+        assert ran(runner, job(ids, *other)).n_cached == 0
+    assert ran(PromptRunner(Unread(), SIZES), job(ids, "anna", weights)).n_cached == 0
 
 
 def test_no_room_is_for_nothing():
@@ -111,7 +111,7 @@ def test_no_room_is_for_nothing():
     runner.run([first], None)
     assert not runner.waits(runner.begin(job(ids)), [first]), "it would wait for nothing"
     ran(runner, job(ids))
-    assert ran(runner, job(ids)).cached == runner.store.size == 0
+    assert ran(runner, job(ids)).n_cached == runner.store.size == 0
 
 
 def test_what_is_about_to_run_is_waited_for():
@@ -139,7 +139,7 @@ def test_prompts_beside_one_that_fails_begin_anew():
     with pytest.raises(MemoryError):
         runner.run(both, None)
     assert programs.extend_all.call_count == 1
-    assert both[1].cache is None and both[1].n == 0
+    assert both[1].cache is None and both[1].n_run == 0
     runner.run(both[1:], None)
     assert both[1].is_done
 
@@ -151,7 +151,7 @@ def test_drawn_tokens_are_kept_where_they_do_not_depend_on_others(depends_on_roo
     sample = job(np.arange(20))
     ran(runner, sample)
     before = runner.store.size
-    runner.keep_drawn(SimpleNamespace(job=sample, ids=[*range(14)]), rows)
+    runner.store_completion(SimpleNamespace(job=sample, ids=[*range(14)]), rows)
     assert (runner.store.size == before) == depends_on_room
 
 
@@ -160,13 +160,13 @@ def test_rows_shorter_than_a_chunk_have_no_block():
     config = SimpleNamespace(**vars(MODEL), vocab_size=9)
     model = SimpleNamespace(config=config, dtype=np.float32)
     sizes = dataclasses.replace(FAST, sequences=1, chunk=256)
-    programs, lengths = MagicMock(whole=lambda n: -(-n // 256) * 256), []
+    programs, lengths = MagicMock(round_up=lambda n: -(-n // 256) * 256), []
 
     def block(rows, row, first):
         taken = jax.eval_shape(functools.partial(take_row_block, n=256), rows, *[np.int32(0)] * 2)
         lengths.append(taken.key.shape[3])
 
-    programs.empty = lambda *shape: jax.eval_shape(lambda: empty_rows(model, *shape))
+    programs.empty_rows = lambda *shape: jax.eval_shape(lambda: empty_rows(model, *shape))
     programs.insert = lambda rows, row, state: rows
     programs.run = lambda tree, rows: (np.zeros((1, 9)), rows)
     programs.draw.return_value = SimpleNamespace(ids=np.zeros(1)), None
@@ -176,7 +176,7 @@ def test_rows_shorter_than_a_chunk_have_no_block():
     assert len([*places.warm_up(None, np.zeros((1, 9)), [cache])]) == places.steps
     assert lengths == [256]
     with pytest.raises(TypeError):
-        block(programs.empty(1, 128), 0, 0)
+        block(programs.empty_rows(1, 128), 0, 0)
 
 
 class Texts:
@@ -189,7 +189,7 @@ class Texts:
     def keep(self, text, owner=""):
         for end in range(1, len(text) + 1):
             self.store.add(PrefixScope(owner, None), self._ids(text[:end]), self.block)
-            assert self.store.size <= self.store._most
+            assert self.store.size <= self.store._max_bytes
 
     def find(self, text, owner=""):
         return len(self.store.find(PrefixScope(owner, None), self._ids(text)))
@@ -246,10 +246,10 @@ def test_texts_go_on_from_memories_alone():
     assert texts.find("abc") == texts.find("abx") == 2
     texts.keep("qr")
     assert texts.find("abcd") == texts.find("abxy") == 4 and texts.find("a") == 0
-    texts.store._most = 1000
+    texts.store._max_bytes = 1000
     texts.keep("abx")
     assert (texts.find("a"), texts.find("abx")) == (1, 3), "they were computed again"
-    texts.store._most = 240
+    texts.store._max_bytes = 240
     texts.keep("s" * 9)
     assert texts.find("s" * 9) == 9 and 200 < texts.store.size <= 240
 

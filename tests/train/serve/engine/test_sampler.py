@@ -27,7 +27,7 @@ class EmptyPool(AdapterPool):
 
     def __init__(self, slots):
         self._tree, self._users = None, Counter()
-        self._there = dict.fromkeys(range(1, slots + 1))
+        self._adapters = dict.fromkeys(range(1, slots + 1))
 
     def _write(self, slot, adapter):
         pass
@@ -39,7 +39,7 @@ class EmptyPlaces:
     are_lost = False
 
     def __init__(self, shared):
-        self.rows, self.shared = {}, shared
+        self.completions, self.shared = {}, shared
 
     def narrow(self):
         pass
@@ -52,14 +52,16 @@ class EmptyPlaces:
         self.free(row)
 
     def free(self, row):
-        del self.rows[next(place for place, other in self.rows.items() if other is row)]
+        del self.completions[
+            next(place for place, other in self.completions.items() if other is row)
+        ]
 
     def resume(self, row):
         assert row.job.slot is not None
-        self.rows[next(i for i in itertools.count() if i not in self.rows)] = row
+        self.completions[next(i for i in itertools.count() if i not in self.completions)] = row
 
     def draw(self, tree):
-        n = max(self.rows) + 1
+        n = max(self.completions) + 1
         return DrawnTokens(np.zeros(n, int), np.zeros(n), None)
 
 
@@ -69,18 +71,20 @@ def made_sampler(slots, sequences, shared, trainer=None, **sizes):
         chunk=CHUNK,
         depends_on_room=False,
         has_memory=False,
-        empty=lambda width, length: None,
-        prompt=lambda length: cache,
+        empty_rows=lambda width, length: None,
+        prompt_cache=lambda length: cache,
         block=lambda cache, first: SimpleNamespace(size=1),
         put=lambda cache, first, block: cache,
         extend=lambda tree, slot, ids, n, cache: (None, cache),
         extend_all=lambda tree, slot, ids, n, caches: ([None] * len(caches), caches),
-        whole=lambda length: length,
+        round_up=lambda length: length,
     )
-    base = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)), none=None)
+    base = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)), zero_adapter=None
+    )
     sizes = Sizes(max_length=64, tokens=64, sequences=sequences, chunk=CHUNK, **sizes)
     sampler = Sampler(base, trainer, drawing, EmptyPool(slots), sizes, str)
-    sampler._places = EmptyPlaces(shared)
+    sampler._rows = EmptyPlaces(shared)
     return sampler
 
 
@@ -183,7 +187,7 @@ def test_training_and_sampling_have_as_much_time(monkeypatch):
     engine = SimpleNamespace(
         _tenants={"one": tenant},
         _sampler=SimpleNamespace(busy=True, step=lambda: turn("sampling", 1.0)),
-        _spent={"training": 0.0, "sampling": 0.0},
+        _seconds_of_kind={"training": 0.0, "sampling": 0.0},
         _may_train=lambda tenant: True,
         _order=lambda tenant: 0,
         _train=lambda tenant: turn("training", 3.0),
