@@ -57,7 +57,8 @@ def run(options: ServeOptions) -> None:
       UserError: something that was asked for cannot be done: before weights are read.
     """
     keys = check(options)
-    if notice := keep_compiled(options.compilation_cache):
+    notice = keep_compiled(options.compilation_cache)
+    if notice:
         say(notice)
     outline = read_model_info(options.model, options.tokenizer).quantized(options.quantize)
     outline = outline.with_template(options.chat_template)
@@ -72,12 +73,12 @@ def run(options: ServeOptions) -> None:
     outline, sampling = apply_generation_config(outline, options.generation_config)
     length = length_of(options, outline)
     layout = _layout(options, outline)
-    with ExitStack() as held:
-        folder = _output(options, held)
+    with ExitStack() as exits:
+        folder = _output(options, exits)
         access = Access(keys, Origins(map(read_origin, options.allow_origin)))
         access.starting = StartProgress(outline.name)
         server = HttpServer(make_starting_app(access), options.host, options.port)
-        held.enter_context(server)
+        exits.enter_context(server)
         say(f"starts at {server.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
         limits = TinkerLimits(
@@ -88,8 +89,10 @@ def run(options: ServeOptions) -> None:
         )
         tinker = Tinker(engine, folder, owner_of, limits=limits)
         engine.start()
-        held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT), "the sweep"))
-        held.callback(_every(_LOOKED, tinker.sweep_samples, "the search for clients that are gone"))
+        exits.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT), "the sweep"))
+        exits.callback(
+            _every(_LOOKED, tinker.sweep_samples, "the search for clients that are gone")
+        )
         tinker.start(_SILENT)
         server.app = make_app(
             engine,
@@ -122,15 +125,15 @@ def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:
     return Layout.of(make_mesh(options.mesh, options.sequences), outline.config)
 
 
-def _output(options: ServeOptions, held: ExitStack) -> Path:
+def _output(options: ServeOptions, exits: ExitStack) -> Path:
     """Returns the folder of what lasts, which no other server uses.
 
     Raises:
       UserError: another one does, or the folder is none of a server's.
     """
     folder = Path(options.output).expanduser()
-    paths = folder.iterdir() if folder.exists() else ()
-    contents = [path for path in paths if path.name != LOCK]  # a killed server leaves its own
+    paths = [*folder.iterdir()] if folder.exists() else []
+    contents = [path for path in paths if path.name != LOCK]  # a killed server leaves its lock
     if contents and not (folder / _LEDGER).exists():
         raise UserError(
             f"--output {options.output} holds something else than a server's {_LEDGER}: name "
@@ -138,12 +141,15 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held.enter_context(RunLock(FolderLock(folder), notice=say))
+        exits.enter_context(RunLock(FolderLock(folder), notice=say))
     except TrainingError as error:
         raise UserError(f"--output {options.output}: {error}") from None
     if options.fresh:
         for path in contents:
-            (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     elif contents:
         say(f"goes on with what {folder} holds (--fresh deletes it)")
     return folder
@@ -185,7 +191,9 @@ def _engine(
         fast_prompts=options.fast_prompts,
     )
     engine = make_engine(
-        *(model, params, outline.name),
+        model,
+        params,
+        outline.name,
         eos=end_tokens(outline),
         text_of=text_of,
         limits=limits,
@@ -207,19 +215,19 @@ def _template_of(folder: Path) -> str | None:
     """
     try:
         source = find_adapter(str(folder))
-        file = source.chat_template
-        return None if file is None else read_template(str(file), source.given)
+        template_file = source.chat_template
+        return None if template_file is None else read_template(str(template_file), source.given)
     except UserError as error:
         raise RequestError(f"{folder.name}: {error}") from None
 
 
-def _every(seconds: float, function: Callable[[], object], what: str) -> Callable[[], None]:
+def _every(seconds: float, function: Callable[[], object], task: str) -> Callable[[], None]:
     """Calls a function again and again, in a thread; returns what ends that.
 
     Args:
       seconds: the time between two calls.
       function: the function.
-      what: what it does, for the log.
+      task: what it does, for the log.
     """
     ended = threading.Event()
 
@@ -228,7 +236,7 @@ def _every(seconds: float, function: Callable[[], object], what: str) -> Callabl
             try:
                 function()
             except Exception:  # such as a full disk; the next time may be better
-                _logger.exception("%s failed", what)
+                _logger.exception("%s failed", task)
 
     threading.Thread(target=work, name="sweep", daemon=True).start()
     return ended.set

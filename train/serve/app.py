@@ -54,7 +54,10 @@ def make_app(
     lookup = lookup or AdapterLookup()
     models = Models(engine, access, lookup)
     openai = OpenAI(
-        *(engine, ServedTokenizer(tokenizer), models, sampling),
+        engine,
+        ServedTokenizer(tokenizer),
+        models,
+        sampling,
         trusts_templates=trusts_templates,
     )
     routes = [
@@ -73,9 +76,11 @@ def make_starting_app(access: Access) -> Starlette:
 def _make_app(
     routes: Sequence[BaseRoute], access: Access, limits: GateLimits | None = None
 ) -> Starlette:
-    gates = [Middleware(Gate, access, limits or GateLimits())]
+    """Returns the application of some routes."""
+    middleware = [Middleware(Gate, access, limits or GateLimits())]
     if access.origins.allowed:  # browsers ask first whether they may send a request
-        gates.insert(0, Middleware(CORSMiddleware, allow_origins=access.origins.allowed, **_CORS))
-    app = Starlette(routes=routes, middleware=gates, exception_handlers=HANDLERS)
+        cors = Middleware(CORSMiddleware, allow_origins=access.origins.allowed, **_CORS)
+        middleware.insert(0, cors)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
     app.state.access = access
     return app

@@ -72,5 +72,12 @@ def make_engine(
         prefixes=limits.prefixes,
         fast_prompts=limits.fast_prompts,
     )
-    room = {"slots": limits.slots, "tenants": limits.tenants}
-    return Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)
+    return Engine(
+        base,
+        sizes,
+        layout,
+        eos=eos,
+        text_of=text_of,
+        slots=limits.slots,
+        tenants=limits.tenants,
+    )

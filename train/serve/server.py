@@ -19,13 +19,13 @@ from train.console.errors import UserError
 from train.console.output import say
 from train.serve.routes.access import Access
 
-_DRAIN = 30.0  # seconds that requests under way have when the server ends
-_LOOK = 0.05
+_DRAIN_SECONDS = 30.0  # that requests under way have when the server ends
+_POLL_SECONDS = 0.05
 HEAD = 30.0  # seconds that the head of a request may take
-_MOST = 10_000
-_OTHERS = 128  # files that the process has open besides
-_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-_MANY = (
+_MAX_CONNECTIONS = 10_000
+_OTHER_FILES = 128  # that the process has open besides
+_TIMEOUT_ANSWER = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_OVERLOAD_ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
     b"Content-Length: 0\r\n\r\n"
 )
@@ -33,8 +33,10 @@ _MANY = (
 
 def most_connections() -> int:
     """Returns the number of connections that the limit on open files has room for."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if files == resource.RLIM_INFINITY else max(1, min(_MOST, files - _OTHERS))
+    max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if max_files == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return max(1, min(_MAX_CONNECTIONS, max_files - _OTHER_FILES))
 
 
 class Connections:
@@ -53,7 +55,8 @@ class Connections:
           most: number of connections at once; by default as many as there may be open files. If
             there are more, the one that owes a head for the longest time is closed.
         """
-        self.head, self.most = head, most or most_connections()
+        self.head = head
+        self.most = most or most_connections()
         self.open: set[_Connection] = set()
         self.waiting: dict[_Connection, asyncio.TimerHandle] = {}
 
@@ -69,28 +72,34 @@ class _Connection(asyncio.Protocol):
     byte prolongs it.
     """
 
-    def __init__(self, all_: Connections, inner: Any) -> None:
-        self._all, self._inner, self._said = all_, inner, False
+    def __init__(self, connections: Connections, inner: Any) -> None:
+        self._connections = connections
+        self._inner = inner
+        self._has_sent = False  # whether the client sent anything
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         self._inner.connection_made(transport)
-        self._all.open.add(self)
+        self._connections.open.add(self)
         self._wait()
-        if len(self._all.open) > self._all.most:
-            next(iter(self._all.waiting)).refuse(_MANY)
+        if len(self._connections.open) > self._connections.most:
+            oldest = next(iter(self._connections.waiting))
+            oldest.refuse(_OVERLOAD_ANSWER)
 
     def data_received(self, data: bytes) -> None:
-        self._said, before = True, self._inner.cycle
-        if self not in self._all.waiting and (before is None or before.response_complete):
+        self._has_sent = True
+        previous_cycle = self._inner.cycle  # uvicorn's state of a request and its answer
+        is_idle = previous_cycle is None or previous_cycle.response_complete
+        if is_idle and self not in self._connections.waiting:
             self._wait()
         self._inner.data_received(data)
-        if self._inner.cycle is not before:  # a request: its head is whole
+        has_head = self._inner.cycle is not previous_cycle
+        if has_head:
             self._end_wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_wait()
-        self._all.open.discard(self)
+        self._connections.open.discard(self)
         self._inner.connection_lost(exc)
 
     def eof_received(self) -> bool | None:
@@ -105,18 +114,20 @@ class _Connection(asyncio.Protocol):
     def refuse(self, answer: bytes) -> None:
         """Closes the connection; a client that has begun to ask is told why."""
         self._end_wait()
-        self._all.open.discard(self)
+        self._connections.open.discard(self)
         if not self._transport.is_closing():
-            if self._said or answer is _MANY:
+            if self._has_sent or answer is _OVERLOAD_ANSWER:
                 self._transport.write(answer)
             self._transport.close()
 
     def _wait(self) -> None:
+        """Starts the time that the head of a request may take."""
         loop = asyncio.get_running_loop()
-        self._all.waiting[self] = loop.call_later(self._all.head, self.refuse, _LATE)
+        timer = loop.call_later(self._connections.head, self.refuse, _TIMEOUT_ANSWER)
+        self._connections.waiting[self] = timer
 
     def _end_wait(self) -> None:
-        timer = self._all.waiting.pop(self, None)
+        timer = self._connections.waiting.pop(self, None)
         if timer is not None:
             timer.cancel()
 
@@ -148,7 +159,8 @@ class HttpServer:
         Raises:
           UserError: the address cannot be had.
         """
-        self.app, self._listener = app, _listening(host, port)
+        self.app = app
+        self._listener = _listen(host, port)
         self.address = _address(self._listener)
         config = uvicorn.Config(
             self._answer,
@@ -195,13 +207,14 @@ class HttpServer:
         with _signals() as signals:
             say(f"serving at {self.address} (Ctrl-C ends it)")
             while not signals and self._thread.is_alive():
-                time.sleep(_LOOK)
+                time.sleep(_POLL_SECONDS)
             access.draining = True
             say("ends: what runs is finished; a second Ctrl-C ends it at once")
-            seen, left = len(signals), _DRAIN
-            while access.running.total() and len(signals) == seen and left > 0:
-                time.sleep(_LOOK)
-                left -= _LOOK
+            n_signals = len(signals)
+            seconds_left = _DRAIN_SECONDS
+            while access.running.total() and len(signals) == n_signals and seconds_left > 0:
+                time.sleep(_POLL_SECONDS)
+                seconds_left -= _POLL_SECONDS
             stop()
             self._server.should_exit = True
             self._thread.join()
@@ -210,21 +223,27 @@ class HttpServer:
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects signals that would end the process."""
-    seen: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers}
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+
+    previous_handlers = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield seen
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens."""
+    name = host.strip("[]")
     try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+        family, *_ = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((name, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: the server cannot listen there ({error.strerror}): "
@@ -233,5 +252,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _address(listener: socket.socket) -> str:
+    """Returns the address that a socket listens at."""
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    is_ipv6 = ":" in host
+    return f"http://[{host}]:{port}" if is_ipv6 else f"http://{host}:{port}"

@@ -133,7 +133,7 @@ def test_nobody_waits_while_files_are_copied(monkeypatch, tmp_path):
     assert client.result(client.step(loaded, 1))["metrics"] == {"step:max": 1.0}
     for model_, again in ((loaded, 2), (model, 3)):
         client.post("load_weights", 400, path=f"{path}-", model_id=model_, seq_id=again)
-    folder = client.server.log.place("states", loaded)
+    folder = client.server.log.model_folder("states", loaded)
     assert [one.name for one in folder.iterdir()] == ["load-0"]
 
 
@@ -201,7 +201,7 @@ def test_a_ledger_that_cannot_be_written_is_said_and_what_was_done_is_noted_late
     db.execute("pragma query_only = 1")
     client.engine.step(1)
     pending(client, sent)
-    until(lambda: client.server.log._tenants[model].running == 0, "it is counted")
+    until(lambda: client.server.log._tenants[model].n_running == 0, "it is counted")
     db.execute("pragma query_only = 0")
     client.server.log.sweep()
     until(lambda: b"metrics" in client.poll(sent["request_id"]).content, "it is noted")

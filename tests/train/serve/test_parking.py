@@ -146,7 +146,7 @@ def flush(client):
 @pytest.mark.parametrize("is_quiet", [True, False])
 def test_a_client_that_goes_on_gives_way(tmp_path, monkeypatch, is_quiet):
     """One sends its next command while its state is saved, one has work in the engine always."""
-    monkeypatch.setattr(seats, "_TURN", 0.0, raising=False)
+    monkeypatch.setattr(seats, "_TURN_SECONDS", 0.0)
     client = Client(FakeEngine(held=True), tmp_path, room=1)
     first = client.create()
     execute(client)
@@ -313,7 +313,7 @@ def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, 
         assert f"{model} cannot be parked, and stays in memory" in caplog.text
         run(client, model, PROGRAM[4:5], 4)
         assert client.engine.tenants[model].steps == 1
-    monkeypatch.setattr(seats, "_AGAIN", -1.0)
+    monkeypatch.setattr(seats, "_RETRY_SECONDS", -1.0)
     client.server.log._seats._stuck.clear()
     third = client.create(client.session())
     assert client.result(f"{third}:0")["model_id"] == third

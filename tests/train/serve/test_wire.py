@@ -227,7 +227,7 @@ def test_completions():
 def test_the_last_tokens_of_a_prompt_alone():
     top = Top(np.ones((3, 1), np.int32), np.ones((3, 1), np.float32))
     drawn = SampleResult([], np.array([np.nan, -1, -2], np.float32), top)
-    message = fields(wire.encode_samples(drawn, last=1))
+    message = fields(wire.encode_samples(drawn, n_scored=1))
     found = np.frombuffer(message[2][0], "<f4")
     assert np.isnan(found[:2]).all() and found[2] == -2
     best = fields(message[3][0])

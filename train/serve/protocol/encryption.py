@@ -8,7 +8,7 @@ import pyrage
 from train.serve.protocol.requests import RequestError
 
 SUFFIX = ".age"
-_MOST = 10  # recipients
+_MAX_RECIPIENTS = 10
 
 
 def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
@@ -17,14 +17,14 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
     Raises:
       RequestError: one is none, or there are too many.
     """
-    if len(recipients) > _MOST:
-        raise RequestError(f"age_encryption_recipients are {_MOST} public keys at most")
+    if len(recipients) > _MAX_RECIPIENTS:
+        raise RequestError(f"age_encryption_recipients are {_MAX_RECIPIENTS} public keys at most")
     keys: list[str] = []
     for number, recipient in enumerate(recipients, 1):
         try:
             if not isinstance(recipient, str):
                 raise TypeError("it is no text")
-            _key(recipient)
+            _public_key(recipient)
             keys.append(recipient)
         except (TypeError, pyrage.RecipientError) as error:
             raise RequestError(
@@ -36,12 +36,12 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
 
 def encrypt(folder: Path, recipients: Sequence[str]) -> None:
     """Encrypts each file of a folder, whose name then ends in ``.age``."""
-    keys = [_key(recipient) for recipient in recipients]
+    keys = [_public_key(recipient) for recipient in recipients]
     for path in sorted(folder.iterdir()):
         pyrage.encrypt_file(str(path), f"{path}{SUFFIX}", keys)
         path.unlink()
 
 
-def _key(recipient: str) -> pyrage.x25519.Recipient | pyrage.ssh.Recipient:
+def _public_key(recipient: str) -> pyrage.x25519.Recipient | pyrage.ssh.Recipient:
     kind = pyrage.x25519 if recipient.startswith("age1") else pyrage.ssh
     return kind.Recipient.from_str(recipient)

@@ -156,12 +156,14 @@ class EngineProtocol(Protocol):
 
 def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
     """Raises a RequestError if a sample makes no sense."""
-    n, most = len(request.prompt), facts.max_length
-    if not n:
+    n_tokens = len(request.prompt)
+    if not n_tokens:
         raise RequestError("the prompt is empty: give one token at least")
-    room = n if request.max_tokens == 0 else n + 1
-    if room > most:
-        raise RequestError(f"the prompt has {n} tokens: {most} with the completion at most")
+    min_length = n_tokens if request.max_tokens == 0 else n_tokens + 1
+    if min_length > facts.max_length:
+        raise RequestError(
+            f"the prompt has {n_tokens} tokens: {facts.max_length} with the completion at most"
+        )
     if not all(0 <= token < facts.vocab_size for token in request.prompt):
         raise RequestError(f"the prompt holds an id outside 0 to {facts.vocab_size - 1}")
     if not 1 <= request.n <= 1024:
@@ -177,27 +179,34 @@ def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
     _check_limits(request, facts)
     if "" in request.stop:
         raise RequestError("a stop is an empty text: give one character at least")
-    for name in ("top", "top_prompt"):
-        if not 0 <= getattr(request, name) <= TOP:
-            raise RequestError(f"{getattr(request, name)} likeliest tokens: {TOP} at most")
-    if (ids := request.targets) is not None:
-        if ids.ndim != 2 or len(ids) != n - 1 or not 1 <= ids.shape[1] <= MOST_TARGETS:
-            raise RequestError(
-                f"targets of the prompt have the shape {ids.shape}: its {n} tokens take [{n - 1}, "
-                f"k], with k from 1 to {MOST_TARGETS}"
-            )
-        if ids.size and not -1 <= ids.min() <= ids.max() < facts.vocab_size:
-            raise RequestError(
-                f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
-            )
+    for n_top in (request.top, request.top_prompt):
+        if not 0 <= n_top <= TOP:
+            raise RequestError(f"{n_top} likeliest tokens: {TOP} at most")
+    if request.targets is not None:
+        _check_targets(request.targets, n_tokens, facts)
+
+
+def _check_targets(targets: np.ndarray, n_tokens: int, facts: EngineFacts) -> None:
+    """Raises a RequestError if targets are none of a prompt of n tokens."""
+    has_row_of_each = targets.ndim == 2 and len(targets) == n_tokens - 1
+    if not has_row_of_each or not 1 <= targets.shape[1] <= MOST_TARGETS:
+        raise RequestError(
+            f"targets of the prompt have the shape {targets.shape}: its {n_tokens} tokens take "
+            f"[{n_tokens - 1}, k], with k from 1 to {MOST_TARGETS}"
+        )
+    if targets.size and not -1 <= targets.min() <= targets.max() < facts.vocab_size:
+        raise RequestError(
+            f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
+        )
 
 
 def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
     """Raises a RequestError if the limits of what is drawn make no sense."""
-    limits, penalties = request.limits, request.penalties
-    numbers = {"min_p": request.min_p} | vars(penalties)
-    if not np.isfinite([*numbers.values(), *limits.biases.values()]).all():
-        raise RequestError(f"{numbers} and biases have to be finite")
+    limits = request.limits
+    penalties = request.penalties
+    settings = {"min_p": request.min_p} | vars(penalties)
+    if not np.isfinite([*settings.values(), *limits.biases.values()]).all():
+        raise RequestError(f"{settings} and biases have to be finite")
     if not 0 <= request.min_p <= 1:
         raise RequestError(f"min_p is {request.min_p}: from 0 to 1")
     if penalties.repetition <= 0:
@@ -211,12 +220,14 @@ def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
         raise RequestError(f"limits of tokens hold an id outside 0 to {facts.vocab_size - 1}")
 
 
-def check_update(how: Update) -> None:
+def check_update(settings: Update) -> None:
     """Raises a RequestError if a step of AdamW by these numbers makes no sense."""
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
-        value = getattr(how, name)
-        if not (np.isfinite(value) and (value >= 0 or name == "learning_rate")):
+        value = getattr(settings, name)
+        may_be_negative = name == "learning_rate"
+        if not (np.isfinite(value) and (value >= 0 or may_be_negative)):
             raise RequestError(f"{name} is {value}: a finite number, not below 0, is needed")
     for name in ("beta1", "beta2"):
-        if not 0 <= getattr(how, name) < 1:
-            raise RequestError(f"{name} is {getattr(how, name)}: from 0 to below 1")
+        value = getattr(settings, name)
+        if not 0 <= value < 1:
+            raise RequestError(f"{name} is {value}: from 0 to below 1")

@@ -74,8 +74,8 @@ class TokenLimits:
     @property
     def masks(self) -> bool:
         """True where some tokens may not be drawn at some time."""
-        some = self.allowed is not None or bool(self.bad) or self.min_tokens > 0
-        return some or self.grammar is not None
+        is_restricted = self.allowed is not None or bool(self.bad)
+        return is_restricted or self.min_tokens > 0 or self.grammar is not None
 
 
 ANY_TOKENS, NO_PENALTIES = TokenLimits(), Penalties()

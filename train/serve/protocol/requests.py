@@ -240,9 +240,9 @@ class SampleRequest:
     @property
     def is_adjusted(self) -> bool:
         """True where tokens are chosen by other logits than the model's own."""
-        limits = self.limits
-        changed = self.penalties != NO_PENALTIES or bool(limits.biases) or self.min_p > 0
-        return changed or limits.masks
+        has_penalties = self.penalties != NO_PENALTIES
+        has_biases = bool(self.limits.biases)
+        return has_penalties or has_biases or self.min_p > 0 or self.limits.masks
 
 
 TOP, MOST_TARGETS = 20, 127

@@ -17,12 +17,12 @@ from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
 
 LOCAL = "local"  # the owner of all requests, without keys
-_AGAIN = "2"  # seconds, while a server starts
+_START_RETRY = "2"  # seconds after which a request may come again while a server starts
 _READING = 300.0  # seconds that a body may take
 _PAGE = "/"
-_OPEN = (_PAGE, "/health", "/healthz", "/api/v1/healthz")  # need no key
-_SIGNED = "/api/v1/files/"  # addresses that say themselves who may have the file
-_DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
+_PUBLIC_PATHS = (_PAGE, "/health", "/healthz", "/api/v1/healthz")
+_SIGNED_PREFIX = "/api/v1/files/"  # of addresses that say themselves who may have the file
+_FUTURE_PATH = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
 
 
 @dataclasses.dataclass
@@ -41,16 +41,18 @@ class StartProgress:
 
     def see(self, compiled: int, parts: int) -> None:
         """Notes the progress of the start."""
-        self.compiled, self.parts = compiled, parts
+        self.compiled = compiled
+        self.parts = parts
 
     def refusal(self) -> HttpError:
         """Returns the answer to requests that come too early."""
-        count = f"{self.compiled} of {self.parts} parts are compiled"
-        progress = count if self.parts else "the weights are being loaded"
+        progress = "the weights are being loaded"
+        if self.parts:
+            progress = f"{self.compiled} of {self.parts} parts are compiled"
         return HttpError(
             503,
             f"the server starts: {progress}; ask again",
-            headers={"Retry-After": _AGAIN},
+            headers={"Retry-After": _START_RETRY},
             more={"starting": dataclasses.asdict(self)},
         )
 
@@ -70,23 +72,25 @@ class Access:
         self, keys: Mapping[str, str] | None = None, origins: Origins | None = None
     ) -> None:
         """Takes the owners by their keys, None for a server without; by default no origins."""
-        self.keyed, self.draining = keys is not None, False
+        self.keyed = keys is not None
+        self.draining = False
         self.origins = origins or Origins()
         self.starting: StartProgress | None = None
         self.running: Counter[str] = Counter()
-        self._owners = [(_digest(key), name) for key, name in (keys or {}).items()]
+        self._owner_of_digest = {_digest(key): owner for key, owner in (keys or {}).items()}
 
     def owner(self, request: HTTPConnection) -> str | None:
         """Returns the owner by the key in `Authorization` or `X-API-Key`; None for a wrong one."""
         if not self.keyed:
             return LOCAL
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else ""
-        digest, owner = _digest(request.headers.get("x-api-key", given)), None
-        for known, name in self._owners:  # all of them: the time tells nothing
-            if hmac.compare_digest(known, digest):
-                owner = name
-        return owner
+        bearer_key = bearer.strip() if scheme.lower() == "bearer" else ""
+        request_digest = _digest(request.headers.get("x-api-key", bearer_key))
+        request_owner = None
+        for digest, owner in self._owner_of_digest.items():  # all of them: the time tells nothing
+            if hmac.compare_digest(digest, request_digest):
+                request_owner = owner
+        return request_owner
 
 
 def _digest(key: str) -> bytes:
@@ -101,24 +105,26 @@ def read_keys(path: Path) -> dict[str, str]:
     Raises:
       UserError: the file cannot be read, holds no key, or has another line, or a key twice.
     """
-    given = f"--keys {path}: "
-    keys: dict[str, str] = {}
-    for number, line in enumerate(read_user_file(path, given).splitlines(), start=1):
-        parts = line.split()
-        if not parts or parts[0].startswith("#"):
+    option = f"--keys {path}: "
+    owner_of_key: dict[str, str] = {}
+    for number, line in enumerate(read_user_file(path, option).splitlines(), start=1):
+        words = line.split()
+        is_comment = not words or words[0].startswith("#")
+        if is_comment:
             continue
-        if len(parts) != 2 or not parts[0].replace("-", "").replace("_", "").isalnum():
+        has_valid_name = words[0].replace("-", "").replace("_", "").isalnum()
+        if len(words) != 2 or not has_valid_name:
             raise UserError(
-                f"{given}line {number} is no `name key`: a name of letters, digits, - and _, a "
+                f"{option}line {number} is no `name key`: a name of letters, digits, - and _, a "
                 "space and a key without one are needed"
             )
-        name, key = parts
-        if key in keys:
-            raise UserError(f"{given}the key of line {number} is there twice: make another one")
-        keys[key] = name
-    if not keys:
-        raise UserError(f"{given}it holds no key: write lines of the form `name key`")
-    return keys
+        owner, key = words
+        if key in owner_of_key:
+            raise UserError(f"{option}the key of line {number} is there twice: make another one")
+        owner_of_key[key] = owner
+    if not owner_of_key:
+        raise UserError(f"{option}it holds no key: write lines of the form `name key`")
+    return owner_of_key
 
 
 def owner_of(request: HTTPConnection) -> str:
@@ -144,8 +150,10 @@ class Gate:
 
     def __init__(self, app: ASGIApp, access: Access, limits: GateLimits) -> None:
         """Wraps an application."""
-        self._app, self._access = app, access
-        self._body, self._waiting = limits.body, limits.waiting
+        self._app = app
+        self._access = access
+        self._max_body_bytes = limits.body
+        self._max_running = limits.waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or refuses it."""
@@ -159,37 +167,43 @@ class Gate:
             await answer(scope, receive, send)
             return
         scope["owner"] = owner
-        body, started = _Body(receive, self._body), False
+        body = _Body(receive, self._max_body_bytes)
+        has_started = False
 
-        async def replaced(message: Message) -> None:
+        async def send_or_refuse(message: Message) -> None:
             """Sends the refusal of a body in the place of what a route makes of it."""
-            nonlocal started
-            if body.refused is None or started:
+            nonlocal has_started
+            if body.refusal is None or has_started:
                 await send(message)
             elif message["type"] == "http.response.start":
-                refusal = json_response(body.refused.content, body.refused.status)
-                await refusal(scope, receive, send)
-            started |= body.refused is None
+                answer = json_response(body.refusal.content, body.refusal.status)
+                await answer(scope, receive, send)
+            if body.refusal is None:
+                has_started = True
 
         self._access.running[owner] += 1
         try:
-            await self._app(scope, body, replaced)
+            await self._app(scope, body, send_or_refuse)
         finally:
             self._access.running[owner] -= 1
 
     def _enter(self, scope: Scope) -> str:
         """Returns the owner of a request; raises HttpError if it is not let in."""
-        path, new = scope["path"], scope["method"] not in ("GET", "HEAD")
+        path = scope["path"]
         headers = Headers(scope=scope)
-        if not self._access.keyed and (refusal := self._access.origins.refusal(headers)):
-            raise HttpError(403, refusal, code="origin_not_allowed")
-        if (starting := self._access.starting) is not None and path != _PAGE:
+        if not self._access.keyed:
+            refusal = self._access.origins.refusal(headers)
+            if refusal is not None:
+                raise HttpError(403, refusal, code="origin_not_allowed")
+        starting = self._access.starting
+        if starting is not None and path != _PAGE:
             raise starting.refusal()
-        if self._access.draining and new and path != _DRAINED:
+        is_new_work = scope["method"] not in ("GET", "HEAD")
+        if self._access.draining and is_new_work and path != _FUTURE_PATH:
             raise HttpError(503, "the server ends; ask again", headers={"Retry-After": "5"})
         owner = self._access.owner(HTTPConnection(scope))
         if owner is None:
-            if path not in _OPEN and not path.startswith(_SIGNED):
+            if path not in _PUBLIC_PATHS and not path.startswith(_SIGNED_PREFIX):
                 raise HttpError(
                     401,
                     "a key is needed: as `Authorization: Bearer KEY`, or as `X-API-Key: KEY`",
@@ -197,13 +211,13 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             owner = ""
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._body:
-            raise _too_large(self._body)
-        if self._access.running[owner] >= self._waiting:
+        content_length = headers.get("content-length", "0")
+        if content_length.isdecimal() and int(content_length[:20]) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        if self._access.running[owner] >= self._max_running:
             raise HttpError(
                 429,
-                f"{self._waiting} of your requests are under way: wait for some of them",
+                f"{self._max_running} of your requests are under way: wait for some of them",
                 headers={"Retry-After": "1"},
             )
         return owner
@@ -213,30 +227,34 @@ class _Body:
     """A `receive` that raises HttpError for a body that is too large or too slow.
 
     Attributes:
-      refused: the error, once it was raised.
+      refusal: the error, once it was raised.
     """
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self.refused: HttpError | None = None
-        self._receive, self._most, self._size, self._whole = receive, most, 0, False
-        self._end = asyncio.get_running_loop().time() + _READING
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self.refusal: HttpError | None = None
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
+        self._is_complete = False
+        self._deadline = asyncio.get_running_loop().time() + _READING
 
     async def __call__(self) -> Message:
-        if self._whole:  # what comes now is the end of the connection
+        """Returns the next message of the body."""
+        if self._is_complete:  # what comes now is the end of the connection
             return await self._receive()
         try:
-            async with asyncio.timeout_at(self._end):
+            async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            self.refused = HttpError(408, f"the body was not there after {_READING:.0f} s")
-            raise self.refused from None
-        self._size += len(message.get("body", b""))
-        self._whole = not message.get("more_body", False)
-        if self._size > self._most:
-            self.refused = _too_large(self._most)
-            raise self.refused
+            self.refusal = HttpError(408, f"the body was not there after {_READING:.0f} s")
+            raise self.refusal from None
+        self._n_bytes += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        if self._n_bytes > self._max_bytes:
+            self.refusal = _too_large(self._max_bytes)
+            raise self.refusal
         return message
 
 
-def _too_large(most: int) -> HttpError:
-    return HttpError(413, f"the body has more than {most:,} bytes: send it in parts")
+def _too_large(max_bytes: int) -> HttpError:
+    return HttpError(413, f"the body has more than {max_bytes:,} bytes: send it in parts")

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from train.serve.protocol.requests import RequestError
 
 JsonObject = dict[str, object]
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPE_OF_STATUS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class HttpError(Exception):
@@ -36,14 +36,17 @@ class HttpError(Exception):
     ) -> None:
         """Makes an error of an HTTP status and a message for the client."""
         super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
         self.more = more or {}
-        self.status, self.param, self.code, self.headers = status, param, code, headers
 
     @property
     def content(self) -> JsonObject:
         """The JSON of the answer."""
-        server = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = _TYPES.get(self.status, server)
+        default_type = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = _TYPE_OF_STATUS.get(self.status, default_type)
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error, **self.more}
 

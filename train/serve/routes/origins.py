@@ -45,8 +45,9 @@ class Origins:
                     f"--allow-origin http://{host[:200]} if pages there may use it"
                 )
         for origin in map(str.lower, headers.getlist("origin")):
-            own = origin.partition("://")[2] in hosts  # which urlsplit may not take apart
-            if not (own or origin in self.allowed):
+            _, _, origin_host = origin.partition("://")  # urlsplit may fail for what clients send
+            is_own_page = origin_host in hosts
+            if not (is_own_page or origin in self.allowed):
                 return (
                     f"a web page of {origin[:200]!r} sent this request: without --keys, the "
                     "server answers its own page alone; start it with --allow-origin for others"
@@ -63,21 +64,24 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-def read_origin(given: str) -> str:
+def read_origin(text: str) -> str:
     """Returns an origin as browsers write it, or "*".
 
     Raises:
       UserError: it is none.
     """
-    if given == ANY:
-        return given
-    parts = _ORIGIN.fullmatch(given.lower())
-    if parts is None or int(parts["port"] or 0) >= 2**16:
+    if text == ANY:
+        return text
+    origin = _ORIGIN.fullmatch(text.lower())
+    if origin is None or int(origin["port"] or 0) >= 2**16:
         raise UserError(
-            f"--allow-origin {given} is no origin of web pages: give a scheme, a host and, if it "
+            f"--allow-origin {text} is no origin of web pages: give a scheme, a host and, if it "
             "is not the usual one, a port, such as https://chat.example.org or "
             "http://localhost:3000, or * for all pages"
         )
-    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
-    usual = {"http": "80", "https": "443"}[scheme]
-    return f"{scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
+    scheme = origin["scheme"]
+    default_port = {"http": "80", "https": "443"}[scheme]
+    base = f"{scheme}://{origin['host']}"
+    if origin["port"] in (None, default_port):
+        return base
+    return f"{base}:{origin['port']}"

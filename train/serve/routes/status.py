@@ -32,7 +32,7 @@ _GAUGES = {
     "base_size": "Bytes of the base on the device.",
     "prefix_size": "Bytes of prompts that were run, on the device.",
 }
-_OF_TENANTS = {
+_TENANT_METRICS = {
     "steps": ("counter", "Updates that a tenant took."),
     "seconds": ("counter", "Seconds of the engine's time that a tenant had."),
     "size": ("gauge", "Bytes of a tenant's arrays on the device."),
@@ -73,7 +73,9 @@ class StatusRoutes:
         tenants: TenantLookup,
     ) -> None:
         """Keeps the arguments of `make_app`."""
-        self._engine, self._access, self._owns = engine, access, lookup.owns
+        self._engine = engine
+        self._access = access
+        self._owns = lookup.owns
         self._display_name = tenants.display_name
         self._list = tenants.list or (lambda: engine.status().tenants)
 
@@ -90,65 +92,77 @@ class StatusRoutes:
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "draining" if self._access.draining else "ok"})
 
-    def _seen(self, owner: str) -> tuple[JsonObject, dict[str, TenantStatus]]:
-        """Returns the server's numbers, and an owner's tenants."""
-        status, facts = self._engine.status(), self._engine.facts
-        numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
-        numbers |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
+    def _visible_status(self, owner: str) -> tuple[JsonObject, dict[str, TenantStatus]]:
+        """Returns the server's figures, and the states of an owner's tenants."""
+        status = self._engine.status()
+        facts = self._engine.facts
+        figures = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
+        figures |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
         tenants = {name: tenant for name, tenant in self._list().items() if self._owns(owner, name)}
-        return numbers, tenants
+        return figures, tenants
 
     async def _json(self, request: Request) -> Response:
-        numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
-        names = await run_in_threadpool(
-            lambda: {name: self._display_name(name) for name in tenants}
-        )
-        shown = {
-            name: {
-                "name": names[name],
+        figures, tenants = await run_in_threadpool(self._visible_status, owner_of(request))
+        tenant_figures = await run_in_threadpool(self._tenant_figures, tenants)
+        return json_response({**figures, "tenants": tenant_figures})
+
+    def _tenant_figures(self, tenants: Mapping[str, TenantStatus]) -> dict[str, JsonObject]:
+        """Returns what the page shows of each tenant."""
+        figures_of_tenant: dict[str, JsonObject] = {}
+        for name, tenant in tenants.items():
+            figures_of_tenant[name] = {
+                "name": self._display_name(name),
                 "rank": tenant.spec.rank,
-                "losses": [[step, _number(loss)] for step, loss in tenant.losses],
+                "losses": [[step, _finite(loss)] for step, loss in tenant.losses],
                 "owner": tenant.client.owner,
                 "session": tenant.client.session,
                 "used": tenant.used,
                 "parked": tenant.parked,
-                **{field: getattr(tenant, field) for field in _OF_TENANTS},
+                **{field: getattr(tenant, field) for field in _TENANT_METRICS},
             }
-            for name, tenant in tenants.items()
-        }
-        return json_response({**numbers, "tenants": shown})
+        return figures_of_tenant
 
     async def _metrics(self, request: Request) -> Response:
-        numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
+        """Answers with the figures in Prometheus' format."""
+        figures, tenants = await run_in_threadpool(self._visible_status, owner_of(request))
         lines: list[str] = []
-        for name, about in (_COUNTERS | _GAUGES).items():
+        for name, description in (_COUNTERS | _GAUGES).items():
             kind = "counter" if name in _COUNTERS else "gauge"
-            metric = _begun(lines, name, kind, about)
-            lines.append(f"{metric} {numbers[name]}")
-        for name, (kind, about) in _OF_TENANTS.items():
-            metric = _begun(lines, f"tenant_{name}", kind, about)
-            for tenant, metrics in tenants.items():
-                if (value := getattr(metrics, name)) is not None:
-                    lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {value}')
-        metric = _begun(lines, "tenant_loss", "gauge", "Loss a weighted token, latest step.")
-        for tenant, metrics in tenants.items():
-            if metrics.losses:
-                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {metrics.losses[-1][1]}')
+            metric = _add_head(lines, name, kind, description)
+            lines.append(f"{metric} {figures[name]}")
+        for name, (kind, description) in _TENANT_METRICS.items():
+            metric = _add_head(lines, f"tenant_{name}", kind, description)
+            for tenant_name, tenant in tenants.items():
+                value = getattr(tenant, name)
+                if value is not None:
+                    lines.append(_tenant_sample(metric, tenant_name, value))
+        metric = _add_head(lines, "tenant_loss", "gauge", "Loss a weighted token, latest step.")
+        for tenant_name, tenant in tenants.items():
+            if tenant.losses:
+                _, loss = tenant.losses[-1]
+                lines.append(_tenant_sample(metric, tenant_name, loss))
         text = "\n".join([*lines, ""])
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def _begun(lines: list[str], name: str, kind: str, about: str) -> str:
+def _add_head(lines: list[str], name: str, kind: str, description: str) -> str:
     """Appends the head of a metric; returns its name."""
-    metric = f"lora_jax_{name}{'_total' * (kind == 'counter')}"
-    lines += [f"# HELP {metric} {about}", f"# TYPE {metric} {kind}"]
+    metric = f"lora_jax_{name}"
+    if kind == "counter":
+        metric += "_total"
+    lines += [f"# HELP {metric} {description}", f"# TYPE {metric} {kind}"]
     return metric
 
 
-def _escaped(label: str) -> str:
+def _tenant_sample(metric: str, tenant_name: str, value: object) -> str:
+    """Returns the line of a tenant's value of a metric."""
+    return f'{metric}{{tenant="{_escape(tenant_name)}"}} {value}'
+
+
+def _escape(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """Returns a number that JSON can hold; None for one that it cannot."""
     return value if abs(value) < float("inf") else None

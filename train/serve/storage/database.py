@@ -7,10 +7,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 Row = sqlite3.Row
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-_HELD = "another process, such as a backup, holds the server's ledger"
-_CROWDED = "many requests write to the server's ledger"
+_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_HELD_MESSAGE = "another process, such as a backup, holds the server's ledger"
+_CROWDED_MESSAGE = "many requests write to the server's ledger"
 
 
 class LockedError(Exception):
@@ -40,31 +40,34 @@ class Database:
           FullError: there is no room for it.
         """
         self._patience = patience
-        self._lock, self._reading = threading.RLock(), threading.RLock()
-        self._mine = threading.local()  # depth: of the transactions that a thread is in
+        self._lock = threading.RLock()  # of the writer
+        self._reader_lock = threading.RLock()
+        self._thread_state = threading.local()  # depth: of the transactions that a thread is in
         self._is_held = False  # True while a thread waits for other processes, or did in vain
-        with ExitStack() as opened, _translated(path):
-            self._writer = self._reader = opened.enter_context(closing(self._opened(path)))
+        with ExitStack() as connections, _translate_errors(path):
+            self._writer = connections.enter_context(closing(self._connect(path)))
+            self._reader = self._writer
             self._writer.execute("pragma journal_mode = wal")
             self._writer.execute("pragma synchronous = normal")
             self._writer.executescript(tables)
             if path == ":memory:":
-                self._reading = self._lock
+                self._reader_lock = self._lock
             else:
-                self._reader = opened.enter_context(closing(self._opened(path)))
-            opened.pop_all()
+                self._reader = connections.enter_context(closing(self._connect(path)))
+            connections.pop_all()  # they stay open
         self._path = path
 
-    def _opened(self, path: Path | str) -> sqlite3.Connection:
-        db = sqlite3.connect(
+    def _connect(self, path: Path | str) -> sqlite3.Connection:
+        """Returns a connection that any thread may use."""
+        connection = sqlite3.connect(
             path, timeout=self._patience, check_same_thread=False, isolation_level=None
         )
-        db.row_factory = Row
-        return db
+        connection.row_factory = Row
+        return connection
 
     def close(self) -> None:
         """Closes the file."""
-        with self._lock, self._reading:
+        with self._lock, self._reader_lock:
             self._reader.close()
             self._writer.close()
 
@@ -75,22 +78,24 @@ class Database:
         Raises:
           LockedError, FullError: nothing was written.
         """
-        if self._depth:
+        is_nested = self._depth > 0
+        if is_nested:
             yield
             return
         if not self._lock.acquire(timeout=self._patience):
-            raise LockedError(_HELD if self._is_held else _CROWDED)
+            raise LockedError(_HELD_MESSAGE if self._is_held else _CROWDED_MESSAGE)
         try:
             self._is_held = True
-            with _translated(self._path):
+            with _translate_errors(self._path):
                 self._writer.execute("begin immediate")
-            self._is_held, self._mine.depth = False, 1
+            self._is_held = False
+            self._thread_state.depth = 1
             try:
                 yield
-                with _translated(self._path):
+                with _translate_errors(self._path):
                     self._writer.execute("commit")
             finally:
-                self._mine.depth = 0
+                self._thread_state.depth = 0
                 if self._writer.in_transaction:
                     self._writer.execute("rollback")
         finally:
@@ -98,51 +103,53 @@ class Database:
 
     @property
     def _depth(self) -> int:
-        return getattr(self._mine, "depth", 0)
+        return getattr(self._thread_state, "depth", 0)
 
     def all(self, sql: str, *values: object) -> list[Row]:
         """Returns the rows that a statement yields."""
         if self._depth:
-            return self._executed(self._writer, sql, values)
+            return self._execute(self._writer, sql, values)
         if sql.startswith("select "):
-            with self._reading:
-                return self._executed(self._reader, sql, values)
+            with self._reader_lock:
+                return self._execute(self._reader, sql, values)
         with self.transaction():
-            return self._executed(self._writer, sql, values)
+            return self._execute(self._writer, sql, values)
 
-    def _executed(self, db: sqlite3.Connection, sql: str, values: tuple) -> list[Row]:
-        with _translated(self._path):
-            return db.execute(sql, values).fetchall()
+    def _execute(self, connection: sqlite3.Connection, sql: str, values: tuple) -> list[Row]:
+        with _translate_errors(self._path):
+            return connection.execute(sql, values).fetchall()
 
     def one(self, sql: str, *values: object) -> Row | None:
         """Returns the first row, or None."""
-        return next(iter(self.all(sql, *values)), None)
+        rows = self.all(sql, *values)
+        return rows[0] if rows else None
 
-    def insert(self, table: str, values: Mapping[str, object], how: str = "insert") -> None:
+    def insert(self, table: str, values: Mapping[str, object], verb: str = "insert") -> None:
         """Adds a row of values by the names of columns."""
-        places = ", ".join("?" * len(values))
-        sql = f"{how} into {table} ({', '.join(values)}) values ({places})"
+        placeholders = ", ".join("?" * len(values))
+        sql = f"{verb} into {table} ({', '.join(values)}) values ({placeholders})"
         self.all(sql, *values.values())
 
     def page(
-        self, which: str, order: str, values: tuple, limit: int, offset: int
+        self, matching_rows: str, order: str, values: tuple, limit: int, offset: int
     ) -> tuple[list[Row], int]:
         """Returns some of the rows, and how many there are in all."""
-        count = self.all(f"select count(*) from {which}", *values)[0][0]
-        sql = f"select * from {which} order by {order} limit ? offset ?"
-        return self.all(sql, *values, limit, offset), count
+        (count_row,) = self.all(f"select count(*) from {matching_rows}", *values)
+        sql = f"select * from {matching_rows} order by {order} limit ? offset ?"
+        rows = self.all(sql, *values, limit, offset)
+        return rows, count_row[0]
 
 
 @contextmanager
-def _translated(path: Path | str) -> Iterator[None]:
+def _translate_errors(path: Path | str) -> Iterator[None]:
     """Raises LockedError or FullError for errors of SQLite that say so."""
     try:
         yield
     except sqlite3.OperationalError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
-        if code in _BUSY:
-            raise LockedError(_HELD) from error
-        if code in _FULL:
+        if code in _BUSY_CODES:
+            raise LockedError(_HELD_MESSAGE) from error
+        if code in _FULL_CODES:
             raise FullError(
                 f"{path} cannot be written ({error}): the disk is full, or fails"
             ) from error

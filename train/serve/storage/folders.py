@@ -10,14 +10,14 @@ from pathlib import Path
 
 def link(source: Path, target: Path) -> None:
     """Makes a folder of the same files, which take no room of their own; it appears whole."""
-    partial_ = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_, ignore_errors=True)
+    partial_folder = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
     try:
-        shutil.copytree(source, partial_, copy_function=os.link)
+        shutil.copytree(source, partial_folder, copy_function=os.link)
     except (OSError, shutil.Error):  # another file system, or one without links
-        shutil.rmtree(partial_, ignore_errors=True)
-        shutil.copytree(source, partial_)
-    os.rename(partial_, target)
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.copytree(source, partial_folder)
+    os.rename(partial_folder, target)
 
 
 @contextmanager

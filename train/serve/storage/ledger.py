@@ -9,9 +9,13 @@ from typing import Any
 from train.serve.storage.database import Database, Row
 
 # The states of a command. Refused ones were wrong on arrival; the engine never sees them.
-LOGGED, DONE, FAILED, REFUSED = "logged", "done", "failed", "refused"
+LOGGED = "logged"
+DONE = "done"
+FAILED = "failed"
+REFUSED = "refused"
 # The kinds of commands that were given up, since they never came: the first one, and others.
-DISCARD, MISSING = "discard", "missing"
+DISCARD = "discard"
+MISSING = "missing"
 _TABLES = """
 create table if not exists sessions (
     id text primary key, owner text not null, created real not null, seen real not null,
@@ -67,9 +71,12 @@ class Ledger:
         # When a session was last heard. None could be heard before the start.
         self._heard: dict[str, float] = {}
         self._opened = clock()
-        self.transaction, self.close = self._db.transaction, self._db.close
-        self._all, self._one = self._db.all, self._db.one
-        self._insert, self._page = self._db.insert, self._db.page
+        self.transaction = self._db.transaction
+        self.close = self._db.close
+        self._all = self._db.all
+        self._one = self._db.one
+        self._insert = self._db.insert
+        self._page = self._db.page
 
     def now(self) -> float:
         """Returns the time by which waiting is measured."""
@@ -79,8 +86,14 @@ class Ledger:
 
     def open_session(self, session: str, owner: str, metadata: object = None) -> None:
         """Notes a client's session."""
-        now, text = time.time(), json.dumps(metadata)
-        values = {"id": session, "owner": owner, "created": now, "seen": now, "metadata": text}
+        now = time.time()
+        values = {
+            "id": session,
+            "owner": owner,
+            "created": now,
+            "seen": now,
+            "metadata": json.dumps(metadata),
+        }
         self._insert("sessions", values)
         self.hear(session)
 
@@ -99,9 +112,9 @@ class Ledger:
 
     def idle_sessions(self, seconds: float) -> list[str]:
         """Returns the sessions without a heartbeat, a command or a sample for some seconds."""
-        before = self._clock() - seconds
+        latest_time = self._clock() - seconds
         rows = self._all("select id from sessions where ended is null")
-        return [row["id"] for row in rows if self._heard.get(row["id"], self._opened) < before]
+        return [row["id"] for row in rows if self._heard.get(row["id"], self._opened) < latest_time]
 
     def end_session(self, session: str) -> list[Row]:
         """Marks a session as ended; drops and returns its samplers that own their weights."""
@@ -109,18 +122,26 @@ class Ledger:
         with self.transaction():
             sql = "update sessions set ended = ? where id = ? and ended is null"
             self._all(sql, self._clock(), session)
-            which = "from samplers where session = ? and path is null and folder is not null"
-            samplers = self._all(f"select * {which}", session)
-            self._all(f"delete {which}", session)
+            owned_samplers = (
+                "from samplers where session = ? and path is null and folder is not null"
+            )
+            samplers = self._all(f"select * {owned_samplers}", session)
+            self._all(f"delete {owned_samplers}", session)
         return samplers
 
     # Models, the tenants
 
     def add_model(self, model: str, session: str, owner: str, base: str, metadata: object) -> None:
         """Notes a model that a command of number 0 makes."""
-        values = {"id": model, "session": session, "owner": owner, "base": base}
-        rest = {"metadata": json.dumps(metadata), "used": time.time()}
-        self._insert("models", values | rest)
+        values = {
+            "id": model,
+            "session": session,
+            "owner": owner,
+            "base": base,
+            "metadata": json.dumps(metadata),
+            "used": time.time(),
+        }
+        self._insert("models", values)
 
     def model(self, model: str) -> Row | None:
         """Returns a model, or None."""
@@ -183,10 +204,19 @@ class Ledger:
           target: the path of the checkpoint, or the sampler's id, that it makes.
           refused: the answer, if it is wrong.
         """
-        values = {"model": model, "seq": seq, "kind": kind, "payload": payload, "target": target}
-        values |= {"state": LOGGED, "folder": None if folder is None else str(folder)}
+        values: dict[str, object] = {
+            "model": model,
+            "seq": seq,
+            "kind": kind,
+            "payload": payload,
+            "target": target,
+            "state": LOGGED,
+            "folder": None if folder is None else str(folder),
+        }
         if refused is not None:
-            values |= {"state": REFUSED, "answer": refused, "finished": self._clock()}
+            values["state"] = REFUSED
+            values["answer"] = refused
+            values["finished"] = self._clock()
         with self.transaction():
             self._insert("commands", values)
             self._all("update models set used = ? where id = ?", time.time(), model)
@@ -226,8 +256,9 @@ class Ledger:
                 "update commands set state = ?, answer = ?, finished = ? "
                 "where model = ? and seq = ? and state = 'logged' returning 1"
             )
-            values = (FAILED if failed else DONE, answer, self._clock(), model, seq)
-            if not self._all(sql, *values):
+            state = FAILED if failed else DONE
+            had_no_answer = self._all(sql, state, answer, self._clock(), model, seq)
+            if not had_no_answer:
                 return False
             if spec is not None:
                 self._all("update models set spec = ? where id = ?", spec, model)
@@ -235,11 +266,11 @@ class Ledger:
 
     def forget(self, seconds: float) -> None:
         """Drops the answers that are older, and all commands of models that ended before."""
-        before = self._clock() - seconds
+        latest_time = self._clock() - seconds
         sql = "update commands set answer = null where answer is not null and finished < ?"
-        self._all(sql, before)
+        self._all(sql, latest_time)
         sql = "delete from commands where model in (select id from models where ended < ?)"
-        self._all(sql, before)
+        self._all(sql, latest_time)
 
     # Checkpoints
 
@@ -252,12 +283,20 @@ class Ledger:
           size: bytes.
           facts: ttl_seconds and user_metadata, or neither.
         """
-        ttl = facts.get("ttl_seconds")
+        ttl_seconds = facts.get("ttl_seconds")
         kind, name = command["target"].split("/")[-2:]
-        values = {"path": command["target"], "kind": kind, "name": name, "owner": owner}
-        values |= {"model": command["model"], "folder": command["folder"], "size": size}
-        values |= {"made": time.time(), "expires": None if ttl is None else self._clock() + ttl}
-        values["metadata"] = json.dumps(facts.get("user_metadata"))
+        values = {
+            "path": command["target"],
+            "kind": kind,
+            "name": name,
+            "owner": owner,
+            "model": command["model"],
+            "folder": command["folder"],
+            "size": size,
+            "made": time.time(),
+            "expires": None if ttl_seconds is None else self._clock() + ttl_seconds,
+            "metadata": json.dumps(facts.get("user_metadata")),
+        }
         self._insert("checkpoints", values, "insert or replace")
 
     def checkpoint(self, path: str) -> Row | None:
@@ -276,12 +315,12 @@ class Ledger:
           limit: how many are returned at most; -1 for all.
           offset: how many are left out before.
         """
-        which = (
+        matching_rows = (
             "checkpoints where owner = ? and (?2 is null or model = ?2) "
             "and (expires is null or expires > ?)"
         )
         values = (owner, model, self._clock())
-        return self._page(which, "made desc, rowid desc", values, limit, offset)
+        return self._page(matching_rows, "made desc, rowid desc", values, limit, offset)
 
     def expired_checkpoints(self) -> list[Row]:
         """Returns the checkpoints whose time is over."""

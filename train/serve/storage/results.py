@@ -26,10 +26,12 @@ _PENDING = (
 
 def error_answer(error: Exception) -> bytes:
     """Returns the answer to a client whose command failed, JSON."""
-    category = "user" if isinstance(error, RequestError) else "server"
-    message = str(error) if category == "user" else f"{type(error).__name__}: {error}"
-    if category == "server" and no_room(error):
-        message = NO_ROOM
+    if isinstance(error, RequestError):
+        category = "user"
+        message = str(error)
+    else:
+        category = "server"
+        message = NO_ROOM if no_room(error) else f"{type(error).__name__}: {error}"
     return json.dumps({"error": message, "category": category}).encode()
 
 
@@ -56,12 +58,14 @@ class ResultWriter:
             does not take its answer.
           remove: removes a folder that another has replaced.
         """
-        self.ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
+        self.ledger = ledger
+        self._write = write
+        self._wake = wake
+        self._remove = remove
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._closing = threading.Event()
-        self._backlog: list[
-            tuple[Row, CommandResult]
-        ] = []  # what the ledger did not take; for the thread
+        # The results that the ledger did not take. The thread alone has the list.
+        self._backlog: list[tuple[Row, CommandResult]] = []
 
     def close(self) -> None:
         """Writes the results that are there, and stops; others come again after a restart."""
@@ -76,6 +80,7 @@ class ResultWriter:
             pass
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Calls a function until others hold the ledger no more, or the writer is closed."""
         while True:
             try:
                 function(*arguments)
@@ -96,20 +101,22 @@ class ResultWriter:
         Raises:
           LockedError: others hold the ledger.
         """
-        request, noted, reason = f"{row['model']}:{row['seq']}", True, None
+        request = f"{row['model']}:{row['seq']}"
+        is_noted = True
+        reason = None
         try:
             self._commit(row, result)
         except LockedError:
             raise
         except Exception as error:
             _log.exception("the result of %s was not noted", request)
-            noted = False
-            is_ledger = no_room(error) or isinstance(error, sqlite3.Error)
-            if is_ledger or not self._fail(row, error_answer(error)):
+            is_noted = False
+            is_ledger_error = no_room(error) or isinstance(error, sqlite3.Error)
+            if is_ledger_error or not self._fail(row, error_answer(error)):
                 reason = _PENDING
                 self._backlog.append((row, result))
         self._wake(request, reason)
-        return noted
+        return is_noted
 
     def _fail(self, row: Row, answer: bytes) -> bool:
         """Notes an error for an answer; returns whether the ledger took it."""
@@ -127,36 +134,43 @@ class ResultWriter:
         self.submit(self._retry)
 
     def _retry(self) -> None:
-        backlog, self._backlog = self._backlog, []
+        backlog = self._backlog
+        self._backlog = []
         for row, result in backlog:
             self.submit(self.write, row, result)
 
     def _commit(self, row: Row, result: CommandResult) -> None:
+        """Writes the result of a command into the ledger, with the adapter that it saved."""
         model = self.ledger.model(row["model"])
-        if model is None or row["state"] != LOGGED:
-            return  # it has its answer, and was executed again
-        if failed := isinstance(result, Exception):
+        had_answer = row["state"] != LOGGED  # it was executed again
+        if model is None or had_answer:
+            return
+        has_failed = isinstance(result, Exception)
+        if isinstance(result, Exception):
             if not isinstance(result, RequestError):
                 _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
             answer = error_answer(result)
         else:
             answer = self._write(row, result)
         spec = json.dumps(dataclasses.asdict(result)) if isinstance(result, AdapterSpec) else None
-        stale: list[Row | None] = []
-        target = row["target"]
+        replaced_rows: list[Row] = []
         with self.ledger.transaction():
-            first = self.ledger.finish(row["model"], row["seq"], answer, failed, spec)
-            if not first or failed or not isinstance(result, SaveResult):
-                return
-            if target.startswith("tinker://"):
-                stale.append(self.ledger.checkpoint(target))
-                facts = json.loads(row["payload"])
-                self.ledger.add_checkpoint(row, model["owner"], result.size, facts)
-            else:
-                facts = {name: model[name] for name in ("session", "owner", "base")}
-                self.ledger.add_sampler(target, folder=row["folder"], **facts)
-                session = self.ledger.session(model["session"])
-                if session is None or session["ended"]:
-                    stale.extend(self.ledger.end_session(model["session"]))
-        for replaced in filter(None, stale):
-            self._remove(replaced["folder"])
+            is_first_answer = self.ledger.finish(row["model"], row["seq"], answer, has_failed, spec)
+            if is_first_answer and isinstance(result, SaveResult):
+                replaced_rows = self._add_saved(row, model, result)
+        for replaced_row in replaced_rows:
+            self._remove(replaced_row["folder"])
+
+    def _add_saved(self, row: Row, model: Row, result: SaveResult) -> list[Row]:
+        """Adds the checkpoint or sampler that a command saved; returns rows whose files may go."""
+        target = row["target"]
+        if target.startswith("tinker://"):
+            replaced_checkpoint = self.ledger.checkpoint(target)
+            facts = json.loads(row["payload"])
+            self.ledger.add_checkpoint(row, model["owner"], result.size, facts)
+            return [] if replaced_checkpoint is None else [replaced_checkpoint]
+        facts = {name: model[name] for name in ("session", "owner", "base")}
+        self.ledger.add_sampler(target, folder=row["folder"], **facts)
+        session = self.ledger.session(model["session"])
+        has_ended = session is None or session["ended"]
+        return self.ledger.end_session(model["session"]) if has_ended else []

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,8 @@ from train.serve.tenants.parking import StateFolders, TenantParking
 from train.serve.tenants.seats import Seats
 
 _logger = logging.getLogger(__name__)
-_PATIENCE = 5.0  # seconds
-_AHEAD = 10_000  # a command's number is at most so far beyond the next one's
+_LOCK_SECONDS = 5.0  # for which a command waits for the lock
+_MAX_SEQ_AHEAD = 10_000  # a command's number is at most so far beyond the next one's
 
 
 class BusyError(Exception):
@@ -110,12 +110,17 @@ class CommandLog:
           limits: limits of the log.
           clock: gives the time that is shown.
         """
-        self._engine, self._ledger, self.folder = engine, ledger, folder
-        self._codec, self._limits, self._clock = codec, limits, clock
+        self._engine = engine
+        self._ledger = ledger
+        self.folder = folder
+        self._codec = codec
+        self._limits = limits
+        self._clock = clock
         self._results = ResultWriter(ledger, codec.write, wake, self._remove)
         self._seats = seats or Seats()
         self._table = TenantTable(engine, self._results, self._seats)
-        self._tenants, self._lock = self._table.tenants, self._table.lock
+        self._tenants = self._table.tenants
+        self._lock = self._table.lock
         self.states = StateFolders(ledger, folder / "states")
         loader = TenantLoader(self._table, self, codec.read)
         self.parking = TenantParking(self._table, self, loader, self.states)
@@ -129,9 +134,9 @@ class CommandLog:
         """Returns the name by which the engine knows the adapter in a folder."""
         return adapter_name(folder, self.folder)
 
-    def place(self, room: str, model: str) -> Path:
-        """Returns a model's folder in a room: snapshots or checkpoints."""
-        return self.folder / room / model.replace(":", "-")
+    def model_folder(self, kind: str, model: str) -> Path:
+        """Returns a model's folder of a kind: snapshots or checkpoints."""
+        return self.folder / kind / model.replace(":", "-")
 
     def accept(
         self,
@@ -162,17 +167,12 @@ class CommandLog:
           LockedError, FullError: the ledger cannot be written.
         """
         with self._hold_lock():
-            if (row := self._ledger.command(model, seq)) is not None:
-                _check_repeat(row, kind)
+            repeated_row = self._ledger.command(model, seq)
+            if repeated_row is not None:
+                _check_repeat(repeated_row, kind)
                 return f"{model}:{seq}"
             tenant = self._tenants.get(model, TenantProgress(0))
-            if seq != 0 and model not in self._tenants:
-                raise RequestError(f"{model} is unloaded: load its last checkpoint")
-            if not tenant.next <= seq <= tenant.next + _AHEAD:
-                raise RequestError(f"seq_id {seq} is out of order: the next one is {tenant.next}")
-            fills = seq == tenant.next and tenant.waiting  # refused, it would block those that wait
-            if tenant.load >= self._limits.queue and not fills:
-                raise BusyError(f"{model} has too many commands without an answer: wait for some")
+            self._check_order(model, seq, tenant)
             refusal = None
             try:
                 with self._ledger.transaction():
@@ -184,23 +184,35 @@ class CommandLog:
             except RequestError as error:
                 if seq == 0:
                     raise  # there is no model, whose commands could wait
-                refusal, command = error, None
+                refusal = error
+                command = None
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
             tenant.load += load_of(row)
-            tenant.used = self._clock()
+            tenant.last_used = self._clock()
             self._ledger.hear(tenant.client.session)
             if not tenant.waiting:
-                tenant.since = self._ledger.now()
+                tenant.waiting_since = self._ledger.now()
             tenant.waiting[seq] = row, command
             self.advance(model, tenant)
         if refusal is not None:
             raise refusal
         return f"{model}:{seq}"
 
+    def _check_order(self, model: str, seq: int, tenant: TenantProgress) -> None:
+        """Raises an error for a number out of order, or if a tenant's queue is full."""
+        if seq != 0 and model not in self._tenants:
+            raise RequestError(f"{model} is unloaded: load its last checkpoint")
+        if not tenant.next_seq <= seq <= tenant.next_seq + _MAX_SEQ_AHEAD:
+            raise RequestError(f"seq_id {seq} is out of order: the next one is {tenant.next_seq}")
+        # Without the command that others wait for, these would stay in the queue.
+        unblocks_others = seq == tenant.next_seq and tenant.waiting
+        if tenant.load >= self._limits.queue and not unblocks_others:
+            raise BusyError(f"{model} has too many commands without an answer: wait for some")
+
     @contextmanager
     def _hold_lock(self) -> Iterator[None]:
         """Holds the lock, unless others hold it for long."""
-        if not self._lock.acquire(timeout=_PATIENCE):
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise BusyError("many requests wait for the ledger")
         try:
             yield
@@ -216,23 +228,29 @@ class CommandLog:
         with self._lock:
             self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
             models = self._ledger.live_models()
-            for model in sorted(models, key=lambda model: model["used"], reverse=True):
+            models.sort(key=lambda model: model["used"], reverse=True)
+            for model in models:
                 self._replay(model, self._clock() - silent)
 
-    def _replay(self, model: Row, since: float) -> None:
-        name, state = model["id"], model["state"]
+    def _replay(self, model: Row, recent_time: float) -> None:
+        """Lines a tenant up for a seat, if it has commands or was used since a time."""
+        name = model["id"]
+        state_seq = model["state"]
         tenant = TenantProgress(
-            state + 1, _client(model), used=model["used"], since=self._ledger.now()
+            next_seq=state_seq + 1,
+            client=_client(model),
+            last_used=model["used"],
+            waiting_since=self._ledger.now(),
         )
         self._tenants[name] = tenant
-        rows = self._ledger.commands(name, state)
+        rows = self._ledger.commands(name, state_seq)
         self.states.tidy(model, rows)
         tenant.load = sum(map(load_of, rows))
         tenant.exists = model["spec"] is not None or tenant.load > 0
-        is_recent = model["used"] >= since and self._seats.fits(tenant.client)
+        is_recent = model["used"] >= recent_time and self._seats.fits(tenant.client)
         if tenant.exists and (tenant.load or is_recent):
             self._seats.wait(name, tenant.client)
-        tenant.next = next_number(state, rows)
+        tenant.next_seq = next_number(state_seq, rows)
         self.parking.settle()
 
     def advance(self, model: str, tenant: TenantProgress) -> None:
@@ -240,31 +258,39 @@ class CommandLog:
 
         A tenant that the engine does not have waits for a seat, once all its results are noted.
         """
-        if tenant.next not in tenant.waiting:
+        if tenant.next_seq not in tenant.waiting:
             return
-        if tenant.exists and not self._seats.holds(model):
-            if tenant.running == 0:
+        has_seat = self._seats.holds(model)
+        if tenant.exists and not has_seat:
+            if tenant.n_running == 0:
                 self._seats.wait(model, tenant.client)
                 self.parking.settle()
             return
-        tenant.since = self._ledger.now()
-        while tenant.next in tenant.waiting:
-            row, command = tenant.waiting.pop(tenant.next)
-            tenant.next += 1
-            if command is None:
-                continue
-            done = partial(self._results.submit, self.finish, row, command, tenant)
-            self._engine.submit(model, command, done, tenant.client)
-            tenant.running += 1
-            tenant.handed += 1
-            tenant.size += len(row["payload"] or b"")
-            due = tenant.handed >= self._limits.every or tenant.size >= self._limits.most_bytes
-            if due and isinstance(command, Update):
-                tenant.handed = tenant.size = 0
-                tenant.running += 1
-                save = Save(self.states.path(model, row["seq"]), optimizer=True)
-                done = partial(self._results.submit, self._finish_save, model, row["seq"], tenant)
-                self._engine.submit(model, save, done, tenant.client)
+        tenant.waiting_since = self._ledger.now()
+        while tenant.next_seq in tenant.waiting:
+            row, command = tenant.waiting.pop(tenant.next_seq)
+            tenant.next_seq += 1
+            if command is not None:
+                self._submit(model, tenant, row, command)
+
+    def _submit(self, model: str, tenant: TenantProgress, row: Row, command: Command) -> None:
+        """Hands a command to the engine, and has the state saved after it, if that is due."""
+        done = partial(self._results.submit, self.finish, row, command, tenant)
+        self._engine.submit(model, command, done, tenant.client)
+        tenant.n_running += 1
+        tenant.n_since_state += 1
+        tenant.bytes_since_state += len(row["payload"] or b"")
+        is_save_due = (
+            tenant.n_since_state >= self._limits.every
+            or tenant.bytes_since_state >= self._limits.most_bytes
+        )
+        if is_save_due and isinstance(command, Update):
+            tenant.n_since_state = 0
+            tenant.bytes_since_state = 0
+            tenant.n_running += 1
+            save = Save(self.states.path(model, row["seq"]), optimizer=True)
+            save_done = partial(self._results.submit, self._finish_save, model, row["seq"], tenant)
+            self._engine.submit(model, save, save_done, tenant.client)
 
     def finish(
         self,
@@ -274,32 +300,33 @@ class CommandLog:
         result: CommandResult,
     ) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
-        is_written, failed = False, isinstance(result, Exception)
+        is_written = False
+        has_failed = isinstance(result, Exception)
         try:
             is_written = self._results.write(row, result)
-            if not failed and tenant is not None:
-                self._follow(row, command, tenant, is_written, result)
+            if not has_failed and tenant is not None:
+                self._record_changes(row, command, tenant, is_written, result)
         except LockedError:
             raise
         except Exception:  # such as a full disk: the log goes on from the state before
             _logger.exception("the state of %s was not kept", row["model"])
-        if tenant is None:
+        if tenant is None:  # it was unloaded
             return
         with self._lock:
             tenant.load -= load_of(row)
-            if failed and row["seq"] == 0:
+            if has_failed and row["seq"] == 0:
                 tenant.exists = False
                 self._seats.leave(row["model"])
             self.count_down(row["model"], tenant)
 
     def count_down(self, name: str, tenant: TenantProgress) -> None:
         """Notes that the engine has a command less."""
-        tenant.running -= 1
-        if tenant.running == 0:
+        tenant.n_running -= 1
+        if tenant.n_running == 0:
             self.advance(name, tenant)
         self.parking.settle()
 
-    def _follow(
+    def _record_changes(
         self,
         row: Row,
         command: Command | None,
@@ -308,12 +335,19 @@ class CommandLog:
         result: CommandResult,
     ) -> None:
         """Records the changes that a command made."""
-        model, seq = row["model"], row["seq"]
+        model = row["model"]
+        seq = row["seq"]
         if isinstance(command, Gradient):
-            tenant.gradient |= not command.forward_only
-        elif isinstance(command, Create | Load | Update | Discard):
-            tenant.gradient = False
-        elif isinstance(command, Save) and command.optimizer and not tenant.gradient and is_written:
+            if not command.forward_only:
+                tenant.has_gradient = True
+            return
+        if isinstance(command, Create | Load | Update | Discard):
+            tenant.has_gradient = False
+            return
+        if not (isinstance(command, Save) and is_written):
+            return
+        is_full_state = command.optimizer and not tenant.has_gradient
+        if is_full_state:
             self.states.link(model, seq, command.path)
             try:
                 self.states.keep(model, seq, tenant, result)
@@ -341,10 +375,10 @@ class CommandLog:
                 return
             self._ledger.end_model(model)
             del self._tenants[model]
-            gone = RequestError(f"{model} was unloaded")
+            error = RequestError(f"{model} was unloaded")
             for row, command in tenant.waiting.values():
                 if command is not None:
-                    self._results.submit(self.finish, row, command, None, gone)
+                    self._results.submit(self.finish, row, command, None, error)
             tenant.waiting.clear()
             self.parking.unload(model, tenant)
 
@@ -361,14 +395,15 @@ class CommandLog:
         self._remove(checkpoint["folder"])
 
     def _remove(self, folder: str) -> None:
+        """Removes the folder of an adapter, which the engine forgets."""
         self._engine.drop(self.name(folder))
         shutil.rmtree(folder, ignore_errors=True)
 
     def busy_sessions(self) -> set[str]:
         """Returns the sessions whose tenants have something to do, or wait for that."""
         with self._lock:
-            busy = [tenant for tenant in self._tenants.values() if not tenant.is_quiet]
-        return {tenant.client.session for tenant in busy}
+            busy_tenants = [tenant for tenant in self._tenants.values() if not tenant.is_quiet]
+        return {tenant.client.session for tenant in busy_tenants}
 
     def sweep(self, keep: float = 3600.0) -> None:
         """Removes commands that are over; call it every minute or so.
@@ -386,8 +421,8 @@ def _check_repeat(row: Row, kind: str) -> None:
     """Raises a RequestError if a command that comes again is another one, or was refused."""
     if row["state"] == REFUSED:
         answer = row["answer"]  # it is not kept for ever
-        why = json.loads(answer)["error"] if answer else f"seq_id {row['seq']} was refused"
-        raise RequestError(why)
+        reason = json.loads(answer)["error"] if answer else f"seq_id {row['seq']} was refused"
+        raise RequestError(reason)
     if row["kind"] != kind:
         raise RequestError(f"seq_id {row['seq']} is the number of a {row['kind']}")
 
@@ -408,8 +443,10 @@ class CommandGaps:
           table: the tenants.
           log: submits commands, and writes their results.
         """
-        self._table, self._log = table, log
-        self._results, self._ledger = table.results, table.results.ledger
+        self._table = table
+        self._log = log
+        self._results = table.results
+        self._ledger = table.results.ledger
 
     def close(self, seconds: float) -> None:
         """Answers the commands that waited so long for a missing one with an error.
@@ -417,37 +454,50 @@ class CommandGaps:
         The missing commands are refused from now on. The gradient before them is dropped: the step
         that was to take it never comes, and no other step may contain it.
         """
-        latest = self._ledger.now() - seconds
+        latest_start = self._ledger.now() - seconds
         with self._table.lock:
             for name, tenant in self._table.tenants.items():
-                has_gap = tenant.waiting and tenant.next not in tenant.waiting
-                if has_gap and tenant.since < latest:
+                has_gap = tenant.waiting and tenant.next_seq not in tenant.waiting
+                if has_gap and tenant.waiting_since < latest_start:
                     self._close(name, tenant, seconds)
 
     def _close(self, name: str, tenant: TenantProgress, seconds: float) -> None:
-        waiting = sorted(tenant.waiting)
-        last = waiting[-1]
-        edges = itertools.pairwise([tenant.next - 1, *waiting])
-        gaps = [(low + 1, high - 1) for low, high in edges if high - low > 1]
-        missing = [seq for low, high in gaps for seq in range(low, high + 1)]
-        names = ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in gaps)
+        """Refuses the commands that a tenant's others wait for, and all that wait."""
+        waiting_seqs = sorted(tenant.waiting)
+        last_seq = waiting_seqs[-1]
+        gaps = _gaps_between([tenant.next_seq - 1, *waiting_seqs])
+        missing_seqs = [seq for gap in gaps for seq in gap]
+        gap_names = ", ".join(_gap_name(gap) for gap in gaps)
         error = RequestError(
-            f"seq_id {names} of {name} did not come within {seconds:g} seconds. So no command from "
-            f"seq_id {missing[0]} to {last} was executed, and the gradient of those before "
-            f"was dropped: go on with seq_id {last + 1}, or load the last checkpoint"
+            f"seq_id {gap_names} of {name} did not come within {seconds:g} seconds. So no command "
+            f"from seq_id {missing_seqs[0]} to {last_seq} was executed, and the gradient of those "
+            f"before was dropped: go on with seq_id {last_seq + 1}, or load the last checkpoint"
         )
-        answer, rows = error_answer(error), dict[int, Row]()
+        answer = error_answer(error)
+        missing_rows: dict[int, Row] = {}
         with self._ledger.transaction():
-            for seq in missing:
-                kind = DISCARD if seq == tenant.next else MISSING
-                rows[seq] = self._ledger.log(name, seq, kind, b"", refused=answer)
-            for seq in waiting:
+            for seq in missing_seqs:
+                kind = DISCARD if seq == tenant.next_seq else MISSING
+                missing_rows[seq] = self._ledger.log(name, seq, kind, b"", refused=answer)
+            for seq in waiting_seqs:
                 self._ledger.finish(name, seq, answer, failed=True)
         for seq, (row, command) in tenant.waiting.items():
-            tenant.waiting[seq] = row, None
+            tenant.waiting[seq] = (row, None)
             if command is not None:
-                tenant.running += 1
+                tenant.n_running += 1
                 self._results.submit(self._log.finish, row, command, tenant, error)
-        tenant.waiting |= {seq: (row, None) for seq, row in rows.items()}
-        tenant.waiting[tenant.next] = rows[tenant.next], Discard()
+        for seq, row in missing_rows.items():
+            tenant.waiting[seq] = (row, None)
+        tenant.waiting[tenant.next_seq] = (missing_rows[tenant.next_seq], Discard())
         self._log.advance(name, tenant)
+
+
+def _gaps_between(seqs: Sequence[int]) -> list[range]:
+    """Returns the ranges of numbers that are missing in an ascending sequence."""
+    gaps = [range(seq + 1, next_seq) for seq, next_seq in itertools.pairwise(seqs)]
+    return [gap for gap in gaps if gap]
+
+
+def _gap_name(gap: range) -> str:
+    """Returns the numbers of a gap as a message names them."""
+    return str(gap[0]) if len(gap) == 1 else f"{gap[0]} to {gap[-1]}"

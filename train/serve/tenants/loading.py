@@ -4,7 +4,6 @@ The log, loading and parking share the table of them.
 """
 
 import dataclasses
-import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -37,36 +36,36 @@ class TenantProgress:
     """The progress of a tenant.
 
     Attributes:
-      next: the number of the command that the engine gets next.
+      next_seq: the number of the command that the engine gets next.
       client: the client that it is of.
       waiting: commands that came too early; None for one that the engine does not get.
-      gradient: whether what was executed left a gradient that no update has taken.
-      handed, size: commands, and bytes of them, since the last saved state.
+      has_gradient: whether what was executed left a gradient that no update has taken.
+      n_since_state, bytes_since_state: commands, and bytes of them, since the last saved state.
       load: commands without an answer, a large one counted as one for each half MiB.
-      running: commands that the engine has.
+      n_running: commands that the engine has.
       exists: whether the tenant was made, or may be.
-      used: when its last command came, in seconds since 1970.
-      since: when the commands that wait began to wait for the next one, by `Ledger.now`.
+      last_used: when its last command came, in seconds since 1970.
+      waiting_since: when the commands that wait began to wait for the next one, by `Ledger.now`.
       status: the state in which it was parked; None for one that never was.
     """
 
-    next: int
+    next_seq: int
     client: Client = ANYONE
     waiting: dict[int, tuple[Row, Command | None]] = dataclasses.field(default_factory=dict)
-    gradient: bool = False
-    handed: int = 0
-    size: int = 0
+    has_gradient: bool = False
+    n_since_state: int = 0
+    bytes_since_state: int = 0
     load: int = 0
-    running: int = 0
+    n_running: int = 0
     exists: bool = True
-    used: float = 0.0
-    since: float = 0.0
+    last_used: float = 0.0
+    waiting_since: float = 0.0
     status: TenantStatus | None = None
 
     @property
     def is_quiet(self) -> bool:
         """True where the engine has nothing to do, nor could have."""
-        return self.running == 0 and self.next not in self.waiting
+        return self.n_running == 0 and self.next_seq not in self.waiting
 
 
 @dataclasses.dataclass
@@ -90,13 +89,17 @@ class TenantTable:
 
 def load_of(row: Row) -> int:
     """Returns the share of the queue that a command without an answer takes."""
-    return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
+    has_answer = row["state"] != LOGGED
+    return 0 if has_answer else 1 + len(row["payload"] or b"") // 2**19
 
 
-def next_number(state: int, rows: list[Row]) -> int:
+def next_number(state_seq: int, rows: list[Row]) -> int:
     """Returns the number of the first command that did not come, after that of a state."""
-    numbers = {row["seq"] for row in rows}
-    return next(n for n in itertools.count(state + 1) if n not in numbers)
+    logged_seqs = {row["seq"] for row in rows}
+    seq = state_seq + 1
+    while seq in logged_seqs:
+        seq += 1
+    return seq
 
 
 class TenantLog(Protocol):
@@ -129,8 +132,12 @@ class TenantLoader:
           log: submits commands, and writes their results.
           read: makes the command of a row of the ledger.
         """
-        self._engine, self._results, self._seats = table.engine, table.results, table.seats
-        self._table, self._ledger, self._log = table, table.results.ledger, log
+        self._table = table
+        self._engine = table.engine
+        self._results = table.results
+        self._ledger = table.results.ledger
+        self._seats = table.seats
+        self._log = log
         self._read = read
 
     def resume(self, name: str) -> None:
@@ -145,7 +152,7 @@ class TenantLoader:
             self._seats.enter(name, Phase.READY)
             self._log.advance(name, tenant)
             return
-        tenant.running += 1
+        tenant.n_running += 1
         done = partial(self._results.submit, self._finish_load, name, tenant)
         self._engine.submit(name, Load(folder, optimizer=True), done, tenant.client)
 
@@ -157,17 +164,20 @@ class TenantLoader:
         tenant.load = sum(map(load_of, rows))
         for row in rows:
             if row["seq"] not in tenant.waiting:
-                is_wanted = row["state"] in (LOGGED, DONE) or row["kind"] == DISCARD
-                tenant.waiting[row["seq"]] = row, self._repeat(row, tenant) if is_wanted else None
-        tenant.next, tenant.gradient, tenant.handed, tenant.size = model["state"] + 1, False, 0, 0
+                was_valid = row["state"] in (LOGGED, DONE) or row["kind"] == DISCARD
+                command = self._repeat(row, tenant) if was_valid else None
+                tenant.waiting[row["seq"]] = (row, command)
+        tenant.next_seq = model["state"] + 1
+        tenant.has_gradient = False
+        tenant.n_since_state = 0
+        tenant.bytes_since_state = 0
         return None if model["folder"] is None else Path(model["folder"])
 
     def _finish_load(self, name: str, tenant: TenantProgress, result: CommandResult) -> None:
         """Has a tenant go on whose last state was loaded, or says why it was not."""
         with self._table.lock:
-            if (
-                self._table.tenants.get(name) is tenant
-            ):  # else it was unloaded, and leaves the engine
+            is_unloaded = self._table.tenants.get(name) is not tenant  # then it leaves the engine
+            if not is_unloaded:
                 if isinstance(result, Exception):
                     self._fail_load(name, result)
                 else:
@@ -176,33 +186,37 @@ class TenantLoader:
 
     def _fail_load(self, name: str, error: Exception) -> None:
         """Answers the commands of a tenant that was not loaded; its next one tries again."""
-        why = f"the state of {name} could not be loaded: {error}"
-        _logger.error(why, exc_info=error)
+        message = f"the state of {name} could not be loaded: {error}"
+        _logger.error(message, exc_info=error)
         self._seats.leave(name)
-        self.refuse(name, RequestError(why))
+        self.refuse(name, RequestError(message))
 
-    def refuse(self, name: str, why: RequestError) -> None:
+    def refuse(self, name: str, error: RequestError) -> None:
         """Answers the commands of a tenant that the engine does not have, and cannot take in."""
-        tenant, model = self._table.tenants[name], self._ledger.model(name)
+        tenant = self._table.tenants[name]
+        model = self._ledger.model(name)
         assert model is not None
         rows = self._ledger.commands(name, model["state"])
         tenant.waiting.clear()
-        tenant.next, tenant.load = next_number(model["state"], rows), sum(map(load_of, rows))
+        tenant.next_seq = next_number(model["state"], rows)
+        tenant.load = sum(map(load_of, rows))
         for row in rows:
             if row["state"] == LOGGED:
-                tenant.running += 1
-                self._results.submit(self._log.finish, row, None, tenant, why)
+                tenant.n_running += 1
+                self._results.submit(self._log.finish, row, None, tenant, error)
 
     def _repeat(self, row: Row, tenant: TenantProgress) -> Command | None:
         """Returns the command of a row if it is to be executed, perhaps for a second time."""
         command = self._read(row)
-        if isinstance(command, Save):
-            if row["state"] == LOGGED and command.path.exists():  # written, but not noted
-                self._results.submit(
-                    self._log.finish, row, command, None, SaveResult(size(command.path))
-                )
-                tenant.load -= load_of(row)
-                return None
-            return command if row["state"] == LOGGED else None
-        changes = not (isinstance(command, Gradient) and command.forward_only)
-        return command if changes or row["state"] == LOGGED else None
+        has_answer = row["state"] != LOGGED
+        if not isinstance(command, Save):
+            changes_tenant = not (isinstance(command, Gradient) and command.forward_only)
+            return command if changes_tenant or not has_answer else None
+        if has_answer:
+            return None
+        if command.path.exists():  # it was written, but its result was not noted
+            result = SaveResult(size(command.path))
+            self._results.submit(self._log.finish, row, command, None, result)
+            tenant.load -= load_of(row)
+            return None
+        return command

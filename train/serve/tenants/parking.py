@@ -39,15 +39,16 @@ class StateFolders:
           ledger: notes which state is the last.
           folder: holds a folder for each tenant.
         """
-        self._ledger, self._folder = ledger, folder
+        self._ledger = ledger
+        self._folder = folder
 
-    def place(self, name: str) -> Path:
+    def tenant_folder(self, name: str) -> Path:
         """Returns the folder of a tenant's states."""
         return self._folder / name.replace(":", "-")
 
     def path(self, name: str, seq: int) -> Path:
         """Returns the folder of the state after a command."""
-        return self.place(name) / str(seq)
+        return self.tenant_folder(name) / str(seq)
 
     def keep(self, name: str, seq: int, tenant: TenantProgress, result: CommandResult) -> None:
         """Makes a saved state the last one, unless a gradient is pending, which it lacks.
@@ -61,25 +62,29 @@ class StateFolders:
           tenant: its progress.
           result: result of the `Save`; nothing is kept of one that failed.
         """
-        model, folder = self._ledger.model(name), self.path(name, seq)
-        is_whole = isinstance(result, SaveResult) and not tenant.gradient
-        if (
-            model is None
-            or model["ended"]
-            or not is_whole
-            or self._ledger.owes(name, model["state"], seq)
-        ):
+        model = self._ledger.model(name)
+        folder = self.path(name, seq)
+        is_complete = isinstance(result, SaveResult) and not tenant.has_gradient
+        is_usable = (
+            model is not None
+            and not model["ended"]
+            and is_complete
+            and not self._ledger.owes(name, model["state"], seq)
+        )
+        if not is_usable:
             shutil.rmtree(folder, ignore_errors=True)
             return
         self._ledger.set_state(name, seq, folder)
         for child in list_folder(folder.parent):
-            number = re.fullmatch(r"(?:load-)?(\d+)", child.name)
-            if number and int(number[1]) <= seq and child != folder:
+            name_match = re.fullmatch(r"(?:load-)?(\d+)", child.name)
+            is_older = name_match is not None and int(name_match[1]) <= seq
+            if is_older and child != folder:
                 shutil.rmtree(child, ignore_errors=True)
 
     def link(self, name: str, seq: int, source: Path) -> None:
         """Makes a checkpoint with the optimiser's state the state after a command."""
-        if not (folder := self.path(name, seq)).exists():
+        folder = self.path(name, seq)
+        if not folder.exists():
             link(source, folder)
 
     def clear(self, name: str, seq: int) -> None:
@@ -88,14 +93,14 @@ class StateFolders:
 
     def tidy(self, model: Row, rows: list[Row]) -> None:
         """Removes files that neither a model's last state nor the commands since need."""
-        needed = {model["folder"], *(row["folder"] for row in rows)}
-        for child in list_folder(self.place(model["id"])):
-            if str(child) not in needed:
+        needed_folders = {model["folder"], *(row["folder"] for row in rows)}
+        for child in list_folder(self.tenant_folder(model["id"])):
+            if str(child) not in needed_folders:
                 shutil.rmtree(child, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Removes the states of a tenant."""
-        shutil.rmtree(self.place(name), ignore_errors=True)
+        shutil.rmtree(self.tenant_folder(name), ignore_errors=True)
 
 
 class TenantParking:
@@ -112,34 +117,45 @@ class TenantParking:
           loader: loads tenants that have got a seat.
           states: states of the tenants on disk.
         """
-        self._engine, self._results, self._seats = table.engine, table.results, table.seats
-        self._table, self._ledger, self._log = table, table.results.ledger, log
-        self._loader, self._states = loader, states
+        self._table = table
+        self._engine = table.engine
+        self._results = table.results
+        self._ledger = table.results.ledger
+        self._seats = table.seats
+        self._log = log
+        self._loader = loader
+        self._states = states
 
     def settle(self) -> None:
         """Has the engine take in those who wait for room, and makes room for them."""
-        while (name := self._seats.next()) is not None:
-            self._loader.resume(name)
-        while (name := self._seats.victim(self._quiet())) is not None:
-            self._seats.enter(name, Phase.HELD)
+        newcomer = self._seats.next()
+        while newcomer is not None:
+            self._loader.resume(newcomer)
+            newcomer = self._seats.next()
+        victim = self._seats.victim(self._quiet_tenants())
+        while victim is not None:
+            self._seats.enter(victim, Phase.HELD)
+            victim = self._seats.victim(self._quiet_tenants())
         for name in self._seats.list_phase(Phase.HELD):
-            if self._table.tenants[name].running == 0:
+            if self._table.tenants[name].n_running == 0:
                 self._park(name)
-        for name, why in self._seats.hopeless().items():
+        for name, reason in self._seats.hopeless().items():
             self._seats.give_up(name)
-            self._loader.refuse(name, RequestError(why))
+            self._loader.refuse(name, RequestError(reason))
 
-    def _quiet(self) -> list[str]:
+    def _quiet_tenants(self) -> list[str]:
         """Returns the tenants without work in the engine, those used last at the end."""
-        quiet = [name for name, tenant in self._table.tenants.items() if tenant.is_quiet]
-        return sorted(quiet, key=lambda name: self._table.tenants[name].used)
+        names = [name for name, tenant in self._table.tenants.items() if tenant.is_quiet]
+        return sorted(names, key=lambda name: self._table.tenants[name].last_used)
 
     def _park(self, name: str) -> None:
         """Has a tenant leave the engine once its state is on disk; its commands wait."""
-        tenant, model = self._table.tenants[name], self._ledger.model(name)
+        tenant = self._table.tenants[name]
+        model = self._ledger.model(name)
         assert model is not None
-        seq = tenant.next - 1
-        if tenant.gradient or model["state"] == seq:  # the log has the rest
+        seq = tenant.next_seq - 1
+        is_state_on_disk = model["state"] == seq
+        if is_state_on_disk or tenant.has_gradient:  # a gradient comes again from the log
             self._leave_engine(name, tenant)
             return
         self._seats.enter(name, Phase.SAVING)
@@ -157,8 +173,8 @@ class TenantParking:
             self._states.keep(name, seq, tenant, result)
         except LockedError:
             raise
-        except Exception as caught:
-            error = error or caught
+        except Exception as keep_error:
+            error = error or keep_error
         with self._table.lock:
             is_unloaded = self._table.tenants.get(name) is not tenant
             if error is None or is_unloaded:
@@ -170,8 +186,10 @@ class TenantParking:
             self.settle()
 
     def _leave_engine(self, name: str, tenant: TenantProgress) -> None:
-        if (status := self._engine.status().tenants.get(name)) is not None:
-            status = _merge(tenant.status, status)
+        """Has a tenant leave the engine, and notes the state in which it does."""
+        engine_status = self._engine.status().tenants.get(name)
+        if engine_status is not None:
+            status = _merge(tenant.status, engine_status)
             tenant.status = dataclasses.replace(status, parked=True, size=0)
         self._seats.enter(name, Phase.LEAVING)
         done = partial(self._results.submit, self._finish_leave, name)
@@ -199,10 +217,10 @@ class TenantParking:
     def park_silent(self, seconds: float) -> None:
         """Parks the tenants of sessions that were silent for some seconds."""
         with self._table.lock:
-            silent = set(self._ledger.idle_sessions(seconds))
-            for name in self._quiet():
-                is_left = self._table.tenants[name].client.session in silent
-                if is_left and self._seats.may_park(name):
+            silent_sessions = set(self._ledger.idle_sessions(seconds))
+            for name in self._quiet_tenants():
+                is_silent = self._table.tenants[name].client.session in silent_sessions
+                if is_silent and self._seats.may_park(name):
                     self._seats.enter(name, Phase.HELD)
             self.settle()
 
@@ -215,10 +233,12 @@ class TenantParking:
         for name, tenant in tenants.items():
             if name in statuses and name not in leaving:
                 statuses[name] = _merge(tenant.status, statuses[name])
-            elif (status := tenant.status or self._read_status(name, tenant)) is not None:
-                statuses[name] = status
+            else:
+                parked_status = tenant.status or self._read_status(name, tenant)
+                if parked_status is not None:
+                    statuses[name] = parked_status
             if name in statuses:  # not when the engine had a command, such as one of parking
-                statuses[name] = dataclasses.replace(statuses[name], used=tenant.used)
+                statuses[name] = dataclasses.replace(statuses[name], used=tenant.last_used)
         return statuses
 
     def _read_status(self, name: str, tenant: TenantProgress) -> TenantStatus | None:
@@ -239,9 +259,13 @@ class TenantParking:
         )
 
 
-def _merge(before: TenantStatus | None, now: TenantStatus) -> TenantStatus:
+def _merge(parked_status: TenantStatus | None, engine_status: TenantStatus) -> TenantStatus:
     """Returns the engine's state of a tenant, with what it has forgotten by parking."""
-    if before is None:
-        return now
-    losses = sorted((dict(before.losses) | dict(now.losses)).items())[-LATEST_LOSSES:]
-    return dataclasses.replace(now, losses=losses, seconds=before.seconds + now.seconds)
+    if parked_status is None:
+        return engine_status
+    loss_of_step = dict(parked_status.losses) | dict(engine_status.losses)
+    return dataclasses.replace(
+        engine_status,
+        losses=sorted(loss_of_step.items())[-LATEST_LOSSES:],
+        seconds=parked_status.seconds + engine_status.seconds,
+    )

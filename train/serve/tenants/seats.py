@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from train.serve.protocol.requests import Client
 
-_AGAIN = 60.0  # seconds after which a tenant that could not be parked may be
-_TURN = 10.0  # seconds of a seat for which a tenant that always has work is left alone
+_RETRY_SECONDS = 60.0  # after which a tenant that could not be parked may be
+_TURN_SECONDS = 10.0  # of a seat, for which a tenant that always has work is left alone
 
 
 class Phase(enum.Enum):
@@ -40,15 +40,16 @@ class Seats:
           room: tenants at once; None for any number.
           own: tenants of an owner at once; None for any number.
         """
-        self._room, self._own = room, own
-        self._taken: dict[str, _Seat] = {}
+        self._max_tenants = room
+        self._max_owner_tenants = own
+        self._seats: dict[str, _Seat] = {}
         self._waiting: dict[str, Client] = {}
-        self._stuck: dict[str, float] = {}  # could not be parked before this time
-        self._problem = ""
+        self._stuck: dict[str, float] = {}  # could not be parked; times of the next try
+        self._problem = ""  # of the latest that could not be parked
 
     def phase(self, name: str) -> Phase | None:
         """Returns the phase of a tenant; None for one without a seat."""
-        seat = self._taken.get(name)
+        seat = self._seats.get(name)
         return None if seat is None else seat.phase
 
     def holds(self, name: str) -> bool:
@@ -57,7 +58,7 @@ class Seats:
 
     def list_phase(self, phase: Phase) -> list[str]:
         """Returns the tenants in a phase."""
-        return [name for name, seat in self._taken.items() if seat.phase is phase]
+        return [name for name, seat in self._seats.items() if seat.phase is phase]
 
     def wait(self, name: str, client: Client) -> None:
         """Puts a tenant at the end of the line for a seat, unless it is in it."""
@@ -69,21 +70,21 @@ class Seats:
 
     def fits(self, client: Client) -> bool:
         """Returns True if there is room for another tenant of a client."""
-        has_room = self._room is None or len(self._taken) < self._room
+        has_room = self._max_tenants is None or len(self._seats) < self._max_tenants
         return has_room and self._has_own_room(client)
 
     def next(self) -> str | None:
         """Gives a free seat to the first tenant in the line that may have it; returns its name."""
-        for name, client in self._wanted():
+        for name, client in self._line():
             if self.fits(client):
                 del self._waiting[name]
-                self._taken[name] = _Seat(client)
+                self._seats[name] = _Seat(client)
                 return name
         return None
 
-    def _wanted(self) -> list[tuple[str, Client]]:
+    def _line(self) -> list[tuple[str, Client]]:
         """Returns the line for a seat, without those that have not left theirs."""
-        return [each for each in self._waiting.items() if each[0] not in self._taken]
+        return [(name, client) for name, client in self._waiting.items() if name not in self._seats]
 
     def victim(self, quiet: Sequence[str]) -> str | None:
         """Returns a tenant that has to be parked for one that waits; None for none.
@@ -93,40 +94,58 @@ class Seats:
         Args:
           quiet: tenants without work, in the order in which they may be parked.
         """
-        staying = (Phase.LOADING, Phase.READY)
-        leaving = [name for name, seat in self._taken.items() if seat.phase not in staying]
-        before = time.monotonic() - _TURN
-        since = {name: seat.since for name, seat in self._taken.items() if seat.since < before}
-        candidates = (*quiet, *sorted(since, key=since.__getitem__))
-        free = [name for name in candidates if self.may_park(name)]
-        # Those whom only the room of their owner helps choose first.
-        for _, client in sorted(self._wanted(), key=lambda each: self._has_own_room(each[1])):
-            if self.fits(client):
+        leaving_tenants = [
+            name
+            for name, seat in self._seats.items()
+            if seat.phase not in (Phase.LOADING, Phase.READY)
+        ]
+        candidates = [*quiet, *self._long_seated()]
+        parkable_tenants = [name for name in candidates if self.may_park(name)]
+        for client in self._clients_in_need():
+            helpers = self._helpers(client, leaving_tenants)
+            if helpers:
+                leaving_tenants.remove(helpers[0])  # its room is for this one
                 continue
-            if helpers := self._helpers(client, leaving):
-                leaving.remove(helpers[0])  # its room is for this one
-            elif helpers := self._helpers(client, free):
+            helpers = self._helpers(client, parkable_tenants)
+            if helpers:
                 return helpers[0]
         return None
+
+    def _long_seated(self) -> list[str]:
+        """Returns the tenants whose turn is over, those that have had their seat longest first."""
+        latest_start = time.monotonic() - _TURN_SECONDS
+        start_times = {
+            name: seat.since for name, seat in self._seats.items() if seat.since < latest_start
+        }
+        return sorted(start_times, key=start_times.__getitem__)
+
+    def _clients_in_need(self) -> list[Client]:
+        """Returns the clients of tenants that wait and do not fit, those without own room first.
+
+        These choose first, since only the room of their owner helps them.
+        """
+        clients = [client for _, client in self._line() if not self.fits(client)]
+        return sorted(clients, key=self._has_own_room)
 
     def _helpers(self, client: Client, names: Iterable[str]) -> list[str]:
         """Returns the tenants whose leaving makes room for another one of a client."""
         if self._has_own_room(client):
             return list(names)
-        return [name for name in names if self._taken[name].client.owner == client.owner]
+        return [name for name in names if self._seats[name].client.owner == client.owner]
 
     def may_park(self, name: str) -> bool:
         """Returns True if a tenant that has a seat may lose it."""
         return self.holds(name) and not self._is_stuck(name)
 
     def _is_stuck(self, name: str) -> bool:
+        """Returns True if a tenant could not be parked a short while ago."""
         return self._stuck.get(name, 0.0) > time.monotonic()
 
     def hopeless(self) -> dict[str, str]:
         """Returns reasons by tenant, of those that wait in vain since none can be parked."""
-        reasons = {}
-        for name, client in self._wanted():
-            rivals = self._helpers(client, self._taken)
+        reasons: dict[str, str] = {}
+        for name, client in self._line():
+            rivals = self._helpers(client, self._seats)
             if rivals and all(map(self._is_stuck, rivals)):
                 reasons[name] = (
                     f"{len(rivals)} adapters train here, and there is room for no more: none can "
@@ -136,7 +155,7 @@ class Seats:
 
     def enter(self, name: str, phase: Phase) -> None:
         """Moves a tenant that has a seat into a phase."""
-        seat = self._taken[name]
+        seat = self._seats[name]
         seat.phase = phase
         if phase is Phase.READY:
             seat.since = time.monotonic()
@@ -145,16 +164,17 @@ class Seats:
         """Leaves a tenant its seat, since its state could not be saved."""
         self.enter(name, Phase.READY)
         self.give_up(name)
-        self._stuck[name] = time.monotonic() + _AGAIN
+        self._stuck[name] = time.monotonic() + _RETRY_SECONDS
         self._problem = str(error) or type(error).__name__
 
     def leave(self, name: str) -> None:
         """Frees the seat of a tenant that has left the engine, or never came."""
-        self._taken.pop(name, None)
+        self._seats.pop(name, None)
         self._stuck.pop(name, None)
 
     def _has_own_room(self, client: Client) -> bool:
-        if self._own is None:
+        """Returns True if there is room for another tenant of a client's owner."""
+        if self._max_owner_tenants is None:
             return True
-        owners = [seat.client.owner for seat in self._taken.values()]
-        return owners.count(client.owner) < self._own
+        owners = [seat.client.owner for seat in self._seats.values()]
+        return owners.count(client.owner) < self._max_owner_tenants

@@ -268,7 +268,7 @@ def test_programs_take_the_memory_of_the_caches_that_they_change():
     model, params = decoder()
     tree = add_slots(params, [lj.LoraRule(targets=["q_proj"], rank=2)], 2)
     programs = SamplingPrograms(model, one_device(), 4)
-    cache, one = programs.prompt(8), np.ones(1, np.int32)
+    cache, one = programs.prompt_cache(8), np.ones(1, np.int32)
     ids = np.zeros((1, 4), np.int32)
     calls = {
         "extend": (tree, one[0], ids, one[0], cache),

@@ -64,136 +64,171 @@ class ChoiceBuilder:
     ) -> None:
         """Begins a completion."""
         self._text = CompletionText(
-            *(tokens, sample.stop),
+            tokens,
+            sample.stop,
             special=style.special or style.make_calls is not None,
             keeps_stop=style.keeps_stop,
-            least=sample.limits.min_tokens,
+            min_tokens=sample.limits.min_tokens,
         )
-        self._calls, self._style = style.make_calls and style.make_calls(), style
-        self._ends, self._n = sample.stop_ids, 0
+        self._calls = None if style.make_calls is None else style.make_calls()
+        self._style = style
+        self._stop_ids = sample.stop_ids
+        self._n_tokens = 0
 
-    def add(self, piece: DrawnToken) -> AnswerPart:
+    def add(self, token: DrawnToken) -> AnswerPart:
         """Takes a token."""
-        self._n += 1
-        if piece.token in self._ends and not self._style.keeps_stop:  # no text
+        self._n_tokens += 1
+        is_hidden_stop = token.token in self._stop_ids and not self._style.keeps_stop
+        if is_hidden_stop:
             return AnswerPart()
-        return self._make_part(*self._text.add(piece.token, piece.logprob, listed(piece.top)))
+        text, entries = self._text.add(token.token, token.logprob, listed(token.top))
+        return self._make_part(text, entries)
 
     def end(self, completion: Completion) -> AnswerPart:
         """Takes the tokens that did not come yet, and what was held back."""
-        parts = [self.add(piece) for piece in _pieces(completion, self._n)]
-        parts.append(self._make_part(*self._text.end(), last=True))
-        stopped = completion.stopped or self._text.stopped
-        finish = "tool_calls" if self._calls is not None and self._calls.n else "stop"
-        return AnswerPart(
-            "".join(part.text for part in parts),
-            [call for part in parts for call in part.calls],
-            [entry for part in parts for entry in part.entries],
-            finish if stopped else "length",
-            "".join(part.thinking for part in parts),
-        )
+        parts = [self.add(token) for token in _drawn_tokens(completion, self._n_tokens)]
+        last_text, last_entries = self._text.end()
+        parts.append(self._make_part(last_text, last_entries, last=True))
+        answer = AnswerPart()
+        for part in parts:
+            answer.text += part.text
+            answer.calls += part.calls
+            answer.entries += part.entries
+            answer.thinking += part.thinking
+        if not (completion.stopped or self._text.stopped):
+            answer.finish = "length"
+        elif self._calls is not None and self._calls.n:
+            answer.finish = "tool_calls"
+        else:
+            answer.finish = "stop"
+        return answer
 
     def _make_part(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
+        """Returns the part of an answer that new text is, with the calls in it."""
         if self._calls is None:
-            return AnswerPart(text, [], entries)
-        before = self._calls.n
-        said, calls, thinking = self._calls.add(text, last=last)
+            return AnswerPart(text=text, entries=entries)
+        has_earlier_call = self._calls.n > 0
+        plain_text, calls, thinking = self._calls.add(text, last=last)
         if self._style.one_call:
-            calls = calls[: int(before == 0)]
-        return AnswerPart(said, calls, entries, thinking=thinking)
+            calls = [] if has_earlier_call else calls[:1]
+        return AnswerPart(text=plain_text, calls=calls, entries=entries, thinking=thinking)
 
 
-def _pieces(completion: Completion, first: int) -> Iterable[DrawnToken]:
+def _drawn_tokens(completion: Completion, start: int) -> Iterable[DrawnToken]:
+    """Yields the tokens of a completion from an index on."""
     top = completion.top
-    for i in range(first, len(completion.tokens)):
-        likely = None if top is None else (top.ids[i], top.logprobs[i])
-        yield DrawnToken(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
+    for i in range(start, len(completion.tokens)):
+        yield DrawnToken(
+            index=0,
+            token=int(completion.tokens[i]),
+            logprob=finite(completion.logprobs[i]),
+            top=None if top is None else (top.ids[i], top.logprobs[i]),
+        )
 
 
 def with_all_entries(part: AnswerPart, completion: Completion) -> AnswerPart:
     """Returns a whole answer with an entry for each token, also for those that ended it."""
-    end = len(part.text)
-    rest = [
-        TokenEntry(piece.token, piece.logprob, listed(piece.top), end)
-        for piece in _pieces(completion, len(part.entries))
-    ]
-    return dataclasses.replace(part, entries=[*part.entries, *rest])
+    entries = [*part.entries]
+    for token in _drawn_tokens(completion, len(part.entries)):
+        entries.append(
+            TokenEntry(
+                token=token.token,
+                logprob=token.logprob,
+                top=listed(token.top),
+                start=len(part.text),
+            )
+        )
+    return dataclasses.replace(part, entries=entries)
 
 
 def echo_prompt(
-    tokens: ServedTokenizer, sample: SampleRequest, drawn: SampleResult | None
+    tokens: ServedTokenizer, sample: SampleRequest, result: SampleResult | None
 ) -> AnswerPart:
     """Returns a prompt as the beginning of its completion, with entries if they were asked for."""
-    text, parts = CompletionText(tokens), AnswerPart()
-    logprobs = None if drawn is None else drawn.prompt_logprobs
-    top = None if drawn is None else drawn.top_prompt
+    prompt_text = CompletionText(tokens)
+    prompt = AnswerPart()
+    logprobs = None if result is None else result.prompt_logprobs
+    top = None if result is None else result.top_prompt
     for i, token in enumerate(sample.prompt):
-        known = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
-        likely = None
-        if known and top is not None:
-            likely = listed((top.ids[i][: sample.top], top.logprobs[i][: sample.top]))
-        shown = text.add(
-            token, finite(logprobs[i]) if known and logprobs is not None else None, likely
-        )
-        parts.text, parts.entries = parts.text + shown[0], parts.entries + shown[1]
-    shown = text.end()
-    return AnswerPart(parts.text + shown[0], [], parts.entries + shown[1])
+        logprob = None
+        alternatives = None
+        has_logprob = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
+        if has_logprob:
+            assert logprobs is not None
+            logprob = finite(logprobs[i])
+            if top is not None:
+                alternatives = listed((top.ids[i][: sample.top], top.logprobs[i][: sample.top]))
+        text, entries = prompt_text.add(token, logprob, alternatives)
+        prompt.text += text
+        prompt.entries += entries
+    text, entries = prompt_text.end()
+    prompt.text += text
+    prompt.entries += entries
+    return prompt
 
 
 def prompt_entries(
-    tokens: ServedTokenizer, sample: SampleRequest, drawn: SampleResult, top: int
+    tokens: ServedTokenizer, sample: SampleRequest, result: SampleResult, n_top: int
 ) -> list[JsonObject | None]:
     """Returns vLLM's `prompt_logprobs`: each token of a prompt and its alternatives, by id.
 
     A token that is not among the likeliest has no rank that is known.
     """
-    assert drawn.prompt_logprobs is not None
-    places: list[JsonObject | None] = [None]  # the first token has no probability
+    assert result.prompt_logprobs is not None
+    entries: list[JsonObject | None] = [None]  # the first token has no probability
     for i, token in enumerate(sample.prompt[1:], start=1):
-        likely: list[tuple[int, float]] = []
-        if drawn.top_prompt is not None:
-            ids, logprobs = drawn.top_prompt.ids[i][:top], drawn.top_prompt.logprobs[i][:top]
-            likely = listed((ids, logprobs)) or []
-        ranks = {other: rank for rank, (other, _) in enumerate(likely, start=1)}
-        own = (token, finite(drawn.prompt_logprobs[i]))
-        places.append(
+        alternatives: list[tuple[int, float]] = []
+        if result.top_prompt is not None:
+            top_ids = result.top_prompt.ids[i][:n_top]
+            top_logprobs = result.top_prompt.logprobs[i][:n_top]
+            alternatives = listed((top_ids, top_logprobs)) or []
+        ranks = {top_id: rank for rank, (top_id, _) in enumerate(alternatives, start=1)}
+        # The token itself comes first.
+        logprob_of_token = {token: finite(result.prompt_logprobs[i])} | dict(alternatives)
+        entries.append(
             {
-                str(other): {
+                str(token_id): {
                     "logprob": logprob,
-                    "rank": ranks.get(other),
-                    "decoded_token": tokens.of(other).decode(errors="replace"),
+                    "rank": ranks.get(token_id),
+                    "decoded_token": tokens.of(token_id).decode(errors="replace"),
                 }
-                for other, logprob in {own[0]: own[1], **dict(likely)}.items()
+                for token_id, logprob in logprob_of_token.items()
             }
         )
-    return places
+    return entries
 
 
-def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
+def join(prompt: AnswerPart, completion: AnswerPart) -> AnswerPart:
     """Returns a completion with its prompt before it."""
-    moved = [
-        dataclasses.replace(entry, start=entry.start + len(first.text)) for entry in then.entries
+    shifted_entries = [
+        dataclasses.replace(entry, start=entry.start + len(prompt.text))
+        for entry in completion.entries
     ]
-    return dataclasses.replace(then, text=first.text + then.text, entries=first.entries + moved)
-
-
-def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> JsonObject:
-    """Returns the numbers of tokens of a request."""
-    results = [*drawn]
-    completed = sum(
-        len(completion.tokens) for result in results for completion in result.completions
+    return dataclasses.replace(
+        completion,
+        text=prompt.text + completion.text,
+        entries=prompt.entries + shifted_entries,
     )
-    details = {"cached_tokens": sum(result.cached for result in results)}
-    return counts_of(samples, completed) | {"prompt_tokens_details": details}
 
 
-def counts_of(samples: Sequence[SampleRequest], completed: int) -> JsonObject:
+def usage_of(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) -> JsonObject:
+    """Returns the numbers of tokens of a request."""
+    n_completion_tokens = 0
+    n_cached_tokens = 0
+    for result in results:
+        n_completion_tokens += sum(len(completion.tokens) for completion in result.completions)
+        n_cached_tokens += result.cached
+    details = {"cached_tokens": n_cached_tokens}
+    return counts_of(samples, n_completion_tokens) | {"prompt_tokens_details": details}
+
+
+def counts_of(samples: Sequence[SampleRequest], n_completion_tokens: int) -> JsonObject:
     """Returns the numbers of tokens of prompts, and of so many that were drawn."""
-    prompted = sum(len(sample.prompt) for sample in samples)
+    n_prompt_tokens = sum(len(sample.prompt) for sample in samples)
     return {
-        "prompt_tokens": prompted,
-        "completion_tokens": completed,
-        "total_tokens": prompted + completed,
+        "prompt_tokens": n_prompt_tokens,
+        "completion_tokens": n_completion_tokens,
+        "total_tokens": n_prompt_tokens + n_completion_tokens,
     }
 
 
@@ -214,8 +249,8 @@ class ChatForm:
         """Returns a choice."""
         message: JsonObject = {"role": "assistant", "content": part.text, "refusal": None}
         if part.calls:
-            calls = [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
-            message |= {"content": part.text or None, "tool_calls": calls}
+            message["content"] = part.text or None
+            message["tool_calls"] = [_without_index(call) for call in part.calls]
         if part.thinking:
             message["reasoning_content"] = part.thinking
         return self._choice(index, {"message": message}, part)
@@ -234,21 +269,31 @@ class ChatForm:
         return self._choice(index, {"delta": delta}, part)
 
     def _choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:
-        content_logprobs = {
-            "content": [self._entry(item) for item in part.entries],
-            "refusal": None,
-        }
-        logprobs = content_logprobs if self.logprobs and (part.entries or part.finish) else None
+        """Returns a choice with a message or a delta, `content`."""
+        logprobs = None
+        if self.logprobs and (part.entries or part.finish):
+            entries = [self._entry(entry) for entry in part.entries]
+            logprobs = {"content": entries, "refusal": None}
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": part.finish}
 
     def _entry(self, entry: TokenEntry) -> JsonObject:
-        likely = [self._token(*item) for item in entry.top or ()]
-        return {**self._token(entry.token, entry.logprob), "top_logprobs": likely}
+        """Returns the log-probability of a token, and its alternatives."""
+        alternatives = [self._token(token, logprob) for token, logprob in entry.top or ()]
+        return {**self._token(entry.token, entry.logprob), "top_logprobs": alternatives}
 
     def _token(self, token: int, logprob: float | None) -> JsonObject:
-        known = self.tokens.of(token)
-        text = known.decode(errors="replace")
-        return {"token": text, "logprob": logprob, "bytes": [*known]}
+        """Returns a token, its log-probability and its bytes."""
+        token_bytes = self.tokens.of(token)
+        return {
+            "token": token_bytes.decode(errors="replace"),
+            "logprob": logprob,
+            "bytes": [*token_bytes],
+        }
+
+
+def _without_index(call: JsonObject) -> JsonObject:
+    """Returns a call of a tool as whole answers have it: parts of a stream have its index."""
+    return {name: value for name, value in call.items() if name != "index"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,9 +311,12 @@ class TextForm:
 
     def whole(self, index: int, part: AnswerPart) -> JsonObject:
         """Returns a choice."""
-        logprobs = None if self.top is None else self._logprobs(part.entries)
-        choice = {"index": index, "text": part.text, "logprobs": logprobs}
-        return {**choice, "finish_reason": part.finish}
+        return {
+            "index": index,
+            "text": part.text,
+            "logprobs": None if self.top is None else self._logprobs(part.entries),
+            "finish_reason": part.finish,
+        }
 
     def begin(self, index: int) -> None:
         """Returns None: the first event is that of the first text."""
@@ -276,18 +324,22 @@ class TextForm:
     part = whole
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> JsonObject:
+        """Returns lists of the tokens' texts, log-probabilities, alternatives and places."""
         return {
             "tokens": [self._text(entry.token) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [self._likely(entry) for entry in entries] if self.top else None,
+            "top_logprobs": [self._alternatives(entry) for entry in entries] if self.top else None,
             "text_offset": [entry.start for entry in entries],
         }
 
-    def _likely(self, entry: TokenEntry) -> dict[str, float] | None:
+    def _alternatives(self, entry: TokenEntry) -> dict[str, float] | None:
+        """Returns log-probabilities by the texts of tokens; of equal texts, the likeliest's."""
         if entry.logprob is None:
             return None
-        likely = [*(entry.top or ()), (entry.token, entry.logprob)]
-        return {self._text(token): logprob for token, logprob in reversed(likely)}
+        logprobs = {self._text(entry.token): entry.logprob}
+        for token, logprob in reversed(entry.top or ()):
+            logprobs[self._text(token)] = logprob
+        return logprobs
 
     def _text(self, token: int) -> str:
         return self.tokens.of(token).decode(errors="replace")

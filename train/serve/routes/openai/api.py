@@ -55,8 +55,8 @@ from train.serve.routes.openai.table import (
 )
 from train.serve.routes.openai.text import ServedTokenizer
 
-_AT_ONCE = 1024  # completions of a request at most
-_LENGTH = 16  # tokens of a plain completion that asks for no number, as at OpenAI's
+_MAX_COMPLETIONS = 1024  # of a request
+_DEFAULT_TOKENS = 16  # of a plain completion that asks for no number, as at OpenAI's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,11 @@ class OpenAI:
           sampling: the values of requests that give none.
           trusts_templates: whether requests may bring a chat template.
         """
-        self._engine, self._tokens, self._models = engine, tokens, models
-        self._sampling, self._trusts_templates = sampling or {}, trusts_templates
+        self._engine = engine
+        self._tokens = tokens
+        self._models = models
+        self._sampling = sampling or {}
+        self._trusts_templates = trusts_templates
         facts = engine.facts
         self.grammars = GrammarCompiler(tokens.tokenizer, facts.vocab_size, facts.eos)
 
@@ -150,68 +153,77 @@ class OpenAI:
         return self._tokens.templated(template)
 
     async def _chat(self, request: Request) -> Response:
+        """Answers a chat."""
         body = await self._read(request, CHAT)
-        sample, top = await self._sample(request, body, None), fields.read_top(body)
-        tokens, facts = self._templated(body, sample.adapter), self._engine.facts
-        room = fields.read_room(body, sample, facts)
+        facts = self._engine.facts
+        sample = await self._sample(request, body, None)
+        n_top = fields.read_top(body)
+        tokens = self._templated(body, sample.adapter)
+        max_prompt_tokens = fields.read_room(body, sample, facts)
         prompt = await run_in_threadpool(
-            partial(prompt_of, body, tokens, facts.max_length, cuts=room is not None)
+            partial(prompt_of, body, tokens, facts.max_length, cuts=max_prompt_tokens is not None)
         )
-        sample = dataclasses.replace(sample, top=top or 0)
-        return await self._answer(
-            request,
-            CompletionRequest(
-                str(body["model"]),
-                [fields.add_prompt(sample, prompt, facts, room)],
-                ChatForm(self._tokens, top is not None),
-                _read_style(body, make_calls(body, tokens)),
-                **_read_extras(body),
-            ),
+        sample = dataclasses.replace(sample, top=n_top or 0)
+        completion_request = CompletionRequest(
+            model=str(body["model"]),
+            samples=[fields.add_prompt(sample, prompt, facts, max_prompt_tokens)],
+            form=ChatForm(self._tokens, n_top is not None),
+            style=_read_style(body, make_calls(body, tokens)),
+            **_read_extras(body),
         )
+        return await self._answer(request, completion_request)
 
     async def _complete(self, request: Request) -> Response:
-        body, facts = await self._read(request, COMPLETIONS), self._engine.facts
-        prompts, echo = fields.read_prompts(body, facts), fields.read_flag(body, "echo")
-        sample = await self._sample(request, body, _LENGTH, least=int(not echo))
-        top = fields.read_integer(body, "logprobs", 0, TOP)
-        if len(prompts) * sample.n > _AT_ONCE:
-            raise HttpError(400, f"{_AT_ONCE} completions at once are the most: send fewer prompts")
-        if echo and top is not None and body.get("stream"):
-            raise fields.field_error(
-                "stream", True, "`echo` with `logprobs` comes whole: leave it out"
+        """Answers a request for plain completions."""
+        body = await self._read(request, COMPLETIONS)
+        facts = self._engine.facts
+        prompts = fields.read_prompts(body, facts)
+        echo = fields.read_flag(body, "echo")
+        sample = await self._sample(request, body, _DEFAULT_TOKENS, min_tokens=0 if echo else 1)
+        n_top = fields.read_integer(body, "logprobs", 0, TOP)
+        if len(prompts) * sample.n > _MAX_COMPLETIONS:
+            raise HttpError(
+                400, f"{_MAX_COMPLETIONS} completions at once are the most: send fewer prompts"
             )
-        scored = echo and top is not None
-        sample = dataclasses.replace(
-            sample,
-            prompt_logprobs=scored or sample.prompt_logprobs,
-            top_prompt=max(sample.top_prompt, scored * (top or 0)),
-            top=top or 0,
+        if echo and n_top is not None:
+            if body.get("stream"):
+                raise fields.field_error(
+                    "stream", True, "`echo` with `logprobs` comes whole: leave it out"
+                )
+            sample = dataclasses.replace(
+                sample, prompt_logprobs=True, top_prompt=max(sample.top_prompt, n_top)
+            )
+        sample = dataclasses.replace(sample, top=n_top or 0)
+        max_prompt_tokens = fields.read_room(body, sample, facts)
+        prompt_ids = await run_in_threadpool(self._ids, prompts, max_prompt_tokens is not None)
+        completion_request = CompletionRequest(
+            model=str(body["model"]),
+            samples=[
+                fields.add_prompt(sample, ids, facts, max_prompt_tokens) for ids in prompt_ids
+            ],
+            form=TextForm(self._tokens, n_top),
+            style=_read_style(body),
+            echo=echo,
+            **_read_extras(body),
         )
-        room = fields.read_room(body, sample, facts)
-        ids = await run_in_threadpool(self._ids, prompts, room is not None)
-        return await self._answer(
-            request,
-            CompletionRequest(
-                str(body["model"]),
-                [fields.add_prompt(sample, prompt_ids, facts, room) for prompt_ids in ids],
-                TextForm(self._tokens, top),
-                _read_style(body),
-                echo=echo,
-                **_read_extras(body),
-            ),
-        )
+        return await self._answer(request, completion_request)
 
     async def _read(self, request: Request, path: str) -> JsonObject:
+        """Returns the fields of a body; raises HttpError for one that the path does not take."""
         body = await fields.read_body(request)
         fields.check_fields(body, FIELDS[path], path)
         return body
 
     async def _sample(
-        self, request: Request, body: JsonObject, max_tokens: int | None, least: int = 1
+        self, request: Request, body: JsonObject, max_tokens: int | None, min_tokens: int = 1
     ) -> SampleRequest:
-        given = {name: x for name, x in body.items() if x is not None}
+        """Returns the sample that a request asks for, without its prompt; see `read_sample`."""
+        body_values = {name: value for name, value in body.items() if value is not None}
         sample = fields.read_sample(
-            {**self._sampling, **given}, self._engine.facts, max_tokens=max_tokens, least=least
+            {**self._sampling, **body_values},
+            self._engine.facts,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
         )
         owner = owner_of(request)
         adapter = await self._models.find(fields.read_text(body, "model"), owner)
@@ -224,19 +236,20 @@ class OpenAI:
         template = ""
         if is_forced(body):
             template = template_of(body, self._templated(body, sample.adapter))
-        if (grammar := read_grammar(body, self.grammars, template)) is not None:
+        grammar = read_grammar(body, self.grammars, template)
+        if grammar is not None:
             limits = dataclasses.replace(sample.limits, grammar=grammar)
             sample = dataclasses.replace(sample, limits=limits)
-        top = fields.read_integer(body, "prompt_logprobs", 0, TOP)
-        scored = top is not None
-        return dataclasses.replace(sample, prompt_logprobs=scored, top_prompt=top or 0)
+        n_top = fields.read_integer(body, "prompt_logprobs", 0, TOP)
+        return dataclasses.replace(sample, prompt_logprobs=n_top is not None, top_prompt=n_top or 0)
 
     async def _tokenize(self, request: Request) -> Response:
         body = await fields.read_body(request)
         fields.check_fields(body, TOKENIZE, "/tokenize")
         adapter = await self._models.find(fields.read_text(body, "model"), owner_of(request))
-        tokens, most = self._templated(body, adapter), self._engine.facts.max_length
-        return json_response(await run_in_threadpool(tokenize, body, tokens, most))
+        tokens = self._templated(body, adapter)
+        max_length = self._engine.facts.max_length
+        return json_response(await run_in_threadpool(tokenize, body, tokens, max_length))
 
     async def _detokenize(self, request: Request) -> Response:
         body = await fields.read_body(request)
@@ -248,113 +261,147 @@ class OpenAI:
         return json_response({"prompt": await run_in_threadpool(self._tokens.text, ids)})
 
     def _ids(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
+        """Returns the tokens of prompts, which may be cut at their beginning."""
+        max_length = self._engine.facts.max_length
         try:
-            most = self._engine.facts.max_length
             return [
-                self._tokens.ids(prompt, most, cuts=cuts) if isinstance(prompt, str) else prompt
+                self._tokens.ids(prompt, max_length, cuts=cuts)
+                if isinstance(prompt, str)
+                else prompt
                 for prompt in prompts
             ]
         except TrainingError as error:
             raise HttpError(400, str(error), param="prompt") from None
 
-    async def _answer(self, request: Request, wanted: CompletionRequest) -> Response:
-        pending = PendingSamples(self._engine, wanted.samples, pieces=wanted.stream)
+    async def _answer(self, http: Request, request: CompletionRequest) -> Response:
+        """Draws what a request asks for, and answers it whole or as a stream."""
+        pending = PendingSamples(self._engine, request.samples, streams=request.stream)
         try:
-            if not wanted.stream:
-                drawn = await unless_gone(request, pending.all())
-                return json_response(await run_in_threadpool(self._whole, wanted, drawn))
+            if not request.stream:
+                results = await unless_gone(http, pending.all())
+                return json_response(await run_in_threadpool(self._whole, request, results))
             # An error of the request's comes here.
-            first = await unless_gone(request, pending.next())
+            first_item = await unless_gone(http, pending.next())
         except BaseException:
             pending.close()
             raise
-        return Events(self._events(wanted, pending, first), pending.close)
+        return Events(self._events(request, pending, first_item), pending.close)
 
-    def _whole(self, wanted: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
+    def _whole(self, request: CompletionRequest, results: Sequence[SampleResult]) -> JsonObject:
+        """Returns the JSON of a whole answer."""
         choices: list[JsonObject] = []
-        of_prompt: JsonObject = {}  # of the last one: a chat has no other
-        is_chat = isinstance(wanted.form, ChatForm)
-        for sample, result in zip(wanted.samples, drawn, strict=True):
-            if (top := wanted.prompt_top) is not None:
-                entries = prompt_entries(self._tokens, sample, result, top)
-                of_prompt = {"prompt_logprobs": entries}
-            if wanted.ids:
-                of_prompt = {**of_prompt, "prompt_token_ids": [int(i) for i in sample.prompt]}
-            prompt = echo_prompt(self._tokens, sample, result) if wanted.echo else AnswerPart()
+        prompt_fields: JsonObject = {}  # of the last one: a chat has no other
+        is_chat = isinstance(request.form, ChatForm)
+        for sample, result in zip(request.samples, results, strict=True):
+            prompt_fields = self._prompt_fields(request, sample, result)
+            prompt = AnswerPart()
+            if request.echo:
+                prompt = echo_prompt(self._tokens, sample, result)
             for completion in result.completions:
-                part = ChoiceBuilder(self._tokens, sample, wanted.style).end(completion)
-                if wanted.ids:
+                part = ChoiceBuilder(self._tokens, sample, request.style).end(completion)
+                if request.ids:
                     part = with_all_entries(part, completion)
-                choice = wanted.form.whole(len(choices), join(prompt, part))
-                if wanted.ids:
+                choice = request.form.whole(len(choices), join(prompt, part))
+                if request.ids:
                     choice["token_ids"] = completion.tokens.tolist()
-                choices.append(choice if is_chat else choice | of_prompt)
-        whole = {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
-        return whole | of_prompt if is_chat else whole
+                if not is_chat:
+                    choice |= prompt_fields
+                choices.append(choice)
+        usage = usage_of(request.samples, results)
+        answer = {**request.head, "choices": choices, "usage": usage}
+        return answer | prompt_fields if is_chat else answer
+
+    def _prompt_fields(
+        self, request: CompletionRequest, sample: SampleRequest, result: SampleResult
+    ) -> JsonObject:
+        """Returns the fields about a prompt that a request asks for."""
+        prompt_fields: JsonObject = {}
+        if request.prompt_top is not None:
+            prompt_fields["prompt_logprobs"] = prompt_entries(
+                self._tokens, sample, result, request.prompt_top
+            )
+        if request.ids:
+            prompt_fields["prompt_token_ids"] = [int(token) for token in sample.prompt]
+        return prompt_fields
 
     async def _events(
         self,
-        wanted: CompletionRequest,
+        request: CompletionRequest,
         pending: PendingSamples,
         item: tuple[int, DrawnToken | SampleResult],
     ) -> AsyncIterator[str]:
         """Yields the events of a stream; `item` is the first that came of its samples."""
-        head = wanted.head | ({"usage": None} if wanted.usage else {})
+        head = request.head | ({"usage": None} if request.usage else {})
+        n_completions = request.samples[0].n  # of each sample
+        results: list[SampleResult] = []
+        choices = [
+            ChoiceBuilder(self._tokens, sample, request.style)
+            for sample in request.samples
+            for _ in range(n_completions)
+        ]
+        n_drawn = Counter[int]()  # tokens, by choice
 
-        n, choices, drawn = wanted.samples[0].n, [], []
-        lengths = Counter[int]()
+        def event(index: int, choice: JsonObject) -> str:
+            content = {**head, "choices": [choice]}
+            if request.running_usage:
+                sample = request.samples[index // n_completions]
+                content["usage"] = counts_of([sample], n_drawn[index])
+            return _event(content)
 
-        def event(choice: JsonObject) -> str:
-            usage, i = {}, choice["index"]
-            if wanted.running_usage and isinstance(i, int):
-                usage = {"usage": counts_of(wanted.samples[i // n : i // n + 1], lengths[i])}
-            return f"data: {json.dumps({**head, **usage, 'choices': [choice]})}\n\n"
-
-        for k, sample in enumerate(wanted.samples):
-            prompt = echo_prompt(self._tokens, sample, None) if wanted.echo else AnswerPart()
-            for i in range(n):
-                choices.append(ChoiceBuilder(self._tokens, sample, wanted.style))
-                if begun := wanted.form.begin(k * n + i):
-                    yield event(begun)
+        for i, sample in enumerate(request.samples):
+            prompt = AnswerPart()
+            if request.echo:
+                prompt = echo_prompt(self._tokens, sample, None)
+            for index in range(i * n_completions, (i + 1) * n_completions):
+                first_choice = request.form.begin(index)
+                if first_choice is not None:
+                    yield event(index, first_choice)
                 if prompt.text:
-                    yield event(wanted.form.part(k * n + i, prompt))
+                    yield event(index, request.form.part(index, prompt))
         try:
             while True:
-                k, drawing = item
-                if isinstance(drawing, DrawnToken):
-                    lengths[k * n + drawing.index] += 1
-                    part = choices[k * n + drawing.index].add(drawing)
+                sample_index, output = item
+                if isinstance(output, DrawnToken):
+                    index = sample_index * n_completions + output.index
+                    n_drawn[index] += 1
+                    part = choices[index].add(output)
                     if part.text or part.calls or part.entries or part.thinking:
-                        yield event(wanted.form.part(k * n + drawing.index, part))
+                        yield event(index, request.form.part(index, part))
                 else:
-                    drawn.append(drawing)
-                    for i, completion in enumerate(drawing.completions):
-                        part = choices[k * n + i].end(completion)
-                        yield event(wanted.form.part(k * n + i, part))
-                if not pending.left:
+                    results.append(output)
+                    first_index = sample_index * n_completions
+                    for index, completion in enumerate(output.completions, start=first_index):
+                        part = choices[index].end(completion)
+                        yield event(index, request.form.part(index, part))
+                if not pending.n_left:
                     break
                 item = await pending.next()
         except Exception as error:
             answer = as_http_error(error)
-            yield f"data: {json.dumps(answer.content)}\n\n"
+            yield _event(answer.content)
             if answer.status >= 500:
                 raise  # for the log
             return
-        if wanted.usage:
-            usage = usage_of(wanted.samples, drawn)
-            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+        if request.usage:
+            usage = usage_of(request.samples, results)
+            yield _event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
+
+
+def _event(content: JsonObject) -> str:
+    """Returns a server-sent event with JSON."""
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = None) -> AnswerStyle:
     """Returns the reading of the answers that a request asks for."""
-    shows_special = body.get("skip_special_tokens") is not None
+    asks_for_special = body.get("skip_special_tokens") is not None
+    asks_for_calls = body.get("parallel_tool_calls") is not None
     return AnswerStyle(
-        make_calls,
-        special=shows_special and not fields.read_flag(body, "skip_special_tokens"),
+        make_calls=make_calls,
+        special=asks_for_special and not fields.read_flag(body, "skip_special_tokens"),
         keeps_stop=fields.read_flag(body, "include_stop_str_in_output"),
-        one_call=body.get("parallel_tool_calls") is not None
-        and not fields.read_flag(body, "parallel_tool_calls"),
+        one_call=asks_for_calls and not fields.read_flag(body, "parallel_tool_calls"),
     )
 
 
@@ -364,12 +411,17 @@ def _read_extras(body: JsonObject) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise fields.field_error("stream_options", options, "an object is needed")
     fields.check_fields(options, STREAM_OPTIONS, "`stream_options`")
-    stream, top = fields.read_flag(body, "stream"), body.get("prompt_logprobs")
+    stream = fields.read_flag(body, "stream")
+    prompt_top = body.get("prompt_logprobs")
     ids = fields.read_flag(body, "return_token_ids")
-    for name, value in (("prompt_logprobs", top), ("return_token_ids", ids or None)):
+    for name, value in (("prompt_logprobs", prompt_top), ("return_token_ids", ids or None)):
         if stream and value is not None:
             raise fields.field_error(name, value, "they come whole: leave out `stream`")
     usage = fields.read_flag(options, "include_usage")
-    running = usage and fields.read_flag(options, "continuous_usage_stats")
-    told = {"usage": usage, "running_usage": running, "ids": ids}
-    return {"stream": stream, "prompt_top": top, **told}
+    return {
+        "stream": stream,
+        "prompt_top": prompt_top,
+        "usage": usage,
+        "running_usage": usage and fields.read_flag(options, "continuous_usage_stats"),
+        "ids": ids,
+    }

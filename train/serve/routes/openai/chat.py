@@ -19,7 +19,7 @@ from train.tools.calls import CallReader, call_format
 from train.tools.formats import FORMATS, CallFormat
 from train.tools.schemas import Tools
 
-_COUNTED = 1 << 20  # tokens of a text that is not drawn from, at most
+_MAX_COUNTED_TOKENS = 1 << 20  # of a text that is not drawn from
 
 
 def tools_of(body: Mapping[str, object]) -> object:
@@ -28,14 +28,14 @@ def tools_of(body: Mapping[str, object]) -> object:
 
 
 def prompt_of(
-    body: Mapping[str, object], tokens: ServedTokenizer, most: int, *, cuts: bool = False
+    body: Mapping[str, object], tokens: ServedTokenizer, max_tokens: int, *, cuts: bool = False
 ) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
 
     Args:
       body: `messages`, `tools` and `chat_template_kwargs`.
       tokens: tokenizer of the model.
-      most: the most tokens that are of use.
+      max_tokens: tokens that are of use.
       cuts: leaves out the beginning of a text that has more; see `ServedTokenizer.ids`.
 
     Raises:
@@ -59,17 +59,14 @@ def prompt_of(
     try:
         check_text(json.dumps(row, ensure_ascii=False), "the request")
         text = render_prompt(question(row, "the request"), tokens.tokenizer)
-        return tokens.ids(text, most, special=False, cuts=cuts)
+        return tokens.ids(text, max_tokens, special=False, cuts=cuts)
     except TemplateError as error:
         problem = f"the model's chat template says: {error}"
         raise HttpError(400, problem, param="messages") from None
     except TrainingError as error:
         raise HttpError(400, str(error), param="messages") from None
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # the template met what it did not expect
+    except (TypeError, KeyError, AttributeError) as error:
+        # The template met what it did not expect.
         problem = f"the model's chat template cannot render this chat: {shown(error)}"
         raise HttpError(400, problem, param="messages") from None
 
@@ -79,16 +76,20 @@ def _read_message(message: object, index: int) -> object:
     if not isinstance(message, dict):
         return message
     content = message.get("content")
-    for part in content if isinstance(content, list) else ():
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
+    content_parts = content if isinstance(content, list) else []
+    for content_part in content_parts:
+        kind = content_part.get("type") if isinstance(content_part, dict) else content_part
+        is_text = isinstance(content_part, dict) and kind == "text"
+        if not is_text:
             raise HttpError(
                 400,
                 f"`content` of turn {index} has a part of the type {shown(kind)}: only texts are "
                 "supported",
                 param=f"messages[{index}].content",
             )
-    return {**message, "role": "system"} if message.get("role") == "developer" else message
+    if message.get("role") == "developer":
+        return {**message, "role": "system"}
+    return message
 
 
 def template_of(body: Mapping[str, object], tokens: ServedTokenizer) -> str:
@@ -115,16 +116,18 @@ class ToolCalls:
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject], str]:
         """Takes more of the text; returns text, whole calls and thoughts that are known now."""
         answer = self._reader.add(text, last=last)
-        calls = [
-            {
-                "index": index,
-                "id": f"call_{uuid.uuid4().hex}",
-                "type": "function",
-                "function": {"name": written.call.name, "arguments": written.text},
-            }
-            for index, written in enumerate(answer.calls, start=self.n)
-        ]
-        self.n += len(calls)
+        calls: list[JsonObject] = []
+        for written_call in answer.calls:
+            function = {"name": written_call.call.name, "arguments": written_call.text}
+            calls.append(
+                {
+                    "index": self.n,
+                    "id": f"call_{uuid.uuid4().hex}",
+                    "type": "function",
+                    "function": function,
+                }
+            )
+            self.n += 1
         return answer.text, calls, answer.thinking
 
 
@@ -140,31 +143,42 @@ def make_calls(
         return None
     template = template_of(body, tokens)
     if is_forced(body):
-        return partial(ToolCalls, forced_form(body, template)[0], tools)
-    return partial(ToolCalls, call_format(template) or FORMATS["hermes"], tools)
+        form, _ = forced_form(body, template)
+    else:
+        form = call_format(template) or FORMATS["hermes"]
+    return partial(ToolCalls, form, tools)
 
 
-def tokenize(body: Mapping[str, object], tokens: ServedTokenizer, most: int) -> JsonObject:
+def tokenize(body: Mapping[str, object], tokens: ServedTokenizer, max_length: int) -> JsonObject:
     """Returns vLLM's answer at /tokenize: the tokens of `prompt`, or of `messages`.
 
     Args:
       body: the fields of the request.
       tokens: tokenizer of the model, with the template of chats.
-      most: tokens of a sequence at most.
+      max_length: tokens of a sequence at most.
 
     Raises:
       HttpError: there is neither or both; see `prompt_of`, too.
     """
-    if (body.get("prompt") is None) == (body.get("messages") is None):
+    has_prompt = body.get("prompt") is not None
+    has_messages = body.get("messages") is not None
+    if has_prompt == has_messages:
         raise HttpError(400, "give `prompt` or `messages`", param="prompt")
-    if body.get("messages") is not None:
-        ids = prompt_of(body, tokens, _COUNTED)
+    if has_messages:
+        ids = prompt_of(body, tokens, _MAX_COUNTED_TOKENS)
     else:
         special = body.get("add_special_tokens") is None or read_flag(body, "add_special_tokens")
         try:
-            ids = tokens.ids(read_text(body, "prompt"), _COUNTED, special=special)
+            ids = tokens.ids(read_text(body, "prompt"), _MAX_COUNTED_TOKENS, special=special)
         except TrainingError as error:
             raise HttpError(400, str(error), param="prompt") from None
-    core = tokens.tokenizer.backend_tokenizer
-    texts = [core.id_to_token(i) for i in ids] if read_flag(body, "return_token_strs") else None
-    return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts}
+    token_texts = None
+    if read_flag(body, "return_token_strs"):
+        vocabulary = tokens.tokenizer.backend_tokenizer
+        token_texts = [vocabulary.id_to_token(token) for token in ids]
+    return {
+        "count": len(ids),
+        "max_model_len": max_length,
+        "tokens": ids,
+        "token_strs": token_texts,
+    }

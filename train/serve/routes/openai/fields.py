@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from starlette.requests import Request
 
@@ -14,9 +15,9 @@ from train.serve.protocol.requests import TOP, SampleRequest
 from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.table import Field, nearest
 
-_MOST = 128  # completions of a prompt
-_STOPS = 16
-_SEEDS = 2**63
+_MAX_COMPLETIONS = 128  # of a prompt
+_MAX_STOPS = 16
+_MAX_SEED = 2**63
 
 
 async def read_body(request: Request) -> JsonObject:
@@ -51,54 +52,70 @@ def read_flag(body: Mapping[str, object], name: str) -> bool:
     return bool(value)
 
 
-def read_integer(body: Mapping[str, object], name: str, least: int, most: int) -> int | None:
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_integer(
+    body: Mapping[str, object], name: str, min_value: int, max_value: int
+) -> int | None:
     """Returns a field that is a whole number of a range, or None."""
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise field_error(name, value, f"a whole number from {least} to {most} is needed")
+    if not (_is_integer(value) and min_value <= value <= max_value):
+        raise field_error(name, value, f"a whole number from {min_value} to {max_value} is needed")
     return value
 
 
 def read_number(
-    body: Mapping[str, object], name: str, default: float, most: float, least: float = 0.0
+    body: Mapping[str, object],
+    name: str,
+    default: float,
+    max_value: float,
+    min_value: float = 0.0,
 ) -> float:
     """Returns a field that is a number of a range, by default from 0 on."""
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise field_error(name, value, f"a number from {least:g} to {most:g} is needed")
+    if not ((isinstance(value, float) or _is_integer(value)) and min_value <= value <= max_value):
+        raise field_error(name, value, f"a number from {min_value:g} to {max_value:g} is needed")
     return float(value)
 
 
-def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], of: str) -> None:
+def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], owner: str) -> None:
     """Raises HttpError for a field that is unknown, or that would change the answer and cannot.
 
     Args:
       body: the fields that were sent.
       fields: the known fields, of `table`.
-      of: the name of what was sent, for the message.
+      owner: the name of what was sent, for the message.
     """
     for name, value in body.items():
         field = fields.get(name)
         if field is None:
-            raise _unknown(name, fields, of)
+            raise _unknown(name, fields, owner)
         if value is not None and field.values is not None and value not in field.values:
             raise field_error(name, value, f"this is not supported; {field.instead}")
 
 
-def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
-    like = nearest(name, fields)
-    works = ", ".join(known for known, field in fields.items() if field.kind == "works")
-    instead = f"did you mean `{like}`?" if like else f"leave it out; there are {works}"
-    problem = f"{shown(name)} is no field of {of}: {instead}"
+def _unknown(name: str, fields: Mapping[str, Field], owner: str) -> HttpError:
+    """Returns the refusal of a field that nobody knows."""
+    similar_name = nearest(name, fields)
+    if similar_name is not None:
+        remedy = f"did you mean `{similar_name}`?"
+    else:
+        working_names = [
+            field_name for field_name, field in fields.items() if field.kind == "works"
+        ]
+        remedy = f"leave it out; there are {', '.join(working_names)}"
+    problem = f"{shown(name)} is no field of {owner}: {remedy}"
     return HttpError(400, problem, param=name[:100], code="unknown_parameter")
 
 
 def read_sample(
-    body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, least: int
+    body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, min_tokens: int
 ) -> SampleRequest:
     """Returns the sample that a request asks for, of the base and with an empty prompt.
 
@@ -106,50 +123,59 @@ def read_sample(
       body: the fields that chats and plain completions share; see `check_fields`.
       facts: the engine's.
       max_tokens: default of the number of tokens.
-      least: smallest number of tokens; 0 where the prompt itself is scored.
+      min_tokens: smallest number of tokens; 0 where the prompt itself is scored.
 
     Raises:
       HttpError: a field is wrong.
     """
-    longest = [
-        read_integer(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")
+    # Both fields are checked; the first one that is there counts.
+    max_tokens_fields = [
+        read_integer(body, name, min_tokens, 1 << 30)
+        for name in ("max_completion_tokens", "max_tokens")
     ]
-    given = next((x for x in longest if x is not None), max_tokens)
-    n = read_integer(body, "n", 1, _MOST) or 1
-    if (best := read_integer(body, "best_of", 1, _MOST)) not in (None, n):
+    for field_tokens in reversed(max_tokens_fields):
+        if field_tokens is not None:
+            max_tokens = field_tokens
+    n_completions = read_integer(body, "n", 1, _MAX_COMPLETIONS) or 1
+    best_of = read_integer(body, "best_of", 1, _MAX_COMPLETIONS)
+    if best_of not in (None, n_completions):
         raise field_error(
-            "best_of", best, "completions are not compared here; give the value of `n`"
+            "best_of", best_of, "completions are not compared here; give the value of `n`"
         )
     top_p = read_number(body, "top_p", 1.0, 1.0)
     if top_p == 0:
         raise field_error("top_p", 0, "a number above 0 is needed; `temperature` 0 is greedy")
-    seed = read_integer(body, "seed", -_SEEDS, _SEEDS)
-    ends = set() if read_flag(body, "ignore_eos") else set(facts.eos)
+    seed = read_integer(body, "seed", -_MAX_SEED, _MAX_SEED)
+    stop_ids = set(read_ids(body, "stop_token_ids", facts) or [])
+    if not read_flag(body, "ignore_eos"):
+        stop_ids |= {*facts.eos}
     return SampleRequest(
         adapter=None,
         prompt=(),
-        n=n,
-        max_tokens=given,
+        n=n_completions,
+        max_tokens=max_tokens,
         temperature=read_number(body, "temperature", 1.0, 2.0),
         top_k=read_integer(body, "top_k", -1, facts.vocab_size) or -1,
         top_p=top_p,
         seed=None if seed is None else seed % 2**32,
-        stop_ids=frozenset(ends | {*(read_ids(body, "stop_token_ids", facts) or [])}),
-        stop=_stops(body.get("stop")),
+        stop_ids=frozenset(stop_ids),
+        stop=_read_stops(body.get("stop")),
     )
 
 
 def read_room(body: Mapping[str, object], sample: SampleRequest, facts: EngineFacts) -> int | None:
     """Returns the number of last tokens that are left of a longer prompt; None for all."""
-    room = read_integer(body, "truncate_prompt_tokens", -1, facts.max_length)
-    if room == 0:
+    max_prompt_tokens = read_integer(body, "truncate_prompt_tokens", -1, facts.max_length)
+    if max_prompt_tokens == 0:
         raise field_error("truncate_prompt_tokens", 0, "1 or more, or -1 for what fits, is needed")
-    fits = facts.max_length - (1 if sample.max_tokens is None else sample.max_tokens)
-    return max(1, fits) if room == -1 else room
+    if max_prompt_tokens != -1:
+        return max_prompt_tokens
+    completion_tokens = 1 if sample.max_tokens is None else sample.max_tokens
+    return max(1, facts.max_length - completion_tokens)
 
 
 def add_prompt(
-    sample: SampleRequest, prompt: list[int], facts: EngineFacts, room: int | None
+    sample: SampleRequest, prompt: list[int], facts: EngineFacts, max_prompt_tokens: int | None
 ) -> SampleRequest:
     """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty.
 
@@ -157,20 +183,23 @@ def add_prompt(
       sample: the sample.
       prompt: its tokens.
       facts: the engine's.
-      room: the number of last tokens that are left of a longer prompt; see `read_room`.
+      max_prompt_tokens: the number of last tokens that are left of a longer prompt; see
+        `read_room`.
     """
-    prompt = prompt if room is None else prompt[-room:]
+    if max_prompt_tokens is not None:
+        prompt = prompt[-max_prompt_tokens:]
     if not prompt:
         raise HttpError(400, "the prompt has no token: give a text", param="prompt")
-    if (n := len(prompt)) + (
-        sample.max_tokens or int(sample.max_tokens is None)
-    ) > facts.max_length:
-        more = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
+    n_tokens = len(prompt)
+    completion_tokens = 1 if sample.max_tokens is None else sample.max_tokens
+    if n_tokens + completion_tokens > facts.max_length:
+        drawn = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
         raise HttpError(
             400,
-            f"the prompt has {n:,} tokens{more}; the model is served with {facts.max_length:,} at "
-            "most for both: give a shorter prompt, or a smaller `max_tokens`",
-            param="max_tokens" if n < facts.max_length else "prompt",
+            f"the prompt has {n_tokens:,} tokens{drawn}; the model is served with "
+            f"{facts.max_length:,} at most for both: give a shorter prompt, or a smaller "
+            "`max_tokens`",
+            param="max_tokens" if n_tokens < facts.max_length else "prompt",
             code="context_length_exceeded",
         )
     return dataclasses.replace(sample, prompt=prompt)
@@ -178,55 +207,55 @@ def add_prompt(
 
 def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | list[int]]:
     """Returns the prompts of `prompt`: a text or token ids, or a list of such."""
-    given = body.get("prompt")
-    if isinstance(given, str):
-        return [given]
-    needed = "a text, a list of token ids, or a list of such is needed"
-    if not isinstance(given, list) or not given:
-        raise field_error("prompt", given, needed)
-    if all(isinstance(prompt, int) for prompt in given):
-        return [_ids(given, "prompt", facts)]
-    for prompt in given:
+    value = body.get("prompt")
+    if isinstance(value, str):
+        return [value]
+    requirement = "a text, a list of token ids, or a list of such is needed"
+    if not isinstance(value, list) or not value:
+        raise field_error("prompt", value, requirement)
+    is_one_prompt = all(isinstance(item, int) for item in value)
+    if is_one_prompt:
+        return [_check_ids(value, "prompt", facts)]
+    for prompt in value:
         if not isinstance(prompt, str | list):
-            raise field_error("prompt", given, needed)
+            raise field_error("prompt", value, requirement)
     return [
-        prompt if isinstance(prompt, str) else _ids(prompt, "prompt", facts) for prompt in given
+        prompt if isinstance(prompt, str) else _check_ids(prompt, "prompt", facts)
+        for prompt in value
     ]
 
 
 def read_top(body: Mapping[str, object]) -> int | None:
     """Returns the alternatives that a chat wants for each token; None for no log-probabilities."""
-    top = read_integer(body, "top_logprobs", 0, TOP)
+    n_top = read_integer(body, "top_logprobs", 0, TOP)
     if read_flag(body, "logprobs"):
-        return top or 0
-    if top is not None:
-        raise field_error("top_logprobs", top, "set `logprobs` to true, too")
+        return n_top or 0
+    if n_top is not None:
+        raise field_error("top_logprobs", n_top, "set `logprobs` to true, too")
     return None
 
 
 def read_ids(body: Mapping[str, object], name: str, facts: EngineFacts) -> list[int] | None:
     """Returns a field that is a list of tokens, or None."""
-    given = body.get(name)
-    return None if given is None else _ids(given, name, facts)
+    value = body.get(name)
+    return None if value is None else _check_ids(value, name, facts)
 
 
-def _ids(given: object, name: str, facts: EngineFacts) -> list[int]:
-    if not isinstance(given, list):
-        raise field_error(name, given, "a list of token ids is needed")
-    for token in given:
-        if (
-            isinstance(token, bool)
-            or not isinstance(token, int)
-            or not 0 <= token < facts.vocab_size
-        ):
+def _check_ids(value: object, name: str, facts: EngineFacts) -> list[int]:
+    """Returns the value of a field if it is a list of tokens; raises HttpError for another."""
+    if not isinstance(value, list):
+        raise field_error(name, value, "a list of token ids is needed")
+    for token in value:
+        if not (_is_integer(token) and 0 <= token < facts.vocab_size):
             raise field_error(name, token, f"ids from 0 to {facts.vocab_size - 1} are needed")
-    return given
+    return value
 
 
-def _stops(given: object) -> tuple[str, ...]:
-    stops = [given] if isinstance(given, str) else given or []
-    if not isinstance(stops, list) or len(stops) > _STOPS:
-        raise field_error("stop", given, f"a text, or a list of {_STOPS} at most, is needed")
+def _read_stops(value: object) -> tuple[str, ...]:
+    """Returns the texts that end a completion: `stop` is one, or a list of them."""
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
+        raise field_error("stop", value, f"a text, or a list of {_MAX_STOPS} at most, is needed")
     for stop in stops:
         if not isinstance(stop, str) or not stop:
             raise field_error("stop", stop, "texts that are not empty are needed")

@@ -14,12 +14,13 @@ from lora_jax.models.sampling.grammar import (
 from train.tools.forms import ArgumentForm, CallForm
 from train.tools.schemas import resolved
 
-_CALLS = 16  # of a forced answer, at most
+_MAX_CALLS = 16  # of a forced answer
 _NAME = re.compile(r"[\w.-]+")
 # Keywords of parameters whose arguments can be written one by one, and of texts without quotes.
-_PLAIN = {"type", "properties", "required", "additionalProperties", "title", "description"}
-_PLAIN |= {"$defs", "definitions", "$schema", "$id", "default", "examples", "strict"}
-_ALWAYS = "(?s:.*)"
+_PLAIN_KEYWORDS = {"type", "properties", "required", "additionalProperties", "title"}
+_PLAIN_KEYWORDS |= {"description", "$defs", "definitions", "$schema", "$id", "default"}
+_PLAIN_KEYWORDS |= {"examples", "strict"}
+_ANY_TEXT = "(?s:.*)"
 
 
 def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -29,23 +30,30 @@ def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
       form: the form.
       tools: the schemas of the tools' parameters, by name.
     """
-    names = [*tools]
+    has_plain_names = all(_NAME.fullmatch(name) for name in tools)
     if form.arguments is None:
-        return all(map(_NAME.fullmatch, names)) or "{name}" not in form.head
-    schemas = [*tools.values()]
-    if not all({*schema} <= _PLAIN and isinstance(_properties(schema), dict) for schema in schemas):
-        return False
-    keys = [key for schema in schemas for key in (*_properties(schema), *_required(schema))]
-    return all(map(_NAME.fullmatch, [*names, *keys]))
+        return has_plain_names or "{name}" not in form.head
+    for schema in tools.values():
+        is_plain = {*schema} <= _PLAIN_KEYWORDS and isinstance(_properties(schema), dict)
+        if not is_plain:
+            return False
+        keys = [*_properties(schema), *_required(schema)]
+        if not all(_NAME.fullmatch(key) for key in keys):
+            return False
+    return has_plain_names
 
 
 def _properties(schema: Mapping[str, Any]) -> Any:
+    """Returns the schemas of a tool's arguments, by their keys."""
     return schema.get("properties") or {}
 
 
 def _required(schema: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of the arguments that a tool needs."""
     keys = schema.get("required")
-    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    if not isinstance(keys, list):
+        return []
+    return [key for key in keys if isinstance(key, str)]
 
 
 class CallGrammar:
@@ -53,101 +61,114 @@ class CallGrammar:
 
     def __init__(self, form: CallForm, compiler: GrammarCompiler) -> None:
         """Begins a grammar of a form."""
-        self._form, self._compiler = form, compiler
+        self._form = form
+        self._compiler = compiler
         self._rules: list[str] = []
 
     def compiled(
-        self, tools: Mapping[str, Mapping[str, Any]], most: int = _CALLS
+        self, tools: Mapping[str, Mapping[str, Any]], max_calls: int = _MAX_CALLS
     ) -> CompiledGrammar:
         """Returns the grammar of an answer.
 
         Args:
           tools: the schemas of the tools' parameters, by name.
-          most: calls at most.
+          max_calls: calls at most.
         """
         form = self._form
         calls = "call"
-        if form.between is not None and most > 1:
-            calls += f" ({self._text(form.between)} call){{0,{most - 1}}}"
+        if form.between is not None and max_calls > 1:
+            calls += f" ({self._text(form.between)} call){{0,{max_calls - 1}}}"
         thoughts = ""
         if form.thoughts is not None:
-            self._rules.append(f"thoughts: {self._text(form.thoughts[0])} thought")
-            self._raw("thought", _ALWAYS, form.thoughts[1])
+            thoughts_start, thoughts_end = form.thoughts
+            self._rules.append(f"thoughts: {self._text(thoughts_start)} thought")
+            self._add_raw_text("thought", _ANY_TEXT, thoughts_end)
             thoughts = "thoughts?"
-        names = " | ".join(f"call_{i}" for i in range(len(tools)))
-        for i, (name, schema) in enumerate(tools.items()):
-            arguments = self._arguments(f"call_{i}", schema)
-            self._rules.append(
-                f"call_{i}: {self._head(name)} {arguments} {self._text(form.tail.format())}"
-            )
+        call_names = [f"call_{i}" for i in range(len(tools))]
+        tail = self._text(form.tail.format())
+        for call_name, (tool_name, schema) in zip(call_names, tools.items(), strict=True):
+            arguments = self._arguments(call_name, schema)
+            self._rules.append(f"{call_name}: {self._head(tool_name)} {arguments} {tail}")
         start = f"start: {thoughts} {self._text(form.begin)} {calls} {self._text(form.end)}"
-        return self._compiler.lark("\n".join([start, f"call: {names}", *self._rules]))
+        call = f"call: {' | '.join(call_names)}"
+        return self._compiler.lark("\n".join([start, call, *self._rules]))
 
     def _text(self, text: str) -> str:
+        """Returns a text as a grammar writes it, special tokens among it."""
         return self._compiler.literal(text)
 
     def _head(self, name: str) -> str:
         """Returns the text before a tool's arguments; a name in JSON has no special tokens."""
-        before, json_name, after = self._form.head.partition("{json}")
-        head = self._text(before.format(name=name))
-        return (
-            f"{head} {quoted(json.dumps(name))} {self._text(after.format())}" if json_name else head
-        )
+        prefix, json_marker, suffix = self._form.head.partition("{json}")
+        head = self._text(prefix.format(name=name))
+        if not json_marker:
+            return head
+        return f"{head} {quoted(json.dumps(name))} {self._text(suffix.format())}"
 
-    def _arguments(self, name: str, schema: Mapping[str, Any]) -> str:
+    def _arguments(self, call_name: str, schema: Mapping[str, Any]) -> str:
+        """Adds the rules of a call's arguments; returns the name of the rule, or a JSON schema."""
         form = self._form.arguments
         if form is None:
             return f"%json {self._compiler.json_text(schema)}"
-        properties, required = dict(_properties(schema)), _required(schema)
-        properties |= {key: {} for key in required if key not in properties}
-        keys = [*properties]
-        between = self._text(form.between)
-        # One more argument after others, and the first one: each goes on with those after its own.
-        for i, key in enumerate(keys):
-            item = f"{name}_value_{i}"
-            self._value(item, key, properties[key], schema)
-            for kind, begin in (("first", ""), ("more", between)):
-                skip = "" if key in required else f" | {name}_{kind}_{i + 1}"
-                self._rules.append(f"{name}_{kind}_{i}: {begin} {item} {name}_more_{i + 1}{skip}")
-        self._rules += [f'{name}_{kind}_{len(keys)}: ""' for kind in ("first", "more")]
-        return f"{name}_first_0"
+        schema_of_key = dict(_properties(schema))
+        required_keys = _required(schema)
+        for key in required_keys:
+            schema_of_key.setdefault(key, {})
+        separator = self._text(form.between)
+        # first_i: arguments from the i-th on, of which none came before; more_i: after others.
+        for i, (key, value_schema) in enumerate(schema_of_key.items()):
+            value_rule = f"{call_name}_value_{i}"
+            self._add_value(value_rule, key, value_schema, schema)
+            for kind, begin in (("first", ""), ("more", separator)):
+                rule = f"{call_name}_{kind}_{i}: {begin} {value_rule} {call_name}_more_{i + 1}"
+                if key not in required_keys:
+                    rule += f" | {call_name}_{kind}_{i + 1}"
+                self._rules.append(rule)
+        for kind in ("first", "more"):
+            self._rules.append(f'{call_name}_{kind}_{len(schema_of_key)}: ""')
+        return f"{call_name}_first_0"
 
-    def _value(self, name: str, key: str, schema: Any, root: Mapping[str, Any]) -> None:
+    def _add_value(self, rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> None:
         """Adds the rule of an argument: a key and one of the kinds of its value."""
         form = self._form.arguments
         assert form is not None
-        kinds = []
-        for i, kind in enumerate(_kinds(schema, root) if form.is_raw else [schema]):
-            own = f"{name}_{i}"
-            texts = _texts(kind) if form.is_raw else None
-            if texts is None:
-                shared = {k: root[k] for k in ("$defs", "definitions") if k in root}
-                whole = {**shared, **kind} if isinstance(kind, Mapping) else kind
-                value = f"%json {self._compiler.json_text(whole)} {self._text(form.after)}"
-            elif isinstance(texts, str):
-                self._raw(f"{own}_text", texts, form.quote + form.after)
-                value = f"{self._text(form.quote)} {own}_text"
-            else:
-                values = " | ".join(self._constant(text, form) for text in texts)
-                value = f"({values}) {self._text(form.after)}"
-            self._rules.append(f"{own}: {value}")
-            kinds.append(own)
-        before = self._text(form.before.format(key=key))
-        self._rules.append(f"{name}: {before} ({' | '.join(kinds)})")
+        kinds = [*_kinds(schema, root)] if form.is_raw else [schema]
+        kind_rules = [f"{rule}_{i}" for i in range(len(kinds))]
+        for kind_rule, kind in zip(kind_rules, kinds, strict=True):
+            value = self._value(kind_rule, kind, root, form)
+            self._rules.append(f"{kind_rule}: {value}")
+        key_text = self._text(form.before.format(key=key))
+        self._rules.append(f"{rule}: {key_text} ({' | '.join(kind_rules)})")
+
+    def _value(self, rule: str, schema: Any, root: Mapping[str, Any], form: ArgumentForm) -> str:
+        """Returns what a rule of values of a schema stands for; adds the rules that it needs."""
+        texts = _texts(schema) if form.is_raw else None
+        if texts is None:
+            definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
+            if isinstance(schema, Mapping):
+                schema = {**definitions, **schema}
+            return f"%json {self._compiler.json_text(schema)} {self._text(form.after)}"
+        if isinstance(texts, str):  # a regular expression
+            self._add_raw_text(f"{rule}_text", texts, form.quote + form.after)
+            return f"{self._text(form.quote)} {rule}_text"
+        constants = " | ".join(self._constant(text, form) for text in texts)
+        return f"({constants}) {self._text(form.after)}"
 
     def _constant(self, value: object, form: ArgumentForm) -> str:
+        """Returns a value as an argument writes it: a text in the form's quotes, other JSON."""
         if not isinstance(value, str):
             return quoted(json.dumps(value, ensure_ascii=False))
         quote = self._text(form.quote)
         return f"{quote} {quoted(value)} {quote}"
 
-    def _raw(self, name: str, pattern: str, end: str) -> None:
+    def _add_raw_text(self, rule: str, pattern: str, end: str) -> None:
         """Adds the rule of a text up to another one, which it does not hold."""
-        closing = self._text(end)
-        if closing.startswith("<["):  # no text holds a special token
-            self._rules.append(f"{name}: /{pattern}/ {closing}")
+        end_text = self._text(end)
+        is_special_token = end_text.startswith("<[")  # which no text holds
+        if is_special_token:
+            self._rules.append(f"{rule}: /{pattern}/ {end_text}")
         else:
-            self._rules.append(f"{name}[suffix={quoted(end)}]: /{pattern}/")
+            self._rules.append(f"{rule}[suffix={quoted(end)}]: /{pattern}/")
 
 
 def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
@@ -156,14 +177,17 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
     if not isinstance(schema, Mapping):
         yield schema
         return
-    for union in ("anyOf", "oneOf"):
-        if isinstance(schema.get(union), list) and not {"type", "properties"} & {*schema}:
-            for choice in schema[union]:
+    has_own_type = bool({"type", "properties"} & {*schema})
+    for keyword in ("anyOf", "oneOf"):
+        is_union = isinstance(schema.get(keyword), list) and not has_own_type
+        if is_union:
+            for choice in schema[keyword]:
                 yield from _kinds(choice, root)
             return
-    if isinstance(kinds := schema.get("type"), list):
-        for kind in kinds:
-            yield {**schema, "type": kind}
+    json_types = schema.get("type")
+    if isinstance(json_types, list):
+        for json_type in json_types:
+            yield {**schema, "type": json_type}
         return
     yield schema
 
@@ -178,19 +202,27 @@ def _texts(schema: Any) -> Sequence[object] | str | None:
         return list(schema["enum"])
     if schema.get("type") != "string":
         return None
-    least, most = schema.get("minLength") or 0, schema.get("maxLength")
+    min_length = schema.get("minLength") or 0
+    max_length = schema.get("maxLength")
     if "pattern" not in schema:
-        return f"(?s:.{{{least},{'' if most is None else most}}})"
-    if least or most is not None:
+        return f"(?s:.{{{min_length},{'' if max_length is None else max_length}}})"
+    if min_length or max_length is not None:
         raise GrammarError("`pattern` beside a length: say the length in the pattern", ())
+    return _search_expression(str(schema["pattern"]))
+
+
+def _search_expression(pattern: str) -> str:
+    """Returns the expression, for Lark, of all texts in which a pattern is found."""
     from llguidance import regex_to_lark
 
-    pattern = str(schema["pattern"])
     is_anchored = pattern.startswith("^") or pattern.endswith("$")
     if "|" in pattern and is_anchored and not re.fullmatch(r"\^\(.*\)\$", pattern):
         raise GrammarError("a pattern with `|` and `^` or `$`: write ^(…|…)$", ())
-    begin = "" if pattern.startswith("^") else _ALWAYS
-    end = "" if pattern.endswith("$") and not pattern.endswith("\\$") else _ALWAYS
+    prefix = "" if pattern.startswith("^") else _ANY_TEXT
     core = pattern.removeprefix("^")
-    core = core[:-1] if not end else core
-    return str(regex_to_lark(f"{begin}(?:{core}){end}", "d"))
+    suffix = _ANY_TEXT
+    ends_at_anchor = pattern.endswith("$") and not pattern.endswith("\\$")
+    if ends_at_anchor:
+        core = core[:-1]
+        suffix = ""
+    return str(regex_to_lark(f"{prefix}(?:{core}){suffix}", "d"))

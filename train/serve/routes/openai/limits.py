@@ -9,8 +9,9 @@ from train.serve.protocol.requests import SampleRequest
 from train.serve.routes.openai.fields import field_error, read_ids, read_integer, read_number
 from train.serve.routes.openai.text import ServedTokenizer
 
-_BIAS = 100.0  # biases beyond it are cut, as at vLLM
-_DIGITS = 9  # of a token's id, at most
+_MAX_BIAS = 100.0  # biases beyond it are cut, as at vLLM
+_MAX_DIGITS = 9  # of a token's id
+_MAX_WORD_TOKENS = 1 << 20
 
 
 def add_limits(
@@ -49,28 +50,33 @@ def add_limits(
     return dataclasses.replace(sample, penalties=penalties, min_p=min_p, limits=limits)
 
 
-def _read_min_tokens(body: Mapping[str, object], most: int | None) -> int:
-    least = read_integer(body, "min_tokens", 0, 1 << 30) or 0
-    if most is not None and least > most:
-        raise field_error("min_tokens", least, f"at most `max_tokens`, {most}, are possible")
-    return least
+def _read_min_tokens(body: Mapping[str, object], max_tokens: int | None) -> int:
+    """Returns the number of tokens before which no completion ends."""
+    min_tokens = read_integer(body, "min_tokens", 0, 1 << 30) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise field_error(
+            "min_tokens", min_tokens, f"at most `max_tokens`, {max_tokens}, are possible"
+        )
+    return min_tokens
 
 
-def _read_biases(given: object, facts: EngineFacts) -> dict[int, float]:
+def _read_biases(value: object, facts: EngineFacts) -> dict[int, float]:
     """Returns the biases of tokens, from -100 to 100."""
-    if not given:
+    if not value:
         return {}
-    needed = f"an object of {MOST_BIASES} numbers at most by token ids is needed"
-    if not isinstance(given, dict) or len(given) > MOST_BIASES:
-        raise field_error("logit_bias", given, needed)
+    requirement = f"an object of {MOST_BIASES} numbers at most by token ids is needed"
+    if not isinstance(value, dict) or len(value) > MOST_BIASES:
+        raise field_error("logit_bias", value, requirement)
     biases: dict[int, float] = {}
-    for key, bias in given.items():
-        if not key.isdecimal() or len(key) > _DIGITS or int(key) >= facts.vocab_size:
-            known = f"ids from 0 to {facts.vocab_size - 1} are needed"
-            raise field_error("logit_bias", key, known)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or bias != bias:
-            raise field_error("logit_bias", bias, needed)
-        biases[int(key)] = float(min(_BIAS, max(-_BIAS, bias)))
+    for key, bias in value.items():
+        is_id = key.isdecimal() and len(key) <= _MAX_DIGITS and int(key) < facts.vocab_size
+        if not is_id:
+            raise field_error("logit_bias", key, f"ids from 0 to {facts.vocab_size - 1} are needed")
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        is_nan = bias != bias
+        if not is_number or is_nan:
+            raise field_error("logit_bias", bias, requirement)
+        biases[int(key)] = float(min(_MAX_BIAS, max(-_MAX_BIAS, bias)))
     return biases
 
 
@@ -81,17 +87,18 @@ def _read_bad_words(
 
     Within a text, a word may have another first token, and as many of them: vLLM's rule.
     """
-    given = body.get("bad_words") or []
-    if not isinstance(given, list) or len(given) > MOST_BAD // 2:
-        raise field_error("bad_words", given, f"a list of {MOST_BAD // 2} texts at most is needed")
-    runs: list[tuple[int, ...]] = []
-    for word in dict.fromkeys(map(str, given)):
-        if word not in given or not word.strip():
+    words = body.get("bad_words") or []
+    if not isinstance(words, list) or len(words) > MOST_BAD // 2:
+        raise field_error("bad_words", words, f"a list of {MOST_BAD // 2} texts at most is needed")
+    bad_ids: list[tuple[int, ...]] = []
+    for word in dict.fromkeys(map(str, words)):
+        if word not in words or not word.strip():
             raise field_error("bad_words", word, "texts that are not empty are needed")
-        first, within = (
-            tuple(tokens.ids(space + word.lstrip(), 1 << 20, special=False)) for space in ("", " ")
-        )
-        runs.append(first)
-        if 0 < len(within) == len(first) and within[0] != first[0]:
-            runs.append(within)
-    return tuple(runs)
+        stripped = word.lstrip()
+        ids_at_start = tuple(tokens.ids(stripped, _MAX_WORD_TOKENS, special=False))
+        ids_within = tuple(tokens.ids(f" {stripped}", _MAX_WORD_TOKENS, special=False))
+        bad_ids.append(ids_at_start)
+        has_equal_length = 0 < len(ids_within) == len(ids_at_start)
+        if has_equal_length and ids_within[0] != ids_at_start[0]:
+            bad_ids.append(ids_within)
+    return tuple(bad_ids)

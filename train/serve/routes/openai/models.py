@@ -21,7 +21,7 @@ from train.serve.routes.openai.pending import result_of
 
 _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"
-_OF_ADAPTERS = ("adapter", "adapter_config.json", "lora", "best")  # one is in such a folder
+_ADAPTER_FILES = ("adapter", "adapter_config.json", "lora", "best")  # an adapter's folder has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,10 @@ class Models:
 
     def __init__(self, engine: EngineProtocol, access: Access, lookup: AdapterLookup) -> None:
         """Keeps the engine, whether there are keys, and where adapters are found."""
-        self._engine, self._keyed = engine, access.keyed
-        self._lookup, self._folder = lookup, lookup.folder
+        self._engine = engine
+        self._has_keys = access.keyed
+        self._lookup = lookup
+        self._folder = lookup.folder
         self._templates: dict[str, str | None] = {}  # chat templates, by the engine's name
         self._loaded: dict[str, dict[str, Path]] = {}  # folders, by owner and the client's name
         self._lock = asyncio.Lock()  # one adapter is read at a time
@@ -58,7 +60,7 @@ class Models:
         """Returns the routes about models."""
         return [
             Route("/v1/models", self._list),
-            Route("/v1/models/{name:path}", self._one),
+            Route("/v1/models/{name:path}", self._describe),
             Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
         ]
@@ -76,16 +78,7 @@ class Models:
         """
         if model == self._engine.facts.model:
             return None
-        adapter: tuple[str, Path | None] | None = None
-        path = model.removeprefix(f"{self._engine.facts.model};")
-        if path.startswith(_TINKER):
-            adapter = await run_in_threadpool(self._lookup.resolve, path, owner)
-        elif model in self._loaded.get(owner, {}):
-            adapter = self._named(owner, model), self._loaded[owner][model]
-        elif (folder := self._folders().get(model)) is not None:
-            adapter = model, folder
-        elif self._engine.knows(model) and await run_in_threadpool(self._lookup.owns, owner, model):
-            adapter = model, None
+        adapter = await self._find_adapter(model, owner)
         if adapter is None:
             raise HttpError(
                 404,
@@ -93,49 +86,72 @@ class Models:
                 param="model",
                 code="model_not_found",
             )
-        name, place = adapter
-        if place is not None and not self._engine.knows(name):
+        name, folder = adapter
+        if folder is not None and not self._engine.knows(name):
             async with self._lock:
-                if not self._engine.knows(name):
-                    await self._adopt(name, place)
+                if not self._engine.knows(name):  # another request may have read it meanwhile
+                    await self._adopt(name, folder)
         return name
+
+    async def _find_adapter(self, model: str, owner: str) -> tuple[str, Path | None] | None:
+        """Returns the engine's name of an adapter, and its folder where that is known."""
+        path = model.removeprefix(f"{self._engine.facts.model};")
+        if path.startswith(_TINKER):
+            return await run_in_threadpool(self._lookup.resolve, path, owner)
+        loaded_folders = self._loaded.get(owner, {})
+        if model in loaded_folders:
+            return self._engine_name(owner, model), loaded_folders[model]
+        shared_folders = self._folders()
+        if model in shared_folders:
+            return model, shared_folders[model]
+        is_known = self._engine.knows(model)
+        if is_known and await run_in_threadpool(self._lookup.owns, owner, model):
+            return model, None
+        return None
 
     def template(self, name: str | None) -> str | None:
         """Returns the chat template of an adapter, by the engine's name; None for the base's."""
         return None if name is None else self._templates.get(name)
 
     async def _adopt(self, name: str, folder: Path) -> None:
+        """Has the engine read an adapter, and keeps its chat template."""
         self._templates[name] = await run_in_threadpool(self._lookup.template_of, folder)
         await result_of(lambda done: self._engine.adopt(name, folder, done))
 
-    def _named(self, owner: str, name: str) -> str:
+    def _engine_name(self, owner: str, name: str) -> str:
         """Returns the engine's name of an adapter that an owner loaded: owners share no names."""
-        return f"{owner}:{name}" if self._keyed else name
+        return f"{owner}:{name}" if self._has_keys else name
 
     def _folders(self) -> dict[str, Path]:
         """Returns the adapters' and runs' folders beneath --adapters, by name."""
-        paths = sorted(self._folder.iterdir()) if self._folder is not None else []
-        named = {path.name: path for path in paths if _NAME.fullmatch(path.name)}
-        return {
-            name: path
-            for name, path in named.items()
-            if any((path / inside).exists() for inside in _OF_ADAPTERS)
-        }
+        if self._folder is None:
+            return {}
+        folders: dict[str, Path] = {}
+        for path in sorted(self._folder.iterdir()):
+            has_adapter = any((path / file).exists() for file in _ADAPTER_FILES)
+            if has_adapter and _NAME.fullmatch(path.name):
+                folders[path.name] = path
+        return folders
 
     def _names(self, owner: str) -> list[str]:
         """Returns the names that there are for an owner."""
-        loaded = {
-            self._named(other, name) for other, names in self._loaded.items() for name in names
-        }
-        others = [name for name in self._engine.status().adapters if name not in loaded]
-        own = [name for name in others if self._lookup.owns(owner, name)]
-        shared = [self._engine.facts.model, *self._folders()]
-        return [*dict.fromkeys([*shared, *self._loaded.get(owner, {}), *own])]
+        loaded_names: set[str] = set()  # as the engine has them, of all owners
+        for loading_owner, folders in self._loaded.items():
+            loaded_names |= {self._engine_name(loading_owner, name) for name in folders}
+        names = [self._engine.facts.model, *self._folders(), *self._loaded.get(owner, {})]
+        for name in self._engine.status().adapters:
+            if name not in loaded_names and self._lookup.owns(owner, name):
+                names.append(name)
+        return [*dict.fromkeys(names)]
 
-    def _about(self, name: str) -> JsonObject:
+    def _description(self, name: str) -> JsonObject:
+        """Returns what a client is told about a model."""
         base = self._engine.facts.model
-        known = {"id": name, "object": "model", "created": self._created, "owned_by": "lora_jax"}
-        return known | {
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "lora_jax",
             "root": name,
             "parent": None if name == base else base,
             "max_model_len": self._engine.facts.max_length,
@@ -143,49 +159,61 @@ class Models:
 
     async def _list(self, request: Request) -> Response:
         names = await run_in_threadpool(self._names, owner_of(request))
-        return json_response({"object": "list", "data": [self._about(name) for name in names]})
+        return json_response(
+            {"object": "list", "data": [self._description(name) for name in names]}
+        )
 
-    async def _one(self, request: Request) -> Response:
-        name, owner = request.path_params["name"], owner_of(request)
+    async def _describe(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        owner = owner_of(request)
         if name not in await run_in_threadpool(self._names, owner):
             await self.find(name, owner)  # a checkpoint, perhaps
-        return json_response(self._about(name))
+        return json_response(self._description(name))
 
     async def _load(self, request: Request) -> Response:
-        body, owner = await read_body(request), owner_of(request)
-        name, path = read_text(body, "lora_name"), self._inside(read_text(body, "lora_path"))
+        """Loads the adapter in a folder under a name, as vLLM's route does."""
+        body = await read_body(request)
+        owner = owner_of(request)
+        name = read_text(body, "lora_name")
+        folder = self._adapter_folder(read_text(body, "lora_path"))
         if not _NAME.fullmatch(name):
             raise field_error("lora_name", name, "letters, digits, and . - _ within are needed")
         async with self._lock:
-            known = self._engine.knows(self._named(owner, name))
-            if known or name in await run_in_threadpool(self._names, owner):
+            engine_name = self._engine_name(owner, name)
+            is_known = self._engine.knows(engine_name)
+            if is_known or name in await run_in_threadpool(self._names, owner):
                 raise field_error(
                     "lora_name", name, "there is one already; unload it, or take another"
                 )
-            await self._adopt(self._named(owner, name), path)
-            self._loaded.setdefault(owner, {})[name] = path
+            await self._adopt(engine_name, folder)
+            self._loaded.setdefault(owner, {})[name] = folder
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    def _inside(self, given: str) -> Path:
+    def _adapter_folder(self, lora_path: str) -> Path:
         """Returns the folder of an adapter; with keys, one beneath --adapters."""
-        if problem := remote_problem(given):
-            raise field_error("lora_path", given, f"this {problem}")
-        path = ((self._folder or Path()) / Path(given).expanduser()).resolve()
-        if self._keyed and not (self._folder and path.is_relative_to(self._folder.resolve())):
+        problem = remote_problem(lora_path)
+        if problem:
+            raise field_error("lora_path", lora_path, f"this {problem}")
+        folder = ((self._folder or Path()) / Path(lora_path).expanduser()).resolve()
+        is_inside = bool(self._folder and folder.is_relative_to(self._folder.resolve()))
+        if self._has_keys and not is_inside:
             raise field_error(
-                "lora_path", given, "a folder beneath --adapters of the server is needed"
+                "lora_path", lora_path, "a folder beneath --adapters of the server is needed"
             )
-        if not path.is_dir():
-            raise field_error("lora_path", given, "there is no such folder")
-        return path
+        if not folder.is_dir():
+            raise field_error("lora_path", lora_path, "there is no such folder")
+        return folder
 
     async def _unload(self, request: Request) -> Response:
-        body, owner = await read_body(request), owner_of(request)
+        """Forgets an adapter, as vLLM's route does."""
+        body = await read_body(request)
+        owner = owner_of(request)
         name = read_text(body, "lora_name")
-        mine = self._loaded.get(owner, {})
-        shared = not self._keyed and name in self._folders() and self._engine.knows(name)
-        if name not in mine and not shared:
+        loaded_folders = self._loaded.get(owner, {})
+        # Without keys, anybody may unload what was read from --adapters.
+        is_shared = not self._has_keys and name in self._folders() and self._engine.knows(name)
+        if name not in loaded_folders and not is_shared:
             raise HttpError(404, f"there is no adapter {name!r} that you loaded", param="lora_name")
-        mine.pop(name, None)
-        self._engine.drop(self._named(owner, name))
+        loaded_folders.pop(name, None)
+        self._engine.drop(self._engine_name(owner, name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -30,7 +30,12 @@ def loop_callback(done: Callable[[Any], None]) -> Callable[[Any], None]:
 async def result_of(call: Callable[[Callable[[Any], None]], Any]) -> Any:
     """Returns the result of a call of the engine that takes a `Done`; raises what went wrong."""
     future = asyncio.get_running_loop().create_future()
-    call(loop_callback(lambda item: None if future.done() else future.set_result(item)))
+
+    def set_result(result: Any) -> None:
+        if not future.done():  # the client may have gone
+            future.set_result(result)
+
+    call(loop_callback(set_result))
     result = await future
     if isinstance(result, BaseException):
         raise result
@@ -41,58 +46,63 @@ class PendingSamples:
     """Samples of one request."""
 
     def __init__(
-        self, engine: EngineProtocol, samples: Sequence[SampleRequest], *, pieces: bool
+        self, engine: EngineProtocol, samples: Sequence[SampleRequest], *, streams: bool
     ) -> None:
-        """Submits samples; `pieces` has each token come as it is drawn."""
+        """Submits samples; `streams` has each token come as it is drawn."""
         self._queue: asyncio.Queue[tuple[int, DrawnToken | SampleResult | BaseException]] = (
             asyncio.Queue()
         )
-        self.left = len(samples)
+        self.n_left = len(samples)
         post = loop_callback(self._queue.put_nowait)
-        self._cancels = []
-        for k, sample in enumerate(samples):
-            come = partial(_numbered, post, k)
-            self._cancels.append(engine.sample(sample, come, come if pieces else None))
+        self._cancels: list[Callable[[], None]] = []
+        for index, sample in enumerate(samples):
+            post_item = partial(_post_with_index, post, index)
+            on_token = post_item if streams else None
+            self._cancels.append(engine.sample(sample, post_item, on_token))
 
     async def next(self) -> tuple[int, DrawnToken | SampleResult]:
-        """Returns the number of a sample, and its next token, or at last what it drew.
+        """Returns the index of a sample, and its next token, or at last what it drew.
 
         Raises:
           Exception: what went wrong with one of them.
         """
-        k, item = await self._queue.get()
+        index, item = await self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        self.left -= isinstance(item, SampleResult)
-        return k, item
+        if isinstance(item, SampleResult):
+            self.n_left -= 1
+        return index, item
 
     async def all(self) -> list[SampleResult]:
         """Returns the results of all samples, once they are there."""
         results: dict[int, SampleResult] = {}
-        while self.left:
-            k, item = await self.next()
+        while self.n_left:
+            index, item = await self.next()
             if isinstance(item, SampleResult):
-                results[k] = item
-        return [results[k] for k in sorted(results)]
+                results[index] = item
+        return [results[index] for index in sorted(results)]
 
     def close(self) -> None:
         """Ends the samples that still run."""
-        for cancel in self._cancels if self.left else ():
-            cancel()
+        if self.n_left:
+            for cancel in self._cancels:
+                cancel()
 
 
-def _numbered(post: Callable[[Any], None], k: int, item: Any) -> None:
-    post((k, item))
+def _post_with_index(post: Callable[[Any], None], index: int, item: Any) -> None:
+    post((index, item))
 
 
 async def unless_gone(request: Request, result: Awaitable[Value]) -> Value:
     """Returns a result, or raises HttpError as soon as the client has gone."""
-    tasks = [asyncio.ensure_future(result), asyncio.create_task(wait_disconnect(request))]
+    result_task = asyncio.ensure_future(result)
+    disconnect_task = asyncio.create_task(wait_disconnect(request))
+    tasks: list[asyncio.Future[Any]] = [result_task, disconnect_task]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        if not result_task.done():
             raise HttpError(499, "the client has gone")
-        return tasks[0].result()  # type: ignore[return-value]
+        return result_task.result()
     finally:
         for task in tasks:
             task.cancel()

@@ -50,12 +50,15 @@ def read_grammar(
             grammar = reader(body[name], name, compiler)
             if grammar is not None:
                 grammars[name] = grammar
-    if (calls := _read_calls(body, compiler, template)) is not None:
-        grammars["tool_choice"] = calls
-    if len(grammars) > 1:
-        first, second, *_ = grammars
-        raise HttpError(400, f"`{first}` and `{second}` both say what an answer is: give one")
-    return next(iter(grammars.values()), None)
+    call_grammar = _read_calls(body, compiler, template)
+    if call_grammar is not None:
+        grammars["tool_choice"] = call_grammar
+    if not grammars:
+        return None
+    names = [*grammars]
+    if len(names) > 1:
+        raise HttpError(400, f"`{names[0]}` and `{names[1]}` both say what an answer is: give one")
+    return grammars[names[0]]
 
 
 def is_forced(body: Mapping[str, object]) -> bool:
@@ -69,10 +72,13 @@ def forced_form(body: Mapping[str, object], template: str) -> tuple[CallFormat, 
 
     It is the template's, or Hermes' where that is not known, or has no texts for the tools.
     """
-    known, usual = call_format(template), FORMATS["hermes"]
-    if known is not None and has_form(call_form(known.name, template), _functions(body)):
-        return known, call_form(known.name, template)
-    return usual, call_form(usual.name, "")
+    template_format = call_format(template)
+    if template_format is not None:
+        template_form = call_form(template_format.name, template)
+        if has_form(template_form, _functions(body)):
+            return template_format, template_form
+    hermes = FORMATS["hermes"]
+    return hermes, call_form(hermes.name, "")
 
 
 @contextlib.contextmanager
@@ -81,29 +87,31 @@ def _as_http(path: str) -> Iterator[None]:
     try:
         yield
     except GrammarError as error:
-        place = ".".join([path, *error.path])
-        raise HttpError(400, f"`{place[:500]}`: {error}", param=place[:500]) from None
+        error_path = ".".join([path, *error.path])[:500]
+        raise HttpError(400, f"`{error_path}`: {error}", param=error_path) from None
 
 
-def _read_format(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar | None:
-    kind = given.get("type") if isinstance(given, dict) else None
+def _read_format(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar | None:
+    """Returns the grammar of OpenAI's `response_format`."""
+    kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return None
     if kind == "json_object":
         return _read_schema(_OBJECT, name, compiler)
-    if not isinstance(given, dict) or kind != "json_schema":
-        needed = "an object with the `type` text, json_object or json_schema is needed"
-        raise field_error(name, given, needed)
-    holder = given.get("json_schema")
-    if not isinstance(holder, dict) or "schema" not in holder:
-        raise field_error(f"{name}.json_schema", holder, "an object with a `schema` is needed")
-    return _read_schema(holder["schema"], f"{name}.json_schema.schema", compiler)
+    if not isinstance(value, dict) or kind != "json_schema":
+        requirement = "an object with the `type` text, json_object or json_schema is needed"
+        raise field_error(name, value, requirement)
+    json_schema = value.get("json_schema")
+    if not isinstance(json_schema, dict) or "schema" not in json_schema:
+        raise field_error(f"{name}.json_schema", json_schema, "an object with a `schema` is needed")
+    return _read_schema(json_schema["schema"], f"{name}.json_schema.schema", compiler)
 
 
-def _read_structured(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar | None:
-    if not isinstance(given, dict):
-        raise field_error(name, given, "an object is needed")
-    check_fields(given, STRUCTURED_OUTPUTS, f"`{name}`")
+def _read_structured(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar | None:
+    """Returns the grammar of vLLM's `structured_outputs`."""
+    if not isinstance(value, dict):
+        raise field_error(name, value, "an object is needed")
+    check_fields(value, STRUCTURED_OUTPUTS, f"`{name}`")
     readers = {
         "json": _read_schema,
         "regex": _read_regex,
@@ -111,47 +119,50 @@ def _read_structured(given: object, name: str, compiler: GrammarCompiler) -> Com
         "grammar": _read_text,
         "json_object": _read_object,
     }
-    asked = [key for key in readers if given.get(key) not in (None, False)]
-    if len(asked) != 1:
-        raise field_error(name, given, f"exactly one of {', '.join(readers)} is needed")
-    return readers[asked[0]](given[asked[0]], f"{name}.{asked[0]}", compiler)
+    keys = [key for key in readers if value.get(key) not in (None, False)]
+    if len(keys) != 1:
+        raise field_error(name, value, f"exactly one of {', '.join(readers)} is needed")
+    (key,) = keys
+    return readers[key](value[key], f"{name}.{key}", compiler)
 
 
-def _read_object(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+def _read_object(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
     return _read_schema(_OBJECT, name, compiler)
 
 
-def _read_schema(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
-    if isinstance(given, str):
+def _read_schema(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+    """Returns the grammar of a JSON schema, which may be a text."""
+    schema = value
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            schema = json.loads(value)
         except (ValueError, RecursionError):
-            raise field_error(name, given, "a JSON schema is needed") from None
+            raise field_error(name, value, "a JSON schema is needed") from None
     with _as_http(name):
-        return compiler.schema(given)
+        return compiler.schema(schema)
 
 
-def _read_regex(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+def _read_regex(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
     with _as_http(name):
-        return compiler.regex(_text(given, name))
+        return compiler.regex(_check_text(value, name))
 
 
-def _read_text(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+def _read_text(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
     with _as_http(name):
-        return compiler.grammar(_text(given, name))
+        return compiler.grammar(_check_text(value, name))
 
 
-def _read_choice(given: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
-    if not isinstance(given, list) or not given:
-        raise field_error(name, given, "a list of texts is needed")
+def _read_choice(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+    if not isinstance(value, list) or not value:
+        raise field_error(name, value, "a list of texts is needed")
     with _as_http(name):
-        return compiler.choice([_text(text, name) for text in given])
+        return compiler.choice([_check_text(text, name) for text in value])
 
 
-def _text(given: object, name: str) -> str:
-    if not isinstance(given, str) or not given:
-        raise field_error(name, given, "a text is needed")
-    return given
+def _check_text(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise field_error(name, value, "a text is needed")
+    return value
 
 
 def _read_calls(
@@ -161,32 +172,40 @@ def _read_calls(
     choice = body.get("tool_choice")
     if not choice or choice in ("none", "auto"):
         return None
-    needed = "none, auto, required, or an object with the `function` to call, is needed"
-    tools, one = _functions(body), body.get("parallel_tool_calls") is False
+    functions = _functions(body)
+    is_single_call = body.get("parallel_tool_calls") is False
     if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")
-        if name not in tools:
-            raise field_error("tool_choice", name, f"`tools` has {', '.join(tools) or 'none'}")
-        tools, one = {name: tools[name]}, True
-    elif choice != "required":
-        raise field_error("tool_choice", choice, needed)
-    if not tools:
+        if name not in functions:
+            raise field_error("tool_choice", name, f"`tools` has {', '.join(functions) or 'none'}")
+        callable_functions = {name: functions[name]}
+        is_single_call = True
+    elif choice == "required":
+        callable_functions = functions
+    else:
+        requirement = "none, auto, required, or an object with the `function` to call, is needed"
+        raise field_error("tool_choice", choice, requirement)
+    if not callable_functions:
         raise field_error("tool_choice", choice, "give `tools` to choose from")
-    for i, (name, parameters) in enumerate(_functions(body).items()):
-        if name in tools:
+    for i, (name, parameters) in enumerate(functions.items()):
+        if name in callable_functions:  # checks each schema by itself, for its path in a message
             with _as_http(f"tools[{i}].function.parameters"):
                 compiler.schema(parameters)
     _, form = forced_form(body, template)
     with _as_http("tools"):
         grammar = CallGrammar(form, compiler)
-        return grammar.compiled(tools, 1) if one else grammar.compiled(tools)
+        if is_single_call:
+            return grammar.compiled(callable_functions, 1)
+        return grammar.compiled(callable_functions)
 
 
 def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
     """Returns the schemas of functions' parameters, by the functions' names."""
     tools = body.get("tools") or []
-    found: dict[str, Mapping[str, object]] = {}
-    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+    if not isinstance(tools, list):
+        return {}
+    parameters_of_function: dict[str, Mapping[str, object]] = {}
+    for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise field_error(f"tools[{i}]", shown(tool), "a function with a `name` is needed")
@@ -194,5 +213,5 @@ def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
         if not isinstance(parameters, Mapping):
             name = f"tools[{i}].function.parameters"
             raise field_error(name, parameters, "a JSON schema, an object, is needed")
-        found[function["name"]] = parameters
-    return found
+        parameters_of_function[function["name"]] = parameters
+    return parameters_of_function

@@ -32,13 +32,14 @@ def _refused(names: str, *neutral: object, instead: str = "leave it out") -> dic
     return dict.fromkeys(names.split(), Field("refused", neutral, instead))
 
 
-def _all(kind: Kind, names: str) -> dict[str, Field]:
+def _fields(kind: Kind, names: str) -> dict[str, Field]:
+    """Returns fields of one kind, of any value."""
     return dict.fromkeys(names.split(), Field(kind))
 
 
 _VARIABLE = "give what the chat template reads as `chat_template_kwargs`"
 _COMMON = {
-    **_all(
+    **_fields(
         "works",
         "model max_tokens max_completion_tokens n best_of temperature top_p top_k seed stop "
         "stop_token_ids ignore_eos logprobs stream stream_options presence_penalty "
@@ -47,7 +48,7 @@ _COMMON = {
         "prompt_logprobs return_token_ids response_format structured_outputs guided_json "
         "guided_regex guided_choice guided_grammar",
     ),
-    **_all(
+    **_fields(
         "no effect",
         "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options "
         "prompt_cache_retention prediction request_id rid cache_salt cache_prompt keep_alive "
@@ -82,19 +83,21 @@ _COMMON = {
     **_refused("lora_path", instead="name the adapter as `model`"),
     **_refused("options extra_body", {}, instead="give its fields themselves"),
 }
-_CHAT_FIELDS = _all(
+_CHAT_FIELDS = _fields(
     "works",
     "messages tools tool_choice parallel_tool_calls chat_template chat_template_kwargs "
     "top_logprobs",
 )
-_COMPLETION_FIELDS = _all("works", "prompt echo")
+_COMPLETION_FIELDS = _fields("works", "prompt echo")
 
 
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
     """Returns the fields of another path's requests, which are refused here."""
-    usual = f"leave it out: it belongs to {path}"
-    nothing: tuple[object, ...] = ([], {}, False, "none", "auto")
-    return {name: Field("refused", nothing, instead.get(name, usual)) for name in fields}
+    default_remedy = f"leave it out: it belongs to {path}"
+    neutral_values: tuple[object, ...] = ([], {}, False, "none", "auto")
+    return {
+        name: Field("refused", neutral_values, instead.get(name, default_remedy)) for name in fields
+    }
 
 
 FIELDS: dict[str, Mapping[str, Field]] = {
@@ -108,24 +111,25 @@ FIELDS: dict[str, Mapping[str, Field]] = {
     | _refused("add_special_tokens", True),
 }
 STREAM_OPTIONS: Mapping[str, Field] = {
-    **_all("works", "include_usage continuous_usage_stats"),
-    **_all("no effect", "include_obfuscation"),
+    **_fields("works", "include_usage continuous_usage_stats"),
+    **_fields("no effect", "include_obfuscation"),
 }
 STRUCTURED_OUTPUTS: Mapping[str, Field] = {
-    **_all("works", "json regex choice grammar json_object"),
+    **_fields("works", "json regex choice grammar json_object"),
     **_refused("disable_fallback disable_any_whitespace disable_additional_properties", False),
     **_refused("whitespace_pattern structural_tag"),
 }
 # Of /tokenize and /detokenize, which are vLLM's.
 TOKENIZE: Mapping[str, Field] = {
-    **_all("works", "model prompt messages tools chat_template chat_template_kwargs"),
-    **_all("works", "add_special_tokens return_token_strs"),
+    **_fields("works", "model prompt messages tools chat_template chat_template_kwargs"),
+    **_fields("works", "add_special_tokens return_token_strs"),
     **_refused("add_generation_prompt", True),
     **_refused("continue_final_message", False),
 }
-DETOKENIZE: Mapping[str, Field] = _all("works", "model tokens")
+DETOKENIZE: Mapping[str, Field] = _fields("works", "model tokens")
 
 
 def nearest(name: str, fields: Mapping[str, Field]) -> str | None:
     """Returns the field whose name is most like an unknown one; None if none is like it."""
-    return next(iter(difflib.get_close_matches(name[:64], fields, 1, 0.7)), None)
+    matches = difflib.get_close_matches(name[:64], fields, n=1, cutoff=0.7)
+    return matches[0] if matches else None

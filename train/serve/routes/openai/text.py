@@ -13,7 +13,8 @@ from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.rows import check_text
 from lora_jax.training.errors import TrainingError
 
-_LEAST = -9999.0  # what OpenAI's API writes for a log-probability of -inf
+_MIN_LOGPROB = -9999.0  # what OpenAI's API writes for a log-probability of -inf
+_REPLACEMENT = ord("?")  # of a character that stands for no byte
 
 
 class ServedTokenizer:
@@ -23,32 +24,35 @@ class ServedTokenizer:
         """Takes transformers' fast tokenizer."""
         self.tokenizer = tokenizer
         self._core = tokenizer.backend_tokenizer
-        self._added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added_tokens = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         decoder = self._core.decoder
-        by_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
-        self._bytes_of = _byte_level() if by_bytes else {}
+        is_byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        self._byte_of_char = _byte_level() if is_byte_level else {}
         self.of = lru_cache(1 << 16)(self._spell)
-        self._longest = max(map(len, tokenizer.get_vocab()))
+        self._max_token_chars = max(map(len, tokenizer.get_vocab()))
         self.ids("", 0)  # the first call may change the tokenizer: here, no other thread has it
 
-    def ids(self, text: str, most: int, *, special: bool = True, cuts: bool = False) -> list[int]:
+    def ids(
+        self, text: str, max_tokens: int, *, special: bool = True, cuts: bool = False
+    ) -> list[int]:
         """Returns the tokens of a text.
 
         Args:
           text: the text.
-          most: the most tokens that are of use: a text that has more in any case costs no time.
+          max_tokens: tokens that are of use: a text that has more in any case costs no time.
           special: adds those with which texts begin or end.
           cuts: leaves out the beginning of such a text, instead of raising.
 
         Raises:
           TrainingError: the text is too long, or holds half of a character.
         """
+        max_chars = max_tokens * self._max_token_chars
         if cuts:
-            text = text[-most * self._longest :]
-        if len(text) > most * self._longest:
+            text = text[-max_chars:]
+        if len(text) > max_chars:
             raise TrainingError(
-                f"the prompt has {len(text):,} characters, more than {most:,} tokens can have: "
-                "give a shorter one"
+                f"the prompt has {len(text):,} characters, more than {max_tokens:,} tokens can "
+                "have: give a shorter one"
             )
         check_text(text, "the prompt")
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -61,22 +65,22 @@ class ServedTokenizer:
         """Returns the same tokenizer with another chat template, if there is one."""
         if template is None:
             return self
-        other = copy.copy(self)
-        other.tokenizer = copy.copy(self.tokenizer)
-        other.tokenizer.chat_template = template
-        return other
+        served_tokenizer = copy.copy(self)
+        served_tokenizer.tokenizer = copy.copy(self.tokenizer)
+        served_tokenizer.tokenizer.chat_template = template
+        return served_tokenizer
 
     def _spell(self, token: int) -> bytes:
         """Returns the bytes that a token stands for."""
-        piece = self._added.get(token)
-        if piece is None:
-            piece = self._core.id_to_token(token) or ""
-            if self._bytes_of:
-                return bytes(self._bytes_of.get(char, 63) for char in piece)
-            if len(piece) == 6 and piece.startswith("<0x"):  # a byte that is no piece's
-                return bytes([int(piece[3:5], 16)])
-            piece = piece.replace("▁", " ")
-        return piece.encode()
+        if token in self._added_tokens:
+            return self._added_tokens[token].encode()
+        entry = self._core.id_to_token(token) or ""  # of the vocabulary
+        if self._byte_of_char:
+            return bytes(self._byte_of_char.get(char, _REPLACEMENT) for char in entry)
+        is_byte = len(entry) == 6 and entry.startswith("<0x")  # such as <0x0A>
+        if is_byte:
+            return bytes([int(entry[3:5], 16)])
+        return entry.replace("▁", " ").encode()
 
 
 def _byte_level() -> dict[str, int]:
@@ -85,9 +89,9 @@ def _byte_level() -> dict[str, int]:
     Printable characters stand for themselves; the other bytes, in their order, have those from 256.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    own = {char: ord(char) for char in alphabet if ord(char) < 256}
-    others = sorted({*range(256)} - {*own.values()})
-    return own | dict(zip(alphabet[len(own) :], others, strict=True))
+    printable = {char: ord(char) for char in alphabet if ord(char) < 256}
+    other_bytes = sorted({*range(256)} - {*printable.values()})
+    return printable | dict(zip(alphabet[len(printable) :], other_bytes, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ class CompletionText:
         *,
         special: bool = False,
         keeps_stop: bool = False,
-        least: int = 0,
+        min_tokens: int = 0,
     ) -> None:
         """Begins a text.
 
@@ -126,12 +130,13 @@ class CompletionText:
           stop: texts that end it.
           special: shows special tokens.
           keeps_stop: ends the text with the stop text, not before it.
-          least: the number of first tokens in which no stop text is looked for.
+          min_tokens: the number of first tokens in which no stop text is looked for.
         """
         stops = StopTexts(tokens.tokenizer, stop)
         self._stream = TextStream(stops, special=special, keeps_stop=keeps_stop)
-        self._least, self._n = least, 0
-        self._entries: list[TokenEntry] = []  # of tokens whose text is not given out
+        self._min_tokens = min_tokens
+        self._n_tokens = 0
+        self._held_entries: list[TokenEntry] = []  # of tokens whose text is not given out
 
     @property
     def length(self) -> int:
@@ -152,31 +157,38 @@ class CompletionText:
         """Takes a token; returns what can be given out now."""
         if self.stopped:
             return "", []
-        self._entries.append(TokenEntry(token, logprob, top, self._stream.start))
-        self._n += 1
-        self._stream.searches = self._n > self._least
+        self._held_entries.append(
+            TokenEntry(token=token, logprob=logprob, top=top, start=self._stream.start)
+        )
+        self._n_tokens += 1
+        self._stream.searches = self._n_tokens > self._min_tokens
         text = self._stream.add(token)
-        return text, [] if self._stream.is_cut else self._given()
+        entries = [] if self._stream.is_cut else self._take_entries()
+        return text, entries
 
     def end(self) -> tuple[str, list[TokenEntry]]:
         """Returns the text that was held back, once no more tokens come, and its tokens."""
         if self.stopped:
             return "", []
-        return self._stream.end(), self._given(last=True)
+        text = self._stream.end()
+        return text, self._take_entries(last=True)
 
-    def _given(self, *, last: bool = False) -> list[TokenEntry]:
-        """Returns the tokens whose text was given out now."""
-        whole = last and not self.stopped
-        given = [entry for entry in self._entries if whole or entry.start < self.length]
-        self._entries = self._entries[len(given) :]
-        return given
+    def _take_entries(self, *, last: bool = False) -> list[TokenEntry]:
+        """Returns the tokens whose text was given out now; they are held no longer."""
+        takes_all = last and not self.stopped
+        entries = [entry for entry in self._held_entries if takes_all or entry.start < self.length]
+        self._held_entries = self._held_entries[len(entries) :]
+        return entries
 
 
 def listed(top: tuple[Iterable[int], Iterable[float]] | None) -> list[tuple[int, float]] | None:
     """Returns the most likely tokens at a place, ids and log-probabilities, as pairs."""
-    return None if top is None else [(int(i), finite(x)) for i, x in zip(*top, strict=True)]
+    if top is None:
+        return None
+    ids, logprobs = top
+    return [(int(token), finite(logprob)) for token, logprob in zip(ids, logprobs, strict=True)]
 
 
 def finite(logprob: float) -> float:
     """Returns a log-probability that JSON can hold."""
-    return float(logprob) if math.isfinite(logprob) else _LEAST
+    return float(logprob) if math.isfinite(logprob) else _MIN_LOGPROB

@@ -27,7 +27,7 @@ from train.serve.tenants.seats import Seats
 
 _logger = logging.getLogger(__name__)
 API = "/api/v1"
-_BEATS = 40.0  # seconds without a heartbeat, of which clients send one every 10
+_MAX_HEARTBEAT_GAP = 40.0  # seconds; clients send a heartbeat every 10
 # What clients are told to do; what is not named keeps the SDK's default.
 _CONFIG = {
     "create_model_via_load_weights": True,
@@ -87,19 +87,32 @@ class Tinker:
         """
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine, self._owner = engine, owner
-        self._idle, self._missing = limits.idle, limits.missing
+        self._engine = engine
+        self._owner = owner
+        self._idle = limits.idle
+        self._missing = limits.missing
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=limits.hold)
         self.rows = OwnerRows(self.ledger, [engine.facts.model, *names])
         self.log = CommandLog(
-            *(engine, self.ledger, folder, TinkerCodec(engine.facts, folder), self.futures.wake),
+            engine,
+            self.ledger,
+            folder,
+            codec=TinkerCodec(engine.facts, folder),
+            wake=self.futures.wake,
             seats=Seats(limits.room, limits.own_room),
             limits=LogLimits(every=limits.every),
         )
-        parts = TinkerParts(engine, self.ledger, self.rows, self.log, self.futures)
+        parts = TinkerParts(
+            engine=engine,
+            ledger=self.ledger,
+            rows=self.rows,
+            log=self.log,
+            futures=self.futures,
+        )
         self._runs = RunRoutes(parts, API)
-        self._training, self._sampling = TrainingRoutes(parts), SamplingRoutes(parts)
+        self._training = TrainingRoutes(parts)
+        self._sampling = SamplingRoutes(parts)
 
     def start(self, silent: float = math.inf) -> None:
         """Brings back the tenants that were there; call it before the first request.
@@ -126,8 +139,9 @@ class Tinker:
           silent: seconds of silence of a session after which its tenants lie on disk.
         """
         if self._idle is not None:
-            idle = set(self.ledger.idle_sessions(self._idle))
-            for session in idle - self.log.busy_sessions() - self.futures.busy_sessions():
+            idle_sessions = set(self.ledger.idle_sessions(self._idle))
+            busy_sessions = self.log.busy_sessions() | self.futures.busy_sessions()
+            for session in idle_sessions - busy_sessions:
                 _try(f"the end of the idle session {session}", self.end_session, session)
         _try("the search for missing commands", self.log.gaps.close, self._missing)
         _try("the parking of tenants", self.log.parking.park_silent, silent)
@@ -135,7 +149,7 @@ class Tinker:
 
     def sweep_samples(self) -> None:
         """Ends the samples of clients that are gone; call it every few seconds."""
-        self.futures.sweep(set(self.ledger.idle_sessions(_BEATS)))
+        self.futures.sweep(set(self.ledger.idle_sessions(_MAX_HEARTBEAT_GAP)))
 
     def routes(self) -> list[Route]:
         """Returns the routes below /api/v1."""
@@ -147,28 +161,24 @@ class Tinker:
             "session_heartbeat": self._heartbeat,
             "sessions/{session}/finish": self._finish,
         }
-        keyed = [
+        endpoints_with_key = [
             *((path, "POST", endpoint) for path, endpoint in posts.items()),
             ("get_server_capabilities", "GET", self._capabilities),
             *self._training.endpoints(),
             *self._sampling.endpoints(),
             *self._runs.endpoints(),
         ]
-        free = [
+        endpoints_without_key = [
             ("healthz", ["GET"], self._answer_with({"status": "ok"})),
             ("files/{expires:int}/{signature}", ["GET"], self._runs.download),
             ("{path:path}", ["GET", "POST", "PUT", "DELETE", "PATCH"], _unknown),
         ]
-        return [
-            *(
-                Route(f"{API}/{path}", guard(endpoint, self._owner), methods=[method])
-                for path, method, endpoint in keyed
-            ),
-            *(
-                Route(f"{API}/{path}", guard(endpoint, _anyone), methods=methods)
-                for path, methods, endpoint in free
-            ),
-        ]
+        routes: list[Route] = []
+        for path, method, endpoint in endpoints_with_key:
+            routes.append(Route(f"{API}/{path}", guard(endpoint, self._owner), methods=[method]))
+        for path, methods, endpoint in endpoints_without_key:
+            routes.append(Route(f"{API}/{path}", guard(endpoint, _anyone), methods=methods))
+        return routes
 
     def find_checkpoint(self, path: str, owner: str) -> tuple[str, Path] | None:
         """Returns the engine's name and the folder of a checkpoint; None if the owner has none."""
@@ -192,17 +202,20 @@ class Tinker:
         return answer
 
     def _capabilities(self, request: OwnerRequest) -> Response:
-        length = self._engine.facts.max_length
-        facts = {"max_context_length": length, "trainable": True, "sampleable": True}
-        return json_response(
-            {"supported_models": [{"model_name": name} | facts for name in self.rows.names]}
-        )
+        capabilities = {
+            "max_context_length": self._engine.facts.max_length,
+            "trainable": True,
+            "sampleable": True,
+        }
+        models = [{"model_name": name, **capabilities} for name in self.rows.names]
+        return json_response({"supported_models": models})
 
     def _create_session(self, request: OwnerRequest) -> Response:
         session = str(uuid.uuid4())
-        name = request.fields.get("display_name", str, None)
-        attached = {"display_name": name} if name else {}
-        metadata = (request.fields.metadata() or {}) | attached
+        metadata = {**(request.fields.metadata() or {})}
+        display_name = request.fields.get("display_name", str, None)
+        if display_name:
+            metadata["display_name"] = display_name
         self.ledger.open_session(session, request.owner, metadata)
         return json_response({"type": "create_session", "session_id": session})
 
@@ -217,12 +230,12 @@ class Tinker:
         return json_response({})
 
 
-def _try(what: str, function: Callable[..., object], *arguments: object) -> None:
+def _try(task: str, function: Callable[..., object], *arguments: object) -> None:
     """Calls a function; an error is logged, such as of a full disk, and hinders nothing else."""
     try:
         function(*arguments)
     except Exception:
-        _logger.exception("%s failed", what)
+        _logger.exception("%s failed", task)
 
 
 def _anyone(request: Request) -> str:

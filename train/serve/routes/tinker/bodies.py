@@ -25,9 +25,9 @@ from train.serve.tenants.command_log import BusyError
 _log = logging.getLogger(__name__)
 _THREADS = ThreadPoolExecutor(64, "tinker")
 _Kind = TypeVar("_Kind", str, int, float, bool, dict, list)
-_NEEDED: Any = object()
-_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
-_WORDS |= {dict: "an object", list: "a list"}
+_REQUIRED: Any = object()  # the default of a field that must be there
+_KIND_NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+_KIND_NAMES |= {dict: "an object", list: "a list"}
 Owner = Callable[[Request], str | None]
 
 
@@ -74,14 +74,14 @@ def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Res
 
     async def answer(request: Request) -> Response:
         try:
-            who = owner(request)
-            if who is None:
+            owner_name = owner(request)
+            if owner_name is None:
                 return json_response({"detail": "the X-API-Key is not known here"}, 401)
-            of_owner = OwnerRequest(request, who, await read_bytes(request))
+            owner_request = OwnerRequest(request, owner_name, await read_bytes(request))
             if inspect.iscoroutinefunction(endpoint):
-                return await endpoint(of_owner)
-            loop, call = asyncio.get_running_loop(), functools.partial(endpoint, of_owner)
-            return await loop.run_in_executor(_THREADS, cast(Callable[[], Response], call))
+                return await endpoint(owner_request)
+            call = cast(Callable[[], Response], functools.partial(endpoint, owner_request))
+            return await asyncio.get_running_loop().run_in_executor(_THREADS, call)
         except RequestError as error:
             return json_response({"detail": str(error)}, 400)
         except HttpError as error:
@@ -104,8 +104,8 @@ def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Res
 async def read_bytes(request: Request) -> bytes:
     """Returns a body; raises HttpError (413) if it has more than `MOST_BYTES`."""
     content = bytearray()
-    async for part in request.stream():
-        content += part
+    async for chunk in request.stream():
+        content += chunk
         if len(content) > MOST_BYTES:
             raise HttpError(413, f"the body has more than {MOST_BYTES} bytes: send less at once")
     return bytes(content)
@@ -114,10 +114,11 @@ async def read_bytes(request: Request) -> bytes:
 class JsonFields:
     """Reads the fields of an object in JSON: each has a kind, unknown ones are ignored."""
 
-    def __init__(self, values: object, where: str = "the body"):
+    def __init__(self, values: object, label: str = "the body"):
         if not isinstance(values, dict):
-            raise RequestError(f"{where} is no object in JSON")
-        self.values, self._where = values, where
+            raise RequestError(f"{label} is no object in JSON")
+        self.values = values
+        self._label = label
 
     @classmethod
     def parse(cls, body: bytes) -> "JsonFields":
@@ -131,7 +132,7 @@ class JsonFields:
         self,
         name: str,
         kind: type[_Kind],
-        default: Any = _NEEDED,
+        default: Any = _REQUIRED,
         least: float = -(2**63),
         most: float = 2**63 - 1,
     ) -> _Kind:
@@ -142,20 +143,20 @@ class JsonFields:
         """
         value = self.values.get(name)
         if value is None:
-            if default is _NEEDED:
-                raise RequestError(f"{self._where} lacks {name}, {_WORDS[kind]}")
+            if default is _REQUIRED:
+                raise RequestError(f"{self._label} lacks {name}, {_KIND_NAMES[kind]}")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int:  # JSON need not write 1 as 1.0
             value = float(value) if abs(value) < 2**63 else math.inf
         if type(value) is not kind:
-            raise RequestError(f"{name} of {self._where} is to be {_WORDS[kind]}")
+            raise RequestError(f"{name} of {self._label} is to be {_KIND_NAMES[kind]}")
         if isinstance(value, int | float) and not least <= value <= most:
-            raise RequestError(f"{name} of {self._where} is to be {least:g} to {most:g}")
+            raise RequestError(f"{name} of {self._label} is to be {least:g} to {most:g}")
         if isinstance(value, str) and not value.isprintable():
-            raise RequestError(f"{name} of {self._where} has characters that cannot be printed")
+            raise RequestError(f"{name} of {self._label} has characters that cannot be printed")
         return value
 
-    def object(self, name: str, default: Any = _NEEDED) -> "JsonFields":
+    def object(self, name: str, default: Any = _REQUIRED) -> "JsonFields":
         """Returns the fields of an object within."""
         return JsonFields(self.get(name, dict, default), name)
 

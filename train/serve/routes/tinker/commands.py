@@ -19,12 +19,13 @@ from train.serve.storage.ledger import DISCARD, Row
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 _TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say
-_SEGMENT = {
+_SEGMENT_OF_KIND = {  # of a checkpoint's path
     "save_weights": "weights",
     "save_weights_for_sampler": "sampler_weights",
     "save_weights_external": "external_weights",
 }
-_MOST_COMPLETIONS = 1024
+_MAX_COMPLETIONS = 1024
+_MAX_STOPS = 64
 
 
 class TinkerCodec:
@@ -32,13 +33,16 @@ class TinkerCodec:
 
     def __init__(self, facts: EngineFacts, root: Path) -> None:
         """Keeps the engine's limits, and the folder beneath which adapters are named."""
-        self._facts, self._root = facts, root
+        self._facts = facts
+        self._root = root
 
     def read(self, row: Row) -> requests.Command:
         """Returns the command of a row, by its kind, payload, folder and target."""
-        kind, folder = row["kind"], Path(row["folder"] or "")
+        kind = row["kind"]
+        folder = Path(row["folder"] or "")
         if kind == "forward_backward":
-            return wire.gradient_of(wire.parse(row["payload"])[1], self._facts)
+            _, message = wire.parse(row["payload"])
+            return wire.gradient_of(message, self._facts)
         if kind == DISCARD:
             return requests.Discard()
         fields = JsonFields.parse(row["payload"])
@@ -50,11 +54,17 @@ class TinkerCodec:
             return requests.Load(folder, fields.get("optimizer", bool, False))
         is_snapshot = not row["target"].startswith("tinker://")
         name = adapter_name(folder, self._root) if is_snapshot else None
-        return requests.Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
+        return requests.Save(
+            path=folder,
+            optimizer=kind == "save_weights",
+            name=name,
+            recipients=recipients_of(fields, kind),
+        )
 
     def write(self, row: Row, result: requests.CommandResult) -> bytes:
         """Returns the body that a client gets for a command's result."""
-        kind, target = row["kind"], row["target"]
+        kind = row["kind"]
+        target = row["target"]
         if isinstance(result, requests.GradientResult):
             return wire.encode_gradient(result)
         answer: dict[str, object] = {"type": kind}
@@ -93,15 +103,16 @@ def update_of(fields: JsonFields) -> requests.Update:
     """Returns the step that an optim_step asks for."""
     for name in ("optimizer_params", "optim_params"):
         _check_optimizer(fields, name)
-    adam, usual = fields.object("adam_params"), requests.Update()
-    below_one = float(np.nextafter(1.0, 0.0))
+    adam = fields.object("adam_params")
+    default = requests.Update()
+    max_beta = float(np.nextafter(1.0, 0.0))  # the largest number below 1
     return requests.Update(
-        learning_rate=adam.get("learning_rate", float, usual.learning_rate, 0),
-        beta1=adam.get("beta1", float, usual.beta1, 0, below_one),
-        beta2=adam.get("beta2", float, usual.beta2, 0, below_one),
-        eps=adam.get("eps", float, usual.eps, 0),
-        weight_decay=adam.get("weight_decay", float, usual.weight_decay, 0),
-        grad_clip_norm=max(0.0, adam.get("grad_clip_norm", float, usual.grad_clip_norm)),
+        learning_rate=adam.get("learning_rate", float, default.learning_rate, least=0),
+        beta1=adam.get("beta1", float, default.beta1, least=0, most=max_beta),
+        beta2=adam.get("beta2", float, default.beta2, least=0, most=max_beta),
+        eps=adam.get("eps", float, default.eps, least=0),
+        weight_decay=adam.get("weight_decay", float, default.weight_decay, least=0),
+        grad_clip_norm=max(0.0, adam.get("grad_clip_norm", float, default.grad_clip_norm)),
     )
 
 
@@ -120,6 +131,7 @@ def check_numbers(fields: JsonFields, *names: str) -> None:
 
 
 def _check_optimizer(fields: JsonFields, name: str) -> None:
+    """Raises a RequestError if a field names another optimizer than AdamW."""
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
         raise requests.RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
@@ -135,7 +147,7 @@ def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
         )
     fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
     fields.metadata()
-    return f"tinker://{model}/{_SEGMENT[kind]}/{name}"
+    return f"tinker://{model}/{_SEGMENT_OF_KIND[kind]}/{name}"
 
 
 def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
@@ -144,13 +156,13 @@ def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
     Raises:
       RequestError: it is no export, or one is no key.
     """
-    given = fields.get("age_encryption_recipients", list, None) or []
-    if given and kind != "save_weights_external":
+    recipients = fields.get("age_encryption_recipients", list, None) or []
+    if recipients and kind != "save_weights_external":
         raise requests.RequestError("age_encryption_recipients are for save_weights_external alone")
-    return check_recipients(given)
+    return check_recipients(recipients)
 
 
-def _targets(fields: JsonFields) -> Message | None:
+def _read_targets(fields: JsonFields) -> Message | None:
     """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
 
     Raises:
@@ -159,25 +171,25 @@ def _targets(fields: JsonFields) -> Message | None:
     name = "target_prompt_logprobs"
     if fields.get(name, dict, None) is None:
         return None
-    given = fields.object(name)
+    tensor_fields = fields.object(name)
 
-    def integers(part: str) -> np.ndarray:
-        values = given.get(part, list)
+    def read_integers(key: str) -> np.ndarray:
+        values = tensor_fields.get(key, list)
         if not all(type(value) is int and -1 <= value < 2**31 for value in values):
-            raise requests.RequestError(
-                f"{part} of {name} holds what is neither an id nor an index"
-            )
+            raise requests.RequestError(f"{key} of {name} holds what is neither an id nor an index")
         return np.array(values, "<i8")
 
-    if (kind := given.get("dtype", str)) != "int64":
-        raise requests.RequestError(f"{name} are {kind[:40]!r}; they are to be int64")
-    tensor = Tensor(dtype=wire.I64, shape=integers("shape").tolist())
-    if given.get("sparse_crow_indices", list, None) is None:
-        tensor.dense = integers("data").tobytes()
+    dtype = tensor_fields.get("dtype", str)
+    if dtype != "int64":
+        raise requests.RequestError(f"{name} are {dtype[:40]!r}; they are to be int64")
+    tensor = Tensor(dtype=wire.I64, shape=read_integers("shape").tolist())
+    is_sparse = tensor_fields.get("sparse_crow_indices", list, None) is not None
+    if is_sparse:
+        tensor.sparse_csr.values = read_integers("data").tobytes()
+        tensor.sparse_csr.crow_indices = read_integers("sparse_crow_indices").tobytes()
+        tensor.sparse_csr.col_indices = read_integers("sparse_col_indices").tobytes()
     else:
-        tensor.sparse_csr.values = integers("data").tobytes()
-        tensor.sparse_csr.crow_indices = integers("sparse_crow_indices").tobytes()
-        tensor.sparse_csr.col_indices = integers("sparse_col_indices").tobytes()
+        tensor.dense = read_integers("data").tobytes()
     return tensor
 
 
@@ -199,54 +211,65 @@ def sample_of(
             "record_stability_info is not offered, nor is the loss stable_reinforce: choose "
             "another, such as importance_sampling"
         )
-    chunks = []
-    for chunk in fields.object("prompt").get("chunks", list):
-        piece = JsonFields(chunk, "a chunk of the prompt")
-        if (kind := piece.get("type", str, "encoded_text")) != "encoded_text":
-            raise requests.RequestError(
-                f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text"
-            )
-        chunks.append(piece.get("tokens", list))
-    prompt = wire.tokens_of(chunks, facts, "the prompt")
+    prompt = wire.tokens_of(_read_chunks(fields), facts, "the prompt")
     params = fields.object("sampling_params", {})
     check_numbers(params, "temperature", "top_p")
-    room = facts.max_length - len(prompt)
-    stop_ids, stop = _stops(params, facts)
+    max_tokens = facts.max_length - len(prompt)
+    stop_ids, stop_texts = _read_stops(params, facts)
     top_k = params.get("top_k", int, -1, least=-1)
-    last = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max(1, len(prompt) - 1))
-    targets = _targets(fields)
+    max_scored = max(1, len(prompt) - 1)
+    n_scored = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max_scored)
+    targets = _read_targets(fields)
     sample = requests.SampleRequest(
         adapter=adapter,
         prompt=prompt.tolist(),
-        n=fields.get("num_samples", int, 1, least=1, most=_MOST_COMPLETIONS),
-        max_tokens=min(room, params.get("max_tokens", int, room, least=0)),
+        n=fields.get("num_samples", int, 1, least=1, most=_MAX_COMPLETIONS),
+        max_tokens=min(max_tokens, params.get("max_tokens", int, max_tokens, least=0)),
         temperature=params.get("temperature", float, 1.0, least=0),
         top_k=top_k if top_k > 0 else -1,
         top_p=params.get("top_p", float, 1.0, least=1e-9, most=1),
         seed=params.get("seed", int, None),
         stop_ids=stop_ids,
-        stop=stop,
-        prompt_logprobs=fields.get("prompt_logprobs", bool, False) or last is not None,
+        stop=stop_texts,
+        prompt_logprobs=fields.get("prompt_logprobs", bool, False) or n_scored is not None,
         top_prompt=fields.get("topk_prompt_logprobs", int, 0, least=0, most=requests.TOP),
         top=fields.get("topk_sample_logprobs", int, 0, least=0, most=requests.TOP),
         targets=None if targets is None else wire.target_ids(targets),
     )
-    return sample, partial(wire.encode_samples, last=last, targets=targets)
+    return sample, partial(wire.encode_samples, n_scored=n_scored, targets=targets)
 
 
-def _stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tuple[str, ...]]:
+def _read_chunks(fields: JsonFields) -> list[list]:
+    """Returns the tokens of each chunk of a prompt; raises a RequestError for no text."""
+    chunks: list[list] = []
+    for chunk in fields.object("prompt").get("chunks", list):
+        chunk_fields = JsonFields(chunk, "a chunk of the prompt")
+        kind = chunk_fields.get("type", str, "encoded_text")
+        if kind != "encoded_text":
+            raise requests.RequestError(
+                f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text"
+            )
+        chunks.append(chunk_fields.get("tokens", list))
+    return chunks
+
+
+def _read_stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tuple[str, ...]]:
     """Returns the tokens and the texts that end a completion.
 
     The end of a text is among them, unless the client gives an empty list.
     """
-    given = params.values.get("stop")
-    if given is None:
+    value = params.values.get("stop")
+    if value is None:
         return frozenset(facts.eos), ()
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or len(given) > 64:
+    if value == []:
+        return frozenset(), ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
         raise requests.RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
-    if all(isinstance(entry, str) and _TEXT.fullmatch(entry) for entry in given):
-        return frozenset(facts.eos if given else ()), tuple(given)
-    if all(type(entry) is int and 0 <= entry < facts.vocab_size for entry in given):
-        return frozenset([*facts.eos, *given]), ()
+    are_texts = all(isinstance(stop, str) and _TEXT.fullmatch(stop) for stop in stops)
+    if are_texts:
+        return frozenset(facts.eos), tuple(stops)
+    are_tokens = all(type(stop) is int and 0 <= stop < facts.vocab_size for stop in stops)
+    if are_tokens:
+        return frozenset([*facts.eos, *stops]), ()
     raise requests.RequestError("stop has an entry that is neither a text nor a token")

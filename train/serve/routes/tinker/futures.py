@@ -22,16 +22,19 @@ from train.serve.tenants.command_log import BusyError
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 
-async def _first(
+async def _is_closed_first(
     event: Awaitable[object], closed: Awaitable[object] | None, seconds: float
 ) -> bool:
     """Waits for an event, or for the end of a connection; returns whether that came first."""
-    tasks = [
-        asyncio.ensure_future(awaitable) for awaitable in (event, closed) if awaitable is not None
-    ]
+    event_task = asyncio.ensure_future(event)
+    tasks = [event_task]
+    if closed is not None:
+        tasks.append(asyncio.ensure_future(closed))
     try:
-        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done) and tasks[0] not in done
+        done_tasks, _ = await asyncio.wait(
+            tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        return bool(done_tasks) and event_task not in done_tasks
     finally:
         for task in tasks:
             task.cancel()
@@ -47,19 +50,19 @@ class _Promise:
       session: the session that it ends with; None for none.
       result: None before it is there.
       end: ends the work for it.
-      until: when it may be given up, by `time.monotonic`; infinite while a poll is held open.
+      deadline: when it may be given up, by `time.monotonic`; infinite while a poll is held open.
       polls: polls for it that are held open.
-      closed: whether the client closed the connection of the last poll.
+      is_closed: whether the client closed the connection of the last poll.
     """
 
     owner: str
     write: Callable[[SampleResult], bytes] | None
     session: str | None
-    until: float
+    deadline: float
     result: SampleResult | Exception | JsonObject | None = None
     end: Callable[[], None] | None = None
     polls: int = 0
-    closed: bool = False
+    is_closed: bool = False
 
 
 class Futures:
@@ -87,8 +90,12 @@ class Futures:
           gone: seconds after which it ends in any case, once the client closed the connection of
             the last poll.
         """
-        self._patience, self._gone = patience, gone
-        self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
+        self._ledger = ledger
+        self._hold = hold
+        self._keep = keep
+        self._most = most
+        self._patience = patience
+        self._gone = gone
         self._promises: dict[str, _Promise] = {}
         self._results: deque[tuple[float, str]] = deque()  # when each came, and its request
         self._reasons: dict[str, str] = {}  # why answers wait for the ledger
@@ -98,7 +105,8 @@ class Futures:
 
     def open(self, request: str, owner: str) -> bool:
         """Promises a result in JSON; returns whether it is new, or was promised before."""
-        return self._promise(request, _Promise(owner, None, None, math.inf))
+        promise = _Promise(owner=owner, write=None, session=None, deadline=math.inf)
+        return self._promise(request, promise)
 
     def start(
         self,
@@ -121,20 +129,25 @@ class Futures:
         Raises:
           BusyError: The owner has too many without a result.
         """
-        promise = _Promise(owner, write, session, time.monotonic() + self._patience)
+        promise = _Promise(
+            owner=owner,
+            write=write,
+            session=session,
+            deadline=time.monotonic() + self._patience,
+        )
         if not self._promise(request, promise):
             return
         end = work(partial(self._resolve, request, promise))
         with self._lock:
             promise.end = end
-            is_wanted = self._promises.get(request) is promise
-        if not is_wanted:
+            is_dropped = self._promises.get(request) is not promise
+        if is_dropped:
             end()
 
     def _promise(self, request: str, promise: _Promise) -> bool:
+        """Notes a promise, unless there is one for this request; returns whether it did."""
         with self._lock:
-            while self._results and self._results[0][0] < time.monotonic() - self._keep:
-                del self._promises[self._results.popleft()[1]]
+            self._forget_old_results()
             if request in self._promises:
                 return False
             if self._pending[promise.owner] >= self._most:
@@ -142,6 +155,16 @@ class Futures:
             self._promises[request] = promise
             self._pending[promise.owner] += 1
             return True
+
+    def _forget_old_results(self) -> None:
+        """Forgets the results that were kept for long enough; the lock is held."""
+        latest_time = time.monotonic() - self._keep
+        while self._results:
+            result_time, request = self._results[0]
+            if result_time >= latest_time:
+                return
+            self._results.popleft()
+            del self._promises[request]
 
     def end_session(self, session: str) -> None:
         """Ends the samples of a session; requests for their results are told that there are none.
@@ -164,25 +187,25 @@ class Futures:
         """
         now = time.monotonic()
 
-        def is_left(promise: _Promise) -> bool:
-            if promise.polls or promise.until >= now:
+        def is_abandoned(promise: _Promise) -> bool:
+            if promise.polls or promise.deadline >= now:
                 return False
-            return promise.closed or not promise.session or promise.session in silent
+            return promise.is_closed or not promise.session or promise.session in silent
 
-        self._drop(is_left)
+        self._drop(is_abandoned)
 
     def _drop(self, is_over: Callable[[_Promise], bool]) -> None:
         """Ends and forgets the samples without a result for which a condition is true."""
         with self._lock:
-            over = {
+            dropped_promises = {
                 request: promise
                 for request, promise in self._promises.items()
                 if promise.result is None and is_over(promise)
             }
-            for request, promise in over.items():
+            for request, promise in dropped_promises.items():
                 del self._promises[request]
                 self._pending[promise.owner] -= 1
-        for request, promise in over.items():
+        for request, promise in dropped_promises.items():
             if promise.end is not None:
                 promise.end()
             self.wake(request)
@@ -237,28 +260,38 @@ class Futures:
         with self._waiting(request) as event, self._count_poll(request, owner) as promise:
             answer = await asyncio.to_thread(self._find, request, owner)
             if answer is None:
-                is_closed = await _first(event.wait(), closed and closed(), self._hold)
+                connection_end = None if closed is None else closed()
+                is_closed = await _is_closed_first(event.wait(), connection_end, self._hold)
                 if promise is not None and is_closed:
-                    promise.closed, promise.until = True, time.monotonic() + self._gone
+                    promise.is_closed = True
+                    promise.deadline = time.monotonic() + self._gone
                 answer = await asyncio.to_thread(self._find, request, owner)
         if answer is None:
-            again = {"type": "try_again", "request_id": request, "queue_state": "active"}
-            if (reason := self._reasons.get(request)) is not None:
-                again |= {"queue_state": "paused_capacity", "queue_state_reason": reason}
-            return json_response(again, 408)
+            return json_response(self._try_again(request), 408)
         body, is_protobuf = answer
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
 
+    def _try_again(self, request: str) -> JsonObject:
+        """Returns the answer to a request whose result is not there yet."""
+        answer: JsonObject = {"type": "try_again", "request_id": request, "queue_state": "active"}
+        reason = self._reasons.get(request)
+        if reason is not None:
+            answer["queue_state"] = "paused_capacity"
+            answer["queue_state_reason"] = reason
+        return answer
+
     @contextmanager
     def _waiting(self, request: str) -> Iterator[asyncio.Event]:
-        me = (asyncio.get_running_loop(), asyncio.Event())
+        """Gives an event that `wake` sets while a request is waited for."""
+        event = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), event)
         with self._lock:
-            self._waiters.setdefault(request, set()).add(me)
+            self._waiters.setdefault(request, set()).add(waiter)
         try:
-            yield me[1]
+            yield event
         finally:
             with self._lock:
-                self._waiters[request].discard(me)
+                self._waiters[request].discard(waiter)
                 if not self._waiters[request]:
                     del self._waiters[request]
 
@@ -271,36 +304,49 @@ class Futures:
                 promise = None
             if promise is not None:
                 promise.polls += 1
-                promise.closed, promise.until = False, math.inf
+                promise.is_closed = False
+                promise.deadline = math.inf
         try:
             yield promise
         finally:
             with self._lock:
                 if promise is not None:
                     promise.polls -= 1
-                    promise.until = min(promise.until, time.monotonic() + self._patience)
+                    patience_end = time.monotonic() + self._patience
+                    promise.deadline = min(promise.deadline, patience_end)
 
     def _find(self, request: str, owner: str) -> tuple[bytes, bool] | None:
         """Returns a body, and whether it is protobuf; None if it is not there yet."""
-        gone = HttpError(410, f"there is no request {request[:200]}, or its result was dropped")
-        if (promise := self._promises.get(request)) is not None:
+        not_found = HttpError(
+            410, f"there is no request {request[:200]}, or its result was dropped"
+        )
+        promise = self._promises.get(request)
+        if promise is not None:
             if promise.owner != owner:
-                raise gone
-            if promise.result is None:
-                return None
-            if isinstance(promise.result, Exception):
-                return error_answer(promise.result), False
-            if promise.write is not None and isinstance(promise.result, SampleResult):
-                return promise.write(promise.result), True
-            return json.dumps(promise.result).encode(), False
-        model, _, number = request.rpartition(":")
-        if not (number.isascii() and number.isdigit() and len(number) < 10):
-            raise gone
-        known, row = self._ledger.model(model), self._ledger.command(model, int(number))
-        if known is None or known["owner"] != owner or row is None:
-            raise gone
-        if row["state"] == LOGGED:
+                raise not_found
+            return _promise_body(promise)
+        model_id, _, seq = request.rpartition(":")
+        is_number = seq.isascii() and seq.isdigit() and len(seq) < 10
+        if not is_number:
+            raise not_found
+        model = self._ledger.model(model_id)
+        command = self._ledger.command(model_id, int(seq))
+        if model is None or model["owner"] != owner or command is None:
+            raise not_found
+        if command["state"] == LOGGED:
             return None
-        if row["answer"] is None:
-            raise gone
-        return row["answer"], row["kind"] == "forward_backward" and row["state"] == DONE
+        if command["answer"] is None:
+            raise not_found
+        is_protobuf = command["kind"] == "forward_backward" and command["state"] == DONE
+        return command["answer"], is_protobuf
+
+
+def _promise_body(promise: _Promise) -> tuple[bytes, bool] | None:
+    """Returns the body of a promise's result, and whether it is protobuf; None before that."""
+    if promise.result is None:
+        return None
+    if isinstance(promise.result, Exception):
+        return error_answer(promise.result), False
+    if promise.write is not None and isinstance(promise.result, SampleResult):
+        return promise.write(promise.result), True
+    return json.dumps(promise.result).encode(), False

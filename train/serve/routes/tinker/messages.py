@@ -34,8 +34,10 @@ _Field = descriptor_pb2.FieldDescriptorProto
 
 
 def _set_type(field: descriptor_pb2.FieldDescriptorProto, kind: str) -> None:
+    """Declares the type of a field: one of the messages, or a type of protobuf's own."""
     if kind in _FIELDS:
-        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
+        field.type = _Field.TYPE_MESSAGE
+        field.type_name = f".{_PACKAGE}.{kind}"
     else:
         field.type = getattr(_Field, f"TYPE_{kind.upper()}")
 
@@ -46,10 +48,10 @@ def _add_map(
     """Declares a field as a map: repeated entries of a nested message, as protoc writes it."""
     entry = message.nested_type.add(name=f"{field.name.title().replace('_', '')}Entry")
     entry.options.map_entry = True
-    for number, (name, entry_kind) in enumerate((("key", "string"), ("value", kind)), 1):
-        _set_type(
-            entry.field.add(name=name, number=number, label=_Field.LABEL_OPTIONAL), entry_kind
-        )
+    key = entry.field.add(name="key", number=1, label=_Field.LABEL_OPTIONAL)
+    _set_type(key, "string")
+    value = entry.field.add(name="value", number=2, label=_Field.LABEL_OPTIONAL)
+    _set_type(value, kind)
     field.type = _Field.TYPE_MESSAGE
     field.type_name = f".{_PACKAGE}.{message.name}.{entry.name}"
 
@@ -62,17 +64,20 @@ def _messages() -> dict[str, Message]:
     for name, fields in _FIELDS.items():
         message = file.message_type.add(name=name)
         for declaration in fields.split(", "):
-            label, number, kind = declaration.split()
-            field = message.field.add(name=label, number=int(number))
-            field.label = _Field.LABEL_REPEATED if kind[0] in "*%" else _Field.LABEL_OPTIONAL
-            if kind[0] == "%":
+            field_name, number, kind = declaration.split()
+            field = message.field.add(name=field_name, number=int(number))
+            is_map = kind.startswith("%")
+            is_repeated = is_map or kind.startswith("*")
+            field.label = _Field.LABEL_REPEATED if is_repeated else _Field.LABEL_OPTIONAL
+            if is_map:
                 _add_map(message, field, kind[1:])
                 continue
             _set_type(field, kind.lstrip("*?"))
-            if kind[0] == "?":
+            has_presence = kind.startswith("?")
+            if has_presence:
                 field.proto3_optional = True
                 field.oneof_index = len(message.oneof_decl)
-                message.oneof_decl.add(name=f"_{label}")
+                message.oneof_decl.add(name=f"_{field_name}")
     pool = descriptor_pool.DescriptorPool()  # the SDK's own messages may live in this process
     pool.Add(file)
     return {

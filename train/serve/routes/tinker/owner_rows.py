@@ -11,7 +11,8 @@ from train.serve.routes.tinker.futures import Futures
 from train.serve.storage.ledger import Ledger, Row
 from train.serve.tenants.command_log import CommandLog
 
-_NAMES = ("display_name", "name", "run_name", "recipe_name")  # in what clients attach
+# Fields of the metadata that clients attach, in which they give names.
+_NAME_FIELDS = ("display_name", "name", "run_name", "recipe_name")
 
 
 class OwnerRows:
@@ -23,7 +24,8 @@ class OwnerRows:
 
     def __init__(self, ledger: Ledger, names: Sequence[str]):
         """Keeps the ledger, and the names by which clients may ask for the base."""
-        self._ledger, self.names = ledger, tuple(dict.fromkeys(names))
+        self._ledger = ledger
+        self.names = tuple(dict.fromkeys(names))
 
     def base_name(self, name: str) -> str:
         """Returns a name of the base; raises a RequestError if it is another's."""
@@ -35,8 +37,10 @@ class OwnerRows:
 
     def base_of(self, checkpoint: Row, name: str | None) -> str:
         """Returns the base that a client names, or the one of the model that was saved."""
+        if name is not None:
+            return self.base_name(name)
         model = self._ledger.model(checkpoint["model"])
-        return self.base_name(name if name is not None else model["base"] if model else "")
+        return self.base_name(model["base"] if model else "")
 
     def session(self, session: str, owner: str) -> Row:
         """Returns a session; raises HttpError (404) if there is none."""
@@ -55,8 +59,8 @@ class OwnerRows:
 
     def sampler(self, sampler: str, owner: str) -> Row:
         """Returns a sampler; raises HttpError (404) if there is none."""
-        what = f"sampler {sampler[:200]}, or its session has ended"
-        return _check_owner(owner, self._ledger.sampler(sampler), what)
+        label = f"sampler {sampler[:200]}, or its session has ended"
+        return _check_owner(owner, self._ledger.sampler(sampler), label)
 
     def weights(self, path: str, owner: str) -> Row:
         """Returns the checkpoint at a tinker:// path, of the owner or public.
@@ -71,14 +75,11 @@ class OwnerRows:
 
     def display_name(self, model: str) -> str | None:
         """Returns the name that its client gave to a model, or to its session; None for none."""
-        row = self._ledger.model(model)
-        session = None if row is None else self._ledger.session(row["session"])
-        for holder in filter(None, (row, session)):
-            given = json.loads(holder["metadata"] or "null") or {}
-            for name in _NAMES:
-                if isinstance(given.get(name), str) and given[name].strip():
-                    return given[name][:200]
-        return None
+        model_row = self._ledger.model(model)
+        if model_row is None:
+            return None
+        session_row = self._ledger.session(model_row["session"])
+        return _name_of(model_row) or (None if session_row is None else _name_of(session_row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,18 @@ def spec_of(model: Row | None) -> JsonObject:
     return json.loads(model["spec"]) if model is not None and model["spec"] else {}
 
 
-def _check_owner(owner: str, row: Row | None, what: str) -> Row:
+def _name_of(row: Row) -> str | None:
+    """Returns the name in a row's metadata, or None."""
+    metadata = json.loads(row["metadata"] or "null") or {}
+    for field in _NAME_FIELDS:
+        name = metadata.get(field)
+        if isinstance(name, str) and name.strip():
+            return name[:200]
+    return None
+
+
+def _check_owner(owner: str, row: Row | None, label: str) -> Row:
+    """Returns a row that is an owner's; raises HttpError for another's, or none."""
     if row is None or row["owner"] != owner:
-        raise HttpError(404, f"there is no {what}")
+        raise HttpError(404, f"there is no {label}")
     return row

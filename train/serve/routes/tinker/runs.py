@@ -18,7 +18,7 @@ from train.serve.routes.tinker.owner_rows import TinkerParts, spec_of
 from train.serve.storage.ledger import Row
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-_SECONDS = 3600  # a link to a file is valid for so long
+_LINK_SECONDS = 3600  # for which a link to a file is valid
 
 
 class RunRoutes:
@@ -31,7 +31,10 @@ class RunRoutes:
           parts: the parts of the server.
           api: the path of all routes.
         """
-        self._ledger, self._log, self._rows, self._api = parts.ledger, parts.log, parts.rows, api
+        self._ledger = parts.ledger
+        self._log = parts.log
+        self._rows = parts.rows
+        self._api = api
         self._secret = secrets.token_bytes(32)
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
@@ -56,26 +59,27 @@ class RunRoutes:
     def _list_runs(self, request: OwnerRequest) -> Response:
         limit, offset = _page(request)
         rows, count = self._ledger.models(request.owner, limit, offset)
-        listed = [self._run(row) for row in rows]
-        return json_response({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
+        runs = [self._run(row) for row in rows]
+        return json_response({"training_runs": runs, "cursor": _cursor(limit, offset, count)})
 
     def _get_run(self, request: OwnerRequest) -> Response:
         return json_response(self._run(self._rows.model(request.path["model"], request.owner)))
 
-    def _run(self, row: Row) -> JsonObject:
-        saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
-        last = {checkpoint["kind"]: _checkpoint(checkpoint) for checkpoint in reversed(saved)}
+    def _run(self, model: Row) -> JsonObject:
+        """Returns a model as Tinker describes a run."""
+        checkpoints, _ = self._ledger.checkpoints(model["owner"], model["id"])  # newest first
+        newest_of_kind = {row["kind"]: _checkpoint(row) for row in reversed(checkpoints)}
         return {
-            "training_run_id": row["id"],
-            "base_model": row["base"],
-            "model_owner": row["owner"],
+            "training_run_id": model["id"],
+            "base_model": model["base"],
+            "model_owner": model["owner"],
             "is_lora": True,
-            "lora_rank": spec_of(row).get("rank"),
+            "lora_rank": spec_of(model).get("rank"),
             "corrupted": False,
-            "last_request_time": _time(row["used"]),
-            "last_checkpoint": last.get("weights"),
-            "last_sampler_checkpoint": last.get("sampler_weights"),
-            "user_metadata": _metadata(row),
+            "last_request_time": _time(model["used"]),
+            "last_checkpoint": newest_of_kind.get("weights"),
+            "last_sampler_checkpoint": newest_of_kind.get("sampler_weights"),
+            "user_metadata": _metadata(model),
         }
 
     def _list_of_run(self, request: OwnerRequest) -> Response:
@@ -86,16 +90,16 @@ class RunRoutes:
     def _list_checkpoints(self, request: OwnerRequest) -> Response:
         limit, offset = _page(request)
         rows, count = self._ledger.checkpoints(request.owner, None, limit, offset)
-        listed = [_checkpoint(row) for row in rows]
-        return json_response({"checkpoints": listed, "cursor": _cursor(limit, offset, count)})
+        checkpoints = [_checkpoint(row) for row in rows]
+        return json_response({"checkpoints": checkpoints, "cursor": _cursor(limit, offset, count)})
 
     def _own_checkpoint(self, request: OwnerRequest) -> Row:
-        values = request.path
-        path = f"tinker://{values['model']}/{values['checkpoint']}"
-        row = self._ledger.checkpoint(path)
-        if row is None or row["owner"] != request.owner:
+        """Returns the owner's checkpoint that a path names; raises HttpError for none."""
+        path = f"tinker://{request.path['model']}/{request.path['checkpoint']}"
+        checkpoint = self._ledger.checkpoint(path)
+        if checkpoint is None or checkpoint["owner"] != request.owner:
             raise HttpError(404, f"there is no checkpoint {path[:300]}")
-        return row
+        return checkpoint
 
     def _delete(self, request: OwnerRequest) -> Response:
         self._log.delete(self._own_checkpoint(request))
@@ -117,13 +121,15 @@ class RunRoutes:
         return json_response({"sessions": [row["id"] for row in rows]})
 
     def _get_session(self, request: OwnerRequest) -> Response:
-        row = self._rows.session(request.path["session"], request.owner)
-        session = {
-            "training_run_ids": [child["id"] for child in self._ledger.models_of(row["id"])],
-            "sampler_ids": [child["id"] for child in self._ledger.samplers_of(row["id"])],
-            "user_metadata": _metadata(row),
+        session = self._rows.session(request.path["session"], request.owner)
+        models = self._ledger.models_of(session["id"])
+        samplers = self._ledger.samplers_of(session["id"])
+        content = {
+            "training_run_ids": [model["id"] for model in models],
+            "sampler_ids": [sampler["id"] for sampler in samplers],
+            "user_metadata": _metadata(session),
         }
-        return json_response(session)
+        return json_response(content)
 
     def _get_sampler(self, request: OwnerRequest) -> Response:
         row = self._rows.sampler(request.path["sampler"], request.owner)
@@ -132,9 +138,10 @@ class RunRoutes:
 
     def _weights_info(self, request: OwnerRequest) -> Response:
         path = request.fields.get("tinker_path", str)
-        model = self._ledger.model(self._rows.weights(path, request.owner)["model"])
+        checkpoint = self._rows.weights(path, request.owner)
+        model = self._ledger.model(checkpoint["model"])
         spec = spec_of(model)
-        told = {
+        info = {
             "base_model": model["base"] if model else "",
             "is_lora": True,
             "lora_rank": spec.get("rank"),
@@ -142,43 +149,49 @@ class RunRoutes:
             "train_mlp": spec.get("mlp"),
             "train_attn": spec.get("attention"),
         }
-        return json_response(told)
+        return json_response(info)
 
     # Downloads
 
     def _urls(self, request: OwnerRequest) -> Response:
-        row = self._own_checkpoint(request)
-        if row["kind"] != "external_weights":
-            raise RequestError(f"{row['path']} is no export: call save_weights_external first")
-        expires, url = int(time.time()) + _SECONDS, request.http.url
-        folder = Path(row["folder"])
-        urls = {}
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        """Returns links to the files of an export, which need no key and expire."""
+        checkpoint = self._own_checkpoint(request)
+        path = checkpoint["path"]
+        if checkpoint["kind"] != "external_weights":
+            raise RequestError(f"{path} is no export: call save_weights_external first")
+        expires = int(time.time()) + _LINK_SECONDS
+        server = f"{request.http.url.scheme}://{request.http.url.netloc}"
+        folder = Path(checkpoint["folder"])
+        urls: dict[str, str] = {}
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             name = file.relative_to(folder).as_posix()
-            link = f"{self._api}/files/{expires}/{self._sign(expires, row['path'], name)}"
-            query = f"checkpoint={quote(row['path'], safe='')}&file={quote(name, safe='')}"
-            urls[name] = f"{url.scheme}://{url.netloc}{link}?{query}"
+            signature = self._sign(expires, path, name)
+            query = f"checkpoint={quote(path, safe='')}&file={quote(name, safe='')}"
+            urls[name] = f"{server}{self._api}/files/{expires}/{signature}?{query}"
         return json_response({"urls": urls, "expires": _time(expires)})
 
     def download(self, request: OwnerRequest) -> Response:
         """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
         query = request.http.query_params
-        path, name = query.get("checkpoint", ""), query.get("file", "")
+        path = query.get("checkpoint", "")
+        name = query.get("file", "")
         expires = request.path["expires"]
-        signed = self._sign(expires, path, name)
-        if not hmac.compare_digest(signed.encode(), request.path["signature"].encode()):
+        signature = self._sign(expires, path, name)
+        if not hmac.compare_digest(signature.encode(), request.path["signature"].encode()):
             raise HttpError(403, "the link is not valid: ask for another")
-        row = self._ledger.checkpoint(path)
-        if expires < time.time() or row is None:
+        checkpoint = self._ledger.checkpoint(path)
+        if expires < time.time() or checkpoint is None:
             raise HttpError(410, "the link has expired, or the checkpoint is deleted")
-        return FileResponse(Path(row["folder"]) / name)
+        return FileResponse(Path(checkpoint["folder"]) / name)
 
     def _sign(self, expires: int, path: str, name: str) -> str:
+        """Returns the signature of a link to a file of a checkpoint."""
         text = json.dumps([expires, path, name]).encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
 
 def _checkpoint(row: Row) -> JsonObject:
+    """Returns a checkpoint as Tinker describes it."""
     return {
         "checkpoint_id": f"{row['kind']}/{row['name']}",
         "checkpoint_type": _TYPES[row["kind"]],
@@ -193,11 +206,13 @@ def _checkpoint(row: Row) -> JsonObject:
 
 def _metadata(row: Row) -> dict[str, str] | None:
     """Returns the metadata that a client attached; the SDK reads texts alone."""
-    metadata = json.loads(row["metadata"] or "null") or {}
-    return {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in metadata.items()
-    } or None
+    metadata = json.loads(row["metadata"] or "null")
+    if not metadata:
+        return None
+    texts: dict[str, str] = {}
+    for name, value in metadata.items():
+        texts[name] = value if isinstance(value, str) else json.dumps(value)
+    return texts
 
 
 def _time(seconds: float) -> str:
@@ -206,13 +221,18 @@ def _time(seconds: float) -> str:
 
 def _page(request: OwnerRequest) -> tuple[int, int]:
     """Returns limit and offset of a request for a list."""
-    numbers = []
-    for name, usual, most in (("limit", 20, 1000), ("offset", 0, 10**9)):
-        text = request.http.query_params.get(name, str(usual))
-        if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
-            raise RequestError(f"{name} is to be an integer, {most} at most")
-        numbers.append(int(text))
-    return numbers[0], numbers[1]
+    limit = _read_query_integer(request, "limit", default=20, max_value=1000)
+    offset = _read_query_integer(request, "offset", default=0, max_value=10**9)
+    return limit, offset
+
+
+def _read_query_integer(request: OwnerRequest, name: str, default: int, max_value: int) -> int:
+    """Returns an integer of a request's query; raises a RequestError for anything else."""
+    text = request.http.query_params.get(name, str(default))
+    is_number = text.isascii() and text.isdigit()
+    if not is_number or int(text[:12]) > max_value:
+        raise RequestError(f"{name} is to be an integer, {max_value} at most")
+    return int(text)
 
 
 def _cursor(limit: int, offset: int, count: int) -> dict[str, int]:

@@ -34,23 +34,28 @@ class Adoption:
         self._waiting: dict[str, list[Callable[[Exception | None], None]]] = {}
 
     def wait_for(
-        self, name: str | None, folder: Path | str | None, then: Callable[[Exception | None], None]
+        self,
+        name: str | None,
+        folder: Path | str | None,
+        callback: Callable[[Exception | None], None],
     ) -> None:
         """Calls a function once an adapter may be chosen: with None, or with what went wrong.
 
         Args:
           name: the adapter; None for the base.
           folder: where it lies; None if the engine has it from elsewhere.
-          then: the function; it may be called at once, or by the engine's thread.
+          callback: the function; it may be called at once, or by the engine's thread.
         """
-        if name is None or folder is None or self._engine.knows(name):
-            then(None)
+        is_ready = name is None or folder is None or self._engine.knows(name)
+        if is_ready:
+            callback(None)
             return
         with self._lock:
-            waiting = self._waiting.setdefault(name, [])
-            waiting.append(then)
-            if len(waiting) > 1:
-                return
+            callbacks = self._waiting.setdefault(name, [])
+            callbacks.append(callback)
+            is_being_read = len(callbacks) > 1
+        if is_being_read:
+            return
         self._engine.adopt(name, Path(folder), partial(self._finish, name))
 
     def sample(
@@ -71,32 +76,36 @@ class Adoption:
         Returns:
           A function that ends it early; see `EngineProtocol.sample`.
         """
-        lock, ended, ends = threading.Lock(), threading.Event(), list[Callable[[], None]]()
+        lock = threading.Lock()
+        is_ended = threading.Event()
+        end_functions: list[Callable[[], None]] = []  # of the engine's sample, once it is queued
 
         def draw(error: Exception | None) -> None:
             if error is not None:
                 done(error)
                 return
             with lock:
-                if not ended.is_set():
-                    ends.append(self._engine.sample(request, done, seen))
+                if not is_ended.is_set():
+                    end_functions.append(self._engine.sample(request, done, seen))
                     return
             done(SampleResult([]))
 
         def end() -> None:
             with lock:
-                ended.set()
-            for end_sample in ends:
+                is_ended.set()
+            for end_sample in end_functions:
                 end_sample()
 
         self.wait_for(request.adapter, folder, draw)
         return end
 
     def _finish(self, name: str, result: CommandResult) -> None:
+        """Calls those who waited for an adapter, which the engine has read or not."""
         with self._lock:
-            waiting = self._waiting.pop(name)
-        for then in waiting:
-            then(result if isinstance(result, Exception) else None)
+            callbacks = self._waiting.pop(name)
+        error = result if isinstance(result, Exception) else None
+        for callback in callbacks:
+            callback(error)
 
 
 class SamplingRoutes:
@@ -104,8 +113,11 @@ class SamplingRoutes:
 
     def __init__(self, parts: TinkerParts) -> None:
         """Keeps the parts of the server."""
-        self._engine, self._ledger, self._rows = parts.engine, parts.ledger, parts.rows
-        self._log, self._futures = parts.log, parts.futures
+        self._engine = parts.engine
+        self._ledger = parts.ledger
+        self._rows = parts.rows
+        self._log = parts.log
+        self._futures = parts.futures
         self._adoption = Adoption(parts.engine)
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
@@ -119,8 +131,8 @@ class SamplingRoutes:
     def _create_sampling_session(self, request: OwnerRequest) -> Response:
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
-        number = fields.get("sampling_session_seq_id", int, least=0)
-        sampler = f"{session}:sample:{number}"
+        seq = fields.get("sampling_session_seq_id", int, least=0)
+        sampler = f"{session}:sample:{seq}"
         base, path, folder = self._source(request)
         self._ledger.add_sampler(
             sampler, session=session, owner=request.owner, base=base, path=path, folder=folder
@@ -130,32 +142,40 @@ class SamplingRoutes:
     def _source(self, request: OwnerRequest) -> tuple[str, str | None, str | None]:
         """Returns the base, the path and the folder that a client wants to sample from."""
         fields = request.fields
-        if (path := fields.get("model_path", str, None)) is None:
-            return self._rows.base_name(fields.get("base_model", str)), None, None
-        row = self._rows.weights(path, request.owner)
-        return self._rows.base_of(row, fields.get("base_model", str, None)), path, row["folder"]
+        path = fields.get("model_path", str, None)
+        if path is None:
+            base = self._rows.base_name(fields.get("base_model", str))
+            return base, None, None
+        checkpoint = self._rows.weights(path, request.owner)
+        base = self._rows.base_of(checkpoint, fields.get("base_model", str, None))
+        return base, path, checkpoint["folder"]
 
     def _sample(self, request: OwnerRequest) -> Response:
+        """Starts a sample, of a sampling session or of weights that the request names."""
         fields = request.fields
-        if (sampler := fields.get("sampling_session_id", str, None)) is not None:
-            row = self._rows.sampler(sampler, request.owner)
-            request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
-            path, folder, client = row["path"], row["folder"], Client(request.owner, row["session"])
+        sampler_id = fields.get("sampling_session_id", str, None)
+        if sampler_id is not None:
+            sampler = self._rows.sampler(sampler_id, request.owner)
+            request_id = f"{sampler_id}:{fields.get('seq_id', int, least=0)}"
+            folder = sampler["folder"]
+            client = Client(request.owner, sampler["session"])
+            path = sampler["path"]
             if path is not None and not Path(folder).exists():
                 raise RequestError(f"{path} was deleted or overwritten: sample from another")
         else:
-            _, path, folder = self._source(request)
-            request_id, client = f"{uuid.uuid4()}:sample", Client(request.owner)
+            _, _, folder = self._source(request)
+            request_id = f"{uuid.uuid4()}:sample"
+            client = Client(request.owner)
         self._ledger.hear(client.session)
-        name = None if folder is None else self._log.name(folder)
-        sample, encode = commands.sample_of(fields, self._engine.facts, name)
+        adapter = None if folder is None else self._log.name(folder)
+        sample, encode = commands.sample_of(fields, self._engine.facts, adapter)
         sample = dataclasses.replace(sample, client=client)
         work = partial(self._adoption.sample, sample, folder)
         self._futures.start(request_id, request.owner, work, encode, client.session)
-        sequences = [f"{request_id}:{index}" for index in range(sample.n)]
-        return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
+        sequence_ids = [f"{request_id}:{index}" for index in range(sample.n)]
+        return json_response({"request_id": request_id, "sample_sequence_ids": sequence_ids})
 
     async def _retrieve(self, request: OwnerRequest) -> Response:
         request_id = request.fields.get("request_id", str)
-        gone = partial(wait_disconnect, request.http)
-        return await self._futures.poll(request_id, request.owner, gone)
+        closed = partial(wait_disconnect, request.http)
+        return await self._futures.poll(request_id, request.owner, closed)

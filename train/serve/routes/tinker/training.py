@@ -23,8 +23,11 @@ class TrainingRoutes:
 
     def __init__(self, parts: TinkerParts) -> None:
         """Keeps the parts of the server."""
-        self._engine, self._ledger, self._rows = parts.engine, parts.ledger, parts.rows
-        self._log, self._futures = parts.log, parts.futures
+        self._engine = parts.engine
+        self._ledger = parts.ledger
+        self._rows = parts.rows
+        self._log = parts.log
+        self._futures = parts.futures
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
         """Returns the path, the method and the endpoint of each route."""
@@ -41,12 +44,15 @@ class TrainingRoutes:
         }
         return [(path, "POST", endpoint) for path, endpoint in posts.items()]
 
-    def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
+    def _submit(
+        self, model: str, seq: int, kind: str, payload: bytes, *rest: Any, **options: Any
+    ) -> Response:
         """Takes a command in: see `CommandLog.accept`."""
-        request = self._log.accept(*place, *rest, **more)
-        return json_response({"request_id": request, "model_id": place[0]})
+        request_id = self._log.accept(model, seq, kind, payload, *rest, **options)
+        return json_response({"request_id": request_id, "model_id": model})
 
-    def _place(self, request: OwnerRequest) -> tuple[str, int]:
+    def _model_and_seq(self, request: OwnerRequest) -> tuple[str, int]:
+        """Returns the model and the number of a command."""
         model = self._rows.model(request.fields.get("model_id", str), request.owner)
         return model["id"], request.fields.get("seq_id", int, least=1)
 
@@ -54,100 +60,116 @@ class TrainingRoutes:
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
-        base, metadata = self._rows.base_name(fields.get("base_model", str)), fields.metadata()
+        base = self._rows.base_name(fields.get("base_model", str))
+        metadata = fields.metadata()
 
         def prepare() -> tuple[None, None]:
             self._ledger.add_model(model, session, request.owner, base, metadata)
             return None, None
 
-        return self._submit((model, 0), "create_model", request.body, prepare)
+        return self._submit(model, 0, "create_model", request.body, prepare)
 
     def _get_info(self, request: OwnerRequest) -> Response:
-        row = self._rows.model(request.fields.get("model_id", str), request.owner)
-        data = {"model_name": row["base"], "arch": "lora_jax"}
-        rank = spec_of(row).get("rank")
-        info = {"type": "get_info", "model_id": row["id"], "model_name": row["base"]}
-        return json_response({**info, "model_data": data, "is_lora": True, "lora_rank": rank})
+        model = self._rows.model(request.fields.get("model_id", str), request.owner)
+        info = {
+            "type": "get_info",
+            "model_id": model["id"],
+            "model_name": model["base"],
+            "model_data": {"model_name": model["base"], "arch": "lora_jax"},
+            "is_lora": True,
+            "lora_rank": spec_of(model).get("rank"),
+        }
+        return json_response(info)
 
     def _forward_backward(self, request: OwnerRequest) -> Response:
         encoding = request.http.headers.get("content-encoding", "")
         body, message = wire.parse(request.body, encoding)
-        model, seq = self._rows.model(message.model_id, request.owner)["id"], message.seq_id
+        model = self._rows.model(message.model_id, request.owner)["id"]
+        seq = message.seq_id
         if seq < 1:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
-
         try:
             command = wire.gradient_of(message, self._engine.facts)
         except RequestError as error:
-            return self._submit((model, seq), "forward_backward", b"", _raiser(error))
-        return self._submit((model, seq), "forward_backward", body, command=command)
+            return self._submit(model, seq, "forward_backward", b"", _raiser(error))
+        return self._submit(model, seq, "forward_backward", body, command=command)
 
     def _optim_step(self, request: OwnerRequest) -> Response:
         def prepare() -> tuple[None, None]:
-            given = request.fields.object("adam_params", {})
-            commands.check_numbers(given, *(number.name for number in dataclasses.fields(Update)))
+            adam_params = request.fields.object("adam_params", {})
+            names = [field.name for field in dataclasses.fields(Update)]
+            commands.check_numbers(adam_params, *names)
             return None, None
 
-        return self._submit(self._place(request), "optim_step", request.body, prepare)
+        model, seq = self._model_and_seq(request)
+        return self._submit(model, seq, "optim_step", request.body, prepare)
 
     def _load_weights(self, request: OwnerRequest) -> Response:
+        """Loads a checkpoint into a model, or into a new one of a session."""
         fields = request.fields
-        path, session = fields.get("path", str), None
-        if fields.get("session_id", str, None) is not None:
+        path = fields.get("path", str)
+        session = None
+        if fields.get("session_id", str, None) is not None:  # makes a model
             session = self._rows.open_session(fields.get("session_id", str), request.owner)
-            place = f"{session}:train:{fields.get('model_seq_id', int, least=0)}", 0
+            model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
+            seq = 0
         else:
-            place = self._place(request)
+            model, seq = self._model_and_seq(request)
 
-        def source() -> Row:
-            row = self._rows.weights(path, request.owner)
-            if fields.get("optimizer", bool, False) and row["kind"] != "weights":
+        def find_checkpoint() -> Row:
+            checkpoint = self._rows.weights(path, request.owner)
+            if fields.get("optimizer", bool, False) and checkpoint["kind"] != "weights":
                 raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
-            return row
+            return checkpoint
 
-        def prepare(files: Path) -> tuple[Path, None]:
+        def prepare(linked_folder: Path) -> tuple[Path, None]:
             if session is not None:
-                base = self._rows.base_of(source(), fields.get("base_model", str, None))
-                self._ledger.add_model(place[0], session, request.owner, base, fields.metadata())
+                base = self._rows.base_of(find_checkpoint(), fields.get("base_model", str, None))
+                self._ledger.add_model(model, session, request.owner, base, fields.metadata())
             if not folder.exists():
-                os.rename(files, folder)
+                os.rename(linked_folder, folder)
             return folder, None
 
-        folder = self._log.states.place(place[0]) / f"load-{place[1]}"
-        if self._ledger.command(*place) is not None:  # it came before
-            return self._submit(place, "load_weights", request.body)
+        folder = self._log.states.tenant_folder(model) / f"load-{seq}"
+        is_repeat = self._ledger.command(model, seq) is not None
+        if is_repeat:
+            return self._submit(model, seq, "load_weights", request.body)
         try:
-            checkpoint = Path(source()["folder"])
+            checkpoint_folder = Path(find_checkpoint()["folder"])
         except RequestError as error:
-            return self._submit(place, "load_weights", request.body, _raiser(error))
+            return self._submit(model, seq, "load_weights", request.body, _raiser(error))
         # So that the checkpoint may be deleted before a replay. A copy takes long, and nobody else
         # is to wait for it.
-        with link_beside(checkpoint, folder) as files:
-            return self._submit(place, "load_weights", request.body, partial(prepare, files))
+        with link_beside(checkpoint_folder, folder) as linked_folder:
+            return self._submit(
+                model, seq, "load_weights", request.body, partial(prepare, linked_folder)
+            )
 
     def _save(self, kind: str, request: OwnerRequest) -> Response:
+        """Saves a model as a checkpoint, or as a snapshot for a sampler of its session."""
         fields = request.fields
-        model, seq = self._place(request)
-        number = fields.get("sampling_session_seq_id", int, None, least=0)
-        is_snapshot = kind == "save_weights_for_sampler" and number is not None
+        model, seq = self._model_and_seq(request)
+        sampler_seq = fields.get("sampling_session_seq_id", int, None, least=0)
+        is_for_sampler = kind == "save_weights_for_sampler" and sampler_seq is not None
 
         def prepare() -> tuple[Path, str]:
             commands.recipients_of(fields, kind)
-            if is_snapshot and fields.get("path", str, None) is None:
-                target = f"{model.split(':')[0]}:sample:{number}"
-                folder = self._log.place("snapshots", target)
+            is_snapshot = is_for_sampler and fields.get("path", str, None) is None
+            if is_snapshot:
+                target = f"{model.split(':')[0]}:sample:{sampler_seq}"
+                folder = self._log.model_folder("snapshots", target)
                 exists = self._ledger.sampler(target) is not None
             else:
                 target = commands.path_of(fields, kind, model, seq)
                 segment, name = target.split("/")[-2:]
-                folder = self._log.place("checkpoints", model) / segment / f"{name}@{seq}"
-                may = kind == "save_weights" and fields.get("overwrite", bool, False)
-                exists = self._ledger.checkpoint(target) is not None and not may
+                folder = self._log.model_folder("checkpoints", model) / segment / f"{name}@{seq}"
+                may_overwrite = kind == "save_weights" and fields.get("overwrite", bool, False)
+                exists = self._ledger.checkpoint(target) is not None and not may_overwrite
             if exists or self._ledger.is_promised(target):
                 raise RequestError(f"{target} exists already: choose another name, or delete it")
             return folder, target
 
-        return self._submit((model, seq), kind, request.body, prepare)
+        return self._submit(model, seq, kind, request.body, prepare)
 
     def _unload_model(self, request: OwnerRequest) -> Response:
         row = self._rows.model(request.fields.get("model_id", str), request.owner)
@@ -159,6 +181,8 @@ class TrainingRoutes:
 
 
 def _raiser(error: RequestError) -> Callable[[], NoReturn]:
+    """Returns a function that raises an error: the command is refused once it is in the log."""
+
     def refuse() -> NoReturn:
         raise error
 

@@ -33,13 +33,24 @@ _TYPES: dict[int, np.dtype] = {
     3: np.dtype("<i4"),
     4: np.dtype("<u2"),
 }
-_F32, I64, _BF16 = 1, 2, 4
-_CLIP = ("clip_low_threshold", "clip_high_threshold")
-_CONFIG = {"ppo": _CLIP, "cispo": _CLIP, "gspo": _CLIP, "dro": ("beta",)}
-_STOP, _LENGTH = 0, 1
+_F32 = 1
+I64 = 2
+_I32 = 3
+_BF16 = 4
+_CLIP_BOUNDS = ("clip_low_threshold", "clip_high_threshold")
+_CONFIG_NAMES = {
+    "ppo": _CLIP_BOUNDS,
+    "cispo": _CLIP_BOUNDS,
+    "gspo": _CLIP_BOUNDS,
+    "dro": ("beta",),
+}
+# Reasons why a completion ended.
+_STOP = 0
+_LENGTH = 1
 
 
-def _decompressed(body: bytes, encoding: str) -> bytes:
+def _decompress(body: bytes, encoding: str) -> bytes:
+    """Returns the content of a body; raises a RequestError for an unknown encoding."""
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -60,7 +71,7 @@ def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
     Raises:
       RequestError: It is garbage, has an unknown encoding, or more than `MOST_BYTES`.
     """
-    body = _decompressed(body, encoding)
+    body = _decompress(body, encoding)
     try:
         return body, ForwardBackwardRequest.FromString(body)
     except (DecodeError, UnicodeDecodeError) as error:
@@ -78,42 +89,50 @@ def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
         raise RequestError(f"loss_fn {loss[:40]!r} is unknown; there are {', '.join(LOSSES)}")
     if not message.data:
         raise RequestError("data is empty: send a datum at least")
-    room = _Room()
+    budget = _ByteBudget()
     data = [
-        _datum(datum, f"datum {number}", loss, facts, room)
-        for number, datum in enumerate(message.data)
+        _read_datum(datum, f"datum {i}", loss, facts, budget)
+        for i, datum in enumerate(message.data)
     ]
-    return Gradient(data, loss, _config(message, loss), message.forward_only)
+    return Gradient(
+        data=data,
+        loss=loss,
+        config=_read_config(message, loss),
+        forward_only=message.forward_only,
+    )
 
 
 def tokens_of(
-    chunks: Sequence[bytes | Sequence[int]], facts: EngineFacts, where: str
+    chunks: Sequence[bytes | Sequence[int]], facts: EngineFacts, label: str
 ) -> np.ndarray:
     """Returns the tokens in chunks of a text, [n] int32.
 
     Raises:
       RequestError: None, too many, or ids that the vocabulary has not.
     """
-    tokens = np.concatenate([_ids(chunk, where) for chunk in chunks] or [np.zeros(0, np.int64)])
+    chunk_ids = [_read_ids(chunk, label) for chunk in chunks]
+    tokens = np.concatenate([np.zeros(0, np.int64), *chunk_ids])
     if not 1 <= len(tokens) <= facts.max_length:
         raise RequestError(
-            f"{where} has {len(tokens)} tokens; a sequence here has 1 to {facts.max_length}"
+            f"{label} has {len(tokens)} tokens; a sequence here has 1 to {facts.max_length}"
         )
-    return _checked_ids(tokens, facts, where)
+    return _check_ids(tokens, facts, label)
 
 
-def encode_gradient(outputs: GradientResult) -> bytes:
+def encode_gradient(result: GradientResult) -> bytes:
     """Returns the body that holds what a `Gradient` found."""
     message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
-    for trailing, group in groupby(outputs.logprobs, key=lambda array: array.shape[1:]):
-        arrays = [np.ascontiguousarray(array, "<f4") for array in group]
+    # Consecutive data with as many targets a token are one record.
+    for trailing_shape, group in groupby(result.logprobs, key=lambda logps: logps.shape[1:]):
+        arrays = [np.ascontiguousarray(logps, "<f4") for logps in group]
+        sizes = [array.nbytes for array in arrays]
         record = message.loss_fn_outputs.add(num_datums=len(arrays))
         field = record.fields["logprobs"]
         field.data = b"".join(array.tobytes() for array in arrays)
-        field.offsets = np.cumsum([0, *(array.nbytes for array in arrays)]).astype("<i8").tobytes()
+        field.offsets = np.cumsum([0, *sizes]).astype("<i8").tobytes()
         field.dtype = _F32
-        field.trailing_shape.extend(trailing)
-    for name, value in outputs.metrics.items():
+        field.trailing_shape.extend(trailing_shape)
+    for name, value in result.metrics.items():
         message.metrics[name] = value
     return message.SerializeToString()
 
@@ -124,19 +143,22 @@ def target_ids(message: Message) -> np.ndarray:
     Raises:
       RequestError: It is no tensor.
     """
-    return _tensor(message, "target_prompt_logprobs", _Room(), fill=-1).astype(np.int32)
+    tensor = _read_tensor(message, "target_prompt_logprobs", _ByteBudget(), fill=-1)
+    return tensor.astype(np.int32)
 
 
-def encode_samples(drawn: SampleResult, last: int | None = None, targets: Message = None) -> bytes:
+def encode_samples(
+    result: SampleResult, n_scored: int | None = None, targets: Message = None
+) -> bytes:
     """Returns the body that holds completions.
 
     Args:
-      drawn: the completions.
-      last: how many of the prompt's tokens were to be scored; None for all.
+      result: the completions.
+      n_scored: how many of the prompt's last tokens were to be scored; None for all.
       targets: the tensor of tokens that were to be scored, too, whose layout their scores get.
     """
-    message = SampleResponse(prompt_cache_hit_tokens=drawn.cached)
-    for completion in drawn.completions:
+    message = SampleResponse(prompt_cache_hit_tokens=result.cached)
+    for completion in result.completions:
         sequence = message.sequences.add(
             stop_reason=_STOP if completion.stopped else _LENGTH,
             tokens=completion.tokens.astype("<i4").tobytes(),
@@ -144,161 +166,192 @@ def encode_samples(drawn: SampleResult, last: int | None = None, targets: Messag
         )
         if completion.top is not None:
             _write_top(sequence.topk_sampled_logprobs, completion.top)
-    skipped = slice(0 if last is None else -last)
-    if drawn.prompt_logprobs is not None:
-        values = drawn.prompt_logprobs.astype("<f4")
-        values[skipped] = np.nan
-        message.prompt_logprobs = values.tobytes()
-    if drawn.top_prompt is not None:
-        top = Top(drawn.top_prompt.ids.copy(), drawn.top_prompt.logprobs.copy())
-        top.ids[skipped], top.logprobs[skipped] = 0, -99999.0
+    unscored = slice(0 if n_scored is None else -n_scored)
+    if result.prompt_logprobs is not None:
+        prompt_logprobs = result.prompt_logprobs.astype("<f4")
+        prompt_logprobs[unscored] = np.nan
+        message.prompt_logprobs = prompt_logprobs.tobytes()
+    if result.top_prompt is not None:
+        top = Top(result.top_prompt.ids.copy(), result.top_prompt.logprobs.copy())
+        top.ids[unscored] = 0
+        top.logprobs[unscored] = -99999.0
         _write_top(message.topk_prompt_logprobs, top)
-    if drawn.targets is not None:
-        scores, logps = message.target_prompt_logprobs, drawn.targets.astype("<f4")
-        scores.CopyFrom(targets)
-        scores.dtype = _F32
-        if targets.HasField("sparse_csr"):
-            csr = targets.sparse_csr
-            listed = (np.frombuffer(x, "<i8") for x in (csr.crow_indices, csr.col_indices))
-            scores.sparse_csr.values = logps[_places(*listed)].tobytes()
-        else:
-            scores.dense = logps.tobytes()
+    if result.targets is not None:
+        message.target_prompt_logprobs.CopyFrom(targets)
+        _write_scores(message.target_prompt_logprobs, result.targets.astype("<f4"))
     return message.SerializeToString()
 
 
+def _write_scores(tensor: Message, scores: np.ndarray) -> None:
+    """Replaces the tokens of a tensor by their scores, in the same layout."""
+    tensor.dtype = _F32
+    if tensor.HasField("sparse_csr"):
+        row_offsets = np.frombuffer(tensor.sparse_csr.crow_indices, "<i8")
+        columns = np.frombuffer(tensor.sparse_csr.col_indices, "<i8")
+        tensor.sparse_csr.values = scores[_csr_indices(row_offsets, columns)].tobytes()
+    else:
+        tensor.dense = scores.tobytes()
+
+
 def _write_top(message: Message, top: Top) -> None:
+    """Writes the likeliest tokens at each place into a message."""
     message.length, message.k = top.ids.shape
     message.token_ids = top.ids.astype("<i4").tobytes()
     message.logprobs = top.logprobs.astype("<f4").tobytes()
 
 
-def _config(message: Message, loss: str) -> Mapping[str, float]:
-    known = _CONFIG.get(loss, ())
+def _read_config(message: Message, loss: str) -> Mapping[str, float]:
+    """Returns the numbers that configure a loss."""
+    known_names = _CONFIG_NAMES.get(loss, ())
     config = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         if not value.HasField("number"):
             raise RequestError(f"loss_fn_config {name[:40]!r} is no number")
         config[name] = value.number
     for name, number in config.items():
-        if name not in known:
-            offered = f"there are {', '.join(known)}" if known else "it has none"
-            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}; {offered}")
+        if name not in known_names:
+            names = f"there are {', '.join(known_names)}" if known_names else "it has none"
+            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}; {names}")
         if not math.isfinite(number):
             raise RequestError(f"loss_fn_config {name!r} is {number}: give a finite number")
     return config
 
 
-class _Room:
+class _ByteBudget:
     """Counts the bytes of the arrays of a request, which a few sparse ones could make many."""
 
     def __init__(self) -> None:
-        self._left = MOST_BYTES
+        self._bytes_left = MOST_BYTES
 
-    def take(self, size: int, where: str) -> None:
+    def take(self, n_elements: int, label: str) -> None:
         """Raises a RequestError if there is no room for so many elements more."""
-        self._left -= 8 * size
-        if self._left < 0:
-            raise RequestError(f"{where} makes the arrays larger than {MOST_BYTES} bytes together")
+        self._bytes_left -= 8 * n_elements
+        if self._bytes_left < 0:
+            raise RequestError(f"{label} makes the arrays larger than {MOST_BYTES} bytes together")
 
 
-def _datum(message: Message, where: str, loss: str, facts: EngineFacts, room: _Room) -> Datum:
+def _read_datum(
+    message: Message, label: str, loss: str, facts: EngineFacts, budget: _ByteBudget
+) -> Datum:
+    """Returns a datum with the inputs that its loss needs."""
     if not all(chunk.HasField("encoded_text") for chunk in message.model_input):
-        raise RequestError(f"{where} has a chunk that is no text; there is encoded_text alone")
-    texts = [chunk.encoded_text.tokens for chunk in message.model_input]
-    tokens = tokens_of(texts, facts, where)
-    given = message.loss_fn_inputs
-    if bounds := sorted(set(_CLIP) & set(given)):
-        raise RequestError(f"{where} has {bounds[0]}, a tensor; it is a number of loss_fn_config")
-    wanted = ("target_tokens", *LOSSES[loss])
-    inputs: dict[str, np.ndarray] = {}
-    for name in wanted:
-        if name not in given:
-            if name != "weights":
-                raise RequestError(f"{where} lacks {name}; {loss} takes {', '.join(wanted)}")
-            inputs[name] = np.ones(inputs["target_tokens"].shape, np.float32)
-            continue
-        array = _tensor(given[name], f"{name} of {where}", room)
-        if name == "target_tokens":
-            if array.ndim not in (1, 2) or len(array) != len(tokens) or array.size == 0:
-                raise RequestError(
-                    f"target_tokens of {where} have the shape {array.shape}; its {len(tokens)} "
-                    "tokens take as many targets, [n] or [n, k]"
-                )
-            if array.dtype.kind != "i":
-                raise RequestError(f"target_tokens of {where} are no integers")
-            inputs[name] = _checked_ids(array, facts, f"target_tokens of {where}")
-            continue
-        if array.shape != inputs["target_tokens"].shape:
-            raise RequestError(
-                f"{name} of {where} have the shape {array.shape}, its target_tokens "
-                f"{inputs['target_tokens'].shape}: they are to agree"
-            )
-        inputs[name] = array.astype(np.float32)
-        if not np.isfinite(inputs[name]).all():
-            raise RequestError(f"{name} of {where} are not finite")
+        raise RequestError(f"{label} has a chunk that is no text; there is encoded_text alone")
+    chunks = [chunk.encoded_text.tokens for chunk in message.model_input]
+    tokens = tokens_of(chunks, facts, label)
+    tensors = message.loss_fn_inputs
+    bounds = sorted(set(_CLIP_BOUNDS) & set(tensors))
+    if bounds:
+        raise RequestError(f"{label} has {bounds[0]}, a tensor; it is a number of loss_fn_config")
+    names = ("target_tokens", *LOSSES[loss])
+    for name in names:
+        if name not in tensors and name != "weights":
+            raise RequestError(f"{label} lacks {name}; {loss} takes {', '.join(names)}")
+    target_tensor = _read_tensor(tensors["target_tokens"], f"target_tokens of {label}", budget)
+    targets = _check_targets(target_tensor, len(tokens), facts, label)
+    inputs = {"target_tokens": targets}
+    for name in LOSSES[loss]:
+        if name in tensors:
+            tensor = _read_tensor(tensors[name], f"{name} of {label}", budget)
+            inputs[name] = _check_input(tensor, targets, name, label)
+        else:  # weights, by default 1
+            inputs[name] = np.ones(targets.shape, np.float32)
     return Datum(tokens, inputs)
 
 
-def _ids(chunk: bytes | Sequence[int], where: str) -> np.ndarray:
+def _check_targets(
+    targets: np.ndarray, n_tokens: int, facts: EngineFacts, label: str
+) -> np.ndarray:
+    """Returns the targets of a datum as int32; raises a RequestError if they do not fit it."""
+    if targets.ndim not in (1, 2) or len(targets) != n_tokens or targets.size == 0:
+        raise RequestError(
+            f"target_tokens of {label} have the shape {targets.shape}; its {n_tokens} "
+            "tokens take as many targets, [n] or [n, k]"
+        )
+    if targets.dtype.kind != "i":
+        raise RequestError(f"target_tokens of {label} are no integers")
+    return _check_ids(targets, facts, f"target_tokens of {label}")
+
+
+def _check_input(array: np.ndarray, targets: np.ndarray, name: str, label: str) -> np.ndarray:
+    """Returns another input of a loss as fp32; raises a RequestError if it does not fit."""
+    if array.shape != targets.shape:
+        raise RequestError(
+            f"{name} of {label} have the shape {array.shape}, its target_tokens "
+            f"{targets.shape}: they are to agree"
+        )
+    values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise RequestError(f"{name} of {label} are not finite")
+    return values
+
+
+def _read_ids(chunk: bytes | Sequence[int], label: str) -> np.ndarray:
+    """Returns the tokens of a chunk, int64: of a message's bytes, or of JSON."""
     if isinstance(chunk, bytes):
-        return _array(chunk, _TYPES[3], where).astype(np.int64)
+        return _read_array(chunk, _TYPES[_I32], label).astype(np.int64)
     if not all(type(token) is int and 0 <= token < 2**31 for token in chunk):
-        raise RequestError(f"{where} has a token that is no id")
+        raise RequestError(f"{label} has a token that is no id")
     return np.array(chunk, np.int64)
 
 
-def _checked_ids(ids: np.ndarray, facts: EngineFacts, where: str) -> np.ndarray:
+def _check_ids(ids: np.ndarray, facts: EngineFacts, label: str) -> np.ndarray:
+    """Returns tokens as int32; raises a RequestError for one that the vocabulary has not."""
     if ids.min() < 0 or ids.max() >= facts.vocab_size:
-        worst = int(ids.min() if ids.min() < 0 else ids.max())
-        raise RequestError(f"{where}: {worst} is no token; ids are 0 to {facts.vocab_size - 1}")
+        wrong_id = int(ids.min() if ids.min() < 0 else ids.max())
+        raise RequestError(f"{label}: {wrong_id} is no token; ids are 0 to {facts.vocab_size - 1}")
     return ids.astype(np.int32)
 
 
-def _array(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
+def _read_array(data: bytes, dtype: np.dtype, label: str) -> np.ndarray:
+    """Returns bytes as an array, [n]."""
     if len(data) % dtype.itemsize:
-        raise RequestError(f"{where} has {len(data)} bytes, no multiple of {dtype.itemsize}")
+        raise RequestError(f"{label} has {len(data)} bytes, no multiple of {dtype.itemsize}")
     return np.frombuffer(data, dtype)
 
 
-def _tensor(message: Message, where: str, room: _Room, fill: int = 0) -> np.ndarray:
+def _read_tensor(message: Message, label: str, budget: _ByteBudget, fill: int = 0) -> np.ndarray:
     """Returns a tensor as an array, with `fill` where a sparse one has nothing."""
     if message.dtype not in _TYPES:
-        raise RequestError(f"{where} has the unknown type {message.dtype}; there are 1 to 4")
-    dtype, shape = _TYPES[message.dtype], list(message.shape)
+        raise RequestError(f"{label} has the unknown type {message.dtype}; there are 1 to 4")
+    dtype = _TYPES[message.dtype]
+    shape = list(message.shape)
     if len(shape) > 2 or any(not 0 <= size <= MOST_BYTES for size in shape):
-        raise RequestError(f"{where} has the shape {shape[:8]}; there are [n] and [n, k]")
+        raise RequestError(f"{label} has the shape {shape[:8]}; there are [n] and [n, k]")
     if message.HasField("sparse_csr"):
-        array = _densified(message.sparse_csr, dtype, shape, where, room, fill)
+        array = _densify(message.sparse_csr, dtype, shape, label, budget, fill)
     else:
-        array = _array(message.dense, dtype, where)
-        room.take(array.size, where)
+        array = _read_array(message.dense, dtype, label)
+        budget.take(array.size, label)
         if math.prod(shape or [array.size]) != array.size:
-            raise RequestError(f"{where} has {array.size} elements, but the shape {shape}")
+            raise RequestError(f"{label} has {array.size} elements, but the shape {shape}")
         array = array.reshape(shape or [-1])
     if message.dtype == _BF16:  # the upper half of a float32
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array
 
 
-def _densified(
-    csr: Message, dtype: np.dtype, shape: list[int], where: str, room: _Room, fill: int
+def _densify(
+    csr: Message, dtype: np.dtype, shape: list[int], label: str, budget: _ByteBudget, fill: int
 ) -> np.ndarray:
-    values = _array(csr.values, dtype, where)
-    rows = _array(csr.crow_indices, _TYPES[2], where)
-    columns = _array(csr.col_indices, _TYPES[2], where)
-    if len(shape) != 2 or len(rows) != shape[0] + 1 or len(columns) != len(values):
-        raise RequestError(f"{where} is no CSR tensor: rows, columns and values do not agree")
-    steps = np.diff(rows)
-    if rows[0] != 0 or rows[-1] != len(values) or (steps < 0).any():
-        raise RequestError(f"{where} is no CSR tensor: its row indices do not ascend to the end")
+    """Returns a CSR tensor as an array, with `fill` where it lists nothing."""
+    values = _read_array(csr.values, dtype, label)
+    row_offsets = _read_array(csr.crow_indices, _TYPES[I64], label)
+    columns = _read_array(csr.col_indices, _TYPES[I64], label)
+    if len(shape) != 2 or len(row_offsets) != shape[0] + 1 or len(columns) != len(values):
+        raise RequestError(f"{label} is no CSR tensor: rows, columns and values do not agree")
+    row_lengths = np.diff(row_offsets)
+    is_ascending = row_offsets[0] == 0 and (row_lengths >= 0).all()
+    if not is_ascending or row_offsets[-1] != len(values):
+        raise RequestError(f"{label} is no CSR tensor: its row indices do not ascend to the end")
     if len(columns) and not 0 <= columns.min() <= columns.max() < shape[1]:
-        raise RequestError(f"{where} has a column outside its shape {shape}")
-    room.take(math.prod(shape), where)
+        raise RequestError(f"{label} has a column outside its shape {shape}")
+    budget.take(math.prod(shape), label)
     array = np.full(shape, fill, dtype)
-    array[_places(rows, columns)] = values
+    array[_csr_indices(row_offsets, columns)] = values
     return array
 
 
-def _places(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices of what a CSR tensor lists."""
-    return np.repeat(np.arange(len(rows) - 1), np.diff(rows)), columns
+def _csr_indices(row_offsets: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows and columns of what a CSR tensor lists."""
+    rows = np.repeat(np.arange(len(row_offsets) - 1), np.diff(row_offsets))
+    return rows, columns
