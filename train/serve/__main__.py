@@ -160,9 +160,9 @@ def _engine(
     outline: ModelInfo,
     layout: Layout,
     length: int,
-    seen: Callable[[int, int], None],
+    report: Callable[[int, int], None],
 ) -> Engine:
-    """Returns the engine, everything compiled; `seen` is told how far that is."""
+    """Returns the engine, everything compiled; `report` is told how far that is."""
     console = Console(stderr=True)
     with doing(console, f"reading the weights of {outline.name}"):
         model, params = read_model(
@@ -201,7 +201,7 @@ def _engine(
         tokenizer=options.tokenizer,
     )
     with doing(console, "compiling what requests will need"):
-        engine.warm_up(seen)
+        engine.warm_up(report)
     lengths = ", ".join(map(str, engine.sizes.row_lengths))
     say(f"{outline.name}: {byte_size(engine.status().base_size)}; rows of {lengths} tokens")
     return engine

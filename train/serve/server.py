@@ -78,6 +78,7 @@ class _Connection(asyncio.Protocol):
         self._has_sent = False  # whether the client sent anything
 
     def connection_made(self, transport: Any) -> None:
+        """Counts a connection; of too many, the one that waits longest is closed."""
         self._transport = transport
         self._inner.connection_made(transport)
         self._connections.open.add(self)
@@ -87,6 +88,7 @@ class _Connection(asyncio.Protocol):
             oldest.refuse(_OVERLOAD_ANSWER)
 
     def data_received(self, data: bytes) -> None:
+        """Passes bytes on; the first of a request start its time, and a whole head ends it."""
         self._has_sent = True
         previous_cycle = self._inner.cycle  # uvicorn's state of a request and its answer
         is_idle = previous_cycle is None or previous_cycle.response_complete

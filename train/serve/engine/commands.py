@@ -142,7 +142,7 @@ class CommandRunner:
     """Executes commands in the engine's thread; files are written in another one.
 
     Attributes:
-      adapters: those that samples may choose.
+      adapters: adapters that samples may choose.
       trained_tokens: tokens of the data whose gradients were added.
     """
 

@@ -106,19 +106,19 @@ class Engine:
             self._thread.join()
         self._commands.close()
 
-    def warm_up(self, seen: Callable[[int, int], object] = lambda done, steps: None) -> None:
+    def warm_up(self, report: Callable[[int, int], object] = lambda done, steps: None) -> None:
         """Compiles the programs that requests will need; call it before `start`.
 
         Args:
-          seen: is told how many steps are done, and how many there are.
+          report: is told how many steps are done, and how many there are.
         """
         state = TrainingState.begin(self._base.begin(requests.AdapterSpec(rank=1), 0))
         steps = self._trainer.steps + self._sampler.steps
-        seen(0, steps)
+        report(0, steps)
         for n_done, _ in enumerate(
             chain(self._trainer.warm_up(state), self._sampler.warm_up()), start=1
         ):
-            seen(n_done, steps)
+            report(n_done, steps)
 
     def submit(
         self,
@@ -141,7 +141,7 @@ class Engine:
         self,
         request: requests.SampleRequest,
         done: requests.SampleDone,
-        seen: Callable[[requests.DrawnToken], None] | None = None,
+        on_token: Callable[[requests.DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -150,7 +150,7 @@ class Engine:
             adapter=None,
             seed=seed,
             done=_guard(done),
-            seen=None if seen is None else _guard(seen),
+            on_token=None if on_token is None else _guard(on_token),
         )
 
         def queue_sample() -> None:
@@ -228,7 +228,7 @@ class Engine:
             self._has_news.notify()
 
     def _work(self) -> None:
-        """Calls what other threads queue, and takes turns, until the engine is closed and idle."""
+        """Runs calls of other threads, and turns, until the engine is closed and idle."""
         while True:
             with self._has_news:
                 while not (self._calls or self._stopping or self._is_busy()):

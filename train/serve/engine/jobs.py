@@ -35,10 +35,10 @@ class SampleJob:
     Attributes:
       adapter: its adapter's arrays, as they were when it was asked for; None for the base.
       done: gets the result, or an error.
-      seen: gets each token as it is drawn.
+      on_token: gets each token as it is drawn.
       slot: the slot of these arrays, while the sample holds one.
       completions: the finished ones, by index.
-      scores: of the prompt, if they were asked for.
+      scores: scores of the prompt, if they were asked for.
       n_cached: the prompt's tokens that were found in the store.
       active_start: the index of the first token of the prompt that the adapter acts on; 0 but for
         an activated LoRA.
@@ -49,7 +49,7 @@ class SampleJob:
     adapter: Adapter | None
     seed: int
     done: SampleDone
-    seen: Callable[[DrawnToken], None] | None
+    on_token: Callable[[DrawnToken], None] | None
     slot: int | None = None
     is_over: bool = False
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
@@ -71,7 +71,7 @@ class ActiveCompletion:
     Attributes:
       cache: its cache, in the host's memory, while it is paused; see `SamplingPrograms.take`.
       constraint: what its grammar allows; None without one.
-      allowed_mask: of the tokens that its request allows, once it was made.
+      allowed_mask: mask of the tokens that its request allows, once it was made.
       problem: why no further token may come; None where one may.
     """
 

@@ -436,8 +436,8 @@ class Sampler:
         completion.ids.append(token)
         completion.logps.append(logprob)
         self.drawn_tokens += 1
-        if job.seen:
-            job.seen(DrawnToken(index=completion.index, token=token, logprob=logprob, top=top))
+        if job.on_token:
+            job.on_token(DrawnToken(index=completion.index, token=token, logprob=logprob, top=top))
         searched_ids = completion.ids[request.limits.min_tokens :]
         has_stop_text = ends_with_stop(searched_ids, request.stop, self._text_of)
         stopped = token in request.stop_ids or has_stop_text or completion.accept(token)

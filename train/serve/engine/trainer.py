@@ -35,7 +35,7 @@ class TrainBatch(NamedTuple):
     """Some rows of a request, filled up to a shape.
 
     Attributes:
-      data_indices: of the rows, among the request's data.
+      data_indices: indices of the rows among the request's data.
       batch: arrays for `lora_jax.training.losses.tokens.token_values`, and those of losses.
     """
 
@@ -50,7 +50,7 @@ class LossInputs(NamedTuple):
       scales: s of each weight.
       shell: the base, without its adapter's arrays.
       batch: see `TrainBatch`, and β of a loss, "beta".
-      loss_index: of the loss in `ORDER`.
+      loss_index: index of the loss in `ORDER`.
     """
 
     scales: dict[str, jax.Array]
@@ -65,10 +65,10 @@ class AdamSettings(NamedTuple):
     Attributes:
       learning_rate, eps: as in `Update`.
       decay: by which the factors are multiplied.
-      max_norm: of the gradient.
+      max_norm: largest norm of the gradient.
       beta1, beta2: as in `Update`.
-      weight1, weight2: of the gradient and of its square, 1 - beta.
-      correction1, correction2: of the moments' bias, 1 - beta**steps.
+      weight1, weight2: factors of the gradient and of its square, 1 - beta.
+      correction1, correction2: divisors of the moments for their bias, 1 - beta**steps.
     """
 
     learning_rate: Any
@@ -208,7 +208,8 @@ class Trainer:
                 adapter.factors, inputs, np.bool_(top > 0 and is_first_call)
             )
             if top and is_first_call:
-                top_of_prompt = _prompt_top(*top_arrays, n_scored, top)
+                top_ids, top_logps = top_arrays
+                top_of_prompt = _prompt_top(top_ids, top_logps, n_scored, top)
             column_logps.append(np.asarray(logps)[0, :n_scored, : columns.shape[1]])
         all_logps = np.concatenate(column_logps, axis=1)
         target_logps = None
@@ -415,7 +416,7 @@ def _prompt_top(ids: jax.Array, logps: jax.Array, n_scored: int, top: int) -> To
 
 
 def _are_finite(arrays: Tree) -> jax.Array:
-    """Returns whether all numbers of a tree are finite, [] bool."""
+    """Returns True, [] bool, if all numbers of a tree are finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
 
 

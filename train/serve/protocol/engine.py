@@ -128,14 +128,14 @@ class EngineProtocol(Protocol):
         self,
         request: SampleRequest,
         done: SampleDone,
-        seen: Callable[[DrawnToken], None] | None = None,
+        on_token: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample.
 
         Args:
           request: what to draw.
           done: gets the result.
-          seen: gets each token as it is drawn, in the engine's thread.
+          on_token: gets each token as it is drawn, in the engine's thread.
 
         Returns:
           A function that ends it early: what was drawn so far is then the result.

@@ -107,7 +107,7 @@ class StatusRoutes:
         return json_response({**figures, "tenants": tenant_figures})
 
     def _tenant_figures(self, tenants: Mapping[str, TenantStatus]) -> dict[str, JsonObject]:
-        """Returns what the page shows of each tenant."""
+        """Returns the figures of each tenant for the page."""
         figures_of_tenant: dict[str, JsonObject] = {}
         for name, tenant in tenants.items():
             figures_of_tenant[name] = {

@@ -244,6 +244,7 @@ class OpenAI:
         return dataclasses.replace(sample, prompt_logprobs=n_top is not None, top_prompt=n_top or 0)
 
     async def _tokenize(self, request: Request) -> Response:
+        """Answers with the tokens of a text or a chat."""
         body = await fields.read_body(request)
         fields.check_fields(body, TOKENIZE, "/tokenize")
         adapter = await self._models.find(fields.read_text(body, "model"), owner_of(request))
@@ -252,6 +253,7 @@ class OpenAI:
         return json_response(await run_in_threadpool(tokenize, body, tokens, max_length))
 
     async def _detokenize(self, request: Request) -> Response:
+        """Answers with the text of tokens."""
         body = await fields.read_body(request)
         fields.check_fields(body, DETOKENIZE, "/detokenize")
         await self._models.find(fields.read_text(body, "model"), owner_of(request))
@@ -274,7 +276,7 @@ class OpenAI:
             raise HttpError(400, str(error), param="prompt") from None
 
     async def _answer(self, http: Request, request: CompletionRequest) -> Response:
-        """Draws what a request asks for, and answers it whole or as a stream."""
+        """Draws the completions of a request, and answers it whole or as a stream."""
         pending = PendingSamples(self._engine, request.samples, streams=request.stream)
         try:
             if not request.stream:

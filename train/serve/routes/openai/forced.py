@@ -141,7 +141,7 @@ class CallGrammar:
         self._rules.append(f"{rule}: {key_text} ({' | '.join(kind_rules)})")
 
     def _value(self, rule: str, schema: Any, root: Mapping[str, Any], form: ArgumentForm) -> str:
-        """Returns what a rule of values of a schema stands for; adds the rules that it needs."""
+        """Returns the body of a rule for values of a schema; adds the rules that it needs."""
         texts = _texts(schema) if form.is_raw else None
         if texts is None:
             definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}

@@ -145,7 +145,7 @@ class Models:
         return [*dict.fromkeys(names)]
 
     def _description(self, name: str) -> JsonObject:
-        """Returns what a client is told about a model."""
+        """Returns the description of a model for clients."""
         base = self._engine.facts.model
         return {
             "id": name,

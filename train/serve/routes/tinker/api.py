@@ -202,6 +202,7 @@ class Tinker:
         return answer
 
     def _capabilities(self, request: OwnerRequest) -> Response:
+        """Lists the names of the base, and what can be done with it."""
         capabilities = {
             "max_context_length": self._engine.facts.max_length,
             "trainable": True,
@@ -211,6 +212,7 @@ class Tinker:
         return json_response({"supported_models": models})
 
     def _create_session(self, request: OwnerRequest) -> Response:
+        """Opens a session, with the name and the metadata that a client gives it."""
         session = str(uuid.uuid4())
         metadata = {**(request.fields.metadata() or {})}
         display_name = request.fields.get("display_name", str, None)

@@ -73,6 +73,7 @@ def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Res
     """
 
     async def answer(request: Request) -> Response:
+        """Answers a request, or says why it is refused."""
         try:
             owner_name = owner(request)
             if owner_name is None:

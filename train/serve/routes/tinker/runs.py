@@ -121,6 +121,7 @@ class RunRoutes:
         return json_response({"sessions": [row["id"] for row in rows]})
 
     def _get_session(self, request: OwnerRequest) -> Response:
+        """Lists the runs and samplers of a session."""
         session = self._rows.session(request.path["session"], request.owner)
         models = self._ledger.models_of(session["id"])
         samplers = self._ledger.samplers_of(session["id"])
@@ -137,6 +138,7 @@ class RunRoutes:
         return json_response(sampler)
 
     def _weights_info(self, request: OwnerRequest) -> Response:
+        """Describes the adapter of a checkpoint."""
         path = request.fields.get("tinker_path", str)
         checkpoint = self._rows.weights(path, request.owner)
         model = self._ledger.model(checkpoint["model"])

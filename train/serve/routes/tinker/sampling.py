@@ -46,8 +46,7 @@ class Adoption:
           folder: where it lies; None if the engine has it from elsewhere.
           callback: the function; it may be called at once, or by the engine's thread.
         """
-        is_ready = name is None or folder is None or self._engine.knows(name)
-        if is_ready:
+        if name is None or folder is None or self._engine.knows(name):  # it is ready
             callback(None)
             return
         with self._lock:
@@ -63,7 +62,7 @@ class Adoption:
         request: SampleRequest,
         folder: Path | str | None,
         done: SampleDone,
-        seen: Callable[[DrawnToken], None] | None = None,
+        on_token: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample as soon as its adapter is ready.
 
@@ -71,7 +70,7 @@ class Adoption:
           request: what to draw.
           folder: where its adapter lies.
           done: gets the result, or what went wrong.
-          seen: gets each token.
+          on_token: gets each token.
 
         Returns:
           A function that ends it early; see `EngineProtocol.sample`.
@@ -81,12 +80,13 @@ class Adoption:
         end_functions: list[Callable[[], None]] = []  # of the engine's sample, once it is queued
 
         def draw(error: Exception | None) -> None:
+            """Queues the sample, unless its adapter cannot be read or it was ended."""
             if error is not None:
                 done(error)
                 return
             with lock:
                 if not is_ended.is_set():
-                    end_functions.append(self._engine.sample(request, done, seen))
+                    end_functions.append(self._engine.sample(request, done, on_token))
                     return
             done(SampleResult([]))
 
@@ -100,7 +100,7 @@ class Adoption:
         return end
 
     def _finish(self, name: str, result: CommandResult) -> None:
-        """Calls those who waited for an adapter, which the engine has read or not."""
+        """Calls the functions that waited for an adapter: it is read, or could not be."""
         with self._lock:
             callbacks = self._waiting.pop(name)
         error = result if isinstance(result, Exception) else None
@@ -129,6 +129,7 @@ class SamplingRoutes:
         ]
 
     def _create_sampling_session(self, request: OwnerRequest) -> Response:
+        """Notes a sampler of the base or of a checkpoint, and names it."""
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         seq = fields.get("sampling_session_seq_id", int, least=0)

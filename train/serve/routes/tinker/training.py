@@ -57,6 +57,7 @@ class TrainingRoutes:
         return model["id"], request.fields.get("seq_id", int, least=1)
 
     def _create_model(self, request: OwnerRequest) -> Response:
+        """Makes a model of a session."""
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
@@ -70,6 +71,7 @@ class TrainingRoutes:
         return self._submit(model, 0, "create_model", request.body, prepare)
 
     def _get_info(self, request: OwnerRequest) -> Response:
+        """Describes a model."""
         model = self._rows.model(request.fields.get("model_id", str), request.owner)
         info = {
             "type": "get_info",
@@ -82,6 +84,7 @@ class TrainingRoutes:
         return json_response(info)
 
     def _forward_backward(self, request: OwnerRequest) -> Response:
+        """Adds the gradient of some data to that of a model."""
         encoding = request.http.headers.get("content-encoding", "")
         body, message = wire.parse(request.body, encoding)
         model = self._rows.model(message.model_id, request.owner)["id"]
@@ -95,6 +98,8 @@ class TrainingRoutes:
         return self._submit(model, seq, "forward_backward", body, command=command)
 
     def _optim_step(self, request: OwnerRequest) -> Response:
+        """Updates a model by its gradient."""
+
         def prepare() -> tuple[None, None]:
             adam_params = request.fields.object("adam_params", {})
             names = [field.name for field in dataclasses.fields(Update)]
@@ -123,6 +128,7 @@ class TrainingRoutes:
             return checkpoint
 
         def prepare(linked_folder: Path) -> tuple[Path, None]:
+            """Notes a new model, and gives the linked files their place."""
             if session is not None:
                 base = self._rows.base_of(find_checkpoint(), fields.get("base_model", str, None))
                 self._ledger.add_model(model, session, request.owner, base, fields.metadata())
@@ -153,6 +159,7 @@ class TrainingRoutes:
         is_for_sampler = kind == "save_weights_for_sampler" and sampler_seq is not None
 
         def prepare() -> tuple[Path, str]:
+            """Returns the folder and the name of what is saved, which must be new."""
             commands.recipients_of(fields, kind)
             is_snapshot = is_for_sampler and fields.get("path", str, None) is None
             if is_snapshot:
@@ -172,6 +179,7 @@ class TrainingRoutes:
         return self._submit(model, seq, kind, request.body, prepare)
 
     def _unload_model(self, request: OwnerRequest) -> Response:
+        """Unloads a model, whose result is there at once."""
         row = self._rows.model(request.fields.get("model_id", str), request.owner)
         request_id = f"{row['id']}:unload"
         self._log.leave(row["id"])
