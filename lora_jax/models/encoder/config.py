@@ -54,6 +54,13 @@ FAMILIES: dict[str, EncoderFamily] = {
 HEADS = ("none", "masked_lm", "classification", "embedding")
 POOLINGS = ("mean", "cls")
 OPTIONS = frozenset({"head", "num_labels", "pooling", "normalize"})
+_HEAD_OF_OPTION = {
+    "num_labels": "classification",
+    "pooling": "embedding",
+    "normalize": "embedding",
+}
+# Fields of a config.json that describe the head.
+_HEAD_FIELDS = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
 
 # transformers' class names for a model with the head; the first is the one that is written.
 _ARCHITECTURES = {
@@ -163,41 +170,42 @@ class EncoderConfig:
             do not go with the head.
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
-        own = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
-        refuse_unknown(config, family, own | _FIELDS.file_names | _NO_EFFECT, _UNSUPPORTED)
+        known_names = _HEAD_FIELDS | _FIELDS.file_names | _NO_EFFECT
+        refuse_unknown(config, family, known_names, _UNSUPPORTED)
         if config.get("vocab_size") is None:
             raise ConfigError("the configuration lacks vocab_size")
         head = options.get("head") or _head_of(config)
-        for name, owner in (
-            ("num_labels", "classification"),
-            ("pooling", "embedding"),
-            ("normalize", "embedding"),
-        ):
-            if name in options and head != owner:
-                raise ConfigError(f"{name} goes with head={owner!r}, and the head is {head!r}")
-        num_labels, names = read_classes(config, options.get("num_labels"))
-        read: dict[str, Any] = {
+        for name, option_head in _HEAD_OF_OPTION.items():
+            if name in options and head != option_head:
+                raise ConfigError(
+                    f"{name} goes with head={option_head!r}, and the head is {head!r}"
+                )
+        num_labels, label_names = read_classes(config, options.get("num_labels"))
+        fields: dict[str, Any] = {
             "num_labels": num_labels,
-            "label_names": names,
+            "label_names": label_names,
             "pooling": config.get("sentence_pooling") or "mean",
             "normalize": read_switch("sentence_normalize", config.get("sentence_normalize")),
+            "pad_token_id": FAMILIES[family].pad_token_id,
         }
-        read |= {"pad_token_id": FAMILIES[family].pad_token_id, **_FIELDS.read(config)}
-        return cls(**{**read, **options, "head": head})
+        fields |= _FIELDS.read(config)
+        fields |= options
+        fields["head"] = head
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         transformers has no name for the head "embedding": it reads such a file as a bare encoder.
         """
-        out = _FIELDS.write(self)
-        written = "none" if self.head == "embedding" else self.head
-        out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
-        out |= write_classes(self.num_labels, self.label_names)
+        fields = _FIELDS.write(self)
+        hf_head = "none" if self.head == "embedding" else self.head
+        fields["architectures"] = [self.family.class_name + _ARCHITECTURES[hf_head][0]]
+        fields |= write_classes(self.num_labels, self.label_names)
         if self.head == "embedding":
-            out["sentence_pooling"] = self.pooling
-            out["sentence_normalize"] = self.normalize
-        return out
+            fields["sentence_pooling"] = self.pooling
+            fields["sentence_normalize"] = self.normalize
+        return fields
 
 
 _FIELDS = FieldTable(EncoderConfig, excluded=(*OPTIONS, "label_names"))
@@ -207,5 +215,5 @@ def _head_of(config: Fields) -> str:
     """Returns the head that a config.json names."""
     if config.get("sentence_pooling") is not None:
         return "embedding"
-    classes = [family.class_name for family in FAMILIES.values()]
-    return read_head(config, classes, _ARCHITECTURES)
+    class_names = [family.class_name for family in FAMILIES.values()]
+    return read_head(config, class_names, _ARCHITECTURES)

@@ -49,46 +49,76 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
 
     The pooler and each head are optional parts: a file without them still loads.
     """
-    trunk, width, inner = config.prefix, config.hidden_size, config.intermediate_size
-    layer, embeddings = f"{trunk}/encoder/layer", f"{trunk}/embeddings"
+    layer = f"{config.prefix}/encoder/layer"
     rows = KeyTable(layer, config.num_hidden_layers)
+    _add_embeddings(rows, config)
+    _add_layer(rows, config, layer)
+    _add_head(rows, config)
+    return with_prefix(rows, f"{config.prefix}.", _prefix(config))
 
-    def table(kind: Kind, name: str, n: int, spec: PartitionSpec, **more: Any) -> None:
-        path = f"{embeddings}/{name}_embeddings"
-        rows.add(kind, path, "embedding", (n, width), spec, **more)
 
-    lm = "cls/predictions" if trunk == "bert" else "lm_head"
-    decoder = lm.replace("/", ".") + ".decoder"
-    tied = (f"{decoder}.weight",) if config.head == "masked_lm" else ()
-    table("embedding", "word", config.vocab_size, ROWS, aliases=tied)
-    table("positions", "position", config.max_position_embeddings, POSITIONS)
-    table("positions", "token_type", config.type_vocab_size, REPLICATED)
-    rows.layer_norm(f"{embeddings}/LayerNorm", width)
+def _lm_head_path(config: EncoderConfig) -> str:
+    """Returns the path of the masked language model's head."""
+    return "cls/predictions" if config.prefix == "bert" else "lm_head"
+
+
+def _decoder_name(config: EncoderConfig) -> str:
+    """Returns the name by which files hold the word table and its bias once more."""
+    return _lm_head_path(config).replace("/", ".") + ".decoder"
+
+
+def _add_embeddings(rows: KeyTable, config: EncoderConfig) -> None:
+    """Adds the tables of words, positions and token types, and their norm."""
+    d_model = config.hidden_size
+    path = f"{config.prefix}/embeddings"
+
+    def add_table(kind: Kind, name: str, n_rows: int, spec: PartitionSpec, **options: Any) -> None:
+        table_path = f"{path}/{name}_embeddings"
+        rows.add(kind, table_path, "embedding", (n_rows, d_model), spec, **options)
+
+    tied_names: tuple[str, ...] = ()
+    if config.head == "masked_lm":
+        tied_names = (f"{_decoder_name(config)}.weight",)
+    add_table("embedding", "word", config.vocab_size, ROWS, aliases=tied_names)
+    add_table("positions", "position", config.max_position_embeddings, POSITIONS)
+    add_table("positions", "token_type", config.type_vocab_size, REPLICATED)
+    rows.layer_norm(f"{path}/LayerNorm", d_model)
+
+
+def _add_layer(rows: KeyTable, config: EncoderConfig, layer: str) -> None:
+    """Adds the attention and the MLP of the stack of layers at a path."""
+    d_model = config.hidden_size
+    d_mlp = config.intermediate_size
     for name in ("query", "key", "value"):
-        rows.linear("attention", f"{layer}/attention/self/{name}", (width, width), COLUMNS)
-    rows.linear("attention", f"{layer}/attention/output/dense", (width, width), ROWS)
-    rows.layer_norm(f"{layer}/attention/output/LayerNorm", width)
-    rows.linear("mlp", f"{layer}/intermediate/dense", (width, inner), COLUMNS)
-    rows.linear("mlp", f"{layer}/output/dense", (inner, width), ROWS)
-    rows.layer_norm(f"{layer}/output/LayerNorm", width)
+        rows.linear("attention", f"{layer}/attention/self/{name}", (d_model, d_model), COLUMNS)
+    rows.linear("attention", f"{layer}/attention/output/dense", (d_model, d_model), ROWS)
+    rows.layer_norm(f"{layer}/attention/output/LayerNorm", d_model)
+    rows.linear("mlp", f"{layer}/intermediate/dense", (d_model, d_mlp), COLUMNS)
+    rows.linear("mlp", f"{layer}/output/dense", (d_mlp, d_model), ROWS)
+    rows.layer_norm(f"{layer}/output/LayerNorm", d_model)
 
-    def beside(kind: Kind, path: str, n: int, part: str) -> None:
-        rows.linear(kind, path, (width, n), REPLICATED, part=part)
+
+def _add_head(rows: KeyTable, config: EncoderConfig) -> None:
+    """Adds the pooler and the head, of which each is an optional part."""
+    d_model = config.hidden_size
+    is_bert = config.prefix == "bert"
+
+    def add_linear(kind: Kind, path: str, n_out: int, part: str) -> None:
+        rows.linear(kind, path, (d_model, n_out), REPLICATED, part=part)
 
     if config.has_pooler:
-        beside("pooler", f"{trunk}/pooler/dense", width, "pooler")
+        add_linear("pooler", f"{config.prefix}/pooler/dense", d_model, "pooler")
     if config.head == "masked_lm":
-        dense, norm = ("dense", "layer_norm")
-        if trunk == "bert":
-            dense, norm = ("transform/dense", "transform/LayerNorm")
-        beside("transform", f"{lm}/{dense}", width, _LM_HEAD)
-        rows.layer_norm(f"{lm}/{norm}", width, part=_LM_HEAD)
-        aliases = (f"{decoder}.bias",)
-        rows.add("head", lm, "bias", (config.vocab_size,), part=_LM_HEAD, aliases=aliases)
-    if config.head == "classification":
-        last = "classifier"
-        if trunk != "bert":
-            beside("classifier", "classifier/dense", width, "classifier")
-            last = "classifier/out_proj"
-        beside("classifier", last, config.num_labels, "classifier")
-    return with_prefix(rows, f"{trunk}.", _prefix(config))
+        head = _lm_head_path(config)
+        dense = "transform/dense" if is_bert else "dense"
+        norm = "transform/LayerNorm" if is_bert else "layer_norm"
+        add_linear("transform", f"{head}/{dense}", d_model, _LM_HEAD)
+        rows.layer_norm(f"{head}/{norm}", d_model, part=_LM_HEAD)
+        bias_shape = (config.vocab_size,)
+        aliases = (f"{_decoder_name(config)}.bias",)
+        rows.add("head", head, "bias", bias_shape, part=_LM_HEAD, aliases=aliases)
+    elif config.head == "classification" and is_bert:
+        add_linear("classifier", "classifier", config.num_labels, "classifier")
+    elif config.head == "classification":
+        add_linear("classifier", "classifier/dense", d_model, "classifier")
+        add_linear("classifier", "classifier/out_proj", config.num_labels, "classifier")

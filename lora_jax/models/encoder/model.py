@@ -41,34 +41,36 @@ class Embeddings(ModelPart):
         positions: jax.Array,
         embedding_noise: EmbeddingNoise | None,
     ) -> jax.Array:
-        x = add_noise(self.word_embeddings(input_ids), embedding_noise)
-        x = x + self.token_type_embeddings(token_type_ids)
-        return self.LayerNorm(x + self.position_embeddings(positions))
+        words = add_noise(self.word_embeddings(input_ids), embedding_noise)
+        token_types = self.token_type_embeddings(token_type_ids)
+        return self.LayerNorm(words + token_types + self.position_embeddings(positions))
 
 
 def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
     """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
     if not config.family.after_padding or config.pad_token_id is None:
-        count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        return jnp.broadcast_to(count, input_ids.shape)
-    real = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + config.pad_token_id
+        slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        return jnp.broadcast_to(slots, input_ids.shape)
+    is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
+    n_tokens = jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
+    return n_tokens * is_token + config.pad_token_id
 
 
 def pool(hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig) -> jax.Array:
     """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
     hidden = hidden.astype(wide_dtype(hidden.dtype))
     if config.pooling == "cls":
-        out = hidden[:, 0]
+        pooled = hidden[:, 0]
     elif attention_mask is None:
-        out = jnp.mean(hidden, axis=1)
+        pooled = jnp.mean(hidden, axis=1)
     else:
         weights = attention_mask.astype(bool).astype(hidden.dtype)[..., None]
-        out = jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
-    if config.normalize:
-        squares = jnp.sum(out * out, axis=-1, keepdims=True)
-        out = out * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
-    return out
+        n_tokens = jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
+        pooled = jnp.sum(hidden * weights, axis=1) / n_tokens
+    if not config.normalize:
+        return pooled
+    squared_norm = jnp.sum(pooled * pooled, axis=-1, keepdims=True)
+    return pooled * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
 
 
 class EncoderOutput(NamedTuple):
@@ -102,16 +104,18 @@ class Encoder(ModelPart):
     config: EncoderConfig
 
     def setup(self) -> None:
-        cfg, args = self.config, self.options
-        # Its name is the family's, as in Hugging Face's files.
-        setattr(self, cfg.prefix, _Trunk(*args))
-        if cfg.head == "masked_lm" and cfg.prefix == "bert":
-            self.cls = _BertHead(*args)
+        cfg = self.config
+        is_bert = cfg.prefix == "bert"
+        # The trunk's name is the family's, as in Hugging Face's files.
+        setattr(self, cfg.prefix, _Trunk(*self.options))
+        if cfg.head == "masked_lm" and is_bert:
+            self.cls = _BertHead(*self.options)
         elif cfg.head == "masked_lm":
-            self.lm_head = _RobertaHead(*args)
+            self.lm_head = _RobertaHead(*self.options)
+        elif cfg.head == "classification" and is_bert:
+            self.classifier = _class_logits(self)
         elif cfg.head == "classification":
-            bert = cfg.prefix == "bert"
-            self.classifier = _classes(self) if bert else _RobertaClassifier(*args)
+            self.classifier = _RobertaClassifier(*self.options)
 
     def __call__(
         self,
@@ -170,15 +174,17 @@ class Encoder(ModelPart):
           See ``__call__``.
         """
         cfg = self.config
+        is_bert = cfg.prefix == "bert"
         if cfg.head == "none":
             return EncoderOutput(hidden, self._trunk.pool(hidden))
         if cfg.head == "embedding":
             return pool(hidden, attention_mask, cfg)
         if cfg.head == "classification":
-            bert = cfg.prefix == "bert"
-            return self.classifier(self._trunk.pool(hidden) if bert else hidden[:, 0])
-        table = self._trunk.embeddings.word_embeddings.embedding
-        return (self.cls if cfg.prefix == "bert" else self.lm_head)(hidden, table)
+            pooled = self._trunk.pool(hidden) if is_bert else hidden[:, 0]
+            return self.classifier(pooled)
+        word_table = self._trunk.embeddings.word_embeddings.embedding
+        masked_lm_head = self.cls if is_bert else self.lm_head
+        return masked_lm_head(hidden, word_table)
 
     @property
     def _trunk(self) -> "_Trunk":
@@ -212,12 +218,12 @@ class _Trunk(_EncoderPart):
             positions = default_positions(input_ids, cfg)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        present = jnp.ones(input_ids.shape, bool)
+        is_present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
-            present = attention_mask.astype(bool)
-        x = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
-        x = self.placement.constrain(x, "residual")
-        hidden: jax.Array = self.encoder(x, bidirectional_mask(present))
+            is_present = attention_mask.astype(bool)
+        embeddings = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
+        embeddings = self.placement.constrain(embeddings, "residual")
+        hidden: jax.Array = self.encoder(embeddings, bidirectional_mask(is_present))
         return hidden
 
     def pool(self, hidden: jax.Array) -> jax.Array:
@@ -230,11 +236,15 @@ class _Layer(_EncoderPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        cfg, args, x = self.config, self.options, layer_input(x, self.remat)
-        x = _Attention(*args, name="attention")(x, mask)
-        intermediate = WrappedDense(*args, features=cfg.intermediate_size, name="intermediate")
-        inner = activate(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
-        x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
+        cfg = self.config
+        x = layer_input(x, self.remat)
+        x = _Attention(*self.options, name="attention")(x, mask)
+        up_projection = WrappedDense(
+            *self.options, features=cfg.intermediate_size, name="intermediate"
+        )
+        features = up_projection(self.placement.constrain(x, "inputs"))
+        features = self.placement.constrain(activate(cfg.hidden_act, features), "features")
+        x = _AddNorm(*self.options, name="output")(features, x)
         return self.placement.constrain(x, "residual"), None
 
 
@@ -242,8 +252,8 @@ class _Attention(_EncoderPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         attention = SelfAttention(*self.options, name="self")
-        seen = attention(self.placement.constrain(x, "inputs"), mask)
-        out: jax.Array = _AddNorm(*self.options, name="output")(seen, x)
+        attention_out = attention(self.placement.constrain(x, "inputs"), mask)
+        out: jax.Array = _AddNorm(*self.options, name="output")(attention_out, x)
         return out
 
 
@@ -260,16 +270,16 @@ class _BertHead(_EncoderPart):
     """A masked language model's head: ``cls/predictions``."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        logits: jax.Array = _BertPredictions(*self.options, name="predictions")(hidden, table)
+    def __call__(self, hidden: jax.Array, word_table: jax.Array) -> jax.Array:
+        logits: jax.Array = _BertPredictions(*self.options, name="predictions")(hidden, word_table)
         return logits
 
 
 class _BertPredictions(_EncoderPart):
     @nn.compact
-    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, word_table: jax.Array) -> jax.Array:
         x = _BertTransform(*self.options, name="transform")(hidden)
-        return _tied_logits(self, x, table)
+        return _tied_logits(self, x, word_table)
 
 
 class _BertTransform(_EncoderPart):
@@ -283,28 +293,30 @@ class _RobertaHead(_EncoderPart):
     """A masked language model's head. Its activation is GELU, whatever the configuration says."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, word_table: jax.Array) -> jax.Array:
         x = dense(self, self.config.hidden_size, name="dense")(hidden)
-        return _tied_logits(self, layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x)), table)
+        x = layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x))
+        return _tied_logits(self, x, word_table)
 
 
 class _RobertaClassifier(_EncoderPart):
     """A layer and tanh, then the classes."""
 
     @nn.compact
-    def __call__(self, first: jax.Array) -> jax.Array:
-        x = jnp.tanh(dense(self, self.config.hidden_size, name="dense")(first))
-        return _classes(self, name="out_proj")(x)
+    def __call__(self, first_hidden: jax.Array) -> jax.Array:
+        x = jnp.tanh(dense(self, self.config.hidden_size, name="dense")(first_hidden))
+        return _class_logits(self, name="out_proj")(x)
 
 
-def _classes(module: ModelPart, name: str | None = None) -> nn.Dense:
+def _class_logits(module: ModelPart, name: str | None = None) -> nn.Dense:
     """Makes the layer of the classes' logits, at least fp32."""
     return dense(module, module.config.num_labels, dtype=wide_dtype(module.dtype), name=name)
 
 
-def _tied_logits(module: ModelPart, x: jax.Array, table: jax.Array) -> jax.Array:
-    """Returns x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
-    shape = (module.config.vocab_size,)
-    bias: jax.Array = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
-    logits = dot_wide(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+def _tied_logits(module: ModelPart, x: jax.Array, word_table: jax.Array) -> jax.Array:
+    """Returns x Eᵀ + bias, at least fp32; E is the word table, [vocab, d_model]."""
+    bias_shape = (module.config.vocab_size,)
+    bias: jax.Array = module.param("bias", nn.initializers.zeros, bias_shape, module.param_dtype)
+    last_axes = (((x.ndim - 1,), (1,)), ((), ()))  # d_model of both, and no batch axes
+    logits = dot_wide(x, word_table.astype(x.dtype), last_axes)
     return logits + bias.astype(logits.dtype)

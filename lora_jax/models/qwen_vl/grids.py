@@ -26,22 +26,39 @@ class PatchPlaces(NamedTuple):
     sizes: jax.Array
 
 
-def patch_places(grids: jax.Array, n: int, merge: int) -> PatchPlaces:
-    """Returns the places of n patches a row.
+class _ImageCells(NamedTuple):
+    """Cells (patches or tokens) of a row of images, by their images.
+
+    Attributes:
+      image: [batch, n] int32, the number of the cell's image.
+      indices_in_image: [batch, n] int32, the number of the cell in its image.
+      sizes: [batch, n, 2] int32, the rows and columns of the image.
+    """
+
+    image: jax.Array
+    indices_in_image: jax.Array
+    sizes: jax.Array
+
+
+def patch_places(grids: jax.Array, n_patches: int, merge: int) -> PatchPlaces:
+    """Returns the places of the patches of each row.
 
     Args:
       grids: [batch, images, 2] int32.
-      n: the patches of each row, padding included.
+      n_patches: the patches of each row, padding included.
       merge: the patches along a side of a square that becomes one token.
     """
-    patch_indices = jnp.arange(n, dtype=jnp.int32)[None]
-    image, start, sizes = _image_of_cells(patch_indices, grids)
-    sizes = jnp.maximum(sizes, 1)
-    square, patch_in_square = jnp.divmod(patch_indices - start, merge**2)
+    patch_indices = jnp.arange(n_patches, dtype=jnp.int32)[None]
+    cells = _image_cells(patch_indices, grids)
+    sizes = jnp.maximum(cells.sizes, 1)
+    square_index, index_in_square = jnp.divmod(cells.indices_in_image, merge**2)
     squares_per_row = jnp.maximum(sizes[..., 1] // merge, 1)
-    row = square // squares_per_row * merge + patch_in_square // merge
-    column = square % squares_per_row * merge + patch_in_square % merge
-    return PatchPlaces(image, jnp.stack([row, column], axis=-1), sizes)
+    square_row, square_column = jnp.divmod(square_index, squares_per_row)
+    row_in_square, column_in_square = jnp.divmod(index_in_square, merge)
+    row = square_row * merge + row_in_square
+    column = square_column * merge + column_in_square
+    coordinates = jnp.stack([row, column], axis=-1)
+    return PatchPlaces(image=cells.image, at=coordinates, sizes=sizes)
 
 
 def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> jax.Array:
@@ -57,17 +74,20 @@ def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> j
 
     Source: Qwen2-VL (Wang et al. 2024), section 2.1, as transformers' ``get_rope_index`` has it.
     """
-    is_image = is_image & present
-    n_image_tokens = _count_before(is_image)
-    n_text_tokens = _count_before(present & ~is_image)
-    image, start, sizes = _image_of_cells(n_image_tokens, grids)
+    is_image_token = is_image & present
+    is_text_token = present & ~is_image
+    n_image_tokens = _count_before(is_image_token)
+    n_text_tokens = _count_before(is_text_token)
+    cells = _image_cells(n_image_tokens, grids)
     # An image moves the positions behind it on by the longer of its sides.
     image_lengths = jnp.cumsum(jnp.max(grids, axis=2), axis=1)
-    length_before = jnp.take_along_axis(jnp.pad(image_lengths, ((0, 0), (1, 0))), image, axis=1)
-    row, column = jnp.divmod(n_image_tokens - start, jnp.maximum(sizes[..., 1], 1))
-    places = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
-    base = (n_text_tokens + length_before)[..., None]
-    return base + jnp.where(is_image[..., None], places, 0)
+    image_starts = jnp.pad(image_lengths, ((0, 0), (1, 0)))
+    image_start = jnp.take_along_axis(image_starts, cells.image, axis=1)
+    start = (n_text_tokens + image_start)[..., None]
+    n_columns = jnp.maximum(cells.sizes[..., 1], 1)
+    row, column = jnp.divmod(cells.indices_in_image, n_columns)
+    place_in_image = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
+    return start + jnp.where(is_image_token[..., None], place_in_image, 0)
 
 
 def _count_before(mask: jax.Array) -> jax.Array:
@@ -76,18 +96,18 @@ def _count_before(mask: jax.Array) -> jax.Array:
     return jnp.cumsum(counts, axis=1) - counts
 
 
-def _image_of_cells(
-    cell_indices: jax.Array, grids: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the image of each cell of a row's grids, the image's first cell, and its sizes.
+def _image_cells(cell_indices: jax.Array, grids: jax.Array) -> _ImageCells:
+    """Finds cells in the images of a row.
 
     Args:
       cell_indices: [batch or 1, n] int32; behind the last cell, the image is one of no cells.
       grids: [batch, images, 2] int32.
     """
     ends = jnp.cumsum(grids[..., 0] * grids[..., 1], axis=1)
-    image = jnp.sum(cell_indices[..., None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
+    is_behind_image = cell_indices[..., None] >= ends[:, None, :]
+    image = jnp.sum(is_behind_image, axis=2, dtype=jnp.int32)
     starts = jnp.pad(ends, ((0, 0), (1, 0)))
-    start = jnp.take_along_axis(starts, image, axis=1)
+    image_start = jnp.take_along_axis(starts, image, axis=1)
     padded_grids = jnp.pad(grids, ((0, 0), (0, 1), (0, 0)))
-    return image, start, jnp.take_along_axis(padded_grids, image[..., None], axis=1)
+    sizes = jnp.take_along_axis(padded_grids, image[..., None], axis=1)
+    return _ImageCells(image=image, indices_in_image=cell_indices - image_start, sizes=sizes)

@@ -58,26 +58,27 @@ class QwenVL(CausalLM):
 
         A token's position is the largest of the three, so that a cache goes on from its images.
         """
-        cfg, grids = self.config, inputs.get("image_grids")
+        cfg = self.config
+        grids = inputs.get("image_grids")
         if grids is None:
             return place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
         self._check_grids(input_ids.shape[0], grids)
-        present = jnp.ones(input_ids.shape, bool)
+        is_present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
-            present = attention_mask.astype(bool)
+            is_present = attention_mask.astype(bool)
         token_grids = grids.astype(jnp.int32) // cfg.vision.spatial_merge_size
-        places = token_places(input_ids == cfg.image_token_id, present, token_grids)
+        coordinates = token_places(input_ids == cfg.image_token_id, is_present, token_grids)
         if cache is not None:
-            places = places + cache.length[:, None, None]
-        rotated = places[..., cfg.rotated_by]
-        placed = place_tokens(
-            input_ids, attention_mask, jnp.max(places, axis=-1), cache, segment_ids
-        )
-        return placed._replace(rotated=rotated)
+            coordinates = coordinates + cache.length[:, None, None]
+        positions = jnp.max(coordinates, axis=-1)
+        places = place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
+        return places._replace(rotated=coordinates[..., cfg.rotated_by])
 
     @nn.nowrap
     def _check_grids(self, batch: int, grids: jax.Array) -> None:
-        if grids.ndim != 3 or (grids.shape[0], grids.shape[2]) != (batch, 2):
+        """Raises a ValueError for image grids of another shape than [batch, images, 2]."""
+        has_grid_shape = grids.ndim == 3 and grids.shape[0] == batch and grids.shape[2] == 2
+        if not has_grid_shape:
             raise ValueError(
                 f"image_grids of shape {grids.shape}: [{batch}, images, 2] is needed, the rows and "
                 "columns of patches of each image"
@@ -105,33 +106,39 @@ class _QwenTrunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        *text: Any,
+        *text_arguments: Any,
         pixel_values: jax.Array | None = None,
         image_grids: jax.Array | None = None,
         routing: jax.Array | None = None,
     ) -> tuple[jax.Array, NewEntries]:
-        vectors = None
-        if pixel_values is not None or image_grids is not None or self.is_initializing():
-            vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
-        is_vector = input_ids == self.config.image_token_id
-        arguments = (*text, is_vector, vectors, routing)
-        return self.language_model(input_ids, *arguments)
+        image_vectors = None
+        has_images = pixel_values is not None or image_grids is not None
+        if has_images or self.is_initializing():
+            image_vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
+        is_image_token = input_ids == self.config.image_token_id
+        return self.language_model(
+            input_ids, *text_arguments, is_image_token, image_vectors, routing
+        )
 
     def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""
         vision = self.config.vision
-        shape, square = vision.patch_shape, vision.spatial_merge_size**2
+        square_patches = vision.spatial_merge_size**2
         if self.is_initializing() and patches is None and grids is None:
-            patches = jnp.zeros((batch, square, *shape), self.dtype)
+            patches = jnp.zeros((batch, square_patches, *vision.patch_shape), self.dtype)
             grids = jnp.full((batch, 1, 2), vision.spatial_merge_size, jnp.int32)
-        if (
-            patches is None
-            or (patches.ndim, patches.shape[2:]) != (5, shape)
-            or (patches.shape[0], patches.shape[1] % square) != (batch, 0)
-        ):
+        has_patch_shape = (
+            patches is not None
+            and patches.ndim == 5
+            and patches.shape[0] == batch
+            and patches.shape[1] % square_patches == 0
+            and patches.shape[2:] == vision.patch_shape
+        )
+        if patches is None or not has_patch_shape:
             raise ValueError(
                 f"pixel_values of shape {None if patches is None else patches.shape}: [{batch}, "
-                f"patches, {', '.join(map(str, shape))}] is needed, patches in squares of {square}"
+                f"patches, {', '.join(map(str, vision.patch_shape))}] is needed, patches in "
+                f"squares of {square_patches}"
             )
         if grids is None:
             raise ValueError(

@@ -29,7 +29,7 @@ from lora_jax.models.qwen_vl.config import QwenVisionConfig
 from lora_jax.models.qwen_vl.grids import PatchPlaces, patch_places
 
 
-class _Step(NamedTuple):
+class _LayerInputs(NamedTuple):
     """The input that all layers share: the patches that each may see, and their rotations."""
 
     mask: Mask
@@ -58,9 +58,11 @@ class QwenVision(_QwenPart):
         places = patch_places(grids, patches.shape[1], cfg.spatial_merge_size)
         x = _PatchEmbedding(*args, name="patch_embed")(patches)
         x = self.placement.constrain(x + self._positions(places), "residual")
-        step = _Step(_mask(places.image), _angles(places.at, cfg, wide_dtype(self.dtype)))
+        inputs = _LayerInputs(
+            mask=_mask(places.image), angles=_angles(places.at, cfg, wide_dtype(self.dtype))
+        )
         layers = scan_layers(_QwenLayer, self.remat, cfg.num_hidden_layers, nn.broadcast)
-        x, _ = layers(*args, name="blocks")(x, step)
+        x, _ = layers(*args, name="blocks")(x, inputs)
         vectors: jax.Array = _Merger(*args, name="merger")(x)
         return vectors
 
@@ -72,18 +74,19 @@ class QwenVision(_QwenPart):
         max_index = cfg.side - 1
         # The corners of an image have the positions of the table's corners.
         image_steps = jnp.maximum(places.sizes - 1, 1).astype(dtype)
-        table_places = places.at.astype(dtype) * max_index / image_steps
-        low = jnp.clip(jnp.floor(table_places).astype(jnp.int32), 0, max_index)
+        coordinates = places.at.astype(dtype) * max_index / image_steps
+        low = jnp.clip(jnp.floor(coordinates).astype(jnp.int32), 0, max_index)
         high = jnp.minimum(low + 1, max_index)
-        high_weight = table_places - jnp.floor(table_places)
+        high_weight = coordinates - jnp.floor(coordinates)
         neighbours = ((low, 1 - high_weight), (high, high_weight))
-        out = jnp.zeros((*low.shape[:2], cfg.hidden_size), dtype)
+        positions = jnp.zeros((*low.shape[:2], cfg.hidden_size), dtype)
         for row_index, row_weight in neighbours:
             for column_index, column_weight in neighbours:
-                vectors = table(row_index[..., 0] * cfg.side + column_index[..., 1]).astype(dtype)
+                table_index = row_index[..., 0] * cfg.side + column_index[..., 1]
+                vectors = table(table_index).astype(dtype)
                 weight = row_weight[..., 0] * column_weight[..., 1]
-                out = out + vectors * weight[..., None]
-        return out.astype(self.dtype)
+                positions = positions + vectors * weight[..., None]
+        return positions.astype(self.dtype)
 
 
 class _PatchEmbedding(_QwenPart):
@@ -102,44 +105,53 @@ class _FrameProjection(_QwenPart):
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
         cfg = self.config
-        side, frames = cfg.patch_size, cfg.temporal_patch_size
-        shape = (side, side, frames, cfg.num_channels, cfg.hidden_size)
+        kernel_shape = (
+            cfg.patch_size,
+            cfg.patch_size,
+            cfg.temporal_patch_size,
+            cfg.num_channels,
+            cfg.hidden_size,
+        )
         normal = nn.initializers.normal(cfg.initializer_range)
-        kernel = self.param("kernel", normal, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
+        kernel = self.param("kernel", normal, kernel_shape, self.param_dtype)
+        bias_shape = (cfg.hidden_size,)
+        bias = self.param("bias", nn.initializers.zeros, bias_shape, self.param_dtype)
+        # All frames have the same pixels: one product with the sum of their kernels.
         image_kernel = jnp.sum(kernel, axis=2, dtype=wide_dtype(kernel.dtype))
         image_kernel = image_kernel.reshape(-1, cfg.hidden_size).astype(self.dtype)
-        x = patches.astype(self.dtype).transpose(0, 1, 4, 3, 2)
-        return x.reshape(*x.shape[:2], -1) @ image_kernel + bias.astype(self.dtype)
+        pixels = patches.astype(self.dtype).transpose(0, 1, 4, 3, 2)  # width, height, channels
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        return pixels @ image_kernel + bias.astype(self.dtype)
 
 
 class _QwenLayer(_QwenPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: _Step) -> tuple[jax.Array, None]:
-        args, x = self.options, layer_input(x, self.remat)
+    def __call__(self, x: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, None]:
+        x = layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="norm1")(x), "inputs")
-        x = x + _QwenAttention(*args, name="attn")(normed, step)
+        x = x + _QwenAttention(*self.options, name="attn")(normed, inputs)
         normed = self.placement.constrain(layer_norm(self, name="norm2")(x), "inputs")
-        x = x + TwoLayerMLP(*args, ("linear_fc1", "linear_fc2"), name="mlp")(normed)
+        mlp = TwoLayerMLP(*self.options, ("linear_fc1", "linear_fc2"), name="mlp")
+        x = x + mlp(normed)
         return self.placement.constrain(x, "residual"), None
 
 
 class _QwenAttention(_QwenPart):
     @nn.compact
-    def __call__(self, x: jax.Array, step: _Step) -> jax.Array:
-        width = x.shape[-1]
-        n_heads = self.config.num_attention_heads
-        fused = dense(self, 3 * width, name="qkv")(x)
+    def __call__(self, x: jax.Array, inputs: _LayerInputs) -> jax.Array:
+        d_model = x.shape[-1]
+        heads_shape = (*x.shape[:2], self.config.num_attention_heads, -1)
+        qkv = dense(self, 3 * d_model, name="qkv")(x)
         q, k, v = (
-            self.placement.constrain(features.reshape(*x.shape[:2], n_heads, -1), "heads")
-            for features in jnp.split(fused, 3, axis=-1)
+            self.placement.constrain(features.reshape(heads_shape), "heads")
+            for features in jnp.split(qkv, 3, axis=-1)
         )
-        q = rotate(q, step.angles)
-        k = rotate(k, step.angles)
-        out = attend_heads(self, AttentionInputs(q, k, v, step.mask))
-        return dense(self, width, name="proj")(out)
+        q = rotate(q, inputs.angles)
+        k = rotate(k, inputs.angles)
+        out = attend_heads(self, AttentionInputs(q=q, k=k, v=v, mask=inputs.mask))
+        return dense(self, d_model, name="proj")(out)
 
 
 class _Merger(_QwenPart):
@@ -149,27 +161,30 @@ class _Merger(_QwenPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
         x = layer_norm(self, name="norm")(x)
-        joined = cfg.hidden_size * cfg.spatial_merge_size**2
-        x = x.reshape(x.shape[0], -1, joined)
-        x = activate("gelu", dense(self, joined, name="linear_fc1")(x))
-        return dense(self, cfg.out_hidden_size, name="linear_fc2")(x)
+        square_size = cfg.hidden_size * cfg.spatial_merge_size**2
+        squares = x.reshape(x.shape[0], -1, square_size)
+        features = activate("gelu", dense(self, square_size, name="linear_fc1")(squares))
+        return dense(self, cfg.out_hidden_size, name="linear_fc2")(features)
 
 
-def _mask(image: jax.Array) -> Mask:
+def _mask(image_of_patch: jax.Array) -> Mask:
     """Returns the mask of patches of the same image; patches of no image see each other."""
-    mask = bidirectional_mask(jnp.ones(image.shape, bool))
+    mask = bidirectional_mask(jnp.ones(image_of_patch.shape, bool))
     return dataclasses.replace(
         mask,
-        queries=mask.queries._replace(segments=image),
-        keys=mask.keys._replace(segments=image),
+        queries=mask.queries._replace(segments=image_of_patch),
+        keys=mask.keys._replace(segments=image_of_patch),
     )
 
 
-def _angles(at: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike) -> RopeAngles:
+def _angles(
+    coordinates: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike
+) -> RopeAngles:
     """Returns the rotations of patches by their rows and columns, [batch, n, 2]."""
-    half = cfg.head_dim // 2
-    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    freqs = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponents
-    angles = at.astype(dtype)[..., None] * freqs.astype(dtype)  # [batch, n, 2, head_dim / 4]
-    angles = angles.reshape(*at.shape[:2], 1, half)
+    n_pairs = cfg.head_dim // 2
+    exponents = np.arange(0, n_pairs, 2, dtype=np.float32) / np.float32(n_pairs)
+    frequencies = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponents
+    angles = coordinates.astype(dtype)[..., None] * frequencies.astype(dtype)
+    # [batch, n, 2, head_dim / 4]: one half of the pairs turns by the row, one by the column.
+    angles = angles.reshape(*coordinates.shape[:2], 1, n_pairs)
     return RopeAngles(jnp.cos(angles), jnp.sin(angles))

@@ -69,28 +69,28 @@ class _Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        *text: Any,
+        *text_arguments: Any,
         pixel_values: jax.Array | None = None,
     ) -> tuple[jax.Array, NewEntries]:
-        vectors = None
+        image_vectors = None
         if pixel_values is not None or self.is_initializing():
-            vectors = self._vectors(input_ids.shape[0], pixel_values)
-        is_vector = input_ids == self.config.image_token_id
-        arguments = (*text, is_vector, vectors)
-        return self.text_model(input_ids, *arguments)
+            image_vectors = self._vectors(input_ids.shape[0], pixel_values)
+        is_image_token = input_ids == self.config.image_token_id
+        return self.text_model(input_ids, *text_arguments, is_image_token, image_vectors)
 
     def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""
         vision = self.config.vision
-        shape = (vision.num_channels, vision.image_size, vision.image_size)
+        image_shape = (vision.num_channels, vision.image_size, vision.image_size)
         if pixels is None:
-            pixels = jnp.zeros((batch, 1, *shape), self.dtype)
-        if pixels.ndim != 5 or pixels.shape[2:] != shape or pixels.shape[0] != batch:
+            pixels = jnp.zeros((batch, 1, *image_shape), self.dtype)
+        if pixels.ndim != 5 or pixels.shape[2:] != image_shape or pixels.shape[0] != batch:
             raise ValueError(
                 f"pixel_values of shape {pixels.shape}: [{batch}, images, "
-                f"{', '.join(map(str, shape))}] is needed"
+                f"{', '.join(map(str, image_shape))}] is needed"
             )
-        vectors = self.connector(self.vision_model(pixels.reshape(-1, *shape)))
+        images = pixels.reshape(-1, *image_shape)
+        vectors = self.connector(self.vision_model(images))
         return vectors.reshape(batch, -1, vectors.shape[-1])
 
 
@@ -98,14 +98,13 @@ class _Connector(ModelPart):
     """Joins a square of patches to one vector, and maps it to the decoder's width."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        factor, small = (
-            self.config.scale_factor,
-            self.config.vision.side // self.config.scale_factor,
-        )
-        x = x.reshape(x.shape[0], small, factor, small, factor, -1)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], small * small, -1)
-        out: jax.Array = _Projection(*self.options, name="modality_projection")(x)
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        batch = patches.shape[0]
+        square_side = self.config.scale_factor
+        squares_a_side = self.config.vision.side // square_side
+        grid = patches.reshape(batch, squares_a_side, square_side, squares_a_side, square_side, -1)
+        squares = grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, squares_a_side**2, -1)
+        out: jax.Array = _Projection(*self.options, name="modality_projection")(squares)
         return out
 
 
@@ -127,19 +126,20 @@ class _Vision(_SiglipPart):
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
         mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
-        x = LayerStack(*self.options, layer=_Layer, stack="layers", name="encoder")(x, mask)
-        return layer_norm(self, name="post_layernorm")(x)
+        layers = LayerStack(*self.options, layer=_Layer, stack="layers", name="encoder")
+        return layer_norm(self, name="post_layernorm")(layers(x, mask))
 
 
 class _Embeddings(_SiglipPart):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         cfg = self.config
-        sides = (cfg.patch_size, cfg.patch_size)
-        x = PatchProjection(*self.options, sides, name="patch_embedding")(pixels)
-        table = embed(self, cfg.side**2, name="position_embedding")
-        out: jax.Array = x + table(jnp.arange(cfg.side**2))
-        return out
+        patch_sides = (cfg.patch_size, cfg.patch_size)
+        patches = PatchProjection(*self.options, patch_sides, name="patch_embedding")(pixels)
+        n_patches = cfg.side**2
+        position_table = embed(self, n_patches, name="position_embedding")
+        embeddings: jax.Array = patches + position_table(jnp.arange(n_patches))
+        return embeddings
 
 
 class _Layer(_SiglipPart):
@@ -147,10 +147,10 @@ class _Layer(_SiglipPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        args, x = self.options, layer_input(x, self.remat)
+        x = layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="layer_norm1")(x), "inputs")
-        attention = SelfAttention(*args, _QKV, "out_proj", name="self_attn")
+        attention = SelfAttention(*self.options, _QKV, "out_proj", name="self_attn")
         x = x + attention(normed, mask)
         normed = self.placement.constrain(layer_norm(self, name="layer_norm2")(x), "inputs")
-        x = x + TwoLayerMLP(*args, name="mlp")(normed)
+        x = x + TwoLayerMLP(*self.options, name="mlp")(normed)
         return self.placement.constrain(x, "residual"), None
