@@ -2,6 +2,9 @@
 
 A template ignores a role, a field or a variable that it does not know. So what a chat has is looked
 for in the text: as it stands, or by rendering the chat once more without it.
+
+A field of a turn has several names of one meaning; `_FIELDS` lists the names of each meaning. A
+name is hidden, and so is a turn with a field, if the template does not show it.
 """
 
 import datetime
@@ -109,8 +112,10 @@ def render(
       ask: adds what precedes an answer.
       how: further arguments of `apply_chat_template`.
     """
-    turns, template = chat.messages[:n], template_of(tokenizer, chat)
-    if _PARTS.search(template) and not _TEXTS.search(template):
+    turns = chat.messages[:n]
+    template = template_of(tokenizer, chat)
+    reads_only_parts = _PARTS.search(template) and not _TEXTS.search(template)
+    if reads_only_parts:
         turns = [_content_as_parts(turn) for turn in turns]
     return tokenizer.apply_chat_template(
         turns,
@@ -133,36 +138,38 @@ def render_prompt(chat: Conversation, tokenizer: Tokenizer) -> str:
     Raises:
       TrainingError: the template drops something of the chat.
     """
-    n = len(chat.messages)
+    n_turns = len(chat.messages)
     check_variables(chat, template_of(tokenizer, chat))
-    text: str = render(chat, n, tokenizer, ask=True)
+    text: str = render(chat, n_turns, tokenizer, ask=True)
     if needs_check(chat):
-        rendered = Rendered(chat, n, text, tokenizer, ask=True)
-        rendered.check(n)
-        rendered.left_out(n, {})
+        rendered = Rendered(chat=chat, end=n_turns, text=text, tokenizer=tokenizer, ask=True)
+        rendered.check(n_turns)
+        rendered.left_out(n_turns, {})
     return text
 
 
 def check_variables(chat: Conversation, template: str) -> None:
     """Raises TrainingError for a variable of a chat that its template does not read."""
-    read = _variables(template) if chat.options else frozenset()
+    if not chat.options:
+        return
+    template_variables = _variables(template)
     for name in chat.options:
         if name in _SET_HERE:
             raise TrainingError(
                 f"`chat_template_kwargs` has `{name}`, which comes from the row itself: leave it "
                 "out there"
             )
-        if name in read:
+        if name in template_variables:
             continue
         if name == "documents":
             raise TrainingError(
                 "the model's chat template does not read `documents`: write them into a turn, or "
                 "leave the field out"
             )
-        others = ", ".join(sorted(read - {*_SET_HERE})) or "none"
+        alternatives = ", ".join(sorted(template_variables - {*_SET_HERE})) or "none"
         raise TrainingError(
             f"the model's chat template does not read `{name}` of `chat_template_kwargs`: correct "
-            f"the name or leave it out (variables that it reads: {others})"
+            f"the name or leave it out (variables that it reads: {alternatives})"
         )
 
 
@@ -179,10 +186,10 @@ def check_template(template: str) -> None:
     jinja2 = _jinja2()
     try:
         jinja2.Environment(extensions=_EXTENSIONS).from_string(_TAGS.sub("", template))
-        read = _variables(template)
+        template_variables = _variables(template)
     except jinja2.TemplateSyntaxError as error:
         raise TrainingError(f"line {error.lineno} is no Jinja: {error.message}") from error
-    if "messages" not in read:
+    if "messages" not in template_variables:
         raise TrainingError(
             "the chat template does not read `messages`, so that all chats would be the same text: "
             "give a template of Jinja that renders them"
@@ -210,13 +217,15 @@ def _jinja2() -> ModuleType:
 
 def check_without_template(chat: Conversation, name: str) -> None:
     """Raises TrainingError for what only a template could show, if the model has none."""
-    fields = [
-        field for turn in chat.messages for fields in _FIELDS for field in _fields_in(turn, fields)
-    ]
-    if names := [*(["tools"] if chat.tools else []), *chat.options, *fields]:
+    template_names = ["tools"] if chat.tools else []
+    template_names += chat.options
+    for turn in chat.messages:
+        for field_names in _FIELDS:
+            template_names += _fields_in(turn, field_names)
+    if template_names:
         raise TrainingError(
-            f"{name} has `{names[0]}`, and the model has no chat template to show it: leave the "
-            "field out, or give a model that was made for chats"
+            f"{name} has `{template_names[0]}`, and the model has no chat template to show it: "
+            "leave the field out, or give a model that was made for chats"
         )
 
 
@@ -246,46 +255,62 @@ class Rendered(NamedTuple):
             self._check_said(index, turn)
 
     def _check_tools(self) -> None:
-        tools = self.chat.tools or []
-        names = {i: name for i, tool in enumerate(tools) if isinstance(name := _name(tool), str)}
-        hidden = [name for name in names.values() if name not in self.text]
-        for name in hidden or self._hidden_tools(names):
-            where = "not in" if hidden else "only there where a turn says it, in"
-            raise TrainingError(
-                f"the model's chat template shows no tools: {name!r} is {where} "
-                f"{shown(self.text)}. {_TOOLS_REMEDY}, or rows without `tools`"
-            )
+        """Raises TrainingError if the template does not show a tool's name."""
+        name_of_tool = {}
+        for index, tool in enumerate(self.chat.tools or []):
+            name = _name(tool)
+            if isinstance(name, str):
+                name_of_tool[index] = name
+        missing_names = [name for name in name_of_tool.values() if name not in self.text]
+        if missing_names:
+            hidden_name, where = missing_names[0], "not in"
+        else:
+            hidden_names = self._hidden_tools(name_of_tool)
+            if not hidden_names:
+                return
+            hidden_name, where = hidden_names[0], "only there where a turn says it, in"
+        raise TrainingError(
+            f"the model's chat template shows no tools: {hidden_name!r} is {where} "
+            f"{shown(self.text)}. {_TOOLS_REMEDY}, or rows without `tools`"
+        )
 
-    def _hidden_tools(self, names: Mapping[int, str]) -> list[str]:
+    def _hidden_tools(self, name_of_tool: Mapping[int, str]) -> list[str]:
         """Returns the tools, of those whose name is in the text, that the template does not show.
 
         A name may stand in a turn as well, or in the template. With others, which stand nowhere, it
         tells whether it shows the tools.
         """
-        chat, tools = self.chat, list(self.chat.tools or ())
-        other = template_of(self.tokenizer, chat) + repr((chat.messages, chat.options))
-        if not any(name in other for name in names.values()):
+        chat = self.chat
+        text_without_tools = template_of(self.tokenizer, chat) + repr((chat.messages, chat.options))
+        if not any(name in text_without_tools for name in name_of_tool.values()):
             return []
-        new = {i: f"{_MARK}{i}_{name}" for i, name in names.items()}
-        for i, name in new.items():
-            function = tools[i].get("function")
-            renamed = {"function": {**function, "name": name}} if function else {"name": name}
-            tools[i] = {**tools[i], **renamed}
+        unique_names = {index: f"{_MARK}{index}_{name}" for index, name in name_of_tool.items()}
+        tools = list(chat.tools or ())
+        for index, unique_name in unique_names.items():
+            tools[index] = _renamed_tool(tools[index], unique_name)
         try:
             text = render(chat._replace(tools=tools), self.end, self.tokenizer, ask=self.ask)
         except Exception:  # what a template refuses, it has read
             return []
-        return [names[i] for i, name in new.items() if name not in text]
+        return [
+            name_of_tool[index]
+            for index, unique_name in unique_names.items()
+            if unique_name not in text
+        ]
 
     def _check_said(self, index: int, turn: Message) -> None:
         """Raises TrainingError if the text of a turn is missing that is no assistant's."""
-        text, role = turn.get("content"), turn["role"]
+        text = turn.get("content")
+        role = turn["role"]
         if role == "assistant" or not isinstance(text, str) or not text.strip():
             return
         is_long = len(text.strip()) >= _LONG
-        if is_long and self._has(text) or role == "user" and not is_long:
+        if role == "user" and not is_long:
+            return  # all templates show users' turns
+        if is_long and self._has(text):
             return
-        if self._differs({index: {**turn, "content": text + _CHANGE}}):
+        changed_turn = {**turn, "content": text + _CHANGE}
+        if self._differs({index: changed_turn}):
             return
         remedy = _TOOLS_REMEDY
         if role != "tool":
@@ -308,21 +333,34 @@ class Rendered(NamedTuple):
           TrainingError: the template shows a field in no turn.
         """
         counts = {}
-        for fields in _FIELDS:
-            turns = {i: self._fields_of(i, fields) for i in range(n)}
-            turns = {index: names for index, names in turns.items() if names}
-            hidden = self._without(turns)
-            if not hidden:
+        for field_names in _FIELDS:
+            fields_of_turn = {}
+            for index in range(n):
+                fields = self._fields_of(index, field_names)
+                if fields:
+                    fields_of_turn[index] = fields
+            hidden_turns = self._without(fields_of_turn)
+            if not hidden_turns:
                 continue
-            never = [i for i in hidden if self._upto(i, texts)._without({i: turns[i]})]
-            first, (field, *_) = next(iter(turns.items()))
-            if len(never) == len(turns):
+            # Some templates show a field until other turns follow.
+            never_shown = []
+            for index in hidden_turns:
+                rendered = self._upto(index, texts)
+                if rendered._without({index: fields_of_turn[index]}):
+                    never_shown.append(index)
+            first_turn = min(fields_of_turn)
+            field = fields_of_turn[first_turn][0]
+            if len(never_shown) == len(fields_of_turn):
                 raise TrainingError(
-                    f"the model's chat template does not show `{field}` (of turn {first}: "
-                    f"{shown(self.chat.messages[first][field])}): leave the field out, write it "
-                    "into `content`, or give a model whose template shows it"
+                    f"the model's chat template does not show `{field}` (of turn {first_turn}: "
+                    f"{shown(self.chat.messages[first_turn][field])}): leave the field out, write "
+                    "it into `content`, or give a model whose template shows it"
                 )
-            counts[field] = LeftOut(len(turns), len(hidden) - len(never), len(never))
+            counts[field] = LeftOut(
+                turns=len(fields_of_turn),
+                later=len(hidden_turns) - len(never_shown),
+                never=len(never_shown),
+            )
         return counts
 
     def _upto(self, index: int, texts: Mapping[int, str]) -> "Rendered":
@@ -330,43 +368,57 @@ class Rendered(NamedTuple):
         text = texts.get(index) or render(self.chat, index + 1, self.tokenizer)
         return self._replace(end=index + 1, text=text, ask=False)
 
-    def _fields_of(self, index: int, fields: Iterable[str]) -> list[str]:
+    def _fields_of(self, index: int, field_names: Iterable[str]) -> list[str]:
+        """Returns the fields of a turn, among some, that the template has to show."""
         turn = self.chat.messages[index]
         if turn["role"] == "tool" and turn.get("name") in _called_names(self.chat.messages[:index]):
             return []  # the name is that of a call, which is shown
-        return _fields_in(turn, fields)
+        return _fields_in(turn, field_names)
 
-    def _without(self, turns: Mapping[int, list[str]]) -> list[int]:
+    def _without(self, fields_of_turn: Mapping[int, list[str]]) -> list[int]:
         """Returns the turns whose fields are not in the text."""
         messages = self.chat.messages
-        texts = [messages[i][field] for i, fields in turns.items() for field in fields]
-        unseen = {
-            index: {name: value for name, value in messages[index].items() if name not in fields}
-            for index, fields in turns.items()
-            if not any(
-                texts.count(messages[index][field]) == 1
-                and self._has(messages[index][field], _LONG)
-                for field in fields
+        values = [
+            messages[index][field] for index, fields in fields_of_turn.items() for field in fields
+        ]
+        turns_without_fields = {}
+        for index, fields in fields_of_turn.items():
+            turn = messages[index]
+            # A long value that only this turn has is surely its own.
+            is_in_text = any(
+                values.count(turn[field]) == 1 and self._has(turn[field], _LONG) for field in fields
             )
-        }
-        if not unseen or not self._differs(unseen):
-            return [*unseen]
-        if len(unseen) == 1:
+            if not is_in_text:
+                turns_without_fields[index] = {
+                    name: value for name, value in turn.items() if name not in fields
+                }
+        if not turns_without_fields:
             return []
-        return [index for index, turn in unseen.items() if not self._differs({index: turn})]
+        if not self._differs(turns_without_fields):
+            return [*turns_without_fields]
+        if len(turns_without_fields) == 1:
+            return []
+        return [
+            index
+            for index, turn in turns_without_fields.items()
+            if not self._differs({index: turn})
+        ]
 
-    def _has(self, content: Any, least: int = 0) -> bool:
+    def _has(self, content: Any, min_characters: int = 0) -> bool:
         """Returns True if a text stands in the rendered one, as it is or as JSON has it."""
-        if not isinstance(content, str) or len(content.strip()) < least:
+        if not isinstance(content, str) or len(content.strip()) < min_characters:
             return False
         if content.strip() in self.text:
             return True
-        escaped = (json.dumps(content, ensure_ascii=only)[1:-1] for only in (True, False))
-        return any(form in self.text for form in escaped)
+        ascii_json = json.dumps(content)[1:-1]
+        unicode_json = json.dumps(content, ensure_ascii=False)[1:-1]
+        return ascii_json in self.text or unicode_json in self.text
 
-    def _differs(self, turns: Mapping[int, Message]) -> bool:
-        """Returns True if the text is another one with other turns in some places."""
-        messages = [dict(turns.get(i, turn)) for i, turn in enumerate(self.chat.messages)]
+    def _differs(self, changed_turns: Mapping[int, Message]) -> bool:
+        """Returns True if the text is another one with some turns changed, by their indices."""
+        messages = []
+        for index, turn in enumerate(self.chat.messages):
+            messages.append(dict(changed_turns.get(index, turn)))
         chat = self.chat._replace(messages=messages)
         try:
             text: str = render(chat, self.end, self.tokenizer, ask=self.ask)
@@ -377,12 +429,14 @@ class Rendered(NamedTuple):
 
 def needs_check(chat: Conversation) -> bool:
     """Returns True if a chat has more than turns of a user and an assistant, who say texts."""
-    return bool(chat.tools) or any(
-        turn["role"] not in ("user", "assistant")
-        or "tool_calls" in turn
-        or any(_fields_in(turn, fields) for fields in _FIELDS)
-        for turn in chat.messages
-    )
+    if chat.tools:
+        return True
+    for turn in chat.messages:
+        is_plain_role = turn["role"] in ("user", "assistant")
+        has_fields = any(_fields_in(turn, field_names) for field_names in _FIELDS)
+        if not is_plain_role or "tool_calls" in turn or has_fields:
+            return True
+    return False
 
 
 def check_calls(turn: Message, text: str) -> None:
@@ -406,6 +460,18 @@ def _name(call: Mapping[str, Any]) -> Any:
     return (call.get("function") or call).get("name")
 
 
+def _renamed_tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a tool with another name."""
+    function = tool.get("function")
+    if function:
+        return {**tool, "function": {**function, "name": name}}
+    return {**tool, "name": name}
+
+
 def _called_names(turns: Iterable[Message]) -> set[str]:
-    calls = (call for turn in turns for call in turn.get("tool_calls", ()))
-    return {(call.get("function") or call)["name"] for call in calls}
+    """Returns the names of the tools that turns call."""
+    names = set()
+    for turn in turns:
+        for call in turn.get("tool_calls", ()):
+            names.add((call.get("function") or call)["name"])
+    return names

@@ -7,6 +7,7 @@ wait for one another by JAX's coordinator, never by a collective, which would ge
 the steps.
 """
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from lora_jax.buckets.store import (
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.disk_files import Digests
 
-_TRIES = 3  # of Orbax, whose own layers do not try again after each error that passes
+_MAX_TRIES = 3  # of Orbax, whose own layers do not try again after each error that passes
 
 
 class BucketFiles:
@@ -45,10 +46,11 @@ class BucketFiles:
           before_record: sends what goes with a checkpoint, before it counts.
         """
         self._folder = folder
-        self._place = BucketPath(folder.bucket, folder.name.rpartition("/")[0]) / record
+        parent_name, _, _ = folder.name.rpartition("/")
+        self._record_path = BucketPath(folder.bucket, parent_name) / record
         self._before_record = before_record
         self._steps: set[int] | None = None
-        self._record: str | None = None
+        self._record_text: str | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -73,21 +75,20 @@ class BucketFiles:
         written: Callable[[], None],
     ) -> None:
         """Begins to write a checkpoint; see `CheckpointFiles.save`."""
-        copied = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(_copied, args["state"].item)), run=args["run"]
-        )
+        state_copy = jax.tree.map(_copied, args["state"].item)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state_copy), run=args["run"])
 
         def write() -> None:
             try:
                 begun()
-                self._write(step, copied)
+                self._write(step, items)
                 self._steps = {*self.steps(), step}
                 if is_first():
                     self._before_record()
                     written()
-                else:
+                else:  # as the first process will have written it
                     self._steps = set(kept)
-                    self._record = "{" + ", ".join(f'"{number}": {{}}' for number in kept) + "}"
+                    self._record_text = json.dumps({str(kept_step): {} for kept_step in kept})
             except BaseException as error:
                 self._error = error
 
@@ -95,14 +96,15 @@ class BucketFiles:
         self._thread.start()
 
     def _write(self, step: int, items: Any) -> None:
-        tries = 1 if jax.process_count() > 1 else _TRIES  # all processes would have to begin anew
-        for left in reversed(range(tries)):
+        """Writes a checkpoint; a run of one process tries again after an error."""
+        last_try = 1 if jax.process_count() > 1 else _MAX_TRIES
+        for attempt in range(1, last_try + 1):
             try:
                 with checkpoint_writer() as writer:
                     writer.save(self._url(step), items)
                     return
             except Exception:
-                if not left:
+                if attempt == last_try:
                     raise
                 self.delete(step)
 
@@ -111,12 +113,12 @@ class BucketFiles:
 
         Its layers take some errors that pass for a file that is missing, so it reads again.
         """
-        for left in reversed(range(_TRIES)):
+        for attempt in range(1, _MAX_TRIES + 1):
             try:
                 with checkpoint_writer() as writer:
                     return writer.restore(self._url(step), args)
             except Exception:
-                if not left:
+                if attempt == _MAX_TRIES:
                     raise
 
     def delete(self, step: int) -> None:
@@ -133,17 +135,19 @@ class BucketFiles:
 
     def read_record(self) -> str:
         """Returns the text of the record; raises FileNotFoundError where there is none."""
-        if self._record is None:
-            if (read := read_object(self._place)) is None:
-                raise FileNotFoundError(str(self._place))
-            self._record = read[0].decode()
-        return self._record
+        if self._record_text is None:
+            record_object = read_object(self._record_path)
+            if record_object is None:
+                raise FileNotFoundError(str(self._record_path))
+            content, _ = record_object
+            self._record_text = content.decode()
+        return self._record_text
 
     def write_record(self, text: str) -> None:
         """Writes the record, in the first process alone."""
         if is_first():
-            write_object(self._place, text.encode())
-        self._record = text
+            write_object(self._record_path, text.encode())
+        self._record_text = text
 
     def free_bytes(self) -> int | None:
         """Returns None: a bucket has no limit."""
@@ -154,15 +158,18 @@ class BucketFiles:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if (error := self._error) is not None:
-            self._error = None
-            if isinstance(error, OSError):
-                raise error
-            reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
-            raise BucketError(
-                f"a checkpoint could not be written to {self._folder} ({reason}): the ones before "
-                "it are there; run the same command again with --resume"
-            ) from error
+        error = self._error
+        self._error = None
+        if error is None:
+            return
+        if isinstance(error, OSError):
+            raise error
+        error_text = str(error).strip() or repr(error)
+        reason = error_text.splitlines()[0][:300]
+        raise BucketError(
+            f"a checkpoint could not be written to {self._folder} ({reason}): the ones before "
+            "it are there; run the same command again with --resume"
+        ) from error
 
     def agree(self, what: str) -> None:
         """Returns at once: the first process alone calls `written`."""
@@ -177,15 +184,15 @@ class BucketFiles:
 
 def checkpoint_writer() -> ocp.Checkpointer:
     """Returns Orbax's reader and writer of a checkpoint's items, of all processes together."""
-    n = jax.process_count()
+    n_processes = jax.process_count()
     processes = ocp.options.MultiprocessingOptions(
-        active_processes=set(range(n)) if n > 1 else None
+        active_processes=set(range(n_processes)) if n_processes > 1 else None
     )
     # As in `save_adapter`, which the training thread calls while this checkpoint is written.
-    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    synchronous = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(
-            multiprocessing_options=processes, async_options=at_once
+            multiprocessing_options=processes, async_options=synchronous
         ),
         state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
         run=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
@@ -198,12 +205,12 @@ def _copied(leaf: Any) -> Any:
 
     Of an array over several processes, each copies its own part.
     """
-    if not isinstance(leaf, jax.Array):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return np.array(leaf)
-    if leaf.is_fully_addressable:
-        return np.array(leaf)
-    sharding, kinds = leaf.sharding, {m.kind for m in jax.local_devices()[0].addressable_memories()}
-    if "pinned_host" in kinds and jax.default_backend() != "cpu":
-        return jax.device_put(leaf, sharding.with_memory_kind("pinned_host"))
-    parts = [jax.device_put(np.array(s.data), s.device) for s in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+    memory_kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    if "pinned_host" in memory_kinds and jax.default_backend() != "cpu":
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    shard_copies = [
+        jax.device_put(np.array(shard.data), shard.device) for shard in leaf.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shard_copies)

@@ -24,8 +24,9 @@ class BucketLock:
     """The lock of a folder in a bucket; see `LockFile`. Its version is the object's generation."""
 
     def __init__(self, folder: BucketPath) -> None:
-        self.folder, self._path = folder, folder / LOCK
-        self._own = holder_here() | {"token": uuid.uuid4().hex}
+        self.folder = folder
+        self._path = folder / LOCK
+        self._holder = holder_here() | {"token": uuid.uuid4().hex}
         self._generation = ABSENT
 
     def place(self) -> bool:
@@ -34,8 +35,11 @@ class BucketLock:
 
     def read(self) -> HeldLock | None:
         """Returns the lock that is there; None where there is no lock."""
-        read = read_object(self._path)
-        return None if read is None else HeldLock(parse_holder(read[0]), read[1])
+        lock_object = read_object(self._path)
+        if lock_object is None:
+            return None
+        content, generation = lock_object
+        return HeldLock(holder=parse_holder(content), version=generation)
 
     def touch(self) -> None:
         """Shows that this process still runs."""
@@ -52,11 +56,12 @@ class BucketLock:
 
     def _write(self, generation: int) -> bool:
         """Writes the lock if it has this generation; returns True if it is this process's."""
+        content = json.dumps(self._holder).encode()
         try:
-            self._generation = write_object(self._path, json.dumps(self._own).encode(), generation)
+            self._generation = write_object(self._path, content, generation)
         except ObjectChanged:
-            read = self.read()
-            if read is None or read.holder.get("token") != self._own["token"]:
+            lock = self.read()
+            if lock is None or lock.holder.get("token") != self._holder["token"]:
                 return False
-            self._generation = read.version  # the answer to an own request was lost
+            self._generation = lock.version  # the answer to an own request was lost
         return True

@@ -60,13 +60,14 @@ class Checkpoints:
         """
         self.folder = local_path(folder).absolute()
         self._record = self.folder.with_name(RECORD)
-        self._keep, self._notice = keep, notice
-        place = origin(self.folder)
-        self._files: CheckpointFiles = (
-            DiskFiles(self.folder, self._record)
-            if place is None
-            else BucketFiles(place, RECORD, before_record)
-        )
+        self._keep = keep
+        self._notice = notice
+        self._files: CheckpointFiles
+        bucket_folder = origin(self.folder)
+        if bucket_folder is None:
+            self._files = DiskFiles(self.folder, self._record)
+        else:
+            self._files = BucketFiles(bucket_folder, RECORD, before_record)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order.
@@ -74,11 +75,11 @@ class Checkpoints:
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
         """
-        there = self._files.steps()
-        if not there and not self.folder.is_dir():
+        steps = self._files.steps()
+        if not steps and not self.folder.is_dir():
             return []
-        recorded = self._recorded()
-        return sorted(step for step in there if str(step) in recorded)
+        digests_of_steps = self._recorded()
+        return sorted(step for step in steps if str(step) in digests_of_steps)
 
     def save(self, state: State, run: Fields) -> None:
         """Saves the state; all processes have to call this.
@@ -95,26 +96,27 @@ class Checkpoints:
         """
         self._files.wait()
         step = int(state.step)
-        before = self.steps()
-        if step in before:
+        earlier_steps = self.steps()
+        if step in earlier_steps:
             return
-        kept = [*before, step][-self._keep :]
+        kept_steps = [*earlier_steps, step][-self._keep :]
 
         def begun() -> None:
             if is_first() and not self._is_recorded():
                 self._write_record({})  # from here on, one that is missing was lost
-            self._remove_all_but(before)
-            if (free := self._files.free_bytes()) is not None:
-                _check_room(self.folder.parent, free, state)
+            self._remove_all_but(earlier_steps)
+            free_bytes = self._files.free_bytes()
+            if free_bytes is not None:
+                _check_room(self.folder.parent, free_bytes, state)
 
         def written() -> None:
-            self._record_files(step, kept)
-            self._remove_all_but(kept)
+            self._record_files(step, kept_steps)
+            self._remove_all_but(kept_steps)
 
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_arrays_of_state(state)), run=ocp.args.JsonSave(dict(run))
         )
-        self._files.save(step, args, kept, begun, written)
+        self._files.save(step, args, kept_steps, begun, written)
 
     def settle(self) -> None:
         """Waits until what was saved is written, and says so; raises what went wrong."""
@@ -145,63 +147,71 @@ class Checkpoints:
         Raises:
           DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
         """
-        *earlier, newest = self.steps()
+        *earlier_steps, newest = self.steps()
         folder = shown(self.folder / str(newest))
         try:
             return self._read(newest, like)
         except DamagedCheckpoint as error:
             message = f"the checkpoint {folder} is damaged ({error}). "
-        whole = next((step for step in reversed(earlier) if self._is_whole(step, like)), None)
-        if whole is None:
+        whole_step = self._newest_whole(earlier_steps, like)
+        if whole_step is None:
             raise DamagedCheckpoint(
                 lambda option: f"{message}No earlier one is whole: {_begin_again(option)}"
             )
         raise DamagedCheckpoint(
             lambda option: (
-                f"{message}The one before it, of step {whole}, is whole: delete the folder "
+                f"{message}The one before it, of step {whole_step}, is whole: delete the folder "
                 f"{folder} and {option('resume', True)} again to go on from there"
             )
         )
 
-    def _is_whole(self, step: int, like: State) -> bool:
-        try:
-            self._read(step, like)
-        except DamagedCheckpoint:
-            return False
-        return True
+    def _newest_whole(self, steps: list[int], like: State) -> int | None:
+        """Returns the last of some steps whose checkpoint can be read; None if there is none."""
+        for step in reversed(steps):
+            try:
+                self._read(step, like)
+            except DamagedCheckpoint:
+                continue
+            return step
+        return None
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         self._check_files(step)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays_of_state(like))
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays_of_state(like))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore()
+        )
         try:
-            restored = self._files.restore(
-                step,
-                ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
-                ),
-            )
-            state, run = restored["state"], restored["run"]
+            items = self._files.restore(step, args)
+            arrays = items["state"]
+            run = items["run"]
         except Exception as error:  # whatever the storage layers raise for a damaged file
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            error_text = str(error).strip() or repr(error)
+            reason = error_text.splitlines()[0]
             raise DamagedCheckpoint(reason[:200]) from error
-        return State(**{**state, "key": jax.random.wrap_key_data(state["key"])}), run
+        key = jax.random.wrap_key_data(arrays["key"])
+        return State(**{**arrays, "key": key}), run
 
     def _check_files(self, step: int) -> None:
         """Raises a DamagedCheckpoint if a file is not the one that was saved."""
-        recorded, digests = self._recorded()[str(step)], self._files.digests(step)
-        if wrong := [name for name, digest in recorded.items() if digests.get(name) != digest]:
-            how = "is not what was saved" if wrong[0] in digests else "is missing"
-            raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
+        recorded_digests = self._recorded()[str(step)]
+        digests = self._files.digests(step)
+        for name, recorded_digest in recorded_digests.items():
+            if name not in digests:
+                raise DamagedCheckpoint(f"its file {name} is missing")
+            if digests[name] != recorded_digest:
+                raise DamagedCheckpoint(f"its file {name} is not what was saved")
 
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""
         try:
-            recorded: dict[str, Digests] = json.loads(self._files.read_record())
-            return recorded
+            digests_of_steps: dict[str, Digests] = json.loads(self._files.read_record())
+            return digests_of_steps
         except BucketError:
             raise
         except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not self._files.steps():
+            has_no_checkpoints = isinstance(error, FileNotFoundError) and not self._files.steps()
+            if has_no_checkpoints:
                 return {}
             raise DamagedCheckpoint(
                 lambda option: (
@@ -218,19 +228,21 @@ class Checkpoints:
             return False
         return True
 
-    def _write_record(self, digests: dict[str, Digests]) -> None:
-        self._files.write_record(json.dumps(digests, indent=2, ensure_ascii=False) + "\n")
+    def _write_record(self, digests_of_steps: dict[str, Digests]) -> None:
+        text = json.dumps(digests_of_steps, indent=2, ensure_ascii=False)
+        self._files.write_record(text + "\n")
 
-    def _record_files(self, step: int, kept: list[int]) -> None:
+    def _record_files(self, step: int, kept_steps: list[int]) -> None:
         """Records a checkpoint's digests beside those of the others that are kept."""
         if is_first():
-            digests = {**self._recorded(), str(step): self._files.digests(step)}
-            self._write_record({str(number): digests[str(number)] for number in kept})
+            digests_of_steps = self._recorded()
+            digests_of_steps[str(step)] = self._files.digests(step)
+            self._write_record({str(kept): digests_of_steps[str(kept)] for kept in kept_steps})
         self._files.agree("the checkpoint's files are recorded")
 
-    def _remove_all_but(self, kept: list[int]) -> None:
+    def _remove_all_but(self, kept_steps: list[int]) -> None:
         """Removes checkpoints that are too old, or that a kill left incomplete."""
-        for step in sorted(self._files.steps() - set(kept)):
+        for step in sorted(self._files.steps() - set(kept_steps)):
             self._files.delete(step)
 
     def close(self) -> None:
@@ -239,19 +251,26 @@ class Checkpoints:
         self._files.close()
 
 
-def _check_room(folder: Path, free: int, state: State) -> None:
+def _check_room(folder: Path, free_bytes: int, state: State) -> None:
     """Raises an OSError, shorter than Orbax's, if this process's part of a state does not fit.
 
     A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
     """
-    arrays = jax.tree.leaves(_arrays_of_state(state))
-    shards = [shard for array in arrays for shard in getattr(array, "addressable_shards", ())]
-    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {needed} bytes", str(folder))
-    limit = -1 if sys.platform == "win32" else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if 0 <= limit < min(needed, _ORBAX_FILE):
-        raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}, for {needed} bytes", str(folder))
+    state_bytes = 0
+    for array in jax.tree.leaves(_arrays_of_state(state)):
+        for shard in getattr(array, "addressable_shards", ()):
+            if shard.replica_id == 0:
+                state_bytes += shard.data.nbytes
+    if free_bytes < state_bytes:
+        message = f"{os.strerror(errno.ENOSPC)} for {state_bytes} bytes"
+        raise OSError(errno.ENOSPC, message, str(folder))
+    file_limit = -1  # none
+    if sys.platform != "win32":
+        file_limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest_file_bytes = min(state_bytes, _ORBAX_FILE)
+    if 0 <= file_limit < largest_file_bytes:
+        message = f"{os.strerror(errno.EFBIG)}, for {state_bytes} bytes"
+        raise OSError(errno.EFBIG, message, str(folder))
 
 
 def _begin_again(option: Written) -> str:

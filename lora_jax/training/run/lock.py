@@ -72,7 +72,8 @@ class RunLock:
     """
 
     def __init__(self, file: LockFile, notice: Callable[[str], object] = lambda line: None) -> None:
-        self._file, self._notice = file, notice
+        self._file = file
+        self._notice = notice
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
@@ -97,17 +98,17 @@ class RunLock:
 
     def _is_stale(self, lock: HeldLock) -> bool:
         """Returns True if the holder is gone; may wait to see whether it touches the lock."""
-        gone = is_gone(lock.holder)
-        if gone is not None:
-            return gone
+        is_dead = is_gone(lock.holder)
+        if is_dead is not None:
+            return is_dead
         if lock.age > _STALE:
             return True
         self._notice(
             f"{name_of_holder(lock.holder)} holds {self._file.folder / LOCK}: waiting up to "
             f"{_STALE:.0f} s to see whether it still runs"
         )
-        until = time.monotonic() + _STALE - lock.age
-        while time.monotonic() < until:
+        deadline = time.monotonic() + _STALE - lock.age
+        while time.monotonic() < deadline:
             time.sleep(_LOOK)
             latest = self._file.read()
             if latest is None:
@@ -125,34 +126,35 @@ class FolderLock:
     """The lock of a folder on a disk; see `LockFile`. Its version is the time of its last touch."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._path = folder, folder / LOCK
-        self._own = holder_here()
+        self.folder = folder
+        self._path = folder / LOCK
+        self._holder = holder_here()
 
     def place(self) -> bool:
         """Places the lock, with its content at once; returns False where there is one."""
-        with _temporary(self._path, self._own) as ours:
+        with _temporary_file(self._path, self._holder) as complete_file:
             try:
-                os.link(ours, self._path)
+                os.link(complete_file, self._path)
             except FileExistsError:
                 return False
             except OSError:  # a file system without links
                 try:
                     with self._path.open("x") as file:
-                        json.dump(self._own, file)
+                        json.dump(self._holder, file)
                 except FileExistsError:
                     return False
         return True
 
     def read(self) -> HeldLock | None:
         """Returns the lock that is there; None where there is no lock."""
-        with _temporary(self._path, {}) as fresh:
-            now = fresh.stat().st_mtime  # by the clock of the file system
+        with _temporary_file(self._path, {}) as file:
+            file_system_time = file.stat().st_mtime
         try:
-            touched = self._path.stat().st_mtime
+            touch_time = self._path.stat().st_mtime
             holder = _read(self._path)
         except FileNotFoundError:
             return None
-        return HeldLock(holder, touched, now - touched)
+        return HeldLock(holder=holder, version=touch_time, age=file_system_time - touch_time)
 
     def touch(self) -> None:
         """Shows that this process still runs."""
@@ -161,13 +163,13 @@ class FolderLock:
 
     def remove(self, lock: HeldLock | None = None) -> None:
         """Removes a lock that was read, by default this process's; leaves that of any other run."""
-        holder = self._own if lock is None else lock.holder
-        aside = self._path.with_name(f".{LOCK}.{self._own['host']}.{os.getpid()}")
+        holder = self._holder if lock is None else lock.holder
+        removed_path = self._path.with_name(f".{LOCK}.{self._holder['host']}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            os.rename(self._path, aside)
-            if _read(aside) != holder:  # another run took it over in the meantime
-                os.link(aside, self._path)
-            aside.unlink()
+            os.rename(self._path, removed_path)
+            if _read(removed_path) != holder:  # another run took it over in the meantime
+                os.link(removed_path, self._path)
+            removed_path.unlink()
 
 
 def _read(path: Path) -> Holder:
@@ -190,9 +192,10 @@ def parse_holder(content: str | bytes) -> Holder:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, content: Holder) -> Any:
-    number, name = tempfile.mkstemp(prefix=f".{LOCK}.", dir=path.parent)
-    with os.fdopen(number, "w") as file:
+def _temporary_file(path: Path, content: Holder) -> Any:
+    """Yields the path of a file with a content, beside another path, and deletes it."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{LOCK}.", dir=path.parent)
+    with os.fdopen(descriptor, "w") as file:
         json.dump(content, file)
     try:
         yield Path(name)
@@ -235,9 +238,12 @@ def holder_here() -> Holder:
 
 def is_gone(holder: Holder) -> bool | None:
     """Returns True for a dead process of this host; None for one of another host."""
-    if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
-        return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
-    return None
+    is_of_this_host = {**holder, **_here()} == holder
+    if os.name != "posix" or "pid" not in holder or not is_of_this_host:
+        return None
+    process = _process(holder["pid"])
+    # A later process may have the number: it started at another time.
+    return not process or {**holder, **process} != holder
 
 
 def name_of_holder(holder: Holder) -> str:
