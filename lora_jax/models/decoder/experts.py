@@ -75,24 +75,29 @@ def apply_blocks(
     blocks = lay_out_blocks(chosen, kernels[0].shape[0])
 
     def run_block(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        rows, expert = block
+        block_rows, expert = block
 
-        def multiply(x: jax.Array, i: int) -> jax.Array:
-            y: jax.Array = x @ lax.dynamic_index_in_dim(kernels[i], expert, keepdims=False)
-            return y + lax.dynamic_index_in_dim(biases[i], expert, keepdims=False) if biases else y
+        def multiply(x: jax.Array, index: int) -> jax.Array:
+            """Returns x times the expert's kernel of an index, plus the bias."""
+            kernel = lax.dynamic_index_in_dim(kernels[index], expert, keepdims=False)
+            product: jax.Array = x @ kernel
+            if not biases:
+                return product
+            return product + lax.dynamic_index_in_dim(biases[index], expert, keepdims=False)
 
-        down = len(kernels) - 1
-        inner = gated(*(multiply(rows, i) for i in range(down)))
-        return None, multiply(inner, down)
+        n_up_kernels = len(kernels) - 1
+        features = gated(*(multiply(block_rows, index) for index in range(n_up_kernels)))
+        return None, multiply(features, n_up_kernels)
 
     # No slot is written or read twice, so that the derivatives add in a fixed order.
-    filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
-    filled = filled.at[blocks.slots].set(rows, unique_indices=True)
-    filled = filled.reshape(-1, blocks.rows, rows.shape[1])
+    n_slots = blocks.experts.size * blocks.rows
+    slots = jnp.zeros((n_slots, rows.shape[1]), rows.dtype)
+    slots = slots.at[blocks.slots].set(rows, unique_indices=True)
+    rows_of_blocks = slots.reshape(-1, blocks.rows, rows.shape[1])
     # The backward pass indexes the kernels of each block again: they are not kept for all blocks.
     policy = jax.checkpoint_policies.dots_saveable
     body = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
-    _, out = lax.scan(body, None, (filled, blocks.experts))
+    _, out = lax.scan(body, None, (rows_of_blocks, blocks.experts))
     out = jnp.reshape(out, (-1, out.shape[-1]))
     return out.at[blocks.slots].get(unique_indices=True)
 
@@ -134,10 +139,12 @@ def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     )
 
 
-def _size_and_number(n: int, n_experts: int) -> tuple[int, int]:
-    """Returns the rows of a block, and the number of blocks for n rows."""
-    rows = min(_LARGEST_BLOCK, max(8, n // (4 * n_experts) // 8 * 8))
-    return rows, n // rows + min(n_experts, n)  # as many as any choice needs: the shape is fixed
+def _size_and_number(n_rows: int, n_experts: int) -> tuple[int, int]:
+    """Returns the rows of a block, and the number of blocks that any choice of experts needs."""
+    quarter_of_average = n_rows // (4 * n_experts)
+    block_rows = min(_LARGEST_BLOCK, max(8, quarter_of_average // 8 * 8))
+    n_partial_blocks = min(n_experts, n_rows)
+    return block_rows, n_rows // block_rows + n_partial_blocks
 
 
 def apply_ragged(
@@ -162,13 +169,15 @@ def apply_ragged(
         sorted_experts = jnp.asarray(chosen)[order]
         expert_of_row = jnp.pad(sorted_experts, (0, n_padding), constant_values=-1)
 
-    def run_experts(x: jax.Array, *kernels: jax.Array) -> jax.Array:
-        def multiply(x: jax.Array, i: int) -> jax.Array:
-            y = lax.ragged_dot(x, kernels[i], expert_rows)
-            return y + biases[i][expert_of_row] if biases else y
+    def run_experts(sorted_rows: jax.Array, *kernels: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, index: int) -> jax.Array:
+            """Returns x times the kernels of an index, plus the biases."""
+            product = lax.ragged_dot(x, kernels[index], expert_rows)
+            return product + biases[index][expert_of_row] if biases else product
 
-        down = len(kernels) - 1
-        return multiply(gated(*(multiply(x, i) for i in range(down))), down)
+        n_up_kernels = len(kernels) - 1
+        features = gated(*(multiply(sorted_rows, index) for index in range(n_up_kernels)))
+        return multiply(features, n_up_kernels)
 
     run = jax.checkpoint(run_experts, policy=_keeps_products, prevent_cse=False)
     out = run(sorted_rows, *kernels)[:n_rows]

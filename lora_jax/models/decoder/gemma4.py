@@ -44,9 +44,10 @@ def keep_last(
     """
 
     def last_of_kind(*, whole: bool) -> KeptKeys:
-        candidates = [i for i in layer_indices if config.kind_of(i).whole == whole]
-        index = candidates[-1] if candidates else layer_indices[-1]
-        return KeptKeys(*jax.tree.map(lambda x: x[index], (new, cache)))
+        layers = [layer for layer in layer_indices if config.kind_of(layer).whole == whole]
+        last_layer = layers[-1] if layers else layer_indices[-1]
+        layer_new, layer_cache = jax.tree.map(lambda stack: stack[last_layer], (new, cache))
+        return KeptKeys(new=layer_new, cache=layer_cache)
 
     return last_of_kind(whole=False), last_of_kind(whole=True)
 

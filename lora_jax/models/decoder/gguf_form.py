@@ -60,7 +60,8 @@ def check_form(config: Any) -> list[str]:
             f"GGUF files are written of {names}, and this model is a {config.model_type}: write "
             "safetensors (--output), and see whether llama.cpp's convert_hf_to_gguf.py knows it"
         )
-    if problems := list(_problems(config)):
+    problems = list(_problems(config))
+    if problems:
         raise ConfigError(
             f"llama.cpp runs no {config.model_type} with {'; '.join(problems)}: serve it by vLLM "
             "or transformers instead (--output)"
@@ -69,8 +70,9 @@ def check_form(config: Any) -> list[str]:
 
 
 def _problems(config: DecoderConfig) -> Iterator[str]:
+    """Yields the properties of a model that llama.cpp has no form for."""
     arch = config.family.gguf
-    fits = config.num_attention_heads * config.head_dim == config.hidden_size
+    has_usual_heads = config.num_attention_heads * config.head_dim == config.hidden_size
     if config.hidden_act not in (_TANH if arch == "gemma3" else _SILU):
         yield f"the activation {config.hidden_act}"
     if config.o_bias and arch not in _WITH_O_BIAS:
@@ -79,7 +81,7 @@ def _problems(config: DecoderConfig) -> Iterator[str]:
         yield "no biases in attention"
     if config.mlp_bias and arch != "llama":
         yield "biases in the MLP"
-    if not fits and arch not in _WITH_HEADS_OF_ANY_SIZE:
+    if not has_usual_heads and arch not in _WITH_HEADS_OF_ANY_SIZE:
         yield f"head_dim {config.head_dim}, which is not hidden_size / num_attention_heads"
     if arch == "qwen3moe" and not config.norm_topk_prob:
         yield "norm_topk_prob false: it always makes the weights of a token's experts add up to 1"
@@ -128,6 +130,7 @@ def _gemma_scale(config: DecoderConfig) -> float:
 
 
 def _differences(config: DecoderConfig) -> Iterator[str]:
+    """Yields a sentence for each computation that llama.cpp does in another way."""
     if config.windowed_layers and config.family.gguf == "phi3":
         yield (
             f"llama.cpp ignores this model's window: beyond {config.sliding_window} tokens its "
@@ -149,7 +152,8 @@ def metadata_of(config: DecoderConfig) -> dict[str, Any]:
     Args:
       config: one that passes `check_form`.
     """
-    arch, scaling = config.family.gguf, config.rope_scaling
+    arch = config.family.gguf
+    scaling = config.rope_scaling
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -172,10 +176,13 @@ def metadata_of(config: DecoderConfig) -> dict[str, Any]:
         }
     if arch == "phi3" or config.windowed_layers:
         fields["attention.sliding_window"] = config.sliding_window or 0
-    if (every := _PATTERNS.get(str(arch))) and config.windowed_layers:
-        windows = [i in config.windowed_layers for i in range(config.num_hidden_layers)]
-        if windows != [(i + 1) % every != 0 for i in range(config.num_hidden_layers)]:
-            fields["attention.sliding_window_pattern"] = windows
+    pattern_size = _PATTERNS.get(str(arch))
+    if pattern_size and config.windowed_layers:
+        layers = range(config.num_hidden_layers)
+        has_window = [layer in config.windowed_layers for layer in layers]
+        usual_pattern = [(layer + 1) % pattern_size != 0 for layer in layers]
+        if has_window != usual_pattern:
+            fields["attention.sliding_window_pattern"] = has_window
     if config.rope_local_theta is not None:
         fields["rope.freq_base_swa"] = float(config.rope_local_theta)
     if config.final_logit_softcapping is not None:
@@ -197,19 +204,21 @@ def _is_by_factors(config: DecoderConfig) -> bool:
 
 
 def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the metadata of RoPE's scaling, which the configuration has."""
     scaling = config.rope_scaling
     assert scaling is not None
     fields: dict[str, Any] = {"rope.scaling.type": scaling.kind}
     if scaling.kind == "linear":
-        return fields | {"rope.scaling.factor": float(scaling.factor)}
+        fields["rope.scaling.factor"] = float(scaling.factor)
+        return fields
     fields["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
     if scaling.kind == "longrope":
-        return fields | {"rope.scaling.attn_factor": float(scaling.attention_factor)}
-    return fields | {
-        "rope.scaling.factor": float(scaling.factor),
-        "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
-        "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
-    }
+        fields["rope.scaling.attn_factor"] = float(scaling.attention_factor)
+        return fields
+    fields["rope.scaling.factor"] = float(scaling.factor)
+    fields["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
+    fields["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
+    return fields
 
 
 def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -220,59 +229,85 @@ def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
     if scaling.kind == "longrope" and _is_by_factors(config):
         return {ROPE_FACTORS: np.asarray(scaling.short_factor, np.float32)}
     if scaling.kind == "longrope":
-        factors = {"long": scaling.long_factor, "short": scaling.short_factor}
-        return {f"rope_factors_{k}.weight": np.asarray(v, np.float32) for k, v in factors.items()}
-    plain = dataclasses.replace(config, rope_scaling=None)
-    ratio = np.asarray(frequencies(plain, 0)) / np.asarray(frequencies(config, 0))
-    for exact in (1.0, scaling.factor):  # what the formula leaves, and what it divides
-        ratio = np.where(np.isclose(ratio, exact, rtol=1e-6, atol=0), exact, ratio)
-    return {ROPE_FACTORS: ratio.astype(np.float32)}
+        return {
+            "rope_factors_long.weight": np.asarray(scaling.long_factor, np.float32),
+            "rope_factors_short.weight": np.asarray(scaling.short_factor, np.float32),
+        }
+    unscaled_config = dataclasses.replace(config, rope_scaling=None)
+    unscaled_frequencies = np.asarray(frequencies(unscaled_config, 0))
+    factors = unscaled_frequencies / np.asarray(frequencies(config, 0))
+    # The formula leaves a frequency or divides it by the factor: rounding is taken back.
+    for exact_factor in (1.0, scaling.factor):
+        is_factor = np.isclose(factors, exact_factor, rtol=1e-6, atol=0)
+        factors = np.where(is_factor, exact_factor, factors)
+    return {ROPE_FACTORS: factors.astype(np.float32)}
 
 
 def name_of(config: DecoderConfig) -> Callable[[str], str]:
     """Returns a function of Hugging Face's name of a tensor that gives GGUF's."""
     gguf = import_gguf()
-    (arch,) = (k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family.gguf)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    architectures = [
+        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family.gguf
+    ]
+    (architecture,) = architectures
+    name_map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
-    def named(hf: str) -> str:
-        name = names.get_name(hf, try_suffixes=(".weight", ".bias"))
+    def gguf_name(hf_name: str) -> str:
+        name = name_map.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(
-                f"gguf {config.family.gguf} has no tensor for {hf}: pip install -U gguf"
+                f"gguf {config.family.gguf} has no tensor for {hf_name}: pip install -U gguf"
             )
         return str(name)
 
-    return named
+    return gguf_name
 
 
 def pieces(config: DecoderConfig) -> Iterator[Piece]:
     """Yields the tensors of a model's file that are its parameters."""
-    named = name_of(config)
+    gguf_name = name_of(config)
     for row in decoder_table(config):
-        for layer in range(row.stack[0]) if row.stack else [None]:
-            yield from _pieces_of(config, row, layer, named)
+        layers: Sequence[int | None] = range(row.stack[0]) if row.stack else [None]
+        for layer in layers:
+            yield from _pieces_of(config, row, layer, gguf_name)
 
 
 def _pieces_of(
-    config: DecoderConfig, row: Row, layer: int | None, named: Callable[[str], str]
+    config: DecoderConfig, row: Row, layer: int | None, gguf_name: Callable[[str], str]
 ) -> Iterator[Piece]:
+    """Yields the tensors of a row of the key table, for one layer where it is a stack."""
     if layer is None:
-        yield Piece(named(row.hf), row.hf_shape, row, lambda leaf: _plain(config, row, leaf, ()))
-    elif len(row.stack) == 2:  # experts, which a GGUF file has in one tensor
-        hf = row.hf.format(layer, "").replace("..", ".")
         yield Piece(
-            named(hf), (row.stack[1], *row.hf_shape), row, lambda leaf: _stacked(row, leaf, layer)
+            name=gguf_name(row.hf),
+            shape=row.hf_shape,
+            row=row,
+            read=lambda leaf: _plain(config, row, leaf, ()),
+        )
+    elif len(row.stack) == 2:  # experts, which a GGUF file has in one tensor
+        n_experts = row.stack[1]
+        hf_name = row.hf.format(layer, "").replace("..", ".")
+        yield Piece(
+            name=gguf_name(hf_name),
+            shape=(n_experts, *row.hf_shape),
+            row=row,
+            read=lambda leaf: _stacked(row, leaf, layer),
         )
     elif row.kind == "experts" and has_fused_experts(config):
-        yield from _fused(row, layer, named)
+        yield from _fused(row, layer, gguf_name)
     else:
-        hf = row.hf.format(layer)
-        hf = f"{hf}.weight" if hf.endswith(".sinks") else hf
-        yield Piece(named(hf), row.hf_shape, row, lambda leaf: _plain(config, row, leaf, (layer,)))
+        hf_name = row.hf.format(layer)
+        if hf_name.endswith(".sinks"):
+            hf_name += ".weight"
+        yield Piece(
+            name=gguf_name(hf_name),
+            shape=row.hf_shape,
+            row=row,
+            read=lambda leaf: _plain(config, row, leaf, (layer,)),
+        )
 
 
 def _plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+    """Returns a member of a leaf as llama.cpp stores it, fp32."""
     array = np.asarray(hf_member(row, leaf, index), np.float32)
     if row.kind == "norm" and config.norm_adds_one:
         return array + np.float32(1)
@@ -280,27 +315,31 @@ def _plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) 
 
 
 def _stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
-    out = np.empty((row.stack[1], *row.hf_shape), np.float32)
-    for expert in range(len(out)):
-        out[expert] = hf_member(row, leaf, (layer, expert))
-    return out
+    """Returns the kernels of a layer's experts as one array, fp32."""
+    n_experts = row.stack[1]
+    kernels = np.empty((n_experts, *row.hf_shape), np.float32)
+    for expert in range(n_experts):
+        kernels[expert] = hf_member(row, leaf, (layer, expert))
+    return kernels
 
 
-def _fused(row: Row, layer: int, named: Callable[[str], str]) -> Iterator[Piece]:
+def _fused(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Piece]:
     """Yields gate and up, or down, of gpt-oss's experts: [experts, out, in], or their biases."""
-    hf = row.hf.format(layer)
-    is_bias = hf.endswith("_bias")
-    stem, end = hf.removesuffix("_bias"), ".bias" if is_bias else ".weight"
-    experts, *sizes = row.shape
-    for name, cut in fused_parts(stem):
-        n_out = sizes[-1] // (1 if name == stem else 2)
-        shape = (experts, n_out) if is_bias else (experts, n_out, sizes[0])
+    hf_name = row.hf.format(layer)
+    is_bias = hf_name.endswith("_bias")
+    stem = hf_name.removesuffix("_bias")
+    suffix = ".bias" if is_bias else ".weight"
+    n_experts, *kernel_sizes = row.shape
+    projections = fused_parts(stem)
+    out_size = kernel_sizes[-1] // len(projections)
+    shape = (n_experts, out_size) if is_bias else (n_experts, out_size, kernel_sizes[0])
+    for name, columns in projections:
 
-        def read(leaf: Leaf, cut: slice = cut) -> np.ndarray:
-            part = np.asarray(hf_member(row, leaf, (layer,))[..., cut], np.float32)
-            return part if is_bias else np.ascontiguousarray(part.swapaxes(-1, -2))
+        def read(leaf: Leaf, columns: slice = columns) -> np.ndarray:
+            array = np.asarray(hf_member(row, leaf, (layer,))[..., columns], np.float32)
+            return array if is_bias else np.ascontiguousarray(array.swapaxes(-1, -2))
 
-        yield Piece(named(name + end), shape, row, read)
+        yield Piece(name=gguf_name(name + suffix), shape=shape, row=row, read=read)
 
 
 def fused_parts(stem: str) -> Sequence[tuple[str, slice]]:

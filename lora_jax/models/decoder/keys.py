@@ -1,4 +1,8 @@
-"""The decoder's key table, and the other layout in which a file may hold experts."""
+"""The decoder's key table, and the other layout in which a file may hold experts.
+
+Names of Hugging Face contain ``{}`` where the number of the layer stands. Experts are fused if a
+file holds all those of a layer in one tensor.
+"""
 
 import dataclasses
 import re
@@ -23,26 +27,36 @@ from lora_jax.models.specs import (
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
     """Returns every parameter of the decoder, once, in the order of the forward pass."""
-    layers, width, n = "model/layers", config.hidden_size, config.num_hidden_layers
-    rows = KeyTable(layers, n)
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    words = (config.vocab_size, width)
-    rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
-    if size := config.hidden_size_per_layer_input:
-        both, table = n * size, "model/embed_tokens_per_layer"
-        rows.add("positions", table, "embedding", (config.vocab_size_per_layer_input, both), ROWS)
-        shape = (width, both)
-        rows.linear("mlp", "model/per_layer_model_projection", shape, COLUMNS, bias=False)
-        rows.add("norm", "model/per_layer_projection_norm", "scale", (size,))
-    for place, numbers in config.stacks.items():
-        if place:
-            rows.begin(place, numbers)
-        path = "/".join(filter(None, (layers, place)))
-        _layer(rows, config, path, config.kind_of(numbers[0]))
-    rows.add("norm", "model/norm", "scale", (width,))
+    d_model = config.hidden_size
+    rows = KeyTable("model/layers", config.num_hidden_layers)
+    head_names: tuple[str, ...] = ()
+    if config.tie_word_embeddings:
+        head_names = ("lm_head.weight",)
+    words_shape = (config.vocab_size, d_model)
+    rows.add("embedding", "model/embed_tokens", "embedding", words_shape, ROWS, aliases=head_names)
+    if config.hidden_size_per_layer_input:
+        _add_per_layer_inputs(rows, config)
+    for stack_name, layer_indices in config.stacks.items():
+        stack_path = "model/layers"
+        if stack_name:
+            rows.begin(stack_name, layer_indices)
+            stack_path = f"model/layers/{stack_name}"
+        _add_layer(rows, config, stack_path, config.kind_of(layer_indices[0]))
+    rows.add("norm", "model/norm", "scale", (d_model,))
     if not config.tie_word_embeddings:
-        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
+        rows.linear("head", "lm_head", (d_model, config.vocab_size), COLUMNS, bias=False)
     return rows
+
+
+def _add_per_layer_inputs(rows: KeyTable, config: DecoderConfig) -> None:
+    """Adds the tokens' vectors for all layers, and their projection and norm."""
+    size = config.hidden_size_per_layer_input
+    all_sizes = config.num_hidden_layers * size
+    table_shape = (config.vocab_size_per_layer_input, all_sizes)
+    rows.add("positions", "model/embed_tokens_per_layer", "embedding", table_shape, ROWS)
+    projection_shape = (config.hidden_size, all_sizes)
+    rows.linear("mlp", "model/per_layer_model_projection", projection_shape, COLUMNS, bias=False)
+    rows.add("norm", "model/per_layer_projection_norm", "scale", (size,))
 
 
 def text_table(config: DecoderConfig, name: str) -> list[Row]:
@@ -50,142 +64,184 @@ def text_table(config: DecoderConfig, name: str) -> list[Row]:
     rows = []
     for row in decoder_table(config):
         if row.path.startswith("model/"):
-            path, hf = row.path.removeprefix("model/"), row.hf.removeprefix("model.")
-            row = dataclasses.replace(row, path=f"model/{name}/{path}", hf=f"model.{name}.{hf}")
+            path = row.path.removeprefix("model/")
+            hf_name = row.hf.removeprefix("model.")
+            row = dataclasses.replace(
+                row, path=f"model/{name}/{path}", hf=f"model.{name}.{hf_name}"
+            )
         rows.append(row)
     return rows
 
 
-def _layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKind) -> None:
+def _add_layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKind) -> None:
     """Adds the parameters of the stack of layers at a path."""
     mlp = f"{layer}/{config.family.mlp_name}"
-    width = config.hidden_size
+    d_model = config.hidden_size
 
-    def norm(path: str, size: int) -> None:
-        rows.add("norm", path, "scale", (size,))
+    def add_norm(name: str) -> None:
+        rows.add("norm", f"{layer}/{name}", "scale", (d_model,))
 
     if config.pre_norms:
-        norm(f"{layer}/input_layernorm", width)
+        add_norm("input_layernorm")
     if kind.linear:
-        _linear(rows, config, f"{layer}/linear_attn")
+        _add_linear_attention(rows, config, f"{layer}/linear_attn")
     elif config.kv_lora_rank:
-        _latent(rows, config, f"{layer}/self_attn")
+        _add_latent_attention(rows, config, f"{layer}/self_attn")
     else:
-        _attention(rows, config, f"{layer}/self_attn", kind)
-    norm(f"{layer}/post_attention_layernorm", width)
+        _add_attention(rows, config, f"{layer}/self_attn", kind)
+    add_norm("post_attention_layernorm")
     if config.pre_norms and config.post_norms:
-        norm(f"{layer}/pre_feedforward_layernorm", width)
+        add_norm("pre_feedforward_layernorm")
     if kind.sparse:
-        _mixture(rows, config, mlp)
+        _add_mixture(rows, config, mlp)
     else:
-        wide = kind.reuses and config.use_double_wide_mlp
-        _mlp(rows, config, mlp, config.intermediate_size * (1 + wide))
+        is_double_wide = kind.reuses and config.use_double_wide_mlp
+        d_mlp = config.intermediate_size
+        _add_mlp(rows, config, mlp, 2 * d_mlp if is_double_wide else d_mlp)
     if config.post_norms:
-        norm(f"{layer}/post_feedforward_layernorm", width)
-    if size := config.hidden_size_per_layer_input:
-        rows.linear("mlp", f"{layer}/per_layer_input_gate", (width, size), COLUMNS, bias=False)
-        rows.linear("mlp", f"{layer}/per_layer_projection", (size, width), ROWS, bias=False)
-        norm(f"{layer}/post_per_layer_input_norm", width)
+        add_norm("post_feedforward_layernorm")
+    size = config.hidden_size_per_layer_input
+    if size:
+        rows.linear("mlp", f"{layer}/per_layer_input_gate", (d_model, size), COLUMNS, bias=False)
+        rows.linear("mlp", f"{layer}/per_layer_projection", (size, d_model), ROWS, bias=False)
+        add_norm("post_per_layer_input_norm")
     if config.layer_scalars:
         rows.named("norm", f"{layer}/layer_scalar", "{}.layer_scalar", (1,), REPLICATED)
 
 
-def _mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
-    family, n, width = config.family, config.num_experts, config.hidden_size
-    rows.linear("router", f"{mlp}/{family.router_name}", (width, n), ROUTER, config.expert_biases)
+def _add_mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
+    """Adds a mixture of experts: its router, its experts, and the MLP that all tokens share."""
+    family = config.family
+    d_model = config.hidden_size
+    n_experts = config.num_experts
+    router = f"{mlp}/{family.router_name}"
+    rows.linear("router", router, (d_model, n_experts), ROUTER, config.expert_biases)
     if config.sigmoid_router:
-        hf = f"{{}}.{family.mlp_name}.{family.router_name}.{CORRECTION}"
-        rows.named("router", f"{mlp}/{CORRECTION}", hf, (n,), REPLICATED, wide=True)
-    *_, last = config.expert_shapes
-    for name, shape in config.expert_shapes.items():
-        path, spec = f"{mlp}/experts/{name}", EXPERT_ROWS if name == last else EXPERT_COLUMNS
-        if not has_fused_experts(config):
-            rows.add("experts", path, "kernel", shape, spec, experts=n)
-            continue
-        hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
-        rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
-        rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
-    if inner := config.shared_expert_intermediate_size:
-        _mlp(rows, config, f"{mlp}/{family.shared_name}", inner)
+        hf_name = f"{{}}.{family.mlp_name}.{family.router_name}.{CORRECTION}"
+        rows.named("router", f"{mlp}/{CORRECTION}", hf_name, (n_experts,), REPLICATED, wide=True)
+    _add_experts(rows, config, f"{mlp}/experts")
+    shared_size = config.shared_expert_intermediate_size
+    if shared_size:
+        shared_mlp = f"{mlp}/{family.shared_name}"
+        _add_mlp(rows, config, shared_mlp, shared_size)
         if family.shared_is_gated:
-            rows.linear("mlp", f"{mlp}/{family.shared_name}_gate", (width, 1), ROUTER, bias=False)
+            rows.linear("mlp", f"{shared_mlp}_gate", (d_model, 1), ROUTER, bias=False)
 
 
-def _mlp(rows: KeyTable, config: DecoderConfig, path: str, inner: int) -> None:
-    width = config.hidden_size
-    sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
-    for name, size in sizes.items():
-        rows.linear("mlp", f"{path}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
-    rows.linear("mlp", f"{path}/down_proj", (inner, width), ROWS, config.mlp_bias)
+def _add_experts(rows: KeyTable, config: DecoderConfig, experts: str) -> None:
+    """Adds the kernels of experts, and their biases if they have them."""
+    down_name = [*config.expert_shapes][-1]
+    for name, shape in config.expert_shapes.items():
+        path = f"{experts}/{name}"
+        kernel_spec = EXPERT_ROWS if name == down_name else EXPERT_COLUMNS
+        if not has_fused_experts(config):
+            n_experts = config.num_experts
+            rows.add("experts", path, "kernel", shape, kernel_spec, experts=n_experts)
+            continue
+        hf_name = f"{{}}.mlp.experts.{name}"
+        kernel_shape = (config.num_experts, *shape)
+        rows.named("experts", f"{path}/kernel", hf_name, kernel_shape, kernel_spec)
+        bias_spec = P("expert", None) if name == down_name else P("expert", "tensor")
+        bias_shape = (config.num_experts, shape[1])
+        rows.named("experts", f"{path}/bias", f"{hf_name}_bias", bias_shape, bias_spec)
 
 
-def _linear(rows: KeyTable, config: DecoderConfig, path: str) -> None:
-    (_, channels), (heads, _, size) = config.recurrent_shapes
-    values = heads * size
-    for name in config.linear_projections:
-        shape = (config.hidden_size, sum(config.linear_sizes[part] for part in name))
-        rows.linear("attention", f"{path}/in_proj_{name}", shape, COLUMNS, bias=False)
-    taps = (channels, 1, config.linear_conv_kernel_dim)
-    rows.named("attention", f"{path}/conv1d", "{}.linear_attn.conv1d.weight", taps, REPLICATED)
+def _add_mlp(rows: KeyTable, config: DecoderConfig, path: str, d_mlp: int) -> None:
+    """Adds an MLP with a gate, of which some files hold gate and up in one tensor."""
+    d_model = config.hidden_size
+    out_sizes = {"gate": d_mlp, "up": d_mlp}
+    if config.fused_projections:
+        out_sizes = {"gate_up": 2 * d_mlp}
+    for name, out_size in out_sizes.items():
+        rows.linear("mlp", f"{path}/{name}_proj", (d_model, out_size), COLUMNS, config.mlp_bias)
+    rows.linear("mlp", f"{path}/down_proj", (d_mlp, d_model), ROWS, config.mlp_bias)
+
+
+def _add_linear_attention(rows: KeyTable, config: DecoderConfig, path: str) -> None:
+    """Adds a ``GatedDeltaNet``."""
+    (_, n_channels), (n_heads, _, value_dim) = config.recurrent_shapes
+    d_model = config.hidden_size
+    for letters in config.linear_projections:
+        out_size = sum(config.linear_sizes[letter] for letter in letters)
+        rows.linear(
+            "attention", f"{path}/in_proj_{letters}", (d_model, out_size), COLUMNS, bias=False
+        )
+    taps_name = "{}.linear_attn.conv1d.weight"
+    taps_shape = (n_channels, 1, config.linear_conv_kernel_dim)
+    rows.named("attention", f"{path}/conv1d", taps_name, taps_shape, REPLICATED)
     for name in ("A_log", "dt_bias"):
-        hf = f"{{}}.linear_attn.{name}"
-        rows.named("attention", f"{path}/{name}", hf, (heads,), REPLICATED)
-    rows.add("norm", f"{path}/norm", "scale", (size,))
-    out_shape = (values, config.hidden_size)
+        hf_name = f"{{}}.linear_attn.{name}"
+        rows.named("attention", f"{path}/{name}", hf_name, (n_heads,), REPLICATED)
+    rows.add("norm", f"{path}/norm", "scale", (value_dim,))
+    out_shape = (n_heads * value_dim, d_model)
     rows.linear("attention", f"{path}/out_proj", out_shape, ROWS, bias=False)
 
 
-def _latent(rows: KeyTable, config: DecoderConfig, path: str) -> None:
-    width, heads = config.hidden_size, config.num_attention_heads
+def _add_latent_attention(rows: KeyTable, config: DecoderConfig, path: str) -> None:
+    """Adds attention whose keys and values come from a latent vector of low rank (MLA)."""
+    d_model = config.hidden_size
+    n_heads = config.num_attention_heads
+    q_rank = config.q_lora_rank
+    kv_rank = config.kv_lora_rank
+    q_size = n_heads * config.head_dim
 
-    def linear(name: str, fan_in: int, fan_out: int, *, bias: bool = False) -> None:
-        spec = ROUTER if "_a_" in name else COLUMNS  # all heads have what they share
-        rows.linear("attention", f"{path}/{name}", (fan_in, fan_out), spec, bias)
+    def add_linear(name: str, in_size: int, out_size: int, *, bias: bool = False) -> None:
+        is_shared_by_heads = "_a_" in name
+        spec = ROUTER if is_shared_by_heads else COLUMNS
+        rows.linear("attention", f"{path}/{name}", (in_size, out_size), spec, bias)
 
-    if config.q_lora_rank is None:
-        linear("q_proj", width, heads * config.head_dim)
+    if q_rank is None:
+        add_linear("q_proj", d_model, q_size)
     else:
-        linear("q_a_proj", width, config.q_lora_rank, bias=config.qkv_bias)
-        rows.add("norm", f"{path}/q_a_layernorm", "scale", (config.q_lora_rank,))
-        linear("q_b_proj", config.q_lora_rank, heads * config.head_dim)
-    rank = config.kv_lora_rank
-    linear("kv_a_proj_with_mqa", width, rank + config.qk_rope_head_dim, bias=config.qkv_bias)
-    rows.add("norm", f"{path}/kv_a_layernorm", "scale", (rank,))
-    linear("kv_b_proj", rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-    out = (heads * config.v_head_dim, width)
-    rows.linear("attention", f"{path}/o_proj", out, ROWS, config.o_bias)
+        add_linear("q_a_proj", d_model, q_rank, bias=config.qkv_bias)
+        rows.add("norm", f"{path}/q_a_layernorm", "scale", (q_rank,))
+        add_linear("q_b_proj", q_rank, q_size)
+    latent_size = kv_rank + config.qk_rope_head_dim
+    add_linear("kv_a_proj_with_mqa", d_model, latent_size, bias=config.qkv_bias)
+    rows.add("norm", f"{path}/kv_a_layernorm", "scale", (kv_rank,))
+    kv_head_size = config.qk_nope_head_dim + config.v_head_dim
+    add_linear("kv_b_proj", kv_rank, n_heads * kv_head_size)
+    out_shape = (n_heads * config.v_head_dim, d_model)
+    rows.linear("attention", f"{path}/o_proj", out_shape, ROWS, config.o_bias)
 
 
-def _attention(rows: KeyTable, config: DecoderConfig, attention: str, kind: LayerKind) -> None:
-    width, (kv_heads, head_dim) = config.hidden_size, config.heads_of(kind)
-    q_out, kv_out = config.num_attention_heads * head_dim, kv_heads * head_dim
-    sizes = {"q": q_out * (1 + config.attn_output_gate), "k": kv_out, "v": kv_out}
-    if config.attention_k_eq_v and kind.whole:
-        del sizes["v"]
-    if kind.reuses:
-        sizes = {"q": q_out}
+def _add_attention(rows: KeyTable, config: DecoderConfig, path: str, kind: LayerKind) -> None:
+    """Adds attention with queries, keys and values of each token."""
+    d_model = config.hidden_size
+    n_kv_heads, head_dim = config.heads_of(kind)
+    q_size = config.num_attention_heads * head_dim
+    kv_size = n_kv_heads * head_dim
+    has_projection = {"q": True, "k": not kind.reuses or config.fused_projections}
     if config.fused_projections:
-        sizes = {"qkv": q_out + 2 * kv_out}
-    for name, size in sizes.items():
-        path = f"{attention}/{name}_proj"
-        rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
+        out_sizes = {"qkv": q_size + 2 * kv_size}
+    elif kind.reuses:
+        out_sizes = {"q": q_size}
+    else:
+        gated_q_size = 2 * q_size if config.attn_output_gate else q_size
+        out_sizes = {"q": gated_q_size, "k": kv_size}
+        values_are_keys = config.attention_k_eq_v and kind.whole
+        if not values_are_keys:
+            out_sizes["v"] = kv_size
+    for name, out_size in out_sizes.items():
+        rows.linear(
+            "attention", f"{path}/{name}_proj", (d_model, out_size), COLUMNS, config.qkv_bias
+        )
     if config.qk_norm:
-        joined = config.qk_norm_joins_heads
-        for name, size in (("q", q_out), ("k", kv_out)):
-            if name not in sizes and not config.fused_projections:
-                continue
-            rows.add("norm", f"{attention}/{name}_norm", "scale", (size if joined else head_dim,))
-    rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
+        for name, size in (("q", q_size), ("k", kv_size)):
+            if has_projection[name]:
+                norm_size = size if config.qk_norm_joins_heads else head_dim
+                rows.add("norm", f"{path}/{name}_norm", "scale", (norm_size,))
+    rows.linear("attention", f"{path}/o_proj", (q_size, d_model), ROWS, config.o_bias)
     if config.sinks:
-        heads = (config.num_attention_heads,)
-        rows.named("attention", f"{attention}/sinks", "{}.self_attn.sinks", heads, P("tensor"))
+        sinks_shape = (config.num_attention_heads,)
+        rows.named("attention", f"{path}/sinks", "{}.self_attn.sinks", sinks_shape, P("tensor"))
 
 
 # Tensors of a bare decoder (transformers' AutoModel) come without the prefix.
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_OF_KEYS = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
-_OF_TEXT = re.compile(r"^(?:model\.)?language_model\.(?:(lm_head\.)|model\.)?")
-_BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
+_KEY_OR_VALUE = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+_TEXT_PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:(lm_head\.)|model\.)?")
+_WITHOUT_PREFIX = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 
 
 def decoder_name(name: str, config: DecoderConfig) -> str:
@@ -195,16 +251,19 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
     the last one, which predict tokens further on (MTP), are named "further" where the family leaves
     them out, and keys and values of layers that take those of others "unused".
     """
-    if config.family.with_images is not None:
-        name = _OF_TEXT.sub(lambda match: match[1] or "model.", name)
-    if match := _LAYER.match(name):
-        layer = int(match[1])
-        further, left_out = f"further.{name}", config.family.left_out
-        if layer >= config.num_hidden_layers and left_out and left_out.fullmatch(further):
-            return further
-        if config.kind_of(layer).reuses and _OF_KEYS.search(name):
+    family = config.family
+    if family.with_images is not None:
+        name = _TEXT_PREFIX.sub(lambda match: match[1] or "model.", name)
+    layer_match = _LAYER.match(name)
+    if layer_match:
+        layer = int(layer_match[1])
+        further_name = f"further.{name}"
+        is_further_layer = layer >= config.num_hidden_layers
+        if is_further_layer and family.left_out and family.left_out.fullmatch(further_name):
+            return further_name
+        if config.kind_of(layer).reuses and _KEY_OR_VALUE.search(name):
             return f"unused.{name}"
-    return f"model.{name}" if _BARE.fullmatch(name) else name
+    return f"model.{name}" if _WITHOUT_PREFIX.fullmatch(name) else name
 
 
 def has_fused_experts(config: DecoderConfig) -> bool:
@@ -212,7 +271,7 @@ def has_fused_experts(config: DecoderConfig) -> bool:
     return len(config.family.expert_names) == 2
 
 
-_FUSED = re.compile(
+_FUSED_TENSOR = re.compile(
     r"((?:model\.)?(?:language_model\.)?layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
 )
 
@@ -233,26 +292,29 @@ def decoder_parts(
     Returns:
       The table's name of each tensor -> its place in the file; {} for a file of another layout.
     """
+    is_other_layout = any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes)
+    if has_fused_experts(config) or not is_other_layout:
+        return {}
     parts: dict[str, SubTensor] = {}
-    if has_fused_experts(config) or not any(
-        name.endswith(".mlp.experts.gate_up_proj") for name in shapes
-    ):
-        return parts
     gate, up, down = config.family.expert_names
-    inner = config.moe_intermediate_size
-    halves = {gate: slice(0, inner), up: slice(inner, None)}
+    d_expert = config.moe_intermediate_size
     for name, shape in shapes.items():
-        if (match := _FUSED.fullmatch(name)) is None:
+        match = _FUSED_TENSOR.fullmatch(name)
+        if match is None:
             continue
-        mlp = f"{match[1]}.{config.family.mlp_name}"
-        if match[2] == "gate.weight":
+        layer, tensor = match[1], match[2]
+        mlp = f"{layer}.{config.family.mlp_name}"
+        if tensor == "gate.weight":
             parts[f"{mlp}.gate.weight"] = SubTensor(name, ())
             continue
-        for expert in range(shape[0]):
-            hf = f"{mlp}.experts.{expert}"
-            if match[2] == "experts.down_proj":
-                parts[f"{hf}.{down}.weight"] = SubTensor(name, (expert,))
+        n_experts = shape[0]
+        for index in range(n_experts):
+            expert = f"{mlp}.experts.{index}"
+            if tensor == "experts.down_proj":
+                parts[f"{expert}.{down}.weight"] = SubTensor(name, (index,))
             else:
-                for kernel, half in halves.items():
-                    parts[f"{hf}.{kernel}.weight"] = SubTensor(name, (expert, half))
+                gate_rows = slice(0, d_expert)
+                up_rows = slice(d_expert, None)
+                parts[f"{expert}.{gate}.weight"] = SubTensor(name, (index, gate_rows))
+                parts[f"{expert}.{up}.weight"] = SubTensor(name, (index, up_rows))
     return parts

@@ -55,39 +55,57 @@ class SparseMLP(ModelPart):
           [batch, seq, d_model], and the experts of each token, [batch, seq, k] int32.
         """
         cfg = self.config
-        name, biased = cfg.family.router_name, cfg.expert_biases
-        dtype = wide_dtype(self.dtype) if biased else None  # dtype of product plus bias
         x = _rounded(x, x.dtype)
-        router = dense(
-            self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
-        )
+        logits = self._router_logits(x)
         if cfg.sigmoid_router:
-            init = nn.initializers.zeros
-            bias = self.param(CORRECTION, init, (cfg.num_experts,), wide_dtype(self.param_dtype))
-            weights, chosen = route_by_sigmoids(router(x), bias, cfg, routing)
+            correction = self.param(
+                CORRECTION,
+                nn.initializers.zeros,
+                (cfg.num_experts,),
+                wide_dtype(self.param_dtype),
+            )
+            weights, chosen = route_by_sigmoids(logits, correction, cfg, routing)
         else:
-            weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob, routing)
+            weights, chosen = route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob, routing)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
-        mixed = mixed_of(gated_of(cfg), products)
-        tokens = checkpoint_name(x, TOKENS)
-        out = self.placement.mixture(mixed)(tokens, weights, chosen, kernels, biases)
+        mixture = self.placement.mixture(mixed_of(gated_of(cfg), products))
+        out = mixture(checkpoint_name(x, TOKENS), weights, chosen, kernels, biases)
         out = checkpoint_name(out, SAME_TOKENS)
         if not cfg.shared_expert_intermediate_size:
             return out, chosen
-        inner = cfg.shared_expert_intermediate_size
-        shared = MLP(*self.options, inner=inner, name=cfg.family.shared_name)(x)
+        shared_mlp = MLP(
+            *self.options, inner=cfg.shared_expert_intermediate_size, name=cfg.family.shared_name
+        )
+        shared_out = shared_mlp(x)
         if not cfg.family.shared_is_gated:
-            return out + shared, chosen
+            return out + shared_out, chosen
         gate = dense(self, 1, use_bias=False, name="shared_expert_gate")(x)
-        return out + nn.sigmoid(gate) * shared, chosen
+        return out + nn.sigmoid(gate) * shared_out, chosen
+
+    @nn.nowrap
+    def _router_logits(self, x: jax.Array) -> jax.Array:
+        """Returns the router's logits, [batch, seq, experts] fp32."""
+        cfg = self.config
+        has_bias = cfg.expert_biases
+        router = dense(
+            self,
+            cfg.num_experts,
+            use_bias=has_bias,
+            name=cfg.family.router_name,
+            dot_general=dot_wide,
+            dtype=wide_dtype(self.dtype) if has_bias else None,  # of product plus bias
+        )
+        logits: jax.Array = router(x)
+        return logits
 
 
 def gated_of(config: DecoderConfig) -> Gated:
     """Returns the gated activation of a model's experts."""
-    limit, act = config.swiglu_limit, ACTIVATION[config.hidden_act]
+    limit = config.swiglu_limit
+    activation = ACTIVATION[config.hidden_act]
     if limit is None:
-        return lambda gate, up: act(gate) * up
+        return lambda gate, up: activation(gate) * up
 
     def clamped_swiglu(gate_up: jax.Array) -> jax.Array:
         gate = jnp.minimum(gate_up[..., ::2], limit)
@@ -175,20 +193,21 @@ def _mixed(
     shares: int = 1,
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the arguments."""
-    width, k = x.shape[-1], weights.shape[-1]
-    tokens = x.reshape(-1, width).astype(kernels[0].dtype)
+    d_model = x.shape[-1]
+    k = weights.shape[-1]
+    tokens = x.reshape(-1, d_model).astype(kernels[0].dtype)
     # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
     weights = weights.reshape(-1, k).T
     chosen = chosen.reshape(-1, k).T
     bias_option = {"biases": biases} if biases else {}  # a function of one's own may do without
     if shares > 1:
-        out = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option)
+        sums = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option)
     else:
-        rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
-        out = experts(gated, rows, chosen.reshape(-1), *kernels, **bias_option)
-        out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
-        out = out.sum(axis=0)
-    return _rounded(out.reshape(x.shape), x.dtype)
+        rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, d_model)
+        outs = experts(gated, rows, chosen.reshape(-1), *kernels, **bias_option)
+        outs = outs.reshape(k, -1, outs.shape[-1]).astype(weights.dtype)
+        sums = (outs * weights[..., None]).sum(axis=0)
+    return _rounded(sums.reshape(x.shape), x.dtype)
 
 
 def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -211,12 +230,15 @@ class _Experts(ModelPart):
     @nn.compact
     def __call__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         cfg = self.config
-        experts = [
-            _Kernel(*self.options, shape=(cfg.num_experts, *shape), name=name)()
-            for name, shape in cfg.expert_shapes.items()
-        ]
-        kernels, biases = zip(*experts, strict=True)
-        return kernels, biases if cfg.expert_biases else ()
+        kernels = []
+        biases = []
+        for name, shape in cfg.expert_shapes.items():
+            stack_shape = (cfg.num_experts, *shape)
+            kernel, bias = _Kernel(*self.options, shape=stack_shape, name=name)()
+            kernels.append(kernel)
+            if bias is not None:
+                biases.append(bias)
+        return tuple(kernels), tuple(biases)
 
 
 class _Kernel(ModelPart):
@@ -231,6 +253,6 @@ class _Kernel(ModelPart):
         kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
         if not self.config.expert_biases:
             return kernel, None
-        shape = (self.shape[0], self.shape[-1])
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        bias_shape = (self.shape[0], self.shape[-1])  # [experts, out]
+        bias = self.param("bias", nn.initializers.zeros, bias_shape, self.param_dtype)
         return kernel, bias.astype(self.dtype)
