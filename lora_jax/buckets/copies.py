@@ -6,8 +6,8 @@ object is read by the generation that one listing named, so a folder that is rep
 read again, and never as a mixture.
 
 A copy lies in `…/lora_jax_bucket_<name>/gs/<bucket>/<path>`: its path says where it comes from,
-and `shown` writes it so. The *root* of a copy is its folder `lora_jax_bucket_<name>`. A *place* is
-an address in a bucket.
+and `shown` writes it so. The *root* of a copy is its folder `lora_jax_bucket_<name>`. An
+*address* names an object or a folder in a bucket.
 """
 
 import contextlib
@@ -74,13 +74,13 @@ def is_copy(path: str | os.PathLike[str]) -> bool:
 
 
 def origin(path: str | os.PathLike[str]) -> BucketPath | None:
-    """Returns the place in a bucket of which a path is a copy; None for other paths."""
+    """Returns the address in a bucket of which a path is a copy; None for other paths."""
     match = _WHOLE.fullmatch(os.fspath(path))
     return None if match is None else bucket_path(f"gs://{match[1]}")
 
 
 def readable(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+    path: str | os.PathLike[str], is_wanted: Callable[[str], bool] = lambda name: True
 ) -> Path:
     """Returns a path of this machine: a path as it is, or the copy of what lies in a bucket.
 
@@ -89,35 +89,35 @@ def readable(
 
     Args:
       path: a path, or the address (gs://) of an object or a folder.
-      wanted: picks the objects of a folder by their names within it.
+      is_wanted: picks the objects of a folder by their names within it.
 
     Raises:
       RemotePathError: another scheme, such as s3://.
       BucketError: there is no such object or folder, it is being written, or the bucket cannot be
         read.
     """
-    place = bucket_path(path)
-    if place is None:
+    address = bucket_path(path)
+    if address is None:
         return local_path(path)
     for _ in range(_TRIES):
-        objects_in_folder = whole_objects(place)
-        objects = {name: facts for name, facts in objects_in_folder.items() if wanted(name)}
+        objects_in_folder = whole_objects(address)
+        objects = {name: facts for name, facts in objects_in_folder.items() if is_wanted(name)}
         if not objects_in_folder:
-            facts = find_object(place)
+            facts = find_object(address)
             if facts is None:
-                raise NotInBucket(f"{place}: there is no such object or folder in the bucket")
+                raise NotInBucket(f"{address}: there is no such object or folder in the bucket")
             objects = {"": facts}
-        state = repr((place, sorted(objects.items())))
+        state = repr((address, sorted(objects.items())))
         digest = hashlib.sha256(state.encode()).hexdigest()[:24]
         root = cache_folder() / "buckets" / f"{PREFIX}{digest}"
-        copy = copy_in(root, place)
+        copy = copy_in(root, address)
         if hold(root):
             return copy
         with contextlib.suppress(ObjectChanged):
-            _make_copy(root, place, objects)
+            _make_copy(root, address, objects)
             hold(root)
             return copy
-    raise BucketError(f"{place}: somebody replaces it again and again while it is read")
+    raise BucketError(f"{address}: somebody replaces it again and again while it is read")
 
 
 def glimpse(path: str | os.PathLike[str], names: Container[str]) -> Path:
@@ -133,22 +133,22 @@ def glimpse(path: str | os.PathLike[str], names: Container[str]) -> Path:
         return cache_folder() / "buckets" / "none"
 
 
-def copy_in(root: Path, place: BucketPath) -> Path:
+def copy_in(root: Path, address: BucketPath) -> Path:
     """Returns the path of a copy in its root folder."""
-    return root / "gs" / place.bucket / place.name
+    return root / "gs" / address.bucket / address.name
 
 
-def _make_copy(root: Path, place: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
-    """Makes a copy of a folder's objects, or of the place itself (""), which appears whole."""
+def _make_copy(root: Path, address: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
+    """Makes a copy of a folder's objects, or of the address itself (""), which appears whole."""
     root.parent.mkdir(parents=True, exist_ok=True)
     make_room(root.parent)
     partial_root = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
     try:
-        partial_copy = copy_in(partial_root, place)
+        partial_copy = copy_in(partial_root, address)
         is_folder = "" not in objects
         if is_folder:
             partial_copy.mkdir(parents=True)
-        fetch_objects(place, objects, partial_copy)
+        fetch_objects(address, objects, partial_copy)
         with contextlib.suppress(OSError):  # where another process was faster
             partial_root.rename(root)
     finally:
@@ -176,13 +176,13 @@ def whole_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
     return {name: facts for name, facts in objects.items() if not name.startswith(prefixes)}
 
 
-def fetch_objects(place: BucketPath, objects: Mapping[str, ObjectFacts], folder: Path) -> None:
-    """Copies objects of a folder ("" for the place itself) to a folder of this machine."""
+def fetch_objects(address: BucketPath, objects: Mapping[str, ObjectFacts], folder: Path) -> None:
+    """Copies objects of a folder ("" for the address itself) to a folder of this machine."""
 
     def fetch(name: str) -> None:
         file = folder / name if name else folder
         file.parent.mkdir(parents=True, exist_ok=True)
-        download(place / name, objects[name].generation, file)
+        download(address / name, objects[name].generation, file)
 
     run_parallel(fetch, objects)
 
@@ -199,24 +199,24 @@ def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
 
-def publish(folder: Path, place: BucketPath, unchanged: Container[str] = ()) -> None:
+def publish(folder: Path, address: BucketPath, unchanged: Container[str] = ()) -> None:
     """Writes a folder of this machine to a bucket, in the place of what is there.
 
     Until all of it is there, the folder counts as not there; see the module.
 
     Args:
       folder: the folder.
-      place: its place in the bucket.
+      address: the address of the folder in the bucket.
       unchanged: names of files whose objects stay as they are.
     """
     files = files_in(folder)
-    objects = list_objects(place)
-    write_object(place / MARK, b"")
+    objects = list_objects(address)
+    write_object(address / MARK, b"")
     changed_files = [name for name in files if name not in unchanged]
-    run_parallel(lambda name: write_object(place / name, folder / name), changed_files)
+    run_parallel(lambda name: write_object(address / name, folder / name), changed_files)
     deleted_files = sorted(set(objects) - {*files, MARK})
-    run_parallel(lambda name: delete_object(place / name), deleted_files)
-    delete_object(place / MARK)
+    run_parallel(lambda name: delete_object(address / name), deleted_files)
+    delete_object(address / MARK)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -237,28 +237,28 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
       by_all: whether all processes write it together. Then the first one sends it to a bucket, and
         all go on once it is there; otherwise, the calling process sends it.
     """
-    place = bucket_path(path)
-    if place is None:
+    address = bucket_path(path)
+    if address is None:
         yield local_path(path)
         return
     root = make_working_folder(PREFIX)
     try:
-        copy = copy_in(root, place)
-        with _barrier(place, by_all):  # before the first one changes what is there
+        copy = copy_in(root, address)
+        with _barrier(address, by_all):  # before the first one changes what is there
             copy.parent.mkdir(parents=True)
-            _fetch_outline(place, copy)
+            _fetch_outline(address, copy)
         fetched_states = _file_states(copy)
         is_sender = jax.process_index() == 0 or not by_all
-        with _barrier(place, by_all):
+        with _barrier(address, by_all):
             yield copy
             states = _file_states(copy)
             if states != fetched_states and is_sender:
                 if copy.is_file():
-                    write_object(place, copy)
+                    write_object(address, copy)
                 else:
                     # Of the files that were not written, the copy may have the names alone.
                     unchanged = {n for n, state in states.items() if fetched_states.get(n) == state}
-                    publish(copy, place, unchanged)
+                    publish(copy, address, unchanged)
     except Exception as error:
         error.args = tuple(shown(arg) if isinstance(arg, str) else arg for arg in error.args)
         raise
@@ -267,7 +267,7 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
 
 
 @contextlib.contextmanager
-def _barrier(place: BucketPath, by_all: bool) -> Iterator[None]:
+def _barrier(address: BucketPath, by_all: bool) -> Iterator[None]:
     """Lets all processes end a block at once, and an error in one of them end it in all."""
     problem = None
     try:
@@ -281,7 +281,7 @@ def _barrier(place: BucketPath, by_all: bool) -> Iterator[None]:
         failed_processes: Any = multihost_utils.process_allgather(has_failed)
         if problem is None and failed_processes.any():
             raise BucketError(
-                f"{place} could not be read or written by process "
+                f"{address} could not be read or written by process "
                 f"{int(failed_processes.argmax())}, which says why"
             )
     if problem is not None:
@@ -301,16 +301,16 @@ def _file_states(copy: Path) -> dict[str, tuple[int, int]]:
     return states
 
 
-def _fetch_outline(place: BucketPath, copy: Path) -> None:
+def _fetch_outline(address: BucketPath, copy: Path) -> None:
     """Makes the files of a folder in a bucket: small ones with their content, others empty."""
-    objects = list_objects(place)
+    objects = list_objects(address)
     objects.pop(MARK, None)  # a kill left it: what is there may be replaced
     for name in objects:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).touch()
     small_objects = {name: facts for name, facts in objects.items() if name.endswith(_SMALL)}
-    fetch_objects(place, small_objects, copy)
-    is_file = not objects and find_object(place) is not None
+    fetch_objects(address, small_objects, copy)
+    is_file = not objects and find_object(address) is not None
     if is_file:
         copy.touch()
 

@@ -43,21 +43,21 @@ class FolderMirror:
     """A working copy.
 
     Attributes:
-      place: the folder in the bucket.
+      address: the folder in the bucket.
       folder: the working copy.
     """
 
-    def __init__(self, place: BucketPath, is_apart: Callable[[str], bool]) -> None:
+    def __init__(self, address: BucketPath, is_apart: Callable[[str], bool]) -> None:
         """Makes a working copy of what is there.
 
         Args:
-          place: the folder in the bucket.
+          address: the folder in the bucket.
           is_apart: returns True for the names of files that are written to the bucket by others.
         """
-        self.place = place
+        self.address = address
         self._is_apart = is_apart
         self._root = make_working_folder(PREFIX)
-        self.folder = copy_in(self._root, place)
+        self.folder = copy_in(self._root, address)
         self._lock = threading.Lock()
         self._sent_states: dict[str, tuple[int, int]] = {}
         self._fetch()
@@ -65,19 +65,19 @@ class FolderMirror:
     def _fetch(self) -> None:
         """Makes the working copy of what is in the bucket."""
         for _ in range(_TRIES):
-            objects = whole_objects(self.place)
+            objects = whole_objects(self.address)
             names_apart = [name for name in objects if self._is_apart(name)]
             fetched = {name: facts for name, facts in objects.items() if name not in names_apart}
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             with contextlib.suppress(ObjectChanged):
-                fetch_objects(self.place, fetched, self.folder)
+                fetch_objects(self.address, fetched, self.folder)
                 for name in names_apart:  # so that they are seen to be there
                     (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (self.folder / name).touch()
                 self._sent_states = self._file_states()
                 return
-        raise BucketError(f"{self.place}: somebody writes to it again and again while it is read")
+        raise BucketError(f"{self.address}: somebody writes to it again and again while it is read")
 
     def send(self) -> None:
         """Sends changed files, and deletes those that are gone."""
@@ -93,7 +93,7 @@ class FolderMirror:
             single_files = [name for name in changed if not name.startswith(adapter_prefixes)]
             run_parallel(self._send_file, single_files)
             deleted_files = [name for name in deleted if not name.startswith(adapter_prefixes)]
-            run_parallel(lambda name: delete_object(self.place / name), deleted_files)
+            run_parallel(lambda name: delete_object(self.address / name), deleted_files)
             self._sent_states = states
 
     def clear_apart(self, lock: str) -> None:
@@ -102,9 +102,9 @@ class FolderMirror:
         Args:
           lock: The name of the lock, which stays.
         """
-        names_apart = [name for name in list_objects(self.place) if self._is_apart(name)]
+        names_apart = [name for name in list_objects(self.address) if self._is_apart(name)]
         deleted_names = [name for name in names_apart if name != lock]
-        run_parallel(lambda name: delete_object(self.place / name), deleted_names)
+        run_parallel(lambda name: delete_object(self.address / name), deleted_names)
 
     def close(self) -> None:
         """Sends changed files, and deletes the working copy.
@@ -138,20 +138,20 @@ class FolderMirror:
 
     def _send_file(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            write_object(self.place / name, (self.folder / name).read_bytes())
+            write_object(self.address / name, (self.folder / name).read_bytes())
 
     def _send_adapter(self, name: str) -> None:
         """Sends an adapter's folder, or deletes it from the bucket if it is gone."""
         folder = self.folder / name
-        place = self.place / name
+        address = self.address / name
         if (folder / _ADAPTER).is_file():
             with contextlib.suppress(FileNotFoundError):  # its mark stays: it is none any more
-                publish(folder, place)
+                publish(folder, address)
             return
-        write_object(place / MARK, b"")
-        deleted_names = sorted(set(list_objects(place)) - {MARK})
-        run_parallel(lambda file: delete_object(place / file), deleted_names)
-        delete_object(place / MARK)
+        write_object(address / MARK, b"")
+        deleted_names = sorted(set(list_objects(address)) - {MARK})
+        run_parallel(lambda file: delete_object(address / file), deleted_names)
+        delete_object(address / MARK)
 
 
 def _adapter_of(name: str, files: set[str]) -> str:

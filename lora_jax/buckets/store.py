@@ -34,7 +34,7 @@ class ObjectChanged(BucketError):
 
 
 class BucketPath(NamedTuple):
-    """The place of an object, or of a folder of them."""
+    """The address of an object, or of a folder of them."""
 
     bucket: str
     name: str  # without slashes around it; "" for the bucket itself
@@ -55,7 +55,7 @@ class ObjectFacts(NamedTuple):
 
 
 def bucket_path(path: str | os.PathLike[str]) -> BucketPath | None:
-    """Returns the place in a bucket that a path names; None for other paths.
+    """Returns the address in a bucket that a path names; None for other paths.
 
     >>> from lora_jax.buckets.store import bucket_path
     >>> bucket_path("gs://bucket/runs/mine/")
@@ -123,7 +123,7 @@ def write_object(path: BucketPath, content: bytes | Path, generation: int | None
     """Writes an object, which appears whole; returns its generation.
 
     Args:
-      path: its place.
+      path: the address of the object.
       content: its content, or the file that holds it.
       generation: the generation that it must have until then, `ABSENT` for none; None for any.
 

@@ -121,6 +121,7 @@ class SafetensorsFolder:
         self._open_files(folder)
         self._stored = stored_tensors(read_method(fields), self._headers, self._fetch, self.where)
         tensors = dict(self._headers)
+        # A tensor in codes replaces the tensors of the files that hold it.
         for name, stored in self._stored.items():
             path = self._paths[stored.tensors[0]]
             for tensor in stored.tensors:
