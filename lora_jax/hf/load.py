@@ -297,7 +297,8 @@ def _check_aliases(source: Source, table: list[Row]) -> None:
         for alias in row.aliases:
             if alias not in source.shapes:
                 continue
-            values, alias_values = source.read(row.hf), source.read(alias)
+            values = source.read(row.hf)
+            alias_values = source.read(alias)
             if not np.array_equal(alias_values, values, equal_nan=True):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "

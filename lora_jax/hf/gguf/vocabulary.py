@@ -162,10 +162,7 @@ def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) 
     place of the first merge that makes it.
     """
     model = definition["model"]
-    rank_of_token: dict[str, int] = {}
-    for rank, merge in enumerate(model["merges"]):
-        token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
-        rank_of_token.setdefault(token, rank)
+    rank_of_token = _merge_ranks(model["merges"])
     for token_id, token in enumerate(tokens):
         if types[token_id] == _NORMAL and _BYTE.fullmatch(token):
             types[token_id] = BYTE
@@ -196,6 +193,15 @@ def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) 
         "tokenizer.ggml.scores": list(map(score, tokens, types)),
         "tokenizer.ggml.add_space_prefix": adds_space,
     }
+
+
+def _merge_ranks(merges: Sequence[str | list[str]]) -> dict[str, int]:
+    """Returns the place of the first merge that makes each token."""
+    rank_of_token: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+        rank_of_token.setdefault(token, rank)
+    return rank_of_token
 
 
 def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
