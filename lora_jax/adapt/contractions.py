@@ -123,9 +123,9 @@ def contracts(use: Use, side: int, contents_of_axis: Sequence[Contents]) -> Cont
     if side == 0:
         return None
     if use.name == "ragged_dot_general":
-        numbers = use.params["ragged_dot_dimension_numbers"]
-        (_, contracted), (_, batched) = numbers.dot_dimension_numbers
-        not_free = {*contracted, *batched, *numbers.rhs_group_dimensions}
+        dimension_numbers = use.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batched) = dimension_numbers.dot_dimension_numbers
+        not_free = {*contracted, *batched, *dimension_numbers.rhs_group_dimensions}
         return ContractedAxes(contracted, not_free)
     _, *contracted = use.params["dimension_numbers"].rhs_spec  # of a convolution
     return ContractedAxes(contracted, set(contracted))

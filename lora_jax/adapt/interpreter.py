@@ -356,9 +356,9 @@ class Interpreter:
             function = functions.setdefault((self, key), make())  # one, whichever thread made it
         return function
 
-    def merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> jax.Array:
+    def merged(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> jax.Array:
         """Returns W + s·AB, formed at an equation or a line; see `say_merged`."""
-        self.say_merged(weight, primitive, where)
+        self.say_merged(weight, primitive, source)
         return weight.merged()
 
     def plain(self, value: Value, use: Use, position: str = "") -> Value:
@@ -374,14 +374,14 @@ class Interpreter:
         primitive = f"{use.name} ({position})" if position else use.name
         return self.merged(value, primitive, use.eqn)
 
-    def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> None:
+    def say_merged(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> None:
         """Warns that a weight is merged at an equation or a line, or raises MergeError."""
-        if isinstance(where, SourceLine):
-            line = where
+        if isinstance(source, SourceLine):
+            line = source
             function = None
         else:
-            line = place_of(where)
-            function = eqns.function_name(where)
+            line = place_of(source)
+            function = eqns.function_name(source)
         if weight.rows is not None:
             raise ExamplesError(merging.example_error(weight, primitive, line))
         if self.record is None:
@@ -486,11 +486,11 @@ class Interpreter:
             _refuse_rows(use)
         return label
 
-    def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | SourceLine) -> Value:
+    def _unfolded(self, value: Value, primitive: str, source: JaxprEqn | SourceLine) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
         if not isinstance(value, FoldedVector):
             return value
-        return value.formed(lambda weight: self.merged(weight, primitive, where))
+        return value.formed(lambda weight: self.merged(weight, primitive, source))
 
     def _note_factored(self, use: Use, outputs: Sequence[Value]) -> None:
         """Records a product or a joint of weights that forms none of them."""

@@ -164,10 +164,15 @@ class _Log:
 
     def rules(self) -> dict[str, Rule]:
         """Returns the rule for each primitive but those that `other` is for."""
-        products = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+        products = ("dot_general", "ragged_dot_general", "conv_general_dilated")
         moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
-        rules: dict[str, Rule] = {**CONTROL_RULES, **SOLVE_RULES}
-        return rules | dict.fromkeys(products, self._product) | dict.fromkeys(moves, self._moved)
+        return {
+            **CONTROL_RULES,
+            **SOLVE_RULES,
+            **dict.fromkeys(products, self._product),
+            **dict.fromkeys(moves, self._moved),
+            "gather": self._look_up,
+        }
 
     def merged(self, record: WeightUse) -> None:
         """Notes that leaves leave a loop or a branch as plain arrays."""
@@ -190,59 +195,65 @@ class _Log:
             self._lose(lost_paths, use.name, str(place_of(use.eqn)))
         return outputs
 
-    def _product(self, _: Interpreter, use: Use) -> list[Value]:
-        """Notes the axes of leaves that a product contracts; follows leaves through a look-up."""
-        operands = use.values[:2]
-        are_leaves = [
-            isinstance(value, Factored) and bool(paths_of(value.labels, "")) for value in operands
-        ]
-        contractions_of_side: list[dict[str, Contraction]] = []
-        for side, value in enumerate(operands):
+    def _note_contractions(self, use: Use) -> list[dict[str, Contraction]]:
+        """Notes the axes of leaves that a product contracts.
+
+        Returns:
+          For each operand that holds leaves, the contraction of each leaf, by path.
+        """
+        contractions_of_operand: list[dict[str, Contraction]] = []
+        for side, value in enumerate(use.values[:2]):
             labels: Any = value.labels if isinstance(value, Factored) else ()
             axes = contracts(use, side, labels) if labels else None
             if axes is None:
                 continue
-            contraction_of_path = contractions(use, side, axes, with_leaf=are_leaves[1 - side])
+            with_leaf = _is_leaf(use.values[1 - side])
+            contraction_of_path = contractions(use, side, axes, with_leaf)
             for path, contraction in contraction_of_path.items():
                 self.contractions.setdefault(path, []).append(contraction)
-            contractions_of_side.append(contraction_of_path)
-        if use.name == "gather":
-            output = _gathered(use)
-            return [output] if isinstance(output, Factored) else self._note_lost(use, [output])
+            contractions_of_operand.append(contraction_of_path)
+        return contractions_of_operand
+
+    def _look_up(self, _: Interpreter, use: Use) -> list[Value]:
+        """Notes the axes of a leaf that a look-up indexes; follows the axes that it leaves."""
+        self._note_contractions(use)
+        output = _gathered(use)
+        return [output] if isinstance(output, Factored) else self._note_lost(use, [output])
+
+    def _product(self, _: Interpreter, use: Use) -> list[Value]:
+        """Notes the axes of leaves that a product contracts; follows a product of two leaves."""
+        contractions_of_operand = self._note_contractions(use)
         (result,) = use.bind(use.bases)
         if _mixing(use):
             return [result]
-        is_stretched = any(
-            contraction.is_stretched
-            for contraction_of_path in contractions_of_side
-            for contraction in contraction_of_path.values()
-        )
-        are_different_leaves = all(are_leaves) and not set.intersection(
-            *map(set, contractions_of_side)
-        )
-        if use.name == "dot_general" and are_different_leaves and not is_stretched:
-            return [labelled(result, composed(use))]
+        if use.name == "dot_general" and all(map(_is_leaf, use.values)):
+            left, right = contractions_of_operand
+            are_different_leaves = left.keys().isdisjoint(right)
+            is_stretched = any(
+                contraction.is_stretched for contraction in [*left.values(), *right.values()]
+            )
+            if are_different_leaves and not is_stretched:
+                return [labelled(result, composed(use))]
         return [labelled(result, [NOTHING] * result.ndim)]
 
     def _moved(self, _: Interpreter, use: Use) -> list[Value]:
         """Moves axes as the axis map says; one that is stretched is lost."""
         (result,) = use.bind(use.bases)
-        weights = [value for value in use.values if isinstance(value, Factored)]
         source_axes_of_result = axis_map(use.eqn)
         if source_axes_of_result is None:
             return self._note_lost(use, [result])
-        if use.name == "broadcast_in_dim":
-            (shape,) = (weight.base.shape for weight in weights)
-            source_axes_of_result = tuple(
-                tuple(axis for axis in source_axes if shape[axis] == size)
-                for source_axes, size in zip(source_axes_of_result, result.shape, strict=True)
-            )
-        contents_of_weights = []
-        for weight in weights:
-            labels: Any = weight.labels
-            contents_of_weights.append(
-                [union(labels[axis] for axis in axes) for axes in source_axes_of_result]
-            )
+        contents_of_weights: list[list[Contents]] = []
+        for value in use.values:
+            if not isinstance(value, Factored):
+                continue
+            labels: Any = value.labels
+            contents_of_axis: list[Contents] = []
+            for source_axes, size in zip(source_axes_of_result, result.shape, strict=True):
+                if use.name == "broadcast_in_dim":
+                    shape = value.base.shape
+                    source_axes = tuple(axis for axis in source_axes if shape[axis] == size)
+                contents_of_axis.append(union(labels[axis] for axis in source_axes))
+            contents_of_weights.append(contents_of_axis)
         return [labelled(result, _joined(contents_of_weights, _mixing(use)))]
 
     def other(self, interpreter: Interpreter, use: Use) -> list[Value]:
@@ -272,6 +283,11 @@ class _Log:
                 output = labelled(output, [NOTHING] * output.ndim)
             labelled_outputs.append(output)
         return self._note_lost(use, labelled_outputs)
+
+
+def _is_leaf(value: Value) -> bool:
+    """Returns True if a value holds a leaf that is mixed with nothing else."""
+    return isinstance(value, Factored) and bool(paths_of(value.labels, ""))
 
 
 def _contents_in_place(operand: Value, output: Value, primitive: str) -> list[Contents] | None:
@@ -328,7 +344,7 @@ def _marked(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
 def _gathered(use: Use) -> Value:
     """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
     weight = use.values[0]
-    numbers = use.params["dimension_numbers"]
+    dimension_numbers = use.params["dimension_numbers"]
     (result,) = use.bind(use.bases)
     if not isinstance(weight, Factored):
         return result
@@ -339,12 +355,12 @@ def _gathered(use: Use) -> Value:
     for axis, label in enumerate(labels):
         contents = NOTHING if axis in indexed_axes else label
         n_axes_with_leaf += bool(contents)
-        if axis not in numbers.collapsed_slice_dims:
+        if axis not in dimension_numbers.collapsed_slice_dims:
             slice_contents.append(contents)
     is_row = n_axes_with_leaf < 2
-    if is_row or len(slice_contents) != len(numbers.offset_dims):
+    if is_row or len(slice_contents) != len(dimension_numbers.offset_dims):
         return result
-    contents_of_axis = dict(zip(numbers.offset_dims, slice_contents, strict=True))
+    contents_of_axis = dict(zip(dimension_numbers.offset_dims, slice_contents, strict=True))
     return labelled(result, [contents_of_axis.get(axis, NOTHING) for axis in range(result.ndim)])
 
 

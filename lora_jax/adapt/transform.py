@@ -163,8 +163,8 @@ def run(
         examples = follow_trace(traced, adapted.weights, call, example_axes, axes.of_result)
         interpreter = dataclasses.replace(interpreter, examples=examples)
     elif any(weight.active is not None for weight in adapted.weights.values()):
-        examples = follow_tokens(traced, adapted.weights, call)
-        interpreter = dataclasses.replace(interpreter, examples=examples)
+        tokens = follow_tokens(traced, adapted.weights, call)
+        interpreter = dataclasses.replace(interpreter, examples=tokens)
     eager_steps = None if cached_trace is None else cached_trace.steps
     outputs = _evaluated(interpreter, traced, adapted, eager_steps)
     result, writes = traced.outputs.filled(outputs)

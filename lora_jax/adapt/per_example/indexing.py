@@ -17,11 +17,13 @@ _BY_INDEX = "finds examples by an index that is the same for none or all of them
 def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A look-up of each example's own indices, in its own part of the operand or in a table."""
     operand_label, indices_label = labels
-    numbers = eqn.params["dimension_numbers"]
-    batching_axes = tuple(numbers.operand_batching_dims)
+    dimension_numbers = eqn.params["dimension_numbers"]
+    batching_axes = tuple(dimension_numbers.operand_batching_dims)
     result_axes = range(len(out_shape(eqn)))
     # For each index axis, the axis of the result that it becomes.
-    result_of_index_axis = [axis for axis in result_axes if axis not in numbers.offset_dims]
+    result_of_index_axis = [
+        axis for axis in result_axes if axis not in dimension_numbers.offset_dims
+    ]
     if not isinstance(operand_label, ExampleAxis):
         assert isinstance(indices_label, ExampleAxis)
         if indices_label.axis >= len(result_of_index_axis):
@@ -31,20 +33,20 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
     inner = operand_label.inner
     if operand_label.axis in batching_axes:
         batching_index = batching_axes.index(operand_label.axis)
-        index_axis = numbers.start_indices_batching_dims[batching_index]
+        index_axis = dimension_numbers.start_indices_batching_dims[batching_index]
         if indices_label not in (None, ExampleAxis(index_axis, inner)):
             raise MixingError("looks up by indices of other examples")
         return [ExampleAxis(result_of_index_axis[index_axis], inner)]
     operand_shape = shape_of(eqn)
     takes_all = eqn.params["slice_sizes"][operand_label.axis] == operand_shape[operand_label.axis]
-    is_indexed = operand_label.axis in numbers.start_index_map
+    is_indexed = operand_label.axis in dimension_numbers.start_index_map
     if indices_label is not None or is_indexed or not takes_all:
         raise MixingError(_BY_INDEX)
-    dropped_axes = (*numbers.collapsed_slice_dims, *batching_axes)
+    dropped_axes = (*dimension_numbers.collapsed_slice_dims, *batching_axes)
     slice_axes = [axis for axis in range(len(operand_shape)) if axis not in dropped_axes]
     if operand_label.axis not in slice_axes:  # an axis of size one
         raise MixingError("drops the axis of the examples")
-    return [ExampleAxis(numbers.offset_dims[slice_axes.index(operand_label.axis)], inner)]
+    return [ExampleAxis(dimension_numbers.offset_dims[slice_axes.index(operand_label.axis)], inner)]
 
 
 def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
@@ -86,16 +88,16 @@ class _ScatterAxes:
     """
 
     def __init__(self, eqn: JaxprEqn) -> None:
-        numbers = eqn.params["dimension_numbers"]
-        self.batching = tuple(numbers.operand_batching_dims)
-        self.index_of_batching = tuple(numbers.scatter_indices_batching_dims)
-        dropped_axes = (*numbers.inserted_window_dims, *self.batching)
+        dimension_numbers = eqn.params["dimension_numbers"]
+        self.batching = tuple(dimension_numbers.operand_batching_dims)
+        self.index_of_batching = tuple(dimension_numbers.scatter_indices_batching_dims)
+        dropped_axes = (*dimension_numbers.inserted_window_dims, *self.batching)
         operand_axes = range(len(shape_of(eqn)))
         self.window = [axis for axis in operand_axes if axis not in dropped_axes]
-        self.update_of_window = tuple(numbers.update_window_dims)
+        self.update_of_window = tuple(dimension_numbers.update_window_dims)
         update_axes = range(len(shape_of(eqn, 2)))
         self.update_of_index = [axis for axis in update_axes if axis not in self.update_of_window]
-        self.indexed = tuple(numbers.scatter_dims_to_operand_dims)
+        self.indexed = tuple(dimension_numbers.scatter_dims_to_operand_dims)
 
 
 def _scatter_target(

@@ -40,8 +40,8 @@ def _free_axes(eqn: JaxprEqn, side: int) -> list[int]:
 
 def _convolution(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     x_label, kernel_label = labels
-    numbers = eqn.params["dimension_numbers"]
-    batch_axis, result_batch_axis = numbers.lhs_spec[0], numbers.out_spec[0]
+    dimension_numbers = eqn.params["dimension_numbers"]
+    batch_axis, result_batch_axis = dimension_numbers.lhs_spec[0], dimension_numbers.out_spec[0]
     if kernel_label is not None and not isinstance(kernel_label, ExampleKernels):
         raise MixingError("has examples in its kernel")
     if not isinstance(x_label, ExampleAxis) or x_label.axis != batch_axis:

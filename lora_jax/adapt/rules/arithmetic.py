@@ -80,13 +80,15 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     return [weight.replace(base=base, **scaled_parts)]
 
 
-def _with_layout(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
-    """Returns an array with the weight's axes, those not in `axes` of size one, in that layout."""
-    weight_axes = [axis for axis in axes if axis != RANK]
+def _with_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Array:
+    """Returns an array with the weight's axes in a layout; the other axes have size one."""
+    weight_axes = [axis for axis in layout if axis != RANK]
     unit_axes = [axis for axis in range(array.ndim) if axis not in weight_axes]
-    transposed = lax.transpose(array, [*weight_axes, *unit_axes])
-    shape = [1 if axis == RANK else array.shape[axis] for axis in axes]
-    return transposed.reshape(shape).astype(dtype)
+    array = lax.transpose(array, [*weight_axes, *unit_axes])
+    layout_shape = list(array.shape[: len(weight_axes)])
+    if RANK in layout:
+        layout_shape.insert(layout.index(RANK), 1)
+    return array.reshape(layout_shape).astype(dtype)
 
 
 def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
@@ -232,11 +234,12 @@ def _neutral_part(
     name: str, value: Value, values: Sequence[Value], model: Factored, rank: int
 ) -> jax.Array:
     """Returns a part that changes nothing, for a value that lacks it; see `_end_to_end`."""
-    example = next(w.parts[name] for w in _weights_among(values) if name in w.parts)
+    known_parts = [weight.parts[name] for weight in _weights_among(values) if name in weight.parts]
     shape = sizes(AXES[name], _shape_of(value), model.labels, rank)
-    if name == "key":  # any will do
-        return jnp.broadcast_to(example.reshape(-1)[0], shape)
-    return jnp.full(shape, NEUTRAL.get(name, 0), example.dtype)
+    if name == "key":
+        any_key = known_parts[0].reshape(-1)[0]
+        return jnp.broadcast_to(any_key, shape)
+    return jnp.full(shape, NEUTRAL.get(name, 0), known_parts[0].dtype)
 
 
 def _side_by_side(name: str, values: Sequence[Value], model: Factored, dimension: int) -> jax.Array:

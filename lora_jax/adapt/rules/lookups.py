@@ -23,31 +23,35 @@ def _gather(_: Interpreter, use: Use) -> Outcome:
     weight, indices = use.values
     if isinstance(indices, Factored):
         return None
-    numbers = use.params["dimension_numbers"]
+    dimension_numbers = use.params["dimension_numbers"]
     slice_sizes = tuple(use.params["slice_sizes"])
-    result = _looked_up(weight, indices, numbers, slice_sizes, use)
+    result = _looked_up(weight, indices, dimension_numbers, slice_sizes, use)
     return None if result is None else [result]
 
 
 def _indexed_axis(
-    numbers: lax.GatherDimensionNumbers, slice_sizes: tuple[int, ...], shape: tuple[int, ...]
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: tuple[int, ...],
+    shape: tuple[int, ...],
 ) -> int | None:
     """Returns the one axis that a gather indexes, where it takes all others whole; else None."""
-    axes_in_part = [axis for axis in numbers.start_index_map if slice_sizes[axis] != shape[axis]]
-    indexed_axes = axes_in_part or list(numbers.start_index_map)
+    axes_in_part = [
+        axis for axis in dimension_numbers.start_index_map if slice_sizes[axis] != shape[axis]
+    ]
+    indexed_axes = axes_in_part or list(dimension_numbers.start_index_map)
     if len(indexed_axes) != 1:
         return None
     (indexed_axis,) = indexed_axes
     shape_of_row = tuple(1 if axis == indexed_axis else size for axis, size in enumerate(shape))
     takes_rows = slice_sizes == shape_of_row
-    collapses_other_axes = numbers.collapsed_slice_dims not in ((), (indexed_axis,))
+    collapses_other_axes = dimension_numbers.collapsed_slice_dims not in ((), (indexed_axis,))
     return indexed_axis if takes_rows and not collapses_other_axes else None
 
 
 def _looked_up(
     weight: Factored,
     indices: jax.Array,
-    numbers: lax.GatherDimensionNumbers,
+    dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: tuple[int, ...],
     use: Use,
 ) -> Value:
@@ -55,20 +59,21 @@ def _looked_up(
 
     Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
     """
-    if numbers.operand_batching_dims:
-        return _looked_up_by_member(weight, indices, numbers, slice_sizes, use)
-    axis = _indexed_axis(numbers, slice_sizes, weight.base.shape)
+    if dimension_numbers.operand_batching_dims:
+        return _looked_up_by_member(weight, indices, dimension_numbers, slice_sizes, use)
+    axis = _indexed_axis(dimension_numbers, slice_sizes, weight.base.shape)
     if axis is None:
         return None
-    has_other_indices = len(numbers.start_index_map) > 1  # of axes that are taken whole
+    # Of axes that are taken whole.
+    has_other_indices = len(dimension_numbers.start_index_map) > 1
     if has_other_indices:
         if use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
             return None  # there, an index along an axis that is taken whole can drop a row
-        element = numbers.start_index_map.index(axis)
+        element = dimension_numbers.start_index_map.index(axis)
         indices = lax.slice_in_dim(indices, element, element + 1, axis=indices.ndim - 1)
-    offsets = list(numbers.offset_dims)
+    offsets = list(dimension_numbers.offset_dims)
     unit_axis = None
-    if not numbers.collapsed_slice_dims:
+    if not dimension_numbers.collapsed_slice_dims:
         unit_axis = offsets.pop(axis)
         offsets = [offset - 1 if offset > unit_axis else offset for offset in offsets]
     result = _look_up_rows_or_members(weight, axis, indices, offsets, use)
@@ -164,23 +169,25 @@ def _rows_of_table(
 def _looked_up_by_member(
     weight: Factored,
     indices: jax.Array,
-    numbers: lax.GatherDimensionNumbers,
+    dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: tuple[int, ...],
     use: Use,
 ) -> jax.Array | None:
     """Returns the rows of each table of a stack at indices of its own, as under vmap; or None."""
     # Of NumPy's integers, some of which JAX writes there, `jax.vmap` takes none.
-    stack_axis, *other_stack_axes = map(int, numbers.operand_batching_dims)
-    index_axis, *other_index_axes = map(int, numbers.start_indices_batching_dims)
+    stack_axis, *other_stack_axes = map(int, dimension_numbers.operand_batching_dims)
+    index_axis, *other_index_axes = map(int, dimension_numbers.start_indices_batching_dims)
     if weight.labels[stack_axis] != "batch" or weight.rows is not None:
         return None
-    n_result_axes = indices.ndim - 1 + len(numbers.offset_dims)
-    place_axes = [axis for axis in range(n_result_axes) if axis not in numbers.offset_dims]
+    n_result_axes = indices.ndim - 1 + len(dimension_numbers.offset_dims)
+    place_axes = [
+        axis for axis in range(n_result_axes) if axis not in dimension_numbers.offset_dims
+    ]
     result_axis = place_axes[index_axis]
     member_numbers = lax.GatherDimensionNumbers(
-        offset_dims=_counted_without(result_axis, numbers.offset_dims),
-        collapsed_slice_dims=_counted_without(stack_axis, numbers.collapsed_slice_dims),
-        start_index_map=_counted_without(stack_axis, numbers.start_index_map),
+        offset_dims=_counted_without(result_axis, dimension_numbers.offset_dims),
+        collapsed_slice_dims=_counted_without(stack_axis, dimension_numbers.collapsed_slice_dims),
+        start_index_map=_counted_without(stack_axis, dimension_numbers.start_index_map),
         operand_batching_dims=_counted_without(stack_axis, other_stack_axes),
         start_indices_batching_dims=_counted_without(index_axis, other_index_axes),
     )
@@ -227,12 +234,14 @@ def _take(
         n_axes_more = indices.ndim - 2
         other_axes = [other for other in range(array.ndim) if other != axis]
         offsets = [other if other < axis else other + n_axes_more for other in other_axes]
-    numbers = lax.GatherDimensionNumbers(
+    dimension_numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
     )
     slice_sizes = list(array.shape)
     slice_sizes[axis] = 1
-    return lax.gather(array, indices, numbers, tuple(slice_sizes), mode=mode, fill_value=fill_value)
+    return lax.gather(
+        array, indices, dimension_numbers, tuple(slice_sizes), mode=mode, fill_value=fill_value
+    )
 
 
 def _look_up_members(

@@ -61,7 +61,7 @@ def shared_product(
     shareable_form = _shareable_form(weight, contract[1])
     if shareable_form is None or is_sharded(x):
         return None
-    weight_of_eqn = {id(use.eqn): weight}
+    weight_of_eqn = {id(use.eqn): weight}  # by identity
     for eqn, x_side in use.inputs.other_products(use.eqn, side):
         other_weight = _weight_ahead(use, eqn, 1 - x_side)
         if other_weight is None or eqn.params["precision"] != use.params["precision"]:
@@ -70,15 +70,16 @@ def shared_product(
         if _shareable_form(other_weight, other_contract) == shareable_form:
             weight_of_eqn[id(eqn)] = other_weight
     weights = list(weight_of_eqn.values())
+    n_weights = len(weights)
+    ranks = [sharing_weight.rank for sharing_weight in weights]
     call = ProductCall(contract, params={"precision": use.params["precision"]})
     n_rows = math.prod(x.shape[axis] for axis in call.x_free(x))
-    ranks = [each_weight.rank for each_weight in weights]
-    n_row_reads_saved = (len(weights) - 1) * n_rows
-    n_rows_copied = 2 * sum(ranks)  # of the A's, written and read
-    if n_row_reads_saved <= n_rows_copied:
+    # One product reads the rows of x once, but writes and reads a copy of the rows of all A's.
+    saves_memory_traffic = (n_weights - 1) * n_rows > 2 * sum(ranks)
+    if not saves_memory_traffic:
         return None
     with jax.named_scope(FACTORS):
-        z = scaled_product(x, _joined_by_rank(weights, x), call, n_weights=len(weights))
+        z = scaled_product(x, _joined_by_rank(weights, x), call, n_weights=n_weights)
         z_of_weights = lax.split(z, ranks, axis=z.ndim - 1)
         known_products.update(zip(weight_of_eqn, z_of_weights, strict=True))
     return known_products.pop(id(use.eqn))

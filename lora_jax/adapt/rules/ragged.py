@@ -106,8 +106,8 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         return [base_product(use, 1)(x)]
     if not _is_product_of_rows(x, weight, use):
         return None
-    numbers = use.params["ragged_dot_dimension_numbers"]
-    (_, (contracted_axis,)), _ = numbers.dot_dimension_numbers
+    dimension_numbers = use.params["ragged_dot_dimension_numbers"]
+    (_, (contracted_axis,)), _ = dimension_numbers.dot_dimension_numbers
     check_roles(weight, (contracted_axis,), (), use)
     near, far = weight.a, weight.b  # [groups, r, …] each
     role = weight.labels[contracted_axis]
@@ -142,14 +142,14 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 def _is_product_of_rows(x: jax.Array, weight: Factored, use: Use) -> bool:
     """Returns True if a ragged product is [rows, in] by [groups, in, out], the groups a stack."""
-    numbers = use.params["ragged_dot_dimension_numbers"]
-    (x_contract, _), batch = numbers.dot_dimension_numbers
+    dimension_numbers = use.params["ragged_dot_dimension_numbers"]
+    (x_contract, _), batch = dimension_numbers.dot_dimension_numbers
     return (
         use.params["group_offset"] is None
         and not any(batch)
-        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(dimension_numbers.lhs_ragged_dimensions) == (0,)
         and (x.ndim, len(weight.labels), tuple(x_contract)) == (2, 3, (1,))
-        and weight.labels[numbers.rhs_group_dimensions[0]] == "batch"
+        and weight.labels[dimension_numbers.rhs_group_dimensions[0]] == "batch"
     )
 
 
