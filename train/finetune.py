@@ -33,7 +33,6 @@ from train.stages.types import (
     AskedRun,
     BegunRun,
     EndedTraining,
-    FailedRun,
     FinishedRun,
     OpenedRun,
     RunContext,
@@ -62,21 +61,22 @@ def finetune(
 
     With --dry-run, nothing is trained or written; see `train.stages.dry_run`.
     """
-    began, is_whole = time.monotonic(), context is None
+    start_time = time.monotonic()
+    is_whole = context is None
     context = context or RunContext()
     hosts.join_hosts(config.run)
     console = hosts.console()
     session.join(console, config.run)
-    asked = AskedRun(options=config, task=task)
+    run = AskedRun(options=config, task=task)
     if config.run.dry_run:
-        rehearse(asked, session, context, console)
+        rehearse(run, session, context, console)
         return {}
-    (ending,) = train_runs(script, [asked], session, Alone(console), context)
+    (ending,) = train_runs(script, [run], session, Alone(console), context)
     if not isinstance(ending, FinishedRun):
-        run = ending.opened
-        tell(console, f"paused after step {run.end} of {run.inputs.steps}")
+        opened_run = ending.opened
+        tell(console, f"paused after step {opened_run.end} of {opened_run.inputs.steps}")
         return {}
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     _tell_ending(ending, console, session, context, seconds=seconds, is_whole=is_whole)
     return ending.scores
 
@@ -105,31 +105,39 @@ def train_runs(
       TrainingError: a run asks for something that cannot be done; nothing was trained.
     """
     # The options, folders and rows of all runs, before weights are read.
-    opened = open_runs(script, asked, session, arrangement, context)
-    going = {run.name: run for run in opened if isinstance(run, OpenedRun)}
-    unchanged: dict[str, RunEnding] = {
-        run.opened.name: run for run in opened if isinstance(run, FinishedRun)
-    }
-    if not going:
-        return [*unchanged.values()]
+    opened_runs: dict[str, OpenedRun] = {}
+    endings: dict[str, RunEnding] = {}
+    for run in open_runs(script, asked, session, arrangement, context):
+        if isinstance(run, OpenedRun):
+            opened_runs[run.name] = run
+        else:  # finished before
+            endings[run.opened.name] = run
+    if not opened_runs:
+        return [*endings.values()]
 
     # The model and its weights, which are read once; the adapters, and the base for comparison.
-    base, weights = read_base(next(iter(going.values())), arrangement.console)
-    arrangement.tell(f"{len(going)} runs train side by side over {base.outline.name}")
-    begun = begin_runs(going, base, weights, session, arrangement, context)
+    first_run = [*opened_runs.values()][0]
+    base, weights = read_base(first_run, arrangement.console)
+    arrangement.tell(f"{len(opened_runs)} runs train side by side over {base.outline.name}")
+    begun_runs: dict[str, BegunRun] = {}
+    ended_runs: dict[str, EndedTraining] = {}
+    for name, begun in begin_runs(
+        opened_runs, base, weights, session, arrangement, context
+    ).items():
+        if isinstance(begun, BegunRun):
+            begun_runs[name] = begun
+        else:  # failed at the beginning
+            ended_runs[name] = begun
 
     # The step, with the policy of --remat auto, and the training. It leaves each adapter on its
     # own, and the loss curve.
-    ready = {name: run for name, run in begun.items() if isinstance(run, BegunRun)}
-    trained: dict[str, EndedTraining] = {}
-    if ready:
-        compiled = compile_runs(ready, base, weights, arrangement)
-        trained = arrangement.train(compiled)
+    if begun_runs:
+        compiled_runs = compile_runs(begun_runs, base, weights, arrangement)
+        ended_runs |= arrangement.train(compiled_runs)
 
     # The trained models: their reports and scores.
-    failed = {name: run for name, run in begun.items() if isinstance(run, FailedRun)}
-    ended = {name: failed.get(name) or trained[name] for name in going}
-    endings = unchanged | measure_runs(ended, base, arrangement, context)
+    runs_in_order = {name: ended_runs[name] for name in opened_runs}
+    endings |= measure_runs(runs_in_order, base, arrangement, context)
     return [endings[run.name] for run in asked]
 
 
@@ -152,25 +160,27 @@ def _tell_ending(
       seconds: the time that the run took.
       is_whole: whether it is a run on its own.
     """
-    run, report = ending.opened, ending.report
+    run = ending.opened
+    report = ending.report
     if ending.is_unchanged:
-        done = report["last_step"]
+        last_step = report["last_step"]
         tell(
             console,
-            f"{shown(run.folder)} is finished after step {done}, and nothing was changed. For "
-            f"going on after step {done}, give more {flag('steps')} or {flag('patience')}",
+            f"{shown(run.folder)} is finished after step {last_step}, and nothing was changed. For "
+            f"going on after step {last_step}, give more {flag('steps')} or {flag('patience')}",
         )
         return
-    took = f"this part of the run took {duration(seconds)}"
+    time_line = f"this part of the run took {duration(seconds)}"
     if context.is_prior:
-        tell(console, took)
+        tell(console, time_line)
         return
     print_costs(console, report)
     tell(console, str(report["summary"]))
     if is_whole:
-        took = f"the whole run took {whole_time([run.folder], session)}"
-    console.print(f"{took}; its files are in {shown(run.folder)}")
-    outline, adapter = run.inputs.read.outline, run.folder / ADAPTER
+        time_line = f"the whole run took {whole_time([run.folder], session)}"
+    console.print(f"{time_line}; its files are in {shown(run.folder)}")
+    outline = run.inputs.read.outline
+    adapter = run.folder / ADAPTER
     # Weights that trained in full are no adapter of PEFT's; others are read to be sure.
-    merged_only = run.config.adapter.full or not find_adapter(str(adapter)).fits_peft(outline)
-    print_commands(console, adapter, ask_words(outline), merged=merged_only)
+    is_merged_only = run.config.adapter.full or not find_adapter(str(adapter)).fits_peft(outline)
+    print_commands(console, adapter, ask_words(outline), merged=is_merged_only)

@@ -66,22 +66,31 @@ class TrainingScript:
           UserError: an option has no effect beside the others, or stands wrongly in the file that
             --config names.
         """
-        return self._alone(*self._read(args))
+        config, line_options, file_options = self._read(args)
+        return self._single_run_options(config, line_options, file_options)
 
     def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
-        given = sys.argv[1:] if args is None else args
-        config, on_line, in_file = read_line(self.plain, given, self.name)
-        config = self.with_dataset(config, on_line | in_file.keys())
-        is_own = config.data.dataset != self.plain.data.dataset
-        if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
-            own, older = Path(self.own_output), Path(config.run.output)
-            if not (config.run.resume and _holds_run(older) and not _holds_run(own)):
+        """Reads a command line; returns options, with those set on the line and in a file."""
+        arguments = sys.argv[1:] if args is None else args
+        config, line_options, file_options = read_line(self.plain, arguments, self.name)
+        set_options = line_options | file_options.keys()
+        config = self.with_dataset(config, set_options)
+        has_own_data = config.data.dataset != self.plain.data.dataset
+        if has_own_data and self.own_output and "output" not in set_options:
+            own_folder = Path(self.own_output)
+            older_folder = Path(config.run.output)
+            resumes_older_run = (
+                config.run.resume and _holds_run(older_folder) and not _holds_run(own_folder)
+            )
+            if not resumes_older_run:
                 config = replace_options(config, {"output": self.own_output})
-        return config, on_line, in_file
+        return config, line_options, file_options
 
-    def _alone(self, config: Options, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
+    def _single_run_options(
+        self, config: Options, line_options: frozenset[str], file_options: Mapping[str, int]
+    ) -> Any:
         """Returns the options of a single run, with the task's defaults; see `parse`."""
-        check_effects(config, dataset_facts(config), on_line, in_file)
+        check_effects(config, dataset_facts(config), line_options, file_options)
         return self.completed(config, self.task_of(config).defaults)
 
     def task_of(self, config: Options) -> Task:
@@ -102,16 +111,16 @@ class TrainingScript:
         """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
         session = Session(BEGAN if args is None else None)
         with session.running():
-            config, on_line, in_file = self._read(args)
+            config, line_options, file_options = self._read(args)
             if getattr(config.run, "many", None) is not None:
                 check_local("output", [config.run.output])  # a table is a folder of this machine
-                lines = read_table(config, self.plain, on_line | in_file.keys())
-                asked = [
+                lines = read_table(config, self.plain, line_options | file_options.keys())
+                runs = [
                     dataclasses.replace(run, options=self.begin(run.options, run.task, session))
                     for run in self.asked_for(lines)
                 ]
-                return train_many(self.name, asked, session)
-            config = self._alone(config, on_line, in_file)
+                return train_many(self.name, runs, session)
+            config = self._single_run_options(config, line_options, file_options)
             self.check(config)
             task = self.task_of(config)
             finetune(self.name, self.begin(config, task, session), task, session)
@@ -122,19 +131,19 @@ class TrainingScript:
         Raises:
           UserError: options make no sense, or adapters stand on different bases; names the line.
         """
-        asked: list[AskedRun] = []
-        completed: list[RunOptions[Any]] = []
+        runs: list[AskedRun] = []
+        completed_lines: list[RunOptions[Any]] = []
         for line in lines:
             with as_user_errors(TrainingError, prefix=f"{line.where}: "):
                 task = self.task_of(line.options)
                 config = self.completed(line.options, task.defaults)
                 self.check(config)
-            begun = _holds_run(Path(config.run.output).expanduser())  # else its line is a new one
-            config = replace_options(config, {"resume": config.run.resume and begun})
-            completed.append(line._replace(options=config))
-            asked.append(AskedRun(name=line.name, where=line.where, options=config, task=task))
-        check_one_base(completed)
-        return asked
+            has_begun = _holds_run(Path(config.run.output).expanduser())  # else its line is new
+            config = replace_options(config, {"resume": config.run.resume and has_begun})
+            completed_lines.append(line._replace(options=config))
+            runs.append(AskedRun(name=line.name, where=line.where, options=config, task=task))
+        check_one_base(completed_lines)
+        return runs
 
 
 def _holds_run(folder: Path) -> bool:
@@ -161,22 +170,25 @@ def train_many(script: str, asked: Sequence[AskedRun], session: Session) -> None
     parent = endings[0].opened.folder.parent
     write_csv(parent / RESULTS, [results[0], *(result.values() for result in results)])
     print_results(console, results, hidden=("adapter", "error"))
-    broken = [ending for ending in endings if isinstance(ending, FailedRun)]
-    failed = [ending for ending in broken if ending.state == "failed"]
-    for ending in failed:
-        run, where = ending.opened, ending.opened.folder / ERROR
-        print(f"error: {run.name} failed: {ending.reason} ({where})", file=sys.stderr, flush=True)
-    took = whole_time((ending.opened.folder for ending in endings), session)
-    tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
+    unfinished_runs = [ending for ending in endings if isinstance(ending, FailedRun)]
+    failed_runs = [ending for ending in unfinished_runs if ending.state == "failed"]
+    for failed_run in failed_runs:
+        run = failed_run.opened
+        error_line = f"error: {run.name} failed: {failed_run.reason} ({run.folder / ERROR})"
+        print(error_line, file=sys.stderr, flush=True)
+    total_time = whole_time((ending.opened.folder for ending in endings), session)
+    tell(console, f"the whole table took {total_time}; its results are in {parent / RESULTS}")
     if any(isinstance(ending, FinishedRun) for ending in endings):
         tell(console, f"adapters: {parent / 'NAME' / ADAPTER}, with a run's name")
-    hint = session.stop.remedy
-    if n := len(broken) - len(failed):
-        text = f"stopped {n} of {len(endings)} runs, each saved. {hint}"
+    n_stopped = len(unfinished_runs) - len(failed_runs)
+    if n_stopped:
+        hint = session.stop.remedy
+        text = f"stopped {n_stopped} of {len(endings)} runs, each saved. {hint}"
         raise Interrupted(text, session.stop.code)
     session.stop.check()
-    if failed:
+    if failed_runs:
         print(
-            f"\n{len(failed)} of {len(endings)} runs failed; the others are done", file=sys.stderr
+            f"\n{len(failed_runs)} of {len(endings)} runs failed; the others are done",
+            file=sys.stderr,
         )
         sys.exit(FAILED)

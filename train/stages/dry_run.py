@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -65,8 +66,9 @@ def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Co
     Raises:
       UserError: something that was asked for cannot be done.
     """
+    task = asked.task
     with hosts.raise_in_every_process():
-        run, task = asked.options.run, asked.task
+        run = asked.options.run
         mesh = make_mesh(run.mesh, asked.options.optim.batch_size, slice_axis=run.slice_axis)
         platform = platform_of(mesh.devices.flat[0])
         config = settle_remat(task.completed(asked.options), platform)
@@ -88,38 +90,14 @@ def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
       loss: the function to minimise.
       console: console to print to.
     """
-    _, outline, data = inputs.read
-    feed, layout = inputs.feed, inputs.layout
     say = functools.partial(tell, console)
     say("")
-    coloured = console.is_terminal and not console.no_color
-    labels = data.facts.get("labels", ())
-    marked = "in green" if coloured else f"in {OPEN} {CLOSE}"
-    if isinstance(feed, PromptFeed):
-        say("the first prompts, as the model sees them; the loss counts what it draws after them:")
-    else:
-        counted = "" if labels else f"; the loss counts what is {marked}"
-        say(f"the first rows, as the model sees them{counted}:")
-    for row in preview_rows(data.train, outline.tokenizer, _ROWS, labels, data.row):
-        say(f"--- {row.title}")
-        console.print(as_text(row, coloured=coloured), soft_wrap=True)
-    say("---")
-    if isinstance(feed, PromptFeed) and feed.rewards is not None:
-        _print_reward(say, feed)
-    if isinstance(feed, PromptFeed) and feed.server is not None:
-        for line in lines_of_server(feed.server, feed):
-            say(line)
-    if isinstance(feed, PromptFeed) and feed.tools is not None:
-        for line in episode_lines(feed.tools.host, feed.prompts.rows[0]):
-            say(line)
-    sizes = lengths(data.train)
-    percentiles = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
-    shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, percentiles, strict=True))
-    what = _a_sequence(inputs)
-    say(f"tokens of {what}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
-    first = feed.first()
-    _print_steps(say, config, inputs, first)
-    step = local_step(config, outline, layout, loss, first)
+    _print_rows(say, inputs, console)
+    _print_lengths(say, inputs)
+    largest_batch = inputs.feed.first()
+    _print_steps(say, config, inputs, largest_batch)
+    layout = inputs.layout
+    step = local_step(config, inputs.read.outline, layout, loss, largest_batch)
 
     def compile_rung(remat: str) -> tuple[jax.stages.Compiled, int | None]:
         with jax.set_mesh(layout.mesh):
@@ -128,16 +106,59 @@ def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
 
     with doing(console, "compiling"), as_user_errors(_REFUSAL, prefix=_REFUSED):
         remat, compiled = settle_step(
-            config, inputs, [first], step.base, [step.state], compile_rung, say
+            config, inputs, [largest_batch], step.base, [step.state], compile_rung, say
         )
         config = replace_options(config, {"remat": remat})
-        needed = local_needs(dataclasses.replace(step, config=config), compiled)
-    _print_memory(say, needed)
-    if teacher := getattr(config.data, "teacher_model", None):
+        needs = local_needs(dataclasses.replace(step, config=config), compiled)
+    _print_memory(say, needs)
+    teacher = getattr(config.data, "teacher_model", None)
+    if teacher:
         say(f"the teacher, {teacher}, needs memory besides")
-    _print_time(say, config, inputs, needed)
+    _print_time(say, config, inputs, needs)
     say(f"{config.run.output}: {state_of(config.run.output)}")
     say("nothing was trained, and nothing was written: leave out --dry-run to train")
+
+
+def _print_rows(say: Say, inputs: Inputs, console: Console) -> None:
+    """Prints the first rows, and how their completions are rewarded, drawn, and call tools."""
+    data = inputs.read.data
+    feed = inputs.feed
+    has_colours = console.is_terminal and not console.no_color
+    labels = data.facts.get("labels", ())
+    if isinstance(feed, PromptFeed):
+        say("the first prompts, as the model sees them; the loss counts what it draws after them:")
+    elif labels:
+        say("the first rows, as the model sees them:")
+    else:
+        marking = "in green" if has_colours else f"in {OPEN} {CLOSE}"
+        say(f"the first rows, as the model sees them; the loss counts what is {marking}:")
+    for row in preview_rows(data.train, inputs.read.outline.tokenizer, _ROWS, labels, data.row):
+        say(f"--- {row.title}")
+        console.print(as_text(row, coloured=has_colours), soft_wrap=True)
+    say("---")
+    if not isinstance(feed, PromptFeed):
+        return
+    if feed.rewards is not None:
+        _print_reward(say, feed)
+    if feed.server is not None:
+        for line in lines_of_server(feed.server, feed):
+            say(line)
+    if feed.tools is not None:
+        for line in episode_lines(feed.tools.host, feed.prompts.rows[0]):
+            say(line)
+
+
+def _print_lengths(say: Say, inputs: Inputs) -> None:
+    """Prints percentiles and the mean of the rows' lengths."""
+    token_counts = lengths(inputs.read.data.train)
+    percentiles = np.percentile(token_counts, _PERCENTILES, method="higher").astype(int).tolist()
+    percentile_texts = [
+        f"{count} ({percent}%)" for percent, count in zip(_PERCENTILES, percentiles, strict=True)
+    ]
+    say(
+        f"tokens of {_sequence_name(inputs)}, by percentiles: {', '.join(percentile_texts)}; "
+        f"{token_counts.mean():,.1f} on average"
+    )
 
 
 def _print_reward(say: Say, feed: PromptFeed) -> None:
@@ -145,7 +166,8 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     assert feed.rewards is not None
     if feed.tools is not None and not feed.config.data.reward:
         return say(f"{feed.tools.host.name} alone rewards completions: none is judged here")
-    row, group = feed.prompts.rows[0], feed.config.data.group
+    row = feed.prompts.rows[0]
+    group = feed.config.data.group
     chat = [{"role": "assistant", "content": COMPLETION}]
     ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     batch = RewardBatch(
@@ -157,25 +179,31 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
         state=feed.progress(0),
         chats=() if feed.tools is None else [chat] * group,
     )
-    began = time.perf_counter()
-    totals = feed.rewards(batch)
-    took = time.perf_counter() - began
-    say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(took)}:")
-    for name, values in totals.by_name.items():
-        known = dict.fromkeys("none" if np.isnan(x) else f"{x:.4g}" for x in values)
-        say(f"  {name}: {', '.join(known)}")
-    for line in totals.said:
+    start_time = time.perf_counter()
+    rewards = feed.rewards(batch)
+    seconds = time.perf_counter() - start_time
+    say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(seconds)}:")
+    for name, values in rewards.by_name.items():
+        texts = ["none" if np.isnan(value) else f"{value:.4g}" for value in values]
+        say(f"  {name}: {', '.join(dict.fromkeys(texts))}")
+    for line in rewards.said:
         say(f"warning: {line}")
 
 
 def as_text(row: PreviewRow, *, coloured: bool) -> Text:
     """Returns a sequence with what the loss counts in green, or in brackets."""
-    if coloured:
-        return Text.assemble(*((s.text, "green" if s.counted else "") for s in row.spans))
-    return Text("".join(f"{OPEN}{s.text}{CLOSE}" if s.counted else s.text for s in row.spans))
+    text = Text()
+    for span in row.spans:
+        if not span.counted:
+            text.append(span.text)
+        elif coloured:
+            text.append(span.text, "green")
+        else:
+            text.append(f"{OPEN}{span.text}{CLOSE}")
+    return text
 
 
-def _a_sequence(inputs: Inputs) -> str:
+def _sequence_name(inputs: Inputs) -> str:
     """Returns the name of a sequence of the examples."""
     if isinstance(inputs.feed, PromptFeed):
         return "a prompt"
@@ -184,84 +212,101 @@ def _a_sequence(inputs: Inputs) -> str:
     return "a row" if inputs.read.data.feed is None else "a row of the sample"
 
 
-def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) -> None:
-    optim, run, feed, steps = config.optim, config.run, inputs.feed, inputs.steps
-    examples, rolling = inputs.read.data.train, isinstance(feed, PromptFeed)
-    unit = "completions" if rolling else "sequences"
+def _print_steps(say: Say, config: Options, inputs: Inputs, largest_batch: HostBatch) -> None:
+    """Prints the number of steps, and the sequences and tokens of one."""
+    optim = config.optim
+    feed = inputs.feed
+    examples = inputs.read.data.train
+    unit = "completions" if isinstance(feed, PromptFeed) else "sequences"
     if isinstance(examples, Preferences) and len(examples) == examples.n_units:
         unit = "pairs" if examples.a_unit == 2 else "rows"
-    n = optim.batch_size * optim.grad_accum
-    of_step = f"{n} {unit} a step" + (
-        f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""
-    )
-    shape = " × ".join(map(str, _largest(first, examples)))
-    epochs, taken = "", steps / getattr(optim, "updates", 1)  # steps that take rows of their own
+    n_sequences = optim.batch_size * optim.grad_accum
+    step_text = f"{n_sequences} {unit} a step"
+    if optim.grad_accum > 1:
+        step_text += f" ({optim.grad_accum} batches of {optim.batch_size})"
+    epochs = ""
     if isinstance(feed, Feed | PromptFeed):
-        epochs = f", {taken * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
-    say(f"steps: {steps:,}{epochs}; {of_step}; the largest batch is {shape} tokens")
+        # Several updates may learn from the same rows.
+        steps_with_rows = inputs.steps / getattr(optim, "updates", 1)
+        epochs = f", {steps_with_rows * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
+    shape = " × ".join(map(str, _batch_shape(largest_batch, examples)))
+    say(f"steps: {inputs.steps:,}{epochs}; {step_text}; the largest batch is {shape} tokens")
     if isinstance(feed, PromptFeed):
-        prompts = n // config.data.group if feed.share_prompt else n  # that the step reads
-        new, asked = n * first["targets"].shape[-1], prompts * lengths(examples).mean()
-        say(f"tokens a step: about {asked:,.0f} of prompts, and at most {new:,} that are drawn")
-    else:
-        some = [feed.tokens(feed.batch(number)) for number in range(min(steps, 16))]
-        a_step = float(np.mean(some))
+        n_prompts = n_sequences // config.data.group if feed.share_prompt else n_sequences
+        prompt_tokens = n_prompts * lengths(examples).mean()
+        drawn_tokens = n_sequences * largest_batch["targets"].shape[-1]
         say(
-            f"tokens without padding: {a_step:,.0f} a step (of the first {len(some)}), about "
-            f"{a_step * steps:,.0f} in all"
+            f"tokens a step: about {prompt_tokens:,.0f} of prompts, and at most {drawn_tokens:,} "
+            "that are drawn"
         )
-    if run.eval_every:
-        say(f"held-out loss: {steps // run.eval_every + bool(steps % run.eval_every)} times")
+    else:
+        n_counted = min(inputs.steps, 16)
+        token_counts = [feed.tokens(feed.batch(number)) for number in range(n_counted)]
+        mean_tokens = float(np.mean(token_counts))
+        say(
+            f"tokens without padding: {mean_tokens:,.0f} a step (of the first {n_counted}), about "
+            f"{mean_tokens * inputs.steps:,.0f} in all"
+        )
+    interval = config.run.eval_every
+    if interval:
+        say(f"held-out loss: {math.ceil(inputs.steps / interval)} times")
 
 
-def _largest(first: HostBatch, examples: Examples) -> tuple[int, ...]:
-    """Returns the rows and tokens of the largest batch."""
+def _batch_shape(batch: HostBatch, examples: Examples) -> tuple[int, ...]:
+    """Returns the rows and tokens of a batch."""
     if isinstance(examples, Images):
-        return first["labels"].shape[1], examples.length
-    return first["ids"].shape[1:]
+        return batch["labels"].shape[1], examples.length
+    return batch["ids"].shape[1:]
 
 
-def _print_memory(say: Say, needed: LocalNeeds) -> None:
-    parts = {
-        "base": needed.base,
-        "adapter": needed.adapter,
-        "optimiser": needed.optimizer,
-        "temporaries of the step" if needed.between else "temporaries": needed.temporaries,
-        **{f"of the {name}": n for name, n in needed.between.items()},
+def _print_memory(say: Say, needs: LocalNeeds) -> None:
+    """Prints the memory that a step needs, by what takes it, and the size of a checkpoint."""
+    has_several_programs = bool(needs.between)
+    sizes = {
+        "base": needs.base,
+        "adapter": needs.adapter,
+        "optimiser": needs.optimizer,
+        "temporaries of the step" if has_several_programs else "temporaries": needs.temporaries,
     }
-    known = ", ".join(f"{name} {byte_size(n)}" for name, n in parts.items() if n is not None)
-    if needed.total is None:
-        say(f"memory of a device: {known}; this compiler does not report a step's temporaries")
+    for name, size in needs.between.items():
+        sizes[f"of the {name}"] = size
+    size_texts = [f"{name} {byte_size(size)}" for name, size in sizes.items() if size is not None]
+    size_list = ", ".join(size_texts)
+    if needs.total is None:
+        say(f"memory of a device: {size_list}; this compiler does not report a step's temporaries")
     else:
-        of = "" if needed.capacity is None else f" of {byte_size(needed.capacity)}"
-        fits = needed.capacity is None or needed.total < needed.capacity
+        capacity = "" if needs.capacity is None else f" of {byte_size(needs.capacity)}"
+        remark = ", one at a time" if has_several_programs else ""
         say(
-            f"memory of a device, by the compiler: {byte_size(needed.total)}{of} ({known}"
-            f"{', one at a time' * bool(needed.between)}). The process itself, its rows and "
-            "programs come on top"
+            f"memory of a device, by the compiler: {byte_size(needs.total)}{capacity} ({size_list}"
+            f"{remark}). The process itself, its rows and programs come on top"
         )
-        if not fits:
+        if needs.capacity is not None and needs.total >= needs.capacity:
             say("warning: this does not fit: use --remat, a smaller --batch-size or --seq-len")
-    say(f"a checkpoint on disk: {byte_size(needed.checkpoint)}")
+    say(f"a checkpoint on disk: {byte_size(needs.checkpoint)}")
 
 
-def _print_time(say: Say, config: Options, inputs: Inputs, needed: LocalNeeds) -> None:
-    if needed.flops is None or needed.scored is None:
+def _print_time(say: Say, config: Options, inputs: Inputs, needs: LocalNeeds) -> None:
+    """Prints an estimate of the time of a run, where its FLOPs are known."""
+    if needs.flops is None or needs.scored is None:
         return
-    feed, steps = inputs.feed, inputs.steps
+    feed = inputs.feed
     rate = measured_rate(config.optim.dtype, list(inputs.layout.mesh.devices.flat))
-    live = is_live(config)
-    flops = needed.flops + live * needed.scored
-    a_step = flops / (rate * _UTILISATION)
+    step_rate = rate * _UTILISATION
+    scores_in_step = is_live(config)
+    step_flops = needs.flops + needs.scored if scores_in_step else needs.flops
+    step_seconds = step_flops / step_rate
     say(
-        f"time, an estimate: {a_step:,.2f} s a step and {duration(a_step * steps)} in all, if a "
-        f"step of {flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
+        f"time, an estimate: {step_seconds:,.2f} s a step and "
+        f"{duration(step_seconds * inputs.steps)} in all, if a "
+        f"step of {step_flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
         f"{rate / 1e9:,.0f} GFLOP/s that a product of matrices reached here just now; the largest "
         "batches are assumed throughout"
     )
-    if not live and isinstance(feed, Feed):
-        once = needed.scored * feed.n_examples / feed.order.rows_a_step / (rate * _UTILISATION)
-        say(f"before that, the reference reads all rows once: {duration(once)}")
+    if not scores_in_step and isinstance(feed, Feed):
+        n_batches = feed.n_examples / feed.order.rows_a_step
+        reference_seconds = needs.scored * n_batches / step_rate
+        say(f"before that, the reference reads all rows once: {duration(reference_seconds)}")
     if isinstance(feed, PromptFeed):
         say("drawing the completions takes time besides, a token after the other")
 
@@ -293,11 +338,12 @@ def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
 
 
 def _signature(function: Mapping[str, Any]) -> str:
+    """Returns a tool in words: its name, its parameters with types, and its description."""
     parameters = function.get("parameters") or {}
     required = parameters.get("required") or ()
-    arguments = ", ".join(
-        f"{name}: {schema.get('type', 'any')}{'' if name in required else ' = …'}"
-        for name, schema in (parameters.get("properties") or {}).items()
-    )
-    about = " ".join(str(function.get("description", "")).split())
-    return f"{function['name']}({arguments}): {about[:100]}"
+    arguments: list[str] = []
+    for name, schema in (parameters.get("properties") or {}).items():
+        default = "" if name in required else " = …"
+        arguments.append(f"{name}: {schema.get('type', 'any')}{default}")
+    description = " ".join(str(function.get("description", "")).split())
+    return f"{function['name']}({', '.join(arguments)}): {description[:100]}"

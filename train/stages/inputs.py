@@ -63,7 +63,7 @@ class SamplePrompts:
         Raises:
           UserError: the file cannot be read, a prompt is empty, or the model does not take one.
         """
-        chats = _read(run.sample_prompts)
+        chats = _read_chats(run.sample_prompts)
         self.texts = [str(chat[-1]["content"]) for chat in chats]
         if outline.tokenizer.chat_template is not None:
             with as_user_errors(TrainingError, prefix="--sample-prompts: "):
@@ -118,8 +118,12 @@ def read_inputs(config: Options, task: Task) -> RunData:
     codes = NONE if moves_weights(config.adapter) else config.optim.quantize
     outline = task.outline(config, rows).quantized(codes)
     outline.check_experts(config.optim.experts)
-    read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
-    hosts.check_alike(options_of_processes(config), **read)
+    hosts.check_alike(
+        options_of_processes(config),
+        rows=rows.train,
+        held_out=rows.held_out,
+        model=outline.config,
+    )
     remarks: list[str] = []
     if config.run.dry_run:  # before the rows become tokens, and are dropped
         template = str(getattr(outline.tokenizer, "chat_template", ""))
@@ -132,7 +136,7 @@ class InputReader:
     """Reads as `read_inputs` does, but once for all runs of the same data."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, str], RunData] = {}
+        self._data_of_options: dict[tuple[int, str], RunData] = {}
 
     def __call__(self, config: Options, task: Task) -> RunData:
         """Returns the data of a run; one that reads them while it trains has its own."""
@@ -141,14 +145,17 @@ class InputReader:
         read_by = {name for name, traits in traits_of(config).items() if traits.of_inputs}
         read_by |= {*task.reads(config)}
         saved = saved_options(config)
-        facts = {k: v for k, v in as_json(config).items() if k in read_by}
-        facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
-        for settings in (facts, facts["began"] or {}):
-            settings["eval_every"] = bool(settings.get("eval_every"))  # how often does not matter
-        key = id(task), json.dumps(facts, sort_keys=True)
-        if key not in self._found:
-            self._found[key] = read_inputs(config, task)
-        return self._found[key]
+        options = {name: value for name, value in as_json(config).items() if name in read_by}
+        first_options: dict[str, Any] | None = None
+        if saved:
+            first_options = {name: saved.get(name) for name in _HOLDING_OUT}
+            first_options["eval_every"] = bool(first_options["eval_every"])
+        options["eval_every"] = bool(options.get("eval_every"))  # how often does not matter
+        options["began"] = first_options
+        key = id(task), json.dumps(options, sort_keys=True)
+        if key not in self._data_of_options:
+            self._data_of_options[key] = read_inputs(config, task)
+        return self._data_of_options[key]
 
 
 def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
@@ -157,19 +164,25 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     Raises:
       TrainingError: options, examples and model do not fit.
     """
-    _, outline, data = read
+    outline = read.outline
+    data = read.data
     optim = config.optim
-    invoked: list[str] = []
-    if invocation := _check_rules(config, outline):
-        data, invoked = invoked_data(data, invocation)
+    lines = [*data.lines]
+    invocation = _check_rules(config, outline)
+    if invocation:
+        data, invocation_lines = invoked_data(data, invocation)
+        lines += invocation_lines
         read = read._replace(data=data)
-    prompts = None
+    prompts: SamplePrompts | None = None
     if isinstance(config.run, SftRunConfig) and config.run.sample_prompts:
         prompts = SamplePrompts(config.run, outline)
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-    if (steps := optim.steps) is None:
+    steps = optim.steps
+    if steps is None:
         assert optim.epochs is not None, "the options have no defaults yet"
-        steps = (data.steps or order.steps)(optim.epochs)
+        steps_of_epochs = data.steps or order.steps
+        steps = steps_of_epochs(optim.epochs)
+    lines += mixture_lines(data.train, order, steps)
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)
@@ -178,13 +191,16 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _chosen_attention(optim, outline, layout, data.facts)
-    layout, form = with_form(layout, config.run.collective_matmul)
-    chosen = [f"attention: {attention}", *([f"collective matmul: {form}"] if form else [])]
+    lines.append(f"attention: {attention}")
+    layout, product_form = with_form(layout, config.run.collective_matmul)
+    if product_form:
+        lines.append(f"collective matmul: {product_form}")
     weights = stand_in(outline.name)
     if weights is not None:
-        chosen.append(f"weights: {weights}")
-    of_torch: Any = outline.config if outline.is_torch else None
-    layers = of_torch.layer_lines() if of_torch else []
+        lines.append(f"weights: {weights}")
+    if outline.is_torch:
+        torch_config: Any = outline.config
+        lines += torch_config.layer_lines()
     return Inputs(
         read=read,
         prompts=prompts,
@@ -192,7 +208,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         steps=steps,
         rate=rate,
         layout=layout,
-        lines=(*data.lines, *invoked, *mixture_lines(data.train, order, steps), *chosen, *layers),
+        lines=tuple(lines),
         attention=attention.name,
     )
 
@@ -247,39 +263,39 @@ def _chosen_attention(
       UserError: what was asked for does not run on these devices, or does nothing there.
     """
     check_offload(optim.remat, layout.platform)
-    seq = facts["sequence_length"]
+    length = facts["sequence_length"]
     with as_user_errors(ValueError):
         return choose_attention(
             outline.config,
-            seq,
+            length,
             dtype=optim.dtype,
             attention=optim.attention,
             platform=layout.platform,
-            split=layout.split(seq),
+            split=layout.split(length),
             branched=facts.get(SHARED, False),
         )
 
 
-def _read(given: Sequence[str]) -> list[Chat]:
+def _read_chats(prompts: Sequence[str]) -> list[Chat]:
     """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
-    files = [text for text in given if text.lower().endswith(_SUFFIXES)]
-    if files and len(given) > 1:
+    files = [text for text in prompts if text.lower().endswith(_SUFFIXES)]
+    if files and len(prompts) > 1:
         raise UserError(
             f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
         )
     if not files:
-        return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
+        return [_chat(text, f"prompt {number}") for number, text in enumerate(prompts, start=1)]
     check_local("sample_prompts", files)
     path = Path(files[0]).expanduser()
     lines = read_user_file(path, f"--sample-prompts: {path} cannot be read: ").splitlines()
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise UserError(f"--sample-prompts: {path} is empty")
     is_json = path.suffix.lower() == ".jsonl"
-    return [
-        _chat_of_row(path, number, line) if is_json else _chat(line, str(path))
-        for number, line in rows
-    ]
+    chats: list[Chat] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            chats.append(_chat_of_row(path, number, line) if is_json else _chat(line, str(path)))
+    if not chats:
+        raise UserError(f"--sample-prompts: {path} is empty")
+    return chats
 
 
 def _chat(text: str, where: str) -> Chat:
@@ -289,6 +305,7 @@ def _chat(text: str, where: str) -> Chat:
 
 
 def _chat_of_row(path: Path, number: int, line: str) -> Chat:
+    """Returns the chat of a row of a JSONL file: a prompt, or messages that end with a user's."""
     where = f"{path}, line {number}"
     row = parsed(line, path, f"line {number}")
     if isinstance(row.get("prompt"), str):

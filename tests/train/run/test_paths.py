@@ -131,7 +131,7 @@ def test_files_of_options_and_tables_are_refused_by_their_lines(tmp_path, capsys
     said = fails(capsys, findings.main, "rates", "--test", BUCKET)
     assert said.startswith(f"--test {BUCKET} is no path") and not Path("runs").exists()
     with pytest.raises(UserError, match=f"--sample-prompts {BUCKET}.txt is no path"):
-        inputs._read([f"{BUCKET}.txt"])
+        inputs._read_chats([f"{BUCKET}.txt"])
     assert not (tmp_path / "many").exists()
 
 
