@@ -105,11 +105,11 @@ class Alone:
     def train(self, compiled: CompiledRuns) -> dict[str, EndedTraining]:
         """Trains the run as far as it goes; raises what ends it."""
         ((name, run),) = compiled.runs.items()
-        driver, stop = compiled.driver.take(), run.opened.stop
-        stop.remedy = run.opened.hint
+        driver = compiled.driver.take()
+        run.opened.stop.remedy = run.opened.hint
         with StepClock() as clock:
-            driven = drive(run, compiled, driver, {}, clock)
-            (ending,) = side_by_side(driver.take, {name: driven}).values()
+            driven_run = drive(run, compiled, driver, evaluations={}, clock=clock)
+            (ending,) = side_by_side(driver.take, {name: driven_run}).values()
         if ending.error is not None:
             raise ending.error
         return {name: ending.result}

@@ -72,8 +72,9 @@ def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
 
     Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
     """
-    optim, outline = config.optim, inputs.read.outline
-    model, plain = read_model(
+    optim = config.optim
+    outline = inputs.read.outline
+    model, params = read_model(
         outline.name,
         dtype=optim.dtype,
         param_dtype="float32" if moves_weights(config.adapter) else optim.dtype,
@@ -83,10 +84,10 @@ def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
         sharding=inputs.layout.of_parameter,
         **outline.head,
     )
-    check_weights(outline, plain)
+    check_weights(outline, params)
     # Codes stay codes, which the model runs on through `adapt` alone.
     forward = lj.adapt(model.apply) if outline.has_codes else model.apply
-    return EvaluatedModel(model, plain, forward)
+    return EvaluatedModel(model, params, forward)
 
 
 def begin_runs(
@@ -107,22 +108,21 @@ def begin_runs(
       arrangement: says how the runs stand beside each other.
       context: has the evaluations of the base so far.
     """
-    plain = weights.content
-    begun = {
-        name: arrangement.attempt(
-            run, functools.partial(begin_run, run, base.model, plain, session, arrangement)
-        )
-        for name, run in runs.items()
-    }
+    base_params = weights.content
+    begun_runs: dict[str, BegunRun | FailedRun] = {}
+    for name, run in runs.items():
+        work = functools.partial(begin_run, run, base.model, base_params, session, arrangement)
+        begun_runs[name] = arrangement.attempt(run, work)
     # Plain weights run by the model itself; codes stay codes.
     forward = base.adapted_forward if base.outline.has_codes else base.model.apply
-    for run in begun.values():
-        if isinstance(run, BegunRun) and run.evaluation and not run.opened.pauses:
+    for begun in begun_runs.values():
+        if isinstance(begun, BegunRun) and begun.evaluation and not begun.opened.pauses:
             # What an earlier run measured of the same base is not measured again.
-            if not any(map(run.evaluation.reuse_base_scores, context.measured)):
-                run.evaluation.before(EvaluatedModel(base.model, plain, forward))
-                context.measured.append(run.evaluation)
-    return begun
+            is_measured = any(map(begun.evaluation.reuse_base_scores, context.measured))
+            if not is_measured:
+                begun.evaluation.before(EvaluatedModel(base.model, base_params, forward))
+                context.measured.append(begun.evaluation)
+    return begun_runs
 
 
 def begin_run(
@@ -175,19 +175,21 @@ def adapt_base(run: OpenedRun, plain: Tree, key: jax.Array) -> Tree:
 
     With --intrinsic, the numbers of the subspace stand beside them.
     """
-    config, outline = run.config, run.inputs.read.outline
-    if (space := space_of(config, plain)) is not None:
+    config = run.config
+    outline = run.inputs.read.outline
+    space = space_of(config, plain)
+    if space is not None:
         return subspace.tree_of(space, plain)
-    mismatch = config.adapter.allow_base_mismatch
+    allow_mismatch = config.adapter.allow_base_mismatch
     if config.adapter.init_adapter is not None:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
-        return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
-    first = run.folder / output.START
+        return source.load(outline, plain, outline.name, allow_base_mismatch=allow_mismatch)
+    start_adapter = run.folder / output.START
     with as_user_errors(ValueError):
-        if config.run.resume and first.exists():
-            return lj.load_adapter(first, plain, allow_base_mismatch=mismatch)
-        chosen = rules(config.adapter, outline)
-        return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
+        if config.run.resume and start_adapter.exists():
+            return lj.load_adapter(start_adapter, plain, allow_base_mismatch=allow_mismatch)
+        adapter_rules = rules(config.adapter, outline)
+        return lj.lorafy(plain, adapter_rules, key=key, kinds=outline.kinds)
 
 
 def begin_state(run: OpenedRun, params: Tree, key: jax.Array) -> TrainingStart:

@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.bank.together.side_by_side import RunEnding, side_by_side
+from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.core.types import Forward, Model, Tree
@@ -123,10 +123,10 @@ class SideBySide:
         """Places the adapters; returns the function that compiles the common step for a model."""
         layout = base.layout
         tenants = {name: run.arrays.take() for name, run in runs.items()}
-        dropped = any(has_dropout(tenant.params) for tenant in tenants.values())
+        drops_out = any(has_dropout(tenant.params) for tenant in tenants.values())
 
         def forward_of(model: Model) -> Forward:
-            return lj.adapt(layout.constrained(model, dropout=dropped).apply)
+            return lj.adapt(layout.constrained(model, dropout=drops_out).apply)
 
         together = Together(
             forward_of(base.model), weights.take(), compiler_options=layout.compiler_options
@@ -146,8 +146,11 @@ class SideBySide:
 
     def train(self, compiled: CompiledRuns) -> dict[str, EndedTraining]:
         """Trains all runs as far as each goes."""
-        runs, driver = compiled.runs, compiled.driver.take()
-        together, clock, stop = driver.together, driver.clock, self._session.stop
+        runs = compiled.runs
+        driver = compiled.driver.take()
+        together = driver.together
+        clock = driver.clock
+        stop = self._session.stop
         together.use(driver.forward)
         board = Board(self.console, {name: run.opened.end for name, run in runs.items()})
         evaluations: Evaluations = {}
@@ -166,13 +169,13 @@ class SideBySide:
             board.show()
 
         with jax.set_mesh(compiled.base.layout.mesh):
-            driven = {}
+            driven_runs: dict[str, DrivenRun] = {}
             for name, run in runs.items():
                 stop.remedy = run.opened.hint
-                driven[name] = drive(run, compiled, driver, evaluations, clock, board)
+                driven_runs[name] = drive(run, compiled, driver, evaluations, clock, board)
                 board.note(name, {"step": together.done(name)})
             with board, clock, stop.deferred():
-                side_by_side(driver.take, driven, ended=ended, turned=turned)
+                side_by_side(driver.take, driven_runs, ended=ended, turned=turned)
                 board.show()
         return endings
 
@@ -189,9 +192,9 @@ def failed_run(run: OpenedRun, error: BaseException, best: Best | None) -> Faile
     failed = FailedRun(opened=run, best=best_facts(best), error=error)
     if isinstance(error, Stopped):
         return failed
-    whole = "".join(traceback.format_exception(error))
+    message = "".join(traceback.format_exception(error))
     if isinstance(error, TrainingError):
-        whole = error.said(flag)
-    tell(run.console, f"error: {whole}")
-    write_text(run.folder / ERROR, f"{whole.rstrip()}\n")
+        message = error.said(flag)
+    tell(run.console, f"error: {message}")
+    write_text(run.folder / ERROR, f"{message.rstrip()}\n")
     return failed

@@ -42,25 +42,26 @@ def compile_runs(
     Raises:
       UserError: with --remat auto, no policy fits, or the compiler failed.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     compile_for = arrangement.step_compiler(runs, base, weights)
 
     def compile_rung(remat: str) -> tuple[Any, int | None]:
         with doing(arrangement.console, "compiling the step"):
             return compile_for(with_remat(base.model, remat))
 
-    first = next(iter(runs.values())).opened
-    starts = [run.start.content for run in runs.values()]
+    begun_runs = [*runs.values()]
+    first_run = begun_runs[0].opened
+    starts = [run.start.content for run in begun_runs]
     remat, driver = settle_step(
-        first.config,
-        first.inputs,
-        [run.batch for run in runs.values()],
+        first_run.config,
+        first_run.inputs,
+        [run.batch for run in begun_runs],
         starts[0].base,
         [start.state for start in starts],
         compile_rung,
         functools.partial(tell, arrangement.console),
     )
-    compiled = {
+    compiled_runs = {
         name: CompiledRun(
             opened=settled_run(run.opened, remat),
             evaluation=run.evaluation,
@@ -70,10 +71,10 @@ def compile_runs(
         for name, run in runs.items()
     }
     return CompiledRuns(
-        runs=compiled,
+        runs=compiled_runs,
         driver=Handover(driver),
         base=base._replace(model=with_remat(base.model, remat)),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start_time,
     )
 
 

@@ -29,7 +29,7 @@ from train.stages.types import (
 )
 
 # Measured while steps are taken.
-_OF_STEPS = ("median_step_seconds", "step_seconds_quartiles", "peak_bytes")
+_STEP_MEASURES = ("median_step_seconds", "step_seconds_quartiles", "peak_bytes")
 
 
 def measure_runs(
@@ -80,23 +80,27 @@ def measure_run(
       evaluates: whether the task scores it.
       base, arrangement, context: see `measure_runs`.
     """
-    opened, path = run.opened, run.opened.folder / REPORT
+    opened = run.opened
+    report_path = opened.folder / REPORT
     arrangement.check_signal(run)
     report = make_report(run, base.n_bytes, n_runs).as_json()
-    write_json(path, report)
+    write_json(report_path, report)
     print_adapter(opened.console, opened.folder / ADAPTER, report)
-    tree, scores = run.tree.take(), dict[str, float]()
+    tree = run.tree.take()
+    scores: dict[str, float] = {}
     if context.on_trained:
         context.on_trained(opened, tree, base.adapted_forward)
     if run.evaluation and evaluates:
         with arrangement.evaluating(opened.name):
             # Codes that are merged are the float model, and an activated LoRA has no merged form.
+            can_merge = not base.outline.has_codes and not invocations_of(tree)
             forward = base.adapted_forward
-            if not (base.outline.has_codes or invocations_of(tree)):
-                forward, tree = base.model.apply, merge_trained(opened.space, tree)
+            if can_merge:
+                forward = base.model.apply
+                tree = merge_trained(opened.space, tree)
             scores = run.evaluation.after(EvaluatedModel(base.model, tree, forward))
     if evaluates:
-        write_json(path, report | {"scores": scores})
+        write_json(report_path, report | {"scores": scores})
     return FinishedRun(opened=opened, report=report, scores=scores)
 
 
@@ -110,16 +114,20 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
       base_bytes: bytes of the base in memory.
       n_runs: the number of runs over the base.
     """
-    opened, times, best = run.opened, run.step_times, run.best
+    opened = run.opened
+    times = run.step_times
+    best = run.best
     metrics = read_metrics(opened.folder)
-    of_steps: dict[str, Any] = {
+    step_measures: dict[str, Any] = {
         "median_step_seconds": None if times is None else times.median,
         "step_seconds_quartiles": None if times is None else [times.low, times.high],
         "peak_bytes": peak_bytes(),
     }
-    earlier = read_json(opened.folder / REPORT)
-    if times is None and earlier.get("last_step") == run.last_step:
-        of_steps |= {name: earlier[name] for name in _OF_STEPS if name in earlier}
+    earlier_report = read_json(opened.folder / REPORT)
+    if times is None and earlier_report.get("last_step") == run.last_step:
+        for name in _STEP_MEASURES:
+            if name in earlier_report:
+                step_measures[name] = earlier_report[name]
     compilation = run.compilation
     return RunReport(
         summary=lj.summary(run.tree.content, in_training=True),
@@ -128,7 +136,7 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
         kept_step=best_facts(best).get("step", run.last_step),
         skipped_steps=[line["step"] for line in metrics if "skipped" in line],
         skip_reasons={line["step"]: line["reason"] for line in metrics if "reason" in line},
-        **of_steps,
+        **step_measures,
         adapter_bytes=folder_bytes(opened.folder / ADAPTER),
         best=best.about if best else None,
         ended_early=best.is_over if best else None,
@@ -142,21 +150,23 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
 
 def result_of(ending: RunEnding) -> dict[str, Any]:
     """Returns a run's line of the table of results."""
-    opened, score, adapter = ending.opened, None, None
+    opened = ending.opened
     lines = read_metrics(opened.folder)
-    last = lines[-1]["step"] if lines else 0
+    last_step = lines[-1]["step"] if lines else 0
+    score: float | None = None
+    adapter: str | None = None
     if isinstance(ending, FinishedRun):
-        last, score = ending.report["last_step"], ending.score
+        last_step = ending.report["last_step"]
+        score = ending.score
         adapter = str(opened.folder / ADAPTER)
-    kept_step = ending.best.get("step", last)
-    loss, held_out, measured_score = (
-        newest_measurement(lines, name, kept_step)
-        for name in ("loss", f"{HELD_OUT}loss", f"{SCORE}{opened.task.score}")
-    )
+    kept_step = ending.best.get("step", last_step)
+    loss = newest_measurement(lines, "loss", kept_step)
+    held_out = newest_measurement(lines, f"{HELD_OUT}loss", kept_step)
+    measured_score = newest_measurement(lines, f"{SCORE}{opened.task.score}", kept_step)
     return {
         "name": opened.name,
         "status": ending.state,
-        "steps": last,
+        "steps": last_step,
         "kept_step": kept_step,
         "loss": loss.value,
         "loss_step": loss.step,

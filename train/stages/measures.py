@@ -60,37 +60,40 @@ def make_measures(
       log: the log that sampled answers go to.
     """
     inputs = run.inputs
-    asked: Any = run.config.run
-    if asked.eval_every and inputs.read.data.measured_on is not None:
+    options: Any = run.config.run
+    if options.eval_every and inputs.read.data.measured_on is not None:
         examples = inputs.read.data.measured_on
-        yield held_out(examples, every=asked.eval_every, stop=run.stop)
+        yield held_out(examples, every=options.eval_every, stop=run.stop)
 
-    if asked.score_every and evaluation:
+    if options.score_every and evaluation:
 
         def scored(state: State) -> dict[str, float] | None:
             return score(evaluation, trained_model(state), run.stop)
 
-        yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
+        yield PeriodicMeasure(every=options.score_every, prefix=SCORE, take=scored)
     if isinstance(inputs.feed, PromptFeed):
-        rolling, updates = inputs.feed, getattr(run.config.optim, "updates", 1)
+        feed = inputs.feed
+        n_updates = getattr(run.config.optim, "updates", 1)
 
         def completed(state: State) -> dict[str, float]:
             step = int(state.step)
-            until = step + updates - 1  # the last step that new completions are for
-            some = step == 1 or until >= run.end or until % asked.save_every < updates
-            log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
+            last_step = step + n_updates - 1  # the last step that new completions are for
+            saves_checkpoint = last_step % options.save_every < n_updates
+            is_shown = step == 1 or last_step >= run.end or saves_checkpoint
+            log.sampled(step, feed.fresh(), shown=_COMPLETIONS if is_shown else 0)
             return {}
 
         yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
-    if prompts := inputs.prompts:
+    if inputs.prompts:
+        prompts = inputs.prompts
         outline = inputs.read.outline
 
         def sampled(state: State) -> dict[str, float]:
             answers = answer_prompts(
-                trained_model(state), outline, prompts.tokens, new_tokens=asked.sample_tokens
+                trained_model(state), outline, prompts.tokens, new_tokens=options.sample_tokens
             )
             samples = [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
             log.sampled(int(state.step), samples)
             return {}
 
-        yield PeriodicMeasure(every=asked.sample_every, prefix=SAMPLED, take=sampled)
+        yield PeriodicMeasure(every=options.sample_every, prefix=SAMPLED, take=sampled)

@@ -29,7 +29,7 @@ from train.stages.inputs import make_inputs
 from train.stages.remat import settle_remat
 from train.stages.types import AskedRun, FinishedRun, OpenedRun, RunContext
 
-_OF_DATA = ("labels", "seq_len")  # the facts about examples that the adapter keeps
+_ADAPTER_FACTS = ("labels", "seq_len")  # the facts about examples that the adapter keeps
 
 
 def open_runs(
@@ -59,20 +59,19 @@ def open_runs(
     """
     with hosts.raise_in_every_process():
         options = asked[0].options.run
-        cached = keep_compiled(options.compilation_cache)
-        sizes = (run.options.optim.batch_size for run in asked)
-        mesh = make_mesh(options.mesh, math.gcd(*sizes), slice_axis=options.slice_axis)
+        cache_line = keep_compiled(options.compilation_cache)
+        batch_sizes = [run.options.optim.batch_size for run in asked]
+        mesh = make_mesh(options.mesh, math.gcd(*batch_sizes), slice_axis=options.slice_axis)
         opened = [open_run(script, run, mesh, session, arrangement, context) for run in asked]
         runs = [finished_run(run, context) or run for run in opened]
-        going = [run for run in runs if isinstance(run, OpenedRun)]
-        check_images(going)
-    if cached:
-        tell(arrangement.console, cached)
-    for run in going:
+        unfinished_runs = [run for run in runs if isinstance(run, OpenedRun)]
+        check_images(unfinished_runs)
+    if cache_line:
+        tell(arrangement.console, cache_line)
+    for run in unfinished_runs:
         tell(run.console, *run.inputs.lines)
-    arrangement.tell(
-        *(f"{run.opened.name}: finished" for run in runs if isinstance(run, FinishedRun))
-    )
+    finished_names = [run.opened.name for run in runs if isinstance(run, FinishedRun)]
+    arrangement.tell(*(f"{name}: finished" for name in finished_names))
     return runs
 
 
@@ -96,7 +95,8 @@ def open_run(
     """
     prefix = f"{asked.where}: "
     with as_user_errors(TrainingError, prefix=prefix) if asked.where else nullcontext():
-        task, console = asked.task, arrangement.console_of(asked.name)
+        task = asked.task
+        console = arrangement.console_of(asked.name)
         config = task.completed(asked.options)
         config = settle_remat(config, platform_of(mesh.devices.flat[0]))
         if is_first():
@@ -107,7 +107,7 @@ def open_run(
         session.release.callback(read.data.close)
         inputs = make_inputs(config, mesh, read)
         space = space_of(config, read.outline.params)
-        facts = {name: fact for name, fact in read.data.facts.items() if name in _OF_DATA}
+        facts = {name: fact for name, fact in read.data.facts.items() if name in _ADAPTER_FACTS}
         return OpenedRun(
             asked=asked,
             script=script,
@@ -165,29 +165,42 @@ def is_finished(run: OpenedRun) -> bool:
 
     Its report and scores are written, and its newest checkpoint is whole and of these data.
     """
-    options, adapter = run.config.run, run.folder / output.ADAPTER
-    if run.pauses or not options.resume or not adapter.exists():
+    options = run.config.run
+    has_adapter = (run.folder / output.ADAPTER).exists()
+    if run.pauses or not options.resume or not has_adapter:
         return False
-    steps, report = run.inputs.steps, read_json(run.folder / output.REPORT)
-    if "scores" not in report or not report["last_step"] <= steps <= report["steps"]:
+    n_steps = run.inputs.steps
+    report = read_json(run.folder / output.REPORT)
+    if "scores" not in report:
+        return False
+    last_step = report["last_step"]
+    is_long_enough = last_step <= n_steps <= report["steps"]
+    if not is_long_enough:
         return False
     checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, options.keep)
-    is_last = checkpoints.steps()[-1:] == [report["last_step"]]
-    saved = checkpoints.run_of_newest() if is_last else None
+    has_last_checkpoint = checkpoints.steps()[-1:] == [last_step]
+    saved = checkpoints.run_of_newest() if has_last_checkpoint else None
     checkpoints.close()
-    if saved is None or saved["data"] != run.inputs.feed.digest() or saved.get("owed"):
+    if saved is None:
         return False
-    waited = saved.get("best", {}).get("waited", 0)
-    is_over = options.patience is not None and waited >= options.patience
-    return is_over or report["last_step"] == steps
+    is_of_other_data = saved["data"] != run.inputs.feed.digest()
+    if is_of_other_data or saved.get("owed"):
+        return False
+    n_waited = saved.get("best", {}).get("waited", 0)
+    is_out_of_patience = options.patience is not None and n_waited >= options.patience
+    return is_out_of_patience or last_step == n_steps
 
 
 def check_images(runs: Sequence[OpenedRun]) -> None:
     """Raises a UserError where the rows of some runs hold images, and those of others none."""
-    having = [getattr(run.inputs.read.data.train, "further", None) is not None for run in runs]
-    if len({*having}) > 1:
+    runs_with_images: list[OpenedRun] = []
+    runs_without: list[OpenedRun] = []
+    for run in runs:
+        has_images = getattr(run.inputs.read.data.train, "further", None) is not None
+        (runs_with_images if has_images else runs_without).append(run)
+    if runs_with_images and runs_without:
         raise UserError(
-            f"the rows of {runs[having.index(True)].name} have images, and those of "
-            f"{runs[having.index(False)].name} have none, and they train side by side: "
+            f"the rows of {runs_with_images[0].name} have images, and those of "
+            f"{runs_without[0].name} have none, and they train side by side: "
             "give each kind a table of its own"
         )

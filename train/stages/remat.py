@@ -87,25 +87,37 @@ def settle_step(
       UserError: with --remat auto, no policy that was tried fits, or the compiler failed for
         another reason.
     """
-    asked = config.optim.remat
-    if asked is not None and asked != AUTO:
-        return asked, compile_rung(asked)[0]
-    outline, layout = inputs.read.outline, inputs.layout
+    requested = config.optim.remat
+    if requested is not None and requested != AUTO:
+        step, _ = compile_rung(requested)
+        return requested, step
+    outline = inputs.read.outline
+    layout = inputs.layout
     length = inputs.read.data.facts["sequence_length"]
     arguments = [base, *((state.adapter, state.opt_state) for state in states)]
-    capacity, rungs = smallest_device(layout), rungs_for(layout.platform, inputs.attention)
-    facts = [
-        *(capacity, rungs, layout.mesh.devices.flat[0].device_kind, dict(layout.mesh.shape)),
-        *(versions(), outline.config, inputs.attention, config.optim.dtype),
+    capacity = smallest_device(layout)
+    rungs = rungs_for(layout.platform, inputs.attention)
+    batch_shapes: list[dict[str, tuple[int, ...]]] = []
+    for batch in batches:
+        batch_shapes.append({name: array.shape for name, array in batch.items()})
+    facts = [  # on which the policy depends
+        capacity,
+        rungs,
+        layout.mesh.devices.flat[0].device_kind,
+        dict(layout.mesh.shape),
+        versions(),
+        outline.config,
+        inputs.attention,
+        config.optim.dtype,
         [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)],
-        [{name: x.shape for name, x in batch.items()} for batch in batches],
+        batch_shapes,
         (config.optim.experts, getattr(config.optim, "loss_chunk", None)),
     ]
-    file = cache_folder() / _SETTLED / hashlib.sha256(repr(facts).encode()).hexdigest()
-    settled = None
+    cache_file = cache_folder() / _SETTLED / hashlib.sha256(repr(facts).encode()).hexdigest()
+    cached_policy: str | None = None
     if is_first():
         with contextlib.suppress(OSError):
-            settled = file.read_text(encoding="utf-8")
+            cached_policy = cache_file.read_text(encoding="utf-8")
     expected = expected_bytes(
         outline.config,
         outline.params,
@@ -114,9 +126,11 @@ def settle_step(
         itemsize=jnp.dtype(config.optim.dtype).itemsize,
         arguments=bytes_per_device(arguments),
     )
-    search = RematSearch.begin(rungs, capacity, expected, hosts.gather(settled)[0])
+    first_policy = hosts.gather(cached_policy)[0]
+    search = RematSearch.begin(rungs, capacity, expected, first_policy)
     attempts = search.run(functools.partial(_attempt, compile_rung), notice)
-    best, line = search.best(attempts), search.describe(attempts)
+    best = search.best(attempts)
+    line = search.describe(attempts)
     if best is None:
         raise UserError(
             f"{line}: give a smaller --batch-size, shorter rows, --quantize or more devices; "
@@ -125,8 +139,8 @@ def settle_step(
     notice(line)
     if is_first() and not config.run.dry_run:
         with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(best.remat, encoding="utf-8")
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            cache_file.write_text(best.remat, encoding="utf-8")
     return best.remat, best.step
 
 
@@ -136,8 +150,10 @@ def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) 
     Raises:
       UserError: the compiler failed, and not for want of memory.
     """
-    began = time.perf_counter()
-    step = size = refusal = None
+    start_time = time.perf_counter()
+    step: Any = None
+    size: int | None = None
+    refusal: str | None = None
     try:
         step, size = compile_rung(remat)
     except jax.errors.JaxRuntimeError as error:
@@ -147,15 +163,20 @@ def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) 
                 f"of memory: {reason_of(error)}. Name another policy, such as --remat full"
             ) from error
         refusal = str(error)
-    every = hosts.gather([refusal, size, time.perf_counter() - began])
-    refused = any(of_process[0] for of_process in every)
-    known = [of_process[1] for of_process in every if of_process[1] is not None]
+    seconds = time.perf_counter() - start_time
+    process_results = hosts.gather([refusal, size, seconds])
+    is_refused = any(process_refusal for process_refusal, _, _ in process_results)
+    process_sizes = [
+        process_size for _, process_size, _ in process_results if process_size is not None
+    ]
+    are_sizes_known = len(process_sizes) == len(process_results)
+    _, _, first_seconds = process_results[0]
     return Attempt(
         remat=remat,
-        size=max(known) if len(known) == len(every) else None,
-        refused=refused,
-        seconds=every[0][2],
-        step=None if refused else step,
+        size=max(process_sizes) if are_sizes_known else None,
+        refused=is_refused,
+        seconds=first_seconds,
+        step=None if is_refused else step,
     )
 
 
@@ -169,7 +190,8 @@ def _tokens_of_device(layout: Layout, batch: HostBatch, length: int) -> int:
 
 def smallest_device(layout: Layout) -> int | None:
     """Returns the memory of the smallest device of all processes; None if one does not say."""
-    own = [capacity_of(device) for device in layout.mesh.local_devices]
-    every = [size for sizes in hosts.gather(own) for size in sizes]
-    known = [size for size in every if size is not None]
-    return min(known) if every and len(known) == len(every) else None
+    local_sizes = [capacity_of(device) for device in layout.mesh.local_devices]
+    sizes = [size for process_sizes in hosts.gather(local_sizes) for size in process_sizes]
+    known_sizes = [size for size in sizes if size is not None]
+    are_all_known = len(known_sizes) == len(sizes)
+    return min(known_sizes) if sizes and are_all_known else None

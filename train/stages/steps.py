@@ -68,59 +68,63 @@ def drive(
       clock: measures the seconds of steps, of all runs of the driver.
       board: gets the metrics as well; None for none.
     """
-    opened, loss, start = run.opened, run.opened.loss, run.start.take()
+    opened = run.opened
+    loss = opened.loss
+    start = run.start.take()
     base = compiled.base
-    options, layout = opened.config.run, opened.inputs.layout
+    options = opened.config.run
+    layout = opened.inputs.layout
     pace = Pace(
         log_every=options.log_every,
         save_every=options.save_every,
         max_skipped=options.max_skipped,
     )
-    formed, forward = None, base.adapted_forward
+    formed_tree: FormedTree | None = None
+    forward = base.adapted_forward
     if opened.space is not None:  # weights are formed once for a measurement, not in each batch
         forward = base.model.apply
-        formed = FormedTree(
+        formed_tree = FormedTree(
             functools.partial(merge_trained, opened.space), layout.constrained(base.model).apply
         )
     if loss.held_out not in evaluations:
-        evaluated = driver.forward if formed is None else formed.forward
-        evaluations[loss.held_out] = compiled_evaluation(layout, evaluated, loss)
+        evaluated_forward = driver.forward if formed_tree is None else formed_tree.forward
+        evaluations[loss.held_out] = compiled_evaluation(layout, evaluated_forward, loss)
     held_out = functools.partial(
         held_out_loss,
         start,
         driver.forward,
         loss,
         evaluation=evaluations[loss.held_out],
-        formed=formed,
+        formed=formed_tree,
     )
     hooks = make_hooks(start, loss, [], opened.hint)
 
-    def now() -> State:
+    def current_state() -> State:
         return driver.state(opened.name)
 
     def trained_model(state: State) -> EvaluatedModel:
         tree = adapted_tree(start, state)
-        if formed is not None:
-            tree = formed.form(tree)
+        if formed_tree is not None:
+            tree = formed_tree.form(tree)
         return EvaluatedModel(base.model, tree, forward)
 
     def turns() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
-        with open_run_log(opened, start, int(now().step)) as own_log:
-            measures = make_measures(opened, run.evaluation, trained_model, held_out, own_log)
+        with open_run_log(opened, start, int(current_state().step)) as run_log:
+            measures = make_measures(opened, run.evaluation, trained_model, held_out, run_log)
             measured_hooks = dataclasses.replace(hooks, measures=[*measures])
-            log = own_log if board is None else TeeLog(own_log, board, opened.name)
+            log = run_log if board is None else TeeLog(run_log, board, opened.name)
             # A table's driver defers signals itself, of all its runs.
             deferral = opened.stop.deferred() if board is None else nullcontext()
             with open_log(log, start), deferral:
                 step_times = yield from training_steps(
-                    now, opened.end, pace, measured_hooks, log, opened.stop, clock
+                    current_state, opened.end, pace, measured_hooks, log, opened.stop, clock
                 )
             with clock.paused():
-                state = now()
-                trained = final_tree(start, state)
+                state = current_state()
+                trained_tree = final_tree(start, state)
                 if opened.pauses:
                     return PausedRun(opened=opened, best=best_facts(run.best))
-                keep_adapter(opened, run.best, trained)
+                keep_adapter(opened, run.best, trained_tree)
         with clock.paused():
             _draw(opened)
             if run.best is not None:
@@ -129,14 +133,15 @@ def drive(
                 opened=opened,
                 evaluation=run.evaluation,
                 best=run.best,
-                tree=Handover(trained),
+                tree=Handover(trained_tree),
                 last_step=int(state.step),
                 step_times=step_times,
                 compilation=driver.compilation(compiled.seconds, clock),
             )
 
     def batch(number: int) -> HostBatch:
-        return hooks.batch(number, start.state if start.live is None else now())
+        state = start.state if start.live is None else current_state()
+        return hooks.batch(number, state)
 
     return DrivenRun(turns=turns(), batch=batch, tokens=start.feed.tokens)
 
@@ -175,10 +180,10 @@ def open_run_log(run: OpenedRun, start: TrainingStart, done: int) -> Iterator[Ru
         )
 
 
-def keep_adapter(run: OpenedRun, best: Best | None, trained: Tree) -> None:
+def keep_adapter(run: OpenedRun, best: Best | None, trained_tree: Tree) -> None:
     """Saves the adapter of a run that is over."""
     about = {**run.about, **best_facts(best)}
-    lj.save_adapter(run.folder / output.ADAPTER, trained, about=about, overwrite=True)
+    lj.save_adapter(run.folder / output.ADAPTER, trained_tree, about=about, overwrite=True)
 
 
 def _draw(run: OpenedRun) -> None:
@@ -187,5 +192,6 @@ def _draw(run: OpenedRun) -> None:
         return
     metrics = read_metrics(run.folder)
     draw_curve(run.folder, metrics, run.loss.label)
-    if drawn := draw_progress(run.folder, metrics, run.watched):
-        tell(run.console, drawn)
+    progress_line = draw_progress(run.folder, metrics, run.watched)
+    if progress_line:
+        tell(run.console, progress_line)
