@@ -27,7 +27,7 @@ from lora_jax.training.run.stop import Stop
 from tests.benchmarks.shapes import SMOLLM2
 from train.live.turns.episodes import Listener
 from train.live.turns.programs import TurnPrograms
-from train.live.turns.rows import AskedRow, TurnLimits
+from train.live.turns.rows import TurnLimits, TurnRequest
 from train.live.turns.sampler import Drawing, TurnSampler
 
 KEY = jax.random.key(0)
@@ -91,9 +91,9 @@ def ways(
             lambda ids, before: ("", ()),
             model.config.vocab_size,
         )
-        asked = [AskedRow(i, {}, f"row {i}", ids) for i, ids in enumerate(prompts.tolist())]
+        asked = [TurnRequest(i, {}, f"row {i}", ids) for i, ids in enumerate(prompts.tolist())]
         listener = Listener(Silent(), None, lambda asked, row: [], Stop())
-        drawn = sampler.draw(params, asked, KEY, listener, places=rows, longest=seq)
+        drawn = sampler.draw(params, asked, KEY, listener, n_rows=rows, max_prompt_tokens=seq)
         return np.array([each.ids for each in drawn])
 
     return {"generate": generated, "turns": by_turns}

@@ -149,7 +149,9 @@ def test_losses_without_a_reference_count_their_cross_entropy(
 def test_what_a_batch_gets_of_a_divergence_is_single_precision(monkeypatch):
     batch = {"ids": np.zeros((2, 3, 8), np.int32)}
     ready = SimpleNamespace(feed=SimpleNamespace(batch=lambda number: batch))
-    live = preferences.ReferenceBatches(ready, None, None, cached=True, mixable=SimpleNamespace())
+    live = preferences.ReferenceBatches(
+        ready, None, None, cached=True, mismatch_examples=SimpleNamespace()
+    )
     monkeypatch.setattr(preferences.ReferenceBatches, "_kl", lambda *_: 0.1)
     kl = live.batch(0, None)["kl"]
     assert kl.shape == (2, 3) and kl.dtype == np.float32

@@ -14,9 +14,14 @@ from lora_jax.training.errors import Interrupted, TrainingError
 from train.console.pipe import closed_pipe
 
 BAD_INPUT = 2  # the exit code of argument parsers, too
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full")
+_DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHTS_CODES = (errno.EACCES, errno.EPERM, errno.EROFS)
+_DISK_FULL_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "disk is full",
+)
 _QUOTED_PATH = re.compile(r"""(["'])(/(?:(?!\1).)+)\1""")
 
 
@@ -60,7 +65,8 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:
-        if problem := file_problem(error):
+        problem = file_problem(error)
+        if problem:
             _leave(f"error: {problem}", BAD_INPUT)
         raise
 
@@ -70,40 +76,46 @@ def file_problem(error: BaseException) -> str | None:
 
     The causes are a full disk, a limit, missing rights, and whatever a bucket refuses.
     """
-    for e in (error, error.__cause__):
-        if isinstance(e, BucketError):
-            return str(e)
-        if isinstance(e, OSError) and e.errno in _NO_RIGHTS and e.filename is not None:
+    for cause in (error, error.__cause__):
+        if isinstance(cause, BucketError):
+            return str(cause)
+        lacks_rights = isinstance(cause, OSError) and cause.errno in _NO_RIGHTS_CODES
+        if isinstance(cause, OSError) and lacks_rights and cause.filename is not None:
             return (
-                f"{e.filename} cannot be read or written ({e.strerror}): give this user the "
-                "right to it, or name another place: --output for what a run writes, the variable "
-                "XDG_CACHE_HOME for all caches"
+                f"{cause.filename} cannot be read or written ({cause.strerror}): give this user "
+                "the right to it, or name another place: --output for what a run writes, the "
+                "variable XDG_CACHE_HOME for all caches"
             )
-    if text := no_room(error):
-        return (
-            f"a file cannot be written ({_file_and_reason(text)}): make room on the disk, or "
-            "raise the limit on the size of files or the quota"
-        )
-    return None
+    text = no_room(error)
+    if text is None:
+        return None
+    return (
+        f"a file cannot be written ({_file_and_reason(text)}): make room on the disk, or raise "
+        "the limit on the size of files or the quota"
+    )
 
 
 def no_room(error: BaseException) -> str | None:
     """Returns the text of the error, of those that caused one, that a full disk caused, or None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = " ".join(str(seen).split())
-        is_full = isinstance(seen, OSError) and seen.errno in _FULL
-        if is_full or any(word in text for word in _FULL_WORDS):
-            return text or type(seen).__name__
-        seen = seen.__cause__ or seen.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        text = " ".join(str(cause).split())
+        has_code = isinstance(cause, OSError) and cause.errno in _DISK_FULL_CODES
+        if has_code or any(words in text for words in _DISK_FULL_TEXTS):
+            return text or type(cause).__name__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _file_and_reason(text: str) -> str:
     """Returns the last path in an error's text and the reason; the text, where it has no path."""
-    reason = next((words for words in _FULL_WORDS if words in text), None)
     paths = [match[2] for match in _QUOTED_PATH.finditer(text)]
-    return f"{paths[-1]}: {reason}" if paths and reason else text
+    if not paths:
+        return text
+    for reason in _DISK_FULL_TEXTS:
+        if reason in text:
+            return f"{paths[-1]}: {reason}"
+    return text
 
 
 def flag(name: str, *value: Any) -> str:
@@ -113,5 +125,6 @@ def flag(name: str, *value: Any) -> str:
 
 
 def _leave(message: str, code: int) -> NoReturn:
+    """Prints a message, and exits."""
     print(f"\n{shown(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -27,9 +27,12 @@ def missing_package(error: BaseException) -> str | None:
         return None
     frames = traceback.walk_tb(error.__traceback__)
     files = [Path(frame.f_code.co_filename).resolve() for frame, _ in frames]
-    folders = (_ROOT / "train", _ROOT / "lora_jax")
-    imported_here = any(files[-1].is_relative_to(folder) for folder in folders)
-    if not imported_here or error.name.split(".")[0] in ("train", "lora_jax"):
+    importing_file = files[-1]
+    is_imported_here = any(
+        importing_file.is_relative_to(_ROOT / folder) for folder in ("train", "lora_jax")
+    )
+    is_module_of_ours = error.name.split(".")[0] in ("train", "lora_jax")
+    if not is_imported_here or is_module_of_ours:
         return None
     is_server = any(file.is_relative_to(_ROOT / "train/serve") for file in files)
     remedy = install_command("serve" if is_server else "train")

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import shlex
 import shutil
@@ -21,10 +22,12 @@ from typing import Any, Literal, NamedTuple
 from train.console.program import program
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
-_MOST_COLUMNS = 100
-_TEXT_AT = 24  # the column of an option's text
-_NAMES = {int: "INT", float: "FLOAT", str: "TEXT"}
-_MOST_SHOWN = 160  # characters of a text in --help; --help-all has the sentences after them, too
+_MAX_COLUMNS = 100
+_TEXT_COLUMN = 24  # the column of an option's text
+_TYPE_NAMES = {int: "INT", float: "FLOAT", str: "TEXT"}
+_MAX_SHORT_CHARS = (
+    160  # characters of a text in --help; --help-all has the sentences after them, too
+)
 _DEFAULT = "By default "  # a text with it tells the default itself
 
 
@@ -64,7 +67,7 @@ def show_help(kind: type, args: Sequence[str], script: str, default: Any = None)
       default: an instance, whose values are shown as the defaults; None for those of the classes.
     """
     if asks_for_help(args):
-        columns = min(_MOST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
+        columns = min(_MAX_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
         print(help_text(kind, script, HELP_ALL in args, columns, default))
         sys.exit(0)
 
@@ -78,54 +81,62 @@ def help_text(kind: type, script: str, everything: bool, columns: int, default: 
       columns: the width of the terminal.
     """
     page: HelpPage = kind.HELP  # type: ignore[attr-defined]
-    first = page.first.split()
-    groups = {title: list(rows) for title, rows in _groups(kind, default)}
-    by_name = {row.name: row for rows in groups.values() for row in rows}
-    rest = {
-        title: more
-        for title, rows in groups.items()
-        if (more := [row for row in rows if row.name not in first])
-    }
-    most_needed = [by_name[name] for name in first]
+    needed_names = page.first.split()
+    rows_by_name: dict[str, _Row] = {}
+    further_groups: dict[str, list[_Row]] = {}
+    for title, rows in _groups(kind, default):
+        for row in rows:
+            rows_by_name[row.name] = row
+            if row.name not in needed_names:
+                further_groups.setdefault(title, []).append(row)
+    needed_rows = [rows_by_name[name] for name in needed_names]
     if not everything:
-        most_needed = [row._replace(text=_shortened(row.text)) for row in most_needed]
-    parts = [
+        needed_rows = [row._replace(text=_shortened(row.text)) for row in needed_rows]
+    sections = [
         f"usage: {program(script)} [options]",
         textwrap.fill(_one_line(kind.__doc__), columns),
-        _section("The options that most people need", most_needed, columns),
+        _section("The options that most people need", needed_rows, columns),
     ]
     if everything:
-        parts += [_section(title, rows, columns) for title, rows in rest.items()]
-    elif rest:
-        parts.append(_list_names(rest, columns))
-    words = program(script, *shlex.split(page.example))
-    return "\n\n".join([*parts, f"An example:\n  {words}"])
+        for title, further_rows in further_groups.items():
+            sections.append(_section(title, further_rows, columns))
+    elif further_groups:
+        sections.append(_list_names(further_groups, columns))
+    example = program(script, *shlex.split(page.example))
+    sections.append(f"An example:\n  {example}")
+    return "\n\n".join(sections)
 
 
 def _shortened(text: str) -> str:
     """Returns a text's first sentences, and those about defaults."""
-    first, *others = re.split(r"(?<=[.)]) (?=[A-Z(])", text)
-    kept, length = [first], len(first)
-    for sentence in others:
-        length += len(sentence)
-        if length < _MOST_SHOWN or sentence.startswith((_DEFAULT, "(")):
-            kept.append(sentence)
-    return " ".join(kept)
+    first_sentence, *sentences = re.split(r"(?<=[.)]) (?=[A-Z(])", text)
+    short_text = [first_sentence]
+    n_chars = len(first_sentence)
+    for sentence in sentences:
+        n_chars += len(sentence)
+        is_about_default = sentence.startswith((_DEFAULT, "("))
+        if is_about_default or n_chars < _MAX_SHORT_CHARS:
+            short_text.append(sentence)
+    return " ".join(short_text)
 
 
 def _section(title: str, rows: Sequence[_Row], columns: int) -> str:
-    return "\n".join([f"{title}:", *(line for row in rows for line in _lines(row, columns))])
+    """Returns a title, and the options below it."""
+    lines = [f"{title}:"]
+    for row in rows:
+        lines += _lines(row, columns)
+    return "\n".join(lines)
 
 
 def _lines(row: _Row, columns: int) -> Iterator[str]:
     """Yields the lines of an option: its head, and its text beside or below it."""
-    indent = " " * _TEXT_AT
+    indent = " " * _TEXT_COLUMN
     fold = functools.partial(
         textwrap.wrap, width=columns, break_on_hyphens=False, break_long_words=False
     )
     head = f"  {row.head}"
-    if len(head) + 2 <= _TEXT_AT:
-        yield from fold(row.text, initial_indent=head.ljust(_TEXT_AT), subsequent_indent=indent)
+    if len(head) + 2 <= _TEXT_COLUMN:
+        yield from fold(row.text, initial_indent=head.ljust(_TEXT_COLUMN), subsequent_indent=indent)
     else:
         yield from fold(head, subsequent_indent="      ")
         yield from fold(row.text, initial_indent=indent, subsequent_indent=indent)
@@ -133,107 +144,130 @@ def _lines(row: _Row, columns: int) -> Iterator[str]:
 
 def _list_names(groups: dict[str, list[_Row]], columns: int) -> str:
     """Returns the names of options by their groups, without explanations."""
-    paragraphs = [
-        textwrap.fill(
-            f"{title}: {' '.join(row.head.split()[0] for row in rows)}",
+    paragraphs = [f"More options, which {HELP_ALL} explains:"]
+    for title, rows in groups.items():
+        flags = " ".join(row.head.split()[0] for row in rows)
+        paragraph = textwrap.fill(
+            f"{title}: {flags}",
             columns,
             initial_indent="  ",
             subsequent_indent="    ",
             break_on_hyphens=False,
         )
-        for title, rows in groups.items()
-    ]
-    return "\n".join([f"More options, which {HELP_ALL} explains:", *paragraphs])
+        paragraphs.append(paragraph)
+    return "\n".join(paragraphs)
 
 
 def _groups(kind: type, default: Any) -> Iterator[tuple[str, Iterator[_Row]]]:
     """Yields the titles of the groups of options, and their rows."""
     hints = typing.get_type_hints(kind)
-    parts = {name: part for name, part in hints.items() if dataclasses.is_dataclass(part)}
-    if not parts:
+    has_groups = any(dataclasses.is_dataclass(hint) for hint in hints.values())
+    if not has_groups:
         yield "Further options", _rows(kind, default)
         return
     for field in dataclasses.fields(kind):
-        own = getattr(default, field.name, None)
-        part: Any = type(own) if own is not None else parts[field.name]
-        yield _one_line(part.__doc__).split(":")[0].rstrip("."), _rows(part, own)
+        group_default = getattr(default, field.name, None)
+        group: Any = hints[field.name] if group_default is None else type(group_default)
+        title = _one_line(group.__doc__).split(":")[0].rstrip(".")
+        yield title, _rows(group, group_default)
 
 
 def _rows(kind: type, default: Any) -> Iterator[_Row]:
     """Yields a row for each option of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        plain, extras = _unwrapped(hints[field.name])
-        own = field.default if default is None else getattr(default, field.name)
-        name = field.name.replace("_", "-")
+        value_kind, annotations = _unwrapped(hints[field.name])
+        value = field.default if default is None else getattr(default, field.name)
         # Annotations may hold the text and the form of a value, as `tyro` takes them.
-        text = next((x.help for x in extras if getattr(x, "help", None)), None)
-        text = _one_line(text or _text_below(kind, field.name))
-        form = next((x.metavar for x in extras if getattr(x, "metavar", None)), _form(plain))
-        if any("Positional" in repr(extra) for extra in extras):
-            head = f"{name.upper()} {form.split()[-1] if ' ' in form else ''}".strip()
-        elif plain is bool:
+        text = _one_line(_annotated(annotations, "help") or _text_below(kind, field.name))
+        form = _annotated(annotations, "metavar") or _form(value_kind)
+        name = field.name.replace("_", "-")
+        is_positional = any("Positional" in repr(annotation) for annotation in annotations)
+        if is_positional:
+            dots = form.split()[-1] if " " in form else ""
+            head = f"{name.upper()} {dots}".strip()
+        elif value_kind is bool:
             head = f"--no-{name}" if field.default is True else f"--{name}"
         else:
             head = f"--{name} {form}"
-        yield _Row(field.name, head, text + _shown_default(text, own, own != field.default))
+        is_changed = value != field.default
+        yield _Row(field.name, head, text + _shown_default(text, value, is_changed))
 
 
-def _shown_default(text: str, value: Any, changed: bool) -> str:
+def _annotated(annotations: Sequence[Any], attribute: str) -> str | None:
+    """Returns an attribute of the first annotation that has a value for it; None for none."""
+    for annotation in annotations:
+        value: str | None = getattr(annotation, attribute, None)
+        if value:
+            return value
+    return None
+
+
+def _shown_default(text: str, value: Any, is_changed: bool) -> str:
     """Returns an option's default in parentheses; "" where its text tells it or there is none."""
     if value is dataclasses.MISSING:
         return " (required)"
     if isinstance(value, bool) or value in (None, (), ""):
         return ""
-    if not changed and _DEFAULT.lower() in text.lower():
+    tells_default = _DEFAULT.lower() in text.lower()
+    if tells_default and not is_changed:
         return ""
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f" (default: {shown})"
+    default = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f" (default: {default})"
 
 
 def _unwrapped(kind: Any) -> tuple[Any, list[Any]]:
     """Returns a type without None and annotations, and these annotations."""
-    extras: list[Any] = []
+    annotations: list[Any] = []
     while True:
-        if typing.get_origin(kind) is typing.Annotated:
-            kind, *more = typing.get_args(kind)
-            extras += more
-        elif typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = next(each for each in typing.get_args(kind) if each is not type(None))
+        origin = typing.get_origin(kind)
+        arguments = typing.get_args(kind)
+        if origin is typing.Annotated:
+            kind = arguments[0]
+            annotations += arguments[1:]
+        elif origin in (typing.Union, types.UnionType):
+            kind = [argument for argument in arguments if argument is not type(None)][0]
         else:
-            return kind, extras
+            return kind, annotations
 
 
 def _form(kind: Any) -> str:
     """Returns the form of a value: "INT", "{a,b}", "TEXT ..."."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
     if origin is Literal:
         return f"{{{','.join(map(str, arguments))}}}"
     if origin is tuple:
-        forms = [_form(_unwrapped(each)[0]) for each in arguments if each is not Ellipsis]
+        item_kinds = [argument for argument in arguments if argument is not Ellipsis]
+        forms = [_form(_unwrapped(item_kind)[0]) for item_kind in item_kinds]
         return f"{forms[0]} ..." if Ellipsis in arguments else " ".join(forms)
-    return _NAMES.get(kind, "TEXT")
+    return _TYPE_NAMES.get(kind, "TEXT")
 
 
 def _text_below(kind: type, name: str) -> str:
     """Returns the string below a field; below that of a class above, where it has none."""
-    return next((text for each in kind.__mro__ if (text := _texts(each).get(name))), "")
+    for owner in kind.__mro__:
+        text = _texts(owner).get(name)
+        if text:
+            return text
+    return ""
 
 
 @functools.cache
 def _texts(kind: type) -> dict[str, str]:
     """Returns the strings below the fields of a class, by the fields' names."""
-    nodes = _classes(kind.__module__).get(kind.__name__)
-    pairs = zip(nodes.body, nodes.body[1:], strict=False) if nodes else ()
-    return {
-        field.target.id: below.value.value
-        for field, below in pairs
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-        and isinstance(below.value.value, str)
-    }
+    class_node = _classes(kind.__module__).get(kind.__name__)
+    if class_node is None:
+        return {}
+    texts = {}
+    for field, below in itertools.pairwise(class_node.body):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        if not isinstance(below, ast.Expr) or not isinstance(below.value, ast.Constant):
+            continue
+        if isinstance(below.value.value, str):
+            texts[field.target.id] = below.value.value
+    return texts
 
 
 @functools.cache

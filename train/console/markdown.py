@@ -9,9 +9,14 @@ _MARKUP = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_]))")
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table in GitHub's Markdown; the cells are Markdown already."""
-    lines = [header, *rows]
-    head, *body = ("".join(f"| {cell} " if cell else "| " for cell in line) for line in lines)
-    return "\n".join(f"{line}|" for line in (head, "|---" * len(header), *body))
+    lines = [_table_line(header), "|---" * len(header) + "|"]
+    lines += [_table_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    """Returns a row of a table."""
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
 def escape_markdown(text: str) -> str:

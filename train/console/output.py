@@ -45,18 +45,20 @@ def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[
         partial.unlink(missing_ok=True)
 
 
-def check_other(output: str | None, source: str | None, option: str, of_source: str) -> None:
+def check_other(output: str | None, source: str | None, option: str, source_option: str) -> None:
     """Raises a UserError if a command would write the very file that it reads.
 
     Args:
       output, source: the files; None for none.
-      option, of_source: the options that name them.
+      option, source_option: the options that name them.
     """
     if output is None or source is None:
         return
-    written, read = Path(output).expanduser(), Path(source).expanduser()
-    if written.exists() and read.exists() and written.samefile(read):
-        raise UserError(f"{option} {output} is the file of {of_source}: name another")
+    output_path = Path(output).expanduser()
+    source_path = Path(source).expanduser()
+    both_exist = output_path.exists() and source_path.exists()
+    if both_exist and output_path.samefile(source_path):
+        raise UserError(f"{option} {output} is the file of {source_option}: name another")
 
 
 def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
@@ -68,10 +70,10 @@ def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
         raise UserError(f"{option} {out} exists: name another file, or replace it with --overwrite")
 
 
-def shorten(text: str, most: int) -> str:
+def shorten(text: str, max_chars: int) -> str:
     """Returns a text in one line of at most so many characters."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 def tell(console: Console, *lines: str) -> None:

@@ -30,6 +30,7 @@ def _flush() -> None:
 
 
 def _reader_is_gone() -> bool:
+    """Returns True if standard output is a pipe that nobody reads any more."""
     try:
         output = sys.stdout.fileno()
     except (AttributeError, OSError, ValueError):  # there is none, or it is no file: a notebook's

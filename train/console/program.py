@@ -13,13 +13,14 @@ def program_words(script: str) -> list[str]:
     Args:
       script: its module, and perhaps further words: "train.sft", "train.compare sft".
     """
-    module, *more = script.split()
-    name, started = module.removeprefix("train."), Path(sys.argv[0])
-    if started.stem == COMMAND:
-        return [COMMAND, name, *more]
-    if started.parts[-2:] == ("lora_jax", "__main__.py"):
-        return ["python", "-m", "lora_jax", name, *more]
-    return ["python", "-m", f"train.{name}", *more]
+    module, *arguments = script.split()
+    command = module.removeprefix("train.")
+    this_program = Path(sys.argv[0])
+    if this_program.stem == COMMAND:
+        return [COMMAND, command, *arguments]
+    if this_program.parts[-2:] == ("lora_jax", "__main__.py"):
+        return ["python", "-m", "lora_jax", command, *arguments]
+    return ["python", "-m", f"train.{command}", *arguments]
 
 
 def program(script: str, *arguments: str) -> str:

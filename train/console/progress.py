@@ -14,7 +14,7 @@ _SECONDS_A_LINE = 10.0  # between lines, where there is no terminal to draw a ba
 
 @contextmanager
 def progress_of(
-    n: int,
+    n_total: int,
     doing: str,
     done: str,
     things: str,
@@ -25,7 +25,7 @@ def progress_of(
     """Shows the progress of a long work; yields a function that takes the number done so far.
 
     Args:
-      n: the number of things to do.
+      n_total: the number of things to do.
       doing: the work, in front of the bar: "classifying".
       done: the work, in a line: "classified".
       things: what the number counts: "texts".
@@ -42,17 +42,17 @@ def progress_of(
         transient=True,
         disable=hidden or not console.is_terminal,
     )
-    task = bar.add_task("", total=n)
-    began = last_line = time.monotonic()
+    task = bar.add_task("", total=n_total)
+    start_time = last_line_time = time.monotonic()
 
-    def progress(finished: int) -> None:
-        nonlocal last_line
-        bar.update(task, completed=finished)
+    def progress(n_done: int) -> None:
+        nonlocal last_line_time
+        bar.update(task, completed=n_done)
         now = time.monotonic()
-        if finished and not console.is_terminal and now - last_line > _SECONDS_A_LINE:
-            last_line = now
-            left = duration((now - began) * (n - finished) / finished)
-            line = f"{done} {finished:,} of {n:,} {things}, {left} to go"
+        if n_done and not console.is_terminal and now - last_line_time > _SECONDS_A_LINE:
+            last_line_time = now
+            time_left = duration((now - start_time) * (n_total - n_done) / n_done)
+            line = f"{done} {n_done:,} of {n_total:,} {things}, {time_left} to go"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with bar:

@@ -22,11 +22,12 @@ def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
     """
     sums = [(a, b) for a in NUMBERS for b in NUMBERS]
     random.Random(_SEED).shuffle(sums)
-    drawn = sums[:HELD_OUT] if held_out else sums[HELD_OUT:]
-    order, chosen = random.Random(seed), list[tuple[int, int]]()
-    while len(chosen) < n:
-        chosen += order.sample(drawn, len(drawn))
-    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen[:n]]
+    sums_of_split = sums[:HELD_OUT] if held_out else sums[HELD_OUT:]
+    draw = random.Random(seed)
+    drawn: list[tuple[int, int]] = []
+    while len(drawn) < n:
+        drawn += draw.sample(sums_of_split, len(sums_of_split))
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in drawn[:n]]
 
 
 def reward(completion: str, ids: object, answer: str) -> float:

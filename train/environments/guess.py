@@ -4,45 +4,51 @@ import functools
 import random
 
 NUMBERS = 7  # by default, from 1 on
-_A_GUESS = 0.1  # of the reward, for each guess after the first
+_GUESS_COST = 0.1  # of the reward, for each guess after the first
 
 Row = dict[str, object]
 
 
-def rows(seed: int, n: int, numbers: int = NUMBERS) -> list[Row]:
+def rows(seed: int, n: int, n_numbers: int = NUMBERS) -> list[Row]:
     """Returns games in the order of a seed, with each secret once before any comes again.
 
     Args:
       seed: seed of the order.
       n: the number of rows.
-      numbers: the secret is one of 1 to this.
+      n_numbers: the secret is one of 1 to this.
     """
-    order, secrets = random.Random(seed), list[int]()
+    draw = random.Random(seed)
+    secrets: list[int] = []
     while len(secrets) < n:
-        secrets += order.sample(range(1, numbers + 1), numbers)
-    question = f"Guess my number, which is one of 1 to {numbers}, with as few guesses as you can."
+        secrets += draw.sample(range(1, n_numbers + 1), n_numbers)
+    question = f"Guess my number, which is one of 1 to {n_numbers}, with as few guesses as you can."
     return [
         {"prompt": [{"role": "user", "content": question}], "secret": secret}
         for secret in secrets[:n]
     ]
 
 
-def best_value(numbers: int = NUMBERS) -> float:
+def best_value(n_numbers: int = NUMBERS) -> float:
     """Returns the mean reward of the best policy, over all secrets.
 
     >>> from train.environments.guess import best_value
     >>> round(7 * best_value(7), 9)  # 1 guess for one secret, 2 for two, 3 for four
     6.0
     """
-    return 1 - _A_GUESS * (_guesses(numbers) / numbers - 1)
+    mean_guesses = _min_guesses(n_numbers) / n_numbers
+    return 1 - _GUESS_COST * (mean_guesses - 1)
 
 
 @functools.cache
-def _guesses(n: int) -> int:
-    """Returns the fewest guesses for all of n secrets together: those of the best search tree."""
-    if n == 0:
+def _min_guesses(n_secrets: int) -> int:
+    """Returns the fewest guesses for all secrets together: those of the best search tree."""
+    if n_secrets == 0:
         return 0
-    return n + min(_guesses(below) + _guesses(n - 1 - below) for below in range(n))
+    # One guess for each secret; those below and above the guess need more.
+    return n_secrets + min(
+        _min_guesses(n_below) + _min_guesses(n_secrets - 1 - n_below)
+        for n_below in range(n_secrets)
+    )
 
 
 class GuessingGame:
@@ -50,7 +56,9 @@ class GuessingGame:
 
     def reset(self, secret: int) -> None:
         """Begins a game; `secret` is the number to find."""
-        self._secret, self._n, self._found = secret, 0, False
+        self._secret = secret
+        self._n_guesses = 0
+        self._is_found = False
 
     def guess(self, number: int) -> str:
         """Guesses the number.
@@ -63,12 +71,15 @@ class GuessingGame:
         """
         if not isinstance(number, int):
             raise TypeError(f"{number!r} is no whole number")
-        self._n += not self._found
-        self._found |= number == self._secret
+        if not self._is_found:  # later guesses do not count
+            self._n_guesses += 1
         if number == self._secret:
+            self._is_found = True
             return "right"
         return "too low" if number < self._secret else "too high"
 
     def get_reward(self) -> float:
         """Returns 1 for a number that was found, less 0.1 for each guess after the first, or 0."""
-        return max(0.0, 1 - _A_GUESS * (self._n - 1)) if self._found else 0.0
+        if not self._is_found:
+            return 0.0
+        return max(0.0, 1 - _GUESS_COST * (self._n_guesses - 1))

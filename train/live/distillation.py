@@ -1,6 +1,7 @@
 """Rollouts that a teacher judges, token by token: the batches of `train.distill`."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,9 @@ from train.run.pretrained import ModelInfo, check_weights, read_model, read_mode
 from train.run.task import Data, ModelContext
 
 
-def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
+def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns the start of training, with a teacher that judges its rollouts, and its data."""
-    return dataclasses.replace(of.ready, live=DistillationRollouts(of)), of.data
+    return dataclasses.replace(context.ready, live=DistillationRollouts(context)), context.data
 
 
 def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
@@ -54,60 +55,53 @@ def teacher_prompts(
     Raises:
       UserError: one is too long for the teacher.
     """
-    if (text := data.teacher_prompt) is None:
+    if data.teacher_prompt is None:
         return prompts
-    rows = [_add_text(text, row, outline) for row in prompts.rows]
-    tokenized = TokenizedPrompts(
-        rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
-    )
+    rows = [_add_text(data.teacher_prompt, row, outline) for row in prompts.rows]
+    tokens = tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
+    tokenized = TokenizedPrompts(rows, tokens)
     outline.check_length(tokenized.longest + data.max_new_tokens, "--teacher-prompt")
     return tokenized
 
 
 def _add_text(text: str, row: Row, outline: ModelInfo) -> Row:
     """Returns a row with a text before its prompt: a turn of the system, or plain text."""
-    name = "messages" if row.get("messages") else "prompt"
-    asked = row[name]
-    if isinstance(asked, str):
-        if outline.tokenizer.chat_template is None:
-            return {**row, name: f"{text}{asked}"}
-        asked = [{"role": "user", "content": asked}]
-    return {**row, name: [{"role": "system", "content": text}, *asked]}
+    field = "messages" if row.get("messages") else "prompt"
+    prompt = row[field]
+    is_plain_text = isinstance(prompt, str) and outline.tokenizer.chat_template is None
+    if is_plain_text:
+        return {**row, field: f"{text}{prompt}"}
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {**row, field: [{"role": "system", "content": text}, *turns]}
 
 
 class DistillationRollouts(Rollouts):
     """Judges each token by how much likelier the teacher finds it than the student."""
 
-    def __init__(self, of: ModelContext) -> None:
+    def __init__(self, context: ModelContext) -> None:
         """Reads the teacher.
 
         Raises:
           UserError: it cannot be read, or does not fit the student.
         """
-        super().__init__(of)
-        data, optim = of.config.data, of.config.optim
-        outline = teacher_outline(data, of.outline)
+        super().__init__(context)
+        data = context.config.data
+        outline = teacher_outline(data, context.outline)
         self._prompts = teacher_prompts(data, self.feed.prompts, outline)
         self._widths = self.feed.widths_of(self._prompts)
-        self._layout, model, params = of.layout, of.model, of.plain
-        if data.teacher_model is None and (of.config.adapter.full or of.takes_from_base):
-            raise UserError(
-                f"--teacher {data.teacher}: the base itself changes while training; name it with "
-                f"--teacher-model {outline.name} as well, to have it in memory twice"
-            )
-        if data.teacher_model is not None:
-            layout = Layout.of(of.layout.mesh, outline.config)
-            form = of.layout.collective_matmul
-            self._layout = dataclasses.replace(layout, collective_matmul=form)
-            tell(of.console, f"reading the weights of the teacher, {outline.name}")
-            model, params = read_model(
-                outline.name,
-                dtype=optim.dtype,
-                option=outline.option,
-                attention=optim.attention,
-                sharding=self._layout.of_parameter,
-            )
-            check_weights(outline, params)
+        if data.teacher_model is None:
+            base_changes = context.config.adapter.full or context.takes_from_base
+            if base_changes:
+                raise UserError(
+                    f"--teacher {data.teacher}: the base itself changes while training; name it "
+                    f"with --teacher-model {outline.name} as well, to have it in memory twice"
+                )
+            self._layout = context.layout
+            model = context.model
+            params = context.plain
+        else:
+            self._layout = _teacher_layout(context, outline)
+            model, params = _read_teacher(context, outline, self._layout)
         if data.teacher != BASE:
             params = find_adapter(data.teacher, "--teacher").load(outline, params, outline.name)
         self._params: Tree = params
@@ -118,16 +112,47 @@ class DistillationRollouts(Rollouts):
     ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
         """Returns an advantage for each token, and log-probabilities."""
         batch = self.feed.batch_from_completions(rows, drawn)
-        old, entropy = self.log_probabilities(params, batch)
-        shown = self.feed.batch_from_completions(rows, drawn, self._prompts, self._widths)
-        theirs, _ = self.log_probabilities(self._params, shown, self._teacher, replays=False)
-        counted = batch["weights"] > 0
-        gain = np.where(counted, theirs - old, 0.0).astype(np.float32)
-        group = self.config.data.group
-        asked = map(self.feed.prompts.shown, np.repeat(rows, group).tolist())
-        self.feed.newest = [*map(Sample, asked, drawn.texts.ravel().tolist())]
-        n = int(counted.sum())
-        sums = {"reverse_kl": -gain.sum(), "entropy": entropy[counted].sum()}
-        metrics = {name: float(total / n) if n else None for name, total in sums.items()}
-        batch |= {"old": old, "advantages": self.config.optim.coefficient * gain}
+        student_logps, entropy = self.log_probabilities(params, batch)
+        teacher_batch = self.feed.batch_from_completions(rows, drawn, self._prompts, self._widths)
+        teacher_logps, _ = self.log_probabilities(
+            self._params, teacher_batch, self._teacher, replays=False
+        )
+        has_loss = batch["weights"] > 0
+        log_ratio = np.where(has_loss, teacher_logps - student_logps, 0.0).astype(np.float32)
+        batch["old"] = student_logps
+        batch["advantages"] = self.config.optim.coefficient * log_ratio
+
+        completion_rows = np.repeat(rows, self.config.data.group).tolist()
+        self.feed.new_samples = [
+            Sample(self.feed.prompts.prompt_text(row), text)
+            for row, text in zip(completion_rows, drawn.texts.ravel().tolist(), strict=True)
+        ]
+        n_tokens = int(has_loss.sum())
+        if n_tokens == 0:
+            return drawn, batch, {"reverse_kl": None, "entropy": None}
+        metrics: dict[str, float | None] = {
+            "reverse_kl": float(-log_ratio.sum() / n_tokens),
+            "entropy": float(entropy[has_loss].sum() / n_tokens),
+        }
         return drawn, batch, metrics
+
+
+def _teacher_layout(context: ModelContext, outline: ModelInfo) -> Layout:
+    """Returns the placement of a teacher of its own on the run's mesh."""
+    layout = Layout.of(context.layout.mesh, outline.config)
+    return dataclasses.replace(layout, collective_matmul=context.layout.collective_matmul)
+
+
+def _read_teacher(context: ModelContext, outline: ModelInfo, layout: Layout) -> tuple[Any, Tree]:
+    """Returns the teacher's base, and its parameters on the mesh."""
+    optim = context.config.optim
+    tell(context.console, f"reading the weights of the teacher, {outline.name}")
+    model, params = read_model(
+        outline.name,
+        dtype=optim.dtype,
+        option=outline.option,
+        attention=optim.attention,
+        sharding=layout.of_parameter,
+    )
+    check_weights(outline, params)
+    return model, params

@@ -31,23 +31,23 @@ class ReferenceBatches:
       score: a `sequence_scorer`.
       params: the reference's parameters.
       cached: whether the examples hold the reference's log-probabilities.
-      mixable: the examples, with room for any prompt with any completion; None where the loss is
-        not KTO, and needs no divergence of mismatched completions.
+      mismatch_examples: the examples, with room for any prompt with any completion; None where the
+        loss is not KTO, and needs no divergence of mismatched completions.
     """
 
     ready: TrainingStart
     score: OnMesh
     params: Tree
     cached: bool
-    mixable: Preferences | None
+    mismatch_examples: Preferences | None
 
     def batch(self, number: int, state: State) -> HostBatch:
         """Returns the batch, with the reference's log-probabilities and KTO's divergence."""
         batch = self.ready.feed.batch(number)
         if not self.cached:
             batch = batch | {"reference": self._scores(self.params, batch)}
-        if self.mixable is not None:
-            kl = self._kl(self.mixable, number, state)
+        if self.mismatch_examples is not None:
+            kl = self._kl(self.mismatch_examples, number, state)
             batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl, np.float32)}
         return batch
 
@@ -61,38 +61,53 @@ class ReferenceBatches:
     def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
         """Returns the log-probabilities of a batch, [accumulate, batch, n]."""
         layout = self.ready.setup.layout
-        parts = ({k: v[part] for k, v in batch.items()} for part in range(len(batch["ids"])))
-        each = [self.score(params, layout.batch(part, parts=False)) for part in parts]
-        return np.stack([np.asarray(score) for score in each])
+        logps = []
+        for index in range(len(batch["ids"])):
+            micro_batch = {name: array[index] for name, array in batch.items()}
+            logps.append(self.score(params, layout.batch(micro_batch, parts=False)))
+        return np.stack([np.asarray(array) for array in logps])
 
     def _kl(self, examples: Preferences, number: int, state: State) -> float:
         """Returns KTO's divergence over a batch."""
         feed: Any = self.ready.feed
         rows = feed.order.rows(number)
-        mixed = mismatched(examples, rows.ravel())
-        batch = {name: x.reshape(*rows.shape, -1) for name, x in mixed.by_name().items()}
+        mismatched_examples = mismatched(examples, rows.ravel())
+        batch = {
+            name: array.reshape(*rows.shape, -1)
+            for name, array in mismatched_examples.by_name().items()
+        }
         policy = self._scores(lj.join(state.adapter, self.ready.base), batch)
-        return divergence(policy, self._scores(self.params, batch), batch["counts"])
+        reference = self._scores(self.params, batch)
+        return divergence(policy, reference, batch["counts"])
 
 
 def divergence(policy: np.ndarray, reference: np.ndarray, counts: np.ndarray) -> float:
     """Returns KTO's divergence from log-probabilities of `mismatched` rows, and their tokens."""
-    arrays: Any = [x.ravel() for x in (policy, counts, reference, counts > 0)]
-    return float(_kl_of(Completions(*arrays)))
+    arrays: dict[str, Any] = {
+        "policy": policy.ravel(),
+        "tokens": counts.ravel(),
+        "reference": reference.ravel(),
+        "counted": counts.ravel() > 0,
+    }
+    return float(_kl_of(Completions(**arrays)))
 
 
 _kl_of = jax.jit(mismatched_kl)
 
 
-def mixable(examples: Preferences, seq_len: int) -> Preferences:
+def with_room_for_mismatches(examples: Preferences, seq_len: int) -> Preferences:
     """Returns rows of one sequence with room for any prompt with any completion, up to seq_len."""
     table = examples.table
-    asked = np.array([int(np.argmax(sequence.counts)) for sequence in table])
-    longest = int(round_up(asked.max() + (table.lengths - asked).max(), seq_len))
+    prompt_tokens = np.array([int(np.argmax(sequence.counts)) for sequence in table])
+    completion_tokens = table.lengths - prompt_tokens
+    longest = int(round_up(prompt_tokens.max() + completion_tokens.max(), seq_len))
     if longest <= examples.lengths[-1]:
         return examples
-    lengths, predicted = (*examples.lengths, longest), (*examples.predicted, examples.predicted[-1])
-    return dataclasses.replace(examples, lengths=lengths, predicted=predicted)
+    return dataclasses.replace(
+        examples,
+        lengths=(*examples.lengths, longest),
+        predicted=(*examples.predicted, examples.predicted[-1]),
+    )
 
 
 def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
@@ -105,65 +120,90 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
       rows: [n], the rows of a batch.
     """
     table: Sequences = examples.table.select(examples.firsts[np.sort(rows)])
-    asked = [row.ids[: int(np.argmax(row.counts))] for row in table]
-    answers = [row.ids[len(prompt) :] for row, prompt in zip(table, asked, strict=True)]
-    most = examples.lengths[-1]
-    made = []
-    for at, prompt in enumerate(asked):
-        ids = np.concatenate([prompt, answers[at - 1]])[:most]
-        counts = np.arange(len(ids)) >= len(prompt)
-        made.append(TokenSequence(ids, counts, int(table.rows[at])))
-    firsts = np.arange(len(made) + 1)
+    prompts = []
+    completions = []
+    for sequence in table:
+        prompt_tokens = int(np.argmax(sequence.counts))
+        prompts.append(sequence.ids[:prompt_tokens])
+        completions.append(sequence.ids[prompt_tokens:])
+    max_tokens = examples.lengths[-1]
+    sequences = []
+    for index, prompt in enumerate(prompts):
+        ids = np.concatenate([prompt, completions[index - 1]])[:max_tokens]
+        is_completion = np.arange(len(ids)) >= len(prompt)
+        sequences.append(TokenSequence(ids, is_completion, int(table.rows[index])))
     return dataclasses.replace(
-        examples, table=Sequences.from_list(made), firsts=firsts, reference=None
+        examples,
+        table=Sequences.from_list(sequences),
+        firsts=np.arange(len(sequences) + 1),
+        reference=None,
     )
 
 
-def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
+def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns the start of training and its data, compared with the reference.
 
     Raises:
       UserError: the reference does not fit the base.
     """
-    optim, examples = of.config.optim, of.data.train
-    diverges = KTO in optim.loss
-    cached = of.config.data.reference_logps == "cached"
-    params = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
-    if params is None:
-        return of.ready, of.data
-    score = sequence_scorer(of.model, of.layout, optim.loss_chunk)
+    config = context.config
+    params = reference_params(config, context.outline, context.plain, context.takes_from_base)
+    if params is None:  # the loss needs no reference
+        return context.ready, context.data
+    score = sequence_scorer(context.model, context.layout, config.optim.loss_chunk)
+    needs_divergence = KTO in config.optim.loss
+    is_cached = config.data.reference_logps == "cached"
+    examples = context.data.train
+    data = context.data
+    ready = context.ready
     assert isinstance(examples, Preferences)
-    data, ready = of.data, of.ready
-    if (held_out := data.held_out) is not None:
-        assert isinstance(held_out, Preferences)
-        data = dataclasses.replace(data, held_out=add_reference(of, score, params, held_out))
-        if diverges:
-            ready = dataclasses.replace(
-                ready, measured=_divergence_of_rows(of, score, params, held_out)
-            )
-    if cached:
-        examples = add_reference(of, score, params, examples)
+
+    if data.held_out is not None:
+        assert isinstance(data.held_out, Preferences)
+        held_out = add_reference(context, score, params, data.held_out)
+        data = dataclasses.replace(data, held_out=held_out)
+        if needs_divergence:
+            measured = _divergence_of_rows(context, score, params, held_out)
+            ready = dataclasses.replace(ready, measured=measured)
+
+    if is_cached:
+        examples = add_reference(context, score, params, examples)
         assert isinstance(ready.feed, Feed)
-        ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
-    if is_live(of.config):
-        mixed = mixable(examples, of.config.data.seq_len) if diverges else None
-        live = ReferenceBatches(ready, score, params, cached=cached, mixable=mixed)
+        feed = dataclasses.replace(ready.feed, examples=examples)
+        ready = dataclasses.replace(ready, feed=feed)
+
+    if is_live(config):
+        mismatch_examples = None
+        if needs_divergence:
+            mismatch_examples = with_room_for_mismatches(examples, config.data.seq_len)
+        live = ReferenceBatches(
+            ready=ready,
+            score=score,
+            params=params,
+            cached=is_cached,
+            mismatch_examples=mismatch_examples,
+        )
         ready = dataclasses.replace(ready, live=live)
     return ready, data
 
 
 def _divergence_of_rows(
-    of: ModelContext, score: OnMesh, params: Tree, held_out: Preferences
+    context: ModelContext, score: OnMesh, params: Tree, held_out: Preferences
 ) -> BatchNumbers:
     """Returns the function of KTO's divergence over all held-out rows together."""
-    rooms = mixable(held_out, of.config.data.seq_len)
-    mixed = add_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))
-    reference, layout, batch_size = mixed.reference, of.layout, of.config.optim.batch_size
+    layout = context.layout
+    batch_size = context.config.optim.batch_size
+    examples = with_room_for_mismatches(held_out, context.config.data.seq_len)
+    examples = mismatched(examples, np.arange(len(examples)))
+    examples = add_reference(context, score, params, examples)
+    reference = examples.reference
     assert reference is not None
+    counts = examples.table.predicted.reshape(reference.shape)
 
     def measured(tree: Tree, ended: Callable[[], bool]) -> Mapping[str, float] | None:
-        policy = scores(layout, score, tree, mixed, batch_size, lambda done: ended())
-        counts = mixed.table.predicted.reshape(reference.shape)
-        return None if policy is None else {"kl": divergence(policy, reference, counts)}
+        policy = scores(layout, score, tree, examples, batch_size, lambda n_done: ended())
+        if policy is None:  # a signal ended the reading
+            return None
+        return {"kl": divergence(policy, reference, counts)}
 
     return measured

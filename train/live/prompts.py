@@ -20,10 +20,10 @@ from train.reporters.contract import Sample
 from train.rewards.find import Rewards
 from train.run.pretrained import ModelInfo
 
-_OF_PROMPT = ("prompt", "messages")
-_MOST_WIDTHS = 4  # sampler, scorer and step are compiled for each
-_WORTH = 1.1  # fewer widths are taken if they cost at most 1.1 times the tokens
-_LOOKED_AT = (100, 1000)  # number of steps whose batches choose the widths, at least and at most
+_PROMPT_FIELDS = ("prompt", "messages")
+_MAX_WIDTHS = 4  # sampler, scorer and step are compiled for each
+_MAX_TOKEN_RATIO = 1.1  # fewer widths are taken if they cost at most 1.1 times the tokens
+_SURVEYED_STEPS = (100, 1000)  # bounds of the number of steps whose batches choose the widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +42,31 @@ class TokenizedPrompts:
     def columns(self) -> list[str]:
         """Returns the fields that rewards get: of all rows, as each may lack some."""
         names = dict.fromkeys(name for row in self.rows for name in row)
-        return [name for name in names if name not in _OF_PROMPT]
+        return [name for name in names if name not in _PROMPT_FIELDS]
 
     @property
     def longest(self) -> int:
         """Returns the number of tokens that all prompts fit into."""
         return _rounded(max(map(len, self.tokens)))
 
-    def share(self, new: int) -> float:
-        """Returns the share of the tokens that are prompts, with completions of `new` each."""
-        asked = sum(map(len, self.tokens))
-        return asked / (asked + new * len(self.tokens))
+    def share(self, completion_tokens: int) -> float:
+        """Returns the share of prompts in all tokens, if each completion has so many tokens."""
+        prompt_tokens = sum(map(len, self.tokens))
+        return prompt_tokens / (prompt_tokens + completion_tokens * len(self.tokens))
 
     def longest_of(self, rows: np.ndarray) -> int:
         """Returns the number of tokens of the longest prompt of these rows."""
         return max(len(self.tokens[row]) for row in rows.ravel().tolist())
 
-    def asked(self, row: int) -> Any:
+    def prompt_of(self, row: int) -> Any:
         """Returns a row's prompt: a text or turns."""
-        return next(self.rows[row][name] for name in _OF_PROMPT if self.rows[row].get(name))
+        fields = self.rows[row]
+        return fields.get("prompt") or fields["messages"]
 
-    def shown(self, row: int) -> str:
+    def prompt_text(self, row: int) -> str:
         """Returns a row's prompt in words: a text, or the last turn."""
-        asked = self.asked(row)
-        return asked if isinstance(asked, str) else str(asked[-1]["content"])
+        prompt = self.prompt_of(row)
+        return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 class Widths(NamedTuple):
@@ -80,7 +81,13 @@ class Widths(NamedTuple):
     rows: tuple[int, ...]
 
     @classmethod
-    def choose(cls, prompts: TokenizedPrompts, order: Order, new: int, parts: int = 1) -> "Widths":
+    def choose(
+        cls,
+        prompts: TokenizedPrompts,
+        order: Order,
+        completion_tokens: int,
+        sequence_parts: int = 1,
+    ) -> "Widths":
         """Returns widths with little padding for batches of the prompts that share a step.
 
         One long prompt thus costs the batches that it is in, and no others.
@@ -88,34 +95,42 @@ class Widths(NamedTuple):
         Args:
           prompts: the prompts.
           order: says which ones share a batch.
-          new: the maximum number of tokens of a completion.
-          parts: a width divides into so many parts, but for the widest.
+          completion_tokens: the maximum number of tokens of a completion.
+          sequence_parts: the number of parts that each width but the widest must divide into.
         """
-        sizes = np.array([_rounded(len(ids)) for ids in prompts.tokens])
-        n_steps = int(np.clip(order.steps(1), *_LOOKED_AT))
-        # Scorer and step pad all parts of a step to the longest of all.
-        widest = np.array([*(sizes[order.rows(n)].max() for n in range(n_steps)), sizes.max()])
-        rows = np.array([_rounded(size + new) for size in widest.tolist()])
-        suits = (rows % parts == 0) | (rows == rows.max())
-        rows = np.where(suits, rows, rows.max())
-        lengths = few_lengths(rows, _MOST_WIDTHS, least=1, worth=_WORTH)
-        return cls(tuple(int(widest[rows == length].max()) for length in lengths), lengths)
+        prompt_widths = np.array([_rounded(len(ids)) for ids in prompts.tokens])
+        n_steps = int(np.clip(order.steps(1), *_SURVEYED_STEPS))
+        # Scorer and step pad all batches of a step to its longest prompt.
+        step_widths = [prompt_widths[order.rows(step)].max() for step in range(n_steps)]
+        step_widths.append(prompt_widths.max())
+        row_widths = np.array([_rounded(int(width) + completion_tokens) for width in step_widths])
+        widest = row_widths.max()
+        row_widths = np.where(row_widths % sequence_parts == 0, row_widths, widest)
+        rows = few_lengths(row_widths, _MAX_WIDTHS, least=1, worth=_MAX_TOKEN_RATIO)
+        widths = np.array(step_widths)
+        return cls(tuple(int(widths[row_widths == row].max()) for row in rows), rows)
 
-    def prompt(self, n: int) -> int:
-        """Returns the width for prompts of up to n tokens."""
-        return self.prompts[int(np.searchsorted(self.prompts, n))]
+    def prompt(self, n_tokens: int) -> int:
+        """Returns the width for prompts of up to n_tokens tokens."""
+        return self.prompts[int(np.searchsorted(self.prompts, n_tokens))]
 
-    def row(self, n: int) -> int:
-        """Returns the width for rows of up to n tokens."""
-        return self.rows[int(np.searchsorted(self.rows, n))]
+    def row(self, n_tokens: int) -> int:
+        """Returns the width for rows of up to n_tokens tokens."""
+        return self.rows[int(np.searchsorted(self.rows, n_tokens))]
 
-    def sharing(self, new: int) -> "Widths":
-        """Returns as many widths, of rows of a prompt with `new` tokens of all its completions."""
-        return Widths(self.prompts, tuple(_rounded(width + new) for width in self.prompts))
+    def sharing(self, completion_tokens: int) -> "Widths":
+        """Returns widths of rows that hold a prompt and all its completions.
+
+        Args:
+          completion_tokens: the maximum number of tokens of all completions of a prompt together.
+        """
+        rows = tuple(_rounded(width + completion_tokens) for width in self.prompts)
+        return Widths(self.prompts, rows)
 
 
-def _rounded(n: int) -> int:
-    return int(round_up(np.array(n), 2**31))
+def _rounded(n_tokens: int) -> int:
+    """Returns a width that holds so many tokens."""
+    return int(round_up(np.array(n_tokens), 2**31))
 
 
 class GroupedCompletions(NamedTuple):
@@ -146,8 +161,11 @@ class GroupedCompletions(NamedTuple):
     def is_own(self) -> np.ndarray:
         """Returns True for tokens that the model drew, False for others and padding."""
         is_own = np.arange(self.tokens.shape[-1]) < self.lengths[..., None]
-        for at in np.ndindex(self.lengths.shape) if self.turns is not None else ():
-            is_own[at][: self.lengths[at]] = self.turns[at].is_own
+        if self.turns is None:
+            return is_own
+        # Between turns, the environment's tokens stand among the model's.
+        for index in np.ndindex(self.lengths.shape):
+            is_own[index][: self.lengths[index]] = self.turns[index].is_own
         return is_own
 
 
@@ -159,17 +177,17 @@ class PromptFeed:
 
     Attributes:
       config: the options of the run.
-      prompts: what is asked.
-      outline: the model's, with its tokenizer.
+      prompts: the prompts of the run.
+      outline: the model without its weights, with its tokenizer.
       per_token: the arrays of a batch that have a number for each token, in the order of `targets`.
       per_completion: the arrays that have a number for each completion.
-      held: the first step of the newest batch, and the batch.
+      held_batch: the first step of the newest batch, and the batch.
       rewards: what rewards completions; None where nothing does.
       tools: what completions call; None for completions of one turn.
       server: the server that draws completions; None where the run draws itself.
       closing: ends what else the batches of a run need, such as requests to the server.
       metrics: metrics of the newest batch.
-      newest: its completions, in words, until `fresh` returns them.
+      new_samples: its completions, in words, until `fresh` returns them.
       lost: why nothing can be learned from it; None where something can.
       steps: the number of steps of the run.
       done: the steps so far.
@@ -185,13 +203,13 @@ class PromptFeed:
     outline: ModelInfo
     per_token: tuple[str, ...] = ("old",)
     per_completion: tuple[str, ...] = ("advantages",)
-    held: tuple[int, HostBatch] = (-1, {})
+    held_batch: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
     tools: ToolUse | None = None
     server: SamplerServer | None = None
     closing: Callable[[], None] = lambda: None
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    newest: list[Sample] = dataclasses.field(default_factory=list)
+    new_samples: list[Sample] = dataclasses.field(default_factory=list)
     lost: str | None = None
     steps: int = 0
     done: int = 0
@@ -200,19 +218,22 @@ class PromptFeed:
     routing: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        optim, group = self.config.optim, self.config.data.group
-        n, parts = len(self.prompts.tokens), optim.grad_accum
-        self.order = Order(optim.seed, n, optim.batch_size // group, parts)
+        optim = self.config.optim
+        prompts_per_batch = optim.batch_size // self.config.data.group
+        n_prompts = len(self.prompts.tokens)
+        self.order = Order(optim.seed, n_prompts, prompts_per_batch, optim.grad_accum)
         self.widths = self.widths_of(self.prompts)
 
     def widths_of(self, prompts: TokenizedPrompts) -> Widths:
         """Returns the widths of batches of prompts, one for each of what is asked."""
-        new, group = self.config.data.max_new_tokens, self.config.data.group
-        widths = Widths.choose(prompts, self.order, new, self.sequence_parts)
-        if self.tools is not None and self.tools.opens:  # nobody knows how long they will be
-            total = _rounded(self.config.data.seq_len)
-            widths = Widths((total,), (total,))
-        return widths.sharing(group * new) if self.share_prompt else widths
+        data = self.config.data
+        if self.tools is not None and self.tools.opens:
+            # Environments lengthen prompts by texts of unknown lengths.
+            max_tokens = _rounded(data.seq_len)
+            widths = Widths((max_tokens,), (max_tokens,))
+        else:
+            widths = Widths.choose(prompts, self.order, data.max_new_tokens, self.sequence_parts)
+        return widths.sharing(data.group * data.max_new_tokens) if self.share_prompt else widths
 
     @property
     def length(self) -> int:
@@ -240,32 +261,43 @@ class PromptFeed:
           number: the number of its step, which does not matter.
           length: the tokens of a row; by default those of the widest batch.
         """
-        group, new = self.config.data.group, self.config.data.max_new_tokens
-        rows, of = (self.config.optim.grad_accum, self.batch_size), tuple[int, ...]()
-        ints: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("ids", "segment_ids", "positions"), (length or self.length,)
-        )
+        data = self.config.data
+        batch_shape = (self.config.optim.grad_accum, self.batch_size)
+        completion_shape: tuple[int, ...] = ()  # of the completions in a row
         if self.share_prompt:
-            rows, of = (rows[0], self.batch_size // group), (group,)
-            ints |= {"branches": ints["ids"], "completions": ()}
-        ints |= dict.fromkeys(("predict_at", "targets", "weights"), (*of, new))
+            batch_shape = (self.config.optim.grad_accum, self.batch_size // data.group)
+            completion_shape = (data.group,)
+        row_shape = (length or self.length,)
+        token_shape = (*completion_shape, data.max_new_tokens)
+        int_shapes: dict[str, tuple[int, ...]] = {}
+        for name in ("ids", "segment_ids", "positions"):
+            int_shapes[name] = row_shape
+        if self.share_prompt:
+            int_shapes["branches"] = row_shape
+            int_shapes["completions"] = ()
+        for name in ("predict_at", "targets", "weights"):
+            int_shapes[name] = token_shape
         if self.routing is not None:
-            ints["routing"] = (*ints["ids"], *self.routing)
-        numbers = dict.fromkeys(self.per_token, (*of, new)) | dict.fromkeys(self.per_completion, of)
-        batch = {name: np.zeros((*rows, *shape), np.int32) for name, shape in ints.items()}
-        return batch | {
-            name: np.zeros((*rows, *shape), np.float32) for name, shape in numbers.items()
+            int_shapes["routing"] = (*row_shape, *self.routing)
+        batch = {
+            name: np.zeros((*batch_shape, *shape), np.int32) for name, shape in int_shapes.items()
         }
+        for name in self.per_token:
+            batch[name] = np.zeros((*batch_shape, *token_shape), np.float32)
+        for name in self.per_completion:
+            batch[name] = np.zeros((*batch_shape, *completion_shape), np.float32)
+        return batch
 
     def progress(self, step: int) -> dict[str, Any]:
         """Returns the progress after `step` steps, by the names of TRL's trainer state."""
-        taken, of_all = step // self.config.optim.updates, self.steps // self.config.optim.updates
-        epochs = [n * self.order.rows_a_step / self.order.n_rows for n in (taken, of_all)]
+        updates = self.config.optim.updates
+        rows_seen = step // updates * self.order.rows_a_step
+        rows_of_run = self.steps // updates * self.order.rows_a_step
         return {
             "global_step": step,
             "max_steps": self.steps,
-            "epoch": epochs[0],
-            "num_train_epochs": math.ceil(epochs[1]),
+            "epoch": rows_seen / self.order.n_rows,
+            "num_train_epochs": math.ceil(rows_of_run / self.order.n_rows),
         }
 
     def rows(self, number: int) -> np.ndarray:
@@ -284,42 +316,65 @@ class PromptFeed:
         Args:
           rows: [n], the prompts.
           drawn: their completions.
-          prompts: what stands before the completions; by default what was asked.
-          widths: the widths of batches of these; by default those of what was asked.
+          prompts: the prompts that stand before the completions; by default those of the feed.
+          widths: the widths of batches of these prompts; by default those of the feed.
         """
-        data, prompts = self.config.data, prompts or self.prompts
-        n = data.group if self.share_prompt else 1  # completions of a row
-        tokens, lengths, ended, is_own = (
-            x.reshape(-1, n, *x.shape[2:])
-            for x in (drawn.tokens, drawn.lengths, drawn.ended, drawn.is_own)
-        )
-        asked = [prompts.tokens[row] for row in np.repeat(rows, data.group // n).tolist()]
-        if drawn.turns is not None:  # an environment may have opened them
-            asked = [turns.prompt for turns in drawn.turns.reshape(-1, n)[:, 0]]
-        routing = drawn.routing if prompts is self.prompts else None
-        if routing is not None:
-            routing = routing.reshape(-1, n, *routing.shape[2:])
-        longest = max(len(ids) + int(of.sum()) for ids, of in zip(asked, lengths, strict=True))
-        batch = self.batch(0, (widths or self.widths).row(longest))
+        data = self.config.data
+        completions_per_row = data.group if self.share_prompt else 1
+        tokens = _as_rows(drawn.tokens, completions_per_row)
+        lengths = _as_rows(drawn.lengths, completions_per_row)
+        is_own = _as_rows(drawn.is_own, completions_per_row)
+        is_learned = is_own
+        if data.mask_truncated:
+            is_learned = is_own & _as_rows(drawn.ended, completions_per_row)[..., None]
+        prompts = prompts or self.prompts
+        routing = None
+        if prompts is self.prompts and drawn.routing is not None:  # other prompts ran nowhere
+            routing = _as_rows(drawn.routing, completions_per_row)
+        row_prompts = self._prompts_of_rows(rows, drawn, prompts)
+
+        row_lengths = [
+            len(prompt) + int(sizes.sum())
+            for prompt, sizes in zip(row_prompts, lengths, strict=True)
+        ]
+        batch = self.batch(0, (widths or self.widths).row(max(row_lengths)))
         if self.routing is not None:
             batch["routing"][:] = -1
-        flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
-        counts = is_own & (ended | (not data.mask_truncated))[..., None]
-        for at, prompt in enumerate(asked):
-            row = {name: array[at] for name, array in flat.items()}
-            completions = [ids[:size] for ids, size in zip(tokens[at], lengths[at], strict=True)]
-            fill(row, prompt, completions, counts[at])
+        arrays = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+        for index, prompt in enumerate(row_prompts):
+            row = {name: array[index] for name, array in arrays.items()}
+            completions = [
+                ids[:size] for ids, size in zip(tokens[index], lengths[index], strict=True)
+            ]
+            fill_tokens(row, prompt, completions, is_learned[index])
             if routing is not None:
-                at_row = (row["routing"], len(prompt), lengths[at], routing[at])
-                fill_routing(*at_row, data.max_new_tokens)
+                fill_routing(
+                    row["routing"],
+                    prompt_tokens=len(prompt),
+                    lengths=lengths[index],
+                    routing=routing[index],
+                    max_new_tokens=data.max_new_tokens,
+                )
         if self.share_prompt:
-            batch["completions"][:] = n
+            batch["completions"][:] = completions_per_row
         return batch
 
+    def _prompts_of_rows(
+        self, rows: np.ndarray, drawn: GroupedCompletions, prompts: TokenizedPrompts
+    ) -> list[Sequence[int]]:
+        """Returns the tokens before the completions of each row of a batch."""
+        group = self.config.data.group
+        if drawn.turns is not None:  # an environment may have added a text to the prompts
+            firsts = drawn.turns[:, 0] if self.share_prompt else drawn.turns.ravel()
+            return [completion.prompt for completion in firsts]
+        prompt_rows = rows if self.share_prompt else np.repeat(rows, group)
+        return [prompts.tokens[row] for row in prompt_rows.tolist()]
+
     def fresh(self) -> list[Sample]:
-        """Returns the completions that were drawn since it was last asked."""
-        fresh, self.newest = self.newest, []
-        return fresh
+        """Returns the completions that were drawn since the last call."""
+        samples = self.new_samples
+        self.new_samples = []
+        return samples
 
     def close(self) -> None:
         """Ends the processes of rewards and tools, and what else batches need."""
@@ -331,8 +386,12 @@ class PromptFeed:
 
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
-        rows, source = self.rows(number).tolist(), self.config.data.dataset
-        return list_rows(rows, lambda row: name_of(self.prompts.rows[row], source, row + 1))
+        source = self.config.data.dataset
+
+        def row_name(row: int) -> str:
+            return name_of(self.prompts.rows[row], source, row + 1)
+
+        return list_rows(self.rows(number).tolist(), row_name)
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
@@ -347,26 +406,37 @@ class PromptFeed:
     def cursor(self, step: int) -> dict[str, Any]:
         """Returns the position in the data after `step` steps, with a batch that goes on."""
         updates = self.config.optim.updates
-        where: dict[str, Any] = dict(self.order.cursor(-(-step // updates)))
-        if step % updates:
+        n_batches = -(-step // updates)
+        cursor: dict[str, Any] = dict(self.order.cursor(n_batches))
+        has_unfinished_batch = step % updates > 0
+        if has_unfinished_batch:
             file = io.BytesIO()
-            np.savez(file, allow_pickle=False, **self.held[1])
-            where["completions"] = base64.b64encode(file.getvalue()).decode()
-            where["noted"] = self.metrics
-        return where
+            np.savez(file, allow_pickle=False, **self.held_batch[1])
+            cursor["completions"] = base64.b64encode(file.getvalue()).decode()
+            cursor["noted"] = self.metrics
+        return cursor
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
         """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
-        updates, kept, self.done = self.config.optim.updates, dict(cursor), step
-        self.metrics = kept.pop("noted", {})
-        if (completions := kept.pop("completions", None)) is not None:
+        updates = self.config.optim.updates
+        n_batches = -(-step // updates)
+        order_cursor = dict(cursor)
+        completions = order_cursor.pop("completions", None)
+        self.done = step
+        self.metrics = order_cursor.pop("noted", {})
+        if completions is not None:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
-                self.held = (step - step % updates, dict(arrays))
-        return kept == self.order.cursor(-(-step // updates))
+                self.held_batch = (step - step % updates, dict(arrays))
+        return order_cursor == self.order.cursor(n_batches)
 
 
-def fill(
-    row: HostBatch, prompt: Sequence[int], completions: Sequence[np.ndarray], counts: np.ndarray
+def _as_rows(completions: np.ndarray, n: int) -> np.ndarray:
+    """Returns an array of completions, [prompts, group, …], as [rows, n, …]."""
+    return completions.reshape(-1, n, *completions.shape[2:])
+
+
+def fill_tokens(
+    row: HostBatch, prompt: Sequence[int], completions: Sequence[np.ndarray], is_learned: np.ndarray
 ) -> None:
     """Fills in the arrays of a row: a prompt, then completions, each of which goes on from it.
 
@@ -374,41 +444,54 @@ def fill(
       row: the arrays of zeros; `branches` where there are several completions.
       prompt: its tokens.
       completions: the tokens of each.
-      counts: [completions, n] bool, whether to learn from each token.
+      is_learned: [completions, n] bool, whether to learn from each token.
     """
-    targets = {
-        name: row[name].reshape(len(completions), -1)
-        for name in ("predict_at", "targets", "weights")
-    }
-    before, end = len(prompt), len(prompt)
-    row["ids"][:before], row["positions"][:before] = prompt, np.arange(before)
-    for at, ids in enumerate(completions):
-        n = len(ids)
-        here, end = slice(end, end + n), end + n
-        row["ids"][here], row["positions"][here] = ids, np.arange(before, before + n)
+    predict_at = row["predict_at"].reshape(len(completions), -1)
+    targets = row["targets"].reshape(len(completions), -1)
+    weights = row["weights"].reshape(len(completions), -1)
+    prompt_tokens = len(prompt)
+    row["ids"][:prompt_tokens] = prompt
+    row["positions"][:prompt_tokens] = np.arange(prompt_tokens)
+    start = prompt_tokens
+    for index, ids in enumerate(completions):
+        n_tokens = len(ids)
+        end = start + n_tokens
+        row["ids"][start:end] = ids
+        row["positions"][start:end] = np.arange(prompt_tokens, prompt_tokens + n_tokens)
         if "branches" in row:
-            row["branches"][here] = at + 1
-        targets["predict_at"][at, :n] = np.arange(here.start - 1, end - 1)
-        targets["predict_at"][at, : min(n, 1)] = before - 1  # the prompt's last token predicts
-        targets["targets"][at, :n], targets["weights"][at, :n] = ids, counts[at, :n]
-    row["segment_ids"][:end] = 1
+            row["branches"][start:end] = index + 1
+        targets[index, :n_tokens] = ids
+        weights[index, :n_tokens] = is_learned[index, :n_tokens]
+        # Each token is predicted by the one before it; the first one by the prompt's last token.
+        predict_at[index, :n_tokens] = np.arange(start - 1, end - 1)
+        if n_tokens:
+            predict_at[index, 0] = prompt_tokens - 1
+        start = end
+    row["segment_ids"][:start] = 1
 
 
 def fill_routing(
-    row: np.ndarray, before: int, lengths: np.ndarray, routing: np.ndarray, new: int
+    row: np.ndarray,
+    prompt_tokens: int,
+    lengths: np.ndarray,
+    routing: np.ndarray,
+    max_new_tokens: int,
 ) -> None:
     """Fills in the experts of a row's tokens, as far as the sampler ran these.
 
     Args:
       row: [tokens, layers, k], -1 each.
-      before: the tokens of the prompt.
+      prompt_tokens: the tokens of the prompt.
       lengths: [completions], the tokens of each.
       routing: [completions, slots, layers, k]; see `train.live.prompts.GroupedCompletions`.
-      new: the maximum number of tokens of a completion.
+      max_new_tokens: the maximum number of tokens of a completion.
     """
-    end, first = before, routing.shape[1] - (new - 1)
-    row[:before] = routing[:, first - before : first].max(axis=0)  # -1 where one did not begin
-    for n, experts in zip(lengths.tolist(), routing, strict=True):
-        run = max(n - 1, 0)  # the last token of a completion was drawn, and not run
-        row[end : end + run] = experts[first : first + run]
-        end += n
+    completion_slot = routing.shape[1] - (max_new_tokens - 1)  # the prompt ends before it
+    prompt_slots = slice(completion_slot - prompt_tokens, completion_slot)
+    # A completion that did not begin has -1 for its prompt; the others have the same experts.
+    row[:prompt_tokens] = routing[:, prompt_slots].max(axis=0)
+    start = prompt_tokens
+    for n_tokens, experts in zip(lengths.tolist(), routing, strict=True):
+        n_run = max(n_tokens - 1, 0)  # the last token of a completion was drawn, and not run
+        row[start : start + n_run] = experts[completion_slot : completion_slot + n_run]
+        start += n_tokens

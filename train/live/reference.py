@@ -38,7 +38,7 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int | None) -> OnMesh:
 
     These are [batch, n]; the batch lies on the mesh.
     """
-    forward = running(layout.constrained(model))
+    forward = forward_of(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
         logps = sequence_logps(forward, params, batch, **layout.chunks(chunk))
@@ -47,14 +47,14 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int | None) -> OnMesh:
     return layout.jitted(score)
 
 
-def running(model: Any) -> Callable[..., Any]:
+def forward_of(model: Any) -> Callable[..., Any]:
     """Returns a model's ``apply`` for trees of any kind: adapted, in codes, and plain."""
-    adapted = lj.adapt(model.apply)
+    apply_adapted = lj.adapt(model.apply)
 
     def forward(variables: Any, *args: Any, **options: Any) -> Any:
         leaves = [leaf for _, leaf in leaves_of(variables["params"])[0]]
         is_plain = not any(is_node(leaf) or is_base(leaf) for leaf in leaves)
-        return (model.apply if is_plain else adapted)(variables, *args, **options)
+        return (model.apply if is_plain else apply_adapted)(variables, *args, **options)
 
     return forward
 
@@ -77,31 +77,41 @@ def reference_params(
 
     Args:
       config: the options of the run.
-      outline: the model's.
+      outline: the model without its weights.
       plain: the base's parameters.
       takes_from_base: whether the adapter has taken factors out of the base.
 
     Raises:
       UserError: they do not fit the base, or would need a second base beside it.
     """
-    given = getattr(config.data, "reference", NONE)
-    if given == NONE:
+    reference = getattr(config.data, "reference", NONE)
+    if reference == NONE:
         return None
-    if is_live(config) and (takes_from_base or config.adapter.full and not _keeps_base(config)):
-        what, other = "--init takes factors out of", "another --init"
-        if config.adapter.full:
-            what, other = "--full trains", "an adapter"
-        if getattr(config.data, "reference_logps", None) == "live" and not _diverges(config):
-            other = f"--reference-logps cached, or {other}"
-        raise UserError(
-            f"--reference {given}: {what} the base itself, and a second one would be needed beside "
-            f"it while training: use {other}"
-        )
-    if given == BASE:
+    base_changes = takes_from_base or config.adapter.full and not _keeps_base(config)
+    if is_live(config) and base_changes:
+        raise _second_base_error(config, reference)
+    if reference == BASE:
         return plain
-    source = find_adapter(given, "--reference")
+    source = find_adapter(reference, "--reference")
     mismatch = config.adapter.allow_base_mismatch
     return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
+
+
+def _second_base_error(config: Options, reference: str) -> UserError:
+    """Returns the error of a base that trains, and is needed as the reference, too."""
+    if config.adapter.full:
+        cause = "--full trains"
+        remedy = "an adapter"
+    else:
+        cause = "--init takes factors out of"
+        remedy = "another --init"
+    could_be_cached = getattr(config.data, "reference_logps", None) == "live"
+    if could_be_cached and not _diverges(config):
+        remedy = f"--reference-logps cached, or {remedy}"
+    return UserError(
+        f"--reference {reference}: {cause} the base itself, and a second one would be needed "
+        f"beside it while training: use {remedy}"
+    )
 
 
 def _keeps_base(config: Options) -> bool:
@@ -121,48 +131,61 @@ def check_reference(config: Options, outline: ModelInfo) -> None:
 
 def reference_line(config: Options) -> str:
     """Returns a line that names the reference of the run."""
-    given, start = config.data.reference, config.adapter.init_adapter
+    reference = config.data.reference
+    start = config.adapter.init_adapter
     if config.adapter.full and _keeps_base(config):
-        return f"reference: {given}; its weights stay in memory, beside those that train"
-    if start is None or given == NONE:
-        return f"reference: {given}"
-    if given == BASE:
+        return f"reference: {reference}; its weights stay in memory, beside those that train"
+    if start is None or reference == NONE:
+        return f"reference: {reference}"
+    if reference == BASE:
         return f"reference: base, without the adapter that the run begins with ({start})"
-    if given == start:
-        return f"reference: {given}, the adapter that the run begins with (else: --reference base)"
-    return f"reference: {given}; the run begins with {start}"
+    if reference == start:
+        return (
+            f"reference: {reference}, the adapter that the run begins with (else: --reference base)"
+        )
+    return f"reference: {reference}; the run begins with {start}"
 
 
 def add_reference(
-    of: ModelContext, score: OnMesh, params: Tree, examples: Preferences
+    context: ModelContext, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
     Args:
-      of: the run.
+      context: the run.
       score: a `sequence_scorer`.
       params: the reference's.
       examples: pairs, or rows.
     """
-    shape = (len(examples), examples.segments_a_row)
-    asked = of.config.data.token_cache
-    path = cache.place_of(asked, f"reference-{_key(of, params, examples)}")
-    kept = None if path is None else cache.read(path)
-    everywhere = hosts.map_over_processes(lambda _: kept is not None, range(jax.process_count()))
-    if kept is not None and all(everywhere):
+    n_rows = len(examples)
+    cache_option = context.config.data.token_cache
+    path = cache.place_of(cache_option, f"reference-{_key(context, params, examples)}")
+    content = None if path is None else cache.read(path)
+    is_cached = content is not None
+    is_cached_by_process = hosts.map_over_processes(lambda _: is_cached, range(jax.process_count()))
+    if content is not None and all(is_cached_by_process):
         tell(
-            of.console, f"the reference's log-probabilities are those of an earlier run, in {path}"
+            context.console,
+            f"the reference's log-probabilities are those of an earlier run, in {path}",
         )
-        reference = np.frombuffer(kept, "<f4").reshape(shape)
-        return dataclasses.replace(examples, reference=reference)
-    n = len(examples)
-    with doing(of.console, f"the reference reads {n:,} rows") as progress:
-        size, say = of.config.optim.batch_size, lambda done: progress(done, n)
-        logps = scores(of.layout, score, params, examples, size, say)
-    assert logps is not None
-    if path is not None and is_first() and (asked is not None or n >= cache.FEW):
-        _keep(of, path, logps)
-    return dataclasses.replace(examples, reference=logps)
+        logps = np.frombuffer(content, "<f4").reshape(n_rows, examples.segments_a_row)
+        return dataclasses.replace(examples, reference=logps)
+
+    with doing(context.console, f"the reference reads {n_rows:,} rows") as progress:
+        batch_size = context.config.optim.batch_size
+        computed_logps = scores(
+            context.layout,
+            score,
+            params,
+            examples,
+            batch_size,
+            lambda n_done: progress(n_done, n_rows),
+        )
+    assert computed_logps is not None
+    is_worth_caching = cache_option is not None or n_rows >= cache.FEW
+    if path is not None and is_first() and is_worth_caching:
+        _write_cache(context, path, computed_logps)
+    return dataclasses.replace(examples, reference=computed_logps)
 
 
 def scores(
@@ -185,43 +208,51 @@ def scores(
         reading, and None is returned.
     """
     logps = np.zeros((len(examples), examples.segments_a_row), np.float32)
-    order, firsts = examples.by_length, range(0, len(examples), batch_size)
-    for first, part in zip(firsts, examples.parts(batch_size), strict=True):
-        rows = order[first : first + batch_size]
-        logps[rows] = np.asarray(score(params, layout.batch(part, parts=False)))[: len(rows)]
-        if on_the_way(first + len(rows)):
+    starts = range(0, len(examples), batch_size)
+    for start, batch in zip(starts, examples.parts(batch_size), strict=True):
+        rows = examples.by_length[start : start + batch_size]
+        batch_logps = np.asarray(score(params, layout.batch(batch, parts=False)))
+        logps[rows] = batch_logps[: len(rows)]
+        is_stopped = on_the_way(start + len(rows))
+        if is_stopped:
             return None
     return logps
 
 
-def _keep(of: ModelContext, path: Path, logps: np.ndarray) -> None:
+def _write_cache(context: ModelContext, path: Path, logps: np.ndarray) -> None:
+    """Writes log-probabilities for later runs, or warns that the folder cannot be written."""
     try:
         cache.write(path, [logps.astype("<f4").tobytes()])
     except OSError as error:
         tell(
-            of.console,
+            context.console,
             f"warning: the reference's log-probabilities are not kept: {path.parent} cannot be "
             f"written ({error.strerror or error})",
         )
 
 
-def _key(of: ModelContext, params: Tree, examples: Preferences) -> str:
+def _key(context: ModelContext, params: Tree, examples: Preferences) -> str:
     """Returns a hash of all that the reference's log-probabilities depend on.
 
     The tokens are the tokenizer's and its template's.
     """
-    arrays = jax.tree_util.tree_flatten_with_path(params)[0]
-    known = {
+    optim = context.config.optim
+    checksums = {
+        jax.tree_util.keystr(path): checksum(array)
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
+    }
+    structure = str(jax.tree.structure(params))  # axes, ranks, formats of codes
+    inputs = {
         "examples": examples.digest(),
-        "arrays": {jax.tree_util.keystr(path): checksum(array) for path, array in arrays},
-        "nodes": _ADDRESS.sub("", str(jax.tree.structure(params))),  # axes, ranks, formats of codes
-        "config": repr(of.outline.config),
-        "model": [of.config.optim.dtype, of.config.optim.experts],
+        "arrays": checksums,
+        "nodes": _FUNCTION_ADDRESS.sub("", structure),
+        "config": repr(context.outline.config),
+        "model": [optim.dtype, optim.experts],
         "version": versions().get("lora_jax"),
     }
     if examples.branches is not None:
-        known["rows"] = "of shared prompts"  # which changes the rounding alone
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+        inputs["rows"] = "of shared prompts"  # which changes the rounding alone
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
 
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, in its repr
+_FUNCTION_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, in its repr

@@ -29,44 +29,55 @@ from train.run.task import Data, ModelContext
 
 def arrays_per_token(config: Config) -> tuple[str, ...]:
     """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
-    compares = config.optim.beta and config.optim.loss != RLOO
-    weighs = importance_of(config) is not None
-    return ("old", *(["reference"] if compares else []), *(["importance"] if weighs else []))
+    names = ["old"]
+    if config.optim.beta and config.optim.loss != RLOO:
+        names.append("reference")
+    if importance_of(config) is not None:
+        names.append("importance")
+    return tuple(names)
 
 
-def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
+def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns the start of training, with rewards that judge its rollouts, and its data."""
-    return dataclasses.replace(of.ready, live=RewardedRollouts(of)), of.data
+    return dataclasses.replace(context.ready, live=RewardedRollouts(context)), context.data
 
 
 class RewardedRollouts(Rollouts):
     """Judges completions by rewards, and compares those of one prompt with one another."""
 
-    def __init__(self, of: ModelContext) -> None:
+    def __init__(self, context: ModelContext) -> None:
         """Finds the reference, too.
 
         Raises:
           UserError: the reference does not fit the base.
         """
-        super().__init__(of)
+        super().__init__(context)
         feed = self.feed
         self._turns = None
         if feed.tools is not None:
             drawer = TurnDrawer(
-                *(of.config, of.outline, feed.tools, of.stop),
-                of.config.data.sampling_temperature,
+                context.config,
+                context.outline,
+                feed.tools,
+                context.stop,
+                context.config.data.sampling_temperature,
                 with_routing=feed.routing is not None,
             )
-            self._turns = GroupedTurns(drawer, (self.model, self.apply, of.layout), feed)
-        self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
+            self._turns = GroupedTurns(drawer, (self.model, self.apply, context.layout), feed)
+        self._reference = reference_params(
+            context.config, context.outline, context.plain, context.takes_from_base
+        )
         self._external = None
         if feed.server is not None:
-            self._external = ExternalSampler(self.of, feed, self.key)
+            self._external = ExternalSampler(self.context, feed, self.key)
             feed.closing = self._external.close
-            self._check = SamplerCheck(
-                self.of, feed, self._external, lambda *args: self.log_probabilities(*args)[0]
-            )
-            self._check.rehearse(lj.join(of.ready.state.adapter, of.ready.base))
+            self._check = SamplerCheck(self.context, feed, self._external, self._token_logps)
+            self._check.rehearse(lj.join(context.ready.state.adapter, context.ready.base))
+
+    def _token_logps(self, params: Tree, batch: HostBatch) -> np.ndarray:
+        """Returns the log-probabilities of completions by an adapted tree."""
+        logps, _ = self.log_probabilities(params, batch)
+        return logps
 
     def draw(
         self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
@@ -86,52 +97,78 @@ class RewardedRollouts(Rollouts):
         Where rewards have failed, and no completion has one, the advantages are NaN: the step is
         skipped.
         """
-        optim, group = self.config.optim, self.config.data.group
-        rewards, extra, lost, metrics = self._reward(params, rows, drawn, number)
-        flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
-        self.feed.newest = [
-            Sample(prompt, text, None if math.isnan(reward) else reward, facts)
-            for prompt, text, reward, facts in zip(
-                asked,
-                shown_texts(drawn, self.of.outline.tokenizer),
-                flat_rewards.tolist(),
-                extra.ravel().tolist(),
-                strict=True,
-            )
-        ]
+        rewards, facts, lost, metrics = self._reward(params, rows, drawn, number)
+        self.feed.new_samples = self._samples(rows, drawn, rewards, facts)
         batch = self.feed.batch_from_completions(rows, drawn)
-        old, entropy = self.log_probabilities(params, batch)
-        batch["old"] = old
-        counted = batch["weights"] > 0
+        old_logps, entropy = self.log_probabilities(params, batch)
+        batch["old"] = old_logps
+        has_loss = batch["weights"] > 0
+        divergence = None
         if self._reference is not None:
-            reference, _ = self.log_probabilities(self._reference, batch, replays=False)
-            if optim.loss == RLOO:
-                divergence = np.where(counted, old - reference, 0).sum(-1)
-                flat_rewards = flat_rewards - optim.beta * divergence.ravel()
-                total = float(divergence.sum())
-                metrics["kl"] = total / int(counted.sum()) if counted.any() else None
+            reference_logps, _ = self.log_probabilities(self._reference, batch, replays=False)
+            if self.config.optim.loss == RLOO:  # takes the divergence from the reward
+                divergence = np.where(has_loss, old_logps - reference_logps, 0).sum(-1)
+                metrics["kl"] = None
+                if has_loss.any():
+                    metrics["kl"] = float(divergence.sum()) / int(has_loss.sum())
             else:
-                batch["reference"] = reference
-        if optim.loss == RLOO:
-            advantages = leave_one_out(jax.device_put(flat_rewards), group)
-        else:
-            advantages = advantages_of(jax.device_put(flat_rewards), group, optim.scale)
-        batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:-1])
-        lost = lost and f"no completion has a reward ({lost})"
+                batch["reference"] = reference_logps
+        advantages = self._advantages(rewards, divergence)
+        batch["advantages"] = advantages.reshape(has_loss.shape[:-1])
+
+        if lost is not None:
+            lost = f"no completion has a reward ({lost})"
         if self._external is not None:
-            known, apart = self._check.weigh(batch, drawn, self.of.ready.base, number)
-            metrics, lost = metrics | known, lost or apart
-        if lost:
+            sampler_metrics, sampler_problem = self._check.weigh(
+                batch, drawn, self.context.ready.base, number
+            )
+            metrics |= sampler_metrics
+            lost = lost or sampler_problem
+        if lost is not None:
             batch["advantages"] = np.full_like(batch["advantages"], np.nan)
         self.feed.lost = lost
         metrics |= {
             "reward": mean_known(rewards),
             "zero_spread": float(_have_no_spread(rewards).mean()),
-            "entropy": float(entropy[counted].mean()) if counted.any() else None,
+            "entropy": float(entropy[has_loss].mean()) if has_loss.any() else None,
         }
         if drawn.turns is not None:
             metrics |= tool_metrics(drawn.turns.ravel())
         return drawn, batch, metrics
+
+    def _samples(
+        self, rows: np.ndarray, drawn: GroupedCompletions, rewards: np.ndarray, facts: np.ndarray
+    ) -> list[Sample]:
+        """Returns completions in words, with their rewards, and further facts about them."""
+        completion_rows = np.repeat(rows, self.config.data.group).tolist()
+        texts = shown_texts(drawn, self.context.outline.tokenizer)
+        samples = []
+        for index, reward in enumerate(rewards.ravel().tolist()):
+            sample = Sample(
+                prompt=self.feed.prompts.prompt_text(completion_rows[index]),
+                answer=texts[index],
+                reward=None if math.isnan(reward) else reward,
+                extra=facts.ravel()[index],
+            )
+            samples.append(sample)
+        return samples
+
+    def _advantages(self, rewards: np.ndarray, divergence: np.ndarray | None) -> np.ndarray:
+        """Returns the advantage of each completion over the others of its prompt.
+
+        Args:
+          rewards: [prompts, group].
+          divergence: sums over completions of log p less the reference's, of as many elements; None
+            where the rewards are taken as they are.
+        """
+        optim = self.config.optim
+        group = self.config.data.group
+        completion_rewards = rewards.ravel()
+        if divergence is not None:
+            completion_rewards = completion_rewards - optim.beta * divergence.ravel()
+        if optim.loss == RLOO:
+            return np.asarray(leave_one_out(jax.device_put(completion_rewards), group))
+        return np.asarray(advantages_of(jax.device_put(completion_rewards), group, optim.scale))
 
     def _reward(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
@@ -146,52 +183,62 @@ class RewardedRollouts(Rollouts):
           reward, else None; and the metrics of the first draw.
         """
         group = self.config.data.group
-        first = self._ask(rows, drawn, number)
-        rewards, lost = first.total.reshape(-1, group), first.lost
-        extra = _facts_per_completion(first, group)
+        answer = self._ask(rows, drawn, number)
+        rewards = answer.total.reshape(-1, group)
+        facts = _facts_per_completion(answer, group)
+        lost = answer.lost
+        metrics = answer.metrics
         for attempt in range(self.config.data.redraw):
-            (flat,) = np.nonzero(_have_no_spread(rewards))
-            if not len(flat):
+            (group_indices,) = np.nonzero(_have_no_spread(rewards))
+            if not len(group_indices):
                 break
-            again = self.draw(params, rows[flat], number, attempt + 1)
-            answer = self._ask(rows[flat], again, number)
-            rewards[flat] = answer.total.reshape(-1, group)
-            extra[flat] = _facts_per_completion(answer, group)
-            lost = lost and answer.lost
-            for before, new in zip(drawn, again, strict=True):
-                if before is not None:
-                    before[flat] = new
-        return rewards, extra, lost, first.metrics
+            redrawn = self.draw(params, rows[group_indices], number, attempt + 1)
+            answer = self._ask(rows[group_indices], redrawn, number)
+            rewards[group_indices] = answer.total.reshape(-1, group)
+            facts[group_indices] = _facts_per_completion(answer, group)
+            if lost is not None:  # still, if these failed, too
+                lost = answer.lost
+            for array, redrawn_array in zip(drawn, redrawn, strict=True):
+                if array is not None:
+                    array[group_indices] = redrawn_array
+        return rewards, facts, lost, metrics
 
     def _ask(self, rows: np.ndarray, drawn: GroupedCompletions, number: int) -> RewardAnswer:
         """Returns the rewards of completions, [prompts * group], and metrics."""
-        group, prompts = self.config.data.group, self.feed.prompts
-        each = np.repeat(rows, group).tolist()
-        tokens, lengths = drawn.tokens.reshape(len(each), -1), drawn.lengths.ravel()
-        assert self.feed.rewards is not None
+        group = self.config.data.group
+        prompts = self.feed.prompts
+        completion_rows = np.repeat(rows, group).tolist()
+        tokens = drawn.tokens.reshape(len(completion_rows), -1)
+        rewards = self.feed.rewards
+        assert rewards is not None
         batch = RewardBatch(
-            [prompts.asked(row) for row in each],
-            drawn.texts.ravel().tolist(),
-            [ids[:n].tolist() for ids, n in zip(tokens, lengths, strict=True)],
-            columns_of([prompts.rows[row] for row in each], prompts.columns),
-            group,
-            self.feed.progress(number),
+            prompts=[prompts.prompt_of(row) for row in completion_rows],
+            completions=drawn.texts.ravel().tolist(),
+            completion_ids=[
+                ids[:length].tolist()
+                for ids, length in zip(tokens, drawn.lengths.ravel(), strict=True)
+            ],
+            columns=columns_of([prompts.rows[row] for row in completion_rows], prompts.columns),
+            group=group,
+            state=self.feed.progress(number),
         )
         if drawn.turns is None:
-            return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
+            return ask(rewards, batch, self.context.console, self.context.stop)
         turns = drawn.turns.ravel().tolist()
-        return ask_of_turns(self.feed.rewards, batch, turns, self.of.console, self.of.stop)
+        return ask_of_turns(rewards, batch, turns, self.context.console, self.context.stop)
 
 
 def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:
     """Returns further facts about each completion, [prompts, group]; None for none."""
     facts = np.full(len(answer.total), None, object)
-    for at in range(len(facts)) if answer.extra else ():
-        facts[at] = {name: values[at] for name, values in answer.extra.items()}
+    if answer.extra:
+        for index in range(len(facts)):
+            facts[index] = {name: values[index] for name, values in answer.extra.items()}
     return facts.reshape(-1, group)
 
 
 def _have_no_spread(rewards: np.ndarray) -> np.ndarray:
     """Returns True for groups, [n, group], whose rewards are all equal or unknown: [n] bool."""
-    most = np.nanmax(rewards, 1, initial=-np.inf)
-    return ~(most > np.nanmin(rewards, 1, initial=np.inf))
+    highest = np.nanmax(rewards, 1, initial=-np.inf)
+    lowest = np.nanmin(rewards, 1, initial=np.inf)
+    return ~(highest > lowest)

@@ -15,7 +15,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.core.types import Tree
-from lora_jax.models import sample
+from lora_jax.models import Samples, sample
 from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts
@@ -24,7 +24,7 @@ from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
 from train.live.prompts import GroupedCompletions, PromptFeed
-from train.live.reference import running
+from train.live.reference import forward_of
 from train.run.pretrained import end_tokens
 from train.run.task import ModelContext
 
@@ -49,31 +49,44 @@ def group_completions(
       group: the completions of a prompt.
     """
     texts = []
-    for at, ids in enumerate(tokens):
-        text, cut = stops.cut(ids[: lengths[at]].tolist())
-        if cut is not None:
-            lengths[at], ended[at] = cut, True
+    for index, ids in enumerate(tokens):
+        text, stop_index = stops.cut(ids[: lengths[index]].tolist())
+        if stop_index is not None:
+            lengths[index] = stop_index
+            ended[index] = True
         texts.append(text)
-    arrays = (tokens, logps, lengths, ended, np.array(texts, object))
-    return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+
+    def grouped(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1, group, *array.shape[1:])
+
+    return GroupedCompletions(
+        tokens=grouped(tokens),
+        logps=grouped(logps),
+        lengths=grouped(lengths),
+        ended=grouped(ended),
+        texts=grouped(np.array(texts, object)),
+    )
 
 
 class Rollouts(abc.ABC):
     """Draws the completions of each step, and judges them; see `StateBatches`."""
 
-    def __init__(self, of: ModelContext) -> None:
+    def __init__(self, context: ModelContext) -> None:
         """Takes the prompts of a run, and the model that draws and trains."""
-        assert isinstance(of.ready.feed, PromptFeed)
-        self.of, self.config = dataclasses.replace(of, plain=None), of.config
-        self.feed, layout = of.ready.feed, of.layout
-        self.model: Any = layout.constrained(of.model)
-        self.apply, self._score = lj.adapt(self.model.apply), self.scorer(of.model, layout)
-        self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
+        assert isinstance(context.ready.feed, PromptFeed)
+        layout = context.layout
+        self.context = dataclasses.replace(context, plain=None)
+        self.config = context.config
+        self.feed = context.ready.feed
+        self.model: Any = layout.constrained(context.model)
+        self.apply = lj.adapt(self.model.apply)
+        self._score = self.scorer(context.model, layout)
+        self._replicate = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
 
     def scorer(self, model: Any, layout: Layout) -> Any:
         """Returns a function of the log-probabilities of completions, as the loss computes them."""
         return make_scorer(
-            running(layout.constrained(model)),
+            forward_of(layout.constrained(model)),
             layout=layout,
             temperature=self.config.data.sampling_temperature,
             **layout.chunks(self.config.optim.loss_chunk),
@@ -106,27 +119,29 @@ class Rollouts(abc.ABC):
 
     def batch(self, number: int, state: State) -> HostBatch:
         """Returns the batch of a step: completions drawn now, or those that have steps to come."""
-        begun = number - number % self.config.optim.updates
-        if self.feed.held[0] != begun:
-            self.feed.held = (begun, self._new_batch(begun, state))
+        first_step = number - number % self.config.optim.updates
+        held_step, _ = self.feed.held_batch
+        if held_step != first_step:
+            self.feed.held_batch = (first_step, self._new_batch(first_step, state))
         self.feed.done = number + 1
-        return self.feed.held[1]
+        return self.feed.held_batch[1]
 
     def _new_batch(self, number: int, state: State) -> HostBatch:
         """Returns completions by a state as a batch; notes their metrics."""
-        params = lj.join(state.adapter, self.of.ready.base)
+        params = lj.join(state.adapter, self.context.ready.base)
         rows = self.feed.rows(number)
         drawn = self.draw(params, rows, number)
         drawn, batch, metrics = self.score(params, rows, drawn, number)
         if self.config.optim.updates > 1:
             del metrics["entropy"]  # the loss logs the entropy before each update
-        counted = batch["weights"] > 0
-        apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
+        has_loss = batch["weights"] > 0
+        sampler_logps = drawn.logps.reshape(batch["old"].shape)
+        mismatch = np.abs(sampler_logps - batch["old"])[has_loss]
         self.feed.metrics = metrics | {
             "length": float(drawn.is_own.sum(-1).mean()),
             "truncated": float(1 - drawn.ended.mean()),
-            "mismatch_mean": float(apart.mean()) if apart.size else None,
-            "mismatch_max": float(apart.max()) if apart.size else None,
+            "mismatch_mean": float(mismatch.mean()) if mismatch.size else None,
+            "mismatch_max": float(mismatch.max()) if mismatch.size else None,
         }
         return batch
 
@@ -141,15 +156,18 @@ class Rollouts(abc.ABC):
           score: another model's scorer; None for that of the model that trains.
           replays: whether the sampler's choice of experts is that of these parameters.
         """
+        score = score or self._score
         if not replays:
             batch = {name: array for name, array in batch.items() if name != "routing"}
-        chunks = []
-        for part in range(len(batch["ids"])):
-            arrays = {name: array[part] for name, array in batch.items()}
-            placed = self.of.layout.batch(arrays, parts=False)
-            chunks.append(jax.tree.map(np.asarray, (score or self._score)(params, placed)))
-        logps, entropy = (np.stack(parts) for parts in zip(*chunks, strict=True))
-        return logps, entropy
+        logps = []
+        entropies = []
+        for index in range(len(batch["ids"])):
+            micro_batch = {name: array[index] for name, array in batch.items()}
+            on_mesh = self.context.layout.batch(micro_batch, parts=False)
+            batch_logps, batch_entropies = score(params, on_mesh)
+            logps.append(np.asarray(batch_logps))
+            entropies.append(np.asarray(batch_entropies))
+        return np.stack(logps), np.stack(entropies)
 
     def draw(
         self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
@@ -162,59 +180,75 @@ class Rollouts(abc.ABC):
           number: the number of the step.
           attempt: how often they were drawn for it before.
         """
-        group, at_once = self.config.data.group, self.feed.order.batch_size
+        group = self.config.data.group
+        chunk_rows = self.feed.order.batch_size
         key = self.key(number, attempt)
-        parts = []
-        for first in range(0, len(rows), at_once):
-            some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
-            parts.append(self._sample_part(params, some, key, first * group))
-        *drawn, routing = (
-            None if arrays[0] is None else np.concatenate(arrays)[: len(rows) * group]
-            for arrays in zip(*parts, strict=True)
-        )
-        grouped = group_completions(
-            *(np.array(array) for array in drawn),
-            stops=StopTexts(self.of.outline.tokenizer, self.config.data.stop),
+        chunks: list[Samples] = []
+        for start in range(0, len(rows), chunk_rows):
+            # The last chunk is filled up with rows of its own: all have as many.
+            chunk = np.resize(rows[start : start + chunk_rows], chunk_rows)
+            chunks.append(self._sample_chunk(params, chunk, key, start * group))
+
+        def joined(name: str) -> np.ndarray:
+            arrays = [getattr(chunk, name) for chunk in chunks]
+            return np.concatenate(arrays)[: len(rows) * group]
+
+        drawn = group_completions(
+            joined("tokens"),
+            joined("logps"),
+            joined("lengths"),
+            joined("ended"),
+            stops=StopTexts(self.context.outline.tokenizer, self.config.data.stop),
             group=group,
         )
-        if routing is None:
-            return grouped
-        return grouped._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
+        if self.feed.routing is None:
+            return drawn
+        routing = joined("routing")
+        return drawn._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
 
     def key(self, number: int, attempt: int) -> jax.Array:
         """Returns the key of a draw; see `draw`."""
         key = jax.random.fold_in(jax.random.key(self.config.optim.seed), _STREAM)
         return jax.random.fold_in(jax.random.fold_in(key, number), attempt)
 
-    def _sample_part(self, params: Tree, rows: np.ndarray, key: jax.Array, first: int) -> Any:
-        """Returns the `Samples` of a part's completions, on the host.
+    def _sample_chunk(self, params: Tree, rows: np.ndarray, key: jax.Array, start: int) -> Samples:
+        """Returns completions of some prompts, on the host.
 
-        Their `routing` is as wide in all parts: prompts end before the same slot.
+        Their `routing` is as wide in all chunks: prompts end before the same slot.
+
+        Args:
+          params: the adapted tree.
+          rows: [n], the prompts.
+          key: the draw's key.
+          start: the number of completions in the chunks before.
         """
-        data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
+        data = self.config.data
+        layout = self.context.layout
+        eos_ids = end_tokens(self.context.outline)
         prompts = [self.feed.prompts.tokens[row] for row in rows.tolist()]
         width = self.feed.widths.prompt(self.feed.prompts.longest_of(rows))
-        ids, mask = pad_left(prompts, width, ends[0] if ends else 0)
-        asked = layout.batch({"ids": ids, "mask": mask}, parts=False)
-        numbers = jnp.arange(first, first + len(rows) * data.group)
+        ids, mask = pad_left(prompts, width, eos_ids[0] if eos_ids else 0)
+        on_mesh = layout.batch({"ids": ids, "mask": mask}, parts=False)
+        completion_indices = jnp.arange(start, start + len(rows) * data.group)
         with jax.set_mesh(layout.mesh):
-            drawn = sample(
+            sharded = sample(
                 self.model,
                 params,
-                asked["ids"],
-                asked["mask"],
+                on_mesh["ids"],
+                on_mesh["mask"],
                 n=data.group,
                 max_new_tokens=data.max_new_tokens,
                 temperature=data.sampling_temperature,
                 top_p=data.top_p,
                 top_k=data.top_k,
-                key=row_keys(key, numbers),
-                eos_token_id=ends or None,
+                key=row_keys(key, completion_indices),
+                eos_token_id=eos_ids or None,
                 apply=self.apply,
                 with_routing=self.feed.routing is not None,
             )
-            drawn = jax.tree.map(np.asarray, self._everywhere(drawn))
-        if drawn.routing is None:
-            return tuple(drawn)
-        wider = [(0, 0), (self.feed.widths.prompts[-1] - width, 0), (0, 0), (0, 0)]
-        return tuple(drawn._replace(routing=np.pad(drawn.routing, wider, constant_values=-1)))
+            samples = jax.tree.map(np.asarray, self._replicate(sharded))
+        if samples.routing is None:
+            return samples
+        pad_slots = self.feed.widths.prompts[-1] - width
+        padding = [(0, 0), (pad_slots, 0), (0, 0), (0, 0)]
+        return samples._replace(routing=np.pad(samples.routing, padding, constant_values=-1))

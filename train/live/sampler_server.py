@@ -1,5 +1,6 @@
 """Speaks to an OpenAI-compatible server that loads adapters: vLLM, SGLang, or `train.serve`."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple
 from train.console.errors import UserError
 
 KEY = "LORA_JAX_SAMPLER_KEY"  # the environment variable of a server's key
-_LATER = (408, 425, 429, 500, 502, 503, 504)
+_TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _PAUSES = (0.2, 8.0)  # seconds between two attempts, at first and at most
 _LOOK = 1.0  # seconds to wait for a connection in `SamplerServer.probe`
-_CONNECT = 10.0  # seconds to connect
-_SHOWN = 300  # characters of a server's answer in a message
+_CONNECT_SECONDS = 10.0  # seconds to connect
+_MAX_MESSAGE_CHARS = 300  # characters of a server's answer in a message
 
 
 class SamplingOptions(NamedTuple):
@@ -65,8 +66,8 @@ class DrawnCompletion(NamedTuple):
     ended: bool
 
 
-class _Refused(Exception):
-    """The server's answer is an error; `status` is that of HTTP."""
+class _HttpError(Exception):
+    """An answer that is an error; `status` is that of HTTP."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -82,17 +83,20 @@ class SamplerServer:
     def __init__(self, url: str, seconds: float) -> None:
         """Takes the address, as --sampler has it, and the seconds that a request may take."""
         self.url = url.rstrip("/").removesuffix("/v1")
-        needed = UserError(f"--sampler {url}: an address such as http://127.0.0.1:8000 is needed")
-        parts = urllib.parse.urlsplit(self.url)
+        invalid_url = UserError(
+            f"--sampler {url}: an address such as http://127.0.0.1:8000 is needed"
+        )
+        address = urllib.parse.urlsplit(self.url)
         try:
-            self._port = parts.port
+            self._port = address.port
         except ValueError:
-            raise needed from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise needed
-        self._parts, self.seconds = parts, seconds
+            raise invalid_url from None
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise invalid_url
+        self._address = address
+        self.seconds = seconds
         self._closed = threading.Event()
-        self._open: set[http.client.HTTPConnection] = set()
+        self._connections: set[http.client.HTTPConnection] = set()
         self._prefix: str | None = None  # of the routes that load adapters, once it is known
         self._base: str | None = None
 
@@ -100,10 +104,9 @@ class SamplerServer:
         """Returns the names of its models; a server that is not there is an error at once."""
         try:
             answer = self._ask("GET", "/v1/models", None, patience=_LOOK)
-        except _Refused as error:
+        except _HttpError as error:
             raise self._error(f"/v1/models answers {error.status}: {error}") from None
-        data = answer.get("data") if isinstance(answer, dict) else None
-        names = [str(model.get("id")) for model in data or () if isinstance(model, dict)]
+        names = [str(model.get("id")) for model in _objects(answer, "data")]
         if not names:
             raise self._error("/v1/models lists no model: is it a server of OpenAI's API?")
         self._base = names[0]
@@ -113,7 +116,7 @@ class SamplerServer:
         """Raises a UserError if no adapter can be loaded."""
         try:
             self._adapters("load", {})
-        except _Refused as error:
+        except _HttpError as error:
             if error.status in (404, 405):
                 raise self._error(
                     "it loads no adapters (/v1/load_lora_adapter is not there): start vLLM with "
@@ -127,12 +130,13 @@ class SamplerServer:
         try:
             try:
                 self._adapters("load", body)
-            except _Refused as error:
-                if error.status != 400 or "already" not in str(error):
+            except _HttpError as error:
+                has_name_already = error.status == 400 and "already" in str(error)
+                if not has_name_already:
                     raise
                 self.unload(name)  # of an attempt whose answer was lost
                 self._adapters("load", body)
-        except _Refused as error:
+        except _HttpError as error:
             raise self._error(
                 f"it does not load the adapter in {path} ({error.status}: {error}). It has to "
                 "read that folder: --sampler-folder names one that both see, --sampler-mount its "
@@ -144,7 +148,7 @@ class SamplerServer:
         """Unloads an adapter; one that is gone already is no error."""
         try:
             self._adapters("unload", {"lora_name": name})
-        except _Refused as error:
+        except _HttpError as error:
             if error.status not in (400, 404):
                 raise self._error(f"it does not unload {name} ({error})") from None
 
@@ -159,7 +163,7 @@ class SamplerServer:
         body = {"model": model, "prompt": [*prompt], "seed": seed, **options.body()}
         try:
             answer = self._ask("POST", "/v1/completions", body)
-        except _Refused as error:
+        except _HttpError as error:
             if error.status == 404:
                 return None
             raise self._error(f"it refuses to draw ({error.status}: {error})") from None
@@ -168,18 +172,16 @@ class SamplerServer:
     def close(self) -> None:
         """Ends all requests."""
         self._closed.set()
-        for connection in [*self._open]:
-            if (sock := connection.sock) is not None:
-                try:
-                    sock.shutdown(2)
-                except OSError:
-                    pass  # it has ended
+        for connection in [*self._connections]:
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):  # it has ended
+                    connection.sock.shutdown(2)
 
     def _read(
         self, answer: Any, prompt: Sequence[int], options: SamplingOptions
     ) -> list[DrawnCompletion]:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        choices = [choice for choice in choices or () if isinstance(choice, dict)]
+        """Returns the completions of an answer, which must be as many as were asked for."""
+        choices = _objects(answer, "choices")
         if len(choices) != options.n:
             raise self._error(
                 f"it returns {len(choices)} completions of a prompt, and {options.n} were asked "
@@ -190,13 +192,8 @@ class SamplerServer:
     def _completion(
         self, choice: Mapping[str, Any], prompt: Sequence[int], options: SamplingOptions
     ) -> DrawnCompletion:
-        shown = choice.get("prompt_token_ids")
-        if shown is not None and shown != [*prompt]:
-            n = len(shown) if isinstance(shown, list) else 0
-            raise self._error(
-                f"it draws after a prompt of {n} tokens where it was given {len(prompt)} "
-                "ids: it has to take prompts as they are"
-            )
+        """Returns a completion of an answer, which must have all that training needs."""
+        self._check_prompt(choice.get("prompt_token_ids"), prompt)
         ids = choice.get("token_ids", choice.get("response_token_ids"))
         if not isinstance(ids, list) or not ids or not all(isinstance(x, int) for x in ids):
             raise self._error(
@@ -204,23 +201,36 @@ class SamplerServer:
                 "which other tokens might train than were drawn: vLLM has them from 0.10.2 on, "
                 "and `lora-jax serve` has them"
             )
-        told = choice.get("logprobs")
-        logps = told.get("token_logprobs") if isinstance(told, dict) else None
-        logps = logps if isinstance(logps, list) else []
-        numbers = [x for x in logps if isinstance(x, int | float) and -1e4 < x < 1e-3]
-        if not len(numbers) == len(logps) == len(ids):
-            n = len(logps)
-            raise self._error(
-                f"it returns log-probabilities of {n} tokens where it drew {len(ids)}: "
-                "`logprobs` of each token are needed"
-            )
+        logps = self._token_logps(choice.get("logprobs"), len(ids))
         if len(ids) > options.max_tokens:
             raise self._error(
                 f"it drew {len(ids)} tokens, more than --max-new-tokens {options.max_tokens}"
             )
-        return DrawnCompletion(
-            [*ids], [float(x) for x in logps], choice.get("finish_reason") == "stop"
+        has_ended = choice.get("finish_reason") == "stop"
+        return DrawnCompletion([*ids], logps, has_ended)
+
+    def _check_prompt(self, prompt_ids: Any, prompt: Sequence[int]) -> None:
+        """Raises a UserError if the answer says that another prompt was completed."""
+        if prompt_ids is None or prompt_ids == [*prompt]:
+            return
+        n_tokens = len(prompt_ids) if isinstance(prompt_ids, list) else 0
+        raise self._error(
+            f"it draws after a prompt of {n_tokens} tokens where it was given {len(prompt)} "
+            "ids: it has to take prompts as they are"
         )
+
+    def _token_logps(self, logprobs: Any, n_tokens: int) -> list[float]:
+        """Returns the log-probabilities of tokens from an answer's field; each token has one."""
+        logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(logps, list):
+            logps = []
+        are_valid = all(isinstance(x, int | float) and -1e4 < x < 1e-3 for x in logps)
+        if not are_valid or len(logps) != n_tokens:
+            raise self._error(
+                f"it returns log-probabilities of {len(logps)} tokens where it drew {n_tokens}: "
+                "`logprobs` of each token are needed"
+            )
+        return [float(x) for x in logps]
 
     def _adapters(self, verb: str, body: Mapping[str, Any]) -> None:
         """Posts to the routes of adapters, which SGLang has elsewhere."""
@@ -228,11 +238,11 @@ class SamplerServer:
         for prefix in prefixes:
             try:
                 self._ask("POST", f"{prefix}/{verb}_lora_adapter", body)
-            except _Refused as error:
-                is_there = error.status not in (404, 405) or self._prefix is not None
-                if is_there:
+            except _HttpError as error:
+                has_route = error.status not in (404, 405) or self._prefix is not None
+                if has_route:
                     self._prefix = prefix
-                if is_there or prefix == prefixes[-1]:
+                if has_route or prefix == prefixes[-1]:
                     raise
             else:
                 self._prefix = prefix
@@ -248,34 +258,32 @@ class SamplerServer:
           patience: seconds for an unreachable server; by default as for a busy one.
 
         Raises:
-          _Refused: the server says no.
+          _HttpError: the server says no.
         """
-        began, pause, problem = time.monotonic(), _PAUSES[0], ""
+        start_time = time.monotonic()
+        pause = _PAUSES[0]
+        problem = ""  # of the last attempt
         while not self._closed.is_set():
-            left, wait = self.seconds - (time.monotonic() - began), pause
-            if left <= 0:
+            seconds_left = self.seconds - (time.monotonic() - start_time)
+            if seconds_left <= 0:
                 break
+            retry_after = 0.0
             try:
-                status, text, after = self._once(method, path, body, left)
+                status, text, retry_after = self._once(method, path, body, seconds_left)
             except (OSError, http.client.HTTPException) as error:
-                if not (problem and isinstance(error, TimeoutError)):  # what it last said says more
+                is_timeout = isinstance(error, TimeoutError)
+                if not (problem and is_timeout):  # the problem of an earlier attempt says more
                     problem = f"cannot be reached ({str(error) or type(error).__name__})"
-                if patience is not None and time.monotonic() - began > patience:
+                if patience is not None and time.monotonic() - start_time > patience:
                     raise self._error(
                         f"{problem}: is the server up, and is this its address?"
                     ) from None
             else:
                 if status < 300:
                     return _parsed(text)
-                if status in (401, 403):
-                    raise self._error(
-                        f"it refuses the request ({status}: {_message(text)}); its key is taken "
-                        f"from the environment, {KEY}"
-                    )
-                if status not in _LATER or (status == 500 and problem.startswith("answers 500")):
-                    raise _Refused(status, _message(text))
-                problem, wait = f"answers {status} ({_message(text)})", max(pause, after)
-            self._closed.wait(min(wait, max(left, 0)))
+                self._check_retry(status, text, problem)
+                problem = f"answers {status} ({_message(text)})"
+            self._closed.wait(min(max(pause, retry_after), max(seconds_left, 0)))
             pause = min(2 * pause, _PAUSES[1])
         if self._closed.is_set():
             raise self._error("the run has ended")
@@ -284,32 +292,53 @@ class SamplerServer:
             "start it again, or give it more time"
         )
 
+    def _check_retry(self, status: int, text: str, problem: str) -> None:
+        """Raises the error of an answer after which the request is not sent again.
+
+        Args:
+          status, text: the answer.
+          problem: the problem of the attempt before; "" for none.
+        """
+        if status in (401, 403):
+            raise self._error(
+                f"it refuses the request ({status}: {_message(text)}); its key is taken "
+                f"from the environment, {KEY}"
+            )
+        is_second_500 = status == 500 and problem.startswith("answers 500")
+        if status not in _TRANSIENT_STATUSES or is_second_500:
+            raise _HttpError(status, _message(text))
+
     def _once(
         self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float
     ) -> tuple[int, str, float]:
         """Returns status, text and `Retry-After` of one answer."""
-        kind = http.client.HTTPSConnection
-        if self._parts.scheme == "http":
-            kind = http.client.HTTPConnection  # type: ignore[assignment]
-        connection = kind(self._parts.hostname or "", self._port, timeout=min(seconds, _CONNECT))
+        connection = self._connection(min(seconds, _CONNECT_SECONDS))
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        key = os.environ.get(KEY)
+        if key:
             headers["Authorization"] = f"Bearer {key}"
-        sent = None if body is None else json.dumps(body).encode()
-        self._open.add(connection)
+        content = None if body is None else json.dumps(body).encode()
+        self._connections.add(connection)
         try:
             connection.connect()
             if self._closed.is_set():  # while there was no socket for `close` to shut down
                 raise OSError("the run has ended")
             connection.sock.settimeout(seconds)
-            connection.request(method, self._parts.path + path, sent, headers)
+            connection.request(method, self._address.path + path, content, headers)
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
-            after = answer.headers.get("Retry-After", "")
-            return answer.status, text, float(after) if after.isdigit() else 0.0
+            retry_after = answer.headers.get("Retry-After", "")
+            return answer.status, text, float(retry_after) if retry_after.isdigit() else 0.0
         finally:
-            self._open.discard(connection)
+            self._connections.discard(connection)
             connection.close()
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        """Returns a connection to the address, which is not open yet."""
+        host = self._address.hostname or ""
+        if self._address.scheme == "http":
+            return http.client.HTTPConnection(host, self._port, timeout=timeout)
+        return http.client.HTTPSConnection(host, self._port, timeout=timeout)
 
     def _error(self, problem: str) -> UserError:
         return UserError(f"--sampler {self.url}: {problem}")
@@ -323,6 +352,12 @@ def _parsed(text: str) -> Any:
         return text
 
 
+def _objects(answer: Any, field: str) -> list[dict[str, Any]]:
+    """Returns the JSON objects in a list of an answer; [] where it has none."""
+    values = answer.get(field) if isinstance(answer, dict) else None
+    return [value for value in values or () if isinstance(value, dict)]
+
+
 def _message(text: str) -> str:
     """Returns the message of an error's answer, whoever's form it has."""
     content = _parsed(text)
@@ -330,4 +365,4 @@ def _message(text: str) -> str:
         content = content.get("error", content.get("message", content.get("detail", text)))
     if isinstance(content, dict):
         content = content.get("message", text)
-    return " ".join(str(content).split())[:_SHOWN]
+    return " ".join(str(content).split())[:_MAX_MESSAGE_CHARS]

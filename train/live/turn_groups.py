@@ -12,14 +12,14 @@ from lora_jax.training.data.rows import name_of
 from lora_jax.training.run.stop import Stop
 from train.console.output import tell
 from train.live.prompts import GroupedCompletions, PromptFeed
-from train.live.turns.rows import AskedRow, TurnCompletion
+from train.live.turns.rows import TurnCompletion, TurnRequest
 from train.live.turns.use import TurnDrawer
 from train.rewards.ask import RewardAnswer, ask
 from train.rewards.find import Rewards
 from train.rewards.reward import RewardBatch
 
-_SEEDS = 2**32 - 1  # no completion's number
-_TOLD = 3  # rows that were lost, and are told of one by one
+_SEED_STREAM = 2**32 - 1  # no completion's number
+_MAX_WARNINGS = 3  # rows that were lost, and are told of one by one
 
 
 class GroupedTurns:
@@ -27,76 +27,104 @@ class GroupedTurns:
 
     def __init__(self, drawer: TurnDrawer, model: Any, feed: PromptFeed) -> None:
         """Takes the drawer, its `model` (see `TurnDrawer.draw`), and the prompts."""
-        self._drawer, self._model, self._feed = drawer, model, feed
+        self._drawer = drawer
+        self._model = model
+        self._feed = feed
 
     def draw(self, params: Tree, rows: np.ndarray, key: jax.Array) -> GroupedCompletions:
         """Draws the completions of prompts, [n], each with a number that tells its key."""
-        config, prompts = self._feed.config, self._feed.prompts
-        group = config.data.group
+        data = self._feed.config.data
+        prompts = self._feed.prompts
         # Environments of one prompt have the same random numbers: their completions are compared.
-        seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS), (len(rows),)).tolist()
-        asked = [
-            AskedRow(
-                number,
-                prompts.rows[row],
-                name_of(prompts.rows[row], config.data.dataset, row + 1),
-                prompts.tokens[row],
-                seeds[number // group] % 2**31,
+        seeds = jax.random.bits(jax.random.fold_in(key, _SEED_STREAM), (len(rows),)).tolist()
+        requests = [
+            TurnRequest(
+                number=number,
+                row=prompts.rows[row],
+                name=name_of(prompts.rows[row], data.dataset, row + 1),
+                prompt=prompts.tokens[row],
+                seed=seeds[number // data.group] % 2**31,
             )
-            for number, row in enumerate(np.repeat(rows, group).tolist())
+            for number, row in enumerate(np.repeat(rows, data.group).tolist())
         ]
-        places = config.optim.batch_size
-        longest = self._feed.widths.prompt(prompts.longest_of(rows))
-        made = self._drawer.draw(self._model, params, asked, key, places, longest)
-        drawn = grouped(made, group, config.data.max_new_tokens)
+        completions = self._drawer.draw(
+            self._model,
+            params,
+            requests,
+            key,
+            n_rows=self._feed.config.optim.batch_size,
+            max_prompt_tokens=self._feed.widths.prompt(prompts.longest_of(rows)),
+        )
+        drawn = group_turns(completions, data.group, data.max_new_tokens)
         if self._feed.routing is None:
             return drawn
-        # As wide in all draws of a run, so that those that are drawn again take others' places.
+        # All draws of a run have as many slots, so that a group that is drawn again fits in.
         routing = routing_of(
-            made, self._feed.widths.prompts[-1], config.data.max_new_tokens - 1, self._feed.routing
+            completions,
+            prompt_slots=self._feed.widths.prompts[-1],
+            completion_slots=data.max_new_tokens - 1,
+            layers_and_experts=self._feed.routing,
         )
-        return drawn._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
+        return drawn._replace(routing=routing.reshape(-1, data.group, *routing.shape[1:]))
 
 
 def routing_of(
-    completions: Sequence[TurnCompletion], before: int, new: int, chosen: tuple[int, int]
+    completions: Sequence[TurnCompletion],
+    prompt_slots: int,
+    completion_slots: int,
+    layers_and_experts: tuple[int, int],
 ) -> np.ndarray:
-    """Returns the experts of completions' tokens, [n, before + new, layers, k] int16.
+    """Returns the experts of tokens, [n, prompt_slots + completion_slots, layers, k] int16.
 
     Args:
       completions: the completions; one that did not begin has -1 alone.
-      before: the slots of a prompt, which ends in the last of them.
-      new: the slots of a completion, whose last token did not run.
-      chosen: layers with experts, and experts of a token.
+      prompt_slots: the slots of a prompt, which ends in the last of them.
+      completion_slots: the slots of a completion, whose last token did not run.
+      layers_and_experts: layers with experts, and experts of a token.
     """
-    routing = np.full((len(completions), before + new, *chosen), -1, np.int16)
-    for row, made in zip(routing, completions, strict=True):
-        if made.routing is not None:
-            first, n = before - len(made.prompt), len(made.prompt) + min(len(made.ids), new)
-            row[first : first + n] = made.routing[:n]
+    n_slots = prompt_slots + completion_slots
+    routing = np.full((len(completions), n_slots, *layers_and_experts), -1, np.int16)
+    for row, completion in zip(routing, completions, strict=True):
+        if completion.routing is None:
+            continue
+        prompt_tokens = len(completion.prompt)
+        n_run = prompt_tokens + min(len(completion.ids), completion_slots)
+        start = prompt_slots - prompt_tokens
+        row[start : start + n_run] = completion.routing[:n_run]
     return routing
 
 
-def grouped(completions: Sequence[TurnCompletion], group: int, width: int) -> GroupedCompletions:
-    """Returns completions as arrays that hold `width` tokens of each."""
-    tokens = np.zeros((len(completions), width), np.int32)
-    logps = np.zeros((len(completions), width), np.float32)
+def group_turns(
+    completions: Sequence[TurnCompletion], group: int, max_new_tokens: int
+) -> GroupedCompletions:
+    """Returns completions as arrays that hold `max_new_tokens` tokens of each."""
+    tokens = np.zeros((len(completions), max_new_tokens), np.int32)
+    logps = np.zeros((len(completions), max_new_tokens), np.float32)
     turns = np.empty(len(completions), object)
-    for at, made in enumerate(completions):
-        n = len(made.ids)
-        tokens[at, :n], logps[at, :n], turns[at] = made.ids, made.logps, made
-    lengths = np.array([len(made.ids) for made in completions])
-    ended = np.array([made.ended for made in completions])
-    texts = np.array([made.text for made in completions], object)
-    arrays = (tokens, logps, lengths, ended, texts, turns)
-    return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+    for index, completion in enumerate(completions):
+        n_tokens = len(completion.ids)
+        tokens[index, :n_tokens] = completion.ids
+        logps[index, :n_tokens] = completion.logps
+        turns[index] = completion
+    lengths = np.array([len(completion.ids) for completion in completions])
+    ended = np.array([completion.ended for completion in completions])
+    texts = np.array([completion.text for completion in completions], object)
+    return GroupedCompletions(
+        tokens=tokens.reshape(-1, group, max_new_tokens),
+        logps=logps.reshape(-1, group, max_new_tokens),
+        lengths=lengths.reshape(-1, group),
+        ended=ended.reshape(-1, group),
+        texts=texts.reshape(-1, group),
+        turns=turns.reshape(-1, group),
+    )
 
 
 def shown_texts(drawn: GroupedCompletions, tokenizer: Any) -> list[str]:
     """Returns completions in words: of several turns, all that was said, tools included."""
     if drawn.turns is None:
         return drawn.texts.ravel().tolist()
-    return [tokenizer.decode(turns.ids, skip_special_tokens=True) for turns in drawn.turns.ravel()]
+    completions = drawn.turns.ravel()
+    return [tokenizer.decode(turns.ids, skip_special_tokens=True) for turns in completions]
 
 
 def ask_of_turns(
@@ -117,16 +145,22 @@ def ask_of_turns(
       console: console to name the rows on that were lost.
       stop: tells of a signal.
     """
-    batch = batch._replace(
-        chats=[made.messages for made in turns],
-        earned=[made.earned._replace(is_lost=made.lost is not None) for made in turns],
-    )
-    answer = ask(rewards, batch, console, stop)
-    lost = [made.lost for made in turns if made.lost is not None]
-    for reason in lost[:_TOLD]:
+    chats = []
+    earned = []
+    loss_reasons = []
+    for completion in turns:
+        is_lost = completion.lost is not None
+        chats.append(completion.messages)
+        earned.append(completion.earned._replace(is_lost=is_lost))
+        if completion.lost is not None:
+            loss_reasons.append(completion.lost)
+    answer = ask(rewards, batch._replace(chats=chats, earned=earned), console, stop)
+    for reason in loss_reasons[:_MAX_WARNINGS]:
         tell(console, f"warning: a completion was lost: {reason}")
-    if len(lost) > _TOLD:
-        tell(console, f"warning: {len(lost) - _TOLD} more completions were lost")
-    if lost and np.isnan(answer.total).all():
-        return answer._replace(lost=answer.lost or lost[0])
-    return answer
+    n_untold = len(loss_reasons) - _MAX_WARNINGS
+    if n_untold > 0:
+        tell(console, f"warning: {n_untold} more completions were lost")
+    has_rewards = not np.isnan(answer.total).all()
+    if has_rewards or not loss_reasons:
+        return answer
+    return answer._replace(lost=answer.lost or loss_reasons[0])

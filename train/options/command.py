@@ -27,11 +27,12 @@ def parse_options(kind: type[Kind], args: Sequence[str] | None, script: str) -> 
     Raises:
       UserError: a path has a scheme, or an option the name that another tool has for it.
     """
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
     show_help(kind, args, script)
     check_names(args, set(_names(kind)))
-    flat: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
-    options: Kind = tyro.cli(flat, args=args, prog=program(script))
+    without_prefixes: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
+    options: Kind = tyro.cli(without_prefixes, args=args, prog=program(script))
     check_paths(options)
     return options
 

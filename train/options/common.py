@@ -35,14 +35,18 @@ def _variant_fields() -> list[tuple[str, Any, Any]]:
     """Returns the name, type and field of each option."""
     fields: list[tuple[str, Any, Any]] = []
     for variant in VARIANTS:
-        fields.append((variant.option, Annotated[bool, arg(help=variant.help)], _switch(variant)))
-        fields += [_variant_number(variant, setting) for setting in variant.settings]
+        kind = Annotated[bool, arg(help=variant.help)]
+        fields.append((variant.option, kind, _switch(variant)))
+        for setting in variant.settings:
+            fields.append(_variant_number(variant, setting))
     return fields
 
 
 def _variant_number(variant: Variant, setting: Setting) -> tuple[str, Any, Any]:
-    own = option(setting.default, FACTORS, NoEffect[f"NO_{variant.option.upper()}"])
-    return setting.name, Annotated[type(setting.default), arg(help=setting.help)], own
+    """Returns the name, type and field of an option that a variant alone reads."""
+    no_variant = NoEffect[f"NO_{variant.option.upper()}"]
+    kind: Any = Annotated[type(setting.default), arg(help=setting.help)]
+    return setting.name, kind, option(setting.default, FACTORS, no_variant)
 
 
 if TYPE_CHECKING:
@@ -69,10 +73,11 @@ _NUMBERS = arguments.NUMBERS | {
 }
 
 
-def _remat(given: list[str]) -> str:
-    if len(given) > 1:
-        raise ValueError(f"one policy is needed, not {' '.join(given)}")
-    return given[0] if given else "full"
+def _remat(words: list[str]) -> str:
+    """Returns the policy that the words after --remat name."""
+    if len(words) > 1:
+        raise ValueError(f"one policy is needed, not {' '.join(words)}")
+    return words[0] if words else "full"
 
 
 def check_offload(remat: str | None, platform: str) -> None:
@@ -371,16 +376,20 @@ def check_shared(options: Options, **numbers: NumberRange) -> None:
       **numbers: the numbers that the script's own options take.
     """
     adapter, optim, run = options.adapter, options.optim, options.run
-    values = {name: value for part in vars(options).values() for name, value in vars(part).items()}
+    values: dict[str, Any] = {}
+    for group in vars(options).values():
+        values |= vars(group)
     with as_user_errors(TrainingError):
         arguments.check_numbers(values, _NUMBERS | numbers)
         arguments.check_together(values)
-    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
-    if needed and not getattr(run, needed):
+    measuring_option = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
+    if measuring_option and not getattr(run, measuring_option):
         raise UserError(
-            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
+            f"--keep-best {run.keep_best} goes by what {flag(measuring_option)} measures: give it, "
+            "too"
         )
-    if len(run.report_to) > 1 and "none" in run.report_to or not run.report_to:
+    has_none_beside_others = len(run.report_to) > 1 and "none" in run.report_to
+    if has_none_beside_others or not run.report_to:
         raise UserError(
             f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
         )
@@ -391,13 +400,15 @@ def check_shared(options: Options, **numbers: NumberRange) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
-    of_coordinator = (run.coordinator, run.num_processes, run.process_id)
-    if len({value is None for value in of_coordinator}) > 1:
+    coordinator_options = (run.coordinator, run.num_processes, run.process_id)
+    n_given = sum(value is not None for value in coordinator_options)
+    if n_given not in (0, len(coordinator_options)):
         raise UserError("--coordinator, --num-processes and --process-id go together")
 
 
 def as_json(options: Options) -> dict[str, Any]:
     """Returns the options as one flat JSON object, by their field names."""
-    parts = dataclasses.asdict(options).values()
-    flat = {name: value for part in parts for name, value in part.items()}
-    return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
+    values: dict[str, Any] = {}
+    for group in dataclasses.asdict(options).values():
+        values |= group
+    return json.loads(json.dumps(values))  # tuples become lists, as when read from a file

@@ -35,20 +35,27 @@ class _GivenOptions:
     """All options of a script by their names; those of other scripts are None."""
 
     def __init__(self, options: Any, facts: DatasetFacts) -> None:
-        for part in vars(options).values():
-            vars(self).update(vars(part))
+        for group in vars(options).values():
+            vars(self).update(vars(group))
         self.averages = OPTIMIZERS[self.optimizer].averages
-        self.datasets, self.is_named, self.holds_images, self.calls_tools = facts
-        without_project = [tracker.no_project for tracker in trackers(self.report_to).values()]
-        if all(without_project):
-            self.no_project = next(iter(without_project), None) or "nothing is reported"
-        self.again = " (--resume needs it again, if the run began with it)" * bool(self.resume)
-        alone = [each for each in VARIANTS if each.alone and getattr(self, each.option)]
-        if len(alone) == 1:  # else they exclude each other
-            self.alone = f"{flag(alone[0].option)} {alone[0].alone_in_scripts}"
-        self.from_files = all(map(kind_of, self.datasets)) and (
-            self.test is None or kind_of(self.test)
-        )
+        self.datasets = facts.names
+        self.is_named = facts.has_own_rows
+        self.holds_images = facts.holds_images
+        self.calls_tools = facts.calls_tools
+        # Why --report-project has no effect on each tracker; None where it has one.
+        project_reasons = [tracker.no_project for tracker in trackers(self.report_to).values()]
+        if not project_reasons:
+            self.no_project = "nothing is reported"
+        elif all(project_reasons):
+            self.no_project = str(project_reasons[0])
+        self.again = " (--resume needs it again, if the run began with it)" if self.resume else ""
+        exclusive = [
+            variant for variant in VARIANTS if variant.alone and getattr(self, variant.option)
+        ]
+        if len(exclusive) == 1:  # else they exclude each other
+            self.alone = f"{flag(exclusive[0].option)} {exclusive[0].alone_in_scripts}"
+        is_test_file = self.test is None or kind_of(self.test)
+        self.from_files = all(map(kind_of, self.datasets)) and is_test_file
 
     def __getattr__(self, name: str) -> Any:
         return None
@@ -146,4 +153,6 @@ class NoEffect(enum.Enum):
 def reasons(options: Any, facts: DatasetFacts) -> dict[NoEffect, str]:
     """Returns the conditions that hold for all options of a script, with their reasons."""
     given = _GivenOptions(options, facts)
-    return {why: why.why.format(o=given) for why in NoEffect if why.holds(given)}
+    return {
+        condition: condition.why.format(o=given) for condition in NoEffect if condition.holds(given)
+    }

@@ -74,7 +74,7 @@ _NAMES = {
     "max_lora_rank": "--max-rank",
 }
 # Their name -> answers, each for scripts that have some option.
-_WITH = {
+_ANSWERS = {
     "use_peft": {"full": "the default (--full trains without an adapter)"},
     "fp16": {"merged": "--dtype float16", "dtype": "--dtype bfloat16 (there is no float16)"},
 }
@@ -87,10 +87,13 @@ def check_names(args: Sequence[str], known: Collection[str]) -> None:
       args: the command line.
       known: the names of the script's options.
     """
-    others = {name: own for name in given_options(args) if (own := own_name(name, known))}
-    if others:
-        pairs = ", ".join(f"{flag(name)} is {own}" for name, own in sorted(others.items()))
-        raise UserError(f"some options have other names here: {pairs}")
+    renamed = []
+    for name in sorted(given_options(args)):
+        option = own_name(name, known)
+        if option:
+            renamed.append(f"{flag(name)} is {option}")
+    if renamed:
+        raise UserError(f"some options have other names here: {', '.join(renamed)}")
 
 
 def own_name(name: str, known: Collection[str]) -> str | None:
@@ -102,8 +105,11 @@ def own_name(name: str, known: Collection[str]) -> str | None:
     """
     if name in known:
         return None
-    if name in _WITH:
-        return next((own for option, own in _WITH[name].items() if option in known), None)
-    own = _NAMES.get(name)
-    is_here = own is not None and own.split()[0][2:].replace("-", "_") in known
-    return own if is_here else None
+    for option, answer in _ANSWERS.get(name, {}).items():
+        if option in known:
+            return answer
+    text = _NAMES.get(name)
+    if text is None:
+        return None
+    option = text.split()[0].removeprefix("--").replace("-", "_")
+    return text if option in known else None

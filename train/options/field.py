@@ -108,26 +108,42 @@ def traits_of(options: Any) -> dict[str, Traits]:
     Raises:
       TypeError: a field says nothing about itself.
     """
-    parts = [type(getattr(options, part.name)) for part in dataclasses.fields(options)]
-    fields = ((part, field.name) for part in parts for field in dataclasses.fields(part))
-    return {name: _declared(part, name) for part, name in fields}
+    parts = [type(getattr(options, group.name)) for group in dataclasses.fields(options)]
+    fields = ((group, field.name) for group in parts for field in dataclasses.fields(group))
+    return {name: _declared(group, name) for group, name in fields}
 
 
 def excluded(options: Any, given: Collection[str]) -> set[str]:
     """Returns the options that some of those given exclude, and that are not given themselves."""
-    pairs = [(name, trait.excludes) for name, trait in traits_of(options).items() if trait.excludes]
-    pairs += [(other, name) for name, other in pairs]
-    return {trait for trait, other in pairs if other in given and trait not in given}
+    names = set()
+    for name, traits in traits_of(options).items():
+        if not traits.excludes:
+            continue
+        # Each of the two excludes the other.
+        if name in given and traits.excludes not in given:
+            names.add(traits.excludes)
+        if traits.excludes in given and name not in given:
+            names.add(name)
+    return names
 
 
-def _declared(part: type, name: str) -> Traits:
-    for kind in part.__mro__:
+def _declared(group: type, name: str) -> Traits:
+    """Returns the traits of an option: those of its field, of an overridden one, or of its group.
+
+    Args:
+      group: the class of options that has it.
+      name: the option's name.
+    """
+    for kind in group.__mro__:
         field = vars(kind).get("__dataclass_fields__", {}).get(name)
         if field is not None and _TRAITS in field.metadata:
             return field.metadata[_TRAITS]
-    if (traits := getattr(part, "TRAITS", None)) is not None:
-        return traits
-    raise TypeError(f"{part.__name__}.{name} says nothing about itself: declare it by `option`")
+    traits: Traits | None = getattr(group, "TRAITS", None)
+    if traits is None:
+        raise TypeError(
+            f"{group.__name__}.{name} says nothing about itself: declare it by `option`"
+        )
+    return traits
 
 
 # What many options have in common.
@@ -187,37 +203,50 @@ def check_effects(
       lines: the lines of the file of --config, with the line of each.
     """
     lines = lines or {}
-    for why, idle in _reasons(options, facts).items():
-        if named := [name for name in idle if name in given or name in lines]:
-            parts = [flag(name) for name in named if name in given]
-            if of_file := [name for name in named if name not in given]:
-                where = f"line {min(lines[name] for name in of_file)} of {options.run.config}"
-                parts.append(f"{', '.join(of_file)} ({where}{' on' * (len(of_file) > 1)})")
-            raise UserError(f"{why}: leave out {' and '.join(parts)}")
+    for reason, idle_names in _reasons(options, facts).items():
+        line_options = [name for name in idle_names if name in given]
+        file_options = [name for name in idle_names if name in lines and name not in given]
+        remedies = [flag(name) for name in line_options]
+        if file_options:
+            place = f"line {min(lines[name] for name in file_options)} of {options.run.config}"
+            if len(file_options) > 1:
+                place += " on"
+            remedies.append(f"{', '.join(file_options)} ({place})")
+        if remedies:
+            raise UserError(f"{reason}: leave out {' and '.join(remedies)}")
 
 
 def idle_options(options: Any, facts: DatasetFacts) -> dict[str, str]:
     """Returns all options that have no effect beside the others, each with the first reason why."""
-    named = [(name, why) for why, idle in _reasons(options, facts).items() for name in idle]
-    return dict(reversed(named))
+    idle: dict[str, str] = {}
+    for reason, names in reversed(_reasons(options, facts).items()):
+        for name in reversed(names):
+            idle[name] = reason
+    return idle
 
 
 def given_options(args: Sequence[str]) -> frozenset[str]:
     """Returns the names of the fields that a command line sets."""
-    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
-    return frozenset(name.removeprefix("--").replace("-", "_") for name in flags)
+    names = set()
+    for arg in args:
+        if arg.startswith("--"):
+            name, _, _ = arg.removeprefix("--").partition("=")
+            names.add(name.replace("-", "_"))
+    return frozenset(names)
 
 
 def _reasons(options: Any, facts: DatasetFacts) -> dict[str, list[str]]:
     """Returns the options that have no effect, by the reason why; the first to tell first."""
     traits = traits_of(options)
     optimizer = options.optim.optimizer
-    read = OPTIMIZERS[optimizer].options
-    unread = {name for trait in OPTIMIZERS.values() for name in trait.options if name not in read}
+    optimizer_options: set[str] = set()  # of all optimizers
+    for optimizer_traits in OPTIMIZERS.values():
+        optimizer_options |= optimizer_traits.options.keys()
+    unread = optimizer_options - OPTIMIZERS[optimizer].options.keys()
     names_by_reason = {
         f"--optimizer {optimizer} does not read it": [name for name in traits if name in unread]
     }
-    for case, why in reasons(options, facts).items():
-        idle = [name for name, trait in traits.items() if case in trait.idle]
-        names_by_reason.setdefault(why, []).extend(idle)
+    for condition, reason in reasons(options, facts).items():
+        names = [name for name, trait in traits.items() if condition in trait.idle]
+        names_by_reason.setdefault(reason, []).extend(names)
     return names_by_reason

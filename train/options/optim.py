@@ -23,14 +23,14 @@ def fill_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
       lr: AdamW's learning rate.
       beta2: Adam's decay rate of the squared gradients.
     """
-    named = OPTIMIZERS[optim.optimizer]
-    defaults: dict[str, Any] = {**named.options}
+    traits = OPTIMIZERS[optim.optimizer]
+    defaults: dict[str, Any] = {**traits.options}
     if "eps" in defaults:  # Adam, with averages or without
         defaults["beta2"] = beta2
-    if optim.lr_rule is None and named.rate is not None:
-        defaults["lr"] = named.rate * lr
+    if optim.lr_rule is None and traits.rate is not None:
+        defaults["lr"] = traits.rate * lr
     changes = {name: value for name, value in defaults.items() if getattr(optim, name) is None}
-    if named.averages:
+    if traits.averages:
         changes["schedule"] = "constant"
     return dataclasses.replace(optim, **changes)
 
@@ -102,9 +102,13 @@ def make_tenant(
 
 def optimizer_line(optim: Any, params: Any) -> str:
     """Returns a line that tells the optimiser: "optimizer: lion (beta1 0.9, beta2 0.99)"."""
+    line = f"optimizer: {optim.optimizer}"
     options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
-    line = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
-    return f"{line}; {described(params)}" if optim.optimizer == "muon" else line
+    if options:
+        line += f" ({options})"
+    if optim.optimizer == "muon":
+        line += f"; {described(params)}"
+    return line
 
 
 def _settings(optim: Any) -> dict[str, Any]:
@@ -116,6 +120,6 @@ def _settings(optim: Any) -> dict[str, Any]:
 def _options(optim: Any) -> dict[str, float]:
     """Returns the options that the optimiser reads, with their values."""
     names = OPTIMIZERS[optim.optimizer].options
-    given = {name: getattr(optim, name) for name in names}
-    assert None not in given.values(), "the options have no defaults yet"
-    return given
+    values = {name: getattr(optim, name) for name in names}
+    assert None not in values.values(), "the options have no defaults yet"
+    return values

@@ -51,42 +51,49 @@ def check_local(
         path = _NAME.sub("", value, count=1)
         if in_bucket and bucket_path(path):
             continue
-        if problem := remote_problem(path):
+        problem = remote_problem(path)
+        if problem:
             raise UserError(f"{flag(name, value)}{where} {problem}")
 
 
 def path_options(options: Any) -> Iterator[tuple[str, list[str]]]:
     """Yields the options that may take paths, with the texts that they have."""
-    return ((name, values) for name, values, _ in _paths(options))
+    for name, values, _ in _paths(options):
+        yield name, values
 
 
 def _paths(options: Any) -> Iterator[tuple[str, list[str], bool]]:
     """Yields options and texts as `path_options` does, and whether they may lie in a bucket."""
     kinds = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
-        value, kind = getattr(options, field.name), kinds[field.name]
+        value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             yield from _paths(value)
             continue
-        parts = [*_parts(kind)]
-        if kind is Any or str in parts and _NO_PATH not in parts:
+        kind = kinds[field.name]
+        components = [*_components(kind)]
+        takes_paths = str in components and _NO_PATH not in components
+        if kind is Any or takes_paths:
             values = value if isinstance(value, tuple) else (value,)
             texts = [item for item in values if isinstance(item, str)]
-            yield field.name, texts, _IN_BUCKET in parts
+            yield field.name, texts, _IN_BUCKET in components
 
 
-def _parts(kind: Any) -> Iterator[Any]:
+def _components(kind: Any) -> Iterator[Any]:
     """Yields a type and what it is made of, without the values of a Literal."""
     yield kind
     if typing.get_origin(kind) is typing.Literal:
         return
     if typing.get_origin(kind) is Annotated:
         yield from kind.__metadata__
-    for part in typing.get_args(kind):
-        if isinstance(part, type) or typing.get_origin(part) is not None:
-            yield from _parts(part)
+    for argument in typing.get_args(kind):
+        if isinstance(argument, type) or typing.get_origin(argument) is not None:
+            yield from _components(argument)
 
 
 def kind_of(name: str) -> str | None:
     """Returns the ending of a file of rows, of `FILE_KINDS`, in letters of any case; else None."""
-    return next((kind for kind in FILE_KINDS if name.lower().endswith(kind)), None)
+    for kind in FILE_KINDS:
+        if name.lower().endswith(kind):
+            return kind
+    return None

@@ -18,14 +18,14 @@ def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
     """
     if text is None:
         return None
-    head, *rest = (part.strip() for part in text.split(","))
-    kind, _, factor = head.partition(":")
+    kind_and_factor, *assignments = text.split(",")
+    kind, _, factor = kind_and_factor.strip().partition(":")
     try:
         fields: dict[str, Any] = {"rope_type": kind}
         if factor or kind != "dynamic":  # which is refused for what it is
             fields["factor"] = float(factor)
-        for part in rest:
-            name, _, value = part.partition("=")
+        for assignment in assignments:
+            name, _, value = assignment.strip().partition("=")
             if re.fullmatch(r"\w+", name) is None or name in fields:
                 raise ValueError(name)
             fields[name] = _number(value)
@@ -39,9 +39,13 @@ def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
 
 def rope_scaling_text(scaling: Mapping[str, Any]) -> str:
     """Returns a scaling as the option has it."""
-    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "factor")}
-    factor = f":{scaling['factor']:g}" if "factor" in scaling else ""
-    return ",".join([f"{scaling['rope_type']}{factor}", *(f"{k}={v}" for k, v in rest.items())])
+    text = str(scaling["rope_type"])
+    if "factor" in scaling:
+        text += f":{scaling['factor']:g}"
+    for name, value in scaling.items():
+        if name not in ("rope_type", "factor"):
+            text += f",{name}={value}"
+    return text
 
 
 def _number(text: str) -> bool | int | float:

@@ -17,7 +17,7 @@ from lora_jax.models import sample
 from lora_jax.models.layers.cache import init_cache
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
-from train.live.reference import running, sequence_scorer
+from train.live.reference import forward_of, sequence_scorer
 from train.plan.flops.checked import count_traced
 from train.plan.job import bytes_per_device
 from train.plan.tasks import REFERENCE, SAMPLER, SCORER
@@ -88,7 +88,7 @@ def programs_between(
             return {REFERENCE: reference_program}
         constrained_model = layout.constrained(model)
         chunks = layout.chunks(chunk)
-        score: Any = make_scorer(running(constrained_model), layout=layout, **chunks)
+        score: Any = make_scorer(forward_of(constrained_model), layout=layout, **chunks)
         scorer = score.trace(params, microbatch)
         n_rows, row_tokens = microbatch["ids"].shape
         # If a row has several completions, they have an axis of the targets.

@@ -14,17 +14,19 @@ from train.processes.mesh import all_devices
 OFF = "off"
 # Of the default folder, which is ours alone: the programs unused for longest make room. JAX then
 # locks the folder while it reads or writes, so processes that share it see whole files.
-_MOST_BYTES = 4 * 2**30
-_CHANGED: dict[str, tuple[Any, Any]] = {}  # JAX's settings before and after this process's last run
+_MAX_BYTES = 4 * 2**30
+_CHANGED_SETTINGS: dict[
+    str, tuple[Any, Any]
+] = {}  # JAX's settings before and after this process's last run
 
 
-def keep_compiled(asked: str | None) -> str | None:
+def keep_compiled(option: str | None) -> str | None:
     """Sets the folder where JAX keeps compiled programs, and finds those of earlier runs.
 
     JAX keeps those that took it longer than a second (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS).
 
     Args:
-      asked: the option --compilation-cache: a folder, "off", or None for the user's cache folder.
+      option: the option --compilation-cache: a folder, "off", or None for the user's cache folder.
         A folder that JAX was told of before (JAX_COMPILATION_CACHE_DIR) takes the default's place.
         Many processes have no default: if only some of them found a program, the others would
         compile it alone, and compilers for GPUs may wait for each other. For several CPU devices
@@ -38,53 +40,63 @@ def keep_compiled(asked: str | None) -> str | None:
       UserError: the option contradicts JAX's own settings, or asks for what is not done.
     """
     names = ("compilation_cache_dir", "enable_compilation_cache")
-    before = [*map(_setting, names)]
+    settings_before = [_setting(name) for name in names]
     _undo()
-    problem = _keep(asked)
-    if [*map(_setting, names)] != before:
+    line = _keep(option)
+    if [_setting(name) for name in names] != settings_before:
         compilation_cache.reset_cache()  # JAX looks at the setting once
-    return problem
+    return line
 
 
-def _keep(asked: str | None) -> str | None:
-    already = _setting("compilation_cache_dir")
+def _keep(option: str | None) -> str | None:
+    """Sets the folder; returns the line for the log. See `keep_compiled`."""
+    jax_folder = _setting("compilation_cache_dir")
     if not _setting("enable_compilation_cache"):
-        if asked in (None, OFF):
+        if option in (None, OFF):
             return None
         raise UserError(
-            f"--compilation-cache {asked} keeps compiled programs, and JAX is told not to "
+            f"--compilation-cache {option} keeps compiled programs, and JAX is told not to "
             "(JAX_ENABLE_COMPILATION_CACHE): leave out one of them"
         )
-    if already and asked is not None and (asked == OFF or _absolute(asked) != _absolute(already)):
-        raise UserError(
-            f"--compilation-cache {asked} is not JAX's own setting (JAX_COMPILATION_CACHE_DIR), "
-            f"{already}: give one of them"
-        )
-    if asked == OFF:
+    if jax_folder and option is not None:
+        is_other_folder = option == OFF or _absolute(option) != _absolute(jax_folder)
+        if is_other_folder:
+            raise UserError(
+                f"--compilation-cache {option} is not JAX's own setting "
+                f"(JAX_COMPILATION_CACHE_DIR), {jax_folder}: give one of them"
+            )
+    if option == OFF:
         return None
-    if jax.default_backend() == "cpu" and len(all_devices()) > 1:
-        why = "on several CPU devices, a program that was kept may wait for itself forever"
-        if asked is not None:
-            raise UserError(f"--compilation-cache {asked}: {why}; leave the option out")
+    has_several_cpu_devices = jax.default_backend() == "cpu" and len(all_devices()) > 1
+    if has_several_cpu_devices:
+        reason = "on several CPU devices, a program that was kept may wait for itself forever"
+        if option is not None:
+            raise UserError(f"--compilation-cache {option}: {reason}; leave the option out")
         _set("enable_compilation_cache", False)
-        return f"compiled programs are not kept: {why}"
-    if not already and asked is None and jax.process_count() > 1:
+        return f"compiled programs are not kept: {reason}"
+    if jax_folder:
+        return f"compiled programs are kept in {jax_folder}"
+    if option is None and jax.process_count() > 1:
         return (
             "compiled programs are not kept: name a folder that all processes reach with "
             "--compilation-cache"
         )
-    folder = str(already or asked or cache_folder() / "jax")
-    if not already:
-        folder = _absolute(folder)
-        if "://" not in folder:  # else a bucket, which JAX opens itself
-            if reason := _folder_problem(Path(folder)):
-                return (
-                    f"warning: compiled programs are not kept: {folder} cannot be written "
-                    f"({reason}); name another folder with --compilation-cache, or {OFF}"
-                )
-        if asked is None and _setting("compilation_cache_max_size") == -1:
-            _set("compilation_cache_max_size", _MOST_BYTES)
-        _set("compilation_cache_dir", folder)
+    return _keep_in_folder(option)
+
+
+def _keep_in_folder(option: str | None) -> str:
+    """Has JAX keep programs in the option's folder, or in the default one; returns the line."""
+    folder = _absolute(str(option or cache_folder() / "jax"))
+    is_in_bucket = "://" in folder  # which JAX opens itself
+    problem = None if is_in_bucket else _folder_problem(Path(folder))
+    if problem:
+        return (
+            f"warning: compiled programs are not kept: {folder} cannot be written "
+            f"({problem}); name another folder with --compilation-cache, or {OFF}"
+        )
+    if option is None and _setting("compilation_cache_max_size") == -1:
+        _set("compilation_cache_max_size", _MAX_BYTES)
+    _set("compilation_cache_dir", folder)
     return f"compiled programs are kept in {folder}"
 
 
@@ -95,16 +107,16 @@ def _absolute(folder: str) -> str:
 
 def _set(name: str, value: Any) -> None:
     """Changes a setting of JAX until the next call, to which it is not the user's own."""
-    _CHANGED[name] = (_setting(name), value)
+    _CHANGED_SETTINGS[name] = (_setting(name), value)
     jax.config.update(f"jax_{name}", value)
 
 
 def _undo() -> None:
     """Takes back what an earlier call in this process has set, and nobody has changed since."""
-    for name, (before, ours) in _CHANGED.items():
-        if _setting(name) == ours:
-            jax.config.update(f"jax_{name}", before)
-    _CHANGED.clear()
+    for name, (earlier_value, our_value) in _CHANGED_SETTINGS.items():
+        if _setting(name) == our_value:
+            jax.config.update(f"jax_{name}", earlier_value)
+    _CHANGED_SETTINGS.clear()
 
 
 def _setting(name: str) -> Any:

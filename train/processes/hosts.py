@@ -21,7 +21,7 @@ from lora_jax.training.processes import is_first
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError, flag
 
-_ROUND = 2**24  # bytes that each process sends at once
+_ROUND_BYTES = 2**24  # bytes that each process sends at once
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,10 +84,11 @@ def join_hosts(run: Processes) -> None:
 
 def _is_alone_on_its_host(variables: Mapping[str, str]) -> bool:
     """Returns True if SLURM or Open MPI says so, and the user has named no devices for it."""
-    tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
-    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
-    alone = alone or variables.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    return alone and "JAX_LOCAL_DEVICE_IDS" not in variables
+    if "JAX_LOCAL_DEVICE_IDS" in variables:
+        return False
+    slurm_tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+    is_single_in_slurm = re.fullmatch(r"1(\(x\d+\))?", slurm_tasks) is not None
+    return is_single_in_slurm or variables.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def jax_timeout(run: Processes) -> int:
@@ -135,18 +136,18 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
     if jax.process_count() == 1:
         return
     facts = {flag(name): value for name, value in options.items()}
-    facts |= {name: _digest(content) for name, content in read.items()}
-    first, *others = _gather(_success(facts))
-    differing = [
-        f"process {number} has {name} {value}, not {first[name]}"
-        for number, theirs in enumerate(others, start=1)
-        for name, value in theirs.items()
-        if value != first[name]
-    ]
-    if differing:
+    for name, content in read.items():
+        facts[name] = _digest(content)
+    first_facts, *facts_of_others = _gather(_success(facts))
+    differences = []
+    for process, other_facts in enumerate(facts_of_others, start=1):
+        for name, value in other_facts.items():
+            if value != first_facts[name]:
+                differences.append(f"process {process} has {name} {value}, not {first_facts[name]}")
+    if differences:
         raise _ErrorOfAll(
-            f"the processes of this run were not started alike: {'; '.join(differing)}. All need "
-            "the same options, and the same files"
+            f"the processes of this run were not started alike: {'; '.join(differences)}. All "
+            "need the same options, and the same files"
         )
 
 
@@ -162,18 +163,18 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
       UserError: `work` failed; the error of the first such item, raised in all processes.
       TypeError: there are many processes, and JSON cannot represent a result.
     """
-    n = jax.process_count()
-    own: list[_Message] = []
-    for item in items[jax.process_index() :: n]:
+    n_processes = jax.process_count()
+    messages: list[_Message] = []  # of the items of this process
+    for item in items[jax.process_index() :: n_processes]:
         try:
-            own.append(_success(work(item)))
+            messages.append(_success(work(item)))
         except TrainingError as error:
-            own.append(_failure(error))
+            messages.append(_failure(error))
             break
-    parts = _gather(_success(own))
+    messages_by_process = _gather(_success(messages))
     results = []
     for index in range(len(items)):
-        message = parts[index % n][index // n]
+        message = messages_by_process[index % n_processes][index // n_processes]
         if "error" in message:
             raise _ErrorOfAll(message["error"])
         results.append(message["value"])
@@ -219,36 +220,40 @@ def _failure(error: TrainingError) -> _Message:
     return {"error": error.said(flag)}
 
 
-def _gather(own: _Message) -> list[Any]:
+def _gather(message: _Message) -> list[Any]:
     """Returns the value of each process's message, in the order of the processes.
 
     Raises:
       UserError: a process sent an error; raised in all processes.
     """
-    n = jax.process_count()
-    messages = _exchange(own) if n > 1 else [own]
-    failed = {number: m["error"] for number, m in enumerate(messages) if "error" in m}
-    if failed:
-        number, error = next(iter(failed.items()))
-        alike = len({*failed.values()}) == 1 and len(failed) == n
-        raise _ErrorOfAll(error if alike else f"process {number} of {n}: {error}")
-    return [message["value"] for message in messages]
+    n_processes = jax.process_count()
+    messages = _exchange(message) if n_processes > 1 else [message]
+    errors = {}
+    for process, sent_message in enumerate(messages):
+        if "error" in sent_message:
+            errors[process] = sent_message["error"]
+    if errors:
+        process = min(errors)
+        error = errors[process]
+        is_of_all = len(errors) == n_processes and len(set(errors.values())) == 1
+        raise _ErrorOfAll(error if is_of_all else f"process {process} of {n_processes}: {error}")
+    return [sent_message["value"] for sent_message in messages]
 
 
-def gather(own: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Returns the values of all processes, in their order; JSON has to represent them."""
-    return _gather(_success(own))
+    return _gather(_success(value))
 
 
 def _digest(content: Any) -> str:
     """Returns a hash of an object's `repr`; a list's items are hashed one by one."""
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for item in content if isinstance(content, list) else [content]:
-        made.update(repr(item).encode())
-    return made.hexdigest()[:12]
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:12]
 
 
-def _encode(own: Any) -> bytes:
+def _encode(value: Any) -> bytes:
     """Returns a value as JSON text.
 
     Raises:
@@ -258,29 +263,35 @@ def _encode(own: Any) -> bytes:
         "processes exchange dicts with strings as keys, lists, strings, numbers, booleans, None"
     )
     try:
-        text = json.dumps(own, separators=(",", ":"))
+        text = json.dumps(value, separators=(",", ":"))
     except TypeError as error:
         raise TypeError(f"{needed}: {error}") from error
-    if json.loads(text) != own:
-        raise TypeError(f"{needed}: JSON changes {repr(own)[:200]}")
+    if json.loads(text) != value:
+        raise TypeError(f"{needed}: JSON changes {repr(value)[:200]}")
     return text.encode()
 
 
-def _exchange(own: Any) -> list[Any]:
+def _exchange(value: Any) -> list[Any]:
     """Returns the values of all processes, in the order of the processes.
 
-    The values are sent through the devices, `_ROUND` bytes of each at a time.
+    The values are sent through the devices, `_ROUND_BYTES` bytes of each at a time.
     """
-    sent = np.frombuffer(_encode(own), np.uint8)
-    counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))
-    sizes = [int(rounds) * _ROUND + int(rest) for rounds, rest in counted]
-    filled = np.pad(sent, (0, max(sizes) - sent.size))
-    offsets = range(0, max(sizes), _ROUND)
-    rounds: Any = [
-        multihost_utils.process_allgather(filled[offset : offset + _ROUND]) for offset in offsets
-    ]
-    received = np.concatenate(rounds, axis=1)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(received, sizes, strict=True)]
+    content = np.frombuffer(_encode(value), np.uint8)
+    # Sizes are sent in two parts, as they may exceed an int32.
+    size_parts = np.array(divmod(content.size, _ROUND_BYTES), np.int32)
+    all_size_parts: Any = multihost_utils.process_allgather(size_parts)
+    sizes = [int(n_rounds) * _ROUND_BYTES + int(n_rest) for n_rounds, n_rest in all_size_parts]
+    max_size = max(sizes)
+    padded_content = np.pad(content, (0, max_size - content.size))
+    rounds: list[Any] = []
+    for start in range(0, max_size, _ROUND_BYTES):
+        round_content = padded_content[start : start + _ROUND_BYTES]
+        rounds.append(multihost_utils.process_allgather(round_content))
+    contents = np.concatenate(rounds, axis=1)
+    values = []
+    for process_content, size in zip(contents, sizes, strict=True):
+        values.append(json.loads(process_content[:size].tobytes()))
+    return values
 
 
 def _first_line(error: Exception) -> str:

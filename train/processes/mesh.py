@@ -28,8 +28,8 @@ def parse_mesh(text: str | None) -> dict[str, int]:
       UserError: the text is not of this form.
     """
     sizes: dict[str, int] = {}
-    for part in text.split(",") if text else ():
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+    for item in text.split(",") if text else []:
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", item)
         if match is None or match[1] not in AXES or match[1] in sizes:
             raise UserError(
                 f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
@@ -65,49 +65,62 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices, the batch cannot be sharded
         evenly, or slices do not divide the axis, or there is one slice alone.
     """
-    here = ""
+    process_counts = ""
     if devices is None:
         devices = all_devices()
-        here = f" ({jax.process_count()} processes with {jax.local_device_count()} each)"
-    slices = len(group_by_slice(devices))
-    if slices == 1 and slice_axis is not None:
+        n_local = jax.local_device_count()
+        process_counts = f" ({jax.process_count()} processes with {n_local} each)"
+    n_devices = len(devices)
+    n_slices = len(group_by_slice(devices))
+    if n_slices == 1 and slice_axis is not None:
         raise UserError(
             f"--slice-axis {slice_axis}: the devices are of one slice, which no axis leaves: leave "
             "it out"
         )
     axis = slice_axis or SLICE_AXIS
-    sizes = parse_mesh(text) or _default_sizes(batch_size, len(devices), slices, axis)
-    given = math.prod(size for size in sizes.values() if size > 0)
-    rest = [name for name, size in sizes.items() if size == -1]
-    if rest and len(devices) % given == 0:
-        sizes[rest[0]] = len(devices) // given
-    elif rest or given != len(devices):
-        raise UserError(f"--mesh {text} needs {given} devices, and there are {len(devices)}{here}")
-    parts = math.prod(sizes.get(name, 1) for name in BATCH)
-    if batch_size % parts:
-        shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
+    sizes = parse_mesh(text) or _default_sizes(batch_size, n_devices, n_slices, axis)
+    n_needed = math.prod(size for size in sizes.values() if size > 0)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if open_axes and n_devices % n_needed == 0:
+        sizes[open_axes[0]] = n_devices // n_needed
+    elif open_axes or n_needed != n_devices:
         raise UserError(
-            f"--batch-size {batch_size} cannot be sharded evenly over {parts} parts of the "
-            f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
+            f"--mesh {text} needs {n_needed} devices, and there are {n_devices}{process_counts}"
         )
+    _check_batch(batch_size, sizes)
     with as_user_errors(TrainingError):
         return training.make_mesh(devices, slice_axis=axis, **sizes)
 
 
-def _default_sizes(batch_size: int, n_devices: int, slices: int, slice_axis: str) -> dict[str, int]:
+def _check_batch(batch_size: int, sizes: dict[str, int]) -> None:
+    """Raises a UserError if a batch does not divide over a mesh of these axis sizes."""
+    n_parts = math.prod(sizes.get(name, 1) for name in BATCH)
+    if batch_size % n_parts:
+        batch_axes = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
+        raise UserError(
+            f"--batch-size {batch_size} cannot be sharded evenly over {n_parts} parts of the "
+            f"mesh ({batch_axes}): give a multiple of {n_parts}, or another --mesh"
+        )
+
+
+def _default_sizes(
+    batch_size: int, n_devices: int, n_slices: int, slice_axis: str
+) -> dict[str, int]:
     """Returns the sizes of a mesh that is not given: those within a slice, and one over slices."""
-    shared = batch_size // slices if slice_axis in BATCH else batch_size
-    rows = math.gcd(max(shared, 1), n_devices // slices)
-    sizes = {"fsdp": rows, "tensor": n_devices // slices // rows}
-    return sizes | {slice_axis: slices * sizes.get(slice_axis, 1)}
+    slice_devices = n_devices // n_slices
+    slice_batch = batch_size // n_slices if slice_axis in BATCH else batch_size
+    fsdp = math.gcd(max(slice_batch, 1), slice_devices)
+    sizes = {"fsdp": fsdp, "tensor": slice_devices // fsdp}
+    sizes[slice_axis] = n_slices * sizes.get(slice_axis, 1)
+    return sizes
 
 
-def with_form(layout: Layout, asked: str) -> tuple[Layout, ChosenForm | None]:
+def with_form(layout: Layout, option: str) -> tuple[Layout, ChosenForm | None]:
     """Returns a layout with the form of products that --collective-matmul chooses.
 
     Args:
       layout: the placement on the mesh.
-      asked: the option: auto, windowed or whole.
+      option: the option: auto, windowed or whole.
 
     Returns:
       The layout, and the choice; None where there was nothing to choose.
@@ -115,9 +128,9 @@ def with_form(layout: Layout, asked: str) -> tuple[Layout, ChosenForm | None]:
     Raises:
       UserError: a form was asked for where it has no effect.
     """
+    forms: dict[str, Form] = {"windowed": "windowed", "whole": "whole"}
     with as_user_errors(TrainingError):
-        form: dict[str, Form] = {"windowed": "windowed", "whole": "whole"}
-        chosen = choose_form(layout.mesh.shape, layout.platform, form.get(asked))
-    if chosen is None:
+        choice = choose_form(layout.mesh.shape, layout.platform, forms.get(option))
+    if choice is None:
         return layout, None
-    return dataclasses.replace(layout, collective_matmul=chosen.form), chosen
+    return dataclasses.replace(layout, collective_matmul=choice.form), choice

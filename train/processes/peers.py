@@ -23,14 +23,15 @@ import jax
 from train.processes.hosts import gather
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
-_SECONDS = 5.0  # to reach process 0, and to greet it
-_LONGEST = 2**16  # bytes of a message
+_DONE = ""  # the reason of a process that ends because all is done
+_CONNECT_SECONDS = 5.0  # to reach process 0, and to greet it
+_MAX_MESSAGE_BYTES = 2**16  # bytes of a message
 _MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
 # A host that is gone, whether or not something was sent to it: after 35 seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 35_000}
 _BEAT = b"\n"  # a line without a message
 _HEARTBEATS_PER_TIMEOUT = 8
-_SLOWEST_HEARTBEAT = 1.0  # most seconds between two heartbeats
+_MAX_HEARTBEAT_SECONDS = 1.0  # most seconds between two heartbeats
 
 
 class Silence(NamedTuple):
@@ -52,7 +53,7 @@ class Heartbeats:
 
     def __init__(self, processes: Iterable[int], timeout: float) -> None:
         """Begins with a sign of life of each process."""
-        self.every = min(timeout / _HEARTBEATS_PER_TIMEOUT, _SLOWEST_HEARTBEAT)
+        self.every = min(timeout / _HEARTBEATS_PER_TIMEOUT, _MAX_HEARTBEAT_SECONDS)
         self._timeout = timeout
         self._lock = threading.Lock()
         self._silences = dict.fromkeys(processes, Silence(0.0, time.time()))
@@ -74,14 +75,16 @@ class Heartbeats:
         Args:
           seconds: the time; of a longer one than two heartbeats, this process missed the rest.
         """
+        counted_seconds = min(seconds, 2 * self.every)
+        too_long = {}
         with self._lock:
-            for process, silence in self._silences.items():
-                longer = silence.seconds + min(seconds, 2 * self.every)
-                self._silences[process] = silence._replace(seconds=longer)
-            late = {p: s for p, s in self._silences.items() if s.seconds >= self._timeout}
-            for process in late:
-                del self._silences[process]
-        return late
+            for process, silence in [*self._silences.items()]:
+                silence = silence._replace(seconds=silence.seconds + counted_seconds)
+                self._silences[process] = silence
+                if silence.seconds >= self._timeout:
+                    too_long[process] = silence
+                    del self._silences[process]
+        return too_long
 
 
 class Ending(NamedTuple):
@@ -112,7 +115,7 @@ class Peers:
         self,
         connections: dict[int, socket.socket],
         places: list[str],
-        told: EndListener,
+        on_ending: EndListener,
         timeout: float,
     ) -> None:
         """Begins to listen, and to send heartbeats.
@@ -120,36 +123,38 @@ class Peers:
         Args:
           connections: the connections, by the process at their other end.
           places: the number within its host, and the host, of each process of the run.
-          told: is called, in a thread, when another process ends before its time.
+          on_ending: is called, in a thread, when another process ends before its time.
           timeout: seconds without a sign of life after which a process counts as frozen.
         """
-        self.index, self.count = jax.process_index(), jax.process_count()
-        self._connections, self._places = connections, places
-        self._told = told
+        self.index = jax.process_index()
+        self.count = jax.process_count()
+        self._connections = connections
+        self._places = places
+        self._on_ending = on_ending
         self._heartbeats = Heartbeats(connections, timeout)
-        self._sending = threading.Lock()
-        self._closed = False  # this process has said its last
+        self._send_lock = threading.Lock()
+        self._closed = False  # this process has sent its last message
         self._ended: set[int] = set()  # the processes that have
         self._frozen: set[int] = set()
-        self._hearing = threading.Lock()  # `told` is called of one process at a time
+        self._ending_lock = threading.Lock()  # `on_ending` is called of one process at a time
         self._threads = {
             process: threading.Thread(
                 target=self._listen, args=(process, connection), name="peers", daemon=True
             )
             for process, connection in connections.items()
         }
-        self._watching = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
-        for thread in (*self._threads.values(), self._watching):
+        watch_thread = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
+        for thread in (*self._threads.values(), watch_thread):
             thread.start()
 
     def tell(self, reason: str, code: int, *, deferred: bool = False) -> None:
         """Tells the others that this process ends, and why."""
-        self._say(Ending(self.index, reason, code, deferred=deferred))
+        self._announce(Ending(self.index, reason, code, deferred=deferred))
 
     def close(self) -> None:
         """Tells the others that this process ends because all is done."""
-        self._say(None)
-        with self._sending:
+        self._announce(Ending(self.index, _DONE, 0))
+        with self._send_lock:
             self._closed = True
             for process, connection in list(self._connections.items()):
                 with contextlib.suppress(OSError):
@@ -159,19 +164,21 @@ class Peers:
 
     def wait_for_the_others(self, seconds: float) -> None:
         """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
-        until = time.monotonic() + seconds
+        if self.index != 0:
+            return
+        deadline = time.monotonic() + seconds
         current = threading.current_thread()  # may be the one that was told of an end
         others = {process for process, thread in self._threads.items() if thread is not current}
-        while self.index == 0 and others - self._ended - self._frozen and time.monotonic() < until:
+        while others - self._ended - self._frozen and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def _say(self, ending: Ending | None, besides: int | None = None) -> None:
-        """Tells the other processes of an ending; None where this process is done."""
-        said = ending or Ending(self.index, "", 0)
-        self._send(f"{json.dumps(said._asdict())}\n".encode(), besides)
+    def _announce(self, ending: Ending, besides: int | None = None) -> None:
+        """Tells the other processes, but for `besides`, of an ending."""
+        self._send(f"{json.dumps(ending._asdict())}\n".encode(), besides)
 
     def _send(self, line: bytes, besides: int | None = None) -> None:
-        with self._sending:
+        """Sends a line to all other processes, but for `besides`."""
+        with self._send_lock:
             for process, connection in list(self._connections.items()):
                 if process != besides:
                     with contextlib.suppress(OSError):  # it ended already
@@ -179,85 +186,93 @@ class Peers:
 
     def _listen(self, process: int, connection: socket.socket) -> None:
         """Passes on the messages of another process, until it has ended."""
-        ending = False  # whether the connection may break
+        has_announced_end = False
         # Of a malformed message, the connection is at fault, not this process.
         with contextlib.suppress(OSError, *_MALFORMED), connection.makefile("rb") as lines:
-            while line := lines.readline(_LONGEST):
+            for line in iter(lambda: lines.readline(_MAX_MESSAGE_BYTES), b""):
                 self._heartbeats.heard(process)
-                if line != _BEAT:
-                    message = Ending(**json.loads(line))
-                    ending = ending or message.process == process and not message.deferred
-                    self._hear(message, process)
+                if line == _BEAT:
+                    continue
+                ending = Ending(**json.loads(line))
+                if ending.process == process and not ending.deferred:
+                    has_announced_end = True
+                self._handle(ending, process)
         self._heartbeats.forget(process)
-        with self._sending:  # who has ended is still told that this process has, too
+        with self._send_lock:  # who has ended is still told that this process has, too
             self._ended.add(process)
             if self._closed:
                 self._connections.pop(process).close()
-        if not ending:
-            self._hear(Ending(process, LOST, 1, unannounced=True), process)
+        if not has_announced_end:
+            self._handle(Ending(process, LOST, 1, unannounced=True), process)
 
     def _watch(self) -> None:
         """Sends heartbeats, and reports each process that sends none, until all have ended."""
-        before = time.monotonic()
+        last_time = time.monotonic()
         while any(thread.is_alive() for thread in self._threads.values()):
             time.sleep(self._heartbeats.every)
             if not self._closed:
                 self._send(_BEAT)
-            before, passed = time.monotonic(), time.monotonic() - before
-            for process, (seconds, since) in self._heartbeats.count(passed).items():
+            now = time.monotonic()
+            silences = self._heartbeats.count(now - last_time)
+            last_time = now
+            for process, silence in silences.items():
                 self._frozen.add(process)
-                clock = time.strftime("%H:%M:%S", time.localtime(since))
+                clock = time.strftime("%H:%M:%S", time.localtime(silence.since))
                 why = (
-                    f"has not answered since {clock} ({seconds:.0f} s): it is frozen, or its host "
-                    f"or the network is gone. If {self._places[process]} still exists, end it first"
+                    f"has not answered since {clock} ({silence.seconds:.0f} s): it is frozen, or "
+                    f"its host or the network is gone. If {self._places[process]} still exists, "
+                    "end it first"
                 )
-                self._hear(Ending(process, why, 1, unannounced=True), self.index)
+                self._handle(Ending(process, why, 1, unannounced=True), self.index)
 
-    def _hear(self, ending: Ending, sender: int) -> None:
-        if not ending.why:
+    def _handle(self, ending: Ending, sender: int) -> None:
+        """Passes on an ending before its time, and calls the listener."""
+        if ending.why == _DONE:
             return
         if self.index in (0, sender):
-            self._say(ending, besides=sender)
-        with self._hearing:
-            self._told(ending)
+            self._announce(ending, besides=sender)
+        with self._ending_lock:
+            self._on_ending(ending)
 
 
-def connect(coordinator: str | None, told: EndListener, timeout: float) -> Peers | str:
+def connect(coordinator: str | None, on_ending: EndListener, timeout: float) -> Peers | str:
     """Connects the processes of this run; all of them have to call this.
 
     Args:
       coordinator: the address of process 0, host:port, as the user gave it.
-      told: is called, in a thread, when another process ends before its time.
+      on_ending: is called, in a thread, when another process ends before its time.
       timeout: seconds without a sign of life after which a process counts as frozen.
 
     Returns:
       The connections; or, in every process, the reason why there are none.
     """
     place = f"process {os.getpid()} of {socket.gethostname()}"
-    if jax.process_index():
-        offer, *_ = gather(None)
-        connection = _reached(offer)
-        connections = {} if connection is None else {0: connection}
-        joined = gather([connection is not None, place])
-    else:
-        token, connections = secrets.token_hex(16), {}
+    connections: dict[int, socket.socket] = {}
+    if jax.process_index() == 0:
+        token = secrets.token_hex(16)
         server, host = _server(coordinator)
         with server:
-            offer = {"host": host, "port": server.getsockname()[1]}
-            accepting = threading.Thread(
+            offer = {"host": host, "port": server.getsockname()[1], "token": token}
+            accept_thread = threading.Thread(
                 target=_accept, args=(server, token, connections), name="accept", daemon=True
             )
-            accepting.start()
-            gather({**offer, "token": token})
-            joined = gather([True, place])
-            if all(reached for reached, _ in joined):
-                accepting.join()
-    lost = [process for process, (reached, _) in enumerate(joined) if not reached]
-    if not lost:
-        return Peers(connections, [place for _, place in joined], told, timeout)
+            accept_thread.start()
+            gather(offer)
+            answers = gather([True, place])
+            if all(is_reached for is_reached, _ in answers):
+                accept_thread.join()
+    else:
+        offer, *_ = gather(None)
+        connection = _reached(offer)
+        if connection is not None:
+            connections[0] = connection
+        answers = gather([connection is not None, place])
+    unreached = [process for process, (is_reached, _) in enumerate(answers) if not is_reached]
+    if not unreached:
+        return Peers(connections, [place for _, place in answers], on_ending, timeout)
     for connection in [*connections.values()]:
         connection.close()
-    return f"process {lost[0]} does not reach process 0 at {offer['host']}:{offer['port']}"
+    return f"process {unreached[0]} does not reach process 0 at {offer['host']}:{offer['port']}"
 
 
 def _server(coordinator: str | None) -> tuple[socket.socket, str]:
@@ -265,11 +280,14 @@ def _server(coordinator: str | None) -> tuple[socket.socket, str]:
 
     The interface is the coordinator's; where none is named, that of the default route.
     """
-    hosts = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
+    candidates = []
+    if coordinator:
+        candidates.append(coordinator.rpartition(":")[0].strip("[]"))
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.255.255.255", 1))  # sends nothing, but chooses an interface
-        hosts.append(probe.getsockname()[0])
-    for host in (*hosts, socket.gethostname()):
+        candidates.append(probe.getsockname()[0])
+    candidates.append(socket.gethostname())
+    for host in candidates:
         with contextlib.suppress(OSError, ValueError):
             family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
             is_loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
@@ -281,10 +299,12 @@ def _server(coordinator: str | None) -> tuple[socket.socket, str]:
 
 
 def _reached(offer: dict[str, Any]) -> socket.socket | None:
-    hello = {"token": offer["token"], "process": jax.process_index()}
+    """Returns a connection to process 0, which has sent an offer; None if there is none."""
+    greeting = {"token": offer["token"], "process": jax.process_index()}
     with contextlib.suppress(OSError):
-        connection = socket.create_connection((offer["host"], offer["port"]), _SECONDS)
-        connection.sendall(f"{json.dumps(hello)}\n".encode())
+        address = (offer["host"], offer["port"])
+        connection = socket.create_connection(address, _CONNECT_SECONDS)
+        connection.sendall(f"{json.dumps(greeting)}\n".encode())
         if connection.recv(1):  # process 0 knows the token, and others at this address do not
             return _kept_alive(connection)
     return None
@@ -306,11 +326,11 @@ def _accept(server: socket.socket, token: str, connections: dict[int, socket.soc
 def _greet(connection: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
     """Adds a connection that knows the token; closes another one."""
     with contextlib.suppress(OSError, *_MALFORMED):
-        connection.settimeout(_SECONDS)
+        connection.settimeout(_CONNECT_SECONDS)
         with connection.makefile("rb") as lines:
-            hello = json.loads(lines.readline(_LONGEST))
-        if hello["token"] == token:
-            process = int(hello["process"])
+            greeting = json.loads(lines.readline(_MAX_MESSAGE_BYTES))
+        if greeting["token"] == token:
+            process = int(greeting["process"])
             connection.sendall(b"\n")
             connections[process] = _kept_alive(connection)
             return
@@ -318,6 +338,7 @@ def _greet(connection: socket.socket, token: str, connections: dict[int, socket.
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
+    """Returns the connection, without a timeout, and with probes whether its other end exists."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():

@@ -77,48 +77,59 @@ class ProgramPool:
 
 
 class _Copy:
+    """One process of the program; see `ProgramPool`."""
+
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], quiet: bool, greeting_seconds: float
     ) -> None:
-        self._command, self._env, self._greeting = command, env, greeting_seconds
-        self._errors = subprocess.DEVNULL if quiet else None
+        self._command = command
+        self._env = env
+        self._greeting_seconds = greeting_seconds
+        self._stderr = subprocess.DEVNULL if quiet else None
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
+        """Starts the process anew; returns its greeting, or ""."""
         self.close()
-        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=self._errors,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
             encoding="ascii",
             env=self._env,
             start_new_session=True,
         )
-        return self._line("", self._greeting) if self._greeting else ""
+        if self._greeting_seconds == 0:
+            return ""
+        return self._answer("", self._greeting_seconds)
 
     def ask(self, line: str, seconds: float) -> str:
         if self._process is None or self._process.poll() is not None:
             self.start()
-        return self._line(f"{line}\n", seconds)
+        return self._answer(f"{line}\n", seconds)
 
     def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            _end(process)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                assert stream is not None
-                with contextlib.suppress(OSError):  # what was not yet sent is lost
-                    stream.close()
+        """Ends the process, and closes its pipes."""
+        process = self._process
+        self._process = None
+        if process is None:
+            return
+        _end(process)
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            with contextlib.suppress(OSError):  # what was not yet sent is lost
+                stream.close()
 
-    def _line(self, sent: str, seconds: float) -> str:
-        process, late = self._process, threading.Event()
+    def _answer(self, text: str, seconds: float) -> str:
+        """Sends a text; returns the line that answers it. Ends the process if it is late."""
+        process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
+        is_late = threading.Event()
 
         def end() -> None:
-            late.set()
+            is_late.set()
             _end(process)
 
         timer = threading.Timer(seconds, end)
@@ -126,11 +137,11 @@ class _Copy:
         timer.start()
         try:
             with contextlib.suppress(OSError):  # then there is no answer, either
-                process.stdin.write(sent)
+                process.stdin.write(text)
                 process.stdin.flush()
             answer = process.stdout.readline()
             if not answer.endswith("\n"):
-                raise NoAnswer(late.is_set(), process.wait())
+                raise NoAnswer(is_late.is_set(), process.wait())
             return answer[:-1]
         except BaseException:  # such as Ctrl-C: the answer must not become the next line's
             self.close()
@@ -140,6 +151,7 @@ class _Copy:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
+    """Kills a process, and on other systems than Windows the processes that it has started."""
     if sys.platform == "win32":
         process.kill()
     else:

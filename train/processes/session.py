@@ -29,9 +29,9 @@ from train.console.pipe import closed_pipe
 from train.processes.hosts import Processes, jax_timeout
 from train.processes.peers import Ending, Peers, connect
 
-_PATIENCE = 5.0  # seconds for the main thread to end by itself
-_OTHERS = 8.0  # seconds that process 0 waits for the others to end
-_FAILED = 1
+_PATIENCE_SECONDS = 5.0  # seconds for the main thread to end by itself
+_OTHERS_SECONDS = 8.0  # seconds that process 0 waits for the others to end
+_FAILURE_CODE = 1
 
 
 class Session:
@@ -57,7 +57,7 @@ class Session:
         self._peers: Peers | None = None
         self._claim = threading.Lock()  # held by the thread that ends the process
         self._verdict: tuple[str, int] | None = None  # what another process said, and the exit code
-        self._told = threading.Event()
+        self._has_verdict = threading.Event()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -74,19 +74,23 @@ class Session:
             if self._peers is None or not error.code:
                 raise
             # The others would wait for it in the next collective.
-            self._end("", _FAILED, why="ended, as it does where the reader of its output is gone")
+            why = "ended, as it does where the reader of its output is gone"
+            self._end("", _FAILURE_CODE, why=why)
         except Exception as error:
-            if problem := file_problem(error):
+            problem = file_problem(error)
+            if problem:
                 why = "cannot read or write a file"
                 self._end(f"error: {problem}. {self.stop.remedy}", BAD_INPUT, why=why)
             if self._peers is None:
                 raise
             # The death of another process may fail a collective here before it is told.
-            self._told.wait(3.0)
+            self._has_verdict.wait(3.0)
             if self._verdict is not None:
-                self._end(*self._verdict)
+                message, code = self._verdict
+                self._end(message, code)
             text = traceback.format_exc()
-            self._end(text, _FAILED, why=f"ended with {text.strip().splitlines()[-1]}")
+            last_line = text.strip().splitlines()[-1]
+            self._end(text, _FAILURE_CODE, why=f"ended with {last_line}")
         finally:
             self.release.close()
             if self._peers is not None:
@@ -95,14 +99,19 @@ class Session:
     @contextmanager
     def part(self) -> Iterator[None]:
         """Within this context, a run has a time of its own, and what it holds is released."""
-        outer = self.release, self.began, self.began_at
+        session_release = self.release
+        session_began = self.began
+        session_began_at = self.began_at
         self.release = contextlib.ExitStack()
-        self.began, self.began_at = time.monotonic(), time.time()
+        self.began = time.monotonic()
+        self.began_at = time.time()
         try:
             with self.release:
                 yield
         finally:
-            self.release, self.began, self.began_at = outer
+            self.release = session_release
+            self.began = session_began
+            self.began_at = session_began_at
 
     def join(self, console: Console, run: Processes) -> None:
         """Connects the processes of a run, so that all of them end if one does."""
@@ -121,48 +130,53 @@ class Session:
 
     def _hear(self, ending: Ending) -> None:
         """Ends this process with another one, or because the others have ended without it."""
-        process, why, code, unannounced, deferred = ending
-        if deferred:
-            return self.stop.hear(code - 128)
-        self._verdict = (
-            f"process {process} of {jax.process_count()} {why}. {self.stop.remedy}",
-            code,
-        )
-        self._told.set()
-        if not unannounced:
-            time.sleep(_PATIENCE)  # the main thread may end by itself
+        if ending.deferred:
+            self.stop.hear(ending.code - 128)
+            return
+        n_processes = jax.process_count()
+        message = f"process {ending.process} of {n_processes} {ending.why}. {self.stop.remedy}"
+        self._verdict = (message, ending.code)
+        self._has_verdict.set()
+        if not ending.unannounced:
+            time.sleep(_PATIENCE_SECONDS)  # the main thread may end by itself
         # JAX, too, ends a process that has lost process 0 or its own place, with less to say.
-        in_haste = unannounced and process in (0, jax.process_index())
-        self._end_at_once(*self._verdict, in_haste=in_haste)
+        in_haste = ending.unannounced and ending.process in (0, jax.process_index())
+        self._end_at_once(message, ending.code, in_haste=in_haste)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Hears of signals in a thread while the main thread may be busy outside Python."""
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setblocking(end is ours)
-        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(ours,), name="signals", daemon=True).start()
+        read_end, write_end = socket.socketpair()
+        read_end.setblocking(True)
+        write_end.setblocking(False)
+        earlier_fd = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), name="signals", daemon=True).start()
         try:
             yield
         finally:
-            signal.set_wakeup_fd(before)
-            theirs.close()
+            signal.set_wakeup_fd(earlier_fd)
+            write_end.close()
 
     def _watch(self, signals: socket.socket) -> None:
+        """Tells the other processes of each signal, and ends this one unless the run defers it.
+
+        Args:
+          signals: the socket to which Python writes the number of each signal.
+        """
         with signals:
-            came = False
-            while received := signals.recv(1):
+            is_first_signal = True
+            for received in iter(lambda: signals.recv(1), b""):
                 number = received[0]
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
-                again, came = came, True
-                name, deferred = signal.Signals(number).name, self.stop.deferring and not again
+                is_deferred = self.stop.deferring and is_first_signal
+                is_first_signal = False
+                name = signal.Signals(number).name
                 if self._peers is not None:
-                    self._peers.tell(f"got {name}", 128 + number, deferred=deferred)
-                if deferred:
+                    self._peers.tell(f"got {name}", 128 + number, deferred=is_deferred)
+                if is_deferred:
                     continue
-                time.sleep(_PATIENCE)
+                time.sleep(_PATIENCE_SECONDS)
                 self._end_at_once(f"interrupted by {name}. {self.stop.remedy}", 128 + number)
 
     def _end_at_once(self, message: str, code: int, in_haste: bool = False) -> None:
@@ -173,13 +187,15 @@ class Session:
           code: the exit code.
           in_haste: leaves what is held to the system, which releases it with the process.
         """
-        if self._claim.acquire(blocking=False):
-            if in_haste:  # writing lets the main thread run, by default for 5 ms
-                sys.setswitchinterval(1e-5)
-            self._say(message)
-            if in_haste:
-                os._exit(code)
-            self._leave(code)
+        ends_already = not self._claim.acquire(blocking=False)
+        if ends_already:
+            return
+        if in_haste:  # writing lets the main thread run, by default for 5 ms
+            sys.setswitchinterval(1e-5)
+        self._say(message)
+        if in_haste:
+            os._exit(code)
+        self._leave(code)
 
     def _end(self, message: str, code: int, why: str | None = None) -> NoReturn:
         """Ends the process from the main thread.
@@ -199,6 +215,7 @@ class Session:
         self._leave(code)
 
     def _say(self, message: str) -> None:
+        """Prints the last paragraph, as far as it can still be printed."""
         with contextlib.suppress(OSError, ValueError):
             if message:
                 print(f"\n{shown(message.rstrip())}", file=sys.stderr, flush=True)
@@ -209,5 +226,5 @@ class Session:
         with contextlib.suppress(Exception):
             self.release.close()
         if self._peers is not None:
-            self._peers.wait_for_the_others(_OTHERS)
+            self._peers.wait_for_the_others(_OTHERS_SECONDS)
         os._exit(code)

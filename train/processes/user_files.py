@@ -45,16 +45,24 @@ class FileFinder:
     @staticmethod
     def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
         """Returns the spec of one of the files; None for other modules."""
-        if (match := _MODULE.fullmatch(name)) is None:
+        match = _MODULE.fullmatch(name)
+        if match is None:
             return None
         path = _paths()[int(match[1])]
-        beside = [str(Path(path).absolute().parent)]
-        return importlib.util.spec_from_file_location(name, path, submodule_search_locations=beside)
+        folder = str(Path(path).absolute().parent)
+        return importlib.util.spec_from_file_location(
+            name, path, submodule_search_locations=[folder]
+        )
 
 
 def _paths() -> list[str]:
-    specs = (argument for argument in sys.argv[1:] if ":" in argument)
-    return [*dict.fromkeys(spec.rpartition(":")[0] for spec in specs)]
+    """Returns the files that the specs on the command line name, each once."""
+    paths = []
+    for argument in sys.argv[1:]:
+        path, colon, _ = argument.rpartition(":")
+        if colon:
+            paths.append(path)
+    return [*dict.fromkeys(paths)]
 
 
 def load(spec: str) -> Any:
@@ -75,44 +83,57 @@ def load(spec: str) -> Any:
 
 def _import(path: str) -> Any:
     """Returns the module of a file, imported once; its folder is where it finds others."""
-    name, folder = f"_user_{_paths().index(path)}", Path(path).absolute().parent
+    name = f"_user_{_paths().index(path)}"
     if name in sys.modules:
         return sys.modules[name]
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(Path(path).absolute().parent))
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        own = _own_frames(error)
-        match = own and re.match(r"from (\.\.+)\s*(.*)", own[-1].line or "")
-        if not match or "relative import" not in str(error):
+        frames = _user_frames(error)
+        line = (frames[-1].line or "") if frames else ""
+        relative_import = re.match(r"from (\.\.+)\s*(.*)", line)
+        if not relative_import or "relative import" not in str(error):
             raise
-        dots, rest = match.groups()
-        absolute = rest if rest.startswith("import ") else f"from {rest}"
-        above = Path(own[-1].filename).absolute().parents[len(dots) - 1]
+        dots, target = relative_import.groups()
+        statement = target if target.startswith("import ") else f"from {target}"
+        package_folder = Path(frames[-1].filename).absolute().parents[len(dots) - 1]
         raise NoFunction(
-            f"{said(error)}: relative imports reach the files beside it alone; write `{absolute}`, "
-            f"and set PYTHONPATH={above}"
+            f"{said(error)}: relative imports reach the files beside it alone; write "
+            f"`{statement}`, and set PYTHONPATH={package_folder}"
         ) from error
 
 
-def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Returns the frames of a traceback that are of files of others, not of this one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [f for f in frames if f.filename not in PROGRAMS and not f.filename.startswith("<")]
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Returns the frames of a traceback that are in files of users."""
+    frames = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        is_generated = frame.filename.startswith("<")
+        if frame.filename not in PROGRAMS and not is_generated:
+            frames.append(frame)
+    return frames
 
 
 def keywords_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, list[str]]:
     """Returns the keywords that a function takes, None for all, and those without a default."""
-    parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = None if takes_all else frozenset(p.name for p in named)
-    return names, [p.name for p in named if p.default is p.empty]
+    names = []
+    required_names = []
+    takes_all = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_all = True
+        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            names.append(parameter.name)
+            if parameter.default is parameter.empty:
+                required_names.append(parameter.name)
+    return None if takes_all else frozenset(names), required_names
 
 
 def taken(values: Mapping[str, Any], keywords: frozenset[str] | None) -> dict[str, Any]:
     """Returns the values that a function takes; see `keywords_of`."""
-    return {name: x for name, x in values.items() if keywords is None or name in keywords}
+    if keywords is None:
+        return dict(values)
+    return {name: value for name, value in values.items() if name in keywords}
 
 
 def said(error: BaseException) -> str:
@@ -120,10 +141,10 @@ def said(error: BaseException) -> str:
     if isinstance(error, NoFunction):
         return str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    own = _own_frames(error)
-    if not own or isinstance(error, SyntaxError):  # which says itself where it is
+    frames = _user_frames(error)
+    if not frames or isinstance(error, SyntaxError):  # which says itself where it is
         return text
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -134,29 +155,33 @@ def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
     Args:
       modules: names of modules in `sys.modules`.
     """
-    for name in modules:
-        values = dict(getattr(sys.modules[name], "__dict__", {}))
+    for module in modules:
+        values = dict(getattr(sys.modules[module], "__dict__", {}))
         file = Path(values.get("__file__") or os.__file__)
-        if _STANDARD in file.parents or {"site-packages", "dist-packages"} & {*file.parts}:
+        is_installed = "site-packages" in file.parts or "dist-packages" in file.parts
+        if is_installed or _STANDARD in file.parents:
             continue
-        for owner, value in [*values.items()]:
-            if isinstance(value, type) and value.__module__ == name:
-                values |= {f"{owner}.{member}": inner for member, inner in vars(value).items()}
-        for label, value in values.items():
-            if "__" not in label and not isinstance(value, types.ModuleType):
-                yield f"{file.name}:{label}", value
+        for name, value in [*values.items()]:
+            if isinstance(value, type) and value.__module__ == module:
+                for member, member_value in vars(value).items():
+                    values[f"{name}.{member}"] = member_value
+        for name, value in values.items():
+            if "__" not in name and not isinstance(value, types.ModuleType):
+                yield f"{file.name}:{name}", value
 
 
 def generators(modules: Iterable[str]) -> dict[str, Any]:
     """Returns the random generators that the user's own modules hold, by name."""
-    numpy = sys.modules.get("numpy.random")  # perhaps not all of it: its import may be under way
-    of_numpy = (getattr(numpy, name, random.Random) for name in ("Generator", "RandomState"))
-    kinds = (random.Random, *of_numpy)
-    return {
-        name: value
-        for name, value in module_values(modules)
-        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
-    }
+    numpy_random = sys.modules.get("numpy.random")  # perhaps in part: its import may be under way
+    kinds = [random.Random]
+    for name in ("Generator", "RandomState"):
+        kinds.append(getattr(numpy_random, name, random.Random))
+    generators_by_name = {}
+    for name, value in module_values(modules):
+        is_seedable = not isinstance(value, random.SystemRandom)
+        if is_seedable and isinstance(value, tuple(kinds)):
+            generators_by_name[name] = value
+    return generators_by_name
 
 
 def fingerprints(modules: Iterable[str]) -> dict[str, int]:
@@ -164,9 +189,10 @@ def fingerprints(modules: Iterable[str]) -> dict[str, int]:
 
     Of a value that has no pickle, its `repr` is hashed, or that of its attributes.
     """
-    hashes, seeded = dict[str, int](), generators(modules)
+    hashes: dict[str, int] = {}
+    generator_names = generators(modules).keys()
     for name, value in module_values(modules):
-        if name in seeded:
+        if name in generator_names:
             continue
         try:
             hashes[name] = hash(pickle.dumps(value))
@@ -192,22 +218,25 @@ class EpisodeSeeds:
 
     def find_spec(self, name: str, *arguments: Any) -> importlib.machinery.ModuleSpec | None:
         """Returns the spec that the other finders find."""
-        finders = [finder for finder in sys.meta_path if finder is not self]
-        specs = (
-            finder.find_spec(name, *arguments) for finder in finders if hasattr(finder, "find_spec")
-        )
-        spec = next(filter(None, specs), None)
-        if spec is not None and spec.has_location and spec.loader is not None:
-            run_module = spec.loader.exec_module
+        spec: importlib.machinery.ModuleSpec | None = None
+        for finder in [*sys.meta_path]:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, *arguments)
+                if spec is not None:
+                    break
+        if spec is None or not spec.has_location or spec.loader is None:
+            return spec
+        run_module = spec.loader.exec_module
 
-            def run_and_seed(module: types.ModuleType) -> None:
-                run_module(module)
-                self._seed_module(name)
+        def run_and_seed(module: types.ModuleType) -> None:
+            run_module(module)
+            self._seed_module(name)
 
-            spec.loader.exec_module = run_and_seed  # type: ignore[method-assign]
+        spec.loader.exec_module = run_and_seed  # type: ignore[method-assign]
         return spec
 
     def _seed_module(self, module: str) -> None:
+        """Seeds the generators that a module holds, each by its name."""
         if module == "numpy.random":
             sys.modules[module].seed(self._seed % 2**32)
         for name, generator in generators([module]).items():
@@ -215,12 +244,14 @@ class EpisodeSeeds:
             if isinstance(generator, random.Random):
                 generator.seed(repr(entropy))
             elif hasattr(generator, "bit_generator"):
-                bits = generator.bit_generator
-                bits.state = type(bits)(entropy).state
+                bit_generator = generator.bit_generator
+                bit_generator.state = type(bit_generator)(entropy).state
             else:  # NumPy's RandomState, which tells its bit generator by name alone
-                numpy = sys.modules["numpy.random"]
-                bits = getattr(numpy, generator.get_state(legacy=False)["bit_generator"])(entropy)
-                generator.set_state(numpy.RandomState(bits).get_state(legacy=False))
+                numpy_random = sys.modules["numpy.random"]
+                class_name = generator.get_state(legacy=False)["bit_generator"]
+                bit_generator = getattr(numpy_random, class_name)(entropy)
+                seeded = numpy_random.RandomState(bit_generator)
+                generator.set_state(seeded.get_state(legacy=False))
 
 
 def requests(source: TextIO) -> Iterator[Any]:
@@ -242,7 +273,8 @@ def requests(source: TextIO) -> Iterator[Any]:
 
 def take_pipes() -> tuple[TextIO, TextIO]:
     """Returns stdin and stdout, which a function that reads or prints then cannot meddle with."""
-    source, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    source = os.fdopen(os.dup(0))
+    answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from train.reporters.contract import PROJECT, Ending, Sample, Start, Tracker
 
-_A_BATCH = 100  # parameters that one call takes
-_LONGEST = 6000  # characters of one
+_PARAMS_PER_CALL = 100  # parameters that one call takes
+_MAX_PARAM_CHARS = 6000  # characters of one
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -23,17 +23,20 @@ class MLflow:
             self._id = start.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            name = start.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-            known = self._client.get_experiment_by_name(name)
-            experiment = known.experiment_id if known else self._client.create_experiment(name)
-            self._id = self._client.create_run(experiment, run_name=start.name).info.run_id
-            params = [
-                mlflow.entities.Param(key, str(value)[:_LONGEST])
-                for key, value in start.config.items()
-            ]
-            for first in range(0, len(params), _A_BATCH):
-                self._client.log_batch(self._id, params=params[first : first + _A_BATCH])
+            experiment_id = self._experiment_id(start.project)
+            self._id = self._client.create_run(experiment_id, run_name=start.name).info.run_id
+            params = []
+            for key, value in start.config.items():
+                params.append(mlflow.entities.Param(key, str(value)[:_MAX_PARAM_CHARS]))
+            for index in range(0, len(params), _PARAMS_PER_CALL):
+                self._client.log_batch(self._id, params=params[index : index + _PARAMS_PER_CALL])
         self.run_id: str | None = self._id
+
+    def _experiment_id(self, project: str | None) -> str:
+        """Returns the experiment of a project, which is created if it is not there yet."""
+        name = project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self._client.create_experiment(name)
 
     def report(self, step: int, values: Mapping[str, float], at: float) -> None:
         """Logs the values."""
@@ -43,7 +46,8 @@ class MLflow:
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
         """Logs the samples as a file of JSON lines."""
-        text = "".join(f"{json.dumps(x._asdict(), ensure_ascii=False)}\n" for x in samples)
+        lines = [json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples]
+        text = "".join(f"{line}\n" for line in lines)
         self._client.log_text(self._id, text, f"samples/step_{step:07}.jsonl")
 
     def close(self, how: Ending) -> None:

@@ -49,9 +49,10 @@ def check_many(names: Sequence[str], what: str) -> None:
       names: the trackers.
       what: the runs, for the message: "a table of runs".
     """
-    if others := [name for name, tracker in trackers(names).items() if tracker.one_run]:
-        able = ", ".join(name for name, tracker in TRACKERS.items() if not tracker.one_run)
+    single_run_names = [name for name, tracker in trackers(names).items() if tracker.one_run]
+    if single_run_names:
+        able_names = [name for name, tracker in TRACKERS.items() if not tracker.one_run]
         raise UserError(
-            f"{flag('report_to', *others)} keeps one run a process; {what} reports to {able}, in "
-            "the folder of each run, or to none"
+            f"{flag('report_to', *single_run_names)} keeps one run a process; {what} reports to "
+            f"{', '.join(able_names)}, in the folder of each run, or to none"
         )

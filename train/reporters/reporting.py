@@ -19,8 +19,8 @@ from lora_jax.training.run.log import Line
 from train.reporters.contract import Ending, Reporter, Sample, Start
 from train.reporters.files import LEDGER, read_json
 
-_OPENING = 30.0  # seconds for the reporters to begin before the run goes on without waiting
-_CLOSING = 60.0  # seconds for what is still to be sent
+_OPEN_SECONDS = 30.0  # seconds for the reporters to begin before the run goes on without waiting
+_CLOSE_SECONDS = 60.0  # seconds for what is still to be sent
 _SAMPLES = "samples"
 _NOT_METRICS = ("step", "time", "reason")
 
@@ -53,34 +53,51 @@ class Reporting:
           warn: is called once with a message about a reporter that fails.
         """
         self._path = folder / LEDGER
-        ledger = read_json(self._path)
-        was = {name: _settled(entry, lines, samples) for name, entry in ledger.items()}
-        self._others = {name: entry for name, entry in was.items() if name not in reporters}
-        self._channels = []
         self._is_open = True
-        self._writing = threading.Lock()
+        self._ledger_lock = threading.Lock()
+        self._channels: list[_Channel] = []
+        self._other_entries = {}  # of reporters that this process does not have
+        entries = {}
+        for name, entry in read_json(self._path).items():
+            entries[name] = _settled(entry, lines, samples)
+            if name not in reporters:
+                self._other_entries[name] = entries[name]
         for name, make in reporters.items():
-            entry = was.get(name, {"run": None, "reported": {}})
-            start = Start(folder.name, folder, project, config, entry["run"])
-            channel = _Channel(name, make, start, entry["reported"], warn, start.run_id)
+            entry = entries.get(name, {"run": None, "reported": {}})
+            start = Start(
+                name=folder.name,
+                folder=folder,
+                project=project,
+                config=config,
+                run_id=entry["run"],
+            )
+            channel = _Channel(
+                name=name,
+                make=make,
+                start=start,
+                reported=entry["reported"],
+                warn=warn,
+                run_id=start.run_id,
+            )
             self._channels.append(channel)
         for channel in self._channels:
-            channel.open(self._keep)
-        until = time.monotonic() + _OPENING
+            channel.open(self._write_ledger)
+        deadline = time.monotonic() + _OPEN_SECONDS
         for channel in self._channels:
-            channel.wait_until_open(until - time.monotonic())
+            channel.wait_until_open(deadline - time.monotonic())
 
     def __enter__(self) -> "Reporting":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        how: Ending = "finished"
+        ending: Ending = "finished"
         if kind is not None:
-            how = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
+            is_interrupted = issubclass(kind, Interrupted | KeyboardInterrupt)
+            ending = "stopped" if is_interrupted else "failed"
         for channel in self._channels:
-            channel.close(how)
+            channel.close(ending)
         self._is_open = False
-        self._keep()
+        self._write_ledger()
 
     def line(self, line: Line) -> None:
         """Reports a line of metrics, as metrics.jsonl has it."""
@@ -92,18 +109,17 @@ class Reporting:
         for channel in self._channels:
             channel.put({"step": step, "time": at, _SAMPLES: list(samples)})
 
-    def _keep(self) -> None:
+    def _write_ledger(self) -> None:
         """Writes the ledger; a reporter's thread does so once its run there is known."""
-        with self._writing:
-            ledger = self._others | {
-                channel.name: {
-                    "run": channel.run_id,
-                    "reported": dict(channel.reported),
-                    "open": self._is_open and not channel.failed,
-                }
-                for channel in self._channels
-                if channel.run_id is not None
-            }
+        with self._ledger_lock:
+            ledger = dict(self._other_entries)
+            for channel in self._channels:
+                if channel.run_id is not None:
+                    ledger[channel.name] = {
+                        "run": channel.run_id,
+                        "reported": dict(channel.reported),
+                        "open": self._is_open and not channel.failed,
+                    }
             if ledger:
                 write_json(self._path, ledger)
 
@@ -129,49 +145,52 @@ class _Channel:
     warn: Callable[[str], object]
     run_id: str | None
     failed: bool = False
-    _waiting: SimpleQueue[Line | Ending] = dataclasses.field(default_factory=SimpleQueue)
+    _queue: SimpleQueue[Line | Ending] = dataclasses.field(default_factory=SimpleQueue)
     _ready: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-    def open(self, opened: Callable[[], object]) -> None:
-        """Starts the thread; `opened` is called in it, once the run there is known."""
+    def open(self, on_open: Callable[[], object]) -> None:
+        """Starts the thread; `on_open` is called in it, once the run there is known."""
         name = f"report to {self.name}"
-        self._thread = threading.Thread(target=self._work, args=(opened,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(on_open,), name=name, daemon=True)
         self._thread.start()
 
     def wait_until_open(self, seconds: float) -> None:
         """Waits until the report has begun or failed, but not for long."""
         if not self._ready.wait(max(0.0, seconds)):
             self.warn(
-                f"warning: --report-to {self.name}: it has not begun after {_OPENING:.0f} s; the "
-                "run goes on meanwhile"
+                f"warning: --report-to {self.name}: it has not begun after {_OPEN_SECONDS:.0f} s; "
+                "the run goes on meanwhile"
             )
 
     def put(self, line: Line) -> None:
         """Reports a line, later."""
         if not self.failed:
-            self._waiting.put(line)
+            self._queue.put(line)
 
-    def close(self, how: Ending) -> None:
+    def close(self, ending: Ending) -> None:
         """Ends the report; waits for what is still to be sent, but not for ever."""
         if self.failed:
             return
-        self._waiting.put(how)
-        self._thread.join(_CLOSING)
+        self._queue.put(ending)
+        self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             self.failed = True
             self.warn(
-                f"warning: --report-to {self.name}: it is still busy after {_CLOSING:.0f} s; what "
-                "it has not sent is missing there"
+                f"warning: --report-to {self.name}: it is still busy after {_CLOSE_SECONDS:.0f} s; "
+                "what it has not sent is missing there"
             )
 
-    def _work(self, opened: Callable[[], object]) -> None:
+    def _work(self, on_open: Callable[[], object]) -> None:
+        """Reports the lines of the queue, until the ending comes."""
         try:
             reporter = self.make(self.start)
             self.run_id = reporter.run_id
-            opened()
+            on_open()
             self._ready.set()
-            while isinstance(item := self._waiting.get(), dict):
+            item = self._queue.get()
+            while isinstance(item, dict):
                 self._report(reporter, item)
+                item = self._queue.get()
             reporter.close(item)
         except BaseException as error:  # of code that is not ours: whatever it is, training goes on
             self._fail(error)
@@ -179,19 +198,22 @@ class _Channel:
             self._ready.set()
 
     def _report(self, reporter: Reporter, line: Line) -> None:
-        step, at = line["step"], line["time"]
-        new = {
-            name: value
-            for name, value in line.items()
-            if name not in _NOT_METRICS and step > self.reported.get(name, -1)
-        }
-        if _SAMPLES in new:
-            reporter.show(step, new[_SAMPLES], at)
-        elif new:
-            reporter.report(step, new, at)
-        self.reported.update({name: step for name in new})
+        """Reports the samples or the metrics of a line, but for those that were reported before."""
+        step = line["step"]
+        values = {}
+        for name, value in line.items():
+            is_reported = step <= self.reported.get(name, -1)
+            if name not in _NOT_METRICS and not is_reported:
+                values[name] = value
+        if _SAMPLES in values:
+            reporter.show(step, values[_SAMPLES], line["time"])
+        elif values:
+            reporter.report(step, values, line["time"])
+        for name in values:
+            self.reported[name] = step
 
     def _fail(self, error: BaseException) -> None:
+        """Reports nothing more; warns of the error."""
         self.failed = True
         reason = " ".join(str(error).split())[:300]
         self.warn(
@@ -202,9 +224,16 @@ class _Channel:
 
 def _settled(entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[Line]) -> Any:
     """Returns an entry of the ledger. One that a kill left open counts as having reported all."""
-    reported = dict(entry["reported"])
+    reported: Steps = dict(entry["reported"])
+
+    def note(name: str, step: int) -> None:
+        reported[name] = max(reported.get(name, -1), step)
+
     if entry["open"]:
-        told = [(name, line["step"]) for line in lines for name in {*line} - {*_NOT_METRICS}]
-        for name, step in (*told, *((_SAMPLES, line["step"]) for line in samples)):
-            reported[name] = max(reported.get(name, -1), step)
+        for line in lines:
+            for name in line:
+                if name not in _NOT_METRICS:
+                    note(name, line["step"])
+        for sample in samples:
+            note(_SAMPLES, sample["step"])
     return {"run": entry["run"], "reported": reported, "open": False}

@@ -16,8 +16,8 @@ from train.console.output import tell
 from train.reporters.files import LOG
 from train.run.log import QuietLog, RunLog
 
-_SECONDS = 5.0  # between tables in a log file
-_WIDTH = 100  # characters of a run's own log
+_TABLE_SECONDS = 5.0  # between tables in a log file
+_LOG_CHARS = 100  # characters of a run's own log
 
 
 class Board:
@@ -33,8 +33,9 @@ class Board:
         self._console = console
         self._steps = steps
         self._lines: dict[str, Line] = {}
-        self._said: dict[str, str] = {}
-        self._shown, self._is_new = float("-inf"), False
+        self._endings: dict[str, str] = {}
+        self._shown_time = float("-inf")
+        self._has_news = False
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> "Board":
@@ -49,39 +50,42 @@ class Board:
     def note(self, name: str, line: Line) -> None:
         """Takes a line of a run's metrics."""
         self._lines[name] = {**self._lines.get(name, {}), **line}
-        self._is_new = True
+        self._has_news = True
 
     def ended(self, name: str, how: str) -> None:
         """The end of a run."""
-        self._said[name] = how
-        self._is_new = True
+        self._endings[name] = how
+        self._has_news = True
         if self._live is None:
             tell(self._console, f"{name}: {how}")
 
     def show(self) -> None:
         """Shows the runs, if anything is new and the last table is old enough."""
         now = time.monotonic()
-        if not self._is_new or (self._live is None and now - self._shown < _SECONDS):
+        is_too_soon = self._live is None and now - self._shown_time < _TABLE_SECONDS
+        if is_too_soon or not self._has_news:
             return
-        self._shown, self._is_new = now, False
+        self._shown_time = now
+        self._has_news = False
         if self._live:
             self._live.update(self._table(), refresh=True)
         else:
             self._console.print(self._table())
 
     def _table(self) -> Table:
+        """Returns a table with a row for each run: its newest figures, and how it ended."""
         titles = ("step", "loss", "held-out", "tokens/s")
-        figures = (Column(title, justify="right") for title in titles)
-        table = Table("run", *figures, "", box=None, pad_edge=False)
-        for name, steps in self._steps.items():
-            line = self._lines.get(name, {})
+        columns = [Column(title, justify="right") for title in titles]
+        table = Table("run", *columns, "", box=None, pad_edge=False)
+        for name, n_steps in self._steps.items():
+            metrics = self._lines.get(name, {})
             table.add_row(
                 _cell(name),
-                f"{line.get('step', 0)}/{steps}",
-                _figure(line.get("loss"), ".4f"),
-                _figure(line.get("eval_loss"), ".4f"),
-                _figure(line.get("tokens_per_s"), ",.0f"),
-                self._said.get(name, ""),
+                f"{metrics.get('step', 0)}/{n_steps}",
+                _figure(metrics.get("loss"), ".4f"),
+                _figure(metrics.get("eval_loss"), ".4f"),
+                _figure(metrics.get("tokens_per_s"), ",.0f"),
+                self._endings.get(name, ""),
             )
         return table
 
@@ -90,7 +94,9 @@ class TeeLog:
     """Writes to the log of a run and to the board."""
 
     def __init__(self, log: RunLog | QuietLog, board: Board, name: str) -> None:
-        self._log, self._board, self._name = log, board, name
+        self._log = log
+        self._board = board
+        self._name = name
 
     def __enter__(self) -> "TeeLog":
         self._log.__enter__()
@@ -120,18 +126,20 @@ class BufferedConsole:
     """
 
     def __init__(self) -> None:
-        self._kept = io.StringIO()
-        self.console = Console(file=self._kept, width=_WIDTH, force_terminal=False, no_color=True)
+        self._buffer = io.StringIO()
+        self.console = Console(
+            file=self._buffer, width=_LOG_CHARS, force_terminal=False, no_color=True
+        )
 
-    def keep_in(self, folder: Path, held: ExitStack) -> None:
+    def keep_in(self, folder: Path, stack: ExitStack) -> None:
         """Writes the lines printed so far, and those to come, to the folder's log.
 
         Args:
           folder: the run's.
-          held: closes the file in the end.
+          stack: closes the file in the end.
         """
-        file = held.enter_context((folder / LOG).open("a", encoding="utf-8", buffering=1))
-        file.write(self._kept.getvalue())
+        file = stack.enter_context((folder / LOG).open("a", encoding="utf-8", buffering=1))
+        file.write(self._buffer.getvalue())
         self.console.file = file
 
 
@@ -147,21 +155,25 @@ def print_results(
       rows: the results of each run, by name: first its own name, which is a text.
       hidden: the results that are not printed.
     """
-    name_column, *result_names = rows[0]
-    measured = {name for row in rows for name, value in row.items() if value is not None}
-    figures = [name for name in result_names if name in measured and name not in hidden]
-    titles = (name.replace("_", "\n") for name in figures)
-    columns = (Column(title, justify="right", no_wrap=True) for title in titles)
-    table = Table(
-        Column(name_column, overflow="fold"), *columns, title="Runs", box=None, pad_edge=False
-    )
+    run_column, *result_names = rows[0]
+    table = Table(title="Runs", box=None, pad_edge=False)
+    table.add_column(run_column, overflow="fold")
+    shown_names = [run_column]
+    for name in result_names:
+        has_values = any(row.get(name) is not None for row in rows)
+        if has_values and name not in hidden:
+            table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+            shown_names.append(name)
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in (name_column, *figures)))
+        table.add_row(*(_cell(row[name]) for name in shown_names))
     console.print(table)
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+    """Returns a value as the text of a table's cell; "" for None."""
+    if value is None:
+        return ""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
     return text.replace("[", r"\[")
 
 

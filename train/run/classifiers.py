@@ -48,31 +48,46 @@ def read_classifier_info(
     if kind is None:
         with model_errors(name):
             kind = open_model(models.fetch(name)).config.model_type
-    reads = "texts" if kind in ENCODERS else "images" if kind in VISION else None
-    if reads is None or of not in (None, reads):
-        needed = "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
-        if reads == "images":
-            needed = "it classifies images: name a folder of them with --dataset, or a field by "
-            needed += "--image"
-        elif reads == "texts":
-            needed = "it classifies texts: name a ViT or DINOv2 for images"
-        raise UserError(f"--model {name}: a {kind} model has no head for classes here; {needed}")
+    inputs = _inputs_of_kind(kind)
+    if inputs is None or of not in (None, inputs):
+        raise UserError(
+            f"--model {name}: a {kind} model has no head for classes here; {_remedy(inputs)}"
+        )
     head: dict[str, Any] = {"head": "classification"}
     if num_labels is not None:
         head["num_labels"] = num_labels
-    if reads == "texts":
+    if inputs == "texts":
         return read_tokenized(name, tokenizer, "--model", **head)
     if tokenizer is not None:
         raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
     return _read_image_info(name, **head)
 
 
+def _inputs_of_kind(kind: str) -> Literal["texts", "images"] | None:
+    """Returns the inputs of encoders of a kind: texts or images; None for other models."""
+    if kind in ENCODERS:
+        return "texts"
+    return "images" if kind in VISION else None
+
+
+def _remedy(inputs: Literal["texts", "images"] | None) -> str:
+    """Returns the advice where a model cannot classify; `inputs` is what it reads."""
+    if inputs == "images":
+        return "it classifies images: name a folder of them with --dataset, or a field by --image"
+    if inputs == "texts":
+        return "it classifies texts: name a ViT or DINOv2 for images"
+    return "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
+
+
 def _read_image_info(name: str, **head: Any) -> ModelInfo:
+    """Returns the outline of a classifier of images, with its processor as the tokenizer."""
     outline: Any = read_untokenized(name, **head)
     with model_errors(name):
         processor = models.load_image_processor(name)
-    (channels, height, width), config = processor.shape, outline.config
-    if channels != config.num_channels or min(config.grid_of(height, width)) < 1:
+    config = outline.config
+    channels, height, width = processor.shape
+    has_patches = min(config.grid_of(height, width)) >= 1
+    if channels != config.num_channels or not has_patches:
         raise UserError(
             f"--model {name}: its preprocessor_config.json makes images of {channels} channels and "
             f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "

@@ -16,7 +16,7 @@ from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import EvaluatedModel, Progress
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
-_MOST_ROWS = 128
+_MAX_ROWS = 128
 _MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 Chat = Sequence[Mapping[str, str]]
@@ -28,8 +28,10 @@ def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]
     Raises:
       TrainingError: the chat template drops something of a chat.
     """
-    made = (Conversation([dict(turn) for turn in chat]) for chat in chats)
-    texts = [render_prompt(chat, outline.tokenizer) for chat in made]
+    texts = []
+    for chat in chats:
+        conversation = Conversation([dict(turn) for turn in chat])
+        texts.append(render_prompt(conversation, outline.tokenizer))
     return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -67,33 +69,41 @@ def complete_prompts(
       progress: is called with the number of answers so far, and of all.
     """
     model, params, forward = evaluated
-    apart = _has_own_cache(model) or bool(invocations_of(params))
-    n_shared = 0 if apart else _n_shared(prompts)
-    rests = [prompt[n_shared:] for prompt in prompts]
-    length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
-    ends = end_tokens(outline)
+    can_share = not _has_own_cache(model) and not invocations_of(params)
+    n_shared = _n_shared(prompts) if can_share else 0
+    suffixes = [prompt[n_shared:] for prompt in prompts]
+    suffix_length = -(-max(map(len, suffixes)) // _MULTIPLE) * _MULTIPLE
+    row_length = suffix_length + new_tokens
+    eos_ids = end_tokens(outline)
     shared = None
     if n_shared:
-        first, more = np.asarray(prompts[0][:n_shared]), length + new_tokens - 1
-        shared = share(model, params, first, more_tokens=more, apply=forward)
+        prefix = np.asarray(prompts[0][:n_shared])
+        shared = share(model, params, prefix, more_tokens=row_length - 1, apply=forward)
     completions: list[list[int]] = []
-    for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
-        ids, mask = pad_left(batch, length, ends[0] if ends else 0)
-        new = generate(
+    for batch, n_real in _batches(suffixes, _n_rows(model, row_length)):
+        ids, mask = pad_left(batch, suffix_length, eos_ids[0] if eos_ids else 0)
+        answers = generate(
             model,
             params,
             ids,
             mask,
             max_new_tokens=new_tokens,
-            eos_token_id=ends or None,
+            eos_token_id=eos_ids or None,
             apply=forward,
             shared=shared,
         )
-        for answer in np.asarray(new)[:n_real].tolist():
-            n = next((at for at, token in enumerate(answer, start=1) if token in ends), new_tokens)
-            completions.append(answer[:n])
+        for answer in np.asarray(answers)[:n_real].tolist():
+            completions.append(_up_to_end(answer, eos_ids))
         progress(len(completions), len(prompts))
     return completions
+
+
+def _up_to_end(answer: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens of an answer up to the first that ends it, this one included."""
+    for index, token in enumerate(answer):
+        if token in eos_ids:
+            return answer[: index + 1]
+    return answer
 
 
 def _has_own_cache(model: Model) -> bool:
@@ -104,26 +114,32 @@ def _has_own_cache(model: Model) -> bool:
 def _n_rows(model: Model, slots: int) -> int:
     """Returns the number of rows whose caches fit into the memory of a batch's."""
     cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
-    kept = cache if _has_own_cache(model) else (cache.key, cache.value, cache.recurrent)
-    kept = jax.tree.leaves(kept)
-    of_row = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
-    return max(1, min(_MOST_ROWS, _CACHE_BYTES // of_row))
+    arrays = cache if _has_own_cache(model) else (cache.key, cache.value, cache.recurrent)
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    return max(1, min(_MAX_ROWS, _CACHE_BYTES // row_bytes))
 
 
-def _batches(prompts: Sequence[list[int]], most: int) -> Iterator[tuple[Sequence[list[int]], int]]:
+def _batches(
+    prompts: Sequence[list[int]], max_rows: int
+) -> Iterator[tuple[Sequence[list[int]], int]]:
     """Yields batches of one size and the number of real rows; the last batch is filled up.
 
     Args:
       prompts: the rows.
-      most: the number of rows that a batch may have. Batches are as equal as they can be.
+      max_rows: the number of rows that a batch may have. Batches are as equal as they can be.
     """
-    size = -(-len(prompts) // -(-len(prompts) // most))
-    for first in range(0, len(prompts), size):
-        batch = prompts[first : first + size]
-        yield [*batch, *[prompts[0]] * (size - len(batch))], len(batch)
+    n_batches = -(-len(prompts) // max_rows)
+    batch_rows = -(-len(prompts) // n_batches)
+    for start in range(0, len(prompts), batch_rows):
+        batch = list(prompts[start : start + batch_rows])
+        n_real = len(batch)
+        while len(batch) < batch_rows:
+            batch.append(prompts[0])
+        yield batch, n_real
 
 
 def _n_shared(prompts: Sequence[list[int]]) -> int:
     """Returns the length of the prompts' common prefix; leaves at least two tokens of each."""
-    most = max(0, min(map(len, prompts)) - 2)
-    return min(most, common_prefix(min(prompts), max(prompts)))  # of both is of all
+    max_shared = max(0, min(map(len, prompts)) - 2)
+    # The prefix that the first and the last prompt of a sorted list share is that of all.
+    return min(max_shared, common_prefix(min(prompts), max(prompts)))

@@ -100,8 +100,8 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
 def ask_words(outline: ModelInfo) -> tuple[str, ...]:
     """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
     if "head" in outline.head:
-        of_images = isinstance(outline.config, VisionConfig)
-        return "train.predict", "IMAGE" if of_images else "TEXT"
+        is_of_images = isinstance(outline.config, VisionConfig)
+        return "train.predict", "IMAGE" if is_of_images else "TEXT"
     if outline.tokenizer.chat_template is None:
         return "train.generate", "--prompt", "TEXT"
     return "train.generate", "--interactive"
@@ -116,10 +116,13 @@ def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merge
       ask: the words that ask the model; see `ask_words`.
       merged: whether the model can be exported merged only.
     """
-    exported = str(adapter.parent / "exported")
-    export = ("train.export", "--output", exported, *["--merged"] * merged)
-    for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
-        tell(console, f"{what}: {program(module, '--adapter', str(adapter), *more)}")
+    export = ["train.export", "--output", str(adapter.parent / "exported")]
+    if merged:
+        export.append("--merged")
+    commands = {"to use it": ask, "to export it": export}
+    for purpose, (module, *arguments) in commands.items():
+        command = program(module, "--adapter", str(adapter), *arguments)
+        tell(console, f"{purpose}: {command}")
 
 
 def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
@@ -144,14 +147,15 @@ def note_seconds(folder: Path, session: Session) -> None:
     facts = read_json(folder / FACTS)
     if not facts:
         return
-    seconds = facts.setdefault(PROCESS_SECONDS, {})
-    this_process = str(session.began_at)
-    if seconds and this_process not in seconds:
-        last_process = [*seconds][-1]
-        ends = [line["time"] for line in read_metrics(folder)]
-        spans = [end - float(last_process) for end in ends]
-        seconds[last_process] = max([seconds[last_process], *spans])
-    seconds[this_process] = time.monotonic() - session.began
+    seconds_by_process = facts.setdefault(PROCESS_SECONDS, {})
+    process = str(session.began_at)
+    if seconds_by_process and process not in seconds_by_process:
+        last_process = [*seconds_by_process][-1]
+        seconds = seconds_by_process[last_process]
+        for line in read_metrics(folder):
+            seconds = max(seconds, line["time"] - float(last_process))
+        seconds_by_process[last_process] = seconds
+    seconds_by_process[process] = time.monotonic() - session.began
     with contextlib.suppress(OSError):
         write_json(folder / FACTS, facts)
 
@@ -163,9 +167,11 @@ def whole_time(folders: Iterable[Path], session: Session) -> str:
       folders: the folders of the runs. A process that worked on several of them counts once.
       session: the session of this process, which works until now.
     """
-    seconds = {str(session.began_at): time.monotonic() - session.began}
+    seconds_by_process = {str(session.began_at): time.monotonic() - session.began}
     for folder in folders:
-        for process, noted in read_json(folder / FACTS).get(PROCESS_SECONDS, {}).items():
-            seconds[process] = max(noted, seconds.get(process, 0))
-    took = duration(sum(seconds.values()))
-    return f"{took} in {len(seconds)} processes" if len(seconds) > 1 else took
+        noted_seconds = read_json(folder / FACTS).get(PROCESS_SECONDS, {})
+        for process, seconds in noted_seconds.items():
+            seconds_by_process[process] = max(seconds, seconds_by_process.get(process, 0))
+    text = duration(sum(seconds_by_process.values()))
+    n_processes = len(seconds_by_process)
+    return f"{text} in {n_processes} processes" if n_processes > 1 else text

@@ -71,8 +71,11 @@ class _InSubspace:
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         """Runs the model on the moved parameters, which lie on the mesh as before."""
-        tree, layout, where = variables["params"], self.model.placement, None
+        tree = variables["params"]
+        layout = self.model.placement
+        shardings = None
         if isinstance(layout, Layout) and layout.mesh.size > 1:
-            where = lj.sharding.shardings(subspace.base_of(tree), layout.table, layout.mesh)
-        params = subspace.merge(self.space, tree, where)
+            base = subspace.base_of(tree)
+            shardings = lj.sharding.shardings(base, layout.table, layout.mesh)
+        params = subspace.merge(self.space, tree, shardings)
         return self.model.apply({**variables, "params": params}, *args, **options)

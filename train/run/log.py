@@ -26,11 +26,11 @@ from train.reporters.reporting import Reporting
 CURVE = "loss.png"
 PROGRESS = "progress.png"
 SAMPLED = "sample_"  # the measure of sampled answers, beside HELD_OUT and SCORE
-_LONGEST = 200  # characters of a sampled answer in the log
+_MAX_ANSWER_CHARS = 200  # characters of a sampled answer in the log
 _LINE_SECONDS = 30.0  # between lines of progress in a log file
 _STEP_SECONDS = 1.0  # between the lines of steps, where a task says what to watch
-_PARTS = 20  # of a curve, over each of which a mean is taken
-_COLUMNS = 120  # characters of such a line
+_N_BLOCKS = 20  # of a curve, over each of which a mean is taken
+_MAX_LINE_CHARS = 120  # characters of such a line
 
 
 class RunLog:
@@ -61,21 +61,11 @@ class RunLog:
         self._last = last
         self._first_line: tuple[float, int] | None = None  # its time and step
         self._reporting = reporting
-        self._watched, self._shown = watched or {}, float("-inf")
-
-        def is_kept(line: Line) -> bool:
-            again = any(name.startswith(tuple(owed)) for name in line)
-            return line["step"] < first or (line["step"] == first and not again)
-
-        kept = [line for line in read_metrics(folder) if is_kept(line)]
-        write_lines(folder / METRICS, kept)
-        answered = read_lines(folder / SAMPLES)
-        if answered:
-            last_kept = first - (SAMPLED in owed)
-            answered = [line for line in answered if line["step"] <= last_kept]
-            write_lines(folder / SAMPLES, answered)
+        self._watched = watched or {}
+        self._print_time = float("-inf")  # of the newest line of a step
+        metrics, samples = _truncate_record(folder, first, owed)
         if reporting is not None:
-            _replay(reporting, kept, answered)
+            _replay(reporting, metrics, samples)
         self._file = (folder / METRICS).open("a")
         self._samples = folder / SAMPLES
         self._progress = None
@@ -93,8 +83,8 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         if self._watched:
             tell(self._console, f"what to watch (all metrics are in {METRICS}):")
-        for name, why in self._watched.items():
-            tell(self._console, f"  {name}: {why}")
+        for name, explanation in self._watched.items():
+            tell(self._console, f"  {name}: {explanation}")
         if self._progress:
             self._progress.start()
         return self
@@ -107,24 +97,27 @@ class RunLog:
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records that a step was skipped, and prints why."""
         self._record(skipped_line(step, metrics))
-        why = metrics.get("lost") or (
+        reason = metrics.get("lost") or (
             f"its loss is {metrics['loss']}, its count {metrics['count']}, its gradient's norm "
             f"{metrics['grad_norm']}"
         )
-        tell(self._console, f"step {step} skipped: {why}")
+        tell(self._console, f"step {step} skipped: {reason}")
 
     def add(self, line: Line) -> None:
         """Records a line of metrics, which has a `step`, and prints it."""
         line = self._record(line)
+        step = line["step"]
         if "loss" in line:
             self._show(line)
         elif f"{HELD_OUT}loss" in line:
-            held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
-            tell(self._console, f"step {line['step']}: held-out {losses_of(held_out)}")
+            held_out = {name.removeprefix(HELD_OUT): value for name, value in line.items()}
+            tell(self._console, f"step {step}: held-out {losses_of(held_out)}")
         else:
-            scored = {k: v for k, v in line.items() if k.startswith(SCORE)}
-            scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in scored.items())
-            tell(self._console, f"step {line['step']}: score {'  '.join(scores)}")
+            scores = []
+            for name, value in line.items():
+                if name.startswith(SCORE):
+                    scores.append(f"{name.removeprefix(SCORE)} {value:.4g}")
+            tell(self._console, f"step {step}: score {'  '.join(scores)}")
 
     def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
         """Records the model's answers after a step; prints and reports the first ones.
@@ -134,23 +127,28 @@ class RunLog:
           samples: the answers.
           shown: how many are printed and reported; None for all.
         """
-        at = round(time.time(), 3)
+        now = round(time.time(), 3)
         with self._samples.open("a") as file:
             for sample in samples:
-                known = {k: v for k, v in sample._asdict().items() if v is not None}
-                line = {"step": step, **known, "time": at}
+                fields = {
+                    name: value for name, value in sample._asdict().items() if value is not None
+                }
+                line = {"step": step, **fields, "time": now}
                 file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
-        first = samples[:shown]
-        if self._reporting is not None and first:
-            self._reporting.samples(step, first, at)
-        if first:
-            tell(self._console, f"step {step}: sampled answers")
-        for sample in first:
+        shown_samples = samples[:shown]
+        if not shown_samples:
+            return
+        if self._reporting is not None:
+            self._reporting.samples(step, shown_samples, now)
+        tell(self._console, f"step {step}: sampled answers")
+        for sample in shown_samples:
+            prompt = shorten(sample.prompt, _MAX_ANSWER_CHARS)
+            answer = shorten(sample.answer, _MAX_ANSWER_CHARS)
             reward = "" if sample.reward is None else f"  [reward {sample.reward:.4g}]"
-            prompt, answer = shorten(sample.prompt, _LONGEST), shorten(sample.answer, _LONGEST)
             tell(self._console, f"  > {prompt}\n    {answer}{reward}")
 
     def _record(self, line: Line) -> Line:
+        """Writes and reports a line, with the time; returns it."""
         line = {**line, "time": round(time.time(), 3)}
         self._file.write(f"{json.dumps(line)}\n")
         self._file.flush()  # so that a killed run has a record of its last step
@@ -159,34 +157,42 @@ class RunLog:
         return line
 
     def _show(self, line: Line) -> None:
+        """Prints the metrics of a step, or shows them beside the bar of progress."""
+        metrics = self._metrics_text(line)
+        step = line["step"]
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=metrics)
+            return
+        now = time.monotonic()
+        if self._first_line is None:
+            self._first_line = (now, step)
+        is_too_soon = now - self._print_time < _STEP_SECONDS
+        if self._watched and is_too_soon and step < self._last:
+            return
+        self._print_time = now
+        text = f"step {step}/{self._last}  {metrics}"
+        time_left = self._time_left(now, step)
+        if not self._watched or len(text + time_left) <= _MAX_LINE_CHARS:
+            text += time_left
+        tell(self._console, text)
+
+    def _metrics_text(self, line: Line) -> str:
+        """Returns the watched metrics of a line, or its losses, learning rate and speed."""
+        if self._watched:
+            values = [f"{name} {line[name]:.3g}" for name in self._watched if name in line]
+            return "  ".join(values)
         text = f"{losses_of(line)}  lr {line['lr']:.2e}"
         if "tokens_per_s" in line:
             text += f"  {line['tokens_per_s']:,.0f} tokens/s"
-        if self._watched:
-            shown = (f"{name} {line[name]:.3g}" for name in self._watched if name in line)
-            text = "  ".join(shown)
-        if self._progress:
-            self._progress.update(self._task, completed=line["step"], description=text)
-            return
-        now, step = time.monotonic(), line["step"]
-        if self._first_line is None:
-            self._first_line = now, step
-        if self._watched and now - self._shown < _STEP_SECONDS and step < self._last:
-            return
-        self._shown = now
-        text = f"step {step}/{self._last}  {text}"
-        left = self._time_left(now, step)
-        if not self._watched or len(text + left) <= _COLUMNS:
-            text += left
-        tell(self._console, text)
+        return text
 
     def _time_left(self, now: float, step: int) -> str:
         """Returns the time that is left; "" in the first line, whose steps compile."""
-        began, first_step = self._first_line or (now, step)
+        start_time, first_step = self._first_line or (now, step)
         if step == first_step < self._last:
             return ""
-        pace = (now - began) / max(step - first_step, 1)
-        return f"  {duration(pace * (self._last - step))} left"
+        seconds_per_step = (now - start_time) / max(step - first_step, 1)
+        return f"  {duration(seconds_per_step * (self._last - step))} left"
 
 
 class QuietLog(NullLog):
@@ -196,21 +202,40 @@ class QuietLog(NullLog):
         """Keeps nothing."""
 
 
-def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
+def _truncate_record(folder: Path, step: int, owed: Sequence[str]) -> tuple[list[Line], list[Line]]:
+    """Removes the metrics and the answers after a step; returns those that stay.
+
+    Args:
+      folder: the run's folder.
+      step: the step.
+      owed: prefixes of the measures that are taken again after this step.
+    """
+    metrics = []
+    for line in read_metrics(folder):
+        is_owed = any(name.startswith(tuple(owed)) for name in line)
+        if line["step"] < step or (line["step"] == step and not is_owed):
+            metrics.append(line)
+    write_lines(folder / METRICS, metrics)
+    samples = read_lines(folder / SAMPLES)
+    if samples:
+        last_step = step - 1 if SAMPLED in owed else step
+        samples = [line for line in samples if line["step"] <= last_step]
+        write_lines(folder / SAMPLES, samples)
+    return metrics, samples
+
+
+def _replay(reporting: Reporting, metrics: Sequence[Line], samples: Sequence[Line]) -> None:
     """Reports the record of an earlier process; reporters skip what they already have."""
-    both = sorted([*lines, *answered], key=lambda line: line["step"])
-    for step, group in itertools.groupby(both, key=lambda line: line["step"]):
-        of_step = [*group]
-        for line in of_step:
-            if "answer" not in line:
+    lines = sorted([*metrics, *samples], key=lambda line: line["step"])
+    for step, group in itertools.groupby(lines, key=lambda line: line["step"]):
+        step_samples = []
+        for line in group:
+            if "answer" in line:
+                step_samples.append(Sample(line["prompt"], line["answer"], line.get("reward")))
+            else:
                 reporting.line(line)
-        samples = [
-            Sample(line["prompt"], line["answer"], line.get("reward"))
-            for line in of_step
-            if "answer" in line
-        ]
-        if samples:
-            reporting.samples(step, samples, of_step[-1]["time"])
+        if step_samples:
+            reporting.samples(step, step_samples, line["time"])
 
 
 @contextmanager
@@ -221,21 +246,22 @@ def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
       A function (done, of how many) that shows the progress: in a terminal at once, in a log file
       as a line every half a minute.
     """
-    began = shown = time.monotonic()
+    start_time = time.monotonic()
+    print_time = start_time
 
     def progress(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal print_time
         if console.is_terminal:
             status.update(f"{what}: {done} of {total}")
-        elif time.monotonic() - shown >= _LINE_SECONDS and done < total:
-            shown = time.monotonic()
+        elif time.monotonic() - print_time >= _LINE_SECONDS and done < total:
+            print_time = time.monotonic()
             tell(console, f"{what}: {done} of {total}")
 
     if not console.is_terminal:
         tell(console, f"{what} …")
     with console.status(what) as status:
         yield progress
-    tell(console, f"{what}: {duration(time.monotonic() - began)}")
+    tell(console, f"{what}: {duration(time.monotonic() - start_time)}")
 
 
 def read_metrics(folder: Path) -> list[Line]:
@@ -308,54 +334,74 @@ def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str])
     """
     from matplotlib.figure import Figure  # only here: it takes half a second
 
-    curves = {name: _window_means(lines, name) for name in watched}
-    curves = {name: means for name, means in curves.items() if means}
-    if not curves:
+    means_by_name = {}
+    for name in watched:
+        means = _window_means(lines, name)
+        if means:
+            means_by_name[name] = means
+    if not means_by_name:
         return ""
-    figure = Figure(figsize=(7, 1.2 + 1.5 * len(curves)), layout="tight")
-    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-    for axes, (name, means) in zip(panels, curves.items(), strict=True):
-        n_lines = max(1, len(means) // _PARTS)
-        blocks = [_joined(means[i : i + n_lines]) for i in range(0, len(means), n_lines)]
+    n_panels = len(means_by_name)
+    figure = Figure(figsize=(7, 1.2 + 1.5 * n_panels), layout="tight")
+    panels = figure.subplots(n_panels, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, means) in zip(panels, means_by_name.items(), strict=True):
         _plot_means(axes, means, alpha=0.3)
-        _plot_means(axes, blocks)
+        _plot_means(axes, _block_means(means))
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     figure.savefig(folder / PROGRESS, dpi=120)
-    name, means = next(iter(curves.items()))
-    n_lines = max(1, len(means) // _PARTS)
-    start, end = _joined(means[:n_lines]), _joined(means[-n_lines:])
-    n_steps = start.n_steps
-    steps = "step" if n_steps == 1 else f"{n_steps} steps"
-    last = "last" if end.n_steps == n_steps else f"last {end.n_steps}"
+    most_telling = [*means_by_name][0]
+    sentence = _change_text(most_telling, means_by_name[most_telling])
+    return f"{sentence}; drawn in {folder / PROGRESS}"
+
+
+def _block_means(means: Sequence["_WindowMean"]) -> list["_WindowMean"]:
+    """Returns the means over blocks of lines, each a twentieth of all lines."""
+    block_lines = _block_lines(means)
+    starts = range(0, len(means), block_lines)
+    return [_joined(means[start : start + block_lines]) for start in starts]
+
+
+def _block_lines(means: Sequence["_WindowMean"]) -> int:
+    """Returns the number of lines in a block."""
+    return max(1, len(means) // _N_BLOCKS)
+
+
+def _change_text(name: str, means: Sequence["_WindowMean"]) -> str:
+    """Returns the means of a metric over the first lines of a run, and over as many last ones."""
+    block_lines = _block_lines(means)
+    start = _joined(means[:block_lines])
+    end = _joined(means[-block_lines:])
+    start_steps = "step" if start.n_steps == 1 else f"{start.n_steps} steps"
+    end_steps = "last" if end.n_steps == start.n_steps else f"last {end.n_steps}"
     return (
-        f"{name}: {start.value:.3g} in the first {steps}, {end.value:.3g} in the {last}; drawn in "
-        f"{folder / PROGRESS}"
+        f"{name}: {start.value:.3g} in the first {start_steps}, {end.value:.3g} in the {end_steps}"
     )
 
 
 class _WindowMean(NamedTuple):
-    """The mean of a metric over the steps after `begun`, up to `done`."""
+    """The mean of a metric over the steps after `start_step`, up to `end_step`."""
 
-    begun: int
-    done: int
+    start_step: int
+    end_step: int
     value: float
 
     @property
     def n_steps(self) -> int:
         """Returns the number of steps."""
-        return self.done - self.begun
+        return self.end_step - self.start_step
 
 
 def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
     """Returns the means of a metric of training, each with the steps that its line covers."""
-    means, begun = [], 0
+    means = []
+    start_step = 0
     for line in lines:
         if name in line:
-            means.append(_WindowMean(begun, line["step"], line[name]))
+            means.append(_WindowMean(start_step, line["step"], line[name]))
         if "loss" in line:
-            begun = line["step"]
+            start_step = line["step"]
     return means
 
 
@@ -363,11 +409,14 @@ def _joined(means: Sequence[_WindowMean]) -> _WindowMean:
     """Returns the mean of several lines, over all their steps."""
     n_steps = sum(mean.n_steps for mean in means)
     value = sum(mean.value * mean.n_steps for mean in means) / n_steps
-    return _WindowMean(means[0].begun, means[-1].done, value)
+    return _WindowMean(means[0].start_step, means[-1].end_step, value)
 
 
 def _plot_means(axes: Any, means: Sequence[_WindowMean], **style: Any) -> None:
     """Draws means as a staircase, each over the steps that it covers."""
-    steps = [step for mean in means for step in (mean.begun, mean.done)]
-    values = [value for mean in means for value in (mean.value, mean.value)]
+    steps: list[int] = []
+    values: list[float] = []
+    for mean in means:
+        steps += [mean.start_step, mean.end_step]
+        values += [mean.value, mean.value]
     axes.plot(steps, values, color="C0", **style)

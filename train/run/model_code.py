@@ -17,54 +17,69 @@ OURS, TORCH, AUTO = "ours", "torch", "auto"
 KEY = "model_code"  # in an outline's `head`, and in what an adapter says of its base
 _PACKAGES = ("torch", "torchax", "transformers", "accelerate")
 _REMEDY = "pip install 'lora_jax[torch]'"
-_NO_OPTIONS = ("rope_scaling", "quantize", "head", "num_labels")
-_TOLD: set[str] = set()
+_FAMILY_OPTIONS = ("rope_scaling", "quantize", "head", "num_labels")
+_ANNOUNCED_KINDS: set[str] = set()
 
 
-def code_of(path: Path, asked: str | None) -> str:
+def code_of(path: Path, model_code: str | None) -> str:
     """Returns the code that a model runs by: "ours" or "torch".
 
     Args:
       path: the folder or the file with the model, or its config.json.
-      asked: --model-code; None for "auto".
+      model_code: --model-code; None for "auto".
 
     Raises:
       UserError: torch is asked for, or alone knows the model, and cannot be had.
     """
-    if asked == TORCH:
-        if lacking := _lacking():
-            raise UserError(f"--model-code torch needs {lacking}: {_REMEDY}")
+    if model_code == TORCH:
+        missing = _missing_packages()
+        if missing:
+            raise UserError(f"--model-code torch needs {missing}: {_REMEDY}")
         return TORCH
     config = path / "config.json" if path.is_dir() else path
-    if asked == OURS or config.suffix != ".json" or not config.is_file():
+    if model_code == OURS or config.suffix != ".json" or not config.is_file():
         return OURS
     fields = read_file(config, "a model", ConfigError)
-    kind, declined = fields.get("model_type"), declined_field(fields)
-    if (kind in FAMILIES and declined is None) or not isinstance(kind, str):
+    kind = fields.get("model_type")
+    declined = declined_field(fields)
+    is_ours = kind in FAMILIES and declined is None
+    if is_ours or not isinstance(kind, str):
         return OURS
-    what = kind if declined is None else f"{kind} with {declined}"
-    if importlib.util.find_spec("transformers") is None:
-        return OURS  # its error says what is known
-    from transformers import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING:
-        return OURS
-    if lacking := _lacking():
+    if not _is_known_to_transformers(kind):
+        return OURS  # its error says which kinds are known
+    description = kind if declined is None else f"{kind} with {declined}"
+    missing = _missing_packages()
+    if missing:
         raise UserError(
-            f"{config}: no family of this library is a {what}, and to run transformers' torch "
-            f"module {lacking} has to be installed: {_REMEDY}"
+            f"{config}: no family of this library is a {description}, and to run transformers' "
+            f"torch module {missing} has to be installed: {_REMEDY}"
         )
-    if what not in _TOLD:
-        _TOLD.add(what)
-        print(
-            f"no family of this library is a {what}: transformers' torch module runs, by torchax "
-            "(--model-code)",
-            file=sys.stderr,
-        )
+    _announce(description)
     return TORCH
 
 
-def _lacking() -> str:
+def _is_known_to_transformers(kind: str) -> bool:
+    """Returns True if transformers is installed, and has models of a kind."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
+
+
+def _announce(description: str) -> None:
+    """Says once that a kind of model runs as a torch module."""
+    if description in _ANNOUNCED_KINDS:
+        return
+    _ANNOUNCED_KINDS.add(description)
+    print(
+        f"no family of this library is a {description}: transformers' torch module runs, by "
+        "torchax (--model-code)",
+        file=sys.stderr,
+    )
+
+
+def _missing_packages() -> str:
     """Returns the packages that a torch module needs and that are not installed; "" for none."""
     return " and ".join(name for name in _PACKAGES if importlib.util.find_spec(name) is None)
 
@@ -96,9 +111,9 @@ def make_model(config: Any, dtype: Any, param_dtype: Any, **options: Any) -> Any
     """Makes the module of a configuration; see `lora_jax.models.families.module_of`."""
     if not hasattr(config, "key_rows"):
         return module_of(config, dtype, param_dtype, **options)
-    own = {name: options[name] for name in ("remat", "attention") if name in options}
+    torch_options = {name: options[name] for name in ("remat", "attention") if name in options}
     # Rows are packed only for a module that keeps their sequences apart.
-    return _torch().TorchModel(config, dtype, param_dtype, one_sequence=True, **own)
+    return _torch().TorchModel(config, dtype, param_dtype, one_sequence=True, **torch_options)
 
 
 def load_torch(name: str, *, experts: str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -111,12 +126,15 @@ def load_torch(name: str, *, experts: str = "auto", **options: Any) -> tuple[Any
         raise UserError(
             f"--experts {experts}: {name} runs as a torch module, whose own code has it"
         )
-    if refused := [key for key in _NO_OPTIONS if options.get(key) not in (None, "none")]:
-        raise UserError(
-            f"{refused[0].replace('_', '-')} is for families of this library, and {name} runs as "
-            "a torch module"
-        )
-    model, params = _torch().from_torch(
-        name, **{key: value for key, value in options.items() if key not in _NO_OPTIONS}
-    )
+    torch_options = {}
+    for key, value in options.items():
+        if key not in _FAMILY_OPTIONS:
+            torch_options[key] = value
+    for key in _FAMILY_OPTIONS:
+        if options.get(key) not in (None, "none"):
+            raise UserError(
+                f"{key.replace('_', '-')} is for families of this library, and {name} runs as a "
+                "torch module"
+            )
+    model, params = _torch().from_torch(name, **torch_options)
     return model.clone(one_sequence=True), params

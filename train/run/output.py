@@ -41,11 +41,16 @@ _REPORTS = (
     LEDGER,
     LOG,
     ERROR,
-    *(one.files for one in TRACKERS.values() if one.files),
+    *(tracker.files for tracker in TRACKERS.values() if tracker.files),
 )
-_OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
-_TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
-_GLIMPSED = (CONFIG, METRICS, RECORD, REPORT)  # by which the state of a folder in a bucket is known
+_RUN_FILES = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
+_FILES_OF_STEPS = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
+_STATE_FILES = (
+    CONFIG,
+    METRICS,
+    RECORD,
+    REPORT,
+)  # by which the state of a folder in a bucket is known
 
 
 class OutputFolder(NamedTuple):
@@ -62,59 +67,68 @@ class OutputFolder(NamedTuple):
     clear: Callable[[], None] = lambda: None
 
 
-def locked_output(config: Options, held: ExitStack, console: Console) -> OutputFolder:
+def locked_output(config: Options, stack: ExitStack, console: Console) -> OutputFolder:
     """Returns the output folder, checked, and with its lock; see `check_output`.
 
     Args:
       config: the options.
-      held: releases the lock in the end. Of many processes, the first one has it.
+      stack: releases the lock in the end. Of many processes, the first one has it.
       console: to say that the run waits.
 
     Raises:
       UserError: as `check_output` does.
       TrainingError: another run writes to the folder.
     """
-    if (place := bucket_path(config.run.output)) is not None:
+    bucket = bucket_path(config.run.output)
+    if bucket is not None:
         with as_user_errors(BucketError, prefix="--output "):
-            return _locked_in_bucket(config, place, held, console)
+            return _locked_in_bucket(config, bucket, stack, console)
     folder = Path(config.run.output).expanduser()
     if not folder.is_dir():
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        held.callback(remove_empty, made)  # where the run is refused later on
+        new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+        stack.callback(remove_empty, new_folders)  # where the run is refused later on
         check_output(config)
     if is_first():
         try:
             lock = RunLock(FolderLock(folder), notice=lambda line: console.print(line))
-            held.enter_context(lock)
+            stack.enter_context(lock)
         except OSError as error:
             raise _cannot_be_written(folder, error) from error
     return OutputFolder(check_output(config))
 
 
 def _locked_in_bucket(
-    config: Options, place: BucketPath, held: ExitStack, console: Console
+    config: Options, bucket: BucketPath, stack: ExitStack, console: Console
 ) -> OutputFolder:
+    """Returns the working copy of a folder in a bucket, with the bucket's lock."""
+
     def lock(_: int) -> None:
-        lock = RunLock(BucketLock(place), notice=lambda line: console.print(line))
+        lock = RunLock(BucketLock(bucket), notice=lambda line: console.print(line))
         with as_user_errors(BucketError, prefix="--output "):
-            held.enter_context(lock)
+            stack.enter_context(lock)
 
     map_over_processes(lock, [0])  # the first process has it before any reads what is there
-    mirror = FolderMirror(place, _is_apart)
+    mirror = FolderMirror(bucket, _has_own_upload)
 
     def close() -> None:
         try:
-            mirror.close() if is_first() else mirror.drop()
+            if is_first():
+                mirror.close()
+            else:
+                mirror.drop()
         except BucketError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
-    held.callback(close)
+    def send() -> None:
+        if is_first():
+            mirror.send()
+
+    stack.callback(close)
     folder = check_output(config, mirror.folder)
-    send = mirror.send if is_first() else lambda: None
     return OutputFolder(folder, send, lambda: mirror.clear_apart(LOCK))
 
 
-def _is_apart(name: str) -> bool:
+def _has_own_upload(name: str) -> bool:
     """Returns True for what goes to a bucket by itself: lock, checkpoints, and their record."""
     return name in (LOCK, RECORD) or name.startswith(f"{CHECKPOINTS}/")
 
@@ -138,11 +152,10 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
         --overwrite); with --resume, it holds no run, or a run with other options.
     """
     folder = copy or Path(config.run.output).expanduser()
-    holds_run = any((folder / name).exists() for name in _OURS) and not _is_untrained(folder)
     if config.run.resume:
         saved = _saved_options(config, folder)
         check_same_run(config, saved, shown(folder))
-    elif holds_run and not config.run.overwrite:
+    elif _holds_run(folder) and not config.run.overwrite:
         raise UserError(
             f"the output folder {shown(folder)} holds another run: continue it with --resume, "
             "delete it with --overwrite, or name another folder with --output"
@@ -159,21 +172,30 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
 def state_of(output: str) -> str:
     """Returns the state of an output folder, in words; changes nothing."""
     with as_user_errors(BucketError, prefix="--output "):
-        folder = glimpse(output, _GLIMPSED)
+        folder = glimpse(output, _STATE_FILES)
     if not folder.exists():
         return "this output folder is not there yet"
-    if not any((folder / name).exists() for name in _OURS) or _is_untrained(folder):
+    if not _holds_run(folder):
         return "this output folder holds no run yet"
     return "this output folder holds another run: --resume goes on with it, --overwrite deletes it"
 
 
+def _holds_run(folder: Path) -> bool:
+    """Returns True if a folder has a file of a run that has taken a step."""
+    has_files = any((folder / name).exists() for name in _RUN_FILES)
+    return has_files and not _is_untrained(folder)
+
+
 def _is_untrained(folder: Path) -> bool:
     """Returns True if a run was stopped here before its first step: nothing of it need be kept."""
-    trained = any((folder / name).exists() for name in _TRAINED) or read_metrics(folder)
-    return not trained and (folder / CONFIG).exists()
+    has_files_of_steps = any((folder / name).exists() for name in _FILES_OF_STEPS)
+    if has_files_of_steps or read_metrics(folder):
+        return False
+    return (folder / CONFIG).exists()
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> UserError:
+    """Returns the error of a folder that cannot be written."""
     return UserError(
         f"the output folder {folder} cannot be written: {error.strerror or error}. Name another "
         "with --output"
@@ -184,21 +206,26 @@ def saved_options(config: Options) -> dict[str, Any]:
     """Returns the options that a resumed run began with; {} for a run that begins."""
     if not config.run.resume:
         return {}
-    return _saved_options(config, glimpse(config.run.output, _GLIMPSED))
+    return _saved_options(config, glimpse(config.run.output, _STATE_FILES))
 
 
 def resumed_option(config: Options, name: str) -> str | None:
     """Returns an option of the run that is resumed; None for a run that begins."""
-    begun = (glimpse(config.run.output, _GLIMPSED) / CONFIG).exists()
-    return saved_options(config).get(name) if begun else None
+    has_run = (glimpse(config.run.output, _STATE_FILES) / CONFIG).exists()
+    return saved_options(config).get(name) if has_run else None
 
 
 def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
+    """Returns the options of the run in a folder.
+
+    Raises:
+      UserError: there is no run, or its options cannot be read.
+    """
     path = folder / CONFIG
-    where = config.run.output if bucket_path(config.run.output) else folder
     if not path.exists():
+        output = config.run.output if bucket_path(config.run.output) else folder
         raise UserError(
-            f"--resume: there is no run in {where} ({CONFIG} is missing); start one without "
+            f"--resume: there is no run in {output} ({CONFIG} is missing); start one without "
             "--resume"
         )
     problem = f"--resume: {shown(path)} is damaged, or of another script ("
@@ -216,7 +243,7 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
     folder = output.path
     if not config.run.resume:
         output.clear()
-        clear(folder, _OURS)
+        clear(folder, _RUN_FILES)
     seconds = read_json(folder / FACTS).get(PROCESS_SECONDS, {})
     write_json(folder / FACTS, {**facts, PROCESS_SECONDS: seconds})
     write_text(folder / CONFIG, options_file(config, script))
@@ -226,7 +253,7 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
 def clear_copy(folder: Path, config: Options) -> None:
     """Deletes an earlier run in the working copy of a process that is not the first one."""
     if is_copy(folder) and not config.run.resume:
-        clear(folder, _OURS)
+        clear(folder, _RUN_FILES)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -21,7 +21,7 @@ from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.packaged import BUNDLES
-from lora_jax.hf.sources import HasCodes
+from lora_jax.hf.sources import HasCodes, Source
 from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from lora_jax.hf.vision.readers import AnyReader, reads_images
@@ -39,7 +39,7 @@ from train.options.rope import rope_scaling_text
 from train.run.model_code import KEY, TORCH, code_of, load_torch, open_model, torch_config
 
 # What an adapter says of its base, beside its name.
-_OF_BASE = ("rope_scaling", "quantize", IMAGES, KEY)
+_BASE_FACTS = ("rope_scaling", "quantize", IMAGES, KEY)
 MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 
@@ -70,10 +70,15 @@ class ModelInfo:
     @property
     def about(self) -> dict[str, Any]:
         """The facts that an adapter stores about its base: name, RoPE, codes, tokenizer."""
-        facts = {name: self.head[name] for name in _OF_BASE if name in self.head}
-        facts |= {} if self.tokenizer_name is None else {"tokenizer": self.tokenizer_name}
-        facts |= {} if self.chat_template is None else {TEMPLATE: self.chat_template}
-        return {"model": self.name, "revision": revision_of(resolve(self.name).path), **facts}
+        facts = {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+        for name in _BASE_FACTS:
+            if name in self.head:
+                facts[name] = self.head[name]
+        if self.tokenizer_name is not None:
+            facts["tokenizer"] = self.tokenizer_name
+        if self.chat_template is not None:
+            facts[TEMPLATE] = self.chat_template
+        return facts
 
     @property
     def is_torch(self) -> bool:
@@ -121,8 +126,8 @@ class ModelInfo:
                 f"--tokenizer {self.tokenizer_name}: {self.option} {self.name} writes images with "
                 "its own tokenizer alone"
             )
-        whole = read_untokenized(self.name, continues=True, option=self.option, images=True)
-        return dataclasses.replace(whole, tokenizer=self.tokenizer)
+        outline = read_untokenized(self.name, continues=True, option=self.option, images=True)
+        return dataclasses.replace(outline, tokenizer=self.tokenizer)
 
     @property
     def active_experts(self) -> int | None:
@@ -176,42 +181,47 @@ class ModelInfo:
         Raises:
           UserError: the model's files hold no codes that stay, and "stored" was asked for.
         """
-        if quantize is None or (quantize == NONE and not self.has_codes):
+        changes_nothing = quantize is None or (quantize == NONE and not self.has_codes)
+        if quantize is None or changes_nothing:
             return self
         if self.is_torch:
             raise UserError(
                 f"--quantize {quantize}: {self.name} runs as a torch module, whose kernels are "
                 "arrays"
             )
-        head = {**self.head, "quantize": quantize}
-        given = f"--quantize {quantize}: "
-        with as_user_errors(*MODEL_ERRORS, ValueError, prefix=given):
-            path, how = resolve(self.name).path, reading_options(self.config)
-            source = open_model(path, **how) if quantize == STORED else None
-            if source is not None and not (source.shipped or isinstance(source, GGUFFile)):
-                raise models.ConfigError(
-                    f"the files of {self.name} hold no codes: choose a format, such as nf4"
-                )
+        with as_user_errors(*MODEL_ERRORS, ValueError, prefix=f"--quantize {quantize}: "):
             table = key_table(self.config)
+            source = self._source_of_codes() if quantize == STORED else None
             if source is not None:
                 kernels = codings_of(table, jnp.float32, quantize, source)
                 check_stored(source, [row for row in table if row.path in kernels])
             params = shapes_of(table, jnp.float32, quantize, source)
-        return dataclasses.replace(self, head=head, params=params)
+        return dataclasses.replace(self, head={**self.head, "quantize": quantize}, params=params)
 
-    def with_template(self, path: str | Path | None, given: str | None = None) -> "ModelInfo":
+    def _source_of_codes(self) -> Source:
+        """Returns the model's files; raises a ConfigError if they hold no codes."""
+        source = open_model(resolve(self.name).path, **reading_options(self.config))
+        has_codes = source.shipped or isinstance(source, GGUFFile)
+        if not has_codes:
+            raise models.ConfigError(
+                f"the files of {self.name} hold no codes: choose a format, such as nf4"
+            )
+        return source
+
+    def with_template(self, path: str | Path | None, option: str | None = None) -> "ModelInfo":
         """Returns the outline with the chat template of a file, if one is named.
 
         Args:
           path: the file.
-          given: the option that names it; by default --chat-template.
+          option: the option that names it; by default --chat-template.
 
         Raises:
           UserError: see `read_template`.
         """
         if path is None:
             return self
-        template, tokenizer = read_template(str(path), given), copy.copy(self.tokenizer)
+        template = read_template(str(path), option)
+        tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = template
         return dataclasses.replace(self, tokenizer=tokenizer, chat_template=template)
 
@@ -223,16 +233,20 @@ class ModelInfo:
         """
         if day is None:
             return self
-        given, tokenizer = f"--template-date {day}: ", copy.copy(self.tokenizer)
+        tokenizer = copy.copy(self.tokenizer)
         template = tokenizer.chat_template
-        named = template if isinstance(template, dict) else {"": template or ""}
-        telling = [name for name, text in named.items() if tells_today(text)]
-        if not telling and optional:
-            return self
-        with as_user_errors(ValueError, TrainingError, prefix=given):
+        has_names = isinstance(template, dict)  # some tokenizers have several templates
+        templates = dict(template) if has_names else {"": template or ""}
+        dated_names = [name for name, text in templates.items() if tells_today(text)]
+        if not dated_names:
+            if optional:
+                return self
+            dated_names = [*templates][:1]  # whose error says that it tells no day
+        with as_user_errors(ValueError, TrainingError, prefix=f"--template-date {day}: "):
             date = datetime.date.fromisoformat(day)
-            named = named | {name: with_date(named[name], date) for name in telling or [*named][:1]}
-        tokenizer.chat_template = named if isinstance(template, dict) else named[""]
+            for name in dated_names:
+                templates[name] = with_date(templates[name], date)
+        tokenizer.chat_template = templates if has_names else templates[""]
         return dataclasses.replace(self, tokenizer=tokenizer)
 
     def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
@@ -282,6 +296,7 @@ def read_model_info(
 
 
 def _check_continues(name: str, config: ModelConfig, option: str = "--model") -> None:
+    """Raises a UserError for an encoder."""
     if isinstance(config, models.EncoderConfig | models.VisionConfig):
         raise UserError(f"{option} {name}: a {config.model_type} model does not continue texts")
 
@@ -300,21 +315,28 @@ def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
         if name in BUNDLES:
             models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
-        source: HasCodes
         if code_of(path, model_code) == TORCH:
             config = torch_config(path)
             params = shapes_of(key_table(config), jnp.float32)
-            return ModelInfo(name, None, config, params, {KEY: TORCH})
+            return _untokenized(name, config, params, {KEY: TORCH})
+        source: HasCodes
         if path.suffix == ".gguf":
-            source = file = open_model(path)
+            file = open_model(path)
             config = file.config
+            source = file
         else:
-            config, fields = read_config_file(path), read_file(path, "a model", models.ConfigError)
+            config = read_config_file(path)
+            fields = read_file(path, "a model", models.ConfigError)
             source = ConfigCodes(path, fields, key_table(config))
         _check_continues(name, config)
         params = shapes_of(key_table(config), jnp.float32, source=source)
     head = {"quantize": STORED} if source.shipped else {}
-    return ModelInfo(name, None, config, params, head)
+    return _untokenized(name, config, params, head)
+
+
+def _untokenized(name: str, config: Any, params: dict[str, Any], head: dict[str, Any]) -> ModelInfo:
+    """Returns an outline without a tokenizer."""
+    return ModelInfo(name=name, tokenizer=None, config=config, params=params, head=head)
 
 
 def read_untokenized(
@@ -339,26 +361,30 @@ def read_untokenized(
     """
     with model_errors(name, option):
         path = models.fetch(name)
-        if code_of(path, model_code) == TORCH:
-            model_code, head = TORCH, {}
+        is_torch = code_of(path, model_code) == TORCH
+        if is_torch:
+            model_code = TORCH
+            head = {}
         source = open_model(path, model_code, **head)
         if continues:
             _check_continues(name, source.config, option)
         absent = tuple(row.path for row in absent_rows(source))
         params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
-        head = {**head, "quantize": STORED}
-    head |= {KEY: TORCH} if model_code == TORCH else {}
-    return ModelInfo(name, None, source.config, params, head, absent, option=option)
+        head["quantize"] = STORED
+    if is_torch:
+        head[KEY] = TORCH
+    outline = _untokenized(name, source.config, params, head)
+    return dataclasses.replace(outline, absent=absent, option=option)
 
 
 def read_tokenized(
-    name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
+    name: str, tokenizer_name: str | None, option: str, *, continues: bool = False, **head: Any
 ) -> ModelInfo:
     """Reads the files of any model, without its weights; see `read_untokenized`."""
     outline = read_untokenized(name, continues=continues, option=option, **head)
-    tokenizer = read_tokenizer(name, given, outline.config, option)
-    return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
+    tokenizer = read_tokenizer(name, tokenizer_name, outline.config, option)
+    return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=tokenizer_name)
 
 
 def read_model(
@@ -371,20 +397,22 @@ def read_model(
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
-    of_params = None if param_dtype is None else jnp.dtype(param_dtype)
+    options["dtype"] = jnp.dtype(dtype)
+    options["param_dtype"] = None if param_dtype is None else jnp.dtype(param_dtype)
     with model_errors(name, option):
         models.fetch(name)
         load = load_torch if model_code == TORCH else from_pretrained
-        return load(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
+        return load(name, **options)
 
 
 def check_weights(outline: ModelInfo, params: Any) -> None:
     """Raises a UserError if weights are not finite: no training on them could succeed."""
-    if bad := not_finite(params):
+    paths = not_finite(params)
+    if paths:
         raise UserError(
-            f"{outline.option} {outline.name}: {len(bad)} of its weights hold values that are not "
-            f"finite, {bad[0]} among them. Its files are damaged, or its training diverged: fetch "
-            "it again, or take another model"
+            f"{outline.option} {outline.name}: {len(paths)} of its weights hold values that are "
+            f"not finite, {paths[0]} among them. Its files are damaged, or its training diverged: "
+            "fetch it again, or take another model"
         )
 
 
@@ -396,41 +424,47 @@ def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     """
     tokens = generation.end_tokens(outline.config)
     eos = outline.tokenizer.eos_token_id
-    return tokens if eos is None or eos in tokens else (*tokens, eos)
+    if eos is None or eos in tokens:
+        return tokens
+    return (*tokens, eos)
 
 
 def read_tokenizer(
-    name: str, given: str | None, config: ModelConfig, model_option: str = "--model"
+    name: str, tokenizer_name: str | None, config: ModelConfig, model_option: str = "--model"
 ) -> Any:
     """Reads the tokenizer of a model, or another one that is to take its place.
 
     Args:
       name: the model.
-      given: the option --tokenizer, None for the model's own.
+      tokenizer_name: the option --tokenizer, None for the model's own.
       config: the model's configuration.
       model_option: the option that names the model, for messages.
 
     Raises:
       UserError: it cannot be read, or has tokens that the model lacks.
     """
-    if given is None:
-        option, other = f"{model_option} {name}", "; or name another with --tokenizer"
+    if tokenizer_name is None:
+        option = f"{model_option} {name}"
+        remedy = "; or name another with --tokenizer"
     else:
-        option, other = f"--tokenizer {given}", ""
+        option = f"--tokenizer {tokenizer_name}"
+        remedy = ""
         if reads_images(config):
             raise UserError(
                 f"{option}: {model_option} {name} writes images with its own tokenizer alone"
             )
-    with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=other):
-        if given in BUNDLES:
-            models.fetch(given)
-        tokenizer = load_tokenizer(name if given is None else tokenizer_path(given))
+    with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=remedy):
+        if tokenizer_name in BUNDLES:
+            models.fetch(tokenizer_name)
+        path = name if tokenizer_name is None else tokenizer_path(tokenizer_name)
+        tokenizer = load_tokenizer(path)
     if not tokenizer.is_fast:
         raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
-    last = max(tokenizer.get_vocab().values())
-    if given is not None and last >= (size := getattr(config, "vocab_size", 0)):
+    max_token = max(tokenizer.get_vocab().values())
+    vocab_size = getattr(config, "vocab_size", 0)
+    if tokenizer_name is not None and max_token >= vocab_size:
         raise UserError(
-            f"{option} has tokens up to {last:,}, and the vocabulary of {model_option} {name} "
-            f"ends at {size - 1:,}: name the tokenizer that the model was trained with"
+            f"{option} has tokens up to {max_token:,}, and the vocabulary of {model_option} {name} "
+            f"ends at {vocab_size - 1:,}: name the tokenizer that the model was trained with"
         )
     return tokenizer

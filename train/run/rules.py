@@ -44,40 +44,65 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
     if moves_weights(adapter):
         return [lj.TrainRule(targets=".*")]
     if adapter.peft_config is not None:
-        others: list[Rule] = [lj.TrainRule(targets=adapter.train)] if adapter.train else []
-        fields = peft_fields(adapter.peft_config)
-        with _peft_errors(adapter.peft_config):
-            return [] if outline is None else [*others, *lp.rules(fields, outline)]
+        return _peft_rules(adapter, adapter.peft_config, outline)
     with as_user_errors(ValueError, prefix="options on the adapter: "):
-        chosen: list[Rule] = []
-        if adapter.train:
-            chosen.append(lj.TrainRule(targets=adapter.train))
-        if adapter.train_tokens:
-            tables = [".*"] if outline is None else outline.paths("embedding")
-            rows = adapter.train_tokens
-            chosen += [lj.TrainRule(targets=re.escape(table), rows=rows) for table in tables]
-        if adapter.bias == "all":
-            chosen.append(lj.TrainRule(targets=["bias"]))
-        if adapter.divide_rank and outline is not None:
-            if outline.active_experts is None:
-                raise UserError("--divide-rank: the model is not a mixture of experts")
-            rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
-            chosen.append(_lora_rule(adapter, ("experts",), rank, outline))
-        targets: str | tuple[str, ...] = adapter.targets
-        if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
-            targets = targets[0]
-        if targets != NO_ADAPTER:
-            chosen.append(_lora_rule(adapter, targets, adapter.rank, outline))
-    if not chosen:
+        rules_of_options = _full_rules(adapter, outline) + _lora_rules(adapter, outline)
+    if not rules_of_options:
         raise UserError(
             "--targets none: nothing would train; select parameters with --train or --bias"
         )
     if outline is None or len(getattr(outline.config, "stacks", ())) < 2:
-        return chosen
-    return [part for rule in chosen for part in _rules_of_places(rule, outline)]
+        return rules_of_options
+    rules_of_stacks: list[Rule] = []
+    for rule in rules_of_options:
+        rules_of_stacks += _rules_of_stacks(rule, outline)
+    return rules_of_stacks
 
 
-def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
+def _peft_rules(adapter: AdapterConfig, path: str, outline: ModelInfo | None) -> list[Rule]:
+    """Returns the rules of a PEFT configuration, after that of --train."""
+    fields = peft_fields(path)
+    if outline is None:
+        return []
+    train_rules: list[Rule] = []
+    if adapter.train:
+        train_rules.append(lj.TrainRule(targets=adapter.train))
+    with _peft_errors(path):
+        return [*train_rules, *lp.rules(fields, outline)]
+
+
+def _full_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]:
+    """Returns the rules of parameters that train in full, or of rows that do."""
+    train_rules: list[Rule] = []
+    if adapter.train:
+        train_rules.append(lj.TrainRule(targets=adapter.train))
+    if adapter.train_tokens:
+        tables = [".*"] if outline is None else outline.paths("embedding")
+        for table in tables:
+            rule = lj.TrainRule(targets=re.escape(table), rows=adapter.train_tokens)
+            train_rules.append(rule)
+    if adapter.bias == "all":
+        train_rules.append(lj.TrainRule(targets=["bias"]))
+    return train_rules
+
+
+def _lora_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]:
+    """Returns the rules of LoRA, that of experts first if they divide the rank."""
+    lora_rules: list[Rule] = []
+    if adapter.divide_rank and outline is not None:
+        if outline.active_experts is None:
+            raise UserError("--divide-rank: the model is not a mixture of experts")
+        rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
+        lora_rules.append(_lora_rule(adapter, ("experts",), rank, outline))
+    if adapter.targets != NO_ADAPTER:
+        targets: str | tuple[str, ...] = adapter.targets
+        if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
+            targets = targets[0]  # a preset, or a pattern
+        lora_rules.append(_lora_rule(adapter, targets, adapter.rank, outline))
+    return lora_rules
+
+
+def _rules_of_stacks(rule: Rule, outline: ModelInfo) -> list[Rule]:
     """Returns a rule on some of the model's layers as one for each stack of layers.
 
     Args:
@@ -90,13 +115,16 @@ def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
     if rule.layers is None:
         return [rule]
     config: Any = outline.config
-    depth, parts = config.num_hidden_layers, []
-    if beyond := [layer for layer in rule.layers if layer >= depth]:
-        raise UserError(f"--layers {beyond[0]}: the model has {depth} layers, counted from 0")
-    for place, numbers in config.stacks.items():
-        if own := [numbers.index(layer) for layer in rule.layers if layer in numbers]:
-            elsewhere = f"(?!model/layers/{place}/).*"
-            parts.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
+    n_layers = config.num_hidden_layers
+    for layer in rule.layers:
+        if layer >= n_layers:
+            raise UserError(f"--layers {layer}: the model has {n_layers} layers, counted from 0")
+    stack_rules = []
+    for stack, stack_layers in config.stacks.items():
+        indices = [stack_layers.index(layer) for layer in rule.layers if layer in stack_layers]
+        if indices:
+            elsewhere = f"(?!model/layers/{stack}/).*"
+            stack_rules.append(dataclasses.replace(rule, layers=indices, exclude=elsewhere))
 
     def selects(rule: Rule) -> bool:
         try:
@@ -104,27 +132,32 @@ def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
         except ValueError:  # linear layers have no q_proj, and others no in_proj_qkv
             return False
 
-    return list(filter(selects, parts)) or parts
+    return list(filter(selects, stack_rules)) or stack_rules
 
 
 def check_names(adapter: AdapterConfig, outline: ModelInfo) -> None:
     """Raises a UserError for a name of --targets or --train that selects nothing in the model."""
     if moves_weights(adapter) or adapter.peft_config or adapter.init_adapter:
         return
-    asked: list[tuple[str, tuple[str, ...], Callable[..., Rule]]] = [
-        ("--targets", adapter.targets if len(adapter.targets) > 1 else (), lj.LoraRule),
-        ("--train", adapter.train, lj.TrainRule),
-    ]
-    for option, names, rule in asked:
-        for name in names:
-            if name in (*NO_ADAPTER, "") or not (_is_name(name) or name in PRESETS):
-                raise UserError(
-                    f"{option} {' '.join(names)}: several targets are names of modules, and "
-                    f"{name!r} is none. Give names alone, or one regular expression alone, such as "
-                    "'.*(q|v)_proj/kernel'"
-                )
-            with as_user_errors(ValueError, prefix=f"{option} {' '.join(names)}: "):
-                lj.lorafy(outline.params, [rule(targets=[name])], kinds=outline.kinds)
+    if len(adapter.targets) > 1:
+        _check_names("--targets", adapter.targets, lj.LoraRule, outline)
+    _check_names("--train", adapter.train, lj.TrainRule, outline)
+
+
+def _check_names(
+    option: str, names: tuple[str, ...], rule_class: Callable[..., Rule], outline: ModelInfo
+) -> None:
+    """Raises a UserError for a name of an option that selects nothing by a kind of rule."""
+    option_and_names = f"{option} {' '.join(names)}"
+    for name in names:
+        is_name = _is_name(name) or name in PRESETS
+        if name in (*NO_ADAPTER, "") or not is_name:
+            raise UserError(
+                f"{option_and_names}: several targets are names of modules, and {name!r} is none. "
+                "Give names alone, or one regular expression alone, such as '.*(q|v)_proj/kernel'"
+            )
+        with as_user_errors(ValueError, prefix=f"{option_and_names}: "):
+            lj.lorafy(outline.params, [rule_class(targets=[name])], kinds=outline.kinds)
 
 
 def peft_fields(path: str) -> dict[str, Any]:
@@ -138,6 +171,7 @@ def peft_fields(path: str) -> dict[str, Any]:
 
 
 def _peft_errors(path: str) -> AbstractContextManager[None]:
+    """Turns errors of reading --peft-config within into UserErrors."""
     return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
 
 
@@ -145,14 +179,17 @@ def _lora_rule(
     adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int, outline: ModelInfo | None
 ) -> lj.LoraRule:
     """Returns a rule of the given rank, with the scale s of the options' alpha and rank."""
-    alora: str | None = getattr(adapter, "alora", None)
-    known = alora is not None and outline is not None
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
+    alora: str | None = getattr(adapter, "alora", None)
+    invocation = None
+    if alora is not None and outline is not None:
+        invocation = invocation_ids(alora, outline)
     variants: dict[str, Any] = {}
     for variant in adapter.variants:
-        variants |= {variant.option: True} | adapter.settings_of(variant)
+        variants[variant.option] = True
+        variants |= adapter.settings_of(variant)
     return lj.LoraRule(
         targets=targets,
         layers=adapter.layers or None,
@@ -162,7 +199,7 @@ def _lora_rule(
         dropout=adapter.dropout,
         init=_INITIALISERS[adapter.init],
         train_bias=adapter.bias == "adapted",
-        invocation=invocation_ids(alora, outline) if known else None,  # type: ignore[arg-type]
+        invocation=invocation,
         **variants,
     )
 

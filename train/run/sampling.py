@@ -11,7 +11,7 @@ from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
 from train.run.pretrained import ModelInfo
 
-_NAMES = ("temperature", "top_p", "top_k")
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 AUTO = "auto"  # the model's own
 
 
@@ -51,25 +51,32 @@ def apply_generation_config(
     generation: Generation | None = getattr(outline.config, "generation", None)
     sampling = {} if generation is None else generation.sampling
     if given is None:
-        if sampling and sampling.get("temperature") != 0:
-            say(f"{FILE} samples with {_said(sampling)}: --generation-config auto does so, too")
+        is_greedy = sampling.get("temperature") == 0
+        if sampling and not is_greedy:
+            fields = _fields_text(sampling)
+            say(f"{FILE} samples with {fields}: --generation-config auto does so, too")
         return outline, {}
     if generation is None or not sampling:
-        what = "the model has none" if generation is None else "it says nothing of sampling"
-        raise UserError(f"{option}: {what}: leave it out, or name another {FILE}")
+        problem = "the model has none" if generation is None else "it says nothing of sampling"
+        raise UserError(f"{option}: {problem}: leave it out, or name another {FILE}")
     with as_user_errors(ConfigError, prefix=f"{option}: {FILE}: "):
         generation.check_sampling()
-    others = f"; not applied: {_said(generation.others)}" if generation.others else ""
-    own = {name: asked[name] for name in _NAMES if name in asked} if asked else {}
-    if sampling.keys() <= own.keys() and given == AUTO:
+    options = asked or {}
+    overrides = {name: options[name] for name in _SAMPLING_FIELDS if name in options}
+    flags = ", ".join(map(flag, overrides))
+    if sampling.keys() <= overrides.keys() and given == AUTO:
         raise UserError(
-            f"{option} has no effect beside {', '.join(map(flag, own))}: it says nothing else of "
-            "sampling; leave it out"
+            f"{option} has no effect beside {flags}: it says nothing else of sampling; leave it out"
         )
-    but = f" but for {', '.join(map(flag, own))}" if own else ""
-    say(f"sampling as {FILE} says{but}: {_said(sampling | own)}{others}")
+    sentence = f"sampling as {FILE} says"
+    if overrides:
+        sentence += f" but for {flags}"
+    sentence += f": {_fields_text(sampling | overrides)}"
+    if generation.others:
+        sentence += f"; not applied: {_fields_text(generation.others)}"
+    say(sentence)
     return outline, sampling
 
 
-def _said(fields: dict[str, Any]) -> str:
+def _fields_text(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())

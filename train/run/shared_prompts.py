@@ -13,7 +13,7 @@ from train.run.pretrained import ModelInfo
 
 SHARED = "prompts_shared"  # the fact about examples that tells the choice
 OF_SHARING = ("neftune", "dropout", "batch_size")  # the options that the choice depends on
-LEAST = 0.25  # a smaller share of the tokens saves less than longer rows of attention cost
+MIN_SHARE = 0.25  # a smaller share of the tokens saves less than longer rows of attention cost
 
 
 class PromptRows(NamedTuple):
@@ -52,30 +52,37 @@ def choose_sharing(config: Any, outlines: Sequence[ModelInfo], rows: PromptRows)
     Raises:
       UserError: --no-share-prompt has no effect, since they would not share it anyway.
     """
-    if rows.completions > 1:
-        optim, run = config.optim, config.run
-        mesh = make_mesh(run.mesh, optim.batch_size, slice_axis=run.slice_axis)
-        layout = Layout.of(mesh, outlines[0].config)
-        why = obstacle(outlines, layout, rows, attention=optim.attention, dtype=optim.dtype)
-        if optim.neftune:
-            why = "--neftune scales its noise by the tokens of a sequence"
-    else:
-        why = "a prompt has one completion"
+    has_group = rows.completions > 1
+    reason: str | None = "a prompt has one completion"
+    if has_group:
+        reason = _obstacle_of_run(config, outlines, rows)
     if not config.data.share_prompt:
-        if why is not None and not config.run.resume:
-            raise UserError(f"--no-share-prompt has no effect: {why}; leave it out")
+        if reason is not None and not config.run.resume:
+            raise UserError(f"--no-share-prompt has no effect: {reason}; leave it out")
         return SharedPrompts(False)
-    if why is not None:
-        line = f"each completion has a prompt of its own: {why}"
-        return SharedPrompts(False, (line,) if rows.completions > 1 else ())
-    left = 1 - rows.share * (1 - 1 / rows.completions)
+    if reason is not None:
+        line = f"each completion has a prompt of its own: {reason}"
+        return SharedPrompts(False, (line,) if has_group else ())
+    token_share = 1 - rows.share * (1 - 1 / rows.completions)
     line = (
-        f"completions share their prompt: {left:.0%} of the tokens that a prompt for each would "
-        "make"
+        f"completions share their prompt: {token_share:.0%} of the tokens that a prompt for each "
+        "would make"
     )
     if config.adapter.dropout:
         line += "; dropout is drawn once for a prompt, not for each of its completions"
     return SharedPrompts(True, (line,))
+
+
+def _obstacle_of_run(config: Any, outlines: Sequence[ModelInfo], rows: PromptRows) -> str | None:
+    """Returns the reason why completions do not share a prompt in a run; None if they can."""
+    optim = config.optim
+    run = config.run
+    mesh = make_mesh(run.mesh, optim.batch_size, slice_axis=run.slice_axis)
+    layout = Layout.of(mesh, outlines[0].config)
+    reason = obstacle(outlines, layout, rows, attention=optim.attention, dtype=optim.dtype)
+    if optim.neftune:
+        return "--neftune scales its noise by the tokens of a sequence"
+    return reason
 
 
 def obstacle(
@@ -98,39 +105,58 @@ def obstacle(
         return f"the mesh splits rows over sequence={layout.sequence_parts}"
     if rows.rows % layout.batch_parts:
         return f"{rows.rows} prompts do not divide over {layout.batch_parts} parts of the mesh"
-    if rows.share < LEAST:
-        return f"prompts are {rows.share:.0%} of the tokens, and {LEAST:.0%} are needed"
+    if rows.share < MIN_SHARE:
+        return f"prompts are {rows.share:.0%} of the tokens, and {MIN_SHARE:.0%} are needed"
     for outline in outlines:
-        with as_user_errors(ValueError):
-            alone, shared = (
-                choose_attention(
-                    outline.config,
-                    tokens,
-                    dtype=dtype,
-                    attention=attention,
-                    platform=layout.platform,
-                    branched=branched,
-                )
-                for branched, tokens in ((False, rows.alone[1]), (True, rows.shared[1]))
-            )
-        if shared.why is not None and alone.why is None:
-            return shared.why
-        if _flops(outline, shared, *rows.shared, True) > _flops(outline, alone, *rows.alone, False):
-            return f"attention over {rows.shared[1]:,} tokens would take more than prompts do"
+        reason = _obstacle_of_attention(outline, layout, rows, attention=attention, dtype=dtype)
+        if reason is not None:
+            return reason
     return None
 
 
-def _flops(
-    outline: ModelInfo, chosen: AttentionChoice, rows: int, tokens: int, branched: bool
+def _obstacle_of_attention(
+    outline: ModelInfo, layout: Layout, rows: PromptRows, *, attention: str, dtype: str
+) -> str | None:
+    """Returns the reason why a model's attention needs a prompt for each completion, or None."""
+    n_shared_rows, shared_tokens = rows.shared
+    n_single_rows, single_tokens = rows.alone
+
+    def choose(tokens: int, branched: bool) -> AttentionChoice:
+        return choose_attention(
+            outline.config,
+            tokens,
+            dtype=dtype,
+            attention=attention,
+            platform=layout.platform,
+            branched=branched,
+        )
+
+    with as_user_errors(ValueError):
+        single = choose(single_tokens, branched=False)
+        shared = choose(shared_tokens, branched=True)
+    loses_kernel = shared.why is not None and single.why is None
+    if loses_kernel:
+        return shared.why
+    shared_flops = n_shared_rows * _row_flops(outline, shared, shared_tokens, branched=True)
+    single_flops = n_single_rows * _row_flops(outline, single, single_tokens, branched=False)
+    if shared_flops > single_flops:
+        return f"attention over {shared_tokens:,} tokens would take more than prompts do"
+    return None
+
+
+def _row_flops(
+    outline: ModelInfo, choice: AttentionChoice, n_tokens: int, *, branched: bool
 ) -> float:
-    """Returns the FLOPs of a model's layers in a forward pass, but for an adapter's."""
+    """Returns the FLOPs of a row in a model's layers, forwards, but for an adapter's."""
     config: Any = outline.config
-    weights = 0.0
+    n_weights = 0.0  # that multiply a token
     for path, leaf in leaves_of(outline.params)[0]:
         kind = outline.kinds[path]
         if path.endswith("kernel") and kind not in ("head", "embedding"):
-            share = config.num_experts_per_tok / config.num_experts if kind == "experts" else 1
-            weights += share * math.prod(leaf.shape)
-    scores = scores_of(chosen.attend, tokens, branched=branched)
-    heads = config.num_attention_heads * config.head_dim
-    return rows * (2 * weights * tokens + 4 * heads * config.num_hidden_layers * scores)
+            active_share = 1.0
+            if kind == "experts":
+                active_share = config.num_experts_per_tok / config.num_experts
+            n_weights += active_share * math.prod(leaf.shape)
+    n_scores = scores_of(choice.attend, n_tokens, branched=branched)
+    heads_dim = config.num_attention_heads * config.head_dim
+    return 2 * n_weights * n_tokens + 4 * heads_dim * config.num_hidden_layers * n_scores

@@ -38,37 +38,55 @@ def read_line(
     """
     if not asks_for_help(args):
         check_names(args, traits_of(plain))
-    path = _named_file(args)
+    path = _config_file(args)
     on_line = given_options(args)
     config = plain
-    in_file: dict[str, int] = {}
-    lines: dict[str, int] = {}
+    file_lines: dict[str, int] = {}
+    effective_lines: dict[str, int] = {}
     if path is not None:
         check_local("config", [path])
-        config, lines = read_options(path, config)
-        in_file = lines
-        overridden = excluded(config, on_line) & in_file.keys()
-        config = replace_options(config, {name: value_of(plain, name) for name in overridden})
-        # Where the file turns something on, --no-… turns it off.
-        overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
-        in_file = {name: line for name, line in in_file.items() if name not in overridden}
+        config, file_lines = read_options(path, config)
+        config, effective_lines = _without_overridden(config, plain, file_lines, on_line)
     show_help(type(plain), args, script, config)
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
-    needed = [arg for arg in args if not _is_so_already(arg, config, lines)]
-    config = tyro.cli(flat, args=needed, prog=program(script), default=config)
-    check_paths(config, in_file, path or "")
-    return config, on_line, in_file
+    needed_args = [arg for arg in args if not _is_set_by_file(arg, config, file_lines)]
+    config = tyro.cli(flat, args=needed_args, prog=program(script), default=config)
+    check_paths(config, effective_lines, path or "")
+    return config, on_line, effective_lines
 
 
-def _is_so_already(arg: str, config: Options, in_file: Collection[str]) -> bool:
-    """Returns True if a word turns an option as the file of --config has turned it."""
+def _without_overridden(
+    config: Config, plain: Config, lines: dict[str, int], on_line: frozenset[str]
+) -> tuple[Config, dict[str, int]]:
+    """Returns options and their lines in a file, without those that the command line overrides.
+
+    Args:
+      config: the options with those of the file.
+      plain: the options of the script, none of them given.
+      lines: the line of each option in the file.
+      on_line: the names of the options on the command line.
+    """
+    overridden = excluded(config, on_line) & lines.keys()
+    plain_values = {name: value_of(plain, name) for name in overridden}
+    config = replace_options(config, plain_values)
+    # Where the file turns something on, --no-… turns it off.
+    turned_off = {name.removeprefix("no_") for name in on_line if name not in lines}
+    effective_lines = {}
+    for name, line in lines.items():
+        if name not in overridden and name not in turned_off:
+            effective_lines[name] = line
+    return config, effective_lines
+
+
+def _is_set_by_file(arg: str, config: Options, file_options: Collection[str]) -> bool:
+    """Returns True if a flag turns an option on or off, and the file of --config did so already."""
     name = arg.removeprefix("--").replace("-", "_") if arg.startswith("--") else ""
-    turned = not name.startswith("no_")
+    value = not name.startswith("no_")
     name = name.removeprefix("no_")
-    return name in in_file and value_of(config, name) is turned
+    return name in file_options and value_of(config, name) is value
 
 
-def _named_file(args: Sequence[str]) -> str | None:
+def _config_file(args: Sequence[str]) -> str | None:
     """Returns the value of --config, which has to be read before the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")  # tyro tells of a value that is missing

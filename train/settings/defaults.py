@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.buckets.copies import glimpse, shown
-from train.adapters.source import find_adapter
+from train.adapters.source import AdapterSource, find_adapter
 from train.adapters.template import read_template
 from train.console.errors import UserError
 from train.options.defaults import Defaults
@@ -17,46 +17,71 @@ from train.settings.files import CONFIG, read_options_file
 
 def fill_defaults(options: Any, defaults: Defaults) -> Any:
     """Fills in the task's defaults for options that were not given."""
-    adapter, optim = options.adapter, options.optim
-    if adapter.alpha is None and adapter.peft_config is None:
-        is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
-        times = 1.0 if is_rank else defaults.alpha
-        adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
-    of_variants = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
-    rate = defaults.full_lr if adapter.full else [*of_variants, defaults.lr][0]
-    optim = fill_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
-    if optim.epochs is None and optim.steps is None:
-        epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
-        optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
-    data, source = options.data, None
+    adapter = options.adapter
+    source = None
     if adapter.init_adapter is not None and not adapter.full:  # both together are an error later
         source = find_adapter(adapter.init_adapter, "--init-adapter")
-    if data.model is None:
-        stated = source.base() if source and source.about.get("model") else None
-        data = dataclasses.replace(data, model=stated or defaults.model)
-    if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
-        data = dataclasses.replace(data, rope_scaling=rope_scaling_text(source.rope_scaling))
-    if source and source.model_code and getattr(data, "model_code", "") == "auto":
-        data = dataclasses.replace(data, model_code=source.model_code)
-    if data.tokenizer is None and source:
-        data = dataclasses.replace(data, tokenizer=source.tokenizer)
-    template = source.chat_template if source else None
-    is_new = not _began_without(options, "chat_template")
-    if template and getattr(data, "chat_template", "") is None and is_new:
-        data = dataclasses.replace(data, chat_template=shown(template))
-    for name in ("share_prompt", "replay_routing"):
-        if getattr(data, name, False) and _began_without(options, name):
-            data = dataclasses.replace(data, **{name: False})
-    for name in ("model", "tokenizer", "chat_template"):
-        if given := getattr(data, name, None):
-            data = dataclasses.replace(data, **{name: absolute_path(given)})
+    optim = _with_optim_defaults(options, defaults)
     if optim.quantize is None and source:
         codes: Any = source.quantize
         optim = dataclasses.replace(optim, quantize=codes)
+    if adapter.alpha is None and adapter.peft_config is None:
+        is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
+        alpha_by_rank = 1.0 if is_rank else defaults.alpha
+        adapter = dataclasses.replace(adapter, alpha=alpha_by_rank * adapter.rank)
     run = options.run
     if getattr(run, "eval_questions", 0) is None:
         run = dataclasses.replace(run, eval_questions=defaults.eval_questions)
+    data = _with_data_defaults(options, defaults, source)
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
+
+
+def _with_optim_defaults(options: Any, defaults: Defaults) -> Any:
+    """Returns the options of the optimizer, with its learning rate, and the length of the run."""
+    adapter = options.adapter
+    variant_rates = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
+    if adapter.full:
+        rate = defaults.full_lr
+    elif variant_rates:
+        rate = variant_rates[0]
+    else:
+        rate = defaults.lr
+    optim = fill_optimizer_defaults(options.optim, lr=rate, beta2=defaults.beta2)
+    if optim.epochs is not None or optim.steps is not None:
+        return optim
+    epochs = defaults.epochs
+    if epochs is None and defaults.steps is None:
+        epochs = 1.0
+    return dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
+
+
+def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource | None) -> Any:
+    """Returns the options on data, with what the adapter says that the run begins with."""
+    data = options.data
+    changes: dict[str, Any] = {}
+    if data.model is None:
+        stated_base = source.base() if source and source.about.get("model") else None
+        changes["model"] = stated_base or defaults.model
+    if source:
+        if source.rope_scaling and getattr(data, "rope_scaling", "") is None:
+            changes["rope_scaling"] = rope_scaling_text(source.rope_scaling)
+        if source.model_code and getattr(data, "model_code", "") == "auto":
+            changes["model_code"] = source.model_code
+        if data.tokenizer is None:
+            changes["tokenizer"] = source.tokenizer
+        template = source.chat_template
+        began_with_template = not _began_without(options, "chat_template")
+        if template and getattr(data, "chat_template", "") is None and began_with_template:
+            changes["chat_template"] = shown(template)
+    for name in ("share_prompt", "replay_routing"):
+        if getattr(data, name, False) and _began_without(options, name):
+            changes[name] = False
+    data = dataclasses.replace(data, **changes)
+    for name in ("model", "tokenizer", "chat_template"):
+        path = getattr(data, name, None)
+        if path:
+            data = dataclasses.replace(data, **{name: absolute_path(path)})
+    return data
 
 
 def _began_without(options: Any, name: str) -> bool:
@@ -77,7 +102,8 @@ def _began_without(options: Any, name: str) -> bool:
 
 def check_files(options: Any) -> None:
     """Raises a UserError if --init-adapter or --chat-template name files that cannot be used."""
-    if (name := options.adapter.init_adapter) is not None:
+    name = options.adapter.init_adapter
+    if name is not None:
         source = find_adapter(name, "--init-adapter")
         source.check_files()
         if source.is_subspace:
@@ -85,11 +111,14 @@ def check_files(options: Any) -> None:
                 f"--init-adapter {name} is a subspace (--intrinsic), not an adapter: "
                 "`train.export --merged` writes a model to go on from"
             )
-    if (template := getattr(options.data, "chat_template", None)) is not None:
+    template = getattr(options.data, "chat_template", None)
+    if template is not None:
         read_template(template)
 
 
 def absolute_path(name: str | None) -> str | None:
     """Returns an existing path as absolute; other names unchanged."""
-    path = Path(name or "").expanduser()
-    return str(path.absolute()) if name and path.exists() else name
+    if not name:
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name

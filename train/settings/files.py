@@ -1,6 +1,7 @@
 """The files of options: the one that --config names, and config.yaml in the folder of a run."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,30 +29,32 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
     Raises:
       UserError: the file cannot be read, or has a key or a value that no option takes.
     """
-    asked = f"--config {path}"
-    return parse_options_file(_read_text(Path(path).expanduser(), asked), asked, config)
+    option = f"--config {path}"
+    text = _read_text(Path(path).expanduser(), option)
+    return parse_options_file(text, option, config)
 
 
-def read_yaml(file: Path, asked: str) -> yaml.Node | None:
+def read_yaml(file: Path, option: str) -> yaml.Node | None:
     """Returns the root of a YAML file; None for an empty one.
 
     Args:
       file: the file.
-      asked: the option that names it, for messages.
+      option: the option that names it, for messages.
 
     Raises:
       UserError: the file cannot be read, or is not YAML; names the line.
     """
-    return parse_yaml(_read_text(file, asked), asked)
+    return parse_yaml(_read_text(file, option), option)
 
 
-def _read_text(file: Path, asked: str) -> str:
+def _read_text(file: Path, option: str) -> str:
+    """Returns the text of a file; raises a UserError that names its option."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{asked}: the file cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{option}: the file cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{asked}: the file is not UTF-8 text ({error})") from error
+        raise UserError(f"{option}: the file is not UTF-8 text ({error})") from error
 
 
 def effective_options(options: Options) -> dict[str, Any]:
@@ -59,16 +62,22 @@ def effective_options(options: Options) -> dict[str, Any]:
 
     Those that have no effect beside the others are left out, and so are those without a value.
     """
-    as_begun = dataclasses.replace(options.run, resume=False, overwrite=False)
-    idle = idle_options(dataclasses.replace(options, run=as_begun), dataset_facts(options))
-    told = {k for k, traits in traits_of(options).items() if traits.of == "run"} - idle.keys()
-    return {k: value for k, value in as_json(options).items() if value is not None and k in told}
+    run = dataclasses.replace(options.run, resume=False, overwrite=False)  # as it began
+    idle = idle_options(dataclasses.replace(options, run=run), dataset_facts(options))
+    traits = traits_of(options)
+    effective = {}
+    for name, value in as_json(options).items():
+        is_of_run = name in traits and traits[name].of == "run"
+        if is_of_run and name not in idle and value is not None:
+            effective[name] = value
+    return effective
 
 
 def options_of_processes(options: Options) -> dict[str, Any]:
     """Returns the options that all processes of a run share, as one flat JSON object."""
     traits = traits_of(options)
-    return {k: value for k, value in as_json(options).items() if traits[k].of != "process"}
+    values = as_json(options)
+    return {name: value for name, value in values.items() if traits[name].of != "process"}
 
 
 def options_file(options: Options, script: str) -> str:
@@ -90,8 +99,8 @@ def read_options_file(path: Path, plain: Options) -> dict[str, Any]:
     Raises:
       UserError: the file cannot be read, or is damaged.
     """
-    kept, given = read_options(str(path), plain)
-    return {name: value for name, value in as_json(kept).items() if name in given}
+    options, lines = read_options(str(path), plain)
+    return {name: value for name, value in as_json(options).items() if name in lines}
 
 
 def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) -> None:
@@ -99,27 +108,43 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) 
 
     An option that a run's file lacks had its default: the run may be older than the option.
     """
-    now, traits = effective_options(options), traits_of(options)
-    plain: Any = type(options)
-    lacking = as_json(plain()) | {k: x.older for k, x in traits.items() if x.older is not None}
-    saved = {**{k: v for k, v in lacking.items() if k in now}, **saved}
+    current = effective_options(options)
+    traits = traits_of(options)
+    saved = _saved_defaults(options, current) | saved
     idle = idle_options(options, dataset_facts(options))
-    differing = [
-        f"{flag(name)} was {_option(saved.get(name))} and "
-        + (f"is now {_option(now[name])}" if name in now else _absence(idle.get(name)))
-        for name in {**saved, **now}
-        if not traits[name].changeable and saved.get(name) != now.get(name)
-    ]
-    if differing:
+    differences = []
+    for name in {**saved, **current}:
+        if traits[name].changeable or saved.get(name) == current.get(name):
+            continue
+        if name in current:
+            state = f"is now {_option(current[name])}"
+        else:
+            state = _absence(idle.get(name))
+        differences.append(f"{flag(name)} was {_option(saved.get(name))} and {state}")
+    if differences:
         raise UserError(
-            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
+            f"--resume: the run in {folder} began with other options: {'; '.join(differences)}. "
             "Give the same options, or start another run in another --output"
         )
 
 
-def _absence(why: str | None) -> str:
-    return "is now None" if why is None else f"has no effect now: {why}"
+def _saved_defaults(options: Options, names: Collection[str]) -> dict[str, Any]:
+    """Returns the values that options had in a run whose file lacks them, in their order."""
+    plain: Any = type(options)
+    defaults = as_json(plain())
+    for name, traits in traits_of(options).items():
+        if traits.older is not None:
+            defaults[name] = traits.older
+    return {name: value for name, value in defaults.items() if name in names}
+
+
+def _absence(reason: str | None) -> str:
+    """Returns the words for an option without a value, or without an effect for a reason."""
+    return "is now None" if reason is None else f"has no effect now: {reason}"
 
 
 def _option(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    """Returns an option's value in words."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value)

@@ -83,7 +83,9 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
                 f"{flag('many', path)}: {flag(name)} is for a single run, and a table of runs has "
                 "one process: leave out one of them"
             )
-    rows = [_row(config, plain, where, cells) for where, cells in _cells(path, kinds_of(config))]
+    rows = []
+    for place, cells in _cells(path, kinds_of(config)):
+        rows.append(_row(config, plain, place, cells))
     if not rows:
         raise UserError(f"{flag('many', path)}: the file has no rows: give a run a row")
     _check_names(rows)
@@ -97,37 +99,78 @@ def check_one_base(rows: Sequence[RunOptions[Any]]) -> None:
     Args:
       rows: with all defaults, some of which are those of --init-adapter.
     """
-    traits = traits_of(rows[0].options)
-    of_base = [name for name, trait in traits.items() if trait.shared is SharedOption.BASE]
+    first_row = rows[0]
+    traits = traits_of(first_row.options)
+    base_options = [name for name, trait in traits.items() if trait.shared is SharedOption.BASE]
     for row in rows[1:]:
-        for name in of_base:
-            here, there = (_base_option(each.options, name) for each in (row, rows[0]))
-            if here != there and name == "chat_template":
+        for name in base_options:
+            value = _base_option(row.options, name)
+            first_value = _base_option(first_row.options, name)
+            if value == first_value:
+                continue
+            start = f"{row.where}: {flag('init_adapter')}: this adapter"
+            first_place = _place_of(first_row)
+            if name == "chat_template":
                 raise UserError(
-                    f"{row.where}: {flag('init_adapter')}: this adapter goes with another chat "
-                    f"template than that of {_place(rows[0])}; all runs of a table share one base "
-                    f"with its template: give {flag(name)} on the command line, or a table to each "
-                    "template"
+                    f"{start} goes with another chat template than that of {first_place}; all runs "
+                    f"of a table share one base with its template: give {flag(name)} on the "
+                    "command line, or a table to each template"
                 )
-            if here != there:
-                raise UserError(
-                    f"{row.where}: {flag('init_adapter')}: this adapter is over a base with "
-                    f"{flag(name)} {here}, and that of {_place(rows[0])} over one with {there}; "
-                    f"all runs of a table share one base: give {flag(name)} on the command line, "
-                    "or a table to each base"
-                )
+            raise UserError(
+                f"{start} is over a base with {flag(name)} {value}, and that of {first_place} over "
+                f"one with {first_value}; all runs of a table share one base: give {flag(name)} on "
+                "the command line, or a table to each base"
+            )
 
 
 def _base_option(options: Options, name: str) -> object:
     """Returns the value of an option; of --chat-template the text of the file."""
     value = value_of(options, name)
-    return read_template(str(value)) if name == "chat_template" and value else value
+    if name == "chat_template" and value:
+        return read_template(str(value))
+    return value
 
 
 def _row(
     config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]
 ) -> RunOptions[Config]:
-    kinds, traits = kinds_of(config), traits_of(config)
+    """Returns the run of a row.
+
+    Args:
+      config: the options of the command line and of --config.
+      plain: the options of the script, none of them given.
+      where: the row, for messages.
+      cells: the values of the row, by column.
+    """
+    values = _values_of_row(config, where, cells)
+    name = _checked_name(values.pop(NAME, None), where)
+    given = frozenset(option for option, value in values.items() if value is not None)
+    for option in excluded(config, given):
+        values[option] = value_of(plain, option)
+    values["output"] = str(Path(config.run.output) / name)
+    options = replace_options(config, values)
+    with as_user_errors(UserError, prefix=f"{where}: "):
+        check_paths(options)
+    if options.adapter.full:
+        raise UserError(
+            f"{where}: --full trains the base itself, which the runs of a table share: run it "
+            "alone, without --many"
+        )
+    if options.adapter.weight_tying:
+        raise UserError(
+            f"{where}: --weight-tying trains one vector for several weights, which adapters side "
+            "by side cannot: run it alone, without --many"
+        )
+    with as_user_errors(TrainingError, prefix=f"{where}: "):
+        check_many(options.run.report_to, "a table of runs")
+        check_effects(options, dataset_facts(options), given)
+    return RunOptions(name=name, where=where, given=given, options=options)
+
+
+def _values_of_row(config: Options, where: str, cells: Mapping[str, yaml.Node]) -> dict[str, Any]:
+    """Returns the values of a row's options and of its name, each of its type."""
+    kinds = {**kinds_of(config), NAME: str}
+    traits = traits_of(config)
     values: dict[str, Any] = {}
     for column, node in cells.items():
         option = _option(column)
@@ -135,41 +178,25 @@ def _row(
             _check_column(column, option, where, traits)
         if option in values:
             raise UserError(f"{where}: {column} is given twice: leave out one")
-        values[option] = read_value(column, node, str if option == NAME else kinds[option], where)
-    name = _checked_name(values.pop(NAME, None), where)
-    given = frozenset(option for option, value in values.items() if value is not None)
-    values |= {option: value_of(plain, option) for option in excluded(config, given)}
-    changed = replace_options(config, {**values, "output": str(Path(config.run.output) / name)})
-    with as_user_errors(UserError, prefix=f"{where}: "):
-        check_paths(changed)
-    if changed.adapter.full:
-        raise UserError(
-            f"{where}: --full trains the base itself, which the runs of a table share: run it "
-            "alone, without --many"
-        )
-    if changed.adapter.weight_tying:
-        raise UserError(
-            f"{where}: --weight-tying trains one vector for several weights, which adapters side "
-            "by side cannot: run it alone, without --many"
-        )
-    with as_user_errors(TrainingError, prefix=f"{where}: "):
-        check_many(changed.run.report_to, "a table of runs")
-        check_effects(changed, dataset_facts(changed), given)
-    return RunOptions(name, where, given, changed)
+        values[option] = read_value(column, node, kinds[option], where)
+    return values
 
 
 def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
+    """Raises a UserError for a column that is no option, or one that all runs share."""
     if option not in traits:
-        known = [name for name, trait in traits.items() if trait.shared is None]
-        raise UserError(f"{where}: {no_such_option(column, [NAME, *known])}")
-    if why := traits[option].shared:
+        options_of_rows = [name for name, trait in traits.items() if trait.shared is None]
+        raise UserError(f"{where}: {no_such_option(column, [NAME, *options_of_rows])}")
+    reason = traits[option].shared
+    if reason:
         raise UserError(
-            f"{where}: {column} cannot differ between rows: {why.value}. Give {flag(option)} on "
+            f"{where}: {column} cannot differ between rows: {reason.value}. Give {flag(option)} on "
             "the command line"
         )
 
 
 def _checked_name(name: str | None, where: str) -> str:
+    """Returns the name of a run's folder; raises a UserError for one that is missing or invalid."""
     if name is None:
         raise UserError(f"{where}: `{NAME}` is missing: the name of the run's folder is needed")
     if not re.fullmatch(r"[\w+=@-][\w .,+=@-]*", name) or name.endswith((" ", ".")):
@@ -185,70 +212,90 @@ def _checked_name(name: str | None, where: str) -> str:
 
 
 def _check_names(rows: list[RunOptions[Any]]) -> None:
-    seen: dict[str, RunOptions[Any]] = {}
+    """Raises a UserError for a name that two runs have."""
+    rows_by_name: dict[str, RunOptions[Any]] = {}
     for row in rows:
-        first = seen.setdefault(row.name.casefold(), row)  # not every file system tells cases apart
-        if first is not row:
+        name = row.name.casefold()  # not every file system tells cases apart
+        if name in rows_by_name:
+            place = _place_of(rows_by_name[name])
             raise UserError(
-                f"{row.where}: {NAME} is {row.name!r}, and so it is in {_place(first)}: each run "
-                "has a folder of its own"
+                f"{row.where}: {NAME} is {row.name!r}, and so it is in {place}: each run has a "
+                "folder of its own"
             )
+        rows_by_name[name] = row
 
 
 def _check_line(rows: list[RunOptions[Any]], on_line: Collection[str]) -> None:
     """Raises a UserError for an option on the command line that has an effect in no row."""
     for option in sorted(on_line):
-        if all(
-            option in row.given or option in idle_options(row.options, dataset_facts(row.options))
-            for row in rows
-        ):
-            of_none = next((row for row in rows if option not in row.given), None)
-            if of_none is not None:
-                check_effects(of_none.options, dataset_facts(of_none.options), {option})
+        rows_without = [row for row in rows if option not in row.given]
+        has_effect = any(
+            option not in idle_options(row.options, dataset_facts(row.options))
+            for row in rows_without
+        )
+        if rows_without and not has_effect:
+            options = rows_without[0].options
+            check_effects(options, dataset_facts(options), {option})
 
 
-def _place(row: RunOptions[Any]) -> str:
+def _place_of(row: RunOptions[Any]) -> str:
+    """Returns the place of a row in its file: "line 3"."""
     return row.where.rpartition(", ")[2]
 
 
 def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
     """Yields the place of each row and its cells, by column; leaves out cells that are empty."""
-    file, asked = Path(path).expanduser(), flag("many", path)
-    kind = file.name.lower()
-    if not kind.endswith((*_TABLES, *_JSON, *_YAML)):
+    file = Path(path).expanduser()
+    option = flag("many", path)
+    file_name = file.name.lower()
+    if not file_name.endswith((*_TABLES, *_JSON, *_YAML)):
         endings = ", ".join((*_TABLES, *_JSON, *_YAML))
-        raise UserError(f"{asked}: a file of one of the kinds {endings} is needed")
+        raise UserError(f"{option}: a file of one of the kinds {endings} is needed")
     if not file.is_file():
-        raise UserError(f"{asked}: there is no such file")
-    if kind.endswith(_YAML):
-        yield from _yaml_cells(file, asked)
-        return
-    if kind.endswith(_TABLES):
-        for row in read_csv(file):
-            texts = {column.strip(): text.strip() for column, text in row.items()}
-            given = {
-                c: _text_node(text, kinds.get(_option(c))) for c, text in texts.items() if text
-            }
-            yield f"{asked}, {row.place[1]}", given
-        return
+        raise UserError(f"{option}: there is no such file")
+    if file_name.endswith(_YAML):
+        yield from _yaml_cells(file, option)
+    elif file_name.endswith(_TABLES):
+        yield from _csv_cells(file, option, kinds)
+    else:
+        yield from _json_cells(file, option)
+
+
+def _csv_cells(
+    file: Path, option: str, kinds: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+    """Yields the place and the cells of each row of a CSV or TSV file; see `_cells`."""
+    for row in read_csv(file):
+        cells = {}
+        for column, text in row.items():
+            if text.strip():
+                kind = kinds.get(_option(column.strip()))
+                cells[column.strip()] = _text_node(text.strip(), kind)
+        yield f"{option}, {row.place[1]}", cells
+
+
+def _json_cells(file: Path, option: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+    """Yields the place and the cells of each row of a JSON file; see `_cells`."""
     for row in read_json(file):
-        values = {column: value for column, value in row.items() if value is not None}
-        where = str(row.place[1])
-        if " row " in where and isinstance(values.get(NAME), str):  # of several in one line
-            where += f" ({values[NAME]})"
-        yield f"{asked}, {where}", {c: _json_node(value) for c, value in values.items()}
+        place = str(row.place[1])
+        has_several_in_line = " row " in place
+        if has_several_in_line and isinstance(row.get(NAME), str):
+            place += f" ({row[NAME]})"
+        cells = {name: _json_node(value) for name, value in row.items() if value is not None}
+        yield f"{option}, {place}", cells
 
 
-def _yaml_cells(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
-    root = read_yaml(file, asked)
+def _yaml_cells(file: Path, option: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+    """Yields the place and the cells of each run of a YAML file; see `_cells`."""
+    root = read_yaml(file, option)
     if not isinstance(root, yaml.SequenceNode):
-        raise UserError(f"{asked}: a list of runs is needed, each with its options by their names")
+        raise UserError(f"{option}: a list of runs is needed, each with its options by their names")
     for row in root.value:
-        where = f"{asked}, line {row.start_mark.line + 1}"
+        where = f"{option}, line {row.start_mark.line + 1}"
         if not isinstance(row, yaml.MappingNode):
             raise UserError(f"{where}: a run needs options by their names, such as 'rank: 8'")
         cells: dict[str, yaml.Node] = {}
-        for key, value, _ in entries(row, asked):
+        for key, value, _ in entries(row, option):
             if key in cells:
                 raise UserError(f"{where}: {key} is given twice: leave out one")
             if value.tag != f"{_TAG}null":
@@ -258,22 +305,28 @@ def _yaml_cells(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.No
 
 def _text_node(text: str, kind: Any) -> yaml.Node:
     """Returns a cell as YAML has it; that of an option that takes several words is their list."""
-    if typing.get_origin(kind) is not tuple:
+    takes_several = typing.get_origin(kind) is tuple
+    if not takes_several:
         return _scalar(text)
-    words = shlex.shlex(text, posix=True, punctuation_chars=False)
-    words.whitespace_split, words.commenters, words.escape = True, "", ""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    lexer.escape = ""
     try:
-        return yaml.SequenceNode(f"{_TAG}seq", [_scalar(word) for word in words])
+        words = list(lexer)
     except ValueError:  # a quotation mark that is part of a word
-        return yaml.SequenceNode(f"{_TAG}seq", [_scalar(word) for word in text.split()])
+        words = text.split()
+    return yaml.SequenceNode(f"{_TAG}seq", [_scalar(word) for word in words])
 
 
 def _scalar(text: str) -> yaml.ScalarNode:
+    """Returns a text as YAML reads it without quotes."""
     tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode(tag, text)
 
 
 def _json_node(value: Any) -> yaml.Node:
+    """Returns a value of JSON as YAML has it."""
     if isinstance(value, dict):
         pairs = [(_json_node(key), _json_node(item)) for key, item in value.items()]
         return yaml.MappingNode(f"{_TAG}map", pairs)

@@ -24,6 +24,7 @@ _WITH_TOOLS = ("guess",)  # those whose completions call tools without being ask
 
 
 def _classifier(data: Any) -> str:
+    """Returns the task of a classifier on a user's own rows."""
     if data.labels == "pairs":
         return "train.tasks.reward_model:TASK"
     module = "images" if holds_images(data.image, data.dataset) else "labelled"
@@ -39,7 +40,11 @@ OWN_ROWS: dict[str, Callable[[Any], str]] = {
     "train.distill": lambda data: "train.tasks.distillation:TASK",
 }
 # Those that refuse, with a reason of their own, the name of a task beside them.
-_ALONE = ("train.tasks.stream:TASK", "train.tasks.reward_model:TASK", "train.tasks.images:TASK")
+_EXCLUSIVE_TASKS = (
+    "train.tasks.stream:TASK",
+    "train.tasks.reward_model:TASK",
+    "train.tasks.images:TASK",
+)
 
 
 def find_task(script: str, data: Any) -> Any:
@@ -52,26 +57,34 @@ def find_task(script: str, data: Any) -> Any:
     Raises:
       UserError: a task is named beside other data.
     """
-    names, own = _dataset_names(data), OWN_ROWS[script](data)
-    tasks = {} if own in _ALONE else NAMED[script]
-    if len(names) > 1 and (alone := [name for name in names if name in tasks]):
-        raise UserError(
-            f"--dataset {alone[0]} is a task with rows and a test of its own: leave out "
-            f"{' '.join(name for name in names if name != alone[0])}"
-        )
-    module, _, name = tasks.get(names[0], own).partition(":")
-    return getattr(importlib.import_module(module), name)
+    names = _dataset_names(data)
+    task_on_own_rows = OWN_ROWS[script](data)
+    named_tasks = {} if task_on_own_rows in _EXCLUSIVE_TASKS else NAMED[script]
+    for task_name in names:
+        if task_name in named_tasks and len(names) > 1:
+            others = " ".join(name for name in names if name != task_name)
+            raise UserError(
+                f"--dataset {task_name} is a task with rows and a test of its own: leave out "
+                f"{others}"
+            )
+    module, _, attribute = named_tasks.get(names[0], task_on_own_rows).partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def dataset_facts(options: Any) -> DatasetFacts:
     """Returns the facts about the data sets that the options of a script name."""
     data = options.data
     names = _dataset_names(data)
-    images = hasattr(data, "image") and holds_images(data.image, names[0])
-    is_named = any(names[0] in tasks for tasks in NAMED.values())
-    return DatasetFacts(names, is_named, images, names[0] in _WITH_TOOLS)
+    return DatasetFacts(
+        names=names,
+        has_own_rows=any(names[0] in tasks for tasks in NAMED.values()),
+        holds_images=hasattr(data, "image") and holds_images(data.image, names[0]),
+        calls_tools=names[0] in _WITH_TOOLS,
+    )
 
 
 def _dataset_names(data: Any) -> list[str]:
-    given = data.dataset
-    return [given] if isinstance(given, str) else [x.name for x in parse_datasets(given)]
+    """Returns the names in --dataset."""
+    if isinstance(data.dataset, str):
+        return [data.dataset]
+    return [dataset.name for dataset in parse_datasets(data.dataset)]

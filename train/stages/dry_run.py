@@ -171,7 +171,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     chat = [{"role": "assistant", "content": COMPLETION}]
     ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     batch = RewardBatch(
-        prompts=[feed.prompts.asked(0)] * group,
+        prompts=[feed.prompts.prompt_of(0)] * group,
         completions=[COMPLETION] * group,
         completion_ids=[ids] * group,
         columns=columns_of([row] * group, feed.prompts.columns),

@@ -15,7 +15,7 @@ from lora_jax.training.processes import write_json
 from train.console.output import print_figures, tell
 from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.live.turn_groups import ask_of_turns
-from train.live.turns.rows import AskedRow, TurnCompletion
+from train.live.turns.rows import TurnCompletion, TurnRequest
 from train.live.turns.use import TurnDrawer, tokenize_with_tools
 from train.processes.mesh import make_mesh
 from train.reporters.files import read_json
@@ -93,7 +93,7 @@ class RewardEvaluation:
             ids = [completion.ids for completion in turns]
         rows = self.prompts.rows
         column_names = list(dict.fromkeys([*self.feed.prompts.columns, *self.prompts.columns]))
-        prompts = [self.prompts.asked(row) for row in range(len(rows))]
+        prompts = [self.prompts.prompt_of(row) for row in range(len(rows))]
         batch = RewardBatch(
             prompts=prompts,
             completions=texts,
@@ -149,7 +149,7 @@ class RewardEvaluation:
         """Returns greedy completions that call tools."""
         config = self.context.config
         rows = [
-            AskedRow(
+            TurnRequest(
                 index, row, name_of(row, "the held-out rows", index + 1), self.prompts.tokens[index]
             )
             for index, row in enumerate(self.prompts.rows)

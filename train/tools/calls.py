@@ -23,8 +23,12 @@ def call_format(template: str | None) -> CallFormat | None:
     >>> call_format("{{ '<tool_call>' + call + '</tool_call>' }}").name
     'hermes'
     """
-    signs = ((x, sign) for x in FORMATS.values() for sign in x.signs)
-    return next((x for x, sign in signs if template and sign in template), None)
+    if not template:
+        return None
+    for form in FORMATS.values():
+        if any(sign in template for sign in form.signs):
+            return form
+    return None
 
 
 class AnswerText(NamedTuple):
@@ -60,60 +64,80 @@ class CallReader:
           shows_malformed: leave in the text what can be read as no call.
         """
         self.n = 0
-        self._form, self._tools, self._shows = form, tools, shows_malformed
-        self._held = ""
-        self._after = False  # nothing was said since the last call
+        self._form = form
+        self._tools = tools
+        self._shows_malformed = shows_malformed
+        self._unread = ""  # the text that may belong to a call
+        self._follows_call = False  # no text was said since the last call
 
     def add(self, text: str, *, last: bool = False) -> AnswerText:
         """Takes more of the text; returns the part that is known now."""
-        self._held += text
+        self._unread += text
         answer = AnswerText("", [])
-        while (at := self._next_mark()) is not None:
-            before, block = self._held[:at], self._held[at:]
+        while True:
+            mark_index = self._mark_index()
+            if mark_index is None:
+                break
+            said = self._unread[:mark_index]
+            block_text = self._unread[mark_index:]
             try:
-                got = self._form.read(block, last, self._tools)
-            except NoCall:
-                answer, self._held = self._say(answer, before + block[:1]), block[1:]
+                block = self._form.read(block_text, last, self._tools)
+            except NoCall:  # the text only looks like the beginning of a call
+                answer = self._say(answer, said + block_text[:1])
+                self._unread = block_text[1:]
                 continue
             except (ValueError, RecursionError) as error:
-                if not last:
-                    before = before.rstrip()
-                    self._held = self._held[len(before) :]
-                    return self._say(answer, before)
-                got = self._malformed(block, error)
-                if self._shows:
-                    answer = self._say(answer, before + block.removesuffix(got.rest))
-                    self._held = got.rest
+                if not last:  # the call may become whole
+                    said = said.rstrip()
+                    self._unread = self._unread[len(said) :]
+                    return self._say(answer, said)
+                block = self._malformed(block_text, error)
+                if self._shows_malformed:
+                    answer = self._say(answer, said + block_text.removesuffix(block.text_after))
+                    self._unread = block.text_after
                     continue
-            answer = self._say(answer, before.rstrip())
-            thoughts = "\n\n".join(filter(None, (answer.thinking, got.thinking)))
-            answer = answer._replace(calls=answer.calls + got.calls, thinking=thoughts)
-            self._held, self._after = got.rest, self._after or bool(got.calls)
-            self.n += len(got.calls)
-        if self._after:
-            self._held = self._held.lstrip()
-        kept = len(self._held) - partial_length(self._held, self._form.marks)
-        kept = len(self._held) if last else len(self._held[:kept].rstrip())
-        answer, self._held = self._say(answer, self._held[:kept]), self._held[kept:]
-        return answer
+            answer = self._say(answer, said.rstrip())
+            answer = self._add_block(answer, block)
+        if self._follows_call:
+            self._unread = self._unread.lstrip()
+        n_said = len(self._unread)
+        if not last:  # the last characters may begin a mark
+            n_said -= partial_length(self._unread, self._form.marks)
+            n_said = len(self._unread[:n_said].rstrip())
+        said = self._unread[:n_said]
+        self._unread = self._unread[n_said:]
+        return self._say(answer, said)
 
-    def _next_mark(self) -> int | None:
-        places = (self._held.find(mark) for mark in self._form.marks)
-        return min((at for at in places if at >= 0), default=None)
+    def _add_block(self, answer: AnswerText, block: CallBlock) -> AnswerText:
+        """Returns the answer with a block's calls and thoughts; goes on with the text behind it."""
+        self._unread = block.text_after
+        if block.calls:
+            self._follows_call = True
+        self.n += len(block.calls)
+        thoughts = [thought for thought in (answer.thinking, block.thinking) if thought]
+        return answer._replace(calls=answer.calls + block.calls, thinking="\n\n".join(thoughts))
+
+    def _mark_index(self) -> int | None:
+        """Returns the index of the first text that begins a block; None for none."""
+        indices = [self._unread.find(mark) for mark in self._form.marks]
+        return min((index for index in indices if index >= 0), default=None)
 
     def _say(self, answer: AnswerText, text: str) -> AnswerText:
-        if self._after:
+        """Returns the answer with more text, without the space that follows a call."""
+        if self._follows_call:
             text = text.lstrip()
-        self._after &= not text
+        if text:
+            self._follows_call = False
         return answer._replace(text=answer.text + text)
 
-    def _malformed(self, block: str, error: Exception) -> CallBlock:
+    def _malformed(self, block_text: str, error: Exception) -> CallBlock:
+        """Returns the block that begins a text, as a call that cannot be run."""
         close = self._form.close
-        end = block.find(close) if close else -1
-        length = len(block) if end < 0 else end + len(close)
+        close_index = block_text.find(close) if close else -1
+        end = len(block_text) if close_index < 0 else close_index + len(close)
         problem = str(error) if isinstance(error, ValueError) else "the call is nested too deep"
-        call = WrittenCall(ToolCall("", None, problem), block[:length])
-        return CallBlock([call], block[length:])
+        call = WrittenCall(ToolCall("", None, problem), block_text[:end])
+        return CallBlock([call], block_text[end:])
 
 
 class TurnText(NamedTuple):
@@ -149,18 +173,20 @@ def read_turn(
     ('I look.', 'look_up', {'n': 2})
     """
     thought = ""
-    if (match := _THOUGHT.match(text)) is not None and (thinking or "<think>" in match[0]):
-        thought, text = match[1], text[match.end() :]
-    elif thinking or text.lstrip().startswith("<think>"):  # and it did not come to an end
+    match = _THOUGHT.match(text)
+    if match is not None and (thinking or "<think>" in match[0]):
+        thought = match[1].strip()
+        text = text[match.end() :]
+    elif thinking or text.lstrip().startswith("<think>"):  # the thought did not come to an end
         return TurnText("", [], text.strip().removeprefix("<think>").strip())
     answer = CallReader(form, tools).add(text, last=True)
     calls = [written.call for written in answer.calls]
-    return TurnText(answer.text.strip(), calls, thought.strip() or answer.thinking)
+    return TurnText(answer.text.strip(), calls, thought or answer.thinking)
 
 
-def turn_text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
+def turn_text(tokenizer: Tokenizer, ids: Sequence[int], end_tokens: Sequence[int]) -> str:
     """Returns the text of a turn's tokens for `read_turn`, without the one that ended it."""
-    if len(ids) and ids[-1] in ends:
+    if len(ids) and ids[-1] in end_tokens:
         ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=False)
 

@@ -34,12 +34,12 @@ class CallBlock(NamedTuple):
 
     Attributes:
       calls: the calls in it.
-      rest: the text that follows it.
+      text_after: the text that follows it.
       thinking: what is thought in it.
     """
 
     calls: list[WrittenCall]
-    rest: str
+    text_after: str
     thinking: str = ""
 
 
@@ -62,13 +62,16 @@ class CallFormat(NamedTuple):
     read: Callable[[str, bool, Tools], CallBlock]
 
 
-def _make(name: str, arguments: Any, problem: str | None = None) -> WrittenCall:
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _written_call(name: str, arguments: Any, problem: str | None = None) -> WrittenCall:
+    """Returns a call from its arguments, or from their JSON; one with a problem if they are bad."""
     if isinstance(arguments, str):
+        text = arguments
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = json.loads(text) if text.strip() else {}
         except ValueError as error:
             problem = problem or f"the arguments are no JSON: {error}"
+    else:
+        text = json.dumps(arguments, ensure_ascii=False)
     if not problem and not isinstance(arguments, dict):
         problem = f"the arguments are {text[:80]}: an object is needed"
     return WrittenCall(ToolCall(name, None if problem else arguments, problem), text)
@@ -76,12 +79,12 @@ def _make(name: str, arguments: Any, problem: str | None = None) -> WrittenCall:
 
 def _decode(text: str) -> tuple[Any, str]:
     """Reads JSON at the beginning of a text; returns it and the rest."""
-    begun = text.lstrip()
+    text = text.lstrip()
     try:
-        value, end = json.JSONDecoder().raw_decode(begun)
+        value, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the call is no JSON: {error}") from None
-    return value, begun[end:]
+    return value, text[end:]
 
 
 def _read_object(value: Any) -> WrittenCall:
@@ -91,164 +94,225 @@ def _read_object(value: Any) -> WrittenCall:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("the call is no object with `name` and `arguments`")
     arguments = value.get("arguments", value.get("parameters"))
-    return _make(value["name"], {} if arguments is None else arguments)
+    return _written_call(value["name"], {} if arguments is None else arguments)
 
 
-def _closed(rest: str, close: str, last: bool) -> str:
-    """Returns the rest after a closing text, whose place the end of an answer may take."""
-    begun = rest.lstrip()
-    if not begun.startswith(close) and not (last and not begun):
+def _closed(text: str, close: str, is_end: bool) -> str:
+    """Returns the text behind a closing text, in whose place the end of an answer may stand.
+
+    Args:
+      text: the text after a call.
+      close: the text that must close the call.
+      is_end: whether `text` is the answer's end.
+    """
+    text = text.lstrip()
+    is_cut_off = is_end and not text
+    if not text.startswith(close) and not is_cut_off:
         raise ValueError(f"{close} is missing after the call")
-    return begun.removeprefix(close)
+    return text.removeprefix(close)
 
 
-def _hermes(text: str, last: bool, tools: Tools) -> CallBlock:
-    value, rest = _decode(text.removeprefix("<tool_call>"))
-    rest = _closed(rest, "</tool_call>", last)
-    return CallBlock([_read_object(value)], rest)
+def _hermes(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads <tool_call>, an object, and </tool_call>."""
+    value, text_after = _decode(text.removeprefix("<tool_call>"))
+    text_after = _closed(text_after, "</tool_call>", is_end)
+    return CallBlock([_read_object(value)], text_after)
 
 
 def _arguments(text: str, pattern: re.Pattern[str]) -> tuple[dict[str, str], str]:
     """Returns the texts of arguments that a text begins with, by name, and the rest."""
     texts: dict[str, str] = {}
-    while (argument := pattern.match(text)) is not None:
+    argument = pattern.match(text)
+    while argument is not None:
         texts[argument[1].strip()] = argument[2]
         text = text[argument.end() :]
+        argument = pattern.match(text)
     return texts, text
 
 
-_FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^\n>]+)>")
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_FUNCTION = re.compile(r"(?:<tool_call>\s*)?<function=([^\n>]+)>")
+_XML_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def _xml(text: str, last: bool, tools: Tools) -> CallBlock:
-    if (head := _FUNCTION.match(text)) is None:
+def _xml(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads <function=NAME> with <parameter=NAME> blocks, which <tool_call> may surround."""
+    head = _XML_FUNCTION.match(text)
+    if head is None:
         raise ValueError("the call does not begin with <function=NAME>")
-    name, (texts, rest) = head[1].strip(), _arguments(text[head.end() :], _PARAMETER)
-    rest = _closed(rest, "</function>", last)
+    name = head[1].strip()
+    argument_texts, text_after = _arguments(text[head.end() :], _XML_PARAMETER)
+    text_after = _closed(text_after, "</function>", is_end)
     if text.startswith("<tool_call>"):
-        rest = _closed(rest, "</tool_call>", last)
-    return CallBlock([_make(name, with_types(name, texts, tools))], rest)
+        text_after = _closed(text_after, "</tool_call>", is_end)
+    return CallBlock([_written_call(name, with_types(name, argument_texts, tools))], text_after)
 
 
-_NAMED = re.compile(r"<tool_call>\s*([^\s<]+)")
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_GLM_NAME = re.compile(r"<tool_call>\s*([^\s<]+)")
+_GLM_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
 
-def _glm(text: str, last: bool, tools: Tools) -> CallBlock:
-    if (head := _NAMED.match(text)) is None:
+def _glm(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads <tool_call>, a name, pairs of <arg_key> and <arg_value>, and </tool_call>."""
+    head = _GLM_NAME.match(text)
+    if head is None:
         raise ValueError("the call does not begin with the name of a tool")
-    texts, rest = _arguments(text[head.end() :], _ARGUMENT)
-    rest = _closed(rest, "</tool_call>", last)
-    return CallBlock([_make(head[1], with_types(head[1], texts, tools))], rest)
+    name = head[1]
+    argument_texts, text_after = _arguments(text[head.end() :], _GLM_ARGUMENT)
+    text_after = _closed(text_after, "</tool_call>", is_end)
+    return CallBlock([_written_call(name, with_types(name, argument_texts, tools))], text_after)
 
 
-_ANOTHER = re.compile(r"\s*;\s*(?={)")
+_NEXT_LLAMA_CALL = re.compile(r"\s*;\s*(?={)")
 
 
-def _llama(text: str, last: bool, tools: Tools) -> CallBlock:
-    body, calls = text.removeprefix("<|python_tag|>"), list[WrittenCall]()
-    tagged = body != text
-    if tagged and not body.lstrip().startswith("{"):
-        (name, arguments), end = read_call(body, 0)
-        return CallBlock([_make(name.removesuffix(".call"), arguments)], body[end:])
+def _llama(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads objects with semicolons between them, or a call of a built-in tool as in Python."""
+    text_after = text.removeprefix("<|python_tag|>")
+    has_tag = text_after != text
+    if has_tag and not text_after.lstrip().startswith("{"):
+        (name, arguments), end = read_call(text_after, 0)
+        return CallBlock([_written_call(name.removesuffix(".call"), arguments)], text_after[end:])
+    calls: list[WrittenCall] = []
     while True:
-        value, body = _decode(body)
-        keys = value if isinstance(value, dict) else ()
-        if not tagged and not {"parameters", "arguments", "function"} & {*keys}:
+        value, text_after = _decode(text_after)
+        fields = set(value) if isinstance(value, dict) else set()
+        looks_like_call = bool(fields & {"parameters", "arguments", "function"})
+        if not has_tag and not looks_like_call:
             raise NoCall
         calls.append(_read_object(value))
-        if not last and not body.strip(" \n;"):
+        if not is_end and not text_after.strip(" \n;"):
             raise ValueError("another call may follow")
-        if (following := _ANOTHER.match(body)) is None:
-            return CallBlock(calls, body)
-        body = body[following.end() :]
+        separator = _NEXT_LLAMA_CALL.match(text_after)
+        if separator is None:
+            return CallBlock(calls, text_after)
+        text_after = text_after[separator.end() :]
 
 
-_CHANNEL = re.compile(
+_HARMONY_HEAD = re.compile(
     r"(?:<\|start\|>assistant)?\s*(?:to=(?P<to>\S+?))?\s*<\|channel\|>\s*(?P<channel>\w+)"
     r"(?:\s+to=(?P<late>[^\s<]+))?[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 )
-_ENDS = ("<|end|>", "<|call|>", "<|return|>")
-_ENDED = re.compile("|".join(map(re.escape, _ENDS)))
+_HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_HARMONY_END = re.compile("|".join(map(re.escape, _HARMONY_ENDS)))
 
 
-def _harmony(text: str, last: bool, tools: Tools) -> CallBlock:
-    for end in _ENDS:  # of a message that was shown
+def _harmony(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads a message's head, and what follows it unless the message is for the user."""
+    for end in _HARMONY_ENDS:  # of a message that was shown
         if text.startswith(end):
             return CallBlock([], text.removeprefix(end))
-    if (head := _CHANNEL.match(text)) is None:
+    head = _HARMONY_HEAD.match(text)
+    if head is None:
         raise ValueError("a message of gpt-oss has a channel and <|message|>")
-    body, to = text[head.end() :], head["to"] or head["late"]
-    if to is None and head["channel"] != "analysis":
+    body = text[head.end() :]
+    recipient = head["to"] or head["late"]
+    is_for_user = recipient is None and head["channel"] != "analysis"
+    if is_for_user:
         return CallBlock([], body)
-    if (ended := _ENDED.search(body)) is None and not last:
+    match = _HARMONY_END.search(body)
+    if match is not None:
+        content = body[: match.start()].strip()
+        text_after = body[match.end() :]
+    elif is_end:
+        content = body.strip()
+        text_after = ""
+    else:
         raise ValueError("the message has no end")
-    content, rest = (body, "") if ended is None else (body[: ended.start()], body[ended.end() :])
-    if to is None:
-        return CallBlock([], rest, content.strip())
-    return CallBlock([_make(to.removeprefix("functions."), content.strip())], rest)
+    if recipient is None:
+        return CallBlock([], text_after, thinking=content)
+    return CallBlock([_written_call(recipient.removeprefix("functions."), content)], text_after)
 
 
-def _lfm(text: str, last: bool, tools: Tools) -> CallBlock:
+def _lfm(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads a list of calls as in Python, between two special tokens."""
     calls, end = read_calls(text, len("<|tool_call_start|>"))
-    rest = _closed(text[end:], "<|tool_call_end|>", last)
-    return CallBlock([_make(*call) for call in calls], rest)
+    text_after = _closed(text[end:], "<|tool_call_end|>", is_end)
+    return CallBlock([_written_call(name, arguments) for name, arguments in calls], text_after)
 
 
-_CALL_OF = re.compile(r"<\|tool_call>call:([\w.-]+)\s*(?={)")
+_GEMMA_HEAD = re.compile(r"<\|tool_call>call:([\w.-]+)\s*(?={)")
 
 
-def _gemma(text: str, last: bool, tools: Tools) -> CallBlock:
-    if (head := _CALL_OF.match(text)) is None:
+def _gemma(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads <|tool_call>call:NAME, a mapping without quotes, and <tool_call|>."""
+    head = _GEMMA_HEAD.match(text)
+    if head is None:
         raise ValueError("the call does not begin with call:NAME{")
     arguments, end = read_value(text, head.end())
-    return CallBlock([_make(head[1], arguments)], _closed(text[end:], "<tool_call|>", last))
+    text_after = _closed(text[end:], "<tool_call|>", is_end)
+    return CallBlock([_written_call(head[1], arguments)], text_after)
 
 
-_TAGGED = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?={)")
+_MISTRAL_HEAD = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?={)")
 
 
-def _mistral(text: str, last: bool, tools: Tools) -> CallBlock:
-    if (head := _TAGGED.match(text)) is not None:
-        arguments, rest = _decode(text[head.end() :])
-        return CallBlock([_make(head[1], arguments)], rest)
-    values, rest = _decode(text.removeprefix("[TOOL_CALLS]"))
-    listed = values if isinstance(values, list) else [values]
-    return CallBlock([_read_object(value) for value in listed], rest)
+def _mistral(text: str, is_end: bool, tools: Tools) -> CallBlock:
+    """Reads [TOOL_CALLS] with a name and its arguments, or with a list of objects."""
+    head = _MISTRAL_HEAD.match(text)
+    if head is not None:
+        arguments, text_after = _decode(text[head.end() :])
+        return CallBlock([_written_call(head[1], arguments)], text_after)
+    value, text_after = _decode(text.removeprefix("[TOOL_CALLS]"))
+    objects = value if isinstance(value, list) else [value]
+    return CallBlock([_read_object(call) for call in objects], text_after)
 
 
-# In this order, as one's sign may stand in another's template.
-FORMATS = {
-    x.name: x
-    for x in (
-        CallFormat(
-            "gpt-oss",
-            ("<|channel|>commentary",),
-            ("<|channel|>", "<|start|>assistant", "to=functions.", *_ENDS),
-            "<|call|>",
-            _harmony,
-        ),
-        CallFormat(
-            "lfm2",
-            ("<|tool_call_start|>", "<|tool_response_start|>"),  # the first ones render no calls
-            ("<|tool_call_start|>",),
-            "<|tool_call_end|>",
-            _lfm,
-        ),
-        CallFormat("gemma4", ("<|tool_call>call:",), ("<|tool_call>",), "<tool_call|>", _gemma),
-        CallFormat("glm4", ("<arg_key>",), ("<tool_call>",), "</tool_call>", _glm),
-        CallFormat(
-            "qwen3-coder", ("<function=",), ("<tool_call>", "<function="), "</tool_call>", _xml
-        ),
-        CallFormat("mistral", ("[TOOL_CALLS]",), ("[TOOL_CALLS]",), "", _mistral),
-        CallFormat("hermes", ("<tool_call>",), ("<tool_call>",), "</tool_call>", _hermes),
-        CallFormat(
-            "llama3",
-            ("<|python_tag|>", '{"name": "'),
-            ("<|python_tag|>", '{"name":', '{"type": "function"'),
-            "",
-            _llama,
-        ),
-    )
-}
+_IN_ORDER = (  # as one's sign may stand in another's template
+    CallFormat(
+        name="gpt-oss",
+        signs=("<|channel|>commentary",),
+        marks=("<|channel|>", "<|start|>assistant", "to=functions.", *_HARMONY_ENDS),
+        close="<|call|>",
+        read=_harmony,
+    ),
+    CallFormat(
+        name="lfm2",
+        signs=("<|tool_call_start|>", "<|tool_response_start|>"),  # the first ones render no calls
+        marks=("<|tool_call_start|>",),
+        close="<|tool_call_end|>",
+        read=_lfm,
+    ),
+    CallFormat(
+        name="gemma4",
+        signs=("<|tool_call>call:",),
+        marks=("<|tool_call>",),
+        close="<tool_call|>",
+        read=_gemma,
+    ),
+    CallFormat(
+        name="glm4",
+        signs=("<arg_key>",),
+        marks=("<tool_call>",),
+        close="</tool_call>",
+        read=_glm,
+    ),
+    CallFormat(
+        name="qwen3-coder",
+        signs=("<function=",),
+        marks=("<tool_call>", "<function="),
+        close="</tool_call>",
+        read=_xml,
+    ),
+    CallFormat(
+        name="mistral",
+        signs=("[TOOL_CALLS]",),
+        marks=("[TOOL_CALLS]",),
+        close="",
+        read=_mistral,
+    ),
+    CallFormat(
+        name="hermes",
+        signs=("<tool_call>",),
+        marks=("<tool_call>",),
+        close="</tool_call>",
+        read=_hermes,
+    ),
+    CallFormat(
+        name="llama3",
+        signs=("<|python_tag|>", '{"name": "'),
+        marks=("<|python_tag|>", '{"name":', '{"type": "function"'),
+        close="",
+        read=_llama,
+    ),
+)
+FORMATS = {form.name: form for form in _IN_ORDER}

@@ -93,6 +93,9 @@ def call_form(name: str, template: str) -> CallForm:
     form = _FORMS[name]
     if name != "mistral":
         return form
+    # Templates of Mistral's versions differ.
     if "[ARGS]" in template:
         return _TAGGED
-    return form._replace(begin="[TOOL_CALLS] [") if "[TOOL_CALLS] [" in template else form
+    if "[TOOL_CALLS] [" in template:
+        return form._replace(begin="[TOOL_CALLS] [")
+    return form

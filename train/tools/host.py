@@ -24,8 +24,8 @@ from train.tools import worker
 from train.tools.contract import Episode, EpisodeTurn, ToolAnswer, ToolCall
 
 _START_SECONDS = 300.0  # imports transformers and the user's files
-_AT_ONCE = 256  # episodes that are waited for at the same time
-_MOST_BYTES = 1 << 26  # of an answer, whose text the worker cuts
+_MAX_EPISODES = 256  # episodes that are waited for at the same time
+_MAX_ANSWER_BYTES = 1 << 26  # of an answer, whose text the worker cuts
 FAILED = math.inf  # in the place of a reward, as rewards have it
 
 
@@ -49,21 +49,29 @@ class ProcessHost:
         """
         if not hasattr(os, "fork"):
             raise UserError("--tools and --environment need a system that can fork a process")
-        self.seconds, self._environment = seconds, environment
-        self._specs = [*tools, *filter(None, [environment])]
-        path = os.pathsep.join(dict.fromkeys([*sys.path, os.getcwd()]))
-        self._env = {"PYTHONHASHSEED": "0", **os.environ}
-        self._env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-        described = self._describe()
-        self.tools: list[dict[str, Any]] = described["tools"]
-        self.rewards: bool = described["rewards"]
-        self.needs: list[str] = described["needs"]
-        self.generators: list[str] = described["generators"]
-        self.later = frozenset[str](described["later"])  # tools that run after the others of a turn
+        self.seconds = seconds
+        self._environment = environment
+        self._specs = [*tools]
+        if environment:
+            self._specs.append(environment)
+        self._process_env = {
+            "PYTHONHASHSEED": "0",
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys([*sys.path, os.getcwd()])),
+        }
+        description = self._describe()
+        self.tools: list[dict[str, Any]] = description["tools"]
+        self.rewards: bool = description["rewards"]
+        self.needs: list[str] = description["needs"]
+        self.generators: list[str] = description["generators"]
+        # Asynchronous tools run after the others of a turn.
+        self.async_tools: frozenset[str] = frozenset(description["later"])
         self.names = [tool["function"]["name"] for tool in self.tools]
         self.name = environment.rpartition(":")[2] if environment else ""
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "tools")
-        self._lock, self._open = threading.Lock(), set[ProcessEpisode]()
+        self._threads = ThreadPoolExecutor(_MAX_EPISODES, "tools")
+        self._lock = threading.Lock()
+        self._episodes: set[ProcessEpisode] = set()
         self._program: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def open(
@@ -75,13 +83,17 @@ class ProcessHost:
         rehearsed: bool = False,
     ) -> "list[Future[Episode]]":
         """Opens an episode for each row; see `EpisodeHost`."""
-        names = names or [name_of(row, "the rows", n) for n, row in enumerate(rows, start=1)]
-        seeds = seeds or [_seed(row) for row in rows]
-        episodes = [ProcessEpisode(self, *each) for each in zip(rows, names, seeds, strict=True)]
-        for episode in episodes:
+        if not names:
+            names = [name_of(row, "the rows", number) for number, row in enumerate(rows, start=1)]
+        if not seeds:
+            seeds = [_seed(row) for row in rows]
+        episodes = []
+        for row, name, seed in zip(rows, names, seeds, strict=True):
+            episode = ProcessEpisode(self, row, name, seed)
             episode.rehearsed = rehearsed
+            episodes.append(episode)
         with self._lock:
-            self._open.update(episodes)
+            self._episodes.update(episodes)
         return [self.run(self._begun, episode) for episode in episodes]
 
     def run(self, function: Any, *args: Any) -> "Future[Any]":
@@ -90,77 +102,89 @@ class ProcessHost:
 
     def connect(self) -> socket.socket:
         """Returns a socket to a process that is forked for an episode."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
-            for attempt in range(2):
-                if self._program is not None and self._program[0].poll() is not None:
-                    self._end_program()
-                if self._program is None:
-                    self._program = self._start()
-                try:
-                    socket.send_fds(self._program[1], [b"+"], [theirs.fileno()])
-                    break
-                except OSError:  # a tool has ended the program
-                    self._end_program()
-                    if attempt:
-                        raise
-        return ours
+        host_end, episode_end = socket.socketpair()
+        with self._lock, episode_end:
+            control = self._control()
+            try:
+                socket.send_fds(control, [b"+"], [episode_end.fileno()])
+            except OSError:  # a tool has ended the program
+                self._end_program()
+                socket.send_fds(self._control(), [b"+"], [episode_end.fileno()])
+        return host_end
+
+    def _control(self) -> socket.socket:
+        """Returns the socket that controls the program; starts the program if it does not run."""
+        if self._program is not None and self._program[0].poll() is not None:
+            self._end_program()
+        if self._program is None:
+            self._program = self._start()
+        _, control = self._program
+        return control
 
     def forget(self, episode: "ProcessEpisode") -> None:
         """Takes notice that an episode was closed."""
         with self._lock:
-            self._open.discard(episode)
+            self._episodes.discard(episode)
 
     def close(self) -> None:
         """Ends the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for episode in [*self._open]:
+        for episode in [*self._episodes]:
             episode.close()
         self._threads.shutdown()
         with self._lock:
             self._end_program()
 
     def _begun(self, episode: "ProcessEpisode") -> Episode:
+        """Returns an episode, after the reset of its environment; tools alone need none yet."""
         if self._environment is not None:
             episode.begin()
         return episode
 
     def _command(self, mode: str) -> list[str]:
-        number = str(int(self._environment is not None))
-        return [sys.executable, "-P", worker.__file__, mode, number, *self._specs]
+        """Returns the command of the program that describes the tools, or serves them."""
+        n_environments = "0" if self._environment is None else "1"
+        return [sys.executable, "-P", worker.__file__, mode, n_environments, *self._specs]
 
     def _describe(self) -> dict[str, Any]:
-        pool = ProgramPool(self._command("describe"), self._env, greeting_seconds=_START_SECONDS)
+        """Returns the description of the tools; see `train.tools.worker.describe`."""
+        command = self._command("describe")
+        pool = ProgramPool(command, self._process_env, greeting_seconds=_START_SECONDS)
         try:
-            described: dict[str, Any] = json.loads(pool.start())
+            description: dict[str, Any] = json.loads(pool.start())
         except NoAnswer as error:
             option = "environment" if self._environment else "tools"
             raise UserError(f"{flag(option, self._specs[-1])}: importing it {error}") from error
         finally:
             pool.close()
-        if "error" in described:
-            option = "environment" if described["spec"] == self._environment else "tools"
-            raise UserError(f"{flag(option, described['spec'])}: {described['error']}")
-        return described
+        if "error" in description:
+            spec = description["spec"]
+            option = "environment" if spec == self._environment else "tools"
+            raise UserError(f"{flag(option, spec)}: {description['error']}")
+        return description
 
     def _start(self) -> "tuple[subprocess.Popen[bytes], socket.socket]":
-        ours, theirs = socket.socketpair()
-        with theirs:
+        """Starts the program; returns it, and the socket that controls it."""
+        control, program_end = socket.socketpair()
+        with program_end:
             process = subprocess.Popen(
                 self._command("serve"),
-                stdin=theirs.fileno(),
+                stdin=program_end.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=self._env,
+                env=self._process_env,
                 start_new_session=True,
             )
-        return process, ours
+        return process, control
 
     def _end_program(self) -> None:
-        program, self._program = self._program, None
-        if program is not None:
-            program[1].close()
-            program[0].kill()
-            program[0].wait()
+        """Ends the program, if it runs."""
+        if self._program is None:
+            return
+        process, control = self._program
+        self._program = None
+        control.close()
+        process.kill()
+        process.wait()
 
 
 class ProcessEpisode:
@@ -173,10 +197,15 @@ class ProcessEpisode:
         self.problem: str | None = None
         self.changed: list[str] = []
         self.rehearsed = False
-        self._host, self._row, self._name, self._seed = host, row, name, seed
+        self._host = host
+        self._row = row
+        self._name = name
+        self._seed = seed
         self._channel: socket.socket | None = None
-        self._process, self._held = 0, b""
-        self._lock, self._closed = threading.Lock(), False
+        self._process_id: int | None = None
+        self._received = b""  # after the last whole line
+        self._lock = threading.Lock()
+        self._closed = False
 
     def begin(self) -> None:
         """Starts the process, and resets the environment."""
@@ -201,26 +230,43 @@ class ProcessEpisode:
         self._host.forget(self)
 
     def _call(self, calls: Sequence[ToolCall]) -> EpisodeTurn:
-        answers: list[ToolAnswer | None] = [self._refusal(call) for call in calls]
-        runs = [index for index, answer in enumerate(answers) if answer is None]
-        left = sorted(runs, key=lambda index: calls[index].name in self._host.later)
+        """Returns the answers to the calls of a turn, once all have run."""
+        answers = [self._refusal(call) for call in calls]  # None for calls that are run
+        run_indices = [index for index, answer in enumerate(answers) if answer is None]
         try:
             with self._lock:
                 if self.lost is not None:
                     raise EpisodeLost(self.lost)
                 if self._channel is None:
                     self._start()
-                asked = [(calls[index].name, calls[index].arguments) for index in runs]
-                for reply in self._ask({"calls": asked}, len(runs), lambda: calls[left[0]].name):
-                    index = runs[reply["index"]]
-                    left.remove(index)
-                    failed = "error" in reply
-                    text = str({"error": reply["error"]}) if failed else reply["value"]
-                    answers[index] = _answer(calls[index].name, text, failed=failed)
+                for index, answer in self._run(calls, run_indices):
+                    answers[index] = answer
         except EpisodeLost as error:
             self.lost = str(error)
             return EpisodeTurn((), self.lost)
         return EpisodeTurn(tuple(answer for answer in answers if answer is not None))
+
+    def _run(
+        self, calls: Sequence[ToolCall], run_indices: Sequence[int]
+    ) -> Iterator[tuple[int, ToolAnswer]]:
+        """Yields the index of each call that runs, and its answer.
+
+        Args:
+          calls: the calls of a turn.
+          run_indices: the indices of those that can be run.
+        """
+        waiting = sorted(run_indices, key=lambda index: calls[index].name in self._host.async_tools)
+        request = [(calls[index].name, calls[index].arguments) for index in run_indices]
+
+        def awaited_tool() -> str:
+            return calls[waiting[0]].name
+
+        for reply in self._ask({"calls": request}, len(request), awaited_tool):
+            index = run_indices[reply["index"]]
+            waiting.remove(index)
+            failed = "error" in reply
+            text = str({"error": reply["error"]}) if failed else reply["value"]
+            yield index, _answer(calls[index].name, text, failed=failed)
 
     def _refusal(self, call: ToolCall) -> ToolAnswer | None:
         """Returns the answer to a call that cannot be run; None for one that can."""
@@ -232,6 +278,7 @@ class ProcessEpisode:
         return _answer(call.name or "unknown", str({"error": problem}), failed=True)
 
     def _reward(self) -> float | None:
+        """Returns the environment's reward; notes the problem of one that failed."""
         if not self._host.rewards:
             return None
         try:
@@ -253,36 +300,43 @@ class ProcessEpisode:
         if self._closed:
             raise EpisodeLost(f"{self._name}: the episode was closed")
         try:
-            self._channel = channel = self._host.connect()
-            first = self._line(channel, time.monotonic() + _START_SECONDS)
+            self._channel = self._host.connect()
+            greeting = self._line(self._channel, time.monotonic() + _START_SECONDS)
         except (OSError, EOFError) as error:
             self._end()
             problem = str(error) or "it ended, or did not begin"
             raise EpisodeLost(f"{self._name}: no process for its tools: {problem}") from None
-        self._process = json.loads(first)["process"]
+        self._process_id = json.loads(greeting)["process"]
         request = {"reset": dict(self._row), "seed": self._seed, "rehearsed": self.rehearsed}
         (reply,) = self._ask(request, 1, lambda: worker.RESET)
         if "error" in reply:
             self._end()
             raise EpisodeLost(f"{self._name}: reset: {reply['said']}")
-        self.opening = reply["value"] and _valid(reply["value"])
+        opening = reply["value"]
+        self.opening = _valid(opening) if opening else opening
         self.changed = reply["changed"]
 
     def _ask(
-        self, request: Mapping[str, Any], n: int, name: Callable[[], str]
+        self, request: Mapping[str, Any], n_answers: int, awaited_name: Callable[[], str]
     ) -> Iterator[dict[str, Any]]:
-        """Yields the n answers to a request; `name` returns what is waited for, for messages.
+        """Yields the answers to a request.
+
+        Args:
+          request: the request.
+          n_answers: the number of its answers.
+          awaited_name: returns the name of what is waited for, for messages.
 
         Raises:
           EpisodeLost: an answer took too long, or the process ended.
         """
-        channel, seconds = self._channel, self._host.seconds
+        channel = self._channel
+        seconds = self._host.seconds
         if channel is None or self._closed:
             raise EpisodeLost(self.lost or f"{self._name}: the episode was closed")
         try:
             channel.settimeout(seconds)
             channel.sendall(base64.b64encode(pickle.dumps(request)) + b"\n")
-            for _ in range(n):
+            for _ in range(n_answers):
                 yield json.loads(self._line(channel, time.monotonic() + seconds))
             return
         except TimeoutError:
@@ -292,30 +346,41 @@ class ProcessEpisode:
         except (RecursionError, ValueError) as error:  # nested too deep, or no JSON
             problem = f"cannot be asked: {error}"
         self._end()
-        raise EpisodeLost(f"{self._name}: {name()} {problem}")
+        raise EpisodeLost(f"{self._name}: {awaited_name()} {problem}")
 
     def _line(self, channel: socket.socket, deadline: float) -> bytes:
-        while b"\n" not in self._held:
-            if (left := deadline - time.monotonic()) <= 0:
+        """Returns the next line; raises a TimeoutError after the deadline, and EOFError at the end.
+
+        Args:
+          channel: the socket.
+          deadline: in seconds of the monotonic clock.
+        """
+        while b"\n" not in self._received:
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 raise TimeoutError
-            channel.settimeout(left)
-            more = channel.recv(1 << 16)
-            if not more or len(self._held) > _MOST_BYTES:
+            channel.settimeout(seconds_left)
+            content = channel.recv(1 << 16)
+            has_ended = not content
+            if has_ended or len(self._received) > _MAX_ANSWER_BYTES:
                 raise EOFError
-            self._held += more
-        line, _, self._held = self._held.partition(b"\n")
+            self._received += content
+        line, _, self._received = self._received.partition(b"\n")
         return line
 
     def _end(self) -> None:
-        channel, self._channel = self._channel, None
+        """Ends the process, and the processes that it has started."""
+        channel = self._channel
+        self._channel = None
         if channel is not None:
             with contextlib.suppress(OSError):
                 channel.shutdown(socket.SHUT_RDWR)
             channel.close()
-        process, self._process = self._process, 0
-        if process:
+        process_id = self._process_id
+        self._process_id = None
+        if process_id is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended
-                os.killpg(process, signal.SIGKILL)
+                os.killpg(process_id, signal.SIGKILL)
 
 
 def _answer(name: str, text: str, *, failed: bool = False) -> ToolAnswer:
@@ -329,4 +394,5 @@ def _valid(text: str) -> str:
 
 def _seed(row: Row) -> int:
     """Returns a seed of `random` for a row's episodes, which are alike then."""
-    return zlib.crc32(repr(sorted(row.items(), key=lambda item: str(item[0]))).encode())
+    fields = sorted(row.items(), key=lambda item: str(item[0]))
+    return zlib.crc32(repr(fields).encode())

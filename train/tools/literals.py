@@ -2,6 +2,9 @@
 
 Templates of LFM2 and Gemma 4 write so, and Llama's for its own tools. Not all of them escape the
 quotes within a text: one that no separator follows is taken as part of the text.
+
+Each function reads from a position, the index of a character in the text, and returns the position
+behind what it has read. All skip white space.
 """
 
 import json
@@ -14,19 +17,28 @@ _TEXT = re.compile(
     re.DOTALL,
 )
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
-_ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "\\": "\\", "'": "'", '"': '"'}
+_LETTERS_OF_ESCAPES = {
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+    "b": "\b",
+    "f": "\f",
+    "\\": "\\",
+    "'": "'",
+    '"': '"',
+}
 _WORD = re.compile(r"[^\s,()\[\]{}:='\"<]+")
 _NAME = re.compile(r"\w[\w.-]*")
 _CONSTANTS = {"True": True, "False": False, "None": None}
-_SPACE = re.compile(r"\s*")
+_WHITE_SPACE = re.compile(r"\s*")
 
 
-def read_calls(text: str, at: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
-    """Reads a list of calls in brackets; returns names and arguments, and the place of its end.
+def read_calls(text: str, position: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Reads a list of calls in brackets; returns names and arguments, and the position behind it.
 
     Args:
       text: the text.
-      at: the place where the list begins.
+      position: the position where the list begins.
 
     Raises:
       ValueError: there is no such list.
@@ -35,81 +47,106 @@ def read_calls(text: str, at: int) -> tuple[list[tuple[str, dict[str, Any]]], in
     >>> read_calls("[look_up(city='Bern', n=[1, null]), stop()]!", 0)
     ([('look_up', {'city': 'Bern', 'n': [1, None]}), ('stop', {})], 43)
     """
-    return _series(text, _expect(text, at, "["), "]", read_call)
+    position = _expect(text, position, "[")
+    return _series(text, position, "]", read_call)
 
 
-def read_call(text: str, at: int) -> tuple[tuple[str, dict[str, Any]], int]:
-    """Reads a call; returns its name and arguments, and the place of its end."""
-    name, at = _match(_NAME, text, at, "the name of a tool")
-    pairs, at = _series(text, _expect(text, at, "("), ")", lambda text, at: _pair(text, at, "="))
-    return (name, dict(pairs)), at
+def read_call(text: str, position: int) -> tuple[tuple[str, dict[str, Any]], int]:
+    """Reads a call; returns its name and arguments, and the position behind it."""
+    name, position = _match(_NAME, text, position, "the name of a tool")
+    position = _expect(text, position, "(")
+    arguments, position = _series(text, position, ")", _read_keyword_argument)
+    return (name, dict(arguments)), position
 
 
-def read_value(text: str, at: int) -> tuple[Any, int]:
+def read_value(text: str, position: int) -> tuple[Any, int]:
     """Reads a text, a number, a constant, a list or a mapping, whose keys may have no quotes."""
-    at = _after_space(text, at)
-    if text.startswith("[", at):
-        return _series(text, at + 1, "]", read_value)
-    if text.startswith("{", at):
-        pairs, at = _series(text, at + 1, "}", lambda text, at: _pair(text, at, ":"))
-        return dict(pairs), at
-    if (quoted := _TEXT.match(text, at)) is not None:
-        raw = quoted[3]
-        if raw is None:
-            raw = _ESCAPE.sub(_unescaped, quoted[2] if quoted[1] is None else quoted[1])
-        return raw, quoted.end()
-    word, end = _match(_WORD, text, at, "a value")
+    position = _skip_space(text, position)
+    if text.startswith("[", position):
+        return _series(text, position + 1, "]", read_value)
+    if text.startswith("{", position):
+        entries, position = _series(text, position + 1, "}", _read_entry)
+        return dict(entries), position
+    quoted = _TEXT.match(text, position)
+    if quoted is not None:
+        single_quoted, double_quoted, raw_text = quoted.groups()
+        if raw_text is not None:  # between quotes of Gemma 4, which has no escapes
+            return raw_text, quoted.end()
+        content = double_quoted if single_quoted is None else single_quoted
+        return _ESCAPE.sub(_unescaped, content), quoted.end()
+    word, end = _match(_WORD, text, position, "a value")
+    if word in _CONSTANTS:
+        return _CONSTANTS[word], end
     try:
-        return (_CONSTANTS[word] if word in _CONSTANTS else json.loads(word)), end
+        return json.loads(word), end
     except ValueError:
         raise ValueError(f"{word[:40]!r} is no value: a text needs quotes") from None
 
 
-def _pair(text: str, at: int, sign: str) -> tuple[tuple[str, Any], int]:
-    at = _after_space(text, at)
-    if _TEXT.match(text, at):
-        key, at = read_value(text, at)
+def _read_keyword_argument(text: str, position: int) -> tuple[tuple[str, Any], int]:
+    """Reads ``name=value``."""
+    return _read_pair(text, position, "=")
+
+
+def _read_entry(text: str, position: int) -> tuple[tuple[str, Any], int]:
+    """Reads ``key: value``."""
+    return _read_pair(text, position, ":")
+
+
+def _read_pair(text: str, position: int, sign: str) -> tuple[tuple[str, Any], int]:
+    """Reads a key, with or without quotes, a sign, and a value."""
+    position = _skip_space(text, position)
+    if _TEXT.match(text, position):
+        key, position = read_value(text, position)
     else:
-        key, at = _match(_NAME, text, at, "the name of an argument")
-    value, at = read_value(text, _expect(text, at, sign))
-    return (key, value), at
+        key, position = _match(_NAME, text, position, "the name of an argument")
+    value, position = read_value(text, _expect(text, position, sign))
+    return (key, value), position
 
 
 def _series(
-    text: str, at: int, close: str, item: Callable[[str, int], tuple[Any, int]]
+    text: str, position: int, close: str, read_item: Callable[[str, int], tuple[Any, int]]
 ) -> tuple[list[Any], int]:
     """Reads items up to a closing bracket, with commas between them."""
     items: list[Any] = []
-    while not text.startswith(close, at := _after_space(text, at)):
+    position = _skip_space(text, position)
+    while not text.startswith(close, position):
         if items:
-            at = _expect(text, at, ",")
-        value, at = item(text, at)
-        items.append(value)
-    return items, at + len(close)
+            position = _expect(text, position, ",")
+        item, position = read_item(text, position)
+        items.append(item)
+        position = _skip_space(text, position)
+    return items, position + len(close)
 
 
-def _expect(text: str, at: int, sign: str) -> int:
-    at = _after_space(text, at)
-    if not text.startswith(sign, at):
-        raise ValueError(f"{sign!r} is missing before {text[at : at + 20]!r}")
-    return at + len(sign)
+def _expect(text: str, position: int, sign: str) -> int:
+    """Reads a sign; returns the position behind it."""
+    position = _skip_space(text, position)
+    if not text.startswith(sign, position):
+        raise ValueError(f"{sign!r} is missing before {text[position : position + 20]!r}")
+    return position + len(sign)
 
 
-def _match(pattern: re.Pattern[str], text: str, at: int, wanted: str) -> tuple[str, int]:
-    match = pattern.match(text, at := _after_space(text, at))
+def _match(pattern: re.Pattern[str], text: str, position: int, description: str) -> tuple[str, int]:
+    """Reads a match of a pattern; `description` names it in the message that it is missing."""
+    position = _skip_space(text, position)
+    match = pattern.match(text, position)
     if match is None:
-        raise ValueError(f"{wanted} is missing before {text[at : at + 20]!r}")
+        raise ValueError(f"{description} is missing before {text[position : position + 20]!r}")
     return match[0], match.end()
 
 
-def _after_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
+def _skip_space(text: str, position: int) -> int:
+    """Returns the position of the next character that is no white space."""
+    match = _WHITE_SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    letter = match[1]
-    if len(letter) == 5:
-        return chr(int(letter[1:], 16))
-    return _ESCAPED.get(letter, match[0])
+    """Returns the character of an escape, or the escape itself if it is none."""
+    escape = match[1]
+    is_code_point = len(escape) == 5  # u and four digits
+    if is_code_point:
+        return chr(int(escape[1:], 16))
+    return _LETTERS_OF_ESCAPES.get(escape, match[0])

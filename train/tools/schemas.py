@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Tools = Sequence[Mapping[str, Any]]
-_REFERENCES = 8  # one after the other
-_NAMES = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
+_MAX_REFERENCES = 8  # one after the other
+_TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, Any]:
@@ -24,12 +24,17 @@ def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, A
     >>> with_types("f", {"n": "7", "zip": "8001"}, [tool])
     {'n': 7, 'zip': '8001'}
     """
-    root = _parameters(name, tools)
-    properties = root.get("properties") or {}
-    return {key: _typed(text, _types(properties.get(key), root)) for key, text in texts.items()}
+    schema = _parameters_schema(name, tools)
+    properties = schema.get("properties") or {}
+    arguments = {}
+    for argument, text in texts.items():
+        types = _types(properties.get(argument), schema)
+        arguments[argument] = _with_type(text, types)
+    return arguments
 
 
-def _parameters(name: str, tools: Tools) -> Mapping[str, Any]:
+def _parameters_schema(name: str, tools: Tools) -> Mapping[str, Any]:
+    """Returns the schema of a tool's parameters; {} for an unknown tool."""
     for tool in tools:
         function = tool.get("function") or tool
         if function.get("name") == name:
@@ -44,12 +49,12 @@ def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     >>> resolved({"$ref": "#/$defs/n"}, {"$defs": {"n": {"type": "integer"}}})
     {'type': 'integer'}
     """
-    for _ in range(_REFERENCES):
+    for _ in range(_MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str):
             return schema
-        _, place, name = [*reference.split("/"), "", ""][:3]
-        definitions = root.get(place) if reference.startswith("#/") else None
+        _, section, name = [*reference.split("/"), "", ""][:3]  # of "#/section/name"
+        definitions = root.get(section) if reference.startswith("#/") else None
         schema = definitions.get(name) if isinstance(definitions, Mapping) else None
     return schema
 
@@ -59,27 +64,42 @@ def _types(schema: Any, root: Mapping[str, Any]) -> list[str]:
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return []
-    own = schema.get("type")
-    names = [name for name in (own if isinstance(own, list) else [own]) if isinstance(name, str)]
-    if not names:
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        names = [_NAMES[type(value)] for value in values or () if type(value) in _NAMES]
+    types = _declared_types(schema) or _value_types(schema)
     for union in ("anyOf", "oneOf"):
-        names += [name for choice in schema.get(union) or () for name in _types(choice, root)]
-    return [*names, "null"] if schema.get("nullable") else names
+        for choice in schema.get(union) or ():
+            types += _types(choice, root)
+    if schema.get("nullable"):
+        types.append("null")
+    return types
 
 
-def _typed(text: str, types: Sequence[str]) -> Any:
+def _declared_types(schema: Mapping[str, Any]) -> list[str]:
+    """Returns the types that the field `type` names."""
+    declared = schema.get("type")
+    names = declared if isinstance(declared, list) else [declared]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _value_types(schema: Mapping[str, Any]) -> list[str]:
+    """Returns the types of the values to which a schema restricts its own."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum") or ()
+    return [_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES]
+
+
+def _with_type(text: str, types: Sequence[str]) -> Any:
+    """Returns a text as a value of the first type that can be read from it; else the text."""
     for name in types:
+        if name not in _READERS:
+            continue
         try:
-            if name in _READ:
-                return _READ[name](text)
+            return _READERS[name](text)
         except ValueError:
             continue
     return text
 
 
 def _integer(text: str) -> int:
+    """Returns an integer, which may be written as 7.0; raises a ValueError for another number."""
     try:
         return int(text)
     except ValueError:
@@ -96,16 +116,21 @@ def _number(text: str) -> int | float:
     return int(number) if number.is_integer() and "." not in text else number
 
 
-def _word(words: Mapping[str, Any]) -> Callable[[str], Any]:
+def _word_reader(values: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Returns a reader of the words that name these values."""
+
     def read(text: str) -> Any:
-        if (word := text.strip().lower()) not in words:
+        word = text.strip().lower()
+        if word not in values:
             raise ValueError(f"{word} is another type's")
-        return words[word]
+        return values[word]
 
     return read
 
 
-def _json(kind: type) -> Callable[[str], Any]:
+def _json_reader(kind: type) -> Callable[[str], Any]:
+    """Returns a reader of JSON values of a type."""
+
     def read(text: str) -> Any:
         value = json.loads(text)
         if not isinstance(value, kind):
@@ -115,11 +140,11 @@ def _json(kind: type) -> Callable[[str], Any]:
     return read
 
 
-_READ: dict[str, Callable[[str], Any]] = {
+_READERS: dict[str, Callable[[str], Any]] = {
     "integer": _integer,
     "number": _number,
-    "boolean": _word({"true": True, "1": True, "false": False, "0": False}),
-    "null": _word({"null": None, "none": None}),
-    "object": _json(dict),
-    "array": _json(list),
+    "boolean": _word_reader({"true": True, "1": True, "false": False, "0": False}),
+    "null": _word_reader({"null": None, "none": None}),
+    "object": _json_reader(dict),
+    "array": _json_reader(list),
 }

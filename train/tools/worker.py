@@ -7,6 +7,7 @@ come after the functions, as in TRL.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -30,7 +31,7 @@ else:
 user_files.PROGRAMS.add(__file__)
 
 RESET, REWARD = "reset", "get_reward"  # TRL's names
-LONGEST = 1_000_000  # characters of what a tool returns; the rest is cut off
+MAX_RESULT_CHARS = 1_000_000  # characters of what a tool returns; the rest is cut off
 Tool = Callable[..., Any]
 
 
@@ -47,8 +48,12 @@ def methods_of(environment: Any) -> dict[str, Tool]:
     names = [name for name, _ in inspect.getmembers(type(environment), inspect.isfunction)]
     if RESET not in names:
         raise user_files.NoFunction(f"{type(environment).__name__} has no method `{RESET}`")
-    own = (name for name in names if name not in (RESET, REWARD) and not name.startswith("_"))
-    return {name: getattr(environment, name) for name in own}
+    tools = {}
+    for name in names:
+        is_private = name.startswith("_")
+        if not is_private and name not in (RESET, REWARD):
+            tools[name] = getattr(environment, name)
+    return tools
 
 
 def make_environment(spec: str, make: Tool) -> Any:
@@ -76,38 +81,59 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
     Raises:
       SpecError: a tool has no name of its own, no docstring, or arguments without types.
     """
-    from transformers.utils import get_json_schema
-
-    schemas, has_reward, needs, later = dict[str, Any](), False, list[str](), list[str]()
+    schemas: dict[str, Any] = {}
+    has_reward = False
+    reset_fields: list[str] = []
+    async_names: list[str] = []
+    n_functions = len(targets) - n_environments
     for index, (spec, target) in enumerate(targets.items()):
+        is_environment = index >= n_functions
         try:
-            if index >= len(targets) - n_environments:
+            if is_environment:
                 environment = make_environment(spec, target)
                 tools = methods_of(environment)
                 has_reward = callable(getattr(environment, REWARD, None))
-                _, needs = user_files.keywords_of(environment.reset)
+                _, reset_fields = user_files.keywords_of(environment.reset)
             else:
                 tools = {_name_of(spec, target): target}
         except Exception as error:
             raise SpecError(spec, user_files.said(error)) from error
-        later += [name for name, tool in tools.items() if inspect.iscoroutinefunction(tool)]
         for name, tool in tools.items():
             if name in schemas:
                 raise SpecError(spec, f"two tools are called {name}")
-            try:
-                schemas[name] = get_json_schema(tool)
-            except Exception as error:
-                problem = " ".join(str(error).split())
-                raise SpecError(
-                    spec,
-                    f"{name} needs a docstring that says what it does, with a line for each "
-                    f"argument under `Args:`, and a type for each argument: {problem}",
-                ) from error
-    facts = {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs, "later": later}
-    return facts | {"generators": [*user_files.generators([*sys.modules])]}
+            schemas[name] = _schema_of(spec, name, tool)
+            if inspect.iscoroutinefunction(tool):
+                async_names.append(name)
+    return {
+        "tools": [*schemas.values()],
+        "rewards": has_reward,
+        "needs": reset_fields,
+        "later": async_names,
+        "generators": [*user_files.generators([*sys.modules])],
+    }
+
+
+def _schema_of(spec: str, name: str, tool: Tool) -> dict[str, Any]:
+    """Returns the JSON schema of a tool.
+
+    Raises:
+      SpecError: it has no docstring, or arguments without types.
+    """
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(tool)
+    except Exception as error:
+        problem = " ".join(str(error).split())
+        raise SpecError(
+            spec,
+            f"{name} needs a docstring that says what it does, with a line for each "
+            f"argument under `Args:`, and a type for each argument: {problem}",
+        ) from error
 
 
 def _name_of(spec: str, tool: Tool) -> str:
+    """Returns the name of a function; raises NoFunction for a class, or an object without name."""
     name = getattr(tool, "__name__", None)
     if inspect.isclass(tool) or not isinstance(name, str):
         raise user_files.NoFunction(f"{spec.rpartition(':')[2]} is no function")
@@ -119,9 +145,12 @@ class EpisodeProgram:
 
     def __init__(self, targets: Mapping[str, Tool], n_environments: int) -> None:
         """Takes the targets of the specs; makes the environment once it is reset."""
-        listed, n = [*targets.items()], len(targets) - n_environments
-        self._factories = listed[n:]
-        self._tools = {_name_of(spec, tool): tool for spec, tool in listed[:n]}
+        n_functions = len(targets) - n_environments
+        specs_and_targets = [*targets.items()]
+        self._factories = specs_and_targets[n_functions:]
+        self._tools: dict[str, Tool] = {}
+        for spec, tool in specs_and_targets[:n_functions]:
+            self._tools[_name_of(spec, tool)] = tool
         self._environment: Any = None
         self._loop = asyncio.new_event_loop()
 
@@ -132,58 +161,70 @@ class EpisodeProgram:
         elif "reset" in request:
             yield self._reset(request)
         else:
-            yield self._attempt(lambda: _number(self._finish(self._environment.get_reward())))
+            yield self._attempt(self._reward)
+
+    def _reward(self) -> float | None:
+        """Returns the environment's reward; None for no opinion."""
+        reward = self._finish(self._environment.get_reward())
+        return None if reward is None else float(reward)
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Begins an episode; one that is rehearsed ends at once, and says what it has changed."""
-        modules = [*sys.modules] if request["rehearsed"] else []
-        earlier = user_files.fingerprints(modules)
+        is_rehearsed = request["rehearsed"]
+        modules = [*sys.modules] if is_rehearsed else []
+        hashes_at_start = user_files.fingerprints(modules)
         user_files.EpisodeSeeds(request["seed"])
         answer = self._attempt(partial(self._begin, request["reset"]))
-        if modules and hasattr(self._environment, REWARD):
-            self._attempt(lambda: self._finish(self._environment.get_reward()))
+        if is_rehearsed and hasattr(self._environment, REWARD):
+            self._attempt(self._reward)
         hashes = user_files.fingerprints(modules)
-        changed = [name for name in hashes if hashes[name] != earlier.get(name)]
+        changed = [name for name in hashes if hashes[name] != hashes_at_start.get(name)]
         return answer | {"changed": changed}
 
     def _begin(self, row: Mapping[str, Any]) -> str | None:
+        """Makes the environment, and resets it by a row's fields; returns its opening text."""
         for spec, make in self._factories:
             self._environment = make_environment(spec, make)
             self._tools |= methods_of(self._environment)
         if self._environment is None:
             return None
         reset = self._environment.reset
-        takes, _ = user_files.keywords_of(reset)
-        return _text(self._finish(reset(**user_files.taken(row, takes))), RESET)
+        keywords, _ = user_files.keywords_of(reset)
+        opening = self._finish(reset(**user_files.taken(row, keywords)))
+        return _text(opening, RESET)
 
     def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         """Runs calls one after the other; then the asynchronous ones, all at once."""
-        waiting = []
+        async_calls = []
         for index, (name, arguments) in enumerate(calls):
             tool = self._tools[name]
             if inspect.iscoroutinefunction(tool):
-                waiting.append((index, tool, arguments))
+                async_calls.append((index, tool, arguments))
             else:
                 yield {"index": index, **self._attempt(partial(_result, tool, arguments))}
-        if waiting:
-            yield from self._loop.run_until_complete(self._gather(waiting))
+        if async_calls:
+            yield from self._loop.run_until_complete(self._gather(async_calls))
 
     async def _gather(self, calls: Sequence[tuple[int, Tool, Any]]) -> list[dict[str, Any]]:
+        """Returns the answers to calls, which run at the same time: index, tool, arguments."""
+
         async def run(tool: Tool, arguments: Any) -> Any:
             return await tool(**arguments)
 
-        running = [run(tool, arguments) for _, tool, arguments in calls]
-        results = await asyncio.gather(*running, return_exceptions=True)
-        return [
-            {"index": index, **self._attempt(partial(_raised, result))}
-            for (index, _, _), result in zip(calls, results, strict=True)
-        ]
+        coroutines = [run(tool, arguments) for _, tool, arguments in calls]
+        results = await asyncio.gather(*coroutines, return_exceptions=True)
+        answers = []
+        for (index, _, _), result in zip(calls, results, strict=True):
+            answer = self._attempt(partial(_shown_or_raised, result))
+            answers.append({"index": index, **answer})
+        return answers
 
-    def _attempt(self, act: Callable[[], Any]) -> dict[str, Any]:
+    def _attempt(self, function: Callable[[], Any]) -> dict[str, Any]:
+        """Returns a function's value for an answer, or its error."""
         try:
-            return {"value": act()}
+            return {"value": function()}
         except (Exception, SystemExit) as error:
-            return {"error": str(error)[:LONGEST], "said": user_files.said(error)}
+            return {"error": str(error)[:MAX_RESULT_CHARS], "said": user_files.said(error)}
 
     def _finish(self, result: Any) -> Any:
         return self._loop.run_until_complete(result) if inspect.iscoroutine(result) else result
@@ -193,34 +234,39 @@ def _result(tool: Tool, arguments: Mapping[str, Any]) -> str:
     return _shown(tool(**arguments))
 
 
-def _raised(result: Any) -> str:
+def _shown_or_raised(result: Any) -> str:
+    """Returns a result as a text; raises one that is an error."""
     if isinstance(result, BaseException):
         raise result
     return _shown(result)
 
 
 def _text(value: Any, name: str) -> str | None:
-    """Returns a text, also one in parts; None for none."""
+    """Returns a text, also one in parts; None for none.
+
+    Args:
+      value: what a method returned.
+      name: the method's name, for messages.
+    """
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list) and all(
-        isinstance(x, dict) and x.get("type") == "text" for x in value
-    ):
-        return "".join(str(part["text"]) for part in value)
-    raise TypeError(f"{name} returned {repr(value)[:80]}: a text or None is needed")
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    is_list_of_texts = isinstance(value, list) and all(
+        isinstance(block, dict) and block.get("type") == "text" for block in value
+    )
+    if not is_list_of_texts:
+        raise TypeError(f"{name} returned {repr(value)[:80]}: a text or None is needed")
+    return "".join(str(block["text"]) for block in value)
 
 
 def _shown(value: Any) -> str:
     """Returns a tool's result as a text, as TRL does."""
-    try:
-        text = _text(value, "") if isinstance(value, list) and value else str(value)
-    except TypeError:
+    text: str | None = None
+    if isinstance(value, list) and value:
+        with contextlib.suppress(TypeError):  # no list of texts
+            text = _text(value, "") or ""
+    if text is None:
         text = str(value)
-    return (text or "")[:LONGEST]
+    return text[:MAX_RESULT_CHARS]
 
 
 def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
@@ -230,35 +276,41 @@ def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # what tools print nobody reads
-    process, answers = os.getpid(), channel.makefile("w")
+    process_id = os.getpid()
+    answers = channel.makefile("w")
 
-    def answer(value: dict[str, Any]) -> None:
-        if os.getpid() != process:
-            os._exit(0)  # a process that a tool has forked
-        answers.write(json.dumps(value) + "\n")
+    def send(answer: dict[str, Any]) -> None:
+        is_fork_of_tool = os.getpid() != process_id
+        if is_fork_of_tool:
+            os._exit(0)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    answer({"process": process})
+    send({"process": process_id})
     try:
         for request in user_files.requests(channel.makefile("r")):
-            for value in program.answers(request):
-                answer(value)
+            for answer in program.answers(request):
+                send(answer)
     finally:
-        if os.getpid() == process:
+        if os.getpid() == process_id:
             os.killpg(0, signal.SIGKILL)  # and what tools have started
 
 
 def main() -> None:
     """Describes the tools, or forks a process for each socket that comes, until stdin ends."""
-    mode, number, *specs = sys.argv[1:]
+    mode, n_environments, *specs = sys.argv[1:]
     source, answers = user_files.take_pipes()
-    targets, spec = dict[str, Tool](), ""
+    targets: dict[str, Tool] = {}
+    spec = ""
+    answer: dict[str, Any] = {}
     try:
         for spec in specs:
             targets[spec] = user_files.load(spec)
-        answer = describe(targets, int(number)) if mode == "describe" else {}
+        if mode == "describe":
+            answer = describe(targets, int(n_environments))
     except SpecError as error:
-        answer = dict(zip(("spec", "error"), error.args, strict=True))
+        spec, problem = error.args
+        answer = {"spec": spec, "error": problem}
     except BaseException as error:
         answer = {"spec": spec, "error": user_files.said(error)}
     if mode == "describe" or answer:
@@ -276,7 +328,7 @@ def main() -> None:
             control.close()
             source.close()  # or the program's end would not be noticed while an episode goes on
             try:
-                program = EpisodeProgram(targets, int(number))
+                program = EpisodeProgram(targets, int(n_environments))
                 serve_episode(socket.socket(fileno=sockets[0]), program)
             finally:
                 os._exit(1)

@@ -250,7 +250,7 @@ HOSTILE = {
 
 def _process() -> subprocess.Popen[str]:
     """Returns the process that runs queries."""
-    process = GUARDED._served._copies[0]._process
+    process = GUARDED._pool._copies[0]._process
     assert process is not None
     return process
 

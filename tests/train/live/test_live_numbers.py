@@ -12,15 +12,15 @@ from lora_jax.training.data.sequences import Sequences, TokenSequence
 from tests.support import assert_close
 from train.console.errors import UserError
 from train.live.distillation import DistillationRollouts
-from train.live.external.check import SamplerCheck, _weigh
+from train.live.external.check import SamplerCheck, _importance_of_tokens
 from train.live.external.sampler import ExternalSampler
-from train.live.preferences import divergence, mismatched, mixable
+from train.live.preferences import divergence, mismatched, with_room_for_mismatches
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
 from train.live.reference import reference_line
 from train.live.reinforcement import RewardedRollouts
 from train.live.rollouts import group_completions
-from train.live.turn_groups import GroupedTurns, grouped, shown_texts
-from train.live.turns.rows import AskedRow, TurnCompletion, opened_row, tool_metrics
+from train.live.turn_groups import GroupedTurns, group_turns, shown_texts
+from train.live.turns.rows import TurnCompletion, TurnRequest, opened_row, tool_metrics
 from train.options.scripts.sampler import ImportanceWeighting
 from train.rewards.ask import RewardAnswer
 
@@ -72,10 +72,12 @@ def test_each_prompt_gets_the_completion_of_the_row_before_it():
 
 def test_room_for_any_prompt_with_any_completion():
     """The longest prompt has 3 tokens, and the longest completion 2: 8 suit a device."""
-    narrow = mixable(dataclasses.replace(THREE, lengths=(4, 7), predicted=(2, 3)), 64)
+    narrow = with_room_for_mismatches(
+        dataclasses.replace(THREE, lengths=(4, 7), predicted=(2, 3)), 64
+    )
     assert (narrow.lengths, narrow.predicted) == ((4, 7, 8), (2, 3, 3))
-    assert mixable(narrow, 64) is narrow
-    short = mixable(dataclasses.replace(THREE, lengths=(4,), predicted=(2,)), 6)
+    assert with_room_for_mismatches(narrow, 64) is narrow
+    short = with_room_for_mismatches(dataclasses.replace(THREE, lengths=(4,), predicted=(2,)), 6)
     assert short.lengths == (4, 6), "no row is longer than a sequence"
 
 
@@ -99,7 +101,7 @@ def test_weights_of_a_servers_draws_and_their_metrics():
     old = np.log(np.float32([[[2.0, 0.25, 8.0], [1.0, 4.0, 1.0]]]))
     counted = np.array([[[True, True, True], [True, True, False]]])
     by = ImportanceWeighting("token", masked=False, cap=3.0, floor=0.5)
-    weights, metrics = _weigh(by, old, np.zeros_like(old), counted)
+    weights, metrics = _importance_of_tokens(by, old, np.zeros_like(old), counted)
     expected = np.array([[[2, 0.5, 3], [1, 3, 1]]])
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     assert weights.dtype == np.float32
@@ -109,10 +111,10 @@ def test_weights_of_a_servers_draws_and_their_metrics():
         "importance_capped": pytest.approx(3 / 5),
     }
     masked = by._replace(masked=True, floor=0.0)
-    weights, metrics = _weigh(masked, old, np.zeros_like(old), counted)
+    weights, metrics = _importance_of_tokens(masked, old, np.zeros_like(old), counted)
     np.testing.assert_allclose(weights, [[[2, 0.25, 0], [1, 0, 1]]], rtol=1e-6)
     assert metrics["importance_capped"] == pytest.approx(2 / 5)
-    _, metrics = _weigh(by, old, np.zeros_like(old), np.zeros_like(counted))
+    _, metrics = _importance_of_tokens(by, old, np.zeros_like(old), np.zeros_like(counted))
     assert metrics == dict.fromkeys(("importance_mean", "importance_min", "importance_capped"))
 
 
@@ -121,9 +123,14 @@ def server_check(bound, version, *, staleness=0, score=None):
     check = SamplerCheck.__new__(SamplerCheck)
     data = SimpleNamespace(max_mismatch=bound, staleness=staleness, top_p=0.9, top_k=None)
     outline = SimpleNamespace(name="tiny")
-    check._of = SimpleNamespace(config=SimpleNamespace(data=data), outline=outline)
+    check._context = SimpleNamespace(config=SimpleNamespace(data=data), outline=outline)
     check._sampler = SimpleNamespace(version=version, server=SimpleNamespace(url="http://there"))
-    check._score, check._bound, check._importance, check._begun = score, bound, None, False
+    check._score, check._bound, check._importance, check._has_checked_batch = (
+        score,
+        bound,
+        None,
+        False,
+    )
     return check
 
 
@@ -174,7 +181,7 @@ def external(updates, staleness, steps):
     config = SimpleNamespace(
         optim=SimpleNamespace(updates=updates), data=SimpleNamespace(staleness=staleness)
     )
-    sampler._of = SimpleNamespace(config=config)
+    sampler._context = SimpleNamespace(config=config)
     sampler._feed = SimpleNamespace(steps=steps, rows=lambda number: number * 10)
     sampler._publisher = SimpleNamespace(publish=publish)
     sampler._ahead, sampler._versions, sampler._current = {}, [], None
@@ -228,11 +235,11 @@ def test_completions_are_cut_at_their_first_stop_text():
     np.testing.assert_array_equal(drawn.logps, logps.reshape(2, 2, 3))
 
 
-ASKED = AskedRow(0, {}, "row 1", [1])
+ASKED = TurnRequest(0, {}, "row 1", [1])
 
 
 def turn_completion(ids, *, own, ended=False, text="said", lost=None):
-    made = TurnCompletion(ASKED, [1, 2], starts=[0], ended=ended, lost=lost)
+    made = TurnCompletion(ASKED, [1, 2], turn_starts=[0], ended=ended, lost=lost)
     made.draw(ids[:own], [-0.5] * own)
     made.answer(ids[own:])
     made.say(text)
@@ -248,7 +255,7 @@ def test_completions_of_several_turns_as_arrays():
         TurnCompletion(ASKED, lost="gone"),
         turn_completion([3, 4], own=0, text="later"),
     ]
-    drawn = grouped(made, group=2, width=4)
+    drawn = group_turns(made, group=2, max_new_tokens=4)
     assert drawn.tokens.tolist() == [[[5, 6, 7, 0], [8, 0, 0, 0]], [[0] * 4, [3, 4, 0, 0]]]
     assert drawn.logps.tolist() == [[[-0.5, -0.5, 0, 0], [-0.5, 0, 0, 0]], [[0] * 4, [0] * 4]]
     assert (drawn.tokens.dtype, drawn.logps.dtype) == (np.int32, np.float32)
@@ -274,8 +281,8 @@ def test_environments_of_one_prompt_have_one_seed():
     """Completions of a prompt are compared; prompts differ, and each completion has a number."""
     asked = []
 
-    def draw(model, params, rows, key, places, longest):
-        asked.append((model, params, rows, places, longest))
+    def draw(model, params, rows, key, n_rows, max_prompt_tokens):
+        asked.append((model, params, rows, n_rows, max_prompt_tokens))
         return [turn_completion([at], own=1) for at in range(len(rows))]
 
     feed = SimpleNamespace(
@@ -364,15 +371,15 @@ def test_a_batch_in_use_goes_on_after_an_interruption():
     config = options()
     feed = feed_of(config, per_token=("old",), steps=8)
     batch = {"old": np.float32([[1.5, -2.25]]), "ids": np.int32([[3, 4]])}
-    feed.held, feed.metrics = (2, batch), {"reward": 0.5}
+    feed.held_batch, feed.metrics = (2, batch), {"reward": 0.5}
     after = feed.cursor(3)
     again = feed_of(config, per_token=("old",), steps=8)
     assert again.seek(dict(after), 3)
-    assert (again.held[0], again.done, again.metrics) == (2, 3, {"reward": 0.5})
-    assert again.held[1].keys() == batch.keys()
+    assert (again.held_batch[0], again.done, again.metrics) == (2, 3, {"reward": 0.5})
+    assert again.held_batch[1].keys() == batch.keys()
     for name, array in batch.items():
-        np.testing.assert_array_equal(again.held[1][name], array)
-        assert again.held[1][name].dtype == array.dtype
+        np.testing.assert_array_equal(again.held_batch[1][name], array)
+        assert again.held_batch[1][name].dtype == array.dtype
     between = feed.cursor(4)
     assert "completions" not in between
     fresh = feed_of(config, per_token=("old",), steps=8)
@@ -408,7 +415,7 @@ def rollouts(kind, config, feed, logps):
     """Rollouts whose log-probabilities are those of a table, by the tree's name."""
     made = kind.__new__(kind)
     made.feed, made.config = feed, config
-    made.of = SimpleNamespace(outline=SimpleNamespace(tokenizer=None), console=None, stop=None)
+    made.context = SimpleNamespace(outline=SimpleNamespace(tokenizer=None), console=None, stop=None)
     made._external, made._check, made._turns, made._reference = None, None, None, None
     made.log_probabilities = lambda params, batch, score=None, replays=True: logps[params]
     return made
@@ -447,8 +454,8 @@ def test_rloo_takes_the_divergence_from_the_reward():
     assert metrics["kl"] == pytest.approx(apart.sum() / 9, rel=1e-5)
     assert metrics["entropy"] == pytest.approx(entropy[counted].mean(), rel=1e-5)
     assert (metrics["reward"], metrics["zero_spread"], metrics["reward_x"]) == (1.0, 0.5, 1.0)
-    assert [sample.reward for sample in feed.newest] == [1.0, 2.0, 0.5, 0.5]
-    assert feed.newest[2].extra == {"fact": 3}
+    assert [sample.reward for sample in feed.new_samples] == [1.0, 2.0, 0.5, 0.5]
+    assert feed.new_samples[2].extra == {"fact": 3}
 
 
 def test_other_losses_get_the_reference_and_the_groups_deviation():
@@ -515,7 +522,7 @@ def test_a_student_gains_what_the_teacher_thinks_likelier():
     np.testing.assert_allclose(batch["advantages"], 0.25 * gain, rtol=1e-6)
     assert metrics["reverse_kl"] == pytest.approx(-gain.sum() / 9, rel=1e-5)
     assert metrics["entropy"] == pytest.approx(entropy[counted].mean(), rel=1e-5)
-    assert [list(sample)[:2] for sample in feed.newest] == [
+    assert [list(sample)[:2] for sample in feed.new_samples] == [
         ["b", "1.0.0"],
         ["b", "1.0.1"],
         ["d", "1.1.0"],

@@ -6,11 +6,11 @@ from rich.console import Console
 from lora_jax.training.run.stop import Stop
 from train.live.prompts import fill_routing
 from train.live.turn_groups import ask_of_turns, routing_of
-from train.live.turns.rows import AskedRow, TurnCompletion
+from train.live.turns.rows import TurnCompletion, TurnRequest
 from train.rewards.find import Rewards
 from train.rewards.reward import EarnedReward, RewardBatch, earned_reward, function_reward
 
-ASKED = AskedRow(0, {}, "row 1", [1])
+ASKED = TurnRequest(0, {}, "row 1", [1])
 LOST = "row 1: look took longer than 30 seconds, --tool-timeout"
 
 

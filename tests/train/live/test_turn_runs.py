@@ -96,7 +96,7 @@ def test_tokens_of_the_environment_are_read_and_not_learned(folder, tmp_path, mo
             worth = 1 - 0.1 * ran.index("right") if "right" in ran else 0
             assert x.earned.value == pytest.approx(worth)
         assert line["tools/call_frequency"] == sum(x.calls for x in turns) / len(turns) > 0
-        assert line["tools/turns"] == sum(len(x.starts) for x in turns) / len(turns) > 1
+        assert line["tools/turns"] == sum(len(x.turn_starts) for x in turns) / len(turns) > 1
         assert line["tools/failure_frequency"] == line["tools/lost"] == 0
         assert line["length"] == pytest.approx(own.sum(-1).mean())
         assert line["reward"] == pytest.approx(np.mean([x.earned.value for x in turns]), rel=1e-5)

@@ -19,7 +19,7 @@ from tests.support import assert_close
 from tests.train.tiny import CONFIG, decoder, tokenizer
 from train.live.turns.episodes import Listener
 from train.live.turns.programs import TurnPrograms
-from train.live.turns.rows import AskedRow, TurnLimits, tool_metrics
+from train.live.turns.rows import TurnLimits, TurnRequest, tool_metrics
 from train.live.turns.sampler import Drawing, TurnSampler
 from train.tools.contract import EpisodeTurn, ToolAnswer, ToolCall
 
@@ -118,12 +118,12 @@ def draw(programs, host, *, places=3, read=read, key=None, stops=NO_STOP, stop=N
     drawing = Drawing(1.0, 1.0, None, ENDS)
     sampler = TurnSampler(made, drawing, bounds, stops, read, 259)
     asked = [
-        AskedRow(i, {"number": i, "prompt": "a"}, f"row {i}", p) for i, p in enumerate(PROMPTS)
+        TurnRequest(i, {"number": i, "prompt": "a"}, f"row {i}", p) for i, p in enumerate(PROMPTS)
     ]
     opened = lambda asked, row: [*asked.prompt, *row["prompt"].encode()]  # noqa: E731
     listener = Listener(host, Joints(), opened, stop or Stop())
     key = drawing_key() if key is None else key
-    return sampler.draw(params, asked, key, listener, places=places, longest=6)
+    return sampler.draw(params, asked, key, listener, n_rows=places, max_prompt_tokens=6)
 
 
 def facts(completions):
@@ -139,10 +139,10 @@ def drawn(programs):
 
 
 def test_completions_have_turns_and_answers(drawn):
-    assert max(len(x.starts) for x in drawn) > 1 and sum(x.failures for x in drawn)
+    assert max(len(x.turn_starts) for x in drawn) > 1 and sum(x.failures for x in drawn)
     for number, made in enumerate(drawn):
         roles = [turn["role"] for turn in made.messages]
-        assert roles.count("assistant") == len(made.starts)
+        assert roles.count("assistant") == len(made.turn_starts)
         assert len(made.ids) == len(made.logps) == len(made.is_own) <= NEW
         tools = [turn for turn in made.messages if turn["role"] == "tool"]
         assert made.calls == len(tools) or not made.ended or made.calls > len(tools)
@@ -155,7 +155,7 @@ def test_completions_have_turns_and_answers(drawn):
     assert tool_metrics(drawn) == {
         "tools/call_frequency": calls / n,
         "tools/failure_frequency": sum(x.failures for x in drawn) / calls,
-        "tools/turns": sum(len(x.starts) for x in drawn) / n,
+        "tools/turns": sum(len(x.turn_starts) for x in drawn) / n,
         "tools/lost": 0.0,
     }
 
@@ -213,8 +213,8 @@ def test_a_token_sees_no_slots_that_stay_empty(fields, more):
     made.chunk = 8
     rows = made.empty(3, TOTAL)
     assert rows._arrays.cache.positions.shape == (3, TOTAL + more)
-    copied = rows._copy(rows._arrays, np.int32(2), np.int32(5))
-    assert copied.key.shape == rows._cache().key.shape
+    copied = rows._functions.copy_cache(rows._arrays, np.int32(2), np.int32(5))
+    assert copied.key.shape == rows._functions.empty_cache().key.shape
     assert copied.max_len == TOTAL + 8 and (np.asarray(copied.positions[0, 5:]) == -1).all()
 
 
@@ -253,7 +253,9 @@ def test_openings_belong_to_the_prompt(programs, drawn):
 def test_limits(programs):
     always = lambda ids, before: ("", [ToolCall("look", {})])  # noqa: E731
     turns = draw(programs, Host(), read=always, turns=2)
-    assert max(len(x.starts) for x in turns) == 2 and not any(len(x.starts) > 2 for x in turns)
+    assert max(len(x.turn_starts) for x in turns) == 2 and not any(
+        len(x.turn_starts) > 2 for x in turns
+    )
     free = draw(programs, Host(), read=always)
     for made in free:  # what would not fit is left out, and what fits exactly is there
         left = NEW - len(made.ids)

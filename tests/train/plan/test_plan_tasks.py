@@ -34,7 +34,7 @@ from tests.train.plan.tiny_plans import (
 )
 from train.console.errors import UserError
 from train.live.prompts import PromptFeed, TokenizedPrompts
-from train.live.reference import running
+from train.live.reference import forward_of
 from train.options.optim import make_optimizer, make_schedule
 from train.options.scripts.grpo import Config
 from train.plan import __main__ as plan
@@ -218,7 +218,7 @@ def test_a_copy_of_the_base_is_noticed(model):
     options = asked(model, *DPO)
     job, optim = plan.make_job(options.plan)
     step = prepared(options)
-    forward = running(job.layout.constrained(step.model))
+    forward = forward_of(job.layout.constrained(step.model))
     copy = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), lj.strip(step.params)
     )

@@ -313,7 +313,7 @@ def checked(n: int, seed: int) -> Counter:
     finally:
         tracemalloc.stop()
     assert after - before < 3_000_000  # bytes, for the kinds and times
-    processes = [copy._process for copy in GUARDED._served._copies if copy._process]
+    processes = [copy._process for copy in GUARDED._pool._copies if copy._process]
     assert processes and all(most_memory(one.pid) < 100_000 for one in processes)
     assert judge(SCHEMA, GOLD, GOLD) == MATCHED
     assert not list(Path.cwd().iterdir())

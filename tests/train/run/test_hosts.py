@@ -153,7 +153,7 @@ def test_processes_that_were_not_started_alike(processes):
 @pytest.mark.parametrize("at_once", [7, 100, 2**20])
 def test_what_is_exchanged_comes_back(at_once, monkeypatch):
     """With the other's part longer than one's own, in one round or in many."""
-    monkeypatch.setattr(hosts, "_ROUND", at_once)
+    monkeypatch.setattr(hosts, "_ROUND_BYTES", at_once)
     mine, other = {"ids": list(range(5)), "said": "ü\ud800"}, list(range(400))
     of_other = np.frombuffer(json.dumps(other).encode(), np.uint8)
     sent = []

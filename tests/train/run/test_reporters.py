@@ -160,7 +160,7 @@ def test_one_that_hangs_holds_up_neither_steps_nor_end(recorder, tmp_path, monke
             event.wait(30)
 
     event, said = threading.Event(), []
-    for name in ("_OPENING", "_CLOSING"):
+    for name in ("_OPEN_SECONDS", "_CLOSE_SECONDS"):
         monkeypatch.setattr(f"train.reporters.reporting.{name}", 0.1)
     began = time.monotonic()
     run(tmp_path, [1, 2], reporters={"slow": Hanging, "shut": Closed}, warn=said.append)

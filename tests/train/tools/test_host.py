@@ -13,7 +13,7 @@ import pytest
 
 from train.console.errors import UserError
 from train.tools.contract import ToolAnswer, ToolCall
-from train.tools.host import _AT_ONCE as AT_ONCE
+from train.tools.host import _MAX_EPISODES as AT_ONCE
 from train.tools.host import FAILED, ProcessHost
 
 CODE = '''

@@ -23,43 +23,55 @@ Value = str | int | float
 FilledRow = tuple[Value, ...]
 
 DATABASES = 3  # differently filled databases for each schema
-_CHILDREN = (20, 24)  # the number of rows, from and to
-_PARENTS = (7, 8)
+_N_CHILDREN = (20, 24)  # the number of rows, from and to
+_N_PARENTS = (7, 8)
 
 
-def _column_values(column: Column, rows: int, schema: Schema, draw: Draw) -> list[Value]:
+def _column_values(column: Column, n_rows: int, schema: Schema, draw: Draw) -> list[Value]:
     """Draws the values of a column, distinct if the range allows, so that few rows tie."""
     if column.kind == "name":
         # A pool hardly larger than the table, shared by all databases, so that names recur in them.
         pool = Draw("names", schema.name, column.path).shuffled(column.values)
-        return list(draw.sample(pool[: rows + 3], rows))
+        return list(draw.sample(pool[: n_rows + 3], n_rows))
     if column.kind == "text":
         # Each of at most five texts occurs; some occur more often than others.
         pool = Draw("texts", schema.name, column.path).shuffled(column.values)[:5]
         favourites = draw.sample(pool, 2)
-        some = [draw.pick(draw.pick((pool, favourites))) for _ in range(rows - len(pool))]
-        return list(draw.shuffled([*pool, *some]))
-    span = range(column.low, column.high + 1)
-    if len(span) >= rows:
-        numbers = draw.sample(span, rows)
+        n_repeats = n_rows - len(pool)
+        repeats = [draw.pick(draw.pick((pool, favourites))) for _ in range(n_repeats)]
+        return list(draw.shuffled([*pool, *repeats]))
+    integers = range(column.low, column.high + 1)
+    if len(integers) >= n_rows:
+        drawn = draw.sample(integers, n_rows)
     else:
-        numbers = [draw.pick(span) for _ in range(rows)]
-    return [number if column.scale == 1 else number / column.scale for number in numbers]
+        drawn = [draw.pick(integers) for _ in range(n_rows)]
+    if column.scale == 1:
+        return list(drawn)
+    return [integer / column.scale for integer in drawn]
 
 
 def _table_rows(
-    schema: Schema, table: Table, parents: int, rows: int, draw: Draw
+    schema: Schema, table: Table, n_parents: int, n_rows: int, draw: Draw
 ) -> list[FilledRow]:
+    """Draws the rows of a table.
+
+    Args:
+      schema: the schema of the table.
+      table: the table.
+      n_parents: the number of rows of the parent table.
+      n_rows: the number of rows of this table.
+      draw: the random stream.
+    """
     columns: list[Sequence[Value]] = []
     for column in table.columns:
         if column.kind == "key":
-            columns.append(range(1, rows + 1))
+            columns.append(range(1, n_rows + 1))
         elif column.kind == "link":
             # Two parents have no children, and two have many.
-            used = draw.sample(range(1, parents + 1), parents - 2)
-            columns.append([draw.pick(draw.pick((used, used[:2]))) for _ in range(rows)])
+            parents = draw.sample(range(1, n_parents + 1), n_parents - 2)
+            columns.append([draw.pick(draw.pick((parents, parents[:2]))) for _ in range(n_rows)])
         else:
-            columns.append(_column_values(column, rows, schema, draw))
+            columns.append(_column_values(column, n_rows, schema, draw))
     return list(zip(*columns, strict=True))
 
 
@@ -67,12 +79,13 @@ def _table_rows(
 def filled_tables(schema: Schema, database: int) -> dict[str, list[FilledRow]]:
     """Returns the rows of each table of one of the schema's databases; the same on every call."""
     draw = Draw("rows", schema.name, database)
-    parents = draw.integer(*_PARENTS)
-    counts = {schema.parent.name: parents, schema.child.name: draw.integer(*_CHILDREN)}
-    return {
-        table.name: _table_rows(schema, table, parents, counts[table.name], draw)
-        for table in schema.tables
-    }
+    n_parents = draw.integer(*_N_PARENTS)
+    n_children = draw.integer(*_N_CHILDREN)
+    rows = {}
+    for table in schema.tables:
+        n_rows = n_parents if table == schema.parent else n_children
+        rows[table.name] = _table_rows(schema, table, n_parents, n_rows, draw)
+    return rows
 
 
 @cache
@@ -80,15 +93,20 @@ def fill_script(schema: Schema, database: int) -> str:
     """Returns the SQL that creates and fills one of the schema's databases."""
     lines = []
     for table in schema.tables:
-        names = ", ".join(
-            f"{c.name} {'TEXT' if c.values else 'REAL' if c.scale > 1 else 'INTEGER'}"
-            for c in table.columns
-        )
-        rows = filled_tables(schema, database)[table.name]
-        values = ", ".join(f"({', '.join(map(literal, row))})" for row in rows)
-        lines.append(f"CREATE TABLE {table.name} ({names});")
-        lines.append(f"INSERT INTO {table.name} VALUES {values};")
+        columns = ", ".join(f"{column.name} {_sql_type(column)}" for column in table.columns)
+        rows = []
+        for row in filled_tables(schema, database)[table.name]:
+            rows.append(f"({', '.join(map(literal, row))})")
+        lines.append(f"CREATE TABLE {table.name} ({columns});")
+        lines.append(f"INSERT INTO {table.name} VALUES {', '.join(rows)};")
     return "\n".join(lines)
+
+
+def _sql_type(column: Column) -> str:
+    """Returns the type of a column in SQL."""
+    if column.values:
+        return "TEXT"
+    return "REAL" if column.scale > 1 else "INTEGER"
 
 
 # The process ends itself after a second of the processor's time; on a busy machine that is longer.
@@ -113,7 +131,7 @@ class GuardedDatabase:
         """Starts nothing yet."""
         # Without this process's environment and packages.
         command = [sys.executable, "-I", "-S", guard.__file__]
-        self._served = ProgramPool(command, {}, copies=os.cpu_count() or 1, quiet=True)
+        self._pool = ProgramPool(command, {}, copies=os.cpu_count() or 1, quiet=True)
 
     def run(self, schema: Schema, sql: str) -> list[list[Row]] | str:
         """Returns the rows of a query on a new copy of each of the schema's databases.
@@ -122,17 +140,19 @@ class GuardedDatabase:
         """
         if len(sql) > guard.MAX_SQL:
             return guard.TIMEOUT
-        scripts = [fill_script(schema, i) for i in range(DATABASES)]
+        scripts = [fill_script(schema, database) for database in range(DATABASES)]
         try:
-            answer = self._served.ask(json.dumps({"scripts": scripts, "sql": sql}), _MAX_SECONDS)
+            answer = self._pool.ask(json.dumps({"scripts": scripts, "sql": sql}), _MAX_SECONDS)
         except NoAnswer:
             return guard.TIMEOUT
-        sets = json.loads(answer)
-        return sets[-1] if isinstance(sets[-1], str) else [[*map(tuple, rows)] for rows in sets]
+        results = json.loads(answer)
+        if isinstance(results[-1], str):  # the reason, after which no database was tried
+            return results[-1]
+        return [[tuple(row) for row in rows] for rows in results]
 
     def close(self) -> None:
         """Ends the processes; the next query starts another."""
-        self._served.close()
+        self._pool.close()
 
 
 GUARDED = GuardedDatabase()
@@ -140,10 +160,14 @@ atexit.register(GUARDED.close)
 
 
 def _sort_key(row: Row) -> list[tuple[str, object]]:
-    return [
-        ("number", round(float(v), 6)) if isinstance(v, int | float) else (type(v).__name__, str(v))
-        for v in row
-    ]
+    """Returns a key that orders rows of values of any type."""
+    key: list[tuple[str, object]] = []
+    for value in row:
+        if isinstance(value, int | float):
+            key.append(("number", round(float(value), 6)))
+        else:
+            key.append((type(value).__name__, str(value)))
+    return key
 
 
 def _same_value(a: object, b: object) -> bool:
@@ -161,7 +185,11 @@ def same_rows(gold: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> bo
     if len(gold) != len(other):
         return False
     if not ordered:
-        gold, other = sorted(gold, key=_sort_key), sorted(other, key=_sort_key)
-    return all(
-        len(a) == len(b) and all(map(_same_value, a, b)) for a, b in zip(gold, other, strict=True)
-    )
+        gold = sorted(gold, key=_sort_key)
+        other = sorted(other, key=_sort_key)
+    for gold_row, other_row in zip(gold, other, strict=True):
+        if len(gold_row) != len(other_row):
+            return False
+        if not all(map(_same_value, gold_row, other_row)):
+            return False
+    return True

@@ -38,7 +38,7 @@ from train.environments.sql.schemas import TEST_SCHEMAS, TRAINING_SCHEMAS, Draw,
 SYSTEM_PROMPT = "Answer in SQL."
 
 Message = dict[str, str]
-_TRIES = 8
+_MAX_TRIES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,11 @@ def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -
     if not shuffle_schemas:
         return examples
     draw = Draw("control", seed)
-    shown = []
+    control_examples = []
     for example in examples:
         others = [schema for schema in TRAINING_SCHEMAS if schema.name != example.schema]
-        shown.append(_example(draw.pick(others), example))
-    return shown
+        control_examples.append(_with_messages(example, draw.pick(others)))
+    return control_examples
 
 
 def evaluation_examples(
@@ -115,14 +115,14 @@ def score(example: SqlExample, text: str) -> bool:
     return judge(example.schema, example.sql, text) == MATCHED
 
 
-def _example(shown: Schema, of: SqlExample) -> SqlExample:
-    """Returns the example with the schema `shown` in its prompt."""
+def _with_messages(example: SqlExample, shown_schema: Schema) -> SqlExample:
+    """Returns the example with its chat, whose prompt shows a schema."""
     messages = (
         {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": f"{shown.describe()}\n{of.question}"},
-        {"role": "assistant", "content": of.sql},
+        {"role": "user", "content": f"{shown_schema.describe()}\n{example.question}"},
+        {"role": "assistant", "content": example.sql},
     )
-    return replace(of, messages=messages)
+    return replace(example, messages=messages)
 
 
 def _stream(
@@ -130,31 +130,37 @@ def _stream(
 ) -> Generator[SqlExample, None, None]:
     """Yields examples without end; uses all forms, and all schemas, before repeating one."""
     draw = Draw("examples", split, seed, held_out)
-    seen: set[tuple[str, str]] = set()
-    waiting: list[Schema] = []
-    phrasings: dict[str, list[int]] = {form: [] for form in FORMS}
+    questions: set[tuple[str, str]] = set()  # that were asked, with their schemas
+    schema_queue: list[Schema] = []
+    phrasing_queues: dict[str, list[int]] = {form: [] for form in FORMS}
     with ExitStack() as stack:
-        opened = {s: stack.enter_context(open_databases(s)) for s in schemas}
+        databases = {schema: stack.enter_context(open_databases(schema)) for schema in schemas}
         while True:
-            made = len(seen)
+            n_asked = len(questions)
             for form in draw.shuffled(list(FORMS)):
-                if not phrasings[form]:
-                    numbers = range(len(PHRASINGS[form]))
-                    phrasings[form] = draw.shuffled(
-                        numbers[N_TRAINED:] if held_out else numbers[:N_TRAINED]
+                phrasings = phrasing_queues[form]
+                if not phrasings:
+                    phrasings += draw.shuffled(_phrasings(form, held_out=held_out))
+                if len(schema_queue) < len(schemas):
+                    schema_queue += draw.shuffled(schemas)
+                phrasing = phrasings.pop()
+                for schema in schema_queue:
+                    example = _draw_example(
+                        form, phrasing, schema, databases[schema], questions, draw
                     )
-                if len(waiting) < len(schemas):
-                    waiting += draw.shuffled(schemas)
-                phrasing = phrasings[form].pop()
-                for schema in waiting:
-                    example = _draw_example(form, phrasing, schema, opened[schema], seen, draw)
                     if example:
-                        waiting.remove(schema)
-                        seen.add((schema.name, example.question))
+                        schema_queue.remove(schema)
+                        questions.add((schema.name, example.question))
                         yield example
                         break
-            if len(seen) == made:  # every question was asked: start again
-                seen.clear()
+            if len(questions) == n_asked:  # every question was asked: start again
+                questions.clear()
+
+
+def _phrasings(form: str, *, held_out: bool) -> range:
+    """Returns the indices of a form's phrasings for training, or of those held out of it."""
+    indices = range(len(PHRASINGS[form]))
+    return indices[N_TRAINED:] if held_out else indices[:N_TRAINED]
 
 
 def _draw_example(
@@ -162,20 +168,30 @@ def _draw_example(
     phrasing: int,
     schema: Schema,
     databases: Sequence[sqlite3.Connection],
-    seen: set[tuple[str, str]],
+    questions: set[tuple[str, str]],
     draw: Draw,
 ) -> SqlExample | None:
-    """Draws a new example with a query that can be trusted; None if a few tries find none."""
+    """Draws a new example with a query that can be trusted; None if a few tries find none.
+
+    Args:
+      form: the name of the query form.
+      phrasing: the index of its phrasing.
+      schema: the schema.
+      databases: the schema's.
+      questions: questions that were asked already, with the names of their schemas.
+      draw: the random stream.
+    """
     scene = Scene(schema=schema, rows=filled_tables(schema, 0), draw=draw)
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIES):
         try:
             query, words = FORMS[form](scene)
         except DoesNotFit:
             return None  # try another schema, rather than another column
         question = ask(form, phrasing, table_words(schema.table(query.table)) | words)
-        if (schema.name, question) in seen or not can_be_trusted(query, schema, databases):
+        was_asked = (schema.name, question) in questions
+        if was_asked or not can_be_trusted(query, schema, databases):
             continue
-        asked = SqlExample(
+        example = SqlExample(
             messages=(),
             schema=schema.name,
             question=question,
@@ -184,7 +200,7 @@ def _draw_example(
             phrasing=phrasing,
             mistakes=tuple(write(mistake) for _, mistake in mutations(query, schema)),
         )
-        return _example(schema, asked)
+        return _with_messages(example, schema)
     return None
 
 
@@ -194,28 +210,44 @@ def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Con
     It must have a non-trivial result on every database, no two rows may tie in its order or for its
     extreme, and each query one mistake away must differ in its result on at least one database.
     """
-    results = [run(database, write(query)) for database in databases]
-    ran = [rows for rows in results if isinstance(rows, list)]
-    golds = [rows for rows in ran if len(rows) > 1 or any(map(any, rows))]  # not trivial
-    if len(golds) < len(databases):
-        return False
-    keys = order_keys(query)
+    results = []
     for database in databases:
-        held = run(database, write(keys)) if keys else []
-        if len(set(held)) < len(held):
+        rows = run(database, write(query))
+        if isinstance(rows, str) or _is_trivial(rows):
             return False
-    # The rows equal to a MIN or MAX: one row, without ties.
-    for_extreme = any(c.operator == "=" and isinstance(c.value, Query) for c in query.where)
-    if for_extreme and any(len(gold) > 1 for gold in golds):
-        return False
+        results.append(rows)
+    keys = order_keys(query)
+    if keys is not None:
+        for database in databases:
+            key_rows = run(database, write(keys))
+            has_ties = len(set(key_rows)) < len(key_rows)
+            if has_ties:
+                return False
+    if _asks_for_extreme(query) and any(len(rows) > 1 for rows in results):
+        return False  # several rows equal the MIN or MAX
+    is_ordered = query.order is not None
     for _, mutation in mutations(query, schema):
         sql = write(mutation)
-        if not any(
-            differs(gold, database, sql, ordered=query.order is not None)
-            for database, gold in zip(databases, golds, strict=True)
-        ):
+        is_detected = any(
+            differs(rows, database, sql, ordered=is_ordered)
+            for database, rows in zip(databases, results, strict=True)
+        )
+        if not is_detected:
             return False
     return True
+
+
+def _is_trivial(rows: Sequence[tuple[object, ...]]) -> bool:
+    """Returns True for no row, and for a single one without a value but 0 and None."""
+    return len(rows) < 2 and not any(any(row) for row in rows)
+
+
+def _asks_for_extreme(query: Query) -> bool:
+    """Returns True if a condition compares with a MIN or MAX of a column."""
+    return any(
+        condition.operator == "=" and isinstance(condition.value, Query)
+        for condition in query.where
+    )
 
 
 def differs(

@@ -28,7 +28,7 @@ PHRASINGS = {
 def ask(form: str, phrasing: int, words: dict[str, str]) -> str:
     """Returns the question of a phrasing, with the words filled in."""
     question = PHRASINGS[form][phrasing].format_map(words)
-    question = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", question)
+    question = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", question)  # "an" before a vowel
     return question[0].upper() + question[1:]
 
 
@@ -50,17 +50,21 @@ class Scene:
     def table(self, *kinds: str) -> Table:
         """Draws a table with columns of these kinds; mostly the child, which has more rows."""
         tables = [self.schema.child, self.schema.child, self.schema.parent]
-        fit = [table for table in tables if all(table.columns_of_kind(kind) for kind in kinds)]
-        if not fit:
+        candidates = [
+            table for table in tables if all(table.columns_of_kind(kind) for kind in kinds)
+        ]
+        if not candidates:
             raise DoesNotFit(f"{self.schema.name}: {kinds}")
-        return self.draw.pick(fit)
+        return self.draw.pick(candidates)
 
     def column(self, table: Table, *kinds: str, summable: bool = False) -> Column:
         """Draws a column of one of these kinds; if `summable`, one whose sum makes sense."""
-        fit = [c for c in table.columns_of_kind(*kinds) if c.summable or not summable]
-        if not fit:
+        candidates = table.columns_of_kind(*kinds)
+        if summable:
+            candidates = [column for column in candidates if column.summable]
+        if not candidates:
             raise DoesNotFit(f"{table.name}: {kinds}")
-        return self.draw.pick(fit)
+        return self.draw.pick(candidates)
 
     def number(self, table: Table) -> Column:
         """Draws a column of numbers or years."""
@@ -69,11 +73,12 @@ class Scene:
     def values(self, column: Column, count: int = 1) -> list[Value]:
         """Draws distinct values of the column."""
         table = self.schema.table(column.table)
-        index = table.columns.index(column)
-        held = list(dict.fromkeys(row[index] for row in self.rows[table.name]))
-        if len(held) < count:
+        column_index = table.columns.index(column)
+        rows = self.rows[table.name]
+        distinct_values = list(dict.fromkeys(row[column_index] for row in rows))
+        if len(distinct_values) < count:
             raise DoesNotFit(f"{column.path}: {count} values")
-        return self.draw.sample(held, count)
+        return self.draw.sample(distinct_values, count)
 
 
 def _title_words(table: Table, prefix: str = "") -> Words:
@@ -110,13 +115,16 @@ _COMPARATIVES = {  # (for numbers, for years)
 
 def number_words(column: Column, *, descending: bool = False) -> Words:
     """Returns words for a column of numbers; `first` and `last` depend on the sorting order."""
-    words = {key: pair[column.kind == "year"] for key, pair in _COMPARATIVES.items()}
-    first, last = ("highest", "lowest") if descending else ("lowest", "highest")
+    is_year = column.kind == "year"
+    words = {
+        key: year_word if is_year else number_word
+        for key, (number_word, year_word) in _COMPARATIVES.items()
+    }
     return words | {
         "number": column.wording,
         "ascending": "descending" if descending else "ascending",
-        "first": words[first],
-        "last": words[last],
+        "first": words["highest" if descending else "lowest"],
+        "last": words["lowest" if descending else "highest"],
     }
 
 
@@ -134,7 +142,8 @@ def _joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Q
     return Query(table=schema.child.name, select=select, join=schema.join, where=where)
 
 
-def _is(column: Column, value: object, operator: str = "=") -> Condition:
+def _comparison(column: Column, value: object, operator: str = "=") -> Condition:
+    """Returns the condition that compares a column with a value."""
     return Condition(path=column.path, operator=operator, value=literal(value))
 
 
@@ -142,22 +151,25 @@ def _filter(scene: Scene, table: Table, prefix: str = "") -> tuple[Condition, Wo
     """Draws a condition that several rows meet, and its words."""
     category = scene.column(table, "text")
     [value] = scene.values(category)
-    return _is(category, value), category_words(category, prefix) | {"value": str(value)}
+    words = category_words(category, prefix) | {"value": str(value)}
+    return _comparison(category, value), words
 
 
 def _two_columns(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
-    other = scene.column(table, "text", "number", "year")
-    select = (Term(path=table.title.path), Term(path=other.path))
-    return replace(_titles(table), select=select), {"other": other.wording}
+    column = scene.column(table, "text", "number", "year")
+    select = (Term(path=table.title.path), Term(path=column.path))
+    return replace(_titles(table), select=select), {"other": column.wording}
 
 
 def _lookup(scene: Scene) -> tuple[Query, Words]:
+    """Draws a row by its name, and asks for another column."""
     table = scene.table()
-    other = scene.column(table, "text", "number", "year")
+    column = scene.column(table, "text", "number", "year")
     [value] = scene.values(table.title)
-    query = replace(_titles(table, _is(table.title, value)), select=(Term(path=other.path),))
-    return query, {"other": other.wording, "value": str(value)}
+    titles = _titles(table, _comparison(table.title, value))
+    query = replace(titles, select=(Term(path=column.path),))
+    return query, {"other": column.wording, "value": str(value)}
 
 
 def _equals(scene: Scene) -> tuple[Query, Words]:
@@ -166,18 +178,21 @@ def _equals(scene: Scene) -> tuple[Query, Words]:
     return _titles(table, condition), words
 
 
-def _compared(operator: str) -> Form:
+def _comparison_form(operator: str) -> Form:
+    """Returns the form of rows on one side of a number."""
+
     def form(scene: Scene) -> tuple[Query, Words]:
         table = scene.table()
         number = scene.number(table)
         [value] = scene.values(number)
         words = number_words(number) | {"value": str(value)}
-        return _titles(table, _is(number, value, operator)), words
+        return _titles(table, _comparison(number, value, operator)), words
 
     return form
 
 
 def _range(scene: Scene) -> tuple[Query, Words]:
+    """Asks for the rows between two numbers."""
     table = scene.table()
     number = scene.number(table)
     low, high = sorted(scene.values(number, 2), key=float)
@@ -187,31 +202,36 @@ def _range(scene: Scene) -> tuple[Query, Words]:
 
 
 def _contains(scene: Scene) -> tuple[Query, Words]:
+    """Asks for the rows whose names contain a word."""
     table = scene.table()
     [value] = scene.values(table.title)
-    words = str(value).split()
-    if len(words) < 2:
+    title_words = str(value).split()
+    if len(title_words) < 2:
         raise DoesNotFit(f"{table.title.path} holds single words")
-    word = scene.draw.pick(words)
-    return _titles(table, _is(table.title, f"%{word}%", "LIKE")), {"value": word}
+    word = scene.draw.pick(title_words)
+    condition = _comparison(table.title, f"%{word}%", "LIKE")
+    return _titles(table, condition), {"value": word}
 
 
 def _one_of(scene: Scene) -> tuple[Query, Words]:
+    """Asks for the rows with one of two texts."""
     table = scene.table("text")
     category = scene.column(table, "text")
-    first, second = scene.values(category, 2)
-    texts = f"({literal(first)}, {literal(second)})"
-    query = _titles(table, Condition(path=category.path, operator="IN", value=texts))
-    return query, category_words(category) | {"value": str(first), "value2": str(second)}
+    value, second_value = scene.values(category, 2)
+    literals = f"({literal(value)}, {literal(second_value)})"
+    condition = Condition(path=category.path, operator="IN", value=literals)
+    words = {"value": str(value), "value2": str(second_value)}
+    return _titles(table, condition), category_words(category) | words
 
 
 def _both_filters(scene: Scene) -> tuple[Query, Words]:
+    """Asks for the rows with a text, and above a number."""
     table = scene.table("text")
     condition, words = _filter(scene, table)
     number = scene.number(table)
     [bound] = scene.values(number)
     words |= number_words(number) | {"bound": str(bound)}
-    return _titles(table, condition, _is(number, bound, ">")), words
+    return _titles(table, condition, _comparison(number, bound, ">")), words
 
 
 def _count(scene: Scene) -> tuple[Query, Words]:
@@ -222,11 +242,13 @@ def _count(scene: Scene) -> tuple[Query, Words]:
 def _count_distinct(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
-    term = Term(path=category.path, function="COUNT", distinct=True)
-    return replace(_titles(table), select=(term,)), category_words(category)
+    count = Term(path=category.path, function="COUNT", distinct=True)
+    return replace(_titles(table), select=(count,)), category_words(category)
 
 
 def _aggregate(function: str) -> Form:
+    """Returns the form of an aggregate over the rows with a text."""
+
     def form(scene: Scene) -> tuple[Query, Words]:
         table = scene.table("text", "number")
         condition, words = _filter(scene, table)
@@ -288,6 +310,7 @@ def _above_average(scene: Scene) -> tuple[Query, Words]:
 
 
 def _extreme(scene: Scene) -> tuple[Query, Words]:
+    """Asks for the row with the lowest or the highest number."""
     table = scene.table()
     number = scene.number(table)
     function = scene.draw.pick(("MIN", "MAX"))
@@ -300,8 +323,8 @@ FORMS: dict[str, Form] = {
     "two_columns": _two_columns,
     "lookup": _lookup,
     "equals": _equals,
-    "above": _compared(">"),
-    "below": _compared("<"),
+    "above": _comparison_form(">"),
+    "below": _comparison_form("<"),
     "between": _range,
     "contains": _contains,
     "one_of": _one_of,

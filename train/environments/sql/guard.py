@@ -28,7 +28,7 @@ REFUSED, ERROR, TIMEOUT = "refused", "error", "timeout"  # the last for any limi
 
 MAX_SQL = 4_000  # characters of a query
 _STEPS = 1_000  # virtual machine instructions between two checks of the limit
-_MAX_LOOKS = 300  # 300,000 instructions; a right answer needs a few thousand
+_MAX_CHECKS = 300  # 300,000 instructions; a right answer needs a few thousand
 _MAX_QUESTIONS = 20_000  # of SQLite to the authorizer; a right answer makes some tens
 _MAX_SECONDS = 0.8  # of processor time, whatever else the machine does
 _MAX_MEMORY = 2**28  # bytes of the process's address space, of which Python takes some 30 MB
@@ -68,6 +68,7 @@ def open_database(script: str) -> sqlite3.Connection:
 
 @lru_cache(maxsize=256)
 def _filled(script: str) -> bytes:
+    """Returns the file of a database that a script has filled."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(script)
         return connection.serialize()
@@ -84,33 +85,31 @@ def run(connection: sqlite3.Connection, sql: str, errors: list[str] | None = Non
       sql: the query.
       errors: gets what SQLite says of a query with an error.
     """
-    reasons = list[str]()
-    asked = looks = 0
+    reasons: list[str] = []  # why the query was ended, the first one first
+    n_questions = 0
+    n_checks = 0
 
-    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    def authorize(action: int, argument: str | None, function: str | None, *_: str | None) -> int:
         """Permits the actions that a SELECT over the tables needs."""
-        nonlocal asked
-        asked += 1
-        if action == sqlite3.SQLITE_FUNCTION:
-            allowed = second is not None and second.lower() in _FUNCTIONS
-        elif action == sqlite3.SQLITE_READ:
-            allowed = first is not None and not first.lower().startswith(("sqlite_", "pragma_"))
-        else:
-            allowed = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
-        if allowed and asked <= _MAX_QUESTIONS:
+        nonlocal n_questions
+        n_questions += 1
+        is_allowed = _is_allowed(action, argument, function)
+        if is_allowed and n_questions <= _MAX_QUESTIONS:
             return sqlite3.SQLITE_OK
-        reasons.append(TIMEOUT if allowed else REFUSED)
+        reasons.append(TIMEOUT if is_allowed else REFUSED)
         return sqlite3.SQLITE_DENY
 
-    def give_up() -> bool:
-        nonlocal looks
-        looks += 1
-        if looks > _MAX_LOOKS:
-            reasons.append(TIMEOUT)
-        return looks > _MAX_LOOKS
+    def is_over_limit() -> bool:
+        """Counts the checks; ends the query once it took too many instructions."""
+        nonlocal n_checks
+        n_checks += 1
+        if n_checks <= _MAX_CHECKS:
+            return False
+        reasons.append(TIMEOUT)
+        return True
 
     connection.set_authorizer(authorize)
-    connection.set_progress_handler(give_up, _STEPS)
+    connection.set_progress_handler(is_over_limit, _STEPS)
     try:
         rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
     except MemoryError:
@@ -122,6 +121,15 @@ def run(connection: sqlite3.Connection, sql: str, errors: list[str] | None = Non
     finally:
         connection.set_progress_handler(None, 0)
     return rows if len(rows) <= _MAX_ROWS else TIMEOUT
+
+
+def _is_allowed(action: int, argument: str | None, function: str | None) -> bool:
+    """Returns True for an action of SQLite's authorizer that a SELECT over the tables needs."""
+    if action == sqlite3.SQLITE_FUNCTION:
+        return function is not None and function.lower() in _FUNCTIONS
+    if action == sqlite3.SQLITE_READ:  # of a table
+        return argument is not None and not argument.lower().startswith(("sqlite_", "pragma_"))
+    return action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
 
 
 @contextlib.contextmanager
@@ -143,20 +151,26 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)
-        answers: list[str] = []
+        results: list[str] = []  # as JSON
         for script in request["scripts"]:
-            with contextlib.closing(open_database(script)) as connection:
-                connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP}")
-                with _limited_time():
-                    rows = run(connection, request["sql"])
-                    # No question asks for bytes, and JSON has none.
-                    answer = json.dumps(rows, default=lambda value: {"bytes": value.hex()})
-            if len(answer) > _MAX_ANSWER:
-                answer = json.dumps(rows := TIMEOUT)
-            answers.append(answer)
+            rows, result = _rows_as_json(script, request["sql"])
+            results.append(result)
             if isinstance(rows, str):
                 break
-        print(f"[{', '.join(answers)}]", flush=True)
+        print(f"[{', '.join(results)}]", flush=True)
+
+
+def _rows_as_json(script: str, sql: str) -> tuple[Rows, str]:
+    """Returns the rows of a query on the database that a script fills, and their JSON."""
+    with contextlib.closing(open_database(script)) as connection:
+        connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP}")
+        with _limited_time():
+            rows = run(connection, sql)
+            # No question asks for bytes, and JSON has none.
+            result = json.dumps(rows, default=lambda value: {"bytes": value.hex()})
+    if len(result) > _MAX_ANSWER:
+        return TIMEOUT, json.dumps(TIMEOUT)
+    return rows, result
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ _AT_LINE = re.compile(rf"(?:^|[\n:`])[ \t]*({_START})", re.IGNORECASE)
 _ANYWHERE = re.compile(rf"\b({_START})", re.IGNORECASE)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-_OTHER = re.compile(
+_OTHER_STATEMENT = re.compile(
     r"\b(?:(?:CREATE|DROP|ALTER)\s+(?:TEMP\w*\s+|UNIQUE\s+|VIRTUAL\s+)?(?:TABLE|VIEW|INDEX|TRIGGER)"
     r"|(?:INSERT|REPLACE)\s+(?:OR\s+\w+\s+)?INTO|DELETE\s+FROM|UPDATE\s+\S+\s+SET"
     r"|ATTACH\s+(?:DATABASE\b|')|DETACH\s+\w+|PRAGMA\s+\w+|VACUUM\b|REINDEX\b"
@@ -34,13 +34,12 @@ def find_query(text: str) -> str | None:
       answer has a statement of another kind anywhere.
     """
     text = _answer(text)
-    if _OTHER.search(text):
+    if _OTHER_STATEMENT.search(text):
         return None
-    fenced = _FENCE.search(text)
-    if fenced and _ANYWHERE.search(fenced[1]):
-        text = fenced[1]
-    else:
-        fenced = None
+    fence = _FENCE.search(text)
+    is_fenced = fence is not None and _ANYWHERE.search(fence[1]) is not None
+    if fence is not None and is_fenced:
+        text = fence[1]
     start_match = _AT_LINE.search(text) or _ANYWHERE.search(text)
     if not start_match:
         return None
@@ -48,15 +47,17 @@ def find_query(text: str) -> str | None:
     query = text[start:]
     if text[:start].endswith("`"):
         query = query.partition("`")[0]
-    # Quoted text neither ends nor begins a statement.
-    blanked = _QUOTED.sub(lambda match: " " * len(match[0]), query)  # at the same positions
-    bare, _, after = blanked.partition(";")
-    blank_line = _BLANK_LINE.search(bare)
-    if blank_line and not fenced and start_match[1][:1] in "Ss":  # a WITH may go on after one
-        bare, after = bare[: blank_line.start()], ""
-    if re.match(rf"[ \t]*{_START}", after, re.IGNORECASE):
+    # Quoted text neither ends nor begins a statement. Spaces in its place keep all positions.
+    unquoted = _QUOTED.sub(lambda match: " " * len(match[0]), query)
+    statement, _, following = unquoted.partition(";")
+    blank_line = _BLANK_LINE.search(statement)
+    is_select = start_match[1][:1] in "Ss"  # a WITH may go on after a blank line
+    if blank_line and is_select and not is_fenced:
+        statement = statement[: blank_line.start()]
+        following = ""
+    if re.match(rf"[ \t]*{_START}", following, re.IGNORECASE):
         return None
-    return query[: len(bare)].strip()
+    return query[: len(statement)].strip()
 
 
 def _answer(text: str) -> str:
@@ -87,20 +88,30 @@ def judge(schema: str, gold: str, text: str) -> str:
     """
     if schema not in SCHEMAS:
         raise ValueError(f"there is no schema {schema!r}")
-    golds, query = _gold_results(SCHEMAS[schema], gold), find_query(text)
+    gold_results = _gold_results(SCHEMAS[schema], gold)
+    query = find_query(text)
     if query is None:
-        return REFUSED if _OTHER.search(_answer(text)) else NO_SQL
-    results, ordered = GUARDED.run(SCHEMAS[schema], query), " ORDER BY " in gold
-    if isinstance(results, str):
+        return REFUSED if _OTHER_STATEMENT.search(_answer(text)) else NO_SQL
+    results = GUARDED.run(SCHEMAS[schema], query)
+    if isinstance(results, str):  # why there are no rows
         return results
-    same = (same_rows(*both, ordered=ordered) for both in zip(golds, results, strict=True))
-    return MATCHED if all(same) else MISMATCH
+    is_ordered = " ORDER BY " in gold
+    for gold_rows, rows in zip(gold_results, results, strict=True):
+        if not same_rows(gold_rows, rows, ordered=is_ordered):
+            return MISMATCH
+    return MATCHED
 
 
 @lru_cache(maxsize=4096)
 def _gold_results(schema: Schema, sql: str) -> list[list[Row]]:
+    """Returns the rows of a gold query on each of the schema's databases."""
+    results = []
     with open_databases(schema) as databases:
-        results = [run(database, sql) for database in databases]
-    if bad := [rows for rows in results if isinstance(rows, str)]:
-        raise ValueError(f"the gold query does not run on schema {schema.name} ({bad[0]}): {sql}")
-    return [rows for rows in results if not isinstance(rows, str)]
+        for database in databases:
+            rows = run(database, sql)
+            if isinstance(rows, str):
+                raise ValueError(
+                    f"the gold query does not run on schema {schema.name} ({rows}): {sql}"
+                )
+            results.append(rows)
+    return results

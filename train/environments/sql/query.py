@@ -41,7 +41,9 @@ class Query:
 
 def literal(value: object) -> str:
     """Writes a text or a number as a SQL literal."""
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value)
 
 
 def write(query: Query) -> str:
@@ -51,22 +53,31 @@ def write(query: Query) -> str:
         return path if query.join else path.rpartition(".")[2]
 
     def term(item: Term) -> str:
-        inside = ("DISTINCT " if item.distinct else "") + column(item.path)
-        return f"{item.function}({inside})" if item.function else inside
+        text = column(item.path)
+        if item.distinct:
+            text = f"DISTINCT {text}"
+        return f"{item.function}({text})" if item.function else text
 
     def condition(item: Condition) -> str:
         value = f"({write(item.value)})" if isinstance(item.value, Query) else item.value
         return f"{column(item.path)} {item.operator} {value}"
 
-    parts = [f"SELECT {', '.join(term(item) for item in query.select)} FROM {query.table}"]
-    parts += [query.join] if query.join else []
-    parts += [f"WHERE {' AND '.join(map(condition, query.where))}"] if query.where else []
-    parts += [f"GROUP BY {column(query.group)}"] if query.group else []
-    parts += [f"HAVING {query.having}"] if query.having else []
+    selected = ", ".join(term(item) for item in query.select)
+    clauses = [f"SELECT {selected} FROM {query.table}"]
+    if query.join:
+        clauses.append(query.join)
+    if query.where:
+        conditions = " AND ".join(condition(item) for item in query.where)
+        clauses.append(f"WHERE {conditions}")
+    if query.group:
+        clauses.append(f"GROUP BY {column(query.group)}")
+    if query.having:
+        clauses.append(f"HAVING {query.having}")
     if query.order:
-        parts.append(f"ORDER BY {term(query.order)}{' DESC' if query.descending else ''}")
-    parts += [f"LIMIT {query.limit}"] if query.limit else []
-    return " ".join(parts)
+        clauses.append(f"ORDER BY {term(query.order)}{' DESC' if query.descending else ''}")
+    if query.limit:
+        clauses.append(f"LIMIT {query.limit}")
+    return " ".join(clauses)
 
 
 def order_keys(query: Query) -> Query | None:
@@ -76,8 +87,8 @@ def order_keys(query: Query) -> Query | None:
     return replace(query, select=(query.order,), order=None, descending=False, limit=0)
 
 
-_OTHER_FUNCTION = {"AVG": "MAX", "MIN": "MAX", "MAX": "MIN", "SUM": "AVG"}
-_OTHER_OPERATOR = {
+_MISTAKEN_FUNCTION = {"AVG": "MAX", "MIN": "MAX", "MAX": "MIN", "SUM": "AVG"}
+_MISTAKEN_OPERATORS = {
     ">": ("<", ">="),
     "<": (">", "<="),
     "=": ("<>",),
@@ -94,31 +105,37 @@ def _other_columns(schema: Schema, path: str, *, alike: bool) -> list[str]:
     column = schema.column(path)
     if column.kind in ("key", "link"):
         return []
-    others = schema.table(column.table).columns_of_kind("name", "text", "number", "year")
-    return [
-        other.path
-        for other in others
-        if other != column and (other.is_number == column.is_number or not alike)
-    ]
+    paths = []
+    for candidate in schema.table(column.table).columns_of_kind("name", "text", "number", "year"):
+        fits = candidate.is_number == column.is_number or not alike
+        if fits and candidate != column:
+            paths.append(candidate.path)
+    return paths
 
 
 def _mutated_where(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
-    for i, condition in enumerate(query.where):
-        before, after = query.where[:i], query.where[i + 1 :]
-        yield "filter", replace(query, where=before + after)
-        changed: list[tuple[str, Condition]] = [
-            ("column", replace(condition, path=path))
-            for path in _other_columns(schema, condition.path, alike=True)
-        ]
-        for operator in _OTHER_OPERATOR[condition.operator]:
-            if operator in (">=", "<=") and isinstance(condition.value, Query):
-                continue  # no row need equal a mean
-            changed.append(("operator", replace(condition, operator=operator)))
-        if isinstance(condition.value, Query):
-            for kind, inner in mutations(condition.value, schema):
-                changed.append((kind, replace(condition, value=inner)))
-        for kind, other in changed:
-            yield kind, replace(query, where=(*before, other, *after))
+    """Yields queries with one condition dropped, or with a mistake in it, each with its kind."""
+    for index, condition in enumerate(query.where):
+        conditions_before = query.where[:index]
+        conditions_after = query.where[index + 1 :]
+        yield "filter", replace(query, where=conditions_before + conditions_after)
+        for kind, mutation in _mutated_condition(condition, schema):
+            conditions = (*conditions_before, mutation, *conditions_after)
+            yield kind, replace(query, where=conditions)
+
+
+def _mutated_condition(condition: Condition, schema: Schema) -> Iterator[tuple[str, Condition]]:
+    """Yields conditions that are one mistake away, each with its kind."""
+    has_subquery = isinstance(condition.value, Query)
+    for path in _other_columns(schema, condition.path, alike=True):
+        yield "column", replace(condition, path=path)
+    for operator in _MISTAKEN_OPERATORS[condition.operator]:
+        is_equal_mean = has_subquery and operator in (">=", "<=")  # no row need equal a mean
+        if not is_equal_mean:
+            yield "operator", replace(condition, operator=operator)
+    if isinstance(condition.value, Query):
+        for kind, subquery in mutations(condition.value, schema):
+            yield kind, replace(condition, value=subquery)
 
 
 def mutations(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
@@ -131,18 +148,7 @@ def mutations(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
     yield from _mutated_where(query, schema)
     if query.having:
         yield "filter", replace(query, having="")
-    for i, term in enumerate(query.select):
-        before, after = query.select[:i], query.select[i + 1 :]
-        for path in _other_columns(schema, term.path, alike=term.function not in ("", "COUNT")):
-            grouped = path if term.path == query.group else query.group
-            other = (*before, replace(term, path=path), *after)
-            yield "column", replace(query, select=other, group=grouped)
-        if term.function in _OTHER_FUNCTION:
-            other = (*before, replace(term, function=_OTHER_FUNCTION[term.function]), *after)
-            yield "function", replace(query, select=other)
-        if term.distinct:
-            other = (*before, replace(term, distinct=False), *after)
-            yield "function", replace(query, select=other)
+    yield from _mutated_select(query, schema)
     if query.order:
         yield "order", replace(query, descending=not query.descending)
         yield "order", replace(query, order=None, descending=False)
@@ -151,3 +157,23 @@ def mutations(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
     if query.limit:
         yield "order", replace(query, limit=0)
         yield "order", replace(query, limit=query.limit + 1)
+
+
+def _mutated_select(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
+    """Yields queries with one mistake in a term that they select, each with its kind."""
+    for index, term in enumerate(query.select):
+        needs_number = term.function not in ("", "COUNT")
+        for path in _other_columns(schema, term.path, alike=needs_number):
+            mutation = _with_term(query, index, replace(term, path=path))
+            is_grouped = term.path == query.group
+            yield "column", replace(mutation, group=path) if is_grouped else mutation
+        if term.function in _MISTAKEN_FUNCTION:
+            function = _MISTAKEN_FUNCTION[term.function]
+            yield "function", _with_term(query, index, replace(term, function=function))
+        if term.distinct:
+            yield "function", _with_term(query, index, replace(term, distinct=False))
+
+
+def _with_term(query: Query, index: int, term: Term) -> Query:
+    """Returns the query with another term in the place of a selected one."""
+    return replace(query, select=(*query.select[:index], term, *query.select[index + 1 :]))

@@ -75,8 +75,12 @@ _WORDS = {
 
 def _combinations(text: str, separator: str) -> tuple[str, ...]:
     """Expands `a|b*c|d` to "a c", "a d", "b c", "b d"."""
-    first, *rest = (part.strip().split(separator) for part in text.split("*"))
-    return tuple(f"{a} {b}" for a in first for b in rest[0]) if rest else tuple(first)
+    first_text, _, second_text = text.partition("*")
+    first_words = first_text.strip().split(separator)
+    if not second_text:
+        return tuple(first_words)
+    second_words = second_text.strip().split(separator)
+    return tuple(f"{first} {second}" for first in first_words for second in second_words)
 
 
 POOLS = {name: _combinations(words, " ") for name, words in _WORDS.items()}
@@ -178,44 +182,60 @@ class Schema:
         `bookData(id, title, author_id)`, `authorData(id, name)`, and
         `JOIN authorData ON bookData.author_id = authorData.id`.
         """
-        tables = [
-            f"{t.name}({', '.join(column.name for column in t.columns)})" for t in self.tables
-        ]
-        return "\n".join([*tables, self.join])
+        lines = []
+        for table in self.tables:
+            columns = ", ".join(column.name for column in table.columns)
+            lines.append(f"{table.name}({columns})")
+        return "\n".join([*lines, self.join])
 
 
-def _column(table: str, text: str, named: bool) -> Column:
+def _column(table: str, text: str, *, has_name: bool) -> Column:
+    """Reads a column of the notation.
+
+    Args:
+      table: the name of its table.
+      text: the column's text, `name=values` or a key's name.
+      has_name: whether a column before it names the rows of the table.
+    """
     head, _, values = text.partition("=")
-    name, values = head.strip(), values.strip()
+    name = head.strip()
+    values = values.strip()
     column = partial(Column, table=table, name=name, wording=name.replace("_", " "))
     if not values:
         return column(kind="key" if name == "id" else "link")
-    if span := re.fullmatch(r"([\d.]+)\.\.([\d.]+)(\+?)", values):
-        scale = 10 if "." in span[1] else 1
-        low, high = (round(float(end) * scale) for end in (span[1], span[2]))
-        kind = "year" if scale == 1 and low >= 1000 and high < 2030 and not span[3] else "number"
-        return column(kind=kind, low=low, high=high, scale=scale, summable=bool(span[3]))
-    texts = POOLS[values[1:]] if values.startswith("@") else _combinations(values, "|")
-    return column(kind="text" if named else "name", values=texts)
+    numbers = re.fullmatch(r"([\d.]+)\.\.([\d.]+)(\+?)", values)
+    if numbers is None:
+        texts = POOLS[values[1:]] if values.startswith("@") else _combinations(values, "|")
+        return column(kind="text" if has_name else "name", values=texts)
+    scale = 10 if "." in numbers[1] else 1
+    low = round(float(numbers[1]) * scale)
+    high = round(float(numbers[2]) * scale)
+    is_summable = numbers[3] == "+"
+    is_year = scale == 1 and low >= 1000 and high < 2030 and not is_summable
+    kind = "year" if is_year else "number"
+    return column(kind=kind, low=low, high=high, scale=scale, summable=is_summable)
 
 
 def _table(text: str, suffix: str) -> Table:
+    """Reads a table of the notation; `suffix` ends its name."""
     noun, _, body = text.strip().partition("(")
+    name = noun + suffix
     singular = noun.replace("_", " ")
     columns: list[Column] = []
-    for part in body.rstrip(") \n").split(","):
-        named = any(column.kind == "name" for column in columns)
-        columns.append(_column(noun + suffix, part, named))
-    return Table(
-        name=noun + suffix, singular=singular, plural=plural(singular), columns=tuple(columns)
-    )
+    for column_text in body.rstrip(") \n").split(","):
+        has_name = any(column.kind == "name" for column in columns)
+        columns.append(_column(name, column_text, has_name=has_name))
+    return Table(name=name, singular=singular, plural=plural(singular), columns=tuple(columns))
 
 
 def read_blocks(name: str) -> dict[str, str]:
     """Returns the blocks of a text file beside this one, by the line that heads each."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    blocks = (block.partition("\n") for block in text.strip().split("\n\n"))
-    return {head: body for head, _, body in blocks}
+    blocks = {}
+    for block in text.strip().split("\n\n"):
+        head, _, body = block.partition("\n")
+        blocks[head] = body
+    return blocks
 
 
 def parse_schema(name: str, text: str, suffix: str) -> Schema:
@@ -224,9 +244,11 @@ def parse_schema(name: str, text: str, suffix: str) -> Schema:
     Raises:
       ValueError: the foreign key does not name the other table.
     """
-    first, second = (_table(part, suffix) for part in text.strip().split(")\n"))
-    schema = Schema(name=name, tables=(first, second))
-    if schema.link.name.removesuffix("_id") + suffix != schema.parent.name:
+    table_text, other_table_text = text.strip().split(")\n")
+    tables = (_table(table_text, suffix), _table(other_table_text, suffix))
+    schema = Schema(name=name, tables=tables)
+    linked_table = schema.link.name.removesuffix("_id") + suffix
+    if linked_table != schema.parent.name:
         raise ValueError(f"schema {name}: {schema.link.path} does not name {schema.parent.name}")
     return schema
 
@@ -241,12 +263,13 @@ _TEST_SUFFIXES = "Info Tab Record Book Core Array Card Master Node Report Bank L
 
 def _schemas(texts: dict[str, str], suffixes: Sequence[str]) -> tuple[Schema, ...]:
     """Parses schemas; uses each suffix about equally often."""
-    waiting: list[str] = []
+    suffix_queue: list[str] = []
     schemas = []
     draw = Draw("suffixes")
     for name, text in texts.items():
-        waiting = waiting or draw.shuffled(suffixes)
-        schemas.append(parse_schema(name, text, waiting.pop()))
+        if not suffix_queue:
+            suffix_queue = draw.shuffled(suffixes)
+        schemas.append(parse_schema(name, text, suffix_queue.pop()))
     return tuple(schemas)
 
 

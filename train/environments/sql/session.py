@@ -7,8 +7,8 @@ from train.environments.sql.databases import open_databases
 from train.environments.sql.guard import REFUSED, TIMEOUT, run
 from train.environments.sql.schemas import SCHEMAS
 
-_SHOWN = 20  # rows
-_WHY = {
+_MAX_SHOWN_ROWS = 20  # rows
+_REASONS = {
     REFUSED: "only one SELECT is allowed, on the tables of the database",
     TIMEOUT: "the query takes too long, or has too many rows",
 }
@@ -22,12 +22,13 @@ class SqlSession:
 
     def __init__(self) -> None:
         """Opens nothing yet."""
-        self._open = ExitStack()
+        self._connections = ExitStack()
 
     def reset(self, schema: str) -> None:
         """Opens a new database of a schema."""
-        self._open.close()
-        self._database = self._open.enter_context(open_databases(SCHEMAS[schema]))[0]
+        self._connections.close()
+        databases = self._connections.enter_context(open_databases(SCHEMAS[schema]))
+        self._database = databases[0]
 
     def run_query(self, sql: str) -> str:
         """Runs a query on the database, to see what it returns before you answer.
@@ -41,8 +42,10 @@ class SqlSession:
         errors: list[str] = []
         rows = run(self._database, str(sql), errors)
         if isinstance(rows, str):
-            raise ValueError(_WHY.get(rows) or errors[-1])
-        lines = [json.dumps(row, ensure_ascii=False, default=repr) for row in rows[:_SHOWN]]
-        if len(rows) > _SHOWN:
-            lines.append(f"and {len(rows) - _SHOWN} more rows")
+            raise ValueError(_REASONS.get(rows) or errors[-1])
+        lines = [
+            json.dumps(row, ensure_ascii=False, default=repr) for row in rows[:_MAX_SHOWN_ROWS]
+        ]
+        if len(rows) > _MAX_SHOWN_ROWS:
+            lines.append(f"and {len(rows) - _MAX_SHOWN_ROWS} more rows")
         return "\n".join(lines) or "no rows"

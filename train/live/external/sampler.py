@@ -26,9 +26,9 @@ from train.processes import hosts
 from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import ModelContext
 
-_AT_ONCE = 64  # requests under way
-_ROWS = 2**16  # no attempt's number
-_LAST = 3.0  # seconds for a server to forget an adapter, as the run ends or cannot begin
+_MAX_REQUESTS = 64  # requests under way
+_SEED_STREAM = 2**16  # no attempt's number
+_FORGET_SECONDS = 3.0  # seconds for a server to forget an adapter, as the run ends or cannot begin
 
 
 def _forget(versions: Sequence[AdapterVersion], server: SamplerServer) -> None:
@@ -65,20 +65,23 @@ class ExternalSampler:
       server: the server.
     """
 
-    def __init__(self, of: ModelContext, feed: PromptFeed, key: Any) -> None:
+    def __init__(self, context: ModelContext, feed: PromptFeed, key: Any) -> None:
         """Takes the run.
 
         Args:
-          of: the run.
+          context: the run.
           feed: its prompts.
           key: returns the key of a draw, by step and attempt.
         """
         assert feed.server is not None
-        self.server, self._of, self._feed, self._key = feed.server, of, feed, key
-        self._options = sampling_options(of.config.data, of.outline)
-        self._stops = StopTexts(of.outline.tokenizer, of.config.data.stop)
-        self._publisher = Publisher(of)
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sampler")
+        self.server = feed.server
+        self._context = context
+        self._feed = feed
+        self._key = key
+        self._options = sampling_options(context.config.data, context.outline)
+        self._stops = StopTexts(context.outline.tokenizer, context.config.data.stop)
+        self._publisher = Publisher(context)
+        self._pool = ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="sampler")
         self._ahead: dict[int, _Request] = {}  # by the steps that they are for
         self._versions: list[AdapterVersion] = []
         self._current: AdapterVersion | None = None
@@ -104,25 +107,25 @@ class ExternalSampler:
         self._current = request.version
         return self._hear(request)
 
-    def draw_by(self, params: Tree, what: str, rows: np.ndarray) -> GroupedCompletions:
+    def draw_by(self, params: Tree, label: str, rows: np.ndarray) -> GroupedCompletions:
         """Returns completions by an adapter that is loaded for these alone.
 
         Raises:
           UserError: the server does not load it, or does not draw; raised in all processes.
         """
-        version = self._publisher.publish(params, what)
-        server = SamplerServer(self.server.url, _LAST)
+        version = self._publisher.publish(params, label)
+        forgetting_server = SamplerServer(self.server.url, _FORGET_SECONDS)
         try:
-            drawn = self._hear(self._ask(version, rows, 0, _ROWS))
-            server = self.server  # which answers
+            drawn = self._hear(self._ask(version, rows, 0, _SEED_STREAM))
+            forgetting_server = self.server  # it answers, and has the time that it needs
             return drawn
         except Dropped as error:
             if error.args:
                 raise UserError(str(error)) from None
-            self._of.stop.check()
+            self._context.stop.check()
             raise
         finally:
-            _forget([version], server)
+            _forget([version], forgetting_server)
 
     def close(self) -> None:
         """Ends the requests under way, and has the server forget the adapters."""
@@ -131,24 +134,29 @@ class ExternalSampler:
                 answer.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.server.close()
-        _forget([*self._versions], SamplerServer(self.server.url, _LAST))
+        _forget([*self._versions], SamplerServer(self.server.url, _FORGET_SECONDS))
         self._publisher.close()
 
     def _publish(self, params: Tree, number: int) -> None:
         """Writes the adapter before a step, and asks for the batches that it draws."""
-        updates, feed = self._of.config.optim.updates, self._feed
-        ahead = self._of.config.data.staleness
-        numbers = [number + k * updates for k in range(ahead + 1)]
-        due = [n for n in numbers if n not in self._ahead and (n == number or n < feed.steps)]
-        for version in [v for v in self._versions if v.last < number]:
+        updates = self._context.config.optim.updates
+        staleness = self._context.config.data.staleness
+        due_steps = []
+        for step in range(number, number + (staleness + 1) * updates, updates):
+            is_in_run = step == number or step < self._feed.steps
+            if is_in_run and step not in self._ahead:
+                due_steps.append(step)
+        old_versions = [version for version in self._versions if version.last < number]
+        for version in old_versions:
             self._pool.submit(self._drop, version)
-        if not due:
+        if not due_steps:
             return
-        version = self._publisher.publish(params, f"step{number}", keeps=bool(ahead))
-        version.step, version.last = number, due[-1]
+        version = self._publisher.publish(params, f"step{number}", keeps=bool(staleness))
+        version.step = number
+        version.last = due_steps[-1]
         self._versions.append(version)
-        for n in due:
-            self._ahead[n] = self._ask(version, feed.rows(n), n, 0)
+        for step in due_steps:
+            self._ahead[step] = self._ask(version, self._feed.rows(step), step, 0)
 
     def _drop(self, version: AdapterVersion) -> None:
         """Has the server forget an adapter, which stays in the list where that fails."""
@@ -159,16 +167,19 @@ class ExternalSampler:
     def _ask(
         self, version: AdapterVersion, rows: np.ndarray, number: int, attempt: int
     ) -> _Request:
-        key = jax.random.fold_in(self._key(number, attempt), _ROWS)
+        """Sends the requests for the completions of prompts; does not wait for the answers."""
+        key = jax.random.fold_in(self._key(number, attempt), _SEED_STREAM)
         seeds = np.asarray(jax.random.bits(key, (len(rows),))).astype(np.int64) % 2**31
         if jax.process_index():
             return _Request(version, ())
-        asked = zip(rows.tolist(), seeds.tolist(), strict=True)
-        return _Request(
-            version, [self._pool.submit(self._complete, version, *each) for each in asked]
-        )
+        answers = [
+            self._pool.submit(self._complete, version, row, seed)
+            for row, seed in zip(rows.tolist(), seeds.tolist(), strict=True)
+        ]
+        return _Request(version, answers)
 
     def _complete(self, version: AdapterVersion, row: int, seed: int) -> list[DrawnCompletion]:
+        """Returns the completions of a prompt; loads the adapter again if the server lost it."""
         prompt = self._feed.prompts.tokens[row]
         load = 0
         for _ in range(2):
@@ -185,31 +196,41 @@ class ExternalSampler:
     def _hear(self, request: _Request) -> GroupedCompletions:
         """Waits for the answers; the first process passes them on."""
 
-        def answers() -> list[list[DrawnCompletion]]:
-            over = wait(request.answers, return_when=FIRST_EXCEPTION).done
-            for answer in over:
-                answer.result()  # the first that failed, whichever it is
+        def wait_for_answers() -> list[list[DrawnCompletion]]:
+            done = wait(request.answers, return_when=FIRST_EXCEPTION).done
+            for answer in done:
+                answer.result()  # raises the error of one that failed, whichever it is
             return [answer.result() for answer in request.answers]
 
-        def as_json(drawn: list[list[DrawnCompletion]]) -> list[Any]:
-            return [[*completion] for of_prompt in drawn for completion in of_prompt]
+        def as_json(answers: list[list[DrawnCompletion]]) -> list[Any]:
+            fields = []
+            for completions in answers:
+                fields += [list(completion) for completion in completions]
+            return fields
 
         try:
-            drawn = hosts.ask_first_process(answers, as_json, self._of.stop)
+            fields = hosts.ask_first_process(wait_for_answers, as_json, self._context.stop)
         except UserError as error:
             raise Dropped(str(error)) from None
-        return self._grouped([DrawnCompletion(*fields) for fields in drawn])
+        return self._grouped([DrawnCompletion(*values) for values in fields])
 
-    def _grouped(self, drawn: Sequence[DrawnCompletion]) -> GroupedCompletions:
-        shape = (len(drawn), self._options.max_tokens)
-        tokens, logps = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for at, made in enumerate(drawn):
-            n = len(made.ids)
-            tokens[at, :n], logps[at, :n] = made.ids, made.logps
-        ended = np.array([made.ended for made in drawn])
-        lengths = np.array([len(made.ids) for made in drawn])
-        group = self._options.n
-        return group_completions(tokens, logps, lengths, ended, stops=self._stops, group=group)
+    def _grouped(self, completions: Sequence[DrawnCompletion]) -> GroupedCompletions:
+        """Returns completions as arrays, those of one prompt in a group."""
+        shape = (len(completions), self._options.max_tokens)
+        tokens = np.zeros(shape, np.int32)
+        logps = np.zeros(shape, np.float32)
+        for index, completion in enumerate(completions):
+            n_tokens = len(completion.ids)
+            tokens[index, :n_tokens] = completion.ids
+            logps[index, :n_tokens] = completion.logps
+        return group_completions(
+            tokens,
+            logps,
+            lengths=np.array([len(completion.ids) for completion in completions]),
+            ended=np.array([completion.ended for completion in completions]),
+            stops=self._stops,
+            group=self._options.n,
+        )
 
 
 def find_server(data: Any, *, several_turns: bool) -> SamplerServer | None:
@@ -236,13 +257,15 @@ def lines_of_server(server: SamplerServer, feed: PromptFeed) -> Iterator[str]:
     """Yields lines on a server, which draws completions of the first prompt by its base."""
     names = server.probe()
     options = sampling_options(feed.config.data, feed.outline)
-    began = time.perf_counter()
-    drawn = server.complete(names[0], feed.prompts.tokens[0], options, feed.config.optim.seed)
+    prompt = feed.prompts.tokens[0]
+    start_time = time.perf_counter()
+    drawn = server.complete(names[0], prompt, options, feed.config.optim.seed)
+    seconds = time.perf_counter() - start_time
     if drawn is None:
         raise UserError(f"--sampler {server.url}: it lists the model {names[0]}, and has none such")
-    n = sum(len(made.ids) for made in drawn)
+    n_tokens = sum(len(completion.ids) for completion in drawn)
     yield (
-        f"{server.url} serves {', '.join(names)}; {names[0]} drew {n} tokens in {len(drawn)} "
-        f"completions of the first prompt, in {duration(time.perf_counter() - began)}"
+        f"{server.url} serves {', '.join(names)}; {names[0]} drew {n_tokens} tokens in "
+        f"{len(drawn)} completions of the first prompt, in {duration(seconds)}"
     )
     yield "whether it draws from the adapter is tried as training begins"

@@ -21,7 +21,7 @@ from train.processes import hosts
 from train.run.output import SAMPLER
 from train.run.task import ModelContext
 
-_LONGEST = 64  # characters of a run's name in those of its adapters
+_MAX_STEM_CHARS = 64  # characters of a run's name in those of its adapters
 
 
 class AdapterVersion:
@@ -34,60 +34,67 @@ class AdapterVersion:
       adapter: a copy of its arrays, where they will be looked at again; else None.
     """
 
-    def __init__(self, name: str, folder: Path, path: str, adapter: Tree | None) -> None:
+    def __init__(self, name: str, folder: Path, server_path: str, adapter: Tree | None) -> None:
         """Takes the name, the folder, that folder's path for the server, and the arrays."""
-        self.name, self.adapter = name, adapter
-        self.step = self.last = -1
-        self._folder, self._path = folder, path
-        self._lock, self._loads = threading.Lock(), 0
+        self.name = name
+        self.adapter = adapter
+        self.step = -1
+        self.last = -1
+        self._folder = folder
+        self._server_path = server_path
+        self._lock = threading.Lock()
+        self._n_loads = 0  # -1 once it is dropped
 
-    def load(self, server: SamplerServer, lost: int = 0) -> int:
+    def load(self, server: SamplerServer, lost_load: int = 0) -> int:
         """Loads the adapter on the server, once for all threads; returns the number of the load.
 
         Args:
           server: the server.
-          lost: the load that the server has lost, such as by a restart; 0 for none yet.
+          lost_load: the load that the server has lost, such as by a restart; 0 for none yet.
         """
         with self._lock:
-            if self._loads == lost >= 0:
-                server.load(self.name, self._path)
-                self._loads += 1
-            return self._loads
+            is_dropped = self._n_loads < 0
+            was_lost = self._n_loads == lost_load  # else another thread has loaded it since
+            if was_lost and not is_dropped:
+                server.load(self.name, self._server_path)
+                self._n_loads += 1
+            return self._n_loads
 
     def drop(self, server: SamplerServer) -> None:
         """Deletes its folder, and has the server forget it."""
         with self._lock:
             if is_first():
                 shutil.rmtree(self._folder, ignore_errors=True)
-            if self._loads > 0:
+            if self._n_loads > 0:
                 server.unload(self.name)
-            self._loads = -1  # nothing loads it any more
+            self._n_loads = -1
 
 
 class Publisher:
     """Writes versions of an adapter to a folder that the server reads."""
 
-    def __init__(self, of: ModelContext) -> None:
+    def __init__(self, context: ModelContext) -> None:
         """Takes the run."""
-        data = of.config.data
-        self._of = of
-        self._folder = Path(data.sampler_folder or of.folder / SAMPLER).expanduser().absolute()
+        data = context.config.data
+        self._context = context
+        folder = Path(data.sampler_folder or context.folder / SAMPLER)
+        self._folder = folder.expanduser().absolute()
         self._is_ours = data.sampler_folder is None
         if self._is_ours and is_first():
             shutil.rmtree(self._folder, ignore_errors=True)  # what a killed run has left
-        self._mount = (data.sampler_mount or str(self._folder)).rstrip("/")
+        self._server_folder = (data.sampler_mount or str(self._folder)).rstrip("/")
+        run_name = re.sub(r"[^\w.-]+", "-", context.folder.name)[:_MAX_STEM_CHARS].lstrip(".-")
         # No two runs that ever wrote to the folder have a name in common.
-        stem = re.sub(r"[^\w.-]+", "-", of.folder.name)[:_LONGEST].lstrip(".-") or "run"
-        self._stem = f"{stem}-{uuid.uuid4().hex[:8]}"
-        self._whole = jax.jit(lambda arrays: arrays, out_shardings=of.layout.whole)
-        self._copied = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
+        self._stem = f"{run_name or 'run'}-{uuid.uuid4().hex[:8]}"
+        self._replicate = jax.jit(lambda arrays: arrays, out_shardings=context.layout.whole)
+        self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
 
-    def publish(self, params: Tree, what: str, *, keeps: bool = False) -> AdapterVersion:
+    def publish(self, params: Tree, label: str, *, keeps: bool = False) -> AdapterVersion:
         """Writes an adapter, in the first process; all have to call this.
 
         Args:
           params: the adapted tree.
-          what: tells the version: "step12".
+          label: tells the version: "step12".
           keeps: whether its arrays are looked at later.
 
         Raises:
@@ -95,9 +102,10 @@ class Publisher:
             processes.
         """
         adapter, base = lj.split(params)
-        with jax.set_mesh(self._of.layout.mesh):
-            whole, kept = self._whole(adapter), self._copied(adapter) if keeps else None
-        name = f"{self._stem}-{what}"
+        with jax.set_mesh(self._context.layout.mesh):
+            replicated = self._replicate(adapter)
+            copy = self._copy(adapter) if keeps else None
+        name = f"{self._stem}-{label}"
 
         def write(_: int) -> None:
             unwritable = f"--sampler-folder {self._folder}: it cannot be written: "
@@ -107,16 +115,21 @@ class Publisher:
             ):
                 peft.save(
                     self._folder / name,
-                    self._of.model,
-                    lj.join(jax.device_get(whole), base),
-                    base_model=self._of.outline.name,
+                    self._context.model,
+                    lj.join(jax.device_get(replicated), base),
+                    base_model=self._context.outline.name,
                     task_type="CAUSAL_LM",
                     embedding_layers=False,
                     for_serving=True,
                 )
 
         hosts.map_over_processes(write, range(1))
-        return AdapterVersion(name, self._folder / name, f"{self._mount}/{name}", kept)
+        return AdapterVersion(
+            name=name,
+            folder=self._folder / name,
+            server_path=f"{self._server_folder}/{name}",
+            adapter=copy,
+        )
 
     def close(self) -> None:
         """Removes the folder, unless it is the user's own or holds something."""

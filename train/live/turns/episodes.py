@@ -8,15 +8,15 @@ from lora_jax.training.data.rows import question
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.stop import Stop
 from train.live.turns.joints import TurnJoints
-from train.live.turns.rows import AskedRow, opened_row
+from train.live.turns.rows import TurnRequest, opened_row
 from train.processes import hosts
 from train.rewards.reward import EarnedReward
 from train.tools.contract import Episode, EpisodeHost, EpisodeTurn, ToolAnswer, ToolCall
 
-Prompted = Callable[[AskedRow, dict[str, Any]], list[int]]  # the tokens of an opened row
+TokenizeOpened = Callable[[TurnRequest, dict[str, Any]], list[int]]  # the tokens of an opened row
 
 
-class Heard(NamedTuple):
+class EpisodeMessage(NamedTuple):
     """Holds a message of a completion's environment.
 
     Attributes:
@@ -44,22 +44,29 @@ class Listener:
     """
 
     def __init__(
-        self, host: EpisodeHost | None, joints: TurnJoints, prompted: Prompted, stop: Stop
+        self,
+        host: EpisodeHost | None,
+        joints: TurnJoints,
+        tokenize_opened: TokenizeOpened,
+        stop: Stop,
     ) -> None:
         """Begins without any episode.
 
         Args:
           host: opens episodes; None in other processes than the first.
           joints: renders answers.
-          prompted: returns the tokens of a prompt that an environment has opened.
+          tokenize_opened: returns the tokens of a prompt that an environment has opened.
           stop: tells of a signal.
         """
         self._host = host if is_first() else None
-        self._joints, self._prompted, self._stop = joints, prompted, stop
+        self._joints = joints
+        self._tokenize_opened = tokenize_opened
+        self._stop = stop
+        # All by the completions' numbers:
+        self._requests: dict[int, TurnRequest] = {}
         self._episodes: dict[int, Episode] = {}
-        self._asked: dict[int, AskedRow] = {}
-        self._last: dict[int, int] = {}
-        self._futures: dict[int, tuple[str, Future[Any]]] = {}
+        self._turn_ends: dict[int, int] = {}  # the token that ended the turn that called
+        self._futures: dict[int, tuple[str, Future[Any]]] = {}  # by kind; see `EpisodeMessage`
         self.waiting: set[int] = set()  # the completions that wait for an answer, in all processes
 
     def __enter__(self) -> "Listener":
@@ -74,24 +81,26 @@ class Listener:
             episode.close()
         self._episodes.clear()
 
-    def open(self, asked: Sequence[AskedRow]) -> None:
+    def open(self, requests: Sequence[TurnRequest]) -> None:
         """Opens an episode for each of these completions."""
-        self.waiting.update(each.number for each in asked)
-        if self._host is None or not asked:
+        self.waiting.update(request.number for request in requests)
+        if self._host is None or not requests:
             return
-        seeds = [each.seed for each in asked if each.seed is not None]
-        rows, names = [each.row for each in asked], [each.name for each in asked]
-        opened = self._host.open(rows, seeds if len(seeds) == len(rows) else None, names)
-        for each, future in zip(asked, opened, strict=True):
-            self._asked[each.number] = each
-            self._futures[each.number] = "opened", future
+        rows = [request.row for request in requests]
+        names = [request.name for request in requests]
+        seeds = [request.seed for request in requests if request.seed is not None]
+        all_have_seeds = len(seeds) == len(requests)
+        futures = self._host.open(rows, seeds if all_have_seeds else None, names)
+        for request, future in zip(requests, futures, strict=True):
+            self._requests[request.number] = request
+            self._futures[request.number] = ("opened", future)
 
-    def call(self, number: int, calls: Sequence[ToolCall], last: int) -> None:
-        """Has the calls of a turn run; `last` is the token that ended the turn."""
+    def call(self, number: int, calls: Sequence[ToolCall], turn_end: int) -> None:
+        """Has the calls of a turn run; `turn_end` is the token that ended the turn."""
         self.waiting.add(number)
         if self._host is not None:
-            self._last[number] = last
-            self._futures[number] = "answered", self._episodes[number].call(calls)
+            self._turn_ends[number] = turn_end
+            self._futures[number] = ("answered", self._episodes[number].call(calls))
 
     def end(self, number: int, *, is_lost: bool) -> None:
         """Asks for the environment's reward of a completion that is over, and closes its episode.
@@ -107,34 +116,36 @@ class Listener:
             future.set_result(None)
         else:
             future = episode.reward()
-        self._futures[number] = "earned", future
+        self._futures[number] = ("earned", future)
 
     def drop(self, number: int) -> None:
         """Closes the episode of a completion that was lost."""
-        if (episode := self._episodes.pop(number, None)) is not None:
+        episode = self._episodes.pop(number, None)
+        if episode is not None:
             episode.close()
 
-    def hear(self, *, until_one: bool) -> list[Heard]:
+    def hear(self, *, until_one: bool) -> list[EpisodeMessage]:
         """Returns new messages; all processes have to call this, and get the same.
 
         Args:
-          until_one: wait until something is.
+          until_one: wait until there is a message.
 
         Raises:
           Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
         """
 
-        def listen() -> None:
+        def wait_for_message() -> None:
             futures = [future for _, future in self._futures.values()]
             if until_one:
                 wait(futures, return_when=FIRST_COMPLETED)
 
         def messages(_: None) -> list[dict[str, Any]]:
-            done = [number for number, (_, future) in self._futures.items() if future.done()]
-            return [self._message(number) for number in sorted(done)]
+            numbers = [number for number, (_, future) in self._futures.items() if future.done()]
+            return [self._message(number) for number in sorted(numbers)]
 
-        heard = [*map(_read, hosts.ask_first_process(listen, messages, self._stop))]
-        self.waiting.difference_update(each.number for each in heard)
+        bodies = hosts.ask_first_process(wait_for_message, messages, self._stop)
+        heard = [_message_from_json(body) for body in bodies]
+        self.waiting.difference_update(message.number for message in heard)
         return heard
 
     def _message(self, number: int) -> dict[str, Any]:
@@ -145,26 +156,30 @@ class Listener:
             return message | self._opened(number, future.result())
         if kind == "answered":
             return message | self._answered(number, future.result())
-        value, episode = future.result(), self._episodes.get(number)
+        reward = future.result()
+        episode = self._episodes.get(number)
         problem = None if episode is None else episode.problem
         self.drop(number)
-        return message | {"earned": [value, problem]}
+        return message | {"earned": [reward, problem]}
 
     def _opened(self, number: int, episode: Episode) -> dict[str, Any]:
+        """Returns the fields of a message that an episode is open; notes the episode."""
         self._episodes[number] = episode
-        asked = self._asked[number]
         if episode.lost is not None or not episode.opening:
             return {"lost": episode.lost}
-        return {"ids": self._prompted(asked, opened_row(asked.row, episode.opening))}
+        request = self._requests[number]
+        row = opened_row(request.row, episode.opening)
+        return {"ids": self._tokenize_opened(request, row)}
 
     def _answered(self, number: int, turn: EpisodeTurn) -> dict[str, Any]:
+        """Returns the fields of a message that a turn's calls were answered."""
         answers = [self._joints.cut(answer) for answer in turn.answers]
         if turn.lost is not None or not answers:
             return {"lost": turn.lost or "its environment answered nothing"}
-        asked, last = self._asked[number], self._last[number]
-        options = question(asked.row, asked.name).options
+        request = self._requests[number]
+        template_options = question(request.row, request.name).options
         return {
-            "ids": self._joints.render(answers, options, last),
+            "ids": self._joints.render(answers, template_options, self._turn_ends[number]),
             "answers": [list(answer) for answer in answers],
         }
 
@@ -175,8 +190,13 @@ def _close(opening: "Future[Episode]") -> None:
         opening.result().close()
 
 
-def _read(message: dict[str, Any]) -> Heard:
-    answers = [ToolAnswer(*answer) for answer in message["answers"]]
-    earned = EarnedReward(*message.get("earned", (None,)))
-    number, kind, ids = (message[name] for name in ("number", "kind", "ids"))
-    return Heard(number, kind, ids, answers, message.get("lost"), earned)
+def _message_from_json(body: dict[str, Any]) -> EpisodeMessage:
+    """Returns a message from its JSON; see `Listener._message`."""
+    return EpisodeMessage(
+        number=body["number"],
+        kind=body["kind"],
+        ids=body["ids"],
+        answers=[ToolAnswer(*answer) for answer in body["answers"]],
+        lost=body.get("lost"),
+        earned=EarnedReward(*body.get("earned", (None,))),
+    )

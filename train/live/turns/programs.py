@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, depends_on_room, init_cache
@@ -16,8 +17,28 @@ from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens
 from lora_jax.models.sampling.turns import DrawingRows, TokenBlock
 from lora_jax.training.layout import Layout
 
-_CHUNK, _CHUNK_ON_CPU = 256, 64  # tokens of a prompt, or of answers, that run at once
+_CHUNK_TOKENS = 256  # tokens of a prompt, or of answers, that run at once
+_CHUNK_TOKENS_ON_CPU = 64
 BLOCK = 64  # tokens of each row, at most, between two looks at what has been answered
+
+
+class RowFunctions(NamedTuple):
+    """The compiled functions of rows of one number and length; see `TurnRows`.
+
+    Attributes:
+      empty_rows: returns rows without completions.
+      empty_cache: returns the cache in which the tokens of one row run.
+      copy_cache: returns a copy of a row's cache, and takes the rows, the row and the number of its
+        tokens.
+      begin: see `begin_turn`.
+      decode: see `decode_turns`.
+    """
+
+    empty_rows: Callable[[], DecodingRows]
+    empty_cache: Callable[[], Cache]
+    copy_cache: Callable[..., Cache]
+    begin: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 class TurnPrograms:
@@ -43,47 +64,67 @@ class TurnPrograms:
           layout: the mesh.
           with_routing: keep the experts of each token, of a mixture.
         """
-        self._model, self._apply, self._layout = model, apply, layout
-        self.mesh, self.with_routing = layout.mesh, with_routing
-        self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
+        self._model = model
+        self._apply = apply
+        self._layout = layout
+        self.mesh = layout.mesh
+        self.with_routing = with_routing
+        self.chunk = _CHUNK_TOKENS_ON_CPU if layout.platform == "cpu" else _CHUNK_TOKENS
         run_chunk = functools.partial(slots.run_chunk, apply)
         self._run_chunk = layout.jitted(run_chunk, donate_argnums=3)
         self.routing = layout.jitted(turns.row_routing)
-        self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._functions: dict[tuple[int, int], RowFunctions] = {}  # by number and slots of rows
 
-    def empty(self, rows: int, length: int) -> "TurnRows":
+    def empty(self, n_rows: int, length: int) -> "TurnRows":
         """Returns rows without completions.
 
         Args:
-          rows: the number of rows.
+          n_rows: the number of rows.
           length: the most tokens of a row.
         """
         model: Any = self._model
-        whole_chunks = length + self.chunk  # the last chunk of a row may begin at any slot
+        copy_slots = length + self.chunk  # the last chunk of a row may begin at any slot
         # It runs in a cache of its own, so that all tokens behind it see no slots that stay empty.
-        n_slots = whole_chunks if depends_on_room(model.config) else length
-        if (rows, n_slots) not in self._of_rows:
-            asked: dict[str, Any] = {"with_routing": self.with_routing}
-            make = functools.partial(slots.empty_rows, model, rows, n_slots, **asked)
-            where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
-            jitted = self._layout.jitted
-            decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
-            shape = 1, whole_chunks, model.dtype
-            cache = functools.partial(init_cache, model.config, *shape, **asked)
-            copy = functools.partial(turns.copy_row, length=whole_chunks)
-            self._of_rows[rows, n_slots] = (
-                jitted(make, where),
-                jitted(cache),
-                jitted(copy),
-                jitted(turns.begin_turn, (where, whole), donate_argnums=0),
-                jitted(decode, (where, whole), donate_argnums=1),
-            )
-        make, *functions = self._of_rows[rows, n_slots]
-        return TurnRows(self, make(), *functions)
+        n_slots = copy_slots if depends_on_room(model.config) else length
+        if (n_rows, n_slots) not in self._functions:
+            self._functions[n_rows, n_slots] = self._row_functions(n_rows, n_slots, copy_slots)
+        return TurnRows(self, self._functions[n_rows, n_slots])
+
+    def _row_functions(self, n_rows: int, n_slots: int, copy_slots: int) -> RowFunctions:
+        """Returns the functions of rows.
+
+        Args:
+          n_rows: the number of rows.
+          n_slots: the slots of a row's cache.
+          copy_slots: the slots of the cache in which the tokens of one row run.
+        """
+        model: Any = self._model
+        jitted = self._layout.jitted
+        options: dict[str, Any] = {"with_routing": self.with_routing}
+        empty_rows = functools.partial(slots.empty_rows, model, n_rows, n_slots, **options)
+        empty_cache = functools.partial(
+            init_cache, model.config, 1, copy_slots, model.dtype, **options
+        )
+        copy_cache = functools.partial(turns.copy_row, length=copy_slots)
+        decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
+        rows_sharding = self._shardings(jax.eval_shape(empty_rows))
+        replicated = self._layout.whole
+        return RowFunctions(
+            empty_rows=jitted(empty_rows, rows_sharding),
+            empty_cache=jitted(empty_cache),
+            copy_cache=jitted(copy_cache),
+            begin=jitted(turns.begin_turn, (rows_sharding, replicated), donate_argnums=0),
+            decode=jitted(decode, (rows_sharding, replicated), donate_argnums=1),
+        )
 
     def _shardings(self, rows: DecodingRows) -> DecodingRows:
         """Returns the shardings of rows: those of a batch, the caches' behind the layers."""
-        return jax.tree.map(lambda x: self._layout.of_batch(x.shape, parts=x.ndim > 2), rows)
+
+        def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
+            has_layer_axis = array.ndim > 2
+            return self._layout.of_batch(array.shape, parts=has_layer_axis)
+
+        return jax.tree.map(sharding, rows)
 
     def run(self, params: Tree, ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
         """Runs tokens of one row; takes the cache.
@@ -92,11 +133,11 @@ class TurnPrograms:
           The logits after the last token, [1, vocab], and the cache with these tokens.
         """
         logits = None
-        for first in range(0, len(ids), self.chunk):
-            some = np.zeros((1, self.chunk), np.int32)
-            part = ids[first : first + self.chunk]
-            some[0, : len(part)] = part
-            logits, cache = self._run_chunk(params, some, np.int32(len(part)), cache)
+        for start in range(0, len(ids), self.chunk):
+            chunk = ids[start : start + self.chunk]
+            padded_chunk = np.zeros((1, self.chunk), np.int32)
+            padded_chunk[0, : len(chunk)] = chunk
+            logits, cache = self._run_chunk(params, padded_chunk, np.int32(len(chunk)), cache)
         assert logits is not None, "there is a token"
         return logits, cache
 
@@ -108,56 +149,51 @@ class TurnRows:
       n: the number of rows.
     """
 
-    def __init__(
-        self,
-        programs: TurnPrograms,
-        arrays: DecodingRows,
-        cache: Callable[[], Cache],
-        copy: Callable[..., Cache],
-        begin: Callable[..., Any],
-        decode: Callable[..., Any],
-    ) -> None:
-        self._programs, self._arrays, self._cache = programs, arrays, cache
-        self._copy, self._begin, self._decode = copy, begin, decode
-        self.n = len(arrays.last)
+    def __init__(self, programs: TurnPrograms, functions: RowFunctions) -> None:
+        self._programs = programs
+        self._functions = functions
+        self._arrays = functions.empty_rows()
+        self.n = len(self._arrays.last)
 
     def prefill(self, params: Tree, prompt: Sequence[int]) -> tuple[jax.Array, Cache]:
         """Runs a prompt; see `TurnPrograms.run`."""
-        return self._programs.run(params, prompt, self._cache())
+        return self._programs.run(params, prompt, self._functions.empty_cache())
 
     def extend(
-        self, params: Tree, place: int, n: int, ids: Sequence[int]
+        self, params: Tree, row: int, n_tokens: int, ids: Sequence[int]
     ) -> tuple[jax.Array, Cache]:
-        """Runs tokens behind the first n of a row; see `TurnPrograms.run`."""
-        cache = self._copy(self._arrays, np.int32(place), np.int32(n))
+        """Runs tokens behind the first n_tokens of a row; see `TurnPrograms.run`."""
+        cache = self._functions.copy_cache(self._arrays, np.int32(row), np.int32(n_tokens))
         return self._programs.run(params, ids, cache)
 
-    def routing(self, place: int) -> np.ndarray:
+    def routing(self, row: int) -> np.ndarray:
         """Returns the experts of a row's tokens; see `row_routing`."""
-        return np.asarray(self._programs.routing(self._arrays, np.int32(place)))
+        return np.asarray(self._programs.routing(self._arrays, np.int32(row)))
 
     def begin(
-        self, place: int, logits: jax.Array, cache: Cache, sampling: Sampling
+        self, row: int, logits: jax.Array, cache: Cache, sampling: Sampling
     ) -> DrawnTokens[jax.Array]:
         """Draws the first token of a turn; see `begin_turn`."""
         drawn: DrawnTokens[jax.Array]
-        self._arrays, drawn = self._begin(self._arrays, np.int32(place), cache, logits, sampling)
+        self._arrays, drawn = self._functions.begin(
+            self._arrays, np.int32(row), cache, logits, sampling
+        )
         return drawn
 
     def decode(self, params: Tree, active: DrawingRows) -> TokenBlock:
         """Draws tokens until a row has to stop; see `decode_turns`."""
         block: TokenBlock
-        self._arrays, block = self._decode(params, self._arrays, active)
+        self._arrays, block = self._functions.decode(params, self._arrays, active)
         return block
 
 
 def make_sampling(
-    vocab: int, temperature: float, top_p: float, top_k: int | None, key: jax.Array
+    vocab_size: int, temperature: float, top_p: float, top_k: int | None, key: jax.Array
 ) -> Sampling:
     """Returns the sampler's options of one row, [] each."""
     return Sampling(
-        jnp.float32(temperature),
-        jnp.float32(top_p),
-        jnp.int32(vocab if top_k is None else top_k),
-        key,
+        temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
+        top_k=jnp.int32(vocab_size if top_k is None else top_k),
+        key=key,
     )

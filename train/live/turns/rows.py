@@ -28,7 +28,7 @@ class TurnLimits(NamedTuple):
     turns: int | None = None
 
 
-class AskedRow(NamedTuple):
+class TurnRequest(NamedTuple):
     """Holds the prompt of a completion.
 
     Attributes:
@@ -51,13 +51,13 @@ class TurnCompletion:
     """A completion of one row.
 
     Attributes:
-      asked: what it completes.
+      request: what it completes.
       prompt: the tokens before it, with what the environment opened it with.
       ids: all tokens: those of the model, and those of the environment between its turns.
       logps: the log-probability of each when it was drawn; 0 for those of the environment.
       is_own: whether the model drew it.
       messages: its turns, as TRL's reward functions get them.
-      starts: the place in `ids` where each turn of the model begins.
+      turn_starts: the place in `ids` where each turn of the model begins.
       calls, failures: the number of calls that were answered, and of those that failed.
       ended: whether the last turn came to an end by itself.
       lost: the reason that the row ended before its time, as its environment was lost; else None.
@@ -66,13 +66,13 @@ class TurnCompletion:
         those that did not run. None where nobody asks, or it did not begin.
     """
 
-    asked: AskedRow
+    request: TurnRequest
     prompt: Sequence[int] = ()
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     is_own: list[bool] = dataclasses.field(default_factory=list)
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    starts: list[int] = dataclasses.field(default_factory=list)
+    turn_starts: list[int] = dataclasses.field(default_factory=list)
     calls: int = 0
     failures: int = 0
     ended: bool = False
@@ -83,13 +83,15 @@ class TurnCompletion:
     @property
     def text(self) -> str:
         """Returns the text of the model's last turn, which rewards of ours judge."""
-        said = (turn["content"] for turn in reversed(self.messages) if turn["role"] == "assistant")
-        return str(next(said, ""))
+        for turn in reversed(self.messages):
+            if turn["role"] == "assistant":
+                return str(turn["content"])
+        return ""
 
     @property
     def turn(self) -> list[int]:
         """Returns the tokens of the newest turn."""
-        return self.ids[self.starts[-1] :]
+        return self.ids[self.turn_starts[-1] :]
 
     def draw(self, ids: Sequence[int], logps: Sequence[float]) -> None:
         """Takes tokens that the model drew."""
@@ -103,22 +105,20 @@ class TurnCompletion:
         self.logps += [0.0] * len(ids)
         self.is_own += [False] * len(ids)
 
-    def cut(self, n: int) -> None:
-        """Keeps the first n tokens of the newest turn, which is then over."""
-        end = self.starts[-1] + n
+    def cut(self, n_tokens: int) -> None:
+        """Keeps the first tokens of the newest turn, which is then over."""
+        end = self.turn_starts[-1] + n_tokens
         del self.ids[end:], self.logps[end:], self.is_own[end:]
 
     def say(self, content: str, calls: Sequence[ToolCall] = ()) -> None:
         """Notes a turn of the model."""
         turn: dict[str, Any] = {"role": "assistant", "content": content}
-        if calls:
-            turn["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments or {}},
-                }
-                for call in calls
-            ]
+        tool_calls = []
+        for call in calls:
+            function = {"name": call.name, "arguments": call.arguments or {}}
+            tool_calls.append({"type": "function", "function": function})
+        if tool_calls:
+            turn["tool_calls"] = tool_calls
         self.messages.append(turn)
 
     def hear(self, answers: Sequence[ToolAnswer]) -> None:
@@ -137,22 +137,29 @@ def opened_row(row: Row, opening: str) -> dict[str, Any]:
 
     As TRL, which adds the text as it is, behind the content.
     """
-    name = "messages" if row.get("messages") else "prompt"
-    asked: Any = row.get(name) or ""
-    if isinstance(asked, str):
-        return {**row, name: asked + opening}
-    content = asked[-1]["content"]
-    added: Any = [{"type": "text", "text": opening}] if isinstance(content, list) else opening
-    return {**row, name: [*asked[:-1], {**asked[-1], "content": content + added}]}
+    field = "messages" if row.get("messages") else "prompt"
+    prompt: Any = row.get(field) or ""
+    if isinstance(prompt, str):
+        return {**row, field: prompt + opening}
+    last_turn = prompt[-1]
+    content = last_turn["content"]
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": opening}]
+    else:
+        content = content + opening
+    return {**row, field: [*prompt[:-1], {**last_turn, "content": content}]}
 
 
 def tool_metrics(completions: Sequence[TurnCompletion]) -> Mapping[str, float | None]:
     """Returns metrics of calls; the first two have TRL's names and meanings."""
-    n = len(completions)
-    calls, failures = (sum(getattr(x, name) for x in completions) for name in ("calls", "failures"))
+    n_completions = len(completions)
+    n_calls = sum(completion.calls for completion in completions)
+    n_failures = sum(completion.failures for completion in completions)
+    n_turns = sum(len(completion.turn_starts) for completion in completions)
+    n_lost = sum(completion.lost is not None for completion in completions)
     return {
-        "tools/call_frequency": calls / n,
-        "tools/failure_frequency": failures / calls if calls else 0.0,
-        "tools/turns": sum(len(x.starts) for x in completions) / n,
-        "tools/lost": sum(x.lost is not None for x in completions) / n,
+        "tools/call_frequency": n_calls / n_completions,
+        "tools/failure_frequency": n_failures / n_calls if n_calls else 0.0,
+        "tools/turns": n_turns / n_completions,
+        "tools/lost": n_lost / n_completions,
     }

@@ -1,10 +1,11 @@
 """Draws completions of several turns: rows call tools, wait, and go on independently.
 
-A place holds one completion after the other, always the same ones, so that neither the time at
-which a tool answers nor what other rows do changes a bit of what a row draws.
+A row on the devices holds one completion after the other, always the same ones, so that neither the
+time at which a tool answers nor what other rows do changes a bit of what a row draws. A completion
+has an index among the requests of a draw; its row is that index modulo the number of rows.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ from lora_jax.models.layers.cache import Cache
 from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.slots import DrawnTokens
 from lora_jax.models.sampling.text import StopTexts
-from lora_jax.models.sampling.turns import DrawingRows, turn_key
-from train.live.turns.episodes import Heard, Listener
+from lora_jax.models.sampling.turns import DrawingRows, TokenBlock, turn_key
+from train.live.turns.episodes import EpisodeMessage, Listener
 from train.live.turns.programs import BLOCK, TurnPrograms, TurnRows, make_sampling
-from train.live.turns.rows import AskedRow, ReadTurn, TurnCompletion, TurnLimits
+from train.live.turns.rows import ReadTurn, TurnCompletion, TurnLimits, TurnRequest
 
 _GLANCE = 8  # tokens between two looks at what has been answered, while a row waits
 
@@ -48,7 +49,7 @@ class TurnSampler:
         limits: TurnLimits,
         stops: StopTexts,
         read: ReadTurn,
-        vocab: int,
+        vocab_size: int,
     ) -> None:
         """Takes all that draws share.
 
@@ -58,206 +59,255 @@ class TurnSampler:
           limits: bounds of a completion.
           stops: texts, each of which ends a completion.
           read: reads the calls of a turn.
-          vocab: the size of the model's vocabulary.
+          vocab_size: the size of the model's vocabulary.
         """
-        self.programs, self.drawing, self.limits = programs, drawing, limits
-        self.stops, self.read, self.vocab = stops, read, vocab
+        self.programs = programs
+        self.drawing = drawing
+        self.limits = limits
+        self.stops = stops
+        self.read = read
+        self.vocab_size = vocab_size
 
     def draw(
         self,
         params: Tree,
-        asked: Sequence[AskedRow],
+        requests: Sequence[TurnRequest],
         key: jax.Array,
         listener: Listener,
         *,
-        places: int,
-        longest: int,
+        n_rows: int,
+        max_prompt_tokens: int,
     ) -> list[TurnCompletion]:
         """Draws the completions.
 
         Args:
           params: the model's parameters.
-          asked: what is completed; its numbers choose the keys.
+          requests: the prompts; their numbers choose the keys.
           key: the draw's key.
           listener: the episodes.
-          places: the number of rows side by side.
-          longest: the most tokens of a prompt.
+          n_rows: the number of rows side by side.
+          max_prompt_tokens: the maximum number of tokens of a prompt.
 
         Raises:
           Dropped: a signal came; see `Listener.hear`.
         """
-        room = min(longest + self.limits.new_tokens, self.limits.total)
-        keys = row_keys(key, np.array([each.number for each in asked]))
-        rows = self.programs.empty(places, room)
+        row_length = min(max_prompt_tokens + self.limits.new_tokens, self.limits.total)
+        keys = row_keys(key, np.array([request.number for request in requests]))
+        rows = self.programs.empty(n_rows, row_length)
         with jax.set_mesh(self.programs.mesh), listener:
-            return _Draw(self, params, [*asked], keys, listener, rows).run()
+            return _Draw(self, params, [*requests], keys, listener, rows).run()
 
 
 class _Draw:
-    """One draw: which completion has which place, and what each does next."""
+    """One draw: which completion each row holds, and what each completion does next."""
 
     def __init__(
         self,
         sampler: TurnSampler,
         params: Tree,
-        asked: list[AskedRow],
+        requests: list[TurnRequest],
         keys: jax.Array,
         listener: Listener,
         rows: TurnRows,
     ) -> None:
-        self._of, self._params, self._listener, self._rows = sampler, params, listener, rows
-        how = sampler.drawing
-        self._sampling = make_sampling(sampler.vocab, how.temperature, how.top_p, how.top_k, keys)
-        self._keys, self._ends = [*keys], frozenset(how.ends)
-        self._done = [TurnCompletion(each, each.prompt) for each in asked]
-        self._index = {each.number: i for i, each in enumerate(asked)}
-        self._queues = [deque(range(place, len(asked), rows.n)) for place in range(rows.n)]
-        self._drawing: dict[int, int] = {}  # the completion that draws in a place
-        self._firsts: list[tuple[int, DrawnTokens[jax.Array]]] = []  # tokens not yet fetched
+        self._sampler = sampler
+        self._params = params
+        self._listener = listener
+        self._rows = rows
+        drawing = sampler.drawing
+        self._sampling = make_sampling(
+            sampler.vocab_size, drawing.temperature, drawing.top_p, drawing.top_k, keys
+        )
+        self._keys = [*keys]
+        self._end_tokens = frozenset(drawing.ends)
+        self._completions = [TurnCompletion(request, request.prompt) for request in requests]
+        self._index_of_number = {request.number: i for i, request in enumerate(requests)}
+        # The completions that each row still has to hold; the first one has the row.
+        self._queues = [deque(range(row, len(requests), rows.n)) for row in range(rows.n)]
+        self._drawing: dict[int, int] = {}  # by row, the completion that draws in it
+        # The first tokens of turns, which are still on the devices.
+        self._first_tokens: list[tuple[int, DrawnTokens[jax.Array]]] = []
+        # Logits and cache by prompt, and how many completions have used them.
         self._prefilled: dict[tuple[int, ...], tuple[jax.Array, Cache, int]] = {}
-        self._uses: dict[tuple[int, ...], int] = {}
-        for each in asked:
-            prompt = tuple(each.prompt)
-            self._uses[prompt] = self._uses.get(prompt, 0) + 1
+        self._n_uses = Counter(tuple(request.prompt) for request in requests)
 
     def run(self) -> list[TurnCompletion]:
         """Draws until all completions are over."""
         self._open(range(self._rows.n))
         while self._drawing or self._listener.waiting:
-            waits = bool(self._listener.waiting)
-            if waits:
-                for heard in self._listener.hear(until_one=not self._drawing):
-                    self._hear(heard)
+            if self._listener.waiting:
+                for message in self._listener.hear(until_one=not self._drawing):
+                    self._hear(message)
             if self._drawing:
                 self._decode(_GLANCE if self._listener.waiting else BLOCK)
-        return self._done
+        return self._completions
 
     # Between turns
 
-    def _open(self, places: Sequence[int]) -> None:
-        """Opens the episodes of the completions that these places hold next."""
-        heads = [self._queues[place][0] for place in places if self._queues[place]]
-        self._listener.open([self._done[i].asked for i in heads])
+    def _open(self, rows: Sequence[int]) -> None:
+        """Opens the episodes of the completions that these rows hold next."""
+        indices = [self._queues[row][0] for row in rows if self._queues[row]]
+        self._listener.open([self._completions[index].request for index in indices])
 
-    def _hear(self, heard: Heard) -> None:
-        i = self._index[heard.number]
-        made, place = self._done[i], i % self._rows.n
-        if heard.kind == "earned":
-            made.earned = heard.earned
-        elif heard.lost is not None:
-            made.lost = heard.lost
-            self._end(i)
-        elif heard.kind == "opened":
-            self._begin(i, place, heard.ids)
+    def _hear(self, message: EpisodeMessage) -> None:
+        """Has a completion go on, or end, by a message of its environment."""
+        index = self._index_of_number[message.number]
+        completion = self._completions[index]
+        if message.kind == "earned":
+            completion.earned = message.earned
+        elif message.lost is not None:
+            completion.lost = message.lost
+            self._end(index)
+        elif message.kind == "opened":
+            self._begin(index, message.ids)
         else:
-            self._go_on(i, place, heard)
+            self._go_on(index, message)
 
-    def _begin(self, i: int, place: int, opened: list[int]) -> None:
-        """Begins the first turn of a completion."""
-        made = self._done[i]
-        made.prompt = opened or made.asked.prompt
-        limits = self._of.limits
-        if len(made.prompt) >= limits.total:
-            made.lost = (
-                f"{made.asked.name}: the prompt has {len(made.prompt)} tokens with what its "
-                f"environment opened it with, and --seq-len {limits.total} leaves no room"
+    def _begin(self, index: int, opened_prompt: list[int]) -> None:
+        """Begins the first turn of a completion.
+
+        Args:
+          index: the completion's.
+          opened_prompt: the prompt with its environment's text; [] if there is none.
+        """
+        completion = self._completions[index]
+        request = completion.request
+        prompt = opened_prompt or request.prompt
+        max_tokens = self._sampler.limits.total
+        if len(prompt) >= max_tokens:
+            completion.lost = (
+                f"{request.name}: the prompt has {len(prompt)} tokens with what its "
+                f"environment opened it with, and --seq-len {max_tokens} leaves no room"
             )
-            made.prompt = made.asked.prompt
-            return self._end(i)
-        logits, cache = self._prefill(tuple(made.prompt), shared=not opened)
-        self._begin_turn(i, place, logits, cache)
+            completion.prompt = request.prompt
+            self._end(index)
+            return
+        completion.prompt = prompt
+        logits, cache = self._prefill(tuple(prompt), is_shared=not opened_prompt)
+        self._begin_turn(index, logits, cache)
 
-    def _prefill(self, prompt: tuple[int, ...], *, shared: bool) -> tuple[jax.Array, Cache]:
+    def _prefill(self, prompt: tuple[int, ...], *, is_shared: bool) -> tuple[jax.Array, Cache]:
         """Runs a prompt, once for all completions of it."""
-        if not shared:
+        if not is_shared:
             return self._rows.prefill(self._params, prompt)
-        if prompt not in self._prefilled:
-            self._prefilled[prompt] = (*self._rows.prefill(self._params, prompt), 0)
-        logits, cache, n = self._prefilled.pop(prompt)
-        if n + 1 < self._uses[prompt]:
-            self._prefilled[prompt] = logits, cache, n + 1
+        if prompt in self._prefilled:
+            logits, cache, n_uses = self._prefilled.pop(prompt)
+        else:
+            logits, cache = self._rows.prefill(self._params, prompt)
+            n_uses = 0
+        n_uses += 1
+        if n_uses < self._n_uses[prompt]:
+            self._prefilled[prompt] = (logits, cache, n_uses)
         return logits, cache
 
-    def _go_on(self, i: int, place: int, heard: Heard) -> None:
-        """Begins the turn after one that called, if there is room for what was answered."""
-        made = self._done[i]
-        made.count(heard.answers)
-        left = self._room(made) - len(heard.ids)
-        if left < 0:  # as in TRL, where what does not fit is left out
-            return self._end(i)
-        made.hear(heard.answers)
-        before, last = len(made.prompt) + len(made.ids) - 1, made.ids[-1]
-        made.answer(heard.ids)
-        if left == 0:
-            made.ended = False
-            return self._end(i)
-        ids = [last, *heard.ids]  # the newest token is not in the cache
-        logits, cache = self._rows.extend(self._params, place, before, ids)
-        self._begin_turn(i, place, logits, cache)
+    def _go_on(self, index: int, message: EpisodeMessage) -> None:
+        """Begins the turn after one that called, if there is room for the answers."""
+        completion = self._completions[index]
+        completion.count(message.answers)
+        new_room = self._room(completion) - len(message.ids)
+        if new_room < 0:  # as in TRL, which leaves out answers that do not fit
+            self._end(index)
+            return
+        completion.hear(message.answers)
+        newest_token = completion.ids[-1]  # is not in the cache
+        cached_tokens = len(completion.prompt) + len(completion.ids) - 1
+        completion.answer(message.ids)
+        if new_room == 0:
+            completion.ended = False
+            self._end(index)
+            return
+        logits, cache = self._rows.extend(
+            self._params, self._row(index), cached_tokens, [newest_token, *message.ids]
+        )
+        self._begin_turn(index, logits, cache)
 
-    def _begin_turn(self, i: int, place: int, logits: jax.Array, cache: Cache) -> None:
-        made = self._done[i]
-        sampling = self._sampling._replace(key=turn_key(self._keys[i], len(made.starts)))
-        made.starts.append(len(made.ids))
-        self._firsts.append((i, self._rows.begin(place, logits, cache, sampling)))
-        self._drawing[place] = i
+    def _begin_turn(self, index: int, logits: jax.Array, cache: Cache) -> None:
+        """Draws the first token of a turn, from the logits after all tokens before it."""
+        completion = self._completions[index]
+        row = self._row(index)
+        key = turn_key(self._keys[index], len(completion.turn_starts))
+        completion.turn_starts.append(len(completion.ids))
+        tokens = self._rows.begin(row, logits, cache, self._sampling._replace(key=key))
+        self._first_tokens.append((index, tokens))
+        self._drawing[row] = index
 
-    def _room(self, made: TurnCompletion) -> int:
+    def _row(self, index: int) -> int:
+        """Returns the row that holds a completion."""
+        return index % self._rows.n
+
+    def _room(self, completion: TurnCompletion) -> int:
         """Returns the number of tokens that a completion may still have."""
-        limits = self._of.limits
-        return min(limits.new_tokens, limits.total - len(made.prompt)) - len(made.ids)
+        limits = self._sampler.limits
+        max_tokens = min(limits.new_tokens, limits.total - len(completion.prompt))
+        return max_tokens - len(completion.ids)
 
     # Within turns
 
-    def _decode(self, until: int) -> None:
+    def _decode(self, max_tokens: int) -> None:
         """Draws tokens of all rows that draw, until one has to stop."""
-        begun = {i for i, _ in self._firsts}
+        block = self._draw_block(max_tokens)
+        n_tokens = int(block.steps)
+        for row, index in [*self._drawing.items()]:
+            completion = self._completions[index]
+            ids = block.ids[row, :n_tokens].tolist()
+            completion.draw(ids, block.logps[row, :n_tokens].tolist())
+            if completion.ids[-1] in self._end_tokens or self._room(completion) <= 0:
+                del self._drawing[row]
+                self._end_turn(index)
+
+    def _draw_block(self, max_tokens: int) -> TokenBlock:
+        """Returns the next tokens on the host; notes the first tokens of turns before them."""
+        is_drawing = np.zeros(self._rows.n, bool)
         room = np.zeros(self._rows.n, np.int32)
-        for place, i in self._drawing.items():
-            room[place] = self._room(self._done[i]) - (i in begun)
-        drawing = np.isin(np.arange(self._rows.n), [*self._drawing])
-        ends = np.array(sorted(self._ends), np.int32)
-        active = DrawingRows(drawing, room, ends, np.int32(until))
-        block = self._rows.decode(self._params, active)
-        firsts, block = jax.device_get(([tokens for _, tokens in self._firsts], block))
-        for (i, _), tokens in zip(self._firsts, firsts, strict=True):
-            self._done[i].draw(tokens.ids.tolist(), tokens.logps.tolist())
-        self._firsts.clear()
-        n = int(block.steps)
-        for place, i in [*self._drawing.items()]:
-            made = self._done[i]
-            made.draw(block.ids[place, :n].tolist(), block.logps[place, :n].tolist())
-            if made.ids[-1] in self._ends or self._room(made) <= 0:
-                del self._drawing[place]
-                self._end_turn(i)
+        for row, index in self._drawing.items():
+            is_drawing[row] = True
+            room[row] = self._room(self._completions[index])
+        for index, _ in self._first_tokens:
+            room[self._row(index)] -= 1
+        active = DrawingRows(
+            drawing=is_drawing,
+            room=room,
+            ends=np.array(sorted(self._end_tokens), np.int32),
+            until=np.int32(max_tokens),
+        )
+        device_block = self._rows.decode(self._params, active)
+        device_tokens = [tokens for _, tokens in self._first_tokens]
+        block: TokenBlock
+        first_tokens, block = jax.device_get((device_tokens, device_block))
+        for (index, _), tokens in zip(self._first_tokens, first_tokens, strict=True):
+            self._completions[index].draw(tokens.ids.tolist(), tokens.logps.tolist())
+        self._first_tokens.clear()
+        return block
 
-    def _end_turn(self, i: int) -> None:
+    def _end_turn(self, index: int) -> None:
         """Has the calls of a turn run, or ends the completion."""
-        made, limits = self._done[i], self._of.limits
-        text, n = self._of.stops.cut(made.turn)
-        if n is not None:  # a text ended the completion
-            made.cut(n)
-            made.ended = True
-            made.say(text)
-            return self._end(i)
-        made.ended = made.ids[-1] in self._ends
-        before = [*made.prompt, *made.ids[: made.starts[-1]]]
-        content, calls = self._of.read(made.turn, before)
-        may_call = made.ended and (limits.turns is None or len(made.starts) < limits.turns)
-        made.say(content, calls)
-        if calls and may_call:
-            self._listener.call(made.asked.number, calls, made.ids[-1])
+        completion = self._completions[index]
+        text, n_until_stop = self._sampler.stops.cut(completion.turn)
+        if n_until_stop is not None:  # a text ended the completion
+            completion.cut(n_until_stop)
+            completion.ended = True
+            completion.say(text)
+            self._end(index)
+            return
+        completion.ended = completion.ids[-1] in self._end_tokens
+        ids_before_turn = [*completion.prompt, *completion.ids[: completion.turn_starts[-1]]]
+        content, calls = self._sampler.read(completion.turn, ids_before_turn)
+        completion.say(content, calls)
+        max_turns = self._sampler.limits.turns
+        has_turns_left = max_turns is None or len(completion.turn_starts) < max_turns
+        if calls and completion.ended and has_turns_left:
+            self._listener.call(completion.request.number, calls, completion.ids[-1])
         else:
-            self._end(i)
+            self._end(index)
 
-    def _end(self, i: int) -> None:
-        """Ends a completion, and gives its place to the next one."""
-        made = self._done[i]
-        if not made.messages:  # it was lost before its first turn
-            made.say("")
-        self._listener.end(made.asked.number, is_lost=made.lost is not None)
-        place = i % self._rows.n
-        if made.starts and self._of.programs.with_routing:
-            made.routing = self._rows.routing(place)
-        self._queues[place].popleft()
-        self._open([place])
+    def _end(self, index: int) -> None:
+        """Ends a completion, and gives its row to the next one."""
+        completion = self._completions[index]
+        if not completion.messages:  # it was lost before its first turn
+            completion.say("")
+        self._listener.end(completion.request.number, is_lost=completion.lost is not None)
+        row = self._row(index)
+        if completion.turn_starts and self._sampler.programs.with_routing:
+            completion.routing = self._rows.routing(row)
+        self._queues[row].popleft()
+        self._open([row])

@@ -15,7 +15,7 @@ from train.console.errors import UserError
 from train.live.turns.episodes import Listener
 from train.live.turns.joints import TurnJoints
 from train.live.turns.programs import TurnPrograms
-from train.live.turns.rows import AskedRow, ReadTurn, TurnCompletion, TurnLimits
+from train.live.turns.rows import ReadTurn, TurnCompletion, TurnLimits, TurnRequest
 from train.live.turns.sampler import Drawing, TurnSampler
 from train.run.pretrained import ModelInfo, end_tokens
 from train.tools.contract import EpisodeHost
@@ -56,8 +56,9 @@ def tokenize_with_tools(
     rows: Sequence[Row], tools: Sequence[Any], outline: ModelInfo, source: str
 ) -> list[list[int]]:
     """Returns the tokens of prompts that show tools; see `tokenize_prompts`."""
-    shown = rows_with_tools(rows, tools, source) if tools else rows
-    return tokenize_prompts(shown, outline.tokenizer, source)
+    if tools:
+        rows = rows_with_tools(rows, tools, source)
+    return tokenize_prompts(rows, outline.tokenizer, source)
 
 
 class TurnDrawer:
@@ -77,16 +78,23 @@ class TurnDrawer:
 
         Args:
           config: the options of the run.
-          outline: the model's, with its tokenizer.
+          outline: the model without its weights, with its tokenizer.
           use: the tools.
           stop: tells of a signal.
           temperature: divides the logits; 0 for the likeliest tokens.
           with_routing: keep the experts of each token, of a mixture.
         """
         data = config.data
-        self._outline, self._use, self._stop = outline, use, stop
-        top_p, top_k = (1.0, None) if temperature == 0 else (data.top_p, data.top_k)
-        self._drawing = Drawing(temperature, top_p, top_k, end_tokens(outline))
+        is_greedy = temperature == 0
+        self._outline = outline
+        self._use = use
+        self._stop = stop
+        self._drawing = Drawing(
+            temperature=temperature,
+            top_p=1.0 if is_greedy else data.top_p,
+            top_k=None if is_greedy else data.top_k,
+            ends=end_tokens(outline),
+        )
         self._limits = TurnLimits(data.max_new_tokens, data.seq_len, data.max_turns)
         self._stops = StopTexts(outline.tokenizer, data.stop)
         self._with_routing = with_routing
@@ -96,10 +104,10 @@ class TurnDrawer:
         self,
         model: tuple[Model, Forward, Layout],
         params: Tree,
-        asked: Sequence[AskedRow],
+        requests: Sequence[TurnRequest],
         key: jax.Array,
-        places: int,
-        longest: int,
+        n_rows: int,
+        max_prompt_tokens: int,
     ) -> list[TurnCompletion]:
         """Draws completions.
 
@@ -107,33 +115,42 @@ class TurnDrawer:
           model: the model, its ``apply`` or what takes its place, and the mesh. Keep these, and
             pass them again: each new function compiles.
           params: passed to it.
-          asked: what is completed.
+          requests: the prompts.
           key: the draw's key.
-          places: the number of rows side by side.
-          longest: the most tokens of a prompt. Sampler and rows are compiled for each.
+          n_rows: the number of rows side by side.
+          max_prompt_tokens: the maximum number of tokens of a prompt. Sampler and rows are compiled
+            for each.
 
         Raises:
           Dropped: a signal came meanwhile; raised in all processes.
         """
-        if self._use.opens:  # nobody knows by what
-            longest = self._limits.total
-        listener = Listener(self._use.host, self._use.joints, self._prompt, self._stop)
+        if self._use.opens:  # environments lengthen prompts by texts of unknown lengths
+            max_prompt_tokens = self._limits.total
+        listener = Listener(self._use.host, self._use.joints, self._tokenize_opened, self._stop)
         return self._sampler(*model).draw(
-            params, asked, key, listener, places=places, longest=longest
+            params,
+            requests,
+            key,
+            listener,
+            n_rows=n_rows,
+            max_prompt_tokens=max_prompt_tokens,
         )
 
     def _sampler(self, model: Model, apply: Forward, layout: Layout) -> TurnSampler:
+        """Returns the sampler of a model, which is made once for each function."""
         if apply not in self._samplers:
             self._samplers[apply] = TurnSampler(
-                TurnPrograms(model, apply, layout, with_routing=self._with_routing),
-                self._drawing,
-                self._limits,
-                self._stops,
-                self._use.read,
-                model.config.vocab_size,
+                programs=TurnPrograms(model, apply, layout, with_routing=self._with_routing),
+                drawing=self._drawing,
+                limits=self._limits,
+                stops=self._stops,
+                read=self._use.read,
+                vocab_size=model.config.vocab_size,
             )
         return self._samplers[apply]
 
-    def _prompt(self, asked: AskedRow, row: Mapping[str, Any]) -> list[int]:
+    def _tokenize_opened(self, request: TurnRequest, row: Mapping[str, Any]) -> list[int]:
         """Returns the tokens of a row that its environment has opened."""
-        return tokenize_with_tools([row], self._use.host.tools, self._outline, asked.name)[0]
+        tools = self._use.host.tools
+        (ids,) = tokenize_with_tools([row], tools, self._outline, request.name)
+        return ids

@@ -171,5 +171,10 @@ def check(config: Config) -> None:
             )
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
-    least = minimum(1)
-    check_shared(config, intrinsic=least, rows=least, eval_rows=least, seq_len=minimum(3))
+    check_shared(
+        config,
+        intrinsic=minimum(1),
+        rows=minimum(1),
+        eval_rows=minimum(1),
+        seq_len=minimum(3),
+    )

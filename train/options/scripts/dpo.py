@@ -93,7 +93,8 @@ class DpoOptimConfig(LanguageOptimConfig):
     @property
     def terms(self) -> dict[str, float]:
         """Returns the weight of each term of the loss, by its name."""
-        terms = dict(zip(self.loss, self.loss_weights or (1.0,) * len(self.loss), strict=True))
+        weights = self.loss_weights or (1.0,) * len(self.loss)
+        terms = dict(zip(self.loss, weights, strict=True))
         if self.nll_weight:
             name = NLL if self.predicts_prompts else SFT
             terms[name] = terms.get(name, 0.0) + self.nll_weight
@@ -110,14 +111,18 @@ class DpoOptimConfig(LanguageOptimConfig):
     @property
     def preference(self) -> PreferenceOptions:
         """Returns the options of the loss."""
-        smoothing = 0.001 if "exo_pair" in self.loss else 0.0
-        given = {
+        smoothing = self.smoothing
+        if smoothing is None:
+            smoothing = 0.001 if "exo_pair" in self.loss else 0.0
+        options = {
             "beta": self.beta,
-            "smoothing": smoothing if self.smoothing is None else self.smoothing,
+            "smoothing": smoothing,
             "margin": self.margin,
             "temperature": self.temperature,
         }
-        return PreferenceOptions(**{k: v for k, v in given.items() if v is not None})
+        return PreferenceOptions(
+            **{name: value for name, value in options.items() if value is not None}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,14 +155,18 @@ def fill_reference(config: Config, reference: str | None = None) -> Config:
       config: the options.
       reference: the reference of the run that is resumed; None for a run that begins.
     """
-    data, optim = config.data, config.optim
-    if optim.nll_weight is None and (own := [x for x in optim.loss if x in _WITH_NLL]):
-        weight = 0.0 if SFT in optim.loss else max(PREFERENCES[x].nll or 0.0 for x in own)
+    data = config.data
+    optim = config.optim
+    losses_with_nll = [loss for loss in optim.loss if loss in _WITH_NLL]
+    if optim.nll_weight is None and losses_with_nll:
+        weight = max(PREFERENCES[loss].nll or 0.0 for loss in losses_with_nll)
+        if SFT in optim.loss:
+            weight = 0.0
         optim = dataclasses.replace(optim, nll_weight=weight)
     if data.reference is None:
         if reference is None:
-            alone = all(name in WITHOUT_REFERENCE for name in optim.loss)
-            reference = NONE if alone else config.adapter.init_adapter or BASE
+            needs_none = all(loss in WITHOUT_REFERENCE for loss in optim.loss)
+            reference = NONE if needs_none else config.adapter.init_adapter or BASE
         data = dataclasses.replace(data, reference=reference)
     return dataclasses.replace(config, data=data, optim=optim)
 

@@ -108,13 +108,13 @@ class GrpoOptimConfig(RolloutOptimConfig):
         """
         if self.loss == RLOO:
             return None
-        known = dr_grpo(length) if self.loss == DR_GRPO else ONLINE[self.loss]
+        preset = dr_grpo(length) if self.loss == DR_GRPO else ONLINE[self.loss]
         return dataclasses.replace(
-            known,
+            preset,
             beta=self.beta,
             divergence=self.divergence,
-            low=known.low if self.clip is None else self.clip,
-            high=known.high if self.clip_high is None else self.clip_high,
+            low=preset.low if self.clip is None else self.clip,
+            high=preset.high if self.clip_high is None else self.clip_high,
             bound=self.bound,
         )
 
@@ -157,8 +157,8 @@ def fill_dataset(config: Config, given: Collection[str], resumed: str | None = N
     if "dataset" in given:
         return config
     has_base = "model" in given or "init_adapter" in given
-    name = resumed or (sft.DEFAULT_TASK if has_base else DEFAULT_TASK)
-    return replace_options(config, {"dataset": name})
+    default_task = sft.DEFAULT_TASK if has_base else DEFAULT_TASK
+    return replace_options(config, {"dataset": resumed or default_task})
 
 
 def fill_reference(config: Config, reference: str | None = None) -> Config:
@@ -171,9 +171,11 @@ def fill_reference(config: Config, reference: str | None = None) -> Config:
     if config.data.reference is not None:
         return config
     if reference is None:
-        start = config.adapter.init_adapter or "base"
-        reference = start if config.optim.beta else "none"
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, reference=reference))
+        reference = "none"
+        if config.optim.beta:
+            reference = config.adapter.init_adapter or "base"
+    data = dataclasses.replace(config.data, reference=reference)
+    return dataclasses.replace(config, data=data)
 
 
 def check(config: Config) -> None:

@@ -69,16 +69,18 @@ class SamplerOptions:
 
 def importance_of(config: Any) -> ImportanceWeighting | None:
     """Returns the weighting of importance sampling; None where there is none."""
-    data, is_rloo = config.data, config.optim.loss == "rloo"
-    mode: Any = data.importance_sampling or ("none" if is_rloo else "token_truncate")
+    data = config.data
+    mode: Any = data.importance_sampling
+    if not mode:
+        mode = "none" if config.optim.loss == "rloo" else "token_truncate"
     if data.sampler is None or mode == "none":
         return None
-    level, _, beyond = mode.partition("_")
+    level, _, form = mode.partition("_")  # such as "token" and "mask"
     return ImportanceWeighting(
-        level,
-        beyond == "mask",
-        CAP if data.importance_cap is None else data.importance_cap,
-        data.importance_floor or 0.0,
+        level=level,
+        masked=form == "mask",
+        cap=CAP if data.importance_cap is None else data.importance_cap,
+        floor=data.importance_floor or 0.0,
     )
 
 
@@ -87,14 +89,16 @@ def check(config: Any) -> None:
     data = config.data
     if data.sampler is None:
         return
-    given = f"--sampler {data.sampler}"
+    option_text = f"--sampler {data.sampler}"
     for name in ("tools", "environment"):
         if getattr(data, name):
             raise UserError(
-                f"{given} draws completions of one turn: leave out {flag(name)}, or --sampler"
+                f"{option_text} draws completions of one turn: leave out {flag(name)}, or --sampler"
             )
     if config.adapter.full:
-        raise UserError(f"{given} loads adapters, and --full trains none: leave one of them out")
+        raise UserError(
+            f"{option_text} loads adapters, and --full trains none: leave one of them out"
+        )
     if data.staleness and data.redraw:
         raise UserError(
             f"--staleness {data.staleness} and --redraw {data.redraw}: whether a group is drawn "
