@@ -267,12 +267,8 @@ class _Log:
         mixing = _mixing(use)
         labelled_outputs: list[Value] = []
         for output_index, output in enumerate(outputs):
-            # Several outputs belong to the operands of the same indices, but for those of a split.
-            operands = use.values
-            if len(outputs) > 1 and use.name != "split":
-                operands = [use.values[output_index]] if output_index < len(use.values) else []
             contents_of_operands = []
-            for operand in operands:
+            for operand in _operands_of_output(use, output_index):
                 contents = _contents_in_place(operand, output, use.name)
                 if contents is not None:
                     contents_of_operands.append(contents)
@@ -288,6 +284,12 @@ class _Log:
 def _is_leaf(value: Value) -> bool:
     """Returns True if a value holds a leaf that is mixed with nothing else."""
     return isinstance(value, Factored) and bool(paths_of(value.labels, ""))
+
+
+def _operands_of_output(use: Use, output_index: int) -> list[Value]:
+    """Returns the operands whose axes an output may have: of several outputs, one operand each."""
+    is_one_for_all = len(use.eqn.outvars) == 1 or use.name == "split"
+    return use.values if is_one_for_all else use.values[output_index : output_index + 1]
 
 
 def _contents_in_place(operand: Value, output: Value, primitive: str) -> list[Contents] | None:

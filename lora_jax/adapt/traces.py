@@ -129,6 +129,7 @@ def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
     outputs: list[TraceOutputs] = []  # of the one call
 
     def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
+        # The caller gets the traced arrays; `outputs` keeps what stands around them.
         args, kwargs = resolved(unsealed((args, kwargs)))
         snapshot = Snapshot.take((args, kwargs))
         result = aliased(call.fn(*args, **kwargs))

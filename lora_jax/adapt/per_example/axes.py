@@ -49,8 +49,8 @@ def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dic
     Raises:
       ValueError: `axes` do not fit the arguments, or a node has an axis of examples.
     """
-    index_tree = call.treedef.unflatten(range(len(call.leaves)))
-    args, kwargs = index_tree
+    # The arguments with the index of each leaf in its place.
+    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
     plain_kwargs = {
         name: indices for name, indices in kwargs.items() if not _holds_node(indices, nodes)
     }

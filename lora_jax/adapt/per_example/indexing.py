@@ -24,12 +24,14 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
     result_of_index_axis = [
         axis for axis in result_axes if axis not in dimension_numbers.offset_dims
     ]
+    # A table that is the same for all examples, which lie along an index axis.
     if not isinstance(operand_label, ExampleAxis):
         assert isinstance(indices_label, ExampleAxis)
         if indices_label.axis >= len(result_of_index_axis):
             raise MixingError("finds one element by indices of several examples")
         result_axis = result_of_index_axis[indices_label.axis]
         return [ExampleAxis(result_axis, indices_label.inner)]
+    # Each example has indices of its own.
     inner = operand_label.inner
     if operand_label.axis in batching_axes:
         batching_index = batching_axes.index(operand_label.axis)
@@ -37,6 +39,7 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
         if indices_label not in (None, ExampleAxis(index_axis, inner)):
             raise MixingError("looks up by indices of other examples")
         return [ExampleAxis(result_of_index_axis[index_axis], inner)]
+    # The indices are the same for all examples, which lie along an axis that is taken whole.
     operand_shape = shape_of(eqn)
     takes_all = eqn.params["slice_sizes"][operand_label.axis] == operand_shape[operand_label.axis]
     is_indexed = operand_label.axis in dimension_numbers.start_index_map
@@ -54,6 +57,7 @@ def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Exam
     operand_label, indices_label, updates_label = labels
     axes = _ScatterAxes(eqn)
     target = _scatter_target(axes, operand_label, indices_label, updates_label)
+    # Each example has indices of its own.
     if target.axis in axes.batching:
         index_axis = axes.index_of_batching[axes.batching.index(target.axis)]
         update_axis = axes.update_of_index[index_axis]
@@ -62,6 +66,7 @@ def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Exam
         if updates_label not in (None, ExampleAxis(update_axis, target.inner)):
             raise MixingError(_OTHER_EXAMPLES)
         return [target]
+    # The indices are the same for all examples, which lie along an axis that is updated whole.
     if target.axis not in axes.window or target.axis in axes.indexed:
         raise MixingError(_BY_INDEX)
     update_axis = axes.update_of_window[axes.window.index(target.axis)]

@@ -148,6 +148,7 @@ def reshaped(
     candidates: list[ExampleAxis] = []
     for axis in reversed(range(len(result_shape))):
         axis_span = axis_stride * result_shape[axis]
+        # A step along this axis must not lead into the middle of another example.
         if axis_span and example_stride % axis_stride == 0:
             holds_all_examples = axis_span % (example_stride * n_examples) == 0
             if holds_all_examples:

@@ -89,6 +89,7 @@ def follow_axes(rule: Rule, eqn: JaxprEqn, labels: Sequence[ExampleLabel]) -> li
             continue
         move_before = move_before or label.moved
         for mask_axis, location in label.axes:
+            # The axis of the mask is followed as if it held examples, in this operand alone.
             labels_of_axis: list[ExampleLabel] = [None] * len(labels)
             labels_of_axis[operand_index] = location
             try:

@@ -224,6 +224,7 @@ class _Walk:
                     return carry
                 carry = next_carry
 
+        # What starts the same for all examples may have examples after a step.
         unvisited_carry: list[ExampleLabel] = [
             UnvisitedCarry() if label is None else label for label in first_carry
         ]
@@ -231,6 +232,7 @@ class _Walk:
         carry = repeated(list(map(joined, first_carry, carry_of_steps)))
         if _first_label(carry, ExampleKernels) is None:
             return carry
+        # Each weight must be returned as it came.
         argument_of_output = sources(body)
         for index, label in enumerate(carry):
             is_changed = argument_of_output[index] != len(consts) + index

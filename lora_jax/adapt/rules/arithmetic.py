@@ -60,8 +60,11 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     (base,) = use.bind(use.bases)
     if base.shape != weight.base.shape:
         axes = zip(weight.labels, weight.base.shape, base.shape, strict=True)
-        if not all(label == "batch" or old == new for label, old, new in axes):
-            return None  # the weight itself is stretched along in or out axes
+        is_stretched_matrix = any(
+            label != "batch" and size != result_size for label, size, result_size in axes
+        )
+        if is_stretched_matrix:
+            return None
         weight = weight.relabelled(base, weight.labels, weight.base.shape)
     varying_roles = {label for size, label in zip(shape, weight.labels, strict=True) if size != 1}
     if {"in", "out"} <= varying_roles:
@@ -96,7 +99,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
     weights = _weights_among(values)
-    if any(weight.base.shape != shape or has_more(weight) for weight in weights):
+    if any(weight.base.shape != shape or has_gain_or_shift(weight) for weight in weights):
         return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)
     if sign < 0 and isinstance(values[1], Factored):
         weights[-1] = weights[-1].replace(scale=-weights[-1].scale)
@@ -107,10 +110,11 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     if aligned is None:
         return None
     aligned = [scale_in_a(weight) for weight in aligned]
-    axis = len(aligned[0].axes("batch"))  # of the rank
+    rank_index = len(aligned[0].axes("batch"))
     factors = {}
     for name in ("a", "b"):
-        factors[name] = jnp.concatenate([weight.parts[name] for weight in aligned], axis=axis)
+        arrays = [weight.parts[name] for weight in aligned]
+        factors[name] = jnp.concatenate(arrays, axis=rank_index)
     return [aligned[0].replace(base=base, **factors)]
 
 
@@ -137,12 +141,12 @@ def _aligned(values: Sequence[Value]) -> Outcome:
         return None
     if len(weights) > 1 and any(weight.uses != "all" for weight in weights):
         return None  # a use may see the adapter of one of them only
-    if has_mirrored and any(map(has_more, weights)):
+    if has_mirrored and any(map(has_gain_or_shift, weights)):
         return None  # a gain of columns would become one of rows
     return aligned
 
 
-def has_more(weight: Factored) -> bool:
+def has_gain_or_shift(weight: Factored) -> bool:
     """Returns True if the weight has a gain or a shift beside its factors."""
     return weight.gain is not None or weight.shift is not None
 
@@ -195,7 +199,7 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     weights = _weights_among(aligned)
     model = weights[0]
     role = model.labels[dimension]
-    if role == "in" and any(map(has_more, weights)):
+    if role == "in" and any(map(has_gain_or_shift, weights)):
         return None  # each weight has a gain of its own for the same columns
     (base,) = use.bind(use.bases)
     if role == "batch":

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import has_more, mirrored, scale_in_a
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirrored, scale_in_a
 from lora_jax.adapt.rules.products import contracted_role, dot_general, match_unit_roles
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
@@ -71,7 +71,7 @@ def _may_merge(weight: Factored) -> bool:
 def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     """Returns True if the product of two weights has factors."""
     weights = (left, right)
-    if any(has_more(weight) or is_dropped(weight) for weight in weights):
+    if any(has_gain_or_shift(weight) or is_dropped(weight) for weight in weights):
         return False
     bases = [as_array(weight.base) for weight in weights]
     result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import has_more, mirrored
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirrored
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
@@ -52,7 +52,7 @@ def _fits(weight: Factored, model: Factored) -> bool:
     if not weight.parts:
         return False
     if weight.labels != model.labels:
-        has_vectors = has_more(weight) or has_more(model)
+        has_vectors = has_gain_or_shift(weight) or has_gain_or_shift(model)
         if has_vectors or mirrored(weight).labels != model.labels:
             return False
     return (

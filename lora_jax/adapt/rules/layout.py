@@ -151,15 +151,17 @@ def _apply_to_all_arrays(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
-    outputs: list[Value] = []
-    for weight in use.values:
+    return [_applied_to_arrays(use, weight) for weight in use.values]
 
-        def apply(array: jax.Array, weight: Factored = weight) -> Value:
-            (result,) = use.bind([_varying(array, weight)])
-            return result
 
-        outputs.append(jax.tree.map(apply, weight))
-    return outputs
+def _applied_to_arrays(use: Use, weight: Factored) -> Value:
+    """Returns a weight after an equation that takes each of its arrays."""
+
+    def apply(array: jax.Array) -> Value:
+        (result,) = use.bind([_varying(array, weight)])
+        return result
+
+    return jax.tree.map(apply, weight)
 
 
 def _varying(array: jax.Array, weight: Factored) -> jax.Array:

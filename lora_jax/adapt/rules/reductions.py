@@ -97,7 +97,7 @@ def _without_axes(weight: Factored, removed_axes: Sequence[int]) -> Factored:
 
 def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
     """Returns the sum of the weights of a stack: their ranks lie side by side."""
-    if not stack_axes:
+    if not stack_axes:  # nothing to sum
         return weight
     weight = scale_in_a(weight)
     n_summed = len(stack_axes)
