@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift
 from lora_jax.adapt.rules.products import note_side, rows_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
@@ -100,7 +101,8 @@ def _look_up_rows_or_members(
     """
     mode = use.params["mode"]
     fill_value = use.params["fill_value"]
-    fills_with_nan = fill_value is None or fill_value != fill_value
+    is_nan = fill_value != fill_value
+    fills_with_nan = fill_value is None or is_nan
     look_up = functools.partial(_take, indices=indices, mode=mode)
 
     def look_up_in_base(array: jax.Array, layout: Axes) -> jax.Array:
@@ -119,9 +121,8 @@ def _look_up_rows_or_members(
         return None
     place_axes = [i for i in range(len(offsets) + indices.ndim - 1) if i not in offsets]
     rows = _rows_of_table(weight, base, look_up, [*place_axes, *offsets], use)
-    has_vectors = weight.gain is not None or weight.shift is not None
-    may_be_filled = not fills_with_nan and mode is lax.GatherScatterMode.FILL_OR_DROP
-    if has_vectors and may_be_filled:
+    fills_rows = not fills_with_nan and mode is lax.GatherScatterMode.FILL_OR_DROP
+    if has_gain_or_shift(weight) and fills_rows:
         row_index = lax.expand_dims(indices[..., 0], offsets)
         is_inside = (row_index >= 0) & (row_index < weight.base.shape[axis])
         rows = jnp.where(is_inside, rows, as_array(base))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import scale_in_a
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, scale_in_a
 from lora_jax.core.axes import Label
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
@@ -29,7 +29,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
     if not weight.parts or weight.uses == "lookup" or use.params.get("out_sharding") is not None:
         return None
     summed_axes = use.params["axes"]
-    has_vectors = weight.gain is not None or weight.shift is not None
+    has_vectors = has_gain_or_shift(weight)
     sums_columns = any(weight.labels[axis] == "out" for axis in summed_axes)
     if sums_columns and has_vectors:
         return None
