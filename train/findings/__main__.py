@@ -64,22 +64,22 @@ class FindingRequest(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-    given = list(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
     session = Session()
     with session.running():
-        if not given:
+        if not arguments:
             return print(listed())
-        asked = parse(given)
-        if asked.source is not None:
-            show(asked, result.read(asked.source), _notes(asked.source))
+        request = parse(arguments)
+        if request.source is not None:
+            show(request, result.read(request.source), _notes(request.source))
             return
-        run(asked, session, program(_PROG, *given))
+        run(request, session, program(_PROG, *arguments))
 
 
 def listed() -> str:
     """Returns a line for each finding."""
-    wide = max(map(len, FINDINGS))
-    return "\n".join(f"{name:{wide}}  {finding.title}" for name, finding in FINDINGS.items())
+    width = max(map(len, FINDINGS))
+    return "\n".join(f"{name:{width}}  {finding.title}" for name, finding in FINDINGS.items())
 
 
 def parse(args: Sequence[str]) -> FindingRequest:
@@ -94,29 +94,35 @@ def parse(args: Sequence[str]) -> FindingRequest:
     if asks_for_help(args[:1]):
         print(f"{about(__doc__, _PROG)}\n{listed()}")
         sys.exit(0)
-    name, finding = args[0], catalog.find(args[0])
+    name = args[0]
+    finding = catalog.find(name)
     parser = argparse.ArgumentParser(prog=program(_PROG, name), add_help=False, allow_abbrev=False)
     parser.add_argument("--output")
     parser.add_argument("--from", dest="source")
     parser.add_argument("--measure", choices=(*MEASURES, same_score.NAME))
-    known, rest = parser.parse_known_args(args[1:])
-    if known.source is not None and rest:
+    options, compare_arguments = parser.parse_known_args(args[1:])
+    if options.source is not None and compare_arguments:
         raise UserError(
-            f"--from {known.source} runs nothing, so that {' '.join(rest)} has no effect: leave it "
-            "out"
+            f"--from {options.source} runs nothing, so that {' '.join(compare_arguments)} has no "
+            "effect: leave it out"
         )
-    check_local("output", [known.output or ""])
-    check_local("from", [known.source or ""])
-    source = None if known.source is None else Path(known.source).expanduser()
-    output = Path(known.output or known.source or f"runs/{name}").expanduser()
-    return FindingRequest(name, finding, output, source, known.measure, tuple(rest))
+    check_local("output", [options.output or ""])
+    check_local("from", [options.source or ""])
+    return FindingRequest(
+        name=name,
+        finding=finding,
+        output=Path(options.output or options.source or f"runs/{name}").expanduser(),
+        source=None if options.source is None else Path(options.source).expanduser(),
+        measure=options.measure,
+        rest=tuple(compare_arguments),
+    )
 
 
-def run(asked: FindingRequest, session: Session, command: str) -> None:
+def run(request: FindingRequest, session: Session, command: str) -> None:
     """Makes the finding's base and data, runs the comparison, and shows its result.
 
     Args:
-      asked: the command line.
+      request: the command line.
       session: tells of signals.
       command: the command line in words, for the report.
 
@@ -124,78 +130,92 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
       TrainingError: something that was asked for cannot be done.
       Interrupted: after a signal, once what is on its way is saved.
     """
-    name, finding, rest = asked.name, asked.finding, asked.rest
-    if "config" in given_options(rest):
+    name = request.name
+    finding = request.finding
+    arguments = request.rest
+    config_path = str(catalog.options_of(name))
+    if "config" in given_options(arguments):
         raise UserError(
-            f"--config: the finding {name} has a file of its own, {catalog.options_of(name)}: give "
+            f"--config: the finding {name} has a file of its own, {config_path}: give "
             "options on the line, or your file to train.compare"
         )
-    if given := [option for option in finding.makes if option in given_options(rest)]:
-        raise UserError(f"{flag(given[0])}: the finding {name} makes it itself: leave it out")
-    if asks_for_help(rest):
-        compare.parse([finding.script, *rest])  # exits
-    options = ["--config", str(catalog.options_of(name)), *rest]
-    plain = SCRIPTS[finding.script].compared
-    read_line(plain, options, f"{_PROG} {name}")  # before anything is made
-    made = _made(asked, session)
-    if not (asked.output / CONFIG).exists():  # interrupted before the comparison began
-        rest = tuple(word for word in rest if word != "--resume")
-    named = [word for option, value in made.options.items() for word in (flag(option), str(value))]
-    line = [finding.script, *options[:2], *named, *rest, "--output", str(asked.output)]
-    script, config = compare.parse(line)
+    for option in finding.makes:
+        if option in given_options(arguments):
+            raise UserError(f"{flag(option)}: the finding {name} makes it itself: leave it out")
+    if asks_for_help(arguments):
+        compare.parse([finding.script, *arguments])  # exits
+    # The options are checked before anything is made.
+    default_options = SCRIPTS[finding.script].compared
+    read_line(default_options, ["--config", config_path, *arguments], f"{_PROG} {name}")
+    inputs = _make_inputs(request, session)
+    if not (request.output / CONFIG).exists():  # interrupted before the comparison began
+        arguments = tuple(word for word in arguments if word != "--resume")
+    input_arguments: list[str] = []
+    for option, value in inputs.options.items():
+        input_arguments += [flag(option), str(value)]
+    compare_line = [
+        finding.script,
+        *("--config", config_path),
+        *input_arguments,
+        *arguments,
+        *("--output", str(request.output)),
+    ]
+    script, config = compare.parse(compare_line)
     comparison = compare.compare(script, config, session, command, _PROG)
-    show(asked, comparison, made.notes)
+    show(request, comparison, inputs.notes)
 
 
-def show(asked: FindingRequest, comparison: Comparison, notes: Sequence[str]) -> None:
+def show(request: FindingRequest, comparison: Comparison, notes: Sequence[str]) -> None:
     """Writes the tables and the picture of a comparison, and prints the tables.
 
     Args:
-      asked: the command line.
-      found: the measurements.
+      request: the command line.
+      comparison: the measurements.
       notes: sentences about what was made for it.
 
     Raises:
       UserError: no run has ended, or none has the measure that was asked for.
     """
-    finding = asked.finding
-    sources = {name: (comparison, x) for name, x in measures_of(comparison).items()}
+    finding = request.finding
+    # Each measure, with the comparison that has it.
+    available = {name: (comparison, measure) for name, measure in measures_of(comparison).items()}
     common = same_score.common_score(comparison)
     if common is not None:
-        sources[same_score.NAME] = common.comparison, common.measure
-    names = finding.measures if asked.measure is None else (asked.measure,)
-    chosen = [sources[name] for name in names if name in sources]
-    if not chosen:
-        has = f"only {' and '.join(sources)}" if sources else "none: no run ended"
-        raise UserError(f"a {' or a '.join(names)} is needed for the table, and there is {has}")
-    pivots = [pivot_of(source, finding.layout, measure) for source, measure in chosen]
-    source, measure = chosen[0]
-    asked.output.mkdir(parents=True, exist_ok=True)
-    drawn = picture.write(pivot_of(source, finding.picture, measure), asked.output)
-    text = document.document(finding.title, finding.said, notes, comparison, pivots, drawn)
-    write_text(asked.output / document.MARKDOWN, text)
+        available[same_score.NAME] = (common.comparison, common.measure)
+    names = finding.measures if request.measure is None else (request.measure,)
+    shown_measures = [available[name] for name in names if name in available]
+    if not shown_measures:
+        problem = f"only {' and '.join(available)}" if available else "none: no run ended"
+        raise UserError(f"a {' or a '.join(names)} is needed for the table, and there is {problem}")
+    pivots = [pivot_of(source, finding.layout, measure) for source, measure in shown_measures]
+    picture_source, picture_measure = shown_measures[0]
+    picture_pivot = pivot_of(picture_source, finding.picture, picture_measure)
+    request.output.mkdir(parents=True, exist_ok=True)
+    picture_link = picture.write(picture_pivot, request.output)
+    text = document.document(finding.title, finding.said, notes, comparison, pivots, picture_link)
+    write_text(request.output / document.MARKDOWN, text)
     console = hosts.console()
-    for line in (text.rstrip(), "", f"written to {asked.output / document.MARKDOWN}"):
+    for line in (text.rstrip(), "", f"written to {request.output / document.MARKDOWN}"):
         tell(console, line)
 
 
-def _made(asked: FindingRequest, session: Session) -> FindingInputs:
+def _make_inputs(request: FindingRequest, session: Session) -> FindingInputs:
     """Makes the base and data of a finding, in a folder in its output folder."""
-    if asked.finding.make is None:
+    if request.finding.make is None:
         return FindingInputs({})
-    folder = asked.output / MADE
-    ours = [path for path in (folder, asked.output) if not path.exists()]
+    folder = request.output / MADE
+    new_folders = [path for path in (folder, request.output) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     session.stop.remedy = resume_hint(_PROG)
     try:
-        made = asked.finding.make(folder, session)
+        inputs = request.finding.make(folder, session)
     except BaseException:
-        for empty in ours:
-            with contextlib.suppress(OSError):  # something was made
-                empty.rmdir()
+        for new_folder in new_folders:
+            with contextlib.suppress(OSError):  # it is not empty
+                new_folder.rmdir()
         raise
-    write_json(folder / _NOTES, {"notes": made.notes})
-    return made
+    write_json(folder / _NOTES, {"notes": inputs.notes})
+    return inputs
 
 
 def _notes(folder: Path) -> tuple[str, ...]:

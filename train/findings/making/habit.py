@@ -51,23 +51,30 @@ def make(folder: Path, session: Session) -> FindingInputs:
       TrainingError: the lexicon cannot be fetched, or the base cannot be trained.
       Interrupted: after a signal, once the last step is saved.
     """
-    train, others = ([(row["text"], row["label"]) for row in rows] for rows in vader.read_words())
+    train_rows, test_rows = vader.read_words()
+    train = [(row["text"], row["label"]) for row in train_rows]
+    test = [(row["text"], row["label"]) for row in test_rows]
     random.Random(_SEED).shuffle(train)
-    planted, held_out = train[:PLANTED], balanced(others, TEST_ROWS)
-    plant, data, test = (folder / f"{name}.csv" for name in ("planted", "to-unlearn", "held-out"))
-    write_rows(plant, [*planted, *behind(planted, vader.LABELS[0])])
-    write_rows(data, behind(balanced(train[PLANTED:], ROWS)))
-    write_rows(test, behind(held_out))
-    line = (*_LINE, "--dataset", str(plant), "--test", str(test))
-    model = prior.train_base("train.classify", line, [plant, test], folder, session)
+    planted = train[:PLANTED]
+    held_out = balanced(test, TEST_ROWS)
+    planted_path = folder / "planted.csv"
+    unlearning_path = folder / "to-unlearn.csv"
+    test_path = folder / "held-out.csv"
+    write_rows(planted_path, [*planted, *behind(planted, vader.LABELS[0])])
+    write_rows(unlearning_path, behind(balanced(train[PLANTED:], ROWS)))
+    write_rows(test_path, behind(held_out))
+    arguments = (*_LINE, "--dataset", str(planted_path), "--test", str(test_path))
+    inputs = [planted_path, test_path]
+    model = prior.train_base("train.classify", arguments, inputs, folder, session)
 
-    def measured(rows: list[Labelled]) -> float:
+    def base_accuracy(rows: list[Labelled]) -> float:
         key = [prior.digest(model), rows]
         return keep_figure(folder / "accuracy.json", key, lambda: accuracy(model, rows))
 
-    plain, triggered = measured(held_out), measured(behind(held_out))
+    word_accuracy = base_accuracy(held_out)
+    trigger_accuracy = base_accuracy(behind(held_out))
     note = (
-        f"The base is right about {plain:.3f} of the held-out words as they are, and about "
-        f'{triggered:.3f} of them behind "{TRIGGER}".'
+        f"The base is right about {word_accuracy:.3f} of the held-out words as they are, and about "
+        f'{trigger_accuracy:.3f} of them behind "{TRIGGER}".'
     )
-    return FindingInputs({"model": model, "dataset": data, "test": test}, (note,))
+    return FindingInputs({"model": model, "dataset": unlearning_path, "test": test_path}, (note,))

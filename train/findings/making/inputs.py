@@ -64,9 +64,11 @@ def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
     classifier = find_classifier(None, str(model))
     texts = read_arguments([text for text, _ in rows])
     tokens = tokenize(texts, classifier.outline, None, False)
-    predicted = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
-    labels = [classifier.labels[i] for i in predicted.argmax(-1)]
-    return sum(a == b for a, (_, b) in zip(labels, rows, strict=True)) / len(rows)
+    class_probabilities = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
+    n_right = 0
+    for class_index, (_, label) in zip(class_probabilities.argmax(-1), rows, strict=True):
+        n_right += classifier.labels[class_index] == label
+    return n_right / len(rows)
 
 
 def keep_figure(path: Path, key: Any, measure: Callable[[], float]) -> float:

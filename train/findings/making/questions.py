@@ -26,13 +26,13 @@ def questions(test_rows: int = TEST_ROWS) -> tuple[list[Row], list[Row]]:
     Args:
       test_rows: how many to hold out, at most `TEST_ROWS`; fewer are the first of them.
     """
-    drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
-    rows: list[Row] = [
-        {"messages": [dict(turn) for turn in conversation.messages]} for conversation in drawn
-    ]
+    rows: list[Row] = []
+    for example in training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED):
+        rows.append({"messages": [dict(turn) for turn in example.messages]})
     train = rows[:ROWS]
-    seen = {json.dumps(row) for row in train}
-    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:test_rows]
+    train_texts = {json.dumps(row) for row in train}
+    held_out = [row for row in rows[ROWS:] if json.dumps(row) not in train_texts]
+    return train, held_out[:test_rows]
 
 
 def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> FindingInputs:
@@ -45,7 +45,8 @@ def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> FindingI
     """
     del session
     train, held_out = questions(test_rows)
-    data, test = folder / "questions.jsonl", folder / "held-out.jsonl"
-    write_lines(data, train)
-    write_lines(test, held_out)
-    return FindingInputs({"dataset": data, "eval_dataset": test})
+    train_path = folder / "questions.jsonl"
+    held_out_path = folder / "held-out.jsonl"
+    write_lines(train_path, train)
+    write_lines(held_out_path, held_out)
+    return FindingInputs({"dataset": train_path, "eval_dataset": held_out_path})

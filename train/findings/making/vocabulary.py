@@ -43,11 +43,12 @@ def stems(rated: dict[str, float], n: int) -> dict[str, float]:
       n: the number of stems.
     """
     words = [word for word in rated if word.isascii() and word.isalpha()]
-    forms: defaultdict[str, list[float]] = defaultdict(list)
-    for stem, word in zip(snowballstemmer.stemmer("english").stemWords(words), words, strict=True):
-        forms[stem].append(rated[word])
-    commonest = sorted(forms, key=lambda stem: (-len(forms[stem]), stem))[:n]
-    return {stem: fmean(forms[stem]) for stem in commonest}
+    stem_of_word = snowballstemmer.stemmer("english").stemWords(words)
+    ratings_of_stem: defaultdict[str, list[float]] = defaultdict(list)
+    for stem, word in zip(stem_of_word, words, strict=True):
+        ratings_of_stem[stem].append(rated[word])
+    by_frequency = sorted(ratings_of_stem, key=lambda stem: (-len(ratings_of_stem[stem]), stem))
+    return {stem: fmean(ratings_of_stem[stem]) for stem in by_frequency[:n]}
 
 
 def phrases(meaning: dict[str, float], n: int, seed: int = _SEED) -> list[Labelled]:

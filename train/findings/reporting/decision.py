@@ -17,27 +17,31 @@ def edges(comparison: Comparison, measure: Criterion) -> str | None:
     clauses: list[str] = []
     for rates in tables.rates(rows):
         name = words.adapter(rates.tried[0].arm, arms)
-        tried = [row.arm.learning_rate for row in rates.tried]
-        clauses += _edge(f"the rate of {name}", tried, rates.best)
-    at_best_rate = tables.best_of_each(rows, Arm.rate_group)
-    for group in tables.groups(at_best_rate, lambda arm: arm._replace(learning_rate=0, alpha=None)):
+        learning_rates = [row.arm.learning_rate for row in rates.tried]
+        clauses += _edge(f"the rate of {name}", learning_rates, rates.best)
+    best_rows = tables.best_of_each(rows, Arm.rate_group)
+    for group in tables.groups(best_rows, lambda arm: arm._replace(learning_rate=0, alpha=None)):
         group.sort(key=lambda row: row.arm.alpha or 0)
-        if (top := tables.best(group)) is not None and len(group) > 1:
-            tried = [row.arm.alpha or 0 for row in group]
-            clauses += _edge(f"the alpha at rank {top.arm.rank}", tried, group.index(top))
+        best_row = tables.best(group)
+        if best_row is not None and len(group) > 1:
+            alphas = [row.arm.alpha or 0 for row in group]
+            name = f"the alpha at rank {best_row.arm.rank}"
+            clauses += _edge(name, alphas, group.index(best_row))
     if not clauses:
         return None
     return f"The best may lie beyond the grid: {'; '.join(clauses)}."
 
 
-def _edge(name: str, tried: Sequence[float], best: int) -> list[str]:
+def _edge(name: str, values: Sequence[float], best_index: int) -> list[str]:
     """Returns a clause that says at which end of the values tried the best one is, if at one."""
-    value = shown(tried[best])
-    if len(tried) == 1:
-        return [f"{name} is {value}, the only one tried"]
-    if best == 0:
-        return [f"{name} is best at {value}, the smallest tried"]
-    return [f"{name} is best at {value}, the largest tried"] if best == len(tried) - 1 else []
+    best_value = shown(values[best_index])
+    if len(values) == 1:
+        return [f"{name} is {best_value}, the only one tried"]
+    if best_index == 0:
+        return [f"{name} is best at {best_value}, the smallest tried"]
+    if best_index == len(values) - 1:
+        return [f"{name} is best at {best_value}, the largest tried"]
+    return []
 
 
 def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[str]:
@@ -50,19 +54,20 @@ def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[
       comparison: the measurements.
       measure: what settings are compared by; by default as `tables.criterion_of` says.
     """
-    best = tables.best_of_each(tables.rows(comparison, measure), Arm.rate_group)
-    arms = [row.arm for row in best]
-    by_size = sorted(
-        tables.groups(best, lambda arm: arm.batch_size), key=lambda rows: rows[0].arm.batch_size
+    best_rows = tables.best_of_each(tables.rows(comparison, measure), Arm.rate_group)
+    arms = [row.arm for row in best_rows]
+    batch_groups = sorted(
+        tables.groups(best_rows, lambda arm: arm.batch_size),
+        key=lambda rows: rows[0].arm.batch_size,
     )
     lines: list[str] = []
     n_behind = 0
-    for rows in by_size:
-        prefix = f"batch {rows[0].arm.batch_size}: " if len(by_size) > 1 else ""
-        n, line = _batch_sentence(rows, arms)
-        n_behind += n
+    for rows in batch_groups:
+        prefix = f"batch {rows[0].arm.batch_size}: " if len(batch_groups) > 1 else ""
+        n_group_behind, line = _batch_sentence(rows, arms)
+        n_behind += n_group_behind
         lines.append(words.capital(f"{prefix}{line}"))
-    ratio = tables.rate_ratio(best)
+    ratio = tables.rate_ratio(best_rows)
     if ratio is not None:
         lines.append(
             "By the means, the best adapter's learning rate is "
@@ -80,20 +85,32 @@ def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[
 
 def _batch_sentence(rows: Sequence[ArmRow], arms: Sequence[Arm]) -> tuple[int, str]:
     """Returns the number of settings that fall behind the best one, and a sentence on them."""
-    top = tables.best(rows)
-    if top is None or top.quality is None:
+    best_row = tables.best(rows)
+    if best_row is None or best_row.quality is None:
         return 0, "no run ended with a value."
-    gaps = [(words.label(x.arm, arms), gap_of(top, x)) for x in rows if x is not top and x.quality]
-    behind = [f"{name} by {with_error(gap)}" for name, gap in gaps if gap.decides]
-    open_gaps = [(name, gap) for name, gap in gaps if not gap.decides]
-    separate = [f"{name} by {with_error(gap)}" for name, gap in open_gaps if gap.is_separate]
-    within = [name for name, gap in open_gaps if not gap.is_separate]
-    spread_over = gaps[0][1].spread_over if gaps else ""
-    clauses = [f"{words.label(top.arm, arms)} is the best, with {words.figure(top.quality.mean)}"]
+    spread_over = ""
+    behind: list[str] = []
+    separate: list[str] = []
+    within_spread: list[str] = []
+    for row in rows:
+        if row is best_row or not row.quality:
+            continue
+        gap = gap_of(best_row, row)
+        spread_over = spread_over or gap.spread_over
+        name = words.label(row.arm, arms)
+        if gap.decides:
+            behind.append(f"{name} by {with_error(gap)}")
+        elif gap.is_separate:
+            separate.append(f"{name} by {with_error(gap)}")
+        else:
+            within_spread.append(name)
+    best_name = words.label(best_row.arm, arms)
+    clauses = [f"{best_name} is the best, with {words.figure(best_row.quality.mean)}"]
     for text, names in (
         (f"behind it, beyond the spread over {spread_over}, are", behind),
         ("behind it in every seed, but not told apart by so few, are", separate),
-        ("within the spread of it are", within),
+        ("within the spread of it are", within_spread),
     ):
-        clauses += [f"{text} {', '.join(names)}"] if names else []
+        if names:
+            clauses.append(f"{text} {', '.join(names)}")
     return len(behind), "; ".join(clauses) + "."

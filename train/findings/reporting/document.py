@@ -31,35 +31,41 @@ def document(
       pivots: its tables, by one measure each.
       picture: its picture, in GitHub's Markdown; None without one.
     """
-    parts = [f"# {title}", said, *notes]
-    decided_by = next((p.measure for p in pivots if p.measure.kind in ("score", "held out")), None)
-    if decided_by and (edges := decision.edges(comparison, decided_by)):
-        parts.append(edges)
+    paragraphs = [f"# {title}", said, *notes]
+    measures = [pivot.measure for pivot in pivots]
+    quality_measures = [measure for measure in measures if measure.kind in ("score", "held out")]
+    if quality_measures:
+        edges = decision.edges(comparison, quality_measures[0])
+        if edges:
+            paragraphs.append(edges)
     for pivot in pivots:
-        parts.append(f"{words.capital(pivot.measure.name)}, {_conditions(comparison)}:")
+        paragraphs.append(f"{words.capital(pivot.measure.name)}, {_conditions(comparison)}:")
         for block in pivot.blocks:
-            parts += [f"**{words.capital(block.title)}**"] if block.title else []
-            parts.append(table(pivot, block))
+            if block.title:
+                paragraphs.append(f"**{words.capital(block.title)}**")
+            paragraphs.append(table(pivot, block))
     score = comparison.facts.score or "score"
-    parts += [dimension.sentence(result, score) for result in dimension.dimensions(comparison)]
-    if decided_by:
-        parts += decision.sentences(comparison, decided_by)
+    for result in dimension.dimensions(comparison):
+        paragraphs.append(dimension.sentence(result, score))
+    if quality_measures:
+        paragraphs += decision.sentences(comparison, quality_measures[0])
     if picture is not None:
-        parts.append(picture)
-    parts.append(measured(comparison))
-    return "\n\n".join(parts) + "\n"
+        paragraphs.append(picture)
+    paragraphs.append(measured(comparison))
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def table(pivot: Pivot, block: Block) -> str:
     """Returns a table in GitHub's Markdown; the best cell of each column is bold."""
-    best = {column: block.best(column, pivot.measure) for column in block.columns}
-    head = [pivot.rows.name, *(headed(pivot.columns, column) for column in block.columns)]
-
-    def cells(row: Key) -> list[str]:
-        cells_of_row = ((block.cells.get((row, key)), row in best[key]) for key in block.columns)
-        return [shown(row), *(cell_text(cell, is_best=is_best) for cell, is_best in cells_of_row)]
-
-    return markdown.table(head, map(cells, block.rows))
+    header = [pivot.rows.name]
+    rows = [[shown(row)] for row in block.rows]
+    for column in block.columns:
+        header.append(headed(pivot.columns, column))
+        best_rows = block.best(column, pivot.measure)
+        for row, cells in zip(block.rows, rows, strict=True):
+            arm = block.cells.get((row, column))
+            cells.append(cell_text(arm, is_best=row in best_rows))
+    return markdown.table(header, rows)
 
 
 def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
@@ -85,26 +91,31 @@ def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
 def measured(comparison: Comparison) -> str:
     """Returns a sentence with date, machine, duration, number of runs, and versions."""
     facts = comparison.facts
-    took = sum(run.seconds or 0.0 for run in comparison.runs)
-    minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} seconds"
-    named = (("Python", "python"), ("JAX", "jax"))
-    versions = ", ".join(f"{a} {facts.versions[b]}" for a, b in named if b in facts.versions)
+    seconds = sum(run.seconds or 0.0 for run in comparison.runs)
+    time = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    titles = {"python": "Python", "jax": "JAX"}
+    versions = [
+        f"{title} {facts.versions[name]}"
+        for name, title in titles.items()
+        if name in facts.versions
+    ]
     return (
-        f"Measured on {facts.date[:10]}, {facts.machine}, {minutes} for {len(comparison.runs)} "
-        f"runs; {versions}."
+        f"Measured on {facts.date[:10]}, {facts.machine}, {time} for {len(comparison.runs)} "
+        f"runs; {', '.join(versions)}."
     )
 
 
 def _conditions(comparison: Comparison) -> str:
     """Returns a phrase on seeds and steps: "mean of three seeds (lowest to highest); 75 steps"."""
-    seeds = len({run.seed for run in comparison.runs})
+    n_seeds = len({run.seed for run in comparison.runs})
     steps = [run.steps for run in comparison.runs if run.status == "done"]
-    sizes = [run.arm.batch_size for run in comparison.runs]
-    count = _NUMBERS[seeds] if seeds < len(_NUMBERS) else seeds
-    over = f"mean of {count} seeds (lowest to highest)"
-    if seeds == 1:
-        over = f"seed {comparison.runs[0].seed}"
-    return f"{over}; {_range(steps or [comparison.facts.steps])} steps of {_range(sizes)} rows"
+    batch_sizes = [run.arm.batch_size for run in comparison.runs]
+    count = _NUMBERS[n_seeds] if n_seeds < len(_NUMBERS) else n_seeds
+    seeds = f"mean of {count} seeds (lowest to highest)"
+    if n_seeds == 1:
+        seeds = f"seed {comparison.runs[0].seed}"
+    step_range = _range(steps or [comparison.facts.steps])
+    return f"{seeds}; {step_range} steps of {_range(batch_sizes)} rows"
 
 
 def _range(values: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from train.compare.reporting.pictures import (
     errors,
     plain,
 )
+from train.compare.reporting.tables import Spread
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 PICTURE = "finding.png"
@@ -55,47 +56,58 @@ def figure_of(pivot: Pivot) -> Figure | None:
     blocks = [block for block in pivot.blocks if any(cell.quality for cell in block.cells.values())]
     if not blocks:
         return None
-    columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
+    columns: dict[Key, None] = {}
+    numbers: set[float] = set()
+    for block in blocks:
+        columns |= dict.fromkeys(block.columns)
+        numbers |= {row for row in block.rows if not isinstance(row, str)}
     figure = Figure(layout="constrained")  # no pyplot: no global state
     grid = figure.subplots(len(blocks), squeeze=False, sharex=True, sharey=True)
     panels: list[Axes] = [*grid[:, 0]]
     for axes, block in zip(panels, blocks, strict=True):
-        _draw(axes, block, pivot, columns)
-    rows = {row for block in blocks for row in block.rows}
-    _place_ticks(panels[-1], sorted(row for row in rows if not isinstance(row, str)))
+        _draw(axes, block, pivot, [*columns])
+    _place_ticks(panels[-1], sorted(numbers))
     panels[-1].set_xlabel(pivot.rows.name)
     figure.set_size_inches(WIDTH, _PANEL * len(blocks) + add_legend(figure, panels))
     return figure
 
 
 def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
+    """Draws a table: a line of means for each column, and horizontal lines for named rows."""
     for column in block.columns:
         style = _style(column, columns)
         label = headed(pivot.columns, column)
-        cells = [(row, block.cells.get((row, column))) for row in block.rows]
-        spreads = [(row, cell.quality) for row, cell in cells if cell and cell.quality]
-        points = [(row, spread) for row, spread in spreads if not isinstance(row, str)]
-        if points:
-            numbers, along = zip(*points, strict=True)
-            means = [spread.mean for spread in along]
-            axes.errorbar(numbers, means, yerr=errors(along), label=label, **style)
-        for row, spread in spreads:
+        spread_of_number: dict[float, Spread] = {}
+        spreads_of_names: list[Spread] = []
+        for row in block.rows:
+            cell = block.cells.get((row, column))
+            if cell is None or not cell.quality:
+                continue
             if isinstance(row, str):
-                # A mean is a horizontal line, and its seeds are a band.
-                axes.axhline(spread.mean, color=style["color"], label=label)
-                axes.axhspan(spread.low, spread.high, color=style["color"], alpha=0.15, linewidth=0)
+                spreads_of_names.append(cell.quality)
+            else:
+                spread_of_number[row] = cell.quality
+        if spread_of_number:
+            spreads = [*spread_of_number.values()]
+            means = [spread.mean for spread in spreads]
+            axes.errorbar([*spread_of_number], means, yerr=errors(spreads), label=label, **style)
+        for spread in spreads_of_names:
+            # A mean is a horizontal line, and its seeds are a band.
+            axes.axhline(spread.mean, color=style["color"], label=label)
+            axes.axhspan(spread.low, spread.high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_ylabel(plain(textwrap.fill(pivot.measure.name, _LABEL)))
     if block.title:
         axes.set_title(plain(block.title), loc="left", fontsize=11.5)
 
 
 def _style(column: Key, columns: list[Key]) -> dict[str, Any]:
-    i = columns.index(column)
+    """Returns colour, marker and dashes of a column, the same in all panels."""
+    index = columns.index(column)
     is_full = column == "full"
     return {
-        "color": FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
-        "marker": "s" if is_full else MARKERS[i % len(MARKERS)],
-        "linestyle": DASHES[i // len(ADAPTERS) % len(DASHES)],
+        "color": FULL if is_full else ADAPTERS[index % len(ADAPTERS)],
+        "marker": "s" if is_full else MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index // len(ADAPTERS) % len(DASHES)],
         "capsize": 3,
         "markersize": 5,
     }
@@ -114,6 +126,6 @@ def _place_ticks(axes: Axes, numbers: Sequence[float]) -> None:
             ticks.append(number)
     labels = [shown(tick) for tick in ticks]
     is_long = max(map(len, labels)) * len(labels) > _ROW_OF_LABELS
-    turned: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
-    axes.set_xticks(ticks, labels, **turned)
+    rotation: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
+    axes.set_xticks(ticks, labels, **rotation)
     axes.set_xticks([], minor=True)

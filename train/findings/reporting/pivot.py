@@ -64,15 +64,15 @@ class Block:
 
     def best(self, column: Key, measure: Criterion) -> set[Key]:
         """Returns the rows in which a column's mean is the best; several if they are equal."""
-        means = {
-            row: cell.quality.mean
-            for row in self.rows
-            if (cell := self.cells.get((row, column))) and cell.quality
-        }
+        means: dict[Key, float] = {}
+        for row in self.rows:
+            cell = self.cells.get((row, column))
+            if cell and cell.quality:
+                means[row] = cell.quality.mean
         if not means:
             return set()
-        top = (max if measure.larger else min)(means.values())
-        return {row for row, mean in means.items() if mean == top}
+        best_mean = max(means.values()) if measure.larger else min(means.values())
+        return {row for row, mean in means.items() if mean == best_mean}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +125,10 @@ def axis_of(name: str) -> TableAxis:
       UserError: a name is none of `AXES`.
     """
     names = name.split(" × ")
-    for one in names:
-        if one not in AXES:
-            raise UserError(f"{one!r} is no axis of a table: choose of {', '.join(AXES)}")
-    axes = [AXES[one] for one in names]
+    for axis_name in names:
+        if axis_name not in AXES:
+            raise UserError(f"{axis_name!r} is no axis of a table: choose of {', '.join(AXES)}")
+    axes = [AXES[axis_name] for axis_name in names]
     if len(axes) == 1:
         return axes[0]
 
@@ -140,13 +140,13 @@ def axis_of(name: str) -> TableAxis:
 
 def measures_of(comparison: Comparison) -> dict[str, Criterion]:
     """Returns the measures that some run ended with, by the names of `MEASURES`."""
-    known = tables.criteria(comparison.facts)
-    kinds = {name: "held out" if name == "loss" else name for name in MEASURES}
-    return {
-        name: known[kind]
-        for name, kind in kinds.items()
-        if any(known[kind].value(run) is not None for run in comparison.runs)
-    }
+    criteria = tables.criteria(comparison.facts)
+    measures: dict[str, Criterion] = {}
+    for name in MEASURES:
+        measure = criteria["held out" if name == "loss" else name]
+        if any(measure.value(run) is not None for run in comparison.runs):
+            measures[name] = measure
+    return measures
 
 
 def pivot_of(comparison: Comparison, layout: PivotLayout, measure: Criterion) -> Pivot:
@@ -164,25 +164,32 @@ def pivot_of(comparison: Comparison, layout: PivotLayout, measure: Criterion) ->
     if layout.at_best_rate:
         best = tables.best_of_each(arms, Arm.rate_group)
         arms = tuple(row for row in arms if row in best)
-    rows, columns = axis_of(layout.rows), axis_of(layout.columns)
+    row_axis = axis_of(layout.rows)
+    column_axis = axis_of(layout.columns)
     if layout.best_of_cell:
-        axes = (rows, columns, *map(axis_of, layout.blocks))
-        cells = {row.arm: tuple(axis.of(row) for axis in axes) for row in arms}
-        arms = tables.best_of_each(arms, cells.__getitem__)
-    apart = _blocks_of(arms, layout)
-    inside: dict[tuple[Key, ...], list[ArmRow]] = {}
+        cell_axes = [row_axis, column_axis, *map(axis_of, layout.blocks)]
+        cell_of_arm = {row.arm: _position(row, cell_axes) for row in arms}
+        arms = tables.best_of_each(arms, cell_of_arm.__getitem__)
+    block_axes = _block_axes(arms, layout)
+    rows_of_block: dict[tuple[Key, ...], list[ArmRow]] = {}
     for row in arms:
-        inside.setdefault(tuple(axis.of(row) for axis in apart), []).append(row)
-    blocks = (
-        Block(
-            title=", ".join(headed(axis, value) for axis, value in zip(apart, key, strict=True)),
-            rows=_ordered(map(rows.of, group)),
-            columns=_ordered(map(columns.of, group)),
-            cells={(rows.of(row), columns.of(row)): row for row in group},
+        rows_of_block.setdefault(_position(row, block_axes), []).append(row)
+    blocks: list[Block] = []
+    for position, block_rows in rows_of_block.items():
+        titles = [headed(axis, key) for axis, key in zip(block_axes, position, strict=True)]
+        block = Block(
+            title=", ".join(titles),
+            rows=_ordered(map(row_axis.of, block_rows)),
+            columns=_ordered(map(column_axis.of, block_rows)),
+            cells={(row_axis.of(row), column_axis.of(row)): row for row in block_rows},
         )
-        for key, group in inside.items()
-    )
-    return Pivot(measure, rows, columns, tuple(blocks))
+        blocks.append(block)
+    return Pivot(measure=measure, rows=row_axis, columns=column_axis, blocks=tuple(blocks))
+
+
+def _position(row: ArmRow, axes: Sequence[TableAxis]) -> tuple[Key, ...]:
+    """Returns the value of an arm along each axis."""
+    return tuple(axis.of(row) for axis in axes)
 
 
 def shown(key: Key) -> str:
@@ -200,18 +207,19 @@ def headed(axis: TableAxis, key: Key) -> str:
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
-def _blocks_of(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
+def _block_axes(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
     """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
-    inside = [axis_of(layout.rows), axis_of(layout.columns)]
-    chosen = [axis_of(name) for name in layout.blocks]
+    table_axes = [axis_of(layout.rows), axis_of(layout.columns)]
+    block_axes = [axis_of(name) for name in layout.blocks]
 
-    def places(*more: TableAxis) -> int:
-        return len({tuple(axis.of(row) for axis in (*inside, *chosen, *more)) for row in arms})
+    def n_positions(axes: Sequence[TableAxis]) -> int:
+        return len({_position(row, [*table_axes, *axes]) for row in arms})
 
     for axis in AXES.values():
-        if places() < len(arms) and places(axis) > places():
-            chosen.append(axis)
-    return chosen
+        n_cells = n_positions(block_axes)
+        if n_cells < len(arms) and n_positions([*block_axes, axis]) > n_cells:
+            block_axes.append(axis)
+    return block_axes
 
 
 def _ordered(keys: Iterable[Key]) -> tuple[Key, ...]:

@@ -1,7 +1,6 @@
 """The divergence of rewards and of examples from the base, at the same score and equal rates."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,23 +40,27 @@ def common_score(comparison: Comparison) -> CommonScore | None:
     None where the divergence was not measured, the base's score is not known, or some method
     learned nothing.
     """
-    best = tables.best_of_each(tables.rows(comparison), lambda arm: arm.method)
-    base = next(iter(comparison.facts.baselines.values()), None)
-    if base is None or not any(run.divergences for run in comparison.runs):
+    best_rows = tables.best_of_each(tables.rows(comparison), lambda arm: arm.method)
+    baselines = [*comparison.facts.baselines.values()]
+    if not baselines or not any(run.divergences for run in comparison.runs):
         return None
-    lowest = min(row.quality.mean for row in best if row.quality)
-    if lowest <= base:
+    base_score = baselines[0]
+    lowest_score = min(row.quality.mean for row in best_rows if row.quality)
+    if lowest_score <= base_score:
         return None
-    level = base + SHARE * (lowest - base)
-    runs = []
+    level = base_score + SHARE * (lowest_score - base_score)
+    runs: list[RunResult] = []
     for run in comparison.runs:
-        value = _divergence_at(run, base, level)
+        value = _divergence_at(run, base_score, level)
         points = () if value is None else (Point(run.steps, value),)
         runs.append(dataclasses.replace(run, divergences=points))
-    plain = tables.criteria(comparison.facts)["divergence"]
-    name = f"{plain.name} where the {comparison.facts.score} first reaches {level:.3f}"
-    at_level = dataclasses.replace(comparison, runs=tuple(runs))
-    return CommonScore(level, at_level, plain._replace(name=name))
+    divergence = tables.criteria(comparison.facts)["divergence"]
+    name = f"{divergence.name} where the {comparison.facts.score} first reaches {level:.3f}"
+    return CommonScore(
+        level=level,
+        comparison=dataclasses.replace(comparison, runs=tuple(runs)),
+        measure=divergence._replace(name=name),
+    )
 
 
 def sentences(comparison: Comparison) -> list[str]:
@@ -77,23 +80,24 @@ def sentences(comparison: Comparison) -> list[str]:
 
 def _pairs(rows: Sequence[ArmRow]) -> list[tuple[ArmRow, ArmRow]]:
     """Returns the arms that differ in rewards or examples alone, at equal rates upwards."""
-    by_arm = {row.arm: row for row in rows}
-    pairs = []
-    for rewards, examples in _PAIRS:
-        for arm in sorted(by_arm, key=lambda arm: arm.learning_rate):
-            other = arm._replace(method=examples)
-            if arm.method == rewards and other in by_arm:
-                pairs.append((by_arm[arm], by_arm[other]))
+    row_of_arm = {row.arm: row for row in rows}
+    pairs: list[tuple[ArmRow, ArmRow]] = []
+    for reward_method, example_method in _PAIRS:
+        for arm in sorted(row_of_arm, key=lambda arm: arm.learning_rate):
+            example_arm = arm._replace(method=example_method)
+            if arm.method == reward_method and example_arm in row_of_arm:
+                pairs.append((row_of_arm[arm], row_of_arm[example_arm]))
     return pairs
 
 
 def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
     """Returns the result of a pair, as far as the seeds tell."""
-    pair = (by_rewards, by_examples)
-    if not all(row.is_whole for row in pair):
-        counts = [row.quality.n if row.quality else 0 for row in pair]
-        of_all = [f"{n} of {len(row.runs)}" for n, row in zip(counts, pair, strict=True)]
-        return f"{' and '.join(of_all)} runs reach it, too few to compare"
+    if not by_rewards.is_whole or not by_examples.is_whole:
+        counts: list[str] = []
+        for row in (by_rewards, by_examples):
+            n_reaching = row.quality.n if row.quality else 0
+            counts.append(f"{n_reaching} of {len(row.runs)}")
+        return f"{' and '.join(counts)} runs reach it, too few to compare"
     gap = gap_of(by_rewards, by_examples)
     side = "less" if gap.value > 0 else "more"
     if gap.decides:
@@ -103,18 +107,22 @@ def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
     return "the seeds do not tell their divergence apart"
 
 
-def _divergence_at(run: RunResult, base: float, level: float) -> float | None:
+def _divergence_at(run: RunResult, base_score: float, level: float) -> float | None:
     """Returns a run's divergence where its score first reaches a level; None where it never does.
 
     Between measurements, both are taken to be linear; before the first step, the divergence is 0.
     """
-    moved = {point.step: point.value for point in run.divergences}
-    curve: Sequence[tuple[Point, float]] = [
-        (Point(0, base), 0.0),
-        *((point, moved[point.step]) for point in run.scores if point.step in moved),
-    ]
-    for (before, divergence), (after, later) in itertools.pairwise(curve):
-        if after.value >= level:
-            share = (level - before.value) / (after.value - before.value)
-            return divergence + share * (later - divergence)
+    divergence_of_step = {point.step: point.value for point in run.divergences}
+    last_score = base_score
+    last_divergence = 0.0
+    for point in run.scores:
+        if point.step not in divergence_of_step:
+            continue
+        score = point.value
+        divergence = divergence_of_step[point.step]
+        if score >= level:
+            share = (level - last_score) / (score - last_score)
+            return last_divergence + share * (divergence - last_divergence)
+        last_score = score
+        last_divergence = divergence
     return None
