@@ -7,7 +7,7 @@ from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
 from train.console import markdown
 from train.findings.reporting import decision
-from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
+from train.findings.reporting.pivot import Block, Pivot, headed, shown
 
 MARKDOWN = "finding.md"
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
