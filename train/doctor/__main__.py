@@ -29,43 +29,48 @@ _WAYS_TO_TRAIN = {"LoRA on bfloat16": (), "LoRA on nf4": ("--quantize", "nf4")}
 
 
 def examine_fits(
-    model: str, found: Mapping[str, Any] | None
+    model: str, jax_devices: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[Trouble]]:
     """Returns the memory that ways to train a model take, and what is wrong.
 
     Args:
       model: the value of --model.
-      found: the devices that JAX found; None for none.
+      jax_devices: the devices that JAX found; None for none.
     """
-    topology = found["topology"] if found else "cpu:1"
+    topology = jax_devices["topology"] if jax_devices else "cpu:1"
     facts: dict[str, Any] = {"of": model}
     if topology is None:
         remedy = program("train.plan", "--model", model, "--topology", "NEAREST")
-        what = f"there is no plan for {found and found['kind']}"
-        return facts, [Trouble(what, f"{remedy} --capacity-gib GIB", fatal=False)]
-    fitting = []
+        problem = f"there is no plan for {jax_devices and jax_devices['kind']}"
+        return facts, [Trouble(problem, f"{remedy} --capacity-gib GIB", fatal=False)]
+    fits_any = False
     for name, options in _WAYS_TO_TRAIN.items():
-        line = ["--model", model, "--topology", topology, *_PLAN_SHAPE, *options, "--alone"]
-        ended = run_module("train.plan.__main__", [*line, "--json"], _PLAN_SECONDS)
-        if ended.code != 0:
-            if ended.code is None:
-                what = f"the plan took more than {_PLAN_SECONDS} seconds"
+        arguments = ["--model", model, "--topology", topology, *_PLAN_SHAPE, *options, "--alone"]
+        process = run_module("train.plan.__main__", [*arguments, "--json"], _PLAN_SECONDS)
+        if process.code != 0:
+            if process.code is None:
+                reason = f"the plan took more than {_PLAN_SECONDS} seconds"
             else:
-                what = ended.last_error.removeprefix("error: ")
+                reason = process.last_error.removeprefix("error: ")
             facts[name] = "no plan"
-            remedy = f"the whole message: {program('train.plan', *line)}"
-            return facts, [Trouble(f"--model {model} cannot be planned: {what}", remedy)]
-        made = json.loads(ended.output)
-        total, capacity = (made["per_chip_bytes"][part] for part in ("total", "capacity"))
-        needs = f"{gib_text(total)} of {gib_text(capacity)}" if total else "refused by the compiler"
-        facts[name] = f"{'fits' if made['fits'] else 'does not fit'} ({needs})"
-        fitting += [name] * made["fits"]
+            problem = f"--model {model} cannot be planned: {reason}"
+            remedy = f"the whole message: {program('train.plan', *arguments)}"
+            return facts, [Trouble(problem, remedy)]
+        plan = json.loads(process.output)
+        total = plan["per_chip_bytes"]["total"]
+        capacity = plan["per_chip_bytes"]["capacity"]
+        memory = (
+            f"{gib_text(total)} of {gib_text(capacity)}" if total else "refused by the compiler"
+        )
+        facts[name] = f"{'fits' if plan['fits'] else 'does not fit'} ({memory})"
+        fits_any = fits_any or plan["fits"]
     facts["rows"] = "8 of 1,024 tokens a step"
-    if fitting:
+    if fits_any:
         return facts, []
-    what = f"{model} does not fit on {topology} in any of these ways"
-    plan = program("train.plan", "--model", model, "--topology", topology, "--quantize", "nf4")
-    return facts, [Trouble(what, f"{plan} --largest-batch --seq-len 512 finds what does")]
+    problem = f"{model} does not fit on {topology} in any of these ways"
+    command = program("train.plan", "--model", model, "--topology", topology, "--quantize", "nf4")
+    remedy = f"{command} --largest-batch --seq-len 512 finds what does"
+    return facts, [Trouble(problem, remedy)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,20 +115,20 @@ def examine(options: DoctorOptions) -> DoctorReport:
     report = DoctorReport()
     versions, troubles = packages.examine_packages()
     report.add("versions", versions, troubles)
-    now = devices.Circumstances(find_hardware(), versions, os.environ, devices.ask_jax())
-    report.add("devices", devices.describe(now), devices.diagnose(now))
-    report.add("attention", devices.describe_kernels(now), [])
-    report.add("memory", storage.describe_memory((now.found or {}).get("memory")), [])
+    circumstances = devices.Circumstances(find_hardware(), versions, os.environ, devices.ask_jax())
+    report.add("devices", devices.describe(circumstances), devices.diagnose(circumstances))
+    report.add("attention", devices.describe_kernels(circumstances), [])
+    jax_devices = circumstances.found or {}
+    report.add("memory", storage.describe_memory(jax_devices.get("memory")), [])
     caches = storage.cache_folders(os.environ)
     output = Path(options.output).expanduser().absolute()
-    report.add(
-        "disks", *storage.examine_disks({"output": output, "caches": caches["tokens"].parent})
-    )
+    folders = {"output": output, "caches": caches["tokens"].parent}
+    report.add("disks", *storage.examine_disks(folders))
     sizes = {name: f"{folder} ({storage.size_of(folder)})" for name, folder in caches.items()}
     report.add("caches", sizes, [])
     report.add("hub", *hub.examine_hub(os.environ))
     if options.model is not None:
-        report.add("fits", *examine_fits(options.model, now.found))
+        report.add("fits", *examine_fits(options.model, circumstances.found))
     return report
 
 

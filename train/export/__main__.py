@@ -133,30 +133,38 @@ def upload(work: ExportJob, repository: Repository, temporary: Path) -> None:
 
 def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> str:
     """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
-    there = work.output / README
-    if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
-        print(f"{there} was not generated, and is kept", file=sys.stderr)
-        return text
-    name = work.hub.name if work.hub else f"path/to/{work.output.name}"
-    base = work.options.base_name or name_for_others(work.base)
-    return card(Export(name, base, model, fields, work.adapter, gguf_codes_of(work.base)))
+    readme = work.output / README
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        if not is_generated(text):
+            print(f"{readme} was not generated, and is kept", file=sys.stderr)
+            return text
+    export = Export(
+        name=work.hub.name if work.hub else f"path/to/{work.output.name}",
+        base=work.options.base_name or name_for_others(work.base),
+        model=model,
+        fields=fields,
+        source=work.adapter,
+        gguf_codes=gguf_codes_of(work.base),
+    )
+    return card(export)
 
 
 def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
-    given = work.options.tokenizer or work.adapter.tokenizer
-    wanted = None if work.options.quantize else work.adapter.quantize or STORED
+    tokenizer = work.options.tokenizer or work.adapter.tokenizer
+    codes_format = None if work.options.quantize else work.adapter.quantize or STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
         work.console.status(f"merging and writing {shown(work.output)}"),
     ):
-        params, codes_from, remark = keep_codes(lj.merge(params), model, work.base, wanted)
+        params, codes_from, remark = keep_codes(lj.merge(params), model, work.base, codes_format)
         save_pretrained(
             work.output,
             model,
             params,
-            tokenizer=tokenizer_of(work.base, given, model.config),
+            tokenizer=tokenizer_of(work.base, tokenizer, model.config),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
             readme=readme_of(work, model),
@@ -167,7 +175,8 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
     if remark:
         work.say(remark)
-    if codes := work.adapter.codes:
+    codes = work.adapter.codes
+    if codes:
         work.say(
             f"its kernels are the values of the base's {codes} codes, plus the update: a server "
             "sees the model that was trained"
@@ -180,15 +189,16 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
 
 def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     """Writes PEFT's files; with --check-serving, exits first if there are problems."""
-    options, base = work.options, work.base
+    options = work.options
+    base = work.base
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
         if options.for_serving:
             fields, tensors = as_served(fields, tensors, model)
     if options.check_serving:
-        how: dict[str, Any] = {"max_rank": options.max_rank, "model_type": model.config.model_type}
-        problems = problems_of(fields, tensors, **how)
+        model_type = model.config.model_type
+        problems = problems_of(fields, tensors, max_rank=options.max_rank, model_type=model_type)
         report_problems([*problems, *rope_problems(work.adapter, model)])
     if options.output is None:
         return
@@ -205,54 +215,63 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
             overwrite=options.overwrite,
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
-    if codes := work.adapter.codes:
-        work.say(codes_notice(codes, base))
+    if work.adapter.codes:
+        work.say(codes_notice(work.adapter.codes, base))
     if not options.base_name and name_for_others(base) is None:
         work.say(
             "adapter_config.json names no base, because the base is a local folder: give its name "
             "on the hub with --base-name"
         )
-    given = loading_options(work.adapter, model)
-    more = "".join(f", {key}={value!r}" for key, value in given.items())
-    loaded, output = f'{auto_class(model)[0]}.from_pretrained("{base}"{more})', shown(work.output)
+    options_of_loading = loading_options(work.adapter, model)
+    arguments = "".join(f", {name}={value!r}" for name, value in options_of_loading.items())
+    auto_name, _ = auto_class(model)
+    base_code = f'{auto_name}.from_pretrained("{base}"{arguments})'
+    output = shown(work.output)
     lora_jax_code = f'lora_jax.peft.load("{output}", model, params)'
-    torch_code = f'PeftModel.from_pretrained({loaded}, "{output}")'
+    torch_code = f'PeftModel.from_pretrained({base_code}, "{output}")'
     work.say(loading_line(lora_jax_code, torch_code, [base, output]))
 
 
 def check_apart(options: ExportOptions, adapter: Path, base: str) -> None:
     """Raises a UserError if replacing the output would delete an input."""
+    inputs = [path for path in (adapter, Path(base).expanduser()) if path.exists()]
     for option, output in (("--output", options.output), ("--gguf", options.gguf)):
-        for path in (adapter, Path(base).expanduser()):
-            if output is None or not path.exists():
-                continue
-            if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
+        if output is None:
+            continue
+        output_path = Path(output).expanduser().resolve()
+        for path in inputs:
+            if path.resolve().is_relative_to(output_path):
                 raise UserError(f"{option} {output} is or holds {path}, an input: name another one")
 
 
 def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Model, Tree]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    names = adapter.about.get("labels", ())
+    label_names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels
-    head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
-    mismatch = options.allow_base_mismatch
-    of_base = head if num_labels else {"model_code": adapter.model_code}
-    outline = read_untokenized(name, **of_base)
-    whole = adapter.images or options.gguf is None and adapter.names_whole_model
-    outline = outline.with_images() if whole else outline
+    allow_mismatch = options.allow_base_mismatch
+    base_options: dict[str, Any] = {"model_code": adapter.model_code}
+    if num_labels:
+        base_options = {"head": "classification", "num_labels": num_labels}
+    outline = read_untokenized(name, **base_options)
+    needs_images = adapter.images or options.gguf is None and adapter.names_whole_model
+    if needs_images:
+        outline = outline.with_images()
     outline = outline.scaled(adapter.rope_scaling)
-    in_codes = outline.has_codes or (options.gguf and resolve(name).path.suffix == ".gguf")
-    if options.quantize and not in_codes:
+    has_codes = outline.has_codes
+    if options.gguf and not has_codes:
+        has_codes = resolve(name).path.suffix == ".gguf"
+    if options.quantize and not has_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     check_form(options, adapter, outline)
     if options.gguf is not None:
         check_gguf(options, adapter, name, outline.config)
     outline = outline.quantized(adapter.quantize)
-    adapter.check(outline, allow_base_mismatch=mismatch)
+    adapter.check(outline, allow_base_mismatch=allow_mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)
-    if num_labels and len(names) == num_labels:
-        model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
-    return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
+    if num_labels and len(label_names) == num_labels:
+        config = dataclasses.replace(model.config, label_names=tuple(label_names))
+        model = model.clone(config=config)
+    return model, adapter.load(model, params, name, allow_base_mismatch=allow_mismatch)
 
 
 def check_form(options: ExportOptions, adapter: AdapterSource, outline: ModelInfo) -> None:
@@ -277,9 +296,9 @@ def report_problems(problems: Sequence[str]) -> None:
     print("serving: no problems found")
 
 
-def print_files(work: ExportJob, what: str) -> None:
+def print_files(work: ExportJob, title: str) -> None:
     """Prints a table of the files in the output folder."""
-    work.say(f"{what}: {work.output}")
+    work.say(f"{title}: {work.output}")
     table = Table("file", Column("size", justify="right"))
     for path in sorted(work.output.iterdir()):
         table.add_row(path.name, byte_size(path.stat().st_size))
@@ -295,14 +314,16 @@ def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
     Raises:
       UserError: the output is or holds an input.
     """
-    place = None if options.output is None else bucket_path(options.output)
-    if options.output is None or place is None:
+    bucket_output = None if options.output is None else bucket_path(options.output)
+    if options.output is None or bucket_output is None:  # a folder of this machine already
         yield options
         return
-    for given in (options.adapter, options.model):
-        source = None if given is None else bucket_path(given)
-        if source is not None and f"{source}/".startswith(f"{place}/"):
-            raise UserError(f"--output {place} is or holds {given}, an input: name another one")
+    for name in (options.adapter, options.model):
+        bucket_input = None if name is None else bucket_path(name)
+        if bucket_input is not None and f"{bucket_input}/".startswith(f"{bucket_output}/"):
+            raise UserError(
+                f"--output {bucket_output} is or holds {name}, an input: name another one"
+            )
     with staged(options.output) as folder:
         yield dataclasses.replace(options, output=str(folder))
 

@@ -38,9 +38,9 @@ _PLACES = {
     if traits.card is not CardSection.NOWHERE
 }
 _IN_ORDER = sorted(_PLACES, key=_PLACES.__getitem__)
-_OF_ADAPTER = [name for name in _IN_ORDER if _PLACES[name] is CardSection.ADAPTER]
-_OF_TRAINING = [name for name in _IN_ORDER if _PLACES[name] is not CardSection.ADAPTER]
-_OF_PEFT = (
+_ADAPTER_OPTIONS = [name for name in _IN_ORDER if _PLACES[name] is CardSection.ADAPTER]
+_TRAINING_OPTIONS = [name for name in _IN_ORDER if _PLACES[name] is not CardSection.ADAPTER]
+_PEFT_FIELDS = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
 )
@@ -77,27 +77,33 @@ def card(export: Export) -> str:
         address = urllib.parse.quote(export.base)
         base = f"[{escape_markdown(export.base)}](https://huggingface.co/{address})"
     config = export.model.config
-    what = f"A LoRA adapter of {base} ({config.model_type})."
+    description = f"A LoRA adapter of {base} ({config.model_type})."
     if export.fields is None:
-        what = f"{base} ({config.model_type}) with a LoRA adapter merged into it."
+        description = f"{base} ({config.model_type}) with a LoRA adapter merged into it."
     title = escape_markdown(export.name.rsplit("/", 1)[-1])
-    parts = [f"# {title}", f"{what} Trained and exported with lora_jax."]
-    if labels := getattr(config, "label_names", ()):
-        parts.append(f"Its classes: {', '.join(map(_cell, labels))}.")
+    paragraphs = [f"# {title}", f"{description} Trained and exported with lora_jax."]
+    labels = getattr(config, "label_names", ())
+    if labels:
+        paragraphs.append(f"Its classes: {', '.join(map(_cell, labels))}.")
     if export.gguf_codes:
-        parts.append(
+        paragraphs.append(
             f"The base's weights were those of a GGUF file, in {export.gguf_codes} codes. Those of "
             "its other files differ a little, and so do answers over them."
         )
-    parts += ["## Load it", *_code(export)]
-    parts += ["## Training", *_training(export, run, options)]
-    used = run.get("versions") or versions()
-    listed = ", ".join(_cell(f"{name} {version}") for name, version in used.items())
-    parts += ["## Versions", f"{'Trained' if run else 'Exported'} with {listed}."]
-    return mark(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
+    paragraphs += ["## Load it", *_code(export)]
+    paragraphs += ["## Training", *_training(export, run, options)]
+    package_versions = run.get("versions") or versions()
+    version_list = ", ".join(
+        _cell(f"{name} {version}") for name, version in package_versions.items()
+    )
+    verb = "Trained" if run else "Exported"
+    paragraphs += ["## Versions", f"{verb} with {version_list}."]
+    front_matter = _front_matter(export, options)
+    return mark(f"---\n{front_matter}\n---\n\n" + "\n\n".join(paragraphs))
 
 
 def _front_matter(export: Export, options: Fields) -> str:
+    """Returns the card's YAML: the base, the library, the pipeline, the tags and the data."""
     is_adapter = export.fields is not None
     data = ModelCardData(
         base_model=export.base,
@@ -113,12 +119,12 @@ def _front_matter(export: Export, options: Fields) -> str:
 
 def _datasets(options: Fields) -> list[str]:
     """Returns the names of the data sets that a run was given, one or several."""
-    given = options.get("dataset")
-    if not given:  # there was no run
+    dataset_option = options.get("dataset")
+    if not dataset_option:  # there was no run
         return []
-    return (
-        [given] if isinstance(given, str) else [dataset.name for dataset in parse_datasets(given)]
-    )
+    if isinstance(dataset_option, str):
+        return [dataset_option]
+    return [dataset.name for dataset in parse_datasets(dataset_option)]
 
 
 def _is_of_hub(name: str) -> bool:
@@ -134,38 +140,48 @@ def _shown(name: str) -> str:
 
 def _code(export: Export) -> Iterator[str]:
     """Yields the code that loads the export, with a line before each."""
-    base, name = (json.dumps(x) for x in (export.base or "path/to/the/base", export.name))
-    auto, _ = auto_class(export.model)
+    base = json.dumps(export.base or "path/to/the/base")
+    name = json.dumps(export.name)
+    auto_name, _ = auto_class(export.model)
+    config = export.model.config
+    source = export.source
     if export.fields is None:
-        loaded = f"model = {auto}.from_pretrained({name})"
         yield "With transformers:"
-        yield _python(f"from transformers import {auto}", "", loaded)
-        images = ", images=True" if reading_options(export.model.config) else ""
-        loaded = f"model, params = models.from_pretrained({name}{images})"
+        yield _python(
+            f"from transformers import {auto_name}",
+            "",
+            f"model = {auto_name}.from_pretrained({name})",
+        )
+        images_argument = ", images=True" if reading_options(config) else ""
         yield "With lora_jax:"
-        yield _python("from lora_jax import models", "", loaded)
+        yield _python(
+            "from lora_jax import models",
+            "",
+            f"model, params = models.from_pretrained({name}{images_argument})",
+        )
         return
-    config, source = export.model.config, export.source
-    given = loading_options(source, export.model)
-    of_torch, of_ours = "".join(f", {key}={value!r}" for key, value in given.items()), ""
-    if "num_labels" in given:
-        of_ours = f', head="classification", num_labels={config.num_labels}'
+    torch_options = loading_options(source, export.model)
+    torch_arguments = "".join(f", {key}={value!r}" for key, value in torch_options.items())
+    jax_arguments = ""
+    if "num_labels" in torch_options:
+        jax_arguments = f', head="classification", num_labels={config.num_labels}'
     if reading_options(config):
-        of_ours += ", images=True"
+        jax_arguments += ", images=True"
     if source.rope_scaling:
-        of_ours += f", rope_scaling={source.rope_scaling!r}"
-    imports = auto
+        jax_arguments += f", rope_scaling={source.rope_scaling!r}"
     if source.quantize:
-        of_ours += f', quantize="{source.quantize}"'
-    if quantization := loading_config(source.quantize):
+        jax_arguments += f', quantize="{source.quantize}"'
+    imports = auto_name
+    quantization_config = loading_config(source.quantize)
+    if quantization_config:
         imports += ", BitsAndBytesConfig"
-        of_torch += f", quantization_config={quantization}"
+        torch_arguments += f", quantization_config={quantization_config}"
     yield "With PEFT:"
     yield _python(
         "from peft import PeftModel",
         f"from transformers import {imports}",
         "",
-        f"base = {auto}.from_pretrained({base}{of_torch})",
+        f"base = {auto_name}.from_pretrained({base}{torch_arguments})",
         f"model = PeftModel.from_pretrained(base, {name})",
     )
     yield "With lora_jax:"
@@ -174,7 +190,7 @@ def _code(export: Export) -> Iterator[str]:
         "import lora_jax.peft as lp",
         "from lora_jax import models",
         "",
-        f"model, params = models.from_pretrained({base}{of_ours})",
+        f"model, params = models.from_pretrained({base}{jax_arguments})",
         f"params = lp.load({name}, model, params)",
         "forward = lj.adapt(model.apply)  # with the arguments of model.apply",
     )
@@ -185,30 +201,36 @@ def _python(*lines: str) -> str:
 
 
 def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
+    """Yields the data of a run, its options, its losses, and its scores."""
     resolved = run.get("resolved", {})
-    if datasets := _datasets(options):
-        shown = ", ".join(map(_shown, datasets))
-        number = f", {resolved['examples']} examples" if resolved.get("examples") else ""
-        yield f"Data: {_cell(shown)}{number}."
+    datasets = _datasets(options)
+    if datasets:
+        dataset_list = ", ".join(map(_shown, datasets))
+        count = f", {resolved['examples']} examples" if resolved.get("examples") else ""
+        yield f"Data: {_cell(dataset_list)}{count}."
     if run.get("summary"):
         yield f"`{run['summary']}`"
     facts: dict[str, object] = {}
     is_new = not any(options.get(name) for name in ("init_adapter", "peft_config", "full"))
     if export.fields is not None:
-        facts |= {name: export.fields.get(name) for name in _OF_PEFT}
+        facts |= {name: export.fields.get(name) for name in _PEFT_FIELDS}
     elif is_new:
-        facts |= {name: options.get(name) for name in _OF_ADAPTER}
+        facts |= {name: options.get(name) for name in _ADAPTER_OPTIONS}
     if is_new:
         facts["init"] = options.get("init")
-    facts |= {"steps": resolved.get("steps")} | _steps(run.get("report", {}))
+    facts["steps"] = resolved.get("steps")
+    facts |= _steps(run.get("report", {}))
     facts["lr"] = resolved.get("lr")
-    facts |= {name: options.get(name) for name in _OF_TRAINING}
+    facts |= {name: options.get(name) for name in _TRAINING_OPTIONS}
     unset: Any = (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
-    if rows := [(name, value) for name, value in facts.items() if value not in unset]:
+    rows = [(name, value) for name, value in facts.items() if value not in unset]
+    if rows:
         yield _table("option", rows)
-    if losses := list(_losses(export.source, run)):
+    losses = list(_losses(export.source, run))
+    if losses:
         yield _table("loss", losses)
-    if scores := list(_scores(run.get("scores", {}))):
+    scores = list(_scores(run.get("scores", {})))
+    if scores:
         yield "Scores on data that it was not trained on:"
         yield _table("score", scores)
     if not run:
@@ -217,26 +239,34 @@ def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
 
 def _steps(report: Fields) -> dict[str, object]:
     """Returns the steps that a run took, and that of its adapter, where they are not as planned."""
-    taken, kept = report.get("last_step"), report.get("kept_step")
-    return {} if taken == kept == report.get("steps") else {"steps taken": taken, "kept step": kept}
+    last_step = report.get("last_step")
+    kept_step = report.get("kept_step")
+    if last_step == kept_step == report.get("steps"):
+        return {}
+    return {"steps taken": last_step, "kept step": kept_step}
 
 
 def _losses(source: AdapterSource, run: Fields) -> Iterator[tuple[str, str]]:
     """Yields the first loss of a run, and the newest up to the step of its adapter."""
     folder = run_folder(source)
     lines = read_metrics(folder) if folder else []
-    report, last_step = run.get("report", {}), lines[-1]["step"] if lines else 0
+    last_step = lines[-1]["step"] if lines else 0
+    report = run.get("report", {})
     best = report.get("best", {})  # of earlier versions, which wrote no kept_step
     kept_step = report.get("kept_step", best.get("step", last_step))
-    if source.folder.parent.name == BEST and source.folder.name.isdecimal():
+    is_best = source.folder.parent.name == BEST and source.folder.name.isdecimal()
+    if is_best:
         kept_step = int(source.folder.name)
-    for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
-        first = next((line for line in lines if name in line), None)
-        newest = newest_measurement(lines, name, kept_step)
-        if first is not None and (newest.step is None or first["step"] < newest.step):
-            yield f"{what}, step {first['step']}", f"{first[name]:.4f}"
+    for metric, title in (("loss", "training"), ("eval_loss", "held-out rows")):
+        metric_lines = [line for line in lines if metric in line]
+        newest = newest_measurement(lines, metric, kept_step)
+        if metric_lines:
+            first_line = metric_lines[0]
+            first_step = first_line["step"]
+            if newest.step is None or first_step < newest.step:
+                yield f"{title}, step {first_step}", f"{first_line[metric]:.4f}"
         if newest.value is not None:
-            yield f"{what}, step {newest.step}", f"{newest.value:.4f}"
+            yield f"{title}, step {newest.step}", f"{newest.value:.4f}"
 
 
 def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -255,7 +285,10 @@ def run_folder(source: AdapterSource) -> Path | None:
     folders = [parent]
     if parent.name == BEST:  # the folder of the best adapters, unless a run has the name
         folders.append(parent.parent)
-    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return folder
+    return None
 
 
 def _run_of(source: AdapterSource) -> dict[str, Any]:
