@@ -132,7 +132,10 @@ class AdapterSource:
             return len(self.about.get("labels", ())) or None
         with self._readable():
             tensors = read_tensors(self.folder / PEFT_WEIGHTS)
-        return next((len(t) for name, t in tensors.items() if _CLASSES.fullmatch(name)), None)
+        for name, tensor in tensors.items():
+            if _CLASSES.fullmatch(name):
+                return len(tensor)
+        return None
 
     def find_tokenizer(self, remedy: str) -> str | None:
         """Returns `tokenizer`.
@@ -248,9 +251,14 @@ class AdapterSource:
         if self.is_subspace:
             return False
         tree = self.abstract_tree(outline)
-        adapted = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
-        if any(isinstance(x, jax.ShapeDtypeStruct) for n in adapted for x in n.arrays.values()):
-            return True
+        for node in nodes_of(tree).values():
+            if not isinstance(node, LoraWeight):
+                continue
+            has_shapes = any(
+                isinstance(array, jax.ShapeDtypeStruct) for array in node.arrays.values()
+            )
+            if has_shapes:  # the arrays are made of the base
+                return True
         try:
             contents(outline, tree, embedding_layers=False)
         except PeftError:
@@ -259,29 +267,34 @@ class AdapterSource:
 
     def _check_name(self, name: str) -> None:
         """Compares names of PEFT's adapters, which have no fingerprint of their base."""
-        stated = self.about.get("model") if self.from_peft else None
-        here, there = name_for_others(name), name_for_others(stated) if stated else None
-        if here is None or there is None or there.count("/") != 1 or here == there:
+        trained_base = self.about.get("model") if self.from_peft else None
+        if not trained_base:
             return
-        raise UserError(
-            f"{self.given} was trained on {there}, and --model is {here}: leave out --model, or "
-            "accept this base with --allow-base-mismatch"
-        )
+        trained_name = name_for_others(trained_base)
+        model_name = name_for_others(name)
+        if trained_name is None or model_name is None:  # a folder, whose name says nothing
+            return
+        is_hub_name = trained_name.count("/") == 1
+        if is_hub_name and trained_name != model_name:
+            raise UserError(
+                f"{self.given} was trained on {trained_name}, and --model is {model_name}: leave "
+                "out --model, or accept this base with --allow-base-mismatch"
+            )
 
-    def _check_head(self, outline: Any, held: set[str]) -> None:
+    def _check_head(self, outline: Any, adapter_paths: set[str]) -> None:
         """Raises a UserError if neither base nor adapter holds a part of the model, such as a head.
 
         This library's adapters store a fingerprint of their base. It covers a freshly initialised
         part, too, unless the adapter trains it.
         """
-        kinds = outline.kinds
-        absent = [path for path in outline.absent if path not in held]
-        if lost := [path for path in absent if self.from_peft or kinds[path] == "classifier"]:
-            raise UserError(
-                f"{self.given} holds no {lost[0]}, and neither does --model {outline.name}: both "
-                "together are not a classifier. An adapter of a classifier (in PEFT one of the "
-                "task type SEQ_CLS), or a base with a head, is needed"
-            )
+        for path in outline.absent:
+            is_needed = self.from_peft or outline.kinds[path] == "classifier"
+            if is_needed and path not in adapter_paths:
+                raise UserError(
+                    f"{self.given} holds no {path}, and neither does --model {outline.name}: both "
+                    "together are not a classifier. An adapter of a classifier (in PEFT one of the "
+                    "task type SEQ_CLS), or a base with a head, is needed"
+                )
 
     def _images_differ(self, name: str, config: Any) -> str:
         """Says that images were read in training or are read here, and not both; "" otherwise."""
@@ -303,20 +316,25 @@ class AdapterSource:
         try:
             yield
         except ValueError as error:
-            if why := self._images_differ(name, config):
-                raise UserError(f"{self.given} {why}") from error
-            first, *rest = [line.strip() for line in str(error).splitlines()]
-            message = f"{first}: {'; '.join(rest[:_SHOWN])}" if rest else first
-            if len(rest) > _SHOWN:
-                message += f"; and {len(rest) - _SHOWN} more"
-            stated, remedy = self.about.get("model"), ""
-            if stated == name:
+            image_problem = self._images_differ(name, config)
+            if image_problem:
+                raise UserError(f"{self.given} {image_problem}") from error
+            lines = [line.strip() for line in str(error).splitlines()]
+            message = lines[0]
+            details = lines[1:]
+            if details:
+                message += f": {'; '.join(details[:_SHOWN])}"
+            if len(details) > _SHOWN:
+                message += f"; and {len(details) - _SHOWN} more"
+            trained_base = self.about.get("model")
+            remedy = ""
+            if trained_base == name:
                 remedy = f". It says that its base is {name}: copy its folder again, or name "
                 remedy += "another base with --model"
             elif "--allow-base-mismatch" not in message:
-                of = f" ({stated})" if stated else ""
-                remedy = f". The base here is {name}: name the one that it was trained on{of}"
-                remedy += " with --model"
+                base_name = f" ({trained_base})" if trained_base else ""
+                remedy = f". The base here is {name}: name the one that it was trained on"
+                remedy += f"{base_name} with --model"
             raise UserError(f"{self.given}: {message}{remedy}") from error
 
 

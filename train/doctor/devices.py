@@ -165,13 +165,15 @@ def diagnose(now: Circumstances) -> list[Trouble]:
 
 def _broken_plugins(errors: str) -> list[Trouble]:
     """Returns JAX's plugins that raised an error, after which JAX goes on without them."""
-    _, *parts = re.split(r"Exception when calling (jax_plugins\.[\w.]+)\.initialize", errors)
-    troubles = []
-    for name, log in zip(parts[::2], parts[1::2], strict=True):
+    _, *pieces = re.split(r"Exception when calling (jax_plugins\.[\w.]+)\.initialize", errors)
+    plugin_names = pieces[::2]
+    plugin_logs = pieces[1::2]
+    troubles: list[Trouble] = []
+    for name, log in zip(plugin_names, plugin_logs, strict=True):
         match = re.search(r"^\w[\w.]*(?:Error|Exception)\b.*", log, re.M)
-        why = match[0] if match else "it does not say why"
-        what = f"JAX's plugin {name} does not start ({why})"
-        troubles.append(Trouble(what, "install it again, or uninstall it", fatal=False))
+        reason = match[0] if match else "it does not say why"
+        problem = f"JAX's plugin {name} does not start ({reason})"
+        troubles.append(Trouble(problem, "install it again, or uninstall it", fatal=False))
     return troubles
 
 

@@ -23,9 +23,10 @@ def describe_memory(device: int | None) -> dict[str, Any]:
 def host_memory(file: Path = Path("/proc/meminfo")) -> dict[str, int]:
     """Returns the bytes of the host's memory, and those that are free for programs."""
     try:
-        lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
-        names = {"in all": "MemTotal", "free": "MemAvailable"}
-        return {word: 1024 * int(lines[name].split()[0]) for word, name in names.items()}
+        fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+        total_kib = int(fields["MemTotal"].split()[0])
+        free_kib = int(fields["MemAvailable"].split()[0])
+        return {"in all": 1024 * total_kib, "free": 1024 * free_kib}
     except (OSError, KeyError, ValueError):
         return {}
 
@@ -39,16 +40,20 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
     facts, troubles = {}, []
     for name, folder in folders.items():
         # Path.exists raises an error below a folder that this user may not read.
-        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-        free = shutil.disk_usage(there).free
-        facts[name] = f"{folder} ({gib_text(free)} free)"
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        existing = [path for path in (folder, *folder.parents) if os.path.exists(path)]
+        nearest = existing[0]
+        free_bytes = shutil.disk_usage(nearest).free
+        facts[name] = f"{folder} ({gib_text(free_bytes)} free)"
+        is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        is_output = name == "output"
+        if not is_writable:
             remedy = "give this user the right to it, or name another folder"
-            remedy += "" if name == "output" else " (XDG_CACHE_HOME, HF_HOME)"
-            troubles.append(Trouble(f"{there} cannot be written", remedy, name == "output"))
-        elif free < _LITTLE:
-            what = f"{there} has room for {gib_text(free)} more"
-            troubles.append(Trouble(what, "make room, or name another folder", fatal=False))
+            if not is_output:
+                remedy += " (XDG_CACHE_HOME, HF_HOME)"
+            troubles.append(Trouble(f"{nearest} cannot be written", remedy, fatal=is_output))
+        elif free_bytes < _LITTLE:
+            problem = f"{nearest} has room for {gib_text(free_bytes)} more"
+            troubles.append(Trouble(problem, "make room, or name another folder", fatal=False))
     return facts, troubles
 
 
@@ -56,7 +61,8 @@ def size_of(folder: Path, seconds: float = _SECONDS) -> str:
     """Returns the size of a folder's files in words, as far as they are added up in some time."""
     if not os.path.isdir(folder):
         return "empty"
-    until, total = time.monotonic() + seconds, 0
+    deadline = time.monotonic() + seconds
+    total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
@@ -64,7 +70,7 @@ def size_of(folder: Path, seconds: float = _SECONDS) -> str:
             except OSError:  # deleted meanwhile
                 continue
             total += status.st_size
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return f"at least {gib_text(total)}"
     return gib_text(total)
 

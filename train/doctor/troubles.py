@@ -96,13 +96,16 @@ def _shared(value: Any) -> Any:
         return [_shared(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    value = _CREDENTIALS.sub("", _TOKEN.sub("hf_...", value))
-    value = value.replace(str(Path.home()), "~")
-    if user := user_name():  # in the name of a folder: as a word it may be any
-        value = re.sub(rf"(?<=/){re.escape(user)}(?![\w.-])", "$USER", value)
-    if re.search(r"[^a-z]", host := socket.gethostname()):  # else it may be a word, too
-        value = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w.-])", "$HOSTNAME", value)
-    return value
+    text = _CREDENTIALS.sub("", _TOKEN.sub("hf_...", value))
+    text = text.replace(str(Path.home()), "~")
+    user = user_name()
+    if user:  # in the name of a folder: as a word it may be any
+        text = re.sub(rf"(?<=/){re.escape(user)}(?![\w.-])", "$USER", text)
+    host = socket.gethostname()
+    may_be_word = re.search(r"[^a-z]", host) is None
+    if not may_be_word:
+        text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w.-])", "$HOSTNAME", text)
+    return text
 
 
 def user_name() -> str:

@@ -74,26 +74,29 @@ def launch_file(words: Sequence[str]) -> str:
       UserError: there is no such scheduler or script, or an option that the script refuses or that
         the file gives.
     """
-    kind, script, *options = [*words, ""] if len(words) < 2 else words
-    for word, known in ((kind, tuple(FILES)), (script, _TRAINERS)):
-        if word not in known:
-            raise UserError(
-                f"{' '.join(words)}: a scheduler ({', '.join(FILES)}) and a script "
-                f"({', '.join(_TRAINERS)}) are needed, such as: "
-                f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
-            )
+    scheduler = words[0] if words else ""
+    script = words[1] if len(words) > 1 else ""
+    options = words[2:]
+    if scheduler not in FILES or script not in _TRAINERS:
+        raise UserError(
+            f"{' '.join(words)}: a scheduler ({', '.join(FILES)}) and a script "
+            f"({', '.join(_TRAINERS)}) are needed, such as: "
+            f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
+        )
     trainer = importlib.import_module(f"train.{script}").SCRIPT
-    asked, on_line, in_file = read_line(trainer.plain, options, trainer.name)
-    for name, why in _OF_FILE.items():
-        turned = name in in_file and value_of(asked, name) != value_of(trainer.plain, name)
-        if name in on_line or turned:
-            raise UserError(f"{flag(name)}: {why}; leave it out")
+    config, line_options, file_options = read_line(trainer.plain, options, trainer.name)
+    for name, reason in _OF_FILE.items():
+        is_changed_by_file = name in file_options and (
+            value_of(config, name) != value_of(trainer.plain, name)
+        )
+        if name in line_options or is_changed_by_file:
+            raise UserError(f"{flag(name)}: {reason}; leave it out")
     trainer.parse(options)
-    text = (Path(__file__).parent / FILES[kind]).read_text()
-    if "output" in (on_line | in_file.keys()):
-        text = _with_value(text, "OUTPUT", shlex.quote(asked.run.output))
-    line = shlex.join([COMMAND, script, *_without_output(options)])
-    return _with_value(text, "COMMAND", f"({line})")
+    text = (Path(__file__).parent / FILES[scheduler]).read_text()
+    if "output" in line_options or "output" in file_options:
+        text = _with_value(text, "OUTPUT", shlex.quote(config.run.output))
+    command = shlex.join([COMMAND, script, *_without_output(options)])
+    return _with_value(text, "COMMAND", f"({command})")
 
 
 def _with_value(text: str, name: str, value: str) -> str:
@@ -105,15 +108,16 @@ def _with_value(text: str, name: str, value: str) -> str:
 
 def _without_output(options: Sequence[str]) -> list[str]:
     """Returns options without --output and its value."""
-    kept, dropped = [], False
+    other_words: list[str] = []
+    is_output_value = False
     for word in options:
-        if dropped:
-            dropped = False
+        if is_output_value:
+            is_output_value = False
         elif word == "--output":
-            dropped = True
+            is_output_value = True
         elif not word.startswith("--output="):
-            kept.append(word)
-    return kept
+            other_words.append(word)
+    return other_words
 
 
 if __name__ == "__main__":
