@@ -329,7 +329,7 @@ def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
     park(client, 10 * 86400.0)
     run(client, model, PROGRAM[3:], 4)
     assert state(client.engine.tenants[model]) == close_to(PROGRAM)
-    client.server._idle = 3600.0
+    client.server._max_idle_seconds = 3600.0
     client.later(4000.0)
     client.server.sweep(120.0)
     client.post("session_heartbeat", 410, session_id=model.split(":")[0])

@@ -213,7 +213,7 @@ def test_old_samples_are_forgotten(client):
 
 def test_too_many_samples_are_busy(tmp_path):
     client = Client(FakeEngine(held=True), tmp_path)
-    client.server.futures._most = 2
+    client.server.futures._max_pending = 2
     name = sampler(client)
     asked = {"sampling_session_id": name, "prompt": prompt(1), "sampling_params": {}}
     for seq in range(2):

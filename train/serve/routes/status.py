@@ -77,7 +77,7 @@ class StatusRoutes:
         self._access = access
         self._owns = lookup.owns
         self._display_name = tenants.display_name
-        self._list = tenants.list or (lambda: engine.status().tenants)
+        self._list_tenants = tenants.list or (lambda: engine.status().tenants)
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
@@ -98,7 +98,9 @@ class StatusRoutes:
         facts = self._engine.facts
         figures = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
         figures |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
-        tenants = {name: tenant for name, tenant in self._list().items() if self._owns(owner, name)}
+        tenants = {
+            name: tenant for name, tenant in self._list_tenants().items() if self._owns(owner, name)
+        }
         return figures, tenants
 
     async def _json(self, request: Request) -> Response:

@@ -105,38 +105,38 @@ class Database:
     def _depth(self) -> int:
         return getattr(self._thread_state, "depth", 0)
 
-    def all(self, sql: str, *values: object) -> list[Row]:
+    def execute(self, sql: str, *values: object) -> list[Row]:
         """Returns the rows that a statement yields."""
         if self._depth:
-            return self._execute(self._writer, sql, values)
+            return self._execute_on(self._writer, sql, values)
         if sql.startswith("select "):
             with self._reader_lock:
-                return self._execute(self._reader, sql, values)
+                return self._execute_on(self._reader, sql, values)
         with self.transaction():
-            return self._execute(self._writer, sql, values)
+            return self._execute_on(self._writer, sql, values)
 
-    def _execute(self, connection: sqlite3.Connection, sql: str, values: tuple) -> list[Row]:
+    def _execute_on(self, connection: sqlite3.Connection, sql: str, values: tuple) -> list[Row]:
         with _translate_errors(self._path):
             return connection.execute(sql, values).fetchall()
 
-    def one(self, sql: str, *values: object) -> Row | None:
+    def execute_one(self, sql: str, *values: object) -> Row | None:
         """Returns the first row, or None."""
-        rows = self.all(sql, *values)
+        rows = self.execute(sql, *values)
         return rows[0] if rows else None
 
     def insert(self, table: str, values: Mapping[str, object], verb: str = "insert") -> None:
         """Adds a row of values by the names of columns."""
         placeholders = ", ".join("?" * len(values))
         sql = f"{verb} into {table} ({', '.join(values)}) values ({placeholders})"
-        self.all(sql, *values.values())
+        self.execute(sql, *values.values())
 
     def page(
         self, matching_rows: str, order: str, values: tuple, limit: int, offset: int
     ) -> tuple[list[Row], int]:
         """Returns some of the rows, and how many there are in all."""
-        (count_row,) = self.all(f"select count(*) from {matching_rows}", *values)
+        (count_row,) = self.execute(f"select count(*) from {matching_rows}", *values)
         sql = f"select * from {matching_rows} order by {order} limit ? offset ?"
-        rows = self.all(sql, *values, limit, offset)
+        rows = self.execute(sql, *values, limit, offset)
         return rows, count_row[0]
 
 

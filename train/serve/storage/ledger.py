@@ -73,8 +73,8 @@ class Ledger:
         self._opened = clock()
         self.transaction = self._db.transaction
         self.close = self._db.close
-        self._all = self._db.all
-        self._one = self._db.one
+        self._execute = self._db.execute
+        self._execute_one = self._db.execute_one
         self._insert = self._db.insert
         self._page = self._db.page
 
@@ -99,12 +99,12 @@ class Ledger:
 
     def session(self, session: str) -> Row | None:
         """Returns a session, or None."""
-        return self._one("select * from sessions where id = ?", session)
+        return self._execute_one("select * from sessions where id = ?", session)
 
     def sessions(self, owner: str, limit: int = 20, offset: int = 0) -> list[Row]:
         """Returns an owner's sessions, the newest first."""
         sql = "select * from sessions where owner = ? order by created desc, id limit ? offset ?"
-        return self._all(sql, owner, limit, offset)
+        return self._execute(sql, owner, limit, offset)
 
     def hear(self, session: str) -> None:
         """Notes that a session's client lives, in memory: nothing waits for the disk."""
@@ -113,7 +113,7 @@ class Ledger:
     def idle_sessions(self, seconds: float) -> list[str]:
         """Returns the sessions without a heartbeat, a command or a sample for some seconds."""
         latest_time = self._clock() - seconds
-        rows = self._all("select id from sessions where ended is null")
+        rows = self._execute("select id from sessions where ended is null")
         return [row["id"] for row in rows if self._heard.get(row["id"], self._opened) < latest_time]
 
     def end_session(self, session: str) -> list[Row]:
@@ -121,12 +121,12 @@ class Ledger:
         self._heard.pop(session, None)
         with self.transaction():
             sql = "update sessions set ended = ? where id = ? and ended is null"
-            self._all(sql, self._clock(), session)
+            self._execute(sql, self._clock(), session)
             owned_samplers = (
                 "from samplers where session = ? and path is null and folder is not null"
             )
-            samplers = self._all(f"select * {owned_samplers}", session)
-            self._all(f"delete {owned_samplers}", session)
+            samplers = self._execute(f"select * {owned_samplers}", session)
+            self._execute(f"delete {owned_samplers}", session)
         return samplers
 
     # Models, the tenants
@@ -145,7 +145,7 @@ class Ledger:
 
     def model(self, model: str) -> Row | None:
         """Returns a model, or None."""
-        return self._one("select * from models where id = ?", model)
+        return self._execute_one("select * from models where id = ?", model)
 
     def models(self, owner: str, limit: int = -1, offset: int = 0) -> tuple[list[Row], int]:
         """Returns an owner's models, the last used first, and how many there are in all."""
@@ -153,18 +153,18 @@ class Ledger:
 
     def models_of(self, session: str) -> list[Row]:
         """Returns the models of a session."""
-        return self._all("select * from models where session = ? order by id", session)
+        return self._execute("select * from models where session = ? order by id", session)
 
     def live_models(self) -> list[Row]:
         """Returns the models that were not unloaded."""
-        return self._all("select * from models where ended is null order by id")
+        return self._execute("select * from models where ended is null order by id")
 
     def end_model(self, model: str) -> None:
         """Marks a model as unloaded, and forgets what its commands were."""
         with self.transaction():
             sql = "update models set ended = ?, folder = null where id = ?"
-            self._all(sql, self._clock(), model)
-            self._all("update commands set payload = null where model = ?", model)
+            self._execute(sql, self._clock(), model)
+            self._execute("update commands set payload = null where model = ?", model)
 
     def abandon(self, answer: bytes) -> None:
         """Notes an answer to the commands of unloaded models that have none."""
@@ -172,15 +172,15 @@ class Ledger:
             "update commands set state = 'failed', answer = ?, finished = ? where state = 'logged' "
             "and model in (select id from models where ended is not null)"
         )
-        self._all(sql, answer, self._clock())
+        self._execute(sql, answer, self._clock())
 
     def set_state(self, model: str, seq: int, folder: Path) -> None:
         """Records the folder of the state after a command, and drops the commands up to it."""
         with self.transaction():
             sql = "update models set state = ?, folder = ? where id = ?"
-            self._all(sql, seq, str(folder), model)
+            self._execute(sql, seq, str(folder), model)
             sql = "update commands set payload = null where model = ? and seq <= ?"
-            self._all(sql, model, seq)
+            self._execute(sql, model, seq)
 
     # The log
 
@@ -219,29 +219,29 @@ class Ledger:
             values["finished"] = self._clock()
         with self.transaction():
             self._insert("commands", values)
-            self._all("update models set used = ? where id = ?", time.time(), model)
+            self._execute("update models set used = ? where id = ?", time.time(), model)
             row = self.command(model, seq)
         assert row is not None
         return row
 
     def command(self, model: str, seq: int) -> Row | None:
         """Returns a command, or None."""
-        return self._one("select * from commands where model = ? and seq = ?", model, seq)
+        return self._execute_one("select * from commands where model = ? and seq = ?", model, seq)
 
     def commands(self, model: str, after: int) -> list[Row]:
         """Returns the commands after one, in their order."""
         sql = "select * from commands where model = ? and seq > ? order by seq"
-        return self._all(sql, model, after)
+        return self._execute(sql, model, after)
 
     def owes(self, model: str, after: int, until: int) -> bool:
         """Returns True if a command after one number, and up to another, has no answer."""
         sql = "select 1 from commands where model = ? and seq > ? and seq <= ? and state = 'logged'"
-        return self._one(sql, model, after, until) is not None
+        return self._execute_one(sql, model, after, until) is not None
 
     def is_promised(self, target: str) -> bool:
         """Returns True if a command that is not finished makes this checkpoint or sampler."""
         sql = "select 1 from commands where target = ? and state = 'logged'"
-        return self._one(sql, target) is not None
+        return self._execute_one(sql, target) is not None
 
     def finish(
         self, model: str, seq: int, answer: bytes, failed: bool, spec: str | None = None
@@ -257,20 +257,20 @@ class Ledger:
                 "where model = ? and seq = ? and state = 'logged' returning 1"
             )
             state = FAILED if failed else DONE
-            had_no_answer = self._all(sql, state, answer, self._clock(), model, seq)
+            had_no_answer = self._execute(sql, state, answer, self._clock(), model, seq)
             if not had_no_answer:
                 return False
             if spec is not None:
-                self._all("update models set spec = ? where id = ?", spec, model)
+                self._execute("update models set spec = ? where id = ?", spec, model)
         return True
 
     def forget(self, seconds: float) -> None:
         """Drops the answers that are older, and all commands of models that ended before."""
         latest_time = self._clock() - seconds
         sql = "update commands set answer = null where answer is not null and finished < ?"
-        self._all(sql, latest_time)
+        self._execute(sql, latest_time)
         sql = "delete from commands where model in (select id from models where ended < ?)"
-        self._all(sql, latest_time)
+        self._execute(sql, latest_time)
 
     # Checkpoints
 
@@ -302,7 +302,7 @@ class Ledger:
     def checkpoint(self, path: str) -> Row | None:
         """Returns a checkpoint that has not expired, or None."""
         sql = "select * from checkpoints where path = ? and (expires is null or expires > ?)"
-        return self._one(sql, path, self._clock())
+        return self._execute_one(sql, path, self._clock())
 
     def checkpoints(
         self, owner: str, model: str | None = None, limit: int = -1, offset: int = 0
@@ -324,20 +324,20 @@ class Ledger:
 
     def expired_checkpoints(self) -> list[Row]:
         """Returns the checkpoints whose time is over."""
-        return self._all("select * from checkpoints where expires <= ?", self._clock())
+        return self._execute("select * from checkpoints where expires <= ?", self._clock())
 
     def drop_checkpoint(self, path: str) -> None:
         """Forgets a checkpoint."""
-        self._all("delete from checkpoints where path = ?", path)
+        self._execute("delete from checkpoints where path = ?", path)
 
     def set_expiry(self, path: str, seconds: float | None) -> None:
         """Lets a checkpoint expire in some seconds from now, or never."""
         expires = None if seconds is None else self._clock() + seconds
-        self._all("update checkpoints set expires = ? where path = ?", expires, path)
+        self._execute("update checkpoints set expires = ? where path = ?", expires, path)
 
     def set_public(self, path: str, public: bool) -> None:
         """Shows a checkpoint to all who have a key, or to its owner alone."""
-        self._all("update checkpoints set public = ? where path = ?", public, path)
+        self._execute("update checkpoints set public = ? where path = ?", public, path)
 
     # Samplers
 
@@ -353,8 +353,8 @@ class Ledger:
 
     def sampler(self, sampler: str) -> Row | None:
         """Returns a sampler, or None."""
-        return self._one("select * from samplers where id = ?", sampler)
+        return self._execute_one("select * from samplers where id = ?", sampler)
 
     def samplers_of(self, session: str) -> list[Row]:
         """Returns the samplers of a session."""
-        return self._all("select * from samplers where session = ? order by id", session)
+        return self._execute("select * from samplers where session = ? order by id", session)

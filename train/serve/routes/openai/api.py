@@ -195,7 +195,9 @@ class OpenAI:
             )
         sample = dataclasses.replace(sample, top=n_top or 0)
         max_prompt_tokens = fields.read_room(body, sample, facts)
-        prompt_ids = await run_in_threadpool(self._ids, prompts, max_prompt_tokens is not None)
+        prompt_ids = await run_in_threadpool(
+            self._prompt_ids, prompts, max_prompt_tokens is not None
+        )
         completion_request = CompletionRequest(
             model=str(body["model"]),
             samples=[
@@ -262,18 +264,19 @@ class OpenAI:
             raise fields.field_error("tokens", None, "a list of token ids is needed")
         return json_response({"prompt": await run_in_threadpool(self._tokens.text, ids)})
 
-    def _ids(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
+    def _prompt_ids(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
         """Returns the tokens of prompts, which may be cut at their beginning."""
         max_length = self._engine.facts.max_length
-        try:
-            return [
-                self._tokens.ids(prompt, max_length, cuts=cuts)
-                if isinstance(prompt, str)
-                else prompt
-                for prompt in prompts
-            ]
-        except TrainingError as error:
-            raise HttpError(400, str(error), param="prompt") from None
+        prompt_ids: list[list[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                try:
+                    prompt_ids.append(self._tokens.ids(prompt, max_length, cuts=cuts))
+                except TrainingError as error:
+                    raise HttpError(400, str(error), param="prompt") from None
+            else:
+                prompt_ids.append(prompt)
+        return prompt_ids
 
     async def _answer(self, http: Request, request: CompletionRequest) -> Response:
         """Draws the completions of a request, and answers it whole or as a stream."""

@@ -89,8 +89,8 @@ class Tinker:
         folder.mkdir(parents=True, exist_ok=True)
         self._engine = engine
         self._owner = owner
-        self._idle = limits.idle
-        self._missing = limits.missing
+        self._max_idle_seconds = limits.idle
+        self._max_missing_seconds = limits.missing
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=limits.hold)
         self.rows = OwnerRows(self.ledger, [engine.facts.model, *names])
@@ -138,12 +138,12 @@ class Tinker:
         Args:
           silent: seconds of silence of a session after which its tenants lie on disk.
         """
-        if self._idle is not None:
-            idle_sessions = set(self.ledger.idle_sessions(self._idle))
+        if self._max_idle_seconds is not None:
+            idle_sessions = set(self.ledger.idle_sessions(self._max_idle_seconds))
             busy_sessions = self.log.busy_sessions() | self.futures.busy_sessions()
             for session in idle_sessions - busy_sessions:
                 _try(f"the end of the idle session {session}", self.end_session, session)
-        _try("the search for missing commands", self.log.gaps.close, self._missing)
+        _try("the search for missing commands", self.log.gaps.close, self._max_missing_seconds)
         _try("the parking of tenants", self.log.parking.park_silent, silent)
         _try("the removal of what is over", self.log.sweep)
 

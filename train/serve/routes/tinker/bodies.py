@@ -64,21 +64,21 @@ class OwnerRequest:
 Endpoint = Callable[[OwnerRequest], Response | Awaitable[Response]]
 
 
-def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Response]]:
+def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitable[Response]]:
     """Returns an endpoint for those with a key; what it raises becomes an answer.
 
     Args:
       endpoint: answers the request.
-      owner: says whose key a request has; None for no valid one.
+      find_owner: says whose key a request has; None for no valid one.
     """
 
     async def answer(request: Request) -> Response:
         """Answers a request, or says why it is refused."""
         try:
-            owner_name = owner(request)
-            if owner_name is None:
+            owner = find_owner(request)
+            if owner is None:
                 return json_response({"detail": "the X-API-Key is not known here"}, 401)
-            owner_request = OwnerRequest(request, owner_name, await read_bytes(request))
+            owner_request = OwnerRequest(request, owner, await read_bytes(request))
             if inspect.iscoroutinefunction(endpoint):
                 return await endpoint(owner_request)
             call = cast(Callable[[], Response], functools.partial(endpoint, owner_request))

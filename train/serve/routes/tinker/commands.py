@@ -104,15 +104,15 @@ def update_of(fields: JsonFields) -> requests.Update:
     for name in ("optimizer_params", "optim_params"):
         _check_optimizer(fields, name)
     adam = fields.object("adam_params")
-    default = requests.Update()
+    defaults = requests.Update()
     max_beta = float(np.nextafter(1.0, 0.0))  # the largest number below 1
     return requests.Update(
-        learning_rate=adam.get("learning_rate", float, default.learning_rate, least=0),
-        beta1=adam.get("beta1", float, default.beta1, least=0, most=max_beta),
-        beta2=adam.get("beta2", float, default.beta2, least=0, most=max_beta),
-        eps=adam.get("eps", float, default.eps, least=0),
-        weight_decay=adam.get("weight_decay", float, default.weight_decay, least=0),
-        grad_clip_norm=max(0.0, adam.get("grad_clip_norm", float, default.grad_clip_norm)),
+        learning_rate=adam.get("learning_rate", float, defaults.learning_rate, least=0),
+        beta1=adam.get("beta1", float, defaults.beta1, least=0, most=max_beta),
+        beta2=adam.get("beta2", float, defaults.beta2, least=0, most=max_beta),
+        eps=adam.get("eps", float, defaults.eps, least=0),
+        weight_decay=adam.get("weight_decay", float, defaults.weight_decay, least=0),
+        grad_clip_norm=max(0.0, adam.get("grad_clip_norm", float, defaults.grad_clip_norm)),
     )
 
 

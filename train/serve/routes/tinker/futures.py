@@ -93,7 +93,7 @@ class Futures:
         self._ledger = ledger
         self._hold = hold
         self._keep = keep
-        self._most = most
+        self._max_pending = most
         self._patience = patience
         self._gone = gone
         self._promises: dict[str, _Promise] = {}
@@ -103,14 +103,14 @@ class Futures:
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
         self._lock = threading.Lock()
 
-    def open(self, request: str, owner: str) -> bool:
+    def open(self, request_id: str, owner: str) -> bool:
         """Promises a result in JSON; returns whether it is new, or was promised before."""
         promise = _Promise(owner=owner, write=None, session=None, deadline=math.inf)
-        return self._promise(request, promise)
+        return self._add_promise(request_id, promise)
 
     def start(
         self,
-        request: str,
+        request_id: str,
         owner: str,
         work: Callable[[SampleDone], Callable[[], None]],
         write: Callable[[SampleResult], bytes],
@@ -119,7 +119,7 @@ class Futures:
         """Promises the result of a sample, and starts it, unless it was promised before.
 
         Args:
-          request: its id.
+          request_id: its id.
           owner: who may fetch it.
           work: starts; is called with a function that takes the result, and returns one that ends
             the work early.
@@ -135,24 +135,26 @@ class Futures:
             session=session,
             deadline=time.monotonic() + self._patience,
         )
-        if not self._promise(request, promise):
+        if not self._add_promise(request_id, promise):
             return
-        end = work(partial(self._resolve, request, promise))
+        end = work(partial(self._resolve, request_id, promise))
         with self._lock:
             promise.end = end
-            is_dropped = self._promises.get(request) is not promise
+            is_dropped = self._promises.get(request_id) is not promise
         if is_dropped:
             end()
 
-    def _promise(self, request: str, promise: _Promise) -> bool:
+    def _add_promise(self, request_id: str, promise: _Promise) -> bool:
         """Notes a promise, unless there is one for this request; returns whether it did."""
         with self._lock:
             self._forget_old_results()
-            if request in self._promises:
+            if request_id in self._promises:
                 return False
-            if self._pending[promise.owner] >= self._most:
-                raise BusyError(f"{self._most} of your samples wait for a result: wait for some")
-            self._promises[request] = promise
+            if self._pending[promise.owner] >= self._max_pending:
+                raise BusyError(
+                    f"{self._max_pending} of your samples wait for a result: wait for some"
+                )
+            self._promises[request_id] = promise
             self._pending[promise.owner] += 1
             return True
 
@@ -160,11 +162,11 @@ class Futures:
         """Forgets the results that were kept for long enough; the lock is held."""
         latest_time = time.monotonic() - self._keep
         while self._results:
-            result_time, request = self._results[0]
+            result_time, request_id = self._results[0]
             if result_time >= latest_time:
                 return
             self._results.popleft()
-            del self._promises[request]
+            del self._promises[request_id]
 
     def end_session(self, session: str) -> None:
         """Ends the samples of a session; requests for their results are told that there are none.
@@ -194,50 +196,50 @@ class Futures:
 
         self._drop(is_abandoned)
 
-    def _drop(self, is_over: Callable[[_Promise], bool]) -> None:
+    def _drop(self, should_drop: Callable[[_Promise], bool]) -> None:
         """Ends and forgets the samples without a result for which a condition is true."""
         with self._lock:
             dropped_promises = {
-                request: promise
-                for request, promise in self._promises.items()
-                if promise.result is None and is_over(promise)
+                request_id: promise
+                for request_id, promise in self._promises.items()
+                if promise.result is None and should_drop(promise)
             }
-            for request, promise in dropped_promises.items():
-                del self._promises[request]
+            for request_id, promise in dropped_promises.items():
+                del self._promises[request_id]
                 self._pending[promise.owner] -= 1
-        for request, promise in dropped_promises.items():
+        for request_id, promise in dropped_promises.items():
             if promise.end is not None:
                 promise.end()
-            self.wake(request)
+            self.wake(request_id)
 
-    def resolve(self, request: str, result: JsonObject) -> None:
+    def resolve(self, request_id: str, result: JsonObject) -> None:
         """Keeps a result that was promised by `open`."""
-        self._resolve(request, self._promises[request], result)
+        self._resolve(request_id, self._promises[request_id], result)
 
     def _resolve(
-        self, request: str, promise: _Promise, result: SampleResult | Exception | JsonObject
+        self, request_id: str, promise: _Promise, result: SampleResult | Exception | JsonObject
     ) -> None:
         """Keeps the result of a sample, or what went wrong; may be called by any thread."""
         with self._lock:
-            if self._promises.get(request) is not promise:
+            if self._promises.get(request_id) is not promise:
                 return  # it was given up
             promise.result = result
-            self._results.append((time.monotonic(), request))
+            self._results.append((time.monotonic(), request_id))
             self._pending[promise.owner] -= 1
-        self.wake(request)
+        self.wake(request_id)
 
-    def wake(self, request: str, reason: str | None = None) -> None:
+    def wake(self, request_id: str, reason: str | None = None) -> None:
         """Wakes the requests that wait for an answer; may be called by any thread.
 
         Args:
-          request: the id.
+          request_id: the id.
           reason: why the ledger does not have the answer yet; None if it has.
         """
         with self._lock:
-            self._reasons.pop(request, None)
+            self._reasons.pop(request_id, None)
             if reason is not None:
-                self._reasons[request] = reason
-            waiters = list(self._waiters.get(request, ()))
+                self._reasons[request_id] = reason
+            waiters = list(self._waiters.get(request_id, ()))
         for loop, event in waiters:
             try:
                 loop.call_soon_threadsafe(event.set)
@@ -245,61 +247,65 @@ class Futures:
                 pass
 
     async def poll(
-        self, request: str, owner: str, closed: Callable[[], Awaitable[object]] | None = None
+        self, request_id: str, owner: str, closed: Callable[[], Awaitable[object]] | None = None
     ) -> Response:
         """Returns the answer to a request, or, after `hold` seconds, that there is none yet.
 
         Args:
-          request: its id.
+          request_id: its id.
           owner: who asks.
           closed: returns once the client closed the connection.
 
         Raises:
           HttpError: There is no such request, or its answer is no longer kept.
         """
-        with self._waiting(request) as event, self._count_poll(request, owner) as promise:
-            answer = await asyncio.to_thread(self._find, request, owner)
+        with self._waiting(request_id) as event, self._count_poll(request_id, owner) as promise:
+            answer = await asyncio.to_thread(self._find, request_id, owner)
             if answer is None:
                 connection_end = None if closed is None else closed()
                 is_closed = await _is_closed_first(event.wait(), connection_end, self._hold)
                 if promise is not None and is_closed:
                     promise.is_closed = True
                     promise.deadline = time.monotonic() + self._gone
-                answer = await asyncio.to_thread(self._find, request, owner)
+                answer = await asyncio.to_thread(self._find, request_id, owner)
         if answer is None:
-            return json_response(self._try_again(request), 408)
+            return json_response(self._try_again(request_id), 408)
         body, is_protobuf = answer
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
 
-    def _try_again(self, request: str) -> JsonObject:
+    def _try_again(self, request_id: str) -> JsonObject:
         """Returns the answer to a request whose result is not there yet."""
-        answer: JsonObject = {"type": "try_again", "request_id": request, "queue_state": "active"}
-        reason = self._reasons.get(request)
+        answer: JsonObject = {
+            "type": "try_again",
+            "request_id": request_id,
+            "queue_state": "active",
+        }
+        reason = self._reasons.get(request_id)
         if reason is not None:
             answer["queue_state"] = "paused_capacity"
             answer["queue_state_reason"] = reason
         return answer
 
     @contextmanager
-    def _waiting(self, request: str) -> Iterator[asyncio.Event]:
+    def _waiting(self, request_id: str) -> Iterator[asyncio.Event]:
         """Gives an event that `wake` sets while a request is waited for."""
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
         with self._lock:
-            self._waiters.setdefault(request, set()).add(waiter)
+            self._waiters.setdefault(request_id, set()).add(waiter)
         try:
             yield event
         finally:
             with self._lock:
-                self._waiters[request].discard(waiter)
-                if not self._waiters[request]:
-                    del self._waiters[request]
+                self._waiters[request_id].discard(waiter)
+                if not self._waiters[request_id]:
+                    del self._waiters[request_id]
 
     @contextmanager
-    def _count_poll(self, request: str, owner: str) -> Iterator[_Promise | None]:
+    def _count_poll(self, request_id: str, owner: str) -> Iterator[_Promise | None]:
         """Counts a poll while it is held open: the sample is not given up meanwhile."""
         with self._lock:
-            promise = self._promises.get(request)
+            promise = self._promises.get(request_id)
             if promise is not None and promise.owner != owner:
                 promise = None
             if promise is not None:
@@ -315,17 +321,17 @@ class Futures:
                     patience_end = time.monotonic() + self._patience
                     promise.deadline = min(promise.deadline, patience_end)
 
-    def _find(self, request: str, owner: str) -> tuple[bytes, bool] | None:
+    def _find(self, request_id: str, owner: str) -> tuple[bytes, bool] | None:
         """Returns a body, and whether it is protobuf; None if it is not there yet."""
         not_found = HttpError(
-            410, f"there is no request {request[:200]}, or its result was dropped"
+            410, f"there is no request {request_id[:200]}, or its result was dropped"
         )
-        promise = self._promises.get(request)
+        promise = self._promises.get(request_id)
         if promise is not None:
             if promise.owner != owner:
                 raise not_found
             return _promise_body(promise)
-        model_id, _, seq = request.rpartition(":")
+        model_id, _, seq = request_id.rpartition(":")
         is_number = seq.isascii() and seq.isdigit() and len(seq) < 10
         if not is_number:
             raise not_found

@@ -121,6 +121,8 @@ class TrainingRoutes:
         else:
             model, seq = self._model_and_seq(request)
 
+        folder = self._log.states.tenant_folder(model) / f"load-{seq}"
+
         def find_checkpoint() -> Row:
             checkpoint = self._rows.weights(path, request.owner)
             if fields.get("optimizer", bool, False) and checkpoint["kind"] != "weights":
@@ -136,7 +138,6 @@ class TrainingRoutes:
                 os.rename(linked_folder, folder)
             return folder, None
 
-        folder = self._log.states.tenant_folder(model) / f"load-{seq}"
         is_repeat = self._ledger.command(model, seq) is not None
         if is_repeat:
             return self._submit(model, seq, "load_weights", request.body)
