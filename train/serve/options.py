@@ -137,11 +137,11 @@ def check(options: ServeOptions) -> dict[str, str] | None:
             f"--host {options.host}: others reach this address, and could do all that you can: "
             "give --keys with a file of `name key` lines, or leave --host out"
         )
-    if options.tenants_per_key is not None and (
-        options.keys is None or options.tenants_per_key > options.tenants
-    ):
+    tenants_per_key = options.tenants_per_key
+    shares_nothing = options.keys is None or (tenants_per_key or 0) > options.tenants
+    if tenants_per_key is not None and shares_nothing:
         raise UserError(
-            f"--tenants-per-key {options.tenants_per_key} changes nothing: it shares out the "
+            f"--tenants-per-key {tenants_per_key} changes nothing: it shares out the "
             f"{options.tenants} of --tenants among the names of --keys: give fewer, and --keys"
         )
     if options.adapters is not None and not Path(options.adapters).expanduser().is_dir():

@@ -100,16 +100,18 @@ class PromptRunner:
         has_started = prompt.cache is not None
         if has_started or not self._sizes.prefixes:
             return False
-        longest_prefix = 0  # in tokens, of those that other prompts are about to run
+        max_coming_tokens = 0  # of prefixes that other prompts are about to run
         for other in others:
-            if not (other.n_run or other in due) or not self._has_scope_of(prompt, other):
-                continue
-            prefix_tokens = self._n_shared_tokens(prompt, other)
-            if other.n_run < prefix_tokens:
-                longest_prefix = max(longest_prefix, prefix_tokens)
-        if not longest_prefix:
+            is_running = other.n_run > 0 or other in due
+            if is_running and self._can_reuse(prompt, other):
+                prefix_tokens = self._n_shared_tokens(prompt, other)
+                is_coming = other.n_run < prefix_tokens
+                if is_coming:
+                    max_coming_tokens = max(max_coming_tokens, prefix_tokens)
+        if not max_coming_tokens:
             return False
-        return longest_prefix > len(self._find_blocks(prompt)) * self._chunk_tokens
+        stored_tokens = len(self._find_blocks(prompt)) * self._chunk_tokens
+        return max_coming_tokens > stored_tokens
 
     def run(self, prompts: Sequence[RunningPrompt], tree: Tree) -> dict[RunningPrompt, int]:
         """Runs the next chunk of a prompt, or as many tokens of several ones.
@@ -169,20 +171,23 @@ class PromptRunner:
           rows: the rows, one of which still is its.
         """
         programs = self._programs
-        if not self._sizes.fast_prompts or programs.has_memory or programs.depends_on_room:
+        has_reusable_blocks = not (programs.has_memory or programs.depends_on_room)
+        if not self._sizes.fast_prompts or not has_reusable_blocks:
             return
-        if completion.job.active_start:
+        is_activated_later = completion.job.active_start > 0
+        if is_activated_later:
             return
         scope = self._scope(completion.job)
         prompt = completion.job.request.prompt
         ids = np.asarray([*prompt, *completion.ids[:-1]], np.int32)
         chunk_tokens = self._chunk_tokens
-        first_chunk = len(prompt) - len(prompt) % chunk_tokens  # of those with a drawn token
-        for start in range(first_chunk, len(ids) - chunk_tokens + 1, chunk_tokens):
+        # The prompt's last chunk, if it is not whole, goes on with drawn tokens.
+        drawn_start = len(prompt) - len(prompt) % chunk_tokens
+        for start in range(drawn_start, len(ids) - chunk_tokens + 1, chunk_tokens):
             make_block = functools.partial(rows.block, completion, start)
             self.store.add(scope, ids[: start + chunk_tokens], make_block)
 
-    def _has_scope_of(self, prompt: RunningPrompt, other: RunningPrompt) -> bool:
+    def _can_reuse(self, prompt: RunningPrompt, other: RunningPrompt) -> bool:
         """Returns True if a prompt may find what the other one computes.
 
         Prompts of other turns do not count. Neither do those of other weights of the same name:

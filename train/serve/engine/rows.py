@@ -75,7 +75,7 @@ class RunningRows:
           cache: keys and values of the prompt.
         """
         request = completion.job.request
-        sampling = self._completion_sampling(completion)
+        sampling = self._sampling_options_of(completion)
         sampling_of_row = jax.tree.map(lambda option: option[None], sampling)
         adjusted_logits = self._adjust(logits, {0: completion}, sampling_of_row)
         tokens, _ = self._programs.draw(
@@ -113,7 +113,7 @@ class RunningRows:
         self._insert(
             completion,
             self._programs.restore_cache(completion.cache, cache_length),
-            self._completion_sampling(completion),
+            self._sampling_options_of(completion),
             n_cached=completion.n_cached,
             newest_token=completion.ids[-1],
             n_drawn=len(completion.ids),
@@ -148,12 +148,12 @@ class RunningRows:
             return logits
         return self._programs.adjust(logits, adjustments, sampling.temperature)
 
-    def _completion_sampling(self, completion: ActiveCompletion) -> Sampling:
+    def _sampling_options_of(self, completion: ActiveCompletion) -> Sampling:
         """Returns the sampler's options for a completion, [] each."""
         job = completion.job
-        return self._request_sampling(job.request, job.seed, completion.index)
+        return self._sampling_options(job.request, job.seed, completion.index)
 
-    def _request_sampling(self, request: SampleRequest, seed: int, index: int) -> Sampling:
+    def _sampling_options(self, request: SampleRequest, seed: int, index: int) -> Sampling:
         """Returns the sampler's options for the completion of an index, [] each."""
         temperature = request.temperature
         if temperature > 0:
@@ -244,7 +244,7 @@ class RunningRows:
           prompt_caches: a prompt's, one of each length.
         """
         sizes = self._sizes
-        sampling = self._request_sampling(SampleRequest(adapter=None, prompt=[0]), 0, 0)
+        sampling = self._sampling_options(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         sampling_of_row = jax.tree.map(lambda option: option[None], sampling)
         self._warm_up_draws(logits, sampling_of_row, np.zeros(1, np.int32))
         yield

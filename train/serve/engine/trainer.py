@@ -150,7 +150,7 @@ class Trainer:
         if not request.data:
             raise RequestError("there are no data: give at least one datum")
         for i, datum in enumerate(request.data):
-            self._check(i, datum, request.loss)
+            self._check_datum(i, datum, request.loss)
         indices_of_shape: dict[tuple[int, int], list[int]] = {}
         for i, datum in enumerate(request.data):
             indices_of_shape.setdefault(self._shape(datum), []).append(i)
@@ -273,7 +273,7 @@ class Trainer:
         row_targets = N_TARGETS[bisect.bisect_left(N_TARGETS, n_targets)]
         return self._sizes.row_length(len(datum.tokens)), row_targets
 
-    def _check(self, i: int, datum: Datum, loss: str) -> None:
+    def _check_datum(self, i: int, datum: Datum, loss: str) -> None:
         """Raises a RequestError if a datum does not fit."""
         n_tokens = len(datum.tokens)
         vocab_size = self._base.model.config.vocab_size

@@ -94,11 +94,13 @@ class TurnOrder:
             resources_of_rivals: dict[TurnPath, list[Resource]] = {}
             for resource, paths in holders.items():
                 holding_parties = {holder[:n_levels] for holder in paths}
-                n_own += party in holding_parties
+                if party in holding_parties:
+                    n_own += 1
                 if len(holding_parties) != 1:  # several parties share it: none can give it up
                     continue
                 (rival,) = holding_parties
-                if rival != party and rival[:-1] == party[:-1]:
+                is_sibling = rival[:-1] == party[:-1]
+                if is_sibling and rival != party:
                     resources_of_rivals.setdefault(rival, []).append(resource)
             if not resources_of_rivals:
                 continue

@@ -176,7 +176,8 @@ class CommandLog:
             refusal = None
             try:
                 with self._ledger.transaction():
-                    row = self._ledger.log(model, seq, kind, payload, *prepare())
+                    folder, target = prepare()
+                    row = self._ledger.log(model, seq, kind, payload, folder, target)
                     command = command or self._codec.read(row)
                 if model not in self._tenants:
                     tenant.client = _client(self._ledger.model(model))
@@ -274,23 +275,25 @@ class CommandLog:
                 self._submit(model, tenant, row, command)
 
     def _submit(self, model: str, tenant: TenantProgress, row: Row, command: Command) -> None:
-        """Hands a command to the engine, and has the state saved after it, if that is due."""
+        """Hands a command to the engine; after an update, saves the state if that is due."""
         done = partial(self._results.submit, self.finish, row, command, tenant)
         self._engine.submit(model, command, done, tenant.client)
         tenant.n_running += 1
         tenant.n_since_state += 1
         tenant.bytes_since_state += len(row["payload"] or b"")
-        is_save_due = (
-            tenant.n_since_state >= self._limits.every
-            or tenant.bytes_since_state >= self._limits.most_bytes
-        )
-        if is_save_due and isinstance(command, Update):
-            tenant.n_since_state = 0
-            tenant.bytes_since_state = 0
-            tenant.n_running += 1
-            save = Save(self.states.path(model, row["seq"]), optimizer=True)
-            save_done = partial(self._results.submit, self._finish_save, model, row["seq"], tenant)
-            self._engine.submit(model, save, save_done, tenant.client)
+        has_many_commands = tenant.n_since_state >= self._limits.every
+        has_many_bytes = tenant.bytes_since_state >= self._limits.most_bytes
+        if isinstance(command, Update) and (has_many_commands or has_many_bytes):
+            self._save_state(model, tenant, row["seq"])
+
+    def _save_state(self, model: str, tenant: TenantProgress, seq: int) -> None:
+        """Has the engine save the state of a tenant after a command."""
+        tenant.n_since_state = 0
+        tenant.bytes_since_state = 0
+        tenant.n_running += 1
+        save = Save(self.states.path(model, seq), optimizer=True)
+        done = partial(self._results.submit, self._finish_save, model, seq, tenant)
+        self._engine.submit(model, save, done, tenant.client)
 
     def finish(
         self,
