@@ -46,7 +46,7 @@ def test_samples_end_with_their_session(client):
 
 
 def test_samples_end_after_missed_heartbeats(client):
-    client.server.futures._patience = 0.0
+    client.server.futures._patience_seconds = 0.0
     mine, other = client.session(), client.session()
     requests = [asked(client, sampler(client, session)) for session in (mine, other)]
     client.server.sweep_samples()
@@ -63,14 +63,14 @@ def test_samples_without_a_session_end_if_nobody_asks_for_them(client):
     first, other = (client.post("asample", **fields)["request_id"] for _ in range(2))
     client.server.sweep_samples()
     assert client.engine.ended == []
-    client.server.futures._patience = 0.0
+    client.server.futures._patience_seconds = 0.0
     assert client.poll(first).status_code == 408
     client.server.sweep_samples()
     assert [client.poll(one).status_code for one in (first, other)] == [410, 408]
 
 
 def test_a_sample_that_was_given_up_may_be_asked_for_again(client):
-    client.server.futures._patience = 0.0
+    client.server.futures._patience_seconds = 0.0
     name = sampler(client)
     request = asked(client, name)
     client.later(45.0)
@@ -109,7 +109,7 @@ def open_poll(port, request):
 
 def test_samples_end_on_a_closed_connection(client):
     futures = client.server.futures
-    futures._hold, futures._gone = 30.0, 0.2
+    futures._hold_seconds, futures._closed_seconds = 30.0, 0.2
     requests = [asked(client, sampler(client), seq) for seq in range(2)]
     with listening(client) as port:
         connections = [open_poll(port, one) for one in (*requests, requests[1])]

@@ -192,7 +192,7 @@ def test_results_are_waited_for(tmp_path):
     assert answer.status_code == 408 and time.monotonic() - began >= 0.05
     told = {"type": "try_again", "request_id": sent, "queue_state": "active"}
     assert answer.json() == told
-    client.server.futures._hold = 30.0
+    client.server.futures._hold_seconds = 30.0
     timer = threading.Timer(0.2, client.engine.step, [9])
     timer.start()
     assert client.poll(sent).status_code == 200 and time.monotonic() - began < 10
@@ -203,7 +203,7 @@ def test_results_are_waited_for(tmp_path):
 
 
 def test_old_samples_are_forgotten(client):
-    client.server.futures._keep = 0.0
+    client.server.futures._keep_seconds = 0.0
     name = sampler(client)
     drawn(client, name, 0)
     drawn(client, name, 1)

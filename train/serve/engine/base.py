@@ -173,9 +173,9 @@ class ServedBase:
         """
         nodes = self._load_nodes(folder)
         spec_file = folder / SPEC
-        is_of_server = spec_file.exists()
-        saved_fields = json.loads(spec_file.read_text()) if is_of_server else {}
-        if is_of_server:
+        saved_fields: dict[str, Any] = {}
+        if spec_file.exists():  # the adapter was trained by a server
+            saved_fields = json.loads(spec_file.read_text())
             spec = AdapterSpec(**saved_fields["spec"])
             nodes = self._split_experts(nodes, spec.rank)
         else:

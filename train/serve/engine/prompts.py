@@ -296,12 +296,14 @@ class PromptRunner:
 
     def _store_newest_chunk(self, prompt: RunningPrompt) -> None:
         """Stores the newest chunk, once it is whole, to be found again."""
-        if prompt.n_run % self._chunk_tokens:
+        is_chunk_end = prompt.n_run % self._chunk_tokens == 0
+        if not is_chunk_end:
             return
         assert prompt.cache is not None
         scope = self._scope(prompt.job)
         text_start = 0
-        if 0 < prompt.job.active_start < prompt.n_run:
+        was_activated = 0 < prompt.job.active_start < prompt.n_run
+        if was_activated:
             scope, text_start = self._active_scope(prompt)
         chunk_start = prompt.n_run - self._chunk_tokens
         make_block = functools.partial(self._programs.block, prompt.cache, chunk_start)

@@ -245,8 +245,8 @@ class Trainer:
             eps=settings.eps,
             decay=1 - settings.learning_rate * settings.weight_decay,
             max_norm=settings.grad_clip_norm or _NO_CLIP_NORM,
-            # 1 - beta in fp32 would lose half of its digits.
             beta1=settings.beta1,
+            # Computed here, since 1 - beta in fp32 would lose half of its digits.
             weight1=1 - settings.beta1,
             correction1=1 - settings.beta1**steps,
             beta2=settings.beta2,

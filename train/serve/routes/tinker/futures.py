@@ -91,11 +91,11 @@ class Futures:
             the last poll.
         """
         self._ledger = ledger
-        self._hold = hold
-        self._keep = keep
+        self._hold_seconds = hold
+        self._keep_seconds = keep
         self._max_pending = most
-        self._patience = patience
-        self._gone = gone
+        self._patience_seconds = patience
+        self._closed_seconds = gone
         self._promises: dict[str, _Promise] = {}
         self._results: deque[tuple[float, str]] = deque()  # when each came, and its request
         self._reasons: dict[str, str] = {}  # why answers wait for the ledger
@@ -133,7 +133,7 @@ class Futures:
             owner=owner,
             write=write,
             session=session,
-            deadline=time.monotonic() + self._patience,
+            deadline=time.monotonic() + self._patience_seconds,
         )
         if not self._add_promise(request_id, promise):
             return
@@ -160,7 +160,7 @@ class Futures:
 
     def _forget_old_results(self) -> None:
         """Forgets the results that were kept for long enough; the lock is held."""
-        latest_time = time.monotonic() - self._keep
+        latest_time = time.monotonic() - self._keep_seconds
         while self._results:
             result_time, request_id = self._results[0]
             if result_time >= latest_time:
@@ -263,10 +263,10 @@ class Futures:
             answer = await asyncio.to_thread(self._find, request_id, owner)
             if answer is None:
                 connection_end = None if closed is None else closed()
-                is_closed = await _is_closed_first(event.wait(), connection_end, self._hold)
+                is_closed = await _is_closed_first(event.wait(), connection_end, self._hold_seconds)
                 if promise is not None and is_closed:
                     promise.is_closed = True
-                    promise.deadline = time.monotonic() + self._gone
+                    promise.deadline = time.monotonic() + self._closed_seconds
                 answer = await asyncio.to_thread(self._find, request_id, owner)
         if answer is None:
             return json_response(self._try_again(request_id), 408)
@@ -318,7 +318,7 @@ class Futures:
             with self._lock:
                 if promise is not None:
                     promise.polls -= 1
-                    patience_end = time.monotonic() + self._patience
+                    patience_end = time.monotonic() + self._patience_seconds
                     promise.deadline = min(promise.deadline, patience_end)
 
     def _find(self, request_id: str, owner: str) -> tuple[bytes, bool] | None:
