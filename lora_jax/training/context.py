@@ -100,15 +100,16 @@ def _input_specs(arrays: AttentionInputs, split: Split | None, mesh: Mesh) -> At
             return P()
         return sharding_for((BATCH, None), array.shape, mesh).spec
 
-    return AttentionInputs(
-        q=qkv_spec,
-        k=qkv_spec,
-        v=qkv_spec,
-        mask=jax.tree.map(mask_spec, arrays.mask),
-        scale=None if arrays.scale is None else P(),
-        cap=None,
-        sinks=None if arrays.sinks is None else P(qkv_spec[2]),
-    )
+    specs: dict[str, Any] = {
+        "q": qkv_spec,
+        "k": qkv_spec,
+        "v": qkv_spec,
+        "mask": jax.tree.map(mask_spec, arrays.mask),
+        "scale": None if arrays.scale is None else P(),
+        "cap": None,
+        "sinks": None if arrays.sinks is None else P(qkv_spec[2]),
+    }
+    return AttentionInputs(**specs)
 
 
 def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> jax.Array:

@@ -149,7 +149,8 @@ def _varying(array: jax.Array) -> jax.Array:
     unvaried_axes = tuple(sorted({*AXES} - varies_over(array)))
     if not unvaried_axes:
         return array
-    return lax.pcast(array, unvaried_axes, to="varying")
+    varying: jax.Array = lax.pcast(array, unvaried_axes, to="varying")
+    return varying
 
 
 def _number_of_chunks(x: jax.Array, expert_shards: int) -> int:

@@ -132,7 +132,8 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     averaging_states = [node for node in nodes if is_schedule_free(node)]
     if not averaging_states:
         return adapter
-    return contrib.schedule_free_eval_params(averaging_states[0], adapter)
+    average: Adapter = contrib.schedule_free_eval_params(averaging_states[0], adapter)
+    return average
 
 
 def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:

@@ -83,7 +83,8 @@ def apply_blocks(
             product: jax.Array = x @ kernel
             if not biases:
                 return product
-            return product + lax.dynamic_index_in_dim(biases[index], expert, keepdims=False)
+            bias: jax.Array = lax.dynamic_index_in_dim(biases[index], expert, keepdims=False)
+            return product + bias
 
         n_up_kernels = len(kernels) - 1
         features = gated(*(multiply(block_rows, index) for index in range(n_up_kernels)))

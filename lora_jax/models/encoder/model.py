@@ -112,10 +112,8 @@ class Encoder(ModelPart):
             self.cls = _BertHead(*self.options)
         elif cfg.head == "masked_lm":
             self.lm_head = _RobertaHead(*self.options)
-        elif cfg.head == "classification" and is_bert:
-            self.classifier = _class_logits(self)
         elif cfg.head == "classification":
-            self.classifier = _RobertaClassifier(*self.options)
+            self.classifier = _class_logits(self) if is_bert else _RobertaClassifier(*self.options)
 
     def __call__(
         self,

@@ -116,9 +116,8 @@ class _QwenTrunk(ModelPart):
         if has_images or self.is_initializing():
             image_vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
         is_image_token = input_ids == self.config.image_token_id
-        return self.language_model(
-            input_ids, *text_arguments, is_image_token, image_vectors, routing
-        )
+        arguments = (*text_arguments, is_image_token, image_vectors, routing)
+        return self.language_model(input_ids, *arguments)
 
     def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""

@@ -76,7 +76,8 @@ class _Trunk(ModelPart):
         if pixel_values is not None or self.is_initializing():
             image_vectors = self._vectors(input_ids.shape[0], pixel_values)
         is_image_token = input_ids == self.config.image_token_id
-        return self.text_model(input_ids, *text_arguments, is_image_token, image_vectors)
+        arguments = (*text_arguments, is_image_token, image_vectors)
+        return self.text_model(input_ids, *arguments)
 
     def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""

@@ -46,14 +46,14 @@ def read_turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     """Returns a turn without fields that are None: Parquet adds those that it lacks."""
     if not isinstance(turn, Mapping):
         raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
-    role = turn.get("role")
+    role: Any = turn.get("role")
     _check_role(role, f"{name}: `role` of turn {index}")
     fields = {key: value for key, value in turn.items() if value is not None or key == "content"}
     _check_weight(fields, role, f"{name}: `weight` of turn {index}")
     calls = parse_json(fields.pop("tool_calls", None))
     if calls:
         fields["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
-    content = turn.get("content")
+    content: Any = turn.get("content")
     has_parts = isinstance(content, list) and bool(content)
     if has_parts and all(map(is_text, content)):
         content = "\n".join(part["text"] for part in content)  # as servers do
