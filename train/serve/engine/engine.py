@@ -154,6 +154,7 @@ class Engine:
         )
 
         def queue_sample() -> None:
+            """Checks the sample, and chooses its adapter's arrays as they are now."""
             try:
                 check_sample(request, self.facts)
                 if request.adapter is not None:

@@ -231,6 +231,7 @@ class _Body:
     """
 
     def __init__(self, receive: Receive, max_bytes: int) -> None:
+        """Wraps the `receive` of a request."""
         self.refusal: HttpError | None = None
         self._receive = receive
         self._max_bytes = max_bytes

@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -329,6 +329,19 @@ class OpenAI:
             prompt_fields["prompt_token_ids"] = [int(token) for token in sample.prompt]
         return prompt_fields
 
+    def _opening_choices(self, request: CompletionRequest) -> Iterator[tuple[int, JsonObject]]:
+        """Yields indices and choices of a stream's first events, before any token is drawn."""
+        for i, sample in enumerate(request.samples):
+            prompt = AnswerPart()
+            if request.echo:
+                prompt = echo_prompt(self._tokens, sample, None)
+            for index in range(i * sample.n, (i + 1) * sample.n):
+                first_choice = request.form.begin(index)
+                if first_choice is not None:
+                    yield index, first_choice
+                if prompt.text:
+                    yield index, request.form.part(index, prompt)
+
     async def _events(
         self,
         request: CompletionRequest,
@@ -353,16 +366,8 @@ class OpenAI:
                 content["usage"] = counts_of([sample], n_drawn[index])
             return _event(content)
 
-        for i, sample in enumerate(request.samples):
-            prompt = AnswerPart()
-            if request.echo:
-                prompt = echo_prompt(self._tokens, sample, None)
-            for index in range(i * n_completions, (i + 1) * n_completions):
-                first_choice = request.form.begin(index)
-                if first_choice is not None:
-                    yield event(index, first_choice)
-                if prompt.text:
-                    yield event(index, request.form.part(index, prompt))
+        for index, choice in self._opening_choices(request):
+            yield event(index, choice)
         try:
             while True:
                 sample_index, output = item
