@@ -72,21 +72,21 @@ class CausalLM(ModelPart):
             a sequence or cache longer than a table of positions; for branches together with a
             cache, without positions, or in a model with linear layers.
         """
-        length = input_ids.shape[1] if cache is None else cache.max_len
         # Packed segments count from 0 again, and positions of one's own may do so too.
-        counted = segment_ids is None and positions is None
-        if counted and length > (limit := self.trunk.n_positions or length):
-            what = "tokens are" if cache is None else "slots of a cache are"
-            raise ValueError(f"{length} {what} more than the model's {limit} positions")
+        is_counted = segment_ids is None and positions is None
+        if is_counted:
+            self._check_length(input_ids, cache)
         if branches is not None:
             self._check_branches(positions, cache)
-        placed = self.place(input_ids, attention_mask, positions, cache, segment_ids, **inputs)
-        mask = causal_mask(placed, segment_ids, cache, branches)
-        hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
+        places = self.place(input_ids, attention_mask, positions, cache, segment_ids, **inputs)
+        mask = causal_mask(places, segment_ids, cache, branches)
+        hidden, entries = self.trunk(input_ids, places, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
-        return out if cache is None else (out, extend_cache(cache, placed, new))
+        if cache is None:
+            return out
+        return out, extend_cache(cache, places, entries)
 
     @nn.nowrap
     def place(self, *tokens: Any, **inputs: Any) -> TokenPlaces:
@@ -110,12 +110,29 @@ class CausalLM(ModelPart):
           input_ids, others, options: arguments of a call, or of a call of another method.
         """
         names = ("attention_mask", "positions", "cache", "segment_ids", "logits_at")
-        given = {**dict(zip(names, others, strict=False)), **options}
-        if any(given.get(name) is not None for name in ("cache", "branches", "method")):
-            return None
-        if (mask := given.get("attention_mask")) is not None:
-            input_ids = jnp.where(jnp.asarray(mask, bool), input_ids, -1)
-        return input_ids, given.get("segment_ids")
+        arguments = dict(zip(names, others, strict=False)) | options
+        for name in ("cache", "branches", "method"):
+            if arguments.get(name) is not None:
+                return None
+        attention_mask = arguments.get("attention_mask")
+        if attention_mask is not None:
+            input_ids = jnp.where(jnp.asarray(attention_mask, bool), input_ids, -1)
+        return input_ids, arguments.get("segment_ids")
+
+    @nn.nowrap
+    def _check_length(self, input_ids: jax.Array, cache: Cache | None) -> None:
+        """Raises a ValueError for more tokens or slots of a cache than there are positions."""
+        n_positions = self.trunk.n_positions
+        if not n_positions:
+            return
+        n_tokens = input_ids.shape[1]
+        if cache is None and n_tokens > n_positions:
+            raise ValueError(f"{n_tokens} tokens are more than the model's {n_positions} positions")
+        if cache is not None and cache.max_len > n_positions:
+            raise ValueError(
+                f"{cache.max_len} slots of a cache are more than the model's {n_positions} "
+                "positions"
+            )
 
     def _check_branches(self, positions: jax.Array | None, cache: Cache | None) -> None:
         """Raises a ValueError for branches in a call that cannot have any."""
@@ -145,11 +162,12 @@ class CausalLM(ModelPart):
         """
         if self.config.tie_word_embeddings:
             table = self.trunk.words.embedding.astype(self.dtype)
-            contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-            logits = dot_wide(hidden.astype(self.dtype), table, contract)
+            last_axes = (((hidden.ndim - 1,), (1,)), ((), ()))  # d_model of both, no batch axes
+            logits = dot_wide(hidden.astype(self.dtype), table, last_axes)
         else:
             logits = self.lm_head(hidden)
-        if (divisor := getattr(self.config, "logits_scaling", 1.0)) != 1:
+        divisor = getattr(self.config, "logits_scaling", 1.0)
+        if divisor != 1:
             logits = logits / divisor
         return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
 

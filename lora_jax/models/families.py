@@ -97,24 +97,31 @@ _QWEN_VL = ModelFormat(
     ignored=FURTHER,
 )
 
-FAMILIES: dict[str, Family] = {
-    **{
-        name: Family(Decoder, _decoder_format(facts), facts.default_targets)
-        for own, facts in DECODERS.items()
-        for name in (own, facts.with_images)
-        if name is not None
-    },
-    **{name: Family(QwenVL, _QWEN_VL, None) for name in QWEN_VL},
-    **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
-    **{name: Family(VisionEncoder, _VISION, None) for name in VISION},
-    **{
-        name: Family(
-            SmolVLM, ModelFormat(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name), None
-        )
-        for name in SMOLVLM
-    },
-    "gpt2": Family(GPT2, ModelFormat(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),
-}
+_SMOLVLM = ModelFormat(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name)
+_GPT2 = ModelFormat(GPT2Config.from_hf, gpt2_table, name=gpt2_name)
+
+
+def _families() -> dict[str, Family]:
+    """Returns all families, by ``model_type``."""
+    families: dict[str, Family] = {}
+    for model_type, facts in DECODERS.items():
+        family = Family(Decoder, _decoder_format(facts), facts.default_targets)
+        families[model_type] = family
+        if facts.with_images is not None:
+            families[facts.with_images] = family
+    for model_type in QWEN_VL:
+        families[model_type] = Family(QwenVL, _QWEN_VL, None)
+    for model_type, encoder_facts in ENCODERS.items():
+        families[model_type] = Family(Encoder, _ENCODER, encoder_facts.default_targets)
+    for model_type in VISION:
+        families[model_type] = Family(VisionEncoder, _VISION, None)
+    for model_type in SMOLVLM:
+        families[model_type] = Family(SmolVLM, _SMOLVLM, None)
+    families["gpt2"] = Family(GPT2, _GPT2, ("c_attn",))
+    return families
+
+
+FAMILIES = _families()
 
 FORMATS = ModelFormats({name: family.format for name, family in FAMILIES.items()})
 
@@ -147,14 +154,14 @@ def declined_field(fields: Fields) -> str | None:
     Args:
       fields: the parsed config.json, of a family that `FAMILIES` has.
     """
-    kind, text = fields.get("model_type"), fields.get("text_config") or fields
-    names = (
-        name
-        for facts in DECODERS.values()
-        if kind in (facts.model_type, facts.with_images)
-        for name in facts.declines
-    )
-    return next((name for name in names if text.get(name)), None)
+    model_type = fields.get("model_type")
+    text_fields = fields.get("text_config") or fields
+    for facts in DECODERS.values():
+        if model_type in (facts.model_type, facts.with_images):
+            for name in facts.declines:
+                if text_fields.get(name):
+                    return name
+    return None
 
 
 def module_of(
@@ -179,13 +186,23 @@ def module_of(
       ConfigError: if ``experts`` are given for a model without experts.
     """
     check_experts(config, experts)
-    if experts == "auto" and params is not None:
-        paths = [path.split("/") for path, kind in kinds(config).items() if kind == "experts"]
-        if any(is_coded(functools.reduce(operator.getitem, path, params)) for path in paths):
-            experts = IN_CODES
+    if experts == "auto" and params is not None and _has_coded_experts(config, params):
+        experts = IN_CODES
     module = family_of(config.model_type).module
-    more = {"experts": experts} if module in (Decoder, QwenVL) else {}
-    return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)
+    options: dict[str, Any] = {"remat": remat, "attention": attention}
+    if module in (Decoder, QwenVL):
+        options["experts"] = experts
+    return module(config, dtype, param_dtype, **options)
+
+
+def _has_coded_experts(config: ModelConfig, params: Tree) -> bool:
+    """Returns True if the kernels of experts lie in codes."""
+    for path, kind in kinds(config).items():
+        if kind == "experts":
+            leaf = functools.reduce(operator.getitem, path.split("/"), params)
+            if is_coded(leaf):
+                return True
+    return False
 
 
 def read_config(fields: Fields, **options: object) -> Any:
@@ -222,8 +239,9 @@ def key_table(config: ModelConfig) -> list[Row]:
     >>> models.key_table(config)[0].hf
     'transformer.wte.weight'
     """
-    if (own := getattr(config, "key_rows", None)) is not None:  # of no family of ours
-        return list(own())
+    key_rows = getattr(config, "key_rows", None)
+    if key_rows is not None:  # a model of no family of ours
+        return list(key_rows())
     return family_of(config.model_type).format.table(config)
 
 

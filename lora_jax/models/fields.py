@@ -55,12 +55,12 @@ def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> No
       ConfigError: a value is not supported, or hidden_size is no multiple of the number of heads.
     """
     check_values(config, names)
-    act, width, heads = (
-        (names or {}).get(name, name)
-        for name in ("hidden_act", "hidden_size", "num_attention_heads")
-    )
-    check_known(act, config.hidden_act, ACTIVATION)
-    check_multiple(**{width: config.hidden_size, heads: config.num_attention_heads})
+    file_names = names or {}
+    act_name = file_names.get("hidden_act", "hidden_act")
+    size_name = file_names.get("hidden_size", "hidden_size")
+    heads_name = file_names.get("num_attention_heads", "num_attention_heads")
+    check_known(act_name, config.hidden_act, ACTIVATION)
+    check_multiple(**{size_name: config.hidden_size, heads_name: config.num_attention_heads})
 
 
 def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequence[str]]) -> str:
@@ -74,16 +74,19 @@ def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequ
     Raises:
       ConfigError: for a head that is not known.
     """
-    names = config.get("architectures") or []
-    for name in names:
-        match = re.fullmatch(rf"({'|'.join(classes)})(\w+)", name)
-        for head, known in endings.items():
-            if match and match[2] in known:
+    architectures = config.get("architectures") or []
+    pattern = re.compile(rf"({'|'.join(classes)})(\w+)")
+    for architecture in architectures:
+        match = pattern.fullmatch(architecture)
+        if match is None:
+            continue
+        for head, head_endings in endings.items():
+            if match[2] in head_endings:
                 return head
-    if names:
+    if architectures:
         raise ConfigError(
-            f"architectures={list(names)!r} has a head that is not supported; say which one to "
-            f"load with head=…, one of {', '.join(endings)}"
+            f"architectures={list(architectures)!r} has a head that is not supported; say which "
+            f"one to load with head=…, one of {', '.join(endings)}"
         )
     return "none"
 
@@ -100,14 +103,15 @@ def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tu
     """
     id2label = config.get("id2label") or {}
     name_of_index = {str(index): str(name) for index, name in id2label.items()}
-    indices = [str(i) for i in range(len(name_of_index))]
+    indices = [str(index) for index in range(len(name_of_index))]
     names: tuple[str, ...] = ()
     if set(name_of_index) == set(indices):
         names = tuple(name_of_index[index] for index in indices)
-    number = num_labels or config.get("num_labels") or len(names) or 2
-    if names == _number_labels(len(names)) or len(names) != number:
+    n_classes = num_labels or config.get("num_labels") or len(names) or 2
+    has_default_names = names == _number_labels(len(names))
+    if has_default_names or len(names) != n_classes:
         names = ()
-    return number, names
+    return n_classes, names
 
 
 def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:

@@ -111,20 +111,28 @@ def from_pretrained(
     local = resolve(name_or_path)
     if local.note:
         print(local.note, file=sys.stderr)
-    asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
-    options: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
-    options |= {IMAGES: True} if images else {}
+    head_options = {
+        "head": head,
+        "num_labels": num_labels,
+        "pooling": pooling,
+        "normalize": normalize,
+    }
+    options: dict[str, Any] = {
+        name: value for name, value in head_options.items() if value is not None
+    }
+    if images:
+        options[IMAGES] = True
     source = open_source(local.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     config = source.config
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
-    make = functools.partial(
+    make_module = functools.partial(
         module_of, config, dtype, param_dtype, remat=remat, attention=attention, experts=experts
     )
-    make()  # finds wrong options before weights are read
+    make_module()  # finds wrong options before weights are read
     params = load_params(source, param_dtype, sharding, key, quantize)
-    return make(params=params), params
+    return make_module(params=params), params
 
 
 @writes_to_buckets(by_all=False)

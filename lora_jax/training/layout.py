@@ -200,12 +200,14 @@ class Layout(Placement):
         the axis of experts: a device has the factors of its own features and experts.
         """
 
-        lies = split(shardings(params, self.table, self.mesh))[0]
-        works = split(shardings(params, self._gathered_table, self.mesh))[0]
-        return {
-            path: {name: (lies if name == "value" else works)[path][name] for name in parts}
-            for path, parts in lies.items()
-        }
+        stored_shardings, _ = split(shardings(params, self.table, self.mesh))
+        gathered_shardings, _ = split(shardings(params, self._gathered_table, self.mesh))
+        step_shardings: Tree = {}
+        for path, stored in stored_shardings.items():
+            step_shardings[path] = dict(gathered_shardings[path])
+            if "value" in stored:  # a leaf that trains in full
+                step_shardings[path]["value"] = stored["value"]
+        return step_shardings
 
     def head_shardings(self, params: Tree) -> Tree | None:
         """Returns the shardings of parameters that are gathered over SHARDS; None for one device.

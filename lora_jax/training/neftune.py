@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -78,14 +79,16 @@ def _lengths(
     Returns:
       [batch, seq] fp32.
     """
-    real = jnp.ones(ids.shape, bool)
-    for given in (segment_ids, attention_mask):
-        real = real if given is None else real & (given != 0)
-    count = real.astype(jnp.float32)
+    is_token = jnp.ones(ids.shape, bool)
+    for ids_or_mask in (segment_ids, attention_mask):
+        if ids_or_mask is not None:
+            is_token = is_token & (ids_or_mask != 0)
+    ones = is_token.astype(jnp.float32)
     if segment_ids is None:
-        return count * jnp.sum(count, axis=1, keepdims=True)
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.concatenate([jnp.zeros_like(changed[:, :1]), changed], axis=1)
-    runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)  # the number of each token's segment
-    sums = jax.vmap(lambda c, r: jax.ops.segment_sum(c, r, num_segments=ids.shape[1]))(count, runs)
-    return count * jnp.take_along_axis(sums, runs, axis=1)
+        return ones * jnp.sum(ones, axis=1, keepdims=True)
+    is_new_segment = segment_ids[:, 1:] != segment_ids[:, :-1]
+    is_start = jnp.concatenate([jnp.zeros_like(is_new_segment[:, :1]), is_new_segment], axis=1)
+    segment_of_token = jnp.cumsum(is_start, axis=1, dtype=jnp.int32)
+    sum_row = functools.partial(jax.ops.segment_sum, num_segments=ids.shape[1])
+    lengths = jax.vmap(sum_row)(ones, segment_of_token)  # [batch, segments]
+    return ones * jnp.take_along_axis(lengths, segment_of_token, axis=1)

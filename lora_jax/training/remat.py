@@ -142,8 +142,11 @@ class RematSearch:
         if settled is not None and settled in rungs:
             first = settled
         else:
-            fitting = [r for r in rungs if capacity is not None and expected[r] <= capacity]
-            first = [*fitting, "full"][0]
+            first = "full"
+            for rung in rungs:
+                if capacity is not None and expected[rung] <= capacity:
+                    first = rung
+                    break
         return cls(rungs=(*rungs,), capacity=capacity, first=first, is_settled=first == settled)
 
     def fits(self, attempt: Attempt) -> bool:
@@ -165,19 +168,32 @@ class RematSearch:
         soon and leaves a third of the memory. After a slow compilation, only the leanest policy
         is tried, and only if the step did not fit.
         """
-        last, best = attempts[-1], self.best(attempts)
-        is_slow = [attempt.seconds > SLOW_SECONDS for attempt in attempts]
+        best = self.best(attempts)
         if best is None:
-            leaner = self.rungs[self.rungs.index(last.remat) + 1 :]
-            if last.size is None and not last.refused:
-                leaner = ("full",)
-            if any(is_slow):
-                leaner = () if any(is_slow[:-1]) else leaner[-1:]
-            return leaner[0] if leaner else None
-        faster = self.rungs[: self.rungs.index(best.remat)][-1:]
-        if any(is_slow) or self.is_settled or not faster or not self._is_roomy(best):
+            return self._next_leaner(attempts)
+        has_slow = any(attempt.seconds > SLOW_SECONDS for attempt in attempts)
+        if has_slow or self.is_settled or not self._is_roomy(best):
             return None
-        return None if faster[0] in [attempt.remat for attempt in attempts] else faster[0]
+        best_rung = self.rungs.index(best.remat)
+        if best_rung == 0:
+            return None
+        faster = self.rungs[best_rung - 1]
+        is_tried = any(attempt.remat == faster for attempt in attempts)
+        return None if is_tried else faster
+
+    def _next_leaner(self, attempts: Sequence[Attempt]) -> str | None:
+        """Returns the policy to compile after attempts of which none fits; None for none."""
+        last_attempt = attempts[-1]
+        leaner_rungs = self.rungs[self.rungs.index(last_attempt.remat) + 1 :]
+        is_size_unknown = last_attempt.size is None and not last_attempt.refused
+        if is_size_unknown:
+            leaner_rungs = ("full",)
+        is_slow = [attempt.seconds > SLOW_SECONDS for attempt in attempts]
+        if any(is_slow[:-1]):
+            return None
+        if not leaner_rungs:
+            return None
+        return leaner_rungs[-1] if is_slow[-1] else leaner_rungs[0]
 
     def _is_roomy(self, attempt: Attempt) -> bool:
         if self.capacity is None or attempt.size is None:
@@ -206,11 +222,13 @@ class RematSearch:
                 attempt if attempt is best else dataclasses.replace(attempt, step=None)
                 for attempt in attempts
             ]
-            last, remat = attempts[-1], self.next_remat(attempts)
+            remat = self.next_remat(attempts)
             if remat is not None:
-                standing = "leaves a third of the memory" if last is best else "does not fit"
-                why = f"{last.remat} {standing} ({self._size(last)})"
-                notice(f"remat: {why}: compiling anew with {remat}")
+                last_attempt = attempts[-1]
+                is_best = last_attempt is best
+                standing = "leaves a third of the memory" if is_best else "does not fit"
+                reason = f"{last_attempt.remat} {standing} ({self._size(last_attempt)})"
+                notice(f"remat: {reason}: compiling anew with {remat}")
         return attempts
 
     def describe(self, attempts: Sequence[Attempt]) -> str:

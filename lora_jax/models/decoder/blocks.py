@@ -64,11 +64,13 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.adds_one else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = x.astype(wide_dtype(x.dtype))
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        if self.adds_one or self.multiplies_wide:
-            return (y * (float(self.adds_one) + scale.astype(y.dtype))).astype(self.dtype)
-        return y.astype(self.dtype) * scale.astype(self.dtype)
+        wide_x = x.astype(wide_dtype(x.dtype))
+        mean_square = jnp.mean(wide_x * wide_x, axis=-1, keepdims=True)
+        normalised = wide_x * lax.rsqrt(mean_square + self.eps)
+        if not (self.adds_one or self.multiplies_wide):
+            return normalised.astype(self.dtype) * scale.astype(self.dtype)
+        wide_scale = float(self.adds_one) + scale.astype(normalised.dtype)
+        return (normalised * wide_scale).astype(self.dtype)
 
 
 class MLP(ModelPart):

@@ -277,13 +277,21 @@ def run_layers(stack: nn.Module, run: str, x: jax.Array, step: Step, layers: Per
       See ``Period``; of all layers.
     """
     config: DecoderConfig = stack.config
-    has_periods = run in config.runs and len(config.runs[run]) > 1
+    layers_of_stacks = [*config.runs.get(run, {}).values()]
+    has_periods = len(layers_of_stacks) > 1
     if not has_periods:
         return stack(x, step, layers)
-    n_periods = len(next(iter(config.runs[run].values())))
-    periods = jax.tree.map(lambda x: x.reshape(n_periods, -1, *x.shape[1:]), layers)
-    x, results = stack(x, step, periods)
-    return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), results)
+    n_periods = len(layers_of_stacks[0])
+
+    def split_periods(array: jax.Array) -> jax.Array:
+        return array.reshape(n_periods, -1, *array.shape[1:])
+
+    def join_periods(array: jax.Array) -> jax.Array:
+        n_layers = math.prod(array.shape[:2])
+        return array.reshape(n_layers, *array.shape[2:])
+
+    x, results = stack(x, step, jax.tree.map(split_periods, layers))
+    return x, jax.tree.map(join_periods, results)
 
 
 def stack_layers(module: ModelPart, run: str = "", **options: Any) -> nn.Module:

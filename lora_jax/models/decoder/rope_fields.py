@@ -130,57 +130,69 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
 
 def _not_none(*values: Any) -> Any:
     """Returns the first of the values that is not None. A 0 counts: it is refused later."""
-    return next((value for value in values if value is not None), None)
+    for value in values:
+        if value is not None:
+            return value
+    return None
 
 
 def _take_local_theta(fields: dict[str, Any]) -> float | None:
     """Takes the fields of layers with a window out; returns the base of their rotations."""
-    local = dict(fields.pop("sliding_attention", None) or {})
-    theta: float | None = local.pop("rope_theta", None)
-    if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
-        raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
+    local_fields = dict(fields.pop("sliding_attention", None) or {})
+    theta: float | None = local_fields.pop("rope_theta", None)
+    kind = local_fields.pop("rope_type", "default")
+    if kind != "default" or any(local_fields.values()):
+        raise ConfigError(
+            f"RoPE type {kind!r} of sliding_attention ({local_fields}) is not supported"
+        )
     return theta
 
 
 def _read_scaling(kind: str, fields: Fields, context: int, original: int | None) -> RopeScaling:
     """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
     fields = {name: value for name, value in fields.items() if value is not None}
-    needed, optional = _KINDS[kind]
-    if missing := sorted(set(needed) - set(fields)):
-        raise ConfigError(f"RoPE type {kind!r} lacks {', '.join(missing)}")
-    known = {*needed, *optional}
-    unknown = sorted(n for n, v in fields.items() if n not in known and v is not False)
-    if unknown:
-        raise ConfigError(f"RoPE type {kind!r} with {', '.join(unknown)} is not supported")
-    kept = {name: value for name, value in fields.items() if name in known}
+    needed_names, optional_names = _KINDS[kind]
+    missing_names = sorted(set(needed_names) - set(fields))
+    if missing_names:
+        raise ConfigError(f"RoPE type {kind!r} lacks {', '.join(missing_names)}")
+    known_names = {*needed_names, *optional_names}
+    unknown_names = sorted(
+        name for name, value in fields.items() if name not in known_names and value is not False
+    )
+    if unknown_names:
+        raise ConfigError(f"RoPE type {kind!r} with {', '.join(unknown_names)} is not supported")
+    scaling = {name: value for name, value in fields.items() if name in known_names}
     if kind in ("linear", _PROPORTIONAL):
-        return RopeScaling(kind=kind, **kept)
-    original = original or kept.get("original_max_position_embeddings", context)
-    kept["original_max_position_embeddings"] = original
+        return RopeScaling(kind=kind, **scaling)
+    scaling[_ORIGINAL] = original or scaling.get(_ORIGINAL, context)
     if kind in ("yarn", "longrope"):
-        kept["attention_factor"] = _attention_factor(kind, kept, context)
-        kept.pop("mscale", None)
+        scaling["attention_factor"] = _attention_factor(kind, scaling, context)
+        scaling.pop("mscale", None)
     if kind == "longrope":
-        kept.pop("factor", None)
-        kept["short_factor"] = tuple(float(x) for x in kept["short_factor"])
-        kept["long_factor"] = tuple(float(x) for x in kept["long_factor"])
-    return RopeScaling(kind=kind, **kept)
+        scaling.pop("factor", None)  # the attention factor has it
+        for name in ("short_factor", "long_factor"):
+            scaling[name] = tuple(float(factor) for factor in scaling[name])
+    return RopeScaling(kind=kind, **scaling)
 
 
 def _attention_factor(kind: str, fields: Fields, context: int) -> float:
     """Returns the factor of queries and keys: as given, or by YaRN's and LongRoPE's papers."""
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
-    original = fields["original_max_position_embeddings"]
-    factor = _not_none(fields.get("factor"), context / original)
+    original_context = fields[_ORIGINAL]
+    factor = _not_none(fields.get("factor"), context / original_context)
     if factor <= 1:
         return 1.0
     if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original))
-    above, below = fields.get("mscale"), fields.get("mscale_all_dim")
-    if not (above and below):
-        above, below = 1.0, 0.0
-    return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+        return math.sqrt(1 + math.log(factor) / math.log(original_context))
+    numerator_scale = fields.get("mscale")
+    denominator_scale = fields.get("mscale_all_dim")
+    if not (numerator_scale and denominator_scale):
+        numerator_scale = 1.0
+        denominator_scale = 0.0
+    numerator = 0.1 * numerator_scale * math.log(factor) + 1
+    denominator = 0.1 * denominator_scale * math.log(factor) + 1
+    return numerator / denominator
 
 
 def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
@@ -199,8 +211,10 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
         out["partial_rotary_factor"] = fields["partial_rotary_factor"]
     scaling = fields["rope_scaling"]
     if scaling is None:
-        default = "rope_scaling" in family.defaults  # would be read if there were none
-        return out | ({"rope_scaling": {"rope_type": "default"}} if default else {})
+        has_default_scaling = "rope_scaling" in family.defaults  # which would be read
+        if has_default_scaling:
+            out["rope_scaling"] = {"rope_type": "default"}
+        return out
     if scaling.kind == _PROPORTIONAL:
         out["rope_parameters"]["full_attention"] |= {
             "rope_type": scaling.kind,
@@ -208,13 +222,23 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
             "partial_rotary_factor": scaling.rotated_share,
         }
         return out
-    needed, optional = _KINDS[scaling.kind]
-    values = dataclasses.asdict(scaling)
-    kept = {name: values[name] for name in (*needed, *optional) if name in values}
-    kept = {name: x for name, x in kept.items() if x or name not in (_BETA, _ALL_DIM)}
-    if scaling.kind == "longrope":  # factor is in attention_factor
-        del kept["factor"]
-        kept |= {name: list(kept[name]) for name in needed}
     if _ORIGINAL in family.reads:
         out[_ORIGINAL] = scaling.original_max_position_embeddings
-    return {**out, "rope_scaling": {"rope_type": scaling.kind, **kept}}
+    out["rope_scaling"] = {"rope_type": scaling.kind, **_scaling_fields(scaling)}
+    return out
+
+
+def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+    """Returns config.json's fields of a scaling of any kind but "proportional"."""
+    needed_names, optional_names = _KINDS[scaling.kind]
+    values = dataclasses.asdict(scaling)
+    fields: dict[str, Any] = {}
+    for name in (*needed_names, *optional_names):
+        is_omitted = name in (_BETA, _ALL_DIM) and not values[name]
+        if name in values and not is_omitted:
+            fields[name] = values[name]
+    if scaling.kind == "longrope":
+        del fields["factor"]  # the attention factor has it
+        for name in needed_names:
+            fields[name] = list(fields[name])
+    return fields

@@ -45,14 +45,14 @@ class GPT2(CausalLM):
         self.lm_head = output_head(self)
 
 
-class _Step(NamedTuple):
+class _SharedInput(NamedTuple):
     """All layers' input: the mask, and the number of the cache's slots in use."""
 
     mask: Mask
     filled: jax.Array
 
 
-class _PerLayer(NamedTuple):
+class _LayerInput(NamedTuple):
     """One layer's input: the factor of its scores, [], and its cache or None."""
 
     scale: jax.Array
@@ -64,17 +64,17 @@ class _Attention(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: _Step, layer: _PerLayer
+        self, x: jax.Array, shared: _SharedInput, layer: _LayerInput
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         cfg = self.config
-        fused = projected(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
-        heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
+        qkv = projected(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
+        heads_shape = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         q, k, v = (
-            self.placement.constrain(features.reshape(heads), "heads")
-            for features in jnp.split(fused, 3, axis=-1)
+            self.placement.constrain(features.reshape(heads_shape), "heads")
+            for features in jnp.split(qkv, 3, axis=-1)
         )
-        inputs = AttentionInputs(q, k, v, step.mask, layer.scale)
-        out = attend_heads(self, inputs, layer.cache, step.filled)
+        inputs = AttentionInputs(q=q, k=k, v=v, mask=shared.mask, scale=layer.scale)
+        out = attend_heads(self, inputs, layer.cache, shared.filled)
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
@@ -85,18 +85,19 @@ class _Block(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: _Step, layer: _PerLayer
+        self, x: jax.Array, shared: _SharedInput, layer: _LayerInput
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
+        def normalise(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
         x = layer_input(x, self.remat)
         attention = _Attention(*self.options, name="attn")
-        hidden, cached = attention(inputs("ln_1", x), step, layer)
-        x = x + projected(hidden, self.remat)
-        x = x + TwoLayerMLP(*self.options, names=("c_fc", "c_proj"), name="mlp")(inputs("ln_2", x))
+        attention_out, keys_and_values = attention(normalise("ln_1", x), shared, layer)
+        x = x + projected(attention_out, self.remat)
+        mlp = TwoLayerMLP(*self.options, names=("c_fc", "c_proj"), name="mlp")
+        x = x + mlp(normalise("ln_2", x))
         x = self.placement.constrain(x, "residual")
-        return x, None if layer.cache is None else cached
+        return x, None if layer.cache is None else keys_and_values
 
 
 class _Trunk(ModelPart):
@@ -127,10 +128,11 @@ class _Trunk(ModelPart):
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
     ) -> tuple[jax.Array, NewEntries]:
-        x = add_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
-        x = self.placement.constrain(x, "residual")
-        per_layer = _PerLayer(_score_scales(self.config), cache and cache.layers)
-        x, entries = self.h(x, _Step(mask, placed.first), per_layer)
+        words = add_noise(self.wte(input_ids), embedding_noise)
+        x = self.placement.constrain(words + self.wpe(placed.positions), "residual")
+        layer_caches = None if cache is None else cache.layers
+        layers = _LayerInput(_score_scales(self.config), layer_caches)
+        x, entries = self.h(x, _SharedInput(mask, placed.first), layers)
         return self.placement.constrain(self.ln_f(x), "inputs"), entries
 
 

@@ -137,14 +137,15 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        d_model = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (d_model,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (d_model,), self.param_dtype)
         dtype = wide_dtype(self.dtype)
-        x = x.astype(dtype)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(dtype) + bias.astype(dtype)).astype(self.dtype)
+        wide_x = x.astype(dtype)
+        centered = wide_x - jnp.mean(wide_x, axis=-1, keepdims=True)
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        normalised = centered * lax.rsqrt(variance + self.eps)
+        return (normalised * scale.astype(dtype) + bias.astype(dtype)).astype(self.dtype)
 
 
 def layer_norm(module: ModelPart, name: str | None = None) -> LayerNorm:
@@ -201,17 +202,21 @@ class PatchProjection(ModelPart):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         cfg = self.config
+        d_model = cfg.hidden_size
         height, width = self.size
-        shape = (width, height, cfg.num_channels, cfg.hidden_size)
+        kernel_shape = (width, height, cfg.num_channels, d_model)
         normal = nn.initializers.normal(cfg.initializer_range)
-        kernel = self.param("kernel", normal, shape, self.param_dtype).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
-        n_rows = pixels.shape[2] // height
-        n_columns = pixels.shape[3] // width
-        x = pixels[:, :, : n_rows * height, : n_columns * width].astype(self.dtype)
-        x = x.reshape(*x.shape[:2], n_rows, height, n_columns, width)
-        patches = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], n_rows * n_columns, -1)
-        return patches @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
+        kernel = self.param("kernel", normal, kernel_shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (d_model,), self.param_dtype)
+        batch, n_channels, image_height, image_width = pixels.shape
+        n_rows = image_height // height
+        n_columns = image_width // width
+        # A rest of pixels at the right and at the bottom belongs to no patch.
+        pixels = pixels[:, :, : n_rows * height, : n_columns * width].astype(self.dtype)
+        grid = pixels.reshape(batch, n_channels, n_rows, height, n_columns, width)
+        patches = grid.transpose(0, 2, 4, 5, 3, 1)  # [..., width, height, channels]
+        patches = patches.reshape(batch, n_rows * n_columns, -1)
+        return patches @ kernel.reshape(-1, d_model) + bias.astype(self.dtype)
 
 
 def insert_vectors(

@@ -266,10 +266,11 @@ def write_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Arra
     """
     n_slots = cached.shape[2]
     new_slots = new.swapaxes(1, 2).astype(cached.dtype)
-    if new_slots.shape[2] == 1:  # in one pass with what takes the layer out of the stack
-        last = jnp.minimum(first, n_slots - 1)
-        is_new = jnp.arange(n_slots, dtype=jnp.int32) == last[..., None]
-        slots = jnp.where(is_new[..., None, :, None], new_slots, cached)
+    is_one_token = new_slots.shape[2] == 1
+    if is_one_token:  # in one pass with what takes the layer out of the stack
+        token_slot = jnp.minimum(first, n_slots - 1)
+        is_token_slot = jnp.arange(n_slots, dtype=jnp.int32) == token_slot[..., None]
+        slots = jnp.where(is_token_slot[..., None, :, None], new_slots, cached)
     else:
         slots = lax.dynamic_update_slice_in_dim(cached, new_slots, first, axis=2)
     return slots.swapaxes(1, 2).astype(new.dtype)

@@ -24,15 +24,17 @@ class SelfAttention(ModelPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        width, heads = x.shape[-1], (*x.shape[:2], self.config.num_attention_heads, -1)
-        q, k, v = (
-            self.placement.constrain(
-                dense(self, width, name=name, use_bias=self.use_bias)(x).reshape(heads), "heads"
-            )
-            for name in self.inputs
-        )
-        out = attend_heads(self, AttentionInputs(q, k, v, mask))
-        return out if self.output is None else dense(self, width, name=self.output)(out)
+        d_model = x.shape[-1]
+        heads_shape = (*x.shape[:2], self.config.num_attention_heads, -1)
+        qkv = []
+        for name in self.inputs:
+            features = dense(self, d_model, name=name, use_bias=self.use_bias)(x)
+            qkv.append(self.placement.constrain(features.reshape(heads_shape), "heads"))
+        q, k, v = qkv
+        out = attend_heads(self, AttentionInputs(q=q, k=k, v=v, mask=mask))
+        if self.output is None:
+            return out
+        return dense(self, d_model, name=self.output)(out)
 
 
 class WrappedDense(ModelPart):
@@ -56,11 +58,12 @@ class TwoLayerMLP(ModelPart):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cfg, (first, second) = self.config, self.names
-        inner = multiplied(dense(self, cfg.intermediate_size, name=first)(x), self.remat)
-        inner = activate(cfg.hidden_act, inner)
-        inner = self.placement.constrain(inner, "features")
-        return dense(self, cfg.hidden_size, name=second)(inner)
+        cfg = self.config
+        up_name, down_name = self.names
+        features = multiplied(dense(self, cfg.intermediate_size, name=up_name)(x), self.remat)
+        features = activate(cfg.hidden_act, features)
+        features = self.placement.constrain(features, "features")
+        return dense(self, cfg.hidden_size, name=down_name)(features)
 
 
 class LayerStack(ModelPart):

@@ -181,34 +181,36 @@ class VisionConfig:
         """
         family = check_known("model_type", config.get("model_type"), FAMILIES)
         facts = FAMILIES[family]
-        own = (_FIELDS.file_names - {"intermediate_size"}).union(facts.defaults)
-        refuse_unknown(config, family, own | _NO_EFFECT | {"num_labels"}, _UNSUPPORTED)
-        classes = [known.class_name for known in FAMILIES.values()]
-        head = options.get("head") or read_head(config, classes, _ARCHITECTURES)
+        field_names = (_FIELDS.file_names - {"intermediate_size"}).union(facts.defaults)
+        known_names = field_names | _NO_EFFECT | {"num_labels"}
+        refuse_unknown(config, family, known_names, _UNSUPPORTED)
+        class_names = [vision_family.class_name for vision_family in FAMILIES.values()]
+        head = options.get("head") or read_head(config, class_names, _ARCHITECTURES)
         if "num_labels" in options and head != "classification":
             raise ConfigError(f"num_labels goes with head='classification', and it is {head!r}")
-        num_labels, names = read_classes(config, options.get("num_labels"))
-        read = {**facts.defaults, **{name: config[name] for name in own if name in config}}
-        if "mlp_ratio" in read:
-            width = read.get("hidden_size", cls.hidden_size)
-            read["intermediate_size"] = int(width * read.pop("mlp_ratio"))
+        num_labels, label_names = read_classes(config, options.get("num_labels"))
+        fields = dict(facts.defaults)
+        fields |= {name: config[name] for name in field_names if name in config}
+        if "mlp_ratio" in fields:
+            hidden_size = fields.get("hidden_size", cls.hidden_size)
+            fields["intermediate_size"] = int(hidden_size * fields.pop("mlp_ratio"))
         for name in _PAIRS:
-            size = read.get(name, getattr(cls, name))
-            read[name] = (size, size) if isinstance(size, int) else tuple(size)
-        return cls(**read, head=head, num_labels=num_labels, label_names=names)
+            size = fields.get(name, getattr(cls, name))
+            fields[name] = (size, size) if isinstance(size, int) else tuple(size)
+        return cls(**fields, head=head, num_labels=num_labels, label_names=label_names)
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
-        out = _FIELDS.write(self) | dict(self.family.written)
+        fields = _FIELDS.write(self) | dict(self.family.written)
         for name in _PAIRS:
             height, width = getattr(self, name)
-            out[name] = height if height == width else [height, width]
+            fields[name] = height if height == width else [height, width]
         if "mlp_ratio" in self.family.defaults:
-            del out["intermediate_size"]
-            ratio = self.intermediate_size / self.hidden_size
-            out["mlp_ratio"] = int(ratio) if ratio.is_integer() else ratio
-        out["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
-        return out | write_classes(self.num_labels, self.label_names)
+            del fields["intermediate_size"]
+            mlp_ratio = self.intermediate_size / self.hidden_size
+            fields["mlp_ratio"] = int(mlp_ratio) if mlp_ratio.is_integer() else mlp_ratio
+        fields["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
+        return fields | write_classes(self.num_labels, self.label_names)
 
 
 _FIELDS = FieldTable(VisionConfig, excluded=(*OPTIONS, "label_names"))

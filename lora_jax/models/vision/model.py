@@ -49,8 +49,10 @@ class VisionEncoder(ModelPart):
         Raises:
           ValueError: for another number of channels, or an image smaller than a patch.
         """
-        cfg, (_, channels, *size) = self.config, pixel_values.shape
-        if channels != cfg.num_channels or min(cfg.grid_of(*size)) < 1:
+        cfg = self.config
+        _, n_channels, height, width = pixel_values.shape
+        holds_patch = min(cfg.grid_of(height, width)) >= 1
+        if n_channels != cfg.num_channels or not holds_patch:
             raise ValueError(
                 f"pixel_values of shape {pixel_values.shape}: [batch, {cfg.num_channels}, height, "
                 f"width] is needed, with room for a patch of {cfg.patch_size} pixels"
@@ -58,12 +60,12 @@ class VisionEncoder(ModelPart):
         hidden: jax.Array = getattr(self, cfg.family.prefix)(pixel_values)
         if return_hidden or cfg.head == "none":
             return hidden
-        first = hidden[:, 0]
+        image_vector = hidden[:, 0]  # of the image's own token
         if cfg.family.mean_patch:
             patches = hidden[:, 1:].astype(wide_dtype(hidden.dtype))
-            mean = jnp.mean(patches, axis=1).astype(first.dtype)
-            first = jnp.concatenate([first, mean], axis=-1)
-        logits: jax.Array = self.classifier(first)
+            mean_patch = jnp.mean(patches, axis=1).astype(image_vector.dtype)
+            image_vector = jnp.concatenate([image_vector, mean_patch], axis=-1)
+        logits: jax.Array = self.classifier(image_vector)
         return logits
 
 
@@ -79,8 +81,8 @@ class _Trunk(_VisionPart):
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
         mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
-        x = LayerStack(*self.options, layer=_Layer, name="encoder")(x, mask)
-        return layer_norm(self, name="layernorm")(x)
+        layers = LayerStack(*self.options, layer=_Layer, name="encoder")
+        return layer_norm(self, name="layernorm")(layers(x, mask))
 
 
 class _Embeddings(_VisionPart):
@@ -90,14 +92,15 @@ class _Embeddings(_VisionPart):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         cfg = self.config
         normal = nn.initializers.normal(cfg.initializer_range)
-        shape = (1, 1, cfg.hidden_size)
-        token = self.param("cls_token", normal, shape, self.param_dtype)
+        image_token = self.param("cls_token", normal, (1, 1, cfg.hidden_size), self.param_dtype)
         patches = _Patches(*self.options, name="patch_embeddings")(pixels)
-        shape = (1, cfg.max_tokens, cfg.hidden_size)
-        table = self.param("position_embeddings", normal, shape, self.param_dtype)
-        table = resample(table, cfg.grid, cfg.grid_of(*pixels.shape[2:])).astype(self.dtype)
-        token = jnp.broadcast_to(token.astype(self.dtype), (patches.shape[0], 1, cfg.hidden_size))
-        return jnp.concatenate([token, patches], axis=1) + table
+        table_shape = (1, cfg.max_tokens, cfg.hidden_size)
+        table = self.param("position_embeddings", normal, table_shape, self.param_dtype)
+        image_grid = cfg.grid_of(*pixels.shape[2:])
+        positions = resample(table, cfg.grid, image_grid).astype(self.dtype)
+        batch = patches.shape[0]
+        image_tokens = jnp.broadcast_to(image_token.astype(self.dtype), (batch, 1, cfg.hidden_size))
+        return jnp.concatenate([image_tokens, patches], axis=1) + positions
 
 
 class _Patches(_VisionPart):
@@ -113,21 +116,33 @@ class _Layer(_VisionPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        cfg, args, x = self.config, self.options, layer_input(x, self.remat)
-        facts = cfg.family
-        normed = layer_norm(self, name=facts.attention_norm)(x)
-        x = x + self._scaled(1, _Attention(*args, name="attention")(normed, mask))
+        family = self.config.family
+        x = layer_input(x, self.remat)
+        normed = layer_norm(self, name=family.attention_norm)(x)
+        attention_out = _Attention(*self.options, name="attention")(normed, mask)
+        x = x + self._scaled(1, attention_out)
         x = self.placement.constrain(x, "residual")
-        normed = layer_norm(self, name=facts.mlp_norm)(x)
+        normed = layer_norm(self, name=family.mlp_norm)(x)
         normed = self.placement.constrain(normed, "inputs")
-        if "mlp" in facts.mlp[0]:
-            added = TwoLayerMLP(*args, name="mlp")(normed)
-        else:
-            inner = WrappedDense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
-            inner = self.placement.constrain(activate(cfg.hidden_act, inner), "features")
-            added = WrappedDense(*args, name="output")(inner)
-        x = x + self._scaled(2, added)
+        x = x + self._scaled(2, self._mlp(normed))
         return self.placement.constrain(x, "residual"), None
+
+    @nn.nowrap  # adds no scope of its own to the program
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        """Applies the MLP: one module, or two that Hugging Face wraps each."""
+        cfg = self.config
+        is_one_module = "mlp" in cfg.family.mlp[0]
+        if is_one_module:
+            out: jax.Array = TwoLayerMLP(*self.options, name="mlp")(x)
+            return out
+        up_projection = WrappedDense(
+            *self.options, features=cfg.intermediate_size, name="intermediate"
+        )
+        features = activate(cfg.hidden_act, up_projection(x))
+        features = self.placement.constrain(features, "features")
+        down_projection = WrappedDense(*self.options, name="output")
+        out = down_projection(features)
+        return out
 
     def _scaled(self, number: int, x: jax.Array) -> jax.Array:
         if not self.config.family.layer_scale:
@@ -138,10 +153,9 @@ class _Layer(_VisionPart):
 class _Attention(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        args, bias = self.options, self.config.qkv_bias
-        attention = SelfAttention(*args, use_bias=bias, name="attention")
-        seen = attention(self.placement.constrain(x, "inputs"), mask)
-        out: jax.Array = WrappedDense(*args, name="output")(seen)
+        attention = SelfAttention(*self.options, use_bias=self.config.qkv_bias, name="attention")
+        attention_out = attention(self.placement.constrain(x, "inputs"), mask)
+        out: jax.Array = WrappedDense(*self.options, name="output")(attention_out)
         return out
 
 

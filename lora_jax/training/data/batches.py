@@ -195,15 +195,18 @@ class Packs(Padded):
           parts: each `Packs`, with the indices of its rows: [n].
         """
         group = max(int(packs.groups[rows].max()) for packs, rows in parts)
-        packs_and_row = [(packs, row) for packs, rows in parts for row in rows.tolist()]
-        counted = 0
-        for packs, row in packs_and_row:
-            _, is_counted = packs._counted(row)
-            counted = max(counted, int(is_counted.sum()))
+        packs_and_rows = []
+        max_counted = 0
+        for packs, rows in parts:
+            for row in rows.tolist():
+                packs_and_rows.append((packs, row))
+                _, is_counted = packs._counted(row)
+                max_counted = max(max_counted, int(is_counted.sum()))
         first_packs, _ = parts[0]
-        batch = first_packs.blank(len(packs_and_row), group, counted)
-        for index, (packs, row) in enumerate(packs_and_row):
-            packs._fill({name: array[index] for name, array in batch.items()}, row)
+        batch = first_packs.blank(len(packs_and_rows), group, max_counted)
+        for index, (packs, row) in enumerate(packs_and_rows):
+            row_arrays = {name: array[index] for name, array in batch.items()}
+            packs._fill(row_arrays, row)
         return batch
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
@@ -382,13 +385,15 @@ class _RowMembers(NamedTuple):
 
 def _row_members(table: Sequences, row_tokens: int, packing: bool, a_unit: int = 1) -> _RowMembers:
     """Chooses the sequences of each row: one unit or, with `packing`, as many as fit."""
-    units = np.arange(len(table)).reshape(-1, a_unit)
+    sequences_of_units = np.arange(len(table)).reshape(-1, a_unit)
+    n_units = len(sequences_of_units)
     if not packing:
-        return _RowMembers(members=units.ravel(), counts=np.full(len(units), a_unit))
-    units_of_rows = first_fit(table.lengths[units].sum(axis=1).tolist(), row_tokens)
-    members = units[np.concatenate([np.array(row) for row in units_of_rows])]
-    counts = np.array([a_unit * len(row) for row in units_of_rows])
-    return _RowMembers(members=members.ravel(), counts=counts)
+        return _RowMembers(members=sequences_of_units.ravel(), counts=np.full(n_units, a_unit))
+    unit_tokens = table.lengths[sequences_of_units].sum(axis=1)
+    units_of_rows = first_fit(unit_tokens.tolist(), row_tokens)
+    units = np.concatenate([np.array(row_units) for row_units in units_of_rows])
+    counts = np.array([a_unit * len(row_units) for row_units in units_of_rows])
+    return _RowMembers(members=sequences_of_units[units].ravel(), counts=counts)
 
 
 def _packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing: bool) -> Packs:

@@ -83,12 +83,7 @@ def conversation(row: Row, name: str) -> Conversation:
     Raises:
       TrainingError: fields are missing or of the wrong type, or no assistant turn is there.
     """
-    form = next((f for f in FORMS if all(row.get(field) is not None for field in f)), None)
-    if form is None:
-        for fields in FORMS:
-            if row.keys() >= {*fields}:
-                check_nulls(row, fields, name)
-        raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
+    form = _form_of(row, name)
     if form == ("text",):
         if row.get(IMAGES):
             raise TrainingError(f"{name} has images and a `text`: only turns show images")
@@ -96,21 +91,33 @@ def conversation(row: Row, name: str) -> Conversation:
     if form == ("messages",):
         messages = read_turns(row["messages"], "messages", name)
     elif form == ("conversations",):
-        turns = enumerate(as_list(row["conversations"], "conversations", name))
-        messages = read_turns(
-            [sharegpt_turn(turn, index, name) for index, turn in turns], "conversations", name
-        )
+        turns = []
+        for index, turn in enumerate(as_list(row["conversations"], "conversations", name)):
+            turns.append(sharegpt_turn(turn, index, name))
+        messages = read_turns(turns, "conversations", name)
     elif form == ("instruction", "output"):
-        asked = _text(row, "instruction", name)
+        prompt = _text(row, "instruction", name)
         if row.get("input"):
-            asked = f"{asked}\n\n{_text(row, 'input', name)}"
-        messages = _pair(asked, _text(row, "output", name))
+            prompt = f"{prompt}\n\n{_text(row, 'input', name)}"
+        messages = _pair(prompt, _text(row, "output", name))
     elif isinstance(row["prompt"], str):
         messages = _pair(_text(row, "prompt", name), _text(row, "completion", name))
-    else:  # both are lists of turns
-        both = (as_list(row[field], field, name) for field in form)
-        messages = read_turns([turn for turns in both for turn in turns], "prompt", name)
+    else:  # the prompt and the completion are lists of turns
+        prompt_turns = as_list(row["prompt"], "prompt", name)
+        completion_turns = as_list(row["completion"], "completion", name)
+        messages = read_turns([*prompt_turns, *completion_turns], "prompt", name)
     return _conversation_of(messages, row, name)
+
+
+def _form_of(row: Row, name: str) -> tuple[str, ...]:
+    """Returns the first of `FORMS` whose fields a row has; raises TrainingError without one."""
+    for form in FORMS:
+        if all(row.get(field) is not None for field in form):
+            return form
+    for form in FORMS:
+        if row.keys() >= {*form}:
+            check_nulls(row, form, name)
+    raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
 
 
 def check_nulls(row: Row, fields: Sequence[str], name: str) -> None:

@@ -207,25 +207,29 @@ def _attention(
 def _forward(
     how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: FlashTokens
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
-    out, lse = run("flash_fwd", how, bounds, tokens, (q, k, v))
-    out, lse = (checkpoint_name(x, KERNEL_OUTPUT) for x in (out, lse))
+    """Returns the results of ``_attention``, and what its gradient needs."""
+    query_bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
+    out, lse = run("flash_fwd", how, query_bounds, tokens, (q, k, v))
+    out = checkpoint_name(out, KERNEL_OUTPUT)
+    lse = checkpoint_name(lse, KERNEL_OUTPUT)
     return (out, lse), (q, k, v, tokens, out, lse)
 
 
 def _backward(
     how: FlashOptions, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
+    """Returns the gradients of q, k and v, computed from the logarithms of the forward pass."""
     q, k, v, tokens, out, lse = residuals
     out_cotangent, lse_cotangent = cotangents
-    mean = jnp.sum(out.astype(jnp.float32) * out_cotangent.astype(jnp.float32), axis=-1)
-    mean = mean.transpose(0, 2, 1) - lse_cotangent / math.log(2)
-    arrays = (q, k, v, out_cotangent, lse, mean)
+    products = out.astype(jnp.float32) * out_cotangent.astype(jnp.float32)
+    mean_cotangent = jnp.sum(products, axis=-1).transpose(0, 2, 1)  # of the weights
+    mean_cotangent = mean_cotangent - lse_cotangent / math.log(2)
+    arrays = (q, k, v, out_cotangent, lse, mean_cotangent)
     query_bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
     key_bounds = _bounds(how, tokens, (how.keys, how.keys), 0)
-    (dq,) = run("flash_dq", how, query_bounds, tokens, arrays)
-    dk, dv = run("flash_dkv", how, key_bounds, tokens, arrays)
-    return dq, dk, dv, None
+    (q_grad,) = run("flash_dq", how, query_bounds, tokens, arrays)
+    k_grad, v_grad = run("flash_dkv", how, key_bounds, tokens, arrays)
+    return q_grad, k_grad, v_grad, None
 
 
 _attention.defvjp(_forward, _backward)

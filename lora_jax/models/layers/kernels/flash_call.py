@@ -97,15 +97,17 @@ def missing_compiler() -> str | None:
 def _try_lowering() -> str | None:
     """Lowers the smallest call for a GPU, which need not be there; returns the error, or None."""
     q = jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.bfloat16)
-    row, one = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (16, 1))
-    slots, window = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (16, 1))
+    bounds = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    segments = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    slots = jax.ShapeDtypeStruct((16,), jnp.int32)
+    window = jax.ShapeDtypeStruct((1,), jnp.int32)
     how = FlashOptions(causal=True, scale=1.0, cap=None, queries=16, keys=16)
     call = jax.jit(functools.partial(_KERNEL.bind, name="flash_fwd", how=how))
     try:
         device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
         mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = call.trace(one, one, slots, row, row, window, q, q, q)
+            traced = call.trace(bounds, bounds, slots, segments, segments, window, q, q, q)
             traced.lower(lowering_platforms=("cuda",))
     except Exception as error:  # another version of it fails in ways that nobody knows yet
         lines = str(error).strip().splitlines() or [""]
@@ -122,11 +124,15 @@ def _run_triton(*operands: jax.Array, name: str, how: FlashOptions) -> Any:
 
 
 def _results(name: str, q: Any, k: Any) -> list[jax.ShapeDtypeStruct]:
-    batch, queries, heads, _ = q.shape
-    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
-    if name == "flash_fwd":
-        return [like_q, jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)]
-    return [like_q] if name == "flash_dq" else [like_k, like_k]
+    """Returns the shapes and dtypes of a program's results; see `run`."""
+    q_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    k_shape = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    if name == "flash_dq":
+        return [q_shape]
+    if name == "flash_dkv":
+        return [k_shape, k_shape]
+    batch, n_queries, n_heads, _ = q.shape
+    return [q_shape, jax.ShapeDtypeStruct((batch, n_heads, n_queries), jnp.float32)]
 
 
 _TOKENS = 2 + len(FlashTokens._fields)  # operands before a program's arrays
@@ -151,17 +157,26 @@ def _lower(ctx: Any, *operands: Any, **how: Any) -> Any:
 
 def _batch(operands: Sequence[Any], axes: Sequence[int | None], **how: Any) -> tuple[Any, Any]:
     """Runs a mapped call: its rows are further rows of one batch."""
-    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    mapped = [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(operands, axes, strict=True)
-    ]
-    if axes[_SLOTS] is None and axes[_WINDOW] is None:
-        folded = [x.reshape(-1, *x.shape[2:]) for x in mapped]
-        folded[_SLOTS], folded[_WINDOW] = operands[_SLOTS], operands[_WINDOW]
-        outs = [x.reshape(size, -1, *x.shape[1:]) for x in _KERNEL.bind(*folded, **how)]
-    else:
-        outs = lax.map(lambda rows: _KERNEL.bind(*rows, **how), mapped)
+    (n_calls, *_) = (
+        operand.shape[axis]
+        for operand, axis in zip(operands, axes, strict=True)
+        if axis is not None
+    )
+    mapped = []  # operands with the calls on axis 0
+    for operand, axis in zip(operands, axes, strict=True):
+        if axis is None:
+            mapped.append(jnp.broadcast_to(operand, (n_calls, *operand.shape)))
+        else:
+            mapped.append(jnp.moveaxis(operand, axis, 0))
+    have_one_mask = axes[_SLOTS] is None and axes[_WINDOW] is None
+    if not have_one_mask:
+        outs = lax.map(lambda call: _KERNEL.bind(*call, **how), mapped)
+        return outs, [0] * len(outs)
+    folded = [operand.reshape(-1, *operand.shape[2:]) for operand in mapped]
+    folded[_SLOTS] = operands[_SLOTS]
+    folded[_WINDOW] = operands[_WINDOW]
+    folded_outs = _KERNEL.bind(*folded, **how)
+    outs = [out.reshape(n_calls, -1, *out.shape[1:]) for out in folded_outs]
     return outs, [0] * len(outs)
 
 
