@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeGuard, TypeVar
 
 import jax
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt.user_code import user_context
@@ -73,6 +74,25 @@ def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
     except TypeError:
         return (id(eqn),)
     return key
+
+
+def unstacked(eqn: JaxprEqn) -> ClosedJaxpr:
+    """Returns the equations of an `unstack`: a slice and a squeeze for each output, in turn.
+
+    Since JAX 0.12, ``for w in stack`` is an `unstack`.
+    """
+    axis = eqn.params["axis"]
+
+    def members(stack: jax.Array) -> list[jax.Array]:
+        return [
+            lax.squeeze(lax.slice_in_dim(stack, index, index + 1, axis=axis), (axis,))
+            for index in range(stack.shape[axis])
+        ]
+
+    traced: ClosedJaxpr = jax.make_jaxpr(members)(type_of(eqn.invars[0]))
+    # Messages name the user's line.
+    own_eqns = [inner.replace(source_info=eqn.source_info) for inner in traced.jaxpr.eqns]
+    return traced.replace(jaxpr=traced.jaxpr.replace(eqns=own_eqns))
 
 
 class Scan(NamedTuple):

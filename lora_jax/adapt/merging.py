@@ -75,7 +75,8 @@ def example_error(weight: Factored, primitive: str, line: SourceLine) -> str:
 _TELL_TOKENS = frozenset(
     """
     dot_general transpose squeeze expand_dims broadcast_in_dim reshape slice dynamic_slice split
-    convert_element_type copy copy_p name stop_gradient device_put sharding_constraint reshard
+    unstack convert_element_type copy copy_p name stop_gradient device_put sharding_constraint
+    reshard
     """.split()
 )
 # Primitives that several such weights may enter. Where a derivative of its own would merge a

@@ -263,6 +263,8 @@ class _Log:
             inner, _ = eqns.opened(body)
             if len(inner.invars) == len(use.values):
                 return interpreter.function(body, use.used_outputs)(*use.values)
+        if use.name == "unstack":
+            return interpreter.evaluate(eqns.unstacked(use.eqn), use.values, use.used_outputs)
         outputs = use.bind(use.bases)
         mixing = _mixing(use)
         labelled_outputs: list[Value] = []

@@ -135,6 +135,11 @@ def test_all_linear_leaves_alone_a_gain_that_has_axes_of_both_kinds():
     assert taken(fn, params, draw(3, (2, 3, 5))) == {"w": AxisRoles((-3, -2), (-1,))}
 
 
+def test_a_stack_that_python_walks_is_a_kernel():
+    fn = lambda p, x: functools.reduce(jnp.dot, p["w"], x)  # noqa: E731
+    assert taken(fn, {"w": draw(1, (3, 5, 5))}, X) == {"w": AxisRoles((-2,), (-1,))}
+
+
 KERNELS = {
     "a full mask": (lambda p, x: x @ (p["w"] * p["m"]), {"w": (5, 7), "m": (5, 7)}),
     "a constant mask": (lambda p, x: x @ (p["w"] * jnp.tri(5, 7)), {"w": (5, 7)}),

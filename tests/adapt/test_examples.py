@@ -101,10 +101,12 @@ def recurrent(p, x):
 
 
 def language_model(p, tokens):
-    """An adapted table that is looked up and tied, a loop, a branch, a choice of positions."""
+    """An adapted table that is looked up and tied, loops, a branch, a choice of positions."""
     x = p["table"].at[tokens].get(mode="clip")
     x = lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ p["stack"][1]), x)
     x = lax.cond(jnp.arange(3)[1] > 0, lambda x: x @ p["stack"][0], lambda x: x * 0, x)
+    for kernel in p["stack"]:
+        x = jnp.tanh(x @ kernel)
     last = jnp.argmax(tokens, axis=1)
     picked = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return jnp.concatenate([picked @ p["table"].T, x.sum(1) @ p["table"].T], axis=1)

@@ -116,6 +116,15 @@ CASES = [
         in_axes=[0, 2],
         out_axes=[1],
     ),
+    one("a stack, walked", (3, 5, 5), lambda w, x: functools.reduce(jnp.dot, w, x), (13, 5)),
+    one(
+        "a stack of heads, walked",
+        (5, 3, 7),
+        lambda w, x: jnp.stack([x @ head for head in jnp.unstack(w, axis=1)]),
+        (13, 5),
+        in_axes=[0],
+        out_axes=[2],
+    ),
     one("matmul with a broadcast stack", (5, 7), lambda w, x: x @ w[None], (3, 13, 5)),
     one("ragged dot", (3, 5, 7), lambda w, x: lax.ragged_dot(x, w, SIZES), (13, 5)),
     one(

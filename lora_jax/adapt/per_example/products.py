@@ -113,6 +113,14 @@ def _cut(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleL
     return [weight] * len(eqn.outvars)
 
 
+def _unstacked(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    """The members of a stack of weights."""
+    roles = [*_only_kernel(labels).roles]
+    if roles.pop(eqn.params["axis"]) != "batch":
+        raise MixingError("takes rows or columns of an adapted weight apart")
+    return [ExampleKernels(tuple(roles))] * len(eqn.outvars)
+
+
 def _only_kernel(labels: Sequence[ExampleLabel]) -> ExampleKernels:
     """Returns the weight, which is the first operand, and the only one that is not the same."""
     weight, *other_labels = labels
@@ -131,6 +139,7 @@ KERNEL_RULES: dict[str, Rule] = {
     "gather": _looked_up,
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _moved),
     **dict.fromkeys(("slice", "dynamic_slice", "split"), _cut),
+    "unstack": _unstacked,
     **dict.fromkeys(_CASTS, _label_of_kernel),
     **dict.fromkeys(_PLACEMENTS, labels_of_operands),
 }

@@ -198,7 +198,7 @@ def _cut(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
     return moved(weight, cut, list(slice_of_axis))
 
 
-def _slice(_: Interpreter, use: Use) -> Outcome:
+def _slice(_: Interpreter, use: Use) -> list[Value]:
     weight = use.values[0]
     starts = use.params["start_indices"]
     limits = use.params["limit_indices"]
@@ -255,6 +255,21 @@ def _split(_: Interpreter, use: Use) -> Outcome:
     axis = use.params["axis"]
     ends = [0, *itertools.accumulate(use.params["sizes"])]
     return [_cut(weight, {axis: (start, stop, 1)}) for start, stop in itertools.pairwise(ends)]
+
+
+def _unstack(interpreter: Interpreter, use: Use) -> Outcome:
+    """Takes a weight apart along an axis: a slice and a squeeze for each output."""
+    body, _ = eqns.opened(eqns.unstacked(use.eqn))
+    outputs: list[Value] = []
+    for slice_eqn, squeeze_eqn in zip(body.eqns[::2], body.eqns[1::2], strict=True):
+        (member,) = _slice(interpreter, dataclasses.replace(use, eqn=slice_eqn))
+        squeeze = dataclasses.replace(use, eqn=squeeze_eqn, values=[member])
+        is_row = not isinstance(member, Factored)
+        squeezed = squeeze.bind([member]) if is_row else _rearrange(interpreter, squeeze)
+        if squeezed is None:
+            return None
+        outputs += squeezed
+    return outputs
 
 
 def _all_gather(_: Interpreter, use: Use) -> Outcome:
@@ -327,6 +342,7 @@ LAYOUT_RULES: dict[str, Rule] = {
     "rev": _rev,
     "pad": _pad,
     "split": _split,
+    "unstack": _unstack,
     "all_gather": _all_gather,
     "pvary": _apply_to_all_arrays,
     "pcast": _apply_to_all_arrays,
