@@ -92,7 +92,8 @@ def unstacked(eqn: JaxprEqn) -> ClosedJaxpr:
     traced: ClosedJaxpr = jax.make_jaxpr(members)(type_of(eqn.invars[0]))
     # Messages name the user's line.
     own_eqns = [inner.replace(source_info=eqn.source_info) for inner in traced.jaxpr.eqns]
-    return traced.replace(jaxpr=traced.jaxpr.replace(eqns=own_eqns))
+    body: ClosedJaxpr = traced.replace(jaxpr=traced.jaxpr.replace(eqns=own_eqns))
+    return body
 
 
 class Scan(NamedTuple):
