@@ -82,15 +82,24 @@ def keep_codes(
     if quantize != STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)
-    kept = CodesCheck(params, table, source)
-    arrays = kept.unwanted()
-    params = map_leaves(lambda path, x: dequantize(x) if path in arrays else x, params)
-    coded = {path for path, leaf in kept.leaves.items() if is_coded(leaf)}.difference(arrays)
-    n_kept = sum(len(row.hf_names) for row in table if row.path in coded)
-    remark = f"{n_kept} kernels stay in the codes of {base}, byte for byte" if n_kept else ""
-    if turned := [row.hf.removesuffix(".weight") for row in table if row.path in arrays]:
-        remark += "; " * bool(remark) + (
-            f"{', '.join(turned)} are arrays, though the adapter leaves them alone: readers want "
-            "them in one form with those that it changed"
+    codes_check = CodesCheck(params, table, source)
+    array_paths = codes_check.unwanted()
+    params = map_leaves(
+        lambda path, leaf: dequantize(leaf) if path in array_paths else leaf, params
+    )
+    n_coded = 0
+    dequantized_names: list[str] = []
+    for row in table:
+        if row.path in array_paths:
+            dequantized_names.append(row.hf.removesuffix(".weight"))
+        elif is_coded(codes_check.leaves[row.path]):
+            n_coded += len(row.hf_names)
+    remarks: list[str] = []
+    if n_coded:
+        remarks.append(f"{n_coded} kernels stay in the codes of {base}, byte for byte")
+    if dequantized_names:
+        remarks.append(
+            f"{', '.join(dequantized_names)} are arrays, though the adapter leaves them alone: "
+            "readers want them in one form with those that it changed"
         )
-    return params, base if n_kept else None, remark
+    return params, base if n_coded else None, "; ".join(remarks)

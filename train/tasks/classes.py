@@ -29,20 +29,24 @@ def scores_of(
     """
     from sklearn import metrics
 
-    classes = range(len(names))
-    by_class = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=classes, zero_division=0.0
+    class_indices = range(len(names))
+    precisions, recalls, f1_scores, counts = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=class_indices, zero_division=0.0
     )
-    columns = ("precision", "recall", "f1", unit)
-    rows = zip(*(array.tolist() for array in by_class), strict=True)
+    class_scores: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        class_scores[name] = {
+            "precision": precisions[index].item(),
+            "recall": recalls[index].item(),
+            "f1": f1_scores[index].item(),
+            unit: counts[index].item(),
+        }
+    confusion = metrics.confusion_matrix(labels, predicted, labels=class_indices)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "macro_f1": float(by_class[2].mean()),
-        "classes": {
-            name: dict(zip(columns, row, strict=True))
-            for name, row in zip(names, rows, strict=True)
-        },
-        "confusion": metrics.confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "macro_f1": float(f1_scores.mean()),
+        "classes": class_scores,
+        "confusion": confusion.tolist(),
     }
 
 
@@ -63,10 +67,15 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
     figure.savefig(path, dpi=120)
 
 
-def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], what: str) -> None:
-    """Prints a table of accuracy and macro F1 in % on `what`, with a row per classifier."""
-    rows = [(way, *_percents(scores, "accuracy", "macro_f1")) for way, scores in ways.items()]
-    print_figures(console, f"{what}, in %", ("by", "accuracy", "macro F1"), rows)
+def print_scores(
+    console: Console, scores_of_classifier: Mapping[str, Mapping[str, Any]], data: str
+) -> None:
+    """Prints a table of accuracy and macro F1 in % on some data, with a row per classifier."""
+    rows = [
+        (classifier, *_percents(scores, "accuracy", "macro_f1"))
+        for classifier, scores in scores_of_classifier.items()
+    ]
+    print_figures(console, f"{data}, in %", ("by", "accuracy", "macro F1"), rows)
 
 
 def print_classes(console: Console, scores: Mapping[str, Any], unit: str) -> None:
@@ -92,17 +101,19 @@ def print_mistakes(
     unit: str,
 ) -> None:
     """Prints a table of the mistakes with the highest predicted probability."""
-    predicted = probabilities.argmax(-1)
-    sure = probabilities.max(-1)
-    wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:_MISTAKES]
-    if not len(wrong):
+    predictions = probabilities.argmax(-1)
+    confidences = probabilities.max(-1)
+    mistakes = np.flatnonzero(predictions != labels)
+    most_confident_first = np.argsort(-confidences[mistakes], kind="stable")
+    mistakes = mistakes[most_confident_first][:_MISTAKES]
+    if len(mistakes) == 0:
         return
     table = Table(title="The most confident mistakes")
     table.add_column(unit.removesuffix("s"), overflow="fold", max_width=60)
     table.add_column("label")
     table.add_column("predicted")
-    for i in wrong.tolist():
-        predicted_name = f"{names[predicted[i]]} ({100 * sure[i]:.0f}%)"
-        table.add_row(escape(texts[i]), escape(names[labels[i]]), escape(predicted_name))
+    for index in mistakes.tolist():
+        label = names[labels[index]]
+        prediction = f"{names[predictions[index]]} ({100 * confidences[index]:.0f}%)"
+        table.add_row(escape(texts[index]), escape(label), escape(prediction))
     console.print(table)

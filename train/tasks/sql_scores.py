@@ -53,14 +53,23 @@ def answer(
       few_shot: whether solved examples come first.
     """
     prompts = tokenize_chats(outline, _chats(questions, few_shot))
-    made = answer_prompts(evaluated, outline, prompts, new_tokens=NEW_TOKENS, progress=progress)
-    texts = iter(made)
-    return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
+    texts = answer_prompts(evaluated, outline, prompts, new_tokens=NEW_TOKENS, progress=progress)
+    answers: Answers = {}
+    start = 0
+    for kind, examples in questions.items():
+        end = start + len(examples)
+        answers[kind] = texts[start:end]
+        start = end
+    return answers
 
 
 def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
+    """Returns a chat for each question, kind by kind, with solved examples before it or without."""
     shots = sql.training_examples(N_SHOTS) if few_shot else []
-    return [sql.few_shot_messages(e, shots) for examples in questions.values() for e in examples]
+    chats: list[Chat] = []
+    for examples in questions.values():
+        chats += [sql.few_shot_messages(example, shots) for example in examples]
+    return chats
 
 
 @dataclasses.dataclass
@@ -77,14 +86,17 @@ class SqlScores:
 
     def accuracies(self) -> dict[str, dict[str, float]]:
         """Computes the execution accuracy, by kind of question and prompting method."""
-        return {
-            kind: {way: sum(self.results(way, kind)) / len(examples) for way in self.answers}
-            for kind, examples in self.questions.items()
-        }
+        accuracies: dict[str, dict[str, float]] = {}
+        for kind, examples in self.questions.items():
+            accuracies[kind] = {}
+            for method in self.answers:
+                n_right = sum(self.results(method, kind))
+                accuracies[kind][method] = n_right / len(examples)
+        return accuracies
 
-    def results(self, way: str, kind: str) -> list[bool]:
+    def results(self, method: str, kind: str) -> list[bool]:
         """Judges the answers of a prompting method to a kind of questions; [] for none."""
-        answers = self.answers.get(way, {}).get(kind, ())
+        answers = self.answers.get(method, {}).get(kind, ())
         return [*map(sql.score, self.questions[kind], answers)]
 
     def as_json(self) -> dict[str, Any]:
@@ -93,20 +105,23 @@ class SqlScores:
             "questions_of_each_kind": self.n,
             "accuracy": self.accuracies(),
             "right": {kind: self.results(ADAPTED, kind) for kind in self.questions},
-            "answers": {
-                kind: [
-                    {
-                        "schema": example.schema,
-                        "form": example.form,
-                        "question": example.question,
-                        "gold": example.sql,
-                        **{way: answers[kind][i] for way, answers in self.answers.items()},
-                    }
-                    for i, example in enumerate(examples)
-                ]
-                for kind, examples in self.questions.items()
-            },
+            "answers": {kind: self._question_rows(kind) for kind in self.questions},
         }
+
+    def _question_rows(self, kind: str) -> list[dict[str, str]]:
+        """Returns each question of a kind with its gold query, and the answers by method."""
+        rows: list[dict[str, str]] = []
+        for index, example in enumerate(self.questions[kind]):
+            row = {
+                "schema": example.schema,
+                "form": example.form,
+                "question": example.question,
+                "gold": example.sql,
+            }
+            for method, answers in self.answers.items():
+                row[method] = answers[kind][index]
+            rows.append(row)
+        return rows
 
     def reuse_base_scores(self, saved: Mapping[str, Any]) -> bool:
         """Takes the base's answers from an interrupted run.
@@ -115,12 +130,15 @@ class SqlScores:
           False if that run had no answers, or other questions; then nothing is taken.
         """
         try:
-            rows = {kind: saved["answers"][kind] for kind in self.questions}
+            rows_of_kind = {kind: saved["answers"][kind] for kind in self.questions}
             for kind, examples in self.questions.items():
-                if [row["question"] for row in rows[kind]] != [e.question for e in examples]:
+                saved_questions = [row["question"] for row in rows_of_kind[kind]]
+                if saved_questions != [example.question for example in examples]:
                     return False
-            for way in (ZERO_SHOT, FEW_SHOT):
-                self.answers[way] = {kind: [row[way] for row in rows[kind]] for kind in rows}
+            for method in (ZERO_SHOT, FEW_SHOT):
+                self.answers[method] = {}
+                for kind, rows in rows_of_kind.items():
+                    self.answers[method][kind] = [row[method] for row in rows]
         except KeyError:
             self.answers.clear()
             return False
@@ -128,15 +146,16 @@ class SqlScores:
 
     def examples(self, n: int = 6) -> list[dict[str, str]]:
         """Returns some questions, with the answers before and after marked as right or wrong."""
-        shown = []
+        rows: list[dict[str, str]] = []
         for kind, examples in self.questions.items():
-            for i, example in list(enumerate(examples))[: n // 2]:
+            for index, example in enumerate(examples[: n // 2]):
                 row = {"question": example.question, "gold": example.sql}
-                for name, way in (("before", ZERO_SHOT), ("after", ADAPTED)):
-                    text = self.answers[way][kind][i]
-                    row[name] = f"{'✓' if sql.score(example, text) else '✗'} {_short(text)}"
-                shown.append(row)
-        return shown
+                for column, method in (("before", ZERO_SHOT), ("after", ADAPTED)):
+                    text = self.answers[method][kind][index]
+                    mark = "✓" if sql.score(example, text) else "✗"
+                    row[column] = f"{mark} {_short(text)}"
+                rows.append(row)
+        return rows
 
 
 def _short(text: str) -> str:
@@ -145,10 +164,13 @@ def _short(text: str) -> str:
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
     """Prints a table of accuracies: a row per kind of question, a column per prompting method."""
-    ways = list(next(iter(scores.values())))
-    rows = [(kind, *(_percent(row[way]) for way in ways)) for kind, row in scores.items()]
+    methods: list[str] = []
+    rows: list[list[str]] = []
+    for kind, share_of_method in scores.items():
+        methods = methods or list(share_of_method)
+        rows.append([kind, *(_percent(share_of_method[method]) for method in methods)])
     title = "Execution accuracy: answers that return the right rows, in %"
-    print_figures(console, title, ("questions", *ways), rows)
+    print_figures(console, title, ("questions", *methods), rows)
 
 
 def _percent(share: float | None) -> str:
