@@ -102,7 +102,10 @@ class Circumstances(NamedTuple):
     @property
     def plugin(self) -> str | None:
         """Returns JAX's plugin for NVIDIA's GPUs that is installed: "cuda12" or "cuda13"."""
-        return next((name for name in _DRIVERS if f"jax-{name}-plugin" in self.versions), None)
+        for name in _DRIVERS:
+            if f"jax-{name}-plugin" in self.versions:
+                return name
+        return None
 
 
 def ask_jax() -> ChildEnding:
@@ -112,11 +115,14 @@ def ask_jax() -> ChildEnding:
 
 def describe(now: Circumstances) -> dict[str, Any]:
     """Returns the facts of a report about devices."""
-    found, hardware = now.found or {}, now.hardware
-    several = found.get("of_all_processes", 1) != found.get("count", 1)
+    jax_devices = now.found or {}
+    hardware = now.hardware
+    n_of_all_processes = jax_devices.get("of_all_processes")
+    has_several_processes = jax_devices.get("of_all_processes", 1) != jax_devices.get("count", 1)
+    devices = f"{jax_devices['count']} × {jax_devices['kind']}" if jax_devices else "nothing"
     return {
-        "JAX computes on": f"{found['count']} × {found['kind']}" if found else "nothing",
-        "of all processes": found.get("of_all_processes") if several else None,
+        "JAX computes on": devices,
+        "of all processes": n_of_all_processes if has_several_processes else None,
         "GPUs of the system": list(hardware.cards) or ("yes" if hardware.nvidia else None),
         "NVIDIA's driver": hardware.driver,
         "TPU chips of the system": hardware.tpus or None,

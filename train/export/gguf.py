@@ -115,23 +115,29 @@ def _file(work: ExportJob) -> Path:
 
 
 @contextmanager
-def _progress(work: ExportJob, what: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(work: ExportJob, title: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a bar on a terminal; nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    hidden = not work.console.is_terminal
-    with Progress(*columns, console=work.console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    is_hidden = not work.console.is_terminal
+    with Progress(*columns, console=work.console, transient=True, disable=is_hidden) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(n_done: int, total: int) -> None:
+            bar.update(task, completed=n_done, total=total)
+
+        yield update
 
 
 def _tokenizer_to_write(
     options: ExportOptions, adapter: AdapterSource, base: str, config: Any
 ) -> Tokenizer | None:
     """Returns the tokenizer of a whole model's file; None for the one in the base's GGUF file."""
-    if given := options.tokenizer or adapter.tokenizer:
-        return read_tokenizer(base, given, config)
+    name = options.tokenizer or adapter.tokenizer
+    if name:
+        return read_tokenizer(base, name, config)
     is_gguf = resolve(base).path.suffix == ".gguf"
-    return None if is_gguf and not options.quantize else load_tokenizer(base)
+    has_own_tokenizer = is_gguf and not options.quantize
+    return None if has_own_tokenizer else load_tokenizer(base)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer | None:
@@ -142,8 +148,9 @@ def _tokenizer_of(path: Path) -> Tokenizer | None:
         return None
 
 
-def _report(work: ExportJob, file: Path, what: str, notes: Sequence[str]) -> None:
-    work.say(f"{what}: {file} ({byte_size(file.stat().st_size)})")
+def _report(work: ExportJob, file: Path, title: str, notes: Sequence[str]) -> None:
+    """Prints a file with its size, and notes on it."""
+    work.say(f"{title}: {file} ({byte_size(file.stat().st_size)})")
     for note in notes:
         work.say(note)
 
