@@ -37,12 +37,14 @@ def f(a: "x[1]" = None) -> y[2]:
     raise ValueError("text" + str(3))
 '''
 MODULE = "FACTOR = 2\n\n\ndef double(x):\n    unused = 7\n    return FACTOR * x\n"
+MODULE += "HALVES = {1: lambda x: x / 2}\n"
 KEPT = "import functools\n\n\n@functools.cache\ndef triple(x):\n    return 3 * x\n"
 TESTS = """
     from lora_jax import kept, module
 
     def test_here():
         assert module.double(3) == 6 and kept.triple(3) == 9
+        assert module.HALVES[1](6) == 3
 """
 CHILD_TESTS = """
     import subprocess, sys
@@ -159,6 +161,8 @@ def test_judges_run_the_line_also_in_a_process_that_tests_start(copied):
     assert known.judges("train/child.py", 3, range(3, 4), True) == []
     of_a_cache = known.judges("lora_jax/kept.py", 6, range(6, 7), True)
     assert {*of_a_cache} == {"tests/test_here.py", "tests/test_child.py"}
+    of_a_lambda = known.judges("lora_jax/module.py", 7, range(7, 8), True)
+    assert of_a_lambda == ["tests/test_here.py"]
     # An import runs it, and whoever calls the module judges it.
     assert known.judges("lora_jax/module.py", 1, range(1, 2), False) == ["tests/test_here.py"]
 
@@ -167,6 +171,7 @@ def test_judges_run_the_line_also_in_a_process_that_tests_start(copied):
 JUDGED = {
     "a value that is returned": ("lora_jax/module.py", "FACTOR * x", "x", True),
     "a value that nobody reads": ("lora_jax/module.py", "7", "8", False),
+    "a function of one line": ("lora_jax/module.py", "x / 2", "x", True),
     "a process that the tests start": ("train/child.py", "3 < 3", "3 <= 3", True),
 }
 

@@ -41,9 +41,15 @@ def record_lines() -> None:
             write("line", test_file, code.co_filename.removeprefix(ROOT), line)
         return sys.monitoring.DISABLE
 
+    def note_first_line(code, offset):
+        """Writes the line of a function of one line, such as a lambda, which has no LINE event."""
+        return note(code, code.co_firstlineno)
+
+    events = sys.monitoring.events
     sys.monitoring.use_tool_id(_TOOL, "tests.mutants")
-    sys.monitoring.register_callback(_TOOL, sys.monitoring.events.LINE, note)
-    sys.monitoring.set_events(_TOOL, sys.monitoring.events.LINE)
+    sys.monitoring.register_callback(_TOOL, events.LINE, note)
+    sys.monitoring.register_callback(_TOOL, events.PY_START, note_first_line)
+    sys.monitoring.set_events(_TOOL, events.LINE | events.PY_START)
 
 
 if os.environ.get(RECORD):
