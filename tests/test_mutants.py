@@ -171,7 +171,7 @@ def test_judges_run_the_line_also_in_a_process_that_tests_start(copied):
 JUDGED = {
     "a value that is returned": ("lora_jax/module.py", "FACTOR * x", "x", True),
     "a value that nobody reads": ("lora_jax/module.py", "7", "8", False),
-    "a function of one line": ("lora_jax/module.py", "x / 2", "x", True),
+    "a function of one line": ("lora_jax/module.py", "x / 2", "2 / x", True),
     "a process that the tests start": ("train/child.py", "3 < 3", "3 <= 3", True),
 }
 

@@ -191,10 +191,14 @@ class Concrete(Abstract):
         return self.factor * x
 
 
-def test_states():
+def test_states(monkeypatch):
     def make(value):
         return lambda: value
 
+    with monkeypatch.context() as patch:  # a setting that a class has for all its objects
+        before = FunctionState(make(Concrete(1)))
+        patch.setattr(Concrete, "shift", 2.0, raising=False)
+        assert FunctionState(make(Concrete(1))) != before
     one, module = jnp.ones(3), OfNnx()
     for a, b, same in (
         (make(1), make(1), True),

@@ -12,6 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.bank import Bank, BankError, Tenant, Together, mixed
+from lora_jax.bank import slots as slots_module
 from lora_jax.bank.slots import slots_of
 from tests.adapted_trees import adapted
 
@@ -147,6 +148,19 @@ def test_threads_share_a_bank():
 def test_threads_share_a_bank_for_long():
     calls, absent = stressed(1000, seed=2)
     assert calls == 8 * 1000 and 0 < absent < calls / 2
+
+
+def test_copies_of_what_trains_are_those_of_the_examples(monkeypatch):
+    """Adapters that train have slots from 1 on; a request would else be another tenant's."""
+    monkeypatch.setattr(slots_module, "WIDEST", 0)
+    bank = Bank(PARAMS, RULES, slots=2)
+    bank.add("a", adapter(3))
+    bank.add("b", adapter(6))
+    held = slots_of(bank.tree)["kernel"]
+    trained = held.replace(arrays={n: x[1:] for n, x in held.arrays.items()}, has_base=False)
+    copies = jax.jit(lambda slots, ids: slots.chosen(ids))(trained, np.array([2, 0, 1])).arrays
+    changes = np.asarray(copies["scale"]) * np.asarray(copies["b"])[:, 0, 0]
+    np.testing.assert_allclose(changes, [2.0, 0.0, 1.0], rtol=1e-6)
 
 
 def squares(forward, params, batch, dropout_key):

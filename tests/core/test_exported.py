@@ -98,6 +98,9 @@ def test_an_adapted_tree_is_read_where_it_comes_out():
         assert read.out_tree == jax.tree.structure(tree), name
     tree = tree_of(name)
     assert jax.tree.structure(read.call(tree)) == jax.tree.structure(tree)
+    coded = lj.quantized.quantize({"kernel": draw(1, (32, 5))}, "int8")
+    read = export.deserialize(written(lambda t: t, coded))
+    assert read.out_tree == jax.tree.structure(coded), "a base in codes is a base in codes"
 
 
 @pytest.mark.slow

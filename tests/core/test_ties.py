@@ -113,6 +113,7 @@ def test_members_train_one_vector(tmp_path):
         ({"weight_tying": 0.5}, "weight_tying=0.5 has no effect without tinylora=True"),
         ({"tinylora": True, "u": 0}, "u=0 must be a number of at least 1"),
         ({"tinylora": True, "weight_tying": 2}, "weight_tying=2 must be a share from 0 to 1"),
+        ({"tinylora": True, "weight_tying": -0.5}, "weight_tying=-0.5 must be a share from 0"),
         ({"tinylora": True, "xs": True}, "xs cannot be combined with tinylora"),
     ],
 )

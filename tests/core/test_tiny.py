@@ -75,6 +75,17 @@ def test_ranks_that_cannot_be():
         lj.lorafy(PARAMS, rules)
 
 
+def test_the_factors_of_tinylora_are_singular_vectors_and_roots_of_their_values():
+    """As in PEFT, whose vector would else mean another change. NumPy in float64 is the judge."""
+    kernel = np.asarray(PARAMS["out"]["kernel"], np.float64)
+    node = tree("tinylora", weight_tying=0)["out"]["kernel"]
+    u, s, vt = np.linalg.svd(kernel)
+    roots = np.sqrt(s[:3])
+    assert_close(np.abs(np.asarray(node.a).T), np.abs(u[:, :3] * roots), 1e-5)
+    assert_close(np.abs(np.asarray(node.b)), np.abs(roots[:, None] * vt[:3]), 1e-5)
+    assert_close(np.asarray(node.a).T @ np.asarray(node.b), (u[:, :3] * s[:3]) @ vt[:3], 1e-5)
+
+
 @pytest.mark.slow
 def test_the_factors_of_xs_are_singular_vectors():
     """NumPy in float64 is the judge; W itself stays what it was."""

@@ -9,7 +9,8 @@ import pytest
 from jax.tree_util import tree_leaves, tree_map
 
 from lora_jax.models import Decoder
-from lora_jax.models.layers.cache import init_cache
+from lora_jax.models.layers.cache import Recurrent, init_cache
+from lora_jax.models.sampling.blocks import take_block
 from lora_jax.models.sampling.slots import (
     RowState,
     empty_rows,
@@ -23,6 +24,19 @@ from tests.models import tiny
 from tests.support import draw
 
 N, LENGTH, WIDER = 4, 6, 9
+
+
+def test_a_block_outlives_the_cache_that_it_was_taken_of() -> None:
+    """The next chunk takes the cache's memory; who shares the prompt later would find none."""
+    memory = Recurrent(jnp.array(draw(1, (1, 1, 2, 3))), jnp.array(draw(2, (1, 1, 2, 3, 3))))
+    cache = init_cache(tiny.config("llama3"), 1, LENGTH)._replace(recurrent=memory)
+    block = take_block(cache, np.int32(0), 2)
+    expected = tree_map(np.array, memory)
+    for array in tree_leaves(memory):
+        array.delete()  # as a program does that the cache is donated to
+    assert block.recurrent is not None
+    np.testing.assert_array_equal(block.recurrent.tail, expected.tail)
+    np.testing.assert_array_equal(block.recurrent.state, expected.state)
 
 
 @pytest.mark.slow

@@ -315,6 +315,8 @@ def test_values_at_the_bounds_are_read():
     config = read_config({"target_modules": {"v", "q"}, "rank_pattern": {"q": 1}} | fields)
     assert {name: config[name] for name in fields} == fields
     assert config["target_modules"] == ["q", "v"]
+    for pattern in ("rank_pattern", "alpha_pattern"):  # PEFT's fields may be None, in files null
+        assert not read_config({"target_modules": ["q"], pattern: None})[pattern]
     source = SimpleNamespace(to_dict=lambda: {"target_modules": ("v", "k"), "r": 7})
     assert read_config(source)["target_modules"] == ["k", "v"] and read_config(source)["r"] == 7
 

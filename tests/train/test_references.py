@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from lora_jax.lorafy import map_nodes
 from tests.train.scripts import fails
 from tests.train.test_preferences import BATCH, LABELLED, run, write_inputs
 from tests.train.tiny import write_jsonl
+from train.console.errors import UserError
 from train.dpo import main
+from train.live.reference import reference_params
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -41,6 +44,18 @@ def test_an_initial_adapter_is_the_reference(folder, tmp_path, capsys):
 
 def said(capsys):
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_completions_of_a_model_that_trains_whole_have_no_second_base():
+    """--reference of train.grpo --full would need one. Its data have no --reference-logps."""
+    config = SimpleNamespace(
+        data=SimpleNamespace(reference="base"),
+        adapter=SimpleNamespace(full=True),
+        optim=SimpleNamespace(loss="grpo"),
+    )
+    outline, plain = SimpleNamespace(name="base"), {}
+    with pytest.raises(UserError, match="--full trains the base itself"):
+        reference_params(config, outline, plain, takes_from_base=True)
 
 
 @pytest.mark.slow

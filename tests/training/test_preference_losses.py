@@ -221,17 +221,31 @@ def test_rows_that_fill_up_a_batch_are_no_completions():
 
 
 def test_ratios_are_clipped_where_the_gain_pulls_further():
-    """A log would call tokens clipped that have no gradient anyway: those of gain 0."""
+    """A log would call tokens clipped that have no gradient anyway: those of gain 0.
+
+    TRL compares with < and >: a ratio at a bound, as of the first update with bounds of 0, is not
+    clipped.
+    """
     gains, mask, old = array([1.0, 0.0, -1.0]), jnp.ones((3, 1), bool), jnp.zeros((3, 1))
-    plain, weighted = Online(low=0.1, high=0.2), Online(weighted=True, high=1.2)
+    options = Online(low=0.1, high=0.2), Online(weighted=True, high=1.2), Online(low=0.0)
 
     @jax.jit
     def shares(logps):
-        sums = [losses.online_loss(how, logps, mask, gains, old) for how in (plain, weighted)]
+        sums = [losses.online_loss(how, logps, mask, gains, old) for how in options]
         return [(x.logs["clip_low"] / x.count, x.logs["clip_high"] / x.count) for x in sums]
 
-    assert np.allclose(shares(jnp.ones((3, 1))), [(0, 1 / 3), (0, 1 / 3)])
-    assert np.allclose(shares(-jnp.ones((3, 1))), [(1 / 3, 0), (0, 0)])
+    assert np.allclose(shares(jnp.ones((3, 1))), [(0, 1 / 3)] * 3)
+    assert np.allclose(shares(-jnp.ones((3, 1))), [(1 / 3, 0), (0, 0), (1 / 3, 0)])
+    assert np.allclose(shares(jnp.zeros((3, 1))), 0)
+
+
+def test_each_token_has_its_own_advantage():
+    """A distillation's tokens would else be judged by those of other rows. By NumPy."""
+    gains = np.array([[1.0, -2.0, 0.5], [3.0, -1.0, 9.0]], np.float32)
+    ratio = np.exp(np.asarray(LOGPS - OLD, np.float64))
+    terms = np.minimum(ratio * gains, np.clip(ratio, 0.8, 1.2) * gains)
+    sums = jax.jit(functools.partial(losses.online_loss, Online()))(LOGPS, MASK, gains, OLD)
+    assert float(sums.total) == pytest.approx(-terms[np.asarray(MASK)].sum(), rel=1e-6)
 
 
 def test_completions_of_one_token_count():

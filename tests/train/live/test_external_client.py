@@ -4,12 +4,17 @@ import functools
 import http.client
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import lora_jax as lj
+from lora_jax.training.layout import one_device
+from tests.adapted_trees import adapted
 from tests.train.live.stub_server import EOS, StubServer
 from train import grpo
 from train.console.errors import UserError
 from train.live import sampler_server as client
+from train.live.external import versions
 from train.live.external.versions import AdapterVersion
 from train.live.sampler_server import DrawnCompletion, SamplerServer, SamplingOptions
 
@@ -86,8 +91,9 @@ def test_answers_that_lack_something_are_refused(stub, wrong):
 
 def test_a_busy_server_is_asked_again(stub, monkeypatch):
     monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
-    stub.failures = [(503, "starting"), (429, ""), (500, "once"), (503, '{"error": "still"}')]
-    assert len(drawn_from(stub)) == 2 and len(stub.paths) == 5
+    stub.failures = [(503, "starting"), (429, ""), (500, "once"), (502, "a proxy's")]
+    stub.failures.append((503, '{"error": "still"}'))
+    assert len(drawn_from(stub)) == 2 and len(stub.paths) == 6
     stub.failures = [(500, '{"error": {"message": "out of memory"}}')] * 2
     with pytest.raises(UserError, match="refuses to draw .500: out of memory"):
         drawn_from(stub)
@@ -164,6 +170,22 @@ def test_a_server_that_started_anew_is_given_an_adapter_once(tmp_path):
     version.drop(server)
     assert version.load(server) == version.load(server, -1) == -1
     assert loads == [*[("mine", "/there")] * 2, "mine"]
+
+
+def test_versions_are_written_where_the_server_reads_them(tmp_path, monkeypatch):
+    """A server of another machine sees the shared folder alone, under a path of its own."""
+    shared, written = tmp_path / "shared", []
+    monkeypatch.setattr(versions.peft, "save", lambda folder, *_, **__: written.append(folder))
+    data = SimpleNamespace(sampler_folder=str(shared), sampler_mount="/mnt/there/")
+    of = SimpleNamespace(config=SimpleNamespace(data=data), folder=tmp_path / "run")
+    of.layout, of.model, of.outline = one_device(), None, SimpleNamespace(name="base")
+    rule = lj.LoraRule(targets=["kernel"], rank=1, alpha=1.0)
+    tree = adapted({"kernel": np.ones((3, 2), np.float32)}, rule)
+    version = versions.Publisher(of).publish(tree, "step1")
+    loads = []
+    version.load(SimpleNamespace(load=lambda *args: loads.append(args)))
+    assert written == [shared / version.name] and version.name.endswith("step1")
+    assert loads == [(version.name, f"/mnt/there/{version.name}")]
 
 
 def test_adapters_are_loaded_where_the_server_loads_them(stub):

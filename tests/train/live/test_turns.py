@@ -18,7 +18,7 @@ from lora_jax.training.run.stop import Stop
 from tests.support import assert_close
 from tests.train.tiny import CONFIG, decoder, tokenizer
 from train.live.turns.episodes import Listener
-from train.live.turns.programs import TurnPrograms
+from train.live.turns.programs import TurnPrograms, TurnRows
 from train.live.turns.rows import TurnLimits, TurnRequest, tool_metrics
 from train.live.turns.sampler import Drawing, TurnSampler
 from train.tools.contract import EpisodeTurn, ToolAnswer, ToolCall
@@ -248,6 +248,21 @@ def test_openings_belong_to_the_prompt(programs, drawn):
     assert "has 67 tokens with what its environment opened it with" in opened[3].lost
     assert opened[3].messages == [{"role": "assistant", "content": ""}], "rewards read the last"
     assert [facts(opened)[i] for i in (0, 2, 4)] == [facts(drawn)[i] for i in (0, 2, 4)]
+
+
+def test_rows_have_their_caches_once(programs, monkeypatch):
+    """A block of tokens writes into them: two of them may be more than a device has room for."""
+    decode, were_taken = TurnRows.decode, []
+
+    def note(rows, *args):
+        cache = max(jax.tree.leaves(rows._arrays), key=lambda array: array.nbytes)
+        block = decode(rows, *args)
+        were_taken.append(cache.is_deleted())
+        return block
+
+    monkeypatch.setattr(TurnRows, "decode", note)
+    draw(programs, Host())
+    assert were_taken and all(were_taken)
 
 
 def test_limits(programs):

@@ -33,12 +33,16 @@ def score(*specs: str):
 
 
 def test_each_completion_has_its_fact():
-    """Facts of another number would stand beside completions that they do not describe."""
+    """Facts of another number would stand beside completions that they do not describe.
+
+    A reward that grows with training reads the step, and a log of its own has the mean of all.
+    """
     write(
         """
-        def whole(completions, log_extra, **_):
+        def whole(completions, trainer_state, log_metric, log_extra, **_):
             log_extra("size", [len(c) for c in completions])
-            return [1.0] * len(completions)
+            log_metric("longest", max(len(c) for c in completions))
+            return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
 
         def short(completions, log_extra, **_):
             log_extra("size", [len(c) for c in completions][1:])
@@ -47,6 +51,8 @@ def test_each_completion_has_its_fact():
     )
     scored = score("mine.py:whole", "mine.py:short")
     assert scored.extra == {"whole/size": [len(text) for text in TEXTS]}
+    np.testing.assert_allclose(scored.by_name["whole"], [3 / 7] * N, rtol=1e-6)
+    assert scored.metrics == {"whole/longest": (3 + 6) / 2}, "of two groups of three"
     assert scored.failures, "whose facts are too few"
     assert f"log_extra('size'): {GROUP - 1} values, {GROUP} completions" in str(scored.said)
 

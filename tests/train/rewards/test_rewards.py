@@ -234,6 +234,15 @@ def test_rows_on_which_all_fail_have_no_reward():
     np.testing.assert_array_equal(scored.total, [np.nan] * 5 + [2] + [np.nan] * 6)
 
 
+def test_silence_is_told_once():
+    """A line at each step would bury the others of a run that goes on without a reward."""
+    batch = RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP)
+    with closing(find(earned="dice")) as rewards:
+        said = [rewards(batch).said for _ in range(2)]
+    silence = "no reward has an opinion on any of 12 completions: nothing is learned from them"
+    assert said == [[silence], []]
+
+
 @pytest.mark.slow
 def test_a_function_that_hangs_is_ended_with_what_it_started_and_replaced():
     write(

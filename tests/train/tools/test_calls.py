@@ -9,6 +9,7 @@ from tests.train.tiny import tokenizer
 from train.tools.calls import CallReader, call_format, opens_thinking, read_turn, turn_text
 from train.tools.contract import ToolCall
 from train.tools.formats import FORMATS
+from train.tools.forms import call_form
 
 
 def _schema(name, **types):
@@ -152,6 +153,14 @@ def test_the_end_of_a_turn_is_no_text():
 def test_a_template_that_renders_answers_alone_has_a_format():
     assert call_format("{{ '<|tool_response_start|>' + m.content }}").name == "lfm2"
     assert call_format("{{ m.content }}") is call_format(None) is None
+
+
+def test_a_call_that_is_asked_for_begins_as_the_template_writes_it():
+    """A model that must call a tool would else begin by tokens that it never saw."""
+    for begin in ("[TOOL_CALLS][", "[TOOL_CALLS] ["):  # Mistral's templates until 2025 have both
+        assert call_form("mistral", f"{{{{ '{begin}' + calls + ']' }}}}").begin == begin
+    newest = "{{ '[TOOL_CALLS]' + call.name + '[ARGS]' + call.arguments }}"
+    assert call_form("mistral", newest).head.format(name="f") == "[TOOL_CALLS]f[ARGS]"
 
 
 # Of TRL's templates: all that write calls, and for which it has a parser.

@@ -108,6 +108,10 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
     lj.save_adapter(tmp_path / "scaled", tree, about=scaled)
     with pytest.raises(RequestError, match="--rope-scaling"):
         base.read(tmp_path / "scaled")
+    whole = lj.lorafy(base.params, [lj.TrainRule(targets=["norm"])])
+    lj.save_adapter(tmp_path / "whole", whole, about={"model": "tiny"})
+    with pytest.raises(RequestError, match="norm"):  # and no error of the server's own
+        base.read(tmp_path / "whole")
     with pytest.raises(RequestError, match="neither an adapter's folder"):
         base.read(tmp_path)
 

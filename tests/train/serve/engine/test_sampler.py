@@ -1,5 +1,6 @@
 """The sampler's choices alone, without arrays: whatever is asked for, each step does something."""
 
+import functools
 import itertools
 import random
 from collections import Counter
@@ -172,6 +173,27 @@ def test_a_prompt_that_fails_beside_others_ends_alone():
     while requests.sampler.busy:
         step(requests.sampler)
     assert [len(answer.completions[0].tokens) for answer in requests.answers[1:]] == [3, 3]
+
+
+def test_a_command_behind_one_that_failed_is_answered():
+    """Neither has an adapter; a client would wait for the second one for ever."""
+
+    def fail(tenant, command):
+        raise LookupError(command)
+        yield
+
+    tenant, answers = EngineTenant("one", Client("anna")), []
+    tenant.queue.extend((command, answers.append) for command in ("first", "second"))
+    engine = SimpleNamespace(
+        _tenants={"one": tenant},
+        _commands=SimpleNamespace(execute=fail),
+        _trained_parties=set(),
+        _train_seconds=Counter(),
+    )
+    engine._finish = functools.partial(Engine._finish, engine)
+    while engine._tenants:
+        Engine._train(engine, tenant)
+    assert [str(answer) for answer in answers] == ["first", "second"]
 
 
 def test_training_and_sampling_have_as_much_time(monkeypatch):
