@@ -20,7 +20,8 @@ def test_a_cache_is_at_most_twice_as_long_as_its_tokens(n):
 
 
 def test_steps_between_caches():
-    assert SIZES.row_lengths == (64, 128, 256, 512)  # a row of 60 tokens would else take room for 128
+    # Without the shortest, a row of 60 tokens would take room for 128.
+    assert SIZES.row_lengths == (64, 128, 256, 512)
     assert [*SIZES.caches_to(128, 512)] == [256, 512]
     assert [*SIZES.caches_to(512, 128)] == [256, 128]
     assert [*SIZES.caches_to(256, 256)] == []
