@@ -335,6 +335,7 @@ def test_held_out_prompts_are_completed_and_rewarded_as_others_are(folder, tmp_p
 
 
 @pytest.mark.slow
+@thorough
 def test_runs_of_a_table_draw_their_own_completions(folder, tmp_path):
     """Each is what its options make of it alone; an epsilon hides the last bits."""
     rows = [

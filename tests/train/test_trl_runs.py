@@ -170,7 +170,7 @@ def in_order(rows, made=None, **options):
     return [rows[row] for step in range(STEPS) for row in np.sort(order.rows(step).ravel())]
 
 
-@pytest.mark.parametrize("way", but_rarely(WAYS, "sigmoid from a fresh adapter"))
+@pytest.mark.parametrize("way", but_rarely(WAYS, "sigmoid from a fresh adapter", "robust and sft"))
 def test_dpo(folder, tmp_path, way):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
