@@ -39,6 +39,7 @@ PUBLIC_METHODS = {
     "lora_jax/training/data/labelled.py": {"by_name"},
     "lora_jax/training/data/vision/images.py": {"by_name"},
 }
+COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -143,6 +144,63 @@ def test_arguments_are_described_by_nouns(documented):
         for match in BARE.finditer(text)
     ]
     assert found == []
+
+
+def nested_comprehensions(tree):
+    """Yields comprehensions within others, but for generators that any, all and sum take."""
+    for outer in ast.walk(tree):
+        if not isinstance(outer, COMPREHENSION):
+            continue
+        of_calls = {
+            id(call.args[0])
+            for call in ast.walk(outer)
+            if isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id in ("any", "all", "sum")
+        }
+        for inner in ast.walk(outer):
+            if (
+                isinstance(inner, COMPREHENSION)
+                and inner is not outer
+                and id(inner) not in of_calls
+            ):
+                yield inner
+
+
+def repeated_by_conditions(tree):
+    """Yields products of a list or a text and a condition, which stand for an `if`."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+            continue
+        sides = (node.left, node.right)
+        is_sequence = any(isinstance(side, (ast.List, ast.JoinedStr)) for side in sides)
+        is_sequence |= any(isinstance(getattr(side, "value", 0), str) for side in sides)
+        if is_sequence and any(map(_is_condition, sides)):
+            yield node
+
+
+def _is_condition(node):
+    is_not = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    is_bool = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "bool"
+    return is_not or is_bool or isinstance(node, (ast.Compare, ast.BoolOp))
+
+
+def test_a_line_holds_one_thought(trees):
+    for path, tree in trees.items():
+        nested = [f"{path}:{node.lineno}" for node in nested_comprehensions(tree)]
+        assert nested == [], "a loop, or a function with a name, for the inner comprehension"
+        repeated = [f"{path}:{node.lineno}" for node in repeated_by_conditions(tree)]
+        assert repeated == [], "an if statement"
+
+
+def test_the_judge_sees_two_thoughts():
+    nested = ["[[a for a in b] for b in c]", "{a: {*(b for b in c)} for a in d}"]
+    assert all(list(nested_comprehensions(ast.parse(text))) for text in nested)
+    single = ["[a for b in c for a in b]", "[a for a in b if any(c in a for c in d)]"]
+    assert not any(list(nested_comprehensions(ast.parse(text))) for text in single)
+    repeated = ["[a] * (not b)", "x + 'text' * (n > 1)", "[a] * bool(b)"]
+    assert all(list(repeated_by_conditions(ast.parse(text))) for text in repeated)
+    assert not any(list(repeated_by_conditions(ast.parse(t))) for t in ["[a] * n", "2 * (a > b)"])
 
 
 def test_the_judge_sees_riddles():

@@ -244,9 +244,9 @@ class _Contents:
     def _settings(self) -> JsonObject:
         """Returns the fields that PEFT has once for all adapted modules."""
         nodes = list(self._lora.values())
-        settings: dict[str, set[bool | float]] = {
-            str(form.field): {name in node.has for node in nodes} for name, form in VECTORS.items()
-        }
+        settings: dict[str, set[bool | float]] = {}
+        for name, form in VECTORS.items():
+            settings[str(form.field)] = {name in node.has for node in nodes}
         settings["lora_dropout"] = {float(node.dropout) for node in nodes}
         fields_that_may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
         for name, values in settings.items():

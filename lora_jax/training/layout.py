@@ -160,11 +160,16 @@ class Layout(Placement):
         uneven = [str(length) for length in lengths if length % parts]
         if not uneven:
             return
+        has_several_lengths = len(lengths) > 1
         raise TrainingError(
             lambda option: (
                 f"the mesh has sequence={parts}, and rows have {', '.join(uneven)} tokens: give "
                 f"lengths that are multiples of {2 * parts}, or another mesh"
-                + (f"; {option('packing', True)} makes one length of all" * (len(lengths) > 1))
+                + (
+                    f"; {option('packing', True)} makes one length of all"
+                    if has_several_lengths
+                    else ""
+                )
             )
         )
 

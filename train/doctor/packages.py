@@ -45,7 +45,8 @@ def requirement_troubles(package: str) -> list[Trouble]:
         wrong.append("packaging (not installed)")
     else:
         for requirement in sorted(set(_requirements(package, _EXTRAS))):
-            wrong += [f"{requirement} ({_found(requirement)})"] * (not _is_met(requirement))
+            if not _is_met(requirement):
+                wrong.append(f"{requirement} ({_found(requirement)})")
     if not wrong:
         return []
     remedy = f'pip install "{package}[train]"'

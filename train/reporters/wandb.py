@@ -3,6 +3,7 @@
 Its runs log dictionaries, and samples as tables; those of trackio follow it.
 """
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,8 @@ class LogsTables:
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
         """Logs the samples as a table."""
-        rows = [[getattr(sample, name) for name in _SAMPLE_COLUMNS] for sample in samples]
+        columns_of = operator.attrgetter(*_SAMPLE_COLUMNS)
+        rows = [[*columns_of(sample)] for sample in samples]
         table = self._table(columns=[*_SAMPLE_COLUMNS], data=rows)
         self._run.log({"samples": table}, step=step)
 

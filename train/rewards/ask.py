@@ -73,7 +73,10 @@ def _metrics(totals: RewardTotals) -> dict[str, float | None]:
 
 def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
     """Returns the columns of rows; None where a row lacks one."""
-    return {name: [row.get(name) for row in rows] for name in names}
+    columns: dict[str, list[Any]] = {}
+    for name in names:
+        columns[name] = [row.get(name) for row in rows]
+    return columns
 
 
 def mean_known(values: np.ndarray) -> float | None:

@@ -295,9 +295,9 @@ class RewardModel:
                 "prompts lose their beginning, and so do later ones",
                 file=sys.stderr,
             )
-        ids, types = (
-            [np.array(row, np.int32) for row in rows_of_field] for rows_of_field in encoded.values()
-        )
+        rows_of_ids, rows_of_types = encoded.values()
+        ids = [np.array(row, np.int32) for row in rows_of_ids]
+        types = [np.array(row, np.int32) for row in rows_of_types]
         tokens = TokenizedTexts(
             ids=ids, types=types, most=self._max_tokens, pad=self._tokenizer.pad_token_id or 0
         )

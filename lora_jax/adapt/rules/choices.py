@@ -108,10 +108,9 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     which_labels = form.labels[: which.ndim]  # it has the axes of the weights, or is one number
     indices = [slice(None) if label == "batch" else 0 for label in which_labels]
     which_of_member = which[tuple(indices)]
-    parts = {
-        name: _selected(which_of_member, [case.parts[name] for case in cases])
-        for name in form.dtypes
-    }
+    parts: dict[str, jax.Array] = {}
+    for name in form.dtypes:
+        parts[name] = _selected(which_of_member, [case.parts[name] for case in cases])
     return [dataclasses.replace(cases[0], base=base, parts=parts)]
 
 

@@ -329,8 +329,11 @@ def _sum_weights(
     for term_ranks in by_layer:
         lane_ranks = tuple(term_rank // n_lanes for term_rank in term_ranks)
         ranks.append(n_lanes * rank_of_sum(lane_ranks, (n_in, n_out), method, rank))
+    arrays_of_nodes: list[dict[str, jax.Array]] = []
+    for node in nodes:
+        arrays_of_nodes.append({n: node.arrays[n] for n in ARRAYS if n in node.arrays})
     factors = summed(
-        [{name: node.arrays[name] for name in ARRAYS if name in node.arrays} for node in nodes],
+        arrays_of_nodes,
         weights.astype(wide(dtype)),
         key,
         by_layer=by_layer,

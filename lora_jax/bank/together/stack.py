@@ -198,10 +198,10 @@ class Stack:
                 self.state, metrics_of[name] = self._steps.step_one(
                     self._writable_state(), self.fixed, self._numbers, base, slot, batch
                 )
-        return {
-            name: {key: float(value) for key, value in metrics.items()}
-            for name, metrics in jax.device_get(metrics_of).items()
-        }
+        numbers_of: dict[str, dict[str, float]] = {}
+        for name, metrics in jax.device_get(metrics_of).items():
+            numbers_of[name] = {key: float(value) for key, value in metrics.items()}
+        return numbers_of
 
     def compile(
         self, base: Tree, calls: Sequence[Mapping[str, ArrayBatch]]

@@ -267,10 +267,8 @@ def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
         known = {"full_attention", "linear_attention" if family.linear else "sliding_attention"}
         if set(types) - known or len(types) != n_layers:
             raise ConfigError(f"layer_types {list(types)} do not describe {n_layers} layers")
-        windowed, linear = (
-            tuple(i for i, kind in enumerate(types) if kind == f"{name}_attention")
-            for name in ("sliding", "linear")
-        )
+        windowed = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+        linear = tuple(i for i, kind in enumerate(types) if kind == "linear_attention")
         if windowed and window is None:
             raise ConfigError("layer_types has sliding_attention, but no sliding_window is in use")
     return {

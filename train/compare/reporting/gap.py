@@ -232,8 +232,9 @@ def _question_spread(arm: ArmRow, other: ArmRow) -> QuestionSpread | None:
 
 def _question_scores(row: ArmRow) -> list[list[float]]:
     """Returns the score of each question in each run that ended; NaN for questions without one."""
-    return [
-        [math.nan if score is None else score for score in run.question_scores]
-        for run in row.runs
-        if row.measure.value(run) is not None
-    ]
+    scores_of_runs: list[list[float]] = []
+    for run in row.runs:
+        if row.measure.value(run) is not None:
+            scores = [math.nan if score is None else score for score in run.question_scores]
+            scores_of_runs.append(scores)
+    return scores_of_runs

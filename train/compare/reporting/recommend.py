@@ -223,11 +223,10 @@ def _command_to_decide(command: str, doubts: Sequence[Doubt]) -> str | None:
       command: the command of the comparison.
       doubts: the doubts; None is returned if no option settles any of them.
     """
-    option_values = {
-        doubt.option: [_option_word(value) for value in doubt.values]
-        for doubt in doubts
-        if doubt.option
-    }
+    option_values: dict[str, list[str]] = {}
+    for doubt in doubts:
+        if doubt.option:
+            option_values[doubt.option] = [_option_word(value) for value in doubt.values]
     if not option_values:
         return None
     removed_options = {"--resume", "--overwrite"}

@@ -148,7 +148,7 @@ class GuardedDatabase:
         results = json.loads(answer)
         if isinstance(results[-1], str):  # the reason, after which no database was tried
             return results[-1]
-        return [[tuple(row) for row in rows] for rows in results]
+        return [[*map(tuple, rows)] for rows in results]
 
     def close(self) -> None:
         """Ends the processes; the next query starts another."""

@@ -20,7 +20,7 @@ from train.environments.sql.schemas import Column, Draw, Schema, Table, plural, 
 N_TRAINED = 8  # the first phrasings of each form; the others are held out of training
 
 PHRASINGS = {
-    form: [line.strip() for line in text.splitlines()]
+    form: [*map(str.strip, text.splitlines())]
     for form, text in read_blocks("phrasings.txt").items()
 }
 

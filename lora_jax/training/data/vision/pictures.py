@@ -140,7 +140,10 @@ def image_inputs(rows: Sequence[RowImages], reader: AnyReader) -> dict[str, np.n
     max_tiles = reader.room(max(len(row.tiles) for row in rows))
     max_images = max(len(row.grids) for row in rows)
     row_inputs = [reader.inputs(row.tiles, row.grids, (max_tiles, max_images)) for row in rows]
-    return {name: np.stack([inputs[name] for inputs in row_inputs]) for name in row_inputs[0]}
+    stacked: dict[str, np.ndarray] = {}
+    for name in row_inputs[0]:
+        stacked[name] = np.stack([inputs[name] for inputs in row_inputs])
+    return stacked
 
 
 def read_pictures(
