@@ -44,11 +44,14 @@ def activate(tree: Tree, mask: jax.typing.ArrayLike) -> Tree:
     is_active = jnp.asarray(mask, bool)
     if is_active.ndim != 2:
         raise ValueError(
-            f"activate: the mask has the shape {is_active.shape}; [batch, seq] is needed"
+            f"activate: the mask must have the shape [batch, seq], not {is_active.shape}."
         )
     weights = _weights_of(tree)
     if not weights:
-        raise ValueError("activate needs an adapted tree, and this one has no adapted weight")
+        raise ValueError(
+            "activate needs an adapted tree, but this tree has no adapted weight. Call lorafy "
+            "first."
+        )
     invocations = {weight.invocation for weight in weights}
     return _with_masks(tree, dict.fromkeys(invocations, is_active))
 
@@ -78,8 +81,9 @@ def invoked(
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not len(invocation):
         raise ValueError(
-            f"invoked: ids of the shape {ids.shape} and {len(invocation)} tokens; [batch, seq], "
-            "and one token at least, are needed"
+            "invoked: ids must have the shape [batch, seq] and the invocation at least one "
+            f"token, but ids have the shape {ids.shape} and the invocation has "
+            f"{len(invocation)} tokens."
         )
     n_tokens = ids.shape[1]
     positions = jnp.arange(n_tokens, dtype=jnp.int32)

@@ -104,9 +104,10 @@ def check_tokens(primitive: str, values: Sequence[Value], eqn: JaxprEqn) -> None
     for weight in weights:
         if weight.active is not None:
             raise TokensError(
-                f"the weight {weight.path!r} acts on some tokens alone, and {primitive!r} at "
-                f"{place_of(eqn)} does not tell which they are: leave it out of the rules (a table "
-                "that is looked up, experts, a convolution)"
+                f"The weight {weight.path!r} acts on some tokens only, but {primitive!r} at "
+                f"{place_of(eqn)} does not show which tokens it multiplies. Exclude the "
+                "weight from the rules, if it is a table that is looked up, a kernel of "
+                "experts or of a convolution."
             )
 
 
@@ -128,20 +129,23 @@ def warn_or_raise(
     remedy = advice(primitive, function)
     if weight.key is not None and weight.dropout:
         raise MergeError(
-            f"{problem}, and a merged weight has no dropout. Leave out dropout_key, or set "
-            "dropout=0 in the rule of this weight"
+            f"{problem}, but a merged weight cannot have dropout. Remove dropout_key, or set "
+            "dropout=0 in the rule of this weight."
         )
     if weight.active is not None:
-        raise MergeError(f"{problem}, and a merged weight acts on all tokens. {remedy}")
+        raise MergeError(
+            f"{problem}, but this weight acts on some tokens only, and a merged weight acts on "
+            f"all. {remedy}"
+        )
     if weight.uses != "all":
         raise MergeError(
-            f"{problem}, and its uses are adapted one by one (uses={weight.uses!r}), so it cannot "
-            f"be merged. {remedy}"
+            f"{problem}, but its uses are adapted one by one (uses={weight.uses!r}), so it "
+            f"cannot be merged. {remedy}"
         )
     if weight.shift is not None:
         raise MergeError(
-            f"{problem}, and a merged weight has no place for a bias on B. {remedy}, or set "
-            "bias_on_b=False in its rule"
+            f"{problem}, but a merged weight has no place for a bias on B. {remedy}, or set "
+            "bias_on_b=False in its rule."
         )
     if strict:
         raise MergeError(f"{problem}. {remedy}")

@@ -56,7 +56,7 @@ def traced_roles(
     if trace is None:
         return None
     if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
-        raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
+        raise TypeError(f"trace must be a tuple of a function and its arguments, not {trace!r}.")
     return infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in leaves})
 
 

@@ -259,9 +259,9 @@ def _adapted_call(
     keyed_leaves, treedef = flatten((args, kwargs), is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed_leaves):
         raise TypeError(
-            f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
+            f"adapt({getattr(fn, '__name__', fn)}): no argument contains an adapted tree, so "
             "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
-            "returned as an argument; one that the function closes over is not seen"
+            "returned as an argument. A tree that the function closes over does not count."
         )
     leaves = [leaf for _, leaf in keyed_leaves]
     nodes: dict[int, Leaf] = {}
@@ -298,8 +298,8 @@ def _plain(leaf: Leaf, path: str) -> Leaf:
         return leaf
     if isinstance(leaf, Trained) and not leaf.is_on:
         raise ValueError(
-            f"{path!r} trains in full, and this half of the tree has no value for it: call "
-            "lora_jax.join(adapter, base) first"
+            f"{path!r} is trained in full, but this half of the tree has no value for it. "
+            "Call lora_jax.join(adapter, base) first."
         )
     return leaf.base if leaf.is_factored or not leaf.is_on else leaf.merged()
 

@@ -66,8 +66,8 @@ class OneBase:
         if unshared_paths:
             owner = "its tree" if unshared_paths[0] in leaf_by_path else "the base here"
             raise BankError(
-                f"{context} is over another base: only {owner} has {unshared_paths[0]!r}, among "
-                f"{len(unshared_paths)} such leaves. {_BASE_REMEDY}"
+                f"{context} belongs to another base: only {owner} has {unshared_paths[0]!r} "
+                f"(and {len(unshared_paths) - 1} more leaves). {_BASE_REMEDY}"
             )
         unproved_leaves = {}
         for path, leaf in leaf_by_path.items():
@@ -85,8 +85,8 @@ class OneBase:
         different_paths = differing(expected, base_fingerprint(unproved_leaves))
         if different_paths:
             raise BankError(
-                f"{context} is over another base: {len(different_paths)} frozen leaves have other "
-                f"values, {', '.join(different_paths[:3])} among them. {_BASE_REMEDY}"
+                f"{context} belongs to another base: {len(different_paths)} frozen leaves "
+                f"have other values, such as {', '.join(different_paths[:3])}. {_BASE_REMEDY}"
             )
 
 
@@ -108,8 +108,8 @@ def _is_same(leaf: Leaf, base_leaf: Leaf) -> bool:
 
 
 _BASE_REMEDY = (
-    "Adapt the base that is here, or load the adapter onto it (lora_jax.load_adapter(folder, "
-    "params)); or give allow_base_mismatch=True to use its factors over this base"
+    "Adapt the base of the bank, or load the adapter onto it: lora_jax.load_adapter(folder, "
+    "params). To use its factors over this base nevertheless, pass allow_base_mismatch=True."
 )
 
 
@@ -198,7 +198,7 @@ class Bank:
           ValueError: see `lora_jax.lorafy`; or there are fewer slots than one.
         """
         if slots < 1:
-            raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
+            raise ValueError(f"Bank: slots={slots} must be at least 1.")
         params = aliased(params)
         self._model = model
         self._params = params
@@ -326,8 +326,9 @@ class Bank:
             self._check_name_exists(name)
         if len(adapter_names) > self.n_slots:
             raise BankError(
-                f"bank: {len(adapter_names)} different adapters at once, and {self.n_slots} slots: "
-                "make a bank with more slots, or smaller batches"
+                f"bank: the batch has {len(adapter_names)} different adapters, but the bank "
+                f"has {self.n_slots} slots. Make the bank with more slots, or use smaller "
+                "batches."
             )
         # Adapters that have a slot count as used now, so that the loop below evicts none of them.
         for name in adapter_names:
@@ -388,8 +389,8 @@ class Bank:
             return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
         if self._model is None:
             raise BankError(
-                f"bank: {folder} is PEFT's, whose names are those of a model: give the bank its "
-                "model, Bank(…, model=model)"
+                f"bank: {folder} is an adapter of PEFT, whose names belong to a model. Pass "
+                "the model to the bank: Bank(…, model=model)."
             )
         return peft.load(folder, self._model, self._params)
 
@@ -430,11 +431,13 @@ class Bank:
 
     def _check_name_is_free(self, name: str) -> None:
         if name == BASE:
-            raise BankError(f"bank: the name {name!r} is the base")
+            raise BankError(f"bank: the name {name!r} is reserved for the base.")
         if name in self._adapters:
-            raise BankError(f"bank: the name {name!r} is taken; see Bank.replace")
+            raise BankError(
+                f"bank: the name {name!r} is taken. Use Bank.replace to replace that adapter."
+            )
 
     def _check_name_exists(self, name: str) -> None:
         if name not in self._adapters:
             names = ", ".join(map(repr, self._adapters)) or "none"
-            raise BankError(f"bank: there is no adapter {name!r}; there are {names}")
+            raise BankError(f"bank: there is no adapter {name!r}. The adapters are {names}.")

@@ -58,15 +58,20 @@ def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
     """
     nodes = slots_of(tree).values()
     if not nodes:
-        raise ValueError("choose: the tree is not a bank's; see lora_jax.bank.Bank")
+        raise ValueError(
+            "choose: the tree does not belong to a bank. Use the tree of a lora_jax.bank.Bank."
+        )
     if np.ndim(ids) != 1:
-        raise ValueError(f"choose: ids has the shape {np.shape(ids)}; a slot for each example")
+        raise ValueError(
+            "choose: ids must have one slot for each example, [n], but has the shape "
+            f"{np.shape(ids)}."
+        )
     if not isinstance(ids, jax.core.Tracer):
         n_slots = min(node.n_slots for node in nodes)
         unknown_ids = sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n_slots})
         if unknown_ids:
             raise ValueError(
-                f"choose: the bank has the slots 0 to {n_slots - 1}, not {unknown_ids[0]}"
+                f"choose: the bank has no slot {unknown_ids[0]}. Its slots are 0 to {n_slots - 1}."
             )
     ids = jnp.asarray(ids, jnp.int32)
     return Choice(map_slots(lambda _, node: node.chosen(ids), tree), ids)
@@ -133,8 +138,8 @@ def mixed(
         except ExamplesError as error:
             name = getattr(fn, "__qualname__", repr(fn))
             warn(
-                f"mixed({name}) runs example by example, under jax.vmap: {error}. The result is "
-                "right all the same; to have it like this without a warning, give one_by_one=True",
+                f"mixed({name}) runs one example after another, under jax.vmap: {error}. The "
+                "result is right. To accept this without a warning, pass one_by_one=True.",
                 MixedWarning,
                 place_of_call(),
             )
@@ -178,20 +183,23 @@ class _Call:
         unknown_names = sorted(kwarg_axes.keys() - kwargs.keys())
         if unknown_names:
             raise TypeError(
-                f"mixed: kwarg_axes names {unknown_names[0]!r}, which is not among the arguments"
+                f"mixed: kwarg_axes contains {unknown_names[0]!r}, which is not among the "
+                "keyword arguments."
             )
         if "dropout_key" in kwargs:
-            raise TypeError("mixed: dropout is off in mixed batches; leave out dropout_key")
+            raise TypeError("mixed: mixed batches have no dropout. Remove dropout_key.")
         if not isinstance(in_axes, (tuple, list)):
             in_axes = (in_axes,) * len(args)
         if len(in_axes) != len(args):
-            raise TypeError(f"mixed: in_axes has {len(in_axes)} entries for {len(args)} arguments")
+            raise TypeError(
+                f"mixed: in_axes has {len(in_axes)} entries, but there are {len(args)} arguments."
+            )
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_choice)
         choice = next(filter(_is_choice, leaves), None)
         if choice is None:
             raise TypeError(
-                "mixed: no argument holds a bank's tree: pass bank.choose(names) where the "
-                "function takes its parameters"
+                "mixed: no argument contains the tree of a bank. Pass bank.choose(names) "
+                "where the function takes its parameters."
             )
         prefix = (tuple(in_axes), {name: kwarg_axes.get(name, 0) for name in kwargs})
         declared_axes = _axes_of_leaves(prefix, (args, kwargs))
@@ -258,8 +266,9 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Tree:
             out_axes[i] = 0  # a number of each example becomes an array of all
         elif axis >= len(shape) or shape[axis] != 1:
             raise ValueError(
-                f"mixed: for a batch of one example, the function returns an array of shape "
-                f"{shape}, which has no axis {axis} for it: say where it is by out_axes"
+                "mixed: for a batch of one example, the function returns an array of shape "
+                f"{shape}, which has no axis {axis} for the examples. Give their axis with "
+                "out_axes."
             )
     if len(ids) == 1:
         results = jaxpr_as_fun(jaxpr)(ids[0], *map(jnp.squeeze, arrays, axes))
@@ -319,9 +328,9 @@ def _axis(leaf: Leaf, axis: int | None, n_examples: int) -> int | None:
         return None
     if axis >= leaf.ndim or leaf.shape[axis] != n_examples:
         raise ValueError(
-            f"mixed: {n_examples} adapters are chosen, and an argument of shape {leaf.shape} has "
-            f"not {n_examples} examples along its axis {axis}: say where they are by in_axes or "
-            "kwarg_axes"
+            f"mixed: {n_examples} adapters are chosen, but an argument of shape {leaf.shape} "
+            f"does not have {n_examples} examples along axis {axis}. Give the axis of the "
+            "examples with in_axes or kwarg_axes."
         )
     return axis
 

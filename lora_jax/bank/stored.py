@@ -38,7 +38,9 @@ def adapter_values(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter
     """
     nodes = nodes_of(tree)
     if not nodes:
-        raise BankError(f"bank: {name!r} is a plain tree: give an adapted one, or a folder")
+        raise BankError(
+            f"bank: {name!r} is a plain tree. Pass an adapted tree or the folder of an adapter."
+        )
     for path, node in nodes.items():
         _check_fits(name, path, node, slots)
     nodes_without_base = {
@@ -53,23 +55,24 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
     """Raises a BankError if the slots of a path cannot hold an adapter's node."""
     if path not in slots:
         raise BankError(
-            f"bank: {name!r} adapts {path!r}, which the bank has no slots for; the nearest that "
-            f"it has are {nearest(path, slots, n=3)}. Make the bank with rules that select it"
+            f"bank: {name!r} adapts {path!r}, but the bank has no slots for it. The most "
+            f"similar paths with slots are {nearest(path, slots, n=3)}. Make the bank with "
+            f"rules that select {path!r}."
         )
     leaf_slots = slots[path]
     if not node.is_on:
         raise BankError(
-            f"bank: {name!r} has no adapter at {path!r}: this is the base half of a tree; join "
-            "the halves first"
+            f"bank: {name!r} has no adapter at {path!r}, because this is the base half of a "
+            "tree. Join the halves with lora_jax.join first."
         )
     is_value = isinstance(leaf_slots, ValueSlots)
     if is_value != isinstance(node, Trained) or not isinstance(node, (LoraWeight, Trained)):
         method = "in full" if is_value else "by factors"
-        raise BankError(f"bank: {name!r} trains {path!r} otherwise than {method}, as the bank has")
+        raise BankError(f"bank: the bank trains {path!r} {method}, but {name!r} does not.")
     if node.shape != leaf_slots.shape:
         raise BankError(
-            f"bank: {name!r} has {path!r} in the shape {node.shape}, the bank's base in "
-            f"{leaf_slots.shape}: it belongs to another base"
+            f"bank: {path!r} has the shape {node.shape} in {name!r}, but {leaf_slots.shape} "
+            "in the base of the bank. The adapter belongs to another base."
         )
     if isinstance(node, LoraWeight) and isinstance(leaf_slots, WeightSlots):
         _check_weight_fits(name, path, node, leaf_slots)
@@ -79,31 +82,32 @@ def _check_weight_fits(name: str, path: str, node: LoraWeight, slots: WeightSlot
     """Raises a BankError if an adapted weight's rank, roles or parts have no room in its slots."""
     if node.invocation is not None:
         raise BankError(
-            f"bank: {name!r} is an activated LoRA, which acts from its invocation on, and a slot "
-            "acts on all tokens: run it by lora_jax.adapt"
+            f"bank: {name!r} is an activated LoRA, which acts only from its invocation on, "
+            "but a slot acts on all tokens. Run it with lora_jax.adapt instead."
         )
     rank = node.rank
     reason = ""
     if node.start is not None:
         rank = 2 * node.rank
-        reason = f", twice {node.rank} as its factors began in W"
+        reason = f" (twice {node.rank}, because its factors were initialized from W)"
     if rank > slots.rank:
         raise BankError(
-            f"bank: {name!r} has rank {rank} at {path!r}{reason}, and the bank has room for "
-            f"{slots.rank}: make it with a larger rank"
+            f"bank: {name!r} has rank {rank} at {path!r}{reason}, but the slots of the bank "
+            f"have rank {slots.rank}. Make the bank with a larger rank."
         )
     if (node.roles, node.uses) != (slots.roles, slots.uses):
         raise BankError(
-            f"bank: {name!r} adapts {path!r} with {node.roles} for {node.uses!r} uses; the bank "
-            f"has {slots.roles} and {slots.uses!r}: give its rule these in_axes, out_axes and uses"
+            f"bank: {name!r} adapts {path!r} with {node.roles} for {node.uses!r} uses, but "
+            f"the bank with {slots.roles} for {slots.uses!r} uses. Make the bank with a rule "
+            "that has the in_axes, out_axes and uses of the adapter."
         )
     for part in node.extras:
         if part.vector and part.vector not in slots.arrays:
             variant = variant_of(part)
             remedy = f"{variant.option}=True" if variant else "the same part"
             raise BankError(
-                f"bank: {name!r} has the part {part.name!r} at {path!r}, which the bank has no "
-                f"room for: give its rule {remedy}"
+                f"bank: {name!r} has the part {part.name!r} at {path!r}, but the slots of "
+                f"the bank do not. Make the bank with a rule that has {remedy}."
             )
 
 

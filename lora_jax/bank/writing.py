@@ -40,7 +40,7 @@ def add_slots(
         if node is None:
             return leaf
         if isinstance(node, TrainedRows):
-            raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
+            raise BankError(f"bank: a rule trains some rows of {path!r}, which a slot cannot hold.")
         if isinstance(node, Trained):
             return empty_slots(Trained(leaf), n_slots)
         slots = empty_slots(node.replace(base=leaf), n_slots)

@@ -251,7 +251,7 @@ class Factored:
         """
         if self.rows is not None:
             raise ExamplesError(
-                f"The weight {self.path!r} has a different adapter for each example"
+                f"the weight {self.path!r} has a different adapter for each example"
             )
         if self.active is not None:
             raise TokensError(

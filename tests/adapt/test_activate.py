@@ -63,7 +63,7 @@ def test_masks(invocation):
     np.testing.assert_array_equal(lj.invoked(ids, invocation, segments), packed)
     assert (packed != want).any()
     for wrong in ((ids[0], invocation), (ids, ())):
-        with pytest.raises(ValueError, match="one token at least"):
+        with pytest.raises(ValueError, match="at least one token"):
             lj.invoked(*wrong)
 
 
@@ -176,7 +176,7 @@ def test_a_call_without_a_mask_is_refused():
         lj.adapt(stack)(tree, x)
     with pytest.raises(lj.TokensError, match=r"mask \[2, 7\], and is multiplied by rows \[4, 7\]"):
         lj.adapt(stack)(lj.activate(tree, np.ones((2, SEQ))), x)
-    with pytest.raises(ValueError, match=r"\[batch, seq\] is needed"):
+    with pytest.raises(ValueError, match=r"must have the shape \[batch, seq\]"):
         lj.activate(tree, np.ones(SEQ))
     with pytest.raises(ValueError, match="no adapted weight"):
         lj.activate(lj.strip(tree), np.ones((BATCH, SEQ)))
@@ -217,16 +217,16 @@ def test_never_merged(tmp_path):
         ValueError, match=r"activated LoRA, which acts only from its invocation \[5, 6"
     ):
         lj.merge(tree)
-    with pytest.raises(lj.MergeError, match="a merged weight acts on all tokens"):
+    with pytest.raises(lj.MergeError, match="a merged weight acts on all"):
         lj.adapt(lambda p: p["up"]["kernel"].T)(tree)
-    with pytest.raises(lj.TokensError, match="'sort' at .* does not tell which they are"):
+    with pytest.raises(lj.TokensError, match="'sort' at .* does not show which tokens"):
         lj.adapt(lambda p: jnp.sort(p["up"]["kernel"]))(tree)
     with pytest.raises(ValueError, match="combine: trees.0. is an activated LoRA"):
         bank.combine([tree], [1.0])
     with pytest.raises(BankError, match="'mine' is an activated LoRA"):
         slots = Bank(lj.strip(tree), [lj.LoraRule(targets=["up", "down"], rank=2)], slots=2)
         slots.add("mine", tree)
-    with pytest.raises(ValueError, match="adapters side by side cannot"):
+    with pytest.raises(ValueError, match="cannot train side by side"):
         StackKind.from_tenant(Tenant(params=tree, schedule=lambda step: 1e-3, steps=1))
 
 
@@ -241,7 +241,7 @@ def test_never_merged(tmp_path):
 )
 def test_uses_that_do_not_tell_their_tokens(use):
     _, tree, x, mask = inputs()
-    with pytest.raises((lj.TokensError, lj.MergeError), match=r"tokens alone|all tokens"):
+    with pytest.raises((lj.TokensError, lj.MergeError), match=r"some tokens only|all tokens"):
         lj.adapt(use)(lj.activate(tree, mask), x)
 
 

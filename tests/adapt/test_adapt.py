@@ -129,7 +129,7 @@ def test_the_adapted_function_keeps_name_and_docstring():
 
 
 def test_a_plain_tree_is_an_error():
-    with pytest.raises(TypeError, match="no argument holds an adapted tree"):
+    with pytest.raises(TypeError, match="no argument contains an adapted tree"):
         lj.adapt(lambda p, x: x @ p)(draw(1, (5, 7)), X)
 
 
@@ -138,7 +138,7 @@ def test_trained_leaves_alone_are_enough():
     run = lj.adapt(lambda p, x: x @ p["a"]["kernel"])
     assert_identical(run(tree, X), X @ draw(1, (5, 7)))
     _, base = lj.split(tree)
-    with pytest.raises(ValueError, match=r"'a/kernel' trains in full.*join"):
+    with pytest.raises(ValueError, match=r"'a/kernel' is trained in full.*join"):
         run(base, X)
 
 

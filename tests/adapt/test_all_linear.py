@@ -238,7 +238,7 @@ def test_trace_of_modules_and_lists():
     assert taken(flagged, W, X, "up", 2.0) == {"": AxisRoles((-2,), (-1,))}
     partial = functools.partial(flagged, mode="up", scale=2.0)
     assert taken(partial, W, X) == {"": AxisRoles((-2,), (-1,))}
-    with pytest.raises(TypeError, match="trace is a tuple of a function and its arguments"):
+    with pytest.raises(TypeError, match="trace must be a tuple of a function and its arguments"):
         lj.lorafy(W, [lj.LoraRule(targets="all-linear")], trace=lambda w: w)
 
 

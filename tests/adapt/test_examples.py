@@ -251,11 +251,11 @@ def test_results_have_the_axes_that_were_asked_for():
     asked = {"y": 1, "n": None, "three": None}
     for n in (None, 0):  # what is the same for all has any axis
         at_once(fn, ExampleAxes((None, 0), {**asked, "n": n}), tree, X, bias=bias)
-    with pytest.raises(ExamplesError, match="along axis 1; the axis that was asked for is 0"):
+    with pytest.raises(ExamplesError, match="along axis 1, but out_axes says 0"):
         at_once(fn, ExampleAxes((None, 0), {**asked, "y": 0}), tree, X, bias=bias)
-    with pytest.raises(ExamplesError, match="merged with others"):
+    with pytest.raises(ExamplesError, match="is merged with another axis"):
         at_once(lambda p, x: (x @ p["up"]).reshape(20, 10), ExampleAxes((None, 0), 0), tree, X)
-    with pytest.raises(ValueError, match="rows|adapters for 4 of 3"):
+    with pytest.raises(ValueError, match="rows|adapters for 4 examples, but the batch has 3"):
         at_once(fn, ExampleAxes((None, 0), asked), tree, X[:3], bias=bias[:3])
 
 

@@ -48,11 +48,11 @@ def test_another_base(case):
     bank = Bank(PARAMS, RULES, slots=1)
     bank.add("mine", adapted(PARAMS))
     together = Together(lj.adapt(run), PARAMS)
-    with pytest.raises(BankError, match="bank: 'theirs' is over another base: .*allow_base_"):
+    with pytest.raises(BankError, match="bank: 'theirs' belongs to another base: .*allow_base_"):
         bank.add("theirs", tree)
-    with pytest.raises(BankError, match="bank: 'mine' is over another base"):
+    with pytest.raises(BankError, match="bank: 'mine' belongs to another base"):
         bank.replace("mine", tree)
-    with pytest.raises(BankError, match="together: 'theirs' is over another base"):
+    with pytest.raises(BankError, match="together: 'theirs' belongs to another base"):
         together.add({"mine": tenant(adapted(PARAMS)), "theirs": tenant(tree)})
     assert bank.names == ("mine",) and together.names == ()
     together.add({"theirs": tenant(tree)}, allow_base_mismatch=True)
@@ -103,7 +103,7 @@ def test_mixed_batches_over_codes(one_by_one):
 
 def test_the_name_of_the_base():
     together = Together(lj.adapt(run), PARAMS)
-    with pytest.raises(BankError, match="the name 'base' is the base's"):
+    with pytest.raises(BankError, match="the name 'base' is reserved for the base"):
         together.add({"base": tenant(adapted(PARAMS))})
     assert together.names == ()
 
@@ -142,5 +142,5 @@ def test_traced_ids_without_a_slot_give_nan(form, monkeypatch):
     found = chosen(slots, array([1, 2, 0, -1]))
     assert np.isnan(found[1]).all() and np.isnan(found[3]).all()
     np.testing.assert_array_equal(found[::2], chosen(slots, array([1, 1, 0, 0]))[::2])
-    with pytest.raises(ValueError, match="the bank has the slots 0 to 1, not 2"):
+    with pytest.raises(ValueError, match="the bank has no slot 2. Its slots are 0 to 1"):
         choose(slots, [1, 2, 0, 1])

@@ -229,7 +229,7 @@ def test_leaves_that_train_in_full_are_summed():
     both = combine(trees, [2.0, -0.5], base=PARAMS)
     assert_close(lj.merge(both), expected, 1e-6)
     assert both["embed"]["embedding"].rows == (1, 2, 7)
-    with pytest.raises(ValueError, match="'norm' trains in full.*base=params"):
+    with pytest.raises(ValueError, match="'norm' is trained in full.*base=params"):
         combine(trees, [2.0, -0.5])
     # The value before training is known from a tree that leaves it alone, or does not matter.
     third = adapted(PARAMS, TRAINED[2:], 3)
@@ -246,24 +246,24 @@ def rule(**fields):
 @pytest.mark.parametrize(
     ("rules", "options", "message"),
     [
-        ([rule()], {"weights": [1.0, 2.0]}, "1 trees and 2 weights"),
+        ([rule()], {"weights": [1.0, 2.0]}, "1 trees, but 2 weights"),
         ([], {"weights": []}, "0 trees"),
-        ([rule()], {"weights": [float("nan")]}, "not finite"),
-        ([rule()], {"how": "cat"}, "choose one of .*PEFT's 'cat' is 'exact'"),
+        ([rule()], {"weights": [float("nan")]}, "not a finite number"),
+        ([rule()], {"how": "cat"}, "Choose one of .*PEFT's 'cat' is 'exact'"),
         ([rule()], {"rank": 2}, "rank has no effect with how='exact'"),
         ([rule()], {"how": "svd", "density": 0.5}, "density has no effect"),
         ([rule()], {"how": "linear", "majority_sign_method": "total"}, "has no effect"),
         ([rule()], {"how": "ties", "density": 0.5, "key": 1}, "key has no effect"),
         ([rule()], {"how": "ties"}, "needs density"),
-        ([rule()], {"how": "ties", "density": 0.0}, r"share in \(0, 1\]"),
-        ([rule()], {"how": "dare_ties", "density": 0.5}, "draws at random: give key="),
+        ([rule()], {"how": "ties", "density": 0.0}, r"must be in \(0, 1\]"),
+        ([rule()], {"how": "dare_ties", "density": 0.5}, "draws random numbers. Pass key="),
         ([rule()], {"how": "svd", "rank": 0}, "at least 1"),
-        ([rule(), rule(dora=True)], {}, "part 'magnitude'.*no sum.*extract"),
-        ([rule(), rule(rank=3)], {"how": "linear"}, r"ranks \[2, 3\].*one rank only"),
-        ([rule(init=lj.init.pissa)], {"how": "linear"}, "takes factors out"),
+        ([rule(), rule(dora=True)], {}, "part 'magnitude'.*cannot be summed.*extract"),
+        ([rule(), rule(rank=3)], {"how": "linear"}, r"ranks \[2, 3\].*needs the same rank"),
+        ([rule(init=lj.init.pissa)], {"how": "linear"}, "was initialized from its base"),
         ([rule(), rule(in_axes=[-1], out_axes=[-2])], {}, "has roles"),
         ([rule(), [lj.TrainRule(targets=["q"])]], {}, r"trees\[1\] trains it"),
-        ([[]], {}, r"trees\[0\] is plain"),
+        ([[]], {}, r"trees\[0\] is a plain tree"),
     ],
 )
 def test_mistakes(rules, options, message):

@@ -67,7 +67,7 @@ def test_rank(float64):
     before, after = trees(jnp.float64)
     rules = [*RULES[:1], lj.LoraRule(targets=["out"], in_axes=[0, 1], out_axes=[2])]
     rules = [lj.LoraRule(**vars(rule) | {"dtype": jnp.float64}) for rule in rules]
-    with pytest.warns(ExtractWarning, match=r"3 leaves.*embed/embedding, layers/q/bias, norm\."):
+    with pytest.warns(ExtractWarning, match=r"3 changed leaves.*embed/embedding, layers/q/bias, norm\."):
         tree, found = extract(before, after, rules, rank=2)
     assert list(found.lost) == ["embed/embedding", "layers/q/bias", "norm"]
     for path, (keys, _, _) in KERNELS.items():
@@ -166,15 +166,15 @@ def test_codes_are_mended():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give a rank=.*or the energy="),
+        ({}, "give rank=.*or energy="),
         ({"rank": 0}, "at least 1"),
-        ({"energy": 1.5}, r"share in \(0, 1\]"),
-        ({"rank": 2, "rules": [lj.LoraRule(targets=["q"], rank=4)]}, "rank of.*give it to extract"),
-        ({"rank": 2, "rules": [lj.LoraRule(targets=["q"], dora=True)]}, "dora of.*leave it out"),
-        ({"rank": 2, "rules": [lj.LoraRule(targets=["still"])]}, "nothing.*differs"),
+        ({"energy": 1.5}, r"must be in \(0, 1\]"),
+        ({"rank": 2, "rules": [lj.LoraRule(targets=["q"], rank=4)]}, "rank of.*Pass it to extract"),
+        ({"rank": 2, "rules": [lj.LoraRule(targets=["q"], dora=True)]}, "dora of.*Remove it"),
+        ({"rank": 2, "rules": [lj.LoraRule(targets=["still"])]}, "none of the leaves.*differs"),
         ({"rank": 2, "before": "adapted"}, "before is adapted"),
-        ({"rank": 2, "before": "smaller"}, r"'norm' has the shape \(3,\) before and \(5,\)"),
-        ({"rank": 2, "before": "more"}, "only one of the trees has 'more'"),
+        ({"rank": 2, "before": "smaller"}, r"'norm' has the shape \(3,\) in before, but \(5,\)"),
+        ({"rank": 2, "before": "more"}, "only one of the two trees has 'more'"),
     ],
 )
 def test_mistakes(options, message):

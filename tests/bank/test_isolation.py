@@ -135,7 +135,7 @@ def test_shapes_that_are_refused_leave_all_adapters_as_they_were():
     given = {name: batch(name, 0, 2, n) for n, name in enumerate(("first", "a", "b"), start=4)}
     del given["a"]["weights"], given["b"]["weights"]
     before = together.state("first")
-    with pytest.raises(BankError, match="train in one stack, and their batches have the"):
+    with pytest.raises(BankError, match="train in one stack, but their batches have"):
         together.step(given)
     assert together.done("first") == 0
     assert_close(together.state("first").adapter, before.adapter, 0)

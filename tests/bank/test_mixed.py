@@ -112,7 +112,7 @@ def test_programs(program, form, monkeypatch):
     if program.name == "weight as the left operand":
         x = x[:, :1]  # it flattens its rows
     is_told = form == "at once" and program.name == NOT_FOLLOWED
-    with pytest.warns(MixedWarning, match="example by example") if is_told else nullcontext():
+    with pytest.warns(MixedWarning, match="one example after another") if is_told else nullcontext():
         found = forward(bank.choose(names), x)
     expected = [
         alone(program.run, trees, params, name)(x[i : i + 1]) for i, name in enumerate(names)
@@ -208,7 +208,7 @@ def test_a_batch_of_one_example():
     found = jax.jit(mixed(run))(bank.choose(["one"]), x[:1])
     rows, total = compiled(run, True)(tree, x[:1])
     assert_close(found, (rows, np.asarray(total)[None]), 1e-6)
-    with pytest.warns(MixedWarning, match="example by example"):  # the control
+    with pytest.warns(MixedWarning, match="one example after another"):  # the control
         jax.eval_shape(mixed(run), bank.choose(["one", "base"]), x[:2])
 
 
@@ -267,21 +267,21 @@ def test_what_is_refused():
     bank, x = banked(params, rules, {"one": tree}, slots=2), np.asarray(x)
     choice = bank.choose(["one", "base", "one"])
     forward = mixed(run)
-    with pytest.raises(TypeError, match=r"pass bank\.choose\(names\)"):
+    with pytest.raises(TypeError, match=r"Pass bank\.choose\(names\)"):
         forward(params, x)
-    with pytest.raises(ValueError, match="3 adapters are chosen, and an argument of shape"):
+    with pytest.raises(ValueError, match="3 adapters are chosen, but an argument of shape"):
         forward(choice, x[:2])
-    with pytest.raises(TypeError, match="in_axes has 1 entries for 2 arguments"):
+    with pytest.raises(TypeError, match="in_axes has 1 entries, but there are 2 arguments"):
         mixed(run, in_axes=(0,))(choice, x)
-    with pytest.raises(TypeError, match="kwarg_axes names 'y'"):
+    with pytest.raises(TypeError, match="kwarg_axes contains 'y'"):
         mixed(run, kwarg_axes={"y": 0})(choice, x)
-    with pytest.raises(TypeError, match="leave out dropout_key"):
+    with pytest.raises(TypeError, match="Remove dropout_key"):
         forward(choice, x, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"no axis 1 .* out_axes"):
         mixed(run, out_axes=1, one_by_one=True)(choice, x)
-    with pytest.raises(ValueError, match="slots 0 to 2, not 3"):
+    with pytest.raises(ValueError, match="no slot 3. Its slots are 0 to 2"):
         bank.choose(np.array([0, 3]))
-    with pytest.raises(ValueError, match=r"ids has the shape \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"but has the shape \(1, 2\)"):
         bank.choose(np.array([[0, 1]]))
     with pytest.raises(TypeError, match=r"through\s+lora_jax\.bank\.mixed"):
         run(bank.tree, x)

@@ -152,12 +152,12 @@ def test_a_common_value_needs_no_earlier_one():
     assert same["norm"].value is not trees[0]["norm"].value
     other = tree_of(norm + 1, [3, 1], table)
     for chosen, weights in ((trees, [0.25, 0.5]), ([trees[0], other], [0.25, 0.75])):
-        with pytest.raises(ValueError, match="'norm' trains in full.*base=params"):
+        with pytest.raises(ValueError, match="'norm' is trained in full.*base=params"):
             combine(chosen, weights)
     adapted = lj.lorafy(PARAMS, [lj.LoraRule(targets=["kernel"], rank=1)])
-    with pytest.raises(ValueError, match="base is to be the plain tree"):
+    with pytest.raises(ValueError, match="base must be the plain tree"):
         combine(trees, [1.0, 1.0], base=adapted)
     with pytest.raises(ValueError, match=r"trees\[1\] has no adapter at 'kernel'"):
         combine([adapted, lj.split(adapted)[1]], [1.0, 1.0])
-    with pytest.raises(ValueError, match="majority_sign_method='mean': choose"):
+    with pytest.raises(ValueError, match="majority_sign_method='mean' is unknown. Choose"):
         combine([adapted], [1.0], how="ties", density=0.5, majority_sign_method="mean")

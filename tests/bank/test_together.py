@@ -72,7 +72,7 @@ CROWD = {
     "optimiser": lambda: tenant(7, optimizer="lion", rate=1e-3, options={"beta2": 0.95}),
     "dropout": lambda: tenant(8, rules=one_rule(dropout=0.4), lora_plus=4.0),
     "DoRA": lambda: tenant(9, rules=one_rule(dora=True)),
-    "began in W": lambda: tenant(10, rules=one_rule(init=lj.init.pissa, targets=["out"])),
+    "initialized from W": lambda: tenant(10, rules=one_rule(init=lj.init.pissa, targets=["out"])),
     "head": lambda: tenant(
         11, rules=[*one_rule(), lj.TrainRule(targets=["out"])], weight_decay=0.2
     ),
@@ -234,10 +234,10 @@ def test_going_on_from_a_state_is_never_having_stopped(whole):
         assert_identical(again.state(name).adapter, whole.state(name).adapter)
         assert_identical(again.state(name).opt_state, whole.state(name).opt_state)
     assert again.unfinished == ("plain",)
-    with pytest.raises(ValueError, match="2 steps are done, more than the 1 given"):
+    with pytest.raises(ValueError, match="the state has 2 steps, more than steps=1"):
         dataclasses.replace(member("plain"), state=states["plain"], steps=1)
     other = dataclasses.replace(member("optimiser"), state=states["plain"])
-    with pytest.raises(ValueError, match="of another adapter or optimiser"):
+    with pytest.raises(ValueError, match="belongs to another adapter or optimizer"):
         Together(FORWARD, PARAMS).add({"other": other})
 
 
@@ -279,7 +279,7 @@ def test_samplers_read_the_arrays_that_train():
     )
     # The control: an adapter of another kind has arrays of its own.
     together.add({"rank": member("rank")})
-    with pytest.raises(BankError, match="'plain', 'rank': a batch reads the arrays of one stack"):
+    with pytest.raises(BankError, match="'plain', 'rank' are of different kinds"):
         together.choose(["plain", "rank"])
 
 
@@ -369,21 +369,21 @@ def test_what_is_refused(whole):
     fresh.add({name: member(name) for name in together.names})
     with pytest.raises(BankError, match="'plain' is taken"):
         together.add({"plain": member("rank")})
-    with pytest.raises(BankError, match="no adapter 'rank'; there are 'plain', 'another rate'"):
+    with pytest.raises(BankError, match="no adapter 'rank'. The adapters are 'plain', 'another rate'"):
         together.step({"rank": batches("rank", 0)})
     with pytest.raises(
-        BankError, match='train in one stack, and their batches .* without "weights"'
+        BankError, match='train in one stack, but their batches .* no "weights"'
     ):
         fresh.step({"plain": batches("plain", 0), "another rate": batches("x", 0, rows=5)})
-    with pytest.raises(BankError, match="has taken its 4 steps"):
+    with pytest.raises(BankError, match="has already taken its 4 steps"):
         together.step({"another rate": batches("x", 0)})
     other = {"out": {"kernel": jnp.ones((5, 9)), "bias": jnp.ones(9)}}
     tree = lj.lorafy(other, [lj.LoraRule(targets=["out"], rank=2)])
     with pytest.raises(
-        BankError, match=re.escape("of shape (5, 9), the base has the shape (5, 7)")
+        BankError, match=re.escape("of shape (5, 9), but the base has the shape (5, 7)")
     ):
         together.add({"other": dataclasses.replace(member("plain"), params=tree)})
     with pytest.raises(ValueError, match="is a plain tree"):
         dataclasses.replace(member("plain"), params=PARAMS)
-    with pytest.raises(ValueError, match="0 steps: at least 1"):
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         dataclasses.replace(member("plain"), steps=0)

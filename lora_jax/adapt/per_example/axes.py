@@ -63,15 +63,18 @@ def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dic
         shape = getattr(call.leaves[leaf_index], "shape", ())
         is_node = leaf_index in nodes
         if is_node or not -len(shape) <= axis < len(shape):
-            remedy = ", a node of an adapted tree: give None" if is_node else ""
+            remedy = ", because it is a node of an adapted tree. Use None for it" if is_node else ""
             raise ValueError(
-                f"axis {axis} cannot hold the examples of an argument of shape {tuple(shape)}"
-                f"{remedy}"
+                f"Axis {axis} cannot be the axis of the examples of an argument of shape "
+                f"{tuple(shape)}{remedy}."
             )
         example_axes[leaf_index] = axis % len(shape)
         sizes.add(shape[axis])
     if len(sizes) > 1:
-        raise ValueError(f"the arguments hold {sorted(sizes)} examples: give one number of them")
+        raise ValueError(
+            f"The arguments have different numbers of examples, {sorted(sizes)}. All of them "
+            "need the same number."
+        )
     return example_axes
 
 
@@ -121,7 +124,7 @@ def follow_trace(
         output mixes examples, or its examples lie elsewhere than asked.
     """
     if not example_axes:
-        raise ExamplesError("no argument holds examples")
+        raise ExamplesError("no argument contains examples")
     leaf_index = min(example_axes)
     n_examples = call.leaves[leaf_index].shape[example_axes[leaf_index]]
     for weight in weights.values():
@@ -129,12 +132,13 @@ def follow_trace(
             continue
         if len(weight.rows) != n_examples:
             raise ValueError(
-                f"{weight.path!r} has adapters for {len(weight.rows)} of {n_examples} examples"
+                f"{weight.path!r} has adapters for {len(weight.rows)} examples, but the "
+                f"batch has {n_examples}."
             )
         if weight.gain is not None or weight.shift is not None:
             raise ExamplesError(
-                f"the weight {weight.path!r} has a magnitude or a bias on B, of which there is "
-                "one for all examples"
+                f"the weight {weight.path!r} has a magnitude or a bias on B, and there is "
+                "only one for all examples"
             )
     input_labels: list[ExampleLabel] = []
     for leaf_index in traced.leaf_indices:
@@ -217,7 +221,7 @@ def _check_result(
         shapes.append(shape)
     result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
     if any(axes[index] is not None for index in jax.tree.leaves(writes)):
-        raise ExamplesError("the function writes what depends on the examples")
+        raise ExamplesError("the function writes a value that depends on the examples")
     if callable(expected_axes):
         expected_axes = expected_axes(result)
     for index, expected_axis in _axis_by_leaf(expected_axes, result).items():
@@ -229,13 +233,13 @@ def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -
     if isinstance(label, MixedExamples):
         raise ExamplesError(f"the examples of the batch cannot be told apart: {label.why}")
     if isinstance(label, ExampleKernels):
-        raise ExamplesError(f"an adapted weight is an output of the function at {place_of_call()}")
+        raise ExamplesError(f"the function returns an adapted weight at {place_of_call()}")
     if not isinstance(label, ExampleAxis):
         return None
     if shape[label.axis] != n_examples:
         raise ExamplesError(
-            f"an output of shape {tuple(shape)} has the examples merged with others along axis "
-            f"{label.axis}"
+            f"in an output of shape {tuple(shape)}, the axis of the examples is merged with "
+            f"another axis, into axis {label.axis}"
         )
     return label.axis
 
@@ -259,6 +263,5 @@ def _check_axis(
     if axis is not None:
         position = f"has the examples along axis {axis}"
     raise ExamplesError(
-        f"an output of shape {tuple(shape)} {position}; the axis that was asked for is "
-        f"{expected_axis}"
+        f"an output of shape {tuple(shape)} {position}, but out_axes says {expected_axis}"
     )

@@ -57,8 +57,8 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
         if list(leaves) != list(first_leaves):
             unshared_paths = sorted(leaves.keys() ^ first_leaves.keys())
             raise ValueError(
-                f"{what}: {first_name} and {name} have different leaves, {unshared_paths[:3]} "
-                "among them: the trees are to be adapted trees of one base"
+                f"{what}: {first_name} and {name} have different leaves, such as "
+                f"{unshared_paths[:3]}. All trees must be adapted trees of the same base."
             )
         other_objects: dict[str, Leaf] = {}  # leaves whose values have to be compared
         for path, leaf in leaves.items():
@@ -67,8 +67,8 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
             first_shape = _shape(first_leaf.base if is_node(first_leaf) else first_leaf)
             if _shape(frozen_leaf) != first_shape:
                 raise ValueError(
-                    f"{what}: {path!r} has the shape {first_shape} in {first_name} and "
-                    f"{_shape(frozen_leaf)} in {name}: the trees have different bases"
+                    f"{what}: {path!r} has the shape {first_shape} in {first_name}, but "
+                    f"{_shape(frozen_leaf)} in {name}. The trees have different bases."
                 )
             if isinstance(leaf, Trained):
                 continue
@@ -80,9 +80,10 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
         different_paths = differing(base_sums, base_fingerprint(other_objects))
         if different_paths:
             raise ValueError(
-                f"{what}: {owner_of_path[different_paths[0]]} and {name} have different bases: "
-                f"{len(different_paths)} frozen leaves differ, {', '.join(different_paths[:3])} "
-                "among them. Load all adapters onto one base, load_adapter(folder, params)"
+                f"{what}: {owner_of_path[different_paths[0]]} and {name} have different "
+                f"bases: {len(different_paths)} frozen leaves differ, such as "
+                f"{', '.join(different_paths[:3])}. Load all adapters onto one base with "
+                "load_adapter(folder, params)."
             )
     return base
 
@@ -167,12 +168,12 @@ def combine(
     method = _method(how, rank, density, majority_sign_method, key)
     if not trees or len(weights) != len(trees):
         raise ValueError(
-            f"combine: {len(trees)} trees and {len(weights)} weights: give one weight for each "
-            "tree, and one tree at least"
+            f"combine: there are {len(trees)} trees, but {len(weights)} weights. Give at "
+            "least one tree, and one weight for each."
         )
     for weight in weights:
         if not math.isfinite(weight):
-            raise ValueError(f"combine: the weight {weight} is not finite")
+            raise ValueError(f"combine: the weight {weight} is not a finite number.")
     named_trees = {f"trees[{index}]": tree for index, tree in enumerate(trees)}
     if base is not None:
         named_trees["base"] = base
@@ -200,8 +201,8 @@ def _method(
 ) -> CombineMethod:
     """Returns the way to combine, after a check of the options that it takes and needs."""
     if how not in METHODS:
-        hint = "; PEFT's 'cat' is 'exact'" if how == "cat" else ""
-        raise ValueError(f"combine: how={how!r}: choose one of {list(METHODS)}{hint}")
+        hint = " PEFT's 'cat' is 'exact'." if how == "cat" else ""
+        raise ValueError(f"combine: how={how!r} is unknown. Choose one of {list(METHODS)}.{hint}")
     method = METHODS[how]
     has_effect = {
         "rank": method.is_compressed,
@@ -212,34 +213,40 @@ def _method(
     options = {"rank": rank, "density": density, "majority_sign_method": sign, "key": key}
     for name, value in options.items():
         if value is not None and not has_effect[name]:
-            raise ValueError(f"combine: {name} has no effect with how={how!r}: leave it out")
+            raise ValueError(f"combine: {name} has no effect with how={how!r}. Remove {name}.")
     if method.prunes and density is None:
-        raise ValueError(f"combine: how={how!r} needs density=…, the share of elements to leave")
+        raise ValueError(f"combine: how={how!r} needs density=…, the share of elements that stay.")
     if density is not None and not 0 < density <= 1:
-        raise ValueError(f"combine: density={density}: a share in (0, 1]")
+        raise ValueError(f"combine: density={density} must be in (0, 1].")
     if method.prunes == "random" and key is None:
-        raise ValueError(f"combine: how={how!r} draws at random: give key=jax.random.key(…)")
+        raise ValueError(f"combine: how={how!r} draws random numbers. Pass key=jax.random.key(…).")
     if sign not in (None, "total", "frequency"):
-        raise ValueError(f"combine: majority_sign_method={sign!r}: choose 'total' or 'frequency'")
+        raise ValueError(
+            f"combine: majority_sign_method={sign!r} is unknown. Choose 'total' or 'frequency'."
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"combine: rank={rank!r}: a rank is an integer of at least 1")
+        raise ValueError(f"combine: rank={rank!r} must be an integer of at least 1.")
     return dataclasses.replace(method, name=how, density=density or 1.0, sign=sign or "total")
 
 
 def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node]]:
     """Returns the nodes of each path, by the index of their tree."""
     if base is not None and nodes_of(base):
-        raise ValueError("combine: base is to be the plain tree, and it is adapted: strip it first")
+        raise ValueError(
+            "combine: base must be the plain tree, but it is adapted. Pass lora_jax.strip(base)."
+        )
     terms: dict[str, dict[int, Node]] = defaultdict(dict)
     for index, tree in enumerate(trees):
         nodes = nodes_of(tree)
         if not nodes:
-            raise ValueError(f"combine: trees[{index}] is plain: call lorafy or load_adapter first")
+            raise ValueError(
+                f"combine: trees[{index}] is a plain tree. Call lorafy or load_adapter first."
+            )
         for path, node in nodes.items():
             if not node.is_on:
                 raise ValueError(
-                    f"combine: trees[{index}] has no adapter at {path!r}, as the base half of a "
-                    "tree: join(adapter, base) first"
+                    f"combine: trees[{index}] has no adapter at {path!r}, because it is the "
+                    "base half of a tree. Call join(adapter, base) first."
                 )
             terms[path][index] = node
     return terms
@@ -257,9 +264,9 @@ def _check_terms(
     value_indices = [index for index in terms if index not in lora_indices]
     if lora_indices and value_indices:
         raise ValueError(
-            f"combine: trees[{lora_indices[0]}] adapts {path!r}, and trees[{value_indices[0]}] "
-            "trains it, or rows of it, in full: make an adapter of that, "
-            "lora_jax.bank.extract(base, merge(tree), …)"
+            f"combine: trees[{lora_indices[0]}] adapts {path!r}, but "
+            f"trees[{value_indices[0]}] trains it, or rows of it, in full. Make an adapter "
+            "of the latter first: lora_jax.bank.extract(base, merge(tree), …)."
         )
     if lora_indices:
         _check_lora_terms(path, terms, method)
@@ -268,8 +275,8 @@ def _check_terms(
     is_constant = _sum_is_constant(values, [weights[index] for index in terms])
     if path not in base_leaves and not is_constant:
         raise ValueError(
-            f"combine: {path!r} trains in full, and its sum needs the value before training: "
-            "give the plain tree, combine(…, base=params)"
+            f"combine: {path!r} is trained in full, and its sum needs its value before "
+            "training. Pass the plain tree: combine(…, base=params)."
         )
 
 
@@ -279,34 +286,36 @@ def _check_lora_terms(path: str, terms: _Terms, method: CombineMethod) -> None:
     for index, node in terms.items():
         if node.invocation is not None:
             raise ValueError(
-                f"combine: trees[{index}] is an activated LoRA, which acts from its invocation on: "
-                "it has no sum with adapters that act on other tokens"
+                f"combine: trees[{index}] is an activated LoRA, which acts only from its "
+                "invocation on. It cannot be added to adapters that act on other tokens."
             )
         for part in node.extras:
             if part.vector != "shift":
                 raise ValueError(
-                    f"combine: trees[{index}] has the part {part.name!r} at {path!r}, which has no "
-                    "sum. Make a plain adapter of it first: lora_jax.bank.extract("
-                    "strip(tree), merge(tree), rank=…)"
+                    f"combine: trees[{index}] has the part {part.name!r} at {path!r}, which "
+                    "cannot be summed. Make a plain adapter of it first: "
+                    "lora_jax.bank.extract(strip(tree), merge(tree), rank=…)."
                 )
         for name in ("roles", "uses"):
             first_value, value = getattr(first_node, name), getattr(node, name)
             if first_value != value:
                 raise ValueError(
-                    f"combine: {path!r} has {name} {first_value} in trees[{first_index}] and "
-                    f"{value} in trees[{index}]: adapt it with the same {name} in all trees"
+                    f"combine: {path!r} has {name} {first_value} in trees[{first_index}], "
+                    f"but {value} in trees[{index}]. Adapt it with the same {name} in all "
+                    "trees."
                 )
         if method.summands == "factors" and node.start is not None:
             raise ValueError(
-                f"combine: trees[{index}] has {path!r} from an initialiser that takes factors out "
-                f"of the base, which how={method.name!r} cannot sum apart: choose 'exact' or 'svd'"
+                f"combine: {path!r} of trees[{index}] was initialized from its base, and "
+                f"how={method.name!r} cannot sum such factors. Choose 'exact' or 'svd'."
             )
     if method.summands == "factors":
         for ranks in ranks_by_layer(list(terms.values())):
             if len({rank for rank in ranks if rank}) > 1:
                 raise ValueError(
-                    f"combine: {path!r} has the ranks {list(ranks)}, and how={method.name!r} sums "
-                    "factors of one rank only: choose 'exact', 'svd' or one that ends in '_svd'"
+                    f"combine: {path!r} has the ranks {list(ranks)}, but how={method.name!r} "
+                    "needs the same rank in all trees. Choose 'exact', 'svd' or a method "
+                    "that ends in '_svd'."
                 )
 
 

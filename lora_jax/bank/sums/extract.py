@@ -116,11 +116,13 @@ def extract(
     dense/bias    in full
     """
     if rank is None and energy is None:
-        raise ValueError("extract: give a rank=…, or the energy=… that each layer is to keep")
+        raise ValueError(
+            "extract: give rank=…, or energy=…, the share of the change that each layer keeps."
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"extract: rank={rank!r}: a rank is an integer of at least 1")
+        raise ValueError(f"extract: rank={rank!r} must be an integer of at least 1.")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"extract: energy={energy}: a share in (0, 1]")
+        raise ValueError(f"extract: energy={energy} must be in (0, 1].")
     if rules is None:
         rules = [LoraRule(targets="all-linear")]
     leaves_before, leaves_after = _leaves(before, after)
@@ -158,15 +160,17 @@ def extract(
             lost[path] = change / (float(_norm(leaf)) or 1.0)
     lost_paths = list(lost)
     if not extracted:
-        hint = f"; {lost_paths[0]!r} does, among {len(lost)}" if lost else ""
+        hint = f" Other leaves differ: {lost_paths[0]!r} and {len(lost) - 1} more." if lost else ""
         raise ValueError(
-            f"extract: nothing that the rules select differs between before and after{hint}"
+            "extract: none of the leaves that the rules select differs between before and "
+            f"after.{hint}"
         )
     if lost:
         examples = ", ".join(lost_paths[:5]) + (", …" if len(lost) > 5 else "")
         warnings.warn(
-            f"{len(lost)} leaves have changed and are no part of the adapter: {examples}. Keep "
-            "them whole by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True",
+            f"{len(lost)} changed leaves are not part of the adapter: {examples}. Keep their "
+            "values with a TrainRule(targets=[…]) among the rules, or keep all with "
+            "keep_rest=True.",
             ExtractWarning,
             stacklevel=2,
         )
@@ -182,8 +186,8 @@ def _cheap_rule(rule: Rule) -> Rule:
     for field in dataclasses.fields(rule):
         has_no_effect = field.name not in _FIELDS and getattr(rule, field.name) != field.default
         if has_no_effect:
-            hint = "give it to extract" if field.name == "rank" else "leave it out"
-            raise ValueError(f"extract: {field.name} of {rule} has no effect here: {hint}")
+            hint = "Pass it to extract." if field.name == "rank" else "Remove it."
+            raise ValueError(f"extract: {field.name} of {rule} has no effect here. {hint}")
     return dataclasses.replace(rule, rank=1)
 
 
@@ -194,15 +198,15 @@ def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Leaf], dict[str, Leaf]
     unmatched_paths = sorted(set(leaves_before) ^ set(leaves_after))
     if unmatched_paths:
         raise ValueError(
-            f"extract: only one of the trees has {unmatched_paths[0]!r}, among "
-            f"{len(unmatched_paths)}"
+            f"extract: only one of the two trees has {unmatched_paths[0]!r} (and "
+            f"{len(unmatched_paths) - 1} more leaves)."
         )
     for path, leaf in leaves_before.items():
         shape = tuple(leaf.shape)
         new_shape = tuple(leaves_after[path].shape)
         if shape != new_shape:
             raise ValueError(
-                f"extract: {path!r} has the shape {shape} before and {new_shape} after"
+                f"extract: {path!r} has the shape {shape} in before, but {new_shape} in after."
             )
     return leaves_before, leaves_after
 
@@ -212,8 +216,8 @@ def _plain_leaves(name: str, tree: Tree) -> dict[str, Leaf]:
     nodes = nodes_of(tree)
     if nodes:
         raise ValueError(
-            f"extract: {name} is adapted (at {list(nodes)[0]!r}): give a plain tree, "
-            "lora_jax.merge(tree) or lora_jax.strip(tree)"
+            f"extract: {name} is adapted (at {list(nodes)[0]!r}). Pass a plain tree, "
+            "lora_jax.merge(tree) or lora_jax.strip(tree)."
         )
     return {path: leaf for path, leaf in leaves_of(tree)[0] if hasattr(leaf, "dtype")}
 

@@ -286,8 +286,9 @@ def _slots(shell: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree
         return ValueSlots({"value": arrays["value"]}, base=base)
     if not isinstance(shell, LoraWeight) or shell.extras or "start_a" in arrays:
         raise ValueError(
-            "slots: factors that began in W, DoRA and other variants have no slots in a bank as "
-            "they train; add the trees that they come to, by Together.tree(name), to a Bank"
+            "Factors that were initialized from W, DoRA and other variants cannot train in "
+            "the slots of a bank. Train them, and add the result to a Bank with "
+            "Together.tree(name)."
         )
     return WeightSlots(
         base=base,

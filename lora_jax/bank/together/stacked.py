@@ -123,8 +123,8 @@ def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     first_structure: jax.tree_util.PyTreeDef = jax.tree.structure(first_state)
     if structure != first_structure:
         raise ValueError(
-            "Tenant: the state to go on from is of another adapter or optimiser: give the params "
-            "and the options that it was made with"
+            "Tenant: the state belongs to another adapter or optimizer. Pass the params and "
+            "the options that it was made with."
         )
     return tenant.state, fixed
 

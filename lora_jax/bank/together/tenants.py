@@ -51,12 +51,12 @@ class Tenant:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"Tenant: {self.steps} steps: at least 1 is needed")
+            raise ValueError(f"Tenant: steps={self.steps} must be at least 1.")
         if not nodes_of(self.params):
-            raise ValueError("Tenant: params is a plain tree: give what lorafy returned")
+            raise ValueError("Tenant: params is a plain tree. Pass the tree that lorafy returned.")
         if self.done > self.steps:
             raise ValueError(
-                f"Tenant: {self.done} steps are done, more than the {self.steps} given"
+                f"Tenant: the state has {self.done} steps, more than steps={self.steps}."
             )
 
     @property
@@ -95,15 +95,15 @@ class StackKind:
         sharing_paths = sharers(nodes)
         if sharing_paths:
             raise ValueError(
-                f"{sharing_paths[0]!r} shares another weight's A or vector (share_a=True, "
-                "weight_tying), which adapters side by side cannot: train it alone, or give each "
-                "weight its own"
+                f"{sharing_paths[0]!r} shares the A or the vector of another weight "
+                "(share_a=True, weight_tying), which is not possible for adapters that "
+                "train side by side. Train it alone, or give each weight its own."
             )
         activated_paths = [p for p, node in nodes.items() if getattr(node, "invocation", None)]
         if activated_paths:
             raise ValueError(
-                f"{activated_paths[0]!r} belongs to an activated LoRA, which adapters side by side "
-                "cannot be: train it alone"
+                f"{activated_paths[0]!r} belongs to an activated LoRA, which cannot train "
+                "side by side with others. Train it alone."
             )
         options = {name: value for name, value in tenant.options.items() if value is not None}
         return cls(

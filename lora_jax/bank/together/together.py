@@ -113,9 +113,9 @@ class Together:
         }
         for name, tenant in sealed_tenants.items():
             if name == BASE:
-                raise BankError(f"together: the name {name!r} is the base's")
+                raise BankError(f"together: the name {name!r} is reserved for the base.")
             if name in self._stack_of:
-                raise BankError(f"together: the name {name!r} is taken")
+                raise BankError(f"together: the name {name!r} is taken.")
             self._check_shapes(name, tenant)
             if not allow_base_mismatch:
                 self._shared.check(f"together: {name!r}", tenant.params)
@@ -162,7 +162,9 @@ class Together:
         for name in batches:
             self._check_name(name)
             if self._done[name] == self._steps[name]:
-                raise BankError(f"together: {name!r} has taken its {self._steps[name]} steps")
+                raise BankError(
+                    f"together: {name!r} has already taken its {self._steps[name]} steps."
+                )
         metrics: dict[str, dict[str, float]] = {}
         for stack, calls in self._calls(batches):
             metrics |= stack.step(self._base, calls)
@@ -290,8 +292,8 @@ class Together:
         if len(adapters) != 1:
             listing = ", ".join(map(repr, adapters)) or "the base alone"
             raise BankError(
-                f"together: {listing}: a batch reads the arrays of one stack, so its adapters are "
-                "of one kind (rank, targets, loss); ask for the others in another batch"
+                f"together: {listing} are of different kinds. All adapters of one batch need "
+                "the same rank, targets and loss. Put the others into another batch."
             )
         stack = self._stack_of[adapters[0]]
         slot_ids = [0 if name == BASE else stack.names.index(name) + 1 for name in names]
@@ -301,7 +303,7 @@ class Together:
         """Raises a BankError if there is no adapter of a name."""
         if name not in self._stack_of:
             listing = ", ".join(map(repr, self._stack_of)) or "none"
-            raise BankError(f"together: there is no adapter {name!r}; there are {listing}")
+            raise BankError(f"together: there is no adapter {name!r}. The adapters are {listing}.")
 
     def _check_shapes(self, name: str, tenant: Tenant) -> None:
         """Raises a BankError if an adapter's weights have other shapes than the base's leaves."""
@@ -311,8 +313,8 @@ class Together:
             if base_shape != node.shape:
                 content = "nothing there" if leaf is None else f"the shape {base_shape}"
                 raise BankError(
-                    f"together: {name!r} adapts {path!r} of shape {node.shape}, the base has "
-                    f"{content}"
+                    f"together: {name!r} adapts {path!r} of shape {node.shape}, but the base "
+                    f"has {content} there."
                 )
 
 
@@ -363,9 +365,10 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
     if not has_weights:
         differing_adapter = differing_adapters[0]
         raise BankError(
-            f"together: {adapter!r} and {differing_adapter!r} train in one stack, and their "
-            f"batches have the shapes {shapes_of[adapter]} and {shapes_of[differing_adapter]}, "
-            'without "weights" by which they could be filled up: give them the same shapes'
+            f"together: {adapter!r} and {differing_adapter!r} train in one stack, but their "
+            f"batches have different shapes, {shapes_of[adapter]} and "
+            f'{shapes_of[differing_adapter]}, and no "weights" by which they could be '
+            "padded. Give them the same shapes."
         )
     largest_shapes = {}
     for key in keys:

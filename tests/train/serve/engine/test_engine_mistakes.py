@@ -87,7 +87,7 @@ def test_bad_commands_are_refused(engine, base, tmp_path):
         "beta is nan": Gradient([Datum(np.arange(3), THREE)], "dro", {"beta": np.nan}),
         "nowhere": Load(tmp_path / "nowhere", optimizer=False),
         "broken": Load(tmp_path / "broken", optimizer=False),
-        "room for 8": Load(tmp_path / "large", optimizer=False),
+        "have rank 8": Load(tmp_path / "large", optimizer=False),
         "not finite": Load(tmp_path / "nan", optimizer=False),
     }
     (tmp_path / "broken").mkdir()
