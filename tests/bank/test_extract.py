@@ -67,7 +67,9 @@ def test_rank(float64):
     before, after = trees(jnp.float64)
     rules = [*RULES[:1], lj.LoraRule(targets=["out"], in_axes=[0, 1], out_axes=[2])]
     rules = [lj.LoraRule(**vars(rule) | {"dtype": jnp.float64}) for rule in rules]
-    with pytest.warns(ExtractWarning, match=r"3 changed leaves.*embed/embedding, layers/q/bias, norm\."):
+    with pytest.warns(
+        ExtractWarning, match=r"3 changed leaves.*embed/embedding, layers/q/bias, norm\."
+    ):
         tree, found = extract(before, after, rules, rank=2)
     assert list(found.lost) == ["embed/embedding", "layers/q/bias", "norm"]
     for path, (keys, _, _) in KERNELS.items():

@@ -112,7 +112,9 @@ def test_programs(program, form, monkeypatch):
     if program.name == "weight as the left operand":
         x = x[:, :1]  # it flattens its rows
     is_told = form == "at once" and program.name == NOT_FOLLOWED
-    with pytest.warns(MixedWarning, match="one example after another") if is_told else nullcontext():
+    with (
+        pytest.warns(MixedWarning, match="one example after another") if is_told else nullcontext()
+    ):
         found = forward(bank.choose(names), x)
     expected = [
         alone(program.run, trees, params, name)(x[i : i + 1]) for i, name in enumerate(names)

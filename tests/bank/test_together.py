@@ -369,11 +369,11 @@ def test_what_is_refused(whole):
     fresh.add({name: member(name) for name in together.names})
     with pytest.raises(BankError, match="'plain' is taken"):
         together.add({"plain": member("rank")})
-    with pytest.raises(BankError, match="no adapter 'rank'. The adapters are 'plain', 'another rate'"):
-        together.step({"rank": batches("rank", 0)})
     with pytest.raises(
-        BankError, match='train in one stack, but their batches .* no "weights"'
+        BankError, match="no adapter 'rank'. The adapters are 'plain', 'another rate'"
     ):
+        together.step({"rank": batches("rank", 0)})
+    with pytest.raises(BankError, match='train in one stack, but their batches .* no "weights"'):
         fresh.step({"plain": batches("plain", 0), "another rate": batches("x", 0, rows=5)})
     with pytest.raises(BankError, match="has already taken its 4 steps"):
         together.step({"another rate": batches("x", 0)})

@@ -100,7 +100,7 @@ def test_all_linear_is_every_layer_but_the_output(case):
     assert set(lj.split(tree)[0]) == {f"{path}/kernel" for path in ADAPTED[case]}
 
 
-@over("case", CONFIGS, often=["bert, classification"])
+@over("case", CONFIGS, often=[])
 @pytest.mark.usefixtures("float64")
 def test_factored_is_merged(case):
     model, tree = model_of(case, jnp.float64), adapted_tree(case, jnp.float64)

@@ -162,7 +162,6 @@ def test_a_mask_is_its_definition(name: str) -> None:
 
 OFTEN = [
     "one query",
-    "into a cache, a window and padding",
     "prompts and completions, packed",
 ]
 

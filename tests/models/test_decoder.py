@@ -98,10 +98,8 @@ def test_padding_changes_nothing(case: str, side: str) -> None:
     tiny.assert_close(got[:, pad[0] : pad[0] + 9], plain(model, params), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "sizes"),
-    [pytest.param("llama2", (9,), marks=pytest.mark.slow), (WINDOWED, (4, 1, 4))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "sizes"), [("llama2", (9,)), (WINDOWED, (4, 1, 4))])
 def test_a_cache_changes_nothing(case: str, sizes: tuple[int, ...]) -> None:
     """Every kind of layer is compared with transformers in test_parity.py."""
     model, params = tiny.decoder(case)

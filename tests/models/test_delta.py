@@ -81,7 +81,7 @@ def test_segments_do_not_meet() -> None:
     jax.tree.map(lambda a, b: tiny.assert_close(a, b, 2e-6), got, want)
 
 
-@over("decay", [1e-6, 30.0, 1e4], often=["30.0"])
+@over("decay", [1e-6, 30.0, 1e4], often=[])
 def test_gradients_of_any_decay(decay: float) -> None:
     """exp of what a chunk sums up to would overflow, and exp(-sum) be zero."""
     values = draw(100, decay)

@@ -145,6 +145,7 @@ class Shown(BaseException):
     """A dry run has shown an episode."""
 
 
+@pytest.mark.slow
 def test_a_dry_run_names_what_an_episode_changes(folder, tmp_path, capsys, monkeypatch):
     def shown(_):
         raise Shown

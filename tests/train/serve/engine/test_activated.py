@@ -75,6 +75,7 @@ def test_answers_as_generated(world, engine, activated):
     assert differ >= 4, "the adapter must be seen"
 
 
+@pytest.mark.slow
 def test_the_prefix_of_the_base_is_not_run_again(engine, activated):
     """Up to whole chunks before the invocation; a plain LoRA of the same factors runs all."""
     forget(engine)
