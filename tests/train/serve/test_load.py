@@ -21,7 +21,7 @@ from tests.train.tiny import CONFIG, write_model
 
 pytestmark = pytest.mark.slow
 TENANTS, STEPS, SAMPLES = 8, 50, 12  # of each tenant 2 * 50 + 12 requests
-BODIES, TOGETHER = 10_000 if THOROUGH else 120, 5  # so many have the same number
+BODIES, TOGETHER = 10_000 if THOROUGH else 300, 5  # so many have the same number
 MIB = 2**20
 BOMB = zstandard.compress(bytes(300 * MIB))
 
