@@ -172,7 +172,7 @@ def test_what_is_in_no_codes(folder: Any) -> None:
     where = folder("llama3")
     with pytest.raises(ConfigError, match="no kernel here is in codes: choose a format"):
         from_pretrained(where, quantize="stored")
-    with pytest.raises(ValueError, match="format='nf5': choose one of"):
+    with pytest.raises(ValueError, match="format='nf5' is unknown. Choose one of"):
         from_pretrained(where, quantize="nf5")
     with pytest.raises(ValueError, match="QuantRule"):
         from_pretrained(where, quantize=[QuantRule(targets=["nothing"])])

@@ -309,10 +309,10 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     ):
         save_pretrained(out, model, params)
     (out / "config.json").rename(out / "thesis.tex")
-    with pytest.raises(FileExistsError, match="no model's folder"):
+    with pytest.raises(FileExistsError, match="not the folder of a model"):
         save_pretrained(out, model, params, overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="no model's folder"):
+    with pytest.raises(FileExistsError, match="not the folder of a model"):
         save_pretrained(tmp_path / "file", model, params, overwrite=True)
     (tmp_path / "empty").mkdir()
     save_pretrained(tmp_path / "empty", model, params, overwrite=True)

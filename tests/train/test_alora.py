@@ -99,7 +99,7 @@ def test_rows_are_named_before_the_run(model, tmp_path, capsys):
     [
         (["--alora", "nowhere"], "none of the 12 rows has the invocation"),
         (["--alora", "9999"], "has 259 tokens, counted from 0, and 9999 is none of them"),
-        (["--alora", MARK, "--dora"], "leave out dora"),
+        (["--alora", MARK, "--dora"], "Remove dora"),
         (["--alora", MARK, "--train", "norm"], "goes without --train"),
         (["--alora", MARK, "--targets", "embed_tokens"], "is looked up by token"),
         (["--alora", MARK, "--full"], "--full trains every parameter"),

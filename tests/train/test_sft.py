@@ -261,9 +261,9 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--targets", "q_porj"], ["selects nothing", "q_proj/kernel"]),
-        (["--targets", "q_proj", "foo_proj"], ["'foo_proj'", "selects nothing", "o_proj/kernel"]),
-        (["--train", "norm", "lm_head"], ["'lm_head'", "selects nothing", "embed_tokens"]),
+        (["--targets", "q_porj"], ["selects no leaf", "q_proj/kernel"]),
+        (["--targets", "q_proj", "foo_proj"], ["'foo_proj'", "selects no leaf", "o_proj/kernel"]),
+        (["--train", "norm", "lm_head"], ["'lm_head'", "selects no leaf", "embed_tokens"]),
         (["--targets", "q_proj", ".*v_proj.*"], ["'.*v_proj.*' is none", "one regular expression"]),
         (["--layers", "7"], ["has none of the layers (7,)"]),
         (["--experts", "blocks"], ["--experts blocks: the model", "is no mixture of experts"]),
