@@ -138,7 +138,7 @@ class AdapterSource:
         return None
 
     def find_tokenizer(self, remedy: str) -> str | None:
-        """Returns `tokenizer`.
+        """Returns the name of the tokenizer that the adapter was trained with; None if unknown.
 
         Args:
           remedy: says what to do about a folder that is not on this machine.
@@ -220,7 +220,7 @@ class AdapterSource:
     def load(
         self, model: Any, params: Tree, name: str, *, allow_base_mismatch: bool = False
     ) -> Tree:
-        """Returns the tree of a model with the adapter, or as a subspace moved it, plain.
+        """Returns a model's tree with the adapter, or the plain tree that a subspace has moved.
 
         Args:
           model, params: the model and its parameters.

@@ -63,7 +63,7 @@ def step_of(stage: Stage, n_steps: int, interval: int, warmup: int = 0) -> int:
 
 
 def stops_arms(stage: Stage, arms: Collection[Arm]) -> bool:
-    """Returns True if a stage stops any of these arms: of a method's only arm it stops none."""
+    """Returns True if a stage stops any of these arms. It never stops a method's only arm."""
     arm_counts = Counter(arm.method for arm in arms)
     return any(_n_kept(stage, n_arms) < n_arms for n_arms in arm_counts.values())
 

@@ -96,7 +96,7 @@ def file_problem(error: BaseException) -> str | None:
 
 
 def no_room(error: BaseException) -> str | None:
-    """Returns the text of the error, of those that caused one, that a full disk caused, or None."""
+    """Returns the text of a full-disk error among an error and its causes; None without one."""
     cause: BaseException | None = error
     while cause is not None:
         text = " ".join(str(cause).split())

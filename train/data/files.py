@@ -70,7 +70,7 @@ def data_path(name: str) -> Path:
 
 
 def is_image_folder(name: str) -> bool:
-    """Returns True for the name of a folder of images that no file of rows in it names."""
+    """Returns True if a folder holds images, and no file of rows."""
     folder = data_path(name)
     if any(kind_of(path.name) for pattern in ("*", "*/*") for path in folder.glob(pattern)):
         return False  # it has files of rows
@@ -127,7 +127,7 @@ def _files_under(folder: Path) -> Iterator[Path]:
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
-    """Returns True if the name of a file, or of a folder between, is that of a hidden one."""
+    """Returns True if a path below a folder, or a folder on the way to it, is hidden."""
     return any(name[0] in "._" for name in path.relative_to(folder).parts)
 
 

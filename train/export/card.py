@@ -280,7 +280,7 @@ def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def run_folder(source: AdapterSource) -> Path | None:
-    """Returns the folder of the run that an adapter lies in, or a best one of a run on its way."""
+    """Returns the folder of the run that an adapter belongs to; None for an adapter elsewhere."""
     parent = source.folder.parent
     folders = [parent]
     if parent.name == BEST:  # the folder of the best adapters, unless a run has the name

@@ -165,7 +165,7 @@ def questions_to_decide(gap: Gap, n_available: int) -> int | None:
 
 
 def with_questions(gap: Gap, n: int) -> Gap:
-    """Returns the gap that so many questions like those that were asked would show."""
+    """Returns the gap, with the spread that n questions of the same kind would give it."""
     questions = gap.questions
     assert questions is not None
     variance = Variance(questions.variance.value * questions.n / n, n - 1)

@@ -50,7 +50,7 @@ class Picture(NamedTuple):
 
 
 class _Plot(Figures):
-    """Shares, among all pictures of one comparison, its rows, and a style for each of them."""
+    """Holds the rows of a comparison and the style of each row, which all pictures share."""
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__(comparison)

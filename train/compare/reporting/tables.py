@@ -121,7 +121,7 @@ class ArmRow:
 
 
 class Figures:
-    """The figures of a comparison, and names of its arms that tell as much as differs.
+    """Holds the figures of a comparison, and names its arms by the settings that differ.
 
     Attributes:
       comparison: the measurements.

@@ -69,7 +69,7 @@ def rough(value: float | None) -> str:
 
 
 def beside(value: float | None, spread: float | None) -> str:
-    """Returns a number as far as its spread, shown by `rough`, leaves digits that mean anything."""
+    """Returns a number, rounded to the last digit of its spread as `rough` writes the spread."""
     if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
         return figure(value)
     decimals = len(rough(spread).partition(".")[2])
