@@ -246,7 +246,7 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     assert lj.adapter_info("gs://bucket/a") == {"model": "owner/name"}
     loaded = lj.load_adapter("gs://bucket/a", params)
     assert (loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all()
-    with pytest.raises(ValueError, match="^gs://bucket/a exists"):
+    with pytest.raises(ValueError, match="^gs://bucket/a already exists"):
         lj.save_adapter("gs://bucket/a", tree)
     lj.save_adapter("gs://bucket/a", tree, overwrite=True)
     assert lj.adapter_info("gs://bucket/a") == {}
@@ -257,7 +257,7 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     models.save_pretrained("gs://bucket/model", model, params)
     _, read = models.from_pretrained("gs://bucket/model")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), read, params))
-    with pytest.raises(FileExistsError, match="^gs://bucket/model exists"):
+    with pytest.raises(FileExistsError, match="^gs://bucket/model already exists"):
         models.save_pretrained("gs://bucket/model", model, params)
     before = len(proxy.requests)
     assert json.loads(resolve_config("gs://bucket/model").read_text())["n_embd"] == 8
