@@ -198,11 +198,11 @@ _FUNCTIONS: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, Forward]] = 
 
 
 @dataclasses.dataclass
-class _Environment:
+class _Variables:
     """The values of a jaxpr's variables while it is evaluated.
 
     Attributes:
-      values: by variable; those that nothing reads any more are removed.
+      values: the value of each variable. A value that nothing reads any more is removed.
       early_equations: identities of the equations that were evaluated before their turn.
     """
 
@@ -220,12 +220,13 @@ class Interpreter:
     Attributes:
       rules: the rule for each primitive.
       strict: raise where a weight would be merged.
-      own_rules: the caller's own rules, by the name of a primitive or of a function; see `adapt`.
+      own_rules: pairs of a name and a rule of the caller. The name is that of a primitive or of a
+        function (`adapt`).
       record: called with each use of a weight. Inner functions are then evaluated in each call, not
         cached.
-      default: the rule for primitives that have none; without it, weights are merged there.
-      examples: where the examples of a batch lie in the jaxpr that is evaluated, if each has its
-        adapter, or where the tokens lie, if some of them alone see an adapter.
+      default: the rule for primitives without a rule of their own. None: weights are merged there.
+      examples: the axes of the examples in the jaxpr, if each example has its adapter. The axes of
+        the tokens, if only some tokens see an adapter. Else None.
     """
 
     rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
@@ -247,27 +248,27 @@ class Interpreter:
         Args:
           jaxpr: the jaxpr to evaluate.
           args: its inputs.
-          used_outputs: which outputs are used; the others are None, and what only they need is not
-            run.
-          eager_steps: in an eager call, the rules that are compiled for equations of this jaxpr;
-            added to. None: rules are applied as they are, to be traced with what surrounds them.
+          used_outputs: True for each output that is used. The others are None, and equations that
+            only they need do not run.
+          eager_steps: compiled rules of this jaxpr's equations, for an eager call. The call adds
+            rules that are missing. None: a compiled function around this one traces the rules.
         """
         inner, consts = eqns.opened(jaxpr)
         if used_outputs is None:
             used_outputs = (True,) * len(inner.outvars)
-        environment = _Environment(dict(zip(inner.constvars, consts, strict=True)))
-        environment.values |= zip(inner.invars, args, strict=True)
+        variables = _Variables(dict(zip(inner.constvars, consts, strict=True)))
+        variables.values |= zip(inner.invars, args, strict=True)
         needed = needed_equations(inner, used_outputs)
         inputs = FactorInputs()
         if eager_steps is None and self.record is None:
-            value_ahead = functools.partial(self._value_ahead, needed.moves, inner, environment)
+            value_ahead = functools.partial(self._value_ahead, needed.moves, inner, variables)
             inputs = FactorInputs(needed.products_of_operand, value_ahead)
         use_index = 0  # counts uses alone, so that other equations change no dropout
         for eqn, used_outputs_of_eqn, unread_variables in needed.equations:
-            values = [environment.read(atom) for atom in eqn.invars]
+            values = [variables.read(atom) for atom in eqn.invars]
             is_use = any(isinstance(value, (Factored, FoldedVector)) for value in values)
-            if id(eqn) in environment.early_equations:
-                outputs = [environment.read(atom) for atom in eqn.outvars]
+            if id(eqn) in variables.early_equations:
+                outputs = [variables.read(atom) for atom in eqn.outvars]
             elif is_use:
                 use = Use(
                     eqn=eqn,
@@ -283,12 +284,12 @@ class Interpreter:
                 outputs = eager_steps.bind(eqn, values)
             if is_use and any(isinstance(value, Factored) for value in values):
                 use_index += 1
-            environment.values |= zip(eqn.outvars, outputs, strict=True)
+            variables.values |= zip(eqn.outvars, outputs, strict=True)
             for atom in unread_variables:
-                del environment.values[atom]
+                del variables.values[atom]
         results: list[Value] = []
         for atom, is_used in zip(inner.outvars, used_outputs, strict=True):
-            result = environment.read(atom) if is_used else None
+            result = variables.read(atom) if is_used else None
             if isinstance(result, FoldedVector):
                 result = self._unfolded(result, "output", place_of_call())
             results.append(result)
@@ -298,7 +299,7 @@ class Interpreter:
         self,
         moves: Mapping[eqns.Atom, JaxprEqn],
         jaxpr: Jaxpr,
-        environment: _Environment,
+        variables: _Variables,
         atom: eqns.Atom,
     ) -> Value:
         """Returns a weight before its turn, moved and cast; None where that is not known yet.
@@ -306,16 +307,16 @@ class Interpreter:
         Args:
           moves: equations of the jaxpr that move or cast, by their results.
           jaxpr: the jaxpr that is evaluated.
-          environment: the values so far; added to.
+          variables: the values so far; added to.
           atom: the operand.
         """
         chain: list[JaxprEqn] = []  # of moves, from the last to the first
-        while not eqns.is_literal(atom) and atom not in environment.values and atom in moves:
+        while not eqns.is_literal(atom) and atom not in variables.values and atom in moves:
             chain.append(moves[atom])
             atom = chain[-1].invars[0]
         if eqns.is_literal(atom):
             return None
-        value = environment.values.get(atom)
+        value = variables.values.get(atom)
         for eqn in reversed(chain):
             if not isinstance(value, Factored) or value.key is not None:
                 return None
@@ -324,8 +325,8 @@ class Interpreter:
             )
             # The index of the use is for dropout, which a weight without a key has not.
             (value,) = self._apply(use, 0, None)
-            environment.values[eqn.outvars[0]] = value
-            environment.early_equations.add(id(eqn))
+            variables.values[eqn.outvars[0]] = value
+            variables.early_equations.add(id(eqn))
         return value
 
     def function(

@@ -64,7 +64,7 @@ class Output:
 
     Attributes:
       number: index among the outputs.
-      origin: the index of the argument that it is; None of one that is computed.
+      origin: index of the argument that is this output. None for a computed output.
     """
 
     number: int

@@ -208,10 +208,10 @@ def check_effects(
         file_options = [name for name in idle_names if name in lines and name not in given]
         remedies = [flag(name) for name in line_options]
         if file_options:
-            place = f"line {min(lines[name] for name in file_options)} of {options.run.config}"
+            location = f"line {min(lines[name] for name in file_options)} of {options.run.config}"
             if len(file_options) > 1:
-                place += " on"
-            remedies.append(f"{', '.join(file_options)} ({place})")
+                location += " on"
+            remedies.append(f"{', '.join(file_options)} ({location})")
         if remedies:
             raise UserError(f"{reason}: leave out {' and '.join(remedies)}")
 

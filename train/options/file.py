@@ -63,17 +63,17 @@ def parse_options_file(text: str, option: str, config: Config) -> tuple[Config, 
         )
     for key, value, line in entries(root, option):
         name = key.replace("-", "_")
-        place = f"{option}, line {line}"
+        location = f"{option}, line {line}"
         if (name, value.value) in _REMOVED:
             continue
         if name not in kinds:
-            raise UserError(f"{place}: {_unknown(key, value, kinds, config)}")
+            raise UserError(f"{location}: {_unknown(key, value, kinds, config)}")
         if name in lines:
             raise UserError(
-                f"{place}: {key} is given twice, in line {lines[name]}, too: leave out one"
+                f"{location}: {key} is given twice, in line {lines[name]}, too: leave out one"
             )
         lines[name] = line
-        values[name] = read_value(key, value, kinds[name], place)
+        values[name] = read_value(key, value, kinds[name], location)
     lines_with_values = {name: line for name, line in lines.items() if values[name] is not None}
     return replace_options(config, values), lines_with_values
 

@@ -84,8 +84,8 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
                 "one process: leave out one of them"
             )
     rows = []
-    for place, cells in _cells(path, kinds_of(config)):
-        rows.append(_row(config, plain, place, cells))
+    for location, cells in _cells(path, kinds_of(config)):
+        rows.append(_row(config, plain, location, cells))
     if not rows:
         raise UserError(f"{flag('many', path)}: the file has no rows: give a run a row")
     _check_names(rows)
@@ -217,9 +217,9 @@ def _check_names(rows: list[RunOptions[Any]]) -> None:
     for row in rows:
         name = row.name.casefold()  # not every file system tells cases apart
         if name in rows_by_name:
-            place = _place_of(rows_by_name[name])
+            location = _place_of(rows_by_name[name])
             raise UserError(
-                f"{row.where}: {NAME} is {row.name!r}, and so it is in {place}: each run has a "
+                f"{row.where}: {NAME} is {row.name!r}, and so it is in {location}: each run has a "
                 "folder of its own"
             )
         rows_by_name[name] = row
@@ -277,12 +277,12 @@ def _csv_cells(
 def _json_cells(file: Path, option: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
     """Yields the place and the cells of each row of a JSON file; see `_cells`."""
     for row in read_json(file):
-        place = str(row.place[1])
-        has_several_in_line = " row " in place
+        location = str(row.place[1])
+        has_several_in_line = " row " in location
         if has_several_in_line and isinstance(row.get(NAME), str):
-            place += f" ({row[NAME]})"
+            location += f" ({row[NAME]})"
         cells = {name: _json_node(value) for name, value in row.items() if value is not None}
-        yield f"{option}, {place}", cells
+        yield f"{option}, {location}", cells
 
 
 def _yaml_cells(file: Path, option: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:

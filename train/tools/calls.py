@@ -78,35 +78,37 @@ class CallReader:
             mark_index = self._mark_index()
             if mark_index is None:
                 break
-            said = self._unread[:mark_index]
+            plain_text = self._unread[:mark_index]
             block_text = self._unread[mark_index:]
             try:
                 block = self._form.read(block_text, last, self._tools)
             except NoCall:  # the text only looks like the beginning of a call
-                answer = self._say(answer, said + block_text[:1])
+                answer = self._say(answer, plain_text + block_text[:1])
                 self._unread = block_text[1:]
                 continue
             except (ValueError, RecursionError) as error:
                 if not last:  # the call may become whole
-                    said = said.rstrip()
-                    self._unread = self._unread[len(said) :]
-                    return self._say(answer, said)
+                    plain_text = plain_text.rstrip()
+                    self._unread = self._unread[len(plain_text) :]
+                    return self._say(answer, plain_text)
                 block = self._malformed(block_text, error)
                 if self._shows_malformed:
-                    answer = self._say(answer, said + block_text.removesuffix(block.text_after))
+                    answer = self._say(
+                        answer, plain_text + block_text.removesuffix(block.text_after)
+                    )
                     self._unread = block.text_after
                     continue
-            answer = self._say(answer, said.rstrip())
+            answer = self._say(answer, plain_text.rstrip())
             answer = self._add_block(answer, block)
         if self._follows_call:
             self._unread = self._unread.lstrip()
-        n_said = len(self._unread)
+        n_plain = len(self._unread)
         if not last:  # the last characters may begin a mark
-            n_said -= partial_length(self._unread, self._form.marks)
-            n_said = len(self._unread[:n_said].rstrip())
-        said = self._unread[:n_said]
-        self._unread = self._unread[n_said:]
-        return self._say(answer, said)
+            n_plain -= partial_length(self._unread, self._form.marks)
+            n_plain = len(self._unread[:n_plain].rstrip())
+        plain_text = self._unread[:n_plain]
+        self._unread = self._unread[n_plain:]
+        return self._say(answer, plain_text)
 
     def _add_block(self, answer: AnswerText, block: CallBlock) -> AnswerText:
         """Returns the answer with a block's calls and thoughts; goes on with the text behind it."""

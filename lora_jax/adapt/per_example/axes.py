@@ -94,8 +94,8 @@ def _axis_by_leaf(prefix: Tree, tree: Tree) -> dict[Leaf, int | None]:
     """Returns the axis of each leaf of a tree.
 
     Args:
-      prefix: a prefix of the tree, whose leaves are axes; None is a leaf, too.
-      tree: the tree; its leaves are the keys of the result.
+      prefix: a prefix of the tree with an axis, or None, as each leaf.
+      tree: the tree, whose leaves are the keys of the result.
     """
     axis_leaves = jax.tree.map(_AxisLeaf, prefix, is_leaf=lambda axis: axis is None)
     axis_tree = jax.tree.broadcast(axis_leaves, tree)
@@ -114,7 +114,7 @@ def follow_trace(
 
     Args:
       traced: trace of the call.
-      weights: by the index of the leaf.
+      weights: the adapted weights, by the index of the leaf.
       call: the call.
       example_axes: see `mapped`.
       of_result: see `ExampleAxes`.
@@ -160,7 +160,7 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
 
     Args:
       traced: trace of the call.
-      weights: by the index of the leaf.
+      weights: the adapted weights, by the index of the leaf.
       call: the call.
     """
     masks = [weight.active for weight in weights.values() if weight.active is not None]

@@ -85,10 +85,10 @@ class _ScatterAxes:
 
     Attributes:
       batching: axes of the operand that have indices of their own.
-      index_of_batching: for each of these, the index axis.
+      index_of_batching: the index axis of each batching axis.
       window: axes of the operand that an update covers.
-      update_of_window: for each of these, the axis of the updates.
-      update_of_index: for each index axis, the axis of the updates.
+      update_of_window: the axis of the updates that belongs to each window axis.
+      update_of_index: the axis of the updates that belongs to each index axis.
       indexed: axes of the operand along which an index says where an update goes.
     """
 

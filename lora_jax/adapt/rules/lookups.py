@@ -36,10 +36,10 @@ def _indexed_axis(
     shape: tuple[int, ...],
 ) -> int | None:
     """Returns the one axis that a gather indexes, where it takes all others whole; else None."""
-    axes_in_part = [
+    cut_axes = [
         axis for axis in dimension_numbers.start_index_map if slice_sizes[axis] != shape[axis]
     ]
-    indexed_axes = axes_in_part or list(dimension_numbers.start_index_map)
+    indexed_axes = cut_axes or list(dimension_numbers.start_index_map)
     if len(indexed_axes) != 1:
         return None
     (indexed_axis,) = indexed_axes
@@ -233,8 +233,8 @@ def _take(
     """
     if offsets is None:
         n_axes_more = indices.ndim - 2
-        other_axes = [other for other in range(array.ndim) if other != axis]
-        offsets = [other if other < axis else other + n_axes_more for other in other_axes]
+        other_axes = [i for i in range(array.ndim) if i != axis]
+        offsets = [i if i < axis else i + n_axes_more for i in other_axes]
     dimension_numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
     )
@@ -264,7 +264,7 @@ def _look_up_members(
       look_up: takes an array and an axis, and returns what the indices choose.
     """
     n_places = indices.ndim - 1
-    other_axes = [other for other in range(len(weight.labels)) if other != axis]
+    other_axes = [i for i in range(len(weight.labels)) if i != axis]
     # Axes by name: those of the stack by number, those of the indices as strings.
     places = [f"place {i}" for i in range(n_places)]
     remaining_places = iter(places)

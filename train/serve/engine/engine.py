@@ -278,11 +278,13 @@ class Engine:
         waiting_paths = [tenant.path for tenant in self._tenants.values() if tenant.is_waiting]
         for level in levels(path):
             n_levels = len(level)
-            is_in_line = any(other[:n_levels] == level for other in waiting_paths)
+            is_in_line = any(waiting_path[:n_levels] == level for waiting_path in waiting_paths)
             if is_in_line:
                 continue
             waiting_siblings = {
-                other[:n_levels] for other in waiting_paths if other[: n_levels - 1] == level[:-1]
+                waiting_path[:n_levels]
+                for waiting_path in waiting_paths
+                if waiting_path[: n_levels - 1] == level[:-1]
             }
             if waiting_siblings:
                 min_seconds = min(self._train_seconds[sibling] for sibling in waiting_siblings)
@@ -293,9 +295,7 @@ class Engine:
 
     def _seconds_of_siblings(self, level: TurnPath) -> list[float]:
         """Returns the seconds of training of all that share a level's parent."""
-        return [
-            seconds for other, seconds in self._train_seconds.items() if other[:-1] == level[:-1]
-        ]
+        return [seconds for path, seconds in self._train_seconds.items() if path[:-1] == level[:-1]]
 
     def _order(self, tenant: EngineTenant) -> tuple[float, ...]:
         """Returns a key to sort tenants by: the least is next."""
