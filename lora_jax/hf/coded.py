@@ -22,10 +22,10 @@ from lora_jax.quantized import Coded, Coding, encode
 from lora_jax.quantized.encode import encode_part, shardings_of, warn_of_lost
 
 # Values of `quantize=`: keep the codes of the file itself, and have arrays in any case.
-STORED, NONE = "stored", "none"
+QUANTIZE_STORED, QUANTIZE_NONE = "stored", "none"
 
 
-def encode_row(
+def read_and_encode_kernel(
     row: Row,
     coding: Coding,
     dtype: DTypeLike,
@@ -57,15 +57,15 @@ def encode_row(
 
     shapes = encode(jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32), coding, dtype=dtype)
     layers = map(encode_layer, range(row.stack[0]))
-    stack = _stack_layers(layers, shapes, _code_shardings(shapes, sharding))
+    stack = _write_layers_into_stack(layers, shapes, _shardings_of_codes(shapes, sharding))
     warn_of_lost(sum(lost_counts), stack, row.path)
     return stack
 
 
-def check_alike(source: HasCodes, row: Row) -> None:
+def check_stack_has_one_form(source: HasCodes, row: Row) -> None:
     """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
-    tensors = _tensor_of_each_form(source, row)
-    if len(tensors) == 1 or source.shipped.isdisjoint(tensors):
+    tensors = _first_tensor_of_each_form(source, row)
+    if len(tensors) == 1 or source.coded_names.isdisjoint(tensors):
         return
     raise WeightsError(
         f"{source.where}: {tensors[0]} and {tensors[1]} lie in different codes, or one of them in "
@@ -73,7 +73,7 @@ def check_alike(source: HasCodes, row: Row) -> None:
     )
 
 
-def check_stored(source: Source, kernels: Sequence[Row]) -> None:
+def check_kernels_have_codes(source: Source, kernels: Sequence[Row]) -> None:
     """Raises an error if kernels that are to stay in the codes of their file do not lie in any.
 
     Args:
@@ -85,13 +85,13 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
       WeightsError: a stack's tensors lie in different codes, and those of the file always stay so.
     """
     for kernel in kernels:
-        check_alike(source, kernel)
-    shapes_of_kernels = [stored_shapes(source, kernel, np.float32) for kernel in kernels]
+        check_stack_has_one_form(source, kernel)
+    shapes_of_kernels = [shapes_of_stored_codes(source, kernel, np.float32) for kernel in kernels]
     if any(shapes is not None for shapes in shapes_of_kernels):
         return
     requirement = "in codes"
     if source.kept_forms_note:
-        forms = count_forms(source, kernels)
+        forms = describe_forms(source, kernels)
         requirement = f"in codes that stay so: they lie in {forms}. {source.kept_forms_note}"
     raise ConfigError(
         f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
@@ -99,7 +99,7 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
     )
 
 
-def count_forms(source: Source, kernels: Iterable[Row]) -> str:
+def describe_forms(source: Source, kernels: Iterable[Row]) -> str:
     """Returns the forms that kernels lie in, and how many of their layers do: "Q5_K (12)"."""
     counts: Counter[str] = Counter()
     for kernel in kernels:
@@ -107,7 +107,7 @@ def count_forms(source: Source, kernels: Iterable[Row]) -> str:
     return ", ".join(f"{form} ({count})" for form, count in counts.most_common())
 
 
-def _tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
+def _first_tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
     """Returns the first tensor of a stack in each form that its tensors lie in."""
     tensor_of_form: dict[object, str] = {}
     for name in row.hf_names:
@@ -118,9 +118,9 @@ def _tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
     return list(tensor_of_form.values())
 
 
-def stored_shapes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
-    """Returns the shapes of what `read_stored` returns."""
-    tensors = _tensor_of_each_form(source, row)
+def shapes_of_stored_codes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
+    """Returns the shapes of what `read_stored_codes` returns."""
+    tensors = _first_tensor_of_each_form(source, row)
     tensor_shapes = source.code_shapes(tensors[0], dtype)
     if tensor_shapes is None or len(tensors) > 1:
         return None
@@ -132,7 +132,7 @@ def stored_shapes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
     return tensor_shapes.map(stack_shape)
 
 
-def read_stored(
+def read_stored_codes(
     source: Source, row: Row, dtype: DTypeLike, sharding: Sharding | None
 ) -> Coded | None:
     """Reads a kernel in the codes of the file, a layer at a time, onto its devices.
@@ -146,22 +146,22 @@ def read_stored(
     Returns:
       The codes; None if not all of it is in codes of one format.
     """
-    shapes = stored_shapes(source, row, dtype)
+    shapes = shapes_of_stored_codes(source, row, dtype)
     if shapes is None:
         return None
-    shardings = _code_shardings(shapes, sharding)
+    shardings = _shardings_of_codes(shapes, sharding)
     if not row.stack:
-        return _put_on_devices(_read_tensors(source, row, row.hf_names, dtype), shardings)
+        return _put_on_devices(_read_codes_on_host(source, row, row.hf_names, dtype), shardings)
     names_of_layers = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
     layer_shardings = _layer_shardings(shardings)
 
     def read_layer(names: Sequence[str]) -> Coded:
-        return _put_on_devices(_read_tensors(source, row, names, dtype), layer_shardings)
+        return _put_on_devices(_read_codes_on_host(source, row, names, dtype), layer_shardings)
 
-    return _stack_layers(map(read_layer, names_of_layers), shapes, shardings)
+    return _write_layers_into_stack(map(read_layer, names_of_layers), shapes, shardings)
 
 
-def _read_tensors(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
+def _read_codes_on_host(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
     """Returns a kernel, or a layer of a stack with an axis for itself, of NumPy arrays."""
     tensors = [cast(Coded, source.codes(name, dtype)) for name in names]
 
@@ -176,7 +176,7 @@ def _read_tensors(source: Source, row: Row, names: Sequence[str], dtype: DTypeLi
     return tensors[0].map(join_members, *tensors[1:])
 
 
-def _code_shardings(shapes: Coded, sharding: Sharding | None) -> Coded | Sharding | None:
+def _shardings_of_codes(shapes: Coded, sharding: Sharding | None) -> Coded | Sharding | None:
     """Returns the sharding of each array of codes, or that of all of them for a single device."""
     return shardings_of(shapes, sharding) if isinstance(sharding, NamedSharding) else sharding
 
@@ -203,7 +203,7 @@ def _layer_shardings(stack_shardings: Coded | Sharding | None) -> Coded | Shardi
     return stack_shardings.map(layer_sharding)
 
 
-def _stack_layers(
+def _write_layers_into_stack(
     layers: Iterable[Coded], shapes: Coded, shardings: Coded | Sharding | None
 ) -> Coded:
     """Returns a stack on its devices, written a layer at a time: there is no second copy of it.

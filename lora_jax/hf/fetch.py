@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_jax.hf.hub import LocalModel, ModelNotFound, look_up, not_on_hub
+from lora_jax.hf.hub import LocalModel, ModelNotFound, hub_error, look_up_model
 from lora_jax.hf.packaged import BUNDLES, FetchError
 
 
@@ -32,13 +32,13 @@ def fetch(name_or_path: str | Path) -> Path:
     >>> from lora_jax import models
     >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    model_or_problem = look_up(name_or_path)
+    model_or_problem = look_up_model(name_or_path)
     if isinstance(model_or_problem, LocalModel):
         return model_or_problem.path
     problem = model_or_problem
     name = str(name_or_path)
     if name not in BUNDLES:
-        raise not_on_hub(name, problem)
+        raise hub_error(name, problem)
     bundle = BUNDLES[name]
     package = bundle.package
     print(

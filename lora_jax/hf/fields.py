@@ -14,7 +14,7 @@ from lora_jax.core.types import Fields
 KnownT = TypeVar("KnownT")
 
 # Known fields without an effect on the logits.
-HARMLESS = frozenset(
+FIELDS_WITHOUT_EFFECT = frozenset(
     """
     _attn_implementation _name_or_path architectures auto_map bad_words_ids begin_suppress_tokens
     cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
@@ -33,7 +33,7 @@ HARMLESS = frozenset(
 
 
 # Known fields that would change the forward pass, and the only value that is supported.
-_UNSUPPORTED = {
+_ONLY_SUPPORTED_VALUES = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "quantization_config": None,
@@ -41,25 +41,25 @@ _UNSUPPORTED = {
 
 
 # Floats of configurations that must be above 0, and those that must be 0 at least.
-_POSITIVE = frozenset(
+_POSITIVE_FIELDS = frozenset(
     """
     rope_theta rope_local_theta partial_rotary_factor rotated_share factor low_freq_factor
     high_freq_factor attention_factor beta_fast beta_slow short_factor long_factor logits_scaling
     query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping swiglu_limit
     """.split()
 )
-_NOT_NEGATIVE = frozenset("rms_norm_eps layer_norm_eps initializer_range".split())
+_NON_NEGATIVE_FIELDS = frozenset("rms_norm_eps layer_norm_eps initializer_range".split())
 
 
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
 
 
-class KindError(ConfigError):
+class FieldTypeError(ConfigError):
     """A field of a configuration that holds a value of the wrong kind, such as a text."""
 
 
-def read_file(path: Path, owner: str, error_class: type[ValueError]) -> dict[str, Any]:
+def read_json_fields(path: Path, owner: str, error_class: type[ValueError]) -> dict[str, Any]:
     """Reads a JSON file of fields.
 
     Args:
@@ -81,7 +81,7 @@ def read_file(path: Path, owner: str, error_class: type[ValueError]) -> dict[str
     return fields
 
 
-def check_known(name: str, value: object, known: Collection[KnownT]) -> KnownT:
+def check_supported(name: str, value: object, known: Collection[KnownT]) -> KnownT:
     """Returns a value that is known; raises a ConfigError that lists the known ones for others."""
     if value not in known:
         listed = ", ".join(map(str, known))
@@ -96,7 +96,7 @@ def check_multiple(**sizes: int) -> None:
         raise ConfigError(f"{name} ({size}) is not a multiple of {divisor_name} ({divisor})")
 
 
-def read_switch(name: str, value: object) -> bool:
+def read_boolean(name: str, value: object) -> bool:
     """Returns a field that must be true or false; None counts as false.
 
     Raises:
@@ -105,11 +105,11 @@ def read_switch(name: str, value: object) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise KindError(f"{name} ({value!r}) must be true or false: correct the configuration")
+        raise FieldTypeError(f"{name} ({value!r}) must be true or false: correct the configuration")
     return value
 
 
-def check_values(config: Any, names: Mapping[str, str] | None = None) -> None:
+def check_field_values(config: Any, names: Mapping[str, str] | None = None) -> None:
     """Checks the kind and the range of each number of a configuration, and its switches.
 
     A whole number must be at least 1; or at least 0, where 0 is the default and stands for none.
@@ -132,7 +132,7 @@ def check_values(config: Any, names: Mapping[str, str] | None = None) -> None:
             continue
         json_name = json_names.get(field.name, field.name)
         if kinds[0] is bool:
-            read_switch(json_name, value)
+            read_boolean(json_name, value)
         elif kinds[0] in (int, float):
             numbers = value if isinstance(value, tuple) else (value,)
             for number in numbers:
@@ -145,14 +145,14 @@ def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: 
     is_number = isinstance(value, Integral if is_integer else Real)
     if isinstance(value, bool) or not is_number:
         kind_name = "a whole number" if is_integer else "a number"
-        raise KindError(f"{name} ({value!r}) must be {kind_name}: correct the configuration")
+        raise FieldTypeError(f"{name} ({value!r}) must be {kind_name}: correct the configuration")
     is_token_id = field.name.endswith(("_id", "_ids"))
     requirement = "finite"
     is_in_range = True
-    if field.name in _POSITIVE:
+    if field.name in _POSITIVE_FIELDS:
         requirement = "finite and above 0"
         is_in_range = value > 0
-    elif field.name in _NOT_NEGATIVE:
+    elif field.name in _NON_NEGATIVE_FIELDS:
         requirement = "finite and at least 0"
         is_in_range = value >= 0
     elif is_integer and not is_token_id:
@@ -178,7 +178,7 @@ def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
     return list(tokens) if len(tokens) > 1 else tokens[0]
 
 
-def refuse_unknown(
+def check_no_unknown_fields(
     config: Fields, family: str, known: Set[str], unsupported: Mapping[str, object] | None = None
 ) -> None:
     """Refuses fields that are not read, and values that are not supported.
@@ -193,7 +193,7 @@ def refuse_unknown(
     Raises:
       ConfigError: there are such fields; names each of them.
     """
-    supported_values = {**_UNSUPPORTED, **(unsupported or {})}
+    supported_values = {**_ONLY_SUPPORTED_VALUES, **(unsupported or {})}
     problems = []
     for name, value in config.items():
         if name in supported_values:
@@ -201,7 +201,7 @@ def refuse_unknown(
             if not is_supported:
                 problems.append(f"{name}={value!r} is not supported")
             continue
-        is_known = name in known or name in HARMLESS
+        is_known = name in known or name in FIELDS_WITHOUT_EFFECT
         is_off = value is None or value is False
         if not is_known and not is_off:
             problems.append(f"{name}={value!r} is not known for {family}")

@@ -6,29 +6,31 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError, read_file
-from lora_jax.hf.hub import name_for_others
+from lora_jax.hf.fields import ConfigError, read_json_fields
+from lora_jax.hf.hub import name_on_other_machines
 from lora_jax.hf.keys import WeightsError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PEFT_CONFIG = "adapter_config.json"
 _ADAPTER_METADATA = "lora/metadata"  # of `lora_jax.save_adapter`
 _ADAPTER_OF_RUN = "adapter"  # the adapter's folder in that of a run
-_VARIANT = re.compile(r"(model\.safetensors\.index|model)(\.[^.-]+)(\.json|\.safetensors)")
-_POINTER = b"version https://git-lfs.github.com/spec/"
+_VARIANT_FILE_NAME = re.compile(
+    r"(model\.safetensors\.index|model)(\.[^.-]+)(\.json|\.safetensors)"
+)
+_LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 
-def damage_message(path: Path, error: object) -> str:
+def describe_damage(path: Path, error: object) -> str:
     """Returns the error message for a file that its reader refuses."""
-    return pointer_problem(path) or f"{path} is damaged or cut short: {error}"
+    return describe_lfs_pointer(path) or f"{path} is damaged or cut short: {error}"
 
 
-def pointer_problem(path: Path) -> str | None:
+def describe_lfs_pointer(path: Path) -> str | None:
     """Returns the remedy for a file that git-lfs left a pointer for; None for other files."""
     with path.open("rb") as file:
-        beginning = file.read(len(_POINTER))
-    if beginning != _POINTER:
+        beginning = file.read(len(_LFS_POINTER_START))
+    if beginning != _LFS_POINTER_START:
         return None
     return (
         f"{path} is a git-lfs pointer, and not the file that it stands for: run `git lfs install` "
@@ -36,12 +38,12 @@ def pointer_problem(path: Path) -> str | None:
     )
 
 
-def not_a_model(folder: Path) -> str | None:
+def describe_folder_without_config(folder: Path) -> str | None:
     """Returns the kind of a folder without config.json, and its use; None if unknown."""
     for adapter_folder in (folder, folder / _ADAPTER_OF_RUN):
         is_peft = (adapter_folder / _PEFT_CONFIG).is_file()
         if is_peft or (adapter_folder / _ADAPTER_METADATA).is_file():
-            return _adapter_message(adapter_folder, is_peft)
+            return _describe_adapter_folder(adapter_folder, is_peft)
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files:
         return (
@@ -51,15 +53,15 @@ def not_a_model(folder: Path) -> str | None:
     return None
 
 
-def _adapter_message(folder: Path, is_peft: bool) -> str:
+def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
     """Returns the message that a folder is an adapter, and how to name its base beside it."""
     base = None
     try:
         if is_peft:
-            fields = read_file(folder / _PEFT_CONFIG, "a PEFT adapter", ConfigError)
+            fields = read_json_fields(folder / _PEFT_CONFIG, "a PEFT adapter", ConfigError)
             base = fields.get("base_model_name_or_path")
         else:
-            metadata = read_file(folder / _ADAPTER_METADATA, "an adapter", ConfigError)
+            metadata = read_json_fields(folder / _ADAPTER_METADATA, "an adapter", ConfigError)
             about = metadata.get("about")
             base = about.get("model") if isinstance(about, dict) else None
     except ConfigError:
@@ -74,23 +76,27 @@ def _adapter_message(folder: Path, is_peft: bool) -> str:
     )
 
 
-def weight_map(folder: Path) -> dict[str, str]:
+def read_weight_map(folder: Path) -> dict[str, str]:
     """Returns the index, tensor -> file; without one, the single file under the name "".
 
     Raises:
       WeightsError: there are no weights, or the index is damaged; says what else there is.
     """
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     if not index.exists():
-        if not (folder / SINGLE).exists():
-            alternative = _instead_of_weights(folder)
-            raise WeightsError(f"{folder} holds neither {SINGLE} nor {INDEX}{alternative}")
-        return {"": SINGLE}
+        if not (folder / WEIGHTS_FILE).exists():
+            alternative = _describe_other_files(folder)
+            raise WeightsError(
+                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{alternative}"
+            )
+        return {"": WEIGHTS_FILE}
     file_of_tensor = _read_index(index)
     shards = sorted(set(file_of_tensor.values()))
     missing_shards = [shard for shard in shards if not (folder / shard).exists()]
     if missing_shards:
-        raise WeightsError(f"{folder} lacks shards that {INDEX} lists: {', '.join(missing_shards)}")
+        raise WeightsError(
+            f"{folder} lacks shards that {INDEX_FILE} lists: {', '.join(missing_shards)}"
+        )
     return file_of_tensor
 
 
@@ -125,42 +131,43 @@ def _read_index(index: Path) -> dict[str, str]:
     return file_of_tensor
 
 
-def _instead_of_weights(folder: Path) -> str:
+def _describe_other_files(folder: Path) -> str:
     """Returns the files in the place of weights, and the remedy; "" for nothing known."""
-    problem = not_a_model(folder)
+    problem = describe_folder_without_config(folder)
     if problem is not None:
         return f": {problem}"
     names = sorted(path.name for path in folder.glob("*.safetensors*"))
     for name in names:
-        match = _VARIANT.fullmatch(name)
+        match = _VARIANT_FILE_NAME.fullmatch(name)
         common_name = match[1] + match[3] if match else None
-        if common_name in (SINGLE, INDEX):
+        if common_name in (WEIGHTS_FILE, INDEX_FILE):
             command = f"mv {folder / name} {folder / common_name}"
             return f", but a variant of them, {name}: rename it ({command})"
     if len(names) == 1:
-        command = f"mv {folder / names[0]} {folder / SINGLE}"
+        command = f"mv {folder / names[0]} {folder / WEIGHTS_FILE}"
         return f", but {names[0]}: if it holds all of the weights, rename it ({command})"
     if names:
         return f", which lists the tensors of {', '.join(names)}: copy it, too"
-    hub_name = name_for_others(folder)
-    pickles = [file for file in _PICKLES if (folder / file).exists()]
+    hub_name = name_on_other_machines(folder)
+    pickles = [file for file in _PICKLE_FILES if (folder / file).exists()]
     if not pickles and hub_name is None:
         return ""
     pickle_phrase = f", but {pickles[0]}" if pickles else "; if the hub has pytorch_model.bin alone"
     return (
-        f"{pickle_phrase}: a pickle can run any code when it is loaded, and none is read here. "
-        f"transformers converts it, where torch is installed: {_conversion(folder, hub_name)}"
+        f"{pickle_phrase}. A pickle can run any code when it is loaded, so lora_jax reads none. "
+        "Convert it with transformers on a machine that has torch: "
+        f"{_conversion_command(folder, hub_name)}"
     )
 
 
-def _conversion(folder: Path, hub_name: str | None) -> str:
+def _conversion_command(folder: Path, hub_name: str | None) -> str:
     """Returns the command that writes a model again as safetensors.
 
     Args:
       folder: the model's folder.
       hub_name: its name on the hub, if the folder lies in the hub's cache, which is left as it is.
     """
-    fields = read_file(folder / "config.json", "a model", ConfigError)
+    fields = read_json_fields(folder / "config.json", "a model", ConfigError)
     architectures = fields.get("architectures") or ["AutoModelForCausalLM"]
     model_class = next(iter(architectures))
     if not str(model_class).isidentifier():

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.hf.fields import ConfigError, check_supported
 from lora_jax.hf.keys import Row, SubTensor
 
 AnyConfig: TypeAlias = Any  # the configuration of a family, with its own fields
@@ -32,19 +32,20 @@ class GGUFLayout:
 
     Attributes:
       architecture: the files' ``general.architecture``.
-      name: a tensor's name in a file -> Hugging Face's; an unknown name stays as it is, and is
+      hf_name: a tensor's name in a file -> Hugging Face's; an unknown name stays as it is, and is
         refused later.
-      read: (a file's metadata, its shapes by Hugging Face's names, its tensors that are `facts`) ->
-        the configuration.
+      read: (a file's metadata, its shapes by Hugging Face's names, its `config_tensors`) -> the
+        configuration.
       reorder: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
-      facts: a file's names of tensors that are no parameters, but belong to the configuration.
+      config_tensors: the names of a file's tensors that belong to the configuration, and are no
+        parameters.
     """
 
     architecture: str
-    name: Callable[[str], str]
+    hf_name: Callable[[str], str]
     read: Callable[[Fields, Shapes, Mapping[str, np.ndarray]], AnyConfig]
     reorder: Callable[[np.ndarray, str, AnyConfig], np.ndarray]
-    facts: tuple[str, ...] = ()
+    config_tensors: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ModelFormat:
       parts: (configuration, a file's shapes by name) -> the table's tensors that the file holds
         within others.
       options: the keywords that ``read`` takes.
-      name: (a tensor's name in a file, configuration) -> its name in the table.
-      ignored: matches tensors of other heads than the configuration's, which a file may hold.
+      table_name: (a tensor's name in a file, configuration) -> its name in the table.
+      ignored_tensors: matches tensors of heads that the configuration lacks. A file may hold them.
       gguf: the layout in GGUF files; None if these are not read.
     """
 
@@ -66,8 +67,8 @@ class ModelFormat:
     table: Callable[[AnyConfig], list[Row]]
     parts: Callable[[AnyConfig, Shapes], dict[str, SubTensor]] = lambda *_: {}
     options: frozenset[str] = frozenset()
-    name: Callable[[str, AnyConfig], str] = lambda name, config: name
-    ignored: re.Pattern[str] | None = None
+    table_name: Callable[[str, AnyConfig], str] = lambda name, config: name
+    ignored_tensors: re.Pattern[str] | None = None
     gguf: GGUFLayout | None = None
 
 
@@ -83,7 +84,7 @@ class ModelFormats:
         Raises:
           ConfigError: for an unknown model_type; lists the known ones.
         """
-        return self.by_type[check_known("model_type", model_type, self.by_type)]
+        return self.by_type[check_supported("model_type", model_type, self.by_type)]
 
     def gguf_format_of(self, architecture: object) -> tuple[ModelFormat, GGUFLayout]:
         """Returns the format of a GGUF file's architecture, and its layout in such files.
@@ -95,7 +96,7 @@ class ModelFormats:
         for format in self.by_type.values():
             if format.gguf is not None:
                 formats[format.gguf.architecture] = (format, format.gguf)
-        return formats[check_known("GGUF architecture", architecture, formats)]
+        return formats[check_supported("GGUF architecture", architecture, formats)]
 
     def read_config(self, fields: Fields, **options: object) -> AnyConfig:
         """Reads a configuration from a parsed config.json.

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, read_eos, read_file
+from lora_jax.hf.fields import ConfigError, read_eos, read_json_fields
 from lora_jax.hf.format import AnyConfig
 
-FILE = "generation_config.json"
-_SAMPLING: dict[str, Callable[[float], bool]] = {
+GENERATION_FILE = "generation_config.json"
+_IS_VALID_SAMPLING_VALUE: dict[str, Callable[[float], bool]] = {
     "temperature": lambda x: 0 <= x < math.inf,
     "top_p": lambda x: 0 < x <= 1,
     "top_k": lambda x: x >= 1 and x == int(x),
 }
 # Further fields that change what is drawn, with the values that change nothing, besides null.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
+_VALUES_WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), (1,)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
@@ -75,7 +75,7 @@ class Generation:
         """
         if self.fields.get("do_sample") is False:
             return {"temperature": 0.0}
-        settings = {name: self.fields.get(name) for name in _SAMPLING}
+        settings = {name: self.fields.get(name) for name in _IS_VALID_SAMPLING_VALUE}
         if self.fields.get("do_sample") and settings["temperature"] is None:
             settings["temperature"] = 1.0
         if settings["top_k"] in (0, -1):
@@ -86,21 +86,21 @@ class Generation:
         """Raises a ConfigError for a value of `sampling` that nothing can be sampled with."""
         for name, value in self.sampling.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (is_number and _SAMPLING[name](value)):
+            if not (is_number and _IS_VALID_SAMPLING_VALUE[name](value)):
                 raise ConfigError(f"{name}={value!r} is nothing to sample with: correct the file")
 
     @property
     def others(self) -> dict[str, object]:
         """The further fields that would change what is drawn, and are not applied here."""
         effective = {}
-        for name, neutral_values in _NEUTRAL.items():
+        for name, neutral_values in _VALUES_WITHOUT_EFFECT.items():
             value = self.fields.get(name)
             if value is not None and value not in neutral_values:
                 effective[name] = value
         return effective
 
 
-def end_tokens(config: AnyConfig) -> tuple[int, ...]:
+def end_token_ids(config: AnyConfig) -> tuple[int, ...]:
     """Returns the tokens that end a text, by config.json or by generation_config.json.
 
     In some models, the end of a turn stands in one of the two files alone.
@@ -115,7 +115,7 @@ def end_tokens(config: AnyConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys(tokens))
 
 
-def read_generation(path: Path) -> Generation:
+def read_generation_config(path: Path) -> Generation:
     """Reads a generation_config.json.
 
     Args:
@@ -124,24 +124,24 @@ def read_generation(path: Path) -> Generation:
     Raises:
       ConfigError: the file is missing, cannot be read, or has a field of the wrong kind.
     """
-    file = path / FILE if path.is_dir() else path
-    read_file(file, "a model", ConfigError)  # raises, if it cannot be read
+    file = path / GENERATION_FILE if path.is_dir() else path
+    read_json_fields(file, "a model", ConfigError)  # raises, if it cannot be read
     try:
         return Generation(file.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def with_generation(config: AnyConfig, folder: Path) -> AnyConfig:
+def add_generation_config(config: AnyConfig, folder: Path) -> AnyConfig:
     """Returns the configuration of a folder's model with what its generation_config.json says.
 
     Models that continue no texts have no such field, and stay as they are, as do folders without
     the file.
 
     Raises:
-      ConfigError: see `read_generation`.
+      ConfigError: see `read_generation_config`.
     """
     continues_texts = hasattr(config, "generation")
-    if not continues_texts or not (folder / FILE).is_file():
+    if not continues_texts or not (folder / GENERATION_FILE).is_file():
         return config
-    return dataclasses.replace(config, generation=read_generation(folder))
+    return dataclasses.replace(config, generation=read_generation_config(folder))

@@ -13,8 +13,8 @@ from lora_jax.buckets.store import BucketError, bucket_path
 from lora_jax.folders import remote_problem
 from lora_jax.hf.packaged import BUNDLES
 
-_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
-_IN_BUCKETS = [*_FILES, "*.gguf"]
+_MODEL_FILE_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+_BUCKET_FILE_PATTERNS = [*_MODEL_FILE_PATTERNS, "*.gguf"]
 _PROBE_SECONDS = 10.0
 
 
@@ -29,7 +29,7 @@ class LocalModel(NamedTuple):
     note: str | None = None
 
 
-def resolve(name_or_path: str | Path) -> LocalModel:
+def find_model(name_or_path: str | Path) -> LocalModel:
     """Finds a model's files, and downloads them from the hub if need be.
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
@@ -48,14 +48,14 @@ def resolve(name_or_path: str | Path) -> LocalModel:
     Raises:
       ModelNotFound: says what was tried, and what to do.
     """
-    model_or_problem = look_up(name_or_path)
+    model_or_problem = look_up_model(name_or_path)
     if isinstance(model_or_problem, LocalModel):
         return model_or_problem
     problem = model_or_problem
     name = str(name_or_path)
     bundle = BUNDLES.get(name)
     if bundle is None:
-        raise not_on_hub(name, problem)
+        raise hub_error(name, problem)
     package = bundle.package
     raise ModelNotFound(
         f"{name} cannot be downloaded from the hub ({problem}). Fetch {bundle.what}, once, from "
@@ -67,12 +67,12 @@ def resolve(name_or_path: str | Path) -> LocalModel:
     )
 
 
-def revision_of(path: Path) -> str | None:
+def snapshot_revision(path: Path) -> str | None:
     """Returns the commit of a snapshot in the Hugging Face cache; None for other paths."""
     return path.name if path.parent.name == "snapshots" else None
 
 
-def name_for_others(name_or_path: str | Path) -> str | None:
+def name_on_other_machines(name_or_path: str | Path) -> str | None:
     """Returns a model's name that is valid on other machines; None for a local path.
 
     Args:
@@ -81,15 +81,15 @@ def name_for_others(name_or_path: str | Path) -> str | None:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return str(name_or_path)
-    if revision_of(path) is None:
+    if snapshot_revision(path) is None:
         return None
     cache_entry = path.parent.parent.name  # models--owner--name
     owner, _, name = cache_entry.removeprefix("models--").partition("--")
     return f"{owner}/{name}" if name else None
 
 
-def look_up(name_or_path: str | Path) -> LocalModel | str:
-    """Finds a model's files as ``resolve`` does, and returns the reason where there are none.
+def look_up_model(name_or_path: str | Path) -> LocalModel | str:
+    """Finds a model's files as ``find_model`` does, and returns the reason where there are none.
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name.
@@ -102,18 +102,18 @@ def look_up(name_or_path: str | Path) -> LocalModel | str:
     """
     path = _local_path(name_or_path)
     if path.exists():
-        gguf_file = _only_gguf(path)
+        gguf_file = _single_gguf_file(path)
         if gguf_file is None:
             return LocalModel(path)
         return LocalModel(gguf_file, f"{path}: reading {gguf_file.name}")
-    name = hub_name(name_or_path)
-    cached_snapshot = _download(name, local_only=True)
-    if isinstance(cached_snapshot, Path) and _is_complete(cached_snapshot):
+    name = check_hub_name(name_or_path)
+    cached_snapshot = _download_snapshot(name, local_only=True)
+    if isinstance(cached_snapshot, Path) and _has_all_weights(cached_snapshot):
         return LocalModel(cached_snapshot)
     bundle = BUNDLES.get(name)
     if bundle is not None and bundle.package.cached():
         return LocalModel(bundle.path, bundle.note)
-    snapshot_or_problem = probe(name) or _download(name, local_only=False)
+    snapshot_or_problem = probe_hub(name) or _download_snapshot(name, local_only=False)
     if isinstance(snapshot_or_problem, str):
         return snapshot_or_problem
     return LocalModel(snapshot_or_problem)
@@ -130,12 +130,12 @@ def stand_in(name_or_path: str | Path) -> str | None:
     True
     """
     bundle = BUNDLES.get(str(name_or_path))
-    if bundle is None or resolve(name_or_path).path != bundle.path:
+    if bundle is None or find_model(name_or_path).path != bundle.path:
         return None
     return bundle.what
 
 
-def not_on_hub(name: str, problem: str) -> ModelNotFound:
+def hub_error(name: str, problem: str) -> ModelNotFound:
     """Returns the error for a name that only the hub could have; it says what to do instead."""
     return ModelNotFound(
         f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
@@ -144,7 +144,7 @@ def not_on_hub(name: str, problem: str) -> ModelNotFound:
     )
 
 
-def resolve_config(name_or_path: str | Path) -> Path:
+def find_config(name_or_path: str | Path) -> Path:
     """Finds a model's configuration; from the hub, downloads that file alone.
 
     Args:
@@ -161,17 +161,17 @@ def resolve_config(name_or_path: str | Path) -> Path:
     if is_bucket_folder and not (path / "config.json").is_file():
         path = _local_path(name_or_path)  # which may hold a GGUF file
     if path.exists():
-        gguf_file = _only_gguf(path)
+        gguf_file = _single_gguf_file(path)
         if gguf_file is not None:
             return gguf_file
         return path / "config.json" if path.is_dir() else path
-    name = hub_name(name_or_path)
+    name = check_hub_name(name_or_path)
     if name in BUNDLES:  # small, and perhaps a package's copy
-        return resolve_config(resolve(name).path)
-    return snapshot(name, ["config.json"], needed="config.json") / "config.json"
+        return find_config(find_model(name).path)
+    return find_snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
-def _local_path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> Path:
+def _local_path(name_or_path: str | Path, patterns: list[str] = _BUCKET_FILE_PATTERNS) -> Path:
     """Returns a possible path of this machine; raises ModelNotFound for one with a scheme.
 
     Of a folder in a bucket, the files that match the patterns are copied.
@@ -191,7 +191,7 @@ def _local_path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> 
     return Path(name_or_path).expanduser()
 
 
-def _only_gguf(folder: Path) -> Path | None:
+def _single_gguf_file(folder: Path) -> Path | None:
     """Returns the GGUF file of a folder that holds one, or the parts of one, and no safetensors."""
     files = sorted(folder.glob("*.gguf"))
     model_names = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in files}
@@ -199,7 +199,7 @@ def _only_gguf(folder: Path) -> Path | None:
     return files[0] if len(model_names) == 1 and not has_safetensors else None
 
 
-def hub_name(name_or_path: str | Path) -> str:
+def check_hub_name(name_or_path: str | Path) -> str:
     """Returns a name of the form owner/model; raises ModelNotFound for any other."""
     name = str(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
@@ -208,7 +208,7 @@ def hub_name(name_or_path: str | Path) -> str:
     return name
 
 
-def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
+def find_snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
     """Finds the files of a hub name that match patterns: in the local cache, or on the hub.
 
     Args:
@@ -222,10 +222,12 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
     Raises:
       ModelNotFound: if neither has them.
     """
-    cached_snapshot = _download(name, local_only=True, patterns=patterns)
+    cached_snapshot = _download_snapshot(name, local_only=True, patterns=patterns)
     if isinstance(cached_snapshot, Path) and any(cached_snapshot.rglob(needed)):
         return cached_snapshot
-    snapshot_or_problem = probe(name) or _download(name, local_only=False, patterns=patterns)
+    snapshot_or_problem = probe_hub(name) or _download_snapshot(
+        name, local_only=False, patterns=patterns
+    )
     if isinstance(snapshot_or_problem, Path):
         return snapshot_or_problem
     raise ModelNotFound(
@@ -233,7 +235,7 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
     )
 
 
-def probe(
+def probe_hub(
     name: str, seconds: float = _PROBE_SECONDS, kind: Literal["model", "dataset"] = "model"
 ) -> str | None:
     """Asks the hub for a model or a dataset.
@@ -248,7 +250,7 @@ def probe(
     Returns:
       None if the hub answers in time; else the reason, in one line.
     """
-    hub = _huggingface_hub()
+    hub = _import_huggingface_hub()
     if hub.constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     problems: list[str | None] = []  # of the one request; None if there was an answer
@@ -259,7 +261,7 @@ def probe(
             request_info(name, timeout=seconds)
             problems.append(None)
         except Exception as error:
-            problems.append(_first_line(error))
+            problems.append(_first_line_of_error(error))
 
     thread = threading.Thread(target=ask_hub, daemon=True)
     thread.start()
@@ -267,17 +269,19 @@ def probe(
     return problems[0] if problems else f"no answer within {seconds:g} seconds"
 
 
-def _download(name: str, *, local_only: bool, patterns: list[str] | None = None) -> Path | str:
+def _download_snapshot(
+    name: str, *, local_only: bool, patterns: list[str] | None = None
+) -> Path | str:
     """Returns the snapshot's folder, or the reason why there is none."""
-    hub = _huggingface_hub()
+    hub = _import_huggingface_hub()
     try:
-        files = patterns or _FILES
+        files = patterns or _MODEL_FILE_PATTERNS
         return Path(hub.snapshot_download(name, allow_patterns=files, local_files_only=local_only))
     except Exception as error:
-        return _first_line(error)
+        return _first_line_of_error(error)
 
 
-def _is_complete(folder: Path) -> bool:
+def _has_all_weights(folder: Path) -> bool:
     """Returns True if a folder has a configuration and all weights: a cache may hold a part."""
     if not (folder / "config.json").exists():
         return False
@@ -288,12 +292,12 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / shard).exists() for shard in set(shard_of_tensor.values()))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of_error(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _huggingface_hub() -> ModuleType:
+def _import_huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.constants

@@ -14,30 +14,33 @@ import numpy as np
 
 from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
-from lora_jax.hf.fields import ConfigError, read_file
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.fields import ConfigError, read_json_fields
+from lora_jax.hf.hub import find_model
 from lora_jax.hf.tokenizer import import_transformers
 
 ImageLike: TypeAlias = Any  # a path, bytes, a `PIL.Image.Image`, or a dict with one of them
 
-FILE = "preprocessor_config.json"
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
-_READ = (
+_READ_FIELDS = (
     "do_resize do_center_crop do_rescale do_normalize image_mean image_std resample rescale_factor "
     "size crop_size"
 ).split()
 # Without an effect here: every image becomes RGB, and pixels are those of Pillow.
-_NO_EFFECT = frozenset(
+_FIELDS_WITHOUT_EFFECT = frozenset(
     """
     image_processor_type feature_extractor_type processor_class do_convert_rgb use_fast
     default_to_square data_format input_data_format return_tensors device disable_grouping auto_map
     """.split()
 )
-_SHORTEST_EDGE = ("Bit", "CLIP")  # of these, a size that is one number is that of the shorter edge
-_MODES = {1: "L", 3: "RGB"}
-_RESAMPLING = range(6)  # Pillow's filters
+_SHORTEST_EDGE_TYPES = (
+    "Bit",
+    "CLIP",
+)  # of these, a size that is one number is that of the shorter edge
+_MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+_RESAMPLING_FILTERS = range(6)  # Pillow's filters
 # Pillow's formats that begin with a mark of their own, so that no other file is taken for one.
-_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF HEIF JPEG2000 ICO".split()
+_IMAGE_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF HEIF JPEG2000 ICO".split()
 
 
 class ImageError(ValueError):
@@ -74,12 +77,12 @@ class ImageProcessor:
             raise ConfigError(
                 "neither size (height and width) nor crop_size gives all images one size"
             )
-        if len(self.mean) not in _MODES or len(self.std) != len(self.mean):
+        if len(self.mean) not in _MODE_OF_CHANNELS or len(self.std) != len(self.mean):
             raise ConfigError(
                 f"image_mean {self.mean} and image_std {self.std}: one number a channel is needed, "
                 "of 1 channel or 3"
             )
-        if self.resample not in _RESAMPLING:
+        if self.resample not in _RESAMPLING_FILTERS:
             raise ConfigError(f"resample {self.resample!r} is none of Pillow's filters, 0 to 5")
 
     @classmethod
@@ -95,15 +98,15 @@ class ImageProcessor:
         unknown_fields = [
             f"{name}={value!r}"
             for name, value in fields.items()
-            if name not in (*_READ, *_NO_EFFECT) and value not in (None, False)
+            if name not in (*_READ_FIELDS, *_FIELDS_WITHOUT_EFFECT) and value not in (None, False)
         ]
         if unknown_fields:
             raise ConfigError(f"{', '.join(unknown_fields)}: not known for images")
         settings: dict[str, Any] = {}
         if fields.get("do_resize", True):
-            settings |= _resize_settings(fields)
+            settings |= _read_resize_settings(fields)
         if fields.get("do_center_crop", "crop_size" in fields):
-            settings["crop"] = _height_and_width("crop_size", fields.get("crop_size"))
+            settings["crop"] = _read_height_and_width("crop_size", fields.get("crop_size"))
         is_rescaled = fields.get("do_rescale", True)
         settings["scale"] = fields.get("rescale_factor", cls.scale) if is_rescaled else None
         if not fields.get("do_normalize", True):
@@ -141,7 +144,7 @@ class ImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json into a folder that exists."""
         text = json.dumps(self.to_hf(), indent=2, sort_keys=True)
-        (local_path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+        (local_path(folder) / IMAGE_PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -160,7 +163,7 @@ class ImageProcessor:
         Raises:
           ImageError: the image cannot be read; says why.
         """
-        image = open_image(image, _MODES[len(self.mean)])
+        image = open_image(image, _MODE_OF_CHANNELS[len(self.mean)])
         layout = "channels_first" if image.mode == "L" else "channels_last"
         features = self._processor(image, input_data_format=layout)
         pixels: np.ndarray = features["pixel_values"][0]
@@ -193,7 +196,7 @@ class ImageProcessor:
             size = {"shortest_edge": self.shortest_edge}
         elif self.size is not None:
             size = _size_fields(self.size)
-        return pixel_processor(
+        return make_pixel_processor(
             "vit",
             "ViT",
             do_resize=size is not None,
@@ -219,14 +222,14 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
     >>> processor(["cat.jpg", "dog.jpg"]).shape  # doctest: +SKIP
     (2, 3, 224, 224)
     """
-    path = resolve(name_or_path).path / FILE
+    path = find_model(name_or_path).path / IMAGE_PROCESSOR_FILE
     try:
-        return ImageProcessor.from_hf(read_file(path, "a model of images", ConfigError))
+        return ImageProcessor.from_hf(read_json_fields(path, "a model of images", ConfigError))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else error) from None
 
 
-def pixel_processor(module: str, name: str, **fields: object) -> Any:
+def make_pixel_processor(module: str, name: str, **fields: object) -> Any:
     """Returns an image processor of transformers that runs on Pillow and makes bytes, not floats.
 
     Args:
@@ -259,7 +262,7 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
       ImageError: the image cannot be read, lies elsewhere (a path with a scheme, such as gs://), or
         has levels that 8 bits do not hold; says why.
     """
-    pil = _pillow()
+    pil = _import_pillow()
     source = image
     if isinstance(image, dict):
         data = image.get("bytes")
@@ -291,11 +294,11 @@ def _paste_on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
     return pil.Image.alpha_composite(ground, image)
 
 
-def is_image(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     """Returns True if a file begins as an image does, whatever its name ends in."""
-    pil = _pillow()
+    pil = _import_pillow()
     pil.Image.init()
-    formats = [name for name in _FORMATS if name in pil.Image.OPEN]
+    formats = [name for name in _IMAGE_FORMATS if name in pil.Image.OPEN]
     try:
         with pil.Image.open(path, formats=formats):
             return True
@@ -326,21 +329,21 @@ def _convert_to_8_bits(pil: ModuleType, image: ImageLike) -> ImageLike:
     return pil.Image.fromarray(levels)
 
 
-def _resize_settings(fields: Fields) -> dict[str, Any]:
+def _read_resize_settings(fields: Fields) -> dict[str, Any]:
     """Returns the `size` or the `shortest_edge` of an `ImageProcessor`, and its `resample`."""
     resample = fields.get("resample", 2)
     size = fields.get("size")
     processor_type = (
         fields.get("image_processor_type") or fields.get("feature_extractor_type") or ""
     )
-    if isinstance(size, int) and processor_type.startswith(_SHORTEST_EDGE):
+    if isinstance(size, int) and processor_type.startswith(_SHORTEST_EDGE_TYPES):
         return {"shortest_edge": size, "resample": resample}
     if isinstance(size, dict) and list(size) == ["shortest_edge"]:
         return {"shortest_edge": size["shortest_edge"], "resample": resample}
-    return {"size": _height_and_width("size", size), "resample": resample}
+    return {"size": _read_height_and_width("size", size), "resample": resample}
 
 
-def _height_and_width(name: str, size: object) -> tuple[int, int]:
+def _read_height_and_width(name: str, size: object) -> tuple[int, int]:
     """Returns the height and the width in a field that holds both, or one number for both."""
     if isinstance(size, int):
         return size, size
@@ -353,7 +356,7 @@ def _size_fields(size: tuple[int, int]) -> dict[str, int]:
     return {"height": size[0], "width": size[1]}
 
 
-def _pillow() -> ModuleType:
+def _import_pillow() -> ModuleType:
     try:
         import PIL
         import PIL.Image

@@ -1,8 +1,8 @@
 """Two-way key tables: Hugging Face's tensor names and layouts, and ours.
 
 A table is a list of rows, one for each parameter, made from a configuration alone (see
-``lora_jax.models.key_table``). Reading and writing both follow it, and ``check`` compares a file
-with it: nothing may be missing, left over, or of another shape.
+``lora_jax.models.key_table``). Reading and writing both follow it, and ``check_tensors`` compares a
+file with it: nothing may be missing, left over, or of another shape.
 """
 
 import dataclasses
@@ -116,25 +116,25 @@ class Row:
 
 
 class SubTensor(NamedTuple):
-    """A tensor that a file holds within another one: the tensor `name`, cut by the index `at`."""
+    """A tensor that a file holds within another one: tensor `name`, cut by `file_index`."""
 
     name: str  # in the file
-    at: tuple[int | slice, ...]
+    file_index: tuple[int | slice, ...]
 
     def shape_of(self, file_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the part's shape, given the shape of the tensor that holds it."""
-        return np.broadcast_to(np.int8(0), file_shape)[self.at].shape
+        return np.broadcast_to(np.int8(0), file_shape)[self.file_index].shape
 
-    def inside(self, part_index: tuple[slice, ...]) -> tuple[int | slice, ...]:
+    def index_in_tensor(self, part_index: tuple[slice, ...]) -> tuple[int | slice, ...]:
         """Returns a slice of the part as a slice of the tensor that holds it."""
         remaining_slices = list(part_index)
-        file_index: list[int | slice] = []
-        for cut in self.at:
+        tensor_index: list[int | slice] = []
+        for cut in self.file_index:
             if isinstance(cut, slice):  # an axis that the part has; an index removes the axis
-                file_index.append(_slice_of_slice(cut, remaining_slices.pop(0)))
+                tensor_index.append(_slice_of_slice(cut, remaining_slices.pop(0)))
             else:
-                file_index.append(cut)
-        return (*file_index, *remaining_slices)
+                tensor_index.append(cut)
+        return (*tensor_index, *remaining_slices)
 
 
 def _slice_of_slice(outer: slice, inner: slice) -> slice:
@@ -145,17 +145,17 @@ def _slice_of_slice(outer: slice, inner: slice) -> slice:
 
 
 # Buffers that follow from the configuration: files may hold them, and no table does.
-_DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
+_DERIVED_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
-def absent_parts(shapes: Mapping[str, object], table: Sequence[Row]) -> list[str]:
+def find_absent_parts(shapes: Mapping[str, object], table: Sequence[Row]) -> list[str]:
     """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
     stored_parts = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     absent = [row.part for row in table if row.part and row.part not in stored_parts]
     return list(dict.fromkeys(absent))
 
 
-def check(
+def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     table: Sequence[Row],
     where: str,
@@ -177,7 +177,7 @@ def check(
 
     def is_expected(name: str) -> bool:
         is_named = name in expected or name in aliases
-        is_derived = _DERIVED.fullmatch(name) is not None
+        is_derived = _DERIVED_BUFFER.fullmatch(name) is not None
         is_ignored = ignored is not None and ignored.fullmatch(name) is not None
         return is_named or is_derived or is_ignored
 
@@ -209,7 +209,7 @@ def check(
     )
 
 
-def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
+def write_converted(values: np.ndarray, out: np.ndarray, where: str) -> None:
     """Writes values into ``out``, in its dtype.
 
     Raises:
@@ -312,17 +312,17 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):
-            tensor = hf_member(row, leaf, index)
+            tensor = hf_tensor_of_member(row, leaf, index)
             yield name, np.ascontiguousarray(tensor)
 
 
-def hf_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor of a parameter, or of an array of its codes, in Hugging Face's layout."""
-    array = _member(leaf, index)
+    array = _read_member_on_host(leaf, index)
     return array.T if row.transpose else array
 
 
-def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
     Shard by shard: JAX refuses to index an array on a mesh with explicit axes, and would keep a
@@ -338,7 +338,7 @@ def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
         index_in_shard = _index_in_shard(index, shard.index, leaf.shape)
         if index_in_shard is None:
             continue
-        values = _indexed(shard.data, index_in_shard) if index else shard.data
+        values = _index_array(shard.data, index_in_shard) if index else shard.data
         member[shard.index[n_stack_axes:]] = np.asarray(values)
     return member
 
@@ -357,6 +357,6 @@ def _index_in_shard(
 
 
 @jax.jit
-def _indexed(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
+def _index_array(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
     """Returns array[index], by one program for all members of a stack."""
     return array[index]

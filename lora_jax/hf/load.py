@@ -20,16 +20,23 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.types import Leaf
 from lora_jax.hf.coded import (
-    NONE,
-    STORED,
-    check_stored,
-    count_forms,
-    encode_row,
-    read_stored,
-    stored_shapes,
+    QUANTIZE_NONE,
+    QUANTIZE_STORED,
+    check_kernels_have_codes,
+    describe_forms,
+    read_and_encode_kernel,
+    read_stored_codes,
+    shapes_of_stored_codes,
 )
-from lora_jax.hf.keys import Params, Row, WeightsError, absent_parts, check, nest_leaves
-from lora_jax.hf.sources import FLOATS, HasCodes, Source
+from lora_jax.hf.keys import (
+    Params,
+    Row,
+    WeightsError,
+    check_tensors,
+    find_absent_parts,
+    nest_leaves,
+)
+from lora_jax.hf.sources import FLOAT_DTYPES, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
@@ -58,7 +65,7 @@ def load_params(
     Raises:
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
-    table, absent = _check_source(source)
+    table, absent = _match_source_to_table(source)
     stored_rows = [row for row in table if row.part not in absent]
     _check_dtypes(source, stored_rows)
     _check_aliases(source, stored_rows)
@@ -66,23 +73,23 @@ def load_params(
         begins = "freshly initialised, unless an adapter brings its own"
         print(f"{source.where} holds no {', '.join(absent)}: {begins}", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
-    if quantize is None and source.shipped:
-        quantize = STORED
-        print(f"{source.where}: {_shipped_note(len(source.shipped))}", file=sys.stderr)
-    keeps_codes = quantize == STORED
-    codings = codings_of(table, param_dtype, quantize, source)
+    if quantize is None and source.coded_names:
+        quantize = QUANTIZE_STORED
+        print(f"{source.where}: {_stored_codes_message(len(source.coded_names))}", file=sys.stderr)
+    keeps_codes = quantize == QUANTIZE_STORED
+    codings = select_codings(table, param_dtype, quantize, source)
     if keeps_codes:
-        check_stored(source, [row for row in stored_rows if row.path in codings])
+        check_kernels_have_codes(source, [row for row in stored_rows if row.path in codings])
 
     def read_codes(row: Row, row_sharding: Sharding | None) -> Coded | None:
         if keeps_codes:
-            return read_stored(source, row, param_dtype, row_sharding)
+            return read_stored_codes(source, row, param_dtype, row_sharding)
         coding = codings[row.path]
         if coding is None:
             return None
         fp32 = np.dtype(np.float32)
         read_layers = functools.partial(_read_parameter, source, row, fp32, row_sharding)
-        return encode_row(row, coding, param_dtype, row_sharding, read_layers)
+        return read_and_encode_kernel(row, coding, param_dtype, row_sharding, read_layers)
 
     float_kernels: list[Row] = []  # those that were to be in codes
     leaves: list[tuple[str, Leaf]] = []
@@ -105,7 +112,7 @@ def load_params(
     return nest_leaves(leaves)
 
 
-def _shipped_note(n_kernels: int) -> str:
+def _stored_codes_message(n_kernels: int) -> str:
     return (
         f"{n_kernels} kernels stay in the codes that they were shipped in; quantize='none' "
         "(--quantize none) reads arrays"
@@ -120,7 +127,7 @@ def _float_kernels_message(
     if stored:
         return (
             f"{len(float_kernels)} of {n_kernels} kernels are read as floats: {path} lies "
-            f"in {count_forms(source, float_kernels[:1])}. {source.kept_forms_note}"
+            f"in {describe_forms(source, float_kernels[:1])}. {source.kept_forms_note}"
         )
     return (
         f"{path} fits no blocks, nor do {len(float_kernels) - 1} other kernels of "
@@ -128,7 +135,7 @@ def _float_kernels_message(
     )
 
 
-def shapes_of(
+def param_shapes(
     table: Sequence[Row],
     dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
@@ -142,23 +149,23 @@ def shapes_of(
       quantize: see ``models.from_pretrained``.
       source: the file whose codes are kept, for "stored".
     """
-    if quantize is None and source is not None and source.shipped:
-        quantize = STORED
-    codings = codings_of(table, dtype, quantize, source)
+    if quantize is None and source is not None and source.coded_names:
+        quantize = QUANTIZE_STORED
+    codings = select_codings(table, dtype, quantize, source)
 
     def leaf_shape(row: Row) -> Leaf:
         array = jax.ShapeDtypeStruct(row.stacked_shape, row.dtype_of(dtype))
         if row.path not in codings:
             return array
-        if quantize == STORED and source is not None:
-            return stored_shapes(source, row, dtype) or array
+        if quantize == QUANTIZE_STORED and source is not None:
+            return shapes_of_stored_codes(source, row, dtype) or array
         coding = codings[row.path]
         return array if coding is None else encode(array, coding)
 
     return nest_leaves((row.path, leaf_shape(row)) for row in table)
 
 
-def codings_of(
+def select_codings(
     table: Sequence[Row],
     dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None,
@@ -172,10 +179,10 @@ def codings_of(
       quantize: see ``models.from_pretrained``.
       source: the file, for "stored".
     """
-    if quantize in (None, NONE):
+    if quantize in (None, QUANTIZE_NONE):
         return {}
-    if quantize == STORED and source is not None and source.shipped:
-        kernels = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
+    if quantize == QUANTIZE_STORED and source is not None and source.coded_names:
+        kernels = [row for row in table if not source.coded_names.isdisjoint(row.hf_names)]
         return dict.fromkeys(row.path for row in kernels)
     shapes = nest_leaves(
         (row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table
@@ -184,25 +191,25 @@ def codings_of(
     if not isinstance(quantize, str | Codes):
         return plan(shapes, rules=quantize, kinds=kinds)
     # For "stored", any format selects the kernels.
-    return plan(shapes, "nf4" if quantize == STORED else quantize, kinds=kinds)
+    return plan(shapes, "nf4" if quantize == QUANTIZE_STORED else quantize, kinds=kinds)
 
 
-def absent_rows(source: Source) -> list[Row]:
+def find_absent_parameters(source: Source) -> list[Row]:
     """Returns the parameters of optional parts, such as heads, that a source lacks entirely.
 
     Raises:
       WeightsError: other tensors are missing, left over or misshaped; one error lists all of them.
     """
-    table, absent = _check_source(source)
+    table, absent = _match_source_to_table(source)
     return [row for row in table if row.part in absent]
 
 
-def _check_source(source: Source) -> tuple[list[Row], list[str]]:
+def _match_source_to_table(source: Source) -> tuple[list[Row], list[str]]:
     """Returns the key table that a source fits, and the optional parts that it lacks entirely."""
     table = source.format.table(source.config)
-    absent = absent_parts(source.shapes, table)
+    absent = find_absent_parts(source.shapes, table)
     stored_rows = [row for row in table if row.part not in absent]
-    check(source.shapes, stored_rows, source.where, source.format.ignored)
+    check_tensors(source.shapes, stored_rows, source.where, source.format.ignored_tensors)
     return table, absent
 
 
@@ -283,11 +290,12 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
     problems = []
     for row in table:
         for name in (*row.hf_names, *row.aliases):
-            if source.dtypes.get(name, "F32") not in FLOATS:
+            if source.dtypes.get(name, "F32") not in FLOAT_DTYPES:
                 problems.append(f"{name} is {source.dtypes[name]} ({source.locate(name)})")
     if problems:
         raise WeightsError(
-            f"{source.where}: weights have to be {', '.join(FLOATS)}\n  " + "\n  ".join(problems)
+            f"{source.where}: weights have to be {', '.join(FLOAT_DTYPES)}\n  "
+            + "\n  ".join(problems)
         )
 
 

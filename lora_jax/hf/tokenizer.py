@@ -7,14 +7,14 @@ from types import ModuleType
 
 from lora_jax.core.types import Fields, Tokenizer
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.folder import pointer_problem
+from lora_jax.hf.folder import describe_lfs_pointer
 from lora_jax.hf.gguf import open_gguf
-from lora_jax.hf.gguf.tokenizer import CoreTokenizer, build
-from lora_jax.hf.hub import hub_name, resolve, snapshot
+from lora_jax.hf.gguf.tokenizer import CoreTokenizer, build_tokenizer
+from lora_jax.hf.hub import check_hub_name, find_model, find_snapshot
 from lora_jax.hf.packaged import BUNDLES
 
 # The files of a tokenizer in a model's folder.
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -42,16 +42,16 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    path = _tokenizer_folder(name_or_path) or resolve(name_or_path).path
+    path = _tokenizer_folder(name_or_path) or find_model(name_or_path).path
     if path.is_dir():
-        return _read_folder(path)
+        return _load_from_folder(path)
     try:
         return tokenizer_from_gguf(open_gguf(path).metadata)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def tokenizer_path(name_or_path: str | Path) -> Path:
+def find_tokenizer(name_or_path: str | Path) -> Path:
     """Finds a tokenizer's files; from the hub, downloads these alone, without a model.
 
     Args:
@@ -62,8 +62,10 @@ def tokenizer_path(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     if Path(name).expanduser().exists() or name in BUNDLES:
-        return _tokenizer_folder(name) or resolve(name).path
-    return snapshot(hub_name(name), [*FILES, "config.json"], needed="tokenizer*.json")
+        return _tokenizer_folder(name) or find_model(name).path
+    return find_snapshot(
+        check_hub_name(name), [*TOKENIZER_FILES, "config.json"], needed="tokenizer*.json"
+    )
 
 
 def _tokenizer_folder(name_or_path: str | Path) -> Path | None:
@@ -72,14 +74,14 @@ def _tokenizer_folder(name_or_path: str | Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _read_folder(path: Path) -> Tokenizer:
+def _load_from_folder(path: Path) -> Tokenizer:
     """Returns the tokenizer of a folder; raises a ConfigError with a remedy if it is damaged."""
     auto_tokenizer = import_transformers().AutoTokenizer
     try:
         return auto_tokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a damaged folder, anything
         file = path / "tokenizer.json"
-        pointer = pointer_problem(file) if file.is_file() else None
+        pointer = describe_lfs_pointer(file) if file.is_file() else None
         if pointer is not None:
             raise ConfigError(pointer) from None
         reason = " ".join(str(error).split())
@@ -99,8 +101,8 @@ def _read_folder(path: Path) -> Tokenizer:
 def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
     """Builds a tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
     import_transformers()  # says what is missing
-    core, special_tokens = build(metadata)
-    tokenizer = fast_tokenizer(core, **special_tokens)
+    core, special_tokens = build_tokenizer(metadata)
+    tokenizer = make_fast_tokenizer(core, **special_tokens)
     prefix = "tokenizer.chat_template"
     default_template = metadata.get(prefix)
     names = metadata.get(f"{prefix}s", ())
@@ -112,7 +114,7 @@ def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
     return tokenizer
 
 
-def fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
+def make_fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
     """Returns transformers' tokenizer around one of the package `tokenizers`.
 
     Args:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
-from lora_jax.hf.fields import check_known
+from lora_jax.hf.fields import check_supported
 from lora_jax.hf.format import ModelConfig, ModelFormat, ModelFormats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
@@ -62,14 +62,18 @@ class Family:
 
 
 _ENCODER = ModelFormat(
-    EncoderConfig.from_hf, encoder_table, options=OPTIONS, name=encoder_name, ignored=OTHER_HEADS
+    EncoderConfig.from_hf,
+    encoder_table,
+    options=OPTIONS,
+    table_name=encoder_name,
+    ignored_tensors=OTHER_HEADS,
 )
 _VISION = ModelFormat(
     VisionConfig.from_hf,
     vision_table,
     options=VISION_OPTIONS,
-    name=vision_name,
-    ignored=OTHER_PARTS,
+    table_name=vision_name,
+    ignored_tensors=OTHER_PARTS,
 )
 
 
@@ -78,8 +82,8 @@ def _decoder_format(facts: DecoderFamily) -> ModelFormat:
         DecoderConfig.from_hf,
         decoder_table,
         decoder_parts,
-        name=decoder_name,
-        ignored=facts.left_out,
+        table_name=decoder_name,
+        ignored_tensors=facts.left_out,
         gguf=gguf_layout(facts),
     )
 
@@ -93,12 +97,12 @@ _QWEN_VL = ModelFormat(
     qwen_vl_table,
     decoder_parts,
     options=frozenset({IMAGES}),
-    name=qwen_vl_name,
-    ignored=FURTHER,
+    table_name=qwen_vl_name,
+    ignored_tensors=FURTHER,
 )
 
-_SMOLVLM = ModelFormat(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name)
-_GPT2 = ModelFormat(GPT2Config.from_hf, gpt2_table, name=gpt2_name)
+_SMOLVLM = ModelFormat(SmolVLMConfig.from_hf, smolvlm_table, table_name=smolvlm_name)
+_GPT2 = ModelFormat(GPT2Config.from_hf, gpt2_table, table_name=gpt2_name)
 
 
 def _families() -> dict[str, Family]:
@@ -132,7 +136,7 @@ def family_of(model_type: object) -> Family:
     Raises:
       ConfigError: for an unknown model_type; lists the known ones.
     """
-    return FAMILIES[check_known("model_type", model_type, FAMILIES)]
+    return FAMILIES[check_supported("model_type", model_type, FAMILIES)]
 
 
 def has_images(fields: Fields) -> bool:

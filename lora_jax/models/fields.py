@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, check_values
+from lora_jax.hf.fields import ConfigError, check_field_values, check_multiple, check_supported
 from lora_jax.models.layers.blocks import ACTIVATION
 
 
@@ -54,12 +54,12 @@ def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> No
     Raises:
       ConfigError: a value is not supported, or hidden_size is no multiple of the number of heads.
     """
-    check_values(config, names)
+    check_field_values(config, names)
     file_names = names or {}
     act_name = file_names.get("hidden_act", "hidden_act")
     size_name = file_names.get("hidden_size", "hidden_size")
     heads_name = file_names.get("num_attention_heads", "num_attention_heads")
-    check_known(act_name, config.hidden_act, ACTIVATION)
+    check_supported(act_name, config.hidden_act, ACTIVATION)
     check_multiple(**{size_name: config.hidden_size, heads_name: config.num_attention_heads})
 
 

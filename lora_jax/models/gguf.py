@@ -9,11 +9,17 @@ import numpy as np
 
 from lora_jax.core.types import Leaf, Model, Tokenizer, Tree
 from lora_jax.folders import local_path
-from lora_jax.hf.generation import end_tokens
+from lora_jax.hf.generation import end_token_ids
 from lora_jax.hf.gguf.files import open_gguf
-from lora_jax.hf.gguf.tokenizer import ENDS
-from lora_jax.hf.gguf.vocabulary import general_name, vocabulary
-from lora_jax.hf.gguf.write import FILE_TYPES, Entry, check_type, fitting_type, write_gguf
+from lora_jax.hf.gguf.tokenizer import END_ROLES
+from lora_jax.hf.gguf.vocabulary import model_name_for_llama_cpp, tokenizer_metadata
+from lora_jax.hf.gguf.write import (
+    FILE_TYPES,
+    GGUFTensor,
+    check_gguf_type,
+    gguf_type_for_shape,
+    write_gguf,
+)
 from lora_jax.hf.keys import WeightsError, check_leaves
 from lora_jax.models.decoder.gguf_form import Piece, check_form, facts_of, metadata_of, pieces
 from lora_jax.models.decoder.keys import decoder_table
@@ -70,7 +76,7 @@ def save_gguf(
         raise FileExistsError(
             f"{path} already exists. Name another file, or pass overwrite=True to replace it."
         )
-    check_type(gguf_type)
+    check_gguf_type(gguf_type)
     config = model.config
     notes = check_form(config)
     leaves = check_leaves(params, decoder_table(config))
@@ -80,7 +86,7 @@ def save_gguf(
     if chat_template is not None:
         words["tokenizer.chat_template"] = chat_template
     name = (metadata or {}).get("general.name", config.model_type)
-    name, notes_on_spaces = general_name(name, tokenizer, words)
+    name, notes_on_spaces = model_name_for_llama_cpp(name, tokenizer, words)
     fields = {
         "general.architecture": config.family.gguf,
         "general.type": "model",
@@ -98,19 +104,19 @@ def save_gguf(
 
 def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:
     """Returns a note on the model's end tokens that the metadata of the tokenizer do not name."""
-    named_tokens = [words.get(f"tokenizer.ggml.{role}_token_id") for role in ENDS]
-    lacking = [token for token in end_tokens(config) if token not in named_tokens]
+    named_tokens = [words.get(f"tokenizer.ggml.{role}_token_id") for role in END_ROLES]
+    lacking = [token for token in end_token_ids(config) if token not in named_tokens]
     if not lacking:
         return []
     return [
-        f"a GGUF file names {len(ENDS)} end tokens at most, and this one lacks the tokens "
+        f"a GGUF file names {len(END_ROLES)} end tokens at most, and this one lacks the tokens "
         f"{', '.join(map(str, lacking))}: llama.cpp may not stop there"
     ]
 
 
 def _entries(
     config: Any, leaves: Mapping[str, Leaf], gguf_type: str, stored: Mapping[str, Any]
-) -> tuple[list[Entry], list[str]]:
+) -> tuple[list[GGUFTensor], list[str]]:
     """Returns the tensors to write, and what to say of them.
 
     Args:
@@ -120,7 +126,7 @@ def _entries(
       stored: the tensors of the base's file, by name.
     """
     entries = [
-        Entry(name, values.shape, "F32", partial(np.asarray, values))
+        GGUFTensor(name, values.shape, "F32", partial(np.asarray, values))
         for name, values in facts_of(config).items()
     ]
     kept, halves = 0, []
@@ -150,7 +156,7 @@ def _words(
 ) -> dict[str, Any]:
     """Returns the metadata of the tokenizer: the given one's, or the base file's own."""
     if tokenizer is not None:
-        return vocabulary(tokenizer, config.vocab_size, end_tokens(config))
+        return tokenizer_metadata(tokenizer, config.vocab_size, end_token_ids(config))
     if base is None:
         raise WeightsError("a GGUF file holds its tokenizer: give one (tokenizer=)")
     if "tokenizer.ggml.model" not in base:
@@ -158,19 +164,19 @@ def _words(
     return {name: value for name, value in base.items() if name.startswith("tokenizer.")}
 
 
-def _entry(piece: Piece, leaf: Leaf, gguf_type: str) -> Entry:
+def _entry(piece: Piece, leaf: Leaf, gguf_type: str) -> GGUFTensor:
     kind = gguf_type.upper()
     is_matrix = len(piece.shape) > 1 and piece.name.endswith(".weight")
     if not is_matrix or piece.name.endswith(_ROUTERS):
         kind = "F32"
     elif kind == "Q4_0" and piece.name in _OUTER:
         kind = "Q8_0"
-    return Entry(
-        piece.name, piece.shape, fitting_type(kind, piece.shape), partial(piece.read, leaf)
+    return GGUFTensor(
+        piece.name, piece.shape, gguf_type_for_shape(kind, piece.shape), partial(piece.read, leaf)
     )
 
 
-def _is_stored(tensor: Any, entry: Entry) -> bool:
+def _is_stored(tensor: Any, entry: GGUFTensor) -> bool:
     """Returns True if a base's tensor stands for these values, bit for bit."""
     from gguf import dequantize
 
@@ -180,5 +186,5 @@ def _is_stored(tensor: Any, entry: Entry) -> bool:
     return np.array_equal(values.reshape(entry.shape), entry.read())
 
 
-def _copy(tensor: Any, entry: Entry) -> Entry:
-    return Entry(entry.name, entry.shape, tensor.tensor_type.name, lambda: tensor.data, True)
+def _copy(tensor: Any, entry: GGUFTensor) -> GGUFTensor:
+    return GGUFTensor(entry.name, entry.shape, tensor.tensor_type.name, lambda: tensor.data, True)

@@ -17,10 +17,10 @@ from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf import sources
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import GGUFFile
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.hub import find_model
 from lora_jax.hf.keys import Params, WeightsError
 from lora_jax.hf.load import ShardingOf, load_params
-from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tokenizer
+from lora_jax.hf.save import choose_file_dtypes, write_chat_template, write_model, write_tokenizer
 from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.rope import with_rope_scaling
@@ -108,7 +108,7 @@ def from_pretrained(
     >>> loaded["transformer"]["wte"]["embedding"].shape
     (16, 8)
     """
-    local = resolve(name_or_path)
+    local = find_model(name_or_path)
     if local.note:
         print(local.note, file=sys.stderr)
     head_options = {
@@ -192,17 +192,17 @@ def save_pretrained(
     table = key_table(model.config)
     source = None
     if codes_from is not None:
-        path = resolve(readable(codes_from)).path
+        path = find_model(readable(codes_from)).path
         source = open_source(path, **reading_options(model.config))
     if source is not None and not isinstance(source, SafetensorsFolder):
         raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
-    dtypes = file_dtypes(params, table, dtype, in_codes=source is not None)
+    dtypes = choose_file_dtypes(params, table, dtype, in_codes=source is not None)
     with new_folder(folder) as partial:
         write_model(partial, model.config, table, params, dtypes, max_shard_size, source)
         if tokenizer is not None:
             write_tokenizer(partial, tokenizer)
         if chat_template is not None:
-            write_template(partial, chat_template)
+            write_chat_template(partial, chat_template)
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
 

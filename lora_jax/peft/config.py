@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.buckets.copies import readable
 from lora_jax.core.types import Fields, JsonObject
-from lora_jax.hf.fields import read_file
+from lora_jax.hf.fields import read_json_fields
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
 from lora_jax.variants import VARIANTS
@@ -109,7 +109,7 @@ def fields_of(source: Any) -> tuple[JsonObject, str]:
         return dict(source.to_dict()), type(source).__name__
     path = readable(source)
     file = path / FILE if path.is_dir() else path
-    return read_file(file, "a PEFT adapter", PeftError), str(file)
+    return read_json_fields(file, "a PEFT adapter", PeftError), str(file)
 
 
 def _check_known(fields: Fields, where: str) -> None:

@@ -14,7 +14,7 @@ from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, check_free, local_path, new_folder
 from lora_jax.hf.keys import Row
-from lora_jax.hf.stored.raw import array_entry, write_tensors
+from lora_jax.hf.stored.raw import entry_of_array, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.config import INVOCATION
@@ -111,7 +111,9 @@ def save(
         task_type = "CAUSAL_LM"
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
-        write_tensors(partial / FILE, {name: array_entry(array) for name, array in tensors.items()})
+        write_tensors(
+            partial / FILE, {name: entry_of_array(array) for name, array in tensors.items()}
+        )
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):

@@ -15,7 +15,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
-from lora_jax.hf.gguf.write import FILE_TYPES, FLOATS, Entry, check_type, write_gguf
+from lora_jax.hf.gguf.write import FILE_TYPES, FLOAT_TYPES, GGUFTensor, check_gguf_type, write_gguf
 from lora_jax.models.decoder.gguf import pair_rows
 from lora_jax.models.decoder.gguf_form import check_form, fused_parts, name_of
 from lora_jax.models.decoder.keys import has_fused_experts
@@ -83,7 +83,7 @@ def save_gguf(
         raise FileExistsError(
             f"{path} already exists. Name another file, or pass overwrite=True to replace it."
         )
-    check_type(gguf_type, FLOATS)
+    check_gguf_type(gguf_type, FLOAT_TYPES)
     notes = check_form(getattr(model, "config", None))
     # llama.cpp takes an alpha of 0 for a scale of 1.
     factors = [f for f in _factors(model, params) if f.rank > 0 and f.scale != 0]
@@ -100,7 +100,7 @@ def save_gguf(
         "adapter.lora.alpha": float(alpha),
     }
     gguf_name = name_of(model.config)
-    entries: list[Entry] = []
+    entries: list[GGUFTensor] = []
     for tensor_factors in factors:
         name = gguf_name(tensor_factors.name)
         entries += _entries(tensor_factors, name, alpha, gguf_type.upper())
@@ -119,7 +119,7 @@ def _gives_scale(alpha: float, factors: Factors) -> bool:
     return bool(np.float32(alpha / factors.rank) == np.float32(factors.scale))
 
 
-def _entries(factors: Factors, name: str, alpha: float, kind: str) -> list[Entry]:
+def _entries(factors: Factors, name: str, alpha: float, kind: str) -> list[GGUFTensor]:
     """Returns the two tensors of the file for an adapted tensor; `kind` is their GGUF type."""
     a = factors.a
     b = factors.b
@@ -129,8 +129,8 @@ def _entries(factors: Factors, name: str, alpha: float, kind: str) -> list[Entry
     if name == "token_embd.weight":  # llama.cpp looks rows of A up
         a = a.T
     return [
-        Entry(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_reader(a)),
-        Entry(name=f"{name}.lora_b", shape=b.shape, kind=kind, read=_reader(b)),
+        GGUFTensor(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_reader(a)),
+        GGUFTensor(name=f"{name}.lora_b", shape=b.shape, kind=kind, read=_reader(b)),
     ]
 
 

@@ -23,10 +23,10 @@ from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
-from lora_jax.hf.folder import damage_message
-from lora_jax.hf.hub import ModelNotFound, snapshot
+from lora_jax.hf.folder import describe_damage
+from lora_jax.hf.hub import ModelNotFound, find_snapshot
 from lora_jax.hf.keys import Row
-from lora_jax.hf.sources import FLOATS
+from lora_jax.hf.sources import FLOAT_DTYPES
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import drop_copies
@@ -151,7 +151,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     with _open(path) as file:
         for name in file.keys():
             dtype = file.get_slice(name).get_dtype()
-            if dtype not in FLOATS:
+            if dtype not in FLOAT_DTYPES:
                 raise PeftError(f"{path}: {name} has the dtype {dtype}; weights are floats")
             tensors[name] = file.get_tensor(name)
     return tensors
@@ -185,7 +185,7 @@ def _open(path: Path) -> Iterator[Any]:
     except PeftError:
         raise
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise PeftError(damage_message(path, error)) from None
+        raise PeftError(describe_damage(path, error)) from None
 
 
 class _Reader:
@@ -444,7 +444,7 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise PeftError(f"{name} is neither a folder here nor a hub name (owner/name)")
         try:
-            path = snapshot(name, _ADAPTER_FILES)
+            path = find_snapshot(name, _ADAPTER_FILES)
         except ModelNotFound as error:
             raise PeftError(str(error)) from None
     if not path.is_dir():

@@ -13,7 +13,7 @@ import torch
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 
 from lora_jax.hf.format import ModelFormat, ModelFormats
-from lora_jax.hf.keys import WeightsError, convert
+from lora_jax.hf.keys import WeightsError, write_converted
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.models.families import key_table
 from lora_jax.torch.config import TorchConfig
@@ -37,8 +37,8 @@ FORMAT = ModelFormat(
     TorchConfig.from_hf,
     key_table,
     options=frozenset({"auto", "scan"}),
-    name=lambda name, config: _renamed(name, config)[0],
-    ignored=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
+    table_name=lambda name, config: _renamed(name, config)[0],
+    ignored_tensors=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
 )
 
 
@@ -84,7 +84,7 @@ class TorchFolder(SafetensorsFolder):
         super().__init__(folder, FORMATS, **options)
         self._joined: dict[str, _Joined] = {}
         self._parts_of: dict[str, tuple[int, ...]] = {}
-        self._coded, self.shipped = self.shipped, frozenset()
+        self._coded, self.coded_names = self.coded_names, frozenset()
         plain = Counter(kind for name, kind in self.dtypes.items() if name not in self._coded)
         for kind, _ in plain.most_common(1):  # the dtype of what the codes stand for
             self.dtypes |= dict.fromkeys(self._coded, kind)
@@ -112,11 +112,11 @@ class TorchFolder(SafetensorsFolder):
         if name not in self._joined and name not in self._coded:
             return super().read_into(out, name, index)
         # Not block by block, each of which would join or decode all anew.
-        return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
+        return write_converted(self._read_slice(name, index), out, f"{self.locate(name)}: {name}")
 
-    def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def _read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in self._joined:
-            return super()._slice(name, index)
+            return super()._read_slice(name, index)
         part_names = self._joined[name].parts
         parts = {pattern: list(map(self._part, names)) for pattern, names in part_names.items()}
         tensor = self._join(name, parts)
@@ -130,7 +130,7 @@ class TorchFolder(SafetensorsFolder):
 
     def _part(self, name: str) -> np.ndarray:
         """Returns a tensor of the files, whole."""
-        return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))
+        return super()._read_slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
     def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
         """Returns a tensor of the module, put together from the parts in the files."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.hub import find_model
 from lora_jax.hf.keys import Params, Row, nest_leaves
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
@@ -71,7 +71,7 @@ def from_torch(
     param_dtype = dtype if param_dtype is None else param_dtype
     folder = None
     if isinstance(source, str | os.PathLike):
-        folder = TorchFolder(resolve(Path(source)).path, auto=auto, scan=scan)
+        folder = TorchFolder(find_model(Path(source)).path, auto=auto, scan=scan)
         config = folder.config
     else:
         config = TorchConfig("", auto, scan, source)

@@ -15,7 +15,7 @@ import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.buckets import copies, store
 from lora_jax.buckets.store import BucketError, ObjectChanged, bucket_path
-from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.hub import find_config
 from tests.buckets.store_proxy import bucket_store, use
 from tests.train.forks import Forked
 from tests.train.scripts import fails
@@ -260,7 +260,7 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     with pytest.raises(FileExistsError, match="^gs://bucket/model already exists"):
         models.save_pretrained("gs://bucket/model", model, params)
     before = len(proxy.requests)
-    assert json.loads(resolve_config("gs://bucket/model").read_text())["n_embd"] == 8
+    assert json.loads(find_config("gs://bucket/model").read_text())["n_embd"] == 8
     assert sum("alt=media" in path for _, path in proxy.requests[before:]) == 1  # no weights
 
     tree = lj.lorafy(params, [lj.LoraRule(targets=["c_attn"], rank=2)])

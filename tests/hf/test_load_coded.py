@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.hf import load
-from lora_jax.hf.load import shapes_of
+from lora_jax.hf.load import param_shapes
 from lora_jax.models import ConfigError, from_pretrained, key_table, kinds, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import QuantizeWarning, QuantRule, dequantize, is_coded, quantize
@@ -57,7 +57,7 @@ def test_codes_are_those_of_the_tree(case: str, format: str, folder: Any) -> Non
     assert not any("experts" in path for path in still)
     assert_same(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), coded),
-        shapes_of(key_table(model.config), jnp.float32, format),
+        param_shapes(key_table(model.config), jnp.float32, format),
     )
 
 
@@ -127,7 +127,7 @@ def test_the_codes_of_a_file_stay_as_they_are(kind: str, tmp_path: Path) -> None
     _, coded = from_pretrained(path, quantize="stored")
     assert leaves(coded)[UP].format.name == kind.lower()
     assert_same(dequantize(coded), plain)
-    shapes = shapes_of(key_table(again.config), jnp.float32, "stored", open_source(path))
+    shapes = param_shapes(key_table(again.config), jnp.float32, "stored", open_source(path))
     assert_same(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), coded), shapes)
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     alike = NamedSharding(mesh, PartitionSpec(None))

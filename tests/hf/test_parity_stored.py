@@ -82,7 +82,7 @@ def check(folder: Path, theirs: Iterator[tuple[str, np.ndarray]]) -> None:
         np.testing.assert_array_equal(got, want)
         assert np.abs(want).max() > 0.01
         found.add(name)
-    assert found == source.shipped
+    assert found == source.coded_names
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -229,7 +229,7 @@ def test_what_readers_want_in_one_form(
     own = {"layout": "fp8 blocks, fp32", **MOE} if layout == "experts" else {"layout": layout}
     folder = ship(tmp_path / "in", **own)
     model, _, tree = merged(folder, target)
-    paths = CodesCheck(tree, key_table(model.config), open_source(folder)).unwanted()
+    paths = CodesCheck(tree, key_table(model.config), open_source(folder)).paths_to_dequantize()
     assert sorted(path.split("/")[-2] for path in paths) == sorted(with_it)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax.hf.load import shapes_of
+from lora_jax.hf.load import param_shapes
 from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.models import (
     ConfigError,
@@ -82,8 +82,8 @@ def test_numbers_of_each_layout(layout: str, shipped_as: Any) -> None:
     """Bitwise in fp32, as they are read and as they are computed; scales lie in another shard."""
     folder, meant = shipped_as(layout, num_hidden_layers=1)
     source = open_source(folder)
-    assert source.shipped == {name for name in meant if name.endswith("_proj.weight")}
-    for name in source.shipped:
+    assert source.coded_names == {name for name in meant if name.endswith("_proj.weight")}
+    for name in source.coded_names:
         np.testing.assert_array_equal(source.read(name), meant[name])
         out = np.empty((5, 7), np.float32)
         source.read_into(out, name, (slice(2, 7), slice(3, 10)))
@@ -120,7 +120,7 @@ def test_a_model_keeps_its_codes(layout: str, shipped_as: Any, capsys: Any) -> N
     assert len(coded) == 7 and all(path.endswith("_proj/kernel") for path in coded)
     assert leaves(params)[OUR_UP].dtype == jnp.bfloat16
     table, source = key_table(model.config), open_source(folder)
-    shapes = shapes_of(table, jnp.bfloat16, source=source)
+    shapes = param_shapes(table, jnp.bfloat16, source=source)
     assert_same(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), shapes)
     _, plain = from_pretrained(folder, quantize="none")
     for name, array in hf_tensors(plain, table):
@@ -136,9 +136,9 @@ def test_shapes_of_a_config_alone(layout: str, shipped_as: Any) -> None:
     source, path = open_source(folder), folder / "config.json"
     table = key_table(source.config)
     promised = ConfigCodes(path, json.loads(path.read_text()), table)
-    assert promised.shipped == source.shipped
-    want = shapes_of(table, jnp.float32, source=source)
-    assert_same(shapes_of(table, jnp.float32, source=promised), want)
+    assert promised.coded_names == source.coded_names
+    want = param_shapes(table, jnp.float32, source=source)
+    assert_same(param_shapes(table, jnp.float32, source=promised), want)
 
 
 def test_what_a_config_alone_does_not_tell(shipped_as: Any) -> None:
@@ -147,12 +147,12 @@ def test_what_a_config_alone_does_not_tell(shipped_as: Any) -> None:
     codes = shipped.LAYOUTS["fp8 blocks, fp32"].config
     kept = ["model.layers.*.mlp.up", "mlp.gate_proj", "lm_head"]  # the first is no module's name
     fields["quantization_config"] = codes | {"modules_to_not_convert": kept}
-    found = ConfigCodes(folder, fields, table).shipped
+    found = ConfigCodes(folder, fields, table).coded_names
     assert f"{UP}.weight" in found and not any("gate_proj" in name for name in found)
     fields["quantization_config"] = shipped.LAYOUTS["nf4"].config
     with pytest.raises(ConfigError, match="bitsandbytes's codes do not follow from config.json"):
         ConfigCodes(folder, fields, table)
-    assert ConfigCodes(folder, fields_of("nf4"), table).shipped == frozenset()
+    assert ConfigCodes(folder, fields_of("nf4"), table).coded_names == frozenset()
 
 
 def raw(folder: Path, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_jax as lj
 from lora_jax.hf.stored.methods import Targets
-from lora_jax.hf.stored.tensor import CodeFacts
+from lora_jax.hf.stored.tensor import CodeSettings
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import is_coded
@@ -70,11 +70,11 @@ def test_a_run_trains_over_one(tmp_path: Path) -> None:
     assert is_coded(leaves(lj.strip(params))["model/layers/self_attn/q_proj/kernel"])
 
 
-A, B, C = CodeFacts(block=128), CodeFacts(group=32), CodeFacts()
+A, B, C = CodeSettings(block=128), CodeSettings(group=32), CodeSettings()
 
 
 @pytest.mark.parametrize(
-    ("targets", "facts"),
+    ("targets", "settings"),
     [
         ({"re:.*mlp.*": A, "Linear": B}, A),
         ({"re:.*self_attn.*": A, "Linear": B}, B),
@@ -85,9 +85,11 @@ A, B, C = CodeFacts(block=128), CodeFacts(group=32), CodeFacts()
         ({"re:.*down_proj": A, "Embedding": B}, None),
     ],
 )
-def test_the_target_that_counts(targets: dict[str, CodeFacts], facts: CodeFacts | None) -> None:
-    assert Targets(targets).facts_of(f"{MLP}.up_proj.weight") == facts
-    assert Targets(targets).facts_of(f"{MLP}.up_proj.weight_packed") == facts
+def test_the_target_that_counts(
+    targets: dict[str, CodeSettings], settings: CodeSettings | None
+) -> None:
+    assert Targets(targets).settings_of(f"{MLP}.up_proj.weight") == settings
+    assert Targets(targets).settings_of(f"{MLP}.up_proj.weight_packed") == settings
 
 
 @pytest.mark.parity
@@ -101,11 +103,11 @@ def test_the_target_is_that_of_compressed_tensors() -> None:
     pool += ["re:.*mlp.*", "re:model", "re:^model.*proj$", "re:.*layers.[01].*", "re:lm_head"]
     seen = set()
     for _ in range(500):
-        facts = {target: CodeFacts(i) for i, target in enumerate(rng.sample(pool, 5))}
+        settings = {target: CodeSettings(i) for i, target in enumerate(rng.sample(pool, 5))}
         for name in parts:
-            first = match_targets(name, linear, facts)[:1]
-            want = facts[first[0]] if first else None
-            assert Targets(facts).facts_of(f"{name}.weight") == want
+            first = match_targets(name, linear, settings)[:1]
+            want = settings[first[0]] if first else None
+            assert Targets(settings).settings_of(f"{name}.weight") == want
             seen.add(first[0] if first else None)
     assert seen > {None, "Linear", "Module", "re:.*mlp.*", "lm_head"}
 

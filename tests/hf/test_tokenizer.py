@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from lora_jax.hf.tokenizer import tokenizer_from_gguf, tokenizer_path
+from lora_jax.hf.tokenizer import find_tokenizer, tokenizer_from_gguf
 from lora_jax.models import ConfigError, load_tokenizer
 from tests.hf.test_gguf import write
 from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
@@ -155,5 +155,5 @@ def test_a_folder(tmp_path: Path) -> None:
     assert again.encode(text) == tokenizer.encode(text)
     assert again.chat_template == TEMPLATE
     (tmp_path / "model.gguf").write_bytes(b"")  # the folder's own tokenizer comes first
-    assert tokenizer_path(tmp_path) == tmp_path
+    assert find_tokenizer(tmp_path) == tmp_path
     assert load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)

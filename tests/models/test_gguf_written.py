@@ -14,9 +14,9 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.hf.generation import Generation
-from lora_jax.hf.gguf.tokenizer import build
-from lora_jax.hf.gguf.vocabulary import vocabulary
-from lora_jax.hf.gguf.write import Entry, write_gguf
+from lora_jax.hf.gguf.tokenizer import build_tokenizer
+from lora_jax.hf.gguf.vocabulary import tokenizer_metadata
+from lora_jax.hf.gguf.write import GGUFTensor, write_gguf
 from lora_jax.models.decoder.gguf_form import check_form
 from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
 from tests.models.tiny_gguf import FAMILIES, fields_of, make, phi3_words, words
@@ -156,7 +156,7 @@ def test_a_base_keeps_its_name_unless_it_is_like_phi_3s(tmp_path):
         fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF")}
         renamed = tmp_path / "renamed.gguf"
         entries = [
-            Entry(t.name, values(t).shape, t.tensor_type.name, lambda t=t: t.data, True)
+            GGUFTensor(t.name, values(t).shape, t.tensor_type.name, lambda t=t: t.data, True)
             for t in reader.tensors
         ]
         write_gguf(renamed, {**fields, "general.name": name}, entries)
@@ -300,7 +300,7 @@ def test_nothing_is_replaced_or_left_behind(tmp_path):
 def test_a_byte_level_tokenizer(pre):
     core = byte_level(pre)
     roles = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"}
-    made = vocabulary(
+    made = tokenizer_metadata(
         PreTrainedTokenizerFast(tokenizer_object=core, **roles), core.get_vocab_size() + 5
     )
     known = metadata_of(core, pre)
@@ -310,10 +310,10 @@ def test_a_byte_level_tokenizer(pre):
 
 
 def test_a_tokenizer_of_sentencepiece():
-    core, special = build(sentencepiece())
-    made = vocabulary(PreTrainedTokenizerFast(tokenizer_object=core, **special), 500)
+    core, special = build_tokenizer(sentencepiece())
+    made = tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=core, **special), 500)
     assert made["tokenizer.ggml.add_bos_token"] is True
-    again, _ = build(made)
+    again, _ = build_tokenizer(made)
     texts = [text for text in TEXTS if "<" not in text and "\x00" not in text]
     assert [again.encode(t).ids for t in texts] == [core.encode(t).ids for t in texts]
     types = made["tokenizer.ggml.token_type"]
@@ -328,9 +328,9 @@ def test_a_tokenizer_that_llama_cpp_has_no_rule_for():
 
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
     with pytest.raises(models.ConfigError, match=r"by '\[a-m\]\+'.*--tokenizer"):
-        vocabulary(odd, 500)
+        tokenizer_metadata(odd, 500)
     with pytest.raises(models.ConfigError, match="has a token .* and the model 5 rows"):
-        vocabulary(words(), 5)
+        tokenizer_metadata(words(), 5)
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])

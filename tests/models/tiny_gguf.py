@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.hf.gguf.tokenizer import build
+from lora_jax.hf.gguf.tokenizer import build_tokenizer
 from lora_jax.models import Decoder, DecoderConfig
 from tests.hf.vocabularies import TEMPLATE, byte_level, sentencepiece
 from tests.models.tiny import LLAMA3_ROPE, draw
@@ -86,7 +86,7 @@ def phi3_words(*whole: str) -> Any:
     Args:
       whole: further special tokens, behind which spaces stay.
     """
-    core, special = build(sentencepiece())
+    core, special = build_tokenizer(sentencepiece())
     core.pre_tokenizer = None
     space = "\u2581"
     steps = [normalizers.Prepend(space), normalizers.Replace(" ", space)]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.hf.fields import read_file
+from lora_jax.hf.fields import read_json_fields
 from lora_jax.training import make_mesh
 from lora_jax.training.layout import Layout
 from tests.torch.small import adapted, loss_of
@@ -20,7 +20,7 @@ def test_devices_train_as_one_does(llama):
     """Each has its part of the weights."""
     results = []
     for mesh in (make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[:4], fsdp=2, tensor=2)):
-        fields = read_file(llama[0] / "config.json", "a model", ValueError)
+        fields = read_json_fields(llama[0] / "config.json", "a model", ValueError)
         layout = Layout.of(mesh, TorchConfig.from_hf(fields))
         fn, params = from_torch(llama[0], sharding=layout.of_parameter)
         step, adapter = loss_of(layout.constrained(fn), layout.placed(adapted(params)))

@@ -158,7 +158,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
         raise ConnectionError("no such data set in the cache")
 
-    monkeypatch.setattr(files, "probe", lambda name, kind: "no answer within 10 seconds")
+    monkeypatch.setattr(files, "probe_hub", lambda name, kind: "no answer within 10 seconds")
     monkeypatch.setattr(datasets, "load_dataset", load)
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(UserError, match="owner/name .* no answer within 10 seconds"):

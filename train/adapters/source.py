@@ -17,8 +17,8 @@ from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import TEMPLATE_FILE
-from lora_jax.hf.coded import NONE
-from lora_jax.hf.hub import name_for_others
+from lora_jax.hf.coded import QUANTIZE_NONE
+from lora_jax.hf.hub import name_on_other_machines
 from lora_jax.hf.vision.readers import reads_images
 from lora_jax.lorafy import nodes_of
 from lora_jax.models.families import IMAGES, reading_options
@@ -114,7 +114,7 @@ class AdapterSource:
     @property
     def codes(self) -> str | None:
         """The codes of the base that the adapter was trained on; None for arrays."""
-        return None if self.quantize == NONE else self.quantize
+        return None if self.quantize == QUANTIZE_NONE else self.quantize
 
     @property
     def is_subspace(self) -> bool:
@@ -270,8 +270,8 @@ class AdapterSource:
         trained_base = self.about.get("model") if self.from_peft else None
         if not trained_base:
             return
-        trained_name = name_for_others(trained_base)
-        model_name = name_for_others(name)
+        trained_name = name_on_other_machines(trained_base)
+        model_name = name_on_other_machines(name)
         if trained_name is None or model_name is None:  # a folder, whose name says nothing
             return
         is_hub_name = trained_name.count("/") == 1

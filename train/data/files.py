@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.buckets.copies import readable
 from lora_jax.buckets.store import BucketError
-from lora_jax.hf.hub import probe
-from lora_jax.hf.images import is_image
+from lora_jax.hf.hub import probe_hub
+from lora_jax.hf.images import is_image_file
 from lora_jax.training.data.rows import Row, replace_values
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
@@ -75,7 +75,7 @@ def is_image_folder(name: str) -> bool:
     if any(kind_of(path.name) for pattern in ("*", "*/*") for path in folder.glob(pattern)):
         return False  # it has files of rows
     is_named = any(map(_is_named_image, _files_under(folder)))
-    return is_named or any(map(is_image, _files_under(folder)))  # this opens each file
+    return is_named or any(map(is_image_file, _files_under(folder)))  # this opens each file
 
 
 def holds_images(field: str | None, dataset: str) -> bool:
@@ -143,7 +143,7 @@ def _images_in(folder: Path) -> list[Path]:
     images: list[Path] = []
     skipped: list[str] = []
     for path in sorted(_files_under(folder)):
-        if _is_named_image(path) or is_image(path):
+        if _is_named_image(path) or is_image_file(path):
             images.append(path)
         else:
             skipped.append(str(path.relative_to(folder)))
@@ -276,7 +276,7 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
     import huggingface_hub
 
     # Without an answer, datasets would try again for half a minute before it looks into its cache.
-    problem = probe(name, kind="dataset")
+    problem = probe_hub(name, kind="dataset")
     constants: Any = huggingface_hub.constants
     was_offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = problem is not None

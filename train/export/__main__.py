@@ -23,8 +23,8 @@ from lora_jax.adapt.activate import invocations_of
 from lora_jax.buckets.copies import shown, staged
 from lora_jax.buckets.store import bucket_path
 from lora_jax.core.types import Fields, Model, Tree
-from lora_jax.hf.coded import STORED
-from lora_jax.hf.hub import name_for_others, resolve
+from lora_jax.hf.coded import QUANTIZE_STORED
+from lora_jax.hf.hub import find_model, name_on_other_machines
 from lora_jax.models import save_pretrained
 from lora_jax.peft.contents import contents
 from lora_jax.peft.served import as_served
@@ -112,7 +112,7 @@ def repository_of(options: ExportOptions, base: str) -> Repository | None:
     name = options.push_to_hub
     if name is None:
         return None
-    if not options.merged and not options.base_name and name_for_others(base) is None:
+    if not options.merged and not options.base_name and name_on_other_machines(base) is None:
         raise UserError(
             f"--push-to-hub {name}: nobody else could load the adapter, because it would name no "
             f"base ({base} is a local folder): give the base's name on the hub with --base-name"
@@ -141,7 +141,7 @@ def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> st
             return text
     export = Export(
         name=work.hub.name if work.hub else f"path/to/{work.output.name}",
-        base=work.options.base_name or name_for_others(work.base),
+        base=work.options.base_name or name_on_other_machines(work.base),
         model=model,
         fields=fields,
         source=work.adapter,
@@ -154,7 +154,7 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
     tokenizer = work.options.tokenizer or work.adapter.tokenizer
-    codes_format = None if work.options.quantize else work.adapter.quantize or STORED
+    codes_format = None if work.options.quantize else work.adapter.quantize or QUANTIZE_STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
         work.console.status(f"merging and writing {shown(work.output)}"),
@@ -207,7 +207,7 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
             work.output,
             model,
             params,
-            base_model=options.base_name or name_for_others(base),
+            base_model=options.base_name or name_on_other_machines(base),
             task_type=task_type(model, fields),
             for_serving=options.for_serving,
             readme=readme_of(work, model, fields),
@@ -217,7 +217,7 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
     if work.adapter.codes:
         work.say(codes_notice(work.adapter.codes, base))
-    if not options.base_name and name_for_others(base) is None:
+    if not options.base_name and name_on_other_machines(base) is None:
         work.say(
             "adapter_config.json names no base, because the base is a local folder: give its name "
             "on the hub with --base-name"
@@ -259,7 +259,7 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     outline = outline.scaled(adapter.rope_scaling)
     has_codes = outline.has_codes
     if options.gguf and not has_codes:
-        has_codes = resolve(name).path.suffix == ".gguf"
+        has_codes = find_model(name).path.suffix == ".gguf"
     if options.quantize and not has_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     check_form(options, adapter, outline)

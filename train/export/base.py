@@ -7,14 +7,14 @@ from pathlib import Path
 
 from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import map_leaves
-from lora_jax.hf.coded import STORED
+from lora_jax.hf.coded import QUANTIZE_STORED
 from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.gguf.model import GGUFFile
-from lora_jax.hf.hub import resolve
-from lora_jax.hf.save import tokenizer_files
+from lora_jax.hf.hub import find_model
+from lora_jax.hf.save import find_tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.hf.stored.kept import CodesCheck
-from lora_jax.hf.tokenizer import tokenizer_path
+from lora_jax.hf.tokenizer import find_tokenizer
 from lora_jax.models import key_table
 from lora_jax.models.families import reading_options
 from lora_jax.quantized import dequantize, is_coded
@@ -26,14 +26,16 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their n
 
 def dtype_of_files(name: str) -> str:
     """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
-    source = open_model(resolve(name).path)
-    kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
+    source = open_model(find_model(name).path)
+    kinds = Counter(
+        kind for tensor, kind in source.dtypes.items() if tensor not in source.coded_names
+    )
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
 
 def gguf_codes_of(name: str) -> str | None:
     """Returns the codes of most of a base's weights in a GGUF file, such as "Q4_1"; else None."""
-    source = open_model(resolve(name).path)
+    source = open_model(find_model(name).path)
     if not isinstance(source, GGUFFile):
         return None
     sizes: Counter[str] = Counter()
@@ -56,9 +58,9 @@ def tokenizer_of(name: str, given: str | None, config: ModelConfig) -> str | Pat
     """
     if given is not None:
         read_tokenizer(name, given, config)
-        return tokenizer_path(given)
-    path = resolve(name).path
-    if path.is_dir() and not tokenizer_files(path):
+        return find_tokenizer(given)
+    path = find_model(name).path
+    if path.is_dir() and not find_tokenizer_files(path):
         print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)
         return None
     return name
@@ -78,12 +80,12 @@ def keep_codes(
     Returns:
       The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
     """
-    source = open_model(resolve(base).path, **reading_options(model.config))
-    if quantize != STORED or not isinstance(source, SafetensorsFolder):
+    source = open_model(find_model(base).path, **reading_options(model.config))
+    if quantize != QUANTIZE_STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)
     codes_check = CodesCheck(params, table, source)
-    array_paths = codes_check.unwanted()
+    array_paths = codes_check.paths_to_dequantize()
     params = map_leaves(
         lambda path, leaf: dequantize(leaf) if path in array_paths else leaf, params
     )

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Model, Tokenizer, Tree
-from lora_jax.hf.generation import end_tokens
-from lora_jax.hf.gguf.vocabulary import general_name, vocabulary
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.generation import end_token_ids
+from lora_jax.hf.gguf.vocabulary import model_name_for_llama_cpp, tokenizer_metadata
+from lora_jax.hf.hub import find_model
 from lora_jax.models import load_tokenizer, save_gguf
 from lora_jax.models.decoder.gguf_form import check_form
 from lora_jax.quantized import dequantize
@@ -39,14 +39,14 @@ def check_gguf(options: ExportOptions, adapter: AdapterSource, base: str, config
         if options.merged:
             tokenizer = _tokenizer_to_write(options, adapter, base, config)
             if tokenizer is not None:
-                words = vocabulary(tokenizer, config.vocab_size, end_tokens(config))
-                general_name(config.model_type, tokenizer, words)
+                words = tokenizer_metadata(tokenizer, config.vocab_size, end_token_ids(config))
+                model_name_for_llama_cpp(config.model_type, tokenizer, words)
 
 
 def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     """Writes the adapter alone, as llama.cpp's --lora takes it."""
     file, options = _file(work), work.options
-    base = resolve(work.base).path
+    base = find_model(work.base).path
     with as_user_errors(ValueError, OSError, ImportError, prefix="--gguf: "):
         kind = options.gguf_type or "f32"
         notes = lp.save_gguf(file, model, params, gguf_type=kind, overwrite=options.overwrite)
@@ -68,7 +68,7 @@ def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
 def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
     """Writes the whole model, with the adapter merged into it."""
     file, options = _file(work), work.options
-    path = resolve(work.base).path
+    path = find_model(work.base).path
     own = path if path.suffix == ".gguf" else None
     with as_user_errors(ValueError, OSError, ImportError, prefix="--merged --gguf: "):
         tokenizer = _tokenizer_to_write(options, work.adapter, work.base, model.config)
@@ -135,7 +135,7 @@ def _tokenizer_to_write(
     name = options.tokenizer or adapter.tokenizer
     if name:
         return read_tokenizer(base, name, config)
-    is_gguf = resolve(base).path.suffix == ".gguf"
+    is_gguf = find_model(base).path.suffix == ".gguf"
     has_own_tokenizer = is_gguf and not options.quantize
     return None if has_own_tokenizer else load_tokenizer(base)
 

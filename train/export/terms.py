@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.buckets.store import bucket_path
 from lora_jax.core.types import Fields, Model
-from lora_jax.hf.coded import STORED
+from lora_jax.hf.coded import QUANTIZE_STORED
 from lora_jax.models import EncoderConfig, QwenVLConfig, SmolVLMConfig, VisionConfig
 from train.adapters.source import AdapterSource
 
@@ -81,7 +81,7 @@ def codes_notice(codes: str, base: str) -> str:
       codes: the value of --quantize that it was trained with.
       base: the name of the base.
     """
-    if codes == STORED:
+    if codes == QUANTIZE_STORED:
         return f"it was trained over the codes that {base} is published in: serve it over the same"
     config = loading_config(codes)
     remedy = f"load it with quantization_config={config}, or " if config else ""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_jax.hf.fields import read_file
+from lora_jax.hf.fields import read_json_fields
 from lora_jax.hf.sources import Source, read_config_file
 from lora_jax.models import ConfigError
 from lora_jax.models.families import FAMILIES, declined_field, module_of
@@ -39,7 +39,7 @@ def code_of(path: Path, model_code: str | None) -> str:
     config = path / "config.json" if path.is_dir() else path
     if model_code == OURS or config.suffix != ".json" or not config.is_file():
         return OURS
-    fields = read_file(config, "a model", ConfigError)
+    fields = read_json_fields(config, "a model", ConfigError)
     kind = fields.get("model_type")
     declined = declined_field(fields)
     is_ours = kind in FAMILIES and declined is None

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.hf import generation
-from lora_jax.hf.coded import NONE, STORED, check_stored
-from lora_jax.hf.fields import read_file
+from lora_jax.hf.coded import QUANTIZE_NONE, QUANTIZE_STORED, check_kernels_have_codes
+from lora_jax.hf.fields import read_json_fields
 from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.gguf import GGUFFile
-from lora_jax.hf.hub import resolve, resolve_config, revision_of
-from lora_jax.hf.load import absent_rows, codings_of, shapes_of
+from lora_jax.hf.hub import find_config, find_model, snapshot_revision
+from lora_jax.hf.load import find_absent_parameters, param_shapes, select_codings
 from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.sources import HasCodes, Source
 from lora_jax.hf.stored.methods import ConfigCodes
-from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
+from lora_jax.hf.tokenizer import find_tokenizer, load_tokenizer
 from lora_jax.hf.vision.readers import AnyReader, reads_images
 from lora_jax.models import ConfigError, key_table
 from lora_jax.models.families import IMAGES, has_images, reading_options
@@ -70,7 +70,7 @@ class ModelInfo:
     @property
     def about(self) -> dict[str, Any]:
         """The facts that an adapter stores about its base: name, RoPE, codes, tokenizer."""
-        facts = {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+        facts = {"model": self.name, "revision": snapshot_revision(find_model(self.name).path)}
         for name in _BASE_FACTS:
             if name in self.head:
                 facts[name] = self.head[name]
@@ -108,8 +108,8 @@ class ModelInfo:
         """True for a folder with an encoder of images, read for its texts alone so far."""
         if self.is_torch or reads_images(self.config):
             return False
-        path = resolve_config(self.name)
-        return path.suffix == ".json" and has_images(read_file(path, "a model", ConfigError))
+        path = find_config(self.name)
+        return path.suffix == ".json" and has_images(read_json_fields(path, "a model", ConfigError))
 
     def with_images(self) -> "ModelInfo":
         """Returns the outline with the model's encoder of images; as it is where it has none.
@@ -181,7 +181,7 @@ class ModelInfo:
         Raises:
           UserError: the model's files hold no codes that stay, and "stored" was asked for.
         """
-        changes_nothing = quantize is None or (quantize == NONE and not self.has_codes)
+        changes_nothing = quantize is None or (quantize == QUANTIZE_NONE and not self.has_codes)
         if quantize is None or changes_nothing:
             return self
         if self.is_torch:
@@ -191,17 +191,17 @@ class ModelInfo:
             )
         with as_user_errors(*MODEL_ERRORS, ValueError, prefix=f"--quantize {quantize}: "):
             table = key_table(self.config)
-            source = self._source_of_codes() if quantize == STORED else None
+            source = self._source_of_codes() if quantize == QUANTIZE_STORED else None
             if source is not None:
-                kernels = codings_of(table, jnp.float32, quantize, source)
-                check_stored(source, [row for row in table if row.path in kernels])
-            params = shapes_of(table, jnp.float32, quantize, source)
+                kernels = select_codings(table, jnp.float32, quantize, source)
+                check_kernels_have_codes(source, [row for row in table if row.path in kernels])
+            params = param_shapes(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head={**self.head, "quantize": quantize}, params=params)
 
     def _source_of_codes(self) -> Source:
         """Returns the model's files; raises a ConfigError if they hold no codes."""
-        source = open_model(resolve(self.name).path, **reading_options(self.config))
-        has_codes = source.shipped or isinstance(source, GGUFFile)
+        source = open_model(find_model(self.name).path, **reading_options(self.config))
+        has_codes = source.coded_names or isinstance(source, GGUFFile)
         if not has_codes:
             raise models.ConfigError(
                 f"the files of {self.name} hold no codes: choose a format, such as nf4"
@@ -314,10 +314,10 @@ def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
     with model_errors(name):
         if name in BUNDLES:
             models.fetch(name)  # for other models, the configuration is enough
-        path = resolve_config(name)
+        path = find_config(name)
         if code_of(path, model_code) == TORCH:
             config = torch_config(path)
-            params = shapes_of(key_table(config), jnp.float32)
+            params = param_shapes(key_table(config), jnp.float32)
             return _untokenized(name, config, params, {KEY: TORCH})
         source: HasCodes
         if path.suffix == ".gguf":
@@ -326,11 +326,11 @@ def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
             source = file
         else:
             config = read_config_file(path)
-            fields = read_file(path, "a model", models.ConfigError)
+            fields = read_json_fields(path, "a model", models.ConfigError)
             source = ConfigCodes(path, fields, key_table(config))
         _check_continues(name, config)
-        params = shapes_of(key_table(config), jnp.float32, source=source)
-    head = {"quantize": STORED} if source.shipped else {}
+        params = param_shapes(key_table(config), jnp.float32, source=source)
+    head = {"quantize": QUANTIZE_STORED} if source.coded_names else {}
     return _untokenized(name, config, params, head)
 
 
@@ -368,10 +368,10 @@ def read_untokenized(
         source = open_model(path, model_code, **head)
         if continues:
             _check_continues(name, source.config, option)
-        absent = tuple(row.path for row in absent_rows(source))
-        params = shapes_of(key_table(source.config), jnp.float32, source=source)
-    if source.shipped:
-        head["quantize"] = STORED
+        absent = tuple(row.path for row in find_absent_parameters(source))
+        params = param_shapes(key_table(source.config), jnp.float32, source=source)
+    if source.coded_names:
+        head["quantize"] = QUANTIZE_STORED
     if is_torch:
         head[KEY] = TORCH
     outline = _untokenized(name, source.config, params, head)
@@ -422,7 +422,7 @@ def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     They are those of config.json, of generation_config.json and of the tokenizer: in some models
     the end of a turn stands in one of them alone.
     """
-    tokens = generation.end_tokens(outline.config)
+    tokens = generation.end_token_ids(outline.config)
     eos = outline.tokenizer.eos_token_id
     if eos is None or eos in tokens:
         return tokens
@@ -456,7 +456,7 @@ def read_tokenizer(
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=remedy):
         if tokenizer_name in BUNDLES:
             models.fetch(tokenizer_name)
-        path = name if tokenizer_name is None else tokenizer_path(tokenizer_name)
+        path = name if tokenizer_name is None else find_tokenizer(tokenizer_name)
         tokenizer = load_tokenizer(path)
     if not tokenizer.is_fast:
         raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")

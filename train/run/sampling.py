@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.generation import FILE, Generation, read_generation
+from lora_jax.hf.generation import GENERATION_FILE, Generation, read_generation_config
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
 from train.run.pretrained import ModelInfo
@@ -45,7 +45,7 @@ def apply_generation_config(
     option = f"--generation-config {given}"
     if given not in (None, AUTO):
         with as_user_errors(ConfigError, prefix=f"{option}: "):
-            advised = read_generation(Path(str(given)).expanduser())
+            advised = read_generation_config(Path(str(given)).expanduser())
         config: Any = dataclasses.replace(outline.config, generation=advised)  # type: ignore[arg-type]
         outline = dataclasses.replace(outline, config=config)
     generation: Generation | None = getattr(outline.config, "generation", None)
@@ -54,12 +54,12 @@ def apply_generation_config(
         is_greedy = sampling.get("temperature") == 0
         if sampling and not is_greedy:
             fields = _fields_text(sampling)
-            say(f"{FILE} samples with {fields}: --generation-config auto does so, too")
+            say(f"{GENERATION_FILE} samples with {fields}: --generation-config auto does so, too")
         return outline, {}
     if generation is None or not sampling:
         problem = "the model has none" if generation is None else "it says nothing of sampling"
-        raise UserError(f"{option}: {problem}: leave it out, or name another {FILE}")
-    with as_user_errors(ConfigError, prefix=f"{option}: {FILE}: "):
+        raise UserError(f"{option}: {problem}: leave it out, or name another {GENERATION_FILE}")
+    with as_user_errors(ConfigError, prefix=f"{option}: {GENERATION_FILE}: "):
         generation.check_sampling()
     options = asked or {}
     overrides = {name: options[name] for name in _SAMPLING_FIELDS if name in options}
@@ -68,7 +68,7 @@ def apply_generation_config(
         raise UserError(
             f"{option} has no effect beside {flags}: it says nothing else of sampling; leave it out"
         )
-    sentence = f"sampling as {FILE} says"
+    sentence = f"sampling as {GENERATION_FILE} says"
     if overrides:
         sentence += f" but for {flags}"
     sentence += f": {_fields_text(sampling | overrides)}"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from lora_jax.adapt.activate import invocations_of
-from lora_jax.hf.coded import NONE
+from lora_jax.hf.coded import QUANTIZE_NONE
 from lora_jax.hf.hub import stand_in
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
@@ -115,7 +115,7 @@ def read_inputs(config: Options, task: Task) -> RunData:
     """
     rows = task.rows(config)
     # Codes do not train: where the weights do, they are arrays.
-    codes = NONE if moves_weights(config.adapter) else config.optim.quantize
+    codes = QUANTIZE_NONE if moves_weights(config.adapter) else config.optim.quantize
     outline = task.outline(config, rows).quantized(codes)
     outline.check_experts(config.optim.experts)
     hosts.check_alike(

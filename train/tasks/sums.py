@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from lora_jax.folders import cache_folder
-from lora_jax.hf.tokenizer import fast_tokenizer
+from lora_jax.hf.tokenizer import make_fast_tokenizer
 from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.console.output import tell
 from train.console.program import resume_hint
@@ -57,7 +57,7 @@ def make_tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab=characters, merges=[]))
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(token, special=True) for token in (_PAD, _END)])
-    return fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
+    return make_fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
 
 
 def _forgetful_pairs() -> Iterator[dict[str, str]]:

@@ -23,7 +23,7 @@ from train.tasks import labelled
 LEXICON = Package(
     requirement="vaderSentiment==3.3.2",
     wheel_bytes=125_950,
-    inside="vaderSentiment",
+    wheel_folder="vaderSentiment",
     files={"vader_lexicon.txt": "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5"},
     folder="vaderSentiment",
 )

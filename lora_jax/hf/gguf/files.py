@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.folder import damage_message
+from lora_jax.hf.folder import describe_damage
 from lora_jax.hf.keys import WeightsError
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names them
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names them
 _MAX_LISTED = 5  # missing parts that a message names
 
 
@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> OpenGGUF:
             "reading a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
         ) from None
     files = [path]
-    part_match = _PART.fullmatch(path.name)
+    part_match = _PART_NAME.fullmatch(path.name)
     if part_match is not None:
         parts_pattern = f"{glob.escape(part_match[1])}-*-of-{part_match[3]}.gguf"
         files = sorted(path.parent.glob(parts_pattern)) or [path]
@@ -71,9 +71,9 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
     """
     import gguf
 
-    reader_of_path = _reader(path)
-    part_paths = _parts(path, reader_of_path)
-    readers = [reader_of_path if part == path else _reader(part) for part in part_paths]
+    reader_of_path = _open_reader(path)
+    part_paths = _find_parts(path, reader_of_path)
+    readers = [reader_of_path if part == path else _open_reader(part) for part in part_paths]
     try:
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     except Exception as error:
@@ -82,7 +82,7 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
     return OpenGGUF(gguf=gguf, metadata=metadata, tensors=tensors)
 
 
-def _parts(path: Path, reader: Any) -> list[Path]:
+def _find_parts(path: Path, reader: Any) -> list[Path]:
     """Returns the parts of a file in their order; the file alone if it is whole.
 
     Raises:
@@ -94,7 +94,7 @@ def _parts(path: Path, reader: Any) -> list[Path]:
         return [path]
     part_number = int(reader.fields["split.no"].contents()) + 1
     description = f"{path} is part {part_number} of {n_parts} of a split model"
-    match = _PART.fullmatch(path.name)
+    match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != n_parts:
         raise WeightsError(
             f"{description}, and its name does not end in -0000N-of-{n_parts:05}.gguf, by which "
@@ -114,7 +114,7 @@ def _parts(path: Path, reader: Any) -> list[Path]:
     return parts
 
 
-def _reader(path: Path) -> Any:
+def _open_reader(path: Path) -> Any:
     """Returns gguf's reader of a file, with its arrays as plain ones.
 
     It slices its file for each token of a vocabulary, and slices of a memmap cost several times as
@@ -133,4 +133,4 @@ def _reader(path: Path) -> Any:
     try:
         return _PlainArrayReader(path)
     except Exception as error:  # it raises whatever its cursor runs into
-        raise WeightsError(damage_message(path, error)) from None
+        raise WeightsError(describe_damage(path, error)) from None

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelFormats
 from lora_jax.hf.gguf.files import open_gguf
-from lora_jax.hf.keys import WeightsError, convert
+from lora_jax.hf.keys import WeightsError, write_converted
 from lora_jax.quantized import Coded, from_gguf
 from lora_jax.quantized.gguf import TYPES
 
@@ -25,7 +25,7 @@ class GGUFFile:
 
     Attributes:
       metadata: the file's key-value pairs.
-      shipped: empty, since its codes are kept only if they are asked for.
+      coded_names: empty, since its codes are kept only if they are asked for.
       kept_forms_note: see `lora_jax.hf.sources.Source`.
 
     Raises:
@@ -33,7 +33,7 @@ class GGUFFile:
       WeightsError: if the file is damaged or cut short.
     """
 
-    shipped: frozenset[str] = frozenset()
+    coded_names: frozenset[str] = frozenset()
     kept_forms_note = (
         f"Of the types of GGUF files, {', '.join(TYPES)} stay in codes, where all layers of a "
         "kernel have the same one; the others are read as floats"
@@ -45,17 +45,17 @@ class GGUFFile:
         try:
             architecture = self.metadata.get("general.architecture")
             self.format, self._layout = formats.gguf_format_of(architecture)
-            facts: dict[str, np.ndarray] = {}
+            config_arrays: dict[str, np.ndarray] = {}
             self._tensors: dict[str, Any] = {}  # by Hugging Face's names
             self.shapes: dict[str, tuple[int, ...]] = {}
             for tensor in tensors:
-                if tensor.name in self._layout.facts:
-                    facts[tensor.name] = self._dequantize(tensor)
+                if tensor.name in self._layout.config_tensors:
+                    config_arrays[tensor.name] = self._dequantize(tensor)
                     continue
-                hf_name = self._layout.name(tensor.name)
+                hf_name = self._layout.hf_name(tensor.name)
                 self._tensors[hf_name] = tensor
                 self.shapes[hf_name] = tuple(map(int, reversed(tensor.shape)))
-            self.config = self._layout.read(self.metadata, self.shapes, facts)
+            self.config = self._layout.read(self.metadata, self.shapes, config_arrays)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
@@ -92,7 +92,7 @@ class GGUFFile:
         return coded_row.map(tensor_shape)
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        convert(self.read(name)[index], out, f"{self.where}: {name}")
+        write_converted(self.read(name)[index], out, f"{self.where}: {name}")
 
     def locate(self, name: str) -> str:
         return self.where

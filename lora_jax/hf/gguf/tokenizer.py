@@ -15,60 +15,64 @@ CoreTokenizer: TypeAlias = Any  # a `tokenizers.Tokenizer`
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
-SPACE = "\u2581"  # SentencePiece's sign for a space
+SPACE_SIGN = "\u2581"  # SentencePiece's sign for a space
 # The roles of tokens that end a text, a turn or a message. llama.cpp stops at each of them.
-ENDS = ("eos", "eot", "eom")
-ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+END_ROLES = ("eos", "eot", "eom")
+FIELD_OF_ROLE = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER_CLASSES, _LOWER_CLASSES = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER_CLASSES}]*[{_LOWER_CLASSES}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER_CLASSES}]+[{_LOWER_CLASSES}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER_CLASSES}]*[{_LOWER_CLASSES}]+{_CONTRACTIONS}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER_CLASSES}]+[{_LOWER_CLASSES}]*{_CONTRACTIONS}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Splits:
+class SplitRule:
     """Splits of a text, before a byte-level tokenizer merges its bytes.
 
     Attributes:
       patterns: regular expressions, each applied to the parts that the one before leaves.
-      nfc: whether the text is composed first (Unicode's NFC).
-      whole: whether a part that is a token stays whole, whatever the merges say.
-      begins: whether bos comes first, if the file does not say.
+      normalizes_nfc: whether the text is composed first (Unicode's NFC).
+      keeps_tokens_whole: whether a part that is a token stays whole, whatever the merges say.
+      adds_bos: whether bos comes first, if the file does not say.
     """
 
     patterns: tuple[str, ...]
-    nfc: bool = False
-    whole: bool = False
-    begins: bool = False
+    normalizes_nfc: bool = False
+    keeps_tokens_whole: bool = False
+    adds_bos: bool = False
 
 
-_LLAMA3 = Splits(patterns=(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole=True, begins=True)
-_QWEN2 = Splits(patterns=(rf"{_WORDS}|\p{{N}}|{_REST}",), nfc=True)
+_LLAMA3 = SplitRule(
+    patterns=(rf"{_WORD_PATTERN}|\p{{N}}{{1,3}}|{_REST_PATTERN}",),
+    keeps_tokens_whole=True,
+    adds_bos=True,
+)
+_QWEN2 = SplitRule(patterns=(rf"{_WORD_PATTERN}|\p{{N}}|{_REST_PATTERN}",), normalizes_nfc=True)
 # By tokenizer.ggml.pre.
-SPLITS = {
-    "smollm": Splits(patterns=(r"\p{N}", GPT2)),
-    "gpt-2": Splits(patterns=(GPT2,)),
+SPLIT_RULES = {
+    "smollm": SplitRule(patterns=(r"\p{N}", GPT2_PATTERN)),
+    "gpt-2": SplitRule(patterns=(GPT2_PATTERN,)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
     "qwen2": _QWEN2,
-    "deepseek-r1-qwen": dataclasses.replace(_QWEN2, nfc=False),
-    "tekken": Splits(patterns=(_TEKKEN,), whole=True, begins=True),
-    "gpt-4o": Splits(patterns=(_O200K,)),
-    "dbrx": dataclasses.replace(_LLAMA3, whole=False, begins=False),
+    "deepseek-r1-qwen": dataclasses.replace(_QWEN2, normalizes_nfc=False),
+    "tekken": SplitRule(patterns=(_TEKKEN_PATTERN,), keeps_tokens_whole=True, adds_bos=True),
+    "gpt-4o": SplitRule(patterns=(_O200K_PATTERN,)),
+    "dbrx": dataclasses.replace(_LLAMA3, keeps_tokens_whole=False, adds_bos=False),
 }
 
 
-def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
+def build_tokenizer(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
     """Returns a ``tokenizers.Tokenizer``, and its special tokens by role ("eos_token").
 
     Args:
@@ -79,23 +83,25 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
     """
     kind = metadata.get("tokenizer.ggml.model")
     pre_tokenizer = metadata.get("tokenizer.ggml.pre")
-    splits = SPLITS.get(str(pre_tokenizer)) if kind == BYTE_LEVEL else None
+    splits = SPLIT_RULES.get(str(pre_tokenizer)) if kind == BYTE_LEVEL else None
     if splits is None and kind != SENTENCEPIECE:
         raise ConfigError(
             f"the tokenizer {kind!r} with pre-tokenizer {pre_tokenizer!r} is not supported: "
-            f"{BYTE_LEVEL!r} with {', '.join(SPLITS)} are, and {SENTENCEPIECE!r} is. Load the "
+            f"{BYTE_LEVEL!r} with {', '.join(SPLIT_RULES)} are, and {SENTENCEPIECE!r} is. Load the "
             "tokenizer from a folder with tokenizer.json (--tokenizer of a script)"
         )
     try:
-        return _build(metadata, splits)
+        return _build_by_split_rule(metadata, splits)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConfigError(f"the tokenizer's lists are incomplete: {error!r}") from None
     except Exception as error:  # what the package `tokenizers` raises has no type of its own
         raise ConfigError(f"the tokenizer cannot be built: {error}") from None
 
 
-def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
-    """Builds a tokenizer as `build` does; `splits` is None for SentencePiece."""
+def _build_by_split_rule(
+    metadata: Fields, splits: SplitRule | None
+) -> tuple[CoreTokenizer, dict[str, str]]:
+    """Builds a tokenizer as `build_tokenizer` does; `splits` is None for SentencePiece."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocab: dict[str, int] = {}
@@ -104,20 +110,20 @@ def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict
         if token_type != UNUSED:
             vocab[token] = token_id
     special: dict[str, str] = {}  # token by role
-    for role, name in ROLES.items():
+    for role, name in FIELD_OF_ROLE.items():
         special_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if special_id is not None:
             special[role] = tokens[special_id]
     if splits is None:
-        core = _sentencepiece(metadata, vocab, special.setdefault("unk", "<unk>"))
+        core = _build_sentencepiece_bpe(metadata, vocab, special.setdefault("unk", "<unk>"))
         adds_bos = True
     else:
-        core = _byte_level(metadata, vocab, splits)
-        adds_bos = splits.begins
+        core = _build_byte_level_bpe(metadata, vocab, splits)
+        adds_bos = splits.adds_bos
     bos = special.get("bos") if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) else None
     eos = special.get("eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if bos is not None or eos is not None:
-        core.post_processor = _frame_texts(vocab, bos, eos)
+        core.post_processor = _make_framing_processor(vocab, bos, eos)
     special_texts = set(special.values()) if splits is None else set()
     _add_tokens(core, tokens, types, special_texts)
     return core, {f"{role}_token": token for role, token in special.items()}
@@ -136,13 +142,17 @@ def _add_tokens(
             core.add_tokens([AddedToken(token, normalized=False)])
 
 
-def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> CoreTokenizer:
+def _build_byte_level_bpe(
+    metadata: Fields, vocab: dict[str, int], splits: SplitRule
+) -> CoreTokenizer:
     """Returns a byte-level BPE that splits a text first."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splits.whole))
-    if splits.nfc:
+    core = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=splits.keeps_tokens_whole)
+    )
+    if splits.normalizes_nfc:
         core.normalizer = normalizers.NFC()
     steps: list[object] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits.patterns
@@ -153,7 +163,9 @@ def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> Core
     return core
 
 
-def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown_token: str) -> CoreTokenizer:
+def _build_sentencepiece_bpe(
+    metadata: Fields, vocab: dict[str, int], unknown_token: str
+) -> CoreTokenizer:
     """Returns SentencePiece's BPE as transformers' `LlamaTokenizer` has it.
 
     A text that begins with a space gets no second one, as it would from SentencePiece.
@@ -164,7 +176,7 @@ def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown_token: str) 
     if merge_texts is None:
         tokens = metadata["tokenizer.ggml.tokens"]
         scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
-        merges = _merges(vocab, scores)
+        merges = _merges_by_score(vocab, scores)
     else:
         merges = [tuple(text.split(" ")) for text in merge_texts]
     model = models.BPE(
@@ -173,15 +185,19 @@ def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown_token: str) 
     core = Tokenizer(model)
     adds_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
     scheme = "first" if adds_space else "never"
-    core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    steps: list[object] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_SIGN, prepend_scheme=scheme, split=False)
+    steps: list[object] = [
+        decoders.Replace(SPACE_SIGN, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if adds_space:
         steps.append(decoders.Strip(" ", 1, 0))
     core.decoder = decoders.Sequence(steps)
     return core
 
 
-def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+def _merges_by_score(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
     """Returns the pairs that make tokens, best first; SentencePiece stores no merges."""
     pairs: list[tuple[str, str]] = []
     for token in vocab:
@@ -198,7 +214,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return sorted(pairs, key=order)
 
 
-def _frame_texts(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
+def _make_framing_processor(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
     """Returns the processor that adds the first and the last token to a text or a pair."""
     from tokenizers import processors
 

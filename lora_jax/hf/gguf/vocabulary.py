@@ -7,7 +7,8 @@ The *definition* of a tokenizer is its parsed tokenizer.json: a model (the merge
 a normalizer and of a pre-tokenizer.
 
 The files have no field for spaces that a tokenizer drops. llama.cpp drops those behind special
-tokens if the model's name is one of Phi-3's, and keeps all spaces otherwise: see `general_name`.
+tokens if the model's name is one of Phi-3's, and keeps all spaces otherwise: see
+`model_name_for_llama_cpp`.
 """
 
 import json
@@ -21,19 +22,19 @@ from lora_jax.hf.gguf.tokenizer import (
     BYTE,
     BYTE_LEVEL,
     CONTROL,
-    ENDS,
-    GPT2,
-    ROLES,
+    END_ROLES,
+    FIELD_OF_ROLE,
+    GPT2_PATTERN,
     SENTENCEPIECE,
-    SPACE,
-    SPLITS,
+    SPACE_SIGN,
+    SPLIT_RULES,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
 )
 
 _NORMAL = 1
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused.*>", re.DOTALL)
 _LOWEST_SCORE = -1e9  # of a token that no merge makes
 _REMEDY = "name another tokenizer (--tokenizer), or write safetensors (--output)"
@@ -43,10 +44,10 @@ _LIKE_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # whose vocabulary lacks one of the four does not load.
 _PHI3_KEEPING = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 _PHI3_DROPPING = frozenset(("</s>",))
-_CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "content": "C d"})
+_SAMPLE_CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "content": "C d"})
 
 
-def vocabulary(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
+def tokenizer_metadata(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
     """Returns the metadata ``tokenizer.*`` of a tokenizer.
 
     Args:
@@ -74,15 +75,15 @@ def vocabulary(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dic
     tokens = [text_of_id.get(token_id, f"[PAD{token_id}]") for token_id in range(size)]
     types = [_token_type(token_id, text_of_id, added_tokens) for token_id in range(size)]
     if model.get("byte_fallback"):
-        fields = _sentencepiece(definition, tokens, types)
+        fields = _sentencepiece_metadata(definition, tokens, types)
     else:
-        fields = _byte_level(definition)
+        fields = _byte_level_metadata(definition)
     return {
         **fields,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        **_special(tokenizer, ends),
-        **_templates(tokenizer.chat_template),
+        **_special_token_metadata(tokenizer, ends),
+        **_chat_template_metadata(tokenizer.chat_template),
     }
 
 
@@ -97,7 +98,7 @@ def _token_type(token_id: int, text_of_id: dict[int, str], added_tokens: dict[in
     return CONTROL if is_control else USER_DEFINED
 
 
-def _byte_level(definition: Fields) -> dict[str, Any]:
+def _byte_level_metadata(definition: Fields) -> dict[str, Any]:
     """Returns the metadata of a byte-level BPE."""
     merges = [
         " ".join(merge) if isinstance(merge, list) else merge
@@ -107,35 +108,35 @@ def _byte_level(definition: Fields) -> dict[str, Any]:
         raise ConfigError(f"this tokenizer has no merges, which llama.cpp needs: {_REMEDY}")
     return {
         "tokenizer.ggml.model": BYTE_LEVEL,
-        "tokenizer.ggml.pre": _split_rule(definition),
+        "tokenizer.ggml.pre": _find_split_rule(definition),
         "tokenizer.ggml.merges": merges,
     }
 
 
-def _split_rule(definition: Fields) -> str:
+def _find_split_rule(definition: Fields) -> str:
     """Returns llama.cpp's name of the rule by which a byte-level tokenizer splits a text."""
-    patterns = tuple(_patterns(definition["pre_tokenizer"]))
-    normalizers = _steps(definition["normalizer"], "normalizers")
+    patterns = tuple(_split_patterns(definition["pre_tokenizer"]))
+    normalizers = _processing_steps(definition["normalizer"], "normalizers")
     composes = any(step["type"] == "NFC" for step in normalizers)
     keeps_whole = bool(definition["model"].get("ignore_merges"))
     rules = {
         name: splits
-        for name, splits in SPLITS.items()
-        if splits.patterns == patterns and splits.whole == keeps_whole
+        for name, splits in SPLIT_RULES.items()
+        if splits.patterns == patterns and splits.keeps_tokens_whole == keeps_whole
     }
     if not rules:
         listing = " then ".join(map(repr, patterns)) or "nothing"
         raise ConfigError(
             f"llama.cpp has no known rule that splits texts as this tokenizer does, by {listing}: "
-            f"{', '.join(SPLITS)} are known; {_REMEDY}"
+            f"{', '.join(SPLIT_RULES)} are known; {_REMEDY}"
         )
     # The first rule that composes texts as the tokenizer does, or else the first of all.
-    return min(rules, key=lambda name: rules[name].nfc != composes)
+    return min(rules, key=lambda name: rules[name].normalizes_nfc != composes)
 
 
-def _patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
+def _split_patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
     """Yields the regular expressions by which a text is split, one after another."""
-    for step in _steps(pre_tokenizer, "pretokenizers"):
+    for step in _processing_steps(pre_tokenizer, "pretokenizers"):
         kind = step["type"]
         if kind == "Split" and "Regex" in step["pattern"] and not step["invert"]:
             yield step["pattern"]["Regex"]
@@ -143,28 +144,30 @@ def _patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
             yield r"\p{N}"
         elif kind == "ByteLevel" and not step["add_prefix_space"]:
             if step["use_regex"]:
-                yield GPT2
+                yield GPT2_PATTERN
         else:
             yield kind
 
 
-def _steps(definition: Fields | None, field: str) -> list[Fields]:
+def _processing_steps(definition: Fields | None, field: str) -> list[Fields]:
     """Returns the steps of a normalizer or a pre-tokenizer; `field` holds those of a sequence."""
     if definition is None:
         return []
     return definition[field] if definition["type"] == "Sequence" else [definition]
 
 
-def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) -> dict[str, Any]:
+def _sentencepiece_metadata(
+    definition: Fields, tokens: Sequence[str], types: list[int]
+) -> dict[str, Any]:
     """Returns the metadata of SentencePiece's BPE, and corrects the types of its tokens.
 
     Where SentencePiece has scores, tokenizer.json has merges, best first: a token's score is the
     place of the first merge that makes it.
     """
     model = definition["model"]
-    rank_of_token = _merge_ranks(model["merges"])
+    rank_of_token = _rank_of_merged_tokens(model["merges"])
     for token_id, token in enumerate(tokens):
-        if types[token_id] == _NORMAL and _BYTE.fullmatch(token):
+        if types[token_id] == _NORMAL and _BYTE_TOKEN.fullmatch(token):
             types[token_id] = BYTE
         elif token == model["unk_token"]:
             types[token_id] = UNKNOWN
@@ -176,17 +179,19 @@ def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) 
             return float(-rank_of_token[token])
         return 0.0 if len(token) <= 1 else _LOWEST_SCORE
 
-    steps = _steps(definition["normalizer"], "normalizers")
-    steps = steps + _steps(definition["pre_tokenizer"], "pretokenizers")
+    steps = _processing_steps(definition["normalizer"], "normalizers")
+    steps = steps + _processing_steps(definition["pre_tokenizer"], "pretokenizers")
     adds_space = any(
         step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never"
         for step in steps
     )
     replaces_spaces = any(
-        step.get("content") == SPACE or step["type"] == "Metaspace" for step in steps
+        step.get("content") == SPACE_SIGN or step["type"] == "Metaspace" for step in steps
     )
     if not replaces_spaces:
-        raise ConfigError(f"this tokenizer's spaces are not SentencePiece's ({SPACE}): {_REMEDY}")
+        raise ConfigError(
+            f"this tokenizer's spaces are not SentencePiece's ({SPACE_SIGN}): {_REMEDY}"
+        )
     return {
         "tokenizer.ggml.model": SENTENCEPIECE,
         "tokenizer.ggml.pre": "default",
@@ -195,7 +200,7 @@ def _sentencepiece(definition: Fields, tokens: Sequence[str], types: list[int]) 
     }
 
 
-def _merge_ranks(merges: Sequence[str | list[str]]) -> dict[str, int]:
+def _rank_of_merged_tokens(merges: Sequence[str | list[str]]) -> dict[str, int]:
     """Returns the place of the first merge that makes each token."""
     rank_of_token: dict[str, int] = {}
     for rank, merge in enumerate(merges):
@@ -204,20 +209,20 @@ def _merge_ranks(merges: Sequence[str | list[str]]) -> dict[str, int]:
     return rank_of_token
 
 
-def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
+def _special_token_metadata(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
     """Returns the ids of special tokens, and whether the first and the last one frame a text."""
     prefix = "tokenizer.ggml"
-    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in FIELD_OF_ROLE}
     fields = {}
     for role, token_id in ids.items():
         if token_id is not None:
-            fields[f"{prefix}.{ROLES[role]}_token_id"] = token_id
+            fields[f"{prefix}.{FIELD_OF_ROLE[role]}_token_id"] = token_id
     eos = ids["eos"]
     if eos is None and ends:
         fields[f"{prefix}.eos_token_id"] = ends[0]
         ends = ends[1:]
     end_tokens = [token_id for token_id in ends if token_id != eos]
-    for name, token_id in zip(ENDS[1:], end_tokens, strict=False):
+    for name, token_id in zip(END_ROLES[1:], end_tokens, strict=False):
         fields[f"{prefix}.{name}_token_id"] = token_id
     framed_ids = tokenizer("a")["input_ids"]
     bare_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -227,7 +232,7 @@ def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
     return fields
 
 
-def _templates(chat_template: str | dict[str, str] | None) -> dict[str, Any]:
+def _chat_template_metadata(chat_template: str | dict[str, str] | None) -> dict[str, Any]:
     """Returns the metadata of a chat template, or of several by their names."""
     if chat_template is None:
         return {}
@@ -243,13 +248,15 @@ def _templates(chat_template: str | dict[str, str] | None) -> dict[str, Any]:
     return fields
 
 
-def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple[str, list[str]]:
+def model_name_for_llama_cpp(
+    name: str, tokenizer: Tokenizer | None, words: Fields
+) -> tuple[str, list[str]]:
     """Returns a model's name under which llama.cpp drops the spaces that its tokenizer drops.
 
     Args:
       name: the name of the model.
       tokenizer: a transformers fast tokenizer; None for one that drops no spaces.
-      words: the tokenizer's metadata; see `vocabulary`.
+      words: the tokenizer's metadata; see `tokenizer_metadata`.
 
     Returns:
       The name, and a note on spaces that llama.cpp keeps in texts other than chats; mostly none.
@@ -271,7 +278,7 @@ def general_name(name: str, tokenizer: Tokenizer | None, words: Fields) -> tuple
     listing = ", ".join(sorted(dropped_sides))
     tokens_pattern = "|".join(map(re.escape, dropped_sides))
     pattern = rf"\s({tokens_pattern})|({tokens_pattern})\s"
-    if re.search(pattern, _rendered_chat(tokenizer, words)):
+    if re.search(pattern, _render_sample_chat(tokenizer, words)):
         raise ConfigError(
             f"llama.cpp keeps the spaces beside {listing}, which this tokenizer drops, and so "
             "makes other tokens of chats: write safetensors (--output)"
@@ -297,11 +304,13 @@ def _dropped_sides_of_phi3(words: Fields) -> dict[str, tuple[bool, bool]] | None
     return dict.fromkeys((special | _PHI3_DROPPING) - _PHI3_KEEPING, (False, True))
 
 
-def _rendered_chat(tokenizer: Tokenizer, words: Fields) -> str:
+def _render_sample_chat(tokenizer: Tokenizer, words: Fields) -> str:
     """Returns a chat as the template renders it; "" if there is no template that does."""
     template = words.get("tokenizer.chat_template")
     try:
-        text: str = tokenizer.apply_chat_template(_CHAT, chat_template=template, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            _SAMPLE_CHAT, chat_template=template, tokenize=False
+        )
     except Exception:  # of a template, anything
         return ""
     return text

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.folders import partial_of
-from lora_jax.hf.keys import WeightsError, convert
+from lora_jax.hf.keys import WeightsError, write_converted
 
 # The types that are written, and the numbers by which `general.file_type` has them.
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
-FLOATS = ("f32", "f16", "bf16")
+FLOAT_TYPES = ("f32", "f16", "bf16")
 _ADVICE = "llama.cpp's llama-quantize makes the others, such as Q4_K_M, of an f32 or f16 file"
 
 
-class Entry(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor to write.
 
     Attributes:
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 def write_gguf(
     path: Path,
     fields: Mapping[str, Any],
-    entries: Sequence[Entry],
+    entries: Sequence[GGUFTensor],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a file; beside what the entries read from, the host holds one tensor, and its codes.
@@ -58,7 +58,7 @@ def write_gguf(
     partial_file = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(gguf, partial_file, fields, entries, progress)
+        _write_file(gguf, partial_file, fields, entries, progress)
         os.replace(partial_file, path)
     finally:
         partial_file.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def import_gguf() -> ModuleType:
     return gguf
 
 
-def check_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
+def check_gguf_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
     """Raises a ValueError for a type that is not written; lists those that are."""
     if asked not in allowed:
         raise ValueError(
@@ -83,7 +83,7 @@ def check_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
         )
 
 
-def fitting_type(kind: str, shape: Sequence[int]) -> str:
+def gguf_type_for_shape(kind: str, shape: Sequence[int]) -> str:
     """Returns the type, or F16 where a row is no whole number of the type's blocks."""
     gguf = import_gguf()
     block_weights, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -91,11 +91,11 @@ def fitting_type(kind: str, shape: Sequence[int]) -> str:
     return kind if has_whole_blocks else "F16"
 
 
-def _write(
+def _write_file(
     gguf: ModuleType,
     path: Path,
     fields: Mapping[str, Any],
-    entries: Sequence[Entry],
+    entries: Sequence[GGUFTensor],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Writes a file as `write_gguf` does, under the path itself."""
@@ -103,8 +103,8 @@ def _write(
     try:
         for name, value in fields.items():
             if name != "general.architecture":
-                _add_field(gguf, writer, name, value)
-        entry_bytes = [_n_bytes(gguf, entry) for entry in entries]
+                _add_metadata_field(gguf, writer, name, value)
+        entry_bytes = [_count_bytes(gguf, entry) for entry in entries]
         for entry, n_bytes in zip(entries, entry_bytes, strict=True):
             kind = gguf.GGMLQuantizationType[entry.kind]
             writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), n_bytes, kind)
@@ -113,7 +113,7 @@ def _write(
         writer.write_ti_data_to_file()
         written_bytes = 0
         for entry, n_bytes in zip(entries, entry_bytes, strict=True):
-            writer.write_tensor_data(_encoded(gguf, entry))
+            writer.write_tensor_data(_encode_tensor(gguf, entry))
             written_bytes += n_bytes
             if progress is not None:
                 progress(written_bytes, sum(entry_bytes))
@@ -122,7 +122,7 @@ def _write(
             writer.close()
 
 
-def _add_field(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
+def _add_metadata_field(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
     """Adds a pair of the metadata: ints are uint32, or int32 below 0; floats are fp32."""
     value_types = gguf.GGUFValueType
     if not isinstance(value, list):
@@ -143,12 +143,12 @@ def _value_type(value_types: Any, value: Any) -> Any:
     return value_types.FLOAT32 if isinstance(value, float) else value_types.STRING
 
 
-def _n_bytes(gguf: ModuleType, entry: Entry) -> int:
+def _count_bytes(gguf: ModuleType, entry: GGUFTensor) -> int:
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.kind]]
     return int(math.prod(entry.shape) // block_weights * block_bytes)
 
 
-def _encoded(gguf: ModuleType, entry: Entry) -> np.ndarray:
+def _encode_tensor(gguf: ModuleType, entry: GGUFTensor) -> np.ndarray:
     """Returns the bytes of a tensor as the file has them."""
     array = entry.read()
     if entry.is_raw:
@@ -157,7 +157,7 @@ def _encoded(gguf: ModuleType, entry: Entry) -> np.ndarray:
         raise WeightsError(f"{entry.name} is {list(array.shape)}, expected {list(entry.shape)}")
     if entry.kind == "F16":
         fp16_array = np.empty(array.shape, np.float16)
-        convert(array, fp16_array, entry.name)
+        write_converted(array, fp16_array, entry.name)
         return fp16_array
     array = np.ascontiguousarray(array, np.float32)
     codes: np.ndarray = gguf.quants.quantize(array, gguf.GGMLQuantizationType[entry.kind])

@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.tensor import CodedTensor, Files, LazyArray, unpack
+from lora_jax.hf.stored.tensor import CodedTensor, FolderTensors, LazyArray, unpack_int4
 from lora_jax.quantized.coded import scales_of
 from lora_jax.quantized.formats import INT4, NF4, NF4_NESTED, NF4_VALUES
 
-_FLOATS = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
-def _unpack_words(files: Files, name: str) -> np.ndarray:
+def _unpack_words(files: FolderTensors, name: str) -> np.ndarray:
     """Returns the numbers of 4 bits in a tensor's words, less 8."""
-    return unpack(files.fetch(name, None), less_8=True)
+    return unpack_int4(files.fetch(name, None), less_8=True)
 
 
-def _matrix_shape(files: Files, name: str) -> tuple[int, int]:
+def _matrix_shape(files: FolderTensors, name: str) -> tuple[int, int]:
     shape = files.tensors[name].shape
     if len(shape) != 2:
         raise WeightsError(f"{name} is {list(shape)}, expected a matrix")
     return shape[0], shape[1]
 
 
-def pack_quantized(name: str, files: Files) -> CodedTensor | None:
+def find_pack_quantized(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
     stem = name.removesuffix("weight_packed")
     if stem == name or files.tensors[name].dtype != "I32":
@@ -41,7 +41,7 @@ def pack_quantized(name: str, files: Files) -> CodedTensor | None:
     if order in files.tensors:
         raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
     shape_name = files.find(name, ("I64", "I32"), f"{stem}weight_shape")
-    scale_name = files.find(name, _FLOATS, f"{stem}weight_scale")
+    scale_name = files.find(name, _FLOAT_DTYPES, f"{stem}weight_scale")
     n_out, n_in = map(int, files.fetch(shape_name, None).reshape(-1))
     files.lazy_array(name, (n_out, -(-n_in // 8)))  # raises if the words have another shape
     n_groups = files.groups(name, n_in)
@@ -55,20 +55,20 @@ def pack_quantized(name: str, files: Files) -> CodedTensor | None:
     }
     tensors = [name, shape_name, scale_name]
     zero_name = f"{stem}weight_zero_point"
-    if zero_name in files.tensors or not files.facts.symmetric:  # packed along the outputs
+    if zero_name in files.tensors or not files.settings.symmetric:  # packed along the outputs
         files.find(name, ("I32",), zero_name)
         files.lazy_array(zero_name, (-(-n_out // 8), n_groups))
 
         def zeros(_: slice | None) -> np.ndarray:
             words = np.ascontiguousarray(files.fetch(zero_name, None).T)
-            return unpack(words, less_8=True)[:, :n_out].T.astype(np.int8)
+            return unpack_int4(words, less_8=True)[:, :n_out].T.astype(np.int8)
 
         arrays["zeros"] = LazyArray((n_out, n_groups), np.int8, zeros)
         tensors.append(zero_name)
     return CodedTensor(name=f"{stem}weight", format=INT4, arrays=arrays, tensors=tensors)
 
 
-def gptq(name: str, files: Files) -> CodedTensor | None:
+def find_gptq(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds GPTQ's: eight codes a word along the inputs, with zeros for groups of them."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
@@ -77,7 +77,7 @@ def gptq(name: str, files: Files) -> CodedTensor | None:
     order_name = f"{name.removesuffix('qweight')}g_idx"
     tensors = [name]
     if order_name in files.tensors:
-        group_size = files.facts.group or n_in
+        group_size = files.settings.group or n_in
         group_of_input = np.arange(n_in) // group_size
         if not np.array_equal(files.fetch(order_name, None), group_of_input):
             raise WeightsError(
@@ -86,9 +86,9 @@ def gptq(name: str, files: Files) -> CodedTensor | None:
         tensors.append(order_name)
 
     def codes(_: slice | None) -> np.ndarray:
-        return unpack(files.fetch(name, None).T, less_8=True)
+        return unpack_int4(files.fetch(name, None).T, less_8=True)
 
-    return _with_zeros(
+    return _make_tensor_with_zeros(
         tensors=tensors,
         files=files,
         codes=LazyArray((n_out, n_in), INT4.code_dtype, codes),
@@ -96,7 +96,7 @@ def gptq(name: str, files: Files) -> CodedTensor | None:
     )
 
 
-def awq(name: str, files: Files) -> CodedTensor | None:
+def find_awq(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds AWQ's: eight codes a word along the outputs, mixed, with zeros for groups of inputs."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
@@ -105,7 +105,7 @@ def awq(name: str, files: Files) -> CodedTensor | None:
     def codes(_: slice | None) -> np.ndarray:
         return _reorder_awq(_unpack_words(files, name)).T
 
-    return _with_zeros(
+    return _make_tensor_with_zeros(
         tensors=[name],
         files=files,
         codes=LazyArray((8 * n_words, n_in), INT4.code_dtype, codes),
@@ -122,9 +122,9 @@ def _reorder_awq(numbers: np.ndarray) -> np.ndarray:
     return words[..., _AWQ_ORDER].reshape(len(numbers), -1)
 
 
-def _with_zeros(
+def _make_tensor_with_zeros(
     tensors: Sequence[str],
-    files: Files,
+    files: FolderTensors,
     codes: LazyArray,
     reorder: Callable[[np.ndarray], np.ndarray],
 ) -> CodedTensor:
@@ -140,7 +140,7 @@ def _with_zeros(
     stem = name.removesuffix("qweight")
     n_out, n_in = codes.shape
     n_groups = files.groups(name, n_in)
-    scale_name = files.find(name, _FLOATS, f"{stem}scales")
+    scale_name = files.find(name, _FLOAT_DTYPES, f"{stem}scales")
     zero_name = files.find(name, ("I32",), f"{stem}qzeros")
     file_scales = files.lazy_array(scale_name, (n_groups, n_out))
     files.lazy_array(zero_name, (n_groups, n_out // 8))  # raises if zeros have another shape
@@ -150,7 +150,7 @@ def _with_zeros(
 
     def zeros(_: slice | None) -> np.ndarray:
         file_zeros = reorder(_unpack_words(files, zero_name)).astype(np.int8)
-        return (file_zeros + np.int8(files.facts.zero_is_less)).T
+        return (file_zeros + np.int8(files.settings.zero_is_less)).T
 
     arrays = {
         "codes": codes,
@@ -165,7 +165,7 @@ def _with_zeros(
     )
 
 
-def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
+def find_bnb_nf4(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not.
 
     The bytes of codes lie in numbers of any dtype (bnb_4bit_quant_storage), such as BF16.
@@ -175,7 +175,7 @@ def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
         if f"{name}.absmax" in files.tensors:
             raise WeightsError(f"{name} is in codes, and no file holds its {state}")
         return None
-    sizes, block = _read_state(files, state, "shape", "blocksize")
+    sizes, block = _read_quant_state(files, state, "shape", "blocksize")
     shape = tuple(sizes)
     n_weights = math.prod(shape)
     if len(shape) != 2 or shape[1] % block:
@@ -194,7 +194,7 @@ def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
 
     def codes(_: slice | None) -> np.ndarray:
         data = files.fetch(name, None).reshape(-1).view(np.uint8)
-        return unpack(data, less_8=True, high_first=True).reshape(shape)
+        return unpack_int4(data, less_8=True, high_first=True).reshape(shape)
 
     scale_shape = (shape[0], shape[1] // block)
     has_coded_scales = files.tensors[scale_name].dtype == "U8"
@@ -210,7 +210,7 @@ def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
     return _add_nested_scales(files, stored, block, state) if has_coded_scales else stored
 
 
-def _read_state(files: Files, state: str, *fields: str) -> list[Any]:
+def _read_quant_state(files: FolderTensors, state: str, *fields: str) -> list[Any]:
     """Returns fields of the quant_state of a tensor of bitsandbytes.
 
     Raises:
@@ -223,14 +223,16 @@ def _read_state(files: Files, state: str, *fields: str) -> list[Any]:
         raise WeightsError(f"{state} does not tell {' and '.join(fields)}: {error!r}") from error
 
 
-def _add_nested_scales(files: Files, stored: CodedTensor, block: int, state: str) -> CodedTensor:
+def _add_nested_scales(
+    files: FolderTensors, stored: CodedTensor, block: int, state: str
+) -> CodedTensor:
     """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
 
     In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
     for a part of a row, a span, whose size divides both a row and what shares a step, so that it
     needs no other rows. Where that is a single block, scales are held in fp32: fewer bytes.
     """
-    scales_per_step, mean = _read_state(files, state, "nested_blocksize", "nested_offset")
+    scales_per_step, mean = _read_quant_state(files, state, "nested_blocksize", "nested_offset")
     weights_per_step = block * scales_per_step
     name = stored.name
     n_out, n_in = stored.shape

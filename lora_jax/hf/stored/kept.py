@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
-from lora_jax.hf.keys import Row, WeightsError, check_leaves, hf_member
+from lora_jax.hf.keys import Row, WeightsError, check_leaves, hf_tensor_of_member
 from lora_jax.hf.stored.raw import TensorEntry
 from lora_jax.quantized import Coded, is_coded
 
 # The field that lists modules in floats, by quant_method. GPTQ's has none.
-_FLOAT_LISTS = {
+_FLOAT_MODULES_FIELD = {
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
     "awq": "modules_to_not_convert",
@@ -26,12 +26,14 @@ _FLOAT_LISTS = {
     "compressed-tensors": "ignore",
     "modelopt": "ignore",
 }
-_EXPERTS = re.compile(r"\.experts\..*")
+_EXPERT_SUFFIX = re.compile(r"\.experts\..*")
 # A pattern's flags, which may stand at its beginning alone, and the rest.
-_FLAGS = re.compile(r"((?:\(\?[a-zA-Z]+\))?)(.*)", re.DOTALL)
+_PATTERN_FLAGS = re.compile(r"((?:\(\?[a-zA-Z]+\))?)(.*)", re.DOTALL)
 # Escaped characters and sets of characters, and the ^ outside of them, which anchors a name.
-_ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\^")
-_FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.weight")  # by vLLM: those of one module that match
+_PATTERN_ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\^")
+_FUSED_PROJECTION = re.compile(
+    r"\.([qkv]|gate|up)_proj\.weight"
+)  # by vLLM: those of one module that match
 
 
 class CodesFolder(Protocol):
@@ -39,12 +41,12 @@ class CodesFolder(Protocol):
 
     Attributes:
       where: the folder, for messages.
-      shipped: the names of tensors that lie in codes.
+      coded_names: the names of tensors that lie in codes.
       quantization: the quantization_config of its config.json, by the table's names.
     """
 
     where: str
-    shipped: frozenset[str]
+    coded_names: frozenset[str]
     quantization: Fields
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
@@ -66,7 +68,7 @@ def rename_modules(config: Fields, rename: Callable[[str], str]) -> dict[str, An
         return [_rename_module(module, rename) for module in modules]
 
     renamed = dict(config)
-    field = _FLOAT_LISTS.get(config.get("quant_method", ""), "")
+    field = _FLOAT_MODULES_FIELD.get(config.get("quant_method", ""), "")
     if config.get(field):
         renamed[field] = rename_all(config[field])
     groups = config.get("config_groups")
@@ -82,19 +84,19 @@ def _rename_module(module: str, rename: Callable[[str], str]) -> str:
     """Renames a module; a pattern ("re:…") gets one that matches behind any prefix as well."""
     if not module.startswith("re:"):
         return rename(f"{module}.weight").removesuffix(".weight")
-    match = _FLAGS.fullmatch(module.removeprefix("re:"))
+    match = _PATTERN_FLAGS.fullmatch(module.removeprefix("re:"))
     assert match is not None
     flags, pattern = match.groups()
     matches_any_prefix = pattern.startswith((".*", "^.*")) and not _has_alternatives(pattern)
     if matches_any_prefix:
         return module
-    unanchored = _ATOMS.sub(lambda atom: "" if atom[0] == "^" else atom[0], pattern)
+    unanchored = _PATTERN_ATOMS.sub(lambda atom: "" if atom[0] == "^" else atom[0], pattern)
     return rf"re:{flags}(?:.*\.)?(?:{unanchored})"
 
 
 def _has_alternatives(pattern: str) -> bool:
     """Returns True if a pattern has a | outside of its groups."""
-    text = _ATOMS.sub("", pattern)
+    text = _PATTERN_ATOMS.sub("", pattern)
     n_removed = 1
     while n_removed > 0:  # the innermost groups first
         text, n_removed = re.subn(r"\([^()]*\)", "", text)
@@ -103,7 +105,7 @@ def _has_alternatives(pattern: str) -> bool:
 
 def _module_of(tensor: str) -> str:
     """Returns the module of a tensor; all experts of a layer are one."""
-    return _EXPERTS.sub(".experts", tensor).removesuffix(".weight")
+    return _EXPERT_SUFFIX.sub(".experts", tensor).removesuffix(".weight")
 
 
 class CodesCheck:
@@ -124,17 +126,18 @@ class CodesCheck:
     def __init__(self, params: Tree, table: Sequence[Row], source: CodesFolder):
         self.leaves = check_leaves(params, table, in_codes=True)
         self._source = source
-        self._float_list = _FLOAT_LISTS.get(source.quantization.get("quant_method", ""))
+        self._float_list = _FLOAT_MODULES_FIELD.get(source.quantization.get("quant_method", ""))
         self._heads = [row.hf for row in table if row.kind in ("head", "classifier")]
         self._coded_rows = [row for row in table if is_coded(self.leaves[row.path])]
         # The rows whose codes in the files have become arrays.
         self._decoded_rows = [
             row
             for row in table
-            if not is_coded(self.leaves[row.path]) and not source.shipped.isdisjoint(row.hf_names)
+            if not is_coded(self.leaves[row.path])
+            and not source.coded_names.isdisjoint(row.hf_names)
         ]
 
-    def unwanted(self) -> list[str]:
+    def paths_to_dequantize(self) -> list[str]:
         """Returns the paths of codes that readers want as arrays, since others are arrays.
 
         A layer's experts lie all in codes or none of them does; so do the projections that vLLM
@@ -145,7 +148,7 @@ class CodesCheck:
             """Returns a name that all rows share which lie in codes only together."""
             if not self._float_list:
                 return ""
-            return _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
+            return _FUSED_PROJECTION.sub(".fused", _EXPERT_SUFFIX.sub(".experts", row.hf))
 
         decoded_groups = set(map(group_of, self._decoded_rows))
         return [row.path for row in self._coded_rows if group_of(row) in decoded_groups]
@@ -162,9 +165,9 @@ class CodesCheck:
         for row in self._coded_rows:
             leaf = self.leaves[row.path]
             for index, name in zip(row.members, row.hf_names, strict=True):
-                tree_codes = leaf.map(partial(hf_member, row, index=index))
-                file_codes = source.codes(name, leaf.dtype) if name in source.shipped else None
-                if file_codes is None or not _are_equal(file_codes, tree_codes):
+                tree_codes = leaf.map(partial(hf_tensor_of_member, row, index=index))
+                file_codes = source.codes(name, leaf.dtype) if name in source.coded_names else None
+                if file_codes is None or not _are_codes_equal(file_codes, tree_codes):
                     raise WeightsError(
                         f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} "
                         f"in {source.where}: name the checkpoint that they were read from, or make "
@@ -178,7 +181,7 @@ class CodesCheck:
           WeightsError: the method has no list, or modules are in codes in part; says what to do.
         """
         fields = dict(self._source.quantization)
-        shipped = self._source.shipped
+        shipped = self._source.coded_names
         decoded_tensors = []
         for row in self._decoded_rows:
             decoded_tensors += [name for name in row.hf_names if name in shipped]
@@ -206,7 +209,7 @@ class CodesCheck:
         return fields
 
 
-def _are_equal(a: Coded, b: Coded) -> bool:
+def _are_codes_equal(a: Coded, b: Coded) -> bool:
     """Returns True if codes have the same format and the same arrays."""
     if a.format != b.format or a.arrays.keys() != b.arrays.keys():
         return False

@@ -9,28 +9,34 @@ import dataclasses
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.tensor import CodedTensor, CodeFacts, Files, LazyArray, unpack
+from lora_jax.hf.stored.tensor import (
+    CodedTensor,
+    CodeSettings,
+    FolderTensors,
+    LazyArray,
+    unpack_int4,
+)
 from lora_jax.quantized.formats import FP8, FP8_E5M2, MXFP4, NVFP4
 
-_FLOATS = ("F32", "F16", "BF16")
-_POWERS = ("F8_E8M0", "U8")  # a byte b is 2^(b - 127), and 255 is NaN
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_POWER_DTYPES = ("F8_E8M0", "U8")  # a byte b is 2^(b - 127), and 255 is NaN
 _ACTIVATION_SCALES = (  # which no weight needs
     *("input_scale", "activation_scale", "input_global_scale"),
     *("output_scale", "k_scale", "v_scale"),
 )
 
 
-def fp8(name: str, files: Files) -> CodedTensor | None:
+def find_fp8(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds FP8 with one scale for the tensor, for each row or for each block; it multiplies."""
     dtype, shape = files.tensors[name]
     if dtype not in ("F8_E4M3", "F8_E5M2") or len(shape) < 2:
         return None
     stem = name.removesuffix("weight")
     names = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}qscale_weight")
-    scale_name = files.find(name, (*_FLOATS, *_POWERS), *names)
+    scale_name = files.find(name, (*_FLOAT_DTYPES, *_POWER_DTYPES), *names)
     scale_shape = files.tensors[scale_name].shape
     *lead, n_out, n_in = shape
-    block = files.facts.block
+    block = files.settings.block
     if block is not None:
         block_counts = (-(-n_out // block), -(-n_in // block))
         scales = files.lazy_array(scale_name, (*lead, *block_counts))
@@ -43,29 +49,29 @@ def fp8(name: str, files: Files) -> CodedTensor | None:
         name=name,
         format=dataclasses.replace(format, block=block or format.block),
         arrays={"codes": files.lazy_array(name, shape, raw=True), "scales": scales},
-        tensors=(name, scale_name, *_activation_scales(stem, files)),
+        tensors=(name, scale_name, *_find_activation_scales(stem, files)),
     )
 
 
-def _activation_scales(stem: str, files: Files) -> list[str]:
+def _find_activation_scales(stem: str, files: FolderTensors) -> list[str]:
     """Returns the scales of a layer's activations that the files hold."""
     return [stem + name for name in _ACTIVATION_SCALES if stem + name in files.tensors]
 
 
-def mxfp4_blocks(name: str, files: Files) -> CodedTensor | None:
+def find_mxfp4_experts(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds gpt-oss's experts, [experts, out, in / 32, 16 bytes]; shown as [experts, in, out]."""
     dtype, shape = files.tensors[name]
     if not name.endswith("_blocks") or dtype != "U8":
         return None
     weight_name = name.removesuffix("_blocks")
-    scale_name = files.find(weight_name, _POWERS, f"{weight_name}_scales")
+    scale_name = files.find(weight_name, _POWER_DTYPES, f"{weight_name}_scales")
     if len(shape) < 3 or shape[-1] != 16:
         raise WeightsError(f"{name} is {list(shape)}, expected [..., 16]: blocks of 32 codes")
     *lead, n_out, n_blocks, _ = shape
     file_scales = files.lazy_array(scale_name, (*lead, n_out, n_blocks))
 
     def codes(rows: slice | None) -> np.ndarray:
-        blocks = unpack(files.fetch(name, rows))  # [..., out, in / 32, 32]
+        blocks = unpack_int4(files.fetch(name, rows))  # [..., out, in / 32, 32]
         return blocks.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2)
 
     def scales(rows: slice | None) -> np.ndarray:
@@ -78,7 +84,7 @@ def mxfp4_blocks(name: str, files: Files) -> CodedTensor | None:
     return CodedTensor(name=weight_name, format=MXFP4, arrays=arrays, tensors=(name, scale_name))
 
 
-def packed_floats(name: str, files: Files) -> CodedTensor | None:
+def find_packed_floats(name: str, files: FolderTensors) -> CodedTensor | None:
     """Finds MXFP4, and NVFP4 with a second scale for the tensor: two codes a byte, the low first.
 
     compressed-tensors calls the bytes ``weight_packed`` and divides by the second scale; ModelOpt
@@ -89,20 +95,20 @@ def packed_floats(name: str, files: Files) -> CodedTensor | None:
     stem, weight, suffix = name.rpartition("weight")
     if not is_matrix_of_bytes or weight + suffix not in ("weight", "weight_packed"):
         return None
-    scale_name = files.find(name, (*_POWERS, "F8_E4M3"), f"{stem}weight_scale")
+    scale_name = files.find(name, (*_POWER_DTYPES, "F8_E4M3"), f"{stem}weight_scale")
     format = NVFP4 if files.tensors[scale_name].dtype == "F8_E4M3" else MXFP4
     n_out, row_bytes = shape
     n_in = 2 * row_bytes
-    n_groups = files._replace(facts=CodeFacts(group=format.block)).groups(name, n_in)
+    n_groups = files._replace(settings=CodeSettings(group=format.block)).groups(name, n_in)
 
     def codes(_: slice | None) -> np.ndarray:
-        return unpack(files.fetch(name, None))
+        return unpack_int4(files.fetch(name, None))
 
     arrays = {
         "codes": LazyArray((n_out, n_in), format.code_dtype, codes),
         "scales": files.lazy_array(scale_name, (n_out, n_groups)),
     }
-    tensors = [name, scale_name, *_activation_scales(stem, files)]
+    tensors = [name, scale_name, *_find_activation_scales(stem, files)]
     if format is NVFP4:
         if weight + suffix == "weight_packed":
             array_name = "scale_divisor"

@@ -10,17 +10,17 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.hf.fields import ConfigError, check_supported
 from lora_jax.hf.keys import Row, WeightsError
-from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
-from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
-from lora_jax.hf.stored.raw import Fetch, Header
-from lora_jax.hf.stored.tensor import CodedTensor, CodeFacts, Files
+from lora_jax.hf.stored.integers import find_awq, find_bnb_nf4, find_gptq, find_pack_quantized
+from lora_jax.hf.stored.layouts import find_fp8, find_mxfp4_experts, find_packed_floats
+from lora_jax.hf.stored.raw import FetchRows, Header
+from lora_jax.hf.stored.tensor import CodedTensor, CodeSettings, FolderTensors
 from lora_jax.quantized import Coded
 
-_CLASSES = ("Linear", "Module")  # of the layers whose weights are kept in codes
-_PARAMETER = re.compile(r"\.weight(_packed)?$")
-_PATTERN = "re:"
+_LAYER_CLASSES = ("Linear", "Module")  # of the layers whose weights are kept in codes
+_PARAMETER_SUFFIX = re.compile(r"\.weight(_packed)?$")
+_PATTERN_PREFIX = "re:"
 
 
 def check_target(target: object) -> str:
@@ -31,8 +31,8 @@ def check_target(target: object) -> str:
     """
     try:
         if isinstance(target, str):
-            if target.startswith(_PATTERN):
-                re.compile(target.removeprefix(_PATTERN))
+            if target.startswith(_PATTERN_PREFIX):
+                re.compile(target.removeprefix(_PATTERN_PREFIX))
             return target
         problem = f"is a {type(target).__name__}"
     except re.error as error:
@@ -47,42 +47,42 @@ class Targets:
     in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.
 
     Args:
-      facts: target -> what config.json says of its modules.
+      settings: target -> what config.json says of its modules.
     """
 
-    def __init__(self, facts: Mapping[str, CodeFacts]):
-        self._facts = facts
-        self._facts_of_patterns: list[tuple[re.Pattern[str], CodeFacts]] = []
-        for target in sorted(facts):
-            if target.startswith(_PATTERN):
-                pattern = re.compile(target.removeprefix(_PATTERN))
-                self._facts_of_patterns.append((pattern, facts[target]))
-        classes = [name for name in _CLASSES if name in facts]
-        self._facts_of_class = facts[classes[0]] if classes else None
+    def __init__(self, settings: Mapping[str, CodeSettings]):
+        self._settings = settings
+        self._settings_of_patterns: list[tuple[re.Pattern[str], CodeSettings]] = []
+        for target in sorted(settings):
+            if target.startswith(_PATTERN_PREFIX):
+                pattern = re.compile(target.removeprefix(_PATTERN_PREFIX))
+                self._settings_of_patterns.append((pattern, settings[target]))
+        classes = [name for name in _LAYER_CLASSES if name in settings]
+        self._settings_of_class = settings[classes[0]] if classes else None
 
-    def facts_of(self, tensor: str) -> CodeFacts | None:
-        """Returns the facts of the first target that names a weight's module; None without one."""
-        module = _PARAMETER.sub("", tensor)
-        if module in self._facts:
-            return self._facts[module]
-        for pattern, facts in self._facts_of_patterns:
+    def settings_of(self, tensor: str) -> CodeSettings | None:
+        """Returns the settings of the first target that names a weight's module, or None."""
+        module = _PARAMETER_SUFFIX.sub("", tensor)
+        if module in self._settings:
+            return self._settings[module]
+        for pattern, settings in self._settings_of_patterns:
             if pattern.match(module):
-                return facts
-        return self._facts_of_class
+                return settings
+        return self._settings_of_class
 
 
-def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
-    """Returns the facts that kinds have in common, for a module that no target names."""
-    blocks = {kind.block for kind in facts} - {None}
-    groups = {kind.group for kind in facts} - {None}
-    return CodeFacts(
+def common_settings(settings: Collection[CodeSettings]) -> CodeSettings:
+    """Returns the settings that kinds have in common, for a module that no target names."""
+    blocks = {kind.block for kind in settings} - {None}
+    groups = {kind.group for kind in settings} - {None}
+    return CodeSettings(
         block=blocks.pop() if len(blocks) == 1 else None,
         group=groups.pop() if len(groups) == 1 else None,
-        symmetric=all(kind.symmetric for kind in facts),
+        symmetric=all(kind.symmetric for kind in settings),
     )
 
 
-Layout = Callable[[str, Files], CodedTensor | None]
+Layout = Callable[[str, FolderTensors], CodedTensor | None]
 
 
 class Method(NamedTuple):
@@ -91,14 +91,14 @@ class Method(NamedTuple):
     Attributes:
       name: its quant_method.
       layouts: the layouts of its tensors.
-      facts: what it says of the codes.
-      targets: what it says of those of some modules, by target; see `groups.Targets`.
+      settings: what it says of the codes.
+      targets: what it says of those of some modules, by target; see `Targets`.
     """
 
     name: str
     layouts: tuple[Layout, ...]
-    facts: CodeFacts = CodeFacts()
-    targets: Mapping[str, CodeFacts] = MappingProxyType({})
+    settings: CodeSettings = CodeSettings()
+    targets: Mapping[str, CodeSettings] = MappingProxyType({})
 
 
 def read_method(fields: Fields) -> Method | None:
@@ -113,14 +113,14 @@ def read_method(fields: Fields) -> Method | None:
     if not isinstance(config, Mapping):
         raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
     quant_method = config.get("quant_method")
-    name = check_known("quantization_config: quant_method", quant_method, METHODS)
+    name = check_supported("quantization_config: quant_method", quant_method, METHODS)
     try:
         return METHODS[name](config)
     except ConfigError as error:
         raise ConfigError(f"quantization_config, {name}: {error}") from None
 
 
-def _square_block(sizes: Any) -> int | None:
+def _read_square_block(sizes: Any) -> int | None:
     """Returns the size of square blocks along both axes; raises a ConfigError for others."""
     if sizes is None:
         return None
@@ -134,105 +134,105 @@ def _check_fields(config: Fields, prefix: str, **supported: Collection[object]) 
     """Raises a ConfigError if a field that is present has a value that is not supported."""
     for name, values in supported.items():
         if config.get(name) is not None:
-            check_known(f"{prefix}{name}", config[name], values)
+            check_supported(f"{prefix}{name}", config[name], values)
 
 
-def _fp8(config: Fields) -> Method:
+def _read_fp8(config: Fields) -> Method:
     _check_fields(config, "", fmt=("e4m3", "e5m2"))
-    block = _square_block(config.get("weight_block_size"))
-    return Method("fp8", (fp8,), CodeFacts(block=block))
+    block = _read_square_block(config.get("weight_block_size"))
+    return Method("fp8", (find_fp8,), CodeSettings(block=block))
 
 
-def _mxfp4(config: Fields) -> Method:
-    return Method("mxfp4", (mxfp4_blocks,))
+def _read_mxfp4(config: Fields) -> Method:
+    return Method("mxfp4", (find_mxfp4_experts,))
 
 
-def _bitsandbytes(config: Fields) -> Method:
+def _read_bitsandbytes(config: Fields) -> Method:
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
         raise ConfigError("only load_in_4bit is kept in codes, not 8 bits")
     _check_fields({"bnb_4bit_quant_type": "fp4", **config}, "", bnb_4bit_quant_type=("nf4",))
-    return Method("bitsandbytes", (bnb_nf4,))
+    return Method("bitsandbytes", (find_bnb_nf4,))
 
 
-def _method_of_words(layout: Layout) -> Callable[[Fields], Method]:
+def _make_reader_of_packed_words(layout: Layout) -> Callable[[Fields], Method]:
     """Returns the reader of a quantization_config of GPTQ or AWQ."""
 
     def method(config: Fields) -> Method:
         _check_fields(config, "", bits=(4,), version=("gemm", "GEMM"))
         format = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if layout is gptq:
-            check_known("checkpoint_format", format, ("gptq", "gptq_v2"))
+        if layout is find_gptq:
+            check_supported("checkpoint_format", format, ("gptq", "gptq_v2"))
         group = config.get("group_size", 128)
-        facts = CodeFacts(
+        settings = CodeSettings(
             group=None if group == -1 else group,
-            zero_is_less=layout is gptq and format == "gptq",
+            zero_is_less=layout is find_gptq and format == "gptq",
         )
-        return Method(str(config["quant_method"]), (layout,), facts)
+        return Method(str(config["quant_method"]), (layout,), settings)
 
     return method
 
 
-def _compressed(config: Fields) -> Method:
+def _read_compressed_tensors(config: Fields) -> Method:
     """Returns compressed-tensors' method, whose groups of modules may have different codes."""
     sparsity = config.get("sparsity_config") or {}
     _check_fields(sparsity, "sparsity_config: ", format=("dense",))
-    _check_fields(config, "", quantization_status=("compressed",), format=_FORMATS)
-    facts_of_target: dict[str, CodeFacts] = {}
-    facts_of_groups: list[CodeFacts] = []
+    _check_fields(config, "", quantization_status=("compressed",), format=_COMPRESSED_FORMATS)
+    settings_of_target: dict[str, CodeSettings] = {}
+    settings_of_groups: list[CodeSettings] = []
     for group in (config.get("config_groups") or {}).values():
-        facts = _group_facts(group)
-        facts_of_groups.append(facts)
+        settings = _read_group_settings(group)
+        settings_of_groups.append(settings)
         for target in group.get("targets") or ():
-            facts_of_target[check_target(target)] = facts
-    are_groups_equal = len(set(facts_of_groups)) <= 1
+            settings_of_target[check_target(target)] = settings
+    are_groups_equal = len(set(settings_of_groups)) <= 1
     return Method(
         name="compressed-tensors",
-        layouts=(pack_quantized, packed_floats, fp8),
-        facts=common_facts(facts_of_groups),
-        targets={} if are_groups_equal else facts_of_target,
+        layouts=(find_pack_quantized, find_packed_floats, find_fp8),
+        settings=common_settings(settings_of_groups),
+        targets={} if are_groups_equal else settings_of_target,
     )
 
 
-def _group_facts(group: Fields) -> CodeFacts:
-    """Returns the facts of one of compressed-tensors' groups of modules."""
-    _check_fields(group, "", format=_FORMATS)
+def _read_group_settings(group: Fields) -> CodeSettings:
+    """Returns the settings of one of compressed-tensors' groups of modules."""
+    _check_fields(group, "", format=_COMPRESSED_FORMATS)
     weights = group.get("weights") or {}
     _check_fields(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
     if weights.get("num_bits") == 8 and weights.get("type") != "float":
         raise ConfigError("integers of 8 bits are not kept in codes")
     strategy = weights.get("strategy")
     block_sizes = weights.get("block_structure") if strategy == "block" else None
-    return CodeFacts(
-        block=_square_block(block_sizes),
+    return CodeSettings(
+        block=_read_square_block(block_sizes),
         group=weights.get("group_size") if strategy == "group" else None,
         symmetric=weights.get("symmetric") is not False,
     )
 
 
-_FORMATS = (
+_COMPRESSED_FORMATS = (
     *("float-quantized", "naive-quantized", "pack-quantized"),
     *("mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision"),
 )
 
 
-def _modelopt(config: Fields) -> Method:
+def _read_modelopt(config: Fields) -> Method:
     _check_fields(config, "", quant_algo=("FP8", "NVFP4"))
-    return Method("modelopt", (packed_floats, fp8))
+    return Method("modelopt", (find_packed_floats, find_fp8))
 
 
 METHODS: dict[str, Callable[[Fields], Method]] = {
-    "fp8": _fp8,
-    "compressed-tensors": _compressed,
-    "mxfp4": _mxfp4,
-    "bitsandbytes": _bitsandbytes,
-    "gptq": _method_of_words(gptq),
-    "awq": _method_of_words(awq),
-    "modelopt": _modelopt,
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed_tensors,
+    "mxfp4": _read_mxfp4,
+    "bitsandbytes": _read_bitsandbytes,
+    "gptq": _make_reader_of_packed_words(find_gptq),
+    "awq": _make_reader_of_packed_words(find_awq),
+    "modelopt": _read_modelopt,
 }
 
 
-def stored_tensors(
-    method: Method | None, tensors: Mapping[str, Header], fetch: Fetch, where: str
+def find_coded_tensors(
+    method: Method | None, tensors: Mapping[str, Header], fetch: FetchRows, where: str
 ) -> dict[str, CodedTensor]:
     """Finds the tensors in codes among those of a folder.
 
@@ -254,7 +254,7 @@ def stored_tensors(
         stored: dict[str, CodedTensor] = {}
         problems = _float8_problems(tensors, "names no quantization_config")
     else:
-        stored, problems = _find_in_codes(method, tensors, fetch)
+        stored, problems = _find_by_layouts(method, tensors, fetch)
         if not stored and not problems:
             problems = [f"no tensor is in the codes of {method.name}, which config.json names"]
         if not problems:
@@ -266,8 +266,8 @@ def stored_tensors(
     return stored
 
 
-def _find_in_codes(
-    method: Method, tensors: Mapping[str, Header], fetch: Fetch
+def _find_by_layouts(
+    method: Method, tensors: Mapping[str, Header], fetch: FetchRows
 ) -> tuple[dict[str, CodedTensor], list[str]]:
     """Returns the tensors in the codes of a method, by name, and the problems with others."""
     targets = Targets(method.targets)
@@ -278,9 +278,9 @@ def _find_in_codes(
         for name in tensors:
             if name in claimed_names:
                 continue
-            facts = targets.facts_of(name) or method.facts
+            settings = targets.settings_of(name) or method.settings
             try:
-                tensor = layout(name, Files(tensors, fetch, facts))
+                tensor = layout(name, FolderTensors(tensors, fetch, settings))
             except WeightsError as error:
                 problems.append(str(error))
                 claimed_names.add(name)
@@ -300,7 +300,14 @@ def _float8_problems(tensors: Mapping[str, Header], config_phrase: str) -> list[
     return problems
 
 
-_FLOAT_KINDS = ("embedding", "positions", "router", "norm", "head", "classifier")  # of parameters
+_KINDS_WITHOUT_CODES = (
+    "embedding",
+    "positions",
+    "router",
+    "norm",
+    "head",
+    "classifier",
+)  # of parameters
 
 
 class ConfigCodes:
@@ -327,14 +334,14 @@ class ConfigCodes:
                 )
             float_modules = fields["quantization_config"].get("modules_to_not_convert") or ()
             for row in table:
-                is_kernel = len(row.shape) > 1 and row.kind not in _FLOAT_KINDS
+                is_kernel = len(row.shape) > 1 and row.kind not in _KINDS_WITHOUT_CODES
                 if not is_kernel:
                     continue
                 for name in row.hf_names:
                     if not any(_is_in_module(name, module) for module in float_modules):
-                        headers |= _headers(method, name, row.hf_shape)
-        self._stored = stored_tensors(method, headers, _fetch_nothing, self.where)
-        self.shipped = frozenset(self._stored)
+                        headers |= _headers_of_codes(method, name, row.hf_shape)
+        self._stored = find_coded_tensors(method, headers, _fetch_nothing, self.where)
+        self.coded_names = frozenset(self._stored)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns the shapes of a tensor's codes; None if it will lie in none."""
@@ -348,9 +355,9 @@ def _is_in_module(tensor: str, module: str) -> bool:
     return re.match(rf"(.*\.)?{pattern}(\.|$)", tensor) is not None
 
 
-def _headers(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Header]:
+def _headers_of_codes(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Header]:
     """Returns the headers of a tensor in codes, by the names in the files."""
-    if method.layouts == (mxfp4_blocks,):
+    if method.layouts == (find_mxfp4_experts,):
         is_of_experts = len(shape) >= 3
         if not is_of_experts:
             return {}
@@ -360,9 +367,9 @@ def _headers(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Hea
             f"{name}_blocks": Header("U8", (*scale_shape, 16)),
             f"{name}_scales": Header("U8", scale_shape),
         }
-    assert method.layouts == (fp8,)
+    assert method.layouts == (find_fp8,)
     scale_shape = ()
-    block = method.facts.block
+    block = method.settings.block
     if block is not None:
         *lead, n_out, n_in = shape
         scale_shape = (*lead, -(-n_out // block), -(-n_in // block))

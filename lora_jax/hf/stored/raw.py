@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 # By safetensors' names. Two numbers of F4 share a byte, so they are read as bytes.
-DTYPES: dict[str, np.dtype] = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
         "F64": np.float64,
@@ -28,7 +28,7 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 class Header(NamedTuple):
@@ -40,11 +40,11 @@ class Header(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in its file."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
 
 
 # (a tensor's name, rows) -> these rows of it, all for None.
-Fetch = Callable[[str, slice | None], np.ndarray]
+FetchRows = Callable[[str, slice | None], np.ndarray]
 
 
 class RawFile:
@@ -72,7 +72,7 @@ class RawFile:
           OSError: the file cannot be read, or is shorter than its header says.
         """
         header = self._header[name]
-        dtype = DTYPES[header["dtype"]]
+        dtype = NUMPY_DTYPES[header["dtype"]]
         shape = list(header["shape"])
         if header["dtype"] == "F4":  # two numbers a byte
             shape[-1] //= 2
@@ -101,9 +101,9 @@ class TensorEntry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def array_entry(array: np.ndarray) -> TensorEntry:
+def entry_of_array(array: np.ndarray) -> TensorEntry:
     """Returns the entry of an array."""
-    return TensorEntry(Header(NAMES[array.dtype], array.shape), lambda: array)
+    return TensorEntry(Header(SAFETENSORS_NAMES[array.dtype], array.shape), lambda: array)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
@@ -119,7 +119,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """
 
     def element_bytes(name: str) -> int:
-        return DTYPES[tensors[name].header.dtype].itemsize
+        return NUMPY_DTYPES[tensors[name].header.dtype].itemsize
 
     file_header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.raw import DTYPES, Fetch, Header
+from lora_jax.hf.stored.raw import NUMPY_DTYPES, FetchRows, Header
 from lora_jax.quantized import Coded, Format
 
 
@@ -59,7 +59,7 @@ class CodedTensor:
             rows = slice(index[0], index[0] + 1)
             index = (0, *index[1:])
         arrays = {name: array.read(rows) for name, array in self.arrays.items()}
-        return self._cut(Coded(arrays, self.format, np.dtype(dtype)), index)
+        return self._cut_codes(Coded(arrays, self.format, np.dtype(dtype)), index)
 
     def shapes(self, dtype: DTypeLike, index: tuple[int | slice, ...] = ()) -> Coded:
         """Returns the shapes of what `coded` returns."""
@@ -67,10 +67,10 @@ class CodedTensor:
             name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
             for name, array in self.arrays.items()
         }
-        part = self._cut(Coded(empty_arrays, self.format, np.dtype(dtype)), index)
+        part = self._cut_codes(Coded(empty_arrays, self.format, np.dtype(dtype)), index)
         return part.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype))
 
-    def _cut(self, coded: Coded, index: tuple[int | slice, ...]) -> Coded:
+    def _cut_codes(self, coded: Coded, index: tuple[int | slice, ...]) -> Coded:
         """Returns a part of codes, with the scales of its blocks; see `coded`."""
         weight_shape = coded.shape
 
@@ -93,7 +93,7 @@ class CodedTensor:
         return coded.map(cut_array)
 
 
-class CodeFacts(NamedTuple):
+class CodeSettings(NamedTuple):
     """The numbers that config.json gives for the codes of a module, or of all.
 
     Attributes:
@@ -109,18 +109,18 @@ class CodeFacts(NamedTuple):
     symmetric: bool = True
 
 
-class Files(NamedTuple):
+class FolderTensors(NamedTuple):
     """The tensors of a folder, and what config.json says of the codes of one.
 
     Attributes:
       tensors: what the files' headers say of each.
       fetch: reads one.
-      facts: what config.json says.
+      settings: what config.json says.
     """
 
     tensors: Mapping[str, Header]
-    fetch: Fetch
-    facts: CodeFacts = CodeFacts()
+    fetch: FetchRows
+    settings: CodeSettings = CodeSettings()
 
     def find(self, owner: str, dtypes: Sequence[str], *names: str) -> str:
         """Returns the first of these names that there is.
@@ -157,7 +157,7 @@ class Files(NamedTuple):
             listing = " or ".join(str(list(expected)) for expected in expected_shapes)
             raise WeightsError(f"{name} is {list(file_shape)}, expected {listing} by config.json")
         is_bytes = raw or file_dtype == "F8_E8M0"
-        dtype = np.dtype(np.uint8) if is_bytes else DTYPES[file_dtype]
+        dtype = np.dtype(np.uint8) if is_bytes else NUMPY_DTYPES[file_dtype]
 
         def read(rows: slice | None) -> np.ndarray:
             if file_shape == shape:
@@ -173,18 +173,20 @@ class Files(NamedTuple):
         Raises:
           WeightsError: they do not come out even.
         """
-        group_size = self.facts.group or n_in
+        group_size = self.settings.group or n_in
         if n_in % group_size:
             raise WeightsError(f"{name} has {n_in} inputs, which are no groups of {group_size}")
         return n_in // group_size
 
 
-_NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1)
-_SIGNED = ((_NIBBLES ^ 8) - 8).astype(np.int8).astype(ml_dtypes.int4)  # the same four bits
-_LESS_8 = (_NIBBLES - 8).astype(np.int8).astype(ml_dtypes.int4)
+_NIBBLES_OF_BYTE = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1)
+_SIGNED_NIBBLES = (
+    ((_NIBBLES_OF_BYTE ^ 8) - 8).astype(np.int8).astype(ml_dtypes.int4)
+)  # the same four bits
+_NIBBLES_LESS_8 = (_NIBBLES_OF_BYTE - 8).astype(np.int8).astype(ml_dtypes.int4)
 
 
-def unpack(array: np.ndarray, *, less_8: bool = False, high_first: bool = False) -> np.ndarray:
+def unpack_int4(array: np.ndarray, *, less_8: bool = False, high_first: bool = False) -> np.ndarray:
     """Returns the numbers of 4 bits in an array's bytes, along its last axis, as int4.
 
     Args:
@@ -192,7 +194,7 @@ def unpack(array: np.ndarray, *, less_8: bool = False, high_first: bool = False)
       less_8: take 8 from numbers of 0 to 15; by default, each keeps its four bits.
       high_first: the first number of a byte is in its high bits.
     """
-    numbers_of_byte = _LESS_8 if less_8 else _SIGNED
+    numbers_of_byte = _NIBBLES_LESS_8 if less_8 else _SIGNED_NIBBLES
     if high_first:
         numbers_of_byte = numbers_of_byte[:, ::-1]
     data = np.ascontiguousarray(array).view(np.uint8)

@@ -10,7 +10,13 @@ import numpy as np
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.images import ImageError, ImageLike, ImageProcessor, open_image, pixel_processor
+from lora_jax.hf.images import (
+    ImageError,
+    ImageLike,
+    ImageProcessor,
+    make_pixel_processor,
+    open_image,
+)
 
 PatchGrid = tuple[int, int]  # rows and columns of patches
 
@@ -40,7 +46,7 @@ class PatchProcessor:
     """
 
     tile: ImageProcessor
-    least: int
+    min_pixels: int
     most: int
     merge: int
     frames: int
@@ -74,7 +80,7 @@ class PatchProcessor:
         tile_fields = {name: value for name, value in fields.items() if name not in _PATCH_FIELDS}
         return cls(
             tile=ImageProcessor.from_hf({**_DEFAULTS, **tile_fields, "size": patch_side}),
-            least=min_pixels,
+            min_pixels=min_pixels,
             most=max_pixels,
             merge=merge,
             frames=frames,
@@ -107,10 +113,10 @@ class PatchProcessor:
     @functools.cached_property
     def _processor(self) -> Any:
         """The image processor of transformers that resizes and cuts images."""
-        return pixel_processor(
+        return make_pixel_processor(
             "qwen2_vl",
             "Qwen2VL",
-            size={"shortest_edge": self.least, "longest_edge": self.most},
+            size={"shortest_edge": self.min_pixels, "longest_edge": self.most},
             resample=self.tile.resample,
             patch_size=self.tile.shape[1],
             merge_size=self.merge,

@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from lora_jax.core.types import Fields, Tokenizer
-from lora_jax.hf.fields import ConfigError, read_file
-from lora_jax.hf.hub import resolve
-from lora_jax.hf.images import FILE
+from lora_jax.hf.fields import ConfigError, read_json_fields
+from lora_jax.hf.hub import find_model
+from lora_jax.hf.images import IMAGE_PROCESSOR_FILE
 from lora_jax.hf.vision.patches import PatchProcessor, PatchReader
 from lora_jax.hf.vision.tiles import ImageReader, TileProcessor
 
 AnyReader: TypeAlias = ImageReader | PatchReader
 ImageForm: TypeAlias = Literal["tiles", "patches"]
 
-_PROCESSOR = "processor_config.json"  # of transformers 5, with the image processor inside
+_PROCESSOR_FILE = "processor_config.json"  # of transformers 5, with the image processor inside
 
 
 class ImageModelConfig(Protocol):
@@ -57,7 +57,7 @@ def load_image_reader(
     >>> row = {"messages": [asks, {"role": "assistant", "content": "A cat."}], "images": ["1.jpg"]}
     >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
     """
-    path, fields = _image_processor_fields(resolve(name_or_path).path)
+    path, fields = _image_processor_fields(find_model(name_or_path).path)
     if config.image_form == "patches":
         return _patch_reader(path, fields, tokenizer, config)
     return _tile_reader(path, fields, tokenizer, config)
@@ -65,14 +65,14 @@ def load_image_reader(
 
 def _image_processor_fields(folder: Path) -> tuple[Path, Fields]:
     """Returns the file that describes a folder's image processor, and the fields of it."""
-    path = folder / FILE
-    processor_path = folder / _PROCESSOR
+    path = folder / IMAGE_PROCESSOR_FILE
+    processor_path = folder / _PROCESSOR_FILE
     if not path.is_file() and processor_path.is_file():
-        processor = read_file(processor_path, "a model of images", ConfigError)
+        processor = read_json_fields(processor_path, "a model of images", ConfigError)
         fields = processor.get("image_processor")
         if fields:
             return processor_path, fields
-    return path, read_file(path, "a model of images", ConfigError)
+    return path, read_json_fields(path, "a model of images", ConfigError)
 
 
 def _tile_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) -> ImageReader:

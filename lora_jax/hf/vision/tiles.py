@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.core.types import Fields, Tokenizer
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.images import ImageLike, ImageProcessor, open_image, pixel_processor
+from lora_jax.hf.images import ImageLike, ImageProcessor, make_pixel_processor, open_image
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
@@ -50,12 +50,12 @@ class TileProcessor:
         Raises:
           ConfigError: names the fields that are not supported, or not known.
         """
-        tile_side = _edge(fields, "max_image_size", 364)
+        tile_side = _read_longest_edge(fields, "max_image_size", 364)
         tile_fields = {name: value for name, value in fields.items() if name not in _SPLIT_FIELDS}
         is_resized = fields.get("do_resize", True)
         return cls(
             tile=ImageProcessor.from_hf({**_DEFAULTS, **tile_fields, "size": tile_side}),
-            longest_edge=_edge(fields, "size", 4 * 364) if is_resized else None,
+            longest_edge=_read_longest_edge(fields, "size", 4 * 364) if is_resized else None,
             split=bool(fields.get("do_image_splitting", True)),
         )
 
@@ -76,7 +76,7 @@ class TileProcessor:
     def _processor(self) -> Any:
         """The image processor of transformers that resizes and cuts images."""
         side = self.tile.shape[1]
-        return pixel_processor(
+        return make_pixel_processor(
             "idefics3",
             "Idefics3",
             do_resize=self.longest_edge is not None,
@@ -157,7 +157,7 @@ class ImageReader:
         )
 
 
-def _edge(fields: Fields, name: str, default: int) -> int:
+def _read_longest_edge(fields: Fields, name: str, default: int) -> int:
     """Returns the longest edge in a field, in pixels."""
     size: Any = fields.get(name) or {"longest_edge": default}
     edge = size.get("longest_edge") if isinstance(size, dict) else None

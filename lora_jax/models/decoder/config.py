@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_multiple, check_values
+from lora_jax.hf.fields import ConfigError, check_field_values, check_multiple, check_supported
 from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
@@ -168,9 +168,9 @@ class DecoderConfig:
     generation: Generation | None = None
 
     def __post_init__(self) -> None:
-        check_values(self)
-        check_known("model_type", self.model_type, FAMILIES)
-        check_known("hidden_act", self.hidden_act, ACTIVATIONS)
+        check_field_values(self)
+        check_supported("model_type", self.model_type, FAMILIES)
+        check_supported("hidden_act", self.hidden_act, ACTIVATIONS)
         check_multiple(
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,

@@ -6,10 +6,10 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
-    check_known,
+    check_no_unknown_fields,
+    check_supported,
+    read_boolean,
     read_eos,
-    read_switch,
-    refuse_unknown,
     write_eos,
 )
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
@@ -84,7 +84,7 @@ def read_fields(config: Fields, defaults: Fields) -> Fields:
       ConfigError: names the fields that are missing, unsupported or unknown.
     """
     config = _text_fields(config)
-    check_known("model_type", config.get("model_type"), FAMILIES)
+    check_supported("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
     config = _without_overrides(family, config)
     given = {**family.defaults, **config}
@@ -92,13 +92,13 @@ def read_fields(config: Fields, defaults: Fields) -> Fields:
     if missing:
         raise ConfigError(f"the configuration lacks {', '.join(missing)}")
     unsupported = {**_UNSUPPORTED, **family.refuses}
-    refuse_unknown(config, family.model_type, _COMMON | family.reads, unsupported)
+    check_no_unknown_fields(config, family.model_type, _COMMON | family.reads, unsupported)
 
     def get(name: str, default: object = None) -> Any:
         return config.get(name, family.defaults.get(name, default))
 
     def switch(name: str) -> bool:
-        return read_switch(name, get(name))
+        return read_boolean(name, get(name))
 
     attention_bias = switch("attention_bias")
     same = {}
@@ -197,12 +197,14 @@ def _text_fields(config: Fields) -> Fields:
     if not of_text:
         return config
     tied, text = "tie_word_embeddings", config.get("text_config")
-    refuse_unknown(config, kind, _OF_IMAGES | {"model_type", "text_config", tied, *_OF_BOTH})
+    check_no_unknown_fields(
+        config, kind, _OF_IMAGES | {"model_type", "text_config", tied, *_OF_BOTH}
+    )
     if not isinstance(text, Mapping):
         raise ConfigError(f"the configuration of {kind} lacks text_config")
     if (model_type := text.get("model_type", of_text[0])) not in of_text:
         raise ConfigError(f"text_config has model_type {model_type!r}: not {' or '.join(of_text)}")
-    both = {read_switch(tied, fields[tied]) for fields in (config, text) if tied in fields}
+    both = {read_boolean(tied, fields[tied]) for fields in (config, text) if tied in fields}
     if FAMILIES[model_type].tied_with_images and config.get(tied) is None:
         both = {True}  # whatever text_config says
     if len(both) > 1:
@@ -249,7 +251,7 @@ def _read_experts(family: DecoderFamily, get: Get) -> Fields:
         "num_experts": count,
         "num_experts_per_tok": get("num_experts_per_tok"),
         "moe_intermediate_size": size,
-        "norm_topk_prob": read_switch("norm_topk_prob", get("norm_topk_prob")),
+        "norm_topk_prob": read_boolean("norm_topk_prob", get("norm_topk_prob")),
     }
 
 
@@ -257,7 +259,7 @@ def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
     """Reads the sliding window, the layers that use it, and the linear layers."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
     switch = "use_sliding_window"
-    if switch in family.reads and not read_switch(switch, get(switch)):
+    if switch in family.reads and not read_boolean(switch, get(switch)):
         window = None
     types = get("layer_types") if "layer_types" in family.reads else None
     if types is None:

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUFLayout
-from lora_jax.hf.gguf.tokenizer import ENDS
+from lora_jax.hf.gguf.tokenizer import END_ROLES
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
@@ -45,7 +45,7 @@ def gguf_layout(family: DecoderFamily) -> GGUFLayout | None:
     if family.gguf is None or not family.reads_gguf:
         return None
     read = functools.partial(_read, family)
-    return GGUFLayout(family.gguf, _hf_name, read, _reorder, facts=(ROPE_FACTORS,))
+    return GGUFLayout(family.gguf, _hf_name, read, _reorder, config_tensors=(ROPE_FACTORS,))
 
 
 def _hf_name(name: str) -> str:
@@ -117,7 +117,7 @@ def _read(
         raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_ROLES)
     modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
     modules["mlp_bias"] = "mlp.gate_proj"
     biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}

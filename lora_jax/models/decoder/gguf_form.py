@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.core.types import Leaf
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf.write import import_gguf
-from lora_jax.hf.keys import Row, hf_member
+from lora_jax.hf.keys import Row, hf_tensor_of_member
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.gguf import ROPE_FACTORS, pair_rows
@@ -308,7 +308,7 @@ def _pieces_of(
 
 def _plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a member of a leaf as llama.cpp stores it, fp32."""
-    array = np.asarray(hf_member(row, leaf, index), np.float32)
+    array = np.asarray(hf_tensor_of_member(row, leaf, index), np.float32)
     if row.kind == "norm" and config.norm_adds_one:
         return array + np.float32(1)
     return pair_rows(array, row.hf, config)
@@ -319,7 +319,7 @@ def _stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
     n_experts = row.stack[1]
     kernels = np.empty((n_experts, *row.hf_shape), np.float32)
     for expert in range(n_experts):
-        kernels[expert] = hf_member(row, leaf, (layer, expert))
+        kernels[expert] = hf_tensor_of_member(row, leaf, (layer, expert))
     return kernels
 
 
@@ -336,7 +336,7 @@ def _fused(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Pi
     for name, columns in projections:
 
         def read(leaf: Leaf, columns: slice = columns) -> np.ndarray:
-            array = np.asarray(hf_member(row, leaf, (layer,))[..., columns], np.float32)
+            array = np.asarray(hf_tensor_of_member(row, leaf, (layer,))[..., columns], np.float32)
             return array if is_bias else np.ascontiguousarray(array.swapaxes(-1, -2))
 
         yield Piece(name=gguf_name(name + suffix), shape=shape, row=row, read=read)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_values
+from lora_jax.hf.fields import ConfigError, check_field_values
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -64,7 +64,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_field_values(self)
 
 
 def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:

@@ -6,9 +6,9 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
-    check_known,
-    read_switch,
-    refuse_unknown,
+    check_no_unknown_fields,
+    check_supported,
+    read_boolean,
 )
 from lora_jax.models.fields import (
     FieldTable,
@@ -125,9 +125,9 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_transformer(self)
-        check_known("model_type", self.model_type, FAMILIES)
-        check_known("head", self.head, HEADS)
-        check_known("pooling", self.pooling, POOLINGS)
+        check_supported("model_type", self.model_type, FAMILIES)
+        check_supported("head", self.head, HEADS)
+        check_supported("pooling", self.pooling, POOLINGS)
         if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
         check_classes(self.num_labels, self.label_names)
@@ -169,9 +169,9 @@ class EncoderConfig:
           ConfigError: names the fields that are missing, unsupported or unknown, and options that
             do not go with the head.
         """
-        family = check_known("model_type", config.get("model_type"), FAMILIES)
+        family = check_supported("model_type", config.get("model_type"), FAMILIES)
         known_names = _HEAD_FIELDS | _FIELDS.file_names | _NO_EFFECT
-        refuse_unknown(config, family, known_names, _UNSUPPORTED)
+        check_no_unknown_fields(config, family, known_names, _UNSUPPORTED)
         if config.get("vocab_size") is None:
             raise ConfigError("the configuration lacks vocab_size")
         head = options.get("head") or _head_of(config)
@@ -185,7 +185,7 @@ class EncoderConfig:
             "num_labels": num_labels,
             "label_names": label_names,
             "pooling": config.get("sentence_pooling") or "mean",
-            "normalize": read_switch("sentence_normalize", config.get("sentence_normalize")),
+            "normalize": read_boolean("sentence_normalize", config.get("sentence_normalize")),
             "pad_token_id": FAMILIES[family].pad_token_id,
         }
         fields |= _FIELDS.read(config)

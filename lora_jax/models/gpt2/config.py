@@ -3,7 +3,7 @@
 import dataclasses
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, read_eos, refuse_unknown, write_eos
+from lora_jax.hf.fields import ConfigError, check_no_unknown_fields, read_eos, write_eos
 from lora_jax.hf.generation import Generation
 from lora_jax.models.fields import FieldTable, check_transformer
 
@@ -88,7 +88,7 @@ class GPT2Config:
         Raises:
           ConfigError: names the fields that are unsupported or unknown.
         """
-        refuse_unknown(config, "gpt2", _NO_EFFECT | _FIELDS.file_names)
+        check_no_unknown_fields(config, "gpt2", _NO_EFFECT | _FIELDS.file_names)
         values = _FIELDS.read(config)
         if values.get("intermediate_size") is None:
             values["intermediate_size"] = 4 * values.get("hidden_size", cls.hidden_size)

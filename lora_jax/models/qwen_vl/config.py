@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, check_values, refuse_unknown
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_field_values,
+    check_no_unknown_fields,
+    check_supported,
+)
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
@@ -90,7 +95,9 @@ class QwenVisionConfig:
           ConfigError: names the fields that are unsupported or unknown.
         """
         others = {"model_type", "rope_parameters", "deepstack_visual_indexes"}
-        refuse_unknown(fields, f"{kind}'s vision_config", _VISION_FIELDS.file_names | others)
+        check_no_unknown_fields(
+            fields, f"{kind}'s vision_config", _VISION_FIELDS.file_names | others
+        )
         if deep := fields.get("deepstack_visual_indexes"):
             raise ConfigError(f"deepstack_visual_indexes={deep} is not supported, only []")
         rope = dict(fields.get("rope_parameters") or {})
@@ -136,8 +143,8 @@ class QwenVLConfig:
     generation: Generation | None = None
 
     def __post_init__(self) -> None:
-        check_values(self)
-        check_known("model_type", self.model_type, CLASSES)
+        check_field_values(self)
+        check_supported("model_type", self.model_type, CLASSES)
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
                 f"the encoder of images returns vectors of {self.vision.out_hidden_size} "
@@ -171,7 +178,7 @@ class QwenVLConfig:
         Raises:
           ConfigError: names the fields that are missing, unsupported or unknown.
         """
-        kind = check_known("model_type", config.get("model_type"), CLASSES)
+        kind = check_supported("model_type", config.get("model_type"), CLASSES)
         text, vision = DecoderConfig.from_hf(config), config.get("vision_config")
         if not isinstance(vision, dict):
             raise ConfigError(f"the configuration of {kind} lacks vision_config: it has no images")

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.hf.generation import end_tokens
+from lora_jax.hf.generation import end_token_ids
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling.adjust import mask_logits
 from lora_jax.models.sampling.choice import (
@@ -99,7 +99,7 @@ def make_decoding(
         raise ValueError(f"{key.shape} keys for {rows} rows: one key, or one a row")
     config = model.config
     if eos_token_id is None:
-        eos_token_id = end_tokens(config)
+        eos_token_id = end_token_ids(config)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     if pad_token_id is None:
         pad_token_id = config.pad_token_id

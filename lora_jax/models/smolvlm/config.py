@@ -6,10 +6,10 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
-    check_known,
-    check_values,
-    read_switch,
-    refuse_unknown,
+    check_field_values,
+    check_no_unknown_fields,
+    check_supported,
+    read_boolean,
 )
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.vision.readers import ImageForm
@@ -80,8 +80,8 @@ class SmolVLMConfig:
     generation: Generation | None = None
 
     def __post_init__(self) -> None:
-        check_values(self)
-        check_known("model_type", self.model_type, CLASSES)
+        check_field_values(self)
+        check_supported("model_type", self.model_type, CLASSES)
         if self.scale_factor < 1 or self.vision.side % self.scale_factor:
             raise ConfigError(
                 f"the {self.vision.side} patches along a side of an image are not a multiple of "
@@ -113,18 +113,20 @@ class SmolVLMConfig:
         Raises:
           ConfigError: names the fields that are missing, unsupported or unknown.
         """
-        kind = check_known("model_type", config.get("model_type"), CLASSES)
-        refuse_unknown(config, kind, _OWN | _NO_EFFECT)
+        kind = check_supported("model_type", config.get("model_type"), CLASSES)
+        check_no_unknown_fields(config, kind, _OWN | _NO_EFFECT)
         parts = {}
         for name in ("text_config", "vision_config"):
             if not isinstance(config.get(name), dict):
                 raise ConfigError(f"the configuration lacks {name}")
             parts[name] = dict(config[name])
         text, vision = parts.values()
-        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT | _VISION_FIELDS.file_names)
+        check_no_unknown_fields(
+            vision, f"{kind}'s vision_config", _NO_EFFECT | _VISION_FIELDS.file_names
+        )
         text = {name: value for name, value in text.items() if name not in _OF_OLD_TEXT}
         tied = "tie_word_embeddings"
-        text[tied] = read_switch(tied, config.get(tied))
+        text[tied] = read_boolean(tied, config.get(tied))
         return cls(
             model_type=kind,
             text=DecoderConfig.from_hf({"model_type": "llama", **text}),

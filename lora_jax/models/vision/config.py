@@ -7,8 +7,8 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
     ConfigError,
-    check_known,
-    refuse_unknown,
+    check_no_unknown_fields,
+    check_supported,
 )
 from lora_jax.models.fields import (
     FieldTable,
@@ -137,8 +137,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_transformer(self)
-        check_known("model_type", self.model_type, FAMILIES)
-        check_known("head", self.head, _ARCHITECTURES)
+        check_supported("model_type", self.model_type, FAMILIES)
+        check_supported("head", self.head, _ARCHITECTURES)
         if min(self.grid) < 1:
             raise ConfigError(
                 f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}"
@@ -179,11 +179,11 @@ class VisionConfig:
           ConfigError: names the fields that are missing, unsupported or unknown, and options that
             do not go with the head.
         """
-        family = check_known("model_type", config.get("model_type"), FAMILIES)
+        family = check_supported("model_type", config.get("model_type"), FAMILIES)
         facts = FAMILIES[family]
         field_names = (_FIELDS.file_names - {"intermediate_size"}).union(facts.defaults)
         known_names = field_names | _NO_EFFECT | {"num_labels"}
-        refuse_unknown(config, family, known_names, _UNSUPPORTED)
+        check_no_unknown_fields(config, family, known_names, _UNSUPPORTED)
         class_names = [vision_family.class_name for vision_family in FAMILIES.values()]
         head = options.get("head") or read_head(config, class_names, _ARCHITECTURES)
         if "num_labels" in options and head != "classification":

@@ -188,7 +188,9 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
         assert f"trained on ({base}) with --model" in said, said
     edit(copied, base_model_name_or_path="owner/name")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.adapters.source.name_for_others", str)  # as if both were on the hub
+        patch.setattr(
+            "train.adapters.source.name_on_other_machines", str
+        )  # as if both were on the hub
         patch.setattr(
             "train.generate.__main__.read_model_info",
             lambda name, tokenizer=None, **_: pretrained.ModelInfo(name, *[None] * 3),

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.hf.generation import Generation, read_generation
+from lora_jax.hf.generation import Generation, read_generation_config
 from tests.adapted_trees import with_random_factors
 from tests.train.scripts import fails
 from tests.train.tiny import CONFIG, tokenizer, write_model
@@ -83,7 +83,7 @@ def test_saved_and_merged_folders_have_the_file(base, tmp_path):
     fields = {"eos_token_id": [end_of(tokens)[0]], **SAMPLING, "transformers_version": "5.0.0"}
     made = copied(folder, tmp_path / "made", fields)
     model, params = models.from_pretrained(made)
-    assert model.config.generation == read_generation(made) and hash(model.config)
+    assert model.config.generation == read_generation_config(made) and hash(model.config)
     models.save_pretrained(tmp_path / "saved", model, params)
     tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)]))
     lj.save_adapter(tmp_path / "adapter", tree, about={"model": str(made)})
@@ -140,7 +140,7 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     given = frozenset({"temperature"})
     options = parse(["--temperature", "0.2", "--generation-config", str(made / FILE)])
     outline, sampling = apply_generation_config(read_model_info(str(base[0])), str(made / FILE))
-    assert outline.config.generation == read_generation(made)
+    assert outline.config.generation == read_generation_config(made)
     capsys.readouterr()
     apply_generation_config(
         read_model_info(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)}

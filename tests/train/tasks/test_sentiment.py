@@ -45,7 +45,7 @@ def test_without_a_network_one_message_says_what_to_put_where(monkeypatch, tmp_p
         raise sentiment.FetchError("ERROR: No matching distribution found")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("lora_jax.hf.packaged.pip_download", pip)
+    monkeypatch.setattr("lora_jax.hf.packaged.download_wheel", pip)
     with pytest.raises(
         UserError, match="Put vader_lexicon.txt of the package vaderSentiment=="
     ) as e:

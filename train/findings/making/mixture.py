@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_jax.hf.tokenizer import fast_tokenizer
+from lora_jax.hf.tokenizer import make_fast_tokenizer
 from train import prior
 from train.compare import outside
 from train.findings.making import questions
@@ -60,7 +60,7 @@ def tokenizer(text: str) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(text.splitlines(keepends=True), trainer)
-    made = fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
+    made = make_fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
     made.chat_template = _TEMPLATE
     return made
 
