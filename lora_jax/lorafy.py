@@ -21,11 +21,17 @@ from lora_jax.core.weight import (
     refuse_bytes,
 )
 from lora_jax.rules import Rule
-from lora_jax.select.build import node_of, starts_of
-from lora_jax.select.matching import LeafFacts, check_names
-from lora_jax.select.resolve import bias_path, listed, resolve
-from lora_jax.select.sharing import check_owners, owner_of, owners, sharers, with_shared
-from lora_jax.select.ties import n_shared, tied_nodes, ties_of, with_ties
+from lora_jax.select.build import factor_makers_by_variant, make_node
+from lora_jax.select.matching import LeafFacts, check_target_names
+from lora_jax.select.resolve import bias_path, check_rules, resolve
+from lora_jax.select.sharing import (
+    check_owners_exist,
+    fill_in_shared_arrays,
+    owner_of_a,
+    owner_suffixes,
+    paths_with_shared_arrays,
+)
+from lora_jax.select.ties import fill_in_tied_vectors, n_copied_elements, tied_nodes, ties_of
 
 
 def lorafy(
@@ -71,37 +77,43 @@ def lorafy(
     LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
     refuse_bytes()
+    # Check the key, the tree and the rules before anything is made.
     key = jax.random.key(0) if key is None else checked_key("lorafy: key", key)
     leaves, treedef = leaves_of(params)
     for path, leaf in leaves:
         if is_node(leaf):
             raise ValueError(
-                f"The tree is already adapted (at {path!r}). Pass the plain tree, "
-                "lora_jax.strip(params), to lorafy. To build on the adapter, pass "
+                f"The tree is already adapted (at {path!r}). Pass the plain tree to lorafy, which "
+                "lora_jax.strip(params) returns. To train a new adapter on top of this one, pass "
                 "lora_jax.merge(params)."
             )
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
     facts = LeafFacts(
         roles=traced_roles(trace, [*arrays.items()]),
         kinds=kinds,
-        shared=aliases(treedef.unflatten(leaf for _, leaf in leaves)),
+        object_of_alias=aliases(treedef.unflatten(leaf for _, leaf in leaves)),
     )
-    rules = listed(rules)
+    rules = check_rules(rules)
+    # Decide what happens to each leaf, and which weights share an A or a vector.
     decisions = resolve([*arrays.items()], rules, facts)
-    check_names(rules, arrays, facts)
-    starts = starts_of(arrays, decisions, key)
-    a_of = owners(decisions, arrays)
-    ties = ties_of(decisions, arrays, list(kinds or ()))
+    check_target_names(rules, arrays, facts)
+    factor_makers = factor_makers_by_variant(arrays, decisions, key)
+    owner_suffix_of_path = owner_suffixes(decisions, arrays)
+    ties_of_path = ties_of(decisions, arrays, list(kinds or ()))
 
     def node_or_leaf(path: str, leaf: Leaf) -> Leaf:
         if path not in decisions:
             return leaf
-        node = node_of(leaf, path, decisions[path], key, starts)
-        if path in a_of:
-            return node.replace(a_of=a_of[path])
-        return node.replace(ties=ties[path]) if path in ties else node
+        node = make_node(leaf, path, decisions[path], key, factor_makers)
+        if path in owner_suffix_of_path:
+            return node.replace(a_of=owner_suffix_of_path[path])
+        if path in ties_of_path:
+            return node.replace(ties=ties_of_path[path])
+        return node
 
-    return with_shared(treedef.unflatten(node_or_leaf(path, leaf) for path, leaf in leaves))
+    # Make the nodes, and give weights that share an array the same array.
+    adapted_tree = treedef.unflatten(node_or_leaf(path, leaf) for path, leaf in leaves)
+    return fill_in_shared_arrays(adapted_tree)
 
 
 def nodes_of(tree: Tree) -> dict[str, Node]:
@@ -109,13 +121,14 @@ def nodes_of(tree: Tree) -> dict[str, Node]:
     return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf)}
 
 
-def _require_nodes(function: str, params: Tree) -> dict[str, Node]:
+def _nodes_of_adapted_tree(function: str, params: Tree) -> dict[str, Node]:
     """Returns the nodes of an adapted tree by path; raises a ValueError if the tree is plain."""
     nodes = nodes_of(params)
     if nodes:
         return nodes
     raise ValueError(
-        f"{function} needs an adapted tree, but this tree is plain. Call lorafy first."
+        f"{function} needs an adapted tree, but this tree has no adapter. Call lorafy first, and "
+        "pass its result."
     )
 
 
@@ -130,24 +143,26 @@ def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
     """
 
-    def visit_parts(path: str, parts: Mapping[str, Leaf]) -> dict[str, Leaf]:
-        return {name: visit(path, name, array) for name, array in parts.items()}
+    def visit_parts(path: str, part_arrays: Mapping[str, Leaf]) -> dict[str, Leaf]:
+        return {name: visit(path, name, array) for name, array in part_arrays.items()}
 
-    is_adapter = isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values())
-    if is_adapter:
-        return {path: visit_parts(path, parts) for path, parts in tree.items()}
+    # The tree is an adapter: a dictionary of the parts of each node, by path.
+    if isinstance(tree, Mapping) and all(_is_parts_of_node(value) for value in tree.values()):
+        return {path: visit_parts(path, part_arrays) for path, part_arrays in tree.items()}
+
+    # The tree is an adapted tree.
 
     def visit_node(path: str, node: Leaf) -> Leaf:
         return node.with_parts(visit_parts(path, node.parts()))
 
-    return with_shared(map_nodes(visit_node, tree))
+    return fill_in_shared_arrays(map_nodes(visit_node, tree))
 
 
-def _is_parts(parts: object) -> bool:
-    """Returns True if a value is the parts of one weight: a dictionary of arrays."""
-    if not isinstance(parts, Mapping) or not parts:
+def _is_parts_of_node(value: object) -> bool:
+    """Returns True if a value is the parts of one node: a dictionary of arrays."""
+    if not isinstance(value, Mapping) or not value:
         return False
-    return not any(isinstance(part, Mapping) or is_node(part) for part in parts.values())
+    return not any(isinstance(array, Mapping) or is_node(array) for array in value.values())
 
 
 def split(params: Tree) -> tuple[Adapter, Tree]:
@@ -170,8 +185,8 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
     >>> jax.tree.map(jnp.shape, adapter)
     {'dense/kernel': {'a': (2, 4), 'b': (2, 3)}}
     """
-    nodes = _require_nodes("split", params)
-    check_owners(nodes)
+    nodes = _nodes_of_adapted_tree("split", params)
+    check_owners_exist(nodes)
     adapter = {path: node.parts() for path, node in nodes.items()}
     return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
 
@@ -198,19 +213,19 @@ def join(adapter: Tree, base: Tree) -> Tree:
         return base
     nodes = nodes_of(base)
     check_same_paths("join", adapter, nodes)
-    _check_parts(adapter, nodes)
+    _check_parts_fit_nodes(adapter, nodes)
 
     def join_node(path: str, node: Node) -> Node:
-        owner = owner_of(path, nodes)
-        if owner is None:
+        owner_path = owner_of_a(path, nodes)
+        if owner_path is None:
             return node.with_parts(adapter[path])
-        return node.with_parts({**adapter[path], "a": adapter[owner]["a"]})
+        return node.with_parts({**adapter[path], "a": adapter[owner_path]["a"]})
 
     joined = map_nodes(join_node, base)
-    return with_ties(joined) if tied_nodes(nodes) else joined
+    return fill_in_tied_vectors(joined) if tied_nodes(nodes) else joined
 
 
-def _check_parts(adapter: Tree, nodes: Mapping[str, Node]) -> None:
+def _check_parts_fit_nodes(adapter: Tree, nodes: Mapping[str, Node]) -> None:
     """Raises a ValueError unless an adapter's parts have the names and shapes of the nodes' parts.
 
     All arrays may have further leading axes, if these are the same for all of them.
@@ -220,13 +235,15 @@ def _check_parts(adapter: Tree, nodes: Mapping[str, Node]) -> None:
         names, node_names = sorted(adapter[path]), sorted(node.part_names())
         if names != node_names:
             raise ValueError(
-                f"join: the adapter has {names} for {path!r}, but the tree trains "
-                f"{node_names} there."
+                f"join: the adapter has the arrays {names} for {path!r}, but the tree trains the "
+                f"arrays {node_names} there. Adapt the base with the rules of the adapter, or load "
+                "the adapter from its folder with lora_jax.load_adapter."
             )
         for name, array in adapter[path].items():
             shape, node_shape = getattr(array, "shape", None), node.part_shape(name)
             if shape is None or node_shape is None:
                 continue
+            # The first array tells the leading axes, which all others must have, too.
             if leading_axes is None:
                 leading_axes = shape[: max(0, len(shape) - len(node_shape))]
             if shape != (*leading_axes, *node_shape):
@@ -276,15 +293,18 @@ def merge(params: Tree) -> Tree:
     weights = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
     for path, weight in weights.items():
         _check_mergeable(path, weight)
-    factored = {path: weight.factored() for path, weight in weights.items()}
-    merged = {
-        path: factored[path].merged() if path in factored else _merged_leaf(leaf)
-        for path, leaf in leaves
-    }
-    for path, factored_weight in factored.items():
+    factored_weights = {path: weight.factored() for path, weight in weights.items()}
+    merged_leaves: dict[str, Leaf] = {}
+    for path, leaf in leaves:
+        if path in factored_weights:
+            merged_leaves[path] = factored_weights[path].merged()
+        else:
+            merged_leaves[path] = _merge_unadapted_leaf(leaf)
+    # The biases are leaves, too: change them after all leaves are merged.
+    for path, factored_weight in factored_weights.items():
         if factored_weight.shift is not None:
-            _add_shift(merged, path, factored_weight.shift)
-    return resolved(treedef.unflatten(merged[path] for path, _ in leaves))
+            _add_shift_to_bias(merged_leaves, path, factored_weight.shift)
+    return resolved(treedef.unflatten(merged_leaves[path] for path, _ in leaves))
 
 
 def _check_mergeable(path: str, weight: LoraWeight) -> None:
@@ -304,26 +324,26 @@ def _check_mergeable(path: str, weight: LoraWeight) -> None:
         )
 
 
-def _merged_leaf(leaf: Leaf) -> Leaf:
-    """Returns the array of a leaf other than an adapted kernel, or of a node of a base half."""
+def _merge_unadapted_leaf(leaf: Leaf) -> Leaf:
+    """Returns the array of a leaf that is no adapted kernel, or of a node without its adapter."""
     if not is_node(leaf):
         return leaf
     return leaf.merged() if leaf.is_on else leaf.base
 
 
-def _add_shift(merged: dict[str, Leaf], path: str, shift: jax.Array) -> None:
+def _add_shift_to_bias(merged_leaves: dict[str, Leaf], path: str, shift: jax.Array) -> None:
     """Adds the shift of a weight to the bias that stands beside its kernel.
 
     Args:
-      merged: the merged leaves by path; the bias is replaced.
+      merged_leaves: the merged leaves by path; the bias is replaced.
       path: path of the weight.
       shift: s times the bias on B.
 
     Raises:
       ValueError: no bias of the shift's shape stands beside the kernel.
     """
-    bias = bias_path(path, merged)
-    shape = None if bias is None else merged[bias].shape
+    bias = bias_path(path, merged_leaves)
+    shape = None if bias is None else merged_leaves[bias].shape
     if bias is None or shape != shift.shape:
         problem = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
         raise ValueError(
@@ -331,9 +351,10 @@ def _add_shift(merged: dict[str, Leaf], path: str, shift: jax.Array) -> None:
             f"{shift.shape}, and {problem}. Run the adapted tree through lora_jax.adapt "
             "instead."
         )
-    dtype = merged[bias].dtype
-    total = merged[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
-    merged[bias] = total.astype(dtype)
+    # Add in fp32 or wider, and round once.
+    dtype = merged_leaves[bias].dtype
+    total = merged_leaves[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
+    merged_leaves[bias] = total.astype(dtype)
 
 
 def swap(params: Tree, other: Tree) -> Tree:
@@ -356,13 +377,14 @@ def swap(params: Tree, other: Tree) -> Tree:
     8.0
     """
     nodes = nodes_of(params)
-    other_nodes = _require_nodes("swap", other)
+    other_nodes = _nodes_of_adapted_tree("swap", other)
     check_same_paths("swap", other_nodes, nodes)
     for path, node in nodes.items():
-        kind, other_kind = _kind(node), _kind(other_nodes[path])
+        kind, other_kind = _describe_node(node), _describe_node(other_nodes[path])
         if kind != other_kind:
             raise ValueError(
-                f"swap: {path!r} is {kind} in one tree, but {other_kind} in the other."
+                f"swap: {path!r} is {kind} in one tree, but {other_kind} in the other. Adapt both "
+                "trees with the same rules."
             )
 
     def swap_node(path: str, node: Node) -> Leaf:
@@ -374,7 +396,7 @@ def swap(params: Tree, other: Tree) -> Tree:
     return map_nodes(swap_node, params)
 
 
-def _kind(node: Node) -> str:
+def _describe_node(node: Node) -> str:
     """Returns the kind of a node, its shape and its roles in words, for a message."""
     if isinstance(node, LoraWeight):
         return f"adapted with the shape {node.shape} and {node.roles}"
@@ -400,7 +422,7 @@ def trainable_mask(params: Tree) -> Tree:
     (False, True, False)
     """
 
-    sharing_paths = sharers(nodes_of(params))
+    sharing_paths = paths_with_shared_arrays(nodes_of(params))
     if sharing_paths:
         raise ValueError(
             f"trainable_mask: {sharing_paths[0]!r} shares the A or the vector of another "
@@ -428,13 +450,14 @@ def count_params(params: Tree) -> tuple[int, int]:
     >>> lj.count_params(tree)
     (14, 29)
     """
-    keyed, _ = flatten(params, is_leaf)
-    leaves = [leaf for _, leaf in keyed]
+    keyed_leaves, _ = flatten(params, is_leaf)
+    leaves = [leaf for _, leaf in keyed_leaves]
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
-    training_nodes = {str(i): node for i, node in enumerate(nodes) if node.is_on}
+    # Paths do not matter here, so the nodes are numbered.
+    training_nodes = {str(index): node for index, node in enumerate(nodes) if node.is_on}
     n_trained = sum(node.n_trainable for node in training_nodes.values())
-    n_trained -= n_shared(training_nodes)
+    n_trained -= n_copied_elements(training_nodes)
     n_frozen = sum(node.n_frozen for node in nodes)
     n_frozen += sum(math.prod(base.shape) for base in bases)
     return n_trained, n_trained + n_frozen

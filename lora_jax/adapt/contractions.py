@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
-from lora_jax.adapt.user_code import place_of
+from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.factored import Factored
 from lora_jax.core.types import Leaf
 
@@ -35,7 +35,7 @@ class LeafAxis(NamedTuple):
 
 
 Contents = frozenset[LeafAxis]
-NOTHING: Contents = frozenset()
+NO_CONTENTS: Contents = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +77,16 @@ class ContractedAxes(NamedTuple):
     not_free: set[int]
 
 
-def labelled(array: Leaf, contents_of_axis: Sequence[Contents]) -> Factored:
+def label_axes(array: Leaf, contents_of_axis: Sequence[Contents]) -> Factored:
     """Returns an array with the contents of its axes, in the place of a weight's labels."""
     labels: Any = tuple(contents_of_axis)
-    return Factored(array, {}, labels, path="\n".join(sorted(paths_of(labels, "", "scaled"))))
+    return Factored(
+        array, {}, labels, path="\n".join(sorted(paths_in_contents(labels, "", "scaled")))
+    )
 
 
-def paths_of(contents_of_axis: Any, *mixed: str) -> set[str]:
-    """Returns the leaves that axes hold, mixed in one of these ways."""
+def paths_in_contents(contents_of_axis: Any, *mixed: str) -> set[str]:
+    """Returns the paths of the leaves that axes hold, if `LeafAxis.mixed` is one of `mixed`."""
     return {
         leaf_axis.path
         for contents in contents_of_axis
@@ -93,33 +95,37 @@ def paths_of(contents_of_axis: Any, *mixed: str) -> set[str]:
     }
 
 
-def axes_of(path: str, contents: Contents) -> frozenset[int]:
+def axes_of_leaf(path: str, contents: Contents) -> frozenset[int]:
     """Returns the axes of one leaf among the contents of an axis."""
     return frozenset(leaf_axis.axis for leaf_axis in contents if leaf_axis.path == path)
 
 
-def union(contents: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
+def union_of_sets(contents: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
     """Returns the union of the contents of several axes."""
     return frozenset().union(*contents)
 
 
-def contracts(use: Use, side: int, contents_of_axis: Sequence[Contents]) -> ContractedAxes | None:
+def contracted_axes(
+    use: Use, side: int, contents_of_axis: Sequence[Contents]
+) -> ContractedAxes | None:
     """Returns the axes of one operand that a product contracts; None if it contracts none."""
     if use.name == "dot_general":
         contract, batch = use.params["dimension_numbers"]
         return ContractedAxes(contract[side], {*contract[side], *batch[side]})
+    # A gather of rows is a product with one-hot vectors: it contracts the axis of the rows.
     if use.name == "gather":
-        indexed_axes = indexed(use, len(contents_of_axis))
+        indexed_axes = axes_indexed_by_gather(use, len(contents_of_axis))
         row_axes = [
             axis
             for axis, contents in enumerate(contents_of_axis)
             if axis not in indexed_axes and contents
         ]
-        # Where a matrix comes out, the index is one into a stack.
+        # If a matrix comes out, the index selects a member of a stack.
         reads_row = len(indexed_axes) == len(row_axes) == 1
         if side == 0 and reads_row:
             return ContractedAxes(indexed_axes, set(indexed_axes))
         return None
+    # Grouped products and convolutions have the kernel on the right.
     if side == 0:
         return None
     if use.name == "ragged_dot_general":
@@ -131,7 +137,7 @@ def contracts(use: Use, side: int, contents_of_axis: Sequence[Contents]) -> Cont
     return ContractedAxes(contracted, set(contracted))
 
 
-def contractions(
+def contractions_by_path(
     use: Use, side: int, axes: ContractedAxes, with_leaf: bool
 ) -> dict[str, Contraction]:
     """Returns the contraction by a product of each leaf in one of its operands, by path.
@@ -144,12 +150,13 @@ def contractions(
     """
     operand = use.values[side]
     shape = operand.base.shape
-    contracted = union(operand.labels[axis] for axis in axes.contracted)
-    free = union(
+    contracted = union_of_sets(operand.labels[axis] for axis in axes.contracted)
+    free = union_of_sets(
         contents for axis, contents in enumerate(operand.labels) if axis not in axes.not_free
     )
-    batch = axes.not_free.difference(axes.contracted)
-    product_axes = [axis for axis, size in enumerate(shape) if size > 1 and axis not in batch]
+    batch_axes = axes.not_free.difference(axes.contracted)
+    product_axes = [axis for axis, size in enumerate(shape) if size > 1 and axis not in batch_axes]
+    # The other operand is one vector if it has only the contracted elements.
     n_other_elements = math.prod(eqns.type_of(use.eqn.invars[1 - side]).shape)
     with_vector = n_other_elements == math.prod(shape[axis] for axis in axes.contracted)
     is_lookup = use.name == "gather"
@@ -157,20 +164,21 @@ def contractions(
     for path in sorted({leaf_axis.path for leaf_axis in contracted | free}):
         leaf_axes = [leaf_axis for leaf_axis in contracted | free if leaf_axis.path == path]
         mixed = {leaf_axis.mixed for leaf_axis in leaf_axes}
-        inner = union(leaf_axis.inner for leaf_axis in leaf_axes)
-        contracted_of_leaf = axes_of(path, contracted)
-        free_of_leaf = axes_of(path, free)
-        # What a product with another leaf contracted before is on the other side of this product.
+        inner = union_of_sets(leaf_axis.inner for leaf_axis in leaf_axes)
+        contracted_of_leaf = axes_of_leaf(path, contracted)
+        free_of_leaf = axes_of_leaf(path, free)
+        # The axes that an earlier product with another leaf contracted have the other role here.
         if contracted_of_leaf:
             free_of_leaf |= inner - contracted_of_leaf
         else:
             contracted_of_leaf = inner - free_of_leaf
-        is_along_all_axes = all(axes_of(path, operand.labels[axis]) for axis in product_axes)
+        # A leaf that lacks an axis of the product was broadcast along it.
+        is_along_all_axes = all(axes_of_leaf(path, operand.labels[axis]) for axis in product_axes)
         contraction = Contraction(
             contracted=contracted_of_leaf,
             free=free_of_leaf,
             primitive=use.name,
-            line=str(place_of(use.eqn)),
+            line=str(user_line_of(use.eqn)),
             is_lookup=is_lookup,
             is_added="added" in mixed,
             is_stretched=not (is_along_all_axes or inner or is_lookup),
@@ -186,47 +194,51 @@ def contractions(
 def _not_kernel_reason(contraction: Contraction, stands_for_activation: bool) -> str:
     """Returns the reason why a leaf is no kernel in a product; empty where it is one."""
     if contraction.is_lookup:
-        reason = "it is looked up"
+        reason = "the function looks up rows of this leaf"
     elif contraction.is_added:
-        reason = "it is added to an activation or a constant, and the sum is multiplied"
+        reason = "an activation or a constant is added to this leaf, and the sum is multiplied"
     elif contraction.is_stretched:
-        reason = "it is stretched along an axis of the product, as a gain is"
+        reason = "this leaf is broadcast along an axis of the product, as a gain is"
     elif stands_for_activation:
-        reason = "it stands in the place of an activation"
+        reason = "this leaf takes the place of an activation in a product"
     else:
         return ""
-    return f"{reason}: {contraction}"
+    return f"{reason}, where {contraction}"
 
 
-def composed(use: Use) -> list[Contents]:
-    """Returns the contents of the axes of a product of leaves: of each leaf the axes that come out.
+def contents_of_leaf_product(use: Use) -> list[Contents]:
+    """Returns the contents of each axis of the product of two leaves.
 
-    They come in the order of the product's axes: batched ones, those of the left leaf, then those
-    of the right one.
+    The axes of the product are the batched axes, the free axes of the left leaf, then the free axes
+    of the right leaf.
     """
     contract, batch = use.params["dimension_numbers"]
     batched_contents: list[list[Contents]] = []  # by side
     free_contents: list[Contents] = []
     for side, operand in enumerate(use.values):
-        contracted = union(operand.labels[axis] for axis in contract[side])
+        contracted = union_of_sets(operand.labels[axis] for axis in contract[side])
         contents_of_axis = [_with_inner_axes(contents, contracted) for contents in operand.labels]
         batched_contents.append([contents_of_axis[axis] for axis in batch[side]])
         for axis, contents in enumerate(contents_of_axis):
             if axis not in contract[side] and axis not in batch[side]:
                 free_contents.append(contents)
-    return [*map(union, zip(*batched_contents, strict=True)), *free_contents]
+    # A batched axis of the product holds the batched axes of both leaves.
+    contents_of_product = [
+        union_of_sets(contents) for contents in zip(*batched_contents, strict=True)
+    ]
+    return contents_of_product + free_contents
 
 
 def _with_inner_axes(contents: Contents, contracted: Contents) -> Contents:
     """Returns the contents of an axis, with the axes of the same leaves that were contracted."""
     return frozenset(
-        leaf_axis._replace(inner=leaf_axis.inner | axes_of(leaf_axis.path, contracted))
+        leaf_axis._replace(inner=leaf_axis.inner | axes_of_leaf(leaf_axis.path, contracted))
         for leaf_axis in contents
     )
 
 
-def indexed(use: Use, ndim: int) -> list[int]:
-    """Returns the axes that a gather indexes, whether they go or stay with one element."""
+def axes_indexed_by_gather(use: Use, ndim: int) -> list[int]:
+    """Returns the axes that a gather indexes, collapsed ones and ones of slice size one."""
     collapsed_axes = use.params["dimension_numbers"].collapsed_slice_dims
     slice_sizes = use.params["slice_sizes"]
     shape = eqns.type_of(use.eqn.invars[0]).shape

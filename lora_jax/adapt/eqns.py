@@ -17,7 +17,7 @@ _NOT_COMPILED = ("device_put",)  # where an array lies is no part of a program
 _T = TypeVar("_T")
 
 
-def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
+def jaxpr_and_consts(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
     """Returns a jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
     open_jaxpr: Value = getattr(jaxpr, "jaxpr", jaxpr)
     return open_jaxpr, getattr(jaxpr, "consts", ())
@@ -121,7 +121,7 @@ def scan_of(eqn: JaxprEqn) -> Scan:
     """
     params = eqn.params
     body = params["jaxpr"]
-    inner, _ = opened(body)
+    inner, _ = jaxpr_and_consts(body)
     n_ys = _count_stacked(eqn.outvars, inner.outvars)
     n_xs = _count_stacked(eqn.invars, inner.invars)
     n_carry = len(eqn.outvars) - n_ys
@@ -287,7 +287,7 @@ def function_name(eqn: JaxprEqn) -> str | None:
         name: str = eqn.params["name"]
         return name
     if "call_jaxpr" in eqn.params:
-        inner, _ = opened(eqn.params["call_jaxpr"])
+        inner, _ = jaxpr_and_consts(eqn.params["call_jaxpr"])
         return inner.debug_info.func_name
     return None
 

@@ -25,11 +25,13 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     leaves = [leaf for _, leaf in keyed_leaves]
     array_indices = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
+    # Trace the function with a recording interpreter, which writes to `records`.
     def run_with_records(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
         return run(fn, interpreter, with_own_masks(fn, args, kwargs), kwargs, None)
 
     fn_of_arrays = eqns.trace_with(run_with_records, leaves, treedef, array_indices)
     jax.eval_shape(fn_of_arrays, *(leaves[index] for index in array_indices))
+    # Add an entry for each weight without a use.
     for argument in (*args, *kwargs.values()):
         leaves_by_path, _ = leaves_of(argument)
         used_paths = {record.path for record in records}
@@ -40,7 +42,7 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
                     primitive="",
                     place="",
                     how="unused",
-                    why="no output depends on it; its adapter will not train",
+                    why="no output depends on this weight, so its adapter will not train",
                 )
                 records.append(unused)
     return list(dict.fromkeys(records))
@@ -49,8 +51,8 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
 def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
     """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
 
-    One line for each place: the primitive, the line of your code, whether the product is factored
-    or the weight is merged there, and why.
+    Each line is one use. It shows the primitive, the line of your code, whether the product is
+    factored or the weight is merged there, and why.
 
     Args:
       fn: traced, not run.

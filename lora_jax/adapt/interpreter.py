@@ -21,7 +21,7 @@ from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.needed import FactorInputs, UsedOutputs, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
-from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
+from lora_jax.adapt.user_code import SourceLine, user_context, user_line_of, user_line_of_call
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.factored import ExamplesError, Factored
@@ -253,7 +253,7 @@ class Interpreter:
           eager_steps: compiled rules of this jaxpr's equations, for an eager call. The call adds
             rules that are missing. None: a compiled function around this one traces the rules.
         """
-        inner, consts = eqns.opened(jaxpr)
+        inner, consts = eqns.jaxpr_and_consts(jaxpr)
         if used_outputs is None:
             used_outputs = (True,) * len(inner.outvars)
         variables = _Variables(dict(zip(inner.constvars, consts, strict=True)))
@@ -291,7 +291,7 @@ class Interpreter:
         for atom, is_used in zip(inner.outvars, used_outputs, strict=True):
             result = variables.read(atom) if is_used else None
             if isinstance(result, FoldedVector):
-                result = self._unfolded(result, "output", place_of_call())
+                result = self._unfolded(result, "output", user_line_of_call())
             results.append(result)
         return results
 
@@ -381,7 +381,7 @@ class Interpreter:
             line = source
             function = None
         else:
-            line = place_of(source)
+            line = user_line_of(source)
             function = eqns.function_name(source)
         if weight.rows is not None:
             raise ExamplesError(merging.example_error(weight, primitive, line))
@@ -505,7 +505,7 @@ class Interpreter:
         """Records a use of each weight among the operands, in factored form."""
         if self.record is None:
             return
-        line = str(place_of(use.eqn))
+        line = str(user_line_of(use.eqn))
         for value in use.values:
             if isinstance(value, Factored):
                 record = WeightUse(
@@ -518,7 +518,7 @@ def _refuse_rows(use: Use) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in use.values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.example_error(value, use.name, place_of(use.eqn)))
+            raise ExamplesError(merging.example_error(value, use.name, user_line_of(use.eqn)))
 
 
 def _values_seen_by(use: Use) -> list[Value] | None:

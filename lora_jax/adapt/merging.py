@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_jax.adapt.user_code import SourceLine, place_of, warn
+from lora_jax.adapt.user_code import SourceLine, user_line_of, warn
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.factored import Factored, TokensError
 from lora_jax.core.types import Value
@@ -105,7 +105,7 @@ def check_tokens(primitive: str, values: Sequence[Value], eqn: JaxprEqn) -> None
         if weight.active is not None:
             raise TokensError(
                 f"The weight {weight.path!r} acts on some tokens only, but {primitive!r} at "
-                f"{place_of(eqn)} does not show which tokens it multiplies. Exclude the "
+                f"{user_line_of(eqn)} does not show which tokens it multiplies. Exclude the "
                 "weight from the rules, if it is a table that is looked up, a kernel of "
                 "experts or of a convolution."
             )

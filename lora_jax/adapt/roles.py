@@ -18,22 +18,22 @@ import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.contractions import (
-    NOTHING,
+    NO_CONTENTS,
     Contents,
     Contraction,
     LeafAxis,
-    composed,
-    contractions,
-    contracts,
-    indexed,
-    labelled,
-    paths_of,
-    union,
+    axes_indexed_by_gather,
+    contents_of_leaf_product,
+    contracted_axes,
+    contractions_by_path,
+    label_axes,
+    paths_in_contents,
+    union_of_sets,
 )
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, WeightUse
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
-from lora_jax.adapt.user_code import place_of
+from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.axes import AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
@@ -56,8 +56,12 @@ def traced_roles(
     if trace is None:
         return None
     if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
-        raise TypeError(f"trace must be a tuple of a function and its arguments, not {trace!r}.")
-    return infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in leaves})
+        raise TypeError(
+            f"trace must be a tuple of a function and its arguments, not {trace!r}. Pass "
+            "trace=(fn, params, x), where fn(params, x) calls your model."
+        )
+    path_of_leaf = {id(leaf): path for path, leaf in leaves}
+    return infer_roles(trace[0], trace[1:], path_of_leaf)
 
 
 def infer_roles(
@@ -74,70 +78,93 @@ def infer_roles(
       By path, the roles of each leaf that `fn` multiplies by or reads rows of, or a sentence that
       says why there are none.
     """
-    log = _Log()
-    interpreter = Interpreter(log.rules(), record=log.merged, default=log.other)
+    tracker = _LeafTracker()
+    interpreter = Interpreter(
+        tracker.rule_of_primitive(),
+        record=tracker.record_merged_leaves,
+        default=tracker.follow_other_equation,
+    )
     keyed_leaves, treedef = flatten(tuple(args), is_base)
     leaves = [leaf for _, leaf in keyed_leaves]
+    # Only the tree's leaves and abstract arrays are traced. All other arguments are constants.
     input_indices = [
         index for index, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)
     ]
 
-    def with_labels(index: int, array: jax.Array) -> Value:
+    def label_input(index: int, array: jax.Array) -> Value:
         path = paths.get(id(leaves[index]))
         if path is None:
             return array
-        return labelled(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
+        return label_axes(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
     def fn_of_resolved(*args: Tree) -> Tree:
         return fn(*resolved(args))
 
-    def walk(arrays: list[Value]) -> None:
+    def follow_leaves(arrays: list[Value]) -> None:
         fn_of_arrays = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)
         jaxpr = jax.make_jaxpr(fn_of_arrays)(*arrays)
-        interpreter.evaluate(jaxpr, list(map(with_labels, input_indices, arrays)))
+        labelled_arrays = [
+            label_input(index, array) for index, array in zip(input_indices, arrays, strict=True)
+        ]
+        interpreter.evaluate(jaxpr, labelled_arrays)
 
-    jax.eval_shape(walk, [stand_in(leaves[index]) for index in input_indices])
+    jax.eval_shape(follow_leaves, [stand_in(leaves[index]) for index in input_indices])
+    # The tracker holds the products of each leaf now.
     roles: dict[str, ObservedRoles | str] = {}
     for leaf in leaves:
         if id(leaf) in paths:
             path = paths[id(leaf)]
-            uses = log.contractions.get(path, [])
-            roles[path] = _agreed_roles(uses, log.lost.get(path), len(leaf.shape))
+            uses = tracker.contractions.get(path, [])
+            lost_reason = tracker.lost_reasons.get(path)
+            roles[path] = _roles_from_uses(uses, lost_reason, len(leaf.shape))
     return roles
 
 
-def _agreed_roles(
+def _roles_from_uses(
     uses: list[Contraction], lost_reason: str | None, ndim: int
 ) -> ObservedRoles | str:
-    """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes.
+    """Returns the roles that all uses of a leaf agree on, or the reason why there are none.
+
+    Uses agree where each contracts the in axes, or each contracts either all in axes or all out
+    axes.
 
     Args:
       uses: uses of one leaf.
       lost_reason: where its axes could no longer be followed, if anywhere.
       ndim: the number of its axes.
     """
+    # The function never multiplies by the leaf.
     if not uses:
-        unseen = "the function never multiplies by it"
         if lost_reason is None:
-            return unseen
-        return f"{unseen}, as far as it can be followed: {lost_reason}"
+            return "the function never multiplies by this leaf"
+        return (
+            "the function never multiplies by this leaf before its axes become unknown, because "
+            f"{lost_reason}"
+        )
+    # Products of a sum with an activation count only if there are no others.
     uses_of_leaf_alone = [use for use in uses if not use.is_added]
-    uses = uses_of_leaf_alone or uses
+    if uses_of_leaf_alone:
+        uses = uses_of_leaf_alone
     clearest = min(uses, key=_unclearness)
+    # All uses must agree with the clearest one.
     for use in uses:
         axes_with_both_roles = use.contracted & use.free
         if axes_with_both_roles:
             return (
-                f"its axes {sorted(axes_with_both_roles)} are one axis, or parts of one, where "
-                f"{use}. Keep them apart: a reshape to one axis (ravel, ravel_pytree) loses them"
+                f"the axes {sorted(axes_with_both_roles)} of this leaf are flattened to one axis "
+                f"where {use}. Do not flatten the leaf (ravel, ravel_pytree, reshape)"
             )
         if {use.contracted, use.free} != {clearest.contracted, clearest.free}:
-            return f"the function uses it in ways that contradict each other: {clearest}, but {use}"
+            return (
+                "the function uses this leaf in ways that contradict each other: "
+                f"{clearest}, but {use}"
+            )
     if not clearest.contracted:
-        return f"no axis of it is contracted in the product: {clearest}"
+        return f"no axis of this leaf is contracted where {clearest}"
     if not clearest.free:
-        return f"no axis of it comes out of the product: {clearest}"
+        return f"no axis of this leaf comes out of the product where {clearest}"
     roles = AxisRoles.from_axes(sorted(clearest.contracted), sorted(clearest.free), ndim)
+    # One use as a kernel makes the leaf a kernel.
     is_kernel = not clearest.is_lookup and any(not use.not_kernel_reason for use in uses)
     return ObservedRoles(roles, "" if is_kernel else clearest.not_kernel_reason)
 
@@ -150,125 +177,140 @@ def _unclearness(use: Contraction) -> tuple[bool, ...]:
     return not use.is_lookup, use.with_leaf, bool(use.not_kernel_reason), use.with_vector
 
 
-class _Log:
-    """The rules that follow leaves, and their notes.
+class _LeafTracker:
+    """Holds the rules that follow leaves through a function, and what they record.
 
     Attributes:
       contractions: the products with each leaf, by path.
-      lost: for a leaf whose axes could no longer be followed somewhere, the first such line.
+      lost_reasons: for each leaf whose axes could not be followed further at some equation, the
+        first such equation in words, by path.
     """
 
     def __init__(self) -> None:
         self.contractions: dict[str, list[Contraction]] = {}
-        self.lost: dict[str, str] = {}
+        self.lost_reasons: dict[str, str] = {}
 
-    def rules(self) -> dict[str, Rule]:
-        """Returns the rule for each primitive but those that `other` is for."""
+    def rule_of_primitive(self) -> dict[str, Rule]:
+        """Returns the rule for each primitive but those of `follow_other_equation`."""
         products = ("dot_general", "ragged_dot_general", "conv_general_dilated")
         moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
         return {
             **CONTROL_RULES,
             **SOLVE_RULES,
-            **dict.fromkeys(products, self._product),
-            **dict.fromkeys(moves, self._moved),
-            "gather": self._look_up,
+            **dict.fromkeys(products, self._follow_product),
+            **dict.fromkeys(moves, self._follow_moved_axes),
+            "gather": self._follow_look_up,
         }
 
-    def merged(self, record: WeightUse) -> None:
-        """Notes that leaves leave a loop or a branch as plain arrays."""
-        self._lose(record.path.splitlines(), record.primitive, record.place)
+    def record_merged_leaves(self, record: WeightUse) -> None:
+        """Records that leaves leave a loop or a branch as plain arrays."""
+        self._record_loss(record.path.splitlines(), record.primitive, record.place)
 
-    def _lose(self, paths: Iterable[str], primitive: str, line: str) -> None:
+    def _record_loss(self, paths: Iterable[str], primitive: str, line: str) -> None:
+        """Records the equation after which the axes of leaves are unknown."""
         for path in paths:
-            self.lost.setdefault(path, f"{primitive!r} at {line} loses its axes")
+            self.lost_reasons.setdefault(path, f"{primitive!r} at {line} loses its axes")
 
-    def _note_lost(self, use: Use, outputs: list[Value]) -> list[Value]:
-        """Returns the outputs; notes the leaves among the operands that none of them holds."""
+    def _record_lost_leaves(self, use: Use, outputs: list[Value]) -> list[Value]:
+        """Records the leaves among the operands that no output holds, and returns the outputs."""
         lost_paths: set[str] = set()
         for value in use.values:
             if isinstance(value, Factored):
                 lost_paths |= set(value.path.splitlines())
         for output in outputs:
             if isinstance(output, Factored):
-                lost_paths -= paths_of(output.labels, "", "scaled", "added")
+                lost_paths -= paths_in_contents(output.labels, "", "scaled", "added")
         if lost_paths:
-            self._lose(lost_paths, use.name, str(place_of(use.eqn)))
+            self._record_loss(lost_paths, use.name, str(user_line_of(use.eqn)))
         return outputs
 
-    def _note_contractions(self, use: Use) -> list[dict[str, Contraction]]:
-        """Notes the axes of leaves that a product contracts.
+    def _record_contractions(self, use: Use) -> list[dict[str, Contraction]]:
+        """Records the axes of leaves that a product contracts.
 
         Returns:
           For each operand that holds leaves, the contraction of each leaf, by path.
         """
         contractions_of_operand: list[dict[str, Contraction]] = []
-        for side, value in enumerate(use.values[:2]):
-            labels: Any = value.labels if isinstance(value, Factored) else ()
-            axes = contracts(use, side, labels) if labels else None
+        for side, operand in enumerate(use.values[:2]):
+            if not isinstance(operand, Factored) or not operand.labels:
+                continue
+            labels: Any = operand.labels
+            axes = contracted_axes(use, side, labels)
             if axes is None:
                 continue
-            with_leaf = _is_leaf(use.values[1 - side])
-            contraction_of_path = contractions(use, side, axes, with_leaf)
+            with_leaf = _holds_unmixed_leaf(use.values[1 - side])
+            contraction_of_path = contractions_by_path(use, side, axes, with_leaf)
             for path, contraction in contraction_of_path.items():
                 self.contractions.setdefault(path, []).append(contraction)
             contractions_of_operand.append(contraction_of_path)
         return contractions_of_operand
 
-    def _look_up(self, _: Interpreter, use: Use) -> list[Value]:
-        """Notes the axes of a leaf that a look-up indexes; follows the axes that it leaves."""
-        self._note_contractions(use)
-        output = _gathered(use)
-        return [output] if isinstance(output, Factored) else self._note_lost(use, [output])
+    def _follow_look_up(self, _: Interpreter, use: Use) -> list[Value]:
+        """Records the axes of a leaf that a look-up indexes, and follows the remaining axes."""
+        self._record_contractions(use)
+        output = _label_gathered(use)
+        if isinstance(output, Factored):
+            return [output]
+        return self._record_lost_leaves(use, [output])
 
-    def _product(self, _: Interpreter, use: Use) -> list[Value]:
-        """Notes the axes of leaves that a product contracts; follows a product of two leaves."""
-        contractions_of_operand = self._note_contractions(use)
+    def _follow_product(self, _: Interpreter, use: Use) -> list[Value]:
+        """Records the axes of leaves that a product contracts; follows a product of two leaves."""
+        contractions_of_operand = self._record_contractions(use)
         (result,) = use.bind(use.bases)
-        if _mixing(use):
+        # The product with an activation is an activation, which is not followed.
+        if _mixing_of_equation(use):
             return [result]
-        if use.name == "dot_general" and all(map(_is_leaf, use.values)):
+        # The product of two leaves has the axes of both.
+        if use.name == "dot_general" and all(map(_holds_unmixed_leaf, use.values)):
             left, right = contractions_of_operand
             are_different_leaves = left.keys().isdisjoint(right)
             is_stretched = any(
                 contraction.is_stretched for contraction in [*left.values(), *right.values()]
             )
             if are_different_leaves and not is_stretched:
-                return [labelled(result, composed(use))]
-        return [labelled(result, [NOTHING] * result.ndim)]
+                return [label_axes(result, contents_of_leaf_product(use))]
+        return [label_axes(result, [NO_CONTENTS] * result.ndim)]
 
-    def _moved(self, _: Interpreter, use: Use) -> list[Value]:
-        """Moves axes as the axis map says; one that is stretched is lost."""
+    def _follow_moved_axes(self, _: Interpreter, use: Use) -> list[Value]:
+        """Moves the labels of axes as the axis map says; a stretched axis loses its label."""
         (result,) = use.bind(use.bases)
         source_axes_of_result = axis_map(use.eqn)
         if source_axes_of_result is None:
-            return self._note_lost(use, [result])
+            return self._record_lost_leaves(use, [result])
         contents_of_weights: list[list[Contents]] = []
-        for value in use.values:
-            if not isinstance(value, Factored):
+        for operand in use.values:
+            if not isinstance(operand, Factored):
                 continue
-            labels: Any = value.labels
+            labels: Any = operand.labels
             contents_of_axis: list[Contents] = []
             for source_axes, size in zip(source_axes_of_result, result.shape, strict=True):
+                # A broadcast stretches the axes of other sizes.
                 if use.name == "broadcast_in_dim":
-                    shape = value.base.shape
+                    shape = operand.base.shape
                     source_axes = tuple(axis for axis in source_axes if shape[axis] == size)
-                contents_of_axis.append(union(labels[axis] for axis in source_axes))
+                contents_of_axis.append(union_of_sets(labels[axis] for axis in source_axes))
             contents_of_weights.append(contents_of_axis)
-        return [labelled(result, _joined(contents_of_weights, _mixing(use)))]
+        return [label_axes(result, _join_contents(contents_of_weights, _mixing_of_equation(use)))]
 
-    def other(self, interpreter: Interpreter, use: Use) -> list[Value]:
-        """Enters functions; keeps axes in place in element-wise operations, else drops them."""
+    def follow_other_equation(self, interpreter: Interpreter, use: Use) -> list[Value]:
+        """Follows leaves through an equation whose primitive has no rule of its own.
+
+        An inner function is entered. The outputs of an element-wise operation have the labels of
+        its operands. Other outputs have no labels.
+        """
+        # The equation calls an inner function with the same operands.
         body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
         if body is not None:
-            inner, _ = eqns.opened(body)
+            inner, _ = eqns.jaxpr_and_consts(body)
             if len(inner.invars) == len(use.values):
                 return interpreter.function(body, use.used_outputs)(*use.values)
         if use.name == "unstack":
             return interpreter.evaluate(eqns.unstacked(use.eqn), use.values, use.used_outputs)
         outputs = use.bind(use.bases)
-        mixing = _mixing(use)
+        mixing = _mixing_of_equation(use)
         labelled_outputs: list[Value] = []
         for output_index, output in enumerate(outputs):
+            # Take the labels of the operands whose axes the output has in place.
             contents_of_operands = []
             for operand in _operands_of_output(use, output_index):
                 contents = _contents_in_place(operand, output, use.name)
@@ -276,16 +318,16 @@ class _Log:
                     contents_of_operands.append(contents)
             is_floating = output.ndim > 0 and jnp.issubdtype(output.dtype, jnp.floating)
             if contents_of_operands:
-                output = labelled(output, _joined(contents_of_operands, mixing))
+                output = label_axes(output, _join_contents(contents_of_operands, mixing))
             elif not mixing and is_floating:  # computed from leaves alone
-                output = labelled(output, [NOTHING] * output.ndim)
+                output = label_axes(output, [NO_CONTENTS] * output.ndim)
             labelled_outputs.append(output)
-        return self._note_lost(use, labelled_outputs)
+        return self._record_lost_leaves(use, labelled_outputs)
 
 
-def _is_leaf(value: Value) -> bool:
+def _holds_unmixed_leaf(value: Value) -> bool:
     """Returns True if a value holds a leaf that is mixed with nothing else."""
-    return isinstance(value, Factored) and bool(paths_of(value.labels, ""))
+    return isinstance(value, Factored) and bool(paths_in_contents(value.labels, ""))
 
 
 def _operands_of_output(use: Use, output_index: int) -> list[Value]:
@@ -302,70 +344,75 @@ def _contents_in_place(operand: Value, output: Value, primitive: str) -> list[Co
     if not isinstance(operand, Factored) or len(operand.labels) != output.ndim:
         return None
     labels: Any = operand.labels
-    if primitive in _SAME_RANK:
+    if primitive in _KEEP_AXES_IN_PLACE:
         return list(labels)
     contents_of_axis: list[Contents] = []
     sizes = zip(operand.base.shape, output.shape, strict=True)
     for contents, (size, output_size) in zip(labels, sizes, strict=True):
         if size not in (1, output_size):
             return None
-        contents_of_axis.append(contents if size == output_size else NOTHING)
+        contents_of_axis.append(contents if size == output_size else NO_CONTENTS)
     return contents_of_axis
 
 
-_ADDS = ("add", "sub", "add_any", "concatenate", "stack")
+_ADDING_PRIMITIVES = ("add", "sub", "add_any", "concatenate", "stack")
 
 
-def _mixing(use: Use) -> str:
+def _mixing_of_equation(use: Use) -> str:
     """Returns the way an equation mixes leaves with arrays that are computed from other things."""
-    if all(map(_is_of_leaves_alone, use.values)):
+    if all(_is_computed_from_leaves(value) for value in use.values):
         return ""
-    return "added" if use.name in _ADDS else "scaled"
+    return "added" if use.name in _ADDING_PRIMITIVES else "scaled"
 
 
-def _is_of_leaves_alone(value: Value) -> bool:
+def _is_computed_from_leaves(value: Value) -> bool:
     """Returns True for a number, and for an array that is computed from leaves alone."""
     if isinstance(value, Factored):
-        return not paths_of(value.labels, "scaled", "added")
+        return not paths_in_contents(value.labels, "scaled", "added")
     return math.prod(jnp.shape(value)) == 1
 
 
-def _joined(contents_of_arrays: Sequence[Sequence[Contents]], mixing: str) -> list[Contents]:
-    """Returns the contents of each axis of several arrays, marked as mixed; "added" stays."""
+def _join_contents(contents_of_arrays: Sequence[Sequence[Contents]], mixing: str) -> list[Contents]:
+    """Returns the joined contents of each axis of several arrays, marked with `mixing`."""
     joined_contents: list[Contents] = []
     for contents_of_axis in zip(*contents_of_arrays, strict=True):
-        contents = union(contents_of_axis)
+        contents = union_of_sets(contents_of_axis)
         if mixing:
-            contents = frozenset(_marked(leaf_axis, mixing) for leaf_axis in contents)
+            contents = frozenset(_mark_mixed(leaf_axis, mixing) for leaf_axis in contents)
         joined_contents.append(contents)
     return joined_contents
 
 
-def _marked(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
+def _mark_mixed(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
+    """Returns an axis of a leaf marked as mixed; an axis that was "added" stays so."""
     return leaf_axis if leaf_axis.mixed == "added" else leaf_axis._replace(mixed=mixing)
 
 
-def _gathered(use: Use) -> Value:
+def _label_gathered(use: Use) -> Value:
     """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
     weight = use.values[0]
-    dimension_numbers = use.params["dimension_numbers"]
     (result,) = use.bind(use.bases)
     if not isinstance(weight, Factored):
         return result
     labels: Any = weight.labels
-    indexed_axes = indexed(use, len(labels))
+    dimension_numbers = use.params["dimension_numbers"]
+    indexed_axes = axes_indexed_by_gather(use, len(labels))
     n_axes_with_leaf = 0
     slice_contents: list[Contents] = []  # of the axes that come out
     for axis, label in enumerate(labels):
-        contents = NOTHING if axis in indexed_axes else label
-        n_axes_with_leaf += bool(contents)
+        contents = NO_CONTENTS if axis in indexed_axes else label
+        if contents:
+            n_axes_with_leaf += 1
         if axis not in dimension_numbers.collapsed_slice_dims:
             slice_contents.append(contents)
     is_row = n_axes_with_leaf < 2
     if is_row or len(slice_contents) != len(dimension_numbers.offset_dims):
         return result
+    # The gather puts the axes of its slice at `offset_dims` of the result.
     contents_of_axis = dict(zip(dimension_numbers.offset_dims, slice_contents, strict=True))
-    return labelled(result, [contents_of_axis.get(axis, NOTHING) for axis in range(result.ndim)])
+    return label_axes(
+        result, [contents_of_axis.get(axis, NO_CONTENTS) for axis in range(result.ndim)]
+    )
 
 
-_SAME_RANK = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")
+_KEEP_AXES_IN_PLACE = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")

@@ -31,11 +31,11 @@ _NEEDS_ELEMENTS = (
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
-_TRACED = object()  # in the place of a traced array
-_MOST_TRACES = 256  # of one function
-# Each trace holds the arrays that the function closed over. Beyond a few traces, these may take so
-# much memory besides those that the newest trace holds as well.
-_FEW_TRACES, _MOST_BYTES = 8, 1 << 28
+_TRACED_ARRAY = object()  # in the place of a traced array
+_MAX_TRACES = 256  # of one function
+# Each trace holds the arrays that the function closed over. Beyond eight traces, older traces are
+# dropped if their arrays take more memory than this, besides the arrays of the newest trace.
+_MAX_TRACES_OF_ANY_SIZE, _MAX_OLDER_BYTES = 8, 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,11 @@ class TraceOutputs:
 
     @functools.cached_property
     def origins(self) -> dict[int, int | None]:
-        """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
+        """Returns, for each needed output of the jaxpr, the index of the argument that it is."""
         return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
     def filled(self, arrays: Sequence[Value]) -> tuple[Tree, Writes]:
-        """Returns the function's result and its writes, for the outputs of the jaxpr."""
+        """Returns the function's result and its writes, with the jaxpr's outputs filled in."""
         leaves = [arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
         result, writes = self.treedef.unflatten(leaves)
         return resolved(result) if self._has_aliases else result, writes
@@ -94,7 +94,7 @@ class Trace:
       jaxpr: the jaxpr.
       leaf_indices: the leaf of the arguments that each of its inputs is.
       outputs: what the function returns and writes.
-      steps: its equations, compiled for eager calls.
+      steps: compiled equations of the jaxpr, for eager calls.
     """
 
     jaxpr: eqns.AnyJaxpr
@@ -109,17 +109,18 @@ def trace(call: FlatCall) -> Trace:
     Raises whatever the function raises while it is traced.
     """
     try:
-        return _traced(call, {**call.others, **call.weights})
+        return _trace_call(call, {**call.others, **call.weights})
     except _NEEDS_ELEMENTS as error:
         error.add_note(
-            "lora_jax.adapt traces the function, as jax.jit does: Python code in it cannot depend "
-            "on the elements of arrays that it computes. Use jax.lax.cond or jnp.where, compute "
-            "them before and pass them in, or run the function on lora_jax.merge(params)."
+            "lora_jax.adapt traces the function, as jax.jit does. Python code in the function "
+            "cannot depend on the elements of arrays that the function computes. Use jax.lax.cond "
+            "or jnp.where. Or compute these elements before the call and pass them as arguments, "
+            "or call the function with lora_jax.merge(params)."
         )
         raise
 
 
-def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
+def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
     """Returns the trace of a call.
 
     Args:
@@ -129,32 +130,34 @@ def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
     outputs: list[TraceOutputs] = []  # of the one call
 
     def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
-        # The caller gets the traced arrays; `outputs` keeps what stands around them.
+        # Returns the traced arrays, and keeps what else the result and the writes contain.
         args, kwargs = resolved(unsealed((args, kwargs)))
         snapshot = Snapshot.take((args, kwargs))
         result = aliased(call.fn(*args, **kwargs))
         leaves, treedef = jax.tree.flatten((result, snapshot.writes()))
         leaves_without_arrays = [
-            _TRACED if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves
+            _TRACED_ARRAY if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves
         ]
         outputs.append(TraceOutputs(leaves_without_arrays, treedef, {}))
         return leaves
 
     fn_of_inputs = eqns.trace_with(call_and_record, call.leaves, call.treedef, list(inputs))
     jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs.values())
-    origins = _origins(jaxpr, inputs, call)
+    origins = _leaf_of_each_output(jaxpr, inputs, call)
     return Trace(jaxpr, tuple(inputs), _without_idle_writes(outputs.pop(), origins, call))
 
 
-def _origins(jaxpr: eqns.AnyJaxpr, input_indices: Iterable[int], call: FlatCall) -> Sources:
-    """Returns, for each output of a call's jaxpr, the index of the leaf that it is.
+def _leaf_of_each_output(
+    jaxpr: eqns.AnyJaxpr, input_indices: Iterable[int], call: FlatCall
+) -> Sources:
+    """Returns, for each output of a call's jaxpr, the index of the leaf that it is, if any.
 
     Args:
       jaxpr: the jaxpr.
       input_indices: the index of the leaf that each of its inputs is.
       call: the call.
     """
-    inner, consts = eqns.opened(jaxpr)
+    inner, consts = eqns.jaxpr_and_consts(jaxpr)
     index_of_leaf = {id(leaf): index for index, leaf in enumerate(call.leaves)}
     index_of_variable: dict[eqns.Atom, int] = {}
     for variable, const in zip(inner.constvars, consts, strict=True):
@@ -168,21 +171,22 @@ def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall
     """Returns the outputs of a function, without writes that change nothing.
 
     Args:
-      outputs: result and writes of the function, with `_TRACED` for each output of the jaxpr.
-      origins: see `_origins`.
+      outputs: result and writes of the function, with `_TRACED_ARRAY` for each output of the jaxpr.
+      origins: see `_leaf_of_each_output`.
       call: the call that was traced.
     """
     leaves: list[Leaf] = []
     n_arrays = 0
     for leaf in outputs.leaves:
-        if leaf is _TRACED:
+        if leaf is _TRACED_ARRAY:
             leaf = Output(n_arrays, origins[n_arrays])
             n_arrays += 1
         leaves.append(leaf)
     result, writes = outputs.treedef.unflatten(leaves)
     if not writes:
         return TraceOutputs(leaves, outputs.treedef, {})
-    arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
+    # Compare the writes with the arguments, each leaf of which is replaced by its index.
+    arguments = call.treedef.unflatten(Argument(index) for index in range(len(call.leaves)))
     writes, assigned = changes(arguments, writes)
     leaves, treedef = jax.tree.flatten((result, writes))
     return TraceOutputs(leaves, treedef, assigned)
@@ -192,34 +196,35 @@ class EagerTraces:
     """The traces of one function that eager calls can use again, from any thread."""
 
     def __init__(self) -> None:
-        # By all that a trace depends on, the latest last.
+        # The key holds all that a trace depends on. The latest entry is the last.
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._is_off = False
 
     def __hash__(self) -> int:
-        """Returns the identity: to `FunctionState`, what is kept here changes nothing."""
+        """Returns the identity, so that new traces do not change a `FunctionState`."""
         return id(self)
 
     def __reduce__(self) -> tuple[type["EagerTraces"], tuple[()]]:
-        """Pickles no trace: a copy of the function makes its own."""
+        """Pickles no traces: an unpickled copy of the function makes its own."""
         return EagerTraces, ()
 
     def find(self, call: FlatCall) -> Trace | None:
         """Returns the trace of a call, with all of its arrays as inputs, or None.
 
-        None where the function's state may change unseen, or where the function needs the elements
-        of an array while it is traced.
+        The result is None if the function's state may change unseen, or if the function needs the
+        elements of an array while it is traced.
         """
         if self._is_off:
             return None
-        arrays = {index: leaf for index, leaf in enumerate(call.leaves) if _is_array(leaf)}
+        # The key of the trace: types of the arrays, all other leaves, and what the function reads.
+        arrays = {index: leaf for index, leaf in enumerate(call.leaves) if _is_numeric_array(leaf)}
         inputs = {**arrays, **call.weights}
         static_leaves = [leaf for index, leaf in enumerate(call.leaves) if index not in inputs]
-        types = tuple((index, _type_of(value)) for index, value in inputs.items())
+        types = tuple((index, _type_of_array(value)) for index, value in inputs.items())
         try:
             state = FunctionState(call.fn, static_leaves)
-            entry = self._entry((call.treedef, types, state, _settings()), state)
+            entry = self._latest_entry((call.treedef, types, state, _jax_settings()), state)
         except RuntimeError:  # another thread changes what the function reads
             return None
         except (UnknownStateError, TypeError, ValueError):
@@ -229,26 +234,27 @@ class EagerTraces:
         with entry.lock:  # other threads wait for the trace rather than make their own
             if not entry.is_made:
                 try:
-                    entry.trace = _traced(call, inputs)
-                except Exception:  # with the elements known it works, or says why it does not
+                    entry.trace = _trace_call(call, inputs)
+                except Exception:  # the call without a trace succeeds, or raises a clearer error
                     entry.trace = None
                 entry.is_made = True
-                self._forget()
+                self._drop_oldest_traces()
         return entry.trace
 
-    def _entry(self, key: Hashable, state: FunctionState) -> "_Entry":
-        """Returns the entry of a key, which is made where there is none, and is the latest now."""
+    def _latest_entry(self, key: Hashable, state: FunctionState) -> "_Entry":
+        """Returns the entry of a key, new if there was none, and makes it the latest."""
         with self._lock:
             entry = self._entries.setdefault(key, _Entry(state))
             self._entries.move_to_end(key)
             return entry
 
-    def _forget(self) -> None:
-        """Drops the traces that were not used for longest, where there are too many."""
+    def _drop_oldest_traces(self) -> None:
+        """Drops the least recently used traces if there are too many, or too large ones."""
         with self._lock:
             counted_arrays: set[int] = set()  # by identity
             n_bytes = 0
-            most_bytes = 0
+            max_bytes = 0
+            # From the newest trace to the oldest, add up the bytes of all different arrays.
             for n_newer, (key, entry) in enumerate(list(reversed(self._entries.items()))):
                 bytes_of_array = entry.bytes_of_array()
                 for array, array_bytes in bytes_of_array.items():
@@ -257,18 +263,18 @@ class EagerTraces:
                 counted_arrays |= bytes_of_array.keys()
                 is_newest = n_newer == 0
                 if is_newest:
-                    most_bytes = n_bytes + _MOST_BYTES
-                is_too_large = n_newer >= _FEW_TRACES and n_bytes > most_bytes
-                if n_newer >= _MOST_TRACES or is_too_large:
+                    max_bytes = n_bytes + _MAX_OLDER_BYTES
+                is_too_large = n_newer >= _MAX_TRACES_OF_ANY_SIZE and n_bytes > max_bytes
+                if n_newer >= _MAX_TRACES or is_too_large:
                     del self._entries[key]
 
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    """A trace that is made once: None where it depends on the elements of an array.
+    """A trace that is made once: None if it depends on the elements of an array.
 
     Attributes:
-      state: the state that the function reads, as it was at that trace.
+      state: the state that the function read when it was traced.
     """
 
     state: FunctionState
@@ -277,29 +283,29 @@ class _Entry:
     lock: Any = field(default_factory=threading.RLock)
 
     def bytes_of_array(self) -> dict[int, int]:
-        """Returns the number of bytes of each array that is held, by its identity."""
+        """Returns the bytes of each array that the trace and the state hold, by identity."""
         arrays: list[Any] = list(self.state.arrays())
         if self.trace is not None:
-            _, consts = eqns.opened(self.trace.jaxpr)
+            _, consts = eqns.jaxpr_and_consts(self.trace.jaxpr)
             arrays += consts
         return {id(array): getattr(array, "nbytes", 0) for array in arrays}
 
 
 @jax.jit
-def _nothing() -> None:
-    """Returns nothing. JAX traces it once for each combination of its settings."""
+def _return_none() -> None:
+    """Returns None. JAX traces this function once for each combination of its settings."""
 
 
-def _settings() -> Hashable:
+def _jax_settings() -> Hashable:
     """Returns a value that changes with any of JAX's settings: promotion, precision, a mesh, …"""
-    settings: Hashable = _nothing.trace().jaxpr
+    settings: Hashable = _return_none.trace().jaxpr
     return settings
 
 
-def _type_of(value: Value) -> Hashable:
+def _type_of_array(value: Value) -> Hashable:
     return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
 
 
-def _is_array(leaf: Leaf) -> bool:
+def _is_numeric_array(leaf: Leaf) -> bool:
     is_numpy_array = isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
     return isinstance(leaf, jax.Array) or is_numpy_array

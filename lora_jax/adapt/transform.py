@@ -25,9 +25,9 @@ from lora_jax.adapt.rules.lookups import LOOK_UP_RULES
 from lora_jax.adapt.rules.products import PRODUCT_RULES
 from lora_jax.adapt.rules.ragged import RAGGED_RULES
 from lora_jax.adapt.rules.reductions import REDUCTION_RULES
-from lora_jax.adapt.sides import noted, warn_of_swapped
+from lora_jax.adapt.sides import collect_sides, warn_of_swapped_roles
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
-from lora_jax.adapt.user_code import place_of_call
+from lora_jax.adapt.user_code import user_line_of_call
 from lora_jax.core.aliases import KeyPath, flatten, resolved
 from lora_jax.core.axes import Label
 from lora_jax.core.base import is_base, stand_in
@@ -199,14 +199,14 @@ def _evaluated(
         for output_index, leaf_index in leaf_of_output.items()
         if leaf_index in adapted.nodes
     }
-    inner, _ = eqns.opened(traced.jaxpr)
+    inner, _ = eqns.jaxpr_and_consts(traced.jaxpr)
     used_outputs = tuple(
         index in leaf_of_output and index not in node_of_output
         for index in range(len(inner.outvars))
     )
-    with noted() as noted_sides:
+    with collect_sides() as sides_by_path:
         outputs = interpreter.evaluate(traced.jaxpr, inputs, used_outputs, eager_steps)
-    warn_of_swapped(noted_sides, traced.jaxpr, inputs)
+    warn_of_swapped_roles(sides_by_path, traced.jaxpr, inputs)
     assigned_outputs = {
         value.number for value in traced.outputs.assigned.values() if isinstance(value, Output)
     }
@@ -215,7 +215,7 @@ def _evaluated(
             outputs[index] = node_of_output[index]
         elif isinstance(output, Factored):
             if index not in assigned_outputs:  # `_say_assigned` has warned of those
-                interpreter.say_merged(output, "output", place_of_call())
+                interpreter.say_merged(output, "output", user_line_of_call())
             outputs[index] = output.merged()
     return outputs
 
@@ -239,7 +239,7 @@ def _say_assigned(
         weight = weights.get(leaf_index)
         if weight is None:
             weight = _without_factors(node.base, len(node.shape), _path_in_argument(key_path))
-        interpreter.say_merged(weight, "assignment", place_of_call())
+        interpreter.say_merged(weight, "assignment", user_line_of_call())
 
 
 def _is_traced() -> bool:

@@ -1,4 +1,4 @@
-"""Tells the user's code from packages' code, and finds the user's line that made an equation."""
+"""Distinguishes the user's code from packages, and finds the user's line behind an equation."""
 
 import contextlib
 import contextvars
@@ -28,14 +28,14 @@ def _path_prefix(folder: str | Path) -> str:
 _PACKAGES = tuple(
     {_path_prefix(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
 )
-_OURS = _path_prefix(Path(__file__).parent.parent)
-_WALK = _path_prefix(Path(__file__).parent)
+_LORA_JAX = _path_prefix(Path(__file__).parent.parent)
+_ADAPT = _path_prefix(Path(__file__).parent)
 _JAX = tuple(
     _path_prefix(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"])
 )
 
-_CHARACTERS_SHOWN = 40  # of a cell's line
-_WARNED: dict[Any, Any] = {}  # what `warnings` needs to say a thing once
+_MAX_CELL_CHARACTERS = 40  # of a line of a notebook's cell, in a message
+_WARNING_REGISTRY: dict[Any, Any] = {}  # lets `warnings` show each message once
 
 # The equations that are being evaluated, one inside the other.
 _OUTER_EQUATIONS: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar(
@@ -53,7 +53,7 @@ def is_packaged(module: str) -> bool:
 
 
 def _is_package_file(path: str) -> bool:
-    return path.startswith((*_PACKAGES, _OURS)) or path.startswith("<frozen")
+    return path.startswith((*_PACKAGES, _LORA_JAX)) or path.startswith("<frozen")
 
 
 class SourceLine(NamedTuple):
@@ -74,35 +74,37 @@ class SourceLine(NamedTuple):
 
 
 def _line_text(file: str, line: int) -> str:
-    """Returns "file:line"; of a notebook's cell, whose file exists nowhere, the line itself."""
+    """Returns "file:line", or the code of the line for a notebook's cell, which has no file."""
     code = "" if os.path.exists(file) else linecache.getline(file, line).strip()
-    if not code:
+    if not code:  # not a notebook's cell
         return f"{file}:{line}"
-    if len(code) > _CHARACTERS_SHOWN:
-        code = f"{code[:_CHARACTERS_SHOWN]}…"
+    if len(code) > _MAX_CELL_CHARACTERS:
+        code = f"{code[:_MAX_CELL_CHARACTERS]}…"
     return f"line {line}, {code!r}"
 
 
-def place_of(eqn: JaxprEqn) -> SourceLine:
-    """Returns the nearest line of the user's code to an equation that is evaluated.
+def user_line_of(eqn: JaxprEqn) -> SourceLine:
+    """Returns the line of the user's code that is nearest to an equation that is evaluated.
 
-    An equation inside a function that JAX traced by itself has no line of the user's; the equation
-    that calls that function has one, or else the Python stack, of which JAX keeps only a part.
+    An equation inside a function that JAX traced by itself has no line of the user's code. The
+    equation that calls that function has one, or else the Python stack, because JAX keeps only a
+    part of the stack.
     """
-    package_line = ""  # the innermost one, but for JAX's and those of this folder
+    package_line = ""  # the innermost line of a package other than JAX and this folder
+    # Search the equation first, then the equations around it, from the innermost one on.
     for source_eqn in (eqn, *reversed(_OUTER_EQUATIONS.get())):
         stack: Any = source_eqn.source_info.traceback
         frames = () if stack is None else stack.frames
         for frame in frames:
             if not _is_package_file(frame.file_name):
                 return SourceLine(frame.file_name, frame.line_num, package_line)
-            if not package_line and not frame.file_name.startswith((*_JAX, _WALK)):
+            if not package_line and not frame.file_name.startswith((*_JAX, _ADAPT)):
                 package_line = f"{_path_from_package(frame.file_name)}:{frame.line_num}"
-    return place_of_call()._replace(inside=package_line)
+    return user_line_of_call()._replace(inside=package_line)
 
 
-def place_of_call() -> SourceLine:
-    """Returns the nearest line of the user's code that is being run."""
+def user_line_of_call() -> SourceLine:
+    """Returns the innermost line of the user's code that is being run."""
     for frame, line in traceback.walk_stack(None):
         if not _is_package_file(frame.f_code.co_filename):
             return SourceLine(frame.f_code.co_filename, line, "")
@@ -111,19 +113,19 @@ def place_of_call() -> SourceLine:
 
 def warn(message: str, category: type[Warning], line: SourceLine) -> None:
     """Warns at a line of the user's code; once for each message, unless a filter says otherwise."""
-    warnings.warn_explicit(message, category, line.file, line.line, registry=_WARNED)
+    warnings.warn_explicit(message, category, line.file, line.line, registry=_WARNING_REGISTRY)
 
 
 def _path_from_package(path: str) -> str:
     """Returns the path of a file from its package on."""
-    roots = (*_PACKAGES, _path_prefix(Path(_OURS).parent))
+    roots = (*_PACKAGES, _path_prefix(Path(_LORA_JAX).parent))
     roots_of_path = [root for root in roots if path.startswith(root)]
     return path.removeprefix(max(roots_of_path, key=len, default=""))
 
 
 @contextlib.contextmanager
 def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """Gives the equation's names and source line to all that is traced inside."""
+    """Gives an equation's name stack and source line to all equations that are traced inside."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
     token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))

@@ -12,7 +12,7 @@ from lora_jax.adapt import adapt
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.transform import RULES, run
-from lora_jax.adapt.user_code import place_of_call, warn
+from lora_jax.adapt.user_code import user_line_of_call, warn
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots, slot_shape, slots_of
 from lora_jax.core.extend import jaxpr_as_fun
 from lora_jax.core.factored import ExamplesError
@@ -141,7 +141,7 @@ def mixed(
                 f"mixed({name}) runs one example after another, under jax.vmap: {error}. The "
                 "result is right. To accept this without a warning, pass one_by_one=True.",
                 MixedWarning,
-                place_of_call(),
+                user_line_of_call(),
             )
             return _run_one_by_one(adapted, call)
 

@@ -151,7 +151,7 @@ class LoraWeight(TreeNode):
         its own half of the rank.
       a_of: the weight whose A is this one's, too, and trains there, by the end of its path from
         the module on ("gate_proj/kernel", beside this module); None for an A of its own. In a whole
-        tree both hold the same array. See `lora_jax.select.sharing.owner_of`.
+        tree both hold the same array. See `lora_jax.select.sharing.owner_of_a`.
       invocation: the tokens from whose last occurrence on the adapter acts; None for all tokens.
       ties: the number of the trained vector of each member of the stack: members with one number,
         also of other weights, train one vector, and hold equal values in a whole tree. -1 where

@@ -36,7 +36,7 @@ from lora_jax.peft.forms import FORMS, FileAdapter
 from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
-from lora_jax.select.sharing import with_shared
+from lora_jax.select.sharing import fill_in_shared_arrays
 
 _ADAPTER_FILES = ["*adapter_config.json", "*adapter_model.safetensors", "*chat_template.jinja"]
 
@@ -99,7 +99,7 @@ def load(
     )
     bases = dict(leaves_of(params)[0])
     loaded = map_leaves(lambda path, leaf: node_reader.read(path, leaf, bases[path]), tree)
-    loaded = with_shared(loaded)
+    loaded = fill_in_shared_arrays(loaded)
     reader.finish()
     return loaded
 

@@ -40,7 +40,7 @@ from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, take_out_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from lora_jax.select.sharing import check_owners, with_shared
+from lora_jax.select.sharing import check_owners_exist, fill_in_shared_arrays
 from lora_jax.variants import PARTS
 
 FORMAT = 2
@@ -92,7 +92,7 @@ def save_adapter(
     nodes = nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
-    check_owners(nodes)
+    check_owners_exist(nodes)
     fingerprint = base_fingerprint(params)
     if base is not None:
         _check_intended_base(nodes, fingerprint, base)
@@ -219,7 +219,7 @@ def load_adapter(
         return base
 
     adapted_leaves = [adapt_leaf(path, leaf) for path, leaf in leaves]
-    loaded = with_shared(treedef.unflatten(adapted_leaves))
+    loaded = fill_in_shared_arrays(treedef.unflatten(adapted_leaves))
     return swap(params, loaded) if nodes_of(params) else loaded
 
 

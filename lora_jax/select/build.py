@@ -1,6 +1,6 @@
-"""Makes the node of one leaf by its rule: draws its factors, adds the arrays of its variants.
+"""Makes the node of a leaf by its rule: draws its factors, and adds the arrays of its variants.
 
-The **start** of a variant makes A and B of its weights, in place of an initialiser that draws them.
+The `start` of a variant makes A and B of its weights, in place of an initialiser that draws them.
 """
 
 import math
@@ -22,13 +22,13 @@ from lora_jax.init import Factors, FactorShape, takes_from_base
 from lora_jax.select.resolve import Adaptation, Decision, FullTraining
 from lora_jax.variants.variant import KernelFacts, MakeFactors, Variant
 
-Starts = Mapping[Variant, MakeFactors]
+FactorMakers = Mapping[Variant, MakeFactors]
 
 
-def starts_of(
+def factor_makers_by_variant(
     leaves: Mapping[str, Leaf], decisions: Mapping[str, Decision], key: jax.Array
-) -> Starts:
-    """Returns the functions that make A and B, by variant, for variants that do not draw them.
+) -> FactorMakers:
+    """Returns the function that makes A and B, for each variant that does not draw them.
 
     Args:
       leaves: the arrays of the tree, by path.
@@ -38,13 +38,16 @@ def starts_of(
     Raises:
       ValueError: the weights do not fit their variant.
     """
-    kernels: dict[Variant, list[KernelFacts]] = {}
+    kernels_of_variant: dict[Variant, list[KernelFacts]] = {}
     for path, decision in decisions.items():
         variant = _starting_variant(decision)
         if isinstance(decision, Adaptation) and variant is not None:
-            kernels.setdefault(variant, []).append(_kernel_facts(leaves[path], path, decision))
+            kernel_facts = _kernel_facts(leaves[path], path, decision)
+            kernels_of_variant.setdefault(variant, []).append(kernel_facts)
     return {
-        variant: variant.start(facts, key) for variant, facts in kernels.items() if variant.start
+        variant: variant.start(kernels, key)
+        for variant, kernels in kernels_of_variant.items()
+        if variant.start
     }
 
 
@@ -67,26 +70,29 @@ def _kernel_facts(leaf: Leaf, path: str, adaptation: Adaptation) -> KernelFacts:
     )
 
 
-def node_of(leaf: Leaf, path: str, decision: Decision, key: jax.Array, starts: Starts) -> Node:
-    """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
+def make_node(
+    leaf: Leaf, path: str, decision: Decision, key: jax.Array, factor_makers: FactorMakers
+) -> Node:
+    """Returns the node for a leaf; an abstract leaf gets a node of abstract arrays.
 
     Args:
       leaf: an array, or a `lora_jax.core.base.Base`.
       path: path of the leaf; each of its draws depends on it.
       decision: the decision of `lora_jax.select.resolve.resolve` for the leaf.
       key: a PRNG key.
-      starts: see `starts_of`.
+      factor_makers: see `factor_makers_by_variant`.
     """
 
-    def make(leaf: Leaf, key: jax.Array) -> Node:
+    def make_by_decision(leaf: Leaf, key: jax.Array) -> Node:
         if isinstance(decision, FullTraining):
             return _trained_node(leaf, decision)
-        return _adapted_node(leaf, path, decision, key, starts)
+        return _adapted_node(leaf, path, decision, key, factor_makers)
 
-    if is_abstract(leaf):
-        node: Node = jax.eval_shape(lambda leaf: make(leaf, jax.random.key(0)), leaf)
-        return node if isinstance(node, Trained) else node.replace(base=leaf)
-    return make(leaf, key)
+    if not is_abstract(leaf):
+        return make_by_decision(leaf, key)
+    # Of an abstract leaf, all arrays of the node are `jax.ShapeDtypeStruct`s.
+    node: Node = jax.eval_shape(lambda leaf: make_by_decision(leaf, jax.random.key(0)), leaf)
+    return node if isinstance(node, Trained) else node.replace(base=leaf)
 
 
 def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
@@ -99,25 +105,26 @@ def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
 
 
 def _adapted_node(
-    leaf: Leaf, path: str, adaptation: Adaptation, key: jax.Array, starts: Starts
+    leaf: Leaf, path: str, adaptation: Adaptation, key: jax.Array, factor_makers: FactorMakers
 ) -> Node:
-    """Returns the node with its factors and the parts of its rule; see `node_of`."""
+    """Returns the node with its factors and the parts of its rule; see `make_node`."""
     rule = adaptation.rule
     if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
         raise ValueError(
             f"{path!r} is an embedding table, which is looked up by token. A rule with "
             f"invocation= can only adapt weights that multiply activations. Add {path!r} to "
-            "exclude= of that rule."
+            "the exclude= of that rule."
         )
-    scale = _scale(leaf, adaptation)
+    scale = _scales_of_layers(leaf, adaptation)
     variant = _starting_variant(adaptation)
     if variant is not None:
-        arrays = {"scale": scale, **starts[variant](leaf, _kernel_facts(leaf, path, adaptation))}
+        kernel_facts = _kernel_facts(leaf, path, adaptation)
+        arrays = {"scale": scale, **factor_makers[variant](leaf, kernel_facts)}
     else:
-        a, b = _stored_factors(leaf, path, adaptation, scale, key)
+        a, b = _draw_stored_factors(leaf, path, adaptation, scale, key)
         arrays = {"scale": scale, "a": a, "b": b}
         if takes_from_base(rule.init):
-            # Copies, so that a donated factor spares the factor that training starts from.
+            # Copies, so that a donated factor spares the factor that training factor_makers from.
             copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
             arrays |= {"start_a": a, "start_b": b, **copies}
     node = LoraWeight(
@@ -141,8 +148,8 @@ def _adapted_node(
     return node.replace(**{part.name: init_part(part) for part in rule.parts})
 
 
-def _scale(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
-    """Returns s, [batch…] fp32."""
+def _scales_of_layers(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
+    """Returns s of each member of a weight, [batch…] fp32."""
     shape = adaptation.roles.sizes(leaf.shape, "batch")
     scales = np.asarray(adaptation.scales, np.float32)  # one for each layer, or one for all
     scales = scales.reshape(-1, *[1] * (len(shape) - 1)) if shape else scales[0]
@@ -150,7 +157,7 @@ def _scale(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
     return scale
 
 
-def _stored_factors(
+def _draw_stored_factors(
     leaf: Leaf, path: str, adaptation: Adaptation, scale: jax.Array, key: jax.Array
 ) -> Factors:
     """Draws A and B, and lays them out as they are stored; see `lora_jax.core.parts.AXES`."""
@@ -171,7 +178,7 @@ def _draw_factors(
     roles = adaptation.roles
     rule = adaptation.rule
     ranks = adaptation.ranks
-    batch = roles.sizes(leaf.shape, "batch")
+    batch_sizes = roles.sizes(leaf.shape, "batch")
     fan_in = math.prod(roles.sizes(leaf.shape, "in"))
     fan_out = math.prod(roles.sizes(leaf.shape, "out"))
     dtype = np.dtype(rule.dtype)
@@ -180,35 +187,45 @@ def _draw_factors(
 
     def initialise(key: jax.Array, rank: int, *layer: int) -> Factors:
         """Returns the factors that the rule's initialiser draws for a stack, or for one layer."""
-        shape = FactorShape(batch=batch[len(layer) :], fan_in=fan_in, fan_out=fan_out, rank=rank)
-        base = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
-        a, b = rule.init(key, shape, dtype, **base)
+        shape = FactorShape(
+            batch=batch_sizes[len(layer) :], fan_in=fan_in, fan_out=fan_out, rank=rank
+        )
+        base_arguments = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
+        a, b = rule.init(key, shape, dtype, **base_arguments)
         if a.shape != shape.a or b.shape != shape.b:
             name = getattr(rule.init, "__qualname__", rule.init)
             raise ValueError(
                 f"The initialiser {name} returned A of shape {a.shape} and B of shape "
-                f"{b.shape}; expected {shape.a} and {shape.b}."
+                f"{b.shape}, but the expected shapes are {shape.a} and {shape.b}. Make its arrays "
+                "with the shapes of its second argument (shape.a and shape.b)."
             )
         return a.astype(dtype), b.astype(dtype)
 
-    def draw(rank: int, *layer: int) -> Factors:
-        """Returns the factors of all uses, side by side, for a stack or for one layer."""
+    def draw_for_all_uses(rank: int, *layer: int) -> Factors:
+        """Returns the factors of all uses, joined along the rank, for a stack or for one layer."""
         layer_key = jax.random.fold_in(weight_key, *layer) if layer else weight_key
         if rule.uses != "each":
             return initialise(layer_key, rank, *layer)
-        lookup_key, product_key = (jax.random.fold_in(layer_key, n) for n in (0, 1))
+        # Look-ups see the first half of the rank, and products the second half.
+        lookup_key = jax.random.fold_in(layer_key, 0)
+        product_key = jax.random.fold_in(layer_key, 1)
         lookup_a, lookup_b = initialise(lookup_key, rank // 2, *layer)
         product_a, product_b = initialise(product_key, rank // 2, *layer)
         a = jnp.concatenate([lookup_a, product_a], axis=-1)
         b = jnp.concatenate([lookup_b, product_b], axis=-2)
         return a, b
 
+    # All layers have one rank.
     if len(set(ranks)) == 1:
-        return draw(ranks[0])
-    empty_shape = FactorShape(batch=batch[1:], fan_in=fan_in, fan_out=fan_out, rank=0)
-    empty = (jnp.zeros(empty_shape.a, dtype), jnp.zeros(empty_shape.b, dtype))
-    layers = [draw(rank, i) if rank else empty for i, rank in enumerate(ranks)]
+        return draw_for_all_uses(ranks[0])
+    # Ranks differ: draw each layer, and pad it to the largest rank.
+    empty_shape = FactorShape(batch=batch_sizes[1:], fan_in=fan_in, fan_out=fan_out, rank=0)
+    empty_factors = (jnp.zeros(empty_shape.a, dtype), jnp.zeros(empty_shape.b, dtype))
     largest_rank = max(ranks)
-    a_of_layers = [filled(a, len(batch), largest_rank) for a, _ in layers]
-    b_of_layers = [filled(b, len(batch) - 1, largest_rank) for _, b in layers]
+    a_of_layers = []
+    b_of_layers = []
+    for layer, rank in enumerate(ranks):
+        a, b = draw_for_all_uses(rank, layer) if rank else empty_factors
+        a_of_layers.append(filled(a, len(batch_sizes), largest_rank))
+        b_of_layers.append(filled(b, len(batch_sizes) - 1, largest_rank))
     return jnp.stack(a_of_layers), jnp.stack(b_of_layers)

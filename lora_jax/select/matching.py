@@ -17,18 +17,18 @@ from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, 
 
 # Modules that "all-linear" does not select without kinds: embeddings (also by the name of the leaf)
 # and the heads that compute the model's output from the last hidden state. In masked language
-# models the output layer lies in a module that holds other layers, too.
+# models the module of the output layer contains other layers, too.
 _NOT_LINEAR = re.compile(
     r"(?!(.*/)?lm_head/dense/\w+$)(.*/)?(cls/predictions/decoder/\w+|(embed\w*|\w*embeddings?|wte|"
     r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
 )
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
-BIASES = ("bias", "b")
-_OF_NORMS = ("scale", "offset", "mean", "var", "gamma", "beta")
-_OF_MIXERS = ("sinks", "conv1d", "A_log", "dt_bias")
-_SIDE_LEAVES = frozenset({*BIASES, *_OF_NORMS, *_OF_MIXERS, "e_score_correction_bias"})
+BIAS_NAMES = ("bias", "b")
+_NORM_LEAVES = ("scale", "offset", "mean", "var", "gamma", "beta")
+_MIXER_LEAVES = ("sinks", "conv1d", "A_log", "dt_bias")
+_SIDE_LEAVES = frozenset({*BIAS_NAMES, *_NORM_LEAVES, *_MIXER_LEAVES, "e_score_correction_bias"})
 
-NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
+NOT_AN_ARGUMENT = "it is no argument of the function (leaves are matched by identity)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,14 @@ class LeafFacts:
       roles: the roles that a traced function shows for a leaf, or the reason why it shows none.
         None: axis roles follow from the names of leaves.
       kinds: the part of the model that a leaf belongs to; presets select by it. None: "all-linear"
-        goes by names, and no other preset can be used.
-      shared: the path of the object that an alias stands for; see `lora_jax.core.aliases`.
+        selects by names, and no other preset can be used.
+      object_of_alias: the path of the object that each alias stands for; see
+        `lora_jax.core.aliases`.
     """
 
     roles: Mapping[str, ObservedRoles | str] | None = None
     kinds: Mapping[str, str] | None = None
-    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    object_of_alias: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -> bool:
@@ -65,6 +66,7 @@ def _is_named(rule: Rule, path: str, leaf: Leaf, facts: LeafFacts) -> bool:
         if targets in PRESETS:
             return _is_in_presets([targets], rule, path, leaf, facts)
         return matches(targets, path)
+    # A list may hold names and presets.
     return _is_in_presets(targets, rule, path, leaf, facts) or matches(targets, path)
 
 
@@ -75,6 +77,7 @@ def _is_in_presets(
     presets = [name for name in names if name in PRESETS]
     if facts.kinds is not None:
         return any(facts.kinds.get(path) in PRESETS[preset] for preset in presets)
+    # Without kinds, only "all-linear" can be used.
     if ALL_LINEAR not in presets or not isinstance(rule, LoraRule):
         return False
     return not is_table_or_head(path) and _is_linear(path, leaf, facts)
@@ -123,25 +126,29 @@ def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], facts: Le
     rule_names_leaf = not isinstance(rule.targets, str) and name in map(leaf_name, rule.targets)
     if rule_names_leaf:
         return False
-    if name not in BIASES:
+    if name not in BIAS_NAMES:
         return True
     ndim = len(leaf.shape)
     has_batch_axis = len(rule.in_axes) + len(rule.out_axes) != ndim
-    module = _module_of(path)
-    ndims_in_module = [len(t.shape) for p, t in tree.items() if _module_of(p) == module]
+    module = _module_prefix(path)
+    ndims_in_module = [
+        len(other_leaf.shape)
+        for other_path, other_leaf in tree.items()
+        if _module_prefix(other_path) == module
+    ]
     return has_batch_axis or 1 in leaf.shape or max(ndims_in_module) > ndim
 
 
-def _module_of(path: str) -> str:
+def _module_prefix(path: str) -> str:
     """Returns the path of the module that a leaf stands in, with a slash at its end."""
     return path.removesuffix(leaf_name(path))
 
 
-def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], facts: LeafFacts) -> None:
-    """Raises a ValueError for a name in a rule's list that selects nothing.
+def check_target_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], facts: LeafFacts) -> None:
+    """Raises a ValueError for a name in a rule's list of targets that selects no leaf.
 
-    A name selects a leaf also where an earlier rule selects the leaf first, and where the exclude
-    or the layers of the rule do not allow the leaf.
+    A leaf counts even if an earlier rule selects it first, or if the rule's `exclude` or `layers`
+    rules it out.
     """
     for rule in rules:
         if isinstance(rule.targets, (str, AnyOf)):
@@ -165,16 +172,19 @@ def no_match_reason(
       selected_paths: paths of the leaves that other rules select; none for the first rule.
       facts: see `resolve`.
     """
-    named = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, facts)}
-    if named:
-        return _no_selection_reason(rule, named, tree, selected_paths, facts)
+    named_leaves = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, facts)}
+    if named_leaves:
+        return _no_selection_reason(rule, named_leaves, tree, selected_paths, facts)
     if not tree:
-        return "The tree has no leaves."
-    shared_reason = _shared_reason(rule, tree, facts)
-    if shared_reason:
-        return shared_reason
+        return "The tree has no leaves. Pass the parameters of your model."
+    alias_reason = _alias_reason(rule, tree, facts)
+    if alias_reason:
+        return alias_reason
+    # A string in place of a list of names.
     names = [rule.targets] if isinstance(rule.targets, str) else [*rule.targets]
-    names_in_pattern = _names_in(rule.targets, tree) if isinstance(rule.targets, str) else []
+    names_in_pattern = (
+        _module_names_in_pattern(rule.targets, tree) if isinstance(rule.targets, str) else []
+    )
     if names_in_pattern:
         return (
             "A string in targets is a pattern for whole paths (re.fullmatch), and names "
@@ -183,13 +193,14 @@ def no_match_reason(
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and facts.kinds is None:
         matrices = {path: leaf for path, leaf in tree.items() if _is_matrix(leaf)}
         return _not_linear_reason(matrices, facts)
-    suggestions = dict.fromkeys(path for name in names for path in nearest(name, tree))
-    return "\n  ".join(["The most similar paths are:", *suggestions])
+    # The names may be misspelled.
+    similar_paths = dict.fromkeys(path for name in names for path in nearest(name, tree))
+    return "\n  ".join(["Name a path of the tree. The most similar paths are:", *similar_paths])
 
 
 def _no_selection_reason(
     rule: Rule,
-    named: Mapping[str, Leaf],
+    named_leaves: Mapping[str, Leaf],
     tree: Mapping[str, Leaf],
     selected_paths: Container[str],
     facts: LeafFacts,
@@ -198,95 +209,109 @@ def _no_selection_reason(
 
     Args:
       rule: the rule.
-      named: the leaves that the rule names, by path: at least one.
+      named_leaves: the leaves that the rule names, by path: at least one.
       tree, selected_paths, facts: see `no_match_reason`.
     """
-    for path in named:
+    for path in named_leaves:
         if path in selected_paths:
-            return f"An earlier rule selects {path!r}, and the first rule wins."
-    for path in named:
+            return (
+                f"An earlier rule selects {path!r}, and the first rule wins. Remove one of the two "
+                "rules, or exclude the leaf from the earlier one."
+            )
+    for path in named_leaves:
         if matches(rule.exclude, path):
-            return f"Its exclude= contains {path!r}."
+            return f"Its exclude= contains {path!r}. Change targets or exclude."
     if isinstance(rule, LoraRule):
-        matrices = [path for path, leaf in named.items() if _is_matrix(leaf)]
+        matrices = [path for path, leaf in named_leaves.items() if _is_matrix(leaf)]
         side_leaves = [path for path in matrices if _is_side_leaf(rule, path, tree, facts)]
         kernels = [path for path in matrices if path not in side_leaves]
         if rule.layers is not None and kernels:
-            return f"{kernels[0]!r} has none of the layers {rule.layers}."
+            return f"{kernels[0]!r} has none of the layers {rule.layers}. Change layers or targets."
         if side_leaves:
             return _side_leaf_reason(side_leaves[0], facts)
-    for path, leaf in named.items():
+    for path, leaf in named_leaves.items():
         if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
             return (
-                f"{path!r} contains integers ({leaf.dtype}), which cannot be trained. Give "
-                "floating-point weights, and quantize them with "
-                'lora_jax.quantized.quantize(params, "int8"): lorafy can adapt these.'
+                f"{path!r} contains integers ({leaf.dtype}), which cannot be trained. Pass "
+                "floating-point weights. If you need a quantized base, quantize them with "
+                'lora_jax.quantized.quantize(params, "int8"), whose result lorafy can adapt.'
             )
-    path, leaf = next(iter(named.items()))
+    path, leaf = next(iter(named_leaves.items()))
     return (
         f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, so it is "
-        "not a kernel. A TrainRule trains such a leaf in full."
+        "not a kernel. Use a TrainRule to train such a leaf in full."
     )
 
 
-def _names_in(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
-    """Returns the names of modules that a string lists; none if it contains anything else."""
+def _module_names_in_pattern(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
+    """Returns the names in a string, if it contains nothing but names of modules."""
     names = [name for name in re.split(r"[\s,|()]+", pattern) if name]
     are_modules = all(any(has_run(path, name) for path in tree) for name in names)
     return names if are_modules else []
 
 
-def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> str:
+def _alias_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> str:
     """Returns the reason why a rule that names an alias of an object selects nothing, or ""."""
-    for alias_path, object_path in facts.shared.items():
+    for alias_path, object_path in facts.object_of_alias.items():
         for path in tree:
             is_in_object = path == object_path or path.startswith(f"{object_path}/")
             path_through_alias = f"{alias_path}{path.removeprefix(object_path)}"
             if is_in_object and matches(rule.targets, path_through_alias):
                 return (
-                    f"{alias_path!r} is the same object as {object_path!r}. Name the latter path."
+                    f"{alias_path!r} is the same object as {object_path!r}. Use the path "
+                    f"{object_path!r} in targets."
                 )
     return ""
 
 
 def _side_leaf_reason(path: str, facts: LeafFacts) -> str:
     """Returns the reason why a rule does not select a leaf named as a bias, and a remedy."""
-    advice = "or let lorafy trace your function: lorafy(params, rules, trace=(fn, …))"
+    advice = " Or let lorafy trace your function with lorafy(params, rules, trace=(fn, …))."
     if facts.roles is not None:
         reason = _not_kernel_reason(path, facts.roles)
-        advice = f"because the traced function does not show them: {reason}"
+        advice = f" The traced function does not show these axes: {reason}"
     return (
-        f"By its name, {path!r} is a bias or a part of a norm, not a kernel. A TrainRule "
-        "trains such a leaf in full. If it is a kernel, give its axes in a rule that names "
-        f"it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {advice}"
+        f"By its name, {path!r} is a bias or a part of a norm, not a kernel. Use a TrainRule "
+        "to train such a leaf in full. If it is a kernel, give its axes in a rule that names "
+        f"it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…).{advice}"
     )
 
 
 def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> str:
     """Returns the reason why a traced function does not show a leaf as a kernel, or ""."""
-    observed = roles.get(path, NO_ARGUMENT)
+    observed = roles.get(path, NOT_AN_ARGUMENT)
     return observed if isinstance(observed, str) else observed.not_kernel_reason
 
 
 def _not_linear_reason(matrices: Mapping[str, Leaf], facts: LeafFacts) -> str:
     """Returns the reason why "all-linear" selects no leaf of two axes or more, and a remedy."""
     if not matrices:
-        return "No leaf is a floating-point array with two axes or more."
+        return (
+            "No leaf is a floating-point array with two axes or more. Pass the parameters of your "
+            "model."
+        )
     examples = list(matrices)[:5]
     if facts.roles is not None:
         lines = []
         for path in examples:
             reason = _not_kernel_reason(path, facts.roles)
-            lines.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
-        return "\n  ".join(["The traced function shows no kernel:", *lines])
+            lines.append(f"{path!r}: {reason or 'by its name, it is an embedding or a head'}")
+        problem = (
+            "The traced function shows no kernel. Name the kernels in targets, and give their "
+            "in_axes=… and out_axes=…. These are the reasons:"
+        )
+        return "\n  ".join([problem, *lines])
     kernels = [path for path, leaf in matrices.items() if _is_linear(path, leaf, facts)]
     if kernels:
-        problem = "By their names, all kernels are embeddings or heads. Name those to adapt:"
+        problem = (
+            "By their names, all kernels are embeddings or heads. Name those that you want to "
+            "adapt in targets:"
+        )
         return "\n  ".join([problem, *kernels[:5]])
     problem = (
-        "Without a trace it goes by names, and no leaf is named kernel or w. Let lorafy "
-        "trace your function: lorafy(params, rules, trace=(fn, params, x)). Or name the "
-        "kernels, and give their in_axes=… and out_axes=…. The arrays of two axes or more "
-        "are:"
+        'Without a trace, "all-linear" selects kernels by name, and no leaf is named kernel or w. '
+        "Let lorafy trace your function with lorafy(params, rules, trace=(fn, params, x)). Or "
+        "name the kernels, and give their in_axes=… and out_axes=…. The arrays of two axes or "
+        "more are:"
     )
     return "\n  ".join([problem, *map(repr, examples)])

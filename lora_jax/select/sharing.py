@@ -10,15 +10,15 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
 from lora_jax.rules import LoraRule
 from lora_jax.select.resolve import Adaptation, Decision
-from lora_jax.select.ties import tied_nodes, with_ties
+from lora_jax.select.ties import fill_in_tied_vectors, tied_nodes
 
 
-def owners(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
+def owner_suffixes(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
     """Returns `LoraWeight.a_of` of each weight that shares another's A, by path.
 
-    Weights share an A where one rule with `share_a` selects them, and the modules that they are
-    the kernels of stand side by side. The value is the end of the owner's path from its module on,
-    so that it also holds in a larger tree, and in a part of the tree; see `owner_of`.
+    Weights share an A if one rule with `share_a` selects them, and they are the kernels of sibling
+    modules. The value is the end of the owner's path, from the owner's module on, so that it is
+    also valid in a larger tree and in a part of the tree; see `owner_of_a`.
 
     Args:
       decisions: the decision for each selected leaf, by path.
@@ -31,30 +31,31 @@ def owners(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dic
     for path, decision in decisions.items():
         if isinstance(decision, Adaptation) and decision.rule.share_a:
             groups.setdefault((decision.rule, _parent_of_module(path)), []).append(path)
-    _check_effect(groups)
-    a_of: dict[str, str] = {}
-    for owner, *sharing in groups.values():
+    _check_that_rules_share(groups)
+    suffix_of_path: dict[str, str] = {}
+    for group_paths in groups.values():
+        owner = group_paths[0]
         owner_shape = _shape_of_a(leaves[owner], decisions[owner])
-        for path in sharing:
+        for path in group_paths[1:]:
             shape = _shape_of_a(leaves[path], decisions[path])
             if shape != owner_shape:
                 raise ValueError(
                     f"share_a=True: {owner!r} and {path!r} are in sibling modules, but their "
-                    f"A would differ in shape or rank ({owner_shape} and {shape}). Give each "
-                    "kernel a rule of its own."
+                    f"A would differ in shape or rank ({owner_shape} and {shape}). Write a "
+                    "separate rule for each kernel."
                 )
-            a_of[path] = "/".join(owner.split("/")[-2:])
-    return a_of
+            suffix_of_path[path] = "/".join(owner.split("/")[-2:])
+    return suffix_of_path
 
 
 def _parent_of_module(path: str) -> object:
-    """Returns a key that is equal for kernels whose modules stand side by side."""
+    """Returns a key that is equal for kernels of sibling modules."""
     segments = path.split("/")
-    has_module = len(segments) > 1  # leaves without a module stand side by side themselves
+    has_module = len(segments) > 1  # leaves without a module are siblings themselves
     return (has_module, *segments[:-2])
 
 
-def _check_effect(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
+def _check_that_rules_share(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
     """Raises a ValueError for a rule with `share_a` that shares no A."""
     effective_rules = {rule for (rule, _), paths in groups.items() if len(paths) > 1}
     for (rule, _), paths in groups.items():
@@ -67,14 +68,14 @@ def _check_effect(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
 
 
 def _shape_of_a(leaf: Leaf, decision: Decision) -> tuple[object, ...]:
-    """Returns the batch sizes and the in sizes of A, and the rank of each layer."""
+    """Returns the sizes of A's batch axes and in axes, and the rank of each layer."""
     assert isinstance(decision, Adaptation)
     roles = decision.roles
     return roles.sizes(leaf.shape, "batch"), roles.sizes(leaf.shape, "in"), decision.ranks
 
 
-def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
-    """Returns the path of the weight whose A another weight shares; None for an A of its own.
+def owner_of_a(path: str, nodes: Mapping[str, Leaf]) -> str | None:
+    """Returns the path of the weight whose A a weight shares; None if the weight has an own A.
 
     Args:
       path: the weight's path.
@@ -83,10 +84,13 @@ def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
     Raises:
       ValueError: the tree lacks the owner.
     """
-    a_of = getattr(nodes[path], "a_of", None)
-    if a_of is None:
+    owner_suffix = getattr(nodes[path], "a_of", None)
+    if owner_suffix is None:
         return None
-    owner = "/".join([*path.split("/")[: -len(a_of.split("/"))], a_of])
+    # The suffix takes the place of the last segments of the weight's path.
+    segments = path.split("/")
+    n_suffix_segments = len(owner_suffix.split("/"))
+    owner = "/".join([*segments[:-n_suffix_segments], owner_suffix])
     if owner not in nodes:
         raise ValueError(
             f"{path!r} shares the A of {owner!r} (share_a=True), but {owner!r} is not "
@@ -96,19 +100,23 @@ def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
     return owner
 
 
-def check_owners(nodes: Mapping[str, Leaf]) -> None:
-    """Raises a ValueError for a weight that shares the A of a weight that the nodes lack."""
+def check_owners_exist(nodes: Mapping[str, Leaf]) -> None:
+    """Raises a ValueError if a weight shares the A of a weight that is not among the nodes."""
     for path in nodes:
-        owner_of(path, nodes)
+        owner_of_a(path, nodes)
 
 
-def sharers(nodes: Mapping[str, Leaf]) -> list[str]:
+def paths_with_shared_arrays(nodes: Mapping[str, Leaf]) -> list[str]:
     """Returns the paths of the weights that train an A or a vector together with others."""
-    tied = tied_nodes(nodes)
-    return [path for path, node in nodes.items() if path in tied or getattr(node, "a_of", None)]
+    tied_paths = tied_nodes(nodes).keys()
+    return [
+        path
+        for path, node in nodes.items()
+        if path in tied_paths or getattr(node, "a_of", None) is not None
+    ]
 
 
-def with_shared(tree: Tree) -> Tree:
+def fill_in_shared_arrays(tree: Tree) -> Tree:
     """Returns a tree in which each weight that shares an A or a vector holds the trained array.
 
     Raises:
@@ -116,12 +124,12 @@ def with_shared(tree: Tree) -> Tree:
     """
     nodes = {path: leaf for path, leaf in leaves_of(tree)[0] if isinstance(leaf, LoraWeight)}
     if tied_nodes(nodes):
-        tree = with_ties(tree)
+        tree = fill_in_tied_vectors(tree)
     if all(node.a_of is None for node in nodes.values()):
         return tree
 
     def take_a(path: str, leaf: Leaf) -> Leaf:
-        owner = owner_of(path, nodes) if path in nodes else None
+        owner = owner_of_a(path, nodes) if path in nodes else None
         return leaf if owner is None else leaf.replace(a=nodes[owner].a)
 
     return map_leaves(take_a, tree)

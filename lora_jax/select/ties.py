@@ -2,8 +2,8 @@
 
 A **member** is one matrix of a stack, or a kernel that is no stack. A **tie** is the number of the
 vector that a member trains (`lora_jax.core.weight.LoraWeight.ties`), or −1 for a member without
-one. Members with one tie hold one vector. The first of them in the order of the tree's leaves
-trains, and the others take its values wherever a tree is put together, so that each node can be
+a vector. Members with the same tie hold the same vector. The first of them in the order of the
+tree's leaves trains. The others get its values whenever a tree is built, so that each node can be
 used by itself.
 """
 
@@ -19,21 +19,22 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
 from lora_jax.select.resolve import Adaptation, Decision
 
-NAME = "v"  # the name of the part that is tied
+TIED_PART = "v"  # the name of the part that holds the tied vectors
 
 
-def group_of(index: int, n: int, tying: float) -> int:
-    """Returns the number of the vector of one of n modules.
+def vector_index_of_module(index: int, n: int, tying: float) -> int:
+    """Returns the index of the vector that one of n modules trains.
 
     Args:
       index: index of the module in the order of the modules.
       n: the number of modules.
-      tying: 0 for a vector each, 1 for one for all.
+      tying: `weight_tying`, from 0 (a vector for each module) to 1 (one vector for all).
 
     Source: PEFT's ``TinyLoraModel._create_and_replace``.
     """
-    groups = max(1, round(n * (1 - tying)))
-    return min(index // max(1, n // groups), groups - 1)
+    n_vectors = max(1, round(n * (1 - tying)))
+    modules_per_vector = max(1, n // n_vectors)
+    return min(index // modules_per_vector, n_vectors - 1)
 
 
 def ties_of(
@@ -58,20 +59,21 @@ def ties_of(
             pools.setdefault((rule.u, rule.weight_tying), []).append(path)
     index_of_path = {path: index for index, path in enumerate(order)}
     ties = dict[str, list[int]]()
-    n_numbers = 0  # numbers up to here belong to earlier pools
+    first_vector = 0  # number of the pool's first vector
     for (_, tying), paths in pools.items():
         paths.sort(key=lambda path: index_of_path.get(path, len(index_of_path)))
-        is_adapted = {path: _adapted_members(leaves[path], decisions[path]) for path in paths}
+        is_adapted = {path: _is_member_adapted(leaves[path], decisions[path]) for path in paths}
         ties |= {path: [-1] * len(is_adapted[path]) for path in paths}
+        # PEFT counts each adapted member as a module.
         modules = _members_by_layer(paths, is_adapted)
         for index, (path, member) in enumerate(modules):
-            ties[path][member] = n_numbers + group_of(index, len(modules), tying)
-        n_numbers += len(modules)
+            ties[path][member] = first_vector + vector_index_of_module(index, len(modules), tying)
+        first_vector += len(modules)
     return {path: tuple(ties_of_path) for path, ties_of_path in ties.items()}
 
 
-def _adapted_members(leaf: Leaf, decision: Decision) -> list[bool]:
-    """Returns True for each member of a weight that is adapted."""
+def _is_member_adapted(leaf: Leaf, decision: Decision) -> list[bool]:
+    """Returns, for each member of a weight, whether the member is adapted."""
     assert isinstance(decision, Adaptation)
     batch = decision.roles.sizes(leaf.shape, "batch")
     ranks = np.asarray(decision.ranks).reshape(-1, *[1] * (len(batch) - 1))
@@ -80,9 +82,10 @@ def _adapted_members(leaf: Leaf, decision: Decision) -> list[bool]:
 
 
 class _OrderedMember(NamedTuple):
-    """A member with its keys of order: the run of weights, its layer, and its weight's index.
+    """A member; members are sorted by run, then by layer, then by the index of the weight.
 
-    A run is consecutive weights with equal numbers of members. A weight without layers is a run.
+    A **run** is a group of consecutive weights with equal numbers of members. A weight without
+    layers is a run by itself.
     """
 
     run: int
@@ -100,12 +103,14 @@ def _members_by_layer(
     run = 0
     run_members: int | None = None  # members of each weight of the run
     for weight_index, path in enumerate(paths):
+        # A weight begins a new run unless it has layers as the weight before it.
         n_members = len(is_adapted[path])
         layer_of_path = numbered_layer(path, stacked=False) if n_members == 1 else None
         has_layers = n_members > 1 or layer_of_path is not None
         if not has_layers or n_members != run_members:
             run += 1
         run_members = n_members if has_layers else None
+        # The layer of a member is its index in the stack, or the number in the path.
         for member in np.flatnonzero(is_adapted[path]).tolist():
             layer = member if layer_of_path is None else layer_of_path
             ordered = _OrderedMember(
@@ -115,14 +120,17 @@ def _members_by_layer(
     return [(ordered.path, ordered.member) for ordered in sorted(members)]
 
 
-def with_ties(tree: Tree) -> Tree:
+def fill_in_tied_vectors(tree: Tree) -> Tree:
     """Returns a tree in which tied members hold the vector of the first of them."""
-    nodes = tied_nodes({p: x for p, x in leaves_of(tree)[0] if isinstance(x, LoraWeight)})
-    vectors: dict[str, Leaf] = {path: node.arrays.get(NAME) for path, node in nodes.items()}
+    leaves, _ = leaves_of(tree)
+    weights = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight)}
+    nodes = tied_nodes(weights)
+    vectors: dict[str, Leaf] = {path: node.arrays.get(TIED_PART) for path, node in nodes.items()}
     are_arrays = all(isinstance(vector, jax.Array | np.ndarray) for vector in vectors.values())
-    if not nodes or not are_arrays:  # a plain, a half or an abstract tree
+    if not nodes or not are_arrays:  # a plain tree, a half of a tree, or an abstract tree
         return tree
-    tied = dict[str, jax.Array]()
+    tied_vectors = dict[str, jax.Array]()
+    # Tied vectors have one length u.
     for u in {vector.shape[-1] for vector in vectors.values()}:
         paths = [path for path, vector in vectors.items() if vector.shape[-1] == u]
         ties = [nodes[path].ties for path in paths]
@@ -130,17 +138,20 @@ def with_ties(tree: Tree) -> Tree:
         rows = jnp.concatenate(
             [vectors[path].reshape(-1, len(nodes[path].ties), u) for path in paths], axis=1
         )
-        for path, indices in zip(paths, _first_rows(ties), strict=True):
+        for path, first_rows in zip(paths, _row_of_first_member(ties), strict=True):
             vector = vectors[path]
-            tied[path] = rows[:, np.asarray(indices)].reshape(vector.shape).astype(vector.dtype)
+            vectors_of_path = rows[:, np.asarray(first_rows)]
+            tied_vectors[path] = vectors_of_path.reshape(vector.shape).astype(vector.dtype)
 
     def replace_vector(path: str, leaf: Leaf) -> Leaf:
-        return leaf.replace(**{NAME: tied[path]}) if path in tied else leaf
+        if path not in tied_vectors:
+            return leaf
+        return leaf.replace(**{TIED_PART: tied_vectors[path]})
 
     return map_leaves(replace_vector, tree)
 
 
-def _first_rows(ties: Sequence[Sequence[int]]) -> list[list[int]]:
+def _row_of_first_member(ties: Sequence[Sequence[int]]) -> list[list[int]]:
     """Returns for each member the row of the first member with its tie, or its own row.
 
     Args:
@@ -152,7 +163,10 @@ def _first_rows(ties: Sequence[Sequence[int]]) -> list[list[int]]:
     for weight_ties in ties:
         rows = []
         for tie in weight_ties:
-            rows.append(row if tie < 0 else row_of_tie.setdefault(tie, row))
+            if tie < 0:  # an untied member
+                rows.append(row)
+            else:
+                rows.append(row_of_tie.setdefault(tie, row))
             row += 1
         rows_of_weights.append(rows)
     return rows_of_weights
@@ -163,12 +177,12 @@ def tied_nodes(nodes: Mapping[str, Leaf]) -> dict[str, LoraWeight]:
     return {path: node for path, node in nodes.items() if getattr(node, "ties", ())}
 
 
-def n_shared(nodes: Mapping[str, Leaf]) -> int:
+def n_copied_elements(nodes: Mapping[str, Leaf]) -> int:
     """Returns the number of elements of tied vectors that are copies of a vector that trains."""
     u_of_tie: dict[int, int] = {}
     n_elements = 0
     for node in tied_nodes(nodes).values():
-        u = node.shape_of(NAME)[-1]
+        u = node.shape_of(TIED_PART)[-1]
         ties = [tie for tie in node.ties if tie >= 0]
         n_elements += u * len(ties)
         u_of_tie |= dict.fromkeys(ties, u)

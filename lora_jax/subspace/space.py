@@ -22,7 +22,7 @@ from lora_jax.core.base import is_base
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.rules import Targets, TrainRule
-from lora_jax.select.matching import LeafFacts, check_names
+from lora_jax.select.matching import LeafFacts, check_target_names
 from lora_jax.select.resolve import resolve
 from lora_jax.subspace.fastfood import MOST
 from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
@@ -223,7 +223,7 @@ def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
         raise ValueError("The tree has no floating-point leaf, so there is nothing to train.")
     decisions = resolve(arrays, [rule])
-    check_names([rule], dict(arrays), LeafFacts())
+    check_target_names([rule], dict(arrays), LeafFacts())
     selected = {path: leaf for path, leaf in arrays if path in decisions and 0 not in leaf.shape}
     for path, leaf in selected.items():
         if is_base(leaf):

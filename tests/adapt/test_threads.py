@@ -74,7 +74,7 @@ def test_many_shapes_in_turn_are_traced_once_and_the_number_is_bounded(monkeypat
     for _ in range(2):
         assert all(find(known, fn, x) for x in shapes)
     assert count.n == 100
-    monkeypatch.setattr(traces, "_MOST_TRACES", 5)
+    monkeypatch.setattr(traces, "_MAX_TRACES", 5)
     for x in (np.zeros(101), *shapes[-4:]):
         find(known, fn, x)
     assert count.n == 101
@@ -84,7 +84,7 @@ def test_many_shapes_in_turn_are_traced_once_and_the_number_is_bounded(monkeypat
 
 @pytest.mark.slow
 def test_arrays_that_each_call_closes_over_are_not_all_kept(monkeypatch):
-    monkeypatch.setattr(traces, "_MOST_BYTES", 3 * 400)
+    monkeypatch.setattr(traces, "_MAX_OLDER_BYTES", 3 * 400)
 
     def kept(big):
         known, alive = EagerTraces(), []
@@ -97,7 +97,7 @@ def test_arrays_that_each_call_closes_over_are_not_all_kept(monkeypatch):
         return sum(each() is not None for each in alive)
 
     shared = jnp.zeros((100, 100))  # takes no further memory in each trace
-    assert kept(0.0) == kept(shared) == traces._FEW_TRACES
+    assert kept(0.0) == kept(shared) == traces._MAX_TRACES_OF_ANY_SIZE
 
 
 def test_the_traces_of_another_adapted_function_are_no_state():

@@ -132,7 +132,7 @@ def test_linen_automatic_names_count_no_layers():
             TREE,
             r"LoraRule\(targets=\['q_prj'\]\) selects.*most similar.*\n +model.*q_proj/kernel",
         ),
-        ([lj.LoraRule(targets=["q_norm"])], TREE, r"q_norm/scale.*not a kernel. A TrainRule"),
+        ([lj.LoraRule(targets=["q_norm"])], TREE, r"q_norm/scale.*not a kernel. Use a TrainRule"),
         (
             [lj.LoraRule(targets=["q_proj"]), lj.LoraRule(targets=["q_proj"], rank=3)],
             TREE,
@@ -172,7 +172,7 @@ def test_errors_say_what_was_found(rules, tree, message):
             lj.LoraRule(targets=["q_proj", "v_prj"]),
             r"targets=\['q_proj', 'v_prj'\]\).*target 'v_prj' selects no leaf.*v_proj/kernel",
         ),
-        (lj.LoraRule(targets=["q_proj", "q_norm"]), "'q_norm'.*not a kernel. A TrainRule trains"),
+        (lj.LoraRule(targets=["q_proj", "q_norm"]), "'q_norm'.*not a kernel. Use a TrainRule"),
         (lj.TrainRule(targets=["lm_head", "norms"]), "target 'norms' selects no leaf"),
         (lj.LoraRule(targets=["all-linear", "experts"]), "target 'experts' selects no leaf"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.weight import leaves_of
-from lora_jax.select.ties import group_of
+from lora_jax.select.ties import vector_index_of_module
 from tests.support import assert_close, assert_identical, draw, with_random_factors
 
 PARAMS = {
@@ -33,7 +33,7 @@ def test_groups_are_pefts(n, tying):
     """PEFT's formula, written out."""
     groups = max(1, round(n * (1.0 - tying)))
     size = max(1, n // groups)
-    numbers = [group_of(index, n, tying) for index in range(n)]
+    numbers = [vector_index_of_module(index, n, tying) for index in range(n)]
     assert numbers == [min(index // size, groups - 1) for index in range(n)]
     assert sorted(set(numbers)) == list(range(groups))
 

@@ -18,7 +18,7 @@ from lora_jax.adapt.per_example.labels import (
 from lora_jax.adapt.per_example.tokens import tokens_of
 from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import FlatCall, Trace
-from lora_jax.adapt.user_code import place_of_call
+from lora_jax.adapt.user_code import user_line_of_call
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.types import Leaf, Tree, Value
 
@@ -179,7 +179,7 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
             labels.append(ExampleKernels(weight.labels))
         else:
             labels.append(label_of_array(call.leaves[leaf_index]))
-    _, consts = eqns.opened(traced.jaxpr)
+    _, consts = eqns.jaxpr_and_consts(traced.jaxpr)
     labels += map(label_of_array, consts)
     return followed(traced.jaxpr, labels, mask_shapes)
 
@@ -208,7 +208,7 @@ def _check_result(
     Raises:
       ExamplesError: it has them elsewhere, or mixed, or a write depends on them.
     """
-    inner, _ = eqns.opened(traced.jaxpr)
+    inner, _ = eqns.jaxpr_and_consts(traced.jaxpr)
     shapes: list[tuple[int, ...]] = []
     axes: list[int | None] = []
     for leaf in traced.outputs.leaves:
@@ -233,7 +233,7 @@ def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -
     if isinstance(label, MixedExamples):
         raise ExamplesError(f"the examples of the batch cannot be told apart: {label.why}")
     if isinstance(label, ExampleKernels):
-        raise ExamplesError(f"the function returns an adapted weight at {place_of_call()}")
+        raise ExamplesError(f"the function returns an adapted weight at {user_line_of_call()}")
     if not isinstance(label, ExampleAxis):
         return None
     if shape[label.axis] != n_examples:

@@ -15,7 +15,7 @@ from lora_jax.adapt.per_example.labels import (
     TokenAxes,
 )
 from lora_jax.adapt.per_example.primitives import Rule
-from lora_jax.adapt.user_code import place_of
+from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.extend import JaxprEqn
 
 Shape = tuple[int, ...]
@@ -103,7 +103,7 @@ def follow_axes(rule: Rule, eqn: JaxprEqn, labels: Sequence[ExampleLabel]) -> li
             for output_axes, result in zip(axes_of_output, results, strict=False):
                 if isinstance(result, ExampleAxis):
                     output_axes.add(MaskAxis(mask_axis, result))
-    moved = f"{name!r} at {place_of(eqn)} changes it" if moves_tokens else move_before
+    moved = f"{name!r} at {user_line_of(eqn)} changes it" if moves_tokens else move_before
     return [TokenAxes(mask, frozenset(axes), moved) for axes in axes_of_output]
 
 

@@ -27,7 +27,7 @@ from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.per_example.tokens import follow_axes
 from lora_jax.adapt.rules.flow import sources
-from lora_jax.adapt.user_code import place_of, user_context
+from lora_jax.adapt.user_code import user_context, user_line_of
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.names import SAME_TOKENS, TOKENS
 
@@ -81,7 +81,7 @@ class _Walk:
 
     def through(self, jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
-        inner, _ = eqns.opened(jaxpr)
+        inner, _ = eqns.jaxpr_and_consts(jaxpr)
         inputs = (*inner.invars, *inner.constvars)
         label_of_variable: dict[eqns.Atom, ExampleLabel] = dict(
             zip(inputs, input_labels, strict=False)
@@ -263,7 +263,7 @@ def _depends_on_unvisited(labels: Sequence[ExampleLabel]) -> bool:
 
 
 def _mixed(eqn: JaxprEqn, problem: object) -> MixedExamples:
-    return MixedExamples(f"{eqn.primitive.name!r} at {place_of(eqn)} {problem}")
+    return MixedExamples(f"{eqn.primitive.name!r} at {user_line_of(eqn)} {problem}")
 
 
 def _slice_of(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:

@@ -254,7 +254,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     carries = _split_carries(interpreter, use, loop.body, first_carries, loop.n_body_consts)
     condition = interpreter.function(loop.condition)
     body = interpreter.function(loop.body)
-    condition_jaxpr, _ = eqns.opened(loop.condition)
+    condition_jaxpr, _ = eqns.jaxpr_and_consts(loop.condition)
     n_example_axes = eqns.type_of(condition_jaxpr.outvars[0]).ndim
 
     def goes_on(state: _State) -> jax.Array:

@@ -62,7 +62,7 @@ def _sources_among(
     jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
 ) -> list[_Source | None]:
     """Returns, for each output, which of some variables it is."""
-    inner, _ = eqns.opened(jaxpr)
+    inner, _ = eqns.jaxpr_and_consts(jaxpr)
     eqn_of_variable: dict[eqns.Atom, tuple[JaxprEqn, int]] = {}  # with the index of the output
     for eqn in inner.eqns:
         for output_index, output in enumerate(eqn.outvars):
@@ -91,7 +91,7 @@ def _sources_among(
 
 
 def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Source | None]:
-    inner, _ = eqns.opened(jaxpr)
+    inner, _ = eqns.jaxpr_and_consts(jaxpr)
     return _sources_among(jaxpr, {variable: index for index, variable in enumerate(inner.invars)})
 
 
@@ -165,7 +165,7 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, is_weight: Sequence[bool]) -> tuple[boo
       jaxpr: jaxpr of a function or a branch.
       is_weight: which of its inputs are adapted weights.
     """
-    inner, _ = eqns.opened(jaxpr)
+    inner, _ = eqns.jaxpr_and_consts(jaxpr)
     possible_weights = set(itertools.compress(inner.invars, is_weight))
 
     def may_be_weight(atom: eqns.Atom) -> bool:

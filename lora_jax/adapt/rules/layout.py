@@ -259,7 +259,7 @@ def _split(_: Interpreter, use: Use) -> Outcome:
 
 def _unstack(interpreter: Interpreter, use: Use) -> Outcome:
     """Takes a weight apart along an axis: a slice and a squeeze for each output."""
-    body, _ = eqns.opened(eqns.unstacked(use.eqn))
+    body, _ = eqns.jaxpr_and_consts(eqns.unstacked(use.eqn))
     outputs: list[Value] = []
     for slice_eqn, squeeze_eqn in zip(body.eqns[::2], body.eqns[1::2], strict=True):
         (member,) = _slice(interpreter, dataclasses.replace(use, eqn=slice_eqn))

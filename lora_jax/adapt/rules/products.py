@@ -17,7 +17,7 @@ from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
 from lora_jax.adapt.per_example.labels import ExampleAxis
 from lora_jax.adapt.per_example.tokens import wrong_order
-from lora_jax.adapt.user_code import place_of
+from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
 from lora_jax.core.extend import JaxprEqn, varies_over
@@ -221,7 +221,7 @@ def check_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: U
     if reason and not are_rows_equal:
         raise TokensError(
             f"the weight {weight.path!r} acts on tokens of a mask {list(mask_shape)}, and the rows "
-            f"that {use.name!r} at {place_of(use.eqn)} multiplies it by are not known to be in "
+            f"that {use.name!r} at {user_line_of(use.eqn)} multiplies it by are not known to be in "
             f"their order: {reason}. Multiply [batch, seq, …], or [batch * seq, …], whose tokens "
             "are in the order of the function's arguments, or leave the weight out of the rules"
         )
@@ -230,7 +230,7 @@ def check_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: U
 def note_side(weight: Factored, role: Label, use: Use) -> None:
     """Notes the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
-        sides.note(weight, role, use.eqn)
+        sides.note_side(weight, role, use.eqn)
 
 
 def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
@@ -282,11 +282,11 @@ def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int],
     if batched_axes:
         actions.append(f"batches {[shape[axis] for axis in sorted(batched_axes)]}")
     raise RoleError(
-        f"the weight {weight.path!r} is recorded with the axes ({roles}), but the function "
-        f"{' and '.join(actions)} at {place_of(use.eqn)}. LoRA needs all in axes contracted, or "
-        "all out axes, and batch axes left alone. Record what the function does: by hand with "
-        "LoraRule(in_axes=…, out_axes=…), or by looking with "
-        "lorafy(params, rules, trace=(fn, params, x))"
+        f"The weight {weight.path!r} is recorded with the axes ({roles}), but the function "
+        f"{' and '.join(actions)} at {user_line_of(use.eqn)}. A product must contract all in axes "
+        "or all out axes, and no batch axes. Let lorafy read the roles with "
+        "lorafy(params, rules, trace=(fn, params, x)), or give them in "
+        "LoraRule(in_axes=…, out_axes=…)."
     )
 
 
@@ -296,7 +296,7 @@ def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
         return
     raise MergeError(
         f"the weight {weight.path!r} has a bias on B, which is added to what comes out of its out "
-        f"axes, but {use.name!r} at {place_of(use.eqn)} contracts them (a tied head, "
+        f"axes, but {use.name!r} at {user_line_of(use.eqn)} contracts them (a tied head, "
         "a transposed use): that product has no place for the bias, in PEFT either. Set "
         "bias_on_b=False in the rule of this weight; or, for a table that is looked up too, "
         "uses='lookup', which leaves the tied head as it was"

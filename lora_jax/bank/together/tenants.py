@@ -11,7 +11,7 @@ import optax
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 from lora_jax.lorafy import nodes_of
-from lora_jax.select.sharing import sharers
+from lora_jax.select.sharing import paths_with_shared_arrays
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
 from lora_jax.training.optimizer import has_dropout, make_optimizer
 from lora_jax.training.step import State
@@ -92,7 +92,7 @@ class StackKind:
     def from_tenant(cls, tenant: Tenant) -> "StackKind":
         """Returns the kind of an adapter; raises a ValueError for weights that share."""
         nodes = nodes_of(tenant.params)
-        sharing_paths = sharers(nodes)
+        sharing_paths = paths_with_shared_arrays(nodes)
         if sharing_paths:
             raise ValueError(
                 f"{sharing_paths[0]!r} shares the A or the vector of another weight "

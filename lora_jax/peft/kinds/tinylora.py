@@ -2,8 +2,9 @@
 
 PEFT has for each adapted module ``tinylora_A`` [r, in], ``tinylora_B`` [out, r] and ``tinylora_P``
 [u, r, r], and for all of them ``tinylora_v.0``, ``tinylora_v.1``, … [u]: module number i, in the
-order in which torch lists them, has the vector that `lora_jax.select.ties.group_of` says. There is
-no alpha: s is written into ``tinylora_P``. A linear layer's P is the transposed of ours.
+order in which torch lists them, has the vector that
+`lora_jax.select.ties.vector_index_of_module` says. There is no alpha: s is written into
+``tinylora_P``. A linear layer's P is the transposed of ours.
 """
 
 import math
@@ -21,7 +22,7 @@ from lora_jax.peft.kinds.fields import KindFields
 from lora_jax.peft.kinds.generator import normal
 from lora_jax.peft.modules import Module, sort_modules
 from lora_jax.peft.names import PREFIX
-from lora_jax.select.ties import group_of
+from lora_jax.select.ties import vector_index_of_module
 from lora_jax.variants.tinylora import TINYLORA
 
 VARIANT = TINYLORA
@@ -103,7 +104,8 @@ def contents(
     vectors = dict[str, np.ndarray]()
     for number, module in enumerate(sorted_modules):
         v = np.asarray(nodes[module.path].v[module.index])
-        vectors.setdefault(f"{_SHARED}{group_of(number, len(sorted_modules), tying)}", v)
+        vector_index = vector_index_of_module(number, len(sorted_modules), tying)
+        vectors.setdefault(f"{_SHARED}{vector_index}", v)
     return fields | {"u": sizes[0], "weight_tying": tying}, vectors
 
 
@@ -126,7 +128,7 @@ def _tying(ties: Sequence[object]) -> float:
     group_of_tie = dict[object, int]()  # numbered in the order of the modules
     groups = [group_of_tie.setdefault(tie, len(group_of_tie)) for tie in ties]
     tying = 1 - len(group_of_tie) / n_modules
-    peft_groups = [group_of(number, n_modules, tying) for number in range(n_modules)]
+    peft_groups = [vector_index_of_module(number, n_modules, tying) for number in range(n_modules)]
     return tying if groups == peft_groups else 0.0
 
 
@@ -186,7 +188,9 @@ class FileVectors:
     def _group(self, module: Module) -> int:
         """Returns the number of the vector that a module has."""
         number = self._number_of_module[module.name]
-        return group_of(number, len(self._number_of_module), self._own["weight_tying"])
+        return vector_index_of_module(
+            number, len(self._number_of_module), self._own["weight_tying"]
+        )
 
     def _read_projection(self, module: Module, rank: int) -> np.ndarray:
         """Returns the projection [u, r, r] of a module, which PEFT draws if files lack it."""

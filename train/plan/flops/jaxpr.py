@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.adapt.eqns import (
     AnyJaxpr,
+    jaxpr_and_consts,
     kernel_of,
-    opened,
     scan_of,
     scope_of,
     shard_map_of,
@@ -54,7 +54,7 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     Returns:
       The count over the whole mesh.
     """
-    inner, _ = opened(jaxpr)
+    inner, _ = jaxpr_and_consts(jaxpr)
     # Compilers leave out equations that no output depends on.
     needed = needed_equations(inner, (True,) * len(inner.outvars))
     return _sum([_equation_count(eqn, scope) for eqn, _, _ in needed.equations])
