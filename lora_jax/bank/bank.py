@@ -28,7 +28,7 @@ from lora_jax.core.types import Adapter as AdapterArrays
 from lora_jax.core.types import Forward, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of, map_leaves
 from lora_jax.folders import local_path
-from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.peft.config import CONFIG_FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
 from lora_jax.saving.fingerprint import base_fingerprint, differing

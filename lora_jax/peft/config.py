@@ -10,14 +10,14 @@ from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
 from lora_jax.variants import VARIANTS
 
-FILE = "adapter_config.json"
-KIND, OWN = "peft_type", "own"  # further entries of what `read_config` returns
-INVOCATION = "alora_invocation_tokens"
+CONFIG_FILE = "adapter_config.json"
+KIND_KEY, KIND_FIELDS_KEY = "peft_type", "own"  # further entries of what `read_config` returns
+INVOCATION_FIELD = "alora_invocation_tokens"
 # The fields that turn a variant of LoRA on.
-SWITCHES = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
+OPTION_OF_FIELD = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
 
 # The fields that change what an adapter computes, with PEFT's defaults.
-_HONOURED: JsonObject = {
+_FIELD_DEFAULTS: JsonObject = {
     "r": 8,
     "lora_alpha": 8,
     "target_modules": None,
@@ -28,7 +28,7 @@ _HONOURED: JsonObject = {
     "alpha_pattern": {},
     "use_rslora": False,
     "lora_dropout": 0.0,
-    **dict.fromkeys(SWITCHES, False),
+    **dict.fromkeys(OPTION_OF_FIELD, False),
     "bias": "none",
     "modules_to_save": None,
     "trainable_token_indices": None,
@@ -37,21 +37,21 @@ _HONOURED: JsonObject = {
     "task_type": None,
     "target_parameters": None,
     "ensure_weight_tying": False,
-    INVOCATION: None,
+    INVOCATION_FIELD: None,
 }
 # Fields without an effect on the loaded adapter.
-_HARMLESS = frozenset(
+_FIELDS_WITHOUT_EFFECT = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
 # Fields that are not supported, unless their value says that they are not in use.
-REFUSED = (
+REFUSED_FIELDS = (
     "arrow_config kasa_config layer_replication megatron_config monteclora_config use_bdlora "
     "use_qalora velora_config"
 ).split()
-UNUSED: tuple[object, ...] = (None, False)
+UNUSED_VALUES: tuple[object, ...] = (None, False)
 # On loading, an initialiser matters only if PEFT computes factors from the base again.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
@@ -66,13 +66,14 @@ def read_config(source: Any) -> JsonObject:
 
     Returns:
       Field -> value, for each field that is honoured. Of a configuration of another kind, the
-      fields of a LoraConfig for the same modules, and under `OWN` the fields that it alone has.
-      Under `KIND`, the kind: "LORA" or one of `lora_jax.peft.forms.FORMS`.
+      fields of a LoraConfig for the same modules, and under `KIND_FIELDS_KEY` the fields that it
+      alone has.
+      Under `KIND_KEY`, the kind: "LORA" or one of `lora_jax.peft.forms.FORMS`.
 
     Raises:
       PeftError: if the kind is not supported, or if a field that is not supported is in use.
     """
-    fields, where = fields_of(source)
+    fields, where = read_fields(source)
     kind = fields.get("peft_type", "LORA")
     kind = getattr(kind, "value", kind)  # of an enum
     if kind not in ("LORA", *FORMS):
@@ -81,17 +82,19 @@ def read_config(source: Any) -> JsonObject:
     kind_fields: JsonObject = {}
     if kind in FORMS:
         fields, kind_fields = FORMS[kind].as_lora_fields(fields, where)
-    _check_known(fields, where)
-    config: JsonObject = {name: fields.get(name, default) for name, default in _HONOURED.items()}
+    _check_fields_supported(fields, where)
+    config: JsonObject = {
+        name: fields.get(name, default) for name, default in _FIELD_DEFAULTS.items()
+    }
     config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config[name], set | frozenset | tuple):
             config[name] = sorted(config[name])
-    _check_values(config, where)
-    return config | {KIND: kind, OWN: kind_fields}
+    _check_field_values(config, where)
+    return config | {KIND_KEY: kind, KIND_FIELDS_KEY: kind_fields}
 
 
-def fields_of(source: Any) -> tuple[JsonObject, str]:
+def read_fields(source: Any) -> tuple[JsonObject, str]:
     """Reads the fields as they are, without defaults or checks.
 
     Args:
@@ -108,19 +111,19 @@ def fields_of(source: Any) -> tuple[JsonObject, str]:
     if hasattr(source, "to_dict"):
         return dict(source.to_dict()), type(source).__name__
     path = readable(source)
-    file = path / FILE if path.is_dir() else path
+    file = path / CONFIG_FILE if path.is_dir() else path
     return read_json_fields(file, "a PEFT adapter", PeftError), str(file)
 
 
-def _check_known(fields: Fields, where: str) -> None:
+def _check_fields_supported(fields: Fields, where: str) -> None:
     """Raises a PeftError that names each field that is refused or not known, and is in use."""
     problems = []
     for name, value in fields.items():
-        if name in REFUSED:
-            if value not in UNUSED:
+        if name in REFUSED_FIELDS:
+            if value not in UNUSED_VALUES:
                 problems.append(f"{name}={value!r} is not supported")
             continue
-        is_known = name in _HONOURED or name in _HARMLESS
+        is_known = name in _FIELD_DEFAULTS or name in _FIELDS_WITHOUT_EFFECT
         is_empty = value in (None, False, {}, [])
         if not is_known and not is_empty:
             problems.append(f"{name}={value!r} is not known")
@@ -128,7 +131,7 @@ def _check_known(fields: Fields, where: str) -> None:
         raise PeftError(f"{where}: {'; '.join(problems)}")
 
 
-def _check_values(config: Fields, where: str) -> None:
+def _check_field_values(config: Fields, where: str) -> None:
     """Raises a PeftError that names each field with a value of the wrong kind."""
     init = config["init_lora_weights"]
     if str(init).startswith(_REDRAWN_INITS):
@@ -144,27 +147,30 @@ def _check_values(config: Fields, where: str) -> None:
     alpha_pattern = config["alpha_pattern"]
     layers = config["layers_to_transform"]
     tokens = config["trainable_token_indices"]
-    invocation = config[INVOCATION]
+    invocation = config[INVOCATION_FIELD]
     has_tokens_by_module = isinstance(tokens, Mapping) and all(
-        _are_indices(indices) for indices in tokens.values()
+        _is_list_of_indices(indices) for indices in tokens.values()
     )
     is_valid = {
-        "r": type(rank) is int and _is_number(rank, minimum=1),
-        "lora_alpha": _is_number(alpha, minimum=0) and alpha > 0,
-        "lora_dropout": _is_number(dropout, minimum=0) and dropout < 1,
+        "r": type(rank) is int and _is_number_from(rank, minimum=1),
+        "lora_alpha": _is_number_from(alpha, minimum=0) and alpha > 0,
+        "lora_dropout": _is_number_from(dropout, minimum=0) and dropout < 1,
         "bias": config["bias"] in ("none", "all", "lora_only"),
-        "rank_pattern": rank_pattern is None or _is_pattern(rank_pattern, minimum=1),
-        "alpha_pattern": alpha_pattern is None or _is_pattern(alpha_pattern, minimum=0),
-        "layers_to_transform": layers is None or type(layers) is int or _are_indices(layers),
-        "trainable_token_indices": tokens is None or _are_indices(tokens) or has_tokens_by_module,
+        "rank_pattern": rank_pattern is None or _is_pattern_field(rank_pattern, minimum=1),
+        "alpha_pattern": alpha_pattern is None or _is_pattern_field(alpha_pattern, minimum=0),
+        "layers_to_transform": layers is None or type(layers) is int or _is_list_of_indices(layers),
+        "trainable_token_indices": tokens is None
+        or _is_list_of_indices(tokens)
+        or has_tokens_by_module,
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
-        INVOCATION: invocation is None or (bool(invocation) and _are_indices(invocation)),
+        INVOCATION_FIELD: invocation is None
+        or (bool(invocation) and _is_list_of_indices(invocation)),
     }
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        is_valid[name] = config[name] is None or _are_names(config[name])
+        is_valid[name] = config[name] is None or _is_list_of_names(config[name])
     for name in ("target_modules", "exclude_modules"):  # or a pattern
         is_valid[name] |= isinstance(config[name], str)
-    for name in ("use_rslora", *SWITCHES, "ensure_weight_tying"):
+    for name in ("use_rslora", *OPTION_OF_FIELD, "ensure_weight_tying"):
         is_valid[name] = type(config[name]) is bool
     problems = [f"{name}={config[name]!r}" for name in is_valid if not is_valid[name]]
     if problems:
@@ -173,26 +179,26 @@ def _check_values(config: Fields, where: str) -> None:
         )
 
 
-def _is_number(value: object, *, minimum: float) -> bool:
+def _is_number_from(value: object, *, minimum: float) -> bool:
     """Returns True for a number from `minimum` on and below a million."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return minimum <= value < 1e6
 
 
-def _are_names(value: object) -> bool:
+def _is_list_of_names(value: object) -> bool:
     """Returns True for a list of texts, none of which is empty."""
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _is_pattern(value: object, *, minimum: float) -> bool:
+def _is_pattern_field(value: object, *, minimum: float) -> bool:
     """Returns True for numbers by the patterns of modules' names."""
     if not isinstance(value, Mapping):
         return False
     has_names = all(isinstance(name, str) for name in value)
-    return has_names and all(_is_number(number, minimum=minimum) for number in value.values())
+    return has_names and all(_is_number_from(number, minimum=minimum) for number in value.values())
 
 
-def _are_indices(value: object) -> bool:
+def _is_list_of_indices(value: object) -> bool:
     """Returns True for a list of integers of at least 0."""
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)

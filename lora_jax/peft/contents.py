@@ -17,32 +17,41 @@ from lora_jax.hf.keys import Row
 from lora_jax.hf.stored.raw import entry_of_array, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
-from lora_jax.peft.config import INVOCATION
-from lora_jax.peft.copies import add_head_names, add_heads, tied_heads
+from lora_jax.peft.config import INVOCATION_FIELD
+from lora_jax.peft.copies import add_head_copies, add_head_names, find_tied_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import (
-    OF_MLP,
-    TAKEN_FOR_EXPERTS,
+    MLP_PROJECTION,
+    MODEL_TYPES_TAKEN_FOR_EXPERTS,
     Expert,
-    end_of,
-    experts_of,
+    common_end_of_name,
+    join_gate_and_up,
     keys_of_expert,
-    pack,
-    side_by_side,
+    list_experts,
+    pack_expert_factors,
 )
-from lora_jax.peft.forms import common_form, form_of, peft_node
+from lora_jax.peft.forms import as_peft_node, find_common_form, form_of_node
 from lora_jax.peft.modules import (
     EMBEDDING_NAMES,
     Module,
     ends_with,
     kind_of,
+    list_modules,
+    locate_tensors,
     module_name,
-    modules,
-    places,
-    tables_of,
+    tables_by_names,
 )
-from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
-from lora_jax.peft.served import as_served
+from lora_jax.peft.names import (
+    KEY_PREFIX,
+    VECTOR_PARTS,
+    WEIGHTS_FILE,
+    as_peft_number,
+    bias_key,
+    exact_name_pattern,
+    keys_of,
+    token_key,
+)
+from lora_jax.peft.served import convert_for_serving
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
@@ -101,21 +110,21 @@ def save(
     []
     """
     folder = local_path(folder).absolute()
-    check_free(folder, overwrite, configuration.FILE, "an adapter")
-    config, tensors = contents(model, params, embedding_layers)
+    check_free(folder, overwrite, configuration.CONFIG_FILE, "an adapter")
+    config, tensors = adapter_contents(model, params, embedding_layers)
     if for_serving:
-        config, tensors = as_served(config, tensors, model)
+        config, tensors = convert_for_serving(config, tensors, model)
     else:
         _check_not_taken_for_experts(tensors, model)
-    if task_type is None and config.get(configuration.INVOCATION):
+    if task_type is None and config.get(configuration.INVOCATION_FIELD):
         task_type = "CAUSAL_LM"
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(
-            partial / FILE, {name: entry_of_array(array) for name, array in tensors.items()}
+            partial / WEIGHTS_FILE, {name: entry_of_array(array) for name, array in tensors.items()}
         )
         text = json.dumps(dict(sorted(config.items())), indent=2)
-        (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
+        (partial / configuration.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):
             if content is not None:
                 (partial / file).write_text(content, encoding="utf-8")
@@ -124,9 +133,9 @@ def save(
 def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
     """Raises a PeftError for layers without experts that PEFT would take for experts."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in TAKEN_FOR_EXPERTS:
+    if model_type not in MODEL_TYPES_TAKEN_FOR_EXPERTS:
         return
-    prefixes = set(OF_MLP.findall("\n".join(keys)))
+    prefixes = set(MLP_PROJECTION.findall("\n".join(keys)))
     if prefixes:
         layers = sorted(prefix.rstrip(".") or "its layers without experts" for prefix in prefixes)
         raise PeftError(
@@ -137,7 +146,7 @@ def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
         )
 
 
-def contents(
+def adapter_contents(
     model: Model, params: Tree, embedding_layers: bool = True
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns the fields of adapter_config.json and the tensors of an adapted tree.
@@ -150,28 +159,28 @@ def contents(
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
-    table = tables_of(model)[0]
+    table = tables_by_names(model)[0]
     nodes = nodes_of(params)
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     for path, node in nodes.items():
         if not node.is_on:
             raise PeftError(f"{path!r} has no adapter in this half of the tree: join it first")
-    nodes = {path: peft_node(path, node) for path, node in nodes.items()}
+    nodes = {path: as_peft_node(path, node) for path, node in nodes.items()}
     table_paths = {row.path for row in table}
     for path in nodes:
         if path not in table_paths:
             raise PeftError(f"{path!r} is in no row of the model's key table")
-    return _Contents(
+    return _ContentsWriter(
         table=table,
         leaves=dict(leaves_of(params)[0]),
         nodes=nodes,
-        experts=experts_of(model),
+        experts=list_experts(model),
         embedding_layers=embedding_layers,
     ).collect()
 
 
-class _Contents:
+class _ContentsWriter:
     """The fields and tensors to write, put together node by node."""
 
     def __init__(
@@ -183,38 +192,38 @@ class _Contents:
         embedding_layers: bool,
     ) -> None:
         self._rows = {row.path: row for row in table}
-        self._places = places(table)
+        self._location_of_tensor = locate_tensors(table)
         self._leaves = leaves
         self._embedding_layers = embedding_layers
-        self._lora: dict[str, LoraWeight] = {}
-        self._trained: dict[str, Leaf] = {}
+        self._lora_nodes: dict[str, LoraWeight] = {}
+        self._trained_nodes: dict[str, Leaf] = {}
         for path, node in nodes.items():
             if isinstance(node, LoraWeight):
-                self._lora[path] = node
+                self._lora_nodes[path] = node
             else:
-                self._trained[path] = node
+                self._trained_nodes[path] = node
         tied_rows = [row for row in table if row.aliases]
         tied_nodes = [nodes[row.path] for row in tied_rows if row.path in nodes]
-        self._tied = any(
+        self._ties_tables = any(
             not isinstance(node, LoraWeight) or node.uses == "all" for node in tied_nodes
         )
-        self._modules = modules(table, tied=self._tied)
-        self._heads = tied_heads(nodes, tied_rows) if self._tied else {}
-        self._adapted = [module for module in self._modules if self._rank(module)]
+        self._modules = list_modules(table, tied=self._ties_tables)
+        self._heads_of_table = find_tied_heads(nodes, tied_rows) if self._ties_tables else {}
+        self._adapted_modules = [module for module in self._modules if self._rank_of_module(module)]
         self._experts = experts
-        self._adapted_experts = [expert for expert in experts if self._rank(expert)]
-        module_paths = {module.path for module in [*self._adapted, *self._adapted_experts]}
-        paths_without_module = sorted(set(self._lora) - module_paths)
+        self._adapted_experts = [expert for expert in experts if self._rank_of_module(expert)]
+        module_paths = {module.path for module in [*self._adapted_modules, *self._adapted_experts]}
+        paths_without_module = sorted(set(self._lora_nodes) - module_paths)
         if paths_without_module:
             raise PeftError(
                 f"{paths_without_module[0]!r} is adapted, and transformers has no such module"
             )
-        self._form = common_form(self._lora)
+        self._form = find_common_form(self._lora_nodes)
         self._tensors: dict[str, np.ndarray] = {}
 
-    def _rank(self, module: Module) -> int:
+    def _rank_of_module(self, module: Module) -> int:
         """Returns r of a module, 0 if it is not adapted."""
-        node = self._lora.get(module.path)
+        node = self._lora_nodes.get(module.path)
         if node is None:
             return 0
         if node.uses == "each" and module.uses in ("lookup", "product"):
@@ -224,33 +233,37 @@ class _Contents:
 
     def collect(self) -> tuple[JsonObject, dict[str, np.ndarray]]:
         """Returns the fields of the configuration, and the tensors by key."""
-        config = self._settings()
+        config = self._common_fields()
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
-        for module in self._adapted:
-            ranks[module.name], alphas[module.name] = self._write(module)
+        for module in self._adapted_modules:
+            ranks[module.name], alphas[module.name] = self._write_module(module)
         config |= self._write_experts(ranks, alphas)
-        for table, heads in self._heads.items():
+        for table, heads in self._heads_of_table.items():
             if table in ranks:
                 ranks |= dict.fromkeys(heads, ranks[table])
                 alphas |= dict.fromkeys(heads, alphas[table])
-        config |= self._patterns(ranks, alphas)
-        config |= self._write_trained()
+        config |= self._target_fields(ranks, alphas)
+        config |= self._write_trained_leaves()
         for field in ("target_modules", "modules_to_save"):
-            config[field] = add_head_names(config[field], self._heads)
+            config[field] = add_head_names(config[field], self._heads_of_table)
         if self._form is not None:
-            fields, shared = self._form.contents(config, self._lora, self._adapted)
+            fields, shared = self._form.adapter_contents(
+                config, self._lora_nodes, self._adapted_modules
+            )
             return fields, self._tensors | shared
-        return config, add_heads(self._tensors, self._heads)
+        return config, add_head_copies(self._tensors, self._heads_of_table)
 
-    def _settings(self) -> JsonObject:
+    def _common_fields(self) -> JsonObject:
         """Returns the fields that PEFT has once for all adapted modules."""
-        nodes = list(self._lora.values())
+        nodes = list(self._lora_nodes.values())
         settings: dict[str, set[bool | float]] = {}
-        for name, form in VECTORS.items():
+        for name, form in VECTOR_PARTS.items():
             settings[str(form.field)] = {name in node.has for node in nodes}
         settings["lora_dropout"] = {float(node.dropout) for node in nodes}
-        fields_that_may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
+        fields_that_may_differ = [
+            form.field for form in VECTOR_PARTS.values() if form.fill is not None
+        ]
         for name, values in settings.items():
             if len(values) > 1 and name not in fields_that_may_differ:
                 raise PeftError(f"PEFT has one {name} for all modules; here they differ")
@@ -258,7 +271,7 @@ class _Contents:
         if len(invocations) > 1:
             raise PeftError("PEFT has one invocation for all modules; here they differ")
         (invocation,) = invocations or {None}
-        fields: JsonObject = {} if invocation is None else {INVOCATION: [*invocation]}
+        fields: JsonObject = {} if invocation is None else {INVOCATION_FIELD: [*invocation]}
         return fields | {
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
@@ -268,38 +281,42 @@ class _Contents:
             "init_lora_weights": True,
             "fan_in_fan_out": False,
             "use_rslora": False,
-            "ensure_weight_tying": self._tied,
+            "ensure_weight_tying": self._ties_tables,
             **{name: max(values, default=False) for name, values in settings.items()},
         }
 
-    def _write(self, module: Module) -> tuple[int, float]:
+    def _write_module(self, module: Module) -> tuple[int, float]:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
-        node = self._lora[module.path]
+        node = self._lora_nodes[module.path]
         keys = keys_of(module)
-        rank = self._rank(module)
-        form = form_of(node)
+        rank = self._rank_of_module(module)
+        form = form_of_node(node)
         if form:
-            for key, tensor in form.tensors_of(module, node).items():
-                self._put(key, tensor)
+            for key, tensor in form.module_tensors(module, node).items():
+                self._add_tensor(key, tensor)
             return rank, rank  # s is in the tensors
-        a, b = self._factors(node, module, rank)
-        self._put(keys.a, a)
-        self._put(keys.b, b.T)
-        for name, vector in VECTORS.items():
+        a, b = self._factors_of_module(node, module, rank)
+        self._add_tensor(keys.a, a)
+        self._add_tensor(keys.b, b.T)
+        for name, vector in VECTOR_PARTS.items():
             if name in node.has:
-                self._put(keys.parts[name], np.asarray(node.arrays[name])[module.index].reshape(-1))
-            elif any(name in weight.has for weight in self._lora.values()):
-                self._put(keys.parts[name], np.full(b.shape[1], vector.fill))
-        last_names = {adapted.name.split(".")[-1] for adapted in self._adapted}
+                self._add_tensor(
+                    keys.vectors[name], np.asarray(node.arrays[name])[module.index].reshape(-1)
+                )
+            elif any(name in weight.has for weight in self._lora_nodes.values()):
+                self._add_tensor(keys.vectors[name], np.full(b.shape[1], vector.fill))
+        last_names = {adapted.name.split(".")[-1] for adapted in self._adapted_modules}
         saves_bases = self._embedding_layers and last_names & {*EMBEDDING_NAMES}
         if saves_bases and module.kind in ("embedding", "head"):
             base = np.asarray(as_array(node.base)[module.index])
-            self._put(keys.base_weight, base if module.is_table else base.T)
+            self._add_tensor(keys.base_weight, base if module.is_table else base.T)
         scale = float(np.asarray(node.scale)[module.index])
         return len(a), scale * len(a)
 
     @staticmethod
-    def _factors(node: LoraWeight, module: Module, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def _factors_of_module(
+        node: LoraWeight, module: Module, rank: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of a module, as PEFT has them.
 
         W + s(AB − A₀B₀) is W + s·[A A₀][B; −B₀].
@@ -328,7 +345,7 @@ class _Contents:
         halves_by_name: dict[str, dict[int | None, Expert]] = {}
         for expert in self._adapted_experts:
             halves_by_name.setdefault(expert.name, {})[expert.half] = expert
-            node = self._lora[expert.path]
+            node = self._lora_nodes[expert.path]
             unsupported = [*node.has]
             if node.dropout:
                 unsupported.append("dropout")
@@ -337,26 +354,28 @@ class _Contents:
                     f"PEFT has no {unsupported[0]} for experts and routers: {expert.path!r}"
                 )
         for name, halves in halves_by_name.items():
-            factors = {half: self._expert_factors(expert) for half, expert in halves.items()}
+            factors = {half: self._factors_of_experts(expert) for half, expert in halves.items()}
             if None in factors:
                 a, b, scale = factors[None]
             else:
-                a, b, scale = side_by_side(factors.get(0), factors.get(1))
+                a, b, scale = join_gate_and_up(factors.get(0), factors.get(1))
             ranks[name] = a.shape[1]
             alphas[name] = scale * a.shape[1]
             key_a, key_b = keys_of_expert(next(iter(halves.values())), self._adapted_experts)
-            packed_a, packed_b = pack(a, b)
-            self._put(key_a, packed_a)
-            self._put(key_b, packed_b)
-        ends = sorted({end_of(name) for name in halves_by_name})
-        names_with_ends = {expert.name for expert in self._experts if end_of(expert.name) in ends}
+            packed_a, packed_b = pack_expert_factors(a, b)
+            self._add_tensor(key_a, packed_a)
+            self._add_tensor(key_b, packed_b)
+        ends = sorted({common_end_of_name(name) for name in halves_by_name})
+        names_with_ends = {
+            expert.name for expert in self._experts if common_end_of_name(expert.name) in ends
+        }
         adapts_all_layers = names_with_ends == halves_by_name.keys()
         return {"target_parameters": ends if adapts_all_layers else sorted(halves_by_name)}
 
-    def _expert_factors(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
+    def _factors_of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
-        node = self._lora[expert.path]
-        rank = self._rank(expert)
+        node = self._lora_nodes[expert.path]
+        rank = self._rank_of_module(expert)
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale)[layer])
         if len(scales) > 1:
@@ -365,7 +384,7 @@ class _Contents:
         def layer_factor(factor: Leaf) -> np.ndarray:
             # The reshape gives a router, which has no axis of experts, one of size 1.
             factors: np.ndarray = np.asarray(factor)[layer]
-            return factors.reshape(expert.n, node.rank, -1)[:, :rank]
+            return factors.reshape(expert.n_experts, node.rank, -1)[:, :rank]
 
         a, b = layer_factor(node.a), layer_factor(node.b)
         if node.start is not None:
@@ -374,30 +393,32 @@ class _Contents:
             b = np.concatenate([b, -layer_factor(start_b)], axis=1)
         return a, b, float(scales[0])
 
-    def _put(self, key: str, array: np.ndarray) -> None:
+    def _add_tensor(self, key: str, array: np.ndarray) -> None:
         self._tensors[key] = np.ascontiguousarray(array)
 
-    def _patterns(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> JsonObject:
+    def _target_fields(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> JsonObject:
         """Returns the fields on targets, ranks and alphas."""
         if not ranks:
             # PEFT has no adapter without a target; one that matches nothing is an error there.
             raise PeftError("nothing is adapted: PEFT needs one module with a LoRA at least")
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
-        names = [module.name for module in self._adapted]
+        names = [module.name for module in self._adapted_modules]
         return {
-            "target_modules": self._targets(names) if names else None,
+            "target_modules": self._shorten_targets(names) if names else None,
             "r": rank,
-            "lora_alpha": number(alpha),
+            "lora_alpha": as_peft_number(alpha),
             "rank_pattern": {
-                exactly(name): value for name, value in ranks.items() if value != rank
+                exact_name_pattern(name): value for name, value in ranks.items() if value != rank
             },
             "alpha_pattern": {
-                exactly(name): number(value) for name, value in alphas.items() if value != alpha
+                exact_name_pattern(name): as_peft_number(value)
+                for name, value in alphas.items()
+                if value != alpha
             },
         }
 
-    def _targets(self, names: list[str]) -> list[str]:
+    def _shorten_targets(self, names: list[str]) -> list[str]:
         """Shortens names to their last parts, if these select no other module."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
         # Modules that hold others, too: "0" names a layer of a list as well as a kernel of a block.
@@ -409,18 +430,18 @@ class _Contents:
         )
         return sorted(names) if is_ambiguous else ends
 
-    def _write_trained(self) -> JsonObject:
+    def _write_trained_leaves(self) -> JsonObject:
         """Writes trained biases, tokens and whole modules; returns their fields."""
         biases: list[str] = []
         weights: list[str] = []
         tokens: dict[str, list[int]] = {}
-        for path, node in self._trained.items():
+        for path, node in self._trained_nodes.items():
             row = self._rows[path]
             names = row.hf_names
             if isinstance(node, TrainedRows) and node.is_table:
                 name = module_name(row.hf)
                 tokens[name] = list(node.rows)
-                self._put(token_key(name), np.asarray(node.value))
+                self._add_tensor(token_key(name), np.asarray(node.value))
                 continue
             if isinstance(node, TrainedRows):
                 names = [names[layer] for layer in node.rows]
@@ -432,41 +453,41 @@ class _Contents:
                 biases += names
             else:
                 weights += names
-        adapted = {module.name for module in self._adapted}
+        adapted = {module.name for module in self._adapted_modules}
         saved = {module_name(name) for name in weights}
         if saved & adapted:
             raise PeftError(
                 f"{min(saved & adapted)} is adapted and trains in full; PEFT has one or the other"
             )
         biases = [name for name in biases if module_name(name) not in saved]
-        kind = self._bias_kind(biases, adapted, saved)
+        kind = self._bias_field(biases, adapted, saved)
         if kind is None:  # biases of modules that are not adapted (norms): save these modules
             saved |= {module_name(name) for name in biases} - adapted
             biases = [name for name in biases if module_name(name) in adapted]
-            kind = self._bias_kind(biases, adapted, saved)
+            kind = self._bias_field(biases, adapted, saved)
         if kind is None:
             raise PeftError(
                 "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
                 f"such as {biases[0]}"
             )
         for name in biases:
-            self._put(bias_key(name, adapted), self._tensor(name))
-        for name in self._places:
+            self._add_tensor(bias_key(name, adapted), self._trained_tensor(name))
+        for name in self._location_of_tensor:
             if module_name(name) in saved:
-                self._put(f"{PREFIX}{name}", self._tensor(name))
+                self._add_tensor(f"{KEY_PREFIX}{name}", self._trained_tensor(name))
         return {
             "bias": kind,
             "modules_to_save": self._name_whole_head(saved) or None,
             "trainable_token_indices": tokens or None,
         }
 
-    def _bias_kind(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
+    def _bias_field(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
         """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
         if not names:
             return "none"
         biases = {
             name
-            for name in self._places
+            for name in self._location_of_tensor
             if name.endswith(".bias") and module_name(name) not in saved
         }
         adapted_biases = {name for name in biases if module_name(name) in adapted}
@@ -478,7 +499,7 @@ class _Contents:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
         layers = {
             module_name(name)
-            for name, (row, _) in self._places.items()
+            for name, (row, _) in self._location_of_tensor.items()
             if kind_of(row) == "classifier"
         }
         classifiers = {name.partition(".")[0] for name in layers}
@@ -487,9 +508,9 @@ class _Contents:
             return sorted((saved | classifiers) - layers)
         return sorted(saved)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _trained_tensor(self, name: str) -> np.ndarray:
         """Returns one of PyTorch's tensors, as it has been trained."""
-        row, index = self._places[name]
+        row, index = self._location_of_tensor[name]
         leaf = self._leaves[row.path]
         if isinstance(leaf, Trained | TrainedRows):
             leaf = leaf.merged()

@@ -10,7 +10,7 @@ from lora_jax.core.weight import LoraWeight, TrainedRows
 from lora_jax.hf.keys import Row
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
-from lora_jax.peft.names import PREFIX
+from lora_jax.peft.names import KEY_PREFIX
 from lora_jax.variants import variants_of
 
 
@@ -30,7 +30,7 @@ _KEY_PAIRS = (
 )
 
 
-def tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list[str]]:
+def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list[str]]:
     """Returns the heads that share a table's adapter or its trained value, by the table's name.
 
     Args:
@@ -71,7 +71,7 @@ def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) 
 
     Args:
       names: the field.
-      heads: see `tied_heads`.
+      heads: see `find_tied_heads`.
     """
     for table, head_names in heads.items():
         is_named = names and (table in names or ends_with(table, names))
@@ -81,29 +81,29 @@ def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) 
     return names
 
 
-def add_heads(
+def add_head_copies(
     tensors: Mapping[str, np.ndarray], heads: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Returns the tensors with copies of a tied table's tensors for its heads, as PEFT writes them.
 
     Args:
       tensors: by key.
-      heads: see `tied_heads`.
+      heads: see `find_tied_heads`.
     """
     all_tensors = dict(tensors)
     for table, head_names in heads.items():
         for pair in _KEY_PAIRS:
-            table_tensor = tensors.get(f"{PREFIX}{table}.{pair.table}")
+            table_tensor = tensors.get(f"{KEY_PREFIX}{table}.{pair.table}")
             if table_tensor is None:
                 continue
             for head in head_names:
                 head_tensor = table_tensor.T if pair.is_transposed else table_tensor
-                key = f"{PREFIX}{head}.{pair.head}"
+                key = f"{KEY_PREFIX}{head}.{pair.head}"
                 all_tensors[key] = np.ascontiguousarray(head_tensor)
     return all_tensors
 
 
-def drop_copies(
+def drop_repeated_tensors(
     tensors: Mapping[str, np.ndarray], tied: Sequence[Row], where: str
 ) -> dict[str, np.ndarray]:
     """Returns the tensors without those that only repeat another.
@@ -121,8 +121,8 @@ def drop_copies(
     """
     remaining = {key: t for key, t in tensors.items() if not _is_wrapped_copy(key, tensors)}
     for row in tied:
-        table = _stem(row.hf)
-        for head in map(_stem, row.aliases):
+        table = _key_stem(row.hf)
+        for head in map(_key_stem, row.aliases):
             magnitude = f"{head}.lora_magnitude_vector"
             if magnitude in remaining:
                 raise PeftError(
@@ -140,8 +140,8 @@ def drop_copies(
     return remaining
 
 
-def _stem(hf_name: str) -> str:
-    return PREFIX + hf_name.removesuffix(".weight")
+def _key_stem(hf_name: str) -> str:
+    return KEY_PREFIX + hf_name.removesuffix(".weight")
 
 
 def _is_wrapped_copy(key: str, tensors: Mapping[str, np.ndarray]) -> bool:

@@ -22,12 +22,12 @@ import numpy as np
 from lora_jax.core.types import Fields, Model
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module, ends_with
-from lora_jax.peft.names import PREFIX
+from lora_jax.peft.names import KEY_PREFIX
 
 GATE_UP, DOWN, ROUTER = "gate_up_proj", "down_proj", "weight"
 # In transformers 5, PEFT takes these names of projections for those of the experts alone.
-TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
-OF_MLP = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
+MODEL_TYPES_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
+MLP_PROJECTION = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Expert(Module):
 
     parameter: str
     half: int | None
-    n: int
+    n_experts: int
     layer: int
 
 
-def experts_of(model: Model) -> list[Expert]:
+def list_experts(model: Model) -> list[Expert]:
     """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
     n_experts = getattr(config, "num_experts", None)
@@ -72,7 +72,7 @@ def experts_of(model: Model) -> list[Expert]:
                 kind="router",
                 parameter=ROUTER,
                 half=None,
-                n=1,
+                n_experts=1,
             )
         )
         for kernel_index, kernel in enumerate(family.expert_names):
@@ -87,7 +87,7 @@ def experts_of(model: Model) -> list[Expert]:
                     kind="experts",
                     parameter=parameter,
                     half=kernel_index if has_gate_and_up and not is_down else None,
-                    n=n_experts,
+                    n_experts=n_experts,
                 )
             )
     return experts
@@ -109,17 +109,17 @@ def can_hold(model: Model, path: str) -> bool:
     >>> peft.can_hold(model, "model/layers/mlp/up_proj/kernel")
     True
     """
-    is_of_mlp = OF_MLP.search(path.replace("/", ".") + ".") is not None
+    is_of_mlp = MLP_PROJECTION.search(path.replace("/", ".") + ".") is not None
     model_type = getattr(model.config, "model_type", None)
-    return not is_of_mlp or model_type not in TAKEN_FOR_EXPERTS
+    return not is_of_mlp or model_type not in MODEL_TYPES_TAKEN_FOR_EXPERTS
 
 
-def end_of(name: str) -> str:
+def common_end_of_name(name: str) -> str:
     """Returns the end of a parameter's name that is the same in all layers."""
     return ".".join(name.split(".")[-2:])
 
 
-def targeted_experts(config: Fields, model: Model) -> list[Expert]:
+def select_experts(config: Fields, model: Model) -> list[Expert]:
     """Lists the kernels of experts and routers that target_parameters selects.
 
     Args:
@@ -132,12 +132,12 @@ def targeted_experts(config: Fields, model: Model) -> list[Expert]:
     targets = config["target_parameters"] or []
     if not targets:
         return []
-    experts = experts_of(model)
+    experts = list_experts(model)
     names = dict.fromkeys(expert.name for expert in experts)
     for target in targets:
         is_known = target in names or any(ends_with(name, [target]) for name in names)
         if not is_known:
-            known = ", ".join(dict.fromkeys(map(end_of, names)))
+            known = ", ".join(dict.fromkeys(map(common_end_of_name, names)))
             raise PeftError(
                 f"target_parameters names {target!r}; what can be adapted as a parameter here is "
                 + (known or "nothing, for the model has no experts: use target_modules")
@@ -155,18 +155,18 @@ def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
     experts_module = expert.name.removesuffix(f".{expert.parameter}")
     is_down_adapted = any(module.name == f"{experts_module}.{DOWN}" for module in chosen)
     lies_inside = expert.parameter == GATE_UP and is_down_adapted
-    stem = f"{PREFIX}{experts_module}"
+    stem = f"{KEY_PREFIX}{experts_module}"
     if lies_inside:
         stem += ".base_layer"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def unpack_a(a: np.ndarray, n_experts: int) -> np.ndarray:
+def unpack_expert_a(a: np.ndarray, n_experts: int) -> np.ndarray:
     """Returns A, [experts·r, in], as [experts, r, in]."""
     return a.reshape(n_experts, -1, a.shape[-1])
 
 
-def unpack_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
+def unpack_expert_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
     """Returns B, [out, r·experts], as [experts, r, out], or a half of its outputs."""
     unpacked = b.reshape(b.shape[0], -1, n_experts).transpose(2, 1, 0)
     if half is None:
@@ -175,7 +175,7 @@ def unpack_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
     return halves[half]
 
 
-def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pack_expert_factors(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns [experts, r, in] and [experts, r, out] as PEFT's A and B."""
     n_experts, rank, n_out = b.shape
     packed_a = a.reshape(n_experts * rank, -1)
@@ -183,7 +183,7 @@ def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return packed_a, packed_b
 
 
-def side_by_side(
+def join_gate_and_up(
     gate: tuple[np.ndarray, np.ndarray, float] | None,
     up: tuple[np.ndarray, np.ndarray, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:

@@ -10,7 +10,7 @@ from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.kinds import tinylora, vera
 from lora_jax.peft.modules import Module
-from lora_jax.peft.names import VECTORS
+from lora_jax.peft.names import VECTOR_PARTS
 from lora_jax.variants import variants_of
 from lora_jax.variants.variant import Variant
 
@@ -35,7 +35,11 @@ class PeftForm(Protocol):
         """The variant of LoRA that it is."""
 
     def read_file(
-        self, reader: Any, own: Fields, nodes: Sequence[LoraWeight], modules: Sequence[Module]
+        self,
+        reader: Any,
+        kind_fields: Fields,
+        nodes: Sequence[LoraWeight],
+        modules: Sequence[Module],
     ) -> FileAdapter:
         """Returns the adapter of a file.
 
@@ -49,13 +53,13 @@ class PeftForm(Protocol):
     def as_lora_fields(self, fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
         """Returns the fields of a LoraConfig for the same modules, and those of the kind alone."""
 
-    def settings(self, own: Fields) -> JsonObject:
+    def rule_settings(self, kind_fields: Fields) -> JsonObject:
         """Returns the fields of a LoraRule beside the variant's and a LoraConfig's."""
 
-    def tensors_of(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
+    def module_tensors(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
         """Returns the tensors of one adapted module, by key; s is in them."""
 
-    def contents(
+    def adapter_contents(
         self, config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
     ) -> tuple[JsonObject, dict[str, np.ndarray]]:
         """Returns the configuration, from a LoraConfig's fields, and the tensors of all modules."""
@@ -64,7 +68,7 @@ class PeftForm(Protocol):
 FORMS: dict[str, PeftForm] = {"VERA": vera, "TINYLORA": tinylora}
 
 
-def form_of(node: Leaf) -> PeftForm | None:
+def form_of_node(node: Leaf) -> PeftForm | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     if not isinstance(node, LoraWeight):
         return None
@@ -75,7 +79,7 @@ def form_of(node: Leaf) -> PeftForm | None:
     return None
 
 
-def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
+def find_common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
     """Returns the form of all adapted weights of a tree; None for LoRA.
 
     Args:
@@ -84,7 +88,7 @@ def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
     Raises:
       PeftError: some have another one.
     """
-    form_of_path = {path: form_of(node) for path, node in nodes.items()}
+    form_of_path = {path: form_of_node(node) for path, node in nodes.items()}
     forms = [form for form in form_of_path.values() if form is not None]
     if not forms:
         return None
@@ -98,7 +102,7 @@ def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
     return forms[0]
 
 
-def peft_node(path: str, node: Leaf) -> Leaf:
+def as_peft_node(path: str, node: Leaf) -> Leaf:
     """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
 
     Args:
@@ -108,11 +112,11 @@ def peft_node(path: str, node: Leaf) -> Leaf:
     Raises:
       PeftError: the node has a part that PEFT does not have.
     """
-    if not isinstance(node, LoraWeight) or form_of(node) is not None:
+    if not isinstance(node, LoraWeight) or form_of_node(node) is not None:
         return node
     if node.is_compact:
         return node.as_lora()
-    unknown_parts = [name for name in node.has if name not in VECTORS]
+    unknown_parts = [name for name in node.has if name not in VECTOR_PARTS]
     if unknown_parts:
         raise PeftError(
             f"{path!r} has the part {unknown_parts[0]!r}, which PEFT does not have: make a plain "

@@ -19,16 +19,16 @@ from lora_jax.hf.gguf.write import FILE_TYPES, FLOAT_TYPES, GGUFTensor, check_gg
 from lora_jax.models.decoder.gguf import pair_rows
 from lora_jax.models.decoder.gguf_form import check_form, fused_parts, name_of
 from lora_jax.models.decoder.keys import has_fused_experts
-from lora_jax.peft.config import INVOCATION
-from lora_jax.peft.contents import contents
+from lora_jax.peft.config import INVOCATION_FIELD
+from lora_jax.peft.contents import adapter_contents
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, targeted_experts
-from lora_jax.peft.names import PREFIX
-from lora_jax.peft.served import ENDS, expert_factors, scale_of
+from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, select_experts
+from lora_jax.peft.names import KEY_PREFIX
+from lora_jax.peft.served import FACTOR_KEY_ENDS, expert_factors, scale_of_module
 
-_REMEDY = "merge it into its base, which llama.cpp runs (--merged --gguf)"
+_MERGE_REMEDY = "merge it into its base, which llama.cpp runs (--merged --gguf)"
 # Fields of adapter_config.json that stand for something llama.cpp's adapters lack.
-_LACKING = {
+_FEATURE_OF_UNSUPPORTED_FIELD = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases on B",
     "modules_to_save": "modules that train in full",
@@ -36,7 +36,7 @@ _LACKING = {
 }
 
 
-class Factors(NamedTuple):
+class AdaptedTensor(NamedTuple):
     """An adapted tensor: Hugging Face's name, A [..., r, in], B [..., out, r] and s."""
 
     name: str
@@ -86,7 +86,7 @@ def save_gguf(
     check_gguf_type(gguf_type, FLOAT_TYPES)
     notes = check_form(getattr(model, "config", None))
     # llama.cpp takes an alpha of 0 for a scale of 1.
-    factors = [f for f in _factors(model, params) if f.rank > 0 and f.scale != 0]
+    factors = [f for f in _adapted_tensors(model, params) if f.rank > 0 and f.scale != 0]
     if not factors:
         raise PeftError("the adapter changes nothing: there is nothing to write")
     alphas = Counter(f.scale * f.rank for f in factors)
@@ -103,9 +103,9 @@ def save_gguf(
     entries: list[GGUFTensor] = []
     for tensor_factors in factors:
         name = gguf_name(tensor_factors.name)
-        entries += _entries(tensor_factors, name, alpha, gguf_type.upper())
+        entries += _gguf_tensors(tensor_factors, name, alpha, gguf_type.upper())
     write_gguf(path, fields, entries)
-    n_rescaled = sum(not _gives_scale(alpha, f) for f in factors)
+    n_rescaled = sum(not _alpha_gives_scale(alpha, f) for f in factors)
     if n_rescaled > 0:
         notes.append(
             f"GGUF has one alpha, {alpha:g}: of {n_rescaled} of {len(factors)} tensors, whose "
@@ -114,48 +114,50 @@ def save_gguf(
     return notes
 
 
-def _gives_scale(alpha: float, factors: Factors) -> bool:
+def _alpha_gives_scale(alpha: float, factors: AdaptedTensor) -> bool:
     """Returns True if the file's alpha gives a tensor's scale, as fp32 has it."""
     return bool(np.float32(alpha / factors.rank) == np.float32(factors.scale))
 
 
-def _entries(factors: Factors, name: str, alpha: float, kind: str) -> list[GGUFTensor]:
+def _gguf_tensors(factors: AdaptedTensor, name: str, alpha: float, kind: str) -> list[GGUFTensor]:
     """Returns the two tensors of the file for an adapted tensor; `kind` is their GGUF type."""
     a = factors.a
     b = factors.b
-    if not _gives_scale(alpha, factors):
+    if not _alpha_gives_scale(alpha, factors):
         remaining_scale = factors.scale * factors.rank / alpha
         b = (b.astype(wide(b.dtype)) * remaining_scale).astype(b.dtype)
     if name == "token_embd.weight":  # llama.cpp looks rows of A up
         a = a.T
     return [
-        GGUFTensor(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_reader(a)),
-        GGUFTensor(name=f"{name}.lora_b", shape=b.shape, kind=kind, read=_reader(b)),
+        GGUFTensor(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_make_fp32_reader(a)),
+        GGUFTensor(name=f"{name}.lora_b", shape=b.shape, kind=kind, read=_make_fp32_reader(b)),
     ]
 
 
-def _reader(array: np.ndarray) -> Callable[[], np.ndarray]:
+def _make_fp32_reader(array: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(array, np.float32)
 
 
-def _factors(model: Model, params: Tree) -> Iterator[Factors]:
+def _adapted_tensors(model: Model, params: Tree) -> Iterator[AdaptedTensor]:
     """Yields the adapted tensors of a tree, under Hugging Face's names and in GGUF's order."""
     config = model.config
-    fields, tensors = contents(model, map_leaves(_as_plain_lora, params), embedding_layers=False)
-    _check_form(fields, config)
-    experts = targeted_experts(fields, model)
+    fields, tensors = adapter_contents(
+        model, map_leaves(_as_plain_lora, params), embedding_layers=False
+    )
+    _check_llama_cpp_support(fields, config)
+    experts = select_experts(fields, model)
     expert_keys = {key for expert in experts for key in keys_of_expert(expert, experts)}
     for expert in experts:
-        yield from _expert_tensors(expert, experts, tensors, fields, config)
+        yield from _adapted_expert_tensors(expert, experts, tensors, fields, config)
     for key, a in tensors.items():
-        for end_a, end_b in ENDS:
+        for end_a, end_b in FACTOR_KEY_ENDS:
             if not key.endswith(end_a) or key in expert_keys:
                 continue
             stem = key.removesuffix(end_a)
-            module = stem.removeprefix(PREFIX)
+            module = stem.removeprefix(KEY_PREFIX)
             name = f"{module}.weight"
             b = pair_rows(tensors[stem + end_b], name, config)
-            yield Factors(name=name, a=a, b=b, scale=scale_of(fields, module))
+            yield AdaptedTensor(name=name, a=a, b=b, scale=scale_of_module(fields, module))
 
 
 def _as_plain_lora(path: str, leaf: Any) -> Any:
@@ -163,10 +165,12 @@ def _as_plain_lora(path: str, leaf: Any) -> Any:
     return leaf.as_lora() if isinstance(leaf, LoraWeight) and leaf.is_compact else leaf
 
 
-def _check_form(fields: Fields, config: Any) -> None:
+def _check_llama_cpp_support(fields: Fields, config: Any) -> None:
     """Raises a PeftError for an adapter that llama.cpp has no form for."""
-    missing_features = [feature for field, feature in _LACKING.items() if fields.get(field)]
-    invocation = fields.get(INVOCATION)
+    missing_features = [
+        feature for field, feature in _FEATURE_OF_UNSUPPORTED_FIELD.items() if fields.get(field)
+    ]
+    invocation = fields.get(INVOCATION_FIELD)
     if invocation:
         raise PeftError(
             f"the adapter is an activated LoRA, which acts from its invocation {invocation} on: "
@@ -177,36 +181,36 @@ def _check_form(fields: Fields, config: Any) -> None:
         missing_features.append("trained biases")
     if missing_features:
         listing = " and no ".join(missing_features)
-        raise PeftError(f"llama.cpp's adapters have no {listing}: {_REMEDY}")
+        raise PeftError(f"llama.cpp's adapters have no {listing}: {_MERGE_REMEDY}")
     target_names = {target.rsplit(".", 1)[-1] for target in fields["target_modules"] or ()}
     tables = sorted({"embed_tokens", "lm_head"} & target_names)
     if tables and config.tie_word_embeddings:
         raise PeftError(
             f"the adapter is on {' and '.join(tables)}, and this model's head is its "
-            f"embedding, which llama.cpp's adapters cannot tell apart: {_REMEDY}"
+            f"embedding, which llama.cpp's adapters cannot tell apart: {_MERGE_REMEDY}"
         )
 
 
-def _expert_tensors(
+def _adapted_expert_tensors(
     expert: Expert,
     experts: list[Expert],
     tensors: Mapping[str, np.ndarray],
     fields: Fields,
     config: Any,
-) -> Iterator[Factors]:
+) -> Iterator[AdaptedTensor]:
     """Yields the adapted tensors of a kernel of a layer's experts, or of its router."""
     a, b_by_rank = expert_factors(expert, experts, tensors)
     b = b_by_rank.swapaxes(-1, -2)
-    scale = scale_of(fields, expert.name)
+    scale = scale_of_module(fields, expert.name)
     mlp = f"model.layers.{expert.layer}.mlp"
     if expert.parameter == ROUTER:
         name = f"{mlp}.{config.family.router_name}.weight"
-        yield Factors(name=name, a=a[0], b=b[0], scale=scale)
+        yield AdaptedTensor(name=name, a=a[0], b=b[0], scale=scale)
         return
     kernel = expert.path.split("/")[-2]
     stem = f"{mlp}.experts.{kernel}"
     if not has_fused_experts(config):
-        yield Factors(name=f"{stem}.weight", a=a, b=b, scale=scale)
+        yield AdaptedTensor(name=f"{stem}.weight", a=a, b=b, scale=scale)
         return
     for part, outputs in fused_parts(stem):
-        yield Factors(name=f"{part}.weight", a=a, b=b[:, outputs], scale=scale)
+        yield AdaptedTensor(name=f"{part}.weight", a=a, b=b[:, outputs], scale=scale)

@@ -29,13 +29,26 @@ from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import FLOAT_DTYPES
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
-from lora_jax.peft.copies import drop_copies
+from lora_jax.peft.copies import drop_repeated_tensors
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import Expert, keys_of_expert, unpack_a, unpack_b
+from lora_jax.peft.experts import Expert, keys_of_expert, unpack_expert_a, unpack_expert_b
 from lora_jax.peft.forms import FORMS, FileAdapter
-from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
-from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
-from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
+from lora_jax.peft.modules import (
+    Module,
+    kind_of,
+    locate_tensors,
+    rank_and_alpha,
+    tables_by_names,
+    ties_tables,
+)
+from lora_jax.peft.names import KEY_PREFIX, WEIGHTS_FILE, bias_key, keys_of, token_key
+from lora_jax.peft.rules import (
+    make_rules,
+    select_modules_of_model,
+    takes_from_base,
+    tensors_of_saved_modules,
+    token_rows,
+)
 from lora_jax.select.sharing import fill_in_shared_arrays
 
 _ADAPTER_FILES = ["*adapter_config.json", "*adapter_model.safetensors", "*chat_template.jinja"]
@@ -66,63 +79,67 @@ def load(
 
     See the example of `lora_jax.peft.save`.
     """
-    source = adapter_folder(folder, adapter)
-    config = configuration.read_config(source / configuration.FILE)
-    tensors = read_tensors(source / FILE)
-    tensors_path = str(source / FILE)
-    table = _table_for(tensors, model)
-    _check_tree(params, table)
+    source = find_adapter_folder(folder, adapter)
+    config = configuration.read_config(source / configuration.CONFIG_FILE)
+    tensors = read_tensors(source / WEIGHTS_FILE)
+    tensors_path = str(source / WEIGHTS_FILE)
+    table = _table_for_keys(tensors, model)
+    _check_plain_tree(params, table)
     has_experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
-    tied_rows = [row for row in table if row.aliases] if is_tied(config) else []
-    reader = _Reader(tensors_path, drop_copies(tensors, tied_rows, tensors_path))
+    tied_rows = [row for row in table if row.aliases] if ties_tables(config) else []
+    reader = _TensorReader(tensors_path, drop_repeated_tensors(tensors, tied_rows, tensors_path))
     try:
-        available, chosen = selected(config, table, model, experts=has_experts)
-        rules = rules_for(config, table, available, chosen)
-        params = _read_bases(params, chosen, table, config, reader)
-        tree = lorafy(_abstract(params), rules)
+        all_modules, adapted_modules = select_modules_of_model(
+            config, table, model, experts=has_experts
+        )
+        rules = make_rules(config, table, all_modules, adapted_modules)
+        params = _replace_bases(params, adapted_modules, table, config, reader)
+        tree = lorafy(_shapes_of_tree(params), rules)
         if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):
             tree = lorafy(params, rules)
     except ValueError as error:
-        raise PeftError(f"{source / configuration.FILE}: {error}") from None
-    form = FORMS.get(config[configuration.KIND])
+        raise PeftError(f"{source / configuration.CONFIG_FILE}: {error}") from None
+    form = FORMS.get(config[configuration.KIND_KEY])
     file_adapter = None
     if form is not None:
         nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
-        file_adapter = form.read_file(reader, config[configuration.OWN], nodes, chosen)
+        file_adapter = form.read_file(
+            reader, config[configuration.KIND_FIELDS_KEY], nodes, adapted_modules
+        )
     node_reader = _NodeReader(
         reader=reader,
         table=table,
         config=config,
-        chosen=chosen,
-        available=available,
+        adapted_modules=adapted_modules,
+        all_modules=all_modules,
         file_adapter=file_adapter,
     )
     bases = dict(leaves_of(params)[0])
     loaded = map_leaves(lambda path, leaf: node_reader.read(path, leaf, bases[path]), tree)
     loaded = fill_in_shared_arrays(loaded)
-    reader.finish()
+    reader.raise_problems()
     return loaded
 
 
-def _table_for(keys: Iterable[str], model: Model) -> Sequence[Row]:
+def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
     """Returns the key table of the model whose names a file's keys have; see `tables_of`."""
-    newest, *older = tables_of(model)
+    newest, *older = tables_by_names(model)
     file_modules = {
-        re.split(r"\.(?:lora_|base_layer)", key.removeprefix(PREFIX))[0] for key in keys
+        re.split(r"\.(?:lora_|base_layer)", key.removeprefix(KEY_PREFIX))[0] for key in keys
     }
     for table in older:
-        old_names = places(table).keys() - places(newest)
+        old_names = locate_tensors(table).keys() - locate_tensors(newest)
         if file_modules & {name.removesuffix(".weight") for name in old_names}:
             return table
     return newest
 
 
-def _abstract(params: Tree) -> Tree:
+def _shapes_of_tree(params: Tree) -> Tree:
     """Returns the shapes of a tree."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
-def _check_tree(params: Tree, table: Sequence[Row]) -> None:
+def _check_plain_tree(params: Tree, table: Sequence[Row]) -> None:
     """Raises a PeftError if a tree is adapted, or its shapes are not those of the table."""
     if nodes_of(params):
         raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
@@ -148,7 +165,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
       PeftError: if the file is missing, damaged or cut short, or holds other dtypes than floats.
     """
     tensors: dict[str, np.ndarray] = {}
-    with _open(path) as file:
+    with _open_weights(path) as file:
         for name in file.keys():
             dtype = file.get_slice(name).get_dtype()
             if dtype not in FLOAT_DTYPES:
@@ -157,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_names(path: Path) -> list[str]:
+def read_tensor_names(path: Path) -> list[str]:
     """Reads the names of an adapter_model.safetensors' tensors, and no tensor.
 
     Args:
@@ -166,12 +183,12 @@ def read_names(path: Path) -> list[str]:
     Raises:
       PeftError: if the file is missing, damaged or cut short.
     """
-    with _open(path) as file:
+    with _open_weights(path) as file:
         return [*file.keys()]
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _open_weights(path: Path) -> Iterator[Any]:
     """Opens an adapter_model.safetensors; errors within become PeftErrors."""
     if not path.is_file():
         similar_files = sorted(file.name for file in path.parent.glob("adapter_model*"))
@@ -188,7 +205,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise PeftError(describe_damage(path, error)) from None
 
 
-class _Reader:
+class _TensorReader:
     """The file's tensors; notes which are taken, and reports those that do not fit."""
 
     def __init__(self, path: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -202,7 +219,7 @@ class _Reader:
         return key in self._tensors
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor, or a stand-in where it is missing or misshaped, as `finish` reports."""
+        """Returns a tensor; zeros for one that is missing or misshaped (see `raise_problems`)."""
         self._taken.add(key)
         tensor = self._tensors.get(key)
         if tensor is not None and tensor.shape == shape:
@@ -214,11 +231,11 @@ class _Reader:
         return np.broadcast_to(np.float32(0), shape)  # no memory, however absurd the shape
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """True if every tensor that was taken was there."""
         return not self._problems
 
-    def finish(self) -> None:
+    def raise_problems(self) -> None:
         """Raises one PeftError on all tensors that are missing, misshaped or left over."""
         problems = [
             *self._problems,
@@ -231,8 +248,12 @@ class _Reader:
             )
 
 
-def _read_bases(
-    params: Tree, chosen: Sequence[Module], table: Sequence[Row], config: Fields, reader: _Reader
+def _replace_bases(
+    params: Tree,
+    adapted_modules: Sequence[Module],
+    table: Sequence[Row],
+    config: Fields,
+    reader: _TensorReader,
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
 
@@ -247,15 +268,15 @@ def _read_bases(
             stack_index=module.index,
             is_transposed=not module.is_table,
         )
-        for module in chosen
+        for module in adapted_modules
         if not isinstance(module, Expert)
     ]
     for row in table:
         if kind_of(row) not in ("embedding", "head") or row.stack:
             continue
         for name in (row.hf, *row.aliases):
-            if name.endswith(".weight") and not saved_modules(config, [name]):
-                key = f"{PREFIX}{name}"
+            if name.endswith(".weight") and not tensors_of_saved_modules(config, [name]):
+                key = f"{KEY_PREFIX}{name}"
                 sources.append(
                     _BaseSource(key=key, path=row.path, stack_index=(), is_transposed=row.transpose)
                 )
@@ -304,11 +325,11 @@ class _NodeReader:
       file_adapter: the content of the file, for kinds other than LORA.
     """
 
-    reader: _Reader
+    reader: _TensorReader
     table: Sequence[Row]
     config: Fields
-    chosen: Sequence[Module]
-    available: Sequence[Module]
+    adapted_modules: Sequence[Module]
+    all_modules: Sequence[Module]
     file_adapter: FileAdapter | None
 
     def read(self, path: str, leaf: Leaf, base: BaseLike) -> Leaf:
@@ -317,7 +338,7 @@ class _NodeReader:
             return self._read_weight(path, leaf.replace(base=base))
         if isinstance(leaf, TrainedRows):
             return self._read_rows(path, leaf.replace(base=base))
-        return self._read_trained(path, base) if isinstance(leaf, Trained) else base
+        return self._read_trained_leaf(path, base) if isinstance(leaf, Trained) else base
 
     def _read_weight(self, path: str, node: LoraWeight) -> LoraWeight:
         """Returns an adapted weight with the factors of all its modules, stacked.
@@ -327,15 +348,15 @@ class _NodeReader:
         batch, in_sizes, out_sizes = (
             node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
         )
-        modules = [module for module in self.chosen if module.path == path]
+        modules = [module for module in self.adapted_modules if module.path == path]
         if self.file_adapter is not None:
-            scale = self._scale(path, batch)
+            scale = self._scale_of_layers(path, batch)
             return node.replace(scale=scale, **self.file_adapter.arrays(node, modules))
         fans = {"a": math.prod(in_sizes), "b": math.prod(out_sizes)}
         arrays_of_modules = [
             self._read_arrays(module, node, fans["a"], fans["b"]) for module in modules
         ]
-        if not self.reader.is_whole:
+        if not self.reader.is_complete:
             return node
         dtype = np.dtype(wide(node.dtype))
         factors = {name: np.zeros((*batch, node.rank, fan), dtype) for name, fan in fans.items()}
@@ -355,7 +376,7 @@ class _NodeReader:
         changes["b"] = factors["b"].reshape(*batch, node.rank, *out_sizes)
         scale = node.scale
         if isinstance(scale, jax.ShapeDtypeStruct):
-            scale = self._scale(path, batch)
+            scale = self._scale_of_layers(path, batch)
         if self.config["init_lora_weights"] == "mica" and node.uses == "all":
             node = node.replace(frozen=("b",))  # as in PEFT, if it trains on
         return node.replace(scale=scale, **jax.device_put(changes))  # asarray would compile
@@ -368,24 +389,27 @@ class _NodeReader:
         rank = node.ranks[layer] // (2 if node.uses == "each" else 1)
         keys = keys_of(module)
         if isinstance(module, Expert):
-            key_a, key_b = keys_of_expert(module, self.chosen)
+            key_a, key_b = keys_of_expert(module, self.adapted_modules)
             packed_out = fan_out * (1 if module.half is None else 2)
-            a = self.reader.take(key_a, (rank * module.n, fan_in))
-            b = self.reader.take(key_b, (packed_out, rank * module.n))
-            return {"a": unpack_a(a, module.n), "b": unpack_b(b, module.n, module.half)}
+            a = self.reader.take(key_a, (rank * module.n_experts, fan_in))
+            b = self.reader.take(key_b, (packed_out, rank * module.n_experts))
+            return {
+                "a": unpack_expert_a(a, module.n_experts),
+                "b": unpack_expert_b(b, module.n_experts, module.half),
+            }
         if module.uses == "product":  # a head: its input is the table's output
             a = self.reader.take(keys.b, (fan_in, rank)).T
             b = self.reader.take(keys.a, (rank, fan_out))
         else:
             a = self.reader.take(keys.a, (rank, fan_in))
             b = self.reader.take(keys.b, (fan_out, rank)).T
-        vectors = {name: self.reader.take(keys.parts[name], (fan_out,)) for name in node.has}
+        vectors = {name: self.reader.take(keys.vectors[name], (fan_out,)) for name in node.has}
         return {"a": a, "b": b, **vectors}
 
-    def _scale(self, path: str, batch: tuple[int, ...]) -> jax.Array:
+    def _scale_of_layers(self, path: str, batch: tuple[int, ...]) -> jax.Array:
         """Computes s of each layer, as PEFT does."""
         scale = np.zeros(batch, np.float32)
-        for module in self.chosen:
+        for module in self.adapted_modules:
             if module.path == path:
                 rank, alpha = rank_and_alpha(self.config, module.name)
                 scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
@@ -396,37 +420,37 @@ class _NodeReader:
         """Returns a node with its trained rows: of a token table, or some layers of a stack."""
         if node.is_table:
             shape = (len(node.rows), *node.shape[1:])
-            modules = [module for module in self.available if module.path == path]
+            modules = [module for module in self.all_modules if module.path == path]
             name = next(module.name for module in modules if module.is_embedding)
-            tokens = token_rows(self.config, self.available)[name]
+            tokens = token_rows(self.config, self.all_modules)[name]
             value = self.reader.take(token_key(name), shape)
             value = value[[tokens.index(row) for row in node.rows]]
         else:
-            layer_names = self._row(path).hf_names
+            layer_names = self._row_of_path(path).hf_names
             value = np.stack([self._read_tensor(layer_names[layer]) for layer in node.rows])
         return node.replace(value=jax.device_put(value.astype(wide(node.dtype))))
 
-    def _read_trained(self, path: str, base: BaseLike) -> Trained:
+    def _read_trained_leaf(self, path: str, base: BaseLike) -> Trained:
         """Returns a leaf that trained in full."""
-        row = self._row(path)
+        row = self._row_of_path(path)
         arrays = [self._read_tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
         return Trained(jax.device_put(value.astype(base.dtype)))
 
-    def _row(self, path: str) -> Row:
+    def _row_of_path(self, path: str) -> Row:
         return next(row for row in self.table if row.path == path)
 
     def _read_tensor(self, name: str) -> np.ndarray:
         """Reads a tensor that trained in full, in our layout: a saved module's, or a bias."""
-        row, _ = places(self.table)[name]
-        is_saved = saved_modules(self.config, [name])
-        module_names = [module.name for module in self.chosen]
-        key = f"{PREFIX}{name}" if is_saved else bias_key(name, module_names)
+        row, _ = locate_tensors(self.table)[name]
+        is_saved = tensors_of_saved_modules(self.config, [name])
+        module_names = [module.name for module in self.adapted_modules]
+        key = f"{KEY_PREFIX}{name}" if is_saved else bias_key(name, module_names)
         tensor = self.reader.take(key, row.hf_shape)
         return tensor.T if row.transpose else tensor
 
 
-def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
+def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
     """Finds the folder that holds adapter_config.json.
 
     PEFT puts an adapter that is not called "default" into a subfolder of its name.
@@ -438,7 +462,7 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
     Raises:
       PeftError: if there is no adapter, or one of several has to be chosen.
     """
-    path = readable(folder, _is_of_adapter).expanduser()
+    path = readable(folder, _is_adapter_file).expanduser()
     if not path.exists():
         name = str(folder)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -449,19 +473,19 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
             raise PeftError(str(error)) from None
     if not path.is_dir():
         raise PeftError(
-            f"{path} is no folder; a PEFT adapter is one, with {configuration.FILE} in it"
+            f"{path} is no folder; a PEFT adapter is one, with {configuration.CONFIG_FILE} in it"
         )
     if adapter is not None and adapter != "default":
         path = path / adapter
-    if (path / configuration.FILE).is_file():
+    if (path / configuration.CONFIG_FILE).is_file():
         return path
-    adapters = sorted(file.parent.name for file in path.glob(f"*/{configuration.FILE}"))
+    adapters = sorted(file.parent.name for file in path.glob(f"*/{configuration.CONFIG_FILE}"))
     if adapters:
         raise PeftError(
             f"{path} holds several adapters, {', '.join(adapters)}: choose one with adapter=…"
         )
-    raise PeftError(f"{path} is no adapter of PEFT: {configuration.FILE} is missing")
+    raise PeftError(f"{path} is no adapter of PEFT: {configuration.CONFIG_FILE} is missing")
 
 
-def _is_of_adapter(file: str) -> bool:
+def _is_adapter_file(file: str) -> bool:
     return any(fnmatch(file, pattern) for pattern in _ADAPTER_FILES)

@@ -11,7 +11,7 @@ from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
 
 # The kinds of modules by transformers' names, for a table without kinds.
-_KINDS: dict[Kind, re.Pattern[str]] = {
+_NAMES_OF_KIND: dict[Kind, re.Pattern[str]] = {
     "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
     "classifier": re.compile(r"(score|classifier)(\..*)?"),
     "experts": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.experts\.\d+\..*"),
@@ -53,7 +53,7 @@ class Module:
         return self.is_embedding or self.uses == "product"
 
 
-def tables_of(model: Model) -> list[Sequence[Row]]:
+def tables_by_names(model: Model) -> list[Sequence[Row]]:
     """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
 
     A decoder that is the text of a model with images has two more, by the names in that model, of
@@ -61,9 +61,9 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     last ones are by the names in a bare model (transformers' AutoModel), without "model.".
 
     Raises:
-      PeftError: see `table_of`.
+      PeftError: see `check_key_table`.
     """
-    table = table_of(model)
+    table = check_key_table(model)
     if any(row.in_module for row in table):
         new_table = [
             dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table
@@ -75,20 +75,20 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     tables = [table]
     if image_model_type is not None:
         if getattr(config, "model_type", None) == image_model_type:
-            tables.append(_rename(table, r"^model\.language_model\.", "model."))
+            tables.append(_rename_rows(table, r"^model\.language_model\.", "model."))
         else:
-            tables.append(_rename(table, r"^model\.", "model.language_model."))
-            tables.append(_rename(table, r"^model\.", "language_model.model."))
-    bare_tables = [_rename(table, r"^(model|transformer)\.", "") for table in tables]
+            tables.append(_rename_rows(table, r"^model\.", "model.language_model."))
+            tables.append(_rename_rows(table, r"^model\.", "language_model.model."))
+    bare_tables = [_rename_rows(table, r"^(model|transformer)\.", "") for table in tables]
     return [*tables, *bare_tables]
 
 
-def _rename(table: Sequence[Row], pattern: str, replacement: str) -> list[Row]:
+def _rename_rows(table: Sequence[Row], pattern: str, replacement: str) -> list[Row]:
     """Returns a table whose Hugging Face names have another beginning."""
     return [dataclasses.replace(row, hf=re.sub(pattern, replacement, row.hf)) for row in table]
 
 
-def table_of(model: Model) -> Sequence[Row]:
+def check_key_table(model: Model) -> Sequence[Row]:
     """Returns the key table of one of our models, or a table given in its place.
 
     Raises:
@@ -105,7 +105,7 @@ def table_of(model: Model) -> Sequence[Row]:
     return key_table(config)
 
 
-def places(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
+def locate_tensors(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
     """Returns the place of each of PyTorch's tensors: its row, and its index in the row's stack."""
     return {
         name: (row, index)
@@ -114,7 +114,9 @@ def places(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
     }
 
 
-def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) -> list[Module]:
+def list_modules(
+    table: Sequence[Row], *, experts: bool = False, tied: bool = False
+) -> list[Module]:
     """Lists the modules that PEFT could adapt, in the order of the table.
 
     Args:
@@ -126,7 +128,7 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     listed = []
     for row in table:
         kind = kind_of(row)
-        if not _has_module(row) or (kind in ("experts", "router") and not experts):
+        if not _is_module_weight(row) or (kind in ("experts", "router") and not experts):
             continue
         heads = [alias for alias in row.aliases if alias.endswith(".weight")]
         is_split = kind == "embedding" and not tied
@@ -166,7 +168,7 @@ def sort_modules(modules: Iterable[Module]) -> list[Module]:
     return sorted(modules, key=sort_key)
 
 
-def is_tied(config: Fields) -> bool:
+def ties_tables(config: Fields) -> bool:
     """Returns True if PEFT gives both uses of a tied table one adapter, or one saved copy.
 
     Source: PEFT's ``_check_tied_modules``, which goes by names.
@@ -186,13 +188,13 @@ def kind_of(row: Row) -> Kind | None:
     if row.path.rsplit("/", 1)[-1] == "embedding":
         return "embedding"
     name = row.hf.replace("{}", "0").removesuffix(".weight")
-    for kind, pattern in _KINDS.items():
+    for kind, pattern in _NAMES_OF_KIND.items():
         if pattern.fullmatch(name):
             return kind
     return None
 
 
-def _has_module(row: Row) -> bool:
+def _is_module_weight(row: Row) -> bool:
     """Returns True if a row is the weight of a linear layer or an embedding."""
     if not row.hf.endswith(".weight"):
         return False
@@ -201,7 +203,9 @@ def _has_module(row: Row) -> bool:
     return row.path.rsplit("/", 1)[-1] in ("kernel", "embedding", "w")
 
 
-def targeted(config: Fields, available: Sequence[Module], model_type: str | None) -> list[Module]:
+def select_modules(
+    config: Fields, available: Sequence[Module], model_type: str | None
+) -> list[Module]:
     """Lists the modules that PEFT would adapt, in their order.
 
     Args:

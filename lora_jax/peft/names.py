@@ -6,10 +6,10 @@ from collections.abc import Collection
 from lora_jax.peft.modules import Module
 from lora_jax.variants import VARIANTS
 
-FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
 # The parts that a LoraConfig knows, by name: a vector for each adapted module.
-VECTORS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in v.parts}
+VECTOR_PARTS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in v.parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,44 +17,44 @@ class TensorKeys:
     """The keys of one adapted module.
 
     PEFT's A is [r, in] and its B is [out, r], of embeddings as of linear layers and of GPT-2's
-    Conv1D; a part of a variant, by its name in `parts`, is [out].
+    Conv1D; a part of a variant, by its name in `vectors`, is [out].
     """
 
     a: str
     b: str
-    parts: dict[str, str]
+    vectors: dict[str, str]
     base_weight: str
 
 
 def keys_of(module: Module) -> TensorKeys:
     """Returns the keys of an adapted module."""
-    stem = f"{PREFIX}{module.name}"
+    stem = f"{KEY_PREFIX}{module.name}"
     is_embedding = module.is_embedding
     return TensorKeys(
         a=f"{stem}.lora_embedding_A" if is_embedding else f"{stem}.lora_A.weight",
         b=f"{stem}.lora_embedding_B" if is_embedding else f"{stem}.lora_B.weight",
-        parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},
+        vectors={name: f"{stem}.{vector.tensor}" for name, vector in VECTOR_PARTS.items()},
         base_weight=f"{stem}.base_layer.weight",
     )
 
 
 def token_key(name: str) -> str:
     """Returns the key of an embedding's trained rows: the rows themselves, not their change."""
-    return f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
+    return f"{KEY_PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
 def bias_key(name: str, adapted: Collection[str]) -> str:
     """Returns the key of a trained bias: it lies inside the wrapper of an adapted module."""
     module = name.removesuffix(".bias")
-    return f"{PREFIX}{module}.base_layer.bias" if module in adapted else f"{PREFIX}{name}"
+    return f"{KEY_PREFIX}{module}.base_layer.bias" if module in adapted else f"{KEY_PREFIX}{name}"
 
 
-def exactly(name: str) -> str:
+def exact_name_pattern(name: str) -> str:
     """Returns a key of rank_pattern that matches this module alone."""
     return "^" + name.replace(".", r"\.")
 
 
-def number(value: float) -> float | int:
+def as_peft_number(value: float) -> float | int:
     """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
     integer = round(value)
     is_integer = abs(value - integer) <= 1e-5 * max(1.0, abs(value))

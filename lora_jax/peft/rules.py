@@ -13,25 +13,32 @@ from jax.typing import DTypeLike
 from lora_jax import init
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.keys import Row
-from lora_jax.peft.config import DECOMPOSING_INITS, INVOCATION, KIND, OWN, SWITCHES, read_config
+from lora_jax.peft.config import (
+    DECOMPOSING_INITS,
+    INVOCATION_FIELD,
+    KIND_FIELDS_KEY,
+    KIND_KEY,
+    OPTION_OF_FIELD,
+    read_config,
+)
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import targeted_experts
+from lora_jax.peft.experts import select_experts
 from lora_jax.peft.forms import FORMS
 from lora_jax.peft.modules import (
     Module,
     ends_with,
-    is_tied,
-    modules,
+    list_modules,
+    locate_tensors,
     pattern_value,
-    places,
     rank_and_alpha,
-    tables_of,
-    targeted,
+    select_modules,
+    tables_by_names,
+    ties_tables,
 )
 from lora_jax.rules import AnyOf, LoraRule, Rule, TrainRule
 
 
-def _drawn_both(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> init.Factors:
+def _draw_a_and_b(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> init.Factors:
     """Draws A ~ U(±1/√d_in), B ~ U(±1/√r): PEFT's ``init_lora_weights=False``."""
     key_a, key_b = jax.random.split(key)
     bound = 1 / math.sqrt(shape.rank)
@@ -43,14 +50,14 @@ def _drawn_both(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> in
 _INITIALISERS: dict[object, init.Initialiser] = {
     True: init.kaiming,
     None: init.kaiming,
-    False: _drawn_both,
+    False: _draw_a_and_b,
     "gaussian": init.gaussian,
     "orthogonal": init.orthogonal,
     "pissa": init.pissa,
     "olora": init.olora,
 }
 # What PEFT does for the others, which a rule cannot. A trained adapter needs none of it.
-_BEYOND_RULES = {
+_INITIALISERS_WITHOUT_RULE = {
     "eva": "computes A from activations of your data",
     "lora_ga": "computes A and B from gradients on your data",
     "mica": "freezes B at singular vectors of the base, and trains A alone",
@@ -86,13 +93,13 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     _check_initialiser(fields)
     if model is None:
-        return _rules_by_names(fields)
+        return _make_rules_by_names(fields)
 
     def rules_by_table(table: Sequence[Row]) -> list[Rule]:
-        available, chosen = selected(fields, table, model)
-        return rules_for(fields, table, available, chosen)
+        all_modules, adapted_modules = select_modules_of_model(fields, table, model)
+        return make_rules(fields, table, all_modules, adapted_modules)
 
-    table, *other_tables = tables_of(model)
+    table, *other_tables = tables_by_names(model)
     try:
         return rules_by_table(table)
     except PeftError:
@@ -105,7 +112,7 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
 def _check_initialiser(config: Fields) -> None:
     """Raises a PeftError where PEFT initialises otherwise than any rule."""
     name = config["init_lora_weights"]
-    reason = _BEYOND_RULES.get(name)
+    reason = _INITIALISERS_WITHOUT_RULE.get(name)
     if reason is not None:
         known = ", ".join(map(repr, _INITIALISERS))
         raise PeftError(
@@ -114,7 +121,7 @@ def _check_initialiser(config: Fields) -> None:
         )
 
 
-def _rules_by_names(config: Fields) -> list[Rule]:
+def _make_rules_by_names(config: Fields) -> list[Rule]:
     """Makes rules without a model, by the names in a configuration."""
     targets = config["target_modules"]
     is_pattern = isinstance(targets, str) and targets != "all-linear"
@@ -147,7 +154,7 @@ def _rules_by_names(config: Fields) -> list[Rule]:
     layers = config["layers_to_transform"] or None
     if isinstance(config["layers_to_transform"], int):
         layers = [config["layers_to_transform"]]
-    lora_rule = _lora_rule(
+    lora_rule = _make_lora_rule(
         config,
         targets=targets if isinstance(targets, str) else paths("target_modules"),
         rank=config["r"],
@@ -158,7 +165,7 @@ def _rules_by_names(config: Fields) -> list[Rule]:
     return [*rules_by_names, lora_rule]
 
 
-def selected(
+def select_modules_of_model(
     config: Fields, table: Sequence[Row], model: Model, *, experts: bool = False
 ) -> tuple[list[Module], list[Module]]:
     """Returns the modules that PEFT could adapt, and those of them that it does adapt.
@@ -167,13 +174,13 @@ def selected(
       config: the fields of a PEFT configuration.
       table: the model's key table.
       model: the model; it tells the family and the experts.
-      experts: see `modules`.
+      experts: see `list_modules`.
     """
-    available = modules(table, experts=experts, tied=is_tied(config))
+    all_modules = list_modules(table, experts=experts, tied=ties_tables(config))
     model_config = getattr(model, "config", None)
     family = getattr(model_config, "model_type", None)
-    chosen = targeted(config, available, family) + targeted_experts(config, model)
-    return available, chosen
+    adapted_modules = select_modules(config, all_modules, family) + select_experts(config, model)
+    return all_modules, adapted_modules
 
 
 class _LoraSettings(NamedTuple):
@@ -186,33 +193,39 @@ class _LoraSettings(NamedTuple):
     is_half: bool  # of gate_up_proj, whose two halves have one A
 
 
-def rules_for(
-    config: Fields, table: Sequence[Row], available: Sequence[Module], chosen: Sequence[Module]
+def make_rules(
+    config: Fields,
+    table: Sequence[Row],
+    all_modules: Sequence[Module],
+    adapted_modules: Sequence[Module],
 ) -> list[Rule]:
     """Makes rules that select PEFT's choice, path by path and layer by layer.
 
     Args:
       config: the fields of a PEFT configuration.
       table: the model's key table.
-      available, chosen: see `selected`.
+      available, chosen: see `select_modules_of_model`.
     """
-    _check_two_uses(config, chosen)
-    if is_tied(config):
-        _check_tied_alphas(config, table, chosen)
-    all_rules: list[Rule] = [*_saved_rules(config, table), *_token_rules(config, available)]
+    _check_uses_agree(config, adapted_modules)
+    if ties_tables(config):
+        _check_tied_alphas(config, table, adapted_modules)
+    all_rules: list[Rule] = [
+        *_make_saved_module_rules(config, table),
+        *_make_token_rules(config, all_modules),
+    ]
     if config["bias"] == "all":
         bias_paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
         if bias_paths:
-            all_rules.append(TrainRule(targets=_pattern_of(bias_paths)))
+            all_rules.append(TrainRule(targets=_pattern_for_paths(bias_paths)))
     rows = {row.path: row for row in table}
     paths_of_settings: dict[_LoraSettings, list[str]] = {}
-    for path, members in _group_by_path(chosen).items():
+    for path, members in _group_by_path(adapted_modules).items():
         for settings in _settings_of_layers(config, rows[path], members):
             paths_of_settings.setdefault(settings, []).append(path)
     for settings, paths in paths_of_settings.items():
-        rule = _lora_rule(
+        rule = _make_lora_rule(
             config,
-            targets=_pattern_of(paths),
+            targets=_pattern_for_paths(paths),
             rank=settings.rank,
             alpha=settings.alpha,
             layers=settings.layers,
@@ -235,14 +248,14 @@ def _settings_of_layers(config: Fields, row: Row, members: Sequence[Module]) -> 
             rank=rank,
             alpha=alpha,
             uses=members[0].uses if has_one_use else "each",
-            layers=_some_layers(layers, row),
+            layers=_layers_for_rule(layers, row),
             is_half=getattr(members[0], "half", None) is not None,
         )
         for (rank, alpha), layers in layers_of_rank.items()
     ]
 
 
-def _lora_rule(
+def _make_lora_rule(
     config: Fields,
     targets: Any,
     rank: int,
@@ -252,11 +265,11 @@ def _lora_rule(
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
     """Makes the LoraRule of some paths, with the settings that a configuration has for all."""
-    variant_settings = {option: config[field] for field, option in SWITCHES.items()}
-    form = FORMS.get(config[KIND])
+    variant_settings = {option: config[field] for field, option in OPTION_OF_FIELD.items()}
+    form = FORMS.get(config[KIND_KEY])
     if form is not None:
         variant_settings[form.VARIANT.option] = True
-        variant_settings |= form.settings(config[OWN])
+        variant_settings |= form.rule_settings(config[KIND_FIELDS_KEY])
     return LoraRule(
         targets=targets,
         exclude=exclude,
@@ -267,7 +280,7 @@ def _lora_rule(
         dropout=config["lora_dropout"],
         init=_INITIALISERS.get(config["init_lora_weights"], init.kaiming),
         train_bias=config["bias"] == "lora_only",
-        invocation=config[INVOCATION],
+        invocation=config[INVOCATION_FIELD],
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
         **variant_settings,
     )
@@ -278,29 +291,29 @@ def _may_share_a(rule: LoraRule) -> bool:
     return not init.takes_from_base(rule.init)
 
 
-def _some_layers(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
+def _layers_for_rule(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
     """Returns layers of a row as a rule has them: None for all of its stack, or without one."""
     sorted_layers = tuple(sorted(set(layers)))
     is_part_of_stack = len(sorted_layers) > 0 and len(sorted_layers) < row.stack[0]
     return sorted_layers if is_part_of_stack else None
 
 
-def _pattern_of(paths: Sequence[str]) -> str:
+def _pattern_for_paths(paths: Sequence[str]) -> str:
     """Returns a pattern that matches these paths alone."""
     return "|".join(re.escape(path) for path in paths)
 
 
-def _group_by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
+def _group_by_path(adapted_modules: Sequence[Module]) -> dict[str, list[Module]]:
     """Returns the modules that lie in each leaf of the tree, by its path."""
     modules_of_path: dict[str, list[Module]] = {}
-    for module in chosen:
+    for module in adapted_modules:
         modules_of_path.setdefault(module.path, []).append(module)
     return modules_of_path
 
 
-def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
+def _check_uses_agree(config: Fields, adapted_modules: Sequence[Module]) -> None:
     """Raises a PeftError where the two uses of a table are adapted in different ways."""
-    for path, members in _group_by_path(chosen).items():
+    for path, members in _group_by_path(adapted_modules).items():
         has_one_use = len({module.uses for module in members}) == 1
         if has_one_use:
             continue
@@ -315,9 +328,11 @@ def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
                 )
 
 
-def _check_tied_alphas(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> None:
+def _check_tied_alphas(
+    config: Fields, table: Sequence[Row], adapted_modules: Sequence[Module]
+) -> None:
     """Raises a PeftError where a head that shares its table's A and B has another alpha."""
-    module_of_path = {module.path: module.name for module in chosen}
+    module_of_path = {module.path: module.name for module in adapted_modules}
 
     def alpha_of(module: str) -> float:
         alpha: float = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
@@ -336,7 +351,7 @@ def _check_tied_alphas(config: Fields, table: Sequence[Row], chosen: Sequence[Mo
                 )
 
 
-def saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
+def tensors_of_saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     """Lists the tensors among `names` that belong to modules_to_save.
 
     As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
@@ -346,19 +361,19 @@ def saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(entry in name for entry in entries)]
 
 
-def _saved_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
+def _make_saved_module_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
     """Makes rules for modules that are saved whole: they train in full, layer by layer."""
     if not config["modules_to_save"]:
         return []
-    row_and_index = places(table)
-    tensors = saved_modules(config, list(row_and_index))
+    row_and_index = locate_tensors(table)
+    tensors = tensors_of_saved_modules(config, list(row_and_index))
     aliases = [alias for row in table for alias in row.aliases]
-    tied_tensors = saved_modules(config, aliases)
+    tied_tensors = tensors_of_saved_modules(config, aliases)
     for tensor in tensors:
         row, _ = row_and_index[tensor]
         if row.aliases:
             tied_tensors.append(tensor)
-    if tied_tensors and not is_tied(config):
+    if tied_tensors and not ties_tables(config):
         raise PeftError(
             f"modules_to_save holds {tied_tensors[0].removesuffix('.weight')}, which is tied: PEFT "
             "saves a copy that only one of its two uses sees, which is not supported; train it in "
@@ -374,19 +389,19 @@ def _saved_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
         layers_of_row.setdefault(row, []).extend(index[:1])
     paths_of_layers: dict[tuple[int, ...] | None, list[str]] = {}
     for row, layers in layers_of_row.items():
-        paths_of_layers.setdefault(_some_layers(layers, row), []).append(row.path)
+        paths_of_layers.setdefault(_layers_for_rule(layers, row), []).append(row.path)
     return [
-        TrainRule(targets=_pattern_of(paths), layers=layers)
+        TrainRule(targets=_pattern_for_paths(paths), layers=layers)
         for layers, paths in paths_of_layers.items()
     ]
 
 
-def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[int]]:
+def token_rows(config: Fields, all_modules: Sequence[Module]) -> dict[str, list[int]]:
     """Returns trainable_token_indices by the name of the embedding."""
     tokens = config["trainable_token_indices"]
     if tokens is None:
         return {}
-    embeddings = [module.name for module in available if module.is_embedding]
+    embeddings = [module.name for module in all_modules if module.is_embedding]
     if isinstance(tokens, list):
         if not embeddings:
             raise PeftError("trainable_token_indices: the model has no embedding")
@@ -396,7 +411,7 @@ def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[in
         named_embeddings = [name for name in embeddings if name == key or name.endswith(f".{key}")]
         if named_embeddings:
             rows_of_embedding[named_embeddings[0]] = rows
-        elif not _repeats_table(key, tokens, available):
+        elif not _repeats_table(key, tokens, all_modules):
             raise PeftError(
                 f"trainable_token_indices names {key!r}; the model's embeddings are "
                 f"{', '.join(embeddings)}"
@@ -404,14 +419,16 @@ def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[in
     return rows_of_embedding
 
 
-def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequence[Module]) -> bool:
+def _repeats_table(
+    key: str, tokens: Mapping[str, list[int]], all_modules: Sequence[Module]
+) -> bool:
     """Returns True for a tied head with the same tokens as its table, which PEFT saves once."""
 
     def is_named(module: Module, name: str) -> bool:
         return module.name == name or ends_with(module.name, [name])
 
-    head_paths = [m.path for m in available if m.uses == "product" and is_named(m, key)]
-    tables = [m for m in available if m.path in head_paths and m.is_embedding]
+    head_paths = [m.path for m in all_modules if m.uses == "product" and is_named(m, key)]
+    tables = [m for m in all_modules if m.path in head_paths and m.is_embedding]
     rows_of_tables = []
     for name, rows in tokens.items():
         rows_of_tables += [rows for table in tables if is_named(table, name)]
@@ -425,10 +442,10 @@ def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequenc
     return True
 
 
-def _token_rules(config: Fields, available: Sequence[Module]) -> list[TrainRule]:
+def _make_token_rules(config: Fields, all_modules: Sequence[Module]) -> list[TrainRule]:
     """Makes rules for rows of embeddings that train in full."""
-    paths = {module.name: module.path for module in available if module.is_embedding}
-    rows_of_embedding = token_rows(config, available)
+    paths = {module.name: module.path for module in all_modules if module.is_embedding}
+    rows_of_embedding = token_rows(config, all_modules)
     return [
         TrainRule(targets=re.escape(paths[name]), rows=rows)
         for name, rows in rows_of_embedding.items()

@@ -17,23 +17,23 @@ import numpy as np
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, JsonObject, Model
 from lora_jax.models.decoder.keys import has_fused_experts
-from lora_jax.peft.config import INVOCATION
+from lora_jax.peft.config import INVOCATION_FIELD
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import (
     GATE_UP,
     ROUTER,
     Expert,
-    end_of,
+    common_end_of_name,
     keys_of_expert,
-    pack,
-    targeted_experts,
-    unpack_a,
-    unpack_b,
+    pack_expert_factors,
+    select_experts,
+    unpack_expert_a,
+    unpack_expert_b,
 )
 from lora_jax.peft.modules import rank_and_alpha
-from lora_jax.peft.names import PREFIX
+from lora_jax.peft.names import KEY_PREFIX
 
-ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+FACTOR_KEY_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
 class _Factors(NamedTuple):
@@ -47,7 +47,7 @@ class _Factors(NamedTuple):
         """The rank r."""
         return int(self.a.shape[1])
 
-    def padded(self, rank: int) -> "_Factors":
+    def pad_to_rank(self, rank: int) -> "_Factors":
         """Returns factors of a higher rank, filled up with zeros."""
         padding = ((0, 0), (0, rank - self.rank), (0, 0))
         return _Factors(np.pad(self.a, padding), np.pad(self.b, padding))
@@ -56,7 +56,7 @@ class _Factors(NamedTuple):
 _FactorsByModule = dict[str, _Factors]  # by the module's name, without `PREFIX`
 
 
-def as_served(
+def convert_for_serving(
     fields: Fields, tensors: Mapping[str, np.ndarray], model: Model
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns an adapter's fields and tensors in the layout that serving engines read.
@@ -71,42 +71,42 @@ def as_served(
     """
     if fields["peft_type"] != "LORA":
         raise PeftError(f"peft_type {fields['peft_type']}: engines serve LORA alone; merge it")
-    if fields.get(INVOCATION):
+    if fields.get(INVOCATION_FIELD):
         raise PeftError(
             "vLLM's layout has no activated LoRA: leave out for_serving, and run it by PEFT or "
             "train.serve"
         )
-    experts = targeted_experts(fields, model)
+    experts = select_experts(fields, model)
     expert_keys = {key for expert in experts for key in keys_of_expert(expert, experts)}
     served_tensors = {key: tensor for key, tensor in tensors.items() if key not in expert_keys}
     factors_by_keys: dict[tuple[str, str], _Factors] = {}  # by the keys of A and B
     for key_a in list(served_tensors):
-        for end_a, end_b in ENDS:
+        for end_a, end_b in FACTOR_KEY_ENDS:
             if key_a.endswith(end_a):
                 stem = key_a.removesuffix(end_a)
                 key_b = stem + end_b
                 a = served_tensors.pop(key_a)
                 b = served_tensors.pop(key_b)
-                scale = scale_of(fields, stem.removeprefix(PREFIX))
-                factors_by_keys[key_a, key_b] = _scaled(a[None], b.T[None], scale)
+                scale = scale_of_module(fields, stem.removeprefix(KEY_PREFIX))
+                factors_by_keys[key_a, key_b] = _scale_factors(a[None], b.T[None], scale)
     served_fields: JsonObject = dict(fields)
     if experts:
-        expert_factors_by_module, target_fields = _serve_experts(fields, tensors, experts, model)
+        expert_factors_by_module, target_fields = _convert_experts(fields, tensors, experts, model)
         served_fields |= target_fields
-        end_a, end_b = ENDS[0]
+        end_a, end_b = FACTOR_KEY_ENDS[0]
         for module, factors in expert_factors_by_module.items():
-            stem = PREFIX + module
+            stem = KEY_PREFIX + module
             factors_by_keys[stem + end_a, stem + end_b] = factors
     rank = max((factors.rank for factors in factors_by_keys.values()), default=1)
     for (key_a, key_b), factors in factors_by_keys.items():
-        a, b = pack(*factors.padded(rank))
+        a, b = pack_expert_factors(*factors.pad_to_rank(rank))
         served_tensors[key_a] = np.ascontiguousarray(a)
         served_tensors[key_b] = np.ascontiguousarray(b)
     served_fields |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     return served_fields, served_tensors
 
 
-def _serve_experts(
+def _convert_experts(
     fields: Fields, tensors: Mapping[str, np.ndarray], experts: Sequence[Expert], model: Model
 ) -> tuple[_FactorsByModule, JsonObject]:
     """Returns the factors of experts and routers by their modules, and the fields on targets."""
@@ -115,7 +115,7 @@ def _serve_experts(
     kernels_of_mlp: dict[str, dict[str, _Factors]] = {}  # by the name of the experts' kernel
     for expert in experts:
         a, b = expert_factors(expert, experts, tensors)
-        factors = _scaled(a, b, scale_of(fields, expert.name))
+        factors = _scale_factors(a, b, scale_of_module(fields, expert.name))
         mlp = f"model.layers.{expert.layer}.{config.family.mlp_name}"
         if expert.parameter == ROUTER:
             routers[f"{mlp}.{config.family.router_name}"] = factors
@@ -126,7 +126,7 @@ def _serve_experts(
     factors_by_module = dict(routers)
     targets: list[str] = []  # the parameters or modules of experts
     for mlp, kernels in kernels_of_mlp.items():
-        for kernel, factors in _all_kernels(kernels, config).items():
+        for kernel, factors in _fill_missing_kernels(kernels, config).items():
             if are_fused:
                 targets.append(f"{mlp}.experts.{kernel}")
                 wrapper = ".base_layer" if kernel == GATE_UP else ""
@@ -137,10 +137,10 @@ def _serve_experts(
                 targets.append(module)
                 one_expert = slice(index, index + 1)
                 factors_by_module[module] = _Factors(factors.a[one_expert], factors.b[one_expert])
-    return factors_by_module, _target_fields(fields, config, targets, list(routers))
+    return factors_by_module, _expert_target_fields(fields, config, targets, list(routers))
 
 
-def _all_kernels(kernels: Mapping[str, _Factors], config: Any) -> dict[str, _Factors]:
+def _fill_missing_kernels(kernels: Mapping[str, _Factors], config: Any) -> dict[str, _Factors]:
     """Returns the factors of each kernel of a layer's experts: zeros for those not adapted."""
     dtype = list(kernels.values())[0].a.dtype
     all_kernels = {}
@@ -153,7 +153,7 @@ def _all_kernels(kernels: Mapping[str, _Factors], config: Any) -> dict[str, _Fac
     return all_kernels
 
 
-def _target_fields(
+def _expert_target_fields(
     fields: Fields, config: Any, experts: Sequence[str], routers: Sequence[str]
 ) -> JsonObject:
     """Returns target_modules or target_parameters, which name experts and routers.
@@ -167,15 +167,15 @@ def _target_fields(
     n_layers = config.num_hidden_layers - config.first_k_dense_replace
     if has_fused_experts(config):
         router_parameters = [f"{name}.{ROUTER}" for name in routers]
-        names = _shortened(experts, n_layers, end_of)
-        names += _shortened(router_parameters, n_layers, end_of)
+        names = _shorten_names(experts, n_layers, common_end_of_name)
+        names += _shorten_names(router_parameters, n_layers, common_end_of_name)
         return {"target_parameters": sorted(names)}
     names = list(fields["target_modules"] or [])
     if config.shared_expert_intermediate_size:  # whose projections have the same last names
-        names += _shortened(experts, n_layers, lambda name: ".".join(name.split(".")[-3:]))
+        names += _shorten_names(experts, n_layers, lambda name: ".".join(name.split(".")[-3:]))
     else:
-        names += _shortened(experts, n_layers * config.num_experts, _last_name)
-    names += _shortened(routers, n_layers, _last_name)
+        names += _shorten_names(experts, n_layers * config.num_experts, _last_name)
+    names += _shorten_names(routers, n_layers, _last_name)
     return {"target_modules": sorted(names), "target_parameters": None}
 
 
@@ -190,15 +190,15 @@ def expert_factors(
       tensors: PEFT's, by key.
     """
     key_a, key_b = keys_of_expert(expert, experts)
-    a = unpack_a(tensors[key_a], expert.n)
-    b = unpack_b(tensors[key_b], expert.n, expert.half)
+    a = unpack_expert_a(tensors[key_a], expert.n_experts)
+    b = unpack_expert_b(tensors[key_b], expert.n_experts, expert.half)
     if expert.half is None:
         return a, b
     is_rank_used = b.any(axis=(0, 2))  # the other ranks belong to the other half alone
     return a[:, is_rank_used], b[:, is_rank_used]
 
 
-def _shortened(names: Sequence[str], n_per_end: int, end: Callable[[str], str]) -> list[str]:
+def _shorten_names(names: Sequence[str], n_per_end: int, end: Callable[[str], str]) -> list[str]:
     """Returns the ends of names, if each end stands for `n_per_end` modules; else the names."""
     ends = list(dict.fromkeys(map(end, names)))
     return ends if len(names) == n_per_end * len(ends) else list(names)
@@ -208,11 +208,11 @@ def _last_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def scale_of(fields: Fields, name: str) -> float:
+def scale_of_module(fields: Fields, name: str) -> float:
     """Returns the factor of a module's update, by the fields of adapter_config.json."""
     rank, alpha = rank_and_alpha(fields, name)
     return alpha / (rank**0.5 if fields["use_rslora"] else rank)
 
 
-def _scaled(a: np.ndarray, b: np.ndarray, scale: float) -> _Factors:
+def _scale_factors(a: np.ndarray, b: np.ndarray, scale: float) -> _Factors:
     return _Factors(a, (b.astype(wide(b.dtype)) * scale).astype(b.dtype))

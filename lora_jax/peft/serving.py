@@ -13,25 +13,30 @@ from collections.abc import Mapping
 
 from lora_jax.core.types import Fields, Shaped
 from lora_jax.models.decoder.families.registry import FAMILIES
-from lora_jax.peft.config import FILE as CONFIG_FILE
-from lora_jax.peft.config import INVOCATION, REFUSED, UNUSED, fields_of
+from lora_jax.peft.config import (
+    CONFIG_FILE,
+    INVOCATION_FIELD,
+    REFUSED_FIELDS,
+    UNUSED_VALUES,
+    read_fields,
+)
 from lora_jax.peft.experts import DOWN, GATE_UP
-from lora_jax.peft.load import adapter_folder, read_tensors
+from lora_jax.peft.load import find_adapter_folder, read_tensors
 from lora_jax.peft.modules import pattern_value
-from lora_jax.peft.names import FILE, PREFIX
+from lora_jax.peft.names import KEY_PREFIX, WEIGHTS_FILE
 from lora_jax.variants import VARIANTS
 
 MAX_RANK = 16  # vLLM's default
 _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
-_CLASSIFIERS = ("classifier", "score")
-_A = ".lora_A.weight"
-_EMBEDDING_A = ".lora_embedding_A"
-_EXPERT_MODULES = (".experts", ".experts.base_layer")  # the ends of their names
+_CLASSIFIER_NAMES = ("classifier", "score")
+_KEY_END_A = ".lora_A.weight"
+_KEY_END_EMBEDDING_A = ".lora_embedding_A"
+_EXPERT_MODULE_ENDS = (".experts", ".experts.base_layer")  # the ends of their names
 # Remedies.
-_REWRITE = "write it by --for-serving, which fills in zeros and changes the layout"
-_MERGE = "merge it into the base (--merged)"
-_RESCALE = f"write it by --for-serving, which gives all one scale, or {_MERGE}"
-_BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
+_REWRITE_REMEDY = "write it by --for-serving, which fills in zeros and changes the layout"
+_MERGE_REMEDY = "merge it into the base (--merged)"
+_RESCALE_REMEDY = f"write it by --for-serving, which gives all one scale, or {_MERGE_REMEDY}"
+_PEFT_MERGE_REMEDY = "merge it into the base by PEFT (merge_and_unload)"
 
 
 def serving_problems(
@@ -57,15 +62,15 @@ def serving_problems(
 
     See the example of `lora_jax.peft.save`.
     """
-    path = adapter_folder(folder, adapter)
-    fields, _ = fields_of(path / CONFIG_FILE)
+    path = find_adapter_folder(folder, adapter)
+    fields, _ = read_fields(path / CONFIG_FILE)
     if fields.get("peft_type", "LORA") != "LORA":
-        return [f"peft_type {fields['peft_type']}: only LORA is served; {_BY_PEFT}"]
-    tensors = read_tensors(path / FILE)
-    return problems_of(fields, tensors, max_rank=max_rank, model_type=model_type)
+        return [f"peft_type {fields['peft_type']}: only LORA is served; {_PEFT_MERGE_REMEDY}"]
+    tensors = read_tensors(path / WEIGHTS_FILE)
+    return list_problems(fields, tensors, max_rank=max_rank, model_type=model_type)
 
 
-def problems_of(
+def list_problems(
     fields: Fields,
     tensors: Mapping[str, Shaped],
     *,
@@ -81,32 +86,32 @@ def problems_of(
     """
     return [
         *_kind_problems(fields),
-        *_start_problems(fields),
+        *_initialiser_problems(fields),
         *_trained_problems(fields, tensors),
         *_table_problems(fields, tensors),
         *_expert_problems(tensors, model_type),
-        *_rank_problems(fields, _ranks(fields, tensors), max_rank),
+        *_rank_problems(fields, _rank_of_each_module(fields, tensors), max_rank),
     ]
 
 
-def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
+def _rank_of_each_module(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
     """Returns r by the name of the module; of a layer's experts, by that of the parameter."""
     targets = fields.get("target_parameters") or ()
     is_gate_up_targeted = any(GATE_UP in target for target in targets)
     ranks = {}
     for key, tensor in tensors.items():
-        for end in (_A, _EMBEDDING_A):
+        for end in (_KEY_END_A, _KEY_END_EMBEDDING_A):
             if not key.endswith(end):
                 continue
-            name = key.removeprefix(PREFIX).removesuffix(end)
-            if not name.endswith(_EXPERT_MODULES):
+            name = key.removeprefix(KEY_PREFIX).removesuffix(end)
+            if not name.endswith(_EXPERT_MODULE_ENDS):
                 ranks[name] = int(tensor.shape[0])
                 continue
             # A has the ranks of all experts. Where both parameters are adapted, the factors of
             # gate_up_proj lie inside those of down_proj.
             experts = name.removesuffix(".base_layer")
             is_inside = name != experts
-            has_inner_factors = f"{PREFIX}{name}.base_layer{end}" in tensors
+            has_inner_factors = f"{KEY_PREFIX}{name}.base_layer{end}" in tensors
             is_down = not is_inside and (has_inner_factors or not is_gate_up_targeted)
             parameter = f"{experts}.{DOWN if is_down else GATE_UP}"
             rank_pattern = fields.get("rank_pattern")
@@ -116,7 +121,7 @@ def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
 
 def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
     """Lists experts of which a projection is not adapted, or in another model's layout."""
-    modules = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
+    modules = [key.removesuffix(_KEY_END_A) for key in tensors if key.endswith(_KEY_END_A)]
     packed_layers = {name for name in modules if name.endswith(".experts")}
     expert_indices: dict[str, list[str]] = {}  # of each projection, by layer
     for name in modules:
@@ -133,14 +138,16 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
     if incomplete_layers:
         problems.append(
             "experts: one projection of theirs is not adapted, in "
-            f"{len(incomplete_layers)} layers, and an engine needs all of them; {_REWRITE}"
+            f"{len(incomplete_layers)} layers, and an engine needs all of them; {_REWRITE_REMEDY}"
         )
     family = FAMILIES.get(model_type or "")
     if family is not None:
         has_gate_and_up = len(family.expert_names) > 2
         has_other_layout = bool(packed_layers) if has_gate_and_up else bool(expert_indices)
         if has_other_layout:
-            problems.append(f"experts: not in the layout that is read for {model_type}; {_REWRITE}")
+            problems.append(
+                f"experts: not in the layout that is read for {model_type}; {_REWRITE_REMEDY}"
+            )
     return problems
 
 
@@ -150,22 +157,22 @@ def _kind_problems(fields: Fields) -> list[str]:
     for variant in VARIANTS:
         field = variant.in_peft.field if variant.in_peft else None
         if field is not None and fields.get(field):
-            problems.append(f"{field}: {variant.name} is refused; {_MERGE}")
-    for name in (INVOCATION, *REFUSED):
-        is_unused = fields.get(name) in (*UNUSED, [], {})
+            problems.append(f"{field}: {variant.name} is refused; {_MERGE_REMEDY}")
+    for name in (INVOCATION_FIELD, *REFUSED_FIELDS):
+        is_unused = fields.get(name) in (*UNUSED_VALUES, [], {})
         if is_unused:
             continue
-        if name == INVOCATION:
+        if name == INVOCATION_FIELD:
             remedy = "run it by PEFT or train.serve, for it cannot be merged either"
         elif name == "layer_replication":
-            remedy = f"{_BY_PEFT}, layers repeated and all"
+            remedy = f"{_PEFT_MERGE_REMEDY}, layers repeated and all"
         else:
-            remedy = _BY_PEFT
+            remedy = _PEFT_MERGE_REMEDY
         problems.append(f"{name}: not supported; {remedy}")
     return problems
 
 
-def _start_problems(fields: Fields) -> list[str]:
+def _initialiser_problems(fields: Fields) -> list[str]:
     """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     if init.startswith(("pissa", "olora")):
@@ -173,7 +180,7 @@ def _start_problems(fields: Fields) -> list[str]:
     elif init.startswith("corda"):
         remedy = "save it by PEFT with path_initial_model_for_weight_conversion"
     elif init.startswith("loftq"):
-        remedy = _BY_PEFT
+        remedy = _PEFT_MERGE_REMEDY
     else:
         return []
     problem = "PEFT changes the base at each load, and engines do not"
@@ -185,15 +192,15 @@ def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str
     problems = []
     bias = fields.get("bias") or "none"
     if bias != "none":
-        problems.append(f"bias={bias}: trained biases are refused; {_MERGE}")
+        problems.append(f"bias={bias}: trained biases are refused; {_MERGE_REMEDY}")
     saved_modules = fields.get("modules_to_save") or []
-    refused_modules = sorted(name for name in saved_modules if name not in _CLASSIFIERS)
+    refused_modules = sorted(name for name in saved_modules if name not in _CLASSIFIER_NAMES)
     if refused_modules:
         listing = ", ".join(refused_modules)
-        problems.append(f"modules_to_save {listing}: only a classifier may be; {_MERGE}")
+        problems.append(f"modules_to_save {listing}: only a classifier may be; {_MERGE_REMEDY}")
     has_token_rows = any(".token_adapter." in key for key in tensors)
     if fields.get("trainable_token_indices") or has_token_rows:
-        problems.append(f"trainable_token_indices: trained tokens are refused; {_MERGE}")
+        problems.append(f"trainable_token_indices: trained tokens are refused; {_MERGE_REMEDY}")
     return problems
 
 
@@ -202,16 +209,17 @@ def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
 
     (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
     """
-    keys = [key for key in tensors if key.endswith(_EMBEDDING_A)]
-    tables = [key.removesuffix(_EMBEDDING_A).removeprefix(PREFIX) for key in keys]
+    keys = [key for key in tensors if key.endswith(_KEY_END_EMBEDDING_A)]
+    tables = [key.removesuffix(_KEY_END_EMBEDDING_A).removeprefix(KEY_PREFIX) for key in keys]
     problems = [
-        f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE}"
+        f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE_REMEDY}"
         for name in tables
         if name.rsplit(".", 1)[-1] != "embed_tokens"
     ]
     if tables and fields.get("ensure_weight_tying"):
         problems.append(
-            f"ensure_weight_tying: the adapter of {tables[0]} would not reach the head; {_MERGE}"
+            f"ensure_weight_tying: The adapter of {tables[0]} would not reach the head. "
+            f"{_MERGE_REMEDY}"
         )
     return problems
 
@@ -224,7 +232,7 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
     largest_rank = max([common_rank, *ranks.values()])
     if largest_rank > max_rank:
         sufficient_limits = [limit for limit in _MAX_RANKS if limit >= largest_rank]
-        remedy = _MERGE
+        remedy = _MERGE_REMEDY
         if sufficient_limits:
             remedy = f"start the engine with --max-lora-rank {sufficient_limits[0]}"
         problems.append(f"rank {largest_rank}: above the maximum of {max_rank}; {remedy}")
@@ -242,6 +250,6 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
         problems.append(
             f"rank_pattern, alpha_pattern: ignored, so {len(rescaled_modules)} modules, "
             f"{rescaled_modules[0]} among them, would run with lora_alpha's scale instead of their "
-            f"own; {_RESCALE}"
+            f"own; {_RESCALE_REMEDY}"
         )
     return problems

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.processes import write_json
-from train.adapters.source import find_adapter, runnable
+from train.adapters.source import find_adapter, prepare_to_run
 from train.environments.sql.examples import score
 from train.run.pretrained import read_model, read_model_info
 from train.run.task import EvaluatedModel
@@ -45,7 +45,7 @@ def outcomes(folder: Path, codes: str, seed: int, questions: int, steps: int | N
     found = find_adapter(str(name))
     outline = read_model_info(found.base()).quantized(found.quantize)
     model, params = read_model(outline.name, dtype="float32", **outline.head)
-    forward, params = runnable(model, found.load(model, params, outline.name))
+    forward, params = prepare_to_run(model, found.load(model, params, outline.name))
     answers = answer(EvaluatedModel(model, params, forward), outline, drawn)
     right = [
         int(score(example, given))

@@ -157,16 +157,16 @@ def test_an_export_is_written_to_a_bucket_and_replaces_its_own_kind_alone(runs, 
     }
     proxy.put("served/README.md", b"written by hand")
     said = fails(capsys, export.main, *line, "gs://bucket/served")
-    assert "gs://bucket/served exists" in said and "lora_jax_bucket" not in said
+    assert "gs://bucket/served already exists" in said and "lora_jax_bucket" not in said
     export.main([*line, "gs://bucket/served", "--overwrite"])
     assert proxy.objects("served/README.md").popitem()[1] == b"written by hand"
     said = fails(capsys, export.main, *line, "gs://bucket/model", "--overwrite")
     assert "holds something other than a PEFT adapter" in said
     said = fails(capsys, export.main, *line, "gs://bucket/trained", "--overwrite")
-    assert "--output gs://bucket/trained is or holds gs://bucket/trained, an input" in said
+    assert "--output gs://bucket/trained is or holds the input gs://bucket/trained" in said
     export.main([*line, "gs://bucket/merged", "--merged"])
     said = " ".join(capsys.readouterr().out.split())
-    assert 'load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
+    assert 'Load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
     _, merged = models.from_pretrained("gs://bucket/merged")
     _, base = models.from_pretrained("gs://bucket/model")
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, base))

@@ -13,10 +13,15 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.peft.config import read_config
-from lora_jax.peft.copies import drop_copies
-from lora_jax.peft.experts import pack, side_by_side, unpack_a, unpack_b
-from lora_jax.peft.load import adapter_folder
-from lora_jax.peft.modules import Module, modules, sort_modules, targeted
+from lora_jax.peft.copies import drop_repeated_tensors
+from lora_jax.peft.experts import (
+    join_gate_and_up,
+    pack_expert_factors,
+    unpack_expert_a,
+    unpack_expert_b,
+)
+from lora_jax.peft.load import find_adapter_folder
+from lora_jax.peft.modules import Module, list_modules, select_modules, sort_modules
 from tests.support import assert_close, draw
 
 PREFIX = "base_model.model."
@@ -38,7 +43,7 @@ PARAMS = {
 def names_of(model_type=None, **fields):
     """The names of the modules that a configuration targets."""
     config = read_config({"r": 2} | fields)
-    return [module.name for module in targeted(config, modules(TABLE), model_type)]
+    return [module.name for module in select_modules(config, list_modules(TABLE), model_type)]
 
 
 LAYERS = [f"decoder.block.{i}.proj" for i in range(4)]
@@ -107,10 +112,10 @@ def test_targets_that_a_family_has_by_default():
         for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     ]
     config = read_config({"target_modules": None})
-    chosen = targeted(config, modules(rows), "llama")
+    chosen = select_modules(config, list_modules(rows), "llama")
     assert [module.name for module in chosen] == ["m.q_proj", "m.v_proj"]
     parameters = read_config({"target_modules": [], "target_parameters": ["experts.down_proj"]})
-    assert targeted(parameters, modules(rows), "llama") == []
+    assert select_modules(parameters, list_modules(rows), "llama") == []
 
 
 def test_modules_stand_in_torchs_order():
@@ -224,14 +229,14 @@ def test_copies_of_a_tied_head_are_dropped():
         f"{head}lora_B.weight": of_a.T,
         f"{head}base_layer.weight": base.copy(),
     }
-    kept = drop_copies(tensors, [TIED], "file")
+    kept = drop_repeated_tensors(tensors, [TIED], "file")
     assert set(kept) == {key for key in tensors if key.startswith(table)}
-    assert set(drop_copies(tensors, [], "file")) == set(tensors)
+    assert set(drop_repeated_tensors(tensors, [], "file")) == set(tensors)
     for name in ("lora_A.weight", "lora_B.weight", "base_layer.weight"):
         other = tensors | {f"{head}{name}": tensors[f"{head}{name}"] + 1}
-        assert set(drop_copies(other, [TIED], "file")) - set(kept) == {f"{head}{name}"}
+        assert set(drop_repeated_tensors(other, [TIED], "file")) - set(kept) == {f"{head}{name}"}
     with pytest.raises(lp.PeftError, match="file: .*lm_head.lora_magnitude_vector: PEFT has a mag"):
-        drop_copies(tensors | {f"{head}lora_magnitude_vector": of_a}, [TIED], "file")
+        drop_repeated_tensors(tensors | {f"{head}lora_magnitude_vector": of_a}, [TIED], "file")
     wrapped = {
         "m.modules_to_save.bias": np.ones(3),
         "m.bias": np.ones(3),
@@ -240,7 +245,7 @@ def test_copies_of_a_tied_head_are_dropped():
         "o.original_module.bias": np.ones(3),
         "p.modules_to_save.bias": np.ones(3),
     }
-    kept = drop_copies(wrapped, [], "file")
+    kept = drop_repeated_tensors(wrapped, [], "file")
     assert set(kept) == {"m.bias", "n.modules_to_save.bias", "n.bias", "p.modules_to_save.bias"}
 
 
@@ -267,7 +272,7 @@ def test_two_halves_of_one_parameter(halves):
     given = {"gate": (gate, None), "up": (None, up)}.get(halves, (gate, up))
     nothing = np.zeros((EXPERTS, N_IN, N_OUT))
     expected = [nothing if factors is None else change(factors) for factors in given]
-    joined = side_by_side(*given)
+    joined = join_gate_and_up(*given)
     assert_close(change(joined), np.concatenate(expected, axis=-1), 1e-5)
     rank = 2 * RANK if halves in ("both", "shared A, two scales") else RANK
     assert joined[0].shape == (EXPERTS, rank, N_IN)
@@ -277,16 +282,16 @@ def test_two_halves_of_one_parameter(halves):
 def test_packed_experts_are_unpacked():
     """PEFT's A is [experts·r, in], and B is [out, r·experts], the experts innermost."""
     a, b, _ = half(3, 1.0)
-    packed_a, packed_b = pack(a, b)
+    packed_a, packed_b = pack_expert_factors(a, b)
     for expert in range(EXPERTS):
         rows = slice(expert * RANK, (expert + 1) * RANK)
         np.testing.assert_array_equal(packed_a[rows], a[expert])
         np.testing.assert_array_equal(packed_b[:, expert::EXPERTS], b[expert].T)
-    np.testing.assert_array_equal(unpack_a(packed_a, EXPERTS), a)
-    np.testing.assert_array_equal(unpack_b(packed_b, EXPERTS, None), b)
+    np.testing.assert_array_equal(unpack_expert_a(packed_a, EXPERTS), a)
+    np.testing.assert_array_equal(unpack_expert_b(packed_b, EXPERTS, None), b)
     wide = np.concatenate([packed_b, packed_b + 1])
-    np.testing.assert_array_equal(unpack_b(wide, EXPERTS, 0), b)
-    np.testing.assert_array_equal(unpack_b(wide, EXPERTS, 1), b + 1)
+    np.testing.assert_array_equal(unpack_expert_b(wide, EXPERTS, 0), b)
+    np.testing.assert_array_equal(unpack_expert_b(wide, EXPERTS, 1), b + 1)
 
 
 @pytest.mark.parametrize(
@@ -328,17 +333,17 @@ def test_an_adapter_is_found_in_its_folder(tmp_path):
         if name:
             (folder / "adapter_config.json").write_text("{}")
     several = tmp_path / "several"
-    assert adapter_folder(several, "two") == several / "two"
-    assert adapter_folder(several / "one", None) == several / "one"
-    assert adapter_folder(several / "one", "default") == several / "one"
+    assert find_adapter_folder(several, "two") == several / "two"
+    assert find_adapter_folder(several / "one", None) == several / "one"
+    assert find_adapter_folder(several / "one", "default") == several / "one"
     with pytest.raises(lp.PeftError, match="several adapters, one, two: choose one with adapter="):
-        adapter_folder(several, None)
+        find_adapter_folder(several, None)
     with pytest.raises(lp.PeftError, match="is no adapter of PEFT: adapter_config.json is missing"):
-        adapter_folder(several, "three")
+        find_adapter_folder(several, "three")
     with pytest.raises(lp.PeftError, match="is no folder; a PEFT adapter is one"):
-        adapter_folder(several / "one/adapter_config.json", None)
+        find_adapter_folder(several / "one/adapter_config.json", None)
     with pytest.raises(lp.PeftError, match="neither a folder here nor a hub name"):
-        adapter_folder(f"{tmp_path}/none", None)
+        find_adapter_folder(f"{tmp_path}/none", None)
 
 
 def write(folder, config, tensors):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.peft.kinds.generator import normal, uniform
+from lora_jax.peft.kinds.generator import draw_normal, draw_uniform
 
 # torch.randn(n, generator=torch.Generator().manual_seed(0)): n -> some of the numbers, by place.
 NORMAL = {
@@ -15,7 +15,7 @@ NORMAL = {
 @pytest.mark.parametrize("n", NORMAL)
 def test_numbers_are_those_that_torch_printed(n):
     """An adapter of PEFT whose file has a seed in place of numbers would have others here."""
-    drawn = normal(0, (n,))
+    drawn = draw_normal(0, (n,))
     for place, number in NORMAL[n].items():
         assert drawn[place] == pytest.approx(number, abs=1e-6)
-    np.testing.assert_allclose(uniform(0, (3,)), [0.4962566, 0.7682218, 0.0884774], atol=1e-7)
+    np.testing.assert_allclose(draw_uniform(0, (3,)), [0.4962566, 0.7682218, 0.0884774], atol=1e-7)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from lora_jax.peft.kinds.generator import normal, uniform
+from lora_jax.peft.kinds.generator import draw_normal, draw_uniform
 from tests.support import assert_close, draw, lorafied, with_random_factors
 
 PREFIX = "base_model.model."
@@ -98,7 +98,7 @@ def test_vera_is_read_as_peft_computes_it(saves, tmp_path):
         tensors |= {"base_model.vera_A": a, "base_model.vera_B": b}
     else:
         config |= {"save_projection": False, "projection_prng_key": 17}
-        drawn = uniform(17, (RANK * (7 + 7),))
+        drawn = draw_uniform(17, (RANK * (7 + 7),))
         # torch's kaiming_uniform_ of a fan of 7, then of a fan of 2, by one generator.
         a = (2 * drawn[: RANK * 7].reshape(RANK, 7) - 1) * np.sqrt(6 / 7)
         b = (2 * drawn[RANK * 7 :].reshape(7, RANK) - 1) * np.sqrt(6 / RANK)
@@ -210,7 +210,7 @@ def test_tinylora_draws_what_a_file_lacks(tmp_path):
     config = TINY | {"save_projection": False, "projection_seed": 7}
     tree = lp.load(write(tmp_path / "a", config, lacking), TABLE, PARAMS)
     drawn = {
-        f"{PREFIX}{name}.tinylora_P": normal(7 + i, (3, RANK, RANK)) / np.sqrt(RANK)
+        f"{PREFIX}{name}.tinylora_P": draw_normal(7 + i, (3, RANK, RANK)) / np.sqrt(RANK)
         for i, name in enumerate(ORDER)
     }
     check(tree, tiny_changes(tensors | drawn, range(4)))

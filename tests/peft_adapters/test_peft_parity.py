@@ -10,8 +10,8 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.peft.config import read_config
-from lora_jax.peft.experts import targeted_experts
-from lora_jax.peft.modules import is_tied, modules, table_of, targeted
+from lora_jax.peft.experts import select_experts
+from lora_jax.peft.modules import check_key_table, list_modules, select_modules, ties_tables
 from tests.parity import PARITY, PATTERNS
 from tests.peft_adapters.models import (
     CONFIGS,
@@ -57,12 +57,12 @@ def test_both_ways(name, folders, tmp_path):
     tree = lp.load(tmp_path / "theirs", model, params)
     assert_close(our_logits(model, tree), expected, tolerance)
     config = read_config(tmp_path / "theirs")
-    available = modules(table_of(model), tied=is_tied(config))
-    chosen = targeted(config, available, model.config.model_type)
+    available = list_modules(check_key_table(model), tied=ties_tables(config))
+    chosen = select_modules(config, available, model.config.model_type)
     tied = set(getattr(theirs.peft_config["default"], "target_modules_to_tie", None) or ())
     names = set(theirs.base_model.targeted_module_names)
     assert {module.name for module in chosen} == names - tied
-    parameters = targeted_experts(config, model)
+    parameters = select_experts(config, model)
     assert {p.name for p in parameters} == set(theirs.base_model.targeted_parameter_names)
 
     # Ours in theirs: nothing missing, nothing left over, our logits.

@@ -11,9 +11,9 @@ import pytest
 
 import lora_jax as lj
 import lora_jax.peft as lp
-from lora_jax.peft.contents import contents
-from lora_jax.peft.served import as_served
-from lora_jax.peft.serving import problems_of
+from lora_jax.peft.contents import adapter_contents
+from lora_jax.peft.served import convert_for_serving
+from lora_jax.peft.serving import list_problems
 from tests.models import tiny
 from tests.support import assert_close, lorafied, over, with_random_factors
 
@@ -111,8 +111,8 @@ def changes(config: Any, params: Any, tree: Any) -> Iterator[tuple[str, np.ndarr
 @over("case", ADAPTERS, often=["mixtral", "gpt-oss"])
 def test_an_engine_reads_our_change(case: str) -> None:
     model, params, tree = adapted(case)
-    fields, tensors = as_served(*contents(model, tree), model)
-    assert problems_of(fields, tensors, model_type=model.config.model_type) == []
+    fields, tensors = convert_for_serving(*adapter_contents(model, tree), model)
+    assert list_problems(fields, tensors, model_type=model.config.model_type) == []
     got = dict(as_read(model.config, fields, tensors))
     want = dict(changes(model.config, params, tree))
     moved = {name for name, change in want.items() if np.abs(change).max() > 1e-3}
@@ -160,7 +160,7 @@ def test_parameters_of_no_module_cannot_be_saved(targets: str) -> None:
     model, params = tiny.decoder("gpt-oss")
     rules = [lj.TrainRule(targets=[targets]), lj.LoraRule(targets=["q_proj"], rank=2)]
     with pytest.raises(lp.PeftError, match="PEFT saves whole modules, and this is none"):
-        contents(model, lj.lorafy(params, rules))
+        adapter_contents(model, lj.lorafy(params, rules))
 
 
 @pytest.mark.parity

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_jax.peft as lp
-from lora_jax.peft.serving import problems_of
+from lora_jax.peft.serving import list_problems
 
 STEM = "base_model.model.model.layers"
 PLAIN = {
@@ -143,13 +143,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_what_is_served(name):
     changes, tensors = SERVED[name]
-    assert problems_of(PLAIN | changes, tensors) == []
+    assert list_problems(PLAIN | changes, tensors) == []
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_each_problem_is_one_line(name):
     changes, tensors, line = REFUSED[name]
-    (found,) = problems_of(PLAIN | changes, factors() | tensors)
+    (found,) = list_problems(PLAIN | changes, factors() | tensors)
     assert re.search(line, found), found
     assert "\n" not in found
 
@@ -160,15 +160,15 @@ def test_experts_in_another_model_s_layout():
         (joined, "gpt_oss", "mixtral"),
         (apart, "qwen3_moe", "gpt_oss"),
     ):
-        assert problems_of(PLAIN | changes, tensors, model_type=fit) == []
-        (found,) = problems_of(PLAIN | changes, tensors, model_type=other)
+        assert list_problems(PLAIN | changes, tensors, model_type=fit) == []
+        (found,) = list_problems(PLAIN | changes, tensors, model_type=other)
         assert re.search(f"not in the layout that is read for {other}; .*--for-serving", found)
 
 
 def test_problems_add_up():
     changes = {"use_dora": True, "lora_bias": True, "r": 32, "lora_alpha": 64}
-    assert len(problems_of(PLAIN | changes, factors(32))) == 3
-    assert len(problems_of(PLAIN | changes, factors(32), max_rank=32)) == 2
+    assert len(list_problems(PLAIN | changes, factors(32))) == 3
+    assert len(list_problems(PLAIN | changes, factors(32), max_rank=32)) == 2
 
 
 def test_a_folder(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from lora_jax.peft.kinds.generator import normal, uniform
+from lora_jax.peft.kinds.generator import draw_normal, draw_uniform
 from tests.peft_adapters.models import (
     IDS,
     logits_of,
@@ -202,10 +202,10 @@ def test_numbers_are_torchs(n):
 
     for seed in (42, 2**31 - 1):
         generator = torch.Generator().manual_seed(seed)
-        assert_close(normal(seed, (n,)), torch.randn(n, generator=generator).numpy(), 1e-6)
+        assert_close(draw_normal(seed, (n,)), torch.randn(n, generator=generator).numpy(), 1e-6)
         generator = torch.Generator().manual_seed(seed)
         np.testing.assert_array_equal(
-            uniform(seed, (n,)), torch.rand(n, generator=generator).numpy()
+            draw_uniform(seed, (n,)), torch.rand(n, generator=generator).numpy()
         )
 
 

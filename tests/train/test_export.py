@@ -116,7 +116,7 @@ def test_a_run_as_a_peft_adapter(base, finished, tmp_path, capsys):
     export(*args, "--base-name", "owner/name")
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
-    assert "a merged model (--merged) has none" in fails(
+    assert "which a merged model (--merged) does not have" in fails(
         capsys, *args, "--base-name", "owner/name", "--merged"
     )
 
@@ -159,7 +159,7 @@ def test_the_dtype_is_that_of_the_bases_files(base, trained, tmp_path, capsys):
     output = tmp_path / f"{PREFIX}x1/gs/bucket/merged"  # written here, then sent to the bucket
     export(*args, "--output", output)
     said = " ".join(capsys.readouterr().out.split())
-    assert 'load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
+    assert 'Load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
     assert "(gcloud storage cp -r gs://bucket/merged FOLDER)" in said and "Auto" not in said
     with safe_open(output / "model.safetensors", "np") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
@@ -197,7 +197,7 @@ def test_peft_to_peft_makes_plain_lora_of_pissa(base, saved, tmp_path, capsys):
 
 def test_check_serving(saved, trained, tmp_path, capsys):
     export("--adapter", trained / "adapter", "--check-serving")
-    assert capsys.readouterr().out == "serving: no problems found\n"
+    assert capsys.readouterr().out == "Serving: no problems found.\n"
     message = fails(
         *(capsys, "--adapter", trained / "adapter", "--check-serving", "--max-rank", 1), code=1
     )
@@ -226,11 +226,11 @@ def test_for_serving(base, saved, tmp_path, capsys):
     args = ["--adapter", adapter, "--output", tmp_path / "served", "--check-serving"]
     assert "by --for-serving" in fails(capsys, *args, code=1)
     export(*args, "--for-serving")
-    assert "load it with: PeftModel.from_pretrained(AutoModel" in capsys.readouterr().out
+    assert "Load it with: PeftModel.from_pretrained(AutoModel" in capsys.readouterr().out
     copy = tmp_path / f"{PREFIX}x1/gs/bucket/served"
     export(*args[:3], copy, "--for-serving")
     said = " ".join(capsys.readouterr().out.split())
-    assert 'load it with: lora_jax.peft.load("gs://bucket/served", model, params).' in said
+    assert 'Load it with: lora_jax.peft.load("gs://bucket/served", model, params).' in said
     assert lp.serving_problems(tmp_path / "served") == []
     model, params = models.from_pretrained(base)
     assert_close(lj.merge(lp.load(tmp_path / "served", model, params)), lj.merge(tree), 1e-6)
@@ -239,17 +239,17 @@ def test_for_serving(base, saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["nothing to do: give --output, --gguf, --push-to-hub or"]),
-        (["--merged"], ["--merged writes a model: name its folder with --output"]),
-        (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
-        (["--merged", "--for-serving", "--output", "out"], ["--for-serving is about adapters"]),
-        (["--for-serving", "--check-serving"], ["--for-serving writes an adapter: name"]),
+        ([], ["There is nothing to do. Add --output, --gguf, --push-to-hub or"]),
+        (["--merged"], ["Name a folder with --output, or a file with --gguf"]),
+        (["--merged", "--check-serving", "--output", "out"], ["is for adapters"]),
+        (["--merged", "--for-serving", "--output", "out"], ["--for-serving is for adapters"]),
+        (["--for-serving", "--check-serving"], ["--for-serving writes an adapter"]),
         (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
-        (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
-        (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
-        (["--private", "--output", "out"], ["--private is about a repository on the hub"]),
-        (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
-        (["--adapter", "nowhere", "--check-serving"], ["--adapter nowhere: there is no such"]),
+        (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5 is not a size"]),
+        (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB is not a size"]),
+        (["--private", "--output", "out"], ["--private needs a repository on the hub"]),
+        (["--max-rank", "0", "--check-serving"], ["--max-rank is 0. Use a rank of at least 1"]),
+        (["--adapter", "nowhere", "--check-serving"], ["--adapter nowhere: There is no such"]),
         (["--model", "nowhere.gguf", "--output", "out"], ["nowhere.gguf is neither a file"]),
     ],
 )
@@ -313,7 +313,7 @@ def test_another_base_is_refused(trained, tmp_path, capsys):
 
 
 def test_a_folder_without_an_adapter(tmp_path, capsys):
-    assert "is neither an adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
+    assert "holds no adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
 
 
 def test_an_adapter_stands_alone(trained, tmp_path):
@@ -330,7 +330,7 @@ def test_an_adapter_that_names_no_base(base, tmp_path, capsys):
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(tmp_path / "unnamed", tree)
     message = fails(capsys, "--adapter", tmp_path / "unnamed", "--output", tmp_path / "out")
-    assert message.endswith("does not say what its base is: name it with --model")
+    assert message.endswith("does not state its base model. Name the base with --model.")
 
 
 def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
@@ -348,9 +348,9 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     # A run's folder is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
     assert "holds something other than a model" in fails(capsys, *args, trained)
-    assert "an input: name another one" in fails(capsys, *args, base)
+    assert "the input" in fails(capsys, *args, base)
     again = ["--adapter", output, "--output", output, "--overwrite", "--model", base]
-    assert "an input: name another one" in fails(capsys, *again)
+    assert "the input" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     assert "holds something other than a model" in fails(capsys, *args, copy)

@@ -13,7 +13,7 @@ from train.console.help import help_text
 from train.doctor.__main__ import DoctorOptions
 from train.doctor.__main__ import parse as parse_doctor
 from train.export.options import ExportOptions
-from train.export.options import parse as parse_export
+from train.export.options import parse_export_options as parse_export
 from train.generate.options import GenerateOptions
 from train.generate.options import parse as parse_generate
 from train.options.command import parse_options

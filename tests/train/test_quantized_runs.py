@@ -19,7 +19,7 @@ from tests.train.test_classify import words, write_encoder
 from tests.train.test_sft import fails, run
 from tests.train.tiny import decoder, write_jsonl, write_model, write_rows
 from train import classify, sft
-from train.adapters.source import find_adapter, runnable
+from train.adapters.source import find_adapter, prepare_to_run
 from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.options.defaults import Defaults
@@ -100,24 +100,24 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
     found = find_adapter(str(trained))
     found.check(outline)
     assert found.quantize == "nf4"
-    forward, params = runnable(net, tree)
+    forward, params = prepare_to_run(net, tree)
     assert params is tree, "codes stay codes"
     assert_close(jax.jit(forward)({"params": params}, ids), want, 1e-5)
     ask = ["--adapter", str(trained), "--prompt", "hello", "--max-new-tokens", "2"]
     generate.main(ask)
-    assert "not merged (the base is in codes" in capsys.readouterr().err
+    assert "not merged (the base is quantized" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         generate.main([*ask, "--merge"])
-    assert "cannot be merged: the base is in codes" in capsys.readouterr().err
+    assert "cannot be merged: the base is quantized" in capsys.readouterr().err
 
     export.main(["--adapter", str(trained), "--merged", "--output", str(tmp_path / "whole")])
-    assert "values of the base's nf4 codes, plus the update" in capsys.readouterr().out
+    assert "dequantized nf4 values of the base plus the update" in capsys.readouterr().out
     _, whole = from_pretrained(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, whole, dequantize(lj.merge(tree)))
 
     export.main(["--adapter", str(trained), "--output", str(tmp_path / "peft")])
     said = " ".join(capsys.readouterr().out.split())
-    assert "load it with quantization_config=BitsAndBytesConfig(load_in_4bit=True" in said
+    assert "Load it with quantization_config=BitsAndBytesConfig(load_in_4bit=True" in said
     card = (tmp_path / "peft" / "README.md").read_text()
     assert 'quantize="nf4"' in card and "BitsAndBytesConfig" in card
     assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == 2 * 2 * 2

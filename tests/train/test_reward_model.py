@@ -223,7 +223,7 @@ def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
         return str(caught.value)
 
     assert "no folder, and no reward of this name, but arithmetic" in message(tmp_path / "none")
-    assert "is neither an adapter's folder" in message(write_model(tmp_path / "lm"))
+    assert "holds no adapter" in message(write_model(tmp_path / "lm"))
     params = models.from_pretrained(inputs[3], head="classification", num_labels=2)[1]
     tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
     about = {"model": inputs[3], "labels": ["a", "b"]}
@@ -237,11 +237,11 @@ def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
 
 def test_a_base_that_is_gone(drawn, monkeypatch):
     gone = {"model": "/nowhere", "labels": ["reward"]}
-    monkeypatch.setattr(type(find_adapter(str(drawn))), "about", gone)
+    monkeypatch.setattr(type(find_adapter(str(drawn))), "base_info", gone)
     with pytest.raises(UserError, match="--reward .*: its base cannot be read: --model /nowhere"):
         RewardModel(str(drawn))
     gone = {"model": "/nowhere", "labels": ["reward"], "tokenizer": "/nowhere/tokens"}
-    monkeypatch.setattr(type(find_adapter(str(drawn))), "about", gone)
+    monkeypatch.setattr(type(find_adapter(str(drawn))), "base_info", gone)
     with pytest.raises(UserError, match="in /nowhere/tokens, .* copy it there, or train the rew"):
         RewardModel(str(drawn))
 

@@ -120,7 +120,9 @@ def test_texts_alone_and_what_is_refused(
     words += ["--init-adapter", tmp_path / "texts", "--output", tmp_path / "goes_on"]
     with pytest.raises(SystemExit):
         main([*map(str, words)])
-    assert_matches("on the text of .* alone, and here images are read", capsys.readouterr().err)
+    assert_matches(
+        "on the text of .* alone, but this command reads images", capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         run(made, tmp_path / "packed", "--steps", 1, "--packing")
     assert "--packing: rows have images" in capsys.readouterr().err

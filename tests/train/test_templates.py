@@ -162,7 +162,7 @@ def test_every_script_that_renders_chats_has_it(script, folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "wrong.jinja: the template cannot be read: No such file or directory"),
+        (None, "wrong.jinja: The template cannot be read (No such file or directory"),
         ("{% for m in messages %}\n{{ m.content }}", "wrong.jinja: line 2 is no Jinja: Unexpected"),
         ("{{ messages | nothing }}", "wrong.jinja: line 1 is no Jinja: No filter named 'nothing'"),
         ("Hello", "the chat template does not read `messages`"),

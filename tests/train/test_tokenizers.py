@@ -115,7 +115,10 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     lj.save_adapter(tmp_path / "moved", tree, about=about)
     prompt = ["--adapter", tmp_path / "moved", "--prompt", "x", "--max-new-tokens", "1"]
     said = fails(capsys, generate.main, *prompt)
-    assert "trained with the tokenizer in /nowhere/tokens, which does not exist here" in said
+    assert (
+        "trained with the tokenizer in /nowhere/tokens, which does not exist on this machine"
+        in said
+    )
     generate.main([*map(str, prompt), "--tokenizer", folder.tokens])
 
 

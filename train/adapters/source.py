@@ -1,4 +1,4 @@
-"""The adapter that an option names: a run's, one that `lora_jax.save_adapter` wrote, or PEFT's."""
+"""Finds and loads the adapter that an option names: a run's, this library's or PEFT's."""
 
 import dataclasses
 import re
@@ -22,23 +22,23 @@ from lora_jax.hf.hub import name_on_other_machines
 from lora_jax.hf.vision.readers import reads_images
 from lora_jax.lorafy import nodes_of
 from lora_jax.models.families import IMAGES, reading_options
-from lora_jax.peft.config import FILE as PEFT_CONFIG
-from lora_jax.peft.config import fields_of, read_config
-from lora_jax.peft.contents import contents
+from lora_jax.peft.config import CONFIG_FILE as PEFT_CONFIG
+from lora_jax.peft.config import read_config, read_fields
+from lora_jax.peft.contents import adapter_contents
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.load import adapter_folder, read_names, read_tensors
-from lora_jax.peft.names import FILE as PEFT_WEIGHTS
-from lora_jax.peft.names import PREFIX
+from lora_jax.peft.load import find_adapter_folder, read_tensor_names, read_tensors
+from lora_jax.peft.names import KEY_PREFIX
+from lora_jax.peft.names import WEIGHTS_FILE as PEFT_WEIGHTS
 from lora_jax.quantized import is_coded
 from lora_jax.training.run.best import BEST
 from train.console.errors import UserError, as_user_errors
 
-ADAPTER = "adapter"  # its folder in that of a run
-_OURS = "lora"  # an item of `lora_jax.save_adapter`
-_OF_RUN = ("config.yaml", "checkpoints")  # what a run's folder holds before its adapter
-_CLASSES = re.compile(re.escape(PREFIX) + r"classifier(\.out_proj)?\.weight")
+ADAPTER = "adapter"  # the adapter's folder in the folder of a run
+_OUR_WEIGHTS = "lora"  # an item of `lora_jax.save_adapter`
+_RUN_FILES = ("config.yaml", "checkpoints")  # files of a run that has no adapter yet
+_CLASSIFIER_KEY = re.compile(re.escape(KEY_PREFIX) + r"classifier(\.out_proj)?\.weight")
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-_SHOWN = 3  # problems of a file that a message names
+_MAX_SHOWN_PROBLEMS = 3  # problems of a file that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +51,27 @@ class AdapterSource:
       from_peft: whether PEFT's files are in it.
     """
 
-    given: str
+    option: str
     folder: Path
-    from_peft: bool
+    is_peft: bool
 
     @property
-    def about(self) -> dict[str, Any]:
-        """The facts that the adapter states about its base: its "model", "labels" of a classifier.
+    def base_info(self) -> dict[str, Any]:
+        """The "model" and other facts that the adapter states about its base.
 
         Raises:
-          UserError: they cannot be read.
+          UserError: the adapter's files cannot be read.
         """
-        with self._readable():
-            if not self.from_peft:
+        with self._as_user_errors():
+            if not self.is_peft:
                 return lj.adapter_info(self.folder)
-            name = fields_of(self.folder)[0].get("base_model_name_or_path")
+            name = read_fields(self.folder)[0].get("base_model_name_or_path")
         return {"model": name} if name else {}
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """The scaling of RoPE that the adapter was trained with; see --rope-scaling."""
-        return None if self.from_peft else self.about.get("rope_scaling")
+        return None if self.is_peft else self.base_info.get("rope_scaling")
 
     @property
     def chat_template(self) -> Path | None:
@@ -84,42 +84,47 @@ class AdapterSource:
         """The --tokenizer that the adapter was trained with; None for its base's own.
 
         Raises:
-          UserError: it was in a folder that is not on this machine.
+          UserError: the tokenizer was in a folder that is not on this machine.
         """
-        return self.find_tokenizer("name it with --tokenizer")
+        return self.find_tokenizer("Name the tokenizer with --tokenizer.")
 
     @property
     def quantize(self) -> str | None:
-        """The --quantize of the base that the adapter was trained on; None if its files said it."""
-        return None if self.from_peft else self.about.get("quantize")
+        """The --quantize of the adapter's run; None if the run left it to the base's files."""
+        return None if self.is_peft else self.base_info.get("quantize")
 
     @property
     def model_code(self) -> str | None:
-        """The code that the base ran by in training; None if its model_type said it."""
-        return None if self.from_peft else self.about.get("model_code")
+        """The --model-code of the adapter's run; None if the model_type selected the code."""
+        return None if self.is_peft else self.base_info.get("model_code")
 
     @property
     def images(self) -> bool:
         """True where the adapter was trained on a model with its encoder of images."""
-        return self._has_names(".visual.") if self.from_peft else bool(self.about.get(IMAGES))
+        return (
+            self._has_tensor_named(".visual.") if self.is_peft else bool(self.base_info.get(IMAGES))
+        )
 
     @property
     def names_whole_model(self) -> bool:
-        """True for `images`, and where PEFT adapted the text alone of a model that has both.
+        """True if the adapter's tensors have the names of a model that also reads images.
 
-        PEFT merges such an adapter into the whole model. Where nothing is merged it goes with both.
+        That is the case for `images`, and where PEFT adapted only the text of such a model. PEFT
+        merges such an adapter into the whole model. Without a merge it fits the text alone, too.
         """
-        return self.images or self.from_peft and self._has_names(".language_model.")
+        if self.images:
+            return True
+        return self.is_peft and self._has_tensor_named(".language_model.")
 
     @property
-    def codes(self) -> str | None:
-        """The codes of the base that the adapter was trained on; None for arrays."""
+    def base_codes(self) -> str | None:
+        """The quantization of the base in the adapter's run; None for a float base."""
         return None if self.quantize == QUANTIZE_NONE else self.quantize
 
     @property
     def is_subspace(self) -> bool:
         """True where a subspace was trained, by --intrinsic, rather than an adapter."""
-        return not self.from_peft and subspace.FACTS in self.about
+        return not self.is_peft and subspace.FACTS in self.base_info
 
     @property
     def num_labels(self) -> int | None:
@@ -128,12 +133,12 @@ class AdapterSource:
         Raises:
           UserError: the files cannot be read.
         """
-        if not self.from_peft:
-            return len(self.about.get("labels", ())) or None
-        with self._readable():
+        if not self.is_peft:
+            return len(self.base_info.get("labels", ())) or None
+        with self._as_user_errors():
             tensors = read_tensors(self.folder / PEFT_WEIGHTS)
         for name, tensor in tensors.items():
-            if _CLASSES.fullmatch(name):
+            if _CLASSIFIER_KEY.fullmatch(name):
                 return len(tensor)
         return None
 
@@ -141,16 +146,16 @@ class AdapterSource:
         """Returns the name of the tokenizer that the adapter was trained with; None if unknown.
 
         Args:
-          remedy: says what to do about a folder that is not on this machine.
+          remedy: an instruction for a folder that is not on this machine, as a sentence.
 
         Raises:
           UserError: as `tokenizer` does.
         """
-        name: str | None = None if self.from_peft else self.about.get("tokenizer")
+        name: str | None = None if self.is_peft else self.base_info.get("tokenizer")
         if name and Path(name).is_absolute() and not Path(name).exists():
             raise UserError(
-                f"{self.given} was trained with the tokenizer in {name}, which does not exist "
-                f"here: {remedy}"
+                f"{self.option} was trained with the tokenizer in {name}, which does not exist "
+                f"on this machine. {remedy}"
             )
         return name
 
@@ -160,42 +165,44 @@ class AdapterSource:
         Raises:
           UserError: it states none, or a folder that is not on this machine.
         """
-        name = self.about.get("model")
+        name = self.base_info.get("model")
         if not name:
-            raise UserError(f"{self.given} does not say what its base is: name it with --model")
+            raise UserError(
+                f"{self.option} does not state its base model. Name the base with --model."
+            )
         if name.startswith(("/", ".", "~")) and not Path(name).expanduser().exists():
             raise UserError(
-                f"{self.given}: its base was in {name}, which does not exist here: name the base "
-                "with --model"
+                f"{self.option} was trained on the base in {name}, which does not exist on this "
+                "machine. Name the base with --model."
             )
         return name
 
     def check_files(self) -> None:
         """Raises a UserError if the files cannot be read, or use an unsupported feature."""
-        if not self.from_peft:
-            _ = self.about
+        if not self.is_peft:
+            _ = self.base_info
             return
-        instead = ". PEFT itself can merge such an adapter into its base (merge_and_unload, then "
-        instead += "save_pretrained): give that folder with --model"
-        with self._readable(instead):
+        remedy = " You can merge such an adapter into its base with PEFT (merge_and_unload, then "
+        remedy += "save_pretrained). Then name the merged folder with --model."
+        with self._as_user_errors(remedy):
             read_config(self.folder)
-        with self._weights_readable():
+        with self._weights_as_user_errors():
             read_tensors(self.folder / PEFT_WEIGHTS)
 
-    def _has_names(self, part: str) -> bool:
-        """Returns True if the name of one of PEFT's tensors has this part."""
-        with self._weights_readable():
-            return any(part in name for name in read_names(self.folder / PEFT_WEIGHTS))
+    def _has_tensor_named(self, part: str) -> bool:
+        """Returns True if the name of one of PEFT's tensors contains this text."""
+        with self._weights_as_user_errors():
+            return any(part in name for name in read_tensor_names(self.folder / PEFT_WEIGHTS))
 
-    def _weights_readable(self) -> AbstractContextManager[None]:
-        """Turns errors of PEFT's weights within into UserErrors."""
-        anew = ". Copy the folder anew, or save the adapter again, "
-        anew += "save_pretrained(…, safe_serialization=True)"
-        return self._readable(anew)
+    def _weights_as_user_errors(self) -> AbstractContextManager[None]:
+        """Turns errors while PEFT's weights are read into UserErrors."""
+        remedy = " Copy the folder again, or save the adapter again with "
+        remedy += "save_pretrained(…, safe_serialization=True)."
+        return self._as_user_errors(remedy)
 
-    def _readable(self, remedy: str = "") -> AbstractContextManager[None]:
-        """Turns errors of its files within into UserErrors."""
-        return as_user_errors(ValueError, prefix=f"{self.given}: ", suffix=remedy)
+    def _as_user_errors(self, remedy: str = "") -> AbstractContextManager[None]:
+        """Turns errors while the adapter's files are read into UserErrors."""
+        return as_user_errors(ValueError, prefix=f"{self.option}: ", suffix=remedy)
 
     def check(self, outline: Any, *, allow_base_mismatch: bool = False) -> None:
         """Checks the adapter against a model without reading the model's weights.
@@ -205,12 +212,12 @@ class AdapterSource:
           allow_base_mismatch: accept a base of another name.
 
         Raises:
-          UserError: the adapter is of another base, or of a model without the head in question.
+          UserError: the adapter was trained on another base, or a part such as a head is missing.
         """
         self.check_files()
         if not allow_base_mismatch:
             self._check_name(outline.name)
-        with self._fits(outline.name, outline.config):
+        with self._as_mismatch_errors(outline.name, outline.config):
             if self.is_subspace:
                 space, _ = subspace.load(self.folder, outline.params, allow_base_mismatch=True)
                 return self._check_head(outline, {tensor.path for tensor in space.tensors})
@@ -220,7 +227,7 @@ class AdapterSource:
     def load(
         self, model: Any, params: Tree, name: str, *, allow_base_mismatch: bool = False
     ) -> Tree:
-        """Returns a model's tree with the adapter, or the plain tree that a subspace has moved.
+        """Returns a model's tree with the adapter, or a plain tree with a subspace's update.
 
         Args:
           model, params: the model and its parameters.
@@ -230,23 +237,23 @@ class AdapterSource:
         Raises:
           UserError: the adapter is damaged, or of another base.
         """
-        with self._fits(name, model.config):
+        with self._as_mismatch_errors(name, model.config):
             if self.is_subspace:
                 mismatch = allow_base_mismatch
                 space, theta = subspace.load(self.folder, params, allow_base_mismatch=mismatch)
                 return jax.jit(space.params_of)(theta, params)
-            if self.from_peft:
+            if self.is_peft:
                 return lp.load(self.folder, model, params)
             return lj.load_adapter(self.folder, params, allow_base_mismatch=allow_base_mismatch)
 
     def abstract_tree(self, outline: Any) -> Tree:
-        """Returns the tree of `load` over a model without its weights, whatever its base is."""
+        """Returns the adapted tree of `load` in shapes, without a check of the base's name."""
         return self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
 
     def fits_peft(self, outline: Any) -> bool:
-        """Returns True if files of PEFT can hold the adapter, over a model without its weights.
+        """Returns True if PEFT's files can hold the adapter; reads no weights of the model.
 
-        A form whose arrays are made of the base (LoRA-XS, TinyLoRA) is taken to be held.
+        For a form whose arrays are made of the base (LoRA-XS, TinyLoRA), the result is True.
         """
         if self.is_subspace:
             return False
@@ -260,14 +267,14 @@ class AdapterSource:
             if has_shapes:  # the arrays are made of the base
                 return True
         try:
-            contents(outline, tree, embedding_layers=False)
+            adapter_contents(outline, tree, embedding_layers=False)
         except PeftError:
             return False
         return True
 
     def _check_name(self, name: str) -> None:
-        """Compares names of PEFT's adapters, which have no fingerprint of their base."""
-        trained_base = self.about.get("model") if self.from_peft else None
+        """Raises a UserError if PEFT's adapter, which has no fingerprint, names another base."""
+        trained_base = self.base_info.get("model") if self.is_peft else None
         if not trained_base:
             return
         trained_name = name_on_other_machines(trained_base)
@@ -277,8 +284,8 @@ class AdapterSource:
         is_hub_name = trained_name.count("/") == 1
         if is_hub_name and trained_name != model_name:
             raise UserError(
-                f"{self.given} was trained on {trained_name}, and --model is {model_name}: leave "
-                "out --model, or accept this base with --allow-base-mismatch"
+                f"{self.option} was trained on {trained_name}, but --model is {model_name}. "
+                "Remove --model, or accept this base with --allow-base-mismatch."
             )
 
     def _check_head(self, outline: Any, adapter_paths: set[str]) -> None:
@@ -288,60 +295,65 @@ class AdapterSource:
         part, too, unless the adapter trains it.
         """
         for path in outline.absent:
-            is_needed = self.from_peft or outline.kinds[path] == "classifier"
+            is_needed = self.is_peft or outline.kinds[path] == "classifier"
             if is_needed and path not in adapter_paths:
                 raise UserError(
-                    f"{self.given} holds no {path}, and neither does --model {outline.name}: both "
-                    "together are not a classifier. An adapter of a classifier (in PEFT one of the "
-                    "task type SEQ_CLS), or a base with a head, is needed"
+                    f"Neither {self.option} nor --model {outline.name} holds {path}, so the two do "
+                    "not make a classifier. Use a base with a head, or the adapter of a classifier "
+                    "(in PEFT, task type SEQ_CLS)."
                 )
 
-    def _images_differ(self, name: str, config: Any) -> str:
-        """Says that images were read in training or are read here, and not both; "" otherwise."""
+    def _image_mismatch(self, name: str, config: Any) -> str:
+        """Returns the problem if only training, or only this command, reads images; else ""."""
         if self.images and not reads_images(config):
             return (
-                f"was trained on {name} with its images, and only texts are read here: train.sft, "
-                "train.generate and train.export take it"
+                f"was trained on {name} with its images, but this command reads only texts. Use "
+                "the adapter with train.sft, train.generate or train.export."
             )
-        if reading_options(config) and not self.images and not self.from_peft:
+        if reading_options(config) and not self.images and not self.is_peft:
             return (
-                f"was trained on the text of {name} alone, and here images are read: PEFT's files "
-                "of it, which train.export writes, fit both"
+                f"was trained on the text of {name} alone, but this command reads images. Convert "
+                "the adapter to PEFT's files with train.export, which fit both."
             )
         return ""
 
     @contextmanager
-    def _fits(self, name: str, config: Any) -> Iterator[None]:
-        """Turns errors within into a UserError of one paragraph."""
+    def _as_mismatch_errors(self, name: str, config: Any) -> Iterator[None]:
+        """Turns errors of an adapter that does not fit into a UserError of one paragraph."""
         try:
             yield
         except ValueError as error:
-            image_problem = self._images_differ(name, config)
+            image_problem = self._image_mismatch(name, config)
             if image_problem:
-                raise UserError(f"{self.given} {image_problem}") from error
+                raise UserError(f"{self.option} {image_problem}") from error
+            # The first line says what is wrong, and each further line lists one problem.
             lines = [line.strip() for line in str(error).splitlines()]
             message = lines[0]
             details = lines[1:]
             if details:
-                message += f": {'; '.join(details[:_SHOWN])}"
-            if len(details) > _SHOWN:
-                message += f"; and {len(details) - _SHOWN} more"
-            trained_base = self.about.get("model")
+                message += f": {'; '.join(details[:_MAX_SHOWN_PROBLEMS])}"
+            if len(details) > _MAX_SHOWN_PROBLEMS:
+                message += f"; and {len(details) - _MAX_SHOWN_PROBLEMS} more"
+            if not message.endswith("."):
+                message += "."
+            trained_base = self.base_info.get("model")
             remedy = ""
             if trained_base == name:
-                remedy = f". It says that its base is {name}: copy its folder again, or name "
-                remedy += "another base with --model"
+                remedy = (
+                    f" The adapter states the base {name}. Copy the adapter's folder again, or "
+                )
+                remedy += "name another base with --model."
             elif "--allow-base-mismatch" not in message:
                 base_name = f" ({trained_base})" if trained_base else ""
-                remedy = f". The base here is {name}: name the one that it was trained on"
-                remedy += f"{base_name} with --model"
-            raise UserError(f"{self.given}: {message}{remedy}") from error
+                remedy = f" The base here is {name}. Name the base that the adapter was trained on"
+                remedy += f"{base_name} with --model."
+            raise UserError(f"{self.option}: {message}{remedy}") from error
 
 
 def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
-    """Returns the adapter in a folder: that of a run, of an adapter, or of PEFT's files.
+    """Returns the adapter in a folder of a run, of this library or of PEFT.
 
-    An unfinished run has no adapter yet, but may have a best one.
+    An unfinished run has no final adapter yet, but may have a best one.
 
     Args:
       name: the folder, or the hub name of a PEFT adapter.
@@ -350,37 +362,41 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     Raises:
       UserError: there is no adapter; the message says where one may be.
     """
-    given = f"{option} {name}"
+    option_text = f"{option} {name}"
     with as_user_errors(BucketError, prefix=f"{option} "):
         folder = readable(name, _is_no_state).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
-            raise UserError(f"{given}: there is no such folder")
-        with as_user_errors(ValueError, prefix=f"{given}: there is no such folder, and "):
-            return AdapterSource(given, adapter_folder(name, None), from_peft=True)
+            raise UserError(f"{option_text}: There is no such folder. Check the path.")
+        # A name of the form owner/name may be a PEFT adapter on the hub.
+        with as_user_errors(ValueError, prefix=f"{option_text}: There is no such folder, and "):
+            return AdapterSource(option_text, find_adapter_folder(name, None), is_peft=True)
     if not folder.is_dir():
-        raise UserError(f"{given} is a file: an adapter is a folder; name the one that holds it")
-    for place in (folder, folder / ADAPTER, *_best_in(folder)):
-        if (place / PEFT_CONFIG).is_file():
-            return AdapterSource(given, place, from_peft=True)
-        if (place / _OURS).is_dir():
-            return AdapterSource(given, place, from_peft=False)
-    if all((folder / name).exists() for name in _OF_RUN):
         raise UserError(
-            f"{given} is the folder of a run that has no adapter yet: end the run, with --resume "
-            "if it was stopped"
+            f"{option_text} is a file, but an adapter is a folder. Name the folder that holds it."
+        )
+    for candidate in (folder, folder / ADAPTER, *_newest_best_adapter(folder)):
+        if (candidate / PEFT_CONFIG).is_file():
+            return AdapterSource(option_text, candidate, is_peft=True)
+        if (candidate / _OUR_WEIGHTS).is_dir():
+            return AdapterSource(option_text, candidate, is_peft=False)
+    # There is no adapter. The message depends on what the folder holds.
+    if all((folder / name).exists() for name in _RUN_FILES):
+        raise UserError(
+            f"{option_text} is the folder of a run that has no adapter yet. Wait until the run "
+            "ends, or continue a stopped run with --resume."
         )
     if (folder / PEFT_WEIGHTS).is_file():
         raise UserError(
-            f"{given} has {PEFT_WEIGHTS}, and {PEFT_CONFIG} is missing, without which its rank "
-            "and scale are not known: copy that file, too"
+            f"{option_text} has {PEFT_WEIGHTS}, but {PEFT_CONFIG} is missing, which states the "
+            "adapter's rank and scale. Copy that file, too."
         )
-    inside = sorted({path.parent for path in folder.glob(f"*/{PEFT_CONFIG}")})
-    inside += sorted({path.parent for path in folder.glob(f"*/{ADAPTER}/{_OURS}")})
-    where = f": did you mean {inside[0]}?" if inside else ""
+    subfolders = sorted({path.parent for path in folder.glob(f"*/{PEFT_CONFIG}")})
+    subfolders += sorted({path.parent for path in folder.glob(f"*/{ADAPTER}/{_OUR_WEIGHTS}")})
+    remedy = f"Did you mean {subfolders[0]}?" if subfolders else "Check the path."
     raise UserError(
-        f"{given} is neither an adapter's folder (of this library or of PEFT, {PEFT_CONFIG}) nor a "
-        f"run's{where}"
+        f"{option_text} holds no adapter: it is neither the folder of a run nor of an adapter (of "
+        f"lora_jax, or of PEFT with {PEFT_CONFIG}). {remedy}"
     )
 
 
@@ -389,36 +405,44 @@ def _is_no_state(file: str) -> bool:
     return "checkpoints" not in file.split("/")
 
 
-def _best_in(folder: Path) -> list[Path]:
-    """Returns the newest of the best adapters that a run keeps; see `training.run.best`."""
-    inner = folder / BEST
-    best = folder if folder.name == BEST and not inner.is_dir() else inner  # a run may be named so
-    steps = [path for path in best.glob("*") if path.name.isdecimal()]
-    return sorted(steps, key=lambda path: int(path.name))[-1:]
+def _newest_best_adapter(folder: Path) -> list[Path]:
+    """Returns the newest of the best adapters that a run keeps, or no path.
+
+    Args:
+      folder: the folder of a run, or its folder of best adapters; see `training.run.best`.
+    """
+    best_folder = folder / BEST
+    # A run may have the name of this folder, too.
+    if folder.name == BEST and not best_folder.is_dir():
+        best_folder = folder
+    step_folders = [path for path in best_folder.glob("*") if path.name.isdecimal()]
+    return sorted(step_folders, key=lambda path: int(path.name))[-1:]
 
 
-def runnable(model: Model, tree: Tree) -> tuple[Forward, Tree]:
+def prepare_to_run(model: Model, tree: Tree) -> tuple[Forward, Tree]:
     """Returns a function with the arguments of ``model.apply``, and parameters for it.
 
-    The parameters are merged. Over a base in codes, which stays so, and where an adapter cannot be
-    merged (a bias on B, or an adapter for one use of a tied table), the function is the adapted
-    one.
+    The adapter is merged into the parameters where possible. The function is the adapted one over a
+    quantized base, which stays quantized, and for an adapter that cannot be merged: one with a bias
+    on B, or one for a single use of a tied table.
     """
     try:
-        return model.apply, merged(tree)
+        return model.apply, merge_adapter(tree)
     except UserError:
         return lj.adapt(model.apply), tree
 
 
-def merged(tree: Tree) -> Tree:
+def merge_adapter(tree: Tree) -> Tree:
     """Returns the plain tree with an adapter's update added to its kernels.
 
     Raises:
-      UserError: the base is in codes, or the adapter cannot be merged; the message says why.
+      UserError: the base is quantized, or the adapter cannot be merged; the message says why.
     """
-    if any(map(is_coded, jax.tree.leaves(lj.strip(tree), is_leaf=is_coded))):
+    base_leaves = jax.tree.leaves(lj.strip(tree), is_leaf=is_coded)
+    if any(is_coded(leaf) for leaf in base_leaves):
         raise UserError(
-            "the base is in codes, and stays so (`train.export --merged` writes a merged model)"
+            "the base is quantized and stays quantized. Write a merged model with "
+            "`train.export --merged`."
         )
     with as_user_errors(ValueError):
         return lj.merge(tree)

@@ -26,36 +26,36 @@ from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import QUANTIZE_STORED
 from lora_jax.hf.hub import find_model, name_on_other_machines
 from lora_jax.models import save_pretrained
-from lora_jax.peft.contents import contents
-from lora_jax.peft.served import as_served
-from lora_jax.peft.serving import problems_of, serving_problems
+from lora_jax.peft.contents import adapter_contents
+from lora_jax.peft.served import convert_for_serving
+from lora_jax.peft.serving import list_problems, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
-from train.export.base import dtype_of_files, gguf_codes_of, keep_codes, tokenizer_of
-from train.export.card import Export, card, is_generated
+from train.export.base import choose_tokenizer, find_file_dtype, find_gguf_codes, keep_codes
+from train.export.card import Export, is_generated, make_card
 from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
-from train.export.hub import README, Repository, find_repository, push
-from train.export.options import ExportJob, ExportOptions, check, parse
+from train.export.hub import README, Repository, find_repository, push_folder
+from train.export.options import ExportJob, ExportOptions, check_options, parse_export_options
 from train.export.terms import (
     auto_class,
     codes_notice,
-    loading_line,
-    loading_options,
-    rope_problems,
+    describe_loading,
+    list_rope_problems,
     task_type,
+    transformers_options,
 )
 from train.processes.cache import keep_compiled
 from train.run.costs import byte_size
 from train.run.output import folder_bytes
 from train.run.pretrained import ModelInfo, read_model, read_untokenized
 
-PROBLEMS = 1  # the exit code when --check-serving finds some
+EXIT_CODE_WITH_PROBLEMS = 1  # the exit code when --check-serving finds some
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    with reported(), local_output(parse(args)) as options:
+    with reported(), local_output(parse_export_options(args)) as options:
         run(options)
 
 
@@ -68,33 +68,36 @@ def run(options: ExportOptions, console: Console | None = None) -> None:
     """
     console = console or Console()
     adapter = find_adapter(options.adapter)
-    shard = check(options)
+    shard = check_options(options)
     if adapter.is_subspace and not options.merged:
         raise UserError(
-            f"{adapter.given} is a subspace (--intrinsic): no file of PEFT's can hold it. Give "
-            "--merged for a whole model"
+            f"{adapter.option} is a subspace (--intrinsic), which PEFT's files cannot hold. Use "
+            "--merged to write a whole model."
         )
 
-    # PEFT's folder is checked as it is, unless it is also to be written.
+    # With --check-serving alone, PEFT's folder is checked as it is.
     is_written = any((options.output, options.push_to_hub, options.gguf))
-    if adapter.from_peft and not is_written:
+    if adapter.is_peft and not is_written:
         with as_user_errors(ValueError):
             report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
         return
 
     name = options.model or adapter.base()
-    check_apart(options, adapter.folder, name)
-    repository = repository_of(options, name)
-    if problem := keep_compiled(options.compilation_cache):
-        tell(console, problem)
+    check_output_is_no_input(options, adapter.folder, name)
+    repository = find_upload_repository(options, name)
+    cache_problem = keep_compiled(options.compilation_cache)
+    if cache_problem:
+        tell(console, cache_problem)
     with console.status(f"loading {name} and {adapter.folder}"):
         model, params = load(options, adapter, name)
     with tempfile.TemporaryDirectory() as folder:
+        # Without --output, the files to upload are written to the temporary folder.
         if repository and options.output is None:
             options = dataclasses.replace(options, output=str(Path(folder) / "export"))
         work = ExportJob(options, console, adapter, name, repository)
         if options.gguf is not None:
-            (write_gguf_model if options.merged else write_gguf_adapter)(work, model, params)
+            write_gguf = write_gguf_model if options.merged else write_gguf_adapter
+            write_gguf(work, model, params)
         elif options.merged:
             write_merged(work, model, params, shard)
         else:
@@ -103,7 +106,7 @@ def run(options: ExportOptions, console: Console | None = None) -> None:
             upload(work, repository, Path(folder))
 
 
-def repository_of(options: ExportOptions, base: str) -> Repository | None:
+def find_upload_repository(options: ExportOptions, base: str) -> Repository | None:
     """Returns the repository to upload to, after checking that an upload would succeed.
 
     Raises:
@@ -114,8 +117,8 @@ def repository_of(options: ExportOptions, base: str) -> Repository | None:
         return None
     if not options.merged and not options.base_name and name_on_other_machines(base) is None:
         raise UserError(
-            f"--push-to-hub {name}: nobody else could load the adapter, because it would name no "
-            f"base ({base} is a local folder): give the base's name on the hub with --base-name"
+            f"--push-to-hub {name}: Nobody else could load the adapter, because its base {base} is "
+            "a local folder. Give the base's name on the hub with --base-name."
         )
     return find_repository(name, private=options.private, overwrite=options.overwrite)
 
@@ -123,21 +126,26 @@ def repository_of(options: ExportOptions, base: str) -> Repository | None:
 def upload(work: ExportJob, repository: Repository, temporary: Path) -> None:
     """Uploads the export, and prints where it is."""
     output = work.output
-    remedy = f"The export is in {output}: `hf upload {repository.name} {output}` sends it"
+    remedy = f"The export is in {output}. Upload it with `hf upload {repository.name} {output}`."
     if output.is_relative_to(temporary):
-        remedy = "Run the same command again with --overwrite, and --output to keep the export"
+        remedy = (
+            "Run the same command again with --overwrite, and with --output to keep the export."
+        )
     if repository.has_own_card:
-        print(f"{repository.name} keeps its {README}, which was not generated", file=sys.stderr)
-    work.say(f"uploaded to {push(repository, output, remedy)}")
+        print(
+            f"{repository.name} keeps its {README}, because somebody wrote or edited it.",
+            file=sys.stderr,
+        )
+    work.say(f"uploaded to {push_folder(repository, output, remedy)}")
 
 
-def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> str:
+def make_readme(work: ExportJob, model: Model, fields: Fields | None = None) -> str:
     """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
     readme = work.output / README
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
         if not is_generated(text):
-            print(f"{readme} was not generated, and is kept", file=sys.stderr)
+            print(f"{readme} stays as it is, because somebody wrote or edited it.", file=sys.stderr)
             return text
     export = Export(
         name=work.hub.name if work.hub else f"path/to/{work.output.name}",
@@ -145,14 +153,14 @@ def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> st
         model=model,
         fields=fields,
         source=work.adapter,
-        gguf_codes=gguf_codes_of(work.base),
+        gguf_codes=find_gguf_codes(work.base),
     )
-    return card(export)
+    return make_card(export)
 
 
 def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
-    dtype = work.options.dtype or dtype_of_files(work.base)
+    dtype = work.options.dtype or find_file_dtype(work.base)
     tokenizer = work.options.tokenizer or work.adapter.tokenizer
     codes_format = None if work.options.quantize else work.adapter.quantize or QUANTIZE_STORED
     with (
@@ -164,10 +172,10 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
             work.output,
             model,
             params,
-            tokenizer=tokenizer_of(work.base, tokenizer, model.config),
+            tokenizer=choose_tokenizer(work.base, tokenizer, model.config),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
-            readme=readme_of(work, model),
+            readme=make_readme(work, model),
             overwrite=work.options.overwrite,
             codes_from=codes_from,
             chat_template=work.template,
@@ -175,31 +183,32 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
     if remark:
         work.say(remark)
-    codes = work.adapter.codes
+    codes = work.adapter.base_codes
     if codes:
         work.say(
-            f"its kernels are the values of the base's {codes} codes, plus the update: a server "
-            "sees the model that was trained"
+            f"The kernels are the dequantized {codes} values of the base plus the update, so a "
+            "server runs the model that was trained."
         )
     output = shown(work.output)
     lora_jax_code = f'lora_jax.models.from_pretrained("{output}")'
     torch_code = f'{auto_class(model)[0]}.from_pretrained("{output}")'
-    work.say(loading_line(lora_jax_code, torch_code, [output]))
+    work.say(describe_loading(lora_jax_code, torch_code, [output]))
 
 
 def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
-    """Writes PEFT's files; with --check-serving, exits first if there are problems."""
+    """Writes PEFT's files. With --check-serving, exits before that if there are problems."""
     options = work.options
     base = work.base
-    no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
-    with as_user_errors(ValueError, prefix=no_peft):
-        fields, tensors = contents(model, params)
+    problem = "The adapter cannot be written as a PEFT adapter: "
+    remedy = " You can also write a whole model with --merged."
+    with as_user_errors(ValueError, prefix=problem, suffix=remedy):
+        fields, tensors = adapter_contents(model, params)
         if options.for_serving:
-            fields, tensors = as_served(fields, tensors, model)
+            fields, tensors = convert_for_serving(fields, tensors, model)
     if options.check_serving:
         model_type = model.config.model_type
-        problems = problems_of(fields, tensors, max_rank=options.max_rank, model_type=model_type)
-        report_problems([*problems, *rope_problems(work.adapter, model)])
+        problems = list_problems(fields, tensors, max_rank=options.max_rank, model_type=model_type)
+        report_problems([*problems, *list_rope_problems(work.adapter, model)])
     if options.output is None:
         return
     with as_user_errors(ValueError, OSError):
@@ -210,29 +219,29 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
             base_model=options.base_name or name_on_other_machines(base),
             task_type=task_type(model, fields),
             for_serving=options.for_serving,
-            readme=readme_of(work, model, fields),
+            readme=make_readme(work, model, fields),
             chat_template=work.template,
             overwrite=options.overwrite,
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
-    if work.adapter.codes:
-        work.say(codes_notice(work.adapter.codes, base))
+    if work.adapter.base_codes:
+        work.say(codes_notice(work.adapter.base_codes, base))
     if not options.base_name and name_on_other_machines(base) is None:
         work.say(
-            "adapter_config.json names no base, because the base is a local folder: give its name "
-            "on the hub with --base-name"
+            "adapter_config.json names no base, because the base is a local folder. Give the name "
+            "of the base on the hub with --base-name."
         )
-    options_of_loading = loading_options(work.adapter, model)
+    options_of_loading = transformers_options(work.adapter, model)
     arguments = "".join(f", {name}={value!r}" for name, value in options_of_loading.items())
     auto_name, _ = auto_class(model)
     base_code = f'{auto_name}.from_pretrained("{base}"{arguments})'
     output = shown(work.output)
     lora_jax_code = f'lora_jax.peft.load("{output}", model, params)'
     torch_code = f'PeftModel.from_pretrained({base_code}, "{output}")'
-    work.say(loading_line(lora_jax_code, torch_code, [base, output]))
+    work.say(describe_loading(lora_jax_code, torch_code, [base, output]))
 
 
-def check_apart(options: ExportOptions, adapter: Path, base: str) -> None:
+def check_output_is_no_input(options: ExportOptions, adapter: Path, base: str) -> None:
     """Raises a UserError if replacing the output would delete an input."""
     inputs = [path for path in (adapter, Path(base).expanduser()) if path.exists()]
     for option, output in (("--output", options.output), ("--gguf", options.gguf)):
@@ -241,12 +250,14 @@ def check_apart(options: ExportOptions, adapter: Path, base: str) -> None:
         output_path = Path(output).expanduser().resolve()
         for path in inputs:
             if path.resolve().is_relative_to(output_path):
-                raise UserError(f"{option} {output} is or holds {path}, an input: name another one")
+                raise UserError(
+                    f"{option} {output} is or holds the input {path}. Name another path."
+                )
 
 
 def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Model, Tree]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    label_names = adapter.about.get("labels", ())
+    label_names = adapter.base_info.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels
     allow_mismatch = options.allow_base_mismatch
     base_options: dict[str, Any] = {"model_code": adapter.model_code}
@@ -261,8 +272,11 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     if options.gguf and not has_codes:
         has_codes = find_model(name).path.suffix == ".gguf"
     if options.quantize and not has_codes:
-        raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
-    check_form(options, adapter, outline)
+        raise UserError(
+            f"--quantize none has no effect, because the files of {name} are not quantized. Remove "
+            "--quantize."
+        )
+    check_activated_lora(options, adapter, outline)
     if options.gguf is not None:
         check_gguf(options, adapter, name, outline.config)
     outline = outline.quantized(adapter.quantize)
@@ -274,16 +288,23 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     return model, adapter.load(model, params, name, allow_base_mismatch=allow_mismatch)
 
 
-def check_form(options: ExportOptions, adapter: AdapterSource, outline: ModelInfo) -> None:
+def check_activated_lora(
+    options: ExportOptions, adapter: AdapterSource, outline: ModelInfo
+) -> None:
     """Raises a UserError for an activated LoRA in a form that acts on all tokens."""
-    form = "--merged" if options.merged else "--gguf" if options.gguf is not None else None
-    if form is None or adapter.is_subspace:
+    if options.merged:
+        form = "--merged"
+    elif options.gguf is not None:
+        form = "--gguf"
+    else:
+        return
+    if adapter.is_subspace:
         return
     for invocation in invocations_of(adapter.abstract_tree(outline)):
         raise UserError(
-            f"{form}: {adapter.given} is an activated LoRA, which acts from its invocation "
-            f"{list(invocation)} on, and there it would act on all tokens: write PEFT's files, "
-            "--output alone, or run it by train.serve"
+            f"{form}: {adapter.option} is an activated LoRA, which acts from its invocation "
+            f"{list(invocation)} on. With {form} it would act on all tokens. Write PEFT's files "
+            "(--output alone), or run the adapter with train.serve."
         )
 
 
@@ -292,8 +313,8 @@ def report_problems(problems: Sequence[str]) -> None:
     for problem in problems:
         print(problem)
     if problems:
-        sys.exit(PROBLEMS)
-    print("serving: no problems found")
+        sys.exit(EXIT_CODE_WITH_PROBLEMS)
+    print("Serving: no problems found.")
 
 
 def print_files(work: ExportJob, title: str) -> None:
@@ -309,7 +330,7 @@ def print_files(work: ExportJob, title: str) -> None:
 
 @contextlib.contextmanager
 def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
-    """Yields the options with a folder of this machine, which is sent to the bucket at the end.
+    """Yields the options with a local output folder, which is copied to a bucket at the end.
 
     Raises:
       UserError: the output is or holds an input.
@@ -322,7 +343,7 @@ def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
         bucket_input = None if name is None else bucket_path(name)
         if bucket_input is not None and f"{bucket_input}/".startswith(f"{bucket_output}/"):
             raise UserError(
-                f"--output {bucket_output} is or holds {name}, an input: name another one"
+                f"--output {bucket_output} is or holds the input {name}. Name another path."
             )
     with staged(options.output) as folder:
         yield dataclasses.replace(options, output=str(folder))

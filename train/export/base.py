@@ -1,4 +1,4 @@
-"""The files of an export's base: their dtype, their tokenizer, and their codes that stay."""
+"""Finds the dtype, the tokenizer and the quantized kernels in the files of an export's base."""
 
 import math
 import sys
@@ -24,8 +24,8 @@ from train.run.pretrained import read_tokenizer
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in files
 
 
-def dtype_of_files(name: str) -> str:
-    """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
+def find_file_dtype(name: str) -> str:
+    """Returns the most common dtype of a base's float tensors; float32 for a GGUF file."""
     source = open_model(find_model(name).path)
     kinds = Counter(
         kind for tensor, kind in source.dtypes.items() if tensor not in source.coded_names
@@ -33,8 +33,8 @@ def dtype_of_files(name: str) -> str:
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
 
-def gguf_codes_of(name: str) -> str | None:
-    """Returns the codes of most of a base's weights in a GGUF file, such as "Q4_1"; else None."""
+def find_gguf_codes(name: str) -> str | None:
+    """Returns the quantization of most weights in a GGUF file, such as "Q4_1"; None for floats."""
     source = open_model(find_model(name).path)
     if not isinstance(source, GGUFFile):
         return None
@@ -45,23 +45,27 @@ def gguf_codes_of(name: str) -> str | None:
     return None if form in _DTYPES else form
 
 
-def tokenizer_of(name: str, given: str | None, config: ModelConfig) -> str | Path | None:
-    """Returns the source of the tokenizer's files; None if the base's folder has none.
+def choose_tokenizer(name: str, tokenizer: str | None, config: ModelConfig) -> str | Path | None:
+    """Returns the path or name of the tokenizer to write; None if the base's folder has none.
 
     Args:
       name: the base.
-      given: the tokenizer in the place of the base's own; see --tokenizer.
+      tokenizer: the value of --tokenizer, which replaces the base's tokenizer.
       config: the base's configuration.
 
     Raises:
       UserError: that tokenizer cannot be read, or has tokens that the base lacks.
     """
-    if given is not None:
-        read_tokenizer(name, given, config)
-        return find_tokenizer(given)
+    if tokenizer is not None:
+        read_tokenizer(name, tokenizer, config)  # raises a UserError if it does not fit
+        return find_tokenizer(tokenizer)
     path = find_model(name).path
     if path.is_dir() and not find_tokenizer_files(path):
-        print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)
+        print(
+            f"{path} holds no tokenizer, so the model is written without one. Name one with "
+            "--tokenizer.",
+            file=sys.stderr,
+        )
         return None
     return name
 
@@ -69,22 +73,23 @@ def tokenizer_of(name: str, given: str | None, config: ModelConfig) -> str | Pat
 def keep_codes(
     params: Tree, model: Model, base: str, quantize: str | None
 ) -> tuple[Tree, str | None, str]:
-    """Returns a merged tree whose codes a folder can hold, and arrays in the place of others.
+    """Dequantizes the kernels of a merged tree that the base's file format cannot keep quantized.
 
     Args:
       params: the merged tree.
       model: its model.
       base: the name of the base.
-      quantize: the codes that the base was read in; None to keep none.
+      quantize: the --quantize that the base was read with; None dequantizes all kernels.
 
     Returns:
-      The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
+      The tree; the base if some kernels stay quantized, or None; and a remark for the user, or "".
     """
     source = open_model(find_model(base).path, **reading_options(model.config))
     if quantize != QUANTIZE_STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)
     codes_check = CodesCheck(params, table, source)
+    # The format may need kernels as arrays that the adapter did not change.
     array_paths = codes_check.paths_to_dequantize()
     params = map_leaves(
         lambda path, leaf: dequantize(leaf) if path in array_paths else leaf, params
@@ -98,10 +103,10 @@ def keep_codes(
             n_coded += len(row.hf_names)
     remarks: list[str] = []
     if n_coded:
-        remarks.append(f"{n_coded} kernels stay in the codes of {base}, byte for byte")
+        remarks.append(f"{n_coded} kernels stay quantized as in {base}, byte for byte.")
     if dequantized_names:
         remarks.append(
-            f"{', '.join(dequantized_names)} are arrays, though the adapter leaves them alone: "
-            "readers want them in one form with those that it changed"
+            f"{', '.join(dequantized_names)} are dequantized, though the adapter does not change "
+            "them. Readers need them in the same form as the kernels that it changed."
         )
-    return params, base if n_coded else None, "; ".join(remarks)
+    return params, base if n_coded else None, " ".join(remarks)

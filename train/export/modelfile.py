@@ -1,4 +1,4 @@
-"""Modelfiles, by which Ollama makes a model of a GGUF file."""
+"""Writes a Modelfile, from which Ollama makes a model of a GGUF file."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from lora_jax.folders import partial_of
 
 
 class ChatFormat(NamedTuple):
-    """A format of chats that has one form for all roles.
+    """A format of chats in which messages of all roles look alike.
 
     Attributes:
-      before, after: around a message's text; ``{}`` is its role.
+      before, after: the texts around a message's text; ``{}`` stands for its role.
       assistant: the name of the assistant's role.
-      takes_system: False if a system message has no turn of its own.
+      takes_system: whether a system message is a turn of the chat.
     """
 
     before: str
@@ -24,49 +24,51 @@ class ChatFormat(NamedTuple):
     takes_system: bool = True
 
 
-FORMATS = (
+CHAT_FORMATS = (
     ChatFormat("<|im_start|>{}\n", "<|im_end|>\n"),
     ChatFormat("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
     ChatFormat("<start_of_turn>{}\n", "<end_of_turn>\n", "model", takes_system=False),
     ChatFormat("<|{}|>\n", "<|end|>\n"),
 )
-_SYSTEM = {"role": "system", "content": "<system prompt>"}
-_TURNS = [
+_SYSTEM_MESSAGE = {"role": "system", "content": "<system prompt>"}
+_SAMPLE_TURNS = [
     {"role": "user", "content": "U"},
     {"role": "assistant", "content": "A"},
     {"role": "user", "content": "V"},
 ]
 
 
-def format_of(tokenizer: Tokenizer | None, template: str | None = None) -> ChatFormat | None:
-    """Returns the format in which a tokenizer's template renders chats; None for another one.
+def find_chat_format(tokenizer: Tokenizer | None, template: str | None = None) -> ChatFormat | None:
+    """Returns the known format that a tokenizer's template renders chats in, or None.
 
     Args:
       tokenizer: a transformers tokenizer.
-      template: a template in the place of its own.
+      template: a template that replaces the tokenizer's.
     """
     if tokenizer is None or (template or tokenizer.chat_template) is None:
         return None
-    begins = tokenizer.bos_token or ""  # Ollama's llama.cpp adds it itself
-    for each in FORMATS:
-        messages = [_SYSTEM, *_TURNS] if each.takes_system else _TURNS
+    bos = tokenizer.bos_token or ""  # Ollama's llama.cpp adds it itself
+    for chat_format in CHAT_FORMATS:
+        messages = _SAMPLE_TURNS
+        if chat_format.takes_system:
+            messages = [_SYSTEM_MESSAGE, *_SAMPLE_TURNS]
         try:
-            text = _chat_text(tokenizer, template, messages)
-        except Exception:  # of a template, anything
+            text = _render_by_template(tokenizer, template, messages)
+        except Exception:  # a template may raise any error
             continue
-        if _rendered(each, messages) in (text, text.removeprefix(begins)):
-            return each
+        if _render_messages(chat_format, messages) in (text, text.removeprefix(bos)):
+            return chat_format
     return None
 
 
-def default_system(
+def find_default_system_prompt(
     tokenizer: Tokenizer | None, template: str | None, chat: ChatFormat | None
 ) -> str | None:
     """Returns the system prompt that a template adds to chats that have none.
 
     Args:
-      tokenizer, template: see `format_of`.
-      chat: what it returns.
+      tokenizer, template: see `find_chat_format`.
+      chat: the result of `find_chat_format`.
 
     Returns:
       The prompt; "" if the template adds none, and None if the prompt cannot be determined.
@@ -76,42 +78,51 @@ def default_system(
     if (template or tokenizer.chat_template) is None:
         return ""
     try:
-        text = _chat_text(tokenizer, template, _TURNS)
-        with_system = _chat_text(tokenizer, template, [_SYSTEM, *_TURNS])
-    except Exception:  # of a template, anything
+        text = _render_by_template(tokenizer, template, _SAMPLE_TURNS)
+        with_system = _render_by_template(tokenizer, template, [_SYSTEM_MESSAGE, *_SAMPLE_TURNS])
+    except Exception:  # a template may raise any error
         return None if chat is None else ""
-    before, _, after = with_system.partition(_SYSTEM["content"])
+    # The prompt is what stands where the other chat has its system message.
+    before, _, after = with_system.partition(_SYSTEM_MESSAGE["content"])
     prompt = text.removeprefix(before).removesuffix(after)
     if before + prompt + after == text and '"""' not in f'{prompt}""':
         return prompt
-    start = os.path.commonprefix((text, with_system))
-    end = os.path.commonprefix((text[::-1], with_system[::-1]))
-    # A template that adds nothing leaves the text that a system prompt only adds to.
-    return "" if len(start) + len(end) >= len(text) else None
+    # If the whole text stands at the beginning and the end of the chat with a system message, the
+    # template adds no prompt.
+    common_start = os.path.commonprefix((text, with_system))
+    common_end = os.path.commonprefix((text[::-1], with_system[::-1]))
+    adds_none = len(common_start) + len(common_end) >= len(text)
+    return "" if adds_none else None
 
 
 def write_modelfile(
-    path: Path, parts: Mapping[str, Path], tokenizer: Tokenizer | None, template: str | None = None
+    path: Path,
+    instructions: Mapping[str, Path],
+    tokenizer: Tokenizer | None,
+    template: str | None = None,
 ) -> list[str]:
-    """Writes a Modelfile, with the format of chats and the system prompt of a template.
+    """Writes a Modelfile with the chat format and the system prompt of a template.
 
-    Ollama looks for a format of its own that fits the file if the template's is not known here.
+    If the template's format is not in `CHAT_FORMATS`, Ollama looks for a fitting format itself.
 
     Args:
       path: the file.
-      parts: instruction -> file or folder; a relative one is beside the Modelfile.
-      tokenizer, template: see `format_of`.
+      instructions: instruction ("FROM") -> file or folder; a relative path starts at the Modelfile.
+      tokenizer, template: see `find_chat_format`.
 
     Returns:
       A warning if the Modelfile may lack a system prompt; mostly nothing.
     """
-    files = {key: str(p) if p.is_absolute() else f"./{p}" for key, p in parts.items()}
-    lines = [f'{key} "{p}"' if " " in p else f"{key} {p}" for key, p in files.items()]
-    chat = format_of(tokenizer, template)
+    lines = []
+    for instruction, file in instructions.items():
+        name = str(file) if file.is_absolute() else f"./{file}"
+        quoted_name = f'"{name}"' if " " in name else name
+        lines.append(f"{instruction} {quoted_name}")
+    chat = find_chat_format(tokenizer, template)
     if chat is not None:
         stop = chat.after.strip()
         lines += [f'TEMPLATE """{_go_template(chat)}"""', f'PARAMETER stop "{stop}"']
-    system = default_system(tokenizer, template, chat)
+    system = find_default_system_prompt(tokenizer, template, chat)
     if system:
         lines.append(f'SYSTEM """{system}"""')
     partial = partial_of(path)
@@ -120,12 +131,12 @@ def write_modelfile(
     if system is not None:
         return []
     return [
-        f"warning: {path} has no SYSTEM, because the system prompt that the chat template adds to "
-        "chats without one cannot be determined. If it adds one, write it there"
+        f"warning: {path} has no SYSTEM, because the default system prompt of the chat template "
+        "cannot be determined. If the template has one, add it to the file as SYSTEM."
     ]
 
 
-def _chat_text(
+def _render_by_template(
     tokenizer: Tokenizer, template: str | None, messages: Sequence[dict[str, str]]
 ) -> str:
     """Returns a chat as a tokenizer's template renders it."""
@@ -134,17 +145,18 @@ def _chat_text(
     )
 
 
-def _rendered(chat: ChatFormat, messages: Sequence[dict[str, str]]) -> str:
-    names = {"assistant": chat.assistant}
-    turns = [
-        chat.before.format(names.get(m["role"], m["role"])) + m["content"] + chat.after
-        for m in messages
-    ]
+def _render_messages(chat: ChatFormat, messages: Sequence[dict[str, str]]) -> str:
+    """Returns a chat in a format, up to the beginning of the assistant's next turn."""
+    turns = []
+    for message in messages:
+        role = message["role"]
+        name = chat.assistant if role == "assistant" else role
+        turns.append(chat.before.format(name) + message["content"] + chat.after)
     return "".join(turns) + chat.before.format(chat.assistant)
 
 
 def _go_template(chat: ChatFormat) -> str:
-    """Returns the format as a template of Go, which Ollama renders chats by."""
+    """Returns a chat format as a Go template, which Ollama renders chats by."""
     role = "{{ .Role }}"
     if chat.assistant != "assistant":
         role = f'{{{{ if eq .Role "assistant" }}}}{chat.assistant}{{{{ else }}}}user{{{{ end }}}}'

@@ -1,6 +1,6 @@
-"""The options of `train.export`, and which of them make no sense together.
+"""Declares and checks the options of `train.export`.
 
-`ExportJob` is what they ask for: an adapter, its base and a repository.
+`ExportJob` holds the subject of an export: the options, the adapter, its base and a repository.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.peft.config import CONFIG_FILE as PEFT_CONFIG
 from lora_jax.peft.serving import MAX_RANK
 from train.adapters.source import AdapterSource
 from train.adapters.template import read_template
@@ -25,17 +25,17 @@ from train.options.tokenizer import TokenizerOption
 from train.reporters.files import read_json
 
 MODEL_CONFIG = "config.json"
-# Options that say nothing of a GGUF file, and what to do instead.
-_NOT_WITH_GGUF = {
-    "output": "it is the file to write, and there is no folder: run the command twice for both",
-    "push_to_hub": "upload the file with `hf upload NAME FILE`",
-    "dtype": "--gguf-type is the type of its matrices",
-    "max_shard_size": "it is one file, which llama.cpp's llama-gguf-split cuts into parts",
-    "base_name": "a GGUF adapter names no base",
-    "for_serving": "that is vLLM's layout",
-    "check_serving": "what llama.cpp cannot run is refused anyway",
+# Options without an effect on a GGUF file, and what to do instead.
+_REMEDY_OF_OPTION_WITHOUT_GGUF = {
+    "output": "To write both the GGUF file and a folder, run the command twice.",
+    "push_to_hub": "Upload the file with `hf upload NAME FILE`.",
+    "dtype": "Use --gguf-type to set the type of the matrices.",
+    "max_shard_size": "Split the file with llama.cpp's llama-gguf-split.",
+    "base_name": "A GGUF adapter names no base. Remove --base-name.",
+    "for_serving": "It selects vLLM's layout. Remove --for-serving.",
+    "check_serving": "The export checks that llama.cpp can run the file. Remove --check-serving.",
 }
-_UNITS = {"MB": 10**6, "GB": 10**9}
+_BYTES_OF_UNIT = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,44 +48,46 @@ class ExportOptions(TokenizerOption):
     )
 
     adapter: Place
-    """The adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
-    adapter."""
+    """The adapter to export. The value is the folder of a run, the folder of an adapter of this
+    library or of PEFT, or the hub name of a PEFT adapter."""
     output: Place | None = None
-    """The folder to write. Only --check-serving and --push-to-hub work without it."""
+    """The folder to write. You can omit it with --gguf, --check-serving or --push-to-hub."""
     model: Place | None = None
-    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
+    """The base model: a hub name, a folder or a GGUF file. The default is the base that the adapter
+    names."""
     base_name: str | None = None
-    """The base's name on the hub, for adapter_config.json. By default the base's own name, unless
-    it is a local folder."""
+    """The base's name on the hub, which is written to adapter_config.json. The default is the name
+    of the base, unless the base is a local folder."""
     merged: bool = False
-    """Write a whole model with the adapter merged into it, instead of the adapter."""
+    """Merge the adapter into its base, and write the whole model instead of the adapter."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The dtype of a merged model; by default that of the base's files. Weights are merged in
-    float32 and rounded once."""
+    """The dtype of the merged model. The default is the dtype of the base's files. Weights are
+    merged in float32 and rounded once."""
     quantize: Literal["none"] | None = None
-    """With --merged, none writes arrays in the place of all codes of the base's files. By default
-    the kernels that the adapter leaves alone stay in them, where readers allow it."""
+    """With --merged, none dequantizes all kernels of a quantized base. By default, kernels that the
+    adapter does not change stay quantized where the file format allows it."""
     gguf: str | None = None
-    """The GGUF file to write in the place of a folder: the adapter, for llama.cpp, or, with
-    --merged, the whole model with its tokenizer, for Ollama and LM Studio, too. A Modelfile for
-    Ollama is written beside it."""
+    """The GGUF file to write instead of a folder. It holds the adapter, for llama.cpp. With
+    --merged it holds the whole model with its tokenizer, for llama.cpp, Ollama and LM Studio. A
+    Modelfile for Ollama is written beside the file."""
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """The type of the matrices in the GGUF file. By default f32 for an adapter, which has no codes,
-    and for a model the dtype of the base's files, or f16. For K-quants such as Q4_K_M, run
-    llama.cpp's llama-quantize on an f16 file."""
+    """The type of the matrices in the GGUF file. The default is f32 for an adapter. For a merged
+    model it is the dtype of the base's files, or f16 if the base is a GGUF file. For K-quants such
+    as Q4_K_M, run llama.cpp's llama-quantize on an f16 file."""
     max_shard_size: str = "5GB"
-    """The maximum size of one file of a merged model, in MB or GB."""
+    """The maximum size of one weights file of a merged model, such as 500MB or 5GB."""
     for_serving: bool = False
-    """Write the adapter in the layout that vLLM reads: one rank, scales in B, every projection of
-    experts."""
+    """Write the adapter in the layout that vLLM reads: all modules have one rank, B contains the
+    scale, and every projection of experts is present."""
     check_serving: bool = False
     """List the parts of the adapter that a serving engine (vLLM) would refuse or misread. If there
-    are any, exit with code 1 and write nothing; leave this option out to write anyway."""
+    are any, the command exits with code 1 and writes nothing. To write the adapter anyway, remove
+    this option."""
     max_rank: int = MAX_RANK
-    """With --check-serving, the highest rank that the engine accepts (vLLM's --max-lora-rank)."""
+    """The highest rank that the engine accepts, for --check-serving (vLLM's --max-lora-rank)."""
     num_labels: int | None = None
-    """The number of classes of the adapter's head, if the base has no head. By default the number
-    of the adapter's run, or of PEFT's saved head."""
+    """The number of classes of the adapter's head, if the base has no head. The default is the
+    number of the adapter's run, or of PEFT's saved head."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     overwrite: bool = False
@@ -99,99 +101,126 @@ class ExportOptions(TokenizerOption):
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
-def parse(args: Sequence[str] | None) -> ExportOptions:
-    """Returns the options of a command line; raises a UserError for a path with a scheme."""
+def parse_export_options(args: Sequence[str] | None) -> ExportOptions:
+    """Parses a command line; raises a UserError for a path with an unknown scheme."""
     return parse_options(ExportOptions, args, "train.export")
 
 
-def check(options: ExportOptions) -> int:
+def check_options(options: ExportOptions) -> int:
     """Checks the options.
 
     Returns:
       The maximum size of a shard, in bytes.
 
     Raises:
-      UserError: an option makes no sense, or the output folder is taken.
+      UserError: options contradict each other, or the output folder must not be replaced.
     """
     check_gguf_options(options)
     is_written = any((options.output, options.push_to_hub, options.gguf))
     if options.merged and not is_written:
-        raise UserError("--merged writes a model: name its folder with --output, or a --gguf file")
+        raise UserError(
+            "--merged writes a model, but no place for it is given. Name a folder with --output, "
+            "or a file with --gguf."
+        )
     if not is_written and not options.check_serving:
-        raise UserError("nothing to do: give --output, --gguf, --push-to-hub or --check-serving")
+        raise UserError(
+            "There is nothing to do. Add --output, --gguf, --push-to-hub or --check-serving."
+        )
     if options.private and options.push_to_hub is None:
-        raise UserError("--private is about a repository on the hub: name it with --push-to-hub")
+        raise UserError(
+            "--private needs a repository on the hub. Name it with --push-to-hub, or remove "
+            "--private."
+        )
     for name in ("check_serving", "for_serving"):
         if options.merged and getattr(options, name):
+            flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"--{name.replace('_', '-')} is about adapters, and --merged writes none: a merged "
-                "model is served like any other model"
+                f"{flag} is for adapters, but --merged writes a whole model, which is served like "
+                f"any other model. Remove {flag}."
             )
     if options.for_serving and options.output is None and options.push_to_hub is None:
-        raise UserError("--for-serving writes an adapter: name its folder with --output")
+        raise UserError(
+            "--for-serving writes an adapter, but no folder for it is given. Name it with --output."
+        )
     if options.base_name and options.merged:
         raise UserError(
-            "--base-name is for adapter_config.json, and a merged model (--merged) has none"
+            "--base-name is written to adapter_config.json, which a merged model (--merged) does "
+            "not have. Remove --base-name."
         )
     if options.dtype and not options.merged:
         raise UserError(
-            "--dtype needs --merged: it is the dtype of a merged model, adapters keep theirs"
+            "--dtype needs --merged, because adapters keep their dtype. Remove --dtype, or add "
+            "--merged."
         )
     if options.tokenizer and not options.merged:
-        raise UserError("--tokenizer needs --merged: it goes into a merged model's folder")
-    if options.quantize and not options.merged:
-        raise UserError("--quantize needs --merged: it is about the kernels of a merged model")
-    if options.max_rank < 1:
-        raise UserError(f"--max-rank {options.max_rank}: at least 1 is needed")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", options.max_shard_size.upper())
-    shard = round(float(size[1]) * _UNITS[size[2]]) if size else 0
-    if shard < 1:
         raise UserError(
-            f"--max-shard-size {options.max_shard_size}: a size such as 500MB or 5GB is needed"
+            "--tokenizer needs --merged, because only a merged model's folder holds a tokenizer. "
+            "Remove --tokenizer, or add --merged."
+        )
+    if options.quantize and not options.merged:
+        raise UserError(
+            "--quantize needs --merged, because it sets the kernels of a merged model. Remove "
+            "--quantize, or add --merged."
+        )
+    if options.max_rank < 1:
+        raise UserError(f"--max-rank is {options.max_rank}. Use a rank of at least 1.")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", options.max_shard_size.upper())
+    shard_bytes = round(float(match[1]) * _BYTES_OF_UNIT[match[2]]) if match else 0
+    if shard_bytes < 1:
+        raise UserError(
+            f"--max-shard-size {options.max_shard_size} is not a size. Use a size such as 500MB or "
+            "5GB."
         )
     if options.output is not None:
         check_output(options, Path(options.output).expanduser())
-    return shard
+    return shard_bytes
 
 
 def check_gguf_options(options: ExportOptions) -> None:
     """Raises a UserError for options that do not go with a GGUF file, or a file that is taken."""
     if options.gguf is None:
         if options.gguf_type is not None:
-            raise UserError("--gguf-type is about a GGUF file: name it with --gguf")
+            raise UserError(
+                "--gguf-type needs a GGUF file. Name the file with --gguf, or remove --gguf-type."
+            )
         return
     defaults = ExportOptions(adapter="")
-    for name, remedy in _NOT_WITH_GGUF.items():
+    for name, remedy in _REMEDY_OF_OPTION_WITHOUT_GGUF.items():
         if getattr(options, name) != getattr(defaults, name):
-            raise UserError(f"--{name.replace('_', '-')} does not go with --gguf: {remedy}")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} cannot be used with --gguf. {remedy}")
     if options.gguf_type in ("q8_0", "q4_0") and not options.merged:
         raise UserError(
-            f"--gguf-type {options.gguf_type} needs --merged: an adapter's matrices have the "
-            "rank's few columns, which fill no block of 32; f32, f16 and bf16 are for adapters"
+            f"--gguf-type {options.gguf_type} needs --merged, because the rows of an adapter's "
+            "matrices are shorter than a block of 32. Use f32, f16 or bf16 for an adapter."
         )
     file = Path(options.gguf).expanduser()
     if file.suffix != ".gguf":
         raise UserError(
-            f"--gguf {options.gguf}: end the file's name in .gguf, by which it is known"
+            f"--gguf {options.gguf}: Programs recognize GGUF files by their names. Choose a name "
+            "that ends in .gguf."
         )
-    for path, begin in ((file, b"GGUF"), (modelfile_of(file), b"FROM ")):
+    # Both files that the export writes: the GGUF file, and the Modelfile for Ollama.
+    for path, marker in ((file, b"GGUF"), (modelfile_path(file), b"FROM ")):
         if not path.exists():
             continue
         if not options.overwrite:
-            raise UserError(f"{path} exists: name another --gguf file, or replace it (--overwrite)")
-        if not path.is_file() or begin not in _beginning(path):
+            raise UserError(
+                f"{path} already exists. Name another --gguf file, or replace it with --overwrite."
+            )
+        if not path.is_file() or marker not in _read_beginning(path):
             raise UserError(
                 f"{path} is something other than an earlier export, and --overwrite would delete "
-                "it: name another --gguf file"
+                "it. Name another --gguf file."
             )
 
 
-def _beginning(path: Path) -> bytes:
+def _read_beginning(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(4096)
 
 
-def modelfile_of(file: Path) -> Path:
+def modelfile_path(file: Path) -> Path:
     """Returns the path of Ollama's Modelfile that goes with a GGUF file."""
     return file.with_suffix(".Modelfile")
 
@@ -202,16 +231,24 @@ def check_output(options: ExportOptions, output: Path) -> None:
         return
     if not options.overwrite:
         raise UserError(
-            f"--output {output} exists: name another folder, or replace it with --overwrite"
+            f"--output {output} already exists. Name another folder, or replace it with "
+            "--overwrite."
         )
-    file, known, what = PEFT_CONFIG, "peft_type", "PEFT adapter"
+    config_file = PEFT_CONFIG
+    required_field = "peft_type"
+    content = "PEFT adapter"
     if options.merged:
-        file, known, what = MODEL_CONFIG, "model_type", "model"
-    if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / file)):
-        return
+        config_file = MODEL_CONFIG
+        required_field = "model_type"
+        content = "model"
+    # An empty folder, or one that holds an earlier export, may be replaced.
+    if output.is_dir():
+        is_empty = not any(output.iterdir())
+        if is_empty or required_field in read_json(output / config_file):
+            return
     raise UserError(
-        f"--output {output} holds something other than a {what}, and --overwrite would "
-        "delete it: name another folder"
+        f"--output {output} holds something other than a {content}, and --overwrite would "
+        "delete it. Name another folder."
     )
 
 
@@ -235,8 +272,8 @@ class ExportJob:
     def template(self) -> str | None:
         """The chat template that the adapter was trained with; None for the base's own."""
         file = self.adapter.chat_template
-        return None if file is None else read_template(str(file), self.adapter.given)
+        return None if file is None else read_template(str(file), self.adapter.option)
 
     def say(self, text: str) -> None:
-        """Prints a line as it is."""
+        """Prints a line without wrapping or markup."""
         tell(self.console, text)

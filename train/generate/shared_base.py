@@ -15,7 +15,7 @@ from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.families import IMAGES
 from lora_jax.models.sampling.grammar import CompiledGrammar
-from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
+from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merge_adapter
 from train.console.errors import UserError, as_user_errors
 from train.console.output import say
 from train.generate.answers import AnswerGenerator
@@ -84,7 +84,7 @@ def base_of(sources: Sequence[AdapterSource], model: str | None) -> str:
     for other in others:
         if other.base() != first.base():
             raise UserError(
-                f"{first.given} was trained on {first.base()}, and {other.given} on "
+                f"{first.option} was trained on {first.base()}, and {other.option} on "
                 f"{other.base()}: one base is read at a time; ask them one after the other, or "
                 "name the base with --model"
             )
@@ -103,9 +103,10 @@ def tokenizer_name(sources: Sequence[AdapterSource], tokenizer: str | None) -> s
     for other in others:
         if other.tokenizer != first.tokenizer:
             raise UserError(
-                f"{first.given} was trained with the tokenizer {first.tokenizer or 'of its base'}, "
-                f"and {other.given} with {other.tokenizer or 'that of its base'}: ask them one "
-                "after the other, or name the tokenizer with --tokenizer"
+                f"{first.option} was trained with the tokenizer "
+                f"{first.tokenizer or 'of its base'}, and {other.option} with "
+                f"{other.tokenizer or 'that of its base'}: ask them one after the other, or name "
+                "the tokenizer with --tokenizer"
             )
     return first.tokenizer
 
@@ -133,15 +134,15 @@ def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> 
             value = getattr(source, setting) or setting_of_files
             if value != first_value:
                 raise UserError(
-                    f"{sources[0].given} was trained with the {setting} {first_value or 'none'}, "
-                    f"and {source.given} with {value or 'none'}: ask them one after the other"
+                    f"{sources[0].option} was trained with the {setting} {first_value or 'none'}, "
+                    f"and {source.option} with {value or 'none'}: ask them one after the other"
                 )
     if any(source.images for source in sources):
         outline = outline.with_images()
-    text_sources = [source for source in sources if not (source.images or source.from_peft)]
+    text_sources = [source for source in sources if not (source.images or source.is_peft)]
     if outline.head.get(IMAGES) and text_sources:
         raise UserError(
-            f"{text_sources[0].given} was trained on the text of {outline.name} alone, and here "
+            f"{text_sources[0].option} was trained on the text of {outline.name} alone, and here "
             "the model reads images: ask it about texts, by itself"
         )
     if not sources:
@@ -159,12 +160,12 @@ def outline_with_template(
     """
     if template is not None or not sources:
         return outline.with_template(template)
-    outlines = [outline.with_template(source.chat_template, source.given) for source in sources]
+    outlines = [outline.with_template(source.chat_template, source.option) for source in sources]
     first = outlines[0]
     for source, other in zip(sources[1:], outlines[1:], strict=True):
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
             raise UserError(
-                f"{sources[0].given} and {source.given} were trained with different chat "
+                f"{sources[0].option} and {source.option} were trained with different chat "
                 "templates: ask them one after the other, or name a template with --chat-template"
             )
     return first
@@ -218,7 +219,7 @@ class LoadedAdapters:
         if options.merge:
             for name in names:
                 with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
-                    jax.eval_shape(merged, self._trees[name])  # merges nothing yet
+                    jax.eval_shape(merge_adapter, self._trees[name])  # merges nothing yet
         relation = "merged into" if options.merge else "beside"
         has_one_adapter = len(names) == len(self.names) == 1
         if has_one_adapter and not options.interactive and not options.no_merge:
@@ -250,13 +251,13 @@ class LoadedAdapters:
             return self._trees[name], self._forward
         if self._merged[0] != name:
             self._merged = (BASE, None)  # lets go of one before another is made
-            self._merged = (name, merged(self._trees[name]))
+            self._merged = (name, merge_adapter(self._trees[name]))
         return self._merged[1], None
 
     def _serve_merged(self, name: str) -> str:
         """Merges the only adapter where it can be, and lets go of the base; returns how it runs."""
         try:
-            self._merged = (name, merged(self._trees[name]))
+            self._merged = (name, merge_adapter(self._trees[name]))
         except UserError as error:
             return f"not merged ({error}), beside"
         self._merge = True

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models import EncoderConfig, VisionConfig
-from train.adapters.source import AdapterSource, find_adapter, runnable
+from train.adapters.source import AdapterSource, find_adapter, prepare_to_run
 from train.console.errors import UserError
 from train.run.classifiers import read_classifier_info, read_fields
 from train.run.pretrained import ModelInfo, read_model
@@ -45,9 +45,9 @@ class Classifier:
         name = self.outline.name
         model, params = read_model(name, dtype="float32", **self.outline.head)
         if self.adapter is None:
-            return runnable(model, params)
+            return prepare_to_run(model, params)
         tree = self.adapter.load(model, params, name, allow_base_mismatch=allow_base_mismatch)
-        return runnable(model, tree)
+        return prepare_to_run(model, tree)
 
 
 def find_classifier(
@@ -80,7 +80,7 @@ def find_classifier(
     num_labels = source.num_labels if source else None
     if num_labels is None:
         _check_own_head(name, source)
-    if source is None or source.from_peft:
+    if source is None or source.is_peft:
         _check_problem(name)
     tokenizer = tokenizer or (source.tokenizer if source else None)
     outline = read_classifier_info(name, num_labels, of=None, tokenizer=tokenizer)
@@ -89,7 +89,7 @@ def find_classifier(
     config: Any = outline.config
     if config.num_labels < 2:
         raise UserError(
-            f"{source.given if source else f'--model {name}'} has one class: it is a regression "
+            f"{source.option if source else f'--model {name}'} has one class: it is a regression "
             "model or a reward model (which --reward of train.grpo takes), and a classifier is "
             "needed"
         )
@@ -100,7 +100,7 @@ def find_classifier(
             f"--model {name}: its files hold no {outline.absent[0]}, so its head is not trained: "
             "give the adapter of a classifier with --adapter, or another model"
         )
-    adapter_labels = tuple(source.about.get("labels", ())) if source else ()
+    adapter_labels = tuple(source.base_info.get("labels", ())) if source else ()
     return Classifier(outline, source, _labels(adapter_labels, config, labels))
 
 
@@ -116,7 +116,7 @@ def _check_own_head(name: str, source: AdapterSource | None) -> None:
             "classifier that a run trained, give --adapter"
         )
     raise UserError(
-        f"{source.given} is not the adapter of a classifier: it has no head, and {what}. Give the "
+        f"{source.option} is not the adapter of a classifier: it has no head, and {what}. Give the "
         "adapter of a classifier (a run of train.classify, or one of PEFT's task type SEQ_CLS)"
     )
 

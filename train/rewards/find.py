@@ -268,19 +268,19 @@ class RewardModel:
         source = find_adapter(folder, "--reward")
         if source.num_labels != 1:
             raise UserError(
-                f"{source.given} holds no reward model: name the folder of a run of "
+                f"{source.option} holds no reward model: name the folder of a run of "
                 "`train.classify --labels pairs`"
             )
         tokenizer = source.find_tokenizer("copy it there, or train the reward model again")
-        with as_user_errors(UserError, prefix=f"{source.given}: its base cannot be read: "):
-            base = source.about.get("model", "")
+        with as_user_errors(UserError, prefix=f"{source.option}: its base cannot be read: "):
+            base = source.base_info.get("model", "")
             outline = read_classifier_info(base, 1, tokenizer=tokenizer)
         outline = outline.quantized(source.quantize)
         source.check(outline)
         self._apply, self._params = Classifier(outline, source, ()).load()
-        self._folder = source.given
+        self._folder = source.option
         self._tokenizer = outline.tokenizer
-        self._max_tokens: int = source.about.get("seq_len", outline.max_tokens)
+        self._max_tokens: int = source.base_info.get("seq_len", outline.max_tokens)
         self._has_warned = False
 
     def __call__(self, batch: RewardBatch) -> RewardValues:

@@ -216,7 +216,7 @@ def _template_of(folder: Path) -> str | None:
     try:
         source = find_adapter(str(folder))
         template_file = source.chat_template
-        return None if template_file is None else read_template(str(template_file), source.given)
+        return None if template_file is None else read_template(str(template_file), source.option)
     except UserError as error:
         raise RequestError(f"{folder.name}: {error}") from None
 

@@ -60,7 +60,7 @@ def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource 
     data = options.data
     changes: dict[str, Any] = {}
     if data.model is None:
-        stated_base = source.base() if source and source.about.get("model") else None
+        stated_base = source.base() if source and source.base_info.get("model") else None
         changes["model"] = stated_base or defaults.model
     if source:
         if source.rope_scaling and getattr(data, "rope_scaling", "") is None:

@@ -5,7 +5,14 @@ import dataclasses
 from lora_jax.core.types import Fields, JsonObject
 from lora_jax.peft.errors import PeftError
 
-_KEPT = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out", "r")
+_COMMON_FIELDS = (
+    "peft_version",
+    "inference_mode",
+    "auto_mapping",
+    "revision",
+    "fan_in_fan_out",
+    "r",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,23 +27,25 @@ class KindFields:
     """
 
     name: str
-    rank: int
-    own: Fields
+    default_rank: int
+    kind_fields: Fields
     without_effect: Fields
 
-    def as_lora(self, fields: Fields) -> tuple[JsonObject, JsonObject]:
+    def to_lora_fields(self, fields: Fields) -> tuple[JsonObject, JsonObject]:
         """Returns the fields of a LoraConfig that adapts the same modules, and the kind's own."""
         prefix = self.name.lower()
-        own = {name: fields.get(name, default) for name, default in self.own.items()}
-        others = {*self.own, *self.without_effect, f"{prefix}_dropout", "peft_type"}
+        kind_fields = {
+            name: fields.get(name, default) for name, default in self.kind_fields.items()
+        }
+        others = {*self.kind_fields, *self.without_effect, f"{prefix}_dropout", "peft_type"}
         lora_fields = {name: value for name, value in fields.items() if name not in others}
-        r = lora_fields.setdefault("r", self.rank)
+        r = lora_fields.setdefault("r", self.default_rank)
         lora_fields |= {"lora_alpha": r, "lora_dropout": fields.get(f"{prefix}_dropout", 0.0)}
         if lora_fields.get("bias") == f"{prefix}_only":
             lora_fields["bias"] = "lora_only"
-        return lora_fields, own
+        return lora_fields, kind_fields
 
-    def from_lora(self, config: Fields) -> JsonObject:
+    def from_lora_fields(self, config: Fields) -> JsonObject:
         """Returns the kind's configuration for the modules that a LoraConfig's fields adapt.
 
         Raises:
@@ -52,8 +61,11 @@ class KindFields:
                     f"PEFT's {self.name} has no {name}, and here it would be {config[name]}"
                 )
         return {
-            **{name: config[name] for name in (*_KEPT, "target_modules", "modules_to_save")},
-            **self.own,
+            **{
+                name: config[name]
+                for name in (*_COMMON_FIELDS, "target_modules", "modules_to_save")
+            },
+            **self.kind_fields,
             **self.without_effect,
             "peft_type": prefix.upper(),
             f"{prefix}_dropout": config["lora_dropout"],

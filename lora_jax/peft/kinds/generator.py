@@ -10,12 +10,12 @@ import numpy as np
 _BLOCK_SIZE = 16  # normal numbers are drawn in blocks of this size, unless there are fewer
 
 
-def uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+def draw_uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Returns uniform numbers in [0, 1), fp32, as ``torch.rand`` draws them."""
-    return _uniform(np.random.RandomState(seed), math.prod(shape)).reshape(shape)
+    return _draw_uniform_numbers(np.random.RandomState(seed), math.prod(shape)).reshape(shape)
 
 
-def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+def draw_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Returns normal numbers of mean 0 and variance 1, fp32, as ``torch.randn`` draws them.
 
     They agree with torch's up to the rounding of its logarithms and cosines.
@@ -23,22 +23,22 @@ def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     generator = np.random.RandomState(seed)
     n = math.prod(shape)
     if n < _BLOCK_SIZE:
-        return _normal_pairs(generator, n).astype(np.float32).reshape(shape)
-    samples = _uniform(generator, n)
+        return _draw_normal_pairs(generator, n).astype(np.float32).reshape(shape)
+    samples = _draw_uniform_numbers(generator, n)
     for start in range(0, n - _BLOCK_SIZE + 1, _BLOCK_SIZE):
         block = slice(start, start + _BLOCK_SIZE)
-        samples[block] = _normal_block(samples[block])
+        samples[block] = _normal_from_uniform(samples[block])
     if n % _BLOCK_SIZE:  # the last block begins earlier, and is drawn anew
-        samples[-_BLOCK_SIZE:] = _normal_block(_uniform(generator, _BLOCK_SIZE))
+        samples[-_BLOCK_SIZE:] = _normal_from_uniform(_draw_uniform_numbers(generator, _BLOCK_SIZE))
     return samples.reshape(shape)
 
 
-def _uniform(generator: np.random.RandomState, n: int) -> np.ndarray:
+def _draw_uniform_numbers(generator: np.random.RandomState, n: int) -> np.ndarray:
     bits = generator.randint(0, 2**32, size=n, dtype=np.uint32) & np.uint32(2**24 - 1)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
-def _normal_block(uniforms: np.ndarray) -> np.ndarray:
+def _normal_from_uniform(uniforms: np.ndarray) -> np.ndarray:
     """Returns normal numbers by the method of Box and Muller: of pairs eight numbers apart."""
     radius_uniforms, angle_uniforms = np.split(uniforms, 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius_uniforms))
@@ -46,7 +46,7 @@ def _normal_block(uniforms: np.ndarray) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
-def _normal_pairs(generator: np.random.RandomState, n: int) -> np.ndarray:
+def _draw_normal_pairs(generator: np.random.RandomState, n: int) -> np.ndarray:
     """Returns normal numbers, fp64, drawn one pair after the other."""
     n_pairs = -(-n // 2)
     words = generator.randint(0, 2**32, size=(n_pairs, 2, 2), dtype=np.uint32).astype(np.uint64)

@@ -3,8 +3,8 @@
 PEFT has for each adapted module ``tinylora_A`` [r, in], ``tinylora_B`` [out, r] and ``tinylora_P``
 [u, r, r], and for all of them ``tinylora_v.0``, ``tinylora_v.1``, … [u]: module number i, in the
 order in which torch lists them, has the vector that
-`lora_jax.select.ties.vector_index_of_module` says. There is no alpha: s is written into
-``tinylora_P``. A linear layer's P is the transposed of ours.
+`lora_jax.select.ties.vector_index_of_module` says. There is
+no alpha: s is written into ``tinylora_P``. A linear layer's P is the transposed of ours.
 """
 
 import math
@@ -19,19 +19,19 @@ from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.kinds.fields import KindFields
-from lora_jax.peft.kinds.generator import normal
+from lora_jax.peft.kinds.generator import draw_normal
 from lora_jax.peft.modules import Module, sort_modules
-from lora_jax.peft.names import PREFIX
+from lora_jax.peft.names import KEY_PREFIX
 from lora_jax.select.ties import vector_index_of_module
 from lora_jax.variants.tinylora import TINYLORA
 
 VARIANT = TINYLORA
-_SHARED = "base_model.tinylora_v."
+_VECTOR_KEY_PREFIX = "base_model.tinylora_v."
 # Where matrices are not those that PEFT would draw, they are in the file, which is the default.
 _FIELDS = KindFields(
     "TinyLoRA",
-    rank=2,
-    own={"u": 64, "weight_tying": 0.0, "projection_seed": 42, "save_projection": True},
+    default_rank=2,
+    kind_fields={"u": 64, "weight_tying": 0.0, "projection_seed": 42, "save_projection": True},
     without_effect={"init_v_bound": 0.02, "init_weights": True},
 )
 
@@ -46,26 +46,28 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     Raises:
       PeftError: a value that PEFT would not write.
     """
-    lora_fields, own = _FIELDS.as_lora(fields)
-    u, tying, seed = (own[name] for name in ("u", "weight_tying", "projection_seed"))
+    lora_fields, kind_fields = _FIELDS.to_lora_fields(fields)
+    u, tying, seed = (kind_fields[name] for name in ("u", "weight_tying", "projection_seed"))
     is_valid = {
         "u": type(u) is int and u >= 1,
         "weight_tying": type(tying) in (int, float) and 0 <= tying <= 1,
         "projection_seed": type(seed) is int and 0 <= seed < 2**31,
-        "save_projection": type(own["save_projection"]) is bool,
+        "save_projection": type(kind_fields["save_projection"]) is bool,
     }
-    invalid_fields = [f"{name}={own[name]!r}" for name, valid in is_valid.items() if not valid]
+    invalid_fields = [
+        f"{name}={kind_fields[name]!r}" for name, valid in is_valid.items() if not valid
+    ]
     if invalid_fields:
         raise PeftError(f"{where}: {', '.join(invalid_fields)}: not a value that PEFT would write")
-    return lora_fields, own
+    return lora_fields, kind_fields
 
 
-def settings(own: Fields) -> JsonObject:
+def rule_settings(kind_fields: Fields) -> JsonObject:
     """Returns the fields of a LoraRule beside the variant's and a LoraConfig's."""
-    return {name: own[name] for name in ("u", "weight_tying")}
+    return {name: kind_fields[name] for name in ("u", "weight_tying")}
 
 
-def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
+def module_tensors(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     """Returns the tensors of one adapted module, by key."""
     index = module.index
     layer = index[0] if index and len(node.ranks) > 1 else 0
@@ -74,13 +76,13 @@ def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     b = np.asarray(node.b[index]).reshape(node.rank, -1)[:rank]
     projection = np.asarray(node.arrays["projection"][index])[:, :rank, :rank]
     projection = projection * np.asarray(node.scale[index]).astype(projection.dtype)
-    key_a, key_b, key_p = _keys(module)
+    key_a, key_b, key_p = _keys_of_module(module)
     if module.is_table:  # PEFT looks B up
         return {key_a: b, key_b: a.T, key_p: projection}
     return {key_a: a, key_b: b.T, key_p: projection.swapaxes(1, 2)}
 
 
-def contents(
+def adapter_contents(
     config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns a TinyLoraConfig for adapted modules, and the tensors that they share.
@@ -95,34 +97,37 @@ def contents(
     Raises:
       PeftError: a TinyLoraConfig cannot say it.
     """
-    fields = _FIELDS.from_lora(config)
+    fields = _FIELDS.from_lora_fields(config)
     sizes = sorted({node.v.shape[-1] for node in nodes.values()})
     if len(sizes) > 1:
         raise PeftError(f"PEFT's TinyLoRA has one u for all modules; here they have {sizes}")
     sorted_modules = sort_modules(modules)
-    tying = _tying([_tie(module, nodes[module.path]) for module in sorted_modules])
+    tying = _weight_tying_of(
+        [_tie_of_module(module, nodes[module.path]) for module in sorted_modules]
+    )
     vectors = dict[str, np.ndarray]()
     for number, module in enumerate(sorted_modules):
         v = np.asarray(nodes[module.path].v[module.index])
-        vector_index = vector_index_of_module(number, len(sorted_modules), tying)
-        vectors.setdefault(f"{_SHARED}{vector_index}", v)
+        vectors.setdefault(
+            f"{_VECTOR_KEY_PREFIX}{vector_index_of_module(number, len(sorted_modules), tying)}", v
+        )
     return fields | {"u": sizes[0], "weight_tying": tying}, vectors
 
 
-def _tie(module: Module, node: LoraWeight) -> object:
+def _tie_of_module(module: Module, node: LoraWeight) -> object:
     """Returns a key, the same for modules that train one vector."""
     if not node.ties:
         return module.name
-    return node.ties[_member(module, node)]
+    return node.ties[_flat_member_index(module, node)]
 
 
-def _member(module: Module, node: LoraWeight) -> int:
+def _flat_member_index(module: Module, node: LoraWeight) -> int:
     """Returns the index of a module in the flattened batch axes of its weight."""
     batch = node.roles.sizes(node.shape, "batch")
     return int(np.ravel_multi_index(module.index, batch)) if module.index else 0
 
 
-def _tying(ties: Sequence[object]) -> float:
+def _weight_tying_of(ties: Sequence[object]) -> float:
     """Returns PEFT's weight_tying for modules in order, 0.0 where PEFT cannot tie them so."""
     n_modules = len(ties)
     group_of_tie = dict[object, int]()  # numbered in the order of the modules
@@ -132,11 +137,15 @@ def _tying(ties: Sequence[object]) -> float:
     return tying if groups == peft_groups else 0.0
 
 
-class FileVectors:
+class TinyLoraFile:
     """The vectors of a file, and the order of the modules that have them."""
 
     def __init__(
-        self, reader: Any, own: Fields, nodes: Sequence[LoraWeight], modules: Sequence[Module]
+        self,
+        reader: Any,
+        kind_fields: Fields,
+        nodes: Sequence[LoraWeight],
+        modules: Sequence[Module],
     ) -> None:
         """Args:
         reader: reader of the file's tensors.
@@ -146,7 +155,7 @@ class FileVectors:
         """
         del nodes
         self._reader = reader
-        self._own = own
+        self._own = kind_fields
         self._number_of_module = {
             module.name: number for number, module in enumerate(sort_modules(modules))
         }
@@ -170,10 +179,10 @@ class FileVectors:
         v = np.zeros((*batch, u), dtype)
         groups = [-1] * math.prod(batch)
         for module in members:
-            group = self._group(module)
-            groups[_member(module, node)] = group
+            group = self._vector_number(module)
+            groups[_flat_member_index(module, node)] = group
             index = module.index
-            v[index] = self._reader.take(f"{_SHARED}{group}", (u,))
+            v[index] = self._reader.take(f"{_VECTOR_KEY_PREFIX}{group}", (u,))
             projection[index] = self._read_projection(module, rank)
             a[index], b[index] = self._read_factors(module, rank, fan_in, fan_out)
         arrays = {
@@ -185,7 +194,7 @@ class FileVectors:
         ties = tuple(groups) if self._own["weight_tying"] else ()
         return {"seed": None, "ties": ties, **jax.device_put(arrays)}
 
-    def _group(self, module: Module) -> int:
+    def _vector_number(self, module: Module) -> int:
         """Returns the number of the vector that a module has."""
         number = self._number_of_module[module.name]
         return vector_index_of_module(
@@ -194,19 +203,19 @@ class FileVectors:
 
     def _read_projection(self, module: Module, rank: int) -> np.ndarray:
         """Returns the projection [u, r, r] of a module, which PEFT draws if files lack it."""
-        _, _, key = _keys(module)
+        _, _, key = _keys_of_module(module)
         shape = (self._own["u"], rank, rank)
         projection = self._reader.take(key, shape) if self._reader.has(key) else None
         if projection is None or not self._own["save_projection"]:
             seed = self._own["projection_seed"] + self._number_of_module[module.name]
-            projection = normal(seed, shape) * np.float32(1 / rank**0.5)
+            projection = draw_normal(seed, shape) * np.float32(1 / rank**0.5)
         return projection if module.is_table else projection.swapaxes(1, 2)
 
     def _read_factors(
         self, module: Module, rank: int, fan_in: int, fan_out: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of a module."""
-        key_a, key_b, _ = _keys(module)
+        key_a, key_b, _ = _keys_of_module(module)
         if module.is_table:
             a = self._reader.take(key_b, (fan_in, rank)).T
             b = self._reader.take(key_a, (rank, fan_out))
@@ -216,10 +225,10 @@ class FileVectors:
         return a, b
 
 
-read_file = FileVectors
+read_file = TinyLoraFile
 
 
-def _keys(module: Module) -> tuple[str, str, str]:
+def _keys_of_module(module: Module) -> tuple[str, str, str]:
     """Returns the keys of A, B and P of a module."""
-    a, b, p = (f"{PREFIX}{module.name}.tinylora_{name}" for name in "ABP")
+    a, b, p = (f"{KEY_PREFIX}{module.name}.tinylora_{name}" for name in "ABP")
     return a, b, p

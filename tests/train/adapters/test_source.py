@@ -149,9 +149,9 @@ def test_a_run_goes_on_with_pefts_adapter(base, adapters, tmp_path):
         ({"use_bdlora": True}, ["use_bdlora=True is not supported", "merge_and_unload"]),
         ({"target_modules": ["qwery"]}, ["['qwery'] matches none", "another base with --model"]),
         ({"target_modules": ["k_proj"]}, ["does not fit", "missing base_model", "and 9 more"]),
-        ({"r": 5}, ["down_proj.lora_A.weight is [3, 40], expected [5, 40]", "copy its"]),
-        ({"base_model_name_or_path": None}, ["does not say what its base is", "with --model"]),
-        ({"base_model_name_or_path": "/gone/away"}, ["was in /gone/away", "with --model"]),
+        ({"r": 5}, ["down_proj.lora_A.weight is [3, 40], expected [5, 40]", "Copy the adapter's"]),
+        ({"base_model_name_or_path": None}, ["does not state its base model", "with --model"]),
+        ({"base_model_name_or_path": "/gone/away"}, ["the base in /gone/away", "with --model"]),
     ],
 )
 def test_pefts_adapter_that_does_not_fit(copied, tmp_path, capsys, monkeypatch, change, words):
@@ -177,7 +177,7 @@ def test_pefts_adapter_that_is_damaged(copied, capsys, monkeypatch):
     (copied / CONFIG).write_text("{")
     assert f"{CONFIG} cannot be read" in fails(capsys, generate, "--adapter", copied)
     (copied / CONFIG).unlink()
-    assert f"{CONFIG} is missing, without which" in fails(capsys, generate, "--adapter", copied)
+    assert f"{CONFIG} is missing, which states" in fails(capsys, generate, "--adapter", copied)
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
             lambda name, tokenizer=None, **_: pretrained.ModelInfo(name, *[None] * 3),
         )
         said = fails(capsys, generate, "--adapter", copied, "--model", "other/name")
-        assert "was trained on owner/name, and --model is other/name" in said
+        assert "was trained on owner/name, but --model is other/name" in said
     args = ["--adapter", copied, "--model", base]
     assert answer(capsys, *args) == answer(capsys, *args, "--allow-base-mismatch")
 
@@ -204,19 +204,19 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: None, "is neither an adapter's folder (of this library or of PEFT"),
-        (lambda folder: folder.rmdir(), "there is no such folder"),
+        (lambda folder: None, "holds no adapter"),
+        (lambda folder: folder.rmdir(), "There is no such folder"),
         (
             lambda folder: (folder.rmdir(), folder.write_text("")),
-            "is a file: an adapter is a folder",
+            "is a file, but an adapter is a folder",
         ),
         (
             lambda folder: [(folder / name).mkdir() for name in ("config.yaml", "checkpoints")],
-            "has no adapter yet: end the run, with --resume",
+            "has no adapter yet",
         ),
         (
             lambda folder: ((folder / "one").mkdir(), (folder / "one" / CONFIG).touch()),
-            "did you mean {}/one?",
+            "Did you mean {}/one?",
         ),
     ],
 )
@@ -244,12 +244,14 @@ def test_an_adapter_of_images_where_texts_are_read_and_back(tmp_path):
     for name in ("whole", "peft"):
         assert source[name].images
         source[name].load(whole, params, "M")
-        with pytest.raises(UserError, match="on M with its images, and only texts are read here"):
+        with pytest.raises(
+            UserError, match="on M with its images, but this command reads only texts"
+        ):
             source[name].load(text, alone, "M")
     for name in ("text", "peft_whole", "peft_text"):
         assert not source[name].images
         source[name].load(text, alone, "M")
     of_whole = [name for name in names if source[name].names_whole_model]
     assert of_whole == ["whole", "peft", "peft_whole"]
-    with pytest.raises(UserError, match="on the text of M alone, and here images are read"):
+    with pytest.raises(UserError, match="on the text of M alone, but this command reads images"):
         source["text"].load(whole, params, "M")

@@ -19,7 +19,7 @@ from tests.train.test_classify import write_encoder
 from tests.train.tiny import write_model
 from train.adapters.source import find_adapter
 from train.export.__main__ import main
-from train.export.card import run_folder
+from train.export.card import find_run_folder
 
 IDS = np.array([[1, 5, 77, 200, 3]])
 LABELS = ("no", "a|b", "<img src=x> [y](javascript:z) `*c*` &lt; _d_")  # as in untrusted data
@@ -108,12 +108,12 @@ def test_a_run_may_be_named_as_the_folder_of_its_best_adapters(name, tmp_path):
     (folder / "config.yaml").write_text("{rank: 3}")
     for given in (folder, folder / "best/105"):
         source = find_adapter(str(given))
-        assert (source.folder, run_folder(source)) == (folder / "best/105", folder)
+        assert (source.folder, find_run_folder(source)) == (folder / "best/105", folder)
     (folder / "adapter/lora").mkdir(parents=True)
     source = find_adapter(str(folder))
-    assert (source.folder, run_folder(source)) == (folder / "adapter", folder)
+    assert (source.folder, find_run_folder(source)) == (folder / "adapter", folder)
     (tmp_path / "elsewhere/lora").mkdir(parents=True)
-    assert run_folder(find_adapter(str(tmp_path / "elsewhere"))) is None
+    assert find_run_folder(find_adapter(str(tmp_path / "elsewhere"))) is None
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):
     (tmp_path / "out" / "README.md").write_text("Mine.")
     export(*args, "owner/three")
     assert (tmp_path / "out" / "README.md").read_text() == "Mine."
-    assert "README.md was not generated, and is kept" in capsys.readouterr().err
+    assert "README.md stays as it is" in capsys.readouterr().err
 
 
 @pytest.mark.parity

@@ -14,7 +14,7 @@ from tests.models.tiny_gguf import make, words
 from tests.support import with_random_factors
 from tests.train.tiny import tokenizer
 from train.export.__main__ import main
-from train.export.modelfile import FORMATS, default_system, format_of
+from train.export.modelfile import CHAT_FORMATS, find_chat_format, find_default_system_prompt
 from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -69,7 +69,7 @@ def test_an_adapter(base, adapter, tmp_path, capsys):
         '{{ end }}<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\n'
     )
     assert {path.name for path in file.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
-    assert "replace it (--overwrite)" in fails(capsys, "--adapter", adapter, "--gguf", file)
+    assert "replace it with --overwrite" in fails(capsys, "--adapter", adapter, "--gguf", file)
     export("--adapter", adapter, "--gguf", file, "--overwrite", "--gguf-type", "f16")
 
 
@@ -95,7 +95,7 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     for given, in_codes in ((base, False), (file, True)):  # the card says what it trained over
         out = tmp_path / f"peft-{in_codes}"
         export("--adapter", adapter, "--model", given, "--allow-base-mismatch", "--output", out)
-        assert ("a GGUF file, in Q8_0 codes" in (out / "README.md").read_text()) == in_codes
+        assert ("weights are quantized as Q8_0" in (out / "README.md").read_text()) == in_codes
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:5000])
     args = [
@@ -115,11 +115,11 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--gguf", "a.gguf", "--output", "b"], "--output does not go with --gguf"),
-        (["--gguf", "a.gguf", "--merged", "--dtype", "float16"], "--gguf-type is the type"),
+        (["--gguf", "a.gguf", "--output", "b"], "--output cannot be used with --gguf"),
+        (["--gguf", "a.gguf", "--merged", "--dtype", "float16"], "Use --gguf-type"),
         (["--gguf", "a.gguf", "--gguf-type", "q8_0"], "needs --merged"),
-        (["--gguf", "a.bin"], "end the file's name in .gguf"),
-        (["--output", "b", "--gguf-type", "f16"], "name it with --gguf"),
+        (["--gguf", "a.bin"], "ends in .gguf"),
+        (["--output", "b", "--gguf-type", "f16"], "Name the file with --gguf"),
     ],
 )
 def test_options_that_make_no_sense(args, said, adapter, capsys):
@@ -156,17 +156,18 @@ OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    "template, chat", [(None, FORMATS[0]), (LLAMA3, FORMATS[1]), (GEMMA, FORMATS[2]), (OTHER, None)]
+    "template, chat",
+    [(None, CHAT_FORMATS[0]), (LLAMA3, CHAT_FORMATS[1]), (GEMMA, CHAT_FORMATS[2]), (OTHER, None)],
 )
 def test_formats_of_chats(template, chat):
-    assert format_of(words(), template) == chat
+    assert find_chat_format(words(), template) == chat
 
 
 def test_a_format_whose_turns_begin_with_bos():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level("llama-bpe"), bos_token="<|im_start|>"
     )
-    assert format_of(tokenizer, words().chat_template) == FORMATS[0]
+    assert find_chat_format(tokenizer, words().chat_template) == CHAT_FORMATS[0]
 
 
 PROMPT = 'You are Ada.\nAnswer in "one" line.'
@@ -220,7 +221,9 @@ JOINED = (  # as Mistral's: a system prompt is a part of the first message
     ],
 )
 def test_the_system_prompt_that_a_template_adds(template, prompt):
-    assert default_system(words(), template, format_of(words(), template)) == prompt
+    assert (
+        find_default_system_prompt(words(), template, find_chat_format(words(), template)) == prompt
+    )
 
 
 def rendered_by_ollama(modelfile, chat):

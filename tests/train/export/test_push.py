@@ -90,7 +90,7 @@ def test_an_adapter_arrives_whole(hub, adapter, tmp_path, capsys):
     found = find_adapter("me/name")  # on the hub
     assert found.base() == "owner/base"
     assert_identical(found.load(model, params, "owner/base"), tree)
-    with pytest.raises(UserError, match="--adapter me/nam: there is no such folder, and me/nam "):
+    with pytest.raises(UserError, match="--adapter me/nam: There is no such folder, and me/nam "):
         find_adapter("me/nam")
 
 
@@ -108,8 +108,8 @@ def test_a_merged_model_arrives_without_an_output(hub, adapter, tmp_path, monkey
 def test_an_export_is_replaced_only_when_asked(hub, adapter, tmp_path, capsys):
     hub.add("me/name", **{"model-00001.safetensors": b"old", "notes.txt": b"mine"})
     said = fails(capsys, adapter, "--push-to-hub", "me/name")
-    assert "the hub has me/name already: choose another name, or replace its weights" in said
-    assert "me/name is public, and --private is for new" in fails(
+    assert "The hub has me/name already. Choose another name, or replace its weights" in said
+    assert "me/name is public, and --private works for new" in fails(
         capsys, adapter, "--push-to-hub", "me/name", "--overwrite", "--private"
     )
     export(adapter, "--push-to-hub", "me/name", "--overwrite")
@@ -128,16 +128,16 @@ def test_an_export_is_replaced_only_when_asked(hub, adapter, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("a/b/c", "good", "a name on the hub is needed, such as owner/name"),
-        ("me/name", None, "there is no token for the hub: log in with `hf auth login`"),
-        ("me/name", "stale", "the hub does not accept the token"),
-        ("me/name", "reader", "the token may only read: log in"),
+        ("a/b/c", "good", "Use a name such as owner/name"),
+        ("me/name", None, "There is no token for the hub. Log in with `hf auth login`"),
+        ("me/name", "stale", "The hub does not accept the token"),
+        ("me/name", "reader", "The token has read access only. Log in"),
         (
             "other/name",
             "good",
-            "other belongs to somebody else: the token of me may write to me, lab.",
+            "The token of me cannot write to other. It can write to me, lab.",
         ),
-        ("watch/name", "good", "watch belongs to somebody else"),
+        ("watch/name", "good", "cannot write to watch"),
     ],
 )
 def test_what_the_hub_would_refuse(hub, adapter, tmp_path, capsys, monkeypatch, name, token, words):
@@ -157,10 +157,10 @@ def test_a_hub_that_cannot_be_reached(hub, adapter, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in fails(capsys, adapter, "--push-to-hub", "name")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(publishing, "_SECONDS", 5.0)
+    monkeypatch.setattr(publishing, "_TIMEOUT_SECONDS", 5.0)
     hub.broken = ("whoami",)
     said = fails(capsys, adapter, "--push-to-hub", "name")
-    assert f"the hub, {hub.url}, cannot be reached" in said and "`hf upload` sends it" in said
+    assert f"The hub, {hub.url}, cannot be reached" in said and "`hf upload`" in said
     hub.close()
     said = fails(capsys, adapter, "--push-to-hub", "name")
     assert "cannot be reached" in said
@@ -169,14 +169,14 @@ def test_a_hub_that_cannot_be_reached(hub, adapter, capsys, monkeypatch):
 def test_a_base_without_a_name_is_asked_for_first(hub, adapter, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "from_pretrained", None)
     said = fails(capsys, adapter, "--push-to-hub", "name", base_name=())
-    assert "nobody else could load the adapter" in said and "with --base-name" in said
+    assert "Nobody else could load the adapter" in said and "with --base-name" in said
     assert hub.asked == []
 
 
 def test_an_upload_that_fails_leaves_the_export(hub, adapter, tmp_path, capsys):
     hub.broken = ("/commit/",)
     said = fails(capsys, adapter, "--push-to-hub", "name", "--output", tmp_path / "out")
-    assert "the upload failed" in said and f"`hf upload me/name {tmp_path / 'out'}` sends" in said
+    assert "The upload failed" in said and f"`hf upload me/name {tmp_path / 'out'}`" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == NAMES
 
 

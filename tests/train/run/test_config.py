@@ -368,4 +368,4 @@ def test_a_folder_that_is_no_adapter_to_go_on_from_is_named(script, tmp_path, ca
         script.main(["--init-adapter", str(tmp_path)])
     assert caught.value.code == 2
     message = capsys.readouterr().err.strip()
-    assert message.startswith(f"error: --init-adapter {tmp_path} is neither an adapter's folder")
+    assert message.startswith(f"error: --init-adapter {tmp_path} holds no adapter")

@@ -29,7 +29,7 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
-from lora_jax.peft.experts import experts_of
+from lora_jax.peft.experts import list_experts
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
@@ -320,7 +320,7 @@ class ServedBase:
         would get those of the other, too, and other places than the optimiser's moments have.
         """
         split_nodes = dict(nodes)
-        for expert in experts_of(self.model):
+        for expert in list_experts(self.model):
             node = nodes.get(expert.path)
             if expert.half is None or not isinstance(node, LoraWeight):
                 continue

@@ -112,7 +112,7 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
     lj.save_adapter(tmp_path / "whole", whole, about={"model": "tiny"})
     with pytest.raises(RequestError, match="norm"):  # and no error of the server's own
         base.read(tmp_path / "whole")
-    with pytest.raises(RequestError, match="neither an adapter's folder"):
+    with pytest.raises(RequestError, match="holds no adapter"):
         base.read(tmp_path)
 
 
