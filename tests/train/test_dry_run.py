@@ -188,14 +188,15 @@ def test_classes_have_a_dry_run_too(tmp_path, capsys):
     classify.main(["--dry-run", "--rows", "100", "--output", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "the label to learn is 'positive'" in said and "[CLS] " in said
-    assert "memory of a device, by the compiler: " in said and not (tmp_path / "run").exists()
+    assert "memory per device, by the compiler: " in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["--resume", "--coordinator=x:1"])
 def test_options_without_effect_beside_it_are_refused(option, capsys):
     said = fails(capsys, "--dry-run", option)
     assert (
-        said == f"error: --dry-run trains nothing, in one process: leave out {option.split('=')[0]}"
+        said == "error: --dry-run uses one process and trains nothing. Remove "
+        f"{option.split('=')[0]}."
     )
 
 
@@ -223,13 +224,13 @@ def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
     (chosen, rejected, *_) = re.findall(r"<\|im_start\|>assistant\n(\[\[.*)\n\]\]", said)
     assert (chosen, rejected) == ("[[yes<|im_end|>", "[[no 0<|im_end|>")
     assert [int(n) for _, _, n in titles[:2]] == [5, 6], "letters, the end, and a new line"
-    assert "tokens of a prompt with its completion" in said
-    assert "steps: 2, 0.89 epochs; 4 pairs a step; the largest batch is 4 × 32 tokens" in said
+    assert "tokens per prompt with its completion" in said
+    assert "steps: 2, 0.89 epochs; 4 pairs per step; the largest batch is 4 × 32 tokens" in said
     dpo.main([*line, "--compilation-cache", "off", "--report-to", "none"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     temporaries = in_words(report["compiled_bytes"]["temporaries"])
     assert f"temporaries of the step {temporaries}, of the reference " in said
-    assert "before that, the reference reads all rows once: 0 s" in said
+    assert "before training, the reference scores all rows: 0 s" in said
 
 
 def test_pairs_that_share_a_row_are_counted_as_pairs(tmp_path):
@@ -255,14 +256,14 @@ def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
     said, _ = said_of(grpo, tmp_path, capsys, rows, *args)
     prompt = "<|im_start|>user\n0?<|im_end|>\n<|im_start|>assistant\n"
     assert f"--- prompt 1: 21 tokens\n{prompt}\n--- prompt 2: 21 tokens\n" in said
-    assert "; the loss counts what it draws after them:" in said
+    assert "; the loss counts tokens drawn after them:" in said
     assert "[[" not in said and "of them count" not in said
-    assert "steps: 2, 1.33 epochs; 12 completions a step (3 batches of 4)" in said
+    assert "steps: 2, 1.33 epochs; 12 completions per step (3 batches of 4)" in said
     six_prompts = 6 * 21  # two completions share one
-    assert f"tokens a step: about {six_prompts} of prompts, and at most 72 that are drawn" in said
+    assert f"tokens per step: about {six_prompts} of prompts, and at most 72 drawn" in said
     size = "[0-9.]+ .B"
     assert re.search(f"of the step {size}, of the scorer {size}, of the sampler {size}", said)
-    assert "takes time besides" in said
+    assert "takes additional time" in said
 
 
 @pytest.mark.slow

@@ -85,17 +85,17 @@ def test_a_resumed_run_ends_where_a_whole_one_does(inputs, whole, tmp_path, caps
 @pytest.mark.slow
 def test_a_dry_run_compiles_its_step(inputs, tmp_path, capsys):
     run(options_of(inputs), tmp_path / "dry", "--steps", 4, "--dry-run")
-    assert "memory of a device" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+    assert "memory per device" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--intrinsic 9 --full", "a subspace of all parameters: leave out --full"),
-        ("--intrinsic 9 --head-only", "a subspace of all parameters: leave out --head-only"),
-        ("--intrinsic 9 --rank 4", "without an adapter: leave out --rank"),
+        ("--intrinsic 9 --full", "a subspace of all parameters. Remove --full"),
+        ("--intrinsic 9 --head-only", "a subspace of all parameters. Remove --head-only"),
+        ("--intrinsic 9 --rank 4", "without an adapter. Remove --rank"),
         ("--intrinsic 0", "--intrinsic 0: at least 1"),
-        ("--intrinsic-kind did", "no subspace without --intrinsic: leave out --intrinsic-kind"),
+        ("--intrinsic-kind did", "there is no subspace. Remove --intrinsic-kind"),
     ],
 )
 def test_options_that_make_no_sense(args, message):

@@ -79,11 +79,11 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path):
         killing = [PROGRAM, where, nth, when, "train.grpo"]
         code, said = ended(killing, "killed", *(["--resume"] if begun else []))
         assert code == -signal.SIGKILL, said
-        found = re.search(r"going on after step (\d+)", said)
+        found = re.search(r"training continues after step (\d+)", said)
         begun.append(int(found[1]) if found else 0)
     code, said = ended(grpo, "killed", "--resume")
     last = STEPS if THOROUGH else SAVE
-    assert code == 0 and f"going on after step {last}" in said, said
+    assert code == 0 and f"training continues after step {last}" in said, said
     print(dict(zip(moments, begun, strict=True)))
     assert begun == sorted(begun)
     assert {*begun} == ({0, SAVE, 2 * SAVE, STEPS} if THOROUGH else {0, SAVE})

@@ -187,7 +187,7 @@ def test_a_stopped_table_goes_on(folder, whole, tmp_path, monkeypatch, capsys):
         assert_identical(*(adapter_of(folder, run / name) for run in (whole, tmp_path / "many")))
         assert lines_of(tmp_path / "many" / name) == lines_of(whole / name)
     alone(folder, tmp_path / "one", "one", "--resume")
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "training continues after step 2" in capsys.readouterr().out
     assert_close(adapter_of(folder, tmp_path / "one"), adapter_of(folder, whole / "one"), 1e-5)
 
 

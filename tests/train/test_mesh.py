@@ -390,7 +390,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on_bitwise(tmp_pat
     # Now both in one process.
     runs = [["--output", folder, "--resume"], ["--output", whole]]
     ((out, _),) = run(shared, runs, devices=2)
-    assert "going on after step" in out
+    assert "training continues after step" in out
     (losses, adapter), theirs = trained(shared, folder, steps), trained(shared, whole, steps)
     assert losses == theirs[0]
     jax.tree.map(np.testing.assert_array_equal, adapter, theirs[1])

@@ -282,7 +282,7 @@ def test_options_of_other_tools_stand_for_options_that_there_are():
     plain = [script([]) for script in (parse, dpo.parse, grpo.parse)]
     ours = {name for options in plain for name in traits_of(options)}
     ours |= {field.name for field in dataclasses.fields(ServeOptions)}
-    for name, own in elsewhere._NAMES.items():
+    for name, own in elsewhere._OPTIONS_BY_OTHER_NAME.items():
         assert own.split()[0][2:].replace("-", "_") in ours, name
         assert name not in ours or name == "max_length", name
 

@@ -45,7 +45,7 @@ def test_optimisers_resume_bitwise(inputs, tmp_path, options, capsys):  # noqa: 
     checkpoints._remove_all_but([2])
     checkpoints.close()
     run(inputs[:6], parts, *options, "--resume")
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "training continues after step 2" in capsys.readouterr().out
     lines, expected = read_metrics(parts), read_metrics(whole)
     for key in ("loss", "eval_loss", "lr"):
         assert [line.get(key) for line in lines] == [line.get(key) for line in expected]

@@ -325,10 +325,10 @@ BAD = {
     "live, none": (
         PAIRS,
         ["--loss", "orpo", "--reference-logps", "live"],
-        "--reference-logps live: there is no reference",
+        "--reference-logps live has no effect without a reference",
     ),
-    "kto alone": (PAIRS, ["--loss", "kto", "sft"], "kto stands alone"),
-    "kto packed": (PAIRS, ["--loss", "kto", "--packing"], "--packing: kto compares the rows"),
+    "kto alone": (PAIRS, ["--loss", "kto", "sft"], "kto without any other"),
+    "kto packed": (PAIRS, ["--loss", "kto", "--packing"], "--packing cannot be used with --loss"),
     "one weight": (PAIRS, ["--loss-weights", "1", "2"], "needs 1 weights"),
 }
 

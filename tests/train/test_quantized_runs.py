@@ -167,7 +167,7 @@ def test_a_classifier_over_codes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--full --quantize nf4", "--full trains every parameter.*leave out --quantize"),
+        ("--full --quantize nf4", "--full trains every parameter.*Remove --quantize"),
         ("--quantize stored", "hold no codes: choose a format"),
     ],
 )

@@ -276,9 +276,9 @@ def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):
     ("args", "message"),
     [
         ("--labels pairs", "--labels pairs: name the pairs with --dataset"),
-        ("--labels pairs --dataset a.csv --label x", "reads the fields .*: leave out --label"),
-        ("--labels pairs --dataset a.csv --text x", "leave out --text"),
-        ("--labels pairs --dataset a.csv --text-pair x", "leave out --text-pair"),
+        ("--labels pairs --dataset a.csv --label x", "reads the fields .*Remove --label"),
+        ("--labels pairs --dataset a.csv --text x", "Remove --text"),
+        ("--labels pairs --dataset a.csv --text-pair x", "Remove --text-pair"),
     ],
 )
 def test_options_that_make_no_sense(args, message):

@@ -384,20 +384,20 @@ def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
 BAD = {
     "no room": (["--max-new-tokens", "40"], "and leave no room for --max-new-tokens 40"),
     "no room at all": (["--max-new-tokens", "64"], "leaves no room for prompts in --seq-len 64"),
-    "one of a group": (["--group", "1"], "--group 1: a completion is compared with others"),
+    "one of a group": (["--group", "1"], "--group 1 leaves nothing to compare"),
     "a broken group": (["--batch-size", "12"], "--batch-size 12 is no multiple of --group 8"),
-    "a reference without beta": (["--reference", "base"], "the divergence needs both, or neither"),
+    "a reference without beta": (["--reference", "base"], "do not fit together"),
     "a divergence without beta": (["--divergence", "k3"], "--divergence k3 has no effect"),
     "rloo": (["--loss", "rloo", "--clip", "0.1"], "--clip has no effect on --loss rloo"),
-    "cispo": (["--loss", "cispo", "--clip", "0.1"], "--loss cispo has one bound"),
+    "cispo": (["--loss", "cispo", "--clip", "0.1"], "--loss cispo uses only one bound"),
     "weights": (["--reward-weights", "1", "2"], "1 rewards need as many"),
     "no reward": (["--reward", "nowhere.py:f"], "there is no file nowhere.py"),
     "no such name": (["--reward", "length_"], "no reward of this name, but arithmetic"),
     "a column": (["--reward", "arithmetic"], "--reward arithmetic needs the column 'answer'"),
-    "held-out loss": (["--eval-every", "1"], "there is no held-out loss"),
+    "held-out loss": (["--eval-every", "1"], "no held-out loss"),
     "held-out rows": (
         ["--eval-dataset", "rows.jsonl", "--eval-questions", "8"],
-        "all of them count: leave out --eval-questions",
+        "all of them are used. Remove --eval-questions",
     ),
     "a task's own rows": (
         ["--dataset", "arithmetic", "--eval-dataset", "rows.jsonl"],
@@ -420,7 +420,7 @@ CHANGES = "the base itself changes while training"
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "the teacher is the base itself, from which the adapter begins"),
+        ([], "The teacher is the base model itself"),
         (["--teacher", "nowhere"], "--teacher nowhere"),
         (["--teacher-prompt", "long " * 900], "--teacher-prompt: the model"),
         (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
@@ -446,4 +446,4 @@ def test_bad_teachers_are_one_paragraph(folder, tmp_path, capsys, args, message)
 def test_an_empty_stop_text_is_refused(script, capsys):
     teacher = ["--teacher", "runs/teacher"] * (script is distill)
     said = fails(capsys, script.main, "--dataset", "rows.jsonl", "--stop", "a", "", *teacher)
-    assert said == "--stop '': an empty text would end every completion before it begins"
+    assert said == "--stop '' would end every completion before it begins"

@@ -35,7 +35,7 @@ def test_a_scaling_is_read(text, scaling):
 
 @pytest.mark.parametrize("text", ["yarn", "yarn:four", "yarn:4,beta", "yarn:4,factor=8", "4", ""])
 def test_what_is_no_scaling_is_refused(text):
-    with pytest.raises(UserError, match="a kind and a factor such as yarn:4 are needed"):
+    with pytest.raises(UserError, match="is not a kind with a factor"):
         parse_rope_scaling(text)
 
 

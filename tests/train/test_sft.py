@@ -95,7 +95,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     run(inputs, tmp_path, "--steps", 3, *options)
     run(inputs, tmp_path, "--steps", 6, *options, "--resume")
     said = capsys.readouterr().out
-    assert "going on after step 3" in said
+    assert "training continues after step 3" in said
     assert [*re.findall(r"the whole run took \d.* s( in \d processes)?;", said)] == [
         "",
         " in 2 processes",
@@ -144,8 +144,8 @@ def test_a_run_killed_between_a_checkpoint_and_its_record_ends_bitwise(
         assert (tmp_path / "checkpoints" / str(step)).is_dir()
     run(inputs, tmp_path, *options, "--resume")
     shown = capsys.readouterr().out
-    assert shown.count("no checkpoint yet: beginning at step 0") == 1
-    assert shown.count("going on after step 2") == 1 and "after step 4" not in shown
+    assert shown.count("there is no checkpoint yet") == 1
+    assert shown.count("training continues after step 2") == 1 and "after step 4" not in shown
     assert_identical(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]

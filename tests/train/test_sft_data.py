@@ -82,7 +82,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     with pytest.raises(UserError, match="--fields prompt=x: none of .* has `x` in its first row"):
         again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])
         read("--dataset", b, str(again), "--fields", "prompt=x")
-    with pytest.raises(UserError, match="--dataset sql is a task .*: leave out a.jsonl"):
+    with pytest.raises(UserError, match="--dataset sql is a task .*Remove a.jsonl"):
         parse(["--dataset", "a.jsonl", "sql"])
     with pytest.raises(UserError, match="is what is trained on"):
         read("--dataset", a, b, "--eval-dataset", b, "--eval-every", "1")

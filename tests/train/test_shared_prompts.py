@@ -195,13 +195,13 @@ def test_a_dry_run_counts_a_shared_prompt_once(folder, tmp_path, capsys):
     drawn, asked = 8 * 12, 2 * np.mean(sizes)  # two prompts with four completions each
     grpo.main([str(arg) for arg in line])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"tokens a step: about {asked:,.0f} of prompts, and at most {drawn} that are" in said
+    assert f"tokens per step: about {asked:,.0f} of prompts, and at most {drawn} drawn" in said
     share = (asked + drawn) / (4 * asked + drawn)
     assert f"completions share their prompt: {share:.0%} of the tokens that a prompt for" in said
     assert len(re.findall("[Cc]ompiling", said)) == 2  # "compiling …" and "compiling: 3 s"
     grpo.main([str(arg) for arg in [*line, "--no-share-prompt"]])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"tokens a step: about {4 * asked:,.0f} of prompts, and at most {drawn} that" in said
+    assert f"tokens per step: about {4 * asked:,.0f} of prompts, and at most {drawn} drawn" in said
 
 
 @pytest.mark.slow

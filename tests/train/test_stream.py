@@ -55,7 +55,7 @@ def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, 
     said = run(tmp_path / "whole", "--steps", "16")
     assert "chunks an epoch, whose rows are shuffled" in said
     run(tmp_path / "parts", "--steps", "7")
-    assert "going on after step 7" in run(tmp_path / "parts", "--steps", "16", "--resume")
+    assert "training continues after step 7" in run(tmp_path / "parts", "--steps", "16", "--resume")
     for one, other in zip(trained(tmp_path / "whole"), trained(tmp_path / "parts"), strict=True):
         np.testing.assert_array_equal(one, other)
     write_jsonl(data, rows(120, "so it was"))
@@ -91,9 +91,9 @@ def test_a_model_with_images_is_its_text(tmp_path):
     [
         ("", "--stream counts no rows: say how long to train with --steps"),
         ("--steps 9", "give --truncate, which cuts off what is longer than --seq-len 128"),
-        ("--epochs 2", "--stream reads rows while training, .*: leave out --epochs"),
-        ("--steps 9 --truncate --rows 3", "leave out --rows"),
-        ("--steps 9 --truncate --token-cache x", "leave out --token-cache"),
+        ("--epochs 2", "--stream reads rows while training, .*Remove --epochs"),
+        ("--steps 9 --truncate --rows 3", "Remove --rows"),
+        ("--steps 9 --truncate --token-cache x", "Remove --token-cache"),
         ("--steps 9 --truncate --eval-every 3", "holds no rows out: name some with --eval-dataset"),
         ("--steps 9 --truncate --dataset sql", "--stream reads rows of your own, and sql makes"),
         ("--steps 9 --truncate --dataset a:1 b:2", "leave out the weights of --dataset a:1 b:2"),

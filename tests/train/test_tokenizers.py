@@ -153,7 +153,7 @@ def test_a_classifier_reads_texts_with_it(tmp_path, capsys):
     assert '"label"' in capsys.readouterr().out
     args = ["--dataset", write_jsonl(tmp_path / "rows.jsonl", [{"image": "1", "label": "a"}])]
     args += ["--image", "image", "--model", base, "--tokenizer", tmp_path / "tokens"]
-    assert "hold images, not texts: leave out --tokenizer" in fails(capsys, classify.main, *args)
+    assert "hold images, not texts. Remove --tokenizer" in fails(capsys, classify.main, *args)
 
 
 @pytest.mark.parametrize(

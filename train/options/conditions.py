@@ -11,8 +11,8 @@ from train.options.paths import kind_of
 from train.reporters.registry import trackers
 
 NO_ADAPTER = ("none",)  # the value of --targets
-_FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
-_STREAM = "--stream reads rows while training, neither counts nor keeps them"
+_SCHEDULES_TO_MIN_LR = ("linear", "cosine", "wsd")  # they end at --min-lr
+_STREAM = "--stream reads rows while training, and neither counts nor keeps them"
 
 
 class DatasetFacts(NamedTuple):
@@ -20,9 +20,9 @@ class DatasetFacts(NamedTuple):
 
     Attributes:
       names: the data sets.
-      has_own_rows: True if the first one is a task with rows and a test of its own.
-      holds_images: True if its rows hold images in the place of texts.
-      calls_tools: True if it is a task whose completions call tools without being asked to.
+      has_own_rows: True if the first data set is a task with its own rows and test.
+      holds_images: True if the rows of the first data set hold images instead of texts.
+      calls_tools: True if the first data set is a task whose completions call tools by themselves.
     """
 
     names: list[str]
@@ -31,8 +31,8 @@ class DatasetFacts(NamedTuple):
     calls_tools: bool
 
 
-class _GivenOptions:
-    """All options of a script by their names; those of other scripts are None."""
+class _OptionsByName:
+    """All options of a script as attributes; options of other scripts are None."""
 
     def __init__(self, options: Any, facts: DatasetFacts) -> None:
         for group in vars(options).values():
@@ -42,17 +42,20 @@ class _GivenOptions:
         self.is_named = facts.has_own_rows
         self.holds_images = facts.holds_images
         self.calls_tools = facts.calls_tools
-        # Why --report-project has no effect on each tracker; None where it has one.
+        # The reason why --report-project has no effect, if no tracker has projects.
         project_reasons = [tracker.no_project for tracker in trackers(self.report_to).values()]
         if not project_reasons:
             self.no_project = "nothing is reported"
         elif all(project_reasons):
             self.no_project = str(project_reasons[0])
-        self.again = " (--resume needs it again, if the run began with it)" if self.resume else ""
+        self.again = ""
+        if self.resume:
+            self.again = " (a run that began with --sampler needs it again with --resume)"
+        # A variant that fixes A and B itself; two of them exclude each other anyway.
         exclusive = [
             variant for variant in VARIANTS if variant.alone and getattr(self, variant.option)
         ]
-        if len(exclusive) == 1:  # else they exclude each other
+        if len(exclusive) == 1:
             self.alone = f"{flag(exclusive[0].option)} {exclusive[0].alone_in_scripts}"
         is_test_file = self.test is None or kind_of(self.test)
         self.from_files = all(map(kind_of, self.datasets)) and is_test_file
@@ -62,33 +65,36 @@ class _GivenOptions:
 
 
 class NoEffect(enum.Enum):
-    """A condition in which options have no effect; of several that hold, the first is told.
+    """A condition in which options have no effect. Messages name the first one that holds.
 
     Attributes:
       why: the reason, with the options that it names in braces.
-      holds: returns whether the condition holds for the options given.
+      holds: returns whether the condition holds for given options.
     """
 
-    AVERAGES = "--optimizer {o.optimizer} averages in the place of a schedule", lambda o: o.averages
+    AVERAGES = (
+        "--optimizer {o.optimizer} averages weights instead of following a schedule",
+        lambda o: o.averages,
+    )
     FLAT = (
         "--schedule {o.schedule} does not fall to a final learning rate",
-        lambda o: not o.averages and o.schedule not in _FALLING,
+        lambda o: not o.averages and o.schedule not in _SCHEDULES_TO_MIN_LR,
     )
     NEVER_STABLE = (
-        "--schedule {o.schedule} has no stable part before it falls (wsd has)",
+        "--schedule {o.schedule} has no stable part before it falls (only wsd has one)",
         lambda o: not o.averages and o.schedule != "wsd",
     )
     WARMUP_RATIO = (
-        "--warmup-ratio says how long the warmup is",
+        "--warmup-ratio already sets the length of the warmup",
         lambda o: not o.averages and o.warmup_ratio is not None,
     )
     FULL = "--full trains every parameter, without an adapter", lambda o: o.full
     INIT_ADAPTER = (
-        "--init-adapter goes on with an adapter, and its own targets, rank and alpha",
+        "--init-adapter continues an adapter that has its own targets, rank and alpha",
         lambda o: o.init_adapter is not None,
     )
     NO_INIT_ADAPTER = (
-        "no adapter is read without --init-adapter",
+        "without --init-adapter, no adapter is read",
         lambda o: o.init_adapter is None and not o.resume,
     )
     PEFT_CONFIG = "--peft-config describes the whole adapter", lambda o: o.peft_config is not None
@@ -100,50 +106,53 @@ class NoEffect(enum.Enum):
         "--intrinsic trains a subspace of all parameters, without an adapter",
         lambda o: o.intrinsic is not None,
     )
-    NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
+    NO_INTRINSIC = "without --intrinsic, there is no subspace", lambda o: o.intrinsic is None
     NO_TOOLS = (
-        "no tool is called without --tools or --environment",
+        "without --tools or --environment, no tool is called",
         lambda o: not o.tools and o.environment is None and not o.calls_tools,
     )
-    NO_SAMPLER = "this run draws itself, without --sampler{o.again}", lambda o: o.sampler is None
+    NO_SAMPLER = (
+        "without --sampler, this run draws completions itself{o.again}",
+        lambda o: o.sampler is None,
+    )
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TINYLORA = (
-        "no vector trains between A and B without --tinylora",
+        "without --tinylora, no vector trains between A and B",
         lambda o: not o.tinylora and "tinylora" not in (o.methods or ()),
     )
-    NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
+    NO_TARGETS = "--targets none creates no adapter", lambda o: o.targets == NO_ADAPTER
     PREFERENCES = (
-        "--labels pairs reads the fields prompt, chosen and rejected",
+        "--labels pairs always reads the fields prompt, chosen and rejected",
         lambda o: o.labels == "pairs",
     )
     IMAGES = "the rows hold images, not texts", lambda o: o.holds_images
     FILES = "the rows come from a file, not from the hub", lambda o: o.from_files
-    HAS_ROWS = "--dataset {o.datasets[0]} has rows and a test of its own", lambda o: o.is_named
-    TEST = "--test names the rows to test on", lambda o: o.test is not None
+    HAS_ROWS = "--dataset {o.datasets[0]} has its own rows and its own test", lambda o: o.is_named
+    TEST = "--test already names the rows to test on", lambda o: o.test is not None
     NO_PROJECT = "{o.no_project}", lambda o: o.no_project is not None
-    NO_PROMPTS = "nothing is sampled without --sample-prompts", lambda o: not o.sample_prompts
+    NO_PROMPTS = "without --sample-prompts, nothing is sampled", lambda o: not o.sample_prompts
     NONE_HELD_OUT = (
-        "rows are held out for --eval-every alone",
+        "rows are held out only for --eval-every",
         lambda o: not (o.is_named or o.eval_every or o.group),
     )
     NONE_DRAWN = (
-        "no rows are drawn to be held out",
+        "this run draws no rows to hold out",
         lambda o: (
             o.is_named or o.eval_dataset or o.stream or not (o.eval_every or o.eval_questions)
         ),
     )
     EVAL_DATASET = (
-        "--eval-dataset names the rows to measure on, and all of them count",
+        "--eval-dataset names the rows to measure on, and all of them are used",
         lambda o: o.eval_dataset is not None and not o.is_named,
     )
-    NONE_MEASURED = "nothing is measured without --eval-every", lambda o: not o.eval_every
+    NONE_MEASURED = "without --eval-every, nothing is measured", lambda o: not o.eval_every
     STREAM = _STREAM, lambda o: o.stream
     ONLY_STREAM = _STREAM, lambda o: o.stream and o.eval_dataset is None
     ONE_PROCESS = (
-        "one process has no other to hear of",
+        "the run has only one process",
         lambda o: not o.distributed and (o.num_processes or 1) == 1,
     )
-    DRY_RUN = "--dry-run trains nothing, in one process", lambda o: o.dry_run
+    DRY_RUN = "--dry-run uses one process and trains nothing", lambda o: o.dry_run
 
     def __init__(self, why: str, holds: Callable[[Any], bool]) -> None:
         self.why = why
@@ -151,8 +160,10 @@ class NoEffect(enum.Enum):
 
 
 def reasons(options: Any, facts: DatasetFacts) -> dict[NoEffect, str]:
-    """Returns the conditions that hold for all options of a script, with their reasons."""
-    given = _GivenOptions(options, facts)
-    return {
-        condition: condition.why.format(o=given) for condition in NoEffect if condition.holds(given)
-    }
+    """Returns the conditions that hold for the options of a script, with their reasons."""
+    options_by_name = _OptionsByName(options, facts)
+    reason_by_condition = {}
+    for condition in NoEffect:
+        if condition.holds(options_by_name):
+            reason_by_condition[condition] = condition.why.format(o=options_by_name)
+    return reason_by_condition

@@ -1,22 +1,22 @@
-"""A task's defaults for options that were not given."""
+"""The defaults that a task sets for options that the user did not pass."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """A task's defaults for options that were not given.
+    """The defaults that a task sets for options that the user did not pass.
 
     Attributes:
-      model: the base; None where one has to be named.
-      alpha: a multiple of the rank.
-      lr, full_lr: AdamW's peak learning rate with an adapter, and of full fine-tuning.
+      model: the base; None if the user must name one.
+      alpha: alpha as a multiple of the rank.
+      lr, full_lr: AdamW's peak learning rate for an adapter, and for full fine-tuning.
       beta2: Adam's decay rate of the squared gradients.
       steps, epochs: the length of a run; one epoch if both are None.
       eval_questions: number of questions to answer, or of rows to hold out.
-      seq_len, max_new_tokens: tokens of a prompt with its completion, and of a completion, of tasks
+      seq_len, max_new_tokens: tokens of a prompt with its completion, and of a completion, in tasks
         that draw completions.
-      temperature: divides the logits to draw these from.
+      temperature: divisor of the logits from which completions are drawn.
     """
 
     model: str | None

@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from train.console.errors import UserError, flag
 from train.options.field import given_options
 
-# Their name -> ours, as a command line has it, and what differs.
-_NAMES = {
+# The other tool's name -> the option of this library, and its difference in parentheses.
+_OPTIONS_BY_OTHER_NAME = {
     **dict.fromkeys(("model_name_or_path", "base_model"), "--model"),
     **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "--init-adapter"),
     **dict.fromkeys(("dataset_name", "datasets", "train_file"), "--dataset"),
@@ -73,15 +73,15 @@ _NAMES = {
     "max_model_len": "--max-length",
     "max_lora_rank": "--max-rank",
 }
-# Their name -> answers, each for scripts that have some option.
-_ANSWERS = {
+# The other tool's name -> answers, each for scripts that have a certain option.
+_ANSWERS_BY_OTHER_NAME = {
     "use_peft": {"full": "the default (--full trains without an adapter)"},
     "fp16": {"merged": "--dtype float16", "dtype": "--dtype bfloat16 (there is no float16)"},
 }
 
 
 def check_names(args: Sequence[str], known: Collection[str]) -> None:
-    """Raises a UserError that says the script's own options for those of other tools.
+    """Raises a UserError with the script's option for each option that has another tool's name.
 
     Args:
       args: the command line.
@@ -93,11 +93,17 @@ def check_names(args: Sequence[str], known: Collection[str]) -> None:
         if option:
             renamed.append(f"{flag(name)} is {option}")
     if renamed:
-        raise UserError(f"some options have other names here: {', '.join(renamed)}")
+        raise UserError(
+            f"Some options have different names here: {', '.join(renamed)}. Use the names of this "
+            "script."
+        )
 
 
 def own_name(name: str, known: Collection[str]) -> str | None:
-    """Returns a script's option for another tool's; None if it has none, or one of that name.
+    """Returns the script's option that corresponds to another tool's option.
+
+    The result is None if the script has no such option, or has an option with the other tool's
+    name.
 
     Args:
       name: the other tool's name, with underscores.
@@ -105,10 +111,10 @@ def own_name(name: str, known: Collection[str]) -> str | None:
     """
     if name in known:
         return None
-    for option, answer in _ANSWERS.get(name, {}).items():
+    for option, answer in _ANSWERS_BY_OTHER_NAME.get(name, {}).items():
         if option in known:
             return answer
-    text = _NAMES.get(name)
+    text = _OPTIONS_BY_OTHER_NAME.get(name)
     if text is None:
         return None
     option = text.split()[0].removeprefix("--").replace("-", "_")

@@ -36,27 +36,30 @@ def fill_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
 
 
 def warmup_steps(optim: Any, steps: int) -> int:
-    """Returns the steps of the warmup; rounds a share of all steps up, as transformers does."""
+    """Returns the number of warmup steps, a share of all steps rounded up as in transformers."""
     if optim.warmup_ratio is None:
         return optim.warmup
     return math.ceil(optim.warmup_ratio * steps)
 
 
 def check_optim(optim: Any) -> None:
-    """Raises a UserError if the options of optimiser and schedule make no sense."""
+    """Raises a UserError if the options of optimiser and schedule contradict each other."""
     if optim.lr_rule is not None and optim.optimizer != "adamw":
         raise UserError(
-            f"--lr-rule was fitted to Adam: give --lr for --optimizer {optim.optimizer} instead"
+            f"--lr-rule was fitted to Adam, not {optim.optimizer} (--optimizer). Pass --lr instead."
         )
     if optim.lr is None and optim.lr_rule is None:
         raise UserError(
             f"--optimizer {optim.optimizer} has no default learning rate, since its steps scale "
-            "with the gradient: give --lr"
+            "with the gradient. Pass --lr."
         )
     if optim.lr is not None and optim.lr_rule is not None:
-        raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
+        raise UserError("--lr and --lr-rule both set the learning rate. Remove one of them.")
     if OPTIMIZERS[optim.optimizer].averages and not optim.beta1:
-        raise UserError(f"--beta1 0: --optimizer {optim.optimizer} needs a positive number")
+        raise UserError(
+            f"--optimizer {optim.optimizer} needs a positive --beta1, but it is 0. Pass a number "
+            "between 0 and 1."
+        )
 
 
 def make_schedule(optim: Any, rate: float, steps: int) -> optax.Schedule:
@@ -81,29 +84,31 @@ def make_optimizer(
     optim: Any, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
     """Returns the optimiser that the options describe; see `lora_jax.training.make_optimizer`."""
-    return training.make_optimizer(optim.optimizer, schedule, params, **_settings(optim))
+    return training.make_optimizer(optim.optimizer, schedule, params, **_optimizer_settings(optim))
 
 
 def make_tenant(
     optim: Any, params: Any, schedule: optax.Schedule, steps: int, *, loss: Loss, key: Any
 ) -> Tenant:
-    """Returns an adapter that trains beside others, by the optimiser that the options describe."""
+    """Returns the record of an adapter that trains beside others, with the optimiser of options."""
     return Tenant(
         params=params,
         schedule=schedule,
         steps=steps,
         loss=loss,
         optimizer=optim.optimizer,
-        **_settings(optim),
+        **_optimizer_settings(optim),
         noise=optim.neftune,
         key=key,
     )
 
 
 def optimizer_line(optim: Any, params: Any) -> str:
-    """Returns a line that tells the optimiser: "optimizer: lion (beta1 0.9, beta2 0.99)"."""
+    """Returns the log line of an optimiser, such as "optimizer: lion (beta1 0.9, beta2 0.99)"."""
     line = f"optimizer: {optim.optimizer}"
-    options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
+    options = ", ".join(
+        f"{name} {value:g}" for name, value in _values_of_optimizer_options(optim).items()
+    )
     if options:
         line += f" ({options})"
     if optim.optimizer == "muon":
@@ -111,13 +116,13 @@ def optimizer_line(optim: Any, params: Any) -> str:
     return line
 
 
-def _settings(optim: Any) -> dict[str, Any]:
-    """Returns the settings of an optimiser beside its name, schedule and parameters."""
+def _optimizer_settings(optim: Any) -> dict[str, Any]:
+    """Returns the settings of an optimiser besides its name, schedule and parameters."""
     shared = {name: getattr(optim, name) for name in ("weight_decay", "grad_clip", "lora_plus")}
-    return {**shared, "options": _options(optim)}
+    return {**shared, "options": _values_of_optimizer_options(optim)}
 
 
-def _options(optim: Any) -> dict[str, float]:
+def _values_of_optimizer_options(optim: Any) -> dict[str, float]:
     """Returns the options that the optimiser reads, with their values."""
     names = OPTIMIZERS[optim.optimizer].options
     values = {name: getattr(optim, name) for name in names}

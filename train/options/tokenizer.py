@@ -16,8 +16,8 @@ class TokenizerOption:
     """The tokenizer that a model reads and writes texts with."""
 
     tokenizer: str | None = option(None, field.OF_BASE, NoEffect.IMAGES)
-    """The tokenizer to use in the place of the model's own: a folder with its files, a GGUF file,
-    or a name on the hub. Adapters store it. By default that of the adapters, if they name one, or
+    """The tokenizer to use instead of the model's own: a folder with its files, a GGUF file, or a
+    name on the hub. Adapters store the choice. By default the tokenizer that the adapters name, or
     else the model's own."""
 
 
@@ -26,6 +26,6 @@ class TemplateOption:
     """The template that renders chats."""
 
     chat_template: Place | None = option(None, field.OF_BASE)
-    """A file of Jinja to render chats with, in the place of the model's chat template, such as one
-    that knows tools. Adapters store it as chat_template.jinja. By default that of the adapters, if
-    they have one, or else the model's own."""
+    """The path of a Jinja file that renders chats instead of the model's chat template, for example
+    a template with tools. Adapters store it as chat_template.jinja. By default the template of the
+    adapters, or else the model's own."""

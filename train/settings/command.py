@@ -1,4 +1,4 @@
-"""A command line, with the file that its `--config` names, as options."""
+"""Parses a command line and the file of its `--config` into options."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -21,24 +21,25 @@ Config = TypeVar("Config", bound=Options)
 def read_line(
     plain: Config, args: Sequence[str], script: str
 ) -> tuple[Config, frozenset[str], dict[str, int]]:
-    """Reads a command line, whether or not its options have an effect.
+    """Reads a command line and its file of --config, without a check for options without effect.
 
     Args:
-      plain: the options of the script, none of them given.
+      plain: the script's default options.
       args: the command line.
-      script: its module, and perhaps further words: "train.compare sft".
+      script: the module of the script, and perhaps further words: "train.compare sft".
 
     Returns:
-      The options, without a task's defaults; the names of those on the command line; and those of
-      the file of --config that count, with the line of each. `check_effects` takes all three.
+      The options, without a task's defaults; the names of the options on the command line; and the
+      options of the file of --config that are not overridden, with the line of each. All three are
+      arguments of `check_effects`.
 
     Raises:
       UserError: the file of --config cannot be read, or has a key or a value that no option takes;
-        a path has a scheme; or an option has the name that another tool has for it.
+        a path has a scheme; or an option has the name of another tool.
     """
     if not asks_for_help(args):
         check_names(args, traits_of(plain))
-    path = _config_file(args)
+    path = _config_path(args)
     on_line = given_options(args)
     config = plain
     file_lines: dict[str, int] = {}
@@ -48,6 +49,7 @@ def read_line(
         config, file_lines = read_options(path, config)
         config, effective_lines = _without_overridden(config, plain, file_lines, on_line)
     show_help(type(plain), args, script, config)
+    # The command line overrides the file. tyro has no flag for a switch's present value.
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     needed_args = [arg for arg in args if not _is_set_by_file(arg, config, file_lines)]
     config = tyro.cli(flat, args=needed_args, prog=program(script), default=config)
@@ -58,18 +60,19 @@ def read_line(
 def _without_overridden(
     config: Config, plain: Config, lines: dict[str, int], on_line: frozenset[str]
 ) -> tuple[Config, dict[str, int]]:
-    """Returns options and their lines in a file, without those that the command line overrides.
+    """Removes the options of a file that the command line overrides.
 
     Args:
-      config: the options with those of the file.
-      plain: the options of the script, none of them given.
+      config: the options with the values of the file.
+      plain: the script's default options.
       lines: the line of each option in the file.
       on_line: the names of the options on the command line.
     """
+    # An option of the file that excludes one of the command line gets its default again.
     overridden = excluded(config, on_line) & lines.keys()
     plain_values = {name: value_of(plain, name) for name in overridden}
     config = replace_options(config, plain_values)
-    # Where the file turns something on, --no-… turns it off.
+    # --no-… on the command line turns off a switch that the file turns on.
     turned_off = {name.removeprefix("no_") for name in on_line if name not in lines}
     effective_lines = {}
     for name, line in lines.items():
@@ -79,15 +82,17 @@ def _without_overridden(
 
 
 def _is_set_by_file(arg: str, config: Options, file_options: Collection[str]) -> bool:
-    """Returns True if a flag turns an option on or off, and the file of --config did so already."""
-    name = arg.removeprefix("--").replace("-", "_") if arg.startswith("--") else ""
-    value = not name.startswith("no_")
-    name = name.removeprefix("no_")
+    """Returns True if an argument is a flag that sets a switch as the file of --config sets it."""
+    if not arg.startswith("--"):
+        return False
+    flag_name = arg.removeprefix("--").replace("-", "_")
+    value = not flag_name.startswith("no_")
+    name = flag_name.removeprefix("no_")
     return name in file_options and value_of(config, name) is value
 
 
-def _config_file(args: Sequence[str]) -> str | None:
-    """Returns the value of --config, which has to be read before the other options."""
+def _config_path(args: Sequence[str]) -> str | None:
+    """Returns the value of --config, which is read before the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")  # tyro tells of a value that is missing
     return parser.parse_known_args(args)[0].config

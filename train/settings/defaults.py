@@ -1,4 +1,4 @@
-"""The defaults of options that depend on others or on an adapter's files, and checks of files."""
+"""Fills in defaults that depend on other options or an adapter's files, and checks these files."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,17 @@ from train.settings.files import CONFIG, read_options_file
 
 
 def fill_defaults(options: Any, defaults: Defaults) -> Any:
-    """Fills in the task's defaults for options that were not given."""
+    """Fills in the task's defaults for options that the user did not pass."""
     adapter = options.adapter
     source = None
-    if adapter.init_adapter is not None and not adapter.full:  # both together are an error later
+    # --init-adapter with --full is an error later.
+    if adapter.init_adapter is not None and not adapter.full:
         source = find_adapter(adapter.init_adapter, "--init-adapter")
     optim = _with_optim_defaults(options, defaults)
     if optim.quantize is None and source:
-        codes: Any = source.quantize
-        optim = dataclasses.replace(optim, quantize=codes)
+        quantization: Any = source.quantize
+        optim = dataclasses.replace(optim, quantize=quantization)
+    # Alpha is a multiple of the rank, which some variants set to 1.
     if adapter.alpha is None and adapter.peft_config is None:
         is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
         alpha_by_rank = 1.0 if is_rank else defaults.alpha
@@ -37,7 +39,7 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
 
 
 def _with_optim_defaults(options: Any, defaults: Defaults) -> Any:
-    """Returns the options of the optimizer, with its learning rate, and the length of the run."""
+    """Returns the optimizer's options with defaults of its learning rate and the run's length."""
     adapter = options.adapter
     variant_rates = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
     if adapter.full:
@@ -56,12 +58,13 @@ def _with_optim_defaults(options: Any, defaults: Defaults) -> Any:
 
 
 def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource | None) -> Any:
-    """Returns the options on data, with what the adapter says that the run begins with."""
+    """Returns the options about data with the defaults of the task and of --init-adapter."""
     data = options.data
     changes: dict[str, Any] = {}
     if data.model is None:
         stated_base = source.base() if source and source.base_info.get("model") else None
         changes["model"] = stated_base or defaults.model
+    # The adapter of --init-adapter says how its base was run.
     if source:
         if source.rope_scaling and getattr(data, "rope_scaling", "") is None:
             changes["rope_scaling"] = rope_scaling_text(source.rope_scaling)
@@ -73,6 +76,7 @@ def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource 
         began_with_template = not _began_without(options, "chat_template")
         if template and getattr(data, "chat_template", "") is None and began_with_template:
             changes["chat_template"] = shown(template)
+    # A resumed run that is older than these options goes on without them.
     for name in ("share_prompt", "replay_routing"):
         if getattr(data, name, False) and _began_without(options, name):
             changes[name] = False
@@ -85,31 +89,31 @@ def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource 
 
 
 def _began_without(options: Any, name: str) -> bool:
-    """Returns True if --resume goes on with a run that began without an option.
+    """Returns True if --resume continues a run whose saved options lack an option.
 
-    In runs that are older than these defaults, the base's own template renders chats, and each
-    completion has a prompt of its own.
+    In runs that are older than these defaults, the base's own template renders chats, and the
+    prompt is computed again for each completion.
     """
     if not options.run.resume:
         return False
     file = glimpse(options.run.output, (CONFIG,)) / CONFIG
     if not file.is_file():
         return False
-    with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
+    with contextlib.suppress(UserError):  # the check of the folder reports a damaged file
         return name not in read_options_file(file, options)
     return False
 
 
 def check_files(options: Any) -> None:
-    """Raises a UserError if --init-adapter or --chat-template name files that cannot be used."""
+    """Raises a UserError if the files of --init-adapter or --chat-template cannot be used."""
     name = options.adapter.init_adapter
     if name is not None:
         source = find_adapter(name, "--init-adapter")
         source.check_files()
         if source.is_subspace:
             raise UserError(
-                f"--init-adapter {name} is a subspace (--intrinsic), not an adapter: "
-                "`train.export --merged` writes a model to go on from"
+                f"--init-adapter {name} is a subspace (--intrinsic), not an adapter. Write a "
+                "merged model with `train.export --merged`, and pass that model with --model."
             )
     template = getattr(options.data, "chat_template", None)
     if template is not None:
@@ -117,7 +121,7 @@ def check_files(options: Any) -> None:
 
 
 def absolute_path(name: str | None) -> str | None:
-    """Returns an existing path as absolute; other names unchanged."""
+    """Returns the absolute path of an existing file or folder; other names stay unchanged."""
     if not name:
         return name
     path = Path(name).expanduser()

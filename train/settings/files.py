@@ -1,4 +1,4 @@
-"""The files of options: the one that --config names, and config.yaml in the folder of a run."""
+"""Reads and writes files of options: the file of --config, and config.yaml in a run's folder."""
 
 import dataclasses
 from collections.abc import Collection
@@ -20,7 +20,7 @@ CONFIG = "config.yaml"  # the file of a run's options, in its folder
 
 
 def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
-    """Returns the options, changed as a file says, and the line of each option in the file.
+    """Returns the options with the values of a file, and the line of each option in the file.
 
     Args:
       path: the file.
@@ -52,17 +52,21 @@ def _read_text(file: Path, option: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{option}: the file cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{option} cannot be read: {error.strerror or error}. Check the path and its "
+            "permissions."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{option}: the file is not UTF-8 text ({error})") from error
+        raise UserError(f"{option} is not UTF-8 text ({error}). Save the file in UTF-8.") from error
 
 
 def effective_options(options: Options) -> dict[str, Any]:
-    """Returns the options that say what a run is, as one flat JSON object.
+    """Returns the options that describe a run, as one flat JSON object.
 
-    Those that have no effect beside the others are left out, and so are those without a value.
+    It lacks options that have no effect together with the others, and options without a value.
     """
-    run = dataclasses.replace(options.run, resume=False, overwrite=False)  # as it began
+    # --resume and --overwrite are not part of the run itself.
+    run = dataclasses.replace(options.run, resume=False, overwrite=False)
     idle = idle_options(dataclasses.replace(options, run=run), dataset_facts(options))
     traits = traits_of(options)
     effective = {}
@@ -83,7 +87,7 @@ def options_of_processes(options: Options) -> dict[str, Any]:
 def options_file(options: Options, script: str) -> str:
     """Returns the effective options as a YAML file that repeats the run."""
     heading = (
-        "The options of this run, with defaults. Paths are as they were given. To repeat it:\n"
+        "The options of this run, with defaults. Paths are as the user wrote them. To repeat it:\n"
         f"  {program(script)} --config FILE --output FOLDER"
     )
     return as_yaml(options, effective_options(options), heading)
@@ -94,7 +98,7 @@ def read_options_file(path: Path, plain: Options) -> dict[str, Any]:
 
     Args:
       path: the file.
-      plain: the options of the script; those that the file leaves out are not looked at.
+      plain: the script's default options.
 
     Raises:
       UserError: the file cannot be read, or is damaged.
@@ -104,9 +108,9 @@ def read_options_file(path: Path, plain: Options) -> dict[str, Any]:
 
 
 def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) -> None:
-    """Raises a UserError if a resumed run's options differ from those it began with.
+    """Raises a UserError if the options of a resumed run differ from its saved options.
 
-    An option that a run's file lacks had its default: the run may be older than the option.
+    An option that the run's file lacks had its default, because the run may be older than it.
     """
     current = effective_options(options)
     traits = traits_of(options)
@@ -117,19 +121,19 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) 
         if traits[name].changeable or saved.get(name) == current.get(name):
             continue
         if name in current:
-            state = f"is now {_option(current[name])}"
+            state = f"is now {_format_value(current[name])}"
         else:
-            state = _absence(idle.get(name))
-        differences.append(f"{flag(name)} was {_option(saved.get(name))} and {state}")
+            state = _describe_absence(idle.get(name))
+        differences.append(f"{flag(name)} was {_format_value(saved.get(name))} and {state}")
     if differences:
         raise UserError(
             f"--resume: the run in {folder} began with other options: {'; '.join(differences)}. "
-            "Give the same options, or start another run in another --output"
+            "Pass the same options, or start a new run in another --output."
         )
 
 
 def _saved_defaults(options: Options, names: Collection[str]) -> dict[str, Any]:
-    """Returns the values that options had in a run whose file lacks them, in their order."""
+    """Returns the values that options had in a run whose file lacks them."""
     plain: Any = type(options)
     defaults = as_json(plain())
     for name, traits in traits_of(options).items():
@@ -138,13 +142,13 @@ def _saved_defaults(options: Options, names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name in names}
 
 
-def _absence(reason: str | None) -> str:
-    """Returns the words for an option without a value, or without an effect for a reason."""
+def _describe_absence(reason: str | None) -> str:
+    """Returns the words of a message for an option without a value or without an effect."""
     return "is now None" if reason is None else f"has no effect now: {reason}"
 
 
-def _option(value: Any) -> str:
-    """Returns an option's value in words."""
+def _format_value(value: Any) -> str:
+    """Returns an option's value as text for messages."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return str(value)

@@ -1,4 +1,4 @@
-"""The tasks by script and data; a task's module is imported only where it is asked for."""
+"""Finds the task of a script and its data. A task's module is imported only when it is needed."""
 
 import importlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from train.console.errors import UserError
 from train.data.files import holds_images, parse_datasets
 from train.options.conditions import DatasetFacts
 
-# The tasks that --dataset names, each with rows and a test of its own.
+# The tasks that --dataset can name, each with its own rows and test.
 NAMED: dict[str, dict[str, str]] = {
     "train.sft": {"sql": "train.tasks.sql:TASK"},
     "train.classify": {"vader": "train.tasks.vader:TASK"},
@@ -20,11 +20,11 @@ NAMED: dict[str, dict[str, str]] = {
     },
     "train.distill": {"sql": "train.tasks.sql:DISTILLATION"},
 }
-_WITH_TOOLS = ("guess",)  # those whose completions call tools without being asked to
+_WITH_TOOLS = ("guess",)  # tasks whose completions call tools without --tools
 
 
-def _classifier(data: Any) -> str:
-    """Returns the task of a classifier on a user's own rows."""
+def _classifier_task(data: Any) -> str:
+    """Returns the name of the task that trains a classifier on a user's own rows."""
     if data.labels == "pairs":
         return "train.tasks.reward_model:TASK"
     module = "images" if holds_images(data.image, data.dataset) else "labelled"
@@ -34,12 +34,12 @@ def _classifier(data: Any) -> str:
 # The task on a user's own rows, from the options on data.
 OWN_ROWS: dict[str, Callable[[Any], str]] = {
     "train.sft": lambda data: f"train.tasks.{'stream' if data.stream else 'chats'}:TASK",
-    "train.classify": _classifier,
+    "train.classify": _classifier_task,
     "train.dpo": lambda data: "train.tasks.pairs:TASK",
     "train.grpo": lambda data: "train.tasks.prompts:TASK",
     "train.distill": lambda data: "train.tasks.distillation:TASK",
 }
-# Those that refuse, with a reason of their own, the name of a task beside them.
+# Tasks that refuse the name of another task in --dataset with their own message.
 _EXCLUSIVE_TASKS = (
     "train.tasks.stream:TASK",
     "train.tasks.reward_model:TASK",
@@ -48,14 +48,14 @@ _EXCLUSIVE_TASKS = (
 
 
 def find_task(script: str, data: Any) -> Any:
-    """Returns the `train.run.task.Task` that --dataset names, or the one on a user's own rows.
+    """Returns the `train.run.task.Task` that --dataset names, or the task for a user's own rows.
 
     Args:
-      script: the module of a script: "train.sft".
-      data: its options on data.
+      script: the module of a script, such as "train.sft".
+      data: the script's options about data.
 
     Raises:
-      UserError: a task is named beside other data.
+      UserError: a task is named together with other data.
     """
     names = _dataset_names(data)
     task_on_own_rows = OWN_ROWS[script](data)
@@ -64,15 +64,15 @@ def find_task(script: str, data: Any) -> Any:
         if task_name in named_tasks and len(names) > 1:
             others = " ".join(name for name in names if name != task_name)
             raise UserError(
-                f"--dataset {task_name} is a task with rows and a test of its own: leave out "
-                f"{others}"
+                f"--dataset {task_name} is a task with its own rows and its own test. Remove "
+                f"{others}."
             )
     module, _, attribute = named_tasks.get(names[0], task_on_own_rows).partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def dataset_facts(options: Any) -> DatasetFacts:
-    """Returns the facts about the data sets that the options of a script name."""
+    """Returns the facts about the data sets in --dataset."""
     data = options.data
     names = _dataset_names(data)
     return DatasetFacts(
@@ -84,7 +84,7 @@ def dataset_facts(options: Any) -> DatasetFacts:
 
 
 def _dataset_names(data: Any) -> list[str]:
-    """Returns the names in --dataset."""
+    """Returns the names of the data sets in --dataset."""
     if isinstance(data.dataset, str):
         return [data.dataset]
     return [dataset.name for dataset in parse_datasets(data.dataset)]

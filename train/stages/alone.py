@@ -1,4 +1,4 @@
-"""A single run: it has the console and the step to itself, and its errors end the command."""
+"""The arrangement of a single run, which uses the command's console and whose errors end it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -35,26 +35,29 @@ Stage = TypeVar("Stage")
 
 
 class StepsAlone:
-    """Takes the steps of a single run, as `StepsTogether` takes those of many."""
+    """Takes the steps of a single run. `StepsTogether` takes the steps of several runs."""
 
     def __init__(self, step: CompiledStep, forward: Forward, start: TrainingStart) -> None:
-        """Begins with the state of `start`, which the first step donates."""
-        self.step, self.forward, self._layout = step, forward, start.setup.layout
-        self._state, self._base = start.state, start.base
+        """Keeps the state of `start`, which the first step donates."""
+        self.step = step
+        self.forward = forward
+        self._layout = start.setup.layout
+        self._state = start.state
+        self._base = start.base
 
     def state(self, name: str) -> State:
         """Returns the state after the steps so far."""
         return self._state
 
     def take(self, batches: Mapping[str, HostBatch]) -> dict[str, Metrics]:
-        """Takes a step with the run's batch; returns its metrics."""
-        ((name, batch),) = batches.items()
-        placed = self._layout.batch(batch, parts=True)
-        self._state, metrics = self.step(self._state, self._base, placed)
+        """Takes a step with the run's batch and returns the metrics of the step."""
+        ((name, batch),) = batches.items()  # there is one run
+        placed_batch = self._layout.batch(batch, parts=True)
+        self._state, metrics = self.step(self._state, self._base, placed_batch)
         return {name: metrics}
 
     def compilation(self, seconds: float, clock: StepClock) -> Compilation:
-        """Returns the costs of compiling the step, which took so many seconds."""
+        """Returns the costs of compiling the step, which took `seconds`."""
         return Compilation(
             seconds=seconds,
             further_seconds=clock.compile_seconds,
@@ -73,24 +76,24 @@ class Alone:
         return self.console
 
     def tell(self, *lines: str) -> None:
-        """Tells nothing of a table: there is one run."""
+        """Does nothing, because there is no table of runs."""
 
     def keep_log(self, run: OpenedRun, held: ExitStack) -> None:
-        """Keeps nothing: the command prints."""
+        """Does nothing, because the command prints the log."""
 
     def attempt(self, run: OpenedRun, work: Callable[[], Stage], best: Best | None = None) -> Stage:
-        """Returns the next stage of the run; raises what ends it."""
+        """Returns the next stage of the run. An error in it ends the command."""
         return work()
 
     def arrays(self, run: OpenedRun, start: TrainingStart, params: Tree) -> State:
-        """Returns the state that the steps begin with."""
+        """Returns the state before the first step."""
         return start.state
 
     def step_compiler(
         self, runs: Mapping[str, BegunRun], base: SharedModel, weights: Handover[Tree]
     ) -> StepCompiler:
         """Returns the function that compiles the step of the run for a model."""
-        weights.take()  # the run has its own
+        weights.take()  # the state of the run holds the weights
         (run,) = runs.values()
         opened = run.opened
         start = dataclasses.replace(run.start.content, state=run.arrays.take())
@@ -103,7 +106,7 @@ class Alone:
         return compile_for
 
     def train(self, compiled: CompiledRuns) -> dict[str, EndedTraining]:
-        """Trains the run as far as it goes; raises what ends it."""
+        """Trains the run to its end and raises the error that ended it, if there is one."""
         ((name, run),) = compiled.runs.items()
         driver = compiled.driver.take()
         run.opened.stop.remedy = run.opened.hint
@@ -115,11 +118,11 @@ class Alone:
         return {name: ending.result}
 
     def check_signal(self, run: TrainedRun) -> None:
-        """Ends the command after a signal in the last step."""
+        """Ends the command if a signal came during the last step."""
         stop = run.opened.stop
         stop.remedy = f"The adapter is in {run.opened.folder / ADAPTER}"
         stop.check()
 
     def evaluating(self, name: str) -> AbstractContextManager[object]:
-        """Returns a context that says nothing."""
+        """Returns a context without an effect."""
         return nullcontext()

@@ -47,7 +47,7 @@ from train.stages.types import (
 
 
 def read_base(run: OpenedRun, console: Console) -> tuple[SharedModel, Handover[Tree]]:
-    """Reads the model that runs share, once; returns it with its weights.
+    """Reads the model that runs share and returns it with its weights.
 
     Raises:
       UserError: the weights cannot be read, or do not fit the model.
@@ -55,7 +55,7 @@ def read_base(run: OpenedRun, console: Console) -> tuple[SharedModel, Handover[T
     outline, layout = run.inputs.read.outline, run.inputs.layout
     with hosts.raise_in_every_process(), doing(console, f"reading the weights of {outline.name}"):
         model, plain, _ = load_base(run.config, run.inputs)
-    # A model that recomputes its layers takes long rows by chunks, without a backward pass, too.
+    # Evaluation needs no recomputed layers, and a model with them would split long rows in chunks.
     without_remat = model.clone(remat=False) if layout.keeps_rows else model
     shared = SharedModel(
         model=model,
@@ -68,9 +68,9 @@ def read_base(run: OpenedRun, console: Console) -> tuple[SharedModel, Handover[T
 
 
 def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
-    """Reads the model and its weights, as the options say; returns them with plain weights.
+    """Reads the model and its plain weights in the dtypes of the options.
 
-    Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
+    Full fine-tuning and training in a subspace keep the weights in float32 for every --dtype.
     """
     optim = config.optim
     outline = inputs.read.outline
@@ -85,7 +85,7 @@ def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
         **outline.head,
     )
     check_weights(outline, params)
-    # Codes stay codes, which the model runs on through `adapt` alone.
+    # A model runs on quantized weights only through `adapt`.
     forward = lj.adapt(model.apply) if outline.has_codes else model.apply
     return EvaluatedModel(model, params, forward)
 
@@ -98,44 +98,46 @@ def begin_runs(
     arrangement: Arrangement,
     context: RunContext,
 ) -> dict[str, BegunRun | FailedRun]:
-    """Begins runs over one base, and measures the base for them.
+    """Begins runs over one base, and evaluates the base for them.
 
     Args:
       runs: the runs, by name.
       base: the model.
-      weights: its parameters.
-      session: is told how long this process works.
-      arrangement: says how the runs stand beside each other.
-      context: has the evaluations of the base so far.
+      weights: the model's parameters.
+      session: records the time of this process.
+      arrangement: the arrangement of the runs.
+      context: contains the evaluations of the base so far.
     """
     base_params = weights.content
     begun_runs: dict[str, BegunRun | FailedRun] = {}
     for name, run in runs.items():
         work = functools.partial(begin_run, run, base.model, base_params, session, arrangement)
         begun_runs[name] = arrangement.attempt(run, work)
-    # Plain weights run by the model itself; codes stay codes.
+    # A model runs on quantized weights only through `adapt`.
     forward = base.adapted_forward if base.outline.has_codes else base.model.apply
     for begun in begun_runs.values():
-        if isinstance(begun, BegunRun) and begun.evaluation and not begun.opened.pauses:
-            # What an earlier run measured of the same base is not measured again.
-            is_measured = any(map(begun.evaluation.reuse_base_scores, context.measured))
-            if not is_measured:
-                begun.evaluation.before(EvaluatedModel(base.model, base_params, forward))
-                context.measured.append(begun.evaluation)
+        has_evaluation = isinstance(begun, BegunRun) and begun.evaluation
+        if not has_evaluation or begun.opened.pauses:
+            continue
+        # Scores of the same base from an earlier run are reused.
+        is_measured = any(map(begun.evaluation.reuse_base_scores, context.measured))
+        if not is_measured:
+            begun.evaluation.before(EvaluatedModel(base.model, base_params, forward))
+            context.measured.append(begun.evaluation)
     return begun_runs
 
 
 def begin_run(
     run: OpenedRun, model: Model, plain: Tree, session: Session, arrangement: Arrangement
 ) -> BegunRun:
-    """Adapts the base for a run that is opened, and makes its state, new or resumed.
+    """Adapts the base for an opened run, and makes the run's new or resumed state.
 
     Args:
       run: the run.
       model: the model.
-      plain: its parameters.
-      session: is told how long this process works; closes the run's log in the end.
-      arrangement: says how the run stands beside others.
+      plain: the model's parameters.
+      session: records the time of this process, and closes the run's log at the end.
+      arrangement: the arrangement of the runs.
 
     Raises:
       TrainingError: the checkpoint in the folder belongs to another run.
@@ -152,10 +154,12 @@ def begin_run(
         ready=start,
         takes_from_base=takes_from_base(params),
     )
+    # The task may change the data, for example add the reference's log-probabilities.
     start, data = run.task.prepare(context)
     inputs = dataclasses.replace(run.inputs, read=run.inputs.read._replace(data=data))
     opened = dataclasses.replace(run, inputs=inputs)
     arrangement.keep_log(opened, session.release)
+    # The start keeps shapes only, because the first step donates the arrays.
     state = jax.eval_shape(lambda: start.state)
     begun = BegunRun(
         opened=opened,
@@ -171,9 +175,9 @@ def begin_run(
 
 
 def adapt_base(run: OpenedRun, plain: Tree, key: jax.Array) -> Tree:
-    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
+    """Returns the base with the adapter of --init-adapter, of a resumed run's start, or a new one.
 
-    With --intrinsic, the numbers of the subspace stand beside them.
+    With --intrinsic, returns the base with the trained numbers of the subspace.
     """
     config = run.config
     outline = run.inputs.read.outline
@@ -193,7 +197,7 @@ def adapt_base(run: OpenedRun, plain: Tree, key: jax.Array) -> Tree:
 
 
 def begin_state(run: OpenedRun, params: Tree, key: jax.Array) -> TrainingStart:
-    """Returns the state to train from, new or resumed, and writes the run's configuration.
+    """Returns the new or resumed state to train from, and writes the run's configuration.
 
     Args:
       run: the run.
@@ -221,28 +225,31 @@ def begin_state(run: OpenedRun, params: Tree, key: jax.Array) -> TrainingStart:
             before_record=run.place.send,
             notice=functools.partial(tell, run.console),
         ),
-        best=_best(run),
+        best=_make_best(run),
         noise=optim.neftune,
     )
-    if space := run.about.get(subspace.FACTS):
+    space = run.about.get(subspace.FACTS)
+    if space:
         start = dataclasses.replace(start, facts=start.facts | {"settings": {"subspace": space}})
     if run.config.run.resume:
         start = resume_start(start, inputs.steps)
         done = int(start.state.step)
-        text = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
-        tell(run.console, text, *_moved(run, schedule, done))
+        text = "there is no checkpoint yet, so training starts at step 0"
+        if done:
+            text = f"training continues after step {done}"
+        tell(run.console, text, *_rate_jump_warning(run, schedule, done))
     _write_settings(run, summary)
+    # A factor that was computed from the base is saved, so that --resume need not compute it again.
     if takes_from_base(params) and not (run.folder / output.START).exists():
-        # So that --resume decomposes nothing again.
         lj.save_adapter(run.folder / output.START, params, about=run.about)
     return start
 
 
 def _write_settings(run: OpenedRun, summary: str) -> None:
-    """Writes the options and the facts of a run, and clears what an earlier run left."""
+    """Writes the options and the facts of a run, and removes the files of an earlier run."""
     inputs = run.inputs
     facts = inputs.read.data.facts
-    # Of packed rows, an example of the feed is a sequence of several.
+    # With packing, an example of the feed is a sequence of several rows.
     n_rows = facts.get("rows", inputs.feed.n_examples)
     resolved = {"steps": inputs.steps, "examples": n_rows, "lr": inputs.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
@@ -254,34 +261,38 @@ def _write_settings(run: OpenedRun, summary: str) -> None:
     wait_for_all("the run has begun")
 
 
-def _moved(run: OpenedRun, schedule: optax.Schedule, done: int) -> tuple[str, ...]:
-    """Returns a line of warning if a new number of steps changes the learning rate from here on."""
-    began = read_json(run.folder / output.FACTS).get("resolved", {})
-    optim, steps = run.config.optim, run.inputs.steps
-    if not done or not {"steps", "lr"} <= began.keys():
+def _rate_jump_warning(run: OpenedRun, schedule: optax.Schedule, done: int) -> tuple[str, ...]:
+    """Returns a warning if a new number of steps changes the learning rate after `done` steps."""
+    first_facts = read_json(run.folder / output.FACTS).get("resolved", {})
+    optim = run.config.optim
+    steps = run.inputs.steps
+    # A run without a step so far, or of a version that saved no rate.
+    if not done or not {"steps", "lr"} <= first_facts.keys():
         return ()
-    was = make_schedule(optim, began["lr"], began["steps"])
-    here, there = float(was(done)), float(schedule(done))
-    if began["steps"] == steps or math.isclose(here, there, rel_tol=1e-6):
+    first_steps = first_facts["steps"]
+    first_schedule = make_schedule(optim, first_facts["lr"], first_steps)
+    old_rate = float(first_schedule(done))
+    new_rate = float(schedule(done))
+    if first_steps == steps or math.isclose(old_rate, new_rate, rel_tol=1e-6):
         return ()
     return (
-        f"warning: the run began with {began['steps']} steps and now has {steps}, so its "
-        f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
-        f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
-        "length that may change, begin a run with --schedule constant or wsd",
+        f"warning: the run began with {first_steps} steps and now has {steps}, which changes its "
+        f"{optim.schedule} schedule. The learning rate jumps from {old_rate:.2e} to "
+        f"{new_rate:.2e}. To avoid the jump, pass {flag('steps', first_steps)}. If the length may "
+        "change, start a run with --schedule constant or wsd.",
     )
 
 
-def _best(run: OpenedRun) -> Best | None:
-    """Returns the keeper of the best adapter; None without --keep-best."""
-    asked = run.config.run
-    if asked.keep_best is None:
+def _make_best(run: OpenedRun) -> Best | None:
+    """Returns the object that keeps the best adapter; None without --keep-best."""
+    options = run.config.run
+    if options.keep_best is None:
         return None
-    is_loss = asked.keep_best == "loss"
+    is_loss = options.keep_best == "loss"
     return Best(
         run.folder / BEST,
         f"{HELD_OUT}loss" if is_loss else f"{SCORE}{run.task.score}",
         goal="min" if is_loss else "max",
-        patience=asked.patience,
+        patience=options.patience,
         about=run.about,
     )

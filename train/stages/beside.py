@@ -1,4 +1,4 @@
-"""Runs side by side: each has a console in its folder and keeps its errors; steps are common."""
+"""The arrangement of runs side by side. They share steps; each has its own log and errors."""
 
 import dataclasses
 import traceback
@@ -44,50 +44,53 @@ from train.stages.types import (
     best_facts,
 )
 
-# Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
-_WORTH_COMPILING = 50
+# After the end of some runs, the step is compiled again for the others if this many steps remain.
+_MIN_STEPS_TO_COMPILE_AGAIN = 50
 Stage = TypeVar("Stage")
 
 
 class StepsTogether:
-    """Takes the common steps of runs."""
+    """Takes the common steps of several runs."""
 
     def __init__(self, together: Together, forward: Forward) -> None:
-        """Begins with the runs' states, which `together` holds."""
-        self.together, self.forward, self.clock = together, forward, StepClock()
+        """Keeps the runs' states, which `together` holds."""
+        self.together = together
+        self.forward = forward
+        self.clock = StepClock()
 
     def state(self, name: str) -> State:
         """Returns a copy of the state of a run."""
         return self.together.state(name)
 
     def take(self, batches: Mapping[str, HostBatch]) -> Mapping[str, Metrics]:
-        """Takes a step with each run that has a batch; returns the metrics by name."""
+        """Takes a step of each run that has a batch, and returns the metrics by name."""
         self.clock.under_way = self.together.step(batches)
         return self.clock.under_way
 
     def compilation(self, seconds: float, clock: StepClock) -> None:
-        """Returns None: the step is not that of one run."""
+        """Returns None, because the step does not belong to one run."""
 
 
 class SideBySide:
     """The arrangement of the runs of a table; see `train.stages.arrangement`."""
 
     def __init__(self, console: Console, session: Session) -> None:
-        """Begins without runs.
+        """Creates an arrangement without runs.
 
         Args:
           console: the console of the command.
-          session: tells of signals.
+          session: reports signals.
         """
-        self.console, self._session = console, session
+        self.console = console
+        self._session = session
         self._consoles: dict[str, BufferedConsole] = {}
 
     def console_of(self, name: str) -> Console:
-        """Returns a console whose lines are kept until the run's folder is its own."""
+        """Returns a console that buffers its lines until the run may write to its folder."""
         return self._consoles.setdefault(name, BufferedConsole()).console
 
     def tell(self, *lines: str) -> None:
-        """Tells lines about the table."""
+        """Prints lines about the table."""
         tell(self.console, *lines)
 
     def keep_log(self, run: OpenedRun, held: ExitStack) -> None:
@@ -98,12 +101,12 @@ class SideBySide:
     def attempt(
         self, run: OpenedRun, work: Callable[[], Stage], best: Best | None = None
     ) -> Stage | FailedRun:
-        """Returns the next stage of a run, or the run with the error that ends it alone.
+        """Returns the next stage of a run, or a `FailedRun` with the error that ended the run.
 
         Args:
           run: the run.
           work: makes the next stage.
-          best: keeps the best adapter so far.
+          best: the best adapter so far.
         """
         try:
             return work()
@@ -111,33 +114,40 @@ class SideBySide:
             return failed_run(run, error, best)
 
     def arrays(self, run: OpenedRun, start: TrainingStart, params: Tree) -> Tenant:
-        """Returns the adapter, whose slot makes a new state: there alone it takes memory."""
-        optim, steps = run.config.optim, run.inputs.steps
-        schedule, state = start.setup.schedule, start.state
-        tenant = make_tenant(optim, params, schedule, steps, loss=run.loss, key=state.key)
-        return dataclasses.replace(tenant, state=state) if int(state.step) else tenant
+        """Returns the adapter as a tenant. A new run's state is created in its slot."""
+        state = start.state
+        tenant = make_tenant(
+            run.config.optim,
+            params,
+            start.setup.schedule,
+            run.inputs.steps,
+            loss=run.loss,
+            key=state.key,
+        )
+        is_resumed = int(state.step) > 0
+        return dataclasses.replace(tenant, state=state) if is_resumed else tenant
 
     def step_compiler(
         self, runs: Mapping[str, BegunRun], base: SharedModel, weights: Handover[Tree]
     ) -> StepCompiler:
-        """Places the adapters; returns the function that compiles the common step for a model."""
+        """Places the adapters, and returns the function that compiles the common step."""
         layout = base.layout
         tenants = {name: run.arrays.take() for name, run in runs.items()}
-        drops_out = any(has_dropout(tenant.params) for tenant in tenants.values())
+        any_dropout = any(has_dropout(tenant.params) for tenant in tenants.values())
 
-        def forward_of(model: Model) -> Forward:
-            return lj.adapt(layout.constrained(model, dropout=drops_out).apply)
+        def adapt_model(model: Model) -> Forward:
+            return lj.adapt(layout.constrained(model, dropout=any_dropout).apply)
 
         together = Together(
-            forward_of(base.model), weights.take(), compiler_options=layout.compiler_options
+            adapt_model(base.model), weights.take(), compiler_options=layout.compiler_options
         )
         with jax.set_mesh(layout.mesh), doing(self.console, "placing the adapters"):
             together.add(tenants)
-            tenants.clear()
+            tenants.clear()  # frees the arrays that are now in slots
         batches = {name: run.batch for name, run in runs.items()}
 
         def compile_for(model: Model) -> tuple[StepsTogether, int | None]:
-            forward = forward_of(model)
+            forward = adapt_model(model)
             together.use(forward)
             with jax.set_mesh(layout.mesh):
                 return StepsTogether(together, forward), together.compile(batches)
@@ -145,7 +155,7 @@ class SideBySide:
         return compile_for
 
     def train(self, compiled: CompiledRuns) -> dict[str, EndedTraining]:
-        """Trains all runs as far as each goes."""
+        """Trains each run to its end."""
         runs = compiled.runs
         driver = compiled.driver.take()
         together = driver.together
@@ -156,7 +166,7 @@ class SideBySide:
         evaluations: Evaluations = {}
         endings: dict[str, EndedTraining] = {}
 
-        def ended(name: str, ending: RunEnding) -> None:
+        def record_ending(name: str, ending: RunEnding) -> None:
             together.remove(name)
             run = runs[name]
             endings[name] = ending.result
@@ -164,8 +174,8 @@ class SideBySide:
                 endings[name] = failed_run(run.opened, ending.error, run.best)
             board.ended(name, endings[name].state)
 
-        def turned() -> None:
-            together.shrink(_WORTH_COMPILING)
+        def after_step() -> None:
+            together.shrink(_MIN_STEPS_TO_COMPILE_AGAIN)
             board.show()
 
         with jax.set_mesh(compiled.base.layout.mesh):
@@ -175,20 +185,20 @@ class SideBySide:
                 driven_runs[name] = drive(run, compiled, driver, evaluations, clock, board)
                 board.note(name, {"step": together.done(name)})
             with board, clock, stop.deferred():
-                side_by_side(driver.take, driven_runs, ended=ended, turned=turned)
+                side_by_side(driver.take, driven_runs, ended=record_ending, turned=after_step)
                 board.show()
         return endings
 
     def check_signal(self, run: TrainedRun) -> None:
-        """Checks nothing: the table ends as a whole."""
+        """Does nothing, because a signal ends the table as a whole."""
 
     def evaluating(self, name: str) -> AbstractContextManager[object]:
-        """Returns a context that names the run."""
+        """Returns a context that prints the name of the run."""
         return doing(self.console, f"evaluating {name}")
 
 
 def failed_run(run: OpenedRun, error: BaseException, best: Best | None) -> FailedRun:
-    """Returns a run that an error ended, which its folder keeps unless a signal ended it."""
+    """Returns a run that ended with an error, and writes all errors but signals to its folder."""
     failed = FailedRun(opened=run, best=best_facts(best), error=error)
     if isinstance(error, Stopped):
         return failed

@@ -1,4 +1,4 @@
-"""Compiles the step of runs that have begun; their policy of rematerialisation is known then."""
+"""Compiles the step of runs that have begun, and chooses the policy of --remat auto."""
 
 import dataclasses
 import functools
@@ -31,13 +31,13 @@ def compile_runs(
     weights: Handover[Tree],
     arrangement: Arrangement,
 ) -> CompiledRuns:
-    """Compiles the step that runs take together, for their largest batches; settles --remat auto.
+    """Compiles the common step of runs for their largest batches, and settles --remat auto.
 
     Args:
       runs: the runs, by name.
       base: the model.
-      weights: its parameters, which are taken.
-      arrangement: has the step.
+      weights: the model's parameters, which are taken.
+      arrangement: the arrangement of the runs, which compiles the step.
 
     Raises:
       UserError: with --remat auto, no policy fits, or the compiler failed.
@@ -49,7 +49,7 @@ def compile_runs(
         with doing(arrangement.console, "compiling the step"):
             return compile_for(with_remat(base.model, remat))
 
-    begun_runs = [*runs.values()]
+    begun_runs = list(runs.values())
     first_run = begun_runs[0].opened
     starts = [run.start.content for run in begun_runs]
     remat, driver = settle_step(
@@ -79,13 +79,13 @@ def compile_runs(
 
 
 def with_remat(model: Model, remat: str) -> Model:
-    """Returns a model with a policy of rematerialisation, by its name among the options."""
+    """Returns a model with the rematerialisation policy of a value of --remat."""
     changed: Model = model.clone(remat=OptimConfig(remat=remat).remat_policy)
     return changed
 
 
 def settled_run(run: OpenedRun, remat: str) -> OpenedRun:
-    """Returns a run with its policy of rematerialisation, which its config.yaml then has."""
+    """Returns a run with its rematerialisation policy, which is written to its config.yaml."""
     if run.config.optim.remat == remat:
         return run
     config = replace_options(run.config, {"remat": remat})

@@ -1,4 +1,4 @@
-"""Shows a run without running it: `--dry-run` of the scripts that train."""
+"""Prints what a run would do without running it: `--dry-run` of the scripts that train."""
 
 import dataclasses
 import functools
@@ -44,27 +44,30 @@ from train.stages.remat import settle_remat, settle_step
 from train.stages.types import AskedRun, RunContext
 from train.tools.contract import EpisodeHost
 
-_ROWS = 3  # that are shown
+_N_SHOWN_ROWS = 3
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _UTILISATION = 0.5  # the share of a matrix product's FLOP/s that a whole step is assumed to reach
 _REFUSAL = jax.errors.JaxRuntimeError
-_REFUSED = "the compiler refuses the step (--remat or a smaller --batch-size need less memory): "
+_REFUSED = (
+    "The compiler refuses the step. Use --remat or a smaller --batch-size, which need less memory. "
+    "The compiler's message is: "
+)
 Say = Callable[[str], None]
-COMPLETION = "Hello! The answer is 4."  # that rewards are asked about
-OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
+COMPLETION = "Hello! The answer is 4."  # the completion that the dry run has rewarded
+OPEN, CLOSE = "[[", "]]"  # marks around the counted tokens, on consoles without colours
 
 
 def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Console) -> None:
-    """Shows a run that is asked for without running it; reads its rows without a lock.
+    """Prints what a requested run would do. Reads its rows without locking its folder.
 
     Args:
       asked: the run.
-      session: closes what the rows need in the end.
-      context: the rows that are read already.
+      session: closes the resources of the rows at the end.
+      context: contains the rows that are read already.
       console: console to print to.
 
     Raises:
-      UserError: something that was asked for cannot be done.
+      UserError: the run is not possible with these options.
     """
     task = asked.task
     with hosts.raise_in_every_process():
@@ -85,8 +88,8 @@ def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
     """Prints the first rows, the lengths, and the steps, memory and time of a run.
 
     Args:
-      config: the options of the run, checked.
-      inputs: its rows, examples and batches, and the model without its weights.
+      config: the checked options of the run.
+      inputs: the run's rows, examples and batches, and the model without its weights.
       loss: the function to minimise.
       console: console to print to.
     """
@@ -96,6 +99,7 @@ def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
     _print_lengths(say, inputs)
     largest_batch = inputs.feed.first()
     _print_steps(say, config, inputs, largest_batch)
+    # Compile the step, with each policy of --remat auto until one fits.
     layout = inputs.layout
     step = local_step(config, inputs.read.outline, layout, loss, largest_batch)
 
@@ -113,26 +117,29 @@ def show(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
     _print_memory(say, needs)
     teacher = getattr(config.data, "teacher_model", None)
     if teacher:
-        say(f"the teacher, {teacher}, needs memory besides")
+        say(f"the teacher, {teacher}, needs additional memory")
     _print_time(say, config, inputs, needs)
     say(f"{config.run.output}: {state_of(config.run.output)}")
-    say("nothing was trained, and nothing was written: leave out --dry-run to train")
+    say("nothing was trained, and nothing was written. Remove --dry-run to train")
 
 
 def _print_rows(say: Say, inputs: Inputs, console: Console) -> None:
-    """Prints the first rows, and how their completions are rewarded, drawn, and call tools."""
+    """Prints the first rows, and the rewards, the sampling server and the tools of completions."""
     data = inputs.read.data
     feed = inputs.feed
     has_colours = console.is_terminal and not console.no_color
     labels = data.facts.get("labels", ())
     if isinstance(feed, PromptFeed):
-        say("the first prompts, as the model sees them; the loss counts what it draws after them:")
+        say("the first prompts, as the model sees them; the loss counts tokens drawn after them:")
     elif labels:
         say("the first rows, as the model sees them:")
     else:
         marking = "in green" if has_colours else f"in {OPEN} {CLOSE}"
-        say(f"the first rows, as the model sees them; the loss counts what is {marking}:")
-    for row in preview_rows(data.train, inputs.read.outline.tokenizer, _ROWS, labels, data.row):
+        say(f"the first rows, as the model sees them; the loss counts the text {marking}:")
+    shown_rows = preview_rows(
+        data.train, inputs.read.outline.tokenizer, _N_SHOWN_ROWS, labels, data.row
+    )
+    for row in shown_rows:
         say(f"--- {row.title}")
         console.print(as_text(row, coloured=has_colours), soft_wrap=True)
     say("---")
@@ -156,16 +163,17 @@ def _print_lengths(say: Say, inputs: Inputs) -> None:
         f"{count} ({percent}%)" for percent, count in zip(_PERCENTILES, percentiles, strict=True)
     ]
     say(
-        f"tokens of {_sequence_name(inputs)}, by percentiles: {', '.join(percentile_texts)}; "
+        f"tokens per {_sequence_name(inputs)}, by percentiles: {', '.join(percentile_texts)}; "
         f"{token_counts.mean():,.1f} on average"
     )
 
 
 def _print_reward(say: Say, feed: PromptFeed) -> None:
-    """Asks the rewards about a fixed completion of the first prompt; prints what they answer."""
+    """Computes and prints the rewards of a fixed completion of the first prompt."""
     assert feed.rewards is not None
+    # Only the environment rewards completions, and here no completion acts in it.
     if feed.tools is not None and not feed.config.data.reward:
-        return say(f"{feed.tools.host.name} alone rewards completions: none is judged here")
+        return say(f"only {feed.tools.host.name} rewards completions, so no reward is shown here")
     row = feed.prompts.rows[0]
     group = feed.config.data.group
     chat = [{"role": "assistant", "content": COMPLETION}]
@@ -183,6 +191,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     rewards = feed.rewards(batch)
     seconds = time.perf_counter() - start_time
     say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(seconds)}:")
+    # All completions of the group are the same, so that equal rewards are printed once.
     for name, values in rewards.by_name.items():
         texts = ["none" if np.isnan(value) else f"{value:.4g}" for value in values]
         say(f"  {name}: {', '.join(dict.fromkeys(texts))}")
@@ -191,7 +200,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
 
 
 def as_text(row: PreviewRow, *, coloured: bool) -> Text:
-    """Returns a sequence with what the loss counts in green, or in brackets."""
+    """Returns the text of a sequence, with the counted tokens in green or in brackets."""
     text = Text()
     for span in row.spans:
         if not span.counted:
@@ -204,52 +213,53 @@ def as_text(row: PreviewRow, *, coloured: bool) -> Text:
 
 
 def _sequence_name(inputs: Inputs) -> str:
-    """Returns the name of a sequence of the examples."""
+    """Returns the noun for a sequence of the examples, such as "row"."""
     if isinstance(inputs.feed, PromptFeed):
-        return "a prompt"
+        return "prompt"
     if isinstance(inputs.read.data.train, Preferences):
-        return "a prompt with its completion"
-    return "a row" if inputs.read.data.feed is None else "a row of the sample"
+        return "prompt with its completion"
+    return "row" if inputs.read.data.feed is None else "row of the sample"
 
 
 def _print_steps(say: Say, config: Options, inputs: Inputs, largest_batch: HostBatch) -> None:
-    """Prints the number of steps, and the sequences and tokens of one."""
+    """Prints the number of steps, and the sequences and tokens of a step."""
     optim = config.optim
     feed = inputs.feed
     examples = inputs.read.data.train
-    unit = "completions" if isinstance(feed, PromptFeed) else "sequences"
+    sequence_noun = "completions" if isinstance(feed, PromptFeed) else "sequences"
     if isinstance(examples, Preferences) and len(examples) == examples.n_units:
-        unit = "pairs" if examples.a_unit == 2 else "rows"
+        sequence_noun = "pairs" if examples.a_unit == 2 else "rows"
     n_sequences = optim.batch_size * optim.grad_accum
-    step_text = f"{n_sequences} {unit} a step"
+    step_text = f"{n_sequences} {sequence_noun} per step"
     if optim.grad_accum > 1:
         step_text += f" ({optim.grad_accum} batches of {optim.batch_size})"
     epochs = ""
     if isinstance(feed, Feed | PromptFeed):
-        # Several updates may learn from the same rows.
+        # With --updates, several steps train on the same rows.
         steps_with_rows = inputs.steps / getattr(optim, "updates", 1)
         epochs = f", {steps_with_rows * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
     shape = " × ".join(map(str, _batch_shape(largest_batch, examples)))
     say(f"steps: {inputs.steps:,}{epochs}; {step_text}; the largest batch is {shape} tokens")
     if isinstance(feed, PromptFeed):
+        # The completions are not drawn yet.
         n_prompts = n_sequences // config.data.group if feed.share_prompt else n_sequences
         prompt_tokens = n_prompts * lengths(examples).mean()
         drawn_tokens = n_sequences * largest_batch["targets"].shape[-1]
         say(
-            f"tokens a step: about {prompt_tokens:,.0f} of prompts, and at most {drawn_tokens:,} "
-            "that are drawn"
+            f"tokens per step: about {prompt_tokens:,.0f} of prompts, and at most "
+            f"{drawn_tokens:,} drawn tokens"
         )
     else:
         n_counted = min(inputs.steps, 16)
         token_counts = [feed.tokens(feed.batch(number)) for number in range(n_counted)]
         mean_tokens = float(np.mean(token_counts))
         say(
-            f"tokens without padding: {mean_tokens:,.0f} a step (of the first {n_counted}), about "
-            f"{mean_tokens * inputs.steps:,.0f} in all"
+            f"tokens without padding: {mean_tokens:,.0f} per step (mean of the first {n_counted}), "
+            f"about {mean_tokens * inputs.steps:,.0f} in total"
         )
     interval = config.run.eval_every
     if interval:
-        say(f"held-out loss: {math.ceil(inputs.steps / interval)} times")
+        say(f"the held-out loss is measured {math.ceil(inputs.steps / interval)} times")
 
 
 def _batch_shape(batch: HostBatch, examples: Examples) -> tuple[int, ...]:
@@ -260,7 +270,7 @@ def _batch_shape(batch: HostBatch, examples: Examples) -> tuple[int, ...]:
 
 
 def _print_memory(say: Say, needs: LocalNeeds) -> None:
-    """Prints the memory that a step needs, by what takes it, and the size of a checkpoint."""
+    """Prints the memory of a step by its parts, and the size of a checkpoint."""
     has_several_programs = bool(needs.between)
     sizes = {
         "base": needs.base,
@@ -273,21 +283,24 @@ def _print_memory(say: Say, needs: LocalNeeds) -> None:
     size_texts = [f"{name} {byte_size(size)}" for name, size in sizes.items() if size is not None]
     size_list = ", ".join(size_texts)
     if needs.total is None:
-        say(f"memory of a device: {size_list}; this compiler does not report a step's temporaries")
+        say(f"memory per device: {size_list}; this compiler does not report a step's temporaries")
     else:
         capacity = "" if needs.capacity is None else f" of {byte_size(needs.capacity)}"
         remark = ", one at a time" if has_several_programs else ""
         say(
-            f"memory of a device, by the compiler: {byte_size(needs.total)}{capacity} ({size_list}"
-            f"{remark}). The process itself, its rows and programs come on top"
+            f"memory per device, by the compiler: {byte_size(needs.total)}{capacity} ({size_list}"
+            f"{remark}). The process itself, its rows and its programs need additional memory"
         )
         if needs.capacity is not None and needs.total >= needs.capacity:
-            say("warning: this does not fit: use --remat, a smaller --batch-size or --seq-len")
+            say(
+                "warning: this does not fit into the device's memory. Use --remat, or a smaller "
+                "--batch-size or --seq-len"
+            )
     say(f"a checkpoint on disk: {byte_size(needs.checkpoint)}")
 
 
 def _print_time(say: Say, config: Options, inputs: Inputs, needs: LocalNeeds) -> None:
-    """Prints an estimate of the time of a run, where its FLOPs are known."""
+    """Prints an estimate of the time of a run, if its FLOPs are known."""
     if needs.flops is None or needs.scored is None:
         return
     feed = inputs.feed
@@ -297,48 +310,50 @@ def _print_time(say: Say, config: Options, inputs: Inputs, needs: LocalNeeds) ->
     step_flops = needs.flops + needs.scored if scores_in_step else needs.flops
     step_seconds = step_flops / step_rate
     say(
-        f"time, an estimate: {step_seconds:,.2f} s a step and "
-        f"{duration(step_seconds * inputs.steps)} in all, if a "
-        f"step of {step_flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
-        f"{rate / 1e9:,.0f} GFLOP/s that a product of matrices reached here just now; the largest "
-        "batches are assumed throughout"
+        f"estimated time: {step_seconds:,.2f} s per step and "
+        f"{duration(step_seconds * inputs.steps)} in total. The estimate assumes that a step of "
+        f"{step_flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
+        f"{rate / 1e9:,.0f} GFLOP/s that a matrix product just reached here, and that all batches "
+        "are as large as the largest"
     )
     if not scores_in_step and isinstance(feed, Feed):
         n_batches = feed.n_examples / feed.order.rows_a_step
         reference_seconds = needs.scored * n_batches / step_rate
-        say(f"before that, the reference reads all rows once: {duration(reference_seconds)}")
+        say(f"before training, the reference scores all rows: {duration(reference_seconds)}")
     if isinstance(feed, PromptFeed):
-        say("drawing the completions takes time besides, a token after the other")
+        say("drawing the completions, one token after the other, takes additional time")
 
 
 def episode_lines(host: EpisodeHost, row: Row) -> Iterator[str]:
-    """Yields lines about the tools, and about an episode that is opened for a row and closed."""
+    """Yields lines about the tools, and about a test episode of a row."""
     yield "the tools that a completion may call:"
     for tool in host.tools:
         yield f"  {_signature(tool['function'])}"
+    # Without an environment, there are no episodes.
     if not host.name:
         return
     (opening,) = host.open([row], rehearsed=True)
     episode = opening.result()
     try:
         if episode.lost is not None:
-            yield f"warning: no episode of the first prompt: {episode.lost}"
+            yield f"warning: the episode of the first prompt failed: {episode.lost}"
         elif episode.opening:
             yield f"{host.name} opens an episode of the first prompt with {episode.opening!r}"
         else:
-            yield f"{host.name} opens an episode of the first prompt without a text of its own"
+            yield f"{host.name} opens an episode of the first prompt without a text"
         if episode.changed:
             yield (
                 f"warning: an episode changes {', '.join(episode.changed)}. Other episodes do not "
-                "see the change, since each begins with the values of the import. Keep the state "
-                "of an episode in the environment, and what differs between episodes in their rows"
+                "see this change, because each episode starts with the values after the import. "
+                "Keep the state of an episode in the environment, and differences between episodes "
+                "in their rows."
             )
     finally:
         episode.close()
 
 
 def _signature(function: Mapping[str, Any]) -> str:
-    """Returns a tool in words: its name, its parameters with types, and its description."""
+    """Returns a tool's name, its parameters with types, and its description as one line."""
     parameters = function.get("parameters") or {}
     required = parameters.get("required") or ()
     arguments: list[str] = []

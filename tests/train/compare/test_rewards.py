@@ -195,12 +195,12 @@ def test_full_fine_tuning_keeps_the_base_as_its_reference(folder, tmp_path):
     ("args", "told"),
     [
         (["--batch-size", "8"], "--batch-size: a comparison sets it: give --batch-sizes"),
-        (["--eval-every", "3"], "there is no held-out loss"),
+        (["--eval-every", "3"], "no held-out loss"),
         (["--topology", "v5e:2x2"], "the drawing of completions"),
         (["--demonstrations", "x"], "--methods names neither"),
         (["--methods", "sft"], "what does it learn from? Name rows with right answers"),
         (["--methods", "said"], "--methods said is a way to train a classifier"),
-        (["--init-adapter", "x"], "begins at the base"),
+        (["--init-adapter", "x"], "starts from the base"),
     ],
 )
 def test_options_without_an_effect_are_refused(args, told, capsys):

@@ -212,17 +212,17 @@ def test_adapters_are_loaded_where_the_server_loads_them(stub):
 
 URL = "--sampler http://localhost:1"
 REFUSED = {
-    "--staleness 1": "without --sampler: leave out --staleness",
-    "--resume --staleness 1": "without --sampler (--resume needs it again",
-    "--max-mismatch 1 --sampler-folder a": "leave out --sampler-folder and --max-mismatch",
-    f"{URL} --full": "loads adapters, and --full trains none",
-    f"{URL} --tools a.py:f": "completions of one turn: leave out --tools",
-    f"{URL} --environment guess": "completions of one turn: leave out --environment",
-    f"{URL} --staleness 1 --redraw 2": "leave one of them out",
+    "--staleness 1": "Without --sampler, this run draws completions itself",
+    "--resume --staleness 1": "needs it again with --resume",
+    "--max-mismatch 1 --sampler-folder a": "Remove --sampler-folder and --max-mismatch",
+    f"{URL} --full": "--full trains without an adapter",
+    f"{URL} --tools a.py:f": "Remove --tools or --sampler",
+    f"{URL} --environment guess": "Remove --environment or --sampler",
+    f"{URL} --staleness 1 --redraw 2": "cannot be combined",
     f"{URL} --loss rloo --importance-sampling token_mask": "has no effect on --loss rloo",
     f"{URL} --importance-sampling none --importance-cap 2": "without importance sampling",
     f"{URL} --importance-sampling none --importance-floor 0.5": "without importance sampling",
-    f"{URL} --importance-floor 3.5": "leaves no ratio below --importance-cap 3",
+    f"{URL} --importance-floor 3.5": "must be below --importance-cap 3",
     f"{URL} --staleness -1": "--staleness -1",
     f"{URL} --max-mismatch 0": "--max-mismatch 0",
 }

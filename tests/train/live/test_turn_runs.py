@@ -131,7 +131,7 @@ def test_runs_side_by_side_draw_as_each_alone(folder, tmp_path):
 
 BAD = {
     "turns": (["--max-turns", "0"], "--max-turns"),
-    "no tools": (["--max-turns", "2"], "no tool is called without --tools or --environment"),
+    "no tools": (["--max-turns", "2"], "no tool is called"),
     "no secret": ([], "its `reset` needs the field 'secret'; the rows of --dataset"),
     "no format": ([], "writes calls in none of the known formats"),
 }
@@ -169,5 +169,5 @@ def test_a_reward_of_several_turns_rises(folder, tmp_path):
 def test_a_game_takes_the_options_of_tools():
     line = ["--dataset", "guess", "--max-turns", "3", "--tool-timeout", "5"]
     assert grpo.parse(line).data.max_turns == 3
-    with pytest.raises(UserError, match="no tool is called without"):
+    with pytest.raises(UserError, match="no tool is called"):
         grpo.parse(line[2:])

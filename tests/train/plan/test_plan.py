@@ -398,7 +398,7 @@ BAD = [
     (["--mem-fraction", "90"], "a share of a GPU's memory, above 0"),
     (["--longest", "--largest-batch"], "one of them at a time"),
     (["--longest", "--adapters", "2"], "plan one run, and --adapters plans several"),
-    (["--remat", "offload"], "the device is the host's CPU: give --remat full"),
+    (["--remat", "offload"], "the device is the host's CPU. Pass --remat full"),
     (["--init-adapter", "x"], "an adapter's shapes come from options here"),
     (["--adapters", "1", "3"], "--adapters 3: a number that divides --batch-size 4"),
     (["--adapters", "2", "--full"], "--adapters and --full do not go together"),

@@ -62,46 +62,46 @@ def decoder_outline():
         ("--epochs 0", "--epochs 0.0: a positive number"),
         ("--full --init-adapter x", "--full trains without an adapter"),
         ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
-        ("--resume --overwrite", "give one of them"),
+        ("--resume --overwrite", "both set the learning rate"),
         ("--rank 0", "rank=0 must be an integer of at least 1"),
         ("--alpha 0", "alpha=0.0 must be a positive number"),
         ("--dropout 1", r"dropout=1.0 must be a probability in \[0, 1\)"),
         ("--targets (", r"targets='\(' is not a regular expression"),
         ("--targets", "targets is empty"),
-        ("--lr 1e-3 --lr-rule llama", "give one of them"),
+        ("--lr 1e-3 --lr-rule llama", "both set the learning rate"),
         ("--lora-plus 0", "--lora-plus 0.0: a positive number"),
         ("--lora-plus 16 --freeze-a", "--freeze-a trains B alone"),
-        ("--full --rank 16", "without an adapter: leave out --rank"),  # though it is the default
-        ("--full --train-tokens=3", "without an adapter: leave out --train-tokens"),
-        ("--full --lora-plus 16", "without an adapter: leave out --lora-plus"),
-        ("--init-adapter x --rank 4 --train norm", "leave out --rank and --train$"),
-        ("--targets none --train norm --dora", "--targets none makes no adapter: leave out --dora"),
-        ("--allow-base-mismatch", "without --init-adapter: leave out --allow-base-mismatch"),
-        ("--heartbeat-timeout 90", "no other to hear of: leave out --heartbeat-timeout"),
-        ("--dataset a.jsonl --split test", "from a file, not from the hub: leave out --split"),
-        ("--dataset a.jsonl --eval-questions 8", "for --eval-every alone: leave out --eval-q"),
+        ("--full --rank 16", "without an adapter. Remove --rank"),  # though it is the default
+        ("--full --train-tokens=3", "without an adapter. Remove --train-tokens"),
+        ("--full --lora-plus 16", "without an adapter. Remove --lora-plus"),
+        ("--init-adapter x --rank 4 --train norm", "Remove --rank and --train.$"),
+        ("--targets none --train norm --dora", "--targets none creates no adapter. Remove --dora"),
+        ("--allow-base-mismatch", "no adapter is read. Remove --allow-base"),
+        ("--heartbeat-timeout 90", "only one process. Remove --heartbeat-timeout"),
+        ("--dataset a.jsonl --split test", "from a file, not from the hub. Remove --split"),
+        ("--dataset a.jsonl --eval-questions 8", "only for --eval-every. Remove --eval-q"),
         (
             "--dataset a.jsonl --eval-dataset b.jsonl --eval-every 1 --eval-questions 8",
-            "all of them count: leave out --eval-questions",
+            "all of them are used. Remove --eval-questions",
         ),
         ("--targets none", "nothing would train"),
-        ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
+        ("--peft-config x --rank 4", "--peft-config describes the whole adapter. Remove --rank"),
         (
             "--peft-config x --alpha 4",
-            "--peft-config describes the whole adapter: leave out --alpha",
+            "--peft-config describes the whole adapter. Remove --alpha",
         ),
-        ("--peft-config x --full", "without an adapter: leave out --peft-config"),
-        ("--peft-config x --init-adapter y", "its own targets, rank and alpha: leave out --peft-c"),
+        ("--peft-config x --full", "without an adapter. Remove --peft-config"),
+        ("--peft-config x --init-adapter y", "its own targets, rank and alpha. Remove --peft-c"),
         ("--dora --bias-on-b", "dora cannot be combined with bias_on_b"),
         ("--xs --vera", "xs cannot be combined with vera"),
-        ("--xs --dora", "--xs takes A and B from the base .*: leave out --dora"),
+        ("--xs --dora", "--xs takes A and B from the base .*Remove --dora"),
         (
             "--vera --init pissa --lora-plus 4",
-            "--vera draws one A.*: leave out --init and --lora-plus",
+            "--vera draws one A.*Remove --init and --lora-plus",
         ),
-        ("--full --vera", "without an adapter: leave out --vera"),
-        ("--u 13", "without --tinylora: leave out --u"),
-        ("--xs --weight-tying 1", "without --tinylora: leave out --weight-tying"),
+        ("--full --vera", "without an adapter. Remove --vera"),
+        ("--u 13", "Without --tinylora.*Remove --u"),
+        ("--xs --weight-tying 1", "Without --tinylora.*Remove --weight-tying"),
         ("--tinylora --u 0", "u=0 must be a number of at least 1"),
     ],
 )
@@ -259,7 +259,7 @@ def test_implementations_reach_the_model(tmp_path, monkeypatch):
         ("--attention flesh", ["flesh", "--attention", *ATTENTION]),
         ("--experts gmm", ["gmm", "--experts", *EXPERTS]),
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
-        ("--remat full none", ["--remat", "one policy is needed, not full none"]),
+        ("--remat full none", ["--remat", "one policy, but got full none"]),
     ],
 )
 def test_another_name_is_refused_by_those_that_are(args, words, capsys):
@@ -314,7 +314,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="there is no run in .*config.yaml is missing"):
         check_output(options(tmp_path / "nothing", "--resume"))
     (tmp_path / "config.yaml").write_text("rank: [")
-    with pytest.raises(UserError, match="config.yaml is damaged.*line 1: not YAML"):
+    with pytest.raises(UserError, match="config.yaml is damaged.*line 1 is not valid YAML"):
         check_output(options(tmp_path, "--resume"))
 
 

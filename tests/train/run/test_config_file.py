@@ -52,25 +52,25 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank: 4\nrnak: 8", "line 2: there is no option rnak; the nearest is rank"),
-        ("lora_r: 8", "there is no option lora_r: it is --rank here"),
-        ("head-only: true", "there is no option head-only"),  # that is one of train.classify
-        ("adapter:\n  rank: 4", "adapter is no option: a file of options has no groups"),
-        ("config: b.yaml", "--config names this file and cannot stand in it"),
-        ("rank: 4\nlr: 1\nrank: 8", "line 3: rank is given twice, in line 1, too"),
-        ("rank: 4.5", "line 1: rank is 4.5: a whole number is needed"),
-        ("rank: '4'", "rank is '4': a whole number is needed"),
-        ("rank:", "rank is nothing: a whole number is needed"),
-        ("rank: [4]", "rank is a list: a whole number is needed"),
-        ("lr: fast", "lr is fast: a number is needed"),
-        ("dora: 1", "dora is 1: true or false is needed"),
-        ("layers: [1, two]", "layers is a list: a whole number is needed"),
-        ("schedule: cosin", "schedule is cosin: one of constant, linear, cosine, "),
-        ("remat: true", "remat is true: one of auto, none, full, products, projections, "),
-        ("dataset: {a: b}", "dataset is a group of keys: a text is needed"),
-        ("- rank", "options by their names are needed"),
-        ("rank: [", "line 1: not YAML: "),
-        ("full: true\nrank: 4", r"leave out rank \(line 2 of .*options.yaml\)$"),
+        ("rank: 4\nrnak: 8", "line 2: There is no option rnak. The nearest option is rank"),
+        ("lora_r: 8", "There is no option lora_r. Use --rank"),
+        ("head-only: true", "There is no option head-only"),  # that is one of train.classify
+        ("adapter:\n  rank: 4", "adapter is not an option. A file of options has no groups"),
+        ("config: b.yaml", "--config names this file and cannot be set in it"),
+        ("rank: 4\nlr: 1\nrank: 8", "line 3: rank is already set in line 1"),
+        ("rank: 4.5", "line 1: rank is 4.5. Write a whole number"),
+        ("rank: '4'", "rank is '4'. Write a whole number"),
+        ("rank:", "rank is nothing. Write a whole number"),
+        ("rank: [4]", "rank is a list. Write a whole number"),
+        ("lr: fast", "lr is fast. Write a number"),
+        ("dora: 1", "dora is 1. Write true or false"),
+        ("layers: [1, two]", "layers is a list. Write a whole number"),
+        ("schedule: cosin", "schedule is cosin. Write one of constant, linear, cosine, "),
+        ("remat: true", "remat is true. Write one of auto, none, full, products, projections, "),
+        ("dataset: {a: b}", "dataset is a group of keys. Write a text"),
+        ("- rank", "does not contain options by their names"),
+        ("rank: [", "line 1 is not valid YAML: "),
+        ("full: true\nrank: 4", r"Remove rank \(line 2 of .*options.yaml\)\.$"),
         ("batch_size: 0", "--batch-size 0: at least 1 is needed"),
         ("lr: .nan", "--lr nan: a learning rate"),
     ],
@@ -85,9 +85,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             sft.main(["--config", str(path)])
         assert caught.value.code == 2
-        assert (
-            f"error: --config {path}: the file cannot be read: {words}" in capsys.readouterr().err
-        )
+        assert f"error: --config {path} cannot be read: {words}" in capsys.readouterr().err
     (tmp_path / "latin").write_bytes(b"output: \xe4")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         parse(["--config", str(tmp_path / "latin")])

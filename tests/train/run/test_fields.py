@@ -29,7 +29,7 @@ def test_a_field_that_says_nothing_about_itself_is_an_error():
         undeclared: int = 3
 
     options = dataclasses.replace(sft.Config(), run=Run())
-    with pytest.raises(TypeError, match="Run.undeclared says nothing about itself: declare it"):
+    with pytest.raises(TypeError, match="Run.undeclared has no traits. Declare"):
         traits_of(options)
 
 

@@ -19,16 +19,16 @@ def options(folder, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank: 010", "line 1: rank is 010: a whole number is needed that does not .*: write 10"),
+        ("rank: 010", "line 1: rank is 010. Write a whole number without .*, such as 10"),
         ("rank: 8\nlr: -007.5", None),
-        ("lr: 010", "line 1: lr is 010: a number is needed that does not begin with 0.*write 10"),
-        ("steps: 1:30", "line 1: steps is 1:30: a whole number is needed"),
-        ("dropout: 1:30.5", "line 1: dropout is 1:30.5: a number is needed"),
+        ("lr: 010", "line 1: lr is 010. Write a number without .*, such as 10"),
+        ("steps: 1:30", "line 1: steps is 1:30. Write a whole number"),
+        ("dropout: 1:30.5", "line 1: dropout is 1:30.5. Write a number"),
         ("targets: q_proj v_proj", r'line 1: .*\[q_proj, v_proj\] or \["q_proj v_proj"\]'),
-        ("layers: 1 2", r"line 1: layers is 1 2: a list is needed, \[1, 2\]"),
-        ("rank: " + "9" * 5000, r"line 1: rank is 9{77}\.\.\.: a whole number is needed$"),
-        ("rank: 8\nlayers: " + "[" * 600, "line 2: lists or groups stand in each other too deep"),
-        ("rank: 8\nmodel: a\x07b", "line 2: not YAML: the character 0x7 has no place in it"),
+        ("layers: 1 2", r"line 1: layers is 1 2. Write a list, \[1, 2\]"),
+        ("rank: " + "9" * 5000, r"line 1: rank is 9{77}\.\.\.. Write a whole number.$"),
+        ("rank: 8\nlayers: " + "[" * 600, "line 2: lists or groups are nested too deep"),
+        ("rank: 8\nmodel: a\x07b", "line 2 is not valid YAML: .* character 0x7"),
     ],
 )
 def test_what_two_readers_take_otherwise_is_refused_with_what_to_write(text, message, tmp_path):
@@ -50,18 +50,18 @@ def test_numbers_of_yaml_1_2_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("ending", "text", "message"),
     [
-        (".yaml", "- {name: a, rank: 010}", "line 1: rank is 010: a whole number is needed that"),
-        (".yaml", "- {name: a, targets: q k}", r"line 1: targets is q k: a list .*\[q, k\]"),
-        (".csv", "name,rank\na,010\n", "line 2: rank is 010: a whole number is needed that"),
-        (".csv", "name,steps\na,1:30\n", "line 2: steps is 1:30: a whole number is needed"),
-        (".jsonl", '{"name": "a", "targets": "q k"}', r"line 1: targets is 'q k': a list"),
-        (".yaml", "- name: a\n  rank: " + "[" * 600, "line 2: lists or groups stand in"),
+        (".yaml", "- {name: a, rank: 010}", "line 1: rank is 010. Write a whole number without"),
+        (".yaml", "- {name: a, targets: q k}", r"line 1: targets is q k. Write a list .*\[q, k\]"),
+        (".csv", "name,rank\na,010\n", "line 2: rank is 010. Write a whole number without"),
+        (".csv", "name,steps\na,1:30\n", "line 2: steps is 1:30. Write a whole number"),
+        (".jsonl", '{"name": "a", "targets": "q k"}', r"line 1: targets is 'q k'. Write a list"),
+        (".yaml", "- name: a\n  rank: " + "[" * 600, "line 2: lists or groups are nested"),
         (
             ".json",
             '[{"name": "a", "rank": 2}, {"name": "b", "rank": "x"}]',
-            r"table.json, line 1, row 2 \(b\): rank is 'x': a whole number",
+            r"table.json, line 1, row 2 \(b\): rank is 'x'. Write a whole number",
         ),
-        (".JSONL", '{"name": "a", "rank": "x"}', "line 1: rank is 'x': a whole number"),
+        (".JSONL", '{"name": "a", "rank": "x"}', "line 1: rank is 'x'. Write a whole number"),
     ],
 )
 def test_tables_have_the_same_traps(ending, text, message, tmp_path):

@@ -21,20 +21,20 @@ class DistillDataConfig(RolloutDataConfig):
     """Model, prompts, completions and teacher."""
 
     dataset: Place = DEFAULT_TASK
-    """"sql" (the questions of the SQL task), a file (JSONL, JSON, CSV, TSV, also gzipped, or
-    Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the hub. Each row
-    has a `prompt` (a text or turns) or `messages`."""
+    """The prompts: "sql" (the questions of the SQL task), a file (JSONL, JSON, CSV, TSV, also
+    gzipped, or Parquet), a folder of files, a folder that `datasets` saved, or a dataset on the
+    hub. Each row has a `prompt` (a text or turns) or `messages`."""
     group: int = 1
-    """Completions of each prompt."""
+    """Number of completions that are drawn for each prompt."""
     teacher: str = option(BASE, field.HIDDEN)
-    """The judge of each token of a completion: base, or the folder of an adapter over the base of
-    --teacher-model."""
+    """The model that rates each token of a completion: base, or the folder of an adapter over the
+    base of --teacher-model."""
     teacher_model: str | None = option(None, field.HIDDEN)
-    """Another model as the base of the teacher, such as a larger one with the same tokenizer. By
-    default --model."""
+    """The base model of the teacher, such as a larger model with the same tokenizer. By default
+    --model."""
     teacher_prompt: Words | None = option(None, field.HIDDEN)
-    """A text that the teacher alone sees before each prompt (as the system's turn of a chat), so
-    that the adapter learns to do without it."""
+    """A text that only the teacher sees before each prompt (as the system's turn of a chat). The
+    adapter learns to answer as if it had seen the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class DistillOptimConfig(RolloutOptimConfig):
     """Optimisation."""
 
     lr: float | None = None
-    """The peak learning rate. By default 1e-4; a tenth of that with --full, and a third with
-    --optimizer lion; sgd has no default."""
+    """The peak learning rate. By default 1e-4. --full uses a tenth of the default, and --optimizer
+    lion a third. sgd has no default."""
     coefficient: float = option(1.0, field.OPTIMISATION)
-    """Multiplies what the teacher says of a token: log p of the teacher less that of the student,
-    whose mean over the student's own completions is minus their reverse KL divergence."""
+    """The factor of the teacher's rating of a token, which is log p of the teacher minus log p of
+    the student. Its mean over the student's completions is the negative reverse KL divergence."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class DistillRunConfig(SftRunConfig):
     """Evaluation and output."""
 
     output: Place = "runs/distill"
-    """The output folder of the run; with --many, of the folders of all runs."""
+    """The output folder of the run. With --many, it contains the folders of all runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RolloutOptions):
-    """Train a language model to continue its own completions as a teacher would."""
+    """Train a language model on its own completions, whose tokens a teacher model rates."""
 
     HELP = HelpPage(
         "model dataset teacher teacher_model output steps max_new_tokens rank lr resume",
@@ -73,13 +73,13 @@ class Config(RolloutOptions):
 
 
 def check(config: Config) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any task."""
+    """Raises a UserError if the options contradict each other, whatever the task is."""
     rollouts.check(config, coefficient=POSITIVE)
     data = config.data
     if (data.teacher, data.teacher_model, data.teacher_prompt) == (BASE, None, None):
         if config.adapter.init_adapter is None:
             raise UserError(
-                "the teacher is the base itself, from which the adapter begins: name an adapter "
-                "with --teacher, a larger model with --teacher-model, or a text that the teacher "
-                "alone sees with --teacher-prompt"
+                "The teacher is the base model itself, from which the adapter starts, so there is "
+                "nothing to learn. Pass an adapter with --teacher, a larger model with "
+                "--teacher-model, or a text that only the teacher sees with --teacher-prompt."
             )

@@ -20,22 +20,21 @@ KTO, SFT = "kto", "sft"
 DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 BASE, NONE = "base", "none"  # values of --reference
 LossName = Literal[*PREFERENCES, KTO, SFT]  # type: ignore[valid-type]
-_WITH_NLL = tuple(name for name, one in PREFERENCES.items() if one.nll is not None)
+_WITH_NLL = tuple(name for name, loss in PREFERENCES.items() if loss.nll is not None)
 WITHOUT_REFERENCE = (*_WITH_NLL, SFT)
-# Options of single losses, by the names of `PreferenceOptions`; without one of these they do
-# nothing.
-_READ_BY = {
-    "smoothing": tuple(name for name, one in PREFERENCES.items() if one.smooths),
+# The losses that read an option, by the names of `PreferenceOptions`.
+_LOSSES_BY_OPTION = {
+    "smoothing": tuple(name for name, loss in PREFERENCES.items() if loss.smooths),
     "margin": ("simpo",),
     "temperature": ("discopop",),
     "kto_weights": (KTO,),
     "nll_weight": _WITH_NLL,
 }
 _LOSS = (
-    "The loss of a pair, or of rows with labels (kto), or several, which are added up. "
+    "The loss of a pair, or of a row with a label (kto). Several losses are added up. "
     + "".join(f"{name}: {loss.about}. " for name, loss in PREFERENCES.items())
-    + f"{KTO}: rows that are good or bad by themselves (2402.01306). {SFT}: the cross-entropy of "
-    "the chosen completions, beside others."
+    + f"{KTO}: for rows that are labelled good or bad (2402.01306). {SFT}: the cross-entropy of "
+    "the chosen completions, together with other losses."
 )
 
 
@@ -44,19 +43,20 @@ class DpoDataConfig(SharedPromptOption, TokensConfig):
     """Model and data."""
 
     dataset: Place = DEFAULT_TASK
-    """"sql" (the default task: a right query, and one that is a mistake away), a file (JSONL, JSON,
-    CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a
-    dataset on the hub. Each row has `prompt`, `chosen` and `rejected`, as texts or as turns, and
-    perhaps `system`, a text, and `tools`; without `prompt`, it is what the two have in common. For
-    --loss kto also `prompt`, `completion` and `label`."""
+    """The preferences: "sql" (the default task: a right query and one with a mistake), a file
+    (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of files, a folder that `datasets`
+    saved, or a dataset on the hub. Each row has `prompt`, `chosen` and `rejected`, as texts or as
+    turns. It may have `system`, a text, and `tools`. Without `prompt`, the common beginning of the
+    two completions is the prompt. For --loss kto, rows may have `prompt`, `completion` and
+    `label`."""
     reference: str | None = option(None, field.HIDDEN)
-    """The model to compare with: base, the folder of an adapter over the same base, or none. By
-    default the adapter of --init-adapter, or else base; none for losses without a reference. A
-    resumed run keeps its own."""
+    """The reference model of the loss: base, the folder of an adapter over the same base, or none.
+    By default the adapter of --init-adapter, or else base. Losses without a reference use none. A
+    resumed run keeps its reference."""
     reference_logps: Literal["cached", "live"] = option("cached", field.HIDDEN)
-    """When its log-probabilities are computed. cached: of all rows before training, and kept for
-    later runs as tokens are. live: of each batch before its step, which no row needs that no step
-    sees."""
+    """The time at which the reference's log-probabilities are computed. cached: for all rows before
+    training, and stored for later runs like tokens. live: for each batch before its step, so that
+    only rows that a step uses are computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,31 +64,34 @@ class DpoOptimConfig(LanguageOptimConfig):
     """Optimisation."""
 
     batch_size: int = 8
-    """Pairs in memory at once, on all devices together."""
+    """Number of pairs in memory at once, on all devices together."""
     lr: float | None = None
-    """The peak learning rate. By default 5e-5; a tenth of that with --full, and a third with
-    --optimizer lion; sgd has no default."""
+    """The peak learning rate. By default 5e-5. --full uses a tenth of the default, and --optimizer
+    lion a third. sgd has no default."""
     loss: Annotated[tuple[LossName, ...], tyro.conf.arg(help=_LOSS)] = option(
         ("sigmoid",), field.OPTIMISATION
     )
     loss_weights: tuple[float, ...] = option((), field.OPTIMISATION)
-    """A weight for each of several --loss; by default 1."""
+    """One weight for each --loss, in the same order. By default each weight is 1."""
     beta: float = option(0.1, field.OPTIMISATION)
-    """The strength of the reference, or the scale of what is compared; of ipo τ. SimPO's paper has
-    2 to 2.5."""
+    """The β of the loss: a larger value keeps the adapter closer to the reference. For losses
+    without a reference, β scales the compared log-probabilities (SimPO's paper uses 2 to 2.5). For
+    ipo, it is τ."""
     smoothing: float | None = option(None, field.OPTIMISATION)
-    """The share of pairs that are the wrong way round; by default 0, and 0.001 for exo_pair."""
+    """The expected share of pairs whose completions are swapped, from 0 to below 0.5. By default 0,
+    and 0.001 for exo_pair."""
     margin: float | None = option(None, field.OPTIMISATION)
-    """SimPO's γ, by default 0.5."""
+    """The margin γ of SimPO. By default 0.5."""
     temperature: float | None = option(None, field.OPTIMISATION)
-    """DiscoPOP's τ, by default 0.05."""
+    """The temperature τ of DiscoPOP. By default 0.05."""
     kto_weights: tuple[float, float] | None = option(None, field.OPTIMISATION)
-    """KTO's weights of good and of bad rows, by default 1 and 1. Rather many bad rows want 1 to 4/3
-    for good weight * good rows / (bad weight * bad rows)."""
+    """The weights of good rows and of bad rows in KTO. By default 1 and 1. If there are more bad
+    rows, choose weights so that (good weight * good rows) / (bad weight * bad rows) is 1 to
+    4/3."""
     nll_weight: float | None = option(None, field.OPTIMISATION, older=0.0)
-    """The weight of the cross-entropy of the chosen completions, and of their prompts with orpo,
-    that is part of cpo, simpo and orpo (TRL's cpo_alpha). By default 1 with cpo or orpo; 0 for
-    simpo, and where --loss names sft itself."""
+    """The weight of the cross-entropy of the chosen completions in cpo, simpo and orpo (TRL's
+    cpo_alpha). With orpo, their prompts count, too. By default 1 with cpo or orpo, and 0 for simpo
+    or if --loss names sft."""
 
     @property
     def terms(self) -> dict[str, float]:
@@ -102,7 +105,7 @@ class DpoOptimConfig(LanguageOptimConfig):
 
     @property
     def predicts_prompts(self) -> bool:
-        """Returns True if the loss counts the tokens of prompts, too."""
+        """Returns True if the loss also counts the tokens of prompts."""
         predict_prompts = any(
             name in PREFERENCES and PREFERENCES[name].predict_prompts for name in self.loss
         )
@@ -130,7 +133,7 @@ class DpoRunConfig(SftRunConfig):
     """Evaluation and output."""
 
     output: Place = "runs/dpo"
-    """The output folder of the run; with --many, of the folders of all runs."""
+    """The output folder of the run. With --many, it contains the folders of all runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,14 +152,15 @@ class Config(LanguageOptions):
 
 
 def fill_reference(config: Config, reference: str | None = None) -> Config:
-    """Fills in --nll-weight, and --reference, by what the losses need.
+    """Fills in the defaults of --nll-weight and --reference for the chosen losses.
 
     Args:
       config: the options.
-      reference: the reference of the run that is resumed; None for a run that begins.
+      reference: the reference of the resumed run; None for a new run.
     """
     data = config.data
     optim = config.optim
+    # --nll-weight: a loss `sft` counts the same cross-entropy already.
     losses_with_nll = [loss for loss in optim.loss if loss in _WITH_NLL]
     if optim.nll_weight is None and losses_with_nll:
         weight = max(PREFERENCES[loss].nll or 0.0 for loss in losses_with_nll)
@@ -172,51 +176,70 @@ def fill_reference(config: Config, reference: str | None = None) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any task."""
+    """Raises a UserError if the options contradict each other, whatever the task is."""
     sft_options.check(
         config, beta=POSITIVE, margin=NOT_NEGATIVE, temperature=POSITIVE, nll_weight=NOT_NEGATIVE
     )
     data, optim = config.data, config.optim
     losses = set(optim.loss)
-    given = flag("loss", *optim.loss)
+    loss_text = flag("loss", *optim.loss)
     if len(losses) < len(optim.loss) or losses == {SFT} or (KTO in losses and len(losses) > 1):
         raise UserError(
-            f"{given}: each loss once is needed; kto stands alone, and sft beside another"
+            f"{loss_text} is not a valid combination. Name each loss once, kto without any other "
+            "loss, and sft only together with another loss."
         )
     if optim.loss_weights and len(optim.loss_weights) != len(optim.loss):
         raise UserError(
-            f"{flag('loss_weights', *optim.loss_weights)}: {given} needs {len(optim.loss)} weights"
+            f"{flag('loss_weights', *optim.loss_weights)} has {len(optim.loss_weights)} weights, "
+            f"but {loss_text} needs {len(optim.loss)}. Pass one weight for each loss."
         )
-    for name, readers in _READ_BY.items():
+    # Options that none of the losses reads.
+    for name, readers in _LOSSES_BY_OPTION.items():
         if getattr(optim, name) is not None and losses.isdisjoint(readers):
             raise UserError(
-                f"{flag(name)} is for the losses {', '.join(readers)}: leave it out, or take one "
-                f"of these in the place of {given}"
+                f"{flag(name)} has no effect on {loss_text}; only these losses use it: "
+                f"{', '.join(readers)}. Remove {flag(name)}, or choose one of these losses."
             )
     if not 0 <= optim.preference.smoothing < 0.5:
-        raise UserError(f"--smoothing {optim.smoothing}: a share from 0 to below 0.5 is needed")
-    if len(losses) > 1 and optim.smoothing and not losses <= {*_READ_BY["smoothing"], SFT}:
-        raise UserError(f"--smoothing: one of {given} has none")
-    needs = sorted(losses.difference(WITHOUT_REFERENCE))
-    if needs and data.reference == NONE:
         raise UserError(
-            f"--reference none: the loss {needs[0]} compares with a reference; name one, or take "
-            f"a loss without it: {', '.join(WITHOUT_REFERENCE[:-1])}"
+            f"--smoothing is {optim.smoothing}. Pass a share of pairs from 0 to below 0.5."
         )
-    if not needs and data.reference != NONE:
+    if len(losses) > 1 and optim.smoothing and not losses <= {*_LOSSES_BY_OPTION["smoothing"], SFT}:
         raise UserError(
-            f"--reference {data.reference} has no effect on {given}, which compare with none: "
-            "leave it out"
+            f"--smoothing does not apply to every loss of {loss_text}. Remove --smoothing, or the "
+            "losses without it."
+        )
+    # The reference must be there exactly if a loss compares with it.
+    losses_with_reference = sorted(losses.difference(WITHOUT_REFERENCE))
+    if losses_with_reference and data.reference == NONE:
+        raise UserError(
+            f"--reference none: the loss {losses_with_reference[0]} compares with a reference. "
+            "Name a reference, or choose a loss without one: "
+            f"{', '.join(WITHOUT_REFERENCE[:-1])}."
+        )
+    if not losses_with_reference and data.reference != NONE:
+        raise UserError(
+            f"--reference {data.reference} has no effect on {loss_text}, which uses no reference. "
+            "Remove --reference."
         )
     if data.reference == NONE and data.reference_logps != "cached":
-        raise UserError("--reference-logps live: there is no reference; leave it out")
+        raise UserError(
+            "--reference-logps live has no effect without a reference. Remove --reference-logps."
+        )
+    # Losses that compare all rows of a batch with each other.
     coupled = sorted(name for name in losses if name in PREFERENCES and PREFERENCES[name].coupled)
     if coupled and optim.grad_accum > 1:
         raise UserError(
-            f"--grad-accum {optim.grad_accum}: the loss {coupled[0]} sorts all pairs of a batch, "
-            "and parts of it would be other batches: give --batch-size all of them"
+            f"--grad-accum {optim.grad_accum} cannot be used with the loss {coupled[0]}, which "
+            "sorts all pairs of a batch. Remove --grad-accum, and pass a larger --batch-size."
         )
     if data.packing and KTO in losses:
-        raise UserError("--packing: kto compares the rows of a batch, one by one; leave it out")
+        raise UserError(
+            "--packing cannot be used with --loss kto, which compares single rows of a batch. "
+            "Remove --packing."
+        )
     if KTO in losses and optim.batch_size * optim.grad_accum < 2:
-        raise UserError("--batch-size 1: kto compares rows of a batch, so two are needed")
+        raise UserError(
+            "--batch-size 1 is too small for --loss kto, which compares the rows of a batch. Pass "
+            "at least 2."
+        )

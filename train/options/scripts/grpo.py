@@ -25,10 +25,10 @@ DEFAULT_TASK = "arithmetic"  # of train/settings/tasks.py
 RLOO, DR_GRPO = "rloo", "dr_grpo"
 LossName = Literal[*ONLINE, DR_GRPO, RLOO]  # type: ignore[valid-type]
 _LOSS = (
-    "The loss. dapo: the mean over all tokens; bnpo: the same. grpo: the mean over completions of "
-    "their mean over tokens. dr_grpo: the sum over tokens by --max-new-tokens, so that length "
-    "does not weigh. gspo: ratios of whole completions. cispo: bounded ratios as weights. rloo: "
-    "the rewards of the others of a group as baseline."
+    "The loss. dapo and bnpo: the mean over all tokens. grpo: the mean over completions of their "
+    "mean over tokens. dr_grpo: the sum over tokens divided by --max-new-tokens, so that a token's "
+    "weight does not depend on the length. gspo: probability ratios of whole completions. cispo: "
+    "bounded ratios as weights. rloo: the mean reward of the group's other completions as baseline."
 )
 
 
@@ -37,42 +37,47 @@ class GrpoDataConfig(SamplerOptions, RolloutDataConfig):
     """Model, prompts, completions and rewards."""
 
     dataset: Place = DEFAULT_TASK
-    """"arithmetic" (the default task: sums, with a small model that is made for them), "sql"
-    (questions whose answers are executed; the default with --model or --init-adapter), "guess" (a
-    game of several turns), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of
-    them, a folder that `datasets` saved, or a dataset on the hub. Each row has a `prompt` (a text
-    or turns) or `messages`; a reward gets all other fields."""
+    """The prompts: "arithmetic" (the default task: sums, with a small model that is made for them),
+    "sql" (questions whose answers are executed; the default with --model or --init-adapter),
+    "guess" (a game of several turns), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a
+    folder of files, a folder that `datasets` saved, or a dataset on the hub. Each row has a
+    `prompt` (a text or turns) or `messages`. Rewards receive all other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
-    """Rewards of a completion: file.py:function, the folder of a run of `train.classify --labels
-    pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
-    keyword: `prompts`, `completions`, `completion_ids` and the fields of the rows; it returns a
-    number for each completion, or None for no opinion, as for TRL. It runs in processes of its own.
-    By default that of the task."""
+    """The rewards of a completion: file.py:function, the folder of a run of `train.classify
+    --labels pairs`, sql, arithmetic, or length. Several rewards are added up. A function receives
+    lists as keyword arguments: `prompts`, `completions`, `completion_ids` and the fields of the
+    rows. It returns a number for each completion, or None for no opinion, as in TRL. Functions run
+    in their own processes. By default the reward of the task."""
     reward_weights: tuple[float, ...] = option((), field.HIDDEN)
-    """A weight for each --reward; by default 1."""
+    """One weight for each --reward, in the same order. By default each weight is 1."""
     reward_timeout: float = option(30.0, field.CHANGEABLE)
-    """Seconds that a function may take for the completions of a prompt."""
+    """Maximum number of seconds that a reward function may take for the completions of one
+    prompt."""
     reward_workers: int = option(2, field.CHANGEABLE)
-    """Processes in which functions run side by side."""
+    """Number of processes in which reward functions run at the same time."""
     tools: tuple[str, ...] = option((), field.HIDDEN)
-    """Functions that a completion may call: file.py:function, and others of the file by their names
-    alone (file.py:f g). What one returns becomes a turn of the chat, and the model goes on."""
+    """Functions that a completion may call: file.py:function, and further functions of the same
+    file by their names alone (file.py:f g). The result of a call becomes a turn of the chat, and
+    the model continues after it."""
     environment: str | None = option(None, field.HIDDEN)
-    """A class that completions talk to, as file.py:Class, or guess or sql: by TRL's protocol,
-    `reset` begins a completion, other public methods are its tools, and `get_reward` is a reward of
-    its own."""
+    """A class with which completions interact: file.py:Class, guess or sql. It follows TRL's
+    protocol: `reset` starts a completion, other public methods are its tools, and `get_reward`
+    returns an additional reward."""
     tool_timeout: float = option(30.0, field.CHANGEABLE, NoEffect.NO_TOOLS)
-    """Seconds that a tool may take for a call; a completion whose tool takes longer is lost."""
+    """Maximum number of seconds for a call of a tool. A completion whose tool takes longer is
+    discarded."""
     max_turns: int | None = option(None, field.HIDDEN, NoEffect.NO_TOOLS)
-    """Turns of the model in a completion; calls of the last one are not run. By default as many as
-    --max-new-tokens has room for, which counts the tokens of all turns, those of tools included."""
+    """Maximum number of the model's turns in a completion. Calls in the last turn are not run. By
+    default limited only by --max-new-tokens, which counts the tokens of all turns, including those
+    of tools."""
     max_tool_output: int | None = option(None, field.HIDDEN, NoEffect.NO_TOOLS)
-    """Tokens of a tool's answer, which says where it was cut. By default 256."""
+    """Maximum number of tokens of a tool's answer. A longer answer is cut and says so. By default
+    256."""
     redraw: int = option(0, field.OPTIMISATION)
-    """Draw a group again, so many times, whose rewards are all equal, and from which nothing can be
-    learned (DAPO's dynamic sampling)."""
+    """Maximum number of times to draw a group again if all its rewards are equal. Nothing can be
+    learned from such a group (DAPO's dynamic sampling)."""
     reference: str | None = option(None, field.HIDDEN)
-    """With --beta, what the adapter is kept close to: base, or the folder of an adapter over the
+    """The model that --beta keeps the adapter close to: base, or the folder of an adapter over the
     same base. By default the adapter of --init-adapter, or else base."""
 
 
@@ -81,24 +86,26 @@ class GrpoOptimConfig(RolloutOptimConfig):
     """Optimisation."""
 
     lr: float | None = None
-    """The peak learning rate. By default 5e-5; a tenth of that with --full, and a third with
-    --optimizer lion; sgd has no default."""
+    """The peak learning rate. By default 5e-5. --full uses a tenth of the default, and --optimizer
+    lion a third. sgd has no default."""
     loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option("dapo", field.OPTIMISATION)
     scale: Scale = option("group", field.OPTIMISATION)
-    """The divisor of a reward's distance from its group's mean: the deviation of the group, that of
-    the batch, or none."""
+    """The divisor of a reward's difference from its group's mean: the standard deviation of the
+    group, the standard deviation of the batch, or none."""
     clip: float | None = option(None, field.OPTIMISATION)
-    """Ratios of probabilities are clipped from 1 - clip on. By default 0.2; of gspo 3e-4."""
+    """Probability ratios are clipped at 1 - clip from below. By default 0.2, and 3e-4 for gspo."""
     clip_high: float | None = option(None, field.OPTIMISATION)
-    """They are clipped to 1 + this, of cispo to this itself. By default --clip; of gspo 4e-4, of
-    cispo 5."""
+    """Probability ratios are clipped at 1 + clip_high from above (cispo: at clip_high itself). By
+    default --clip; 4e-4 for gspo, and 5 for cispo."""
     bound: float | None = option(None, field.OPTIMISATION)
-    """The largest ratio of a completion that is worse than its group; none by default."""
+    """The largest ratio of a completion whose reward is below its group's mean. By default there is
+    no such limit."""
     beta: float = option(0.0, field.OPTIMISATION)
-    """The strength of the divergence from --reference; of rloo it is part of the reward."""
+    """The weight of the divergence from --reference. With --loss rloo, the divergence is part of
+    the reward. 0 uses no reference."""
     divergence: Divergence = option("corrected", field.OPTIMISATION)
-    """The estimate of the divergence. k3: e^x - x - 1, x the log-ratio of reference and adapter.
-    corrected: k3 times the ratio, whose gradient is that of the divergence."""
+    """The estimator of the divergence. k3: e^x - x - 1, where x is the log-ratio of reference and
+    adapter. corrected: k3 times the probability ratio, which has the gradient of the divergence."""
 
     def online(self, length: int) -> Online | None:
         """Returns the options of the loss; None for rloo.
@@ -124,11 +131,11 @@ class GrpoRunConfig(SftRunConfig):
     """Evaluation and output."""
 
     output: Place = "runs/grpo"
-    """The output folder of the run; with --many, of the folders of all runs."""
+    """The output folder of the run. With --many, it contains the folders of all runs."""
     eval_questions: int | None = None
-    """Prompts to hold out, whose greedy completions are rewarded before and after training, and
-    every --score-every steps; by default 64 (of the SQL task 16 of each kind), at most a tenth of
-    all, drawn by --seed; 0 for none. The prompts of --eval-dataset take their place."""
+    """Number of prompts to hold out. Their greedy completions are rewarded before and after
+    training, and every --score-every steps. By default 64 (for the SQL task, 16 of each kind), at
+    most a tenth of all prompts; 0 for none. --seed draws them. --eval-dataset replaces them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,26 +154,27 @@ class Config(RolloutOptions):
 
 
 def fill_dataset(config: Config, given: Collection[str], resumed: str | None = None) -> Config:
-    """Fills in --dataset for a base of one's own: the task that `train.sft` fine-tunes it on.
+    """Fills in the default of --dataset, which is the default of `train.sft` for a named base.
 
     Args:
       config: the options.
-      given: the names of those that were given.
-      resumed: the data of the run that is resumed; None for a run that begins.
+      given: the names of the options that the user passed.
+      resumed: the data of the resumed run; None for a new run.
     """
     if "dataset" in given:
         return config
+    # The small model of the arithmetic task is only for a run without a base.
     has_base = "model" in given or "init_adapter" in given
     default_task = sft.DEFAULT_TASK if has_base else DEFAULT_TASK
     return replace_options(config, {"dataset": resumed or default_task})
 
 
 def fill_reference(config: Config, reference: str | None = None) -> Config:
-    """Fills in --reference, where --beta needs one: as in TRL, the adapter as the run begins.
+    """Fills in the default of --reference for --beta: as in TRL, the adapter at the run's start.
 
     Args:
       config: the options.
-      reference: the reference of the run that is resumed; None for a run that begins.
+      reference: the reference of the resumed run; None for a new run.
     """
     if config.data.reference is not None:
         return config
@@ -179,7 +187,7 @@ def fill_reference(config: Config, reference: str | None = None) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any task."""
+    """Raises a UserError if the options contradict each other, whatever the task is."""
     data, optim = config.data, config.optim
     rollouts.check(
         config,
@@ -191,22 +199,31 @@ def check(config: Config) -> None:
     )
     sampler.check(config)
     if data.group < 2:
-        raise UserError("--group 1: a completion is compared with others of its prompt; give more")
+        raise UserError(
+            "--group 1 leaves nothing to compare, because each completion is compared with others "
+            "of its prompt. Pass at least 2."
+        )
     if bool(optim.beta) != (data.reference != "none"):
         raise UserError(
-            f"--reference {data.reference} and --beta {optim.beta:g}: the divergence needs both, "
-            "or neither"
+            f"--reference {data.reference} and --beta {optim.beta:g} do not fit together. Pass a "
+            "reference with a positive --beta, or remove both options."
         )
     if not optim.beta and optim.divergence != "corrected":
-        raise UserError(f"--divergence {optim.divergence} has no effect without --beta")
-    of_clip = [name for name in ("clip", "clip_high", "bound") if getattr(optim, name) is not None]
-    if optim.loss == RLOO and (of_clip or optim.scale != "group"):
-        name = of_clip[0] if of_clip else "scale"
-        raise UserError(f"{flag(name)} has no effect on --loss rloo: leave it out")
+        raise UserError(
+            f"--divergence {optim.divergence} has no effect without --beta. Remove --divergence, "
+            "or pass --beta."
+        )
+    # Options that the chosen loss does not read.
+    clip_options = [
+        name for name in ("clip", "clip_high", "bound") if getattr(optim, name) is not None
+    ]
+    if optim.loss == RLOO and (clip_options or optim.scale != "group"):
+        name = clip_options[0] if clip_options else "scale"
+        raise UserError(f"{flag(name)} has no effect on --loss rloo. Remove {flag(name)}.")
     if optim.loss == "cispo" and (optim.clip is not None or optim.bound is not None):
-        raise UserError("--loss cispo has one bound, --clip-high: leave the others out")
+        raise UserError("--loss cispo uses only one bound, --clip-high. Remove --clip and --bound.")
     if data.reward_weights and len(data.reward_weights) != len(data.reward):
         raise UserError(
-            f"{flag('reward_weights', *data.reward_weights)}: {len(data.reward)} rewards need as "
-            "many"
+            f"{flag('reward_weights', *data.reward_weights)} has {len(data.reward_weights)} "
+            f"weights for {len(data.reward)} rewards. Pass one weight for each --reward."
         )

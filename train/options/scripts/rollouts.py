@@ -23,28 +23,31 @@ class RolloutDataConfig(SharedPromptOption, LanguageDataConfig):
     """Model, prompts and completions."""
 
     seq_len: int = 0
-    """The maximum number of tokens of a prompt and its completion. By default 512, and 64 for
-    sums."""
+    """The maximum number of tokens of a prompt with its completion. By default 512, and 64 for
+    the arithmetic task."""
     max_new_tokens: int = option(0, field.HIDDEN)
     """The maximum number of tokens of a completion. By default 128; 80 for the questions of the SQL
-    task, and 8 for sums."""
+    task, and 8 for the arithmetic task."""
     group: int = option(8, field.OPTIMISATION)
-    """Completions of each prompt, which are compared with one another."""
+    """Number of completions that are drawn for each prompt and compared with one another."""
     sampling_temperature: float | None = option(None, field.OPTIMISATION)
-    """Divides the logits to draw from; the loss has it, too. By default 1; 1.5 for arithmetic."""
+    """The number that divides the logits before tokens are drawn. The loss divides by it, too. By
+    default 1; 1.5 for the arithmetic task."""
     top_p: float = option(1.0, field.OPTIMISATION)
-    """Draw from the fewest tokens whose probabilities add up to it."""
+    """Draw from the smallest set of tokens whose probabilities add up to this share."""
     top_k: int | None = option(None, field.OPTIMISATION)
-    """Draw from this many tokens."""
+    """Draw from this many of the most likely tokens. By default tokens are drawn from the whole
+    vocabulary."""
     stop: tuple[Words, ...] = option((), field.HIDDEN)
-    """Texts that end a completion, which has no token after the one in which they are complete."""
+    """Texts that end a completion. The token that completes such a text is the last one of the
+    completion."""
     replay_routing: bool = option(True, field.HIDDEN, older=False)
-    """Let a step choose experts anew, in a mixture of experts. By default each token goes through
-    the experts that it went through when it was drawn, in each layer; rounding would choose others
-    here and there."""
+    """Let each step of a mixture of experts choose the experts again. By default each token uses
+    the experts that it used when it was drawn, in each layer. Rounding would otherwise change some
+    of the choices."""
     mask_truncated: bool = option(False, field.OPTIMISATION)
-    """Do not learn from completions that --max-new-tokens cut off; their rewards count in their
-    group."""
+    """Exclude completions that --max-new-tokens cut off from the loss. Their rewards still count in
+    their group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,10 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Optimisation."""
 
     batch_size: int = 32
-    """Completions in memory at once, on all devices together: a multiple of --group."""
+    """Number of completions in memory at once, on all devices together. It must be a multiple of
+    --group."""
     updates: int = option(1, field.OPTIMISATION)
-    """Steps on each batch of completions."""
+    """Number of steps that train on each batch of completions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def fill_sampling(config: Config, defaults: Defaults) -> Config:
 
 
 def check(config: RolloutOptions, **numbers: NumberRange) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any task.
+    """Raises a UserError if the options contradict each other, whatever the task is.
 
     Args:
       config: the options.
@@ -99,23 +103,25 @@ def check(config: RolloutOptions, **numbers: NumberRange) -> None:
     )
     check_group(optim.batch_size, data.group, data.max_new_tokens, data.seq_len)
     if "" in data.stop:
-        raise UserError("--stop '': an empty text would end every completion before it begins")
+        raise UserError(
+            "--stop '' would end every completion before it begins. Pass texts that are not empty."
+        )
     if run.eval_every:
         raise UserError(
-            f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "
-            "score of a task"
+            f"--eval-every {run.eval_every} has nothing to measure, because this script has no "
+            "held-out loss. Use --score-every, which measures the task's score."
         )
 
 
 def check_group(batch_size: int, group: int, max_new_tokens: int, seq_len: int) -> None:
-    """Raises a UserError if completions do not fill a batch, or leave no room for prompts."""
+    """Raises a UserError if groups do not fill a batch or completions leave no room for prompts."""
     if batch_size % group:
         raise UserError(
-            f"--batch-size {batch_size} is no multiple of --group {group}: completions of one "
-            "prompt stay together"
+            f"--batch-size {batch_size} is not a multiple of --group {group}, but all completions "
+            "of a prompt must be in one batch. Pass a multiple of --group."
         )
     if max_new_tokens >= seq_len:
         raise UserError(
-            f"--max-new-tokens {max_new_tokens} leaves no room for prompts in --seq-len {seq_len}: "
-            "raise this, or lower that"
+            f"--max-new-tokens {max_new_tokens} leaves no room for prompts in --seq-len {seq_len}. "
+            "Increase --seq-len, or reduce --max-new-tokens."
         )

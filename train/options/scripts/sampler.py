@@ -24,8 +24,8 @@ class ImportanceWeighting(NamedTuple):
     """The weighting of losses of tokens that another policy drew; see `importance_weights`.
 
     Attributes:
-      level: whether a ratio is a token's or its completion's.
-      masked: whether a ratio beyond the bounds weighs nothing, rather than the bound.
+      level: whether a ratio belongs to a token or to its completion.
+      masked: whether a ratio outside the bounds gets the weight 0 instead of the bound.
       cap, floor: the largest and the smallest ratio.
     """
 
@@ -37,55 +37,57 @@ class ImportanceWeighting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """A server that draws, and what is done about its being another policy."""
+    """A server that draws the completions, and the correction for differences of its policy."""
 
     sampler: Words | None = option(None, field.CHANGEABLE, uncompared=Uncompared.SAMPLER)
-    """The address of a server that draws the completions, http://HOST:PORT, of OpenAI's API, with
-    adapters that are loaded by /v1/load_lora_adapter: vLLM, SGLang, or train.serve. It serves the
-    same base. A key that it asks for comes from the environment, LORA_JAX_SAMPLER_KEY."""
+    """The address (http://HOST:PORT) of a server that draws the completions: vLLM, SGLang or
+    train.serve. The server must offer OpenAI's API, serve the same base, and load adapters by
+    /v1/load_lora_adapter. If it needs a key, set the environment variable LORA_JAX_SAMPLER_KEY."""
     sampler_folder: str | None = option(None, field.CHANGEABLE, NoEffect.NO_SAMPLER)
-    """A folder that the server can read, in which the adapter lies for it; by default `sampler` in
-    --output."""
+    """The folder to which the run writes the adapter for the server, which must be able to read it.
+    By default the folder `sampler` in --output."""
     sampler_mount: Words | None = option(None, field.CHANGEABLE, NoEffect.NO_SAMPLER)
-    """That folder, as the server's machine has it; by default as here."""
+    """The path of --sampler-folder on the server's machine. By default the same path as here."""
     sampler_timeout: float = option(600.0, field.CHANGEABLE, NoEffect.NO_SAMPLER)
-    """Seconds for the completions of a prompt; a server that is busy or away is asked again for so
-    long."""
+    """Number of seconds to wait for the completions of one prompt. Within this time, requests to a
+    busy or unreachable server are repeated."""
     max_mismatch: float = option(0.05, field.CHANGEABLE, NoEffect.NO_SAMPLER)
-    """The largest distance of the sampler's log-probabilities from those of the adapter that it was
-    given, in the mean over tokens. Beyond it, a run does not begin, and a batch is skipped."""
+    """Largest allowed difference between the log-probabilities of the sampler and of the same
+    adapter here, as a mean over tokens. Above it, a run does not start, and a batch is skipped."""
     staleness: int = option(0, field.OPTIMISATION, NoEffect.NO_SAMPLER)
-    """Batches that are drawn ahead, while others train: a batch is of the adapter as it was so many
-    batches before. 0: each batch is drawn by the newest adapter, and waited for."""
+    """Number of batches that are drawn ahead while other batches train. Each batch is drawn with
+    the adapter from so many batches before. With 0, each step waits for completions of the newest
+    adapter."""
     importance_sampling: Importance | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
-    """Weigh losses by the ratio of the adapter's probability to the sampler's, of each token, of
-    the whole sequence, or none. A ratio beyond the bounds is cut to them (truncate), or weighs
-    nothing (mask). By default token_truncate; rloo has none."""
+    """Weigh losses by the ratio of the adapter's probability to the sampler's probability. The
+    ratio is computed for each token, for the whole sequence, or not at all (none). A ratio outside
+    the bounds is clipped to them (truncate), or gets the weight 0 (mask). By default
+    token_truncate; none with --loss rloo."""
     importance_cap: float | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
-    """The largest such ratio. By default 3."""
+    """The upper bound of the ratio of --importance-sampling. By default 3."""
     importance_floor: float | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
-    """The smallest such ratio. By default there is none."""
+    """The lower bound of the ratio of --importance-sampling. By default there is no lower bound."""
 
 
 def importance_of(config: Any) -> ImportanceWeighting | None:
-    """Returns the weighting of importance sampling; None where there is none."""
+    """Returns the weighting of importance sampling; None without importance sampling."""
     data = config.data
     mode: Any = data.importance_sampling
     if not mode:
         mode = "none" if config.optim.loss == "rloo" else "token_truncate"
     if data.sampler is None or mode == "none":
         return None
-    level, _, form = mode.partition("_")  # such as "token" and "mask"
+    level, _, bound_kind = mode.partition("_")  # such as "token" and "mask"
     return ImportanceWeighting(
         level=level,
-        masked=form == "mask",
+        masked=bound_kind == "mask",
         cap=CAP if data.importance_cap is None else data.importance_cap,
         floor=data.importance_floor or 0.0,
     )
 
 
 def check(config: Any) -> None:
-    """Raises a UserError for options that make no sense with a server, or that it cannot have."""
+    """Raises a UserError for options that contradict --sampler or have no effect with it."""
     data = config.data
     if data.sampler is None:
         return
@@ -93,32 +95,34 @@ def check(config: Any) -> None:
     for name in ("tools", "environment"):
         if getattr(data, name):
             raise UserError(
-                f"{option_text} draws completions of one turn: leave out {flag(name)}, or --sampler"
+                f"{option_text} draws completions of one turn, so {flag(name)} cannot be used with "
+                f"it. Remove {flag(name)} or --sampler."
             )
     if config.adapter.full:
         raise UserError(
-            f"{option_text} loads adapters, and --full trains none: leave one of them out"
+            f"{option_text} needs an adapter to load, but --full trains without an adapter. Remove "
+            "one of the two options."
         )
     if data.staleness and data.redraw:
         raise UserError(
-            f"--staleness {data.staleness} and --redraw {data.redraw}: whether a group is drawn "
-            "again is known once it is rewarded, and then the next batches are drawn already; "
-            "leave one of them out"
+            f"--staleness {data.staleness} and --redraw {data.redraw} cannot be combined. The "
+            "rewards decide which groups are drawn again, but by then the next batches are "
+            "already drawn. Remove one of the two options."
         )
     if data.importance_sampling not in (None, "none") and config.optim.loss == "rloo":
         raise UserError(
-            f"--importance-sampling {data.importance_sampling} has no effect on --loss rloo: leave "
-            "it out"
+            f"--importance-sampling {data.importance_sampling} has no effect on --loss rloo. "
+            "Remove --importance-sampling."
         )
     weighting = importance_of(config)
     for name in ("importance_cap", "importance_floor"):
         if weighting is None and getattr(data, name) is not None:
             raise UserError(
-                f"{flag(name, getattr(data, name))} has no effect without importance sampling: "
-                "leave it out"
+                f"{flag(name, getattr(data, name))} has no effect without importance sampling. "
+                f"Remove {flag(name)}."
             )
     if weighting is not None and weighting.floor >= weighting.cap:
         raise UserError(
-            f"--importance-floor {weighting.floor:g} leaves no ratio below --importance-cap "
-            f"{weighting.cap:g}: give a smaller floor, or a larger cap"
+            f"--importance-floor {weighting.floor:g} must be below --importance-cap "
+            f"{weighting.cap:g}. Pass a smaller --importance-floor, or a larger --importance-cap."
         )
