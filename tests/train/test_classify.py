@@ -371,7 +371,7 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--dataset a.csv --test-share 1", "--test-share 1.0: a number between 0 and 1"),
+        ("--dataset a.csv --test-share 1", "--test-share is 1.0. Pass a number between 0 and 1"),
         ("--dataset a.csv --test validation", "a.csv is a file, which has no splits"),
         ("--head-only --full", "--head-only trains only the head. Remove --full"),
         ("--head-only --peft-config x", "Remove --peft-config"),

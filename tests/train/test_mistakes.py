@@ -79,11 +79,13 @@ def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):
 
     def said(steps):
         run = SimpleNamespace(folder=tmp_path, config=config, inputs=SimpleNamespace(steps=steps))
-        return begin_stage._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
+        return begin_stage._rate_jump_warning(
+            run, warmed_up(1.0, steps, kind="linear", warmup=1), 6
+        )
 
     assert said(11) == ()
     (line,) = said(21)
-    assert "goes on at 7.50e-01, not at 5.00e-01" in line and "give --steps 11;" in line
+    assert "from 5.00e-01 to 7.50e-01" in line and "pass --steps 11." in line
 
 
 def test_a_base_that_is_not_finite_is_named_before_training(tmp_path, capsys):

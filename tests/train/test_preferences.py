@@ -310,11 +310,15 @@ BAD = {
     "aot in parts": (
         PAIRS,
         ["--loss", "aot", "--grad-accum", "2"],
-        "--grad-accum 2: the loss aot sorts all pairs of a batch",
+        "--grad-accum 2 cannot be used with the loss aot",
     ),
-    "margin": (PAIRS, ["--margin", "1"], "--margin is for the losses simpo"),
-    "cross-entropy": (PAIRS, ["--nll-weight", "1"], "--nll-weight is for the losses cpo, simpo"),
-    "smoothing": (PAIRS, ["--loss", "ipo", "--smoothing", "0.1"], "--smoothing is for the losses"),
+    "margin": (PAIRS, ["--margin", "1"], "--margin has no effect on --loss sigmoid"),
+    "cross-entropy": (PAIRS, ["--nll-weight", "1"], "only these losses use it: cpo, simpo"),
+    "smoothing": (
+        PAIRS,
+        ["--loss", "ipo", "--smoothing", "0.1"],
+        "--smoothing has no effect on --loss ipo",
+    ),
     "a reference without use": (
         PAIRS,
         ["--loss", "simpo", "--reference", "base"],
@@ -329,7 +333,7 @@ BAD = {
     ),
     "kto alone": (PAIRS, ["--loss", "kto", "sft"], "kto without any other"),
     "kto packed": (PAIRS, ["--loss", "kto", "--packing"], "--packing cannot be used with --loss"),
-    "one weight": (PAIRS, ["--loss-weights", "1", "2"], "needs 1 weights"),
+    "one weight": (PAIRS, ["--loss-weights", "1", "2"], "needs 1. Pass one weight for each loss"),
 }
 
 

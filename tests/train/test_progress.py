@@ -152,8 +152,8 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
 
 
 BAD = [
-    ("--keep-best loss", "--keep-best loss goes by what --eval-every measures: give it, too"),
-    ("--keep-best score", "--keep-best score goes by what --score-every measures"),
+    ("--keep-best loss", "--keep-best loss compares the measurements of --eval-every"),
+    ("--keep-best score", "--keep-best score compares the measurements of --score-every"),
     ("--patience 2", "--patience 2 ends a run that no longer improves.* with --keep-best"),
     ("--eval-every 2 --keep-best loss --patience 0", "--patience 0: at least 1"),
     ("--score-every 3", "--score-every 3: --dataset rows.jsonl has no score but its loss"),

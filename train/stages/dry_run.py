@@ -1,4 +1,4 @@
-"""Prints what a run would do without running it: `--dry-run` of the scripts that train."""
+"""Prints the rows, steps, memory and time of a run without running it: `--dry-run`."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ OPEN, CLOSE = "[[", "]]"  # marks around the counted tokens, on consoles without
 
 
 def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Console) -> None:
-    """Prints what a requested run would do. Reads its rows without locking its folder.
+    """Prints a requested run without running it. Reads its rows without locking its folder.
 
     Args:
       asked: the run.

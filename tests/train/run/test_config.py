@@ -62,7 +62,7 @@ def decoder_outline():
         ("--epochs 0", "--epochs 0.0: a positive number"),
         ("--full --init-adapter x", "--full trains without an adapter"),
         ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
-        ("--resume --overwrite", "both set the learning rate"),
+        ("--resume --overwrite", "--overwrite deletes it"),
         ("--rank 0", "rank=0 must be an integer of at least 1"),
         ("--alpha 0", "alpha=0.0 must be a positive number"),
         ("--dropout 1", r"dropout=1.0 must be a probability in \[0, 1\)"),

@@ -120,7 +120,7 @@ def test_the_command_line_of_a_table(tmp_path):
         read(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="unknown file type"):
         read(tmp_path)
-    for text, message in (("rank: 2", "is not a list of runs"), ("- 3", "line 1: has no options")):
+    for text, message in (("rank: 2", "is not a list of runs"), ("- 3", "line 1 has no options")):
         with pytest.raises(UserError, match=message):
             read(table(tmp_path, text, ".yaml"))
 
