@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 
 from lora_jax.adapt.roles import traced_roles
-from lora_jax.core.aliases import aliases, flatten, resolved
-from lora_jax.core.magnitude import wide
-from lora_jax.core.paths import check_same_paths, checked_key
+from lora_jax.core.aliases import aliases, flatten_with_aliases, resolve_aliases
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.paths import check_prng_key, check_same_paths
 from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import (
     LoraWeight,
@@ -78,7 +78,7 @@ def lorafy(
     """
     refuse_bytes()
     # Check the key, the tree and the rules before anything is made.
-    key = jax.random.key(0) if key is None else checked_key("lorafy: key", key)
+    key = jax.random.key(0) if key is None else check_prng_key("lorafy: key", key)
     leaves, treedef = leaves_of(params)
     for path, leaf in leaves:
         if is_node(leaf):
@@ -268,7 +268,7 @@ def strip(params: Tree) -> Tree:
     >>> lj.strip(tree)["dense"]["kernel"] is params["dense"]["kernel"]
     True
     """
-    return resolved(map_nodes(lambda _, node: node.base, params))
+    return resolve_aliases(map_nodes(lambda _, node: node.base, params))
 
 
 def merge(params: Tree) -> Tree:
@@ -304,7 +304,7 @@ def merge(params: Tree) -> Tree:
     for path, factored_weight in factored_weights.items():
         if factored_weight.shift is not None:
             _add_shift_to_bias(merged_leaves, path, factored_weight.shift)
-    return resolved(treedef.unflatten(merged_leaves[path] for path, _ in leaves))
+    return resolve_aliases(treedef.unflatten(merged_leaves[path] for path, _ in leaves))
 
 
 def _check_mergeable(path: str, weight: LoraWeight) -> None:
@@ -353,7 +353,9 @@ def _add_shift_to_bias(merged_leaves: dict[str, Leaf], path: str, shift: jax.Arr
         )
     # Add in fp32 or wider, and round once.
     dtype = merged_leaves[bias].dtype
-    total = merged_leaves[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
+    total = merged_leaves[bias].astype(accumulation_dtype(dtype)) + shift.astype(
+        accumulation_dtype(dtype)
+    )
     merged_leaves[bias] = total.astype(dtype)
 
 
@@ -450,7 +452,7 @@ def count_params(params: Tree) -> tuple[int, int]:
     >>> lj.count_params(tree)
     (14, 29)
     """
-    keyed_leaves, _ = flatten(params, is_leaf)
+    keyed_leaves, _ = flatten_with_aliases(params, is_leaf)
     leaves = [leaf for _, leaf in keyed_leaves]
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
-from lora_jax.core.paths import nearest
+from lora_jax.core.paths import most_similar
 from lora_jax.core.weight import Part
 from lora_jax.variants import VARIANTS, Variants
 from lora_jax.variants.variant import Variant
@@ -68,7 +68,7 @@ class _Fields:
                 hint = (
                     f"Write {remedy}."
                     if remedy
-                    else f"The most similar field is {nearest(name, names)[0]}."
+                    else f"The most similar field is {most_similar(name, names)[0]}."
                 )
                 raise TypeError(f"{cls.__name__} has no field {name!r}. {hint}")
         return super().__new__(cls)

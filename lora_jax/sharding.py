@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.core.aliases import flatten, restore_form
+from lora_jax.core.aliases import flatten_with_aliases, restore_alias_form
 from lora_jax.core.base import along
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, map_leaves
@@ -83,8 +83,8 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
     >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
     (None, None)
     """
-    arrays, treedef = flatten(params)
-    array_shardings, _ = flatten(shardings(params, table, mesh))
+    arrays, treedef = flatten_with_aliases(params)
+    array_shardings, _ = flatten_with_aliases(shardings(params, table, mesh))
     placed_arrays: dict[tuple[int, NamedSharding], Leaf] = {}
 
     def put(array: Leaf, sharding: NamedSharding | None) -> Leaf:
@@ -99,7 +99,7 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
         put(array, sharding)
         for (_, array), (_, sharding) in zip(arrays, array_shardings, strict=True)
     ]
-    return restore_form(params, treedef.unflatten(placed))
+    return restore_alias_form(params, treedef.unflatten(placed))
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:

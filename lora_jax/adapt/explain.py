@@ -8,7 +8,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import with_own_masks
 from lora_jax.adapt.interpreter import Interpreter, WeightUse
 from lora_jax.adapt.transform import RULES, run
-from lora_jax.core.aliases import flatten
+from lora_jax.core.aliases import flatten_with_aliases
 from lora_jax.core.types import Forward, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of
 
@@ -21,7 +21,7 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     """
     records: list[WeightUse] = []
     interpreter = Interpreter(RULES, strict=False, record=records.append)
-    keyed_leaves, treedef = flatten((args, kwargs))
+    keyed_leaves, treedef = flatten_with_aliases((args, kwargs))
     leaves = [leaf for _, leaf in keyed_leaves]
     array_indices = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 

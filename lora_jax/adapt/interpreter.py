@@ -530,7 +530,7 @@ def _values_seen_by(use: Use) -> list[Value] | None:
         return None
     kind = _KIND_OF_USE[use.name]
     seen_values = [
-        value.seen_by(kind) if isinstance(value, Factored) else value for value in use.values
+        value.seen_by_use(kind) if isinstance(value, Factored) else value for value in use.values
     ]
     is_same = all(seen is value for seen, value in zip(seen_values, use.values, strict=True))
     return None if is_same else seen_values

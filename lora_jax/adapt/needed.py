@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
 from lora_jax.core.extend import Jaxpr, JaxprEqn
-from lora_jax.core.product import is_on_mesh
+from lora_jax.core.product import is_mesh_set
 from lora_jax.core.types import Value
 
 UsedOutputs = tuple[bool, ...]  # for each output, True if something reads it
@@ -138,7 +138,7 @@ class FactorInputs:
         makes one all-reduce of several whose results are added directly. The copy lets it: the
         cotangents from W are added to each other, and those from A at the end.
         """
-        if not is_on_mesh() or not isinstance(x, jax.core.Tracer):
+        if not is_mesh_set() or not isinstance(x, jax.core.Tracer):
             return x
         if id(x) not in self._copies:
             self._copies[id(x)] = (x, jnp.copy(x))

@@ -10,7 +10,7 @@ import sys
 
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from lora_jax.core.aliases import KeyPath, objects
+from lora_jax.core.aliases import KeyPath, nnx_objects
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import Trained, is_node
 
@@ -31,7 +31,7 @@ class Snapshot:
     def take(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
         return cls(
-            [(path, nnx_object, _attributes(nnx_object)) for path, nnx_object in objects(tree)]
+            [(path, nnx_object, _attributes(nnx_object)) for path, nnx_object in nnx_objects(tree)]
         )
 
     def writes(self) -> Writes:

@@ -34,7 +34,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, WeightUse
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
 from lora_jax.adapt.user_code import user_line_of
-from lora_jax.core.aliases import flatten, resolved
+from lora_jax.core.aliases import flatten_with_aliases, resolve_aliases
 from lora_jax.core.axes import AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
@@ -84,7 +84,7 @@ def infer_roles(
         record=tracker.record_merged_leaves,
         default=tracker.follow_other_equation,
     )
-    keyed_leaves, treedef = flatten(tuple(args), is_base)
+    keyed_leaves, treedef = flatten_with_aliases(tuple(args), is_base)
     leaves = [leaf for _, leaf in keyed_leaves]
     # Only the tree's leaves and abstract arrays are traced. All other arguments are constants.
     input_indices = [
@@ -98,7 +98,7 @@ def infer_roles(
         return label_axes(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
     def fn_of_resolved(*args: Tree) -> Tree:
-        return fn(*resolved(args))
+        return fn(*resolve_aliases(args))
 
     def follow_leaves(arrays: list[Value]) -> None:
         fn_of_arrays = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)

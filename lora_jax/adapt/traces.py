@@ -21,8 +21,8 @@ from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import Sources, sources_among
-from lora_jax.core.aliases import aliased, aliases, resolved
-from lora_jax.core.opaque import unsealed
+from lora_jax.core.aliases import alias_repeated_objects, aliases, resolve_aliases
+from lora_jax.core.opaque import unwrap_opaque_leaves
 from lora_jax.core.types import Forward, Leaf, Tree, Value
 
 _NEEDS_ELEMENTS = (
@@ -78,7 +78,7 @@ class TraceOutputs:
         """Returns the function's result and its writes, with the jaxpr's outputs filled in."""
         leaves = [arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
         result, writes = self.treedef.unflatten(leaves)
-        return resolved(result) if self._has_aliases else result, writes
+        return resolve_aliases(result) if self._has_aliases else result, writes
 
     @functools.cached_property
     def _has_aliases(self) -> bool:
@@ -131,9 +131,9 @@ def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
 
     def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
         # Returns the traced arrays, and keeps what else the result and the writes contain.
-        args, kwargs = resolved(unsealed((args, kwargs)))
+        args, kwargs = resolve_aliases(unwrap_opaque_leaves((args, kwargs)))
         snapshot = Snapshot.take((args, kwargs))
-        result = aliased(call.fn(*args, **kwargs))
+        result = alias_repeated_objects(call.fn(*args, **kwargs))
         leaves, treedef = jax.tree.flatten((result, snapshot.writes()))
         leaves_without_arrays = [
             _TRACED_ARRAY if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves

@@ -28,12 +28,12 @@ from lora_jax.adapt.rules.reductions import REDUCTION_RULES
 from lora_jax.adapt.sides import collect_sides, warn_of_swapped_roles
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
 from lora_jax.adapt.user_code import user_line_of_call
-from lora_jax.core.aliases import KeyPath, flatten, resolved
+from lora_jax.core.aliases import KeyPath, flatten_with_aliases, resolve_aliases
 from lora_jax.core.axes import Label
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
-from lora_jax.core.opaque import unsealed
-from lora_jax.core.paths import checked_key, fold_in_path, path_string
+from lora_jax.core.opaque import unwrap_opaque_leaves
+from lora_jax.core.paths import check_prng_key, fold_in_path, path_string
 from lora_jax.core.types import BaseLike, Forward, Leaf, Tree, Value
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
@@ -142,11 +142,11 @@ def run(
         has been run then.
     """
     if dropout_key is not None:
-        dropout_key = checked_key("dropout_key", dropout_key)
+        dropout_key = check_prng_key("dropout_key", dropout_key)
     adapted = _adapted_call(fn, args, kwargs, dropout_key)
     call = adapted.call
     if not adapted.weights:
-        args, kwargs = resolved(unsealed(call.treedef.unflatten(call.leaves)))
+        args, kwargs = resolve_aliases(unwrap_opaque_leaves(call.treedef.unflatten(call.leaves)))
         return fn(*args, **kwargs)
     example_axes: dict[int, int] = {}
     if axes is not None:
@@ -230,7 +230,7 @@ def _say_assigned(
     """
     if not traced.outputs.assigned:
         return
-    keyed_leaves, _ = flatten(arguments, is_leaf)
+    keyed_leaves, _ = flatten_with_aliases(arguments, is_leaf)
     for leaf_index in traced.outputs.assigned:
         key_path, node = keyed_leaves[leaf_index]
         may_change = not is_node(node) or isinstance(node, Trained)
@@ -256,7 +256,7 @@ def _adapted_call(
       TypeError: no argument holds an adapted tree.
     """
     treedef: jax.tree_util.PyTreeDef
-    keyed_leaves, treedef = flatten((args, kwargs), is_leaf)
+    keyed_leaves, treedef = flatten_with_aliases((args, kwargs), is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed_leaves):
         raise TypeError(
             f"adapt({getattr(fn, '__name__', fn)}): no argument contains an adapted tree, so "

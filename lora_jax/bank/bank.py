@@ -21,9 +21,9 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.slots import Slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, adapter_values, values_of
 from lora_jax.bank.writing import add_slots, write
-from lora_jax.core.aliases import aliased
+from lora_jax.core.aliases import alias_repeated_objects
 from lora_jax.core.base import is_abstract
-from lora_jax.core.opaque import sealed
+from lora_jax.core.opaque import wrap_opaque_leaves
 from lora_jax.core.types import Adapter as AdapterArrays
 from lora_jax.core.types import Forward, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of, map_leaves
@@ -199,11 +199,13 @@ class Bank:
         """
         if slots < 1:
             raise ValueError(f"Bank: slots={slots} must be at least 1.")
-        params = aliased(params)
+        params = alias_repeated_objects(params)
         self._model = model
         self._params = params
         self._base = OneBase(params)
-        self._tree = sealed(add_slots(params, rules, slots + 1, trace=trace, kinds=kinds))
+        self._tree = wrap_opaque_leaves(
+            add_slots(params, rules, slots + 1, trace=trace, kinds=kinds)
+        )
         self._slots = slots_of(self._tree)
         self._held = HeldNodes()
         self._lock = threading.RLock()  # guards the attributes below, and the tree

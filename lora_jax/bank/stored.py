@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots, slot_shape
 from lora_jax.core.parts import NEUTRAL, rank_axis
-from lora_jax.core.paths import nearest
+from lora_jax.core.paths import most_similar
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import nodes_of
@@ -56,7 +56,7 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
     if path not in slots:
         raise BankError(
             f"bank: {name!r} adapts {path!r}, but the bank has no slots for it. The most "
-            f"similar paths with slots are {nearest(path, slots, n=3)}. Make the bank with "
+            f"similar paths with slots are {most_similar(path, slots, n=3)}. Make the bank with "
             f"rules that select {path!r}."
         )
     leaf_slots = slots[path]

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import BankError, compile_variant
-from lora_jax.core.aliases import flatten
+from lora_jax.core.aliases import flatten_with_aliases
 from lora_jax.core.base import is_base
 from lora_jax.core.types import Leaf, Parts, Tree
 from lora_jax.core.weight import Trained, TrainedRows, map_leaves
@@ -54,7 +54,7 @@ def add_slots(
 def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Sequence[object] | None]:
     """Returns a tree's shapes, and a trace whose arguments hold the very same shapes."""
     struct_of_leaf: dict[int, Leaf] = {}  # by the leaf's id
-    for _, leaf in flatten(params, is_base)[0]:
+    for _, leaf in flatten_with_aliases(params, is_base)[0]:
         if hasattr(leaf, "shape"):
             struct_of_leaf[id(leaf)] = jax.tree.map(
                 lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), leaf
@@ -62,7 +62,7 @@ def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Seque
 
     def abstract(tree: Tree) -> Tree:
         treedef: jax.tree_util.PyTreeDef
-        path_leaves, treedef = flatten(tree, is_base)
+        path_leaves, treedef = flatten_with_aliases(tree, is_base)
         return treedef.unflatten([struct_of_leaf.get(id(leaf), leaf) for _, leaf in path_leaves])
 
     shapes = abstract(params)

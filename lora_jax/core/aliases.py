@@ -1,9 +1,9 @@
 """Keeps the sharing of NNX objects as a part of the tree's structure.
 
-An **object** is a module, a stream of keys or a Variable of NNX. It may stand at several key paths
-of a tree. JAX's pytrees know no identity: a tree that is flattened and rebuilt has a copy at each
-key path. In an adapted tree the first key path holds the object, as in the state of `nnx.split`,
-and each other key path an `Alias`, which has no leaves and survives all transforms. Functions see
+An **object** is a module, a stream of keys or a Variable of NNX. A tree may contain it at several
+key paths. JAX's pytrees know no identity: a tree that is flattened and rebuilt has a copy at each
+key path. In an adapted tree the first key path holds the object, as in the state of `nnx.split`.
+Each other key path holds an `Alias`, which has no leaves and survives all transforms. Functions see
 the object at all of its key paths again.
 """
 
@@ -19,7 +19,7 @@ from jax.tree_util import keystr
 from lora_jax.core.types import Leaf, Tree
 
 KeyPath = tuple[Any, ...]  # keys of `jax.tree_util`
-Keyed = list[tuple[KeyPath, Leaf]]
+KeyedLeaves = list[tuple[KeyPath, Leaf]]
 
 
 @jax.tree_util.register_static
@@ -48,9 +48,9 @@ class Alias:
         """
         if alias_path[: len(object_path)] == object_path:
             raise ValueError(
-                f"A {type(value).__name__} contains itself, at {_shown(alias_path)!r}, and a "
-                "pytree cannot contain a cycle. Call flax.nnx.split(module) and pass the "
-                "state that it returns, which has no cycle."
+                f"A {type(value).__name__} contains itself, at {_path_text(alias_path)!r}, and a "
+                "pytree cannot contain a cycle. Call flax.nnx.split(module), and pass the state "
+                "that it returns."
             )
         n_shared = 0  # keys that both paths begin with
         while alias_path[n_shared] == object_path[n_shared]:
@@ -59,11 +59,11 @@ class Alias:
             alias_keys=alias_path[n_shared:],
             object_keys=object_path[n_shared:],
             kind=type(value),
-            path=_shown(object_path),
+            path=_path_text(object_path),
         )
 
     def object_path(self, alias_path: KeyPath) -> KeyPath:
-        """Returns the key path of the object in a tree that holds this alias at a key path."""
+        """Returns the key path of the object in a tree, given the key path of this alias in it."""
         n_shared = len(alias_path) - len(self.alias_keys)
         if n_shared < 0 or alias_path[n_shared:] != self.alias_keys:
             self.raise_missing(alias_path)
@@ -72,40 +72,41 @@ class Alias:
     def raise_missing(self, alias_path: KeyPath) -> NoReturn:
         """Raises the ValueError for an alias without its object."""
         raise ValueError(
-            f"{_shown(alias_path)!r} is a reference to the {self.kind.__name__} at "
+            f"{_path_text(alias_path)!r} is a reference to the {self.kind.__name__} at "
             f"{self.path!r} of an adapted module, but this tree does not contain that "
             f"{self.kind.__name__}. Pass the whole module, or a part that contains both."
         )
 
     @property
-    def _how_to_use(self) -> str:
+    def _usage_message(self) -> str:
         return (
-            f"This is a reference to the {self.kind.__name__} at {self.path!r}, which an "
-            "adapted module contains at several places. Call the function that uses it "
-            "through lora_jax.adapt, with the module that lorafy returned. Or pass the "
-            "state of flax.nnx.split(module) to lorafy."
+            f"This is only a reference to the {self.kind.__name__} at {self.path!r}, which an "
+            "adapted module contains several times. Call your function through lora_jax.adapt, "
+            "with the module that lorafy returned. Or pass the state of flax.nnx.split(module) to "
+            "lorafy."
         )
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """Raises a TypeError that says what to do."""
-        raise TypeError(self._how_to_use)
+        raise TypeError(self._usage_message)
 
     def __getattr__(self, name: str) -> NoReturn:
         """Raises an AttributeError that says what to do."""
-        raise AttributeError(name if name.startswith("_") else self._how_to_use)
+        raise AttributeError(name if name.startswith("_") else self._usage_message)
 
     def __repr__(self) -> str:
         return f"Alias({self.path!r})"
 
 
-def flatten(
+def flatten_with_aliases(
     tree: Tree, is_leaf: Callable[[Leaf], bool] | None = None
-) -> tuple[Keyed, jax.tree_util.PyTreeDef]:
-    """Returns the leaves with their paths, and the structure, of the tree with aliases.
+) -> tuple[KeyedLeaves, jax.tree_util.PyTreeDef]:
+    """Returns the leaves with their key paths, and the structure, of the tree with aliases.
 
     Raises:
-      ValueError: an object holds itself.
+      ValueError: an object contains itself.
     """
+    # Before NNX is imported, there are no objects.
     if "flax.nnx" not in sys.modules:
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     visited: dict[int, object] = {}  # objects by id; holding them keeps their ids unique
@@ -113,72 +114,80 @@ def flatten(
     def is_leaf_or_repeated(value: Leaf) -> bool:
         if is_leaf is not None and is_leaf(value):
             return True
-        if not is_object(value):
+        if not is_nnx_object(value):
             return False
         is_repeated = id(value) in visited
         visited[id(value)] = value
         return is_repeated
 
     treedef: jax.tree_util.PyTreeDef
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf_or_repeated)
-    has_repeated = any(id(leaf) in visited for _, leaf in keyed)
+    keyed_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf_or_repeated)
+    has_repeated = any(id(leaf) in visited for _, leaf in keyed_leaves)
     if not has_repeated:
-        return keyed, treedef
-    object_paths = {id(value): path for path, value in objects(tree)}
+        return keyed_leaves, treedef
+    # Put an alias in place of each object at a key path other than its first.
+    object_paths = {id(value): path for path, value in nnx_objects(tree)}
 
     def alias_or_leaf(path: KeyPath, leaf: Leaf) -> Leaf:
         is_repeated = id(leaf) in visited and path != object_paths[id(leaf)]
         return Alias.from_paths(leaf, path, object_paths[id(leaf)]) if is_repeated else leaf
 
-    leaves = [alias_or_leaf(path, leaf) for path, leaf in keyed]
+    leaves = [alias_or_leaf(path, leaf) for path, leaf in keyed_leaves]
     return jax.tree_util.tree_flatten_with_path(treedef.unflatten(leaves), is_leaf=is_leaf)
 
 
-def resolved(tree: Tree) -> Tree:
-    """Returns a tree with objects in place of aliases; the tree itself where it has no aliases.
+def resolve_aliases(tree: Tree) -> Tree:
+    """Returns a tree with objects in place of aliases; the tree itself if it has no aliases.
 
     Raises:
       ValueError: the tree lacks an object that an alias stands for.
     """
-    originals = _originals(tree)
-    if not originals:
+    original_of_alias = _object_of_each_alias(tree)
+    if not original_of_alias:
         return tree
-    original_ids = {id(original) for original in originals.values()}
-    rebuilt: dict[int, Leaf] = {}  # by the id of the original
+    # Every object that an alias stands for is rebuilt once, because it may contain aliases itself.
+    original_ids = {id(original) for original in original_of_alias.values()}
+    rebuilt_objects: dict[int, Leaf] = {}  # by the id of the original
 
-    def rebuild(value: Tree, value_path: KeyPath) -> Tree:
-        """Returns a value whose aliases are replaced by rebuilt objects."""
+    def rebuild(subtree: Tree, subtree_path: KeyPath) -> Tree:
+        """Returns a subtree whose aliases are replaced by rebuilt objects."""
 
         def is_alias_or_original(child: object) -> bool:
-            return isinstance(child, Alias) or (id(child) in original_ids and child is not value)
+            is_original = id(child) in original_ids and child is not subtree
+            return is_original or isinstance(child, Alias)
 
         def rebuild_leaf(path: KeyPath, leaf: Leaf) -> Leaf:
             if isinstance(leaf, Alias):
-                if id(originals[path]) not in rebuilt:
+                # The original comes before its aliases in the tree, so that it is rebuilt already.
+                original_id = id(original_of_alias[path])
+                if original_id not in rebuilt_objects:
                     leaf.raise_missing(path)
-                return rebuilt[id(originals[path])]
-            if id(leaf) in original_ids and leaf is not value:
-                rebuilt[id(leaf)] = rebuild(leaf, path)
-                return rebuilt[id(leaf)]
+                return rebuilt_objects[original_id]
+            if id(leaf) in original_ids and leaf is not subtree:
+                rebuilt_objects[id(leaf)] = rebuild(leaf, path)
+                return rebuilt_objects[id(leaf)]
             return leaf
 
         treedef: jax.tree_util.PyTreeDef
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_alias_or_original)
-        return treedef.unflatten([rebuild_leaf((*value_path, *path), leaf) for path, leaf in keyed])
+        keyed_leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            subtree, is_leaf=is_alias_or_original
+        )
+        leaves = [rebuild_leaf((*subtree_path, *path), leaf) for path, leaf in keyed_leaves]
+        return treedef.unflatten(leaves)
 
     return rebuild(tree, ())
 
 
-def _originals(tree: Tree) -> dict[KeyPath, Leaf]:
+def _object_of_each_alias(tree: Tree) -> dict[KeyPath, Leaf]:
     """Returns the object that each alias of a tree stands for, by the alias's key path.
 
     Raises:
       ValueError: the tree lacks an object that an alias stands for.
     """
-    aliases = _aliases(tree)
+    aliases = _aliases_with_paths(tree)
     if not aliases:
         return {}
-    object_of_path = dict(objects(tree))
+    object_of_path = dict(nnx_objects(tree))
     originals: dict[KeyPath, Leaf] = {}
     for path, alias in aliases:
         original = object_of_path.get(alias.object_path(path))
@@ -188,76 +197,87 @@ def _originals(tree: Tree) -> dict[KeyPath, Leaf]:
     return originals
 
 
-def aliased(tree: Tree) -> Tree:
+def alias_repeated_objects(tree: Tree) -> Tree:
     """Returns a tree with aliases for repeated objects; the tree itself if it has none."""
-    keyed, treedef = flatten(tree)
-    with_aliases = treedef.unflatten(leaf for _, leaf in keyed)
-    return with_aliases if _aliases(with_aliases) else tree
+    keyed_leaves, treedef = flatten_with_aliases(tree)
+    tree_with_aliases = treedef.unflatten(leaf for _, leaf in keyed_leaves)
+    return tree_with_aliases if _aliases_with_paths(tree_with_aliases) else tree
 
 
-def restore_form(tree: Tree, result: Tree) -> Tree:
-    """Returns a result with aliases if the tree that it was computed from has aliases.
+def restore_alias_form(tree: Tree, result: Tree) -> Tree:
+    """Returns a result with aliases if its source tree has aliases, else with objects.
 
     Args:
       tree: the tree whose leaves the result was computed from.
       result: a tree of the same structure, with aliases.
     """
-    return result if _aliases(tree) else resolved(result)
+    return result if _aliases_with_paths(tree) else resolve_aliases(result)
 
 
 def aliases(tree: Tree) -> dict[str, str]:
     """Returns the path of the object of each alias in a tree, by the alias's path."""
-    return {_shown(path): _shown(alias.object_path(path)) for path, alias in _aliases(tree)}
+    return {
+        _path_text(path): _path_text(alias.object_path(path))
+        for path, alias in _aliases_with_paths(tree)
+    }
 
 
-def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
+def _aliases_with_paths(tree: Tree) -> list[tuple[KeyPath, Alias]]:
     """Returns the aliases of a tree with their key paths."""
     if "flax.nnx" not in sys.modules:
         return []
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Alias))
-    return [(path, leaf) for path, leaf in keyed if isinstance(leaf, Alias)]
+    keyed_leaves, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda value: isinstance(value, Alias)
+    )
+    return [(path, leaf) for path, leaf in keyed_leaves if isinstance(leaf, Alias)]
 
 
-def is_object(value: Leaf) -> bool:
+def is_nnx_object(value: Leaf) -> bool:
     """Returns True if a value is an object of NNX: a module, a stream, a Variable."""
     # Before NNX is imported, which is slow, there are no objects.
-    return "flax.nnx" in sys.modules and _is_class(type(value))  # type: ignore[arg-type]
+    return "flax.nnx" in sys.modules and _is_nnx_class(type(value))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _is_class(kind: type) -> bool:
+def _is_nnx_class(kind: type) -> bool:
     nnx = sys.modules["flax.nnx"]
     return issubclass(kind, (nnx.Pytree, nnx.Variable))
 
 
-def objects(tree: Tree, seen: dict[int, object] | None = None) -> Iterator[tuple[KeyPath, Leaf]]:
+def nnx_objects(
+    tree: Tree, visited: dict[int, object] | None = None
+) -> Iterator[tuple[KeyPath, Leaf]]:
     """Yields each object of NNX in a tree, with its first key path.
 
     Args:
       tree: any tree.
-      seen: objects that are not yielded, by id; objects that are yielded are added.
+      visited: objects that are not yielded, by id; objects that are yielded are added.
     """
     if "flax.nnx" not in sys.modules:
         return
-    seen = {} if seen is None else seen
-    for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):
-        if not is_object(value) or id(value) in seen:
+    visited = {} if visited is None else visited
+    for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nnx_object):
+        if not is_nnx_object(value) or id(value) in visited:
             continue
-        seen[id(value)] = value
+        visited[id(value)] = value
         yield path, value
         if isinstance(value, sys.modules["flax.nnx"].Pytree):
-            for key, child in _children(value):
-                for child_path, descendant in objects(child, seen):
+            for key, child in _keyed_children(value):
+                for child_path, descendant in nnx_objects(child, visited):
                     yield (*path, *key, *child_path), descendant
 
 
-def _children(value: Leaf) -> Keyed:
+def _keyed_children(value: Leaf) -> KeyedLeaves:
     """Returns the children of an object, with a key each."""
-    # The first call asks about the object itself, which is no leaf.
+    # JAX asks first about the object itself, which is no leaf, and then about its children. (An
+    # object that contains itself is its own child, so identities cannot tell the two apart.)
     answers = iter([False])
-    keyed, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda _: next(answers, True))
-    return keyed
+    keyed_children, _ = jax.tree_util.tree_flatten_with_path(
+        value, is_leaf=lambda _: next(answers, True)
+    )
+    return keyed_children
 
 
-def _shown(path: KeyPath) -> str:
+def _path_text(path: KeyPath) -> str:
+    """Returns a key path joined by ``/``, for messages."""
     return keystr(path, simple=True, separator="/")

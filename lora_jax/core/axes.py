@@ -37,25 +37,33 @@ class AxisRoles:
         """
         arguments = f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}"
         if not in_axes or not out_axes:
-            raise ValueError(f"{arguments}: a weight needs at least one in axis and one out axis.")
+            raise ValueError(
+                f"{arguments}: a weight needs at least one in axis and one out axis. Name both."
+            )
         for axis in (*in_axes, *out_axes):
             if not -ndim <= axis < ndim:
-                raise ValueError(f"Axis {axis} does not exist in a weight of {ndim} axes.")
+                raise ValueError(
+                    f"Axis {axis} does not exist in a weight of {ndim} axes. Use axes from {-ndim} "
+                    f"to {ndim - 1}."
+                )
         roles = cls(_sorted_from_end(in_axes, ndim), _sorted_from_end(out_axes, ndim))
         axes = (*roles.in_axes, *roles.out_axes)
         if len(set(axes)) < len(axes):
-            raise ValueError(f"{arguments} name the same axis twice, in a weight of {ndim} axes.")
+            raise ValueError(
+                f"{arguments} name the same axis twice, in a weight of {ndim} axes. Name each axis "
+                "once."
+            )
         return roles
 
     def labels(self, ndim: int) -> tuple[Label, ...]:
         """Returns the role of each axis of a weight with `ndim` axes."""
 
-        def label(axis: int) -> Label:
+        def role_of(axis: int) -> Label:
             if axis in self.in_axes:
                 return "in"
             return "out" if axis in self.out_axes else "batch"
 
-        return tuple(label(axis) for axis in range(-ndim, 0))
+        return tuple(role_of(axis) for axis in range(-ndim, 0))
 
     def sizes(self, shape: Sequence[int], label: Label) -> tuple[int, ...]:
         """Returns the sizes of the axes of `shape` that have the role `label`, in their order."""
@@ -77,7 +85,7 @@ class ObservedRoles:
 
     Attributes:
       roles: the roles of its axes.
-      not_kernel_reason: why it is no kernel (it is looked up, or a gain, or added to an
+      not_kernel_reason: why the leaf is no kernel (it is looked up, or a gain, or added to an
         activation); empty for a kernel.
     """
 
@@ -86,6 +94,6 @@ class ObservedRoles:
 
 
 def default_roles(name: str, ndim: int) -> AxisRoles | None:
-    """Returns Flax's convention for a leaf called `name`; None where it has none."""
+    """Returns the roles of Flax's convention for a leaf's name; None without a convention."""
     has_convention = name in KERNEL_NAMES | EMBEDDING_NAMES and ndim >= 2
     return AxisRoles((-2,), (-1,)) if has_convention else None

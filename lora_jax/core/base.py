@@ -27,7 +27,7 @@ from lora_jax.core.types import BaseLike, EqnParams, Leaf, Shaped
 Move = Callable[[Leaf, Axes], Leaf]
 _HashableParams = tuple[tuple[str, object], ...]  # of an equation, sorted by name
 
-_MIN_BLOCK = 4  # the fewest elements of W that one scale stands for
+_MIN_BLOCK_ELEMENTS = 4  # the fewest elements of W that one scale stands for
 
 
 class Base(Protocol):
@@ -125,7 +125,7 @@ class _View:
     def as_array(self) -> jax.Array:
         array = as_array(self.source)
         for primitive, params in self.operations:
-            array = _bind(primitive, dict(params), array)
+            array = _apply_primitive(primitive, dict(params), array)
         return array
 
     def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
@@ -144,12 +144,12 @@ class NoArray:
         """Returns a copy with other values in some of the attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} {self.how_to_use}.")
+    def _raise_not_an_array(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(f"A {type(self).__name__} {self.how_to_use}.")
 
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _raise_not_an_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _raise_not_an_array
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _raise_not_an_array
 
 
 def is_base(value: Leaf) -> bool:
@@ -189,7 +189,10 @@ def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) 
     """
     if not is_base(base):
         return fn(base, *operands)
-    is_scale = jax.tree.map(lambda leaf: _MIN_BLOCK * leaf.size <= math.prod(base.shape), base)
+    # An array with few elements, compared with W, holds scales.
+    is_scale = jax.tree.map(
+        lambda leaf: _MIN_BLOCK_ELEMENTS * leaf.size <= math.prod(base.shape), base
+    )
     has_scales = any(jax.tree.leaves(is_scale))
     barriers = (is_scale if has_scales else True, *[True] * len(operands))
 
@@ -228,12 +231,13 @@ def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Lea
       out: the type of the equation's output.
     """
     if not is_base(base):
-        return _bind(primitive, params, base)
+        return _apply_primitive(primitive, params, base)
     operation = (primitive, tuple(sorted(params.items())))
     try:
         hash(operation)
-    except TypeError:  # a view is a static part of a pytree, which has to be hashable
-        return _bind(primitive, params, as_array(base))
+    except TypeError:  # the operations of a view are static parts of a pytree, so hashable
+        return _apply_primitive(primitive, params, as_array(base))
+    # Add the operation to those of a view, or begin a new view.
     view = base
     if not isinstance(base, _View):
         view = _View(source=base, operations=(), dtype=base.dtype, rearranged_shape=None)
@@ -287,11 +291,11 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     is_splittable_array: list[bool] = []
 
     def check_array(array: Leaf, axes: Axes) -> Leaf:
-        """Appends whether the pieces are even along each axis of the array, or hold it whole."""
-        is_even_axis = [
-            1 in (size, n_pieces) or (axis >= 0 and size % n_pieces == 0)
-            for size, axis, n_pieces in zip(array.shape, axes, parts, strict=True)
-        ]
+        """Records whether each axis of an array can be split evenly, or need not be split."""
+        is_even_axis: list[bool] = []
+        for size, axis, n_pieces in zip(array.shape, axes, parts, strict=True):
+            is_whole = size == 1 or n_pieces == 1
+            is_even_axis.append(is_whole or (axis >= 0 and size % n_pieces == 0))
         is_splittable_array.append(all(is_even_axis))
         return array
 
@@ -299,8 +303,8 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     return base if moved is not None and all(is_splittable_array) else as_array(base)
 
 
-def _bind(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
+def _apply_primitive(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
     """Returns the result of a primitive with one operand and one result."""
-    out = primitive.bind(array, **primitive.get_bind_params(params))
-    array = out[0] if primitive.multiple_results else out
-    return array
+    outputs = primitive.bind(array, **primitive.get_bind_params(params))
+    result: jax.Array = outputs[0] if primitive.multiple_results else outputs
+    return result

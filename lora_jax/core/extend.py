@@ -1,7 +1,7 @@
-"""JAX's names for those who extend it, which move from release to release: imported here alone.
+"""Names of JAX for extensions (jaxprs, primitives), which may move between releases of JAX.
 
-Public JAX has no names for what walks over a jaxpr or adds a primitive. From 0.12 on, `ClosedJaxpr`
-is another name of `Jaxpr`; what differs inside equations is read in `lora_jax.adapt.eqns`.
+Only this file imports these names. From 0.12 on, `ClosedJaxpr` is another name of `Jaxpr`. The
+differences inside equations are handled in `lora_jax.adapt.eqns`.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ __all__ = [
     "mlir",
     "move_to_memory",
     "source_info_util",
-    "varies_over",
+    "varying_mesh_axes",
 ]
 
 Space: Any = jax.memory.Space
@@ -37,8 +37,8 @@ def move_to_memory(array: Any, space: Space) -> Any:
     return array if is_in_space else jax.device_put(array, space)
 
 
-def varies_over(array: Any) -> frozenset[str]:
-    """Returns the axes of the mesh over which an array's type in shard_map says that it differs."""
+def varying_mesh_axes(array: Any) -> frozenset[str]:
+    """Returns the axes of the mesh along which an array may differ, by its type in shard_map."""
     array_type = jax.typeof(array)
     manual_axes = getattr(array_type, "manual_axis_type", None)
     if manual_axes is None:  # in older releases of JAX

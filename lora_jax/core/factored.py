@@ -17,12 +17,20 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles, Label
 from lora_jax.core.base import Move, as_array, is_base
-from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.parts import (
+    AXES,
+    EXAMPLE,
+    STATIC,
+    Axes,
+    align_to_axes,
+    layout_of_axes,
+    shape_of_axes,
+)
 from lora_jax.core.types import BaseLike, Leaf, Parts
 
-# Parts that A and B follow from.
-_COMPACT = ("shared_a", "shared_b", "latent", "lambda_b")
+# Parts that A and B are computed from.
+_COMPACT_PARTS = ("shared_a", "shared_b", "latent", "lambda_b")
 
 
 class ExamplesError(ValueError):
@@ -30,14 +38,14 @@ class ExamplesError(ValueError):
 
 
 class TokensError(ValueError):
-    """A weight acts on some tokens alone, and a use of it does not tell which tokens these are.
+    """A weight acts on some tokens only, and a use of it does not tell which tokens these are.
 
     The use may also have its tokens in another order than the mask.
     """
 
 
 class _MessagePath(str):
-    """A path that equals every other path: layers of one form share a compiled function."""
+    """A path that equals every other path, so that similar layers share a compiled function."""
 
     __slots__ = ()
 
@@ -93,37 +101,41 @@ class Factored:
     @property
     def a(self) -> jax.Array:
         """A, [batch…, r, in…]; an A that a stack shares is repeated for each of its layers."""
-        return self.parts["a"] if "a" in self.parts else self._repeated_factor("shared_a")
+        return self.parts["a"] if "a" in self.parts else self._shared_factor_by_layer("shared_a")
 
     @property
     def b(self) -> jax.Array:
         """latent·B·diag(lambda_b), [batch…, r, out…]; just B where the weight is not compact."""
-        b = self.parts["b"] if "b" in self.parts else self._repeated_factor("shared_b")
+        b = self.parts["b"] if "b" in self.parts else self._shared_factor_by_layer("shared_b")
+        # LoRA-XS and TinyLoRA: latent [batch…, r, r] times B.
         latent = self.parts.get("latent")
         if latent is not None:
             n_batch = latent.ndim - 2
-            batch = tuple(range(n_batch))
-            dims = (((n_batch + 1,), (n_batch,)), (batch, batch))
+            batch_axes = tuple(range(n_batch))
+            dims = (((n_batch + 1,), (n_batch,)), (batch_axes, batch_axes))
             b = lax.dot_general(latent, b.astype(latent.dtype), dims, lax.Precision.HIGHEST)
+        # VeRA: a factor for each column of B, [batch…, out…].
         lambda_b = self.parts.get("lambda_b")
         if lambda_b is not None:
-            b = b.astype(lambda_b.dtype) * jnp.expand_dims(lambda_b, len(self.axes("batch")))
+            column_factors = jnp.expand_dims(lambda_b, len(self.axes("batch")))
+            b = b.astype(lambda_b.dtype) * column_factors
         return b
 
-    def _repeated_factor(self, name: str) -> jax.Array:
-        shared = self.parts[name]
-        return jnp.broadcast_to(shared, (*self.sizes("batch"), *shared.shape))
+    def _shared_factor_by_layer(self, name: str) -> jax.Array:
+        """Returns a factor that a stack shares, repeated for each layer: [batch…, r, …]."""
+        shared_factor = self.parts[name]
+        return jnp.broadcast_to(shared_factor, (*self.sizes("batch"), *shared_factor.shape))
 
     @property
     def is_compact(self) -> bool:
-        """True where a and b follow from other, smaller parts."""
-        return not self.parts.keys().isdisjoint(_COMPACT)
+        """True if a and b are computed from other, smaller parts."""
+        return not self.parts.keys().isdisjoint(_COMPACT_PARTS)
 
     def formed(self) -> "Factored":
-        """Returns the weight with a and b in place of the parts that they follow from."""
+        """Returns the weight with a and b in place of the parts that they are computed from."""
         if not self.is_compact:
             return self
-        return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
+        return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT_PARTS))
 
     def replace(
         self, base: BaseLike = None, labels: Any = None, **parts: jax.Array | None
@@ -141,7 +153,7 @@ class Factored:
         """Returns W: an array, or a weight without parts."""
         return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
 
-    def seen_by(self, use: str) -> BaseLike:
+    def seen_by_use(self, use: str) -> BaseLike:
         """Returns the weight that one use of a tied table sees: W alone, or W with its factors.
 
         Args:
@@ -152,20 +164,21 @@ class Factored:
         has_adapter_of_use = self.uses == "each"
         if not has_adapter_of_use:
             return self._without_adapter()
-        half = self.rank // 2
-        start, stop = (0, half) if use == "lookup" else (half, self.rank)
+        # Look-ups see the first half of the rank, products the second half.
+        half_rank = self.rank // 2
+        start, stop = (0, half_rank) if use == "lookup" else (half_rank, self.rank)
         n_batch = len(self.axes("batch"))
         rank_axes = {"a": n_batch, "b": n_batch, "lambda_d": n_batch, "rows": 1}
-        columns = {
+        parts_of_use = {
             name: lax.slice_in_dim(self.parts[name], start, stop, axis=axis)
             for name, axis in rank_axes.items()
             if name in self.parts
         }
-        return dataclasses.replace(self.replace(**columns), uses=use)
+        return dataclasses.replace(self.replace(**parts_of_use), uses=use)
 
     def axes(self, label: Label) -> Axes:
         """Returns the base's axes with this role, in order."""
-        return layout((label,), self.labels)
+        return layout_of_axes((label,), self.labels)
 
     def sizes(self, label: Label) -> tuple[int, ...]:
         """Returns the sizes of the base's axes with this role."""
@@ -184,24 +197,24 @@ class Factored:
         scale: jax.Array = jnp.expand_dims(self.scale, self.scale.ndim)
         if self.lambda_d is None:
             return scale
-        dtype = wide(self.lambda_d.dtype)
+        dtype = accumulation_dtype(self.lambda_d.dtype)
         scales: jax.Array = scale.astype(dtype) * self.lambda_d.astype(dtype)
         return scales
 
     def layout(self, name: str) -> Axes:
-        """Returns the base's axis for each axis of a part; see `lora_jax.core.parts.layout`."""
-        return layout(AXES[name], self.labels)
+        """Returns the base's axis for each axis of a part; see `parts.layout_of_axes`."""
+        return layout_of_axes(AXES[name], self.labels)
 
     def shape_of(self, name: str, shape: Sequence[int], labels: Sequence[Label]) -> tuple[int, ...]:
         """Returns the shape of a part for a base of another shape, with other labels."""
-        return sizes(AXES[name], shape, labels, self.rank)
+        return shape_of_axes(AXES[name], shape, labels, self.rank)
 
     def along(self, base: BaseLike, move: Move) -> "Factored":
         """Returns the weight on another base, with ``move(array, layout)`` for each part."""
         parts = {name: move(array, self.layout(name)) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts)
 
-    def relabelled(
+    def with_base_and_labels(
         self, base: BaseLike, labels: Sequence[Label], narrow: Sequence[int] | None = None
     ) -> "Factored":
         """Returns the weight on a base of another shape whose axes keep the order in each role.
@@ -215,14 +228,15 @@ class Factored:
             return dataclasses.replace(self, base=base, labels=tuple(labels))
         narrow_shape = base.shape if narrow is None else narrow
 
-        def reshape(name: str, array: jax.Array) -> jax.Array:
+        def reshape_part(name: str, array: jax.Array) -> jax.Array:
+            # A mask of examples or tokens has no axes of the base.
             is_mask = EXAMPLE in self.layout(name)
             if is_mask:
                 return array
             array = array.reshape(self.shape_of(name, narrow_shape, labels))
             return jnp.broadcast_to(array, self.shape_of(name, base.shape, labels))
 
-        parts = {name: reshape(name, array) for name, array in self.parts.items()}
+        parts = {name: reshape_part(name, array) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts, labels=tuple(labels))
 
     def merged(self) -> jax.Array:
@@ -230,17 +244,17 @@ class Factored:
         base = as_array(self.base)
         if not self.parts:
             return base
-        dtype = wide(base.dtype)
+        dtype = accumulation_dtype(base.dtype)
         total = base.astype(dtype) + self.delta(dtype)
         if self.gain is not None:
-            total *= self.spread_columns(self.gain).astype(dtype)
+            total *= self.columns_in_base_layout(self.gain).astype(dtype)
         return total.astype(base.dtype)
 
-    def spread_columns(self, vector: jax.Array) -> jax.Array:
+    def columns_in_base_layout(self, vector: jax.Array) -> jax.Array:
         """Returns a gain or a shift in the base's layout, with size one along the in axes."""
         ndim = len(self.labels)
         axes_of_base = {axis: axis for axis in range(ndim)}
-        return spread(vector, self.layout("gain"), axes_of_base, ndim)
+        return align_to_axes(vector, self.layout("gain"), axes_of_base, ndim)
 
     def delta(self, dtype: DTypeLike) -> jax.Array:
         """Returns s·AB in the base's layout.
@@ -251,24 +265,27 @@ class Factored:
         """
         if self.rows is not None:
             raise ExamplesError(
-                f"the weight {self.path!r} has a different adapter for each example"
+                f"The weight {self.path!r} has a different adapter for each example, so it cannot "
+                "be merged. Merge the adapter of one example."
             )
         if self.active is not None:
             raise TokensError(
-                f"The weight {self.path!r} has an adapter that acts on some tokens only"
+                f"The weight {self.path!r} has an adapter that acts on some tokens only, so it "
+                "cannot be merged. Run the tree through lora_jax.adapt instead."
             )
         n_batch = len(self.axes("batch"))
-        batch = tuple(range(n_batch))
+        batch_axes = tuple(range(n_batch))
         a = self.a.astype(dtype)
         b = self.b.astype(dtype)
         a = a * lax.expand_dims(self.scales.astype(dtype), range(n_batch + 1, a.ndim))
-        dims = (((n_batch,), (n_batch,)), (batch, batch))
+        # Contract the rank: [batch…, in…, out…], then restore the order of the base's axes.
+        dims = (((n_batch,), (n_batch,)), (batch_axes, batch_axes))
         ab = lax.dot_general(a, b, dims, lax.Precision.HIGHEST)
         ab_axes = self.axes("batch") + self.axes("in") + self.axes("out")
         return lax.transpose(ab, tuple(ab_axes.index(axis) for axis in range(len(ab_axes))))
 
 
-def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
+def wrong_rows_message(weight: Factored, rows: Sequence[int]) -> str:
     """Returns the message for an activation whose rows are not the tokens of a mask.
 
     Args:
@@ -278,32 +295,33 @@ def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
     is_mask_missing = not weight.active.size
     if is_mask_missing:
         return (
-            f"the weight {weight.path!r} belongs to an activated LoRA, and this call does not say "
-            "which tokens see it: pass lora_jax.activate(tree, mask), where the mask [batch, seq] "
-            "may come from lora_jax.invoked(ids, tokens). The models of lora_jax.models find it "
-            "by themselves where a call has the whole rows: without a cache"
+            f"The weight {weight.path!r} belongs to an activated LoRA, and this call does not say "
+            "which tokens see the adapter. Pass lora_jax.activate(tree, mask), where "
+            "lora_jax.invoked(ids, tokens) computes a mask [batch, seq]. The models of "
+            "lora_jax.models compute the mask themselves in calls with whole rows, without a cache."
         )
     return (
-        f"the weight {weight.path!r} acts on tokens of a mask {list(weight.active.shape)}, and is "
-        f"multiplied by rows {list(rows)}: an activation [batch, seq, …], or [batch * seq, …], "
-        "of the same size is needed. Leave out such weights (heads, experts) in the rules; a model "
-        "of lora_jax.models that recomputes its layers takes MLPs of rows of 8,192 tokens or more "
-        "by chunks, but not with remat='products', nor with a Layout(…, keeps_rows=True)"
+        f"The weight {weight.path!r} acts on tokens of a mask {list(weight.active.shape)}, but is "
+        f"multiplied by rows {list(rows)}. Multiply it by an activation [batch, seq, …] or "
+        "[batch * seq, …] of the size of the mask. Exclude weights (heads, experts) for which this "
+        "is not possible from the rules. If a model of lora_jax.models recomputes its layers, it "
+        "splits MLPs of rows of 8,192 tokens or more into chunks. Use remat='products' or "
+        "Layout(…, keeps_rows=True) to prevent that."
     )
 
 
-def matrices_of(leaf: Leaf, roles: AxisRoles) -> jax.Array:
+def as_matrices(leaf: Leaf, roles: AxisRoles) -> jax.Array:
     """Returns W as [batch…, in, out], in fp32 (or wider)."""
-    order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
+    order = layout_of_axes(("batch", "in", "out"), roles.labels(len(leaf.shape)))
     batch_shape = roles.sizes(leaf.shape, "batch")
     fan_in = math.prod(roles.sizes(leaf.shape, "in"))
     fan_out = math.prod(roles.sizes(leaf.shape, "out"))
     kernel = jnp.transpose(as_array(leaf), order).reshape(*batch_shape, fan_in, fan_out)
-    return kernel.astype(wide(leaf.dtype))
+    return kernel.astype(accumulation_dtype(leaf.dtype))
 
 
 def factor_shapes(shape: tuple[int, ...], roles: AxisRoles, rank: int) -> tuple[Axes, Axes, Axes]:
     """Returns the stored shapes of a, b and scale for a weight of this shape."""
     labels = roles.labels(len(shape))
-    a, b, scale = (sizes(AXES[name], shape, labels, rank) for name in ("a", "b", "scale"))
+    a, b, scale = (shape_of_axes(AXES[name], shape, labels, rank) for name in ("a", "b", "scale"))
     return a, b, scale

@@ -1,9 +1,10 @@
 """The product of few rows of x, as in decoding, with a quantized W alone, for TPUs.
 
 A training step multiplies thousands of rows by W, and XLA decodes W inside the product. With few
-rows, XLA for TPUs would write the decoded W to memory first, at every token. The **flat** form of
-the product prevents that: x and the result have two axes and stand between barriers. The matrix
-units of a TPU take at least eight rows, so x is padded with rows of zeros.
+rows, XLA for TPUs would write the decoded W to memory first, for every token. The **flat** form of
+the product prevents that: x and the result have two axes, and barriers before and after the product
+keep the compiler from changing that. The matrix units of a TPU take at least eight rows, so x is
+padded with rows of zeros.
 
 Where W is a layer of a stack, its codes may have a **rows kernel** (`rows_kernel`): a compiled
 kernel that reads the codes of the layer out of the stack, for a limited number of rows.
@@ -29,9 +30,9 @@ from lora_jax.core.extend import Primitive, ad, batching, jaxpr_as_fun, mlir
 from lora_jax.core.types import BaseLike, EqnParams
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
-FEW = 256  # rows at most
-KERNEL_ROWS = 32  # the most rows that a rows kernel takes
-_TILE = 8  # rows that a TPU's matrix unit takes at least
+MAX_FEW_ROWS = 256  # of x, for the flat form
+MAX_KERNEL_ROWS = 32  # of x, for a rows kernel
+_MIN_TPU_ROWS = 8  # the fewest rows that a TPU's matrix unit takes
 Product = Callable[[BaseLike, jax.Array], jax.Array]
 
 
@@ -41,9 +42,9 @@ class RowsCall:
 
     Attributes:
       kernel: the form for one TPU, the rows kernel.
-      plain: the form for other platforms than TPUs.
+      plain: the form for platforms other than TPUs.
       flat: the form for several TPUs.
-      differentiable: the form that derivatives are taken of.
+      differentiable: the form that is differentiated.
       mapped: the form for an x with one more axis in front.
     """
 
@@ -58,13 +59,13 @@ def call_rows(call: RowsCall, base: BaseLike, x: jax.Array) -> jax.Array:
     """Returns xW, in the form for the platform that the program is lowered for."""
     leaves, tree = jax.tree.flatten((base, x))
     jaxpr = jax.make_jaxpr(_product_of_leaves(tree, call.plain))(*leaves)
-    out: jax.Array = _CALL.bind(*leaves, jaxpr=jaxpr, call=call, tree=tree)
-    return out
+    result: jax.Array = _ROWS_PRIMITIVE.bind(*leaves, jaxpr=jaxpr, call=call, tree=tree)
+    return result
 
 
 # Its operands are the leaves of the pair (W, x). Its parameters are the jaxpr of the plain product,
 # the `RowsCall`, and the structure of the pair (`tree`).
-_CALL = Primitive("few_rows")
+_ROWS_PRIMITIVE = Primitive("few_rows")
 
 
 def _product_of_leaves(tree: Any, product: Product) -> Callable[..., jax.Array]:
@@ -73,21 +74,22 @@ def _product_of_leaves(tree: Any, product: Product) -> Callable[..., jax.Array]:
 
 
 def _run_eagerly(*leaves: jax.Array, **params: Any) -> Any:
-    return jax.jit(lambda *leaves: _CALL.bind(*leaves, **params))(*leaves)
+    return jax.jit(lambda *leaves: _ROWS_PRIMITIVE.bind(*leaves, **params))(*leaves)
 
 
-def _abstract(*_: Any, jaxpr: Any, **__: Any) -> Any:
+def _abstract_result(*_: Any, jaxpr: Any, **__: Any) -> Any:
     return jaxpr.out_avals[0]
 
 
-def _lower(ctx: Any, *leaves: Any, jaxpr: Any, **_: Any) -> Any:
+def _lower_plain_product(ctx: Any, *leaves: Any, jaxpr: Any, **_: Any) -> Any:
     return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *leaves)
 
 
 def _lower_for_tpu(ctx: Any, *leaves: Any, call: RowsCall, tree: Any, **_: Any) -> Any:
     # Inside shard_map the context has a mesh instead of a number of devices.
     n_devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-    product = _product_of_leaves(tree, call.kernel if n_devices == 1 else call.flat)
+    form = call.kernel if n_devices == 1 else call.flat
+    product = _product_of_leaves(tree, form)
     return mlir.lower_fun(product, multiple_results=False)(ctx, *leaves)
 
 
@@ -96,39 +98,46 @@ def _differentiate(
 ) -> Any:
     """Returns the product and its tangent: the JVP of the differentiable form."""
     product = _product_of_leaves(tree, call.differentiable)
-    indices = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    # Leaves with a symbolic zero as tangent are constants of the derivative.
+    variable_indices = [
+        index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero
+    ]
 
     def product_of_variables(*variables: jax.Array) -> jax.Array:
         leaves = [*primals]
-        for i, variable in zip(indices, variables, strict=True):
-            leaves[i] = variable
+        for index, variable in zip(variable_indices, variables, strict=True):
+            leaves[index] = variable
         return product(*leaves)
 
     return jax.jvp(
-        product_of_variables, [primals[i] for i in indices], [tangents[i] for i in indices]
+        product_of_variables,
+        [primals[index] for index in variable_indices],
+        [tangents[index] for index in variable_indices],
     )
 
 
-def _map(
+def _map_product(
     leaves: Sequence[Any], axes: Sequence[int | None], *, call: RowsCall, tree: Any, **_: Any
 ) -> tuple[Any, int]:
     """Returns the product mapped over an axis of some leaves, and the axis of the result."""
     *base_axes, x_axis = axes
     is_base_mapped = any(axis is not None for axis in base_axes)
+    # Each example has its own W: use the product that `jax.vmap` can map.
     if x_axis is None or is_base_mapped:
         product = _product_of_leaves(tree, call.differentiable)
         return jax.vmap(product, tuple(axes))(*leaves), 0
+    # Only x is mapped: its examples are more rows of the same product.
     *base_leaves, x = leaves
     x = jnp.moveaxis(x, x_axis, 0)
     return _product_of_leaves(tree, call.mapped)(*base_leaves, x), 0
 
 
-_CALL.def_impl(_run_eagerly)
-_CALL.def_abstract_eval(_abstract)
-mlir.register_lowering(_CALL, _lower)
-mlir.register_lowering(_CALL, _lower_for_tpu, platform="tpu")
-ad.primitive_jvps[_CALL] = _differentiate
-batching.primitive_batchers[_CALL] = _map
+_ROWS_PRIMITIVE.def_impl(_run_eagerly)
+_ROWS_PRIMITIVE.def_abstract_eval(_abstract_result)
+mlir.register_lowering(_ROWS_PRIMITIVE, _lower_plain_product)
+mlir.register_lowering(_ROWS_PRIMITIVE, _lower_for_tpu, platform="tpu")
+ad.primitive_jvps[_ROWS_PRIMITIVE] = _differentiate
+batching.primitive_batchers[_ROWS_PRIMITIVE] = _map_product
 
 
 class BaseDot(NamedTuple):
@@ -150,7 +159,7 @@ def base_dot(x: jax.Array, base: BaseLike, spec: BaseDot) -> jax.Array:
     """
     if not _has_few_rows(x, base, spec):
         return _plain_dot(spec, base, x)
-    call = _rows_call(x, base, spec)
+    call = _rows_kernel_call(x, base, spec)
     if call is None:
         return _dot_by_platform(spec, base, x)
     return call_rows(call, base, x)
@@ -163,13 +172,13 @@ def _dot_by_platform(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
         tpu=functools.partial(flat_dot, spec),
         default=functools.partial(_plain_dot, spec),
     )
-    # Without checkpoint, the backward pass would keep the operands of both branches: the codes of
-    # each layer.
-    out: jax.Array = jax.checkpoint(dot, prevent_cse=False)(base, x)
-    return out
+    # Without checkpoint, the backward pass would keep the operands of both branches, which are the
+    # codes of each layer.
+    result: jax.Array = jax.checkpoint(dot, prevent_cse=False)(base, x)
+    return result
 
 
-def _rows_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall | None:
+def _rows_kernel_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall | None:
     """Returns the call of a rows kernel; None if W is no layer of a stack that has a kernel."""
     member_and_casts = stack_member(base)
     if member_and_casts is None:
@@ -184,10 +193,12 @@ def _rows_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall | None:
         return None
 
     def run_kernel(base: BaseLike, x: jax.Array) -> jax.Array:
-        # The call's operands are other arrays than those of `member`, in the same structure.
-        operand, _ = stack_member(base) or member_and_casts
-        out: jax.Array = kernel(operand.stack, operand.index, x.reshape(rows.shape))
-        return out.reshape(*x.shape[:-1], -1)
+        # `base` has the structure of `member`, but the arrays of this call.
+        base_member_and_casts = stack_member(base)
+        assert base_member_and_casts is not None, "the operand has the structure of a stack member"
+        base_member, _ = base_member_and_casts
+        result: jax.Array = kernel(base_member.stack, base_member.index, x.reshape(rows.shape))
+        return result.reshape(*x.shape[:-1], -1)
 
     def map_rows(base: BaseLike, x: jax.Array) -> jax.Array:
         return base_dot(x, base, spec._replace(contract=((x.ndim - 1,), (0,))))
@@ -217,8 +228,9 @@ def flat_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
     n_row_axes = x.ndim - len(spec.contract[0])
     row_shape = x.shape[:n_row_axes]
     n_rows = math.prod(row_shape)
+    # [rows, contracted axes…], padded to eight rows
     flat_x = x.reshape(n_rows, *x.shape[n_row_axes:])
-    n_padding_rows = max(0, _TILE - n_rows)
+    n_padding_rows = max(0, _MIN_TPU_ROWS - n_rows)
     flat_x = jnp.pad(flat_x, [(0, n_padding_rows), *[(0, 0)] * (flat_x.ndim - 1)])
 
     def dot(w: jax.Array, flat_x: jax.Array) -> jax.Array:
@@ -238,5 +250,5 @@ def _has_few_rows(x: jax.Array, base: BaseLike, spec: BaseDot) -> bool:
     n_row_axes = x.ndim - len(spec.contract[0])
     is_contracted_last = spec.contract[0] == tuple(range(n_row_axes, x.ndim))
     is_sharded = any(entry is not None for entry in jax.typeof(x).sharding.spec)
-    is_few = math.prod(x.shape[:n_row_axes]) <= FEW
+    is_few = math.prod(x.shape[:n_row_axes]) <= MAX_FEW_ROWS
     return is_contracted_last and not is_sharded and is_few

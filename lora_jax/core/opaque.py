@@ -1,14 +1,15 @@
 """Carries leaves that are no arrays through compiled functions: activations, flags, names.
 
 A module of Equinox has functions and Python numbers among its leaves, which `jax.jit` refuses or
-traces. `sealed` makes them a part of the tree's structure, and `unsealed` leaves again.
+traces. `wrap_opaque_leaves` makes them a part of the tree's structure. `unwrap_opaque_leaves` makes
+them leaves again.
 """
 
 import dataclasses
 
 import jax
 
-from lora_jax.core.aliases import flatten, restore_form
+from lora_jax.core.aliases import flatten_with_aliases, restore_alias_form
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_leaf
 
@@ -16,7 +17,7 @@ from lora_jax.core.weight import is_leaf
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
-    """Holds a leaf that is no array. Two are equal if their values are equal or one object."""
+    """Holds a leaf that is no array; equal to another one with an equal or the same value."""
 
     value: object
 
@@ -27,7 +28,7 @@ class Opaque:
             return True
         try:
             return is_hashable(self.value) and bool(self.value == other.value)
-        except Exception:  # such as of values whose == returns an array
+        except Exception:  # the values' own == returns an array, say
             return False
 
     def __hash__(self) -> int:
@@ -47,22 +48,22 @@ def _is_opaque(value: Leaf) -> bool:
     return isinstance(value, Opaque)
 
 
-def sealed(tree: Tree) -> Tree:
+def wrap_opaque_leaves(tree: Tree) -> Tree:
     """Wraps each leaf that is no array in an `Opaque`, which has no leaves."""
     treedef: jax.tree_util.PyTreeDef
-    keyed, treedef = flatten(tree, is_leaf)
+    keyed, treedef = flatten_with_aliases(tree, is_leaf)
     if all(hasattr(leaf, "shape") for _, leaf in keyed):
         return tree
     leaves = [leaf if hasattr(leaf, "shape") else Opaque(leaf) for _, leaf in keyed]
-    return restore_form(tree, treedef.unflatten(leaves))
+    return restore_alias_form(tree, treedef.unflatten(leaves))
 
 
-def unsealed(tree: Tree) -> Tree:
-    """Undoes `sealed`: returns the tree with its values in place of `Opaque`s."""
+def unwrap_opaque_leaves(tree: Tree) -> Tree:
+    """Undoes `wrap_opaque_leaves`: returns the tree with its values in place of `Opaque`s."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_opaque)
     if not any(map(_is_opaque, leaves)):
         return tree
-    # `jax.tree.map` keeps the aliases that a sealed module of NNX may have.
+    # `jax.tree.map` keeps the aliases that a wrapped module of NNX may have.
     return jax.tree.map(
         lambda leaf: leaf.value if _is_opaque(leaf) else leaf, tree, is_leaf=_is_opaque
     )

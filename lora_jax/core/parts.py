@@ -27,8 +27,8 @@ EXAMPLE = -2  # the examples of a batch
 TOKEN = -3  # the tokens of an example
 U = -4  # the elements of the vector that TinyLoRA trains
 
-# Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
-# or the out axes. A is stored transposed: see `lora_jax.core.product`.
+# Batch axes come first, in the order of the weight, then the rank, then the in axes or the out
+# axes. A is stored transposed: see `lora_jax.core.product`.
 AXES: dict[str, tuple[Role, ...]] = {
     "a": ("batch", "rank", "in"),
     "b": ("batch", "rank", "out"),
@@ -36,26 +36,26 @@ AXES: dict[str, tuple[Role, ...]] = {
     "start_b": ("batch", "rank", "out"),
     "scale": ("batch",),
     "key": ("batch",),  # of dropout
-    # One more factor for each column of A; of a bank: 0 for the columns of adapters not chosen.
+    # One more factor for each column of A. In a bank, 0 for the columns of adapters not chosen.
     "lambda_d": ("batch", "rank"),
     "rows": ("example", "rank"),  # 1 for the columns of each example's adapter, 0 for others
     "active": ("example", "token"),  # True for the tokens that see the adapter
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
-    # In the place of a and b, one pair for a whole stack, and what stands around B.
+    # In place of a and b: one pair for a whole stack, and the small arrays before and after B.
     "shared_a": ("rank", "in"),
     "shared_b": ("rank", "out"),
     "lambda_b": ("batch", "out"),  # one more factor for each column of B
     "latent": ("batch", "rank", "rank"),  # R, between A and B
-    "seed": (),  # that a shared pair or a projection was drawn from
+    "seed": (),  # the seed that a shared pair or a projection was drawn from
     # TinyLoRA's fixed random matrices: `latent` is their sum, each times a number of its vector.
     "projection": ("batch", "u", "rank", "rank"),
 }
-# Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
+# Where weights are joined, the value of a part that one of them lacks. Parts not named here: 0.
 NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
-def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
+def layout_of_axes(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
     """Returns the layout of an array: the weight's axis for each of its axes, or a negative number.
 
     Args:
@@ -73,7 +73,7 @@ def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
     return tuple(axis for role in axes for axis in axes_of_role[role])
 
 
-def sizes(
+def shape_of_axes(
     axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int, u: int = 0
 ) -> Axes:
     """Returns the shape of an array that belongs to a weight.
@@ -89,7 +89,7 @@ def sizes(
       ValueError: the array is a mask of examples or tokens, whose numbers no weight tells.
     """
     size_of_axis = {RANK: rank, U: u, **dict(enumerate(shape))}
-    array_layout = layout(axes, labels)
+    array_layout = layout_of_axes(axes, labels)
     if not size_of_axis.keys() >= {*array_layout}:
         raise ValueError(
             f"The shape {tuple(shape)} of a weight does not determine the sizes of the axes {axes}."
@@ -97,7 +97,9 @@ def sizes(
     return tuple(size_of_axis[axis] for axis in array_layout)
 
 
-def spread(array: jax.Array, axes: Axes, result_axes: Mapping[int, int], ndim: int) -> jax.Array:
+def align_to_axes(
+    array: jax.Array, axes: Axes, result_axes: Mapping[int, int], ndim: int
+) -> jax.Array:
     """Transposes an array to the axes of a result, with size one along the axes that it lacks.
 
     Args:
@@ -106,20 +108,23 @@ def spread(array: jax.Array, axes: Axes, result_axes: Mapping[int, int], ndim: i
       result_axes: the axis of the result, by axis of the weight.
       ndim: the number of axes of the result.
     """
-    array = lax.squeeze(array, [i for i, axis in enumerate(axes) if axis not in result_axes])
+    # Drop the axes that the result lacks, sort the others, and insert those that the array lacks.
+    dropped_axes = [index for index, axis in enumerate(axes) if axis not in result_axes]
+    array = lax.squeeze(array, dropped_axes)
     array_axes = [result_axes[axis] for axis in axes if axis in result_axes]
-    array = lax.transpose(array, sorted(range(array.ndim), key=array_axes.__getitem__))
+    order = sorted(range(array.ndim), key=lambda index: array_axes[index])
+    array = lax.transpose(array, order)
     return lax.expand_dims(array, [axis for axis in range(ndim) if axis not in array_axes])
 
 
 def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
     """Returns the axis of an array that holds the rank, -1 where it has none."""
-    array_layout = layout(axes, labels)
+    array_layout = layout_of_axes(axes, labels)
     return array_layout.index(RANK) if RANK in array_layout else -1
 
 
-def filled(array: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Pads an array with zeros up to a rank.
+def pad_rank(array: jax.Array, axis: int, rank: int) -> jax.Array:
+    """Pads an array with zeros along the axis of the rank.
 
     Args:
       array: the array.
@@ -134,29 +139,36 @@ def filled(array: jax.Array, axis: int, rank: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("ranks", "axis"))
-def unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
+def join_layers_unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Concatenates the layers of a stack along the rank, without their padding.
 
     Args:
       array: [layers, …, rank, …].
-      ranks: ranks of each layer, as a tuple.
+      ranks: rank of each layer, as a tuple.
       axis: axis of the rank.
+
+    Returns:
+      [(axes before the rank)…, sum of ranks, …].
     """
-    axes_before_rank = (slice(None),) * (axis - 1)
-    layers = [array[i][(*axes_before_rank, slice(rank))] for i, rank in enumerate(ranks)]
-    return jnp.concatenate(layers, axis - 1)
+    rank_axis_of_layer = axis - 1
+    layers = [
+        lax.slice_in_dim(array[index], 0, rank, axis=rank_axis_of_layer)
+        for index, rank in enumerate(ranks)
+    ]
+    return jnp.concatenate(layers, rank_axis_of_layer)
 
 
-def cleared(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
+def zero_rank_padding(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns an array with zeros in its padding along an axis of the rank."""
     if len(set(ranks)) == 1:
         return array
-    layer_rank = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))
-    return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < layer_rank, array, 0)
+    rank_of_layer = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))
+    rank_index = lax.broadcasted_iota(jnp.int32, array.shape, axis)
+    return jnp.where(rank_index < rank_of_layer, array, 0)
 
 
-def padded(array: np.ndarray, ranks: Sequence[int], axis: int) -> np.ndarray:
-    """Returns the inverse of `unpadded`: a stack whose layers are padded to the largest rank."""
+def pad_split_layers(array: np.ndarray, ranks: Sequence[int], axis: int) -> np.ndarray:
+    """Undoes `join_layers_unpadded`: returns a stack with layers padded to the largest rank."""
     columns_of_a = np.moveaxis(array, axis - 1, 0)  # [sum of ranks, …]
     is_in_rank = np.arange(max(ranks)) < np.array(ranks)[:, None]  # [layers, largest rank]
     stack = np.zeros((*is_in_rank.shape, *columns_of_a.shape[1:]), array.dtype)

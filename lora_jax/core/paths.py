@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 
-from lora_jax.core.aliases import flatten
+from lora_jax.core.aliases import flatten_with_aliases
 from lora_jax.core.types import Leaf, Tree
 
 # A box (a Flax NNX Variable, `nn.Partitioned`) holds its array under one of these attributes. A
-# path ends at the box, since the attribute tells a reader nothing.
+# path ends at the box, because the attribute tells a reader nothing.
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 
 
@@ -39,14 +39,14 @@ def flatten_with_paths(
     Raises:
       ValueError: two leaves share a path (a key that itself contains ``/``).
     """
-    keyed, treedef = flatten(tree, is_leaf)
+    keyed, treedef = flatten_with_aliases(tree, is_leaf)
     leaves = [(path_string(key_path), leaf) for key_path, leaf in keyed]
     n_leaves_of_path = Counter(path for path, _ in leaves)
     for path, n_leaves in n_leaves_of_path.items():
         if n_leaves > 1:
             raise ValueError(
-                f"Two leaves of the tree have the same path, {path!r}. Rename one of their "
-                "keys, so that rules and adapter files can tell the leaves apart."
+                f"Two leaves of the tree have the same path, {path!r}, so rules and adapter files "
+                "cannot distinguish them. Rename one of their keys."
             )
     return leaves, treedef
 
@@ -57,11 +57,11 @@ def fold_in_path(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
 
 
-def checked_key(what: str, key: Leaf) -> jax.Array:
-    """Returns `key`, a PRNG key, typed or raw.
+def check_prng_key(argument: str, key: Leaf) -> jax.Array:
+    """Returns a PRNG key, typed or raw, after a check of its type.
 
     Args:
-      what: the name of the argument, for the message.
+      argument: the name of the argument, for the message.
       key: the value that was passed.
 
     Raises:
@@ -71,13 +71,13 @@ def checked_key(what: str, key: Leaf) -> jax.Array:
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_raw = dtype is not None and bool(getattr(key, "shape", ()))
     if not is_typed and not is_raw:
-        raise TypeError(f"{what}={key!r} is not a PRNG key. Write jax.random.key({key!r}).")
-    checked: jax.Array = key
-    return checked
+        raise TypeError(f"{argument}={key!r} is not a PRNG key. Write jax.random.key({key!r}).")
+    prng_key: jax.Array = key
+    return prng_key
 
 
-def has_run(path: str, name: str) -> bool:
-    """Returns True if `name` ("q_proj", "mlp/up_proj") is a run of whole segments of `path`."""
+def has_segments(path: str, name: str) -> bool:
+    """Returns True if `name` ("q_proj", "mlp/up_proj") is one or more whole segments of `path`."""
     return f"/{name}/" in f"/{path}/"
 
 
@@ -93,39 +93,49 @@ def numbered_layer(path: str, *, stacked: bool) -> int | None:
     "Dense_0") count modules, not layers, and are ignored.
     """
     pattern = r"(?:[a-z]\w*_)?(\d+)" if stacked else r"(?:\w*_)?(\d+)"
-    matches = (re.fullmatch(pattern, segment) for segment in path.split("/"))
-    return next((int(match[1]) for match in matches if match), None)
+    for segment in path.split("/"):
+        match = re.fullmatch(pattern, segment)
+        if match:
+            return int(match[1])
+    return None
 
 
-def nearest(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
-    """Returns the `n` paths that most resemble `name`, best first, for error messages."""
+def most_similar(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
+    """Returns the `n` paths that are most similar to `name`, best first, for error messages."""
 
     def similarity(path: str) -> float:
-        """Returns the greatest ratio of `name` to the path or to one of its segments."""
-        texts = [path, *path.split("/")]
-        matchers = [difflib.SequenceMatcher(None, name.lower(), text.lower()) for text in texts]
-        return max(matcher.ratio() for matcher in matchers)
+        """Returns the similarity of `name` to the path or to its most similar segment."""
+        candidates = [path, *path.split("/")]
+        return max(
+            difflib.SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+            for candidate in candidates
+        )
 
     return sorted(paths, key=similarity, reverse=True)[:n]
 
 
-def check_same_paths(what: str, adapter: Collection[str], nodes: Collection[str]) -> None:
-    """Raises ValueError unless an adapter has arrays for the nodes of a tree, and no others.
+def check_same_paths(
+    caller: str, adapter_paths: Collection[str], node_paths: Collection[str]
+) -> None:
+    """Raises ValueError unless an adapter has arrays for each node of a tree, and no others.
 
     Args:
-      what: the caller's name, for the message.
-      adapter: the paths that the adapter has.
-      nodes: the paths of the tree's nodes.
+      caller: the caller's name, for the message.
+      adapter_paths: the paths that the adapter has.
+      node_paths: the paths of the tree's nodes.
     """
-    if unknown := [path for path in adapter if path not in nodes]:
-        suggestions = nearest(unknown[0], nodes, n=3)
+    unknown_paths = [path for path in adapter_paths if path not in node_paths]
+    if unknown_paths:
+        similar_paths = most_similar(unknown_paths[0], node_paths, n=3)
         raise ValueError(
-            f"{what}: the adapter has arrays for {unknown[0]!r} (and {len(unknown) - 1} more "
-            "paths), but the tree has no adapted weight there. The most similar paths of "
-            f"adapted weights are {suggestions}."
+            f"{caller}: the adapter has arrays for {unknown_paths[0]!r} (and "
+            f"{len(unknown_paths) - 1} more paths), but the tree has no adapted weight there. The "
+            f"most similar paths of adapted weights are {similar_paths}. Adapt the base with the "
+            "rules of the adapter."
         )
-    if missing := sorted(set(nodes) - set(adapter)):
+    missing_paths = sorted(set(node_paths) - set(adapter_paths))
+    if missing_paths:
         raise ValueError(
-            f"{what}: the adapter has no arrays for the adapted weight {missing[0]!r} (and "
-            f"{len(missing) - 1} more)."
+            f"{caller}: the adapter has no arrays for the adapted weight {missing_paths[0]!r} (and "
+            f"{len(missing_paths) - 1} more). Adapt the base with the rules of the adapter."
         )

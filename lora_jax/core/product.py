@@ -41,14 +41,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lora_jax.core.factored import Factored, TokensError, wrong_rows
+from lora_jax.core.factored import Factored, TokensError, wrong_rows_message
 from lora_jax.core.few_rows import BaseDot, Dims, base_dot
-from lora_jax.core.magnitude import rescaled, wide
+from lora_jax.core.magnitude import accumulation_dtype, rescale_columns
 from lora_jax.core.names import FACTORS, NARROW_PRODUCT
-from lora_jax.core.parts import Axes, spread
+from lora_jax.core.parts import Axes, align_to_axes
 from lora_jax.core.types import EqnParams, Value
 
-_NARROW = 32  # see `NARROW_PRODUCT`
+_MIN_ELEMENTS_PER_RANK = 32  # elements of a row of x for each rank; see `NARROW_PRODUCT`
 
 
 class ProductCall(NamedTuple):
@@ -99,16 +99,20 @@ class ExampleColumns(NamedTuple):
           axis: axis of z that the activation's rows lie along.
           rank: axis of z that the columns of A lie along.
         """
-        n_examples, r = self.mask.shape
+        n_examples, n_columns = self.mask.shape
         n_rows = z.shape[axis]
         rank_axis = rank % z.ndim
         mask = self.mask.astype(z.dtype)
+        # Repeat the mask for all rows of an example: [rows, r].
         repeats = n_rows // (n_examples * self.inner)
         if repeats * self.inner > 1:
-            mask = jnp.broadcast_to(mask[None, :, None], (repeats, n_examples, self.inner, r))
-            mask = mask.reshape(n_rows, r)
+            repeated_shape = (repeats, n_examples, self.inner, n_columns)
+            mask = jnp.broadcast_to(mask[None, :, None], repeated_shape)
+            mask = mask.reshape(n_rows, n_columns)
+        # Put both axes where z has them.
         mask = mask if axis < rank_axis else mask.T
-        return lax.expand_dims(mask, [i for i in range(z.ndim) if i not in (axis, rank_axis)])
+        other_axes = [i for i in range(z.ndim) if i not in (axis, rank_axis)]
+        return lax.expand_dims(mask, other_axes)
 
 
 def dot(
@@ -147,20 +151,24 @@ def dot(
         return base_dot(x, weight.base, spec)
 
     def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
-        delta = _delta(x, weight, call, base_result.dtype, z)
+        delta = _product_with_factors(x, weight, call, base_result.dtype, z)
         return lax.reshape(delta, base_result.shape)
 
     if not weight.parts:
         return base_product(x)
     is_mirror_image = set(contract[1]) != set(weight.axes("in"))
     if is_mirror_image:
+        # The gain belongs to the axes that x contracts, so x is multiplied by the gain.
         if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
             return _mirror_image_of_stack(x, weight, call)
         if weight.gain is not None:
-            x = for_factors = x * _contracted_gain(weight, x, contract, batch)
+            x = x * _gain_in_layout_of_x(weight, x, contract, batch)
+            for_factors = x
         weight = weight.replace(gain=None, shift=None)
-    lay_out = functools.partial(_result_vector, weight, call, x.ndim)
-    return combined(x, weight, base_product, factor_product, lay_out, for_factors=for_factors)
+    lay_out = functools.partial(_vector_in_result_layout, weight, call, x.ndim)
+    return combine_base_and_factors(
+        x, weight, base_product, factor_product, lay_out, for_factors=for_factors
+    )
 
 
 def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
@@ -169,10 +177,11 @@ def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) ->
     Copies x for each layer, times the layer's gain, batches the stack, and puts the axes of the
     result in order.
     """
-    (x_batch, w_batch), free_stack = call.batch, call.free_stack(weight)
+    x_batch, w_batch = call.batch
+    free_stack = call.free_stack(weight)
     x_of_layer = lax.expand_dims(x, range(x.ndim, x.ndim + len(free_stack)))
     batch = (x_batch + tuple(range(x.ndim, x_of_layer.ndim)), w_batch + free_stack)
-    x_of_layer = x_of_layer * _contracted_gain(weight, x_of_layer, call.contract, batch)
+    x_of_layer = x_of_layer * _gain_in_layout_of_x(weight, x_of_layer, call.contract, batch)
     result = dot(
         x_of_layer,
         weight.replace(gain=None, shift=None),
@@ -195,7 +204,7 @@ def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) ->
     return lax.transpose(result, [result_axes.index(axis) for axis in order])
 
 
-def combined(
+def combine_base_and_factors(
     x: Value,
     weight: Factored,
     base_product: Callable[[Value], jax.Array],
@@ -218,22 +227,23 @@ def combined(
 
     def add_factors(factor_x: Value, weight: Factored, base_result: jax.Array) -> jax.Array:
         with jax.named_scope(FACTORS):
-            delta = factor_product(dropped(factor_x, weight), weight, base_result)
+            delta = factor_product(apply_dropout(factor_x, weight), weight, base_result)
         return base_result + delta
 
     def rescaled_product(x: jax.Array, factor_x: Value, weight: Factored) -> jax.Array:
         total = add_factors(factor_x, weight, base_product(x))
-        return rescaled(total, lay_out(weight.gain))
+        return rescale_columns(total, lay_out(weight.gain))
 
+    # LoRA without a gain, DoRA with dropout, DoRA that is cheap to recompute, DoRA.
     if weight.gain is None:
         result = add_factors(factor_x, weight, base_product(x))
-    elif is_dropped(weight):  # as in PEFT: dropout acts on the adapter's change alone
+    elif has_dropout(weight):  # as in PEFT: dropout acts on the adapter's change alone
         base_result = base_product(x)
-        dropped_result = base_product(dropped(x, weight))
-        difference = base_result - dropped_result
+        dropped_result = base_product(apply_dropout(x, weight))
         total = add_factors(factor_x, weight, dropped_result)
-        result = difference + rescaled(total, lay_out(weight.gain))
-    elif _is_narrow(weight):
+        rescaled_total = rescale_columns(total, lay_out(weight.gain))
+        result = (base_result - dropped_result) + rescaled_total
+    elif _is_cheap_to_recompute(weight):
         result = jax.checkpoint(rescaled_product)(x, factor_x, weight)
     else:
         result = rescaled_product(x, factor_x, weight)
@@ -242,21 +252,21 @@ def combined(
     return result + lay_out(weight.shift).astype(result.dtype)
 
 
-def _is_narrow(weight: Factored) -> bool:
-    """Returns True if a product is cheaper to compute again for the gain than to keep.
+def _is_cheap_to_recompute(weight: Factored) -> bool:
+    """Returns True if recomputing a product for the gain costs less than keeping it.
 
     That holds for the narrow keys and values of grouped-query attention.
     """
     return 3 * math.prod(weight.sizes("out")) <= math.prod(weight.sizes("in"))
 
 
-def _contracted_gain(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
+def _gain_in_layout_of_x(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
     """Returns the gain in x's layout and dtype, where the out axes are contracted."""
     x_axes = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
-    return spread(weight.gain, weight.layout("gain"), x_axes, x.ndim).astype(x.dtype)
+    return align_to_axes(weight.gain, weight.layout("gain"), x_axes, x.ndim).astype(x.dtype)
 
 
-def _result_vector(
+def _vector_in_result_layout(
     weight: Factored, call: ProductCall, x_ndim: int, vector: jax.Array
 ) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
@@ -264,27 +274,29 @@ def _result_vector(
     _, w_batch = call.batch
     n_x_free = x_ndim - len(w_batch) - len(x_contract)
     w_free = [axis for axis in range(len(weight.labels)) if axis not in (*w_contract, *w_batch)]
+    # xW has [batch…, x_free…, w_free…], or [batch…, w_free…, x_free…] if the weight comes first.
     n_axes_before_w_free = len(w_batch) + (0 if call.weight_first else n_x_free)
     result_axes = {axis: i for i, axis in enumerate(w_batch)}
     result_axes |= {axis: i for i, axis in enumerate(w_free, n_axes_before_w_free)}
-    return spread(vector, weight.layout("gain"), result_axes, len(result_axes) + n_x_free)
+    return align_to_axes(vector, weight.layout("gain"), result_axes, len(result_axes) + n_x_free)
 
 
-def _delta(
+def _product_with_factors(
     x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike, z: jax.Array | None
 ) -> jax.Array:
     """Returns s·(xA)B, with the free axes of x flattened to one where z has them so."""
     if weight.is_compact:
         # B is formed again in the backward pass: kept, it would take a copy for each layer.
         def scale_and_multiply(xa: jax.Array, weight: Factored) -> jax.Array:
-            z = _activated(_scaled(x, xa, weight, call), x, weight, call)
-            return _product_with_b(z, x, weight, call, dtype)
+            z = _zero_inactive_tokens(_scale_xa(x, xa, weight, call), x, weight, call)
+            return _multiply_by_b(z, x, weight, call, dtype)
 
-        xa = _product_with_a(x, weight, call)
+        xa = _multiply_by_a(x, weight, call)
         delta: jax.Array = jax.checkpoint(scale_and_multiply)(xa, weight)
         return delta
-    z = scaled_product(x, weight, call) if z is None else z
-    return _product_with_b(_activated(z, x, weight, call), x, weight, call, dtype)
+    if z is None:
+        z = scaled_product(x, weight, call)
+    return _multiply_by_b(_zero_inactive_tokens(z, x, weight, call), x, weight, call, dtype)
 
 
 def scaled_product(
@@ -297,12 +309,12 @@ def scaled_product(
       call: the arguments of the product.
       n_weights: the number of weights whose A's are joined in the weight's A.
     """
-    z = _scaled(x, _product_with_a(x, weight, call), weight, call)
+    z = _scale_xa(x, _multiply_by_a(x, weight, call), weight, call)
     contracted_size = math.prod(x.shape[axis] for axis in call.contract[0])
-    return named_if_narrow(z, weight.rank, contracted_size * n_weights)
+    return name_if_narrow(z, weight.rank, contracted_size * n_weights)
 
 
-def named_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
+def name_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
     """Returns s·xA under the name that policies keep, if it is much smaller than x.
 
     Args:
@@ -315,38 +327,40 @@ def named_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
 
 def is_worth_keeping(rank: int, contracted: int) -> bool:
     """Returns True if s·xA is so small beside x that policies keep it: see `NARROW_PRODUCT`."""
-    return rank * _NARROW <= contracted
+    return rank * _MIN_ELEMENTS_PER_RANK <= contracted
 
 
-def _product_with_a(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+def _multiply_by_a(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
     """Returns xA, [w_batch…, x_free…, free_stack…, r], in fp32 (or wider)."""
     x_contract, w_contract = call.contract
     x_batch, w_batch = call.batch
     near_axes, _ = call.sides(weight)
-    near_factor = weight.a if near_axes == weight.axes("in") else weight.b
+    near_factor = weight.a if near_axes == weight.axes("in") else weight.b  # [batch…, r, near…]
+    # The axes of the factor that correspond to the axes of the weight in the product.
     stack_axes = weight.axes("batch")
-    n_axes_before_near = len(stack_axes) + 1  # [batch…, r, near…]
+    n_axes_before_near = len(stack_axes) + 1
     factor_contract = tuple(n_axes_before_near + near_axes.index(axis) for axis in w_contract)
     factor_batch = tuple(stack_axes.index(axis) for axis in w_batch)
     out_sharding = None
-    if is_sharded(x):
+    if has_explicit_sharding(x):
         n_free_stack = len(call.free_stack(weight))
-        out_sharding = _rank_sharding(x, x_batch, call.x_free(x), n_free_stack)
+        out_sharding = _sharding_of_xa(x, x_batch, call.x_free(x), n_free_stack)
     return lax.dot_general(
         x,
         near_factor.astype(x.dtype),
         ((x_contract, factor_contract), (x_batch, factor_batch)),
         precision=call.params.get("precision"),
-        preferred_element_type=wide(x.dtype),
+        preferred_element_type=accumulation_dtype(x.dtype),
         out_sharding=out_sharding,
     )
 
 
-def _scaled(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+def _scale_xa(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
     """Returns z = s·xA in x's dtype; the axes of z that are x's free ones are mostly flattened."""
     x_batch, w_batch = call.batch
     x_free = call.x_free(x)
     n_batch = len(w_batch)
+    # Scales as [w_batch…, 1 for each axis of x_free, free_stack…, 1 or r].
     stack_axes = weight.axes("batch")
     order = [stack_axes.index(axis) for axis in (*w_batch, *call.free_stack(weight))]
     scales = lax.transpose(weight.scales.astype(xa.dtype), [*order, len(stack_axes)])
@@ -355,13 +369,16 @@ def _scaled(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) ->
     if call.rows is not None:
         z = z * call.rows.along(z, [*x_batch, *x_free].index(call.rows.axis))
     z = z.astype(x.dtype)
-    if len(x_free) <= 1 or is_sharded(x) or is_on_mesh():
+    # Flatten the free axes of x, unless that would change how z is sharded.
+    if len(x_free) <= 1 or has_explicit_sharding(x) or is_mesh_set():
         return z
     n_rows = math.prod(x.shape[axis] for axis in x_free)
     return lax.reshape(z, (*z.shape[:n_batch], n_rows, *z.shape[n_batch + len(x_free) :]))
 
 
-def _activated(z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+def _zero_inactive_tokens(
+    z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall
+) -> jax.Array:
     """Returns s·xA with zeros for the tokens that do not see the adapter.
 
     Raises:
@@ -372,7 +389,8 @@ def _activated(z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall) 
         return z
     row_shape = tuple(x.shape[axis] for axis in call.x_free(x))
     if row_shape not in (mask.shape, (mask.size,)):
-        raise TokensError(wrong_rows(weight, row_shape))
+        raise TokensError(wrong_rows_message(weight, row_shape))
+    # The rows of z lie between its batch axes and its free stack and rank.
     row_start = len(call.batch[1])
     row_stop = z.ndim - 1 - len(call.free_stack(weight))
     mask = mask.reshape(z.shape[row_start:row_stop])
@@ -380,7 +398,7 @@ def _activated(z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall) 
     return jnp.where(mask, z, jnp.zeros_like(z))
 
 
-def _product_with_b(
+def _multiply_by_b(
     z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike
 ) -> jax.Array:
     """Returns zB: the rank is contracted, and the batch axes of the weight are batched."""
@@ -388,6 +406,7 @@ def _product_with_b(
     free_stack = call.free_stack(weight)
     near_axes, far_axes = call.sides(weight)
     stack_axes = weight.axes("batch")
+    # z is [w_batch…, x_free…, free_stack…, r], and the far factor [batch…, r, far…].
     n_x_free = z.ndim - 1 - len(w_batch) - len(free_stack)
     z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_x_free, z.ndim - 1))
     factor_batch = tuple(stack_axes.index(axis) for axis in (*w_batch, *free_stack))
@@ -397,10 +416,11 @@ def _product_with_b(
         "precision": call.params.get("precision"),
         "preferred_element_type": dtype,
     }
-    if is_sharded(x) and not free_stack:
+    if has_explicit_sharding(x) and not free_stack:
         kwargs["out_sharding"] = call.params.get("out_sharding")
     far_factor = weight.b if near_axes == weight.axes("in") else weight.a
     far_factor = far_factor.astype(x.dtype)
+    # The weight comes first: its axes lead the result.
     if call.weight_first and not free_stack:
         dims = ((factor_rank, z_rank), (factor_batch, z_batch))
         return lax.dot_general(far_factor, z, dims, **kwargs)
@@ -416,9 +436,9 @@ def _product_with_b(
     return lax.transpose(delta, [delta_axes.index(axis) for axis in order])
 
 
-def dropped(x: jax.Array, weight: Factored) -> jax.Array:
+def apply_dropout(x: jax.Array, weight: Factored) -> jax.Array:
     """Returns A's input: x with dropout, where the weight has a key."""
-    if not is_dropped(weight):
+    if not has_dropout(weight):
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
     is_kept = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
@@ -426,23 +446,23 @@ def dropped(x: jax.Array, weight: Factored) -> jax.Array:
     return jnp.where(is_kept, rescaled_x, jnp.zeros_like(x))
 
 
-def is_dropped(weight: Factored) -> bool:
-    """Returns True if dropout is on."""
+def has_dropout(weight: Factored) -> bool:
+    """Returns True if dropout acts on a weight's input: the weight has a key and a rate."""
     return weight.key is not None and weight.dropout > 0
 
 
-def is_sharded(x: jax.Array) -> bool:
+def has_explicit_sharding(x: jax.Array) -> bool:
     """Returns True if x's type says how it is sharded (a mesh with explicit axes)."""
     return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
-def is_on_mesh() -> bool:
+def is_mesh_set() -> bool:
     """Returns True if `jax.set_mesh` has set a mesh of several devices, which x may lie on."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
-def _rank_sharding(
+def _sharding_of_xa(
     x: jax.Array, x_batch: tuple[int, ...], x_free: list[int], n_free_stack: int
 ) -> jax.sharding.NamedSharding:
     """Returns the sharding of xA: that of x, and replicated over the free stack and the rank."""

@@ -19,16 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.aliases import restore_form
+from lora_jax.core.aliases import restore_alias_form
 from lora_jax.core.axes import AxisRoles, Label
 from lora_jax.core.base import NoArray, along, as_array, is_base
 from lora_jax.core.factored import Factored
-from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout_of_axes, shape_of_axes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
-_NO_MASK: Leaf = np.zeros((0, 0), bool)  # where a call gives none; see `wrong_rows`
+_EMPTY_MASK: Leaf = np.zeros((0, 0), bool)  # of a call without a mask; see `wrong_rows_message`
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed", "projection")  # of `lora_jax.core.parts.AXES`
 _FLAX = "flax.serialization"
 
@@ -174,26 +174,31 @@ class LoraWeight(TreeNode):
         """Returns an array by its name."""
         if name in AXES or any(name == extra.name for extra in self.extras):
             return self.arrays.get(name)
-        raise AttributeError(f"a LoraWeight has no attribute {name!r}")
+        raise AttributeError(f"A LoraWeight has no attribute {name!r}.")
 
     def replace(self, **changes: Leaf) -> Self:
         """Returns a copy with other attributes or arrays; None removes an array."""
         field_names = {field.name for field in dataclasses.fields(self)}
-        fields: dict[str, Leaf] = {n: value for n, value in changes.items() if n in field_names}
-        arrays = {n: value for n, value in changes.items() if n not in field_names}
-        arrays = fields.get("arrays", self.arrays) | arrays
-        fields["arrays"] = {name: array for name, array in arrays.items() if array is not None}
-        return dataclasses.replace(self, **fields)
+        new_fields: dict[str, Leaf] = {}
+        new_arrays: Parts = {}
+        for name, value in changes.items():
+            if name in field_names:
+                new_fields[name] = value
+            else:
+                new_arrays[name] = value
+        arrays = new_fields.get("arrays", self.arrays) | new_arrays
+        new_fields["arrays"] = {name: array for name, array in arrays.items() if array is not None}
+        return dataclasses.replace(self, **new_fields)
 
     @property
     def start(self) -> tuple[jax.Array, jax.Array] | None:
-        """(A₀, B₀), or None."""
+        """(A₀, B₀), the factors that training starts from; None if W contains none of them."""
         arrays = self.arrays
         return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
 
     @property
     def is_compact(self) -> bool:
-        """True where A and B follow from W or a seed, and the arrays around them train."""
+        """True if A and B are computed from W or a seed, and only the arrays around them train."""
         return {"a", "b"} <= set(self.frozen)
 
     @property
@@ -234,20 +239,21 @@ class LoraWeight(TreeNode):
         return AXES[name]
 
     def layout(self, name: str) -> Axes:
-        """Returns W's axis for each axis of an array; see `lora_jax.core.parts.layout`."""
-        return layout(self.axes_of(name), self.labels)
+        """Returns W's axis for each axis of an array; see `lora_jax.core.parts.layout_of_axes`."""
+        return layout_of_axes(self.axes_of(name), self.labels)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Returns the shape of an array, padding included."""
         projection = self.arrays.get("projection")  # [batch…, u, r, r]
         u = 0 if projection is None else projection.shape[self.n_batch]
-        return sizes(self.axes_of(name), self.shape, self.labels, self.rank, u)
+        return shape_of_axes(self.axes_of(name), self.shape, self.labels, self.rank, u)
 
     def part_shape(self, name: str) -> tuple[int, ...] | None:
         return self.shape_of(name) if hasattr(self.base, "shape") else None
 
-    def _count(self, name: str) -> int:
+    def _count_parameters(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
+        # Only the axes of the rank differ between layers.
         n_rank_axes = self.axes_of(name).count("rank")
         sizes_of_layers: list[int] = [rank**n_rank_axes for rank in self.ranks if rank]
         padded_size: int = len(self.ranks) * self.rank**n_rank_axes
@@ -255,11 +261,11 @@ class LoraWeight(TreeNode):
 
     @property
     def n_trainable(self) -> int:
-        return sum(map(self._count, self.part_names()))
+        return sum(map(self._count_parameters, self.part_names()))
 
     @property
     def n_frozen(self) -> int:  # type: ignore[override]
-        return sum(self._count(name) for name in self.frozen if name in self.arrays)
+        return sum(self._count_parameters(name) for name in self.frozen if name in self.arrays)
 
     @property
     def is_on(self) -> bool:
@@ -275,7 +281,7 @@ class LoraWeight(TreeNode):
           path: path of the weight, for messages.
           key: PRNG key of dropout; without one there is no dropout.
         """
-        # In one order, so that the same weight makes the same program in every process.
+        # The order of `AXES`, so that the same weight makes the same program in every process.
         names = [name for name in AXES if name in self.arrays and name not in _NOT_IN_PRODUCTS]
         parts = {name: self.arrays[name] for name in names}
         if self.start is not None:  # AB − A₀B₀ = [A A₀][B; −B₀]
@@ -286,7 +292,7 @@ class LoraWeight(TreeNode):
         if key is not None:
             parts["key"] = key
         if self.invocation is not None and "active" not in parts:
-            parts["active"] = _NO_MASK
+            parts["active"] = _EMPTY_MASK
         weight = Factored(
             base=self.base,
             parts=parts,
@@ -295,6 +301,7 @@ class LoraWeight(TreeNode):
             path=path,
             uses=self.uses,
         )
+        # The parts of variants, such as DoRA's magnitude.
         for extra in self.extras:
             array = self.arrays.get(extra.name)
             if extra.apply and array is not None:
@@ -381,13 +388,13 @@ class TrainedRows(TreeNode):
         A look-up then adds a row's change to the row, and a tied head multiplies by the changes
         beside W: neither copies the table, and there is no gradient of it.
         """
-        dtype = wide(self.dtype)
+        dtype = accumulation_dtype(self.dtype)
         rows = jnp.asarray(self.rows)
 
         def take_rows(array: jax.Array, axes: Axes) -> jax.Array:
             return jnp.take(array, rows, axis=axes.index(0))
 
-        a = (rows[:, None] == jnp.arange(self.shape[0])).astype(dtype)
+        a = (rows[:, None] == jnp.arange(self.shape[0])).astype(dtype)  # [rows, n], one-hot
         base_rows = jax.lax.stop_gradient(as_array(along(self.base, take_rows, [0])))
         b = self.value.astype(dtype) - base_rows.astype(dtype)
         parts = {"a": a, "b": b, "scale": jnp.ones((), jnp.float32)}
@@ -416,7 +423,7 @@ def is_leaf(value: Leaf) -> bool:
 def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, leaf)`` in place of each leaf; a node is one leaf."""
     leaves, treedef = leaves_of(tree)
-    return restore_form(tree, treedef.unflatten(visit(path, leaf) for path, leaf in leaves))
+    return restore_alias_form(tree, treedef.unflatten(visit(path, leaf) for path, leaf in leaves))
 
 
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
@@ -429,8 +436,8 @@ def refuse_bytes() -> None:
 
     Flax's state dictionaries, which its Orbax checkpoints use, still hold nodes.
     """
-    flax = sys.modules.get(_FLAX)  # imported by those who use it
-    if flax is None:
+    flax = sys.modules.get(_FLAX)
+    if flax is None:  # nobody has imported it, so nobody calls it
         return
     for kind in (LoraWeight, Trained, TrainedRows):
         if not flax.is_serializable(kind):
@@ -449,7 +456,7 @@ def _refuse_to_bytes(node: Node) -> Node:
                 "to_bytes cannot serialize an adapted tree, because its nodes are not "
                 "arrays. To save the adapter with its ranks and scales, call "
                 "lora_jax.save_adapter(folder, params). To save only its arrays, call "
-                "to_bytes(lora_jax.split(params)[0]); from_bytes and lora_jax.join read "
-                "them. To save a plain model, call to_bytes(lora_jax.merge(params))."
+                "to_bytes(lora_jax.split(params)[0]), and read them with from_bytes and "
+                "lora_jax.join. To save a plain model, call to_bytes(lora_jax.merge(params))."
             )
     return node

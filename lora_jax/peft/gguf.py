@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
@@ -125,7 +125,7 @@ def _gguf_tensors(factors: AdaptedTensor, name: str, alpha: float, kind: str) ->
     b = factors.b
     if not _alpha_gives_scale(alpha, factors):
         remaining_scale = factors.scale * factors.rank / alpha
-        b = (b.astype(wide(b.dtype)) * remaining_scale).astype(b.dtype)
+        b = (b.astype(accumulation_dtype(b.dtype)) * remaining_scale).astype(b.dtype)
     if name == "token_embd.weight":  # llama.cpp looks rows of A up
         a = a.T
     return [

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.buckets.copies import readable
 from lora_jax.core.base import as_array, is_abstract
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.hf.folder import describe_damage
@@ -358,7 +358,7 @@ class _NodeReader:
         ]
         if not self.reader.is_complete:
             return node
-        dtype = np.dtype(wide(node.dtype))
+        dtype = np.dtype(accumulation_dtype(node.dtype))
         factors = {name: np.zeros((*batch, node.rank, fan), dtype) for name, fan in fans.items()}
         # No product reads the magnitude of a layer that is not adapted.
         vectors = {name: np.ones((*batch, fans["b"]), dtype) for name in node.has}
@@ -428,7 +428,7 @@ class _NodeReader:
         else:
             layer_names = self._row_of_path(path).hf_names
             value = np.stack([self._read_tensor(layer_names[layer]) for layer in node.rows])
-        return node.replace(value=jax.device_put(value.astype(wide(node.dtype))))
+        return node.replace(value=jax.device_put(value.astype(accumulation_dtype(node.dtype))))
 
     def _read_trained_leaf(self, path: str, base: BaseLike) -> Trained:
         """Returns a leaf that trained in full."""

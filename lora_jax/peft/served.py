@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import Fields, JsonObject, Model
 from lora_jax.models.decoder.keys import has_fused_experts
 from lora_jax.peft.config import INVOCATION_FIELD
@@ -215,4 +215,4 @@ def scale_of_module(fields: Fields, name: str) -> float:
 
 
 def _scale_factors(a: np.ndarray, b: np.ndarray, scale: float) -> _Factors:
-    return _Factors(a, (b.astype(wide(b.dtype)) * scale).astype(b.dtype))
+    return _Factors(a, (b.astype(accumulation_dtype(b.dtype)) * scale).astype(b.dtype))

@@ -23,7 +23,7 @@ from jax import lax
 from jax.lax import Precision
 from jax.typing import DTypeLike
 
-from lora_jax.core.few_rows import KERNEL_ROWS
+from lora_jax.core.few_rows import MAX_KERNEL_ROWS
 from lora_jax.core.types import EqnParams, Shaped
 from lora_jax.quantized.formats import Format, from_unsigned
 
@@ -93,7 +93,7 @@ def find_kernel(
     """
     x_dtype = np.dtype(x.dtype).name
     weight_dtype = np.dtype((stack.dtype, *casts)[-1]).name
-    if not 0 < x.shape[0] <= KERNEL_ROWS or x_dtype != weight_dtype or x_dtype not in _FLOATS:
+    if not 0 < x.shape[0] <= MAX_KERNEL_ROWS or x_dtype != weight_dtype or x_dtype not in _FLOATS:
         return None
     if not _supports_product(x_dtype, params):
         return None

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.roles import traced_roles
-from lora_jax.core.aliases import flatten, restore_form
+from lora_jax.core.aliases import flatten_with_aliases, restore_alias_form
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
-from lora_jax.core.paths import leaf_name, nearest
+from lora_jax.core.paths import leaf_name, most_similar
 from lora_jax.core.types import BaseLike, Forward, Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded, bytes_of
@@ -139,7 +139,7 @@ def _check_keep(keep: Targets, paths: Sequence[str]) -> None:
     for name in names:
         targets = name if isinstance(keep, str) else (name,)
         if not any(matches(targets, path) for path in paths):
-            lines = "\n  ".join(["The most similar paths are:", *nearest(name, paths)])
+            lines = "\n  ".join(["The most similar paths are:", *most_similar(name, paths)])
             raise ValueError(f"quantize: keep={name!r} names no leaf. {lines}")
 
 
@@ -229,9 +229,9 @@ def dequantize(params: Tree) -> Tree:
     >>> lj.quantized.dequantize(base)["dense"]["kernel"].dtype
     dtype('float32')
     """
-    path_leaves, treedef = flatten(params, is_base)
+    path_leaves, treedef = flatten_with_aliases(params, is_base)
     leaves = [_decode(leaf) if is_base(leaf) else leaf for _, leaf in path_leaves]
-    return restore_form(params, treedef.unflatten(leaves))
+    return restore_alias_form(params, treedef.unflatten(leaves))
 
 
 def _decode(base: BaseLike) -> Leaf:

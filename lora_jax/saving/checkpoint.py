@@ -23,8 +23,8 @@ import numpy as np
 
 from lora_jax.buckets.copies import is_copy, readable, writes_to_buckets
 from lora_jax.core.axes import AxisRoles
-from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
-from lora_jax.core.paths import nearest
+from lora_jax.core.parts import AXES, join_layers_unpadded, pad_split_layers, rank_axis
+from lora_jax.core.paths import most_similar
 from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts, Tree
 from lora_jax.core.weight import (
     LoraWeight,
@@ -317,7 +317,7 @@ def _filed_arrays(path: str, node: Node) -> Parts:
             continue
         axis = rank_axis(node.axes_of(name), node.labels)
         if axis >= 0 and is_ragged:
-            array = unpadded(array, node.ranks, axis)
+            array = join_layers_unpadded(array, node.ranks, axis)
             axis -= 1
         if name in _LONG_AXIS_FIRST:
             array = jnp.moveaxis(array, axis, -1)
@@ -354,7 +354,7 @@ def _weight(
             filed_axis = axis - 1 if is_ragged else axis
             array = np.moveaxis(array, -1, filed_axis)
         if axis >= 0 and is_ragged:
-            array = padded(array, weight.ranks, axis)
+            array = pad_split_layers(array, weight.ranks, axis)
         arrays[name] = array
     return weight.replace(**jax.device_put(arrays))
 
@@ -414,7 +414,7 @@ def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]
         raise AdapterError(
             f"the adapter {folder} does not fit this tree; {len(problems)} of "
             f"{len(adapter_shapes)} weights differ: {'; '.join(list(problems.values())[:5])}. "
-            f"The nearest paths in the tree are {nearest(paths[0], tree_shapes, n=3)}"
+            f"The nearest paths in the tree are {most_similar(paths[0], tree_shapes, n=3)}"
         )
 
 

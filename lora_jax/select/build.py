@@ -12,9 +12,9 @@ import numpy as np
 
 from lora_jax.core.axes import EMBEDDING_NAMES
 from lora_jax.core.base import as_array, is_abstract
-from lora_jax.core.factored import factor_shapes, matrices_of
-from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import filled
+from lora_jax.core.factored import as_matrices, factor_shapes
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.parts import pad_rank
 from lora_jax.core.paths import fold_in_path, leaf_name
 from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
@@ -100,7 +100,9 @@ def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
     array = as_array(leaf)
     if training.rows is None:
         return Trained(jnp.array(array, copy=True))
-    value = jnp.take(array, np.asarray(training.rows), axis=0).astype(wide(leaf.dtype))
+    value = jnp.take(array, np.asarray(training.rows), axis=0).astype(
+        accumulation_dtype(leaf.dtype)
+    )
     return TrainedRows(base=leaf, value=value, rows=training.rows, is_table=training.is_table)
 
 
@@ -183,7 +185,7 @@ def _draw_factors(
     fan_out = math.prod(roles.sizes(leaf.shape, "out"))
     dtype = np.dtype(rule.dtype)
     weight_key = fold_in_path(key, path)
-    kernel = matrices_of(leaf, roles) if takes_from_base(rule.init) else None
+    kernel = as_matrices(leaf, roles) if takes_from_base(rule.init) else None
 
     def initialise(key: jax.Array, rank: int, *layer: int) -> Factors:
         """Returns the factors that the rule's initialiser draws for a stack, or for one layer."""
@@ -226,6 +228,6 @@ def _draw_factors(
     b_of_layers = []
     for layer, rank in enumerate(ranks):
         a, b = draw_for_all_uses(rank, layer) if rank else empty_factors
-        a_of_layers.append(filled(a, len(batch_sizes), largest_rank))
-        b_of_layers.append(filled(b, len(batch_sizes) - 1, largest_rank))
+        a_of_layers.append(pad_rank(a, len(batch_sizes), largest_rank))
+        b_of_layers.append(pad_rank(b, len(batch_sizes) - 1, largest_rank))
     return jnp.stack(a_of_layers), jnp.stack(b_of_layers)

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 import jax.numpy as jnp
 
 from lora_jax.core.axes import EMBEDDING_NAMES, ObservedRoles, default_roles
-from lora_jax.core.paths import has_run, leaf_name, nearest
+from lora_jax.core.paths import has_segments, leaf_name, most_similar
 from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
 
@@ -100,7 +100,7 @@ def matches(targets: Targets, path: str) -> bool:
     """Returns True if targets that are no preset select a path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return any(has_run(path, name) for name in targets)
+    return any(has_segments(path, name) for name in targets)
 
 
 def _is_matrix(leaf: Leaf) -> bool:
@@ -194,7 +194,7 @@ def no_match_reason(
         matrices = {path: leaf for path, leaf in tree.items() if _is_matrix(leaf)}
         return _not_linear_reason(matrices, facts)
     # The names may be misspelled.
-    similar_paths = dict.fromkeys(path for name in names for path in nearest(name, tree))
+    similar_paths = dict.fromkeys(path for name in names for path in most_similar(name, tree))
     return "\n  ".join(["Name a path of the tree. The most similar paths are:", *similar_paths])
 
 
@@ -246,7 +246,7 @@ def _no_selection_reason(
 def _module_names_in_pattern(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
     """Returns the names in a string, if it contains nothing but names of modules."""
     names = [name for name in re.split(r"[\s,|()]+", pattern) if name]
-    are_modules = all(any(has_run(path, name) for path in tree) for name in names)
+    are_modules = all(any(has_segments(path, name) for path in tree) for name in names)
     return names if are_modules else []
 
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax.core.paths import has_run
+from lora_jax.core.paths import has_segments
 from lora_jax.core.types import Leaf
 
 # The names of modules that hold scanned layers in `lora_jax.models`, and by custom in other code.
@@ -101,7 +101,7 @@ def _stack_of(path: str, stacks: Sequence[str]) -> str | None:
 
 
 def _ends_with(path: str, name: str) -> bool:
-    return has_run(path, name) and f"/{path}".endswith(f"/{name}")
+    return has_segments(path, name) and f"/{path}".endswith(f"/{name}")
 
 
 def _logical_paths(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, ...]:

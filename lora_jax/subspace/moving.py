@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Forward, Leaf, Tree
 from lora_jax.subspace.fastfood import project
@@ -139,13 +139,13 @@ def _scales(
 
 def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns a tensor's change, P(λθ_d): scaling d numbers costs less than scaling the change."""
-    dtype = wide(theta.dtype)
+    dtype = accumulation_dtype(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
     return project(x, key, math.prod(shape)).reshape(shape)
 
 
 def _sum(leaf: Leaf, change: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(change.dtype, wide(leaf.dtype))
+    dtype = jnp.promote_types(change.dtype, accumulation_dtype(leaf.dtype))
     total: jax.Array = leaf.astype(dtype) + change.astype(dtype)
     return total.astype(leaf.dtype)
 

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.core.extend import varies_over
+from lora_jax.core.extend import varying_mesh_axes
 from lora_jax.core.names import SUMMED_OVER
 from lora_jax.models.layers.placement import Mixture
 from lora_jax.models.specs import AXES, BATCH
@@ -146,7 +146,7 @@ def _varying(array: jax.Array) -> jax.Array:
     Further inside, they would add them for each chunk, and in turns that not all devices take: the
     others would wait for ever.
     """
-    unvaried_axes = tuple(sorted({*AXES} - varies_over(array)))
+    unvaried_axes = tuple(sorted({*AXES} - varying_mesh_axes(array)))
     if not unvaried_axes:
         return array
     varying: jax.Array = lax.pcast(array, unvaried_axes, to="varying")

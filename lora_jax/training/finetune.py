@@ -17,7 +17,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.core.opaque import sealed
+from lora_jax.core.opaque import wrap_opaque_leaves
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
@@ -244,7 +244,7 @@ def _begin(job: arguments.FinetuneJob, params: Tree) -> _Beginning:
     params = _adapt_params(
         params, rules, kinds, jax.random.fold_in(key, 0), start_folder if has_start else None
     )
-    params = layout.placed(sealed(params))
+    params = layout.placed(wrap_opaque_leaves(params))
     checkpoints = None
     best = None
     if path is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from lora_jax.core.opaque import unsealed
+from lora_jax.core.opaque import unwrap_opaque_leaves
 from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
@@ -291,7 +291,7 @@ def final_tree(ready: TrainingStart, state: State) -> Tree:
     tree = adapted_tree(ready, state)
     if ready.best is not None:
         tree = _place_adapter(ready, ready.best.load(tree))
-    return unsealed(tree)
+    return unwrap_opaque_leaves(tree)
 
 
 def adapted_tree(ready: TrainingStart, state: State) -> Tree:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
-from lora_jax.core.opaque import unsealed
+from lora_jax.core.opaque import unwrap_opaque_leaves
 from lora_jax.core.types import Adapter, Batch, Tree
 from lora_jax.training.losses import CROSS_ENTROPY, UNITS, Logits, Loss, Sums
 
@@ -128,7 +128,7 @@ def make_gradient(
     def total_and_sums(
         adapter: Adapter, base: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
-        sums = loss(forward, unsealed(lj.join(adapter, base)), batch, key)
+        sums = loss(forward, unwrap_opaque_leaves(lj.join(adapter, base)), batch, key)
         return sums.total, sums
 
     # Differentiates the first argument, the adapter: no gradient of the base exists.
@@ -246,6 +246,6 @@ def make_evaluation(forward: Logits, loss: Loss = CROSS_ENTROPY) -> Evaluation:
     """
 
     def evaluate(adapter: Adapter, base: Tree, batch: Batch) -> Sums:
-        return loss(forward, unsealed(lj.join(adapter, base)), batch)
+        return loss(forward, unwrap_opaque_leaves(lj.join(adapter, base)), batch)
 
     return evaluate

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import cleared
+from lora_jax.core.parts import zero_rank_padding
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
@@ -67,7 +67,7 @@ def _projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
         deviations = deviations[0]
     projection: jax.Array = normals * deviations.astype(normals.dtype)
     for rank_axis in (len(shape) - 1, len(shape) - 2):
-        projection = cleared(projection, ranks, rank_axis)
+        projection = zero_rank_padding(projection, ranks, rank_axis)
     return projection
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from lora_jax.core.parts import AXES, cleared
+from lora_jax.core.parts import AXES, zero_rank_padding
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Fields, JsonObject, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
@@ -139,7 +139,7 @@ def _again(nodes: Mapping[str, Leaf]) -> Remake:
 
 def _first_d(node: LoraWeight) -> jax.Array:
     d = jnp.full(node.shape_of("lambda_d"), 0.1, node.arrays["shared_a"].dtype)
-    return cleared(d, node.ranks, d.ndim - 1)
+    return zero_rank_padding(d, node.ranks, d.ndim - 1)
 
 
 def _first_b(node: LoraWeight) -> jax.Array:

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import is_abstract
-from lora_jax.core.factored import factor_shapes, matrices_of
-from lora_jax.core.parts import AXES, cleared
+from lora_jax.core.factored import as_matrices, factor_shapes
+from lora_jax.core.parts import AXES, zero_rank_padding
 from lora_jax.core.types import BaseLike, Fields, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.init import truncated
@@ -26,7 +26,7 @@ from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake,
 def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
     """Returns R ~ N(0, 1e-5²), with zeros in the padding of each layer."""
     r = 1e-5 * jax.random.normal(key, node.shape_of("latent"), node.b.dtype)
-    return cleared(cleared(r, node.ranks, r.ndim - 1), node.ranks, r.ndim - 2)
+    return zero_rank_padding(zero_rank_padding(r, node.ranks, r.ndim - 1), node.ranks, r.ndim - 2)
 
 
 def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: DTypeLike) -> Parts:
@@ -41,7 +41,7 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
     Raises:
       ValueError: the rank is larger than W's.
     """
-    kernel = matrices_of(leaf, roles)
+    kernel = as_matrices(leaf, roles)
     largest_rank = max(ranks)
     layers = [layer for layer, rank in enumerate(ranks) if rank]
     if len(layers) == len(ranks):
@@ -53,8 +53,8 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
         a = a.at[indices].set(adapted_a)
         b = jnp.zeros((len(ranks), *adapted_b.shape[1:]), adapted_b.dtype)
         b = b.at[indices].set(adapted_b)
-    a = cleared(a, ranks, a.ndim - 1)
-    b = cleared(b, ranks, b.ndim - 2)
+    a = zero_rank_padding(a, ranks, a.ndim - 1)
+    b = zero_rank_padding(b, ranks, b.ndim - 2)
     a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, largest_rank)
     return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
-from lora_jax.core.opaque import sealed
+from lora_jax.core.opaque import wrap_opaque_leaves
 from tests.adapted_trees import adapted, merged_by_numpy
 from tests.support import (
     array,
@@ -308,5 +308,5 @@ def test_leaves_whose_equality_is_an_array_are_compared_by_identity():
         return tree["w"]
 
     for value in (leaf, leaf, ArrayLike()):
-        program(sealed({"w": jnp.ones(3), "label": value}))
+        program(wrap_opaque_leaves({"w": jnp.ones(3), "label": value}))
     assert len(calls) == 2

@@ -170,7 +170,7 @@ def test_each_use_of_a_tied_table_has_its_own_sum(float64):
     trees = [adapted(params, [rule], i, jnp.float64) for i, rule in enumerate(rules)]
 
     def change(tree, use):
-        return np.asarray(tree["embed"]["embedding"].factored().seen_by(use).delta(jnp.float64))
+        return np.asarray(tree["embed"]["embedding"].factored().seen_by_use(use).delta(jnp.float64))
 
     for how, rank in (("exact", 5), ("svd", 3)):
         both = combine(trees, [2.0, -0.5], how=how)

@@ -118,7 +118,7 @@ def test_deterministic_sums(family, how, options, names, adapters, tmp_path):
     assert len(mine) == {"llama": 3, "gpt2": 1, "qwen2": 1}[family]
     for path, node in mine.items():
         for use in ("lookup", "product"):
-            change, wanted = (n.factored().seen_by(use) for n in (node, reference[path]))
+            change, wanted = (n.factored().seen_by_use(use) for n in (node, reference[path]))
             close(change.delta(jnp.float32), wanted.delta(jnp.float32))
         if how in ("linear", "ties", "magnitude_prune"):
             close(node.a, reference[path].a)

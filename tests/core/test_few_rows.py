@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from lora_jax.core.base import as_array
-from lora_jax.core.few_rows import FEW, BaseDot, base_dot, flat_dot
+from lora_jax.core.few_rows import MAX_FEW_ROWS, BaseDot, base_dot, flat_dot
 from lora_jax.quantized import FORMATS, Coded, encode
 from lora_jax.quantized.gguf import from_gguf
 from tests.support import array, assert_close, draw
@@ -80,11 +80,11 @@ def texts(rows, how=ONE, base=None):
 
 def test_few_rows_have_it_on_tpus_alone():
     """Many rows, an array, and a product with W in front are as before."""
-    (_, formed), (cpu, tpu) = texts(FEW + 1), texts(FEW)
+    (_, formed), (cpu, tpu) = texts(MAX_FEW_ROWS + 1), texts(MAX_FEW_ROWS)
     barriers = formed.count("optimization_barrier")
     assert barriers == 1  # before the product reads the scales
     assert "optimization_barrier" not in cpu
     assert tpu.count("optimization_barrier") > barriers
     array, first = as_array(kernel("int8")), BaseDot(((2,), (0,)), weight_first=True)
-    assert "optimization_barrier" not in texts(FEW, base=array)[1]
-    assert texts(FEW, first)[1].count("optimization_barrier") == barriers
+    assert "optimization_barrier" not in texts(MAX_FEW_ROWS, base=array)[1]
+    assert texts(MAX_FEW_ROWS, first)[1].count("optimization_barrier") == barriers

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import optim, sharding
 from lora_jax.adapt.rules.choices import common_form
-from lora_jax.core.parts import AXES, sizes
+from lora_jax.core.parts import AXES, shape_of_axes
 from lora_jax.core.weight import Part
 from lora_jax.variants import PARTS, VARIANTS, Variants
 from tests.laws import test_laws as laws
@@ -195,9 +195,9 @@ def test_arrays_reach_products_in_one_order():
 def test_no_weight_tells_the_shape_of_a_mask(name):
     """The negative numbers of examples and tokens in a layout are not axes of the weight."""
     labels = ("batch", "in", "out")
-    assert sizes(AXES["b"], (7, 5, 3), labels, 2) == (7, 2, 3)
+    assert shape_of_axes(AXES["b"], (7, 5, 3), labels, 2) == (7, 2, 3)
     with pytest.raises(ValueError, match="shape \\(7, 5, 3\\) of a weight does not determine"):
-        sizes(AXES[name], (7, 5, 3), labels, 2)
+        shape_of_axes(AXES[name], (7, 5, 3), labels, 2)
 
 
 @pytest.mark.parametrize("name", ["rows", "active"])

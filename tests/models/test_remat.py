@@ -85,7 +85,7 @@ def test_products_with_a_are_not_computed_again(
     adapted: Any, remat: Any, chunk: int, least: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trunk, "CHUNK", chunk)
-    monkeypatch.setattr(product, "_NARROW", least)  # of 24 features, and a rank of 3
+    monkeypatch.setattr(product, "_MIN_ELEMENTS_PER_RANK", least)  # of 24 features, and a rank of 3
     jaxpr = jax.make_jaxpr(loss_and_gradient(adapted, remat))(adapted[0])
     products = [
         eqn

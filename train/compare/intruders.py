@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from lora_jax.core.factored import matrices_of
+from lora_jax.core.factored import as_matrices
 from lora_jax.core.types import Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
@@ -49,8 +49,8 @@ def mean_intruders(
     counts: list[int] = []
     for path, indices in _measured_matrices(nodes).items():
         roles = nodes[path].roles
-        base_matrices = np.asarray(matrices_of(base_leaves[path], roles))
-        trained_matrices = np.asarray(matrices_of(trained_leaves[path], roles))
+        base_matrices = np.asarray(as_matrices(base_leaves[path], roles))
+        trained_matrices = np.asarray(as_matrices(trained_leaves[path], roles))
         for index in indices:
             vectors = base_vectors.get((path, index))
             if vectors is None:

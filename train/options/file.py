@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from lora_jax.core.paths import nearest
+from lora_jax.core.paths import most_similar
 from train.console.errors import UserError, flag
 from train.options.common import Options
 from train.options.elsewhere import own_name
@@ -206,7 +206,7 @@ def no_such_option(key: str, known: Collection[str]) -> str:
     option = own_name(name, known)
     if option:
         return f"There is no option {key}. Use {option}."
-    return f"There is no option {key}. The nearest option is {nearest(name, known, n=1)[0]}."
+    return f"There is no option {key}. The nearest option is {most_similar(name, known, n=1)[0]}."
 
 
 def read_value(key: str, node: yaml.Node, kind: Any, where: str) -> Any:

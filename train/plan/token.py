@@ -11,7 +11,7 @@ from rich.table import Table
 import lora_jax as lj
 from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import WeightSlots, map_slots, slots_of
-from lora_jax.core.few_rows import KERNEL_ROWS
+from lora_jax.core.few_rows import MAX_KERNEL_ROWS
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
@@ -154,8 +154,8 @@ def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
     n_devices = len(job.machine.devices)
     if n_devices > 1:
         return f"a kernel is of one device, and these are {n_devices}"
-    if rows > KERNEL_ROWS:
-        return f"a kernel takes {KERNEL_ROWS} rows at most"
+    if rows > MAX_KERNEL_ROWS:
+        return f"a kernel takes {MAX_KERNEL_ROWS} rows at most"
     return f"no kernel takes {', '.join(formats)} in these shapes and dtypes"
 
 

@@ -21,7 +21,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, filled, rank_axis, sizes
+from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, pad_rank, rank_axis, shape_of_axes
 from lora_jax.core.types import Outcome, Value
 
 
@@ -65,7 +65,7 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
         )
         if is_stretched_matrix:
             return None
-        weight = weight.relabelled(base, weight.labels, weight.base.shape)
+        weight = weight.with_base_and_labels(base, weight.labels, weight.base.shape)
     varying_roles = {label for size, label in zip(shape, weight.labels, strict=True) if size != 1}
     if {"in", "out"} <= varying_roles:
         return None  # neither factor alone can take the whole array
@@ -179,7 +179,7 @@ def _stack(_: Interpreter, use: Use) -> Outcome:
         if not isinstance(value, Factored):
             return jnp.expand_dims(value, axis)
         labels = (*value.labels[:axis], "batch", *value.labels[axis:])
-        return value.relabelled(jnp.expand_dims(as_array(value.base), axis), labels)
+        return value.with_base_and_labels(jnp.expand_dims(as_array(value.base), axis), labels)
 
     return _joined(use, [expand(value) for value in use.values], axis)
 
@@ -227,7 +227,7 @@ def _end_to_end(name: str, values: Sequence[Value], model: Factored, dimension: 
     arrays = []
     for value in values:
         if isinstance(value, Factored) and name in value.parts:
-            array = filled(value.parts[name], rank_axis(AXES[name], model.labels), rank)
+            array = pad_rank(value.parts[name], rank_axis(AXES[name], model.labels), rank)
         else:
             array = _neutral_part(name, value, values, model, rank)
         arrays.append(array)
@@ -239,7 +239,7 @@ def _neutral_part(
 ) -> jax.Array:
     """Returns a part that changes nothing, for a value that lacks it; see `_end_to_end`."""
     known_parts = [weight.parts[name] for weight in _weights_among(values) if name in weight.parts]
-    shape = sizes(AXES[name], _shape_of(value), model.labels, rank)
+    shape = shape_of_axes(AXES[name], _shape_of(value), model.labels, rank)
     if name == "key":
         any_key = known_parts[0].reshape(-1)[0]
         return jnp.broadcast_to(any_key, shape)

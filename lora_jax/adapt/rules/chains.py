@@ -26,9 +26,9 @@ from lora_jax.adapt.rules.products import contracted_role, dot_general, match_un
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.parts import RANK
-from lora_jax.core.product import is_dropped, is_sharded
+from lora_jax.core.product import has_dropout, has_explicit_sharding
 from lora_jax.core.types import Outcome
 
 _CONTRACTED_ROLES: tuple[Label, Label] = ("out", "in")  # of the left weight, of the right weight
@@ -65,19 +65,19 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 def _may_merge(weight: Factored) -> bool:
     """Returns True if a weight may be merged; one that may not must stay factored."""
-    return weight.uses == "all" and weight.shift is None and not is_dropped(weight)
+    return weight.uses == "all" and weight.shift is None and not has_dropout(weight)
 
 
 def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     """Returns True if the product of two weights has factors."""
     weights = (left, right)
-    if any(has_gain_or_shift(weight) or is_dropped(weight) for weight in weights):
+    if any(has_gain_or_shift(weight) or has_dropout(weight) for weight in weights):
         return False
     bases = [as_array(weight.base) for weight in weights]
     result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     dtypes = [result_dtype, *(base.dtype for base in bases)]
     are_real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
-    return are_real and not any(map(is_sharded, bases))
+    return are_real and not any(map(has_explicit_sharding, bases))
 
 
 def _facing(
@@ -115,7 +115,7 @@ def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
     columns = _letters_with_role(role_of_letter, "out")
     left = scale_in_a(left)
     right = scale_in_a(right)
-    factor_dtype = jnp.promote_types(wide(base.dtype), left.a.dtype)
+    factor_dtype = jnp.promote_types(accumulation_dtype(base.dtype), left.a.dtype)
     factor_dtype = jnp.promote_types(factor_dtype, right.a.dtype)
     a1 = _lettered_part(left, "a", left_letters, _LEFT_RANK)
     b1 = _lettered_part(left, "b", left_letters, _LEFT_RANK)
@@ -193,7 +193,7 @@ def _einsum(
         left.array.astype(dtype),
         right.array.astype(dtype),
         precision=use.params["precision"],
-        preferred_element_type=wide(dtype),
+        preferred_element_type=accumulation_dtype(dtype),
     )
     return _Lettered(product, result_letters)
 

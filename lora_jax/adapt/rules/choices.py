@@ -14,7 +14,7 @@ from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirrored
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import AXES, NEUTRAL, filled, rank_axis, sizes
+from lora_jax.core.parts import AXES, NEUTRAL, pad_rank, rank_axis, shape_of_axes
 from lora_jax.core.types import Outcome
 
 
@@ -82,9 +82,9 @@ def convert(weight: Factored, form: CommonForm) -> Factored:
             part = weight.parts[name]
             if part.dtype != dtype:
                 part = part.astype(dtype)
-            parts[name] = filled(part, rank_axis(AXES[name], form.labels), form.rank)
+            parts[name] = pad_rank(part, rank_axis(AXES[name], form.labels), form.rank)
         else:
-            shape = sizes(AXES[name], weight.base.shape, form.labels, form.rank)
+            shape = shape_of_axes(AXES[name], weight.base.shape, form.labels, form.rank)
             parts[name] = jnp.full(shape, NEUTRAL.get(name, 0), dtype)
     return dataclasses.replace(weight, base=as_array(weight.base), parts=parts)
 

@@ -21,7 +21,7 @@ from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
 from lora_jax.core.base import StackMember, has_rows_kernel, is_base, splittable
 from lora_jax.core.factored import Factored
-from lora_jax.core.few_rows import KERNEL_ROWS
+from lora_jax.core.few_rows import MAX_KERNEL_ROWS
 from lora_jax.core.parts import Axes
 from lora_jax.core.types import Forward, Outcome, Tree, Value
 
@@ -175,7 +175,7 @@ def _has_few_rows(carries: Mapping[int, Value]) -> bool:
     return any(
         jnp.issubdtype(x.dtype, jnp.floating)
         and x.ndim > 1
-        and math.prod(x.shape[:-1]) <= KERNEL_ROWS
+        and math.prod(x.shape[:-1]) <= MAX_KERNEL_ROWS
         for x in carries.values()
         if isinstance(x, jax.Array)
     )

@@ -14,7 +14,7 @@ from lora_jax.adapt.interpreter import FoldedVector, Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
 from lora_jax.core.base import Move, along, as_array, is_base
-from lora_jax.core.extend import Space, move_to_memory, varies_over
+from lora_jax.core.extend import Space, move_to_memory, varying_mesh_axes
 from lora_jax.core.factored import Factored
 from lora_jax.core.names import SUMMED_OVER
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
@@ -65,7 +65,7 @@ def _rearrange(_: Interpreter, use: Use) -> Outcome:
         return lax.transpose(array, sorted(range(len(layout)), key=position))
 
     permuted = weight.along(weight.base, permute)
-    return [permuted.relabelled(base, labels, unbroadcast_shape)]
+    return [permuted.with_base_and_labels(base, labels, unbroadcast_shape)]
 
 
 def labels_after(
@@ -169,8 +169,10 @@ def _varying(array: jax.Array, weight: Factored) -> jax.Array:
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
     """
-    mesh_axes_of_base = frozenset[str]().union(*map(varies_over, jax.tree.leaves(weight.base)))
-    missing_axes = tuple(sorted(mesh_axes_of_base - varies_over(array)))
+    mesh_axes_of_base = frozenset[str]().union(
+        *map(varying_mesh_axes, jax.tree.leaves(weight.base))
+    )
+    missing_axes = tuple(sorted(mesh_axes_of_base - varying_mesh_axes(array)))
     return lax.pcast(array, missing_axes, to="varying") if missing_axes else array
 
 
@@ -227,7 +229,7 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
     row = part.merged()
     if part.shift is None:
         return row
-    return row + part.spread_columns(part.shift).astype(row.dtype)
+    return row + part.columns_in_base_layout(part.shift).astype(row.dtype)
 
 
 def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:

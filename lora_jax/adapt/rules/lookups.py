@@ -15,7 +15,7 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import NEUTRAL, Axes
-from lora_jax.core.product import combined
+from lora_jax.core.product import combine_base_and_factors
 from lora_jax.core.types import BaseLike, Forward, Outcome, Parts, Value
 
 
@@ -84,7 +84,7 @@ def _looked_up(
         return jnp.expand_dims(result, unit_axis)
     labels = list(result.labels)
     labels.insert(unit_axis, "batch")
-    return result.relabelled(jnp.expand_dims(as_array(result.base), unit_axis), labels)
+    return result.with_base_and_labels(jnp.expand_dims(as_array(result.base), unit_axis), labels)
 
 
 def _look_up_rows_or_members(
@@ -164,7 +164,7 @@ def _rows_of_table(
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
     weight = weight.replace(key=None)  # look-ups have no dropout
-    return combined(None, weight, base_rows, factor_rows, arranged)
+    return combine_base_and_factors(None, weight, base_rows, factor_rows, arranged)
 
 
 def _looked_up_by_member(

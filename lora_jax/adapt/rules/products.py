@@ -20,18 +20,18 @@ from lora_jax.adapt.per_example.tokens import wrong_order
 from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
-from lora_jax.core.extend import JaxprEqn, varies_over
+from lora_jax.core.extend import JaxprEqn, varying_mesh_axes
 from lora_jax.core.factored import Factored, TokensError
 from lora_jax.core.few_rows import BaseDot, Dims, base_dot
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.names import FACTORS
 from lora_jax.core.product import (
     ExampleColumns,
     ProductCall,
-    combined,
+    combine_base_and_factors,
     dot,
-    is_dropped,
-    is_sharded,
+    has_dropout,
+    has_explicit_sharding,
     scaled_product,
 )
 from lora_jax.core.types import Outcome, Value
@@ -59,7 +59,7 @@ def shared_product(
     if id(use.eqn) in known_products:
         return known_products.pop(id(use.eqn))
     shareable_form = _shareable_form(weight, contract[1])
-    if shareable_form is None or is_sharded(x):
+    if shareable_form is None or has_explicit_sharding(x):
         return None
     weight_of_eqn = {id(use.eqn): weight}  # by identity
     for eqn, x_side in use.inputs.other_products(use.eqn, side):
@@ -89,7 +89,7 @@ def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
     """Returns the weight on one side of a later product, as products see it; None if unknown."""
     value = use.inputs.ahead(eqn.invars[side])
     if isinstance(value, Factored):
-        value = value.seen_by("product")
+        value = value.seen_by_use("product")
     return value if isinstance(value, Factored) else None
 
 
@@ -107,17 +107,17 @@ def _shareable_form(weight: Factored, contract: Sequence[int]) -> Hashable | Non
     It cannot where x is dropped out for it, where examples have adapters of their own, where A
     belongs to a stack or follows from other arrays, and in the mirror image.
     """
-    if not weight.parts or weight.is_compact or is_dropped(weight) or weight.rows is not None:
+    if not weight.parts or weight.is_compact or has_dropout(weight) or weight.rows is not None:
         return None
     in_axes = weight.axes("in")
     a = weight.parts["a"]
     is_mirror_image = set(contract) != set(in_axes)
-    if weight.axes("batch") or is_mirror_image or is_sharded(a):
+    if weight.axes("batch") or is_mirror_image or has_explicit_sharding(a):
         return None
     if not jnp.issubdtype(weight.base.dtype, jnp.floating):
         return None
     order = tuple(in_axes.index(axis) for axis in contract)
-    return order, weight.sizes("in"), varies_over(a)
+    return order, weight.sizes("in"), varying_mesh_axes(a)
 
 
 def base_product(use: Use, side: int) -> Callable[[Value], jax.Array]:
@@ -170,7 +170,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     if is_mirror_image:
         check_bias(interpreter, weight, use)
         has_several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
-        if weight.shift is not None or (has_several_gains and is_sharded(x)):
+        if weight.shift is not None or (has_several_gains and has_explicit_sharding(x)):
             return None
     are_real = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (x, weight.base))
     # A and B are cast to the dtype of the x that they read.
@@ -258,7 +258,11 @@ def match_unit_roles(
             labels[axis] = role
         elif axis in batch or labels[axis] == role:
             labels[axis] = "batch"
-    return weight if tuple(labels) == weight.labels else weight.relabelled(weight.base, labels)
+    return (
+        weight
+        if tuple(labels) == weight.labels
+        else weight.with_base_and_labels(weight.base, labels)
+    )
 
 
 def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
@@ -330,7 +334,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
             kernel,
             **{name: params[name] for name in (*names, "dimension_numbers", "precision")},
             feature_group_count=n_groups,
-            preferred_element_type=wide(x.dtype),
+            preferred_element_type=accumulation_dtype(x.dtype),
         )
         scales = weight.scales.astype(z.dtype)
         if scales.size > 1:
@@ -348,7 +352,9 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
         ndim = eqns.type_of(use.eqn.outvars[0]).ndim
         return lax.expand_dims(vector, [axis for axis in range(ndim) if axis != feature_axis])
 
-    return [combined(x, weight, base_product(use, 1), factor_product, along_features)]
+    return [
+        combine_base_and_factors(x, weight, base_product(use, 1), factor_product, along_features)
+    ]
 
 
 def _convolution_kernel(weight: Factored, x: jax.Array, out_axis: int, n_groups: int) -> jax.Array:

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import base_product, check_bias, check_roles, note_side
 from lora_jax.core.factored import Factored
-from lora_jax.core.magnitude import wide
-from lora_jax.core.product import combined, named_if_narrow
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.product import combine_base_and_factors, name_if_narrow
 from lora_jax.core.types import Outcome
 
 _UNIT_COLUMNS = 256  # that two passes of a TPU's matrix unit take, 128 each
@@ -53,10 +53,10 @@ def _ragged_factor_product(
     """
     _, rank, n_in = factors.near.shape
     a = jnp.swapaxes(factors.near, 1, 2)
-    z = lax.ragged_dot(x, a, factors.group_sizes, precision, wide(x.dtype))
+    z = lax.ragged_dot(x, a, factors.group_sizes, precision, accumulation_dtype(x.dtype))
     row_scales = group_vectors(factors.scales, factors.group_sizes, x.shape[0])
     z = z * row_scales.astype(z.dtype)
-    z = named_if_narrow(z.astype(x.dtype), rank, n_in)
+    z = name_if_narrow(z.astype(x.dtype), rank, n_in)
     return lax.ragged_dot(z, factors.far, factors.group_sizes, precision, dtype)
 
 
@@ -77,14 +77,18 @@ def _joint_factor_product(
     row = jnp.arange(n_rows, dtype=group_ends.dtype)[:, None]
     is_in_group = (group_ends - factors.group_sizes <= row) & (row < group_ends)
     z = jnp.einsum(  # [rows, groups, r]
-        "mi,gri->mgr", x, factors.near, precision=precision, preferred_element_type=wide(x.dtype)
+        "mi,gri->mgr",
+        x,
+        factors.near,
+        precision=precision,
+        preferred_element_type=accumulation_dtype(x.dtype),
     )
     is_own_column = is_in_group[:, :, None]
     z = z * factors.scales.astype(z.dtype)
     z = jnp.where(is_own_column, z, jnp.zeros_like(z)).astype(x.dtype)
     z = z.reshape(n_rows, -1)
     b = factors.far.reshape(-1, factors.far.shape[2])
-    z = named_if_narrow(z, n_groups * rank, n_in)
+    z = name_if_narrow(z, n_groups * rank, n_in)
     return lax.dot(z, b, precision=precision, preferred_element_type=dtype)
 
 
@@ -137,7 +141,9 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     def vector_of_row(vectors: jax.Array) -> jax.Array:
         return group_vectors(vectors, group_sizes, x.shape[0])
 
-    return [combined(x, weight, base_product(use, 1), factor_product, vector_of_row)]
+    return [
+        combine_base_and_factors(x, weight, base_product(use, 1), factor_product, vector_of_row)
+    ]
 
 
 def _is_product_of_rows(x: jax.Array, weight: Factored, use: Use) -> bool:

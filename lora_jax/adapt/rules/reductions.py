@@ -14,9 +14,9 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, scale_in_a
 from lora_jax.core.axes import Label
 from lora_jax.core.factored import Factored
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.parts import RANK, Axes
-from lora_jax.core.product import dropped, is_dropped
+from lora_jax.core.product import apply_dropout, has_dropout
 from lora_jax.core.types import Outcome
 
 
@@ -43,7 +43,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
         contracted_role = "out"
     if contracted_role is not None:
         return _contracted(use, _dropped(weight, contracted_role), matrix_axes, stack_axes)
-    if is_dropped(weight) or (stack_axes and has_vectors):
+    if has_dropout(weight) or (stack_axes and has_vectors):
         return None
     (base,) = use.bind(use.bases)
     n_members = math.prod(weight.base.shape[axis] for axis in stack_axes)
@@ -71,12 +71,12 @@ def _contracted(
     (base_sum,) = use.bind(use.bases)
     weight = _without_axes(weight, matrix_axes)
     stack_axes = _axes_after_removal(stack_axes, matrix_axes)
-    dtype = wide(base_sum.dtype)
+    dtype = accumulation_dtype(base_sum.dtype)
     result = base_sum.astype(dtype) + jnp.sum(weight.delta(dtype), axis=stack_axes)
     if weight.gain is not None:
-        result *= weight.spread_columns(weight.gain).astype(dtype)
+        result *= weight.columns_in_base_layout(weight.gain).astype(dtype)
     if weight.shift is not None:
-        shift = weight.spread_columns(weight.shift).astype(dtype)
+        shift = weight.columns_in_base_layout(weight.shift).astype(dtype)
         result += jnp.sum(shift, axis=stack_axes)
     return [result.astype(base_sum.dtype)]
 
@@ -118,7 +118,7 @@ def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
 
 def _dropped(weight: Factored, role: Label) -> Factored:
     """Returns the weight with dropout in the factor whose axes are summed, as x has it."""
-    if not is_dropped(weight):
+    if not has_dropout(weight):
         return weight
     name = "a" if role == "in" else "b"
     factor = weight.parts[name]
@@ -126,7 +126,7 @@ def _dropped(weight: Factored, role: Label) -> Factored:
         1 if axis == RANK else size
         for axis, size in zip(weight.layout(name), factor.shape, strict=True)
     ]
-    mask = dropped(jnp.ones(shape, factor.dtype), weight)
+    mask = apply_dropout(jnp.ones(shape, factor.dtype), weight)
     return weight.replace(**{name: factor * mask})
 
 

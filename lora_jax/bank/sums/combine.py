@@ -17,7 +17,7 @@ from lora_jax.bank.sums.arithmetic import METHODS, CombineMethod, Sign
 from lora_jax.bank.sums.lowrank import replace_factors
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.core.base import as_array, is_abstract
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import (
@@ -343,7 +343,7 @@ def _sum_weights(
         arrays_of_nodes.append({n: node.arrays[n] for n in ARRAYS if n in node.arrays})
     factors = summed(
         arrays_of_nodes,
-        weights.astype(wide(dtype)),
+        weights.astype(accumulation_dtype(dtype)),
         key,
         by_layer=by_layer,
         ranks=tuple(ranks),
@@ -362,7 +362,7 @@ def _sum_weights(
         bias = summed_biases(
             tuple(node.arrays[part.name] for node in owners),
             tuple(node.scale for node in owners),
-            owner_weights.astype(wide(dtype)),
+            owner_weights.astype(accumulation_dtype(dtype)),
         )
         result = result.replace(**{part.name: bias.astype(dtype)})
     return result.replace(extras=extras)
@@ -406,7 +406,7 @@ def _sum_changes(
     base_leaf: BaseLike, values: Sequence[jax.Array], weights: np.ndarray
 ) -> jax.Array:
     """Returns v₀ + Σ wᵢ(vᵢ − v₀) in fp32 or wider."""
-    dtype = wide(base_leaf.dtype)
+    dtype = accumulation_dtype(base_leaf.dtype)
     base_value = as_array(base_leaf).astype(dtype)
     changes: list[jax.Array] = [
         (value.astype(dtype) - base_value) * float(weight)

@@ -12,11 +12,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.bank.sums.lowrank import Factors, replace_factors, split_roots, stack_layers
-from lora_jax.core.aliases import aliased
+from lora_jax.core.aliases import alias_repeated_objects
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array, member
-from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import layout
+from lora_jax.core.magnitude import accumulation_dtype
+from lora_jax.core.parts import layout_of_axes
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
@@ -176,7 +176,7 @@ def extract(
         )
     in_full = tuple(path for path, node in extracted.items() if isinstance(node, Trained))
     extraction = Extraction(ranks=ranks, errors=errors, in_full=in_full, lost=lost)
-    return map_leaves(extracted.get, aliased(before)), extraction
+    return map_leaves(extracted.get, alias_repeated_objects(before)), extraction
 
 
 def _cheap_rule(rule: Rule) -> Rule:
@@ -284,15 +284,15 @@ def _decomposed(
     def to_matrix(leaf: Leaf) -> jax.Array:
         """Returns a layer as [batch…, in, out]."""
         array = as_array(leaf if stack_axis is None else member(leaf, stack_axis, layer))
-        batch_axes = layout(("batch",), layer_labels)
-        in_axes = layout(("in",), layer_labels)
-        out_axes = layout(("out",), layer_labels)
+        batch_axes = layout_of_axes(("batch",), layer_labels)
+        in_axes = layout_of_axes(("in",), layer_labels)
+        out_axes = layout_of_axes(("out",), layer_labels)
         shape = (
             *(array.shape[axis] for axis in batch_axes),
             math.prod(array.shape[axis] for axis in in_axes),
             math.prod(array.shape[axis] for axis in out_axes),
         )
-        order = layout(("batch", "in", "out"), layer_labels)
+        order = layout_of_axes(("batch", "in", "out"), layer_labels)
         return jnp.transpose(array, order).reshape(shape).astype(dtype)
 
     change = to_matrix(after) - to_matrix(before)
@@ -303,7 +303,7 @@ def _decomposed(
 
 def _wide_dtype(*dtypes: DTypeLike) -> DTypeLike:
     """Returns the widest of some dtypes, fp32 at least."""
-    return max(map(wide, dtypes), key=lambda dtype: np.dtype(dtype).itemsize)
+    return max(map(accumulation_dtype, dtypes), key=lambda dtype: np.dtype(dtype).itemsize)
 
 
 def _change(before: BaseLike, after: BaseLike) -> float:
@@ -326,7 +326,7 @@ def _norm(leaf: Leaf) -> jax.Array:
     array = as_array(leaf)
     if not _is_float(array):
         return jnp.ones((), jnp.float32)
-    return _length(array.astype(wide(array.dtype)))
+    return _length(array.astype(accumulation_dtype(array.dtype)))
 
 
 def _length(array: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.core.parts import filled
+from lora_jax.core.parts import pad_rank
 from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
 
@@ -106,7 +106,7 @@ def stack_layers(
     index_of_layer = np.argsort([*present_layers, *absent_layers])
 
     def stack(factor_groups: list[jax.Array]) -> jax.Array:
-        padded_groups = [filled(factor, -2, largest_rank) for factor in factor_groups]
+        padded_groups = [pad_rank(factor, -2, largest_rank) for factor in factor_groups]
         if absent_layers:
             layer_shape = padded_groups[0].shape[1:]
             zeros = jnp.zeros((len(absent_layers), *layer_shape), padded_groups[0].dtype)

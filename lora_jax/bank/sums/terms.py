@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.bank.sums.arithmetic import CombineMethod, combined
 from lora_jax.bank.sums.lowrank import Factors, stack_layers
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.weight import LoraWeight
 
 Ranks = tuple[int, ...]
@@ -106,7 +106,7 @@ def summed(
                 lane=lane,
                 n_lanes=n_lanes,
                 n_batch=n_batch,
-                dtype=wide(dtype),
+                dtype=accumulation_dtype(dtype),
             )
             factors.append(term_factors)
             scales.append(scale)

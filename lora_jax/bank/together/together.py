@@ -17,8 +17,8 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.stored import BankError
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import StackKind, Tenant
-from lora_jax.core.aliases import aliased
-from lora_jax.core.opaque import sealed, unsealed
+from lora_jax.core.aliases import alias_repeated_objects
+from lora_jax.core.opaque import unwrap_opaque_leaves, wrap_opaque_leaves
 from lora_jax.core.types import ArrayBatch, Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import Logits
@@ -68,7 +68,7 @@ class Together:
           compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
         self._forward = forward
-        self._base = sealed(aliased(base))
+        self._base = wrap_opaque_leaves(alias_repeated_objects(base))
         self._compiler_options = compiler_options
         self._shared = OneBase(base)
         self._lock = threading.RLock()  # held by all that reads or changes what follows
@@ -109,7 +109,8 @@ class Together:
           BankError: a name is taken, or an adapter is over another base; none was added.
         """
         sealed_tenants = {
-            name: replace(tenant, params=sealed(tenant.params)) for name, tenant in tenants.items()
+            name: replace(tenant, params=wrap_opaque_leaves(tenant.params))
+            for name, tenant in tenants.items()
         }
         for name, tenant in sealed_tenants.items():
             if name == BASE:
@@ -225,7 +226,7 @@ class Together:
           BankError: there is no adapter of the name.
         """
         self._check_name(name)
-        return unsealed(self._stack_of[name].tree(name, self._base))
+        return unwrap_opaque_leaves(self._stack_of[name].tree(name, self._base))
 
     @locked
     def state(self, name: str) -> State:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
@@ -167,7 +167,7 @@ class TinyLoraFile:
           node: the weight.
           members: the modules that the weight holds.
         """
-        dtype = np.dtype(wide(node.dtype))
+        dtype = np.dtype(accumulation_dtype(node.dtype))
         u, rank = self._own["u"], node.rank
         batch, in_sizes, out_sizes = (
             node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.core.magnitude import wide
+from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
@@ -160,7 +160,7 @@ class VeraFile:
           node: the weight.
           members: the modules that the weight holds.
         """
-        dtype = np.dtype(wide(node.dtype))
+        dtype = np.dtype(accumulation_dtype(node.dtype))
         batch = node.roles.sizes(node.shape, "batch")
         out_sizes = node.roles.sizes(node.shape, "out")
         fan_out = math.prod(out_sizes)
@@ -178,7 +178,7 @@ class VeraFile:
     def _slice_matrix(self, node: LoraWeight, name: str) -> jax.Array:
         """Returns the first columns of a shared matrix, as many as a weight needs."""
         shape = node.shape_of(name)
-        dtype = np.dtype(wide(node.dtype))
+        dtype = np.dtype(accumulation_dtype(node.dtype))
         key = (name, shape, dtype)
         if key not in self._cached_arrays:
             columns = self._matrices[name][:, : math.prod(shape[1:])].reshape(shape)

@@ -58,7 +58,9 @@ def test_codes_of_experts_are_read_where_they_lie(monkeypatch):
     assert "ragged-dot" in formed and not codes_copied(formed)
     seconds = read_clock(formed).seconds
     with monkeypatch.context() as patch:
-        patch.setattr(base, "_MIN_BLOCK", math.inf)  # the control: a barrier before codes, too
+        patch.setattr(
+            base, "_MIN_BLOCK_ELEMENTS", math.inf
+        )  # the control: a barrier before codes, too
         behind = compiled(apply_formed)
     assert codes_copied(behind) and read_clock(behind).seconds > 1.2 * seconds
     blocks = read_clock(compiled(apply_blocks))

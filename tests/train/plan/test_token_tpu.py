@@ -67,6 +67,6 @@ def test_more_rows_have_xlas_form(token, monkeypatch):
 
 def test_many_rows_write_kernels(token, monkeypatch):
     """The control: the form of many rows, with few."""
-    monkeypatch.setattr(few_rows, "FEW", 0)
+    monkeypatch.setattr(few_rows, "MAX_FEW_ROWS", 0)
     made, written = token("int8")
     assert made.seconds > 2.2 * made.floor_seconds and written
