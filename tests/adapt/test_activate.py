@@ -174,7 +174,7 @@ def test_a_call_without_a_mask_is_refused():
     tree, x = invoked_tree()
     with pytest.raises(lj.TokensError, match=r"lora_jax\.activate\(tree, mask\)"):
         lj.adapt(stack)(tree, x)
-    with pytest.raises(lj.TokensError, match=r"mask \[2, 7\], and is multiplied by rows \[4, 7\]"):
+    with pytest.raises(lj.TokensError, match=r"mask \[2, 7\], but is multiplied by rows \[4, 7\]"):
         lj.adapt(stack)(lj.activate(tree, np.ones((2, SEQ))), x)
     with pytest.raises(ValueError, match=r"must have the shape \[batch, seq\]"):
         lj.activate(tree, np.ones(SEQ))
@@ -191,7 +191,7 @@ def test_a_recomputed_model_keeps_long_rows_whole(monkeypatch):
         return jax.eval_shape(lj.adapt(model.apply, strict=True), {"params": tree}, ids).shape
 
     recomputed = model.clone(remat=True)
-    with pytest.raises(lj.TokensError, match="rows .1, 3.: .* remat='products'"):
+    with pytest.raises(lj.TokensError, match="rows .1, 3..* remat='products'"):
         shape(recomputed)
     layout = Layout(make_mesh(jax.devices()[:1]), (), keeps_rows=True)
     assert shape(layout.constrained(recomputed)) == shape(model.clone(remat="products"))

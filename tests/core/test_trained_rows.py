@@ -163,7 +163,7 @@ def test_layers_of_norms_and_every_bias():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"targets": ["embed"], "rows": [11]}, r"row 11 of 'embed/embedding', which has 11"),
+        ({"targets": ["embed"], "rows": [11]}, r"row 11 of 'embed/embedding', which has only 11"),
         ({"targets": ["embed"], "rows": [3, 3]}, "must be different indices"),
         ({"targets": ["embed"], "rows": [-1]}, "counted from 0"),
         ({"targets": ["embed"], "rows": [1], "layers": [1]}, "Give one of them"),
