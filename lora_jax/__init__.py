@@ -14,7 +14,6 @@ from lora_jax.adapt import (
     RoleWarning,
     activate,
     adapt,
-    explain,
     invoked,
 )
 from lora_jax.core import base
@@ -23,6 +22,7 @@ from lora_jax.core.weight import LoraWeight, Part, Trained, TrainedRows, is_node
 from lora_jax.lorafy import (
     count_params,
     join,
+    left_out,
     lorafy,
     merge,
     split,
@@ -35,11 +35,14 @@ from lora_jax.rules import LoraRule, TrainRule
 from lora_jax.saving import exported
 from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
 from lora_jax.saving.errors import AdapterError
+from lora_jax.select.explain import explain
+from lora_jax.select.left_out import LeftOutWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "LeftOutWarning",
     "LoraRule",
     "LoraWeight",
     "MergeError",
@@ -65,6 +68,7 @@ __all__ = [
     "invoked",
     "is_node",
     "join",
+    "left_out",
     "load_adapter",
     "lorafy",
     "merge",

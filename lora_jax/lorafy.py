@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
-from lora_jax.adapt.roles import traced_roles
+from lora_jax.adapt.observed import traced_roles
 from lora_jax.core.aliases import aliases, flatten_with_aliases, resolve_aliases
 from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.paths import check_prng_key, check_same_paths
@@ -22,8 +23,9 @@ from lora_jax.core.weight import (
 )
 from lora_jax.rules import Rule
 from lora_jax.select.build import factor_makers_by_variant, make_node
+from lora_jax.select.left_out import left_out_reasons, warn_of_left_out
 from lora_jax.select.matching import LeafFacts, check_target_names
-from lora_jax.select.resolve import bias_path, check_rules, resolve
+from lora_jax.select.resolve import Decision, bias_path, check_rules, resolve
 from lora_jax.select.sharing import (
     check_owners_exist,
     fill_in_shared_arrays,
@@ -57,13 +59,17 @@ def lorafy(
         `jax.ShapeDtypeStruct`\\ s). The axis roles of each kernel are then read from what `fn`
         does with it rather than from Flax's convention, and "all-linear" selects each array that
         `fn` multiplies by: no table that is looked up, no gain, nothing that is added to an
-        activation, and no embedding or head by its name. A rule's own in_axes and out_axes come
-        first. A kernel that a rule names, and whose roles cannot be read, gets those of Flax's
-        convention, with a `RoleWarning`; without a conventional name that is an error. Bind keyword
-        arguments with a lambda or `functools.partial`.
+        activation, and no kernel that `adapt` would merge at every use. A leaf whose path names an
+        embedding or a head stays out only where `fn` uses it, or a kernel of that module, as one.
+        A rule's own in_axes and out_axes come first. A kernel that a rule names, and whose roles
+        cannot be read, gets those of Flax's convention, with a `RoleWarning`; without a
+        conventional name that is an error. Bind keyword arguments with a lambda or
+        `functools.partial`.
       kinds: the part of the model that each leaf belongs to ("attention", "mlp", "experts",
         "head", …), by path; presets of targets select by it. For a model of `lora_jax.models`,
         ``lora_jax.models.kinds(model.config)``.
+
+    Warns with a `LeftOutWarning` where "all-linear" leaves out a kernel by name; see `left_out`.
 
     Raises:
       ValueError: a rule, or a name in its list of targets, selects nothing; a kernel's axis roles
@@ -77,26 +83,12 @@ def lorafy(
     LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
     refuse_bytes()
-    # Check the key, the tree and the rules before anything is made.
     key = jax.random.key(0) if key is None else check_prng_key("lorafy: key", key)
-    leaves, treedef = leaves_of(params)
-    for path, leaf in leaves:
-        if is_node(leaf):
-            raise ValueError(
-                f"The tree is already adapted (at {path!r}). Pass the plain tree to lorafy, which "
-                "lora_jax.strip(params) returns. To train a new adapter on top of this one, pass "
-                "lora_jax.merge(params)."
-            )
-    arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
-    facts = LeafFacts(
-        roles=traced_roles(trace, [*arrays.items()]),
-        kinds=kinds,
-        object_of_alias=aliases(treedef.unflatten(leaf for _, leaf in leaves)),
-    )
-    rules = check_rules(rules)
     # Decide what happens to each leaf, and which weights share an A or a vector.
-    decisions = resolve([*arrays.items()], rules, facts)
-    check_target_names(rules, arrays, facts)
+    leaves, treedef = leaves_of(params)
+    selection = _select("lorafy", params, rules, trace, kinds)
+    arrays, decisions = selection.arrays, selection.decisions
+    warn_of_left_out(selection.left_out, selection.facts)
     factor_makers = factor_makers_by_variant(arrays, decisions, key)
     owner_suffix_of_path = owner_suffixes(decisions, arrays)
     ties_of_path = ties_of(decisions, arrays, list(kinds or ()))
@@ -114,6 +106,82 @@ def lorafy(
     # Make the nodes, and give weights that share an array the same array.
     adapted_tree = treedef.unflatten(node_or_leaf(path, leaf) for path, leaf in leaves)
     return fill_in_shared_arrays(adapted_tree)
+
+
+class _Selection(NamedTuple):
+    """Holds the decisions of rules for the leaves of a tree.
+
+    Attributes:
+      arrays: the leaves by path.
+      facts: facts about the leaves beyond their names.
+      decisions: the decision for each leaf that a rule selects, by path.
+      left_out: the reason for each kernel that "all-linear" leaves out, by path.
+    """
+
+    arrays: dict[str, Leaf]
+    facts: LeafFacts
+    decisions: dict[str, Decision]
+    left_out: dict[str, str]
+
+
+def _select(
+    function: str,
+    params: Tree,
+    rules: Iterable[Rule],
+    trace: Sequence[object] | None,
+    kinds: Mapping[str, str] | None,
+) -> _Selection:
+    """Returns the decisions of rules for a plain tree; arguments and errors are those of `lorafy`.
+
+    Args:
+      function: the name of the public function, for messages.
+      params, rules, trace, kinds: see `lorafy`.
+    """
+    leaves, treedef = leaves_of(params)
+    for path, leaf in leaves:
+        if is_node(leaf):
+            raise ValueError(
+                f"The tree is already adapted (at {path!r}). Pass the plain tree to {function}, "
+                "which lora_jax.strip(params) returns. To train a new adapter on top of this one, "
+                "pass lora_jax.merge(params)."
+            )
+    arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
+    facts = LeafFacts(
+        roles=traced_roles(trace, [*arrays.items()]),
+        kinds=kinds,
+        object_of_alias=aliases(treedef.unflatten(leaf for _, leaf in leaves)),
+    )
+    checked_rules = check_rules(rules)
+    decisions = resolve([*arrays.items()], checked_rules, facts)
+    check_target_names(checked_rules, arrays, facts)
+    reasons = left_out_reasons(arrays, checked_rules, facts, decisions)
+    return _Selection(arrays, facts, decisions, reasons)
+
+
+def left_out(
+    params: Tree,
+    rules: Iterable[Rule],
+    *,
+    trace: Sequence[object] | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Returns the reason for each kernel that "all-linear" leaves out, by path.
+
+    A reason begins with its kind: "looked up", "added", "head", "one-hot" or "every use would
+    merge"; without `trace` "head", "embedding" or "unnamed" (the name of the array does not say
+    that it is a kernel). Biases, parts of norms and leaves that a rule excludes are not listed.
+
+    Args:
+      params, rules, trace, kinds: as for `lorafy`.
+
+    Raises:
+      ValueError, TypeError: in the cases in which `lorafy` raises them.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}, "head": {"kernel": jnp.ones((3, 2))}}
+    >>> lj.left_out(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    {'head/kernel': "head: without a trace, the name 'head' in its path decides"}
+    """
+    return _select("left_out", params, rules, trace, kinds).left_out
 
 
 def nodes_of(tree: Tree) -> dict[str, Node]:

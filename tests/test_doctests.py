@@ -25,8 +25,9 @@ MODULES = sorted(
 )
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
-    "AdapterError", "FactorShape", "Initialiser", "LoraWeight", "MergeError", "MergeWarning",
-    "ProjectionState", "RoleError", "RoleWarning", "TokensError", "Trained", "TrainedRows",
+    "AdapterError", "FactorShape", "Initialiser", "LeftOutWarning", "LoraWeight",
+    "MergeError", "MergeWarning", "ProjectionState", "RoleError", "RoleWarning", "TokensError",
+    "Trained", "TrainedRows",
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
-"""`adapt`, with its warnings and errors, and `explain`, which shows how it uses each weight."""
+"""`adapt`, with its warnings and errors."""
 
 from lora_jax.adapt.activate import activate, invoked
-from lora_jax.adapt.explain import explain
 from lora_jax.adapt.interpreter import RoleError
 from lora_jax.adapt.merging import MergeError, MergeWarning
 from lora_jax.adapt.sides import RoleWarning
@@ -14,6 +13,5 @@ __all__ = [
     "RoleWarning",
     "activate",
     "adapt",
-    "explain",
     "invoked",
 ]

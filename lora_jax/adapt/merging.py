@@ -27,12 +27,13 @@ _ADVICE = (
 _ADVICE_ON_ASSIGNMENT = (
     "To avoid it, leave the weight out of the rules, or run the function on lora_jax.merge(params)"
 )
-_OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
 
 
 def merge_reason(primitive: str) -> str:
     """Returns the reason why a weight has no factored form at a primitive."""
-    if primitive in _OWN_DERIVATIVES:
+    if primitive in OWN_DERIVATIVES:
         return "has a derivative of its own, which must be kept"
     if primitive == "output":
         return "the weight itself, changed, is an output"
@@ -41,16 +42,25 @@ def merge_reason(primitive: str) -> str:
     return "has no factored form"
 
 
-def advice(primitive: str, function: str | None) -> str:
+def advice(weight: Factored, primitive: str, function: str | None) -> str:
     """Returns the remedy for a merge.
 
     Args:
-      primitive: the one that the weight meets.
+      weight: the weight that is merged.
+      primitive: the primitive that the weight meets.
       function: the name of the function that it calls, if it calls one.
     """
     if primitive == "assignment":
         return _ADVICE_ON_ASSIGNMENT
-    if primitive not in _OWN_DERIVATIVES:
+    if primitive in _PRODUCTS:
+        axes = zip(weight.base.shape, weight.labels, strict=True)
+        roles = ", ".join(f"{size}: {label}" for size, label in axes)
+        return (
+            f"The roles of its axes are ({roles}). If they do not fit this product, give lorafy a "
+            "trace, trace=(fn, params, x), or give in_axes= and out_axes= in the rule of this "
+            "weight. Else exclude the weight from the rules"
+        )
+    if primitive not in OWN_DERIVATIVES:
         return _ADVICE
     name = function or primitive
     return (
@@ -126,7 +136,7 @@ def warn_or_raise(
       MergeError: `strict`, or a merged weight would not do what the weight does.
     """
     problem = _problem(weight, primitive, line)
-    remedy = advice(primitive, function)
+    remedy = advice(weight, primitive, function)
     if weight.key is not None and weight.dropout:
         raise MergeError(
             f"{problem}, but a merged weight cannot have dropout. Remove dropout_key, or set "

@@ -11,7 +11,7 @@ is added to a leaf is an activation only where it is computed from something els
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,33 +35,34 @@ from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
 from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.aliases import flatten_with_aliases, resolve_aliases
-from lora_jax.core.axes import AxisRoles, ObservedRoles
+from lora_jax.core.axes import ACTIVATION, ADDED, GAIN, LOOKED_UP, AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Forward, Leaf, Tree, Value
+from lora_jax.core.types import Forward, Tree, Value
+
+PRODUCT_OF_LEAVES = "product of leaves"  # among `Observation.operations`
 
 
-def traced_roles(
-    trace: Sequence[object] | None, leaves: Iterable[tuple[str, Leaf]]
-) -> dict[str, ObservedRoles | str] | None:
-    """Returns the roles of a tree's leaves, by path, as a function uses them; see `infer_roles`.
+class Observation(NamedTuple):
+    """Describes the use of a tree's leaves by a function.
 
-    Args:
-      trace: ``(fn, *args)``; see `lora_jax.lorafy`. None: nothing is known.
-      leaves: leaves of the tree with their paths.
-
-    Raises:
-      TypeError: `trace` is no tuple of a function and its arguments.
+    Attributes:
+      jaxpr: the jaxpr of the function.
+      inputs: shapes and dtypes of its inputs.
+      path_of_input: the path of the leaf that each input is; None for data.
+      roles: by path, the roles of each leaf that the function multiplies by or reads rows of, or a
+        sentence that says why there are none.
+      multiplied_paths: paths of the leaves that the function multiplies by.
+      operations: by path, names of the other primitives that a leaf enters. An element-wise product
+        of two leaves is `PRODUCT_OF_LEAVES`.
     """
-    if trace is None:
-        return None
-    if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
-        raise TypeError(
-            f"trace must be a tuple of a function and its arguments, not {trace!r}. Pass "
-            "trace=(fn, params, x), where fn(params, x) calls your model."
-        )
-    path_of_leaf = {id(leaf): path for path, leaf in leaves}
-    return infer_roles(trace[0], trace[1:], path_of_leaf)
+
+    jaxpr: eqns.AnyJaxpr
+    inputs: list[jax.ShapeDtypeStruct]
+    path_of_input: list[str | None]
+    roles: dict[str, ObservedRoles | str]
+    multiplied_paths: frozenset[str]
+    operations: dict[str, set[str]]
 
 
 def infer_roles(
@@ -69,14 +70,18 @@ def infer_roles(
 ) -> dict[str, ObservedRoles | str]:
     """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 
+    Args and roles are those of `observe`.
+    """
+    return observe(fn, args, paths).roles
+
+
+def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Observation:
+    """Traces a function, and follows the leaves whose identities are the keys of `paths`.
+
     Args:
-      fn: called with `args`; traced, not run.
+      fn: called with `args`; traced once, not run.
       args: as `fn` is called; arrays may be `jax.ShapeDtypeStruct`\\ s.
       paths: ``{id(leaf): path}``.
-
-    Returns:
-      By path, the roles of each leaf that `fn` multiplies by or reads rows of, or a sentence that
-      says why there are none.
     """
     tracker = _LeafTracker()
     interpreter = Interpreter(
@@ -90,25 +95,23 @@ def infer_roles(
     input_indices = [
         index for index, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)
     ]
-
-    def label_input(index: int, array: jax.Array) -> Value:
-        path = paths.get(id(leaves[index]))
-        if path is None:
-            return array
-        return label_axes(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
+    inputs = [stand_in(leaves[index]) for index in input_indices]
+    path_of_input = [paths.get(id(leaves[index])) for index in input_indices]
 
     def fn_of_resolved(*args: Tree) -> Tree:
         return fn(*resolve_aliases(args))
 
-    def follow_leaves(arrays: list[Value]) -> None:
-        fn_of_arrays = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)
-        jaxpr = jax.make_jaxpr(fn_of_arrays)(*arrays)
-        labelled_arrays = [
-            label_input(index, array) for index, array in zip(input_indices, arrays, strict=True)
-        ]
-        interpreter.evaluate(jaxpr, labelled_arrays)
+    def label_input(path: str | None, array: jax.Array) -> Value:
+        if path is None:
+            return array
+        return label_axes(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
-    jax.eval_shape(follow_leaves, [stand_in(leaves[index]) for index in input_indices])
+    def follow_leaves(arrays: list[Value]) -> None:
+        interpreter.evaluate(jaxpr, list(map(label_input, path_of_input, arrays)))
+
+    fn_of_inputs = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)
+    jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs)
+    jax.eval_shape(follow_leaves, inputs)
     # The tracker holds the products of each leaf now.
     roles: dict[str, ObservedRoles | str] = {}
     for leaf in leaves:
@@ -117,7 +120,14 @@ def infer_roles(
             uses = tracker.contractions.get(path, [])
             lost_reason = tracker.lost_reasons.get(path)
             roles[path] = _roles_from_uses(uses, lost_reason, len(leaf.shape))
-    return roles
+    return Observation(
+        jaxpr=jaxpr,
+        inputs=inputs,
+        path_of_input=path_of_input,
+        roles=roles,
+        multiplied_paths=tracker.multiplied_paths(),
+        operations=tracker.operations,
+    )
 
 
 def _roles_from_uses(
@@ -166,7 +176,18 @@ def _roles_from_uses(
     roles = AxisRoles.from_axes(sorted(clearest.contracted), sorted(clearest.free), ndim)
     # One use as a kernel makes the leaf a kernel.
     is_kernel = not clearest.is_lookup and any(not use.not_kernel_reason for use in uses)
-    return ObservedRoles(roles, "" if is_kernel else clearest.not_kernel_reason)
+    if is_kernel:
+        return ObservedRoles(roles)
+    return ObservedRoles(roles, clearest.not_kernel_reason, not_kernel_kind=_kind_of(clearest))
+
+
+def _kind_of(use: Contraction) -> str:
+    """Returns the kind of a leaf that is no kernel in a product."""
+    if use.is_lookup:
+        return LOOKED_UP
+    if use.is_added:
+        return ADDED
+    return GAIN if use.is_stretched else ACTIVATION
 
 
 def _unclearness(use: Contraction) -> tuple[bool, ...]:
@@ -184,11 +205,21 @@ class _LeafTracker:
       contractions: the products with each leaf, by path.
       lost_reasons: for each leaf whose axes could not be followed further at some equation, the
         first such equation in words, by path.
+      operations: see `Observation`.
     """
 
     def __init__(self) -> None:
         self.contractions: dict[str, list[Contraction]] = {}
         self.lost_reasons: dict[str, str] = {}
+        self.operations: dict[str, set[str]] = {}
+
+    def multiplied_paths(self) -> frozenset[str]:
+        """Returns the paths of the leaves that the function multiplies by."""
+        return frozenset(
+            path
+            for path, uses in self.contractions.items()
+            if not all(use.not_kernel_reason for use in uses)
+        )
 
     def rule_of_primitive(self) -> dict[str, Rule]:
         """Returns the rule for each primitive but those of `follow_other_equation`."""
@@ -223,6 +254,17 @@ class _LeafTracker:
         if lost_paths:
             self._record_loss(lost_paths, use.name, str(user_line_of(use.eqn)))
         return outputs
+
+    def _record_operation(self, use: Use) -> None:
+        """Records an operation other than a product or a move for each leaf that enters it."""
+        is_product_of_leaves = use.name in ("mul", "div") and all(
+            map(_holds_unmixed_leaf, use.values)
+        )
+        operation = PRODUCT_OF_LEAVES if is_product_of_leaves else use.name
+        for value in use.values:
+            if _holds_unmixed_leaf(value):
+                for path in value.path.splitlines():
+                    self.operations.setdefault(path, set()).add(operation)
 
     def _record_contractions(self, use: Use) -> list[dict[str, Contraction]]:
         """Records the axes of leaves that a product contracts.
@@ -306,6 +348,7 @@ class _LeafTracker:
                 return interpreter.function(body, use.used_outputs)(*use.values)
         if use.name == "unstack":
             return interpreter.evaluate(eqns.unstacked(use.eqn), use.values, use.used_outputs)
+        self._record_operation(use)
         outputs = use.bind(use.bases)
         mixing = _mixing_of_equation(use)
         labelled_outputs: list[Value] = []

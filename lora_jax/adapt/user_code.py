@@ -125,12 +125,12 @@ def _path_from_package(path: str) -> str:
 
 @contextlib.contextmanager
 def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """Gives an equation's name stack and source line to all equations that are traced inside."""
+    """Gives an equation's names, source line, mesh and metadata to all that is traced inside."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
     token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))
     try:
-        with source_info_util.user_context(info.traceback, name_stack=name_stack):
+        with source_info_util.user_context(info.traceback, name_stack=name_stack), eqn.ctx.manager:
             yield
     finally:
         _OUTER_EQUATIONS.reset(token)

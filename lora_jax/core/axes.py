@@ -79,6 +79,26 @@ def _sorted_from_end(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(sorted(axis % ndim - ndim for axis in axes))
 
 
+# Kinds of leaves that are no kernels, though a function multiplies by them.
+LOOKED_UP, ADDED, MERGED = "looked up", "added", "every use would merge"
+GAIN, ACTIVATION = "gain", "activation"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductOrder:
+    """Describes the place of a kernel's products among the operations of a function.
+
+    Attributes:
+      is_one_hot_lookup: whether the other operand of a product is one-hot.
+      is_last: whether a product exists that no other weight's product follows.
+      is_output: whether a product reaches an output by element-wise operations and moves.
+    """
+
+    is_one_hot_lookup: bool = False
+    is_last: bool = False
+    is_output: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class ObservedRoles:
     """The roles of the axes of a leaf, read from what a traced function does with it.
@@ -87,10 +107,14 @@ class ObservedRoles:
       roles: the roles of its axes.
       not_kernel_reason: why the leaf is no kernel (it is looked up, or a gain, or added to an
         activation); empty for a kernel.
+      product_order: what comes before and after its products.
+      not_kernel_kind: the reason in one or two words: `LOOKED_UP`, `ADDED`, `MERGED` or another.
     """
 
     roles: AxisRoles
     not_kernel_reason: str = ""
+    product_order: ProductOrder = ProductOrder()
+    not_kernel_kind: str = ""
 
 
 def default_roles(name: str, ndim: int) -> AxisRoles | None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
-from lora_jax.adapt.roles import traced_roles
+from lora_jax.adapt.observed import traced_roles
 from lora_jax.core.aliases import flatten_with_aliases, restore_alias_form
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base

@@ -10,23 +10,17 @@ from collections.abc import Container, Mapping, Sequence
 
 import jax.numpy as jnp
 
-from lora_jax.core.axes import EMBEDDING_NAMES, ObservedRoles, default_roles
+from lora_jax.core.axes import ObservedRoles, default_roles
 from lora_jax.core.paths import has_segments, leaf_name, most_similar
 from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
+from lora_jax.select.named_heads import head_reason
 
-# Modules that "all-linear" does not select without kinds: embeddings (also by the name of the leaf)
-# and the heads that compute the model's output from the last hidden state. In masked language
-# models the module of the output layer contains other layers, too.
-_NOT_LINEAR = re.compile(
-    r"(?!(.*/)?lm_head/dense/\w+$)(.*/)?(cls/predictions/decoder/\w+|(embed\w*|\w*embeddings?|wte|"
-    r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
-)
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 BIAS_NAMES = ("bias", "b")
 _NORM_LEAVES = ("scale", "offset", "mean", "var", "gamma", "beta")
 _MIXER_LEAVES = ("sinks", "conv1d", "A_log", "dt_bias")
-_SIDE_LEAVES = frozenset({*BIAS_NAMES, *_NORM_LEAVES, *_MIXER_LEAVES, "e_score_correction_bias"})
+SIDE_LEAVES = frozenset({*BIAS_NAMES, *_NORM_LEAVES, *_MIXER_LEAVES, "e_score_correction_bias"})
 
 NOT_AN_ARGUMENT = "it is no argument of the function (leaves are matched by identity)"
 
@@ -56,7 +50,7 @@ def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, facts)
+    return is_matrix(leaf) and not _is_side_leaf(rule, path, tree, facts)
 
 
 def _is_named(rule: Rule, path: str, leaf: Leaf, facts: LeafFacts) -> bool:
@@ -80,15 +74,10 @@ def _is_in_presets(
     # Without kinds, only "all-linear" can be used.
     if ALL_LINEAR not in presets or not isinstance(rule, LoraRule):
         return False
-    return not is_table_or_head(path) and _is_linear(path, leaf, facts)
+    return is_linear(path, leaf, facts) and not head_reason(path, facts.roles)
 
 
-def is_table_or_head(path: str) -> bool:
-    """Returns True if a leaf is an embedding or an output head, by its name."""
-    return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
-
-
-def _is_linear(path: str, leaf: Leaf, facts: LeafFacts) -> bool:
+def is_linear(path: str, leaf: Leaf, facts: LeafFacts) -> bool:
     """Returns True if a leaf is known as a kernel: by a traced function, or else by its name."""
     if facts.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
@@ -103,7 +92,7 @@ def matches(targets: Targets, path: str) -> bool:
     return any(has_segments(path, name) for name in targets)
 
 
-def _is_matrix(leaf: Leaf) -> bool:
+def is_matrix(leaf: Leaf) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -116,9 +105,9 @@ def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], facts: Le
     """
     name = leaf_name(path)
     leaf = tree[path]
-    if name not in _SIDE_LEAVES:
+    if name not in SIDE_LEAVES:
         return False
-    is_traced_kernel = facts.roles is not None and _is_linear(path, leaf, facts)
+    is_traced_kernel = facts.roles is not None and is_linear(path, leaf, facts)
     if is_traced_kernel:
         return False
     if rule.in_axes is None or rule.out_axes is None:
@@ -191,7 +180,7 @@ def no_match_reason(
             f"belong in a list. Write targets={names_in_pattern}."
         )
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and facts.kinds is None:
-        matrices = {path: leaf for path, leaf in tree.items() if _is_matrix(leaf)}
+        matrices = {path: leaf for path, leaf in tree.items() if is_matrix(leaf)}
         return _not_linear_reason(matrices, facts)
     # The names may be misspelled.
     similar_paths = dict.fromkeys(path for name in names for path in most_similar(name, tree))
@@ -222,7 +211,7 @@ def _no_selection_reason(
         if matches(rule.exclude, path):
             return f"Its exclude= contains {path!r}. Change targets or exclude."
     if isinstance(rule, LoraRule):
-        matrices = [path for path, leaf in named_leaves.items() if _is_matrix(leaf)]
+        matrices = [path for path, leaf in named_leaves.items() if is_matrix(leaf)]
         side_leaves = [path for path in matrices if _is_side_leaf(rule, path, tree, facts)]
         kernels = [path for path in matrices if path not in side_leaves]
         if rule.layers is not None and kernels:
@@ -295,13 +284,13 @@ def _not_linear_reason(matrices: Mapping[str, Leaf], facts: LeafFacts) -> str:
         lines = []
         for path in examples:
             reason = _not_kernel_reason(path, facts.roles)
-            lines.append(f"{path!r}: {reason or 'by its name, it is an embedding or a head'}")
+            lines.append(f"{path!r}: {reason or head_reason(path, facts.roles)}")
         problem = (
             "The traced function shows no kernel. Name the kernels in targets, and give their "
             "in_axes=… and out_axes=…. These are the reasons:"
         )
         return "\n  ".join([problem, *lines])
-    kernels = [path for path, leaf in matrices.items() if _is_linear(path, leaf, facts)]
+    kernels = [path for path, leaf in matrices.items() if is_linear(path, leaf, facts)]
     if kernels:
         problem = (
             "By their names, all kernels are embeddings or heads. Name those that you want to "

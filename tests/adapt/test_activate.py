@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import bank, models, peft
-from lora_jax.adapt.explain import uses
+from lora_jax.adapt.uses import uses
 from lora_jax.bank import Bank, BankError
 from lora_jax.bank.together.tenants import StackKind, Tenant
 from lora_jax.models.layers import trunk

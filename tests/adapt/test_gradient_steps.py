@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import bicgstab, cg, gmres
 
 import lora_jax as lj
-from lora_jax.adapt.explain import uses
+from lora_jax.adapt.uses import uses
 from lora_jax.core.weight import leaves_of
 from tests.support import assert_close, draw, over, with_random_factors
 

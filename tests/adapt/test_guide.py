@@ -70,6 +70,9 @@ def of(title):
 
 TITLES = (
     "An NNX module",
+    "An Equinox module",
+    "A Haiku function",
+    "A mesh with explicit axes",
     "A Keras model",
     "A neural ODE",
     "A Pallas kernel with its derivative",
@@ -87,6 +90,23 @@ def test_an_nnx_module(ran):
     start = ran["nnx"].split(ran["Model"](ran["nnx"].Rngs(0)), ran["nnx"].Param, ...)[2]
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), ran["rest"], start)
     assert all(jax.tree.leaves(moved)), "the statistics are those of the steps"
+
+
+@of("An Equinox module")
+def test_an_equinox_module(ran):
+    moved = ran["merged"].layers[0].weight - ran["model"].layers[0].weight
+    assert float(jnp.abs(moved).max()) > 1e-3, "what was learned is in it"
+
+
+@of("A Haiku function")
+def test_a_haiku_function(ran):
+    assert lj.is_node(ran["tree"]["head"]["w"]), "by its name"
+
+
+@of("A mesh with explicit axes")
+def test_a_mesh_with_explicit_axes(ran):
+    assert ran["placed"]["up"]["kernel"].b.sharding.spec[1] == "tensor"
+    assert set(ran["mesh"].axis_types) == {jax.sharding.AxisType.Auto}
 
 
 @of("A Keras model")

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.adapt.explain import uses
+from lora_jax.adapt.uses import uses
 from tests.adapt.test_primitives import halves, merged, mesh_of_four, one, rule, two, values
 from tests.core.coded import coded_program
 from tests.support import assert_close, over

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.ode import odeint
 
 import lora_jax as lj
-from lora_jax.adapt.explain import uses
+from lora_jax.adapt.uses import uses
 from tests.support import array, assert_close, draw, numpy_init, variables_of, with_random_factors
 
 RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0, init=numpy_init)
@@ -169,3 +169,15 @@ def test_a_use_inside_of_a_function_that_is_known_counts():
         return inner(p["a"]["kernel"], x) @ p["a"]["kernel"].T
 
     lj.adapt(both)(tree, X)
+
+
+def test_a_product_that_merges_names_the_roles():
+    """Two in axes, under the roles of the name: the remedy is other roles, not another product."""
+    params = {"attn_vec_einsum": {"w": draw(1, (2, 3, 5))}}
+    fn = lambda p, x: jnp.einsum("tnh,nhd->td", x, p["attn_vec_einsum"]["w"])  # noqa: E731
+    rules = [lj.LoraRule(targets="all-linear", rank=2, init=numpy_init)]
+    x = draw(2, (4, 2, 3))
+    with pytest.warns(lj.MergeWarning, match="2: batch, 3: in, 5: out.*trace=.*in_axes=") as caught:
+        lj.adapt(fn)(lj.lorafy(params, rules), x)
+    assert "einsum)" not in str(caught[0].message)
+    lj.adapt(fn, strict=True)(lj.lorafy(params, rules, trace=(fn, params, x)), x)

@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.adapt.explain import uses
 from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.uses import uses
 from lora_jax.core.paths import flatten_with_paths
 from tests.support import PROGRAMS, LinenModel, assert_close, draw, numpy_init, with_random_factors
 

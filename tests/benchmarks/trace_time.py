@@ -1,4 +1,4 @@
-"""Measures what `adapt` costs before the first step: tracing and compiling, as ratios.
+"""Measures the time before the first step: `lorafy(trace=)`, tracing and compiling, as ratios.
 
     python tests/benchmarks/trace_time.py
 
@@ -57,8 +57,30 @@ def measure(make: Callable[[], Callable[..., Any]], *args: Any) -> tuple[float, 
     return statistics.median(traces), statistics.median(compiles)
 
 
+def measure_lorafy(fn: Callable[..., Any], params: Any, x: Any) -> tuple[float, float]:
+    """(milliseconds of `lorafy(trace=)`, milliseconds of `jax.make_jaxpr`), medians."""
+    rules = [lj.LoraRule(targets="all-linear", rank=8)]
+    selections, jaxprs = [], []
+    for _ in range(ROUNDS):
+        # A new function each time: JAX keeps the jaxprs of known ones.
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.make_jaxpr(lambda p, x: fn(p, x))(params, x)
+        jaxprs.append(1e3 * (time.perf_counter() - start))
+        jax.clear_caches()
+        start = time.perf_counter()
+        lj.lorafy(params, rules, trace=(lambda p, x: fn(p, x), params, x))
+        selections.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(selections), statistics.median(jaxprs)
+
+
 def report(name: str, fn: Callable[..., Any], params: Any, x: Any) -> None:
     tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=8)])
+    selection, jaxpr = measure_lorafy(fn, params, x)
+    print(
+        f"{name:20s} lorafy(trace=) {selection:4.0f} ms, make_jaxpr {jaxpr:4.0f} ms "
+        f"({selection / jaxpr:.2f}x)"
+    )
     plain = measure(lambda: lambda p, x: fn(p, x), params, x)
     adapted = measure(lambda: lj.adapt(lambda p, x: fn(p, x), strict=True), tree, x)
     ratios = [ours / theirs for ours, theirs in zip(adapted, plain, strict=True)]

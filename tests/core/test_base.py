@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import sharding
-from lora_jax.adapt.explain import uses
 from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.uses import uses
 from tests.adapt.random_programs import check, programs
 from tests.adapt.test_random_programs import COMMON, ways
 from tests.core.coded import (

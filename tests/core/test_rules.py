@@ -61,6 +61,7 @@ def test_targets(targets, exclude, expected):
     assert selected([lj.LoraRule(targets=targets, exclude=exclude)]) == expected
 
 
+@pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")
 def test_all_linear_in_the_heads_of_masked_language_models():
     """As PEFT does: the layer before the output, not the output."""
     kernel = {"kernel": shaped(5, 7)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from lora_jax.adapt.explain import uses
+from lora_jax.adapt.uses import uses
 from tests.adapted_trees import with_random_factors
 from tests.foreign.case import ALL_LINEAR, Case, Made
 

@@ -95,6 +95,7 @@ def adapted_tree(case, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("case", list(CONFIGS))
+@pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")  # the classifier
 def test_all_linear_is_every_layer_but_the_output(case):
     tree = lj.lorafy(shapes_of(case), [lj.LoraRule(targets="all-linear")])
     assert set(lj.split(tree)[0]) == {f"{path}/kernel" for path in ADAPTED[case]}

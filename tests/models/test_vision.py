@@ -28,6 +28,7 @@ def test_the_table_is_what_init_makes(case: str, head: str) -> None:
 
 
 @of_each_case
+@pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")  # its classifier
 def test_presets(case: str) -> None:
     """By kind and by name "all-linear" is the same: the layers of attention and MLP."""
     model, params = tiny_vision.model(case)

@@ -116,14 +116,14 @@ def begin_runs(
     # A model runs on quantized weights only through `adapt`.
     forward = base.adapted_forward if base.outline.has_codes else base.model.apply
     for begun in begun_runs.values():
-        has_evaluation = isinstance(begun, BegunRun) and begun.evaluation
-        if not has_evaluation or begun.opened.pauses:
+        if not isinstance(begun, BegunRun) or not begun.evaluation or begun.opened.pauses:
             continue
+        evaluation = begun.evaluation
         # Scores of the same base from an earlier run are reused.
-        is_measured = any(map(begun.evaluation.reuse_base_scores, context.measured))
+        is_measured = any(map(evaluation.reuse_base_scores, context.measured))
         if not is_measured:
-            begun.evaluation.before(EvaluatedModel(base.model, base_params, forward))
-            context.measured.append(begun.evaluation)
+            evaluation.before(EvaluatedModel(base.model, base_params, forward))
+            context.measured.append(evaluation)
     return begun_runs
 
 

@@ -151,7 +151,7 @@ def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
     return axis >= min(len(shape_of(eqn)), len(out_shape(eqn)))
 
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
     "clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf "
     "erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow "
@@ -166,7 +166,7 @@ _IN_PART = "takes some of the examples"
 _OVER = "reduces over the examples"
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _moved()),
+    **dict.fromkeys(ELEMENTWISE, _moved()),
     **dict.fromkeys((f"reduce_{name}" for name in _REDUCTIONS), _dropping("axes", _OVER)),
     **dict.fromkeys(("argmax", "argmin"), _dropping("axes", _OVER)),
     "reduce": _dropping("dimensions", _OVER),

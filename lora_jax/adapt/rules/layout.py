@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import FoldedVector, Interpreter, Rule, Use
@@ -136,6 +137,19 @@ def _place(interpreter: Interpreter, use: Use) -> list[Value]:
             space = eqns.type_of(use.eqn.outvars[index]).memory_space
             outputs[index] = _moved_to_memory(output, space)
     return outputs
+
+
+def _reshard(_: Interpreter, use: Use) -> list[Value]:
+    """Gives the base another sharding; the other arrays get that of the axes that they hold."""
+    (weight,) = use.values
+    sharding = use.params["dst_sharding"]
+    mesh_axes_of_axis = dict(enumerate(sharding.spec))
+
+    def reshard(array: Value, layout: Axes) -> Value:
+        spec = PartitionSpec(*(mesh_axes_of_axis.get(axis) for axis in layout))
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+    return [weight.along(use.rearranged(weight), reshard)]
 
 
 def _moved_to_memory(weight: Factored, space: Space) -> Factored:
@@ -352,5 +366,6 @@ LAYOUT_RULES: dict[str, Rule] = {
     "name": _name,
     **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _apply_to_base),
     "device_put": _place,
-    **dict.fromkeys(("sharding_constraint", "reshard"), _apply_to_base),
+    "sharding_constraint": _apply_to_base,
+    "reshard": _reshard,
 }

@@ -18,7 +18,7 @@ from lora_jax.core.paths import leaf_name
 from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import map_parts, nodes_of
-from lora_jax.select.matching import is_table_or_head
+from lora_jax.select.named_heads import is_table_or_head
 
 _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 

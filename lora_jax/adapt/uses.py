@@ -1,6 +1,4 @@
-"""`explain`: where a function uses each adapted weight, factored or merged, and why."""
-
-from collections.abc import Sequence
+"""Lists the uses of each adapted weight by a function, factored or merged, with the reason."""
 
 import jax
 
@@ -46,26 +44,3 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
                 )
                 records.append(unused)
     return list(dict.fromkeys(records))
-
-
-def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
-    """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
-
-    Each line is one use. It shows the primitive, the line of your code, whether the product is
-    factored or the weight is merged there, and why.
-
-    Args:
-      fn: traced, not run.
-      *args, **kwargs: as `fn` is called, an adapted tree among them; arrays may be abstract.
-
-    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
-    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
-    >>> lj.explain(lambda params, x: x @ params["dense"]["kernel"], tree, jnp.ones((1, 4)))
-    path          primitive    place  how       why
-    dense/kernel  dot_general  ...    factored  xW + s·(xA)B
-    """
-    table: list[Sequence[str]] = [WeightUse._fields, *uses(fn, *args, **kwargs)]
-    column_widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        padded_cells = map(str.ljust, cells, column_widths)
-        print("  ".join(padded_cells).rstrip())
