@@ -355,7 +355,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "line 1: the label 3 is none of those to train on: 0, 1" in message(
         good, "--test", other
     )
-    assert "there is no such file" in message(good, "--test", tmp_path / "none.csv")
+    assert "does not exist" in message(good, "--test", tmp_path / "none.csv")
 
 
 def test_models_that_cannot_classify(inputs, tmp_path, capsys):

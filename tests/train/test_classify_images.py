@@ -20,7 +20,7 @@ from tests.support import assert_identical, thorough
 from tests.train.tiny import write_jsonl
 from train.classify import main, parse
 from train.console.errors import UserError
-from train.data.files import images_of, is_image_folder, read_rows
+from train.data.files import is_image_folder, list_images, read_rows
 from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.run.classifiers import read_classifier_info
@@ -284,7 +284,7 @@ def test_broken_images_are_named(made: Path, tmp_path: Path, capsys: Any) -> Non
         (["--model", "vit", "--dataset", "photos", "--seq-len", 9], "hold images.* --seq-len"),
         (["--model", "vit", "--dataset", "photos", "--neftune", 5], "hold images.* --neftune"),
         (["--model", "vit", "--dataset", "photos", "--text", "a"], "hold images.* --text"),
-        (["--model", "vit", "--dataset", "photos", "--split", "test"], "and no splits"),
+        (["--model", "vit", "--dataset", "photos", "--split", "test"], "no folders of splits"),
         (["--model", "vit", "--dataset", "rows.jsonl", "--image", "photo"], "and no `photo`"),
         (["--model", "grey", "--dataset", "photos"], "images of 3 channels .* asks for 1 channels"),
         (["--model", "bare", "--dataset", "photos"], "preprocessor_config.json is missing"),
@@ -312,7 +312,7 @@ def test_folders_of_splits_and_classes(tmp_path: Path) -> None:
     write_photos(tmp_path / "split" / "test", 1)
     assert len(read_rows(str(tmp_path / "split"))) == 6
     assert len(read_rows(str(tmp_path / "split"), split="test")) == 3
-    with pytest.raises(UserError, match="of the splits test, train"):
+    with pytest.raises(UserError, match="of its splits: test, train"):
         read_rows(str(tmp_path / "split"), split="validation")
     vehicles = tmp_path / "vehicles"
     for name in ("train", "ship"):
@@ -322,7 +322,7 @@ def test_folders_of_splits_and_classes(tmp_path: Path) -> None:
     assert {row["label"] for row in read_rows(str(vehicles))} == {"train", "ship"}
     assert len(read_rows(str(vehicles))) == 2
     (vehicles / "loose.png").write_bytes(picture("red", 1))
-    with pytest.raises(UserError, match="loose.png lies in no folder of a class"):
+    with pytest.raises(UserError, match="loose.png does not belong to a class"):
         read_rows(str(vehicles))
     write_jsonl(vehicles / "rows.jsonl", [{"image": "loose.png", "label": "ship"}])
     assert not is_image_folder(str(vehicles)) and len(read_rows(str(vehicles))) == 1
@@ -343,8 +343,8 @@ def test_images_are_known_by_how_they_begin(tmp_path: Path, capsys: Any) -> None
     rows = read_rows(str(photos))
     assert len(rows) == 12 and {row["label"] for row in rows} == {*COLOURS}
     said = capsys.readouterr().err
-    assert "left out 2 of 14 files, from which no image can be read: red/Thumbs.db, red/not" in said
-    assert len(images_of(str(photos))) == 12
+    assert "2 of 14 files are skipped, because they are not images: red/Thumbs.db, red/not" in said
+    assert len(list_images(str(photos))) == 12
     for path in [*photos.rglob("*.*")]:
         path.unlink()
     assert len(read_rows(str(photos))) == 3  # none has an ending

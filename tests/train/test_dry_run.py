@@ -77,7 +77,7 @@ def test_a_named_task_is_read_by_its_script(script, task, args, tmp_path, monkey
     ((config, inputs, loss, _),) = seen
     assert config.data.dataset == task and isinstance(loss, Loss)
     assert re.match("20 (pairs|prompts)", inputs.lines[0]) and inputs.steps > 1
-    line = "the held-out loss is that of "
+    line = "The held-out loss is the mean over "
     assert any(said.startswith(line) for said in inputs.lines) == (script is dpo)
 
 
@@ -143,8 +143,8 @@ MISSPELLED = [
 
 
 REMARKS = [
-    f"remark: the {kind} {word!r} of turns is unknown ({{data}}, line {rows}). The nearest {kind} "
-    f"is {nearest!r}. Nothing is learned from an unknown {kind}"
+    f"remark: The {kind} {word!r} of turns is unknown ({{data}}, line {rows}). Nothing is learned "
+    f"from an unknown {kind}. If it is a typing error, use {nearest!r}."
     for kind, word, nearest, rows in (
         ("role", "asistant", "assistant", "2, {data}, line 3"),
         ("field", "wieght", "weight", 4),

@@ -270,7 +270,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
         (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows 4096 tokens at most"]),
         (["--seq-len", "40"], ["of 24 sequences are longer than --seq-len 40", "--truncate"]),
         (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),
-        (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl: there is no such file"]),
+        (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl does not exist"]),
         (["--eval-every", "1", "--eval-questions", "0"], ["needs rows to hold out"]),
         (["--batch-size", "0"], ["--batch-size 0: at least 1 is needed"]),
     ],

@@ -6,7 +6,7 @@ from lora_jax.training.data.order import Order
 from tests.train.test_sft import fails
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
-from train.data.lines import mixture_lines
+from train.data.lines import format_mixture_lines
 from train.sft import parse
 from train.tasks import chats
 
@@ -38,13 +38,13 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     data, said = read()
     short, long = data.train.lengths
     assert f"24 rows are batched by length: 2 lengths, {short}, {long}, 9" in said
-    assert f"the tokens of {table} are kept in {tmp_path / 'tokens'}" in said
+    assert f"The tokens of {table} are cached in {tmp_path / 'tokens'}" in said
     assert data.facts["lengths"] == (short, long) and len(data.held_out) == 3
-    assert f"the held-out loss is that of 3 rows of {held_out}" in said
+    assert f"The held-out loss is the mean over 3 rows of {held_out}" in said
     learned = data.train.by_name()["weights"].sum()
     assert learned < data.train.table.ids.size - 24 * 20  # the prompts
     data, said = read("--packing")
-    assert f"the tokens of {table} are those of an earlier run" in said
+    assert f"The tokens of {table} come from an earlier run" in said
     assert f"24 rows are packed into {len(data.train)} sequences of 120 tokens, 99." in said
     assert len(data.train) < 20
     data, said = read("--train-on", "all")
@@ -69,16 +69,18 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
         assert f"6 of the 60 rows of {a} are held out, drawn by --seed 0: row " in said
         assert f"3 of the 30 rows of {b} are held out" in said
         order = Order.of(data.train, 0, 4)
-        lines = mixture_lines(data.train, order, order.steps(1))
+        lines = format_mixture_lines(data.train, order, order.steps(1))
         assert [line.split(": ")[0] for line in lines] == [a, b]
         assert 20 < float(lines[0].split(" steps, ")[1].split("%")[0]) < 30
-        assert "each of its 54 comes 0." in lines[0]
-        assert "each of its 27 comes 2." in lines[1]
+        assert "each of its 54 rows comes 0." in lines[0]
+        assert "each of its 27 rows comes 2." in lines[1]
         assert data.name(0) == data.name(0).removesuffix(f" of {a}") + f" of {a}"
     data, _, rows = read("--dataset", a, b, "--rows", "20")
     assert len(data.train) == 40 and data.train.mixture is None
-    line = mixture_lines(data.train, Order.of(data.train, 0, 4), 10)[1]
-    assert line.startswith(f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 comes 1.00 ")
+    line = format_mixture_lines(data.train, Order.of(data.train, 0, 4), 10)[1]
+    assert line.startswith(
+        f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 rows comes 1.00 "
+    )
     with pytest.raises(UserError, match="--fields prompt=x: none of .* has `x` in its first row"):
         again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])
         read("--dataset", b, str(again), "--fields", "prompt=x")
@@ -93,8 +95,12 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     ("text", "args", "words"),
     [
         ("\ufeffask;say\na;b\n", [], ["line 2 has `ask`, `say`; a row needs", "`prompt` and"]),
-        ("ask,say\na,b\n", ["--fields", "prompt=q"], ["line 2 has `ask`, `say`, and no `q`"]),
-        ("ask,say\na,b\n", ["--fields", "asked=ask"], ["give name=field, where name is one of c"]),
+        ("ask,say\na,b\n", ["--fields", "prompt=q"], ["line 2 has no field `q`. It has `ask`, `say`"]),
+        (
+            "ask,say\na,b\n",
+            ["--fields", "asked=ask"],
+            ["must have the form name=field. Use one of these names: c"],
+        ),
         ("prompt,completion\na,\n", [], ["line 2: `completion` is ''", "a row needs"]),
         ("prompt,completion\na,b\n", ["--eval-dataset", "x.csv"], ["every --eval-every steps"]),
     ],

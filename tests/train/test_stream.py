@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of some rows, and chunks of some blocks."""
-    monkeypatch.setattr(blocks, "BLOCK", 400)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 400)
     monkeypatch.setattr(stream, "ROOM", 2000)
     monkeypatch.setattr(stream, "_SAMPLE", 400)
 
@@ -98,7 +98,7 @@ def test_a_model_with_images_is_its_text(tmp_path):
         ("--steps 9 --truncate --dataset sql", "--stream reads rows of your own, and sql makes"),
         ("--steps 9 --truncate --dataset a:1 b:2", "leave out the weights of --dataset a:1 b:2"),
         ("--steps 9 --truncate --dataset a b --fields text=t", "--fields of a single --dataset"),
-        ("--steps 9 --truncate --dataset a.csv", "a.csv: there is no such file"),
+        ("--steps 9 --truncate --dataset a.csv", "a.csv does not exist"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(args, message, capsys, tmp_path):

@@ -12,12 +12,18 @@ import numpy as np
 
 from lora_jax.training.data.rows import Row
 from train.console.errors import UserError, as_user_errors
-from train.data.files import NO_PARQUET, files_of, load, rows_of, rows_of_arrow
-from train.data.text_files import not_utf_8, parsed, placed
+from train.data.files import (
+    NOT_PARQUET,
+    find_data_files,
+    load_dataset,
+    read_dataset_rows,
+    without_arrow_nulls,
+)
+from train.data.text_files import not_utf8_error, parse_json_object, with_position
 
-BLOCK = 2**18  # bytes of a block of lines
+BLOCK_BYTES = 2**18  # bytes of a block of lines
 _BLOCK_ROWS = 1_000  # of a block, for data that `datasets` loads
-_N_SAMPLES = 64  # of a file, for its fingerprint
+_FINGERPRINT_SAMPLES = 64  # of a file, for its fingerprint
 _SAMPLE_BYTES = 2**12
 _READ_BYTES = 2**20  # that are read at a time where lines are counted
 _LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -75,17 +81,17 @@ class DatasetBlocks:
         self._ends = np.cumsum([len(part.sizes) for part in parts])
 
     def read(self, block: int) -> tuple[int, list[NumberedRow]]:
-        """Returns the number of a block's part, and its rows with their numbers there."""
+        """Returns the index of a block's data set, and its rows with their numbers there."""
         part = int(np.searchsorted(self._ends, block, side="right"))
         first_block = int(self._ends[part]) - len(self.parts[part].sizes)
         return part, self.parts[part].read(block - first_block)
 
     def named(self, part: int, number: int) -> str:
-        """Returns the name of a row in messages: "the row at byte 3,000 of a.jsonl"."""
+        """Describes a row for messages: "the row at byte 3,000 of a.jsonl"."""
         return f"the row at {self.parts[part].where} {number:,} of {self.parts[part].name}"
 
     def digest(self) -> str:
-        """Returns a fingerprint, which reads little of each part."""
+        """Returns one hash of the fingerprints of all data sets."""
         return hashlib.sha256("".join(part.digest for part in self.parts).encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -100,42 +106,45 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Data
     """
     parts = []
     for name in names:
-        paths = files_of(name, split)
+        paths = find_data_files(name, split)
         if paths is None:
-            parts.append(_arrow_part(name, load(name, split=split, subset=subset)))
+            parts.append(
+                _split_arrow_into_blocks(name, load_dataset(name, split=split, subset=subset))
+            )
         else:
-            parts += [_file_part(path) for path in paths]
+            parts += [_split_file_into_blocks(path) for path in paths]
     parts = [part for part in parts if len(part.sizes)]
     if not parts:
-        raise UserError(f"--dataset {' '.join(names)} has no rows")
+        raise UserError(f"--dataset {' '.join(names)} has no rows. Name a data set with rows.")
     return DatasetBlocks(parts)
 
 
-def _file_part(path: Path) -> FilePart:
-    """Returns a file of lines or of Parquet in blocks."""
+def _split_file_into_blocks(path: Path) -> FilePart:
+    """Splits a file of JSON lines or a Parquet file into blocks."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_part(path)
-    has_lines = suffix in _LINE_SUFFIXES and not (suffix == ".json" and _is_array(path))
+        return _split_parquet_into_blocks(path)
+    has_lines = suffix in _LINE_SUFFIXES and not (suffix == ".json" and _begins_as_json_array(path))
     if not has_lines:
         raise UserError(
-            f"--stream: {path} cannot be read from its middle; lines of JSON (.jsonl), Parquet "
-            "and what `datasets` loads can. Unpack or convert it, or leave out --stream"
+            f"--stream cannot start reading {path} in its middle. Unpack the file, convert it to "
+            "JSON lines (.jsonl) or Parquet, or remove --stream."
         )
     file_bytes = path.stat().st_size
-    sizes = np.full(-(-file_bytes // BLOCK), BLOCK, np.int64)
-    sizes[-1:] = file_bytes - BLOCK * (len(sizes) - 1)
+    # All blocks have the same size, except for the last one.
+    sizes = np.full(-(-file_bytes // BLOCK_BYTES), BLOCK_BYTES, np.int64)
+    sizes[-1:] = file_bytes - BLOCK_BYTES * (len(sizes) - 1)
     return FilePart(
         name=str(path),
         where="byte",
         sizes=sizes,
-        read=functools.partial(_read_lines, path, BLOCK),
-        digest=_fingerprint(path),
+        read=functools.partial(_read_lines, path, BLOCK_BYTES),
+        digest=_fingerprint_file(path),
     )
 
 
-def _is_array(path: Path) -> bool:
-    """Returns True if a file begins as a JSON array."""
+def _begins_as_json_array(path: Path) -> bool:
+    """Returns True if the first character of a file opens a JSON array."""
     with path.open("rb") as file:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
@@ -143,20 +152,22 @@ def _is_array(path: Path) -> bool:
 def _read_lines(path: Path, block_bytes: int, block: int) -> list[NumberedRow]:
     """Returns the objects of the lines that begin in a block, with the byte that each begins at."""
     rows: list[NumberedRow] = []
-    for byte, line in _lines(path, block * block_bytes, (block + 1) * block_bytes):
+    for byte, line in _lines_beginning_between(
+        path, block * block_bytes, (block + 1) * block_bytes
+    ):
         if not line.strip():
             continue
         where = BytePosition(path, byte)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise not_utf_8(path, where, error) from None
-        row = parsed(text, path, where)
-        rows.append((byte, placed(row, path, where)))
+            raise not_utf8_error(path, where, error) from None
+        row = parse_json_object(text, path, where)
+        rows.append((byte, with_position(row, path, where)))
     return rows
 
 
-def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+def _lines_beginning_between(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Yields each line that begins at a byte from `start` on and before `end`, with that byte."""
     with path.open("rb") as file:
         byte = start
@@ -180,13 +191,13 @@ def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             byte = file.tell()
 
 
-def _parquet_part(path: Path) -> FilePart:
-    """Returns a Parquet file in blocks, which are its row groups."""
+def _split_parquet_into_blocks(path: Path) -> FilePart:
+    """Splits a Parquet file into its row groups."""
     import pyarrow
     import pyarrow.parquet
 
     with (
-        as_user_errors(pyarrow.ArrowException, OSError, prefix=f"{path} {NO_PARQUET}"),
+        as_user_errors(pyarrow.ArrowException, OSError, prefix=f"{path} {NOT_PARQUET}"),
         pyarrow.parquet.ParquetFile(path) as file,
     ):
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -198,15 +209,17 @@ def _parquet_part(path: Path) -> FilePart:
             rows = file.read_row_group(block).to_pylist()
         first_number = int(starts[block]) + 1
         return [
-            (number, placed(rows_of_arrow(row), path, f"row {number}"))
+            (number, with_position(without_arrow_nulls(row), path, f"row {number}"))
             for number, row in enumerate(rows, start=first_number)
         ]
 
-    return FilePart(name=str(path), where="row", sizes=sizes, read=read, digest=_fingerprint(path))
+    return FilePart(
+        name=str(path), where="row", sizes=sizes, read=read, digest=_fingerprint_file(path)
+    )
 
 
-def _arrow_part(name: str, dataset: Any) -> FilePart:
-    """Returns a data set that `datasets` maps into memory, which loads only the rows in use."""
+def _split_arrow_into_blocks(name: str, dataset: Any) -> FilePart:
+    """Splits a data set of the `datasets` library into blocks that load when they are read."""
     n_rows = len(dataset)
     row_bytes = max(1, (dataset.data.nbytes or n_rows) // max(n_rows, 1))
     rows_of_blocks = [min(_BLOCK_ROWS, n_rows - i) for i in range(0, n_rows, _BLOCK_ROWS)]
@@ -214,9 +227,12 @@ def _arrow_part(name: str, dataset: Any) -> FilePart:
     def read(block: int) -> list[NumberedRow]:
         start = block * _BLOCK_ROWS
         indices = range(start, start + rows_of_blocks[block])
-        return list(enumerate(rows_of(dataset.select(indices)), start=start + 1))
+        return list(enumerate(read_dataset_rows(dataset.select(indices)), start=start + 1))
 
-    sample_indices = np.linspace(0, n_rows - 1, min(n_rows, _N_SAMPLES)).astype(int).tolist()
+    # The fingerprint depends on the number of rows and on rows from all over the data set.
+    sample_indices = (
+        np.linspace(0, n_rows - 1, min(n_rows, _FINGERPRINT_SAMPLES)).astype(int).tolist()
+    )
     samples = [json.dumps(row, default=repr) for row in dataset.select(sample_indices)]
     return FilePart(
         name=name,
@@ -227,13 +243,13 @@ def _arrow_part(name: str, dataset: Any) -> FilePart:
     )
 
 
-def _fingerprint(path: Path) -> str:
-    """Returns a hash of a file's size and of samples from all over it."""
+def _fingerprint_file(path: Path) -> str:
+    """Hashes the size of a file and samples at even distances in it."""
     file_bytes = path.stat().st_size
     digest = hashlib.sha256(str(file_bytes).encode())
     last_start = max(0, file_bytes - _SAMPLE_BYTES)
     with path.open("rb") as file:
-        for start in np.linspace(0, last_start, _N_SAMPLES).astype(int).tolist():
+        for start in np.linspace(0, last_start, _FINGERPRINT_SAMPLES).astype(int).tolist():
             file.seek(start)
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -18,12 +18,16 @@ OFF = "off"
 _FORMAT = b"lora_jax tokens 6\n"
 _HASH_DIGITS = 24  # of each hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
-FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
-_MOST_BYTES = 4 * 2**30  # the files unused for longest make room
+MIN_CACHED_ROWS = (
+    1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
+)
+_MAX_FOLDER_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
-def place(token_cache: str | None, key: str, tokenizer: Any, **options: Any) -> Path | None:
-    """Returns the file that keeps the tokens of some rows; None where they are not to be kept.
+def token_file_path(
+    token_cache: str | None, key: str, tokenizer: Any, **options: Any
+) -> Path | None:
+    """Returns the path of the file that caches the tokens of some rows; None without a cache.
 
     Its name has two hashes: of the rows, and of what else the tokens depend on, which is the
     tokenizer with its chat template, the options, and the packages that render and tokenise.
@@ -52,44 +56,47 @@ def place(token_cache: str | None, key: str, tokenizer: Any, **options: Any) -> 
     digest = hashlib.sha256(_FORMAT)
     for dependency in dependencies:
         digest.update(hashlib.sha256(dependency.encode()).digest())
-    return _folder(token_cache) / f"{_row_hash(key)}-{digest.hexdigest()[:_HASH_DIGITS]}.tokens"
+    return (
+        _token_folder(token_cache) / f"{_row_hash(key)}-{digest.hexdigest()[:_HASH_DIGITS]}.tokens"
+    )
 
 
-def knows(token_cache: str | None, key: str) -> bool:
-    """Returns True if an earlier run read these rows, could use them all, and kept their tokens."""
-    return token_cache != OFF and any(_folder(token_cache).glob(f"{_row_hash(key)}-*.tokens"))
+def has_tokens(token_cache: str | None, key: str) -> bool:
+    """Returns True if an earlier run cached the tokens of these rows, so all rows are valid."""
+    return token_cache != OFF and any(_token_folder(token_cache).glob(f"{_row_hash(key)}-*.tokens"))
 
 
-def _folder(token_cache: str | None) -> Path:
-    """Returns the folder of the files of tokens."""
+def _token_folder(token_cache: str | None) -> Path:
+    """Returns the folder that holds the cached tokens."""
     if token_cache is None:
         return cache_folder() / "tokens"
     return Path(token_cache).expanduser().absolute()
 
 
 def _row_hash(key: str) -> str:
-    """Returns the first part of the name of the files that keep tokens of some rows."""
+    """Returns the hash with which the names of the token files of some rows begin."""
     return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_HASH_DIGITS]
 
 
-def place_of(token_cache: str | None, name: str) -> Path | None:
-    """Returns the file of that name beside those of tokens; None where nothing is to be kept."""
-    return None if token_cache == OFF else _folder(token_cache) / f"{name}.tokens"
+def cache_file_path(token_cache: str | None, name: str) -> Path | None:
+    """Returns the path of a named file in the token cache; None without a cache."""
+    return None if token_cache == OFF else _token_folder(token_cache) / f"{name}.tokens"
 
 
 def read_tokens(path: Path) -> Sequences | None:
-    """Returns the tokens that a file keeps; None if there is none, or it is damaged."""
-    body = read(path)
+    """Reads the tokens in a cache file; None if the file is missing or damaged."""
+    body = read_cache_file(path)
     return None if body is None else Sequences.from_bytes(body)
 
 
-def read(path: Path) -> memoryview | None:
-    """Returns the bytes that `write` kept in a file; None if there is none, or it is damaged."""
+def read_cache_file(path: Path) -> memoryview | None:
+    """Reads the bytes that `write` stored in a file; None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
-        os.utime(path)  # so that it is not the one unused for longest
+        os.utime(path)  # marks the file as recently used
     except OSError:
         return None
+    # A file begins with the format and a hash of the bytes that follow.
     start = len(_FORMAT) + hashlib.sha256().digest_size
     body = memoryview(data)[start:]
     if data[:start] != _FORMAT + hashlib.sha256(body).digest():
@@ -98,7 +105,7 @@ def read(path: Path) -> memoryview | None:
 
 
 def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Writes bytes to a file, whole or not at all; removes old files where they grow too many.
+    """Writes a cache file atomically, and removes the oldest files while the folder is too large.
 
     Args:
       path: the file.
@@ -121,11 +128,11 @@ def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
-    _make_room(path)
+    _remove_files_over_limit(path)
 
 
-def _make_room(newest: Path) -> None:
-    """Removes files of the folder, those unused for longest, until the rest is small enough."""
+def _remove_files_over_limit(newest: Path) -> None:
+    """Removes the least recently used files until the folder is within its limit."""
     status_of_file = {}
     for path in newest.parent.glob("*.tokens"):
         try:
@@ -134,7 +141,7 @@ def _make_room(newest: Path) -> None:
             continue
     total_bytes = sum(status.st_size for status in status_of_file.values())
     for path in sorted(status_of_file, key=lambda path: status_of_file[path].st_mtime):
-        if total_bytes <= _MOST_BYTES or path == newest:
+        if total_bytes <= _MAX_FOLDER_BYTES or path == newest:
             break
         path.unlink(missing_ok=True)
         total_bytes -= status_of_file[path].st_size

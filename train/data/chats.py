@@ -35,15 +35,17 @@ def tokenize(
       options: further options of `work`.
     """
     console, source = hosts.console(), dataset.name
-    path = cache.place(dataset.kept_in, dataset.key, tokenizer, work=work.__qualname__, **options)
+    path = cache.token_file_path(
+        dataset.kept_in, dataset.key, tokenizer, work=work.__qualname__, **options
+    )
     cached = None if path is None else cache.read_tokens(path)
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: cached is not None, range(jax.process_count()))
     if cached is not None and all(everywhere):
-        tell(console, f"the tokens of {source} are those of an earlier run, in {path}")
+        tell(console, f"The tokens of {source} come from an earlier run ({path}).")
         return cached
     if path is not None and path.exists() and cached is None:
-        tell(console, f"warning: {path} is damaged; tokenising {source} anew")
+        tell(console, f"warning: {path} is damaged, so {source} is tokenised again.")
     rows = dataset.rows()
     tokens = work(
         rows,
@@ -53,21 +55,22 @@ def tokenize(
         say=lambda lines: tell(console, *lines),
         **options,
     )
-    if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
+    if path and write and (dataset.kept_in is not None or len(rows) >= cache.MIN_CACHED_ROWS):
         try:
             cache.write(path, tokens.as_bytes())
-            tell(console, f"the tokens of {source} are kept in {path}")
+            tell(console, f"The tokens of {source} are cached in {path}.")
         except OSError as error:
             tell(
                 console,
-                f"warning: the tokens of {source} are not kept: {path.parent} cannot be written "
-                f"({error.strerror or error}); name another folder with --token-cache, or off",
+                f"warning: The tokens of {source} are not cached, because {path.parent} cannot be "
+                f"written ({error.strerror or error}). Name another folder with --token-cache, or "
+                "pass --token-cache off.",
             )
     return tokens
 
 
 def _map_with_progress(console: Console, n: int) -> MapFunction:
-    """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
+    """Returns `map_over_processes` with a progress bar over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         with progress_of(n, "tokenising", "tokenised", "rows", console=console) as progress:

@@ -10,15 +10,15 @@ from lora_jax.training.data import pairs as of_pairs
 from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, name_of, replace_values
 from train.console.errors import UserError, flag
 from train.data import cache
-from train.data.files import files_of, read_rows
+from train.data.files import find_data_files, read_rows
 
-_KNOWN = sorted({"input", "tools", "images"}.union(*FORMS, *of_pairs.FORMS))
+_KNOWN_FIELDS = sorted({"input", "tools", "images"}.union(*FORMS, *of_pairs.FORMS))
 
 Pairs = list[tuple[str, str]]
 
 
-def pairs_of(fields: Sequence[str]) -> Pairs:
-    """Returns (name, the name in the rows) of each field in --fields.
+def parse_fields(fields: Sequence[str]) -> Pairs:
+    """Parses --fields into pairs of a field's name and its name in the rows.
 
     Args:
       fields: the option: `prompt=question`, one or several, also parted by commas.
@@ -28,10 +28,10 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
     """
     pairs = [pair.partition("=")[::2] for field in fields for pair in field.split(",")]
     for name, row_field in pairs:
-        if name not in _KNOWN or not row_field:
+        if name not in _KNOWN_FIELDS or not row_field:
             raise UserError(
-                f"{flag('fields', *fields)}: give name=field, where name is one of "
-                f"{', '.join(_KNOWN)}"
+                f"{flag('fields', *fields)} must have the form name=field. Use one of these names: "
+                f"{', '.join(_KNOWN_FIELDS)}."
             )
     return pairs
 
@@ -41,7 +41,7 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
 
     Args:
       rows: the rows, as they were read.
-      pairs: the names; see `pairs_of`.
+      pairs: the names; see `parse_fields`.
       source: the name of the rows in messages.
 
     Raises:
@@ -53,14 +53,16 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     names = [name for name, _ in pairs]
     repeated_names = [name for name in names if names.count(name) > 1]
     if repeated_names:
-        raise UserError(f"{option}: {source} has two fields for `{repeated_names[0]}`")
+        raise UserError(
+            f"{option} gives `{repeated_names[0]}` two fields of {source}. Name one field for it."
+        )
     row_fields = {row_field for _, row_field in pairs}
     renamed_rows = []
     for number, row in enumerate(rows, start=1):
         for row_field in row_fields - {*row}:
             raise UserError(
-                f"{option}: {name_of(row, source, number)} has {field_names(row)}, and no "
-                f"`{row_field}`"
+                f"{option}: {name_of(row, source, number)} has no field `{row_field}`. It has "
+                f"{field_names(row)}. Name one of these fields, or add `{row_field}` to the row."
             )
         others = {name: value for name, value in row.items() if name not in row_fields}
         renamed = {name: row[row_field] for name, row_field in pairs}
@@ -88,21 +90,21 @@ class Dataset:
     _rows: list[Row] | None = dataclasses.field(default=None, init=False)
 
     def rows(self) -> list[Row]:
-        """Returns the rows, read once more unless `check` just has."""
+        """Returns the rows, and reads them again unless `check` has just read them."""
         rows, self._rows = self._rows, None  # many rows take much memory: they are not kept
         return self.read() if rows is None else rows
 
     def peek(self) -> list[Row]:
-        """Returns the rows, which stay as they are for `rows`."""
+        """Returns the rows without releasing those that `check` has read."""
         return self.read() if self._rows is None else self._rows
 
     def check(self, *, again: bool = False) -> None:
-        """Reads and checks the rows, unless an earlier run did; with `again` in any case.
+        """Reads and checks the rows; skips rows that an earlier run has cached, unless `again`.
 
         Raises:
           TrainingError: a row cannot be read or used; names it.
         """
-        if again or self.hashed is None or not cache.knows(self.kept_in, self.hashed):
+        if again or self.hashed is None or not cache.has_tokens(self.kept_in, self.hashed):
             self._rows = self.read()
             _ = self.key
 
@@ -123,7 +125,7 @@ class Dataset:
 
 
 def dataset_from_rows(name: str, rows: list[Row]) -> Dataset:
-    """Returns rows in memory as a data set; their tokens are not kept."""
+    """Returns a data set of rows in memory, whose tokens are not cached."""
     return Dataset(name, lambda: rows)
 
 
@@ -153,7 +155,7 @@ def find_dataset(
     Raises:
       UserError: there is no such file, or --fields names none.
     """
-    pairs = pairs_of(fields)
+    pairs = parse_fields(fields)
 
     def read() -> list[Row]:
         table = read_rows(name, split=split, subset=subset)[:rows]
@@ -165,7 +167,8 @@ def find_dataset(
         check(table, name)
         return table
 
-    paths = files_of(name, split)
+    # Hash the files as they are, so that a cached data set need not be parsed.
+    paths = find_data_files(name, split)
     if paths is None:
         return Dataset(name, read, kept_in=kept_in)
     n_bytes = sum(path.stat().st_size for path in paths)

@@ -16,7 +16,7 @@ Entry: TypeAlias = tuple[str, Any]
 
 
 def read_entries(path: str, option: str) -> list[Entry]:
-    """Reads a file: the rows of one whose name ends as that of a file of rows, or its lines.
+    """Reads the rows of a data file (such as .jsonl or .csv), or the lines of another text file.
 
     Args:
       path: the file.
@@ -27,24 +27,24 @@ def read_entries(path: str, option: str) -> list[Entry]:
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(f"{option} {path} is a folder: name a file in it")
+        raise UserError(f"{option} {path} is a folder. Name a file in it.")
     if not file.is_file():
-        raise UserError(f"{option} {path}: there is no such file")
+        raise UserError(f"{option} {path} does not exist. Check the path.")
     if kind_of(path) is None:
-        return entries_of_lines(read_lines(file), path)
+        return name_lines(read_lines(file), path)
     rows = read_file(file)
     if not rows:
-        raise UserError(f"{option} {path} has no rows")
+        raise UserError(f"{option} {path} has no rows. Name a file with rows.")
     return [(name_of(row, path, number), row) for number, row in enumerate(rows, start=1)]
 
 
-def entries_of_lines(lines: Iterable[str], source: str) -> list[Entry]:
-    """Returns lines, which are named by their numbers in the source."""
+def name_lines(lines: Iterable[str], source: str) -> list[Entry]:
+    """Names each line by its number in the source."""
     return [(f"{source}, line {n}", line.strip()) for n, line in enumerate(lines, start=1)]
 
 
-def typed_lines(content: str) -> Iterator[str]:
-    """Yields the lines of standard input as they come.
+def read_typed_lines(content: str) -> Iterator[str]:
+    """Yields the lines of standard input as they arrive.
 
     Args:
       content: what a line holds, for the person who types it.
@@ -53,6 +53,8 @@ def typed_lines(content: str) -> Iterator[str]:
       UserError: they are not UTF-8 text.
     """
     if sys.stdin.isatty():
-        print(f"One {content} per line; end with Ctrl-D.", file=sys.stderr)
-    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
+        print(f"Type one {content} per line. End with Ctrl-D.", file=sys.stderr)
+    with as_user_errors(
+        UnicodeDecodeError, prefix="Standard input is not UTF-8 text. Convert it to UTF-8. "
+    ):
         yield from sys.stdin

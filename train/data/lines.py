@@ -8,43 +8,48 @@ from lora_jax.training.data.batches import Examples, Packs
 from lora_jax.training.data.order import Order
 
 
-def mixture_lines(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
-    """Returns a line per data set on the rows that so many steps see; () for a single one."""
+def format_mixture_lines(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
+    """Returns a line per data set on the rows that `steps` steps see; () for one data set."""
     if not isinstance(examples, Packs) or not examples.sources:
         return ()
-    n = len(examples.sources)
-    of_units = np.zeros((len(examples), n), np.int64)  # rows of each data set in each sequence
-    units = np.repeat(np.arange(len(examples)), np.diff(examples.firsts))
-    np.add.at(of_units, (units, examples.table.origins), 1)
-    often = np.ones(len(examples)) if order.mixture is None else order.mixture.often
-    epochs, rest = order.seen(steps)
-    seen = np.rint(epochs * (often @ of_units)).astype(int) + of_units[rest].sum(0)
-    have = of_units.sum(0)
+    n_datasets = len(examples.sources)
+    row_counts = np.zeros((len(examples), n_datasets), np.int64)  # [sequences, data sets]
+    sequence_of_row = np.repeat(np.arange(len(examples)), np.diff(examples.firsts))
+    np.add.at(row_counts, (sequence_of_row, examples.table.origins), 1)
+    # How often each sequence comes in whole epochs, and the sequences of the last, partial epoch.
+    visits = np.ones(len(examples)) if order.mixture is None else order.mixture.often
+    epochs, partial_epoch = order.seen(steps)
+    rows_seen = np.rint(epochs * (visits @ row_counts)).astype(int)
+    rows_seen += row_counts[partial_epoch].sum(0)
+    total_rows = row_counts.sum(0)
     return tuple(
-        f"{name}: {taken:,} rows in {steps:,} steps, {100 * taken / seen.sum():.1f}% of all; "
-        f"each of its {rows:,} comes {taken / rows:.2f} times on average"
-        for name, taken, rows in zip(examples.sources, seen.tolist(), have.tolist(), strict=True)
+        f"{name}: {n_seen:,} rows in {steps:,} steps, {100 * n_seen / rows_seen.sum():.1f}% of "
+        "all; "
+        f"each of its {n_rows:,} rows comes {n_seen / n_rows:.2f} times on average"
+        for name, n_seen, n_rows in zip(
+            examples.sources, rows_seen.tolist(), total_rows.tolist(), strict=True
+        )
     )
 
 
-def measured_line(n: int, rows: str, source: str) -> str:
-    """Returns the number of rows of which the held-out loss is the mean, in words."""
-    return f"the held-out loss is that of {n:,} {rows} of {source}"
+def format_held_out_line(n: int, rows: str, source: str) -> str:
+    """Returns a sentence on the number of rows that the held-out loss averages."""
+    return f"The held-out loss is the mean over {n:,} {rows} of {source}."
 
 
-def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
-    """Returns the lengths of batches, and how full they are, in words.
+def format_padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
+    """Returns a sentence on the lengths of batches and on their share of padding.
 
     Args:
       n: the number of rows.
       rows: what they are called: "texts".
       lengths: the lengths that batches are padded to, ascending.
-      filled: the share that is no padding.
+      filled: the fraction of tokens that are not padding.
     """
     share = f"{100 * filled:.1f}% filled"
     if len(lengths) == 1:
         return f"{n:,} {rows} are padded to {lengths[0]} tokens, {share}"
     return (
         f"{n:,} {rows} are batched by length: {len(lengths)} lengths, "
-        f"{', '.join(map(str, lengths))}, {share}; the step is compiled for each when it comes"
+        f"{', '.join(map(str, lengths))}, {share}. The step is compiled once for each length."
     )

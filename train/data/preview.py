@@ -12,7 +12,7 @@ from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.shared_prompts import JoinedPairs, split_pairs
 from lora_jax.training.data.vision.images import Images
 
-_END_TOKENS = 160  # tokens shown of the beginning of a long sequence, and of its end
+_SHOWN_END_TOKENS = 160  # tokens shown of the beginning of a long sequence, and of its end
 
 
 class Span(NamedTuple):
@@ -36,7 +36,7 @@ def preview_rows(
     labels: Any = (),
     row_name: Callable[[int, int], str] | None = None,
 ) -> list[PreviewRow]:
-    """Returns the first `n` sequences, or those of so many pairs, as the model sees them.
+    """Returns the sequences of the first `n` examples or pairs as the model sees them.
 
     Args:
       examples: chats, prompts, preferences, or labelled texts or images.
@@ -46,22 +46,22 @@ def preview_rows(
       row_name: returns the name of a row, from the index of its data set and its number there.
     """
     if isinstance(examples, Packs):
-        examples = _with_own_prompts(examples)
-        n_sequences = min(n * _unit_sequences(examples), len(examples.table))
-        return [_pack_row(examples, tokenizer, i, row_name) for i in range(n_sequences)]
+        examples = _repeat_shared_prompts(examples)
+        n_sequences = min(n * _count_sequences_per_unit(examples), len(examples.table))
+        return [_preview_sequence(examples, tokenizer, i, row_name) for i in range(n_sequences)]
     if isinstance(examples, Labelled):
         n_texts = min(n, len(lengths(examples)))
-        return [_label_row(examples, tokenizer, i, labels) for i in range(n_texts)]
+        return [_preview_labelled_text(examples, tokenizer, i, labels) for i in range(n_texts)]
     if isinstance(examples, Images):
         n_images = min(n, len(examples))
-        return [_image_row(examples, i, labels) for i in range(n_images)]
+        return [_preview_image(examples, i, labels) for i in range(n_images)]
     return []
 
 
 def lengths(examples: Examples) -> np.ndarray:
     """Returns the number of tokens of each sequence: [n]."""
     if isinstance(examples, Packs):
-        return _with_own_prompts(examples).table.lengths
+        return _repeat_shared_prompts(examples).table.lengths
     if isinstance(examples, Labelled):
         return examples.attention_mask.sum(axis=-1).ravel()
     if isinstance(examples, Images):
@@ -69,41 +69,42 @@ def lengths(examples: Examples) -> np.ndarray:
     return np.empty(0, np.int64)
 
 
-def _with_own_prompts(packs: Packs) -> Packs:
-    """Returns rows to look at, each completion after its prompt."""
+def _repeat_shared_prompts(packs: Packs) -> Packs:
+    """Returns packs in which each completion follows its own copy of the prompt."""
     if not isinstance(packs, Preferences) or packs.branches is None:
         return packs
     table = split_pairs(JoinedPairs(packs.table, packs.branches))
     return dataclasses.replace(packs, table=table, firsts=2 * packs.firsts, branches=None)
 
 
-def _unit_sequences(packs: Packs) -> int:
-    """Returns the number of sequences that make a unit: 2 of pairs."""
+def _count_sequences_per_unit(packs: Packs) -> int:
+    """Returns the number of sequences per unit: 2 for pairs, else 1."""
     return packs.a_unit if isinstance(packs, Preferences) else 1
 
 
-def _pack_row(
+def _preview_sequence(
     packs: Packs, tokenizer: Any, index: int, row_name: Callable[[int, int], str] | None
 ) -> PreviewRow:
-    """Returns a sequence of packs in words."""
+    """Returns the preview of one sequence of packs."""
     sequence = packs.table[index]
     counted = sequence.counts.copy()
     counted[:1] = False  # the first token of a sequence is never predicted
-    title = f"{_pack_name(packs, index, row_name)}: {len(sequence.ids)} tokens"
+    title = f"{_name_sequence(packs, index, row_name)}: {len(sequence.ids)} tokens"
     are_prompts = not packs.table.counts.any()
     if not are_prompts:
         title += f", {counted.sum()} of them count"
+    # Several units share a packed sequence: say which one of them this is.
     pack = int(np.searchsorted(packs.firsts, index, side="right")) - 1
-    unit_sequences = _unit_sequences(packs)
+    unit_sequences = _count_sequences_per_unit(packs)
     units_of_pack = (packs.firsts[pack + 1] - packs.firsts[pack]) // unit_sequences
     if units_of_pack > 1:
         unit = (index - packs.firsts[pack]) // unit_sequences
         title += f"; {unit + 1} of {units_of_pack} in packed sequence {pack + 1}"
-    return PreviewRow(title, _spans(sequence.ids, counted, tokenizer))
+    return PreviewRow(title, _decode_spans(sequence.ids, counted, tokenizer))
 
 
-def _pack_name(packs: Packs, index: int, row_name: Callable[[int, int], str] | None) -> str:
-    """Returns the name of a sequence: of its row, and of its side or its verdict."""
+def _name_sequence(packs: Packs, index: int, row_name: Callable[[int, int], str] | None) -> str:
+    """Names a sequence by its row and, for preferences, by its side or label."""
     origin = int(packs.table.origins[index])
     number = packs.table[index].row
     if row_name is not None:
@@ -118,8 +119,8 @@ def _pack_name(packs: Packs, index: int, row_name: Callable[[int, int], str] | N
     return name + (", good" if packs.table.labels[index] else ", bad")
 
 
-def _label_row(texts: Labelled, tokenizer: Any, index: int, labels: Any) -> PreviewRow:
-    """Returns a labelled text, or one of a pair, in words."""
+def _preview_labelled_text(texts: Labelled, tokenizer: Any, index: int, labels: Any) -> PreviewRow:
+    """Returns the preview of a labelled text, or of one side of a pair."""
     seq = texts.ids.shape[-1]
     mask = texts.attention_mask.reshape(-1, seq)[index]
     ids = texts.ids.reshape(-1, seq)[index][mask > 0]
@@ -129,29 +130,29 @@ def _label_row(texts: Labelled, tokenizer: Any, index: int, labels: Any) -> Prev
     else:
         label = labels[int(texts.labels[index])]
         title = f"text {index + 1}: {len(ids)} tokens; the label to learn is {label!r}"
-    return PreviewRow(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
+    return PreviewRow(title, _decode_spans(ids, np.zeros(len(ids), bool), tokenizer))
 
 
-def _image_row(images: Images, index: int, labels: Any) -> PreviewRow:
-    """Returns an image in words."""
+def _preview_image(images: Images, index: int, labels: Any) -> PreviewRow:
+    """Returns the preview of an image: its label and its size."""
     size = " x ".join(map(str, images.pixels.shape[1:]))
     label = labels[int(images.labels[index])]
     title = f"image {index + 1}: the label to learn is {label!r}"
     return PreviewRow(title, [Span(f"{images.length} tokens, of {size} pixels", False)])
 
 
-def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
-    """Returns runs of tokens that count, or do not; the middle of a long sequence is left out."""
-    if len(ids) <= 2 * _END_TOKENS:
-        return _runs(ids, counted, tokenizer)
-    beginning = _runs(ids[:_END_TOKENS], counted[:_END_TOKENS], tokenizer)
-    middle = Span(f" … {len(ids) - 2 * _END_TOKENS:,} tokens … ", False)
-    end = _runs(ids[-_END_TOKENS:], counted[-_END_TOKENS:], tokenizer)
+def _decode_spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
+    """Decodes a sequence into spans, and shortens the middle of a long sequence."""
+    if len(ids) <= 2 * _SHOWN_END_TOKENS:
+        return _decode_runs(ids, counted, tokenizer)
+    beginning = _decode_runs(ids[:_SHOWN_END_TOKENS], counted[:_SHOWN_END_TOKENS], tokenizer)
+    middle = Span(f" … {len(ids) - 2 * _SHOWN_END_TOKENS:,} tokens … ", False)
+    end = _decode_runs(ids[-_SHOWN_END_TOKENS:], counted[-_SHOWN_END_TOKENS:], tokenizer)
     return [*beginning, middle, *end]
 
 
-def _runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
-    """Returns runs of tokens that all count, or all do not."""
+def _decode_runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
+    """Decodes each run of consecutive tokens that all count or all do not count."""
     starts = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
     spans: list[Span] = []
     for run_ids, run_counted in zip(np.split(ids, starts), np.split(counted, starts), strict=True):

@@ -14,12 +14,12 @@ _FIELDS = """
     role content weight name tool_calls tool_call_id function_call reasoning_content reasoning
     thinking
 """
-KNOWN = {"role": "assistant user system tool developer".split(), "field": _FIELDS.split()}
-_LETTERS = 2  # by which a field that is named differs from a known one, at most
+KNOWN_WORDS = {"role": "assistant user system tool developer".split(), "field": _FIELDS.split()}
+_MAX_MISSPELLED_LETTERS = 2  # by which a field that is named differs from a known one, at most
 
 
 def turn_remarks(rows: Sequence[Any], source: str, template: str) -> list[str]:
-    """Returns a line on each role of turns that is unknown, and on each misspelled field.
+    """Returns a line on each unknown role and on each misspelled field of turns.
 
     A word that the chat template has as a string or as an attribute is known.
 
@@ -30,18 +30,20 @@ def turn_remarks(rows: Sequence[Any], source: str, template: str) -> list[str]:
     """
     names: dict[tuple[str, str], list[str]] = {}
     for name, row in _named_rows(rows, source):
-        for kind, word in dict.fromkeys(_words_of_turns(row)):
-            if word not in KNOWN[kind]:
+        for kind, word in dict.fromkeys(_roles_and_fields_of_turns(row)):
+            if word not in KNOWN_WORDS[kind]:
                 names.setdefault((kind, word), []).append(name)
     lines = []
     for (kind, word), rows_of_word in names.items():
-        letters, nearest = min((_distance(word, known), known) for known in KNOWN[kind])
+        letters, nearest = min((_edit_distance(word, known), known) for known in KNOWN_WORDS[kind])
+        # A chat template may use words of its own. Other fields are ignored on purpose.
         is_named = re.search(rf"""['".]{re.escape(word)}\b""", template)
-        if is_named or kind == "field" and letters > _LETTERS:
+        is_other_field = kind == "field" and letters > _MAX_MISSPELLED_LETTERS
+        if is_named or is_other_field:
             continue
         lines.append(
-            f"remark: the {kind} {word!r} of turns is unknown ({list_rows(rows_of_word, str)}). "
-            f"The nearest {kind} is {nearest!r}. Nothing is learned from an unknown {kind}"
+            f"remark: The {kind} {word!r} of turns is unknown ({list_rows(rows_of_word, str)}). "
+            f"Nothing is learned from an unknown {kind}. If it is a typing error, use {nearest!r}."
         )
     return lines
 
@@ -56,8 +58,8 @@ def _named_rows(rows: Sequence[Any], source: str) -> Iterator[tuple[str, Row]]:
             yield name_of(row, source, number), row
 
 
-def _words_of_turns(row: Row) -> Iterator[tuple[str, str]]:
-    """Yields the kind and the word of each role and each field of the turns of a row."""
+def _roles_and_fields_of_turns(row: Row) -> Iterator[tuple[str, str]]:
+    """Yields ("role", its name) and ("field", its name) for the turns of a row."""
     for value in row.values():
         turns = parse_json(value)
         for turn in turns if isinstance(turns, list) else ():
@@ -66,8 +68,9 @@ def _words_of_turns(row: Row) -> Iterator[tuple[str, str]]:
                 yield from (("field", name) for name in turn if turn[name] is not None)
 
 
-def _distance(word: str, other: str) -> int:
-    """Returns the number of letters that are inserted, deleted or replaced between two words."""
+def _edit_distance(word: str, other: str) -> int:
+    """Returns the edit distance of two words (Levenshtein)."""
+    # row[j]: the distance of the letters so far to the first j letters of the other word.
     row = [*range(len(other) + 1)]
     for number, letter in enumerate(word, start=1):
         above, row = row, [number]

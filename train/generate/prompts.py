@@ -16,7 +16,7 @@ from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.data.vision.pictures import RowImages, read_pictures
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.entries import read_entries, typed_lines
+from train.data.entries import read_entries, read_typed_lines
 from train.generate.options import GenerateOptions
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
@@ -98,7 +98,7 @@ def read_standard_input() -> list[Prompt]:
 
 def typed_prompts() -> Iterator[Prompt]:
     """Yields the prompts of standard input, one per line, as they come."""
-    lines = filter(str.strip, typed_lines("prompt"))
+    lines = filter(str.strip, read_typed_lines("prompt"))
     for number, line in enumerate(lines, start=1):
         yield prompt_of(line.strip(), f"prompt {number}")
 

@@ -159,8 +159,8 @@ def add_reference(
     """
     n_rows = len(examples)
     cache_option = context.config.data.token_cache
-    path = cache.place_of(cache_option, f"reference-{_key(context, params, examples)}")
-    content = None if path is None else cache.read(path)
+    path = cache.cache_file_path(cache_option, f"reference-{_key(context, params, examples)}")
+    content = None if path is None else cache.read_cache_file(path)
     is_cached = content is not None
     is_cached_by_process = hosts.map_over_processes(lambda _: is_cached, range(jax.process_count()))
     if content is not None and all(is_cached_by_process):
@@ -182,7 +182,7 @@ def add_reference(
             lambda n_done: progress(n_done, n_rows),
         )
     assert computed_logps is not None
-    is_worth_caching = cache_option is not None or n_rows >= cache.FEW
+    is_worth_caching = cache_option is not None or n_rows >= cache.MIN_CACHED_ROWS
     if path is not None and is_first() and is_worth_caching:
         _write_cache(context, path, computed_logps)
     return dataclasses.replace(examples, reference=computed_logps)

@@ -13,8 +13,8 @@ from lora_jax.training.data.turns import shown
 from lora_jax.training.data.vision.images import Images, check_rows, names_of, read_pixels
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.entries import Entry, entries_of_lines, read_entries, typed_lines
-from train.data.files import IMAGE_FIELD, images_of, locate_images
+from train.data.entries import Entry, name_lines, read_entries, read_typed_lines
+from train.data.files import IMAGE_FIELD, list_images, locate_images
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
@@ -111,7 +111,7 @@ def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
 def read_standard_input() -> Texts:
     """Reads one text a line, up to the end."""
     source = "standard input"
-    return _texts_of_lines(entries_of_lines(typed_lines("text"), source), source)
+    return _texts_of_lines(name_lines(read_typed_lines("text"), source), source)
 
 
 def _text(row: Row, name: str, option: str, field: str) -> str:
@@ -206,7 +206,7 @@ def _image_rows(paths: Sequence[str], source: str | None, field: str) -> list[Ro
         rows: list[Row] = [row for _, row in read_entries(source, "--input")]
         return locate_images(rows, field, source)
     elif Path(source).expanduser().is_dir():
-        files = images_of(source)
+        files = list_images(source)
         if not files:
             raise UserError(f"--input {source}: there is no image in this folder")
     else:

@@ -18,9 +18,9 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors, read_user_file
-from train.data.lines import mixture_lines
+from train.data.lines import format_mixture_lines
 from train.data.remarks import turn_remarks
-from train.data.text_files import parsed
+from train.data.text_files import parse_json_object
 from train.options.common import OptimConfig, Options, as_json, check_offload
 from train.options.field import traits_of
 from train.options.paths import check_local
@@ -182,7 +182,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         assert optim.epochs is not None, "the options have no defaults yet"
         steps_of_epochs = data.steps or order.steps
         steps = steps_of_epochs(optim.epochs)
-    lines += mixture_lines(data.train, order, steps)
+    lines += format_mixture_lines(data.train, order, steps)
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)
@@ -307,7 +307,7 @@ def _chat(text: str, where: str) -> Chat:
 def _chat_of_row(path: Path, number: int, line: str) -> Chat:
     """Returns the chat of a row of a JSONL file: a prompt, or messages that end with a user's."""
     where = f"{path}, line {number}"
-    row = parsed(line, path, f"line {number}")
+    row = parse_json_object(line, path, f"line {number}")
     if isinstance(row.get("prompt"), str):
         return _chat(row["prompt"], where)
     chat = row.get("messages")

@@ -20,9 +20,9 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.data.chats import tokenize
-from train.data.dataset import Dataset, find_dataset, pairs_of
+from train.data.dataset import Dataset, find_dataset, parse_fields
 from train.data.files import parse_datasets
-from train.data.lines import measured_line, padding_line
+from train.data.lines import format_held_out_line, format_padding_line
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.scripts.rollouts import RolloutDataConfig
@@ -77,7 +77,7 @@ def read_rows(config: Config) -> TaskRows:
     for dataset in train:
         dataset.check(again=fields_in_use is not None)
     if fields_in_use is not None:
-        for _, field in pairs_of(data.fields):
+        for _, field in parse_fields(data.fields):
             if field not in fields_in_use:
                 raise UserError(
                     f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{field}` in "
@@ -193,7 +193,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     if held_out_tokens:
         if config.run.eval_every:
             n_held_out = sum(map(len, held_out_tokens))
-            lines.append(measured_line(n_held_out, "rows", held_out_source))
+            lines.append(format_held_out_line(n_held_out, "rows", held_out_source))
     else:
         row_counts = {name: int(tokens.rows[-1]) for name, tokens in tokens_of_dataset.items()}
         held_out_rows = hold_out(config, row_counts, weights)
@@ -335,7 +335,7 @@ def filling_line(packs: Packs, *, packing: bool) -> str:
             f"{len(packs.table):,} rows are packed into {len(packs):,} sequences of "
             f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
         )
-    return padding_line(len(packs), "rows", packs.lengths, packs.filled)
+    return format_padding_line(len(packs), "rows", packs.lengths, packs.filled)
 
 
 def _held_out_line(config: Config, name: str, n_rows: int, row_numbers: np.ndarray) -> str:

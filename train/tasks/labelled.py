@@ -17,7 +17,7 @@ from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
 from train.data.files import is_image_folder, read_rows
-from train.data.lines import padding_line
+from train.data.lines import format_padding_line
 from train.options.defaults import Defaults
 from train.options.paths import kind_of
 from train.options.scripts.classify import HEAD, ClassifyDataConfig, Config
@@ -166,7 +166,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         facts={"labels": names, "sequence_length": train.lengths[-1], "lengths": train.lengths},
         lines=(
             *numbers(rows, data.label, "texts"),
-            padding_line(len(train), "texts", train.lengths, train.filled),
+            format_padding_line(len(train), "texts", train.lengths, train.filled),
         ),
     )
 

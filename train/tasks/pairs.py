@@ -18,7 +18,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset
-from train.data.lines import measured_line, padding_line
+from train.data.lines import format_held_out_line, format_padding_line
 from train.live.preferences import prepare
 from train.live.reference import check_reference, reference_line
 from train.options.defaults import Defaults
@@ -97,7 +97,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         held_out_tokens = _fitting(config, "the held-out rows", held_out_tokens)
         held_out_packs = _packed(config, held_out_tokens, share_prompt=sharing.shared)
         if rows.held_out:
-            lines.append(measured_line(held_out_packs.n_units, unit, rows.held_out[0].name))
+            lines.append(format_held_out_line(held_out_packs.n_units, unit, rows.held_out[0].name))
     return Data(
         train=packs,
         held_out=held_out_packs,
@@ -125,7 +125,7 @@ def _filling_line(packs: Preferences, unit: str, *, packing: bool) -> str:
             f"{packs.n_units:,} {unit} are packed into {len(packs):,} rows of "
             f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
         )
-    return padding_line(len(packs), unit, packs.lengths, packs.filled)
+    return format_padding_line(len(packs), unit, packs.lengths, packs.filled)
 
 
 def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:

@@ -18,7 +18,7 @@ from lora_jax.training.losses.classes import pair_margins
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
 from train.console.output import print_figures
-from train.data.lines import padding_line
+from train.data.lines import format_padding_line
 from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
@@ -75,7 +75,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         },
         lines=(
             f"{len(train)} pairs to train on, {len(test)} to test on",
-            padding_line(len(train), "pairs", train.lengths, filled_share),
+            format_padding_line(len(train), "pairs", train.lengths, filled_share),
         ),
     )
 

@@ -16,9 +16,9 @@ from lora_jax.training.data.stream import BlockSource, Chunks, StepSize, Stream
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data.blocks import DatasetBlocks, find_blocks
-from train.data.dataset import pairs_of, rename_fields
+from train.data.dataset import parse_fields, rename_fields
 from train.data.files import parse_datasets
-from train.data.lines import measured_line
+from train.data.lines import format_held_out_line
 from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
@@ -101,7 +101,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             f"{len(blocks.sizes):,} blocks in a drawn order, {n_chunks:,} chunks an epoch, whose "
             "rows are shuffled",
             f"of a sample, {chats.filling_line(sample, packing=data.packing)}",
-            *(measured_line(len(tokens), "rows", source) for tokens in held_out),
+            *(format_held_out_line(len(tokens), "rows", source) for tokens in held_out),
         ),
     )
 
@@ -154,7 +154,7 @@ def _sequences(
       UserError: a row cannot be used; names it.
     """
     data = config.data
-    pairs = pairs_of(data.fields)
+    pairs = parse_fields(data.fields)
 
     def tokenized(block: int) -> dict[str, Any]:
         if not threading.main_thread().is_alive():

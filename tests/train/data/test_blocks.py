@@ -24,7 +24,7 @@ def read(*names, split="train"):
 @pytest.mark.parametrize("size", [1, 7, 50, 64, 1000, 10**6])
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\n\n"])
 def test_each_line_is_in_one_block_wherever_blocks_are_cut(tmp_path, monkeypatch, size, ends):
-    monkeypatch.setattr(blocks, "BLOCK", size)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     text = b"\xef\xbb\xbf" + ends.join(lines).encode()  # without an end of the last line
@@ -43,7 +43,7 @@ def test_each_line_is_in_one_block_wherever_blocks_are_cut(tmp_path, monkeypatch
 
 
 def test_folders_parquet_and_saved_data_are_read_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 200)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
     monkeypatch.setattr(blocks, "_BLOCK_ROWS", 25)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -73,9 +73,9 @@ def test_a_changed_file_has_another_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", "a,b\n1,2\n", "rows.csv cannot be read from its middle; lines of JSON"),
-        ("rows.jsonl.gz", "", "rows.jsonl.gz cannot be read from its middle"),
-        ("rows.json", ' [{"a": 1}]', "rows.json cannot be read from its middle"),
+        ("rows.csv", "a,b\n1,2\n", "cannot start reading .*rows.csv in its middle"),
+        ("rows.jsonl.gz", "", "rows.jsonl.gz in its middle"),
+        ("rows.json", ' [{"a": 1}]', "rows.json in its middle"),
         ("empty.jsonl", "", "has no rows"),
         ("bad.jsonl", '{"a": 1}\n{"a"\n', 'bad.jsonl, line 2 .byte 9. is not JSON .*: \'{"a"'),
         ("list.jsonl", "{}\n[1]\n", r"list.jsonl, line 2 \(byte 3\) is not a JSON object: .\[1\]"),

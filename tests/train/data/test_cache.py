@@ -48,10 +48,10 @@ def same(one, other):
 def test_rows_are_tokenised_once(tokenised, tmp_path):
     first, worked, said = tokenised()
     (path,) = tmp_path.glob("*.tokens")
-    assert worked and f"the tokens of the rows are kept in {path}" in said
+    assert worked and f"tokens of the rows are cached in {path}" in said
     again, worked, said = tokenised([dict(row) for row in ROWS])
     same(again, first)
-    assert not worked and f"the tokens of the rows are those of an earlier run, in {path}" in said
+    assert not worked and f"The tokens of the rows come from an earlier run ({path})" in said
     assert again[0].ids.dtype == np.int32 and again[0].counts.dtype == bool
 
 
@@ -82,19 +82,19 @@ def test_a_damaged_file_is_made_anew(tokenised, tmp_path, at):
     path.write_bytes({"empty": b"", "cut": data[:-9]}.get(at, data))
     tokens, worked, said = tokenised()
     same(tokens, whole)
-    assert worked and f"warning: {path} is damaged; tokenising the rows anew" in said
+    assert worked and f"warning: {path} is damaged, so the rows is tokenised again" in said
     assert not tokenised()[1] and not list(tmp_path.glob("*.partial"))
 
 
 def test_where_tokens_are_kept(tokenised, tmp_path, monkeypatch):
     folder = tmp_path / "user" / "lora_jax" / "tokens"
     assert tokenised(kept_in=None)[2] == ""  # few rows
-    monkeypatch.setattr(cache, "FEW", 3)
+    monkeypatch.setattr(cache, "MIN_CACHED_ROWS", 3)
     assert str(folder) in tokenised(kept_in=None)[2] and len(list(folder.iterdir())) == 1
     assert tokenised(kept_in="off")[1]
     (tmp_path / "file").write_text("")
     said = tokenised(kept_in=str(tmp_path / "file"))[2]
-    assert "warning: the tokens of the rows are not kept" in said and "--token-cache" in said
+    assert "warning: The tokens of the rows are not cached" in said and "--token-cache" in said
 
 
 def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch):
@@ -102,11 +102,11 @@ def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch
         tokenised(ROWS[:n])
     for seconds, n in ((30, 1), (20, 2), (10, 3)):
         key = Dataset("", lambda n=n: ROWS[:n]).key
-        path = cache.place(str(tmp_path), key, tokenizer(), work="tokenize")
+        path = cache.token_file_path(str(tmp_path), key, tokenizer(), work="tokenize")
         os.utime(path, (1e9 - seconds,) * 2)
     assert not tokenised(ROWS[:1])[1]  # used again
     size = max(path.stat().st_size for path in tmp_path.glob("*.tokens"))
-    monkeypatch.setattr(cache, "_MOST_BYTES", 3 * size)
+    monkeypatch.setattr(cache, "_MAX_FOLDER_BYTES", 3 * size)
     tokenised(ROWS[:4])
     assert [tokenised(ROWS[:n], kept_in=str(tmp_path))[1] for n in (4, 1, 2)] == [0, 0, 1]
 
@@ -128,7 +128,7 @@ def test_a_template_on_a_fixed_day(tmp_path, monkeypatch):
             return cls(2031, 1, 2)
 
     def places():
-        return [cache.place(str(tmp_path), "key", one) for one in (made, dated)]
+        return [cache.token_file_path(str(tmp_path), "key", one) for one in (made, dated)]
 
     before = places()
     monkeypatch.setattr(cache, "date", Tomorrow)

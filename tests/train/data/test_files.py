@@ -30,20 +30,24 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "there is no such file"),
-        ("rows.txt", b"a", "a file of one of the kinds .jsonl"),
+        ("missing.jsonl", None, "does not exist"),
+        ("rows.txt", b"a", "unknown kind of file. Use one of: .jsonl"),
         ("empty.jsonl", b"\n", "has no rows"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"\n', 'line 2 is not JSON .*\'{"prompt"'),
         ("list.jsonl", b"[1]\n", "line 1 is not a JSON object: '\\[1\\]"),
         ("binary.csv", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("text.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("array.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "line 3: a comma or the array's end"),
+        (
+            "array.json",
+            b'[{"a": 1},\n{"a": 2}\n{"a": 3}]',
+            "line 3: A comma or the end of the array",
+        ),
         ("cut.json", b'[{"a": 1},\n{"a"', "is not a JSON array .*line 2"),
         ("mixed.json", b'[{"a": 1},\n2]', "line 2 is not a JSON object: '2'"),
         ("one.json", b'{\n"data": []}', "line 1 is not JSON .* one array of objects"),
-        ("wide.csv", b"a,b\n1,2\n3,4,5\n", "line 3 has 3 fields and the header 2 .*Quote fields"),
-        ("twice.csv", b"a,a\n1,2\n", "the header has the field 'a' twice"),
-        ("open.csv", b'a,b\n1,"2\n3,4\n', "line 2 is not CSV: unexpected end"),
+        ("wide.csv", b"a,b\n1,2\n3,4,5\n", "line 3 has 3 fields, but the header has 2 .*in quotes"),
+        ("twice.csv", b"a,a\n1,2\n", "header has the field 'a' twice"),
+        ("open.csv", b'a,b\n1,"2\n3,4\n', "line 2 is not CSV .unexpected end"),
         ("broken.csv.gz", b"a,b", "cannot be unpacked"),
     ],
 )
@@ -94,9 +98,9 @@ def test_a_folder_has_files_of_splits(tmp_path):
     assert [row["prompt"] for row in rows] == ["part-0.jsonl.gz", "part-1.jsonl"]
     (row,) = read_rows(str(tmp_path), split="test")
     assert row.place == (str(tmp_path / "test" / "part-0.jsonl"), "line 1")
-    with pytest.raises(UserError, match="--split dev: the files in .* of the splits test, train"):
+    with pytest.raises(UserError, match="--split dev: .* its splits: test, train"):
         read_rows(str(tmp_path), split="dev")
-    with pytest.raises(UserError, match="the folder has no file of one of the kinds"):
+    with pytest.raises(UserError, match="holds no data"):
         (tmp_path / "empty").mkdir()
         read_rows(str(tmp_path / "empty"))
 
@@ -120,7 +124,7 @@ def test_folders_that_datasets_saved(tmp_path):
     assert asked == turns[0]  # Arrow gives every turn every field
     assert called == {**turns[1], "content": None} and len(rows) == 2
     assert read_rows(str(tmp_path / "two"), split="test") == rows
-    with pytest.raises(UserError, match="--split dev: .* has the splits train, test"):
+    with pytest.raises(UserError, match="--split dev: .* one of: train, test"):
         read_rows(str(tmp_path / "two"), split="dev")
 
 

@@ -25,16 +25,16 @@ def test_names_and_weights(tmp_path, monkeypatch):
     ("given", "message"),
     [
         ("", "names no data set"),
-        ("a.jsonl:3", "a weight has no effect on a single data set; name a.jsonl alone"),
-        ("a.jsonl:3 b.jsonl", "b.jsonl has no weight, and others have: give all"),
+        ("a.jsonl:3", "weight has no effect on a single data set.*--dataset a.jsonl"),
+        ("a.jsonl:3 b.jsonl", "b.jsonl has no weight, but other data sets do. Give all"),
         ("a.jsonl:1 a.jsonl:2", "names a.jsonl twice"),
-        ("a.jsonl:0 b:1", "a weight is a positive number, such as a.jsonl:3 b.jsonl:1, not 0"),
-        ("a.jsonl:nan b:1", "a positive number.*, not nan"),
-        ("a.jsonl:inf b:1", "a positive number.*, not inf"),
-        ("a.jsonl:-1 b:1", "a positive number.*, not -1"),
+        ("a.jsonl:0 b:1", "weight cannot be 0. Use a positive number, as in a.jsonl:3 b.jsonl:1"),
+        ("a.jsonl:nan b:1", "cannot be nan.* positive number"),
+        ("a.jsonl:inf b:1", "cannot be inf.* positive number"),
+        ("a.jsonl:-1 b:1", "cannot be -1.* positive number"),
         ("a.jsonl:x b:1", "'x' is not a weight of a.jsonl"),
         ("a.jsonl: b:1", "'' is not a weight of a.jsonl"),
-        (":1 b:1", ":1 has a weight and no name"),
+        (":1 b:1", ":1 has a weight but no name"),
     ],
 )
 def test_what_is_no_weight_is_refused(given, message):

@@ -299,7 +299,7 @@ def test_few_lengths_are_compiled():
         ("--prompt a --adapter base=SQL", "base is the base alone; choose another name"),
         ("--prompt a --adapter SQL x=OTHER", "BASE, and --adapter OTHER on OTHERBASE: one base"),
         ("--prompts BROKEN", "BROKEN, line 2 is not JSON"),
-        ("--prompts nowhere.txt", "--prompts nowhere.txt: there is no such file"),
+        ("--prompts nowhere.txt", "--prompts nowhere.txt does not exist"),
         ("--prompts WRONG", "WRONG, line 2 has `question`; a row needs `prompt`"),
         ("--prompts ANSWERED", "ANSWERED, line 1 ends with an assistant's turn"),
         ("--prompts SYSTEM --system b", "SYSTEM, line 1 has a system prompt of its own"),

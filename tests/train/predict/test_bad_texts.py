@@ -48,7 +48,7 @@ def test_rows_of_a_file_are_named_by_their_line(tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         read_text_file(str(path), "text", None)
     assert len(str(caught.value)) < 300
-    with pytest.raises(UserError, match="is a folder: name a file in it"):
+    with pytest.raises(UserError, match="is a folder. Name a file in it"):
         read_text_file(str(tmp_path), "text", None)
 
 

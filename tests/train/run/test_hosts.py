@@ -204,7 +204,7 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, mo
 
 
 def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypatch, tmp_path):
-    monkeypatch.setattr("train.data.blocks.BLOCK", 200)
+    monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", 200)
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i % 9 + 1)} for i in range(40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
