@@ -94,7 +94,7 @@ SHOWN = {
     ("--dataset", "guess", "--max-turns", "3"): (
         "completions may call guess (calls are written as hermes's)",
         "completions are rewarded by guess",
-        "GuessingGame alone rewards completions: none is judged here",
+        "only GuessingGame rewards completions, so no reward is shown here",
         "guess <|im_start|>user Guess my number, which is one of 1 to 7",
         "the tools that a completion may call: guess(number: integer): Guesses the number. ",
         "GuessingGame opens an episode of the first prompt without a text",

@@ -95,7 +95,11 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     ("text", "args", "words"),
     [
         ("\ufeffask;say\na;b\n", [], ["line 2 has `ask`, `say`; a row needs", "`prompt` and"]),
-        ("ask,say\na,b\n", ["--fields", "prompt=q"], ["line 2 has no field `q`. It has `ask`, `say`"]),
+        (
+            "ask,say\na,b\n",
+            ["--fields", "prompt=q"],
+            ["no field `q`. It has `ask`, `say`"],
+        ),
         (
             "ask,say\na,b\n",
             ["--fields", "asked=ask"],
