@@ -85,10 +85,10 @@ def compiled(model: str, topology: str, *options: Any) -> Step:
         words = ["--model", path, "--topology", topology, "--targets", "all-linear", "--rank", 8]
         words += [*options, *(() if "--adapters" in options else ("--alone",))]
         asked = plan.parse(list(map(str, words)))
-        plan.check(asked)
+        plan.check_options(asked)
         job, optim = plan.make_job(asked.plan)
     with jax.numpy_dtype_promotion("standard"):
-        prepared = prepare(job, plan.variants(asked)[0], optim)
+        prepared = prepare(job, plan.variants_to_plan(asked)[0], optim)
     began = time.perf_counter()
     made = prepared.lowered.compile()
     print(f"{model} on {topology} {options}: compiled in {time.perf_counter() - began:.1f} s")

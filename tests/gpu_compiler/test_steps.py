@@ -59,7 +59,7 @@ def squares(step: Step, seq: int) -> list[tuple[int, ...]]:
 )
 def test_long_rows_run_in_the_kernel(card: str, model: str) -> None:
     step = compiled(model, f"{card}:1", "--batch-size", 1, "--seq-len", 2048)
-    assert kernels(step) == FLASH and str(step.job.chosen) == "flash"
+    assert kernels(step) == FLASH and str(step.job.attention_choice) == "flash"
     assert not squares(step, 2048)
 
 
@@ -67,7 +67,7 @@ def test_a_plan_says_what_has_the_kernel(monkeypatch: Any) -> None:
     step = compiled("dense", "rtx4090:1", "--batch-size", 1, "--seq-len", 2048)
     monkeypatch.setattr(flash_call, "find_spec", lambda name: None)
     flash_call.missing_compiler.cache_clear()
-    chosen = str(step.job.chosen)
+    chosen = str(step.job.attention_choice)
     flash_call.missing_compiler.cache_clear()
     assert chosen.startswith("blockwise (flash: jax-triton") and "extra gpu-kernels" in chosen
 
@@ -248,6 +248,6 @@ def test_what_is_scored_between_steps_runs_in_the_kernel(task: str) -> None:
     assert kernels(step) == FLASH
     for name, program in step.prepared.between.items():
         made = program.lowered.compile()
-        of_kernels = kernel_lines(work_of(made.as_text()).kernels) if program.times else ()
+        of_kernels = kernel_lines(work_of(made.as_text()).kernels) if program.runs_per_step else ()
         assert of_kernels == (() if name == "sampler" else ("flash attention (fwd)",))
         assert 0 < made.memory_analysis().temp_size_in_bytes < step.memory.temp_size_in_bytes

@@ -212,4 +212,4 @@ def test_a_plan_counts_codes(model, capsys):
     assert full["per_chip_bytes"]["base"] == 0
     with pytest.raises(SystemExit):
         plan.main(["--model", str(model), "--full", "--quantize", "nf4"])
-    assert "codes do not train" in capsys.readouterr().err
+    assert "quantized weights cannot train" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def compiled(monkeypatch):
 
 
 def devices_have(monkeypatch, size):
-    monkeypatch.setattr(remat, "capacity_of", lambda device: size)
+    monkeypatch.setattr(remat, "memory_capacity_of", lambda device: size)
 
 
 def saved_policy(folder):
@@ -169,7 +169,7 @@ def test_another_failure_of_the_compiler_is_told_as_such(
     devices_have(monkeypatch, GIB)
     refusing(monkeypatch, "INTERNAL: Couldn't find output tile sizes")
     message = fails(capsys, main, *inputs, "--output", str(tmp_path), "--remat", "auto")
-    assert "failed on the step with --remat none, and not for want of memory" in message
+    assert "failed on the step with --remat none, though not for lack of memory" in message
     assert "Couldn't find output tile sizes" in message and compiled == [False]
 
 

@@ -11,8 +11,8 @@ from lora_jax.models.layers.attend import choose_implementation
 from lora_jax.models.layers.attention import AttentionCall
 from lora_jax.models.layers.kernels.flash_call import COMPILER, missing_compiler
 from lora_jax.models.layers.placement import platform_of
-from train.plan.local import capacity_of
-from train.plan.machines import topology_here
+from train.plan.local import memory_capacity_of
+from train.plan.machines import topology_of_devices
 
 LENGTH, HEAD = 2048, 128  # of the rows and heads that the choice of attention is told for
 
@@ -35,8 +35,8 @@ def find_devices() -> dict[str, Any]:
         "kind": first.device_kind,
         "count": len(devices),
         "of_all_processes": jax.device_count(),
-        "memory": capacity_of(first),
-        "topology": topology_here(devices),
+        "memory": memory_capacity_of(first),
+        "topology": topology_of_devices(devices),
         "attention": str(choose_implementation("auto", call, LENGTH, platform)),
         "flash_compiled_by": COMPILER if platform == "gpu" and missing is None else None,
         "flash_missing": missing,

@@ -30,19 +30,19 @@ from train.options.rope import parse_rope_scaling
 from train.plan.clock.table import print_clocks
 from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
-from train.plan.ladder import Ladder, climb, print_ladder, rungs_of
-from train.plan.machines import Machine, assuming, find_machine
-from train.plan.options import PlanConfig, PlanOptions, check
+from train.plan.ladder import Ladder, planned_rungs, print_ladder, search_policies
+from train.plan.machines import Machine, find_machine, with_assumptions
+from train.plan.options import PlanConfig, PlanOptions, check_options
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
-from train.plan.token import Token, plan_token, print_token, rows_params
+from train.plan.token import Token, param_shapes_for_rows, plan_token, print_token
 from train.processes.mesh import make_mesh, with_form
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
 
-_ROW_UNIT = 256  # --longest counts rows in multiples of it
-_MOST_ROWS = 2**16  # of a batch that --largest-batch tries
-_SIZE_STEPS = 64  # a search ends within a 64th of the largest size that fits
+_LONGEST_UNIT_TOKENS = 256  # --longest tries multiples of it
+_MAX_BATCH_ROWS = 2**16  # the largest batch that --largest-batch tries
+_STEPS_PER_SIZE = 64  # a search ends within a 64th of the largest size that fits
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,17 +60,17 @@ def run(options: PlanOptions) -> None:
     """Checks the options, compiles each variant, and prints the plans."""
     config = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
-    check(options)
+    check_options(options)
     largest_sizes: dict[str, int | None] = {}
     plans: list[Plan] = []
     ladder: Ladder | None = None
     if config.longest or config.largest_batch:
-        largest_sizes, largest_plan, ladder = search(options)
+        largest_sizes, largest_plan, ladder = find_largest_size(options)
         fitting_sizes = [size for size in largest_sizes.values() if size]
-        config = _resized(config, fitting_sizes[0])
+        config = _with_size(config, fitting_sizes[0])
         plans = [largest_plan]
     job, optim = make_job(config)
-    facts = {**described(config, job), "largest": largest_sizes}
+    facts = {**describe_job(config, job), "largest": largest_sizes}
     progress = Console(stderr=True, highlight=False)
     token: Token | None = None
 
@@ -80,14 +80,14 @@ def run(options: PlanOptions) -> None:
         progress.print(f"compiled {variant.name}: {duration(variant_plan.compile_seconds)}")
         return variant_plan
 
-    adapter = lora_of(options)
-    if config.decode_adapters is not None:  # its errors, before the plans are made
-        rows_params(job, PlanVariant(adapter, "full"), config.decode_adapters)
+    adapter = requested_adapter(options)
+    if config.decode_adapters is not None:  # raise its errors before the compilations
+        param_shapes_for_rows(job, PlanVariant(adapter, "full"), config.decode_adapters)
     try:
         if config.remat == AUTO and ladder is None:
-            ladder = climb(job, adapter, optim, make_plan, progress.print)
+            ladder = search_policies(job, adapter, optim, make_plan, progress.print)
             plans = [ladder.plans[ladder.remat]]
-        planned_variants = variants(options, job, ladder)
+        planned_variants = variants_to_plan(options, job, ladder)
         # A search has planned the first variant already.
         for variant in planned_variants[len(plans) :]:
             is_rung = variant == PlanVariant(adapter, variant.remat)
@@ -104,42 +104,42 @@ def run(options: PlanOptions) -> None:
                 )
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(config, job, facts, plans, ladder, token)
+            print_results(config, job, facts, plans, ladder, token)
 
 
-def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
-    """Finds the largest size that fits, for each share of the memory, and says so.
+def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
+    """Finds and prints the largest size that fits into each share of the memory.
 
     Returns:
-      The size by share, None for a share into which not even the smallest fits; the plan of the
-      first size that there is; and its policies with --remat auto, None without.
+      The size by share: None for a share into which the smallest size does not fit. The plan of
+      the first size that fits. The policies of --remat auto, None for another --remat.
 
     Raises:
-      UserError: not even the smallest fits.
+      UserError: the smallest size does not fit into any share.
     """
     config = options.plan
     task = TASKS[config.task]
     if config.longest:
-        # The rows to begin with may be longer than the model allows.
-        job, optim = make_job(_resized(config, _ROW_UNIT))
+        # --seq-len may be longer than the model allows, so the job begins with the shortest rows.
+        job, optim = make_job(_with_size(config, _LONGEST_UNIT_TOKENS))
         start_size = config.seq_len
-        size_words = f"tokens a {task.row}"
-        unit = math.lcm(_ROW_UNIT, 2 * job.layout.sequence_parts)
+        size_words = f"tokens per {task.row}"
+        unit = math.lcm(_LONGEST_UNIT_TOKENS, 2 * job.layout.sequence_parts)
         size_limit = job.outline.max_tokens
     else:
         job, optim = make_job(config)
         start_size = config.batch_size
-        size_words = f"{task.rows} a batch"
+        size_words = f"{task.rows} per batch"
         unit = math.lcm(job.layout.batch_parts, job.group)
-        size_limit = _MOST_ROWS
+        size_limit = _MAX_BATCH_ROWS
     machine = job.machine
     progress = Console(stderr=True, highlight=False)
-    adapter = lora_of(options)
+    adapter = requested_adapter(options)
     ladders: dict[int, Ladder] = {}
 
     @functools.cache
     def plan_of_size(size: int) -> Plan:
-        resized_job, _ = make_job(_resized(config, size))
+        resized_job, _ = make_job(_with_size(config, size))
 
         def make_plan(variant: PlanVariant) -> Plan:
             with progress.status(f"compiling {variant.name}, {size:,} {size_words}"):
@@ -154,17 +154,17 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | 
             return variant_plan
 
         if config.remat != AUTO:
-            (variant,) = variants(options)
+            (variant,) = variants_to_plan(options)
             return make_plan(variant)
         # The policy that fitted the last size is likely for this one, too.
         policies = [ladder.remat for ladder in ladders.values()]
         first_policy = policies[-1] if policies else None
-        ladder = climb(resized_job, adapter, optim, make_plan, first=first_policy)
+        ladder = search_policies(resized_job, adapter, optim, make_plan, first=first_policy)
         ladders[size] = ladder
         return ladder.plans[ladder.remat]
 
     largest_sizes = {
-        f"{share:g}": largest_fit(plan_of_size, start_size, unit, size_limit, share)
+        f"{share:g}": find_largest_fit(plan_of_size, start_size, unit, size_limit, share)
         for share in machine.shares
     }
     for share, size in largest_sizes.items():
@@ -172,25 +172,26 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | 
         size_text = f"{size:,} {size_words}" if size else "nothing"
         if config.longest and size == size_limit - size_limit % unit:
             size_text += " (the model's limit)"
-        progress.print(f"the most that fits{condition}: {size_text}", soft_wrap=True)
+        progress.print(f"the largest size that fits{condition}: {size_text}", soft_wrap=True)
     fitting_sizes = [size for size in largest_sizes.values() if size]
     if not fitting_sizes:
         raise UserError(
-            f"not even {unit} {size_words} fit into {machine.name}: give --quantize, --remat, a "
-            f"smaller {'--batch-size' if config.longest else '--seq-len'}, or more devices"
+            f"the smallest size, {unit} {size_words}, does not fit into {machine.name}. Use "
+            f"--quantize, --remat, a smaller {'--batch-size' if config.longest else '--seq-len'}, "
+            "or more devices."
         )
     fitting_size = fitting_sizes[0]
     return largest_sizes, plan_of_size(fitting_size), ladders.get(fitting_size)
 
 
-def _resized(config: PlanConfig, size: int) -> PlanConfig:
+def _with_size(config: PlanConfig, size: int) -> PlanConfig:
     """Returns the options with another length of rows (--longest), or another batch size."""
     if config.longest:
         return dataclasses.replace(config, seq_len=size)
     return dataclasses.replace(config, batch_size=size)
 
 
-def show(
+def print_results(
     config: PlanConfig,
     job: PlanJob,
     facts: dict[str, Any],
@@ -202,7 +203,9 @@ def show(
     if config.json:
         _print_json(config, job, facts, plans, ladder, token)
         return
-    estimates = [estimate(variant_plan, config, job.machine) for variant_plan in plans]
+    estimates = [
+        estimate_time_and_cost(variant_plan, config, job.machine) for variant_plan in plans
+    ]
     console = Console(width=None if sys.stdout.isatty() else 120)
     print_plans(console, facts, plans, estimates)
     if ladder:
@@ -222,17 +225,19 @@ def _print_json(
     token: Token | None,
 ) -> None:
     """Prints the requested plan as JSON, with the other plans and the policies of the ladder."""
-    plans_json = [as_json(variant_plan, config, job.machine) for variant_plan in plans]
+    plans_json = [plan_as_json(variant_plan, config, job.machine) for variant_plan in plans]
     result = {**facts, **plans_json[0]}
     if token:
         result["token"] = dataclasses.asdict(token)
     result["others"] = plans_json[1:]
-    result["ladder"] = [dataclasses.asdict(rung) for rung in rungs_of(ladder)] if ladder else []
+    result["ladder"] = (
+        [dataclasses.asdict(rung) for rung in planned_rungs(ladder)] if ladder else []
+    )
     print(json.dumps(result, indent=2))
 
 
 def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
-    """Returns the job and the options of an optimiser.
+    """Builds the job of a plan, and the options of its optimiser.
 
     Raises:
       UserError: model, machine and mesh do not fit together.
@@ -245,13 +250,14 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     _check_images(config, outline)
     if config.decode_rows and outline.is_torch:
         raise UserError(
-            f"--decode-rows {config.decode_rows}: {config.model} runs as a torch module, whose "
-            "tokens are not planned: leave it out"
+            f"--decode-rows {config.decode_rows} needs a decoder of this library, but "
+            f"{config.model} "
+            "runs as a torch module. Remove --decode-rows."
         )
     machine = find_machine(
         config.topology, config.capacity_gib, config.peak_tflops, config.mem_fraction
     )
-    machine = assuming(machine, config.kernel_share, config.link_gbytes)
+    machine = with_assumptions(machine, config.kernel_share, config.link_gbytes)
     mesh = make_mesh(config.mesh, config.batch_size, machine.devices, config.slice_axis)
     layout = Layout.of(mesh, outline.config)
     layout, form = with_form(layout, config.collective_matmul)
@@ -259,9 +265,10 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     for n in config.adapters:
         if (config.batch_size // n) % layout.batch_parts:
             raise UserError(
-                f"--adapters {n}: each has {config.batch_size // n} of the {config.batch_size} "
-                f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
-                f"larger --batch-size, or a --mesh with less of data and fsdp"
+                f"--adapters {n} gives each adapter {config.batch_size // n} of the "
+                f"{config.batch_size} sequences, but the mesh splits them into "
+                f"{layout.batch_parts} parts. Increase --batch-size, or use a --mesh with smaller "
+                "data and fsdp axes."
             )
     draws = TASKS[config.task].draws
     group, max_new_tokens = config.drawn if draws else (1, 0)
@@ -283,14 +290,14 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
         prompt=config.seq_len - max_new_tokens if draws else config.prompt_len or 0,
         images=config.images,
     )
-    job = _share_prompts(job, config)
-    layout.check_lengths([job.row])
+    job = _with_shared_prompts(job, config)
+    layout.check_lengths([job.row_tokens])
     optim = OptimConfig(optimizer=config.optimizer, batch_size=config.batch_size)
     return job, fill_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
-def _share_prompts(job: PlanJob, config: PlanConfig) -> PlanJob:
-    """Returns the job with prompts that completions share, if a run's would.
+def _with_shared_prompts(job: PlanJob, config: PlanConfig) -> PlanJob:
+    """Returns the job with a prompt once per row, if a run would compute it once.
 
     Raises:
       UserError: --no-share-prompt has no effect.
@@ -300,8 +307,8 @@ def _share_prompts(job: PlanJob, config: PlanConfig) -> PlanJob:
         completions=job.completions,
         share=job.prompt / job.seq_len,
         rows=sharing_job.rows,
-        shared=(sharing_job.rows, sharing_job.row),
-        alone=(job.rows, job.row),
+        shared=(sharing_job.rows, sharing_job.row_tokens),
+        alone=(job.rows, job.row_tokens),
     )
     reason: str | None = "there is no prompt that completions share"
     if job.completions > 1 and job.prompt:
@@ -309,35 +316,38 @@ def _share_prompts(job: PlanJob, config: PlanConfig) -> PlanJob:
             [job.outline], job.layout, rows, attention=config.attention, dtype=config.dtype
         )
     if reason and not config.share_prompt:
-        raise UserError(f"--no-share-prompt has no effect: {reason}; leave it out")
+        raise UserError(
+            f"--no-share-prompt has no effect, because {reason}. Remove --no-share-prompt."
+        )
     return job if reason or not config.share_prompt else sharing_job
 
 
 def _check_images(config: PlanConfig, outline: ModelInfo) -> None:
-    """Checks that the model reads --images, and that a row has place for their tokens."""
+    """Raises a UserError if the model cannot read --images, or a row is too short for them."""
     if not config.images:
         return
     if not isinstance(outline.config, SmolVLMConfig):
         raise UserError(
-            f"--images {config.images}: the model {config.model} reads texts alone here; images of "
-            "any size, as Qwen3.5's, are not planned"
+            f"--images {config.images} needs a model that reads images of one size, but a plan "
+            "treats "
+            f"{config.model} as a model of text. Remove --images, or use a SmolVLM model."
         )
     image_tokens = config.images * outline.config.tokens_per_image
     if image_tokens > config.seq_len:
         raise UserError(
-            f"--images {config.images}: they take {image_tokens} tokens of a row, and --seq-len is "
-            f"{config.seq_len}"
+            f"--images {config.images} takes {image_tokens} tokens of a row, but --seq-len is only "
+            f"{config.seq_len}. Increase --seq-len, or reduce --images."
         )
 
 
-def lora_of(options: PlanOptions) -> AdapterConfig:
+def requested_adapter(options: PlanOptions) -> AdapterConfig:
     """Returns the parameters that the requested variant trains."""
     if options.adapter.full:
         return AdapterConfig(full=True)
     return dataclasses.replace(options.adapter, full=False)
 
 
-def variants(
+def variants_to_plan(
     options: PlanOptions, job: PlanJob | None = None, ladder: Ladder | None = None
 ) -> list[PlanVariant]:
     """Returns the requested variant and, without --alone, others to compare it with.
@@ -349,7 +359,7 @@ def variants(
         with, and the others are its other policies.
     """
     config = options.plan
-    adapter = lora_of(options)
+    adapter = requested_adapter(options)
     lora = dataclasses.replace(options.adapter, full=False)
     remat = ladder.remat if ladder else config.remat or "none"
     if config.adapters:
@@ -370,8 +380,8 @@ def variants(
     return [*dict.fromkeys((requested, *comparisons))]  # without duplicates
 
 
-def described(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
-    """Returns the facts that all plans share: model, machine, mesh, and batch."""
+def describe_job(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
+    """Describes the shared facts of all plans, for JSON: model, machine, mesh, and batch."""
     machine = job.machine
     mesh = job.layout.mesh.shape
     return {
@@ -389,10 +399,10 @@ def described(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
         "group": job.group,
         "max_new_tokens": job.max_new_tokens,
         "images": job.images,
-        "rows": _rows(job),
+        "rows": _rows_in_words(job),
         "dtype": config.dtype,
         "quantize": job.outline.head.get("quantize", "none"),
-        "attention": str(job.chosen),
+        "attention": str(job.attention_choice),
         "experts": config.experts,
         "collective_matmul": None if job.products is None else str(job.products),
         "loss_chunk": job.head_chunk // job.layout.token_parts,
@@ -409,17 +419,17 @@ def described(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
     }
 
 
-def _rows(job: PlanJob) -> str:
+def _rows_in_words(job: PlanJob) -> str:
     """Returns the batch of a step in words."""
     n_rows = job.batch_size * job.grad_accum
     sequence_words = f"{job.seq_len} tokens"
     sharing_words = ", a prompt once" if job.share_prompt else ""
-    is_paired = job.kind.sequences > 1
+    is_paired = job.task_facts.sequences > 1
     if is_paired:
-        row_words = job.kind.rows.removesuffix("s") if n_rows == 1 else job.kind.rows
-        pairs = f"{n_rows} {row_words} of {job.kind.sequences} × {sequence_words}"
+        row_words = job.task_facts.rows.removesuffix("s") if n_rows == 1 else job.task_facts.rows
+        pairs = f"{n_rows} {row_words} of {job.task_facts.sequences} × {sequence_words}"
         return f"{pairs}, {job.prompt} of them a prompt's{sharing_words}" if job.prompt else pairs
-    if job.kind.draws:
+    if job.task_facts.draws:
         lengths = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
         return f"{n_rows} completions, {job.group} of a prompt, of {lengths} tokens{sharing_words}"
     if job.images:
@@ -427,12 +437,17 @@ def _rows(job: PlanJob) -> str:
     return f"{n_rows} × {sequence_words}"
 
 
-def as_json(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[str, Any]:
+def plan_as_json(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[str, Any]:
     """Returns a plan and its estimates as JSON."""
-    return {**dataclasses.asdict(variant_plan), **estimate(variant_plan, config, machine)}
+    return {
+        **dataclasses.asdict(variant_plan),
+        **estimate_time_and_cost(variant_plan, config, machine),
+    }
 
 
-def estimate(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[str, float | None]:
+def estimate_time_and_cost(
+    variant_plan: Plan, config: PlanConfig, machine: Machine
+) -> dict[str, float | None]:
     """Returns the seconds of a step, the chip-hours and the cost; None for what is not known."""
     step_seconds: float | None = None
     chip_hours: float | None = None
@@ -447,16 +462,16 @@ def estimate(variant_plan: Plan, config: PlanConfig, machine: Machine) -> dict[s
     return {"step_seconds": step_seconds, "chip_hours": chip_hours, "cost": cost}
 
 
-def largest_fit(
+def find_largest_fit(
     plan_of: Callable[[int], Plan], start_size: int, unit: int, size_limit: int, share: float
 ) -> int | None:
-    """Returns the largest size that fits into a share of the memory; None if even a unit does not.
+    """Finds the largest size that fits into a share of the memory; None if a unit does not fit.
 
     Args:
       plan_of: makes the plan of a size.
-      start_size: the size to begin with.
-      unit: sizes are multiples of it.
-      size_limit: the largest size that there is.
+      start_size: the first size to try.
+      unit: all sizes that are tried are multiples of it.
+      size_limit: the largest size to try.
       share: the share of a device's memory.
 
     Returns:
@@ -466,11 +481,13 @@ def largest_fit(
     if size_limit < unit:
         return None
     size = min(size_limit, max(unit, start_size - start_size % unit))
+    # The answer is at least largest_fitting, and below smallest_refused.
     largest_fitting = 0
     smallest_refused = size_limit + unit
-    total_bytes: dict[int, int] = {}
+    total_bytes: dict[int, int] = {}  # size -> bytes of a device
     was_refused = False
     while True:
+        # Plan the size, and move one of the two bounds to it.
         size_plan = plan_of(size)
         is_fitting = size_plan.fits_share[f"{share:g}"]
         size_bytes = size_plan.per_chip_bytes["total"]
@@ -480,28 +497,30 @@ def largest_fit(
             largest_fitting = size
         else:
             smallest_refused = size
-        step = max(unit, largest_fitting // _SIZE_STEPS // unit * unit)
+        # Stop when the bounds are as close as the precision of the search.
+        step = max(unit, largest_fitting // _STEPS_PER_SIZE // unit * unit)
         if smallest_refused - largest_fitting <= step:
             return largest_fitting or None
+        # Guess the next size from the memory of the sizes so far.
         capacity = share * (size_plan.per_chip_bytes["capacity"] or 0)
-        guess = _size_for(total_bytes, capacity)
+        guess = _interpolate_size(total_bytes, capacity)
         # After two refusals, memory grows as a curve, and a line through two points misleads.
         is_line_misleading = was_refused and not is_fitting
         if guess is None or is_line_misleading:
             is_refusal_known = smallest_refused <= size_limit
-            guess = (
-                (largest_fitting + smallest_refused) // 2
-                if is_refusal_known
-                else 2 * largest_fitting
-            )
+            if is_refusal_known:
+                guess = (largest_fitting + smallest_refused) // 2
+            else:
+                guess = 2 * largest_fitting
         elif is_fitting:
             guess = max(guess, largest_fitting + step)
         was_refused = not is_fitting
-        guess_units = int(guess) // unit * unit
-        size = min(smallest_refused - unit, max(largest_fitting + unit, guess_units))
+        # The next size is a multiple of the unit, strictly between the bounds.
+        rounded_guess = int(guess) // unit * unit
+        size = min(smallest_refused - unit, max(largest_fitting + unit, rounded_guess))
 
 
-def _size_for(total_bytes: dict[int, int], capacity: float) -> float | None:
+def _interpolate_size(total_bytes: dict[int, int], capacity: float) -> float | None:
     """Returns the size at which a line through the two nearest plans meets the capacity.
 
     Args:
@@ -509,7 +528,7 @@ def _size_for(total_bytes: dict[int, int], capacity: float) -> float | None:
       capacity: the bytes that a device has.
 
     Returns:
-      The size; None for less than two plans, or where more does not take more memory.
+      The size; None for fewer than two plans, or if the larger size does not take more memory.
     """
     if len(total_bytes) < 2:
         return None

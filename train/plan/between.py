@@ -31,15 +31,15 @@ class Program(NamedTuple):
       traced: the program.
       lowered: the same, lowered.
       params: the shapes of its parameters.
-      shared: bytes of its arguments that a device has during a step, too.
-      times: how often it runs for a step; 0 where that is not known.
+      shared_bytes: bytes of its arguments that a device has during a step, too.
+      runs_per_step: how often it runs for a step; 0 where that is not known.
     """
 
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
     params: Tree
-    shared: int
-    times: int = 1
+    shared_bytes: int
+    runs_per_step: int = 1
 
 
 def programs_between(
@@ -82,8 +82,8 @@ def programs_between(
                 traced=scorer,
                 lowered=scorer.lower(),
                 params=reference_params,
-                shared=base_bytes,
-                times=n_microbatches,
+                shared_bytes=base_bytes,
+                runs_per_step=n_microbatches,
             )
             return {REFERENCE: reference_program}
         constrained_model = layout.constrained(model)
@@ -96,7 +96,7 @@ def programs_between(
         n_prompts = n_rows if group_axis else n_rows // group
         prompt_tokens = row_tokens - math.prod(group_axis) * completion_tokens
         prompt_ids = placed((n_prompts, prompt_tokens), jnp.int32)
-        sampler = _sampler(
+        sampler = _trace_sampler(
             constrained_model, params, prompt_ids, completion_tokens, group, layout.whole
         )
         return {
@@ -104,20 +104,20 @@ def programs_between(
                 traced=scorer,
                 lowered=scorer.lower(),
                 params=params,
-                shared=base_bytes + adapter_bytes,
-                times=n_microbatches,
+                shared_bytes=base_bytes + adapter_bytes,
+                runs_per_step=n_microbatches,
             ),
             SAMPLER: Program(
                 traced=sampler,
                 lowered=sampler.lower(),
                 params=params,
-                shared=base_bytes + adapter_bytes,
-                times=0,
+                shared_bytes=base_bytes + adapter_bytes,
+                runs_per_step=0,
             ),
         }
 
 
-def _sampler(
+def _trace_sampler(
     model: Any,
     params: Tree,
     prompt_ids: jax.ShapeDtypeStruct,

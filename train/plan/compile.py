@@ -21,7 +21,7 @@ from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between, token_flops
 from train.plan.clock.summary import Clock, clock_of
-from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
+from train.plan.flops.checked import StepWork, combine_works, count_traced, hlo_text_of, step_work
 from train.plan.flops.closed_form import model_flops
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
@@ -29,7 +29,7 @@ from train.plan.machines import Machine
 from train.run.costs import tree_bytes
 from train.run.model_code import make_model
 
-STEP = "temporaries"  # those of a step, by their name in a plan
+STEP = "temporaries"  # the name of a step's temporaries in a plan
 _WITHOUT_SPARSE_CORES: dict[str, Any] = {"xla_tpu_offload_gather_to_sparsecore": False}
 _SCHEDULE_STEPS = 1000  # a plan takes no step
 _LEARNING_RATE = 1e-4
@@ -176,8 +176,9 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         if "cuDNN" not in str(error):
             raise
         raise UserError(
-            f"--attention {job.attention}: JAX asks the library for its version, and it is not "
-            "here (pip install --no-deps nvidia-cudnn-cu12): install it, or give flash"
+            f"--attention {job.attention} needs cuDNN, because JAX reads the version of this "
+            "library, but cuDNN is not installed. Run pip install --no-deps nvidia-cudnn-cu12, or "
+            "use --attention flash."
         ) from None
     resident_bytes = {
         "base": bytes_per_device(step.base),
@@ -189,7 +190,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
             traced=step.traced,
             lowered=step.lowered,
             params=step.params,
-            shared=sum(resident_bytes.values()),
+            shared_bytes=sum(resident_bytes.values()),
         ),
         **step.between,
     }
@@ -206,10 +207,10 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     compiled_programs: dict[str, jax.stages.Compiled] = {}
     for name, program in programs.items():
         try:
-            compiled_programs[name] = _largest(program.lowered, machine.compilations)
+            compiled_programs[name] = _compile_largest(program.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
-            refusal = refused_bytes(str(error), resident_bytes, machine.capacity)
-            reason = reason_of(error)
+            refusal = parse_refused_bytes(str(error), resident_bytes, machine.capacity)
+            reason = compiler_message(error)
             if name != STEP:
                 reason = f"the {name}: {reason}"
             compiled_temporaries = {
@@ -222,17 +223,17 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
                 refused=reason if is_refusal(error) else None,
                 failed=None if is_refusal(error) else f"the compiler failed: {reason}",
                 per_chip_bytes={**refusal, name: refusal[STEP], **compiled_temporaries},
-                flops_traced=_programs_work(job, programs, {}).traced,
+                flops_traced=_sum_work_of_programs(job, programs, {}).traced,
                 compile_seconds=time.perf_counter() - start_seconds,
                 **sizes,
             )
     hlo_texts = {
-        name: hlo_of(compiled_programs[name], program.lowered, machine)
+        name: optimized_hlo_of(compiled_programs[name], program.lowered, machine)
         for name, program in programs.items()
     }
     compile_seconds = time.perf_counter() - start_seconds
-    work = _programs_work(job, programs, hlo_texts)
-    memory = _device_bytes(compiled_programs, programs, resident_bytes)
+    work = _sum_work_of_programs(job, programs, hlo_texts)
+    memory = _device_memory_bytes(compiled_programs, programs, resident_bytes)
     fits_share = {
         f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares
     }
@@ -249,12 +250,12 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         kernels=work.kernels,
         compile_seconds=compile_seconds,
         notes=work.notes,
-        clocks=_clocks(hlo_texts, machine, _model_flops(job, step.params)),
+        clocks=_clocks_of_programs(hlo_texts, machine, _needed_flops(job, step.params)),
         **sizes,
     )
 
 
-def _programs_work(
+def _sum_work_of_programs(
     job: PlanJob, programs: Mapping[str, Program], hlo_texts: Mapping[str, str | None]
 ) -> StepWork:
     """Returns the work of a step and of the programs that run a known number of times for it.
@@ -267,7 +268,7 @@ def _programs_work(
     machine = job.machine
     works: list[tuple[int, StepWork]] = []
     for name, program in programs.items():
-        if program.times == 0:
+        if program.runs_per_step == 0:
             continue
         program_work = step_work(
             hlo_texts.get(name),
@@ -277,11 +278,11 @@ def _programs_work(
             products_in_hlo=machine.platform != "gpu",
             slices=slices_in_hlo(job.layout.mesh),
         )
-        works.append((program.times, program_work))
-    return together(works)
+        works.append((program.runs_per_step, program_work))
+    return combine_works(works)
 
 
-def _clocks(
+def _clocks_of_programs(
     hlo_texts: Mapping[str, str | None], machine: Machine, step_flops: int | None
 ) -> dict[str, Clock]:
     """Returns the time estimates of the programs whose HLO is understood, by name."""
@@ -294,12 +295,12 @@ def _clocks(
     return clocks
 
 
-def _model_flops(job: PlanJob, params: Any) -> int | None:
+def _needed_flops(job: PlanJob, params: Any) -> int | None:
     """Returns the FLOPs that a step needs, on all devices; None for a model that reads images."""
     config: Any = job.outline.config
     if isinstance(config, SmolVLMConfig):
         return None
-    n_sequences = job.grad_accum * job.batch_size * job.kind.sequences
+    n_sequences = job.grad_accum * job.batch_size * job.task_facts.sequences
     flops = model_flops(
         config,
         params,
@@ -314,15 +315,15 @@ def _model_flops(job: PlanJob, params: Any) -> int | None:
     return round(flops)
 
 
-def _largest(
+def _compile_largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
 ) -> jax.stages.Compiled:
-    """Compiles a program with each of several options; returns the one with most temporaries."""
+    """Compiles a program with each set of options; returns the program with most temporaries."""
     programs = [lowered.compile(compiler_options=options or None) for options in compilations]
     return max(programs, key=lambda program: compiled_bytes(program).get(STEP, 0))
 
 
-def hlo_of(
+def optimized_hlo_of(
     compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, machine: Machine
 ) -> str | None:
     """Returns the optimised HLO of a program; None where there is none.
@@ -330,19 +331,19 @@ def hlo_of(
     The XLA of JAX 0.10 fails to write what runs on SparseCores: an embedding's look-up, on v5p and
     v6e. Then it is the HLO of the same program without them, which differs in that alone.
     """
-    text = text_of(compiled)
+    text = hlo_text_of(compiled)
     if text is None and machine.platform == "tpu":
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            text = text_of(lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES))
+            text = hlo_text_of(lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES))
     return text
 
 
-def _device_bytes(
+def _device_memory_bytes(
     compiled_programs: Mapping[str, jax.stages.Compiled],
     programs: Mapping[str, Program],
     resident_bytes: dict[str, int],
 ) -> dict[str, int]:
-    """Returns the memory of a device: what stays, what each program needs, and the most of all."""
+    """Returns the memory of a device by use: resident arrays, temporaries, and the total."""
     total_resident = sum(resident_bytes.values())
     temporaries: dict[str, int] = {}
     totals: dict[str, int] = {}
@@ -350,12 +351,15 @@ def _device_bytes(
     for name, compiled in compiled_programs.items():
         sizes = compiled_bytes(compiled)
         if not sizes:
-            raise UserError("this compiler does not report how much memory a program needs")
+            raise UserError(
+                "this compiler does not report how much memory a program needs, so there is no "
+                "plan. Use another --topology."
+            )
         temporaries[name] = sizes[STEP]
         # Donated arguments become outputs, so that both of them count the aliased bytes.
         program_bytes = sum(sizes.values()) - 2 * sizes["aliased"]
         # The program's arguments may leave out arrays that stay in memory between steps.
-        unread_bytes = total_resident - programs[name].shared
+        unread_bytes = total_resident - programs[name].shared_bytes
         totals[name] = max(program_bytes + unread_bytes, total_resident + sizes[STEP])
         memory: Any = compiled.memory_analysis()
         host_bytes.append(getattr(memory, "host_temp_size_in_bytes", 0))
@@ -370,10 +374,10 @@ def _device_bytes(
     }
 
 
-def refused_bytes(
+def parse_refused_bytes(
     message: str, resident_bytes: dict[str, int], capacity: int
 ) -> dict[str, int | None]:
-    """Returns the memory that a compiler's refusal names, in bytes; None for what it does not name.
+    """Parses the bytes that a compiler's refusal names; None for a size that it does not name.
 
     Args:
       message: the compiler's message.
@@ -386,10 +390,10 @@ def refused_bytes(
     temporaries_match = re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message)
     total_match = re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message)
     if temporaries_match:
-        temporaries = _parsed_bytes(temporaries_match[1])
+        temporaries = _parse_byte_size(temporaries_match[1])
         total = temporaries + total_resident
     elif total_match:
-        total = _parsed_bytes(total_match[1])
+        total = _parse_byte_size(total_match[1])
         temporaries = total - total_resident
     return {
         **resident_bytes,
@@ -401,13 +405,13 @@ def refused_bytes(
     }
 
 
-def _parsed_bytes(text: str) -> int:
+def _parse_byte_size(text: str) -> int:
     """Parses a size such as "48.3G" into bytes."""
     number = text.rstrip("KMGT")
     return round(float(number) * _BYTE_UNITS[text[len(number) :]])
 
 
-def reason_of(error: Exception) -> str:
+def compiler_message(error: Exception) -> str:
     """Returns the compiler's message, without its links."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

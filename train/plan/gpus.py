@@ -78,12 +78,13 @@ class Gpu:
         remarks: list[str] = []
         if self.from_data_sheet:
             remarks.append(
-                f"XLA does not describe the {self.name}: its data are from NVIDIA's data sheet"
+                f"XLA has no description of the {self.name}, so the plan uses NVIDIA's data sheet"
             )
         has_bf16 = self.compute >= (8, 0)
         if not has_bf16:
             remarks.append(
-                f"the {self.name} computes no bf16: XLA emulates it in fp32, whose peak this is"
+                f"the {self.name} does not compute in bf16, so XLA uses fp32, and the peak is "
+                "that of fp32"
             )
         return tuple(remarks)
 
@@ -123,7 +124,7 @@ class Gpu:
         """
 
 
-def _gib(number: float) -> int:
+def _gib_to_bytes(number: float) -> int:
     return int(number * 2**30)
 
 
@@ -145,26 +146,44 @@ CARDS = {
         "NVIDIA B200", (10, 0), 148, 1.965, 191_514_411_008, 7672.32e9, 132_644_864, 2250e12
     ),
     "rtx4090": Gpu(
-        "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, _gib(23.64), 1008e9, 72 * _MIB, 165.2e12, True
+        "NVIDIA GeForce RTX 4090",
+        (8, 9),
+        128,
+        2.52,
+        _gib_to_bytes(23.64),
+        1008e9,
+        72 * _MIB,
+        165.2e12,
+        True,
     ),
     "rtx3090": Gpu(
-        *("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, _gib(23.69), 936e9, 6 * _MIB, 71e12, True),
+        *(
+            "NVIDIA GeForce RTX 3090",
+            (8, 6),
+            82,
+            1.695,
+            _gib_to_bytes(23.69),
+            936e9,
+            6 * _MIB,
+            71e12,
+            True,
+        ),
         sibling="NVIDIA A10",
     ),
-    "l4": Gpu("NVIDIA L4", (8, 9), 58, 2.04, _gib(22.03), 300e9, 48 * _MIB, 121e12, True),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 2.04, _gib_to_bytes(22.03), 300e9, 48 * _MIB, 121e12, True),
     "l40s": Gpu(
-        *("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
+        *("NVIDIA L40S", (8, 9), 142, 2.52, _gib_to_bytes(44.4), 864e9, 96 * _MIB, 362e12, True),
         sibling="NVIDIA L40",
     ),
-    "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, _gib(14.56), 320e9, 4 * _MIB, 8.1e12, True),
+    "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, _gib_to_bytes(14.56), 320e9, 4 * _MIB, 8.1e12, True),
 }
 
 # Shares of a card's memory that JAX reserves: by default, and with
 # XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, which leaves room for CUDA's context and little else.
-DEFAULT_SHARE, LARGEST_SHARE = 0.75, 0.95
+DEFAULT_MEMORY_SHARE, LARGEST_MEMORY_SHARE = 0.75, 0.95
 # On a GPU, the compiler tries several kernels for each product, and keeps the fastest. Without one,
 # all are Triton's, or else all are cuBLAS's: a plan compiles both, and shows the larger memory.
-PRODUCTS: tuple[dict[str, Any], ...] = ({}, {"xla_gpu_enable_triton_gemm": False})
+GPU_COMPILATIONS: tuple[dict[str, Any], ...] = ({}, {"xla_gpu_enable_triton_gemm": False})
 
 
 def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
@@ -173,7 +192,7 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
     Args:
       topology: the topology as given, for errors.
       kind: a card of `CARDS`.
-      size: the number of GPUs, "8"; or hosts and GPUs a host, "2x8".
+      size: the number of GPUs, "8"; or hosts and GPUs per host, "2x8".
 
     Raises:
       UserError: the size has another form, or the GPU's compiler is not installed.
@@ -185,8 +204,8 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
     has_three_sizes = "x" in n_hosts
     if has_three_sizes or not all(0 < count <= 4096 for count in counts):
         raise UserError(
-            f"--topology {topology}: a number of GPUs is needed, such as {kind}:8, or hosts and "
-            f"GPUs a host, such as {kind}:2x8"
+            f"--topology {topology} has an unknown size. Pass a number of GPUs, such as {kind}:8, "
+            f"or hosts and GPUs per host, such as {kind}:2x8."
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -199,8 +218,9 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"--topology {topology}: the GPU's compiler is not installed, or not with JAX "
-            f"{jax.__version__} ({reason}). It needs no GPU: {install_command('gpu-plan')}, or pip "
-            "install jax-cuda13-plugin jax-cuda13-pjrt (cuda12 with JAX 0.10) of JAX's own version"
+            f"--topology {topology} needs the GPU's compiler, which is not installed for JAX "
+            f"{jax.__version__} ({reason}). It needs no GPU. Install it with "
+            f"{install_command('gpu-plan')}, or pip install jax-cuda13-plugin jax-cuda13-pjrt "
+            "(cuda12 with JAX 0.10) of JAX's own version."
         ) from None
     return gpus.devices

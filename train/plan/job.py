@@ -24,10 +24,10 @@ from train.run.costs import tree_bytes
 from train.run.pretrained import ModelInfo
 from train.run.rules import rules
 
-_REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
-_REMAT |= {"attention": "remat but attention", "offload": "remat to the host"}
-_REMAT |= {"projections": "remat but projections", "products": "remat but products of layers"}
-_REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
+_REMAT_WORDS = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
+_REMAT_WORDS |= {"attention": "remat but attention", "offload": "remat to the host"}
+_REMAT_WORDS |= {"projections": "remat but projections", "products": "remat but products of layers"}
+_REMAT_WORDS |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,38 +79,38 @@ class PlanJob:
         return dataclasses.replace(self, layout=layout)
 
     @property
-    def kind(self) -> PlannedTask:
+    def task_facts(self) -> PlannedTask:
         """Returns the facts about the rows of the task."""
         return TASKS[self.task]
 
     @property
-    def row(self) -> int:
+    def row_tokens(self) -> int:
         """Returns the tokens of a row: those of a pair are of two sequences."""
         if self.share_prompt:
             return self.prompt + self.completions * (self.seq_len - self.prompt)
-        return self.kind.sequences * self.seq_len
+        return self.task_facts.sequences * self.seq_len
 
     @property
     def rows(self) -> int:
         """Returns the rows in memory at once, on all devices."""
-        has_all_completions = self.share_prompt and self.kind.draws
+        has_all_completions = self.share_prompt and self.task_facts.draws
         return self.batch_size // self.group if has_all_completions else self.batch_size
 
     @property
     def completions(self) -> int:
         """Returns the completions of a prompt."""
-        return self.group if self.kind.draws else self.kind.sequences
+        return self.group if self.task_facts.draws else self.task_facts.sequences
 
     @property
-    def predicted(self) -> int:
+    def predicted_tokens(self) -> int:
         """Returns the tokens of a row that the loss counts."""
-        n_completions = self.completions if self.share_prompt else self.kind.sequences
+        n_completions = self.completions if self.share_prompt else self.task_facts.sequences
         return n_completions * (self.seq_len - self.prompt)
 
     @property
     def loss(self) -> Loss:
         """Returns the function to minimise."""
-        return self.kind.loss(**self.layout.chunks(self.loss_chunk))
+        return self.task_facts.loss(**self.layout.chunks(self.loss_chunk))
 
     @property
     def head_chunk(self) -> int:
@@ -123,12 +123,12 @@ class PlanJob:
             config: Any = self.outline.config  # of a language model
             device_chunk = predictions_at_once(self.layout, config.vocab_size)
             chunk = device_chunk * self.layout.token_parts
-        predictions_shape = (self.rows, self.predicted)
+        predictions_shape = (self.rows, self.predicted_tokens)
         n_chunks = number_of_chunks(predictions_shape, chunk, self.layout.sequence_parts)
         return chunk if n_chunks > 1 else 0
 
     @property
-    def chosen(self) -> AttentionChoice:
+    def attention_choice(self) -> AttentionChoice:
         """Returns the implementation of attention that will run, and why.
 
         Raises:
@@ -137,11 +137,11 @@ class PlanJob:
         with as_user_errors(ValueError):
             return choose_attention(
                 self.outline.config,
-                self.row,
+                self.row_tokens,
                 dtype=self.dtype,
                 attention=self.attention,
                 platform=self.layout.platform,
-                split=self.layout.split(self.row),
+                split=self.layout.split(self.row_tokens),
                 branched=self.share_prompt,
             )
 
@@ -178,7 +178,7 @@ class PlanVariant:
         if self.adapters is not None:
             method = f"{self.adapters} × {method}"
         products = f", products {self.products}" if self.products else ""
-        return f"{method}, {_REMAT.get(self.remat, self.remat)}{products}"
+        return f"{method}, {_REMAT_WORDS.get(self.remat, self.remat)}{products}"
 
 
 def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:
@@ -228,12 +228,12 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
 
     The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.
     """
-    has_all_completions = job.share_prompt and job.kind.draws  # of a prompt in a row
+    has_all_completions = job.share_prompt and job.task_facts.draws  # of a prompt in a row
     int_shapes = _int_row_shapes(job, has_all_completions)
     group_axis = [job.group] if has_all_completions else []
     float_shapes: dict[str, Any] = {
         name: int_shapes["targets"] if shape is None else [*group_axis, *shape]
-        for name, shape in job.kind.numbers.items()
+        for name, shape in job.task_facts.numbers.items()
     }
     if job.images:
         config: Any = job.outline.config
@@ -266,7 +266,7 @@ def _int_row_shapes(job: PlanJob, has_all_completions: bool) -> dict[str, Any]:
     token_arrays = ["ids", "segment_ids", "positions"]
     target_arrays = ["predict_at", "targets", "weights"]
     shapes: dict[str, Any] = {}
-    target_shape = [job.predicted]
+    target_shape = [job.predicted_tokens]
     if has_all_completions:
         shapes["completions"] = []
         target_shape = [job.group, job.max_new_tokens]
@@ -274,10 +274,10 @@ def _int_row_shapes(job: PlanJob, has_all_completions: bool) -> dict[str, Any]:
         token_arrays.append("branches")
         if not has_all_completions:
             target_arrays.append("sequences")
-    shapes |= dict.fromkeys(token_arrays, [job.row])
+    shapes |= dict.fromkeys(token_arrays, [job.row_tokens])
     shapes |= dict.fromkeys(target_arrays, target_shape)
-    shapes |= job.kind.counts
+    shapes |= job.task_facts.counts
     n_experts = job.outline.active_experts
-    if job.kind.draws and n_experts:  # the experts that the sampler has chosen
-        shapes["routing"] = [job.row, job.outline.config.num_hidden_layers, n_experts]
+    if job.task_facts.draws and n_experts:  # the experts that the sampler has chosen
+        shapes["routing"] = [job.row_tokens, job.outline.config.num_hidden_layers, n_experts]
     return shapes

@@ -18,7 +18,7 @@ from train.plan.compile import Plan
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 
 _UNKNOWN = "–"
-_REMARK = "A run compiles on its own devices, so it may end at another policy."
+_REMARK = "A run compiles on its own devices, so it may choose another policy."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class PlannedRung:
     mfu: float | None = None
 
 
-def climb(
+def search_policies(
     job: PlanJob,
     adapter: AdapterConfig,
     optim: OptimConfig,
@@ -106,7 +106,7 @@ def climb(
 
 
 def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> RematSearch:
-    """Returns the search of a plan before its first compilation; see `climb`."""
+    """Returns the search of a plan before its first compilation; see `search_policies`."""
     outline = job.outline
     params = abstract_params(job, PlanVariant(adapter, "full"))
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
@@ -123,12 +123,12 @@ def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> R
         itemsize=jnp.dtype(job.dtype).itemsize,
         arguments=bytes_per_device((params, state.opt_state)),
     )
-    rungs = rungs_for(job.layout.platform, job.chosen.name)
+    rungs = rungs_for(job.layout.platform, job.attention_choice.name)
     capacity = int(job.machine.shares[0] * job.machine.capacity)
     return RematSearch.begin(rungs, capacity, expected)
 
 
-def rungs_of(ladder: Ladder) -> list[PlannedRung]:
+def planned_rungs(ladder: Ladder) -> list[PlannedRung]:
     """Returns the policies with what their plans say, where they were compiled."""
 
     def rung(remat: str) -> PlannedRung:
@@ -151,7 +151,7 @@ def rungs_of(ladder: Ladder) -> list[PlannedRung]:
 
 def print_ladder(console: Console, ladder: Ladder) -> None:
     """Prints the policies as a table, and the choice with its reason."""
-    rungs = rungs_of(ladder)
+    rungs = planned_rungs(ladder)
     is_timed = any(rung.seconds is not None for rung in rungs)
     time_columns = ("ms", "MFU") if is_timed else ()
     table = Table(title="--remat auto, in GiB per device")
@@ -161,15 +161,15 @@ def print_ladder(console: Console, ladder: Ladder) -> None:
     answers = {None: _UNKNOWN, True: "yes", False: "no"}
     for rung in rungs:
         name = f"{rung.remat} (chosen)" if rung.chosen else rung.remat
-        cells = [name, _scaled(rung.compiled_bytes, GIB), answers[rung.fits]]
+        cells = [name, _format_scaled(rung.compiled_bytes, GIB), answers[rung.fits]]
         if is_timed:
-            cells.append(_scaled(rung.seconds, 1e-3, digits=0))
-            cells.append(_scaled(rung.mfu, 1e-2, digits=1, suffix=" %"))
+            cells.append(_format_scaled(rung.seconds, 1e-3, digits=0))
+            cells.append(_format_scaled(rung.mfu, 1e-2, digits=1, suffix=" %"))
         table.add_row(*cells)
     console.print(table)
     line = f"{ladder.search.describe(ladder.attempts)}. {_REMARK}"
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def _scaled(value: float | None, unit: float, digits: int = 2, suffix: str = "") -> str:
+def _format_scaled(value: float | None, unit: float, digits: int = 2, suffix: str = "") -> str:
     return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}{suffix}"

@@ -25,15 +25,15 @@ from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
 from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
-from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
+from train.plan.flops.checked import StepWork, combine_works, count_traced, hlo_text_of, step_work
 from train.plan.job import adapted_shapes, bytes_per_device, placed_shapes
 from train.run.costs import tree_bytes
 from train.run.intrinsic import model_in, moves_weights, space_of
 from train.run.model_code import make_model
 from train.run.pretrained import ModelInfo
 
-_SIDE = 1024  # of the matrices of the measured product
-_SECONDS = 0.3
+_MATRIX_SIDE = 1024  # of the matrices of the measured product
+_MEASURE_SECONDS = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def _param_dtype(config: Options) -> jnp.dtype[Any]:
 
 
 def local_needs(step: LocalStep, compiled_step: jax.stages.Compiled) -> LocalNeeds:
-    """Compiles the programs between steps, for abstract weights; returns the needs of all programs.
+    """Compiles the programs between steps for abstract weights, and sums up what a run needs.
 
     Args:
       step: the step, with the policy of rematerialisation in its options.
@@ -186,16 +186,16 @@ def local_needs(step: LocalStep, compiled_step: jax.stages.Compiled) -> LocalNee
     between: dict[str, int | None] = {}
     between_work: list[tuple[int, StepWork]] = []
     with jax.set_mesh(layout.mesh):
-        for name, program in _programs_between(step, remat).items():
+        for name, program in _trace_programs_between(step, remat).items():
             compiled = program.lowered.compile()
             # The program's own parameters, such as a reference's, are in memory beside the step's.
             temporaries = compiled_bytes(compiled).get(STEP)
-            param_bytes = bytes_per_device(program.params) - program.shared
+            param_bytes = bytes_per_device(program.params) - program.shared_bytes
             between[name] = temporaries and temporaries + param_bytes
-            if program.times:
+            if program.runs_per_step:
                 count = count_traced(program.traced.jaxpr)
-                work = step_work(text_of(compiled), count, n_devices)
-                between_work.append((program.times, work))
+                work = step_work(hlo_text_of(compiled), count, n_devices)
+                between_work.append((program.runs_per_step, work))
     step_count = count_traced(step.trace(remat).jaxpr)
     state = step.state
     return LocalNeeds(
@@ -204,14 +204,14 @@ def local_needs(step: LocalStep, compiled_step: jax.stages.Compiled) -> LocalNee
         optimizer=bytes_per_device(state.opt_state),
         temporaries=compiled_bytes(compiled_step).get(STEP),
         between=between,
-        capacity=capacity_of(layout.mesh.devices.flat[0]),
+        capacity=memory_capacity_of(layout.mesh.devices.flat[0]),
         checkpoint=tree_bytes(state.adapter) + tree_bytes(state.opt_state),
-        flops=step_work(text_of(compiled_step), step_count, n_devices).per_step,
-        scored=together(between_work).per_step,
+        flops=step_work(hlo_text_of(compiled_step), step_count, n_devices).per_step,
+        scored=combine_works(between_work).per_step,
     )
 
 
-def _programs_between(step: LocalStep, remat: str | None) -> dict[str, Program]:
+def _trace_programs_between(step: LocalStep, remat: str | None) -> dict[str, Program]:
     """Returns the programs between steps of a run, by name, for abstract weights."""
     config = step.config
     base = lj.strip(step.params)
@@ -227,7 +227,7 @@ def _programs_between(step: LocalStep, remat: str | None) -> dict[str, Program]:
     )
 
 
-def capacity_of(device: Any) -> int | None:
+def memory_capacity_of(device: Any) -> int | None:
     """Returns the memory of a device, in bytes; None if it does not say.
 
     The virtual devices of a CPU share the machine's memory.
@@ -242,19 +242,19 @@ def capacity_of(device: Any) -> int | None:
         return None
 
 
-def measured_rate(dtype: str, devices: list[Any]) -> float:
+def measure_flop_rate(dtype: str, devices: list[Any]) -> float:
     """Measures the FLOP/s of a product of two matrices here, on all devices together.
 
     Takes the best of some products on one device; the devices of a CPU share its cores.
     """
     is_cpu = devices[0].platform == "cpu"
-    side = _SIDE if is_cpu else 8 * _SIDE
+    side = _MATRIX_SIDE if is_cpu else 8 * _MATRIX_SIDE
     matrix = jax.device_put(jnp.ones((side, side), jnp.dtype(dtype)), devices[0])
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()
     best_seconds = math.inf
     start = time.perf_counter()
-    deadline = start + _SECONDS
+    deadline = start + _MEASURE_SECONDS
     while start < deadline:
         product(matrix, matrix).block_until_ready()
         end = time.perf_counter()

@@ -12,7 +12,13 @@ import numpy as np
 from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
 from train.console.extras import install_command
-from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
+from train.plan.gpus import (
+    CARDS,
+    DEFAULT_MEMORY_SHARE,
+    GPU_COMPILATIONS,
+    LARGEST_MEMORY_SHARE,
+    find_gpus,
+)
 
 KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach
 _GIB = 2**30
@@ -51,16 +57,16 @@ KINDS = {
     "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, 7380e9 / 2, 2),
 }
 # JAX's names of the kinds.
-_TPU_KINDS = {
+_VERSION_OF_TPU_KIND = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "v5e"),
     **dict.fromkeys(("TPU v5", "TPU v5p"), "v5p"),
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), "v6e"),
     **dict.fromkeys(("TPU7x", "TPU v7x"), "tpu7x"),
 }
-_NAMED = (
+_KNOWN_TOPOLOGIES = (
     f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4, or 2xv5e:4x4 for two "
     "slices), a number of GPUs or "
-    f"hosts and GPUs a host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
+    f"hosts and GPUs per host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
 )
 
 
@@ -135,18 +141,18 @@ def find_machine(
     """
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z][\w-]*):(\d+(?:x\d+)*)", topology.strip())
     if match is None or match[2] not in (*KINDS, *CARDS, "cpu"):
-        raise UserError(f"--topology {topology}: there is no such machine; give {_NAMED}")
+        raise UserError(f"--topology {topology} names no known machine. Pass {_KNOWN_TOPOLOGIES}.")
     slices, kind, size = match.groups()
     if mem_fraction is not None and kind not in CARDS:
         raise UserError(
-            f"--mem-fraction {mem_fraction}: JAX reserves a share of memory on GPUs alone, and "
-            f"--topology is {topology}"
+            f"--mem-fraction {mem_fraction} only applies to GPUs, but --topology is {topology}. "
+            "Remove --mem-fraction."
         )
     if slices and kind not in KINDS:
-        remedy = ""
+        remedy = f"Pass {kind}:{size}."
         if kind in CARDS:
-            remedy = f"; for {slices} hosts of GPUs, give {kind}:{slices}x{size}"
-        raise UserError(f"--topology {topology}: only TPUs have slices{remedy}")
+            remedy = f"For {slices} hosts of GPUs, pass {kind}:{slices}x{size}."
+        raise UserError(f"--topology {topology} is wrong, because only TPUs have slices. {remedy}")
     if kind == "cpu":
         machine = _cpu_machine(topology, size)
     elif kind in CARDS:
@@ -160,7 +166,7 @@ def find_machine(
     return machine
 
 
-def topology_here(devices: Sequence[Any]) -> str | None:
+def topology_of_devices(devices: Sequence[Any]) -> str | None:
     """Returns the name of a machine's devices, as `find_machine` takes it; None for unknown ones.
 
     Args:
@@ -171,7 +177,7 @@ def topology_here(devices: Sequence[Any]) -> str | None:
     if platform == "cpu":
         return f"cpu:{len(devices)}"
     if platform == "tpu":
-        kind = _TPU_KINDS.get(device_kind)
+        kind = _VERSION_OF_TPU_KIND.get(device_kind)
         if kind is None:
             return None
         n_dimensions = 2 if kind in ("v5e", "v6e") else 3
@@ -184,7 +190,9 @@ def topology_here(devices: Sequence[Any]) -> str | None:
     return None
 
 
-def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | None) -> Machine:
+def with_assumptions(
+    machine: Machine, kernel_share: float | None, link_gbytes: float | None
+) -> Machine:
     """Returns a machine with other assumptions than its own; see `Machine`.
 
     Raises:
@@ -194,8 +202,8 @@ def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | 
     options = [f"{option} {value:g}" for option, value in values.items() if value is not None]
     if options and machine.clock is None:
         raise UserError(
-            f"{' and '.join(options)}: only the TPU's compiler estimates the time of a step, which "
-            f"these assumptions complete, and --topology is {machine.name}: leave them out"
+            f"{' and '.join(options)} only affects plans for TPUs, whose compiler estimates the "
+            f"time of a step, but --topology is {machine.name}. Remove it."
         )
     return dataclasses.replace(
         machine,
@@ -207,7 +215,10 @@ def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | 
 def _cpu_machine(topology: str, size: str) -> Machine:
     """Returns virtual devices of this CPU, which share its memory."""
     if not size.isdigit() or not 1 <= int(size) <= 4096:
-        raise UserError(f"--topology {topology}: a number of devices is needed, such as cpu:8")
+        raise UserError(
+            f"--topology {topology} needs a number of devices from 1 to 4096. Pass cpu:8, for "
+            "example."
+        )
     n_devices = int(size)
     try:
         jax.config.update("jax_num_cpu_devices", n_devices)
@@ -216,8 +227,9 @@ def _cpu_machine(topology: str, size: str) -> Machine:
     devices = jax.devices("cpu")
     if len(devices) < n_devices:
         raise UserError(
-            f"--topology {topology}: this process started with {len(devices)} CPU devices; plan in "
-            "a new process"
+            f"--topology {topology} needs more CPU devices than the {len(devices)} that this "
+            "process "
+            "started with. Start the plan in a new process."
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(
@@ -228,16 +240,16 @@ def _cpu_machine(topology: str, size: str) -> Machine:
 def _gpu_machine(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
     """Returns NVIDIA GPUs of a kind, of which programs may have a share of the memory."""
     card = CARDS[kind]
-    reserved_share = mem_fraction or DEFAULT_SHARE
-    has_one_share = reserved_share == LARGEST_SHARE
+    reserved_share = mem_fraction or DEFAULT_MEMORY_SHARE
+    has_one_share = reserved_share == LARGEST_MEMORY_SHARE
     return Machine(
         name=topology,
         devices=find_gpus(topology, kind, size),
         capacity=card.memory,
         flops=card.flops,
-        shares=(reserved_share,) if has_one_share else (reserved_share, LARGEST_SHARE),
+        shares=(reserved_share,) if has_one_share else (reserved_share, LARGEST_MEMORY_SHARE),
         bandwidth=card.bandwidth,
-        compilations=PRODUCTS,
+        compilations=GPU_COMPILATIONS,
         remarks=card.remarks,
     )
 
@@ -258,7 +270,9 @@ def _tpu_machine(topology: str, name: str, n_slices: int, kind: MachineKind) -> 
             platform="tpu", topology_name=name, **slice_options
         )
     except Exception as error:  # any error here is about libtpu or about the topology
-        raise UserError(f"--topology {topology}: {_topology_problem(error)}") from None
+        raise UserError(
+            f"--topology {topology} cannot be planned. {_topology_problem(error)}"
+        ) from None
     return Machine(
         name=topology,
         devices=description.devices,
@@ -272,17 +286,17 @@ def _tpu_machine(topology: str, name: str, n_slices: int, kind: MachineKind) -> 
 
 
 def _topology_problem(error: Exception) -> str:
-    """Returns the reason why there is no description of a topology, and the remedy."""
+    """Explains in sentences why a topology has no description, and what to do."""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     if "lockfile" in reason:
         return (
-            "another process is using the TPU's compiler, and only one at a time can: wait for it "
-            f"({reason})"
+            "Another process is using the TPU's compiler, which only one process can use at a "
+            f"time ({reason}). Wait until that process ends."
         )
     if "not installed" in reason or "libtpu" in reason:
         return (
-            f"the TPU's compiler is not installed ({reason}). It needs no TPU: "
-            f"{install_command('tpu')}, or pip install libtpu"
+            f"The TPU's compiler is not installed ({reason}). It needs no TPU. Install it with "
+            f"{install_command('tpu')}, or pip install libtpu."
         )
-    return f"the TPU's compiler knows no such slice ({reason})"
+    return f"The TPU's compiler does not know this slice ({reason}). Check its size."

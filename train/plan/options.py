@@ -151,11 +151,11 @@ class PlanOptions:
     adapter: AdapterConfig
 
 
-def check(options: PlanOptions) -> None:
+def check_options(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     _check_numbers(options.plan)
     _check_task(options.plan)
-    _check_shares(options.plan)
+    _check_dtype_and_shares(options.plan)
     _check_adapter(options.plan, options.adapter)
     _check_several_adapters(options.plan, options.adapter)
     rules(options.adapter)
@@ -182,51 +182,54 @@ def _check_task(config: PlanConfig) -> None:
     for name in ("group", "max_new_tokens"):
         if not task.draws and getattr(config, name) is not None:
             raise UserError(
-                f"{flag(name)} is about completions, which train.{DRAWING} draws: leave it out, or "
-                f"give --task {DRAWING}"
+                f"{flag(name)} only applies to completions, which train.{DRAWING} draws. Remove "
+                f"{flag(name)}, or use --task {DRAWING}."
             )
     if config.prompt_len is not None:
         if task.sequences == 1:
             raise UserError(
-                "--prompt-len is about pairs, whose completions share a prompt: leave it out, or "
-                "give --task dpo"
+                "--prompt-len only applies to pairs, whose completions share a prompt. Remove "
+                "--prompt-len, or use --task dpo."
             )
         if config.prompt_len >= config.seq_len:
             raise UserError(
                 f"--prompt-len {config.prompt_len} leaves no room for completions in --seq-len "
-                f"{config.seq_len}: raise this, or lower that"
+                f"{config.seq_len}. Increase --seq-len, or reduce --prompt-len."
             )
     if config.decode_adapters is not None and config.decode_rows is None:
         raise UserError(
-            "--decode-adapters is about the rows that --decode-rows plans a token of: give that "
-            "too, or leave this out"
+            "--decode-adapters only applies to the rows of --decode-rows. Pass --decode-rows, or "
+            "remove --decode-adapters."
         )
     if task.draws:
         group, max_new_tokens = config.drawn
         check_group(config.batch_size, group, max_new_tokens, config.seq_len)
         if config.longest:
             raise UserError(
-                f"--longest: with --task {DRAWING}, --seq-len holds a prompt and a completion, and "
-                "which of them to lengthen is not said: try several --seq-len, or --largest-batch"
+                f"--longest does not work with --task {DRAWING}, because --seq-len covers a "
+                "prompt and a "
+                "completion. Try several values of --seq-len, or use --largest-batch."
             )
     if config.adapters and config.remat == AUTO:
         raise UserError(
-            "--remat auto chooses for the step of one adapter, and --adapters plans several: give "
-            "the policy, such as --remat full"
+            "--remat auto chooses a policy for one adapter, but --adapters plans several. Pass a "
+            "policy, such as --remat full."
         )
     if task.texts_alone and config.images:
-        raise UserError(f"--images: train.{config.task} reads texts alone: leave it out")
+        raise UserError(
+            f"--images does not apply to train.{config.task}, which reads only text. Remove "
+            "--images."
+        )
     if task.texts_alone and config.adapters:
         raise UserError(
-            f"--adapters plans adapters of train.{PLAIN} side by side: leave out --task "
-            f"{config.task}"
+            f"--adapters only plans adapters of train.{PLAIN}. Remove --task {config.task}."
         )
 
 
-def _check_shares(config: PlanConfig) -> None:
+def _check_dtype_and_shares(config: PlanConfig) -> None:
     """Raises a UserError for an unknown dtype, or for a share outside of (0, 1]."""
     if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {config.dtype}: float32 or bfloat16")
+        raise UserError(f"--dtype {config.dtype} is unknown. Use float32 or bfloat16.")
     shares = {
         "utilisation": (config.utilisation, "the peak"),
         "kernel_share": (config.kernel_share, "the peak"),
@@ -234,37 +237,53 @@ def _check_shares(config: PlanConfig) -> None:
     }
     for name, (share, total) in shares.items():
         if share is not None and not 0 < share <= 1:
-            raise UserError(f"{flag(name)} {share}: a share of {total}, above 0 and at most 1")
+            raise UserError(
+                f"{flag(name)} {share} is no share of {total}. Pass a number above 0 and at most 1."
+            )
 
 
 def _check_adapter(config: PlanConfig, adapter: AdapterConfig) -> None:
     """Raises a UserError for parameters that a plan cannot train."""
     if adapter.init_adapter:
         raise UserError(
-            "--init-adapter: an adapter's shapes come from options here, not from a folder"
+            "--init-adapter does not apply to a plan, whose adapter is described by options. "
+            "Remove "
+            "--init-adapter."
         )
     if adapter.full and config.quantize not in (None, "none"):
         raise UserError(
-            f"--quantize {config.quantize}: codes do not train, and --full trains every weight"
+            f"--quantize {config.quantize} does not work with --full, because quantized weights "
+            "cannot "
+            "train. Remove one of the two options."
         )
     if adapter.full and adapter.peft_config:
-        raise UserError("--full trains without an adapter, and --peft-config describes one")
+        raise UserError(
+            "--full trains without an adapter, but --peft-config describes an adapter. Remove one "
+            "of "
+            "the two options."
+        )
 
 
 def _check_several_adapters(config: PlanConfig, adapter: AdapterConfig) -> None:
     """Raises a UserError for --adapters beside options of one run, and for two searches at once."""
     if config.longest and config.largest_batch:
-        raise UserError("--longest and --largest-batch: one of them at a time")
+        raise UserError(
+            "--longest and --largest-batch do not work together. Use one of the two options."
+        )
     if config.adapters and (config.longest or config.largest_batch):
-        raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
+        raise UserError(
+            "--longest and --largest-batch plan one run, but --adapters plans several. Remove "
+            "--adapters, or the search."
+        )
     if config.adapters and (adapter.full or config.alone):
         other_option = "--full" if adapter.full else "--alone"
         raise UserError(
-            f"--adapters and {other_option} do not go together: it plans adapters alone"
+            f"--adapters and {other_option} do not go together, because --adapters only plans "
+            f"adapters. Remove one of the two options."
         )
     for n_adapters in config.adapters:
         if n_adapters < 1 or config.batch_size % n_adapters:
             raise UserError(
-                f"--adapters {n_adapters}: a number that divides --batch-size {config.batch_size} "
-                "is needed, so that each adapter has as many sequences"
+                f"--adapters {n_adapters} does not divide --batch-size {config.batch_size}, so the "
+                "adapters cannot have equally many sequences. Change one of the two numbers."
             )

@@ -11,8 +11,8 @@ from train.plan.flops.checked import JAXPR
 from train.plan.tasks import SAMPLER, TASKS
 from train.run.costs import byte_size, step_time
 
-_STEP_PARTS = ("base", "adapter", "optimizer", STEP)
-_TOTAL_PARTS = ("other", "total")
+_USES_OF_STEP = ("base", "adapter", "optimizer", STEP)
+_TOTAL_USES = ("other", "total")
 _UNKNOWN = "–"
 _TRACED = "≈ "
 
@@ -27,10 +27,10 @@ def print_plans(
 
     Args:
       console: the console to print to.
-      facts: the facts that all plans share; see `train.plan.__main__.described`.
+      facts: the facts that all plans share; see `train.plan.__main__.describe_job`.
       plans: one per variant, the requested one first.
       estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
-        `train.plan.__main__.estimate`.
+        `train.plan.__main__.estimate_time_and_cost`.
     """
     console.print(_headline(facts), highlight=False, soft_wrap=True)
     console.print(_memory_table(facts, plans))
@@ -43,7 +43,9 @@ def print_plans(
             kernels = ", ".join(plan.kernels)
             console.print(f"{plan.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in plan.notes:
-            console.print(f"{_mark(plan)}{plan.name}: {note}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{_traced_mark(plan)}{plan.name}: {note}", highlight=False, soft_wrap=True
+            )
     column_notes = _column_notes(facts, _needs_host_memory(plans))
     for note in (*facts["remarks"], column_notes, *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
@@ -74,22 +76,25 @@ def _needs_host_memory(plans: Sequence[Plan]) -> bool:
 
 def _memory_table(facts: Mapping[str, Any], plans: Sequence[Plan]) -> Table:
     """Returns the table of a device's memory."""
-    capacity = _gib(plans[0].per_chip_bytes["capacity"])
+    capacity = _format_gib(plans[0].per_chip_bytes["capacity"])
     table = Table(title=f"Memory per device, in GiB (of {capacity})")
+    # One column for the variant's name, and one for each share of the memory.
     table.add_column("")
     for share in facts["memory_shares"]:
         table.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
+    # One column for each use of the memory.
     programs_between = TASKS[facts["task"]].between
-    parts = [*_STEP_PARTS, *programs_between, *_TOTAL_PARTS]
+    memory_uses = [*_USES_OF_STEP, *programs_between, *_TOTAL_USES]
     if _needs_host_memory(plans):
-        parts.append("host")
-    for part in parts:
-        is_step_of_several = part == STEP and programs_between
-        table.add_column("step" if is_step_of_several else part, justify="right")
+        memory_uses.append("host")
+    for memory_use in memory_uses:
+        has_other_temporaries = memory_use == STEP and programs_between
+        table.add_column("step" if has_other_temporaries else memory_use, justify="right")
+    # One row for each variant.
     for plan in plans:
-        fits = ["yes" if is_fitting else "no" for is_fitting in plan.fits_share.values()]
-        sizes = [_gib(plan.per_chip_bytes.get(part)) for part in parts]
-        table.add_row(plan.name, *fits, *sizes)
+        fit_cells = ["yes" if is_fitting else "no" for is_fitting in plan.fits_share.values()]
+        size_cells = [_format_gib(plan.per_chip_bytes.get(use)) for use in memory_uses]
+        table.add_row(plan.name, *fit_cells, *size_cells)
     return table
 
 
@@ -100,19 +105,21 @@ def _work_table(
 ) -> Table:
     """Returns the table of a step's work, time and cost, and of the files' sizes."""
     cells: dict[str, list[str]] = {"": [plan.name for plan in plans]}
-    cells["TFLOP"] = [_mark(plan) + _scaled(plan.flops_per_step, 1e12) for plan in plans]
-    cells["GB sent"] = [_scaled(_sum(plan.collective_bytes), 1e9) for plan in plans]
+    cells["TFLOP"] = [
+        _traced_mark(plan) + _format_scaled(plan.flops_per_step, 1e12) for plan in plans
+    ]
+    cells["GB sent"] = [_format_scaled(_total_bytes(plan.collective_bytes), 1e9) for plan in plans]
     if facts["slices"] > 1:
         cells["GB between"] = [
-            _scaled(_sum(plan.between_slices_bytes), 1e9, digits=4) for plan in plans
+            _format_scaled(_total_bytes(plan.between_slices_bytes), 1e9, digits=4) for plan in plans
         ]
     step_seconds = [estimate["step_seconds"] for estimate in estimates]
     cells["step"] = [
         _UNKNOWN if seconds is None else step_time(seconds) for seconds in step_seconds
     ]
-    cells["chip-hours"] = [_number(estimate["chip_hours"]) for estimate in estimates]
+    cells["chip-hours"] = [_format_number(estimate["chip_hours"]) for estimate in estimates]
     if facts["price"] is not None:
-        cells["cost"] = [_number(estimate["cost"]) for estimate in estimates]
+        cells["cost"] = [_format_number(estimate["cost"]) for estimate in estimates]
     cells["adapter"] = [byte_size(plan.adapter_bytes) for plan in plans]
     cells["checkpoint"] = [byte_size(plan.checkpoint_bytes) for plan in plans]
     table = Table(title="Work and time")
@@ -123,7 +130,7 @@ def _work_table(
     return table
 
 
-def _mark(plan: Plan) -> str:
+def _traced_mark(plan: Plan) -> str:
     """Returns a mark for FLOPs that do not come from the compiled step."""
     return _TRACED if plan.flops_source == JAXPR else ""
 
@@ -139,7 +146,7 @@ def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
     if facts["slices"] > 1:
         slice_word = "hosts" if facts["compiler"] == "gpu" else "slices"
         n_slices = facts["slices"]
-        notes += f" GB between: the part of it that goes between the {n_slices} {slice_word}."
+        notes += f" GB between: the bytes of it that go between the {n_slices} {slice_word}."
     if needs_host_memory:
         notes += " host: memory of a device's host that the layers' inputs take, not in the total."
     if facts["compiler"] == "gpu":
@@ -157,7 +164,7 @@ def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
         )
         notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
     else:
-        notes += " For the time of a step, give --peak-tflops."
+        notes += " Pass --peak-tflops to see the time of a step."
     return notes
 
 
@@ -174,23 +181,24 @@ def _task_notes(facts: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         flops = plan.sampled_token_flops
         step_flops = None if flops is None else facts["grad_accum"] * flops
         yield (
-            f"The sampler's have the cache of keys and values, {_gib(plan.cache_bytes)} GiB on all "
-            f"devices. Its work comes on top: {_scaled(step_flops, 1e12, digits=3)} TFLOP for a "
-            f"token of each completion of a step, and up to {facts['max_new_tokens']} tokens."
+            "The sampler's temporaries include the cache of keys and values, "
+            f"{_format_gib(plan.cache_bytes)} GiB on all devices. The work of the sampler comes on "
+            f"top: {_format_scaled(step_flops, 1e12, digits=3)} TFLOP for a token of each "
+            f"completion of a step, and up to {facts['max_new_tokens']} tokens."
         )
 
 
-def _gib(size: int | None) -> str:
+def _format_gib(size: int | None) -> str:
     return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
 
 
-def _sum(sizes: Mapping[str, int] | None) -> int | None:
+def _total_bytes(sizes: Mapping[str, int] | None) -> int | None:
     return None if sizes is None else sum(sizes.values())
 
 
-def _scaled(value: int | None, unit: float, digits: int = 2) -> str:
+def _format_scaled(value: int | None, unit: float, digits: int = 2) -> str:
     return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}"
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:,.2f}"

@@ -23,7 +23,7 @@ from lora_jax.quantized import is_coded
 from lora_jax.quantized.rows import KERNEL_NAME
 from train.console.errors import UserError
 from train.plan.clock.summary import Clock, clock_of
-from train.plan.compile import hlo_of, reason_of
+from train.plan.compile import compiler_message, optimized_hlo_of
 from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
 
 
@@ -71,10 +71,10 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
     """
     adapters = 1 if adapters is None else adapters
     machine = job.machine
-    params = rows_params(job, variant, adapters)
+    params = param_shapes_for_rows(job, variant, adapters)
     lowered, cache = lower_token(job, params, rows)
     cache_bytes = bytes_per_device((cache.key, cache.value, cache.recurrent))
-    read_bytes = _read_bytes(job, params, rows) + cache_bytes
+    read_bytes = _bytes_read_per_token(job, params, rows) + cache_bytes
     token = Token(
         rows=rows,
         adapters=adapters,
@@ -85,8 +85,8 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
     try:
         compiled = lowered.compile(compiler_options=machine.compilations[0] or None)
     except jax.errors.JaxRuntimeError as error:
-        return dataclasses.replace(token, refused=reason_of(error))
-    text = hlo_of(compiled, lowered, machine)
+        return dataclasses.replace(token, refused=compiler_message(error))
+    text = optimized_hlo_of(compiled, lowered, machine)
     clock = clock_of(text, machine)
     has_kernel = text is not None and KERNEL_NAME in text
     without_kernel: str | None = None
@@ -100,17 +100,17 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
     )
 
 
-def rows_params(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
+def param_shapes_for_rows(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
     """Returns the shapes of the tree that rows of so many adapters run on; see `plan_token`."""
     params = abstract_params(job, variant)
     if adapters == 0:
         return lj.strip(params)
     if adapters == 1:
         return params
-    return _with_slots(params, adapters + 1, job.layout.whole)
+    return _bank_shapes(params, adapters + 1, job.layout.whole)
 
 
-def _with_slots(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> Tree:
+def _bank_shapes(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> Tree:
     """Returns the shapes of a bank's tree, the base's slot among them, out of an adapted tree's.
 
     Raises:
@@ -124,8 +124,8 @@ def _with_slots(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> 
             return leaf
         if not isinstance(node, LoraWeight) or node.extras:
             raise UserError(
-                f"--decode-adapters plans rows whose adapters are factors A and B, and {path} has "
-                "more: leave it out"
+                "--decode-adapters needs adapters that only have the factors A and B, but the "
+                f"adapter of {path} has more arrays. Remove --decode-adapters."
             )
         arrays: dict[str, Any] = {}
         for name in ("a", "b", "scale"):
@@ -137,25 +137,25 @@ def _with_slots(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> 
     return map_leaves(with_slots, lj.strip(params))
 
 
-def _plain(params: Tree) -> Tree:
+def _base_of(params: Tree) -> Tree:
     """Returns the base of an adapted tree, or of a bank's."""
     return lj.strip(map_slots(lambda _, slots: slots.base, params))
 
 
-def _coded_leaves(params: Tree) -> list[Any]:
+def _quantized_leaves(params: Tree) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if is_coded(leaf)]
 
 
 def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
     """Returns the reason why no kernel reads the codes; None if there are no codes."""
-    formats = sorted({leaf.format.name for leaf in _coded_leaves(_plain(params))})
+    formats = sorted({leaf.format.name for leaf in _quantized_leaves(_base_of(params))})
     if not formats:
         return None
     n_devices = len(job.machine.devices)
     if n_devices > 1:
-        return f"a kernel is of one device, and these are {n_devices}"
+        return f"the kernel runs on one device, but there are {n_devices}"
     if rows > MAX_KERNEL_ROWS:
-        return f"a kernel takes {MAX_KERNEL_ROWS} rows at most"
+        return f"the kernel takes {MAX_KERNEL_ROWS} rows at most"
     return f"no kernel takes {', '.join(formats)} in these shapes and dtypes"
 
 
@@ -177,14 +177,14 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
         dtype,
         attention=job.attention,
         experts=job.experts,
-        params=_plain(params),
+        params=_base_of(params),
     )
     has_slots = bool(slots_of(params))
     # As in the server, mixed batches run on the model as it is.
     apply = job.layout.constrained(model).apply
     if has_slots:
         apply = mixed(model.apply)
-    elif nodes_of(params) or _coded_leaves(params):
+    elif nodes_of(params) or _quantized_leaves(params):
         apply = lj.adapt(apply)
 
     def replicated(array: Any) -> jax.ShapeDtypeStruct:
@@ -207,7 +207,7 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
 
 
 def print_token(console: Console, token: Token) -> None:
-    """Prints a token's time beside the least that it can be."""
+    """Prints the time of a token, beside the shortest time that the memory's rate allows."""
     rows = "one row" if token.rows == 1 else f"{token.rows} rows"
     adapters = {0: ", the base alone", 1: ""}.get(
         token.adapters, f", {token.adapters} adapters mixed"
@@ -222,10 +222,10 @@ def print_token(console: Console, token: Token) -> None:
     kernel_seconds = token.clock.kernels if token.clock else None
     table.add_row(
         f"{token.bytes / 1e9:,.2f}",
-        _scaled(token.floor_seconds, 1e3),
-        _scaled(token.seconds, 1e3),
-        _scaled(kernel_seconds, 1e3),
-        _scaled(ratio, 1),
+        _format_scaled(token.floor_seconds, 1e3),
+        _format_scaled(token.seconds, 1e3),
+        _format_scaled(kernel_seconds, 1e3),
+        _format_scaled(ratio, 1),
     )
     console.print(table)
     if token.refused:
@@ -237,15 +237,15 @@ def print_token(console: Console, token: Token) -> None:
             "the cycles of their schedule on a v5e, whichever takes longer; attention by its FLOPs."
         )
     if token.without_kernel:
-        note += f" XLA's form reads the codes: {token.without_kernel}."
+        note += f" XLA reads the codes without a kernel, because {token.without_kernel}."
     console.print(note, highlight=False, soft_wrap=True)
 
 
-def _scaled(value: float | None, factor: float) -> str:
+def _format_scaled(value: float | None, factor: float) -> str:
     return "–" if value is None else f"{factor * value:,.2f}"
 
 
-def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
+def _bytes_read_per_token(job: PlanJob, params: Tree, rows: int) -> int:
     """Returns the bytes of an adapted tree that a device reads for a token."""
     kinds = job.outline.kinds
     n_active_experts = job.outline.active_experts
@@ -254,7 +254,7 @@ def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
     read_share = {"embedding": 0.0 if "head" in kinds.values() else 1.0}
     if n_active_experts and n_experts:
         read_share["experts"] = min(1.0, rows * n_active_experts / n_experts)
-    leaves, _ = flatten_with_paths(_plain(params), is_coded)
+    leaves, _ = flatten_with_paths(_base_of(params), is_coded)
     base_bytes = 0.0
     for path, leaf in leaves:
         base_bytes += read_share.get(kinds[path], 1.0) * bytes_per_device(leaf)

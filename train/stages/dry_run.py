@@ -29,7 +29,7 @@ from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import Options
 from train.options.file import replace_options
-from train.plan.local import LocalNeeds, local_needs, local_step, measured_rate
+from train.plan.local import LocalNeeds, local_needs, local_step, measure_flop_rate
 from train.processes import hosts
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
@@ -304,7 +304,7 @@ def _print_time(say: Say, config: Options, inputs: Inputs, needs: LocalNeeds) ->
     if needs.flops is None or needs.scored is None:
         return
     feed = inputs.feed
-    rate = measured_rate(config.optim.dtype, list(inputs.layout.mesh.devices.flat))
+    rate = measure_flop_rate(config.optim.dtype, list(inputs.layout.mesh.devices.flat))
     step_rate = rate * _UTILISATION
     scores_in_step = is_live(config)
     step_flops = needs.flops + needs.scored if scores_in_step else needs.flops

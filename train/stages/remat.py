@@ -27,9 +27,9 @@ from lora_jax.training.step import State
 from train.console.errors import UserError
 from train.options.common import AUTO, Options
 from train.options.file import replace_options
-from train.plan.compile import reason_of
+from train.plan.compile import compiler_message
 from train.plan.job import bytes_per_device
-from train.plan.local import capacity_of
+from train.plan.local import memory_capacity_of
 from train.processes import hosts
 from train.run.costs import versions
 from train.run.output import saved_options
@@ -159,8 +159,8 @@ def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) 
     except jax.errors.JaxRuntimeError as error:
         if not is_refusal(error):
             raise UserError(
-                f"the compiler failed on the step with --remat {remat}, and not for want "
-                f"of memory: {reason_of(error)}. Name another policy, such as --remat full"
+                f"the compiler failed on the step with --remat {remat}, though not for lack of "
+                f"memory: {compiler_message(error)}. Use another policy, such as --remat full."
             ) from error
         refusal = str(error)
     seconds = time.perf_counter() - start_time
@@ -190,7 +190,7 @@ def _tokens_of_device(layout: Layout, batch: HostBatch, length: int) -> int:
 
 def smallest_device(layout: Layout) -> int | None:
     """Returns the memory of the smallest device of all processes; None if one does not say."""
-    local_sizes = [capacity_of(device) for device in layout.mesh.local_devices]
+    local_sizes = [memory_capacity_of(device) for device in layout.mesh.local_devices]
     sizes = [size for process_sizes in hosts.gather(local_sizes) for size in process_sizes]
     known_sizes = [size for size in sizes if size is not None]
     are_all_known = len(known_sizes) == len(sizes)

@@ -42,8 +42,8 @@ def plan_flops(job: PlanJob, variant: PlanVariant) -> int:
     """Returns the FLOPs of a plan's step, and of the reference or the scorer that it needs."""
     params = abstract_params(job, variant)
     total = batch_flops(job, variant, params)
-    if job.kind.between:
-        scored_by = lj.strip(params) if REFERENCE in job.kind.between else params
+    if job.task_facts.between:
+        scored_by = lj.strip(params) if REFERENCE in job.task_facts.between else params
         total += batch_flops(job, variant, scored_by, forward=True)
     return job.grad_accum * total
 
@@ -55,12 +55,14 @@ def batch_flops(job: PlanJob, variant: PlanVariant, params: Any, forward: bool =
         job.outline.config,
         params,
         batch=job.rows,
-        seq=job.row,
+        seq=job.row_tokens,
         remat=variant.remat,
-        attention=job.chosen.attend,
-        split=job.layout.split(job.row),
+        attention=job.attention_choice.attend,
+        split=job.layout.split(job.row_tokens),
         chunked=job.head_chunk > 0,
-        predicted=job.predicted if is_whole else job.row,  # split rows have heads at all
+        predicted=job.predicted_tokens
+        if is_whole
+        else job.row_tokens,  # split rows have heads at all
         forward=forward,
         branched=job.share_prompt,
     )

@@ -38,9 +38,9 @@ def filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 options = plan.parse(args)
-plan.check(options)
+plan.check_options(options)
 job, optim = plan.make_job(options.plan)
-(variant,) = plan.variants(options)
+(variant,) = plan.variants_to_plan(options)
 if mode == "compile":
     print(json.dumps(planned.plan(job, variant, optim).per_chip_bytes))
 else:

@@ -33,7 +33,7 @@ from train.plan.clock.table import print_clocks
 from train.plan.clock.walk import Cost
 from train.plan.clock.work import NotUnderstood, work_of
 from train.plan.flops.closed_form import model_flops
-from train.plan.machines import Machine, assuming
+from train.plan.machines import Machine, with_assumptions
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -347,7 +347,7 @@ def test_a_plan_tells_the_share_of_the_peak():
     assert made.mfu == pytest.approx(1000 / (2 * 1e12 * made.seconds), rel=1e-12)
     assert made.seconds == pytest.approx(made.fusions + made.kernels + made.uncovered, rel=1e-12)
     assert sum(part.seconds for part in made.groups) == pytest.approx(made.seconds, rel=1e-12)
-    faster = clock_of(text, assuming(TPU, None, 100.0))
+    faster = clock_of(text, with_assumptions(TPU, None, 100.0))
     assert faster.seconds < made.seconds and faster.mfu is None
     assert clock_of("HloModule other", TPU) is None
     on_gpu = clock_of(text, dataclasses.replace(TPU, clock=None), model_flops=1000)
@@ -359,9 +359,11 @@ def test_a_plan_tells_the_share_of_the_peak():
 
 
 def test_assumptions_without_an_effect_are_errors():
-    with pytest.raises(UserError, match=r"--kernel-share 0.4 and --link-gbytes 3: only the TPU"):
-        assuming(dataclasses.replace(TPU, clock=None), 0.4, 3.0)
-    assert assuming(TPU, 0.4, None) == dataclasses.replace(TPU, kernel_share=0.4)
+    with pytest.raises(
+        UserError, match=r"--kernel-share 0.4 and --link-gbytes 3 only affects plans for TPUs"
+    ):
+        with_assumptions(dataclasses.replace(TPU, clock=None), 0.4, 3.0)
+    assert with_assumptions(TPU, 0.4, None) == dataclasses.replace(TPU, kernel_share=0.4)
 
 
 def test_the_largest_number_of_cycles_is_no_estimate():

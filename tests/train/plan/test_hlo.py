@@ -232,7 +232,7 @@ def test_what_is_sent_depends_on_how_many_devices_take_part(groups, devices):
     ).replace("is_scheduled=true", "is_scheduled=true, replica_count=1, num_partitions=8")
     part = 840 * 4 // devices
     assert work_of(text).sent.get("all-reduce", 0) == 2 * (devices - 1) * part
-    with pytest.raises(NotUnderstood, match="groups are not listed"):
+    with pytest.raises(NotUnderstood, match="does not list the groups"):
         work_of(text.replace(groups, "replica_groups=elsewhere"))
 
 

@@ -54,7 +54,7 @@ def test_a_scan_counts_as_often_as_it_runs():
 
 
 def test_the_control_a_counter_that_forgets_how_often(monkeypatch):
-    monkeypatch.setattr("train.plan.flops.jaxpr._times", lambda n, part: part)
+    monkeypatch.setattr("train.plan.flops.jaxpr._multiply_count", lambda n, part: part)
     forgetful = counted(layers, (5, 7), (11, 7, 7)).flops
     assert forgetful == 2 * 5 * 7 * 7 + 2 * 2 * 5 * 5 * 7 != LAYERS_FLOPS
 

@@ -1,7 +1,7 @@
 """Kernels in plans: their FLOPs by the table, and their names."""
 
 from train.plan.clock.work import work_of
-from train.plan.hlo.kernels import kernel_lines, unlisted
+from train.plan.hlo.kernels import kernel_lines, unlisted_kernels
 
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -41,7 +41,7 @@ def test_a_kernel_counts_the_blocks_that_its_mask_leaves() -> None:
     work = work_of(TEXT.replace("NAME", "splash_mha_fwd_residuals"))
     of_all = 2 * (2 * 6 * 256) * 7 * 512  # a product of all queries and keys
     assert work.flops == 5 * (3 * of_all * 3 // 8 + 2 * of_all)
-    assert kernel_lines(work.kernels) == ("splash attention (fwd, dq)",) and not unlisted(
+    assert kernel_lines(work.kernels) == ("splash attention (fwd, dq)",) and not unlisted_kernels(
         work.kernels
     )
 
@@ -49,7 +49,7 @@ def test_a_kernel_counts_the_blocks_that_its_mask_leaves() -> None:
 def test_a_kernel_that_is_not_listed_is_named() -> None:
     work = work_of(TEXT.replace("NAME", "their_kernel"))
     assert kernel_lines(work.kernels) == ("splash attention (dq)", "their_kernel")
-    assert unlisted(work.kernels) == ("their_kernel",)
+    assert unlisted_kernels(work.kernels) == ("their_kernel",)
 
 
 def test_a_window_of_some_layers_counts_as_their_mean() -> None:
@@ -92,4 +92,4 @@ def test_ragged_products_count_each_row_with_its_group() -> None:
     work = work_of(RAGGED)
     assert work.flops == 3 * 2 * 40 * 5 * 7
     assert kernel_lines(work.kernels) == ("ragged products (rows, groups)",)
-    assert not unlisted(work.kernels)
+    assert not unlisted_kernels(work.kernels)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.plan.tiny_plans import FIELDS, write
 from train.plan import __main__ as plan
-from train.plan.__main__ import largest_fit
+from train.plan.__main__ import find_largest_fit
 from train.plan.gpus import CARDS
 from train.plan.machines import find_machine
 
@@ -36,7 +36,7 @@ def test_the_largest_size(name, first):
         memory = {"total": total, "capacity": CAPACITY}
         return SimpleNamespace(per_chip_bytes=memory, fits_share={"1": fits})
 
-    found = largest_fit(plan_of, first, unit=16, size_limit=5000, share=1.0)
+    found = find_largest_fit(plan_of, first, unit=16, size_limit=5000, share=1.0)
     sizes = [n for n in range(16, 5001, 16) if (NEEDS[name](n) or CAPACITY + 1) <= CAPACITY]
     want = max(sizes, default=None)
     assert found == want or (found and want - want / 32 - 16 <= found <= want)
@@ -51,25 +51,25 @@ def test_a_plan_of_the_longest_row(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert json.loads(out)["largest"] == {"1": 512} and json.loads(out)["seq_len"] == 512
     assert "compiled" not in err, "the plan of that length is not made again"
-    assert "the most that fits: 512 tokens a row (the model's limit)" in err
+    assert "the largest size that fits: 512 tokens per row (the model's limit)" in err
     memory = {"total": None, "capacity": 1}
     refused = SimpleNamespace(per_chip_bytes=memory, fits_share={"1": False}, failed=None)
     refused.compile_seconds = 0
     monkeypatch.setattr(plan, "plan", lambda *_: refused)
     with pytest.raises(SystemExit):
         plan.main(words)
-    assert "not even 256 tokens a row fit into cpu:1: give --quantize" in capsys.readouterr().err
+    assert "256 tokens per row, does not fit into cpu:1. Use --quantize" in capsys.readouterr().err
 
 
 BAD = {
-    "h99:8": "there is no such machine; give one of v5e",
-    "h100": "there is no such machine",
-    "h100:0": "a number of GPUs is needed, such as h100:8, or hosts",
-    "h100:2x2x2": "a number of GPUs is needed",
-    "2xh100:8": "only TPUs have slices; for 2 hosts of GPUs, give h100:2x8",
-    "2xcpu:4": "only TPUs have slices$",
-    "0xv5e:4x4": "there is no such machine",
-    "rtx4090:9999": "a number of GPUs is needed",
+    "h99:8": "no known machine. Pass one of v5e",
+    "h100": "no known machine",
+    "h100:0": "Pass a number of GPUs, such as h100:8, or hosts",
+    "h100:2x2x2": "Pass a number of GPUs",
+    "2xh100:8": "only TPUs have slices. For 2 hosts of GPUs, pass h100:2x8",
+    "2xcpu:4": "only TPUs have slices. Pass cpu:4",
+    "0xv5e:4x4": "no known machine",
+    "rtx4090:9999": "Pass a number of GPUs",
 }
 
 
@@ -77,7 +77,7 @@ BAD = {
 def test_a_gpu_that_does_not_exist(topology):
     with pytest.raises(plan.UserError, match=BAD[topology]):
         find_machine(topology)
-    with pytest.raises(plan.UserError, match="on GPUs alone, and --topology is cpu:1"):
+    with pytest.raises(plan.UserError, match="only applies to GPUs, but --topology is cpu:1"):
         find_machine("cpu:1", mem_fraction=0.5)
 
 

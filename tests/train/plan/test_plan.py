@@ -34,11 +34,11 @@ from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.__main__ import PlanConfig
 from train.plan.clock.work import HloWork
-from train.plan.compile import refused_bytes
+from train.plan.compile import parse_refused_bytes
 from train.plan.flops.checked import step_work
 from train.plan.flops.jaxpr import Count
 from train.plan.ladder import Ladder, print_ladder
-from train.plan.machines import find_machine, topology_here
+from train.plan.machines import find_machine, topology_of_devices
 from train.plan.table import print_plans
 from train.run.output import folder_bytes
 
@@ -99,8 +99,8 @@ def test_flops_of_attention_by_blocks(model, remat, how):
 def test_blocks_count_other_flops_than_all_scores_at_once(model):
     def closed_form(how):
         options = asked(model, "--seq-len", 384, "--attention", how)
-        job, variant = plan.make_job(options.plan)[0], plan.variants(options)[0]
-        attention, params = job.chosen.attend, planned.abstract_params(job, variant)
+        job, variant = plan.make_job(options.plan)[0], plan.variants_to_plan(options)[0]
+        attention, params = job.attention_choice.attend, planned.abstract_params(job, variant)
         sizes = dict(batch=4, seq=384, remat="full", chunked=True)
         return step_flops(job.outline.config, params, attention=attention, split=None, **sizes)
 
@@ -109,7 +109,7 @@ def test_blocks_count_other_flops_than_all_scores_at_once(model):
 
 def described_attention(model, *options):
     options = asked(model, *options)
-    return plan.described(options.plan, plan.make_job(options.plan)[0])["attention"]
+    return plan.describe_job(options.plan, plan.make_job(options.plan)[0])["attention"]
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
 
 @pytest.mark.slow
 def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
-    monkeypatch.setattr("train.plan.flops.jaxpr._times", lambda n, part: part)
+    monkeypatch.setattr("train.plan.flops.jaxpr._multiply_count", lambda n, part: part)
     _, _, made = planned_for(model)
     assert made.flops_per_step > 1.5 * made.flops_traced
     (note,) = made.notes
@@ -225,7 +225,7 @@ def test_memory_is_told_where_the_hlo_is_not_understood(
 def test_memory_is_told_where_neither_is_understood(model, sound, monkeypatch):
     rewritten(monkeypatch, UNREADABLE["another language"])
     monkeypatch.setattr(
-        "train.plan.flops.jaxpr._PRODUCTS", {"dot_general": lambda eqn: eqn.nothing}
+        "train.plan.flops.jaxpr._FLOPS_OF_PRIMITIVE", {"dot_general": lambda eqn: eqn.nothing}
     )
     _, _, made = planned_for(model)
     assert made.per_chip_bytes == sound().per_chip_bytes and made.flops_source is None
@@ -311,7 +311,7 @@ def test_json_and_a_table(model, capsys, monkeypatch):
     adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
     both = [planned.PlanVariant(adapter, "full") for adapter in adapters]
     monkeypatch.setattr(
-        plan, "variants", lambda options, *_, **__: both[1:] if options.plan.alone else both
+        plan, "variants_to_plan", lambda options, *_, **__: both[1:] if options.plan.alone else both
     )
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--dtype", "float32"]
@@ -350,8 +350,8 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     made = dataclasses.replace(sound(), **told)
     options = [asked(model, "--peak-tflops", 1, *more).plan for more in ([], ["--json"])]
     job, _ = plan.make_job(options[0])
-    facts = plan.described(options[0], job)
-    plan.show(options[0], job, facts, [made, sound()])
+    facts = plan.describe_job(options[0], job)
+    plan.print_results(options[0], job, facts, [made, sound()])
     table = capsys.readouterr().out
     assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +– │ +7.50 s │", table)
     assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │", table)
@@ -365,44 +365,47 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     sent = {"all-gather": 5 * 10**9, "all-reduce": 9 * 10**6}
     between = {"all-reduce": 4 * 10**6}
     apart = dataclasses.replace(sound(), collective_bytes=sent, between_slices_bytes=between)
-    plan.show(options[0], job, facts | {"slices": 2}, [apart])
+    plan.print_results(options[0], job, facts | {"slices": 2}, [apart])
     table = capsys.readouterr().out
-    assert "GB between: the part of it that goes between the 2 slices." in table
+    assert "GB between: the bytes of it that go between the 2 slices." in table
     assert re.search("│ +5.01 │ +0.0040 │", table)
-    plan.show(options[1], job, facts, [apart])
+    plan.print_results(options[1], job, facts, [apart])
     assert json.loads(capsys.readouterr().out)["between_slices_bytes"] == between
-    plan.show(options[1], job, facts, [made])
+    plan.print_results(options[1], job, facts, [made])
     out = json.loads(capsys.readouterr().out)
     assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]
     assert out["collective_bytes"] is None and out["step_seconds"] == 7.5
 
 
 BAD = [
-    (["--topology", "v9:4x4"], "there is no such machine; give one of v5e:"),
-    (["--topology", "cpu:2x2"], "a number of devices is needed"),
-    (["--kernel-share", "0.4"], "--kernel-share 0.4: only the TPU's compiler estimates"),
-    (["--link-gbytes", "45"], "--link-gbytes 45: only the TPU's compiler estimates"),
-    (["--kernel-share", "1.5"], "--kernel-share 1.5: a share of the peak, above 0 and at most 1"),
+    (["--topology", "v9:4x4"], "no known machine. Pass one of v5e:"),
+    (["--topology", "cpu:2x2"], "needs a number of devices"),
+    (["--kernel-share", "0.4"], "--kernel-share 0.4 only affects plans for TPUs"),
+    (["--link-gbytes", "45"], "--link-gbytes 45 only affects plans for TPUs"),
+    (["--kernel-share", "1.5"], "--kernel-share 1.5 is no share of the peak"),
     (["--topology", "cpu:4", "--mesh", "fsdp=3"], "needs 3 devices, and there are 4"),
     (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
     (["--seq-len", "5000"], "allows 4096 tokens at most"),
     (["--dtype", "int8"], "float32 or bfloat16"),
-    (["--utilisation", "40"], "a share of the peak"),
+    (["--utilisation", "40"], "no share of the peak"),
     (["--tokens", "-1"], "a positive number"),
     (["--price", "0"], "a positive number"),
     (["--targets", "nothing_like_it"], "selects no leaf"),
     (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
     (["--model", "."], "config.json is missing"),
     (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
-    (["--mem-fraction", "0.9"], "JAX reserves a share of memory on GPUs alone"),
-    (["--mem-fraction", "90"], "a share of a GPU's memory, above 0"),
-    (["--longest", "--largest-batch"], "one of them at a time"),
-    (["--longest", "--adapters", "2"], "plan one run, and --adapters plans several"),
+    (["--mem-fraction", "0.9"], "only applies to GPUs"),
+    (["--mem-fraction", "90"], "no share of a GPU's memory"),
+    (["--longest", "--largest-batch"], "do not work together"),
+    (["--longest", "--adapters", "2"], "plan one run, but --adapters plans several"),
     (["--remat", "offload"], "the device is the host's CPU. Pass --remat full"),
-    (["--init-adapter", "x"], "an adapter's shapes come from options here"),
-    (["--adapters", "1", "3"], "--adapters 3: a number that divides --batch-size 4"),
+    (["--init-adapter", "x"], "--init-adapter does not apply to a plan"),
+    (["--adapters", "1", "3"], "--adapters 3 does not divide --batch-size 4"),
     (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
-    (["--adapters", "4", "--topology", "cpu:2", "--mesh", "fsdp=2"], "splits a batch into 2 parts"),
+    (
+        ["--adapters", "4", "--topology", "cpu:2", "--mesh", "fsdp=2"],
+        "the mesh splits them into 2 parts",
+    ),
 ]
 
 
@@ -431,10 +434,12 @@ def test_without_the_tpu_compiler(monkeypatch):
     with pytest.raises(UserError, match=r"is not installed \(JAX TPU.*pip install -e '\.\[tpu\]'"):
         find_machine("v5e:4x4")
     fails("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
-    with pytest.raises(UserError, match="only one at a time"):
+    with pytest.raises(UserError, match="only one process can use"):
         find_machine("v5e:4x4")
     fails("INVALID_ARGUMENT: Topology layout is not divisible by chips_per_host_bounds")
-    with pytest.raises(UserError, match="no such slice .INVALID_ARGUMENT: Topology layout"):
+    with pytest.raises(
+        UserError, match="does not know this slice .INVALID_ARGUMENT: Topology layout"
+    ):
         find_machine("v5e:3x5")
 
 
@@ -460,9 +465,9 @@ def test_a_refusal_is_a_result(model, monkeypatch):
 
 def test_other_words_of_the_compiler():
     held = {"base": 3, "adapter": 1, "optimizer": 2}
-    of = refused_bytes("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
+    of = parse_refused_bytes("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
     assert of["total"] == round(48.5 * 2**30) and of["temporaries"] == of["total"] - 6
-    unknown = refused_bytes("Ran out of memory in memory space vmem", held, 7)
+    unknown = parse_refused_bytes("Ran out of memory in memory space vmem", held, 7)
     assert unknown["total"] is None and unknown["base"] == 3
 
 
@@ -481,13 +486,15 @@ def test_ctrl_c_leaves_what_was_compiled(model, sound, monkeypatch, capsys):
 
 
 def test_ways_stand_beside_what_is_asked_for(model):
-    assert [variant.name for variant in plan.variants(asked(model))] == [
+    assert [variant.name for variant in plan.variants_to_plan(asked(model))] == [
         *("LoRA r=3, remat", "LoRA r=3, remat but dense", "LoRA r=3, no remat"),
         "full fine-tuning, remat",
     ]
-    names = [variant.name for variant in plan.variants(asked(model, "--full", "--remat", "none"))]
+    names = [
+        variant.name for variant in plan.variants_to_plan(asked(model, "--full", "--remat", "none"))
+    ]
     assert names[0] == "full fine-tuning, no remat" and "LoRA r=3, remat" in names
-    assert len(plan.variants(asked(model, "--alone"))) == 1
+    assert len(plan.variants_to_plan(asked(model, "--alone"))) == 1
 
 
 def test_every_option_of_the_plan_is_told(capsys):
@@ -501,9 +508,12 @@ def test_every_option_of_the_plan_is_told(capsys):
 
 def test_gpus_are_known_by_the_name_of_their_card():
     card = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
-    assert topology_here([card, card]) == "l4:2"
+    assert topology_of_devices([card, card]) == "l4:2"
     other = SimpleNamespace(platform="gpu", device_kind="NVIDIA GTX 1080")
-    assert topology_here([other]) is None and topology_here(jax.devices("cpu")[:1]) == "cpu:1"
+    assert (
+        topology_of_devices([other]) is None
+        and topology_of_devices(jax.devices("cpu")[:1]) == "cpu:1"
+    )
 
 
 @pytest.mark.slow
@@ -552,7 +562,7 @@ def test_the_ladder_as_a_table():
     table = console.file.getvalue()
     assert re.search(r"full \(chosen\) │ +1\.00 │", table) and re.search(r"none +│ +3\.00 │", table)
     assert "remat: full (the layers are computed again): the compiled step takes 1.00 of" in table
-    assert "it may end at another policy" in table
+    assert "it may choose another policy" in table
 
 
 def test_a_plan_tells_a_failure_of_the_compiler_as_such(model, monkeypatch, capsys):
@@ -580,7 +590,7 @@ def test_a_search_begins_each_size_with_the_policy_of_the_last(model, monkeypatc
 
     monkeypatch.setattr(plan, "plan", grown)
     few = ("--longest", "--remat", "auto", "--seq-len", 1536, "--capacity-gib", 1)
-    found, made, _ = plan.search(asked(model, *few))
+    found, made, _ = plan.find_largest_size(asked(model, *few))
     assert found == {"1": 2560} and made.name == "full"
     assert compiled[0] == (1536, "none") and ("full" in {remat for _, remat in compiled})
     first = {}

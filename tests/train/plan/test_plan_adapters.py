@@ -16,9 +16,9 @@ def test_memory_grows_by_the_adapters_alone(tmp_path):
     options = asked(
         model, "--targets", "q_proj", "down_proj", "--adapters", 1, 4, "--remat", "none"
     )
-    plan.check(options)
+    plan.check_options(options)
     job, optim = plan.make_job(options.plan)
-    one, four = (planned.plan(job, variant, optim) for variant in plan.variants(options))
+    one, four = (planned.plan(job, variant, optim) for variant in plan.variants_to_plan(options))
     assert (one.name, four.name) == ("1 × LoRA r=3, no remat", "4 × LoRA r=3, no remat")
     alone = planned.plan(job, plan.PlanVariant(options.adapter, "none"), optim)
     sizes = [made.per_chip_bytes for made in (alone, one, four)]

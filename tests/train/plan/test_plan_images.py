@@ -36,17 +36,17 @@ def test_images_cost_one_forward_pass_of_their_encoder(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--images", 7], "--images 7: they take 28 tokens of a row, and --seq-len is 24"),
+        (["--images", 7], "--images 7 takes 28 tokens of a row, but --seq-len is only 24"),
         (["--images", -1], "--images -1"),
-        (["--images", 1, "--task", "dpo"], "--images: train.dpo reads texts alone"),
+        (["--images", 1, "--task", "dpo"], "--images does not apply to train.dpo"),
     ],
 )
 def test_images_that_cannot_be(model, options, message):
     with pytest.raises(UserError, match=message):
-        plan.check(asked(model, *options))
+        plan.check_options(asked(model, *options))
         plan.make_job(asked(model, *options).plan)
 
 
 def test_a_model_of_texts_has_no_images(tmp_path):
-    with pytest.raises(UserError, match="--images 1: the model .* reads texts alone"):
+    with pytest.raises(UserError, match="--images 1 needs a model that reads images"):
         plan.make_job(asked(write(tmp_path, FIELDS), "--images", 1).plan)

@@ -38,7 +38,7 @@ def test_lora_needs_two_thirds_of_the_flops(tmp_path):
     for more in (["--rank", 8], ["--full"]):
         options = plan.parse([str(word) for word in (*words, *more)])
         job, optim = plan.make_job(options.plan)
-        variant = plan.variants(options)[0]
+        variant = plan.variants_to_plan(options)[0]
         made.append(planned.plan(job, variant, optim))
         by_hand = plan_flops(job, variant)
         np.testing.assert_allclose(made[-1].flops_per_step, by_hand, rtol=0.01)

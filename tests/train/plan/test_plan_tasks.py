@@ -87,7 +87,8 @@ def test_a_batch_of_pairs_has_the_shapes_of_a_run(model, prompt):
     assert batch["ids"].shape == (3, 4, 32 if prompt else 48)
     if prompt:
         alone = job_of(model, *DPO, *asks, "--no-share-prompt")
-        assert (alone.row, alone.predicted) == (48, 16) and "branches" not in batch_shapes(alone)
+        assert (alone.row_tokens, alone.predicted_tokens) == (48, 16)
+        assert "branches" not in batch_shapes(alone)
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -173,7 +174,7 @@ def test_the_total_is_that_of_the_largest_program():
             SCORER: compiled(scorer, 1100 + 30),
             REFERENCE: compiled(reference, 1000 + 7 + 30),
         }
-        return planned._device_bytes(made, programs, held)
+        return planned._device_memory_bytes(made, programs, held)
 
     assert memory(500, 400)["total"] == 1300 + 40 + 20 - 5 + 500 + 3
     of_scorer = memory(500, 800)
@@ -188,9 +189,9 @@ def test_in_full_the_base_is_there_beside_what_trains(model):
     """While a reference reads, that is: a copy of the weights trains."""
     step = prepared(asked(model, *DPO, "--full"))
     program = step.between[REFERENCE]
-    assert program.shared < 0.01 * tree_bytes(program.params)
+    assert program.shared_bytes < 0.01 * tree_bytes(program.params)
     lora = prepared(asked(model, *DPO)).between[REFERENCE]
-    assert lora.shared >= tree_bytes(lora.params)
+    assert lora.shared_bytes >= tree_bytes(lora.params)
 
 
 @pytest.mark.slow
@@ -207,7 +208,7 @@ def test_a_step_has_no_second_base(model, options):
     for program in step.between.values():
         between = sizes(program.lowered)
         assert between["arguments"] <= tree_bytes((program.params, step.batch)) + 1000
-        if program.times:
+        if program.runs_per_step:
             assert between["temporaries"] < found["temporaries"]
 
 
@@ -298,7 +299,7 @@ def test_a_sampler_that_is_refused_is_told(model, monkeypatch):
     between = step.between | {SAMPLER: refused}
     monkeypatch.setattr(planned, "prepare", lambda *_: dataclasses.replace(step, between=between))
     job, optim = plan.make_job(options.plan)
-    made = planned.plan(job, plan.variants(options)[0], optim)
+    made = planned.plan(job, plan.variants_to_plan(options)[0], optim)
     memory = made.per_chip_bytes
     assert not made.fits and made.refused.startswith("the sampler: RESOURCE_EXHAUSTED")
     assert memory["sampler"] == 3.5 * GIB and 0 < memory["scorer"] < memory["temporaries"] < GIB
@@ -334,8 +335,8 @@ def test_the_largest_batch_is_of_whole_groups_and_pairs_may_be_long(model, monke
     tried = []
 
     def plan_of(job, variant, optim):
-        tried.append((job.batch_size, job.row))
-        total = 1000 + job.batch_size * job.row
+        tried.append((job.batch_size, job.row_tokens))
+        total = 1000 + job.batch_size * job.row_tokens
         capacity = {"total": total, "capacity": 20_000}
         fits = {"1": total <= 20_000}
         made = SimpleNamespace(per_chip_bytes=capacity, fits_share=fits, failed=None)
@@ -343,28 +344,28 @@ def test_the_largest_batch_is_of_whole_groups_and_pairs_may_be_long(model, monke
         return made
 
     monkeypatch.setattr(plan, "plan", plan_of)
-    found, *_ = plan.search(
+    found, *_ = plan.find_largest_size(
         asked(model, "--task", "grpo", "--group", 6, "--batch-size", 6, "--largest-batch")
     )
     assert found == {"1": 786} and 786 * 24 + 1000 <= 20_000 < 792 * 24 + 1000
     assert all(rows % 6 == 0 for rows, _ in tried)
-    found, *_ = plan.search(asked(model, *DPO, "--longest"))
+    found, *_ = plan.find_largest_size(asked(model, *DPO, "--longest"))
     assert found == {"1": 2304} and 4 * 2 * 2304 + 1000 <= 20_000 < 4 * 2 * 2560 + 1000
 
 
 BAD = [
-    (("--group", 4), "--group is about completions, which train.grpo draws"),
-    ((*DPO, "--max-new-tokens", 4), "--max-new-tokens is about completions"),
+    (("--group", 4), "--group only applies to completions, which train.grpo draws"),
+    ((*DPO, "--max-new-tokens", 4), "--max-new-tokens only applies to completions"),
     (("--task", "grpo", "--group", 1), "--group 1: .*2"),
     (("--task", "grpo", "--group", 3), "--batch-size 4 is no multiple of --group 3"),
     (("--task", "grpo", "--group", 2), "--max-new-tokens 128 leaves no room for prompts"),
-    ((*GRPO, "--longest"), "--seq-len holds a prompt and a completion"),
-    (("--prompt-len", 4), "--prompt-len is about pairs"),
+    ((*GRPO, "--longest"), "--seq-len covers a prompt and a completion"),
+    (("--prompt-len", 4), "--prompt-len only applies to pairs"),
     ((*DPO, "--prompt-len", 24), "--prompt-len 24 leaves no room for completions"),
-    (("--no-share-prompt",), "--no-share-prompt has no effect: there is no prompt"),
-    ((*DPO, "--no-share-prompt"), "--no-share-prompt has no effect: there is no prompt"),
+    (("--no-share-prompt",), "--no-share-prompt has no effect, because there is no prompt"),
+    ((*DPO, "--no-share-prompt"), "--no-share-prompt has no effect, because there is no prompt"),
     ((*DPO, "--prompt-len", 5, "--no-share-prompt"), "prompts are 21% of the tokens"),
-    ((*DPO, "--adapters", 2), "--adapters plans adapters of train.sft side by side"),
+    ((*DPO, "--adapters", 2), "--adapters only plans adapters of train.sft"),
 ]
 
 

@@ -18,9 +18,9 @@ from tests.support import thorough
 from tests.train.plan.closed_form import plan_flops
 from train.plan import __main__ as planning
 from train.plan.clock.work import work_of
-from train.plan.compile import hlo_of
-from train.plan.flops.checked import text_of
-from train.plan.machines import find_machine, topology_here
+from train.plan.compile import optimized_hlo_of
+from train.plan.flops.checked import hlo_text_of
+from train.plan.machines import find_machine, topology_of_devices
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.tpu_compiler
@@ -88,7 +88,7 @@ MODELS = {
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_devices_are_known_by_the_name_of_their_topology(name):
     pytest.importorskip("libtpu")
-    assert topology_here(find_machine(name).devices) == name
+    assert topology_of_devices(find_machine(name).devices) == name
 
 
 def test_a_mesh_may_split_an_axis_of_a_slice():
@@ -126,7 +126,7 @@ def plan(tmp_path_factory):
         made = json.loads(done.stdout)
         asked = planning.parse(list(map(str, words)))
         job, _ = planning.make_job(asked.plan)
-        made["by_hand"] = plan_flops(job, planning.variants(asked)[0])
+        made["by_hand"] = plan_flops(job, planning.variants_to_plan(asked)[0])
         sizes = {
             name: size and round(size / GIB, 2) for name, size in made["per_chip_bytes"].items()
         }
@@ -257,8 +257,8 @@ def test_the_hlo_of_a_look_up_on_sparse_cores(monkeypatch):
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
     lowered = jax.jit(lambda table, rows, kernel: table[rows] @ kernel).lower(*arrays)
     compiled = lowered.compile()
-    assert (text_of(compiled) is None) == (jax.__version_info__ < (0, 11))
-    unwritten = lambda program: None if program is compiled else text_of(program)  # noqa: E731
-    monkeypatch.setattr("train.plan.compile.text_of", unwritten)
-    work = work_of(hlo_of(compiled, lowered, machine))
+    assert (hlo_text_of(compiled) is None) == (jax.__version_info__ < (0, 11))
+    unwritten = lambda program: None if program is compiled else hlo_text_of(program)  # noqa: E731
+    monkeypatch.setattr("train.plan.compile.hlo_text_of", unwritten)
+    work = work_of(optimized_hlo_of(compiled, lowered, machine))
     assert work.flops == 2 * 8192 * 512 * 128

@@ -34,7 +34,7 @@ def flops_of(path, remat):
     """FLOPs of a step, traced and in closed form."""
     options = asked(path, "--targets", "all-linear", "--remat", remat)
     job, optim = plan.make_job(options.plan)
-    (variant, *_) = plan.variants(options)
+    (variant, *_) = plan.variants_to_plan(options)
     step = prepare(job, variant, optim)
     return count_traced(step.traced.jaxpr).flops, batch_flops(job, variant, step.params)
 

@@ -10,7 +10,7 @@ from tests.support import thorough
 from tests.train.plan.tiny_plans import asked, write
 from train.plan import __main__ as plan
 from train.plan.clock.work import work_of
-from train.plan.compile import hlo_of, prepare
+from train.plan.compile import optimized_hlo_of, prepare
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.machines import find_machine
 
@@ -29,12 +29,12 @@ def traffic(folder, *options):
     words = ("--topology", "2xv5e:4x4", "--batch-size", 2 * CHIPS, "--seq-len", 128, "--rank", RANK)
     words += ("--dtype", "bfloat16", "--targets", "all-linear", "--attention", "dense", "--alone")
     options = asked(write(folder, OF_8B), *words, *options)
-    plan.check(options)
+    plan.check_options(options)
     job, optim = plan.make_job(options.plan)
-    step = prepare(job, plan.variants(options)[0], optim)
+    step = prepare(job, plan.variants_to_plan(options)[0], optim)
     compiled = step.lowered.compile()
     mesh = job.layout.mesh
-    return mesh, work_of(hlo_of(compiled, step.lowered, job.machine), slices_in_hlo(mesh))
+    return mesh, work_of(optimized_hlo_of(compiled, step.lowered, job.machine), slices_in_hlo(mesh))
 
 
 def test_gradients_of_the_adapter_alone_go_between_slices(tmp_path):

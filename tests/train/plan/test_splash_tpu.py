@@ -113,8 +113,8 @@ def test_the_kernels_are_in_a_step(tmp_path, more, machine):
     args = ["--model", str(path), *machine, "--batch-size", "4", "--seq-len", "1024"]
     options = plan.parse([*args, "--rank", "3"])
     job, optim = plan.make_job(options.plan)
-    assert plan.described(options.plan, job)["attention"] == "splash"
-    variant = plan.variants(options)[0]
+    assert plan.describe_job(options.plan, job)["attention"] == "splash"
+    variant = plan.variants_to_plan(options)[0]
     made = planned.plan(job, variant, optim)
     assert made.fits and made.kernels == ALL_THREE and made.flops_source == "hlo"
     by_hand = plan_flops(job, variant)

@@ -16,7 +16,7 @@ from train.plan import token as plan_of_token
 from train.plan.job import abstract_params
 from train.plan.machines import Machine
 from train.plan.token import Token, plan_token, print_token
-from train.plan.token import _read_bytes as read_bytes
+from train.plan.token import _bytes_read_per_token as read_bytes
 
 ROWS, LENGTH, LAYERS, RANK = 5, 24, 3, 3
 LAYER = 32 * 64 + 2 * 32 * 32 + 64 * 32 + 2 * 32  # q, k, v, o and the norms
@@ -28,11 +28,11 @@ REST = 32 + ADAPTER + CACHE  # the last norm
 def token_of(folder, fields, rows=ROWS, bandwidth=None, codes="none", more=()):
     words = ("--targets", "q_proj", "--decode-rows", rows, "--quantize", codes, *more)
     options = asked(write(folder, fields), *words)
-    plan.check(options)
+    plan.check_options(options)
     job, _ = plan.make_job(options.plan)
     machine = dataclasses.replace(job.machine, bandwidth=bandwidth)
     job = dataclasses.replace(job, machine=machine)
-    return plan_token(job, plan.variants(options)[0], rows, options.plan.decode_adapters)
+    return plan_token(job, plan.variants_to_plan(options)[0], rows, options.plan.decode_adapters)
 
 
 def test_bytes_by_hand(tmp_path):
@@ -72,12 +72,12 @@ def test_adapters_of_the_rows(tmp_path):
 
 
 def test_adapters_that_no_row_has(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="give that too"):
-        plan.check(asked(write(tmp_path, FIELDS), "--decode-adapters", 2))
-    with pytest.raises(UserError, match="has more"):
+    with pytest.raises(UserError, match="Pass --decode-rows"):
+        plan.check_options(asked(write(tmp_path, FIELDS), "--decode-adapters", 2))
+    with pytest.raises(UserError, match="has more arrays"):
         token_of(tmp_path, FIELDS, more=("--decode-adapters", 2, "--dora"))
     monkeypatch.setattr(plan, "plan", lambda *_: pytest.fail("compiled before the error"))
-    with pytest.raises(UserError, match="has more"):
+    with pytest.raises(UserError, match="has more arrays"):
         words = ("--decode-rows", 2, "--decode-adapters", 2, "--dora", "--alone")
         plan.run(asked(write(tmp_path, FIELDS), *words))
 
@@ -85,7 +85,7 @@ def test_adapters_that_no_row_has(tmp_path, monkeypatch):
 def test_weights_that_train_are_read_once(tmp_path):
     options = asked(write(tmp_path, FIELDS), "--full")
     job, _ = plan.make_job(options.plan)
-    params = abstract_params(job, plan.variants(options)[0])
+    params = abstract_params(job, plan.variants_to_plan(options)[0])
     assert read_bytes(job, params, ROWS) == 4 * (LAYERS * (LAYER + MLP) + 259 * 32 + 32)
 
 
@@ -104,7 +104,7 @@ def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
 def test_a_plan_says_why_no_kernel_reads_the_codes(tmp_path, monkeypatch):
     """A TPU's program without a kernel gives its reason; the control has one."""
     program = ["fusion"]
-    monkeypatch.setattr(plan_of_token, "hlo_of", lambda *_: program[0])
+    monkeypatch.setattr(plan_of_token, "optimized_hlo_of", lambda *_: program[0])
     monkeypatch.setattr(plan_of_token, "clock_of", lambda *_: None)
     monkeypatch.setattr(Machine, "platform", "tpu")
     reasons = [token_of(tmp_path, FIELDS, rows, codes="int8").without_kernel for rows in (ROWS, 33)]
@@ -127,11 +127,11 @@ def test_json_and_bad_input(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "plan_token", lambda *of: asked_for.append(of[2]) or made)
     step = types.SimpleNamespace(compile_seconds=0.0)
     monkeypatch.setattr(plan, "plan", lambda *_: step)
-    monkeypatch.setattr(plan, "as_json", lambda *_: {})
+    monkeypatch.setattr(plan, "plan_as_json", lambda *_: {})
     plan.run(asked(model, "--decode-rows", 2, "--json", "--alone"))
     out = json.loads(capsys.readouterr().out)
     assert asked_for == [2] and out["token"] == dataclasses.asdict(made)
     plan.run(asked(model, "--json", "--alone"))
     assert "token" not in json.loads(capsys.readouterr().out)
     with pytest.raises(UserError, match=r"--decode-rows 0"):
-        plan.check(asked(model, "--decode-rows", 0))
+        plan.check_options(asked(model, "--decode-rows", 0))

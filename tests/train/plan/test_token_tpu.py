@@ -29,15 +29,17 @@ def kernels_written(text):
 @pytest.fixture
 def token(tmp_path, monkeypatch):
     """Plans a token of two layers on one chip: (the plan, the kernels that it writes)."""
-    texts, read = [], planned.hlo_of
-    monkeypatch.setattr(planned, "hlo_of", lambda *of: texts.append(read(*of)) or texts[-1])
+    texts, read = [], planned.optimized_hlo_of
+    monkeypatch.setattr(
+        planned, "optimized_hlo_of", lambda *of: texts.append(read(*of)) or texts[-1]
+    )
 
     def planned_token(codes):
         words = ("--topology", "v5e:1x1", "--seq-len", 256, "--dtype", "bfloat16")
         words += ("--quantize", codes, "--targets", "all-linear", "--decode-rows", ROWS)
         options = asked(write(tmp_path, OF_8B), *words)
         job, _ = plan.make_job(options.plan)
-        made = planned.plan_token(job, plan.variants(options)[0], ROWS)
+        made = planned.plan_token(job, plan.variants_to_plan(options)[0], ROWS)
         print(codes, made.seconds, made.floor_seconds)
         return made, kernels_written(texts[-1])
 

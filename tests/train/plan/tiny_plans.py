@@ -49,7 +49,7 @@ class CompiledOnce:
 def prepared(options):
     """The step that is asked for: the same for all tests that ask alike."""
     job, optim = plan.make_job(options.plan)
-    step = planned.prepare(job, plan.variants(options)[0], optim)
+    step = planned.prepare(job, plan.variants_to_plan(options)[0], optim)
     between = {
         name: program._replace(lowered=CompiledOnce(program.lowered))
         for name, program in step.between.items()
@@ -60,8 +60,8 @@ def prepared(options):
 def planned_for(model, *options):
     """(the job, the first variant, its plan, made anew of a step that may be another test's)"""
     options = asked(model, *options)
-    plan.check(options)
+    plan.check_options(options)
     job, optim = plan.make_job(options.plan)
-    variant, step = plan.variants(options)[0], prepared(options)
+    variant, step = plan.variants_to_plan(options)[0], prepared(options)
     with mock.patch.object(planned, "prepare", lambda *_: step):
         return job, variant, planned.plan(job, variant, optim)

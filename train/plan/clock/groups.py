@@ -45,21 +45,21 @@ def group_of(module: HloModule, op: Instruction, computation: Computation) -> Gr
     if call:
         kernel = kernel_of(call)
         is_attention = kernel is not None and ATTENTION in kernel.label
-        name = ATTENTION if is_attention else _group_name(call.scope) or BASE
+        name = ATTENTION if is_attention else _group_named_in(call.scope) or BASE
         return Group(name, phase_of(call.scope))
-    products = _products(module, op, computation)
+    products = _flops_and_scopes_of_products(module, op, computation)
     if products:
         _, largest_scope = max(products)
         scope = largest_scope or scope_of(module, op)
-        return Group(_group_name(scope) or BASE, phase_of(scope))
+        return Group(_group_named_in(scope) or BASE, phase_of(scope))
     scope = scope_of(module, op)
     phase = phase_of(scope)
-    if _only_moves(module, op, computation):
+    if _only_moves_data(module, op, computation):
         return Group(COPIES, phase)
     if phase == AFTER:
         return Group(UPDATE, phase)
     is_loss = _LOSS.search(scope) is not None
-    return Group(_group_name(scope) or (HEAD if is_loss else ELEMENTWISE), phase)
+    return Group(_group_named_in(scope) or (HEAD if is_loss else ELEMENTWISE), phase)
 
 
 def phase_of(scope: str) -> str:
@@ -79,7 +79,7 @@ def scope_of(module: HloModule, op: Instruction) -> str:
     return inner_names[-1] if inner_names else ""
 
 
-def _group_name(scope: str) -> str | None:
+def _group_named_in(scope: str) -> str | None:
     """Returns the group that a scope names; None if it names none."""
     for name, pattern in _SCOPES:
         if pattern.search(scope):
@@ -87,7 +87,7 @@ def _group_name(scope: str) -> str | None:
     return None
 
 
-def _products(
+def _flops_and_scopes_of_products(
     module: HloModule, op: Instruction, computation: Computation
 ) -> list[tuple[int, str]]:
     """Returns the FLOPs and the scope of each product of an instruction."""
@@ -98,7 +98,7 @@ def _products(
     ]
 
 
-def _only_moves(module: HloModule, op: Instruction, computation: Computation) -> bool:
+def _only_moves_data(module: HloModule, op: Instruction, computation: Computation) -> bool:
     """Returns True if an instruction, and all inside of it, move or cast arrays alone."""
     return all(
         inner.opcode in _MOVES

@@ -4,7 +4,7 @@ import dataclasses
 
 from train.plan.clock.groups import COLLECTIVES, GROUPS, PHASES, Group
 from train.plan.clock.walk import Cost, DeviceRates, Walk
-from train.plan.hlo.module import SURPRISES, HloModule, NotUnderstood
+from train.plan.hlo.module import PARSE_ERRORS, HloModule, NotUnderstood
 from train.plan.machines import KERNEL_SHARE, KINDS
 
 _V5E = KINDS["v5e"]
@@ -101,7 +101,7 @@ def read_clock(
         tally = Walk(module, rates, slices).tally(module.entry)
     except NotUnderstood:
         raise
-    except SURPRISES as error:
+    except PARSE_ERRORS as error:
         raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
     groups = [Group(name, phase) for name in GROUPS for phase in PHASES]
     costs = {group: tally.costs[group] for group in groups if group in tally.costs}

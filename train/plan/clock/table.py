@@ -33,7 +33,7 @@ def print_clocks(
     if requested_clock is None:
         return
     console.print(_group_table(requested_name, requested_clock))
-    for note in _notes(machine, requested_clock):
+    for note in _figure_notes(machine, requested_clock):
         console.print(note, highlight=False, soft_wrap=True)
 
 
@@ -47,7 +47,10 @@ def _group_table(name: str, clock: Clock) -> Table:
     for work in clock.groups:
         cells = [work.group, work.phase]
         if is_timed:
-            cells += [_milli(work.seconds), _share(work.seconds, clock.seconds)]
+            cells += [
+                _format_milliseconds(work.seconds),
+                _format_percent(work.seconds, clock.seconds),
+            ]
         cells += [f"{work.flops / 1e12:,.2f}", f"{work.bytes / 1e9:,.2f}"]
         table.add_row(*cells)
     return table
@@ -57,10 +60,10 @@ def _time_cells(clock: Clock) -> list[str]:
     """Returns the cells of a step's estimate: milliseconds by source, their sum, and the MFU."""
     seconds = (clock.fusions, clock.kernels, clock.uncovered, clock.seconds)
     mfu = _UNKNOWN if clock.mfu is None else f"{100 * clock.mfu:.1f} %"
-    return [*map(_milli, seconds), mfu]
+    return [*map(_format_milliseconds, seconds), mfu]
 
 
-def _notes(machine: Machine, clock: Clock) -> list[str]:
+def _figure_notes(machine: Machine, clock: Clock) -> list[str]:
     """Returns remarks on the figures: the assumptions behind them, and omissions."""
     bytes_note = "GB: bytes of operands and results; of collectives, the bytes that a device sends."
     if clock.seconds is None or machine.flops is None or machine.link is None:
@@ -83,11 +86,11 @@ def _notes(machine: Machine, clock: Clock) -> list[str]:
     return notes
 
 
-def _milli(seconds: float | None) -> str:
+def _format_milliseconds(seconds: float | None) -> str:
     return _UNKNOWN if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
-def _share(seconds: float | None, step_seconds: float | None) -> str:
+def _format_percent(seconds: float | None, step_seconds: float | None) -> str:
     return (
         _UNKNOWN if seconds is None or not step_seconds else f"{100 * seconds / step_seconds:.1f}"
     )

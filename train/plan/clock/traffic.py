@@ -1,6 +1,6 @@
 """Bytes that an instruction reads and writes."""
 
-from train.plan.hlo.module import Computation, HloModule, Instruction, root_of, size_of
+from train.plan.hlo.module import Computation, HloModule, Instruction, bytes_of_arrays, root_of
 
 _READS_OF_SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -12,21 +12,21 @@ def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> 
     what it writes.
     """
     if op.opcode == "dynamic-update-slice":
-        return 2 * size_of(computation[op.operands[1]].shapes)
+        return 2 * bytes_of_arrays(computation[op.operands[1]].shapes)
     if op.opcode in _READS_OF_SLICES:
-        return 2 * size_of(op.shapes)
-    operand_sizes = [size_of(computation[name].shapes) for name in op.operands]
+        return 2 * bytes_of_arrays(op.shapes)
+    operand_sizes = [bytes_of_arrays(computation[name].shapes) for name in op.operands]
     if op.opcode != "fusion":
-        return sum(operand_sizes) + size_of(op.shapes)
+        return sum(operand_sizes) + bytes_of_arrays(op.shapes)
     fused = module.computations[op.called[0]]
-    parameter_names = _parameters(fused)
+    parameter_names = _parameter_names(fused)
     read_bytes = 0
     for index, operand_size in enumerate(operand_sizes):
         read_bytes += min(operand_size, _read_bytes(module, fused, parameter_names[index]))
     return read_bytes + _written_bytes(fused, root_of(fused))
 
 
-def _parameters(computation: Computation) -> dict[int, str]:
+def _parameter_names(computation: Computation) -> dict[int, str]:
     """Returns the names of a computation's parameters, by number."""
     return {
         int(op.text[1 : op.text.index(")")]): op.name
@@ -38,19 +38,19 @@ def _parameters(computation: Computation) -> dict[int, str]:
 def _read_bytes(module: HloModule, computation: Computation, name: str) -> int:
     """Returns the bytes of an array that the instructions of a computation read."""
     users = [op for op in computation.values() if name in op.operands]
-    array_size = size_of(computation[name].shapes)
+    array_size = bytes_of_arrays(computation[name].shapes)
     total = 0
     for user in users:
         is_sliced = user.operands[0] == name
         if user.opcode in _READS_OF_SLICES and is_sliced:
-            total += size_of(user.shapes)
+            total += bytes_of_arrays(user.shapes)
         elif user.opcode == "dynamic-update-slice" and is_sliced:
             continue  # written in place
         elif user.opcode == "bitcast":
             total += _read_bytes(module, computation, user.name)
         elif user.opcode == "fusion":
             fused = module.computations[user.called[0]]
-            parameter = _parameters(fused).get(user.operands.index(name))
+            parameter = _parameter_names(fused).get(user.operands.index(name))
             total += array_size if parameter is None else _read_bytes(module, fused, parameter)
         else:
             return array_size
@@ -64,5 +64,5 @@ def _written_bytes(computation: Computation, result: Instruction) -> int:
     if result.opcode == "bitcast":
         return _written_bytes(computation, computation[result.operands[0]])
     if result.opcode == "dynamic-update-slice":
-        return size_of(computation[result.operands[1]].shapes)
-    return 0 if result.opcode == "parameter" else size_of(result.shapes)
+        return bytes_of_arrays(computation[result.operands[1]].shapes)
+    return 0 if result.opcode == "parameter" else bytes_of_arrays(result.shapes)

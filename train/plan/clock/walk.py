@@ -19,16 +19,24 @@ from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
 from train.plan.hlo.kernels import kernel_flops, kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, NotUnderstood, is_scalar
 from train.plan.hlo.products import is_product, kernel_call, product_flops
-from train.plan.hlo.slices import crosses, slice_transfer, transferred_bytes
+from train.plan.hlo.slices import crosses_slices, slice_transfer, transferred_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1
-_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
-_FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
-_ALLOCATIONS = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays memory
+_FREE_OPCODES = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "after-all",
+    "domain",
+}
+_FREE_OPCODES |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
+_ALLOCATION_TARGETS = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays memory
 _LINKS = Group(COLLECTIVES, AFTER)
 
-Sent = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
+SentBytes = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
 
 
 class DeviceRates(NamedTuple):
@@ -85,7 +93,7 @@ class Tally(NamedTuple):
     seconds: float
     kernels: float
     links: float
-    sent: Sent
+    sent: SentBytes
     unknown: Counter[str]
 
 
@@ -120,7 +128,7 @@ class Walk:
         for op in computation.values():
             # A branch that runs only where tokens choose experts unevenly is rare.
             is_rare = op.opcode == "conditional" and UNEVEN in op.op_name
-            if op.opcode in _FREE or is_rare:
+            if op.opcode in _FREE_OPCODES or is_rare:
                 continue
             if op.opcode in ("while", "call", "async-start"):
                 times = self.module.turns(op) if op.opcode == "while" else 1
@@ -128,7 +136,7 @@ class Walk:
                     timeline.add(self.tally(called), times)
             elif op.opcode == "conditional":
                 branches = [self.tally(called) for called in op.called]
-                timeline.add(max(branches, key=_size))
+                timeline.add(max(branches, key=_branch_cost))
             elif op.opcode in ("send", "recv") and slice_transfer(op.text):
                 self._add_slice_transfer(op, computation, timeline)
             else:
@@ -151,7 +159,7 @@ class Walk:
         if transfer is None or op.opcode == "recv":
             return
         if transfer.kind not in KINDS_SENT:
-            raise NotUnderstood(f"slices exchange data by {transfer.kind}")
+            raise NotUnderstood(f"slices exchange data by the unknown collective {transfer.kind}")
         n_bytes = transferred_bytes(op, transfer, computation, self.n_slices)
         timeline.spend(_LINKS, Cost(bytes=n_bytes))
         timeline.sent[transfer.kind, True] += n_bytes
@@ -168,60 +176,68 @@ class Walk:
           computation: its computation.
           timeline: the state of the walk, to which it is added.
         """
-        sent = self._sent_by(op, name, computation)
+        # A collective occupies the links: its start returns, and any other waits for the arrival.
+        sent = self._bytes_sent_by(op, name, computation)
         flight = timeline.flight_of(op, computation)
         if sent:
             timeline.sent.update(sent)
             n_bytes = sent.total()
             arrival = timeline.transfer(n_bytes / self.rates.link if self.rates else 0.0, n_bytes)
-            if _is_start(op):
+            if _starts_collective(op):
                 timeline.arrivals[op.name] = arrival
                 return
             timeline.wait(arrival)
-        if flight is not None and _is_done(op):
+        # The end of a collective waits for its arrival; a fusion beside it belongs to its flight.
+        if flight is not None and _ends_collective(op):
             timeline.wait(timeline.arrivals[flight])
             return
         if flight is not None:
             timeline.flight_of_fusion[op.name] = flight
-        has_no_work = _is_start(op) or _is_done(op) or (sent and op.opcode != "fusion")
+        has_no_work = (
+            _starts_collective(op) or _ends_collective(op) or (sent and op.opcode != "fusion")
+        )
         if has_no_work:
             return
+        # All other instructions compute: count their time, their FLOPs and their traffic.
         traffic = traffic_of(self.module, op, computation)
         call = kernel_call(op, computation)
         kernel = kernel_of(call) if call else None
         if call and kernel:
             traffic -= kernel.unread(call)
         cost = Cost(
-            seconds=self._seconds(op, computation, timeline, traffic),
-            flops=self._flops(op, computation),
+            seconds=self._instruction_seconds(op, computation, timeline, traffic),
+            flops=self._instruction_flops(op, computation),
             bytes=traffic,
         )
         timeline.spend(group_of(self.module, op, computation), cost)
 
-    def _sent_by(self, op: Instruction, name: str, computation: Computation) -> Sent:
+    def _bytes_sent_by(self, op: Instruction, name: str, computation: Computation) -> SentBytes:
         """Returns the bytes that an instruction sends; empty where it is no collective."""
-        sent = Sent()
-        collectives = [_Placed(op, name, computation, caller=""), *self._inside(op)]
+        sent = SentBytes()
+        collectives = [
+            _PlacedInstruction(op, name, computation, caller=""),
+            *self._inner_instructions(op),
+        ]
         for placed in collectives:
             kind = collective_kind(placed.op, placed.computation_name, placed.caller)
             if kind:
                 n_bytes = sent_bytes(self.module, placed.op, placed.computation, kind)
-                sent[kind, crosses(placed.op.text, self.slices)] += n_bytes
+                sent[kind, crosses_slices(placed.op.text, self.slices)] += n_bytes
         return sent
 
-    def _inside(self, op: Instruction) -> "list[_Placed]":
+    def _inner_instructions(self, op: Instruction) -> "list[_PlacedInstruction]":
         """Returns the instructions inside of a fusion, or of an asynchronous computation."""
         if op.opcode not in ("fusion", "async-start"):
             return []
-        inside: list[_Placed] = []
+        inside: list[_PlacedInstruction] = []
         for called in op.called:
             computation = self.module.computations[called]
             for inner in computation.values():
-                inside.append(_Placed(inner, called, computation, caller=op.name))
-                inside += self._inside(inner)
+                inside.append(_PlacedInstruction(inner, called, computation, caller=op.name))
+                inside += self._inner_instructions(inner)
         return inside
 
-    def _seconds(
+    def _instruction_seconds(
         self, op: Instruction, computation: Computation, timeline: "_Timeline", traffic: int
     ) -> float:
         """Returns the seconds of an instruction, by the compiler's cycles or a kernel's rates."""
@@ -237,12 +253,12 @@ class Walk:
                 seconds = max(kernel.cycles(call) / self.rates.clock, traffic / self.rates.memory)
             timeline.kernels += seconds
             return seconds
-        cycles = _cycles(self.module, op)
-        if cycles is None and op.target not in _ALLOCATIONS and not is_scalar(op):
+        cycles = _estimated_cycles(self.module, op)
+        if cycles is None and op.target not in _ALLOCATION_TARGETS and not is_scalar(op):
             timeline.count_unknown(op)
         return (cycles or 0) / self.rates.clock
 
-    def _flops(self, op: Instruction, computation: Computation) -> int:
+    def _instruction_flops(self, op: Instruction, computation: Computation) -> int:
         """Returns the FLOPs of products and kernels of an instruction, and of those inside it."""
         total = 0
         for inner, inner_computation in ((op, computation), *self.module.inside(op)):
@@ -254,7 +270,7 @@ class Walk:
         return total
 
 
-class _Placed(NamedTuple):
+class _PlacedInstruction(NamedTuple):
     """An instruction, its computation, and the name of the instruction that calls this."""
 
     op: Instruction
@@ -283,7 +299,7 @@ class _Timeline:
         self.links = 0.0
         self.arrivals: dict[str, float] = {}
         self.flight_of_fusion: dict[str, str] = {}
-        self.sent = Sent()
+        self.sent = SentBytes()
         self.unknown = Counter[str]()
 
     def spend(self, group: Group, cost: Cost, times: int = 1) -> None:
@@ -323,7 +339,7 @@ class _Timeline:
     def flight_of(self, op: Instruction, computation: Computation) -> str | None:
         """Returns the start of the collective that an instruction runs beside, or ends."""
         runs_beside = any(called.startswith(LATER_PARTS) for called in op.called)
-        if not (runs_beside or _is_done(op)):
+        if not (runs_beside or _ends_collective(op)):
             return None
         for name in op.operands:
             start = self._flight_start(name, computation)
@@ -338,23 +354,23 @@ class _Timeline:
         return name if name in self.arrivals else self.flight_of_fusion.get(name)
 
 
-def _size(tally: Tally) -> tuple[float, int, int]:
-    """Returns the seconds of a branch; where nothing has any, its work tells which is costliest."""
+def _branch_cost(tally: Tally) -> tuple[float, int, int]:
+    """Returns the key by which the costliest branch is chosen: seconds, then FLOPs, then bytes."""
     costs = tally.costs.values()
     flops = sum(cost.flops for cost in costs)
     n_bytes = sum(cost.bytes for cost in costs)
     return tally.seconds, flops, n_bytes
 
 
-def _is_start(op: Instruction) -> bool:
+def _starts_collective(op: Instruction) -> bool:
     return op.opcode.endswith("-start") or op.name.startswith("async-collective-start")
 
 
-def _is_done(op: Instruction) -> bool:
+def _ends_collective(op: Instruction) -> bool:
     return op.opcode.endswith("-done") or op.name.startswith("async-collective-done")
 
 
-def _cycles(module: HloModule, op: Instruction) -> int | None:
+def _estimated_cycles(module: HloModule, op: Instruction) -> int | None:
     """Returns the cycles of an instruction, or of those that it calls; None if nothing tells."""
     match = _CYCLES.search(op.text)
     if match:
@@ -363,7 +379,7 @@ def _cycles(module: HloModule, op: Instruction) -> int | None:
     inner_cycles: list[int] = []
     for name in op.called:
         for inner in module.computations[name].values():
-            estimate = _cycles(module, inner)
+            estimate = _estimated_cycles(module, inner)
             if estimate is not None:
                 inner_cycles.append(estimate)
     return sum(inner_cycles) if inner_cycles else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from train.plan.clock.walk import Walk
 from train.plan.hlo.collectives import COLLECTIVES
 from train.plan.hlo.kernels import KernelCall
-from train.plan.hlo.module import SURPRISES, HloModule, NotUnderstood
+from train.plan.hlo.module import PARSE_ERRORS, HloModule, NotUnderstood
 from train.plan.hlo.products import kernel_call
 
 
@@ -47,14 +47,14 @@ def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
     """
     try:
-        return _work(HloModule(text), slices)
+        return _count_work(HloModule(text), slices)
     except NotUnderstood:
         raise
-    except SURPRISES as error:
+    except PARSE_ERRORS as error:
         raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
 
 
-def _work(module: HloModule, slices: Sequence[int]) -> HloWork:
+def _count_work(module: HloModule, slices: Sequence[int]) -> HloWork:
     """Counts the work of a module; see `work_of`."""
     walk = Walk(module, rates=None, n_slices=len({*slices}), slices=slices)
     tally = walk.tally(module.entry)

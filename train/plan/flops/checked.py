@@ -15,15 +15,15 @@ import jax
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.clock.work import HloWork, NotUnderstood, work_of
 from train.plan.flops.jaxpr import Count, count_flops
-from train.plan.hlo.kernels import kernel_lines, unlisted
+from train.plan.hlo.kernels import kernel_lines, unlisted_kernels
 
 HLO, JAXPR = "hlo", "jaxpr"
-_DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
-_EVEN = (
+_MAX_FLOPS_RATIO = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
+_EVEN_EXPERTS_NOTE = (
     "experts that devices share over the mesh's axis expert count as if tokens chose all of them "
     "equally often, with the slack of a device's first turn"
 )
-_MISSED = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
+_MIN_FLOPS_RATIO = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class StepWork:
     notes: tuple[str, ...]
 
 
-def text_of(compiled: jax.stages.Compiled) -> str | None:
+def hlo_text_of(compiled: jax.stages.Compiled) -> str | None:
     """Returns the optimised HLO of a program; None where XLA cannot write what it has compiled."""
     try:
         return compiled.as_text()
@@ -80,7 +80,7 @@ def step_work(
         work = work_of(text, slices)
     except NotUnderstood as error:
         return _traced_work(counted, n_devices, str(error))
-    expert_notes = (_EVEN,) if UNEVEN in text else ()
+    expert_notes = (_EVEN_EXPERTS_NOTE,) if UNEVEN in text else ()
     if not products_in_hlo:
         traced_work = _traced_work(counted, n_devices, None)
         return dataclasses.replace(
@@ -102,7 +102,7 @@ def step_work(
     )
 
 
-def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
+def combine_works(works: Sequence[tuple[int, StepWork]]) -> StepWork:
     """Returns the work of several programs, each so many times; None for what one does not know."""
 
     def total(field: str) -> int | None:
@@ -190,16 +190,16 @@ def _traced_work(counted: Count | None, n_devices: int, hlo_problem: str | None)
 
 def _count_notes(work: HloWork, counted: Count | None, n_devices: int) -> tuple[str, ...]:
     """Returns notes on kernels that are not counted, and on counts that are too far apart."""
-    unknown_kernels = unlisted(work.kernels)
+    unknown_kernels = unlisted_kernels(work.kernels)
     if unknown_kernels:
         names = ", ".join(unknown_kernels)
         return (f"the FLOPs leave out kernels that the plan does not know: {names}",)
     if counted is None or not counted.exact or counted.flops == 0:  # nothing to compare with
         return ()
     ratio = work.flops * n_devices / counted.flops
-    if _MISSED <= ratio <= _DUPLICATED:
+    if _MIN_FLOPS_RATIO <= ratio <= _MAX_FLOPS_RATIO:
         return ()
     cause = "some of its products may not have been recognised"
-    if ratio > _DUPLICATED:
+    if ratio > _MAX_FLOPS_RATIO:
         cause = "the partitioner makes devices repeat each other's work"
     return (f"the HLO has {ratio:.2f} times the FLOPs of the step as traced: {cause}",)

@@ -20,7 +20,7 @@ from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
-from train.plan.hlo.kernels import kernel_of as table_entry
+from train.plan.hlo.kernels import kernel_of as listed_kernel
 from train.plan.hlo.products import pairs_along
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
@@ -57,35 +57,35 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     inner, _ = jaxpr_and_consts(jaxpr)
     # Compilers leave out equations that no output depends on.
     needed = needed_equations(inner, (True,) * len(inner.outvars))
-    return _sum([_equation_count(eqn, scope) for eqn, _, _ in needed.equations])
+    return _sum_counts([_equation_count(eqn, scope) for eqn, _, _ in needed.equations])
 
 
 def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     """Counts the FLOPs of an equation, and of the jaxprs inside it; see `count_flops`."""
     name = eqn.primitive.name
     scope = f"{scope}/{scope_of(eqn)}"
-    if name in _PRODUCTS:
-        return Count(_PRODUCTS[name](eqn))
+    if name in _FLOPS_OF_PRIMITIVE:
+        return Count(_FLOPS_OF_PRIMITIVE[name](eqn))
     if name == "scan":
         scan = scan_of(eqn)
-        return _times(scan.length, count_flops(scan.body, scope))
+        return _multiply_count(scan.length, count_flops(scan.body, scope))
     if name == "shard_map":
         shard = shard_map_of(eqn)
         n_devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
-        return _times(n_devices, count_flops(shard.body, scope))
+        return _multiply_count(n_devices, count_flops(shard.body, scope))
     kernel = kernel_of(eqn)
     if kernel:
         call = _kernel_call(kernel.name, scope, eqn)
-        if table_entry(call):
+        if listed_kernel(call):
             return Count(kernel_flops(call))
-    inner_counts = [count_flops(inner, scope) for inner in _jaxprs(eqn)]
+    inner_counts = [count_flops(inner, scope) for inner in _inner_jaxprs(eqn)]
     if name == "cond":
         is_rare = UNEVEN in scope
         if is_rare:
             return Count(0)
         costliest_flops = max(count.flops for count in inner_counts)
         return Count(costliest_flops, exact=all(count.exact for count in inner_counts))
-    total = _sum(inner_counts)
+    total = _sum_counts(inner_counts)
     runs_known_times = name in _RUN_ONCE or total.flops == 0
     return Count(total.flops, exact=total.exact and runs_known_times)
 
@@ -105,7 +105,7 @@ def _hlo_dtype(dtype: str) -> str:
     return dtype
 
 
-def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
+def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
     """Yields the jaxprs among an equation's parameters, whatever their names."""
     for value in eqn.params.values():
         items = value if isinstance(value, tuple | list) else (value,)
@@ -114,39 +114,39 @@ def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
                 yield item
 
 
-def _sum(counts: Sequence[Count]) -> Count:
+def _sum_counts(counts: Sequence[Count]) -> Count:
     flops = sum(count.flops for count in counts)
     return Count(flops, exact=all(count.exact for count in counts))
 
 
-def _times(n: int, count: Count) -> Count:
+def _multiply_count(n: int, count: Count) -> Count:
     return Count(n * count.flops, count.exact)
 
 
-def _dot(eqn: JaxprEqn) -> int:
+def _dot_flops(eqn: JaxprEqn) -> int:
     (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
-    return _product(eqn, (*contracted, *batch))
+    return _product_flops(eqn, (*contracted, *batch))
 
 
-def _ragged_dot(eqn: JaxprEqn) -> int:
+def _ragged_dot_flops(eqn: JaxprEqn) -> int:
     dimension_numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = dimension_numbers.dot_dimension_numbers
-    return _product(eqn, (*contracted, *batch, *dimension_numbers.rhs_group_dimensions))
+    return _product_flops(eqn, (*contracted, *batch, *dimension_numbers.rhs_group_dimensions))
 
 
-def _product(eqn: JaxprEqn, shared_axes: Sequence[int]) -> int:
+def _product_flops(eqn: JaxprEqn, shared_axes: Sequence[int]) -> int:
     """Counts a product's FLOPs: the left operand's size times the right one's unshared axes."""
-    left_shape, right_shape = (_shape(operand) for operand in eqn.invars[:2])
+    left_shape, right_shape = (_shape_of(operand) for operand in eqn.invars[:2])
     result_sizes = [size for axis, size in enumerate(right_shape) if axis not in shared_axes]
     return 2 * math.prod(left_shape) * math.prod(result_sizes)
 
 
-def _convolution(eqn: JaxprEqn) -> int:
+def _convolution_flops(eqn: JaxprEqn) -> int:
     """Counts two FLOPs for each pair of a kernel element and an input that it multiplies."""
     # The axes of each array: batch and features (of a kernel out and in), and the spatial axes.
     input_axes, kernel_axes, result_axes = eqn.params["dimension_numbers"]
-    input_shape, kernel_shape = (_shape(operand) for operand in eqn.invars)
-    result_shape = _shape(eqn.outvars[0])
+    input_shape, kernel_shape = (_shape_of(operand) for operand in eqn.invars)
+    result_shape = _shape_of(eqn.outvars[0])
     n_pairs = result_shape[result_axes[0]] * result_shape[result_axes[1]]
     n_pairs *= kernel_shape[kernel_axes[1]]
     for spatial_axis, stride in enumerate(eqn.params["window_strides"]):
@@ -164,12 +164,12 @@ def _convolution(eqn: JaxprEqn) -> int:
     return 2 * n_pairs
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
+def _shape_of(atom: Any) -> tuple[int, ...]:
     return atom.aval.shape
 
 
-_PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {
-    "dot_general": _dot,
-    "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _convolution,
+_FLOPS_OF_PRIMITIVE: dict[str, Callable[[JaxprEqn], int]] = {
+    "dot_general": _dot_flops,
+    "ragged_dot_general": _ragged_dot_flops,
+    "conv_general_dilated": _convolution_flops,
 }

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from train.plan.hlo.module import Computation, HloModule, Instruction, operand_arrays, size_of
+from train.plan.hlo.module import (
+    Computation,
+    HloModule,
+    Instruction,
+    bytes_of_arrays,
+    operand_arrays,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
@@ -60,7 +66,7 @@ def sent_bytes(module: HloModule, op: Instruction, computation: Computation, kin
     Raises:
       ValueError: the groups of devices have an unknown form.
     """
-    operand_bytes = size_of(operand_arrays(op, computation))
+    operand_bytes = bytes_of_arrays(operand_arrays(op, computation))
     participants = max(map(len, device_groups(op.text)), default=module.devices)
     array_bytes = operand_bytes * participants if kind == "all-gather" else operand_bytes
     return ring_bytes(kind, array_bytes, participants)
@@ -99,13 +105,13 @@ def device_groups(text: str) -> Sequence[Sequence[int]]:
         return _groups_along_axes(mesh, device_order, axes)
     device_range = _RANGE.search(text)
     if device_range:
-        group_shape = _integers(device_range[1])
-        groups: Any = _device_order(device_range[2]).reshape(group_shape).tolist()
+        group_shape = _parse_integers(device_range[1])
+        groups: Any = _parse_device_order(device_range[2]).reshape(group_shape).tolist()
         return groups
     device_lists = _LISTED.search(text)
     if device_lists is None:
-        raise ValueError(f"a collective whose groups are not listed: {text[:200]}")
-    return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", device_lists[1])]
+        raise ValueError(f"the HLO does not list the groups of a collective: {text[:200]}")
+    return [_parse_integers(group) for group in re.findall(r"\{([\d,]*)\}", device_lists[1])]
 
 
 def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequence[Sequence[int]]:
@@ -127,7 +133,7 @@ def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequen
         outer_stride = inner_stride * factor
         outer_part = coordinates[name] // outer_stride * outer_stride
         coordinates[name] = outer_part + coordinates[name] % inner_stride
-    devices = _device_order(device_order or f"[{n_devices}]").tolist()
+    devices = _parse_device_order(device_order or f"[{n_devices}]").tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, device in enumerate(devices):
         key = tuple(int(axis_coordinates[index]) for axis_coordinates in coordinates.values())
@@ -135,16 +141,16 @@ def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequen
     return [*groups.values()]
 
 
-def _device_order(text: str) -> np.ndarray:
+def _parse_device_order(text: str) -> np.ndarray:
     """Returns devices from their list, or from a range that is reshaped and transposed, flat."""
     device_range = _RESHAPED.fullmatch(text)
     if device_range is None:
         return np.array([int(device) for device in text.split(",")])
-    sizes = _integers(device_range[1])
-    permutation = _integers(device_range[2]) if device_range[2] else None
+    sizes = _parse_integers(device_range[1])
+    permutation = _parse_integers(device_range[2]) if device_range[2] else None
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(permutation).reshape(-1)
 
 
-def _integers(text: str) -> list[int]:
+def _parse_integers(text: str) -> list[int]:
     """Parses integers that commas separate."""
     return [int(digits) for digits in text.split(",") if digits]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from train.plan.hlo.module import size_of
+from train.plan.hlo.module import bytes_of_arrays
 
 Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
 
@@ -82,7 +82,7 @@ def kernel_lines(calls: Iterable[KernelCall]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def unlisted(calls: Iterable[KernelCall]) -> tuple[str, ...]:
+def unlisted_kernels(calls: Iterable[KernelCall]) -> tuple[str, ...]:
     """Returns the names of kernels whose FLOPs are not known."""
     return kernel_lines(call for call in calls if kernel_of(call) is None)
 
@@ -93,7 +93,7 @@ _VISITED = re.compile(r"blocks_(\d+)(?:_or_(\d+))?_of_(\d+)")
 _WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
-def _attention(n_products: int, token_axis: int = -2) -> Callable[[KernelCall], int]:
+def _attention_flops(n_products: int, token_axis: int = -2) -> Callable[[KernelCall], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
     Its first two floating operands are queries and keys, with their tokens on the axis
@@ -105,12 +105,12 @@ def _attention(n_products: int, token_axis: int = -2) -> Callable[[KernelCall], 
     def flops(call: KernelCall) -> int:
         query_shape, key_shape, *_ = _floating_shapes(call.operands)
         score_size = math.prod(query_shape) * key_shape[token_axis]
-        return round(2 * n_products * score_size * _visited_share(call.scope))
+        return round(2 * n_products * score_size * _visited_block_share(call.scope))
 
     return flops
 
 
-def _visited_share(scope: str) -> float:
+def _visited_block_share(scope: str) -> float:
     """Returns the share of blocks that a mask leaves; 1 if the scope does not say."""
     blocks = _VISITED.search(scope)
     if blocks is None:
@@ -135,7 +135,7 @@ def _floating_shapes(operands: Sequence[Array]) -> list[tuple[int, ...]]:
 # Products of the rows of groups (`jax.lax.ragged_dot`)
 
 
-def _ragged_dot(call: KernelCall) -> int:
+def _ragged_dot_flops(call: KernelCall) -> int:
     """Counts each row once, with its own group; a tile that two groups share runs for both.
 
     The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
@@ -151,7 +151,7 @@ def _ragged_dot(call: KernelCall) -> int:
 # Products of few rows with a layer of a stack of codes (`lora_jax.quantized.rows`)
 
 
-def _rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes_of_rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of rows, [rows, in], and of codes, [layers, in, out]."""
     shapes = [shape for _, shape in call.operands]
     row_shapes = [shape for shape in shapes if len(shape) == 2]
@@ -160,23 +160,23 @@ def _rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _rows_flops(call: KernelCall) -> int:
-    row_shape, stack_shape = _rows_and_codes(call)
+    row_shape, stack_shape = _shapes_of_rows_and_codes(call)
     layer_size = math.prod(stack_shape[1:])
     return 2 * row_shape[0] * layer_size
 
 
-def _other_layers_bytes(call: KernelCall) -> int:
+def _bytes_of_other_layers(call: KernelCall) -> int:
     """Returns the bytes of the layers of a stack that a call does not read."""
     stacks = [(dtype, shape) for dtype, shape in call.operands if len(shape) == 3]
     layers = [(dtype, shape[1:]) for dtype, shape in stacks]
-    return size_of(stacks) - size_of(layers)
+    return bytes_of_arrays(stacks) - bytes_of_arrays(layers)
 
 
-def _cycles_by_weights(cycles_per_1024: float) -> Callable[[KernelCall], float]:
+def _cycles_for_weights(cycles_per_1024: float) -> Callable[[KernelCall], float]:
     """Returns the count of a kernel that forms W, by cycles for 1,024 weights."""
 
     def cycles(call: KernelCall) -> float:
-        _, stack_shape = _rows_and_codes(call)
+        _, stack_shape = _shapes_of_rows_and_codes(call)
         return cycles_per_1024 * math.prod(stack_shape[1:]) / 1024
 
     return cycles
@@ -187,28 +187,28 @@ _CAST_CYCLES = 1.2
 _TABLE_CYCLES = 3.8
 
 
-def _coded_rows(part: str, cycles_per_1024: float) -> KernelWork:
+def _coded_rows_kernel(part: str, cycles_per_1024: float) -> KernelWork:
     """Returns the entry of a kernel of few rows by codes."""
     return KernelWork(
         label="few rows by codes",
         part=part,
         flops=_rows_flops,
-        unread=_other_layers_bytes,
-        cycles=_cycles_by_weights(cycles_per_1024),
+        unread=_bytes_of_other_layers,
+        cycles=_cycles_for_weights(cycles_per_1024),
     )
 
 
 # The beginning of a kernel's name -> its entry.
 KERNELS: dict[str, KernelWork] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
-    "splash_mha_fwd": KernelWork("splash attention", "fwd", _attention(2)),
-    "splash_mha_dq": KernelWork("splash attention", "dq", _attention(3)),
-    "splash_mha_dkv": KernelWork("splash attention", "dkv", _attention(4)),
-    "flash_fwd": KernelWork("flash attention", "fwd", _attention(2, -3)),
-    "flash_dq": KernelWork("flash attention", "dq", _attention(3, -3)),
-    "flash_dkv": KernelWork("flash attention", "dkv", _attention(4, -3)),
-    "coded_rows": _coded_rows("cast", _CAST_CYCLES),
-    "coded_rows_by_table": _coded_rows("by table", _TABLE_CYCLES),
-    "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot),
+    "splash_mha_fwd": KernelWork("splash attention", "fwd", _attention_flops(2)),
+    "splash_mha_dq": KernelWork("splash attention", "dq", _attention_flops(3)),
+    "splash_mha_dkv": KernelWork("splash attention", "dkv", _attention_flops(4)),
+    "flash_fwd": KernelWork("flash attention", "fwd", _attention_flops(2, -3)),
+    "flash_dq": KernelWork("flash attention", "dq", _attention_flops(3, -3)),
+    "flash_dkv": KernelWork("flash attention", "dkv", _attention_flops(4, -3)),
+    "coded_rows": _coded_rows_kernel("cast", _CAST_CYCLES),
+    "coded_rows_by_table": _coded_rows_kernel("by table", _TABLE_CYCLES),
+    "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot_flops),
     "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }

@@ -23,7 +23,7 @@ _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _INT = re.compile(r"\((\d+)\)").match
 # Errors of parsing text in an unexpected form: a missing name, a number that is none, …
-SURPRISES = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+PARSE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 Shape = tuple[int, ...]
 Array = tuple[str, Shape]  # (dtype, shape), the dtype as HLO writes it: "bf16"
@@ -87,7 +87,7 @@ class HloModule:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         self.devices = math.prod(int(count) for count in _DEVICES.findall(text.partition("\n")[0]))
-        for is_entry, name, instructions in _computations(text):
+        for is_entry, name, instructions in _parse_computations(text):
             self.computations[name] = instructions
             if is_entry:
                 self.entry = name
@@ -106,22 +106,22 @@ class HloModule:
         trip_count = _TRIPS.search(loop.text)
         if trip_count:
             return int(trip_count[1])
-        condition = self.computations[_matched(r"\bcondition=%?([\w.\-]+)", loop.text)]
-        body = self.computations[_matched(r"\bbody=%?([\w.\-]+)", loop.text)]
+        condition = self.computations[_match_group(r"\bcondition=%?([\w.\-]+)", loop.text)]
+        body = self.computations[_match_group(r"\bbody=%?([\w.\-]+)", loop.text)]
         comparison = root_of(condition)
         if comparison.opcode == "fusion":
             condition = self.computations[comparison.called[0]]
             comparison = root_of(condition)
-        limit = _constant(comparison, condition)
+        limit = _only_constant_operand(comparison, condition)
         counters = [op for op in condition.values() if op.opcode == "get-tuple-element"]
         is_less_than = comparison.opcode == "compare" and "direction=LT" in comparison.text
         if is_less_than and len(counters) == 1:
-            index = int(_matched(r"index=(\d+)", counters[0].text))
-            increment = _copied(body[root_of(body).operands[index]], body)
+            index = int(_match_group(r"index=(\d+)", counters[0].text))
+            increment = _copy_source(body[root_of(body).operands[index]], body)
             if increment.opcode == "fusion":
                 body = self.computations[increment.called[0]]
-                increment = _copied(root_of(body), body)
-            step = _constant(increment, body) if increment.opcode == "add" else None
+                increment = _copy_source(root_of(body), body)
+            step = _only_constant_operand(increment, body) if increment.opcode == "add" else None
             if limit and step:
                 return -(-limit // step)
         raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
@@ -148,7 +148,7 @@ def is_scalar(op: Instruction) -> bool:
     return all(math.prod(shape) <= 1 for _, shape in op.shapes)
 
 
-def size_of(arrays: Sequence[Array]) -> int:
+def bytes_of_arrays(arrays: Sequence[Array]) -> int:
     """Returns the bytes of arrays."""
     return int(sum(_BYTES.get(kind, 1) * math.prod(shape) for kind, shape in arrays))
 
@@ -158,33 +158,33 @@ def operand_arrays(op: Instruction, computation: Computation) -> tuple[Array, ..
     return tuple(array for name in op.operands for array in computation[name].shapes)
 
 
-def _constant(op: Instruction, computation: Computation) -> int | None:
+def _only_constant_operand(op: Instruction, computation: Computation) -> int | None:
     """Returns the only constant among the operands; None if there is none, or several."""
     constants: list[int] = []
     for name in op.operands:
-        operand = _copied(computation[name], computation)
+        operand = _copy_source(computation[name], computation)
         match = _INT(operand.text)
         if operand.opcode == "constant" and match:
             constants.append(int(match[1]))
     return constants[0] if len(constants) == 1 else None
 
 
-def _matched(pattern: str, text: str) -> str:
+def _match_group(pattern: str, text: str) -> str:
     """Returns the text of a pattern's group; raises NotUnderstood if nothing matches."""
     match = re.search(pattern, text)
     if match is None:
-        raise NotUnderstood(f"no {pattern} in {text[:200]}")
+        raise NotUnderstood(f"nothing matches {pattern} in {text[:200]}")
     return match[1]
 
 
-def _copied(op: Instruction, computation: Computation) -> Instruction:
+def _copy_source(op: Instruction, computation: Computation) -> Instruction:
     """Returns the instruction that this one is a copy of, or itself."""
     while op.opcode in ("copy", "bitcast", "convert"):
         op = computation[op.operands[0]]
     return op
 
 
-def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
+def _parse_computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
     """Yields the computations of a module: whether it is the entry, its name, its instructions."""
     name = ""
     is_entry = False
@@ -200,14 +200,14 @@ def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]
         elif _END.match(line):
             yield is_entry, name, instructions
         elif instruction:
-            op = _instruction(instruction[2], instruction[3], instruction[1] is not None)
+            op = _parse_instruction(instruction[2], instruction[3], instruction[1] is not None)
             instructions[op.name] = op
         elif op and op.name in instructions:  # a kernel's attributes have lines of their own
             op = dataclasses.replace(op, text=op.text + line)
             instructions[op.name] = op
 
 
-def _instruction(name: str, definition: str, is_root: bool) -> Instruction:
+def _parse_instruction(name: str, definition: str, is_root: bool) -> Instruction:
     """Parses the right side of an instruction: its shapes, its opcode, its operands."""
     if definition.startswith("("):  # the shapes of a tuple
         shapes_end = _closing_bracket(definition) + 1
@@ -218,7 +218,7 @@ def _instruction(name: str, definition: str, is_root: bool) -> Instruction:
     return Instruction(
         name=name,
         opcode=opcode,
-        shapes=_arrays(definition[:shapes_end]),
+        shapes=_parse_arrays(definition[:shapes_end]),
         operands=tuple(_NAME.findall(text[: _closing_bracket(text)])),
         text=text,
         root=is_root,
@@ -238,7 +238,7 @@ def _closing_bracket(text: str) -> int:
     raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
 
 
-def _arrays(text: str) -> tuple[Array, ...]:
+def _parse_arrays(text: str) -> tuple[Array, ...]:
     """Parses the dtypes and shapes of a result: "bf16[8,128]" and others."""
     arrays: list[Array] = []
     for dtype, sizes in _ARRAY.findall(text):

@@ -41,7 +41,7 @@ def product_flops(op: Instruction, computation: Computation) -> int:
     if op.opcode == "custom-call":
         match = _CONTRACTED.search(op.text)
         if match is None:
-            raise NotUnderstood(f"a call of cuBLAS without contracted axes: {op.text[:200]}")
+            raise NotUnderstood(f"a call of cuBLAS has no contracted axes: {op.text[:200]}")
         contracted_axes = [int(digits) for digits in re.findall(r"\d+", match[1])]
     _, result_shape = op.shapes[0]
     contracted_size = math.prod(left_shape[axis] for axis in contracted_axes)
@@ -56,7 +56,7 @@ def _convolution_flops(op: Instruction, input_shape: Shape, kernel_shape: Shape)
     """
     labels = _LABELS.search(op.text)
     if labels is None:
-        raise NotUnderstood(f"a convolution without dim_labels: {op.text[:200]}")
+        raise NotUnderstood(f"a convolution has no dim_labels: {op.text[:200]}")
     input_labels, kernel_labels, result_labels = labels.groups()
     _, result_shape = op.shapes[0]
     window = _WINDOW.search(op.text)

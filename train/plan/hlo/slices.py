@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lora_jax.training.mesh import slice_of
 from train.plan.hlo.collectives import device_groups, ring_bytes
-from train.plan.hlo.module import Computation, Instruction, operand_arrays, size_of
+from train.plan.hlo.module import Computation, Instruction, bytes_of_arrays, operand_arrays
 
 _TRANSFER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _KIND = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
@@ -69,10 +69,10 @@ def transferred_bytes(
     """
     if slices < 2:
         raise ValueError(f"the transfer {transfer.name} leaves a slice, but there is one slice")
-    array_bytes = size_of(operand_arrays(send, computation)[:1])
+    array_bytes = bytes_of_arrays(operand_arrays(send, computation)[:1])
     if transfer.kind == "all-gather":  # the gathered array is the one that is received
         received_bytes = [
-            size_of(op.shapes[:1])
+            bytes_of_arrays(op.shapes[:1])
             for op in computation.values()
             if op.opcode == "recv" and slice_transfer(op.text) == transfer
         ]
@@ -80,7 +80,7 @@ def transferred_bytes(
     return ring_bytes(transfer.kind, array_bytes, slices)
 
 
-def crosses(text: str, slices: Sequence[int]) -> bool:
+def crosses_slices(text: str, slices: Sequence[int]) -> bool:
     """Returns True if a collective has a group with devices of several slices.
 
     Args:
