@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: fields that are honoured, and fields that are refused by name."""
+"""Reads PEFT's adapter_config.json, and refuses fields that are not supported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from lora_jax.variants import VARIANTS
 CONFIG_FILE = "adapter_config.json"
 KIND_KEY, KIND_FIELDS_KEY = "peft_type", "own"  # further entries of what `read_config` returns
 INVOCATION_FIELD = "alora_invocation_tokens"
-# The fields that turn a variant of LoRA on.
+# The field of a PEFT configuration that turns a variant of LoRA on -> the option of a LoraRule.
 OPTION_OF_FIELD = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
 
 # The fields that change what an adapter computes, with PEFT's defaults.
@@ -78,7 +78,7 @@ def read_config(source: Any) -> JsonObject:
     kind = getattr(kind, "value", kind)  # of an enum
     if kind not in ("LORA", *FORMS):
         kinds = ", ".join(("LORA", *FORMS))
-        raise PeftError(f"{where}: peft_type is {kind!r}; only {kinds} are supported")
+        raise PeftError(f"{where}: peft_type is {kind!r}, but lora_jax supports only {kinds}.")
     kind_fields: JsonObject = {}
     if kind in FORMS:
         fields, kind_fields = FORMS[kind].as_lora_fields(fields, where)
@@ -95,7 +95,7 @@ def read_config(source: Any) -> JsonObject:
 
 
 def read_fields(source: Any) -> tuple[JsonObject, str]:
-    """Reads the fields as they are, without defaults or checks.
+    """Returns the fields of a PEFT configuration, without defaults or checks.
 
     Args:
       source: a dict, a file or folder, or a `peft.LoraConfig`.
@@ -116,29 +116,29 @@ def read_fields(source: Any) -> tuple[JsonObject, str]:
 
 
 def _check_fields_supported(fields: Fields, where: str) -> None:
-    """Raises a PeftError that names each field that is refused or not known, and is in use."""
+    """Raises a PeftError that lists the fields in use which are not supported or not known."""
     problems = []
     for name, value in fields.items():
         if name in REFUSED_FIELDS:
             if value not in UNUSED_VALUES:
-                problems.append(f"{name}={value!r} is not supported")
+                problems.append(f"{name}={value!r} is not supported.")
             continue
         is_known = name in _FIELD_DEFAULTS or name in _FIELDS_WITHOUT_EFFECT
         is_empty = value in (None, False, {}, [])
         if not is_known and not is_empty:
-            problems.append(f"{name}={value!r} is not known")
+            problems.append(f"{name}={value!r} is not known.")
     if problems:
-        raise PeftError(f"{where}: {'; '.join(problems)}")
+        raise PeftError(f"{where}: {' '.join(problems)}")
 
 
 def _check_field_values(config: Fields, where: str) -> None:
-    """Raises a PeftError that names each field with a value of the wrong kind."""
+    """Raises a PeftError that lists the fields with a value of the wrong kind."""
     init = config["init_lora_weights"]
     if str(init).startswith(_REDRAWN_INITS):
         raise PeftError(
-            f"{where}: init_lora_weights={init!r}: PEFT changes the base again at each load, by a "
-            "random draw or by data that the folder lacks; save it in PEFT as plain LoRA, "
-            "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+            f"{where}: With init_lora_weights={init!r}, PEFT changes the base at each load by "
+            "random numbers or data that the folder lacks. Save the adapter in PEFT as plain LoRA "
+            "with save_pretrained(…, path_initial_model_for_weight_conversion=…)."
         )
     rank = config["r"]
     alpha = config["lora_alpha"]
@@ -148,9 +148,9 @@ def _check_field_values(config: Fields, where: str) -> None:
     layers = config["layers_to_transform"]
     tokens = config["trainable_token_indices"]
     invocation = config[INVOCATION_FIELD]
-    has_tokens_by_module = isinstance(tokens, Mapping) and all(
-        _is_list_of_indices(indices) for indices in tokens.values()
-    )
+    # PEFT writes the tokens as a list, or as a list for each embedding.
+    token_lists = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+    has_token_lists = all(_is_list_of_indices(indices) for indices in token_lists)
     is_valid = {
         "r": type(rank) is int and _is_number_from(rank, minimum=1),
         "lora_alpha": _is_number_from(alpha, minimum=0) and alpha > 0,
@@ -159,40 +159,40 @@ def _check_field_values(config: Fields, where: str) -> None:
         "rank_pattern": rank_pattern is None or _is_pattern_field(rank_pattern, minimum=1),
         "alpha_pattern": alpha_pattern is None or _is_pattern_field(alpha_pattern, minimum=0),
         "layers_to_transform": layers is None or type(layers) is int or _is_list_of_indices(layers),
-        "trainable_token_indices": tokens is None
-        or _is_list_of_indices(tokens)
-        or has_tokens_by_module,
+        "trainable_token_indices": tokens is None or has_token_lists,
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
         INVOCATION_FIELD: invocation is None
         or (bool(invocation) and _is_list_of_indices(invocation)),
     }
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         is_valid[name] = config[name] is None or _is_list_of_names(config[name])
-    for name in ("target_modules", "exclude_modules"):  # or a pattern
+    # These two may be a pattern, too.
+    for name in ("target_modules", "exclude_modules"):
         is_valid[name] |= isinstance(config[name], str)
     for name in ("use_rslora", *OPTION_OF_FIELD, "ensure_weight_tying"):
         is_valid[name] = type(config[name]) is bool
     problems = [f"{name}={config[name]!r}" for name in is_valid if not is_valid[name]]
     if problems:
         raise PeftError(
-            f"{where}: {', '.join(problems)}: not supported, or not a value that PEFT would write"
+            f"{where}: {', '.join(problems)} is not supported, or is no value that PEFT writes. "
+            "Correct the configuration."
         )
 
 
 def _is_number_from(value: object, *, minimum: float) -> bool:
-    """Returns True for a number from `minimum` on and below a million."""
+    """Returns True for a number of at least `minimum` and less than a million."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return minimum <= value < 1e6
 
 
 def _is_list_of_names(value: object) -> bool:
-    """Returns True for a list of texts, none of which is empty."""
+    """Returns True for a list of texts without an empty one."""
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_pattern_field(value: object, *, minimum: float) -> bool:
-    """Returns True for numbers by the patterns of modules' names."""
+    """Returns True for a mapping from patterns of module names to numbers."""
     if not isinstance(value, Mapping):
         return False
     has_names = all(isinstance(name, str) for name in value)

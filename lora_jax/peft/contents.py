@@ -1,4 +1,4 @@
-"""Writes an adapted tree as PEFT has it in an adapter's folder: its fields and its tensors."""
+"""Writes an adapted tree as a PEFT adapter: the fields of its configuration, and its tensors."""
 
 import json
 import os
@@ -53,7 +53,7 @@ from lora_jax.peft.names import (
 )
 from lora_jax.peft.served import convert_for_serving
 
-PEFT_VERSION = "0.21.2"  # files have the format of this version
+PEFT_VERSION = "0.21.2"  # the files have the format of this version
 
 
 @writes_to_buckets(by_all=False)
@@ -131,7 +131,7 @@ def save(
 
 
 def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
-    """Raises a PeftError for layers without experts that PEFT would take for experts."""
+    """Raises a PeftError for adapted MLPs that PEFT would take for the experts of a model."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in MODEL_TYPES_TAKEN_FOR_EXPERTS:
         return
@@ -140,9 +140,9 @@ def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
         layers = sorted(prefix.rstrip(".") or "its layers without experts" for prefix in prefixes)
         raise PeftError(
             f"PEFT takes gate_proj, up_proj and down_proj of a {model_type} model for its experts, "
-            f"and cannot hold an adapter of {', '.join(layers)}: leave it out "
-            "(exclude=['shared_expert'], ['shared_experts', 'dense/mlp']), merge the adapter, or "
-            "write it for_serving"
+            f"so it cannot hold the adapter of {', '.join(layers)}. Exclude these layers from the "
+            "rules (exclude=['shared_expert'] or ['shared_experts', 'dense/mlp']), merge the "
+            "adapter, or write it with for_serving=True."
         )
 
 
@@ -162,15 +162,23 @@ def adapter_contents(
     table = tables_by_names(model)[0]
     nodes = nodes_of(params)
     if not nodes:
-        raise PeftError("peft.save needs an adapted tree, and this one is plain")
+        raise PeftError(
+            "The tree has no adapter to save. Pass the adapted tree that lorafy returned."
+        )
     for path, node in nodes.items():
         if not node.is_on:
-            raise PeftError(f"{path!r} has no adapter in this half of the tree: join it first")
+            raise PeftError(
+                f"{path!r} has no adapter in this half of a split tree. Join the two halves first "
+                "with lora_jax.join."
+            )
     nodes = {path: as_peft_node(path, node) for path, node in nodes.items()}
     table_paths = {row.path for row in table}
     for path in nodes:
         if path not in table_paths:
-            raise PeftError(f"{path!r} is in no row of the model's key table")
+            raise PeftError(
+                f"{path!r} is adapted, but the model's key table has no row for it. Pass the model "
+                "or the key table that belongs to this tree."
+            )
     return _ContentsWriter(
         table=table,
         leaves=dict(leaves_of(params)[0]),
@@ -181,7 +189,15 @@ def adapter_contents(
 
 
 class _ContentsWriter:
-    """The fields and tensors to write, put together node by node."""
+    """Collects the fields and tensors of an adapter's files, node by node.
+
+    Args:
+      table: the model's key table.
+      leaves: the leaves of the adapted tree, by path.
+      nodes: the nodes of the adapted tree as PEFT has them, by path.
+      experts: the kernels of the model's experts and routers.
+      embedding_layers: whether the base of an adapted table or head is written, too.
+    """
 
     def __init__(
         self,
@@ -202,6 +218,7 @@ class _ContentsWriter:
                 self._lora_nodes[path] = node
             else:
                 self._trained_nodes[path] = node
+        # PEFT ties the two uses of a table if they share an adapter, or a value trained in full.
         tied_rows = [row for row in table if row.aliases]
         tied_nodes = [nodes[row.path] for row in tied_rows if row.path in nodes]
         self._ties_tables = any(
@@ -216,29 +233,36 @@ class _ContentsWriter:
         paths_without_module = sorted(set(self._lora_nodes) - module_paths)
         if paths_without_module:
             raise PeftError(
-                f"{paths_without_module[0]!r} is adapted, and transformers has no such module"
+                f"{paths_without_module[0]!r} is adapted, but transformers has no such module, so "
+                "PEFT cannot hold its adapter. Exclude it from the rules, or merge the adapter."
             )
         self._form = find_common_form(self._lora_nodes)
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank_of_module(self, module: Module) -> int:
-        """Returns r of a module, 0 if it is not adapted."""
+        """Returns r of a module; 0 if the module is not adapted."""
         node = self._lora_nodes.get(module.path)
         if node is None:
             return 0
+        # A table with an adapter for each use has the ranks of both.
         if node.uses == "each" and module.uses in ("lookup", "product"):
             return node.rank // 2
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
         return node.ranks[layer] if node.uses == module.uses else 0
 
     def collect(self) -> tuple[JsonObject, dict[str, np.ndarray]]:
-        """Returns the fields of the configuration, and the tensors by key."""
+        """Returns the fields of the configuration, and the tensors by key.
+
+        Raises:
+          PeftError: names the part of the adapter that PEFT cannot hold.
+        """
         config = self._common_fields()
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
         for module in self._adapted_modules:
             ranks[module.name], alphas[module.name] = self._write_module(module)
         config |= self._write_experts(ranks, alphas)
+        # The head of a tied table has the same rank and alpha.
         for table, heads in self._heads_of_table.items():
             if table in ranks:
                 ranks |= dict.fromkeys(heads, ranks[table])
@@ -255,7 +279,7 @@ class _ContentsWriter:
         return config, add_head_copies(self._tensors, self._heads_of_table)
 
     def _common_fields(self) -> JsonObject:
-        """Returns the fields that PEFT has once for all adapted modules."""
+        """Returns the fields that apply to all adapted modules alike."""
         nodes = list(self._lora_nodes.values())
         settings: dict[str, set[bool | float]] = {}
         for name, form in VECTOR_PARTS.items():
@@ -266,10 +290,16 @@ class _ContentsWriter:
         ]
         for name, values in settings.items():
             if len(values) > 1 and name not in fields_that_may_differ:
-                raise PeftError(f"PEFT has one {name} for all modules; here they differ")
+                raise PeftError(
+                    f"PEFT has one {name} for all modules, but the rules here differ in it. "
+                    "Use the same value in all rules."
+                )
         invocations = {node.invocation for node in nodes}
         if len(invocations) > 1:
-            raise PeftError("PEFT has one invocation for all modules; here they differ")
+            raise PeftError(
+                "PEFT has one invocation for all modules, but the rules of this tree have several. "
+                "Use the same invocation in all rules."
+            )
         (invocation,) = invocations or {None}
         fields: JsonObject = {} if invocation is None else {INVOCATION_FIELD: [*invocation]}
         return fields | {
@@ -291,10 +321,11 @@ class _ContentsWriter:
         keys = keys_of(module)
         rank = self._rank_of_module(module)
         form = form_of_node(node)
-        if form:
+        # A kind of adapter beside LoRA has tensors of its own, with s in them.
+        if form is not None:
             for key, tensor in form.module_tensors(module, node).items():
                 self._add_tensor(key, tensor)
-            return rank, rank  # s is in the tensors
+            return rank, rank
         a, b = self._factors_of_module(node, module, rank)
         self._add_tensor(keys.a, a)
         self._add_tensor(keys.b, b.T)
@@ -305,6 +336,7 @@ class _ContentsWriter:
                 )
             elif any(name in weight.has for weight in self._lora_nodes.values()):
                 self._add_tensor(keys.vectors[name], np.full(b.shape[1], vector.fill))
+        # PEFT saves the base of embeddings and heads if one of them is adapted.
         last_names = {adapted.name.split(".")[-1] for adapted in self._adapted_modules}
         saves_bases = self._embedding_layers and last_names & {*EMBEDDING_NAMES}
         if saves_bases and module.kind in ("embedding", "head"):
@@ -317,7 +349,7 @@ class _ContentsWriter:
     def _factors_of_module(
         node: LoraWeight, module: Module, rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns A [r, in] and B [r, out] of a module, as PEFT has them.
+        """Returns A [r, in] and B [r, out] of a module.
 
         W + s(AB − A₀B₀) is W + s·[A A₀][B; −B₀].
         """
@@ -339,7 +371,11 @@ class _ContentsWriter:
         return a, b
 
     def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> JsonObject:
-        """Writes the tensors of experts, as PEFT packs them; adds their ranks and alphas."""
+        """Adds the packed tensors of experts and routers; returns the fields that name them.
+
+        Args:
+          ranks, alphas: receive the rank and alpha of each parameter, by its name.
+        """
         if not self._adapted_experts:
             return {"target_parameters": None}
         halves_by_name: dict[str, dict[int | None, Expert]] = {}
@@ -351,7 +387,8 @@ class _ContentsWriter:
                 unsupported.append("dropout")
             if unsupported:
                 raise PeftError(
-                    f"PEFT has no {unsupported[0]} for experts and routers: {expert.path!r}"
+                    f"PEFT has no {unsupported[0]} for experts and routers, but {expert.path!r} "
+                    "has it. Train without it, or merge the adapter."
                 )
         for name, halves in halves_by_name.items():
             factors = {half: self._factors_of_experts(expert) for half, expert in halves.items()}
@@ -359,12 +396,14 @@ class _ContentsWriter:
                 a, b, scale = factors[None]
             else:
                 a, b, scale = join_gate_and_up(factors.get(0), factors.get(1))
+            # a is [experts, r, in], and b is [experts, r, out].
             ranks[name] = a.shape[1]
             alphas[name] = scale * a.shape[1]
             key_a, key_b = keys_of_expert(next(iter(halves.values())), self._adapted_experts)
             packed_a, packed_b = pack_expert_factors(a, b)
             self._add_tensor(key_a, packed_a)
             self._add_tensor(key_b, packed_b)
+        # If all layers are adapted, the ends of the names select them.
         ends = sorted({common_end_of_name(name) for name in halves_by_name})
         names_with_ends = {
             expert.name for expert in self._experts if common_end_of_name(expert.name) in ends
@@ -379,7 +418,10 @@ class _ContentsWriter:
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale)[layer])
         if len(scales) > 1:
-            raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
+            raise PeftError(
+                f"PEFT has one alpha for all experts of a layer, but those of {expert.path!r} "
+                "differ. Use one alpha for them."
+            )
 
         def layer_factor(factor: Leaf) -> np.ndarray:
             # The reshape gives a router, which has no axis of experts, one of size 1.
@@ -397,10 +439,16 @@ class _ContentsWriter:
         self._tensors[key] = np.ascontiguousarray(array)
 
     def _target_fields(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> JsonObject:
-        """Returns the fields on targets, ranks and alphas."""
+        """Returns the fields for targets, ranks and alphas.
+
+        The most common rank and alpha become r and lora_alpha; patterns name the other modules.
+        """
         if not ranks:
             # PEFT has no adapter without a target; one that matches nothing is an error there.
-            raise PeftError("nothing is adapted: PEFT needs one module with a LoRA at least")
+            raise PeftError(
+                "The tree adapts no module with LoRA, but a PEFT adapter needs at least one. Add a "
+                "LoraRule."
+            )
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         names = [module.name for module in self._adapted_modules]
@@ -419,7 +467,7 @@ class _ContentsWriter:
         }
 
     def _shorten_targets(self, names: list[str]) -> list[str]:
-        """Shortens names to their last parts, if these select no other module."""
+        """Returns the last parts of names, or the names if the parts select other modules, too."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
         # Modules that hold others, too: "0" names a layer of a list as well as a kernel of a block.
         module_names = {module.name for module in self._modules}
@@ -431,7 +479,7 @@ class _ContentsWriter:
         return sorted(names) if is_ambiguous else ends
 
     def _write_trained_leaves(self) -> JsonObject:
-        """Writes trained biases, tokens and whole modules; returns their fields."""
+        """Adds the tensors of biases, tokens and modules that train; returns their fields."""
         biases: list[str] = []
         weights: list[str] = []
         tokens: dict[str, list[int]] = {}
@@ -447,7 +495,8 @@ class _ContentsWriter:
                 names = [names[layer] for layer in node.rows]
             if not row.hf.endswith((".bias", ".weight")):
                 raise PeftError(
-                    f"{path!r} trains in full; PEFT saves whole modules, and this is none"
+                    f"{path!r} trains in full, but it belongs to no module that PEFT can save. "
+                    "Exclude it from the rules, or merge the adapter."
                 )
             if row.hf.endswith(".bias"):
                 biases += names
@@ -457,18 +506,20 @@ class _ContentsWriter:
         saved = {module_name(name) for name in weights}
         if saved & adapted:
             raise PeftError(
-                f"{min(saved & adapted)} is adapted and trains in full; PEFT has one or the other"
+                f"{min(saved & adapted)} is adapted and also trains in full, but PEFT allows only "
+                "one of the two. Remove one of the rules."
             )
         biases = [name for name in biases if module_name(name) not in saved]
         kind = self._bias_field(biases, adapted, saved)
-        if kind is None:  # biases of modules that are not adapted (norms): save these modules
+        # Biases of modules that are not adapted, such as norms, are saved with their modules.
+        if kind is None:
             saved |= {module_name(name) for name in biases} - adapted
             biases = [name for name in biases if module_name(name) in adapted]
             kind = self._bias_field(biases, adapted, saved)
         if kind is None:
             raise PeftError(
-                "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
-                f"such as {biases[0]}"
+                "PEFT trains the biases of all modules, or of all adapted modules, but this tree "
+                f"trains other biases, such as {biases[0]}. Change the rules, or merge the adapter."
             )
         for name in biases:
             self._add_tensor(bias_key(name, adapted), self._trained_tensor(name))
@@ -482,7 +533,13 @@ class _ContentsWriter:
         }
 
     def _bias_field(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
-        """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
+        """Returns PEFT's field `bias` for the trained biases; None if no value fits.
+
+        Args:
+          names: the trained biases of modules that are not saved whole.
+          adapted: the names of the adapted modules.
+          saved: the names of the modules that are saved whole.
+        """
         if not names:
             return "none"
         biases = {
@@ -496,7 +553,10 @@ class _ContentsWriter:
         return "all" if set(names) == biases else None
 
     def _name_whole_head(self, saved: set[str]) -> list[str]:
-        """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
+        """Returns the names of saved modules, with one name for all layers of a classifier.
+
+        PEFT trains a classifier as one module, and engines accept it under this name only.
+        """
         layers = {
             module_name(name)
             for name, (row, _) in self._location_of_tensor.items()
@@ -509,7 +569,7 @@ class _ContentsWriter:
         return sorted(saved)
 
     def _trained_tensor(self, name: str) -> np.ndarray:
-        """Returns one of PyTorch's tensors, as it has been trained."""
+        """Returns the trained value of one of PyTorch's tensors."""
         row, index = self._location_of_tensor[name]
         leaf = self._leaves[row.path]
         if isinstance(leaf, Trained | TrainedRows):

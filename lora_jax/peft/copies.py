@@ -1,4 +1,4 @@
-"""Adds and removes tensors that PEFT writes twice: a tied head's, a saved module's biases."""
+"""Adds and removes tensors that PEFT writes twice: of tied heads and of saved modules' biases."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from lora_jax.variants import variants_of
 
 
 class _KeyPair(NamedTuple):
-    """The ends of the keys of a head's tensor and of the table's tensor that it repeats."""
+    """The key ends of a head's tensor and of the table's tensor that the head's tensor repeats."""
 
     head: str
     table: str
@@ -31,7 +31,7 @@ _KEY_PAIRS = (
 
 
 def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list[str]]:
-    """Returns the heads that share a table's adapter or its trained value, by the table's name.
+    """Finds the heads that share the adapter or the trained value of a table, by the table's name.
 
     Args:
       nodes: nodes of an adapted tree, by path.
@@ -40,7 +40,7 @@ def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str,
     Raises:
       PeftError: for a table that PEFT does not tie, and for DoRA on one.
     """
-    remedy = "adapt one use of it, LoraRule(uses='lookup')"
+    remedy = "Adapt only one use of the table with LoraRule(uses='lookup')."
     heads: dict[str, list[str]] = {}
     for row in tied:
         node = nodes.get(row.path)
@@ -50,16 +50,16 @@ def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str,
         has_embedding_name = any(name.split(".")[-1] in EMBEDDING_NAMES for name in names)
         if not has_embedding_name:
             raise PeftError(
-                f"{' and '.join(names)} are tied, and PEFT ties trained weights of layers called "
-                f"{' or '.join(EMBEDDING_NAMES)} only: {remedy}"
+                f"{' and '.join(names)} are tied, but PEFT ties only the trained weights of layers "
+                f"called {' or '.join(EMBEDDING_NAMES)}. {remedy}"
             )
         variants = variants_of(node) if isinstance(node, LoraWeight) else []
         for variant in variants:
             for part in variant.parts:
                 if part.vector == "gain":
                     raise PeftError(
-                        f"{row.path!r} is tied, and PEFT's {variant.name} has a {part.name} for "
-                        f"each of its uses: {remedy}"
+                        f"{row.path!r} is tied, but PEFT's {variant.name} has a {part.name} for "
+                        f"each use of a tied table. {remedy}"
                     )
         table, *head_names = names
         heads[table] = head_names
@@ -67,7 +67,7 @@ def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str,
 
 
 def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """Returns target_modules or modules_to_save, with the heads that PEFT ties tables by.
+    """Adds heads to target_modules or modules_to_save where PEFT needs their names to tie a table.
 
     Args:
       names: the field.
@@ -84,7 +84,7 @@ def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) 
 def add_head_copies(
     tensors: Mapping[str, np.ndarray], heads: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors with copies of a tied table's tensors for its heads, as PEFT writes them.
+    """Adds a copy of a tied table's tensors for each of its heads, as PEFT writes them.
 
     Args:
       tensors: by key.
@@ -106,14 +106,14 @@ def add_head_copies(
 def drop_repeated_tensors(
     tensors: Mapping[str, np.ndarray], tied: Sequence[Row], where: str
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors without those that only repeat another.
+    """Removes the tensors that only repeat another tensor.
 
-    A head that is tied, adapter and all, repeats its table's tensors. Under bias="all" the biases
-    of a saved module are written by their names inside PEFT's wrapper as well.
+    A head that shares its table's adapter repeats the table's tensors. Under bias="all" the biases
+    of a saved module are also written by their names inside PEFT's wrapper.
 
     Args:
       tensors: by key.
-      tied: the rows of tables whose heads are tied, adapter and all.
+      tied: the rows of tables whose heads share their adapter.
       where: the file, for messages.
 
     Raises:
@@ -126,8 +126,8 @@ def drop_repeated_tensors(
             magnitude = f"{head}.lora_magnitude_vector"
             if magnitude in remaining:
                 raise PeftError(
-                    f"{where}: {magnitude}: PEFT has a magnitude for each use of a tied table, "
-                    "which is not supported; train it in PEFT without use_dora"
+                    f"{where} has {magnitude}. A magnitude for each use of a tied table is not "
+                    "supported. Train the adapter in PEFT without use_dora."
                 )
             for pair in _KEY_PAIRS:
                 head_tensor = remaining.get(f"{head}.{pair.head}")
@@ -149,4 +149,4 @@ def _is_wrapped_copy(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
     outside_tensor = tensors.get(key.replace(".modules_to_save.", "."))
     if ".modules_to_save." in key and outside_tensor is not None:
         return np.array_equal(tensors[key], outside_tensor)
-    return ".original_module." in key  # the base's, which is not used
+    return ".original_module." in key  # of the base; no adapter uses it

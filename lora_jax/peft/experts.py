@@ -1,4 +1,4 @@
-"""Maps the adapters of experts, which in transformers are two parameters of one module.
+"""Maps the adapters of experts, which are two parameters of one module in transformers.
 
 `experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
 inner]; here gate, up and down are separate kernels. (gpt-oss's are [experts, in, out], there as
@@ -32,11 +32,11 @@ MLP_PROJECTION = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expert(Module):
-    """A kernel of one layer's experts or its router, as a part of one of PEFT's parameters.
+    """A kernel of one layer's experts or router, and the parameter that holds it in PEFT.
 
     Attributes:
       parameter: "gate_up_proj", "down_proj", or a router's "weight".
-      half: the half of gate_up_proj's outputs: 0 or 1; None for the others, and for all of them.
+      half: the half of gate_up_proj's outputs, 0 or 1; None for all outputs of a parameter.
       n: the number of experts in the parameter; 1 for a router.
       layer: the layer's number.
     """
@@ -94,9 +94,9 @@ def list_experts(model: Model) -> list[Expert]:
 
 
 def can_hold(model: Model, path: str) -> bool:
-    """Returns True where PEFT's adapters have a name for a weight of a model.
+    """Returns True if PEFT's files can hold an adapter of a weight of a model.
 
-    They have none for projections of MLPs that PEFT takes for those of experts; see `save`.
+    They cannot hold projections of MLPs that PEFT takes for those of experts; see `save`.
 
     Args:
       model: a model of `lora_jax.models`.
@@ -115,7 +115,7 @@ def can_hold(model: Model, path: str) -> bool:
 
 
 def common_end_of_name(name: str) -> str:
-    """Returns the end of a parameter's name that is the same in all layers."""
+    """Returns the last two parts of a parameter's name, which are the same in all layers."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -139,19 +139,30 @@ def select_experts(config: Fields, model: Model) -> list[Expert]:
         if not is_known:
             known = ", ".join(dict.fromkeys(map(common_end_of_name, names)))
             raise PeftError(
-                f"target_parameters names {target!r}; what can be adapted as a parameter here is "
-                + (known or "nothing, for the model has no experts: use target_modules")
+                f"target_parameters names {target!r}, which no experts of this model have. "
+                + (f"Use {known}." if known else "The model has no experts. Use target_modules.")
             )
     for field in ("use_dora", "lora_bias", "lora_dropout"):
         if config[field]:
-            raise PeftError(f"{field} does not go with target_parameters, in PEFT as here")
+            raise PeftError(
+                f"{field} cannot be combined with target_parameters, in PEFT as well as here. "
+                "Remove one of the two fields."
+            )
     return [
         expert for expert in experts if expert.name in targets or ends_with(expert.name, targets)
     ]
 
 
 def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
-    """Returns the keys of A and B; if both are adapted, gate_up_proj's lie inside down_proj's."""
+    """Returns the keys of A and B of a parameter of experts.
+
+    If both parameters of a layer are adapted, the keys of gate_up_proj lie inside those of
+    down_proj.
+
+    Args:
+      expert: a kernel of the parameter.
+      chosen: all adapted modules.
+    """
     experts_module = expert.name.removesuffix(f".{expert.parameter}")
     is_down_adapted = any(module.name == f"{experts_module}.{DOWN}" for module in chosen)
     lies_inside = expert.parameter == GATE_UP and is_down_adapted
@@ -162,12 +173,12 @@ def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
 
 
 def unpack_expert_a(a: np.ndarray, n_experts: int) -> np.ndarray:
-    """Returns A, [experts·r, in], as [experts, r, in]."""
+    """Reshapes PEFT's A, [experts·r, in], to [experts, r, in]."""
     return a.reshape(n_experts, -1, a.shape[-1])
 
 
 def unpack_expert_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
-    """Returns B, [out, r·experts], as [experts, r, out], or a half of its outputs."""
+    """Reshapes PEFT's B, [out, r·experts], to [experts, r, out], or takes half of its outputs."""
     unpacked = b.reshape(b.shape[0], -1, n_experts).transpose(2, 1, 0)
     if half is None:
         return unpacked
@@ -176,7 +187,7 @@ def unpack_expert_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarr
 
 
 def pack_expert_factors(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [experts, r, in] and [experts, r, out] as PEFT's A and B."""
+    """Reshapes [experts, r, in] and [experts, r, out] to PEFT's A and B."""
     n_experts, rank, n_out = b.shape
     packed_a = a.reshape(n_experts * rank, -1)
     packed_b = b.transpose(2, 1, 0).reshape(n_out, rank * n_experts)
@@ -188,16 +199,21 @@ def join_gate_and_up(
     up: tuple[np.ndarray, np.ndarray, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Joins (A, B, s) of gate_up_proj's halves; None stands for a half without an adapter."""
-    if gate is None or up is None:
-        a, b, scale = gate or up  # type: ignore[misc]
-        zeros = np.zeros_like(b)
-        halves = [zeros, b] if gate is None else [b, zeros]
-        return a, np.concatenate(halves, axis=-1), scale
+    # A half without an adapter gets outputs of zeros.
+    if gate is None:
+        assert up is not None
+        a, b, scale = up
+        return a, np.concatenate([np.zeros_like(b), b], axis=-1), scale
+    if up is None:
+        a, b, scale = gate
+        return a, np.concatenate([b, np.zeros_like(b)], axis=-1), scale
     a_gate, b_gate, scale_gate = gate
     a_up, b_up, scale_up = up
     has_common_a = a_gate.shape == a_up.shape and np.array_equal(a_gate, a_up)
+    # The halves share one A: only their outputs are joined.
     if has_common_a and scale_gate == scale_up:
         return a_gate, np.concatenate([b_gate, b_up], axis=-1), scale_gate
+    # Otherwise both A's lie side by side. B is block diagonal, [experts, r_gate + r_up, out].
     b_up = b_up * np.asarray(scale_up / scale_gate, b_up.dtype)
     zeros_gate = np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)
     zeros_up = np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype)

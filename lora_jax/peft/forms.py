@@ -1,4 +1,4 @@
-"""The registry of PEFT's kinds of adapters beside LoRA: a file each, by ``peft_type``."""
+"""Registers PEFT's kinds of adapters beside LoRA by ``peft_type``; each has a file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ from lora_jax.variants.variant import Variant
 
 
 class FileAdapter(Protocol):
-    """The adapter of a file: what its modules share, made once."""
+    """The content of an adapter's file, with the arrays that its modules share."""
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> JsonObject:
-        """Returns the arrays of a weight beside its scale; None for one to take away.
+        """Returns the arrays of a weight beside its scale; None removes an array.
 
         Args:
           node: the weight.
@@ -28,11 +28,11 @@ class FileAdapter(Protocol):
 
 
 class PeftForm(Protocol):
-    """A kind of adapter: a module with these functions."""
+    """A kind of adapter in PEFT: a Python module with these functions."""
 
     @property
     def VARIANT(self) -> Variant:  # noqa: N802
-        """The variant of LoRA that it is."""
+        """The variant of LoRA that the kind corresponds to."""
 
     def read_file(
         self,
@@ -51,25 +51,25 @@ class PeftForm(Protocol):
         """
 
     def as_lora_fields(self, fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-        """Returns the fields of a LoraConfig for the same modules, and those of the kind alone."""
+        """Splits fields into those of a LoraConfig for the same modules and those of the kind."""
 
     def rule_settings(self, kind_fields: Fields) -> JsonObject:
-        """Returns the fields of a LoraRule beside the variant's and a LoraConfig's."""
+        """Returns the further fields of a LoraRule that the kind's fields set."""
 
     def module_tensors(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
-        """Returns the tensors of one adapted module, by key; s is in them."""
+        """Returns the tensors of one adapted module by key; they contain s."""
 
     def adapter_contents(
         self, config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
     ) -> tuple[JsonObject, dict[str, np.ndarray]]:
-        """Returns the configuration, from a LoraConfig's fields, and the tensors of all modules."""
+        """Returns the kind's configuration and the tensors that all modules share."""
 
 
 FORMS: dict[str, PeftForm] = {"VERA": vera, "TINYLORA": tinylora}
 
 
 def form_of_node(node: Leaf) -> PeftForm | None:
-    """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
+    """Returns the kind of adapter of a node; None for LoRA and for leaves that train in full."""
     if not isinstance(node, LoraWeight):
         return None
     variants = variants_of(node)
@@ -80,13 +80,13 @@ def form_of_node(node: Leaf) -> PeftForm | None:
 
 
 def find_common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
-    """Returns the form of all adapted weights of a tree; None for LoRA.
+    """Returns the kind of adapter that all weights of a tree have; None for LoRA.
 
     Args:
       nodes: the adapted weights, by path.
 
     Raises:
-      PeftError: some have another one.
+      PeftError: the weights have different kinds.
     """
     form_of_path = {path: form_of_node(node) for path, node in nodes.items()}
     forms = [form for form in form_of_path.values() if form is not None]
@@ -96,14 +96,14 @@ def find_common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
     if other_paths:
         variant = forms[0].VARIANT
         raise PeftError(
-            f"{other_paths[0]!r} is adapted otherwise than by {variant.name}, and PEFT has one "
-            f"kind of adapter in a file: give all rules {variant.option}=True, or none"
+            f"{other_paths[0]!r} is adapted differently from {variant.name}, but a PEFT file holds "
+            f"one kind of adapter. Set {variant.option}=True in all rules, or in none."
         )
     return forms[0]
 
 
 def as_peft_node(path: str, node: Leaf) -> Leaf:
-    """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
+    """Returns a node in a form that PEFT has. A compact node without one becomes plain LoRA.
 
     Args:
       path: the node's path, for messages.
@@ -119,7 +119,7 @@ def as_peft_node(path: str, node: Leaf) -> Leaf:
     unknown_parts = [name for name in node.has if name not in VECTOR_PARTS]
     if unknown_parts:
         raise PeftError(
-            f"{path!r} has the part {unknown_parts[0]!r}, which PEFT does not have: make a plain "
-            "adapter of the tree first, lora_jax.bank.extract(strip(tree), merge(tree), rank=…)"
+            f"{path!r} has the part {unknown_parts[0]!r}, which PEFT does not have. Make a plain "
+            "adapter first with lora_jax.bank.extract(strip(tree), merge(tree), rank=…)."
         )
     return node

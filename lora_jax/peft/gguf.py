@@ -1,7 +1,8 @@
 """Writes an adapter as a GGUF file for llama.cpp.
 
-llama.cpp computes Wx + s·B(Ax) as well. It has one alpha for all tensors, of which each has s =
-alpha / r: where that is not a tensor's s, B holds the rest. The rows of B are in the order of W's.
+llama.cpp computes Wx + s·B(Ax), too. It has one alpha for all tensors, so each tensor's s is
+alpha / r. If a tensor has another s, its B is multiplied by the ratio. The rows of B are in the
+order of W's rows.
 """
 
 import os
@@ -26,8 +27,8 @@ from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, select_experts
 from lora_jax.peft.names import KEY_PREFIX
 from lora_jax.peft.served import FACTOR_KEY_ENDS, expert_factors, scale_of_module
 
-_MERGE_REMEDY = "merge it into its base, which llama.cpp runs (--merged --gguf)"
-# Fields of adapter_config.json that stand for something llama.cpp's adapters lack.
+_MERGE_REMEDY = "Merge the adapter into its base instead (--merged --gguf)."
+# Features that llama.cpp's adapters lack, by the field of adapter_config.json that turns them on.
 _FEATURE_OF_UNSUPPORTED_FIELD = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases on B",
@@ -65,17 +66,17 @@ def save_gguf(
     Args:
       path: the file.
       model: the model of `lora_jax.models`.
-      params: an adapted tree. What `save` writes as plain LoRA is written so here, too; and so are
-        VeRA and other variants whose A and B follow from a seed.
+      params: an adapted tree. Variants that `save` writes as plain LoRA are written as plain LoRA
+        here, too. So are VeRA and other variants whose A and B follow from a seed.
       gguf_type: type of the factors: "f32", "f16" or "bf16".
       overwrite: replace a file that is there. Without it, an existing file is an error.
 
     Returns:
-      What a user of the file should know, a sentence each; mostly nothing.
+      Notes for users of the file, a sentence each; usually none.
 
     Raises:
-      PeftError: for an adapter that llama.cpp has no form for; says what to do.
-      ConfigError: for a model that it does not run.
+      PeftError: for an adapter that llama.cpp cannot run; says what to do.
+      ConfigError: for a model that llama.cpp does not run.
       FileExistsError: if the file exists.
     """
     path = local_path(path).absolute()
@@ -88,7 +89,10 @@ def save_gguf(
     # llama.cpp takes an alpha of 0 for a scale of 1.
     factors = [f for f in _adapted_tensors(model, params) if f.rank > 0 and f.scale != 0]
     if not factors:
-        raise PeftError("the adapter changes nothing: there is nothing to write")
+        raise PeftError(
+            "The adapter has no update to write: all of its ranks or scales are 0. Train it first."
+        )
+    # The most common alpha is the file's.
     alphas = Counter(f.scale * f.rank for f in factors)
     alpha, _ = alphas.most_common(1)[0]
     fields = {
@@ -108,25 +112,25 @@ def save_gguf(
     n_rescaled = sum(not _alpha_gives_scale(alpha, f) for f in factors)
     if n_rescaled > 0:
         notes.append(
-            f"GGUF has one alpha, {alpha:g}: of {n_rescaled} of {len(factors)} tensors, whose "
-            "alpha / rank is another, B holds the rest of the scale"
+            f"A GGUF adapter has one alpha, here {alpha:g}. B was rescaled in {n_rescaled} of "
+            f"{len(factors)} tensors, whose scale is not alpha / rank."
         )
     return notes
 
 
 def _alpha_gives_scale(alpha: float, factors: AdaptedTensor) -> bool:
-    """Returns True if the file's alpha gives a tensor's scale, as fp32 has it."""
+    """Returns True if the file's alpha gives the scale of a tensor, to the precision of fp32."""
     return bool(np.float32(alpha / factors.rank) == np.float32(factors.scale))
 
 
 def _gguf_tensors(factors: AdaptedTensor, name: str, alpha: float, kind: str) -> list[GGUFTensor]:
-    """Returns the two tensors of the file for an adapted tensor; `kind` is their GGUF type."""
+    """Returns A and B of an adapted tensor as tensors of the file, of the GGUF type `kind`."""
     a = factors.a
     b = factors.b
     if not _alpha_gives_scale(alpha, factors):
         remaining_scale = factors.scale * factors.rank / alpha
         b = (b.astype(accumulation_dtype(b.dtype)) * remaining_scale).astype(b.dtype)
-    if name == "token_embd.weight":  # llama.cpp looks rows of A up
+    if name == "token_embd.weight":  # llama.cpp looks up rows of A
         a = a.T
     return [
         GGUFTensor(name=f"{name}.lora_a", shape=a.shape, kind=kind, read=_make_fp32_reader(a)),
@@ -161,33 +165,34 @@ def _adapted_tensors(model: Model, params: Tree) -> Iterator[AdaptedTensor]:
 
 
 def _as_plain_lora(path: str, leaf: Any) -> Any:
-    """Returns a weight as plain LoRA where its factors follow from a seed or from W."""
-    return leaf.as_lora() if isinstance(leaf, LoraWeight) and leaf.is_compact else leaf
+    """Returns a weight as plain LoRA if its factors follow from a seed or from W."""
+    is_compact = isinstance(leaf, LoraWeight) and leaf.is_compact
+    return leaf.as_lora() if is_compact else leaf
 
 
 def _check_llama_cpp_support(fields: Fields, config: Any) -> None:
-    """Raises a PeftError for an adapter that llama.cpp has no form for."""
+    """Raises a PeftError for an adapter that llama.cpp cannot run."""
     missing_features = [
         feature for field, feature in _FEATURE_OF_UNSUPPORTED_FIELD.items() if fields.get(field)
     ]
     invocation = fields.get(INVOCATION_FIELD)
     if invocation:
         raise PeftError(
-            f"the adapter is an activated LoRA, which acts from its invocation {invocation} on: "
-            "most programs that read GGUF would run it on all tokens, and it cannot be merged. Run "
-            "it by train.serve, or write PEFT's files (train.export --output)"
+            f"The adapter is an activated LoRA, which acts from its invocation {invocation} on. "
+            "Most programs that read GGUF would apply it to all tokens, and it cannot be merged. "
+            "Run it with train.serve, or write PEFT's files (train.export --output)."
         )
     if fields["bias"] != "none":
         missing_features.append("trained biases")
     if missing_features:
         listing = " and no ".join(missing_features)
-        raise PeftError(f"llama.cpp's adapters have no {listing}: {_MERGE_REMEDY}")
+        raise PeftError(f"llama.cpp's adapters have no {listing}. {_MERGE_REMEDY}")
     target_names = {target.rsplit(".", 1)[-1] for target in fields["target_modules"] or ()}
     tables = sorted({"embed_tokens", "lm_head"} & target_names)
     if tables and config.tie_word_embeddings:
         raise PeftError(
-            f"the adapter is on {' and '.join(tables)}, and this model's head is its "
-            f"embedding, which llama.cpp's adapters cannot tell apart: {_MERGE_REMEDY}"
+            f"The adapter changes {' and '.join(tables)}. This model's head is tied to its "
+            f"embedding, and llama.cpp's adapters cannot tell the two apart. {_MERGE_REMEDY}"
         )
 
 
@@ -199,6 +204,7 @@ def _adapted_expert_tensors(
     config: Any,
 ) -> Iterator[AdaptedTensor]:
     """Yields the adapted tensors of a kernel of a layer's experts, or of its router."""
+    # a is [experts, r, in], and b is [experts, out, r].
     a, b_by_rank = expert_factors(expert, experts, tensors)
     b = b_by_rank.swapaxes(-1, -2)
     scale = scale_of_module(fields, expert.name)
@@ -209,6 +215,7 @@ def _adapted_expert_tensors(
         return
     kernel = expert.path.split("/")[-2]
     stem = f"{mlp}.experts.{kernel}"
+    # gpt-oss's fused kernel is two tensors in GGUF, which take their rows of B.
     if not has_fused_experts(config):
         yield AdaptedTensor(name=f"{stem}.weight", a=a, b=b, scale=scale)
         return

@@ -1,7 +1,7 @@
 """Reads a PEFT adapter's folder, local or on the hub, as an adapted tree.
 
-A module is one Hugging Face module that the adapter adapts; it stands for one layer of a leaf, or
-for all of it. A row of the model's key table maps such names to a leaf.
+A module is one Hugging Face module that the adapter adapts. Its weight is one layer of a leaf, or
+the whole leaf. A row of the model's key table maps the names of modules to a leaf.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ def load(
 ) -> Tree:
     """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
 
-    PEFT saves the base of an adapted table too. Where it differs from `params`, the tree gets the
-    file's, as in PEFT.
+    PEFT also saves the base of an adapted table. If the saved base differs from `params`, the tree
+    gets the saved base, as in PEFT.
 
     Args:
       folder: a local folder (adapter_config.json, adapter_model.safetensors), or a hub name.
@@ -85,6 +85,7 @@ def load(
     tensors_path = str(source / WEIGHTS_FILE)
     table = _table_for_keys(tensors, model)
     _check_plain_tree(params, table)
+    # Files of transformers 4 have a module for each expert, under its number.
     has_experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
     tied_rows = [row for row in table if row.aliases] if ties_tables(config) else []
     reader = _TensorReader(tensors_path, drop_repeated_tensors(tensors, tied_rows, tensors_path))
@@ -122,7 +123,7 @@ def load(
 
 
 def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
-    """Returns the key table of the model whose names a file's keys have; see `tables_of`."""
+    """Returns the key table with the names of a file's keys; see `tables_by_names`."""
     newest, *older = tables_by_names(model)
     file_modules = {
         re.split(r"\.(?:lora_|base_layer)", key.removeprefix(KEY_PREFIX))[0] for key in keys
@@ -135,20 +136,20 @@ def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
 
 
 def _shapes_of_tree(params: Tree) -> Tree:
-    """Returns the shapes of a tree."""
+    """Returns a tree's shapes and dtypes without its arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
 def _check_plain_tree(params: Tree, table: Sequence[Row]) -> None:
     """Raises a PeftError if a tree is adapted, or its shapes are not those of the table."""
     if nodes_of(params):
-        raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
+        raise PeftError("The tree is already adapted. Pass the plain tree, lora_jax.strip(params).")
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(params)[0]}
     paths = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
     if paths:
         raise PeftError(
-            f"the tree does not fit the model: it has {shapes.get(paths[0], 'nothing')} at "
-            f"{paths[0]!r} (and {len(paths) - 1} more)"
+            f"The tree does not fit the model. It has {shapes.get(paths[0], 'nothing')} at "
+            f"{paths[0]!r}, and {len(paths) - 1} more differences. Pass the model's parameters."
         )
 
 
@@ -169,13 +170,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         for name in file.keys():
             dtype = file.get_slice(name).get_dtype()
             if dtype not in FLOAT_DTYPES:
-                raise PeftError(f"{path}: {name} has the dtype {dtype}; weights are floats")
+                raise PeftError(
+                    f"{path}: {name} has the dtype {dtype}, but an adapter's weights are floats. "
+                    "Save the adapter again."
+                )
             tensors[name] = file.get_tensor(name)
     return tensors
 
 
 def read_tensor_names(path: Path) -> list[str]:
-    """Reads the names of an adapter_model.safetensors' tensors, and no tensor.
+    """Reads the names of the tensors in an adapter_model.safetensors, without the tensors.
 
     Args:
       path: the file.
@@ -189,13 +193,13 @@ def read_tensor_names(path: Path) -> list[str]:
 
 @contextmanager
 def _open_weights(path: Path) -> Iterator[Any]:
-    """Opens an adapter_model.safetensors; errors within become PeftErrors."""
+    """Opens an adapter_model.safetensors; turns errors of reading into PeftErrors."""
     if not path.is_file():
         similar_files = sorted(file.name for file in path.parent.glob("adapter_model*"))
-        hint = ""
+        hint = " Copy it into the folder."
         if similar_files:
-            hint = f"; there is {similar_files[0]}, and only safetensors are read"
-        raise PeftError(f"{path} is missing{hint}")
+            hint = f" The folder holds {similar_files[0]}, but only safetensors are read."
+        raise PeftError(f"{path} is missing.{hint}")
     try:
         with safe_open(path, framework="np") as file:
             yield file
@@ -206,7 +210,12 @@ def _open_weights(path: Path) -> Iterator[Any]:
 
 
 class _TensorReader:
-    """The file's tensors; notes which are taken, and reports those that do not fit."""
+    """Hands out the tensors of a file, and collects the problems with them.
+
+    Args:
+      path: the file, for messages.
+      tensors: the tensors by key.
+    """
 
     def __init__(self, path: str, tensors: Mapping[str, np.ndarray]) -> None:
         self._path = path
@@ -257,8 +266,8 @@ def _replace_bases(
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
 
-    PEFT writes them for adapted tables, and for embeddings and heads if it was told to, or found
-    the vocabulary resized.
+    PEFT writes the base of adapted tables. It also writes embeddings and heads on request, or if
+    the vocabulary was resized.
     """
     leaf_by_path = dict(leaves_of(params)[0])
     sources = [
@@ -271,6 +280,7 @@ def _replace_bases(
         for module in adapted_modules
         if not isinstance(module, Expert)
     ]
+    # Embeddings and heads that are not adapted have keys of their own.
     for row in table:
         if kind_of(row) not in ("embedding", "head") or row.stack:
             continue
@@ -280,6 +290,7 @@ def _replace_bases(
                 sources.append(
                     _BaseSource(key=key, path=row.path, stack_index=(), is_transposed=row.transpose)
                 )
+    # Only a leaf that differs from the file's weight is replaced.
     for source in sources:
         if not reader.has(source.key):
             continue
@@ -297,7 +308,7 @@ def _replace_bases(
 
 
 class _BaseSource(NamedTuple):
-    """A key under which a file may hold a weight of the base, and the leaf that it belongs to.
+    """A key under which a file may hold a weight of the base, and the leaf of that weight.
 
     Attributes:
       key: the key of the tensor.
@@ -338,7 +349,9 @@ class _NodeReader:
             return self._read_weight(path, leaf.replace(base=base))
         if isinstance(leaf, TrainedRows):
             return self._read_rows(path, leaf.replace(base=base))
-        return self._read_trained_leaf(path, base) if isinstance(leaf, Trained) else base
+        if isinstance(leaf, Trained):
+            return self._read_trained_leaf(path, base)
+        return base
 
     def _read_weight(self, path: str, node: LoraWeight) -> LoraWeight:
         """Returns an adapted weight with the factors of all its modules, stacked.
@@ -349,6 +362,7 @@ class _NodeReader:
             node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
         )
         modules = [module for module in self.adapted_modules if module.path == path]
+        # A kind of adapter beside LoRA reads its own tensors.
         if self.file_adapter is not None:
             scale = self._scale_of_layers(path, batch)
             return node.replace(scale=scale, **self.file_adapter.arrays(node, modules))
@@ -358,11 +372,13 @@ class _NodeReader:
         ]
         if not self.reader.is_complete:
             return node
+        # Factors are [batch, r, in] and [batch, r, out], with zeros for layers without an adapter.
         dtype = np.dtype(accumulation_dtype(node.dtype))
         factors = {name: np.zeros((*batch, node.rank, fan), dtype) for name, fan in fans.items()}
         # No product reads the magnitude of a layer that is not adapted.
         vectors = {name: np.ones((*batch, fans["b"]), dtype) for name in node.has}
         for module, arrays in zip(modules, arrays_of_modules, strict=True):
+            # The head of a table with an adapter for each use has the second half of the ranks.
             is_head = node.uses == "each" and module.uses == "product"
             start = node.rank // 2 if is_head else 0
             for name, array in arrays.items():
@@ -379,7 +395,8 @@ class _NodeReader:
             scale = self._scale_of_layers(path, batch)
         if self.config["init_lora_weights"] == "mica" and node.uses == "all":
             node = node.replace(frozen=("b",))  # as in PEFT, if it trains on
-        return node.replace(scale=scale, **jax.device_put(changes))  # asarray would compile
+        # jnp.asarray would compile a program for each shape.
+        return node.replace(scale=scale, **jax.device_put(changes))
 
     def _read_arrays(
         self, module: Module, node: LoraWeight, fan_in: int, fan_out: int
@@ -417,7 +434,7 @@ class _NodeReader:
         return placed
 
     def _read_rows(self, path: str, node: TrainedRows) -> TrainedRows:
-        """Returns a node with its trained rows: of a token table, or some layers of a stack."""
+        """Returns a node with its trained rows: tokens of a table, or layers of a stack."""
         if node.is_table:
             shape = (len(node.rows), *node.shape[1:])
             modules = [module for module in self.all_modules if module.path == path]
@@ -431,7 +448,7 @@ class _NodeReader:
         return node.replace(value=jax.device_put(value.astype(accumulation_dtype(node.dtype))))
 
     def _read_trained_leaf(self, path: str, base: BaseLike) -> Trained:
-        """Returns a leaf that trained in full."""
+        """Returns a leaf that trained in full, with the file's value."""
         row = self._row_of_path(path)
         arrays = [self._read_tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
@@ -441,7 +458,7 @@ class _NodeReader:
         return next(row for row in self.table if row.path == path)
 
     def _read_tensor(self, name: str) -> np.ndarray:
-        """Reads a tensor that trained in full, in our layout: a saved module's, or a bias."""
+        """Reads a saved module's tensor or a trained bias, in our layout."""
         row, _ = locate_tensors(self.table)[name]
         is_saved = tensors_of_saved_modules(self.config, [name])
         module_names = [module.name for module in self.adapted_modules]
@@ -453,27 +470,31 @@ class _NodeReader:
 def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
     """Finds the folder that holds adapter_config.json.
 
-    PEFT puts an adapter that is not called "default" into a subfolder of its name.
+    PEFT writes an adapter with another name than "default" into a subfolder of that name.
 
     Args:
       folder: a local folder, one in a bucket (gs://), or a hub name.
       adapter: the adapter's name, if the folder holds several.
 
     Raises:
-      PeftError: if there is no adapter, or one of several has to be chosen.
+      PeftError: there is no adapter, or there are several and `adapter` is None.
     """
     path = readable(folder, _is_adapter_file).expanduser()
     if not path.exists():
         name = str(folder)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise PeftError(f"{name} is neither a folder here nor a hub name (owner/name)")
+            raise PeftError(
+                f"{name} is neither a folder on this machine nor a hub name (owner/name). Check "
+                "the path."
+            )
         try:
             path = find_snapshot(name, _ADAPTER_FILES)
         except ModelNotFound as error:
             raise PeftError(str(error)) from None
     if not path.is_dir():
         raise PeftError(
-            f"{path} is no folder; a PEFT adapter is one, with {configuration.CONFIG_FILE} in it"
+            f"{path} is not a folder. Name the folder of the PEFT adapter, which holds "
+            f"{configuration.CONFIG_FILE}."
         )
     if adapter is not None and adapter != "default":
         path = path / adapter
@@ -482,9 +503,12 @@ def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> 
     adapters = sorted(file.parent.name for file in path.glob(f"*/{configuration.CONFIG_FILE}"))
     if adapters:
         raise PeftError(
-            f"{path} holds several adapters, {', '.join(adapters)}: choose one with adapter=…"
+            f"{path} holds several adapters: {', '.join(adapters)}. Choose one with adapter=…"
         )
-    raise PeftError(f"{path} is no adapter of PEFT: {configuration.CONFIG_FILE} is missing")
+    raise PeftError(
+        f"{path} is not the folder of a PEFT adapter: {configuration.CONFIG_FILE} is missing. "
+        "Check the path."
+    )
 
 
 def _is_adapter_file(file: str) -> bool:

@@ -1,4 +1,4 @@
-"""Lists a PyTorch model's modules by its key table, and those of them that PEFT would adapt."""
+"""Lists the modules of a PyTorch model by its key table, and selects those that PEFT adapts."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
 
-# The kinds of modules by transformers' names, for a table without kinds.
+# The names of modules in transformers, by kind, for a table without kinds.
 _NAMES_OF_KIND: dict[Kind, re.Pattern[str]] = {
     "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
     "classifier": re.compile(r"(score|classifier)(\..*)?"),
@@ -18,7 +18,7 @@ _NAMES_OF_KIND: dict[Kind, re.Pattern[str]] = {
     "router": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.gate"),
 }
 
-# PEFT ties adapters, and saves the weights beside them, of layers with these names alone.
+# PEFT ties adapters and saves base weights only for layers with these names.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 _Value = TypeVar("_Value")
@@ -26,14 +26,14 @@ _Value = TypeVar("_Value")
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer or an embedding by PyTorch's name, and its weight's place in our tree.
+    """A linear layer or an embedding by PyTorch's name, and where its weight is in our tree.
 
     Attributes:
-      name: dotted, with the layer's number.
+      name: the dotted name, with the layer's number.
       path: the path of our kernel or table.
-      index: its index in the stack at `path`; () without a stack.
-      kind: the part of the model that it is; see `Row`.
-      uses: "all", or for a tied table the use that the module is: "lookup" or "product".
+      index: the index of the weight in the stack at `path`; () without a stack.
+      kind: the part of the model that the module is; see `Row`.
+      uses: "all", or one use of a tied table: "lookup" or "product".
     """
 
     name: str
@@ -54,11 +54,12 @@ class Module:
 
 
 def tables_by_names(model: Model) -> list[Sequence[Row]]:
-    """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
+    """Returns a model's key table under each set of names that PEFT's files may have.
 
-    A decoder that is the text of a model with images has two more, by the names in that model, of
-    now and of transformers before 4.52; the whole model has one more, by the names in its text. The
-    last ones are by the names in a bare model (transformers' AutoModel), without "model.".
+    The first tables have the names of transformers 5 and 4. The text of a model with images has two
+    more tables: with the names in that model, of today and of transformers before 4.52. The whole
+    model with images has one more, with the names in its text alone. The last tables have the names
+    in a bare model (transformers' AutoModel), without "model.".
 
     Raises:
       PeftError: see `check_key_table`.
@@ -99,14 +100,14 @@ def check_key_table(model: Model) -> Sequence[Row]:
     config = getattr(model, "config", None)
     if config is None:
         raise PeftError(
-            "a model of lora_jax.models is needed, or, for another tree, its key table: a list of "
-            f"lora_jax.models.Row; not a {type(model).__name__}"
+            f"The model is a {type(model).__name__}. Pass a model of lora_jax.models, or, for "
+            "another tree, its key table, a list of lora_jax.models.Row."
         )
     return key_table(config)
 
 
 def locate_tensors(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
-    """Returns the place of each of PyTorch's tensors: its row, and its index in the row's stack."""
+    """Returns the row of each of PyTorch's tensors, and its index in the row's stack."""
     return {
         name: (row, index)
         for row in table
@@ -150,11 +151,12 @@ def list_modules(
 
 
 def sort_modules(modules: Iterable[Module]) -> list[Module]:
-    """Returns modules in the order in which torch lists them: a block's layers together."""
-    ranks_by_parent: dict[str, dict[str, int]] = {}  # of children, in the order of their first use
+    """Sorts modules in the order in which torch lists them: a block's layers together."""
+    # The rank of each child of a parent, in the order of their first use.
+    ranks_by_parent: dict[str, dict[str, int]] = {}
 
     def sort_key(module: Module) -> list[int]:
-        """Returns the rank of each name of the path among its siblings: a number's is itself."""
+        """Returns the rank of each part of a name among its siblings; a number is its rank."""
         names = module.name.split(".")
         key = []
         for depth, name in enumerate(names):
@@ -182,7 +184,7 @@ def ties_tables(config: Fields) -> bool:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """Returns the kind that a row says; if it says none, the kind that its names suggest."""
+    """Returns the kind of a row, or the kind that the row's names suggest if it has none."""
     if row.kind is not None:
         return row.kind
     if row.path.rsplit("/", 1)[-1] == "embedding":
@@ -224,13 +226,17 @@ def select_modules(
     if targets is None:
         family = FAMILIES.get(model_type or "")
         if family is None or family.default_targets is None:
-            raise PeftError(f"target_modules is not given, and {model_type} has no default")
+            raise PeftError(
+                f"target_modules is not set, and PEFT has no default for {model_type}. Set "
+                "target_modules."
+            )
         targets = list(family.default_targets)
     chosen = [module for module in available if _is_targeted(module, targets, config)]
     if not chosen:
         raise PeftError(
             f"target_modules={config['target_modules']!r} matches none of the model's "
-            f"{len(available)} modules, such as {', '.join(m.name for m in available[:3])}"
+            f"{len(available)} modules, such as {', '.join(m.name for m in available[:3])}. "
+            "Correct target_modules, or use the model that the adapter was made for."
         )
     return chosen
 
@@ -240,6 +246,7 @@ def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bo
     name = module.name
     if _is_excluded(name, config):
         return False
+    # A text is "all-linear" or a pattern of whole names; a list has names or their ends.
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             if module.kind == "classifier":
@@ -250,7 +257,7 @@ def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bo
 
 
 def _is_excluded(name: str, config: Fields) -> bool:
-    """Returns True if exclude_modules or modules_to_save has a module, or what it is part of."""
+    """Returns True if exclude_modules or modules_to_save names a module or a parent of it."""
     exclude = config["exclude_modules"]
     if isinstance(exclude, str) and exclude and re.fullmatch(exclude, name):
         return True
@@ -291,7 +298,7 @@ def rank_and_alpha(config: Fields, name: str) -> tuple[int, float]:
 
 
 def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Value) -> _Value:
-    """Looks a name up in rank_pattern or alpha_pattern; takes the first key that matches."""
+    """Returns the value of the first pattern that matches a name (rank_pattern, alpha_pattern)."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -299,5 +306,5 @@ def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Va
 
 
 def module_name(name: str) -> str:
-    """Returns the name of the module that has a tensor."""
+    """Returns the name of the module that a tensor belongs to."""
     return name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The keys of adapter_model.safetensors: one for each array of each module."""
+"""Names the tensors of adapter_model.safetensors: a key for each array of each module."""
 
 import dataclasses
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from lora_jax.variants import VARIANTS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-# The parts that a LoraConfig knows, by name: a vector for each adapted module.
+# The parts that PEFT's LoRA has, too, by name: a vector [out] for each adapted module.
 VECTOR_PARTS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in v.parts}
 
 
@@ -16,8 +16,8 @@ VECTOR_PARTS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in 
 class TensorKeys:
     """The keys of one adapted module.
 
-    PEFT's A is [r, in] and its B is [out, r], of embeddings as of linear layers and of GPT-2's
-    Conv1D; a part of a variant, by its name in `vectors`, is [out].
+    PEFT's A is [r, in] and its B is [out, r] for embeddings, linear layers and GPT-2's Conv1D. A
+    part of a variant, by its name in `vectors`, is [out].
     """
 
     a: str
@@ -39,23 +39,23 @@ def keys_of(module: Module) -> TensorKeys:
 
 
 def token_key(name: str) -> str:
-    """Returns the key of an embedding's trained rows: the rows themselves, not their change."""
+    """Returns the key of an embedding's trained rows: the rows, not their change."""
     return f"{KEY_PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
 def bias_key(name: str, adapted: Collection[str]) -> str:
-    """Returns the key of a trained bias: it lies inside the wrapper of an adapted module."""
+    """Returns the key of a trained bias, which is inside the wrapper of an adapted module."""
     module = name.removesuffix(".bias")
     return f"{KEY_PREFIX}{module}.base_layer.bias" if module in adapted else f"{KEY_PREFIX}{name}"
 
 
 def exact_name_pattern(name: str) -> str:
-    """Returns a key of rank_pattern that matches this module alone."""
+    """Returns a key of rank_pattern that matches only this module."""
     return "^" + name.replace(".", r"\.")
 
 
 def as_peft_number(value: float) -> float | int:
-    """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
+    """Returns an alpha as PEFT writes it: an integer if it is one up to the rounding of fp32."""
     integer = round(value)
     is_integer = abs(value - integer) <= 1e-5 * max(1.0, abs(value))
     return integer if is_integer else value

@@ -56,7 +56,7 @@ _INITIALISERS: dict[object, init.Initialiser] = {
     "pissa": init.pissa,
     "olora": init.olora,
 }
-# What PEFT does for the others, which a rule cannot. A trained adapter needs none of it.
+# What PEFT does for other values, which a rule cannot do. A trained adapter does not need it.
 _INITIALISERS_WITHOUT_RULE = {
     "eva": "computes A from activations of your data",
     "lora_ga": "computes A and B from gradients on your data",
@@ -110,14 +110,15 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
 
 
 def _check_initialiser(config: Fields) -> None:
-    """Raises a PeftError where PEFT initialises otherwise than any rule."""
+    """Raises a PeftError for an initialiser of PEFT that rules do not have."""
     name = config["init_lora_weights"]
     reason = _INITIALISERS_WITHOUT_RULE.get(name)
     if reason is not None:
         known = ", ".join(map(repr, _INITIALISERS))
         raise PeftError(
-            f"init_lora_weights={name!r}: PEFT {reason}, and rules do not: choose one of {known}; "
-            "or initialise in PEFT, save the adapter there, and go on from it by lora_jax.peft.load"
+            f"With init_lora_weights={name!r}, PEFT {reason}, which rules cannot do. Use one of "
+            f"{known}. Or initialise the adapter in PEFT, save it there, and load it with "
+            "lora_jax.peft.load."
         )
 
 
@@ -125,7 +126,7 @@ def _make_rules_by_names(config: Fields) -> list[Rule]:
     """Makes rules without a model, by the names in a configuration."""
     targets = config["target_modules"]
     is_pattern = isinstance(targets, str) and targets != "all-linear"
-    # Only the model's own names can settle these.
+    # These fields can only be translated with the names of the model's modules.
     is_unclear = {
         "target_modules": targets is None or is_pattern,
         "exclude_modules": isinstance(config["exclude_modules"], str),
@@ -138,8 +139,8 @@ def _make_rules_by_names(config: Fields) -> list[Rule]:
     unclear_fields = [field for field in is_unclear if is_unclear[field]]
     if unclear_fields:
         raise PeftError(
-            f"{', '.join(unclear_fields)}: what these select depends on the model; give it as "
-            "well: rules(config, model)"
+            f"The modules that {', '.join(unclear_fields)} select depend on the model. Pass the "
+            "model, too: rules(config, model)."
         )
 
     def paths(field: str) -> AnyOf:
@@ -168,12 +169,12 @@ def _make_rules_by_names(config: Fields) -> list[Rule]:
 def select_modules_of_model(
     config: Fields, table: Sequence[Row], model: Model, *, experts: bool = False
 ) -> tuple[list[Module], list[Module]]:
-    """Returns the modules that PEFT could adapt, and those of them that it does adapt.
+    """Returns the modules that PEFT could adapt, and the modules that it adapts.
 
     Args:
       config: the fields of a PEFT configuration.
       table: the model's key table.
-      model: the model; it tells the family and the experts.
+      model: the model, which has a family and perhaps experts.
       experts: see `list_modules`.
     """
     all_modules = list_modules(table, experts=experts, tied=ties_tables(config))
@@ -199,7 +200,7 @@ def make_rules(
     all_modules: Sequence[Module],
     adapted_modules: Sequence[Module],
 ) -> list[Rule]:
-    """Makes rules that select PEFT's choice, path by path and layer by layer.
+    """Makes rules that select exactly the modules that PEFT adapts.
 
     Args:
       config: the fields of a PEFT configuration.
@@ -217,6 +218,7 @@ def make_rules(
         bias_paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
         if bias_paths:
             all_rules.append(TrainRule(targets=_pattern_for_paths(bias_paths)))
+    # Paths with equal settings share a rule.
     rows = {row.path: row for row in table}
     paths_of_settings: dict[_LoraSettings, list[str]] = {}
     for path, members in _group_by_path(adapted_modules).items():
@@ -237,7 +239,7 @@ def make_rules(
 
 
 def _settings_of_layers(config: Fields, row: Row, members: Sequence[Module]) -> list[_LoraSettings]:
-    """Returns the settings of a leaf's modules, once for each rank and alpha that layers have."""
+    """Returns the settings of a leaf's modules, one for each pair of rank and alpha."""
     layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
     for module in members:
         layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
@@ -264,7 +266,7 @@ def _make_lora_rule(
     uses: str = "all",
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
-    """Makes the LoraRule of some paths, with the settings that a configuration has for all."""
+    """Makes a LoraRule with the given settings and those that apply to all modules alike."""
     variant_settings = {option: config[field] for field, option in OPTION_OF_FIELD.items()}
     form = FORMS.get(config[KIND_KEY])
     if form is not None:
@@ -287,19 +289,19 @@ def _make_lora_rule(
 
 
 def _may_share_a(rule: LoraRule) -> bool:
-    """Returns False where A is taken out of each kernel: PEFT has that for the two as one."""
+    """Returns True unless the initialiser takes A from each kernel, which PEFT does for both."""
     return not init.takes_from_base(rule.init)
 
 
 def _layers_for_rule(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
-    """Returns layers of a row as a rule has them: None for all of its stack, or without one."""
+    """Returns a rule's `layers` for layers of a row: None for all layers, or without a stack."""
     sorted_layers = tuple(sorted(set(layers)))
     is_part_of_stack = len(sorted_layers) > 0 and len(sorted_layers) < row.stack[0]
     return sorted_layers if is_part_of_stack else None
 
 
 def _pattern_for_paths(paths: Sequence[str]) -> str:
-    """Returns a pattern that matches these paths alone."""
+    """Returns a pattern that matches only these paths."""
     return "|".join(re.escape(path) for path in paths)
 
 
@@ -312,7 +314,7 @@ def _group_by_path(adapted_modules: Sequence[Module]) -> dict[str, list[Module]]
 
 
 def _check_uses_agree(config: Fields, adapted_modules: Sequence[Module]) -> None:
-    """Raises a PeftError where the two uses of a table are adapted in different ways."""
+    """Raises a PeftError if the two uses of a table have different ranks or alphas."""
     for path, members in _group_by_path(adapted_modules).items():
         has_one_use = len({module.uses for module in members}) == 1
         if has_one_use:
@@ -323,15 +325,15 @@ def _check_uses_agree(config: Fields, adapted_modules: Sequence[Module]) -> None
             if len(set(values)) > 1:
                 names = " and ".join(module.name for module in members)
                 raise PeftError(
-                    f"{names} are tied to one table, {path}, and {field} gives them {values}: give "
-                    "both the same, or target one of them"
+                    f"{names} are tied to one table, {path}, but {field} gives them {values}. Use "
+                    "the same value for both, or target only one of them."
                 )
 
 
 def _check_tied_alphas(
     config: Fields, table: Sequence[Row], adapted_modules: Sequence[Module]
 ) -> None:
-    """Raises a PeftError where a head that shares its table's A and B has another alpha."""
+    """Raises a PeftError if a head that shares its table's A and B has another alpha."""
     module_of_path = {module.path: module.name for module in adapted_modules}
 
     def alpha_of(module: str) -> float:
@@ -347,22 +349,22 @@ def _check_tied_alphas(
             if alpha_of(module) != alpha_of(head):
                 raise PeftError(
                     f"alpha_pattern gives {module} {alpha_of(module)} and {head} "
-                    f"{alpha_of(head)}, and the two share an adapter: give both the same"
+                    f"{alpha_of(head)}, but the two share an adapter. Use the same alpha for both."
                 )
 
 
 def tensors_of_saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     """Lists the tensors among `names` that belong to modules_to_save.
 
-    As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
-    every layer's input_layernorm, too.
+    As in PEFT, an entry matches the end of a module's name, even within a word. So "norm" also
+    matches every layer's input_layernorm.
     """
     entries = [f"{entry}." for entry in config["modules_to_save"] or ()]
     return [name for name in names if any(entry in name for entry in entries)]
 
 
 def _make_saved_module_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
-    """Makes rules for modules that are saved whole: they train in full, layer by layer."""
+    """Makes rules for the modules in modules_to_save, which train in full."""
     if not config["modules_to_save"]:
         return []
     row_and_index = locate_tensors(table)
@@ -375,13 +377,14 @@ def _make_saved_module_rules(config: Fields, table: Sequence[Row]) -> list[Train
             tied_tensors.append(tensor)
     if tied_tensors and not ties_tables(config):
         raise PeftError(
-            f"modules_to_save holds {tied_tensors[0].removesuffix('.weight')}, which is tied: PEFT "
-            "saves a copy that only one of its two uses sees, which is not supported; train it in "
-            "PEFT with ensure_weight_tying=True"
+            f"modules_to_save holds {tied_tensors[0].removesuffix('.weight')}, which is tied. PEFT "
+            "saves a copy for only one of its two uses, which is not supported. Train it in PEFT "
+            "with ensure_weight_tying=True."
         )
     if not tensors:
         raise PeftError(
-            f"modules_to_save={config['modules_to_save']!r} matches none of the model's modules"
+            f"modules_to_save={config['modules_to_save']!r} matches none of the model's modules. "
+            "Correct the names."
         )
     layers_of_row: dict[Row, list[int]] = {}
     for tensor in tensors:
@@ -404,7 +407,9 @@ def token_rows(config: Fields, all_modules: Sequence[Module]) -> dict[str, list[
     embeddings = [module.name for module in all_modules if module.is_embedding]
     if isinstance(tokens, list):
         if not embeddings:
-            raise PeftError("trainable_token_indices: the model has no embedding")
+            raise PeftError(
+                "trainable_token_indices is set, but the model has no embedding. Remove the field."
+            )
         return {embeddings[0]: tokens}
     rows_of_embedding = {}
     for key, rows in tokens.items():
@@ -413,8 +418,8 @@ def token_rows(config: Fields, all_modules: Sequence[Module]) -> dict[str, list[
             rows_of_embedding[named_embeddings[0]] = rows
         elif not _repeats_table(key, tokens, all_modules):
             raise PeftError(
-                f"trainable_token_indices names {key!r}; the model's embeddings are "
-                f"{', '.join(embeddings)}"
+                f"trainable_token_indices names {key!r}, which is no embedding of this model. Use "
+                f"{', '.join(embeddings)}."
             )
     return rows_of_embedding
 
@@ -422,7 +427,13 @@ def token_rows(config: Fields, all_modules: Sequence[Module]) -> dict[str, list[
 def _repeats_table(
     key: str, tokens: Mapping[str, list[int]], all_modules: Sequence[Module]
 ) -> bool:
-    """Returns True for a tied head with the same tokens as its table, which PEFT saves once."""
+    """Returns True if a key names a tied head with the same tokens as its table.
+
+    PEFT saves such tokens once, for the table.
+
+    Raises:
+      PeftError: the head has other tokens than its table.
+    """
 
     def is_named(module: Module, name: str) -> bool:
         return module.name == name or ends_with(module.name, [name])
@@ -436,8 +447,8 @@ def _repeats_table(
         return False
     if sorted(rows_of_tables[0]) != sorted(tokens[key]):
         raise PeftError(
-            f"trainable_token_indices has other tokens for {key!r} than for {tables[0].name}, and "
-            "the two are tied: train the same tokens of both"
+            f"trainable_token_indices has other tokens for {key!r} than for {tables[0].name}, but "
+            "the two are tied. Use the same tokens for both."
         )
     return True
 

@@ -1,8 +1,8 @@
 """Rewrites an adapter in the layout that serving engines read.
 
-The engine is vLLM. It scales every update by lora_alpha / r, whatever rank_pattern and
-alpha_pattern say: so all modules get one rank, filled up with zeros, and B holds the scale. Of
-experts it needs every projection of each, so that zeros stand for those that are not adapted:
+The engine is vLLM. It scales every update by lora_alpha / r, and ignores rank_pattern and
+alpha_pattern. So all modules get one rank, filled up with zeros, and B contains the scale. vLLM
+needs every projection of the experts, so projections that are not adapted get zeros:
 
 - gpt-oss: PEFT's two tensors of a layer, as `lora_jax.peft.experts` packs them;
 - Mixtral, Qwen's mixtures: a module for each expert's gate, up and down, under the names of the
@@ -37,7 +37,7 @@ FACTOR_KEY_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", "
 
 
 class _Factors(NamedTuple):
-    """A [n, r, in] and B [n, r, out] of n experts, or of one module; B has the scale."""
+    """A [n, r, in] and B [n, r, out] of n experts, or of one module; B contains the scale."""
 
     a: np.ndarray
     b: np.ndarray
@@ -48,7 +48,7 @@ class _Factors(NamedTuple):
         return int(self.a.shape[1])
 
     def pad_to_rank(self, rank: int) -> "_Factors":
-        """Returns factors of a higher rank, filled up with zeros."""
+        """Returns the factors filled up with zeros to a higher rank."""
         padding = ((0, 0), (0, rank - self.rank), (0, 0))
         return _Factors(np.pad(self.a, padding), np.pad(self.b, padding))
 
@@ -70,15 +70,19 @@ def convert_for_serving(
       PeftError: for an adapter of a kind that is not served.
     """
     if fields["peft_type"] != "LORA":
-        raise PeftError(f"peft_type {fields['peft_type']}: engines serve LORA alone; merge it")
+        raise PeftError(
+            f"peft_type is {fields['peft_type']}, but engines serve only LORA. Merge the adapter "
+            "into its base."
+        )
     if fields.get(INVOCATION_FIELD):
         raise PeftError(
-            "vLLM's layout has no activated LoRA: leave out for_serving, and run it by PEFT or "
-            "train.serve"
+            "vLLM cannot run an activated LoRA. Write the adapter without for_serving, and run it "
+            "with PEFT or train.serve."
         )
     experts = select_experts(fields, model)
     expert_keys = {key for expert in experts for key in keys_of_expert(expert, experts)}
     served_tensors = {key: tensor for key, tensor in tensors.items() if key not in expert_keys}
+    # All modules but the experts: a is [1, r, in], and b is [1, r, out].
     factors_by_keys: dict[tuple[str, str], _Factors] = {}  # by the keys of A and B
     for key_a in list(served_tensors):
         for end_a, end_b in FACTOR_KEY_ENDS:
@@ -97,6 +101,7 @@ def convert_for_serving(
         for module, factors in expert_factors_by_module.items():
             stem = KEY_PREFIX + module
             factors_by_keys[stem + end_a, stem + end_b] = factors
+    # All modules get the largest rank, and a scale of lora_alpha / r = 1.
     rank = max((factors.rank for factors in factors_by_keys.values()), default=1)
     for (key_a, key_b), factors in factors_by_keys.items():
         a, b = pack_expert_factors(*factors.pad_to_rank(rank))
@@ -109,7 +114,7 @@ def convert_for_serving(
 def _convert_experts(
     fields: Fields, tensors: Mapping[str, np.ndarray], experts: Sequence[Expert], model: Model
 ) -> tuple[_FactorsByModule, JsonObject]:
-    """Returns the factors of experts and routers by their modules, and the fields on targets."""
+    """Returns the factors of experts and routers by module, and the fields that target them."""
     config = model.config
     routers: _FactorsByModule = {}
     kernels_of_mlp: dict[str, dict[str, _Factors]] = {}  # by the name of the experts' kernel
@@ -141,7 +146,7 @@ def _convert_experts(
 
 
 def _fill_missing_kernels(kernels: Mapping[str, _Factors], config: Any) -> dict[str, _Factors]:
-    """Returns the factors of each kernel of a layer's experts: zeros for those not adapted."""
+    """Returns the factors of each kernel of a layer's experts, with zeros for missing kernels."""
     dtype = list(kernels.values())[0].a.dtype
     all_kernels = {}
     for kernel, (n_in, n_out) in config.expert_shapes.items():
@@ -194,12 +199,13 @@ def expert_factors(
     b = unpack_expert_b(tensors[key_b], expert.n_experts, expert.half)
     if expert.half is None:
         return a, b
-    is_rank_used = b.any(axis=(0, 2))  # the other ranks belong to the other half alone
+    # Ranks whose B is 0 in this half belong to the other half.
+    is_rank_used = b.any(axis=(0, 2))
     return a[:, is_rank_used], b[:, is_rank_used]
 
 
 def _shorten_names(names: Sequence[str], n_per_end: int, end: Callable[[str], str]) -> list[str]:
-    """Returns the ends of names, if each end stands for `n_per_end` modules; else the names."""
+    """Returns the ends of names if each end stands for `n_per_end` modules; else the names."""
     ends = list(dict.fromkeys(map(end, names)))
     return ends if len(names) == n_per_end * len(ends) else list(names)
 
@@ -209,7 +215,7 @@ def _last_name(name: str) -> str:
 
 
 def scale_of_module(fields: Fields, name: str) -> float:
-    """Returns the factor of a module's update, by the fields of adapter_config.json."""
+    """Returns the scale of a module's update, from the fields of adapter_config.json."""
     rank, alpha = rank_and_alpha(fields, name)
     return alpha / (rank**0.5 if fields["use_rslora"] else rank)
 

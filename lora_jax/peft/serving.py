@@ -1,10 +1,9 @@
-"""Lists the features of an adapter that a serving engine refuses, or silently runs differently.
+"""Lists the features of an adapter that a serving engine refuses or misreads.
 
-The engine is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of the
-tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know is a
-problem just like one that it refuses. Of experts it needs every projection; see
-`lora_jax.peft.served`. Its support of a model's architecture depends on its version and is not
-checked.
+The engine is vLLM. Its loader reads adapter_config.json (``PEFTHelper``) and the names of the
+tensors. It reads few of PEFT's fields and ignores the others, so both refused and unknown fields
+are problems. It needs every projection of the experts; see `lora_jax.peft.served`. The architecture
+of the model is not checked, because it depends on the version of vLLM.
 """
 
 import os
@@ -33,10 +32,13 @@ _KEY_END_A = ".lora_A.weight"
 _KEY_END_EMBEDDING_A = ".lora_embedding_A"
 _EXPERT_MODULE_ENDS = (".experts", ".experts.base_layer")  # the ends of their names
 # Remedies.
-_REWRITE_REMEDY = "write it by --for-serving, which fills in zeros and changes the layout"
-_MERGE_REMEDY = "merge it into the base (--merged)"
-_RESCALE_REMEDY = f"write it by --for-serving, which gives all one scale, or {_MERGE_REMEDY}"
-_PEFT_MERGE_REMEDY = "merge it into the base by PEFT (merge_and_unload)"
+_REWRITE_REMEDY = "Write the adapter with --for-serving, which adds zeros and changes the layout."
+_MERGE_REMEDY = "Merge the adapter into its base (--merged)."
+_RESCALE_REMEDY = (
+    "Write the adapter with --for-serving, which gives all modules one scale, or merge it into its "
+    "base (--merged)."
+)
+_PEFT_MERGE_REMEDY = "Merge the adapter into its base with PEFT (merge_and_unload)."
 
 
 def serving_problems(
@@ -46,16 +48,16 @@ def serving_problems(
     max_rank: int = MAX_RANK,
     model_type: str | None = None,
 ) -> list[str]:
-    """Lists a serving engine's problems with a PEFT adapter: a line each, with a remedy.
+    """Lists the problems of a serving engine with a PEFT adapter, with a remedy for each.
 
     Args:
       folder: a local folder, or a hub name; see `load`.
       adapter: the subfolder of one adapter, if the folder holds several.
       max_rank: the engine's limit, vLLM's ``--max-lora-rank``.
-      model_type: the base's, which tells the layout that its experts need; None if unknown.
+      model_type: the base's, which decides the layout of its experts; None if unknown.
 
     Returns:
-      The lines; [] for an adapter without a problem.
+      A line for each problem; [] for an adapter without a problem.
 
     Raises:
       PeftError: if the folder cannot be read.
@@ -65,7 +67,7 @@ def serving_problems(
     path = find_adapter_folder(folder, adapter)
     fields, _ = read_fields(path / CONFIG_FILE)
     if fields.get("peft_type", "LORA") != "LORA":
-        return [f"peft_type {fields['peft_type']}: only LORA is served; {_PEFT_MERGE_REMEDY}"]
+        return [f"peft_type {fields['peft_type']}: Only LORA is served. {_PEFT_MERGE_REMEDY}"]
     tensors = read_tensors(path / WEIGHTS_FILE)
     return list_problems(fields, tensors, max_rank=max_rank, model_type=model_type)
 
@@ -95,7 +97,7 @@ def list_problems(
 
 
 def _rank_of_each_module(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
-    """Returns r by the name of the module; of a layer's experts, by that of the parameter."""
+    """Returns r by the name of each module, or of each parameter of experts."""
     targets = fields.get("target_parameters") or ()
     is_gate_up_targeted = any(GATE_UP in target for target in targets)
     ranks = {}
@@ -120,7 +122,7 @@ def _rank_of_each_module(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[
 
 
 def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
-    """Lists experts of which a projection is not adapted, or in another model's layout."""
+    """Lists experts with a missing projection, or in the layout of another model."""
     modules = [key.removesuffix(_KEY_END_A) for key in tensors if key.endswith(_KEY_END_A)]
     packed_layers = {name for name in modules if name.endswith(".experts")}
     expert_indices: dict[str, list[str]] = {}  # of each projection, by layer
@@ -137,8 +139,8 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
     problems = []
     if incomplete_layers:
         problems.append(
-            "experts: one projection of theirs is not adapted, in "
-            f"{len(incomplete_layers)} layers, and an engine needs all of them; {_REWRITE_REMEDY}"
+            f"experts: In {len(incomplete_layers)} layers, a projection is not adapted, but an "
+            f"engine needs all projections. {_REWRITE_REMEDY}"
         )
     family = FAMILIES.get(model_type or "")
     if family is not None:
@@ -146,7 +148,7 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
         has_other_layout = bool(packed_layers) if has_gate_and_up else bool(expert_indices)
         if has_other_layout:
             problems.append(
-                f"experts: not in the layout that is read for {model_type}; {_REWRITE_REMEDY}"
+                f"experts: The engine reads another layout for {model_type}. {_REWRITE_REMEDY}"
             )
     return problems
 
@@ -157,18 +159,18 @@ def _kind_problems(fields: Fields) -> list[str]:
     for variant in VARIANTS:
         field = variant.in_peft.field if variant.in_peft else None
         if field is not None and fields.get(field):
-            problems.append(f"{field}: {variant.name} is refused; {_MERGE_REMEDY}")
+            problems.append(f"{field}: {variant.name} is refused. {_MERGE_REMEDY}")
     for name in (INVOCATION_FIELD, *REFUSED_FIELDS):
         is_unused = fields.get(name) in (*UNUSED_VALUES, [], {})
         if is_unused:
             continue
         if name == INVOCATION_FIELD:
-            remedy = "run it by PEFT or train.serve, for it cannot be merged either"
+            remedy = "It cannot be merged, either. Run it with PEFT or train.serve."
         elif name == "layer_replication":
-            remedy = f"{_PEFT_MERGE_REMEDY}, layers repeated and all"
+            remedy = f"{_PEFT_MERGE_REMEDY} PEFT then saves the repeated layers, too."
         else:
             remedy = _PEFT_MERGE_REMEDY
-        problems.append(f"{name}: not supported; {remedy}")
+        problems.append(f"{name}: The field is not supported. {remedy}")
     return problems
 
 
@@ -176,15 +178,15 @@ def _initialiser_problems(fields: Fields) -> list[str]:
     """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     if init.startswith(("pissa", "olora")):
-        remedy = "convert it to plain LoRA (--adapter this folder --output another)"
+        remedy = "Convert it to plain LoRA (--adapter this folder --output another)."
     elif init.startswith("corda"):
-        remedy = "save it by PEFT with path_initial_model_for_weight_conversion"
+        remedy = "Save it in PEFT with path_initial_model_for_weight_conversion."
     elif init.startswith("loftq"):
         remedy = _PEFT_MERGE_REMEDY
     else:
         return []
-    problem = "PEFT changes the base at each load, and engines do not"
-    return [f"init_lora_weights={init}: {problem}; {remedy}"]
+    problem = "PEFT changes the base at each load, but engines do not."
+    return [f"init_lora_weights={init}: {problem} {remedy}"]
 
 
 def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
@@ -192,27 +194,29 @@ def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str
     problems = []
     bias = fields.get("bias") or "none"
     if bias != "none":
-        problems.append(f"bias={bias}: trained biases are refused; {_MERGE_REMEDY}")
+        problems.append(f"bias={bias}: Trained biases are refused. {_MERGE_REMEDY}")
     saved_modules = fields.get("modules_to_save") or []
     refused_modules = sorted(name for name in saved_modules if name not in _CLASSIFIER_NAMES)
     if refused_modules:
         listing = ", ".join(refused_modules)
-        problems.append(f"modules_to_save {listing}: only a classifier may be; {_MERGE_REMEDY}")
+        problems.append(
+            f"modules_to_save {listing}: Only a classifier may be saved whole. {_MERGE_REMEDY}"
+        )
     has_token_rows = any(".token_adapter." in key for key in tensors)
     if fields.get("trainable_token_indices") or has_token_rows:
-        problems.append(f"trainable_token_indices: trained tokens are refused; {_MERGE_REMEDY}")
+        problems.append(f"trainable_token_indices: Trained tokens are refused. {_MERGE_REMEDY}")
     return problems
 
 
 def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
-    """Lists adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
+    """Lists adapted embeddings other than embed_tokens, and tied ones.
 
-    (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
+    PEFT also saves the weights of adapted tables. Older versions of vLLM refuse such a file.
     """
     keys = [key for key in tensors if key.endswith(_KEY_END_EMBEDDING_A)]
     tables = [key.removesuffix(_KEY_END_EMBEDDING_A).removeprefix(KEY_PREFIX) for key in keys]
     problems = [
-        f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE_REMEDY}"
+        f"{name}: The only embedding that may be adapted is embed_tokens. {_MERGE_REMEDY}"
         for name in tables
         if name.rsplit(".", 1)[-1] != "embed_tokens"
     ]
@@ -234,8 +238,8 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
         sufficient_limits = [limit for limit in _MAX_RANKS if limit >= largest_rank]
         remedy = _MERGE_REMEDY
         if sufficient_limits:
-            remedy = f"start the engine with --max-lora-rank {sufficient_limits[0]}"
-        problems.append(f"rank {largest_rank}: above the maximum of {max_rank}; {remedy}")
+            remedy = f"Start the engine with --max-lora-rank {sufficient_limits[0]}."
+        problems.append(f"rank {largest_rank}: It exceeds the maximum of {max_rank}. {remedy}")
 
     def scale(alpha: float, rank: int) -> float:
         return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
@@ -248,8 +252,8 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
             rescaled_modules.append(name)
     if rescaled_modules:
         problems.append(
-            f"rank_pattern, alpha_pattern: ignored, so {len(rescaled_modules)} modules, "
-            f"{rescaled_modules[0]} among them, would run with lora_alpha's scale instead of their "
-            f"own; {_RESCALE_REMEDY}"
+            "rank_pattern, alpha_pattern: The engine ignores them, so "
+            f"{len(rescaled_modules)} modules, such as {rescaled_modules[0]}, would run with a "
+            f"wrong scale. {_RESCALE_REMEDY}"
         )
     return problems

@@ -276,7 +276,7 @@ def test_adapters_that_llama_cpp_has_no_form_for(tmp_path):
             [lj.LoraRule(targets=["q_proj"], rank=2), lj.TrainRule(targets=["norm"])],
             "train in full",
         ),
-        ([lj.LoraRule(targets=["embed_tokens"], rank=2)], "head is its embedding"),
+        ([lj.LoraRule(targets=["embed_tokens"], rank=2)], "head is tied to its embedding"),
     ):
         with pytest.raises(lp.PeftError, match="--merged --gguf") as caught:
             lp.save_gguf(tmp_path / "a.gguf", model, with_random_factors(lorafied(params, rules)))

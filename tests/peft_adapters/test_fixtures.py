@@ -100,7 +100,7 @@ def test_rules_without_a_model():
     (rule,) = lp.rules(config)
     expected = lj.LoraRule(targets=["q_proj", "self_attn/v_proj"], rank=8, alpha=16, dropout=0.05)
     assert rule == expected
-    with pytest.raises(lp.PeftError, match="target_modules.*depends on the model"):
+    with pytest.raises(lp.PeftError, match="target_modules.*depend on the model"):
         lp.rules(config | {"target_modules": r".*\.(q|v)_proj"})
 
 
@@ -160,13 +160,13 @@ def test_what_peft_cannot_hold(tmp_path):
         lp.save(tmp_path / "a", model, shapes_of(params, [q, v]))
     both = lj.LoraRule(targets=["q_proj", "v_proj"], rank=2)
     one_bias = lj.TrainRule(targets=r".*q_proj/bias")
-    with pytest.raises(lp.PeftError, match="the biases of all modules, or of all adapted ones"):
+    with pytest.raises(lp.PeftError, match="the biases of all modules, or of all adapted"):
         lp.save(tmp_path / "a", model, lj.lorafy(params, [one_bias, both]))
     own = lj.Part("own", ("batch", "rank"), lambda node: np.ones(node.shape_of("own")))
     with pytest.raises(lp.PeftError, match="has the part 'own', which PEFT does not have"):
         rule = lj.LoraRule(targets=["q_proj"], rank=2, extras=[own])
         lp.save(tmp_path / "a", model, shapes_of(params, [rule]))
-    with pytest.raises(lp.PeftError, match="this one is plain"):
+    with pytest.raises(lp.PeftError, match="no adapter to save"):
         lp.save(tmp_path / "a", model, params)
     assert not list(tmp_path.iterdir())
 

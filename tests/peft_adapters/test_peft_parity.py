@@ -179,7 +179,7 @@ def test_a_tied_table_trained_here(family, rule, folders, tmp_path):
     [
         (
             {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 2}},
-            r"rank_pattern gives them \[3, 2\].*target one of them",
+            r"rank_pattern gives them \[3, 2\].*target only one of them",
         ),
         ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, "Remove dora"),
         (
@@ -199,7 +199,7 @@ def test_a_tied_table_trained_here(family, rule, folders, tmp_path):
                 "target_modules": ["q_proj"],
                 "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]},
             },
-            "train the same tokens of both",
+            "Use the same tokens for both",
         ),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "which is tied"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "which is tied"),
@@ -231,5 +231,5 @@ def test_several_adapters_in_one_folder(folders, tmp_path):
     theirs.set_adapter("default")
     assert_close(our_logits(model, lp.load(tmp_path, model, params)), logits_of(theirs), 1e-5)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(lp.PeftError, match="several adapters, second: choose one with adapter="):
+    with pytest.raises(lp.PeftError, match="several adapters: second. Choose one with adapter="):
         lp.load(tmp_path, model, params)

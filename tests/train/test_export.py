@@ -187,7 +187,7 @@ def test_peft_to_peft_makes_plain_lora_of_pissa(base, saved, tmp_path, capsys):
     fields |= {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}
     fields |= {"base_model_name_or_path": str(base)}
     (theirs / "adapter_config.json").write_text(json.dumps(fields))
-    assert "convert it" in fails(capsys, "--adapter", theirs, "--check-serving", code=1)
+    assert "Convert it" in fails(capsys, "--adapter", theirs, "--check-serving", code=1)
     export("--adapter", theirs, "--output", tmp_path / "converted", "--check-serving")
     converted = lp.load(tmp_path / "converted", model, params)
     assert_close(logits(model, converted), logits(model, tree), 1e-5)
@@ -201,7 +201,9 @@ def test_check_serving(saved, trained, tmp_path, capsys):
     message = fails(
         *(capsys, "--adapter", trained / "adapter", "--check-serving", "--max-rank", 1), code=1
     )
-    assert message == "rank 2: above the maximum of 1; start the engine with --max-lora-rank 8"
+    assert (
+        message == "rank 2: It exceeds the maximum of 1. Start the engine with --max-lora-rank 8."
+    )
 
     adapter, _ = saved(
         lj.TrainRule(targets=["norm"]), lj.LoraRule(targets=["q_proj"], rank=32, dora=True)
@@ -224,7 +226,7 @@ def test_for_serving(base, saved, tmp_path, capsys):
     rules = [lj.LoraRule(targets=[f"{x}_proj"], rank=r, alpha=7) for x, r in (("q", 2), ("v", 3))]
     adapter, tree = saved(*rules)
     args = ["--adapter", adapter, "--output", tmp_path / "served", "--check-serving"]
-    assert "by --for-serving" in fails(capsys, *args, code=1)
+    assert "with --for-serving" in fails(capsys, *args, code=1)
     export(*args, "--for-serving")
     assert "Load it with: PeftModel.from_pretrained(AutoModel" in capsys.readouterr().out
     copy = tmp_path / f"{PREFIX}x1/gs/bucket/served"
@@ -281,7 +283,7 @@ def test_an_adapter_of_one_use_cannot_be_merged(base, tmp_path, capsys):
 def test_full_fine_tuning_is_no_adapter_of_pefts(saved, tmp_path, capsys):
     adapter, tree = saved(lj.TrainRule(targets=".*"))
     message = fails(capsys, "--adapter", adapter, "--output", tmp_path / "out")
-    assert "nothing is adapted" in message and "--merged writes a whole model" in message
+    assert "adapts no module with LoRA" in message and "--merged" in message
     export("--adapter", adapter, "--merged", "--output", tmp_path / "out")
     assert_identical(models.from_pretrained(tmp_path / "out")[1], lj.merge(tree))
 

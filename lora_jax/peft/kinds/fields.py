@@ -1,4 +1,4 @@
-"""The configuration of a kind of adapter beside LoRA, to and from the fields of a LoraConfig."""
+"""Converts the configuration of a kind of adapter to the fields of a LoraConfig, and back."""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ _COMMON_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class KindFields:
-    """The fields in which a kind's configuration differs from a LoraConfig, with PEFT's defaults.
+    """The differences between a kind's configuration and a LoraConfig, with PEFT's defaults.
 
     Attributes:
       name: the kind's name in messages, such as "VeRA".
       rank: the default of r.
       own: the fields that the kind alone has.
-      without_effect: fields that change nothing of an adapter that is loaded.
+      without_effect: fields that do not change a loaded adapter.
     """
 
     name: str
@@ -32,7 +32,7 @@ class KindFields:
     without_effect: Fields
 
     def to_lora_fields(self, fields: Fields) -> tuple[JsonObject, JsonObject]:
-        """Returns the fields of a LoraConfig that adapts the same modules, and the kind's own."""
+        """Splits fields into those of a LoraConfig for the same modules and those of the kind."""
         prefix = self.name.lower()
         kind_fields = {
             name: fields.get(name, default) for name, default in self.kind_fields.items()
@@ -49,16 +49,20 @@ class KindFields:
         """Returns the kind's configuration for the modules that a LoraConfig's fields adapt.
 
         Raises:
-          PeftError: the kind cannot say it.
+          PeftError: the kind's configuration has no fields for these modules.
         """
         prefix = self.name.lower()
         if config["rank_pattern"]:
             ranks = sorted({config["r"], *config["rank_pattern"].values()})
-            raise PeftError(f"PEFT's {self.name} has one r for all modules; here they have {ranks}")
+            raise PeftError(
+                f"PEFT's {self.name} has one r for all modules, but the tree has the ranks "
+                f"{ranks}. Use one rank in all rules."
+            )
         for name in ("target_parameters", "trainable_token_indices"):
             if config[name]:
                 raise PeftError(
-                    f"PEFT's {self.name} has no {name}, and here it would be {config[name]}"
+                    f"PEFT's {self.name} has no {name}, but this tree needs {name}={config[name]}. "
+                    "Remove the rules for them, or merge the adapter."
                 )
         return {
             **{

@@ -1,4 +1,4 @@
-"""Random numbers as torch's generator for CPUs draws them, for what a file leaves to its seed.
+"""Draws random numbers as torch's generator for CPUs does, for arrays that follow from a seed.
 
 The generator is the Mersenne twister. Source: torch's ``DistributionTemplates.h`` for CPUs.
 """
@@ -28,18 +28,20 @@ def draw_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     for start in range(0, n - _BLOCK_SIZE + 1, _BLOCK_SIZE):
         block = slice(start, start + _BLOCK_SIZE)
         samples[block] = _normal_from_uniform(samples[block])
-    if n % _BLOCK_SIZE:  # the last block begins earlier, and is drawn anew
+    # The last block overlaps the block before, and gets new numbers.
+    if n % _BLOCK_SIZE:
         samples[-_BLOCK_SIZE:] = _normal_from_uniform(_draw_uniform_numbers(generator, _BLOCK_SIZE))
     return samples.reshape(shape)
 
 
 def _draw_uniform_numbers(generator: np.random.RandomState, n: int) -> np.ndarray:
+    """Returns n numbers in [0, 1), fp32, of 24 random bits each."""
     bits = generator.randint(0, 2**32, size=n, dtype=np.uint32) & np.uint32(2**24 - 1)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
 def _normal_from_uniform(uniforms: np.ndarray) -> np.ndarray:
-    """Returns normal numbers by the method of Box and Muller: of pairs eight numbers apart."""
+    """Transforms 16 uniform numbers into normal numbers (Box and Muller), in pairs 8 apart."""
     radius_uniforms, angle_uniforms = np.split(uniforms, 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius_uniforms))
     angle = np.float32(2 * math.pi) * angle_uniforms
@@ -47,7 +49,7 @@ def _normal_from_uniform(uniforms: np.ndarray) -> np.ndarray:
 
 
 def _draw_normal_pairs(generator: np.random.RandomState, n: int) -> np.ndarray:
-    """Returns normal numbers, fp64, drawn one pair after the other."""
+    """Draws n normal numbers, fp64, one pair after the other."""
     n_pairs = -(-n // 2)
     words = generator.randint(0, 2**32, size=(n_pairs, 2, 2), dtype=np.uint32).astype(np.uint64)
     high, low = words[..., 0], words[..., 1]  # [pairs, 2]

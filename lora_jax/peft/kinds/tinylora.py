@@ -1,10 +1,10 @@
-"""TinyLoRA's form in PEFT's files, both ways; a `lora_jax.peft.forms.PeftForm`.
+"""Reads and writes TinyLoRA in PEFT's files; a `lora_jax.peft.forms.PeftForm`.
 
 PEFT has for each adapted module ``tinylora_A`` [r, in], ``tinylora_B`` [out, r] and ``tinylora_P``
 [u, r, r], and for all of them ``tinylora_v.0``, ``tinylora_v.1``, … [u]: module number i, in the
 order in which torch lists them, has the vector that
-`lora_jax.select.ties.vector_index_of_module` says. There is
-no alpha: s is written into ``tinylora_P``. A linear layer's P is the transposed of ours.
+`lora_jax.select.ties.vector_index_of_module` says. There is no alpha: s is written into
+``tinylora_P``. A linear layer's P is the transpose of ours.
 """
 
 import math
@@ -27,7 +27,7 @@ from lora_jax.variants.tinylora import TINYLORA
 
 VARIANT = TINYLORA
 _VECTOR_KEY_PREFIX = "base_model.tinylora_v."
-# Where matrices are not those that PEFT would draw, they are in the file, which is the default.
+# By default the file holds the matrices, which may differ from those that PEFT would draw.
 _FIELDS = KindFields(
     "TinyLoRA",
     default_rank=2,
@@ -37,7 +37,7 @@ _FIELDS = KindFields(
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-    """Returns the fields of a LoraConfig that adapts the same modules, and those of TinyLoRA alone.
+    """Splits fields into those of a LoraConfig for the same modules and those of TinyLoRA.
 
     Args:
       fields: the fields of a TinyLoraConfig.
@@ -47,7 +47,9 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
       PeftError: a value that PEFT would not write.
     """
     lora_fields, kind_fields = _FIELDS.to_lora_fields(fields)
-    u, tying, seed = (kind_fields[name] for name in ("u", "weight_tying", "projection_seed"))
+    u = kind_fields["u"]
+    tying = kind_fields["weight_tying"]
+    seed = kind_fields["projection_seed"]
     is_valid = {
         "u": type(u) is int and u >= 1,
         "weight_tying": type(tying) in (int, float) and 0 <= tying <= 1,
@@ -63,7 +65,7 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
 
 
 def rule_settings(kind_fields: Fields) -> JsonObject:
-    """Returns the fields of a LoraRule beside the variant's and a LoraConfig's."""
+    """Returns the further fields of a LoraRule that TinyLoRA's fields set."""
     return {name: kind_fields[name] for name in ("u", "weight_tying")}
 
 
@@ -87,7 +89,7 @@ def adapter_contents(
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns a TinyLoraConfig for adapted modules, and the tensors that they share.
 
-    Vectors that are tied otherwise than PEFT ties them are written one for each module.
+    If the vectors are tied differently from PEFT's rule, the file has one vector for each module.
 
     Args:
       config: the fields of a LoraConfig for the same modules.
@@ -95,12 +97,15 @@ def adapter_contents(
       modules: the adapted modules.
 
     Raises:
-      PeftError: a TinyLoraConfig cannot say it.
+      PeftError: a TinyLoraConfig has no fields for these modules.
     """
     fields = _FIELDS.from_lora_fields(config)
     sizes = sorted({node.v.shape[-1] for node in nodes.values()})
     if len(sizes) > 1:
-        raise PeftError(f"PEFT's TinyLoRA has one u for all modules; here they have {sizes}")
+        raise PeftError(
+            f"PEFT's TinyLoRA has one u for all modules, but the tree has {sizes}. Use one u in "
+            "all rules."
+        )
     sorted_modules = sort_modules(modules)
     tying = _weight_tying_of(
         [_tie_of_module(module, nodes[module.path]) for module in sorted_modules]
@@ -115,7 +120,7 @@ def adapter_contents(
 
 
 def _tie_of_module(module: Module, node: LoraWeight) -> object:
-    """Returns a key, the same for modules that train one vector."""
+    """Returns a value that is the same for modules that share a vector."""
     if not node.ties:
         return module.name
     return node.ties[_flat_member_index(module, node)]
@@ -128,7 +133,11 @@ def _flat_member_index(module: Module, node: LoraWeight) -> int:
 
 
 def _weight_tying_of(ties: Sequence[object]) -> float:
-    """Returns PEFT's weight_tying for modules in order, 0.0 where PEFT cannot tie them so."""
+    """Returns PEFT's weight_tying for the ties of modules; 0.0 if PEFT's rule gives other ties.
+
+    Args:
+      ties: a value for each module, in torch's order; modules with equal values share a vector.
+    """
     n_modules = len(ties)
     group_of_tie = dict[object, int]()  # numbered in the order of the modules
     groups = [group_of_tie.setdefault(tie, len(group_of_tie)) for tie in ties]
@@ -138,7 +147,7 @@ def _weight_tying_of(ties: Sequence[object]) -> float:
 
 
 class TinyLoraFile:
-    """The vectors of a file, and the order of the modules that have them."""
+    """Reads the vectors of a file and the arrays of each weight."""
 
     def __init__(
         self,
@@ -161,7 +170,7 @@ class TinyLoraFile:
         }
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Leaf]:
-        """Returns the arrays of a weight: zeros where a layer isn't adapted; and its ties.
+        """Returns the arrays and the ties of a weight; layers without an adapter get zeros.
 
         Args:
           node: the weight.
@@ -202,7 +211,7 @@ class TinyLoraFile:
         )
 
     def _read_projection(self, module: Module, rank: int) -> np.ndarray:
-        """Returns the projection [u, r, r] of a module, which PEFT draws if files lack it."""
+        """Returns the projection [u, r, r] of a module; draws it as PEFT if the file lacks it."""
         _, _, key = _keys_of_module(module)
         shape = (self._own["u"], rank, rank)
         projection = self._reader.take(key, shape) if self._reader.has(key) else None

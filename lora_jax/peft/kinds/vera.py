@@ -1,4 +1,4 @@
-"""VeRA's form in PEFT's files, both ways; a `lora_jax.peft.forms.PeftForm`.
+"""Reads and writes VeRA in PEFT's files; a `lora_jax.peft.forms.PeftForm`.
 
 PEFT has one A [r, in] and one B [out, r], ``vera_A`` and ``vera_B``, as wide as the widest adapted
 layer, and for each layer ``vera_lambda_d`` [r] and ``vera_lambda_b`` [out]. There is no alpha: s is
@@ -24,7 +24,7 @@ from lora_jax.variants.vera import VERA
 
 VARIANT = VERA
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
-# A pair that is not what PEFT would draw is in the file, which is the default.
+# By default the file holds the two matrices, which may differ from those that PEFT would draw.
 _FIELDS = KindFields(
     "VeRA",
     default_rank=256,
@@ -34,7 +34,7 @@ _FIELDS = KindFields(
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-    """Returns the fields of a LoraConfig that adapts the same modules, and those of VeRA alone.
+    """Splits fields into those of a LoraConfig for the same modules and those of VeRA.
 
     Args:
       fields: the fields of a VeraConfig.
@@ -47,14 +47,14 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     seed, saves = kind_fields["projection_prng_key"], kind_fields["save_projection"]
     if type(seed) is not int or not 0 <= seed < 2**32 or type(saves) is not bool:
         raise PeftError(
-            f"{where}: projection_prng_key={seed!r}, save_projection={saves!r}: a number from 0 to "
-            "2³² − 1 and a boolean are needed"
+            f"{where}: projection_prng_key={seed!r} must be a whole number from 0 to 2³² − 1, and "
+            f"save_projection={saves!r} must be true or false. Correct the configuration."
         )
     return lora_fields, kind_fields
 
 
 def rule_settings(kind_fields: Fields) -> JsonObject:
-    """Returns the fields of a LoraRule beside the variant's and a LoraConfig's: none."""
+    """Returns {}: VeRA's fields set no further fields of a LoraRule."""
     del kind_fields
     return {}
 
@@ -70,7 +70,7 @@ def adapter_contents(
       modules: the adapted modules.
 
     Raises:
-      PeftError: they do not share one pair, or a VeraConfig cannot say it.
+      PeftError: the modules have different matrices, or a VeraConfig has no fields for them.
     """
     del modules
     return _FIELDS.from_lora_fields(config), _find_shared_matrices(nodes)
@@ -84,7 +84,8 @@ def module_tensors(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     """
     if module.is_table:
         raise PeftError(
-            f"{module.name} is a table, and PEFT's VeRA adapts linear layers alone: leave it out"
+            f"{module.name} is an embedding table, but PEFT's VeRA adapts linear layers only. "
+            "Exclude the table from the rules."
         )
     d, b = (np.asarray(array[module.index]) for array in (node.lambda_d, node.lambda_b))
     scale = np.asarray(node.scale[module.index])
@@ -93,23 +94,36 @@ def module_tensors(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
 
 
 def _find_shared_matrices(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
-    """Returns the tensors that all modules share, by key."""
-    projections = {}
-    for key, name in ((KEY_A, "shared_a"), (KEY_B, "shared_b")):
-        each = {path: _matrix_of_node(node, name) for path, node in nodes.items()}
-        widest = max(each.values(), key=lambda matrix: matrix.shape[1])
-        for path, matrix in each.items():
-            seen = widest[:, : matrix.shape[1]]
-            if matrix.shape != seen.shape or not np.array_equal(matrix, seen):
+    """Returns the A [r, in] and the B [out, r] that all modules share, by key.
+
+    PEFT stores the widest matrix of all weights. A narrower weight uses its first columns.
+
+    Raises:
+      PeftError: the matrix of a weight is not the beginning of the widest one.
+    """
+    shared_tensors = {}
+    for key, array_name in ((KEY_A, "shared_a"), (KEY_B, "shared_b")):
+        matrix_of_path = {}
+        for path, node in nodes.items():
+            matrix_of_path[path] = _matrix_of_node(node, array_name)  # [r, in] or [r, out]
+        widest_matrix = max(matrix_of_path.values(), key=lambda matrix: matrix.shape[1])
+        # Each weight must use the first columns of the widest matrix.
+        for path, matrix in matrix_of_path.items():
+            first_columns = widest_matrix[:, : matrix.shape[1]]
+            if not np.array_equal(matrix, first_columns):
                 raise PeftError(
-                    f"{path!r} has another random {name[-1].upper()} than the others, and PEFT has "
-                    "one for all: adapt them by one call of lorafy, with one rank"
+                    f"The random {array_name[-1].upper()} of {path!r} differs from that of other "
+                    "weights, but PEFT stores one for all. Adapt all weights in one call of "
+                    "lorafy, with one rank."
                 )
-        projections[key] = np.ascontiguousarray(widest if name == "shared_a" else widest.T)
-    return projections
+        # PEFT's B has the outputs first.
+        tensor = widest_matrix if array_name == "shared_a" else widest_matrix.T
+        shared_tensors[key] = np.ascontiguousarray(tensor)
+    return shared_tensors
 
 
 def _matrix_of_node(node: LoraWeight, name: str) -> np.ndarray:
+    """Returns an array of a weight as a matrix [r, size of the other axes]."""
     array = np.asarray(node.arrays[name])
     return array.reshape(array.shape[0], -1)
 
@@ -120,7 +134,7 @@ def _keys_of_module(module: Module) -> tuple[str, str]:
 
 
 class VeraFile:
-    """The pair that the weights of a file share, each of its arrays made once."""
+    """Reads the A and B that all weights of a file share, and the vectors of each weight."""
 
     def __init__(
         self,
@@ -144,7 +158,8 @@ class VeraFile:
             b = reader.take(KEY_B, (fan_out, rank))
         else:
             a, b = _draw_matrices(kind_fields["projection_prng_key"], rank, fan_in, fan_out)
-            if reader.has(KEY_A):  # ignored, as in PEFT, which warns
+            # PEFT ignores matrices in the file, with a warning. They count as read here.
+            if reader.has(KEY_A):
                 reader.take(KEY_A, a.shape)
                 reader.take(KEY_B, b.shape)
         self._reader = reader
@@ -154,7 +169,7 @@ class VeraFile:
         ] = {}  # on the device, shared by equal weights
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Leaf]:
-        """Returns the pair of a weight, and lambda_d and lambda_b: 0 where a layer isn't adapted.
+        """Returns a weight's A, B and vectors; layers without an adapter have vectors of zeros.
 
         Args:
           node: the weight.
@@ -176,7 +191,7 @@ class VeraFile:
         return {"seed": None, **matrices, **vectors}
 
     def _slice_matrix(self, node: LoraWeight, name: str) -> jax.Array:
-        """Returns the first columns of a shared matrix, as many as a weight needs."""
+        """Returns the first columns of a shared matrix for a weight, on the device."""
         shape = node.shape_of(name)
         dtype = np.dtype(accumulation_dtype(node.dtype))
         key = (name, shape, dtype)
@@ -192,9 +207,9 @@ read_file = VeraFile
 def _draw_matrices(
     seed: int, rank: int, fan_in: int, fan_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A [r, in] and B [out, r] as PEFT draws them, where a file does not hold them.
+    """Draws A [r, in] and B [out, r] as PEFT does if the file does not hold them.
 
-    Source: PEFT's ``_kaiming_init``, of one generator for both.
+    Source: PEFT's ``_kaiming_init``, with one generator for both.
     """
     samples = draw_uniform(seed, (rank * (fan_in + fan_out),))
 

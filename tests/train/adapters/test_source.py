@@ -145,7 +145,10 @@ def test_a_run_goes_on_with_pefts_adapter(base, adapters, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "IA3"}, ["peft_type is 'IA3'; only LORA", "merge_and_unload"]),
+        (
+            {"peft_type": "IA3"},
+            ["peft_type is 'IA3', but lora_jax supports only LORA", "merge_and_unload"],
+        ),
         ({"use_bdlora": True}, ["use_bdlora=True is not supported", "merge_and_unload"]),
         ({"target_modules": ["qwery"]}, ["['qwery'] matches none", "another base with --model"]),
         ({"target_modules": ["k_proj"]}, ["does not fit", "missing base_model", "and 9 more"]),
