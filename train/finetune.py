@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lora_jax.buckets.copies import shown
+from lora_jax.buckets.copies import replace_copy_paths
 from lora_jax.training.run.log import duration
 from train.adapters.source import find_adapter
 from train.console.errors import flag
@@ -166,8 +166,9 @@ def _tell_ending(
         last_step = report["last_step"]
         tell(
             console,
-            f"{shown(run.folder)} is finished after step {last_step}, and nothing was changed. For "
-            f"going on after step {last_step}, give more {flag('steps')} or {flag('patience')}",
+            f"{replace_copy_paths(run.folder)} is finished after step {last_step}, and nothing was "
+            f"changed. For going on after step {last_step}, give more {flag('steps')} or "
+            f"{flag('patience')}",
         )
         return
     time_line = f"this part of the run took {duration(seconds)}"
@@ -178,7 +179,7 @@ def _tell_ending(
     tell(console, str(report["summary"]))
     if is_whole:
         time_line = f"the whole run took {whole_time([run.folder], session)}"
-    console.print(f"{time_line}; its files are in {shown(run.folder)}")
+    console.print(f"{time_line}; its files are in {replace_copy_paths(run.folder)}")
     outline = run.inputs.read.outline
     adapter = run.folder / ADAPTER
     # Weights that trained in full are no adapter of PEFT's; others are read to be sure.

@@ -31,7 +31,7 @@ from lora_jax.folders import local_path
 from lora_jax.peft.config import CONFIG_FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
-from lora_jax.saving.fingerprint import base_fingerprint, differing
+from lora_jax.saving.fingerprint import base_fingerprint, keys_that_differ
 
 BASE = "base"  # the name of slot 0
 _Method = TypeVar("_Method", bound=Forward)
@@ -82,7 +82,7 @@ class OneBase:
             if path not in self._checksums_by_path:
                 self._checksums_by_path[path] = base_fingerprint({path: self.leaves[path]})
             expected |= self._checksums_by_path[path]
-        different_paths = differing(expected, base_fingerprint(unproved_leaves))
+        different_paths = keys_that_differ(expected, base_fingerprint(unproved_leaves))
         if different_paths:
             raise BankError(
                 f"{context} belongs to another base: {len(different_paths)} frozen leaves "

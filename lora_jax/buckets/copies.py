@@ -1,12 +1,11 @@
 """Copies of folders in buckets on this machine, to read and to write.
 
-A store has no renames, so a folder that this library writes has a mark (`MARK`) in it from before
-its first object changes until after the last one has: with the mark, it counts as not there. Each
-object is read by the generation that one listing named, so a folder that is replaced meanwhile is
-read again, and never as a mixture.
+A store cannot rename a folder. While this library writes a folder, the folder therefore contains a
+mark (`UNFINISHED_MARK`), and a folder with the mark counts as missing. All objects of a folder are
+read by the generations of one listing. A folder that is replaced meanwhile is read again.
 
-A copy lies in `…/lora_jax_bucket_<name>/gs/<bucket>/<path>`: its path says where it comes from,
-and `shown` writes it so. The *root* of a copy is its folder `lora_jax_bucket_<name>`. An
+The path of a copy is `…/lora_jax_bucket_<name>/gs/<bucket>/<path>`. `replace_copy_paths` turns it
+into the address in the bucket. The *root* of a copy is its folder `lora_jax_bucket_<name>`. An
 *address* names an object or a folder in a bucket.
 """
 
@@ -26,9 +25,9 @@ import jax
 import numpy as np
 
 from lora_jax.buckets.kept import (
+    delete_unused_copies,
     drop_working_folder,
-    hold,
-    make_room,
+    hold_copy,
     make_working_folder,
 )
 from lora_jax.buckets.store import (
@@ -46,43 +45,48 @@ from lora_jax.buckets.store import (
 )
 from lora_jax.folders import cache_folder, local_path
 
-MARK = ".being_written"
+UNFINISHED_MARK = ".being_written"
 _N_THREADS = 8  # each of which reads or writes an object
-_TRIES = 5  # readings of a folder that somebody replaces meanwhile
-PREFIX = "lora_jax_bucket_"  # of the names of folders that hold a copy
-_COPY = re.compile(rf"[^\s'\"=]*{PREFIX}\w+/gs/")  # in a text
-_WHOLE = re.compile(rf".*{PREFIX}\w+/gs/(.*)", re.DOTALL)  # a path, which may have spaces
-_SMALL = (".json", ".md", ".jinja", ".Modelfile")  # what a writer looks at in an earlier folder
+_MAX_TRIES = 5  # readings of a folder that somebody replaces meanwhile
+COPY_PREFIX = "lora_jax_bucket_"  # of the names of folders that hold a copy
+_COPY_IN_TEXT = re.compile(rf"[^\s'\"=]*{COPY_PREFIX}\w+/gs/")  # in a text
+_COPY_PATH = re.compile(rf".*{COPY_PREFIX}\w+/gs/(.*)", re.DOTALL)  # a path, which may have spaces
+_SMALL_FILE_SUFFIXES = (
+    ".json",
+    ".md",
+    ".jinja",
+    ".Modelfile",
+)  # what a writer looks at in an earlier folder
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def shown(text: str | os.PathLike[str]) -> str:
-    """Returns a text with the addresses of buckets in the place of their copies' paths.
+def replace_copy_paths(text: str | os.PathLike[str]) -> str:
+    """Returns a text in which addresses in buckets replace the paths of their copies.
 
     >>> from lora_jax.buckets.copies import shown
     >>> shown("saved in /tmp/lora_jax_bucket_x1/gs/bucket/run/adapter")
     'saved in gs://bucket/run/adapter'
     """
-    return _COPY.sub("gs://", os.fspath(text))
+    return _COPY_IN_TEXT.sub("gs://", os.fspath(text))
 
 
 def is_copy(path: str | os.PathLike[str]) -> bool:
-    """Returns True for a path in a copy, which each process has of its own."""
-    return origin(path) is not None
+    """Returns True for a path in a copy of a bucket's folder. Each process has its own copy."""
+    return bucket_address_of(path) is not None
 
 
-def origin(path: str | os.PathLike[str]) -> BucketPath | None:
-    """Returns the address in a bucket of which a path is a copy; None for other paths."""
-    match = _WHOLE.fullmatch(os.fspath(path))
+def bucket_address_of(path: str | os.PathLike[str]) -> BucketPath | None:
+    """Returns the address in a bucket that a path is a copy of; None for other paths."""
+    match = _COPY_PATH.fullmatch(os.fspath(path))
     return None if match is None else bucket_path(f"gs://{match[1]}")
 
 
-def readable(
+def path_to_read(
     path: str | os.PathLike[str], is_wanted: Callable[[str], bool] = lambda name: True
 ) -> Path:
-    """Returns a path of this machine: a path as it is, or the copy of what lies in a bucket.
+    """Returns a path to read from on this machine: the path itself, or a copy of a bucket's folder.
 
     A copy is made once for each state of the folder, in the user's cache folder, where it stays
     while it is in use; see `lora_jax.buckets.kept`.
@@ -99,52 +103,61 @@ def readable(
     address = bucket_path(path)
     if address is None:
         return local_path(path)
-    for _ in range(_TRIES):
-        objects_in_folder = whole_objects(address)
+    for _ in range(_MAX_TRIES):
+        objects_in_folder = list_finished_objects(address)
         objects = {name: facts for name, facts in objects_in_folder.items() if is_wanted(name)}
         if not objects_in_folder:
+            # The address is no folder, so it must be a single object.
             facts = find_object(address)
             if facts is None:
-                raise NotInBucket(f"{address}: there is no such object or folder in the bucket")
+                raise NotInBucket(
+                    f"{address}: there is no such object or folder in the bucket. Check the "
+                    "address."
+                )
             objects = {"": facts}
+        # The folder of the copy is named after the generations of its objects, so a changed folder
+        # gets another copy.
         state = repr((address, sorted(objects.items())))
         digest = hashlib.sha256(state.encode()).hexdigest()[:24]
-        root = cache_folder() / "buckets" / f"{PREFIX}{digest}"
-        copy = copy_in(root, address)
-        if hold(root):
+        root = cache_folder() / "buckets" / f"{COPY_PREFIX}{digest}"
+        copy = path_of_copy(root, address)
+        if hold_copy(root):
             return copy
         with contextlib.suppress(ObjectChanged):
             _make_copy(root, address, objects)
-            hold(root)
+            hold_copy(root)
             return copy
-    raise BucketError(f"{address}: somebody replaces it again and again while it is read")
+    raise BucketError(
+        f"{address} cannot be read, because another process keeps replacing it. Try again once "
+        "that process has ended."
+    )
 
 
-def glimpse(path: str | os.PathLike[str], names: Container[str]) -> Path:
-    """Returns a folder of which some files are looked at: of one in a bucket, a copy of these.
+def folder_with_files(path: str | os.PathLike[str], names: Container[str]) -> Path:
+    """Returns a folder to look at some files; of a folder in a bucket, a copy of these files.
 
-    It need not be there.
+    The folder may be missing.
     """
     if bucket_path(path) is None:
         return Path(path).expanduser()
     try:
-        return readable(path, lambda name: name in names)
+        return path_to_read(path, lambda name: name in names)
     except NotInBucket:
         return cache_folder() / "buckets" / "none"
 
 
-def copy_in(root: Path, address: BucketPath) -> Path:
+def path_of_copy(root: Path, address: BucketPath) -> Path:
     """Returns the path of a copy in its root folder."""
     return root / "gs" / address.bucket / address.name
 
 
 def _make_copy(root: Path, address: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
-    """Makes a copy of a folder's objects, or of the address itself (""), which appears whole."""
+    """Downloads a folder's objects, or the object at the address (""), to a new root."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    make_room(root.parent)
+    delete_unused_copies(root.parent)
     partial_root = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
     try:
-        partial_copy = copy_in(partial_root, address)
+        partial_copy = path_of_copy(partial_root, address)
         is_folder = "" not in objects
         if is_folder:
             partial_copy.mkdir(parents=True)
@@ -155,29 +168,30 @@ def _make_copy(root: Path, address: BucketPath, objects: Mapping[str, ObjectFact
         shutil.rmtree(partial_root, ignore_errors=True)
 
 
-def whole_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
-    """Returns the objects of a folder, without folders in it that are being written.
+def list_finished_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
+    """Returns the objects of a folder, without those of subfolders that are being written.
 
     Raises:
-      BucketError: the folder itself is being written, or a kill left it so.
+      BucketError: the folder itself is being written, or a kill interrupted the writing.
     """
     objects = list_objects(folder)
     unfinished_folders = []
     for name in objects:
         parent, slash, file = name.rpartition("/")
-        if file == MARK:
+        if file == UNFINISHED_MARK:
             unfinished_folders.append(parent + slash)
     if "" in unfinished_folders:
         raise BucketError(
-            f"{folder} is being written, or a kill left it half-written: wait, or write it again "
-            f"with --overwrite (overwrite=True). Its mark is {folder / MARK}"
+            f"{folder} is incomplete: another process is writing it, or was stopped while it "
+            "wrote. Wait until it is written, or write it again with --overwrite (overwrite=True). "
+            f"The object {folder / UNFINISHED_MARK} marks it as incomplete."
         )
     prefixes = tuple(unfinished_folders)
     return {name: facts for name, facts in objects.items() if not name.startswith(prefixes)}
 
 
 def fetch_objects(address: BucketPath, objects: Mapping[str, ObjectFacts], folder: Path) -> None:
-    """Copies objects of a folder ("" for the address itself) to a folder of this machine."""
+    """Downloads objects of a folder ("" for the address itself) to a folder of this machine."""
 
     def fetch(name: str) -> None:
         file = folder / name if name else folder
@@ -188,7 +202,7 @@ def fetch_objects(address: BucketPath, objects: Mapping[str, ObjectFacts], folde
 
 
 def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Does some work for each name, several at once; raises the first error."""
+    """Calls `work` for each name in several threads; raises the first error."""
     with ThreadPoolExecutor(_N_THREADS) as pool:
         tasks = [pool.submit(work, name) for name in names]
         try:
@@ -199,10 +213,10 @@ def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
 
-def publish(folder: Path, address: BucketPath, unchanged: Container[str] = ()) -> None:
-    """Writes a folder of this machine to a bucket, in the place of what is there.
+def upload_folder(folder: Path, address: BucketPath, unchanged: Container[str] = ()) -> None:
+    """Writes a folder of this machine to a bucket, and replaces the folder there.
 
-    Until all of it is there, the folder counts as not there; see the module.
+    Until all files are written, the folder counts as missing; see the module.
 
     Args:
       folder: the folder.
@@ -211,12 +225,12 @@ def publish(folder: Path, address: BucketPath, unchanged: Container[str] = ()) -
     """
     files = files_in(folder)
     objects = list_objects(address)
-    write_object(address / MARK, b"")
+    write_object(address / UNFINISHED_MARK, b"")
     changed_files = [name for name in files if name not in unchanged]
     run_parallel(lambda name: write_object(address / name, folder / name), changed_files)
-    deleted_files = sorted(set(objects) - {*files, MARK})
+    deleted_files = sorted(set(objects) - {*files, UNFINISHED_MARK})
     run_parallel(lambda name: delete_object(address / name), deleted_files)
-    delete_object(address / MARK)
+    delete_object(address / UNFINISHED_MARK)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -226,11 +240,11 @@ def files_in(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Path]:
-    """Gives a path of this machine to write a folder or a file to; one in a bucket is sent there.
+def path_to_write(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Path]:
+    """Yields a path of this machine to write to; what is written for a bucket is then sent there.
 
-    What a bucket has already is there in part, so that a writer that refuses to replace it does so,
-    and one that keeps a card can read it: small files with their content, others empty.
+    The path shows what the bucket contains already: small files have their content, and others are
+    empty. A writer can thus refuse to replace a folder, or read its card.
 
     Args:
       path: a path, or the address (gs://) of a folder or a file.
@@ -241,14 +255,14 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
     if address is None:
         yield local_path(path)
         return
-    root = make_working_folder(PREFIX)
+    root = make_working_folder(COPY_PREFIX)
     try:
-        copy = copy_in(root, address)
-        with _barrier(address, by_all):  # before the first one changes what is there
+        copy = path_of_copy(root, address)
+        with _barrier(address, by_all):  # all read the bucket before the first process changes it
             copy.parent.mkdir(parents=True)
             _fetch_outline(address, copy)
         fetched_states = _file_states(copy)
-        is_sender = jax.process_index() == 0 or not by_all
+        is_sender = jax.process_index() == 0 or not by_all  # the only one that changes the bucket
         with _barrier(address, by_all):
             yield copy
             states = _file_states(copy)
@@ -258,9 +272,11 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
                 else:
                     # Of the files that were not written, the copy may have the names alone.
                     unchanged = {n for n, state in states.items() if fetched_states.get(n) == state}
-                    publish(copy, address, unchanged)
+                    upload_folder(copy, address, unchanged)
     except Exception as error:
-        error.args = tuple(shown(arg) if isinstance(arg, str) else arg for arg in error.args)
+        error.args = tuple(
+            replace_copy_paths(arg) if isinstance(arg, str) else arg for arg in error.args
+        )
         raise
     finally:
         drop_working_folder(root)
@@ -281,8 +297,8 @@ def _barrier(address: BucketPath, by_all: bool) -> Iterator[None]:
         failed_processes: Any = multihost_utils.process_allgather(has_failed)
         if problem is None and failed_processes.any():
             raise BucketError(
-                f"{address} could not be read or written by process "
-                f"{int(failed_processes.argmax())}, which says why"
+                f"Process {int(failed_processes.argmax())} could not read or write {address}. See "
+                "the message of that process."
             )
     if problem is not None:
         raise problem
@@ -302,13 +318,15 @@ def _file_states(copy: Path) -> dict[str, tuple[int, int]]:
 
 
 def _fetch_outline(address: BucketPath, copy: Path) -> None:
-    """Makes the files of a folder in a bucket: small ones with their content, others empty."""
+    """Makes the files of a bucket's folder on this machine: only small ones have their content."""
     objects = list_objects(address)
-    objects.pop(MARK, None)  # a kill left it: what is there may be replaced
+    objects.pop(UNFINISHED_MARK, None)  # a kill left the mark, so the folder may be replaced
     for name in objects:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).touch()
-    small_objects = {name: facts for name, facts in objects.items() if name.endswith(_SMALL)}
+    small_objects = {
+        name: facts for name, facts in objects.items() if name.endswith(_SMALL_FILE_SUFFIXES)
+    }
     fetch_objects(address, small_objects, copy)
     is_file = not objects and find_object(address) is not None
     if is_file:
@@ -318,10 +336,10 @@ def _fetch_outline(address: BucketPath, copy: Path) -> None:
 def writes_to_buckets(
     *, by_all: bool
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Lets a function whose first argument, the `folder`, it writes take one in a bucket, too.
+    """Decorates a function that writes its first argument `folder`, so that it takes gs:// folders.
 
     Args:
-      by_all: whether all processes call the function together; see `staged`.
+      by_all: whether all processes call the function together; see `path_to_write`.
     """
 
     def decorate(save: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -333,7 +351,7 @@ def writes_to_buckets(
             other_args: Any = args[1:]
             other_options = {name: value for name, value in options.items() if name != "folder"}
             save_to: Callable[..., Result] = save
-            with staged(folder, by_all=by_all) as local_folder:
+            with path_to_write(folder, by_all=by_all) as local_folder:
                 return save_to(local_folder, *other_args, **other_options)
 
         return save_anywhere

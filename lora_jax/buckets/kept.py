@@ -1,9 +1,9 @@
-"""The copies of folders in buckets on this machine: which are in use, and which go.
+"""Keeps the copies of buckets' folders on this machine while they are in use, and deletes others.
 
-A process holds a shared lock on each copy that it reads, until it ends. Before another copy is
-made, those that nobody holds, and that nobody has asked for in a month, make room; so does what a
-kill left of one. Working copies go at once where their process is gone. On Windows, which has no
-such locks, all stay.
+A process holds a shared lock on each copy that it reads, until the process ends. Before another
+copy is made, unused copies are deleted: no process holds them, and none has asked for them in a
+month. Working copies are deleted as soon as their process has ended. Windows has no such locks, so
+all copies stay there.
 """
 
 import contextlib
@@ -17,36 +17,38 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-_UNUSED_SECONDS = 30 * 24 * 3600.0  # without a use, after which a copy makes room
-_USE = "in_use"  # in each copy: the file that is locked, whose time is that of the last use
-_GONE = ".gone-"  # how names begin of what is being deleted
-_MAX_HELD = 200  # copies, each by an open file: those that were asked for last
-_held: dict[Path, int] = {}  # the open file of each root, the newest last
-_working: dict[Path, int] = {}  # those of working copies
+_MAX_UNUSED_SECONDS = 30 * 24 * 3600.0  # a copy that was unused for longer is deleted
+_LOCK_FILE = "in_use"  # the locked file of each copy; its time is that of the last use
+_DELETED_PREFIX = ".gone-"  # begins the names of folders that are being deleted
+_MAX_HELD_COPIES = 200  # one open file each; the copies that were asked for last are held
+_lock_files_of_copies: dict[Path, int] = {}  # file descriptor by root, the newest last
+_lock_files_of_working_copies: dict[Path, int] = {}  # file descriptor by root
 
 
-def hold(root: Path) -> bool:
-    """Keeps a copy while this process lives; returns False if it is not there."""
+def hold_copy(root: Path) -> bool:
+    """Keeps a copy until this process ends; returns False if the copy does not exist."""
     if sys.platform != "win32" and root.is_dir():
-        with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing makes room
-            if root not in _held:
-                _held[root] = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
-                fcntl.flock(_held[root], fcntl.LOCK_SH)
-            _held[root] = _held.pop(root)  # moves it to the end
-            os.utime(_held[root])
-        if len(_held) > _MAX_HELD:
-            oldest_root = next(iter(_held))
-            os.close(_held.pop(oldest_root))
+        with contextlib.suppress(OSError):  # in a read-only cache, nothing is deleted anyway
+            if root not in _lock_files_of_copies:
+                _lock_files_of_copies[root] = os.open(
+                    root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644
+                )
+                fcntl.flock(_lock_files_of_copies[root], fcntl.LOCK_SH)
+            _lock_files_of_copies[root] = _lock_files_of_copies.pop(root)  # moves it to the end
+            os.utime(_lock_files_of_copies[root])
+        if len(_lock_files_of_copies) > _MAX_HELD_COPIES:
+            oldest_root = next(iter(_lock_files_of_copies))
+            os.close(_lock_files_of_copies.pop(oldest_root))
     if root.is_dir():
         return True
-    file = _held.pop(root, None)
-    if file is not None:  # the copy made room while this process waited
+    file = _lock_files_of_copies.pop(root, None)
+    if file is not None:  # another process deleted the copy while this one waited for the lock
         os.close(file)
     return False
 
 
 def make_working_folder(prefix: str) -> Path:
-    """Makes a folder for a working copy; deletes those of processes that are gone.
+    """Makes a folder for a working copy; deletes the folders of processes that have ended.
 
     Args:
       prefix: Beginning of the names of such folders, among the temporary ones.
@@ -54,19 +56,21 @@ def make_working_folder(prefix: str) -> Path:
     if sys.platform == "win32":
         return Path(tempfile.mkdtemp(prefix=prefix))
     temporary_folder = Path(tempfile.gettempdir())
-    for deleted_root in temporary_folder.glob(f"{_GONE}{prefix}*"):  # a kill interrupted it
+    for deleted_root in temporary_folder.glob(
+        f"{_DELETED_PREFIX}{prefix}*"
+    ):  # a kill interrupted it
         shutil.rmtree(deleted_root, ignore_errors=True)
     for root in temporary_folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # it is held, gone, or another user's
-            if (root / _USE).exists():
-                _delete(root)
+            if (root / _LOCK_FILE).exists():
+                _delete_copy(root)
     while True:
         root = Path(tempfile.mkdtemp(prefix=prefix))
-        file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         with contextlib.suppress(OSError):  # a file system without locks: nobody deletes it
             fcntl.flock(file, fcntl.LOCK_SH)
         if root.is_dir():  # no other process was faster than the lock
-            _working[root] = file
+            _lock_files_of_working_copies[root] = file
             return root
         os.close(file)
 
@@ -74,30 +78,30 @@ def make_working_folder(prefix: str) -> Path:
 def drop_working_folder(root: Path) -> None:
     """Deletes a folder that `make_working_folder` made."""
     shutil.rmtree(root, ignore_errors=True)
-    file = _working.pop(root, None)
+    file = _lock_files_of_working_copies.pop(root, None)
     if file is not None:
         os.close(file)
 
 
-def make_room(folder: Path) -> None:
-    """Deletes the copies in a folder that nobody holds, and nobody has asked for in a month."""
+def delete_unused_copies(folder: Path) -> None:
+    """Deletes the copies in a folder that no process holds, and that were unused for a month."""
     for root in folder.iterdir():
         with contextlib.suppress(OSError):  # it is held, or gone
-            use_file = root / _USE
+            use_file = root / _LOCK_FILE
             dated_path = use_file if use_file.exists() else root
             unused_seconds = time.time() - dated_path.stat().st_mtime
-            if unused_seconds > _UNUSED_SECONDS:
-                _delete(root)
+            if unused_seconds > _MAX_UNUSED_SECONDS:
+                _delete_copy(root)
 
 
-def _delete(root: Path) -> None:
+def _delete_copy(root: Path) -> None:
     """Deletes a copy; raises an OSError if a process holds it."""
     if sys.platform == "win32":
         return
-    file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        deleted_root = root.with_name(f"{_GONE}{root.name}")
+        deleted_root = root.with_name(f"{_DELETED_PREFIX}{root.name}")
         root.rename(deleted_root)  # so that nobody sees a part of it
         shutil.rmtree(deleted_root)
     finally:

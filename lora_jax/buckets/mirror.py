@@ -1,8 +1,8 @@
-"""A working copy of a folder in a bucket, which is sent there as a whole, again and again.
+"""A working copy of a folder in a bucket, whose changes are sent to the bucket from time to time.
 
-Objects cannot be appended to. So a run writes its files to a folder of this machine, which lies in
-the bucket as it was when it was last sent: a folder that holds an adapter appears whole or not at
-all, and so does each other file.
+An object cannot be appended to. So a run writes its files to a folder of this machine, and `send`
+brings the bucket up to date. An adapter's folder appears in the bucket whole or not at all, and so
+does each other file.
 
 The *state* of a file is the time of its last change and its size. The files that other writers send
 to the bucket lie *apart*: the working copy has only their names.
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_jax.buckets.copies import (
-    MARK,
-    PREFIX,
-    copy_in,
+    COPY_PREFIX,
+    UNFINISHED_MARK,
     fetch_objects,
     files_in,
-    publish,
+    list_finished_objects,
+    path_of_copy,
     run_parallel,
-    whole_objects,
+    upload_folder,
 )
 from lora_jax.buckets.kept import drop_working_folder, make_working_folder
 from lora_jax.buckets.store import (
@@ -35,12 +35,12 @@ from lora_jax.buckets.store import (
     write_object,
 )
 
-_ADAPTER = "lora/metadata"  # what an adapter's folder holds; see `lora_jax.saving`
-_TRIES = 5
+_ADAPTER_FILE = "lora/metadata"  # what an adapter's folder holds; see `lora_jax.saving`
+_MAX_TRIES = 5
 
 
 class FolderMirror:
-    """A working copy.
+    """A working copy of a folder in a bucket.
 
     Attributes:
       address: the folder in the bucket.
@@ -48,7 +48,7 @@ class FolderMirror:
     """
 
     def __init__(self, address: BucketPath, is_apart: Callable[[str], bool]) -> None:
-        """Makes a working copy of what is there.
+        """Makes a working copy of the folder's present content.
 
         Args:
           address: the folder in the bucket.
@@ -56,39 +56,44 @@ class FolderMirror:
         """
         self.address = address
         self._is_apart = is_apart
-        self._root = make_working_folder(PREFIX)
-        self.folder = copy_in(self._root, address)
+        self._root = make_working_folder(COPY_PREFIX)
+        self.folder = path_of_copy(self._root, address)
         self._lock = threading.Lock()
         self._sent_states: dict[str, tuple[int, int]] = {}
         self._fetch()
 
     def _fetch(self) -> None:
-        """Makes the working copy of what is in the bucket."""
-        for _ in range(_TRIES):
-            objects = whole_objects(self.address)
+        """Downloads the folder's content into the working copy."""
+        for _ in range(_MAX_TRIES):
+            objects = list_finished_objects(self.address)
             names_apart = [name for name in objects if self._is_apart(name)]
             fetched = {name: facts for name, facts in objects.items() if name not in names_apart}
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             with contextlib.suppress(ObjectChanged):
                 fetch_objects(self.address, fetched, self.folder)
-                for name in names_apart:  # so that they are seen to be there
+                for name in names_apart:  # empty files, so that a run sees their names
                     (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (self.folder / name).touch()
                 self._sent_states = self._file_states()
                 return
-        raise BucketError(f"{self.address}: somebody writes to it again and again while it is read")
+        raise BucketError(
+            f"{self.address} cannot be read, because another process keeps writing to it. Try "
+            "again once that process has ended."
+        )
 
     def send(self) -> None:
-        """Sends changed files, and deletes those that are gone."""
+        """Sends changed files to the bucket, and deletes objects whose files were deleted."""
         with self._lock:
             states = self._file_states()
             changed = {n for n, state in states.items() if self._sent_states.get(n) != state}
             deleted = self._sent_states.keys() - states.keys()
+            # A folder that holds an adapter is sent as a whole if one of its files has changed.
             known_files = {*states, *self._sent_states}
-            adapters = {_adapter_of(name, known_files) for name in changed | deleted} - {""}
+            adapters = {_adapter_folder_of(name, known_files) for name in changed | deleted} - {""}
             for adapter in sorted(adapters):
                 self._send_adapter(adapter)
+            # All other files are sent, or deleted, one by one.
             adapter_prefixes = tuple(f"{adapter}/" for adapter in adapters)
             single_files = [name for name in changed if not name.startswith(adapter_prefixes)]
             run_parallel(self._send_file, single_files)
@@ -110,14 +115,17 @@ class FolderMirror:
         """Sends changed files, and deletes the working copy.
 
         Raises:
-          BucketError: the bucket did not take it; names the folder that keeps what was not sent.
+          BucketError: the files could not be sent; names the folder that keeps them.
         """
         try:
             self.send()
         except BucketError as error:
             rescue_folder = Path(tempfile.mkdtemp(prefix="lora_jax_not_sent_")) / self.folder.name
             self.folder.rename(rescue_folder)
-            raise BucketError(f"{error}. What was not sent is in {rescue_folder}") from error
+            raise BucketError(
+                f"{error} The files that were not sent are in {rescue_folder}. Copy them to "
+                f"{self.address}."
+            ) from error
         self.drop()
 
     def drop(self) -> None:
@@ -125,7 +133,7 @@ class FolderMirror:
         drop_working_folder(self._root)
 
     def _file_states(self) -> dict[str, tuple[int, int]]:
-        """Returns the state of each file but temporary ones, and those that lie apart."""
+        """Returns the state of each file, without temporary files and files that lie apart."""
         states = {}
         for name in files_in(self.folder):
             is_temporary = any(part.startswith(".") for part in name.split("/"))
@@ -141,24 +149,25 @@ class FolderMirror:
             write_object(self.address / name, (self.folder / name).read_bytes())
 
     def _send_adapter(self, name: str) -> None:
-        """Sends an adapter's folder, or deletes it from the bucket if it is gone."""
+        """Sends an adapter's folder, or deletes it from the bucket if it was deleted here."""
         folder = self.folder / name
         address = self.address / name
-        if (folder / _ADAPTER).is_file():
-            with contextlib.suppress(FileNotFoundError):  # its mark stays: it is none any more
-                publish(folder, address)
+        if (folder / _ADAPTER_FILE).is_file():
+            with contextlib.suppress(FileNotFoundError):  # a run deletes it: its mark stays
+                upload_folder(folder, address)
             return
-        write_object(address / MARK, b"")
-        deleted_names = sorted(set(list_objects(address)) - {MARK})
+        # While the mark exists, no reader takes the remaining objects for an adapter.
+        write_object(address / UNFINISHED_MARK, b"")
+        deleted_names = sorted(set(list_objects(address)) - {UNFINISHED_MARK})
         run_parallel(lambda file: delete_object(address / file), deleted_names)
-        delete_object(address / MARK)
+        delete_object(address / UNFINISHED_MARK)
 
 
-def _adapter_of(name: str, files: set[str]) -> str:
-    """Returns the folder of the adapter that a file belongs to; "" for none."""
+def _adapter_folder_of(name: str, files: set[str]) -> str:
+    """Returns the adapter's folder that a file belongs to; "" for none."""
     parts = name.split("/")
     for depth in range(1, len(parts)):
         folder = "/".join(parts[:depth])
-        if f"{folder}/{_ADAPTER}" in files:
+        if f"{folder}/{_ADAPTER_FILE}" in files:
             return folder
     return ""

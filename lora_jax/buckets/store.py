@@ -1,8 +1,8 @@
-"""The objects of Google Cloud Storage: listed, read and written, each whole and by its generation.
+"""Lists, reads and writes the objects of Google Cloud Storage, each by its generation.
 
-An object appears at once or not at all, and each version of it has a number, its generation. What a
-store cannot do is to rename or to append. Errors that pass (503, a connection that is cut) are
-tried again for `_PATIENCE` seconds. Credentials are those of Google's own tools.
+An object appears at once or not at all, and each version of it has a number, its generation. A
+store cannot rename or append. Requests with passing errors (503, a lost connection) are repeated
+for `_RETRY_SECONDS`. Credentials are those of Google's own tools.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_BUCKET = re.compile(
+_BUCKET_ADDRESS = re.compile(
     r"gs:/{1,2}([^/]+)/*(.*)", re.IGNORECASE | re.DOTALL
 )  # `pathlib` drops a slash
-_TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer
-_PATIENCE = 120.0  # seconds in which a request is tried again
+_TIMEOUT_SECONDS = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer
+_RETRY_SECONDS = 120.0  # seconds in which a request is tried again
 ABSENT = 0  # the generation of an object that is not there
 
 
@@ -63,21 +63,23 @@ def bucket_path(path: str | os.PathLike[str]) -> BucketPath | None:
     >>> bucket_path("runs/mine") is None
     True
     """
-    match = _BUCKET.fullmatch(os.fspath(path))
+    match = _BUCKET_ADDRESS.fullmatch(os.fspath(path))
     return None if match is None else BucketPath(match[1], match[2].strip("/"))
 
 
 def list_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
     """Returns the objects under a folder, at any depth, by their names within it."""
     prefix = f"{folder.name}/" if folder.name else ""
-    with _errors(folder):
-        blobs = _client().list_blobs(folder.bucket, prefix=prefix, retry=_retry(), timeout=_TIMEOUT)
-        objects = {blob.name.removeprefix(prefix): _facts(blob) for blob in blobs}
+    with _explain_client_errors(folder):
+        blobs = _client().list_blobs(
+            folder.bucket, prefix=prefix, retry=_retry_policy(), timeout=_TIMEOUT_SECONDS
+        )
+        objects = {blob.name.removeprefix(prefix): _facts_of_blob(blob) for blob in blobs}
     outside_names = [n for n in objects if n.startswith("/") or ".." in n.split("/")]
     if outside_names:
         raise BucketError(
-            f"{folder} has an object {outside_names[0]!r}, which as a file would lie outside the "
-            "folder: delete or rename it"
+            f"{folder} has an object {outside_names[0]!r}, whose file would lie outside the "
+            "folder. Delete or rename the object."
         )
     # An object whose name ends with a slash stands for a folder.
     return {name: facts for name, facts in objects.items() if name and not name.endswith("/")}
@@ -87,9 +89,13 @@ def find_object(path: BucketPath) -> ObjectFacts | None:
     """Returns an object's facts; None if there is no such object."""
     if not path.name:
         return None
-    with _errors(path):
-        blob = _client().bucket(path.bucket).get_blob(path.name, retry=_retry(), timeout=_TIMEOUT)
-    return None if blob is None else _facts(blob)
+    with _explain_client_errors(path):
+        blob = (
+            _client()
+            .bucket(path.bucket)
+            .get_blob(path.name, retry=_retry_policy(), timeout=_TIMEOUT_SECONDS)
+        )
+    return None if blob is None else _facts_of_blob(blob)
 
 
 def read_object(path: BucketPath) -> tuple[bytes, int] | None:
@@ -98,25 +104,31 @@ def read_object(path: BucketPath) -> tuple[bytes, int] | None:
         facts = find_object(path)
         if facts is None:
             return None
-        with _errors(path):
+        with _explain_client_errors(path):
             blob = _client().bucket(path.bucket).blob(path.name, generation=facts.generation)
-            with contextlib.suppress(_not_there()):  # it was replaced in between
-                content: bytes = blob.download_as_bytes(retry=_retry(), timeout=_TIMEOUT)
+            with contextlib.suppress(_not_found_error()):  # it was replaced meanwhile: try again
+                content: bytes = blob.download_as_bytes(
+                    retry=_retry_policy(), timeout=_TIMEOUT_SECONDS
+                )
                 return content, facts.generation
 
 
 def download(path: BucketPath, generation: int, file: Path) -> None:
-    """Writes an object to a file, after checking what came against the store's checksum.
+    """Downloads an object to a file, and checks its content against the store's checksum.
 
     Raises:
       ObjectChanged: the object has another generation by now, or is gone.
     """
-    with _errors(path):
+    with _explain_client_errors(path):
         blob = _client().bucket(path.bucket).blob(path.name, generation=generation)
         try:
-            blob.download_to_filename(file, retry=_retry(), timeout=_TIMEOUT, checksum="crc32c")
-        except _not_there():
-            raise ObjectChanged(f"{path} was replaced or deleted while it was read") from None
+            blob.download_to_filename(
+                file, retry=_retry_policy(), timeout=_TIMEOUT_SECONDS, checksum="crc32c"
+            )
+        except _not_found_error():
+            raise ObjectChanged(
+                f"{path} was replaced or deleted while it was read. Read it again."
+            ) from None
 
 
 def write_object(path: BucketPath, content: bytes | Path, generation: int | None = None) -> int:
@@ -130,15 +142,15 @@ def write_object(path: BucketPath, content: bytes | Path, generation: int | None
     Raises:
       ObjectChanged: it has another one.
     """
-    with _errors(path):
+    with _explain_client_errors(path):
         blob = _client().bucket(path.bucket).blob(path.name)
         is_in_memory = isinstance(content, bytes)
         upload = blob.upload_from_string if is_in_memory else blob.upload_from_filename
         upload(
             content,
             checksum="crc32c",
-            retry=_retry(),
-            timeout=_TIMEOUT,
+            retry=_retry_policy(),
+            timeout=_TIMEOUT_SECONDS,
             if_generation_match=generation,
         )
     return int(blob.generation)
@@ -147,18 +159,20 @@ def write_object(path: BucketPath, content: bytes | Path, generation: int | None
 def delete_object(path: BucketPath, generation: int | None = None) -> bool:
     """Deletes an object; returns False where it is gone, or has another generation."""
     try:
-        with _errors(path):
+        with _explain_client_errors(path):
             blob = _client().bucket(path.bucket).blob(path.name)
             try:
-                blob.delete(retry=_retry(), timeout=_TIMEOUT, if_generation_match=generation)
-            except _not_there():
+                blob.delete(
+                    retry=_retry_policy(), timeout=_TIMEOUT_SECONDS, if_generation_match=generation
+                )
+            except _not_found_error():
                 return False
     except ObjectChanged:
         return False
     return True
 
 
-def _facts(blob: Any) -> ObjectFacts:
+def _facts_of_blob(blob: Any) -> ObjectFacts:
     return ObjectFacts(
         generation=int(blob.generation), size=int(blob.size or 0), crc32c=blob.crc32c or ""
     )
@@ -166,30 +180,30 @@ def _facts(blob: Any) -> ObjectFacts:
 
 @functools.cache
 def _client() -> Any:
-    """Returns the client, made once: it keeps its connections open."""
-    return _storage().Client(project=None)  # a project is needed to make buckets alone
+    """Returns the client of the store, which is made once and keeps its connections open."""
+    return _storage_module().Client(project=None)  # a project is needed to make buckets alone
 
 
-def _storage() -> Any:
-    """Returns the module of Google's client; a BucketError says how to install it."""
+def _storage_module() -> Any:
+    """Returns the module of Google's client; raises a BucketError if it is not installed."""
     try:
         from google.cloud import storage
     except ImportError:
         raise BucketError(
-            "gs:// needs Google's client: pip install 'lora_jax[gcs]', or mount the bucket "
-            "(gcsfuse BUCKET FOLDER), and name the folder where it is mounted"
+            "gs:// needs Google's client, which is not installed. Run pip install 'lora_jax[gcs]', "
+            "or mount the bucket (gcsfuse BUCKET FOLDER) and name the folder where it is mounted."
         ) from None
     return storage
 
 
-def _retry() -> Any:
+def _retry_policy() -> Any:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return DEFAULT_RETRY.with_timeout(_PATIENCE)
+    return DEFAULT_RETRY.with_timeout(_RETRY_SECONDS)
 
 
-def _not_there() -> type[Exception]:
-    """Returns the client's error for an object that is not there."""
+def _not_found_error() -> type[Exception]:
+    """Returns the class of the client's error for an object that does not exist."""
     from google.api_core.exceptions import NotFound
 
     error_class: type[Exception] = NotFound
@@ -197,9 +211,9 @@ def _not_there() -> type[Exception]:
 
 
 @contextlib.contextmanager
-def _errors(path: BucketPath) -> Iterator[None]:
-    """Turns the client's errors within into a BucketError that names the path and a remedy."""
-    _storage()
+def _explain_client_errors(path: BucketPath) -> Iterator[None]:
+    """Turns the client's errors in a block into a BucketError that names the path and a remedy."""
+    _storage_module()
     import requests
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -208,26 +222,29 @@ def _errors(path: BucketPath) -> Iterator[None]:
     try:
         yield
     except exceptions.PreconditionFailed:
-        raise ObjectChanged(f"{path} was changed by somebody else") from None
+        raise ObjectChanged(
+            f"{path} was not written, because another process has changed it meanwhile. Try again."
+        ) from None
     except exceptions.NotFound as error:
         raise BucketError(
-            f"{path}: there is no bucket {path.bucket}, or none that these credentials may see"
+            f"{path}: there is no bucket {path.bucket}, or your credentials may not see it. Check "
+            "the name of the bucket and the credentials."
         ) from error
     except DefaultCredentialsError as error:
         raise BucketError(
-            f"{path}: there are no credentials for Google Cloud Storage: run `gcloud auth "
-            "application-default login`, or give the path of a service account's key in "
-            "GOOGLE_APPLICATION_CREDENTIALS"
+            f"{path}: there are no credentials for Google Cloud Storage. Run `gcloud auth "
+            "application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the path of a "
+            "service account's key."
         ) from error
     except (exceptions.Forbidden, exceptions.Unauthorized, GoogleAuthError) as error:
         raise BucketError(
-            f"{path} is refused ({_first_line(error)}): give these credentials the role Storage "
-            f"Object User on the bucket {path.bucket}"
+            f"Google Cloud Storage refused access to {path} ({_first_line(error)}). Give your "
+            f"credentials the role Storage Object User on the bucket {path.bucket}."
         ) from error
     except (exceptions.GoogleAPIError, requests.RequestException, DataCorruption) as error:
         raise BucketError(
-            f"{path}: the store did not answer for {_PATIENCE:.0f} seconds or refused "
-            f"({_first_line(error)}): run the same command again once it does"
+            f"{path}: Google Cloud Storage did not answer within {_RETRY_SECONDS:.0f} seconds, or "
+            f"refused ({_first_line(error)}). Run the same command again later."
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.buckets.store import BucketError, bucket_path
 from lora_jax.folders import remote_problem
 from lora_jax.hf.packaged import BUNDLES
@@ -182,7 +182,7 @@ def _local_path(name_or_path: str | Path, patterns: list[str] = _BUCKET_FILE_PAT
             return any(fnmatch(file, pattern) for pattern in patterns)
 
         try:
-            return readable(name_or_path, is_needed)
+            return path_to_read(name_or_path, is_needed)
         except BucketError as error:
             raise ModelNotFound(str(error)) from error
     problem = remote_problem(name_or_path)

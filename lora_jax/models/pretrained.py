@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.buckets.copies import readable, writes_to_buckets
+from lora_jax.buckets.copies import path_to_read, writes_to_buckets
 from lora_jax.core.types import Fields, Model, Tokenizer, Tree
 from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf import sources
@@ -192,7 +192,7 @@ def save_pretrained(
     table = key_table(model.config)
     source = None
     if codes_from is not None:
-        path = find_model(readable(codes_from)).path
+        path = find_model(path_to_read(codes_from)).path
         source = open_source(path, **reading_options(model.config))
     if source is not None and not isinstance(source, SafetensorsFolder):
         raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.core.types import Fields, JsonObject
 from lora_jax.hf.fields import read_json_fields
 from lora_jax.peft.errors import PeftError
@@ -110,7 +110,7 @@ def read_fields(source: Any) -> tuple[JsonObject, str]:
         return dict(source), "the PEFT configuration"
     if hasattr(source, "to_dict"):
         return dict(source.to_dict()), type(source).__name__
-    path = readable(source)
+    path = path_to_read(source)
     file = path / CONFIG_FILE if path.is_dir() else path
     return read_json_fields(file, "a PEFT adapter", PeftError), str(file)
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
@@ -479,7 +479,7 @@ def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> 
     Raises:
       PeftError: there is no adapter, or there are several and `adapter` is None.
     """
-    path = readable(folder, _is_adapter_file).expanduser()
+    path = path_to_read(folder, _is_adapter_file).expanduser()
     if not path.exists():
         name = str(folder)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -1,10 +1,10 @@
-"""Adapters on disk: the adapter subtree alone, with the settings to put it on its base again.
+"""Saves and loads adapters: the adapter's arrays, and the settings to put it on its base again.
 
-A folder written by Orbax with two items: ``adapter``, the arrays, in the order of the algebra
-(A [batch…, in…, r], B [batch…, r, out…], padding left out), and ``lora``, JSON: the format's
-version, the roles, ranks, scales and dropout of each weight, which rows of a leaf train, a checksum
-of each array, and the fingerprint of the base. Factors that follow from the base or from a seed are
-made again on loading, and compared: see `lora_jax.saving.derived`.
+Orbax writes a folder with two items. ``adapter`` holds the arrays in the order of the algebra
+(A [batch…, in…, r], B [batch…, r, out…], without padding). ``lora`` is JSON: the format's version,
+the roles, ranks, scales and dropout of each weight, which rows of a leaf train, a checksum of each
+array, and the fingerprint of the base. Factors that follow from the base or from a seed are
+computed again on loading, and compared: see `lora_jax.saving.derived`.
 
 The *settings* of a weight are the fields of a `LoraWeight` other than arrays. Its *filed* arrays
 are its arrays in the order of the file.
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.buckets.copies import is_copy, readable, writes_to_buckets
+from lora_jax.buckets.copies import is_copy, path_to_read, writes_to_buckets
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import AXES, join_layers_unpadded, pad_split_layers, rank_axis
 from lora_jax.core.paths import most_similar
@@ -37,16 +37,16 @@ from lora_jax.core.weight import (
 )
 from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
-from lora_jax.saving.derived import Remaker, take_out_derived
+from lora_jax.saving.derived import Remaker, remove_derived_arrays
 from lora_jax.saving.errors import AdapterError
-from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.saving.fingerprint import base_fingerprint, checksum, keys_that_differ
 from lora_jax.select.sharing import check_owners_exist, fill_in_shared_arrays
 from lora_jax.variants import PARTS
 
-FORMAT = 2
+FORMAT_VERSION = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
-TEMPLATE = "chat_template"  # of the facts: a text in a file of its own
-_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
+TEMPLATE_FIELD = "chat_template"  # the field of `about` whose text has a file of its own
+_METADATA_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
 @writes_to_buckets(by_all=True)
@@ -91,32 +91,35 @@ def save_adapter(
         )
     nodes = nodes_of(params)
     if not nodes:
-        raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
+        raise AdapterError(
+            "save_adapter needs an adapted tree, but this tree has no adapter. Call "
+            "lora_jax.lorafy first."
+        )
     check_owners_exist(nodes)
     fingerprint = base_fingerprint(params)
     if base is not None:
         _check_intended_base(nodes, fingerprint, base)
-    arrays = {path: _filed_arrays(path, node) for path, node in nodes.items()}
-    recipes = take_out_derived(nodes, arrays)
-    facts = dict(about or {})
-    template = facts.pop(TEMPLATE, None)
+    arrays = {path: _arrays_for_file(path, node) for path, node in nodes.items()}
+    recipes = remove_derived_arrays(nodes, arrays)
+    about_fields = dict(about or {})
+    template = about_fields.pop(TEMPLATE_FIELD, None)
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         **_node_settings(nodes, recipes),
         "arrays": jax.tree.map(checksum, arrays),
         "base": fingerprint,
-        "about": facts,
+        "about": about_fields,
     }
-    # Each process has the copy of a bucket for itself.
+    # Each process has its own copy of a bucket's folder, and writes the whole adapter to it.
     has_own_folder = is_copy(folder) and jax.process_count() > 1
     if has_own_folder:
-        arrays = jax.tree.map(_gathered, arrays)
-    ocp = _orbax()
+        arrays = jax.tree.map(_gather_array, arrays)
+    ocp = _import_orbax()
     items = ocp.args.Composite(
         adapter=ocp.args.StandardSave(arrays), lora=ocp.args.JsonSave(metadata)
     )
     partial_folder = partial_of(folder)
-    with _checkpointer(ocp, has_own_folder) as checkpointer:
+    with _make_checkpointer(ocp, has_own_folder) as checkpointer:
         checkpointer.save(partial_folder, items, force=True)
     if has_own_folder or jax.process_index() == 0:
         if template is not None:
@@ -127,12 +130,12 @@ def save_adapter(
 def _node_settings(
     nodes: Mapping[str, Node], recipes: Mapping[str, JsonObject]
 ) -> dict[str, object]:
-    """Returns the settings of weights, with the recipes of arrays; and what else trains."""
+    """Returns the metadata of all nodes: the settings of weights, full leaves and trained rows."""
     weights: dict[str, JsonObject] = {}
     rows: dict[str, JsonObject] = {}
     for path, node in nodes.items():
         if isinstance(node, LoraWeight):
-            weights[path] = _settings(node) | recipes.get(path, {})
+            weights[path] = _settings_of_weight(node) | recipes.get(path, {})
         elif isinstance(node, TrainedRows):
             rows[path] = {"shape": node.shape, "rows": node.rows, "is_table": node.is_table}
     trained = sorted(path for path, node in nodes.items() if isinstance(node, Trained))
@@ -150,11 +153,11 @@ def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
 
     See the example of `save_adapter`.
     """
-    folder = readable(folder).absolute()
+    folder = path_to_read(folder).absolute()
     about: JsonObject = _read_metadata(folder)["about"]
     template_file = folder / TEMPLATE_FILE
     if template_file.is_file():
-        about[TEMPLATE] = template_file.read_text(encoding="utf-8")
+        about[TEMPLATE_FIELD] = template_file.read_text(encoding="utf-8")
     return about
 
 
@@ -189,7 +192,7 @@ def load_adapter(
     >>> bool((loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
     True
     """
-    folder = readable(folder).absolute()
+    folder = path_to_read(folder).absolute()
     metadata = _read_metadata(folder)
     refuse_bytes()
     leaves, treedef = leaves_of(strip(params))
@@ -205,7 +208,7 @@ def load_adapter(
 
     def adapt_leaf(path: str, base: BaseLike) -> Leaf:
         if path in weights:
-            weight = _weight(base, arrays[path], weights[path], known_parts)
+            weight = _restore_weight(base, arrays[path], weights[path], known_parts)
             return complete(path, weight)
         if path in rows:
             return TrainedRows(
@@ -223,17 +226,17 @@ def load_adapter(
     return swap(params, loaded) if nodes_of(params) else loaded
 
 
-def _orbax() -> Any:
-    """Returns Orbax. Its import takes half as long as JAX's, so it waits until it is needed."""
+def _import_orbax() -> Any:
+    """Imports Orbax only when it is needed: its import takes half as long as JAX's."""
     import orbax.checkpoint
 
     return orbax.checkpoint
 
 
-def _checkpointer(ocp: Any, has_own_folder: bool) -> Any:
-    """Returns Orbax's writer: of all processes together, or of this one alone."""
-    # Folders that a thread makes are announced by a signal. Its name is the number of the process's
-    # newest save: where another thread begins one meanwhile, this save waits for a signal in vain.
+def _make_checkpointer(ocp: Any, has_own_folder: bool) -> Any:
+    """Returns Orbax's writer for all processes together, or for this process alone."""
+    # Orbax announces folders that a thread makes by a signal, which it names after the process's
+    # newest save. If another thread starts a save meanwhile, this one would wait forever.
     async_options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     if not has_own_folder:
         composite_options = ocp.CompositeOptions(async_options=async_options)
@@ -254,12 +257,12 @@ def _checkpointer(ocp: Any, has_own_folder: bool) -> Any:
     return ocp.Checkpointer(handler, multiprocessing_options=process_options)
 
 
-def _gathered(array: Leaf) -> np.ndarray:
-    """Returns an array in the host's memory, whole in each process."""
+def _gather_array(array: Leaf) -> np.ndarray:
+    """Returns the whole array in the memory of each process."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
-    is_spread = not array.is_fully_addressable and not array.is_fully_replicated
-    if is_spread:
+    is_split_over_processes = not array.is_fully_addressable and not array.is_fully_replicated
+    if is_split_over_processes:
         from jax.experimental import multihost_utils
 
         array = multihost_utils.process_allgather(array, tiled=True)
@@ -269,26 +272,26 @@ def _gathered(array: Leaf) -> np.ndarray:
 def _check_intended_base(
     nodes: Mapping[str, Node], fingerprint: Mapping[str, str], intended_base: Tree
 ) -> None:
-    """Raises an AdapterError where the base of an adapter is not the one that it is meant for."""
+    """Raises an AdapterError if the base of an adapter is not the base that it is meant for."""
     intended_fingerprint = base_fingerprint(intended_base)
     changed_paths = [
         path
-        for path in differing(intended_fingerprint, fingerprint)
+        for path in keys_that_differ(intended_fingerprint, fingerprint)
         if not isinstance(nodes.get(path), Trained)
     ]
     if changed_paths:
         examples = ", ".join(map(repr, changed_paths[:3]))
         raise AdapterError(
-            "save_adapter: the tree is over another base than the one given: "
-            f"{len(changed_paths)} of {len(intended_fingerprint)} frozen leaves differ, "
-            f"{examples} among them. Nothing was written. An "
-            "optimiser over the whole tree moves the base with the adapter: optimise the adapter "
-            "alone, lora_jax.split(params)[0], or wrap it, lora_jax.optim.freeze_base(optimizer)"
+            "save_adapter: the base in params differs from the argument base. "
+            f"{len(changed_paths)} of {len(intended_fingerprint)} frozen leaves differ, for "
+            f"example {examples}. Nothing was written. An optimiser over the whole tree also "
+            "changes the base. Optimise lora_jax.split(params)[0] alone, or wrap the optimiser in "
+            "lora_jax.optim.freeze_base."
         )
 
 
-def _settings(weight: LoraWeight) -> JsonObject:
-    """Returns the settings of a weight, as the file has them."""
+def _settings_of_weight(weight: LoraWeight) -> JsonObject:
+    """Returns the settings of a weight in the form of the file."""
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
     for name in ("a_of", "invocation"):
@@ -302,11 +305,12 @@ def _settings(weight: LoraWeight) -> JsonObject:
     return settings
 
 
-def _filed_arrays(path: str, node: Node) -> Parts:
-    """Returns the arrays of a node as the file holds them."""
+def _arrays_for_file(path: str, node: Node) -> Parts:
+    """Returns the arrays of a node in the form of the file: without padding, A [in…, r]."""
     if not node.is_on:
         raise AdapterError(
-            f"{path!r} has no adapter in this half of the tree: join(adapter, base) first"
+            f"{path!r} has no adapter, because this tree is only one half of an adapted tree. Join "
+            "the halves first: lora_jax.join(adapter, base)."
         )
     if not isinstance(node, LoraWeight):
         return node.parts()
@@ -317,6 +321,7 @@ def _filed_arrays(path: str, node: Node) -> Parts:
             continue
         axis = rank_axis(node.axes_of(name), node.labels)
         if axis >= 0 and is_ragged:
+            # The members of a stack, each with its own rank, are joined along one axis.
             array = join_layers_unpadded(array, node.ranks, axis)
             axis -= 1
         if name in _LONG_AXIS_FIRST:
@@ -325,13 +330,16 @@ def _filed_arrays(path: str, node: Node) -> Parts:
     return filed
 
 
-def _weight(
+def _restore_weight(
     base: BaseLike,
     filed: Mapping[str, np.ndarray],
     settings: Fields,
     known_parts: Mapping[str, Part],
 ) -> LoraWeight:
-    """Returns a weight of its filed arrays: the inverse of `_settings` and `_filed_arrays`."""
+    """Restores a weight from its filed arrays.
+
+    Inverts `_settings_of_weight` and `_arrays_for_file`.
+    """
     invocation = settings.get("invocation")
     weight = LoraWeight(
         base,
@@ -360,42 +368,51 @@ def _weight(
 
 
 def _read_metadata(folder: Path) -> JsonObject:
-    """Returns the metadata of an adapter's folder; raises an AdapterError if it is damaged."""
+    """Reads the metadata of an adapter's folder; raises an AdapterError if the file is damaged."""
     file = folder / "lora" / "metadata"
     if not folder.is_dir():
-        raise AdapterError(f"there is no adapter folder {folder}")
+        raise AdapterError(f"there is no adapter folder {folder}. Check the path.")
     if not file.exists():
-        raise AdapterError(f"{folder} is no adapter folder: it lacks {file.relative_to(folder)}")
+        raise AdapterError(
+            f"{folder} is no adapter folder, because it has no file {file.relative_to(folder)}. "
+            "Name a folder that save_adapter wrote."
+        )
     try:
         metadata = json.loads(file.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{file} is damaged: {error}") from None
-    if not isinstance(metadata, dict) or not _FIELDS <= set(metadata):
-        raise AdapterError(f"{file} is damaged: it lacks some of the fields {sorted(_FIELDS)}")
-    if metadata["format"] != FORMAT:
         raise AdapterError(
-            f"{folder} has the format {metadata['format']}, and this version reads {FORMAT}: "
-            "use a version of lora_jax that reads it"
+            f"{file} is damaged and cannot be read ({error}). Copy or save the adapter again."
+        ) from None
+    if not isinstance(metadata, dict) or not _METADATA_FIELDS <= set(metadata):
+        raise AdapterError(
+            f"{file} is damaged, because some of the fields {sorted(_METADATA_FIELDS)} are "
+            "missing. Copy or save the adapter again."
+        )
+    if metadata["format"] != FORMAT_VERSION:
+        raise AdapterError(
+            f"{folder} has the format {metadata['format']}, but this version of lora_jax reads "
+            f"only the format {FORMAT_VERSION}. Install the version of lora_jax that wrote the "
+            "adapter."
         )
     return metadata
 
 
 def _check_parts(folder: Path, metadata: Fields, known_parts: Mapping[str, Part]) -> None:
-    """Raises an AdapterError if an adapter has parts that are not known."""
+    """Raises an AdapterError if an adapter has parts that neither lora_jax nor `extras` defines."""
     names: set[str] = set()
     for path in metadata["weights"]:
         names.update(metadata["arrays"][path])
     unknown = sorted(names - {*AXES, *known_parts})
     if unknown:
         raise AdapterError(
-            f"the adapter {folder} has the part {unknown[0]!r}, which is none of "
-            f"{sorted(known_parts)}: give the part that it was trained with, "
-            "load_adapter(…, extras=[part])"
+            f"the adapter {folder} has the part {unknown[0]!r}, which is none of the known parts "
+            f"{sorted(known_parts)}. Pass the part that it was trained with: "
+            "load_adapter(…, extras=[part])."
         )
 
 
 def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]) -> None:
-    """Raises an AdapterError if leaves are missing or have other shapes than the adapter's."""
+    """Raises an AdapterError if the tree lacks an adapted leaf or has it in another shape."""
     tree_shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     adapter_shapes: dict[str, tuple[int, ...]] = {}
     for path, settings in {**metadata["weights"], **metadata["rows"]}.items():
@@ -412,58 +429,67 @@ def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]
     if problems:
         paths = list(problems)
         raise AdapterError(
-            f"the adapter {folder} does not fit this tree; {len(problems)} of "
+            f"the adapter {folder} does not fit this tree, because {len(problems)} of "
             f"{len(adapter_shapes)} weights differ: {'; '.join(list(problems.values())[:5])}. "
-            f"The nearest paths in the tree are {most_similar(paths[0], tree_shapes, n=3)}"
+            f"The nearest paths in the tree are {most_similar(paths[0], tree_shapes, n=3)}. Load "
+            "the model that the adapter was trained on."
         )
 
 
 def _shape_and_dtype(checksum_text: str) -> tuple[tuple[int, ...], str]:
-    """Returns the shape and the dtype that a checksum begins with ("float32[3x5]:…")."""
+    """Parses the shape and the dtype at the beginning of a checksum ("float32[3x5]:…")."""
     array_type, _, _ = checksum_text.partition("]")
     dtype, _, sizes = array_type.partition("[")
     return tuple(int(size) for size in sizes.split("x") if size), dtype
 
 
 def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
-    """Raises an AdapterError if an adapter was trained on another base than that of a tree."""
+    """Raises an AdapterError if a tree's base is not the base that the adapter was trained on."""
     fingerprint = metadata["base"]
     trained = set(metadata["trained"])
     changed_paths = [
-        path for path in differing(fingerprint, base_fingerprint(params)) if path not in trained
+        path
+        for path in keys_that_differ(fingerprint, base_fingerprint(params))
+        if path not in trained
     ]
     if changed_paths:
         raise AdapterError(
             f"the adapter {folder} was trained on another base: {len(changed_paths)} of "
-            f"{len(fingerprint)} frozen leaves differ, {', '.join(changed_paths[:3])} among them. "
+            f"{len(fingerprint)} frozen leaves differ, for example {', '.join(changed_paths[:3])}. "
             "Load the base that it was trained on, or accept this one with "
-            "allow_base_mismatch=True (--allow-base-mismatch)"
+            "allow_base_mismatch=True (--allow-base-mismatch)."
         )
 
 
 def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the filed arrays of each path, whose checksums are right."""
+    """Reads the filed arrays by path and name, and checks their checksums."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract_array(checksum_text: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(*_shape_and_dtype(checksum_text), sharding=device)
 
     abstract_arrays = jax.tree.map(abstract_array, metadata["arrays"])
-    ocp = _orbax()
+    ocp = _import_orbax()
     items = ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract_arrays))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
+        raise AdapterError(
+            f"the adapter {folder} is damaged and cannot be read ({reason[:300]}). Copy or save it "
+            "again."
+        ) from None
     for path, saved_checksums in metadata["arrays"].items():
         checksums = {name: checksum(array) for name, array in restored[path].items()}
-        changed_names = differing(saved_checksums, checksums)
+        changed_names = keys_that_differ(saved_checksums, checksums)
         if changed_names:
             name = f"{path}/{changed_names[0]}"
-            raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
-    # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
-    # are not committed would compile again.
+            raise AdapterError(
+                f"the adapter {folder} is damaged, because the checksum of {name} is wrong. Copy "
+                "or save it again."
+            )
+    # Orbax commits arrays to a device, and a function compiled for uncommitted arrays would compile
+    # again. NumPy arrays are not committed.
     arrays: dict[str, dict[str, np.ndarray]] = jax.tree.map(np.asarray, restored)
     return arrays

@@ -1,6 +1,6 @@
-"""Factors that a file need not hold: they follow from the base or from a seed.
+"""Removes factors from an adapter's file that follow from the base or a seed, and restores them.
 
-They are made again on loading, as the variant declares (`lora_jax.variants.variant.Derived`). In
+Loading computes them again, as the variant declares (`lora_jax.variants.variant.Derived`). In
 their place the file's settings of a weight have one of
 
     <entry>      what the factors are made from, with "probes", {"a": …, "b": …}: a number for each
@@ -26,7 +26,7 @@ from lora_jax.core.base import is_abstract
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.saving.errors import AdapterError
-from lora_jax.saving.fingerprint import checksum, mixed
+from lora_jax.saving.fingerprint import checksum, mix_bits
 from lora_jax.variants import derived_of
 from lora_jax.variants.variant import Derived, Remake
 
@@ -35,13 +35,14 @@ _TOLERANCE = 5e-3  # of a factor's norm; another sign of one singular vector cha
 ArraysByPath = dict[str, dict[str, Leaf]]  # and by name
 
 
-def take_out_derived(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[str, JsonObject]:
-    """Takes out of `arrays` what is made again on loading; returns the settings to make it with.
+def remove_derived_arrays(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[str, JsonObject]:
+    """Removes from `arrays` the arrays that loading computes again; returns their settings.
 
     Args:
       nodes: the nodes of an adapted tree, by path.
-      arrays: their arrays as the file would hold them; changed.
+      arrays: the arrays of the nodes in the form of the file; changed.
     """
+    # Group the weights by the declaration of their derived arrays.
     weights_of_derived: dict[Derived, dict[str, LoraWeight]] = defaultdict(dict)
     for path, node in nodes.items():
         if isinstance(node, LoraWeight):
@@ -51,32 +52,35 @@ def take_out_derived(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[st
     settings: dict[str, JsonObject] = {}
     for derived, weights in weights_of_derived.items():
         all_weights = list(weights.values())
-        remake = derived.again(weights)
+        compute_arrays = derived.again(weights)
         path_of_checksum: dict[str, str] = {}
         for path, weight in weights.items():
+            # Compute the arrays from their recipe, and compare the result with the weight.
             recipe = derived.recipe(weight, all_weights)
-            probes = _probes(weight, derived.names)
+            probes = _make_probes(weight, derived.names)
             follows_from_recipe = False
             if recipe is not None:
-                remade_weight = weight.replace(**remake(path, weight, recipe))
-                follows_from_recipe = not _differing(remade_weight, probes)
+                computed_weight = weight.replace(**compute_arrays(path, weight, recipe))
+                follows_from_recipe = not _names_of_changed_factors(computed_weight, probes)
             if recipe is not None and follows_from_recipe:
+                # The file holds the recipe and the probes, and none of the arrays.
                 entry = {**recipe, "probes": probes} if recipe else probes
                 settings[path] = {derived.entry: entry}
-                remade_names = derived.names
+                removed_names = derived.names
             else:
-                stored_paths = _stored_paths(path, weight, derived, path_of_checksum)
+                # The file holds each array once, under the first weight that has it.
+                stored_paths = _paths_of_equal_arrays(path, weight, derived, path_of_checksum)
                 settings[path] = {"same": stored_paths}
-                remade_names = tuple(stored_paths)
-            for name in ("seed", *remade_names):
+                removed_names = tuple(stored_paths)
+            for name in ("seed", *removed_names):
                 arrays[path].pop(name, None)
     return settings
 
 
-def _stored_paths(
+def _paths_of_equal_arrays(
     path: str, weight: LoraWeight, derived: Derived, path_of_checksum: dict[str, str]
 ) -> dict[str, str]:
-    """Returns the path under which the file holds each array that an earlier weight has as well.
+    """Returns, for each array that an earlier weight has as well, the path of that weight.
 
     Args:
       path: the weight's path.
@@ -96,7 +100,7 @@ def _stored_paths(
 
 
 class Remaker:
-    """Makes the arrays that an adapter's file does not hold, and compares them with its probes."""
+    """Computes the arrays that an adapter's file does not hold, and checks them by its probes."""
 
     def __init__(
         self,
@@ -122,23 +126,25 @@ class Remaker:
     def __call__(self, path: str, weight: LoraWeight) -> LoraWeight:
         """Returns a weight with all of its arrays."""
         derived = derived_of(weight)
-        if derived is None:
+        if derived is None:  # the file holds all arrays of the weight
             return weight
         settings = self._settings[path]
         if "same" in settings:
+            # The file holds the arrays, perhaps under the path of another weight.
             arrays = {}
             for name in derived.names:
                 stored_path = settings["same"].get(name, path)
                 arrays[name] = self._device_array(stored_path, name, weight)
             return weight.replace(**arrays)
+        # The arrays follow from a recipe.
         recipe = settings[derived.entry]
         if derived not in self._remake_functions:
             self._remake_functions[derived] = derived.again(self._nodes)
         remake = self._remake_functions[derived]
         weight = weight.replace(**remake(path, weight, recipe))
-        if is_abstract(weight.arrays[derived.names[0]]):
+        if is_abstract(weight.arrays[derived.names[0]]):  # shapes alone, without values to compare
             return weight
-        changed_names = _differing(weight, recipe.get("probes", recipe))
+        changed_names = _names_of_changed_factors(weight, recipe.get("probes", recipe))
         if changed_names:
             problem = derived.differs.format(path=path, name=changed_names[0], **recipe)
             raise AdapterError(f"the adapter {self._folder} {problem}")
@@ -154,28 +160,28 @@ class Remaker:
         return self._device_arrays[path, name]
 
 
-def _sums_of(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sums of a factor, or of a projection, and its norms; see `_sums`."""
+def _probe_sums_and_norms(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the probe sums and the norms of an array of a weight; see `_sums_and_norms`."""
     n_batch = node.n_batch if "batch" in node.axes_of(name) else 0
-    sums, norms = jax.device_get(_sums(node.arrays[name], n_batch))
+    sums, norms = jax.device_get(_sums_and_norms(node.arrays[name], n_batch))
     return sums, norms
 
 
-def _probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
-    """Returns for each factor the sums of its elements times random numbers, as nested lists."""
+def _make_probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
+    """Returns the sums of each factor's elements times fixed random numbers, as nested lists."""
     round_sums = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
     probes = {}
     for name in names:
-        sums, _ = _sums_of(node, name)
+        sums, _ = _probe_sums_and_norms(node, name)
         probes[name] = round_sums(sums).tolist()
     return probes
 
 
-def _differing(node: LoraWeight, probes: Fields) -> list[str]:
-    """Returns the names of the factors that have other probes, rounding aside."""
+def _names_of_changed_factors(node: LoraWeight, probes: Fields) -> list[str]:
+    """Returns the names of the factors whose probes differ by more than rounding."""
 
     def differs(name: str) -> bool:
-        sums, norms = _sums_of(node, name)
+        sums, norms = _probe_sums_and_norms(node, name)
         errors = np.abs(sums - np.asarray(probes[name]))
         return bool((errors > _TOLERANCE * norms).any())
 
@@ -183,18 +189,18 @@ def _differing(node: LoraWeight, probes: Fields) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnames="n_batch")
-def _sums(array: jax.Array, n_batch: int) -> tuple[jax.Array, jax.Array]:
-    """Returns sums of the elements of matrices times fixed numbers, and norms: [batch…] fp32.
+def _sums_and_norms(array: jax.Array, n_batch: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of each matrix's elements times fixed numbers, and its norm: [batch…] fp32.
 
     Args:
       array: [batch…, r, features…].
       n_batch: number of its batch axes.
     """
-    matrix = array.reshape(*array.shape[: n_batch + 1], -1).astype(jnp.float32)
+    matrix = array.reshape(*array.shape[: n_batch + 1], -1).astype(jnp.float32)  # [batch…, r, n]
     row = lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], 0)
     column = lax.broadcasted_iota(jnp.uint32, matrix.shape[-2:], 1)
-    bits = mixed(mixed(row + jnp.uint32(1)) + column)
-    probe = bits.astype(jnp.float32) / 2.0**31 - 1  # in [-1, 1]
+    bits = mix_bits(mix_bits(row + jnp.uint32(1)) + column)
+    probe = bits.astype(jnp.float32) / 2.0**31 - 1  # [r, n], numbers in [-1, 1]
     sums = jnp.sum(matrix * probe, axis=(-2, -1))
     norms = jnp.linalg.norm(matrix, axis=(-2, -1))
     return sums, norms

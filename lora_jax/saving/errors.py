@@ -2,4 +2,4 @@
 
 
 class AdapterError(ValueError):
-    """An adapter folder that can't be written or read, or does not belong to the tree."""
+    """An adapter folder cannot be written or read, or does not belong to the tree."""

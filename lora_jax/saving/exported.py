@@ -29,21 +29,23 @@ def register() -> None:
         for field in dataclasses.fields(node_class):
             names = static_fields if field.metadata.get("static") else array_fields
             names.append(field.name)
-        _register(node_class, static_fields, array_fields)
+        _register_node_class(node_class, static_fields, array_fields)
 
 
-def _register(
+def _register_node_class(
     node_class: type[Node], static_fields: Sequence[str], array_fields: Sequence[str]
 ) -> None:
-    """Registers a class of nodes; its static fields are written as JSON."""
+    """Registers a class of nodes with `jax.export`; its static fields are written as JSON."""
 
     def serialize(values: Sequence[Leaf]) -> bytes:
         fields = zip(static_fields, values, strict=True)
-        return json.dumps({name: _to_json(name, value) for name, value in fields}).encode()
+        return json.dumps(
+            {name: _static_field_to_json(name, value) for name, value in fields}
+        ).encode()
 
     def deserialize(text: bytes | bytearray) -> JsonObject:
         fields = json.loads(bytes(text))
-        return {name: _from_json(name, value) for name, value in fields.items()}
+        return {name: _static_field_from_json(name, value) for name, value in fields.items()}
 
     def from_children(aux_data: JsonObject, children: Sequence[Leaf]) -> Leaf:
         arrays = dict(zip(array_fields, children, strict=True))
@@ -58,8 +60,8 @@ def _register(
     )
 
 
-def _to_json(name: str, value: Leaf) -> Leaf:
-    """Returns a static field as JSON has it."""
+def _static_field_to_json(name: str, value: Leaf) -> Leaf:
+    """Converts a static field to JSON's types."""
     if isinstance(value, AxisRoles):
         return dataclasses.asdict(value)
     if name == "extras":
@@ -73,16 +75,16 @@ def _part_name(part: Part) -> str:
     """Returns the name of a part; raises a ValueError for one that this library does not define."""
     if PARTS.get(part.name) is not part:
         raise ValueError(
-            f"jax.export cannot write the part {part.name!r}, which is none of {sorted(PARTS)}: "
-            "its functions are your own. Export a function of the tree's leaves instead: leaves, "
-            "structure = jax.tree.flatten(params); lambda leaves, x: forward(structure.unflatten("
-            "leaves), x)"
+            f"jax.export cannot write the part {part.name!r}, because it is none of lora_jax's "
+            f"parts {sorted(PARTS)}. Export a function of the tree's leaves instead: leaves, "
+            "structure = jax.tree.flatten(params); lambda leaves, x: "
+            "forward(structure.unflatten(leaves), x)."
         )
     return part.name
 
 
-def _from_json(name: str, value: Leaf) -> Leaf:
-    """Returns a static field from its JSON: the inverse of `_to_json`."""
+def _static_field_from_json(name: str, value: Leaf) -> Leaf:
+    """Converts JSON to a static field: the inverse of `_static_field_to_json`."""
     if name == "roles":
         return AxisRoles(tuple(value["in_axes"]), tuple(value["out_axes"]))
     if name == "extras":

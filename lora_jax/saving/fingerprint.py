@@ -1,7 +1,7 @@
-"""Fingerprints of arrays and trees: an adapter remembers those of the base it was trained on.
+"""Computes fingerprints of arrays and trees: an adapter stores the fingerprint of its base.
 
-Computed where the arrays are, in integers modulo 2³² only, so that the result is exact and does
-not depend on the mesh.
+They are computed on the arrays' devices, in integers modulo 2³² only. So the result is exact and
+does not depend on the mesh.
 """
 
 import functools
@@ -20,15 +20,15 @@ from lora_jax.core.weight import Trained, is_node, leaves_of
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
 
-def mixed(x: jax.Array) -> jax.Array:
-    """Returns each element after a bijection of uint32 that spreads every bit."""
+def mix_bits(x: jax.Array) -> jax.Array:
+    """Applies a bijection of uint32 to each element, by which each bit changes all bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+def _hash_sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     """Returns two sums over all elements, each mixed with its position: uint32 [2].
 
     Args:
@@ -40,13 +40,15 @@ def _sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     if x.dtype == jnp.bool_ or "int4" in x.dtype.name:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of 2
+    # A dtype of 8 bytes gets a last axis of 2.
+    bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # Hash the index of each element, so that exchanged elements change the sums.
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         step = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
-        position = mixed(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
-    hashes = mixed(bits + position)
-    second_hashes = mixed(hashes ^ jnp.uint32(0xA5A5A5A5))
+        position = mix_bits(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
+    hashes = mix_bits(bits + position)
+    second_hashes = mix_bits(hashes ^ jnp.uint32(0xA5A5A5A5))
     return jnp.stack([jnp.sum(hashes), jnp.sum(second_hashes)])
 
 
@@ -56,7 +58,7 @@ def checksum(array: jax.Array, dtype: DTypeLike | None = None) -> str:
     For example ``float32[3x5]:0123456789abcdef``. Where `dtype` is given, the checksum is that of
     the array in this dtype.
     """
-    low, high = np.asarray(_sums(array, dtype)).tolist()
+    low, high = np.asarray(_hash_sums(array, dtype)).tolist()
     dtype_name = np.dtype(dtype or array.dtype).name
     shape = "x".join(map(str, array.shape))
     return f"{dtype_name}[{shape}]:{high:08x}{low:08x}"
@@ -82,7 +84,7 @@ def base_fingerprint(params: Tree) -> dict[str, str]:
     return fingerprint
 
 
-def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """Returns the paths whose checksums differ, or that only one of the two has, sorted."""
+def keys_that_differ(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """Returns the sorted keys whose checksums differ, or that only one of the mappings has."""
     paths = {*saved, *current}
     return sorted(path for path in paths if saved.get(path) != current.get(path))

@@ -1,4 +1,4 @@
-"""Attention of transformers' modules by `lora_jax.models.layers.attend`."""
+"""Lets transformers' modules compute attention by `lora_jax.models.layers.attend`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.torch.backend import call_jax, to_torch
 from lora_jax.torch.packages import TorchModelError
 
-NAME = "lora_jax"
+ATTENTION_NAME = "lora_jax"
 
 
-class Attending(NamedTuple):
-    """The implementation of attention in use.
+class AttentionSettings(NamedTuple):
+    """The settings of the attention of the module that is being called.
 
     Attributes:
       attention, placement: see `attend`.
-      keeps_masks: whether each mask is an array, also where it says no more than "causal".
-      segments: [batch, seq] int32: a token sees those of its own segment only; None for all.
-      unpadded: whether the module's attention mask is of ones.
+      keeps_masks: whether each mask is an array, even if it is only causal.
+      segments: [batch, seq] int32: a token sees the tokens of its own segment; None for all tokens.
+      unpadded: whether the module's attention mask has only ones.
       cached: the slots of a cache that each token may see; None without a cache.
     """
 
@@ -40,20 +40,23 @@ class Attending(NamedTuple):
     cached: Mask | None = None
 
 
-_CHOSEN: ContextVar[Attending] = ContextVar("attention", default=Attending())  # noqa: B039  it is immutable
+_CURRENT_SETTINGS: ContextVar[AttentionSettings] = ContextVar(
+    "attention",
+    default=AttentionSettings(),  # noqa: B039  it is immutable
+)
 
 
 @contextlib.contextmanager
-def attending(implementation: Attending) -> Iterator[None]:
-    """Sets the implementation of attention within a block."""
-    token = _CHOSEN.set(implementation)
+def use_attention(settings: AttentionSettings) -> Iterator[None]:
+    """Sets the settings of attention within a block."""
+    token = _CURRENT_SETTINGS.set(settings)
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _CURRENT_SETTINGS.reset(token)
 
 
-def _mask(
+def _make_mask(
     *,
     q_length: int,
     kv_length: int,
@@ -63,28 +66,29 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> torch.Tensor | None:
-    """Returns a mask, [batch, 1, queries, keys] bool; None for one that is causal and no more.
+    """Returns a mask, [batch, 1, queries, keys] bool; None for a mask that is only causal.
 
-    A model that looks into its masks, or lays others over them, allows no None.
+    A model that reads or combines its masks sets `allow_is_causal_skip` to False, and gets no None.
     """
-    implementation = _CHOSEN.get()
-    if implementation.unpadded or implementation.segments is not None:
-        attention_mask = None  # padding is a segment of its own
+    settings = _CURRENT_SETTINGS.get()
+    if settings.unpadded or settings.segments is not None:
+        attention_mask = None  # padding is its own segment
     is_causal = mask_function is causal_mask_function or (local_size or 0) >= kv_length
-    has_all_keys = q_length == kv_length or implementation.cached is not None
-    may_skip = allow_is_causal_skip and not implementation.keeps_masks
+    has_all_keys = q_length == kv_length or settings.cached is not None
+    may_skip = allow_is_causal_skip and not settings.keeps_masks
     if is_causal and has_all_keys and may_skip and attention_mask is None:
         return None
-    if implementation.cached is not None:
-        return _mask_by_positions(mask_function, implementation.cached)
-    if implementation.segments is not None:
-        return _mask_by_positions(mask_function, _mask_of_segments(implementation.segments))
+    if settings.cached is not None:
+        return _mask_by_positions(mask_function, settings.cached)
+    if settings.segments is not None:
+        return _mask_by_positions(mask_function, _mask_of_segments(settings.segments))
+    # Without a cache or segments, transformers computes the mask.
     options |= {
         "mask_function": mask_function,
         "local_size": local_size,
         "allow_is_causal_skip": False,
         "allow_is_bidirectional_skip": False,
-        "use_vmap": False,  # torchax cannot map
+        "use_vmap": False,  # torchax has no vmap
     }
     mask: torch.Tensor | None = sdpa_mask(
         q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **options
@@ -93,15 +97,16 @@ def _mask(
 
 
 def _mask_of_segments(segments: jax.Array) -> Mask:
-    """Returns the mask of rows whose segments, [batch, seq], each count positions from 0."""
+    """Returns the mask of rows of several segments, [batch, seq], with positions from 0 in each."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    begins = jnp.argmax(segments[:, :, None] == segments[:, None, :], axis=2)
-    tokens = MaskTokens(slots, slots - begins, segments)
+    is_same_segment = segments[:, :, None] == segments[:, None, :]  # [batch, seq, seq]
+    first_slots = jnp.argmax(is_same_segment, axis=2)  # of each token's segment
+    tokens = MaskTokens(slots, slots - first_slots, segments)
     return Mask(queries=tokens, keys=tokens, causal=False, aligned=True)
 
 
 def _mask_by_positions(mask_function: Any, mask: Mask) -> torch.Tensor:
-    """Returns the part of a mask that a function of positions allows, [batch, 1, queries, keys].
+    """Combines a mask with a function of positions: [batch, 1, queries, keys] bool.
 
     Args:
       mask_function: transformers' function of (row, head, query position, key position).
@@ -116,13 +121,13 @@ def _mask_by_positions(mask_function: Any, mask: Mask) -> torch.Tensor:
         query_positions[:, None, :, None],
         key_positions[:, None, None, :],
     )
-    visible = mask.visible()[:, None]
-    allowed = mask_function(*to_torch(indices))
-    visible_and_allowed: torch.Tensor = call_jax(lambda array: array & visible, allowed)
-    return visible_and_allowed
+    is_visible = mask.visible()[:, None]
+    is_allowed = mask_function(*to_torch(indices))
+    combined_mask: torch.Tensor = call_jax(lambda array: array & is_visible, is_allowed)
+    return combined_mask
 
 
-def _attention(
+def _run_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -134,17 +139,20 @@ def _attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention as transformers calls it: heads lead, [batch, heads, seq, head_dim]."""
+    """Computes attention with transformers' arguments and axes: [batch, heads, seq, head_dim]."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if any(options.get(name) is not None for name in ("position_bias", "head_mask", "alibi")):
-        raise NotImplementedError(f"{type(module).__name__} adds a bias to its scores")
+        raise NotImplementedError(
+            f"{type(module).__name__} adds a bias to its attention scores, which lora_jax's "
+            "attention does not support"
+        )
     out = call_jax(
-        _attend, query, key, value, attention_mask, scaling, softcap, s_aux, bool(causal)
+        _attend_to_keys, query, key, value, attention_mask, scaling, softcap, s_aux, bool(causal)
     )
     return out, None
 
 
-def _attend(
+def _attend_to_keys(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -154,7 +162,7 @@ def _attend(
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes attention by `attend` where the mask is known by its rule, and else by its array.
+    """Computes attention by `attend` if the mask follows from a rule, or else from all scores.
 
     Args:
       q: [batch, heads, queries, head_dim].
@@ -173,22 +181,24 @@ def _attend(
     batch, _, n_queries, head_dim = q.shape
     n_keys, value_dim = v.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
-    implementation = _CHOSEN.get()
-    visible = implementation.cached
-    if mask is None and visible is not None and not causal:
-        raise TorchModelError("it attends to more than the tokens so far")
-    has_rule = mask is None and (visible is not None or n_queries == n_keys)
+    settings = _CURRENT_SETTINGS.get()
+    mask_by_rule = settings.cached
+    if mask is None and mask_by_rule is not None and not causal:
+        raise TorchModelError("it attends to later tokens, so it cannot generate with a cache")
+    has_rule = mask is None and (mask_by_rule is not None or n_queries == n_keys)
     if not has_rule:
         return _attend_by_scores(q, k, v, mask, scale, cap, sinks, causal)
-    if visible is None:
+    if mask_by_rule is None:
+        # Without a cache, queries and keys are the same tokens.
         slots = jnp.arange(n_queries, dtype=jnp.int32)
         positions = jnp.broadcast_to(slots, (batch, n_queries))
-        tokens = MaskTokens(slots, positions, implementation.segments)
-        visible = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+        tokens = MaskTokens(slots, positions, settings.segments)
+        mask_by_rule = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+    # `attend` takes [batch, seq, heads, width], with the same width for keys and values.
     width = max(head_dim, value_dim)
     q, k, v = (_pad_last_axis(x.swapaxes(1, 2), width) for x in (q, k, v))
-    inputs = AttentionInputs(q, k, v, visible, scale, cap, sinks)
-    out = attend(inputs, attention=implementation.attention, placement=implementation.placement)
+    inputs = AttentionInputs(q, k, v, mask_by_rule, scale, cap, sinks)
+    out = attend(inputs, attention=settings.attention, placement=settings.placement)
     return out[..., :value_dim]
 
 
@@ -202,10 +212,11 @@ def _attend_by_scores(
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes attention with all scores at once; see `_attend` for the arguments."""
+    """Computes attention with all scores at once; see `_attend_to_keys` for the arguments."""
     batch, heads, n_queries, head_dim = q.shape
     kv_heads, n_keys, value_dim = v.shape[1:]
     wide = wide_dtype(q.dtype)
+    # [batch, kv_heads, query heads of a key head, queries, head_dim]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, n_queries, head_dim)
     scores = jnp.einsum("bhgqd,bhkd->bhgqk", grouped, k, preferred_element_type=wide) * scale
     scores = soft_cap(scores.reshape(batch, heads, n_queries, n_keys), cap)
@@ -218,6 +229,7 @@ def _attend_by_scores(
         else:
             scores = scores + mask
     if sinks is not None:
+        # Each head has a further score that takes weight from all keys.
         sink_scores = sinks.astype(wide)[:, None, None]
         sink_scores = jnp.broadcast_to(sink_scores, (batch, heads, n_queries, 1))
         scores = jnp.concatenate([scores, sink_scores], axis=-1)
@@ -228,12 +240,12 @@ def _attend_by_scores(
 
 
 def _pad_last_axis(x: jax.Array, width: int) -> jax.Array:
-    """Returns an array whose last axis is filled up with zeros to a width."""
+    """Pads the last axis of an array with zeros to a width."""
     missing = width - x.shape[-1]
     if missing == 0:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(ATTENTION_NAME, _run_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)

@@ -1,4 +1,4 @@
-"""torchax, which runs a torch module by JAX: its import, and calls within its environment."""
+"""Imports torchax, which runs torch modules by JAX, and calls modules in its environment."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from lora_jax.torch.packages import TorchModelError
 
 # Operators that torch removed and that torchax 0.0.13 has in its tables: overloads with named
 # dimensions (torch 2.13), `cholesky` and `qr` (2.14). No program calls them, so a name is enough.
-_REMOVED = """
+_REMOVED_OPERATORS = """
 all.dimname all.dimname_out any.dimname any.dimname_out index_add.dimname index_copy.dimname
 index_copy_.dimname index_fill.Dimname_Scalar index_fill.Dimname_Tensor
 index_fill_.Dimname_Scalar index_fill_.Dimname_Tensor norm.names_ScalarOpt_dim
@@ -32,9 +32,9 @@ std_mean.correction_names std_mean.names_dim unbind.Dimname cholesky qr
 
 
 def _name_removed_operators() -> torch.library.Library:
-    """Gives the removed operators their names again, for as long as the returned object lives."""
+    """Defines the removed operators again, for as long as the returned library exists."""
     library = torch.library.Library("aten", "FRAGMENT")
-    for name in _REMOVED.split():
+    for name in _REMOVED_OPERATORS.split():
         operator, _, overload = name.partition(".")
         overloads = getattr(torch.ops.aten, operator, None)
         if overloads is None or (overload or "default") not in overloads.overloads():
@@ -53,16 +53,16 @@ LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it i
 _CALLED = ContextVar("called", default=False)  # a Function is called with grad
 _IN_FUNCTION = ContextVar("differentiated", default=False)  # the forward of such a Function runs
 _ABSENT = object()
-_KEPT = ("dtype", "device")  # arguments of ``torch.tensor`` that ``Tensor.to`` has, too
+_TO_ARGUMENTS = ("dtype", "device")  # arguments of ``torch.tensor`` that ``Tensor.to`` has, too
 
 
 class _OperatorError(Exception):
-    """An operator, by its name, that torchax cannot compute."""
+    """Torchax cannot compute an operator; the message is the operator's name."""
 
 
 @contextlib.contextmanager
-def exchanged(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Sets attributes, (owner, name, value), within a block; behind it they are as before."""
+def set_attributes(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Sets attributes, (owner, name, value), within a block; restores them after it."""
     originals: list[tuple[Any, str, Any]] = []
     try:
         for owner, name, value in attributes:
@@ -78,14 +78,14 @@ def exchanged(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
-    """torchax's environment, with torch's meaning of ``torch.no_grad`` within a module.
+    """torchax's environment, in which ``torch.no_grad`` in a module has its meaning in torch.
 
-    torchax's own differentiates what a module computes there, too. It also refuses operators on
-    its tensors and on torch's, which a module makes where it names no device.
+    The original environment ignores ``torch.no_grad``. It also refuses operators that mix its
+    tensors with torch's, which a module makes where it names no device.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Computes an operator; there is no gradient of what it returns under ``no_grad``.
+        """Computes an operator; its output has no gradient under ``no_grad``.
 
         Raises:
           _OperatorError: torchax cannot compute the operator of these arguments.
@@ -96,21 +96,21 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
         if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], Tensor | View):
             if func is torch.tensor:
                 args = (Tensor(lax.stop_gradient(args[0].jax()), self),)
-            func, kwargs = torch.Tensor.to, {name: kwargs.get(name) for name in _KEPT}
+            func, kwargs = torch.Tensor.to, {name: kwargs.get(name) for name in _TO_ARGUMENTS}
         elif func is torch.Tensor.__getitem__ and any(map(_is_jax, torch_tree.tree_leaves(args))):
             args = (self._constant(args[0]), *args[1:])
         try:
             out = super().dispatch(func, types, args, kwargs)
         except (AssertionError, AttributeError, NotImplementedError) as error:
             raise _OperatorError(torch.overrides.resolve_name(func) or str(func)) from error
-        return _frozen(out, (args, kwargs))
+        return _respect_no_grad(out, (args, kwargs))
 
     def t2j_iso(self, tensors: Any) -> Any:
-        """Returns a tree with JAX's arrays in the place of tensors."""
+        """Converts tensors in a tree to JAX's arrays."""
         return super().t2j_iso(torch_tree.tree_map_only(torch.Tensor, self._constant, tensors))
 
     def _constant(self, tensor: Any) -> Any:
-        """Returns a tensor of torch's as a constant of the program; a scalar is a number there."""
+        """Converts a tensor of torch to a constant of the program; a scalar stays as it is."""
         is_array = not _is_jax(tensor) and tensor.ndim > 0
         return Tensor(self.t2j_copy(tensor), self) if is_array else tensor
 
@@ -119,35 +119,35 @@ def _is_jax(value: Any) -> bool:
     return isinstance(value, Tensor | View)
 
 
-def _frozen(out: Any, args: Any) -> Any:
-    """Returns an operator's output, without a gradient under ``no_grad``.
+def _respect_no_grad(out: Any, args: Any) -> Any:
+    """Returns an operator's output, and stops its gradient under ``no_grad``.
 
-    A tensor that the operator was given is returned as it is, as in torch.
+    A tensor that is also an argument of the operator is returned as it is, as in torch.
     """
     if torch.is_grad_enabled() or _IN_FUNCTION.get():
         return out
     argument_ids = set(map(id, torch_tree.tree_leaves(args)))
 
     def without_gradient(tensor: Any) -> Any:
-        return tensor if id(tensor) in argument_ids else _stopped(tensor)
+        return tensor if id(tensor) in argument_ids else _stop_gradient(tensor)
 
     return torch_tree.tree_map_only((Tensor, View), without_gradient, out)
 
 
-def _stopped(tensor: Any) -> Any:
-    """Returns a tensor, or a slice of one that can be written to, without a gradient."""
+def _stop_gradient(tensor: Any) -> Any:
+    """Returns a tensor without a gradient; a slice stays a view that can be written to."""
     is_slice = isinstance(tensor, View)
     return _alias(tensor) if is_slice else Tensor(lax.stop_gradient(tensor.jax()), tensor._env)
 
 
 def _alias(tensor: Any) -> Any:
-    """Returns a tensor through which another one is read, and written to, without a gradient."""
+    """Returns a view of a tensor for reads and writes that have no gradient."""
     has_gradients = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-    return View(tensor, _Stopped(), tensor._env) if has_gradients else tensor
+    return View(tensor, _StoppedView(), tensor._env) if has_gradients else tensor
 
 
-class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
-    """A view of all of a tensor, through which no gradient passes, and what it writes has none."""
+class _StoppedView(ViewInfo):  # type: ignore[misc]  # torchax has no types
+    """A view of a whole tensor, whose reads and writes have no gradient."""
 
     def transform_tensor(self, jax_array: jax.Array) -> jax.Array:
         return lax.stop_gradient(jax_array)
@@ -160,20 +160,22 @@ class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
 
 
 # (old, new) -> the new array, with the gradient of the old one.
-_written = jax.custom_jvp(lambda old, new: new)
-_written.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+_write_with_old_gradient = jax.custom_jvp(lambda old, new: new)
+_write_with_old_gradient.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
 def _overwrite(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Returns an array that takes the place of another one, whose gradient stays."""
+    """Returns the new array with the gradient of the old array, if shape and dtype allow that."""
     has_same_form = (old.shape, old.dtype) == (new.shape, new.dtype)
     keeps_gradient = has_same_form and jnp.issubdtype(old.dtype, jnp.inexact)
-    array: jax.Array = _written(old, new) if keeps_gradient else lax.stop_gradient(new)
+    array: jax.Array = (
+        _write_with_old_gradient(old, new) if keeps_gradient else lax.stop_gradient(new)
+    )
     return array
 
 
-def _hold(tensor: Any, array: jax.Array) -> None:
-    """Gives a tensor its array; what is written under ``no_grad`` changes no gradient."""
+def _set_array(tensor: Any, array: jax.Array) -> None:
+    """Sets the array of a tensor; a write under ``no_grad`` changes no gradient."""
     old = vars(tensor).get("_elem")
     has_gradients = torch.is_grad_enabled() or _IN_FUNCTION.get()
     vars(tensor)["_elem"] = array if old is None or has_gradients else _overwrite(old, array)
@@ -184,11 +186,11 @@ def _set_data(tensor: Any, other: Any) -> None:
 
 
 def _function_attribute(function: Any, name: str) -> Any:
-    """Returns an attribute of a ``torch.autograd.Function``, through whose forward gradients pass.
+    """Returns an attribute of a ``torch.autograd.Function``, whose forward JAX differentiates.
 
     Torch looks up `_backward_cls` when a Function is called. It then runs `forward` under
-    ``no_grad``, for the Function's own backward; JAX differentiates the forward instead. A method
-    ``apply`` that somebody has a reference to cannot be exchanged.
+    ``no_grad``, because the Function has its own backward. JAX differentiates the forward instead.
+    The method ``apply`` cannot be replaced, because modules may hold a reference to it.
     """
     attribute = type.__getattribute__(function, name)
     if name == "_backward_cls":
@@ -209,16 +211,16 @@ def _function_attribute(function: Any, name: str) -> Any:
     return forward
 
 
-# What differs of torchax and of torch while a module runs: by it, gradients are torch's.
-_EXCHANGED: list[tuple[Any, str, Any]] = [
+# Replacements in torchax and torch while a module runs, by which gradients are torch's.
+_TORCH_BEHAVIOR: list[tuple[Any, str, Any]] = [
     # All writes to a tensor, by operators, by slices and by `.data`, set its array.
-    (Tensor, "_elem", property(lambda tensor: vars(tensor)["_elem"], _hold)),
+    (Tensor, "_elem", property(lambda tensor: vars(tensor)["_elem"], _set_array)),
     (Tensor, "data", property(_alias, _set_data)),
     (Tensor, "detach", _alias),
-    # torchax's own changes the tensor, and knows no views.
+    # torchax's own changes the tensor, and fails for views.
     (Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
     (type(torch.autograd.Function), "__getattribute__", _function_attribute),
-    # transformers checks inputs by it; a compiled program does not look at values.
+    # transformers checks inputs by it, but a compiled program cannot look at values.
     (torch, "_check_tensor_all_with", lambda *args: None),
 ]
 
@@ -231,7 +233,7 @@ def environment() -> Environment:
 
 
 def to_torch(tree: Any) -> Any:
-    """Returns a tree with torchax's tensors in the place of JAX's and NumPy's arrays."""
+    """Converts JAX's and NumPy's arrays in a tree to torchax's tensors."""
     env = environment()
     return torch_tree.tree_map_only(
         (jax.Array, np.ndarray), lambda x: Tensor(jnp.asarray(x), env), tree
@@ -241,18 +243,18 @@ def to_torch(tree: Any) -> Any:
 def call_module(
     module: torch.nn.Module, arrays: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
-    """Calls a module with JAX's arrays for its parameters and buffers, by name."""
+    """Calls a module with JAX's arrays as its parameters and buffers, by name."""
     tensors: Any = to_torch((dict(arrays), tuple(args), dict(kwargs)))
     return torch.func.functional_call(module, *tensors, tie_weights=False)
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of JAX's arrays with torchax's tensors; returns such tensors."""
-    return _frozen(to_torch(function(*environment().t2j_iso(args))), args)
+    """Calls a function of JAX's arrays with torchax's tensors; returns torchax's tensors."""
+    return _respect_no_grad(to_torch(function(*environment().t2j_iso(args))), args)
 
 
 # Errors of code that asks for the value of an array that a compiled program computes.
-_OF_VALUES = (
+_VALUE_ERRORS = (
     jax.errors.ConcretizationTypeError,
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.TracerArrayConversionError,
@@ -261,42 +263,44 @@ _OF_VALUES = (
 
 
 @contextlib.contextmanager
-def running(what: str) -> Iterator[None]:
+def run_with_jax(model_name: str) -> Iterator[None]:
     """Runs torch code by JAX within a block.
 
     Args:
-      what: the model, for messages.
+      model_name: the name of the model in messages.
 
     Raises:
-      TorchModelError: an operator that has no lowering, or a value that decides what is computed;
-        names both the operator and the module.
+      TorchModelError: an operator has no lowering, or the code branches on a computed value; names
+        the operator and the module.
     """
     try:
         with LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore")  # of torch's and torchax's own making
-            # With gradients, so that a module's own no_grad is known.
-            with exchanged(_EXCHANGED), torch.enable_grad(), environment():
+            # Gradients are on, so that a module's own no_grad can be noticed.
+            with set_attributes(_TORCH_BEHAVIOR), torch.enable_grad(), environment():
                 yield
     except OperatorNotFound as error:
         operator = str(error).removeprefix("Operator with name ").removesuffix(" has no lowering")
         raise TorchModelError(
-            f"{what}: {_place(error)} calls {operator}, which torchax cannot lower to JAX"
+            f"{model_name}: {_where_raised(error)} calls the operator {operator}, "
+            "which torchax cannot lower to JAX. Use another model, or replace this operator."
         ) from error
     except _OperatorError as error:
         reason = str(error.__cause__).partition("\n")[0]
         raise TorchModelError(
-            f"{what}: {_place(error)} calls {error}, which torchax cannot compute: {reason}"
+            f"{model_name}: {_where_raised(error)} calls the operator {error}, "
+            f"which torchax cannot compute ({reason}). Use another model, or replace this operator."
         ) from error
-    except _OF_VALUES as error:
+    except _VALUE_ERRORS as error:
         first = str(error).splitlines()[0]
         raise TorchModelError(
-            f"{what}: {_place(error)} lets a computed value decide what is computed, which no "
-            f"compiled program can: {first}"
+            f"{model_name}: {_where_raised(error)} lets a computed value decide what is computed, "
+            f"which no compiled program can: {first}"
         ) from error
 
 
-def _place(error: Exception) -> str:
-    """Returns the innermost module, and its line of code, that an error passed through."""
+def _where_raised(error: Exception) -> str:
+    """Returns the innermost module that raised an error, with its file and line."""
     module, line = "the model", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")

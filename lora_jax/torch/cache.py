@@ -1,6 +1,6 @@
-"""The cache that a torch module sees: keys and values of earlier calls, and those of this one.
+"""Caches for torch modules: `CachedCall` holds keys and values, and `Tokens` holds tokens.
 
-A module that cannot go on from keys and values computes all tokens anew: `Tokens` are its cache.
+A module that cannot use cached keys and values computes all tokens again, so it gets `Tokens`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens
 from lora_jax.torch.backend import to_torch
 from lora_jax.torch.packages import TorchModelError
 
-# Keys and values, [batch, heads, n, head_dim] each, by the number of the layer that made them; of
-# layers that are stacked, on axis 0, by the number of the first one.
-Entries = dict[int, tuple[Any, Any]]
+# Keys and values, [batch, heads, n, head_dim] each, by the index of the layer that computed them.
+# Stacked layers have one entry, with an axis of layers in front, by the index of the first layer.
+KeyValues = dict[int, tuple[Any, Any]]
 _Cache: Any = transformers.Cache
-MORE = "it remembers more than keys and values"
+OTHER_STATE = "it has other state than keys and values between calls"
 
 
-def empty_cache(entries: Entries, batch: int, max_len: int) -> Cache:
-    """Returns a cache without tokens, whose field `key` has the keys and the values of all layers.
+def empty_cache(entries: KeyValues, batch: int, max_len: int) -> Cache:
+    """Makes a cache without tokens, whose field `key` has the keys and the values of all layers.
 
     Args:
-      entries: stacked entries, of which the shapes count.
+      entries: stacked entries, of which only the shapes are used.
       batch: the number of rows.
       max_len: the number of slots of a row.
     """
@@ -50,20 +50,20 @@ def empty_cache(entries: Entries, batch: int, max_len: int) -> Cache:
     )
 
 
-class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base is
-    """The cache that a module is given in one call.
+class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
+    """The cache that a module gets in one call.
 
-    What a module asks of it beyond keys, values and the sizes of masks is refused, so that a module
-    that remembers anything else is told from others.
+    It offers keys, values and the sizes of masks. It raises an error if a module asks for more,
+    because the module then has other state between calls.
 
     Args:
-      cache: the tokens before the call; without entries, layers have none yet.
+      cache: the tokens before the call; its entries are empty if no layer has been called.
       ids: [batch, seq] int32.
       mask: [batch, seq], False at padding; None for none.
 
     Attributes:
       mask: the slots that each token may see.
-      positions: [batch, seq] int32, the tokens' places in their rows.
+      positions: [batch, seq] int32, the positions of the tokens in their rows.
     """
 
     is_compileable = False
@@ -75,17 +75,17 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
         self.mask = causal_mask(self._placed, None, cache)
         self.positions = self._placed.positions
         self._entries: Any = cache.key
-        self._earlier: Entries = jax.tree.map(lambda x: x[0], self._entries)
-        self._new: Entries = {}
-        self._stacked: Entries = {}
+        self._earlier: KeyValues = jax.tree.map(lambda x: x[0], self._entries)
+        self._new: KeyValues = {}
+        self._stacked: KeyValues = {}
 
     @property
     def layers(self) -> NoReturn:
-        """Raises a TorchModelError: a module that asks for them remembers something else."""
-        raise TorchModelError(MORE)
+        """Raises a TorchModelError: a module that asks for layers has other state."""
+        raise TorchModelError(OTHER_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> NoReturn:
-        raise TorchModelError("it counts the tokens so far, whose number differs by row")
+        raise TorchModelError("it uses the number of cached tokens, which differs between rows")
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0  # `mask` says where the queries are
@@ -97,29 +97,31 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
         self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, ...]:
         if layer_idx in self._new:
-            raise TorchModelError(f"layer {layer_idx} makes keys and values twice")
-        added = key_states.jax(), value_states.jax()
-        self._new[layer_idx] = added
-        earlier = self._earlier[layer_idx] if self._entries else map(self._empty_slots, added)
-
-        def with_added(old: jax.Array, new: jax.Array) -> Any:
-            slots = put_slots(old, new, self._placed.first, batch=0, axis=2)
-            return to_torch(slots.astype(new.dtype))
-
-        return tuple(map(with_added, earlier, added))
+            raise TorchModelError(f"layer {layer_idx} computes keys and values twice in one call")
+        new_keys_and_values = key_states.jax(), value_states.jax()
+        self._new[layer_idx] = new_keys_and_values
+        if self._entries:
+            earlier_keys_and_values = self._earlier[layer_idx]
+        else:  # the first call of the module
+            earlier_keys_and_values = map(self._empty_slots, new_keys_and_values)
+        updated = []
+        for earlier, new in zip(earlier_keys_and_values, new_keys_and_values, strict=True):
+            slots = put_slots(earlier, new, self._placed.first, batch=0, axis=2)
+            updated.append(to_torch(slots.astype(new.dtype)))
+        return tuple(updated)
 
     def _empty_slots(self, states: jax.Array) -> jax.Array:
         """Returns zeros for all slots of a layer's keys or values, [batch, heads, n, head_dim]."""
         batch, heads, _, head_dim = states.shape
         return jnp.zeros((batch, heads, self._cache.max_len, head_dim), states.dtype)
 
-    def entries_of(self, layers: range) -> Entries:
-        """Returns the entries before the call of these layers, of those that have any."""
+    def entries_of(self, layers: range) -> KeyValues:
+        """Returns the entries of these layers before the call."""
         return {layer: entry for layer, entry in self._entries.items() if layer in layers}
 
     @contextlib.contextmanager
-    def turn(self, entries: Entries) -> Iterator[Entries]:
-        """Gives layers of a scan these entries within a block; yields what they add to them."""
+    def use_entries(self, entries: KeyValues) -> Iterator[KeyValues]:
+        """Gives a scan's layers these entries within a block; yields the entries that they add."""
         outer_earlier, outer_new = self._earlier, self._new
         self._earlier = outer_earlier | entries
         self._new = {}
@@ -129,8 +131,8 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
             self._earlier = outer_earlier
             self._new = outer_new
 
-    def add(self, entries: Entries, layers: range) -> None:
-        """Takes the new entries of the layers of a stack.
+    def add(self, entries: KeyValues, layers: range) -> None:
+        """Adds the new entries of the layers of a stack.
 
         Raises:
           TorchModelError: entries of other layers are among them.
@@ -138,26 +140,28 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
         other_layers = entries.keys() - set(layers)
         if other_layers:
             raise TorchModelError(
-                f"its stacked layers number themselves {min(other_layers)} and on"
+                f"its stacked layers give the cache the layer index {min(other_layers)}, which is "
+                "not theirs"
             )
         self._stacked |= entries
 
     @property
-    def new_entries(self) -> Entries:
+    def new_entries(self) -> KeyValues:
         """The entries that the call added, stacked."""
-        entries: Entries = jax.tree.map(lambda x: x[None], self._new)
+        entries: KeyValues = jax.tree.map(lambda x: x[None], self._new)
         return entries | self._stacked
 
     def extended(self) -> Cache:
-        """Returns the cache with what the call added."""
+        """Returns the cache with the tokens and entries of the call."""
+        # [layers, batch, heads, n, head_dim] -> [layers, batch, n, heads, head_dim]
         token_major = jax.tree.map(lambda x: x.swapaxes(2, 3), self.new_entries)
         return extend_cache(self._cache, self._placed, (token_major, {}))
 
 
 class Tokens(NamedTuple):
-    """The tokens of each row, without padding; a model computes all of them anew at each call.
+    """The tokens of each row, without padding; the model computes all of them again in each call.
 
-    It needs nothing of a model but that no token sees a later one: slots behind a row's end hold
+    The only requirement is that no token sees a later one, because slots after a row's end may hold
     anything.
 
     Attributes:
@@ -179,7 +183,7 @@ class Tokens(NamedTuple):
 
     @property
     def max_len(self) -> int:
-        """The most tokens of a row."""
+        """The maximum number of tokens of a row."""
         return self.ids.shape[1]
 
     @property
@@ -192,11 +196,11 @@ class Tokens(NamedTuple):
         return Tokens(jnp.repeat(self.ids, n, axis=0), jnp.repeat(self.length, n, axis=0))
 
     def extended(self, ids: jax.Array, mask: jax.Array | None) -> tuple[Tokens, jax.Array]:
-        """Returns the rows with further tokens, and the slot of each of these.
+        """Returns the rows with further tokens, and the slot of each further token.
 
         Args:
           ids: [batch, seq] int32.
-          mask: [batch, seq], False at padding, which is left out; None for none.
+          mask: [batch, seq], False at padding, which is not added; None for no padding.
         """
         mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
         slots = self.length[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1

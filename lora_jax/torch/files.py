@@ -1,4 +1,4 @@
-"""The weights of a torch module in safetensors files, which may hold them in another form."""
+"""Reads a torch module's weights from safetensors files, which may hold them in parts."""
 
 import re
 from collections import Counter
@@ -17,18 +17,19 @@ from lora_jax.hf.keys import WeightsError, write_converted
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.models.families import key_table
 from lora_jax.torch.config import TorchConfig
-from lora_jax.torch.module import built
+from lora_jax.torch.module import build_module
 
 
-def _renamed(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
-    """Returns the module's name of a tensor of a file; as it is, where it is but a part of one.
+def _find_module_name(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
+    """Returns the module's name of a tensor of a file; the file's name if the tensor is a part.
 
-    Behind it, the pattern of the conversion that it is a part of, and the result of that.
+    Two more values follow: the pattern by which the tensor is part of a conversion (None if it is
+    not), and the name of the conversion's first result.
     """
-    renamings, converters, stored = built(config).conversions
+    renamings, converters, stored = build_module(config).conversions
     if name in stored:
         return name, None, name
-    prefix = getattr(built(config).module, "base_model_prefix", "") or None
+    prefix = getattr(build_module(config).module, "base_model_prefix", "") or None
     target, pattern = rename_source_key(name, renamings, converters, prefix, stored)
     return (name if pattern else target), pattern, target
 
@@ -37,13 +38,13 @@ FORMAT = ModelFormat(
     TorchConfig.from_hf,
     key_table,
     options=frozenset({"auto", "scan"}),
-    table_name=lambda name, config: _renamed(name, config)[0],
+    table_name=lambda name, config: _find_module_name(name, config)[0],
     ignored_tensors=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
 )
 
 
 class _Formats(ModelFormats):
-    """The one format of every model_type."""
+    """The formats of models by model_type: all have the same format."""
 
     def format_of(self, model_type: object) -> ModelFormat:
         return FORMAT
@@ -52,25 +53,25 @@ class _Formats(ModelFormats):
 FORMATS = _Formats({})
 
 
-class _Joined(NamedTuple):
+class _JoinedTensor(NamedTuple):
     """A tensor of the module that files hold in parts.
 
     Attributes:
-      converter: transformers' conversion of these.
-      first: the first of the tensors that it makes.
-      parts: the names of the parts, by the pattern that they match.
+      converter: transformers' conversion of the parts.
+      first_result: the name of the first tensor that the conversion makes.
+      part_names: the names of the parts, by the pattern that they match.
     """
 
     converter: Any
-    first: str
-    parts: dict[str, list[str]]
+    first_result: str
+    part_names: dict[str, list[str]]
 
 
 class TorchFolder(SafetensorsFolder):
     """A folder whose files may hold the parts of a module's tensors, such as each expert's kernels.
 
-    Transformers' own conversions put such parts together, a tensor at a time. What lies in codes is
-    read as arrays: torch's code has no others.
+    Transformers' own conversions join the parts of one tensor at a time. Quantized tensors are
+    dequantized, because torch's code needs plain arrays.
 
     Args:
       folder: the folder.
@@ -82,59 +83,67 @@ class TorchFolder(SafetensorsFolder):
 
     def __init__(self, folder: Path, **options: object):
         super().__init__(folder, FORMATS, **options)
-        self._joined: dict[str, _Joined] = {}
+        self._joined: dict[str, _JoinedTensor] = {}
         self._parts_of: dict[str, tuple[int, ...]] = {}
         self._coded, self.coded_names = self.coded_names, frozenset()
         plain = Counter(kind for name, kind in self.dtypes.items() if name not in self._coded)
-        for kind, _ in plain.most_common(1):  # the dtype of what the codes stand for
+        for kind, _ in plain.most_common(1):  # the dtype of dequantized tensors
             self.dtypes |= dict.fromkeys(self._coded, kind)
-        rows = {name: row.hf_shape for row in key_table(self.config) for name in row.hf_names}
-        _, converters, stored = built(self.config).conversions
+        module_shapes = {
+            name: row.hf_shape for row in key_table(self.config) for name in row.hf_names
+        }
+        _, converters, stored = build_module(self.config).conversions
+        # Replace the parts of tensors in the listing by the module's own tensors.
         for name in sorted(self.shapes, key=dot_natural_key):
-            _, pattern, first = _renamed(name, self.config)
+            _, pattern, first = _find_module_name(name, self.config)
             if pattern is None:
                 continue
             converter = next(c for c in converters if pattern in c.source_patterns)
             patterns = converter.target_patterns
             targets = {first.replace(patterns[0], target_pattern) for target_pattern in patterns}
-            for target in targets & rows.keys():
-                joined = self._joined.setdefault(target, _Joined(converter, first, {}))
-                joined.parts.setdefault(pattern, []).append(name)
-                self.shapes[target] = rows[target]
+            for target in targets & module_shapes.keys():
+                joined = self._joined.setdefault(target, _JoinedTensor(converter, first, {}))
+                joined.part_names.setdefault(pattern, []).append(name)
+                self.shapes[target] = module_shapes[target]
                 self.dtypes.setdefault(target, self.dtypes[name])
                 self._locations.setdefault(target, self._locations[name])
                 self._parts_of[name] = self.shapes[name]
-        ignored = {n for n in self.shapes.keys() - stored.keys() if built(self.config).ignores(n)}
+        ignored = {
+            n for n in self.shapes.keys() - stored.keys() if build_module(self.config).ignores(n)
+        }
         for name in {*self._parts_of, *ignored}:
             del self.shapes[name]
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         if name not in self._joined and name not in self._coded:
             return super().read_into(out, name, index)
-        # Not block by block, each of which would join or decode all anew.
+        # Reading in blocks would join or dequantize the whole tensor again for each block.
         return write_converted(self._read_slice(name, index), out, f"{self.locate(name)}: {name}")
 
     def _read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in self._joined:
             return super()._read_slice(name, index)
-        part_names = self._joined[name].parts
-        parts = {pattern: list(map(self._part, names)) for pattern, names in part_names.items()}
-        tensor = self._join(name, parts)
+        part_names = self._joined[name].part_names
+        parts = {
+            pattern: list(map(self._read_part, names)) for pattern, names in part_names.items()
+        }
+        tensor = self._join_parts(name, parts)
         shape = self.shapes[name]
         if tensor.shape != shape:
             raise WeightsError(
-                f"{self.where}: {name} is {list(tensor.shape)} of the parts in the files, such as "
-                f"{next(iter(part_names.values()))[-1]}, expected {list(shape)}"
+                f"{self.where}: the parts of {name} in the files, such as "
+                f"{next(iter(part_names.values()))[-1]}, have the shape {list(tensor.shape)} "
+                f"together, expected {list(shape)}. Check that all files of the model are complete."
             )
         return tensor[index]
 
-    def _part(self, name: str) -> np.ndarray:
-        """Returns a tensor of the files, whole."""
+    def _read_part(self, name: str) -> np.ndarray:
+        """Reads a whole tensor of the files."""
         return super()._read_slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
-    def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
-        """Returns a tensor of the module, put together from the parts in the files."""
-        converter, first, _ = self._joined[name]
+    def _join_parts(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+        """Joins the parts of a tensor in the files to a tensor of the module."""
+        converter, first_result, _ = self._joined[name]
         is_bf16 = next(iter(parts.values()))[0].dtype == ml_dtypes.bfloat16
         tensors: Any = {}
         for pattern, arrays in parts.items():
@@ -148,12 +157,15 @@ class TorchFolder(SafetensorsFolder):
                 tensors,
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
-                full_layer_name=first,
+                full_layer_name=first_result,
                 model=model,
                 config=self.config.hf,
             )
         result = next((v for k, v in tensors.items() if k in name), None)
         if result is None:
-            raise WeightsError(f"{self.where}: no conversion makes {name}")
+            raise WeightsError(
+                f"{self.where}: transformers' conversion of the files' tensors does not make "
+                f"{name}. Install a newer version of transformers."
+            )
         array: np.ndarray = (result[0] if isinstance(result, list) else result).numpy()
         return array.view(ml_dtypes.bfloat16) if is_bf16 else array

@@ -1,4 +1,4 @@
-"""The layers of a torch module: those that are alike run as one scan, and all can be recomputed."""
+"""Finds layers of a torch module that compute the same, and runs them as one scan."""
 
 import contextlib
 import functools
@@ -13,20 +13,20 @@ from torch.utils import _pytree as torch_tree
 
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import layer_input, remat_policy
-from lora_jax.torch.backend import call_module, exchanged, to_torch
+from lora_jax.torch.backend import call_module, set_attributes, to_torch
 from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.structure import LayerPeriods
 
 Arrays = Mapping[str, Any]  # of one layer, by the names within it
-_ARRAY = object()  # an array's place in what a layer returns
+_ARRAY_MARK = object()  # replaces an array in the output of a layer
 
 
-class Recomputed(NamedTuple):
-    """The part of each layer that the backward pass computes anew, and the place of activations.
+class Recomputation(NamedTuple):
+    """The part of each layer that is recomputed, and the sharding of activations.
 
     Attributes:
       remat: what is recomputed; see ``models.Decoder``.
-      placement: places the activations between layers.
+      placement: shards the activations between layers.
     """
 
     remat: bool | str = False
@@ -37,8 +37,8 @@ class Recomputed(NamedTuple):
 
         Args:
           body: computes a layer.
-          scans: whether it is the body of a scan. Elsewhere only a barrier keeps XLA from merging
-            what is computed again with the forward pass.
+          scans: whether `body` is the body of a scan. Elsewhere a barrier keeps XLA from merging
+            the recomputation with the forward pass.
         """
         if self.remat is False:
             return body
@@ -52,7 +52,7 @@ class Recomputed(NamedTuple):
 
 
 def layer_lists(module: torch.nn.Module) -> list[str]:
-    """Returns the names of the lists of two or more modules that lie in no other such list."""
+    """Returns the names of the outermost lists of two or more modules."""
     names: list[str] = []
     for name, submodule in module.named_modules():
         is_nested = any(name.startswith(f"{outer}.") for outer in names)
@@ -62,53 +62,63 @@ def layer_lists(module: torch.nn.Module) -> list[str]:
 
 
 def to_jax(tree: Any) -> Any:
-    """Returns outputs of torch code with JAX's arrays: named ones as a dictionary, less caches."""
+    """Converts outputs of torch code to JAX's arrays: mappings to dictionaries, without caches."""
     if isinstance(tree, Mapping):
-        kinds = (Mapping, list, tuple, torch.Tensor)
-        return {name: to_jax(value) for name, value in tree.items() if isinstance(value, kinds)}
+        converted_types = (Mapping, list, tuple, torch.Tensor)
+        return {
+            name: to_jax(value)
+            for name, value in tree.items()
+            if isinstance(value, converted_types)
+        }
     if isinstance(tree, list | tuple):
         return tuple(map(to_jax, tree))
-    return tree.jax() if isinstance(tree, torch.Tensor) and hasattr(tree, "jax") else tree
+    is_jax_tensor = isinstance(tree, torch.Tensor) and hasattr(tree, "jax")
+    return tree.jax() if is_jax_tensor else tree
 
 
 @contextlib.contextmanager
-def patched(layers: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Runs ``forward(i, layer, *args, **kwargs)`` in the place of each layer that no other calls.
+def patch_forwards(
+    layers: Sequence[torch.nn.Module], forward: Callable[..., Any]
+) -> Iterator[None]:
+    """Replaces the forward of each layer by ``forward(i, layer, *args, **kwargs)`` within a block.
 
-    While it runs, all layers are as they were.
+    While `forward` runs, all layers have their own forward, so layers within layers run unchanged.
     """
     originals = [(layer, "forward", layer.forward) for layer in layers]
 
     def run_forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with exchanged(originals):
+        with set_attributes(originals):
             return forward(i, layer, *args, **kwargs)
 
     replacements = [
         (layer, "forward", functools.partial(run_forward, i, layer))
         for i, layer in enumerate(layers)
     ]
-    with exchanged(replacements):
+    with set_attributes(replacements):
         yield
 
 
 class _LayerCall:
-    """One call of a layer, as a function of its parameters and the hidden states that it is given.
+    """One call of a layer, as a function of its parameters and its hidden states.
 
     Attributes:
-      hidden: the hidden states: its first argument, or the one of that name.
-      others: the leaves of its other arguments.
+      hidden: the hidden states: the first argument, or the one of that name.
+      other_arguments: the leaves of the other arguments.
     """
 
     def __init__(self, layer: torch.nn.Module, args: Any, kwargs: Any):
         self._layer = layer
-        named = kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-        hidden = args[0] if args else named
+        if args:
+            hidden = args[0]
+        else:
+            first_keyword_argument = next(iter(kwargs.values()), None)
+            hidden = kwargs.get("hidden_states", first_keyword_argument)
         self.hidden: jax.Array = hidden.jax()
         self._arguments, self._argument_tree = torch_tree.tree_flatten((args, kwargs))
         self._hidden_index = next(i for i, x in enumerate(self._arguments) if x is hidden)
-        self.others: list[Any] = [*self._arguments]
-        del self.others[self._hidden_index]
-        # The leaves of the output, `_ARRAY` for each array, and their tree: known after a call.
+        self.other_arguments: list[Any] = [*self._arguments]
+        del self.other_arguments[self._hidden_index]
+        # The output's leaves, with `_ARRAY_MARK` for each array, and their tree. A call sets both.
         self._output_leaves: list[Any] = []
         self._output_tree: Any = None
 
@@ -118,18 +128,20 @@ class _LayerCall:
         args, kwargs = torch_tree.tree_unflatten(arguments, self._argument_tree)
         out = call_module(self._layer, arrays, args, kwargs)
         leaves, self._output_tree = torch_tree.tree_flatten(out)
-        self._output_leaves = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves]
+        self._output_leaves = [_ARRAY_MARK if isinstance(x, torch.Tensor) else x for x in leaves]
         return [to_jax(x) for x in leaves if isinstance(x, torch.Tensor)]
 
     def restore(self, arrays: Sequence[jax.Array]) -> Any:
-        """Returns the layer's output, with these arrays in it."""
-        remaining = iter(arrays)
-        leaves = [to_torch(next(remaining)) if x is _ARRAY else x for x in self._output_leaves]
+        """Returns the layer's output with `arrays` in place of its own arrays."""
+        remaining_arrays = iter(arrays)
+        leaves = []
+        for leaf in self._output_leaves:
+            leaves.append(to_torch(next(remaining_arrays)) if leaf is _ARRAY_MARK else leaf)
         return torch_tree.tree_unflatten(leaves, self._output_tree)
 
 
 class _ProbedCall(NamedTuple):
-    """A call of a layer, as it is compared with the calls of other layers.
+    """A call of a layer in a trace of the module, to compare it with the calls of other layers.
 
     Attributes:
       layer: the index of the layer in its list.
@@ -150,20 +162,20 @@ def find_stack(
     arrays: Sequence[Arrays],
     run: Callable[[], Any],
 ) -> LayerPeriods | None:
-    """Returns the stack of the layers of a list whose programs are alike; None if they differ.
+    """Finds the layers of a list that run the same programs; returns None if there are none.
 
-    Two layers are alike if they are of one class with the same settings, compute the same program
-    of the same constants, and get the very same arguments but for the hidden states, which are
-    what the layer before gives: modules that all take the same input are no layers.
+    Two layers are alike if they have the same class and the same settings, compute the same program
+    with the same constants, and get the same arguments. Only their hidden states differ: each layer
+    must get the output of the layer before. Modules that all get the same input are no layers.
 
     Args:
       name: the list's name.
-      layers: its modules.
-      arrays: the shapes of each one's parameters and buffers.
+      layers: the modules of the list.
+      arrays: the shapes of the parameters and buffers of each module.
       run: runs the whole module.
     """
     calls: list[_ProbedCall] = []
-    outputs: list[Any] = [None]  # those of all layers so far; None before the first one
+    outputs: list[Any] = [None]  # of all layers so far; None before the first one
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(layer, args, kwargs)
@@ -180,17 +192,19 @@ def find_stack(
         outputs.extend(layer_outputs)
         return call.restore(layer_outputs)
 
-    with patched(layers, record):
+    with patch_forwards(layers, record):
         run()
-    n = len(layers)
-    if [call.layer for call in calls] != list(range(n)):
-        return None
-    for start in range(min(n - 1, 4)):
+    n_layers = len(layers)
+    if [call.layer for call in calls] != list(range(n_layers)):
+        return None  # the module calls its layers in another order, or not once each
+    # Up to three layers at the beginning may differ from all others.
+    for start in range(min(n_layers - 1, 4)):
         if not all(call.follows for call in calls[start + 1 :]):
             continue
-        for period in range(1, (n - start) // 2 + 1):
-            if (n - start) % period == 0 and _repeats(calls[start:], period):
-                return LayerPeriods(name, start, period, (n - start) // period)
+        n_stacked = n_layers - start
+        for period in range(1, n_stacked // 2 + 1):
+            if n_stacked % period == 0 and _calls_repeat(calls[start:], period):
+                return LayerPeriods(name, start, period, repeats=n_stacked // period)
     return None
 
 
@@ -204,20 +218,20 @@ def _signature(
     """Returns a value that is equal for two layers that compute the same."""
     output_forms = [(x.shape, x.dtype) for x in shapes]
     if output_forms != [(call.hidden.shape, call.hidden.dtype)]:
-        return (index,)  # its output is no input of another layer
-    arguments = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
-    constants = [_mark(constant) for constant in traced.consts]
-    return str(traced), constants, arguments, _settings(layer)
+        return (index,)  # its output cannot be the input of another layer
+    arguments = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.other_arguments]
+    constants = [_contents_of_constant(constant) for constant in traced.consts]
+    return str(traced), constants, arguments, _settings_of_layer(layer)
 
 
-def _repeats(calls: Sequence[_ProbedCall], period: int) -> bool:
+def _calls_repeat(calls: Sequence[_ProbedCall], period: int) -> bool:
     """Returns True if each call computes the same as the call one period later."""
     pairs = zip(calls, calls[period:], strict=False)
     return all(call.signature == later.signature for call, later in pairs)
 
 
-def _mark(constant: Any) -> Any:
-    """Returns the contents of a constant of a program; of one that is traced, its identity."""
+def _contents_of_constant(constant: Any) -> Any:
+    """Returns the contents of a program's constant, or the identity of a traced one."""
     if isinstance(constant, jax.core.Tracer):
         return id(constant)
     array = np.asarray(constant)
@@ -225,34 +239,34 @@ def _mark(constant: Any) -> Any:
 
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "idx")
-_PLAIN = (int, float, str, bool, type(None), tuple)
+_PLAIN_TYPES = (int, float, str, bool, type(None), tuple)
 
 
-def _settings(layer: torch.nn.Module) -> list[Any]:
-    """Returns the classes and the plain settings of a layer's modules, but for its number."""
+def _settings_of_layer(layer: torch.nn.Module) -> list[Any]:
+    """Returns the classes and plain settings of a layer's modules, without the layer's index."""
     settings: list[Any] = []
     for name, module in layer.named_modules():
         plain = {
             key: repr(value)
             for key, value in vars(module).items()
-            if key not in _INDEX_NAMES and isinstance(value, _PLAIN)
+            if key not in _INDEX_NAMES and isinstance(value, _PLAIN_TYPES)
         }
         settings.append((name, type(module), sorted(plain.items())))
     return settings
 
 
 @contextlib.contextmanager
-def scanned(
+def run_as_scan(
     stack: LayerPeriods,
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
-    recomputed: Recomputed,
+    recomputed: Recomputation,
     cache: CachedCall | None = None,
 ) -> Iterator[None]:
-    """Runs the layers of a stack as one scan, when the last one of its first turn is called.
+    """Runs the layers of a stack as one scan, when the last layer of its first period is called.
 
     Args:
-      stack: says which layers.
+      stack: the layers that run.
       layers: a layer of each kind.
       arrays: parameters and buffers of each kind, stacked on axis 0.
       recomputed: what the backward pass recomputes.
@@ -260,7 +274,7 @@ def scanned(
     """
     calls: list[_LayerCall] = []
     layer_indices = range(stack.start, stack.n_layers)
-    with_entries = contextlib.nullcontext if cache is None else cache.turn
+    with_entries = contextlib.nullcontext if cache is None else cache.use_entries
 
     def run_period(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
         arrays_of_layers, entries = slices
@@ -275,11 +289,13 @@ def scanned(
             calls.clear()
         call = _LayerCall(layer, args, kwargs)
         calls.append(call)
-        if i < stack.period - 1:  # the last layer of the period runs this one
+        if i < stack.period - 1:
+            # The scan will run this layer. A trace only finds the structure of its output.
             layer_shapes = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
             with with_entries({}):
-                jax.eval_shape(call, layer_shapes, call.hidden)  # for the structure of its output
+                jax.eval_shape(call, layer_shapes, call.hidden)
             return call.restore([call.hidden])
+        # The last layer of the period runs all layers of the stack.
         body = recomputed(run_period, scans=True)
         entries = {} if cache is None else cache.entries_of(layer_indices)
         hidden, added_entries = jax.lax.scan(body, calls[0].hidden, (list(arrays), entries))
@@ -287,13 +303,13 @@ def scanned(
             cache.add(added_entries, layer_indices)
         return call.restore([hidden])
 
-    with patched(layers, forward):
+    with patch_forwards(layers, forward):
         yield
 
 
 @contextlib.contextmanager
-def unrolled(
-    layers: Sequence[torch.nn.Module], arrays: Sequence[Arrays], recomputed: Recomputed
+def run_one_by_one(
+    layers: Sequence[torch.nn.Module], arrays: Sequence[Arrays], recomputed: Recomputation
 ) -> Iterator[None]:
     """Runs each layer by itself, recomputed in the backward pass."""
 
@@ -303,5 +319,5 @@ def unrolled(
         body = recomputed(lambda hidden, layer_arrays: call(layer_arrays, hidden), scans=False)
         return call.restore(body(hidden, arrays[i]))
 
-    with patched(layers, forward):
+    with patch_forwards(layers, forward):
         yield

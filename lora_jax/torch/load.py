@@ -20,7 +20,7 @@ from lora_jax.torch.files import TorchFolder
 from lora_jax.torch.model import TorchModel
 from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.recipe import CAUSAL
-from lora_jax.torch.structure import plan_lines
+from lora_jax.torch.structure import sharding_lines
 
 
 def from_torch(
@@ -81,16 +81,17 @@ def from_torch(
     model = TorchModel(config, dtype, param_dtype, remat, attention)
     if attention != "auto" and not model.built.attends:
         raise TorchModelError(
-            f"attention={attention!r}: a {config.model_type} computes attention in its own way"
+            f"attention={attention!r} has no effect, because a {config.model_type} model does not "
+            "use transformers' AttentionInterface. Remove the argument attention."
         )
     if print_plan is not None:
-        for line in plan_lines(config.key_rows()):
+        for line in sharding_lines(config.key_rows()):
             print_plan(line)
     if folder is not None:
         return model, load_params(folder, param_dtype, sharding)
     tensors = source.state_dict()
 
-    def read(row: Row) -> jax.Array:
+    def read_row(row: Row) -> jax.Array:
         layers = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
         if row.transpose:
             layers = [layer.T for layer in layers]
@@ -99,4 +100,4 @@ def from_torch(
         array: jax.Array = jax.device_put(values.astype(param_dtype), row_sharding)
         return array
 
-    return model, nest_leaves((row.path, read(row)) for row in config.key_rows())
+    return model, nest_leaves((row.path, read_row(row)) for row in config.key_rows())

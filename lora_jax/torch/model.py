@@ -14,14 +14,14 @@ from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import place_tokens
-from lora_jax.torch.attention import Attending, attending
+from lora_jax.torch.attention import AttentionSettings, use_attention
 from lora_jax.torch.cache import CachedCall, Tokens
 from lora_jax.torch.config import TorchConfig
-from lora_jax.torch.layers import Recomputed
-from lora_jax.torch.module import Built, built
+from lora_jax.torch.layers import Recomputation
+from lora_jax.torch.module import NO_HEAD, EmptyModule, build_module
 from lora_jax.torch.packages import TorchModelError
 
-_PLACES = ("attention_mask", "positions", "segment_ids")
+_TOKEN_ARGUMENTS = ("attention_mask", "positions", "segment_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ class TorchModel:
         return dataclasses.replace(self, **changes)
 
     @property
-    def built(self) -> Built:
+    def built(self) -> EmptyModule:
         """The module, without weights."""
-        return built(self.config)
+        return build_module(self.config)
 
     def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
         """Calls the module as torch does, with JAX's arrays.
@@ -74,8 +74,8 @@ class TorchModel:
         ids: Any = kwargs.get("input_ids", args[0] if len(args) == 1 else None)
         unpadded = ids is not None and not {"attention_mask", "position_ids"} & kwargs.keys()
         if unpadded:
-            kwargs |= self._places(ids, {})
-        return _wide_logits(self._run(params, args, kwargs, unpadded=unpadded))
+            kwargs |= self._position_arguments(ids, {})
+        return _logits_of_output(self._run(params, args, kwargs, unpadded=unpadded))
 
     def _run(
         self,
@@ -85,19 +85,20 @@ class TorchModel:
         cache: CachedCall | None = None,
         **attention_fields: Any,
     ) -> Any:
-        """Calls the module, whose attention has further fields of `Attending`."""
-        recomputed = Recomputed(self.remat if cache is None else False, self.placement)
+        """Calls the module with further fields of `AttentionSettings` for its attention."""
+        recomputed = Recomputation(self.remat if cache is None else False, self.placement)
         if cache is not None:
             attention_fields["cached"] = cache.mask
 
-        def cast(x: Any) -> Any:
+        def cast_floats(x: Any) -> Any:
             return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        implementation = Attending(self.attention, self.placement, **attention_fields)
+        settings = AttentionSettings(self.attention, self.placement, **attention_fields)
         is_language_model = self.config.continues
-        head = self.built.wide_logits() if is_language_model else contextlib.nullcontext()
-        with attending(implementation), head:
-            return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed, cache)
+        logits_in_fp32 = self.built.wide_logits() if is_language_model else contextlib.nullcontext()
+        with use_attention(settings), logits_in_fp32:
+            cast_params = jax.tree.map(cast_floats, params)
+            return self.built.call(cast_params, args, kwargs, recomputed, cache)
 
     def apply(
         self,
@@ -112,43 +113,54 @@ class TorchModel:
     ) -> Any:
         """Predicts each next token; see ``lora_jax.models.causal.CausalLM`` for the arguments.
 
-        A cache of tokens has all of them computed anew at each call. `places` are
-        ``attention_mask``, ``positions`` and ``segment_ids``; with a cache the first alone.
+        With a cache of tokens, the module computes all tokens again in each call. `places` are
+        ``attention_mask``, ``positions`` and ``segment_ids``. With a cache, only ``attention_mask``
+        is allowed.
 
         Raises:
           TorchModelError: see `__call__`. The module takes no such argument, or it gets
             ``segment_ids`` and cannot keep the sequences of a row apart.
         """
-        unknown_names = [name for name in places if name not in _PLACES]
+        unknown_names = [name for name in places if name not in _TOKEN_ARGUMENTS]
         if unknown_names:
-            raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown_names[0]}")
+            raise TorchModelError(
+                f"{self.built.name}: a torch module does not take {unknown_names[0]}. Remove it "
+                "from the call."
+            )
         if cache is not None:
-            for name in _PLACES[1:]:
+            for name in _TOKEN_ARGUMENTS[1:]:
                 if places.get(name) is not None:
-                    raise TorchModelError(f"{self.built.name}: it takes no {name} with a cache")
+                    raise TorchModelError(
+                        f"{self.built.name}: a torch module does not take {name} together with a "
+                        "cache. Remove one of them."
+                    )
         places = self._without_segments(places)
         params = variables["params"]
-        if method == "head":
-            return self._head(params, input_ids)
-        if isinstance(cache, Cache):
+        if method == "head":  # input_ids are final hidden states
+            return self._logits_of_hidden(params, input_ids)
+        if isinstance(cache, Cache):  # of keys and values
             call = CachedCall(cache, input_ids, places.get("attention_mask"))
-            logits = self._logits(params, input_ids, {}, logits_at, return_hidden, cache=call)
+            logits = self._compute_logits(
+                params, input_ids, {}, logits_at, return_hidden, cache=call
+            )
             return logits, call.extended()
-        if cache is not None:
+        if cache is not None:  # of tokens: the module computes whole rows
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
             if logits_at is not None:
                 slots = jnp.take_along_axis(slots, logits_at, axis=1)
-            kwargs = self._places(cache.ids, {})
-            logits = self._logits(params, cache.ids, kwargs, slots, return_hidden, unpadded=True)
+            kwargs = self._position_arguments(cache.ids, {})
+            logits = self._compute_logits(
+                params, cache.ids, kwargs, slots, return_hidden, unpadded=True
+            )
             return logits, cache
         segments = places.get("segment_ids")
         mask = places.get("attention_mask")
         if segments is not None and mask is not None:
-            segments = jnp.where(mask.astype(bool), segments, -1)
-        return self._logits(
+            segments = jnp.where(mask.astype(bool), segments, -1)  # padding is its own segment
+        return self._compute_logits(
             params,
             input_ids,
-            self._places(input_ids, places),
+            self._position_arguments(input_ids, places),
             logits_at,
             return_hidden,
             segments=segments,
@@ -156,31 +168,32 @@ class TorchModel:
         )
 
     def _without_segments(self, places: dict[str, jax.Array | None]) -> dict[str, jax.Array | None]:
-        """Returns the places of tokens, without segments where the module cannot keep them apart.
+        """Returns the arguments of tokens, without segments if the module cannot separate them.
 
         Raises:
-          TorchModelError: the module cannot, and rows may hold several sequences.
+          TorchModelError: the module cannot separate the sequences of a row, and a row may hold
+            several sequences.
         """
         if places.get("segment_ids") is None or self.config.packs:
             return places
         if not self.one_sequence:
             raise TorchModelError(
-                f"{self.built.name}: the module ignores segment_ids, and the sequences of one row "
-                "would see each other. Give each row one sequence, and leave segment_ids out (or "
-                "use `model.clone(one_sequence=True)`, which leaves them out)"
+                f"{self.built.name}: the module ignores segment_ids, so the sequences of one row "
+                "would attend to each other. Put one sequence into each row, and either remove "
+                "segment_ids or use `model.clone(one_sequence=True)`, which ignores them."
             )
         return {**places, "segment_ids": None}
 
-    def _places(
+    def _position_arguments(
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]
     ) -> dict[str, jax.Array]:
-        """Returns the arguments that say where tokens are, those of which the module knows.
+        """Returns the module's arguments ``attention_mask`` and ``position_ids``, if it takes them.
 
-        A mask is of ones if the module's attention is ours, which leaves it out: without one,
-        transformers looks for several sequences in the positions, and its mask for these would be
-        an array of [seq, seq].
+        If the module uses `lora_jax.torch.attention`, which ignores masks of ones, ones replace a
+        missing mask. Without a mask, transformers would look for several sequences in the
+        positions, and make a mask of [seq, seq] for them.
         """
-        mask, positions, segments = (places.get(name) for name in _PLACES)
+        mask, positions, segments = (places.get(name) for name in _TOKEN_ARGUMENTS)
         arguments: dict[str, jax.Array] = {}
         if mask is not None or self.built.attends:
             ones = jnp.ones(ids.shape, jnp.int32)
@@ -192,7 +205,7 @@ class TorchModel:
             arguments["position_ids"] = placed.positions + self.built.first_position
         return arguments
 
-    def _logits(
+    def _compute_logits(
         self,
         params: Tree,
         ids: jax.Array,
@@ -201,7 +214,7 @@ class TorchModel:
         return_hidden: bool,
         **run_options: Any,
     ) -> jax.Array:
-        """Returns logits in fp32, or hidden states, of some slots of each row; None for all."""
+        """Computes fp32 logits, or hidden states, of some slots of each row; None for all slots."""
         head_inputs: list[jax.Array] = []
 
         def select(hidden: jax.Array) -> jax.Array:
@@ -214,18 +227,18 @@ class TorchModel:
             arguments = {"input_ids": ids, "use_cache": False, **kwargs}
             out = self._run(params, (), arguments, **run_options)
         if not head_inputs:
-            raise TorchModelError(f"{self.built.name}: its head is no part of its own")
-        return head_inputs[0] if return_hidden else _wide_logits(out)
+            raise TorchModelError(NO_HEAD.format(name=self.built.name))
+        return head_inputs[0] if return_hidden else _logits_of_output(out)
 
-    def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:
+    def _logits_of_hidden(self, params: Tree, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states, [batch, n, d_model]."""
         ids = jnp.zeros(hidden.shape[:2], jnp.int32)
         with self.built.trunk_replaced(hidden):
             out = self._run(params, (), {"input_ids": ids, "use_cache": False})
-        return _wide_logits(out)
+        return _logits_of_output(out)
 
 
-def _wide_logits(out: Any) -> jax.Array:
+def _logits_of_output(out: Any) -> jax.Array:
     """Returns the logits among a module's outputs, in fp32 at least."""
     logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""A torch module on the meta device, and its calls with JAX's arrays for its parameters."""
+"""Builds a torch module without weights, and calls it with JAX's arrays for its parameters."""
 
 import contextlib
 import dataclasses
@@ -19,43 +19,54 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
 from lora_jax.hf.keys import Row
 from lora_jax.models.layers.attention import dot_wide
-from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import LOCK, call_jax, call_module, running, to_torch
-from lora_jax.torch.cache import MORE, CachedCall
+from lora_jax.torch.attention import ATTENTION_NAME
+from lora_jax.torch.backend import LOCK, call_jax, call_module, run_with_jax, to_torch
+from lora_jax.torch.cache import OTHER_STATE, CachedCall
 from lora_jax.torch.layers import (
-    Recomputed,
+    Recomputation,
     layer_lists,
-    patched,
-    scanned,
+    patch_forwards,
+    run_as_scan,
+    run_one_by_one,
     to_jax,
-    unrolled,
 )
 from lora_jax.torch.packages import TorchModelError
-from lora_jax.torch.probe import buffers_of, find_stacks, loose, stack_buffers, within
+from lora_jax.torch.probe import (
+    arrays_under,
+    buffers_of,
+    exchange_tensors,
+    find_stacks,
+    stack_buffers,
+)
 from lora_jax.torch.recipe import Recipe
-from lora_jax.torch.structure import LayerPeriods, rows_of
+from lora_jax.torch.structure import LayerPeriods, make_key_rows
 
-# Classes of modules that mix tokens otherwise than by attention.
-_MIXES = re.compile(
+NO_HEAD = (
+    "{name}: the module that computes its logits is not separate from the rest of the model, so "
+    "lora_jax cannot call it alone. Use another model."
+)
+# Classes of modules that mix tokens by something other than attention.
+_TOKEN_MIXERS = re.compile(
     r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention|"
     r"Compressor"
 )
-# A method of modules that number the positions by the tokens, from behind that of padding.
-_FROM_IDS = "create_position_ids_from_input_ids"
+# A method of modules that compute positions from tokens: the first one follows that of padding.
+_POSITIONS_METHOD = "create_position_ids_from_input_ids"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Built:
+class EmptyModule:
     """A module without weights.
 
     Attributes:
-      name: for messages.
+      name: the name of the model in messages.
       module: on torch's meta device; of each stack it has the layers before, and one of each kind.
-      rows: its parameters, and the buffers that files hold; see `rows_of`.
-      stacks: its stacks.
-      lists: the names of its lists of layers, without those of the stacks.
-      buffers: its further buffers, by name; those of layers of a kind are stacked, as parameters.
-      unlike: by list, why it is no stack; without those that were not compared.
+      rows: the key table of parameters and saved buffers; see `make_key_rows`.
+      stacks: the stacks of layers.
+      lists: the names of the lists of layers that are not stacked.
+      buffers: the other buffers, by name; those of layers of a kind are stacked, as parameters.
+      reasons_against_stacks: the reason why a list is not stacked, by list; without the lists that
+        were not compared.
     """
 
     name: str
@@ -64,14 +75,14 @@ class Built:
     stacks: Sequence[LayerPeriods]
     lists: Sequence[str]
     buffers: Mapping[str, np.ndarray]
-    unlike: Mapping[str, str]
+    reasons_against_stacks: Mapping[str, str]
 
     def call(
         self,
         tree: Tree,
         args: Any,
         kwargs: Any,
-        recomputed: Recomputed,
+        recomputed: Recomputation,
         cache: CachedCall | None = None,
     ) -> Any:
         """Calls the module.
@@ -89,34 +100,39 @@ class Built:
 
         def layers(name: str, indices: range) -> tuple[list[torch.nn.Module], list[Any]]:
             modules = self.layers(name)
-            layer_arrays = [within(arrays, f"{name}.{i}.") for i in indices]
+            layer_arrays = [arrays_under(arrays, f"{name}.{i}.") for i in indices]
             return [modules[i] for i in indices], layer_arrays
 
-        with running(self.name), contextlib.ExitStack() as contexts:
+        with run_with_jax(self.name), contextlib.ExitStack() as contexts:
             for stack in self.stacks:
                 kinds, kind_arrays = layers(stack.name, range(stack.start, stack.n_layers))
-                contexts.enter_context(scanned(stack, kinds, kind_arrays, recomputed, cache))
-            # A layer that is neither recomputed nor placed runs as torch calls it.
+                contexts.enter_context(run_as_scan(stack, kinds, kind_arrays, recomputed, cache))
+            # Other layers run one by one. Those that are neither recomputed nor placed need no
+            # change: torch calls them.
             if recomputed.remat is not False or recomputed.placement.token_parts > 1:
-                n_unrolled = {name: len(self.layers(name)) for name in self.lists}
-                n_unrolled |= {stack.name: stack.start for stack in self.stacks}
-                for name, n in n_unrolled.items():
-                    contexts.enter_context(unrolled(*layers(name, range(n)), recomputed))
-            holds_others = contexts.enter_context(loose(self.module))
+                n_single_layers = {name: len(self.layers(name)) for name in self.lists}
+                n_single_layers |= {stack.name: stack.start for stack in self.stacks}
+                for name, n in n_single_layers.items():
+                    modules, module_arrays = layers(name, range(n))
+                    contexts.enter_context(run_one_by_one(modules, module_arrays, recomputed))
+            holds_new_tensors = contexts.enter_context(exchange_tensors(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
                 kwargs["position_ids"] = cache.positions + self.first_position
             out = to_jax(call_module(self.module, arrays, args, kwargs))
-            if cache is not None and holds_others():
-                raise TorchModelError(MORE)
+            if cache is not None and holds_new_tensors():
+                raise TorchModelError(OTHER_STATE)
             return out
 
     def _arrays(self, tree: Tree) -> dict[str, jax.Array]:
-        """Returns the arrays of a tree and the buffers under the module's own names."""
+        """Returns the arrays of a tree, and the buffers, by the module's own names."""
         leaves = dict(flatten_with_paths(tree)[0])
         missing_paths = [row.path for row in self.rows if row.path not in leaves]
         if missing_paths:
-            raise TorchModelError(f"{self.name}: the tree has no {missing_paths[0]}")
+            raise TorchModelError(
+                f"{self.name}: the parameter tree has no {missing_paths[0]}. Pass the tree that "
+                "from_torch returned, or an adapted tree of it."
+            )
         arrays: dict[str, jax.Array] = {n: jnp.asarray(b) for n, b in self.buffers.items()}
         for row in self.rows:
             array = leaves[row.path]
@@ -141,7 +157,7 @@ class Built:
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
     def ignores(self, name: str) -> bool:
-        """Returns True for a tensor that transformers leaves in the files: another head's, say."""
+        """Returns True for a tensor of the files that transformers does not load."""
         patterns = getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in patterns)
 
@@ -160,29 +176,31 @@ class Built:
     def attends(self) -> bool:
         """True if the module's attention is `lora_jax.torch.attention`'s."""
         config = getattr(self.module, "config", None)
-        return getattr(config, "_attn_implementation", None) == NAME
+        return getattr(config, "_attn_implementation", None) == ATTENTION_NAME
 
     @property
     def packs(self) -> bool:
-        """True if rows may hold several sequences: attention alone mixes tokens, and is ours."""
+        """True if a row may hold several sequences: only our attention mixes tokens."""
         classes = [type(submodule).__name__ for submodule in self.module.modules()]
-        mixes_otherwise = any(map(_MIXES.search, classes))
-        return self.attends and "position_ids" in self.arguments and not mixes_otherwise
+        has_other_mixers = any(_TOKEN_MIXERS.search(name) for name in classes)
+        return self.attends and "position_ids" in self.arguments and not has_other_mixers
 
     @functools.cached_property
     def first_position(self) -> int:
-        """The position of a row's first token: RoBERTa's rows begin behind that of padding."""
-        tables: list[Any] = [table for table in self.module.modules() if hasattr(table, _FROM_IDS)]
+        """The position of a row's first token, which is not 0 for models like RoBERTa."""
+        tables: list[Any] = [
+            table for table in self.module.modules() if hasattr(table, _POSITIONS_METHOD)
+        ]
         return tables[0].padding_idx + 1 if tables else 0
 
     @functools.cached_property
     def _trunks(self) -> list[torch.nn.Module]:
-        """The part of a language model before its head, and the parts of it that read the tokens.
+        """The submodules before a language model's head, from the outermost to the innermost.
 
-        A model may call one of these by itself.
+        All of them contain the table of tokens. A model may call any of them.
 
         Raises:
-          TorchModelError: the module has no such part.
+          TorchModelError: the module has no such submodule.
         """
         module: Any = self.module
         table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
@@ -190,40 +208,42 @@ class Built:
         trunks: list[Any] = []
         if base_model not in (None, module):
             trunks.append(base_model)
+        # Descend from child to child, as long as a child contains the table of tokens.
         innermost = trunks[0] if trunks else module
         while True:
-            with_table = [
+            children_with_table = [
                 child
                 for child in innermost.children()
                 if child is not table and table in list(child.modules())
             ]
-            if not with_table:
+            if not children_with_table:
                 break
-            innermost = with_table[0]
+            innermost = children_with_table[0]
             trunks.append(innermost)
         if not trunks:
-            raise TorchModelError(f"{self.name}: its head is no part of its own")
+            raise TorchModelError(NO_HEAD.format(name=self.name))
         return trunks
 
     @contextlib.contextmanager
     def wide_logits(self) -> Iterator[None]:
-        """Has the head give fp32 at least, within a block: no narrower copy of logits is alive."""
+        """Lets the head compute logits in fp32 at once, within a block."""
 
-        def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        def multiply_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
             return dot_wide(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
         def forward(_: int, head: Any, x: torch.Tensor) -> Any:
-            logits = call_jax(product, x, head.weight)
+            logits = call_jax(multiply_wide, x, head.weight)
             return logits if head.bias is None else logits + head.bias
 
-        get: Any = getattr(self.module, "get_output_embeddings", lambda: None)
-        head = get()
-        with LOCK, patched([head] if type(head) is torch.nn.Linear else [], forward):
+        get_head: Any = getattr(self.module, "get_output_embeddings", lambda: None)
+        head = get_head()
+        heads = [head] if type(head) is torch.nn.Linear else []
+        with LOCK, patch_forwards(heads, forward):
             yield
 
     @contextlib.contextmanager
     def trunk_output(self, change: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
-        """Gives the head ``change(hidden)`` in the place of final hidden states, within a block."""
+        """Applies ``change`` to the final hidden states before the head, within a block."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             out = trunk.forward(*args, **kwargs)
@@ -233,22 +253,22 @@ class Built:
             out["last_hidden_state"] = hidden
             return out
 
-        with LOCK, patched(self._trunks, forward):
+        with LOCK, patch_forwards(self._trunks, forward):
             yield
 
     @contextlib.contextmanager
     def trunk_replaced(self, hidden: jax.Array) -> Iterator[None]:
-        """Gives the head these final hidden states, within a block; nothing before it runs."""
+        """Calls the head alone within a block: `hidden` replaces the output of the trunk."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             return _Hidden(to_torch(hidden))
 
-        with LOCK, patched(self._trunks, forward):
+        with LOCK, patch_forwards(self._trunks, forward):
             yield
 
 
 class _Hidden:
-    """Outputs of a trunk, of which only the hidden states are there."""
+    """The output of a trunk that has final hidden states and nothing else."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden
@@ -261,8 +281,8 @@ class _Hidden:
 
 
 @functools.lru_cache(maxsize=8)
-def _built(recipe: Recipe) -> Built:
-    """Returns the module of a recipe, whose stacks keep a layer of each kind."""
+def _build_module(recipe: Recipe) -> EmptyModule:
+    """Builds the module of a recipe, and keeps one layer of each kind in its stacks."""
     module: torch.nn.Module = recipe.empty_module().eval()
     buffers = buffers_of(module)
     lists = layer_lists(module)
@@ -271,27 +291,30 @@ def _built(recipe: Recipe) -> Built:
         stack_or_reason = find_stacks(recipe.model_type, module, lists, buffers)
     stacks = [stack for stack in stack_or_reason.values() if not isinstance(stack, str)]
     stack_names = {stack.name for stack in stacks}
-    rows = rows_of(module, stacks)
-    stored_names = {name for row in rows_of(module) for name in (*row.hf_names, *row.aliases)}
+    rows = make_key_rows(module, stacks)
+    stored_names = {name for row in make_key_rows(module) for name in (*row.hf_names, *row.aliases)}
     further_buffers = {n: buffer for n, buffer in buffers.items() if n not in stored_names}
+    # Delete all layers of a stack but the first one of each kind.
     for stack in stacks:
         layers: Any = module.get_submodule(stack.name)
         del layers[stack.n_layers :]
-    return Built(
+    return EmptyModule(
         name=recipe.model_type,
         module=module,
         rows=rows,
         stacks=stacks,
         lists=[name for name in lists if name not in stack_names],
         buffers=stack_buffers(stacks, further_buffers),
-        unlike={name: why for name, why in stack_or_reason.items() if isinstance(why, str)},
+        reasons_against_stacks={
+            name: why for name, why in stack_or_reason.items() if isinstance(why, str)
+        },
     )
 
 
-def built(recipe: Recipe) -> Built:
-    """Returns the module of a recipe or a configuration, without weights; it is built once.
+def build_module(recipe: Recipe) -> EmptyModule:
+    """Returns the module of a recipe or a configuration without weights; builds it only once.
 
     Raises:
       TorchModelError: transformers cannot build it.
     """
-    return _built(Recipe(recipe.text, recipe.auto, recipe.scan, recipe.module))
+    return _build_module(Recipe(recipe.text, recipe.auto, recipe.scan, recipe.module))

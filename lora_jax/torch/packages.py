@@ -1,4 +1,4 @@
-"""The packages that run torch modules, and the errors of those that cannot."""
+"""Imports the packages that run torch modules, and explains why an import fails."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +12,7 @@ _REMEDY = "pip install 'lora_jax[torch]'"
 
 
 class TorchModelError(ConfigError):
-    """A torch module that cannot run as a JAX function, or not as asked."""
+    """A torch module cannot run as a JAX function, or not with the requested options."""
 
 
 @contextlib.contextmanager
@@ -29,18 +29,20 @@ def importing() -> Iterator[None]:
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise ImportError(
-                f"torch modules need {' and '.join(missing)}: {_REMEDY}", name=missing[0]
+                "lora_jax.torch needs packages that are not installed: "
+                f"{' and '.join(missing)}. Run {_REMEDY}",
+                name=missing[0],
             ) from error
         installed = ", ".join(map(_release, _PACKAGES))
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise TorchModelError(
             f"torch modules cannot run, because importing the installed packages ({installed}) "
-            f"raises {reason}. Install releases that work together: {_REMEDY}"
+            f"raises {reason}. Install versions that work together: {_REMEDY}"
         ) from error
 
 
 def _release(package: str) -> str:
-    """Returns a package's name and version; the name alone where the version is not known."""
+    """Returns a package's name and version; the name alone if the version is not known."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The recipe of a torch module: it is built from a configuration without memory for weights."""
+"""Recipes of torch modules, from which they are built without memory for weights."""
 
 import copy
 import dataclasses
@@ -13,22 +13,24 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_jax.core.types import Fields
-from lora_jax.torch.attention import NAME
+from lora_jax.torch.attention import ATTENTION_NAME
 from lora_jax.torch.packages import TorchModelError
 
 CAUSAL = "AutoModelForCausalLM"
-_EXPERTS = "batched_mm"  # transformers' implementation of experts that torchax can lower
+_EXPERTS_IMPLEMENTATION = (
+    "batched_mm"  # transformers' implementation of experts that torchax can lower
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A torch module that is built from a config.json, or one that is given.
+    """The recipe of a torch module: a config.json, or a module.
 
     Attributes:
       text: the config.json, with sorted names; "" for a module without one.
-      auto: transformers' class that builds it: `AutoModelForCausalLM` and its like.
-      scan: whether layers that are alike are stacked, and run as one scan.
-      module: the module, if it was given.
+      auto: transformers' class that builds the module, such as `AutoModelForCausalLM`.
+      scan: whether layers that compute the same are stacked, and run as one scan.
+      module: the user's module; None if it is built from the config.json.
     """
 
     text: str
@@ -44,12 +46,12 @@ class Recipe:
 
     @functools.cached_property
     def hf(self) -> Any:
-        """Transformers' own configuration; None for a module without one."""
+        """The configuration as an object of transformers; None for a module without one."""
         if self.module is not None:
             config = getattr(self.module, "config", None)
             return config if isinstance(config, transformers.PreTrainedConfig) else None
-        kind = CONFIG_MAPPING[self.fields["model_type"]]
-        return kind.from_dict(kind._decode_special_floats(self.fields))
+        config_class = CONFIG_MAPPING[self.fields["model_type"]]
+        return config_class.from_dict(config_class._decode_special_floats(self.fields))
 
     @functools.cached_property
     def continues(self) -> bool:
@@ -64,43 +66,54 @@ class Recipe:
         return str(getattr(self.hf, "model_type", "") or type(self.module).__name__)
 
     def empty_module(self) -> Any:
-        """Returns the module with its parameters on the meta device, and its buffers as they are.
+        """Builds the module with its parameters on the meta device, and its buffers with values.
 
         Raises:
           TorchModelError: transformers has no such class.
         """
         if self.module is not None:
-            memo = {
+            # Copy the user's module, with empty parameters in place of its own.
+            empty_parameters = {
                 id(p): torch.nn.Parameter(p.to("meta"), False) for p in self.module.parameters()
             }
-            module: Any = copy.deepcopy(self.module, memo)
-            if hasattr(module, "set_attn_implementation") and _takes_attention(type(module)):
-                module.set_attn_implementation(NAME)
+            module: Any = copy.deepcopy(self.module, empty_parameters)
+            uses_interface = _supports_attention_interface(type(module))
+            if uses_interface and hasattr(module, "set_attn_implementation"):
+                module.set_attn_implementation(ATTENTION_NAME)
             if hasattr(module, "set_experts_implementation"):
-                module.set_experts_implementation(_EXPERTS)
+                module.set_experts_implementation(_EXPERTS_IMPLEMENTATION)
             return module
         hf = copy.deepcopy(self.hf)
-        kind = self._class_of(hf)
-        options = {"attn_implementation": NAME if _takes_attention(kind) else "eager"}
+        module_class = self._class_of(hf)
+        uses_interface = _supports_attention_interface(module_class)
         with init_empty_weights(include_buffers=False):
-            module = kind._from_config(hf, experts_implementation=_EXPERTS, **options)
+            module = module_class._from_config(
+                hf,
+                experts_implementation=_EXPERTS_IMPLEMENTATION,
+                attn_implementation=ATTENTION_NAME if uses_interface else "eager",
+            )
         module.tie_weights()
         return module
 
     def _class_of(self, hf: Any) -> Any:
-        """Returns the module's class: by its configuration's, or by the name in the config.json.
+        """Returns the module's class, by the configuration's class or by its `architectures`.
 
-        A model that reads more than texts may have a part for texts alone, whose configuration only
-        that name tells from others.
+        The text part of a model that also reads images may be known by its name alone.
         """
-        mapping, suffix = getattr(transformers, self.auto)._model_mapping, self.auto[9:]
-        kind = mapping.get(type(hf), None)
-        for name in hf.architectures or () if kind is None else ():
-            kind = kind or (getattr(transformers, name, None) if name.endswith(suffix) else None)
-        if kind is None:
-            raise TorchModelError(f"transformers has no {suffix} of {self.model_type}")
-        return kind[0] if isinstance(kind, tuple) else kind
+        class_of_config = getattr(transformers, self.auto)._model_mapping
+        suffix = self.auto.removeprefix("AutoModel")
+        module_class = class_of_config.get(type(hf), None)
+        if module_class is None:
+            for name in hf.architectures or ():
+                if module_class is None and name.endswith(suffix):
+                    module_class = getattr(transformers, name, None)
+        if module_class is None:
+            raise TorchModelError(
+                f"transformers has no class {self.auto} for the model type {self.model_type}. Pass "
+                "another class as auto, such as AutoModel."
+            )
+        return module_class[0] if isinstance(module_class, tuple) else module_class
 
 
-def _takes_attention(kind: type) -> bool:
-    return bool(getattr(kind, "_supports_attention_backend", False))
+def _supports_attention_interface(module_class: type) -> bool:
+    return bool(getattr(module_class, "_supports_attention_backend", False))

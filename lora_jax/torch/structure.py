@@ -1,4 +1,4 @@
-"""The parameters of a torch module as the rows of a key table, and the stacks of its layers."""
+"""Makes the key table of a torch module's parameters, and finds the tensors of stacked layers."""
 
 import dataclasses
 import re
@@ -11,22 +11,22 @@ from jax.sharding import PartitionSpec
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.specs import COLUMNS, EXPERT_COLUMNS, REPLICATED, ROWS
 
-_MIXES = re.compile(r"attn|attention|mixer|mamba|ssm|conv|rwkv|recurrent|temporal_block")
-_EXPANDS = re.compile(
+_ATTENTION_NAMES = re.compile(r"attn|attention|mixer|mamba|ssm|conv|rwkv|recurrent|temporal_block")
+_EXPANDING_NAMES = re.compile(
     r"(q|k|v|qkv|in|gate|up|gate_up|query|key|value|w1|w3|fc1|fc_in|c_fc|c_attn)(_proj)?"
 )
-_CONTRACTS = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_to_h)(_proj)?")
+_CONTRACTING_NAMES = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_to_h)(_proj)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPeriods:
-    """Layers of a ModuleList that one scan runs: those from `start` on, `period` of them a step.
+    """The layers of a ModuleList that one scan runs, `period` layers in each of its steps.
 
     Attributes:
       name: the list's dotted name.
-      start: the number of layers before them, each of its own kind.
-      period: the number of kinds, which take turns.
-      repeats: the number of turns.
+      start: the number of layers before the scan, each of its own kind.
+      period: the number of kinds of layers, which alternate.
+      repeats: the number of the scan's steps.
     """
 
     name: str
@@ -36,88 +36,95 @@ class LayerPeriods:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers that are left of the list: those before, and one of each kind."""
+        """The number of layers that an `EmptyModule` keeps: those before, and one of each kind."""
         return self.start + self.period
 
-    def place(self, kind: int) -> str:
-        """Returns the name of a kind of layers in paths; "" where there is a single one."""
+    def kind_name(self, kind: int) -> str:
+        """Returns the name of a kind of layers in paths; "" if there is only one kind."""
         if self.start:
             return f"{kind}of{self.period}from{self.start}"
-        return f"{kind}of{self.period}" if self.period > 1 else ""
+        if self.period > 1:
+            return f"{kind}of{self.period}"
+        return ""
 
-    def numbers(self, kind: int) -> tuple[int, ...]:
-        """Returns the numbers of the layers of a kind."""
+    def layer_indices(self, kind: int) -> tuple[int, ...]:
+        """Returns the indices of the layers of a kind in the list."""
         return tuple(self.start + kind + i * self.period for i in range(self.repeats))
 
 
-class Place(NamedTuple):
-    """The place of a tensor in a stack.
+class StackPosition(NamedTuple):
+    """The position of a tensor in a stack of layers.
 
     Attributes:
       stack: the stack.
-      kind: the number of its layer in the period.
-      turn: the number of the period.
-      name: its name within its layer.
+      kind: the index of the tensor's layer in its period.
+      scan_step: the index of the period.
+      name: the tensor's name within its layer.
     """
 
     stack: LayerPeriods
     kind: int
-    turn: int
+    scan_step: int
     name: str
 
     @property
-    def all_names(self) -> list[str]:
+    def names_in_all_layers(self) -> list[str]:
         """The module's names of this tensor in all layers of the kind."""
-        return [f"{self.stack.name}.{i}.{self.name}" for i in self.stack.numbers(self.kind)]
+        return [f"{self.stack.name}.{i}.{self.name}" for i in self.stack.layer_indices(self.kind)]
 
 
-def place_of(name: str, stacks: Sequence[LayerPeriods]) -> Place | None:
-    """Returns the place of a tensor; None if it belongs to no stack."""
+def stack_position_of(name: str, stacks: Sequence[LayerPeriods]) -> StackPosition | None:
+    """Returns the position of a tensor in its stack; None if it belongs to no stack."""
     for stack in stacks:
-        if match := re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name):
-            turn, kind = divmod(int(match[1]) - stack.start, stack.period)
-            if turn >= 0:
-                return Place(stack, kind, turn, match[2])
+        match = re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name)
+        if match is not None:
+            scan_step, kind = divmod(int(match[1]) - stack.start, stack.period)
+            if scan_step >= 0:  # the layers before the scan belong to no stack
+                return StackPosition(stack=stack, kind=kind, scan_step=scan_step, name=match[2])
     return None
 
 
-def rows_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Row]:
-    """Returns a row for each parameter of a module with all of its layers, for tied ones once.
+def make_key_rows(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Row]:
+    """Makes a row for each parameter and each saved float buffer of a module.
 
-    So, too, for buffers of floats that files hold. The first of a row's names is the module's own
-    of the tensor, or of the first layer of its kind.
+    Tied parameters get one row, and so do the layers of a kind in a stack. The first of a row's
+    names is the module's name of the tensor, in the first layer of its kind.
 
     Args:
-      module: it may be on torch's meta device.
+      module: a module with all of its layers, which may be on torch's meta device.
       stacks: the layers that are stacked.
     """
-    heads = _heads(module)
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in _stored(module):
-        names.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
+    kinds = _kinds_of_token_modules(module)
+    # Modules that share a tensor have different names for the same object.
+    names_by_id: dict[int, list[str]] = {}
+    tensors_by_id: dict[int, torch.Tensor] = {}
+    for name, tensor in _stored_tensors(module):
+        names_by_id.setdefault(id(tensor), []).append(name)
+        tensors_by_id[id(tensor)] = tensor
     rows: list[Row] = []
-    for key, (name, *aliases) in names.items():
-        place = place_of(name, stacks)
-        if place is not None and place.turn > 0:
-            continue  # the row of the first layer of its kind holds it
-        rows.append(_row(module, name, tuple(aliases), tensors[key], place, heads))
+    for tensor_id, tensor in tensors_by_id.items():
+        name = names_by_id[tensor_id][0]
+        aliases = tuple(names_by_id[tensor_id][1:])
+        position = stack_position_of(name, stacks)
+        # One row stands for all layers of a kind. It is made for the first of these layers.
+        if position is None or position.scan_step == 0:
+            rows.append(_make_key_row(module, name, aliases, tensor, position, kinds))
     return rows
 
 
-def _stored(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields parameters, and buffers of floats that files hold, under each of their names."""
+def _stored_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters, and float buffers that are saved, under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     for name, buffer in module.named_buffers(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        kept = leaf not in module.get_submodule(owner)._non_persistent_buffers_set
-        if kept and buffer.is_floating_point():
+        owner_name, _, buffer_name = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        is_saved = buffer_name not in owner._non_persistent_buffers_set
+        if is_saved and buffer.is_floating_point():
             yield name, buffer
 
 
-def _heads(module: torch.nn.Module) -> dict[str, Kind]:
-    """Returns the kinds of the modules that turn tokens into vectors and back, by name."""
+def _kinds_of_token_modules(module: torch.nn.Module) -> dict[str, Kind]:
+    """Returns the kinds of the modules that embed tokens and compute logits, by module name."""
     kinds: dict[str, Kind] = {}
     getters: dict[Kind, str] = {
         "embedding": "get_input_embeddings",
@@ -126,47 +133,54 @@ def _heads(module: torch.nn.Module) -> dict[str, Kind]:
     for kind, getter in getters.items():
         try:
             table = getattr(module, getter)()
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # the module has no such part
             continue
-        kinds |= {name: kind for name, submodule in module.named_modules() if submodule is table}
+        for name, submodule in module.named_modules():
+            if submodule is table:
+                kinds[name] = kind
     return kinds
 
 
-def _row(
+def _make_key_row(
     module: torch.nn.Module,
     name: str,
     aliases: tuple[str, ...],
     tensor: torch.Tensor,
-    place: Place | None,
-    heads: dict[str, Kind],
+    position: StackPosition | None,
+    kinds: dict[str, Kind],
 ) -> Row:
-    """Returns the row of a tensor.
+    """Makes the row of a tensor in the key table.
 
     Args:
       module: the whole module.
       name: the module's name of the tensor, in the first layer of its kind.
-      aliases: its other names.
+      aliases: the other names of a tied tensor.
       tensor: the tensor.
-      place: its place in a stack; None outside of stacks.
-      heads: the kinds of modules, from `_heads`.
+      position: the tensor's position in a stack; None outside of stacks.
+      kinds: the kinds of modules, from `_kinds_of_token_modules`.
     """
     owner_name, _, torch_leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     leaf = _leaf_name(owner, torch_leaf, tensor.ndim)
     shape = tuple(tensor.shape)
+    # Torch stores a linear layer's weight as [out, in], and the tree as [in, out].
     transpose = leaf == "kernel" and isinstance(owner, torch.nn.Linear)
     if transpose:
         shape = shape[::-1]
-    kind = _kind(owner_name, leaf, len(shape), heads)
+    kind = _kind_of_tensor(owner_name, leaf, len(shape), kinds)
     segments = owner_name.split(".")
     hf_name = name
     stack_fields: dict[str, Any] = {}
-    if place is not None:
-        stack = place.stack
-        module_segments = place.name.split(".")[:-1]
-        segments = [*stack.name.split("."), stack.place(place.kind), *module_segments]
-        hf_name = f"{stack.name}.{{}}.{place.name}"
-        stack_fields = {"stack": (stack.repeats,), "numbers": stack.numbers(place.kind)}
+    if position is not None:
+        # The path names the kind of layer in place of the layer's index.
+        stack = position.stack
+        module_segments = position.name.split(".")[:-1]
+        segments = [*stack.name.split("."), stack.kind_name(position.kind), *module_segments]
+        hf_name = f"{stack.name}.{{}}.{position.name}"
+        stack_fields = {
+            "stack": (stack.repeats,),
+            "numbers": stack.layer_indices(position.kind),
+        }
     return Row(
         path="/".join(segment for segment in (*segments, leaf) if segment),
         hf=hf_name,
@@ -174,29 +188,31 @@ def _row(
         transpose=transpose,
         aliases=aliases,
         kind=kind,
-        spec=_spec(owner_name, leaf, shape, kind),
+        spec=_sharding_of_tensor(owner_name, leaf, shape, kind),
         **stack_fields,
     )
 
 
 def _leaf_name(owner: torch.nn.Module, torch_leaf: str, ndim: int) -> str:
-    """Returns the last segment of a tensor's path: torch's own name, or Flax's for a weight."""
+    """Returns the last segment of a tensor's path: torch's name, or Flax's name of a "weight"."""
     if torch_leaf != "weight":
         return torch_leaf
     if ndim == 2 and isinstance(owner, torch.nn.Embedding):
         return "embedding"
-    # transformers' Conv1D is a linear layer whose weight is [in, out], as GPT-2 has it.
+    # transformers' Conv1D (of GPT-2) is a linear layer whose weight is [in, out].
     if ndim == 2 and (isinstance(owner, torch.nn.Linear) or type(owner).__name__ == "Conv1D"):
         return "kernel"
     return "scale" if "norm" in type(owner).__name__.lower() else torch_leaf
 
 
-def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | None:
-    """Returns the kind of a tensor of a module of that name; None for one of no known kind."""
-    if owner in heads:
-        return heads[owner]
+def _kind_of_tensor(
+    owner: str, leaf: str, ndim: int, kinds_of_token_modules: dict[str, Kind]
+) -> Kind | None:
+    """Returns the kind of a tensor of the module `owner`; None if its kind is not known."""
+    if owner in kinds_of_token_modules:
+        return kinds_of_token_modules[owner]
     module_name = owner.rsplit(".", 1)[-1]
-    if leaf == "embedding":
+    if leaf == "embedding":  # not of tokens, so of positions
         return "positions"
     if leaf == "scale" or "norm" in module_name:
         return "norm"
@@ -207,14 +223,17 @@ def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | No
         return "router"
     if leaf not in ("kernel", "bias"):
         return None
-    return "attention" if _MIXES.search(owner.rsplit(".layers.", 1)[-1]) else "mlp"
+    name_within_layer = owner.rsplit(".layers.", 1)[-1]
+    return "attention" if _ATTENTION_NAMES.search(name_within_layer) else "mlp"
 
 
-def _spec(owner: str, leaf: str, shape: tuple[int, ...], kind: Kind | None) -> PartitionSpec:
-    """Returns the sharding of a parameter: by its name, and by its shape where that says nothing.
+def _sharding_of_tensor(
+    owner: str, leaf: str, shape: tuple[int, ...], kind: Kind | None
+) -> PartitionSpec:
+    """Returns the sharding of a parameter, by its name or else by its shape.
 
-    A kernel that narrows, or whose name is that of a block's last product, is sharded over its in
-    axis, and others over their out axis.
+    A kernel is sharded over its in axis if it has fewer outputs than inputs, or if its name is that
+    of a block's last product. Other kernels are sharded over their out axis.
     """
     if leaf == "embedding":
         return ROWS
@@ -223,16 +242,18 @@ def _spec(owner: str, leaf: str, shape: tuple[int, ...], kind: Kind | None) -> P
     if leaf != "kernel" or len(shape) != 2:
         return REPLICATED
     name = owner.rsplit(".", 1)[-1]
-    if kind == "head" or _EXPANDS.fullmatch(name):
+    if kind == "head" or _EXPANDING_NAMES.fullmatch(name):
         return COLUMNS
-    return ROWS if shape[0] > shape[1] or _CONTRACTS.fullmatch(name) else COLUMNS
+    return ROWS if shape[0] > shape[1] or _CONTRACTING_NAMES.fullmatch(name) else COLUMNS
 
 
-def plan_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields a line for each sharding: the axes of the mesh, and the modules that have it."""
-    by_spec: dict[Any, list[str]] = {}
+def sharding_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields a line for each sharding: the axes of the mesh, and the parameters that have it."""
+    names_by_spec: dict[Any, list[str]] = {}
     for row in rows:
-        by_spec.setdefault(row.spec, []).append("/".join(row.path.split("/")[-2:]))
-    for spec, names in by_spec.items():
+        short_name = "/".join(row.path.split("/")[-2:])
+        names_by_spec.setdefault(row.spec, []).append(short_name)
+    for spec, names in names_by_spec.items():
         axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a) for a in spec)
-        yield f"{axes or 'replicated'}: {', '.join(dict.fromkeys(names))}"
+        distinct_names = ", ".join(dict.fromkeys(names))
+        yield f"{axes or 'replicated'}: {distinct_names}"

@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax.core.opaque import unwrap_opaque_leaves
 from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
-from lora_jax.saving.fingerprint import base_fingerprint, differing
+from lora_jax.saving.fingerprint import base_fingerprint, keys_that_differ
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
@@ -142,7 +142,7 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
         raise _not_resumed("the training data are not those that the run began with")
-    different_weights = differing(saved["base"], ready.facts["base"])
+    different_weights = keys_that_differ(saved["base"], ready.facts["base"])
     if different_weights:
         raise _not_resumed(
             "the base is not the one that the run began with; "

@@ -64,7 +64,7 @@ class Runs:
     def __init__(self, folder, proxy, variables):
         self.folder, self.proxy = folder, proxy
         model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
-        copies.publish(model, bucket_path("gs://bucket/model"))
+        copies.upload_folder(model, bucket_path("gs://bucket/model"))
         proxy.put("rows.jsonl", rows.read_bytes())
         _, params = models.from_pretrained(model)
         tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
@@ -96,7 +96,7 @@ class Runs:
         """Checks a run in the bucket against the one on the disk, bit for bit."""
         assert_identical(self.adapter(self.folder / "whole"), self.adapter(output))
         lines = []
-        for place in (self.folder / "whole", copies.readable(output, lambda n: "/" not in n)):
+        for place in (self.folder / "whole", copies.path_to_read(output, lambda n: "/" not in n)):
             lines.append(
                 [{k: v for k, v in m.items() if k not in TIMED} for m in read_metrics(place)]
             )
@@ -107,7 +107,7 @@ class Runs:
         }
         there = {*copies.list_objects(bucket_path(output))}
         assert {name.split("/")[0] for name in there} == names
-        assert not any(name.endswith((copies.MARK, "run.lock")) for name in there)
+        assert not any(name.endswith((copies.UNFINISHED_MARK, "run.lock")) for name in there)
         record = json.loads(self.proxy.objects(f"{output[12:]}/checkpoints.json").popitem()[1])
         assert sorted(map(int, record)) == [6, 7]
 

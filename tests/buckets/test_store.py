@@ -89,8 +89,8 @@ def test_errors_that_pass_are_tried_again(proxy, tmp_path, how):
     content = {"a.json": b"{}", "deep/b.bin": bytes(range(256)) * 1000}
     for name, data in content.items():
         (folder / name).write_bytes(data)
-    copies.publish(folder, place("kept"))
-    copy = copies.readable("gs://bucket/kept")
+    copies.upload_folder(folder, place("kept"))
+    copy = copies.path_to_read("gs://bucket/kept")
     assert {name: (copy / name).read_bytes() for name in copies.files_in(copy)} == content
     assert {*proxy.objects()} == {"kept/a.json", "kept/deep/b.bin"}
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_being_written_is_not_there(proxy, tmp_path):
     folder.mkdir()
     for name in ("a", "b", "c"):
         (folder / name).write_text("old")
-    copies.publish(folder, place("run/kept"))
+    copies.upload_folder(folder, place("run/kept"))
     proxy.put("run/config.yaml", b"x: 1")
     for name in ("a", "b", "d"):
         (folder / name).write_text("new")
@@ -112,11 +112,11 @@ def test_a_folder_that_is_being_written_is_not_there(proxy, tmp_path):
     def looks(method, path):
         proxy.seen = lambda method, path: None
         try:
-            copy = copies.readable("gs://bucket/run/kept")
+            copy = copies.path_to_read("gs://bucket/run/kept")
             states.append({name: (copy / name).read_text() for name in copies.files_in(copy)})
         except BucketError as error:
             states.append(str(error))
-        whole = {*copies.whole_objects(place("run"))}
+        whole = {*copies.list_finished_objects(place("run"))}
         assert ("kept/a" in whole) == isinstance(states[-1], dict) and "config.yaml" in whole
         proxy.seen = watch
 
@@ -125,9 +125,9 @@ def test_a_folder_that_is_being_written_is_not_there(proxy, tmp_path):
             looks(method, path)
 
     proxy.seen = watch
-    copies.publish(folder, place("run/kept"))
+    copies.upload_folder(folder, place("run/kept"))
     proxy.seen = lambda method, path: None
-    copy = copies.readable("gs://bucket/run/kept")
+    copy = copies.path_to_read("gs://bucket/run/kept")
     last = {name: (copy / name).read_text() for name in copies.files_in(copy)}
     assert last == {"a": "new", "b": "new", "d": "new"}
     old = {"a": "old", "b": "old", "c": "old"}
@@ -147,31 +147,31 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(proxy, tmp_pat
                 proxy.put(f"kept/{name}", b"new")
 
     proxy.seen = replace
-    copy = copies.readable("gs://bucket/kept")
+    copy = copies.path_to_read("gs://bucket/kept")
     assert replaced and {(copy / name).read_bytes() for name in ("a", "b")} == {b"new"}
 
 
 def test_copies_are_made_once_for_each_state(proxy):
     proxy.put("kept/a", b"old")
-    first = copies.readable("gs://bucket/kept")
+    first = copies.path_to_read("gs://bucket/kept")
     before = len(proxy.requests)
-    assert copies.readable("gs://bucket/kept") == first and len(proxy.requests) == before + 1
+    assert copies.path_to_read("gs://bucket/kept") == first and len(proxy.requests) == before + 1
     proxy.put("kept/a", b"new")
-    second = copies.readable("gs://bucket/kept")
+    second = copies.path_to_read("gs://bucket/kept")
     assert (first / "a").read_bytes() == b"old" and (second / "a").read_bytes() == b"new"
-    assert copies.shown(f"see {second}/a") == "see gs://bucket/kept/a"
-    assert copies.origin(second / "a") == place("kept/a")
+    assert copies.replace_copy_paths(f"see {second}/a") == "see gs://bucket/kept/a"
+    assert copies.bucket_address_of(second / "a") == place("kept/a")
 
 
 def test_what_a_writer_leaves_alone_stays(proxy):
     for name in ("kept/weights.bin", "kept/card.md", "file.bin"):
         proxy.put(name, b"content")
-    with copies.staged("gs://bucket/kept") as folder:
+    with copies.path_to_write("gs://bucket/kept") as folder:
         assert (folder / "weights.bin").is_file() and (folder / "card.md").read_text() == "content"
-    with copies.staged("gs://bucket/file.bin") as file:
+    with copies.path_to_write("gs://bucket/file.bin") as file:
         assert file.is_file()
     assert {*proxy.objects().values()} == {b"content"}
-    with copies.staged("gs://bucket/kept") as folder:
+    with copies.path_to_write("gs://bucket/kept") as folder:
         (folder / "new").write_text("more")
         (folder / "card.md").unlink()
     kept = {"kept/weights.bin": b"content", "kept/new": b"more"}
@@ -187,7 +187,7 @@ def test_a_writer_that_fails_tells_those_that_wait_for_it(proxy, monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
-    with pytest.raises(OSError, match="disk"), copies.staged("gs://bucket/new", by_all=True):
+    with pytest.raises(OSError, match="disk"), copies.path_to_write("gs://bucket/new", by_all=True):
         raise OSError("the disk is full")
     assert told == [False, True]
 
@@ -210,16 +210,16 @@ def test_objects_that_no_file_can_be_are_refused(monkeypatch, name):
     client = SimpleNamespace(list_blobs=lambda *args, **options: objects)
     monkeypatch.setattr(store, "_client", lambda: client)
     with pytest.raises(BucketError, match=f"an object '{name}'.*outside the folder"):
-        copies.readable("gs://bucket/kept")
+        copies.path_to_read("gs://bucket/kept")
     del objects[1]
     assert store.list_objects(place("kept")).keys() == {"a"}
 
 
 def test_problems_are_named_with_a_remedy(proxy):
     with pytest.raises(BucketError, match="gs://bucket/none: there is no such object or folder"):
-        copies.readable("gs://bucket/none")
+        copies.path_to_read("gs://bucket/none")
     with pytest.raises(BucketError, match="there is no bucket other"):
-        copies.readable("gs://other/x")
+        copies.path_to_read("gs://other/x")
     with pytest.raises(models.ModelNotFound, match="gs://bucket/none: there is no such"):
         models.from_pretrained("gs://bucket/none")
 

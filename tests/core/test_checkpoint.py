@@ -14,7 +14,7 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 import lora_jax as lj
-from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.saving.fingerprint import base_fingerprint, checksum, keys_that_differ
 from tests.adapted_trees import adapted
 from tests.support import (
     PROGRAMS,
@@ -155,7 +155,7 @@ def test_another_base_can_be_allowed(saved):
 def test_a_base_has_one_fingerprint_in_fp32_and_bf16():
     bf16 = jax.tree.map(lambda v: v.astype(jnp.bfloat16), PARAMS)
     assert base_fingerprint(bf16) == base_fingerprint(PARAMS)
-    assert differing(
+    assert keys_that_differ(
         base_fingerprint(PARAMS | {"norm": PARAMS["norm"] * 1.01}), base_fingerprint(PARAMS)
     ) == ["norm"]
 
@@ -165,11 +165,11 @@ def test_checksums_alone_are_compiled(tmp_path, compiled):
     base = {"dense": {"kernel": np.ones((29, 31), np.float32)}, "norm": np.ones(31, np.float32)}
     tree = adapted(base, lj.LoraRule(targets=["dense"], rank=3, alpha=5.0))
     lj.save_adapter(tmp_path / "adapter", tree)
-    assert set(compiled()) == {"jit(_sums)", "jit(_moveaxis)"}
+    assert set(compiled()) == {"jit(_hash_sums)", "jit(_moveaxis)"}
     n_saving = len(compiled())
     assert n_saving == 5  # of W, the norm, A and B; A is written with its long axis first
     assert_identical(lj.load_adapter(tmp_path / "adapter", base), tree)
-    assert set(compiled()[n_saving:]) <= {"jit(_sums)"}
+    assert set(compiled()[n_saving:]) <= {"jit(_hash_sums)"}
     n_loading = len(compiled())
     jnp.asarray(base["norm"])  # the control
     assert len(compiled()) == n_loading + 1

@@ -108,7 +108,7 @@ def test_what_is_written_without_a_gradient_changes_none(how):
 @pytest.mark.parametrize("fails", [False, True])
 def test_torch_and_torchax_are_as_before_where_no_module_runs(fails):
     def now():
-        return [vars(owner).get(name) for owner, name, _ in backend._EXCHANGED]
+        return [vars(owner).get(name) for owner, name, _ in backend._TORCH_BEHAVIOR]
 
     class Sevenfold(torch.autograd.Function):
         forward = staticmethod(lambda ctx, x: x * x)

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
 from lora_jax.torch import TorchConfig, TorchModelError, attention, from_torch  # noqa: E402
-from lora_jax.torch.module import built  # noqa: E402
+from lora_jax.torch.module import build_module  # noqa: E402
 
 
 def test_rows_that_are_packed_or_padded_are_those_alone(llama):
@@ -125,4 +125,4 @@ def test_sequences_of_a_row_have_their_own_positions(model_type):
 def test_tokens_that_are_compressed_together_are_not_packed():
     fields = next(tiny_configs("deepseek_v4")).to_dict()
     config = TorchConfig.from_hf(fields, scan=False)
-    assert built(config).attends and not config.packs
+    assert build_module(config).attends and not config.packs

@@ -33,7 +33,7 @@ KINDS = {
 def test_answers_are_those_of_transformers(model_type):
     module = random_model(model_type)
     fn, params = from_torch(module)
-    assert ("keys and values kept" in fn.config.cache_line()) == KINDS[model_type]
+    assert ("cached keys and values" in fn.config.cache_line()) == KINDS[model_type]
     drawn = models.generate(fn, params, IDS, MASK, max_new_tokens=NEW, eos_token_id=[])
     ids, mask = torch.tensor(IDS, dtype=torch.long), torch.tensor(MASK)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -78,7 +78,7 @@ def test_rows_go_on_by_themselves():
 
 def test_a_state_in_a_modules_attributes_is_seen_and_left_nowhere():
     fn, params = from_torch(random_model("recurrent_gemma"))
-    assert "more than keys and values" in fn.config.cache_line()
+    assert "other state than keys and values" in fn.config.cache_line()
     jax.eval_shape(lambda p: fn(p, IDS, use_cache=True), params)
     blocks = [layer.temporal_block for layer in fn.built.module.model.layers]
     states = [block.conv1d_state for block in blocks if hasattr(block, "conv1d_state")]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from lora_jax.buckets.copies import PREFIX
+from lora_jax.buckets.copies import COPY_PREFIX
 from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, assert_identical, with_random_factors
 from tests.train.tiny import tokenizer, write_model, write_rows
@@ -156,7 +156,7 @@ def test_the_dtype_is_that_of_the_bases_files(base, trained, tmp_path, capsys):
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
     save_file(tensors, half / "model.safetensors")
     args = ["--adapter", trained / "adapter", "--model", half, "--merged"]
-    output = tmp_path / f"{PREFIX}x1/gs/bucket/merged"  # written here, then sent to the bucket
+    output = tmp_path / f"{COPY_PREFIX}x1/gs/bucket/merged"  # written here, then sent to the bucket
     export(*args, "--output", output)
     said = " ".join(capsys.readouterr().out.split())
     assert 'Load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
@@ -229,7 +229,7 @@ def test_for_serving(base, saved, tmp_path, capsys):
     assert "with --for-serving" in fails(capsys, *args, code=1)
     export(*args, "--for-serving")
     assert "Load it with: PeftModel.from_pretrained(AutoModel" in capsys.readouterr().out
-    copy = tmp_path / f"{PREFIX}x1/gs/bucket/served"
+    copy = tmp_path / f"{COPY_PREFIX}x1/gs/bucket/served"
     export(*args[:3], copy, "--for-serving")
     said = " ".join(capsys.readouterr().out.split())
     assert 'Load it with: lora_jax.peft.load("gs://bucket/served", model, params).' in said

@@ -12,7 +12,7 @@ import jax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import subspace
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import LoraWeight
@@ -364,7 +364,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """
     option_text = f"{option} {name}"
     with as_user_errors(BucketError, prefix=f"{option} "):
-        folder = readable(name, _is_no_state).expanduser()
+        folder = path_to_read(name, _is_no_state).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
             raise UserError(f"{option_text}: There is no such folder. Check the path.")

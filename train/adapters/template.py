@@ -1,6 +1,6 @@
 """Reads a chat template that replaces the model's own, from a Jinja file or an adapter's folder."""
 
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.training.data.templates import check_template
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
@@ -18,7 +18,7 @@ def read_template(path: str, option: str | None = None) -> str:
     """
     option_text = option or f"--chat-template {path}"
     try:
-        text = readable(path).expanduser().read_text(encoding="utf-8")
+        text = path_to_read(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{option_text}: The template cannot be read ({error.strerror or error}). Name a Jinja "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_jax.buckets.copies import shown
+from lora_jax.buckets.copies import replace_copy_paths
 from lora_jax.buckets.store import BucketError
 from lora_jax.training.errors import Interrupted, TrainingError
 from train.console.pipe import closed_pipe
@@ -126,5 +126,5 @@ def flag(name: str, *value: Any) -> str:
 
 def _leave(message: str, code: int) -> NoReturn:
     """Prints a message, and exits."""
-    print(f"\n{shown(message)}", file=sys.stderr, flush=True)
+    print(f"\n{replace_copy_paths(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

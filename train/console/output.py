@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Column, Table
 
-from lora_jax.buckets.copies import shown
+from lora_jax.buckets.copies import replace_copy_paths
 from train.console.errors import UserError
 
 
@@ -79,12 +79,12 @@ def shorten(text: str, max_chars: int) -> str:
 def tell(console: Console, *lines: str) -> None:
     """Prints lines on a console as they are: without markup or colours, and however long."""
     for line in lines:
-        console.print(shown(line), highlight=False, soft_wrap=True, markup=False)
+        console.print(replace_copy_paths(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:
     """Prints a line for people, beside what a program may read on standard output."""
-    print(shown(text), file=sys.stderr, flush=True)
+    print(replace_copy_paths(text), file=sys.stderr, flush=True)
 
 
 def print_figures(

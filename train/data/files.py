@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.buckets.copies import readable
+from lora_jax.buckets.copies import path_to_read
 from lora_jax.buckets.store import BucketError
 from lora_jax.hf.hub import probe_hub
 from lora_jax.hf.images import is_image_file
@@ -66,7 +66,7 @@ def data_path(name: str) -> Path:
       UserError: there is none in the bucket, or the bucket cannot be read.
     """
     with as_user_errors(BucketError, prefix="--dataset "):
-        return readable(name).expanduser()
+        return path_to_read(name).expanduser()
 
 
 def is_image_folder(name: str) -> bool:

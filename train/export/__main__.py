@@ -20,7 +20,7 @@ from rich.table import Column, Table
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.adapt.activate import invocations_of
-from lora_jax.buckets.copies import shown, staged
+from lora_jax.buckets.copies import path_to_write, replace_copy_paths
 from lora_jax.buckets.store import bucket_path
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import QUANTIZE_STORED
@@ -165,7 +165,7 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
     codes_format = None if work.options.quantize else work.adapter.quantize or QUANTIZE_STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
-        work.console.status(f"merging and writing {shown(work.output)}"),
+        work.console.status(f"merging and writing {replace_copy_paths(work.output)}"),
     ):
         params, codes_from, remark = keep_codes(lj.merge(params), model, work.base, codes_format)
         save_pretrained(
@@ -189,7 +189,7 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
             f"The kernels are the dequantized {codes} values of the base plus the update, so a "
             "server runs the model that was trained."
         )
-    output = shown(work.output)
+    output = replace_copy_paths(work.output)
     lora_jax_code = f'lora_jax.models.from_pretrained("{output}")'
     torch_code = f'{auto_class(model)[0]}.from_pretrained("{output}")'
     work.say(describe_loading(lora_jax_code, torch_code, [output]))
@@ -235,7 +235,7 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     arguments = "".join(f", {name}={value!r}" for name, value in options_of_loading.items())
     auto_name, _ = auto_class(model)
     base_code = f'{auto_name}.from_pretrained("{base}"{arguments})'
-    output = shown(work.output)
+    output = replace_copy_paths(work.output)
     lora_jax_code = f'lora_jax.peft.load("{output}", model, params)'
     torch_code = f'PeftModel.from_pretrained({base_code}, "{output}")'
     work.say(describe_loading(lora_jax_code, torch_code, [base, output]))
@@ -345,7 +345,7 @@ def local_output(options: ExportOptions) -> Iterator[ExportOptions]:
             raise UserError(
                 f"--output {bucket_output} is or holds the input {name}. Name another path."
             )
-    with staged(options.output) as folder:
+    with path_to_write(options.output) as folder:
         yield dataclasses.replace(options, output=str(folder))
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.buckets.copies import glimpse
+from lora_jax.buckets.copies import folder_with_files
 from train.console.errors import UserError, flag, reported
 from train.console.help import asks_for_help
 from train.console.program import COMMAND, about, program
@@ -61,7 +61,7 @@ def resume_option(words: Sequence[str]) -> str:
     """
     if len(words) != 1:
         raise UserError(f"{program(_SCRIPT, _RESUME)} needs the output folder, and nothing else")
-    return "--resume" if (glimpse(words[0], (CONFIG,)) / CONFIG).exists() else ""
+    return "--resume" if (folder_with_files(words[0], (CONFIG,)) / CONFIG).exists() else ""
 
 
 def launch_file(words: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from typing import NoReturn
 import jax
 from rich.console import Console
 
-from lora_jax.buckets.copies import shown
+from lora_jax.buckets.copies import replace_copy_paths
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
 from train.console.errors import BAD_INPUT, file_problem, flag
@@ -218,7 +218,7 @@ class Session:
         """Prints the last paragraph, as far as it can still be printed."""
         with contextlib.suppress(OSError, ValueError):
             if message:
-                print(f"\n{shown(message.rstrip())}", file=sys.stderr, flush=True)
+                print(f"\n{replace_copy_paths(message.rstrip())}", file=sys.stderr, flush=True)
             sys.stdout.flush()
 
     def _leave(self, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from lora_jax.buckets.copies import glimpse, is_copy, shown
+from lora_jax.buckets.copies import folder_with_files, is_copy, replace_copy_paths
 from lora_jax.buckets.mirror import FolderMirror
 from lora_jax.buckets.store import BucketError, BucketPath, bucket_path
 from lora_jax.training.arguments import CHECKPOINTS, START, clear
@@ -154,11 +154,11 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
     folder = copy or Path(config.run.output).expanduser()
     if config.run.resume:
         saved = _saved_options(config, folder)
-        check_same_run(config, saved, shown(folder))
+        check_same_run(config, saved, replace_copy_paths(folder))
     elif _holds_run(folder) and not config.run.overwrite:
         raise UserError(
-            f"the output folder {shown(folder)} holds another run: continue it with --resume, "
-            "delete it with --overwrite, or name another folder with --output"
+            f"the output folder {replace_copy_paths(folder)} holds another run: continue it with "
+            "--resume, delete it with --overwrite, or name another folder with --output"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
 def state_of(output: str) -> str:
     """Returns the state of an output folder, in words; changes nothing."""
     with as_user_errors(BucketError, prefix="--output "):
-        folder = glimpse(output, _STATE_FILES)
+        folder = folder_with_files(output, _STATE_FILES)
     if not folder.exists():
         return "this output folder is not there yet"
     if not _holds_run(folder):
@@ -206,12 +206,12 @@ def saved_options(config: Options) -> dict[str, Any]:
     """Returns the options that a resumed run began with; {} for a run that begins."""
     if not config.run.resume:
         return {}
-    return _saved_options(config, glimpse(config.run.output, _STATE_FILES))
+    return _saved_options(config, folder_with_files(config.run.output, _STATE_FILES))
 
 
 def resumed_option(config: Options, name: str) -> str | None:
     """Returns an option of the run that is resumed; None for a run that begins."""
-    has_run = (glimpse(config.run.output, _STATE_FILES) / CONFIG).exists()
+    has_run = (folder_with_files(config.run.output, _STATE_FILES) / CONFIG).exists()
     return saved_options(config).get(name) if has_run else None
 
 
@@ -228,7 +228,7 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
             f"--resume: there is no run in {output} ({CONFIG} is missing); start one without "
             "--resume"
         )
-    problem = f"--resume: {shown(path)} is damaged, or of another script ("
+    problem = f"--resume: {replace_copy_paths(path)} is damaged, or of another script ("
     remedy = "); put it right, or begin again with --overwrite"
     with as_user_errors(UserError, prefix=problem, suffix=remedy):
         return read_options_file(path, config)

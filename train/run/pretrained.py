@@ -29,7 +29,7 @@ from lora_jax.models import ConfigError, key_table
 from lora_jax.models.families import IMAGES, has_images, reading_options
 from lora_jax.models.pretrained import from_pretrained, read_config_file
 from lora_jax.quantized import is_coded
-from lora_jax.saving.checkpoint import TEMPLATE
+from lora_jax.saving.checkpoint import TEMPLATE_FIELD
 from lora_jax.training.data.templates import tells_today, with_date
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.ready import not_finite
@@ -77,7 +77,7 @@ class ModelInfo:
         if self.tokenizer_name is not None:
             facts["tokenizer"] = self.tokenizer_name
         if self.chat_template is not None:
-            facts[TEMPLATE] = self.chat_template
+            facts[TEMPLATE_FIELD] = self.chat_template
         return facts
 
     @property

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_jax.buckets.copies import glimpse, shown
+from lora_jax.buckets.copies import folder_with_files, replace_copy_paths
 from train.adapters.source import AdapterSource, find_adapter
 from train.adapters.template import read_template
 from train.console.errors import UserError
@@ -75,7 +75,7 @@ def _with_data_defaults(options: Any, defaults: Defaults, source: AdapterSource 
         template = source.chat_template
         began_with_template = not _began_without(options, "chat_template")
         if template and getattr(data, "chat_template", "") is None and began_with_template:
-            changes["chat_template"] = shown(template)
+            changes["chat_template"] = replace_copy_paths(template)
     # A resumed run that is older than these options goes on without them.
     for name in ("share_prompt", "replay_routing"):
         if getattr(data, name, False) and _began_without(options, name):
@@ -96,7 +96,7 @@ def _began_without(options: Any, name: str) -> bool:
     """
     if not options.run.resume:
         return False
-    file = glimpse(options.run.output, (CONFIG,)) / CONFIG
+    file = folder_with_files(options.run.output, (CONFIG,)) / CONFIG
     if not file.is_file():
         return False
     with contextlib.suppress(UserError):  # the check of the folder reports a damaged file

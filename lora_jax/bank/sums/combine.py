@@ -30,7 +30,7 @@ from lora_jax.core.weight import (
     map_leaves,
 )
 from lora_jax.lorafy import nodes_of
-from lora_jax.saving.fingerprint import base_fingerprint, differing
+from lora_jax.saving.fingerprint import base_fingerprint, keys_that_differ
 
 _Terms = Mapping[int, Leaf]  # nodes of one path, by the index of their tree
 
@@ -77,7 +77,7 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
             if base_leaf is not frozen_leaf and not is_abstract((frozen_leaf, base_leaf)):
                 other_objects[path] = frozen_leaf
         base_sums = base_fingerprint({path: base[path] for path in other_objects})
-        different_paths = differing(base_sums, base_fingerprint(other_objects))
+        different_paths = keys_that_differ(base_sums, base_fingerprint(other_objects))
         if different_paths:
             raise ValueError(
                 f"{what}: {owner_of_path[different_paths[0]]} and {name} have different "

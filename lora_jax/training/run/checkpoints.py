@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax.buckets.copies import origin, shown
+from lora_jax.buckets.copies import bucket_address_of, replace_copy_paths
 from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
@@ -63,7 +63,7 @@ class Checkpoints:
         self._keep = keep
         self._notice = notice
         self._files: CheckpointFiles
-        bucket_folder = origin(self.folder)
+        bucket_folder = bucket_address_of(self.folder)
         if bucket_folder is None:
             self._files = DiskFiles(self.folder, self._record)
         else:
@@ -121,7 +121,7 @@ class Checkpoints:
     def settle(self) -> None:
         """Waits until what was saved is written, and says so; raises what went wrong."""
         if self._files.is_writing:
-            self._notice(f"waiting until the checkpoint is in {shown(self.folder)}")
+            self._notice(f"waiting until the checkpoint is in {replace_copy_paths(self.folder)}")
         self._files.wait()
 
     def run_of_newest(self) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ class Checkpoints:
           DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
         """
         *earlier_steps, newest = self.steps()
-        folder = shown(self.folder / str(newest))
+        folder = replace_copy_paths(self.folder / str(newest))
         try:
             return self._read(newest, like)
         except DamagedCheckpoint as error:
@@ -215,9 +215,9 @@ class Checkpoints:
                 return {}
             raise DamagedCheckpoint(
                 lambda option: (
-                    f"{shown(self._record)} is missing or cannot be read, and it alone tells which "
-                    f"of the checkpoints in {shown(self.folder)} are whole: put it back, or "
-                    f"{_begin_again(option)}"
+                    f"{replace_copy_paths(self._record)} is missing or cannot be read, and it "
+                    f"alone tells which of the checkpoints in {replace_copy_paths(self.folder)} "
+                    f"are whole: put it back, or {_begin_again(option)}"
                 )
             ) from error
 
