@@ -65,8 +65,8 @@ Result = TypeVar("Result")
 def replace_copy_paths(text: str | os.PathLike[str]) -> str:
     """Returns a text in which addresses in buckets replace the paths of their copies.
 
-    >>> from lora_jax.buckets.copies import shown
-    >>> shown("saved in /tmp/lora_jax_bucket_x1/gs/bucket/run/adapter")
+    >>> from lora_jax.buckets.copies import replace_copy_paths
+    >>> replace_copy_paths("saved in /tmp/lora_jax_bucket_x1/gs/bucket/run/adapter")
     'saved in gs://bucket/run/adapter'
     """
     return _COPY_IN_TEXT.sub("gs://", os.fspath(text))

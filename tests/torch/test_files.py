@@ -70,9 +70,9 @@ def test_parts_of_tensors_in_files(tmp_path, monkeypatch):
     random_model("deepseek_v3").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors, joined = load_file(file), []
-    join = TorchFolder._join
+    join = TorchFolder._join_parts
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(TorchFolder, "_join", lambda *a: joined.append(a[1]) or join(*a))
+    monkeypatch.setattr(TorchFolder, "_join_parts", lambda *a: joined.append(a[1]) or join(*a))
     experts = "model.layers.{}.mlp.experts.{}.up_proj.weight"
     up = tensors[experts.format(1, 3)]
     save_file({**tensors, experts.format(61, 0): up}, file)
