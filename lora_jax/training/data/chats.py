@@ -70,7 +70,7 @@ def chats(
     >>> examples = training.chats(rows, tokenizer, seq_len=64)  # doctest: +SKIP
     """
     if not rows:
-        raise TrainingError(f"{source} is empty")
+        raise TrainingError(f"{source} is empty. Give data with at least one row.")
     check_rows(rows, source)
     pictures = None if images is None else pictures_of(rows, images, source)
     tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
@@ -103,8 +103,8 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
     if packing:
         raise TrainingError(
             lambda option: (
-                f"{option('packing', True)}: rows have images, and each needs a row of a batch for "
-                "itself: leave it out"
+                f"{option('packing', True)} does not work with images, because each example with "
+                f"images needs its own row of a batch. Remove {option('packing')}."
             )
         )
     table = packs.table
@@ -309,15 +309,15 @@ def check_lengths(
         image_remedy = ""
         if images:
             image_remedy = (
-                "; an image has fewer tokens with a smaller longest_edge in the size of "
+                ". For fewer tokens of images, reduce longest_edge in the size of "
                 "preprocessor_config.json, in a copy of the model's folder"
             )
         raise TrainingError(
             lambda option: (
                 f"{n_longer} of {len(sequences)} sequences are longer than "
-                f"{option('seq_len', seq_len)}, the longest has {longest} tokens. Raise "
-                f"{option('seq_len')} to {longest}, take those rows out, or cut them off at the "
-                f"end with {option('truncate', True)}{image_remedy}"
+                f"{option('seq_len', seq_len)}. The longest sequence has {longest} tokens. "
+                f"Increase {option('seq_len')} to {longest}, remove these rows, or cut off their "
+                f"ends with {option('truncate', True)}{image_remedy}."
             )
         )
     table = table.cut(seq_len)
@@ -325,6 +325,9 @@ def check_lengths(
     table = table.select(np.flatnonzero(np.repeat(is_usable_unit, a_unit)))
     if not len(table):
         raise TrainingError(
-            lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
+            lambda option: (
+                f"{option('seq_len', seq_len)} cuts off every row before its completion begins, so "
+                f"there is nothing to learn. Increase {option('seq_len')}, or shorten the prompts."
+            )
         )
     return table

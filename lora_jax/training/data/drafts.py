@@ -75,7 +75,10 @@ def errors_of(name: str) -> Iterator[None]:
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}") from None
     except Exception as error:  # a template refuses a conversation in its own words
-        raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
+        raise TrainingError(
+            f"{name}: the model's chat template refuses the chat ({error}). Correct or remove the "
+            "row."
+        ) from error
 
 
 def plain_parts(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
@@ -83,8 +86,8 @@ def plain_parts(chat: Conversation, name: str, train_on: TrainOn) -> list[Counte
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
         raise TrainingError(
-            f"{name} is a chat, and the model has no chat template: give prompts and completions "
-            "that are texts, or a model that was made for chats"
+            f"{name} is a chat, but the model has no chat template. Use prompts and completions "
+            "that are texts, or a model that was made for chats."
         )
     templates.check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
@@ -161,9 +164,9 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
                 text = prompt + answer
         if not text.startswith(prompt):
             raise TrainingError(
-                "the model's chat template renders an answer otherwise than its prompt announces, "
-                f"so that the answer cannot be found in it: {shown(prompt[-60:])} is no part of "
-                f"{shown(text[-120:])}"
+                "the model's chat template renders an answer differently from its prompt, so the "
+                f"answer cannot be found: {shown(prompt[-60:])} is no part of "
+                f"{shown(text[-120:])}. Use another chat template."
             )
         templates.check_calls(turn, text[len(prompt) :])
         spans.append(AnswerSpan(index, text, (len(prompt), len(text))))
@@ -218,9 +221,9 @@ def _spans_without_muted(
             continue
         if not text.startswith(answer.text):
             raise TrainingError(
-                f"turn {answer.turn} has the weight 0, and the model's chat template renders it "
-                "otherwise once others follow, so that it cannot be found: leave out the weight, "
-                "or learn what the assistant says rather than all"
+                f"turn {answer.turn} has the weight 0, but the model's chat template renders it "
+                "differently if other turns follow, so it cannot be found. Remove the weight, or "
+                "learn only what the assistant says."
             )
         spans.append((begin, answer.span[0]))
         begin = answer.span[1]
@@ -251,7 +254,10 @@ def _drafts_by_marks(
     ids = np.array(encoding["input_ids"], np.int32)
     counts = np.array(encoding["assistant_masks"], bool)
     if not counts.any():
-        raise TrainingError("the model's chat template marks no token as generated")
+        raise TrainingError(
+            "the model's chat template marks no token of this chat as generated. Use a template "
+            "that marks what the assistant says."
+        )
     runs = _run_bounds(counts)
     end = int(runs[-1][1])
     if train_on == "all":
@@ -259,9 +265,9 @@ def _drafts_by_marks(
     muted_indices = [index for index in answer_indices if not is_learned(turns[index])]
     if muted_indices and len(runs) != len(answer_indices):
         raise TrainingError(
-            f"turn {muted_indices[0]} has the weight 0, and cannot be told from the others: "
-            f"the model's chat template marks {len(runs)} texts as generated, for "
-            f"{len(answer_indices)} turns of the assistant. Leave out the weights of this row"
+            f"turn {muted_indices[0]} has the weight 0, but the tokens of each turn cannot be "
+            f"found, because the model's chat template marks {len(runs)} texts as generated for "
+            f"{len(answer_indices)} turns of the assistant. Remove the weights of this row."
         )
     for index in muted_indices:
         begin, stop = runs[answer_indices.index(index)]

@@ -9,9 +9,9 @@ from lora_jax.training.errors import TrainingError
 IMAGES = "images"  # a row's field
 _IMAGE_FIELDS = ("image", "path", "url")  # fields of a part that holds its image itself
 TEXTS_ONLY = (
-    "images, and only texts are read here. Images go with the supervised fine-tuning of a model "
-    "that reads them (SmolVLM, Qwen3.5), on rows in memory, and with its answers: leave them out "
-    "otherwise"
+    "images, but only texts can be used here. Images work in the supervised fine-tuning of a model "
+    "that reads them (SmolVLM, Qwen3.5), on rows in memory, and in its answers. Otherwise, remove "
+    "the images."
 )
 
 
@@ -84,8 +84,8 @@ def shown_images(
     is_image_missing = any(image is None for image in images)
     if is_image_missing or next(unused_images, None) is not None:
         raise TrainingError(
-            f"{name} has {len(row_images)} images, and {len(image_parts)} parts of the type "
-            "'image': give an image for each of these parts"
+            f"{name} has {len(row_images)} images, but {len(image_parts)} parts of the type "
+            "'image'. Give one image for each of these parts."
         )
     for turn in template_turns:
         if isinstance(turn.get("content"), list):

@@ -155,8 +155,8 @@ def label_indices(rows: Sequence[Row], names: Sequence[str], label: str, source:
     for number, row in enumerate(rows, start=1):
         if str(row[label]) not in index_of_name:
             raise TrainingError(
-                f"{name_of(row, source, number)}: the label {row[label]!r} is none of "
-                f"those to train on: {', '.join(names)}"
+                f"{name_of(row, source, number)}: the label {row[label]!r} is none of the labels "
+                f"of training: {', '.join(names)}. Correct the label, or remove the row."
             )
     return np.array([index_of_name[str(row[label])] for row in rows], np.int32)
 
@@ -188,9 +188,9 @@ def padded_texts(
     if n_longer:
         raise TrainingError(
             lambda option: (
-                f"{source}: {n_longer} of {n} texts are longer than {option('seq_len', seq_len)}, "
-                f"the longest has {max(lengths)} tokens. Raise {option('seq_len')}, take those "
-                f"rows out, or cut them off with {option('truncate', True)}"
+                f"{source}: {n_longer} of {n} texts are longer than {option('seq_len', seq_len)}. "
+                f"The longest text has {max(lengths)} tokens. Increase {option('seq_len')}, remove "
+                f"these rows, or cut them off with {option('truncate', True)}."
             )
         )
     padded_length = round_up(max(lengths), seq_len)
@@ -241,10 +241,13 @@ def no_field(row: Row, where: str, option: str, field: str, needed: str) -> Trai
       needed: what has to stand there, in words.
     """
     if field in row:
-        return TrainingError(f"{where}: `{field}` is {shown(row[field])}; {needed} is needed")
+        return TrainingError(
+            f"{where}: `{field}` is {shown(row[field])}, but it must be {needed}. Correct the row."
+        )
     return TrainingError(
         lambda written: (
-            f"{where} has {field_names(row)}, and no `{field}`: name the field by {written(option)}"
+            f"{where} has {field_names(row)}, but no `{field}`. Name the field with "
+            f"{written(option)}."
         )
     )
 
@@ -266,7 +269,8 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
     names = {str(row[label]) for row in rows}
     if len(names) < 2:
         raise TrainingError(
-            f"all rows have the label {names.pop()}: there is nothing to tell apart"
+            f"all rows have the label {names.pop()}, so there is nothing to classify. Add rows "
+            "with other labels."
         )
     has_numbers_alone = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=int) if has_numbers_alone else sorted(names))

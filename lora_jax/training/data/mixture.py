@@ -87,7 +87,7 @@ def shares_of(
     for name, weight, n_drawn in zip(names, weights, drawn_units.tolist(), strict=True):
         if n_drawn < 1:
             raise TrainingError(
-                f"{name}: its weight {weight:g} of {total_weight:g} is less than one in the "
-                f"{sum(rows):,} rows of an epoch: give it a larger weight, or leave it out"
+                f"{name}: its weight {weight:g} of {total_weight:g} is less than one row in the "
+                f"{sum(rows):,} rows of an epoch. Increase its weight, or remove the data set."
             )
     return Shares(ends=tuple(np.cumsum(units).tolist()), drawn=tuple(drawn_units.tolist()))

@@ -87,7 +87,7 @@ def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[T
         fields = ("completion",)
     answers = [text_or_turns(row[field], field, name) for field in fields]
     if _is_pair(row) and answers[0] == answers[1]:
-        raise TrainingError(f"{name}: `chosen` and `rejected` are the same: leave the row out")
+        raise TrainingError(f"{name}: `chosen` and `rejected` are the same. Remove the row.")
     prompt_content = row.get("prompt")
     text = None
     if prompt_content is None:
@@ -112,7 +112,9 @@ def _check_labelled(row: Row, name: str, labelled: bool) -> None:
         check_nulls(row, _PAIR + _LABELLED if labelled else _PAIR, name)
         raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
     if not isinstance(row["label"], bool):
-        raise TrainingError(f"{name}: `label` is {shown(row['label'])}; true or false is needed")
+        raise TrainingError(
+            f"{name}: `label` is {shown(row['label'])}, but it must be true or false. Correct it."
+        )
 
 
 def _completion_turns(answer: TextOrTurns, prompt: Turns, field: str, name: str) -> Turns:
@@ -128,12 +130,14 @@ def _completion_turns(answer: TextOrTurns, prompt: Turns, field: str, name: str)
     roles = [turn["role"] for turn in turns]
     if {*roles[:1], *roles[-1:]} != {"assistant"}:
         raise TrainingError(
-            f"{name}: after the prompt, `{field}` has the turns {', '.join(roles) or 'none'}; "
-            "they need to begin and end with the assistant's"
+            f"{name}: after the prompt, `{field}` has the turns {', '.join(roles) or 'none'}, but "
+            "these must begin and end with an assistant's turn. Correct the row."
         )
     learned_turns = [turn for turn in turns if turn["role"] == "assistant" and is_learned(turn)]
     if not any(turn.get("content") or turn.get("tool_calls") for turn in learned_turns):
-        raise TrainingError(f"{name}: the assistant says nothing in `{field}`")
+        raise TrainingError(
+            f"{name}: the assistant says nothing in `{field}`. Fill it in, or remove the row."
+        )
     return turns
 
 
@@ -150,8 +154,8 @@ def _check_read(row: Row, beginning: TextOrTurns, name: str) -> None:
         value = row.get(field)
         if isinstance(value, str) and _one_spaced(value) not in beginning_text:
             raise TrainingError(
-                f"{name} has no `prompt`, and its `{field}` would not be read: rename it (in a "
-                f"script, --fields prompt={field}), or take it out"
+                f"{name} has no `prompt`, and its `{field}` would not be read. Rename it to "
+                f"`prompt` (in a script with --fields prompt={field}), or remove it."
             )
 
 
@@ -198,8 +202,8 @@ def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled:
                 "texts without a `prompt`" if prompt.text is not None else "a model that has none"
             )
             raise TrainingError(
-                f"{name}: `system` is a turn of a chat template, and not of {context}: write it "
-                "into the texts, and take it out"
+                f"{name}: `system` is a turn of a chat template, and not of {context}. Write it "
+                "into the texts, and remove the field."
             )
         if is_plain:
             prompt_part, completion_part = plain_parts(chat, name, "last")
@@ -235,8 +239,8 @@ def _render_chat(
     text: str = templates.render(chat, n_turns, tokenizer)
     if not all(text.startswith(answer.text) for answer in answers):
         raise TrainingError(
-            "the model's chat template renders a turn of the assistant otherwise once others "
-            "follow, so that the turns of a completion cannot be found: give completions of one"
+            "the model's chat template renders an assistant's turn differently if other turns "
+            "follow, so the turns of a completion cannot be found. Use completions of one"
         )
     rendered = templates.Rendered(chat, n_turns, text, tokenizer)
     rendered.check(n_turns)

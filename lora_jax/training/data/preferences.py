@@ -224,7 +224,10 @@ def pack_pairs(
       ValueError: labelled completions share no prompt.
     """
     if labelled and share_prompt:
-        raise ValueError("labelled completions have a prompt each: share_prompt is for pairs")
+        raise ValueError(
+            "share_prompt is only for pairs, because each labelled completion has its own prompt. "
+            "Remove share_prompt."
+        )
     a_unit = 1 if labelled else 2
     completion = None
     branches = None
@@ -296,7 +299,7 @@ def pairs(
     >>> examples = training.pairs(rows, tokenizer, seq_len=64)  # doctest: +SKIP
     """
     if not rows:
-        raise TrainingError(f"{source} is empty")
+        raise TrainingError(f"{source} is empty. Give data with at least one row.")
     check_pairs(rows, source, labelled=labelled)
     say = functools.partial(warn, above=2)
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)

@@ -86,7 +86,10 @@ def conversation(row: Row, name: str) -> Conversation:
     form = _form_of(row, name)
     if form == ("text",):
         if row.get(IMAGES):
-            raise TrainingError(f"{name} has images and a `text`: only turns show images")
+            raise TrainingError(
+                f"{name} has images and a `text`, but only turns can show images. Use `messages` "
+                "in place of `text`."
+            )
         return Conversation([], text=_text(row, "text", name))
     if form == ("messages",):
         messages = read_turns(row["messages"], "messages", name)
@@ -124,7 +127,7 @@ def check_nulls(row: Row, fields: Sequence[str], name: str) -> None:
     """Raises TrainingError if one of these fields is there and null."""
     for field in fields:
         if field in row and row[field] is None:
-            raise TrainingError(f"{name}: `{field}` is null: fill it in, or leave the row out")
+            raise TrainingError(f"{name}: `{field}` is null. Fill it in, or remove the row.")
 
 
 def check_rows(
@@ -170,15 +173,15 @@ def question(row: Row, name: str, *, images: bool = False) -> Conversation:
     field = next((f for f in ("messages", "prompt") if row.get(f) is not None), None)
     if field is None:
         raise TrainingError(
-            f"{name} has {field_names(row)}; a row needs `prompt` (a text), or `messages` (a list "
-            "of turns with `role` and `content`)"
+            f"{name} has {field_names(row)}, but a row needs `prompt` (a text), or `messages` (a "
+            "list of turns with `role` and `content`). Rename the fields."
         )
     value = row[field] if field == "prompt" else as_list(row[field], field, name)
     turns = as_turns(text_or_turns(value, field, name, images=images), "user")
     if turns[-1]["role"] == "assistant":
         raise TrainingError(
-            f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
-            "out"
+            f"{name} ends with an assistant's turn, so there is nothing to answer. Remove that "
+            "turn."
         )
     prompt = _conversation_of(turns, row, name)
     if prompt.images and not images:
@@ -199,16 +202,16 @@ def system_turns(row: Row, turns: Sequence[Message], name: str) -> list[dict[str
         return []
     if not isinstance(system, str):
         raise TrainingError(
-            f"{name}: `system` is {shown(system)}; a text is needed, the prompt's first turn: "
-            "rename what is something else"
+            f"{name}: `system` is {shown(system)}, but it must be a text, which becomes the "
+            "prompt's first turn. Rename the field if it is something else."
         )
     first = turns[0]
     if first["role"] == "system":
         if first.get("content") == system:
             return []
         raise TrainingError(
-            f"{name} has a `system`, and its prompt begins with another turn of the system: leave "
-            "one out"
+            f"{name} has a `system`, but its prompt begins with another system turn. Remove one of "
+            "them."
         )
     return [{"role": "system", "content": system}]
 
@@ -225,7 +228,7 @@ def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) ->
             raise TrainingError(f"{name} has {TEXTS_ONLY}")
         return turns
     if not value.strip():
-        raise TrainingError(f"{name}: `{field}` is empty")
+        raise TrainingError(f"{name}: `{field}` is empty. Fill it in, or remove the row.")
     return value
 
 
@@ -237,7 +240,10 @@ def as_turns(content: TextOrTurns, role: str) -> list[dict[str, Any]]:
 def _options(row: Row, name: str) -> Mapping[str, Any]:
     options = parse_json(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, Mapping):
-        raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
+        raise TrainingError(
+            f"{name}: `chat_template_kwargs` is {shown(options)}, but it must be an object. "
+            "Correct or remove it."
+        )
     chosen = {option: value for option, value in options.items() if value is not None}
     another = ", or another name if it is not for the model"
     if documents := _objects(row, "documents", name, another):
@@ -275,8 +281,8 @@ def check_text(text: str, name: str) -> None:
     except UnicodeEncodeError as error:
         half, around = text[error.start], text[max(error.start - 20, 0) : error.start + 20]
         raise TrainingError(
-            f"{name} has {ascii(half)[1:-1]} in {ascii(around)}, one half of a surrogate pair, "
-            "which is no character: write the whole character, or take it out"
+            f"{name} has {ascii(half)[1:-1]} in {ascii(around)}, which is one half of a surrogate "
+            "pair and no character. Write the whole character, or remove it."
         ) from None
 
 

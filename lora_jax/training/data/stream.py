@@ -227,7 +227,10 @@ class Stream:
         else:
             self._n_empty_chunks += 1
             if self._n_empty_chunks > n_epoch_chunks:
-                raise TrainingError("no row of the data has a token that the loss counts")
+                raise TrainingError(
+                    "the data have no row with a token that the loss counts. Add rows with "
+                    "completions, or increase the sequence length."
+                )
         is_epoch_over = position.chunk + 1 == n_epoch_chunks
         if is_epoch_over:
             self._next_position = Position(epoch=position.epoch + 1, chunk=0, first=chunk.end)

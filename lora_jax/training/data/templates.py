@@ -35,7 +35,7 @@ _FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function
 _LONG = 20  # characters of a text that is hardly in a rendered chat by chance
 _CHANGE = " And so on."
 _TOOLS_REMEDY = (
-    "Give a model whose template knows tools, or a template that does (--chat-template FILE; in "
+    "Use a model whose template shows tools, a template that does (--chat-template FILE; in "
     "Python, tokenizer.chat_template)"
 )
 _MARK = "qzjxvk"  # stands in no text
@@ -89,7 +89,9 @@ def with_date(template: str, day: datetime.date) -> str:
     """
     formats = {match[2]: day.strftime(match[2]) for match in _DATES.finditer(template)}
     if not formats:
-        raise TrainingError("the model's chat template tells no date")
+        raise TrainingError(
+            "the model's chat template shows no date, so a date has no effect. Remove the date."
+        )
     if template.startswith(_MACRO):  # told another day before
         template = template.partition(_END)[2]
     return f"{_MACRO}{{{{ {json.dumps(formats)}[format] }}}}{_END}{template}"
@@ -156,20 +158,20 @@ def check_variables(chat: Conversation, template: str) -> None:
     for name in chat.options:
         if name in _SET_HERE:
             raise TrainingError(
-                f"`chat_template_kwargs` has `{name}`, which comes from the row itself: leave it "
-                "out there"
+                f"`chat_template_kwargs` has `{name}`, which comes from the row itself. Remove it "
+                "from `chat_template_kwargs`."
             )
         if name in template_variables:
             continue
         if name == "documents":
             raise TrainingError(
-                "the model's chat template does not read `documents`: write them into a turn, or "
-                "leave the field out"
+                "the model's chat template does not read `documents`. Write the documents into a "
+                "turn, or remove the field."
             )
         alternatives = ", ".join(sorted(template_variables - {*_SET_HERE})) or "none"
         raise TrainingError(
-            f"the model's chat template does not read `{name}` of `chat_template_kwargs`: correct "
-            f"the name or leave it out (variables that it reads: {alternatives})"
+            f"the model's chat template does not read `{name}` of `chat_template_kwargs`. Correct "
+            f"the name, or remove it. The template reads these variables: {alternatives}."
         )
 
 
@@ -188,11 +190,14 @@ def check_template(template: str) -> None:
         jinja2.Environment(extensions=_EXTENSIONS).from_string(_TAGS.sub("", template))
         template_variables = _variables(template)
     except jinja2.TemplateSyntaxError as error:
-        raise TrainingError(f"line {error.lineno} is no Jinja: {error.message}") from error
+        raise TrainingError(
+            f"line {error.lineno} of the chat template is not valid Jinja ({error.message}). "
+            "Correct the template."
+        ) from error
     if "messages" not in template_variables:
         raise TrainingError(
-            "the chat template does not read `messages`, so that all chats would be the same text: "
-            "give a template of Jinja that renders them"
+            "the chat template does not read `messages`, so all chats would become the same text. "
+            "Give a Jinja template that renders `messages`."
         )
 
 
@@ -210,7 +215,8 @@ def _jinja2() -> ModuleType:
         import jinja2.meta
     except ImportError:
         raise ImportError(
-            "a chat template needs the package jinja2: pip install 'lora_jax[models]'"
+            "chat templates need the package jinja2, which is not installed. Run pip install "
+            "'lora_jax[models]'"
         ) from None
     return jinja2
 
@@ -224,8 +230,8 @@ def check_without_template(chat: Conversation, name: str) -> None:
             template_names += _fields_in(turn, field_names)
     if template_names:
         raise TrainingError(
-            f"{name} has `{template_names[0]}`, and the model has no chat template to show it: "
-            "leave the field out, or give a model that was made for chats"
+            f"{name} has `{template_names[0]}`, but the model has no chat template to show it. "
+            "Remove the field, or use a model that was made for chats."
         )
 
 
@@ -271,7 +277,7 @@ class Rendered(NamedTuple):
             hidden_name, where = hidden_names[0], "only there where a turn says it, in"
         raise TrainingError(
             f"the model's chat template shows no tools: {hidden_name!r} is {where} "
-            f"{shown(self.text)}. {_TOOLS_REMEDY}, or rows without `tools`"
+            f"{shown(self.text)}. {_TOOLS_REMEDY}, or rows without `tools`."
         )
 
     def _hidden_tools(self, name_of_tool: Mapping[int, str]) -> list[str]:
@@ -318,8 +324,8 @@ class Rendered(NamedTuple):
                 "Put it into the first user turn, or give a model whose template knows this role"
             )
         raise TrainingError(
-            f"the model's chat template shows no turns of the role {role!r} here: {shown(text)} is "
-            f"not in {shown(self.text)}. {remedy}"
+            f"the model's chat template does not show this turn of the role {role!r}: "
+            f"{shown(text)} is not in {shown(self.text)}. {remedy}"
         )
 
     def left_out(self, n: int, texts: Mapping[int, str]) -> dict[str, LeftOut]:
@@ -352,9 +358,9 @@ class Rendered(NamedTuple):
             field = fields_of_turn[first_turn][0]
             if len(never_shown) == len(fields_of_turn):
                 raise TrainingError(
-                    f"the model's chat template does not show `{field}` (of turn {first_turn}: "
-                    f"{shown(self.chat.messages[first_turn][field])}): leave the field out, write "
-                    "it into `content`, or give a model whose template shows it"
+                    f"the model's chat template does not show `{field}` of turn {first_turn} "
+                    f"({shown(self.chat.messages[first_turn][field])}). Remove the field, write it "
+                    "into `content`, or use a model whose template shows it."
                 )
             counts[field] = LeftOut(
                 turns=len(fields_of_turn),
@@ -446,7 +452,7 @@ def check_calls(turn: Message, text: str) -> None:
         if name not in text:
             raise TrainingError(
                 f"the model's chat template shows no tool calls: {name!r} is not in "
-                f"{shown(text)}. {_TOOLS_REMEDY}, or rows without calls"
+                f"{shown(text)}. {_TOOLS_REMEDY}, or rows without calls."
             )
 
 

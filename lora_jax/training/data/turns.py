@@ -12,7 +12,7 @@ from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, Any]
 
-_A_TURN = "a turn needs `role` and `content`, two texts"
+_A_TURN = "a turn needs `role` and `content`, two texts. Correct the turn."
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
@@ -29,15 +29,19 @@ def read_turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
     turns = [read_turn(turn, i, name) for i, turn in enumerate(as_list(messages, field, name))]
     roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
-        raise TrainingError(f"{name} has no assistant turn to learn from, only {', '.join(roles)}")
+        raise TrainingError(
+            f"{name} has no assistant turn to learn from, only {', '.join(roles)}. Add an answer, "
+            "or remove the row."
+        )
     if roles[0] == "assistant":
         raise TrainingError(
-            f"{name} begins with an assistant turn; there is nothing that it answers"
+            f"{name} begins with an assistant turn, which answers nothing. Add a turn of the user "
+            "before it, or remove the row."
         )
     if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
         raise TrainingError(
-            f"{name}: all assistant turns have the weight 0, and there is nothing to learn: leave "
-            "the row out"
+            f"{name}: all assistant turns have the weight 0, so there is nothing to learn. Remove "
+            "the row."
         )
     return turns
 
@@ -84,11 +88,13 @@ def _check_weight(turn: Message, role: str, label: str) -> None:
     """Raises a TrainingError unless a turn's weight is 0 or 1 and the turn is the assistant's."""
     weight = turn.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise TrainingError(f"{label} is {shown(weight)}: 0 (not learned) or 1 is needed")
+        raise TrainingError(
+            f"{label} is {shown(weight)}, but it must be 0 (not learned) or 1. Correct the weight."
+        )
     if "weight" in turn and role != "assistant":
         raise TrainingError(
-            f"{label} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
-            "it out"
+            f"{label} belongs to the role {role!r}, but only turns of the assistant have weights. "
+            "Remove it."
         )
 
 
@@ -99,9 +105,14 @@ def _calls(calls: Any, role: str, label: str) -> list[dict[str, Any]]:
     text would be quoted twice.
     """
     if role != "assistant":
-        raise TrainingError(f"{label} are of the role {role!r}; only an assistant calls tools")
+        raise TrainingError(
+            f"{label} belong to the role {role!r}, but only an assistant calls tools. Remove them, "
+            "or correct the role."
+        )
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise TrainingError(f"{label} is {shown(calls)}; a list of calls is needed")
+        raise TrainingError(
+            f"{label} is {shown(calls)}, but it must be a list of calls. Correct it."
+        )
     return [_parsed_call(call, label) for call in calls]
 
 
@@ -112,13 +123,14 @@ def _parsed_call(call: Any, label: str) -> dict[str, Any]:
         function = call.get("function") or call
     if function is None or not isinstance(function.get("name"), str):
         raise TrainingError(
-            f"{label} has {shown(call)}; a call needs `function` with `name` and `arguments`"
+            f"{label} has {shown(call)}, but a call needs `function` with `name` and `arguments`. "
+            "Correct the call."
         )
     arguments = parse_json(function.get("arguments", {}))
     if not isinstance(arguments, Mapping):
         raise TrainingError(
-            f"{label}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
-            "object is needed, or the JSON of one"
+            f"{label}: `arguments` of {function['name']} is {shown(function['arguments'])}, but it "
+            "must be an object, or an object as JSON text. Correct it."
         )
     parsed_function = {**function, "arguments": arguments}
     has_function_field = bool(call.get("function"))
@@ -133,8 +145,8 @@ def sharegpt_turn(turn: Any, index: int, name: str) -> Any:
     value = turn.get("value")
     if role is None:
         raise TrainingError(
-            f"{name}: `from` of turn {index} is {shown(turn['from'])}; one of "
-            f"{', '.join(_ROLES)} is needed"
+            f"{name}: `from` of turn {index} is {shown(turn['from'])}, but it must be one of "
+            f"{', '.join(_ROLES)}. Correct it."
         )
     if role == "function_call":
         calls = parse_json(value)
@@ -147,7 +159,9 @@ def as_list(value: Any, field: str, name: str) -> Sequence[Any]:
     """Returns the list of turns that a field holds, as it is or as JSON."""
     items = parse_json(value)
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        raise TrainingError(f"{name}: `{field}` is {shown(value)}; a list of turns is needed")
+        raise TrainingError(
+            f"{name}: `{field}` is {shown(value)}, but it must be a list of turns. Correct it."
+        )
     return items
 
 

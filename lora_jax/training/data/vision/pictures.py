@@ -60,9 +60,9 @@ class Pictures:
         is_image_unused = whole and n_places < len(grids)
         if is_image_missing or is_image_unused:
             raise TrainingError(
-                f"{name} has {len(grids)} images, and the chat that the model learns or answers "
-                f"has {n_places} places for them: the model's chat template leaves some out, a "
-                "text has the token for an image, or images follow the last answer"
+                f"{name} has {len(grids)} images, but its rendered chat has {n_places} places for "
+                "them. Either the chat template omits some images, or a text has the token for an "
+                "image, or images follow the last answer. Correct the row."
             )
         ids_of_images = [self.reader.written(grid) for grid in grids[:n_places]]
         # Each token is repeated as often as it has tokens; those of images are then written over.
@@ -203,5 +203,5 @@ def check_read(problems: Sequence[str], n_images: int) -> None:
         problem_list += f" and {len(problems) - _MAX_NAMED} more"
     raise TrainingError(
         f"{len(problems)} of {n_images} images cannot be used: {problem_list}. "
-        "Replace them, or take them out"
+        "Replace or remove them."
     )
