@@ -103,7 +103,10 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
         if self._entries:
             earlier_keys_and_values = self._earlier[layer_idx]
         else:  # the first call of the module
-            earlier_keys_and_values = map(self._empty_slots, new_keys_and_values)
+            earlier_keys_and_values = (
+                self._empty_slots(new_keys_and_values[0]),
+                self._empty_slots(new_keys_and_values[1]),
+            )
         updated = []
         for earlier, new in zip(earlier_keys_and_values, new_keys_and_values, strict=True):
             slots = put_slots(earlier, new, self._placed.first, batch=0, axis=2)

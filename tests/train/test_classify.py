@@ -334,7 +334,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
         return fails(capsys, *model, *output, "--seq-len", 16, *args)
 
     good = [{"text": "abc", "label": i % 2} for i in range(10)]
-    assert "line 11 has `label`, and no `text`: name the field by --text" in message(
+    assert "line 11 has `label`, but no `text`. Name the field with --text" in message(
         [*good, {"label": 1}]
     )
     assert "line 11: `text` is None; a text is needed" in message(

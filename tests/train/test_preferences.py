@@ -301,7 +301,7 @@ BAD = {
     "equal": (
         [{"prompt": "a", "chosen": "b", "rejected": "b"}],
         [],
-        "line 1: `chosen` and `rejected` are the same: leave the row out",
+        "line 1: `chosen` and `rejected` are the same. Remove the row",
     ),
     "empty": ([{"prompt": "a", "chosen": "", "rejected": "b"}], [], "line 1: `chosen` is empty"),
     "no pair": ([{"prompt": "a", "completion": "b"}], [], "line 1 has"),

@@ -257,7 +257,7 @@ def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):
     assert "line 7 has `prompt`, `chosen`; a row needs `prompt`, `chosen`" in message(
         [*good, {"prompt": "a", "chosen": "b"}]
     )
-    assert "line 7: `chosen` and `rejected` are the same: leave the row out" in message(
+    assert "line 7: `chosen` and `rejected` are the same. Remove the row" in message(
         [*good, {"prompt": "a", "chosen": "b", "rejected": "b"}]
     )
     assert "line 7: `rejected` is empty" in message(

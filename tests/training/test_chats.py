@@ -64,7 +64,7 @@ def test_the_system_of_a_row_is_its_first_turn(row):
     assert counted({**row, "system": "Be."}) == counted({"messages": said})
     for nothing in ("", None):
         assert counted({**row, "system": nothing}) == counted(row)
-    with refused("data, row 1: `system` is 3; a text is needed"):
+    with refused("data, row 1: `system` is 3, but it must be a text"):
         counted({**row, "system": 3})
     if "messages" in row and len(row["messages"]) == 3:
         with refused("begins with another turn of the system: leave one out"):
@@ -92,7 +92,7 @@ def test_without_a_template_a_pair_is_prompt_completion_end():
     (tokens,) = tokenize([{"prompt": "ab", "completion": "cd"}], made, "data")
     assert made.decode(tokens.ids) == "abcd<|im_end|>"
     assert tokens.counts.tolist() == [False, False, True, True, True]
-    with refused("data, row 1 is a chat, and the model has no chat templ"):
+    with refused("data, row 1 is a chat, but the model has no chat templ"):
         tokenize([{"messages": [USER, ASSISTANT, USER, ASSISTANT]}], made, "data")
 
 
@@ -116,7 +116,7 @@ def test_few_texts_meet_the_tokenizer_at_a_time(monkeypatch):
 
 def test_a_template_that_refuses_a_row_is_named_with_it():
     made = tokenizer("{{ raise_exception('only users') }}")
-    with refused("data, row 1: the model's chat template refuses it: only"):
+    with refused("data, row 1: the model's chat template refuses the chat .only"):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
     made = tokenizer("{{ messages | length }}{{ add_generation_prompt }}")
     with refused("row 1: the model's chat template renders an answer other"):
@@ -129,7 +129,7 @@ def test_a_template_that_refuses_a_row_is_named_with_it():
         ({"question": 1, "sql": 2}, "row 7 has `question`, `sql`; a row needs `messages`"),
         ({}, "row 7 has nothing; a row needs"),
         ({"prompt": "a"}, "row 7 has `prompt`; a row needs"),
-        ({"prompt": "a", "completion": None}, "row 7: `completion` is null: fill it in, or leave"),
+        ({"prompt": "a", "completion": None}, "row 7: `completion` is null. Fill it in"),
         ({"prompt": "a", "completion": ""}, "row 7: `completion` is ''"),
         ({"prompt": 3, "completion": "b"}, "row 7: `prompt` is 3"),
         ({"messages": []}, r"row 7: `messages` is \[\]"),
@@ -151,7 +151,7 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
     expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
-    with refused("sequences are longer than seq_len=8, .*cut them off .* truncate=True") as caught:
+    with refused("sequences are longer than seq_len=8, .*cut off their ends with truncate=True") as caught:
         check_lengths(sequences, 8, truncate=False)
     assert caught.value.said(flag).startswith(expected)
     assert caught.value.said(flag).endswith("cut them off at the end with --truncate")

@@ -205,7 +205,7 @@ def test_long_texts_lose_the_prompts_beginning_first(most):
 def test_texts_that_are_too_long():
     rows = [*ROWS[:1], {"prompt": "p" * 30, "chosen": "c", "rejected": "r" * 9}]
     with pytest.raises(
-        training.TrainingError, match="2 of 4 texts are longer than seq_len=20, the"
+        training.TrainingError, match="2 of 4 texts are longer than seq_len=20. The"
     ):
         training.comparisons(rows, tokenizer(None), seq_len=20)
     found = training.comparisons(rows, tokenizer(None), seq_len=20, truncate=True)

@@ -45,11 +45,11 @@ def learned(row, template, **how):
     [
         (
             {"messages": [{"role": "system", "content": "hi"}, USER, ASSISTANT]},
-            "line 7: .* shows no turns of the role 'system' here: 'hi' is not in .*first user turn",
+            "line 7: .* does not show this turn of the role 'system': 'hi' is not in .*first user turn",
         ),
         (
             {"messages": [{"role": "system", "content": "Answer as a pirate."}, USER, ASSISTANT]},
-            "line 7: .* shows no turns of the role 'system'",
+            "line 7: .* does not show this turn of the role 'system'",
         ),
         (
             {"messages": [{**USER, "name": "u"}, ASSISTANT]},
@@ -57,15 +57,15 @@ def learned(row, template, **how):
         ),
         (
             {"messages": [USER, {**ASSISTANT, "thinking": "hm"}]},
-            r"line 7: .* does not show `thinking` \(of turn 1: 'hm'\): .*write it into `content`",
+            r"line 7: .* does not show `thinking` of turn 1 \('hm'\). .*write it into `content`",
         ),
         (
             {"messages": [USER, ASSISTANT], "documents": [{"text": "x"}]},
-            "line 7: .* does not read `documents`: write them into a turn",
+            "line 7: .* does not read `documents`. Write the documents into a turn",
         ),
         (
             {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"moood": 1}},
-            "line 7: .* does not read `moood` of `chat_template_kwargs`: correct",
+            "line 7: .* does not read `moood` of `chat_template_kwargs`. Correct",
         ),
         (
             {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": []}},
@@ -155,7 +155,7 @@ def test_a_turn_of_the_weight_0_is_seen_and_not_learned(template):
     ("messages", "message"),
     [
         ([USER, {**ASSISTANT, "weight": 0}], "all assistant turns have the weight 0"),
-        ([USER, {**ASSISTANT, "weight": 0.5}], "`weight` of turn 1 is 0.5: 0 .not learned. or 1"),
+        ([USER, {**ASSISTANT, "weight": 0.5}], "`weight` of turn 1 is 0.5, but it must be 0 .not learned. or 1"),
         ([{**USER, "weight": 1}, ASSISTANT], "`weight` of turn 0 belongs to the role 'user'"),
         ([{**USER, "role": "human"}, ASSISTANT], "`role` of turn 0 is 'human', which .* 'user'"),
         ([USER, {**ASSISTANT, "role": "Assistant"}], "turn 1 is 'Assistant', which .*'assistant'"),

@@ -111,28 +111,28 @@ ONE = {"prompt": "a", "completion": "b", "label": True}
     [
         ({"prompt": "a", "chosen": "b"}, "row 2 has `prompt`, `chosen`; a row needs `prompt`, `ch"),
         (ONE, "row 2 has `prompt`, `completion`, `label`; a row needs `prompt`, `chosen` and"),
-        ({**BOTH, "chosen": "c"}, "row 2: `chosen` and `rejected` are the same: leave the row out"),
+        ({**BOTH, "chosen": "c"}, "row 2: `chosen` and `rejected` are the same. Remove the row"),
         ({**BOTH, "chosen": " "}, "row 2: `chosen` is empty"),
-        ({**BOTH, "rejected": []}, r"row 2: `rejected` is \[\]; a list of turns is needed"),
+        ({**BOTH, "rejected": []}, r"row 2: `rejected` is \[\], but it must be a list of turns"),
         ({**BOTH, "rejected": [{**BAD, "content": ""}]}, "says nothing in `rejected`"),
         ({**BOTH, "rejected": [{**BAD, "weight": 0}]}, "says nothing in `rejected`"),
         ({**BOTH, "prompt": ""}, "row 2: `prompt` is empty"),
         ({**BOTH, "prompt": [USER, GOOD]}, "row 2 ends with an assistant's turn"),
         ({**BOTH, "prompt": 3}, "row 2: `prompt` is 3"),
         ({**BOTH, "chosen": [{"role": "user"}]}, "`content` of turn 0 is None; a turn needs"),
-        ({**BOTH, "chosen": [USER]}, "after the prompt, `chosen` has the turns user; they need to"),
-        ({**BOTH, "chosen": [GOOD, USER]}, "`chosen` has the turns assistant, user; they"),
+        ({**BOTH, "chosen": [USER]}, "after the prompt, `chosen` has the turns user, but these must"),
+        ({**BOTH, "chosen": [GOOD, USER]}, "`chosen` has the turns assistant, user, but these"),
         ({"chosen": "yes", "rejected": "no"}, "row 2 has no `prompt`, and `chosen` and `rejected`"),
-        ({**BOTH, "chosen": None}, "row 2: `chosen` is null: fill it in, or leave the row out"),
-        ({**BOTH, "rejected": None}, "row 2: `rejected` is null: fill it in"),
-        ({**BOTH, "system": 3}, "row 2: `system` is 3; a text is needed, the prompt's first turn"),
+        ({**BOTH, "chosen": None}, "row 2: `chosen` is null. Fill it in, or remove the row"),
+        ({**BOTH, "rejected": None}, "row 2: `rejected` is null. Fill it in"),
+        ({**BOTH, "system": 3}, "row 2: `system` is 3, but it must be a text"),
         (
             {**BOTH, "prompt": [{"role": "system", "content": "s"}, USER], "system": "t"},
-            "row 2 has a `system`, and its prompt begins with another turn of the system",
+            "row 2 has a `system`, but its prompt begins with another system turn",
         ),
         (
             {"question": "a", "chosen": "so b", "rejected": "so c"},
-            r"row 2 has no `prompt`, and its `question` would not be read: .*--fields prompt=quest",
+            r"row 2 has no `prompt`, and its `question` would not be read. .*--fields prompt=quest",
         ),
         (
             {
@@ -157,10 +157,10 @@ def test_a_row_that_is_no_pair_is_named_with_what_it_has(row, message):
     ("row", "message"),
     [
         ({"prompt": "a", "label": True}, "row 2 has `prompt`, `label`; a row needs `prompt`, `com"),
-        ({**ONE, "label": 1}, "row 2: `label` is 1; true or false is needed"),
+        ({**ONE, "label": 1}, "row 2: `label` is 1, but it must be true or false"),
         ({**ONE, "completion": ""}, "row 2: `completion` is empty"),
-        ({**ONE, "completion": None}, "row 2: `completion` is null: fill it in"),
-        ({**ONE, "label": None, "chosen": None}, "row 2: `chosen` is null: fill it in"),
+        ({**ONE, "completion": None}, "row 2: `completion` is null. Fill it in"),
+        ({**ONE, "label": None, "chosen": None}, "row 2: `chosen` is null. Fill it in"),
     ],
 )
 def test_a_row_without_a_label_is_named(row, message):
@@ -173,13 +173,13 @@ def test_a_row_without_a_label_is_named(row, message):
     ("row", "template", "message"),
     [
         ({**BOTH, "tools": TOOLS}, CHATML, "row 1: .* shows no tools: 'weather' is not in"),
-        ({**BOTH, "tools": TOOLS}, None, "row 1 has `tools`, and the model has no chat template"),
-        ({**BOTH, "chosen": [GOOD, USER, GOOD]}, None, "row 1 is a chat, and the model has no"),
+        ({**BOTH, "tools": TOOLS}, None, "row 1 has `tools`, but the model has no chat template"),
+        ({**BOTH, "chosen": [GOOD, USER, GOOD]}, None, "row 1 is a chat, but the model has no"),
         ({**BOTH, "chat_template_kwargs": {"x": 1}}, CHATML, "row 1: .* does not read `x`"),
         (
             {**BOTH, "chosen": [{**GOOD, "content": "hm|a"}, USER, GOOD]},
             FORGETFUL,
-            "row 1: .* renders a turn of the assistant otherwise once others follow",
+            "row 1: .* renders an assistant's turn differently if other turns follow",
         ),
         (
             {**BOTH, "system": "s"},
@@ -191,7 +191,7 @@ def test_a_row_without_a_label_is_named(row, message):
             CHATML,
             "`system` is a turn of a chat template, and not of texts without a `prompt`",
         ),
-        (BOTH, "{{ raise_exception('no') }}", "row 1: the model's chat template refuses it: no"),
+        (BOTH, "{{ raise_exception('no') }}", "row 1: the model's chat template refuses the chat .no"),
         ({**BOTH, "chosen": "\ud83d"}, CHATML, "row 1 has .*one half of a surrogate pair"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_pair_of_which_one_has_no_token_left_is_dropped():
     rows = [{"prompt": "a" * n, "chosen": "b" * n, "rejected": "c" * n} for n in (2, 4, 7, 9)]
     rows += [{"prompt": "a", "chosen": "b" * 3, "rejected": "c" * 30}]
     tokens = tokenize_pairs(rows, tokenizer(None), "data")
-    with pytest.raises(TrainingError, match="7 of 10 sequences are longer than seq_len=8, the lon"):
+    with pytest.raises(TrainingError, match="7 of 10 sequences are longer than seq_len=8. The lon"):
         check_lengths(tokens, 8, truncate=False, a_unit=2)
     kept = check_lengths(tokens, 8, truncate=True, a_unit=2)
     assert kept.rows.tolist() == [1, 1, 2, 2, 3, 3, 5, 5]
@@ -365,9 +365,9 @@ def test_prompts_are_rendered_up_to_the_answer():
     plain = tokenizer(None)
     assert tokenize_prompts([{"prompt": "a b"}], plain, "data") == [plain("a b")["input_ids"]]
     for row, message in (
-        ({"question": "a"}, "row 1 has `question`; a row needs `prompt`"),
-        (rows[1], "row 1 is a chat, and the model has no chat template"),
-        (rows[0], "row 1 has `tools`, and the model has no chat template"),
+        ({"question": "a"}, "row 1 has `question`, but a row needs `prompt`"),
+        (rows[1], "row 1 is a chat, but the model has no chat template"),
+        (rows[0], "row 1 has `tools`, but the model has no chat template"),
     ):
         with pytest.raises(TrainingError, match=message):
             tokenize_prompts([row], plain, "data")

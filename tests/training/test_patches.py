@@ -127,7 +127,7 @@ def test_a_row_that_is_left_out_takes_no_room(tmp_path: Path) -> None:
     folder, rows = tiny.write_qwen_vl(tmp_path / "model"), [row_of(1), row_of(4)]
     alone = examples(folder, rows[:1])
     cut = {"seq_len": alone.lengths[-1]}
-    with pytest.raises(training.TrainingError, match="tokens with a smaller longest_edge"):
+    with pytest.raises(training.TrainingError, match="tokens of images, reduce longest_edge"):
         examples(folder, rows, **cut)
     short = examples(folder, rows, truncate=True, **cut)
     shapes = [packs.take(np.arange(1))["pixel_values"].shape for packs in (alone, short)]

@@ -161,13 +161,13 @@ TOLD = [
     (row_of(1, images=[b"no image"]), {}, r"the rows, row 1: the image cannot be read"),
     (row_of(1, images=["no/such.png"]), {}, r"row 1, no/such.png: .*No such file"),
     ({"text": "blue", "images": ["1.png"]}, {}, "row 1 has images and a `text`"),
-    (row_of(1, images=[None]), {}, "row 1 has 1 images, and 1 parts"),
-    (row_of(1), {"images": None}, "row 1 has images, and only texts are read"),
-    (row_of(1), {"packing": True}, "packing=True: rows have images"),
+    (row_of(1, images=[None]), {}, "row 1 has 1 images, but 1 parts"),
+    (row_of(1), {"images": None}, "row 1 has images, but only texts can be used"),
+    (row_of(1), {"packing": True}, "packing=True does not work with images"),
     (
         row_of(0, messages=[{"role": "user", "content": "<image>?"}, row_of(0)["messages"][1]]),
         {},
-        "row 1 has 0 images, and the chat .* has 1 places",
+        "row 1 has 0 images, but its rendered chat has 1 places",
     ),
 ]
 
@@ -182,9 +182,9 @@ def test_what_cannot_be_used_is_named(
 
 def test_where_only_texts_are_read(folder: Path) -> None:
     row = row_of(1)
-    with pytest.raises(training.TrainingError, match="has images, and only texts"):
+    with pytest.raises(training.TrainingError, match="has images, but only texts"):
         question({**row, "messages": row["messages"][:1]}, "a row")
-    with pytest.raises(training.TrainingError, match="has images, and only texts"):
+    with pytest.raises(training.TrainingError, match="has images, but only texts"):
         tokenizer = models.load_tokenizer(folder)
         training.pairs([{**PAIR, "images": row["images"]}], tokenizer, seq_len=64)
 

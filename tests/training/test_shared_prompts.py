@@ -179,7 +179,7 @@ def test_rows_hold_a_prompt_once():
         )
         assert sorted(row.spans for row in rows) == sorted(row.spans for row in others)
         assert len(rows) == 2 * len(PAIRS) and (packing or rows == others)
-    with pytest.raises(ValueError, match="a prompt each"):
+    with pytest.raises(ValueError, match="its own prompt"):
         pack_pairs(sequences(), SEQ_LEN, packing=False, labelled=True, share_prompt=True)
 
 

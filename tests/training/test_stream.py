@@ -140,5 +140,5 @@ def test_errors_of_reading_reach_the_run(ahead):
         made.batch(0)
     made = stream(False)
     made._source = made._source._replace(load=lambda blocks: Sequences.from_list([]))
-    with pytest.raises(TrainingError, match="no row of the data has a token that the loss counts"):
+    with pytest.raises(TrainingError, match="no row with a token that the loss counts"):
         made.batch(0)

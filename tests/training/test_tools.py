@@ -240,9 +240,9 @@ def test_the_loss_counts_all_the_last_turn_or_the_assistants():
             {"messages": [USER, ANSWER, TOLD, ANSWER]},
             "{% for m in messages if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}",
-            "shows no turns of the role 'tool'",
+            "does not show this turn of the role 'tool'",
         ),
-        ({**CHAT, "messages": [USER, ANSWER]}, None, "row 1 has `tools`, and the model has no"),
+        ({**CHAT, "messages": [USER, ANSWER]}, None, "row 1 has `tools`, but the model has no"),
     ],
 )
 def test_what_a_template_would_drop_is_refused(row, template, message):
@@ -259,14 +259,14 @@ def calling(**call):
     [
         (calling(type="function"), "`tool_calls` of turn 1 has .*a call needs `function` with"),
         (calling(function={"name": "f", "arguments": "{'a': 1}"}), "`arguments` of f is \"{'a'"),
-        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}]}, "are of the role 'user'; only"),
+        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}]}, "belong to the role 'user', but only"),
         (
             {"messages": [{**USER, "content": [{"type": "audio"}]}]},
             "`content` of turn 0 is .*audio",
         ),
         ({**CHAT, "tools": "none"}, "`tools` is 'none'; a list of objects"),
         ({"\ufeffprompt": "a", "completion": "b"}, r"has `\\ufeffprompt`, `completion`; a row"),
-        ({"conversations": [{"from": "cat", "value": "x"}]}, "`from` of turn 0 is 'cat'; one of"),
+        ({"conversations": [{"from": "cat", "value": "x"}]}, "`from` of turn 0 is 'cat', but it must be one of"),
     ],
 )
 def test_a_call_that_cannot_be_used_says_why(row, message):

@@ -240,7 +240,8 @@ def _render_chat(
     if not all(text.startswith(answer.text) for answer in answers):
         raise TrainingError(
             "the model's chat template renders an assistant's turn differently if other turns "
-            "follow, so the turns of a completion cannot be found. Use completions of one"
+            "follow, so the turns of a completion cannot be found. Use completions "
+            "of one turn."
         )
     rendered = templates.Rendered(chat, n_turns, text, tokenizer)
     rendered.check(n_turns)

@@ -12,7 +12,7 @@ from train.data.blocks import find_blocks
 from train.data.files import find_data_files, read_file, read_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
-HALF = r"has \\ud83d in .*, one half of a surrogate pair.*write the whole character"
+HALF = r"has \\ud83d in .*, which is one half of a surrogate pair.*Write the whole character"
 LEVELS = "more than 200 levels deep: .*remove the row"
 BAD = {
     "half": ('{"prompt": "x \\ud83d y"}', HALF),

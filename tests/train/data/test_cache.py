@@ -136,7 +136,7 @@ def test_a_template_on_a_fixed_day(tmp_path, monkeypatch):
     assert before[0] != after[0] and before[1] == after[1]
     for day, template, words in (
         ("today", made.chat_template, "--template-date today: Invalid isoformat"),
-        ("2025-08-05", CHATML, "--template-date 2025-08-05: the model's chat template tells no"),
+        ("2025-08-05", CHATML, "--template-date 2025-08-05: the model's chat template shows no"),
         ("2025-08-05", None, "tells no date"),
     ):
         with pytest.raises(UserError, match=words):

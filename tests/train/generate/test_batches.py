@@ -300,7 +300,7 @@ def test_few_lengths_are_compiled():
         ("--prompt a --adapter SQL x=OTHER", "BASE, and --adapter OTHER on OTHERBASE: one base"),
         ("--prompts BROKEN", "BROKEN, line 2 is not JSON"),
         ("--prompts nowhere.txt", "--prompts nowhere.txt does not exist"),
-        ("--prompts WRONG", "WRONG, line 2 has `question`; a row needs `prompt`"),
+        ("--prompts WRONG", "WRONG, line 2 has `question`, but a row needs `prompt`"),
         ("--prompts ANSWERED", "ANSWERED, line 1 ends with an assistant's turn"),
         ("--prompts SYSTEM --system b", "SYSTEM, line 1 has a system prompt of its own"),
         ("--prompts LONG", "LONG, line 2: prompt and --max-new-tokens (and of 1 more prompts): "),

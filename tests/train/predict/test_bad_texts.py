@@ -64,7 +64,7 @@ def test_labelled_texts_are_named_by_their_row():
         ({"prompt": "a\ud83d"}, rf"row 1 has \\ud83d in .*{HALF}"),
         (
             {"messages": [{"role": "system", "content": "Be brief."}, USER]},
-            "row 1: .* shows no turns of the role 'system'",
+            "row 1: .* does not show this turn of the role 'system'",
         ),
         ({"prompt": "a", "documents": [{"text": "b"}]}, "row 1: .* does not read `documents`"),
         ({"messages": [{**USER, "name": "b"}]}, "row 1: .* show `name`"),
@@ -80,7 +80,7 @@ def test_a_prompt_of_which_something_would_be_lost_is_refused(row, message):
 def test_a_system_prompt_that_would_be_lost_is_refused():
     prompt = prompts.prompt_of("a", "prompt 1")
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
-    with pytest.raises(UserError, match="prompt 1: .* shows no turns of the role 'system'"):
+    with pytest.raises(UserError, match="prompt 1: .* does not show this turn of the role 'system'"):
         prompts.tokenize([prompt], outline(template), "Be brief.")
     (tokens,) = prompts.tokenize([prompt], outline(CHATML), "Be brief.")
     assert "Be brief." in tokenizer().decode(tokens)
