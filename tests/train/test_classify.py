@@ -337,7 +337,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "line 11 has `label`, but no `text`. Name the field with --text" in message(
         [*good, {"label": 1}]
     )
-    assert "line 11: `text` is None; a text is needed" in message(
+    assert "line 11: `text` is None, but it must be a text" in message(
         [*good, {"text": None, "label": 1}]
     )
     assert "line 11: `label` is 0.5; a name or a whole number" in message(

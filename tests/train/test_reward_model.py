@@ -264,7 +264,7 @@ def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):
         [*good, {"prompt": "a", "chosen": "b", "rejected": " "}]
     )
     said = message([*good, {"prompt": "a" * 20, "chosen": "b", "rejected": "c"}], "--rows", 7)
-    assert "texts are longer than --seq-len 14, the longest has 21 tokens" in said
+    assert "texts are longer than --seq-len 14. The longest text has 21 tokens" in said
     assert "with --truncate" in said
     same = [{**row, "prompt": "a"} for row in good]
     assert "--test-share 0.2 of the 6 rows cannot be held out: " in message(same)

@@ -163,8 +163,14 @@ def test_every_script_that_renders_chats_has_it(script, folder):
     ("text", "message"),
     [
         (None, "wrong.jinja: The template cannot be read (No such file or directory"),
-        ("{% for m in messages %}\n{{ m.content }}", "wrong.jinja: line 2 of the chat template is not valid Jinja .Unexpected"),
-        ("{{ messages | nothing }}", "wrong.jinja: line 1 of the chat template is not valid Jinja (No filter named 'nothing'"),
+        (
+            "{% for m in messages %}\n{{ m.content }}",
+            "wrong.jinja: line 2 of the chat template is not valid Jinja (Unexpected",
+        ),
+        (
+            "{{ messages | nothing }}",
+            "wrong.jinja: line 1 of the chat template is not valid Jinja (No filter named 'nothing'",
+        ),
         ("Hello", "the chat template does not read `messages`"),
     ],
 )

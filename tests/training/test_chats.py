@@ -67,7 +67,7 @@ def test_the_system_of_a_row_is_its_first_turn(row):
     with refused("data, row 1: `system` is 3, but it must be a text"):
         counted({**row, "system": 3})
     if "messages" in row and len(row["messages"]) == 3:
-        with refused("begins with another turn of the system: leave one out"):
+        with refused("begins with another system turn. Remove one"):
             counted({**row, "system": "Be kind."})
 
 
@@ -119,7 +119,7 @@ def test_a_template_that_refuses_a_row_is_named_with_it():
     with refused("data, row 1: the model's chat template refuses the chat .only"):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
     made = tokenizer("{{ messages | length }}{{ add_generation_prompt }}")
-    with refused("row 1: the model's chat template renders an answer other"):
+    with refused("row 1: the model's chat template renders an answer different"):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
 
 
@@ -151,7 +151,9 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
     expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
-    with refused("sequences are longer than seq_len=8, .*cut off their ends with truncate=True") as caught:
+    with refused(
+        "sequences are longer than seq_len=8. .*cut off their ends with truncate=True"
+    ) as caught:
         check_lengths(sequences, 8, truncate=False)
     assert caught.value.said(flag).startswith(expected)
     assert caught.value.said(flag).endswith("cut them off at the end with --truncate")

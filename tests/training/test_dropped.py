@@ -103,7 +103,7 @@ def test_what_the_template_shows_is_no_error():
 
 def test_a_model_without_a_template_shows_no_field():
     for answer, field in ((THOUGHT, "reasoning_content"), ({**ASSISTANT, "name": "b"}, "name")):
-        with pytest.raises(TrainingError, match=f"line 7 has `{field}`, and the model has no"):
+        with pytest.raises(TrainingError, match=f"line 7 has `{field}`, but the model has no"):
             tokenize([placed({"messages": [USER, answer]})], tokenizer(None), "data")
 
 
@@ -155,7 +155,10 @@ def test_a_turn_of_the_weight_0_is_seen_and_not_learned(template):
     ("messages", "message"),
     [
         ([USER, {**ASSISTANT, "weight": 0}], "all assistant turns have the weight 0"),
-        ([USER, {**ASSISTANT, "weight": 0.5}], "`weight` of turn 1 is 0.5, but it must be 0 .not learned. or 1"),
+        (
+            [USER, {**ASSISTANT, "weight": 0.5}],
+            "`weight` of turn 1 is 0.5, but it must be 0 .not learned. or 1",
+        ),
         ([{**USER, "weight": 1}, ASSISTANT], "`weight` of turn 0 belongs to the role 'user'"),
         ([{**USER, "role": "human"}, ASSISTANT], "`role` of turn 0 is 'human', which .* 'user'"),
         ([USER, {**ASSISTANT, "role": "Assistant"}], "turn 1 is 'Assistant', which .*'assistant'"),

@@ -378,9 +378,11 @@ def test_texts_have_their_classes_and_errors_in_the_words_of_python():
     assert made.labels.tolist() == [0, 1] and made.attention_mask.sum(1).tolist() == [2, 3]
     swapped = training.texts(rows, tokenizer(None), names=["y", "x"], seq_len=8)
     assert swapped.labels.tolist() == [1, 0]
-    with pytest.raises(training.TrainingError, match="row 1 has `text`.*Name the field with label.$"):
+    with pytest.raises(
+        training.TrainingError, match="row 1 has `text`.*Name the field with label.$"
+    ):
         training.texts([{"text": "a"}], tokenizer(None))
-    with pytest.raises(training.TrainingError, match="than seq_len=2, the longest has 3 "):
+    with pytest.raises(training.TrainingError, match="than seq_len=2. The longest text has 3 "):
         training.texts(rows, tokenizer(None), seq_len=2)
     with pytest.raises(training.TrainingError, match="the rows is empty"):
         training.chats([], tokenizer(), seq_len=8)

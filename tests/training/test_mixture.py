@@ -64,7 +64,9 @@ def test_without_weights_an_epoch_has_each_row_once(packing):
 
 
 def test_a_share_of_no_row_is_refused():
-    with pytest.raises(TrainingError, match=r"^b: its weight 0.001 of 9.001 is less than one row in"):
+    with pytest.raises(
+        TrainingError, match=r"^b: its weight 0.001 of 9.001 is less than one row in"
+    ):
         pack_mixture({"a": sequences([3] * 50), "b": sequences([3])}, [9, 0.001], 8, packing=False)
 
 

@@ -120,7 +120,10 @@ ONE = {"prompt": "a", "completion": "b", "label": True}
         ({**BOTH, "prompt": [USER, GOOD]}, "row 2 ends with an assistant's turn"),
         ({**BOTH, "prompt": 3}, "row 2: `prompt` is 3"),
         ({**BOTH, "chosen": [{"role": "user"}]}, "`content` of turn 0 is None; a turn needs"),
-        ({**BOTH, "chosen": [USER]}, "after the prompt, `chosen` has the turns user, but these must"),
+        (
+            {**BOTH, "chosen": [USER]},
+            "after the prompt, `chosen` has the turns user, but these must",
+        ),
         ({**BOTH, "chosen": [GOOD, USER]}, "`chosen` has the turns assistant, user, but these"),
         ({"chosen": "yes", "rejected": "no"}, "row 2 has no `prompt`, and `chosen` and `rejected`"),
         ({**BOTH, "chosen": None}, "row 2: `chosen` is null. Fill it in, or remove the row"),
@@ -191,7 +194,11 @@ def test_a_row_without_a_label_is_named(row, message):
             CHATML,
             "`system` is a turn of a chat template, and not of texts without a `prompt`",
         ),
-        (BOTH, "{{ raise_exception('no') }}", "row 1: the model's chat template refuses the chat .no"),
+        (
+            BOTH,
+            "{{ raise_exception('no') }}",
+            "row 1: the model's chat template refuses the chat .no",
+        ),
         ({**BOTH, "chosen": "\ud83d"}, CHATML, "row 1 has .*one half of a surrogate pair"),
     ],
 )

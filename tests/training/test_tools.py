@@ -259,14 +259,20 @@ def calling(**call):
     [
         (calling(type="function"), "`tool_calls` of turn 1 has .*a call needs `function` with"),
         (calling(function={"name": "f", "arguments": "{'a': 1}"}), "`arguments` of f is \"{'a'"),
-        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}]}, "belong to the role 'user', but only"),
+        (
+            {"messages": [{**USER, "tool_calls": [{"name": "f"}]}]},
+            "belong to the role 'user', but only",
+        ),
         (
             {"messages": [{**USER, "content": [{"type": "audio"}]}]},
             "`content` of turn 0 is .*audio",
         ),
         ({**CHAT, "tools": "none"}, "`tools` is 'none'; a list of objects"),
         ({"\ufeffprompt": "a", "completion": "b"}, r"has `\\ufeffprompt`, `completion`; a row"),
-        ({"conversations": [{"from": "cat", "value": "x"}]}, "`from` of turn 0 is 'cat', but it must be one of"),
+        (
+            {"conversations": [{"from": "cat", "value": "x"}]},
+            "`from` of turn 0 is 'cat', but it must be one of",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_used_says_why(row, message):

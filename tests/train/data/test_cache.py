@@ -137,7 +137,7 @@ def test_a_template_on_a_fixed_day(tmp_path, monkeypatch):
     for day, template, words in (
         ("today", made.chat_template, "--template-date today: Invalid isoformat"),
         ("2025-08-05", CHATML, "--template-date 2025-08-05: the model's chat template shows no"),
-        ("2025-08-05", None, "tells no date"),
+        ("2025-08-05", None, "shows no date"),
     ):
         with pytest.raises(UserError, match=words):
             outline(tokenizer(template)).dated(day)

@@ -80,7 +80,9 @@ def test_a_prompt_of_which_something_would_be_lost_is_refused(row, message):
 def test_a_system_prompt_that_would_be_lost_is_refused():
     prompt = prompts.prompt_of("a", "prompt 1")
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
-    with pytest.raises(UserError, match="prompt 1: .* does not show this turn of the role 'system'"):
+    with pytest.raises(
+        UserError, match="prompt 1: .* does not show this turn of the role 'system'"
+    ):
         prompts.tokenize([prompt], outline(template), "Be brief.")
     (tokens,) = prompts.tokenize([prompt], outline(CHATML), "Be brief.")
     assert "Be brief." in tokenizer().decode(tokens)
@@ -92,7 +94,9 @@ def test_a_sample_prompt_that_would_be_lost_is_refused(tmp_path):
     write_jsonl(path, [{"messages": turns}])
     run = SimpleNamespace(sample_prompts=(str(path),), sample_tokens=3)
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
-    with pytest.raises(UserError, match="--sample-prompts: .* no turns of the role 'system'"):
+    with pytest.raises(
+        UserError, match="--sample-prompts: .* does not show this turn of the role 'system'"
+    ):
         SamplePrompts(run, outline(template))
     write_jsonl(path, [{"prompt": "a"}, {"prompt": "b\ud83d"}])
     with pytest.raises(UserError, match=rf"prompts.JSONL, line 2 has \\ud83d in .*{HALF}"):
