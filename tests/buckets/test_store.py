@@ -131,7 +131,7 @@ def test_a_folder_that_is_being_written_is_not_there(proxy, tmp_path):
     last = {name: (copy / name).read_text() for name in copies.files_in(copy)}
     assert last == {"a": "new", "b": "new", "d": "new"}
     old = {"a": "old", "b": "old", "c": "old"}
-    assert states[0] == old and all("is being written" in state for state in states[1:])
+    assert states[0] == old and all("is incomplete" in state for state in states[1:])
     assert len(states) >= 4
 
 

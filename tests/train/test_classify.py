@@ -340,7 +340,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "line 11: `text` is None, but it must be a text" in message(
         [*good, {"text": None, "label": 1}]
     )
-    assert "line 11: `label` is 0.5; a name or a whole number" in message(
+    assert "line 11: `label` is 0.5, but it must be a name or a whole number" in message(
         [*good, {"text": "a", "label": 0.5}]
     )
     assert "no `hypothesis`: name the field by --text-pair" in message(

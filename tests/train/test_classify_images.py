@@ -271,7 +271,7 @@ def test_broken_images_are_named(made: Path, tmp_path: Path, capsys: Any) -> Non
     broken[2].write_text("no image")
     (photos / "red" / "notes.txt").write_text("is left out")
     said = fails(capsys, tmp_path / "run", "--model", made / "vit", "--dataset", photos)
-    assert "images cannot be used" in said and "take them out" in said
+    assert "images cannot be used" in said and "remove them" in said
     assert any(str(path) in said for path in broken)
 
 

@@ -169,7 +169,7 @@ def test_every_script_that_renders_chats_has_it(script, folder):
         ),
         (
             "{{ messages | nothing }}",
-            "wrong.jinja: line 1 of the chat template is not valid Jinja (No filter named 'nothing'",
+            "wrong.jinja: line 1 of the chat template is not valid Jinja (No filter named 'not",
         ),
         ("Hello", "the chat template does not read `messages`"),
     ],

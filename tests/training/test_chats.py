@@ -150,15 +150,15 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     made = tokenizer(None)
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
-    expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
+    expected = "2 of 3 sequences are longer than --seq-len 8. The longest sequence has 19 tokens"
     with refused(
         "sequences are longer than seq_len=8. .*cut off their ends with truncate=True"
     ) as caught:
         check_lengths(sequences, 8, truncate=False)
     assert caught.value.said(flag).startswith(expected)
-    assert caught.value.said(flag).endswith("cut them off at the end with --truncate")
+    assert caught.value.said(flag).endswith("cut off their ends with --truncate.")
     cut = check_lengths(sequences, 8, truncate=True)
     assert [len(tokens) for tokens in cut] == [5, 8]  # the third has no completion left
-    with refused("within seq_len=2 no row has a token of a completion") as caught:
+    with refused("seq_len=2 cuts off every row before its completion") as caught:
         check_lengths(sequences, 2, truncate=True)
-    assert "within --seq-len 2 no row has a token of a completion" in caught.value.said(flag)
+    assert "--seq-len 2 cuts off every row before its completion" in caught.value.said(flag)

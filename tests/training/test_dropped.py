@@ -45,7 +45,7 @@ def learned(row, template, **how):
     [
         (
             {"messages": [{"role": "system", "content": "hi"}, USER, ASSISTANT]},
-            "line 7: .* does not show this turn of the role 'system': 'hi' is not in .*first user turn",
+            "line 7: .* does not show this turn of the role 'system': 'hi' is .*first user turn",
         ),
         (
             {"messages": [{"role": "system", "content": "Answer as a pirate."}, USER, ASSISTANT]},

@@ -246,5 +246,5 @@ def test_a_prompt_that_announces_another_answer_is_refused(trl):
     (ids, *_), *_ = of_trl(trl.dpo, rows, made, 512)
     prompt = made.apply_chat_template(rows[0]["prompt"], tokenize=False, add_generation_prompt=True)
     assert "<think>" in prompt and "<think>" not in made.decode(ids)
-    with pytest.raises(TrainingError, match="row 1: .* otherwise than its prompt announces"):
+    with pytest.raises(TrainingError, match="row 1: .* differently from its prompt"):
         tokenize_pairs(rows, made, "rows")

@@ -240,7 +240,7 @@ def test_rows_without_a_text_are_named(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "from_pretrained", None)
     args = ["--adapter", made[0] / "run", "--input", tmp_path / "rows.jsonl"]
     for row, said in (
-        ({"text": None}, "line 2: `text` is None, but it must be a text"),
+        ({"text": None}, "line 2: `text` is None; a text is needed"),
         ({"body": "ab"}, "line 2 has `body`, and no `text`: name the field by --field"),
     ):
         write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab"}, row])
