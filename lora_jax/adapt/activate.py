@@ -44,9 +44,10 @@ def activate(tree: Tree, mask: jax.typing.ArrayLike) -> Tree:
     is_active = jnp.asarray(mask, bool)
     if is_active.ndim != 2:
         raise ValueError(
-            f"activate: the mask must have the shape [batch, seq], not {is_active.shape}."
+            f"activate: the mask must have the shape [batch, seq], not {is_active.shape}. Pass one "
+            "value for each token."
         )
-    weights = _weights_of(tree)
+    weights = _lora_weights_in(tree)
     if not weights:
         raise ValueError(
             "activate needs an adapted tree, but this tree has no adapted weight. Call lorafy "
@@ -81,9 +82,8 @@ def invoked(
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not len(invocation):
         raise ValueError(
-            "invoked: ids must have the shape [batch, seq] and the invocation at least one "
-            f"token, but ids have the shape {ids.shape} and the invocation has "
-            f"{len(invocation)} tokens."
+            f"invoked: ids have the shape {ids.shape}, and the invocation has {len(invocation)} "
+            "tokens. Pass ids of the shape [batch, seq], and an invocation of at least one token."
         )
     n_tokens = ids.shape[1]
     positions = jnp.arange(n_tokens, dtype=jnp.int32)
@@ -95,10 +95,12 @@ def invoked(
         is_segment_start = segments != jnp.roll(segments, 1, axis=1)
         is_segment_start |= positions == 0
         segment_start = lax.cummax(jnp.where(is_segment_start, positions, 0), axis=1)
-        segment_stop = _next_position(is_segment_start, positions)
+        segment_stop = _next_marked_position(is_segment_start, positions)
+    # The positions at which the whole invocation stands within a segment.
     is_invocation_start = positions + len(invocation) <= segment_stop
     for offset, token in enumerate(invocation):
         is_invocation_start &= jnp.roll(ids, -offset, axis=1) == token
+    # A token sees the adapter if an invocation has begun in its segment, and none begins later.
     last_invocation = lax.cummax(jnp.where(is_invocation_start, positions, -1), axis=1)
     next_invocation = lax.cummin(
         jnp.where(is_invocation_start, positions, n_tokens), axis=1, reverse=True
@@ -107,7 +109,7 @@ def invoked(
     return (last_invocation >= segment_start) & (next_invocation >= segment_stop)
 
 
-def _next_position(is_marked: jax.Array, positions: jax.Array) -> jax.Array:
+def _next_marked_position(is_marked: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns, for each token, the position of the next marked token behind it, or the length."""
     n_tokens = positions.size
     marked_positions = jnp.where(is_marked, positions, n_tokens)
@@ -117,7 +119,7 @@ def _next_position(is_marked: jax.Array, positions: jax.Array) -> jax.Array:
 
 def invocations_of(tree: Tree) -> set[tuple[int, ...]]:
     """Returns the invocations of a tree's adapted weights."""
-    return {weight.invocation for weight in _weights_of(tree) if weight.invocation is not None}
+    return {weight.invocation for weight in _lora_weights_in(tree) if weight.invocation is not None}
 
 
 def activate_from(
@@ -155,7 +157,7 @@ def params_by_prompt(params: Tree, ids: jax.typing.ArrayLike) -> tuple[Tree, Tre
     return _with_masks(params, prompt_masks), _with_masks(params, completion_masks)
 
 
-def with_own_masks(
+def args_with_masks(
     fn: Forward, args: tuple[Tree, ...], kwargs: dict[str, Tree]
 ) -> tuple[Tree, ...]:
     """Returns the arguments of a call to a model that tells where its tokens are.
@@ -166,7 +168,7 @@ def with_own_masks(
     """
     model = getattr(fn, "__self__", None)
     tokens_of_call = getattr(model, "tokens_of_call", None)
-    if tokens_of_call is None or not args or not _waits_for_mask(args[0]):
+    if tokens_of_call is None or not args or not _needs_mask(args[0]):
         return args
     tree, *inputs = args
     tokens = tokens_of_call(*inputs, **kwargs)
@@ -176,15 +178,16 @@ def with_own_masks(
     return (activate_from(tree, ids, segment_ids), *inputs)
 
 
-def _waits_for_mask(tree: Tree) -> bool:
+def _needs_mask(tree: Tree) -> bool:
     """Returns True if a weight has an invocation, and no mask says where it acts."""
     return any(
         weight.invocation is not None and "active" not in weight.arrays
-        for weight in _weights_of(tree)
+        for weight in _lora_weights_in(tree)
     )
 
 
-def _weights_of(tree: Tree) -> list[LoraWeight]:
+def _lora_weights_in(tree: Tree) -> list[LoraWeight]:
+    """Returns the adapted weights of a tree."""
     leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
     return [leaf for leaf in leaves if isinstance(leaf, LoraWeight)]
 

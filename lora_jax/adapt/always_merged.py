@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, WeightUse
-from lora_jax.adapt.merging import OWN_DERIVATIVES
+from lora_jax.adapt.merging import CUSTOM_DERIVATIVES
 from lora_jax.adapt.transform import RULES
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.factored import Factored
@@ -54,7 +54,7 @@ def first_merges(
 
 def _is_merged(use: WeightUse) -> bool:
     """Returns True if a use merges the kernel, and no rule of the user's could change that."""
-    return use.how == "merged" and use.primitive not in OWN_DERIVATIVES
+    return use.how == "merged" and use.primitive not in CUSTOM_DERIVATIVES
 
 
 def _factored(array: jax.Array, path: str, roles: AxisRoles) -> Factored:

@@ -33,7 +33,7 @@ def type_of(atom: Atom) -> Leaf:
     return atom.aval
 
 
-def trace_with(
+def function_of_inputs(
     fn: Forward,
     leaves: Sequence[Leaf],
     treedef: jax.tree_util.PyTreeDef,
@@ -54,7 +54,7 @@ def trace_with(
     return traced
 
 
-def bind(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
+def apply_equation(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Applies the equation as it stands to plain arrays."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with user_context(eqn):
@@ -62,7 +62,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
+def equation_key(eqn: JaxprEqn) -> tuple[Hashable, ...]:
     """Returns a key that is equal for equations that do the same to operands of the same types.
 
     The equation itself, where its parameters can't be compared.
@@ -76,7 +76,7 @@ def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
     return key
 
 
-def unstacked(eqn: JaxprEqn) -> ClosedJaxpr:
+def equations_of_unstack(eqn: JaxprEqn) -> ClosedJaxpr:
     """Returns the equations of an `unstack`: a slice and a squeeze for each output, in turn.
 
     Since JAX 0.12, ``for w in stack`` is an `unstack`.
@@ -114,7 +114,7 @@ class Scan(NamedTuple):
         return consts, carries, operands[n_unsliced:]
 
 
-def scan_of(eqn: JaxprEqn) -> Scan:
+def read_scan(eqn: JaxprEqn) -> Scan:
     """Reads a `scan` by the ranks of its operands, which no release changes.
 
     A carry has the body's rank inside and outside; an x has one axis more outside.
@@ -157,7 +157,7 @@ class While(NamedTuple):
         return condition_consts, body_consts, operands[n_consts:]
 
 
-def while_of(eqn: JaxprEqn) -> While:
+def read_while(eqn: JaxprEqn) -> While:
     """Reads a `while`."""
     params = eqn.params
     return While(
@@ -179,7 +179,7 @@ class Jit(NamedTuple):
     out_shardings: list[Sharding | None]
 
 
-def jit_of(eqn: JaxprEqn) -> Jit:
+def read_jit(eqn: JaxprEqn) -> Jit:
     """Reads a `jit`."""
     params = eqn.params
     inline = params["inline"]  # a flag, or a member of an enum
@@ -192,12 +192,12 @@ def jit_of(eqn: JaxprEqn) -> Jit:
             "keep_unused": params["keep_unused"],
             "compiler_options": compiler_options or None,
         },
-        in_shardings=_specified(params["in_shardings"]),
-        out_shardings=_specified(params["out_shardings"]),
+        in_shardings=_none_if_unspecified(params["in_shardings"]),
+        out_shardings=_none_if_unspecified(params["out_shardings"]),
     )
 
 
-def _specified(shardings: Sequence[object]) -> list[Sharding | None]:
+def _none_if_unspecified(shardings: Sequence[object]) -> list[Sharding | None]:
     """Returns shardings, with None for those that are not specified."""
     return [sharding if isinstance(sharding, Sharding) else None for sharding in shardings]
 
@@ -213,7 +213,7 @@ class ShardMap(NamedTuple):
     check_vma: bool
 
 
-def shard_map_of(eqn: JaxprEqn) -> ShardMap:
+def read_shard_map(eqn: JaxprEqn) -> ShardMap:
     """Reads a `shard_map`."""
     params = eqn.params
     return ShardMap(
@@ -243,7 +243,7 @@ class LinearSolve(NamedTuple):
     is_symmetric: bool
 
 
-def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
+def read_linear_solve(eqn: JaxprEqn) -> LinearSolve:
     """Reads a `custom_linear_solve`."""
     jaxprs = eqn.params["jaxprs"]
     n_consts = eqn.params["const_lengths"]  # of each function, by the same names
@@ -269,7 +269,7 @@ class PallasKernel(NamedTuple):
     name: str
 
 
-def kernel_of(eqn: JaxprEqn) -> PallasKernel | None:
+def read_kernel(eqn: JaxprEqn) -> PallasKernel | None:
     """Reads a kernel's equation; returns None for any other one."""
     if eqn.primitive.name not in ("pallas_call", "flash_kernel"):
         return None
@@ -304,19 +304,19 @@ class EagerSteps:
         self._program_of_eqn: dict[tuple[int, Hashable], Forward] = {}
         self._shared_programs: dict[Hashable, Forward] = {}
 
-    def bind(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    def apply_equation(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Applies an equation to plain arrays."""
         is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
         if is_traced or eqn.effects or eqn.primitive.name in _NOT_COMPILED:
-            return bind(eqn, values)
-        program = self.compiled(eqn, None, lambda values: bind(eqn, values))
+            return apply_equation(eqn, values)
+        program = self.compiled_program(eqn, None, lambda values: apply_equation(eqn, values))
         outputs: list[Value] = program(values)
         return outputs
 
-    def compiled(self, eqn: JaxprEqn, variant: Hashable, call: Forward) -> Forward:
+    def compiled_program(self, eqn: JaxprEqn, variant: Hashable, call: Forward) -> Forward:
         """Returns `call`, compiled, which applies a variant of the equation."""
         program = self._program_of_eqn.get((id(eqn), variant))
         if program is None:
-            program = self._shared_programs.setdefault((*identity(eqn), variant), jax.jit(call))
+            program = self._shared_programs.setdefault((*equation_key(eqn), variant), jax.jit(call))
             self._program_of_eqn[id(eqn), variant] = program
         return program

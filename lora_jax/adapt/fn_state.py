@@ -17,8 +17,8 @@ import numpy as np
 from lora_jax.adapt.user_code import is_packaged
 from lora_jax.core.opaque import is_hashable
 
-_MOST_VALUES = 2_000  # that are looked at
-_MOST_BYTES = 1 << 16  # of a NumPy array, whose elements may change
+_MAX_VALUES = 2_000  # that are looked at
+_MAX_ARRAY_BYTES = 1 << 16  # of a NumPy array, whose elements may change
 
 _SIMPLE: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...))
 _SIMPLE += (range, enum.Enum, np.dtype, np.generic)
@@ -46,8 +46,10 @@ class FunctionState:
           UnknownStateError: one of them may change unseen (a generator, a random source), or they
             refer to too much.
         """
-        self._seen: dict[int, object] = {}  # by identity; held, so that no identity is given twice
-        self._key = tuple(self._walk_all(values))
+        self._visited: dict[
+            int, object
+        ] = {}  # by identity; held, so that no identity is given twice
+        self._key = tuple(self._state_of_values(values))
         self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
@@ -59,65 +61,65 @@ class FunctionState:
     def arrays(self) -> list[jax.Array | np.ndarray]:
         """Returns the arrays that the values refer to."""
         return [
-            value for value in self._seen.values() if isinstance(value, (jax.Array, np.ndarray))
+            value for value in self._visited.values() if isinstance(value, (jax.Array, np.ndarray))
         ]
 
-    def _walk(self, value: object) -> Iterator[Hashable]:
+    def _state_of_value(self, value: object) -> Iterator[Hashable]:
         """Yields the state of a value: what changes with the value or what it refers to."""
         yield id(type(value))
         if isinstance(value, _SIMPLE):
             yield value
         elif isinstance(value, jax.core.Tracer):
             raise UnknownStateError("a traced array is closed over")
-        elif id(value) in self._seen or isinstance(value, _CONSTANT):
-            self._seen[id(value)] = value
+        elif id(value) in self._visited or isinstance(value, _CONSTANT):
+            self._visited[id(value)] = value
             yield id(value)
-        elif len(self._seen) > _MOST_VALUES:
+        elif len(self._visited) > _MAX_VALUES:
             raise UnknownStateError("there is too much to look at")
         else:
-            self._seen[id(value)] = value
-            yield from self._inside(value)
+            self._visited[id(value)] = value
+            yield from self._state_of_new_object(value)
 
-    def _inside(self, value: object) -> Iterator[Hashable]:
+    def _state_of_new_object(self, value: object) -> Iterator[Hashable]:
         """Yields the state of an object that is met for the first time."""
         match value:
             case np.ndarray():
-                if value.nbytes > _MOST_BYTES or value.dtype.hasobject:
+                if value.nbytes > _MAX_ARRAY_BYTES or value.dtype.hasobject:
                     raise UnknownStateError("the elements of a large NumPy array may change")
                 yield from (value.shape, value.dtype, value.tobytes())
             case types.FunctionType():
-                yield from self._function(value)
+                yield from self._state_of_function(value)
             case types.BuiltinFunctionType():
                 yield value.__name__
-                yield from self._walk(value.__self__)
+                yield from self._state_of_value(value.__self__)
             case types.MethodType():
-                yield from self._walk_all((value.__func__, value.__self__))
+                yield from self._state_of_values((value.__func__, value.__self__))
             case functools.partial():
-                yield from self._walk_all((value.func, value.args, value.keywords))
+                yield from self._state_of_values((value.func, value.args, value.keywords))
             case property():
-                yield from self._walk(value.fget)
+                yield from self._state_of_value(value.fget)
             case staticmethod() | classmethod():
-                yield from self._walk(value.__func__)
+                yield from self._state_of_value(value.__func__)
             case type():
-                yield from self._class(value)
+                yield from self._state_of_class(value)
             case list() | tuple() | set() | frozenset():
                 yield len(value)
-                yield from self._walk_all(value)
+                yield from self._state_of_values(value)
             case dict() | types.MappingProxyType():
                 yield len(value)
-                yield from self._walk_all(value.keys())
-                yield from self._walk_all(value.values())
+                yield from self._state_of_values(value.keys())
+                yield from self._state_of_values(value.values())
             case _:
-                yield from self._object(value)
+                yield from self._state_of_instance(value)
 
-    def _walk_all(self, values: Iterable[object]) -> Iterator[Hashable]:
+    def _state_of_values(self, values: Iterable[object]) -> Iterator[Hashable]:
         for value in values:
-            yield from self._walk(value)
+            yield from self._state_of_value(value)
 
-    def _object(self, value: object) -> Iterator[Hashable]:
+    def _state_of_instance(self, value: object) -> Iterator[Hashable]:
         """Yields the state of an instance: its class, and its attributes or what it is equal to."""
         cls = type(value)
-        yield from self._class(cls)
+        yield from self._state_of_class(cls)
         hash_of_identity: object = object.__hash__
         has_own_hash = cls.__hash__ not in (None, hash_of_identity)
         if has_own_hash and is_hashable(value):
@@ -130,10 +132,10 @@ class FunctionState:
         is_of_changing_module = any(base.__module__ in _CHANGING_MODULES for base in cls.__mro__)
         if not has_visible_attributes or is_of_changing_module:
             raise UnknownStateError(f"a {cls.__name__} may change unseen")
-        yield from self._walk(getattr(value, "__dict__", None))
-        yield from self._walk_all(getattr(value, name, None) for name in slots)
+        yield from self._state_of_value(getattr(value, "__dict__", None))
+        yield from self._state_of_values(getattr(value, name, None) for name in slots)
 
-    def _class(self, cls: type) -> Iterator[Hashable]:
+    def _state_of_class(self, cls: type) -> Iterator[Hashable]:
         """Yields the state of a class: what it and its bases define outside packages."""
         yield id(cls)
         for base in cls.__mro__:
@@ -143,22 +145,22 @@ class FunctionState:
                     for name, value in vars(base).items()
                     if not _is_kept_by_python(name, value)
                 }
-                yield from self._walk(written_attributes)
+                yield from self._state_of_value(written_attributes)
 
-    def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
+    def _state_of_function(self, fn: types.FunctionType) -> Iterator[Hashable]:
         """Yields the state of a function: code, defaults, what it closes over, its globals."""
-        yield from self._walk_all((fn.__code__, fn.__defaults__, fn.__kwdefaults__))
-        yield from self._walk_all(map(_contents, fn.__closure__ or ()))
+        yield from self._state_of_values((fn.__code__, fn.__defaults__, fn.__kwdefaults__))
+        yield from self._state_of_values(map(_value_of_cell, fn.__closure__ or ()))
         if fn.__module__ is None or not is_packaged(fn.__module__):
-            yield from self._globals(fn.__globals__, _names_in(fn.__code__))
+            yield from self._state_of_globals(fn.__globals__, _names_in_code(fn.__code__))
 
-    def _globals(
+    def _state_of_globals(
         self, module_globals: dict[str, object], names: frozenset[str]
     ) -> Iterator[Hashable]:
         """Yields the state of the globals of these names, and of attributes of modules."""
         for name in sorted(names & module_globals.keys()):
             value = module_globals[name]
-            yield from self._walk(value)
+            yield from self._state_of_value(value)
             if not isinstance(value, types.ModuleType):
                 continue
             module = value.__name__
@@ -167,7 +169,7 @@ class FunctionState:
             if not is_packaged(module):
                 attributes = vars(value)
                 attribute_names = sorted(names & attributes.keys())
-                yield from self._walk_all(attributes[name] for name in attribute_names)
+                yield from self._state_of_values(attributes[name] for name in attribute_names)
 
 
 class _ByEquality:
@@ -193,7 +195,7 @@ def _is_kept_by_python(name: str, value: object) -> bool:
     return name == "_abc_impl" or (is_dunder and not is_method)
 
 
-def _contents(cell: types.CellType) -> object:
+def _value_of_cell(cell: types.CellType) -> object:
     """Returns the value of a variable that a function closes over."""
     try:
         return cell.cell_contents
@@ -202,7 +204,7 @@ def _contents(cell: types.CellType) -> object:
 
 
 @functools.cache
-def _names_in(code: types.CodeType) -> frozenset[str]:
+def _names_in_code(code: types.CodeType) -> frozenset[str]:
     """Returns the names of globals and attributes in a function, and in functions inside it."""
     inner_codes = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return frozenset(code.co_names).union(*map(_names_in, inner_codes))
+    return frozenset(code.co_names).union(*map(_names_in_code, inner_codes))

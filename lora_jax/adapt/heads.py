@@ -178,7 +178,7 @@ class _Walk:
         return [flow]
 
     def _scan(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
-        scan = eqns.scan_of(eqn)
+        scan = eqns.read_scan(eqn)
         consts, carries, stacks = scan.split(operands)
 
         def run_iteration(carries: list[_Flow]) -> list[_Flow]:
@@ -187,7 +187,7 @@ class _Walk:
         return _repeat(run_iteration, carries)
 
     def _while(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
-        loop = eqns.while_of(eqn)
+        loop = eqns.read_while(eqn)
         condition_consts, body_consts, carries = loop.split(operands)
 
         def run_iteration(carries: list[_Flow]) -> list[_Flow]:

@@ -65,7 +65,7 @@ def _n_elements(piece: Value) -> int:
     return math.prod(piece.base.shape if isinstance(piece, Factored) else piece.shape)
 
 
-def move_vectors(primitive: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
+def move_folded_vectors(primitive: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
     """Returns the outputs of an equation that lays vectors together or takes them apart.
 
     Args:
@@ -140,7 +140,7 @@ class Use:
 
     def bind(self, values: Sequence[Value]) -> list[Value]:
         """Applies the equation to plain arrays."""
-        return eqns.bind(self.eqn, values)
+        return eqns.apply_equation(self.eqn, values)
 
     def rearranged(self, weight: Factored) -> Value:
         """Returns W after the equation, whose one operand is the weight."""
@@ -209,7 +209,7 @@ class _Variables:
     values: dict[eqns.Atom, Value]
     early_equations: set[int] = dataclasses.field(default_factory=set)
 
-    def read(self, atom: eqns.Atom) -> Value:
+    def value_of(self, atom: eqns.Atom) -> Value:
         return atom.val if eqns.is_literal(atom) else self.values[atom]
 
 
@@ -261,14 +261,16 @@ class Interpreter:
         needed = needed_equations(inner, used_outputs)
         inputs = FactorInputs()
         if eager_steps is None and self.record is None:
-            value_ahead = functools.partial(self._value_ahead, needed.moves, inner, variables)
+            value_ahead = functools.partial(
+                self._weight_before_its_turn, needed.moves, inner, variables
+            )
             inputs = FactorInputs(needed.products_of_operand, value_ahead)
         use_index = 0  # counts uses alone, so that other equations change no dropout
         for eqn, used_outputs_of_eqn, unread_variables in needed.equations:
-            values = [variables.read(atom) for atom in eqn.invars]
+            values = [variables.value_of(atom) for atom in eqn.invars]
             is_use = any(isinstance(value, (Factored, FoldedVector)) for value in values)
             if id(eqn) in variables.early_equations:
-                outputs = [variables.read(atom) for atom in eqn.outvars]
+                outputs = [variables.value_of(atom) for atom in eqn.outvars]
             elif is_use:
                 use = Use(
                     eqn=eqn,
@@ -279,9 +281,9 @@ class Interpreter:
                 )
                 outputs = self._apply(use, use_index, eager_steps)
             elif eager_steps is None:
-                outputs = eqns.bind(eqn, values)
+                outputs = eqns.apply_equation(eqn, values)
             else:
-                outputs = eager_steps.bind(eqn, values)
+                outputs = eager_steps.apply_equation(eqn, values)
             if is_use and any(isinstance(value, Factored) for value in values):
                 use_index += 1
             variables.values |= zip(eqn.outvars, outputs, strict=True)
@@ -289,13 +291,13 @@ class Interpreter:
                 del variables.values[atom]
         results: list[Value] = []
         for atom, is_used in zip(inner.outvars, used_outputs, strict=True):
-            result = variables.read(atom) if is_used else None
+            result = variables.value_of(atom) if is_used else None
             if isinstance(result, FoldedVector):
-                result = self._unfolded(result, "output", user_line_of_call())
+                result = self._form_folded_vector(result, "output", user_line_of_call())
             results.append(result)
         return results
 
-    def _value_ahead(
+    def _weight_before_its_turn(
         self,
         moves: Mapping[eqns.Atom, JaxprEqn],
         jaxpr: Jaxpr,
@@ -329,14 +331,14 @@ class Interpreter:
             variables.early_equations.add(id(eqn))
         return value
 
-    def function(
+    def function_of_jaxpr(
         self, jaxpr: eqns.AnyJaxpr, used_outputs: UsedOutputs | None = None
     ) -> Callable[..., list[Value]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
         jaxpr_reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
         interpreter = self
         if self.examples is not None:
-            inner_examples = self.examples.inner.get(id(jaxpr))
+            inner_examples = self.examples.inner_labels.get(id(jaxpr))
             interpreter = dataclasses.replace(self, examples=inner_examples)
 
         def make() -> Callable[..., list[Value]]:
@@ -347,9 +349,11 @@ class Interpreter:
 
             return call
 
-        return interpreter.memoised(jaxpr, ("function", used_outputs), make)
+        return interpreter.cached_function(jaxpr, ("function", used_outputs), make)
 
-    def memoised(self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]) -> Forward:
+    def cached_function(
+        self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]
+    ) -> Forward:
         """Returns the function that `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         function = functions.get((self, key))
@@ -357,12 +361,14 @@ class Interpreter:
             function = functions.setdefault((self, key), make())  # one, whichever thread made it
         return function
 
-    def merged(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> jax.Array:
-        """Returns W + s·AB, formed at an equation or a line; see `say_merged`."""
-        self.say_merged(weight, primitive, source)
+    def merge_weight(
+        self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine
+    ) -> jax.Array:
+        """Returns W + s·AB, formed at an equation or a line; see `report_merge`."""
+        self.report_merge(weight, primitive, source)
         return weight.merged()
 
-    def plain(self, value: Value, use: Use, position: str = "") -> Value:
+    def as_plain_array(self, value: Value, use: Use, position: str = "") -> Value:
         """Returns a value as an array: a weight is merged.
 
         Args:
@@ -373,9 +379,9 @@ class Interpreter:
         if not isinstance(value, Factored):
             return value
         primitive = f"{use.name} ({position})" if position else use.name
-        return self.merged(value, primitive, use.eqn)
+        return self.merge_weight(value, primitive, use.eqn)
 
-    def say_merged(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> None:
+    def report_merge(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> None:
         """Warns that a weight is merged at an equation or a line, or raises MergeError."""
         if isinstance(source, SourceLine):
             line = source
@@ -384,9 +390,9 @@ class Interpreter:
             line = user_line_of(source)
             function = eqns.function_name(source)
         if weight.rows is not None:
-            raise ExamplesError(merging.example_error(weight, primitive, line))
+            raise ExamplesError(merging.per_example_message(weight, primitive, line))
         if self.record is None:
-            merging.warn_or_raise(weight, primitive, function, line, strict=self.strict)
+            merging.warn_of_merge(weight, primitive, function, line, strict=self.strict)
             return
         record = WeightUse(
             path=str(weight.path),
@@ -406,10 +412,10 @@ class Interpreter:
           eager_steps: see `evaluate`.
         """
         if any(isinstance(value, FoldedVector) for value in use.values):
-            outputs = move_vectors(use.name, use.params, use.values)
+            outputs = move_folded_vectors(use.name, use.params, use.values)
             if outputs is not None:
                 return outputs
-            values = [self._unfolded(value, use.name, use.eqn) for value in use.values]
+            values = [self._form_folded_vector(value, use.name, use.eqn) for value in use.values]
             use = dataclasses.replace(use, values=values)
         if not any(isinstance(value, Factored) for value in use.values):
             return use.bind(use.values)
@@ -427,28 +433,28 @@ class Interpreter:
         outputs = self._apply_own_rule(use)
         if outputs is not None:
             return outputs
-        seen_values = _values_seen_by(use_without_keys)
+        seen_values = _operands_seen_by_use(use_without_keys)
         if seen_values is not None:
             if not any(isinstance(value, Factored) and value.parts for value in seen_values):
-                self._note(use, "W alone: the adapter is for other uses of it")
+                self._record_use(use, "W alone: the adapter is for other uses of it")
             return self._apply(dataclasses.replace(use, values=seen_values), use_index, eager_steps)
         rule = self.rules.get(use.name) or self.default
         outputs = None if rule is None else self._apply_rule(rule, use, eager_steps)
         if outputs is not None and not _repeats_shift(use, outputs):
-            self._note_factored(use, outputs)
+            self._record_factored_use(use, outputs)
             return outputs
-        return use.bind([self.plain(value, use) for value in use.values])
+        return use.bind([self.as_plain_array(value, use) for value in use.values])
 
     def _apply_own_rule(self, use: Use) -> Outcome:
         """Returns the outputs by the caller's own rule; None without one, or where it declines."""
         for name, rule in self.own_rules:
             if name not in (use.name, eqns.function_name(use.eqn)):
                 continue
-            _refuse_rows(use)
+            _raise_if_per_example(use)
             with user_context(use.eqn):
                 outputs = rule(*use.values, **use.params)
             if outputs is not None:
-                self._note(use, f"by the rule given for {name!r}")
+                self._record_use(use, f"by the rule given for {name!r}")
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         return None
 
@@ -470,9 +476,9 @@ class Interpreter:
                 )
                 return rule(self, traced_use)
 
-        eqn_identity = id(eqn) if use.name in _READ_AROUND else 0
+        eqn_identity = id(eqn) if use.name in _RULES_THAT_READ_THE_JAXPR else 0
         key = (use.used_outputs, eqn_identity, self.examples, use.activation_label)
-        outputs: Outcome = eager_steps.compiled(eqn, key, call)(use.values)
+        outputs: Outcome = eager_steps.compiled_program(eqn, key, call)(use.values)
         return outputs
 
     def _activation_label(self, use: Use) -> ExampleLabel:
@@ -484,24 +490,26 @@ class Interpreter:
         label_of_use = {} if self.examples is None else self.examples.uses
         label = label_of_use.get(id(use.eqn))
         if id(use.eqn) not in label_of_use or isinstance(label, MixedExamples):
-            _refuse_rows(use)
+            _raise_if_per_example(use)
         return label
 
-    def _unfolded(self, value: Value, primitive: str, source: JaxprEqn | SourceLine) -> Value:
+    def _form_folded_vector(
+        self, value: Value, primitive: str, source: JaxprEqn | SourceLine
+    ) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
         if not isinstance(value, FoldedVector):
             return value
-        return value.formed(lambda weight: self.merged(weight, primitive, source))
+        return value.formed(lambda weight: self.merge_weight(weight, primitive, source))
 
-    def _note_factored(self, use: Use, outputs: Sequence[Value]) -> None:
+    def _record_factored_use(self, use: Use, outputs: Sequence[Value]) -> None:
         """Records a product or a joint of weights that forms none of them."""
         n_weights = sum(isinstance(value, Factored) for value in use.values)
         if use.name in _JOINS and n_weights > 1:
-            self._note(use, "joined with another weight, unformed")
+            self._record_use(use, "joined with another weight, unformed")
         elif use.name in _PRODUCTS and not any(isinstance(value, Factored) for value in outputs):
-            self._note(use, "xW + s·(xA)B")
+            self._record_use(use, "xW + s·(xA)B")
 
-    def _note(self, use: Use, why: str) -> None:
+    def _record_use(self, use: Use, why: str) -> None:
         """Records a use of each weight among the operands, in factored form."""
         if self.record is None:
             return
@@ -514,14 +522,14 @@ class Interpreter:
                 self.record(record)
 
 
-def _refuse_rows(use: Use) -> None:
+def _raise_if_per_example(use: Use) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in use.values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.example_error(value, use.name, user_line_of(use.eqn)))
+            raise ExamplesError(merging.per_example_message(value, use.name, user_line_of(use.eqn)))
 
 
-def _values_seen_by(use: Use) -> list[Value] | None:
+def _operands_seen_by_use(use: Use) -> list[Value] | None:
     """Returns the operands as this kind of use sees them; None if it sees them as they are.
 
     A weight may be adapted for one kind of use only.
@@ -568,7 +576,7 @@ _SUMS = _PRODUCTS - {"gather", "slice", "dynamic_slice"}  # over the in axes
 # Primitives that make one weight of several.
 _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
 # Primitives whose rule looks at the equations around theirs.
-_READ_AROUND = ("select_n",)
+_RULES_THAT_READ_THE_JAXPR = ("select_n",)
 
 
 def fold_dropout_key(value: Value, index: int | jax.Array) -> Value:

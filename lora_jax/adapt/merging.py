@@ -1,4 +1,7 @@
-"""Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
+"""Warns of uses of a weight that have no factored form, or raises an error for them.
+
+The weight is **merged** at such a use: W + s·AB is formed.
+"""
 
 from collections.abc import Sequence
 
@@ -20,29 +23,30 @@ class MergeError(ValueError):
     """
 
 
-_ADVICE = (
-    "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave the weight "
-    "out of the rules"
+_MERGE_REMEDY = (
+    "To avoid the merge, multiply by the weight with a dot product (x @ w, einsum), or exclude the "
+    "weight from the rules"
 )
-_ADVICE_ON_ASSIGNMENT = (
-    "To avoid it, leave the weight out of the rules, or run the function on lora_jax.merge(params)"
+_ASSIGNMENT_REMEDY = (
+    "To avoid the merge, exclude the weight from the rules, or call the function with "
+    "lora_jax.merge(params)"
 )
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
-OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
+CUSTOM_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
 
 
 def merge_reason(primitive: str) -> str:
     """Returns the reason why a weight has no factored form at a primitive."""
-    if primitive in OWN_DERIVATIVES:
+    if primitive in CUSTOM_DERIVATIVES:
         return "has a derivative of its own, which must be kept"
     if primitive == "output":
-        return "the weight itself, changed, is an output"
+        return "the function returns the changed weight"
     if primitive == "assignment":
-        return "the function assigns to it"
+        return "the function assigns to the weight"
     return "has no factored form"
 
 
-def advice(weight: Factored, primitive: str, function: str | None) -> str:
+def merge_remedy(weight: Factored, primitive: str, function: str | None) -> str:
     """Returns the remedy for a merge.
 
     Args:
@@ -51,7 +55,7 @@ def advice(weight: Factored, primitive: str, function: str | None) -> str:
       function: the name of the function that it calls, if it calls one.
     """
     if primitive == "assignment":
-        return _ADVICE_ON_ASSIGNMENT
+        return _ASSIGNMENT_REMEDY
     if primitive in _PRODUCTS:
         axes = zip(weight.base.shape, weight.labels, strict=True)
         roles = ", ".join(f"{size}: {label}" for size, label in axes)
@@ -60,38 +64,37 @@ def advice(weight: Factored, primitive: str, function: str | None) -> str:
             "trace, trace=(fn, params, x), or give in_axes= and out_axes= in the rule of this "
             "weight. Else exclude the weight from the rules"
         )
-    if primitive not in OWN_DERIVATIVES:
-        return _ADVICE
-    name = function or primitive
+    if primitive not in CUSTOM_DERIVATIVES:
+        return _MERGE_REMEDY
+    name = primitive if function is None else function
     return (
-        f"To avoid it where {name!r} calls a function of yours (a vector field, the body of a "
-        "loop): adapt that function, field = lora_jax.adapt(field), and not the one around it; the "
-        "adapted tree reaches it through the arguments that are there for it (args). Where it is a "
-        "kernel, give a rule for it: "
+        f"If {name!r} calls a function of yours (a vector field, the body of a loop), adapt only "
+        "this inner function with field = lora_jax.adapt(field), and pass the adapted tree to it "
+        f"through its arguments (args). If {name!r} is a compiled kernel, pass a rule for it with "
         f"adapt(fn, primitives={{{name!r}: rule}})"
     )
 
 
-def example_error(weight: Factored, primitive: str, line: SourceLine) -> str:
-    """Returns the message for a primitive that weights with an adapter each example cannot meet."""
+def per_example_message(weight: Factored, primitive: str, line: SourceLine) -> str:
+    """Returns the message for a primitive that does not tell which example needs which adapter."""
     return (
-        f"the weight {weight.path!r} has an adapter for each example of a batch, and it is not "
-        f"known which examples {primitive!r} at {line} multiplies it by"
+        f"the weight {weight.path!r} has an adapter for each example of a batch, but "
+        f"{primitive!r} at {line} does not show which examples it multiplies the weight by"
     )
 
 
-# The primitives that a weight may meet that some tokens alone see: a product, or what moves or
-# casts it.
-_TELL_TOKENS = frozenset(
+# The primitives that a weight with a mask of tokens may meet: a product, and operations that move
+# or cast the weight.
+_PRIMITIVES_THAT_TELL_TOKENS = frozenset(
     """
     dot_general transpose squeeze expand_dims broadcast_in_dim reshape slice dynamic_slice split
     unstack convert_element_type copy copy_p name stop_gradient device_put sharding_constraint
     reshard
     """.split()
 )
-# Primitives that several such weights may enter. Where a derivative of its own would merge a
-# weight, that is refused there.
-_ENTERED = frozenset(
+# Primitives that several such weights may enter. A custom derivative would merge the weight, which
+# raises an error there.
+_ENTERED_PRIMITIVES = frozenset(
     """
     jit pjit closed_call core_call remat2 checkpoint scan while cond shard_map
     optimization_barrier custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
@@ -108,35 +111,34 @@ def check_tokens(primitive: str, values: Sequence[Value], eqn: JaxprEqn) -> None
       eqn: the equation, whose line the message names.
     """
     weights = [value for value in values if isinstance(value, Factored)]
-    tells_tokens = primitive in _TELL_TOKENS and len(weights) == 1
-    if tells_tokens or primitive in _ENTERED:
+    tells_tokens = primitive in _PRIMITIVES_THAT_TELL_TOKENS and len(weights) == 1
+    if tells_tokens or primitive in _ENTERED_PRIMITIVES:
         return
     for weight in weights:
         if weight.active is not None:
             raise TokensError(
                 f"The weight {weight.path!r} acts on some tokens only, but {primitive!r} at "
-                f"{user_line_of(eqn)} does not show which tokens it multiplies. Exclude the "
-                "weight from the rules, if it is a table that is looked up, a kernel of "
-                "experts or of a convolution."
+                f"{user_line_of(eqn)} does not show which tokens it multiplies. Exclude embedding "
+                "tables, kernels of experts and kernels of convolutions from the rules."
             )
 
 
-def warn_or_raise(
+def warn_of_merge(
     weight: Factored, primitive: str, function: str | None, line: SourceLine, *, strict: bool
 ) -> None:
-    """Warns that a weight is merged.
+    """Warns that a weight is merged, or raises an error.
 
     Args:
       weight: the weight.
-      primitive, function: see `advice`.
+      primitive, function: see `merge_remedy`.
       line: the user's line.
       strict: raise instead.
 
     Raises:
       MergeError: `strict`, or a merged weight would not do what the weight does.
     """
-    problem = _problem(weight, primitive, line)
-    remedy = advice(weight, primitive, function)
+    problem = _describe_merge(weight, primitive, line)
+    remedy = merge_remedy(weight, primitive, function)
     if weight.key is not None and weight.dropout:
         raise MergeError(
             f"{problem}, but a merged weight cannot have dropout. Remove dropout_key, or set "
@@ -145,35 +147,35 @@ def warn_or_raise(
     if weight.active is not None:
         raise MergeError(
             f"{problem}, but this weight acts on some tokens only, and a merged weight acts on "
-            f"all. {remedy}"
+            f"all tokens. {remedy}."
         )
     if weight.uses != "all":
         raise MergeError(
-            f"{problem}, but its uses are adapted one by one (uses={weight.uses!r}), so it "
-            f"cannot be merged. {remedy}"
+            f"{problem}, but only some uses of this weight see the adapter "
+            f"(uses={weight.uses!r}), so it cannot be merged. {remedy}."
         )
     if weight.shift is not None:
         raise MergeError(
             f"{problem}, but a merged weight has no place for a bias on B. {remedy}, or set "
-            "bias_on_b=False in its rule."
+            "bias_on_b=False in the rule of this weight."
         )
     if strict:
-        raise MergeError(f"{problem}. {remedy}")
-    formed = "W + s·AB" if weight.parts else "W"
-    cost = f": {formed} is formed there, at the cost of W's memory. The result is right"
+        raise MergeError(f"{problem}. {remedy}.")
+    formed_kernel = "W + s·AB" if weight.parts else "W"
+    effect = f"{formed_kernel} is formed there, which needs the memory of W. The result is right"
     if primitive == "assignment":
-        cost = ". The result is right, and the weight that was passed has no adapter afterwards"
-    warn(f"{problem}{cost}. {remedy}.", MergeWarning, line)
+        effect = "The result is right, but the weight that you passed has no adapter afterwards"
+    warn(f"{problem}. {effect}. {remedy}.", MergeWarning, line)
 
 
-def _problem(weight: Factored, primitive: str, line: SourceLine) -> str:
+def _describe_merge(weight: Factored, primitive: str, line: SourceLine) -> str:
     """Returns the first part of a message: the weight, and the use that has no factored form."""
     if primitive == "output":
-        return f"the weight {weight.path!r}, changed, is an output of the function at {line}"
+        return f"The changed weight {weight.path!r} is an output of the function at {line}"
     if primitive == "assignment":
         return (
-            f"the function at {line} assigns to {weight.path!r}, which is adapted: what it "
-            "assigns takes the place of W and its factors"
+            f"The function at {line} assigns to {weight.path!r}, which is adapted, so the assigned "
+            "value replaces W and its factors"
         )
     reason = merge_reason(primitive)
-    return f"the weight {weight.path!r} meets {primitive!r} at {line}, which {reason}"
+    return f"The weight {weight.path!r} meets {primitive!r} at {line}, which {reason}"

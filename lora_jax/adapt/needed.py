@@ -40,13 +40,13 @@ class NeededEquation(NamedTuple):
     unread_variables: list[eqns.Atom]
 
 
-class Needed(NamedTuple):
+class NeededEquations(NamedTuple):
     """The equations of a jaxpr that are needed for some of its outputs, and what they share.
 
     Attributes:
       equations: in order.
       products_of_operand: see `_products_of_operand`.
-      moves: see `_moves_of`.
+      moves: see `_equation_of_moved_value`.
     """
 
     equations: list[NeededEquation]
@@ -54,10 +54,12 @@ class Needed(NamedTuple):
     moves: dict[eqns.Atom, JaxprEqn]
 
 
-_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[UsedOutputs, Needed]] = weakref.WeakKeyDictionary()
+_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[UsedOutputs, NeededEquations]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
+def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> NeededEquations:
     """Returns the equations that the used outputs or an effect need."""
     needed_of_jaxpr = _NEEDED.setdefault(jaxpr, {})
     if used_outputs not in needed_of_jaxpr:
@@ -65,7 +67,7 @@ def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
     return needed_of_jaxpr[used_outputs]
 
 
-def _find_needed(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
+def _find_needed(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> NeededEquations:
     """Walks a jaxpr from its last equation to its first, with the variables that are read later."""
     variables_read: set[eqns.Atom] = set()
     for atom, is_used in zip(jaxpr.outvars, used_outputs, strict=True):
@@ -83,7 +85,9 @@ def _find_needed(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> Needed:
         variables_read |= operands
     needed_eqns.reverse()
     equations = [needed.eqn for needed in needed_eqns]
-    return Needed(needed_eqns, _products_of_operand(equations), _moves_of(equations))
+    return NeededEquations(
+        needed_eqns, _products_of_operand(equations), _equation_of_moved_value(equations)
+    )
 
 
 def _products_of_operand(equations: Iterable[JaxprEqn]) -> ProductsOfOperand:
@@ -102,7 +106,7 @@ def _products_of_operand(equations: Iterable[JaxprEqn]) -> ProductsOfOperand:
     return {key: group for key, group in products.items() if len(group) > 1}
 
 
-def _moves_of(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
+def _equation_of_moved_value(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
     """Finds the values that are another one, cast or moved: each with its equation."""
     return {
         eqn.outvars[0]: eqn
@@ -111,7 +115,7 @@ def _moves_of(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
     }
 
 
-def _unknown(_: eqns.Atom) -> None:
+def _return_unknown(_: eqns.Atom) -> None:
     """Returns the value of an operand before its turn, where no value is known so early."""
 
 
@@ -120,18 +124,19 @@ class FactorInputs:
     """The activations that factors read, and what was computed from them for several weights.
 
     Attributes:
-      groups: the products of each operand; empty where products are not to be shared.
-      ahead: returns the value of an operand before its turn; None if that takes a computation.
-      products: s·xA of products that are to come, by the identity of their equations.
+      products_of_operand: the products of each operand; empty where products are not to be shared.
+      value_ahead: returns the value of an operand before its turn, or None if that takes a
+        computation.
+      known_products: s·xA of products that are to come, by the identity of their equations.
     """
 
-    groups: ProductsOfOperand = field(default_factory=dict)
-    ahead: Callable[[eqns.Atom], Value] = _unknown
-    products: dict[int, jax.Array] = field(default_factory=dict)
+    products_of_operand: ProductsOfOperand = field(default_factory=dict)
+    value_ahead: Callable[[eqns.Atom], Value] = _return_unknown
+    known_products: dict[int, jax.Array] = field(default_factory=dict)
     # By id: an array, and that array for factors.
     _copies: dict[int, tuple[Value, Value]] = field(default_factory=dict)
 
-    def copied(self, x: jax.Array) -> Value:
+    def copy_for_factors(self, x: jax.Array) -> Value:
         """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
 
         Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
@@ -154,5 +159,5 @@ class FactorInputs:
         operand = eqn.invars[side]
         if eqns.is_literal(operand):
             return []
-        products = self.groups.get((operand, tuple(contract[side])), [])
+        products = self.products_of_operand.get((operand, tuple(contract[side])), [])
         return [(product, its_side) for product, its_side in products if product is not eqn]

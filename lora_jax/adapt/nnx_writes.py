@@ -31,14 +31,17 @@ class Snapshot:
     def take(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
         return cls(
-            [(path, nnx_object, _attributes(nnx_object)) for path, nnx_object in nnx_objects(tree)]
+            [
+                (path, nnx_object, _attributes_of_object(nnx_object))
+                for path, nnx_object in nnx_objects(tree)
+            ]
         )
 
     def writes(self) -> Writes:
         """Returns the changes since the snapshot."""
         writes: Writes = []
         for path, nnx_object, old_attributes in self.objects:
-            attributes = _attributes(nnx_object)
+            attributes = _attributes_of_object(nnx_object)
             changed_attributes = {
                 name: value
                 for name, value in attributes.items()
@@ -71,7 +74,7 @@ class Output:
     origin: int | None
 
 
-def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
+def effective_writes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     """Returns the writes that change something, and what they put in the place of leaves.
 
     NNX's transforms write all that they are given back, mostly as it was.
@@ -86,7 +89,7 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     changing_writes: Writes = []
     assigned: dict[int, Leaf] = {}
     for path, attributes in writes:
-        old_attributes = _attributes(_find(tree, path))
+        old_attributes = _attributes_of_object(_object_at_path(tree, path))
         changed_attributes: Attributes = {}
         for name, value in attributes.items():
             argument = old_attributes.get(name)
@@ -101,11 +104,11 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     return changing_writes, assigned
 
 
-def write(tree: Tree, writes: Writes) -> None:
+def write_back(tree: Tree, writes: Writes) -> None:
     """Makes the changes in the objects of a tree of arguments."""
     for path, attributes in writes:
-        nnx_object = _find(tree, path)
-        old_attributes = _attributes(nnx_object)
+        nnx_object = _object_at_path(tree, path)
+        old_attributes = _attributes_of_object(nnx_object)
         for name, value in attributes.items():
             if value is _DELETED:
                 delattr(nnx_object, name)
@@ -119,7 +122,7 @@ def write(tree: Tree, writes: Writes) -> None:
                 setattr(nnx_object, name, value)
 
 
-def _attributes(nnx_object: Leaf) -> Attributes:
+def _attributes_of_object(nnx_object: Leaf) -> Attributes:
     """Returns the attributes of an NNX object; of a Variable its value."""
     if isinstance(nnx_object, sys.modules["flax.nnx"].Variable):
         return {_VALUE: nnx_object.get_raw_value()}
@@ -127,7 +130,7 @@ def _attributes(nnx_object: Leaf) -> Attributes:
     return {name: attributes[name] for name in attributes if not name.startswith("_pytree__")}
 
 
-def _find(tree: Tree, path: KeyPath) -> Tree:
+def _object_at_path(tree: Tree, path: KeyPath) -> Tree:
     for key in path:
         match key:
             case GetAttrKey(name):

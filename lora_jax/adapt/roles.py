@@ -109,7 +109,7 @@ def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Obse
     def follow_leaves(arrays: list[Value]) -> None:
         interpreter.evaluate(jaxpr, list(map(label_input, path_of_input, arrays)))
 
-    fn_of_inputs = eqns.trace_with(fn_of_resolved, leaves, treedef, input_indices)
+    fn_of_inputs = eqns.function_of_inputs(fn_of_resolved, leaves, treedef, input_indices)
     jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs)
     jax.eval_shape(follow_leaves, inputs)
     # The tracker holds the products of each leaf now.
@@ -345,9 +345,11 @@ class _LeafTracker:
         if body is not None:
             inner, _ = eqns.jaxpr_and_consts(body)
             if len(inner.invars) == len(use.values):
-                return interpreter.function(body, use.used_outputs)(*use.values)
+                return interpreter.function_of_jaxpr(body, use.used_outputs)(*use.values)
         if use.name == "unstack":
-            return interpreter.evaluate(eqns.unstacked(use.eqn), use.values, use.used_outputs)
+            return interpreter.evaluate(
+                eqns.equations_of_unstack(use.eqn), use.values, use.used_outputs
+            )
         self._record_operation(use)
         outputs = use.bind(use.bases)
         mixing = _mixing_of_equation(use)

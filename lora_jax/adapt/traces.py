@@ -19,8 +19,8 @@ import numpy as np
 from lora_jax.adapt import eqns
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
-from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
-from lora_jax.adapt.rules.flow import Sources, sources_among
+from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, effective_writes
+from lora_jax.adapt.rules.flow import Sources, sources_among_variables
 from lora_jax.core.aliases import alias_repeated_objects, aliases, resolve_aliases
 from lora_jax.core.opaque import unwrap_opaque_leaves
 from lora_jax.core.types import Forward, Leaf, Tree, Value
@@ -141,7 +141,7 @@ def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
         outputs.append(TraceOutputs(leaves_without_arrays, treedef, {}))
         return leaves
 
-    fn_of_inputs = eqns.trace_with(call_and_record, call.leaves, call.treedef, list(inputs))
+    fn_of_inputs = eqns.function_of_inputs(call_and_record, call.leaves, call.treedef, list(inputs))
     jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs.values())
     origins = _leaf_of_each_output(jaxpr, inputs, call)
     return Trace(jaxpr, tuple(inputs), _without_idle_writes(outputs.pop(), origins, call))
@@ -164,7 +164,7 @@ def _leaf_of_each_output(
         if id(const) in index_of_leaf:
             index_of_variable[variable] = index_of_leaf[id(const)]
     index_of_variable |= zip(inner.invars, input_indices, strict=True)
-    return sources_among(jaxpr, index_of_variable)
+    return sources_among_variables(jaxpr, index_of_variable)
 
 
 def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall) -> TraceOutputs:
@@ -187,7 +187,7 @@ def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall
         return TraceOutputs(leaves, outputs.treedef, {})
     # Compare the writes with the arguments, each leaf of which is replaced by its index.
     arguments = call.treedef.unflatten(Argument(index) for index in range(len(call.leaves)))
-    writes, assigned = changes(arguments, writes)
+    writes, assigned = effective_writes(arguments, writes)
     leaves, treedef = jax.tree.flatten((result, writes))
     return TraceOutputs(leaves, treedef, assigned)
 

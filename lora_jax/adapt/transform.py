@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.activate import params_by_prompt, with_own_masks
+from lora_jax.adapt.activate import args_with_masks, params_by_prompt
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.interpreter import Interpreter, Rule
-from lora_jax.adapt.nnx_writes import Output, write
-from lora_jax.adapt.per_example.axes import ExampleAxes, follow_tokens, follow_trace, mapped
+from lora_jax.adapt.nnx_writes import Output, write_back
+from lora_jax.adapt.per_example.axes import (
+    ExampleAxes,
+    find_example_axes,
+    follow_tokens,
+    follow_trace,
+)
 from lora_jax.adapt.rules.arithmetic import ARITHMETIC_RULES
 from lora_jax.adapt.rules.chains import CHAIN_RULES
 from lora_jax.adapt.rules.choices import CHOICE_RULES
@@ -110,7 +115,7 @@ def adapt(
 
     @functools.wraps(fn)
     def forward(*args: Tree, dropout_key: jax.Array | None = None, **kwargs: Tree) -> Tree:
-        args = with_own_masks(fn, args, kwargs)
+        args = args_with_masks(fn, args, kwargs)
         return run(fn, interpreter, args, kwargs, dropout_key, eager_traces)
 
     forward.params_by_prompt = params_by_prompt  # type: ignore[attr-defined]  # for generation
@@ -145,20 +150,22 @@ def run(
         dropout_key = check_prng_key("dropout_key", dropout_key)
     adapted = _adapted_call(fn, args, kwargs, dropout_key)
     call = adapted.call
+    # No weight is factored: all nodes are arrays in `call.leaves`.
     if not adapted.weights:
         args, kwargs = resolve_aliases(unwrap_opaque_leaves(call.treedef.unflatten(call.leaves)))
         return fn(*args, **kwargs)
     example_axes: dict[int, int] = {}
     if axes is not None:
-        example_axes = mapped(call, adapted.nodes, axes)
+        example_axes = find_example_axes(call, adapted.nodes, axes)
         call = dataclasses.replace(
             call, others={index: call.leaves[index] for index in example_axes}
         )
+    # An eager call uses a trace of an earlier call, if there is one.
     cached_trace = None
-    if eager_traces is not None and not _is_traced():
+    if eager_traces is not None and not _is_being_traced():
         cached_trace = eager_traces.find(call)
     traced = trace(call) if cached_trace is None else cached_trace
-    _say_assigned(interpreter, traced, adapted.weights, (args, kwargs))
+    _report_assigned_weights(interpreter, traced, adapted.weights, (args, kwargs))
     if axes is not None:
         examples = follow_trace(traced, adapted.weights, call, example_axes, axes.of_result)
         interpreter = dataclasses.replace(interpreter, examples=examples)
@@ -166,9 +173,9 @@ def run(
         tokens = follow_tokens(traced, adapted.weights, call)
         interpreter = dataclasses.replace(interpreter, examples=tokens)
     eager_steps = None if cached_trace is None else cached_trace.steps
-    outputs = _evaluated(interpreter, traced, adapted, eager_steps)
+    outputs = _evaluate_call(interpreter, traced, adapted, eager_steps)
     result, writes = traced.outputs.filled(outputs)
-    write((args, kwargs), writes)
+    write_back((args, kwargs), writes)
     return result
 
 
@@ -186,13 +193,14 @@ class _AdaptedCall(NamedTuple):
     nodes: dict[int, Leaf]
 
 
-def _evaluated(
+def _evaluate_call(
     interpreter: Interpreter, traced: Trace, adapted: _AdaptedCall, eager_steps: EagerSteps | None
 ) -> list[Value]:
     """Returns the outputs of a traced function, as arrays or nodes; unused ones are None."""
     inputs = [
         adapted.weights.get(index, adapted.call.leaves[index]) for index in traced.leaf_indices
     ]
+    # Outputs that are nodes of the arguments are returned as these nodes. The others are computed.
     leaf_of_output = traced.outputs.origins
     node_of_output = {
         output_index: adapted.nodes[leaf_index]
@@ -207,6 +215,7 @@ def _evaluated(
     with collect_sides() as sides_by_path:
         outputs = interpreter.evaluate(traced.jaxpr, inputs, used_outputs, eager_steps)
     warn_of_swapped_roles(sides_by_path, traced.jaxpr, inputs)
+    # Merge the weights that the function returns.
     assigned_outputs = {
         value.number for value in traced.outputs.assigned.values() if isinstance(value, Output)
     }
@@ -214,13 +223,13 @@ def _evaluated(
         if index in node_of_output:
             outputs[index] = node_of_output[index]
         elif isinstance(output, Factored):
-            if index not in assigned_outputs:  # `_say_assigned` has warned of those
-                interpreter.say_merged(output, "output", user_line_of_call())
+            if index not in assigned_outputs:  # `_report_assigned_weights` has warned of those
+                interpreter.report_merge(output, "output", user_line_of_call())
             outputs[index] = output.merged()
     return outputs
 
 
-def _say_assigned(
+def _report_assigned_weights(
     interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Tree
 ) -> None:
     """Warns of adapted weights of NNX modules that a function assigns to; they are merged.
@@ -238,11 +247,13 @@ def _say_assigned(
             continue
         weight = weights.get(leaf_index)
         if weight is None:
-            weight = _without_factors(node.base, len(node.shape), _path_in_argument(key_path))
-        interpreter.say_merged(weight, "assignment", user_line_of_call())
+            weight = _weight_without_factors(
+                node.base, len(node.shape), _path_in_argument(key_path)
+            )
+        interpreter.report_merge(weight, "assignment", user_line_of_call())
 
 
-def _is_traced() -> bool:
+def _is_being_traced() -> bool:
     """Returns True if the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
     return isinstance(lax.full((), 0), jax.core.Tracer)
 
@@ -270,13 +281,13 @@ def _adapted_call(
         if not is_leaf(leaf):
             continue
         path = _path_in_argument(key_path)
-        leaves[index] = _plain(leaf, path)
+        leaves[index] = _array_for_tracing(leaf, path)
         if is_node(leaf) and leaf.is_factored:
             nodes[index] = leaf
-            weights[index] = leaf.factored(path, _weight_key(leaf, path, dropout_key))
+            weights[index] = leaf.factored(path, _dropout_keys_of_weight(leaf, path, dropout_key))
         elif is_base(leaves[index]):
             nodes[index] = leaf
-            weights[index] = _without_factors(leaves[index], len(leaf.shape), path)
+            weights[index] = _weight_without_factors(leaves[index], len(leaf.shape), path)
     stand_ins = {index: stand_in(weight.base) for index, weight in weights.items()}
     return _AdaptedCall(FlatCall(fn, leaves, treedef, stand_ins), weights, nodes)
 
@@ -286,25 +297,25 @@ def _path_in_argument(key_path: KeyPath) -> str:
     return path_string(key_path[2:])
 
 
-def _without_factors(base: BaseLike, ndim: int, path: str) -> Factored:
+def _weight_without_factors(base: BaseLike, ndim: int, path: str) -> Factored:
     """Returns W alone as a weight."""
     labels: list[Label] = ["batch"] * ndim
     return Factored(base, {}, tuple(labels), path=path)
 
 
-def _plain(leaf: Leaf, path: str) -> Leaf:
+def _array_for_tracing(leaf: Leaf, path: str) -> Leaf:
     """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
         return leaf
     if isinstance(leaf, Trained) and not leaf.is_on:
         raise ValueError(
-            f"{path!r} is trained in full, but this half of the tree has no value for it. "
-            "Call lora_jax.join(adapter, base) first."
+            f"{path!r} trains in full, but this half of the tree has no value for it. Call "
+            "lora_jax.join(adapter, base) first, and pass its result."
         )
     return leaf.base if leaf.is_factored or not leaf.is_on else leaf.merged()
 
 
-def _weight_key(
+def _dropout_keys_of_weight(
     weight: LoraWeight | TrainedRows, path: str, key: jax.Array | None
 ) -> jax.Array | None:
     """Returns a weight's dropout keys, one for each index of its batch axes."""

@@ -3,7 +3,7 @@
 import jax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.activate import with_own_masks
+from lora_jax.adapt.activate import args_with_masks
 from lora_jax.adapt.interpreter import Interpreter, WeightUse
 from lora_jax.adapt.transform import RULES, run
 from lora_jax.core.aliases import flatten_with_aliases
@@ -25,9 +25,9 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
 
     # Trace the function with a recording interpreter, which writes to `records`.
     def run_with_records(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
-        return run(fn, interpreter, with_own_masks(fn, args, kwargs), kwargs, None)
+        return run(fn, interpreter, args_with_masks(fn, args, kwargs), kwargs, None)
 
-    fn_of_arrays = eqns.trace_with(run_with_records, leaves, treedef, array_indices)
+    fn_of_arrays = eqns.function_of_inputs(run_with_records, leaves, treedef, array_indices)
     jax.eval_shape(fn_of_arrays, *(leaves[index] for index in array_indices))
     # Add an entry for each weight without a use.
     for argument in (*args, *kwargs.values()):

@@ -265,8 +265,8 @@ class Factored:
         """
         if self.rows is not None:
             raise ExamplesError(
-                f"The weight {self.path!r} has a different adapter for each example, so it cannot "
-                "be merged. Merge the adapter of one example."
+                f"the weight {self.path!r} has a different adapter for each example, so that it "
+                "cannot be merged"
             )
         if self.active is not None:
             raise TokensError(

@@ -82,14 +82,14 @@ class ExampleColumns(NamedTuple):
 
     Attributes:
       mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.
-      axis: axis of the activation, of size k·examples·inner: row i is of example i // inner %
-        examples.
-      inner: number of consecutive rows of the activation that belong to one example.
+      axis: axis of the activation, of size k·examples·n_consecutive. Row i belongs to the example
+        i // n_consecutive % examples.
+      n_consecutive: number of consecutive rows of the activation that belong to one example.
     """
 
     mask: jax.Array
     axis: int
-    inner: int = 1
+    n_consecutive: int = 1
 
     def along(self, z: jax.Array, axis: int, rank: int = -1) -> jax.Array:
         """Returns the mask in the dtype of z, with axes that broadcast against z.
@@ -104,9 +104,9 @@ class ExampleColumns(NamedTuple):
         rank_axis = rank % z.ndim
         mask = self.mask.astype(z.dtype)
         # Repeat the mask for all rows of an example: [rows, r].
-        repeats = n_rows // (n_examples * self.inner)
-        if repeats * self.inner > 1:
-            repeated_shape = (repeats, n_examples, self.inner, n_columns)
+        repeats = n_rows // (n_examples * self.n_consecutive)
+        if repeats * self.n_consecutive > 1:
+            repeated_shape = (repeats, n_examples, self.n_consecutive, n_columns)
             mask = jnp.broadcast_to(mask[None, :, None], repeated_shape)
             mask = mask.reshape(n_rows, n_columns)
         # Put both axes where z has them.

@@ -138,7 +138,7 @@ def test_trained_leaves_alone_are_enough():
     run = lj.adapt(lambda p, x: x @ p["a"]["kernel"])
     assert_identical(run(tree, X), X @ draw(1, (5, 7)))
     _, base = lj.split(tree)
-    with pytest.raises(ValueError, match=r"'a/kernel' is trained in full.*join"):
+    with pytest.raises(ValueError, match=r"'a/kernel' trains in full.*join"):
         run(base, X)
 
 

@@ -337,7 +337,7 @@ def warned(case, tree, x, **how):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         outputs = jax.jit(lj.adapt(case.run))(tree, x, **how)
-    return outputs, [re.findall(r"the weight '(\w+)/kernel'", str(w.message)) for w in found]
+    return outputs, [re.findall(r"[Tt]he weight '(\w+)/kernel'", str(w.message)) for w in found]
 
 
 def of_rules(*rules):

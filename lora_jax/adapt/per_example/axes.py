@@ -15,8 +15,8 @@ from lora_jax.adapt.per_example.labels import (
     ExampleLabels,
     MixedExamples,
 )
-from lora_jax.adapt.per_example.tokens import tokens_of
-from lora_jax.adapt.per_example.walk import followed
+from lora_jax.adapt.per_example.tokens import label_of_tokens
+from lora_jax.adapt.per_example.walk import labels_of_jaxpr
 from lora_jax.adapt.traces import FlatCall, Trace
 from lora_jax.adapt.user_code import user_line_of_call
 from lora_jax.core.factored import ExamplesError, Factored
@@ -38,7 +38,9 @@ class ExampleAxes:
     of_result: Tree
 
 
-def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dict[int, int]:
+def find_example_axes(
+    call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes
+) -> dict[int, int]:
     """Returns, by the index of each leaf that holds examples, the axis that does.
 
     Args:
@@ -63,17 +65,18 @@ def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dic
         shape = getattr(call.leaves[leaf_index], "shape", ())
         is_node = leaf_index in nodes
         if is_node or not -len(shape) <= axis < len(shape):
-            remedy = ", because it is a node of an adapted tree. Use None for it" if is_node else ""
-            raise ValueError(
-                f"Axis {axis} cannot be the axis of the examples of an argument of shape "
-                f"{tuple(shape)}{remedy}."
-            )
+            problem = f"Axis {axis} cannot be the examples' axis of an argument of shape {shape}"
+            if is_node:
+                raise ValueError(
+                    f"{problem}, because it is a node of an adapted tree. Use None as its axis."
+                )
+            raise ValueError(f"{problem}. Use an axis of this shape.")
         example_axes[leaf_index] = axis % len(shape)
         sizes.add(shape[axis])
     if len(sizes) > 1:
         raise ValueError(
-            f"The arguments have different numbers of examples, {sorted(sizes)}. All of them "
-            "need the same number."
+            f"The arguments have different numbers of examples, {sorted(sizes)}. Pass arguments "
+            "with the same number of examples."
         )
     return example_axes
 
@@ -116,7 +119,7 @@ def follow_trace(
       traced: trace of the call.
       weights: the adapted weights, by the index of the leaf.
       call: the call.
-      example_axes: see `mapped`.
+      example_axes: see `find_example_axes`.
       of_result: see `ExampleAxes`.
 
     Raises:
@@ -133,12 +136,12 @@ def follow_trace(
         if len(weight.rows) != n_examples:
             raise ValueError(
                 f"{weight.path!r} has adapters for {len(weight.rows)} examples, but the "
-                f"batch has {n_examples}."
+                f"batch has {n_examples}. Choose one adapter for each example of the batch."
             )
         if weight.gain is not None or weight.shift is not None:
             raise ExamplesError(
-                f"the weight {weight.path!r} has a magnitude or a bias on B, and there is "
-                "only one for all examples"
+                f"the weight {weight.path!r} has a magnitude or a bias on B, which is the same for "
+                "all examples"
             )
     input_labels: list[ExampleLabel] = []
     for leaf_index in traced.leaf_indices:
@@ -148,8 +151,8 @@ def follow_trace(
         elif leaf_index in weights and weights[leaf_index].rows is not None:
             label = ExampleKernels(weights[leaf_index].labels)
         input_labels.append(label)
-    labels = followed(traced.jaxpr, input_labels, n_examples)
-    _check_result(traced, labels, n_examples, of_result)
+    labels = labels_of_jaxpr(traced.jaxpr, input_labels, n_examples)
+    _check_example_axes_of_result(traced, labels, n_examples, of_result)
     return labels
 
 
@@ -170,7 +173,7 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
     def label_of_array(array: Leaf) -> ExampleLabel:
         if id(array) in ids_of_params:
             return None
-        return tokens_of(np.shape(array), mask_shapes)
+        return label_of_tokens(np.shape(array), mask_shapes)
 
     labels: list[ExampleLabel] = []
     for leaf_index in traced.leaf_indices:
@@ -181,7 +184,7 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
             labels.append(label_of_array(call.leaves[leaf_index]))
     _, consts = eqns.jaxpr_and_consts(traced.jaxpr)
     labels += map(label_of_array, consts)
-    return followed(traced.jaxpr, labels, mask_shapes)
+    return labels_of_jaxpr(traced.jaxpr, labels, mask_shapes)
 
 
 def _ids_beside_weights(weights: Mapping[int, Factored], call: FlatCall) -> set[int]:
@@ -194,10 +197,10 @@ def _ids_beside_weights(weights: Mapping[int, Factored], call: FlatCall) -> set[
     return ids
 
 
-def _check_result(
+def _check_example_axes_of_result(
     traced: Trace, labels: ExampleLabels, n_examples: int, expected_axes: Tree
 ) -> None:
-    """Checks that a function's result has the examples along the axes that were asked for.
+    """Checks that a function's result has the examples along the expected axes.
 
     Args:
       traced: trace of the function.
@@ -206,32 +209,36 @@ def _check_result(
       expected_axes: see `ExampleAxes.of_result`.
 
     Raises:
-      ExamplesError: it has them elsewhere, or mixed, or a write depends on them.
+      ExamplesError: the result has the examples along other axes, or mixed, or a write to an NNX
+        object depends on the examples.
     """
-    inner, _ = eqns.jaxpr_and_consts(traced.jaxpr)
-    shapes: list[tuple[int, ...]] = []
-    axes: list[int | None] = []
+    # For each leaf of the result and of the writes, its shape and the axis of the examples.
+    jaxpr, _ = eqns.jaxpr_and_consts(traced.jaxpr)
+    shape_of_leaf: list[tuple[int, ...]] = []
+    axis_of_leaf: list[int | None] = []
     for leaf in traced.outputs.leaves:
         if isinstance(leaf, Output):
-            shape = tuple(eqns.type_of(inner.outvars[leaf.number]).shape)
-            axes.append(_examples_axis(labels.outputs[leaf.number], shape, n_examples))
+            shape = tuple(eqns.type_of(jaxpr.outvars[leaf.number]).shape)
+            axis_of_leaf.append(_examples_axis(labels.outputs[leaf.number], shape, n_examples))
         else:
+            # A leaf that no input reaches is the same for all examples.
             shape = np.shape(leaf)
-            axes.append(None)
-        shapes.append(shape)
-    result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
-    if any(axes[index] is not None for index in jax.tree.leaves(writes)):
+            axis_of_leaf.append(None)
+        shape_of_leaf.append(shape)
+    # The result and the writes, with the index of each leaf in its place.
+    result, writes = traced.outputs.treedef.unflatten(range(len(axis_of_leaf)))
+    if any(axis_of_leaf[index] is not None for index in jax.tree.leaves(writes)):
         raise ExamplesError("the function writes a value that depends on the examples")
     if callable(expected_axes):
         expected_axes = expected_axes(result)
     for index, expected_axis in _axis_by_leaf(expected_axes, result).items():
-        _check_axis(axes[index], expected_axis, shapes[index], n_examples)
+        _check_output_axis(axis_of_leaf[index], expected_axis, shape_of_leaf[index], n_examples)
 
 
 def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -> int | None:
     """Returns the axis of an output that holds the examples; None if it is the same for all."""
     if isinstance(label, MixedExamples):
-        raise ExamplesError(f"the examples of the batch cannot be told apart: {label.why}")
+        raise ExamplesError(f"the examples of the batch cannot be told apart, because {label.why}")
     if isinstance(label, ExampleKernels):
         raise ExamplesError(f"the function returns an adapted weight at {user_line_of_call()}")
     if not isinstance(label, ExampleAxis):
@@ -244,7 +251,7 @@ def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -
     return label.axis
 
 
-def _check_axis(
+def _check_output_axis(
     axis: int | None, expected_axis: int | None, shape: Sequence[int], n_examples: int
 ) -> None:
     """Raises ExamplesError unless an output has the examples along the axis that was asked for.
@@ -255,6 +262,7 @@ def _check_axis(
         expected_axis %= len(shape)
     if axis == expected_axis:
         return
+    # The output is the same for all examples, and has an axis of their number.
     if axis is None and expected_axis is not None:
         is_axis_of_examples = tuple(shape[expected_axis : expected_axis + 1]) == (n_examples,)
         if is_axis_of_examples:

@@ -8,10 +8,10 @@ of its elements has indices of its own.
 from collections.abc import Sequence
 
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabel, MixingError
-from lora_jax.adapt.per_example.primitives import Rule, out_shape, shape_of
+from lora_jax.adapt.per_example.primitives import Rule, shape_of_operand, shape_of_output
 from lora_jax.core.extend import JaxprEqn
 
-_BY_INDEX = "finds examples by an index that is the same for none or all of them"
+_SAME_INDEX_FOR_ALL = "finds examples by an index that is the same for none or all of them"
 
 
 def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
@@ -19,7 +19,7 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
     operand_label, indices_label = labels
     dimension_numbers = eqn.params["dimension_numbers"]
     batching_axes = tuple(dimension_numbers.operand_batching_dims)
-    result_axes = range(len(out_shape(eqn)))
+    result_axes = range(len(shape_of_output(eqn)))
     # For each index axis, the axis of the result that it becomes.
     result_of_index_axis = [
         axis for axis in result_axes if axis not in dimension_numbers.offset_dims
@@ -30,26 +30,30 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
         if indices_label.axis >= len(result_of_index_axis):
             raise MixingError("finds one element by indices of several examples")
         result_axis = result_of_index_axis[indices_label.axis]
-        return [ExampleAxis(result_axis, indices_label.inner)]
+        return [ExampleAxis(result_axis, indices_label.n_consecutive)]
     # Each example has indices of its own.
-    inner = operand_label.inner
+    n_consecutive = operand_label.n_consecutive
     if operand_label.axis in batching_axes:
         batching_index = batching_axes.index(operand_label.axis)
         index_axis = dimension_numbers.start_indices_batching_dims[batching_index]
-        if indices_label not in (None, ExampleAxis(index_axis, inner)):
+        if indices_label not in (None, ExampleAxis(index_axis, n_consecutive)):
             raise MixingError("looks up by indices of other examples")
-        return [ExampleAxis(result_of_index_axis[index_axis], inner)]
+        return [ExampleAxis(result_of_index_axis[index_axis], n_consecutive)]
     # The indices are the same for all examples, which lie along an axis that is taken whole.
-    operand_shape = shape_of(eqn)
+    operand_shape = shape_of_operand(eqn)
     takes_all = eqn.params["slice_sizes"][operand_label.axis] == operand_shape[operand_label.axis]
     is_indexed = operand_label.axis in dimension_numbers.start_index_map
     if indices_label is not None or is_indexed or not takes_all:
-        raise MixingError(_BY_INDEX)
+        raise MixingError(_SAME_INDEX_FOR_ALL)
     dropped_axes = (*dimension_numbers.collapsed_slice_dims, *batching_axes)
     slice_axes = [axis for axis in range(len(operand_shape)) if axis not in dropped_axes]
     if operand_label.axis not in slice_axes:  # an axis of size one
         raise MixingError("drops the axis of the examples")
-    return [ExampleAxis(dimension_numbers.offset_dims[slice_axes.index(operand_label.axis)], inner)]
+    return [
+        ExampleAxis(
+            dimension_numbers.offset_dims[slice_axes.index(operand_label.axis)], n_consecutive
+        )
+    ]
 
 
 def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
@@ -61,19 +65,19 @@ def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Exam
     if target.axis in axes.batching:
         index_axis = axes.index_of_batching[axes.batching.index(target.axis)]
         update_axis = axes.update_of_index[index_axis]
-        if indices_label not in (None, ExampleAxis(index_axis, target.inner)):
+        if indices_label not in (None, ExampleAxis(index_axis, target.n_consecutive)):
             raise MixingError(_OTHER_EXAMPLES)
-        if updates_label not in (None, ExampleAxis(update_axis, target.inner)):
+        if updates_label not in (None, ExampleAxis(update_axis, target.n_consecutive)):
             raise MixingError(_OTHER_EXAMPLES)
         return [target]
     # The indices are the same for all examples, which lie along an axis that is updated whole.
     if target.axis not in axes.window or target.axis in axes.indexed:
-        raise MixingError(_BY_INDEX)
+        raise MixingError(_SAME_INDEX_FOR_ALL)
     update_axis = axes.update_of_window[axes.window.index(target.axis)]
-    updates_all = shape_of(eqn, 2)[update_axis] == shape_of(eqn)[target.axis]
-    is_of_same_examples = updates_label in (None, ExampleAxis(update_axis, target.inner))
+    updates_all = shape_of_operand(eqn, 2)[update_axis] == shape_of_operand(eqn)[target.axis]
+    is_of_same_examples = updates_label in (None, ExampleAxis(update_axis, target.n_consecutive))
     if indices_label is not None or not is_of_same_examples or not updates_all:
-        raise MixingError(_BY_INDEX)
+        raise MixingError(_SAME_INDEX_FOR_ALL)
     return [target]
 
 
@@ -97,10 +101,10 @@ class _ScatterAxes:
         self.batching = tuple(dimension_numbers.operand_batching_dims)
         self.index_of_batching = tuple(dimension_numbers.scatter_indices_batching_dims)
         dropped_axes = (*dimension_numbers.inserted_window_dims, *self.batching)
-        operand_axes = range(len(shape_of(eqn)))
+        operand_axes = range(len(shape_of_operand(eqn)))
         self.window = [axis for axis in operand_axes if axis not in dropped_axes]
         self.update_of_window = tuple(dimension_numbers.update_window_dims)
-        update_axes = range(len(shape_of(eqn, 2)))
+        update_axes = range(len(shape_of_operand(eqn, 2)))
         self.update_of_index = [axis for axis in update_axes if axis not in self.update_of_window]
         self.indexed = tuple(dimension_numbers.scatter_dims_to_operand_dims)
 
@@ -115,18 +119,18 @@ def _scatter_target(
     if isinstance(operand_label, ExampleAxis):
         return operand_label
     if isinstance(updates_label, ExampleAxis):
-        inner = updates_label.inner
+        n_consecutive = updates_label.n_consecutive
         if updates_label.axis in axes.update_of_window:
             window_index = axes.update_of_window.index(updates_label.axis)
-            return ExampleAxis(axes.window[window_index], inner)
+            return ExampleAxis(axes.window[window_index], n_consecutive)
         index_axis = axes.update_of_index.index(updates_label.axis)
     else:
         assert isinstance(indices_label, ExampleAxis)
-        inner = indices_label.inner
+        n_consecutive = indices_label.n_consecutive
         index_axis = indices_label.axis
     if index_axis not in axes.index_of_batching:
-        raise MixingError(_BY_INDEX)
-    return ExampleAxis(axes.batching[axes.index_of_batching.index(index_axis)], inner)
+        raise MixingError(_SAME_INDEX_FOR_ALL)
+    return ExampleAxis(axes.batching[axes.index_of_batching.index(index_axis)], n_consecutive)
 
 
 INDEXING_RULES: dict[str, Rule] = {"gather": _gather}

@@ -10,15 +10,15 @@ from lora_jax.core.axes import Label
 
 @dataclasses.dataclass(frozen=True)
 class ExampleAxis:
-    """The examples lie along an axis: the example of index i is ``i // inner % n``, of n.
+    """The examples lie along an axis: the example of index i is ``i // n_consecutive % n``, of n.
 
     Attributes:
-      axis: the axis, of size k·n·inner. It is merged of three where k or inner is not 1.
-      inner: the number of neighbours that belong to one example.
+      axis: the axis, of size k·n·n_consecutive, which may be three axes merged to one.
+      n_consecutive: the number of consecutive elements that belong to one example.
     """
 
     axis: int
-    inner: int = 1
+    n_consecutive: int = 1
 
 
 class MaskAxis(NamedTuple):
@@ -42,13 +42,13 @@ class TokenAxes:
     axes: frozenset[MaskAxis]
     moved: str = dataclasses.field(default="", compare=False)
 
-    def shifted(self, n_axes: int) -> "TokenAxes":
+    def with_leading_axes(self, n_axes: int) -> "TokenAxes":
         """Returns the label of a value with more axes in front, or with one less (-1)."""
         axes: set[MaskAxis] = set()
         for mask_axis, location in self.axes:
             axis = location.axis + n_axes
             if axis >= 0:
-                axes.add(MaskAxis(mask_axis, ExampleAxis(axis, location.inner)))
+                axes.add(MaskAxis(mask_axis, ExampleAxis(axis, location.n_consecutive)))
         return TokenAxes(self.mask, frozenset(axes), self.moved)
 
 
@@ -95,15 +95,15 @@ class ExampleLabels:
       outputs: what is known of each output.
       uses: what is known of the other operand, by the identity of each equation that may meet
         `ExampleKernels`.
-      inner: jaxprs of these equations, by their identity.
+      inner_labels: the labels of the inner jaxprs of these equations, by the jaxpr's identity.
     """
 
     outputs: tuple[ExampleLabel, ...]
     uses: Mapping[int, ExampleLabel]
-    inner: Mapping[int, "ExampleLabels"]
+    inner_labels: Mapping[int, "ExampleLabels"]
 
 
-def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
+def join_labels(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
     """Returns the label of a value that is one of two."""
     for label, other_label in ((a, b), (b, a)):
         is_other_same_for_all = other_label is None and not isinstance(label, ExampleKernels)
@@ -118,7 +118,7 @@ def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
     return MixedExamples("the examples lie along different axes in two branches or steps")
 
 
-def agreed(labels: Iterable[ExampleLabel]) -> ExampleAxis:
+def common_example_axis(labels: Iterable[ExampleLabel]) -> ExampleAxis:
     """Returns the common axis of the examples in all operands that have them.
 
     Raises:
@@ -130,7 +130,7 @@ def agreed(labels: Iterable[ExampleLabel]) -> ExampleAxis:
     return example_axes.pop()
 
 
-def reshaped(
+def axis_after_reshape(
     examples: ExampleAxis, n_examples: int, shape: Sequence[int], result_shape: Sequence[int]
 ) -> ExampleAxis:
     """Returns the examples' axis after a reshape, which keeps the order of elements.
@@ -143,7 +143,7 @@ def reshaped(
     Raises:
       MixingError: the axis is split between two examples or within.
     """
-    example_stride = examples.inner * math.prod(shape[examples.axis + 1 :])  # in elements
+    example_stride = examples.n_consecutive * math.prod(shape[examples.axis + 1 :])  # in elements
     axis_stride = 1  # of an axis of the result, in elements
     candidates: list[ExampleAxis] = []
     for axis in reversed(range(len(result_shape))):
@@ -161,6 +161,6 @@ def reshaped(
 
     def preference(candidate: ExampleAxis) -> tuple[int, bool, int]:
         """Returns a sort key: the least merged axis, then the one that stays where it was."""
-        return candidate.inner, candidate.axis != examples.axis, candidate.axis
+        return candidate.n_consecutive, candidate.axis != examples.axis, candidate.axis
 
     return min(candidates, key=preference)  # of one example, several axes fit

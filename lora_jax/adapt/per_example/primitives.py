@@ -10,8 +10,8 @@ from lora_jax.adapt.per_example.labels import (
     ExampleAxis,
     ExampleLabel,
     MixingError,
-    agreed,
-    reshaped,
+    axis_after_reshape,
+    common_example_axis,
 )
 from lora_jax.core.extend import JaxprEqn
 
@@ -20,12 +20,12 @@ from lora_jax.core.extend import JaxprEqn
 Rule = Callable[[JaxprEqn, Sequence[ExampleLabel], int], list[ExampleLabel]]
 
 
-def shape_of(eqn: JaxprEqn, operand_index: int = 0) -> tuple[int, ...]:
+def shape_of_operand(eqn: JaxprEqn, operand_index: int = 0) -> tuple[int, ...]:
     """Returns the shape of an operand."""
     return tuple(eqns.type_of(eqn.invars[operand_index]).shape)
 
 
-def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
+def shape_of_output(eqn: JaxprEqn) -> tuple[int, ...]:
     """Returns the shape of the first output."""
     return tuple(eqns.type_of(eqn.outvars[0]).shape)
 
@@ -39,14 +39,14 @@ def _same_axis(_: JaxprEqn, axis: int) -> int:
     return axis
 
 
-def _never(*_: object) -> bool:
+def _never_mixes(*_: object) -> bool:
     return False
 
 
-def _moved(
+def _rule_for_one_axis(
     result_axis: Callable[[JaxprEqn, int], int] = _same_axis,
     problem: str = "",
-    mixes: Callable[[JaxprEqn, int], object] = _never,
+    mixes: Callable[[JaxprEqn, int], object] = _never_mixes,
 ) -> Rule:
     """Returns the rule for a primitive in whose operands the examples lie along one axis.
 
@@ -57,48 +57,54 @@ def _moved(
     """
 
     def rule(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-        examples = agreed(labels)
+        examples = common_example_axis(labels)
         if mixes(eqn, examples.axis):
             raise MixingError(problem)
         axis = result_axis(eqn, examples.axis)
-        return [ExampleAxis(axis, examples.inner)] * len(eqn.outvars)
+        return [ExampleAxis(axis, examples.n_consecutive)] * len(eqn.outvars)
 
     return rule
 
 
-def _axes(eqn: JaxprEqn, name: str) -> list[int]:
+def _axes_of_parameter(eqn: JaxprEqn, name: str) -> list[int]:
     """Returns the axes that a parameter names: one or several, counted from either end."""
     axes = eqn.params[name]
     axes = axes if isinstance(axes, Sequence) else [axes]
-    return [axis % len(shape_of(eqn)) for axis in axes]
+    return [axis % len(shape_of_operand(eqn)) for axis in axes]
 
 
-def _along(name: str, problem: str) -> Rule:
+def _rule_for_operation_along(name: str, problem: str) -> Rule:
     """Returns the rule for an operation along the axes that a parameter names."""
 
     def is_along(eqn: JaxprEqn, axis: int) -> bool:
-        return axis in _axes(eqn, name)
+        return axis in _axes_of_parameter(eqn, name)
 
-    return _moved(problem=problem, mixes=is_along)
+    return _rule_for_one_axis(problem=problem, mixes=is_along)
 
 
-def _dropping(name: str, problem: str) -> Rule:
+def _rule_for_dropped_axes(name: str, problem: str) -> Rule:
     """Returns the rule for an operation whose outputs lack the axes that a parameter names."""
 
     def result_axis(eqn: JaxprEqn, axis: int) -> int:
-        n_dropped_before = sum(dropped_axis < axis for dropped_axis in _axes(eqn, name))
+        n_dropped_before = sum(
+            dropped_axis < axis for dropped_axis in _axes_of_parameter(eqn, name)
+        )
         return axis - n_dropped_before
 
     def is_dropped(eqn: JaxprEqn, axis: int) -> bool:
-        return axis in _axes(eqn, name)
+        return axis in _axes_of_parameter(eqn, name)
 
-    return _moved(result_axis, problem, is_dropped)
+    return _rule_for_one_axis(result_axis, problem, is_dropped)
 
 
 def _reshape(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> list[ExampleLabel]:
     if eqn.params.get("dimensions") is not None:
         raise MixingError("transposes as it reshapes")
-    return [reshaped(agreed(labels), n_examples, shape_of(eqn), out_shape(eqn))]
+    return [
+        axis_after_reshape(
+            common_example_axis(labels), n_examples, shape_of_operand(eqn), shape_of_output(eqn)
+        )
+    ]
 
 
 def _transposed_axis(eqn: JaxprEqn, axis: int) -> int:
@@ -120,19 +126,19 @@ def _is_padded(eqn: JaxprEqn, axis: int) -> bool:
 
 def _is_transformed(eqn: JaxprEqn, axis: int) -> bool:
     """Returns True if an FFT, which is along the last axes, is along this one."""
-    return axis >= len(shape_of(eqn)) - len(eqn.params["fft_lengths"])
+    return axis >= len(shape_of_operand(eqn)) - len(eqn.params["fft_lengths"])
 
 
 def _has_other_shape(eqn: JaxprEqn, _: int) -> bool:
-    return shape_of(eqn) != out_shape(eqn)
+    return shape_of_operand(eqn) != shape_of_output(eqn)
 
 
 def _is_updated_in_part(eqn: JaxprEqn, axis: int) -> bool:
-    return shape_of(eqn, 0)[axis] != shape_of(eqn, 1)[axis]
+    return shape_of_operand(eqn, 0)[axis] != shape_of_operand(eqn, 1)[axis]
 
 
 def _is_shortened(eqn: JaxprEqn, axis: int) -> bool:
-    return shape_of(eqn)[axis] != out_shape(eqn)[axis]
+    return shape_of_operand(eqn)[axis] != shape_of_output(eqn)[axis]
 
 
 def _is_sliced(eqn: JaxprEqn, axis: int) -> bool:
@@ -148,7 +154,7 @@ def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
 
 def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
     """Returns True if an axis is not one of keys, or of their words: of what is made of them."""
-    return axis >= min(len(shape_of(eqn)), len(out_shape(eqn)))
+    return axis >= min(len(shape_of_operand(eqn)), len(shape_of_output(eqn)))
 
 
 ELEMENTWISE = (
@@ -166,41 +172,49 @@ _IN_PART = "takes some of the examples"
 _OVER = "reduces over the examples"
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, _moved()),
-    **dict.fromkeys((f"reduce_{name}" for name in _REDUCTIONS), _dropping("axes", _OVER)),
-    **dict.fromkeys(("argmax", "argmin"), _dropping("axes", _OVER)),
-    "reduce": _dropping("dimensions", _OVER),
+    **dict.fromkeys(ELEMENTWISE, _rule_for_one_axis()),
+    **dict.fromkeys(
+        (f"reduce_{name}" for name in _REDUCTIONS), _rule_for_dropped_axes("axes", _OVER)
+    ),
+    **dict.fromkeys(("argmax", "argmin"), _rule_for_dropped_axes("axes", _OVER)),
+    "reduce": _rule_for_dropped_axes("dimensions", _OVER),
     **dict.fromkeys(("optimization_barrier", "device_put"), labels_of_operands),
     **dict.fromkeys(("sharding_constraint", "reshard"), labels_of_operands),
     **dict.fromkeys(
         ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
-        _along("axis", "accumulates the axis of the examples"),
+        _rule_for_operation_along("axis", "accumulates the axis of the examples"),
     ),
     **dict.fromkeys(
         ("random_bits", "random_split", "random_wrap", "random_unwrap"),
-        _moved(problem="makes keys of several examples", mixes=_is_of_keys),
+        _rule_for_one_axis(problem="makes keys of several examples", mixes=_is_of_keys),
     ),
     **dict.fromkeys(
         ("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
-        _moved(problem="has windows over the axis of the examples", mixes=_has_windows),
+        _rule_for_one_axis(problem="has windows over the axis of the examples", mixes=_has_windows),
     ),
-    "sort": _along("dimension", "sorts the axis of the examples"),
-    "top_k": _along("axis", "sorts the axis of the examples"),
-    "rev": _along("dimensions", "reverses the axis of the examples"),
-    "concatenate": _along("dimension", "joins values along the axis of the examples"),
-    "split": _along("axis", "splits the axis of the examples"),
-    "squeeze": _dropping("dimensions", "drops the axis of the examples"),
-    "transpose": _moved(_transposed_axis),
-    "broadcast_in_dim": _moved(_broadcast_axis),
+    "sort": _rule_for_operation_along("dimension", "sorts the axis of the examples"),
+    "top_k": _rule_for_operation_along("axis", "sorts the axis of the examples"),
+    "rev": _rule_for_operation_along("dimensions", "reverses the axis of the examples"),
+    "concatenate": _rule_for_operation_along(
+        "dimension", "joins values along the axis of the examples"
+    ),
+    "split": _rule_for_operation_along("axis", "splits the axis of the examples"),
+    "squeeze": _rule_for_dropped_axes("dimensions", "drops the axis of the examples"),
+    "transpose": _rule_for_one_axis(_transposed_axis),
+    "broadcast_in_dim": _rule_for_one_axis(_broadcast_axis),
     "reshape": _reshape,
-    "stack": _moved(_stacked_axis),
-    "unstack": _dropping("axis", "takes the axis of the examples apart"),
-    "slice": _moved(problem=_IN_PART, mixes=_is_sliced),
-    "pad": _moved(problem="pads the axis of the examples", mixes=_is_padded),
-    "fft": _moved(problem="transforms along the axis of the examples", mixes=_is_transformed),
-    "bitcast_convert_type": _moved(problem="casts to another width", mixes=_has_other_shape),
-    "dynamic_slice": _moved(problem=_IN_PART, mixes=_is_shortened),
-    "dynamic_update_slice": _moved(
+    "stack": _rule_for_one_axis(_stacked_axis),
+    "unstack": _rule_for_dropped_axes("axis", "takes the axis of the examples apart"),
+    "slice": _rule_for_one_axis(problem=_IN_PART, mixes=_is_sliced),
+    "pad": _rule_for_one_axis(problem="pads the axis of the examples", mixes=_is_padded),
+    "fft": _rule_for_one_axis(
+        problem="transforms along the axis of the examples", mixes=_is_transformed
+    ),
+    "bitcast_convert_type": _rule_for_one_axis(
+        problem="casts to another width", mixes=_has_other_shape
+    ),
+    "dynamic_slice": _rule_for_one_axis(problem=_IN_PART, mixes=_is_shortened),
+    "dynamic_update_slice": _rule_for_one_axis(
         problem="updates some of the examples", mixes=_is_updated_in_part
     ),
 }

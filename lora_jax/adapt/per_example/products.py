@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lora_jax.adapt.eqns import type_of
 from lora_jax.adapt.per_example.indexing import INDEXING_RULES
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleKernels, ExampleLabel, MixingError
-from lora_jax.adapt.per_example.primitives import Rule, labels_of_operands, shape_of
+from lora_jax.adapt.per_example.primitives import Rule, labels_of_operands, shape_of_operand
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.layout import labels_after
 from lora_jax.core.extend import JaxprEqn
@@ -25,7 +25,7 @@ def _dot_general(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[
             continue
         if label.axis in contract[side]:
             raise MixingError("contracts the axis of the examples")
-        result_labels.add(ExampleAxis(operand_axes.index(label.axis), label.inner))
+        result_labels.add(ExampleAxis(operand_axes.index(label.axis), label.n_consecutive))
     if len(result_labels) != 1:
         raise MixingError("multiplies examples by other examples")
     return list(result_labels)
@@ -35,7 +35,7 @@ def _free_axes(eqn: JaxprEqn, side: int) -> list[int]:
     """Returns the axes of an operand of a `dot_general` that are neither contracted nor batched."""
     contract, batch = eqn.params["dimension_numbers"]
     used_axes = (*contract[side], *batch[side])
-    return [axis for axis in range(len(shape_of(eqn, side))) if axis not in used_axes]
+    return [axis for axis in range(len(shape_of_operand(eqn, side))) if axis not in used_axes]
 
 
 def _convolution(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
@@ -48,7 +48,7 @@ def _convolution(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[
         raise MixingError("has the examples along another axis than its batch")
     if eqn.params["batch_group_count"] != 1:
         raise MixingError("has groups of examples")
-    return [ExampleAxis(result_batch_axis, x_label.inner)]
+    return [ExampleAxis(result_batch_axis, x_label.n_consecutive)]
 
 
 PRODUCT_RULES: dict[str, Rule] = {
@@ -58,7 +58,9 @@ PRODUCT_RULES: dict[str, Rule] = {
 }
 
 
-def _product(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> list[ExampleLabel]:
+def _multiply_by_kernels(
+    eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int
+) -> list[ExampleLabel]:
     """A product of each example with its own weight."""
     if sum(isinstance(label, ExampleKernels) for label in labels) > 1:
         raise MixingError("multiplies an adapted weight by another one")
@@ -72,7 +74,7 @@ def _product(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> 
     return PRODUCT_RULES[eqn.primitive.name](eqn, labels_without_kernel, n_examples)
 
 
-def _looked_up(
+def _look_up_in_kernels(
     eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int
 ) -> list[ExampleLabel]:
     """A look-up of each example's indices in a table of its own."""
@@ -80,16 +82,18 @@ def _looked_up(
     indexed_axes = eqn.params["dimension_numbers"].start_index_map
     if not isinstance(table, ExampleKernels) or [table.roles[a] for a in indexed_axes] != ["in"]:
         raise MixingError("indexes a stack of adapted weights")
-    return _product(eqn, labels, n_examples)
+    return _multiply_by_kernels(eqn, labels, n_examples)
 
 
-def _moved(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _move_axes_of_kernel(
+    eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int
+) -> list[ExampleLabel]:
     """A transpose, a reshape, …, of the weight."""
     weight = _only_kernel(labels)
     source_axes = axis_map(eqn)
     if source_axes is not None:
         result_shape = type_of(eqn.outvars[0]).shape
-        roles = labels_after(weight.roles, shape_of(eqn), source_axes, result_shape)
+        roles = labels_after(weight.roles, shape_of_operand(eqn), source_axes, result_shape)
         if roles is not None:
             return [ExampleKernels(tuple(roles))]
     raise MixingError("mixes the in and out axes of an adapted weight")
@@ -99,10 +103,10 @@ def _label_of_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> l
     return [_only_kernel(labels)] * len(eqn.outvars)
 
 
-def _cut(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _cut_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A part of the weight, of more than one row: that would be formed."""
     weight = _only_kernel(labels)
-    shape = shape_of(eqn)
+    shape = shape_of_operand(eqn)
     in_axes = [axis for axis, role in enumerate(weight.roles) if role == "in"]
     has_rows = any(shape[axis] > 1 for axis in in_axes)
     for output in eqn.outvars:
@@ -113,7 +117,7 @@ def _cut(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleL
     return [weight] * len(eqn.outvars)
 
 
-def _unstacked(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+def _unstack_kernels(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """The members of a stack of weights."""
     roles = [*_only_kernel(labels).roles]
     if roles.pop(eqn.params["axis"]) != "batch":
@@ -134,12 +138,12 @@ _CASTS = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient")
 _PLACEMENTS = ("optimization_barrier", "device_put", "sharding_constraint", "reshard")
 # For equations with `ExampleKernels` among their operands. Others would form the weight.
 KERNEL_RULES: dict[str, Rule] = {
-    "dot_general": _product,
-    "conv_general_dilated": _product,
-    "gather": _looked_up,
-    **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _moved),
-    **dict.fromkeys(("slice", "dynamic_slice", "split"), _cut),
-    "unstack": _unstacked,
+    "dot_general": _multiply_by_kernels,
+    "conv_general_dilated": _multiply_by_kernels,
+    "gather": _look_up_in_kernels,
+    **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _move_axes_of_kernel),
+    **dict.fromkeys(("slice", "dynamic_slice", "split"), _cut_kernel),
+    "unstack": _unstack_kernels,
     **dict.fromkeys(_CASTS, _label_of_kernel),
     **dict.fromkeys(_PLACEMENTS, labels_of_operands),
 }

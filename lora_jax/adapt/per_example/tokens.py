@@ -21,7 +21,7 @@ from lora_jax.core.extend import JaxprEqn
 Shape = tuple[int, ...]
 
 
-def tokens_of(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
+def label_of_tokens(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
     """Returns the label of an array whose leading axes are those of a mask, or both as one axis."""
     for mask in masks:
         if shape[:2] == mask:
@@ -31,7 +31,7 @@ def tokens_of(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
     return None
 
 
-def wrong_order(label: ExampleLabel, row_axes: Sequence[int], mask: Shape) -> str:
+def wrong_order_reason(label: ExampleLabel, row_axes: Sequence[int], mask: Shape) -> str:
     """Returns the reason why rows are not known to be in a mask's order; empty if they are.
 
     Args:
@@ -39,7 +39,7 @@ def wrong_order(label: ExampleLabel, row_axes: Sequence[int], mask: Shape) -> st
       row_axes: the axis or the two axes that hold the rows, which are as many as the tokens.
       mask: shape of the mask.
     """
-    reason = "they come from no argument whose first axes are the mask's"
+    reason = "the rows come from no argument whose first axes are those of the mask"
     axes_in_rows: set[MaskAxis] = set()
     if isinstance(label, MixedExamples):
         reason = label.why
@@ -57,10 +57,10 @@ def _ordered_axes(mask: Shape, row_axes: Sequence[int]) -> frozenset[MaskAxis]:
       row_axes: the two axes of a value that hold the tokens, or one that holds both.
     """
     n_batch, n_seq = mask
-    inner = n_seq if len(row_axes) == 1 else 1
+    n_consecutive = n_seq if len(row_axes) == 1 else 1
     axes: set[MaskAxis] = set()
     if n_batch > 1:
-        axes.add(MaskAxis(0, ExampleAxis(row_axes[0], inner)))
+        axes.add(MaskAxis(0, ExampleAxis(row_axes[0], n_consecutive)))
     if n_seq > 1:
         axes.add(MaskAxis(1, ExampleAxis(row_axes[-1])))
     return frozenset(axes)

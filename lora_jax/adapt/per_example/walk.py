@@ -21,19 +21,19 @@ from lora_jax.adapt.per_example.labels import (
     MixingError,
     TokenAxes,
     UnvisitedCarry,
-    joined,
+    join_labels,
 )
 from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.per_example.tokens import follow_axes
-from lora_jax.adapt.rules.flow import sources
+from lora_jax.adapt.rules.flow import sources_of_outputs
 from lora_jax.adapt.user_code import user_context, user_line_of
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.names import SAME_TOKENS, TOKENS
 
 # The number of examples, or the shapes of the masks whose tokens are followed.
 Sizes = int | tuple[tuple[int, ...], ...]
-_FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
+_LABELS_OF_JAXPR: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
     weakref.WeakKeyDictionary()
 )
 _REASONS_WITHOUT_RULE = {
@@ -45,7 +45,7 @@ _REASONS_WITHOUT_RULE = {
 _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 
 
-def followed(
+def labels_of_jaxpr(
     jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel], sizes: Sizes
 ) -> ExampleLabels:
     """Returns the labels of a jaxpr's values: the same object for the same arguments.
@@ -56,11 +56,11 @@ def followed(
         same for all examples.
       sizes: the number of examples, or shapes of the masks whose tokens are followed.
     """
-    labels_by_input = _FOLLOWED.setdefault(jaxpr, {})
+    labels_by_input = _LABELS_OF_JAXPR.setdefault(jaxpr, {})
     key = (tuple(input_labels), sizes)
     labels = labels_by_input.get(key)
     if labels is None:
-        labels = labels_by_input.setdefault(key, _Walk(sizes).through(jaxpr, input_labels))
+        labels = labels_by_input.setdefault(key, _Walk(sizes).follow_jaxpr(jaxpr, input_labels))
     return labels
 
 
@@ -68,18 +68,20 @@ class _Walk:
     """The walk over one jaxpr, and what it finds; see `ExampleLabels`.
 
     Attributes:
-      sizes: see `followed`.
-      uses, inner: see `ExampleLabels`.
+      sizes: see `labels_of_jaxpr`.
+      uses, inner_labels: see `ExampleLabels`.
       tokens_label: label of the last value of the name `TOKENS`.
     """
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes: Any = sizes
         self.uses: dict[int, ExampleLabel] = {}
-        self.inner: dict[int, ExampleLabels] = {}
+        self.inner_labels: dict[int, ExampleLabels] = {}
         self.tokens_label: ExampleLabel = None
 
-    def through(self, jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel]) -> ExampleLabels:
+    def follow_jaxpr(
+        self, jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel]
+    ) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
         inner, _ = eqns.jaxpr_and_consts(jaxpr)
         inputs = (*inner.invars, *inner.constvars)
@@ -94,7 +96,7 @@ class _Walk:
             labels = list(map(label_of, eqn.invars))
             if any(label is not None for label in labels):
                 label_of_variable |= zip(eqn.outvars, self._output_labels(eqn, labels), strict=True)
-        return ExampleLabels(tuple(map(label_of, inner.outvars)), self.uses, self.inner)
+        return ExampleLabels(tuple(map(label_of, inner.outvars)), self.uses, self.inner_labels)
 
     def _output_labels(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         """Returns the labels of an equation's outputs, given those of its operands.
@@ -105,7 +107,7 @@ class _Walk:
             self.tokens_label = labels[0]
         if eqn.params.get("name") == SAME_TOKENS and isinstance(self.tokens_label, TokenAxes):
             return [self.tokens_label]
-        enter = _CONTROL.get(eqn.primitive.name)
+        enter = _CONTROL_FLOW.get(eqn.primitive.name)
         mixed_label = _first_label(labels, MixedExamples)
         has_kernel = _first_label(labels, ExampleKernels) is not None
         if enter is None and mixed_label is not None:
@@ -121,7 +123,7 @@ class _Walk:
                 with user_context(eqn):
                     output_labels = enter(self, eqn, labels)
         except MixingError as error:
-            return [_mixed(eqn, error)] * len(eqn.outvars)
+            return [_mixed_by_equation(eqn, error)] * len(eqn.outvars)
         if has_kernel:
             self.uses[id(eqn)] = _first_label(labels, ExampleAxis | TokenAxes)
         return output_labels
@@ -143,7 +145,7 @@ class _Walk:
             return follow_axes(rule, eqn, labels)
         return rule(eqn, labels, self.sizes)
 
-    def _entered(
+    def _enter_body(
         self, body: eqns.AnyJaxpr, labels: Sequence[ExampleLabel]
     ) -> tuple[ExampleLabel, ...]:
         """Returns the labels of an inner jaxpr's outputs, and records its uses of weights.
@@ -151,49 +153,55 @@ class _Walk:
         Raises:
           MixingError: the jaxpr was entered with other labels before.
         """
-        labels_in_body = followed(body, labels, self.sizes)
+        labels_in_body = labels_of_jaxpr(body, labels, self.sizes)
         if not labels_in_body.uses:
             return labels_in_body.outputs
-        is_known_otherwise = self.inner.setdefault(id(body), labels_in_body) is not labels_in_body
+        is_known_otherwise = (
+            self.inner_labels.setdefault(id(body), labels_in_body) is not labels_in_body
+        )
         if is_known_otherwise:
             problem = "is met twice, with the examples along different axes"
             mixed_label = _first_label(labels, MixedExamples)
             if mixed_label is None:
                 mixed_label = MixedExamples(f"a function {problem}")
             uses = dict.fromkeys(labels_in_body.uses, mixed_label)
-            self.inner[id(body)] = dataclasses.replace(labels_in_body, uses=uses, inner={})
+            self.inner_labels[id(body)] = dataclasses.replace(
+                labels_in_body, uses=uses, inner_labels={}
+            )
             raise MixingError(problem)
         return labels_in_body.outputs
 
-    def _call(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+    def _enter_call(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
         body = next(eqn.params[name] for name in names if name in eqn.params)
-        return list(self._entered(body, labels))
+        return list(self._enter_body(body, labels))
 
-    def _own_derivative(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+    def _enter_custom_derivative(
+        self, eqn: JaxprEqn, labels: list[ExampleLabel]
+    ) -> list[ExampleLabel]:
         if _first_label(labels, ExampleKernels) is not None:
             raise MixingError("has a derivative of its own, for which an adapted weight is formed")
-        return self._call(eqn, labels)
+        return self._enter_call(eqn, labels)
 
-    def _scan(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
-        scan = eqns.scan_of(eqn)
+    def _enter_scan(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        scan = eqns.read_scan(eqn)
         consts, first_carry, stacks = scan.split(labels)
-        slices = [_slice_of(label, eqn) for label in stacks]
+        slices = [_label_of_slice(label, eqn) for label in stacks]
         carry = self._carry_of_every_step(scan.body, consts, first_carry, slices)
-        outputs = self._entered(scan.body, (*consts, *carry, *slices))
+        outputs = self._enter_body(scan.body, (*consts, *carry, *slices))
         scanned_axes: set[MaskAxis] = set()  # axes of a mask that the scan goes over
         for label in stacks:
             if isinstance(label, TokenAxes):
                 scanned_axes |= {axis for axis in label.axes if axis.location.axis == 0}
-        ys = [_stack_of(label, eqn, scanned_axes) for label in outputs[scan.n_carry :]]
+        ys = [_label_of_stack(label, eqn, scanned_axes) for label in outputs[scan.n_carry :]]
         return [*carry, *ys]
 
-    def _while(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
-        loop = eqns.while_of(eqn)
+    def _enter_while(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        loop = eqns.read_while(eqn)
         condition_consts, body_consts, first_carry = loop.split(labels)
         carry = self._carry_of_every_step(loop.body, body_consts, first_carry, [])
-        self._entered(loop.body, (*body_consts, *carry))
-        (condition_label,) = self._entered(loop.condition, (*condition_consts, *carry))
+        self._enter_body(loop.body, (*body_consts, *carry))
+        (condition_label,) = self._enter_body(loop.condition, (*condition_consts, *carry))
         if isinstance(condition_label, MixedExamples):
             return [condition_label] * len(carry)
         return carry
@@ -218,8 +226,8 @@ class _Walk:
         def repeated(carry: list[ExampleLabel]) -> list[ExampleLabel]:
             """Returns the labels that the carry has before or after any number of steps."""
             while True:
-                outputs = followed(body, (*consts, *carry, *slices), self.sizes).outputs
-                next_carry = list(map(joined, carry, outputs[: len(carry)]))
+                outputs = labels_of_jaxpr(body, (*consts, *carry, *slices), self.sizes).outputs
+                next_carry = list(map(join_labels, carry, outputs[: len(carry)]))
                 if next_carry == carry:
                     return carry
                 carry = next_carry
@@ -229,25 +237,27 @@ class _Walk:
             UnvisitedCarry() if label is None else label for label in first_carry
         ]
         carry_of_steps = repeated(unvisited_carry)
-        carry = repeated(list(map(joined, first_carry, carry_of_steps)))
+        carry = repeated(list(map(join_labels, first_carry, carry_of_steps)))
         if _first_label(carry, ExampleKernels) is None:
             return carry
         # Each weight must be returned as it came.
-        argument_of_output = sources(body)
+        argument_of_output = sources_of_outputs(body)
         for index, label in enumerate(carry):
             is_changed = argument_of_output[index] != len(consts) + index
             if isinstance(label, ExampleKernels) and is_changed:
                 raise MixingError("carries an adapted weight, and changes it")
         return carry
 
-    def _cond(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+    def _enter_cond(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
         branch_index, *operands = labels
         if isinstance(branch_index, MixedExamples):
             return [branch_index] * len(eqn.outvars)
-        outputs_of_branches = [self._entered(branch, operands) for branch in eqn.params["branches"]]
+        outputs_of_branches = [
+            self._enter_body(branch, operands) for branch in eqn.params["branches"]
+        ]
         outputs = list(outputs_of_branches[0])
         for branch_outputs in outputs_of_branches[1:]:
-            outputs = list(map(joined, outputs, branch_outputs))
+            outputs = list(map(join_labels, outputs, branch_outputs))
         return [_label_of_array(label, eqn) for label in outputs]
 
 
@@ -262,38 +272,44 @@ def _depends_on_unvisited(labels: Sequence[ExampleLabel]) -> bool:
     return has_unvisited and _first_label(labels, ExampleAxis | TokenAxes) is None
 
 
-def _mixed(eqn: JaxprEqn, problem: object) -> MixedExamples:
+def _mixed_by_equation(eqn: JaxprEqn, problem: object) -> MixedExamples:
     return MixedExamples(f"{eqn.primitive.name!r} at {user_line_of(eqn)} {problem}")
 
 
-def _slice_of(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
+def _label_of_slice(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns the label of one step's part of an operand that a scan goes over."""
     if isinstance(label, ExampleAxis):
         if label.axis == 0:
-            return _mixed(eqn, "goes over the examples")
-        return ExampleAxis(label.axis - 1, label.inner)
+            return _mixed_by_equation(eqn, "goes over the examples")
+        return ExampleAxis(label.axis - 1, label.n_consecutive)
     if isinstance(label, TokenAxes):
-        return label.shifted(-1)
+        return label.with_leading_axes(-1)
     if isinstance(label, ExampleKernels):
         if label.roles[0] != "batch":
-            return _mixed(eqn, "goes over rows or columns of an adapted weight")
+            return _mixed_by_equation(eqn, "goes over rows or columns of an adapted weight")
         return ExampleKernels(label.roles[1:])
     return label
 
 
-def _stack_of(label: ExampleLabel, eqn: JaxprEqn, scanned_axes: Set[MaskAxis]) -> ExampleLabel:
+def _label_of_stack(
+    label: ExampleLabel, eqn: JaxprEqn, scanned_axes: Set[MaskAxis]
+) -> ExampleLabel:
     """Returns the label of an output that a scan stacks; it goes over these axes of a mask."""
     if isinstance(label, TokenAxes):
-        stack_label = label.shifted(1)
+        stack_label = label.with_leading_axes(1)
         return dataclasses.replace(stack_label, axes=stack_label.axes | scanned_axes)
     if isinstance(label, ExampleAxis):
-        return ExampleAxis(label.axis + 1, label.inner)
+        return ExampleAxis(label.axis + 1, label.n_consecutive)
     return _label_of_array(label, eqn)
 
 
 def _label_of_array(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns the label of a value that is an array from here on."""
-    return _mixed(eqn, "forms an adapted weight") if isinstance(label, ExampleKernels) else label
+    return (
+        _mixed_by_equation(eqn, "forms an adapted weight")
+        if isinstance(label, ExampleKernels)
+        else label
+    )
 
 
 def _reason_without_rule(primitive: str, has_kernel: bool) -> str:
@@ -306,12 +322,12 @@ def _reason_without_rule(primitive: str, has_kernel: bool) -> str:
 
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
-_CONTROL: dict[str, Callable[[_Walk, JaxprEqn, list[ExampleLabel]], list[ExampleLabel]]] = {
-    **dict.fromkeys(_CALLS, _Walk._call),
-    "custom_jvp_call": _Walk._own_derivative,
-    "custom_vjp_call": _Walk._own_derivative,
-    "custom_vjp_call_jaxpr": _Walk._own_derivative,
-    "scan": _Walk._scan,
-    "while": _Walk._while,
-    "cond": _Walk._cond,
+_CONTROL_FLOW: dict[str, Callable[[_Walk, JaxprEqn, list[ExampleLabel]], list[ExampleLabel]]] = {
+    **dict.fromkeys(_CALLS, _Walk._enter_call),
+    "custom_jvp_call": _Walk._enter_custom_derivative,
+    "custom_vjp_call": _Walk._enter_custom_derivative,
+    "custom_vjp_call_jaxpr": _Walk._enter_custom_derivative,
+    "scan": _Walk._enter_scan,
+    "while": _Walk._enter_while,
+    "cond": _Walk._enter_cond,
 }

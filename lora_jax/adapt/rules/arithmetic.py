@@ -27,12 +27,12 @@ from lora_jax.core.types import Outcome, Value
 
 def _mul(_: Interpreter, use: Use) -> Outcome:
     weight, factor = sorted(use.values, key=lambda value: not isinstance(value, Factored))
-    return None if isinstance(factor, Factored) else _scaled(use, weight, factor)
+    return None if isinstance(factor, Factored) else _scale_weight(use, weight, factor)
 
 
 def _div(_: Interpreter, use: Use) -> Outcome:
     weight, divisor = use.values
-    return None if isinstance(divisor, Factored) else _scaled(use, weight, 1 / divisor)
+    return None if isinstance(divisor, Factored) else _scale_weight(use, weight, 1 / divisor)
 
 
 def _neg(_: Interpreter, use: Use) -> Outcome:
@@ -41,17 +41,17 @@ def _neg(_: Interpreter, use: Use) -> Outcome:
     return [weight.replace(base=use.bind(use.bases)[0], **negated)]
 
 
-_SIDES: tuple[Label, Label] = ("in", "out")
+_MATRIX_ROLES: tuple[Label, Label] = ("in", "out")
 # The parts that a factor multiplies, by the role of the axes that it varies along; "batch" where it
 # varies along neither in nor out axes.
-_SCALED: dict[Label, tuple[str, ...]] = {
+_SCALED_PARTS: dict[Label, tuple[str, ...]] = {
     "in": ("a",),
     "out": ("b", "shift"),
     "batch": ("scale", "shift"),
 }
 
 
-def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
+def _scale_weight(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     """Scales a weight by a number, or by what varies along batch axes and one other role."""
     factor = jnp.asarray(factor)
     if not jnp.issubdtype(factor.dtype, jnp.floating):
@@ -70,20 +70,20 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     if {"in", "out"} <= varying_roles:
         return None  # neither factor alone can take the whole array
     role: Label = "batch"
-    for side in _SIDES:
+    for side in _MATRIX_ROLES:
         if side in varying_roles:
             role = side
             weight = weight.formed()
     factor = factor.reshape(shape)
     scaled_parts = {}
-    for name in _SCALED[role]:
+    for name in _SCALED_PARTS[role]:
         if name in weight.parts:
             part = weight.parts[name]
-            scaled_parts[name] = part * _with_layout(factor, weight.layout(name), part.dtype)
+            scaled_parts[name] = part * _array_in_layout(factor, weight.layout(name), part.dtype)
     return [weight.replace(base=base, **scaled_parts)]
 
 
-def _with_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Array:
+def _array_in_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Array:
     """Returns an array with the weight's axes in a layout; the other axes have size one."""
     weight_axes = [axis for axis in layout if axis != RANK]
     unit_axes = [axis for axis in range(array.ndim) if axis not in weight_axes]
@@ -94,7 +94,7 @@ def _with_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Array:
     return array.reshape(layout_shape).astype(dtype)
 
 
-def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
+def _add_weights(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
@@ -106,10 +106,10 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     (base,) = use.bind(use.bases)
     if len(weights) == 1:
         return [weights[0].replace(base=base)]
-    aligned = _aligned(weights)
+    aligned = _align_roles(weights)
     if aligned is None:
         return None
-    aligned = [scale_in_a(weight) for weight in aligned]
+    aligned = [move_scale_into_a(weight) for weight in aligned]
     rank_index = len(aligned[0].axes("batch"))
     factors = {}
     for name in ("a", "b"):
@@ -122,7 +122,7 @@ def _weights_among(values: Sequence[Value]) -> list[Factored]:
     return [value for value in values if isinstance(value, Factored)]
 
 
-def _aligned(values: Sequence[Value]) -> Outcome:
+def _align_roles(values: Sequence[Value]) -> Outcome:
     """Returns the values with all weights' axes in the same roles; None where they cannot be.
 
     A weight that comes transposed to the others (a tied table) is mirrored.
@@ -132,7 +132,7 @@ def _aligned(values: Sequence[Value]) -> Outcome:
     has_mirrored = False
     for value in values:
         if isinstance(value, Factored) and value.labels != labels:
-            value = mirrored(value)
+            value = mirror_weight(value)
             has_mirrored = True
         aligned.append(value)
     weights = _weights_among(aligned)
@@ -151,14 +151,14 @@ def has_gain_or_shift(weight: Factored) -> bool:
     return weight.gain is not None or weight.shift is not None
 
 
-def mirrored(weight: Factored) -> Factored:
+def mirror_weight(weight: Factored) -> Factored:
     """Returns the weight with in axes for out axes: W + s·AB read as (Wᵀ + s·BᵀAᵀ)ᵀ."""
     mirror: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
     weight = weight.formed()
     return weight.replace(a=weight.b, b=weight.a, labels=[mirror[label] for label in weight.labels])
 
 
-def scale_in_a(weight: Factored) -> Factored:
+def move_scale_into_a(weight: Factored) -> Factored:
     """Returns the weight with s·A for A, and s = 1."""
     weight = weight.formed()
     scales = weight.scales.astype(weight.a.dtype)
@@ -168,7 +168,7 @@ def scale_in_a(weight: Factored) -> Factored:
 
 def _concatenate(_: Interpreter, use: Use) -> Outcome:
     """Joins kernels end to end: along an in or out axis, each keeps its own columns of rank."""
-    return _joined(use, use.values, use.params["dimension"])
+    return _join_along_axis(use, use.values, use.params["dimension"])
 
 
 def _stack(_: Interpreter, use: Use) -> Outcome:
@@ -181,10 +181,10 @@ def _stack(_: Interpreter, use: Use) -> Outcome:
         labels = (*value.labels[:axis], "batch", *value.labels[axis:])
         return value.with_base_and_labels(jnp.expand_dims(as_array(value.base), axis), labels)
 
-    return _joined(use, [expand(value) for value in use.values], axis)
+    return _join_along_axis(use, [expand(value) for value in use.values], axis)
 
 
-def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
+def _join_along_axis(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     """Joins weights, and plain arrays among them, along an axis.
 
     Args:
@@ -193,7 +193,7 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
       dimension: the axis, in each of them.
     """
     values = [value.formed() if isinstance(value, Factored) else value for value in values]
-    aligned = _aligned(values)
+    aligned = _align_roles(values)
     if aligned is None:
         return None
     weights = _weights_among(aligned)
@@ -203,10 +203,12 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
         return None  # each weight has a gain of its own for the same columns
     (base,) = use.bind(use.bases)
     if role == "batch":
-        join_part = _end_to_end
+        join_part = _join_part_end_to_end
     else:
-        join_part = _side_by_side
-        aligned = [scale_in_a(value) if isinstance(value, Factored) else value for value in aligned]
+        join_part = _join_part_side_by_side
+        aligned = [
+            move_scale_into_a(value) if isinstance(value, Factored) else value for value in aligned
+        ]
     # In the order of the parts: that of a set would differ from process to process.
     names = dict.fromkeys(name for weight in _weights_among(aligned) for name in weight.parts)
     parts = {name: join_part(name, aligned, model, dimension) for name in names}
@@ -214,7 +216,9 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     return [dataclasses.replace(model, base=base, parts=parts, split=split)]
 
 
-def _end_to_end(name: str, values: Sequence[Value], model: Factored, dimension: int) -> jax.Array:
+def _join_part_end_to_end(
+    name: str, values: Sequence[Value], model: Factored, dimension: int
+) -> jax.Array:
     """Returns a part of all values, joined along an axis; ranks are filled up to the largest.
 
     Args:
@@ -237,31 +241,33 @@ def _end_to_end(name: str, values: Sequence[Value], model: Factored, dimension: 
 def _neutral_part(
     name: str, value: Value, values: Sequence[Value], model: Factored, rank: int
 ) -> jax.Array:
-    """Returns a part that changes nothing, for a value that lacks it; see `_end_to_end`."""
+    """Returns a part that changes nothing, for a value that lacks this part."""
     known_parts = [weight.parts[name] for weight in _weights_among(values) if name in weight.parts]
-    shape = shape_of_axes(AXES[name], _shape_of(value), model.labels, rank)
+    shape = shape_of_axes(AXES[name], _shape_of_value(value), model.labels, rank)
     if name == "key":
         any_key = known_parts[0].reshape(-1)[0]
         return jnp.broadcast_to(any_key, shape)
     return jnp.full(shape, NEUTRAL.get(name, 0), known_parts[0].dtype)
 
 
-def _side_by_side(name: str, values: Sequence[Value], model: Factored, dimension: int) -> jax.Array:
+def _join_part_side_by_side(
+    name: str, values: Sequence[Value], model: Factored, dimension: int
+) -> jax.Array:
     """Returns a part of values that are joined along an in or an out axis; s is in A.
 
     The factor that has this axis is padded with zeros to the size of the result. The ranks of both
-    factors lie side by side. For the arguments see `_end_to_end`.
+    factors lie side by side. For the arguments see `_join_part_end_to_end`.
     """
     axes = model.layout(name)
     if dimension not in axes and RANK not in axes:  # the key or the scale, which is one
         return model.parts[name] if name == "key" else jnp.ones_like(model.parts[name])
     if RANK not in axes:
-        return _end_to_end(name, values, model, dimension)
-    joined_size = sum(_shape_of(value)[dimension] for value in values)
+        return _join_part_end_to_end(name, values, model, dimension)
+    joined_size = sum(_shape_of_value(value)[dimension] for value in values)
     arrays = []
     start = 0
     for value in values:
-        stop = start + _shape_of(value)[dimension]
+        stop = start + _shape_of_value(value)[dimension]
         if isinstance(value, Factored):
             array = value.parts[name]
             if dimension in axes:
@@ -272,12 +278,12 @@ def _side_by_side(name: str, values: Sequence[Value], model: Factored, dimension
     return jnp.concatenate(arrays, axis=axes.index(RANK))
 
 
-def _shape_of(value: Value) -> tuple[int, ...]:
+def _shape_of_value(value: Value) -> tuple[int, ...]:
     shape: tuple[int, ...] = (value.base if isinstance(value, Factored) else value).shape
     return shape
 
 
-def _factors_only(rule: Rule) -> Rule:
+def _only_with_factors(rule: Rule) -> Rule:
     """Returns the rule for weights with factors; it declines a base alone that is no array."""
 
     def apply(interpreter: Interpreter, use: Use) -> Outcome:
@@ -288,6 +294,18 @@ def _factors_only(rule: Rule) -> Rule:
     return apply
 
 
-_RULES: dict[str, Rule] = {"mul": _mul, "div": _div, "neg": _neg, "add": _sum, "add_any": _sum}
-_RULES |= {"sub": functools.partial(_sum, sign=-1), "concatenate": _concatenate, "stack": _stack}
-ARITHMETIC_RULES: dict[str, Rule] = {name: _factors_only(rule) for name, rule in _RULES.items()}
+_RULES: dict[str, Rule] = {
+    "mul": _mul,
+    "div": _div,
+    "neg": _neg,
+    "add": _add_weights,
+    "add_any": _add_weights,
+}
+_RULES |= {
+    "sub": functools.partial(_add_weights, sign=-1),
+    "concatenate": _concatenate,
+    "stack": _stack,
+}
+ARITHMETIC_RULES: dict[str, Rule] = {
+    name: _only_with_factors(rule) for name, rule in _RULES.items()
+}

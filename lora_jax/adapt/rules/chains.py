@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirrored, scale_in_a
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirror_weight, move_scale_into_a
 from lora_jax.adapt.rules.products import contracted_role, dot_general, match_unit_roles
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
@@ -35,7 +35,7 @@ _CONTRACTED_ROLES: tuple[Label, Label] = ("out", "in")  # of the left weight, of
 _LEFT_RANK, _RIGHT_RANK, *_AXIS_LETTERS = list(string.ascii_letters)
 
 
-class _Lettered(NamedTuple):
+class _LetteredArray(NamedTuple):
     """An array, with a letter for each of its axes."""
 
     array: jax.Array
@@ -49,9 +49,11 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     contract, batch = use.params["dimension_numbers"]
     facing_weights: list[Factored | None] = []
     for side, role in enumerate(_CONTRACTED_ROLES):
-        facing_weights.append(_facing(use.values[side], contract[side], batch[side], role))
+        facing_weights.append(
+            _read_for_contraction(use.values[side], contract[side], batch[side], role)
+        )
     left, right = facing_weights
-    if left is not None and right is not None and _has_form(use, left, right):
+    if left is not None and right is not None and _has_factored_product(use, left, right):
         return [_product_of_weights(use, left, right)]
     factored_sides = [side for side in (0, 1) if facing_weights[side] is not None]
     if not factored_sides:
@@ -59,7 +61,7 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     factored_side = min(factored_sides, key=lambda side: _may_merge(use.values[side]))
     merged_side = 1 - factored_side
     values = list(use.values)
-    values[merged_side] = interpreter.merged(values[merged_side], use.name, use.eqn)
+    values[merged_side] = interpreter.merge_weight(values[merged_side], use.name, use.eqn)
     return dot_general(interpreter, dataclasses.replace(use, values=values))
 
 
@@ -68,7 +70,7 @@ def _may_merge(weight: Factored) -> bool:
     return weight.uses == "all" and weight.shift is None and not has_dropout(weight)
 
 
-def _has_form(use: Use, left: Factored, right: Factored) -> bool:
+def _has_factored_product(use: Use, left: Factored, right: Factored) -> bool:
     """Returns True if the product of two weights has factors."""
     weights = (left, right)
     if any(has_gain_or_shift(weight) or has_dropout(weight) for weight in weights):
@@ -80,7 +82,7 @@ def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     return are_real and not any(map(has_explicit_sharding, bases))
 
 
-def _facing(
+def _read_for_contraction(
     weight: Factored, contract: Sequence[int], batch: Sequence[int], role: Label
 ) -> Factored | None:
     """Returns the weight read so that a product contracts its axes of a role, and all of them.
@@ -101,7 +103,7 @@ def _facing(
     contracts_whole_role = set(contract) == set(weight.axes(recorded_role))
     if not contracts_whole_role or not set(batch) <= set(weight.axes("batch")):
         return None
-    return weight if recorded_role == role else mirrored(weight)
+    return weight if recorded_role == role else mirror_weight(weight)
 
 
 def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
@@ -113,16 +115,16 @@ def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
     stack = _letters_with_role(role_of_letter, "batch")
     rows = _letters_with_role(role_of_letter, "in")
     columns = _letters_with_role(role_of_letter, "out")
-    left = scale_in_a(left)
-    right = scale_in_a(right)
+    left = move_scale_into_a(left)
+    right = move_scale_into_a(right)
     factor_dtype = jnp.promote_types(accumulation_dtype(base.dtype), left.a.dtype)
     factor_dtype = jnp.promote_types(factor_dtype, right.a.dtype)
     a1 = _lettered_part(left, "a", left_letters, _LEFT_RANK)
     b1 = _lettered_part(left, "b", left_letters, _LEFT_RANK)
     a2 = _lettered_part(right, "a", right_letters, _RIGHT_RANK)
     b2 = _lettered_part(right, "b", right_letters, _RIGHT_RANK)
-    w1 = _Lettered(as_array(left.base), left_letters)
-    w2 = _Lettered(as_array(right.base), right_letters)
+    w1 = _LetteredArray(as_array(left.base), left_letters)
+    w2 = _LetteredArray(as_array(right.base), right_letters)
 
     left_rank_columns = [*stack, _LEFT_RANK, *columns]
     right_rank_rows = [*stack, _RIGHT_RANK, *rows]
@@ -130,8 +132,12 @@ def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
     b1_w2 = _einsum(use, b1, w2, left_rank_columns, w2.array.dtype).array.astype(factor_dtype)
     b1_w2 += _einsum(use, b1_a2, b2, left_rank_columns, factor_dtype).array
     w1_a2 = _einsum(use, w1, a2, right_rank_rows, w1.array.dtype).array.astype(factor_dtype)
-    wide_a1 = _repeated(a1, [*stack, _LEFT_RANK, *rows], size_of_letter).astype(factor_dtype)
-    wide_b2 = _repeated(b2, [*stack, _RIGHT_RANK, *columns], size_of_letter).astype(factor_dtype)
+    wide_a1 = _repeat_along_stack(a1, [*stack, _LEFT_RANK, *rows], size_of_letter).astype(
+        factor_dtype
+    )
+    wide_b2 = _repeat_along_stack(b2, [*stack, _RIGHT_RANK, *columns], size_of_letter).astype(
+        factor_dtype
+    )
     rank_axis = len(stack)
     parts = {
         "a": jnp.concatenate([wide_a1, w1_a2], axis=rank_axis),
@@ -176,16 +182,20 @@ def _letters_with_role(role_of_letter: dict[str, Label], role: Label) -> list[st
 
 def _lettered_part(
     weight: Factored, name: str, weight_letters: Sequence[str], rank_letter: str
-) -> _Lettered:
+) -> _LetteredArray:
     """Returns a factor with its letters, given those of the weight's axes and of its rank."""
     layout = weight.layout(name)
     letters = [rank_letter if axis == RANK else weight_letters[axis] for axis in layout]
-    return _Lettered(weight.parts[name], letters)
+    return _LetteredArray(weight.parts[name], letters)
 
 
 def _einsum(
-    use: Use, left: _Lettered, right: _Lettered, result_letters: Sequence[str], dtype: DTypeLike
-) -> _Lettered:
+    use: Use,
+    left: _LetteredArray,
+    right: _LetteredArray,
+    result_letters: Sequence[str],
+    dtype: DTypeLike,
+) -> _LetteredArray:
     """Returns the product of two arrays that are cast to a dtype, accumulated in fp32 or wider."""
     spec = f"{''.join(left.letters)},{''.join(right.letters)}->{''.join(result_letters)}"
     product = jnp.einsum(
@@ -195,11 +205,11 @@ def _einsum(
         precision=use.params["precision"],
         preferred_element_type=accumulation_dtype(dtype),
     )
-    return _Lettered(product, result_letters)
+    return _LetteredArray(product, result_letters)
 
 
-def _repeated(
-    factor: _Lettered, result_letters: Sequence[str], size_of_letter: dict[str, int]
+def _repeat_along_stack(
+    factor: _LetteredArray, result_letters: Sequence[str], size_of_letter: dict[str, int]
 ) -> jax.Array:
     """Returns a factor as [stack…, rank, …], repeated along the stack's axes that it lacks."""
     order = [letter for letter in result_letters if letter in factor.letters]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirrored
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, mirror_weight
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
@@ -37,23 +37,23 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
         for weight in weights
     ]
     model = formed_weights[0]
-    if not all(_fits(weight, model) for weight in formed_weights):
+    if not all(_can_take_form(weight, model) for weight in formed_weights):
         return None
     dtypes: dict[str, DTypeLike] = {}
     for weight in formed_weights:
         for name, array in weight.parts.items():
-            dtypes[name] = _wider(dtypes.get(name, array.dtype), array.dtype)
+            dtypes[name] = _wider_dtype(dtypes.get(name, array.dtype), array.dtype)
     rank = max(weight.rank for weight in formed_weights)
     return CommonForm(model.labels, dtypes, rank)
 
 
-def _fits(weight: Factored, model: Factored) -> bool:
+def _can_take_form(weight: Factored, model: Factored) -> bool:
     """Returns True if a weight can be brought into the form of another one."""
     if not weight.parts:
         return False
     if weight.labels != model.labels:
         has_vectors = has_gain_or_shift(weight) or has_gain_or_shift(model)
-        if has_vectors or mirrored(weight).labels != model.labels:
+        if has_vectors or mirror_weight(weight).labels != model.labels:
             return False
     return (
         (weight.dropout, weight.uses, weight.split) == (model.dropout, model.uses, model.split)
@@ -64,18 +64,18 @@ def _fits(weight: Factored, model: Factored) -> bool:
     )
 
 
-def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
+def _wider_dtype(a: DTypeLike, b: DTypeLike) -> DTypeLike:
     return a if a == b else jnp.promote_types(a, b)  # keys have a dtype that is not promoted
 
 
-def convert(weight: Factored, form: CommonForm) -> Factored:
+def convert_to_form(weight: Factored, form: CommonForm) -> Factored:
     """Returns the weight in a form: ranks are filled up with zeros, parts that it lacks too.
 
     Its base is an array then, since bases of several weights need not be stored alike.
     """
     weight = weight.formed()
     if weight.labels != form.labels:
-        weight = mirrored(weight)
+        weight = mirror_weight(weight)
     parts: dict[str, jax.Array] = {}
     for name, dtype in form.dtypes.items():
         if name in weight.parts:
@@ -102,7 +102,7 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     varies_within_member = any(form.labels[axis] != "batch" for axis in use.varying_axes(0))
     if varies_within_member:
         return None
-    cases = [convert(case, form) for case in cases]
+    cases = [convert_to_form(case, form) for case in cases]
     bases = [case.base for case in cases]
     (base,) = use.bind([which, *bases])
     which_labels = form.labels[: which.ndim]  # it has the axes of the weights, or is one number
@@ -110,11 +110,11 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     which_of_member = which[tuple(indices)]
     parts: dict[str, jax.Array] = {}
     for name in form.dtypes:
-        parts[name] = _selected(which_of_member, [case.parts[name] for case in cases])
+        parts[name] = _select_part(which_of_member, [case.parts[name] for case in cases])
     return [dataclasses.replace(cases[0], base=base, parts=parts)]
 
 
-def _selected(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
+def _select_part(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
     """Returns a part that is chosen for each member of a stack; batch axes come first in it."""
     if which_of_member.ndim:
         other_axes = range(which_of_member.ndim, parts[0].ndim)

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
-from lora_jax.adapt.rules.choices import CommonForm, common_form, convert
-from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
-from lora_jax.adapt.rules.layout import moved
+from lora_jax.adapt.rules.choices import CommonForm, common_form, convert_to_form
+from lora_jax.adapt.rules.flow import common_sources, may_be_weights, sources_of_outputs
+from lora_jax.adapt.rules.layout import move_axes
 from lora_jax.core.base import StackMember, has_rows_kernel, is_base, splittable
 from lora_jax.core.factored import Factored
 from lora_jax.core.few_rows import MAX_KERNEL_ROWS
@@ -33,9 +33,9 @@ _State = tuple[Value, dict[int, Value]]
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     """Calls the function under `jax.jit` again, with the shardings of the equation."""
-    jit = eqns.jit_of(use.eqn)
-    fn = interpreter.function(jit.jaxpr, use.used_outputs)
-    values = list(map(_constrained, use.values, jit.in_shardings))
+    jit = eqns.read_jit(use.eqn)
+    fn = interpreter.function_of_jaxpr(jit.jaxpr, use.used_outputs)
+    values = list(map(_with_sharding_constraint, use.values, jit.in_shardings))
     if not jit.inline and interpreter.record is None:
 
         def compile_function(fn: _Body = fn) -> Forward:
@@ -45,11 +45,13 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
             call.__name__ = call.__qualname__ = jit.name
             return jax.jit(call, **jit.options)
 
-        fn = interpreter.memoised(jit.jaxpr, ("jit", use.used_outputs, jit.name), compile_function)
-    return list(map(_constrained, fn(*values), jit.out_shardings))
+        fn = interpreter.cached_function(
+            jit.jaxpr, ("jit", use.used_outputs, jit.name), compile_function
+        )
+    return list(map(_with_sharding_constraint, fn(*values), jit.out_shardings))
 
 
-def _constrained(value: Value, sharding: Sharding | None) -> Value:
+def _with_sharding_constraint(value: Value, sharding: Sharding | None) -> Value:
     """Returns an array, or a weight with its base, under a sharding constraint."""
     if sharding is None or value is None:
         return value
@@ -61,7 +63,7 @@ def _constrained(value: Value, sharding: Sharding | None) -> Value:
 
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
-    body = interpreter.function(use.params["jaxpr"], use.used_outputs)
+    body = interpreter.function_of_jaxpr(use.params["jaxpr"], use.used_outputs)
     if interpreter.record is None:
         body = jax.checkpoint(
             body, prevent_cse=use.params["prevent_cse"], policy=use.params["policy"]
@@ -93,7 +95,7 @@ def _split_carries(
       n_consts: the number of constants.
     """
     has_weight = any(isinstance(value, Factored) for value in carries)
-    argument_of_output = sources(body) if has_weight else ()
+    argument_of_output = sources_of_outputs(body) if has_weight else ()
     split = _Carries(weights={}, arrays={})
     for index, value in enumerate(carries):
         if not isinstance(value, Factored):
@@ -101,7 +103,7 @@ def _split_carries(
         elif argument_of_output[index] == n_consts + index:
             split.weights[index] = value
         else:
-            split.arrays[index] = interpreter.plain(value, use, "as a carry")
+            split.arrays[index] = interpreter.as_plain_array(value, use, "as a carry")
     return split
 
 
@@ -110,7 +112,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 
     A stack of a weight's own slices is that weight.
     """
-    scan = eqns.scan_of(use.eqn)
+    scan = eqns.read_scan(use.eqn)
     consts, first_carries, stacks = scan.split(use.values)
     stacks = [_without_sliced_shift(interpreter, use, stack) for stack in stacks]
     carries = _split_carries(interpreter, use, scan.body, first_carries, scan.n_consts)
@@ -120,21 +122,23 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
         index < scan.n_carry or (is_used and index not in restacked_weights)
         for index, is_used in enumerate(use.used_outputs)
     )
-    body = interpreter.function(scan.body, None if all(used_outputs) else used_outputs)
-    kernel_indices = _kernel_indices(stacks) if _has_few_rows(carries.arrays) else []
-    needs_iteration = bool(kernel_indices) or _has_keys(use.values)
+    body = interpreter.function_of_jaxpr(scan.body, None if all(used_outputs) else used_outputs)
+    kernel_indices = _indices_with_rows_kernel(stacks) if _has_few_rows(carries.arrays) else []
+    needs_iteration = bool(kernel_indices) or _has_dropout_keys(use.values)
     iterations = jnp.arange(scan.length) if needs_iteration else None
 
     def run_iteration(arrays: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
         slices_of_arrays, iteration = xs
-        slices = list(map(_slice_of, stacks, slices_of_arrays))
+        slices = list(map(_slice_of_operand, stacks, slices_of_arrays))
         for index in kernel_indices:
             layer = StackMember(slices[index].base, stacks[index].base, iteration)
             slices[index] = slices[index].replace(base=layer)
-        outputs = body(*_arguments(consts, carries.weights, arrays, iteration), *slices)
+        outputs = body(
+            *_first_arguments_of_body(consts, carries.weights, arrays, iteration), *slices
+        )
         for index, output in enumerate(outputs):
             if index not in carries.weights:
-                outputs[index] = interpreter.plain(output, use, "as an output")
+                outputs[index] = interpreter.as_plain_array(output, use, "as an output")
         return {index: outputs[index] for index in arrays}, outputs[scan.n_carry :]
 
     last_arrays, ys = lax.scan(
@@ -157,11 +161,11 @@ def _without_sliced_shift(interpreter: Interpreter, use: Use, stack: Value) -> V
         return stack
     is_sliced_along_in_axis = stack.labels[0] == "in" and stack.base.shape[0] > 1
     if is_sliced_along_in_axis:
-        return interpreter.plain(stack, use, "over an in axis")
+        return interpreter.as_plain_array(stack, use, "over an in axis")
     return stack
 
 
-def _kernel_indices(stacks: Sequence[Value]) -> list[int]:
+def _indices_with_rows_kernel(stacks: Sequence[Value]) -> list[int]:
     """Returns the indices of weights whose layers a kernel may read out of their stack."""
     return [
         index
@@ -181,7 +185,7 @@ def _has_few_rows(carries: Mapping[int, Value]) -> bool:
     )
 
 
-def _arguments(
+def _first_arguments_of_body(
     consts: Sequence[Value],
     constant_weights: Mapping[int, Value],
     arrays: Mapping[int, Value],
@@ -203,7 +207,7 @@ def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
         return {}
     n_unsliced = scan.n_consts + scan.n_carry
     restacked_weights = {}
-    for output_index, argument_index in enumerate(sources(scan.body)):
+    for output_index, argument_index in enumerate(sources_of_outputs(scan.body)):
         is_carry = output_index < scan.n_carry
         if is_carry or argument_index is None or argument_index < n_unsliced:
             continue
@@ -227,11 +231,11 @@ def _arrays_along_first_axis(stack: Value) -> Tree:
             arrays.append(jnp.moveaxis(array, layout.index(0), 0))
         return array
 
-    moved(stack, collect, [0])
+    move_axes(stack, collect, [0])
     return arrays
 
 
-def _slice_of(stack: Value, slices: Tree) -> Value:
+def _slice_of_operand(stack: Value, slices: Tree) -> Value:
     """Returns a slice of an operand, from the slices of its arrays along the first axis."""
     if not isinstance(stack, Factored):
         return slices
@@ -240,7 +244,7 @@ def _slice_of(stack: Value, slices: Tree) -> Value:
     def replace_sliced(array: Value, layout: Axes) -> Value:
         return next(remaining_slices) if 0 in layout else array
 
-    return moved(stack, replace_sliced, [0]).replace(labels=stack.labels[1:])
+    return move_axes(stack, replace_sliced, [0]).replace(labels=stack.labels[1:])
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Value]:
@@ -249,17 +253,17 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     Under `jax.vmap`, a condition has one value for each example: the loop goes on while one of them
     does, and the others keep their state.
     """
-    loop = eqns.while_of(use.eqn)
+    loop = eqns.read_while(use.eqn)
     condition_consts, body_consts, first_carries = loop.split(use.values)
     carries = _split_carries(interpreter, use, loop.body, first_carries, loop.n_body_consts)
-    condition = interpreter.function(loop.condition)
-    body = interpreter.function(loop.body)
+    condition = interpreter.function_of_jaxpr(loop.condition)
+    body = interpreter.function_of_jaxpr(loop.body)
     condition_jaxpr, _ = eqns.jaxpr_and_consts(loop.condition)
     n_example_axes = eqns.type_of(condition_jaxpr.outvars[0]).ndim
 
     def goes_on(state: _State) -> jax.Array:
         iteration, arrays = state
-        arguments = _arguments(condition_consts, carries.weights, arrays, iteration)
+        arguments = _first_arguments_of_body(condition_consts, carries.weights, arrays, iteration)
         is_true: jax.Array
         (is_true,) = condition(*arguments)
         return is_true
@@ -270,9 +274,9 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
 
     def run_iteration(state: _State) -> _State:
         iteration, arrays = state
-        outputs = body(*_arguments(body_consts, carries.weights, arrays, iteration))
+        outputs = body(*_first_arguments_of_body(body_consts, carries.weights, arrays, iteration))
         next_arrays = {
-            index: interpreter.plain(outputs[index], use, "as a carry") for index in arrays
+            index: interpreter.as_plain_array(outputs[index], use, "as a carry") for index in arrays
         }
         if n_example_axes:
             is_running = goes_on(state)
@@ -282,7 +286,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
         next_iteration = None if iteration is None else iteration + 1
         return next_iteration, next_arrays
 
-    first_iteration = jnp.int32(0) if _has_keys(use.values) else None
+    first_iteration = jnp.int32(0) if _has_dropout_keys(use.values) else None
     first_state = (first_iteration, carries.arrays)
     _, last_arrays = lax.while_loop(any_example_goes_on, run_iteration, first_state)
     results: dict[int, Value] = {**carries.weights, **last_arrays}
@@ -295,13 +299,15 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     if isinstance(branch_index, Factored):
         return None
     unchanged_weights: dict[int, Factored] = {}
-    for output_index, operand_index in enumerate(agreed_sources(use.params["branches"])):
+    for output_index, operand_index in enumerate(common_sources(use.params["branches"])):
         if operand_index is not None and isinstance(operands[operand_index], Factored):
             unchanged_weights[output_index] = operands[operand_index]
     used_outputs = tuple(
         is_used and index not in unchanged_weights for index, is_used in enumerate(use.used_outputs)
     )
-    bodies = [interpreter.function(jaxpr, used_outputs) for jaxpr in use.params["branches"]]
+    bodies = [
+        interpreter.function_of_jaxpr(jaxpr, used_outputs) for jaxpr in use.params["branches"]
+    ]
     forms = _output_forms(use, bodies, operands, used_outputs)
 
     def branch_of(body: _Body) -> _Body:
@@ -311,9 +317,9 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
             outputs = body(*args)
             for index, output in enumerate(outputs):
                 if index in forms:
-                    outputs[index] = convert(output, forms[index])
+                    outputs[index] = convert_to_form(output, forms[index])
                 else:
-                    outputs[index] = interpreter.plain(output, use, "as an output")
+                    outputs[index] = interpreter.as_plain_array(output, use, "as an output")
             return outputs
 
         return branch
@@ -343,41 +349,41 @@ def _output_forms(
     return forms
 
 
-def _has_keys(values: Sequence[Value]) -> bool:
+def _has_dropout_keys(values: Sequence[Value]) -> bool:
     return any(isinstance(value, Factored) and value.key is not None for value in values)
 
 
 def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
-    shard_map = eqns.shard_map_of(use.eqn)
-    body = interpreter.function(shard_map.body)
+    shard_map = eqns.read_shard_map(use.eqn)
+    body = interpreter.function_of_jaxpr(shard_map.body)
     operands = [
-        _splittable(value, spec, shard_map.mesh)
+        _with_splittable_base(value, spec, shard_map.mesh)
         for value, spec in zip(use.values, shard_map.in_specs, strict=True)
     ]
 
     def run_on_device(*values: Value) -> list[Value]:
-        return [interpreter.plain(output, use, "as an output") for output in body(*values)]
+        return [interpreter.as_plain_array(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
         run_on_device,
         mesh=shard_map.mesh,
-        in_specs=tuple(map(_specs, operands, shard_map.in_specs)),
+        in_specs=tuple(map(_partition_specs, operands, shard_map.in_specs)),
         out_specs=list(shard_map.out_specs),
         axis_names=shard_map.manual_axes,
         check_vma=shard_map.check_vma,
     )(*operands)
 
 
-def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
+def _with_splittable_base(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
     """Returns a weight with a base that each device can have a piece of; an array as it is."""
     if not isinstance(value, Factored):
         return value
     in_axes = value.axes("in")
     split_names = [*value.split]
     n_pieces: list[int] = []  # along each axis
-    for axis, mesh_axes in enumerate(_mesh_axes(value, spec)):
-        names = _names_in(mesh_axes)
+    for axis, mesh_axes in enumerate(_mesh_axes_of_weight(value, spec)):
+        names = _mesh_axis_names(mesh_axes)
         n_pieces.append(math.prod(mesh.shape[name] for name in names))
         if value.shift is not None and axis in in_axes:
             split_names += [name for name in names if mesh.shape[name] > 1]
@@ -385,28 +391,28 @@ def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
     return dataclasses.replace(value, base=base, split=tuple(split_names))
 
 
-def _mesh_axes(weight: Factored, spec: PartitionSpec) -> list[MeshAxes]:
+def _mesh_axes_of_weight(weight: Factored, spec: PartitionSpec) -> list[MeshAxes]:
     """Returns the axes of the mesh for each axis of a weight."""
     n_unnamed_axes = len(weight.labels) - len(spec)
     return [*spec, *[None] * n_unnamed_axes]
 
 
-def _names_in(entry: MeshAxes) -> tuple[str, ...]:
+def _mesh_axis_names(entry: MeshAxes) -> tuple[str, ...]:
     """Returns the names in one entry of a PartitionSpec."""
     names = entry if isinstance(entry, tuple) else (entry,)
     return tuple(name for name in names if name)
 
 
-def _specs(value: Value, spec: PartitionSpec) -> Value:
+def _partition_specs(value: Value, spec: PartitionSpec) -> Value:
     """Returns the PartitionSpec of an array, or those of a weight's arrays as a `Factored`."""
     if not isinstance(value, Factored):
         return spec
-    mesh_axes = _mesh_axes(value, spec)
+    mesh_axes = _mesh_axes_of_weight(value, spec)
 
     def part_spec(_: object, layout: Axes) -> PartitionSpec:
         return PartitionSpec(*(None if axis < 0 else mesh_axes[axis] for axis in layout))
 
-    return moved(value, part_spec)
+    return move_axes(value, part_spec)
 
 
 CONTROL_RULES: dict[str, Rule] = {
@@ -434,18 +440,18 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     weights = [value for value in use.values if isinstance(value, Factored)]
     if any(weight.shift is not None or weight.key is not None for weight in weights):
         return None
-    solve = eqns.linear_solve_of(use.eqn)
-    right_side = [interpreter.plain(value, use) for value in use.values[solve.right]]
+    solve = eqns.read_linear_solve(use.eqn)
+    right_side = [interpreter.as_plain_array(value, use) for value in use.values[solve.right]]
     n_unknowns = len(right_side)
     has_aux = len(use.eqn.outvars) > n_unknowns
 
     def entered(function: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
         """Returns a function of the solve, of the vector alone."""
-        body = interpreter.function(function.jaxpr)
+        body = interpreter.function_of_jaxpr(function.jaxpr)
         consts = use.values[function.consts]
 
         def call(vector: Sequence[Value]) -> list[Value]:
-            return [interpreter.plain(output, use) for output in body(*consts, *vector)]
+            return [interpreter.as_plain_array(output, use) for output in body(*consts, *vector)]
 
         return call
 

@@ -27,7 +27,7 @@ class _Source(NamedTuple):
     order: tuple[int, ...]
 
 
-def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
+def sources_of_outputs(jaxpr: eqns.AnyJaxpr) -> Sources:
     """Returns, for each output that is an input, that input's index; None for other outputs.
 
     It looks into functions, loops and branches, and follows axes that are moved away and back.
@@ -35,15 +35,17 @@ def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
     return tuple(map(_index_if_unmoved, _input_sources(jaxpr)))
 
 
-def sources_among(jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]) -> Sources:
-    """Like `sources`, for outputs that are one of some variables, by these variables' indices."""
-    return tuple(map(_index_if_unmoved, _sources_among(jaxpr, index_of_variable)))
+def sources_among_variables(
+    jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
+) -> Sources:
+    """Returns, for each output that is one of some variables, that variable's index."""
+    return tuple(map(_index_if_unmoved, _moved_sources_among_variables(jaxpr, index_of_variable)))
 
 
-def agreed_sources(branches: Sequence[eqns.AnyJaxpr]) -> Sources:
+def common_sources(branches: Sequence[eqns.AnyJaxpr]) -> Sources:
     """Returns, for each output, the input that every branch returns; None where they differ."""
-    indices_of_branches = [sources(branch) for branch in branches]
-    return tuple(_agreed(indices) for indices in zip(*indices_of_branches, strict=True))
+    indices_of_branches = [sources_of_outputs(branch) for branch in branches]
+    return tuple(_common_value(indices) for indices in zip(*indices_of_branches, strict=True))
 
 
 def _index_if_unmoved(source: _Source | None) -> int | None:
@@ -54,11 +56,11 @@ def _index_if_unmoved(source: _Source | None) -> int | None:
     return None if is_moved else source.operand
 
 
-def _agreed(values: Sequence[_T]) -> _T | None:
+def _common_value(values: Sequence[_T]) -> _T | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _sources_among(
+def _moved_sources_among_variables(
     jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
 ) -> list[_Source | None]:
     """Returns, for each output, which of some variables it is."""
@@ -92,7 +94,9 @@ def _sources_among(
 
 def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Source | None]:
     inner, _ = eqns.jaxpr_and_consts(jaxpr)
-    return _sources_among(jaxpr, {variable: index for index, variable in enumerate(inner.invars)})
+    return _moved_sources_among_variables(
+        jaxpr, {variable: index for index, variable in enumerate(inner.invars)}
+    )
 
 
 def _operand_sources(eqn: JaxprEqn) -> Sequence[_Source | None]:
@@ -101,21 +105,21 @@ def _operand_sources(eqn: JaxprEqn) -> Sequence[_Source | None]:
     if name == "transpose":
         return [_Source(0, tuple(eqn.params["permutation"]))]
     if name in _CALLS:
-        return _input_sources(_called(eqn))
+        return _input_sources(_called_jaxpr(eqn))
     if name == "cond":
         sources_of_branches = [_input_sources(branch) for branch in eqn.params["branches"]]
         # The first operand of a cond, the index of the branch, is no argument of a branch.
         return [
-            _shifted(_agreed(source_of_branches), 1)
+            _shift_operand_index(_common_value(source_of_branches), 1)
             for source_of_branches in zip(*sources_of_branches, strict=True)
         ]
     if name == "scan":
-        return _scan_sources(eqns.scan_of(eqn))
+        return _scan_sources(eqns.read_scan(eqn))
     if name == "while":
-        loop = eqns.while_of(eqn)
+        loop = eqns.read_while(eqn)
         carries = _unchanged_carries(_input_sources(loop.body), loop.n_body_consts)
         # The condition's constants come before the arguments of the body.
-        return [_shifted(source, loop.n_condition_consts) for source in carries]
+        return [_shift_operand_index(source, loop.n_condition_consts) for source in carries]
     return [None] * len(eqn.outvars)
 
 
@@ -126,18 +130,18 @@ def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
     scan_sources = _unchanged_carries(sources_in_body[: scan.n_carry], scan.n_consts)
     for source in sources_in_body[scan.n_carry :]:
         if source is not None and source.operand >= n_unsliced:
-            scan_sources.append(_stacked(source))
+            scan_sources.append(_source_of_stack(source))
         else:
             scan_sources.append(None)
     return scan_sources
 
 
-def _shifted(source: _Source | None, n_operands: int) -> _Source | None:
+def _shift_operand_index(source: _Source | None, n_operands: int) -> _Source | None:
     """Returns the source where some other operands come first."""
     return None if source is None else _Source(n_operands + source.operand, source.order)
 
 
-def _stacked(source: _Source) -> _Source:
+def _source_of_stack(source: _Source) -> _Source:
     """Returns the source of a stack of slices of an operand, whose axes may be moved."""
     return _Source(source.operand, (0, *(axis + 1 for axis in source.order)))
 
@@ -188,7 +192,7 @@ def _may_pass_on(eqn: JaxprEqn, operand_flags: list[bool]) -> Sequence[bool]:
     """
     name = eqn.primitive.name
     if name in _CALLS:
-        return may_be_weights(_called(eqn), operand_flags)
+        return may_be_weights(_called_jaxpr(eqn), operand_flags)
     if name == "cond":
         flags_of_branches = [
             may_be_weights(branch, operand_flags[1:]) for branch in eqn.params["branches"]
@@ -200,16 +204,16 @@ def _may_pass_on(eqn: JaxprEqn, operand_flags: list[bool]) -> Sequence[bool]:
         ]
     if name == "dot_general":
         return [all(operand_flags)]
-    return [name not in _ENDS] * len(eqn.outvars)
+    return [name not in _NEVER_RETURN_WEIGHTS] * len(eqn.outvars)
 
 
 # Primitives that never return a weight.
-_ENDS = frozenset({"conv_general_dilated", "ragged_dot_general", "shard_map"})
-_ENDS |= {"custom_linear_solve"}
-_ENDS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_NEVER_RETURN_WEIGHTS = frozenset({"conv_general_dilated", "ragged_dot_general", "shard_map"})
+_NEVER_RETURN_WEIGHTS |= {"custom_linear_solve"}
+_NEVER_RETURN_WEIGHTS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
-def _called(eqn: JaxprEqn) -> eqns.AnyJaxpr:
+def _called_jaxpr(eqn: JaxprEqn) -> eqns.AnyJaxpr:
     names = ("jaxpr", "call_jaxpr")
     called: eqns.AnyJaxpr = next(eqn.params[name] for name in names if name in eqn.params)
     return called

@@ -24,7 +24,7 @@ from lora_jax.core.types import Outcome, Value
 _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each part are ordered
 
 
-def _only_weight(use: Use) -> Factored | None:
+def _weight_among_plain_operands(use: Use) -> Factored | None:
     """Returns the weight, where it is the first operand and the others are plain."""
     weight, *others = use.values
     has_other_weight = any(isinstance(value, Factored) for value in others)
@@ -36,7 +36,7 @@ def _rearrange(_: Interpreter, use: Use) -> Outcome:
 
     A vector mixes all roles of a weight: it becomes a `FoldedVector`, which may be taken apart.
     """
-    weight = _only_weight(use)
+    weight = _weight_among_plain_operands(use)
     source_axes_of_result = axis_map(use.eqn)
     if weight is None or source_axes_of_result is None or len(use.values) > 1:
         return None
@@ -88,9 +88,9 @@ def labels_after(
     return result_labels
 
 
-def _convert(_: Interpreter, use: Use) -> Outcome:
+def _cast_base(_: Interpreter, use: Use) -> Outcome:
     """Casts the base alone: the factors, which are real, are cast where they are used."""
-    weight = _only_weight(use)
+    weight = _weight_among_plain_operands(use)
     result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     if weight is None or not jnp.issubdtype(result_dtype, jnp.inexact):
         return None
@@ -111,13 +111,13 @@ def _apply_to_base(_: Interpreter, use: Use) -> list[Value]:
     return outputs
 
 
-def _joined_over(weight: Factored, mesh_axes: Sequence[str]) -> Factored:
+def _without_split_axes(weight: Factored, mesh_axes: Sequence[str]) -> Factored:
     """Returns a weight whose in axes are no longer split along these axes of the mesh."""
     split = tuple(name for name in weight.split if name not in mesh_axes)
     return dataclasses.replace(weight, split=split)
 
 
-def _name(interpreter: Interpreter, use: Use) -> Outcome:
+def _name_base(interpreter: Interpreter, use: Use) -> Outcome:
     """Names the base; see `lora_jax.core.names.SUMMED_OVER`."""
     (weight,) = use.values
     name = use.params["name"]
@@ -125,11 +125,11 @@ def _name(interpreter: Interpreter, use: Use) -> Outcome:
         # The devices along this axis add up their products: one of them adds the shift.
         mesh_axis = name.removeprefix(SUMMED_OVER)
         shift = jnp.where(lax.axis_index(mesh_axis) == 0, weight.shift, 0)
-        weight = _joined_over(weight.replace(shift=shift), (mesh_axis,))
+        weight = _without_split_axes(weight.replace(shift=shift), (mesh_axis,))
     return _apply_to_base(interpreter, dataclasses.replace(use, values=[weight]))
 
 
-def _place(interpreter: Interpreter, use: Use) -> list[Value]:
+def _place_base(interpreter: Interpreter, use: Use) -> list[Value]:
     """Places the base; the other arrays of a weight follow it to its memory."""
     outputs = _apply_to_base(interpreter, use)
     for index, output in enumerate(outputs):
@@ -172,13 +172,13 @@ def _applied_to_arrays(use: Use, weight: Factored) -> Value:
     """Returns a weight after an equation that takes each of its arrays."""
 
     def apply(array: jax.Array) -> Value:
-        (result,) = use.bind([_varying(array, weight)])
+        (result,) = use.bind([_cast_to_varying(array, weight)])
         return result
 
     return jax.tree.map(apply, weight)
 
 
-def _varying(array: jax.Array, weight: Factored) -> jax.Array:
+def _cast_to_varying(array: jax.Array, weight: Factored) -> jax.Array:
     """Returns an array of a weight, inside shard_map: typed to vary over the devices that W does.
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
@@ -190,7 +190,7 @@ def _varying(array: jax.Array, weight: Factored) -> jax.Array:
     return lax.pcast(array, missing_axes, to="varying") if missing_axes else array
 
 
-def moved(weight: Factored, move: Move, touched_axes: Sequence[int] = ()) -> Factored:
+def move_axes(weight: Factored, move: Move, touched_axes: Sequence[int] = ()) -> Factored:
     """Returns the weight after a move of single axes, alike in its base and its parts."""
     return weight.along(along(weight.base, move, touched_axes), move)
 
@@ -198,7 +198,7 @@ def moved(weight: Factored, move: Move, touched_axes: Sequence[int] = ()) -> Fac
 _AxisSlice = tuple[int, int, int]  # start, limit, stride
 
 
-def _cut(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
+def _slice_axes(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
     """Returns a part of a weight, by the slices of the axes that are cut."""
 
     def cut(array: jax.Array, layout: Axes) -> jax.Array:
@@ -211,7 +211,7 @@ def _cut(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
         starts, limits, strides = zip(*slices, strict=True)
         return lax.slice(array, starts, limits, strides)
 
-    return moved(weight, cut, list(slice_of_axis))
+    return move_axes(weight, cut, list(slice_of_axis))
 
 
 def _slice(_: Interpreter, use: Use) -> list[Value]:
@@ -220,12 +220,12 @@ def _slice(_: Interpreter, use: Use) -> list[Value]:
     limits = use.params["limit_indices"]
     strides = use.params["strides"] or (1,) * len(starts)
     slice_of_axis = {
-        axis: (starts[axis], limits[axis], strides[axis]) for axis in _cut_axes(use, weight)
+        axis: (starts[axis], limits[axis], strides[axis]) for axis in _shortened_axes(use, weight)
     }
-    return [_row_or_part(weight, _cut(weight, slice_of_axis))]
+    return [_row_or_part(weight, _slice_axes(weight, slice_of_axis))]
 
 
-def _cut_axes(use: Use, weight: Factored) -> list[int]:
+def _shortened_axes(use: Use, weight: Factored) -> list[int]:
     """Returns the axes that the equation makes shorter."""
     result_shape = eqns.type_of(use.eqn.outvars[0]).shape
     return [axis for axis, size in enumerate(weight.base.shape) if result_shape[axis] != size]
@@ -247,7 +247,7 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
 
 
 def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
-    weight = _only_weight(use)
+    weight = _weight_among_plain_operands(use)
     if weight is None:
         return None
     starts = use.values[1:]
@@ -263,19 +263,21 @@ def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
         ]
         return lax.dynamic_slice(array, array_starts, array_sizes)
 
-    return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
+    return [_row_or_part(weight, move_axes(weight, cut, _shortened_axes(use, weight)))]
 
 
 def _split(_: Interpreter, use: Use) -> Outcome:
     (weight,) = use.values
     axis = use.params["axis"]
     ends = [0, *itertools.accumulate(use.params["sizes"])]
-    return [_cut(weight, {axis: (start, stop, 1)}) for start, stop in itertools.pairwise(ends)]
+    return [
+        _slice_axes(weight, {axis: (start, stop, 1)}) for start, stop in itertools.pairwise(ends)
+    ]
 
 
 def _unstack(interpreter: Interpreter, use: Use) -> Outcome:
     """Takes a weight apart along an axis: a slice and a squeeze for each output."""
-    body, _ = eqns.jaxpr_and_consts(eqns.unstacked(use.eqn))
+    body, _ = eqns.jaxpr_and_consts(eqns.equations_of_unstack(use.eqn))
     outputs: list[Value] = []
     for slice_eqn, squeeze_eqn in zip(body.eqns[::2], body.eqns[1::2], strict=True):
         (member,) = _slice(interpreter, dataclasses.replace(use, eqn=slice_eqn))
@@ -307,15 +309,15 @@ def _all_gather(_: Interpreter, use: Use) -> Outcome:
 
     if is_joined:
         if weight.labels[gathered_axis] == "in" and device_groups is None:
-            weight = _joined_over(weight, mesh_axes)
-        return [moved(weight, join, [gathered_axis])]
+            weight = _without_split_axes(weight, mesh_axes)
+        return [move_axes(weight, join, [gathered_axis])]
 
     labels: list[Label] = [*weight.labels]
     labels.insert(gathered_axis, "batch")
     stack_index = labels[:gathered_axis].count("batch")  # of the new axis among the batch axes
 
     def stack(array: jax.Array, _: Axes) -> jax.Array:
-        return gather(_varying(array, weight), stack_index)
+        return gather(_cast_to_varying(array, weight), stack_index)
 
     base = gather(as_array(weight.base), gathered_axis)
     return [weight.formed().along(base, stack).replace(labels=labels)]
@@ -327,12 +329,12 @@ def _rev(_: Interpreter, use: Use) -> Outcome:
     def reverse(array: jax.Array, layout: Axes) -> jax.Array:
         return lax.rev(array, [i for i, axis in enumerate(layout) if axis in reversed_axes])
 
-    return [moved(use.values[0], reverse, reversed_axes)]
+    return [move_axes(use.values[0], reverse, reversed_axes)]
 
 
 def _pad(_: Interpreter, use: Use) -> Outcome:
     """Factors are padded with zeros, whatever W is padded with."""
-    weight = _only_weight(use)
+    weight = _weight_among_plain_operands(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None
     (base,) = use.bind(use.bases)
@@ -351,7 +353,7 @@ def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
 
 LAYOUT_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearrange),
-    **dict.fromkeys(("convert_element_type", "real"), _convert),
+    **dict.fromkeys(("convert_element_type", "real"), _cast_base),
     "stop_gradient": _stop_gradient,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
@@ -363,9 +365,9 @@ LAYOUT_RULES: dict[str, Rule] = {
     "pvary": _apply_to_all_arrays,
     "pcast": _apply_to_all_arrays,
     "ppermute": _apply_to_all_arrays,
-    "name": _name,
+    "name": _name_base,
     **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _apply_to_base),
-    "device_put": _place,
+    "device_put": _place_base,
     "sharding_constraint": _apply_to_base,
     "reshard": _reshard,
 }

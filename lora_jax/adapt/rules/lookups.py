@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_gain_or_shift
-from lora_jax.adapt.rules.products import note_side, rows_of
+from lora_jax.adapt.rules.products import example_columns_of, record_side
 from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
@@ -26,7 +26,7 @@ def _gather(_: Interpreter, use: Use) -> Outcome:
         return None
     dimension_numbers = use.params["dimension_numbers"]
     slice_sizes = tuple(use.params["slice_sizes"])
-    result = _looked_up(weight, indices, dimension_numbers, slice_sizes, use)
+    result = _look_up(weight, indices, dimension_numbers, slice_sizes, use)
     return None if result is None else [result]
 
 
@@ -49,7 +49,7 @@ def _indexed_axis(
     return indexed_axis if takes_rows and not collapses_other_axes else None
 
 
-def _looked_up(
+def _look_up(
     weight: Factored,
     indices: jax.Array,
     dimension_numbers: lax.GatherDimensionNumbers,
@@ -61,7 +61,7 @@ def _looked_up(
     Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
     """
     if dimension_numbers.operand_batching_dims:
-        return _looked_up_by_member(weight, indices, dimension_numbers, slice_sizes, use)
+        return _look_up_by_member(weight, indices, dimension_numbers, slice_sizes, use)
     axis = _indexed_axis(dimension_numbers, slice_sizes, weight.base.shape)
     if axis is None:
         return None
@@ -103,7 +103,7 @@ def _look_up_rows_or_members(
     fill_value = use.params["fill_value"]
     is_nan = fill_value != fill_value
     fills_with_nan = fill_value is None or is_nan
-    look_up = functools.partial(_take, indices=indices, mode=mode)
+    look_up = functools.partial(_take_along_axis, indices=indices, mode=mode)
 
     def look_up_in_base(array: jax.Array, layout: Axes) -> jax.Array:
         is_inexact = jnp.issubdtype(array.dtype, jnp.inexact)
@@ -141,8 +141,8 @@ def _rows_of_table(
       order: the axes of the result: first those of the indices, then those of a row.
       use: the look-up.
     """
-    note_side(weight, "in", use)
-    example_columns = rows_of(weight, use)
+    record_side(weight, "in", use)
+    example_columns = example_columns_of(weight, use)
 
     def base_rows(_: object) -> jax.Array:
         return as_array(base)
@@ -167,7 +167,7 @@ def _rows_of_table(
     return combine_base_and_factors(None, weight, base_rows, factor_rows, arranged)
 
 
-def _looked_up_by_member(
+def _look_up_by_member(
     weight: Factored,
     indices: jax.Array,
     dimension_numbers: lax.GatherDimensionNumbers,
@@ -186,11 +186,13 @@ def _looked_up_by_member(
     ]
     result_axis = place_axes[index_axis]
     member_numbers = lax.GatherDimensionNumbers(
-        offset_dims=_counted_without(result_axis, dimension_numbers.offset_dims),
-        collapsed_slice_dims=_counted_without(stack_axis, dimension_numbers.collapsed_slice_dims),
-        start_index_map=_counted_without(stack_axis, dimension_numbers.start_index_map),
-        operand_batching_dims=_counted_without(stack_axis, other_stack_axes),
-        start_indices_batching_dims=_counted_without(index_axis, other_index_axes),
+        offset_dims=_axes_counted_without(result_axis, dimension_numbers.offset_dims),
+        collapsed_slice_dims=_axes_counted_without(
+            stack_axis, dimension_numbers.collapsed_slice_dims
+        ),
+        start_index_map=_axes_counted_without(stack_axis, dimension_numbers.start_index_map),
+        operand_batching_dims=_axes_counted_without(stack_axis, other_stack_axes),
+        start_indices_batching_dims=_axes_counted_without(index_axis, other_index_axes),
     )
     member_sizes = slice_sizes[:stack_axis] + slice_sizes[stack_axis + 1 :]
     member_labels = weight.labels[:stack_axis] + weight.labels[stack_axis + 1 :]
@@ -198,7 +200,7 @@ def _looked_up_by_member(
 
     def look_up_in_member(base: jax.Array, parts: Parts, indices: jax.Array) -> jax.Array | None:
         member = dataclasses.replace(weight, base=base, parts=parts, labels=member_labels)
-        rows = _looked_up(member, indices, member_numbers, member_sizes, use)
+        rows = _look_up(member, indices, member_numbers, member_sizes, use)
         return None if isinstance(rows, Factored) else rows
 
     stack_axis_of_part: dict[str, int | None] = {}
@@ -212,12 +214,12 @@ def _looked_up_by_member(
     return rows
 
 
-def _counted_without(removed_axis: int, axes: Sequence[int]) -> tuple[int, ...]:
+def _axes_counted_without(removed_axis: int, axes: Sequence[int]) -> tuple[int, ...]:
     """Returns axes as they are counted where one axis is removed."""
     return tuple(axis - 1 if axis > removed_axis else axis for axis in axes)
 
 
-def _take(
+def _take_along_axis(
     array: jax.Array,
     axis: int,
     *,

@@ -16,7 +16,7 @@ from lora_jax.adapt import eqns, sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
 from lora_jax.adapt.per_example.labels import ExampleAxis
-from lora_jax.adapt.per_example.tokens import wrong_order
+from lora_jax.adapt.per_example.tokens import wrong_order_reason
 from lora_jax.adapt.user_code import user_line_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
@@ -55,7 +55,7 @@ def shared_product(
     Returns:
       s·xA, see `scaled_product`; None where the weight has to have a product of its own.
     """
-    known_products = use.inputs.products
+    known_products = use.inputs.known_products
     if id(use.eqn) in known_products:
         return known_products.pop(id(use.eqn))
     shareable_form = _shareable_form(weight, contract[1])
@@ -79,7 +79,7 @@ def shared_product(
     if not saves_memory_traffic:
         return None
     with jax.named_scope(FACTORS):
-        z = scaled_product(x, _joined_by_rank(weights, x), call, n_weights=n_weights)
+        z = scaled_product(x, _join_by_rank(weights, x), call, n_weights=n_weights)
         z_of_weights = lax.split(z, ranks, axis=z.ndim - 1)
         known_products.update(zip(weight_of_eqn, z_of_weights, strict=True))
     return known_products.pop(id(use.eqn))
@@ -87,13 +87,13 @@ def shared_product(
 
 def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
     """Returns the weight on one side of a later product, as products see it; None if unknown."""
-    value = use.inputs.ahead(eqn.invars[side])
+    value = use.inputs.value_ahead(eqn.invars[side])
     if isinstance(value, Factored):
         value = value.seen_by_use("product")
     return value if isinstance(value, Factored) else None
 
 
-def _joined_by_rank(weights: Sequence[Factored], x: jax.Array) -> Factored:
+def _join_by_rank(weights: Sequence[Factored], x: jax.Array) -> Factored:
     """Returns a weight with the A's of several weights side by side, in the dtype of x."""
     a = jnp.concatenate([weight.a.astype(x.dtype) for weight in weights])
     scales = [jnp.broadcast_to(weight.scales, (weight.rank,)) for weight in weights]
@@ -163,19 +163,19 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         return None
     check_roles(weight, contract[1], batch[1], use)
     weight = match_unit_roles(weight, role, contract[1], batch[1])
-    note_side(weight, role, use)
+    record_side(weight, role, use)
     if weight.active is not None:
-        check_order(weight, x, (*contract[0], *batch[0]), use)
+        check_token_order(weight, x, (*contract[0], *batch[0]), use)
     is_mirror_image = set(contract[1]) != set(weight.axes("in"))
     if is_mirror_image:
-        check_bias(interpreter, weight, use)
+        check_no_bias_on_b(interpreter, weight, use)
         has_several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
         if weight.shift is not None or (has_several_gains and has_explicit_sharding(x)):
             return None
     are_real = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (x, weight.base))
     # A and B are cast to the dtype of the x that they read.
-    x_for_factors = use.inputs.copied(x) if are_real else x.astype(result_dtype)
-    example_columns = rows_of(weight, use)
+    x_for_factors = use.inputs.copy_for_factors(x) if are_real else x.astype(result_dtype)
+    example_columns = example_columns_of(weight, use)
     z = shared_product(use, x_side, x_for_factors, weight, contract) if are_real else None
     result = dot(
         x,
@@ -191,16 +191,16 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     return [result]
 
 
-def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
+def example_columns_of(weight: Factored, use: Use) -> ExampleColumns | None:
     """Returns the columns of rank that each row of the activation sees, where examples differ."""
     if weight.rows is None:
         return None
     examples = use.activation_label
     assert isinstance(examples, ExampleAxis), "an equation is refused where it is not known"
-    return ExampleColumns(weight.rows, examples.axis, examples.inner)
+    return ExampleColumns(weight.rows, examples.axis, examples.n_consecutive)
 
 
-def check_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: Use) -> None:
+def check_token_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: Use) -> None:
     """Raises TokensError unless the rows of x are in the order of the weight's mask, or all equal.
 
     Args:
@@ -217,17 +217,18 @@ def check_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: U
         return
     x_side = int(isinstance(use.values[0], Factored))
     are_rows_equal = set(row_axes).isdisjoint(use.varying_axes(x_side))
-    reason = wrong_order(use.activation_label, row_axes, mask_shape)
+    reason = wrong_order_reason(use.activation_label, row_axes, mask_shape)
     if reason and not are_rows_equal:
         raise TokensError(
-            f"the weight {weight.path!r} acts on tokens of a mask {list(mask_shape)}, and the rows "
-            f"that {use.name!r} at {user_line_of(use.eqn)} multiplies it by are not known to be in "
-            f"their order: {reason}. Multiply [batch, seq, …], or [batch * seq, …], whose tokens "
-            "are in the order of the function's arguments, or leave the weight out of the rules"
+            f"The weight {weight.path!r} acts on tokens of a mask {list(mask_shape)}, but "
+            f"{use.name!r} at {user_line_of(use.eqn)} multiplies it by rows of which the order of "
+            f"tokens is unknown, because {reason}. Multiply it by [batch, seq, …] or "
+            "[batch * seq, …], with tokens in the order of the function's arguments. Or exclude "
+            "the weight from the rules."
         )
 
 
-def note_side(weight: Factored, role: Label, use: Use) -> None:
+def record_side(weight: Factored, role: Label, use: Use) -> None:
     """Notes the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
         sides.note_side(weight, role, use.eqn)
@@ -294,16 +295,16 @@ def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int],
     )
 
 
-def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
-    """Raises MergeError where a weight with a bias on B is met from its out axes."""
+def check_no_bias_on_b(interpreter: Interpreter, weight: Factored, use: Use) -> None:
+    """Raises MergeError if a product contracts the out axes of a weight with a bias on B."""
     if weight.shift is None or interpreter.record is not None:
         return
     raise MergeError(
-        f"the weight {weight.path!r} has a bias on B, which is added to what comes out of its out "
-        f"axes, but {use.name!r} at {user_line_of(use.eqn)} contracts them (a tied head, "
-        "a transposed use): that product has no place for the bias, in PEFT either. Set "
-        "bias_on_b=False in the rule of this weight; or, for a table that is looked up too, "
-        "uses='lookup', which leaves the tied head as it was"
+        f"The weight {weight.path!r} has a bias on B, which belongs to its out axes, but "
+        f"{use.name!r} at {user_line_of(use.eqn)} contracts these axes (a tied head, a transposed "
+        "use). Such a product has no place for the bias, as in PEFT. Set bias_on_b=False in the "
+        "rule of this weight. For a table that is also looked up, you can set uses='lookup' "
+        "instead, so that the tied head has no adapter."
     )
 
 
@@ -323,9 +324,9 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
         return None
     n_groups = params["feature_group_count"]
     kernel = _convolution_kernel(weight, x, out_axis, n_groups)
-    note_side(weight, "in", use)
+    record_side(weight, "in", use)
     batch_axis, feature_axis, *_ = params["dimension_numbers"].out_spec
-    example_columns = rows_of(weight, use)
+    example_columns = example_columns_of(weight, use)
 
     def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")

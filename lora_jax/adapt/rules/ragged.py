@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.products import base_product, check_bias, check_roles, note_side
+from lora_jax.adapt.rules.products import base_product, check_no_bias_on_b, check_roles, record_side
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.product import combine_base_and_factors, name_if_narrow
@@ -54,7 +54,7 @@ def _ragged_factor_product(
     _, rank, n_in = factors.near.shape
     a = jnp.swapaxes(factors.near, 1, 2)
     z = lax.ragged_dot(x, a, factors.group_sizes, precision, accumulation_dtype(x.dtype))
-    row_scales = group_vectors(factors.scales, factors.group_sizes, x.shape[0])
+    row_scales = vector_of_each_row(factors.scales, factors.group_sizes, x.shape[0])
     z = z * row_scales.astype(z.dtype)
     z = name_if_narrow(z.astype(x.dtype), rank, n_in)
     return lax.ragged_dot(z, factors.far, factors.group_sizes, precision, dtype)
@@ -92,7 +92,7 @@ def _joint_factor_product(
     return lax.dot(z, b, precision=precision, preferred_element_type=dtype)
 
 
-def group_vectors(vectors: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array:
+def vector_of_each_row(vectors: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array:
     """Returns the vector, one of [groups, …], of the group that each row belongs to."""
     group_ends = jnp.cumsum(group_sizes)
     group_of_row = jnp.searchsorted(
@@ -115,14 +115,14 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     check_roles(weight, (contracted_axis,), (), use)
     near, far = weight.a, weight.b  # [groups, r, …] each
     role = weight.labels[contracted_axis]
-    note_side(weight, role, use)
+    record_side(weight, role, use)
     is_mirror_image = role != "in"
     if is_mirror_image:
-        check_bias(interpreter, weight, use)
+        check_no_bias_on_b(interpreter, weight, use)
         if weight.shift is not None:
             return None
         if weight.gain is not None:
-            x = x * group_vectors(weight.gain, group_sizes, x.shape[0]).astype(x.dtype)
+            x = x * vector_of_each_row(weight.gain, group_sizes, x.shape[0]).astype(x.dtype)
             weight = weight.replace(gain=None)
         near, far = far, near
 
@@ -139,7 +139,7 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         return multiply(x, factors, use.params["precision"], base_result.dtype)
 
     def vector_of_row(vectors: jax.Array) -> jax.Array:
-        return group_vectors(vectors, group_sizes, x.shape[0])
+        return vector_of_each_row(vectors, group_sizes, x.shape[0])
 
     return [
         combine_base_and_factors(x, weight, base_product(use, 1), factor_product, vector_of_row)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, scale_in_a
+from lora_jax.adapt.rules.arithmetic import has_gain_or_shift, move_scale_into_a
 from lora_jax.core.axes import Label
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import accumulation_dtype
@@ -42,13 +42,15 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
     elif set(weight.axes("out")) <= set(matrix_axes):
         contracted_role = "out"
     if contracted_role is not None:
-        return _contracted(use, _dropped(weight, contracted_role), matrix_axes, stack_axes)
+        return _sum_over_role(
+            use, _apply_dropout_to_factor(weight, contracted_role), matrix_axes, stack_axes
+        )
     if has_dropout(weight) or (stack_axes and has_vectors):
         return None
     (base,) = use.bind(use.bases)
     n_members = math.prod(weight.base.shape[axis] for axis in stack_axes)
     rank_of_sum = n_members * weight.rank
-    summed = _without_axes(weight, matrix_axes)
+    summed = _sum_factors_over(weight, matrix_axes)
     n_rows = math.prod(summed.sizes("in"))
     n_columns = math.prod(summed.sizes("out"))
     if stack_axes and rank_of_sum > min(n_rows, n_columns):
@@ -62,14 +64,14 @@ def _axes_after_removal(axes: Sequence[int], removed_axes: Sequence[int]) -> tup
     return tuple(axis - sum(removed < axis for removed in removed_axes) for axis in axes)
 
 
-def _contracted(
+def _sum_over_role(
     use: Use, weight: Factored, matrix_axes: Sequence[int], stack_axes: Sequence[int]
 ) -> Outcome:
     """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
     if stack_axes and weight.gain is not None:
         return None
     (base_sum,) = use.bind(use.bases)
-    weight = _without_axes(weight, matrix_axes)
+    weight = _sum_factors_over(weight, matrix_axes)
     stack_axes = _axes_after_removal(stack_axes, matrix_axes)
     dtype = accumulation_dtype(base_sum.dtype)
     result = base_sum.astype(dtype) + jnp.sum(weight.delta(dtype), axis=stack_axes)
@@ -81,7 +83,7 @@ def _contracted(
     return [result.astype(base_sum.dtype)]
 
 
-def _without_axes(weight: Factored, removed_axes: Sequence[int]) -> Factored:
+def _sum_factors_over(weight: Factored, removed_axes: Sequence[int]) -> Factored:
     """Returns the weight, A and B summed over in and out axes; its base is a shape only."""
 
     def sum_over_removed(array: jax.Array, layout: Axes) -> jax.Array:
@@ -99,7 +101,7 @@ def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
     """Returns the sum of the weights of a stack: their ranks lie side by side."""
     if not stack_axes:  # nothing to sum
         return weight
-    weight = scale_in_a(weight)
+    weight = move_scale_into_a(weight)
     n_summed = len(stack_axes)
     n_batch = len(weight.axes("batch")) - n_summed  # axes that stay
 
@@ -116,7 +118,7 @@ def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
     return weight.replace(key=None).along(weight.base, join_ranks).replace(labels=labels)
 
 
-def _dropped(weight: Factored, role: Label) -> Factored:
+def _apply_dropout_to_factor(weight: Factored, role: Label) -> Factored:
     """Returns the weight with dropout in the factor whose axes are summed, as x has it."""
     if not has_dropout(weight):
         return weight

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from lora_jax.adapt.eqns import (
     AnyJaxpr,
     jaxpr_and_consts,
-    kernel_of,
-    scan_of,
+    read_kernel,
+    read_scan,
+    read_shard_map,
     scope_of,
-    shard_map_of,
 )
 from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -67,13 +67,13 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     if name in _FLOPS_OF_PRIMITIVE:
         return Count(_FLOPS_OF_PRIMITIVE[name](eqn))
     if name == "scan":
-        scan = scan_of(eqn)
+        scan = read_scan(eqn)
         return _multiply_count(scan.length, count_flops(scan.body, scope))
     if name == "shard_map":
-        shard = shard_map_of(eqn)
+        shard = read_shard_map(eqn)
         n_devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
         return _multiply_count(n_devices, count_flops(shard.body, scope))
-    kernel = kernel_of(eqn)
+    kernel = read_kernel(eqn)
     if kernel:
         call = _kernel_call(kernel.name, scope, eqn)
         if listed_kernel(call):
