@@ -151,7 +151,7 @@ def warn_of_merge(
         )
     if weight.uses != "all":
         raise MergeError(
-            f"{problem}, but only some uses of this weight see the adapter "
+            f"{problem}, but the uses of this weight do not all see the same adapter "
             f"(uses={weight.uses!r}), so it cannot be merged. {remedy}."
         )
     if weight.shift is not None:
