@@ -390,7 +390,7 @@ class Interpreter:
             line = user_line_of(source)
             function = eqns.function_name(source)
         if weight.rows is not None:
-            raise ExamplesError(merging.per_example_message(weight, primitive, line))
+            raise ExamplesError(merging.unknown_examples_message(weight, primitive, line))
         if self.record is None:
             merging.warn_of_merge(weight, primitive, function, line, strict=self.strict)
             return
@@ -526,7 +526,7 @@ def _raise_if_per_example(use: Use) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in use.values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.per_example_message(value, use.name, user_line_of(use.eqn)))
+            raise ExamplesError(merging.unknown_examples_message(value, use.name, user_line_of(use.eqn)))
 
 
 def _operands_seen_by_use(use: Use) -> list[Value] | None:

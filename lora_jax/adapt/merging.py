@@ -75,7 +75,7 @@ def merge_remedy(weight: Factored, primitive: str, function: str | None) -> str:
     )
 
 
-def per_example_message(weight: Factored, primitive: str, line: SourceLine) -> str:
+def unknown_examples_message(weight: Factored, primitive: str, line: SourceLine) -> str:
     """Returns the message for a primitive that does not tell which example needs which adapter."""
     return (
         f"the weight {weight.path!r} has an adapter for each example of a batch, but "
