@@ -526,7 +526,8 @@ def _raise_if_per_example(use: Use) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in use.values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.unknown_examples_message(value, use.name, user_line_of(use.eqn)))
+            line = user_line_of(use.eqn)
+            raise ExamplesError(merging.unknown_examples_message(value, use.name, line))
 
 
 def _operands_seen_by_use(use: Use) -> list[Value] | None:
