@@ -72,7 +72,7 @@ class CausalLM(ModelPart):
             a sequence or cache longer than a table of positions; for branches together with a
             cache, without positions, or in a model with linear layers.
         """
-        # Packed segments count from 0 again, and positions of one's own may do so too.
+        # Packed segments count from 0 again, and a caller's own positions may do so too.
         is_counted = segment_ids is None and positions is None
         if is_counted:
             self._check_length(input_ids, cache)
@@ -81,7 +81,7 @@ class CausalLM(ModelPart):
         places = self.place(input_ids, attention_mask, positions, cache, segment_ids, **inputs)
         mask = causal_mask(places, segment_ids, cache, branches)
         hidden, entries = self.trunk(input_ids, places, mask, cache, embedding_noise, **inputs)
-        if logits_at is not None:
+        if logits_at is not None:  # [batch, n, d_model]
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
         if cache is None:
@@ -127,25 +127,32 @@ class CausalLM(ModelPart):
             return
         n_tokens = input_ids.shape[1]
         if cache is None and n_tokens > n_positions:
-            raise ValueError(f"{n_tokens} tokens are more than the model's {n_positions} positions")
+            raise ValueError(
+                f"{n_tokens} tokens are more than the model's {n_positions} positions. Use a "
+                "shorter row, or a model with more positions."
+            )
         if cache is not None and cache.max_len > n_positions:
             raise ValueError(
                 f"{cache.max_len} slots of a cache are more than the model's {n_positions} "
-                "positions"
+                f"positions. Make a cache of at most {n_positions} slots."
             )
 
     def _check_branches(self, positions: jax.Array | None, cache: Cache | None) -> None:
         """Raises a ValueError for branches in a call that cannot have any."""
         if cache is not None:
-            raise ValueError("a cache holds one sequence per row: branches cannot go with it")
+            raise ValueError(
+                "branches cannot be used together with a cache, which holds one sequence per row. "
+                "Remove branches, or call the model without cache=."
+            )
         if positions is None:
             raise ValueError(
-                "branches need positions: those of each completion go on from its prompt's end"
+                "branches need positions. Pass positions in which each completion continues from "
+                "the end of its prompt."
             )
         if getattr(self.config, "linear_layers", ()):
             raise ValueError(
-                "linear layers read a row from its beginning to its end, and know no branches: "
-                "give each completion a row, or a segment, with a prompt of its own"
+                "Linear layers read a row from its beginning to its end, and do not support "
+                "branches. Give each completion its own row or segment, with its own prompt."
             )
 
     def head(self, hidden: jax.Array) -> jax.Array:

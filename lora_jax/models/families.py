@@ -77,14 +77,15 @@ _VISION = ModelFormat(
 )
 
 
-def _decoder_format(facts: DecoderFamily) -> ModelFormat:
+def _decoder_format(family: DecoderFamily) -> ModelFormat:
+    """Returns the file format of a family of decoders."""
     return ModelFormat(
         DecoderConfig.from_hf,
         decoder_table,
         decoder_parts,
         table_name=decoder_name,
-        ignored_tensors=facts.left_out,
-        gguf=gguf_layout(facts),
+        ignored_tensors=family.left_out,
+        gguf=gguf_layout(family),
     )
 
 
@@ -108,15 +109,17 @@ _GPT2 = ModelFormat(GPT2Config.from_hf, gpt2_table, table_name=gpt2_name)
 def _families() -> dict[str, Family]:
     """Returns all families, by ``model_type``."""
     families: dict[str, Family] = {}
-    for model_type, facts in DECODERS.items():
-        family = Family(Decoder, _decoder_format(facts), facts.default_targets)
+    # Decoders of texts, also under the name of the model with images that contains them.
+    for model_type, decoder in DECODERS.items():
+        family = Family(Decoder, _decoder_format(decoder), decoder.default_targets)
         families[model_type] = family
-        if facts.with_images is not None:
-            families[facts.with_images] = family
+        if decoder.with_images is not None:
+            families[decoder.with_images] = family
+    # Models that read images. They may replace the entry of a decoder.
     for model_type in QWEN_VL:
         families[model_type] = Family(QwenVL, _QWEN_VL, None)
-    for model_type, encoder_facts in ENCODERS.items():
-        families[model_type] = Family(Encoder, _ENCODER, encoder_facts.default_targets)
+    for model_type, encoder in ENCODERS.items():
+        families[model_type] = Family(Encoder, _ENCODER, encoder.default_targets)
     for model_type in VISION:
         families[model_type] = Family(VisionEncoder, _VISION, None)
     for model_type in SMOLVLM:
@@ -140,12 +143,12 @@ def family_of(model_type: object) -> Family:
 
 
 def has_images(fields: Fields) -> bool:
-    """Returns True for a config.json of a model that is read for its texts alone unless asked."""
+    """Returns True if a config.json has an encoder of images that is read only on request."""
     return fields.get("model_type") in QWEN_VL and isinstance(fields.get("vision_config"), dict)
 
 
 def reading_options(config: ModelConfig) -> dict[str, Any]:
-    """Returns the options of `read_config` by which a file was read as this configuration's kind.
+    """Returns the options of `read_config` that read a configuration of this class from a file.
 
     An encoder's head is left to the file: no tensor's name depends on it.
     """
@@ -153,16 +156,16 @@ def reading_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def declined_field(fields: Fields) -> str | None:
-    """Returns the field of a config.json for which its family leaves the model to others, or None.
+    """Returns the first field of a config.json that its family does not implement, or None.
 
     Args:
       fields: the parsed config.json, of a family that `FAMILIES` has.
     """
     model_type = fields.get("model_type")
     text_fields = fields.get("text_config") or fields
-    for facts in DECODERS.values():
-        if model_type in (facts.model_type, facts.with_images):
-            for name in facts.declines:
+    for decoder in DECODERS.values():
+        if model_type in (decoder.model_type, decoder.with_images):
+            for name in decoder.declines:
                 if text_fields.get(name):
                     return name
     return None
@@ -200,7 +203,7 @@ def module_of(
 
 
 def _has_coded_experts(config: ModelConfig, params: Tree) -> bool:
-    """Returns True if the kernels of experts lie in codes."""
+    """Returns True if kernels of experts are quantized."""
     for path, kind in kinds(config).items():
         if kind == "experts":
             leaf = functools.reduce(operator.getitem, path.split("/"), params)

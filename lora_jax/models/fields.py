@@ -64,7 +64,7 @@ def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> No
 
 
 def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequence[str]]) -> str:
-    """Returns the head that a config.json names by its ``architectures``; "none" where it has none.
+    """Reads the head from the ``architectures`` of a config.json; "none" where it names none.
 
     Args:
       config: the parsed config.json.
@@ -85,8 +85,8 @@ def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequ
                 return head
     if architectures:
         raise ConfigError(
-            f"architectures={list(architectures)!r} has a head that is not supported; say which "
-            f"one to load with head=…, one of {', '.join(endings)}"
+            f"architectures={list(architectures)!r} names a head that is not supported. Pass "
+            f"head= with one of {', '.join(endings)}."
         )
     return "none"
 
@@ -108,7 +108,7 @@ def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tu
     if set(name_of_index) == set(indices):
         names = tuple(name_of_index[index] for index in indices)
     n_classes = num_labels or config.get("num_labels") or len(names) or 2
-    has_default_names = names == _number_labels(len(names))
+    has_default_names = names == _default_label_names(len(names))
     if has_default_names or len(names) != n_classes:
         names = ()
     return n_classes, names
@@ -116,7 +116,7 @@ def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tu
 
 def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
     """Returns the fields of a config.json that `read_classes` reads back."""
-    names = names or _number_labels(number)
+    names = names or _default_label_names(number)
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -126,11 +126,13 @@ def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
 def check_classes(number: int, names: Sequence[str]) -> None:
     """Raises a ConfigError for less than one class, or for another number of names."""
     if number < 1:
-        raise ConfigError(f"num_labels ({number}) is at least 1")
+        raise ConfigError(f"num_labels is {number}. Use a number of at least 1.")
     if names and len(names) != number:
-        raise ConfigError(f"label_names has {len(names)} names for {number} labels")
+        raise ConfigError(
+            f"label_names has {len(names)} names for {number} labels. Give one name for each label."
+        )
 
 
-def _number_labels(n: int) -> tuple[str, ...]:
+def _default_label_names(n: int) -> tuple[str, ...]:
     """Returns transformers' names of n classes without names."""
     return tuple(f"LABEL_{i}" for i in range(n))

@@ -25,8 +25,8 @@ from lora_jax.models.decoder.gguf_form import Piece, check_form, facts_of, metad
 from lora_jax.models.decoder.keys import decoder_table
 
 _ROUTERS = "ffn_gate_inp.weight"  # stay fp32, as llama.cpp's converter has them
-_OUTER = ("token_embd.weight", "output.weight")
-_NAMED = 3  # tensors that a note names
+_EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
+_MAX_NAMES = 3  # tensors that a note names
 
 
 def save_gguf(
@@ -82,7 +82,7 @@ def save_gguf(
     leaves = check_leaves(params, decoder_table(config))
     base = None if codes_from is None else open_gguf(local_path(codes_from))
     metadata = None if base is None else base.metadata
-    words = _words(config, tokenizer, metadata)
+    words = _tokenizer_metadata(config, tokenizer, metadata)
     if chat_template is not None:
         words["tokenizer.chat_template"] = chat_template
     name = (metadata or {}).get("general.name", config.model_type)
@@ -97,27 +97,27 @@ def save_gguf(
         **words,
     }
     stored = {} if base is None else {tensor.name: tensor for tensor in base.tensors}
-    entries, more = _entries(config, leaves, gguf_type, stored)
+    entries, notes_on_tensors = _make_entries(config, leaves, gguf_type, stored)
     write_gguf(path, fields, entries, progress)
-    return [*notes, *notes_on_spaces, *_notes_on_ends(config, words), *more]
+    return [*notes, *notes_on_spaces, *_notes_on_ends(config, words), *notes_on_tensors]
 
 
 def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:
     """Returns a note on the model's end tokens that the metadata of the tokenizer do not name."""
     named_tokens = [words.get(f"tokenizer.ggml.{role}_token_id") for role in END_ROLES]
-    lacking = [token for token in end_token_ids(config) if token not in named_tokens]
-    if not lacking:
+    unnamed_tokens = [token for token in end_token_ids(config) if token not in named_tokens]
+    if not unnamed_tokens:
         return []
     return [
-        f"a GGUF file names {len(END_ROLES)} end tokens at most, and this one lacks the tokens "
-        f"{', '.join(map(str, lacking))}: llama.cpp may not stop there"
+        f"A GGUF file names at most {len(END_ROLES)} end tokens, and this one lacks the tokens "
+        f"{', '.join(map(str, unnamed_tokens))}. llama.cpp may not stop at these tokens"
     ]
 
 
-def _entries(
+def _make_entries(
     config: Any, leaves: Mapping[str, Leaf], gguf_type: str, stored: Mapping[str, Any]
 ) -> tuple[list[GGUFTensor], list[str]]:
-    """Returns the tensors to write, and what to say of them.
+    """Returns the tensors to write, and notes on them for the user.
 
     Args:
       config: the model's.
@@ -129,47 +129,53 @@ def _entries(
         GGUFTensor(name, values.shape, "F32", partial(np.asarray, values))
         for name, values in facts_of(config).items()
     ]
-    kept, halves = 0, []
+    n_copied = 0
+    fp16_names = []  # matrices that are fp16 because their rows do not fill blocks
     for piece in pieces(config):
-        entry = _entry(piece, leaves[piece.row.path], gguf_type)
+        entry = _make_entry(piece, leaves[piece.row.path], gguf_type)
         tensor = stored.get(entry.name)
         if tensor is not None and _is_stored(tensor, entry):
-            entry = _copy(tensor, entry)
-            kept += 1
-        elif entry.kind == "F16" != gguf_type.upper():
-            halves.append(entry.name)
+            entry = _stored_entry(tensor, entry)
+            n_copied += 1
+        elif entry.kind == "F16" and gguf_type.upper() != "F16":
+            fp16_names.append(entry.name)
         entries.append(entry)
     notes = []
     if stored:
-        notes.append(f"{kept} of {len(entries)} tensors are those of the base, byte for byte")
-    if halves:
-        more = f" and {len(halves) - _NAMED} more" if len(halves) > _NAMED else ""
         notes.append(
-            f"{', '.join(halves[:_NAMED])}{more}: f16, because their rows are no whole number of "
-            f"{gguf_type}'s blocks of 32"
+            f"{n_copied} of {len(entries)} tensors are copied from the base, byte for byte"
+        )
+    if fp16_names:
+        names = ", ".join(fp16_names[:_MAX_NAMES])
+        if len(fp16_names) > _MAX_NAMES:
+            names += f" and {len(fp16_names) - _MAX_NAMES} more"
+        notes.append(
+            f"{names} are f16, because their rows are not a whole number of {gguf_type}'s blocks "
+            "of 32"
         )
     return entries, notes
 
 
-def _words(
+def _tokenizer_metadata(
     config: Any, tokenizer: Tokenizer | None, base: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Returns the metadata of the tokenizer: the given one's, or the base file's own."""
     if tokenizer is not None:
         return tokenizer_metadata(tokenizer, config.vocab_size, end_token_ids(config))
     if base is None:
-        raise WeightsError("a GGUF file holds its tokenizer: give one (tokenizer=)")
+        raise WeightsError("A GGUF file contains a tokenizer, but none is given. Pass tokenizer=.")
     if "tokenizer.ggml.model" not in base:
-        raise WeightsError("the base's file holds no tokenizer: give one (tokenizer=)")
+        raise WeightsError("The GGUF file of codes_from has no tokenizer. Pass tokenizer=.")
     return {name: value for name, value in base.items() if name.startswith("tokenizer.")}
 
 
-def _entry(piece: Piece, leaf: Leaf, gguf_type: str) -> GGUFTensor:
+def _make_entry(piece: Piece, leaf: Leaf, gguf_type: str) -> GGUFTensor:
+    """Returns the tensor of a file, of the type that its name and shape allow."""
     kind = gguf_type.upper()
     is_matrix = len(piece.shape) > 1 and piece.name.endswith(".weight")
     if not is_matrix or piece.name.endswith(_ROUTERS):
         kind = "F32"
-    elif kind == "Q4_0" and piece.name in _OUTER:
+    elif kind == "Q4_0" and piece.name in _EMBEDDING_AND_HEAD:
         kind = "Q8_0"
     return GGUFTensor(
         piece.name, piece.shape, gguf_type_for_shape(kind, piece.shape), partial(piece.read, leaf)
@@ -186,5 +192,6 @@ def _is_stored(tensor: Any, entry: GGUFTensor) -> bool:
     return np.array_equal(values.reshape(entry.shape), entry.read())
 
 
-def _copy(tensor: Any, entry: GGUFTensor) -> GGUFTensor:
+def _stored_entry(tensor: Any, entry: GGUFTensor) -> GGUFTensor:
+    """Returns an entry that copies a tensor of the base's file."""
     return GGUFTensor(entry.name, entry.shape, tensor.tensor_type.name, lambda: tensor.data, True)

@@ -24,9 +24,11 @@ class KeyTable(list[Row]):
 
     def __init__(self, layers: str, n_layers: int, *, transpose: bool = True):
         super().__init__()
-        self._layers, self._n_layers, self._transpose = layers, n_layers, transpose
-        self._place = ""
-        self._numbers: tuple[int, ...] | None = None
+        self._layers = layers
+        self._n_layers = n_layers
+        self._transpose = transpose
+        self._stack_suffix = ""
+        self._layer_indices: tuple[int, ...] | None = None
 
     def begin(self, place: str, numbers: range) -> None:
         """Begins with the stack of some layers.
@@ -35,7 +37,9 @@ class KeyTable(list[Row]):
           place: its path behind that of all layers.
           numbers: the layers, by Hugging Face's numbers.
         """
-        self._place, self._n_layers, self._numbers = f"/{place}", len(numbers), tuple(numbers)
+        self._stack_suffix = f"/{place}"
+        self._n_layers = len(numbers)
+        self._layer_indices = tuple(numbers)
 
     def add(
         self,
@@ -59,18 +63,29 @@ class KeyTable(list[Row]):
           experts: the number of experts in a layer, if each has such a parameter.
           **more: other fields of the row.
         """
-        hf = f"{path}/{'weight' if leaf in _WEIGHTS else leaf}"
+        hf_leaf = "weight" if leaf in _WEIGHTS else leaf
+        hf_path = f"{path}/{hf_leaf}"
         stack: tuple[int, ...] = ()
+        fields: dict[str, Any] = {"transpose": leaf == "kernel" and self._transpose, **more}
+        # Files have a tensor for each layer, and for each expert: {} stands for their numbers.
         if path.startswith(f"{self._layers}/"):
-            hf = hf.replace(f"{self._layers}{self._place}", f"{self._layers}/{{}}", 1)
-            stack, more["numbers"] = (self._n_layers,), self._numbers
+            stack_path = f"{self._layers}{self._stack_suffix}"
+            hf_path = hf_path.replace(stack_path, f"{self._layers}/{{}}", 1)
+            stack = (self._n_layers,)
+            fields["numbers"] = self._layer_indices
         if experts is not None:
-            hf, stack = hf.replace("/experts/", "/experts/{}/"), (*stack, experts)
-        row = {"transpose": leaf == "kernel" and self._transpose, **more}
-        hf = hf.replace("/", ".")
-        self.append(
-            Row(path=f"{path}/{leaf}", hf=hf, shape=shape, stack=stack, kind=kind, spec=spec, **row)
+            hf_path = hf_path.replace("/experts/", "/experts/{}/")
+            stack = (*stack, experts)
+        row = Row(
+            path=f"{path}/{leaf}",
+            hf=hf_path.replace("/", "."),
+            shape=shape,
+            stack=stack,
+            kind=kind,
+            spec=spec,
+            **fields,
         )
+        self.append(row)
 
     def named(
         self,
@@ -81,7 +96,7 @@ class KeyTable(list[Row]):
         spec: PartitionSpec,
         **more: Any,
     ) -> None:
-        """Adds a parameter of each layer that is stored as it is, under a name of its own.
+        """Adds a parameter of each layer that files store unchanged under another name.
 
         Args:
           kind, shape, spec: see ``add``.
@@ -89,9 +104,15 @@ class KeyTable(list[Row]):
           hf: Hugging Face's name behind that of the stack, with ``{}`` for the layer's number.
           **more: other fields of the row.
         """
-        hf, stack = f"{self._layers.replace('/', '.')}.{hf}", (self._n_layers,)
-        row = Row(path=path, hf=hf, shape=shape, stack=stack, kind=kind, spec=spec)
-        self.append(dataclasses.replace(row, numbers=self._numbers, **more))
+        row = Row(
+            path=path,
+            hf=f"{self._layers.replace('/', '.')}.{hf}",
+            shape=shape,
+            stack=(self._n_layers,),
+            kind=kind,
+            spec=spec,
+        )
+        self.append(dataclasses.replace(row, numbers=self._layer_indices, **more))
 
     def linear(
         self,
@@ -136,9 +157,9 @@ def with_prefix(rows: Iterable[Row], inside: str, prefix: str) -> list[Row]:
       inside: the prefix, "bert."; rows without it stay as they are.
       prefix: the prefix in its place.
     """
-    return [
-        dataclasses.replace(row, hf=prefix + row.hf.removeprefix(inside))
-        if row.hf.startswith(inside)
-        else row
-        for row in rows
-    ]
+    renamed_rows = []
+    for row in rows:
+        if row.hf.startswith(inside):
+            row = dataclasses.replace(row, hf=prefix + row.hf.removeprefix(inside))
+        renamed_rows.append(row)
+    return renamed_rows

@@ -195,7 +195,10 @@ def save_pretrained(
         path = find_model(path_to_read(codes_from)).path
         source = open_source(path, **reading_options(model.config))
     if source is not None and not isinstance(source, SafetensorsFolder):
-        raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
+        raise WeightsError(
+            f"codes_from={codes_from} is not a folder with safetensors files, and quantized "
+            "weights are copied only from these. Pass such a folder, or remove codes_from."
+        )
     dtypes = choose_file_dtypes(params, table, dtype, in_codes=source is not None)
     with new_folder(folder) as partial:
         write_model(partial, model.config, table, params, dtypes, max_shard_size, source)
@@ -224,7 +227,10 @@ def open_source(path: Path, **options: object) -> Source:
     if path.is_dir():
         return SafetensorsFolder(path, FORMATS, **options)
     if options:
-        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
+        raise ConfigError(
+            f"{path} is a GGUF file, which cannot be loaded with {', '.join(options)}. Remove this "
+            "option, or load a folder with safetensors."
+        )
     return GGUFFile(path, FORMATS)
 
 

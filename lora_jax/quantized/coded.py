@@ -87,7 +87,7 @@ class Coded:
         return weight
 
     def map(self, fn: Forward, *others: "Coded") -> "Coded":
-        """Returns the codes with ``fn(array, …)`` in the place of each array."""
+        """Returns a `Coded` with ``fn(array, …)`` in the place of each array."""
         mapped: Coded = jax.tree.map(fn, self, *others)
         return mapped
 
@@ -98,6 +98,7 @@ class Coded:
                 return None  # an element stands for a block along a touched axis
 
         def move_array(array: Leaf) -> Leaf:
+            # Along a touched axis, an array of single elements is written out.
             if any(array.shape[axis] != self.shape[axis] for axis in touched):
                 sizes = list(array.shape)
                 for axis in touched:

@@ -69,13 +69,13 @@ def coding_of(
     for axis in reversed(in_axes):
         if -axis > len(shape):
             continue
-        block = _block_of(shape[axis], format.block)
+        block = _closest_divisor(shape[axis], format.block)
         if block is not None:
             return Coding(format, axis, block)
     return None
 
 
-def _block_of(size: int, block: int) -> int | None:
+def _closest_divisor(size: int, block: int) -> int | None:
     """Returns the divisor of an axis' size that is closest to a block's size, or None."""
     if 1 < size <= block:
         return size
@@ -125,7 +125,7 @@ def encode(
     if isinstance(array, jax.core.Tracer):
         return _encode(array, coding, dtype)[0]
     if isinstance(array, jax.ShapeDtypeStruct):
-        return _abstract(array, coding, dtype)
+        return _coded_shapes(array, coding, dtype)
     coded, n_lost = encode_part(array, coding, dtype, name)
     warn_of_lost(n_lost, coded, name)
     return coded
@@ -141,11 +141,11 @@ def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Cod
       ValueError: the array holds a NaN or an infinity.
     """
     sharding = getattr(array, "sharding", None)
-    abstract = _abstract(array, coding, dtype)
+    abstract = _coded_shapes(array, coding, dtype)
     shardings = None
     if isinstance(sharding, NamedSharding):
         shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))
-    encoder = _encoder(coding, dtype, jax.tree.structure(abstract), shardings)
+    encoder = _compiled_encoder(coding, dtype, jax.tree.structure(abstract), shardings)
     is_stack = math.prod(array.shape[:-2]) != 1 and coding.axis != -len(array.shape)
     if shardings or not is_stack:
         coded, faults = encoder(array)
@@ -178,7 +178,7 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
         )
 
 
-def _abstract(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
+def _coded_shapes(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
     """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
     struct = jax.ShapeDtypeStruct(array.shape, array.dtype)
     coded: Coded = jax.eval_shape(lambda array: _encode(array, coding, dtype)[0], struct)
@@ -211,7 +211,7 @@ def shardings_of(coded: Coded, weight_sharding: NamedSharding) -> Coded:
 
 
 @functools.lru_cache(maxsize=256)
-def _encoder(
+def _compiled_encoder(
     coding: Coding, dtype: DTypeLike, treedef: jax.tree_util.PyTreeDef, shardings: Tree
 ) -> Forward:
     """Returns the compiled `_encode`, whose codes and scales get these shardings."""
@@ -233,12 +233,14 @@ def _encode(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, 
     exact_scales = format.scales(absmax)
     scales = exact_scales.astype(format.scale_dtype)
     divisor = jnp.expand_dims(jnp.maximum(scales.astype(jnp.float32), _TINY), axis + 1)
+    # The largest weight of a block gets the format's largest value.
     scaled = jnp.clip(blocks.astype(jnp.float32) * (1 / divisor), -format.top, format.top)
     arrays = {"codes": format.codes(scaled).reshape(array.shape), "scales": scales}
     stored_scales = scales.astype(jnp.float32)
     if format.double:
         arrays |= _encode_scales(scales, coding)
         stored_scales = scales_of(arrays, format)
+    # A block is lost if its stored scale is far from the exact one.
     is_close = jnp.abs(stored_scales - exact_scales) <= _LOST_ERROR * exact_scales
     is_close &= stored_scales < 1 / _TINY
     is_lost = (absmax > _TINY) & jnp.isfinite(absmax) & ~is_close
@@ -251,7 +253,9 @@ def _encode_scales(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:
     axis = coding.axis % scales.ndim
     n_scales = scales.shape[axis]
     mean = jnp.mean(scales, axis=axis, keepdims=True)
-    blocks = _split_axis(scales - mean, axis, _block_of(n_scales, _SCALES_IN_A_BLOCK) or n_scales)
+    blocks = _split_axis(
+        scales - mean, axis, _closest_divisor(n_scales, _SCALES_IN_A_BLOCK) or n_scales
+    )
     steps = jnp.max(jnp.abs(blocks), axis=axis + 1) / 127
     codes = jnp.round((scales - mean) / expand(jnp.maximum(steps, _TINY), scales.shape))
     codes = jnp.clip(codes, -127, 127).astype(jnp.int8)

@@ -19,59 +19,62 @@ from lora_jax.quantized.formats import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0, Format
 Arrays = dict[str, np.ndarray]
 
 
-def _fp16(raw: np.ndarray) -> np.ndarray:
+def _view_as_fp16(raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view(np.float16)
 
 
-def _nibbles(raw: np.ndarray) -> np.ndarray:
+def _unpack_nibbles(raw: np.ndarray) -> np.ndarray:
     """Returns the low halves of the bytes of a block, then the high ones."""
     return np.concatenate([raw & 15, raw >> 4], axis=-1)
 
 
-def _int4(codes: np.ndarray) -> np.ndarray:
+def _as_int4_codes(codes: np.ndarray) -> np.ndarray:
     """Returns codes of 0 to 15 less 8, as this package keeps them."""
     return (codes.astype(np.int8) - np.int8(8)).astype(ml_dtypes.int4)
 
 
-def _q4_0(blocks: np.ndarray) -> Arrays:
-    return {"codes": _int4(_nibbles(blocks[:, 2:])), "scales": _fp16(blocks[:, :2])}
+def _read_q4_0(blocks: np.ndarray) -> Arrays:
+    return {
+        "codes": _as_int4_codes(_unpack_nibbles(blocks[:, 2:])),
+        "scales": _view_as_fp16(blocks[:, :2]),
+    }
 
 
-def _q4_1(blocks: np.ndarray) -> Arrays:
-    scales, mins = _fp16(blocks[:, :2]), _fp16(blocks[:, 2:4])
-    return {"codes": _int4(_nibbles(blocks[:, 4:])), "scales": scales, "mins": mins}
+def _read_q4_1(blocks: np.ndarray) -> Arrays:
+    scales, mins = _view_as_fp16(blocks[:, :2]), _view_as_fp16(blocks[:, 2:4])
+    return {"codes": _as_int4_codes(_unpack_nibbles(blocks[:, 4:])), "scales": scales, "mins": mins}
 
 
-def _q8_0(blocks: np.ndarray) -> Arrays:
-    return {"codes": blocks[:, 2:].view(np.int8), "scales": _fp16(blocks[:, :2])}
+def _read_q8_0(blocks: np.ndarray) -> Arrays:
+    return {"codes": blocks[:, 2:].view(np.int8), "scales": _view_as_fp16(blocks[:, :2])}
 
 
-def _q4_k(blocks: np.ndarray) -> Arrays:
+def _read_q4_k(blocks: np.ndarray) -> Arrays:
     """Reads eight blocks of 32, whose scales and minima are 6-bit multiples of two fp16 numbers."""
-    scale_unit = _fp16(blocks[:, :2]).astype(np.float32)
-    min_unit = _fp16(blocks[:, 2:4]).astype(np.float32)
+    scale_unit = _view_as_fp16(blocks[:, :2]).astype(np.float32)
+    min_unit = _view_as_fp16(blocks[:, 2:4]).astype(np.float32)
     # Of the last four blocks, the low four bits stand in `high`, and the upper two beside the
     # numbers of the first four blocks.
     scales, mins, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([scales & 63, (high & 15) | (scales >> 6 << 4)], axis=-1)
     mins = np.concatenate([mins & 63, (high >> 4) | (mins >> 6 << 4)], axis=-1)
-    codes = _nibbles(blocks[:, 16:].reshape(len(blocks), 4, 32)).reshape(len(blocks), 256)
+    codes = _unpack_nibbles(blocks[:, 16:].reshape(len(blocks), 4, 32)).reshape(len(blocks), 256)
     return {
-        "codes": _int4(codes),
+        "codes": _as_int4_codes(codes),
         "scales": scale_unit * scales.astype(np.float32),
         "mins": -(min_unit * mins.astype(np.float32)),
     }
 
 
-def _q6_k(blocks: np.ndarray) -> Arrays:
+def _read_q6_k(blocks: np.ndarray) -> Arrays:
     """Reads sixteen blocks of 16; the low four and the high two bits of a code stand apart."""
     n_blocks = len(blocks)
-    low_bits = _nibbles(blocks[:, :128].reshape(n_blocks, 2, 64))  # [n_blocks, 2, 128]
+    low_bits = _unpack_nibbles(blocks[:, :128].reshape(n_blocks, 2, 64))  # [n_blocks, 2, 128]
     packed_bits = blocks[:, 128:192].reshape(n_blocks, 2, 1, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high_bits = (packed_bits >> shifts & np.uint8(3)).reshape(n_blocks, 2, 128)
     codes = (low_bits | high_bits << 4).astype(np.int8).reshape(n_blocks, 256) - np.int8(32)
-    scales = _fp16(blocks[:, 208:]).astype(np.float32) * blocks[:, 192:208].view(np.int8)
+    scales = _view_as_fp16(blocks[:, 208:]).astype(np.float32) * blocks[:, 192:208].view(np.int8)
     return {"codes": codes, "scales": scales}
 
 
@@ -85,11 +88,11 @@ class _BlockType(NamedTuple):
 
 
 _TYPES = {
-    "Q4_0": _BlockType(format=Q4_0, block_weights=32, block_bytes=18, read=_q4_0),
-    "Q4_1": _BlockType(format=Q4_1, block_weights=32, block_bytes=20, read=_q4_1),
-    "Q8_0": _BlockType(format=Q8_0, block_weights=32, block_bytes=34, read=_q8_0),
-    "Q4_K": _BlockType(format=Q4_K, block_weights=256, block_bytes=144, read=_q4_k),
-    "Q6_K": _BlockType(format=Q6_K, block_weights=256, block_bytes=210, read=_q6_k),
+    "Q4_0": _BlockType(format=Q4_0, block_weights=32, block_bytes=18, read=_read_q4_0),
+    "Q4_1": _BlockType(format=Q4_1, block_weights=32, block_bytes=20, read=_read_q4_1),
+    "Q8_0": _BlockType(format=Q8_0, block_weights=32, block_bytes=34, read=_read_q8_0),
+    "Q4_K": _BlockType(format=Q4_K, block_weights=256, block_bytes=144, read=_read_q4_k),
+    "Q6_K": _BlockType(format=Q6_K, block_weights=256, block_bytes=210, read=_read_q6_k),
 }
 TYPES = tuple(_TYPES)
 

@@ -76,7 +76,7 @@ class RowsKernel:
         n_rows = x.shape[0]
         n_padded_rows = -(-n_rows // _SUBLANES) * _SUBLANES
         x = jnp.pad(x, [(0, n_padded_rows - n_rows), (0, 0)])
-        out: jax.Array = _call(self, stack, index, x)
+        out: jax.Array = _run_over_tiles(self, stack, index, x)
         return out[:n_rows]
 
 
@@ -99,7 +99,7 @@ def find_kernel(
         return None
     if stack.ndim != 3 or not _supports_blocks(stack):
         return None
-    tile = _tile(stack.shape[1], stack.shape[2], stack.blocks[1])
+    tile = _find_tile(stack.shape[1], stack.shape[2], stack.blocks[1])
     if tile is None:
         return None
     names = ("precision", "preferred_element_type")
@@ -140,11 +140,12 @@ def _supports_blocks(stack: "Coded") -> bool:
     return (code_dtype == "int4" or is_int8) and fills_registers
 
 
-def _tile(n_in: int, n_out: int, block: int) -> Tile | None:
+def _find_tile(n_in: int, n_out: int, block: int) -> Tile | None:
     """Returns the size of a tile of W: whole registers of codes and of scales along each axis.
 
     None if the in axis has no such divisor and is too long for one tile.
     """
+    # The rows of W in a tile fill lanes with x's columns, and sublanes with scales.
     unit = math.lcm(_LANES, _SUBLANES * block)
     divisors = [n for n in range(_TILE, 0, -_LANES) if n_in % n == 0 and n % unit == 0]
     rows = divisors[0] if divisors else n_in
@@ -163,23 +164,27 @@ def _code_offset(format: Format) -> float | None:
     return 8.0 if format.to_values is from_unsigned else None
 
 
-def _table(format: Format) -> jax.Array:
+def _value_table(format: Format) -> jax.Array:
     """Returns the 16 values of codes of 4 bits, repeated along a register's lanes, [1, lanes]."""
     codes = jnp.asarray(np.arange(-8, 8, dtype=np.int8)).astype(format.code_dtype)
     return jnp.tile(format.values(codes), _LANES // 16)[None]
 
 
-def _call(kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array) -> jax.Array:
+def _run_over_tiles(
+    kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array
+) -> jax.Array:
     """Runs the kernel over the tiles of a layer; along the in axis, sums stay on the chip."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
-    (n_rows, n_in), n_out, tile = x.shape, stack.shape[2], kernel.tile
+    n_rows, n_in = x.shape
+    n_out = stack.shape[2]
+    tile = kernel.tile
     params = dict(kernel.params)
     n_steps = n_in // tile.n_in
     block = stack.blocks[1]
     offset = _code_offset(kernel.format)
-    tables = [_table(kernel.format)] if offset is None else []
+    tables = [_value_table(kernel.format)] if offset is None else []
     arrays = [stack.arrays[name] for name in ("codes", "scales", "mins") if name in stack.arrays]
 
     def stack_spec(n_rows: int) -> Any:
@@ -187,7 +192,7 @@ def _call(kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array) ->
 
     array_specs = [stack_spec(tile.n_in), *[stack_spec(tile.n_in // block)] * (len(arrays) - 1)]
     call = pl.pallas_call(
-        functools.partial(_program, kernel, offset, block, n_steps),
+        functools.partial(_multiply_tile, kernel, offset, block, n_steps),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n_out, tile.n_out), n_steps),
@@ -210,7 +215,7 @@ def _call(kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array) ->
     return result
 
 
-def _program(
+def _multiply_tile(
     kernel: RowsKernel, offset: float | None, block: int, n_steps: int, _: Any, *refs: Any
 ) -> None:
     """Multiplies x by a tile of W, and adds the product to the sum.
@@ -225,25 +230,29 @@ def _program(
     from jax.experimental import pallas as pl
 
     x, *array_refs, out, total = refs
-    table = array_refs.pop(0)[...] if offset is None else None
-    codes, *block_refs = array_refs
-    step, n_in = pl.program_id(1), codes.shape[0]
+    table = None
+    if offset is None:
+        table = array_refs.pop(0)[...]
+    codes, *block_refs = array_refs  # of scales, and of minima if there are any
+    step = pl.program_id(1)
+    n_in = codes.shape[0]
 
     @pl.when(step == 0)
-    def _zero() -> None:
+    def _clear_sum() -> None:
         total[...] = jnp.zeros_like(total)
 
-    def add(start: int, n_rows: int) -> None:
+    def add_rows(start: int, n_rows: int) -> None:
         """Decodes some rows of the tile, multiplies by them, and adds the product to the sum."""
         stop = start + n_rows
         piece = codes[start:stop, :]
-        values = _cast(piece, offset) if table is None else _look_up(piece, table)
+        values = _add_offset(piece, offset) if table is None else _look_up(piece, table)
         block_arrays = [ref[start // block : stop // block, :] for ref in block_refs]
         blocks = values.reshape(n_rows // block, block, values.shape[1])
         scales, *mins = [array.astype(jnp.float32)[:, None, :] for array in block_arrays]
         blocks = blocks * scales
         for minimum in mins:
             blocks = blocks + minimum
+        # W is rounded as `Coded.as_array` rounds it.
         w = blocks.reshape(values.shape)
         for dtype in kernel.casts:
             w = w.astype(dtype)
@@ -253,16 +262,16 @@ def _program(
 
     if n_in % _PIECE_ROWS == 0 and _PIECE_ROWS % (_SUBLANES * block) == 0:
         for start in range(0, n_in, _PIECE_ROWS):
-            add(start, _PIECE_ROWS)
+            add_rows(start, _PIECE_ROWS)
     else:
-        add(0, n_in)
+        add_rows(0, n_in)
 
     @pl.when(step == n_steps - 1)
-    def _end() -> None:
+    def _write_result() -> None:
         out[...] = total[...].astype(out.dtype)
 
 
-def _cast(codes: jax.Array, offset: float | None) -> jax.Array:
+def _add_offset(codes: jax.Array, offset: float | None) -> jax.Array:
     values = codes.astype(jnp.float32)
     return values + offset if offset else values
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as torch_tree
 
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import layer_input, remat_policy
+from lora_jax.models.layers.trunk import name_layer_input, remat_policy
 from lora_jax.torch.backend import call_module, set_attributes, to_torch
 from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.structure import LayerPeriods
@@ -44,7 +44,7 @@ class Recomputation(NamedTuple):
             return body
 
         def with_marked_input(hidden: jax.Array, arrays: Any) -> Any:
-            return body(layer_input(hidden, self.remat), arrays)
+            return body(name_layer_input(hidden, self.remat), arrays)
 
         return jax.checkpoint(
             with_marked_input, policy=remat_policy(self.remat), prevent_cse=not scans

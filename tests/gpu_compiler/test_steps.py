@@ -69,7 +69,7 @@ def test_a_plan_says_what_has_the_kernel(monkeypatch: Any) -> None:
     flash_call.missing_compiler.cache_clear()
     chosen = str(step.job.attention_choice)
     flash_call.missing_compiler.cache_clear()
-    assert chosen.startswith("blockwise (flash: jax-triton") and "extra gpu-kernels" in chosen
+    assert chosen.startswith("blockwise (flash: jax-triton") and "lora_jax[gpu-kernels]" in chosen
 
 
 def test_dense_attention_is_the_control() -> None:

@@ -330,7 +330,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     _, params = decoder("llama2")
     path = tmp_path / "model.gguf"
     write(path, "llama2", params, factors=np.full(7, 2.0, np.float32))
-    with pytest.raises(ConfigError, match="rope_freqs.weight has 7 factors, and RoPE has 2 freq"):
+    with pytest.raises(ConfigError, match="rope_freqs.weight has 7 factors, but RoPE has 2 freq"):
         from_pretrained(path)
     write(path, "llama2", params, factors=np.ones(2, np.float32))
     assert from_pretrained(path)[0].config.rope_scaling is None

@@ -106,12 +106,12 @@ class Memory:
     stride = size
 
 
-def run_interpreted(*operands: jax.Array, name: str, how: Any) -> Any:
+def run_interpreted(*operands: jax.Array, name: str, options: Any) -> Any:
     """Runs a program of `flash_triton` on the host; what it does not write is NaN."""
     from lora_jax.models.layers.kernels import flash_triton
 
-    results = flash_call._results(name, *operands[6:8])
-    kernel, grid, sizes = flash_triton.program_of(name, how, operands)
+    results = flash_call._result_shapes(name, *operands[6:8])
+    kernel, grid, sizes = flash_triton.program_of(name, options, operands)
 
     def run(*arrays: Any) -> list[np.ndarray]:
         given = [np.ascontiguousarray(x) for x in arrays]

@@ -14,7 +14,7 @@ import pytest
 from lora_jax.models.layers.attend import (
     ATTENTION,
     IMPLEMENTATIONS,
-    LONG,
+    MIN_LONG_ROW_QUERIES,
     attend,
     choose_implementation,
     implementation,
@@ -323,14 +323,21 @@ def test_the_choice(monkeypatch: Any) -> None:
         known = dict(IMPLEMENTATIONS)
         if platform.startswith("gpu"):
             known["blockwise"] = Blockwise(spans=2)
-        for seq, name in {1: "dense", LONG - 1: "dense", LONG: best}.items():
+        for seq, name in {
+            1: "dense",
+            MIN_LONG_ROW_QUERIES - 1: "dense",
+            MIN_LONG_ROW_QUERIES: best,
+        }.items():
             assert implementation("auto", seq, platform) == known[name]
             for asked in ("dense", "blockwise", best):
                 assert implementation(asked, seq, platform) == known[asked]
     own = Blockwise(block=3)
     assert implementation(own, 1, "cpu") is own
     assert not UNPLACED.kernels, "here are four devices"
-    assert implementation("auto", LONG, "tpu", kernels=False) is IMPLEMENTATIONS["blockwise"]
+    assert (
+        implementation("auto", MIN_LONG_ROW_QUERIES, "tpu", kernels=False)
+        is IMPLEMENTATIONS["blockwise"]
+    )
 
     def served(attention: Any, platform: str, **facts: Any) -> str:
         call = AttentionCall(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
@@ -364,16 +371,16 @@ def test_the_choice(monkeypatch: Any) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="'flesh' is not one of auto, dense, blockwise, splash"):
+    with pytest.raises(ValueError, match="attention 'flesh'. Use one of auto, dense, bl"):
         implementation("flesh", 1, "cpu")
-    with pytest.raises(ValueError, match="'splash' runs on a tpu, and this is for a cpu: 'auto'"):
+    with pytest.raises(ValueError, match="'splash' runs only on a tpu"):
         implementation("splash", 2048, "cpu")
     with pytest.raises(ValueError, match="block=100.*multiple of 128"):
         Splash(block=100)
     with pytest.raises(ValueError, match=r"block=0, spans=8.*at least 1"):
         Blockwise(block=0)
     mask = bidirectional_mask(jnp.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="queries of a mask with a window need positions"):
+    with pytest.raises(ValueError, match="queries of a mask with a window have no positions"):
         mask.within(4).visible()
-    with pytest.raises(ValueError, match="keys of a mask need positions"):
+    with pytest.raises(ValueError, match="keys of this mask have no positions"):
         dataclasses.replace(mask, keys=mask.queries).visible()

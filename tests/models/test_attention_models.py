@@ -139,5 +139,5 @@ def test_the_choice_of_a_model(tmp_path: Any) -> None:
     assert loops(model, 512), "by its length"
     assert [loops(blocks, seq) for seq in (63, 64)] == [False, True]
     assert not loops(model.clone(attention="dense"), 512)
-    with pytest.raises(ValueError, match="attention 'flesh' is not one of auto, dense, blockwise"):
+    with pytest.raises(ValueError, match="attention 'flesh'. Use one of auto, dense, blockwise"):
         model.clone(attention="flesh").apply({"params": params}, jnp.zeros((1, 3), jnp.int32))

@@ -24,7 +24,7 @@ class OnCpu(Placement):
 
 @pytest.fixture(autouse=True)
 def _few_tokens_are_many(monkeypatch):
-    monkeypatch.setattr(blocks, "MANY", 10)
+    monkeypatch.setattr(blocks, "MIN_TOKENS_TO_ISOLATE_PRODUCT", 10)
 
 
 X = array(np.linspace(-2.0, 3.0, 2 * 5 * 32, dtype=np.float32).reshape(2, 5, 32))
@@ -53,7 +53,7 @@ def test_two_forward_and_two_backward():
 
 
 def test_fewer_tokens_have_one_in_both_passes(monkeypatch):
-    monkeypatch.setattr(blocks, "MANY", 11)
+    monkeypatch.setattr(blocks, "MIN_TOKENS_TO_ISOLATE_PRODUCT", 11)
     loss, tree = loss_on(OnTpu())
     halves = (*lj.split(tree), X)
     assert (barriers(loss, *halves), barriers(jax.grad(loss), *halves)) == (1, 2)

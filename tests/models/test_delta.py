@@ -169,11 +169,11 @@ def test_a_row_that_is_padding_keeps_its_state() -> None:
 def test_tokens_that_another_model_shared() -> None:
     config = tiny.config("qwen3.5")
     shared = Shared(*np.zeros((2, 2, 3, 4, 16), np.float32))
-    with pytest.raises(ValueError, match="of a model with other layers"):
+    with pytest.raises(ValueError, match="by a model with other layers"):
         init_cache(config, 2, 9, shared=shared)
     memory = Recurrent(*(np.zeros((4, 1, *shape)) for shape in config.recurrent_shapes))
     assert init_cache(config, 2, 9, shared=shared._replace(recurrent=memory)).length[1] == 4
-    with pytest.raises(ValueError, match="of a model with other layers"):
+    with pytest.raises(ValueError, match="by a model with other layers"):
         init_cache(tiny.config("qwen3"), 2, 9, shared=shared._replace(recurrent=memory))
 
 
@@ -256,9 +256,9 @@ def test_what_is_recomputed_is_the_same(remat: bool | str, float64: None) -> Non
     ("changes", "message"),
     [
         ({"linear_num_value_heads": 8}, r"linear_num_value_heads \(8\) is not a multiple"),
-        ({"layer_types": ["linear_attention"] * 6}, "all layers are linear"),
+        ({"layer_types": ["linear_attention"] * 6}, "All layers are linear"),
         ({"layer_types": ["sliding_attention"] * 6}, "do not describe 6 layers"),
-        ({"linear_conv_kernel_dim": 0}, "need a linear_conv_kernel_dim of 1"),
+        ({"linear_conv_kernel_dim": 0}, "need a linear_conv_kernel_dim of at least 1"),
         ({"attn_output_gate": False}, "attn_output_gate=False is not supported"),
         ({"output_gate_type": "sigmoid"}, "output_gate_type='sigmoid' is not supported"),
         ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype='bfloat16' is not supported"),

@@ -201,7 +201,7 @@ def test_hidden_states_and_chosen_logits() -> None:
 def test_logits_are_chosen_only_of_a_head_that_has_them() -> None:
     bare, params = tiny_encoders.model("bert")
     ids, at = tiny_encoders.tokens(0, 2, 7), np.array([[6, 0], [2, 3]])
-    with pytest.raises(ValueError, match="logits_at is for the head 'masked_lm'"):
+    with pytest.raises(ValueError, match="logits_at needs the head 'masked_lm'"):
         tiny.run(bare, params, ids, logits_at=at)
 
 

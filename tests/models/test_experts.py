@@ -222,7 +222,7 @@ def test_the_choice() -> None:
     assert implementation(IN_CODES) is implementation(IN_CODES, one_device()) is apply_blocks
     assert implementation(IN_CODES, there) is apply_formed
     assert there.compiler_options == models.compiler_options("tpu") != one_device().compiler_options
-    with pytest.raises(ValueError, match="'gmm' is not one of auto, blocks, ragged"):
+    with pytest.raises(ValueError, match="'gmm'. Use one of auto, blocks, ragged"):
         implementation("gmm")
 
 
@@ -270,7 +270,7 @@ def test_experts_in_codes_are_formed_where_that_is_less_work(monkeypatch: Any) -
 def test_a_model_without_experts_refuses(tmp_path: Any) -> None:
     model, params = tiny.decoder("llama2")
     models.save_pretrained(tmp_path / "model", model, params)
-    message = "experts='ragged' says how .* and this llama model is none"
+    message = "this llama model has no experts"
     with pytest.raises(models.ConfigError, match=message):
         models.from_pretrained(tmp_path / "model", experts="ragged")
     with pytest.raises(models.ConfigError, match=message):

@@ -22,7 +22,7 @@ from lora_jax.models.layers.blockwise import ON_GPU
 from lora_jax.models.layers.kernels import flash, flash_call
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.flash_call import FlashOptions, FlashTokens
-from lora_jax.models.layers.masks import Split, root
+from lora_jax.models.layers.masks import Split, prompt_segments
 from tests.models import flash_interpreted
 from tests.models.test_attention import Case
 from tests.models.test_splash import check_split
@@ -80,7 +80,7 @@ def run_plain(*operands: jax.Array, name: str, how: FlashOptions) -> list[jax.Ar
     block = query_blocks[None, :, None] if by_key else key_blocks[None, None]
     same = segments[:, :, None] == others[:, None]
     if how.branched:
-        same |= root(segments)[:, :, None] == others[:, None]
+        same |= prompt_segments(segments)[:, :, None] == others[:, None]
     distance = slots[:, None] - jnp.arange(k.shape[1])
     seen = same & (distance < window[0]) & (first <= block) & (block < last)
     seen = (seen & (distance >= 0) if how.causal else seen)[:, None]  # [batch, 1, queries, keys]
@@ -132,8 +132,8 @@ def test_a_mapped_call_is_one_call(windows: bool, plain: None) -> None:
 
     def attend(window: jax.Array, *arrays: jax.Array) -> Any:
         tokens = FlashTokens(case.mask().queries.slots, *segments, window)
-        bounds = flash._bounds(how, tokens, (16, 16), 1)
-        return flash_call.run("flash_fwd", how, bounds, tokens, arrays)
+        bounds = flash._span_bounds(how, tokens, (16, 16), 1)
+        return flash_call.run_program("flash_fwd", how, bounds, tokens, arrays)
 
     window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
     mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
@@ -156,7 +156,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str, compiles: None) -> None
         calls.append(args)
         return DENSE(*args)
 
-    how = dataclasses.replace(FLASH, otherwise=told)
+    how = dataclasses.replace(FLASH, fallback=told)
     case = Case(40, slots=50 if name == "a cache" else None, head_dim=300 if "heads" in name else 7)
     if name.startswith("windows"):
         case = dataclasses.replace(case, branched=True, window=9)
@@ -180,7 +180,7 @@ def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     seen = np.asarray(mask.visible()).reshape(2, 12, 8, 24, 4).any((2, 4))
     for axis in (1, 0):
         along = seen if axis else seen.swapaxes(1, 2)
-        start, stop = map(np.asarray, flash._bounds(how, tokens, (8, 4), axis))
+        start, stop = map(np.asarray, flash._span_bounds(how, tokens, (8, 4), axis))
         at = np.arange(along.shape[2])
         visited = (at >= start[..., None]) & (at < stop[..., None])
         assert not (along & ~visited).any()
@@ -210,7 +210,10 @@ def _gone(*_: Any, **__: Any) -> Any:
     ("spec", "why"),
     ids=["missing", "of no use"],
     argvalues=[
-        (None, "jax-triton, which compiles the kernel, is not installed: Python 3.12 and the "),
+        (
+            None,
+            "jax-triton, which compiles the kernel, is not installed. Install ",
+        ),
         ("here", f"JAX {jax.__version__} does not compile the kernel (jax_triton: NotImpl"),
     ],
 )
@@ -230,5 +233,5 @@ def test_blocks_replace_a_kernel_that_nothing_compiles(spec, why, monkeypatch, c
     np.testing.assert_array_equal(got, want)
     assert chosen.startswith(f"blockwise (flash: {why}")
     (record,) = caplog.records
-    told = "attention 'flash' is replaced by 'blockwise', in plain JAX: "
+    told = "Attention runs as 'blockwise', in plain JAX, in place of the faster 'flash'. "
     assert record.message.startswith(told + why)

@@ -229,7 +229,7 @@ def test_eight_devices_in_any_order_draw_the_same(case: str, sizes: str) -> None
 
 
 def test_refusals(llama: Any) -> None:
-    with pytest.raises(ValueError, match="n is 0: the number of answers"):
+    with pytest.raises(ValueError, match="number of answers to each prompt, is 0"):
         drawn(llama, n=0)
-    with pytest.raises(ValueError, match=r"\(3,\) keys for 6 rows"):
+    with pytest.raises(ValueError, match=r"shape \(3,\), but there are 6 rows"):
         drawn(llama, key=jax.random.split(drawing_key(), 3))

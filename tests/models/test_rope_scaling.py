@@ -33,11 +33,11 @@ def test_the_scaled_configuration_is_written_and_read(kind):
 @pytest.mark.parametrize(
     ("case", "scaling", "message"),
     [
-        ("gpt2", {"rope_type": "linear", "factor": 2.0}, "a gpt2 model has no RoPE to scale"),
+        ("gpt2", {"rope_type": "linear", "factor": 2.0}, "gpt2 model has no RoPE to scale"),
         ("llama3", SCALINGS["yarn"], r"scales its RoPE already \(llama3, factor 4\)"),
-        ("qwen3", {"rope_type": "dynamic", "factor": 2.0}, "use its successor yarn"),
+        ("qwen3", {"rope_type": "dynamic", "factor": 2.0}, "Use 'yarn'"),
         ("qwen3", {"rope_type": "ntk", "factor": 2.0}, "RoPE type 'ntk' is not supported"),
-        ("qwen3", {"rope_type": "yarn", "factor": 1.0}, "factor 1: give a number above 1"),
+        ("qwen3", {"rope_type": "yarn", "factor": 1.0}, "factor is 1, but it must be above 1"),
         ("qwen3", {"rope_type": "linear", "factor": 2.0, "beta": 1}, "with beta is not supported"),
         ("phi3", SCALINGS["yarn"], "RoPE type 'yarn' is not supported for phi3"),
     ],

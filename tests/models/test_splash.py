@@ -133,7 +133,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
         calls.append(args)
         return DENSE(*args)
 
-    how = dataclasses.replace(SPLASH, otherwise=told)
+    how = dataclasses.replace(SPLASH, fallback=told)
     case = Case(130, slots=140 if name == "a cache" else None)
     if "completions" in name:
         case = dataclasses.replace(case, branched=True, window=40)

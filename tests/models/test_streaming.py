@@ -141,9 +141,12 @@ def test_a_row_alone_draws_what_it_does_among_others() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_len": 9}, "cache_len is 9; prompt and answer need 10 slots"),
-        ({"tokens_per_call": 0}, "at least 1, not 0"),
-        ({"key": lambda: jax.random.split(jax.random.key(1), 2)}, r"\(2,\) keys for 1 rows"),
+        ({"cache_len": 9}, "cache_len is 9, but prompt and answer need 10 slots"),
+        ({"tokens_per_call": 0}, "tokens_per_call is 0"),
+        (
+            {"key": lambda: jax.random.split(jax.random.key(1), 2)},
+            r"shape \(2,\), but .* 1 rows",
+        ),
     ],
 )
 def test_refusals_come_before_the_first_step(

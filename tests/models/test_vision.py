@@ -55,11 +55,11 @@ def test_a_head_that_the_file_lacks_is_new(tmp_path: Path, capsys: Any) -> None:
     [
         ({"use_swiglu_ffn": True}, "use_swiglu_ffn=True is not supported"),
         ({"intermediate_size": 37}, "intermediate_size=37 is not known for dinov2"),
-        ({"patch_size": 21}, "holds no patch"),
+        ({"patch_size": 21}, "is smaller than patch_size"),
         ({"qkv_bias": "false"}, r"qkv_bias \('false'\) must be true or false"),
         ({"layer_norm_eps": float("nan")}, r"layer_norm_eps \(nan\) must be finite"),
         ({"num_attention_heads": 7}, "not a multiple"),
-        ({"architectures": ["Dinov2Backbone"]}, "say which one to load with head="),
+        ({"architectures": ["Dinov2Backbone"]}, "Pass head="),
     ],
 )
 def test_refused(changes: dict[str, Any], said: str) -> None:
@@ -70,7 +70,7 @@ def test_refused(changes: dict[str, Any], said: str) -> None:
 def test_images_that_do_not_fit() -> None:
     model, params = tiny_vision.model("vit")
     for shape in ((1, 3, 20, 20), (1, 2, 20, 4)):
-        with pytest.raises(ValueError, match="room for a patch"):
+        with pytest.raises(ValueError, match="at least as large as a patch"):
             model.apply({"params": params}, np.zeros(shape, np.float32))
 
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_replayed_is_refused(folder, tmp_path, capsys):
     ids = np.ones((1, 3), np.int32)
     with pytest.raises(ValueError, match="routing has the experts of"):
         model.apply({"params": params}, ids, routing=np.zeros((1, 3, LAYERS, 2), np.int32))
-    with pytest.raises(ValueError, match="this model has none"):
+    with pytest.raises(ValueError, match="this model has no experts"):
         models.sample(
             model, params, ids, max_new_tokens=2, key=jax.random.key(0), with_routing=True
         )

@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.decoder.dispatch import UNEVEN
 from lora_jax.models.decoder.experts import implementation
-from lora_jax.models.decoder.moe import mixed_of
+from lora_jax.models.decoder.moe import make_mixture
 from lora_jax.training import exchange
 from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
@@ -56,7 +56,7 @@ def case(choice):
 
 def lowered(tree, x, weights, chosen, experts, layout=None):
     """The sum of squares of a mixture, and its gradients, for a mesh or for one device."""
-    mixed = mixed_of(gated, implementation(experts))
+    mixed = make_mixture(gated, implementation(experts))
     mixed = mixed if layout is None else layout.mixture(mixed)
 
     def fn(tree, x, weights):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.core.weight import leaves_of
-from lora_jax.models.layers.attend import AttentionChoice, choose_attention, scores_of
+from lora_jax.models.layers.attend import AttentionChoice, choose_attention, count_scores
 from lora_jax.training.layout import Layout
 from train.console.errors import UserError, as_user_errors
 from train.processes.mesh import make_mesh
@@ -157,6 +157,6 @@ def _row_flops(
             if kind == "experts":
                 active_share = config.num_experts_per_tok / config.num_experts
             n_weights += active_share * math.prod(leaf.shape)
-    n_scores = scores_of(choice.attend, n_tokens, branched=branched)
+    n_scores = count_scores(choice.attend, n_tokens, branched=branched)
     heads_dim = config.num_attention_heads * config.head_dim
     return 2 * n_weights * n_tokens + 4 * heads_dim * config.num_hidden_layers * n_scores

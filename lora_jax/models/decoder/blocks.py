@@ -19,14 +19,14 @@ from jax.typing import DTypeLike
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, activate, dense
-from lora_jax.models.layers.trunk import apply_chunked, multiplied
+from lora_jax.models.layers.trunk import apply_chunked, name_mlp_product
 
-MANY = 8192  # tokens on a device
+MIN_TOKENS_TO_ISOLATE_PRODUCT = 8192  # tokens on a device
 
 
 @jax.custom_jvp
 def settle(x: jax.Array) -> jax.Array:
-    """Returns x, which is computed as a whole before it is read; its gradient need not be."""
+    """Returns x behind a barrier: x is computed as a whole first. Its gradient has no barrier."""
     settled: jax.Array = lax.optimization_barrier(x)
     return settled
 
@@ -38,7 +38,7 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 @jax.custom_jvp
 def settle_gradient(x: jax.Array) -> jax.Array:
-    """Returns x as it is; its gradient is computed as a whole before it is read."""
+    """Returns x as it is, and puts a barrier behind its gradient."""
     return x
 
 
@@ -81,25 +81,28 @@ class MLP(ModelPart):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return apply_chunked(self, _gated, x)
+        return apply_chunked(self, _apply_gated_mlp, x)
 
 
-def _gated(module: MLP, x: jax.Array) -> jax.Array:
-    """Computes an ``MLP``. On a TPU it has barriers; see this module."""
+def _apply_gated_mlp(module: MLP, x: jax.Array) -> jax.Array:
+    """Computes an ``MLP``, with barriers on a TPU; see this module."""
     cfg = module.config
-    size = module.inner or cfg.intermediate_size
+    size = cfg.intermediate_size if module.inner is None else module.inner
 
     def project(x: jax.Array, name: str, features: int) -> jax.Array:
         return dense(module, features, use_bias=cfg.mlp_bias, name=name)(x)
 
     if cfg.fused_projections:
-        fused = multiplied(project(x, "gate_up_proj", 2 * size), module.remat)
+        fused = name_mlp_product(project(x, "gate_up_proj", 2 * size), module.remat)
         gate, up = jnp.split(fused, 2, axis=-1)
     else:
-        gate = multiplied(project(x, "gate_proj", size), module.remat)
-        up = multiplied(project(x, "up_proj", size), module.remat)
+        gate = name_mlp_product(project(x, "gate_proj", size), module.remat)
+        up = name_mlp_product(project(x, "up_proj", size), module.remat)
+    # On a TPU, barriers keep XLA from fusing the activation with the products around it.
     is_on_tpu = module.placement.platform == "tpu"
-    has_many_tokens = math.prod(x.shape[:-1]) >= MANY * module.placement.token_parts
+    has_many_tokens = math.prod(x.shape[:-1]) >= (
+        MIN_TOKENS_TO_ISOLATE_PRODUCT * module.placement.token_parts
+    )
     isolates_product = is_on_tpu and has_many_tokens
     if isolates_product:
         gate = settle_gradient(gate)

@@ -179,74 +179,89 @@ class DecoderConfig:
         if bool(self.windowed_layers) != (self.sliding_window is not None):
             raise ConfigError(
                 f"sliding_window ({self.sliding_window}) and windowed_layers "
-                f"({self.windowed_layers}) go together"
+                f"({self.windowed_layers}) need each other. Set both, or neither."
             )
         self._check_linear()
         for name in ("windowed_layers", "rope_free_layers", "linear_layers"):
             if not all(0 <= i < self.num_hidden_layers for i in getattr(self, name)):
                 raise ConfigError(
-                    f"{name} {getattr(self, name)} names layers beyond the "
-                    f"{self.num_hidden_layers} there are"
+                    f"{name} {getattr(self, name)} contains layers that do not exist: the model "
+                    f"has {self.num_hidden_layers}. Use indices from 0 to "
+                    f"{self.num_hidden_layers - 1}."
                 )
         if self.num_experts:
             self._check_experts()
         if self.kv_lora_rank and self.num_key_value_heads != self.num_attention_heads:
             raise ConfigError(
-                f"num_key_value_heads ({self.num_key_value_heads}) is not num_attention_heads "
-                f"({self.num_attention_heads}): each head has a key of its own (kv_lora_rank)"
+                f"num_key_value_heads ({self.num_key_value_heads}) differs from "
+                f"num_attention_heads ({self.num_attention_heads}). With kv_lora_rank, each head "
+                "has its own keys. Set both to the same number."
             )
-
         if self.global_head_dim:
             self._check_whole_layers()
 
     def _check_whole_layers(self) -> None:
         check_multiple(global_head_dim=self.global_head_dim, head_dim=self.head_dim)
-        wide = self.num_global_key_value_heads or self.num_key_value_heads
         check_multiple(
-            num_attention_heads=self.num_attention_heads, num_global_key_value_heads=wide
+            num_attention_heads=self.num_attention_heads,
+            num_global_key_value_heads=self.num_global_key_value_heads or self.num_key_value_heads,
         )
-        layers = range(self.num_hidden_layers)
-        lacking = {self.kind_of(i).whole for i in layers if self.kind_of(i).reuses} - {
-            self.kind_of(i).whole for i in layers if not self.kind_of(i).reuses
-        }
-        if lacking:
+        # A layer that reuses keys needs an earlier layer of its own kind, with or without a window.
+        kinds = [self.kind_of(layer) for layer in range(self.num_hidden_layers)]
+        needed = {kind.whole for kind in kinds if kind.reuses}
+        available = {kind.whole for kind in kinds if not kind.reuses}
+        missing = needed - available
+        if missing:
             raise ConfigError(
                 f"num_kv_shared_layers ({self.num_kv_shared_layers}) leaves no layer "
-                f"{'without' if True in lacking else 'with'} a window whose keys others could take"
+                f"{'without' if True in missing else 'with'} a window whose keys the last layers "
+                "can reuse. Use a smaller num_kv_shared_layers."
             )
 
     def _check_experts(self) -> None:
-        per_group, left = divmod(self.num_experts, self.n_group)
-        if left or (self.n_group > 1 and per_group < 2):
+        group_size, remainder = divmod(self.num_experts, self.n_group)
+        has_tiny_groups = self.n_group > 1 and group_size < 2
+        if remainder or has_tiny_groups:
             raise ConfigError(
-                f"num_experts ({self.num_experts}) do not lie in n_group ({self.n_group}) groups "
-                "of the same size, of two at least"
+                f"num_experts ({self.num_experts}) cannot be divided into n_group "
+                f"({self.n_group}) equal groups of two or more experts. Check both fields."
             )
         if not 1 <= self.topk_group <= self.n_group:
             raise ConfigError(
-                f"topk_group ({self.topk_group}) is not between 1 and n_group ({self.n_group})"
+                f"topk_group is {self.topk_group}, but it must be between 1 and n_group "
+                f"({self.n_group}). Check both fields."
             )
-        if not 1 <= self.num_experts_per_tok <= self.topk_group * per_group:
+        max_experts = self.topk_group * group_size
+        if not 1 <= self.num_experts_per_tok <= max_experts:
             raise ConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) is not between 1 and "
-                f"num_experts ({self.topk_group * per_group})"
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but a token can choose from 1 "
+                f"to {max_experts} experts. Check num_experts_per_tok and num_experts."
             )
         if self.moe_intermediate_size < 1:
-            raise ConfigError("num_experts needs a moe_intermediate_size")
+            raise ConfigError("num_experts needs the size of an expert. Set moe_intermediate_size.")
         if self.first_k_dense_replace and self.linear_layers:
-            raise ConfigError("first_k_dense_replace and linear_layers do not go together")
+            raise ConfigError(
+                "first_k_dense_replace and linear_layers cannot be used together. Remove one of "
+                "them."
+            )
 
     def _check_rope(self) -> None:
         if self.rope_free_layers and self.rope_local_theta is not None:
-            raise ConfigError("rope_free_layers and rope_local_theta do not go together")
+            raise ConfigError(
+                "rope_free_layers and rope_local_theta cannot be used together. Remove one of them."
+            )
         name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
         if getattr(self, name) % 2:
-            raise ConfigError(f"RoPE needs an even {name}, not {getattr(self, name)}")
+            raise ConfigError(
+                f"{name} is {getattr(self, name)}, but RoPE rotates pairs of dimensions. Use an "
+                f"even {name}."
+            )
         pairs = (self.rotary_dim + 1) // 2
         if not 1 <= pairs <= self.head_dim // 2:
             raise ConfigError(
-                f"partial_rotary_factor={self.partial_rotary_factor} of a head_dim of "
-                f"{self.head_dim} leaves {self.rotary_dim} dimensions to rotate"
+                f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_dim} of "
+                f"the {self.head_dim} dimensions of a head. Use a factor that rotates from 2 "
+                "dimensions to all."
             )
         scaling = self.rope_scaling
         if scaling is None or scaling.kind != "longrope":
@@ -254,18 +269,27 @@ class DecoderConfig:
         for name in ("short_factor", "long_factor"):
             if len(getattr(scaling, name)) != pairs:
                 raise ConfigError(
-                    f"{name} has {len(getattr(scaling, name))} numbers for {pairs} rotated pairs"
+                    f"{name} has {len(getattr(scaling, name))} numbers, but RoPE rotates {pairs} "
+                    f"pairs. Give one number for each pair."
                 )
 
     def _check_linear(self) -> None:
         if not self.linear_layers:
             return
         if len(self.linear_layers) == self.num_hidden_layers:
-            raise ConfigError("all layers are linear: one with attention is needed at least")
-        sizes = "num_key_heads num_value_heads key_head_dim value_head_dim conv_kernel_dim".split()
-        for name in (f"linear_{size}" for size in sizes):
+            raise ConfigError(
+                "All layers are linear. Remove a layer from linear_layers: one with attention is "
+                "needed."
+            )
+        for name in (
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_conv_kernel_dim",
+        ):
             if getattr(self, name) < 1:
-                raise ConfigError(f"linear_layers need a {name} of 1 at least")
+                raise ConfigError(f"Linear layers need a {name} of at least 1. Set {name}.")
         check_multiple(
             linear_num_value_heads=self.linear_num_value_heads,
             linear_num_key_heads=self.linear_num_key_heads,
@@ -283,10 +307,13 @@ class DecoderConfig:
     @property
     def runs(self) -> dict[str, dict[str, range]]:
         """The layers, as runs of stacks; see ``runs_of``."""
-        first, names = self.first_k_dense_replace, ("dense", "sparse")
+        n_first = self.first_k_dense_replace
+        names = ("dense", "sparse")
         if self.num_kv_shared_layers:
-            first, names = self.num_hidden_layers - self.num_kv_shared_layers, ("own", "reusing")
-        return runs_of([self.kind_of(i) for i in range(self.num_hidden_layers)], first, names)
+            n_first = self.num_hidden_layers - self.num_kv_shared_layers
+            names = ("own", "reusing")
+        kinds = [self.kind_of(layer) for layer in range(self.num_hidden_layers)]
+        return runs_of(kinds, n_first, names)
 
     def heads_of(self, kind: LayerKind) -> tuple[int, int]:
         """Returns the number of a layer's heads of keys, and the size of its heads."""
@@ -297,47 +324,61 @@ class DecoderConfig:
     @property
     def cache_heads(self) -> tuple[int, int]:
         """The number of heads of keys in a cache, and their size; see ``gemma4.pack``."""
-        wide = self.num_global_key_value_heads or self.num_key_value_heads
-        parts = self.global_head_dim // self.head_dim
-        return max(self.num_key_value_heads, wide * parts), self.head_dim
+        n_global_heads = self.num_global_key_value_heads or self.num_key_value_heads
+        # A wide head lies in the cache as several heads of the smaller size.
+        heads_per_global_head = self.global_head_dim // self.head_dim
+        n_heads = max(self.num_key_value_heads, n_global_heads * heads_per_global_head)
+        return n_heads, self.head_dim
 
     @property
     def stacks(self) -> dict[str, range]:
-        """The layers' numbers in each stack, by its path behind ``model/layers``."""
-        return {
-            "/".join(filter(None, (run, place))): numbers
-            for run, places in self.runs.items()
-            for place, numbers in places.items()
-        }
+        """The layer indices of each stack, by the stack's path below ``model/layers``."""
+        stacks = {}
+        for run, layers_of_place in self.runs.items():
+            for place, layer_indices in layers_of_place.items():
+                path = f"{run}/{place}" if run and place else run or place
+                stacks[path] = layer_indices
+        return stacks
 
     def place_of(self, layer: int) -> tuple[str, int]:
         """Returns the path of the stack that holds a layer, and the layer's index in it."""
-        place, numbers = next(item for item in self.stacks.items() if layer in item[1])
-        return "/".join(filter(None, ("model/layers", place))), numbers.index(layer)
+        for path, layer_indices in self.stacks.items():
+            if layer in layer_indices:
+                stack_path = f"model/layers/{path}" if path else "model/layers"
+                return stack_path, layer_indices.index(layer)
+        raise ValueError(f"The model has no layer {layer}. Use one of its layers.")
 
     @property
     def linear_sizes(self) -> dict[str, int]:
-        """The features of what a linear layer's projections make: q, k, v, z, b and a."""
-        heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
-        sizes = dict.fromkeys("qk", keys * self.linear_key_head_dim)
-        return (
-            sizes
-            | dict.fromkeys("vz", heads * self.linear_value_head_dim)
-            | dict.fromkeys("ba", heads)
-        )
+        """The output sizes of a linear layer's projections: q, k, v, z, b and a."""
+        n_value_heads = self.linear_num_value_heads
+        key_size = self.linear_num_key_heads * self.linear_key_head_dim
+        value_size = n_value_heads * self.linear_value_head_dim
+        return {
+            "q": key_size,
+            "k": key_size,
+            "v": value_size,
+            "z": value_size,
+            "b": n_value_heads,
+            "a": n_value_heads,
+        }
 
     @property
     def linear_projections(self) -> tuple[str, ...]:
-        """A linear layer's projections, by the names of what they make."""
+        """The linear layer's projections, each named by the letters of its outputs."""
         return ("qkvz", "ba") if self.linear_projections_joined else ("qkv", "z", "b", "a")
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """The shapes of what a linear layer remembers of a row; see ``cache.Recurrent``."""
-        heads, key_dim = self.linear_num_value_heads, self.linear_key_head_dim
-        channels = sum(self.linear_sizes[part] for part in "qkv")
-        tail = (self.linear_conv_kernel_dim - 1, channels)
-        return tail, (heads, key_dim, self.linear_value_head_dim)
+        """The shapes of the tail and the state of one row; see ``cache.Recurrent``."""
+        n_channels = sum(self.linear_sizes[letter] for letter in "qkv")
+        tail_shape = (self.linear_conv_kernel_dim - 1, n_channels)
+        state_shape = (
+            self.linear_num_value_heads,
+            self.linear_key_head_dim,
+            self.linear_value_head_dim,
+        )
+        return tail_shape, state_shape
 
     @property
     def rotary_dim(self) -> int:
@@ -348,19 +389,23 @@ class DecoderConfig:
 
     @property
     def layers_rotated_apart(self) -> tuple[int, ...]:
-        """The layers whose rotation is not that of the others."""
+        """The layers that RoPE rotates differently from the others, or not at all."""
         return self.rope_free_layers if self.rope_local_theta is None else self.windowed_layers
 
     @property
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes of an expert's kernels, by name: gate and up, apart or in one, and down."""
-        *first, down = self.family.expert_names
-        inner, outer = self.moe_intermediate_size, self.hidden_size
-        return dict.fromkeys(first, (outer, 2 * inner // len(first))) | {down: (inner, outer)}
+        *up_names, down_name = self.family.expert_names
+        d_expert = self.moe_intermediate_size
+        d_model = self.hidden_size
+        # Gate and up are two kernels, or one kernel of twice the size.
+        shapes = {name: (d_model, 2 * d_expert // len(up_names)) for name in up_names}
+        shapes[down_name] = (d_expert, d_model)
+        return shapes
 
     @property
     def score_scale(self) -> float:
-        """The factor of attention's scores."""
+        """The factor that multiplies attention's scores."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
         scale = float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)

@@ -29,7 +29,7 @@ def apply_own(
     *kernels: jax.Array,
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Applies one of several equal parts of all experts, and returns the weighted sums of tokens.
+    """Applies the experts of one part of a mixture, and returns each token's weighted sum.
 
     It takes `_SLACK` times the pairs that it has if all experts are chosen equally often. What is
     left over goes in further turns, which do nothing if there is nothing: no pair is lost, whatever
@@ -49,7 +49,8 @@ def apply_own(
     k, n_tokens = chosen.shape
     n_pairs = chosen.size
     last_expert = kernels[0].shape[0] - 1
-    bias_option = {"biases": biases} if biases else {}  # a function of one's own may do without
+    # A caller's own function of experts may have no parameter for biases.
+    bias_option = {"biases": biases} if biases else {}
     chosen = chosen.reshape(-1)  # the expert of each pair
     is_own = (chosen >= 0) & (chosen <= last_expert)
     # The sort is stable, and pairs of other parts come last.
@@ -57,9 +58,10 @@ def apply_own(
     row_of_pair = jnp.argsort(pair_of_row)
     row_dtype = pair_of_row.dtype
     n_own = jnp.sum(is_own, dtype=row_dtype)
-    turn_rows = _SUBLANES * min(
-        -(-round(_SLACK * n_pairs) // (_SUBLANES * shares)), -(-n_pairs // _SUBLANES)
-    )
+    # A turn has room for an equal share of all pairs and some more, in whole tiles of rows.
+    share_tiles = -(-round(_SLACK * n_pairs) // (_SUBLANES * shares))
+    all_tiles = -(-n_pairs // _SUBLANES)
+    turn_rows = _SUBLANES * min(share_tiles, all_tiles)
     turn_pairs = jnp.pad(pair_of_row, (0, -n_pairs % turn_rows)).reshape(-1, turn_rows)
     turn_starts = turn_rows * jnp.arange(len(turn_pairs), dtype=row_dtype)
 
@@ -77,7 +79,7 @@ def apply_own(
         return _sum_rows(out, weight_of_row, token_of_row, rows_of_token)
 
     total = run_turn(turn_starts[0], turn_pairs[0])
-    if len(turn_pairs) == 1:
+    if len(turn_pairs) == 1:  # one turn has room for all pairs
         return total
     zeros = jnp.zeros_like(total)
 
@@ -91,6 +93,7 @@ def apply_own(
         total, _ = lax.scan(body, total, (turn_starts[1:], turn_pairs[1:]))
         return total
 
+    # Further turns run only if this part has more pairs than the first turn has rows.
     with jax.named_scope(UNEVEN):
         is_uneven = turn_rows < n_own
         sums: jax.Array = lax.cond(is_uneven, add_further_turns, lambda total: total, total)

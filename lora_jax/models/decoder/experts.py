@@ -27,10 +27,12 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelConfig
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
-_LARGEST_BLOCK = 512  # rows
+_MAX_BLOCK_ROWS = 512  # rows
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
-_LARGE_BLOCK = 256  # rows whose product takes a TPU longer than forming a kernel from codes
-_MOST_FORMED = 2**30  # bytes of a kernel of a layer's experts that ragged products form from codes
+_LARGE_BLOCK_ROWS = 256  # rows whose product takes a TPU longer than forming a kernel from codes
+_MAX_FORMED_BYTES = (
+    2**30
+)  # bytes of a kernel of a layer's experts that ragged products form from codes
 
 
 # The products of all kernels but the last -> what the last multiplies, such as act(gate) * up.
@@ -124,9 +126,11 @@ def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     expert's kernels are read, and formed from codes, once for each of its blocks.
     """
     block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
+    # Each expert gets as many blocks as its rows fill; the blocks follow in the experts' order.
     expert_rows = jnp.bincount(chosen, length=n_experts)
     expert_blocks = -(-expert_rows // block_rows)
     block_ends = jnp.cumsum(expert_blocks)  # the first block behind each expert's
+    # A row's slot follows from its expert's first block, and its rank among the expert's rows.
     place_of_row = jnp.argsort(jnp.argsort(chosen))  # in the order of experts
     row_starts = jnp.cumsum(expert_rows) - expert_rows
     row_in_expert = place_of_row - row_starts[chosen]
@@ -143,7 +147,7 @@ def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
 def _size_and_number(n_rows: int, n_experts: int) -> tuple[int, int]:
     """Returns the rows of a block, and the number of blocks that any choice of experts needs."""
     quarter_of_average = n_rows // (4 * n_experts)
-    block_rows = min(_LARGEST_BLOCK, max(8, quarter_of_average // 8 * 8))
+    block_rows = min(_MAX_BLOCK_ROWS, max(8, quarter_of_average // 8 * 8))
     n_partial_blocks = min(n_experts, n_rows)
     return block_rows, n_rows // block_rows + n_partial_blocks
 
@@ -202,7 +206,7 @@ def apply_formed(
     block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
     kernel_bytes = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
     forms_often = n_blocks > 2 * n_experts  # each block would form its expert's kernels
-    is_ragged = forms_often and block_rows < _LARGE_BLOCK and kernel_bytes <= _MOST_FORMED
+    is_ragged = forms_often and block_rows < _LARGE_BLOCK_ROWS and kernel_bytes <= _MAX_FORMED_BYTES
     apply = apply_ragged if is_ragged else apply_blocks
     return apply(gated, rows, chosen, *kernels, biases=biases)
 
@@ -218,7 +222,7 @@ IN_CODES = "auto, in codes"  # "auto" of a model whose experts lie in codes
 
 
 def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> Experts:
-    """Returns the implementation of a name; a function is its own.
+    """Returns the implementation of experts with a name; returns a function as it is.
 
     - "blocks" and "ragged": see this module.
     - "auto" is "ragged" where a placement says that this is compiled to kernels (on a TPU, if each
@@ -241,7 +245,9 @@ def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> E
     if experts in ("auto", IN_CODES):
         experts = "ragged" if placement.ragged_kernels else "blocks"
     if experts not in IMPLEMENTATIONS:
-        raise ValueError(f"experts {experts!r} is not one of {', '.join(EXPERTS)}")
+        raise ValueError(
+            f"There is no implementation of experts {experts!r}. Use one of {', '.join(EXPERTS)}."
+        )
     return IMPLEMENTATIONS[experts]
 
 
@@ -249,8 +255,8 @@ def check_experts(config: ModelConfig, experts: str | Experts) -> None:
     """Raises a ConfigError if ``experts`` is given for a model without experts."""
     if experts != "auto" and not getattr(config, "num_experts", 0):
         raise ConfigError(
-            f"experts={experts!r} says how a mixture of experts is computed, and this "
-            f"{config.model_type} model is none: leave it out"
+            f"experts={experts!r} chooses how a mixture of experts is computed, but this "
+            f"{config.model_type} model has no experts. Remove experts."
         )
 
 

@@ -38,7 +38,7 @@ _SAME_WHERE_READ = """
     """.split()
 
 # Fields of a model with images that say nothing of its texts.
-_OF_IMAGES = frozenset(
+_IMAGE_FIELDS = frozenset(
     """
     vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
     image_token_index boi_token_index eoi_token_index mm_tokens_per_image initializer_range
@@ -48,9 +48,9 @@ _OF_IMAGES = frozenset(
     """.split()
 )
 # Fields that outweigh those of the text.
-_OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OUTWEIGHING_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-_COMMON = frozenset(
+_KNOWN_FIELDS = frozenset(
     """
     model_type num_key_value_heads head_dim hidden_act rope_theta rope_scaling rope_parameters
     partial_rotary_factor eos_token_id
@@ -87,12 +87,15 @@ def read_fields(config: Fields, defaults: Fields) -> Fields:
     check_supported("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
     config = _without_overrides(family, config)
-    given = {**family.defaults, **config}
-    missing = [name for name in _REQUIRED if given.get(name) is None]
+    fields_with_defaults = {**family.defaults, **config}
+    missing = [name for name in _REQUIRED if fields_with_defaults.get(name) is None]
     if missing:
-        raise ConfigError(f"the configuration lacks {', '.join(missing)}")
+        raise ConfigError(
+            f"config.json lacks {', '.join(missing)}. Add these fields, or download the model "
+            "again."
+        )
     unsupported = {**_UNSUPPORTED, **family.refuses}
-    check_no_unknown_fields(config, family.model_type, _COMMON | family.reads, unsupported)
+    check_no_unknown_fields(config, family.model_type, _KNOWN_FIELDS | family.reads, unsupported)
 
     def get(name: str, default: object = None) -> Any:
         return config.get(name, family.defaults.get(name, default))
@@ -101,15 +104,18 @@ def read_fields(config: Fields, defaults: Fields) -> Fields:
         return read_boolean(name, get(name))
 
     attention_bias = switch("attention_bias")
-    same = {}
+    # Fields under the same name in both; null stands for 0 and False.
+    common_fields = {}
     for name in (*_SAME, *_SAME_WHERE_READ):
-        same[name] = get(name, defaults[name])
-        if same[name] is None and defaults[name] in (0, False):
-            same[name] = defaults[name]
+        default = defaults[name]
+        value = get(name, default)
+        if value is None and default in (0, False):
+            value = default
+        common_fields[name] = value
     return {
         "model_type": family.model_type,
         **{name: get(name) for name in _REQUIRED},
-        **same,
+        **common_fields,
         "num_key_value_heads": _read_kv_heads(get),
         "head_dim": _read_head_dim(get),
         "hidden_act": _read_activation(family, get),
@@ -135,8 +141,8 @@ def write_fields(fields: Fields) -> dict[str, object]:
       A dict of plain JSON values.
     """
     family = FAMILIES[fields["model_type"]]
-    own = family.reads
-    also = own & {
+    family_names = family.reads
+    optional_names = family_names & {
         *_SAME_WHERE_READ,
         "num_experts",
         "num_experts_per_tok",
@@ -144,25 +150,29 @@ def write_fields(fields: Fields) -> dict[str, object]:
         "norm_topk_prob",
         "sliding_window",
     }
-    same = ("model_type", "num_key_value_heads", "head_dim")
-    out = {name: fields[name] for name in (*_REQUIRED, *same, *_SAME, *sorted(also))}
-    out |= {theirs: fields[ours] for theirs, ours in family.writes.items()}
+    names = ("model_type", "num_key_value_heads", "head_dim", *_REQUIRED, *_SAME)
+    out = {name: fields[name] for name in (*names, *sorted(optional_names))}
+    out |= {hf_name: fields[name] for hf_name, name in family.writes.items()}
     out["architectures"] = [family.architecture]
-    out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
+    activation_name = "hidden_act"
+    if "hidden_activation" in family_names:
+        activation_name = "hidden_activation"
+    out[activation_name] = fields["hidden_act"]
     out["eos_token_id"] = write_eos(fields["eos_token_ids"])
-    if "attention_bias" in own:
+    if "attention_bias" in family_names:
         out["attention_bias"] = fields["qkv_bias"]
-    if "n_shared_experts" in own:
+    if "n_shared_experts" in family_names:
         shared = fields["shared_expert_intermediate_size"]
         out["n_shared_experts"] = shared // fields["moe_intermediate_size"]
-    if "kv_lora_rank" in own:  # transformers' name of those that are rotated
+    if "kv_lora_rank" in family_names:  # transformers' name of those that are rotated
         out["head_dim"] = fields["qk_rope_head_dim"]
-    if "use_sliding_window" in own:
+    if "use_sliding_window" in family_names:
         out["use_sliding_window"] = fields["sliding_window"] is not None
+    # The kinds of layers, one entry for each.
     layers = range(fields["num_hidden_layers"])
-    if "no_rope_layers" in own:
+    if "no_rope_layers" in family_names:
         out["no_rope_layers"] = [int(i not in fields["rope_free_layers"]) for i in layers]
-    if "layer_types" in own:
+    if "layer_types" in family_names:
         kinds = dict.fromkeys(layers, "full_attention")
         kinds |= dict.fromkeys(fields["windowed_layers"], "sliding_attention")
         kinds |= dict.fromkeys(fields["linear_layers"], "linear_attention")
@@ -171,21 +181,25 @@ def write_fields(fields: Fields) -> dict[str, object]:
 
 
 def _without_overrides(family: DecoderFamily, config: Fields) -> Fields:
-    """Returns the fields with those of layers without a window, which transformers 5 lists."""
+    """Returns the fields with the heads of layers without a window, read from per_layer_config."""
     listed = config.get("per_layer_config")
     if "per_layer_config" not in family.reads:
         return config
     if not listed:  # heads of another number are for layers whose keys are values
         unused = () if config.get("attention_k_eq_v") else ("num_global_key_value_heads",)
         return {name: value for name, value in config.items() if name not in unused}
+    # All layers of full attention must be listed, with the same values of the two known fields.
     types = config.get("layer_types") or ()
-    whole = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
+    full_layers = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
     first, *others = listed.values()
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    if set(listed) != whole or any(first != other for other in others) or set(first) - set(names):
+    lists_other_layers = set(listed) != full_layers
+    differs = any(first != other for other in others)
+    has_unknown_fields = bool(set(first) - set(names))
+    if lists_other_layers or differs or has_unknown_fields:
         raise ConfigError(
-            f"per_layer_config {dict(listed)} is not supported, only head_dim and "
-            "num_key_value_heads that all layers of full_attention have in common"
+            f"per_layer_config {dict(listed)} is not supported. Use only head_dim and "
+            "num_key_value_heads, with the same values in all layers of full_attention."
         )
     return {**config, **{names[name]: value for name, value in first.items()}}
 
@@ -194,24 +208,37 @@ def _text_fields(config: Fields) -> Fields:
     """Returns the fields of a decoder, which a model with images has in its text_config."""
     kind: Any = config.get("model_type")
     of_text = [name for name, family in FAMILIES.items() if kind and family.with_images == kind]
-    if not of_text:
+    if not of_text:  # a model of texts alone
         return config
-    tied, text = "tie_word_embeddings", config.get("text_config")
+    tied = "tie_word_embeddings"
+    text = config.get("text_config")
     check_no_unknown_fields(
-        config, kind, _OF_IMAGES | {"model_type", "text_config", tied, *_OF_BOTH}
+        config, kind, _IMAGE_FIELDS | {"model_type", "text_config", tied, *_OUTWEIGHING_FIELDS}
     )
     if not isinstance(text, Mapping):
-        raise ConfigError(f"the configuration of {kind} lacks text_config")
-    if (model_type := text.get("model_type", of_text[0])) not in of_text:
-        raise ConfigError(f"text_config has model_type {model_type!r}: not {' or '.join(of_text)}")
-    both = {read_boolean(tied, fields[tied]) for fields in (config, text) if tied in fields}
+        raise ConfigError(
+            f"config.json of {kind} lacks text_config. Add the text model's fields there, or "
+            "download the model again."
+        )
+    model_type = text.get("model_type", of_text[0])
+    if model_type not in of_text:
+        raise ConfigError(
+            f"text_config has model_type {model_type!r}, which {kind} cannot have. Use "
+            f"{' or '.join(of_text)}."
+        )
+    tied_values = {read_boolean(tied, fields[tied]) for fields in (config, text) if tied in fields}
     if FAMILIES[model_type].tied_with_images and config.get(tied) is None:
-        both = {True}  # whatever text_config says
-    if len(both) > 1:
-        raise ConfigError(f"{tied} of {kind} and of its text_config contradict each other")
-    outer = {name: config[name] for name in _OF_BOTH if config.get(name) is not None}
-    tie = {tied: True in both} if both else {}
-    return {**text, **outer, **tie, "model_type": model_type}
+        tied_values = {True}  # whatever text_config says
+    if len(tied_values) > 1:
+        raise ConfigError(
+            f"{tied} has one value in config.json of {kind}, and another in its text_config. Set "
+            "both to the same value."
+        )
+    outer = {name: config[name] for name in _OUTWEIGHING_FIELDS if config.get(name) is not None}
+    text_fields = {**text, **outer, "model_type": model_type}
+    if tied_values:
+        text_fields[tied] = True in tied_values
+    return text_fields
 
 
 def _read_activation(family: DecoderFamily, get: Get) -> str:
@@ -223,7 +250,7 @@ def _read_activation(family: DecoderFamily, get: Get) -> str:
     if plain not in (None, chosen):
         raise ConfigError(
             f"hidden_act={plain!r} contradicts hidden_activation={chosen!r}, which "
-            f"{family.model_type} uses"
+            f"{family.model_type} uses. Remove hidden_act."
         )
     return chosen
 
@@ -268,11 +295,17 @@ def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
     else:
         known = {"full_attention", "linear_attention" if family.linear else "sliding_attention"}
         if set(types) - known or len(types) != n_layers:
-            raise ConfigError(f"layer_types {list(types)} do not describe {n_layers} layers")
+            raise ConfigError(
+                f"layer_types {list(types)} do not describe {n_layers} layers. Give one of "
+                f"{' and '.join(sorted(known))} for each layer."
+            )
         windowed = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
         linear = tuple(i for i, kind in enumerate(types) if kind == "linear_attention")
         if windowed and window is None:
-            raise ConfigError("layer_types has sliding_attention, but no sliding_window is in use")
+            raise ConfigError(
+                "layer_types has sliding_attention, but no sliding_window is in use. Set "
+                "sliding_window, or use full_attention."
+            )
     return {
         "sliding_window": window if windowed else None,
         "windowed_layers": windowed if window else (),

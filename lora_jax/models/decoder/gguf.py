@@ -56,7 +56,7 @@ def _hf_name(name: str) -> str:
 
 
 def _reorder(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
-    return _turn(rows, name, config, (-1, 2))
+    return _swap_head_halves(rows, name, config, (-1, 2))
 
 
 def pair_rows(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
@@ -67,10 +67,10 @@ def pair_rows(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
       name: Hugging Face's name of the tensor.
       config: the model's.
     """
-    return _turn(rows, name, config, (2, -1))
+    return _swap_head_halves(rows, name, config, (2, -1))
 
 
-def _turn(
+def _swap_head_halves(
     rows: np.ndarray, name: str, config: DecoderConfig, halves: tuple[int, int]
 ) -> np.ndarray:
     """Swaps the two axes into which the rows of each head of q and k are split."""
@@ -105,7 +105,9 @@ def _read(
     def get(name: str, default: object = None) -> Any:
         value = metadata.get(f"{arch}.{name}", default)
         if value is None:
-            raise ConfigError(f"the metadata lacks {arch}.{name}")
+            raise ConfigError(
+                f"The GGUF file's metadata lacks {arch}.{name}. Convert or download the file again."
+            )
         # fp32 in the file: the shortest decimal is the number that was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -114,12 +116,21 @@ def _read(
     _check_sizes(arch, get, head_dim)
     scaling = _read_scaling(get)
     if scaling is not None and ROPE_FACTORS in facts:
-        raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {ROPE_FACTORS}")
+        raise ConfigError(
+            f"The GGUF file scales RoPE twice, by {arch}.rope.scaling and by {ROPE_FACTORS}. "
+            "Convert the model again, with one of them."
+        )
     if "model.embed_tokens.weight" not in shapes:
-        raise WeightsError("there is no token_embd.weight")
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_ROLES)
-    modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
-    modules["mlp_bias"] = "mlp.gate_proj"
+        raise WeightsError(
+            "The GGUF file has no tensor token_embd.weight. Convert or download the file again."
+        )
+    end_ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_ROLES)
+    # The metadata does not name biases: the tensors of layer 0 tell which there are.
+    modules = {
+        "qkv_bias": "self_attn.q_proj",
+        "o_bias": "self_attn.o_proj",
+        "mlp_bias": "mlp.gate_proj",
+    }
     biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}
     config = DecoderConfig(
         model_type=family.model_type,
@@ -137,7 +148,7 @@ def _read(
         max_position_embeddings=get("context_length"),
         tie_word_embeddings="lm_head.weight" not in shapes,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        eos_token_ids=tuple(dict.fromkeys(end for end in end_ids if end is not None)),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
     )
     if ROPE_FACTORS not in facts:
@@ -147,16 +158,27 @@ def _read(
 
 def _check_sizes(arch: str | None, get: Get, head_dim: int) -> None:
     """Raises a ConfigError for heads of several sizes, and for experts."""
-    same_as_head = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
-    for name, value in {**same_as_head, "expert_count": 0}.items():
+    supported_values = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "expert_count": 0,
+    }
+    for name, value in supported_values.items():
         if get(name, value) != value:
-            raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
+            raise ConfigError(
+                f"{arch}.{name}={get(name)} is not supported in a GGUF file, only {value} is. Load "
+                "the model from safetensors."
+            )
 
 
 def _read_scaling(get: Get) -> RopeScaling | None:
     """Returns the scaling of RoPE that the metadata name; None for none."""
-    if (kind := get("rope.scaling.type", "none")) not in ("none", "linear"):
-        raise ConfigError(f"RoPE scaling {kind!r} is not supported")
+    kind = get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ConfigError(
+            f"RoPE scaling {kind!r} is not supported in a GGUF file, only 'linear' is. Load the "
+            "model from safetensors."
+        )
     return None if kind == "none" else RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
 
 
@@ -173,23 +195,25 @@ def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | Non
     Raises:
       ConfigError: there are more or fewer factors than frequencies.
     """
-    plain = np.asarray(frequencies(config, 0))
-    if factors.shape != plain.shape:
+    unscaled_freqs = np.asarray(frequencies(config, 0))
+    if factors.shape != unscaled_freqs.shape:
         raise ConfigError(
-            f"{ROPE_FACTORS} has {factors.size} factors, and RoPE has {plain.size} frequencies"
+            f"{ROPE_FACTORS} has {factors.size} factors, but RoPE has {unscaled_freqs.size} "
+            "frequencies. Convert or download the GGUF file again."
         )
-    if np.all(factors == 1):
+    if np.all(factors == 1):  # nothing is scaled
         return None
+    # Llama 3.1's formula divides the lowest frequencies by its factor, the largest one.
     largest = float(str(factors.max()))
     published = RopeScaling(kind="llama3", factor=largest)
-    made = frequencies(dataclasses.replace(config, rope_scaling=published), 0)
-    if np.allclose(made, plain / factors, rtol=1e-6, atol=0):
+    published_freqs = frequencies(dataclasses.replace(config, rope_scaling=published), 0)
+    if np.allclose(published_freqs, unscaled_freqs / factors, rtol=1e-6, atol=0):
         return published
-    each = tuple(map(float, factors))
-    context = config.max_position_embeddings
+    # Any other factors are those of LongRoPE, the same for short and long texts.
+    factor_of_pair = tuple(map(float, factors))
     return RopeScaling(
         kind="longrope",
-        short_factor=each,
-        long_factor=each,
-        original_max_position_embeddings=context,
+        short_factor=factor_of_pair,
+        long_factor=factor_of_pair,
+        original_max_position_embeddings=config.max_position_embeddings,
     )

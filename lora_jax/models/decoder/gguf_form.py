@@ -57,14 +57,14 @@ def check_form(config: Any) -> list[str]:
     if not isinstance(config, DecoderConfig) or config.family.gguf is None:
         names = ", ".join(family.model_type for family in FAMILIES.values() if family.gguf)
         raise ConfigError(
-            f"GGUF files are written of {names}, and this model is a {config.model_type}: write "
-            "safetensors (--output), and see whether llama.cpp's convert_hf_to_gguf.py knows it"
+            f"A {config.model_type} model cannot be written as a GGUF file; {names} can. Write "
+            "safetensors (--output), and try llama.cpp's convert_hf_to_gguf.py."
         )
     problems = list(_problems(config))
     if problems:
         raise ConfigError(
-            f"llama.cpp runs no {config.model_type} with {'; '.join(problems)}: serve it by vLLM "
-            "or transformers instead (--output)"
+            f"llama.cpp cannot run a {config.model_type} model with {'; '.join(problems)}. Write "
+            "safetensors (--output), and serve the model by vLLM or transformers."
         )
     return list(_differences(config))
 
@@ -97,6 +97,7 @@ def _problems(config: DecoderConfig) -> Iterator[str]:
         yield f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
     if config.partial_rotary_factor != 1 and arch != "phi3":
         yield f"partial_rotary_factor {config.partial_rotary_factor}"
+    # The rest concerns RoPE's scaling.
     scaling = config.rope_scaling
     if scaling is None:
         return
@@ -125,8 +126,10 @@ def _rotates_alike(config: DecoderConfig, **changes: Any) -> bool:
 
 def _gemma_scale(config: DecoderConfig) -> float:
     """Returns llama.cpp's factor of scores; it knows the model of 27B by its 62 layers."""
-    size = config.hidden_size // config.num_attention_heads
-    return float((size if config.num_hidden_layers == 62 else config.head_dim) ** -0.5)
+    size = config.head_dim
+    if config.num_hidden_layers == 62:
+        size = config.hidden_size // config.num_attention_heads
+    return float(size**-0.5)
 
 
 def _differences(config: DecoderConfig) -> Iterator[str]:
@@ -256,7 +259,8 @@ def name_of(config: DecoderConfig) -> Callable[[str], str]:
         name = name_map.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(
-                f"gguf {config.family.gguf} has no tensor for {hf_name}: pip install -U gguf"
+                f"The package gguf has no tensor for {hf_name} in its architecture "
+                f"{config.family.gguf}. Run: pip install -U gguf"
             )
         return str(name)
 

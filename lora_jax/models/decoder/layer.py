@@ -28,7 +28,7 @@ from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
 from lora_jax.models.layers.cache import LayerCache, NewEntries, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import layer_input, projected
+from lora_jax.models.layers.trunk import name_layer_input, name_projection
 
 # Epsilon of the norms of latent vectors (MLA), whatever the configuration says of other norms.
 _LATENT_EPS = 1e-6
@@ -111,16 +111,17 @@ class Attention(ModelPart):
             cache = kept.cache
             q = rotate(self._project(x)["q"], rope)
             k, v = (unpack(heads, cfg, self.kind) for heads in kept.new)
-        else:
+        else:  # the layer's own queries, keys and values
             projections = self._project(x)
             gate = projections.get("gate")
             q = rotate(projections["q"], rope)
             k = rotate(projections["k"], rope)
             v = projections["v"]
             if not self._keeps_projections:
-                q, k, v = (projected(heads, self.remat) for heads in (q, k, v))
+                q, k, v = (name_projection(heads, self.remat) for heads in (q, k, v))
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
+        # A cache stores the layer's keys and values; Gemma 4's are packed into heads of one size.
         entries: NewEntries = None if self.kind.reuses else (k, v)
         if cfg.global_head_dim:
             cache = unpack_cache(cache, cfg, self.kind)
@@ -140,7 +141,7 @@ class Attention(ModelPart):
             sinks=sinks,
         )
         with jax.named_scope(scope):
-            out = attend_heads(self, inputs, cache, step.filled)
+            out = attend_heads(self, inputs, cache, step.filled)  # [batch, seq, heads * head_dim]
         if cfg.kv_lora_rank:
             out = take_values(self, out)
         if gate is not None:
@@ -200,7 +201,7 @@ class Attention(ModelPart):
             if not keys_are_values:
                 heads["v"] = kv_heads
         sizes = {name: n_heads * head_dim for name, n_heads in heads.items()}
-        if cfg.attn_output_gate:
+        if cfg.attn_output_gate:  # each head of queries has a gate beside it
             sizes["q"] *= 2
         if cfg.fused_projections:
             fused = dense(self, sum(sizes.values()), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
@@ -212,10 +213,13 @@ class Attention(ModelPart):
                 for name, size in sizes.items()
             }
         if self._keeps_projections:
-            flat = {name: projected(features, self.remat) for name, features in flat.items()}
-        normalised = [name for name in heads if name in "qk" and cfg.qk_norm]
+            flat = {name: name_projection(features, self.remat) for name, features in flat.items()}
+        # Norms of queries and keys run over all heads together (OLMo), or over each head.
+        normalised_names = []
+        if cfg.qk_norm:
+            normalised_names = [name for name in ("q", "k") if name in heads]
         if cfg.qk_norm_joins_heads:
-            flat |= {name: rms_norm(self, f"{name}_norm")(flat[name]) for name in normalised}
+            flat |= {name: rms_norm(self, f"{name}_norm")(flat[name]) for name in normalised_names}
         results = {
             name: self.placement.constrain(features.reshape(*x.shape[:2], heads[name], -1), "heads")
             for name, features in flat.items()
@@ -227,7 +231,8 @@ class Attention(ModelPart):
         if cfg.value_norm and "v" in results:
             results["v"] = normalise_values(results["v"], cfg.rms_norm_eps)
         if not cfg.qk_norm_joins_heads:
-            results |= {name: rms_norm(self, f"{name}_norm")(results[name]) for name in normalised}
+            for name in normalised_names:
+                results[name] = rms_norm(self, f"{name}_norm")(results[name])
         return results
 
 
@@ -249,7 +254,7 @@ class DecoderLayer(ModelPart):
           ``layer.routing`` is given.
         """
         cfg = self.config
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         if step.cache is not None:
             take = functools.partial(
                 jax.lax.dynamic_index_in_dim, index=layer.number, keepdims=False
@@ -257,7 +262,7 @@ class DecoderLayer(ModelPart):
             layer = layer._replace(cache=jax.tree.map(take, step.cache))
 
         hidden, entries = self._mix_tokens(self._normalise_input(0, x), step, layer)
-        x = self._add_output(0, x, projected(hidden, self.remat))
+        x = self._add_output(0, x, name_projection(hidden, self.remat))
         hidden, experts = self._apply_mlp(self._normalise_input(1, x), layer.routing)
         x = self._add_output(1, x, hidden)
         if layer.inputs is not None:
@@ -311,11 +316,12 @@ class DecoderLayer(ModelPart):
             mixture = SparseMLP(*self.options, products=self.experts, name=cfg.family.mlp_name)
             hidden, experts = mixture(x, routing)
             return hidden, None if routing is None else experts
-        inner = cfg.intermediate_size
+        # A layer without experts.
+        d_mlp = cfg.intermediate_size
         if self.kind.reuses and cfg.use_double_wide_mlp:
-            inner *= 2
-        mlp = MLP(*self.options, inner=inner, name=cfg.family.mlp_name)
-        return mlp(x), None if routing is None else routing.astype(jnp.int32)
+            d_mlp *= 2
+        hidden = MLP(*self.options, inner=d_mlp, name=cfg.family.mlp_name)(x)
+        return hidden, None if routing is None else routing.astype(jnp.int32)
 
 
 def project_latent(
@@ -337,7 +343,7 @@ def project_latent(
     n_heads = cfg.num_attention_heads
 
     def project(x: jax.Array, name: str, size: int, *, use_bias: bool = False) -> jax.Array:
-        return projected(dense(module, size, use_bias=use_bias, name=name)(x), module.remat)
+        return name_projection(dense(module, size, use_bias=use_bias, name=name)(x), module.remat)
 
     def split_heads(x: jax.Array) -> jax.Array:
         return module.placement.constrain(x.reshape(*x.shape[:2], n_heads, -1), "heads")
@@ -358,6 +364,7 @@ def project_latent(
     latent_and_rope = project(
         x, "kv_a_proj_with_mqa", cfg.kv_lora_rank + rope_dim, use_bias=cfg.qkv_bias
     )
+    # The latent vector gives each head's keys without RoPE, and its values.
     kv_latent, k_rope = jnp.split(latent_and_rope, [cfg.kv_lora_rank], axis=-1)
     kv = project(
         normalise(kv_latent, "kv_a_layernorm"), "kv_b_proj", n_heads * (nope_dim + cfg.v_head_dim)

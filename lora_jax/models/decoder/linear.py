@@ -27,7 +27,7 @@ class GatedDeltaNet(ModelPart):
     def __call__(
         self, x: jax.Array, tokens: RecurrentTokens, memory: Recurrent | None
     ) -> tuple[jax.Array, Recurrent | None]:
-        """Mixes tokens.
+        """Mixes each token with the tokens before it in its segment.
 
         Args:
           x: [batch, seq, d_model].
@@ -52,16 +52,13 @@ class GatedDeltaNet(ModelPart):
         log_rate = self.param("A_log", nn.initializers.zeros, (value_heads,), self.param_dtype)
         shift = self.param("dt_bias", nn.initializers.ones, (value_heads,), self.param_dtype)
 
+        # A short convolution over the channels of q, k and v together.
         projections: dict[str, jax.Array] = {}
         for letters in cfg.linear_projections:
             projections |= zip(letters, self._project(x, letters), strict=True)
         qkv = jnp.concatenate([projections[letter] for letter in "qkv"], axis=-1)
-        qkv, new_tail = short_convolution(
-            qkv.astype(dtype),
-            taps.astype(dtype),
-            tokens,
-            memory and memory.tail.astype(dtype),
-        )
+        tail = None if memory is None else memory.tail.astype(dtype)
+        qkv, new_tail = short_convolution(qkv.astype(dtype), taps.astype(dtype), tokens, tail)
         qkv = ACTIVATION[cfg.hidden_act](qkv)
         q, k, v = jnp.split(qkv, [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
         q = normalise(split_heads(q, key_heads))
@@ -70,6 +67,7 @@ class GatedDeltaNet(ModelPart):
         q = jnp.repeat(q, value_heads // key_heads, axis=2)
         k = jnp.repeat(k, value_heads // key_heads, axis=2)
 
+        # Each token's rate of writing and decay, [batch, seq, value_heads]; padding has neither.
         beta = nn.sigmoid(projections["b"].astype(dtype))
         time_step = nn.softplus(projections["a"].astype(dtype) + shift.astype(dtype))
         log_decay = -jnp.exp(log_rate.astype(dtype)) * time_step
@@ -89,6 +87,7 @@ class GatedDeltaNet(ModelPart):
             state=state,
             segments=tokens.segments,
         )
+        # The output is normalised, gated by z, and projected back to d_model.
         out = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(out)
         out = out.astype(dtype) * nn.silu(split_heads(projections["z"], value_heads).astype(dtype))
         out = self.placement.constrain(out.reshape(*x.shape[:2], -1).astype(self.dtype), "features")

@@ -126,8 +126,9 @@ class Trunk(ModelPart):
         x = insert_vectors(multiply(x, cfg.embedding_multiplier), is_vector, vectors)
         x = self.placement.constrain(x, "residual")
 
+        # The experts of each layer's tokens: given ones, or the router's choice for the cache.
         if routing is not None:
-            routing = jnp.moveaxis(routing, 2, 0)
+            routing = jnp.moveaxis(routing, 2, 0)  # layers first
         elif cache is not None and cache.routing is not None:
             shape = (cfg.num_hidden_layers, *input_ids.shape, cache.routing.shape[-1])
             routing = jnp.full(shape, -1, jnp.int32)
@@ -169,8 +170,9 @@ class Trunk(ModelPart):
         )
         if routing is not None and routing.shape[2:] != layers_and_choices:
             raise ValueError(
-                f"routing has the experts of {routing.shape[2:]} layers and choices, and the model "
-                f"has {layers_and_choices}: give [batch, seq, layers, k], to a mixture of experts"
+                f"routing has the experts of {routing.shape[2:]} layers and choices, but the model "
+                f"has {layers_and_choices}. Pass routing of the shape [batch, seq, layers, k] to a "
+                "model with experts."
             )
 
 
@@ -209,7 +211,8 @@ class Period(ModelPart):
                 layer = layer._replace(cache=_entry(layers.cache, len(keys_and_values)))
             run_layer = make_layer(*self.options, experts=self.experts, kind=kind, name=place)
             x, (entries, experts) = run_layer(x, step, layer)
-            (memories if kind.linear else keys_and_values).append(entries)
+            entries_of_kind = memories if kind.linear else keys_and_values
+            entries_of_kind.append(entries)
             experts_of_layers.append(experts)
         routing = None if layers.routing is None else jnp.stack(experts_of_layers)
         stacked = [_stack(entries) for entries in (keys_and_values, memories) if entries]
@@ -244,6 +247,7 @@ class Runs(ModelPart):
             )
             entries_of_runs.append(entries)
             experts_of_runs.append(experts)
+            # Layers of the second run reuse keys and values of the first.
             if cfg.num_kv_shared_layers and step.kept is None:
                 kept = keep_last(cfg, range(stop), entries, step.cache)
                 step = step._replace(cache=None, kept=kept)

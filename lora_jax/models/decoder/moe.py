@@ -55,7 +55,7 @@ class SparseMLP(ModelPart):
           [batch, seq, d_model], and the experts of each token, [batch, seq, k] int32.
         """
         cfg = self.config
-        x = _rounded(x, x.dtype)
+        x = _round_to(x, x.dtype)
         logits = self._router_logits(x)
         if cfg.sigmoid_router:
             correction = self.param(
@@ -69,11 +69,12 @@ class SparseMLP(ModelPart):
             weights, chosen = route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob, routing)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
-        mixture = self.placement.mixture(mixed_of(gated_of(cfg), products))
+        mixture = self.placement.mixture(make_mixture(make_gated_activation(cfg), products))
         out = mixture(checkpoint_name(x, TOKENS), weights, chosen, kernels, biases)
         out = checkpoint_name(out, SAME_TOKENS)
         if not cfg.shared_expert_intermediate_size:
             return out, chosen
+        # An MLP that all tokens go through is added.
         shared_mlp = MLP(
             *self.options, inner=cfg.shared_expert_intermediate_size, name=cfg.family.shared_name
         )
@@ -100,7 +101,7 @@ class SparseMLP(ModelPart):
         return logits
 
 
-def gated_of(config: DecoderConfig) -> Gated:
+def make_gated_activation(config: DecoderConfig) -> Gated:
     """Returns the gated activation of a model's experts."""
     limit = config.swiglu_limit
     activation = ACTIVATION[config.hidden_act]
@@ -162,6 +163,7 @@ def route_by_sigmoids(
     scores = nn.sigmoid(logits)
     ranked = scores + bias.astype(scores.dtype)
     if config.topk_group < config.n_group:
+        # A group's score is the sum of its two best; experts of other groups are ruled out.
         groups = ranked.reshape(*ranked.shape[:-1], config.n_group, -1)
         group_scores = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
         _, top_groups = lax.top_k(group_scores, config.topk_group)
@@ -171,18 +173,19 @@ def route_by_sigmoids(
     _, chosen = lax.top_k(ranked, config.num_experts_per_tok)
     if routing is not None:
         chosen = jnp.where(routing < 0, chosen, routing.astype(chosen.dtype))
+    # The weights are the sigmoids without the biases.
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return weights * config.routed_scaling_factor, chosen
 
 
-def mixed_of(gated: Gated, experts: Experts) -> Mixture:
+def make_mixture(gated: Gated, experts: Experts) -> Mixture:
     """Returns the mixture of experts with an activation and an implementation."""
-    return functools.partial(_mixed, gated, experts)
+    return functools.partial(_apply_mixture, gated, experts)
 
 
-def _mixed(
+def _apply_mixture(
     gated: Gated,
     experts: Experts,
     x: jax.Array,
@@ -199,18 +202,20 @@ def _mixed(
     # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
     weights = weights.reshape(-1, k).T
     chosen = chosen.reshape(-1, k).T
-    bias_option = {"biases": biases} if biases else {}  # a function of one's own may do without
-    if shares > 1:
+    # A caller's own function of experts may have no parameter for biases.
+    bias_option = {"biases": biases} if biases else {}
+    if shares > 1:  # the kernels are one of several equal parts of all experts
         sums = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option)
     else:
+        # Each token is a row for each of its k experts.
         rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, d_model)
         outs = experts(gated, rows, chosen.reshape(-1), *kernels, **bias_option)
-        outs = outs.reshape(k, -1, outs.shape[-1]).astype(weights.dtype)
+        outs = outs.reshape(k, -1, outs.shape[-1]).astype(weights.dtype)  # [k, tokens, d_model]
         sums = (outs * weights[..., None]).sum(axis=0)
-    return _rounded(sums.reshape(x.shape), x.dtype)
+    return _round_to(sums.reshape(x.shape), x.dtype)
 
 
-def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns x in a dtype, rounded to it in every program.
 
     XLA may leave out a rounding to bf16 between operations in fp32, in one program and not in

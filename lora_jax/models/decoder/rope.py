@@ -30,7 +30,7 @@ class RopeAngles(NamedTuple):
 def rotations(
     positions: jax.Array, config: DecoderConfig, length: jax.Array | int, *, local: bool = False
 ) -> RopeAngles:
-    """Returns the rotation of every position.
+    """Returns cos and sin of RoPE's angles at every position.
 
     Args:
       positions: [batch, seq], int; or [batch, seq, rotated / 2], of each pair.
@@ -120,6 +120,7 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
         long_freqs = (freqs / np.asarray(scaling.long_factor, np.float32)).astype(np.float32)
         is_long = length > scaling.original_max_position_embeddings
         return jnp.where(is_long, jnp.asarray(long_freqs), jnp.asarray(short_freqs))
+    # The other kinds blend each frequency with the frequency divided by the factor.
     share = _unscaled_share(config, scaling, freqs)
     blended = (1.0 - share) * freqs / scaling.factor + share * freqs
     return jnp.asarray(blended.astype(np.float32))
@@ -137,9 +138,10 @@ def _unscaled_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarr
         return np.zeros_like(freqs)
     context = scaling.original_max_position_embeddings
     if scaling.kind == "llama3":
-        turns = context * freqs / (2 * np.pi)
+        turns = context * freqs / (2 * np.pi)  # of each pair, in the context trained on
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
+    # YaRN: the share falls linearly from the pair that turns beta_fast times on.
     dim = config.rotary_dim
 
     def pair_with_turns(turns: float) -> float:
@@ -153,7 +155,7 @@ def _unscaled_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarr
         slow_pair = math.ceil(slow_pair)
     fast_pair = max(fast_pair, 0)
     slow_pair = min(slow_pair, dim - 1)
-    if slow_pair == fast_pair:
+    if slow_pair == fast_pair:  # no division by zero
         slow_pair += 0.001
     pairs = np.arange(dim // 2, dtype=np.float32)
     scaled_share = np.clip((pairs - fast_pair) / (slow_pair - fast_pair), 0.0, 1.0)
@@ -192,31 +194,34 @@ def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
     (2048, 8192)
     """
     if not isinstance(config, DecoderConfig):
-        reason = "has no RoPE to scale"
+        problem = f"A {config.model_type} model has no RoPE to scale."
         if isinstance(getattr(config, "text", None), DecoderConfig):
-            reason = "that reads images keeps its RoPE: only that of texts alone is scaled"
-        raise ConfigError(f"a {config.model_type} model {reason}")
-    if (existing := config.rope_scaling) is not None:
+            problem = f"The RoPE of a {config.model_type} model, which reads images, is not scaled."
+        raise ConfigError(f"{problem} Remove the RoPE scaling, or use a decoder of texts alone.")
+    existing = config.rope_scaling
+    if existing is not None:
         raise ConfigError(
-            f"the model scales its RoPE already ({existing.kind}, factor {existing.factor:g}), and "
-            "what it learned with that would be lost"
+            f"The model scales its RoPE already ({existing.kind}, factor {existing.factor:g}), and "
+            "another scaling would lose what it learned. Remove the RoPE scaling, or use a model "
+            "without one."
         )
     kind = scaling.get("rope_type")
     if kind == "dynamic":
         raise ConfigError(
-            "RoPE type 'dynamic' changes its frequencies with the length of a text, so that they "
-            "would not fit the keys in a cache: use its successor yarn, whose frequencies are fixed"
+            "RoPE type 'dynamic' changes its frequencies with the length of a text, so they do not "
+            "fit the keys in a cache. Use 'yarn', whose frequencies are fixed."
         )
     supported = config.family.rope_kinds
     if supported and kind not in supported:
         raise ConfigError(
-            f"RoPE type {kind!r} is not supported for {config.model_type}, "
-            f"only {', '.join(supported)}"
+            f"RoPE type {kind!r} is not supported for {config.model_type}. Use "
+            f"{' or '.join(supported)}."
         )
     factor = scaling.get("factor", 0.0)
     if not factor > 1:
         raise ConfigError(
-            f"factor {factor:g}: give a number above 1, the ratio of the new length to the old"
+            f"The RoPE factor is {factor:g}, but it must be above 1. Use the ratio of the new "
+            "length to the old."
         )
     original = scaling.get(_ORIGINAL, config.max_position_embeddings)
     fields = {**_DEFAULTS.get(str(kind), {}), **scaling}

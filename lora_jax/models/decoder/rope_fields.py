@@ -92,23 +92,33 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
         fields = fields or dict(get("rope_scaling") or {})
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
     if nested:
-        raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
+        raise ConfigError(
+            f"RoPE parameters per layer type ({', '.join(nested)}) are not supported for {name}. "
+            "Use one set of rope_parameters for all layers."
+        )
     fields = {field: value for field, value in fields.items() if field not in _WITHOUT_EFFECT}
-    legacy = fields.pop("type", "default")
-    kind = fields.pop("rope_type", legacy) or "default"
-    theta = float(_not_none(fields.pop("rope_theta", None), get("rope_theta", 10000.0)))
+    legacy_kind = fields.pop("type", "default")
+    kind = fields.pop("rope_type", legacy_kind) or "default"
+    theta = float(_first_not_none(fields.pop("rope_theta", None), get("rope_theta", 10000.0)))
     if family.windows_rotate_apart:
-        local_theta = float(_not_none(local_theta, get("rope_local_base_freq", theta)))
-    partial = _not_none(fields.pop(_PARTIAL, None), get(_PARTIAL), 1.0)
+        local_theta = float(_first_not_none(local_theta, get("rope_local_base_freq", theta)))
+    partial = _first_not_none(fields.pop(_PARTIAL, None), get(_PARTIAL), 1.0)
     if kind == _PROPORTIONAL:
         fields["rotated_share"], partial = float(partial), 1.0
     if _PARTIAL not in family.reads and partial != 1:
-        raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
+        raise ConfigError(
+            f"partial_rotary_factor={partial} is not supported for {name}. Only 1 is: remove the "
+            "field, or use another model."
+        )
     if fields.get(_BETA) and _BETA not in family.reads:
-        raise ConfigError(f"{_BETA}={fields[_BETA]} is not supported for {name}")
+        raise ConfigError(
+            f"{_BETA}={fields[_BETA]} is not supported for {name}. Remove the field, or use "
+            "another model."
+        )
+    # The kind of scaling that the family supports.
     kind = family.rope_aliases.get(kind, kind)
     kinds = family.rope_kinds or tuple(name for name in _KINDS if name != _PROPORTIONAL)
-    if kind == "default" and family.rope_kinds == (_PROPORTIONAL,):  # the same, of all pairs
+    if kind == "default" and family.rope_kinds == (_PROPORTIONAL,):  # it then rotates all pairs
         kind = _PROPORTIONAL
     if kind == "default":
         scaling = None
@@ -118,7 +128,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
         scaling = _read_scaling(kind, fields, context, outside)
     else:
         raise ConfigError(
-            f"RoPE type {kind!r} is not supported for {name}; {', '.join(kinds)} and default are"
+            f"RoPE type {kind!r} is not supported for {name}. Use {', '.join(kinds)} or default."
         )
     return {
         "rope_theta": theta,
@@ -128,7 +138,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     }
 
 
-def _not_none(*values: Any) -> Any:
+def _first_not_none(*values: Any) -> Any:
     """Returns the first of the values that is not None. A 0 counts: it is refused later."""
     for value in values:
         if value is not None:
@@ -143,7 +153,8 @@ def _take_local_theta(fields: dict[str, Any]) -> float | None:
     kind = local_fields.pop("rope_type", "default")
     if kind != "default" or any(local_fields.values()):
         raise ConfigError(
-            f"RoPE type {kind!r} of sliding_attention ({local_fields}) is not supported"
+            f"RoPE type {kind!r} of sliding_attention ({local_fields}) is not supported. Use "
+            "'default' there."
         )
     return theta
 
@@ -151,16 +162,22 @@ def _take_local_theta(fields: dict[str, Any]) -> float | None:
 def _read_scaling(kind: str, fields: Fields, context: int, original: int | None) -> RopeScaling:
     """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
     fields = {name: value for name, value in fields.items() if value is not None}
+    # Every needed field must be there, and no unknown one.
     needed_names, optional_names = _KINDS[kind]
     missing_names = sorted(set(needed_names) - set(fields))
     if missing_names:
-        raise ConfigError(f"RoPE type {kind!r} lacks {', '.join(missing_names)}")
+        raise ConfigError(
+            f"The RoPE scaling of type {kind!r} lacks {', '.join(missing_names)}. Add these fields."
+        )
     known_names = {*needed_names, *optional_names}
     unknown_names = sorted(
         name for name, value in fields.items() if name not in known_names and value is not False
     )
     if unknown_names:
-        raise ConfigError(f"RoPE type {kind!r} with {', '.join(unknown_names)} is not supported")
+        raise ConfigError(
+            f"RoPE type {kind!r} with {', '.join(unknown_names)} is not supported. Remove these "
+            "fields, or use another type."
+        )
     scaling = {name: value for name, value in fields.items() if name in known_names}
     if kind in ("linear", _PROPORTIONAL):
         return RopeScaling(kind=kind, **scaling)
@@ -180,11 +197,12 @@ def _attention_factor(kind: str, fields: Fields, context: int) -> float:
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
     original_context = fields[_ORIGINAL]
-    factor = _not_none(fields.get("factor"), context / original_context)
+    factor = _first_not_none(fields.get("factor"), context / original_context)
     if factor <= 1:
         return 1.0
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original_context))
+    # YaRN: the ratio of two factors, by default that of the paper over 1.
     numerator_scale = fields.get("mscale")
     denominator_scale = fields.get("mscale_all_dim")
     if not (numerator_scale and denominator_scale):

@@ -23,7 +23,7 @@ class LayerKind(NamedTuple):
 def runs_of(
     kinds: Sequence[LayerKind], first: int, names: tuple[str, str]
 ) -> dict[str, dict[str, range]]:
-    """Returns the layers as runs of stacks that take turns: run -> place -> layer indices.
+    """Groups the layers into runs and stacks: name of the run -> place -> layer indices.
 
     One run, "", has all layers, unless the first ones are another. In each, the shortest pattern of
     kinds that repeats has the places, such as "0of4": layers 0, 4, 8, …; "" if all are alike.
@@ -41,12 +41,13 @@ def runs_of(
 
 
 def _stacks(kinds: Sequence[LayerKind], layers: range) -> dict[str, range]:
-    """Returns the stacks of a run's layers: place -> layer indices; see ``runs_of``."""
-    pattern = tuple(kinds[i] for i in layers)
+    """Groups the layers of a run into stacks: place -> layer indices; see ``runs_of``."""
+    layer_kinds = tuple(kinds[i] for i in layers)
     n_layers = len(layers)
-    period = next(
-        size for size in range(1, n_layers + 1) if pattern == pattern[:size] * (n_layers // size)
-    )
-    if period == 1:
+    # The shortest pattern of kinds whose repetition gives all layers.
+    period = 1
+    while layer_kinds != layer_kinds[:period] * (n_layers // period):
+        period += 1
+    if period == 1:  # all layers are of one kind
         return {"": layers}
     return {f"{i}of{period}": layers[i::period] for i in range(period)}

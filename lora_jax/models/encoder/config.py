@@ -129,7 +129,10 @@ class EncoderConfig:
         check_supported("head", self.head, HEADS)
         check_supported("pooling", self.pooling, POOLINGS)
         if self.family.after_padding and self.pad_token_id is None:
-            raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
+            raise ConfigError(
+                f"{self.model_type} counts positions from pad_token_id, which is missing. Set "
+                "pad_token_id."
+            )
         check_classes(self.num_labels, self.label_names)
 
     @property
@@ -173,12 +176,15 @@ class EncoderConfig:
         known_names = _HEAD_FIELDS | _FIELDS.file_names | _NO_EFFECT
         check_no_unknown_fields(config, family, known_names, _UNSUPPORTED)
         if config.get("vocab_size") is None:
-            raise ConfigError("the configuration lacks vocab_size")
-        head = options.get("head") or _head_of(config)
+            raise ConfigError(
+                "config.json lacks vocab_size. Add the field, or download the model again."
+            )
+        head = options.get("head") or _read_head(config)
         for name, option_head in _HEAD_OF_OPTION.items():
             if name in options and head != option_head:
                 raise ConfigError(
-                    f"{name} goes with head={option_head!r}, and the head is {head!r}"
+                    f"{name} needs head={option_head!r}, but the head is {head!r}. Pass "
+                    f"head={option_head!r}, or remove {name}."
                 )
         num_labels, label_names = read_classes(config, options.get("num_labels"))
         fields: dict[str, Any] = {
@@ -211,7 +217,7 @@ class EncoderConfig:
 _FIELDS = FieldTable(EncoderConfig, excluded=(*OPTIONS, "label_names"))
 
 
-def _head_of(config: Fields) -> str:
+def _read_head(config: Fields) -> str:
     """Returns the head that a config.json names."""
     if config.get("sentence_pooling") is not None:
         return "embedding"

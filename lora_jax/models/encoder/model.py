@@ -20,7 +20,7 @@ from lora_jax.models.layers.blocks import (
 )
 from lora_jax.models.layers.encoder import LayerStack, SelfAttention, WrappedDense
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import layer_input
+from lora_jax.models.layers.trunk import name_layer_input
 
 
 class Embeddings(ModelPart):
@@ -149,10 +149,14 @@ class Encoder(ModelPart):
         """
         cfg = self.config
         if logits_at is not None and cfg.head != "masked_lm":
-            raise ValueError(f"logits_at is for the head 'masked_lm', not {cfg.head!r}")
+            raise ValueError(
+                f"logits_at needs the head 'masked_lm', but the model has {cfg.head!r}. Remove "
+                "logits_at."
+            )
         if positions is None and input_ids.shape[1] > cfg.max_tokens:
             raise ValueError(
-                f"{input_ids.shape[1]} tokens are more than the model's {cfg.max_tokens}"
+                f"{input_ids.shape[1]} tokens are more than the model's {cfg.max_tokens}. Truncate "
+                "the text."
             )
         hidden = self._trunk(input_ids, attention_mask, token_type_ids, positions, embedding_noise)
         if logits_at is not None:
@@ -235,7 +239,7 @@ class _Layer(_EncoderPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         cfg = self.config
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         x = _Attention(*self.options, name="attention")(x, mask)
         up_projection = WrappedDense(
             *self.options, features=cfg.intermediate_size, name="intermediate"

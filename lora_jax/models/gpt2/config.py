@@ -62,7 +62,10 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         if self.model_type != "gpt2":
-            raise ConfigError(f"model_type {self.model_type!r} is not gpt2")
+            raise ConfigError(
+                f"model_type is {self.model_type!r}, but a GPT2Config describes gpt2. Use "
+                "lora_jax.models.read_config for other models."
+            )
         check_transformer(self, _NAMES)
 
     @property

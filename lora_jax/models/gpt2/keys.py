@@ -15,11 +15,13 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     """
     layer = "transformer/h"
     rows = KeyTable(layer, config.num_hidden_layers, transpose=False)
-    width, inner = config.hidden_size, config.intermediate_size
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    words, positions = (config.vocab_size, width), (config.max_position_embeddings, width)
-    rows.add("embedding", "transformer/wte", "embedding", words, ROWS, aliases=tied)
-    rows.add("positions", "transformer/wpe", "embedding", positions, POSITIONS)
+    width = config.hidden_size
+    inner = config.intermediate_size
+    head_names = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    words_shape = (config.vocab_size, width)
+    positions_shape = (config.max_position_embeddings, width)
+    rows.add("embedding", "transformer/wte", "embedding", words_shape, ROWS, aliases=head_names)
+    rows.add("positions", "transformer/wpe", "embedding", positions_shape, POSITIONS)
     rows.layer_norm(f"{layer}/ln_1", width)
     rows.linear("attention", f"{layer}/attn/c_attn", (width, 3 * width), COLUMNS)
     rows.linear("attention", f"{layer}/attn/c_proj", (width, width), ROWS)
@@ -28,5 +30,6 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     rows.linear("mlp", f"{layer}/mlp/c_proj", (inner, width), ROWS)
     rows.layer_norm("transformer/ln_f", width)
     if not config.tie_word_embeddings:
-        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False, transpose=True)
+        head_shape = (width, config.vocab_size)
+        rows.linear("head", "lm_head", head_shape, COLUMNS, bias=False, transpose=True)
     return rows

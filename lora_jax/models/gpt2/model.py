@@ -21,7 +21,7 @@ from lora_jax.models.layers.blocks import (
 from lora_jax.models.layers.cache import Cache, LayerCache, NewEntries
 from lora_jax.models.layers.encoder import TwoLayerMLP
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import TokenPlaces, layer_input, projected, scan_layers
+from lora_jax.models.layers.trunk import TokenPlaces, name_layer_input, name_projection, scan_layers
 
 
 class GPT2(CausalLM):
@@ -67,7 +67,7 @@ class _Attention(ModelPart):
         self, x: jax.Array, shared: _SharedInput, layer: _LayerInput
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         cfg = self.config
-        qkv = projected(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
+        qkv = name_projection(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
         heads_shape = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         q, k, v = (
             self.placement.constrain(features.reshape(heads_shape), "heads")
@@ -90,10 +90,10 @@ class _Block(ModelPart):
         def normalise(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         attention = _Attention(*self.options, name="attn")
         attention_out, keys_and_values = attention(normalise("ln_1", x), shared, layer)
-        x = x + projected(attention_out, self.remat)
+        x = x + name_projection(attention_out, self.remat)
         mlp = TwoLayerMLP(*self.options, names=("c_fc", "c_proj"), name="mlp")
         x = x + mlp(normalise("ln_2", x))
         x = self.placement.constrain(x, "residual")

@@ -16,12 +16,12 @@ from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
-from lora_jax.models.layers.kernels.splash_branches import CALLS as SPLASH_CALLS
+from lora_jax.models.layers.kernels.splash_branches import CALLS_WITH_BRANCHES as SPLASH_CALLS
 from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 # From this many queries on, "auto" never holds all scores: see tests/benchmarks/attention.py.
-LONG = 512
+MIN_LONG_ROW_QUERIES = 512
 
 
 class Attend(Protocol):
@@ -45,7 +45,7 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
-Kernel = Splash | Flash | Cudnn  # each has `refusal`, and `otherwise` for the calls that it refuses
+Kernel = Splash | Flash | Cudnn  # each has `refusal`, and `fallback` for the calls that it refuses
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": DENSE,
@@ -55,8 +55,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Cudnn(),
 }
 ATTENTION = ("auto", *IMPLEMENTATIONS)
-_RUNS_ON = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}
-_BEST_ON = {"tpu": "splash", "gpu": "flash"}
+_REQUIRED_PLATFORM = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}
+_BEST_ON_PLATFORM = {"tpu": "splash", "gpu": "flash"}
 
 
 def attend(
@@ -95,20 +95,21 @@ def attend(
     if shared is not None:
         if local is DENSE and placement == UNPLACED:
             return DENSE.compute(inputs, shared)
-        before = shared.repeat(q.shape[0])
+        # The other implementations read a copy of the shared keys and values for each row.
+        shared_copies = shared.repeat(q.shape[0])  # [batch, n, kv_heads, head_dim]
         inputs = inputs._replace(
-            k=jnp.concatenate([before.key.astype(k.dtype), k], axis=1),
-            v=jnp.concatenate([before.value.astype(v.dtype), v], axis=1),
+            k=jnp.concatenate([shared_copies.key.astype(k.dtype), k], axis=1),
+            v=jnp.concatenate([shared_copies.value.astype(v.dtype), v], axis=1),
         )
     out: jax.Array = placement.attention(local)(*inputs.arguments)
-    named: jax.Array = checkpoint_name(out, SAME_TOKENS)
-    return named
+    named_out: jax.Array = checkpoint_name(out, SAME_TOKENS)
+    return named_out
 
 
 def implementation(
     attention: str | Attend, seq: int, platform: str, *, kernels: bool = True
 ) -> Attend:
-    """Returns the implementation of a name; a function is its own.
+    """Returns the implementation of attention with a name; returns a function as it is.
 
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
@@ -134,14 +135,15 @@ def implementation(
     if not isinstance(attention, str):
         return attention
     if attention == "auto":
-        best = _BEST_ON.get(platform, "blockwise") if kernels else "blockwise"
-        attention = best if seq >= LONG else "dense"
+        best = _BEST_ON_PLATFORM.get(platform, "blockwise") if kernels else "blockwise"
+        attention = best if seq >= MIN_LONG_ROW_QUERIES else "dense"
     if attention not in IMPLEMENTATIONS:
-        raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTION)}")
-    if (needed := _RUNS_ON.get(attention, platform)) != platform:
+        raise ValueError(f"There is no attention {attention!r}. Use one of {', '.join(ATTENTION)}.")
+    required_platform = _REQUIRED_PLATFORM.get(attention, platform)
+    if required_platform != platform:
         raise ValueError(
-            f"attention {attention!r} runs on a {needed}, and this is for a {platform}: "
-            "'auto' takes what runs there"
+            f"attention {attention!r} runs only on a {required_platform}, but the model is "
+            f"compiled for a {platform}. Use attention='auto', which chooses what runs there."
         )
     if attention == "blockwise" and platform.startswith("gpu"):
         return ON_GPU
@@ -184,13 +186,16 @@ def choose_implementation(
     Raises:
       ValueError: see ``implementation``.
     """
-    first = implementation(attention, seq, platform)
-    if isinstance(first, Kernel) and (why := first.refusal(call)):
-        return AttentionChoice(first.otherwise, _name(first.otherwise), f"{_name(first)}: {why}")
-    return AttentionChoice(first, _name(first))
+    requested = implementation(attention, seq, platform)
+    requested_name = _implementation_name(requested)
+    reason = requested.refusal(call) if isinstance(requested, Kernel) else None
+    if not isinstance(requested, Kernel) or reason is None:
+        return AttentionChoice(requested, requested_name)
+    fallback = requested.fallback
+    return AttentionChoice(fallback, _implementation_name(fallback), f"{requested_name}: {reason}")
 
 
-def _name(attend: Attend) -> str:
+def _implementation_name(attend: Attend) -> str:
     """Returns the name of an implementation, whatever its options are."""
     for name, known in IMPLEMENTATIONS.items():
         if type(attend) is type(known):
@@ -198,11 +203,11 @@ def _name(attend: Attend) -> str:
     return str(attend)
 
 
-def scores_of(attend: Attend, seq: int, *, branched: bool = False) -> int:
+def count_scores(attend: Attend, seq: int, *, branched: bool = False) -> int:
     """Returns the number of scores that a head computes for a causal row, on one device.
 
     Args:
-      attend: an implementation; a function of one's own is taken to compute all.
+      attend: an implementation; a caller's own function is assumed to compute all scores.
       seq: tokens of the row.
       branched: whether it has prompts with several completions.
     """

@@ -185,6 +185,7 @@ class DenseAttention(Implementation):
         batch, seq, _, head_dim = q.shape
         kv_heads = k.shape[2]
         dtype = wide_dtype(q.dtype)
+        # [batch, kv_heads, group, queries, head_dim]
         grouped = q.reshape(batch, seq, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         key_sets = [KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))]
         if shared is not None:  # they come first in the mask
@@ -199,10 +200,12 @@ class DenseAttention(Implementation):
             )
             return jnp.where(visible, soft_cap(scores * factor, cap), jnp.finfo(dtype).min)
 
+        # Each set of keys has its scores, [batch, kv_heads, group, queries, keys of the set].
         ends = np.cumsum([key_set.keys.shape[-2] for key_set in key_sets])
         visible_sets = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
         score_sets = list(map(compute_scores, key_sets, visible_sets))
-        # The maximum changes no result, and so needs no derivative.
+        # The softmax runs over all sets together. Its maximum changes no result, and needs no
+        # derivative.
         maxima = [jnp.max(scores, axis=-1, keepdims=True) for scores in score_sets]
         largest = lax.stop_gradient(functools.reduce(jnp.maximum, maxima))
         largest, sink = add_sinks(largest, sinks, (kv_heads, -1, 1, 1))
@@ -219,6 +222,7 @@ class DenseAttention(Implementation):
             )
 
         out = functools.reduce(jnp.add, map(sum_values, key_sets, weight_sets))
+        # Back to [batch, queries, heads, head_dim].
         return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

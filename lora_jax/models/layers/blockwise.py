@@ -54,7 +54,9 @@ class Blockwise(Implementation):
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.spans < 1:
-            raise ValueError(f"{self}: block and spans must be at least 1")
+            raise ValueError(
+                f"{self} is not valid. Pass a block and a number of spans of at least 1."
+            )
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
         q, k, v, mask, *_ = inputs
@@ -63,6 +65,7 @@ class Blockwise(Implementation):
         keys = k.transpose(0, 2, 1, 3)
         values = v.transpose(0, 2, 1, 3)
         softmax = Softmax(inputs.factor, inputs.cap, inputs.sinks)
+        # A device with an early and a late chunk of the row attends by pairs of tiles.
         if mask.causal and mask.split is not None and mask.split.paired:
             out = _attend_pairs(
                 q=grouped,
@@ -74,8 +77,9 @@ class Blockwise(Implementation):
                 block=self.block,
             )
             return out.reshape(q.shape)
+        # Queries of a span see no keys behind the span, which are not multiplied.
         skips_hidden_keys = mask.causal and mask.aligned
-        span_bounds = self._bounds(seq) if skips_hidden_keys else [(0, seq)]
+        span_bounds = self._span_bounds(seq) if skips_hidden_keys else [(0, seq)]
         span_outputs = []
         for start, stop in span_bounds:
             n_keys = stop if skips_hidden_keys else k.shape[1]
@@ -103,13 +107,13 @@ class Blockwise(Implementation):
           split: how they are split over devices; the number counts all devices together.
         """
         if split is None:
-            return sum((stop - start) * stop for start, stop in self._bounds(seq))
+            return sum((stop - start) * stop for start, stop in self._span_bounds(seq))
         if not split.paired:
             return seq**2
         size = self._tile(seq // (2 * split.parts), split)
         return seq // 2 * (seq + size)
 
-    def _bounds(self, seq: int) -> list[tuple[int, int]]:
+    def _span_bounds(self, seq: int) -> list[tuple[int, int]]:
         """Returns start and end of each span: two blocks or more, whole but for the last.
 
         XLA removes a loop over a single block, and would then keep its scores after all.
@@ -185,11 +189,13 @@ def _attend_pairs(
     assert mask.split is not None, "pairs of tiles are those of a split"
 
     def cut_into_tiles(tree: Tree, axis: int) -> Tree:
-        return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)
+        return jax.tree.map(lambda x: x.reshape(_cut_shape(x.shape, axis, tile)), tree)
 
-    key_tiles, value_tiles = cut_into_tiles(keys, 2), cut_into_tiles(values, 2)
+    key_tiles = cut_into_tiles(keys, 2)  # [batch, kv_heads, tiles, tile, head_dim]
+    value_tiles = cut_into_tiles(values, 2)
     key_tokens = cut_into_tiles(mask.keys, -1)
-    query_tiles, query_tokens = cut_into_tiles(q, 1), cut_into_tiles(mask.queries, -1)
+    query_tiles = cut_into_tiles(q, 1)  # [batch, tiles, tile, kv_heads, group, head_dim]
+    query_tokens = cut_into_tiles(mask.queries, -1)
     n_tiles = query_tiles.shape[1]
     n_pairs = n_tiles // 2
     pair_outputs = []
@@ -204,9 +210,11 @@ def _attend_pairs(
         def stack_pair(x: jax.Array, early: int = early, late: int = late) -> jax.Array:
             return jnp.stack([x[..., early, :], x[..., late, :]], axis=-2)
 
+        # [batch, tile, 2, kv_heads, group, head_dim]
         pair = jnp.stack([query_tiles[:, early], query_tiles[:, late]], axis=2)
         pair_tokens = jax.tree.map(stack_pair, query_tokens)
         pair_outputs.append(_map_blocks(attend_queries, pair, pair_tokens, block))
+    # The late tiles were taken from the last one on, and are put back into their order.
     early_outputs = [pair[:, :, 0] for pair in pair_outputs]
     late_outputs = [pair[:, :, 1] for pair in reversed(pair_outputs)]
     return jnp.stack(early_outputs + late_outputs, axis=1).reshape(q.shape)
@@ -223,12 +231,13 @@ def _map_blocks(
     seq = q.shape[1]
     n_looped = seq - seq % block  # queries in full blocks
     outputs = []
+    # Full blocks are one loop, whose program does not grow with the length.
     if n_looped:
-        query_blocks = _blocks(q[:, :n_looped], 1, block)
-        token_blocks = _blocks(queries.take(0, n_looped), -1, block)
+        query_blocks = _cut_into_blocks(q[:, :n_looped], 1, block)
+        token_blocks = _cut_into_blocks(queries.take(0, n_looped), -1, block)
         out = lax.map(lambda arrays: run_block(*arrays), (query_blocks, token_blocks))
         outputs.append(jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n_looped, *q.shape[2:]))
-    if n_looped < seq:
+    if n_looped < seq:  # the rest is a smaller block
         outputs.append(run_block(q[:, n_looped:], queries.take(n_looped, seq - n_looped)))
     return jnp.concatenate(outputs, axis=1)
 
@@ -240,8 +249,10 @@ def _attend_block(
     batch, size, kv_heads, group, head_dim = q.shape
     scale, cap, sinks = softmax
     dtype = scale.dtype
-    rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, head_dim)
-    scores = jnp.einsum("bnqd,bnkd->bnqk", rows, keys, preferred_element_type=dtype)
+    # Query heads that share keys are multiplied together: [batch, kv_heads, group * size, head_dim]
+    stacked_q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, head_dim)
+    scores = jnp.einsum("bnqd,bnkd->bnqk", stacked_q, keys, preferred_element_type=dtype)
+    # [batch, kv_heads, group, size, keys]
     scores = soft_cap(scores.reshape(batch, kv_heads, group, size, -1) * scale, cap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(dtype).min)
     # Division comes last, when there is less to divide. The maximum changes no result, and so
@@ -250,22 +261,23 @@ def _attend_block(
     largest, sink = add_sinks(largest, sinks, (kv_heads, group, 1, 1))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True) + sink
+    # The weights multiply the values; the sums are divided by the total of the weights.
     weights = weights.reshape(batch, kv_heads, group * size, -1).astype(values.dtype)
     sums = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
     out = name_sums(sums).reshape(batch, kv_heads, group, size, head_dim) / total
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
-def _blocks(tree: Tree, axis: int, size: int) -> Tree:
+def _cut_into_blocks(tree: Tree, axis: int, size: int) -> Tree:
     """Cuts an axis of each leaf into blocks, and moves the axis of the blocks to the front."""
 
     def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(_cut(x.shape, axis, size)), axis % x.ndim, 0)
+        return jnp.moveaxis(x.reshape(_cut_shape(x.shape, axis, size)), axis % x.ndim, 0)
 
     return jax.tree.map(cut, tree)
 
 
-def _cut(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+def _cut_shape(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
     """Returns a shape, one axis of which is cut into parts of a size: [parts, size]."""
     axis = axis % len(shape)
     return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])

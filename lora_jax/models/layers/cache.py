@@ -199,14 +199,20 @@ def init_cache(
     >>> models.init_cache(config, batch=2, max_len=16).key.shape
     (1, 2, 2, 16, 4)
     """
-    if (own := getattr(config, "empty_cache", None)) is not None:  # a model with another cache
+    make_torch_cache = getattr(config, "empty_cache", None)
+    if make_torch_cache is not None:  # a torch module makes a cache of its own form
         if shared is not None:
-            raise ValueError("a torch module's cache shares no tokens between rows")
-        return own(batch, max_len, dtype)  # type: ignore[no-any-return]
-    linear = len(getattr(config, "linear_layers", ()))
-    layers = config.num_hidden_layers - linear - getattr(config, "num_kv_shared_layers", 0)
+            raise ValueError(
+                "The cache of a torch module cannot share tokens between rows. Remove shared=, and "
+                "put the shared tokens into each prompt."
+            )
+        return make_torch_cache(batch, max_len, dtype)  # type: ignore[no-any-return]
+    # Linear layers, and layers that reuse the keys of others, have no entry in the cache.
+    n_linear = len(getattr(config, "linear_layers", ()))
+    n_reusing = getattr(config, "num_kv_shared_layers", 0)
+    n_layers = config.num_hidden_layers - n_linear - n_reusing
     heads, size = getattr(config, "cache_heads", (config.num_key_value_heads, config.head_dim))
-    shape = (layers, batch, heads, max_len, size)
+    shape = (n_layers, batch, heads, max_len, size)
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
@@ -214,40 +220,45 @@ def init_cache(
         filled=jnp.zeros((), jnp.int32),
         length=jnp.full((batch,), shared.n_tokens if shared else 0, jnp.int32),
         shared=shared,
-        recurrent=_begin_recurrent(config, linear, batch, dtype, shared),
+        recurrent=_initial_recurrent(config, n_linear, batch, dtype, shared),
         routing=_empty_routing(config, batch, max_len) if with_routing else None,
     )
 
 
-def depends_on_room(config: object) -> bool:
+def depends_on_cache_length(config: object) -> bool:
     """Returns True where keys depend on the length of the cache: those that "longrope" rotates."""
     scaling = getattr(config, "rope_scaling", None)
     return scaling is not None and scaling.kind == "longrope"
 
 
-def _begin_recurrent(
-    config: Any, layers: int, batch: int, dtype: DTypeLike, shared: Shared | None
+def _initial_recurrent(
+    config: Any, n_layers: int, batch: int, dtype: DTypeLike, shared: Shared | None
 ) -> Recurrent | None:
     """Returns the memory of linear layers before a row's first token, or after shared ones."""
     if shared is not None:
-        if bool(layers) != (shared.recurrent is not None):
+        model_has_memory = n_layers > 0
+        if model_has_memory != (shared.recurrent is not None):
             raise ValueError(
-                "the shared tokens are those of a model with other layers: run them through this "
-                "one, by `share`"
+                "shared= was computed by a model with other layers. Compute it with this model by "
+                "`lora_jax.models.share`."
             )
         return shared.recurrent and shared.recurrent.repeat(batch)
-    if not layers:
+    if not n_layers:
         return None
-    tail, state = config.recurrent_shapes
-    wide = np.promote_types(dtype, np.float32)
+    tail_shape, state_shape = config.recurrent_shapes
+    state_dtype = np.promote_types(dtype, np.float32)
     return Recurrent(
-        jnp.zeros((layers, batch, *tail), dtype), jnp.zeros((layers, batch, *state), wide)
+        tail=jnp.zeros((n_layers, batch, *tail_shape), dtype),
+        state=jnp.zeros((n_layers, batch, *state_shape), state_dtype),
     )
 
 
 def _empty_routing(config: Any, batch: int, max_len: int) -> jax.Array:
     if not (getattr(config, "num_experts", 0) or 0):
-        raise ValueError("with_routing keeps the experts of each token, and this model has none")
+        raise ValueError(
+            "with_routing=True stores the experts of each token, but this model has no experts. "
+            "Remove with_routing."
+        )
     shape = (config.num_hidden_layers, batch, max_len, config.num_experts_per_tok)
     return jnp.full(shape, -1, jnp.int16)
 

@@ -63,18 +63,22 @@ def gated_delta_rule(
     batch, seq, heads, _ = k.shape
     size = chunk_size(seq)
 
-    def cut(x: jax.Array, mode: str = "constant") -> jax.Array:
+    def cut_into_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
         """Returns [chunks, batch, heads, size, …] of [batch, seq, heads, …]."""
         x = jnp.pad(x, [(0, 0), (0, -seq % size), *[(0, 0)] * (x.ndim - 2)], mode=mode)
         x = x.reshape(batch, -1, size, *x.shape[2:])
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
-    q, k, v, beta = cut(q), cut(k), cut(v), cut(beta)[..., None]
-    log_total = jnp.cumsum(cut(log_decay), axis=-1)  # from the chunk's start on
+    q, k, v = cut_into_chunks(q), cut_into_chunks(k), cut_into_chunks(v)
+    beta = cut_into_chunks(beta)[..., None]
+    # The decay of the state from the chunk's start up to each token: [chunks, batch, heads, size].
+    log_total = jnp.cumsum(cut_into_chunks(log_decay), axis=-1)
+
+    # Which tokens a state, or another token, still reaches; segments hide all others.
     sees_entry = reaches_end = entry_reaches_end = jnp.ones((), bool)
     is_visible = jnp.tril(jnp.ones((size, size), bool))  # tokens of the chunk, for a token
     if segments is not None:
-        chunk_segments = cut(segments[..., None], "edge")
+        chunk_segments = cut_into_chunks(segments[..., None], "edge")
         end_segment = chunk_segments[..., -1:]
         entry_segment = jnp.concatenate([chunk_segments[:1, ..., :1], end_segment[:-1]])
         is_visible = is_visible & (chunk_segments[..., :, None] == chunk_segments[..., None, :])
@@ -82,20 +86,22 @@ def gated_delta_rule(
         sees_entry = chunk_segments == entry_segment
         reaches_end = chunk_segments == end_segment
         entry_reaches_end = end_segment == entry_segment
-    # Masked before exp: decays of hidden tokens would overflow, and their derivatives be NaN.
+    # The decay between each two tokens of a chunk: [..., size, size]. It is masked before exp:
+    # decays of hidden tokens would overflow, and their derivatives be NaN.
     log_between = log_total[..., :, None] - log_total[..., None, :]
     decay_between = jnp.exp(jnp.where(is_visible, log_between, -jnp.inf))
 
     def masked_decay(log: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.where(mask, jnp.exp(log), 0)[..., None]
 
+    # The updates of a chunk's tokens depend on each other: they solve a triangular system.
     decay_from_entry = masked_decay(log_total, sees_entry)
     weights = jnp.einsum("...id,...jd->...ij", q, k) * decay_between
     values = beta * v
     keys = beta * decay_from_entry * k
-    if size > 1:
+    if size > 1:  # a single token depends on the state alone
         system = jnp.tril(beta * jnp.einsum("...id,...jd->...ij", k, k) * decay_between, -1)
-        solved = inverse_plus_one(system) @ jnp.concatenate([values, keys], axis=-1)
+        solved = invert_one_plus(system) @ jnp.concatenate([values, keys], axis=-1)
         values, keys = jnp.split(solved, [v.shape[-1]], axis=-1)
 
     def run_chunk(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -104,11 +110,13 @@ def gated_delta_rule(
         out = entry_queries @ state + weights @ updates
         return entry_decay * state + end_keys.swapaxes(-1, -2) @ updates, out
 
+    # A scan carries the state from chunk to chunk.
     log_end = log_total[..., -1:]
     decay_to_end = masked_decay(log_end - log_total, reaches_end)
     entry_decay = masked_decay(log_end, entry_reaches_end)
     chunks = (q * decay_from_entry, weights, values, keys, k * decay_to_end, entry_decay)
     state, out = lax.scan(run_chunk, state, chunks)
+    # From [chunks, batch, heads, size, value_dim] to [batch, seq, heads, value_dim].
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, -1, heads, v.shape[-1])
     return out[:, :seq], state
 
@@ -119,7 +127,7 @@ def chunk_size(seq: int) -> int:
 
 
 @jax.custom_jvp
-def inverse_plus_one(system: jax.Array) -> jax.Array:
+def invert_one_plus(system: jax.Array) -> jax.Array:
     """Returns the inverse of 1 + a strictly lower triangular matrix, by products of matrices.
 
     The inverses of two blocks on the diagonal give that of both together, whose size is twice as
@@ -142,9 +150,9 @@ def inverse_plus_one(system: jax.Array) -> jax.Array:
     return inverse
 
 
-@inverse_plus_one.defjvp
+@invert_one_plus.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    inverse = inverse_plus_one(*primals)
+    inverse = invert_one_plus(*primals)
     return inverse, -_multiply_exactly(inverse, *tangents, inverse)
 
 
@@ -169,15 +177,16 @@ def short_convolution(
       [batch, seq, channels] in the dtype of the taps, and the new tail.
     """
     present, segments = tokens
-    if tail is None:
+    if tail is None:  # no cache: the row begins here
         x = jnp.where(present[..., None], x, 0)
         return _convolve_segments(x, taps[:, 0].T, segments), None
     seq, n_taps = x.shape[1], taps.shape[-1]
-    # Real tokens first, so that those before each one stand beside it.
-    count = jnp.cumsum(present, axis=1)
+    # Real tokens come first, so that those before each one stand beside it.
+    count = jnp.cumsum(present, axis=1)  # real tokens up to each one
     order = jnp.argsort(~present, axis=1, stable=True)
     x = jnp.concatenate([tail, jnp.take_along_axis(x, order[..., None], axis=1)], axis=1)
     sums = sum(tap * x[:, i : i + seq] for i, tap in enumerate(taps[:, 0].T))
+    # Each sum goes back to the place of its token.
     sum_of_token = jnp.maximum(count - 1, 0)
     sums = jnp.take_along_axis(sums, sum_of_token[..., None], axis=1)
     tail_indices = count[:, -1:] + jnp.arange(n_taps - 1)

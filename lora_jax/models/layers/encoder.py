@@ -6,7 +6,7 @@ from flax import linen as nn
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import ModelPart, activate, attend_heads, dense
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import multiplied, scan_layers
+from lora_jax.models.layers.trunk import name_mlp_product, scan_layers
 
 
 class SelfAttention(ModelPart):
@@ -60,7 +60,7 @@ class TwoLayerMLP(ModelPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
         up_name, down_name = self.names
-        features = multiplied(dense(self, cfg.intermediate_size, name=up_name)(x), self.remat)
+        features = name_mlp_product(dense(self, cfg.intermediate_size, name=up_name)(x), self.remat)
         features = activate(cfg.hidden_act, features)
         features = self.placement.constrain(features, "features")
         return dense(self, cfg.hidden_size, name=down_name)(features)

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 
 Slots: TypeAlias = Any  # numbers, or arrays of numbers: of NumPy, of JAX, or in a kernel
-_PADDING = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
-BRANCHES = 1 << 10  # branches of a segment, its prompt included, that kernels tell apart
+_PADDING_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
+MAX_BRANCHES = 1 << 10  # branches of a segment, its prompt included, that kernels tell apart
 
 
 class MaskTokens(NamedTuple):
@@ -25,8 +25,8 @@ class MaskTokens(NamedTuple):
       positions: [batch, n] int32, the place that a window counts by; of a key -1 where there is
         nothing to see. None for queries of a mask without a window.
       segments: [batch, n] int32, the segment; None where each row is one sequence.
-      branches: [batch, n] int32 from 0 to `BRANCHES` - 1, the branch of a segment: 0 is a prompt,
-        which all see; each other number is a completion of it, which sees itself and the prompt.
+      branches: [batch, n] int32 below `MAX_BRANCHES`, the branch of a segment: 0 is a prompt, which
+        all see; each other number is a completion of it, which sees itself and the prompt.
         None where there are no branches.
     """
 
@@ -144,7 +144,10 @@ class Mask:
         queries = self.queries if queries is None else queries
         keys = self.keys if keys is None else keys
         if keys.positions is None:
-            raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
+            raise ValueError(
+                "The keys of this mask have no positions. Pass keys with positions, which are -1 "
+                "where there is nothing to see."
+            )
         visible = (keys.positions >= 0)[:, None, :]
         if self.causal:
             visible = visible & (keys.slots[None, :] <= queries.slots[:, None])[None]
@@ -156,7 +159,10 @@ class Mask:
             visible = visible & (is_same_branch | is_prompt)
         if self.window is not None:
             if queries.positions is None:
-                raise ValueError("the queries of a mask with a window need positions")
+                raise ValueError(
+                    "The queries of a mask with a window have no positions. Pass queries with "
+                    "positions."
+                )
             distance = queries.positions[:, :, None] - keys.positions[:, None, :]
             is_in_window = distance < self.window
             if self.windowed is not None:
@@ -170,39 +176,42 @@ class Mask:
 
         For kernels that tell tokens apart by segments alone: a real token sees the real ones of its
         segment. Where there are branches, the last bits are the branch, and a token sees those of
-        its ``root``, too. The mask must be one without a cache.
+        its ``prompt_segments``, too. The mask must be one without a cache.
         """
         if self.keys.positions is None:
-            raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
+            raise ValueError(
+                "The keys of this mask have no positions. Pass keys with positions, which are -1 "
+                "where there is nothing to see."
+            )
         segments = jnp.int32(0) if self.keys.segments is None else self.keys.segments
         if self.keys.branches is not None:
-            segments = segments * BRANCHES + self.keys.branches
-        keys = jnp.where(self.keys.positions >= 0, segments, _PADDING)
+            segments = segments * MAX_BRANCHES + self.keys.branches
+        keys = jnp.where(self.keys.positions >= 0, segments, _PADDING_SEGMENT)
         return keys if self.aligned else jnp.take(keys, self.queries.slots, axis=1), keys
 
 
-def root(segments: Slots) -> Slots:
+def prompt_segments(segments: Slots) -> Slots:
     """Returns the segments of the prompts of branches; see ``Mask.segments``."""
-    return segments & -BRANCHES
+    return segments & -MAX_BRANCHES
 
 
-def prompts_apart(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+def segments_that_see_prompts(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns segments by which the tokens of branches see their prompts, and others see nothing.
 
     Args:
       queries, keys: the result of ``Mask.segments`` for a mask with branches.
     """
     # Segments that differ from each other and from all others: such queries see no such keys.
-    blind_query, hidden_key = jnp.int32(_PADDING), jnp.int32(_PADDING + 1)
-    is_prompt_query = queries == root(queries)
-    is_prompt_key = (keys == root(keys)) & (keys != _PADDING)
+    blind_query, hidden_key = jnp.int32(_PADDING_SEGMENT), jnp.int32(_PADDING_SEGMENT + 1)
+    is_prompt_query = queries == prompt_segments(queries)
+    is_prompt_key = (keys == prompt_segments(keys)) & (keys != _PADDING_SEGMENT)
     return (
-        jnp.where(is_prompt_query, blind_query, root(queries)),
+        jnp.where(is_prompt_query, blind_query, prompt_segments(queries)),
         jnp.where(is_prompt_key, keys, hidden_key),
     )
 
 
-def extremes(
+def find_empty_and_full(
     low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
 ) -> tuple[Slots, Slots]:
     """Returns two flags of a block of the mask: it is empty, and it is full.
@@ -247,7 +256,7 @@ def visited_blocks(
     query_size, key_size = sizes
     query_blocks = slots.reshape(-1, query_size)
     key_blocks = keys.reshape(-1, key_size)
-    is_empty, _ = extremes(
+    is_empty, _ = find_empty_and_full(
         query_blocks.min(1)[:, None],
         query_blocks.max(1)[:, None],
         key_blocks.min(1),
@@ -259,7 +268,7 @@ def visited_blocks(
     return ~(is_empty | np.zeros((query_blocks.shape[0], key_blocks.shape[0]), bool))
 
 
-def scope_of_visits(visited: Sequence[int], blocks: int) -> str:
+def visits_scope(visited: Sequence[int], blocks: int) -> str:
     """Returns the scope of a kernel's call, by which plans count it: "blocks_3_of_4".
 
     Args:
@@ -289,4 +298,4 @@ def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
     """
     pads = [(0, 0), (0, -x.shape[1] % multiple), *[(0, 0)] * (x.ndim - 2)]
     is_segments = jnp.issubdtype(x.dtype, jnp.integer)
-    return jnp.pad(x, pads, constant_values=_PADDING if is_segments else 0)
+    return jnp.pad(x, pads, constant_values=_PADDING_SEGMENT if is_segments else 0)

@@ -57,6 +57,7 @@ def visible_tiles(
       keys, values: [batch, kv_heads, T, tile, head_dim], of the whole row.
       tokens: positions of the keys; axes [T, tile] last.
     """
+    # Entries 0 to `first` are the early tile's keys; the rest are the late tile's, from tile 0 on.
     entry = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
     is_early = entry <= first
     tile_of_entry = jnp.where(is_early, entry, entry - first - 1)
@@ -71,7 +72,7 @@ def visible_tiles(
 def attend_pair(
     q: jax.Array, queries: MaskTokens, tiles: VisibleTiles, mask: Mask, softmax: Softmax
 ) -> jax.Array:
-    """Computes attention of a block of the early tile and one of the late.
+    """Computes the attention of one block of queries from the early tile and one from the late.
 
     Args:
       q: [batch, block, 2, kv_heads, group, head_dim]: of the early tile, of the late.
@@ -98,8 +99,11 @@ def attend_pair(
         of_late = reduce(jnp.where(is_early, neutral, x), axis=2, keepdims=True)
         return jnp.stack([of_early, of_late])
 
+    # Each tile of keys gets the queries that see it:
+    # [batch, kv_heads, T + 1, group, size, head_dim].
     rows = select_for_tiles(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
     flat = (batch, kv_heads, tiles.early.size, group * size)
+    # [batch, kv_heads, T + 1, group * size, keys of a tile]
     scores = jnp.einsum(
         "bntqd,bntkd->bntqk",
         rows.reshape(*flat, head_dim),
@@ -110,9 +114,11 @@ def attend_pair(
     query_tokens = jax.tree.map(
         lambda x: jnp.where(tiles.early[:, None], x[..., :1, :], x[..., 1:, :]), queries
     )
+    # Hidden keys get the lowest score.
     visible = jax.vmap(mask.visible, in_axes=-2, out_axes=1)(query_tokens, tiles.tokens)
     lowest = jnp.finfo(dtype).min
     scores = jnp.where(visible[:, None, :, None], scores, lowest)
+    # The softmax of a query runs over all tiles that its own tile sees.
     largest_of_tiles = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     largest = reduce_tiles(largest_of_tiles, jnp.max, lowest)
     largest, sink = add_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
@@ -120,5 +126,6 @@ def attend_pair(
     total = reduce_tiles(jnp.sum(weights, axis=-1, keepdims=True), jnp.sum, 0) + sink
     weights = weights.reshape(*flat, -1).astype(tiles.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, tiles.values, preferred_element_type=dtype)
+    # [2, batch, kv_heads, 1, group, size, head_dim]
     out = name_sums(reduce_tiles(out.reshape(rows.shape), jnp.sum, 0)) / total
     return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)

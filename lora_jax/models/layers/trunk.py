@@ -37,11 +37,11 @@ _INPUT = "layer_input"  # the array that "offload" moves
 _PROJECTED = "projected"  # products of attention's kernels
 _MULTIPLIED = "multiplied"  # products of the kernels of MLPs
 # The names that a layer keeps, from the least memory to the most.
-_KEPT: dict[bool | str, tuple[str, ...]] = {True: (NARROW_PRODUCT,)}
-_KEPT[ATTENTION] = (*_KEPT[True], KERNEL_OUTPUT)
-_KEPT[PROJECTIONS] = (*_KEPT[ATTENTION], _PROJECTED)
-_KEPT[PRODUCTS] = (*_KEPT[PROJECTIONS], _MULTIPLIED)
-_KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(*_KEPT[True])
+_KEPT_NAMES: dict[bool | str, tuple[str, ...]] = {True: (NARROW_PRODUCT,)}
+_KEPT_NAMES[ATTENTION] = (*_KEPT_NAMES[True], KERNEL_OUTPUT)
+_KEPT_NAMES[PROJECTIONS] = (*_KEPT_NAMES[ATTENTION], _PROJECTED)
+_KEPT_NAMES[PRODUCTS] = (*_KEPT_NAMES[PROJECTIONS], _MULTIPLIED)
+_KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES[True])
 # From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
 CHUNK = 4096
 
@@ -79,12 +79,16 @@ def place_tokens(
     """
     seq = input_ids.shape[1]
     if cache is not None and segment_ids is not None:
-        raise ValueError("a cache holds one sequence per row: segment_ids cannot go with it")
+        raise ValueError(
+            "segment_ids cannot be used together with a cache, which holds one sequence per row. "
+            "Remove segment_ids, or call the model without cache=."
+        )
     if cache is not None and seq > cache.positions.shape[1]:
         raise ValueError(
-            f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots"
+            f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots. Make a "
+            f"cache with max_len={seq} or more."
         )
-    present = jnp.ones(input_ids.shape, bool)
+    present = jnp.ones(input_ids.shape, bool)  # [batch, seq], False at padding
     if attention_mask is not None:
         present = attention_mask.astype(bool)
     if positions is None:
@@ -116,6 +120,7 @@ def causal_mask(
     query_slots = first_slot + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     key_slots = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
     query_positions, key_positions = placed.positions, placed.slots
+    # Shared tokens stand in slots before 0.
     if cache is not None and cache.shared is not None:
         n_shared = cache.shared.n_tokens
         shared_positions = jnp.arange(n_shared, dtype=jnp.int32)
@@ -145,7 +150,8 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
         [layers, batch, seq, k], or None if the cache does not keep them. Trailing None may be left
         out.
     """
-    keys, values, recurrent, experts = (*new, None, None)[:4]
+    # Entries that are not given are None.
+    keys, values, recurrent, experts = [*new, None, None][:4]
     routing = cache.routing
     if routing is not None:
         routing = put_slots(routing, experts, placed.first, batch=1, axis=2)
@@ -177,7 +183,7 @@ def put_slots(
       batch, axis: see `cached`.
     """
     new = new.astype(cached.dtype)
-    if not first.ndim:
+    if not first.ndim:  # all rows have the same slot
         return lax.dynamic_update_slice_in_dim(cached, new, first, axis)
     # In place; under vmap, rows would be moved to the front, and the cache copied.
     dimension_numbers = lax.ScatterDimensionNumbers(
@@ -226,7 +232,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
     """Returns a layer in a scan's body that is recomputed in the backward pass.
 
     Args:
-      layer: the layer; with "offload", it starts with ``layer_input``.
+      layer: the layer; with "offload", it starts with ``name_layer_input``.
       remat: what is recomputed; see ``Decoder``.
 
     Raises:
@@ -239,14 +245,14 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
 
 
 def remat_policy(remat: bool | str) -> Any:
-    """Returns the policy of `jax.checkpoint` by its name here; see ``Decoder``.
+    """Returns the policy of `jax.checkpoint` for a value of ``Decoder.remat``.
 
     Raises:
       ValueError: for a policy that is neither one of ours nor of ``REMAT_POLICIES``.
     """
     policy: Any = _KEEPS_NARROW
-    if remat in _KEPT:
-        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    if remat in _KEPT_NAMES:
+        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES[remat])
     elif remat == OFFLOAD:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=(),
@@ -257,22 +263,22 @@ def remat_policy(remat: bool | str) -> Any:
     elif isinstance(remat, str):
         if remat not in REMAT_POLICIES:
             known = ", ".join((OFFLOAD, ATTENTION, PROJECTIONS, PRODUCTS, *REMAT_POLICIES))
-            raise ValueError(f"remat policy {remat!r} is not one of {known}")
-        policy = _policy(remat)
+            raise ValueError(f"There is no remat policy {remat!r}. Use True, False or {known}.")
+        policy = _jax_policy(remat)
     return policy
 
 
-def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
+def name_layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
     """Returns a layer's input, under the name by which "offload" moves it to the host."""
     return checkpoint_name(x, _INPUT) if remat == OFFLOAD else x
 
 
-def projected(x: jax.Array, remat: bool | str) -> jax.Array:
+def name_projection(x: jax.Array, remat: bool | str) -> jax.Array:
     """Returns a product of attention, under the name by which "projections" keeps it."""
     return checkpoint_name(x, _PROJECTED) if remat in (PROJECTIONS, PRODUCTS) else x
 
 
-def multiplied(x: jax.Array, remat: bool | str) -> jax.Array:
+def name_mlp_product(x: jax.Array, remat: bool | str) -> jax.Array:
     """Returns a product inside an MLP, under the name by which "products" keeps it."""
     return checkpoint_name(x, _MULTIPLIED) if remat == PRODUCTS else x
 
@@ -321,16 +327,18 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
 
 
 @functools.cache
-def _policy(name: str) -> Callable[..., object]:
-    """Returns a policy of JAX; one that keeps dots here keeps ragged products as well."""
+def _jax_policy(name: str) -> Callable[..., object]:
+    """Returns a policy of JAX by its name; a policy that saves dots also saves ragged products."""
     policy: Callable[..., object] = getattr(jax.checkpoint_policies, name)
     if "dots" not in name:
         return policy
 
-    def keeps(primitive: Primitive, *args: object, **params: object) -> object:
-        return primitive.name == "ragged_dot_general" or policy(primitive, *args, **params)
+    def saves_products(primitive: Primitive, *args: object, **params: object) -> object:
+        if primitive.name == "ragged_dot_general":
+            return True
+        return policy(primitive, *args, **params)
 
-    return keeps
+    return saves_products
 
 
 def _count_positions(

@@ -59,12 +59,13 @@ class QwenVisionConfig:
         check_transformer(self, _NAMES)
         if self.head_dim % 4:
             raise ConfigError(
-                f"heads of {self.head_dim} dimensions: a multiple of 4 is needed, whose halves are "
-                "rotated by rows and by columns"
+                f"The encoder's heads have {self.head_dim} dimensions. RoPE needs a multiple of 4, "
+                "because half of the pairs turn by rows. Check hidden_size and num_heads."
             )
         if self.side**2 != self.num_position_embeddings:
             raise ConfigError(
-                f"num_position_embeddings ({self.num_position_embeddings}) is no square"
+                f"num_position_embeddings is {self.num_position_embeddings}, but the table of "
+                "positions is a square. Use a square number."
             )
 
     @property
@@ -98,11 +99,19 @@ class QwenVisionConfig:
         check_no_unknown_fields(
             fields, f"{kind}'s vision_config", _VISION_FIELDS.file_names | others
         )
-        if deep := fields.get("deepstack_visual_indexes"):
-            raise ConfigError(f"deepstack_visual_indexes={deep} is not supported, only []")
+        deepstack_layers = fields.get("deepstack_visual_indexes")
+        if deepstack_layers:
+            raise ConfigError(
+                f"deepstack_visual_indexes={deepstack_layers} is not supported, only [] is. Use "
+                "another model."
+            )
         rope = dict(fields.get("rope_parameters") or {})
-        if (form := rope.get("rope_type", "axial")) != "axial":
-            raise ConfigError(f"RoPE type {form!r} is not supported for images, only axial")
+        rope_type = rope.get("rope_type", "axial")
+        if rope_type != "axial":
+            raise ConfigError(
+                f"RoPE type {rope_type!r} is not supported for images, only 'axial' is. Use "
+                "another model."
+            )
         theta = float(rope.get("rope_theta", cls.rope_theta))
         return cls(**_VISION_FIELDS.read(fields), rope_theta=theta)
 
@@ -147,8 +156,9 @@ class QwenVLConfig:
         check_supported("model_type", self.model_type, CLASSES)
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
-                f"the encoder of images returns vectors of {self.vision.out_hidden_size} "
-                f"(out_hidden_size), and the text's have {self.text.hidden_size}"
+                f"The encoder of images returns vectors of size {self.vision.out_hidden_size} "
+                f"(out_hidden_size), but the text model's hidden_size is {self.text.hidden_size}. "
+                "Set both to the same number."
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -179,32 +189,40 @@ class QwenVLConfig:
           ConfigError: names the fields that are missing, unsupported or unknown.
         """
         kind = check_supported("model_type", config.get("model_type"), CLASSES)
-        text, vision = DecoderConfig.from_hf(config), config.get("vision_config")
+        text = DecoderConfig.from_hf(config)
+        vision = config.get("vision_config")
         if not isinstance(vision, dict):
-            raise ConfigError(f"the configuration of {kind} lacks vision_config: it has no images")
+            raise ConfigError(
+                f"config.json of {kind} lacks vision_config, so the model reads no images. Load it "
+                "without images=True."
+            )
         fields = config["text_config"]
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         if not rope.get("mrope_interleaved", True):
-            raise ConfigError("mrope_interleaved=False is not supported, only True")
-        given: dict[str, Any] = {}
+            raise ConfigError(
+                "mrope_interleaved=False is not supported, only True is. Use another model."
+            )
+        optional_fields: dict[str, Any] = {}
         if _SECTION in rope:
-            given[_SECTION] = tuple(rope[_SECTION])
+            optional_fields[_SECTION] = tuple(rope[_SECTION])
         if "image_token_id" in config:
-            given["image_token_id"] = config["image_token_id"]
+            optional_fields["image_token_id"] = config["image_token_id"]
         return cls(
             model_type=kind,
             text=text,
             vision=QwenVisionConfig.from_hf(vision, kind),
             tokens=tuple((name, config[name]) for name in _TOKENS if name in config),
-            **given,
+            **optional_fields,
         )
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         text: dict[str, Any] = self.text.to_hf()
-        of_rope = ("rope_theta", "partial_rotary_factor")
+        # All fields on RoPE stand in rope_parameters.
         rope = {"rope_type": "default", **(text.pop("rope_scaling", None) or {})}
-        rope |= {name: text.pop(name) for name in of_rope if name in text}
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in text:
+                rope[name] = text.pop(name)
         rope |= {_SECTION: list(self.mrope_section), "mrope_interleaved": True}
         return {
             "model_type": self.model_type,

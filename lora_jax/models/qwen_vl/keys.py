@@ -22,15 +22,20 @@ def qwen_vl_table(config: QwenVLConfig) -> list[Row]:
 
 
 def _vision_table(config: QwenVLConfig) -> KeyTable:
-    vision, trunk = config.vision, "model/visual"
-    width, inner, side = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    layer, merger = f"{trunk}/blocks", f"{trunk}/merger"
+    vision = config.vision
+    trunk = "model/visual"
+    width = vision.hidden_size
+    inner = vision.intermediate_size
+    layer = f"{trunk}/blocks"
+    merger = f"{trunk}/merger"
     rows = KeyTable(layer, vision.num_hidden_layers)
-    patch = (side, side, vision.temporal_patch_size, vision.num_channels, width)  # files: reversed
-    rows.add("patches", f"{trunk}/patch_embed/proj", "kernel", patch)
+    # Files have these axes in the opposite order.
+    side = vision.patch_size
+    patch_shape = (side, side, vision.temporal_patch_size, vision.num_channels, width)
+    rows.add("patches", f"{trunk}/patch_embed/proj", "kernel", patch_shape)
     rows.add("patches", f"{trunk}/patch_embed/proj", "bias", (width,))
-    table = (vision.num_position_embeddings, width)
-    rows.add("positions", f"{trunk}/pos_embed", "embedding", table, POSITIONS)
+    table_shape = (vision.num_position_embeddings, width)
+    rows.add("positions", f"{trunk}/pos_embed", "embedding", table_shape, POSITIONS)
     rows.layer_norm(f"{layer}/norm1", width)
     rows.linear("attention", f"{layer}/attn/qkv", (width, 3 * width), COLUMNS)
     rows.linear("attention", f"{layer}/attn/proj", (width, width), ROWS)
@@ -38,8 +43,9 @@ def _vision_table(config: QwenVLConfig) -> KeyTable:
     rows.linear("mlp", f"{layer}/mlp/linear_fc1", (width, inner), COLUMNS)
     rows.linear("mlp", f"{layer}/mlp/linear_fc2", (inner, width), ROWS)
     rows.layer_norm(f"{merger}/norm", width)
-    joined = width * vision.spatial_merge_size**2
-    rows.linear("connector", f"{merger}/linear_fc1", (joined, joined), REPLICATED)
-    out = (joined, vision.out_hidden_size)
-    rows.linear("connector", f"{merger}/linear_fc2", out, REPLICATED)
+    # The merger joins a square of patches to one vector.
+    square_size = width * vision.spatial_merge_size**2
+    rows.linear("connector", f"{merger}/linear_fc1", (square_size, square_size), REPLICATED)
+    out_shape = (square_size, vision.out_hidden_size)
+    rows.linear("connector", f"{merger}/linear_fc2", out_shape, REPLICATED)
     return rows

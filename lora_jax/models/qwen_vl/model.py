@@ -80,8 +80,8 @@ class QwenVL(CausalLM):
         has_grid_shape = grids.ndim == 3 and grids.shape[0] == batch and grids.shape[2] == 2
         if not has_grid_shape:
             raise ValueError(
-                f"image_grids of shape {grids.shape}: [{batch}, images, 2] is needed, the rows and "
-                "columns of patches of each image"
+                f"image_grids has the shape {grids.shape}. Pass the rows and columns of patches of "
+                f"each image, an array of the shape [{batch}, images, 2]."
             )
 
 
@@ -114,12 +114,14 @@ class _QwenTrunk(ModelPart):
         image_vectors = None
         has_images = pixel_values is not None or image_grids is not None
         if has_images or self.is_initializing():
-            image_vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
+            image_vectors = self._encode_images(input_ids.shape[0], pixel_values, image_grids)
         is_image_token = input_ids == self.config.image_token_id
         arguments = (*text_arguments, is_image_token, image_vectors, routing)
         return self.language_model(input_ids, *arguments)
 
-    def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
+    def _encode_images(
+        self, batch: int, patches: jax.Array | None, grids: jax.Array | None
+    ) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""
         vision = self.config.vision
         square_patches = vision.spatial_merge_size**2
@@ -134,15 +136,16 @@ class _QwenTrunk(ModelPart):
             and patches.shape[2:] == vision.patch_shape
         )
         if patches is None or not has_patch_shape:
+            found_shape = None if patches is None else patches.shape
             raise ValueError(
-                f"pixel_values of shape {None if patches is None else patches.shape}: [{batch}, "
-                f"patches, {', '.join(map(str, vision.patch_shape))}] is needed, patches in "
-                f"squares of {square_patches}"
+                f"pixel_values has the shape {found_shape}. Pass an array of the shape [{batch}, "
+                f"patches, {', '.join(map(str, vision.patch_shape))}], with whole squares of "
+                f"{square_patches} patches."
             )
         if grids is None:
             raise ValueError(
-                "pixel_values need image_grids beside them, the rows and columns of patches of "
-                "each image"
+                "pixel_values are given without image_grids. Pass image_grids, the rows and "
+                "columns of patches of each image."
             )
         vectors: jax.Array = self.visual(patches, grids.astype(jnp.int32))
         return vectors

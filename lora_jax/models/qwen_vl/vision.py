@@ -24,7 +24,7 @@ from lora_jax.models.layers.blocks import (
 )
 from lora_jax.models.layers.encoder import TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import layer_input, scan_layers
+from lora_jax.models.layers.trunk import name_layer_input, scan_layers
 from lora_jax.models.qwen_vl.config import QwenVisionConfig
 from lora_jax.models.qwen_vl.grids import PatchPlaces, patch_places
 
@@ -54,19 +54,20 @@ class QwenVision(_QwenPart):
         Returns:
           [batch, n / merge², d_model of the text].
         """
-        cfg, args = self.config, self.options
+        cfg = self.config
         places = patch_places(grids, patches.shape[1], cfg.spatial_merge_size)
-        x = _PatchEmbedding(*args, name="patch_embed")(patches)
-        x = self.placement.constrain(x + self._positions(places), "residual")
+        x = _PatchEmbedding(*self.options, name="patch_embed")(patches)
+        x = self.placement.constrain(x + self._interpolate_positions(places), "residual")
         inputs = _LayerInputs(
-            mask=_mask(places.image), angles=_angles(places.at, cfg, wide_dtype(self.dtype))
+            mask=_same_image_mask(places.image),
+            angles=_rotation_angles(places.at, cfg, wide_dtype(self.dtype)),
         )
         layers = scan_layers(_QwenLayer, self.remat, cfg.num_hidden_layers, nn.broadcast)
-        x, _ = layers(*args, name="blocks")(x, inputs)
-        vectors: jax.Array = _Merger(*args, name="merger")(x)
+        x, _ = layers(*self.options, name="blocks")(x, inputs)
+        vectors: jax.Array = _Merger(*self.options, name="merger")(x)
         return vectors
 
-    def _positions(self, places: PatchPlaces) -> jax.Array:
+    def _interpolate_positions(self, places: PatchPlaces) -> jax.Array:
         """Returns the vectors of positions, [batch, n, d_model], bilinear between four of them."""
         cfg = self.config
         dtype = wide_dtype(self.dtype)
@@ -75,6 +76,7 @@ class QwenVision(_QwenPart):
         # The corners of an image have the positions of the table's corners.
         image_steps = jnp.maximum(places.sizes - 1, 1).astype(dtype)
         coordinates = places.at.astype(dtype) * max_index / image_steps
+        # Each patch lies between two rows and two columns of the table, [batch, n, 2].
         low = jnp.clip(jnp.floor(coordinates).astype(jnp.int32), 0, max_index)
         high = jnp.minimum(low + 1, max_index)
         high_weight = coordinates - jnp.floor(coordinates)
@@ -129,7 +131,7 @@ class _QwenLayer(_QwenPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, None]:
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="norm1")(x), "inputs")
         x = x + _QwenAttention(*self.options, name="attn")(normed, inputs)
         normed = self.placement.constrain(layer_norm(self, name="norm2")(x), "inputs")
@@ -167,7 +169,7 @@ class _Merger(_QwenPart):
         return dense(self, cfg.out_hidden_size, name="linear_fc2")(features)
 
 
-def _mask(image_of_patch: jax.Array) -> Mask:
+def _same_image_mask(image_of_patch: jax.Array) -> Mask:
     """Returns the mask of patches of the same image; patches of no image see each other."""
     mask = bidirectional_mask(jnp.ones(image_of_patch.shape, bool))
     return dataclasses.replace(
@@ -177,7 +179,7 @@ def _mask(image_of_patch: jax.Array) -> Mask:
     )
 
 
-def _angles(
+def _rotation_angles(
     coordinates: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike
 ) -> RopeAngles:
     """Returns the rotations of patches by their rows and columns, [batch, n, 2]."""

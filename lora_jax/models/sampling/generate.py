@@ -128,7 +128,9 @@ def share(
     """
     tokens = jnp.asarray(ids, jnp.int32)
     if tokens.ndim != 1 or not tokens.size:
-        raise ValueError(f"ids has the shape {tokens.shape}: one axis of tokens is needed")
+        raise ValueError(
+            f"ids has the shape {tokens.shape}. Pass one list of at least one token id."
+        )
     shared: Shared = _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
     return shared
 

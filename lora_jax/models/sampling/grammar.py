@@ -24,20 +24,20 @@ import numpy as np
 from lora_jax.core.types import Tokenizer
 from lora_jax.models.sampling.adjust import mask_words
 
-LONGEST = 100_000  # characters of a grammar or schema
-_NESTING = 100  # brackets in brackets, at most
-_TRIED = 200  # parts of a schema that are tried to find the wrong one
+MAX_CHARACTERS = 100_000  # characters of a grammar or schema
+_MAX_NESTING = 100  # brackets in brackets, at most
+_MAX_TRIED = 200  # parts of a schema that are tried to find the wrong one
 _CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at the time
 _QUICK = 30_000  # characters that are compiled so
 _MULTIPLES = re.compile(r'"multipleOf": ?[\d.e+-]{5}')  # their time grows with the number
 _WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
 _NO_SCHEMAS = ("const", "enum", "default", "example", "x-guidance")
-_ITEMS = 500  # of the parser at a place: the time of ambiguous grammars grows by their cube
-_FORMATS = 100  # different ones in a schema, at most
+_MAX_ITEMS = 500  # of the parser at a place: the time of ambiguous grammars grows by their cube
+_MAX_FORMATS = 100  # different ones in a schema
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_LARGEST = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 
 
 class GrammarError(ValueError):
@@ -68,7 +68,9 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Takes a token; raises GrammarError for one that is not allowed, or at a limit."""
         if self.matcher.is_error() or not self.matcher.consume_token(token):
-            raise GrammarError(f"the grammar cannot go on: {_short(self.matcher.get_error())}")
+            raise GrammarError(
+                f"The grammar does not allow this token: {_shorten(self.matcher.get_error())}"
+            )
 
 
 class CompiledGrammar:
@@ -124,7 +126,8 @@ class GrammarCompiler:
             import llguidance
         except ImportError:
             raise GrammarError(
-                "structured answers need the package llguidance: pip install 'lora_jax[structured]'"
+                "Structured answers need the package llguidance. Run: "
+                "pip install 'lora_jax[structured]'"
             ) from None
         backend = copy.copy(self._tokenizer.backend_tokenizer)
         backend.no_padding()
@@ -141,8 +144,8 @@ class GrammarCompiler:
         try:
             return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
         except ValueError as error:
-            problem = "structured answers are not possible with the model's tokenizer"
-            raise GrammarError(f"{problem}: {_short(str(error))}") from None
+            problem = "Structured answers are not possible with the model's tokenizer"
+            raise GrammarError(f"{problem}: {_shorten(str(error))}") from None
 
     def prepare(self) -> None:
         """Reads the vocabulary, which the first grammar would do otherwise."""
@@ -158,10 +161,12 @@ class GrammarCompiler:
         """
         if isinstance(schema, bool):
             if not schema:
-                raise GrammarError("the schema `false` allows nothing")
+                raise GrammarError(
+                    "The JSON schema `false` allows no answer. Pass a schema that allows one."
+                )
             schema = {}
         if not isinstance(schema, Mapping):
-            raise GrammarError("a JSON schema, an object, is needed")
+            raise GrammarError("The JSON schema is not an object. Pass a JSON object.")
         try:
             return self._compile_schema(schema)
         except GrammarError as error:
@@ -197,7 +202,7 @@ class GrammarCompiler:
         try:
             lark = any_to_lark(text)
         except Exception as error:
-            raise GrammarError(_short(str(error))) from None
+            raise GrammarError(_shorten(str(error))) from None
         return self.lark(lark)
 
     def literal(self, text: str) -> str:
@@ -225,13 +230,18 @@ class GrammarCompiler:
         _check_size(json.dumps(schema))
         _check_integers(schema)
         formats = {*_formats(schema)}
-        if len(formats) > _FORMATS:
-            raise GrammarError(f"{len(formats)} formats: {_FORMATS} are the most")
+        if len(formats) > _MAX_FORMATS:
+            raise GrammarError(
+                f"The schema has {len(formats)} different formats, but at most {_MAX_FORMATS} are "
+                "allowed. Use fewer formats."
+            )
         unknown = {name for name in formats if not _is_known(name)}
         schema = _without_formats(schema, unknown) if unknown else schema
-        own = schema.get("x-guidance")
-        own = own if isinstance(own, Mapping) else {}
-        return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}})
+        options: dict[str, object] = {"whitespace_pattern": _WHITESPACE}
+        schema_options = schema.get("x-guidance")
+        if isinstance(schema_options, Mapping):
+            options |= schema_options
+        return json.dumps({**schema, "x-guidance": options})
 
     def _compile_schema(self, schema: Mapping[str, object]) -> CompiledGrammar:
         self.prepare()  # says how to install the library
@@ -245,14 +255,14 @@ class GrammarCompiler:
         try:
             grammar = getattr(LLMatcher, form)(text)
         except ValueError as error:
-            raise GrammarError(_short(str(error))) from None
+            raise GrammarError(_shorten(str(error))) from None
         if _may_take_long(text):
             _check_time(grammar)
-        most = None if form == "grammar_from_json_schema" else _ITEMS
-        limits = LLParserLimits(verbose_errors=False, max_items_in_row=most)
+        max_items = None if form == "grammar_from_json_schema" else _MAX_ITEMS
+        limits = LLParserLimits(verbose_errors=False, max_items_in_row=max_items)
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(_short(matcher.get_error()))
+            raise GrammarError(_shorten(matcher.get_error()))
         return CompiledGrammar(matcher, mask_words(self._tokens.vocab_size))
 
     def _wrong_part(
@@ -261,18 +271,24 @@ class GrammarCompiler:
         """Returns the path of the innermost part of a schema that is wrong by itself, and why."""
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         path: tuple[str, ...] = ()
-        part, tried, until = schema, 0, time.monotonic() + _SECONDS
+        part = schema
+        n_tried = 0
+        deadline = time.monotonic() + _SECONDS
+        # Goes from part to part, as long as a part of the wrong part is wrong by itself.
         while True:
-            for keys, inner in subschemas(part):
-                tried += 1
-                if tried > _TRIED or time.monotonic() > until or not isinstance(inner, Mapping):
+            for keys, subschema in subschemas(part):
+                n_tried += 1
+                is_over = n_tried > _MAX_TRIED or time.monotonic() > deadline
+                if is_over or not isinstance(subschema, Mapping):
                     continue
                 try:
-                    self._compile_schema({**shared, **inner})
+                    self._compile_schema({**shared, **subschema})
                 except GrammarError as error:
-                    path, part, problem = (*path, *keys), inner, str(error)
+                    path = (*path, *keys)
+                    part = subschema
+                    problem = str(error)
                     break
-            else:
+            else:  # no part of this part is wrong by itself
                 return path, problem
 
 
@@ -316,22 +332,28 @@ def _check_integers(schema: Mapping[str, object]) -> None:
     """Raises GrammarError for an integer that the library would change."""
     for number, path in rounded_integers(schema):
         raise GrammarError(
-            f"{number} cannot be kept exactly: numbers of a schema are read as doubles, which "
-            "round integers beyond 2^53. Ask for a string instead, or for a smaller number",
+            f"{number} cannot be represented exactly: numbers of a schema are read as doubles, "
+            "which round integers beyond 2^53. Use a string or a smaller number.",
             path,
         )
 
 
 def _check_size(text: str) -> None:
     """Raises GrammarError for a text that is too long, or nested too deeply, to be compiled."""
-    if len(text) > LONGEST:
-        raise GrammarError(f"{len(text):,} characters: {LONGEST:,} are the most")
+    if len(text) > MAX_CHARACTERS:
+        raise GrammarError(
+            f"The grammar or schema has {len(text):,} characters, but at most "
+            f"{MAX_CHARACTERS:,} are allowed. Use a shorter one."
+        )
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
         deepest = max(deepest, depth)
-    if deepest > _NESTING:
-        raise GrammarError(f"brackets are nested {deepest} deep: {_NESTING} are the most")
+    if deepest > _MAX_NESTING:
+        raise GrammarError(
+            f"Brackets of the grammar or schema are nested {deepest} deep, but at most "
+            f"{_MAX_NESTING} levels are allowed. Use fewer levels."
+        )
 
 
 def _may_take_long(text: str) -> bool:
@@ -358,17 +380,19 @@ def _check_time(grammar: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise GrammarError(
-            f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together, "
-            "fewer properties, or a smaller multipleOf"
+            f"Compiling the grammar takes more than {_SECONDS} seconds. Use fewer patterns that "
+            "apply together, fewer properties, or a smaller multipleOf."
         ) from None
     if process.returncode < 0:  # a signal ended it
-        raise GrammarError("the process that compiles it ended: give fewer or smaller patterns")
+        raise GrammarError(
+            "The process that compiles the grammar ended. Use fewer or smaller patterns."
+        )
 
 
-def _short(problem: str) -> str:
+def _shorten(problem: str) -> str:
     """Returns the first lines of a problem."""
     lines = [line.strip() for line in problem.split("<state>")[0].splitlines() if line.strip()]
-    return " ".join(lines)[:300] or "the grammar allows nothing more"
+    return " ".join(lines)[:300] or "The grammar allows nothing more."
 
 
 @functools.cache
@@ -420,10 +444,15 @@ def _is_exact(number: int, key: str) -> bool:
     The library reads doubles, and writes the shortest digits that name one. It clips the bounds of
     integers to 64 bits, and takes 1 off an exclusive bound once that is a double.
     """
-    size, is_exclusive = abs(number), key.startswith("exclusive")
-    if size < 2**53 or (key in _BOUNDS and size >= _LARGEST + is_exclusive):
+    size = abs(number)
+    is_exclusive = key.startswith("exclusive")
+    max_size = _MAX_INTEGER + 1 if is_exclusive else _MAX_INTEGER
+    is_clipped_bound = key in _BOUNDS and size >= max_size
+    if size < 2**53 or is_clipped_bound:
         return True
-    return size <= _LARGEST and not is_exclusive and Decimal(repr(float(number))) == number
+    if is_exclusive or size > _MAX_INTEGER:
+        return False
+    return Decimal(repr(float(number))) == number
 
 
 def _integers(value: object) -> Iterator[int]:

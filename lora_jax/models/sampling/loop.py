@@ -92,11 +92,17 @@ def make_decoding(
       ValueError: see ``generate``.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        raise ValueError(f"max_new_tokens is {max_new_tokens}. Pass a number of at least 1.")
     if temperature > 0 and key is None:
-        raise ValueError("sampling (temperature > 0) needs a key, such as jax.random.key(0)")
+        raise ValueError(
+            "Sampling with a temperature above 0 needs a PRNG key. Pass key=jax.random.key(0), or "
+            "temperature=0."
+        )
     if key is not None and has_row_keys(key) and key.shape != (rows,):
-        raise ValueError(f"{key.shape} keys for {rows} rows: one key, or one a row")
+        raise ValueError(
+            f"key has the shape {key.shape}, but there are {rows} rows. Pass one key, or one for "
+            "each row."
+        )
     config = model.config
     if eos_token_id is None:
         eos_token_id = end_token_ids(config)

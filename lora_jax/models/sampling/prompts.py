@@ -67,8 +67,8 @@ def params_by_prompt(
         return params, params
     if prompts.shared is not None:
         raise ValueError(
-            "the adapter acts from an invocation in the prompt on, and tokens that prompts share "
-            "may hold it: give generate whole prompts, without shared="
+            "The adapter acts only after its invocation in a prompt, and shared tokens may contain "
+            "the invocation. Remove shared=, and pass whole prompts."
         )
     if rows_each > 1:
         _, answer_params = choose(params, jnp.repeat(ids, rows_each, axis=0))

@@ -82,7 +82,7 @@ def sample(
     (6, 4)
     """
     if n < 1:
-        raise ValueError(f"n is {n}: the number of answers to each prompt, 1 at least")
+        raise ValueError(f"n, the number of answers to each prompt, is {n}. Pass at least 1.")
     prompts = make_prompts(input_ids, attention_mask)
     decoding = make_decoding(
         model,

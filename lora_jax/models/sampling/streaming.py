@@ -83,9 +83,12 @@ def stream(
     if cache_len is None:
         cache_len = n_slots
     if cache_len < n_slots:
-        raise ValueError(f"cache_len is {cache_len}; prompt and answer need {n_slots} slots")
+        raise ValueError(
+            f"cache_len is {cache_len}, but prompt and answer need {n_slots} slots. Pass a "
+            f"cache_len of at least {n_slots}."
+        )
     if tokens_per_call < 1:
-        raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
+        raise ValueError(f"tokens_per_call is {tokens_per_call}. Pass a number of at least 1.")
     static: dict[str, Any] = {"model": model, "apply": apply}
     prompt_params, answer_params = params_by_prompt(apply, params, prompts)
     if allow is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from lora_jax.core.types import Tokenizer
 
 CUT = "\ufffd"  # stands for a character whose bytes are not all there
-_HELD = 32  # tokens that may wait for the end of a character
+_MAX_HELD_TOKENS = 32  # tokens that may wait for the end of a character
 
 
 class StopTexts:
@@ -19,7 +19,8 @@ class StopTexts:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         """Takes transformers' fast tokenizer, and the texts, none of which is empty."""
-        self.stops, self._tokenizer = tuple(stops), tokenizer
+        self.stops = tuple(stops)
+        self._tokenizer = tokenizer
         self._looked_at, self._skipped = _special(tokenizer, self.stops)
 
     def decoded(self, ids: Sequence[int], *, special: bool = False) -> str:
@@ -88,8 +89,13 @@ class TextStream:
         self, stops: StopTexts, *, special: bool = False, keeps_stop: bool = False
     ) -> None:
         """Begins a text; `special` shows special tokens, `keeps_stop` the stop text at its end."""
-        self.length, self.stopped, self.is_cut, self.searches = 0, False, False, True
-        self._stops, self._special, self._keeps_stop = stops, special, keeps_stop
+        self.length = 0
+        self.stopped = False
+        self.is_cut = False
+        self.searches = True
+        self._stops = stops
+        self._special = special
+        self._keeps_stop = keeps_stop
         self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
         self._known = 0  # those given out, of these
         self._held = ""  # decoded, and not given out
@@ -105,8 +111,10 @@ class TextStream:
             return ""
         self._ids.append(token)
         text = self._decoded()
-        self.is_cut = text.endswith(CUT) and len(self._ids) - self._known < _HELD
-        self.is_cut &= self._place(self._held + text) is None
+        # A character whose bytes are not all there is held back, but not before a stop text.
+        may_wait = len(self._ids) - self._known < _MAX_HELD_TOKENS
+        has_stop = self._place(self._held + text) is not None
+        self.is_cut = text.endswith(CUT) and may_wait and not has_stop
         return "" if self.is_cut else self._release(text)
 
     def end(self) -> str:
@@ -153,9 +161,12 @@ class TextStream:
 
 def partial_length(text: str, marks: Iterable[str]) -> int:
     """Returns the length of the longest end of a text that begins one of some marks."""
-    return max(
-        (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0
-    )
+    longest = 0
+    for mark in marks:
+        for length in range(1, len(mark)):
+            if text.endswith(mark[:length]):
+                longest = max(longest, length)
+    return longest
 
 
 def ends_with_stop(

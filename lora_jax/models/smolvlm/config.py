@@ -84,8 +84,9 @@ class SmolVLMConfig:
         check_supported("model_type", self.model_type, CLASSES)
         if self.scale_factor < 1 or self.vision.side % self.scale_factor:
             raise ConfigError(
-                f"the {self.vision.side} patches along a side of an image are not a multiple of "
-                f"scale_factor ({self.scale_factor})"
+                f"An image has {self.vision.side} patches along a side, which is not a multiple of "
+                f"scale_factor ({self.scale_factor}). Check scale_factor, image_size and "
+                "patch_size."
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +119,9 @@ class SmolVLMConfig:
         parts = {}
         for name in ("text_config", "vision_config"):
             if not isinstance(config.get(name), dict):
-                raise ConfigError(f"the configuration lacks {name}")
+                raise ConfigError(
+                    f"config.json lacks {name}. Add the field, or download the model again."
+                )
             parts[name] = dict(config[name])
         text, vision = parts.values()
         check_no_unknown_fields(

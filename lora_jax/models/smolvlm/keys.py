@@ -15,15 +15,19 @@ def smolvlm_table(config: SmolVLMConfig) -> list[Row]:
 
 
 def _vision_table(config: SmolVLMConfig) -> KeyTable:
-    vision, trunk = config.vision, "model/vision_model"
-    width, inner = vision.hidden_size, vision.intermediate_size
-    layer, embeddings = f"{trunk}/encoder/layers", f"{trunk}/embeddings"
+    vision = config.vision
+    trunk = "model/vision_model"
+    width = vision.hidden_size
+    inner = vision.intermediate_size
+    layer = f"{trunk}/encoder/layers"
+    embeddings = f"{trunk}/embeddings"
     rows = KeyTable(layer, vision.num_hidden_layers)
-    patch = (vision.patch_size, vision.patch_size, vision.num_channels, width)  # files: reversed
-    rows.add("patches", f"{embeddings}/patch_embedding", "kernel", patch)
+    # Files have these axes in the opposite order.
+    patch_shape = (vision.patch_size, vision.patch_size, vision.num_channels, width)
+    rows.add("patches", f"{embeddings}/patch_embedding", "kernel", patch_shape)
     rows.add("patches", f"{embeddings}/patch_embedding", "bias", (width,))
-    table = (vision.side**2, width)
-    rows.add("positions", f"{embeddings}/position_embedding", "embedding", table, POSITIONS)
+    table_shape = (vision.side**2, width)
+    rows.add("positions", f"{embeddings}/position_embedding", "embedding", table_shape, POSITIONS)
     rows.layer_norm(f"{layer}/layer_norm1", width)
     for name in ("q", "k", "v"):
         rows.linear("attention", f"{layer}/self_attn/{name}_proj", (width, width), COLUMNS)
@@ -32,7 +36,8 @@ def _vision_table(config: SmolVLMConfig) -> KeyTable:
     rows.linear("mlp", f"{layer}/mlp/fc1", (width, inner), COLUMNS)
     rows.linear("mlp", f"{layer}/mlp/fc2", (inner, width), ROWS)
     rows.layer_norm(f"{trunk}/post_layernorm", width)
-    shape = (width * config.scale_factor**2, config.text.hidden_size)
-    proj = "model/connector/modality_projection/proj"
-    rows.linear("connector", proj, shape, REPLICATED, bias=False)
+    # The connector joins a square of patches to one vector.
+    connector_shape = (width * config.scale_factor**2, config.text.hidden_size)
+    projection = "model/connector/modality_projection/proj"
+    rows.linear("connector", projection, connector_shape, REPLICATED, bias=False)
     return rows

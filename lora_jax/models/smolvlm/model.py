@@ -18,7 +18,7 @@ from lora_jax.models.layers.blocks import (
 from lora_jax.models.layers.cache import NewEntries
 from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import layer_input
+from lora_jax.models.layers.trunk import name_layer_input
 from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -74,12 +74,12 @@ class _Trunk(ModelPart):
     ) -> tuple[jax.Array, NewEntries]:
         image_vectors = None
         if pixel_values is not None or self.is_initializing():
-            image_vectors = self._vectors(input_ids.shape[0], pixel_values)
+            image_vectors = self._encode_images(input_ids.shape[0], pixel_values)
         is_image_token = input_ids == self.config.image_token_id
         arguments = (*text_arguments, is_image_token, image_vectors)
         return self.text_model(input_ids, *arguments)
 
-    def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
+    def _encode_images(self, batch: int, pixels: jax.Array | None) -> jax.Array:
         """Returns the vectors of each row's images, [batch, n, d_model]."""
         vision = self.config.vision
         image_shape = (vision.num_channels, vision.image_size, vision.image_size)
@@ -87,8 +87,8 @@ class _Trunk(ModelPart):
             pixels = jnp.zeros((batch, 1, *image_shape), self.dtype)
         if pixels.ndim != 5 or pixels.shape[2:] != image_shape or pixels.shape[0] != batch:
             raise ValueError(
-                f"pixel_values of shape {pixels.shape}: [{batch}, images, "
-                f"{', '.join(map(str, image_shape))}] is needed"
+                f"pixel_values has the shape {pixels.shape}. Pass an array of the shape [{batch}, "
+                f"images, {', '.join(map(str, image_shape))}]."
             )
         images = pixels.reshape(-1, *image_shape)
         vectors = self.connector(self.vision_model(images))
@@ -148,7 +148,7 @@ class _Layer(_SiglipPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="layer_norm1")(x), "inputs")
         attention = SelfAttention(*self.options, _QKV, "out_proj", name="self_attn")
         x = x + attention(normed, mask)

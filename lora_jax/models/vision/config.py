@@ -141,7 +141,8 @@ class VisionConfig:
         check_supported("head", self.head, _ARCHITECTURES)
         if min(self.grid) < 1:
             raise ConfigError(
-                f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}. Check "
+                "both fields."
             )
         check_classes(self.num_labels, self.label_names)
 
@@ -187,7 +188,10 @@ class VisionConfig:
         class_names = [vision_family.class_name for vision_family in FAMILIES.values()]
         head = options.get("head") or read_head(config, class_names, _ARCHITECTURES)
         if "num_labels" in options and head != "classification":
-            raise ConfigError(f"num_labels goes with head='classification', and it is {head!r}")
+            raise ConfigError(
+                f"num_labels needs head='classification', but the head is {head!r}. Pass "
+                "head='classification', or remove num_labels."
+            )
         num_labels, label_names = read_classes(config, options.get("num_labels"))
         fields = dict(facts.defaults)
         fields |= {name: config[name] for name in field_names if name in config}

@@ -21,10 +21,11 @@ OTHER_PARTS = re.compile(
 def vision_name(name: str, config: VisionConfig) -> str:
     """Returns the table's name of a file's tensor: a bare encoder's has no prefix ("vit.")."""
     match = _TRUNK.fullmatch(name)
-    return _prefix(config) + match[1] if match else name
+    return _file_prefix(config) + match[1] if match else name
 
 
-def _prefix(config: VisionConfig) -> str:
+def _file_prefix(config: VisionConfig) -> str:
+    """Returns the encoder's prefix in files: none for a bare encoder."""
     return "" if config.head == "none" else f"{config.family.prefix}."
 
 
@@ -33,39 +34,46 @@ def vision_table(config: VisionConfig) -> list[Row]:
 
     The head is an optional part: a file without it still loads.
     """
-    facts, width = config.family, config.hidden_size
-    trunk = facts.prefix
-    layer, embeddings = f"{trunk}/encoder/layer", f"{trunk}/embeddings"
+    family = config.family
+    width = config.hidden_size
+    trunk = family.prefix
+    layer = f"{trunk}/encoder/layer"
+    embeddings = f"{trunk}/embeddings"
     rows = KeyTable(layer, config.num_hidden_layers)
     rows.add("patches", embeddings, "cls_token", (1, 1, width))
     projection = f"{embeddings}/patch_embeddings/projection"
-    patch = (*config.patch_size[::-1], config.num_channels, width)  # files: reversed
-    rows.add("patches", projection, "kernel", patch)
+    patch_height, patch_width = config.patch_size
+    # Files have these axes in the opposite order.
+    patch_shape = (patch_width, patch_height, config.num_channels, width)
+    rows.add("patches", projection, "kernel", patch_shape)
     rows.add("patches", projection, "bias", (width,))
     rows.add("positions", embeddings, "position_embeddings", (1, config.max_tokens, width))
-    first, second = facts.mlp
-    rows.layer_norm(f"{layer}/{facts.attention_norm}", width)
+    up_name, down_name = family.mlp
+    rows.layer_norm(f"{layer}/{family.attention_norm}", width)
     for name in ("query", "key", "value"):
         path = f"{layer}/attention/attention/{name}"
         rows.linear("attention", path, (width, width), COLUMNS, bias=config.qkv_bias)
     rows.linear("attention", f"{layer}/attention/output/dense", (width, width), ROWS)
-    if facts.layer_scale:
+    if family.layer_scale:
         rows.add("norm", f"{layer}/layer_scale1", "lambda1", (width,))
-    rows.layer_norm(f"{layer}/{facts.mlp_norm}", width)
-    rows.linear("mlp", f"{layer}/{first}", (width, config.intermediate_size), COLUMNS)
-    rows.linear("mlp", f"{layer}/{second}", (config.intermediate_size, width), ROWS)
-    if facts.layer_scale:
+    rows.layer_norm(f"{layer}/{family.mlp_norm}", width)
+    rows.linear("mlp", f"{layer}/{up_name}", (width, config.intermediate_size), COLUMNS)
+    rows.linear("mlp", f"{layer}/{down_name}", (config.intermediate_size, width), ROWS)
+    if family.layer_scale:
         rows.add("norm", f"{layer}/layer_scale2", "lambda1", (width,))
     rows.layer_norm(f"{trunk}/layernorm", width)
     if config.head == "classification":
-        shape = (width * (2 if facts.mean_patch else 1), config.num_labels)
+        # The classes follow from the image's own token, and from the mean of the patches if used.
+        n_inputs = 2 * width if family.mean_patch else width
+        shape = (n_inputs, config.num_labels)
         rows.linear("classifier", "classifier", shape, REPLICATED, part="classifier")
-    return [_named(row, config) for row in with_prefix(rows, f"{trunk}.", _prefix(config))]
+    file_rows = with_prefix(rows, f"{trunk}.", _file_prefix(config))
+    return [_add_module_name(row, config) for row in file_rows]
 
 
-def _named(row: Row, config: VisionConfig) -> Row:
-    """Returns a row with its name in transformers 5's module."""
-    in_module = row.hf
-    for piece, new in config.family.in_module.items():
-        in_module = in_module.replace(piece, new)
-    return dataclasses.replace(row, in_module=in_module if in_module != row.hf else None)
+def _add_module_name(row: Row, config: VisionConfig) -> Row:
+    """Returns a row with its name in transformers 5's module, if that is not the file's."""
+    module_name = row.hf
+    for file_part, module_part in config.family.in_module.items():
+        module_name = module_name.replace(file_part, module_part)
+    return dataclasses.replace(row, in_module=module_name if module_name != row.hf else None)

@@ -9,7 +9,7 @@ from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, PatchProjection, activate, dense, layer_norm
 from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP, WrappedDense
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import layer_input
+from lora_jax.models.layers.trunk import name_layer_input
 from lora_jax.models.vision.config import VisionConfig
 
 
@@ -54,8 +54,9 @@ class VisionEncoder(ModelPart):
         holds_patch = min(cfg.grid_of(height, width)) >= 1
         if n_channels != cfg.num_channels or not holds_patch:
             raise ValueError(
-                f"pixel_values of shape {pixel_values.shape}: [batch, {cfg.num_channels}, height, "
-                f"width] is needed, with room for a patch of {cfg.patch_size} pixels"
+                f"pixel_values has the shape {pixel_values.shape}. Pass an array of the shape "
+                f"[batch, {cfg.num_channels}, height, width] that is at least as large as a patch "
+                f"of {cfg.patch_size} pixels."
             )
         hidden: jax.Array = getattr(self, cfg.family.prefix)(pixel_values)
         if return_hidden or cfg.head == "none":
@@ -117,7 +118,7 @@ class _Layer(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         family = self.config.family
-        x = layer_input(x, self.remat)
+        x = name_layer_input(x, self.remat)
         normed = layer_norm(self, name=family.attention_norm)(x)
         attention_out = _Attention(*self.options, name="attention")(normed, mask)
         x = x + self._scaled(1, attention_out)
@@ -183,7 +184,7 @@ def resample(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int])
     """
     if grid == new_grid:
         return table
-    patches = table[0, 1:].reshape(*grid, -1).astype(jnp.float32)
+    patches = table[0, 1:].reshape(*grid, -1).astype(jnp.float32)  # [rows, columns, d_model]
     row_weights = cubic_weights(grid[0], new_grid[0])
     column_weights = cubic_weights(grid[1], new_grid[1])
     out = jnp.einsum("yr,xc,rcd->yxd", row_weights, column_weights, patches)

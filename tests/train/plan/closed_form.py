@@ -9,7 +9,7 @@ import lora_jax as lj
 from lora_jax.core.product import is_worth_keeping
 from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of
 from lora_jax.models import DecoderConfig, kinds
-from lora_jax.models.layers.attend import Attend, scores_of
+from lora_jax.models.layers.attend import Attend, count_scores
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.delta import chunk_size
 from lora_jax.models.layers.kernels.flash import Flash
@@ -133,7 +133,7 @@ def step_flops(
     if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
         if branched:  # over rows that are not split
-            pairs = float(scores_of(attention, seq, branched=True))
+            pairs = float(count_scores(attention, seq, branched=True))
         if windowed:
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / (whole + windowed)

@@ -73,7 +73,7 @@ def test_products_between_barriers_read_less(monkeypatch):
     Of these two layers the whole takes as long (120 ms); of the step around them, 3,504 of 3,637.
     """
     new = estimate()
-    monkeypatch.setattr(blocks, "MANY", math.inf)
+    monkeypatch.setattr(blocks, "MIN_TOKENS_TO_ISOLATE_PRODUCT", math.inf)
     old = estimate()
     (one, other) = (made.cost(BASE, FORWARD) for made in (new, old))
     print(new.fusions, old.fusions, one, other)

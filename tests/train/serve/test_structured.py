@@ -129,7 +129,7 @@ def test_calls_that_are_asked_for(post):
         (
             {"response_format": schema_of({"items": {"enum": [1176432598712345678]}})},
             "response_format.json_schema.schema.items.enum",
-            "1176432598712345678 cannot be kept exactly",
+            "1176432598712345678 cannot be represented exactly",
         ),
         ({"guided_json": "{"}, "guided_json", "a JSON schema is needed"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),

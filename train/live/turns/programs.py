@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.models.layers.cache import Cache, depends_on_room, init_cache
+from lora_jax.models.layers.cache import Cache, depends_on_cache_length, init_cache
 from lora_jax.models.sampling import slots, turns
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens
@@ -85,7 +85,7 @@ class TurnPrograms:
         model: Any = self._model
         copy_slots = length + self.chunk  # the last chunk of a row may begin at any slot
         # It runs in a cache of its own, so that all tokens behind it see no slots that stay empty.
-        n_slots = copy_slots if depends_on_room(model.config) else length
+        n_slots = copy_slots if depends_on_cache_length(model.config) else length
         if (n_rows, n_slots) not in self._functions:
             self._functions[n_rows, n_slots] = self._row_functions(n_rows, n_slots, copy_slots)
         return TurnRows(self, self._functions[n_rows, n_slots])

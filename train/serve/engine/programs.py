@@ -14,7 +14,7 @@ from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import LoraWeight
-from lora_jax.models.layers.cache import Cache, depends_on_room, init_cache
+from lora_jax.models.layers.cache import Cache, depends_on_cache_length, init_cache
 from lora_jax.models.sampling import blocks, slots
 from lora_jax.models.sampling.adjust import Adjustments, adjust_logits
 from lora_jax.models.sampling.blocks import CacheBlock
@@ -93,9 +93,9 @@ class SamplingPrograms:
         return bool(getattr(self._model.config, "linear_layers", ()))
 
     @property
-    def depends_on_room(self) -> bool:
+    def depends_on_cache_length(self) -> bool:
         """True where keys depend on the length of the cache."""
-        return depends_on_room(self._model.config)
+        return depends_on_cache_length(self._model.config)
 
     def empty_rows(self, n_rows: int, length: int) -> DecodingRows:
         """Returns rows without completions."""

@@ -171,7 +171,7 @@ class PromptRunner:
           rows: the rows, one of which still is its.
         """
         programs = self._programs
-        has_reusable_blocks = not (programs.has_memory or programs.depends_on_room)
+        has_reusable_blocks = not (programs.has_memory or programs.depends_on_cache_length)
         if not self._sizes.fast_prompts or not has_reusable_blocks:
             return
         is_activated_later = completion.job.active_start > 0
@@ -206,7 +206,7 @@ class PromptRunner:
     def _scope(self, job: SampleJob) -> PrefixScope:
         """Returns the scope in which the tokens of a prompt before an invocation are found."""
         cache_length = None
-        if self._programs.depends_on_room:
+        if self._programs.depends_on_cache_length:
             cache_length = self._sizes.cache_length(len(job.request.prompt))
         # Up to its invocation, the prompt of an activated LoRA is the base's, and is found as such.
         adapter = None if job.active_start else job.adapter
@@ -234,7 +234,7 @@ class PromptRunner:
 
     def _next_cache_length(self, prompt: RunningPrompt) -> int:
         """Returns the length of the cache in which the next chunk of a prompt runs."""
-        if self._programs.depends_on_room:
+        if self._programs.depends_on_cache_length:
             return self._sizes.cache_length(len(prompt.ids))
         return self._sizes.cache_length(prompt.n_run + 1)
 

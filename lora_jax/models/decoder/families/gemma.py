@@ -22,8 +22,9 @@ _READS = frozenset(
 )
 
 
-def _all_but_each_last(pattern: int, n_layers: int) -> tuple[int, ...]:
-    return tuple(i for i in range(n_layers) if (i + 1) % pattern)
+def _layers_with_window(interval: int, n_layers: int) -> tuple[int, ...]:
+    """Returns all layers but the last of each ``interval``."""
+    return tuple(layer for layer in range(n_layers) if (layer + 1) % interval != 0)
 
 
 GEMMA2 = DecoderFamily(
@@ -37,7 +38,7 @@ GEMMA2 = DecoderFamily(
         "final_logit_softcapping": 30.0,
     },
     traits=_TRAITS,
-    windowed=lambda get, n_layers: _all_but_each_last(2, n_layers),
+    windowed=lambda get, n_layers: _layers_with_window(2, n_layers),
 )
 
 GEMMA3 = DecoderFamily(
@@ -54,7 +55,7 @@ GEMMA3 = DecoderFamily(
     },
     traits={**_TRAITS, "qk_norm": True},
     windows_rotate_apart=True,
-    windowed=lambda get, n: _all_but_each_last(get("sliding_window_pattern", 6), n),
+    windowed=lambda get, n: _layers_with_window(get("sliding_window_pattern", 6), n),
     with_images="gemma3",
     left_out=re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
     gguf="gemma3",
@@ -105,7 +106,7 @@ GEMMA4 = DecoderFamily(
         "value_norm": True,
     },
     windows_rotate_apart=True,
-    windowed=lambda get, n: tuple(i for i in _all_but_each_last(6, n) if i < n - 1),
+    windowed=lambda get, n: tuple(i for i in _layers_with_window(6, n) if i < n - 1),
     rope_kinds=("proportional",),
     with_images="gemma4",
     left_out=re.compile(

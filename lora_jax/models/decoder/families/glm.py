@@ -15,7 +15,7 @@ MIXTURE = frozenset(
 LEFT_OUT = re.compile(r"further\..*")  # see ``keys.decoder_name``
 
 
-def experts(get: Get) -> tuple[int, int]:
+def read_experts(get: Get) -> tuple[int, int]:
     """Returns the number of experts, under either name, and their inner size."""
     return get("num_local_experts") or get("n_routed_experts"), get("moe_intermediate_size")
 
@@ -37,7 +37,7 @@ GLM4_MOE = DecoderFamily(
         "norm_topk_prob": True,
     },
     traits={"sigmoid_router": True, "o_bias": False},
-    experts=experts,
+    experts=read_experts,
     writes={"n_routed_experts": "num_experts", "use_qk_norm": "qk_norm"},
     shared_name="shared_experts",
     shared_is_gated=False,

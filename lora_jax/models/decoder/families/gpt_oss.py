@@ -13,10 +13,14 @@ _YARN = {
 }
 
 
-def _experts(get: Get) -> tuple[int, int]:
-    chosen = get("num_experts_per_tok")
-    if (twin := get("experts_per_token")) not in (None, chosen):
-        raise ConfigError(f"experts_per_token={twin} contradicts num_experts_per_tok={chosen}")
+def _read_experts(get: Get) -> tuple[int, int]:
+    n_chosen = get("num_experts_per_tok")
+    n_chosen_again = get("experts_per_token")  # a second name of the same field
+    if n_chosen_again not in (None, n_chosen):
+        raise ConfigError(
+            f"experts_per_token={n_chosen_again} contradicts num_experts_per_tok={n_chosen}. "
+            "Remove one of the two fields."
+        )
     return get("num_local_experts"), get("intermediate_size")
 
 
@@ -49,7 +53,7 @@ GPT_OSS = DecoderFamily(
         "sinks": True,
     },
     windowed=lambda get, n_layers: range(0, n_layers, 2),
-    experts=_experts,
+    experts=_read_experts,
     writes={"num_local_experts": "num_experts"},
     router_name="router",
     expert_names=("gate_up_proj", "down_proj"),

@@ -10,7 +10,7 @@ _WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"
 _DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 
 
-def _upper_layers(get: Get, n_layers: int) -> range:
+def _layers_with_window(get: Get, n_layers: int) -> range:
     return range(get("max_window_layers", 28), n_layers)
 
 
@@ -20,7 +20,7 @@ QWEN2 = DecoderFamily(
     reads=_WINDOW,
     defaults=_DEFAULTS,
     traits={"qkv_bias": True},
-    windowed=_upper_layers,
+    windowed=_layers_with_window,
     gguf="qwen2",
     reads_gguf=True,
 )
@@ -31,20 +31,25 @@ QWEN3 = DecoderFamily(
     reads=_WINDOW | {"attention_bias"},
     defaults={**_DEFAULTS, "head_dim": 128},
     traits={"qk_norm": True},
-    windowed=_upper_layers,
+    windowed=_layers_with_window,
     gguf="qwen3",
     reads_gguf=True,
 )
 
-_ALL_SPARSE = "layers are scanned, so that all of them have experts or none"
+_ALL_SPARSE = "Either all layers of a model have experts, or none. Use another model."
 
 
-def _experts(get: Get) -> tuple[int, int]:
-    step, dense = get("decoder_sparse_step", 1), list(get("mlp_only_layers") or ())
-    if step != 1:
-        raise ConfigError(f"decoder_sparse_step={step} is not supported, only 1: {_ALL_SPARSE}")
-    if dense:
-        raise ConfigError(f"mlp_only_layers={dense} is not supported, only []: {_ALL_SPARSE}")
+def _read_experts(get: Get) -> tuple[int, int]:
+    sparse_step = get("decoder_sparse_step", 1)
+    dense_layers = list(get("mlp_only_layers") or ())
+    if sparse_step != 1:
+        raise ConfigError(
+            f"decoder_sparse_step={sparse_step} is not supported, only 1 is. {_ALL_SPARSE}"
+        )
+    if dense_layers:
+        raise ConfigError(
+            f"mlp_only_layers={dense_layers} is not supported, only [] is. {_ALL_SPARSE}"
+        )
     # transformers 5 writes num_experts as num_local_experts
     return get("num_local_experts") or get("num_experts"), get("moe_intermediate_size")
 
@@ -68,15 +73,15 @@ QWEN3_MOE = DecoderFamily(
     },
     refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     traits={"qk_norm": True},
-    experts=_experts,
+    experts=_read_experts,
     gguf="qwen3moe",
     default_targets=None,
 )
 
 
-def _all_but_each_last(get: Get, n_layers: int) -> tuple[int, ...]:
-    every = get("full_attention_interval", 4)
-    return tuple(i for i in range(n_layers) if (i + 1) % every)
+def _linear_layers(get: Get, n_layers: int) -> tuple[int, ...]:
+    interval = get("full_attention_interval", 4)  # the last of so many layers has attention
+    return tuple(layer for layer in range(n_layers) if (layer + 1) % interval != 0)
 
 
 _LINEAR = frozenset(
@@ -124,8 +129,8 @@ QWEN3_NEXT = DecoderFamily(
     },
     refuses=_REFUSED,
     traits={**_GATED, "linear_projections_joined": True},
-    linear=_all_but_each_last,
-    experts=_experts,
+    linear=_linear_layers,
+    experts=_read_experts,
     left_out=_LEFT_OUT,
     default_targets=None,
 )
@@ -137,7 +142,7 @@ QWEN3_5 = DecoderFamily(
     defaults={**_LINEAR_DEFAULTS, "num_key_value_heads": 4},
     refuses={**_REFUSED, "mlp_only_layers": []},
     traits=_GATED,
-    linear=_all_but_each_last,
+    linear=_linear_layers,
     with_images="qwen3_5",
     left_out=_LEFT_OUT,
     default_targets=None,
@@ -155,8 +160,8 @@ QWEN3_5_MOE = DecoderFamily(
     },
     refuses={**_REFUSED, "mlp_only_layers": []},
     traits={**_GATED, "norm_topk_prob": True},
-    linear=_all_but_each_last,
-    experts=_experts,
+    linear=_linear_layers,
+    experts=_read_experts,
     with_images="qwen3_5_moe",
     left_out=_LEFT_OUT,
     default_targets=None,

@@ -3,10 +3,13 @@
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 
-def _rope_free(get: Get, n_layers: int) -> tuple[int, ...]:
-    every = get("no_rope_layer_interval")
-    rotated = get("no_rope_layers") or [(i + 1) % every for i in range(n_layers)]
-    return tuple(i for i in range(n_layers) if not rotated[i])
+def _layers_without_rope(get: Get, n_layers: int) -> tuple[int, ...]:
+    layers = range(n_layers)
+    has_rope = get("no_rope_layers")  # 1 for a layer with RoPE, and 0 for one without
+    if not has_rope:
+        interval = get("no_rope_layer_interval")
+        has_rope = [(layer + 1) % interval != 0 for layer in layers]
+    return tuple(layer for layer in layers if not has_rope[layer])
 
 
 SMOLLM3 = DecoderFamily(
@@ -25,7 +28,7 @@ SMOLLM3 = DecoderFamily(
         "no_rope_layer_interval": 4,
         "tie_word_embeddings": True,
     },
-    windowed=_rope_free,
-    rope_free=_rope_free,
+    windowed=_layers_without_rope,
+    rope_free=_layers_without_rope,
     default_targets=None,
 )

@@ -12,8 +12,8 @@ from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Imp
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 
 # Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.
-_LONGEST = 4096
-_HALF = (jnp.bfloat16, jnp.float16)
+_MAX_TOKENS = 4096
+_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Cudnn(Implementation):
 
     Attributes:
       backend: "cudnn", or "xla" to compute the same call on any device, for tests.
-      otherwise: computes what cuDNN refuses.
+      fallback: computes what cuDNN refuses.
     """
 
     backend: str = "cudnn"
-    otherwise: Blockwise = ON_GPU
+    fallback: Blockwise = ON_GPU
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Returns the reason why cuDNN cannot serve a call; None if it can."""
@@ -39,7 +39,7 @@ class Cudnn(Implementation):
             return "keys lie in a cache"
         if call.split:
             return "the queries of a row lie on several devices"
-        if call.dtype not in _HALF:
+        if call.dtype not in _HALF_PRECISION:
             return f"cuDNN has no {jnp.dtype(call.dtype)}"
         if call.head_dim > 128 or call.head_dim % 8:
             return f"cuDNN's heads are multiples of 8 up to 128, not {call.head_dim}"
@@ -49,19 +49,21 @@ class Cudnn(Implementation):
             return "cuDNN has no sinks"
         if call.queries % 2:
             return "cuDNN needs an even number of tokens"
-        if call.queries > _LONGEST:
-            return f"the mask of more than {_LONGEST:,} tokens takes too much memory"
+        if call.queries > _MAX_TOKENS:
+            return f"the mask of more than {_MAX_TOKENS:,} tokens takes too much memory"
         return None
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
         if self.refusal(inputs.call):
-            return self.otherwise(*inputs)
+            return self.fallback(*inputs)
         _, k, v, mask, *_ = inputs
         # Padding sees itself, so that no row of the mask is empty.
         visible = mask.visible() | (mask.queries.slots[:, None] == mask.keys.slots)
         implementation: Any = self.backend
         return jax.nn.dot_product_attention(
-            *(inputs.scaled_queries, k, v),
+            inputs.scaled_queries,
+            k,
+            v,
             mask=visible[:, None],
             is_causal=mask.causal,
             scale=1.0,

@@ -22,9 +22,9 @@ from jax import lax
 from lora_jax.core.extend import Primitive, batching, mlir
 
 COMPILER = "jax_triton"  # the package that compiles the programs
-_MISSING = (
-    "jax-triton, which compiles the kernel, is not installed: "
-    "Python 3.12 and the extra gpu-kernels have it"
+_NOT_INSTALLED = (
+    "jax-triton, which compiles the kernel, is not installed. "
+    "Install lora_jax[gpu-kernels] with Python 3.12 or later"
 )
 
 
@@ -49,9 +49,9 @@ class FlashTokens(NamedTuple):
     window: jax.Array
 
 
-def run(
+def run_program(
     name: str,
-    how: FlashOptions,
+    options: FlashOptions,
     bounds: tuple[jax.Array, jax.Array],
     tokens: FlashTokens,
     arrays: Sequence[jax.Array],
@@ -66,12 +66,12 @@ def run(
         - "flash_dq" takes q, k, v, the cotangent of the attention, the logarithms, and the means of
           the cotangents of weights; it returns the gradient of q.
         - "flash_dkv" takes the same; it returns the gradients of k and v.
-      how: the static facts of the call.
+      options: the static facts of the call.
       bounds: the first block to visit and the one behind the last, [batch, blocks] int32.
       tokens: the mask's tokens.
       arrays: the program's arrays.
     """
-    return tuple(_KERNEL.bind(*bounds, *tokens, *arrays, name=name, how=how))
+    return tuple(_KERNEL.bind(*bounds, *tokens, *arrays, name=name, options=options))
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def missing_compiler() -> str | None:
 
     The reason is logged, once in a process.
     """
-    reason = _MISSING
+    reason = _NOT_INSTALLED
     if find_spec(COMPILER) is not None:
         # In a thread of its own, the trial is outside the caller's mesh and traces.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -89,7 +89,7 @@ def missing_compiler() -> str | None:
             return None
         reason = f"JAX {jax.__version__} does not compile the kernel ({COMPILER}: {problem})"
     logging.getLogger("lora_jax").warning(
-        "attention 'flash' is replaced by 'blockwise', in plain JAX: %s", reason
+        "Attention runs as 'blockwise', in plain JAX, in place of the faster 'flash'. %s.", reason
     )
     return reason
 
@@ -101,8 +101,8 @@ def _try_lowering() -> str | None:
     segments = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     slots = jax.ShapeDtypeStruct((16,), jnp.int32)
     window = jax.ShapeDtypeStruct((1,), jnp.int32)
-    how = FlashOptions(causal=True, scale=1.0, cap=None, queries=16, keys=16)
-    call = jax.jit(functools.partial(_KERNEL.bind, name="flash_fwd", how=how))
+    options = FlashOptions(causal=True, scale=1.0, cap=None, queries=16, keys=16)
+    call = jax.jit(functools.partial(_KERNEL.bind, name="flash_fwd", options=options))
     try:
         device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
         mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
@@ -115,16 +115,16 @@ def _try_lowering() -> str | None:
     return None
 
 
-def _run_triton(*operands: jax.Array, name: str, how: FlashOptions) -> Any:
+def _run_triton(*operands: jax.Array, name: str, options: FlashOptions) -> Any:
     """Runs a program in Triton's language."""
     # It imports `triton`, which is optional, and takes a second.
     flash_triton = importlib.import_module(f"{__package__}.flash_triton")
-    results = _results(name, *operands[_TOKENS : _TOKENS + 2])
-    return flash_triton.run_triton(*operands, name=name, how=how, results=results)
+    results = _result_shapes(name, *operands[_N_MASK_OPERANDS : _N_MASK_OPERANDS + 2])
+    return flash_triton.run_triton(*operands, name=name, options=options, results=results)
 
 
-def _results(name: str, q: Any, k: Any) -> list[jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of a program's results; see `run`."""
+def _result_shapes(name: str, q: Any, k: Any) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of a program's results; see `run_program`."""
     q_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     k_shape = jax.ShapeDtypeStruct(k.shape, k.dtype)
     if name == "flash_dq":
@@ -135,33 +135,34 @@ def _results(name: str, q: Any, k: Any) -> list[jax.ShapeDtypeStruct]:
     return [q_shape, jax.ShapeDtypeStruct((batch, n_heads, n_queries), jnp.float32)]
 
 
-_TOKENS = 2 + len(FlashTokens._fields)  # operands before a program's arrays
+_N_MASK_OPERANDS = 2 + len(FlashTokens._fields)  # operands before a program's arrays
 _SLOTS, _WINDOW = 2, 5  # of those, the ones without a batch
 
 _KERNEL = Primitive("flash_kernel")
 _KERNEL.multiple_results = True
 
 
-def _run_now(*operands: jax.Array, **how: Any) -> Any:
-    return jax.jit(functools.partial(_KERNEL.bind, **how))(*operands)
+def _run_eagerly(*operands: jax.Array, **options: Any) -> Any:
+    return jax.jit(functools.partial(_KERNEL.bind, **options))(*operands)
 
 
-def _abstract(*operands: Any, name: str, how: FlashOptions) -> list[Any]:
-    q, k, *_ = operands[_TOKENS:]
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in _results(name, q, k)]
+def _abstract_results(*operands: Any, name: str, options: FlashOptions) -> list[Any]:
+    q, k, *_ = operands[_N_MASK_OPERANDS:]
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in _result_shapes(name, q, k)]
 
 
-def _lower(ctx: Any, *operands: Any, **how: Any) -> Any:
-    return mlir.lower_fun(_run_triton, multiple_results=True)(ctx, *operands, **how)
+def _lower(ctx: Any, *operands: Any, **options: Any) -> Any:
+    return mlir.lower_fun(_run_triton, multiple_results=True)(ctx, *operands, **options)
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[int | None], **how: Any) -> tuple[Any, Any]:
+def _batch_calls(
+    operands: Sequence[Any], axes: Sequence[int | None], **options: Any
+) -> tuple[Any, Any]:
     """Runs a mapped call: its rows are further rows of one batch."""
-    (n_calls, *_) = (
-        operand.shape[axis]
-        for operand, axis in zip(operands, axes, strict=True)
-        if axis is not None
-    )
+    n_calls = 0
+    for operand, axis in zip(operands, axes, strict=True):
+        if axis is not None:
+            n_calls = operand.shape[axis]
     mapped = []  # operands with the calls on axis 0
     for operand, axis in zip(operands, axes, strict=True):
         if axis is None:
@@ -169,18 +170,19 @@ def _batch(operands: Sequence[Any], axes: Sequence[int | None], **how: Any) -> t
         else:
             mapped.append(jnp.moveaxis(operand, axis, 0))
     have_one_mask = axes[_SLOTS] is None and axes[_WINDOW] is None
-    if not have_one_mask:
-        outs = lax.map(lambda call: _KERNEL.bind(*call, **how), mapped)
+    if not have_one_mask:  # the kernel takes one mask for all rows: one call after the other
+        outs = lax.map(lambda call: _KERNEL.bind(*call, **options), mapped)
         return outs, [0] * len(outs)
+    # The calls' rows become rows of one call.
     folded = [operand.reshape(-1, *operand.shape[2:]) for operand in mapped]
     folded[_SLOTS] = operands[_SLOTS]
     folded[_WINDOW] = operands[_WINDOW]
-    folded_outs = _KERNEL.bind(*folded, **how)
+    folded_outs = _KERNEL.bind(*folded, **options)
     outs = [out.reshape(n_calls, -1, *out.shape[1:]) for out in folded_outs]
     return outs, [0] * len(outs)
 
 
-_KERNEL.def_impl(_run_now)
-_KERNEL.def_abstract_eval(_abstract)
+_KERNEL.def_impl(_run_eagerly)
+_KERNEL.def_abstract_eval(_abstract_results)
 mlir.register_lowering(_KERNEL, _lower)
-batching.primitive_batchers[_KERNEL] = _batch
+batching.primitive_batchers[_KERNEL] = _batch_calls

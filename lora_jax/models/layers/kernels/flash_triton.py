@@ -18,21 +18,21 @@ import triton
 import triton.language as tl
 
 from lora_jax.models.layers.kernels.flash_call import FlashOptions
-from lora_jax.models.layers.masks import BRANCHES
+from lora_jax.models.layers.masks import MAX_BRANCHES
 
-_HIDDEN = tl.constexpr(-1e30)  # the score of a key that is not seen
-_ROOT = tl.constexpr(-BRANCHES)
+_HIDDEN_SCORE = tl.constexpr(-1e30)  # the score of a key that is not seen
+_PROMPT_BITS = tl.constexpr(-MAX_BRANCHES)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # The PTX of CUDA 12.7: the first that knows Blackwell. Triton would write that of its own, newest
 # assembler, which the one beside JAX refuses.
-_PTX = 86
+_PTX_VERSION = 86
 
 
 def run_triton(
-    *operands: jax.Array, name: str, how: FlashOptions, results: list[jax.ShapeDtypeStruct]
+    *operands: jax.Array, name: str, options: FlashOptions, results: list[jax.ShapeDtypeStruct]
 ) -> Any:
-    """Runs a program; see ``flash_call.run`` for its operands and results."""
-    kernel, grid, sizes = program_of(name, how, operands)
+    """Runs a program; see ``flash_call.run_program`` for its operands and results."""
+    kernel, grid, sizes = program_of(name, options, operands)
     with jax.named_scope(name):
         return jax_triton.triton_call(
             *operands,
@@ -42,12 +42,12 @@ def run_triton(
             name=name,
             num_warps=4 if sizes["WIDTH"] <= 64 else 8,
             num_stages=2,
-            backend_options={"ptx_version": _PTX, "enable_fp_fusion": True},
+            backend_options={"ptx_version": _PTX_VERSION, "enable_fp_fusion": True},
             **sizes,
         )
 
 
-def program_of(name: str, how: FlashOptions, operands: Any) -> tuple[Any, tuple[int, ...], Any]:
+def program_of(name: str, options: FlashOptions, operands: Any) -> tuple[Any, tuple[int, ...], Any]:
     """Returns a program, its grid, and its constants."""
     q, k = operands[6:8]
     batch, queries, heads, head_dim = q.shape
@@ -59,21 +59,21 @@ def program_of(name: str, how: FlashOptions, operands: Any) -> tuple[Any, tuple[
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_Q": how.queries,
-        "BLOCK_K": how.keys,
-        "CAUSAL": how.causal,
-        "BRANCHED": how.branched,
-        "SCALE": how.scale,
-        "CAP": how.cap or 0.0,
+        "BLOCK_Q": options.queries,
+        "BLOCK_K": options.keys,
+        "CAUSAL": options.causal,
+        "BRANCHED": options.branched,
+        "SCALE": options.scale,
+        "CAP": options.cap or 0.0,
     }
     if name == "flash_dkv":
-        return flash_dkv, (keys // how.keys, kv_heads, batch), sizes
+        return flash_dkv, (keys // options.keys, kv_heads, batch), sizes
     kernel = flash_fwd if name == "flash_fwd" else flash_dq
-    return kernel, (queries // how.queries, heads, batch), sizes
+    return kernel, (queries // options.queries, heads, batch), sizes
 
 
 @triton.jit
-def _load(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _load_rows(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Returns rows of a head, [rows, WIDTH], zero behind the head's own numbers."""
     columns = tl.arange(0, WIDTH)
     pointers = array + rows[:, None] * stride + columns[None, :]
@@ -85,7 +85,7 @@ def _load(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store(array, rows, stride, block, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _store_rows(array, rows, stride, block, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Writes rows of a head, [rows, WIDTH], without the columns behind the head's own numbers."""
     columns = tl.arange(0, WIDTH)
     pointers = array + rows[:, None] * stride + columns[None, :]
@@ -97,7 +97,7 @@ def _store(array, rows, stride, block, HEAD_DIM: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def _see(
+def _visible_keys(
     query_slots,
     key_slots,
     query_segments,
@@ -110,7 +110,7 @@ def _see(
     distance = query_slots[:, None] - key_slots[None, :]
     visible = query_segments[:, None] == key_segments[None, :]
     if BRANCHED:
-        visible = visible | ((query_segments & _ROOT)[:, None] == key_segments[None, :])
+        visible = visible | ((query_segments & _PROMPT_BITS)[:, None] == key_segments[None, :])
     visible = visible & (distance < window)
     if CAUSAL:
         visible = visible & (distance >= 0)
@@ -118,7 +118,7 @@ def _see(
 
 
 @triton.jit
-def _score(q, k, SCALE: tl.constexpr, CAP: tl.constexpr):
+def _compute_scores(q, k, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Returns the scores of a block, [queries, keys] in fp32."""
     scores = tl.dot(q, tl.trans(k)) * SCALE
     if CAP > 0.0:
@@ -127,9 +127,9 @@ def _score(q, k, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def _weigh(q, k, v, visible, out, lse, mean, SCALE: tl.constexpr, CAP: tl.constexpr):
+def _weights_and_slopes(q, k, v, visible, out, lse, mean, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Returns a block's weights, and the gradient of its scores without their scale."""
-    scores = _score(q, k, SCALE, CAP)
+    scores = _compute_scores(q, k, SCALE, CAP)
     weights = tl.where(visible, tl.exp2(scores * _LOG2_E - lse[:, None]), 0.0)
     slopes = weights * (tl.dot(out, tl.trans(v)) - mean[:, None])
     if CAP > 0.0:
@@ -164,38 +164,44 @@ def flash_fwd(
     CAP: tl.constexpr,
 ):
     """Computes a block of queries: a running maximum, a running sum, and the sum of values."""
+    # The program's block of queries, head and row of the batch.
     i, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
     rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_slots = tl.load(slots + rows)
     query_segments = tl.load(segments + row * QUERIES + rows)
     window_size = tl.load(window)
+    # Pointers to the row's first token of this head.
     q += (row * QUERIES * HEADS + head) * HEAD_DIM
     k += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
     v += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
     out += (row * QUERIES * HEADS + head) * HEAD_DIM
-    queries = _load(q, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    queries = _load_rows(q, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    # The running sum of values, the running maximum, and the running sum of weights.
     total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
-    largest = tl.full((BLOCK_Q,), _HIDDEN, tl.float32)
+    largest = tl.full((BLOCK_Q,), _HIDDEN_SCORE, tl.float32)
     weight_sum = tl.zeros((BLOCK_Q,), tl.float32)
     bounds_index = row * (QUERIES // BLOCK_Q) + i
     for j in range(tl.load(start + bounds_index), tl.load(stop + bounds_index)):
         keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
         block_segments = tl.load(key_segments + row * KEYS + keys)
-        visible = _see(
+        visible = _visible_keys(
             query_slots, keys, query_segments, block_segments, window_size, CAUSAL, BRANCHED
         )
-        block_keys = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        scores = tl.where(visible, _score(queries, block_keys, SCALE, CAP) * _LOG2_E, _HIDDEN)
+        block_keys = _load_rows(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        scores = tl.where(
+            visible, _compute_scores(queries, block_keys, SCALE, CAP) * _LOG2_E, _HIDDEN_SCORE
+        )
+        # A new maximum rescales the sums so far.
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_largest[:, None])
         rescale = tl.exp2(largest - new_largest)
-        values = _load(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        values = _load_rows(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
         total = total * rescale[:, None] + tl.dot(weights.to(values.dtype), values)
         weight_sum = weight_sum * rescale + tl.sum(weights, 1)
         largest = new_largest
     weight_sum = tl.maximum(weight_sum, 1.1754943508222875e-38)  # padding's, if it visits nothing
-    _store(out, rows, HEADS * HEAD_DIM, total / weight_sum[:, None], HEAD_DIM, WIDTH)
+    _store_rows(out, rows, HEADS * HEAD_DIM, total / weight_sum[:, None], HEAD_DIM, WIDTH)
     tl.store(lse + (row * HEADS + head) * QUERIES + rows, largest + tl.log2(weight_sum))
 
 
@@ -237,8 +243,8 @@ def flash_dq(
     head_offset = (row * QUERIES * HEADS + head) * HEAD_DIM
     k += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
     v += (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
-    queries = _load(q + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-    out = _load(cotangent + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    queries = _load_rows(q + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    out = _load_rows(cotangent + head_offset, rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
     sums = tl.load(lse + (row * HEADS + head) * QUERIES + rows)
     means = tl.load(mean + (row * HEADS + head) * QUERIES + rows)
     total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
@@ -246,14 +252,16 @@ def flash_dq(
     for j in range(tl.load(start + bounds_index), tl.load(stop + bounds_index)):
         keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
         block_segments = tl.load(key_segments + row * KEYS + keys)
-        visible = _see(
+        visible = _visible_keys(
             query_slots, keys, query_segments, block_segments, window_size, CAUSAL, BRANCHED
         )
-        block_keys = _load(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        values = _load(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-        _, slopes = _weigh(queries, block_keys, values, visible, out, sums, means, SCALE, CAP)
+        block_keys = _load_rows(k, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        values = _load_rows(v, keys, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+        _, slopes = _weights_and_slopes(
+            queries, block_keys, values, visible, out, sums, means, SCALE, CAP
+        )
         total += tl.dot(slopes.to(block_keys.dtype), block_keys)
-    _store(dq + head_offset, rows, HEADS * HEAD_DIM, total * SCALE, HEAD_DIM, WIDTH)
+    _store_rows(dq + head_offset, rows, HEADS * HEAD_DIM, total * SCALE, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -292,19 +300,20 @@ def flash_dkv(
     key_segments = tl.load(key_segment_array + row * KEYS + rows)
     window_size = tl.load(window)
     head_offset = (row * KEYS * KV_HEADS + kv_head) * HEAD_DIM
-    keys = _load(k + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-    values = _load(v + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    keys = _load_rows(k + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+    values = _load_rows(v + head_offset, rows, KV_HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
     dk_sum = tl.zeros((BLOCK_K, WIDTH), tl.float32)
     dv_sum = tl.zeros((BLOCK_K, WIDTH), tl.float32)
     bounds_index = row * (KEYS // BLOCK_K) + i
     first_block, stop_block = tl.load(start + bounds_index), tl.load(stop + bounds_index)
+    # All query heads of the group, and in each all blocks of queries that see these keys.
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         query_offset = (row * QUERIES * HEADS + head) * HEAD_DIM
         row_offset = (row * HEADS + head) * QUERIES
         for j in range(first_block, stop_block):
             query_rows = j * BLOCK_K + tl.arange(0, BLOCK_K)
             query_segments = tl.load(segments + row * QUERIES + query_rows)
-            visible = _see(
+            visible = _visible_keys(
                 tl.load(slots + query_rows),
                 rows,
                 query_segments,
@@ -313,12 +322,16 @@ def flash_dkv(
                 CAUSAL,
                 BRANCHED,
             )
-            queries = _load(q + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
-            out = _load(cotangent + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+            queries = _load_rows(q + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH)
+            out = _load_rows(
+                cotangent + query_offset, query_rows, HEADS * HEAD_DIM, HEAD_DIM, WIDTH
+            )
             sums = tl.load(lse + row_offset + query_rows)
             means = tl.load(mean + row_offset + query_rows)
-            weights, slopes = _weigh(queries, keys, values, visible, out, sums, means, SCALE, CAP)
+            weights, slopes = _weights_and_slopes(
+                queries, keys, values, visible, out, sums, means, SCALE, CAP
+            )
             dk_sum += tl.dot(tl.trans(slopes.to(queries.dtype)), queries)
             dv_sum += tl.dot(tl.trans(weights.to(out.dtype)), out)
-    _store(dk + head_offset, rows, KV_HEADS * HEAD_DIM, dk_sum * SCALE, HEAD_DIM, WIDTH)
-    _store(dv + head_offset, rows, KV_HEADS * HEAD_DIM, dv_sum, HEAD_DIM, WIDTH)
+    _store_rows(dk + head_offset, rows, KV_HEADS * HEAD_DIM, dk_sum * SCALE, HEAD_DIM, WIDTH)
+    _store_rows(dv + head_offset, rows, KV_HEADS * HEAD_DIM, dv_sum, HEAD_DIM, WIDTH)

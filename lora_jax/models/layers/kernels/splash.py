@@ -30,10 +30,10 @@ from lora_jax.models.layers.masks import (
     Mask,
     Slots,
     Split,
-    extremes,
-    prompts_apart,
-    scope_of_visits,
+    find_empty_and_full,
+    segments_that_see_prompts,
     visited_blocks,
+    visits_scope,
 )
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
@@ -56,7 +56,7 @@ class Splash(Implementation):
     Attributes:
       block: queries and keys per block at most, a multiple of 128.
       interpret: run the kernel in Python on any device, for tests.
-      otherwise: computes what the kernel refuses.
+      fallback: computes what the kernel refuses.
 
     >>> from lora_jax.models.layers.kernels.splash import Splash
     >>> Splash(block=256).pairs(512) / 512**2  # causal: three of four blocks
@@ -65,19 +65,21 @@ class Splash(Implementation):
 
     block: int = 512
     interpret: bool = False
-    otherwise: Blockwise = Blockwise()
+    fallback: Blockwise = Blockwise()
 
     def __post_init__(self) -> None:
         if self.block < LANES or self.block % LANES:
-            raise ValueError(f"{self}: block must be a multiple of {LANES}")
+            raise ValueError(f"{self} is not valid. Pass a block that is a multiple of {LANES}.")
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Returns the reason why the kernel cannot serve a call; None if it can."""
-        if why := call.kernel_refusal((jnp.bfloat16, jnp.float32)):
-            return why
-        if call.branched and (why := _branches_refusal(call)):
-            return why
-        if call.split and (chunk := _chunk(call.queries, call.split)) % LANES:
+        reason = call.kernel_refusal((jnp.bfloat16, jnp.float32))
+        if reason is None and call.branched:
+            reason = _branches_refusal(call)
+        if reason is not None or call.split is None:
+            return reason
+        chunk = _queries_side_by_side(call.queries, call.split)
+        if chunk % LANES:
             return f"a device has {chunk} tokens of a row at a time, no multiple of {LANES}"
         return None
 
@@ -103,7 +105,7 @@ class Splash(Implementation):
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
         if self.refusal(inputs.call):
-            return self.otherwise(*inputs)
+            return self.fallback(*inputs)
         _, _, _, mask, _, cap, sinks = inputs
         _, seq, heads, _ = inputs.q.shape
         q, k, v, *segments = inputs._replace(q=inputs.scaled_queries).padded(LANES)
@@ -117,7 +119,7 @@ class Splash(Implementation):
             segment_ids = kernels.SegmentIds(*row[3:])
             with jax.named_scope(visits):
                 if branched:
-                    prompt_ids = kernels.SegmentIds(*prompts_apart(*segment_ids))
+                    prompt_ids = kernels.SegmentIds(*segments_that_see_prompts(*segment_ids))
                     out = attend_branches(kernel, q, k, v, [segment_ids, prompt_ids])
                 else:
                     out = kernel(q, k, v, segment_ids, sinks)
@@ -145,7 +147,7 @@ class Splash(Implementation):
         band = _Band(parts * queries, keys, mask.causal, window, split)
         size, key_size = self._blocks(band)
 
-        def make(band: _Band) -> Any:
+        def make_kernel(band: _Band) -> Any:
             sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
             hides = band.causal or band.window is not None
@@ -160,23 +162,24 @@ class Splash(Implementation):
                 q_seq_shards=parts,
                 interpret=self.interpret,
             )
-            return jax.tree.map(lambda table: _part(table, split), kernel)
+            return jax.tree.map(lambda table: _take_device_part(table, split), kernel)
 
         n_visited, n_blocks = band.visits(size, key_size)
         if mask.windowed is None or window is None:  # the mask is the same in all layers
-            return make(band), scope_of_visits([n_visited], n_blocks)
+            return make_kernel(band), visits_scope([n_visited], n_blocks)
+        # Layers with and without the window are one program, which selects a table at run time.
         windowed_band = dataclasses.replace(band, some=True)
         full_band = dataclasses.replace(band, some=False)
         select = functools.partial(_select_table, mask.windowed)
-        kernel = jax.tree.map(select, make(windowed_band), make(full_band))
+        kernel = jax.tree.map(select, make_kernel(windowed_band), make_kernel(full_band))
         n_visited_without_window, _ = full_band.visits(size, key_size)
-        return kernel, scope_of_visits([n_visited_without_window, n_visited], n_blocks)
+        return kernel, visits_scope([n_visited_without_window, n_visited], n_blocks)
 
     def _blocks(self, band: _Band) -> tuple[int, int]:
         """Returns the numbers of queries and of keys per block."""
         chunk = band.queries
         if band.split is not None:
-            chunk = _chunk(band.queries // band.split.parts, band.split)
+            chunk = _queries_side_by_side(band.queries // band.split.parts, band.split)
         sizes = range(LANES, self.block + 1, LANES)
         query_size = max(size for size in sizes if chunk % size == 0)
         key_size = max(size for size in sizes if band.keys % size == 0)
@@ -192,12 +195,12 @@ def _branches_refusal(call: AttentionCall) -> str | None:
     return missing_derivative()
 
 
-def _chunk(queries: int, split: Split) -> int:
+def _queries_side_by_side(queries: int, split: Split) -> int:
     """Returns the number of a device's queries that lie side by side in their row."""
     return queries // 2 if split.paired else queries
 
 
-def _part(table: jax.Array, split: Split | None) -> jax.Array:
+def _take_device_part(table: jax.Array, split: Split | None) -> jax.Array:
     """Returns this device's part of a kernel's table, [1, blocks, …] or [queries]."""
     if split is None:
         return table
@@ -214,7 +217,8 @@ def _select_table(
     dtype = np.promote_types(windowed_table.dtype, full_table.dtype)
 
     def pad(table: jax.Array) -> jax.Array:
-        return jnp.pad(table, [(0, size) for size in shape - table.shape]).astype(dtype)
+        padding = [(0, size) for size in shape - table.shape]
+        return jnp.pad(table, padding).astype(dtype)
 
     return jnp.where(windowed, pad(windowed_table), pad(full_table))
 
@@ -253,19 +257,19 @@ class _Band(kernels.Mask):
         return self.slots | np.int32(_WINDOWED) if self.some else self.slots
 
     @property
-    def mask_function(self) -> _Sees:
-        return _Sees(self.causal, self.window, self.some is not None)
+    def mask_function(self) -> _VisibilityFunction:
+        return _VisibilityFunction(self.causal, self.window, self.some is not None)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         """Returns a block of the mask; one that is all True or all False costs nothing."""
         rows, columns = index
         slots = self.slots[rows]
         start, stop, _ = columns.indices(self.keys)
-        is_empty, is_full = extremes(
+        is_empty, is_full = find_empty_and_full(
             slots.min(), slots.max(), start, stop - 1, causal=self.causal, window=self._window
         )
         if is_empty or is_full:
-            return _uniform(bool(is_full), (len(slots), stop - start))
+            return _uniform_block(bool(is_full), (len(slots), stop - start))
         keys = np.arange(start, stop, dtype=np.int32)
         block: np.ndarray = self.mask_function(self.q_sequence[rows][:, None], keys[None])
         return block
@@ -282,7 +286,7 @@ class _Band(kernels.Mask):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sees:
+class _VisibilityFunction:
     """The mask of queries and keys, for NumPy's arrays and in the kernel.
 
     Attributes:
@@ -296,7 +300,7 @@ class _Sees:
 
     def __call__(self, slots: Slots, keys: Slots) -> Slots:
         queries = slots & (_WINDOWED - 1) if self.marked else slots
-        visible = queries >= keys if self.causal else queries == queries
+        visible = queries >= keys if self.causal else queries == queries  # True for all queries
         if self.window is not None:
             is_in_window = queries - keys < self.window
             if self.marked:
@@ -306,5 +310,5 @@ class _Sees:
 
 
 @functools.lru_cache(maxsize=16)
-def _uniform(value: bool, shape: tuple[int, int]) -> np.ndarray:
+def _uniform_block(value: bool, shape: tuple[int, int]) -> np.ndarray:
     return np.full(shape, value)

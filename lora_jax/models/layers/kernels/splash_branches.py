@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from lora_jax.models.layers.attention import KERNEL_OUTPUT
 
-CALLS = 2  # of the kernel, for a row of prompts and completions
+CALLS_WITH_BRANCHES = 2  # of the kernel, for a row of prompts and completions
 _backward: Any = getattr(splash_attention_kernel, "_splash_attention_bwd", None)
 
 
@@ -58,6 +58,7 @@ def attend_branches(
             output, (logsumexp,) = forward_kernel(q, k, v, segment_ids)
             outputs.append(output)
             logsumexps.append(logsumexp)
+        # Each output is weighted by the share of its call in the sum of all weights.
         total = jax.nn.logsumexp(jnp.stack(logsumexps), axis=0)
         weighted = [
             output * jnp.exp(logsumexp - total)[..., None]
@@ -69,6 +70,7 @@ def attend_branches(
 
     def backward(residuals: Any, cotangent: jax.Array) -> Any:
         mask_tables, q, k, v, segments, out, total = residuals
+        # Each call adds its terms to the gradients, given the joined output and logsumexp.
         gradients = []
         for segment_ids in segments:
             kernel_residuals = (q, k, v, segment_ids, None, out, total, *mask_tables[1:])

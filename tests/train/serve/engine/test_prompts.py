@@ -37,8 +37,8 @@ class Unread:
 
     has_memory = False
 
-    def __init__(self, depends_on_room=False):
-        self.depends_on_room, self.lengths = depends_on_room, []
+    def __init__(self, depends_on_cache_length=False):
+        self.depends_on_cache_length, self.lengths = depends_on_cache_length, []
 
     def prompt_cache(self, length):
         return init_cache(MODEL, 1, self.round_up(length))
@@ -84,14 +84,14 @@ def test_a_prefix_is_taken_over_into_a_cache_of_any_length(n, cached):
 
 def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
     """Keys that depend on the prompt's length get the whole prompt's; no prefix is reused then."""
-    for depends_on_room, found in ((False, 112), (True, 0)):
-        programs = Unread(depends_on_room)
+    for depends_on_cache_length, found in ((False, 112), (True, 0)):
+        programs = Unread(depends_on_cache_length)
         runner, ids = PromptRunner(programs, SIZES), np.arange(250)
         ran(runner, job(ids[:113]))
         assert programs.lengths == [128] * 8
         assert ran(runner, job(ids)).n_cached == found
         n = (250 - found + 15) // 16
-        short = 0 if depends_on_room else 1
+        short = 0 if depends_on_cache_length else 1
         assert programs.lengths[8:] == [128] * short + [256] * (n - short)
 
 
@@ -144,15 +144,15 @@ def test_prompts_beside_one_that_fails_begin_anew():
     assert both[1].is_done
 
 
-@pytest.mark.parametrize("depends_on_room", [False, True])
-def test_drawn_tokens_are_kept_where_they_do_not_depend_on_others(depends_on_room):
-    programs = Unread(depends_on_room)
+@pytest.mark.parametrize("depends_on_cache_length", [False, True])
+def test_drawn_tokens_are_kept_where_they_do_not_depend_on_others(depends_on_cache_length):
+    programs = Unread(depends_on_cache_length)
     runner, rows = PromptRunner(programs, FAST), SimpleNamespace(block=programs.block)
     sample = job(np.arange(20))
     ran(runner, sample)
     before = runner.store.size
     runner.store_completion(SimpleNamespace(job=sample, ids=[*range(14)]), rows)
-    assert (runner.store.size == before) == depends_on_room
+    assert (runner.store.size == before) == depends_on_cache_length
 
 
 def test_rows_shorter_than_a_chunk_have_no_block():

@@ -70,7 +70,7 @@ def made_sampler(slots, sequences, shared, trainer=None, **sizes):
     cache = SimpleNamespace(positions=np.zeros((1, 64)))
     drawing = SimpleNamespace(
         chunk=CHUNK,
-        depends_on_room=False,
+        depends_on_cache_length=False,
         has_memory=False,
         empty_rows=lambda width, length: None,
         prompt_cache=lambda length: cache,
