@@ -88,7 +88,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"model_type": "electra"}, "'electra' is not supported"),
         (
             {"architectures": ["BertForTokenClassification"]},
-            "BertForTokenClassification.*head=….*masked_lm",
+            "BertForTokenClassification.*Pass head=.*masked_lm",
         ),
     ],
 )
@@ -101,8 +101,8 @@ def test_refusals_by_name(changes: dict[str, Any], message: str) -> None:
     ("options", "message"),
     [
         ({"head": "ner"}, "head 'ner' is not supported.*classification"),
-        ({"num_labels": 3}, "num_labels goes with head='classification', and the head is 'none'"),
-        ({"head": "masked_lm", "pooling": "cls"}, "pooling goes with head='embedding'"),
+        ({"num_labels": 3}, "num_labels needs head='classification', but the head is 'none'"),
+        ({"head": "masked_lm", "pooling": "cls"}, "pooling needs head='embedding'"),
         ({"head": "embedding", "pooling": "max"}, "pooling 'max' is not supported"),
         ({"head": "classification", "num_labels": 0}, r"num_labels \(0\)"),
         ({"layers": 3}, "a bert model has no option layers"),

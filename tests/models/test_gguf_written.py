@@ -113,7 +113,7 @@ def test_an_adapter_changes_what_the_file_of_the_merged_model_changes(family, tm
 def test_end_tokens_are_also_those_of_generation_config(tmp_path):
     model, params = make("qwen2")
     last = words().eos_token_id
-    for ends, said in (([7, last, 8], None), ([7, 8, 9, 11], "lacks the tokens 9, 11:")):
+    for ends, said in (([7, last, 8], None), ([7, 8, 9, 11], "lacks the tokens 9, 11. ")):
         file = Generation(json.dumps({"eos_token_id": ends, "pad_token_id": 13}))
         ending = model.clone(config=dataclasses.replace(model.config, generation=file))
         notes = models.save_gguf(
@@ -206,7 +206,7 @@ def test_codes_that_the_adapter_left_alone_stay(tmp_path):
     model, params = models.from_pretrained(base)
     rule = lj.LoraRule(targets=["q_proj"], layers=[1], rank=2, alpha=3)
     merged = lj.merge(with_random_factors(lorafied(params, [rule])))
-    for codes_from, kept in ((base, "of the base"), (None, "")):
+    for codes_from, kept in ((base, "copied from the base"), (None, "")):
         notes = models.save_gguf(
             tmp_path / "m.gguf",
             model,

@@ -69,9 +69,9 @@ def test_wrong_inputs() -> None:
     ids, pixels, grids = (given[name] for name in ("input_ids", "pixel_values", "image_grids"))
     shown = {"pixel_values": pixels, "image_grids": grids}
     for change, message in (
-        ({"pixel_values": pixels[:, :23]}, r"\[1, patches, 3, 5, 5\] is needed"),
+        ({"pixel_values": pixels[:, :23]}, r"Pass .*\[1, patches, 3, 5, 5\]"),
         ({"image_grids": grids[:, 0]}, r"image_grids of shape \(1, 2\)"),
-        ({"image_grids": None}, "pixel_values need image_grids"),
+        ({"image_grids": None}, "pixel_values are given without image_grids"),
         ({"pixel_values": None}, "pixel_values of shape None"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -87,9 +87,9 @@ def _changed(part: str, **changes: Any) -> dict[str, Any]:
     ("fields", "message"),
     [
         (_changed("vision_config", deepstack_visual_indexes=[1]), "deepstack_visual_indexes"),
-        (_changed("vision_config", num_heads=6), "heads of 6 dimensions"),
-        (_changed("vision_config", num_position_embeddings=8), "is no square"),
-        (_changed("vision_config", out_hidden_size=7), "vectors of 7"),
+        (_changed("vision_config", num_heads=6), "heads have 6 dimensions"),
+        (_changed("vision_config", num_position_embeddings=8), "num_position_embeddings is 8, but"),
+        (_changed("vision_config", out_hidden_size=7), "vectors of size 7"),
         (_changed("vision_config", fps=7), "fps"),
         (_changed("vision_config", depth=0), r"depth \(0\) must be at least 1"),
         (_changed("vision_config", rope_parameters={"rope_type": "yarn"}), "yarn"),
@@ -97,7 +97,7 @@ def _changed(part: str, **changes: Any) -> dict[str, Any]:
             _changed("text_config", rope_parameters={**tiny_qwen.ROPE, "mrope_interleaved": False}),
             "mrope_interleaved=False",
         ),
-        ({**tiny_qwen.fields(), "vision_config": None}, "it has no images"),
+        ({**tiny_qwen.fields(), "vision_config": None}, "the model reads no images"),
     ],
 )
 def test_configurations_that_are_refused(fields: dict[str, Any], message: str) -> None:
