@@ -70,9 +70,9 @@ def test_wrong_inputs() -> None:
     shown = {"pixel_values": pixels, "image_grids": grids}
     for change, message in (
         ({"pixel_values": pixels[:, :23]}, r"Pass .*\[1, patches, 3, 5, 5\]"),
-        ({"image_grids": grids[:, 0]}, r"image_grids of shape \(1, 2\)"),
+        ({"image_grids": grids[:, 0]}, r"image_grids has the shape \(1, 2\)"),
         ({"image_grids": None}, "pixel_values are given without image_grids"),
-        ({"pixel_values": None}, "pixel_values of shape None"),
+        ({"pixel_values": None}, "pixel_values has the shape None"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.apply, {"params": params}, ids, **{**shown, **change})
