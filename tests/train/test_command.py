@@ -95,7 +95,7 @@ def test_the_other_processes_of_a_run_whose_output_nobody_reads_are_told(monkeyp
     with without_reader(), pytest.raises(SystemExit) as ended, session.running():
         Console(file=sys.stdout).print("a line\n" * 10_000)
     assert ended.value.code == 1 and capsys.readouterr().err == ""
-    assert told == [("ended, as it does where the reader of its output is gone", 1)]
+    assert told == [("ended, because nobody reads its output any more", 1)]
 
 
 def test_other_errors_than_a_closed_output_are_told():

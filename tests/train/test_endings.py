@@ -137,7 +137,7 @@ def test_where_one_of_two_is_killed_the_other_says_so(inputs, tmp_path):
     processes[1].kill()
     assert codes(processes)[0] == 1, log_of(folder)
     said = last_lines(folder, 0)
-    (ours,) = [line for line in said if "process 1 of 2 ended without a word" in line]
+    (ours,) = [line for line in said if "process 1 of 2 ended without a message" in line]
     assert "--resume" in ours and ours == said[-1]
     assert not re.search("Traceback|Fatal|Error", log_of(folder))
 

@@ -79,13 +79,13 @@ def test_sizes_are_read(text, sizes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data", "sizes such as data=2,fsdp=4 are needed"),
-        ("rows=2", "each of data, fsdp, expert, sequence, tensor"),
+        ("data", "Pass sizes such as data=2,fsdp=4"),
+        ("rows=2", "with each of data, fsdp, expert, sequence, tensor"),
         ("data=2,data=2", "at most once"),
         ("data=0", "sizes such as"),
-        ("data=-1,fsdp=-1", "only one axis"),
-        ("data=3", "needs 3 devices, and there are 4"),
-        ("data=3,fsdp=-1", "needs 3 devices, and there are 4"),
+        ("data=-1,fsdp=-1", "Only one axis"),
+        ("data=3", "needs 3 devices, but there are 4"),
+        ("data=3,fsdp=-1", "needs 3 devices, but there are 4"),
     ],
 )
 def test_meshes_that_cannot_be(text, message):
@@ -137,7 +137,7 @@ def test_several_slices_share_the_batch_by_default():
 
 
 def test_one_slice_has_no_axis_between():
-    with pytest.raises(UserError, match="--slice-axis fsdp: the devices are of one slice"):
+    with pytest.raises(UserError, match="--slice-axis fsdp .* belong to one slice"):
         make_mesh("fsdp=4", 8, slice_axis="fsdp")
     assert typing.get_args(MeshAxis) == AXES
 
@@ -384,7 +384,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on_bitwise(tmp_pat
         "no process goes on, or ends as if all were well"
     )
     lines = "".join(said[1]).splitlines()
-    (ours,) = [line for line in lines if "process 0 of 2 ended without a word" in line]
+    (ours,) = [line for line in lines if "process 0 of 2 ended without a message" in line]
     assert "--resume" in ours and "Traceback" not in said[1][1]
     assert read_metrics(folder)[-1]["step"] < steps
     # Now both in one process.
@@ -413,8 +413,8 @@ def test_a_row_that_one_process_cannot_use_ends_both(tmp_path):
 @pytest.mark.parametrize(
     ("last", "expected"),
     [
-        (["--dataset", "none.jsonl"], "process 1 of 2: --dataset none.jsonl: there is no such"),
-        (["--seed", 1], "not started alike: process 1 has --seed 1, not 0. All need the same"),
+        (["--dataset", "none.jsonl"], "process 1 of 2: --dataset none.jsonl does not exist"),
+        (["--seed", 1], "processes of this run differ: process 1 has --seed 1, not 0. Start all"),
     ],
 )
 def test_processes_that_were_not_started_alike_end_at_once(last, expected, tmp_path):

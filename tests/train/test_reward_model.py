@@ -164,7 +164,7 @@ def test_long_texts_are_shortened_and_said_to_be_so_once(drawn, capsys):
     values = scored(model, [short, long], ["abc", "abc"])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     said = capsys.readouterr().err
-    assert f"--reward {drawn} reads {SEQ} tokens: 1 of 2 prompts lose their beginning" in said
+    assert f"--reward {drawn} reads at most {SEQ} tokens. The beginnings of 1 of 2 prompts" in said
     scored(model, [long], ["abc"])
     assert not capsys.readouterr().err
 
@@ -222,13 +222,13 @@ def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
             find_rewards([str(spec)], columns=[], max_tokens=6)
         return str(caught.value)
 
-    assert "no folder, and no reward of this name, but arithmetic" in message(tmp_path / "none")
+    assert "neither a folder nor a known reward. Use arithmetic" in message(tmp_path / "none")
     assert "holds no adapter" in message(write_model(tmp_path / "lm"))
     params = models.from_pretrained(inputs[3], head="classification", num_labels=2)[1]
     tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
     about = {"model": inputs[3], "labels": ["a", "b"]}
     lj.save_adapter(tmp_path / "classes", tree, about=about)
-    assert "holds no reward model: name the folder of a run" in message(tmp_path / "classes")
+    assert "holds no reward model. Name the folder of a run" in message(tmp_path / "classes")
     with pytest.raises(SystemExit):
         predict.main(["--adapter", str(drawn), "abc"])
     said = capsys.readouterr().err

@@ -124,7 +124,10 @@ def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
         r"the rewards of 'Hello! .*' after the first prompt, in .*: early: 0\.\d+ raises: none w",
         said,
     )
-    assert "raises: no reward for 8 of 8 completions (exception): ValueError: no reward" in said
+    assert (
+        "raises: It returned no reward for 8 of 8 completions (exception): ValueError: no reward"
+        in said
+    )
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b"}))
     args = [*rewards("answers"), "--dataset", tmp_path / "rows.jsonl", *asked]
     line = line_of(folder, tmp_path / "run", *args)

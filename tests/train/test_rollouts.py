@@ -182,7 +182,7 @@ def test_a_reward_that_hangs_is_ended(folder, tmp_path, capsys):
     args = ["--steps", 1, "--reward-timeout", 1]
     (line,) = run(folder, tmp_path / "run", *args, reward="hangs")
     assert line["skipped"] == 1 and "loss" not in line
-    assert "a call took longer than 1 seconds, --reward-timeout" in told(capsys)
+    assert "A call took longer than 1 seconds. Increase --reward-timeout" in told(capsys)
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
         args += ["--tokenizer", tmp_path / "other"]
     (line,) = run(folder, tmp_path / "run", *args, reward="half")
     assert line["reward_failed"] == 0.5 and line["grad_norm"] > 0
-    assert "no reward for 24 of 48 completions (not finite): nan" in told(capsys)
+    assert "returned no reward for 24 of 48 completions (not finite): nan" in told(capsys)
     ((*_, drawn),) = found
     stopped = 0
     for ids, n, ended, text in zip(
@@ -391,7 +391,7 @@ BAD = {
     "rloo": (["--loss", "rloo", "--clip", "0.1"], "--clip has no effect on --loss rloo"),
     "cispo": (["--loss", "cispo", "--clip", "0.1"], "--loss cispo uses only one bound"),
     "weights": (["--reward-weights", "1", "2"], "2 weights for 1 rewards"),
-    "no reward": (["--reward", "nowhere.py:f"], "there is no file nowhere.py"),
+    "no reward": (["--reward", "nowhere.py:f"], "The file nowhere.py does not exist"),
     "no such name": (["--reward", "length_"], "no reward of this name, but arithmetic"),
     "a column": (["--reward", "arithmetic"], "--reward arithmetic needs the column 'answer'"),
     "held-out loss": (["--eval-every", "1"], "no held-out loss"),

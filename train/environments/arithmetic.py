@@ -31,5 +31,5 @@ def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
 
 
 def reward(completion: str, ids: object, answer: str) -> float:
-    """Returns 1 for a completion that is the answer, but for space around it, else 0."""
+    """Returns 1 if a completion is the answer, apart from surrounding space, else 0."""
     return float(completion.strip() == answer)

@@ -41,7 +41,7 @@ def best_value(n_numbers: int = NUMBERS) -> float:
 
 @functools.cache
 def _min_guesses(n_secrets: int) -> int:
-    """Returns the fewest guesses for all secrets together: those of the best search tree."""
+    """Returns the fewest total guesses over all secrets (the best search tree)."""
     if n_secrets == 0:
         return 0
     # One guess for each secret; those below and above the guess need more.
@@ -70,7 +70,7 @@ class GuessingGame:
             "right", "too low" or "too high".
         """
         if not isinstance(number, int):
-            raise TypeError(f"{number!r} is no whole number")
+            raise TypeError(f"{number!r} is not an integer. Pass an integer.")
         if not self._is_found:  # later guesses do not count
             self._n_guesses += 1
         if number == self._secret:

@@ -22,7 +22,7 @@ from train.live.turns.use import TurnDrawer
 from train.options.scripts.grpo import RLOO, Config
 from train.options.scripts.sampler import importance_of
 from train.reporters.contract import Sample
-from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
+from train.rewards.ask import RewardAnswer, ask, collect_columns, mean_without_nans
 from train.rewards.reward import RewardBatch
 from train.run.task import Data, ModelContext
 
@@ -128,7 +128,7 @@ class RewardedRollouts(Rollouts):
             batch["advantages"] = np.full_like(batch["advantages"], np.nan)
         self.feed.lost = lost
         metrics |= {
-            "reward": mean_known(rewards),
+            "reward": mean_without_nans(rewards),
             "zero_spread": float(_have_no_spread(rewards).mean()),
             "entropy": float(entropy[has_loss].mean()) if has_loss.any() else None,
         }
@@ -218,7 +218,9 @@ class RewardedRollouts(Rollouts):
                 ids[:length].tolist()
                 for ids, length in zip(tokens, drawn.lengths.ravel(), strict=True)
             ],
-            columns=columns_of([prompts.rows[row] for row in completion_rows], prompts.columns),
+            columns=collect_columns(
+                [prompts.rows[row] for row in completion_rows], prompts.columns
+            ),
             group=group,
             state=self.feed.progress(number),
         )

@@ -36,7 +36,7 @@ from train.plan.options import PlanConfig, PlanOptions, check_options
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
 from train.plan.token import Token, param_shapes_for_rows, plan_token, print_token
-from train.processes.mesh import make_mesh, with_form
+from train.processes.mesh import choose_product_form, make_mesh
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
 
@@ -260,7 +260,7 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     machine = with_assumptions(machine, config.kernel_share, config.link_gbytes)
     mesh = make_mesh(config.mesh, config.batch_size, machine.devices, config.slice_axis)
     layout = Layout.of(mesh, outline.config)
-    layout, form = with_form(layout, config.collective_matmul)
+    layout, form = choose_product_form(layout, config.collective_matmul)
     check_offload(config.remat, layout.platform)
     for n in config.adapters:
         if (config.batch_size // n) % layout.batch_parts:

@@ -41,78 +41,79 @@ def keep_compiled(option: str | None) -> str | None:
     """
     names = ("compilation_cache_dir", "enable_compilation_cache")
     settings_before = [_setting(name) for name in names]
-    _undo()
-    line = _keep(option)
+    _restore_settings()
+    line = _choose_folder(option)
     if [_setting(name) for name in names] != settings_before:
         compilation_cache.reset_cache()  # JAX looks at the setting once
     return line
 
 
-def _keep(option: str | None) -> str | None:
-    """Sets the folder; returns the line for the log. See `keep_compiled`."""
+def _choose_folder(option: str | None) -> str | None:
+    """Sets JAX's cache folder from the option; returns the line for the log."""
     jax_folder = _setting("compilation_cache_dir")
     if not _setting("enable_compilation_cache"):
         if option in (None, OFF):
             return None
         raise UserError(
-            f"--compilation-cache {option} keeps compiled programs, and JAX is told not to "
-            "(JAX_ENABLE_COMPILATION_CACHE): leave out one of them"
+            f"--compilation-cache {option} stores compiled programs, but "
+            "JAX_ENABLE_COMPILATION_CACHE turns the cache off. Remove one of the two settings."
         )
     if jax_folder and option is not None:
         is_other_folder = option == OFF or _absolute(option) != _absolute(jax_folder)
         if is_other_folder:
             raise UserError(
-                f"--compilation-cache {option} is not JAX's own setting "
-                f"(JAX_COMPILATION_CACHE_DIR), {jax_folder}: give one of them"
+                f"--compilation-cache {option} differs from JAX_COMPILATION_CACHE_DIR, which is "
+                f"{jax_folder}. Remove one of the two settings."
             )
     if option == OFF:
         return None
     has_several_cpu_devices = jax.default_backend() == "cpu" and len(all_devices()) > 1
     if has_several_cpu_devices:
-        reason = "on several CPU devices, a program that was kept may wait for itself forever"
+        reason = "On several CPU devices, a cached program may never end."
         if option is not None:
-            raise UserError(f"--compilation-cache {option}: {reason}; leave the option out")
-        _set("enable_compilation_cache", False)
-        return f"compiled programs are not kept: {reason}"
+            raise UserError(f"--compilation-cache {option}: {reason} Remove the option.")
+        _change_setting("enable_compilation_cache", False)
+        return f"Compiled programs are not cached. {reason}"
     if jax_folder:
-        return f"compiled programs are kept in {jax_folder}"
+        return f"Compiled programs are cached in {jax_folder}"
     if option is None and jax.process_count() > 1:
         return (
-            "compiled programs are not kept: name a folder that all processes reach with "
-            "--compilation-cache"
+            "Compiled programs are not cached. To cache them, pass --compilation-cache with a "
+            "folder "
+            "that all processes can reach."
         )
     return _keep_in_folder(option)
 
 
 def _keep_in_folder(option: str | None) -> str:
-    """Has JAX keep programs in the option's folder, or in the default one; returns the line."""
+    """Sets the option's folder, or the default folder; returns the line for the log."""
     folder = _absolute(str(option or cache_folder() / "jax"))
     is_in_bucket = "://" in folder  # which JAX opens itself
     problem = None if is_in_bucket else _folder_problem(Path(folder))
     if problem:
         return (
-            f"warning: compiled programs are not kept: {folder} cannot be written "
-            f"({problem}); name another folder with --compilation-cache, or {OFF}"
+            f"warning: Compiled programs are not cached, because {folder} cannot be written "
+            f"({problem}). Name another folder with --compilation-cache, or pass {OFF}."
         )
     if option is None and _setting("compilation_cache_max_size") == -1:
-        _set("compilation_cache_max_size", _MAX_BYTES)
-    _set("compilation_cache_dir", folder)
-    return f"compiled programs are kept in {folder}"
+        _change_setting("compilation_cache_max_size", _MAX_BYTES)
+    _change_setting("compilation_cache_dir", folder)
+    return f"Compiled programs are cached in {folder}"
 
 
 def _absolute(folder: str) -> str:
-    """Returns a folder's whole path; a bucket's address as it is."""
+    """Returns the absolute path of a folder; leaves the address of a bucket unchanged."""
     return folder if "://" in folder else str(Path(folder).expanduser().absolute())
 
 
-def _set(name: str, value: Any) -> None:
-    """Changes a setting of JAX until the next call, to which it is not the user's own."""
+def _change_setting(name: str, value: Any) -> None:
+    """Changes a setting of JAX, and notes its earlier value for `_restore_settings`."""
     _CHANGED_SETTINGS[name] = (_setting(name), value)
     jax.config.update(f"jax_{name}", value)
 
 
-def _undo() -> None:
-    """Takes back what an earlier call in this process has set, and nobody has changed since."""
+def _restore_settings() -> None:
+    """Restores settings that an earlier call changed and nobody has changed since."""
     for name, (earlier_value, our_value) in _CHANGED_SETTINGS.items():
         if _setting(name) == our_value:
             jax.config.update(f"jax_{name}", earlier_value)

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 _Message = dict[str, Any]
 
 
-class _ErrorOfAll(UserError):
+class _SharedError(UserError):
     """An error raised in all processes at once."""
 
 
@@ -72,9 +72,11 @@ def join_hosts(run: Processes) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes of this run do not find each other ({_first_line(error)}). Start "
-            "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
-            "Open MPI numbers the processes, else with --coordinator, --num-processes, --process-id"
+            f"The processes of this run do not find each other ({_first_line(error)}). Start the "
+            "same "
+            "command on every host. Pass --distributed if SLURM, a TPU pod, GKE or Open MPI "
+            "numbers "
+            "the processes. Otherwise pass --coordinator, --num-processes and --process-id."
         ) from error
     if _is_alone_on_its_host(os.environ):
         # JAX gives it the first GPU alone, as if there were a process for each.
@@ -83,7 +85,7 @@ def join_hosts(run: Processes) -> None:
 
 
 def _is_alone_on_its_host(variables: Mapping[str, str]) -> bool:
-    """Returns True if SLURM or Open MPI says so, and the user has named no devices for it."""
+    """Returns True if SLURM or Open MPI starts one process per host, without chosen devices."""
     if "JAX_LOCAL_DEVICE_IDS" in variables:
         return False
     slurm_tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
@@ -101,7 +103,7 @@ def jax_timeout(run: Processes) -> int:
 
 
 def console() -> Console:
-    """Returns the console to print to; it is quiet in all processes but the first."""
+    """Returns the console to print to, which is quiet except in the first process."""
     return Console(quiet=not is_first())
 
 
@@ -114,13 +116,13 @@ def raise_in_every_process() -> Iterator[None]:
     """
     try:
         yield
-    except _ErrorOfAll:
+    except _SharedError:
         raise
     except TrainingError as error:
         if jax.process_count() > 1:
-            _gather(_failure(error))
+            _gather_messages(_failure(error))
         raise
-    _gather(_success(None))
+    _gather_messages(_success(None))
 
 
 def check_alike(options: Mapping[str, Any], **read: Any) -> None:
@@ -137,17 +139,18 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
         return
     facts = {flag(name): value for name, value in options.items()}
     for name, content in read.items():
-        facts[name] = _digest(content)
-    first_facts, *facts_of_others = _gather(_success(facts))
+        facts[name] = _hash_content(content)
+    first_facts, *facts_of_others = _gather_messages(_success(facts))
     differences = []
     for process, other_facts in enumerate(facts_of_others, start=1):
         for name, value in other_facts.items():
             if value != first_facts[name]:
                 differences.append(f"process {process} has {name} {value}, not {first_facts[name]}")
     if differences:
-        raise _ErrorOfAll(
-            f"the processes of this run were not started alike: {'; '.join(differences)}. All "
-            "need the same options, and the same files"
+        raise _SharedError(
+            f"The processes of this run differ: {', '.join(differences)}. Start all of them with "
+            "the "
+            "same options and the same files."
         )
 
 
@@ -171,12 +174,12 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
         except TrainingError as error:
             messages.append(_failure(error))
             break
-    messages_by_process = _gather(_success(messages))
+    messages_by_process = _gather_messages(_success(messages))
     results = []
     for index in range(len(items)):
         message = messages_by_process[index % n_processes][index // n_processes]
         if "error" in message:
-            raise _ErrorOfAll(message["error"])
+            raise _SharedError(message["error"])
         results.append(message["value"])
     return results
 
@@ -184,7 +187,7 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
 def ask_first_process(
     work: Callable[[], Item], as_json: Callable[[Item], Result], stop: Stop
 ) -> Result:
-    """Works in the first process, and returns the result as JSON in all of them.
+    """Calls a function in the first process, and returns its result in all processes.
 
     Args:
       work: the work, which a signal interrupts.
@@ -220,14 +223,14 @@ def _failure(error: TrainingError) -> _Message:
     return {"error": error.said(flag)}
 
 
-def _gather(message: _Message) -> list[Any]:
+def _gather_messages(message: _Message) -> list[Any]:
     """Returns the value of each process's message, in the order of the processes.
 
     Raises:
       UserError: a process sent an error; raised in all processes.
     """
     n_processes = jax.process_count()
-    messages = _exchange(message) if n_processes > 1 else [message]
+    messages = _send_to_all(message) if n_processes > 1 else [message]
     errors = {}
     for process, sent_message in enumerate(messages):
         if "error" in sent_message:
@@ -236,16 +239,16 @@ def _gather(message: _Message) -> list[Any]:
         process = min(errors)
         error = errors[process]
         is_of_all = len(errors) == n_processes and len(set(errors.values())) == 1
-        raise _ErrorOfAll(error if is_of_all else f"process {process} of {n_processes}: {error}")
+        raise _SharedError(error if is_of_all else f"process {process} of {n_processes}: {error}")
     return [sent_message["value"] for sent_message in messages]
 
 
 def gather(value: Any) -> list[Any]:
     """Returns the values of all processes, in their order; JSON has to represent them."""
-    return _gather(_success(value))
+    return _gather_messages(_success(value))
 
 
-def _digest(content: Any) -> str:
+def _hash_content(content: Any) -> str:
     """Returns a hash of an object's `repr`; a list's items are hashed one by one."""
     digest = hashlib.sha256()
     for item in content if isinstance(content, list) else [content]:
@@ -253,14 +256,14 @@ def _digest(content: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _encode(value: Any) -> bytes:
+def _encode_json(value: Any) -> bytes:
     """Returns a value as JSON text.
 
     Raises:
       TypeError: JSON cannot represent it, or changes it (a tuple becomes a list).
     """
     needed = (
-        "processes exchange dicts with strings as keys, lists, strings, numbers, booleans, None"
+        "processes exchange only dicts with string keys, lists, strings, numbers, booleans, None"
     )
     try:
         text = json.dumps(value, separators=(",", ":"))
@@ -271,12 +274,12 @@ def _encode(value: Any) -> bytes:
     return text.encode()
 
 
-def _exchange(value: Any) -> list[Any]:
+def _send_to_all(value: Any) -> list[Any]:
     """Returns the values of all processes, in the order of the processes.
 
     The values are sent through the devices, `_ROUND_BYTES` bytes of each at a time.
     """
-    content = np.frombuffer(_encode(value), np.uint8)
+    content = np.frombuffer(_encode_json(value), np.uint8)
     # Sizes are sent in two parts, as they may exceed an int32.
     size_parts = np.array(divmod(content.size, _ROUND_BYTES), np.int32)
     all_size_parts: Any = multihost_utils.process_allgather(size_parts)

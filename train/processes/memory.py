@@ -8,8 +8,8 @@ from pathlib import Path
 def peak_bytes() -> int:
     """Returns the peak resident memory of this process, in bytes.
 
-    Linux tells it as VmHWM. Its `ru_maxrss` is no such figure: a process begins with the one of the
-    process that started it.
+    On Linux the peak is VmHWM. `ru_maxrss` is not usable there: a process inherits the value
+    of its parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():

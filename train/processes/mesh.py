@@ -32,12 +32,14 @@ def parse_mesh(text: str | None) -> dict[str, int]:
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", item)
         if match is None or match[1] not in AXES or match[1] in sizes:
             raise UserError(
-                f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
-                "at most once (-1 for the remaining devices)"
+                f"--mesh {text} is not a mesh. Pass sizes such as data=2,fsdp=4, with each of "
+                f"{', '.join(AXES)} at most once. -1 stands for the remaining devices."
             )
         sizes[match[1]] = int(match[2])
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"--mesh {text}: only one axis can take the remaining devices")
+        raise UserError(
+            f"--mesh {text}: Only one axis can take the remaining devices. Use -1 once."
+        )
     return sizes
 
 
@@ -74,18 +76,21 @@ def make_mesh(
     n_slices = len(group_by_slice(devices))
     if n_slices == 1 and slice_axis is not None:
         raise UserError(
-            f"--slice-axis {slice_axis}: the devices are of one slice, which no axis leaves: leave "
-            "it out"
+            f"--slice-axis {slice_axis} is only useful when the devices span several slices, but "
+            "all "
+            f"{n_devices} devices belong to one slice. Remove --slice-axis."
         )
     axis = slice_axis or SLICE_AXIS
     sizes = parse_mesh(text) or _default_sizes(batch_size, n_devices, n_slices, axis)
+    # An axis of size -1 takes the devices that the other axes leave.
     n_needed = math.prod(size for size in sizes.values() if size > 0)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if open_axes and n_devices % n_needed == 0:
         sizes[open_axes[0]] = n_devices // n_needed
     elif open_axes or n_needed != n_devices:
         raise UserError(
-            f"--mesh {text} needs {n_needed} devices, and there are {n_devices}{process_counts}"
+            f"--mesh {text} needs {n_needed} devices, but there are {n_devices}{process_counts}. "
+            "Change the sizes so that their product is the number of devices."
         )
     _check_batch(batch_size, sizes)
     with as_user_errors(TrainingError):
@@ -99,14 +104,14 @@ def _check_batch(batch_size: int, sizes: dict[str, int]) -> None:
         batch_axes = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
         raise UserError(
             f"--batch-size {batch_size} cannot be sharded evenly over {n_parts} parts of the "
-            f"mesh ({batch_axes}): give a multiple of {n_parts}, or another --mesh"
+            f"mesh ({batch_axes}). Pass a multiple of {n_parts}, or another --mesh."
         )
 
 
 def _default_sizes(
     batch_size: int, n_devices: int, n_slices: int, slice_axis: str
 ) -> dict[str, int]:
-    """Returns the sizes of a mesh that is not given: those within a slice, and one over slices."""
+    """Returns the axis sizes of the default mesh: axes within a slice, and one over slices."""
     slice_devices = n_devices // n_slices
     slice_batch = batch_size // n_slices if slice_axis in BATCH else batch_size
     fsdp = math.gcd(max(slice_batch, 1), slice_devices)
@@ -115,7 +120,7 @@ def _default_sizes(
     return sizes
 
 
-def with_form(layout: Layout, option: str) -> tuple[Layout, ChosenForm | None]:
+def choose_product_form(layout: Layout, option: str) -> tuple[Layout, ChosenForm | None]:
     """Returns a layout with the form of products that --collective-matmul chooses.
 
     Args:

@@ -22,7 +22,7 @@ import jax
 
 from train.processes.hosts import gather
 
-LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
+LOST = "ended without a message. It was killed, ran out of memory, or its host is gone"
 _DONE = ""  # the reason of a process that ends because all is done
 _CONNECT_SECONDS = 5.0  # to reach process 0, and to greet it
 _MAX_MESSAGE_BYTES = 2**16  # bytes of a message
@@ -59,7 +59,7 @@ class Heartbeats:
         self._silences = dict.fromkeys(processes, Silence(0.0, time.time()))
 
     def heard(self, process: int) -> None:
-        """Notes a sign of life."""
+        """Resets the silence of a process."""
         with self._lock:
             if process in self._silences:
                 self._silences[process] = Silence(0.0, time.time())
@@ -173,11 +173,11 @@ class Peers:
             time.sleep(0.02)
 
     def _announce(self, ending: Ending, besides: int | None = None) -> None:
-        """Tells the other processes, but for `besides`, of an ending."""
+        """Sends an ending to all other processes except `besides`."""
         self._send(f"{json.dumps(ending._asdict())}\n".encode(), besides)
 
     def _send(self, line: bytes, besides: int | None = None) -> None:
-        """Sends a line to all other processes, but for `besides`."""
+        """Sends a line to all other processes except `besides`."""
         with self._send_lock:
             for process, connection in list(self._connections.items()):
                 if process != besides:
@@ -219,7 +219,7 @@ class Peers:
                 self._frozen.add(process)
                 clock = time.strftime("%H:%M:%S", time.localtime(silence.since))
                 why = (
-                    f"has not answered since {clock} ({silence.seconds:.0f} s): it is frozen, or "
+                    f"has not answered since {clock} ({silence.seconds:.0f} s). It is frozen, or "
                     f"its host or the network is gone. If {self._places[process]} still exists, "
                     "end it first"
                 )
@@ -250,11 +250,14 @@ def connect(coordinator: str | None, on_ending: EndListener, timeout: float) -> 
     connections: dict[int, socket.socket] = {}
     if jax.process_index() == 0:
         token = secrets.token_hex(16)
-        server, host = _server(coordinator)
+        server, host = _open_server(coordinator)
         with server:
             offer = {"host": host, "port": server.getsockname()[1], "token": token}
             accept_thread = threading.Thread(
-                target=_accept, args=(server, token, connections), name="accept", daemon=True
+                target=_accept_connections,
+                args=(server, token, connections),
+                name="accept",
+                daemon=True,
             )
             accept_thread.start()
             gather(offer)
@@ -263,7 +266,7 @@ def connect(coordinator: str | None, on_ending: EndListener, timeout: float) -> 
                 accept_thread.join()
     else:
         offer, *_ = gather(None)
-        connection = _reached(offer)
+        connection = _connect_to_first_process(offer)
         if connection is not None:
             connections[0] = connection
         answers = gather([connection is not None, place])
@@ -275,8 +278,8 @@ def connect(coordinator: str | None, on_ending: EndListener, timeout: float) -> 
     return f"process {unreached[0]} does not reach process 0 at {offer['host']}:{offer['port']}"
 
 
-def _server(coordinator: str | None) -> tuple[socket.socket, str]:
-    """Returns a socket that listens on one interface of this host, and its address there.
+def _open_server(coordinator: str | None) -> tuple[socket.socket, str]:
+    """Opens a socket that listens on one interface; returns it and its host name or address.
 
     The interface is the coordinator's; where none is named, that of the default route.
     """
@@ -298,20 +301,22 @@ def _server(coordinator: str | None) -> tuple[socket.socket, str]:
     return socket.create_server(("127.0.0.1", 0)), "127.0.0.1"
 
 
-def _reached(offer: dict[str, Any]) -> socket.socket | None:
-    """Returns a connection to process 0, which has sent an offer; None if there is none."""
+def _connect_to_first_process(offer: dict[str, Any]) -> socket.socket | None:
+    """Connects to the address that process 0 has offered; returns None on failure."""
     greeting = {"token": offer["token"], "process": jax.process_index()}
     with contextlib.suppress(OSError):
         address = (offer["host"], offer["port"])
         connection = socket.create_connection(address, _CONNECT_SECONDS)
         connection.sendall(f"{json.dumps(greeting)}\n".encode())
         if connection.recv(1):  # process 0 knows the token, and others at this address do not
-            return _kept_alive(connection)
+            return _with_keepalive(connection)
     return None
 
 
-def _accept(server: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
-    """Adds the connection of each other process, until all are there or the server is closed."""
+def _accept_connections(
+    server: socket.socket, token: str, connections: dict[int, socket.socket]
+) -> None:
+    """Accepts connections until every process has one or the server is closed."""
     with contextlib.suppress(OSError):  # the server is closed
         server.settimeout(0.05)
         while len(connections) < jax.process_count() - 1:
@@ -320,11 +325,13 @@ def _accept(server: socket.socket, token: str, connections: dict[int, socket.soc
             except TimeoutError:
                 continue
             args = (connection, token, connections)  # no connection has to wait for another
-            threading.Thread(target=_greet, args=args, name="greet", daemon=True).start()
+            threading.Thread(target=_check_greeting, args=args, name="greet", daemon=True).start()
 
 
-def _greet(connection: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
-    """Adds a connection that knows the token; closes another one."""
+def _check_greeting(
+    connection: socket.socket, token: str, connections: dict[int, socket.socket]
+) -> None:
+    """Keeps a connection whose greeting has the token; closes any other connection."""
     with contextlib.suppress(OSError, *_MALFORMED):
         connection.settimeout(_CONNECT_SECONDS)
         with connection.makefile("rb") as lines:
@@ -332,13 +339,13 @@ def _greet(connection: socket.socket, token: str, connections: dict[int, socket.
         if greeting["token"] == token:
             process = int(greeting["process"])
             connection.sendall(b"\n")
-            connections[process] = _kept_alive(connection)
+            connections[process] = _with_keepalive(connection)
             return
     connection.close()
 
 
-def _kept_alive(connection: socket.socket) -> socket.socket:
-    """Returns the connection, without a timeout, and with probes whether its other end exists."""
+def _with_keepalive(connection: socket.socket) -> socket.socket:
+    """Removes the timeout of a connection, and turns TCP keepalive on."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():

@@ -51,7 +51,7 @@ class ProgramPool:
             self._idle.put(copy)
 
     def start(self) -> str:
-        """Starts the first copy anew; returns its greeting, or "" if it says none.
+        """Starts the first copy again; returns its greeting, or "" if it has none.
 
         Raises:
           NoAnswer: it did not say it in time, or its process ended.
@@ -89,7 +89,7 @@ class _Copy:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
-        """Starts the process anew; returns its greeting, or ""."""
+        """Starts the process again; returns its greeting, or ""."""
         self.close()
         self._process = subprocess.Popen(
             self._command,
@@ -115,7 +115,7 @@ class _Copy:
         self._process = None
         if process is None:
             return
-        _end(process)
+        _kill_process_group(process)
         process.wait()
         for stream in (process.stdin, process.stdout):
             assert stream is not None
@@ -123,14 +123,14 @@ class _Copy:
                 stream.close()
 
     def _answer(self, text: str, seconds: float) -> str:
-        """Sends a text; returns the line that answers it. Ends the process if it is late."""
+        """Sends a text and returns the answering line; ends the process after `seconds`."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         is_late = threading.Event()
 
         def end() -> None:
             is_late.set()
-            _end(process)
+            _kill_process_group(process)
 
         timer = threading.Timer(seconds, end)
         timer.daemon = True
@@ -150,8 +150,8 @@ class _Copy:
             timer.cancel()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kills a process, and on other systems than Windows the processes that it has started."""
+def _kill_process_group(process: subprocess.Popen[str]) -> None:
+    """Kills a process and, except on Windows, the processes that it has started."""
     if sys.platform == "win32":
         process.kill()
     else:

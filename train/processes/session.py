@@ -74,7 +74,7 @@ class Session:
             if self._peers is None or not error.code:
                 raise
             # The others would wait for it in the next collective.
-            why = "ended, as it does where the reader of its output is gone"
+            why = "ended, because nobody reads its output any more"
             self._end("", _FAILURE_CODE, why=why)
         except Exception as error:
             problem = file_problem(error)
@@ -98,7 +98,7 @@ class Session:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Within this context, a run has a time of its own, and what it holds is released."""
+        """Gives a part of the script its own start time, and releases its resources at the end."""
         session_release = self.release
         session_began = self.began
         session_began_at = self.began_at
@@ -123,9 +123,9 @@ class Session:
         else:
             tell(
                 console,
-                f"warning: {peers}: if a process ends early, the others end only once JAX misses "
-                f"its heartbeats, after {jax_timeout(run)} seconds. To end at once, allow "
-                "connections between the hosts on all ports",
+                f"warning: {peers}. If a process ends early, the others end only after "
+                f"{jax_timeout(run)} seconds, when JAX misses its heartbeats. To end them at once, "
+                "allow connections between the hosts on all ports.",
             )
 
     def _hear(self, ending: Ending) -> None:
@@ -145,7 +145,7 @@ class Session:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Hears of signals in a thread while the main thread may be busy outside Python."""
+        """Handles signals in a thread while the main thread may be busy outside Python."""
         read_end, write_end = socket.socketpair()
         read_end.setblocking(True)
         write_end.setblocking(False)
@@ -177,7 +177,7 @@ class Session:
                 if is_deferred:
                     continue
                 time.sleep(_PATIENCE_SECONDS)
-                self._end_at_once(f"interrupted by {name}. {self.stop.remedy}", 128 + number)
+                self._end_at_once(f"Interrupted by {name}. {self.stop.remedy}", 128 + number)
 
     def _end_at_once(self, message: str, code: int, in_haste: bool = False) -> None:
         """Ends the process from another thread than the main one, unless it ends already.

@@ -48,14 +48,14 @@ class FileFinder:
         match = _MODULE.fullmatch(name)
         if match is None:
             return None
-        path = _paths()[int(match[1])]
+        path = _files_on_command_line()[int(match[1])]
         folder = str(Path(path).absolute().parent)
         return importlib.util.spec_from_file_location(
             name, path, submodule_search_locations=[folder]
         )
 
 
-def _paths() -> list[str]:
+def _files_on_command_line() -> list[str]:
     """Returns the files that the specs on the command line name, each once."""
     paths = []
     for argument in sys.argv[1:]:
@@ -73,17 +73,20 @@ def load(spec: str) -> Any:
       BaseException: whatever the file raises.
     """
     path, _, name = spec.rpartition(":")
-    module = _import(path)
+    module = _import_file(path)
     target = getattr(module, name, None)
     if not callable(target):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
+        raise NoFunction(
+            f"The file has no function {name!r}. Name one of its functions: "
+            f"{', '.join(functions) or 'it has none'}."
+        )
     return target
 
 
-def _import(path: str) -> Any:
-    """Returns the module of a file, imported once; its folder is where it finds others."""
-    name = f"_user_{_paths().index(path)}"
+def _import_file(path: str) -> Any:
+    """Imports a file once, with its folder on the import path; returns its module."""
+    name = f"_user_{_files_on_command_line().index(path)}"
     if name in sys.modules:
         return sys.modules[name]
     sys.path.insert(0, str(Path(path).absolute().parent))
@@ -99,8 +102,8 @@ def _import(path: str) -> Any:
         statement = target if target.startswith("import ") else f"from {target}"
         package_folder = Path(frames[-1].filename).absolute().parents[len(dots) - 1]
         raise NoFunction(
-            f"{said(error)}: relative imports reach the files beside it alone; write "
-            f"`{statement}`, and set PYTHONPATH={package_folder}"
+            f"{describe_error(error)}. Relative imports reach only files in the same folder. Write "
+            f"`{statement}`, and set PYTHONPATH={package_folder}."
         ) from error
 
 
@@ -114,7 +117,7 @@ def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return frames
 
 
-def keywords_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, list[str]]:
+def find_keywords(function: Callable[..., Any]) -> tuple[frozenset[str] | None, list[str]]:
     """Returns the keywords that a function takes, None for all, and those without a default."""
     names = []
     required_names = []
@@ -129,15 +132,15 @@ def keywords_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, li
     return None if takes_all else frozenset(names), required_names
 
 
-def taken(values: Mapping[str, Any], keywords: frozenset[str] | None) -> dict[str, Any]:
-    """Returns the values that a function takes; see `keywords_of`."""
+def select_keywords(values: Mapping[str, Any], keywords: frozenset[str] | None) -> dict[str, Any]:
+    """Returns the values that a function takes; see `find_keywords`."""
     if keywords is None:
         return dict(values)
     return {name: value for name, value in values.items() if name in keywords}
 
 
-def said(error: BaseException) -> str:
-    """Returns the last line of a traceback, with the file and the line that it is about."""
+def describe_error(error: BaseException) -> str:
+    """Describes an error in one line, with the user's file and line."""
     if isinstance(error, NoFunction):
         return str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -255,7 +258,7 @@ class EpisodeSeeds:
 
 
 def requests(source: TextIO) -> Iterator[Any]:
-    """Yields requests, a line each; when the lines end, ends this process, whatever it does."""
+    """Yields the request in each line; ends this process when the input ends."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -272,7 +275,7 @@ def requests(source: TextIO) -> Iterator[Any]:
 
 
 def take_pipes() -> tuple[TextIO, TextIO]:
-    """Returns stdin and stdout, which a function that reads or prints then cannot meddle with."""
+    """Takes stdin and stdout for requests and answers, out of the reach of user functions."""
     source = os.fdopen(os.dup(0))
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)

@@ -19,7 +19,7 @@ class RewardAnswer(NamedTuple):
 
     Attributes:
       total: [n], fp32: the reward of each; NaN for none.
-      lost: what failed, in words, where no completion has a reward as a reward failed; else None.
+      lost: the first failure, if failures left no completion with a reward; else None.
       metrics: by name; None for one that is not known.
       extra: further facts about the completions, by name: [n] each.
     """
@@ -31,7 +31,7 @@ class RewardAnswer(NamedTuple):
 
 
 def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> RewardAnswer:
-    """Asks the rewards, in the first process alone; all processes have to call this.
+    """Computes the rewards in the first process; all processes must call this function.
 
     Args:
       rewards: the rewards.
@@ -50,7 +50,7 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
         return {
             "total": [None if math.isnan(x) else x for x in totals.total.tolist()],
             "lost": None if has_reward.any() else totals.why,
-            "metrics": _metrics(totals),
+            "metrics": _summarize_rewards(totals),
             "extra": totals.extra,
         }
 
@@ -59,27 +59,29 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
     return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
 
 
-def _metrics(totals: RewardTotals) -> dict[str, float | None]:
-    """Returns the metrics of what was rewarded."""
+def _summarize_rewards(totals: RewardTotals) -> dict[str, float | None]:
+    """Returns the metrics of a batch: mean rewards, failures and kinds of completions."""
     metrics: dict[str, float | None] = {}
     if len(totals.by_name) > 1:
         for name, values in totals.by_name.items():
-            metrics[f"reward_{name}"] = mean_known(values)
+            metrics[f"reward_{name}"] = mean_without_nans(values)
     metrics["reward_failed"] = float(totals.failed.mean())
     for kinds in totals.kinds.values():
         metrics |= {f"share_{kind}": n / len(totals.total) for kind, n in kinds.items()}
     return metrics | totals.metrics
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Returns the columns of rows; None where a row lacks one."""
+def collect_columns(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Collects the values of each column; None where a row has no such column."""
     columns: dict[str, list[Any]] = {}
     for name in names:
         columns[name] = [row.get(name) for row in rows]
     return columns
 
 
-def mean_known(values: np.ndarray) -> float | None:
-    """Returns the mean of what is no NaN; None where all is."""
+def mean_without_nans(values: np.ndarray) -> float | None:
+    """Returns the mean of the values that are not NaN; None if all are NaN."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None

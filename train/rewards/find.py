@@ -33,9 +33,9 @@ from train.rewards.reward import (
 )
 from train.run.classifiers import read_classifier_info
 
-_NEEDS = ("schema", "gold")
+_SQL_COLUMNS = ("schema", "gold")
 _ENVIRONMENTS = "environments"  # of TRL's reward functions
-_SCORED_AT_ONCE = 32  # completions in memory at once
+_SCORER_BATCH_SIZE = 32  # completions in memory at once
 
 
 def sql_reward(runs: float = 0.0) -> Reward:
@@ -43,7 +43,8 @@ def sql_reward(runs: float = 0.0) -> Reward:
     values = {MATCHED: 1.0, MISMATCH: runs}
 
     def judge_all(batch: RewardBatch) -> RewardValues:
-        schemas, gold_queries = (batch.columns[name] for name in _NEEDS)
+        schemas, gold_queries = (batch.columns[name] for name in _SQL_COLUMNS)
+        # Judge each distinct answer once.
         questions = list(zip(schemas, gold_queries, batch.completions, strict=True))
         distinct = list(dict.fromkeys(questions))
         with as_user_errors(ValueError, prefix="--reward sql: "):
@@ -54,7 +55,7 @@ def sql_reward(runs: float = 0.0) -> Reward:
         rewards = np.array([values.get(kind, 0.0) for kind in kinds], np.float32)
         return RewardValues(rewards, kinds=dict(Counter(kinds)))
 
-    return Reward(judge_all, _NEEDS)
+    return Reward(judge_all, _SQL_COLUMNS)
 
 
 class RewardTotals(NamedTuple):
@@ -109,6 +110,7 @@ class Rewards:
     def __call__(self, batch: RewardBatch) -> RewardTotals:
         """Returns the rewards of completions."""
         answers = {name: reward.judge(batch) for name, reward in self._rewards.items()}
+        # NaN: the reward has no opinion. Infinite: the reward failed.
         values = np.stack([answer.values for answer in answers.values()])  # [rewards, n]
         if batch.earned:
             values[:, [reward.is_lost for reward in batch.earned]] = np.nan
@@ -118,12 +120,14 @@ class Rewards:
         is_rewarded = has_opinion.any(0) & ~has_failed.any(0)
         total = np.where(has_opinion, values, 0).T @ self._weights
         n_completions = len(total)
-        remarks = self._silence(bool(has_opinion.any() or has_failed.any()), n_completions)
+        remarks = self._warn_if_no_opinion(
+            bool(has_opinion.any() or has_failed.any()), n_completions
+        )
         first_failure: str | None = None
         metrics: dict[str, float] = {}
         extra: dict[str, Sequence[Any]] = {}
         for name, answer in answers.items():
-            remarks += self._new_failures(name, answer, n_completions)
+            remarks += self._describe_new_failures(name, answer, n_completions)
             for text in answer.said.values():
                 first_failure = first_failure or f"{name}: {text}"
             metrics |= {f"{name}/{metric}": mean(x) for metric, x in answer.metrics.items()}
@@ -140,19 +144,24 @@ class Rewards:
             extra=extra,
         )
 
-    def _silence(self, has_any: bool, n: int) -> list[str]:
-        """Returns a sentence where no reward has an opinion, the first time."""
+    def _warn_if_no_opinion(self, has_any: bool, n: int) -> list[str]:
+        """Returns a warning the first time that no reward has an opinion on any completion."""
         if has_any or self._was_silent:
             return []
         self._was_silent = True
-        return [f"no reward has an opinion on any of {n} completions: nothing is learned from them"]
+        return [
+            f"No reward returned a number for any of {n} completions, so nothing is learned from "
+            "them. "
+            "Check the reward functions."
+        ]
 
-    def _new_failures(self, name: str, answer: RewardValues, n: int) -> list[str]:
-        """Returns a sentence on each kind of failure that a reward has for the first time."""
+    def _describe_new_failures(self, name: str, answer: RewardValues, n: int) -> list[str]:
+        """Returns a warning on each kind of failure that occurs for the first time."""
         new_kinds = [kind for kind in answer.failures if (name, kind) not in self._reported]
         self._reported.update((name, kind) for kind in new_kinds)
         return [
-            f"{name}: no reward for {answer.failures[kind]} of {n} completions ({kind}): "
+            f"{name}: It returned no reward for {answer.failures[kind]} of {n} completions "
+            f"({kind}): "
             f"{answer.said[kind]}"
             for kind in new_kinds
         ]
@@ -196,24 +205,31 @@ def find_rewards(
     weights = [1.0] * len(specs) if weights is None else [*weights]
     if len(weights) != len(specs) or not all(map(math.isfinite, weights)):
         raise UserError(
-            f"{flag('reward_weights', *weights)}: {len(specs)} rewards need as many finite weights"
+            f"{flag('reward_weights', *weights)}: {len(specs)} rewards need {len(specs)} finite "
+            "weights. "
+            "Pass one weight for each reward."
         )
     repeated_specs = [spec for spec, n_times in Counter(specs).items() if n_times > 1]
     if repeated_specs:
-        raise UserError(f"--reward {repeated_specs[0]} is named twice: give it a weight instead")
+        raise UserError(
+            f"--reward {repeated_specs[0]} is named twice. Name it once, and set its weight with "
+            "--reward-weights."
+        )
     reward_of_spec = {name: make(max_tokens) for name, make in OURS.items()}
+    # Each spec names one of our rewards, the folder of a reward model, or a function in a file.
     others = [spec for spec in specs if spec not in OURS]
     models = [spec for spec in others if Path(spec).expanduser().is_dir()]
     functions = [spec for spec in others if spec not in models]
     for spec in functions:
-        _check_function(spec)
+        _check_function_spec(spec)
     for spec in models:
         reward_of_spec[spec] = Reward(RewardModel(spec))
     if functions:
         pool = Workers(functions, seconds, workers or os.cpu_count() or 1)
         for i, (spec, needs) in enumerate(zip(functions, pool.needs, strict=True)):
             reward_of_spec[spec] = Reward(partial(pool.judge, i), needs, pool.close)
-    by_name = {_short(spec, specs): reward_of_spec[spec] for spec in specs}
+    # The weights follow the order of the options; an environment's own reward weighs 1.
+    by_name = {_short_name(spec, specs): reward_of_spec[spec] for spec in specs}
     if earned is not None:
         name = f"environment {earned}" if earned in by_name else earned
         by_name[name] = earned_reward()
@@ -226,31 +242,32 @@ def find_rewards(
         rewards.close()
         if _ENVIRONMENTS in missing:
             raise UserError(
-                f"--reward {spec} takes `{_ENVIRONMENTS}`, which live in other processes: "
-                "reward by a method `get_reward` of the environment instead"
+                f"--reward {spec} cannot take `{_ENVIRONMENTS}`, because environments run in other "
+                "processes. Give the environment a method `get_reward` instead."
             )
         raise UserError(
-            f"--reward {spec} needs the column {missing[0]!r}; the rows have "
-            f"{', '.join(columns) or 'none beside the prompt'}"
+            f"--reward {spec} needs the column {missing[0]!r}, but the rows have "
+            f"{', '.join(columns) or 'only a prompt'}. Add the column to the data set, or rename "
+            "one with --fields."
         )
     return rewards
 
 
-def _check_function(spec: str) -> None:
-    """Raises a UserError if a value of --reward names no function of a file that is there."""
+def _check_function_spec(spec: str) -> None:
+    """Raises a UserError unless a value of --reward names a function of an existing file."""
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not function:
         raise UserError(
-            f"--reward {spec}: no folder, and no reward of this name, but {', '.join(OURS)}; "
-            "a function of your own is named as file.py:function, a reward model by its run's "
-            "folder"
+            f"--reward {spec} is neither a folder nor a known reward. Use {', '.join(OURS)}, your "
+            "own "
+            "function as file.py:function, or the folder of a reward model's run."
         )
     if not Path(path).is_file():
-        raise UserError(f"--reward {spec}: there is no file {path}")
+        raise UserError(f"--reward {spec}: The file {path} does not exist. Check the path.")
 
 
-def _short(spec: str, specs: Sequence[str]) -> str:
-    """Returns the name of a function or a folder, or all of it if another one has the same."""
+def _short_name(spec: str, specs: Sequence[str]) -> str:
+    """Returns the last part of a reward's path, or the whole path if two rewards share it."""
     names = [Path(other.rpartition(":")[2]).name for other in specs]
     name = Path(spec.rpartition(":")[2]).name
     return name if names.count(name) == 1 else spec
@@ -268,11 +285,11 @@ class RewardModel:
         source = find_adapter(folder, "--reward")
         if source.num_labels != 1:
             raise UserError(
-                f"{source.option} holds no reward model: name the folder of a run of "
-                "`train.classify --labels pairs`"
+                f"{source.option} holds no reward model. Name the folder of a run of "
+                "`train.classify --labels pairs`."
             )
         tokenizer = source.find_tokenizer("copy it there, or train the reward model again")
-        with as_user_errors(UserError, prefix=f"{source.option}: its base cannot be read: "):
+        with as_user_errors(UserError, prefix=f"{source.option}: Its base cannot be read. "):
             base = source.base_info.get("model", "")
             outline = read_classifier_info(base, 1, tokenizer=tokenizer)
         outline = outline.quantized(source.quantize)
@@ -284,15 +301,16 @@ class RewardModel:
         self._has_warned = False
 
     def __call__(self, batch: RewardBatch) -> RewardValues:
-        """Returns the scores; says once that texts are shortened."""
+        """Returns the scores of the completions; warns once if texts are too long."""
         prompts = [as_text(question({"prompt": text}, "a row").messages) for text in batch.prompts]
         texts = list(zip(prompts, batch.completions, strict=True))
         encoded, n_shortened = encode(texts, self._tokenizer, self._max_tokens)
         if n_shortened and not self._has_warned:
             self._has_warned = True
             print(
-                f"{self._folder} reads {self._max_tokens} tokens: {n_shortened} of {len(texts)} "
-                "prompts lose their beginning, and so do later ones",
+                f"{self._folder} reads at most {self._max_tokens} tokens. The beginnings of "
+                f"{n_shortened} of {len(texts)} prompts are cut off. Later long prompts are cut "
+                "off, too.",
                 file=sys.stderr,
             )
         rows_of_ids, rows_of_types = encoded.values()
@@ -302,6 +320,6 @@ class RewardModel:
             ids=ids, types=types, most=self._max_tokens, pad=self._tokenizer.pad_token_id or 0
         )
         scores = probabilities(
-            self._apply, self._params, tokens, batch_size=_SCORED_AT_ONCE, of=jax.nn.identity
+            self._apply, self._params, tokens, batch_size=_SCORER_BATCH_SIZE, of=jax.nn.identity
         )
         return RewardValues(scores[:, 0])

@@ -53,7 +53,9 @@ class Workers:
             if "error" in greeting:
                 raise UserError(f"--reward {greeting['spec']}: {greeting['error']}")
         except NoAnswer as error:
-            raise UserError(f"--reward {' '.join(specs)}: importing it {error}") from error
+            raise UserError(
+                f"--reward {' '.join(specs)}: Importing the file failed: It {error}."
+            ) from error
         except BaseException:
             self._processes.close()
             raise
@@ -69,6 +71,7 @@ class Workers:
         except BaseException:  # such as a signal: what is still being asked is not waited for
             self._processes.close()
             raise
+        # Join the answers for all prompts: values, first failures, logged numbers and facts.
         values = [value for answer in answers for value in answer["values"]]
         failures: Counter[str] = Counter()
         texts: dict[str, str] = {}
@@ -98,7 +101,7 @@ class Workers:
         self._processes.close()  # those that a thread started meanwhile
 
     def _ask(self, function: int, batch: RewardBatch, rows: slice) -> dict[str, Any]:
-        """Returns a process's answer on the completions of one prompt, or that it gave none."""
+        """Asks a process for the values of one prompt's completions; describes a failure."""
         columns = {name: list(values[rows]) for name, values in batch.columns.items()}
         completions: list[Any] = list(batch.completions[rows])
         if batch.chats:  # turns, and those of tools between them
@@ -118,7 +121,9 @@ class Workers:
             kind, reason = DIED, str(error)
             if error.late:
                 kind = TIMEOUT
-                reason = f"a call took longer than {self._seconds:g} seconds, --reward-timeout"
+                reason = (
+                    f"A call took longer than {self._seconds:g} seconds. Increase --reward-timeout."
+                )
             n_completions = len(completions)
             return {
                 "values": [worker.FAILED] * n_completions,

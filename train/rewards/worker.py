@@ -29,7 +29,7 @@ user_files.PROGRAMS.add(__file__)
 OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 EXCEPTION, NUMBER_OF_RESULTS = "exception", "wrong number of results"
 NO_LIST, NO_NUMBER, NOT_FINITE = "not a list", "not a number", "not finite"
-_LARGEST = 3.4e38  # of fp32
+_MAX_FP32 = 3.4e38  # of fp32
 FAILED = math.inf  # in the place of a value
 
 
@@ -57,7 +57,7 @@ def find(spec: str) -> Function:
     name, target = spec.rpartition(":")[2], user_files.load(spec)
     if inspect.isclass(target):
         target = _instantiate(target, name)
-    takes, needs = user_files.keywords_of(target)
+    takes, needs = user_files.find_keywords(target)
     return Function(target, takes, [keyword for keyword in needs if keyword not in OURS])
 
 
@@ -65,7 +65,7 @@ def _instantiate(reward_class: type[Any], name: str) -> Callable[..., Any]:
     """Returns an object of a class, to be called."""
     if not any("__call__" in vars(base) for base in reward_class.__mro__):
         raise user_files.NoFunction(
-            f"{name} is a class, and its objects cannot be called: give it __call__"
+            f"{name} is a class whose objects cannot be called. Give it a method __call__."
         )
     required = [
         p.name
@@ -74,8 +74,8 @@ def _instantiate(reward_class: type[Any], name: str) -> Callable[..., Any]:
     ]
     if required:
         raise user_files.NoFunction(
-            f"{name} is a class whose objects need {', '.join(required)}: make one in the file, "
-            f"such as `judge = {name}(…)`, and name that"
+            f"{name} is a class whose objects need {', '.join(required)}. Create an object in the "
+            f"file, such as `judge = {name}(…)`, and name the object."
         )
     return reward_class()
 
@@ -103,7 +103,11 @@ class RewardLog:
         """Takes a fact about each completion."""
         facts = [v if isinstance(v, str | int | float | None) else repr(v) for v in values]
         if len(facts) != self._n:
-            raise ValueError(f"log_extra({name!r}): {len(facts)} values, {self._n} completions")
+            raise ValueError(
+                f"log_extra({name!r}) got {len(facts)} values for {self._n} completions. Pass one "
+                "value "
+                "for each completion."
+            )
         self.extra[str(name)] = facts
 
 
@@ -123,42 +127,44 @@ def judge(
     logged = RewardLog(len(keywords["completions"]))
     offered: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
     offered |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
-    arguments = user_files.taken(offered, function.takes)
-    answer = _call(function, arguments, len(keywords["completions"]))
+    arguments = user_files.select_keywords(offered, function.takes)
+    answer = _call_function(function, arguments, len(keywords["completions"]))
     return answer | {"metrics": logged.metrics, "extra": logged.extra}
 
 
-def _call(function: Function, arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """Returns the values and the failures of a call for n completions."""
+def _call_function(function: Function, arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Calls a function for n completions; returns its values and failures."""
     try:
         returned = function.call(**arguments)
         if inspect.iscoroutine(returned):
             returned = asyncio.run(returned)
-        problem = _no_list(returned)
+        problem = _describe_if_not_list(returned)
         if problem:
-            return _all_failed(n, NO_LIST, problem)
+            return _fail_all(n, NO_LIST, problem)
         results = list(returned)
     except (Exception, SystemExit) as error:
-        return _all_failed(n, EXCEPTION, user_files.said(error))
+        return _fail_all(n, EXCEPTION, user_files.describe_error(error))
     if len(results) != n:
-        return _all_failed(n, NUMBER_OF_RESULTS, f"{len(results)} results for {n} completions")
+        return _fail_all(
+            n, NUMBER_OF_RESULTS, f"It returned {len(results)} results for {n} completions."
+        )
     failures: dict[str, list[Any]] = {}
     values: list[float | None] = []
     for result in results:
-        value, kind = _value_of(result)
+        value, kind = _read_value(result)
         if kind is not None:
             failures.setdefault(kind, [0, repr(result)[:80]])[0] += 1
         values.append(value)
     return {"values": values, "failures": failures}
 
 
-def _all_failed(n: int, kind: str, problem: str) -> dict[str, Any]:
+def _fail_all(n: int, kind: str, problem: str) -> dict[str, Any]:
     """Returns the answer of a call that has no value for any of n completions."""
     return {"values": [FAILED] * n, "failures": {kind: [n, problem]}}
 
 
-def _value_of(result: Any) -> tuple[float | None, str | None]:
-    """Returns the value of a result, None without an opinion; and the kind of failure, or None."""
+def _read_value(result: Any) -> tuple[float | None, str | None]:
+    """Reads one result; returns its value (None: no opinion) and its kind of failure or None."""
     if result is None:
         return None, None
     if isinstance(result, str | bytes):
@@ -167,13 +173,13 @@ def _value_of(result: Any) -> tuple[float | None, str | None]:
         value = float(result)
     except Exception:  # __float__ of any type
         return FAILED, NO_NUMBER
-    if not abs(value) < _LARGEST:  # a NaN is not less
+    if not abs(value) < _MAX_FP32:  # a NaN is not less
         return FAILED, NOT_FINITE
     return value, None
 
 
-def _no_list(result: Any) -> str | None:
-    """Names the result of a function that is no list of numbers; None for a list."""
+def _describe_if_not_list(result: Any) -> str | None:
+    """Describes a result that is not a list; returns None for a list."""
     if isinstance(result, Mapping):
         keys = ", ".join(map(repr, list(result)[:8]))
         what = f"a {type(result).__name__} with the keys {keys}" if result else "an empty dict"
@@ -181,7 +187,7 @@ def _no_list(result: Any) -> str | None:
         what = repr(result)[:80]
     else:
         return None
-    return f"it returned {what}; a list with a number, or None, for each completion is needed"
+    return f"It returned {what}. Return a list with a number or None for each completion."
 
 
 def main() -> None:
@@ -197,7 +203,7 @@ def main() -> None:
         try:
             functions.append(find(spec))
         except BaseException as error:
-            answer({"spec": spec, "error": user_files.said(error)})
+            answer({"spec": spec, "error": user_files.describe_error(error)})
             return
     answer({"needs": [function.needs for function in functions]})
     for index, keywords, state in requests:

@@ -33,7 +33,7 @@ from train.plan.local import LocalNeeds, local_needs, local_step, measure_flop_r
 from train.processes import hosts
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
-from train.rewards.ask import columns_of
+from train.rewards.ask import collect_columns
 from train.rewards.reward import RewardBatch
 from train.run.costs import byte_size
 from train.run.log import doing
@@ -182,7 +182,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
         prompts=[feed.prompts.prompt_of(0)] * group,
         completions=[COMPLETION] * group,
         completion_ids=[ids] * group,
-        columns=columns_of([row] * group, feed.prompts.columns),
+        columns=collect_columns([row] * group, feed.prompts.columns),
         group=group,
         state=feed.progress(0),
         chats=() if feed.tools is None else [chat] * group,

@@ -26,7 +26,7 @@ from train.options.field import traits_of
 from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
 from train.processes import hosts
-from train.processes.mesh import with_form
+from train.processes.mesh import choose_product_form
 from train.run.complete import Chat, tokenize_chats
 from train.run.intrinsic import moves_weights, space_of
 from train.run.invocation import check_invoked, invoked_data
@@ -192,7 +192,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _chosen_attention(optim, outline, layout, data.facts)
     lines.append(f"attention: {attention}")
-    layout, product_form = with_form(layout, config.run.collective_matmul)
+    layout, product_form = choose_product_form(layout, config.run.collective_matmul)
     if product_form:
         lines.append(f"collective matmul: {product_form}")
     weights = stand_in(outline.name)

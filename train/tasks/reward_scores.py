@@ -19,7 +19,7 @@ from train.live.turns.rows import TurnCompletion, TurnRequest
 from train.live.turns.use import TurnDrawer, tokenize_with_tools
 from train.processes.mesh import make_mesh
 from train.reporters.files import read_json
-from train.rewards.ask import ask, columns_of, mean_known
+from train.rewards.ask import ask, collect_columns, mean_without_nans
 from train.rewards.reward import RewardBatch
 from train.run.complete import complete_prompts
 from train.run.log import doing
@@ -98,7 +98,7 @@ class RewardEvaluation:
             prompts=prompts,
             completions=texts,
             completion_ids=ids,
-            columns=columns_of(rows, column_names),
+            columns=collect_columns(rows, column_names),
             group=1,
             state=self.feed.progress(self.feed.done),
         )
@@ -116,7 +116,7 @@ class RewardEvaluation:
             }
             for prompt, text, reward in zip(prompts, texts, rewards.total, strict=True)
         ]
-        mean = mean_known(rewards.total)
+        mean = mean_without_nans(rewards.total)
         if mean is None:
             reason = f" ({rewards.lost})" if rewards.lost else ""
             tell(console, f"warning: no held-out completion has a reward{reason}")

@@ -71,7 +71,7 @@ class CallReader:
         self._follows_call = False  # no text was said since the last call
 
     def add(self, text: str, *, last: bool = False) -> AnswerText:
-        """Takes more of the text; returns the part that is known now."""
+        """Adds text to the answer; returns the text and the calls that are complete now."""
         self._unread += text
         answer = AnswerText("", [])
         while True:
@@ -100,6 +100,7 @@ class CallReader:
                     continue
             answer = self._say(answer, plain_text.rstrip())
             answer = self._add_block(answer, block)
+        # The rest is plain text, except for characters that may begin a mark.
         if self._follows_call:
             self._unread = self._unread.lstrip()
         n_plain = len(self._unread)
@@ -120,7 +121,7 @@ class CallReader:
         return answer._replace(calls=answer.calls + block.calls, thinking="\n\n".join(thoughts))
 
     def _mark_index(self) -> int | None:
-        """Returns the index of the first text that begins a block; None for none."""
+        """Returns the index of the first mark that may begin a call; None for none."""
         indices = [self._unread.find(mark) for mark in self._form.marks]
         return min((index for index in indices if index >= 0), default=None)
 

@@ -44,9 +44,9 @@ class CallForm(NamedTuple):
     thoughts: tuple[str, str] | None = None
 
 
-_LISTED = '{{"name": {json}, "arguments": '
+_JSON_CALL_HEAD = '{{"name": {json}, "arguments": '
 _FORMS: Mapping[str, CallForm] = {
-    "hermes": CallForm(f"<tool_call>\n{_LISTED}", "}}\n</tool_call>"),
+    "hermes": CallForm(f"<tool_call>\n{_JSON_CALL_HEAD}", "}}\n</tool_call>"),
     "qwen3-coder": CallForm(
         "<tool_call>\n<function={name}>\n",
         "</function>\n</tool_call>",
@@ -78,9 +78,9 @@ _FORMS: Mapping[str, CallForm] = {
         "",
         arguments=ArgumentForm("{key}:", between=",", quote='<|"|>'),
     ),
-    "mistral": CallForm(_LISTED, "}}", ", ", "[TOOL_CALLS][", "]"),
+    "mistral": CallForm(_JSON_CALL_HEAD, "}}", ", ", "[TOOL_CALLS][", "]"),
 }
-_TAGGED = CallForm("[TOOL_CALLS]{name}[ARGS]", "", "")
+_MISTRAL_TAGGED = CallForm("[TOOL_CALLS]{name}[ARGS]", "", "")
 
 
 def call_form(name: str, template: str) -> CallForm:
@@ -95,7 +95,7 @@ def call_form(name: str, template: str) -> CallForm:
         return form
     # Templates of Mistral's versions differ.
     if "[ARGS]" in template:
-        return _TAGGED
+        return _MISTRAL_TAGGED
     if "[TOOL_CALLS] [" in template:
         return form._replace(begin="[TOOL_CALLS] [")
     return form

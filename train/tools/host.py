@@ -48,7 +48,10 @@ class ProcessHost:
           UserError: they cannot be imported or described, or this system cannot fork.
         """
         if not hasattr(os, "fork"):
-            raise UserError("--tools and --environment need a system that can fork a process")
+            raise UserError(
+                "--tools and --environment need a system that can fork processes. Use Linux or "
+                "macOS."
+            )
         self.seconds = seconds
         self._environment = environment
         self._specs = [*tools]
@@ -86,7 +89,7 @@ class ProcessHost:
         if not names:
             names = [name_of(row, "the rows", number) for number, row in enumerate(rows, start=1)]
         if not seeds:
-            seeds = [_seed(row) for row in rows]
+            seeds = [_seed_from_row(row) for row in rows]
         episodes = []
         for row, name, seed in zip(rows, names, seeds, strict=True):
             episode = ProcessEpisode(self, row, name, seed)
@@ -122,7 +125,7 @@ class ProcessHost:
         return control
 
     def forget(self, episode: "ProcessEpisode") -> None:
-        """Takes notice that an episode was closed."""
+        """Removes a closed episode."""
         with self._lock:
             self._episodes.discard(episode)
 
@@ -154,7 +157,9 @@ class ProcessHost:
             description: dict[str, Any] = json.loads(pool.start())
         except NoAnswer as error:
             option = "environment" if self._environment else "tools"
-            raise UserError(f"{flag(option, self._specs[-1])}: importing it {error}") from error
+            raise UserError(
+                f"{flag(option, self._specs[-1])}: Importing the file failed: It {error}."
+            ) from error
         finally:
             pool.close()
         if "error" in description:
@@ -200,7 +205,7 @@ class ProcessEpisode:
         self._host = host
         self._row = row
         self._name = name
-        self._seed = seed
+        self._seed_from_row = seed
         self._channel: socket.socket | None = None
         self._process_id: int | None = None
         self._received = b""  # after the last whole line
@@ -266,7 +271,7 @@ class ProcessEpisode:
             waiting.remove(index)
             failed = "error" in reply
             text = str({"error": reply["error"]}) if failed else reply["value"]
-            yield index, _answer(calls[index].name, text, failed=failed)
+            yield index, _make_answer(calls[index].name, text, failed=failed)
 
     def _refusal(self, call: ToolCall) -> ToolAnswer | None:
         """Returns the answer to a call that cannot be run; None for one that can."""
@@ -275,7 +280,7 @@ class ProcessEpisode:
             problem = f"Tool {call.name} not found."
         if problem is None:
             return None
-        return _answer(call.name or "unknown", str({"error": problem}), failed=True)
+        return _make_answer(call.name or "unknown", str({"error": problem}), failed=True)
 
     def _reward(self) -> float | None:
         """Returns the environment's reward; notes the problem of one that failed."""
@@ -304,16 +309,22 @@ class ProcessEpisode:
             greeting = self._line(self._channel, time.monotonic() + _START_SECONDS)
         except (OSError, EOFError) as error:
             self._end()
-            problem = str(error) or "it ended, or did not begin"
-            raise EpisodeLost(f"{self._name}: no process for its tools: {problem}") from None
+            problem = str(error) or "it ended"
+            raise EpisodeLost(
+                f"{self._name}: The process for its tools did not start: {problem}"
+            ) from None
         self._process_id = json.loads(greeting)["process"]
-        request = {"reset": dict(self._row), "seed": self._seed, "rehearsed": self.rehearsed}
+        request = {
+            "reset": dict(self._row),
+            "seed": self._seed_from_row,
+            "rehearsed": self.rehearsed,
+        }
         (reply,) = self._ask(request, 1, lambda: worker.RESET)
         if "error" in reply:
             self._end()
             raise EpisodeLost(f"{self._name}: reset: {reply['said']}")
         opening = reply["value"]
-        self.opening = _valid(opening) if opening else opening
+        self.opening = _replace_surrogates(opening) if opening else opening
         self.changed = reply["changed"]
 
     def _ask(
@@ -340,7 +351,7 @@ class ProcessEpisode:
                 yield json.loads(self._line(channel, time.monotonic() + seconds))
             return
         except TimeoutError:
-            problem = f"took longer than {seconds:g} seconds, --tool-timeout"
+            problem = f"took longer than {seconds:g} seconds. Increase --tool-timeout"
         except (OSError, EOFError):
             problem = "ended its process"
         except (RecursionError, ValueError) as error:  # nested too deep, or no JSON
@@ -383,16 +394,16 @@ class ProcessEpisode:
                 os.killpg(process_id, signal.SIGKILL)
 
 
-def _answer(name: str, text: str, *, failed: bool = False) -> ToolAnswer:
-    return ToolAnswer(_valid(name), _valid(text), failed)
+def _make_answer(name: str, text: str, *, failed: bool = False) -> ToolAnswer:
+    return ToolAnswer(_replace_surrogates(name), _replace_surrogates(text), failed)
 
 
-def _valid(text: str) -> str:
-    """Returns a text without halves of surrogate pairs, which no tokenizer takes."""
+def _replace_surrogates(text: str) -> str:
+    """Replaces unpaired surrogates, which tokenizers refuse."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _seed(row: Row) -> int:
-    """Returns a seed of `random` for a row's episodes, which are alike then."""
+def _seed_from_row(row: Row) -> int:
+    """Derives a seed from a row, so that its episodes are equal."""
     fields = sorted(row.items(), key=lambda item: str(item[0]))
     return zlib.crc32(repr(fields).encode())

@@ -47,15 +47,15 @@ def read_calls(text: str, position: int) -> tuple[list[tuple[str, dict[str, Any]
     >>> read_calls("[look_up(city='Bern', n=[1, null]), stop()]!", 0)
     ([('look_up', {'city': 'Bern', 'n': [1, None]}), ('stop', {})], 43)
     """
-    position = _expect(text, position, "[")
-    return _series(text, position, "]", read_call)
+    position = _skip_sign(text, position, "[")
+    return _read_series(text, position, "]", read_call)
 
 
 def read_call(text: str, position: int) -> tuple[tuple[str, dict[str, Any]], int]:
     """Reads a call; returns its name and arguments, and the position behind it."""
-    name, position = _match(_NAME, text, position, "the name of a tool")
-    position = _expect(text, position, "(")
-    arguments, position = _series(text, position, ")", _read_keyword_argument)
+    name, position = _read_match(_NAME, text, position, "the name of a tool")
+    position = _skip_sign(text, position, "(")
+    arguments, position = _read_series(text, position, ")", _read_keyword_argument)
     return (name, dict(arguments)), position
 
 
@@ -63,9 +63,9 @@ def read_value(text: str, position: int) -> tuple[Any, int]:
     """Reads a text, a number, a constant, a list or a mapping, whose keys may have no quotes."""
     position = _skip_space(text, position)
     if text.startswith("[", position):
-        return _series(text, position + 1, "]", read_value)
+        return _read_series(text, position + 1, "]", read_value)
     if text.startswith("{", position):
-        entries, position = _series(text, position + 1, "}", _read_entry)
+        entries, position = _read_series(text, position + 1, "}", _read_entry)
         return dict(entries), position
     quoted = _TEXT.match(text, position)
     if quoted is not None:
@@ -73,14 +73,14 @@ def read_value(text: str, position: int) -> tuple[Any, int]:
         if raw_text is not None:  # between quotes of Gemma 4, which has no escapes
             return raw_text, quoted.end()
         content = double_quoted if single_quoted is None else single_quoted
-        return _ESCAPE.sub(_unescaped, content), quoted.end()
-    word, end = _match(_WORD, text, position, "a value")
+        return _ESCAPE.sub(_decode_escape, content), quoted.end()
+    word, end = _read_match(_WORD, text, position, "a value")
     if word in _CONSTANTS:
         return _CONSTANTS[word], end
     try:
         return json.loads(word), end
     except ValueError:
-        raise ValueError(f"{word[:40]!r} is no value: a text needs quotes") from None
+        raise ValueError(f"{word[:40]!r} is not a value; a text needs quotes") from None
 
 
 def _read_keyword_argument(text: str, position: int) -> tuple[tuple[str, Any], int]:
@@ -99,12 +99,12 @@ def _read_pair(text: str, position: int, sign: str) -> tuple[tuple[str, Any], in
     if _TEXT.match(text, position):
         key, position = read_value(text, position)
     else:
-        key, position = _match(_NAME, text, position, "the name of an argument")
-    value, position = read_value(text, _expect(text, position, sign))
+        key, position = _read_match(_NAME, text, position, "the name of an argument")
+    value, position = read_value(text, _skip_sign(text, position, sign))
     return (key, value), position
 
 
-def _series(
+def _read_series(
     text: str, position: int, close: str, read_item: Callable[[str, int], tuple[Any, int]]
 ) -> tuple[list[Any], int]:
     """Reads items up to a closing bracket, with commas between them."""
@@ -112,14 +112,14 @@ def _series(
     position = _skip_space(text, position)
     while not text.startswith(close, position):
         if items:
-            position = _expect(text, position, ",")
+            position = _skip_sign(text, position, ",")
         item, position = read_item(text, position)
         items.append(item)
         position = _skip_space(text, position)
     return items, position + len(close)
 
 
-def _expect(text: str, position: int, sign: str) -> int:
+def _skip_sign(text: str, position: int, sign: str) -> int:
     """Reads a sign; returns the position behind it."""
     position = _skip_space(text, position)
     if not text.startswith(sign, position):
@@ -127,7 +127,9 @@ def _expect(text: str, position: int, sign: str) -> int:
     return position + len(sign)
 
 
-def _match(pattern: re.Pattern[str], text: str, position: int, description: str) -> tuple[str, int]:
+def _read_match(
+    pattern: re.Pattern[str], text: str, position: int, description: str
+) -> tuple[str, int]:
     """Reads a match of a pattern; `description` names it in the message that it is missing."""
     position = _skip_space(text, position)
     match = pattern.match(text, position)
@@ -143,7 +145,7 @@ def _skip_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _unescaped(match: re.Match[str]) -> str:
+def _decode_escape(match: re.Match[str]) -> str:
     """Returns the character of an escape, or the escape itself if it is none."""
     escape = match[1]
     is_code_point = len(escape) == 5  # u and four digits

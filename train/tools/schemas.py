@@ -10,7 +10,7 @@ _MAX_REFERENCES = 8  # one after the other
 _TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
-def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, Any]:
+def convert_arguments(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, Any]:
     """Returns arguments with the types that the tool's schema has, as transformers gives them.
 
     Args:
@@ -18,18 +18,18 @@ def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, A
       texts: the arguments as they were written.
       tools: schemas of all tools. An argument that none has stays a text.
 
-    >>> from train.tools.schemas import with_types
+    >>> from train.tools.schemas import convert_arguments
     >>> properties = {"n": {"type": "integer"}, "zip": {"type": "string"}}
     >>> tool = {"function": {"name": "f", "parameters": {"properties": properties}}}
-    >>> with_types("f", {"n": "7", "zip": "8001"}, [tool])
+    >>> convert_arguments("f", {"n": "7", "zip": "8001"}, [tool])
     {'n': 7, 'zip': '8001'}
     """
     schema = _parameters_schema(name, tools)
     properties = schema.get("properties") or {}
     arguments = {}
     for argument, text in texts.items():
-        types = _types(properties.get(argument), schema)
-        arguments[argument] = _with_type(text, types)
+        types = _allowed_types(properties.get(argument), schema)
+        arguments[argument] = _convert_text(text, types)
     return arguments
 
 
@@ -42,11 +42,11 @@ def _parameters_schema(name: str, tools: Tools) -> Mapping[str, Any]:
     return {}
 
 
-def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+def resolve_reference(schema: Any, root: Mapping[str, Any]) -> Any:
     """Returns a schema, or the one among the definitions of `root` that it refers to.
 
-    >>> from train.tools.schemas import resolved
-    >>> resolved({"$ref": "#/$defs/n"}, {"$defs": {"n": {"type": "integer"}}})
+    >>> from train.tools.schemas import resolve_reference
+    >>> resolve_reference({"$ref": "#/$defs/n"}, {"$defs": {"n": {"type": "integer"}}})
     {'type': 'integer'}
     """
     for _ in range(_MAX_REFERENCES):
@@ -59,15 +59,15 @@ def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _types(schema: Any, root: Mapping[str, Any]) -> list[str]:
+def _allowed_types(schema: Any, root: Mapping[str, Any]) -> list[str]:
     """Returns the types that a schema allows, in order; [] where it says none."""
-    schema = resolved(schema, root)
+    schema = resolve_reference(schema, root)
     if not isinstance(schema, Mapping):
         return []
     types = _declared_types(schema) or _value_types(schema)
     for union in ("anyOf", "oneOf"):
         for choice in schema.get(union) or ():
-            types += _types(choice, root)
+            types += _allowed_types(choice, root)
     if schema.get("nullable"):
         types.append("null")
     return types
@@ -81,13 +81,13 @@ def _declared_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _value_types(schema: Mapping[str, Any]) -> list[str]:
-    """Returns the types of the values to which a schema restricts its own."""
+    """Returns the types of the values in `const` or `enum`."""
     values = [schema["const"]] if "const" in schema else schema.get("enum") or ()
     return [_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES]
 
 
-def _with_type(text: str, types: Sequence[str]) -> Any:
-    """Returns a text as a value of the first type that can be read from it; else the text."""
+def _convert_text(text: str, types: Sequence[str]) -> Any:
+    """Converts a text to the first type that it fits; returns the text if none fits."""
     for name in types:
         if name not in _READERS:
             continue
@@ -98,7 +98,7 @@ def _with_type(text: str, types: Sequence[str]) -> Any:
     return text
 
 
-def _integer(text: str) -> int:
+def _read_integer(text: str) -> int:
     """Returns an integer, which may be written as 7.0; raises a ValueError for another number."""
     try:
         return int(text)
@@ -109,7 +109,7 @@ def _integer(text: str) -> int:
         return int(number)
 
 
-def _number(text: str) -> int | float:
+def _read_number(text: str) -> int | float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("JSON has no such number")
@@ -141,8 +141,8 @@ def _json_reader(kind: type) -> Callable[[str], Any]:
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    "integer": _integer,
-    "number": _number,
+    "integer": _read_integer,
+    "number": _read_number,
     "boolean": _word_reader({"true": True, "1": True, "false": False, "0": False}),
     "null": _word_reader({"null": None, "none": None}),
     "object": _json_reader(dict),

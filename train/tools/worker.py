@@ -39,7 +39,7 @@ class SpecError(Exception):
     """A spec cannot be used: its text, and why."""
 
 
-def methods_of(environment: Any) -> dict[str, Tool]:
+def find_methods(environment: Any) -> dict[str, Tool]:
     """Returns an environment's tools by name: its public methods, as in TRL.
 
     Raises:
@@ -47,7 +47,9 @@ def methods_of(environment: Any) -> dict[str, Tool]:
     """
     names = [name for name, _ in inspect.getmembers(type(environment), inspect.isfunction)]
     if RESET not in names:
-        raise user_files.NoFunction(f"{type(environment).__name__} has no method `{RESET}`")
+        raise user_files.NoFunction(
+            f"{type(environment).__name__} has no method `{RESET}`. Add it."
+        )
     tools = {}
     for name in names:
         is_private = name.startswith("_")
@@ -67,7 +69,7 @@ def make_environment(spec: str, make: Tool) -> Any:
     except TypeError as error:
         name = spec.rpartition(":")[2]
         raise user_files.NoFunction(
-            f"{name}() is called without arguments: {error}; give each a default"
+            f"{name}() must be callable without arguments ({error}). Give each argument a default."
         ) from None
     return make()
 
@@ -91,17 +93,17 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
         try:
             if is_environment:
                 environment = make_environment(spec, target)
-                tools = methods_of(environment)
+                tools = find_methods(environment)
                 has_reward = callable(getattr(environment, REWARD, None))
-                _, reset_fields = user_files.keywords_of(environment.reset)
+                _, reset_fields = user_files.find_keywords(environment.reset)
             else:
-                tools = {_name_of(spec, target): target}
+                tools = {_find_function_name(spec, target): target}
         except Exception as error:
-            raise SpecError(spec, user_files.said(error)) from error
+            raise SpecError(spec, user_files.describe_error(error)) from error
         for name, tool in tools.items():
             if name in schemas:
-                raise SpecError(spec, f"two tools are called {name}")
-            schemas[name] = _schema_of(spec, name, tool)
+                raise SpecError(spec, f"Two tools are called {name}. Rename one of them.")
+            schemas[name] = _describe_tool(spec, name, tool)
             if inspect.iscoroutinefunction(tool):
                 async_names.append(name)
     return {
@@ -113,7 +115,7 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
     }
 
 
-def _schema_of(spec: str, name: str, tool: Tool) -> dict[str, Any]:
+def _describe_tool(spec: str, name: str, tool: Tool) -> dict[str, Any]:
     """Returns the JSON schema of a tool.
 
     Raises:
@@ -127,16 +129,18 @@ def _schema_of(spec: str, name: str, tool: Tool) -> dict[str, Any]:
         problem = " ".join(str(error).split())
         raise SpecError(
             spec,
-            f"{name} needs a docstring that says what it does, with a line for each "
-            f"argument under `Args:`, and a type for each argument: {problem}",
+            f"{name} cannot be described ({problem}). Give it a docstring with a line for each "
+            "argument under `Args:`, and annotate each argument with a type.",
         ) from error
 
 
-def _name_of(spec: str, tool: Tool) -> str:
+def _find_function_name(spec: str, tool: Tool) -> str:
     """Returns the name of a function; raises NoFunction for a class, or an object without name."""
     name = getattr(tool, "__name__", None)
     if inspect.isclass(tool) or not isinstance(name, str):
-        raise user_files.NoFunction(f"{spec.rpartition(':')[2]} is no function")
+        raise user_files.NoFunction(
+            f"{spec.rpartition(':')[2]} is not a function. Name a function of the file."
+        )
     return name
 
 
@@ -150,7 +154,7 @@ class EpisodeProgram:
         self._factories = specs_and_targets[n_functions:]
         self._tools: dict[str, Tool] = {}
         for spec, tool in specs_and_targets[:n_functions]:
-            self._tools[_name_of(spec, tool)] = tool
+            self._tools[_find_function_name(spec, tool)] = tool
         self._environment: Any = None
         self._loop = asyncio.new_event_loop()
 
@@ -169,7 +173,7 @@ class EpisodeProgram:
         return None if reward is None else float(reward)
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Begins an episode; one that is rehearsed ends at once, and says what it has changed."""
+        """Begins an episode; a rehearsal also reports the module values that it has changed."""
         is_rehearsed = request["rehearsed"]
         modules = [*sys.modules] if is_rehearsed else []
         hashes_at_start = user_files.fingerprints(modules)
@@ -185,13 +189,13 @@ class EpisodeProgram:
         """Makes the environment, and resets it by a row's fields; returns its opening text."""
         for spec, make in self._factories:
             self._environment = make_environment(spec, make)
-            self._tools |= methods_of(self._environment)
+            self._tools |= find_methods(self._environment)
         if self._environment is None:
             return None
         reset = self._environment.reset
-        keywords, _ = user_files.keywords_of(reset)
-        opening = self._finish(reset(**user_files.taken(row, keywords)))
-        return _text(opening, RESET)
+        keywords, _ = user_files.find_keywords(reset)
+        opening = self._finish(reset(**user_files.select_keywords(row, keywords)))
+        return _join_text_blocks(opening, RESET)
 
     def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         """Runs calls one after the other; then the asynchronous ones, all at once."""
@@ -201,7 +205,7 @@ class EpisodeProgram:
             if inspect.iscoroutinefunction(tool):
                 async_calls.append((index, tool, arguments))
             else:
-                yield {"index": index, **self._attempt(partial(_result, tool, arguments))}
+                yield {"index": index, **self._attempt(partial(_run_tool, tool, arguments))}
         if async_calls:
             yield from self._loop.run_until_complete(self._gather(async_calls))
 
@@ -215,7 +219,7 @@ class EpisodeProgram:
         results = await asyncio.gather(*coroutines, return_exceptions=True)
         answers = []
         for (index, _, _), result in zip(calls, results, strict=True):
-            answer = self._attempt(partial(_shown_or_raised, result))
+            answer = self._attempt(partial(_text_or_raise, result))
             answers.append({"index": index, **answer})
         return answers
 
@@ -224,25 +228,28 @@ class EpisodeProgram:
         try:
             return {"value": function()}
         except (Exception, SystemExit) as error:
-            return {"error": str(error)[:MAX_RESULT_CHARS], "said": user_files.said(error)}
+            return {
+                "error": str(error)[:MAX_RESULT_CHARS],
+                "said": user_files.describe_error(error),
+            }
 
     def _finish(self, result: Any) -> Any:
         return self._loop.run_until_complete(result) if inspect.iscoroutine(result) else result
 
 
-def _result(tool: Tool, arguments: Mapping[str, Any]) -> str:
-    return _shown(tool(**arguments))
+def _run_tool(tool: Tool, arguments: Mapping[str, Any]) -> str:
+    return _result_as_text(tool(**arguments))
 
 
-def _shown_or_raised(result: Any) -> str:
+def _text_or_raise(result: Any) -> str:
     """Returns a result as a text; raises one that is an error."""
     if isinstance(result, BaseException):
         raise result
-    return _shown(result)
+    return _result_as_text(result)
 
 
-def _text(value: Any, name: str) -> str | None:
-    """Returns a text, also one in parts; None for none.
+def _join_text_blocks(value: Any, name: str) -> str | None:
+    """Returns a text, and joins a list of text blocks; returns None for None.
 
     Args:
       value: what a method returned.
@@ -254,16 +261,16 @@ def _text(value: Any, name: str) -> str | None:
         isinstance(block, dict) and block.get("type") == "text" for block in value
     )
     if not is_list_of_texts:
-        raise TypeError(f"{name} returned {repr(value)[:80]}: a text or None is needed")
+        raise TypeError(f"{name} returned {repr(value)[:80]}. Return a text or None.")
     return "".join(str(block["text"]) for block in value)
 
 
-def _shown(value: Any) -> str:
+def _result_as_text(value: Any) -> str:
     """Returns a tool's result as a text, as TRL does."""
     text: str | None = None
     if isinstance(value, list) and value:
         with contextlib.suppress(TypeError):  # no list of texts
-            text = _text(value, "") or ""
+            text = _join_text_blocks(value, "") or ""
     if text is None:
         text = str(value)
     return text[:MAX_RESULT_CHARS]
@@ -312,7 +319,7 @@ def main() -> None:
         spec, problem = error.args
         answer = {"spec": spec, "error": problem}
     except BaseException as error:
-        answer = {"spec": spec, "error": user_files.said(error)}
+        answer = {"spec": spec, "error": user_files.describe_error(error)}
     if mode == "describe" or answer:
         print(json.dumps(answer), file=answers, flush=True)
         return

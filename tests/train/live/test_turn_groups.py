@@ -11,7 +11,7 @@ from train.rewards.find import Rewards
 from train.rewards.reward import EarnedReward, RewardBatch, earned_reward, function_reward
 
 ASKED = TurnRequest(0, {}, "row 1", [1])
-LOST = "row 1: look took longer than 30 seconds, --tool-timeout"
+LOST = "row 1: look took longer than 30 seconds. Increase --tool-timeout"
 
 
 def asked_of(*lost):

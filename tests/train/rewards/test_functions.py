@@ -54,7 +54,7 @@ def test_each_completion_has_its_fact():
     np.testing.assert_allclose(scored.by_name["whole"], [3 / 7] * N, rtol=1e-6)
     assert scored.metrics == {"whole/longest": (3 + 6) / 2}, "of two groups of three"
     assert scored.failures, "whose facts are too few"
-    assert f"log_extra('size'): {GROUP - 1} values, {GROUP} completions" in str(scored.said)
+    assert f"log_extra('size') got {GROUP - 1} values for {GROUP} completions" in str(scored.said)
 
 
 @pytest.mark.parity
@@ -186,10 +186,10 @@ def test_classes_are_made_and_files_beside_are_imported_relatively():
 NO_LISTS = {
     "{'right': 1.0, 'short': 0.5, 'why': 3}": "a dict with the keys 'right', 'short', 'why'",
     "{0: 1.0, 1: 2.0, 2: 3.0}": "a dict with the keys 0, 1, 2",
-    "0.5": "it returned 0.5",
-    "'abc'": "it returned 'abc'",
-    "{1, 2, 3}": "it returned {1, 2, 3}",
-    "None": "it returned None",
+    "0.5": "It returned 0.5",
+    "'abc'": "It returned 'abc'",
+    "{1, 2, 3}": "It returned {1, 2, 3}",
+    "None": "It returned None",
 }
 
 
@@ -200,14 +200,14 @@ def test_what_is_no_list_of_numbers_is_refused_in_words():
     for i, says in enumerate(NO_LISTS.values()):
         assert scored.failures[f"f{i}"] == {"not a list": N}
         (said,) = [line for line in scored.said if line.startswith(f"f{i}:")]
-        assert says in said and "a number, or None, for each completion is needed" in said
+        assert says in said and "Return a list with a number or None for each completion" in said
 
 
 MISTAKES = {
-    "mine.py:Needy": "Needy is a class whose objects need model, size: make one in the file",
-    "mine.py:Dumb": "Dumb is a class, and its objects cannot be called: give it __call__",
-    "package/mine.py:f": "write `from common import scale`, and set PYTHONPATH=",
-    "package/bare.py:f": "write `import common`, and set PYTHONPATH=",
+    "mine.py:Needy": "Needy is a class whose objects need model, size. Create an object",
+    "mine.py:Dumb": "Dumb is a class whose objects cannot be called. Give it a method __call__",
+    "package/mine.py:f": "Write `from common import scale`, and set PYTHONPATH=",
+    "package/bare.py:f": "Write `import common`, and set PYTHONPATH=",
 }
 
 

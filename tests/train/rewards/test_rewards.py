@@ -218,7 +218,10 @@ def test_what_fails_is_counted_by_kind_and_is_no_zero():
     said = {line.partition("(")[2].partition(")")[0]: line for line in scored.said}
     assert len(scored.said) == 7 and not again.said, "each kind is named once"
     kinds = [line for line in scored.said if line.startswith("of_kind")]
-    assert "of_kind: no reward for 3 of 12 completions (exception): KeyError: 'a' " in kinds[0]
+    assert (
+        "of_kind: It returned no reward for 3 of 12 completions (exception): KeyError: 'a' "
+        in kinds[0]
+    )
     assert kinds[0].endswith("(mine.py, line 7)")
     assert "4 results for 3 completions" in said["wrong number of results"]
     assert said["not finite"].endswith("inf") and "'1.0'" in said["not a number"]
@@ -239,7 +242,8 @@ def test_silence_is_told_once():
     batch = RewardBatch(PROMPTS, TEXTS, IDS, COLUMNS, GROUP)
     with closing(find(earned="dice")) as rewards:
         said = [rewards(batch).said for _ in range(2)]
-    silence = "no reward has an opinion on any of 12 completions: nothing is learned from them"
+    silence = "No reward returned a number for any of 12 completions, so nothing is learned "
+    silence += "from them. Check the reward functions."
     assert said == [[silence], []]
 
 
@@ -318,19 +322,27 @@ def test_the_process_has_no_jax_and_the_folder_of_the_file():
 @pytest.mark.parametrize(
     ("specs", "weights", "says"),
     [
-        (["absent.py:f"], None, "there is no file absent.py"),
-        (["good"], None, "no reward of this name, but"),
-        (["mine.py"], None, "named as file.py:function"),
-        (["mine.py:"], None, "named as file.py:function"),
-        (["mine.py:other"], None, "it has no function 'other', but: good, needy, inside"),
-        (["mine.py:number"], None, "it has no function 'number'"),
-        (["mine.py:needy"], None, "needs the column 'solution'; the rows have answer, level"),
-        (["mine.py:inside"], None, "reward by a method `get_reward` of the environment"),
+        (["absent.py:f"], None, "The file absent.py does not exist"),
+        (["good"], None, "neither a folder nor a known reward"),
+        (["mine.py"], None, "function as file.py:function"),
+        (["mine.py:"], None, "function as file.py:function"),
+        (
+            ["mine.py:other"],
+            None,
+            "has no function 'other'. Name one of its functions: good, needy, inside",
+        ),
+        (["mine.py:number"], None, "has no function 'number'"),
+        (["mine.py:needy"], None, "needs the column 'solution', but the rows have answer, level"),
+        (["mine.py:inside"], None, "Give the environment a method `get_reward`"),
         (["broken.py:f"], None, "ZeroDivisionError: division by zero (broken.py, line 3)"),
         (["syntax.py:f"], None, "SyntaxError: unmatched ')' (syntax.py, line 2)"),
         (["leaves.py:f"], None, "SystemExit: 3 (leaves.py, line 2)"),
         (["dies.py:f"], None, "its process ended (exit code 5)"),
-        (["mine.py:good", "length"], [1.0], "--reward-weights 1.0: 2 rewards need as many"),
+        (
+            ["mine.py:good", "length"],
+            [1.0],
+            "--reward-weights 1.0: 2 rewards need 2 finite weights",
+        ),
         (["mine.py:good"], [float("nan")], "finite weights"),
         (["length", "length"], None, "named twice"),
     ],

@@ -74,16 +74,16 @@ def files(folder):
 
 
 def test_the_default_is_the_users_cache_folder_and_it_is_bounded(home):
-    assert keep_compiled(None) == f"compiled programs are kept in {home}/lora_jax/jax"
+    assert keep_compiled(None) == f"Compiled programs are cached in {home}/lora_jax/jax"
     assert jax.config.jax_compilation_cache_dir == f"{home}/lora_jax/jax"
     assert 2**30 <= jax.config.jax_compilation_cache_max_size <= 2**34
     assert (home / "lora_jax" / "jax").is_dir()
-    assert keep_compiled(None) == f"compiled programs are kept in {home}/lora_jax/jax"
+    assert keep_compiled(None) == f"Compiled programs are cached in {home}/lora_jax/jax"
 
 
 def test_a_folder_of_ones_own(home, tmp_path):
     folder = tmp_path / "mine"
-    assert keep_compiled(str(folder)) == f"compiled programs are kept in {folder}"
+    assert keep_compiled(str(folder)) == f"Compiled programs are cached in {folder}"
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert jax.config.jax_compilation_cache_max_size == -1, "it may hold what others put there"
     assert not home.exists()
@@ -99,18 +99,21 @@ def test_a_folder_that_cannot_be_written_is_a_warning(home, tmp_path):
     folder = tmp_path / "file" / "cache"
     said = keep_compiled(str(folder))
     assert said is not None and said.startswith(
-        f"warning: compiled programs are not kept: {folder} cannot be written (Not a directory)"
+        f"warning: Compiled programs are not cached, because {folder} cannot be written (Not a "
+        "directory)"
     )
     assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_what_jax_was_told_comes_first(home, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
-    assert keep_compiled(None) == f"compiled programs are kept in {tmp_path}/theirs"
+    assert keep_compiled(None) == f"Compiled programs are cached in {tmp_path}/theirs"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
     assert jax.config.jax_compilation_cache_max_size == -1 and not home.exists()
     for asked in ("off", str(tmp_path / "mine")):
-        with pytest.raises(UserError, match=r"JAX_COMPILATION_CACHE_DIR.*theirs.*give one of them"):
+        with pytest.raises(
+            UserError, match=r"JAX_COMPILATION_CACHE_DIR.*theirs.*Remove one of the two"
+        ):
             keep_compiled(asked)
 
 
@@ -134,7 +137,7 @@ def test_programs_of_several_cpu_devices_are_not_kept(home, tmp_path, monkeypatc
     monkeypatch.setattr("train.processes.cache.all_devices", lambda: jax.devices()[:2])
     assert keep_compiled("off") is None
     assert "several CPU devices" in (keep_compiled(None) or "")
-    with pytest.raises(UserError, match=r"--compilation-cache mine: .*leave the option out"):
+    with pytest.raises(UserError, match=r"--compilation-cache mine: .*Remove the option"):
         keep_compiled("mine")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
     keep_compiled(None)
@@ -166,7 +169,7 @@ def test_a_later_process_takes_programs_from_the_cache(tmp_path):
     folder = tmp_path / "lora_jax" / "jax"
     first, said = process(SMALL, XDG_CACHE_HOME=tmp_path)
     kept = files(folder)
-    assert first == 0 and kept and f"compiled programs are kept in {folder}" in said
+    assert first == 0 and kept and f"Compiled programs are cached in {folder}" in said
     again, _ = process(SMALL, XDG_CACHE_HOME=tmp_path)
     assert again > 0 and files(folder) == kept
     (path,) = folder.glob("jit__lambda*-cache")  # half of a program, as a kill may leave it
@@ -216,7 +219,7 @@ def test_a_second_run_of_a_script_compiles_nothing_again_and_loses_nothing(tmp_p
         return hits, said, losses, report["compiled_bytes"]
 
     first, second = trained("first"), trained("second")
-    assert first[1].count(f"compiled programs are kept in {folder}") == 1
+    assert first[1].count(f"Compiled programs are cached in {folder}") == 1
     step = [name for name in files(folder) if name.startswith("jit_step")]
     assert len(step) == 1, files(folder)
     assert second[0] > first[0] and second[2:] == first[2:]

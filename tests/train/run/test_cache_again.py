@@ -13,13 +13,13 @@ def test_the_same_folder_twice_is_no_conflict(home, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
     monkeypatch.chdir(tmp_path)
     for asked in (str(tmp_path / "theirs"), "theirs", f"{tmp_path}/theirs/"):
-        assert keep_compiled(asked) == f"compiled programs are kept in {tmp_path}/theirs"
-    with pytest.raises(UserError, match="give one of them"):
+        assert keep_compiled(asked) == f"Compiled programs are cached in {tmp_path}/theirs"
+    with pytest.raises(UserError, match="Remove one of the two"):
         keep_compiled("others")
 
 
 def test_what_an_earlier_run_has_set_is_not_the_users_own_setting(home, tmp_path):
-    kept = "compiled programs are kept in"
+    kept = "Compiled programs are cached in"
     assert keep_compiled(None) == f"{kept} {home}/lora_jax/jax"
     assert jax.config.jax_compilation_cache_max_size > 0
     for name in ("a", "b"):
@@ -29,7 +29,7 @@ def test_what_an_earlier_run_has_set_is_not_the_users_own_setting(home, tmp_path
     assert keep_compiled("off") is None and jax.config.jax_compilation_cache_dir is None
     assert keep_compiled(None) == f"{kept} {home}/lora_jax/jax"
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
-    with pytest.raises(UserError, match="theirs: give one of them"):
+    with pytest.raises(UserError, match="theirs. Remove one of the two"):
         keep_compiled(str(tmp_path / "a"))
 
 

@@ -46,7 +46,7 @@ def processes(monkeypatch):
         parts, turn = [b""] * n, threading.Barrier(n, timeout=10)
 
         def exchanged(own):
-            parts[here.index] = hosts._encode(own)
+            parts[here.index] = hosts._encode_json(own)
             turn.wait()
             received = [json.loads(part) for part in parts]
             turn.wait()
@@ -59,7 +59,7 @@ def processes(monkeypatch):
             except UserError as error:
                 return str(error)
 
-        monkeypatch.setattr(hosts, "_exchange", exchanged)
+        monkeypatch.setattr(hosts, "_send_to_all", exchanged)
         with ThreadPoolExecutor(n) as pool:
             return list(pool.map(as_process, range(n)))
 
@@ -166,7 +166,7 @@ def test_what_is_exchanged_comes_back(at_once, monkeypatch):
         return np.stack([array, of_other[start : start + at_once]])
 
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
-    first, second = hosts._exchange(mine)
+    first, second = hosts._send_to_all(mine)
     assert first == mine and second == other
     assert len(sent) == -(-of_other.size // at_once)
 
@@ -184,7 +184,7 @@ def test_what_is_exchanged_comes_back(at_once, monkeypatch):
     ],
 )
 def test_what_json_does_not_hold_is_refused(result, message, processes):
-    with pytest.raises(TypeError, match=f"processes exchange dicts .*{message}"):
+    with pytest.raises(TypeError, match=f"processes exchange only dicts .*{message}"):
         processes(2, lambda: map_over_processes(lambda _: result, range(2)))
 
 
@@ -354,7 +354,7 @@ def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_kille
 
 def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):
     """Five that connect and say nothing, and some that say what is no greeting."""
-    reached, strangers = peers._reached, []
+    reached, strangers = peers._connect_to_first_process, []
 
     def beside_strangers(offer):
         for text in (*[b""] * 5, b"[" * 5000 + b"\n", b"7\n", b"{}\n", b"x" * 10**5):
@@ -362,7 +362,7 @@ def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):
             strangers[-1].sendall(text)
         return reached(offer)
 
-    monkeypatch.setattr(peers, "_reached", beside_strangers)
+    monkeypatch.setattr(peers, "_connect_to_first_process", beside_strangers)
     lines, _ = connected(processes, 2)
     assert all(isinstance(line, peers.Peers) for line in lines)
     for line in lines:
@@ -382,16 +382,16 @@ def test_a_connection_that_sends_no_messages_ends_and_no_other(processes):
 
 
 def test_only_the_coordinators_interface_is_listened_on():
-    server, host = peers._server("localhost:5")
+    server, host = peers._open_server("localhost:5")
     with server:
         assert (host, server.getsockname()[0]) == ("localhost", "127.0.0.1")
-    server, _ = peers._server(None)
+    server, _ = peers._open_server(None)
     with server:
         assert server.getsockname()[0] not in ("0.0.0.0", "::")
 
 
 def test_processes_that_do_not_reach_each_other_say_where_they_tried(processes, monkeypatch):
-    monkeypatch.setattr(peers, "_reached", lambda offer: None)
+    monkeypatch.setattr(peers, "_connect_to_first_process", lambda offer: None)
     lines, _ = connected(processes, 2)
     assert lines[0] == lines[1] and lines[0].startswith("process 1 does not reach process 0 at loc")
 

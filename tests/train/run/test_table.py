@@ -131,4 +131,4 @@ def test_a_row_whose_data_are_missing_ends_all_before_the_model_is_read(tmp_path
         sft.main(["--many", str(path), "--output", str(tmp_path / "out"), "--steps", "1"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert f"--many {path}, line 2: --dataset {tmp_path}/none.jsonl: there is no such" in message
+    assert f"--many {path}, line 2: --dataset {tmp_path}/none.jsonl does not exist" in message

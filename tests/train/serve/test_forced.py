@@ -136,12 +136,12 @@ def test_no_text_of_a_request_is_a_special_token(written, monkeypatch):
 
 
 def test_arguments_have_the_types_that_definitions_say():
-    from train.tools.schemas import with_types
+    from train.tools.schemas import convert_arguments
 
     texts = {"city": "Köln", "days": "7", "part": '{"x": 1}', "note": "7"}
     want = {"city": "Köln", "days": 7, "part": {"x": 1}, "note": "7"}
-    assert with_types("look_up", texts, TOOLS) == want
+    assert convert_arguments("look_up", texts, TOOLS) == want
     numbers = {"a": {"enum": [1, "x"]}, "b": {"const": True}, "c": {"$ref": "#/none"}}
     tool = {"name": "f", "parameters": {"properties": numbers}}
-    got = with_types("f", {"a": "1", "b": "true", "c": "1"}, [tool])
+    got = convert_arguments("f", {"a": "1", "b": "true", "c": "1"}, [tool])
     assert got == {"a": 1, "b": True, "c": "1"}

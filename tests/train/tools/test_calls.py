@@ -84,20 +84,20 @@ def test_calls_are_read_however_the_text_comes(name, size):
 
 
 MALFORMED = [
-    ("hermes", "<tool_call>{'name': 'f'}</tool_call> then", "no JSON", "then"),
+    ("hermes", "<tool_call>{'name': 'f'}</tool_call> then", "not JSON", "then"),
     ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "an object", ""),
     ("hermes", '<tool_call>{"arguments": {}}</tool_call>', "`name`", ""),
-    ("hermes", '<tool_call>{"name": "f"', "no JSON", ""),
+    ("hermes", '<tool_call>{"name": "f"', "not JSON", ""),
     ("hermes", "<tool_call>" + "[" * 100_000, "nested", ""),
     ("qwen3-coder", "<tool_call>f(1)</tool_call>", "<function=NAME>", ""),
     ("qwen3-coder", "<tool_call><function=f><parameter=a>1</tool_call>", "</function>", ""),
     ("glm4", "<tool_call>f\n<arg_key>a</arg_key>1</tool_call>", "</tool_call> is missing", ""),
-    ("llama3", '{"name": "f", "parameters": {"a": }}', "no JSON", ""),
+    ("llama3", '{"name": "f", "parameters": {"a": }}', "not JSON", ""),
     ("llama3", "<|python_tag|>print(1)", "'=' is missing", ""),
-    ("gpt-oss", "<|channel|>commentary to=functions.f<|message|>{1}<|call|>", "no JSON", ""),
+    ("gpt-oss", "<|channel|>commentary to=functions.f<|message|>{1}<|call|>", "not JSON", ""),
     ("lfm2", "<|tool_call_start|>[f(a=b)]<|tool_call_end|>", "needs quotes", ""),
     ("gemma4", "<|tool_call>f{}<tool_call|>", "call:NAME{", ""),
-    ("mistral", "[TOOL_CALLS]f", "no JSON", ""),
+    ("mistral", "[TOOL_CALLS]f", "not JSON", ""),
 ]
 
 

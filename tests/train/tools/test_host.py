@@ -253,7 +253,7 @@ def test_an_ugly_tool_ends_its_row_alone(host):
     host.seconds = 0.5
     waiting = hung.call([ToolCall("wait", {"seconds": 0.01}), ToolCall("hang", {})])
     assert waiting.result(60).lost == (
-        "the rows, row 2: hang took longer than 0.5 seconds, --tool-timeout"
+        "the rows, row 2: hang took longer than 0.5 seconds. Increase --tool-timeout"
     )
     host.seconds = 60.0
     assert answers(neighbour, ("count", {"by": 1}))[0].content == "4"
@@ -294,7 +294,7 @@ def test_a_reset_that_fails_loses_its_row(host):
     host.seconds = 0.5
     (hung,) = opened(host, "hang", names=["rows, row 8"])
     host.seconds = 60.0
-    assert hung.lost == "rows, row 8: reset took longer than 0.5 seconds, --tool-timeout"
+    assert hung.lost == "rows, row 8: reset took longer than 0.5 seconds. Increase --tool-timeout"
 
 
 @pytest.mark.slow
@@ -360,13 +360,13 @@ def test_what_cannot_be_described_is_named(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text(BAD)
     cases = [
-        (None, ["bare"], "--tools .*bad.py:bare: bare needs a docstring"),
+        (None, ["bare"], "--tools .*bad.py:bare: bare cannot be described .* docstring"),
         (None, ["untyped"], "--tools .*bad.py:untyped: untyped needs .* type hint"),
-        (None, ["gone"], "--tools .*bad.py:gone: it has no function 'gone'"),
-        (None, ["NoReset"], "--tools .*bad.py:NoReset: NoReset is no function"),
+        (None, ["gone"], "--tools .*bad.py:gone: The file has no function 'gone'"),
+        (None, ["NoReset"], "--tools .*bad.py:NoReset: NoReset is not a function"),
         ("NoReset", [], "--environment .*NoReset has no method `reset`"),
-        ("Needs", [], r"--environment .*Needs\(\) is called without arguments"),
-        ("Twice", ["fine"], "--environment .*two tools are called fine"),
+        ("Needs", [], r"--environment .*Needs\(\) must be callable without arguments"),
+        ("Twice", ["fine"], "--environment .*Two tools are called fine"),
     ]
     for environment, tools, names in cases:
         with pytest.raises(UserError, match=names):

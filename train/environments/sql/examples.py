@@ -27,12 +27,12 @@ from train.environments.sql.forms import (
     PHRASINGS,
     DoesNotFit,
     Scene,
-    ask,
     table_words,
+    write_question,
 )
 from train.environments.sql.guard import run
 from train.environments.sql.judge import MATCHED, judge
-from train.environments.sql.query import Query, mutations, order_keys, write
+from train.environments.sql.query import Query, mutations, order_keys, write_sql
 from train.environments.sql.schemas import TEST_SCHEMAS, TRAINING_SCHEMAS, Draw, Schema
 
 SYSTEM_PROMPT = "Answer in SQL."
@@ -73,7 +73,7 @@ def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -
       shuffle_schemas: a control: each prompt shows another training schema than that of its
         question and SQL.
     """
-    with closing(_stream("training", TRAINING_SCHEMAS, seed, held_out=False)) as stream:
+    with closing(_generate_examples("training", TRAINING_SCHEMAS, seed, held_out=False)) as stream:
         examples = list(islice(stream, n))
     if not shuffle_schemas:
         return examples
@@ -95,7 +95,9 @@ def evaluation_examples(
       seed: the seed of the draws.
       unseen_phrasings: use the held-out phrasings, which never occur in training.
     """
-    with closing(_stream("test", TEST_SCHEMAS, seed, held_out=unseen_phrasings)) as stream:
+    with closing(
+        _generate_examples("test", TEST_SCHEMAS, seed, held_out=unseen_phrasings)
+    ) as stream:
         return list(islice(stream, n))
 
 
@@ -125,7 +127,7 @@ def _with_messages(example: SqlExample, shown_schema: Schema) -> SqlExample:
     return replace(example, messages=messages)
 
 
-def _stream(
+def _generate_examples(
     split: str, schemas: Sequence[Schema], seed: int, *, held_out: bool
 ) -> Generator[SqlExample, None, None]:
     """Yields examples without end; uses all forms, and all schemas, before repeating one."""
@@ -187,7 +189,7 @@ def _draw_example(
             query, words = FORMS[form](scene)
         except DoesNotFit:
             return None  # try another schema, rather than another column
-        question = ask(form, phrasing, table_words(schema.table(query.table)) | words)
+        question = write_question(form, phrasing, table_words(schema.table(query.table)) | words)
         was_asked = (schema.name, question) in questions
         if was_asked or not can_be_trusted(query, schema, databases):
             continue
@@ -195,39 +197,41 @@ def _draw_example(
             messages=(),
             schema=schema.name,
             question=question,
-            sql=write(query),
+            sql=write_sql(query),
             form=form,
             phrasing=phrasing,
-            mistakes=tuple(write(mistake) for _, mistake in mutations(query, schema)),
+            mistakes=tuple(write_sql(mistake) for _, mistake in mutations(query, schema)),
         )
         return _with_messages(example, schema)
     return None
 
 
 def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
-    """Returns True if a query has results without ties, and its mutations have others.
+    """Returns True if a query has results without ties that differ from those of its mutations.
 
     It must have a non-trivial result on every database, no two rows may tie in its order or for its
     extreme, and each query one mistake away must differ in its result on at least one database.
     """
     results = []
     for database in databases:
-        rows = run(database, write(query))
+        rows = run(database, write_sql(query))
         if isinstance(rows, str) or _is_trivial(rows):
             return False
         results.append(rows)
+    # No two rows may tie in the order.
     keys = order_keys(query)
     if keys is not None:
         for database in databases:
-            key_rows = run(database, write(keys))
+            key_rows = run(database, write_sql(keys))
             has_ties = len(set(key_rows)) < len(key_rows)
             if has_ties:
                 return False
     if _asks_for_extreme(query) and any(len(rows) > 1 for rows in results):
         return False  # several rows equal the MIN or MAX
+    # Each query one mistake away must have another result on some database.
     is_ordered = query.order is not None
     for _, mutation in mutations(query, schema):
-        sql = write(mutation)
+        sql = write_sql(mutation)
         is_detected = any(
             differs(rows, database, sql, ordered=is_ordered)
             for database, rows in zip(databases, results, strict=True)

@@ -25,7 +25,7 @@ PHRASINGS = {
 }
 
 
-def ask(form: str, phrasing: int, words: dict[str, str]) -> str:
+def write_question(form: str, phrasing: int, words: dict[str, str]) -> str:
     """Returns the question of a phrasing, with the words filled in."""
     question = PHRASINGS[form][phrasing].format_map(words)
     question = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", question)  # "an" before a vowel
@@ -131,35 +131,35 @@ def number_words(column: Column, *, descending: bool = False) -> Words:
 Form = Callable[[Scene], tuple[Query, Words]]
 
 
-def _titles(table: Table, *where: Condition) -> Query:
+def _select_titles(table: Table, *where: Condition) -> Query:
     """Selects the naming column of the rows that meet the conditions."""
     return Query(table=table.name, select=(Term(path=table.title.path),), where=where)
 
 
-def _joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Query:
+def _select_joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Query:
     """Selects columns of both tables, joined."""
     schema = scene.schema
     return Query(table=schema.child.name, select=select, join=schema.join, where=where)
 
 
-def _comparison(column: Column, value: object, operator: str = "=") -> Condition:
+def _compare_column(column: Column, value: object, operator: str = "=") -> Condition:
     """Returns the condition that compares a column with a value."""
     return Condition(path=column.path, operator=operator, value=literal(value))
 
 
-def _filter(scene: Scene, table: Table, prefix: str = "") -> tuple[Condition, Words]:
+def _draw_filter(scene: Scene, table: Table, prefix: str = "") -> tuple[Condition, Words]:
     """Draws a condition that several rows meet, and its words."""
     category = scene.column(table, "text")
     [value] = scene.values(category)
     words = category_words(category, prefix) | {"value": str(value)}
-    return _comparison(category, value), words
+    return _compare_column(category, value), words
 
 
 def _two_columns(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     column = scene.column(table, "text", "number", "year")
     select = (Term(path=table.title.path), Term(path=column.path))
-    return replace(_titles(table), select=select), {"other": column.wording}
+    return replace(_select_titles(table), select=select), {"other": column.wording}
 
 
 def _lookup(scene: Scene) -> tuple[Query, Words]:
@@ -167,15 +167,15 @@ def _lookup(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     column = scene.column(table, "text", "number", "year")
     [value] = scene.values(table.title)
-    titles = _titles(table, _comparison(table.title, value))
+    titles = _select_titles(table, _compare_column(table.title, value))
     query = replace(titles, select=(Term(path=column.path),))
     return query, {"other": column.wording, "value": str(value)}
 
 
 def _equals(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
-    condition, words = _filter(scene, table)
-    return _titles(table, condition), words
+    condition, words = _draw_filter(scene, table)
+    return _select_titles(table, condition), words
 
 
 def _comparison_form(operator: str) -> Form:
@@ -186,7 +186,7 @@ def _comparison_form(operator: str) -> Form:
         number = scene.number(table)
         [value] = scene.values(number)
         words = number_words(number) | {"value": str(value)}
-        return _titles(table, _comparison(number, value, operator)), words
+        return _select_titles(table, _compare_column(number, value, operator)), words
 
     return form
 
@@ -198,7 +198,7 @@ def _range(scene: Scene) -> tuple[Query, Words]:
     low, high = sorted(scene.values(number, 2), key=float)
     condition = Condition(path=number.path, operator="BETWEEN", value=f"{low} AND {high}")
     words = number_words(number) | {"low": str(low), "high": str(high)}
-    return _titles(table, condition), words
+    return _select_titles(table, condition), words
 
 
 def _contains(scene: Scene) -> tuple[Query, Words]:
@@ -209,8 +209,8 @@ def _contains(scene: Scene) -> tuple[Query, Words]:
     if len(title_words) < 2:
         raise DoesNotFit(f"{table.title.path} holds single words")
     word = scene.draw.pick(title_words)
-    condition = _comparison(table.title, f"%{word}%", "LIKE")
-    return _titles(table, condition), {"value": word}
+    condition = _compare_column(table.title, f"%{word}%", "LIKE")
+    return _select_titles(table, condition), {"value": word}
 
 
 def _one_of(scene: Scene) -> tuple[Query, Words]:
@@ -221,17 +221,17 @@ def _one_of(scene: Scene) -> tuple[Query, Words]:
     literals = f"({literal(value)}, {literal(second_value)})"
     condition = Condition(path=category.path, operator="IN", value=literals)
     words = {"value": str(value), "value2": str(second_value)}
-    return _titles(table, condition), category_words(category) | words
+    return _select_titles(table, condition), category_words(category) | words
 
 
 def _both_filters(scene: Scene) -> tuple[Query, Words]:
     """Asks for the rows with a text, and above a number."""
     table = scene.table("text")
-    condition, words = _filter(scene, table)
+    condition, words = _draw_filter(scene, table)
     number = scene.number(table)
     [bound] = scene.values(number)
     words |= number_words(number) | {"bound": str(bound)}
-    return _titles(table, condition, _comparison(number, bound, ">")), words
+    return _select_titles(table, condition, _compare_column(number, bound, ">")), words
 
 
 def _count(scene: Scene) -> tuple[Query, Words]:
@@ -243,7 +243,7 @@ def _count_distinct(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
     count = Term(path=category.path, function="COUNT", distinct=True)
-    return replace(_titles(table), select=(count,)), category_words(category)
+    return replace(_select_titles(table), select=(count,)), category_words(category)
 
 
 def _aggregate(function: str) -> Form:
@@ -251,10 +251,12 @@ def _aggregate(function: str) -> Form:
 
     def form(scene: Scene) -> tuple[Query, Words]:
         table = scene.table("text", "number")
-        condition, words = _filter(scene, table)
+        condition, words = _draw_filter(scene, table)
         number = scene.column(table, "number", summable=function == "SUM")
         term = Term(path=number.path, function=function)
-        return replace(_titles(table, condition), select=(term,)), words | number_words(number)
+        return replace(_select_titles(table, condition), select=(term,)), words | number_words(
+            number
+        )
 
     return form
 
@@ -263,7 +265,7 @@ def _ordered(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     number = scene.number(table)
     descending = scene.draw.pick((False, True))
-    query = replace(_titles(table), order=Term(path=number.path), descending=descending)
+    query = replace(_select_titles(table), order=Term(path=number.path), descending=descending)
     return query, number_words(number, descending=descending)
 
 
@@ -277,7 +279,7 @@ def _group_count(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
     select = (Term(path=category.path), Term(path="*", function="COUNT"))
-    query = replace(_titles(table), select=select, group=category.path)
+    query = replace(_select_titles(table), select=select, group=category.path)
     return query, category_words(category)
 
 
@@ -290,14 +292,14 @@ def _group_having(scene: Scene) -> tuple[Query, Words]:
 
 def _join_columns(scene: Scene) -> tuple[Query, Words]:
     child, parent = scene.schema.child, scene.schema.parent
-    query = _joined(scene, Term(path=child.title.path), Term(path=parent.title.path))
+    query = _select_joined(scene, Term(path=child.title.path), Term(path=parent.title.path))
     return query, owner_words(scene.schema.parent)
 
 
 def _join_filter(scene: Scene) -> tuple[Query, Words]:
     child = scene.schema.child
-    condition, words = _filter(scene, scene.schema.parent, "owner_")
-    query = _joined(scene, Term(path=child.title.path), where=(condition,))
+    condition, words = _draw_filter(scene, scene.schema.parent, "owner_")
+    query = _select_joined(scene, Term(path=child.title.path), where=(condition,))
     return query, owner_words(scene.schema.parent) | words
 
 
@@ -306,7 +308,7 @@ def _above_average(scene: Scene) -> tuple[Query, Words]:
     number = scene.column(table, "number")
     average = Query(table=table.name, select=(Term(path=number.path, function="AVG"),))
     condition = Condition(path=number.path, operator=">", value=average)
-    return _titles(table, condition), number_words(number)
+    return _select_titles(table, condition), number_words(number)
 
 
 def _extreme(scene: Scene) -> tuple[Query, Words]:
@@ -316,7 +318,7 @@ def _extreme(scene: Scene) -> tuple[Query, Words]:
     function = scene.draw.pick(("MIN", "MAX"))
     extreme = Query(table=table.name, select=(Term(path=number.path, function=function),))
     condition = Condition(path=number.path, operator="=", value=extreme)
-    return _titles(table, condition), number_words(number, descending=function == "MAX")
+    return _select_titles(table, condition), number_words(number, descending=function == "MAX")
 
 
 FORMS: dict[str, Form] = {

@@ -27,7 +27,7 @@ Rows = list[Row] | str  # or why a query has none: one of these
 REFUSED, ERROR, TIMEOUT = "refused", "error", "timeout"  # the last for any limit of work
 
 MAX_SQL = 4_000  # characters of a query
-_STEPS = 1_000  # virtual machine instructions between two checks of the limit
+_INSTRUCTIONS_PER_CHECK = 1_000  # virtual machine instructions between two checks of the limit
 _MAX_CHECKS = 300  # 300,000 instructions; a right answer needs a few thousand
 _MAX_QUESTIONS = 20_000  # of SQLite to the authorizer; a right answer makes some tens
 _MAX_SECONDS = 0.8  # of processor time, whatever else the machine does
@@ -58,7 +58,7 @@ _FUNCTIONS = frozenset(
 def open_database(script: str) -> sqlite3.Connection:
     """Opens a new database in memory, filled by a script: from then on it is only read."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.deserialize(_filled(script))
+    connection.deserialize(_fill_database(script))
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute("PRAGMA query_only = ON")
     for limit, value in _LIMITS.items():
@@ -67,7 +67,7 @@ def open_database(script: str) -> sqlite3.Connection:
 
 
 @lru_cache(maxsize=256)
-def _filled(script: str) -> bytes:
+def _fill_database(script: str) -> bytes:
     """Returns the file of a database that a script has filled."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(script)
@@ -109,7 +109,7 @@ def run(connection: sqlite3.Connection, sql: str, errors: list[str] | None = Non
         return True
 
     connection.set_authorizer(authorize)
-    connection.set_progress_handler(is_over_limit, _STEPS)
+    connection.set_progress_handler(is_over_limit, _INSTRUCTIONS_PER_CHECK)
     try:
         rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
     except MemoryError:
@@ -134,7 +134,7 @@ def _is_allowed(action: int, argument: str | None, function: str | None) -> bool
 
 @contextlib.contextmanager
 def _limited_time() -> Iterator[None]:
-    """Ends this process where what stands inside takes too much of the processor's time."""
+    """Ends this process if the code in this context takes too much CPU time."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, _MAX_SECONDS)
     yield

@@ -33,7 +33,7 @@ def find_query(text: str) -> str | None:
       The statement; None if there is none, if a second one follows on the same line, or if the
       answer has a statement of another kind anywhere.
     """
-    text = _answer(text)
+    text = _cut_special_tokens(text)
     if _OTHER_STATEMENT.search(text):
         return None
     fence = _FENCE.search(text)
@@ -60,7 +60,7 @@ def find_query(text: str) -> str | None:
     return query[: len(statement)].strip()
 
 
-def _answer(text: str) -> str:
+def _cut_special_tokens(text: str) -> str:
     return text.partition("<|")[0]  # text after a chat template's token is no answer
 
 
@@ -87,11 +87,11 @@ def judge(schema: str, gold: str, text: str) -> str:
       ValueError: there is no such schema, or the gold query does not run on it.
     """
     if schema not in SCHEMAS:
-        raise ValueError(f"there is no schema {schema!r}")
+        raise ValueError(f"There is no schema {schema!r}. Use one of: {', '.join(SCHEMAS)}.")
     gold_results = _gold_results(SCHEMAS[schema], gold)
     query = find_query(text)
     if query is None:
-        return REFUSED if _OTHER_STATEMENT.search(_answer(text)) else NO_SQL
+        return REFUSED if _OTHER_STATEMENT.search(_cut_special_tokens(text)) else NO_SQL
     results = GUARDED.run(SCHEMAS[schema], query)
     if isinstance(results, str):  # why there are no rows
         return results
@@ -111,7 +111,8 @@ def _gold_results(schema: Schema, sql: str) -> list[list[Row]]:
             rows = run(database, sql)
             if isinstance(rows, str):
                 raise ValueError(
-                    f"the gold query does not run on schema {schema.name} ({rows}): {sql}"
+                    f"The gold query does not run on schema {schema.name} ({rows}): {sql}. "
+                    "Correct it."
                 )
             results.append(rows)
     return results

@@ -46,7 +46,7 @@ def literal(value: object) -> str:
     return str(value)
 
 
-def write(query: Query) -> str:
+def write_sql(query: Query) -> str:
     """Writes a query as one line of SQL; qualifies columns only if tables are joined."""
 
     def column(path: str) -> str:
@@ -59,7 +59,7 @@ def write(query: Query) -> str:
         return f"{item.function}({text})" if item.function else text
 
     def condition(item: Condition) -> str:
-        value = f"({write(item.value)})" if isinstance(item.value, Query) else item.value
+        value = f"({write_sql(item.value)})" if isinstance(item.value, Query) else item.value
         return f"{column(item.path)} {item.operator} {value}"
 
     selected = ", ".join(term(item) for item in query.select)
@@ -81,7 +81,7 @@ def write(query: Query) -> str:
 
 
 def order_keys(query: Query) -> Query | None:
-    """Returns the query for the ORDER BY values of all rows, to find ties; None if unordered."""
+    """Returns a query for the ORDER BY values of all rows; None if the query is unordered."""
     if query.order is None:
         return None
     return replace(query, select=(query.order,), order=None, descending=False, limit=0)

@@ -9,8 +9,8 @@ from train.environments.sql.schemas import SCHEMAS
 
 _MAX_SHOWN_ROWS = 20  # rows
 _REASONS = {
-    REFUSED: "only one SELECT is allowed, on the tables of the database",
-    TIMEOUT: "the query takes too long, or has too many rows",
+    REFUSED: "Only one SELECT on the tables of the database is allowed.",
+    TIMEOUT: "The query takes too long or returns too many rows.",
 }
 
 

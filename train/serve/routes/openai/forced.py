@@ -12,7 +12,7 @@ from lora_jax.models.sampling.grammar import (
     quoted,
 )
 from train.tools.forms import ArgumentForm, CallForm
-from train.tools.schemas import resolved
+from train.tools.schemas import resolve_reference
 
 _MAX_CALLS = 16  # of a forced answer
 _NAME = re.compile(r"[\w.-]+")
@@ -173,7 +173,7 @@ class CallGrammar:
 
 def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the schemas of which a value has one, without references at their top."""
-    schema = resolved(schema, root)
+    schema = resolve_reference(schema, root)
     if not isinstance(schema, Mapping):
         yield schema
         return
