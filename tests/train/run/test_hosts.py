@@ -141,10 +141,10 @@ def test_processes_that_were_not_started_alike(processes):
 
     assert processes(3, started()) == [None] * 3
     for odd, expected in (
-        ({"seed": 1}, "alike: process 2 has --seed 1, not 0. All need"),
-        ({"output": "here"}, "alike: process 2 has --output here, not runs/sql. All need"),
-        ({"rows": rows[::-1]}, "alike: process 2 has rows "),
-        ({"seed": 1, "rows": rows[:1]}, "process 2 has --seed 1, not 0; process 2 has rows "),
+        ({"seed": 1}, "differ: process 2 has --seed 1, not 0. Start all"),
+        ({"output": "here"}, "differ: process 2 has --output here, not runs/sql. All need"),
+        ({"rows": rows[::-1]}, "differ: process 2 has rows "),
+        ({"seed": 1, "rows": rows[:1]}, "process 2 has --seed 1, not 0, process 2 has rows "),
     ):
         said = processes(3, started(**odd))
         assert said == [said[0]] * 3 and expected in said[0]
