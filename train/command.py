@@ -47,8 +47,8 @@ def main(args: Sequence[str]) -> None:
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
         print(
-            f"error: there is no command {name!r}; the nearest is {nearest}. Commands: "
-            f"{', '.join(COMMANDS)}",
+            f"error: there is no command {name!r}. The nearest is {nearest}. Use one of "
+            f"{', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
         sys.exit(2)

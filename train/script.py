@@ -188,7 +188,7 @@ def train_many(script: str, asked: Sequence[AskedRun], session: Session) -> None
     session.stop.check()
     if failed_runs:
         print(
-            f"\n{len(failed_runs)} of {len(endings)} runs failed; the others are done",
+            f"\n{len(failed_runs)} of {len(endings)} runs failed, and the others are done.",
             file=sys.stderr,
         )
         sys.exit(FAILED)

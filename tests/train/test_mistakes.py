@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_with_the_whole_path():
     for error in errors:
         error = error if isinstance(error, OSError) else ValueError(error)
         problem = file_problem(error)
-        place = f"a file cannot be written ({folder}/d/a1: No space left on device): make room"
+        place = f"a file cannot be written ({folder}/d/a1: No space left on device). Make room"
         assert problem.startswith(place)
     assert "([Errno 27] File too large)" in file_problem(OSError(errno.EFBIG, "File too large"))
 
@@ -123,7 +123,7 @@ def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_an
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said.startswith(f"a file cannot be written ({run}") and "Go on with: " in said
-    assert "raise the limit on the size of files" in said and len(said.splitlines()) == 1
+    assert "raise the quota or the limit on the size of files" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from train import prior
 from train.compare import measure, outside, result
 from train.compare.divergence import BaseDivergence
 from train.compare.intruders import Place, mean_intruders
-from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check
+from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check_options
 from train.compare.reporting import dimension, pages, recommend
 from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
 from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
@@ -99,7 +99,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
     set_options = {*line_options, *file_options}
     if script.kind == "grpo":
         config = grpo_options.fill_dataset(config, set_options)
-    check(config.compare, config, set_options)
+    check_options(config.compare, config, set_options)
     # --methods tells of variants.
     check_effects(config, dataset_facts(config), line_options, file_options)
     if config.compare.quick:
@@ -107,20 +107,22 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
     _check_methods(script, config.compare)
     for name, reason in NOT_OF[script.kind].items():
         if name in set_options:
-            raise UserError(f"{flag(name)}: {reason}")
+            raise UserError(
+                f"{flag(name)} has no effect here, because {reason}. Remove {flag(name)}."
+            )
     return script, config
 
 
 def _help_or_refuse(args: Sequence[str]) -> NoReturn:
-    """Prints the help and exits if arguments ask for it; else raises that no script is named."""
+    """Prints the help and exits if it is requested; else raises a UserError: no script."""
     if asks_for_help(args):
         usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
         print(f"{about(__doc__, _PROG)}\n{usage}")
         sys.exit(0)
-    problem = f"not {args[0]!r}" if args else "and nothing was given"
+    problem = f"not {args[0]!r}" if args else "but nothing follows train.compare"
     scripts = list(SCRIPTS)
     names = f"{', '.join(scripts[:-1])} or {scripts[-1]}"
-    raise UserError(f"the script to compare runs of is needed first: {names}, {problem}")
+    raise UserError(f"the first argument must be {names}, {problem}. Pass the script to compare.")
 
 
 def _with_quick_options(
@@ -146,11 +148,16 @@ def _check_methods(script: ComparedScript, compare_config: CompareConfig) -> Non
     for method in compare_config.methods:
         if method in OF_CLASSIFIER and script.kind != "classify":
             raise UserError(
-                f"{flag('methods', method)} is a way to train a classifier: compare classify"
+                f"{flag('methods', method)} only trains classifiers. Use train.compare classify, "
+                "or "
+                "remove this method."
             )
     for method in compare_config.methods:
         if method in OF_EXAMPLES and script.kind != "grpo":
-            raise UserError(f"{flag('methods', method)} is for a comparison by rewards: grpo")
+            raise UserError(
+                f"{flag('methods', method)} only applies to a comparison by rewards. Use "
+                "train.compare grpo, or remove this method."
+            )
 
 
 def compare(
@@ -295,8 +302,8 @@ def _check_examples(compare_config: CompareConfig) -> None:
     for method in compare_config.methods:
         if method in OF_EXAMPLES:
             raise UserError(
-                f"{flag('methods', method)}: what does it learn from? Name rows with right "
-                "answers with --demonstrations"
+                f"{flag('methods', method)} needs rows with right answers to learn from. Pass them "
+                "with --demonstrations."
             )
 
 
@@ -354,7 +361,10 @@ class _BesideRewards(NamedTuple):
             return
         rows = self.prompts.read.rows.held_out
         if not rows:
-            raise UserError("--kl: no prompt of --dataset is held out: give your own rows")
+            raise UserError(
+                "--kl needs held-out prompts, but no prompt of --dataset is held out. Pass rows of "
+                "your own with --eval-dataset."
+            )
         outline = inputs.read.outline
         config = self.prompts.config
         prompts = tokenize_with_tools(rows, (), outline, "the held-out rows")
@@ -406,17 +416,20 @@ def _open_folder(config: CompareOptions, session: Session, console: Console) -> 
         session.release.enter_context(lock)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}. Name another with --output"
+            f"{folder} cannot be written: {error.strerror or error}. Pass another folder with "
+            "--output."
         ) from error
     has_files = any((folder / name).exists() for name in _FILES)
     if config.run.resume:
         if not (folder / CONFIG).exists():
-            raise UserError(f"--resume: there is no comparison in {folder}: start without --resume")
+            raise UserError(
+                f"--resume needs a comparison to continue, but {folder} has none. Remove --resume."
+            )
         check_same_run(config, read_options_file(folder / CONFIG, config), folder)
     elif has_files and not config.run.overwrite:
         raise UserError(
-            f"{folder} holds another comparison or a run: go on with --resume, delete it with "
-            "--overwrite, or name another folder with --output"
+            f"{folder} holds another comparison or a run. Continue it with --resume, delete it "
+            "with --overwrite, or pass another folder with --output."
         )
     return folder
 

@@ -138,7 +138,8 @@ def plan_result(
     plan = json.loads(_output_of(command))
     if not plan["fits"]:
         raise UserError(
-            f"{topology} does not hold {trial.name}: {plan['refused'] or plan['failed']}"
+            f"{trial.name} does not fit on {topology}: {plan['refused'] or plan['failed']}. Use a "
+            "larger --topology."
         )
     plan_result = PlanResult(
         arm=trial.arm,

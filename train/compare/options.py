@@ -81,10 +81,10 @@ class CompareConfig:
     TRAITS = HIDDEN  # of all fields
 
     methods: tuple[Method, ...] = ("lora", "full")
-    """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
-    the head on the frozen encoder, said and did for a random subspace of all weights, of few
-    dimensions (--intrinsic); beside rewards, sft and sft-full for LoRA and all weights on
-    --demonstrations."""
+    """Ways to train. lora and its variants train adapters, and full trains all weights. For
+    classifiers, head-only trains the head on the frozen encoder, and said and did train a random
+    subspace of all weights (--intrinsic). For rewards, sft and sft-full train LoRA and all weights
+    on --demonstrations."""
     ranks: Annotated[tuple[int, ...], _ABOUT_RANKS] = ()
     target_sets: tuple[str, ...] = ("all-linear",)
     """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
@@ -95,23 +95,23 @@ class CompareConfig:
     """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
     three and nine times it."""
     dimensions: tuple[int, ...] = ()
-    """Dimensions of said and did: how many numbers train. By default 100 1000 10000."""
+    """Numbers of parameters that said and did train. By default 100 1000 10000."""
     subspace_lrs: tuple[float, ...] = ()
     """Learning rates of said and did at 10000 dimensions; at D they are (10000 / D)^0.75 times as
     large. By default the script's, a third of it and three times it."""
     batch_sizes: tuple[int, ...] = ()
-    """Rows a step. By default the script's."""
+    """Rows per step. By default the script's."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. The spread over them says which differences are real."""
+    """Seeds of the runs. The spread over the seeds shows which differences are real."""
     early_stopping: bool = True
     """Stop hopeless settings early: after an eighth of the steps, when the warmup is over, the best
     quarter of each method goes on, and after half of them the best half of those. Without it, all
     are run to the end."""
     at_once: int = 8
-    """Adapters that train side by side in one step."""
+    """Number of adapters that train side by side in one step."""
     outside: str | None = None
-    """Text outside the task, to measure on what the model forgets: a text file, or off. By default
-    Python's own documentation, as the interpreter holds it."""
+    """The path of a text outside the task, which measures what the model forgets; or off. By
+    default Python's own documentation."""
     demonstrations: str | None = None
     """Rows with right answers, as train.sft takes them, that sft and sft-full learn from."""
     kl: bool = False
@@ -120,7 +120,7 @@ class CompareConfig:
     measured."""
     intruders: bool = False
     """Count the intruder dimensions of each run's weights: strong directions that the base does not
-    have. It takes from seconds to a minute a run."""
+    have. This takes from seconds to a minute per run."""
     costs: bool = True
     """Measure the memory and the time of a step of the best of each method, each alone in a process
     of its own, and the time of an answer: base, merged, and with the adapter beside it."""
@@ -130,11 +130,11 @@ class CompareConfig:
     price: float | None = None
     """The price of one chip-hour of --topology, in any currency."""
     keep_weights: bool = False
-    """Keep all weights of full fine-tuning, a model a run. Without it, their size is measured, and
-    they are deleted."""
+    """Keep all weights of full fine-tuning, one model per run. By default their size is measured,
+    and they are deleted."""
     quick: bool = False
-    """A first look, in some ten minutes on two cores: fewer settings, seeds, rows and steps,
-    wherever they were not given."""
+    """Take a first look, in about ten minutes on two cores. The defaults of settings, seeds, rows
+    and steps are smaller."""
 
 
 _RATES = ("alphas", "lrs", "full_lrs", "subspace_lrs")
@@ -142,7 +142,7 @@ _COUNTS = ("ranks", "batch_sizes", "dimensions")
 _OF_GRID = ("methods", "target_sets", *_RATES, *_COUNTS)
 
 
-def check(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
+def check_options(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
     """Raises a UserError for options of a comparison that make no sense.
 
     Args:
@@ -152,33 +152,42 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
     """
     for name, traits in traits_of(options).items():
         if name in given and traits.compared_by:
-            raise UserError(f"{flag(name)}: a comparison sets it: give {flag(traits.compared_by)}")
+            raise UserError(
+                f"{flag(name)} is set by the comparison itself. Use {flag(traits.compared_by)} "
+                "instead."
+            )
         if name in given and traits.uncompared:
-            raise UserError(f"{flag(name)}: {traits.uncompared.value}: leave it out")
+            raise UserError(
+                f"{flag(name)} does not work in a comparison: {traits.uncompared.value}. Remove "
+                f"{flag(name)}."
+            )
     if options.adapter.weight_tying:
         raise UserError(
-            "--weight-tying trains one vector for several weights, which adapters side by side "
-            "cannot: leave it out"
+            "--weight-tying trains one vector for several weights, but adapters side by side "
+            "cannot "
+            "share a vector. Remove --weight-tying."
         )
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
-            raise UserError(f"{flag(field)}: at least one is needed")
+            raise UserError(f"{flag(field)} is empty. Pass at least one value.")
     for field in (*_OF_GRID, "seeds"):
         values = getattr(compare, field)
         repeated_values = [value for value in values if values.count(value) > 1]
         if repeated_values:
-            raise UserError(f"{flag(field, *values)}: {repeated_values[0]} stands there twice")
+            raise UserError(
+                f"{flag(field, *values)} lists {repeated_values[0]} twice. Remove one of the two."
+            )
     for field in (*_RATES, "price"):
         for value in _values_of(compare, field):
             if not 0 < value < math.inf:
-                raise UserError(f"{flag(field)} {value}: a number above 0 is needed")
+                raise UserError(f"{flag(field)} {value} is out of range. Pass a number above 0.")
     for field in (*_COUNTS, "at_once"):
         for value in _values_of(compare, field):
             if value < 1:
-                raise UserError(f"{flag(field)} {value}: a number from 1 on is needed")
+                raise UserError(f"{flag(field)} {value} is out of range. Pass a number from 1 on.")
     _check_methods(compare, given)
     if compare.price is not None and compare.topology is None:
-        raise UserError("--price: the price of what? Name a machine with --topology")
+        raise UserError("--price needs a machine. Pass one with --topology, or remove --price.")
     check_many(options.run.report_to, "a comparison")
 
 
@@ -196,18 +205,18 @@ def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
     unused: dict[str, str] = {}  # option -> why it has no effect
     has_adapters = any(map(has_adapter, methods))
     if not has_adapters:
-        reason = "is about adapters, and --methods names none of them"
+        reason = "only applies to adapters, but --methods names no adapter"
         unused |= dict.fromkeys(("ranks", "target_sets", "alphas", "at_once"), reason)
         if "head-only" not in methods:
             unused["lrs"] = reason
     if methods.isdisjoint(OF_SUBSPACE):
-        reason = "is about said and did, and --methods names neither"
+        reason = "only applies to said and did, but --methods names neither"
         unused |= dict.fromkeys(("dimensions", "subspace_lrs"), reason)
     if methods.isdisjoint(IN_FULL):
-        reason = "is about full, which --methods leaves out"
+        reason = "only applies to full fine-tuning, but --methods does not name it"
         unused |= dict.fromkeys(("full_lrs", "keep_weights"), reason)
     if methods.isdisjoint(OF_EXAMPLES):
-        unused["demonstrations"] = "is about sft and sft-full, and --methods names neither"
+        unused["demonstrations"] = "only applies to sft and sft-full, but --methods names neither"
     for field, reason in unused.items():
         if field in given:
-            raise UserError(f"{flag(field)} {reason}")
+            raise UserError(f"{flag(field)} {reason}. Remove {flag(field)}.")

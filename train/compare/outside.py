@@ -63,8 +63,8 @@ def rows_of(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
     n_rows = len(ids) // _ROW_TOKENS
     if n_rows == 0:
         raise UserError(
-            f"{name}: {len(ids)} tokens of text, and {_ROW_TOKENS} at least are needed to measure "
-            "forgetting: name a longer text with --outside, or off"
+            f"{name} has only {len(ids)} tokens, but the measurement of forgetting needs at least "
+            f"{_ROW_TOKENS}. Pass a longer text with --outside, or use --outside off."
         )
     rows = ids[: n_rows * _ROW_TOKENS].reshape(n_rows, _ROW_TOKENS)
     row_indices = np.linspace(0, n_rows - 1, min(n_rows, _ROWS)).astype(int)
@@ -72,7 +72,7 @@ def rows_of(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
 
 
 def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
-    """Returns the mean loss of a model on rows of text, in nats a token.
+    """Returns the mean loss of a model on rows of text, in nats per token.
 
     Args:
       rows: int32 [rows, length].
@@ -109,7 +109,7 @@ def _documentation() -> str:
         from pydoc_data.topics import topics  # not in every distribution of Python
     except ImportError:
         raise UserError(
-            "this Python comes without its documentation (pydoc_data), on which forgetting is "
-            "measured: name a text with --outside, or off"
+            "forgetting is measured on Python's documentation (pydoc_data), which this Python does "
+            "not have. Pass a text with --outside, or use --outside off."
         ) from None
     return "\n\n".join(topics[name] for name in sorted(topics))

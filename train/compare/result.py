@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 class Forgetting(NamedTuple):
-    """The loss on text outside the task, in nats a token, of the base and after training."""
+    """The loss on text outside the task, in nats per token, of the base and after training."""
 
     before: float
     after: float
@@ -71,14 +71,14 @@ class RunResult:
       error: what ended a failed run.
       steps: number of steps taken.
       losses, held_out: the loss in training and on held-out rows, step by step.
-      held_out_loss: after the last step, in nats a token or a row; None if never measured.
+      held_out_loss: after the last step, in nats per token or a row; None if never measured.
       score: the task's own, such as the share of right answers; None where it has none, and for
         runs that did not end.
       scores: the score on the way, where runs are compared by it.
       score_error: the standard error of `score` over the held-out rows; None where it is not known.
       question_scores: the score of each held-out question, in one order for all runs; None for a
         question without one. Empty where they are not known.
-      divergences: KL(base ‖ run) on held-out prompts, in nats a token, where it was measured.
+      divergences: KL(base ‖ run) on held-out prompts, in nats per token, where it was measured.
       trained_parameters: how many numbers were trained.
       saved_bytes: bytes of what a run leaves to ship: the adapter's folder, or all weights.
       compiled_bytes: bytes of the compiled step, arguments and temporaries; None for runs that
@@ -214,7 +214,7 @@ class ComparisonFacts:
       model: the base, by name.
       dataset: the data, in words.
       steps: number of steps of a whole run.
-      loss: the name of the loss, with its unit: "loss (nats a token)".
+      loss: the name of the loss, with its unit: "loss (nats per token)".
       score: the name of the task's own score, larger is better; None where it has none.
       base_bytes: bytes of the base's weights in memory.
       base_saved_bytes: bytes of the base's files, saved as a full model is; None where that was not
@@ -311,7 +311,7 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): give the output folder of train.compare"
+            f"{path} cannot be read ({error.strerror}). Pass the output folder of train.compare."
         ) from error
     with as_user_errors(ValueError, prefix=f"{path} is not JSON: "):  # Unicode's errors, too
         content = json.loads(text)

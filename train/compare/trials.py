@@ -144,8 +144,8 @@ def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
         completed = script.completed(options, **method_options)
         if completed.optim.lr is None:
             raise UserError(
-                f"{flag('optimizer', options.optim.optimizer)} has no learning rate of its own: "
-                "give --lrs, and --full-lrs for full"
+                f"{flag('optimizer', options.optim.optimizer)} has no default learning rate. Pass "
+                "--lrs, and --full-lrs for full fine-tuning."
             )
         rates[name] = completed.optim.lr
     alpha = script.task_of(options).defaults.alpha
@@ -204,7 +204,8 @@ def trials_of(
     repeated_names = [name for name in names if names.count(name) > 1]
     if repeated_names:
         raise UserError(
-            f"two runs are called {repeated_names[0]}: leave out settings that are nearly equal"
+            f"two runs have the name {repeated_names[0]}, because their settings are nearly equal. "
+            "Remove one of these settings."
         )
     assert inputs is not None
     return trials, inputs
@@ -323,6 +324,7 @@ def _check_held_out(script: ComparedScript, arm: Arm, config: Any, inputs: Input
         has_held_out = has_prompts and bool(config.run.eval_questions)
     if not has_held_out:
         raise UserError(
-            "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
-            "more than 0 --eval-questions"
+            "nothing is held out, so the runs cannot be compared. Pass --eval-dataset or more "
+            "rows, "
+            "and a positive --eval-questions."
         )

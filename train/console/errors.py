@@ -82,16 +82,16 @@ def file_problem(error: BaseException) -> str | None:
         lacks_rights = isinstance(cause, OSError) and cause.errno in _NO_RIGHTS_CODES
         if isinstance(cause, OSError) and lacks_rights and cause.filename is not None:
             return (
-                f"{cause.filename} cannot be read or written ({cause.strerror}): give this user "
-                "the right to it, or name another place: --output for what a run writes, the "
-                "variable XDG_CACHE_HOME for all caches"
+                f"{cause.filename} cannot be read or written ({cause.strerror}). Give this user "
+                "the right to it, or use another folder: pass --output for a run's files, or set "
+                "XDG_CACHE_HOME for all caches."
             )
     text = no_room(error)
     if text is None:
         return None
     return (
-        f"a file cannot be written ({_file_and_reason(text)}): make room on the disk, or raise "
-        "the limit on the size of files or the quota"
+        f"a file cannot be written ({_file_and_reason(text)}). Make room on the disk, or raise "
+        "the quota or the limit on the size of files."
     )
 
 

@@ -36,7 +36,7 @@ def missing_package(error: BaseException) -> str | None:
         return None
     is_server = any(file.is_relative_to(_ROOT / "train/serve") for file in files)
     remedy = install_command("serve" if is_server else "train")
-    return f"error: {error.name} is not installed: {remedy}"
+    return f"error: {error.name} is not installed. Run {remedy}"
 
 
 def report_missing_package(

@@ -36,7 +36,9 @@ def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[
         path.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("x", encoding="utf-8", newline="")
     except OSError as error:
-        raise UserError(f"{option} {out} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{option} {out} cannot be written: {error.strerror or error}. Pass another file."
+        ) from error
     try:
         with file:
             yield file
@@ -58,16 +60,20 @@ def check_other(output: str | None, source: str | None, option: str, source_opti
     source_path = Path(source).expanduser()
     both_exist = output_path.exists() and source_path.exists()
     if both_exist and output_path.samefile(source_path):
-        raise UserError(f"{option} {output} is the file of {source_option}: name another")
+        raise UserError(
+            f"{option} {output} is also the file of {source_option}. Pass another file."
+        )
 
 
 def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
     """Raises a UserError if a file is there and must not be replaced, or is a folder."""
     path = Path(out).expanduser()
     if path.is_dir():
-        raise UserError(f"{option} {out} is a folder: name a file")
+        raise UserError(f"{option} {out} is a folder. Pass a file.")
     if path.exists() and not overwrite:
-        raise UserError(f"{option} {out} exists: name another file, or replace it with --overwrite")
+        raise UserError(
+            f"{option} {out} exists already. Pass another file, or replace it with --overwrite."
+        )
 
 
 def shorten(text: str, max_chars: int) -> str:

@@ -31,7 +31,7 @@ _WAYS_TO_TRAIN = {"LoRA on bfloat16": (), "LoRA on nf4": ("--quantize", "nf4")}
 def examine_fits(
     model: str, jax_devices: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[Trouble]]:
-    """Returns the memory that ways to train a model take, and what is wrong.
+    """Returns the memory of each way to train a model, and the troubles.
 
     Args:
       model: the value of --model.
@@ -54,7 +54,7 @@ def examine_fits(
                 reason = process.last_error.removeprefix("error: ")
             facts[name] = "no plan"
             problem = f"--model {model} cannot be planned: {reason}"
-            remedy = f"the whole message: {program('train.plan', *arguments)}"
+            remedy = f"see the whole message with {program('train.plan', *arguments)}"
             return facts, [Trouble(problem, remedy)]
         plan = json.loads(process.output)
         total = plan["per_chip_bytes"]["total"]
@@ -64,12 +64,12 @@ def examine_fits(
         )
         facts[name] = f"{'fits' if plan['fits'] else 'does not fit'} ({memory})"
         fits_any = fits_any or plan["fits"]
-    facts["rows"] = "8 of 1,024 tokens a step"
+    facts["rows"] = "8 of 1,024 tokens per step"
     if fits_any:
         return facts, []
     problem = f"{model} does not fit on {topology} in any of these ways"
     command = program("train.plan", "--model", model, "--topology", topology, "--quantize", "nf4")
-    remedy = f"{command} --largest-batch --seq-len 512 finds what does"
+    remedy = f"find what fits with {command} --largest-batch --seq-len 512"
     return facts, [Trouble(problem, remedy)]
 
 
@@ -81,12 +81,12 @@ class DoctorOptions:
     HELP = HelpPage("model output json", "--model Qwen/Qwen3-8B")
 
     model: str | None = None
-    """A config.json, a folder with one, a GGUF file, or a name on the hub: which ways to train it
-    fit here. Each is compiled, which takes from seconds to minutes."""
+    """A config.json, a folder with one, a GGUF file, or a name on the hub. The report says which
+    ways to train this model fit here. Each is compiled, which takes from seconds to minutes."""
     output: str = "runs"
-    """The folder that runs are to be written to: is there room?"""
+    """The folder for runs. The report says whether it has room."""
     json: bool = False
-    """Print JSON, for a report. No token is in it, and no name of a user or a host."""
+    """Print JSON, for a report. It contains no token, and no name of a user or a host."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -158,8 +158,9 @@ def diagnose(now: Circumstances) -> list[Trouble]:
         troubles.append(
             Trouble(
                 f"JAX's plugin for {now.plugin} is installed, and the system shows no NVIDIA GPU",
-                "if there is one, install NVIDIA's driver; a container is started with --gpus all "
-                "(docker) or asks for nvidia.com/gpu (Kubernetes)",
+                "if there is one, install NVIDIA's driver; start a container with --gpus all "
+                "(docker), "
+                "or request nvidia.com/gpu (Kubernetes)",
                 fatal=False,
             )
         )
@@ -189,8 +190,8 @@ def _failure(now: Circumstances) -> Trouble:
     if ending.code is None:
         return Trouble(
             f"JAX did not find its devices within {_PATIENCE} seconds",
-            "on several TPU hosts, start this on all of them at once; else end what holds the "
-            "accelerator, or compute on the CPU meanwhile (JAX_PLATFORMS=cpu)",
+            "on several TPU hosts, start this command on all of them at once; else end the process "
+            "that uses the accelerator, or compute on the CPU meanwhile (JAX_PLATFORMS=cpu)",
         )
     if _is_locked(errors):
         return _locked(now)
@@ -201,7 +202,7 @@ def _failure(now: Circumstances) -> Trouble:
         return Trouble(ending.last_error, "pip install -U jax jaxlib")
     if now.asked:
         return Trouble(
-            f"JAX_PLATFORMS={now.asked} allows JAX no other devices, and it finds none of these "
+            f"JAX_PLATFORMS={now.asked} allows JAX no other devices, but JAX finds none of these "
             f"({ending.last_error})",
             f"{_install_hint(now)}or unset JAX_PLATFORMS",
         )
@@ -220,7 +221,7 @@ def _missed_gpu(now: Circumstances) -> Trouble:
         return Trouble(f"{shown} is older than each of JAX's plugins", remedy)
     if now.plugin is None:
         return Trouble(
-            "there is an NVIDIA GPU, and JAX's plugin for it is not installed", _install(driver)
+            "there is an NVIDIA GPU, but JAX's plugin for it is not installed", _install(driver)
         )
     if driver and int(driver.split(".")[0]) < _DRIVERS[now.plugin]:
         return Trouble(
@@ -239,7 +240,7 @@ def _missed_gpu(now: Circumstances) -> Trouble:
 def _missed_tpu(now: Circumstances) -> Trouble:
     """Returns the reason why JAX does not see a TPU that the system has."""
     if "libtpu" not in now.versions:
-        what = "there is a TPU, and libtpu, its driver in Python, is not installed"
+        what = "there is a TPU, but libtpu, its driver in Python, is not installed"
         return Trouble(what, 'pip install "jax[tpu]"')
     if _is_locked(now.ending.errors) or now.hardware.tpu_holders:
         return _locked(now)

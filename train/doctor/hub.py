@@ -45,8 +45,8 @@ def examine_hub(
         troubles.append(
             Trouble(
                 f"{endpoint} does not answer ({answer.why})",
-                "name a mirror with HF_ENDPOINT or a proxy with HTTPS_PROXY; or set "
-                "HF_HUB_OFFLINE=1 and use what is in the cache, or --model FOLDER",
+                "set a mirror with HF_ENDPOINT or a proxy with HTTPS_PROXY; or set "
+                "HF_HUB_OFFLINE=1 and use the cache, or pass --model FOLDER",
                 fatal=False,
             )
         )
@@ -54,8 +54,8 @@ def examine_hub(
         troubles.append(
             Trouble(
                 f"{endpoint} refuses your token, and with it every download",
-                "hf auth login with a new one, or hf auth logout and unset HF_TOKEN for public "
-                "models",
+                "run hf auth login with a new token; for public models, run hf auth logout and "
+                "unset HF_TOKEN",
             )
         )
     facts = {

@@ -63,14 +63,14 @@ def plugin_troubles(versions: dict[str, str]) -> list[Trouble]:
             extra = name.removeprefix("jax-").removesuffix("-plugin")
             troubles.append(
                 Trouble(
-                    f"{name} {versions[name]} is not of jaxlib {jaxlib}, and JAX leaves it out",
+                    f"{name} {versions[name]} is not of jaxlib {jaxlib}, so JAX does not use it",
                     f'pip install -U "jax[{extra}]=={versions.get("jax", jaxlib)}"',
                 )
             )
     if len(cuda := [name for name in plugins if "cuda" in name]) > 1:
         troubles.append(
             Trouble(
-                f"{' and '.join(cuda)} are both installed, and disturb each other",
+                f"{' and '.join(cuda)} are both installed, but they disturb each other",
                 "pip uninstall one of them with its -pjrt package",
             )
         )

@@ -47,13 +47,13 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
         is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         is_output = name == "output"
         if not is_writable:
-            remedy = "give this user the right to it, or name another folder"
+            remedy = "give this user the right to write there, or use another folder"
             if not is_output:
                 remedy += " (XDG_CACHE_HOME, HF_HOME)"
             troubles.append(Trouble(f"{nearest} cannot be written", remedy, fatal=is_output))
         elif free_bytes < _LITTLE:
-            problem = f"{nearest} has room for {gib_text(free_bytes)} more"
-            troubles.append(Trouble(problem, "make room, or name another folder", fatal=False))
+            problem = f"{nearest} only has room for {gib_text(free_bytes)} more"
+            troubles.append(Trouble(problem, "make room, or use another folder", fatal=False))
     return facts, troubles
 
 

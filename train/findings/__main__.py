@@ -103,8 +103,9 @@ def parse(args: Sequence[str]) -> FindingRequest:
     options, compare_arguments = parser.parse_known_args(args[1:])
     if options.source is not None and compare_arguments:
         raise UserError(
-            f"--from {options.source} runs nothing, so that {' '.join(compare_arguments)} has no "
-            "effect: leave it out"
+            f"--from {options.source} runs nothing, so {' '.join(compare_arguments)} has no "
+            "effect. "
+            "Remove one of the two."
         )
     check_local("output", [options.output or ""])
     check_local("from", [options.source or ""])
@@ -136,12 +137,14 @@ def run(request: FindingRequest, session: Session, command: str) -> None:
     config_path = str(catalog.options_of(name))
     if "config" in given_options(arguments):
         raise UserError(
-            f"--config: the finding {name} has a file of its own, {config_path}: give "
-            "options on the line, or your file to train.compare"
+            f"--config does not work with the finding {name}, which uses its own file, "
+            f"{config_path}. Pass options on the command line, or use train.compare with your file."
         )
     for option in finding.makes:
         if option in given_options(arguments):
-            raise UserError(f"{flag(option)}: the finding {name} makes it itself: leave it out")
+            raise UserError(
+                f"{flag(option)} is set by the finding {name} itself. Remove {flag(option)}."
+            )
     if asks_for_help(arguments):
         compare.parse([finding.script, *arguments])  # exits
     # The options are checked before anything is made.
@@ -185,8 +188,11 @@ def show(request: FindingRequest, comparison: Comparison, notes: Sequence[str]) 
     names = finding.measures if request.measure is None else (request.measure,)
     shown_measures = [available[name] for name in names if name in available]
     if not shown_measures:
-        problem = f"only {' and '.join(available)}" if available else "none: no run ended"
-        raise UserError(f"a {' or a '.join(names)} is needed for the table, and there is {problem}")
+        problem = f"only has {' and '.join(available)}" if available else "has none: no run ended"
+        raise UserError(
+            f"the table needs a {' or a '.join(names)}, but the comparison {problem}. Pass another "
+            "--measure, or run the finding again."
+        )
     pivots = [pivot_of(source, finding.layout, measure) for source, measure in shown_measures]
     picture_source, picture_measure = shown_measures[0]
     picture_pivot = pivot_of(picture_source, finding.picture, picture_measure)

@@ -187,7 +187,7 @@ def find(name: str) -> Finding:
       UserError: there is none of this name.
     """
     if name not in FINDINGS:
-        raise UserError(f"there is no finding {name!r}: choose of {', '.join(FINDINGS)}")
+        raise UserError(f"there is no finding {name!r}. Choose one of {', '.join(FINDINGS)}.")
     return FINDINGS[name]
 
 

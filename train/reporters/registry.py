@@ -32,13 +32,13 @@ def check_packages(names: Sequence[str]) -> None:
             importlib.import_module(tracker.package)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"--report-to {name}: the package {error.name} is missing: install the extra "
-                f"{tracker.extra} ({install_command(tracker.extra)}), or leave it out"
+                f"--report-to {name} needs the package {error.name}, which is missing. Install the "
+                f"extra {tracker.extra} ({install_command(tracker.extra)}), or remove {name}."
             ) from error
         except Exception as error:
             raise UserError(
-                f"--report-to {name}: the package {tracker.package} fails as it is imported "
-                f"({type(error).__name__}: {error}): mend it, or leave it out"
+                f"--report-to {name} needs the package {tracker.package}, which cannot be imported "
+                f"({type(error).__name__}: {error}). Repair the package, or remove {name}."
             ) from error
 
 
@@ -53,6 +53,7 @@ def check_many(names: Sequence[str], what: str) -> None:
     if single_run_names:
         able_names = [name for name, tracker in TRACKERS.items() if not tracker.one_run]
         raise UserError(
-            f"{flag('report_to', *single_run_names)} keeps one run a process; {what} reports to "
-            f"{', '.join(able_names)}, in the folder of each run, or to none"
+            f"{flag('report_to', *single_run_names)} keeps only one run per process, but {what} "
+            "has "
+            f"several runs. Use --report-to {', '.join(able_names)} or none."
         )

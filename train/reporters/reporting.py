@@ -158,8 +158,8 @@ class _Channel:
         """Waits until the report has begun or failed, but not for long."""
         if not self._ready.wait(max(0.0, seconds)):
             self.warn(
-                f"warning: --report-to {self.name}: it has not begun after {_OPEN_SECONDS:.0f} s; "
-                "the run goes on meanwhile"
+                f"warning: --report-to {self.name} did not start within {_OPEN_SECONDS:.0f} s. The "
+                "run continues meanwhile."
             )
 
     def put(self, line: Line) -> None:
@@ -176,8 +176,8 @@ class _Channel:
         if self._thread.is_alive():
             self.failed = True
             self.warn(
-                f"warning: --report-to {self.name}: it is still busy after {_CLOSE_SECONDS:.0f} s; "
-                "what it has not sent is missing there"
+                f"warning: --report-to {self.name} is still busy after {_CLOSE_SECONDS:.0f} s. The "
+                "tracker lacks what was not sent; metrics.jsonl has everything."
             )
 
     def _work(self, on_open: Callable[[], object]) -> None:
@@ -217,8 +217,9 @@ class _Channel:
         self.failed = True
         reason = " ".join(str(error).split())[:300]
         self.warn(
-            f"warning: --report-to {self.name} fails, and nothing more is reported there: "
-            f"{type(error).__name__}: {reason}. Training goes on, and its record is metrics.jsonl"
+            f"warning: --report-to {self.name} failed, so it gets no more reports: "
+            f"{type(error).__name__}: {reason}. Training continues, and metrics.jsonl has its "
+            "record."
         )
 
 

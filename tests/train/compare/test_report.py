@@ -166,7 +166,7 @@ def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path, figur
     late = [runs(arm, 1.0, 1.1) for arm in (lora(), lora(8, 3e-3), full(), full(3e-4))]
     found = Comparison(facts=FACTS, runs=tuple(run for group in late for run in group))
     titles = {one.file: one.title for one in draw(found, tmp_path)}
-    assert titles["rates.png"] == "Held-out loss (nats a token) by learning rate"
+    assert titles["rates.png"] == "Held-out loss (nats per token) by learning rate"
     assert set(titles) == set(figures)
     titles = {one.file: one.title for one in draw(example(), tmp_path)}
     assert titles["rates.png"] == "Held-out loss by learning rate, early"

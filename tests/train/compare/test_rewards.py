@@ -194,12 +194,12 @@ def test_full_fine_tuning_keeps_the_base_as_its_reference(folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--batch-size", "8"], "--batch-size: a comparison sets it: give --batch-sizes"),
+        (["--batch-size", "8"], "--batch-size is set by the comparison itself. Use --batch-sizes"),
         (["--eval-every", "3"], "no held-out loss"),
         (["--topology", "v5e:2x2"], "the drawing of completions"),
         (["--demonstrations", "x"], "--methods names neither"),
-        (["--methods", "sft"], "what does it learn from? Name rows with right answers"),
-        (["--methods", "said"], "--methods said is a way to train a classifier"),
+        (["--methods", "sft"], "needs rows with right answers"),
+        (["--methods", "said"], "--methods said only trains classifiers"),
         (["--init-adapter", "x"], "starts from the base"),
     ],
 )

@@ -163,7 +163,7 @@ def test_the_command_asks_for_as_many_seeds_as_tell_the_gap_apart():
     advice = compared(of_lora, of_full, command="train.compare grpo --seeds 0 1 2")
     (seeds,) = re.findall(r"--seeds ([\d ]+)", advice.command)
     n = len(seeds.split())
-    assert 3 < n <= gaps.MOST_SEEDS and f"with {n}, such a gap" in advice.undecided[0]
+    assert 3 < n <= gaps.MAX_SEEDS and f"with {n}, such a gap" in advice.undecided[0]
     decided = 0
     for _ in range(100):
         counts = [np.clip(rng.normal(mean, deviation, n).round(), 0, N).astype(int)

@@ -83,4 +83,4 @@ def test_what_a_finding_makes_is_not_given(made_up, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["rates", "--output", str(tmp_path / "out"), "--model", "mine"])
     assert error.value.code == 2 and made_up == []
-    assert "--model: the finding rates makes it itself" in capsys.readouterr().err
+    assert "--model is set by the finding rates itself" in capsys.readouterr().err

@@ -257,12 +257,15 @@ def test_tables_and_picture_come_from_a_comparison_that_is_over(tmp_path, capsys
 @pytest.mark.parametrize(
     "line, said",
     [
-        (["nope"], "there is no finding 'nope': choose of rates, "),
+        (["nope"], "there is no finding 'nope'. Choose one of rates, "),
         (["rates", "--from", "{}/none"], "compare.json cannot be read .*output folder of train"),
-        (["rates", "--from", "{}", "--rows", "8"], "runs nothing, so that --rows 8 has no effect"),
-        (["rates", "--config", "x"], "rates has a file of its own, .*rates.yaml: give options on"),
-        (["rates", "--ranks", "0", "--output", "{}/o"], "--ranks 0: a number from 1 on is needed"),
-        (["moe", "--from", "{}", "--measure", "score"], "a score is needed .* only loss"),
+        (["rates", "--from", "{}", "--rows", "8"], "runs nothing, so --rows 8 has no effect"),
+        (
+            ["rates", "--config", "x"],
+            "rates, which uses its own file, .*rates.yaml. Pass options on",
+        ),
+        (["rates", "--ranks", "0", "--output", "{}/o"], "--ranks 0 is out of range"),
+        (["moe", "--from", "{}", "--measure", "score"], "needs a score, .* only has loss"),
     ],
 )
 def test_what_cannot_be_done_is_said(line, said, tmp_path, capsys):
@@ -279,7 +282,7 @@ def test_a_comparison_of_which_nothing_ended_has_no_table(tmp_path, capsys):
     result.write(found, tmp_path)
     with pytest.raises(SystemExit):
         main(["rates", "--from", str(tmp_path)])
-    assert "there is none: no run ended" in capsys.readouterr().err
+    assert "has none: no run ended" in capsys.readouterr().err
     assert not (tmp_path / "finding.md").exists()
 
 
@@ -299,7 +302,7 @@ def test_what_is_forgotten_and_what_intrudes_have_tables_of_their_own(tmp_path):
     result.write(Comparison(facts=FACTS, runs=tuple(runs)), tmp_path)
     main(["forgetting", "--from", str(tmp_path)])
     text = (tmp_path / "finding.md").read_text()
-    assert "Rise of the loss on other text (nats a token), mean of two seeds" in text
+    assert "Rise of the loss on other text (nats per token), mean of two seeds" in text
     assert "**0.200** (0.100–0.300)" in text and "**3.000** (2.000–4.000)" in text
     main(["forgetting", "--from", str(tmp_path), "--measure", "intruders"])
     text = (tmp_path / "finding.md").read_text()

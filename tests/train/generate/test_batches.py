@@ -117,7 +117,9 @@ def test_adapters_of_other_structures_answer_a_file_in_its_order(made, expected,
         assert line["answer"] == expected(line["adapter"], prompt)
         assert (line["tokens"], line["ended"]) == (6, "length") or line["ended"] == "eos"
     assert len({line["answer"] for line in found}) > 9
-    assert "exists: name another file, or replace it" in fails(capsys, *args, "--output", out)
+    assert "exists already. Pass another file, or replace it" in fails(
+        capsys, *args, "--output", out
+    )
     assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
 
 
@@ -289,7 +291,7 @@ def test_few_lengths_are_compiled():
         ("--prompt a --batch-size 3", "--batch-size is about several answers"),
         ("--prompt a --prompts FILE", "--prompts and --prompt both name prompts"),
         ("--prompt --top-k 3", "--prompt has no value: give one"),
-        ("--prompts LONG --output LONG --overwrite", "is the file of --prompts: name another"),
+        ("--prompts LONG --output LONG --overwrite", "is also the file of --prompts. Pass another"),
         ("--prompt a --overwrite", "--overwrite replaces the file of --output"),
         ("--prompt a --no-merge", "--no-merge is about an adapter: name one"),
         ("--prompt a --merge --no-merge --adapter SQL", "--merge contradicts --no-merge"),

@@ -195,7 +195,9 @@ def test_a_file_is_whole_or_not_there(made, tmp_path, capsys, monkeypatch):
     args = ["--adapter", made[0] / "run", "ab", "--out", out]
     main([str(arg) for arg in args])
     before = out.read_text()
-    assert "exists: name another file, or replace it with --overwrite" in fails(capsys, *args)
+    assert "exists already. Pass another file, or replace it with --overwrite" in fails(
+        capsys, *args
+    )
     assert out.read_text() == before
     main([str(arg) for arg in [*args[:2], "xyz", *args[2:], "--overwrite"]])
     assert len(out.read_text().splitlines()) == 2

@@ -82,7 +82,7 @@ def test_the_kinds_of_file_say_the_same(tmp_path):
         ("name,output\na,b\n", "output cannot differ"),
         ("name,full\na,true\n", "line 2: --full trains the base itself"),
         ("name,tinylora,weight_tying\na,true,1\n", "line 2: --weight-tying trains one vector"),
-        ("name,report_to\na,wandb\n", "--report-to wandb keeps one run a process"),
+        ("name,report_to\na,wandb\n", "--report-to wandb keeps only one run per process"),
         ("name,optimizer,beta2\na,sgd,0.9\n", "line 2: --optimizer sgd does not .* --beta2"),
         ("name,rank\n", "has no rows"),
         ("name,rank\na,2,3\n", "line 2 has 3 fields and the header 2"),

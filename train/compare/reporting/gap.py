@@ -13,9 +13,9 @@ from train.compare.reporting.tables import ArmRow, Spread
 
 UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
 LEVEL = 0.95
-FEWEST = 6  # questions answered differently: with 5, a sign test (two-sided) has p = 0.0625
-POWER = 0.8  # the share of comparisons in which a gap is to be told apart
-MOST_SEEDS = 100
+MIN_DIFFERING_QUESTIONS = 6  # with 5, a two-sided sign test has p = 0.0625
+POWER = 0.8  # the share of comparisons in which a gap must decide
+MAX_SEEDS = 100
 
 
 class Variance(NamedTuple):
@@ -40,7 +40,7 @@ class QuestionSpread(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """By how much an arm is better than another one; negative if it is worse.
+    """The advantage of one arm over another one; negative if the arm is worse.
 
     Attributes:
       value: the difference of the means.
@@ -75,14 +75,15 @@ class Gap(NamedTuple):
     def decides(self) -> bool:
         """Returns True if the gap is beyond the spread."""
         questions = self.questions
-        if questions is not None and questions.differing < FEWEST:
+        if questions is not None and questions.differing < MIN_DIFFERING_QUESTIONS:
             return False
+        # With a single seed, the spread over seeds is unknown: the gap must be large.
         if not self.seeds:
             question_error = half_width([questions.variance]) if questions else 0.0
             return abs(self.share) > UNKNOWN_SPREAD and abs(self.value) > question_error
-        if questions is None and not any(variance.value for variance in self.seeds):
-            return False  # nothing was seen to vary
-        return abs(self.value) > half_width(self.variances)
+        # Seeds that all agree show no spread, so they say nothing about chance.
+        is_spread_known = questions is not None or any(seed.value for seed in self.seeds)
+        return is_spread_known and abs(self.value) > half_width(self.variances)
 
     @property
     def is_hidden(self) -> bool:
@@ -119,14 +120,14 @@ def half_width(variances: Iterable[Variance]) -> float:
 
     Of two means over seeds alone, it is that of Welch (1947).
     """
-    total_variance, freedom = _sum_of(variances)
+    total_variance, freedom = _sum_variances(variances)
     if not total_variance:
         return 0.0
     return float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(total_variance)
 
 
 def seeds_to_decide(gap: Gap, n_seeds: int) -> int | None:
-    """Returns the number of seeds at which a gap would be told apart; None if too many.
+    """Returns the smallest number of seeds that would probably decide a gap; None if too many.
 
     Args:
       gap: what was observed, taken for the true difference.
@@ -136,36 +137,39 @@ def seeds_to_decide(gap: Gap, n_seeds: int) -> int | None:
         return None
 
     def is_enough(n: int) -> bool:
+        # Scale the variance of each mean to n seeds.
         variances: list[Variance] = []
         for mean_variance in gap.seeds:
             seed_variance = mean_variance.value * (mean_variance.freedom + 1)
             variances.append(Variance(seed_variance / n, n - 1))
-        return _is_likely(gap._replace(seeds=tuple(variances)))
+        return _is_likely_to_decide(gap._replace(seeds=tuple(variances)))
 
-    return _smallest_enough(range(n_seeds + 1, MOST_SEEDS + 1), is_enough)
+    return _find_smallest_enough(range(n_seeds + 1, MAX_SEEDS + 1), is_enough)
 
 
 def questions_to_decide(gap: Gap, n_available: int) -> int | None:
-    """Returns the number of questions at which a gap would be told apart; None if too many.
+    """Returns the smallest number of questions that would probably decide a gap; None if too many.
 
     Args:
       gap: what was observed, taken for the true difference.
-      n_available: how many questions there are.
+      n_available: number of questions that the task has.
     """
     questions = gap.questions
     if questions is None or not gap.seeds:
         return None
 
     def is_enough(n: int) -> bool:
+        # Enough questions must differ, and the gap must exceed their spread, both with `POWER`.
         expected_differing = questions.differing * n / questions.n
-        is_common = stats.poisson.sf(FEWEST - 1, expected_differing) >= POWER
-        return bool(is_common) and _is_likely(with_questions(gap, n))
+        min_differing = MIN_DIFFERING_QUESTIONS
+        differing_probability = stats.poisson.sf(min_differing - 1, expected_differing)
+        return differing_probability >= POWER and _is_likely_to_decide(with_questions(gap, n))
 
-    return _smallest_enough(range(questions.n + 1, n_available + 1), is_enough)
+    return _find_smallest_enough(range(questions.n + 1, n_available + 1), is_enough)
 
 
 def with_questions(gap: Gap, n: int) -> Gap:
-    """Returns the gap, with the spread that n questions of the same kind would give it."""
+    """Returns the gap with the question spread that n questions of the same kind would have."""
     questions = gap.questions
     assert questions is not None
     variance = Variance(questions.variance.value * questions.n / n, n - 1)
@@ -173,17 +177,17 @@ def with_questions(gap: Gap, n: int) -> Gap:
     return gap._replace(questions=QuestionSpread(n=n, differing=n_differing, variance=variance))
 
 
-def _smallest_enough(counts: range, is_enough: Callable[[int], bool]) -> int | None:
+def _find_smallest_enough(counts: range, is_enough: Callable[[int], bool]) -> int | None:
     """Returns the smallest count that is enough, by bisection; None if none is."""
     index = bisect.bisect_left(counts, True, key=is_enough)
     return counts[index] if index < len(counts) else None
 
 
-def _is_likely(gap: Gap) -> bool:
-    """Returns True if a gap is told apart in `POWER` of the comparisons."""
-    if gap.questions is not None and gap.questions.differing < FEWEST:
+def _is_likely_to_decide(gap: Gap) -> bool:
+    """Returns True if a gap of this size decides with probability `POWER`."""
+    if gap.questions is not None and gap.questions.differing < MIN_DIFFERING_QUESTIONS:
         return False
-    total_variance, freedom = _sum_of(gap.variances)
+    total_variance, freedom = _sum_variances(gap.variances)
     if not total_variance:
         return gap.questions is not None and bool(gap.value)
     critical_value = stats.t.ppf(0.5 + LEVEL / 2, freedom)
@@ -191,7 +195,7 @@ def _is_likely(gap: Gap) -> bool:
     return bool(stats.nct.sf(critical_value, freedom, noncentrality) >= POWER)
 
 
-def _sum_of(variances: Iterable[Variance]) -> tuple[float, float]:
+def _sum_variances(variances: Iterable[Variance]) -> tuple[float, float]:
     """Returns the sum of variances, and its degrees of freedom (Satterthwaite, 1946)."""
     terms = [variance for variance in variances if variance.value]
     total = sum(term.value for term in terms)

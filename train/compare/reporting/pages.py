@@ -343,7 +343,7 @@ def _storage(figures: Figures) -> list[Block]:
 
 def _forgetting(figures: Figures) -> list[Block]:
     outside = figures.comparison.facts.outside or "text outside the task"
-    text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
+    text = f"How much the loss (nats per token) on {outside} rose in training; smaller is better."
     return _seeds_table(figures, "forgotten", "Forgetting", text)
 
 
@@ -351,7 +351,7 @@ def _divergence(figures: Figures) -> list[Block]:
     prompts = figures.comparison.facts.diverging_on or "the held-out prompts"
     text = (
         "How far a run has moved from the base: KL(base ‖ run) of the next token, over the whole "
-        f"vocabulary, on the base's completions of {prompts} (nats a token)."
+        f"vocabulary, on the base's completions of {prompts} (nats per token)."
     )
     return _seeds_table(figures, "divergence", "Divergence from the base", text)
 

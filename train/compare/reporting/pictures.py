@@ -357,7 +357,7 @@ def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     axes.set_yticks(range(len(rows)), [drawing.name(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_xlabel("rise of the loss\n(nats a token)")
+    axes.set_xlabel("rise of the loss\n(nats per token)")
     return (
         "Forgetting",
         "How much the loss on text outside the task rose in training; bars run from the lowest to "

@@ -16,14 +16,22 @@ from train.compare.reporting.costs import (
     is_cheaper,
     knows_costs,
 )
-from train.compare.reporting.gap import FEWEST, LEVEL, UNKNOWN_SPREAD, Gap, gap_of, half_width
+from train.compare.reporting.gap import (
+    LEVEL,
+    MIN_DIFFERING_QUESTIONS,
+    UNKNOWN_SPREAD,
+    Gap,
+    gap_of,
+    half_width,
+)
 from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
 
 RULE = (
     "The best adapter is compared with the best full fine-tuning, by the task's score, or by the "
     "held-out loss where there is no score. Quality decides if the gap is beyond the spread: its "
-    f"{LEVEL:.0%} interval leaves out zero, and at least {FEWEST} questions were answered "
+    f"{LEVEL:.0%} interval leaves out zero, and at least {MIN_DIFFERING_QUESTIONS} questions were "
+    "answered "
     "differently. The interval counts the spread over seeds (Welch) and over the questions, in "
     "pairs of both methods' results (Satterthwaite). Where the results of single questions are not "
     "known, the seeds alone decide; seeds that all agree decide nothing. Within the spread, memory "
@@ -48,14 +56,14 @@ class Doubt(NamedTuple):
     """A reason why a comparison does not decide.
 
     Attributes:
-      short: a clause for the headline.
-      said: a sentence that says what would decide it.
+      headline_clause: a clause for the headline.
+      sentence: a sentence that says what would decide it.
       option: the option of train.compare that would, with its values; "" for none.
       values: the values of the option; of settings, those that were tried are among them.
     """
 
-    short: str
-    said: str
+    headline_clause: str
+    sentence: str
     option: str = ""
     values: tuple[float | str, ...] = ()
 
@@ -93,22 +101,25 @@ def recommend(comparison: Comparison) -> Recommendation:
     figures = Figures(comparison)
     lora, full = tables.best_sides(figures.rows)
     if lora is None or full is None:
-        return _one_sided(lora, full, figures)
+        return _recommend_without_a_rival(lora, full, figures)
     gap = gap_of(lora, full)
     better_row = lora if gap.value >= 0 else full
     costs = compare_costs(lora, full)
     cost_sentences = [cost.sentence for cost in costs]
-    quality_clause, reasons = _quality(lora, full, gap, figures)
+    quality_clause, reasons = _describe_quality(lora, full, gap, figures)
     is_full_better = gap.decides and better_row is full
     if is_full_better:
         recommended_row = full
-        doubts = _doubts(lora, figures)
+        doubts = _doubts_about_best_row(lora, figures)
         if costs:
             reasons += ["This is the price of the better quality:", *cost_sentences]
     else:
         recommended_row = lora
-        doubts = [*_doubts(full, figures), *_spread_doubts(gap, costs, lora, full, figures)]
-        reasons += [*cost_sentences, *_smaller_adapter(lora, figures)]
+        doubts = [
+            *_doubts_about_best_row(full, figures),
+            *_doubts_of_wide_spread(gap, costs, lora, full, figures),
+        ]
+        reasons += [*cost_sentences, *_describe_smaller_adapter(lora, figures)]
     if figures.measure.kind == "training":
         doubts = [_NO_HELD_OUT]
     clauses = [quality_clause]
@@ -121,27 +132,29 @@ def recommend(comparison: Comparison) -> Recommendation:
         verdict = "undecided"
         recommended_row = better_row
         headline = f"Not decided between {figures.label(lora.arm)} and {figures.label(full.arm)}"
-        clauses += dict.fromkeys(doubt.short for doubt in doubts)
+        clauses += dict.fromkeys(doubt.headline_clause for doubt in doubts)
     return Recommendation(
         verdict=verdict,
         arm=recommended_row.arm,
         headline=f"{headline}: {'; '.join(clauses)}.",
         reasons=tuple(reasons),
-        undecided=tuple(doubt.said for doubt in doubts),
+        undecided=tuple(doubt.sentence for doubt in doubts),
         command=_command_to_decide(comparison.facts.command, doubts),
     )
 
 
-def _spread_doubts(
+def _doubts_of_wide_spread(
     gap: Gap, costs: Sequence[CostComparison], lora: ArmRow, full: ArmRow, figures: Figures
 ) -> list[Doubt]:
     """Returns the doubts that a wide spread leaves: it may hide that full fine-tuning is better."""
     if gap.decides:
         return []
     if gap.value < 0 and not gap.seeds:
-        lead = "Full fine-tuning is ahead by one seed"
+        doubt_clause = "Full fine-tuning is ahead by one seed"
     elif gap.is_hidden:
-        lead = f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread may hide that"
+        doubt_clause = (
+            f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread may hide that"
+        )
     elif is_cheaper(costs):
         return []
     elif not knows_costs(costs):
@@ -149,68 +162,81 @@ def _spread_doubts(
         text += "measured: measure them (--costs)."
         return [Doubt("memory and time are not known", text, "--costs")]
     else:
-        lead = "Memory and time of a step do not decide for LoRA"
-    return _more_measurements(lead, gap, min(len(lora.runs), len(full.runs)), figures)
+        doubt_clause = "Memory and time of a step do not decide for LoRA"
+    return _doubts_for_more_measurements(
+        doubt_clause, gap, min(len(lora.runs), len(full.runs)), figures
+    )
 
 
-def _more_measurements(lead: str, gap: Gap, n_seeds: int, figures: Figures) -> list[Doubt]:
+def _doubts_for_more_measurements(
+    doubt_clause: str, gap: Gap, n_seeds: int, figures: Figures
+) -> list[Doubt]:
     """Returns the doubts that more questions, or else more seeds, would settle.
 
     Args:
-      lead: the doubt, as a clause.
+      doubt_clause: the doubt, as a clause.
       gap: by how much the adapter is better than full fine-tuning.
       n_seeds: number of seeds of each.
       figures: the comparison.
     """
     facts = figures.comparison.facts
     promise = "such a gap would be told apart in four of five comparisons"
+    # --eval-questions counts examples, and a task may ask several questions for each example.
     n_questions = 0 if gap.questions is None else gap.questions.n
-    # A task may ask several questions for each of --eval-questions.
     questions_per_option = 1.0
     if facts.eval_questions:
         questions_per_option = n_questions / facts.eval_questions
     option_limit = facts.most_questions or 0
     n_available = int(option_limit * questions_per_option)
+    # More questions alone are enough.
     questions_needed = gaps.questions_to_decide(gap, n_available)
     if questions_needed is not None:
         option_value = math.ceil(questions_needed / questions_per_option)
-        return [_question_doubt(lead, option_value, promise)]
+        return [_make_question_doubt(doubt_clause, option_value, promise)]
+    # More seeds are enough, if need be together with all questions that there are.
     doubts: list[Doubt] = []
     seeds_needed = gaps.seeds_to_decide(gap, n_seeds)
     if seeds_needed is None and n_available > n_questions:
         gap_with_all_questions = gaps.with_questions(gap, n_available)
         seeds_needed = gaps.seeds_to_decide(gap_with_all_questions, n_seeds)
-        doubts = [_question_doubt(lead, option_limit, "more seeds are needed as well")]
+        question_promise = "more seeds are needed as well"
+        doubts = [_make_question_doubt(doubt_clause, option_limit, question_promise)]
     if seeds_needed is not None:
         promise = f"with {seeds_needed}, {promise}"
-        return [*doubts, _seed_doubt(lead, seeds_needed - n_seeds, figures, promise)]
+        n_further_seeds = seeds_needed - n_seeds
+        return [*doubts, _make_seed_doubt(doubt_clause, n_further_seeds, figures, promise)]
+    # The gap is so small, beside its known spread, that no affordable number of seeds is enough.
     has_variance = any(variance.value for variance in gap.variances)
     if gap.seeds and gap.value and has_variance:
-        text = f"{lead}. Not even {gaps.MOST_SEEDS} seeds would tell such a gap apart"
-        text += " on these questions: hold out more." if gap.questions else "."
-        return [Doubt("the gap is too small for what can be measured", text)]
+        sentence = f"{doubt_clause}. Not even {gaps.MAX_SEEDS} seeds would tell such a gap apart"
+        sentence += " on these questions: hold out more." if gap.questions else "."
+        return [Doubt("the gap is too small for what can be measured", sentence)]
+    # The spread is not known: twice as many seeds would show it.
     n_compared_seeds = len({run.seed for run in figures.comparison.runs})
     n_further_seeds = max(2, n_compared_seeds)
-    return [_seed_doubt(lead, n_further_seeds, figures, "how many it takes is not known")]
+    promise = "how many it takes is not known"
+    return [_make_seed_doubt(doubt_clause, n_further_seeds, figures, promise)]
 
 
-def _question_doubt(lead: str, n_questions: int, promise: str) -> Doubt:
+def _make_question_doubt(doubt_clause: str, n_questions: int, promise: str) -> Doubt:
     return Doubt(
-        short="more questions are needed",
-        said=f"{lead}: ask {n_questions:,} questions (--eval-questions); {promise}.",
+        headline_clause="more questions are needed",
+        sentence=f"{doubt_clause}: ask {n_questions:,} questions (--eval-questions); {promise}.",
         option="--eval-questions",
         values=(n_questions,),
     )
 
 
-def _seed_doubt(lead: str, n_further_seeds: int, figures: Figures, promise: str) -> Doubt:
+def _make_seed_doubt(
+    doubt_clause: str, n_further_seeds: int, figures: Figures, promise: str
+) -> Doubt:
     """Returns the doubt that so many seeds beside those of the comparison would settle."""
     seeds = sorted({run.seed for run in figures.comparison.runs})
     first_further_seed = seeds[-1] + 1
     further_seeds = range(first_further_seed, first_further_seed + n_further_seeds)
     return Doubt(
-        short="more seeds are needed",
-        said=f"{lead}: train more seeds (--seeds); {promise}.",
+        headline_clause="more seeds are needed",
+        sentence=f"{doubt_clause}: train more seeds (--seeds); {promise}.",
         option="--seeds",
         values=(*seeds, *further_seeds),
     )
@@ -226,7 +252,7 @@ def _command_to_decide(command: str, doubts: Sequence[Doubt]) -> str | None:
     option_values: dict[str, list[str]] = {}
     for doubt in doubts:
         if doubt.option:
-            option_values[doubt.option] = [_option_word(value) for value in doubt.values]
+            option_values[doubt.option] = [_format_option_value(value) for value in doubt.values]
     if not option_values:
         return None
     removed_options = {"--resume", "--overwrite"}
@@ -254,11 +280,13 @@ def _set_option(command_words: list[str], option: str, values: list[str]) -> Non
     command_words[start:end] = [option, *values]
 
 
-def _option_word(value: float | str) -> str:
+def _format_option_value(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _one_sided(lora: ArmRow | None, full: ArmRow | None, figures: Figures) -> Recommendation:
+def _recommend_without_a_rival(
+    lora: ArmRow | None, full: ArmRow | None, figures: Figures
+) -> Recommendation:
     """Returns the recommendation where an adapter or full fine-tuning has no value, or both."""
     rows = figures.rows
     missing_method = "full fine-tuning" if full is None else "an adapter"
@@ -278,8 +306,8 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, figures: Figures) -> Re
     best_row = lora or full
     methods = dict.fromkeys([*(row.arm.method for row in rows), "lora", "full"])
     doubt = Doubt(
-        short="there is nothing to compare",
-        said=f"There is nothing to compare: run at least two seeds of {missing_method} "
+        headline_clause="there is nothing to compare",
+        sentence=f"There is nothing to compare: run at least two seeds of {missing_method} "
         "(--methods).",
         # The option helps where no run of the method was asked for.
         option="" if missing_rows else "--methods",
@@ -290,18 +318,20 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, figures: Figures) -> Re
         arm=best_row.arm if best_row else None,
         headline=f"Not decided: {reasons[0][0].lower()}{reasons[0][1:]}",
         reasons=tuple(reasons),
-        undecided=(doubt.said,),
+        undecided=(doubt.sentence,),
         command=_command_to_decide(figures.comparison.facts.command, [doubt]),
     )
 
 
-def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[str, list[str]]:
+def _describe_quality(
+    lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures
+) -> tuple[str, list[str]]:
     """Returns a comparison of the qualities: a clause of a headline, and sentences with both."""
     sides: list[str] = []
     for row in (lora, full):
         assert row.quality
         value = words.beside(row.quality.mean, gap.error or row.quality.deviation)
-        sides.append(f"{value} with {figures.label(row.arm)} ({_seed_count(row.quality)})")
+        sides.append(f"{value} with {figures.label(row.arm)} ({_format_seed_count(row.quality)})")
     values_sentence = f"{words.capital(figures.measure.name)}: {', '.join(sides)}."
     size = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
     leader = words.method((lora if gap.value >= 0 else full).arm.method)
@@ -357,19 +387,19 @@ def _question_sentences(gap: Gap) -> list[str]:
     if questions is None:
         return ["The results of single questions are not known: the seeds alone decide."]
     count = f"{questions.differing:,} of {questions.n:,} questions were answered differently"
-    if questions.differing < FEWEST:
-        return [f"Only {count}: fewer than {FEWEST} decide nothing."]
+    if questions.differing < MIN_DIFFERING_QUESTIONS:
+        return [f"Only {count}: fewer than {MIN_DIFFERING_QUESTIONS} decide nothing."]
     if gap.seeds:
         return []
     error = words.rough(half_width([questions.variance]))
     return [f"{words.capital(count)}: over them alone, the gap is ± {error}."]
 
 
-def _seed_count(quality: Spread) -> str:
+def _format_seed_count(quality: Spread) -> str:
     return f"{quality.n} seeds" if quality.n > 1 else "one seed"
 
 
-def _smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
+def _describe_smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
     """Names the smallest adapter that is within the spread of the best one, in a sentence."""
     best_size = lora.trained_parameters or 0
     for row in sorted(figures.rows, key=lambda row: row.trained_parameters or 0):
@@ -386,7 +416,7 @@ def _smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
     return []
 
 
-def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
+def _doubts_about_best_row(side: ArmRow, figures: Figures) -> list[Doubt]:
     """Returns reasons why a method may do better than its best row here, and what would show it."""
     return [
         *_rate_doubts(side, figures),
@@ -416,8 +446,8 @@ def _rate_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
     # The rates of such a method are multiples of those that --lrs names.
     has_multiples = side.arm.method in WITH_OWN_RATE
     doubt = Doubt(
-        short=f"the best rate of {method} is at the edge of what was tried",
-        said=f"{finding} try {rate_list} too ({option}).",
+        headline_clause=f"the best rate of {method} is at the edge of what was tried",
+        sentence=f"{finding} try {rate_list} too ({option}).",
         option="" if has_multiples else option,
         values=tuple(sorted({*further_rates, *tried_rates})),
     )
@@ -460,8 +490,8 @@ def _rank_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
         return []
     method = words.method(side.arm.method)
     doubt = Doubt(
-        short=f"the best rank of {method} is the largest tried",
-        said=f"The best rank of {method}, {rank}, is the largest tried: try {4 * rank} too "
+        headline_clause=f"the best rank of {method} is the largest tried",
+        sentence=f"The best rank of {method}, {rank}, is the largest tried: try {4 * rank} too "
         "(--ranks).",
         option="--ranks",
         values=tuple(sorted({*ranks, 4 * rank})),

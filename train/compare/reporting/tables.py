@@ -199,9 +199,9 @@ def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
         Criterion("score", facts.score or "score", larger=True),
         Criterion("held out", f"held-out {facts.loss}", larger=False),
         Criterion("training", f"training {facts.loss}", larger=False),
-        Criterion("forgetting", "rise of the loss on other text (nats a token)", larger=False),
+        Criterion("forgetting", "rise of the loss on other text (nats per token)", larger=False),
         Criterion("intruders", "intruder dimensions of a matrix", larger=False),
-        Criterion("divergence", "divergence from the base (nats a token)", larger=False),
+        Criterion("divergence", "divergence from the base (nats per token)", larger=False),
     )
     return {measure.kind: measure for measure in measures}
 
