@@ -123,7 +123,7 @@ def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_an
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said.startswith(f"a file cannot be written ({run}") and "Go on with: " in said
-    assert "raise the quota or the limit on the size of files" in said and len(said.splitlines()) == 1
+    assert "the limit on the size of files" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -325,6 +325,5 @@ def _check_held_out(script: ComparedScript, arm: Arm, config: Any, inputs: Input
     if not has_held_out:
         raise UserError(
             "nothing is held out, so the runs cannot be compared. Pass --eval-dataset or more "
-            "rows, "
-            "and a positive --eval-questions."
+            "rows, and a positive --eval-questions."
         )
