@@ -37,7 +37,7 @@ _OURS = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
 
 
 class Subject(NamedTuple):
-    """A model, its examples and what is done with them."""
+    """A model, its examples, and the rules, loss and layout to train it with."""
 
     model: Model | Forward
     examples: Examples | Mapping[str, Any]
@@ -56,7 +56,7 @@ class LengthOptions(NamedTuple):
 
 
 class RateOptions(NamedTuple):
-    """The learning rate over a run, and the optimiser that has it."""
+    """The learning rate over a run, and its optimiser."""
 
     lr: float | optax.Schedule
     schedule: ScheduleKind
@@ -140,16 +140,18 @@ def as_examples(examples: Examples | Mapping[str, Any], name: str) -> Examples:
         if has_scalars or len({len(array) for array in arrays.values()}) != 1:
             shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
             raise TrainingError(
-                f"{name} has {shapes}: arrays of one length are needed, [n, …] each"
+                f"{name} has {shapes}, but all arrays must have one length, [n, …] each. Pass "
+                "arrays with the same first axis."
             )
         examples = Arrays(arrays)
     if not isinstance(examples, Examples):
         raise TrainingError(
-            f"{name} is a {type(examples).__name__}: give training.chats(rows, tokenizer, …), "
-            "training.texts(rows, tokenizer, …), or a dict of arrays"
+            f"{name} is a {type(examples).__name__}, which is no set of examples. Pass "
+            "training.chats(rows, tokenizer, …), training.texts(rows, tokenizer, …), or a dict of "
+            "arrays."
         )
     if not len(examples):
-        raise TrainingError(f"{name} is empty")
+        raise TrainingError(f"{name} is empty. Pass at least one example.")
     return examples
 
 
@@ -165,7 +167,8 @@ def matching_examples(
     names = sorted(examples.take(first_row))
     if held_out_names != names:
         raise TrainingError(
-            f"held_out has the arrays {', '.join(held_out_names)}; examples has {', '.join(names)}"
+            f"held_out has the arrays {', '.join(held_out_names)}, but examples has "
+            f"{', '.join(names)}. Pass held_out with the same arrays."
         )
     return held_out
 
@@ -222,7 +225,7 @@ def _out_of_range(name: str, value: Any, number_range: NumberRange) -> TrainingE
 
 
 def check_together(values: Mapping[str, Any]) -> None:
-    """Raises a TrainingError for options that contradict each other, or lack one another.
+    """Raises a TrainingError for options that exclude each other, or need another option.
 
     Args:
       values: `steps`, `epochs`, `resume`, `overwrite`, `keep_best` and `patience`, among others.
@@ -230,32 +233,37 @@ def check_together(values: Mapping[str, Any]) -> None:
     if values["steps"] is not None and values["epochs"] is not None:
         raise TrainingError(
             lambda option: (
-                f"{option('steps')} and {option('epochs')} both say how long to train: give one of "
-                "them"
+                f"{option('steps')} and {option('epochs')} both set the length of the run. Remove "
+                "one of them."
             )
         )
     if values["resume"] and values["overwrite"]:
         raise TrainingError(
             lambda option: (
-                f"{option('resume')} goes on with a run and {option('overwrite')} deletes it: give "
-                "one of them"
+                f"{option('resume')} continues a run, but {option('overwrite')} deletes it. Remove "
+                "one of them."
             )
         )
     if values["patience"] is not None and not values["keep_best"]:
         raise TrainingError(
             lambda option: (
-                f"{option('patience', values['patience'])} ends a run that no longer improves, and "
-                f"leaves its best adapter: say which it is with {option('keep_best', True)}, too"
+                f"{option('patience', values['patience'])} ends a run that no longer improves, so "
+                f"it needs the best adapter of the run. Add {option('keep_best', True)}."
             )
         )
 
 
 def check_best(keep_best: bool, *, held_out: bool, folder: bool) -> None:
-    """Raises a TrainingError where the best adapter cannot be measured or kept."""
+    """Raises a TrainingError if the best adapter cannot be measured or saved."""
     if keep_best and not held_out:
-        raise TrainingError("keep_best=True goes by the loss on held-out examples: give held_out")
+        raise TrainingError(
+            "keep_best=True compares adapters by their loss on held-out examples. Pass held_out."
+        )
     if keep_best and not folder:
-        raise TrainingError("keep_best=True keeps adapters in the run's folder: name it by folder")
+        raise TrainingError(
+            "keep_best=True saves adapters in the run's folder, but the run has no folder. Pass "
+            "folder."
+        )
 
 
 def choose_loss(
@@ -274,8 +282,8 @@ def choose_loss(
     if isinstance(examples, Images):
         return IMAGES
     raise TrainingError(
-        "loss is missing: for your own arrays, give a function (forward, params, batch, "
-        "dropout_key) -> training.Sums(total, count, logs)"
+        "loss is missing, and your own arrays have no default loss. Pass a function (forward, "
+        "params, batch, dropout_key) -> training.Sums(total, count, logs)."
     )
 
 
@@ -284,7 +292,9 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
     if folder is None:
         if resume or overwrite:
             name = "resume" if resume else "overwrite"
-            raise TrainingError(f"{name}=True is about a run's folder: name it by folder")
+            raise TrainingError(
+                f"{name}=True needs a run's folder, but the run has no folder. Pass folder."
+            )
         return None
     problem = remote_problem(folder)
     if problem:
@@ -292,21 +302,20 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
     path = Path(folder).expanduser()
     if not (resume or overwrite) and any((path / name).exists() for name in _OURS):
         raise TrainingError(
-            f"the folder {path} holds another run: go on with it by resume=True, delete it by "
-            "overwrite=True, or name another"
+            f"the folder {path} holds another run. Continue it with resume=True, delete it with "
+            "overwrite=True, or pass another folder."
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"the folder {path} cannot be written: {error.strerror or error}; name another by "
-            "folder"
+            f"the folder {path} cannot be written ({error.strerror or error}). Pass another folder."
         ) from error
     return path
 
 
 def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
-    """Deletes the named files and folders, if they exist; by default all of a run."""
+    """Deletes the named files and folders in a run's folder; by default all files of the run."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -322,24 +331,28 @@ def check_positions(model: Model | Forward, examples: Examples) -> None:
     longest = int(examples.table.lengths.max())
     if longest > positions:
         raise TrainingError(
-            f"a sequence has {longest} tokens, and the model {positions} positions: "
-            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
-            '{"rope_type": "yarn", "factor": 2.0})'
+            f"a sequence has {longest} tokens, but the model has only {positions} positions. "
+            "Reduce seq_len, or load the model with from_pretrained(…, rope_scaling="
+            '{"rope_type": "yarn", "factor": 2.0}).'
         )
 
 
 def check_optimizer(optimizer: object, weight_decay: float) -> None:
     """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
+        raise TrainingError(
+            f"optimizer={optimizer!r} is unknown. Choose one of {', '.join(OPTIMIZERS)}, or pass "
+            "an Optax optimizer."
+        )
     if not isinstance(optimizer, str) and weight_decay:
         raise TrainingError(
-            f"weight_decay={weight_decay} is for optimizers by name: build it into your own"
+            f"weight_decay={weight_decay} has no effect on your own optimizer. Remove "
+            "weight_decay, and build it into the optimizer."
         )
 
 
 def settings_of(**settings: Any) -> dict[str, str]:
-    """Returns the settings that a resumed run may not change, as text that never varies."""
+    """Returns settings as texts that are equal in each process, to compare them on resuming."""
     return {
         name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
         for name, value in settings.items()

@@ -300,7 +300,7 @@ def _train(
     if job.measured is not None:
         every = job.intervals.eval_every or tenth
         measures = [held_out_loss(start, forward, loss, job.measured, every=every, stop=stop)]
-    resume_hint = f"Go on with {as_argument('resume', True)}"
+    resume_hint = f"Continue with {as_argument('resume', True)}"
     stop.remedy = resume_hint
     # Only the main thread gets signals.
     is_main_thread = threading.current_thread() is threading.main_thread()
@@ -355,8 +355,9 @@ def _adapt_params(
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     if not any(is_node(leaf) for _, leaf in leaves):
         raise TrainingError(
-            "rules is missing, and params is a plain tree: say what trains, such as "
-            '[lora_jax.LoraRule(targets="all-linear", rank=8)], or give an adapted tree'
+            "rules is missing, and params has no adapter, so nothing would train. Pass rules, such "
+            "as "
+            '[lora_jax.LoraRule(targets="all-linear", rank=8)], or an adapted tree.'
         )
     adapter, base = lj.split(params)
     return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them

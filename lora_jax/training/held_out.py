@@ -173,7 +173,10 @@ def make_scorer(
     (1, 2)
     """
     if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: the logits are divided by it; give 1")
+        raise ValueError(
+            f"temperature is {temperature}, but it divides the logits, so it must be above 0. Pass "
+            "1."
+        )
 
     def scores_of_tokens(logits: jax.Array, targets: jax.Array) -> Scores:
         logits = logits / temperature

@@ -79,8 +79,8 @@ class Layout(Placement):
         if lacking := [name for name in AXES if name not in self.mesh.shape]:
             raise TrainingError(
                 f"the mesh has the axes {', '.join(self.mesh.shape)} and lacks "
-                f"{', '.join(lacking)}: make it by lora_jax.training.make_mesh, which gives those "
-                "that are not named a size of 1"
+                f"{', '.join(lacking)}. Use lora_jax.training.make_mesh, which adds missing axes "
+                "with a size of 1."
             )
 
     @classmethod
@@ -163,10 +163,10 @@ class Layout(Placement):
         has_several_lengths = len(lengths) > 1
         raise TrainingError(
             lambda option: (
-                f"the mesh has sequence={parts}, and rows have {', '.join(uneven)} tokens: give "
-                f"lengths that are multiples of {2 * parts}, or another mesh"
+                f"the mesh has sequence={parts}, which does not divide rows of {', '.join(uneven)} "
+                f"tokens. Use lengths that are multiples of {2 * parts}, or another mesh."
                 + (
-                    f"; {option('packing', True)} makes one length of all"
+                    f" {option('packing', True)} gives all rows one length."
                     if has_several_lengths
                     else ""
                 )

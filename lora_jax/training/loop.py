@@ -404,23 +404,21 @@ def _diverged(
     if step.lost is not None:
         return Diverged(
             lambda option: (
-                f"{option('max_skipped', max_skipped)}: so many steps in a row were skipped, as "
-                f"they had nothing to learn from. The last is step {step.done}, {rows}: "
-                f"{step.lost}. Put it right, "
-                f"and begin again; {option('resume', True)} goes on from the last checkpoint, if "
-                "there is one"
+                f"{option('max_skipped', max_skipped)}: {max_skipped} steps in a row were skipped, "
+                f"because they had nothing to learn from. The last is step {step.done}, {rows}: "
+                f"{step.lost}. Correct this, and start again. {option('resume', True)} continues "
+                "from the last checkpoint, if there is one."
             )
         )
     return Diverged(
         lambda option: (
-            f"{option('max_skipped', max_skipped)}: so many steps in a row were skipped, because "
-            "their loss, its count or its gradient was not finite. The last is step "
-            f"{step.done}: its loss is "
-            f"{metrics['loss']}, its count {metrics['count']}, its gradient's norm "
-            f"{metrics['grad_norm']}, its batch {rows}. If something is wrong with these rows, "
-            "put it right and begin again; otherwise training diverged: begin again with a lower "
-            f"{option('lr')} or a longer {option('warmup')}. The checkpoints from before are still "
-            f"there: {option('resume', True)} goes on from the last one, with a higher "
-            f"{option('max_skipped')} past these steps"
+            f"{option('max_skipped', max_skipped)}: {max_skipped} steps in a row were skipped, "
+            "because their loss, its count or its gradient was not finite. The last is step "
+            f"{step.done}: its loss is {metrics['loss']}, its count {metrics['count']}, its "
+            f"gradient's norm {metrics['grad_norm']}, its batch {rows}. If something is wrong with "
+            "these rows, correct them and start again. Otherwise training diverged. Start again "
+            f"with a lower {option('lr')} or a longer {option('warmup')}. To continue from the "
+            f"last checkpoint past these steps, use {option('resume', True)} with a higher "
+            f"{option('max_skipped')}."
         )
     )

@@ -43,12 +43,14 @@ def make_mesh(
     """
     devices = tuple(jax.devices() if devices is None else devices)
     if unknown := [name for name in (*sizes, slice_axis) if name not in AXES]:
-        raise TrainingError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(AXES)}")
+        raise TrainingError(
+            f"a mesh has no axis {unknown[0]!r}. Use one of its axes {', '.join(AXES)}."
+        )
     shape = tuple(sizes.get(name, 1) for name in AXES)
     if math.prod(shape) != len(devices):
         raise TrainingError(
-            f"the sizes {sizes} multiply to {math.prod(shape)}, and there are {len(devices)} "
-            "devices: give sizes that multiply to that, or devices=jax.devices()[:n]"
+            f"the sizes {sizes} multiply to {math.prod(shape)}, but there are {len(devices)} "
+            "devices. Pass sizes that multiply to that number, or devices=jax.devices()[:n]."
         )
     slices = group_by_slice(devices)
     if len(slices) == 1:
@@ -98,8 +100,8 @@ def _check_slices(
     counts = [len(slices[number]) for number in sorted(slices)]
     if len({*counts}) > 1:
         raise TrainingError(
-            f"the devices are of {n} slices, with {', '.join(map(str, counts))} devices: a mesh "
-            "needs as many of each"
+            f"the devices belong to {n} slices with {', '.join(map(str, counts))} devices, but a "
+            "mesh needs as many devices of each slice. Pass such devices."
         )
     if shape[slice_axis] % n == 0:
         return
@@ -107,17 +109,18 @@ def _check_slices(
 
     def message(option: Written) -> str:
         parts = [
-            f"the devices are of {n} slices (TPU slices, or hosts of GPUs), and the mesh's axis "
-            f"{slice_axis} goes from slice to slice: {slice_axis}={shape[slice_axis]} is no "
-            f"multiple of {n}"
+            f"the devices belong to {n} slices (TPU slices, or hosts of GPUs), and the mesh's axis "
+            f"{slice_axis} crosses from slice to slice, but {slice_axis}={shape[slice_axis]} is no "
+            f"multiple of {n}."
         ]
         if divisible:
             name = divisible[0]
             better = {**shape, slice_axis: shape[slice_axis] * n, name: shape[name] // n}
             text = ",".join(f"{axis}={size}" for axis, size in better.items() if size > 1)
-            parts.append(f"give the mesh {text}, or {option('slice_axis', name)}")
+            remedy = f"Use the mesh {text}, or {option('slice_axis', name)}"
             if name != SLICE_AXIS:
-                parts[-1] += ", which sends more between slices"
-        return ": ".join(parts)
+                remedy += ", which sends more data between slices"
+            parts.append(f"{remedy}.")
+        return " ".join(parts)
 
     raise TrainingError(message)

@@ -45,7 +45,7 @@ def neftune(forward: Forward, alpha: float) -> Forward:
     False
     """
     if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha={alpha!r}: the size of the noise, a positive number")
+        raise ValueError(f"alpha={alpha!r} is no size of noise. Pass a positive number, such as 5.")
 
     def noisy(
         variables: Tree,

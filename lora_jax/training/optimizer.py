@@ -57,7 +57,9 @@ def make_optimizer(
     optimizer = optimizer_named(name)
     option_values = settings(name, options or {})
     if name == "muon" and params is None:
-        raise ValueError("muon needs the adapted tree, for the roles of the axes: give params")
+        raise ValueError(
+            "muon needs the adapted tree, which tells the roles of the axes. Pass params."
+        )
     gradient_transforms = []
     is_clipped = isinstance(grad_clip, jax.Array) or bool(grad_clip)
     if is_clipped:

@@ -141,16 +141,23 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
         raise
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
-        raise _not_resumed("the training data are not those that the run began with")
+        raise _not_resumed(
+            "the training data differ from those that the run began with. Use the same data, or "
+            "start another run."
+        )
     different_weights = keys_that_differ(saved["base"], ready.facts["base"])
     if different_weights:
         raise _not_resumed(
-            "the base is not the one that the run began with; "
-            f"{len(different_weights)} of its weights differ, {different_weights[0]} among them"
+            "the base differs from the base that the run began with: "
+            f"{len(different_weights)} of its weights differ, for example {different_weights[0]}. "
+            "Load the same base, or start another run."
         )
     _check_settings(saved, ready)
     if done > steps:
-        raise _not_resumed(f"{done} steps are done, more than the {steps} asked for")
+        raise _not_resumed(
+            f"{done} steps are done, more than the {steps} asked for. Pass a larger number of "
+            "steps."
+        )
     if ready.best is not None:
         ready.best.go_on_from(done, saved.get("best"))
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
@@ -165,7 +172,10 @@ def _check_settings(saved: Fields, ready: TrainingStart) -> None:
         if saved_settings.get(name) != value
     ]
     if changes:
-        raise _not_resumed(f"the run began with other settings: {'; '.join(changes)}")
+        raise _not_resumed(
+            f"the run began with other settings: {'; '.join(changes)}. Use the same settings, or "
+            "start another run."
+        )
 
 
 def _not_resumed(why: str) -> TrainingError:
@@ -274,8 +284,9 @@ def open_log(log: Log, ready: TrainingStart) -> Iterator[None]:
         paths = not_finite(ready.base)
         if paths:
             raise Diverged(
-                f"{len(paths)} weights of the base hold values that are not finite, {paths[0]} "
-                "among them: no training on it can succeed. Load the base again, or take another"
+                f"{len(paths)} weights of the base hold values that are not finite, for example "
+                f"{paths[0]}, so no training on it can succeed. Load the base again, or use "
+                "another base."
             ) from error
         raise
 

@@ -343,7 +343,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "line 11: `label` is 0.5, but it must be a name or a whole number" in message(
         [*good, {"text": "a", "label": 0.5}]
     )
-    assert "no `hypothesis`: name the field by --text-pair" in message(
+    assert "no `hypothesis`. Name the field with --text-pair" in message(
         good, "--text-pair", "hypothesis"
     )
     assert "all rows have the label 1" in message([{"text": "a", "label": 1}] * 9)

@@ -164,7 +164,7 @@ def test_a_truncated_checkpoint_stops_a_resumed_run_before_it_trains(
     options += ["--dropout", 0.1]
     message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
     assert f"the checkpoint {copy / 'checkpoints' / '6'} is damaged" in message
-    assert "begin again with --overwrite" in message
+    assert "Start again with --overwrite" in message
 
 
 def test_a_peft_configuration_says_what_trains(inputs, tmp_path):
@@ -190,7 +190,7 @@ def test_other_data_are_not_resumed_on(inputs, whole, tmp_path, capsys):
     options += ["--dropout", 0.1]
     message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
     rows.write_text(before)
-    assert "the training data are not those that the run began with" in message
+    assert "the training data differ from those that the run began with" in message
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, 
         np.testing.assert_array_equal(one, other)
     write_jsonl(data, rows(120, "so it was"))
     said = fails(capsys, *args, "--output", tmp_path / "parts", "--steps", 20, "--resume")
-    assert "the training data are not those that the run began with" in said
+    assert "the training data differ from those that the run began with" in said
 
 
 def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):

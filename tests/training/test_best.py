@@ -208,9 +208,9 @@ def test_what_is_not_known_any_more_is_refused(whole, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patience": 2, "keep_best": False}, "patience=2 .* with keep_best=True, too"),
+        ({"patience": 2, "keep_best": False}, "patience=2 .* Add keep_best=True"),
         ({"patience": 0}, "patience=0: at least 1"),
-        ({"folder": None}, "keeps adapters in the run's folder: name it by folder"),
+        ({"folder": None}, "saves adapters in the run's folder"),
     ],
 )
 def test_bad_input(options, message, tmp_path):

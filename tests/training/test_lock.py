@@ -62,7 +62,9 @@ def test_elsewhere_only_a_lock_that_is_touched_holds(tmp_path, monkeypatch, othe
     with pytest.raises(TrainingError, match=f"process {os.getpid()} on .* is writing to"):
         with RunLock(FolderLock(tmp_path), said.append):
             pass
-    assert len(waits) == 1 and "waiting up to 60 s to see whether it still runs" in said[0]
+    assert (
+        len(waits) == 1 and "Waiting up to 60 s to see whether that process still runs" in said[0]
+    )
 
 
 def test_a_lock_that_was_taken_over_is_left_to_its_holder(tmp_path):

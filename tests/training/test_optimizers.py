@@ -268,9 +268,9 @@ def test_a_checkpoint_goes_on_bitwise(name, tmp_path):
 
 
 def test_an_option_that_an_optimiser_does_not_read_is_an_error():
-    with pytest.raises(ValueError, match="sgd does not read beta2; the options it has: momentum"):
+    with pytest.raises(ValueError, match="sgd does not read beta2. .*options of sgd: momentum"):
         make_optimizer("sgd", RATE, options={"beta2": 0.9})
-    with pytest.raises(ValueError, match="there is no optimizer 'adam': adamw, lion"):
+    with pytest.raises(ValueError, match="there is no optimizer 'adam'. Choose one of adamw, lion"):
         make_optimizer("adam", RATE)
 
 

@@ -73,8 +73,8 @@ def test_importance_weighs_the_loss_and_not_the_divergence():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"over": "length"}, "length is given with over='length'"),
-        ({"length": 5}, "length is given with over='length'"),
+        ({"over": "length"}, "length and over='length' belong"),
+        ({"length": 5}, "length and over='length' belong"),
         ({"weighted": True}, "weighted needs high"),
     ],
 )

@@ -154,7 +154,7 @@ def test_no_chunk_holds_all_logits():
 
 
 def test_the_temperature_divides(adapted):
-    with pytest.raises(ValueError, match="temperature is 0: the logits are divided by it"):
+    with pytest.raises(ValueError, match="temperature is 0, but it divides the logits"):
         make_scorer(adapted[0].apply, temperature=0)
 
 

@@ -63,9 +63,9 @@ def test_devices_of_one_slice_stand_as_ever():
 @pytest.mark.parametrize(
     ("sizes", "axis", "says"),
     [
-        ({"fsdp": 8}, "data", r"data=1 is no multiple of 2: give the mesh data=2,fsdp=4, or "),
-        ({"fsdp": 8}, "data", r"or slice_axis='fsdp', which sends more between slices$"),
-        ({"data": 8}, "fsdp", r"fsdp=1 .*: give the mesh data=4,fsdp=2, or slice_axis='data'$"),
+        ({"fsdp": 8}, "data", r"data=1 is no multiple of 2. Use the mesh data=2,fsdp=4, or "),
+        ({"fsdp": 8}, "data", r"or slice_axis='fsdp', which sends more data between slices.$"),
+        ({"data": 8}, "fsdp", r"fsdp=1 .* Use the mesh data=4,fsdp=2, or slice_axis='data'.$"),
         ({"data": 8}, "model", "a mesh has no axis 'model'"),
     ],
 )
@@ -75,7 +75,7 @@ def test_an_axis_that_slices_do_not_divide(sizes, axis, says):
 
 
 def test_slices_of_different_sizes():
-    with pytest.raises(training.TrainingError, match="of 2 slices, with 4, 3 devices: a mesh"):
+    with pytest.raises(training.TrainingError, match="to 2 slices with 4, 3 devices, but a mesh"):
         training.make_mesh(interleaved(2, 7), data=7)
 
 

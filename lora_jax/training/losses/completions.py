@@ -25,7 +25,10 @@ class Completions(NamedTuple):
     def ratio(self) -> jax.Array:
         """Returns log π / π_ref of each completion, [n]."""
         if self.reference is None:
-            raise ValueError("this loss compares with a reference: give its log-probabilities")
+            raise ValueError(
+                "this loss compares the model with a reference, but reference is None. Pass the "
+                "reference's log-probabilities."
+            )
         return self.policy - jax.lax.stop_gradient(self.reference)
 
     @property

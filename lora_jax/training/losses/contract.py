@@ -66,7 +66,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction is "mean" or "sum", not {self.reduction!r}')
+            raise ValueError(f'reduction is {self.reduction!r}. Pass "mean" or "sum".')
 
     def __call__(
         self, forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
@@ -79,15 +79,22 @@ class Loss:
         """
         sums = self.sums(forward, params, batch, dropout_key)
         if not isinstance(sums, Sums):
-            raise TypeError(f"a loss returns Sums(total, count, logs), not {type(sums).__name__}")
+            raise TypeError(
+                f"the loss returned {type(sums).__name__}. Return Sums(total, count, logs)."
+            )
         for name in sums.logs:
             if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE)):
-                raise ValueError(f"the log {name!r} has the name of another metric: rename it")
+                raise ValueError(
+                    f"the log {name!r} has the name of another metric. Rename the log."
+                )
         sum_by_name = {"total": sums.total, "count": sums.count, **sums.logs}
         for name, value in sum_by_name.items():
             shape = jnp.shape(value)
             if shape:
-                raise ValueError(f"{name!r} has the shape {shape}: sum it over the batch")
+                raise ValueError(
+                    f"{name!r} has the shape {shape}, but it must be a scalar. Sum it over the "
+                    "batch."
+                )
         fp32_sums: Sums = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
         return fp32_sums
 

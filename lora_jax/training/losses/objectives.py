@@ -127,7 +127,8 @@ def _pair_loss(
         if nll_weight:
             if "completion" not in batch:
                 raise ValueError(
-                    f'the term "{NLL}" needs predictions of prompts: pairs(…, predict_prompts=True)'
+                    f'the term "{NLL}" needs predictions of prompts. Make the examples with '
+                    "pairs(…, predict_prompts=True)."
                 )
             chosen_with_prompts = jax.tree.map(lambda x: x[::2], with_prompts)
             nll = summed_nll(chosen_with_prompts, batch["mean_with_prompts"][0])

@@ -48,9 +48,9 @@ class Online:
 
     def __post_init__(self) -> None:
         if (self.over == "length") != (self.length is not None):
-            raise ValueError("length is given with over='length', and only then")
+            raise ValueError("length and over='length' belong together. Pass both or none of them.")
         if self.weighted and self.high is None:
-            raise ValueError("weighted needs high, the bound of ρ itself: ScaleRL's is 5")
+            raise ValueError("weighted needs high, the bound of ρ. Pass high=5.0, as in ScaleRL.")
 
 
 ONLINE = {
@@ -121,7 +121,9 @@ def online_loss(
       ValueError: beta is given without a reference, or a reference without beta.
     """
     if (reference is not None) != (options.beta != 0):
-        raise ValueError("beta and a reference go together: the divergence needs both")
+        raise ValueError(
+            "the divergence needs both beta and a reference. Pass both or none of them."
+        )
     weights = mask.astype(jnp.float32)
     logps = logps.astype(jnp.float32)
     sequence_tokens = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
@@ -305,7 +307,7 @@ def distillation_loss(
       ValueError: beta is no share.
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}: a share from 0 to 1")
+        raise ValueError(f"beta is {beta}, but it must be from 0 to 1. Pass such a number.")
     log_student = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
     log_teacher = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
     log_teacher = jax.lax.stop_gradient(log_teacher)

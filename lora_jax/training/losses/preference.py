@@ -111,7 +111,10 @@ def _nca_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array
 
 def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     if w.reference is None or r.reference is None:
-        raise ValueError("aot compares with a reference: give its log-probabilities")
+        raise ValueError(
+            "aot compares the model with a reference, but reference is None. Pass the reference's "
+            "log-probabilities."
+        )
     policy_margins = _sort_counted(w.policy - r.policy, w)
     reference_margins = _sort_counted(w.reference - r.reference, w)
     return _smoothed(o.beta * (policy_margins - reference_margins), o.smoothing)
@@ -282,13 +285,16 @@ def preference_loss(
 def _preference(name: str, options: PreferenceOptions) -> Preference:
     """Returns a loss by its name; raises ValueError if it is unknown or does not take `options`."""
     if name not in PREFERENCES:
-        raise ValueError(f"loss {name!r} is not one of sft, {', '.join(PREFERENCES)}")
+        raise ValueError(
+            f"the loss {name!r} is unknown. Choose from these: sft, {', '.join(PREFERENCES)}."
+        )
     preference = PREFERENCES[name]
     if options.smoothing and not preference.smooths:
-        raise ValueError(f"loss {name!r} has no label smoothing: give smoothing=0")
+        raise ValueError(f"the loss {name!r} has no label smoothing. Pass smoothing=0.")
     if not 0 <= options.smoothing < 0.5 or (name == "exo_pair" and not options.smoothing):
         raise ValueError(
-            f"smoothing is {options.smoothing}: a share from 0, of exo_pair above 0, up to 0.5"
+            f"smoothing is {options.smoothing}, but it must be at least 0 and below 0.5. For "
+            "exo_pair it must be above 0. Pass such a number."
         )
     return preference
 

@@ -142,7 +142,7 @@ def optimizer_named(name: str) -> NamedOptimizer:
       ValueError: there is none of this name.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"there is no optimizer {name!r}: {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"there is no optimizer {name!r}. Choose one of {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[name]
 
 
@@ -158,6 +158,7 @@ def settings(name: str, values: Mapping[str, float | None]) -> dict[str, float]:
     if unread_options:
         option_list = ", ".join(defaults) or "none"
         raise ValueError(
-            f"{name} does not read {', '.join(unread_options)}; the options it has: {option_list}"
+            f"{name} does not read {', '.join(unread_options)}. Remove it, or use one of the "
+            f"options of {name}: {option_list}."
         )
     return {**defaults, **user_values}

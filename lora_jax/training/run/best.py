@@ -149,23 +149,24 @@ class Best:
         if step and saved is None:
             raise TrainingError(
                 lambda option: (
-                    f"{option('keep_best')}: the run went on for {step} steps without it, and what "
-                    "was the best of them is not known: leave it out, or begin another run"
+                    f"{option('keep_best')}: the run went on for {step} steps without it, so the "
+                    f"best adapter of these steps is not known. Remove {option('keep_best')}, or "
+                    "start another run."
                 )
             )
         if saved is not None and saved["metric"] != self.metric:
             raise TrainingError(
                 lambda option: (
-                    f"{option('keep_best')}: the run keeps the best by {saved['metric']}, not by "
-                    f"{self.metric}: ask for the same"
+                    f"{option('keep_best')}: the run keeps the best adapter by {saved['metric']}, "
+                    f"not by {self.metric}. Use the same metric."
                 )
             )
         fields = {name: value for name, value in (saved or {}).items() if name != "metric"}
         self.standing = Standing(**fields)
         if self.standing.value is not None and self.standing.step not in self._steps():
             raise TrainingError(
-                f"the best adapter {self.folder / str(self.standing.step)} is missing: put it "
-                "back, or begin another run"
+                f"the best adapter {self.folder / str(self.standing.step)} is missing. Put it "
+                "back, or start another run."
             )
         self._delete_all_but({best_step for best_step in self._steps() if best_step <= step})
 

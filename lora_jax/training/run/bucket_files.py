@@ -167,8 +167,8 @@ class BucketFiles:
         error_text = str(error).strip() or repr(error)
         reason = error_text.splitlines()[0][:300]
         raise BucketError(
-            f"a checkpoint could not be written to {self._folder} ({reason}): the ones before "
-            "it are there; run the same command again with --resume"
+            f"a checkpoint could not be written to {self._folder} ({reason}). Earlier checkpoints "
+            "are still there. Run the same command again with --resume."
         ) from error
 
     def agree(self, what: str) -> None:

@@ -156,12 +156,12 @@ class Checkpoints:
         whole_step = self._newest_whole(earlier_steps, like)
         if whole_step is None:
             raise DamagedCheckpoint(
-                lambda option: f"{message}No earlier one is whole: {_begin_again(option)}"
+                lambda option: f"{message}No earlier checkpoint is whole. {_begin_again(option)}"
             )
         raise DamagedCheckpoint(
             lambda option: (
-                f"{message}The one before it, of step {whole_step}, is whole: delete the folder "
-                f"{folder} and {option('resume', True)} again to go on from there"
+                f"{message}The checkpoint of step {whole_step} is whole. To continue from there, "
+                f"delete the folder {folder} and use {option('resume', True)} again."
             )
         )
 
@@ -200,7 +200,7 @@ class Checkpoints:
             if name not in digests:
                 raise DamagedCheckpoint(f"its file {name} is missing")
             if digests[name] != recorded_digest:
-                raise DamagedCheckpoint(f"its file {name} is not what was saved")
+                raise DamagedCheckpoint(f"its file {name} has changed since it was saved")
 
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""
@@ -215,9 +215,9 @@ class Checkpoints:
                 return {}
             raise DamagedCheckpoint(
                 lambda option: (
-                    f"{replace_copy_paths(self._record)} is missing or cannot be read, and it "
-                    f"alone tells which of the checkpoints in {replace_copy_paths(self.folder)} "
-                    f"are whole: put it back, or {_begin_again(option)}"
+                    f"{replace_copy_paths(self._record)} is missing or cannot be read, and only "
+                    f"this file tells which checkpoints in {replace_copy_paths(self.folder)} are "
+                    f"whole. Put the file back. Otherwise: {_begin_again(option)}"
                 )
             ) from error
 
@@ -274,7 +274,7 @@ def _check_room(folder: Path, free_bytes: int, state: State) -> None:
 
 
 def _begin_again(option: Written) -> str:
-    return f"begin again with {option('overwrite', True)} in place of {option('resume', True)}"
+    return f"Start again with {option('overwrite', True)} in place of {option('resume', True)}."
 
 
 def _arrays_of_state(state: State) -> dict[str, Any]:

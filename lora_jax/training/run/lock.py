@@ -85,7 +85,7 @@ class RunLock:
             if not self._is_stale(lock):
                 raise TrainingError(
                     f"another run, {name_of_holder(lock.holder)}, is writing to the folder "
-                    f"{self._file.folder}: let it end, or choose another folder"
+                    f"{self._file.folder}. Wait until it ends, or choose another folder."
                 )
             self._file.remove(lock)
         self._thread.start()
@@ -104,8 +104,8 @@ class RunLock:
         if lock.age > _STALE:
             return True
         self._notice(
-            f"{name_of_holder(lock.holder)} holds {self._file.folder / LOCK}: waiting up to "
-            f"{_STALE:.0f} s to see whether it still runs"
+            f"{name_of_holder(lock.holder)} holds {self._file.folder / LOCK}. Waiting up to "
+            f"{_STALE:.0f} s to see whether that process still runs"
         )
         deadline = time.monotonic() + _STALE - lock.age
         while time.monotonic() < deadline:
@@ -163,11 +163,13 @@ class FolderLock:
 
     def remove(self, lock: HeldLock | None = None) -> None:
         """Removes a lock that was read, by default this process's; leaves that of any other run."""
-        holder = self._holder if lock is None else lock.holder
+        expected_holder = self._holder if lock is None else lock.holder
+        # Renaming is atomic, so only one process gets the file. Only then is its holder compared.
         removed_path = self._path.with_name(f".{LOCK}.{self._holder['host']}.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.rename(self._path, removed_path)
-            if _read(removed_path) != holder:  # another run took it over in the meantime
+            if _read(removed_path) != expected_holder:
+                # Another run took the lock over in the meantime: give the lock back to that run.
                 os.link(removed_path, self._path)
             removed_path.unlink()
 

@@ -58,7 +58,7 @@ def decoder_outline():
         ("--lr nan", "--lr nan: a learning rate"),
         ("--grad-clip nan", "--grad-clip nan: at least 0"),
         ("--loss-chunk -1", "--loss-chunk -1: at least 0"),
-        ("--steps 3 --epochs 1", "--steps and --epochs both say how long"),
+        ("--steps 3 --epochs 1", "--steps and --epochs both set the length"),
         ("--epochs 0", "--epochs 0.0: a positive number"),
         ("--full --init-adapter x", "--full trains without an adapter"),
         ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
