@@ -36,6 +36,7 @@ from train.plan.options import PlanConfig, PlanOptions, check_options
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
 from train.plan.token import Token, param_shapes_for_rows, plan_token, print_token
+from train.plan.user_command import asks_for_function, run_function_plan
 from train.processes.mesh import choose_product_form, make_mesh
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
@@ -48,7 +49,10 @@ _STEPS_PER_SIZE = 64  # a search ends within a 64th of the largest size that fit
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2."""
     with reported():
-        run(parse(args))
+        if asks_for_function(args):
+            run_function_plan(args)
+        else:
+            run(parse(args))
 
 
 def parse(args: Sequence[str] | None = None) -> PlanOptions:

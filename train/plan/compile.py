@@ -207,7 +207,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     compiled_programs: dict[str, jax.stages.Compiled] = {}
     for name, program in programs.items():
         try:
-            compiled_programs[name] = _compile_largest(program.lowered, machine.compilations)
+            compiled_programs[name] = compile_largest(program.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
             refusal = parse_refused_bytes(str(error), resident_bytes, machine.capacity)
             reason = compiler_message(error)
@@ -315,11 +315,28 @@ def _needed_flops(job: PlanJob, params: Any) -> int | None:
     return round(flops)
 
 
-def _compile_largest(
+def compile_largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
 ) -> jax.stages.Compiled:
-    """Compiles a program with each set of options; returns the program with most temporaries."""
-    programs = [lowered.compile(compiler_options=options or None) for options in compilations]
+    """Compiles a program with each of several options; returns the one with most temporaries.
+
+    A compilation that fails for another reason than memory does not count if another one works.
+
+    Raises:
+      JaxRuntimeError: the compiler refuses the program for want of memory, or every compilation
+        fails.
+    """
+    programs: list[jax.stages.Compiled] = []
+    failure: jax.errors.JaxRuntimeError | None = None
+    for options in compilations:
+        try:
+            programs.append(lowered.compile(compiler_options=options or None))
+        except jax.errors.JaxRuntimeError as error:
+            if is_refusal(error):
+                raise
+            failure = error
+    if not programs and failure is not None:
+        raise failure
     return max(programs, key=lambda program: compiled_bytes(program).get(STEP, 0))
 
 

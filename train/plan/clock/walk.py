@@ -17,11 +17,20 @@ from train.plan.clock.traffic import traffic_of
 from train.plan.hlo.collectives import COLLECTIVES as KINDS_SENT
 from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
 from train.plan.hlo.kernels import kernel_flops, kernel_of
-from train.plan.hlo.module import Computation, HloModule, Instruction, NotUnderstood, is_scalar
+from train.plan.hlo.module import (
+    PARSE_ERRORS,
+    Computation,
+    HloModule,
+    Instruction,
+    NotUnderstood,
+    is_scalar,
+)
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import crosses_slices, slice_transfer, transferred_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# Among the instructions without an estimate: a rejection sampler's loop, for example.
+LOOP_COUNTED_ONCE = "while (of unknown length, counted once)"
 _NO_ESTIMATE = 2**63 - 1
 _FREE_OPCODES = {
     "parameter",
@@ -131,7 +140,7 @@ class Walk:
             if op.opcode in _FREE_OPCODES or is_rare:
                 continue
             if op.opcode in ("while", "call", "async-start"):
-                times = self.module.turns(op) if op.opcode == "while" else 1
+                times = self._iterations(op, timeline) if op.opcode == "while" else 1
                 for called in op.called:
                     timeline.add(self.tally(called), times)
             elif op.opcode == "conditional":
@@ -150,6 +159,25 @@ class Walk:
             sent=timeline.sent,
             unknown=timeline.unknown,
         )
+
+    def _iterations(self, loop: Instruction, timeline: "_Timeline") -> int:
+        """Returns the iterations of a loop: one of a loop of unknown length without real work.
+
+        Raises:
+          NotUnderstood: the length is unknown, and the loop has products, kernels or collectives.
+        """
+        try:
+            return self.module.turns(loop)
+        except (NotUnderstood, *PARSE_ERRORS):
+            if any(self._is_counted_work(op, body) for op, body in self.module.inside(loop)):
+                raise
+        timeline.unknown[LOOP_COUNTED_ONCE] += 1
+        return 1
+
+    def _is_counted_work(self, op: Instruction, computation: Computation) -> bool:
+        """Returns True if an instruction has FLOPs, or sends data."""
+        is_collective = op.opcode.removesuffix("-start") in KINDS_SENT
+        return is_collective or is_product(op) or kernel_call(op, computation) is not None
 
     def _add_slice_transfer(
         self, op: Instruction, computation: Computation, timeline: "_Timeline"

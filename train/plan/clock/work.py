@@ -7,7 +7,7 @@ are for one device.
 import dataclasses
 from collections.abc import Sequence
 
-from train.plan.clock.walk import Walk
+from train.plan.clock.walk import LOOP_COUNTED_ONCE, Walk
 from train.plan.hlo.collectives import COLLECTIVES
 from train.plan.hlo.kernels import KernelCall
 from train.plan.hlo.module import PARSE_ERRORS, HloModule, NotUnderstood
@@ -22,6 +22,7 @@ class HloWork:
     sent: dict[str, int]  # kind of collective -> bytes that it sends, in the order of `COLLECTIVES`
     kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
     between: dict[str, int] = dataclasses.field(default_factory=dict)  # those that leave a slice
+    loops_counted_once: int = 0  # loops of unknown length, without products and collectives
 
     @property
     def sent_bytes(self) -> int:
@@ -78,4 +79,5 @@ def _count_work(module: HloModule, slices: Sequence[int]) -> HloWork:
         sent=sent_bytes,
         kernels=tuple(calls),
         between=bytes_between_slices,
+        loops_counted_once=tally.unknown[LOOP_COUNTED_ONCE],
     )

@@ -19,6 +19,9 @@ from train.plan.hlo.kernels import kernel_lines, unlisted_kernels
 
 HLO, JAXPR = "hlo", "jaxpr"
 _MAX_FLOPS_RATIO = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
+_UNKNOWN_LOOPS_NOTE = (
+    "loops whose length the program does not say, and that have no products, count once"
+)
 _EVEN_EXPERTS_NOTE = (
     "experts that devices share over the mesh's axis expert count as if tokens chose all of them "
     "equally often, with the slack of a device's first turn"
@@ -80,7 +83,11 @@ def step_work(
         work = work_of(text, slices)
     except NotUnderstood as error:
         return _traced_work(counted, n_devices, str(error))
-    expert_notes = (_EVEN_EXPERTS_NOTE,) if UNEVEN in text else ()
+    figure_notes: list[str] = []
+    if UNEVEN in text:
+        figure_notes.append(_EVEN_EXPERTS_NOTE)
+    if work.loops_counted_once:
+        figure_notes.append(_UNKNOWN_LOOPS_NOTE)
     if not products_in_hlo:
         traced_work = _traced_work(counted, n_devices, None)
         return dataclasses.replace(
@@ -88,7 +95,7 @@ def step_work(
             sent=work.sent,
             between=work.between,
             kernels=kernel_lines(work.kernels),
-            notes=(*traced_work.notes, *expert_notes),
+            notes=(*traced_work.notes, *figure_notes),
         )
     return StepWork(
         source=HLO,
@@ -98,7 +105,7 @@ def step_work(
         sent=work.sent,
         between=work.between,
         kernels=kernel_lines(work.kernels),
-        notes=(*_count_notes(work, counted, n_devices), *expert_notes),
+        notes=(*_count_notes(work, counted, n_devices), *figure_notes),
     )
 
 
