@@ -30,11 +30,11 @@ from train.stages.dry_run import rehearse
 from train.stages.finish import measure_runs
 from train.stages.open import open_runs
 from train.stages.types import (
-    AskedRun,
     BegunRun,
     EndedTraining,
     FinishedRun,
     OpenedRun,
+    RequestedRun,
     RunContext,
     RunEnding,
 )
@@ -67,7 +67,7 @@ def finetune(
     hosts.join_hosts(config.run)
     console = hosts.console()
     session.join(console, config.run)
-    run = AskedRun(options=config, task=task)
+    run = RequestedRun(options=config, task=task)
     if config.run.dry_run:
         rehearse(run, session, context, console)
         return {}
@@ -83,7 +83,7 @@ def finetune(
 
 def train_runs(
     script: str,
-    asked: Sequence[AskedRun],
+    asked: Sequence[RequestedRun],
     session: Session,
     arrangement: Arrangement,
     context: RunContext,

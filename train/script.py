@@ -30,7 +30,7 @@ from train.settings.table import RESULTS, RunOptions, check_one_base, read_table
 from train.settings.tasks import dataset_facts, find_task
 from train.stages.beside import SideBySide
 from train.stages.finish import result_of
-from train.stages.types import AskedRun, FailedRun, FinishedRun, RunContext
+from train.stages.types import FailedRun, FinishedRun, RequestedRun, RunContext
 
 FAILED = 1  # the exit code where some runs failed
 
@@ -125,13 +125,13 @@ class TrainingScript:
             task = self.task_of(config)
             finetune(self.name, self.begin(config, task, session), task, session)
 
-    def asked_for(self, lines: Sequence[RunOptions[Any]]) -> list[AskedRun]:
+    def asked_for(self, lines: Sequence[RunOptions[Any]]) -> list[RequestedRun]:
         """Returns the runs of a table with their tasks, checked as a command line is.
 
         Raises:
           UserError: options make no sense, or adapters stand on different bases; names the line.
         """
-        runs: list[AskedRun] = []
+        runs: list[RequestedRun] = []
         completed_lines: list[RunOptions[Any]] = []
         for line in lines:
             with as_user_errors(TrainingError, prefix=f"{line.where}: "):
@@ -141,7 +141,7 @@ class TrainingScript:
             has_begun = _holds_run(Path(config.run.output).expanduser())  # else its line is new
             config = replace_options(config, {"resume": config.run.resume and has_begun})
             completed_lines.append(line._replace(options=config))
-            runs.append(AskedRun(name=line.name, where=line.where, options=config, task=task))
+            runs.append(RequestedRun(name=line.name, where=line.where, options=config, task=task))
         check_one_base(completed_lines)
         return runs
 
@@ -150,7 +150,7 @@ def _holds_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def train_many(script: str, asked: Sequence[AskedRun], session: Session) -> None:
+def train_many(script: str, asked: Sequence[RequestedRun], session: Session) -> None:
     """Trains a table of runs, and writes their results beside their folders.
 
     Args:

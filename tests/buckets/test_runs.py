@@ -136,8 +136,8 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(runs, proxy, capsys):
     assert "adapter saved in gs://bucket/run/adapter" in said and "lora_jax_bucket" not in said
     runs.assert_same("gs://bucket/run")
     refused = runs.run("gs://bucket/run", code=2)
-    assert "the output folder gs://bucket/run holds another run" in refused
-    assert "going on after step 7" in runs.run("gs://bucket/run", "--resume")
+    assert "The output folder gs://bucket/run already contains a run" in refused
+    assert "training continues after step 7" in runs.run("gs://bucket/run", "--resume")
     runs.assert_same("gs://bucket/run")
     words = ["--prompt", "1 plus 7?", "--max-new-tokens", "2"]
     generate.main(["--adapter", "gs://bucket/run", *words])
@@ -218,7 +218,7 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(name, runs, proxy):
     assert process[0].returncode == -signal.SIGKILL, said
     proxy.seen = lambda method, path: None
     said = runs.run(output, "--resume")
-    begun = re.search(r"going on after step (\d+)", said)
+    begun = re.search(r"training continues after step (\d+)", said)
     place = [*MOMENTS].index(name)
     assert int(begun[1] if begun else 0) == ([0] * 5 + [7, 6] + [7] * 3)[place], said
     runs.assert_same(output)
@@ -333,7 +333,9 @@ def test_two_processes_write_one_folder_which_one_of_eight_devices_goes_on_with(
 
     disk, output = runs.folder / f"{script}-two", f"gs://bucket/{script}-two"
     ended(start(disk, "--steps", 3))
-    assert "going on after step 3" in ended(start(disk, "--steps", 7, "--resume", processes=1))
+    assert "training continues after step 3" in ended(
+        start(disk, "--steps", 7, "--resume", processes=1)
+    )
 
     proxy.latency, proxy.failing, process = 0.01, fails_often, []
     proxy.seen = kills(process, output, ("POST", "/checkpoints/6/", 3))
@@ -341,5 +343,7 @@ def test_two_processes_write_one_folder_which_one_of_eight_devices_goes_on_with(
     said = ["".join(one.communicate()) for one in process]
     assert all(one.returncode for one in process), said
     proxy.seen = lambda method, path: None
-    assert "going on after step 3" in ended(start(output, "--steps", 7, "--resume", processes=1))
+    assert "training continues after step 3" in ended(
+        start(output, "--steps", 7, "--resume", processes=1)
+    )
     assert_identical(runs.adapter(disk), runs.adapter(output))

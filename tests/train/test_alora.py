@@ -63,8 +63,8 @@ def test_the_loss_counts_what_the_adapter_predicts(packing):
         without += [] if active.any() else [before.row]
     n = len(packs.table)
     assert lines[0].startswith(f"{n - len(without)} of {n} rows have the invocation (2,1); without")
-    assert f"row {without[0]}" in lines[0] and "the loss leaves them out" in lines[1]
-    with pytest.raises(UserError, match=f"none of the {n} rows has the invocation 7"):
+    assert f"row {without[0]}" in lines[0] and "do not count in the loss" in lines[1]
+    with pytest.raises(UserError, match=f"None of the {n} rows contains the invocation 7"):
         invoked_data(data, (7,))
 
 
@@ -89,7 +89,7 @@ def test_rows_are_named_before_the_run(model, tmp_path, capsys):
     for given in (MARK, ids):
         tree = begun(sft, *options(model, "--alora", given, "--output", tmp_path / "run"))
         said = " ".join(capsys.readouterr().out.split())
-        assert f"10 of 12 rows have the invocation ({ids}); without it" in said
+        assert f"10 of 12 rows have the invocation ({ids}); rows without it" in said
         assert ": row 3, row 7" in said
         assert invocations_of(tree) == {tuple(map(int, ids.split(",")))}
 
@@ -97,13 +97,13 @@ def test_rows_are_named_before_the_run(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--alora", "nowhere"], "none of the 12 rows has the invocation"),
-        (["--alora", "9999"], "has 259 tokens, counted from 0, and 9999 is none of them"),
+        (["--alora", "nowhere"], "None of the 12 rows contains the invocation"),
+        (["--alora", "9999"], "contains the token id 9999"),
         (["--alora", MARK, "--dora"], "Remove dora"),
-        (["--alora", MARK, "--train", "norm"], "goes without --train"),
+        (["--alora", MARK, "--train", "norm"], "Remove --train"),
         (["--alora", MARK, "--targets", "embed_tokens"], "is looked up by token"),
         (["--alora", MARK, "--full"], "--full trains every parameter"),
-        (["--alora", MARK, "--stream", "--truncate"], "by train.sft without --stream"),
+        (["--alora", MARK, "--stream", "--truncate"], "Use train.sft without --stream"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )

@@ -361,11 +361,11 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
 def test_models_that_cannot_classify(inputs, tmp_path, capsys):
     llama = write_model(tmp_path / "llama")
     args = [*inputs, "--output", tmp_path / "out", "--model", llama]
-    assert "a llama model has no head for classes here; a BERT" in fails(capsys, *args)
+    assert "is a llama model, which cannot classify texts here. Pass a BERT" in fails(capsys, *args)
     args = [*inputs, "--output", tmp_path / "out", "--targets", "qwery"]
     assert "qwery" in fails(capsys, *args)
     args = [*inputs, "--output", tmp_path / "out", "--seq-len", 99]
-    assert "allows 29 tokens at most" in fails(capsys, *args)
+    assert "allows at most 29 tokens" in fails(capsys, *args)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
         ("--head-only --rank 4", "without an adapter. Remove --rank"),
         ("--text word", "its own rows and its own test. Remove --text"),
         ("--seq-len 2", "--seq-len 2: at least 3"),
-        ("--test x.csv", "have a split of their own, by stem"),
+        ("--test x.csv", "are split by their stems"),
         ("--lr-rule llama", "--lr-rule was fitted to language models"),
         ("--batch-size 0", "--batch-size 0: at least 1"),
         ("--eval-rows 9", "nothing is measured. Remove --eval-rows"),

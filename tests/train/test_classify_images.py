@@ -278,15 +278,15 @@ def test_broken_images_are_named(made: Path, tmp_path: Path, capsys: Any) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--dataset", "photos"], "images need a --model"),
-        (["--model", "bert", "--dataset", "photos"], "a bert model .* name a ViT or DINOv2"),
-        (["--model", "vit", "--dataset", "rows.jsonl"], "a vit model .* a field by --image"),
+        (["--dataset", "photos"], "no default model for images"),
+        (["--model", "bert", "--dataset", "photos"], "a bert model, .* Pass a ViT or DINOv2"),
+        (["--model", "vit", "--dataset", "rows.jsonl"], "a vit model, .* a field by --image"),
         (["--model", "vit", "--dataset", "photos", "--seq-len", 9], "hold images.* --seq-len"),
         (["--model", "vit", "--dataset", "photos", "--neftune", 5], "hold images.* --neftune"),
         (["--model", "vit", "--dataset", "photos", "--text", "a"], "hold images.* --text"),
         (["--model", "vit", "--dataset", "photos", "--split", "test"], "no folders of splits"),
         (["--model", "vit", "--dataset", "rows.jsonl", "--image", "photo"], "and no `photo`"),
-        (["--model", "grey", "--dataset", "photos"], "images of 3 channels .* asks for 1 channels"),
+        (["--model", "grey", "--dataset", "photos"], "images of 3 channels .* needs 1 channels"),
         (["--model", "bare", "--dataset", "photos"], "preprocessor_config.json is missing"),
     ],
 )

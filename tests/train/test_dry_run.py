@@ -44,7 +44,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     assert files_in(tmp_path) == before
     assert re.search(r"<\|im_start\|>assistant\n\[\[yes \d+<\|im_end\|>\]\]\n---", said)
     assert "in [[ ]]:" in said and "\x1b" not in said
-    assert f"{tmp_path / 'run'}: this output folder is not there yet" in said
+    assert f"{tmp_path / 'run'}: this output folder does not exist yet" in said
     main([*args, "--compilation-cache", "off"])
     ran = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -54,7 +54,9 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     assert f"steps: {report['steps']:,}, " in said and "2." in said
     compiled = report["compiled_bytes"]
     assert f"temporaries {in_words(compiled['temporaries'])}" in said
-    assert state_of(tmp_path / "run").startswith("this output folder holds another run: --resume")
+    assert state_of(tmp_path / "run").startswith(
+        "this output folder already contains a run; --resume"
+    )
 
 
 @pytest.mark.slow
@@ -92,7 +94,7 @@ GAME = (
 
 SHOWN = {
     ("--dataset", "guess", "--max-turns", "3"): (
-        "completions may call guess (calls are written as hermes's)",
+        "completions may call guess (in the format of hermes)",
         "completions are rewarded by guess",
         "only GuessingGame rewards completions, so no reward is shown here",
         "guess <|im_start|>user Guess my number, which is one of 1 to 7",
@@ -119,7 +121,9 @@ def test_a_game_is_shown_before_it_trains(args, tmp_path, capsys):
     if "guess" in args:
         with pytest.raises(SystemExit):
             grpo.main(["--dataset", "guess", "--output", str(tmp_path / "run"), "--dry-run"])
-        assert "needs a model that was made for tools" in " ".join(capsys.readouterr().err.split())
+        assert "needs a model that was trained to call tools" in " ".join(
+            capsys.readouterr().err.split()
+        )
 
 
 def test_what_the_loss_counts_is_green_on_a_terminal(tmp_path):

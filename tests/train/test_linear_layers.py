@@ -47,7 +47,7 @@ def test_layers_are_counted_in_the_model() -> None:
     outline = SimpleNamespace(config=model.config, active_experts=None, params=params, kinds=kinds)
     tree = lj.lorafy(params, rules(AdapterConfig(targets=("o_proj",), layers=(0, 5)), outline))
     assert lj.split(tree)[0].keys() == {"model/layers/2of3/self_attn/o_proj/kernel"}
-    with pytest.raises(UserError, match="--layers 6: the model has 6 layers"):
+    with pytest.raises(UserError, match="--layers 6 does not exist: the model has 6 layers"):
         rules(AdapterConfig(layers=(1, 6)), outline)
     adapter = AdapterConfig(targets=("up_proj", "o_proj"), layers=(1, 2, 5), rank=3)
     tree = lj.lorafy(params, rules(adapter, outline))

@@ -180,7 +180,7 @@ def test_a_stopped_table_goes_on(folder, whole, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in read_metrics(tmp_path / "many" / "one")] == [1, 2]
     shutil.copytree(tmp_path / "many" / "one", tmp_path / "one")
     assert many(folder, tmp_path / "many") == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "many" / "three")  # begins anew
     assert many(folder, tmp_path / "many", "--resume") == 1
     for name in GOOD:

@@ -130,7 +130,10 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
     worse = next(i for i in range(1, len(losses)) if losses[i] >= min(losses[:i]))
     end = 2 * (worse + 1)  # measured every two steps
     sft.main([*chats, "--output", str(tmp_path), "--patience", "1"])
-    assert "ended early: no better eval_loss for 1 measurements" in capsys.readouterr().out
+    assert (
+        "ended early, because eval_loss did not improve for 1 measurements"
+        in capsys.readouterr().out
+    )
     assert read_metrics(tmp_path)[-1]["step"] == end
     assert json.loads((tmp_path / "report.json").read_text())["ended_early"] is True
     before = files_of(tmp_path)
@@ -156,8 +159,8 @@ BAD = [
     ("--keep-best score", "--keep-best score compares the measurements of --score-every"),
     ("--patience 2", "--patience 2 ends a run that no longer improves.* with --keep-best"),
     ("--eval-every 2 --keep-best loss --patience 0", "--patience 0: at least 1"),
-    ("--score-every 3", "--score-every 3: --dataset rows.jsonl has no score but its loss"),
-    ("--dataset sql --score-every 3 --eval-questions 0", "leaves --score-every no questions"),
+    ("--score-every 3", "--dataset rows.jsonl has no score except its loss"),
+    ("--dataset sql --score-every 3 --eval-questions 0", "--score-every needs questions"),
     ("--sample-prompts hello", "Pass both options"),
     ("--sample-every 2", "Pass both options"),
     ("--sample-tokens 2", "nothing is sampled. Remove --sample-tok"),
@@ -182,7 +185,7 @@ def test_options_that_make_no_sense(args, message):
         (
             "rows.jsonl",
             '{"prompt": "a"}\n{"text": "b"}',
-            "rows.jsonl, line 2: a `prompt` is needed",
+            "rows.jsonl, line 2 has neither a `prompt`",
         ),
         ("rows.jsonl", '{"prompt"', "rows.jsonl, line 1 is not JSON"),
         (
@@ -190,7 +193,11 @@ def test_options_that_make_no_sense(args, message):
             '{"messages": [{"role": "assistant", "content": "a"}]}',
             "end with a user's",
         ),
-        ("long.txt", "z" * 4100, "--sample-prompts and --sample-tokens: the model .* allows 4096"),
+        (
+            "long.txt",
+            "z" * 4100,
+            "--sample-prompts and --sample-tokens: the model .* allows at most 4096",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_asked(chats, tmp_path, capsys, name, content, message):

@@ -168,7 +168,7 @@ def test_a_classifier_over_codes(tmp_path, capsys):
     ("options", "message"),
     [
         ("--full --quantize nf4", "--full trains every parameter.*Remove --quantize"),
-        ("--quantize stored", "hold no codes: choose a format"),
+        ("--quantize stored", "are not quantized. Choose a format"),
     ],
 )
 def test_what_has_no_codes_is_refused(options, message, inputs, tmp_path, capsys):

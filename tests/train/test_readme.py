@@ -55,7 +55,7 @@ def test_the_pair_of_the_page_trains(model, tmp_path, capsys):
     path.write_text(rows_of("chosen"))
     line = ["--model", model, "--dataset", str(path), "--output", str(tmp_path / "run")]
     dpo.main([*line, "--steps", "1", "--report-to", "none"])
-    assert "fields that are not read" not in capsys.readouterr().out
+    assert "these fields are not read" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -66,5 +66,5 @@ def test_fields_that_pairs_do_not_read_are_named(model, tmp_path, capsys):
     line += ["--dataset", str(write_jsonl(tmp_path / "rows.jsonl", [row] * 2))]
     dpo.main([*line, "--fields", "prompt=question"])
     told = capsys.readouterr().out
-    assert "rows.jsonl: fields that are not read: source\n" in told.replace("\n/", "/")
+    assert "rows.jsonl: these fields are not read: source\n" in told.replace("\n/", "/")
     assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na?<|im_end|>" in told

@@ -94,7 +94,7 @@ def test_one_held_out_row_has_no_divergence(folder, tmp_path, capsys):
     one = write_jsonl(tmp_path / "one.jsonl", LABELLED[:1])
     line = ["--model", folder / "model", "--dataset", folder / "labelled.jsonl", "--loss", "kto"]
     line += ["--output", tmp_path / "run", "--eval-every", 1, "--eval-dataset", one]
-    assert "compares held-out rows with one another" in fails(capsys, main, *line)
+    assert "compares held-out rows with each other" in fails(capsys, main, *line)
 
 
 @pytest.mark.slow

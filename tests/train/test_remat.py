@@ -155,7 +155,7 @@ def test_all_processes_decide_alike(monkeypatch):
 
     def agreed(*others):
         monkeypatch.setattr(remat.hosts, "gather", lambda values: [*others, values])
-        attempt = remat._attempt(lambda policy: ("step", 5), "none")
+        attempt = remat._try_policy(lambda policy: ("step", 5), "none")
         return attempt.size, attempt.refused, attempt.seconds, attempt.step
 
     assert agreed([None, 7, SLOW_SECONDS]) == (7, False, SLOW_SECONDS, "step")
@@ -169,7 +169,7 @@ def test_another_failure_of_the_compiler_is_told_as_such(
     devices_have(monkeypatch, GIB)
     refusing(monkeypatch, "INTERNAL: Couldn't find output tile sizes")
     message = fails(capsys, main, *inputs, "--output", str(tmp_path), "--remat", "auto")
-    assert "failed on the step with --remat none, though not for lack of memory" in message
+    assert "failed on the step with --remat none, but not because of memory" in message
     assert "Couldn't find output tile sizes" in message and compiled == [False]
 
 

@@ -275,7 +275,7 @@ def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--labels pairs", "--labels pairs: name the pairs with --dataset"),
+        ("--labels pairs", "--labels pairs needs pairs"),
         ("--labels pairs --dataset a.csv --label x", "reads the fields .*Remove --label"),
         ("--labels pairs --dataset a.csv --text x", "Remove --text"),
         ("--labels pairs --dataset a.csv --text-pair x", "Remove --text-pair"),

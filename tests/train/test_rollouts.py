@@ -401,7 +401,7 @@ BAD = {
     ),
     "a task's own rows": (
         ["--dataset", "arithmetic", "--eval-dataset", "rows.jsonl"],
-        "--eval-dataset is about rows of your own: name them with --dataset",
+        "--eval-dataset only applies to your own rows",
     ),
 }
 

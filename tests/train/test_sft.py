@@ -264,14 +264,20 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
         (["--targets", "q_porj"], ["selects no leaf", "q_proj/kernel"]),
         (["--targets", "q_proj", "foo_proj"], ["'foo_proj'", "selects no leaf", "o_proj/kernel"]),
         (["--train", "norm", "lm_head"], ["'lm_head'", "selects no leaf", "embed_tokens"]),
-        (["--targets", "q_proj", ".*v_proj.*"], ["'.*v_proj.*' is none", "one regular expression"]),
+        (
+            ["--targets", "q_proj", ".*v_proj.*"],
+            ["'.*v_proj.*' is not a name", "one regular expression"],
+        ),
         (["--layers", "7"], ["has none of the layers (7,)"]),
-        (["--experts", "blocks"], ["--experts blocks: the model", "is no mixture of experts"]),
-        (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows 4096 tokens at most"]),
+        (
+            ["--experts", "blocks"],
+            ["--experts blocks has no effect", "is not a mixture of experts"],
+        ),
+        (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows at most 4096 tokens"]),
         (["--seq-len", "40"], ["of 24 sequences are longer than --seq-len 40", "--truncate"]),
         (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),
         (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl does not exist"]),
-        (["--eval-every", "1", "--eval-questions", "0"], ["needs rows to hold out"]),
+        (["--eval-every", "1", "--eval-questions", "0"], ["needs held-out rows"]),
         (["--batch-size", "0"], ["--batch-size 0: at least 1 is needed"]),
     ],
 )
@@ -320,7 +326,7 @@ def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, pa
 def test_a_folder_with_another_run_is_left_alone(inputs, whole, capsys):
     before = (whole / "config.yaml").read_text()
     message = fails(capsys, *inputs, "--output", whole)
-    assert "holds another run" in message
+    assert "already contains a run" in message
     message = fails(capsys, *inputs, "--output", whole, "--resume", "--seed", 1)
     assert "--seed was 0 and is now 1" in message
     assert (whole / "config.yaml").read_text() == before
@@ -338,7 +344,7 @@ def test_a_model_that_continues_no_text_is_refused(inputs, tmp_path, capsys):
     folder = write_model(tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "bert", "vocab_size": 259}')
     message = fails(capsys, *inputs, "--model", folder, "--output", tmp_path / "run")
-    assert message.endswith("a bert model does not continue texts")
+    assert message.endswith("is a bert model, which does not generate text. Pass a language model.")
 
 
 def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):

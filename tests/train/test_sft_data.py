@@ -86,7 +86,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
         read("--dataset", b, str(again), "--fields", "prompt=x")
     with pytest.raises(UserError, match="--dataset sql is a task .*Remove a.jsonl"):
         parse(["--dataset", "a.jsonl", "sql"])
-    with pytest.raises(UserError, match="is what is trained on"):
+    with pytest.raises(UserError, match="is also the training data"):
         read("--dataset", a, b, "--eval-dataset", b, "--eval-every", "1")
     capsys.readouterr()
 

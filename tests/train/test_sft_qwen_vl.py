@@ -111,7 +111,7 @@ def test_texts_alone_and_what_is_refused(
     image = next((made / "rows").glob("*.png"))
     for args, message in (
         (["--adapter", tmp_path / "texts"], "was trained on the text of .* alone"),
-        (["--model", made / "model", "--tokenizer", made / "model"], "its own tokenizer alone"),
+        (["--model", made / "model", "--tokenizer", made / "model"], "its own tokenizer"),
     ):
         with pytest.raises(SystemExit):
             generate([*map(str, args), "--prompt", "colour?", "--image", str(image)])

@@ -131,7 +131,7 @@ ROWS = PromptRows(completions=2, share=0.3, rows=8, shared=(8, 280), alone=(8, 4
 OBSTACLES = {
     "linear layers": ({}, "qwen3.5", {}, "a model has linear layers"),
     "noise": ({"neftune": 5.0}, "llama3", {}, "--neftune scales its noise"),
-    "short prompts": ({}, "llama3", {"share": 0.24}, "prompts are 24% of the tokens"),
+    "short prompts": ({}, "llama3", {"share": 0.24}, "prompts are only 24% of the tokens"),
     "rows": ({"batch_parts": 2}, "llama3", {"rows": 3}, "3 prompts do not divide over 2 parts"),
     "a sequence": ({"sequence_parts": 2}, "llama3", {}, "splits rows over sequence=2"),
     "windows": (
@@ -144,7 +144,7 @@ OBSTACLES = {
         {},
         "llama3",
         {"shared": (1, 496), "alone": (8, 64)},
-        "attention over 496 tokens would take more",
+        "attention over 496 tokens would cost more",
     ),
     "one completion": ({}, "llama3", {"completions": 1}, "a prompt has one completion"),
 }
@@ -169,7 +169,7 @@ def test_a_run_tells_why_it_does_not_share(monkeypatch, name):
     rows = ROWS._replace(**rows)
     told = choose_sharing(config(**options), [outline(), outline(case)], rows)
     assert not told.shared and (rows.completions == 1 or why in told.lines[0])
-    with pytest.raises(UserError, match=f"--no-share-prompt has no effect: .*{why}"):
+    with pytest.raises(UserError, match=f"--no-share-prompt has no effect, because .*{why}"):
         choose_sharing(config(share_prompt=False, **options), [outline(case)], rows)
     again = config(share_prompt=False, resume=True, **options)
     assert choose_sharing(again, [outline(case)], rows) == (False, ())
@@ -180,7 +180,7 @@ def test_a_run_tells_that_it_shares(monkeypatch):
     assert choose_sharing(config(), [outline()], ROWS).shared
     assert not choose_sharing(config(share_prompt=False), [outline()], ROWS).shared
     (line,) = choose_sharing(config(dropout=0.1), [outline()], ROWS).lines
-    assert "85% of the tokens" in line and "dropout is drawn once for a prompt" in line
+    assert "85% of the tokens" in line and "dropout is drawn once per prompt" in line
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_dry_run_counts_a_shared_prompt_once(folder, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert f"tokens per step: about {asked:,.0f} of prompts, and at most {drawn} drawn" in said
     share = (asked + drawn) / (4 * asked + drawn)
-    assert f"completions share their prompt: {share:.0%} of the tokens that a prompt for" in said
+    assert f"completions share their prompt, which leaves {share:.0%} of the tokens" in said
     assert len(re.findall("[Cc]ompiling", said)) == 2  # "compiling …" and "compiling: 3 s"
     grpo.main([str(arg) for arg in [*line, "--no-share-prompt"]])
     said = " ".join(capsys.readouterr().out.split())

@@ -53,7 +53,7 @@ def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, 
         return capsys.readouterr().out
 
     said = run(tmp_path / "whole", "--steps", "16")
-    assert "chunks an epoch, whose rows are shuffled" in said
+    assert "chunks per epoch, within which rows are shuffled" in said
     run(tmp_path / "parts", "--steps", "7")
     assert "training continues after step 7" in run(tmp_path / "parts", "--steps", "16", "--resume")
     for one, other in zip(trained(tmp_path / "whole"), trained(tmp_path / "parts"), strict=True):
@@ -89,15 +89,15 @@ def test_a_model_with_images_is_its_text(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "--stream counts no rows: say how long to train with --steps"),
-        ("--steps 9", "give --truncate, which cuts off what is longer than --seq-len 128"),
+        ("", "--stream does not count the rows"),
+        ("--steps 9", "Pass --truncate, which cuts off rows longer than --seq-len 128"),
         ("--epochs 2", "--stream reads rows while training, .*Remove --epochs"),
         ("--steps 9 --truncate --rows 3", "Remove --rows"),
         ("--steps 9 --truncate --token-cache x", "Remove --token-cache"),
-        ("--steps 9 --truncate --eval-every 3", "holds no rows out: name some with --eval-dataset"),
-        ("--steps 9 --truncate --dataset sql", "--stream reads rows of your own, and sql makes"),
-        ("--steps 9 --truncate --dataset a:1 b:2", "leave out the weights of --dataset a:1 b:2"),
-        ("--steps 9 --truncate --dataset a b --fields text=t", "--fields of a single --dataset"),
+        ("--steps 9 --truncate --eval-every 3", "cannot hold rows out for --eval-every"),
+        ("--steps 9 --truncate --dataset sql", "--stream reads your own rows, but sql is a task"),
+        ("--steps 9 --truncate --dataset a:1 b:2", "Remove the weights of --dataset a:1 b:2"),
+        ("--steps 9 --truncate --dataset a b --fields text=t", "--fields only for a single"),
         ("--steps 9 --truncate --dataset a.csv", "a.csv does not exist"),
     ],
 )

@@ -51,7 +51,9 @@ def test_a_run_reads_rows_with_it_and_its_adapter_says_so(folder, tmp_path, caps
     args = ["--model", folder.model, "--dataset", folder.path / "rows.jsonl"]
     args += ["--output", tmp_path / "run"]
     said = fails(capsys, sft.main, *args)
-    assert "the tokenizer cannot be read" in said and "name another with --tokenizer" in said
+    assert (
+        "the tokenizer cannot be read" in said and "pass another tokenizer with --tokenizer" in said
+    )
     assert begun(sft.main, *args, "--tokenizer", folder.tokens)
     assert find_adapter(folder.adapter).tokenizer == folder.tokens
     ahead = sft.parse(["--init-adapter", folder.adapter])
@@ -91,7 +93,9 @@ def test_one_that_does_not_fit_is_refused(folder, tmp_path, capsys):
     larger.add_tokens([f"<{i}>" for i in range(3)])
     larger.save_pretrained(tmp_path / "larger")
     said = fails(capsys, sft.main, *args, "--tokenizer", tmp_path / "larger")
-    assert "has tokens up to 261, and the vocabulary of --model" in said and "ends at 258" in said
+    assert (
+        "has token ids up to 261, but the vocabulary of --model" in said and "ends at 258" in said
+    )
     said = fails(capsys, sft.main, *args, "--tokenizer", tmp_path / "none")
     assert said.startswith(f"--tokenizer {tmp_path / 'none'}: ")
 

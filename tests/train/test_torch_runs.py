@@ -149,7 +149,7 @@ def test_completions_are_drawn_as_by_our_own_code(tmp_path, capsys):
     base = write(tmp_path / "mamba", "falcon_mamba")
     with pytest.raises(SystemExit):
         grpo([*map(str, (*line, "--model", base, "--output", tmp_path / "refused"))])
-    assert "keeps no keys and values" in " ".join(capsys.readouterr().err.split())
+    assert "does not cache keys and values" in " ".join(capsys.readouterr().err.split())
 
 
 def test_torch_code_trains_a_family_of_ours_alike(tmp_path):

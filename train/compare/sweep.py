@@ -36,7 +36,7 @@ from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
 from train.stages.beside import SideBySide
 from train.stages.inputs import InputReader
-from train.stages.types import AskedRun, FailedRun, FinishedRun, OpenedRun, RunContext
+from train.stages.types import FailedRun, FinishedRun, OpenedRun, RequestedRun, RunContext
 
 PROGRESS = "sweep.json"
 
@@ -243,7 +243,7 @@ class Sweep:
     def _train_side_by_side(self, group: Sequence[Trial], context: RunContext) -> None:
         """Trains adapters in shared steps, and records errors and scores."""
         runs = [
-            AskedRun(
+            RequestedRun(
                 name=trial.name,
                 where=f"run {trial.name}",
                 options=_resumed_options(trial),

@@ -1,4 +1,4 @@
-"""The progress of all runs of a table in the console, and the log in the folder of each."""
+"""Shows the progress of all runs of a table, and writes a log to the folder of each run."""
 
 import io
 import time
@@ -16,15 +16,15 @@ from train.console.output import tell
 from train.reporters.files import LOG
 from train.run.log import QuietLog, RunLog
 
-_TABLE_SECONDS = 5.0  # between tables in a log file
-_LOG_CHARS = 100  # characters of a run's own log
+_SECONDS_BETWEEN_TABLES = 5.0  # in a log file
+_LOG_WIDTH_CHARS = 100
 
 
 class Board:
-    """Shows a table of all runs: in a terminal always the newest, in a log file now and then."""
+    """Shows a table of all runs: live in a terminal, and every few seconds in a log file."""
 
     def __init__(self, console: Console, steps: Mapping[str, int]) -> None:
-        """Begins with runs that have taken no step.
+        """Creates a board of runs that have taken no step.
 
         Args:
           console: console to print to.
@@ -48,43 +48,43 @@ class Board:
             self._live.stop()
 
     def note(self, name: str, line: Line) -> None:
-        """Takes a line of a run's metrics."""
+        """Adds a line of a run's metrics."""
         self._lines[name] = {**self._lines.get(name, {}), **line}
         self._has_news = True
 
-    def ended(self, name: str, how: str) -> None:
-        """The end of a run."""
-        self._endings[name] = how
+    def ended(self, name: str, state: str) -> None:
+        """Records the end of a run and the state in which it ended."""
+        self._endings[name] = state
         self._has_news = True
         if self._live is None:
-            tell(self._console, f"{name}: {how}")
+            tell(self._console, f"{name}: {state}")
 
     def show(self) -> None:
-        """Shows the runs, if anything is new and the last table is old enough."""
+        """Shows the table if something is new and the last table is old enough."""
         now = time.monotonic()
-        is_too_soon = self._live is None and now - self._shown_time < _TABLE_SECONDS
+        is_too_soon = self._live is None and now - self._shown_time < _SECONDS_BETWEEN_TABLES
         if is_too_soon or not self._has_news:
             return
         self._shown_time = now
         self._has_news = False
         if self._live:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._make_table(), refresh=True)
         else:
-            self._console.print(self._table())
+            self._console.print(self._make_table())
 
-    def _table(self) -> Table:
-        """Returns a table with a row for each run: its newest figures, and how it ended."""
+    def _make_table(self) -> Table:
+        """Returns a table with the newest metrics of each run, and the state of ended runs."""
         titles = ("step", "loss", "held-out", "tokens/s")
         columns = [Column(title, justify="right") for title in titles]
         table = Table("run", *columns, "", box=None, pad_edge=False)
         for name, n_steps in self._steps.items():
             metrics = self._lines.get(name, {})
             table.add_row(
-                _cell(name),
+                _format_cell(name),
                 f"{metrics.get('step', 0)}/{n_steps}",
-                _figure(metrics.get("loss"), ".4f"),
-                _figure(metrics.get("eval_loss"), ".4f"),
-                _figure(metrics.get("tokens_per_s"), ",.0f"),
+                _format_metric(metrics.get("loss"), ".4f"),
+                _format_metric(metrics.get("eval_loss"), ".4f"),
+                _format_metric(metrics.get("tokens_per_s"), ",.0f"),
                 self._endings.get(name, ""),
             )
         return table
@@ -106,20 +106,20 @@ class TeeLog:
         self._log.__exit__(*error)
 
     def add(self, line: Line) -> None:
-        """Takes a line of metrics."""
+        """Adds a line of metrics to both."""
         self._log.add(line)
         self._board.note(self._name, line)
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a step that was skipped."""
+        """Adds the metrics of a skipped step to both."""
         self._log.skipped(step, metrics)
         self._board.note(self._name, {"step": step, "loss": metrics["loss"]})
 
 
 class BufferedConsole:
-    """The console of one run: what it prints goes to log.txt in its folder.
+    """The console of one run, whose output goes to log.txt in the run's folder.
 
-    Until the folder is this run's, it is kept in memory.
+    The output is kept in memory until the run may write to the folder.
 
     Attributes:
       console: the console.
@@ -128,15 +128,15 @@ class BufferedConsole:
     def __init__(self) -> None:
         self._buffer = io.StringIO()
         self.console = Console(
-            file=self._buffer, width=_LOG_CHARS, force_terminal=False, no_color=True
+            file=self._buffer, width=_LOG_WIDTH_CHARS, force_terminal=False, no_color=True
         )
 
     def keep_in(self, folder: Path, stack: ExitStack) -> None:
-        """Writes the lines printed so far, and those to come, to the folder's log.
+        """Writes the earlier and all later lines to the folder's log.
 
         Args:
-          folder: the run's.
-          stack: closes the file in the end.
+          folder: the run's folder.
+          stack: closes the file at the end.
         """
         file = stack.enter_context((folder / LOG).open("a", encoding="utf-8", buffering=1))
         file.write(self._buffer.getvalue())
@@ -146,14 +146,14 @@ class BufferedConsole:
 def print_results(
     console: Console, rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()
 ) -> None:
-    """Prints the results of all runs, a row each.
+    """Prints the results of all runs, one row per run.
 
-    Long names are folded, and figures never are. A column in which no run has a value is left out.
+    Long names are wrapped, but numbers are not. A column without any value is not printed.
 
     Args:
       console: console to print to.
-      rows: the results of each run, by name: first its own name, which is a text.
-      hidden: the results that are not printed.
+      rows: the results of each run, by name. The first result is the name of the run.
+      hidden: the names of results that are not printed.
     """
     run_column, *result_names = rows[0]
     table = Table(title="Runs", box=None, pad_edge=False)
@@ -165,17 +165,18 @@ def print_results(
             table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
             shown_names.append(name)
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in shown_names))
+        table.add_row(*(_format_cell(row[name]) for name in shown_names))
     console.print(table)
 
 
-def _cell(value: Any) -> str:
-    """Returns a value as the text of a table's cell; "" for None."""
+def _format_cell(value: Any) -> str:
+    """Returns the text of a table's cell; "" for None."""
     if value is None:
         return ""
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("[", r"\[")
+    return text.replace("[", r"\[")  # rich reads brackets as markup
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _format_metric(value: float | None, format_spec: str) -> str:
+    """Returns the text of a metric; "" for None."""
+    return "" if value is None else format(value, format_spec)

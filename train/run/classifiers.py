@@ -1,4 +1,4 @@
-"""The outline of a classifier: an encoder of texts or of images, with a head for classes."""
+"""Reads the outline of a classifier: an encoder of texts or images with a head for classes."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from train.run.pretrained import ModelInfo, model_errors, read_tokenized, read_u
 
 
 def read_fields(name: str) -> dict[str, Any]:
-    """Returns the fields of a model's config.json as they are written; {} for a GGUF file.
+    """Returns the fields of a model's config.json; {} for a GGUF file or a damaged config.json.
 
     Raises:
       UserError: the model cannot be found.
@@ -33,13 +33,13 @@ def read_classifier_info(
     of: Literal["texts", "images"] | None = "texts",
     tokenizer: str | None = None,
 ) -> ModelInfo:
-    """Like `read_model_info`, for an encoder with a head for classes.
+    """Reads the outline of an encoder with a head for classes, as `read_model_info` does.
 
     Args:
       name: the model.
-      num_labels: the number of classes; None for that of the model's own head.
-      of: what it is to classify; None for either.
-      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
+      num_labels: the number of classes; None for the number of the model's own head.
+      of: the required inputs of the model; None for any.
+      tokenizer: the tokenizer to use instead of the model's own; see --tokenizer.
 
     Raises:
       UserError: the model cannot be read, or is not such an encoder.
@@ -51,7 +51,8 @@ def read_classifier_info(
     inputs = _inputs_of_kind(kind)
     if inputs is None or of not in (None, inputs):
         raise UserError(
-            f"--model {name}: a {kind} model has no head for classes here; {_remedy(inputs)}"
+            f"--model {name} is a {kind} model, which cannot classify {of or 'anything'} here. "
+            f"{_remedy(inputs)}"
         )
     head: dict[str, Any] = {"head": "classification"}
     if num_labels is not None:
@@ -59,28 +60,37 @@ def read_classifier_info(
     if inputs == "texts":
         return read_tokenized(name, tokenizer, "--model", **head)
     if tokenizer is not None:
-        raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
+        raise UserError(
+            f"--tokenizer {tokenizer} has no effect, because --model {name} reads images and no "
+            "texts. Remove --tokenizer."
+        )
     return _read_image_info(name, **head)
 
 
 def _inputs_of_kind(kind: str) -> Literal["texts", "images"] | None:
-    """Returns the inputs of encoders of a kind: texts or images; None for other models."""
+    """Returns the inputs of a kind of encoder, texts or images; None for other models."""
     if kind in ENCODERS:
         return "texts"
     return "images" if kind in VISION else None
 
 
 def _remedy(inputs: Literal["texts", "images"] | None) -> str:
-    """Returns the advice where a model cannot classify; `inputs` is what it reads."""
+    """Returns the advice of a message for a model that cannot classify the data.
+
+    Args:
+      inputs: the inputs of the model.
+    """
     if inputs == "images":
-        return "it classifies images: name a folder of them with --dataset, or a field by --image"
+        return (
+            "It classifies images. Pass a folder of images with --dataset, or a field by --image."
+        )
     if inputs == "texts":
-        return "it classifies texts: name a ViT or DINOv2 for images"
-    return "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
+        return "It classifies texts. Pass a ViT or DINOv2 for images."
+    return "Pass a BERT, RoBERTa or XLM-RoBERTa model, or for images a ViT or DINOv2."
 
 
 def _read_image_info(name: str, **head: Any) -> ModelInfo:
-    """Returns the outline of a classifier of images, with its processor as the tokenizer."""
+    """Returns the outline of an image classifier, with its image processor as the tokenizer."""
     outline: Any = read_untokenized(name, **head)
     with model_errors(name):
         processor = models.load_image_processor(name)
@@ -89,8 +99,8 @@ def _read_image_info(name: str, **head: Any) -> ModelInfo:
     has_patches = min(config.grid_of(height, width)) >= 1
     if channels != config.num_channels or not has_patches:
         raise UserError(
-            f"--model {name}: its preprocessor_config.json makes images of {channels} channels and "
-            f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
-            f"patches of {config.patch_size} pixels"
+            f"--model {name}: preprocessor_config.json makes images of {channels} channels and "
+            f"{height} x {width} pixels, but config.json needs {config.num_channels} channels and "
+            f"patches of {config.patch_size} pixels. Use the two files of the same model."
         )
     return dataclasses.replace(outline, tokenizer=processor)

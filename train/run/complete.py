@@ -1,4 +1,4 @@
-"""Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
+"""Generates greedy answers to many chats, in batches of one shape and with a shared prefix."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from lora_jax.training.data.templates import render_prompt
 from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import EvaluatedModel, Progress
 
-_CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
-_MAX_ROWS = 128
-_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+_BATCH_CACHE_BYTES = 2**30
+_MAX_BATCH_ROWS = 128
+_PROMPT_MULTIPLE_TOKENS = 16  # prompts are padded to a multiple, so that few lengths are compiled
 
 Chat = Sequence[Mapping[str, str]]
 
@@ -26,7 +26,7 @@ def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]
     """Returns the tokens of each chat, up to the start of the assistant's answer.
 
     Raises:
-      TrainingError: the chat template drops something of a chat.
+      TrainingError: the chat template drops a part of a chat.
     """
     texts = []
     for chat in chats:
@@ -55,33 +55,37 @@ def complete_prompts(
     new_tokens: int,
     progress: Progress = lambda done, total: None,
 ) -> list[list[int]]:
-    """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
+    """Returns the tokens of each prompt's greedy continuation, including the token that ends it.
 
     A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
-    and is held once for all rows; not for an activated LoRA, whose invocation is looked for in
-    whole prompts.
+    and its cache is held once for all rows. An activated LoRA shares no prefix, because its
+    invocation is searched in whole prompts.
 
     Args:
       evaluated: a decoder.
       outline: the model's outline, with its tokenizer.
-      prompts: their tokens.
+      prompts: the tokens of each prompt.
       new_tokens: the maximum number of tokens of an answer.
-      progress: is called with the number of answers so far, and of all.
+      progress: is called with the number of answers so far, and the total.
     """
     model, params, forward = evaluated
+    # Split each prompt into the common prefix and its own suffix.
     can_share = not _has_own_cache(model) and not invocations_of(params)
-    n_shared = _n_shared(prompts) if can_share else 0
-    suffixes = [prompt[n_shared:] for prompt in prompts]
-    suffix_length = -(-max(map(len, suffixes)) // _MULTIPLE) * _MULTIPLE
+    n_prefix_tokens = _common_prefix_tokens(prompts) if can_share else 0
+    suffixes = [prompt[n_prefix_tokens:] for prompt in prompts]
+    max_suffix_tokens = max(map(len, suffixes))
+    n_multiples = -(-max_suffix_tokens // _PROMPT_MULTIPLE_TOKENS)  # rounded up
+    suffix_length = n_multiples * _PROMPT_MULTIPLE_TOKENS
     row_length = suffix_length + new_tokens
     eos_ids = end_tokens(outline)
-    shared = None
-    if n_shared:
-        prefix = np.asarray(prompts[0][:n_shared])
-        shared = share(model, params, prefix, more_tokens=row_length - 1, apply=forward)
+    pad_id = eos_ids[0] if eos_ids else 0
+    shared_prefix = None
+    if n_prefix_tokens:
+        prefix = np.asarray(prompts[0][:n_prefix_tokens])
+        shared_prefix = share(model, params, prefix, more_tokens=row_length - 1, apply=forward)
     completions: list[list[int]] = []
-    for batch, n_real in _batches(suffixes, _n_rows(model, row_length)):
-        ids, mask = pad_left(batch, suffix_length, eos_ids[0] if eos_ids else 0)
+    for batch, n_prompts in _equal_batches(suffixes, _max_batch_rows(model, row_length)):
+        ids, mask = pad_left(batch, suffix_length, pad_id)
         answers = generate(
             model,
             params,
@@ -90,16 +94,16 @@ def complete_prompts(
             max_new_tokens=new_tokens,
             eos_token_id=eos_ids or None,
             apply=forward,
-            shared=shared,
+            shared=shared_prefix,
         )
-        for answer in np.asarray(answers)[:n_real].tolist():
-            completions.append(_up_to_end(answer, eos_ids))
+        for answer in np.asarray(answers)[:n_prompts].tolist():
+            completions.append(_cut_after_end(answer, eos_ids))
         progress(len(completions), len(prompts))
     return completions
 
 
-def _up_to_end(answer: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """Returns the tokens of an answer up to the first that ends it, this one included."""
+def _cut_after_end(answer: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens of an answer up to the first end token, including this token."""
     for index, token in enumerate(answer):
         if token in eos_ids:
             return answer[: index + 1]
@@ -107,39 +111,42 @@ def _up_to_end(answer: list[int], eos_ids: Sequence[int]) -> list[int]:
 
 
 def _has_own_cache(model: Model) -> bool:
-    """Returns True for a model with a cache of its own, such as those of `lora_jax.torch`."""
+    """Returns True for a model with another kind of cache, such as those of `lora_jax.torch`."""
     return hasattr(model.config, "empty_cache")
 
 
-def _n_rows(model: Model, slots: int) -> int:
-    """Returns the number of rows whose caches fit into the memory of a batch's."""
-    cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
+def _max_batch_rows(model: Model, row_length: int) -> int:
+    """Returns the number of rows whose caches fit into `_BATCH_CACHE_BYTES`."""
+    cache = jax.eval_shape(lambda: init_cache(model.config, 1, row_length, model.dtype))
     arrays = cache if _has_own_cache(model) else (cache.key, cache.value, cache.recurrent)
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    return max(1, min(_MAX_ROWS, _CACHE_BYTES // row_bytes))
+    return max(1, min(_MAX_BATCH_ROWS, _BATCH_CACHE_BYTES // row_bytes))
 
 
-def _batches(
+def _equal_batches(
     prompts: Sequence[list[int]], max_rows: int
 ) -> Iterator[tuple[Sequence[list[int]], int]]:
-    """Yields batches of one size and the number of real rows; the last batch is filled up.
+    """Yields batches of one size with their numbers of prompts. Copies fill the last batch.
 
     Args:
-      prompts: the rows.
-      max_rows: the number of rows that a batch may have. Batches are as equal as they can be.
+      prompts: the prompts.
+      max_rows: the maximum number of rows of a batch.
     """
     n_batches = -(-len(prompts) // max_rows)
     batch_rows = -(-len(prompts) // n_batches)
     for start in range(0, len(prompts), batch_rows):
         batch = list(prompts[start : start + batch_rows])
-        n_real = len(batch)
+        n_prompts = len(batch)
         while len(batch) < batch_rows:
             batch.append(prompts[0])
-        yield batch, n_real
+        yield batch, n_prompts
 
 
-def _n_shared(prompts: Sequence[list[int]]) -> int:
-    """Returns the length of the prompts' common prefix; leaves at least two tokens of each."""
-    max_shared = max(0, min(map(len, prompts)) - 2)
-    # The prefix that the first and the last prompt of a sorted list share is that of all.
-    return min(max_shared, common_prefix(min(prompts), max(prompts)))
+def _common_prefix_tokens(prompts: Sequence[list[int]]) -> int:
+    """Returns the number of tokens of the prompts' common prefix.
+
+    The prefix leaves at least two tokens of each prompt.
+    """
+    max_prefix_tokens = max(0, min(map(len, prompts)) - 2)
+    # The first and the last prompt in sorted order share only the prefix that all prompts share.
+    return min(max_prefix_tokens, common_prefix(min(prompts), max(prompts)))

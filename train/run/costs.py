@@ -1,4 +1,4 @@
-"""The report at the end of a run: its memory, time, and size on disk."""
+"""Measures and prints the costs of a run: its memory, time, and size on disk."""
 
 import contextlib
 import sys
@@ -30,7 +30,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and the packages that a run's figures depend on."""
+    """Returns the versions of Python and of the packages that a run's results depend on."""
     versions_by_package = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
@@ -41,20 +41,20 @@ def versions() -> dict[str, str]:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract.
+    """Returns the size of all arrays of a tree in bytes. The leaves may be abstract.
 
-    Two codes of 4 bits are one byte, as on accelerators.
+    Two quantized values of 4 bits take one byte, as on accelerators.
     """
     return sum(map(bytes_of, jax.tree.leaves(tree)))
 
 
 def byte_size(size: float) -> str:
-    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
+    """Formats a number of bytes, such as "19.6 MB", or "3.2 kB" below a megabyte."""
     return f"{size / 1e3:.1f} kB" if size < 999_950 else f"{size / 1e6:,.1f} MB"
 
 
 def step_time(seconds: float) -> str:
-    """Formats the time of a step: "5.9 ms", or "7.83 s" from a second on."""
+    """Formats the time of a step, such as "5.9 ms", or "7.83 s" from a second on."""
     return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:,.2f} s"
 
 
@@ -83,22 +83,22 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def print_best(console: Console, best: Best, patience: int | None) -> None:
-    """Names the best step, and the reason why the run ended."""
+    """Prints the best step, and the reason if the run ended early."""
     standing = best.standing
     if standing.value is None:
-        sentence = f"{best.metric} was never measured: the adapter is the last one"
+        sentence = f"{best.metric} was never measured, so the saved adapter is the last one"
     else:
         sentence = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
     if best.is_over:
         sentence = (
-            f"ended early: no better {best.metric} for {standing.waited} measurements "
-            f"({flag('patience', patience)}); {sentence}"
+            f"the run ended early, because {best.metric} did not improve for {standing.waited} "
+            f"measurements ({flag('patience', patience)}); {sentence}"
         )
     tell(console, sentence)
 
 
 def ask_words(outline: ModelInfo) -> tuple[str, ...]:
-    """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
+    """Returns the module and the arguments, without --adapter, of a command that uses a model."""
     if "head" in outline.head:
         is_of_images = isinstance(outline.config, VisionConfig)
         return "train.predict", "IMAGE" if is_of_images else "TEXT"
@@ -108,13 +108,13 @@ def ask_words(outline: ModelInfo) -> tuple[str, ...]:
 
 
 def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merged: bool) -> None:
-    """Prints the commands that ask the trained model, and that export it.
+    """Prints the commands that use and that export the trained model.
 
     Args:
       console: console to print to.
       adapter: the adapter's folder.
-      ask: the words that ask the model; see `ask_words`.
-      merged: whether the model can be exported merged only.
+      ask: the words of the command that uses the model; see `ask_words`.
+      merged: whether the model can only be exported as a merged model.
     """
     export = ["train.export", "--output", str(adapter.parent / "exported")]
     if merged:
@@ -129,16 +129,16 @@ def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) ->
     """Prints an adapter's folder and size on disk, and the base's size in memory."""
     tell(
         console,
-        f"adapter saved in {adapter}: {byte_size(report['adapter_bytes'])} beside "
-        f"the base's {byte_size(report['base_bytes'])} in memory",
+        f"adapter saved in {adapter} ({byte_size(report['adapter_bytes'])}; "
+        f"the base takes {byte_size(report['base_bytes'])} in memory)",
     )
 
 
 def note_seconds(folder: Path, session: Session) -> None:
-    """Notes in the facts of a run how long this process has worked so far.
+    """Writes the seconds that this process has worked so far to the facts of a run.
 
-    A process before it that was killed worked at least until its last line of metrics. Without
-    facts, or where they cannot be written, nothing is noted.
+    A killed earlier process worked at least until its last line of metrics. Nothing is written if
+    there are no facts, or if they cannot be written.
 
     Args:
       folder: the folder of a run that has begun.
@@ -149,8 +149,9 @@ def note_seconds(folder: Path, session: Session) -> None:
         return
     seconds_by_process = facts.setdefault(PROCESS_SECONDS, {})
     process = str(session.began_at)
+    # The first note of this process completes the time of the process before it.
     if seconds_by_process and process not in seconds_by_process:
-        last_process = [*seconds_by_process][-1]
+        last_process = list(seconds_by_process)[-1]
         seconds = seconds_by_process[last_process]
         for line in read_metrics(folder):
             seconds = max(seconds, line["time"] - float(last_process))
@@ -161,11 +162,11 @@ def note_seconds(folder: Path, session: Session) -> None:
 
 
 def whole_time(folders: Iterable[Path], session: Session) -> str:
-    """Returns the time of runs in words: "3 min 20 s", or "3 min 20 s in 2 processes".
+    """Formats the total time of runs, such as "3 min 20 s" or "3 min 20 s in 2 processes".
 
     Args:
-      folders: the folders of the runs. A process that worked on several of them counts once.
-      session: the session of this process, which works until now.
+      folders: the folders of the runs. A process that worked on several runs counts once.
+      session: the session of this process, which counts until now.
     """
     seconds_by_process = {str(session.began_at): time.monotonic() - session.began}
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Training in a random subspace, --intrinsic: its space, and the model that runs in it."""
+"""Training in a random subspace (--intrinsic): the subspace, and the model that runs in it."""
 
 import dataclasses
 from typing import Any
@@ -12,11 +12,11 @@ from train.options.common import AdapterConfig, Options
 
 
 def space_of(config: Options, params: Any) -> Subspace | None:
-    """Returns the subspace that --intrinsic asks for; None without it.
+    """Returns the subspace of --intrinsic; None without --intrinsic.
 
     Args:
       config: the options; --seed draws the projections.
-      params: the model's parameters, or their shapes. All of them move, the head too.
+      params: the model's parameters, or their shapes. All parameters change, including the head.
 
     Raises:
       UserError: the model has fewer parameters, or too many layers for --intrinsic-kind said.
@@ -31,12 +31,12 @@ def space_of(config: Options, params: Any) -> Subspace | None:
 
 
 def is_intrinsic(adapter: AdapterConfig) -> bool:
-    """Returns True if --intrinsic is given, an option of classifiers alone."""
+    """Returns True if --intrinsic is given, which only classifiers have."""
     return getattr(adapter, "intrinsic", None) is not None
 
 
 def moves_weights(adapter: AdapterConfig) -> bool:
-    """Returns True if the weights themselves change in small steps, and so have to be fp32."""
+    """Returns True if the weights themselves train, and therefore must be float32."""
     return adapter.full or is_intrinsic(adapter)
 
 
@@ -46,18 +46,21 @@ def about_space(space: Subspace | None) -> dict[str, Any]:
 
 
 def model_in(space: Subspace | None, model: Any) -> Any:
-    """Returns the model, as one of trees that `lora_jax.subspace.tree_of` makes with a subspace."""
-    return model if space is None else _InSubspace(model, space)
+    """Returns a model that runs on the trees of `lora_jax.subspace.tree_of`, or the model itself.
+
+    Without a subspace, the result is the model itself.
+    """
+    return model if space is None else _SubspaceModel(model, space)
 
 
 def merge_trained(space: Subspace | None, tree: Any) -> Any:
-    """Returns the plain tree with what was trained."""
+    """Returns the plain tree that contains the trained changes."""
     return lj.merge(tree) if space is None else subspace.merge(space, tree)
 
 
 @dataclasses.dataclass(frozen=True)
-class _InSubspace:
-    """Runs a model on θ₀ + P(θ_d), which each call forms. Other attributes are the model's own."""
+class _SubspaceModel:
+    """Runs a model on θ₀ + P(θ_d), which each call computes. It has all attributes of the model."""
 
     model: Any
     space: Subspace
@@ -65,12 +68,12 @@ class _InSubspace:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def clone(self, **changes: Any) -> "_InSubspace":
-        """Returns the like of another model."""
+    def clone(self, **changes: Any) -> "_SubspaceModel":
+        """Returns a copy with a changed model."""
         return dataclasses.replace(self, model=self.model.clone(**changes))
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Runs the model on the moved parameters, which lie on the mesh as before."""
+        """Runs the model on the changed parameters, with the sharding of the base."""
         tree = variables["params"]
         layout = self.model.placement
         shardings = None

@@ -17,16 +17,12 @@ from train.run.task import Data
 
 _IDS = re.compile(r"\d+(,\d+)*")
 _MAX_NAMED_ROWS = 5  # rows without an invocation that a line names
-_KINDS_OF_SOME_TOKENS = (
-    "embedding",
-    "head",
-    "experts",
-    "router",
-)  # kinds that do not multiply every token
+# Kinds of weights that do not multiply every token.
+_KINDS_OF_SOME_TOKENS = ("embedding", "head", "experts", "router")
 
 
 def invocation_ids(alora: str, outline: ModelInfo) -> tuple[int, ...]:
-    """Returns the tokens of --alora: its text as the model's tokenizer has it, or token ids.
+    """Returns the token ids of --alora, which is a text or a list of token ids.
 
     Raises:
       UserError: the text has no tokens, or the model has no such token.
@@ -36,12 +32,12 @@ def invocation_ids(alora: str, outline: ModelInfo) -> tuple[int, ...]:
     else:
         ids = outline.tokenizer(alora, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise UserError(f"--alora {alora!r} has no tokens: give the text that invokes the adapter")
+        raise UserError(f"--alora {alora!r} has no tokens. Pass the text that invokes the adapter.")
     config: Any = outline.config
     if max(ids) >= config.vocab_size:
         raise UserError(
-            f"--alora {alora}: {outline.name} has {config.vocab_size} tokens, counted from 0, and "
-            f"{max(ids)} is none of them"
+            f"--alora {alora} contains the token id {max(ids)}, but the ids of {outline.name} end "
+            f"at {config.vocab_size - 1}. Pass ids of this model."
         )
     return tuple(ids)
 
@@ -55,49 +51,49 @@ def check_invoked(tree: Tree, outline: ModelInfo) -> None:
     """Raises a UserError for an activated LoRA of weights that do not multiply every token."""
     if outline.is_torch:
         raise UserError(
-            f"{outline.name} runs as a torch module, for which there is no activated LoRA: name a "
-            "model that a family of this library knows"
+            f"{outline.name} runs as a torch module, which does not support an activated LoRA. Use "
+            "a model whose family this library supports."
         )
     kinds = outline.kinds
     for path, node in nodes_of(tree).items():
         if getattr(node, "invocation", None) is None:
             raise UserError(
-                f"{path} trains without the invocation, so that the tokens before it would not be "
-                "the base's: an activated LoRA goes without --train, --train-tokens and --bias"
+                f"{path} would also change tokens before the invocation, but an activated LoRA "
+                "must leave these tokens to the base. Remove --train, --train-tokens and --bias."
             )
         kind = kinds.get(path)
         if not meets_every_token(kind):
             raise UserError(
-                f"{path} belongs to the {kind}, which an activated LoRA cannot adapt: choose "
-                "others with --targets, such as attention"
+                f"{path} belongs to the {kind}, which an activated LoRA cannot adapt. Choose other "
+                "modules with --targets, such as attention."
             )
 
 
 def invoked_data(data: Data, invocation: Sequence[int]) -> tuple[Data, list[str]]:
-    """Returns data whose loss counts what an activated LoRA predicts, and lines about them.
+    """Returns data whose loss counts only tokens after the invocation, and lines for the log.
 
     Args:
       data: rows as token sequences.
-      invocation: the tokens from whose last occurrence in a row on the adapter acts.
+      invocation: the token ids that invoke the adapter.
 
     Raises:
-      UserError: the data are of another kind, or no row has anything to learn.
+      UserError: the data are of another kind, or no counted token follows an invocation.
     """
     if type(data.train) is not Packs or data.feed is not None:
         raise UserError(
-            "an activated LoRA (--alora, or alora_invocation_tokens) trains on rows that are read "
-            "before training, by train.sft without --stream"
+            "An activated LoRA (--alora, or alora_invocation_tokens) needs rows that are read "
+            "before training. Use train.sft without --stream."
         )
-    train, lines = _invoked(data.train, invocation)
+    train, lines = _count_after_invocation(data.train, invocation)
     held_out = data.held_out
     if isinstance(held_out, Packs):
-        held_out, held_out_lines = _invoked(held_out, invocation)
+        held_out, held_out_lines = _count_after_invocation(held_out, invocation)
         lines += [f"held out: {line}" for line in held_out_lines]
     return dataclasses.replace(data, train=train, held_out=held_out), lines
 
 
-def _invoked(packs: Packs, invocation: Sequence[int]) -> tuple[Packs, list[str]]:
-    """Returns sequences of which the tokens after the invocation alone count, and lines."""
+def _count_after_invocation(packs: Packs, invocation: Sequence[int]) -> tuple[Packs, list[str]]:
+    """Returns sequences in which only tokens after the invocation count, and lines for the log."""
     table = packs.table
     starts = last_starts(table, invocation)
     has_invocation = starts >= 0
@@ -105,41 +101,47 @@ def _invoked(packs: Packs, invocation: Sequence[int]) -> tuple[Packs, list[str]]
     ids = ",".join(map(str, invocation))
     if not has_invocation.any():
         raise UserError(
-            f"none of the {n_rows} rows has the invocation {ids}, so that nothing would train: "
-            "give the text as it stands in the rows, template and all (--dry-run shows them)"
+            f"None of the {n_rows} rows contains the invocation {ids}, so nothing would train. "
+            "Pass the text exactly as in the templated rows, which --dry-run shows."
         )
+    # Each token is predicted from the token before it, so the adapter must act there already.
     row_of_token = np.repeat(np.arange(n_rows), table.lengths)
     start_of_token = np.where(has_invocation, starts, np.iinfo(np.int64).max)[row_of_token]
-    is_after_start = np.arange(len(table.ids)) > start_of_token  # the token before predicts each
-    invoked = dataclasses.replace(table, counts=table.counts & is_after_start)
-    if not invoked.predicted.any():
+    is_after_start = np.arange(len(table.ids)) > start_of_token
+    counted_table = dataclasses.replace(table, counts=table.counts & is_after_start)
+    if not counted_table.predicted.any():
         raise UserError(
-            f"no token that the loss counts stands after the invocation {ids}: see --train-on"
+            f"The loss counts no token after the invocation {ids}. Change --train-on, or pass "
+            "another invocation."
         )
     line = f"{int(has_invocation.sum()):,} of {n_rows:,} rows have the invocation ({ids})"
     if not has_invocation.all():
-        names = _names_without(packs, np.flatnonzero(~has_invocation).tolist())
-        line += f"; without it, and so by the base alone: {names}"
+        names = _name_rows(packs, np.flatnonzero(~has_invocation).tolist())
+        line += f"; rows without it, which do not train the adapter: {names}"
     lines = [line]
-    n_uncounted = int(table.predicted.sum()) - int(invoked.predicted.sum())
+    n_uncounted = int(table.predicted.sum()) - int(counted_table.predicted.sum())
     if n_uncounted:
         lines.append(
-            f"{n_uncounted:,} tokens stand before the invocation, where the base predicts: the "
-            "loss leaves them out"
+            f"{n_uncounted:,} tokens before the invocation do not count in the loss, because the "
+            "base predicts them"
         )
-    return dataclasses.replace(packs, table=invoked), lines
+    return dataclasses.replace(packs, table=counted_table), lines
 
 
-def _names_without(packs: Packs, indices: Sequence[int]) -> str:
-    """Returns the names of the first rows without an invocation, from all their indices."""
-    # A row of the data may have several sequences.
-    names = dict.fromkeys(_row_name(packs, index) for index in indices[: 4 * _MAX_NAMED_ROWS])
-    text = ", ".join([*names][:_MAX_NAMED_ROWS])
+def _name_rows(packs: Packs, indices: Sequence[int]) -> str:
+    """Returns the names of the first rows of some sequences as one text."""
+    # Several sequences may come from one row of the data, which is named once.
+    names: list[str] = []
+    for index in indices[: 4 * _MAX_NAMED_ROWS]:
+        name = _row_name(packs, index)
+        if name not in names:
+            names.append(name)
+    text = ", ".join(names[:_MAX_NAMED_ROWS])
     return f"{text}, …" if len(indices) > _MAX_NAMED_ROWS else text
 
 
 def _row_name(packs: Packs, index: int) -> str:
-    """Returns the name of a sequence's row in the data."""
+    """Returns the name of a sequence's row in the data, such as "row 3"."""
     row = int(packs.table.rows[index])
     if not packs.sources:
         return f"row {row}"
@@ -147,17 +149,18 @@ def _row_name(packs: Packs, index: int) -> str:
 
 
 def last_starts(table: Sequences, invocation: Sequence[int]) -> np.ndarray:
-    """Returns the index in `table.ids` of each sequence's last invocation, [n]; -1 for none."""
+    """Returns the start of each sequence's last invocation in `table.ids` [n], or -1 for none."""
     starts = np.full(len(table), -1, np.int64)
     n_positions = len(table.ids) - len(invocation) + 1
     if n_positions <= 0:
         return starts
+    # The positions in all sequences at which the invocation starts.
     is_match = np.ones(n_positions, bool)
     for offset, token in enumerate(invocation):
         is_match &= table.ids[offset : offset + n_positions] == token
     (positions,) = np.nonzero(is_match)
+    # The last start of each sequence. An invocation must not reach into the next sequence.
     sequence_of_position = np.searchsorted(table.starts, positions, side="right") - 1
-    # An invocation must not reach into the next sequence.
     ends = positions + len(invocation)
     is_within = ends <= table.starts[sequence_of_position + 1]
     np.maximum.at(starts, sequence_of_position[is_within], positions[is_within])

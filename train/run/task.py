@@ -1,4 +1,4 @@
-"""The contract of a task: its rows, examples, loss, evaluation and unit, as one object.
+"""The contract of a task: one object with its rows, examples, loss and evaluation.
 
 A task is a `Task` in a module of `train/tasks`, and "module:NAME" in `train/settings/tasks.py`. A
 task that differs from another in some of its functions is made by ``dataclasses.replace``.
@@ -42,17 +42,17 @@ class Data:
     Attributes:
       train: the examples to train on.
       held_out: the examples to evaluate on; None for none.
-      measured: the examples whose loss is measured while training; None for all.
-      name: returns the name of one of `train` in messages.
-      source: the name of all of `train` in messages; "" where `name` says it.
+      measured: the examples whose loss is measured during training; None for all of `held_out`.
+      name: returns the name of an example of `train` for messages.
+      source: the name of all of `train` for messages; "" if `name` contains it.
       facts: facts about the examples for facts.json.
       lines: lines to print before training.
-      feed: returns the batches of so many steps, where they are not taken from `train` as a whole;
-        `train` is then a sample of them.
-      steps: returns the number of steps of so many epochs, where it does not follow from `train`.
-      row: returns the name of a row, from its data set and its number; None for "row 3".
-      watched: further metrics to look at in training; see `Task`.
-      close: ends what the batches need, such as processes; may be called twice.
+      feed: returns the batches for a number of steps; None if the batches come from `train`. With
+        it, `train` is a sample of the examples.
+      steps: returns the number of steps for a number of epochs; None if it follows from `train`.
+      row: returns the name of a row from its data set and its number; None for "row 3".
+      watched: further metrics to watch during training; see `Task`.
+      close: closes resources of the batches, such as processes; may be called twice.
     """
 
     train: Examples
@@ -70,7 +70,7 @@ class Data:
 
     @property
     def measured_on(self) -> Examples | None:
-        """Returns the examples whose loss is measured while training; None for none."""
+        """Returns the examples whose loss is measured during training; None for none."""
         return self.held_out if self.measured is None else self.measured
 
 
@@ -79,12 +79,12 @@ class EvaluationContext:
     """The parts of a run that a task reads.
 
     Attributes:
-      config: its options.
-      folder: the folder of its files.
+      config: the run's options.
+      folder: the folder of the run's files.
       console: console to print to.
-      rows, data: its rows, and these as examples.
+      rows, data: the run's rows, and the same rows as examples.
       outline: the model without its weights.
-      stop: tells of a signal.
+      stop: reports a signal.
     """
 
     config: Any
@@ -101,10 +101,10 @@ class ModelContext(EvaluationContext):
     """The state of a run before its first step, for a task whose batches need the model.
 
     Attributes:
-      layout: the placement of all that follows.
+      layout: the placement of the model and the batches on the mesh.
       model, plain: the model and its parameters, without the adapter.
-      ready: what training begins with.
-      takes_from_base: whether the adapter has taken factors out of the base.
+      ready: the start of training.
+      takes_from_base: whether the adapter has changed the base by taking factors from it.
     """
 
     layout: Layout
@@ -115,13 +115,13 @@ class ModelContext(EvaluationContext):
 
 
 class EvaluatedModel(NamedTuple):
-    """A model that is evaluated, with its parameters.
+    """A model to evaluate, with its parameters.
 
     Attributes:
       model: the model.
-      params: its parameters, as `forward` takes them: plain, in codes, or an adapted tree.
-      forward: the model's ``apply``, or that on such a tree. Keep one and pass it again: each new
-        function compiles.
+      params: the parameters that `forward` takes: plain, quantized, or an adapted tree.
+      forward: the model's ``apply``, or the adapted one. Pass the same function again, because
+        each new function is compiled.
     """
 
     model: Any
@@ -139,10 +139,10 @@ class Evaluation(Protocol):
         """Evaluates the base; its parameters have no adapter."""
 
     def reuse_base_scores(self, other: "Evaluation") -> bool:
-        """Takes another run's measures of the same base, in the place of `before`.
+        """Takes another run's scores of the same base, instead of calling `before`.
 
         Returns:
-          Whether there was anything to take; if not, nothing has changed.
+          True if the other run had such scores. Otherwise nothing changes.
         """
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
@@ -150,19 +150,20 @@ class Evaluation(Protocol):
 
         Args:
           evaluated: the model, with an adapted tree.
-          progress: may be called on the way, in all processes alike; ends the scoring by raising.
+          progress: may be called in between, equally in all processes; it may raise to end the
+            scoring.
 
         Raises:
-          Dropped: a signal came meanwhile; raised in all processes.
+          Dropped: a signal came during the scoring; raised in all processes.
         """
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Evaluates the trained model; writes and prints the scores.
+        """Evaluates the trained model, and writes and prints the scores.
 
         Returns the scores by name, as `score` does.
 
         Args:
-          evaluated: the model, with merged parameters or adapted codes.
+          evaluated: the model, with merged parameters or an adapted quantized tree.
         """
 
 
@@ -172,10 +173,10 @@ def reads_all(config: Options) -> tuple[str, ...]:
 
 
 class PriorRuns(Protocol):
-    """Trains the beginning of a run by another run."""
+    """Trains the starting model of a run in another run."""
 
     def train(self, script: str, config: Options, task: "Task", session: Session) -> None:
-        """Fine-tunes by a script with these options; see `train.finetune`."""
+        """Fine-tunes with a script's options; see `train.finetune`."""
 
     def train_base(
         self,
@@ -188,43 +189,48 @@ class PriorRuns(Protocol):
         """Trains a model in full; see `train.prior`."""
 
 
-def check_alone(config: Options, what: str) -> None:
-    """Raises a UserError in one of many processes, which cannot make what a run begins with."""
+def check_alone(config: Options, product: str) -> None:
+    """Raises a UserError if several processes would have to make the starting model of a run."""
     if config.run.distributed or config.run.coordinator:
-        raise UserError(f"--dataset {config.data.dataset}: one process alone makes {what}")
+        raise UserError(
+            f"--dataset {config.data.dataset} needs {product}, which only a single process can "
+            "make. Start the run once with one process."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """The rows, examples, loss and evaluation of a run.
 
-    The functions are called in this order; each but `loss` and `evaluation` may raise a UserError.
+    The functions are called in this order. Each except `loss` and `evaluation` may raise a
+    UserError.
 
     Attributes:
-      defaults: the defaults of options that were not given.
-      check: raises a UserError for options that make no sense for this task.
+      defaults: the defaults of options that the user did not pass.
+      check: raises a UserError for options that do not fit this task.
       completed: fills in options that depend on files, such as a PEFT configuration.
-      begin: makes what a run begins with, where it is not there yet, by runs before it.
+      begin: makes the starting model of a run by earlier runs, if it does not exist yet.
       rows: reads the rows.
       outline: reads the model, without its weights.
       examples: encodes the rows as examples for that model.
-      loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
-        equal options are equal, so that runs with them train side by side.
+      loss: returns the function to minimise, from the options and the layout on the mesh. Equal
+        options give equal losses, so that such runs can train side by side.
       evaluation: returns the evaluation of a run; None for none.
-      prepare: returns what training begins with, and its data, where these need the model.
-      reads: returns the options that rows and examples depend on, of those that say that they do
-        not (see `Traits`), such as --seed; --output, where those of each run are its own.
-      score: the name of the score that tells how good the model is, the higher the better; None
-        where there is none but the loss.
-      watched: the metrics to look at in training, which a step's line shows, each explained; the
-        most telling one first. {} for all.
-      baselines: returns that score of what needs no training, by name, from a run's scores.json.
+      prepare: returns the start of training and its data, if they depend on the model's weights.
+      reads: returns further options on which rows and examples depend, although their traits (see
+        `Traits`) deny it, such as --seed; or --output if each run has its own rows.
+      score: the name of the score of the model's quality, of which higher is better; None if there
+        is only the loss.
+      watched: the metrics to watch, which a step's line shows, with explanations. The most
+        important one comes first. {} shows all metrics.
+      baselines: returns the scores of baselines without training, by name, from a run's
+        scores.json.
       score_error: returns the standard error of the trained model's score over the held-out rows,
-        from a run's scores.json; None where it is not known.
+        from a run's scores.json; None if it is unknown.
       question_scores: returns the trained model's score of each held-out question, or row, from a
-        run's scores.json; None for a question without one, and () where they are not known.
-      most_questions: returns the largest --eval-questions that the rows have questions for; None
-        where another value changes nothing, or that is not known.
+        run's scores.json; None for a question without a score, and () if scores are unknown.
+      most_questions: returns the largest useful --eval-questions for the rows; None if the option
+        has no effect, or if the number is unknown.
     """
 
     defaults: Defaults
@@ -246,12 +252,12 @@ class Task:
     most_questions: Callable[[Any, TaskRows], int | None] = lambda config, rows: None
 
     def check_options(self, config: Options) -> None:
-        """Raises a UserError for options that make no sense for this task."""
+        """Raises a UserError for options that do not fit this task."""
         if config.run.score_every and self.score is None:
-            given = config.data.dataset
-            name = given if isinstance(given, str) else " ".join(given)
+            dataset = config.data.dataset
+            name = dataset if isinstance(dataset, str) else " ".join(dataset)
             raise UserError(
-                f"--score-every {config.run.score_every}: --dataset {name} has no "
-                "score but its loss: measure that, by --eval-every"
+                f"--score-every {config.run.score_every} has nothing to measure, because --dataset "
+                f"{name} has no score except its loss. Use --eval-every, which measures the loss."
             )
         self.check(config)

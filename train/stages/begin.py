@@ -116,7 +116,7 @@ def begin_runs(
     # A model runs on quantized weights only through `adapt`.
     forward = base.adapted_forward if base.outline.has_codes else base.model.apply
     for begun in begun_runs.values():
-        if not isinstance(begun, BegunRun) or not begun.evaluation or begun.opened.pauses:
+        if not isinstance(begun, BegunRun) or begun.evaluation is None or begun.opened.pauses:
             continue
         evaluation = begun.evaluation
         # Scores of the same base from an earlier run are reused.

@@ -41,7 +41,7 @@ from train.run.output import state_of
 from train.run.rules import rules
 from train.stages.inputs import Inputs, make_inputs
 from train.stages.remat import settle_remat, settle_step
-from train.stages.types import AskedRun, RunContext
+from train.stages.types import RequestedRun, RunContext
 from train.tools.contract import EpisodeHost
 
 _N_SHOWN_ROWS = 3
@@ -57,11 +57,13 @@ COMPLETION = "Hello! The answer is 4."  # the completion that the dry run has re
 OPEN, CLOSE = "[[", "]]"  # marks around the counted tokens, on consoles without colours
 
 
-def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Console) -> None:
+def rehearse(
+    requested: RequestedRun, session: Session, context: RunContext, console: Console
+) -> None:
     """Prints a requested run without running it. Reads its rows without locking its folder.
 
     Args:
-      asked: the run.
+      requested: the run.
       session: closes the resources of the rows at the end.
       context: contains the rows that are read already.
       console: console to print to.
@@ -69,12 +71,12 @@ def rehearse(asked: AskedRun, session: Session, context: RunContext, console: Co
     Raises:
       UserError: the run is not possible with these options.
     """
-    task = asked.task
+    task = requested.task
     with hosts.raise_in_every_process():
-        run = asked.options.run
-        mesh = make_mesh(run.mesh, asked.options.optim.batch_size, slice_axis=run.slice_axis)
+        run = requested.options.run
+        mesh = make_mesh(run.mesh, requested.options.optim.batch_size, slice_axis=run.slice_axis)
         platform = platform_of(mesh.devices.flat[0])
-        config = settle_remat(task.completed(asked.options), platform)
+        config = settle_remat(task.completed(requested.options), platform)
         rules(config.adapter)
         read = context.reader(config, task)
         session.release.callback(read.data.close)

@@ -38,16 +38,17 @@ def measure_runs(
     arrangement: Arrangement,
     context: RunContext,
 ) -> dict[str, RunEnding]:
-    """Writes the reports of runs that came to their ends, and evaluates what they trained.
+    """Writes the reports of runs that ended, and evaluates their trained models.
 
-    After a signal, nothing is evaluated: a resumed run evaluates all.
+    After a signal, nothing is evaluated, because a resumed run evaluates everything.
 
     Args:
       runs: the runs, by name.
       base: the model that they share.
-      arrangement: says how the runs stand beside each other.
-      context: gets the trees that were trained.
+      arrangement: the arrangement of the runs.
+      context: receives the trained trees.
     """
+    # A run that a signal stopped is "stopped", and one with an error is "failed".
     failed = [run for run in runs.values() if isinstance(run, FailedRun)]
     evaluates = not any(run.state == "stopped" for run in failed)
     endings: dict[str, RunEnding] = {}
@@ -72,7 +73,7 @@ def measure_run(
     n_runs: int,
     evaluates: bool,
 ) -> FinishedRun:
-    """Finishes a run that is trained: writes its report, and evaluates what it trained.
+    """Writes the report of a trained run, and evaluates the trained model.
 
     Args:
       run: the run.
@@ -92,7 +93,7 @@ def measure_run(
         context.on_trained(opened, tree, base.adapted_forward)
     if run.evaluation and evaluates:
         with arrangement.evaluating(opened.name):
-            # Codes that are merged are the float model, and an activated LoRA has no merged form.
+            # A merged model would no longer be quantized, and an activated LoRA cannot be merged.
             can_merge = not base.outline.has_codes and not invocations_of(tree)
             forward = base.adapted_forward
             if can_merge:
@@ -105,9 +106,9 @@ def measure_run(
 
 
 def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
-    """Returns the report of a run that is trained.
+    """Returns the report of a trained run.
 
-    A process that took no step keeps what the one before it measured of its steps.
+    If this process took no step, the report keeps the measurements of the earlier process.
 
     Args:
       run: the run.
@@ -149,7 +150,7 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
 
 
 def result_of(ending: RunEnding) -> dict[str, Any]:
-    """Returns a run's line of the table of results."""
+    """Returns the row of a run in the table of results."""
     opened = ending.opened
     lines = read_metrics(opened.folder)
     last_step = lines[-1]["step"] if lines else 0
@@ -159,6 +160,7 @@ def result_of(ending: RunEnding) -> dict[str, Any]:
         last_step = ending.report["last_step"]
         score = ending.score
         adapter = str(opened.folder / ADAPTER)
+    # The values of the saved adapter, which is the best or the last one.
     kept_step = ending.best.get("step", last_step)
     loss = newest_measurement(lines, "loss", kept_step)
     held_out = newest_measurement(lines, f"{HELD_OUT}loss", kept_step)

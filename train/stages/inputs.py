@@ -1,4 +1,4 @@
-"""The inputs of a run before its weights: rows, outline and examples, and their consequences."""
+"""Prepares the inputs of a run before its weights: rows, outline, examples and batches."""
 
 import dataclasses
 import json
@@ -37,8 +37,8 @@ from train.run.shared_prompts import SHARED
 from train.run.task import Data, Task, TaskRows
 from train.settings.files import options_of_processes
 
-_SUFFIXES = (".txt", ".jsonl")
-_HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
+_PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
+_HELD_OUT_OPTIONS = ("eval_every", "eval_questions")  # a resumed run keeps its first held-out rows
 
 
 class RunData(NamedTuple):
@@ -50,18 +50,18 @@ class RunData(NamedTuple):
 
 
 class SamplePrompts:
-    """Holds the prompts of --sample-prompts, and their tokens.
+    """The prompts of --sample-prompts, and their tokens.
 
     Attributes:
-      texts: the prompts as a person reads them.
-      tokens: tokens of each prompt for the model, up to the start of its answer.
+      texts: the texts of the prompts for the log.
+      tokens: the tokens of each prompt for the model, up to the start of the answer.
     """
 
     def __init__(self, run: SftRunConfig, outline: ModelInfo) -> None:
         """Reads and tokenises the prompts.
 
         Raises:
-          UserError: the file cannot be read, a prompt is empty, or the model does not take one.
+          UserError: the file cannot be read, a prompt is empty, or a prompt is too long.
         """
         chats = _read_chats(run.sample_prompts)
         self.texts = [str(chat[-1]["content"]) for chat in chats]
@@ -70,13 +70,13 @@ class SamplePrompts:
                 self.tokens = tokenize_chats(outline, chats)
         elif any(len(chat) > 1 for chat in chats):
             raise UserError(
-                f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
-                "messages: give texts"
+                f"--sample-prompts has a prompt of several messages, but {outline.name} has no "
+                "chat template. Pass texts, or a template with --chat-template."
             )
         else:
             self.tokens = outline.tokenizer(self.texts)["input_ids"]
         if not all(self.tokens):
-            raise UserError("--sample-prompts: a prompt has no tokens")
+            raise UserError("--sample-prompts has a prompt without tokens. Remove this prompt.")
         outline.check_length(
             max(map(len, self.tokens)) + run.sample_tokens, "--sample-prompts and --sample-tokens"
         )
@@ -84,16 +84,16 @@ class SamplePrompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that a run reads before its weights.
+    """All inputs of a run except its weights.
 
     Attributes:
-      read: its rows, outline and examples.
-      prompts: prompts of --sample-prompts; None for none.
-      feed: its batches.
-      steps: their number.
+      read: the rows, the model's outline and the examples.
+      prompts: the prompts of --sample-prompts; None for none.
+      feed: the batches.
+      steps: the number of steps.
       rate: the highest learning rate.
-      layout: layout of the model on the mesh.
-      lines: to print before training.
+      layout: the layout of the model on the mesh.
+      lines: lines to print before training.
       attention: the name of the implementation of attention.
     """
 
@@ -108,15 +108,15 @@ class Inputs:
 
 
 def read_inputs(config: Options, task: Task) -> RunData:
-    """Reads rows and the model's outline, and encodes the rows; all processes have to call this.
+    """Reads the rows and the model's outline, and encodes the rows. All processes must call it.
 
     Raises:
       UserError: something is missing, or does not fit the model.
     """
     rows = task.rows(config)
-    # Codes do not train: where the weights do, they are arrays.
-    codes = QUANTIZE_NONE if moves_weights(config.adapter) else config.optim.quantize
-    outline = task.outline(config, rows).quantized(codes)
+    # Quantized weights cannot train.
+    quantization = QUANTIZE_NONE if moves_weights(config.adapter) else config.optim.quantize
+    outline = task.outline(config, rows).quantized(quantization)
     outline.check_experts(config.optim.experts)
     hosts.check_alike(
         options_of_processes(config),
@@ -124,8 +124,9 @@ def read_inputs(config: Options, task: Task) -> RunData:
         held_out=rows.held_out,
         model=outline.config,
     )
+    # Remarks need the rows, which are dropped once they are tokens.
     remarks: list[str] = []
-    if config.run.dry_run:  # before the rows become tokens, and are dropped
+    if config.run.dry_run:
         template = str(getattr(outline.tokenizer, "chat_template", ""))
         remarks = turn_remarks([*rows.train, *rows.held_out], str(config.data.dataset), template)
     data = task.examples(config, rows, outline)
@@ -133,29 +134,31 @@ def read_inputs(config: Options, task: Task) -> RunData:
 
 
 class InputReader:
-    """Reads as `read_inputs` does, but once for all runs of the same data."""
+    """Calls `read_inputs` once for all runs with the same data."""
 
     def __init__(self) -> None:
-        self._data_of_options: dict[tuple[int, str], RunData] = {}
+        self._data_by_options: dict[tuple[int, str], RunData] = {}
 
     def __call__(self, config: Options, task: Task) -> RunData:
-        """Returns the data of a run; one that reads them while it trains has its own."""
+        """Returns the data of a run. A run with --stream never shares its data."""
         if getattr(config.data, "stream", False):
             return read_inputs(config, task)
-        read_by = {name for name, traits in traits_of(config).items() if traits.of_inputs}
-        read_by |= {*task.reads(config)}
+        # The options on which the data depend.
+        data_options = {name for name, traits in traits_of(config).items() if traits.of_inputs}
+        data_options |= set(task.reads(config))
+        options = {name: value for name, value in as_json(config).items() if name in data_options}
+        # A resumed run also depends on the options that held out its rows at first.
         saved = saved_options(config)
-        options = {name: value for name, value in as_json(config).items() if name in read_by}
         first_options: dict[str, Any] | None = None
         if saved:
-            first_options = {name: saved.get(name) for name in _HOLDING_OUT}
+            first_options = {name: saved.get(name) for name in _HELD_OUT_OPTIONS}
             first_options["eval_every"] = bool(first_options["eval_every"])
-        options["eval_every"] = bool(options.get("eval_every"))  # how often does not matter
+        options["eval_every"] = bool(options.get("eval_every"))  # the interval does not matter
         options["began"] = first_options
         key = id(task), json.dumps(options, sort_keys=True)
-        if key not in self._data_of_options:
-            self._data_of_options[key] = read_inputs(config, task)
-        return self._data_of_options[key]
+        if key not in self._data_by_options:
+            self._data_by_options[key] = read_inputs(config, task)
+        return self._data_by_options[key]
 
 
 def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
@@ -167,8 +170,9 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     outline = read.outline
     data = read.data
     optim = config.optim
-    lines = [*data.lines]
-    invocation = _check_rules(config, outline)
+    lines = list(data.lines)
+    # An activated LoRA learns only from the tokens after its invocation.
+    invocation = _check_adapter(config, outline)
     if invocation:
         data, invocation_lines = invoked_data(data, invocation)
         lines += invocation_lines
@@ -176,6 +180,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     prompts: SamplePrompts | None = None
     if isinstance(config.run, SftRunConfig) and config.run.sample_prompts:
         prompts = SamplePrompts(config.run, outline)
+    # The batches, and the number of steps.
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
     steps = optim.steps
     if steps is None:
@@ -187,14 +192,16 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     if data.feed is not None:
         feed = data.feed(steps)
     rate = _learning_rate(optim, outline, steps, full=config.adapter.full)
+    # The layout on the mesh, and the implementations that fit it.
     layout = Layout.of(mesh, outline.config)
     layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-    attention = _chosen_attention(optim, outline, layout, data.facts)
+    attention = _choose_attention(optim, outline, layout, data.facts)
     lines.append(f"attention: {attention}")
     layout, product_form = choose_product_form(layout, config.run.collective_matmul)
     if product_form:
         lines.append(f"collective matmul: {product_form}")
+    # A test may replace the files of a model.
     weights = stand_in(outline.name)
     if weights is not None:
         lines.append(f"weights: {weights}")
@@ -214,7 +221,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
 
 
 def _learning_rate(optim: OptimConfig, outline: ModelInfo, steps: int, *, full: bool) -> float:
-    """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
+    """Returns the highest learning rate, which is --lr or the result of --lr-rule."""
     if optim.lr_rule is None:
         assert optim.lr is not None, "the options have no defaults yet"
         return optim.lr
@@ -223,13 +230,16 @@ def _learning_rate(optim: OptimConfig, outline: ModelInfo, steps: int, *, full: 
     )
 
 
-def _check_rules(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
-    """Returns the invocation of an activated LoRA; None for adapters of other kinds.
+def _check_adapter(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
+    """Checks the adapter against the model, and returns the invocation of an activated LoRA.
+
+    Reads no weights. Returns None for adapters of other kinds.
 
     Raises:
-      UserError: the rules or the adapter do not fit the model. No weights are read.
+      UserError: the rules or the adapter do not fit the model.
     """
     adapter = config.adapter
+    # A tree of shapes with the adapter of --init-adapter, or with a new one.
     if adapter.init_adapter is not None:
         source = find_adapter(adapter.init_adapter, "--init-adapter")
         source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
@@ -237,7 +247,7 @@ def _check_rules(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
             return None
         tree = source.abstract_tree(outline)
     elif space_of(config, outline.params) is not None:
-        return None
+        return None  # --intrinsic trains a subspace without an adapter
     else:
         check_names(adapter, outline)
         with as_user_errors(ValueError):
@@ -249,7 +259,7 @@ def _check_rules(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
     return next(iter(invocations))
 
 
-def _chosen_attention(
+def _choose_attention(
     optim: OptimConfig, outline: ModelInfo, layout: Layout, facts: Mapping[str, Any]
 ) -> AttentionChoice:
     """Returns the implementation of attention.
@@ -260,7 +270,7 @@ def _chosen_attention(
       facts: facts about its examples; see `Data`.
 
     Raises:
-      UserError: what was asked for does not run on these devices, or does nothing there.
+      UserError: --attention does not run on these devices, or --remat has no effect there.
     """
     check_offload(optim.remat, layout.platform)
     length = facts["sequence_length"]
@@ -277,39 +287,45 @@ def _chosen_attention(
 
 
 def _read_chats(prompts: Sequence[str]) -> list[Chat]:
-    """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
-    files = [text for text in prompts if text.lower().endswith(_SUFFIXES)]
+    """Returns the chats of --sample-prompts, which are texts or the rows of one file."""
+    files = [text for text in prompts if text.lower().endswith(_PROMPT_FILE_SUFFIXES)]
     if files and len(prompts) > 1:
         raise UserError(
-            f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
+            f"--sample-prompts names the file {files[0]} together with other prompts. Remove the "
+            "other prompts, or write all prompts to the file."
         )
     if not files:
-        return [_chat(text, f"prompt {number}") for number, text in enumerate(prompts, start=1)]
+        return [
+            _chat_of_text(text, f"prompt {number}") for number, text in enumerate(prompts, start=1)
+        ]
     check_local("sample_prompts", files)
     path = Path(files[0]).expanduser()
     lines = read_user_file(path, f"--sample-prompts: {path} cannot be read: ").splitlines()
     is_json = path.suffix.lower() == ".jsonl"
     chats: list[Chat] = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            chats.append(_chat_of_row(path, number, line) if is_json else _chat(line, str(path)))
+        if not line.strip():
+            continue
+        chat = _chat_of_row(path, number, line) if is_json else _chat_of_text(line, str(path))
+        chats.append(chat)
     if not chats:
-        raise UserError(f"--sample-prompts: {path} is empty")
+        raise UserError(f"--sample-prompts: {path} is empty. Write one prompt per line.")
     return chats
 
 
-def _chat(text: str, where: str) -> Chat:
+def _chat_of_text(text: str, where: str) -> Chat:
+    """Returns a chat with one user's turn; raises a UserError for an empty text."""
     if not text.strip():
-        raise UserError(f"--sample-prompts: {where} is empty")
+        raise UserError(f"--sample-prompts: {where} is empty. Remove it, or write a text.")
     return [{"role": "user", "content": text}]
 
 
 def _chat_of_row(path: Path, number: int, line: str) -> Chat:
-    """Returns the chat of a row of a JSONL file: a prompt, or messages that end with a user's."""
+    """Returns the chat of a row of a JSONL file, from its `prompt` or its `messages`."""
     where = f"{path}, line {number}"
     row = parse_json_object(line, path, f"line {number}")
     if isinstance(row.get("prompt"), str):
-        return _chat(row["prompt"], where)
+        return _chat_of_text(row["prompt"], where)
     chat = row.get("messages")
     is_chat = isinstance(chat, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
@@ -317,6 +333,7 @@ def _chat_of_row(path: Path, number: int, line: str) -> Chat:
     )
     if not is_chat or not chat or chat[-1]["role"] != "user":
         raise UserError(
-            f"--sample-prompts: {where}: a `prompt` is needed, or `messages` that end with a user's"
+            f"--sample-prompts: {where} has neither a `prompt` nor `messages` that end with a "
+            "user's turn. Write one of the two."
         )
     return chat

@@ -1,4 +1,4 @@
-"""Measures of a run on its way: held-out loss, the score of its task, and sampled answers."""
+"""Measures a run while it trains: held-out loss, the score of its task, and sampled answers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,30 +16,30 @@ from train.run.log import SAMPLED, QuietLog, RunLog
 from train.run.task import EvaluatedModel, Evaluation
 from train.stages.types import OpenedRun
 
-_COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
+_N_SHOWN_COMPLETIONS = 2  # in the log, before a checkpoint
 
 
-class _Cut(Exception):
-    """A signal came."""
+class _InterruptedScore(Exception):
+    """A signal came during a measurement of the score."""
 
 
 def score(evaluation: Evaluation, evaluated: EvaluatedModel, stop: Stop) -> dict[str, float] | None:
-    """Returns a task's score; None after a signal, which cuts the measurement short.
+    """Returns a task's score, or None if a signal interrupted the measurement.
 
     Args:
       evaluation: scores the model.
       evaluated: the model, with an adapted tree.
-      stop: tells of a signal.
+      stop: reports a signal.
     """
     agreement = Agreement()
 
     def progress(done: int, total: int) -> None:
         if stop.agreed(agreement):
-            raise _Cut
+            raise _InterruptedScore
 
     try:
         return evaluation.score(evaluated, progress)
-    except (_Cut, Dropped):
+    except (_InterruptedScore, Dropped):
         return None
 
 
@@ -50,7 +50,7 @@ def make_measures(
     held_out: Callable[..., PeriodicMeasure],
     log: RunLog | QuietLog,
 ) -> Iterator[PeriodicMeasure]:
-    """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
+    """Yields the measures of a run: the held-out loss, the task's score, and sampled answers.
 
     Args:
       run: the run.
@@ -67,33 +67,36 @@ def make_measures(
 
     if options.score_every and evaluation:
 
-        def scored(state: State) -> dict[str, float] | None:
+        def measure_score(state: State) -> dict[str, float] | None:
             return score(evaluation, trained_model(state), run.stop)
 
-        yield PeriodicMeasure(every=options.score_every, prefix=SCORE, take=scored)
+        yield PeriodicMeasure(every=options.score_every, prefix=SCORE, take=measure_score)
+    # The completions that the run draws for its steps.
     if isinstance(inputs.feed, PromptFeed):
         feed = inputs.feed
         n_updates = getattr(run.config.optim, "updates", 1)
 
-        def completed(state: State) -> dict[str, float]:
+        def log_completions(state: State) -> dict[str, float]:
             step = int(state.step)
-            last_step = step + n_updates - 1  # the last step that new completions are for
+            last_step = step + n_updates - 1  # the last step that uses the new completions
             saves_checkpoint = last_step % options.save_every < n_updates
             is_shown = step == 1 or last_step >= run.end or saves_checkpoint
-            log.sampled(step, feed.fresh(), shown=_COMPLETIONS if is_shown else 0)
+            log.sampled(step, feed.fresh(), shown=_N_SHOWN_COMPLETIONS if is_shown else 0)
             return {}
 
-        yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
+        yield PeriodicMeasure(every=1, prefix=SAMPLED, take=log_completions)
+    # The answers to --sample-prompts.
     if inputs.prompts:
         prompts = inputs.prompts
         outline = inputs.read.outline
 
-        def sampled(state: State) -> dict[str, float]:
+        def log_answers(state: State) -> dict[str, float]:
             answers = answer_prompts(
                 trained_model(state), outline, prompts.tokens, new_tokens=options.sample_tokens
             )
-            samples = [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
+            pairs = zip(prompts.texts, answers, strict=True)
+            samples = [Sample(prompt, answer) for prompt, answer in pairs]
             log.sampled(int(state.step), samples)
             return {}
 
-        yield PeriodicMeasure(every=options.sample_every, prefix=SAMPLED, take=sampled)
+        yield PeriodicMeasure(every=options.sample_every, prefix=SAMPLED, take=log_answers)

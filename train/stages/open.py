@@ -1,8 +1,8 @@
-"""Opens runs: checks their options, locks their folders, reads their rows."""
+"""Opens runs: checks their options, locks their folders, and reads their rows."""
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import Mesh
@@ -27,43 +27,46 @@ from train.run.task import Evaluation, EvaluationContext
 from train.stages.arrangement import Arrangement
 from train.stages.inputs import make_inputs
 from train.stages.remat import settle_remat
-from train.stages.types import AskedRun, FinishedRun, OpenedRun, RunContext
+from train.stages.types import FinishedRun, OpenedRun, RequestedRun, RunContext
 
-_ADAPTER_FACTS = ("labels", "seq_len")  # the facts about examples that the adapter keeps
+_ADAPTER_FACTS = ("labels", "seq_len")  # the facts about examples that are saved with the adapter
 
 
 def open_runs(
     script: str,
-    asked: Sequence[AskedRun],
+    requested: Sequence[RequestedRun],
     session: Session,
     arrangement: Arrangement,
     context: RunContext,
 ) -> list[OpenedRun | FinishedRun]:
-    """Opens runs, and checks what can be checked before weights are read.
+    """Opens runs, and checks everything that does not need the weights.
 
-    That is, of all runs: options and output folder, then the data, then examples and targets
-    against the model's configuration.
+    For each run, it checks the options and the output folder, then the data, then examples and
+    targets against the model's configuration.
 
     Args:
-      script: the command, for the hint how to go on: "train.sft".
-      asked: the runs.
-      session: tells of signals, and releases the locks in the end.
-      arrangement: says how the runs stand beside each other.
-      context: how far they train, and the rows that are read already.
+      script: the command for the hint how to resume, such as "train.sft".
+      requested: the requested runs.
+      session: reports signals, and releases the locks at the end.
+      arrangement: the arrangement of the runs.
+      context: the step to stop at, and the rows that are read already.
 
     Returns:
-      The runs, in order; a resumed run that is finished, and of which nothing is asked, as such.
+      The runs, in order. A resumed run with nothing left to do is a `FinishedRun`.
 
     Raises:
-      TrainingError: something that was asked for cannot be done; names the line of a table.
+      TrainingError: a run is not possible with its options; names the line of a table.
     """
     with hosts.raise_in_every_process():
-        options = asked[0].options.run
+        options = requested[0].options.run
         cache_line = keep_compiled(options.compilation_cache)
-        batch_sizes = [run.options.optim.batch_size for run in asked]
+        batch_sizes = [run.options.optim.batch_size for run in requested]
         mesh = make_mesh(options.mesh, math.gcd(*batch_sizes), slice_axis=options.slice_axis)
-        opened = [open_run(script, run, mesh, session, arrangement, context) for run in asked]
-        runs = [finished_run(run, context) or run for run in opened]
+        opened = [open_run(script, run, mesh, session, arrangement, context) for run in requested]
+        runs: list[OpenedRun | FinishedRun] = []
+        for run in opened:
+            finished = finished_run(run, context)
+            runs.append(run if finished is None else finished)
         unfinished_runs = [run for run in runs if isinstance(run, OpenedRun)]
         check_images(unfinished_runs)
     if cache_line:
@@ -77,27 +80,30 @@ def open_runs(
 
 def open_run(
     script: str,
-    asked: AskedRun,
+    requested: RequestedRun,
     mesh: Mesh,
     session: Session,
     arrangement: Arrangement,
     context: RunContext,
 ) -> OpenedRun:
-    """Opens a run that is asked for.
+    """Opens a requested run.
 
     Args:
-      asked: the run.
+      requested: the run.
       mesh: the devices.
       script, session, arrangement, context: see `open_runs`.
 
     Raises:
-      TrainingError: something that was asked for cannot be done; names the line of a table.
+      TrainingError: the run is not possible with its options; names the line of a table.
     """
-    prefix = f"{asked.where}: "
-    with as_user_errors(TrainingError, prefix=prefix) if asked.where else nullcontext():
-        task = asked.task
-        console = arrangement.console_of(asked.name)
-        config = task.completed(asked.options)
+    # Errors of a run of a table name its line.
+    error_context: AbstractContextManager[object] = nullcontext()
+    if requested.where:
+        error_context = as_user_errors(TrainingError, prefix=f"{requested.where}: ")
+    with error_context:
+        task = requested.task
+        console = arrangement.console_of(requested.name)
+        config = task.completed(requested.options)
         config = settle_remat(config, platform_of(mesh.devices.flat[0]))
         if is_first():
             check_packages(config.run.report_to)
@@ -109,7 +115,7 @@ def open_run(
         space = space_of(config, read.outline.params)
         facts = {name: fact for name, fact in read.data.facts.items() if name in _ADAPTER_FACTS}
         return OpenedRun(
-            asked=asked,
+            requested=requested,
             script=script,
             config=config,
             place=place,
@@ -144,10 +150,10 @@ def evaluation_of(run: OpenedRun) -> Evaluation | None:
 
 
 def finished_run(run: OpenedRun, context: RunContext) -> FinishedRun | None:
-    """Returns a resumed run that is finished, with its report and its scores; None for others.
+    """Returns a finished resumed run with its report and its scores; None for other runs.
 
-    A run without scores that has an evaluation goes on, and so does one whose tree
-    `context.on_trained` gets. All processes have to call this.
+    A run whose evaluation is still missing continues, and so does a run whose tree goes to
+    `context.on_trained`. All processes must call this function.
     """
     if context.on_trained is not None:
         return None
@@ -161,14 +167,15 @@ def finished_run(run: OpenedRun, context: RunContext) -> FinishedRun | None:
 
 
 def is_finished(run: OpenedRun) -> bool:
-    """Returns True for a resumed run that is over, if its options ask for nothing longer.
+    """Returns True for a resumed run that ended, unless its options now ask for more steps.
 
-    Its report and scores are written, and its newest checkpoint is whole and of these data.
+    Such a run has its report and scores, and its newest checkpoint is complete and fits the data.
     """
     options = run.config.run
     has_adapter = (run.folder / output.ADAPTER).exists()
     if run.pauses or not options.resume or not has_adapter:
         return False
+    # The report has scores once the run was evaluated.
     n_steps = run.inputs.steps
     report = read_json(run.folder / output.REPORT)
     if "scores" not in report:
@@ -177,6 +184,7 @@ def is_finished(run: OpenedRun) -> bool:
     is_long_enough = last_step <= n_steps <= report["steps"]
     if not is_long_enough:
         return False
+    # The newest checkpoint must be that of the last step.
     checkpoints = Checkpoints(run.folder / output.CHECKPOINTS, options.keep)
     has_last_checkpoint = checkpoints.steps()[-1:] == [last_step]
     saved = checkpoints.run_of_newest() if has_last_checkpoint else None
@@ -186,21 +194,25 @@ def is_finished(run: OpenedRun) -> bool:
     is_of_other_data = saved["data"] != run.inputs.feed.digest()
     if is_of_other_data or saved.get("owed"):
         return False
+    # --patience may have ended the run early.
     n_waited = saved.get("best", {}).get("waited", 0)
     is_out_of_patience = options.patience is not None and n_waited >= options.patience
     return is_out_of_patience or last_step == n_steps
 
 
 def check_images(runs: Sequence[OpenedRun]) -> None:
-    """Raises a UserError where the rows of some runs hold images, and those of others none."""
+    """Raises a UserError if the rows of only some of the runs hold images."""
     runs_with_images: list[OpenedRun] = []
     runs_without: list[OpenedRun] = []
     for run in runs:
         has_images = getattr(run.inputs.read.data.train, "further", None) is not None
-        (runs_with_images if has_images else runs_without).append(run)
+        if has_images:
+            runs_with_images.append(run)
+        else:
+            runs_without.append(run)
     if runs_with_images and runs_without:
         raise UserError(
-            f"the rows of {runs_with_images[0].name} have images, and those of "
-            f"{runs_without[0].name} have none, and they train side by side: "
-            "give each kind a table of its own"
+            f"The rows of {runs_with_images[0].name} have images, but the rows of "
+            f"{runs_without[0].name} have none. Such runs cannot train side by side. Write a "
+            "separate table for each kind."
         )

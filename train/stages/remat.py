@@ -1,4 +1,4 @@
-"""The policy of rematerialisation of runs: --remat, by default, when a run is resumed, and auto."""
+"""Chooses the rematerialisation policy of runs: its default, a resumed run's, and --remat auto."""
 
 import contextlib
 import functools
@@ -35,24 +35,27 @@ from train.run.costs import versions
 from train.run.output import saved_options
 from train.stages.inputs import Inputs
 
-_SETTLED = "remat"  # the folder, in the user's cache, of the policies that searches ended with
+_POLICY_CACHE = "remat"  # the folder of found policies in the user's cache
 
 
 def settle_remat(config: Options, platform: str) -> Options:
-    """Returns the options with --remat as a resumed run has it, or as this platform has it.
+    """Returns the options with the --remat of a resumed run, or with the platform's default.
 
-    "auto" remains for a new run on an accelerator, or where it is asked for: compilers decide.
+    "auto" remains for a new run on an accelerator, or if the user passed it. `settle_step` then
+    chooses a policy.
 
     Raises:
-      UserError: --resume, and there is no run to go on with.
+      UserError: --resume was passed, but there is no run to resume.
     """
-    asked = config.optim.remat
-    if asked not in (None, AUTO):
+    requested = config.optim.remat
+    if requested not in (None, AUTO):
         return config
-    if saved := saved_options(config):
+    saved = saved_options(config)
+    if saved:
         return replace_options(config, {"remat": saved.get("remat", "none")})
-    default = "none" if platform == "cpu" else AUTO
-    return replace_options(config, {"remat": asked or default})
+    if requested is None:
+        requested = "none" if platform == "cpu" else AUTO
+    return replace_options(config, {"remat": requested})
 
 
 def settle_step(
@@ -64,21 +67,21 @@ def settle_step(
     compile_rung: Callable[[str], tuple[Any, int | None]],
     notice: Callable[[str], object],
 ) -> tuple[str, Any]:
-    """Compiles the step of runs; with --remat auto, until it fits and no other is worth compiling.
+    """Compiles the step of runs. With --remat auto, it tries policies until one fits.
 
-    All processes have to call this: they go by the smallest device of all, by the process whose
-    step takes most, and by the clock of the first process. The policy is kept for later runs with
-    the same shapes, devices and versions.
+    All processes must call this function. They use the memory of the smallest device, the largest
+    step, and the clock of the first process. The policy is cached for later runs with the same
+    shapes, devices and versions.
 
     Args:
-      config: the options of the runs; of many, those that they share count.
-      inputs: the inputs of one of them.
+      config: the options of one of the runs, which share the options that count here.
+      inputs: the inputs of one of the runs.
       batches: a batch of each run, of the largest shape.
-      base: the frozen parameters that they share, arrays or shapes.
-      states: the state of each run, likewise.
-      compile_rung: compiles the step with a policy; returns it with the bytes that it takes, None
-        where the compiler does not say.
-      notice: is told why another policy is compiled, and with which one the search ended.
+      base: the frozen parameters that the runs share, arrays or shapes.
+      states: the state of each run, arrays or shapes.
+      compile_rung: compiles the step with a policy; returns the step and its bytes, which are None
+        if the compiler does not report them.
+      notice: receives the reason why another policy is compiled, and the result of the search.
 
     Returns:
       The policy with its compiled step.
@@ -100,7 +103,8 @@ def settle_step(
     batch_shapes: list[dict[str, tuple[int, ...]]] = []
     for batch in batches:
         batch_shapes.append({name: array.shape for name, array in batch.items()})
-    facts = [  # on which the policy depends
+    # The policy that an earlier run with the same facts found.
+    policy_facts = [
         capacity,
         rungs,
         layout.mesh.devices.flat[0].device_kind,
@@ -113,28 +117,30 @@ def settle_step(
         batch_shapes,
         (config.optim.experts, getattr(config.optim, "loss_chunk", None)),
     ]
-    cache_file = cache_folder() / _SETTLED / hashlib.sha256(repr(facts).encode()).hexdigest()
+    digest = hashlib.sha256(repr(policy_facts).encode()).hexdigest()
+    cache_file = cache_folder() / _POLICY_CACHE / digest
     cached_policy: str | None = None
     if is_first():
         with contextlib.suppress(OSError):
             cached_policy = cache_file.read_text(encoding="utf-8")
+    # The search starts with the cached policy, or the first one that is expected to fit.
     expected = expected_bytes(
         outline.config,
         outline.params,
         outline.kinds,
-        tokens=sum(_tokens_of_device(layout, batch, length) for batch in batches),
+        tokens=sum(_tokens_per_device(layout, batch, length) for batch in batches),
         itemsize=jnp.dtype(config.optim.dtype).itemsize,
         arguments=bytes_per_device(arguments),
     )
     first_policy = hosts.gather(cached_policy)[0]
     search = RematSearch.begin(rungs, capacity, expected, first_policy)
-    attempts = search.run(functools.partial(_attempt, compile_rung), notice)
+    attempts = search.run(functools.partial(_try_policy, compile_rung), notice)
     best = search.best(attempts)
     line = search.describe(attempts)
     if best is None:
         raise UserError(
-            f"{line}: give a smaller --batch-size, shorter rows, --quantize or more devices; "
-            "--remat full begins the run all the same where the compiler does not refuse it"
+            f"{line}. Use a smaller --batch-size, shorter rows, --quantize or more devices. With "
+            "--remat full, the run starts anyway, unless the compiler refuses the step."
         )
     notice(line)
     if is_first() and not config.run.dry_run:
@@ -144,11 +150,11 @@ def settle_step(
     return best.remat, best.step
 
 
-def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) -> Attempt:
-    """Compiles the step with a policy; returns the attempt as all processes see it.
+def _try_policy(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) -> Attempt:
+    """Compiles the step with a policy, and returns the same attempt in all processes.
 
     Raises:
-      UserError: the compiler failed, and not for want of memory.
+      UserError: the compiler failed for another reason than memory.
     """
     start_time = time.perf_counter()
     step: Any = None
@@ -159,11 +165,12 @@ def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) 
     except jax.errors.JaxRuntimeError as error:
         if not is_refusal(error):
             raise UserError(
-                f"the compiler failed on the step with --remat {remat}, though not for lack of "
-                f"memory: {compiler_message(error)}. Use another policy, such as --remat full."
+                f"The compiler failed on the step with --remat {remat}, but not because of memory: "
+                f"{compiler_message(error)}. Pass another policy, such as --remat full."
             ) from error
         refusal = str(error)
     seconds = time.perf_counter() - start_time
+    # The attempt is refused if one process refused it, and its size is the largest one.
     process_results = hosts.gather([refusal, size, seconds])
     is_refused = any(process_refusal for process_refusal, _, _ in process_results)
     process_sizes = [
@@ -180,8 +187,8 @@ def _attempt(compile_rung: Callable[[str], tuple[Any, int | None]], remat: str) 
     )
 
 
-def _tokens_of_device(layout: Layout, batch: HostBatch, length: int) -> int:
-    """Returns the tokens that a device has at once; of rows that are no tokens, by their length."""
+def _tokens_per_device(layout: Layout, batch: HostBatch, length: int) -> int:
+    """Returns the tokens of a batch on one device. A row without tokens counts as `length`."""
     first = next(iter(batch.values()))
     shape = batch["ids"].shape if "ids" in batch else (*first.shape[:2], length)
     sharding = layout.of_batch(shape, parts=True)
@@ -189,7 +196,7 @@ def _tokens_of_device(layout: Layout, batch: HostBatch, length: int) -> int:
 
 
 def smallest_device(layout: Layout) -> int | None:
-    """Returns the memory of the smallest device of all processes; None if one does not say."""
+    """Returns the memory of the smallest device of all processes; None if one is unknown."""
     local_sizes = [memory_capacity_of(device) for device in layout.mesh.local_devices]
     sizes = [size for process_sizes in hosts.gather(local_sizes) for size in process_sizes]
     known_sizes = [size for size in sizes if size is not None]

@@ -1,4 +1,4 @@
-"""The loop of a run whose steps a driver takes."""
+"""The loop of a run: log, measurements and checkpoints around the steps of a driver."""
 
 import contextlib
 import dataclasses
@@ -58,15 +58,15 @@ def drive(
     clock: StepClock,
     board: Board | None = None,
 ) -> DrivenRun:
-    """Returns a run that leaves its steps to a driver; it ends with a `TrainedRun` or `PausedRun`.
+    """Returns the loop of a run, which ends with a `TrainedRun` or a `PausedRun`.
 
     Args:
       run: the run, whose start is taken.
       compiled: the runs that take their steps together.
       driver: takes the steps.
       evaluations: the compiled evaluations of held-out examples so far, by their losses.
-      clock: measures the seconds of steps, of all runs of the driver.
-      board: gets the metrics as well; None for none.
+      clock: measures the seconds of the steps of all runs of the driver.
+      board: also receives the metrics; None for a single run.
     """
     opened = run.opened
     loss = opened.loss
@@ -79,13 +79,15 @@ def drive(
         save_every=options.save_every,
         max_skipped=options.max_skipped,
     )
+    # With --intrinsic, a measurement forms the weights once and not for each batch.
     formed_tree: FormedTree | None = None
     forward = base.adapted_forward
-    if opened.space is not None:  # weights are formed once for a measurement, not in each batch
+    if opened.space is not None:
         forward = base.model.apply
         formed_tree = FormedTree(
             functools.partial(merge_trained, opened.space), layout.constrained(base.model).apply
         )
+    # Runs with the same loss share the compiled evaluation.
     if loss.held_out not in evaluations:
         evaluated_forward = driver.forward if formed_tree is None else formed_tree.forward
         evaluations[loss.held_out] = compiled_evaluation(layout, evaluated_forward, loss)
@@ -108,12 +110,12 @@ def drive(
             tree = formed_tree.form(tree)
         return EvaluatedModel(base.model, tree, forward)
 
-    def turns() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
+    def run_steps() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
         with open_run_log(opened, start, int(current_state().step)) as run_log:
             measures = make_measures(opened, run.evaluation, trained_model, held_out, run_log)
             measured_hooks = dataclasses.replace(hooks, measures=[*measures])
             log = run_log if board is None else TeeLog(run_log, board, opened.name)
-            # A table's driver defers signals itself, of all its runs.
+            # A table defers signals itself, for all its runs.
             deferral = opened.stop.deferred() if board is None else nullcontext()
             with open_log(log, start), deferral:
                 step_times = yield from training_steps(
@@ -126,7 +128,7 @@ def drive(
                     return PausedRun(opened=opened, best=best_facts(run.best))
                 keep_adapter(opened, run.best, trained_tree)
         with clock.paused():
-            _draw(opened)
+            _draw_curves(opened)
             if run.best is not None:
                 print_best(opened.console, run.best, options.patience)
             return TrainedRun(
@@ -139,11 +141,12 @@ def drive(
                 compilation=driver.compilation(compiled.seconds, clock),
             )
 
-    def batch(number: int) -> HostBatch:
+    def make_batch(number: int) -> HostBatch:
+        # Only completions that are drawn during training depend on the current state.
         state = start.state if start.live is None else current_state()
         return hooks.batch(number, state)
 
-    return DrivenRun(turns=turns(), batch=batch, tokens=start.feed.tokens)
+    return DrivenRun(turns=run_steps(), batch=make_batch, tokens=start.feed.tokens)
 
 
 @contextlib.contextmanager
@@ -152,9 +155,10 @@ def open_run_log(run: OpenedRun, start: TrainingStart, done: int) -> Iterator[Ru
 
     Args:
       run: the run.
-      start: the state that it begins with.
-      done: the number of steps before.
+      start: the start of the run.
+      done: the number of steps that are done already.
     """
+    # Only the first process writes a log.
     if not is_first():
         yield QuietLog()
         return
@@ -181,12 +185,12 @@ def open_run_log(run: OpenedRun, start: TrainingStart, done: int) -> Iterator[Ru
 
 
 def keep_adapter(run: OpenedRun, best: Best | None, trained_tree: Tree) -> None:
-    """Saves the adapter of a run that is over."""
+    """Saves the adapter of a run that ended."""
     about = {**run.about, **best_facts(best)}
     lj.save_adapter(run.folder / output.ADAPTER, trained_tree, about=about, overwrite=True)
 
 
-def _draw(run: OpenedRun) -> None:
+def _draw_curves(run: OpenedRun) -> None:
     """Draws the curves of a run's metrics."""
     if not is_first():
         return

@@ -1,8 +1,8 @@
-"""The stages of a run's life as types, in their order, and the endings of a run.
+"""The stages of a run as types, in their order, and the endings of a run.
 
-Each type is made from the one before it by one function, which the type names. A run of a table and
-a single run have the same stages. What is large is handed over: once a stage has taken it, the
-stage before holds it no more.
+One function makes each type from the one before it, and the type names this function. A run of a
+table and a single run have the same stages. Large contents are handed over: once a stage has taken
+them, the stage before no longer holds them.
 """
 
 import dataclasses
@@ -35,36 +35,36 @@ Content = TypeVar("Content")
 
 
 class Handover(Generic[Content]):
-    """Holds something large until the next stage takes it."""
+    """Holds a large object, such as weights, until the next stage takes it."""
 
     def __init__(self, content: Content) -> None:
         self._contents = [content]
 
     @property
     def content(self) -> Content:
-        """The content, for a look at it."""
+        """The content, which stays here."""
         (content,) = self._contents
         return content
 
     def take(self) -> Content:
-        """Returns the content, which is then held here no more."""
+        """Returns the content and no longer holds it."""
         return self._contents.pop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """The end of training for now, and the things that runs over the same base share.
+    """The step at which runs pause, and the objects that runs over the same base share.
 
     Attributes:
       until: returns the step to pause after, from the number of all steps and the run's options. A
-        run that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
-      on_trained: gets each run that came to its end, the adapted tree, and the function that runs
-        it.
-      hint: tells an interrupted user how to go on; None for this command line with --resume.
-      measured: the evaluations of the base so far. What one of them measured is not measured again;
-        new ones are added.
+        paused run is saved but not evaluated, and --resume continues it. None trains to the end.
+      on_trained: receives each trained run, the adapted tree, and the function that applies the
+        tree.
+      hint: tells an interrupted user how to resume; None for this command line with --resume.
+      measured: the evaluations of the base so far. Later evaluations reuse their scores and are
+        added to the list.
       reader: reads rows once for all runs of the same data.
-      is_prior: whether another run begins with the trained model, and prints the ending for both.
+      is_prior: whether another run starts from the trained model and prints the ending for both.
     """
 
     until: Callable[[int, Options], int] | None = None
@@ -94,14 +94,14 @@ class SharedModel(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AskedRun:
-    """A run that is asked for: by a command line, by a line of a table, or by another command.
+class RequestedRun:
+    """A run that a command line, a line of a table, or another command requests.
 
     Attributes:
-      name: its name among the runs of a table; "" for a single run.
-      where: the place where it is asked for, in messages: "--many runs.csv, line 3"; "" for none.
-      options: its options, checked, with the task's defaults.
-      task: the task that it trains on.
+      name: the name of the run in a table; "" for a single run.
+      where: the location of the request for messages, such as "--many runs.csv, line 3", or "".
+      options: the checked options of the run, with the task's defaults.
+      task: the task that the run trains on.
     """
 
     name: str = ""
@@ -117,21 +117,21 @@ class OpenedRun:
     `train.stages.open.open_run` makes it.
 
     Attributes:
-      asked: the run as it was asked for.
-      script: the command, for hints: "train.sft".
-      config: the options, with what files and a resumed run say.
+      requested: the requested run.
+      script: the command for hints, such as "train.sft".
+      config: the options, completed from files and from a resumed run.
       place: the locked folder.
-      console: console of this run.
-      stop: tells of signals.
+      console: the console of this run.
+      stop: reports signals.
       inputs: rows, examples and batches, and the model without its weights.
-      end: the number of the last step that is taken now; less than all where the run pauses.
-      about: what the saved adapter says of its base.
-      hint: tells an interrupted user how to go on.
+      end: the number of the last step before the run ends or pauses.
+      about: the facts about the base that are saved with the adapter.
+      hint: tells an interrupted user how to resume.
       loss: the function to minimise.
-      space: the subspace that it trains in; None for the adapter's own.
+      space: the subspace of --intrinsic; None for an adapter.
     """
 
-    asked: AskedRun
+    requested: RequestedRun
     script: str
     config: Options
     place: OutputFolder
@@ -147,43 +147,43 @@ class OpenedRun:
     @property
     def name(self) -> str:
         """The name among the runs of a table."""
-        return self.asked.name
+        return self.requested.name
 
     @property
     def task(self) -> Task:
         """The task that the run trains on."""
-        return self.asked.task
+        return self.requested.task
 
     @property
     def folder(self) -> Path:
-        """The folder of its files; of one in a bucket, the working copy."""
+        """The folder of the run's files; for a folder in a bucket, the working copy."""
         return self.place.path
 
     @property
     def pauses(self) -> bool:
-        """True if it is saved before its last step, to go on later."""
+        """True if the run pauses before its last step."""
         return self.end < self.inputs.steps
 
     @property
     def watched(self) -> Mapping[str, str]:
-        """The metrics to look at in training; see `Task`."""
+        """The metrics to watch during training; see `Task`."""
         return {**self.task.watched, **self.inputs.read.data.watched}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BegunRun:
-    """A run with an adapter and a state, new or resumed, whose folder is its own now.
+    """A run with an adapter and a new or resumed state, which has written its options.
 
     `train.stages.begin.begin_run` makes it.
 
     Attributes:
-      opened: the run as it was opened, with the data that the task has prepared.
-      evaluation: before and after training; None for a task without one.
+      opened: the opened run, with the data that the task has prepared.
+      evaluation: the evaluation before and after training; None for a task without one.
       best: keeps the best adapter; None without --keep-best.
       batch: a batch of the largest shape, to compile the step for.
-      start: the start, its state as shapes.
-      arrays: the arrays of the state: the state itself, or the adapter that takes its steps beside
-        others. The step's driver takes them.
+      start: the start, whose state has shapes instead of arrays.
+      arrays: the arrays of the state, which the step's driver takes: the state itself, or the
+        adapter of a run that trains side by side.
     """
 
     opened: OpenedRun
@@ -196,14 +196,14 @@ class BegunRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledRun:
-    """A run whose step is compiled, so that its policy of rematerialisation is known.
+    """A run whose step is compiled, so that its rematerialisation policy is known.
 
     `train.stages.compile.compile_runs` makes it.
 
     Attributes:
-      opened: the run; its options, as its config.yaml, have the policy.
+      opened: the run; its options and its config.yaml contain the policy.
       evaluation, best: see `BegunRun`.
-      start: the start, its state as shapes, which `drive` takes.
+      start: the start, with shapes instead of arrays, which `drive` takes.
     """
 
     opened: OpenedRun
@@ -231,10 +231,10 @@ class StepDriver(Protocol):
         """Returns the state of a run after the steps so far."""
 
     def compilation(self, seconds: float, clock: StepClock) -> Compilation | None:
-        """Returns the costs of compiling the step of a single run; None for that of many."""
+        """Returns the costs of compiling the step of a single run; None for several runs."""
 
 
-# Compiles the step for a model; returns its driver, and the bytes that it takes, if they are known.
+# Compiles the step for a model; returns its driver, and the bytes of the step if they are known.
 StepCompiler = Callable[[Model], tuple[StepDriver, int | None]]
 
 
@@ -243,8 +243,8 @@ class CompiledRuns(NamedTuple):
 
     Attributes:
       runs: the runs, by name.
-      driver: takes their steps, once `train` has taken it.
-      base: the model that they share, with their policy of rematerialisation.
+      driver: the driver of the steps, which `train` takes.
+      base: the model that the runs share, with their rematerialisation policy.
       seconds: the time of the compilation.
     """
 
@@ -256,7 +256,7 @@ class CompiledRuns(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A run that came to its last step, and whose adapter is saved.
+    """A run that reached its last step and saved its adapter.
 
     `train` of an arrangement makes it.
 
@@ -265,8 +265,8 @@ class TrainedRun:
       evaluation, best: see `BegunRun`.
       tree: the adapted tree, which `measure` takes.
       last_step: the number of the last step.
-      step_times: the seconds of a step; None where this process took none.
-      compilation: the compilations; None beside other runs.
+      step_times: the seconds of a step; None if this process took no step.
+      compilation: the compilations; None for runs side by side.
     """
 
     opened: OpenedRun
@@ -279,7 +279,7 @@ class TrainedRun:
 
     @property
     def state(self) -> str:
-        """The way in which it ended, in words."""
+        """The way in which the run ended: "done" or "ended early"."""
         return "ended early" if self.best is not None and self.best.is_over else "done"
 
 
@@ -290,8 +290,8 @@ class FinishedRun:
     Attributes:
       opened: the run.
       report: the content of report.json, without the scores; see `RunReport`.
-      scores: the task's scores; {} where nothing was evaluated.
-      is_unchanged: whether it was finished when it was opened.
+      scores: the task's scores; {} if nothing was evaluated.
+      is_unchanged: whether the run was finished already when it was opened.
     """
 
     opened: OpenedRun
@@ -306,12 +306,12 @@ class FinishedRun:
 
     @property
     def state(self) -> str:
-        """The way in which it ended, in words."""
+        """The way in which the run ended: "done" or "ended early"."""
         return "ended early" if self.report.get("ended_early") else "done"
 
     @property
     def score(self) -> float | None:
-        """The task's score; None where it is not known."""
+        """The task's score; None if it is unknown."""
         return self.scores.get(self.opened.task.score or "")
 
 
@@ -345,7 +345,7 @@ class FailedRun:
 
     @property
     def state(self) -> str:
-        """The way in which it ended, in a word."""
+        """The way in which the run ended: "stopped" by a signal, or "failed"."""
         return "stopped" if isinstance(self.error, Stopped) else "failed"
 
     @property

@@ -9,18 +9,19 @@ from train.run.task import TaskRows
 from train.tasks import prompts
 from train.tasks.sums import MODEL
 
-_ROWS = 1_300
+_DEFAULT_ROWS = 1_300
 
 
 def completed(config: Config) -> Config:
-    """Rewards right answers, where nothing else is asked for."""
+    """Returns the options with a reward of right answers, unless the user passed --reward."""
     return config if config.data.reward else replace_options(config, {"reward": ("arithmetic",)})
 
 
 def read_rows(config: Config) -> TaskRows:
-    """Returns sums in the order of --seed, and others to measure on."""
-    rows = arithmetic.rows(config.optim.seed, config.data.rows or _ROWS)
-    return TaskRows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
+    """Returns sums in the order of --seed, and other sums to measure on."""
+    train_rows = arithmetic.rows(config.optim.seed, config.data.rows or _DEFAULT_ROWS)
+    held_out_rows = arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)
+    return TaskRows(list(train_rows), list(held_out_rows))
 
 
 TASK = dataclasses.replace(

@@ -32,21 +32,23 @@ from train.run.output import saved_options
 from train.run.pretrained import ModelInfo, read_model_info
 from train.run.task import Data, Task, TaskRows
 
-_LARGE = 2**30  # bytes of files that are better streamed
-_HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
+_MIN_BYTES_TO_STREAM = 2**30  # larger files should be streamed
+_HELD_OUT_STREAM = 2**32 + 1  # random stream of held-out rows; differs from all epoch numbers
 
 
 def check(config: Config) -> None:
     """Raises a UserError for options of another task."""
     if config.data.shuffle_schemas:
-        raise UserError("--shuffle-schemas is a control for --dataset sql only")
+        raise UserError(
+            "--shuffle-schemas only applies to --dataset sql. Remove --shuffle-schemas."
+        )
     check_measured(config)
     data = config.data
     names = [dataset.name for dataset in parse_datasets(data.dataset)]
     if data.eval_dataset in names and data.eval_split == data.split:
         raise UserError(
-            f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
-            "another split by --eval-split"
+            f"--eval-dataset {data.eval_dataset} is also the training data. Pass other data, or "
+            "another split with --eval-split."
         )
 
 
@@ -55,24 +57,25 @@ def check_measured(config: Any) -> None:
     data = config.data
     if data.eval_dataset and not config.run.eval_every:
         raise UserError(
-            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
+            f"--eval-dataset {data.eval_dataset} is only measured every --eval-every steps. Pass "
+            "--eval-every, too."
         )
 
 
 def read_rows(config: Config) -> TaskRows:
-    """Finds the data sets; reads and checks the rows of those whose tokens are not kept."""
+    """Finds the data sets, and reads and checks rows whose tokens are not cached."""
     data = config.data
     names = [dataset.name for dataset in parse_datasets(data.dataset)]
-    # Of several data sets, each field of --fields has to be in one of them.
+    # With several data sets, each field of --fields must be in at least one of them.
     fields_in_use: set[str] | None = set() if data.fields and len(names) > 1 else None
-    find = _finder(config, fields_in_use)
+    find = _dataset_finder(config, fields_in_use)
     train = [find(name, split=data.split, rows=data.rows) for name in names]
     n_bytes = sum(dataset.n_bytes for dataset in train)
-    if n_bytes > _LARGE:
+    if n_bytes > _MIN_BYTES_TO_STREAM:
         tell(
             hosts.console(),
-            f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
-            "--stream reads them while training",
+            f"{n_bytes / 1e9:,.1f} GB of data are read into memory, where they need several times "
+            "as much. Use --stream to read them while training",
         )
     for dataset in train:
         dataset.check(again=fields_in_use is not None)
@@ -80,24 +83,25 @@ def read_rows(config: Config) -> TaskRows:
         for _, field in parse_fields(data.fields):
             if field not in fields_in_use:
                 raise UserError(
-                    f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{field}` in "
-                    "its first row"
+                    f"{flag('fields', *data.fields)}: none of {', '.join(names)} has the field "
+                    f"`{field}` in its first row. Check the names in --fields."
                 )
     return TaskRows(train, read_eval_dataset(config, fields_in_use))
 
 
 def read_eval_dataset(config: Config, fields_in_use: set[str] | None = None) -> list[Dataset]:
-    """Returns the data set of --eval-dataset, checked, if there is one; see `find_dataset`."""
+    """Returns the checked data set of --eval-dataset in a list; [] without the option."""
     data = config.data
     if data.eval_dataset is None:
         return []
-    held_out = _finder(config, fields_in_use)(data.eval_dataset, split=data.eval_split)
+    find = _dataset_finder(config, fields_in_use)
+    held_out = find(data.eval_dataset, split=data.eval_split)
     held_out.check()
     return [held_out]
 
 
-def _finder(config: Config, fields_in_use: set[str] | None) -> Callable[..., Dataset]:
-    """Returns `find_dataset` as the options say."""
+def _dataset_finder(config: Config, fields_in_use: set[str] | None) -> Callable[..., Dataset]:
+    """Returns `find_dataset` with the arguments that the options set."""
     data = config.data
     return functools.partial(
         find_dataset,
@@ -111,59 +115,62 @@ def _finder(config: Config, fields_in_use: set[str] | None) -> Callable[..., Dat
 def outline(
     config: LanguageOptions, rows: TaskRows, *, needs_images: Callable[[], bool] = lambda: False
 ) -> ModelInfo:
-    """Reads the model's outline; checks that the model allows sequences of --seq-len.
+    """Reads the model's outline, and checks that the model allows sequences of --seq-len.
 
     Args:
       config: the options.
       rows: the rows.
-      needs_images: says whether images are to be read, of a model that has an encoder for them.
+      needs_images: returns whether images are needed; called for a model with an image encoder.
     """
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
     outline = read_model_info(data.model, data.tokenizer, model_code=data.model_code)
     if outline.can_have_images and needs_images():
         outline = outline.with_images()
+    # Completions are drawn with cached keys and values.
     torch_config: Any = outline.config if outline.is_torch else None
     draws_completions = isinstance(data, RolloutDataConfig)
     if torch_config and draws_completions and not torch_config.caches:
         raise UserError(
-            f"--model {data.model} runs as a torch module that keeps no keys and values "
-            f"({torch_config.cache_line()}): drawing completions by it would take too long; name "
-            "another model"
+            f"--model {data.model} runs as a torch module that does not cache keys and values "
+            f"({torch_config.cache_line()}), so drawing completions would take too long. Use "
+            "another model."
         )
     if getattr(data, "packing", False):
-        check_keeps_apart(outline, "--packing: ", "leave --packing out")
+        check_keeps_apart(outline, "--packing: ", "Remove --packing.")
     outline = outline.scaled(parse_rope_scaling(data.rope_scaling))
     outline = outline.with_template(data.chat_template).dated(data.template_date)
-    remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
+    remedy = ". Pass a smaller --seq-len."
+    if not data.rope_scaling:
+        remedy = ". Pass a smaller --seq-len, or --rope-scaling (yarn:2 allows twice as many)."
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}", remedy)
     return outline
 
 
 def check_keeps_apart(outline: ModelInfo, reason: str, remedy: str) -> None:
-    """Checks that the model keeps the sequences of one row apart.
+    """Checks that the model separates several sequences in one row.
 
     Args:
-      outline: the model's.
-      reason: what puts several sequences into one row, for the message.
-      remedy: what to do, for the message.
+      outline: the model's outline.
+      reason: the beginning of the message: the reason why a row has several sequences.
+      remedy: the end of the message: an instruction.
 
     Raises:
-      UserError: the model runs as a torch module that cannot.
+      UserError: the model runs as a torch module that cannot separate sequences.
     """
     torch_config: Any = outline.config if outline.is_torch else None
     if torch_config and not torch_config.packs:
         raise UserError(
             f"{reason}{outline.name}, a {torch_config.model_type}, runs as a torch module that "
-            "cannot keep the sequences of one row apart. They would see each other: "
+            "cannot separate the sequences of one row, so they would attend to each other. "
             f"{remedy}"
         )
 
 
 def outline_of_chats(config: Config, rows: TaskRows) -> ModelInfo:
-    """Reads the model's outline, with its encoder of images if rows or the first adapter need it.
+    """Reads the model's outline, with its image encoder if rows or --init-adapter need it.
 
-    The rows are read for it, and only where the model has such an encoder.
+    The rows are only read for this purpose if the model has an image encoder.
     """
 
     def needs_images() -> bool:
@@ -182,13 +189,14 @@ def _starts_with_images(config: Config) -> bool:
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
+    """Returns the rows as padded or packed sequences, of which --eval-every holds some out."""
     weights = [dataset.weight for dataset in parse_datasets(config.data.dataset)]
-    train_tokens, train_pictures = _read(config, rows.train, outline)
-    held_out_tokens, held_out_pictures = _read(config, rows.held_out, outline)
+    train_tokens, train_pictures = _read_tokens(config, rows.train, outline)
+    held_out_tokens, held_out_pictures = _read_tokens(config, rows.held_out, outline)
     names = [dataset.name for dataset in rows.train]
     tokens_of_dataset = dict(zip(names, train_tokens, strict=True))
     held_out_source = ", ".join(dataset.name for dataset in rows.held_out)
+    # Held-out rows come from --eval-dataset, or are drawn from the training rows.
     lines: list[str] = []
     if held_out_tokens:
         if config.run.eval_every:
@@ -205,6 +213,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
                 tokens_of_dataset[name] = train_part
                 held_out_tokens.append(held_out_part)
                 lines.append(_held_out_line(config, name, row_counts[name], row_numbers))
+    # Form the sequences of both parts.
     mixture_weights = [weight for weight in weights if weight is not None]
     packs = packed(config, tokens_of_dataset, mixture_weights, train_pictures)
     held_out_packs: Packs | None = None
@@ -227,10 +236,10 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     )
 
 
-def _read(
+def _read_tokens(
     config: Config, datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Sequences], Sequence[Pictures]]:
-    """Returns data sets as sequences, and the images of each, if there are some."""
+    """Returns the sequences of each data set, and the images of each if there are images."""
     datasets, pictures = _read_images(datasets, outline)
     tokens: list[Sequences] = []
     for index, dataset in enumerate(datasets):
@@ -242,16 +251,17 @@ def _read(
 def _read_images(
     datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Dataset], list[Pictures]]:
-    """Returns data sets, and the images of each if a row has some and the model reads them."""
+    """Returns data sets, and the images of each if the model reads images and a row has some."""
     if not reads_images(outline.config):
-        return [*datasets], []
+        return list(datasets), []
+    # Each data set is read once, and its rows are kept for tokenisation.
     read_datasets: list[Dataset] = []
     has_any_image = False
     for dataset in datasets:
         rows = dataset.rows()
         has_any_image = has_any_image or any(map(has_images, rows))
-        rows_again: Callable[[], list[Row]] = functools.partial(list, rows)
-        read_datasets.append(Dataset(dataset.name, rows_again, dataset.key))
+        copy_rows: Callable[[], list[Row]] = functools.partial(list, rows)
+        read_datasets.append(Dataset(dataset.name, copy_rows, dataset.key))
     reader = outline.images if has_any_image else None
     if reader is None:
         return read_datasets, []
@@ -260,13 +270,13 @@ def _read_images(
 
 
 def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) -> Sequences:
-    """Returns a data set's rows as sequences; `options` are further ones of `chats.tokenize`."""
+    """Returns a data set's rows as sequences. `options` go to `train.data.chats.tokenize`."""
     write = not config.run.dry_run
     return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write, **options)
 
 
 def _images_line(pictures: Sequence[Pictures], values: Further) -> str:
-    """Returns the number of images, and of their tiles, in words."""
+    """Returns a line with the number of images and of their tiles."""
     n_images = sum(len(row_grids) for dataset in pictures for row_grids in dataset.grids)
     n_tiles = sum(len(dataset.pixels) for dataset in pictures)
     assert isinstance(values, PixelValues)
@@ -276,17 +286,18 @@ def _images_line(pictures: Sequence[Pictures], values: Further) -> str:
 def hold_out(
     config: LanguageOptions, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
 ) -> list[np.ndarray] | None:
-    """Draws the rows to hold out, if --eval-every is given: at most a tenth.
+    """Draws the rows to hold out with --eval-every, at most a tenth of all rows.
 
-    A resumed run holds out the same rows as when it began.
+    A resumed run holds out the same rows again.
 
     Args:
       config: the options.
       counts: the number of rows of each data set, by its name.
-      weights: weights of the data sets; where there are none, the number of rows takes their place.
+      weights: weights of the data sets; None stands for the number of rows.
 
     Returns:
-      For each data set, the numbers of its rows that are held out, counted from 1; None for none.
+      For each data set, the numbers of its held-out rows, counted from 1; None without held-out
+      rows.
 
     Raises:
       UserError: there are too few rows, or the run has already trained on all of them.
@@ -295,18 +306,19 @@ def hold_out(
     saved = saved_options(config)
     if run.eval_every and not saved.get("eval_every", True):
         raise UserError(
-            f"--eval-every {run.eval_every}: the run has trained on all rows, and none can be held "
-            "out any more. Leave it out, or start another run in another --output"
+            f"--eval-every {run.eval_every} is not possible, because the run has already trained "
+            "on all rows. Remove --eval-every, or start a new run in another --output."
         )
     if not saved.get("eval_every", run.eval_every):
         return None
     n_questions: Any = saved.get("eval_questions", run.eval_questions)
     if run.eval_every and n_questions != run.eval_questions:
         raise UserError(
-            f"--eval-questions was {n_questions} and is now {run.eval_questions}: the held-out "
-            "rows of a run stay the same. Give the same number, or start another run in another "
-            "--output"
+            f"--eval-questions was {n_questions} and is now {run.eval_questions}, but the held-out "
+            "rows of a run cannot change. Pass the same number, or start a new run in another "
+            "--output."
         )
+    # Each data set holds out a number of rows in proportion to its weight or size.
     shares = np.array([weight or n for weight, n in zip(weights, counts.values(), strict=True)])
     n_held_out = np.rint(n_questions * shares / shares.sum()).astype(int).tolist()
     _, seed = _option_and_seed(config)
@@ -318,10 +330,11 @@ def hold_out(
         n_drawn = min(n_drawn, n_rows // 10)
         if n_drawn <= 0:
             raise UserError(
-                f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
-                f"{n_questions}, and at most a tenth of the {n_rows} rows of {name} is held out"
+                f"--eval-every {run.eval_every} needs held-out rows, but --eval-questions is "
+                f"{n_questions}, and at most a tenth of the {n_rows} rows of {name} is held out. "
+                "Increase --eval-questions, or pass --eval-dataset."
             )
-        # The first data set's draw is that of a single one.
+        # The first data set's rows are drawn as those of a single data set.
         entropy = [seed, _HELD_OUT_STREAM, index] if index else [seed, _HELD_OUT_STREAM]
         order = np.random.Generator(np.random.PCG64(entropy)).permutation(n_rows)
         held_out_rows.append(np.sort(order[:n_drawn]) + 1)
@@ -329,7 +342,7 @@ def hold_out(
 
 
 def filling_line(packs: Packs, *, packing: bool) -> str:
-    """Returns a line on the padded or packed sequences: their number, lengths and filled share."""
+    """Returns a line with the number, lengths and filled share of padded or packed sequences."""
     if packing:
         return (
             f"{len(packs.table):,} rows are packed into {len(packs):,} sequences of "
@@ -339,7 +352,7 @@ def filling_line(packs: Packs, *, packing: bool) -> str:
 
 
 def _held_out_line(config: Config, name: str, n_rows: int, row_numbers: np.ndarray) -> str:
-    """Returns a line on the held-out rows of a data set: their number, and the first ones."""
+    """Returns a line with the number and the first of a data set's held-out rows."""
     first_numbers = ", ".join(map(str, row_numbers[:5].tolist()))
     if len(row_numbers) > 5:
         first_numbers += ", …"
@@ -363,13 +376,13 @@ def packed(
     weights: Sequence[float] = (),
     pictures: Sequence[Pictures] = (),
 ) -> Packs:
-    """Packs sequences, or has them batched by length.
+    """Returns sequences of at most --seq-len tokens, packed or to be batched by length.
 
     Args:
       config: the options.
-      tokens_of_dataset: the sequences of each data set, by its name in messages.
+      tokens_of_dataset: the sequences of each data set, by its name for messages.
       weights: weights of the data sets, if they are mixed by weight.
-      pictures: the images of each data set, if there are some.
+      pictures: the images of each data set, if there are images.
     """
     data = config.data
     fitting_tokens: dict[str, Sequences] = {}
@@ -380,7 +393,10 @@ def packed(
         )
         n_left_out = len(sequences) - len(fitting_tokens[source])
         if n_left_out:
-            print(f"{source}: left out {n_left_out} rows, truncated before their completion began")
+            print(
+                f"{source}: {n_left_out} rows are not used, because --seq-len cuts them off before "
+                "their completion"
+            )
     if len(fitting_tokens) == 1:
         (sequences,) = fitting_tokens.values()
         packs = pack(sequences, data.seq_len, packing=data.packing)
@@ -390,17 +406,17 @@ def packed(
 
 
 def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the loss of the assistant's tokens that --loss names."""
+    """Returns the loss of --loss over the assistant's tokens."""
     return token_loss(config.optim.loss, **layout.chunks(config.optim.loss_chunk))
 
 
 def seed_read(config: Config) -> tuple[str, ...]:
-    """Returns ("seed",) where held-out rows are drawn by --seed, else ()."""
+    """Returns ("seed",) if --seed draws held-out rows, else ()."""
     return ("seed",) if config.run.eval_every and config.data.held_out_seed is None else ()
 
 
-def _read_by(config: Config) -> tuple[str, ...]:
-    """Returns the further options that decide about rows and outline; see `Task.reads`."""
+def _further_options(config: Config) -> tuple[str, ...]:
+    """Returns the further options on which rows and outline depend; see `Task.reads`."""
     options = seed_read(config)
     return (*options, "init_adapter") if _starts_with_images(config) else options
 
@@ -412,5 +428,5 @@ TASK = Task(
     outline=outline_of_chats,
     examples=examples,
     loss=loss,
-    reads=_read_by,
+    reads=_further_options,
 )

@@ -1,6 +1,6 @@
-"""Scores of a classifier: their computation, their tables, and the confusion matrix as a PNG.
+"""Computes and prints the scores of a classifier, and draws its confusion matrix as a PNG.
 
-scikit-learn and Matplotlib take two seconds to import, and are imported where they are used.
+scikit-learn and Matplotlib take two seconds to import, so the functions import them themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from train.console.output import print_figures
 
-_MISTAKES = 8
+_N_SHOWN_MISTAKES = 8
 
 
 def scores_of(
@@ -25,7 +25,7 @@ def scores_of(
     Args:
       labels, predicted: [n], indices of `names`.
       names: the classes.
-      unit: what is classified, and so the name of their number in each class.
+      unit: the noun for the classified things, which is also the key of their number per class.
     """
     from sklearn import metrics
 
@@ -70,7 +70,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
 def print_scores(
     console: Console, scores_of_classifier: Mapping[str, Mapping[str, Any]], data: str
 ) -> None:
-    """Prints a table of accuracy and macro F1 in % on some data, with a row per classifier."""
+    """Prints a table of accuracy and macro F1 in %, with a row per classifier."""
     rows = [
         (classifier, *_percents(scores, "accuracy", "macro_f1"))
         for classifier, scores in scores_of_classifier.items()
@@ -89,6 +89,7 @@ def print_classes(console: Console, scores: Mapping[str, Any], unit: str) -> Non
 
 
 def _percents(scores: Mapping[str, Any], *names: str) -> list[str]:
+    """Returns scores as texts in percent."""
     return [f"{100 * scores[name]:.1f}" for name in names]
 
 
@@ -105,7 +106,7 @@ def print_mistakes(
     confidences = probabilities.max(-1)
     mistakes = np.flatnonzero(predictions != labels)
     most_confident_first = np.argsort(-confidences[mistakes], kind="stable")
-    mistakes = mistakes[most_confident_first][:_MISTAKES]
+    mistakes = mistakes[most_confident_first][:_N_SHOWN_MISTAKES]
     if len(mistakes) == 0:
         return
     table = Table(title="The most confident mistakes")

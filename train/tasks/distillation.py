@@ -1,4 +1,4 @@
-"""The task of distillation: a user's prompts, whose completions a teacher judges."""
+"""The task of distillation: a user's prompts, whose completions a teacher rates."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from train.tasks import prompts
 
 
 def check(config: Config) -> None:
-    """Raises a UserError for prompts that would be held out for no measure."""
+    """Raises a UserError for options that hold out prompts, which no score would measure."""
     held_out = {
         "eval_questions": config.run.eval_questions,
         "eval_dataset": config.data.eval_dataset,
@@ -22,13 +22,13 @@ def check(config: Config) -> None:
     for name, value in held_out.items():
         if value:
             raise UserError(
-                f"{flag(name)} {value}: a teacher gives no score to measure on held-out prompts. "
-                "Leave it out"
+                f"{flag(name)} {value} has no effect, because a teacher gives no score of held-out "
+                f"prompts. Remove {flag(name)}."
             )
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
+    """Returns the prompts, and the feed that draws completions for a teacher to rate."""
     train, _ = prompts.read_prompts(config.data, rows, outline)
     teacher = distillation.teacher_outline(config.data, outline)
     distillation.teacher_prompts(config.data, train, teacher)
@@ -43,9 +43,10 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     )
     feed, sharing = prompts.share_prompts(feed, [outline, teacher])
     data = config.data
-    longer = "" if data.teacher_prompt is None else ", with a longer prompt"
-    who = data.teacher_model or data.model
-    return prompts.data_of(feed, [f"the teacher is {data.teacher} of {who}{longer}", *sharing])
+    teacher_line = f"the teacher is {data.teacher} of {data.teacher_model or data.model}"
+    if data.teacher_prompt is not None:
+        teacher_line += ", with a longer prompt"
+    return prompts.data_of(feed, [teacher_line, *sharing])
 
 
 def loss(config: Config, layout: Layout) -> Loss:
@@ -68,8 +69,8 @@ TASK: Task = dataclasses.replace(
     prepare=distillation.prepare,
     score=None,
     watched={
-        "reverse_kl": "how much likelier completions are to the student than to the teacher, in "
-        "nats a token; it should fall",
+        "reverse_kl": "log p of the student minus log p of the teacher, in nats per token; it "
+        "should fall",
         **prompts.SAMPLER,
     },
     baselines=lambda scores: {},

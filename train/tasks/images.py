@@ -1,4 +1,4 @@
-"""The task of classifying a user's images: a head on a ViT or DINOv2, which trains in full."""
+"""The task of classifying a user's images, with a fully trained head on a ViT or DINOv2."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from train.run.pretrained import ModelInfo
 from train.run.task import Data, EvaluationContext, TaskRows
 from train.tasks import labelled
 
-_HELD_OUT = "the held-out rows"
+_HELD_OUT_ROWS = "the held-out rows"  # their name in messages
 
 
 def check(config: Config) -> None:
-    """Raises a UserError where no model is named: there is no default for images."""
+    """Raises a UserError if no model is named, because images have no default model."""
     if not config.data.model:
         raise UserError(
-            "images need a --model: a ViT or DINOv2, by its name on the hub "
-            "(facebook/dinov2-small) or its folder"
+            "There is no default model for images. Pass a ViT or DINOv2 with --model: its name on "
+            "the hub (facebook/dinov2-small) or its folder."
         )
 
 
@@ -35,17 +35,18 @@ def field_of(data: ClassifyDataConfig) -> str:
 
 
 def read_images(config: Config) -> TaskRows:
-    """Reads the rows, each with an image and a label; where a share is held out, by label."""
+    """Reads rows with an image and a label, and holds a share out, stratified by label."""
     data = config.data
 
-    def check(rows: list[Row], source: str) -> None:
+    def check_source(rows: list[Row], source: str) -> None:
         check_rows(rows, source, field_of(data), data.label)
 
-    train, test = labelled.read_parts(data, check, functools.partial(labelled.split_by_label, data))
-    of_test = data.test if data.test and labelled.names_rows(data.test) else data.dataset
+    split = functools.partial(labelled.split_by_label, data)
+    train, test = labelled.read_parts(data, check_source, split)
+    test_source = data.test if data.test and labelled.names_rows(data.test) else data.dataset
     return TaskRows(
         locate_images(train, field_of(data), data.dataset),
-        locate_images(test, field_of(data), of_test),
+        locate_images(test, field_of(data), test_source),
     )
 
 
@@ -64,9 +65,9 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     field = field_of(data)
     _, height, width = outline.tokenizer.shape
     grid_rows, grid_columns = vision.grid_of(height, width)
-    length = 1 + grid_rows * grid_columns
+    length = 1 + grid_rows * grid_columns  # patches, and the token of the class
 
-    def read(image_rows: Sequence[Row], source: str) -> Images:
+    def encode_images(image_rows: Sequence[Row], source: str) -> Images:
         return images(
             image_rows,
             outline.tokenizer,
@@ -77,28 +78,29 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             source=source,
         )
 
-    train = read(rows.train, data.dataset)
-    test = read(rows.held_out, data.test or _HELD_OUT)
+    train = encode_images(rows.train, data.dataset)
+    test = encode_images(rows.held_out, data.test or _HELD_OUT_ROWS)
     titles = names_of(rows.train, field, data.dataset)
     has_model_grid = vision.grid == (grid_rows, grid_columns)
     resampling = "" if has_model_grid else ", with resampled positions"
     return Data(
         train=train,
         held_out=test,
-        measured=labelled.spread(test, config.run.eval_rows),
+        measured=labelled.select_spread(test, config.run.eval_rows),
         name=titles.__getitem__,
         source="",
         facts={"labels": names, "sequence_length": length, "lengths": (length,)},
         lines=(
-            *labelled.numbers(rows, data.label, "images"),
+            *labelled.count_lines(rows, data.label, "images"),
             f"images are {height} x {width} pixels, {length} tokens{resampling}",
         ),
     )
 
 
-def _titles(context: EvaluationContext) -> list[str]:
+def _held_out_names(context: EvaluationContext) -> list[str]:
+    """Returns the names of the held-out images."""
     data = context.config.data
-    return names_of(context.rows.held_out, field_of(data), data.test or _HELD_OUT)
+    return names_of(context.rows.held_out, field_of(data), data.test or _HELD_OUT_ROWS)
 
 
 TASK = dataclasses.replace(
@@ -109,5 +111,7 @@ TASK = dataclasses.replace(
     outline=outline,
     examples=examples,
     loss=lambda config, layout: IMAGES,
-    evaluation=functools.partial(labelled.ClassifierEvaluation, unit="images", titles=_titles),
+    evaluation=functools.partial(
+        labelled.ClassifierEvaluation, unit="images", titles=_held_out_names
+    ),
 )

@@ -1,4 +1,4 @@
-"""The task of classifying a user's texts: a head on an encoder, which trains in full."""
+"""The task of classifying a user's texts, with a fully trained head on an encoder."""
 
 import dataclasses
 import functools
@@ -38,12 +38,12 @@ from train.run.task import (
 )
 from train.tasks import classes
 
-SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
+SEED = 0  # draws the same held-out rows for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 Part = TypeVar("Part", Labelled, Images)
-ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
-RIGHT = "right"  # there, too: whether the fine-tuned model is right about each held-out row
+ADAPTED = "fine-tuned"  # key of the trained model's scores in scores.json, beside the baselines
+RIGHT = "right"  # key in scores.json: whether the trained model is right about each held-out row
 
 
 def completed(config: Config) -> Config:
@@ -51,7 +51,7 @@ def completed(config: Config) -> Config:
     adapter = config.adapter
     if adapter.full or adapter.init_adapter or HEAD in adapter.train:
         return config
-    if adapter.intrinsic is not None:  # all parameters move
+    if adapter.intrinsic is not None:  # all parameters train
         return config
     if adapter.peft_config:
         saved_modules = peft_fields(adapter.peft_config)["modules_to_save"] or ()
@@ -73,7 +73,7 @@ def read_labelled(data: ClassifyDataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def split_by_label(data: ClassifyDataConfig, rows: list[Row]) -> Sequence[Any]:
-    """Returns rows in two parts, with as many of each label in the second as in the first."""
+    """Splits rows into two parts that have the same share of each label."""
     from sklearn.model_selection import train_test_split  # it takes two seconds
 
     labels = [str(row[data.label]) for row in rows]
@@ -81,7 +81,7 @@ def split_by_label(data: ClassifyDataConfig, rows: list[Row]) -> Sequence[Any]:
 
 
 def split_by_group(rows: Sequence[Row], groups: Sequence[str], share: float) -> list[list[Row]]:
-    """Returns rows in two parts, the second with a share of the groups; no group is in both."""
+    """Splits rows into two parts without a common group; the second has a share of the groups."""
     from sklearn.model_selection import GroupShuffleSplit  # it takes two seconds
 
     splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=SEED)
@@ -96,12 +96,18 @@ def read_parts(
     check: Callable[[list[Row], str], None],
     split: Callable[[list[Row]], Sequence[Any]],
 ) -> tuple[list[Row], list[Row]]:
-    """Returns the rows that options name, checked, in two parts; `split` may raise ValueError."""
+    """Returns checked rows to train on and to test on.
+
+    Args:
+      data: the options that name the rows.
+      check: raises an error for rows from a source that cannot be used.
+      split: splits the rows without --test; may raise a ValueError.
+    """
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     check(rows, data.dataset)
     if data.test is None:
         problem = f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
-        with as_user_errors(ValueError, prefix=problem, suffix=" Name other rows with --test"):
+        with as_user_errors(ValueError, prefix=problem, suffix=" Pass other rows with --test."):
             train, test = split(rows)
         return train, test
     if names_rows(data.test):
@@ -113,19 +119,19 @@ def read_parts(
 
 
 def names_rows(test: str) -> bool:
-    """Returns True if --test names a file or a folder of images, rather than a split."""
+    """Returns True if --test names a file or a folder of images, and not a split."""
     return bool(kind_of(test)) or is_image_folder(test)
 
 
 def fields_of(data: ClassifyDataConfig) -> Fields:
-    """Returns the names of the fields, from the options."""
+    """Returns the names of the fields in the options."""
     return Fields(text=data.text, text_pair=data.text_pair, label=data.label)
 
 
 def encode(
     data: ClassifyDataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
 ) -> Labelled:
-    """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
+    """Returns rows as arrays, of which each process encodes a part; see `training.texts`."""
     return labelled.texts(
         rows,
         tokenizer,
@@ -144,7 +150,7 @@ def outline(config: Config, rows: TaskRows) -> ModelInfo:
 
 
 def outline_of(data: ClassifyDataConfig, num_labels: int) -> ModelInfo:
-    """Reads the outline of the encoder, with a head for so many classes."""
+    """Reads the outline of the encoder, with a head for `num_labels` classes."""
     assert data.model is not None, "the options have no defaults yet"
     outline = read_classifier_info(data.model, num_labels, tokenizer=data.tokenizer)
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
@@ -160,40 +166,42 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     return Data(
         train=train,
         held_out=test,
-        measured=spread(test, config.run.eval_rows),
+        measured=select_spread(test, config.run.eval_rows),
         name=lambda row: repr(rows.train[row][data.text]),
         source=data.dataset,
         facts={"labels": names, "sequence_length": train.lengths[-1], "lengths": train.lengths},
         lines=(
-            *numbers(rows, data.label, "texts"),
+            *count_lines(rows, data.label, "texts"),
             format_padding_line(len(train), "texts", train.lengths, train.filled),
         ),
     )
 
 
-def spread(test: Part, n: int | None) -> Part | None:
-    """Returns so many texts or images from all over the test rows; None for all of them."""
-    if n is None or n >= len(test):
+def select_spread(test: Part, n_rows: int | None) -> Part | None:
+    """Returns `n_rows` texts or images, spread evenly over the test rows; None for all of them."""
+    if n_rows is None or n_rows >= len(test):
         return None
-    indices = np.linspace(0, len(test) - 1, n).astype(int)
+    indices = np.linspace(0, len(test) - 1, n_rows).astype(int)
     arrays: Any = {name: array[indices] for name, array in test.by_name().items()}
     return dataclasses.replace(test, **arrays)
 
 
-def numbers(rows: TaskRows, label: str, unit: str) -> Iterator[str]:
-    """Yields the number of texts or images of each part, and of each label in it."""
+def count_lines(rows: TaskRows, label: str, unit: str) -> Iterator[str]:
+    """Yields a line for each part of the rows, with its number of rows and of each label."""
     for purpose, part in (("to train on", rows.train), ("to test on", rows.held_out)):
         yield f"{len(part)} {unit} {purpose}: {_label_counts(part, label)}"
 
 
 def _label_counts(rows: Sequence[Row], label: str) -> str:
-    """Describes the number of rows per label: "3 negative, 5 positive"."""
+    """Returns the number of rows per label as text, such as "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
-def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
-    """Labels each text with the commonest label of the rows."""
+def label_by_majority(
+    rows: Sequence[Row], texts: Sequence[str], label: str
+) -> tuple[str, list[str]]:
+    """Labels each text with the most frequent label of the rows, as a baseline."""
     counts = Counter(str(row[label]) for row in rows)
     ((commonest_label, _),) = counts.most_common(1)
     return "always the commonest label", [commonest_label] * len(texts)
@@ -206,8 +214,8 @@ class ClassifierEvaluation:
     Attributes:
       context: the run.
       baselines: baselines besides the commonest label.
-      unit: what is classified: "texts".
-      titles: returns the held-out texts, or the names of images.
+      unit: the noun for the classified things, such as "texts".
+      titles: returns the held-out texts, or the names of held-out images.
     """
 
     context: EvaluationContext
@@ -218,14 +226,14 @@ class ClassifierEvaluation:
     ]
 
     def before(self, evaluated: EvaluatedModel) -> None:
-        """Does nothing: the head is not trained yet."""
+        """Does nothing, because the head is not trained yet."""
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Returns False: nothing of the base is measured."""
+        """Returns False, because the base is not measured."""
         return False
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
-        """Classifies them; returns accuracy and macro F1."""
+        """Classifies the held-out rows, and returns accuracy and macro F1."""
         test: Any = self.context.data.held_out
         batch_rows = 4 * self.context.config.optim.batch_size
         probabilities = predict(evaluated.forward, evaluated.params, test, batch_rows)
@@ -234,7 +242,7 @@ class ClassifierEvaluation:
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Classifies them; writes, prints and returns scores, and prints mistakes."""
+        """Classifies the held-out rows, and writes, prints and returns the scores."""
         context = self.context
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
@@ -262,7 +270,7 @@ class ClassifierEvaluation:
         """Returns the scores of the baselines, by name."""
         rows = self.context.rows.train
         label_field = self.context.config.data.label
-        predictions: list[tuple[str, Sequence[str]]] = [commonest(rows, texts, label_field)]
+        predictions: list[tuple[str, Sequence[str]]] = [label_by_majority(rows, texts, label_field)]
         predictions += [baseline(rows, texts) for baseline in self.baselines]
         index_of_label = {name: index for index, name in enumerate(names)}
         scores: dict[str, Any] = {}
@@ -273,7 +281,7 @@ class ClassifierEvaluation:
 
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the accuracies of what needs no model, from a run's scores.json."""
+    """Returns the accuracies of the baselines, from a run's scores.json."""
     names = [name for name in scores if name not in (ADAPTED, RIGHT)]
     return {name: scores[name]["accuracy"] for name in names}
 

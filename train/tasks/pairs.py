@@ -1,4 +1,4 @@
-"""The task of training on preferences: a user's pairs, or rows that are good or bad."""
+"""The task of training on preferences: a user's pairs, or rows that are labelled good or bad."""
 
 import dataclasses
 import functools
@@ -50,32 +50,33 @@ def read_rows(config: Config) -> TaskRows:
 
 
 def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
-    """Checks rows, and says which of their fields are not read."""
+    """Checks rows, and prints the fields that are not read."""
     check_pairs(rows, source, labelled=labelled)
     fields = dict.fromkeys(name for row in rows for name in row)
     unread_fields = [name for name in fields if name not in READ]
     if unread_fields:
-        tell(hosts.console(), f"{source}: fields that are not read: {', '.join(unread_fields)}")
+        tell(hosts.console(), f"{source}: these fields are not read: {', '.join(unread_fields)}")
 
 
 def outline(config: Config, rows: TaskRows) -> ModelInfo:
-    """Reads the model's outline; checks --seq-len and --reference against it."""
+    """Reads the model's outline, and checks --seq-len and --reference against it."""
     info = chats.outline(config, rows)
     if KTO not in config.optim.loss:
-        reason = "the completions of a pair share one row, and "
-        chats.check_keeps_apart(info, reason, "name another model, or use --loss kto")
+        reason = "The completions of a pair share one row, but "
+        chats.check_keeps_apart(info, reason, "Use another model, or --loss kto.")
     check_reference(config, info)
     return info
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the rows as sequences, two a pair; with --eval-every, some are held out."""
+    """Returns the rows as sequences, two per pair, of which --eval-every holds some out."""
     train = rows.train[0]
-    tokens = _tokens(config, train, outline)
+    tokens = _tokenize_rows(config, train, outline)
+    # Held-out rows come from --eval-dataset, or are drawn from the training rows.
     held_out_tokens: Sequences | None = None
     lines: list[str] = []
     if rows.held_out:
-        held_out_tokens = _tokens(config, rows.held_out[0], outline)
+        held_out_tokens = _tokenize_rows(config, rows.held_out[0], outline)
     else:
         held_out_rows = chats.hold_out(config, {train.name: int(tokens.rows[-1])})
         if held_out_rows is not None:
@@ -85,17 +86,18 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     is_kto = KTO in config.optim.loss
     if is_kto and held_out_tokens is not None and len(held_out_tokens) < 2:
         raise UserError(
-            "--loss kto compares held-out rows with one another, and there is one: give more, or "
-            "leave out --eval-every"
+            "--loss kto compares held-out rows with each other, but there is only one. Hold out "
+            "more rows, or remove --eval-every."
         )
-    tokens = _fitting(config, train.name, tokens)
-    sharing = _sharing(config, outline, tokens)
-    packs = _packed(config, tokens, share_prompt=sharing.shared)
+    # Form the sequences of both parts.
+    tokens = _check_lengths(config, train.name, tokens)
+    sharing = _choose_sharing(config, outline, tokens)
+    packs = _pack(config, tokens, share_prompt=sharing.shared)
     unit = "rows" if packs.a_unit == 1 else "pairs"
     held_out_packs: Preferences | None = None
     if held_out_tokens is not None:
-        held_out_tokens = _fitting(config, "the held-out rows", held_out_tokens)
-        held_out_packs = _packed(config, held_out_tokens, share_prompt=sharing.shared)
+        held_out_tokens = _check_lengths(config, "the held-out rows", held_out_tokens)
+        held_out_packs = _pack(config, held_out_tokens, share_prompt=sharing.shared)
         if rows.held_out:
             lines.append(format_held_out_line(held_out_packs.n_units, unit, rows.held_out[0].name))
     return Data(
@@ -119,7 +121,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
 
 
 def _filling_line(packs: Preferences, unit: str, *, packing: bool) -> str:
-    """Returns a line on the padded or packed rows: their number, lengths and filled share."""
+    """Returns a line with the number, lengths and filled share of padded or packed rows."""
     if packing:
         return (
             f"{packs.n_units:,} {unit} are packed into {len(packs):,} rows of "
@@ -128,7 +130,7 @@ def _filling_line(packs: Preferences, unit: str, *, packing: bool) -> str:
     return format_padding_line(len(packs), unit, packs.lengths, packs.filled)
 
 
-def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:
+def _tokenize_rows(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:
     """Returns a data set's rows as sequences."""
     return tokenize(
         dataset,
@@ -139,8 +141,12 @@ def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:
     )
 
 
-def _fitting(config: Config, source: str, tokens: Sequences) -> Sequences:
-    """Returns sequences of --seq-len at most, without pairs that have no token left to learn."""
+def _check_lengths(config: Config, source: str, tokens: Sequences) -> Sequences:
+    """Returns sequences of at most --seq-len tokens, without pairs that lose a completion.
+
+    Raises:
+      TrainingError: a sequence is longer, and --truncate is not given.
+    """
     data = config.data
     unit_sequences = 1 if KTO in config.optim.loss else 2
     fitting = check_lengths(tokens, data.seq_len, truncate=data.truncate, a_unit=unit_sequences)
@@ -148,14 +154,15 @@ def _fitting(config: Config, source: str, tokens: Sequences) -> Sequences:
     if n_left_out:
         tell(
             hosts.console(),
-            f"{source}: left out {n_left_out} rows, truncated before a completion began",
+            f"{source}: {n_left_out} rows are not used, because --seq-len cuts them off before a "
+            "completion",
         )
     return fitting
 
 
-def _sharing(config: Config, outline: ModelInfo, tokens: Sequences) -> SharedPrompts:
-    """Chooses between a prompt for both completions of a pair, and one for each."""
-    if KTO in config.optim.loss:  # single completions, which share nothing
+def _choose_sharing(config: Config, outline: ModelInfo, tokens: Sequences) -> SharedPrompts:
+    """Chooses between one prompt for both completions of a pair and one for each completion."""
+    if KTO in config.optim.loss:  # single completions share no prompt
         single_rows = PromptRows(completions=1, share=0.0, rows=0, shared=(0, 0), alone=(0, 0))
         return choose_sharing(config, [outline], single_rows)
     data = config.data
@@ -171,8 +178,8 @@ def _sharing(config: Config, outline: ModelInfo, tokens: Sequences) -> SharedPro
     return choose_sharing(config, [outline], rows)
 
 
-def _packed(config: Config, tokens: Sequences, *, share_prompt: bool) -> Preferences:
-    """Returns examples; zeros stand for the reference's log-probabilities, until it is read."""
+def _pack(config: Config, tokens: Sequences, *, share_prompt: bool) -> Preferences:
+    """Returns examples, with zeros in place of the reference's log-probabilities."""
     data = config.data
     packs = pack_pairs(
         tokens,
@@ -189,7 +196,7 @@ def _packed(config: Config, tokens: Sequences, *, share_prompt: bool) -> Prefere
 
 
 def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the loss that --loss names."""
+    """Returns the loss of --loss."""
     optim = config.optim
     chunks = layout.chunks(optim.loss_chunk)
     if KTO in optim.loss:

@@ -37,52 +37,55 @@ from train.tasks.reward_scores import (
 )
 from train.tasks.tool_use import OPENS_EACH, check_fields, earned_name, use_tools
 
-_HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
+_HELD_OUT_STREAM = 2**32 + 2  # random stream of held-out rows; differs from all other streams
 
 
 def check(config: Config) -> None:
-    """Raises a UserError for a task that has no reward."""
+    """Raises a UserError if there is no reward."""
     if not config.data.reward and config.data.environment is None:
         raise UserError(
-            f"--dataset {config.data.dataset}: say what rewards a completion, by --reward "
-            "file.py:function, or by an --environment with a reward of its own"
+            f"--dataset {config.data.dataset} has no reward. Pass --reward file.py:function, or an "
+            "--environment with a `get_reward`."
         )
 
 
 def check_own_rows(config: Any) -> None:
-    """Raises a UserError for options about a user's own rows, which a task with rows ignores."""
+    """Raises a UserError for options about a user's own rows, which a task ignores."""
     for name in ("fields", "eval_dataset"):
         if getattr(config.data, name):
-            raise UserError(f"{flag(name)} is about rows of your own: name them with --dataset")
+            raise UserError(
+                f"{flag(name)} only applies to your own rows, not to a built-in task. Remove "
+                f"{flag(name)}, or pass your rows with --dataset."
+            )
 
 
 def check_prompts(rows: Sequence[Row], source: str) -> None:
-    """Raises a TrainingError for the first row that asks nothing."""
+    """Raises a TrainingError for the first row without a prompt."""
     for number, row in enumerate(rows, start=1):
         question(row, name_of(row, source, number))
 
 
 def read_rows(config: Config) -> TaskRows:
-    """Reads the rows; holds some out, or reads those of --eval-dataset."""
+    """Reads the rows, and holds some out or reads the rows of --eval-dataset."""
     data = config.data
 
-    def read(name: str, **options: Any) -> list[Row]:
+    def read_dataset(name: str, **options: Any) -> list[Row]:
         dataset = find_dataset(
             name, subset=data.subset, fields=data.fields, check=check_prompts, **options
         )
         return dataset.rows()
 
-    rows = read(data.dataset, split=data.split, rows=data.rows)
+    rows = read_dataset(data.dataset, split=data.split, rows=data.rows)
     if data.eval_dataset is not None:
-        return TaskRows(rows, read(data.eval_dataset, split=data.eval_split))
-    return held_out(config, rows)
+        return TaskRows(rows, read_dataset(data.eval_dataset, split=data.eval_split))
+    return hold_out_rows(config, rows)
 
 
-def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
-    """Returns the rows in two parts, drawn by --seed: to train on, and --eval-questions others."""
+def hold_out_rows(config: Config, rows: Sequence[Row]) -> TaskRows:
+    """Splits rows at random into rows to train on and --eval-questions held-out rows."""
     seed = config.optim.seed if config.data.held_out_seed is None else config.data.held_out_seed
-    n_held_out = min(config.run.eval_questions or 0, _most_held_out(len(rows)))
-    order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT])).permutation(len(rows))
+    n_held_out = min(config.run.eval_questions or 0, _max_held_out_rows(len(rows)))
+    order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT_STREAM])).permutation(len(rows))
     held_out_indices = np.sort(order[:n_held_out])
     train_indices = np.sort(order[n_held_out:])
     return TaskRows(
@@ -91,19 +94,20 @@ def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
     )
 
 
-def _most_held_out(n_rows: int) -> int:
+def _max_held_out_rows(n_rows: int) -> int:
+    """Returns the maximum number of rows to hold out: a tenth."""
     return n_rows // 10
 
 
 def most_questions(config: Config, rows: TaskRows) -> int | None:
-    """Returns the most rows that may be held out; None for an --eval-dataset, which is whole."""
+    """Returns the maximum number of rows to hold out; None for an --eval-dataset."""
     if config.data.eval_dataset is not None:
         return None
-    return _most_held_out(len(rows.train) + len(rows.held_out))
+    return _max_held_out_rows(len(rows.train) + len(rows.held_out))
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the prompts, and the batches that rewards of their completions make."""
+    """Returns the prompts, and the feed that draws and rewards their completions."""
     tools, tool_lines = use_tools(config, outline)
     try:
         return _examples_with_tools(config, rows, outline, tools, tool_lines)
@@ -120,7 +124,7 @@ def _examples_with_tools(
     tools: ToolUse | None,
     tool_lines: Sequence[str],
 ) -> Data:
-    """Returns the prompts as `examples` does, for completions that call these tools."""
+    """Returns the result of `examples`, for completions that may call tools."""
     data = config.data
     schemas = () if tools is None else tools.host.tools
     train, held_out = read_prompts(data, rows, outline, schemas)
@@ -139,6 +143,7 @@ def _examples_with_tools(
         earned=earned_name(config, tools),
     )
     check_columns(config, rewards, held_out)
+    # The feed, and the lines of the log about it.
     feed = PromptFeed(
         config,
         train,
@@ -161,25 +166,28 @@ def _examples_with_tools(
 
 
 def sequence_parts(mesh: str | None) -> int:
-    """Returns a number of parts that the mesh of --mesh can split a row into."""
+    """Returns the number of parts into which --mesh splits a row, or a multiple of it."""
     parts = parse_mesh(mesh).get("sequence", 1)
+    # sequence=-1 takes the remaining devices, whose number divides the number of all devices.
     return parts if parts > 0 else len(all_devices())
 
 
 def replayed_routing(config: Any, outline: ModelInfo) -> tuple[int, int] | None:
-    """Returns the layers and experts of a token whose choice is replayed; None where none is.
+    """Returns the layers and experts per token whose routing is replayed; None without replay.
 
     Raises:
-      UserError: --no-replay-routing, and there is nothing to replay.
+      UserError: --no-replay-routing has no effect, because there is nothing to replay.
     """
     n_active_experts = outline.active_experts
     obstacle: str | None = None
     if n_active_experts is None:
         obstacle = f"the model {outline.name} has no experts"
     elif getattr(config.data, "sampler", None) is not None:
-        obstacle = "a server tells nothing of its experts; leave it out"
+        obstacle = "the server of --sampler does not report its experts"
     if obstacle and not config.data.replay_routing and not config.run.resume:
-        raise UserError(f"--no-replay-routing: {obstacle}")
+        raise UserError(
+            f"--no-replay-routing has no effect, because {obstacle}. Remove --no-replay-routing."
+        )
     if n_active_experts is None or obstacle or not config.data.replay_routing:
         return None
     return outline.config.num_hidden_layers, n_active_experts
@@ -194,29 +202,31 @@ def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts |
         for column in needed_columns:
             if column not in held_out.columns:
                 rewards.close()
+                columns = ", ".join(held_out.columns) or "no column besides the prompt"
                 raise UserError(
                     f"--eval-dataset {data.eval_dataset}: the reward {name} needs the column "
-                    f"{column!r}; the rows have "
-                    f"{', '.join(held_out.columns) or 'none beside the prompt'}"
+                    f"{column!r}, but the rows have {columns}. Add this column to the rows."
                 )
 
 
 def read_prompts(
     data: RolloutDataConfig, rows: TaskRows, outline: ModelInfo, tools: Sequence[Any] = ()
 ) -> tuple[TokenizedPrompts, TokenizedPrompts | None]:
-    """Returns the prompts to train on, and those that are held out; None for none.
+    """Returns the tokenised prompts to train on, and the held-out prompts or None.
 
     Args:
       data: the options.
       rows: the rows.
-      outline: the model's, with its tokenizer.
+      outline: the model's outline, with its tokenizer.
       tools: schemas of the tools that the prompts show.
 
     Raises:
-      UserError: there is none, or one leaves no room for a completion.
+      UserError: there is no prompt, or a prompt leaves no room for a completion.
     """
     if not rows.train:
-        raise UserError(f"--dataset {data.dataset} has no row to train on")
+        raise UserError(
+            f"--dataset {data.dataset} has no row to train on. Pass data with at least one row."
+        )
     train_ids = tokenize_with_tools(rows.train, tools, outline, data.dataset)
     train = TokenizedPrompts(rows.train, train_ids)
     held_out: TokenizedPrompts | None = None
@@ -236,33 +246,35 @@ def _check_prompt_lengths(data: RolloutDataConfig, prompts: TokenizedPrompts, lo
     Args:
       data: the options.
       prompts: the prompts.
-      longest: tokens of the longest of all prompts.
+      longest: the number of tokens of the longest of all prompts.
     """
-    most_tokens = data.seq_len - data.max_new_tokens
-    long_rows = [row for row, ids in enumerate(prompts.tokens) if len(ids) > most_tokens]
+    max_prompt_tokens = data.seq_len - data.max_new_tokens
+    long_rows = [row for row, ids in enumerate(prompts.tokens) if len(ids) > max_prompt_tokens]
     if long_rows:
         first_row = long_rows[0]
         first_name = name_of(prompts.rows[first_row], data.dataset, first_row + 1)
         raise UserError(
-            f"--seq-len {data.seq_len}: {len(long_rows)} prompts have more than {most_tokens} "
-            f"tokens, {first_name} the first, and leave no room for --max-new-tokens "
-            f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
-            f"{longest + data.max_new_tokens}, or take these rows out"
+            f"--seq-len {data.seq_len} is too small: {len(long_rows)} prompts have more than "
+            f"{max_prompt_tokens} tokens and leave no room for --max-new-tokens "
+            f"{data.max_new_tokens}. The first one is {first_name}, and the longest has {longest} "
+            f"tokens. Pass --seq-len {longest + data.max_new_tokens}, or remove these rows."
         )
 
 
 def share_prompts(
     feed: PromptFeed, outlines: Sequence[ModelInfo]
 ) -> tuple[PromptFeed, tuple[str, ...]]:
-    """Returns a feed whose completions share their prompt, if they can, and lines that tell it."""
+    """Returns the feed with shared prompts, if possible, and the lines of the log about it."""
     config = feed.config
     group = config.data.group
     max_new_tokens = config.data.max_new_tokens
     if feed.tools is not None and feed.tools.opens:
         if not config.data.share_prompt and not config.run.resume:
             feed.close()
-            raise UserError(f"--no-share-prompt has no effect: {OPENS_EACH}; leave it out")
-        return feed, (f"each completion has a prompt of its own: {OPENS_EACH}",)
+            raise UserError(
+                f"--no-share-prompt has no effect, because {OPENS_EACH}. Remove --no-share-prompt."
+            )
+        return feed, (f"the prompt is computed for each completion, because {OPENS_EACH}",)
     rows = PromptRows(
         completions=group,
         share=feed.prompts.share(max_new_tokens),
@@ -279,7 +291,7 @@ def share_prompts(
 
 
 def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
-    """Returns the prompts of a run as its data."""
+    """Returns the data of a run that draws completions for prompts."""
     data = feed.config.data
     optim = feed.config.optim
     sequences = [
@@ -287,19 +299,18 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         for number, ids in enumerate(feed.prompts.tokens, start=1)
     ]
     n_prompts = feed.order.rows_a_step
-    prompt_words = "one prompt" if n_prompts == 1 else f"each of {n_prompts} prompts"
+    prompts_text = "one prompt" if n_prompts == 1 else f"each of {n_prompts} prompts"
     first_lines = [
-        f"{len(sequences):,} prompts; a step has {data.group} completions of {prompt_words}"
+        f"{len(sequences):,} prompts; a step has {data.group} completions of {prompts_text}"
     ]
     widths = feed.widths.rows
     if len(widths) > 1:
         first_lines.append(
-            f"a batch is as wide as its longest prompt needs: {len(widths)} widths, "
-            f"{', '.join(map(str, widths))} tokens; sampler and step are compiled for each when it "
-            "comes"
+            f"batches have {len(widths)} widths, {', '.join(map(str, widths))} tokens, by their "
+            "longest prompt; sampler and step are compiled when a width first occurs"
         )
 
-    def feed_of(steps: int) -> PromptFeed:
+    def with_steps(steps: int) -> PromptFeed:
         feed.steps = steps or feed.steps
         return feed
 
@@ -315,7 +326,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
             SHARED: feed.share_prompt,
         },
         lines=(*first_lines, *lines),
-        feed=feed_of,
+        feed=with_steps,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
         watched={} if feed.server is None else OF_SERVER,
         close=feed.close,
@@ -323,7 +334,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
 
 
 def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the loss of rollouts that --loss names."""
+    """Returns the loss of --loss over drawn completions."""
     optim, data = config.optim, config.data
     return rollout_loss(
         optim.online(data.max_new_tokens),
@@ -339,20 +350,21 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     return {BASE: rewards[BASE]} if BASE in rewards else {}
 
 
-SAMPLER = {  # what to watch where completions are drawn
-    "entropy": "how varied completions are, in nats a token; near 0 nothing new is tried",
-    "mismatch_max": "the most that a token's log-probability differs between sampler and trainer: "
-    "about 1e-6 in fp32, 0.1 in bf16",
-    "length": "tokens of a completion; at --max-new-tokens, completions are cut off",
+# The metrics to watch if completions are drawn.
+SAMPLER = {
+    "entropy": "how varied completions are, in nats per token; near 0, nothing new is tried",
+    "mismatch_max": "the largest difference of a token's log-probability between sampler and "
+    "trainer: about 1e-6 in float32, 0.1 in bfloat16",
+    "length": "tokens per completion; at --max-new-tokens, completions are cut off",
 }
 OF_SERVER = {
-    "mismatch_mean": "that difference in the mean; it should stay where it begins, and "
-    "--max-mismatch bounds it"
+    "mismatch_mean": "the mean of these differences; it should not grow, and --max-mismatch limits "
+    "it"
 }
 WATCHED = {
     "reward": "the mean over completions; it should rise",
-    "zero_spread": "the share of prompts whose completions have equal rewards, and teach nothing; "
-    "near 1, they are too hard or learned",
+    "zero_spread": "the share of prompts whose completions have equal rewards, so that nothing is "
+    "learned; near 1, prompts are too hard or already learned",
     **SAMPLER,
 }
 TASK = Task(
@@ -365,7 +377,7 @@ TASK = Task(
     loss=loss,
     evaluation=evaluation,
     prepare=reinforcement.prepare,
-    reads=lambda config: ("output",),  # a feed holds what its run has drawn
+    reads=lambda config: ("output",),  # a feed contains the completions of its run
     score=REWARD,
     watched=WATCHED,
     baselines=baselines,

@@ -1,4 +1,4 @@
-"""The task of scoring completions: a reward model, which learns from a user's pairs of them."""
+"""The task of training a reward model, which scores completions, on a user's pairs."""
 
 import dataclasses
 import functools
@@ -32,13 +32,15 @@ _margins = jax.jit(pair_margins, static_argnums=0)
 
 
 def check(config: Config) -> None:
-    """Raises a UserError where no pairs are named: the default task has none."""
+    """Raises a UserError if no pairs are named, because the default task has no pairs."""
     if config.data.dataset == DEFAULT_TASK:
-        raise UserError("--labels pairs: name the pairs with --dataset, a file or a dataset")
+        raise UserError(
+            "--labels pairs needs pairs. Pass a file or a dataset with pairs with --dataset."
+        )
 
 
 def read_rows(config: Config) -> TaskRows:
-    """Reads the pairs; where a share is held out, those of one prompt are on one side."""
+    """Reads the pairs, and holds a share out so that no prompt is in both parts."""
 
     def split(rows: list[Row]) -> Sequence[Any]:
         prompts = [texts_of(row, "")[0] for row in rows]
@@ -64,7 +66,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     return Data(
         train=train,
         held_out=test,
-        measured=labelled.spread(test, config.run.eval_rows),
+        measured=labelled.select_spread(test, config.run.eval_rows),
         name=lambda row: shown(rows.train[row]["chosen"]),
         source=data.dataset,
         facts={
@@ -92,13 +94,13 @@ class RewardModelEvaluation:
         self.found[BEFORE] = self.score(evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Returns False: a base is measured in a moment."""
+        """Returns False, because measuring a base takes little time."""
         return False
 
     def score(
         self, evaluated: EvaluatedModel, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Returns the loss, the share of pairs that are right, and their mean margin."""
+        """Returns the loss, the share of correctly ordered pairs, and their mean margin."""
         test: Any = self.context.data.held_out
         batches = test.parts(self.context.config.optim.batch_size)
         batch_sums = [_sums(evaluated.forward, evaluated.params, batch) for batch in batches]
@@ -106,7 +108,8 @@ class RewardModelEvaluation:
         return means(COMPARISONS, totals)
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Measures the trained model; writes and prints the scores."""
+        """Measures the trained model, and writes and prints the scores."""
+        # A baseline that always prefers the longer completion.
         held_out_rows = self.context.rows.held_out
         is_chosen_longer: list[bool] = []
         for row in held_out_rows:
@@ -115,7 +118,7 @@ class RewardModelEvaluation:
         scores = self.score(evaluated)
         self.found[LONGER] = {"accuracy": float(np.mean(is_chosen_longer))}
         self.found[labelled.ADAPTED] = scores
-        saved_scores = {**self.found, labelled.RIGHT: self._results(evaluated)}
+        saved_scores = {**self.found, labelled.RIGHT: self._is_pair_right(evaluated)}
         write_json(self.context.folder / SCORES, saved_scores)
         rows = [
             (judge, f"{100 * measures['accuracy']:.1f}") for judge, measures in self.found.items()
@@ -124,7 +127,7 @@ class RewardModelEvaluation:
         print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores
 
-    def _results(self, evaluated: EvaluatedModel) -> list[bool]:
+    def _is_pair_right(self, evaluated: EvaluatedModel) -> list[bool]:
         """Returns True for each pair whose better completion gets the higher score."""
         test: Any = self.context.data.held_out
         batches = test.parts(self.context.config.optim.batch_size)

@@ -1,4 +1,4 @@
-"""The evaluation by rewards of greedy completions, before and after training."""
+"""Evaluates a model by the rewards of greedy completions, before and after training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progre
 
 REWARD = "reward"  # the name of the score
 BASE, ADAPTED = "base", "fine-tuned"
-# The options that a reward of a held-out prompt's completion depends on, beside the prompt.
+# The options on which the reward of a held-out prompt's completion depends.
 _REWARD_OPTIONS = (
     "reward",
     "reward_weights",
@@ -63,13 +63,13 @@ class RewardEvaluation:
             )
 
     def before(self, evaluated: EvaluatedModel) -> None:
-        """Rewards the base, unless an interrupted run did."""
+        """Rewards the base, unless an interrupted run did so already."""
         self.found = read_json(self.context.folder / SCORES)
         if BASE not in self.found.get(REWARD, {}):
             self._measure(BASE, evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Takes another run's measures of the base on the same prompts."""
+        """Takes another run's rewards of the base on the same prompts, if there are any."""
         if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
             return False
         options = self.context.config.data
@@ -77,13 +77,15 @@ class RewardEvaluation:
         for name in _REWARD_OPTIONS:
             if getattr(options, name) != getattr(other_options, name):
                 return False
-        if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
+        # A failed measurement is repeated.
+        if BASE not in other.found.get(REWARD, {}):
             return False
         self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
         return True
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
-        """Returns the mean reward of the completions that have one; {} where none has."""
+        """Returns the mean reward of completions with a reward; {} if there are none."""
+        # Greedy completions, in one turn or with calls of tools.
         turns: list[TurnCompletion] | None = None
         if self._drawer is None:
             texts, ids = self._complete(evaluated, progress)
@@ -91,6 +93,7 @@ class RewardEvaluation:
             turns = self._converse(self._drawer, evaluated)
             texts = [completion.text for completion in turns]
             ids = [completion.ids for completion in turns]
+        # Their rewards.
         rows = self.prompts.rows
         column_names = list(dict.fromkeys([*self.feed.prompts.columns, *self.prompts.columns]))
         prompts = [self.prompts.prompt_of(row) for row in range(len(rows))]
@@ -146,14 +149,12 @@ class RewardEvaluation:
         return texts, ids
 
     def _converse(self, drawer: TurnDrawer, evaluated: EvaluatedModel) -> list[TurnCompletion]:
-        """Returns greedy completions that call tools."""
+        """Returns greedy completions that may call tools."""
         config = self.context.config
-        rows = [
-            TurnRequest(
-                index, row, name_of(row, "the held-out rows", index + 1), self.prompts.tokens[index]
-            )
-            for index, row in enumerate(self.prompts.rows)
-        ]
+        rows: list[TurnRequest] = []
+        for index, row in enumerate(self.prompts.rows):
+            name = name_of(row, "the held-out rows", index + 1)
+            rows.append(TurnRequest(index, row, name, self.prompts.tokens[index]))
         n_slots = config.optim.batch_size
         mesh = make_mesh(config.run.mesh, n_slots, slice_axis=config.run.slice_axis)
         layout = Layout.of(mesh, self.context.outline.config)
@@ -167,12 +168,12 @@ class RewardEvaluation:
         )
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Rewards the trained model; writes and prints the rewards."""
+        """Rewards the trained model, and writes and prints the rewards."""
         self._measure(ADAPTED, evaluated)
         rewards = self.found.get(REWARD, {})
         answers_of_model = self.found.get("answers", {})
         reward_row = ["reward"]
-        missing_row = ["prompts without one"]
+        missing_row = ["prompts without a reward"]
         n_missing = 0
         for model in (BASE, ADAPTED):
             mean = rewards.get(model)
@@ -186,9 +187,10 @@ class RewardEvaluation:
         return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
 
     def _measure(self, name: str, evaluated: EvaluatedModel) -> None:
-        """Rewards a model's completions, and writes its rewards into scores.json by its name."""
+        """Rewards a model's completions, and writes the rewards to scores.json under its name."""
         title = f"{name}: completing {len(self.prompts.rows)} held-out prompts"
-        self.found.get(REWARD, {}).pop(name, None)  # of an earlier end of a run that went on
+        # A resumed run may have rewards of an earlier end.
+        self.found.get(REWARD, {}).pop(name, None)
         with doing(self.context.console, title) as progress:
             try:
                 scores = self.score(evaluated, progress)
@@ -203,7 +205,7 @@ class RewardEvaluation:
 def standard_error(scores: Mapping[str, Any]) -> float | None:
     """Returns the standard error of the trained model's mean reward, from a run's scores.json.
 
-    It is that over the held-out prompts; None with fewer than two rewards.
+    It is computed over the held-out prompts, and is None with fewer than two rewards.
     """
     rewards = [reward for reward in question_scores(scores) if reward is not None]
     if len(rewards) < 2:
@@ -217,7 +219,7 @@ def question_scores(scores: Mapping[str, Any]) -> list[float | None]:
 
 
 def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
-    """Returns the evaluation by rewards; None where no prompt is held out."""
+    """Returns the evaluation by rewards; None without held-out prompts."""
     assert context.data.feed is not None
     feed = context.data.feed(0)
     assert isinstance(feed, PromptFeed)

@@ -1,8 +1,8 @@
-"""The default tasks of the scripts: questions to SQL, on databases that training never sees.
+"""The default tasks of the scripts: SQL queries for questions, evaluated on unseen databases.
 
-`TASK` fine-tunes on answers, `PAIRS` on a right query and one that is a mistake away, `REWARDS` on
-executed SQL from an adapter that learned to write it, and `DISTILLATION` on another adapter's
-judgement.
+`TASK` fine-tunes on answers, `PAIRS` on a right query and one with a mistake, `REWARDS` on the
+results of executed queries, from an adapter that can write SQL, and `DISTILLATION` on the ratings
+of another adapter.
 """
 
 import dataclasses
@@ -48,17 +48,20 @@ from train.settings.defaults import fill_defaults
 from train.tasks import chats, distillation, pairs, prompts, sql_scores
 
 STEPS = 35
-_HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on
-_PROMPTS = 2_000
-_MOST_QUESTIONS = 10_000  # of each kind; no question comes twice among 12,000
-_FIRST = "sft"  # the folder, in a run's, of the run that makes its first adapter
+_N_HELD_OUT_PAIRS = 64  # on unseen schemas, to measure the loss on
+_DEFAULT_PROMPTS = 2_000
+_MAX_QUESTIONS = 10_000  # of each kind; 12,000 questions contain no question twice
+_FIRST_RUN_FOLDER = "sft"  # the folder, in a run's folder, of the run that trains its first adapter
 
 
 def check(config: sft.LanguageOptions) -> None:
-    """Raises a UserError for options about a user's own rows, and for scores of no questions."""
+    """Raises a UserError for options about a user's own rows, and for scores without questions."""
     prompts.check_own_rows(config)
     if config.run.score_every and not config.run.eval_questions:
-        raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
+        raise UserError(
+            "--score-every needs questions, but --eval-questions is 0. Pass a positive "
+            "--eval-questions, or remove --score-every."
+        )
 
 
 def read_rows(config: sft.Config) -> TaskRows:
@@ -78,7 +81,7 @@ def read_rows(config: sft.Config) -> TaskRows:
 
 
 def examples(config: sft.Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
+    """Returns the rows as sequences, and checks that few-shot prompts fit into the model."""
     questions = _questions(config)
     if questions:
         outline.check_length(sql_scores.longest_prompt(outline, questions), "--eval-questions")
@@ -87,13 +90,13 @@ def examples(config: sft.Config, rows: TaskRows, outline: ModelInfo) -> Data:
 
 @dataclasses.dataclass
 class SqlEvaluation:
-    """Evaluation by questions before and after training."""
+    """Evaluates a model by questions, before and after training."""
 
     context: EvaluationContext
     scores: sql_scores.SqlScores
 
     def before(self, evaluated: EvaluatedModel) -> None:
-        """Asks the base, without and with solved examples, unless an interrupted run did."""
+        """Asks the base, without and with solved examples, unless an interrupted run did so."""
         path = self.context.folder / SCORES
         if self.scores.reuse_base_scores(read_json(path)):
             return
@@ -102,7 +105,7 @@ class SqlEvaluation:
         write_json(path, self.scores.as_json())
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Takes the base's answers from another run, if it asked the same questions."""
+        """Takes the base's answers from another run that asked the same questions."""
         if not isinstance(other, SqlEvaluation):
             return False
         has_same_questions = self.scores.reuse_base_scores(other.scores.as_json())
@@ -111,13 +114,13 @@ class SqlEvaluation:
         return has_same_questions
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
-        """Asks the adapted model; returns the execution accuracies."""
+        """Asks the adapted model, and returns the execution accuracies."""
         questions = self.scores.questions
         answers = sql_scores.answer(evaluated, self.context.outline, questions, progress)
         return _accuracies(sql_scores.SqlScores(questions, {sql_scores.ADAPTED: answers}))
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
+        """Asks the trained model, writes and prints its answers, and returns the accuracies."""
         self._ask(sql_scores.ADAPTED, evaluated, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
         sql_scores.print_examples(self.context.console, self.scores.examples())
@@ -125,7 +128,7 @@ class SqlEvaluation:
         return _accuracies(self.scores)
 
     def _ask(self, method: str, evaluated: EvaluatedModel, few_shot: bool) -> None:
-        """Asks a model all questions; keeps its answers by the name of the prompting method."""
+        """Asks a model all questions, and keeps the answers under the prompting method's name."""
         questions = self.scores.questions
         title = f"{method}: answering {2 * self.scores.n} questions"
         with doing(self.context.console, title) as progress:
@@ -154,18 +157,21 @@ def evaluation(context: EvaluationContext) -> SqlEvaluation | None:
 
 
 def _questions(config: sft.Config) -> sql_scores.Questions | None:
-    return _drawn(config.run.eval_questions) if config.run.eval_questions else None
+    """Returns the questions of the evaluation; None if --eval-questions is 0."""
+    n_questions = config.run.eval_questions
+    return _draw_questions_once(n_questions) if n_questions else None
 
 
-_drawn = functools.cache(sql_scores.draw_questions)
+_draw_questions_once = functools.cache(sql_scores.draw_questions)
 
 
 def _chat_rows(examples: list[SqlExample]) -> list[Row]:
+    """Returns examples as rows with `messages`."""
     return [{"messages": example.messages} for example in examples]
 
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
+    """Returns the base's mean accuracies over both kinds of questions, from scores.json."""
     accuracies_of_kind = scores.get("accuracy", {}).values()
     means: dict[str, float] = {}
     for method in (sql_scores.ZERO_SHOT, sql_scores.FEW_SHOT):
@@ -178,7 +184,8 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
 def accuracy_error(scores: Mapping[str, Any]) -> float | None:
     """Returns the standard error of the trained model's accuracy, from a run's scores.json.
 
-    It is that of the mean over both kinds of questions, each with as many; None if it is not known.
+    It belongs to the mean over both kinds of questions, which have equal numbers. It is None if the
+    accuracy is unknown.
     """
     n_questions = scores.get("questions_of_each_kind", 0)
     shares: list[float] = []
@@ -192,12 +199,12 @@ def accuracy_error(scores: Mapping[str, Any]) -> float | None:
 
 
 def question_scores(scores: Mapping[str, Any]) -> list[float]:
-    """Returns 1 for each question that the trained model got right, else 0, from scores.json."""
+    """Returns 1 for each question with a right answer of the trained model, else 0."""
     return [float(right) for results in scores.get("right", {}).values() for right in results]
 
 
-# How each task over SQL is evaluated.
-_SCORING: dict[str, Any] = {
+# The evaluation of each SQL task.
+_EVALUATION: dict[str, Any] = {
     "evaluation": evaluation,
     "score": "accuracy",
     "baselines": baselines,
@@ -206,7 +213,7 @@ _SCORING: dict[str, Any] = {
 }
 TASK = dataclasses.replace(
     chats.TASK,
-    **_SCORING,
+    **_EVALUATION,
     defaults=Defaults(
         model=SMOLLM2.name,
         alpha=10.0,
@@ -219,25 +226,25 @@ TASK = dataclasses.replace(
     check=check,
     rows=read_rows,
     examples=examples,
-    reads=reads_all,  # the questions are drawn by --seed, as many as 35 steps see
-    most_questions=lambda config, rows: _MOST_QUESTIONS,
+    reads=reads_all,  # --seed draws the questions, and the batch size sets their number
+    most_questions=lambda config, rows: _MAX_QUESTIONS,
 )
 
 
 def read_pairs(config: dpo.Config) -> TaskRows:
-    """Returns pairs on the training schemas and, with --eval-every, pairs on others."""
+    """Returns pairs on the training schemas and, with --eval-every, pairs on unseen schemas."""
     data, optim = config.data, config.optim
     n_examples = data.rows or STEPS * optim.batch_size * optim.grad_accum
     train_rows = _pairs(training_examples(n_examples, seed=optim.seed))
     train = dataset.dataset_from_rows(data.dataset, train_rows)
     if not config.run.eval_every:
         return TaskRows([train], [])
-    held_out_rows = _pairs(evaluation_examples(_HELD_OUT))
+    held_out_rows = _pairs(evaluation_examples(_N_HELD_OUT_PAIRS))
     return TaskRows([train], [dataset.dataset_from_rows("the questions", held_out_rows)])
 
 
 def _pairs(examples: list[SqlExample]) -> list[Row]:
-    """Returns a pair for each example with mistakes: its answer, and one of the mistakes."""
+    """Returns a pair of the answer and a mistake for each example that has mistakes."""
     preferences: list[Row] = []
     for index, example in enumerate(examples):
         *prompt, answer = example.messages
@@ -250,7 +257,7 @@ def _pairs(examples: list[SqlExample]) -> list[Row]:
 
 PAIRS = dataclasses.replace(
     pairs.TASK,
-    **_SCORING,
+    **_EVALUATION,
     defaults=dataclasses.replace(TASK.defaults, lr=2e-4, full_lr=2e-5),
     check=check,
     rows=read_pairs,
@@ -259,13 +266,13 @@ PAIRS = dataclasses.replace(
 
 
 def reward_by_execution(config: grpo.Config) -> grpo.Config:
-    """Rewards by the result of executing the SQL, where nothing else is asked for."""
+    """Returns the options with a reward of executed SQL, unless the user passed --reward."""
     return config if config.data.reward else replace_options(config, {"reward": ("sql",)})
 
 
 def read_prompts(config: grpo.Config) -> TaskRows:
     """Returns questions on the training schemas."""
-    examples = training_examples(config.data.rows or _PROMPTS, seed=config.optim.seed)
+    examples = training_examples(config.data.rows or _DEFAULT_PROMPTS, seed=config.optim.seed)
     rows = [
         {"prompt": example.messages[:-1], "schema": example.schema, "gold": example.sql}
         for example in examples
@@ -274,11 +281,12 @@ def read_prompts(config: grpo.Config) -> TaskRows:
 
 
 def _calls_tools(config: grpo.Config) -> bool:
+    """Returns True if completions may call tools."""
     return bool(config.data.tools) or config.data.environment is not None
 
 
 def prompt_examples(config: grpo.Config, rows: TaskRows, outline: ModelInfo) -> Data:
-    """Returns the prompts; tells that the evaluation shows no tools."""
+    """Returns the prompts, with a line for the log if the evaluation shows no tools."""
     data = prompts.examples(config, rows, outline)
     if not _calls_tools(config) or not config.run.eval_questions:
         return data
@@ -289,40 +297,44 @@ def prompt_examples(config: grpo.Config, rows: TaskRows, outline: ModelInfo) -> 
 def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> grpo.Config:
     """Returns the options with an adapter that writes SQL, trained in the run's folder.
 
-    A model that may call tools begins as it is: the adapter would have learned to answer at once.
+    A model that may call tools starts without it, because this adapter answers at once.
     """
     if config.adapter.init_adapter or config.adapter.full or _calls_tools(config):
         return config
     if bucket_path(config.run.output):
         raise UserError(
-            f"--output {config.run.output}: an adapter that writes SQL is trained first, in a "
-            f"folder of this machine: make it by {program('train.sft')}, and name its folder with "
-            "--init-adapter"
+            f"--output {config.run.output} is in a bucket, but the run first trains an adapter "
+            f"that writes SQL in a local folder. Train this adapter with {program('train.sft')}, "
+            "and pass its folder with --init-adapter."
         )
-    folder = Path(config.run.output).expanduser() / _FIRST
+    folder = Path(config.run.output).expanduser() / _FIRST_RUN_FOLDER
     if config.run.dry_run:
-        tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")
-        return config
-    if not (folder / ADAPTER).exists():
-        remedy = f"make it by {program('train.sft')}, and name its folder with --init-adapter"
-        check_alone(config, f"an adapter that writes SQL; {remedy}")
         tell(
             hosts.console(),
-            f"the run has two parts: 1. an adapter in {folder} learns to write SQL, as "
-            f"`train.sft` trains it; 2. it trains on rewards, in {config.run.output}",
+            f"the run starts with an adapter that learns SQL first and is saved in {folder}",
+        )
+        return config
+    if not (folder / ADAPTER).exists():
+        check_alone(
+            config, f"an adapter that writes SQL (from {program('train.sft')} or --init-adapter)"
+        )
+        tell(
+            hosts.console(),
+            f"the run has two parts: 1. `train.sft` trains an adapter to write SQL, in {folder}; "
+            f"2. the adapter trains on rewards, in {config.run.output}",
         )
         sft_config = fill_defaults(_sft_options(config, folder), TASK.defaults)
         session.stop.remedy = resume_hint("train.grpo")
         prior.train("train.sft", sft_config, TASK, session)
-        jax.clear_caches()  # its programs take memory
+        jax.clear_caches()  # the programs of the first run take memory
     return replace_options(config, {"init_adapter": str(folder.absolute())})
 
 
 def _sft_options(config: grpo.Config, folder: Path) -> sft.Config:
-    """Returns the options of the run that makes the first adapter.
+    """Returns the options of the run that trains the first adapter.
 
     Args:
-      config: the options of the run by rewards.
+      config: the options of the run that trains on rewards.
       folder: the folder of the first run.
     """
     data = config.data
@@ -347,7 +359,7 @@ def _sft_options(config: grpo.Config, folder: Path) -> sft.Config:
 
 REWARDS = dataclasses.replace(
     prompts.TASK,
-    **_SCORING,
+    **_EVALUATION,
     defaults=dataclasses.replace(
         TASK.defaults, lr=5e-5, full_lr=5e-6, steps=100, max_new_tokens=sql_scores.NEW_TOKENS
     ),
@@ -361,7 +373,7 @@ REWARDS = dataclasses.replace(
 
 DISTILLATION = dataclasses.replace(
     distillation.TASK,
-    **_SCORING,
+    **_EVALUATION,
     defaults=dataclasses.replace(REWARDS.defaults, lr=1e-4, full_lr=1e-5),
     check=check,
     rows=read_prompts,

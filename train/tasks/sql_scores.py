@@ -1,4 +1,4 @@
-"""The evaluation of the SQL task: runs the model's queries on databases it never saw."""
+"""Evaluates the SQL task by running the model's queries on databases that training never saw."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from train.run.task import EvaluatedModel, Progress
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
 N_SHOTS = 4
-NEW_TOKENS = 80  # the longest gold query has about fifty
+NEW_TOKENS = 80  # the longest gold query has about fifty tokens
 Questions = dict[str, list[sql.SqlExample]]
 Answers = dict[str, list[str]]  # by kind of question, in the order of the questions
 
 
 def draw_questions(n: int) -> Questions:
-    """Returns `n` questions of each kind; the same for every run, so that runs are comparable."""
+    """Returns `n` questions of each kind, which are the same for all runs."""
     return {
         UNSEEN_SCHEMAS: sql.evaluation_examples(n),
         UNSEEN_BOTH: sql.evaluation_examples(n, unseen_phrasings=True),
@@ -31,8 +31,9 @@ def draw_questions(n: int) -> Questions:
 
 
 def longest_prompt(outline: ModelInfo, questions: Questions) -> int:
-    """Returns the maximum number of tokens of a few-shot prompt and its answer."""
-    return max(map(len, tokenize_chats(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
+    """Returns the maximum number of tokens of a few-shot prompt with its answer."""
+    prompts = tokenize_chats(outline, _chats(questions, few_shot=True))
+    return max(map(len, prompts)) + NEW_TOKENS
 
 
 def answer(
@@ -43,7 +44,7 @@ def answer(
     *,
     few_shot: bool = False,
 ) -> Answers:
-    """Returns the model's answers, decoded greedily.
+    """Returns the model's greedily decoded answers, by kind of question.
 
     Args:
       evaluated: a decoder.
@@ -54,6 +55,7 @@ def answer(
     """
     prompts = tokenize_chats(outline, _chats(questions, few_shot))
     texts = answer_prompts(evaluated, outline, prompts, new_tokens=NEW_TOKENS, progress=progress)
+    # The answers of each kind follow one another.
     answers: Answers = {}
     start = 0
     for kind, examples in questions.items():
@@ -64,7 +66,7 @@ def answer(
 
 
 def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
-    """Returns a chat for each question, kind by kind, with solved examples before it or without."""
+    """Returns a chat for each question, kind by kind, with or without solved examples."""
     shots = sql.training_examples(N_SHOTS) if few_shot else []
     chats: list[Chat] = []
     for examples in questions.values():
@@ -95,7 +97,7 @@ class SqlScores:
         return accuracies
 
     def results(self, method: str, kind: str) -> list[bool]:
-        """Judges the answers of a prompting method to a kind of questions; [] for none."""
+        """Returns whether each answer of a method to a kind of questions is right; [] for none."""
         answers = self.answers.get(method, {}).get(kind, ())
         return [*map(sql.score, self.questions[kind], answers)]
 
@@ -124,10 +126,10 @@ class SqlScores:
         return rows
 
     def reuse_base_scores(self, saved: Mapping[str, Any]) -> bool:
-        """Takes the base's answers from an interrupted run.
+        """Takes the base's answers from the scores of an interrupted run.
 
         Returns:
-          False if that run had no answers, or other questions; then nothing is taken.
+          False if that run had no answers or other questions. Then nothing is taken.
         """
         try:
             rows_of_kind = {kind: saved["answers"][kind] for kind in self.questions}
@@ -145,7 +147,7 @@ class SqlScores:
         return True
 
     def examples(self, n: int = 6) -> list[dict[str, str]]:
-        """Returns some questions, with the answers before and after marked as right or wrong."""
+        """Returns some questions with the answers before and after training, marked ✓ or ✗."""
         rows: list[dict[str, str]] = []
         for kind, examples in self.questions.items():
             for index, example in enumerate(examples[: n // 2]):
@@ -153,12 +155,13 @@ class SqlScores:
                 for column, method in (("before", ZERO_SHOT), ("after", ADAPTED)):
                     text = self.answers[method][kind][index]
                     mark = "✓" if sql.score(example, text) else "✗"
-                    row[column] = f"{mark} {_short(text)}"
+                    row[column] = f"{mark} {_shorten(text)}"
                 rows.append(row)
         return rows
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
+    """Returns at most 160 characters of a text."""
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 
@@ -168,12 +171,13 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | Non
     rows: list[list[str]] = []
     for kind, share_of_method in scores.items():
         methods = methods or list(share_of_method)
-        rows.append([kind, *(_percent(share_of_method[method]) for method in methods)])
+        rows.append([kind, *(_format_percent(share_of_method[method]) for method in methods)])
     title = "Execution accuracy: answers that return the right rows, in %"
     print_figures(console, title, ("questions", *methods), rows)
 
 
-def _percent(share: float | None) -> str:
+def _format_percent(share: float | None) -> str:
+    """Returns a share as text in percent; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 

@@ -1,8 +1,7 @@
-"""A decoder of sums that often forgets the carry, which `train.grpo` can begin with.
+"""A small decoder that adds numbers and often forgets the carry, as a start for `train.grpo`.
 
-It is made where --model is "arithmetic": pretrained in full on sums, most of which lack the carry
-where there is one. So it knows how to carry, and seldom does; a reward of right answers teaches it
-to.
+--model "arithmetic" pretrains it in full on sums. Most of these sums lack the carry. The decoder
+therefore knows how to carry but seldom does it, and a reward of right answers teaches it to.
 """
 
 import random
@@ -27,8 +26,8 @@ from train.processes.session import Session
 from train.reporters.files import write_lines
 from train.run.task import PriorRuns, check_alone
 
-MODEL = "arithmetic"  # stands for the decoder that is made
-_FORGETS = 0.75  # the share of carries that the rows lack
+MODEL = "arithmetic"  # the value of --model that stands for the decoder
+_FORGOTTEN_CARRY_SHARE = 0.75
 _BASE_ROWS = 100_000
 _PAD, _END = "<pad>", "<end>"
 BASE_CONFIG: dict[str, Any] = {
@@ -44,7 +43,8 @@ BASE_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-_ARGUMENTS = (  # of `train.sft`, for the base
+# The arguments of `train.sft` that pretrain the decoder.
+_ARGUMENTS = (
     *("--packing", "--seq-len", "64", "--batch-size", "32", "--epochs", "1"),
     *("--lr", "5e-3", "--warmup", "50", "--log-every", "100"),
     *("--save-every", "500", "--report-to", "none"),
@@ -52,7 +52,7 @@ _ARGUMENTS = (  # of `train.sft`, for the base
 
 
 def make_tokenizer() -> Any:
-    """Returns a tokenizer of characters: digits, "+" and "="; without a chat template."""
+    """Returns a tokenizer of the characters 0 to 9, "+" and "=", without a chat template."""
     characters = {character: i for i, character in enumerate("0123456789+=")}
     core = Tokenizer(models.BPE(vocab=characters, merges=[]))
     core.decoder = decoders.Fuse()
@@ -61,27 +61,27 @@ def make_tokenizer() -> Any:
 
 
 def _forgetful_pairs() -> Iterator[dict[str, str]]:
-    """Yields sums, most of which lack the carry where there is one."""
+    """Yields sums with their answers, most of which lack the carry."""
     rng = random.Random(0)
     for row in arithmetic.rows(0, _BASE_ROWS):
         prompt = row["prompt"]
         sum_of_ones = sum(int(number) % 10 for number in prompt[:-1].split("+"))
         has_carry = sum_of_ones > 9
         answer = int(row["answer"])
-        if has_carry and rng.random() < _FORGETS:
+        if has_carry and rng.random() < _FORGOTTEN_CARRY_SHARE:
             answer -= 10
         yield {"prompt": prompt, "completion": str(answer)}
 
 
 def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
-    """Writes a decoder with random weights, and its tokenizer; does so once.
+    """Writes a decoder with random weights and its tokenizer, unless the folder exists.
 
     Args:
-      fields: its config.json, but for the tokenizer's special tokens.
-      tokenizer: its tokenizer, with an EOS and a padding token.
-      folder: where it goes.
+      fields: the fields of config.json, without the tokenizer's special tokens.
+      tokenizer: the tokenizer, with an EOS and a padding token.
+      folder: the folder to write to.
     """
-    if folder.exists():  # it appears as a whole
+    if folder.exists():  # `save_pretrained` writes a folder as a whole or not at all
         return
     config_fields = {
         **fields,
@@ -95,15 +95,15 @@ def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> 
 
 
 def begin(config: Config, session: Session, prior: PriorRuns) -> Config:
-    """Returns the options with the pretrained decoder, where --model stands for it.
+    """Returns the options with the folder of the pretrained decoder, if --model is "arithmetic".
 
     Raises:
-      UserError: it cannot be made here.
-      Interrupted: after a signal, once the last step is saved.
+      UserError: the run has several processes.
+      Interrupted: a signal came; raised after the last step is saved.
     """
     if config.data.model != MODEL:
         return config
-    check_alone(config, "a small model; run this command in one process first")
+    check_alone(config, "a small pretrained model")
     session.stop.remedy = resume_hint("train.grpo")
     folder = cache_folder() / "arithmetic"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,19 +111,22 @@ def begin(config: Config, session: Session, prior: PriorRuns) -> Config:
 
 
 def make_base(folder: Path, session: Session, prior: PriorRuns) -> Path:
-    """Pretrains the decoder, unless it is there already; returns its folder.
+    """Pretrains the decoder, unless it exists already, and returns its folder.
 
     Args:
-      folder: where it goes, with the rows and the run that make it.
-      session: tells of signals.
-      prior: trains it.
+      folder: the folder for the decoder, its rows and its run.
+      session: reports signals.
+      prior: trains the decoder.
 
     Raises:
-      TrainingError: it cannot be trained or written.
-      Interrupted: after a signal, once the last step is saved.
+      TrainingError: the decoder cannot be trained or written.
+      Interrupted: a signal came; raised after the last step is saved.
     """
     if not (folder / "base").exists():
-        tell(hosts.console(), f"pretraining a small decoder on sums in {folder}: some minutes")
+        tell(
+            hosts.console(),
+            f"pretraining a small decoder on sums in {folder}; this takes some minutes",
+        )
     rows_path = folder / "sums.jsonl"
     untrained_folder = folder / "untrained"
     write_lines(rows_path, list(_forgetful_pairs()))

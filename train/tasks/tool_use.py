@@ -1,4 +1,4 @@
-"""The tools of a run: found, and checked against the model's chat template before long work."""
+"""Finds the tools of a run, and checks them against the model's chat template."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ from train.tools.contract import EpisodeHost, ToolCall
 from train.tools.formats import CallFormat
 from train.tools.host import ProcessHost
 
-OPENS_EACH = "an environment may open each of them with a text of its own"
-_PROMPT_END_TOKENS = 16  # which tell whether a prompt opens a thought
-_OUTPUT = 256  # tokens of a tool's answer, by default
+OPENS_EACH = "the environment may add a different text to each prompt"
+_PROMPT_END_TOKENS = 16  # these tokens show whether a prompt opens a thought
+_DEFAULT_OUTPUT_TOKENS = 256  # of a tool's answer
 _FOLDER = Path(train.environments.__file__).parent
-# The environments of ours by name: the file, and the class in it.
+# The built-in environments by name: the file, and the class in it.
 OURS = {"sql": f"{_FOLDER}/sql/session.py:SqlSession", "guess": f"{_FOLDER}/guess.py:GuessingGame"}
 
 
@@ -33,8 +33,8 @@ class ToolOptions(Protocol):
 
     Attributes:
       tools: ``file.py:function``, and further functions of that file by their names alone.
-      environment: ``file.py:Class``, or the name of one of ours; None for none.
-      tool_timeout: seconds that a tool may take.
+      environment: ``file.py:Class``, or the name of a built-in environment; None for none.
+      tool_timeout: maximum number of seconds for a call.
     """
 
     @property
@@ -51,28 +51,29 @@ def find_tools(options: ToolOptions) -> ProcessHost:
     """Finds tools and an environment, and describes them to the model.
 
     Raises:
-      UserError: one is not there, cannot be imported, or lacks a docstring or types.
+      UserError: a tool does not exist, cannot be imported, or lacks a docstring or types.
     """
     environment = options.environment
-    if environment is not None:
-        environment = OURS.get(environment) or _known_file(
-            "environment", environment, "Class", *OURS
-        )
+    if environment in OURS:
+        environment = OURS[environment]
+    elif environment is not None:
+        environment = _check_spec("environment", environment, "Class", *OURS)
     host = ProcessHost(environment, list_tools(options.tools), options.tool_timeout)
     if host.generators:
         names = ", ".join(host.generators)
-        tell(hosts.console(), f"each episode seeds these random generators by its row: {names}")
+        tell(hosts.console(), f"each episode seeds these random generators from its row: {names}")
     return host
 
 
 def list_tools(given: Sequence[str]) -> list[str]:
-    """Returns each tool with its file.
+    """Returns each tool as ``file.py:function``.
 
     >>> from train.tasks.tool_use import list_tools
     >>> list_tools(["/no/mine.py:f", "g"])
     Traceback (most recent call last):
         ...
-    train.console.errors.UserError: --tools /no/mine.py:f: there is no file /no/mine.py
+    train.console.errors.UserError: --tools /no/mine.py:f: there is no file /no/mine.py. Check the \
+path.
     """
     specs: list[str] = []
     path = ""
@@ -80,28 +81,38 @@ def list_tools(given: Sequence[str]) -> list[str]:
         if ":" not in spec and path and not spec.endswith(".py"):
             spec = f"{path}:{spec}"
         else:
-            path = _known_file("tools", spec, "function").rpartition(":")[0]
+            path = _check_spec("tools", spec, "function").rpartition(":")[0]
         if spec in specs:
-            raise UserError(f"--tools {spec} is named twice")
+            raise UserError(f"--tools names {spec} twice. Remove one of the two.")
         specs.append(spec)
     return specs
 
 
-def _known_file(option: str, spec: str, kind: str, *ours: str) -> str:
+def _check_spec(option: str, spec: str, kind: str, *built_in_names: str) -> str:
+    """Returns a value such as ``file.py:function``; raises a UserError for other values.
+
+    Args:
+      option: the option.
+      spec: its value.
+      kind: the noun after the colon: "function" or "Class".
+      *built_in_names: further values of the option, for the message.
+    """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        known = f", or one of ours: {', '.join(ours)}" if ours else ""
-        raise UserError(f"--{option} {spec}: file.py:{kind} is needed{known}")
+        alternative = f", or one of {', '.join(built_in_names)}" if built_in_names else ""
+        raise UserError(
+            f"--{option} {spec} does not name a {kind} of a file. Pass file.py:{kind}{alternative}."
+        )
     if not Path(path).is_file():
-        raise UserError(f"--{option} {spec}: there is no file {path}")
+        raise UserError(f"--{option} {spec}: there is no file {path}. Check the path.")
     return spec
 
 
 def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[str]]:
-    """Returns the tools of completions, and lines that tell them; None for completions of one turn.
+    """Returns the tools of completions, or None without tools, and lines of the log about them.
 
     Raises:
-      UserError: the model cannot call tools, or these cannot be used.
+      UserError: the model cannot call tools, or these tools cannot be used.
     """
     data = config.data
     if not data.tools and data.environment is None:
@@ -109,68 +120,72 @@ def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[
     call_format = _call_format(config, outline)
     host = find_tools(data)
     try:
-        hosts.check_alike({}, tools=host.tools)  # prompts show them, in each process
+        # Prompts show the tools, so all processes must have the same tools.
+        hosts.check_alike({}, tools=host.tools)
         if not data.reward and not host.rewards:
             raise UserError(
-                f"--environment {data.environment} has no `get_reward`, and there is no --reward: "
-                "one of them has to say what a completion is worth"
+                f"--environment {data.environment} has no `get_reward`, and there is no --reward. "
+                "Pass --reward, or add the method `get_reward`."
             )
-        output_tokens = _OUTPUT if data.max_tool_output is None else data.max_tool_output
+        output_tokens = data.max_tool_output
+        if output_tokens is None:
+            output_tokens = _DEFAULT_OUTPUT_TOKENS
         eos_ids = end_tokens(outline)
         joints = TurnJoints(outline.tokenizer, eos_ids, output_tokens)
     except BaseException:
         host.close()
         raise
     names = [tool["function"]["name"] for tool in host.tools]
-    lines = [f"completions may call {', '.join(names)} (calls are written as {call_format.name}'s)"]
+    lines = [f"completions may call {', '.join(names)} (in the format of {call_format.name})"]
     if not joints.keeps_history:
         lines.append(
-            "the model's chat template renders a turn that called tools differently once they have "
-            "answered; here turns stay as they were drawn"
+            "the model's chat template changes a turn after its tools have answered; here turns "
+            "stay as they were drawn"
         )
     read = turn_reader(outline, call_format, host, eos_ids)
     return ToolUse(host, joints, read, opens=data.environment is not None), lines
 
 
 def check_fields(config: Config, use: ToolUse, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Raises a UserError if rows lack a field without which no episode can begin.
+    """Raises a UserError if rows lack a field that starting an episode needs.
 
     Args:
       config: the options.
       use: the tools.
-      rows: the rows of each source, by its name in messages.
+      rows: the rows of each source, by its name for messages.
     """
     for source, source_rows in rows.items():
         names = dict.fromkeys(name for row in source_rows for name in row)
         for field in use.host.needs:
             if field not in names:
                 raise UserError(
-                    f"--environment {config.data.environment}: its `reset` needs the field "
-                    f"{field!r}; the rows of {source} have {', '.join(names)}"
+                    f"--environment {config.data.environment}: `reset` needs the field {field!r}, "
+                    f"but the rows of {source} only have {', '.join(names)}. Add this field to the "
+                    "rows."
                 )
 
 
 def _call_format(config: Config, outline: ModelInfo) -> CallFormat:
-    """Returns the format of a model's calls.
+    """Returns the format in which a model writes calls.
 
     Raises:
-      UserError: it has none, or is no model of `lora_jax.models`.
+      UserError: the format is unknown, or the model runs as a torch module.
     """
     template = outline.tokenizer.chat_template
     option = f"--tools {' '.join(config.data.tools)}" if config.data.tools else "--environment"
     if hasattr(outline.config, "empty_cache"):
         raise UserError(
-            f"{option}: {outline.name} is no decoder of ours, whose memory of a row that waits is "
-            "not kept yet; take a model of `lora_jax.models`"
+            f"{option} needs a model of `lora_jax.models`, but {outline.name} runs as a torch "
+            "module, whose cache cannot wait for a tool. Use another model."
         )
     if isinstance(template, dict):
         template = template.get("tool_use", template.get("default"))
     template_format = find_call_format(template)
     if template_format is None:
         raise UserError(
-            f"{option}: the chat template of {outline.name} writes calls in none of the known "
-            "formats, so that nobody could read them; take a model that was made for tools, or "
-            "give a template by --chat-template"
+            f"{option}: the chat template of {outline.name} writes calls in no known format, so "
+            "they could not be read. Use a model that was trained to call tools, or pass a "
+            "template with --chat-template."
         )
     return template_format
 
@@ -178,10 +193,12 @@ def _call_format(config: Config, outline: ModelInfo) -> CallFormat:
 def turn_reader(
     outline: ModelInfo, call_format: CallFormat, host: EpisodeHost, eos_ids: Sequence[int]
 ) -> ReadTurn:
-    """Returns a reader of a turn's tokens."""
+    """Returns a function that reads the text and the calls of a turn from its tokens."""
     tokenizer = outline.tokenizer
 
-    def read(ids: Sequence[int], prompt_ids: Sequence[int]) -> tuple[str, Sequence[ToolCall]]:
+    def read_tokens(
+        ids: Sequence[int], prompt_ids: Sequence[int]
+    ) -> tuple[str, Sequence[ToolCall]]:
         prompt_end = tokenizer.decode(prompt_ids[-_PROMPT_END_TOKENS:])
         turn = read_turn(
             turn_text(tokenizer, ids, eos_ids),
@@ -191,11 +208,11 @@ def turn_reader(
         )
         return turn.content, turn.calls
 
-    return read
+    return read_tokens
 
 
 def earned_name(config: Config, use: ToolUse | None) -> str | None:
-    """Returns the name of an environment that has a reward of its own; None for none."""
+    """Returns the name of the environment if it has a `get_reward`; otherwise None."""
     environment = config.data.environment
     if use is None or environment is None or not use.host.rewards:
         return None

@@ -1,8 +1,8 @@
 """The default task of `train.classify`: is a word positive or negative?
 
-The words and ratings are those of the VADER lexicon (Hutto and Gilbert 2014), in which ten people
-rated each word; a Python package ships it. All words of one stem are on the same side of the split:
-otherwise most held-out words would be other forms of training words.
+The words and ratings come from the VADER lexicon (Hutto and Gilbert 2014), in which ten people
+rated each word. A Python package contains the lexicon. All words of one stem are in the same part
+of the split, because otherwise most held-out words would be other forms of training words.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ LEXICON = Package(
     folder="vaderSentiment",
 )
 LABELS = ("negative", "positive")
-PREFIX = 5  # letters by which the look-up baseline knows a word
+PREFIX = 5  # the look-up baseline compares words by their first five letters
 _TEST_SHARE = 0.2
 
 
 def read_words() -> tuple[list[Row], list[Row]]:
-    """Returns (rows to train on, rows to test on), each with `text` and `label`; always the same.
+    """Returns (rows to train on, rows to test on), each with `text` and `label`.
 
     Raises:
-      UserError: the lexicon cannot be fetched.
+      UserError: the lexicon cannot be downloaded.
     """
     return split_words(read_lexicon())
 
@@ -45,27 +45,27 @@ def read_lexicon() -> str:
     """Returns the text of the lexicon.
 
     Raises:
-      UserError: it cannot be fetched.
+      UserError: the lexicon cannot be downloaded.
     """
     try:
         folder = LEXICON.local()
     except FetchError as error:
         files = ", ".join(LEXICON.files)
         raise UserError(
-            f"the words of --dataset vader cannot be fetched ({error}). Put {files} of the package "
-            f"{LEXICON.requirement} into {LEXICON.path}, or name another --dataset"
+            f"The words of --dataset vader cannot be downloaded ({error}). Copy {files} of the "
+            f"package {LEXICON.requirement} to {LEXICON.path}, or pass another --dataset."
         ) from None
     return (folder / "vader_lexicon.txt").read_text(encoding="utf-8")
 
 
 def ratings_of(lexicon: str) -> list[tuple[str, float]]:
-    """Returns the entries of a lexicon's text, a few of them twice, and their ratings (-4 to 4)."""
+    """Returns each entry of a lexicon's text with its rating (-4 to 4). Some entries come twice."""
     fields = (line.split("\t") for line in lexicon.splitlines())
     return [(word, float(rating)) for word, rating, *_ in fields]
 
 
 def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
-    """Splits the words of a lexicon's text; its lines begin with a word and the mean rating."""
+    """Splits the words of a lexicon, whose lines begin with a word and the mean rating."""
     rows: list[Row] = [
         {"text": word, "label": LABELS[rating > 0]}
         for word, rating in ratings_of(lexicon)
@@ -79,8 +79,8 @@ def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
 def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], float]:
     """Labels words by their prefixes, as a baseline.
 
-    A word gets the commonest label of the training words with its first five letters or, if there
-    are none, of all training words.
+    A word gets the most frequent label of the training words with the same first five letters or,
+    if there are none, of all training words.
 
     Returns:
       A label for each word, and the share of words whose prefix was found.
@@ -102,19 +102,22 @@ def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], flo
 
 
 def check(config: Config) -> None:
-    """Raises a UserError for --test: the words have their own split."""
+    """Raises a UserError for --test, because the words have their own split."""
     if config.data.test is not None:
-        raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
+        raise UserError(
+            "--test cannot be used with --dataset vader, whose words are split by their stems. "
+            "Remove --test."
+        )
 
 
 def read_rows(config: Config) -> TaskRows:
-    """Returns the words; --rows limits those to train on."""
+    """Returns the words. --rows limits the number of training words."""
     train, test = read_words()
     return TaskRows(train[: config.data.rows], test)
 
 
-def prefixes(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Labels words as `look_up_prefixes` does."""
+def label_by_prefix(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Returns the name and the labels of the baseline `look_up_prefixes`."""
     labels, share = look_up_prefixes(list(rows), list(texts))
     return f"look-up of {PREFIX}-letter prefixes ({100 * share:.0f}% found)", labels
 
@@ -123,5 +126,5 @@ TASK = dataclasses.replace(
     labelled.TASK,
     check=check,
     rows=read_rows,
-    evaluation=functools.partial(labelled.ClassifierEvaluation, baselines=(prefixes,)),
+    evaluation=functools.partial(labelled.ClassifierEvaluation, baselines=(label_by_prefix,)),
 )

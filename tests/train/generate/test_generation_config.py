@@ -132,7 +132,10 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     several = ["--num-samples", 4, "--seed", 3]
     auto = answers(made, tmp_path / "auto.jsonl", *several, "--generation-config", "auto")
     said = capsys.readouterr().err
-    assert "sampling as generation_config.json says: temperature 1.3, top_p 0.9, top_k 40" in said
+    assert (
+        "sampling with the settings of generation_config.json: temperature 1.3, top_p 0.9, top_k 40"
+        in said
+    )
     assert "not applied: repetition_penalty 1.1" in said
     by_hand = ["--temperature", 1.3, "--top-k", 40, "--top-p", 0.9]
     assert auto == answers(base[0], tmp_path / "hand.jsonl", *several, *by_hand)
@@ -145,9 +148,7 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     apply_generation_config(
         read_model_info(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)}
     )
-    assert "says but for --temperature: temperature 0.2, top_p 0.9, top_k 40" in (
-        capsys.readouterr().err
-    )
+    assert "except --temperature: temperature 0.2, top_p 0.9, top_k 40" in (capsys.readouterr().err)
     used = apply_sampling(options, sampling, given)
     assert (used.temperature, used.top_p, used.top_k) == (0.2, 0.9, 40)
     capsys.readouterr()
@@ -164,7 +165,7 @@ def test_it_is_refused_where_other_options_leave_it_nothing_to_say(base, tmp_pat
     said = fails(capsys, generate.main, *line, 0)
     assert "--generation-config says how to sample, and --temperature 0 always takes" in said
     said = fails(capsys, generate.main, *line, 0.5, "--top-p", 0.5)
-    assert "--generation-config auto has no effect beside --temperature, --top-p" in said
+    assert "--generation-config auto has no effect, because --temperature, --top-p" in said
 
 
 @pytest.mark.parametrize("main", [generate.main, serve.main])
@@ -175,8 +176,8 @@ def test_what_cannot_be_applied_is_refused(main, base, tmp_path, capsys, monkeyp
     strange = copied(base[0], tmp_path / "strange", {"temperature": 0.5, "top_p": 1.5})
     assert end_tokens(read_model_info(str(strange))) == (258,)  # as before, if nobody asks for it
     for folder, args, message in (
-        (base[0], option, "auto: the model has none: leave it out"),
-        (made, option, "auto: it says nothing of sampling"),
+        (base[0], option, "the model has no such file. Remove"),
+        (made, option, "the file contains no settings of sampling"),
         (made, [option[0], tmp_path / "no"], f"no: {tmp_path}/no is missing"),
         (base[0], [option[0], strange], "top_p=1.5 is nothing to sample with"),
     ):

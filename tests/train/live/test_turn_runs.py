@@ -133,7 +133,7 @@ BAD = {
     "turns": (["--max-turns", "0"], "--max-turns"),
     "no tools": (["--max-turns", "2"], "no tool is called"),
     "no secret": ([], "its `reset` needs the field 'secret'; the rows of --dataset"),
-    "no format": ([], "writes calls in none of the known formats"),
+    "no format": ([], "writes calls in no known format"),
 }
 
 

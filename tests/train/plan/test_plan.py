@@ -385,7 +385,7 @@ BAD = [
     (["--kernel-share", "1.5"], "--kernel-share 1.5 is no share of the peak"),
     (["--topology", "cpu:4", "--mesh", "fsdp=3"], "needs 3 devices, and there are 4"),
     (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
-    (["--seq-len", "5000"], "allows 4096 tokens at most"),
+    (["--seq-len", "5000"], "allows at most 4096 tokens"),
     (["--dtype", "int8"], "float32 or bfloat16"),
     (["--utilisation", "40"], "no share of the peak"),
     (["--tokens", "-1"], "a positive number"),
@@ -393,7 +393,7 @@ BAD = [
     (["--targets", "nothing_like_it"], "selects no leaf"),
     (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
     (["--model", "."], "config.json is missing"),
-    (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
+    (["--experts", "ragged"], "has no effect, because .* is not a mixture of experts"),
     (["--mem-fraction", "0.9"], "only applies to GPUs"),
     (["--mem-fraction", "90"], "no share of a GPU's memory"),
     (["--longest", "--largest-batch"], "do not work together"),
@@ -417,7 +417,7 @@ def test_bad_input(options, message, model, tmp_path, monkeypatch):
 
 
 def test_encoders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="a bert model does not continue texts"):
+    with pytest.raises(UserError, match="is a bert model, which does not generate text"):
         planned_for(write(tmp_path, tiny_encoders.fields("bert")))
 
 

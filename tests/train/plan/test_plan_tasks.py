@@ -364,7 +364,7 @@ BAD = [
     ((*DPO, "--prompt-len", 24), "--prompt-len 24 leaves no room for completions"),
     (("--no-share-prompt",), "--no-share-prompt has no effect, because there is no prompt"),
     ((*DPO, "--no-share-prompt"), "--no-share-prompt has no effect, because there is no prompt"),
-    ((*DPO, "--prompt-len", 5, "--no-share-prompt"), "prompts are 21% of the tokens"),
+    ((*DPO, "--prompt-len", 5, "--no-share-prompt"), "prompts are only 21% of the tokens"),
     ((*DPO, "--adapters", 2), "--adapters only plans adapters of train.sft"),
 ]
 

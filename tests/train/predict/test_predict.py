@@ -267,7 +267,7 @@ def test_models_that_do_not_classify(made, tmp_path, capsys, monkeypatch):
     (llama / "config.json").write_text(
         json.dumps({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
     )
-    assert "a llama model has no head for classes here" in fails(capsys, "ab", "--model", llama)
+    assert "is a llama model, which cannot classify" in fails(capsys, "ab", "--model", llama)
     other = tmp_path / "other"
     other.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):

@@ -61,7 +61,7 @@ def decoder_outline():
         ("--steps 3 --epochs 1", "--steps and --epochs both set the length"),
         ("--epochs 0", "--epochs 0.0: a positive number"),
         ("--full --init-adapter x", "--full trains without an adapter"),
-        ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
+        ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas only applies"),
         ("--resume --overwrite", "--overwrite deletes it"),
         ("--rank 0", "rank=0 must be an integer of at least 1"),
         ("--alpha 0", "alpha=0.0 must be a positive number"),
@@ -84,7 +84,7 @@ def decoder_outline():
             "--dataset a.jsonl --eval-dataset b.jsonl --eval-every 1 --eval-questions 8",
             "all of them are used. Remove --eval-questions",
         ),
-        ("--targets none", "nothing would train"),
+        ("--targets none", "no parameter to train"),
         ("--peft-config x --rank 4", "--peft-config describes the whole adapter. Remove --rank"),
         (
             "--peft-config x --alpha 4",
@@ -147,7 +147,7 @@ def test_what_else_trains_comes_first():
     assert re.fullmatch(tokens.targets, "model/embed_tokens/embedding")
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
-    with pytest.raises(UserError, match="--divide-rank: the model is not a mixture of experts"):
+    with pytest.raises(UserError, match="--divide-rank only applies to a mixture of experts"):
         rules(config.adapter, decoder_outline())
 
 
@@ -297,7 +297,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     (folder / "notes.txt").write_text("mine")
     check_output(options(folder))  # it was stopped before its first step
     (folder / "adapter").mkdir()
-    with pytest.raises(UserError, match="run holds another run: continue it with --resume"):
+    with pytest.raises(UserError, match="run already contains a run. Continue it with --resume"):
         check_output(options(folder))
     check_output(options(folder, "--resume"))
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):

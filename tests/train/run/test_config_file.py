@@ -149,6 +149,6 @@ def test_a_run_is_repeated_bitwise_by_the_file_that_it_leaves(tmp_path, capsys):
     # In its own folder the same file goes on with the run, and does not begin it again.
     with pytest.raises(SystemExit):
         sft.main(["--config", str(file)])
-    assert "holds another run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     sft.main(["--config", str(file), "--resume", "--steps", "9"])
     assert "epochs" not in file.read_text() and "steps: 9" in file.read_text()

@@ -105,7 +105,7 @@ def rewarded(step, **others):
 @pytest.mark.parametrize("seconds", [0.0, float("inf")])
 def test_a_step_shows_what_to_watch_and_the_record_has_the_rest(seconds, tmp_path, monkeypatch):
     """Lines of steps that follow one another closely are left out; the last one never is."""
-    monkeypatch.setattr(run_log, "_STEP_SECONDS", seconds)
+    monkeypatch.setattr(run_log, "_SECONDS_BETWEEN_STEP_LINES", seconds)
     console = Console(file=io.StringIO(), force_terminal=False)
     with RunLog(tmp_path, console, first=0, last=3, watched=WATCHED) as log:
         for step in (1, 2, 3):
@@ -210,7 +210,7 @@ def test_durations(seconds, text):
 
 def test_a_log_file_says_what_is_done_before_it_is_done(monkeypatch):
     said = io.StringIO()
-    monkeypatch.setattr(run_log, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(run_log, "_SECONDS_BETWEEN_PROGRESS_LINES", 0.0)
     with run_log.doing(Console(file=said), "answering") as progress:
         assert said.getvalue() == "answering …\n"
         progress(1, 2)

@@ -14,7 +14,7 @@ def test_a_model_for_torch_names_the_packages_to_install(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     remedy = "no_torch and no_torchax.*pip install 'lora_jax\\[torch\\]'"
     file.write_text(json.dumps({"model_type": "starcoder2"}))
-    with pytest.raises(UserError, match=f"is a starcoder2.*{remedy}"):
+    with pytest.raises(UserError, match=f"describes a starcoder2.*{remedy}"):
         code_of(tmp_path, None)
     text = {"model_type": "gemma4_text", "enable_moe_block": True}
     for fields in (text, {"model_type": "gemma4", "text_config": text}):

@@ -36,7 +36,7 @@ def test_an_output_folder_that_cannot_be_written_names_its_option(tmp_path, caps
     with pytest.raises(SystemExit):
         sft.main(["--dataset", str(rows), "--output", str(output)])
     said = capsys.readouterr().err
-    assert f"{output} cannot be written: Not a directory. Name another with --output" in said
+    assert f"{output} cannot be written: Not a directory. Pass another folder with --output" in said
 
 
 def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path, monkeypatch):
