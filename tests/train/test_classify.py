@@ -29,7 +29,7 @@ from train.console.errors import UserError
 from train.export import __main__ as export
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
-from train.tasks.labelled import TASK, encode, read_labelled, spread
+from train.tasks.labelled import TASK, encode, read_labelled, select_spread
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -304,9 +304,9 @@ def test_the_loss_on_the_way_is_of_texts_from_all_over():
     columns = {name: np.arange(20).reshape(10, 2) for name in ("ids", "attention_mask")}
     columns["token_type_ids"] = np.zeros((10, 2), int)
     test = Labelled(**columns, labels=np.arange(10), weights=np.ones(10))
-    few = spread(test, 4)
+    few = select_spread(test, 4)
     assert few.labels.tolist() == [0, 3, 6, 9] and few.ids[:, 0].tolist() == [0, 6, 12, 18]
-    assert spread(test, 10) is None and spread(test, None) is None
+    assert select_spread(test, 10) is None and select_spread(test, None) is None
 
 
 def test_numbers_are_ordered_as_numbers():

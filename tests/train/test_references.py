@@ -31,11 +31,11 @@ def test_an_initial_adapter_is_the_reference(folder, tmp_path, capsys):
     """Unless another one is named, of which a resumed run is not asked again."""
     used = folder / "used"
     (first,) = run(folder, tmp_path / "run", "--steps", 1)
-    assert f"reference: {used}, the adapter that the run begins with" in said(capsys)
+    assert f"reference: {used}, the adapter from which the run starts" in said(capsys)
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == 0
 
     (first,) = run(folder, tmp_path / "base", "--steps", 1, "--reference", "base")
-    assert "reference: base, without the adapter that the run begins with" in said(capsys)
+    assert "reference: base, without the adapter from which the run starts" in said(capsys)
     assert min(abs(first["chosen"]), abs(first["rejected"])) > 1e-3
     _, second = run(folder, tmp_path / "base", "--steps", 2, "--resume")
     assert "reference: base, without" in said(capsys)

@@ -414,7 +414,7 @@ def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, wa
     assert not list(tmp_path.glob("run/*"))
 
 
-CHANGES = "the base itself changes while training"
+CHANGES = "training changes the base itself"
 
 
 @pytest.mark.parametrize(

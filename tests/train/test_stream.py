@@ -30,7 +30,7 @@ def small(monkeypatch):
     """Blocks of some rows, and chunks of some blocks."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 400)
     monkeypatch.setattr(stream, "ROOM", 2000)
-    monkeypatch.setattr(stream, "_SAMPLE", 400)
+    monkeypatch.setattr(stream, "_MIN_SAMPLE_BYTES", 400)
 
 
 def rows(n, answer="so it is"):

@@ -28,10 +28,10 @@ def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
 
 
 def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
-    """Returns the outline of the teacher's base, checked against the student's; reads no weights.
+    """Reads the outline of the teacher's base, and checks it against the student's outline.
 
     Raises:
-      UserError: it has another tokenizer, or --teacher does not fit it.
+      UserError: the teacher has another tokenizer, or --teacher does not fit it.
     """
     teacher = outline
     if data.teacher_model is not None:
@@ -39,8 +39,8 @@ def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
         teacher = teacher.with_template(data.chat_template).dated(data.template_date, optional=True)
     if teacher.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
-            f"--teacher-model {teacher.name}: its tokenizer is not that of {outline.name}, and it "
-            "cannot judge the same tokens; take a model of the same family"
+            f"--teacher-model {teacher.name} has a different tokenizer than {outline.name}, so it "
+            "cannot rate the same tokens. Pass a model of the same family."
         )
     if data.teacher != BASE:
         find_adapter(data.teacher, "--teacher").check(teacher)
@@ -50,10 +50,10 @@ def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
 def teacher_prompts(
     data: DistillDataConfig, prompts: TokenizedPrompts, outline: ModelInfo
 ) -> TokenizedPrompts:
-    """Returns prompts as the teacher sees them.
+    """Returns the prompts with --teacher-prompt before each of them.
 
     Raises:
-      UserError: one is too long for the teacher.
+      UserError: a prompt is too long for the teacher.
     """
     if data.teacher_prompt is None:
         return prompts
@@ -76,13 +76,13 @@ def _add_text(text: str, row: Row, outline: ModelInfo) -> Row:
 
 
 class DistillationRollouts(Rollouts):
-    """Judges each token by how much likelier the teacher finds it than the student."""
+    """Rates each token by log p of the teacher minus log p of the student."""
 
     def __init__(self, context: ModelContext) -> None:
         """Reads the teacher.
 
         Raises:
-          UserError: it cannot be read, or does not fit the student.
+          UserError: the teacher cannot be read, or does not fit the student.
         """
         super().__init__(context)
         data = context.config.data
@@ -93,8 +93,8 @@ class DistillationRollouts(Rollouts):
             base_changes = context.config.adapter.full or context.takes_from_base
             if base_changes:
                 raise UserError(
-                    f"--teacher {data.teacher}: the base itself changes while training; name it "
-                    f"with --teacher-model {outline.name} as well, to have it in memory twice"
+                    f"--teacher {data.teacher} needs the base, but training changes the base "
+                    f"itself. Pass --teacher-model {outline.name} to hold the base in memory twice."
                 )
             self._layout = context.layout
             model = context.model
@@ -110,13 +110,14 @@ class DistillationRollouts(Rollouts):
     def score(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
     ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
-        """Returns an advantage for each token, and log-probabilities."""
+        """Returns the batch with an advantage and a log-probability for each token."""
         batch = self.feed.batch_from_completions(rows, drawn)
         student_logps, entropy = self.log_probabilities(params, batch)
         teacher_batch = self.feed.batch_from_completions(rows, drawn, self._prompts, self._widths)
         teacher_logps, _ = self.log_probabilities(
             self._params, teacher_batch, self._teacher, replays=False
         )
+        # [accumulate, batch, tokens]
         has_loss = batch["weights"] > 0
         log_ratio = np.where(has_loss, teacher_logps - student_logps, 0.0).astype(np.float32)
         batch["old"] = student_logps
@@ -138,7 +139,7 @@ class DistillationRollouts(Rollouts):
 
 
 def _teacher_layout(context: ModelContext, outline: ModelInfo) -> Layout:
-    """Returns the placement of a teacher of its own on the run's mesh."""
+    """Returns the placement of --teacher-model on the run's mesh."""
     layout = Layout.of(context.layout.mesh, outline.config)
     return dataclasses.replace(layout, collective_matmul=context.layout.collective_matmul)
 

@@ -1,4 +1,4 @@
-"""The comparison of each batch with the reference, and KTO's divergence from it."""
+"""Compares batches with the reference during training, and computes KTO's divergence."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,12 +27,12 @@ class ReferenceBatches:
     """Compares each batch with the reference before its step; see `StateBatches`.
 
     Attributes:
-      ready: what training begins with.
+      ready: the start of training.
       score: a `sequence_scorer`.
       params: the reference's parameters.
-      cached: whether the examples hold the reference's log-probabilities.
-      mismatch_examples: the examples, with room for any prompt with any completion; None where the
-        loss is not KTO, and needs no divergence of mismatched completions.
+      cached: whether the examples contain the reference's log-probabilities.
+      mismatch_examples: the examples with room for any prompt with any completion, for KTO's
+        divergence of mismatched completions; None for other losses.
     """
 
     ready: TrainingStart
@@ -45,20 +45,20 @@ class ReferenceBatches:
         """Returns the batch, with the reference's log-probabilities and KTO's divergence."""
         batch = self.ready.feed.batch(number)
         if not self.cached:
-            batch = batch | {"reference": self._scores(self.params, batch)}
+            batch = batch | {"reference": self._batch_logps(self.params, batch)}
         if self.mismatch_examples is not None:
-            kl = self._kl(self.mismatch_examples, number, state)
+            kl = self._batch_divergence(self.mismatch_examples, number, state)
             batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl, np.float32)}
         return batch
 
     def metrics(self, number: int) -> Mapping[str, float]:
-        """Returns nothing: the loss logs all there is."""
+        """Returns no metrics, because the loss logs all of them."""
         return {}
 
     def lost(self, number: int) -> None:
-        """Returns None: a batch of pairs is never lost."""
+        """Returns None, because a batch of pairs is never lost."""
 
-    def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
+    def _batch_logps(self, params: Tree, batch: HostBatch) -> np.ndarray:
         """Returns the log-probabilities of a batch, [accumulate, batch, n]."""
         layout = self.ready.setup.layout
         logps = []
@@ -67,22 +67,23 @@ class ReferenceBatches:
             logps.append(self.score(params, layout.batch(micro_batch, parts=False)))
         return np.stack([np.asarray(array) for array in logps])
 
-    def _kl(self, examples: Preferences, number: int, state: State) -> float:
+    def _batch_divergence(self, examples: Preferences, number: int, state: State) -> float:
         """Returns KTO's divergence over a batch."""
+        # Each prompt of the batch with the completion of another row.
         feed: Any = self.ready.feed
         rows = feed.order.rows(number)
-        mismatched_examples = mismatched(examples, rows.ravel())
+        mismatched_examples = mismatch_completions(examples, rows.ravel())
         batch = {
             name: array.reshape(*rows.shape, -1)
             for name, array in mismatched_examples.by_name().items()
         }
-        policy = self._scores(lj.join(state.adapter, self.ready.base), batch)
-        reference = self._scores(self.params, batch)
+        policy = self._batch_logps(lj.join(state.adapter, self.ready.base), batch)
+        reference = self._batch_logps(self.params, batch)
         return divergence(policy, reference, batch["counts"])
 
 
 def divergence(policy: np.ndarray, reference: np.ndarray, counts: np.ndarray) -> float:
-    """Returns KTO's divergence from log-probabilities of `mismatched` rows, and their tokens."""
+    """Returns KTO's divergence from log-probabilities of mismatched rows, and their tokens."""
     arrays: dict[str, Any] = {
         "policy": policy.ravel(),
         "tokens": counts.ravel(),
@@ -96,7 +97,7 @@ _kl_of = jax.jit(mismatched_kl)
 
 
 def with_room_for_mismatches(examples: Preferences, seq_len: int) -> Preferences:
-    """Returns rows of one sequence with room for any prompt with any completion, up to seq_len."""
+    """Returns rows of one sequence, with room for any prompt with any completion up to seq_len."""
     table = examples.table
     prompt_tokens = np.array([int(np.argmax(sequence.counts)) for sequence in table])
     completion_tokens = table.lengths - prompt_tokens
@@ -110,15 +111,16 @@ def with_room_for_mismatches(examples: Preferences, seq_len: int) -> Preferences
     )
 
 
-def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
-    """Returns each row's prompt with the completion of the row before it, or of the last one.
+def mismatch_completions(examples: Preferences, rows: np.ndarray) -> Preferences:
+    """Returns each row's prompt with the completion of the previous row (for the first, the last).
 
-    Rows are taken in their order in the data, so that the divergence is that of a set of rows.
+    Rows are sorted by their order in the data, so that the result depends only on the set of rows.
 
     Args:
       examples: rows of one sequence each.
       rows: [n], the rows of a batch.
     """
+    # Split each row into its prompt and its completion.
     table: Sequences = examples.table.select(examples.firsts[np.sort(rows)])
     prompts = []
     completions = []
@@ -141,7 +143,7 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
 
 
 def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
-    """Returns the start of training and its data, compared with the reference.
+    """Returns the start of training and its data with the reference's log-probabilities.
 
     Raises:
       UserError: the reference does not fit the base.
@@ -163,7 +165,7 @@ def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
         held_out = add_reference(context, score, params, data.held_out)
         data = dataclasses.replace(data, held_out=held_out)
         if needs_divergence:
-            measured = _divergence_of_rows(context, score, params, held_out)
+            measured = _held_out_divergence(context, score, params, held_out)
             ready = dataclasses.replace(ready, measured=measured)
 
     if is_cached:
@@ -187,23 +189,23 @@ def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
     return ready, data
 
 
-def _divergence_of_rows(
+def _held_out_divergence(
     context: ModelContext, score: OnMesh, params: Tree, held_out: Preferences
 ) -> BatchNumbers:
-    """Returns the function of KTO's divergence over all held-out rows together."""
+    """Returns a function that computes KTO's divergence over all held-out rows."""
     layout = context.layout
     batch_size = context.config.optim.batch_size
     examples = with_room_for_mismatches(held_out, context.config.data.seq_len)
-    examples = mismatched(examples, np.arange(len(examples)))
+    examples = mismatch_completions(examples, np.arange(len(examples)))
     examples = add_reference(context, score, params, examples)
     reference = examples.reference
     assert reference is not None
     counts = examples.table.predicted.reshape(reference.shape)
 
-    def measured(tree: Tree, ended: Callable[[], bool]) -> Mapping[str, float] | None:
+    def measure_divergence(tree: Tree, ended: Callable[[], bool]) -> Mapping[str, float] | None:
         policy = scores(layout, score, tree, examples, batch_size, lambda n_done: ended())
-        if policy is None:  # a signal ended the reading
+        if policy is None:  # a signal ended the scoring
             return None
         return {"kl": divergence(policy, reference, counts)}
 
-    return measured
+    return measure_divergence

@@ -1,4 +1,4 @@
-"""Prompts of a run, and the batches that completions of them make."""
+"""The prompts of a run, and batches of their completions."""
 
 import base64
 import dataclasses
@@ -21,18 +21,18 @@ from train.rewards.find import Rewards
 from train.run.pretrained import ModelInfo
 
 _PROMPT_FIELDS = ("prompt", "messages")
-_MAX_WIDTHS = 4  # sampler, scorer and step are compiled for each
-_MAX_TOKEN_RATIO = 1.1  # fewer widths are taken if they cost at most 1.1 times the tokens
-_SURVEYED_STEPS = (100, 1000)  # bounds of the number of steps whose batches choose the widths
+_MAX_WIDTHS = 4  # sampler, scorer and step are compiled for each width
+_MAX_TOKEN_RATIO = 1.1  # fewer widths are chosen if they need at most 1.1 times the tokens
+_SURVEYED_STEPS = (100, 1000)  # limits of the number of steps whose batches choose the widths
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPrompts:
-    """Rows that ask something.
+    """Rows with prompts, and the tokens of the prompts.
 
     Attributes:
-      rows: with a `prompt` or `messages`, and what rewards read.
-      tokens: the tokens of each prompt, up to where the completion begins.
+      rows: rows with a `prompt` or `messages`, and the fields that rewards read.
+      tokens: the tokens of each prompt, up to the start of the completion.
     """
 
     rows: Sequence[Row]
@@ -40,17 +40,17 @@ class TokenizedPrompts:
 
     @functools.cached_property
     def columns(self) -> list[str]:
-        """Returns the fields that rewards get: of all rows, as each may lack some."""
+        """Returns the fields that rewards receive. A field may be missing in some rows."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in names if name not in _PROMPT_FIELDS]
 
     @property
     def longest(self) -> int:
-        """Returns the number of tokens that all prompts fit into."""
-        return _rounded(max(map(len, self.tokens)))
+        """Returns a padded number of tokens into which all prompts fit."""
+        return _round_up_width(max(map(len, self.tokens)))
 
     def share(self, completion_tokens: int) -> float:
-        """Returns the share of prompts in all tokens, if each completion has so many tokens."""
+        """Returns the share of prompts in all tokens, for completions of a number of tokens."""
         prompt_tokens = sum(map(len, self.tokens))
         return prompt_tokens / (prompt_tokens + completion_tokens * len(self.tokens))
 
@@ -64,17 +64,17 @@ class TokenizedPrompts:
         return fields.get("prompt") or fields["messages"]
 
     def prompt_text(self, row: int) -> str:
-        """Returns a row's prompt in words: a text, or the last turn."""
+        """Returns a row's prompt as text, which is the last turn of several turns."""
         prompt = self.prompt_of(row)
         return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 class Widths(NamedTuple):
-    """Holds the few widths that batches of prompts have, ascending.
+    """The few widths to which batches are padded, in ascending order.
 
     Attributes:
-      prompts: tokens that the prompts of a batch are padded to, to draw completions.
-      rows: tokens that these are padded to together with their completions.
+      prompts: the widths of prompts, for drawing completions.
+      rows: the widths of prompts with their completions.
     """
 
     prompts: tuple[int, ...]
@@ -88,22 +88,25 @@ class Widths(NamedTuple):
         completion_tokens: int,
         sequence_parts: int = 1,
     ) -> "Widths":
-        """Returns widths with little padding for batches of the prompts that share a step.
+        """Chooses widths with little padding for the batches of a run.
 
-        One long prompt thus costs the batches that it is in, and no others.
+        A long prompt then only slows down the batches that contain it.
 
         Args:
           prompts: the prompts.
-          order: says which ones share a batch.
+          order: the order of the prompts, which tells the prompts of a step.
           completion_tokens: the maximum number of tokens of a completion.
-          sequence_parts: the number of parts that each width but the widest must divide into.
+          sequence_parts: all widths except the largest must be multiples of this number.
         """
-        prompt_widths = np.array([_rounded(len(ids)) for ids in prompts.tokens])
+        # The longest prompt of each step, to which scorer and step pad all its batches.
+        prompt_widths = np.array([_round_up_width(len(ids)) for ids in prompts.tokens])
         n_steps = int(np.clip(order.steps(1), *_SURVEYED_STEPS))
-        # Scorer and step pad all batches of a step to its longest prompt.
         step_widths = [prompt_widths[order.rows(step)].max() for step in range(n_steps)]
         step_widths.append(prompt_widths.max())
-        row_widths = np.array([_rounded(int(width) + completion_tokens) for width in step_widths])
+        # The widths of rows with completions, of which a few are chosen.
+        row_widths = np.array(
+            [_round_up_width(int(width) + completion_tokens) for width in step_widths]
+        )
         widest = row_widths.max()
         row_widths = np.where(row_widths % sequence_parts == 0, row_widths, widest)
         rows = few_lengths(row_widths, _MAX_WIDTHS, least=1, worth=_MAX_TOKEN_RATIO)
@@ -119,34 +122,34 @@ class Widths(NamedTuple):
         return self.rows[int(np.searchsorted(self.rows, n_tokens))]
 
     def sharing(self, completion_tokens: int) -> "Widths":
-        """Returns widths of rows that hold a prompt and all its completions.
+        """Returns the widths of rows that contain a prompt with all its completions.
 
         Args:
           completion_tokens: the maximum number of tokens of all completions of a prompt together.
         """
-        rows = tuple(_rounded(width + completion_tokens) for width in self.prompts)
+        rows = tuple(_round_up_width(width + completion_tokens) for width in self.prompts)
         return Widths(self.prompts, rows)
 
 
-def _rounded(n_tokens: int) -> int:
-    """Returns a width that holds so many tokens."""
+def _round_up_width(n_tokens: int) -> int:
+    """Returns a padded width for a number of tokens."""
     return int(round_up(np.array(n_tokens), 2**31))
 
 
 class GroupedCompletions(NamedTuple):
-    """Completions of prompts, those of one prompt in a group.
+    """Completions of prompts, with one group of completions per prompt.
 
     Attributes:
       tokens: [prompts, group, n] int32.
-      logps: fp32, as tokens: log-probabilities of these when they were drawn.
-      lengths: [prompts, group], the tokens of each.
-      ended: [prompts, group] bool: whether it came to an end within n tokens.
-      texts: the texts, group after group; of several turns, what the model said last.
-      turns: [prompts, group], a `TurnCompletion` each, whose tokens are not all the model's own;
-        None for completions of one turn.
-      routing: [prompts, group, slots, layers, k], the experts of each token: the last n - 1 slots
-        are the completion's, and the prompt ends before them. -1 for tokens whose experts nobody
-        knows; None where nobody asks.
+      logps: [prompts, group, n] float32, log-probabilities of the tokens when they were drawn.
+      lengths: [prompts, group], the number of tokens of each completion.
+      ended: [prompts, group] bool, whether each completion ended within n tokens.
+      texts: [prompts, group], the texts; for several turns, the model's last turn.
+      turns: [prompts, group], a `TurnCompletion` each, some of whose tokens come from an
+        environment; None for completions of one turn.
+      routing: [prompts, group, slots, layers, k], the experts of each token. The last n - 1 slots
+        belong to the completion, and the prompt ends before them. -1 stands for unknown experts.
+        None if routing is not replayed.
     """
 
     tokens: np.ndarray
@@ -163,7 +166,7 @@ class GroupedCompletions(NamedTuple):
         is_own = np.arange(self.tokens.shape[-1]) < self.lengths[..., None]
         if self.turns is None:
             return is_own
-        # Between turns, the environment's tokens stand among the model's.
+        # Tokens of the environment come between the model's turns.
         for index in np.ndindex(self.lengths.shape):
             is_own[index][: self.lengths[index]] = self.turns[index].is_own
         return is_own
@@ -173,29 +176,29 @@ class GroupedCompletions(NamedTuple):
 class PromptFeed:
     """The prompts of each step; see `lora_jax.training.data.order.Batches`.
 
-    By itself, a batch is zeros: `train.live.rollouts` draws completions.
+    Its own batches are zeros, because `train.live.rollouts` draws the completions.
 
     Attributes:
       config: the options of the run.
       prompts: the prompts of the run.
       outline: the model without its weights, with its tokenizer.
-      per_token: the arrays of a batch that have a number for each token, in the order of `targets`.
-      per_completion: the arrays that have a number for each completion.
+      per_token: the names of arrays with a number for each token, like `targets`.
+      per_completion: the names of arrays with a number for each completion.
       held_batch: the first step of the newest batch, and the batch.
-      rewards: what rewards completions; None where nothing does.
-      tools: what completions call; None for completions of one turn.
-      server: the server that draws completions; None where the run draws itself.
-      closing: ends what else the batches of a run need, such as requests to the server.
-      metrics: metrics of the newest batch.
-      new_samples: its completions, in words, until `fresh` returns them.
-      lost: why nothing can be learned from it; None where something can.
+      rewards: the rewards of completions; None without rewards.
+      tools: the tools that completions may call; None for completions of one turn.
+      server: the server that draws completions; None if the run draws them itself.
+      closing: closes further resources of the batches, such as requests to the server.
+      metrics: the metrics of the newest batch.
+      new_samples: the texts of the newest completions, until `fresh` returns them.
+      lost: the reason why nothing can be learned from the newest batch; None without one.
       steps: the number of steps of the run.
-      done: the steps so far.
-      sequence_parts: the parts that the mesh splits a row into.
-      share_prompt: whether a row is a prompt and all its completions, which see the prompt and
-        themselves.
-      routing: layers with experts and experts of a token, where a step replays the sampler's choice
-        of these; None where it does not.
+      done: the number of steps so far.
+      sequence_parts: the number of parts into which the mesh splits a row.
+      share_prompt: whether a row contains a prompt with all its completions, each of which attends
+        to the prompt and itself.
+      routing: the number of layers with experts and of experts per token, if steps replay the
+        sampler's choice of experts; else None.
     """
 
     config: Any
@@ -225,11 +228,11 @@ class PromptFeed:
         self.widths = self.widths_of(self.prompts)
 
     def widths_of(self, prompts: TokenizedPrompts) -> Widths:
-        """Returns the widths of batches of prompts, one for each of what is asked."""
+        """Returns the widths of the batches of these prompts."""
         data = self.config.data
         if self.tools is not None and self.tools.opens:
-            # Environments lengthen prompts by texts of unknown lengths.
-            max_tokens = _rounded(data.seq_len)
+            # Environments add texts of unknown lengths to prompts.
+            max_tokens = _round_up_width(data.seq_len)
             widths = Widths((max_tokens,), (max_tokens,))
         else:
             widths = Widths.choose(prompts, self.order, data.max_new_tokens, self.sequence_parts)
@@ -237,12 +240,12 @@ class PromptFeed:
 
     @property
     def length(self) -> int:
-        """Returns the tokens of a row of the widest batch."""
+        """Returns the number of tokens of a row in the widest batch."""
         return self.widths.rows[-1]
 
     @property
     def batch_size(self) -> int:
-        """Returns the completions in memory at once."""
+        """Returns the number of completions in memory at once."""
         return self.config.optim.batch_size
 
     @property
@@ -258,15 +261,17 @@ class PromptFeed:
         """Returns a batch of zeros.
 
         Args:
-          number: the number of its step, which does not matter.
-          length: the tokens of a row; by default those of the widest batch.
+          number: the number of the step, which has no effect.
+          length: the number of tokens of a row; by default that of the widest batch.
         """
+        # The leading axes of all arrays, and the axis of a row's completions.
         data = self.config.data
         batch_shape = (self.config.optim.grad_accum, self.batch_size)
-        completion_shape: tuple[int, ...] = ()  # of the completions in a row
+        completion_shape: tuple[int, ...] = ()
         if self.share_prompt:
             batch_shape = (self.config.optim.grad_accum, self.batch_size // data.group)
             completion_shape = (data.group,)
+        # The other axes of each array.
         row_shape = (length or self.length,)
         token_shape = (*completion_shape, data.max_new_tokens)
         int_shapes: dict[str, tuple[int, ...]] = {}
@@ -289,7 +294,7 @@ class PromptFeed:
         return batch
 
     def progress(self, step: int) -> dict[str, Any]:
-        """Returns the progress after `step` steps, by the names of TRL's trainer state."""
+        """Returns the progress after `step` steps, under the names of TRL's trainer state."""
         updates = self.config.optim.updates
         rows_seen = step // updates * self.order.rows_a_step
         rows_of_run = self.steps // updates * self.order.rows_a_step
@@ -311,14 +316,15 @@ class PromptFeed:
         prompts: TokenizedPrompts | None = None,
         widths: Widths | None = None,
     ) -> HostBatch:
-        """Returns prompts and completions, a completion a row, or all those of a prompt.
+        """Returns a batch whose rows have a prompt with one or with all of its completions.
 
         Args:
           rows: [n], the prompts.
-          drawn: their completions.
-          prompts: the prompts that stand before the completions; by default those of the feed.
+          drawn: the completions of the prompts.
+          prompts: the prompts before the completions; by default those of the feed.
           widths: the widths of batches of these prompts; by default those of the feed.
         """
+        # The completions of each row of the batch, [rows, completions_per_row, …].
         data = self.config.data
         completions_per_row = data.group if self.share_prompt else 1
         tokens = _as_rows(drawn.tokens, completions_per_row)
@@ -327,12 +333,15 @@ class PromptFeed:
         is_learned = is_own
         if data.mask_truncated:
             is_learned = is_own & _as_rows(drawn.ended, completions_per_row)[..., None]
-        prompts = prompts or self.prompts
+        if prompts is None:
+            prompts = self.prompts
         routing = None
-        if prompts is self.prompts and drawn.routing is not None:  # other prompts ran nowhere
+        # The sampler only ran the feed's own prompts.
+        if prompts is self.prompts and drawn.routing is not None:
             routing = _as_rows(drawn.routing, completions_per_row)
         row_prompts = self._prompts_of_rows(rows, drawn, prompts)
 
+        # A batch of the smallest width that fits.
         row_lengths = [
             len(prompt) + int(sizes.sum())
             for prompt, sizes in zip(row_prompts, lengths, strict=True)
@@ -364,9 +373,10 @@ class PromptFeed:
     ) -> list[Sequence[int]]:
         """Returns the tokens before the completions of each row of a batch."""
         group = self.config.data.group
-        if drawn.turns is not None:  # an environment may have added a text to the prompts
-            firsts = drawn.turns[:, 0] if self.share_prompt else drawn.turns.ravel()
-            return [completion.prompt for completion in firsts]
+        # An environment may have added a text to the prompts.
+        if drawn.turns is not None:
+            completions = drawn.turns[:, 0] if self.share_prompt else drawn.turns.ravel()
+            return [completion.prompt for completion in completions]
         prompt_rows = rows if self.share_prompt else np.repeat(rows, group)
         return [prompts.tokens[row] for row in prompt_rows.tolist()]
 
@@ -377,7 +387,7 @@ class PromptFeed:
         return samples
 
     def close(self) -> None:
-        """Ends the processes of rewards and tools, and what else batches need."""
+        """Ends the processes of rewards and tools, and closes further resources of batches."""
         if self.rewards is not None:
             self.rewards.close()
         if self.tools is not None:
@@ -404,7 +414,7 @@ class PromptFeed:
         return Arrays({"ids": ids, "lengths": lengths}).digest()
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Returns the position in the data after `step` steps, with a batch that goes on."""
+        """Returns the position in the data after `step` steps, with an unfinished batch."""
         updates = self.config.optim.updates
         n_batches = -(-step // updates)
         cursor: dict[str, Any] = dict(self.order.cursor(n_batches))
@@ -417,7 +427,7 @@ class PromptFeed:
         return cursor
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
-        """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
+        """Restores a position and its unfinished batch, and returns whether it fits these data."""
         updates = self.config.optim.updates
         n_batches = -(-step // updates)
         order_cursor = dict(cursor)
@@ -431,19 +441,19 @@ class PromptFeed:
 
 
 def _as_rows(completions: np.ndarray, n: int) -> np.ndarray:
-    """Returns an array of completions, [prompts, group, …], as [rows, n, …]."""
+    """Reshapes an array of completions [prompts, group, …] to [rows, n, …]."""
     return completions.reshape(-1, n, *completions.shape[2:])
 
 
 def fill_tokens(
     row: HostBatch, prompt: Sequence[int], completions: Sequence[np.ndarray], is_learned: np.ndarray
 ) -> None:
-    """Fills in the arrays of a row: a prompt, then completions, each of which goes on from it.
+    """Fills in the arrays of a row: a prompt, and completions that each continue the prompt.
 
     Args:
-      row: the arrays of zeros; `branches` where there are several completions.
-      prompt: its tokens.
-      completions: the tokens of each.
+      row: arrays of zeros, with `branches` for several completions.
+      prompt: the tokens of the prompt.
+      completions: the tokens of each completion.
       is_learned: [completions, n] bool, whether to learn from each token.
     """
     predict_at = row["predict_at"].reshape(len(completions), -1)
@@ -477,21 +487,21 @@ def fill_routing(
     routing: np.ndarray,
     max_new_tokens: int,
 ) -> None:
-    """Fills in the experts of a row's tokens, as far as the sampler ran these.
+    """Fills in the experts of those tokens of a row that the sampler ran.
 
     Args:
-      row: [tokens, layers, k], -1 each.
-      prompt_tokens: the tokens of the prompt.
-      lengths: [completions], the tokens of each.
+      row: [tokens, layers, k], filled with -1.
+      prompt_tokens: the number of tokens of the prompt.
+      lengths: [completions], the number of tokens of each completion.
       routing: [completions, slots, layers, k]; see `train.live.prompts.GroupedCompletions`.
       max_new_tokens: the maximum number of tokens of a completion.
     """
-    completion_slot = routing.shape[1] - (max_new_tokens - 1)  # the prompt ends before it
+    completion_slot = routing.shape[1] - (max_new_tokens - 1)  # the first slot after the prompt
     prompt_slots = slice(completion_slot - prompt_tokens, completion_slot)
-    # A completion that did not begin has -1 for its prompt; the others have the same experts.
+    # A lost completion has -1 for its prompt. All others have the same experts there.
     row[:prompt_tokens] = routing[:, prompt_slots].max(axis=0)
     start = prompt_tokens
     for n_tokens, experts in zip(lengths.tolist(), routing, strict=True):
-        n_run = max(n_tokens - 1, 0)  # the last token of a completion was drawn, and not run
+        n_run = max(n_tokens - 1, 0)  # the last token of a completion was drawn but not run
         row[start : start + n_run] = experts[completion_slot : completion_slot + n_run]
         start += n_tokens

@@ -1,4 +1,4 @@
-"""The reference of a loss of preferences: its parameters, and its log-probabilities of examples."""
+"""The reference model of a loss: its parameters, and its log-probabilities of examples."""
 
 import dataclasses
 import hashlib
@@ -34,9 +34,9 @@ from train.run.task import ModelContext
 
 
 def sequence_scorer(model: Any, layout: Layout, chunk: int | None) -> OnMesh:
-    """Returns ``(params, batch) -> log-probabilities`` of sequences, as the loss computes them.
+    """Returns a function (params, batch) that computes log-probabilities of sequences as the loss.
 
-    These are [batch, n]; the batch lies on the mesh.
+    Its result is [batch, n], and its batch must be on the mesh.
     """
     forward = forward_of(layout.constrained(model))
 
@@ -48,19 +48,20 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int | None) -> OnMesh:
 
 
 def forward_of(model: Any) -> Callable[..., Any]:
-    """Returns a model's ``apply`` for trees of any kind: adapted, in codes, and plain."""
+    """Returns a model's ``apply`` for any tree: adapted, quantized, or plain."""
     apply_adapted = lj.adapt(model.apply)
 
     def forward(variables: Any, *args: Any, **options: Any) -> Any:
         leaves = [leaf for _, leaf in leaves_of(variables["params"])[0]]
         is_plain = not any(is_node(leaf) or is_base(leaf) for leaf in leaves)
-        return (model.apply if is_plain else apply_adapted)(variables, *args, **options)
+        apply = model.apply if is_plain else apply_adapted
+        return apply(variables, *args, **options)
 
     return forward
 
 
 def is_live(config: Options) -> bool:
-    """Returns True if the reference is needed while training, too."""
+    """Returns True if the reference is also needed during training."""
     cached = getattr(config.data, "reference_logps", "live") == "cached"
     return not cached or _diverges(config)
 
@@ -73,16 +74,16 @@ def _diverges(config: Options) -> bool:
 def reference_params(
     config: Options, outline: ModelInfo, plain: Tree, takes_from_base: bool
 ) -> Tree | None:
-    """Returns the parameters that --reference names, over the arrays of the base; None for none.
+    """Returns the parameters of --reference with the arrays of the base; None without a reference.
 
     Args:
       config: the options of the run.
       outline: the model without its weights.
       plain: the base's parameters.
-      takes_from_base: whether the adapter has taken factors out of the base.
+      takes_from_base: whether the adapter has changed the base by taking factors from it.
 
     Raises:
-      UserError: they do not fit the base, or would need a second base beside it.
+      UserError: the parameters do not fit the base, or need a second copy of the base.
     """
     reference = getattr(config.data, "reference", NONE)
     if reference == NONE:
@@ -98,32 +99,32 @@ def reference_params(
 
 
 def _second_base_error(config: Options, reference: str) -> UserError:
-    """Returns the error of a base that trains, and is needed as the reference, too."""
+    """Returns the error for a base that training changes and that the reference needs, too."""
     if config.adapter.full:
         cause = "--full trains"
         remedy = "an adapter"
     else:
-        cause = "--init takes factors out of"
+        cause = "--init takes factors from"
         remedy = "another --init"
     could_be_cached = getattr(config.data, "reference_logps", None) == "live"
     if could_be_cached and not _diverges(config):
         remedy = f"--reference-logps cached, or {remedy}"
     return UserError(
-        f"--reference {reference}: {cause} the base itself, and a second one would be needed "
-        f"beside it while training: use {remedy}"
+        f"--reference {reference} needs the unchanged base during training, but {cause} the base "
+        f"itself. Use {remedy}."
     )
 
 
 def _keeps_base(config: Options) -> bool:
-    """Returns True if full fine-tuning holds the base beside the weights that train.
+    """Returns True if full fine-tuning keeps the base besides the weights that train.
 
-    Preferences have a pass before training for it; completions are not known before.
+    Preferences score all rows before training instead. Drawn completions cannot be scored before.
     """
     return not hasattr(config.data, "reference_logps")
 
 
 def check_reference(config: Options, outline: ModelInfo) -> None:
-    """Raises a UserError if --reference names no adapter over this base; reads no weights."""
+    """Raises a UserError if --reference names an adapter of another base. Reads no weights."""
     if config.data.reference not in (BASE, NONE, None):
         source = find_adapter(config.data.reference, "--reference")
         source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
@@ -134,44 +135,46 @@ def reference_line(config: Options) -> str:
     reference = config.data.reference
     start = config.adapter.init_adapter
     if config.adapter.full and _keeps_base(config):
-        return f"reference: {reference}; its weights stay in memory, beside those that train"
+        return f"reference: {reference}; its weights stay in memory besides the trained weights"
     if start is None or reference == NONE:
         return f"reference: {reference}"
     if reference == BASE:
-        return f"reference: base, without the adapter that the run begins with ({start})"
+        return f"reference: base, without the adapter from which the run starts ({start})"
     if reference == start:
         return (
-            f"reference: {reference}, the adapter that the run begins with (else: --reference base)"
+            f"reference: {reference}, the adapter from which the run starts (use --reference base "
+            "for the base)"
         )
-    return f"reference: {reference}; the run begins with {start}"
+    return f"reference: {reference}; the run starts from {start}"
 
 
 def add_reference(
     context: ModelContext, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
-    """Returns examples with the reference's log-probabilities, computed or of an earlier run.
+    """Returns examples with the reference's log-probabilities, computed or from the cache.
 
     Args:
       context: the run.
       score: a `sequence_scorer`.
-      params: the reference's.
+      params: the reference's parameters.
       examples: pairs, or rows.
     """
+    # The log-probabilities of an earlier run, if all processes have them.
     n_rows = len(examples)
     cache_option = context.config.data.token_cache
-    path = cache.cache_file_path(cache_option, f"reference-{_key(context, params, examples)}")
+    path = cache.cache_file_path(cache_option, f"reference-{_cache_key(context, params, examples)}")
     content = None if path is None else cache.read_cache_file(path)
     is_cached = content is not None
     is_cached_by_process = hosts.map_over_processes(lambda _: is_cached, range(jax.process_count()))
     if content is not None and all(is_cached_by_process):
         tell(
             context.console,
-            f"the reference's log-probabilities are those of an earlier run, in {path}",
+            f"the reference's log-probabilities come from an earlier run, in {path}",
         )
         logps = np.frombuffer(content, "<f4").reshape(n_rows, examples.segments_a_row)
         return dataclasses.replace(examples, reference=logps)
 
-    with doing(context.console, f"the reference reads {n_rows:,} rows") as progress:
+    with doing(context.console, f"the reference scores {n_rows:,} rows") as progress:
         batch_size = context.config.optim.batch_size
         computed_logps = scores(
             context.layout,
@@ -196,16 +199,16 @@ def scores(
     batch_size: int,
     on_the_way: Callable[[int], bool | None],
 ) -> np.ndarray | None:
-    """Returns the log-probabilities of examples, fp32 [n, segments_a_row].
+    """Returns the log-probabilities of examples, float32 [n, segments_a_row].
 
     Args:
       layout: the placement of batches.
       score: a `sequence_scorer`.
       params: the parameters.
       examples: pairs, or rows.
-      batch_size: rows in memory at once.
-      on_the_way: is called with the rows done so far, in all processes alike; True ends the
-        reading, and None is returned.
+      batch_size: the number of rows in memory at once.
+      on_the_way: is called with the number of scored rows, equally in all processes. If it returns
+        True, the scoring ends and the result is None.
     """
     logps = np.zeros((len(examples), examples.segments_a_row), np.float32)
     starts = range(0, len(examples), batch_size)
@@ -220,28 +223,28 @@ def scores(
 
 
 def _write_cache(context: ModelContext, path: Path, logps: np.ndarray) -> None:
-    """Writes log-probabilities for later runs, or warns that the folder cannot be written."""
+    """Writes log-probabilities for later runs, or prints a warning if this fails."""
     try:
         cache.write(path, [logps.astype("<f4").tobytes()])
     except OSError as error:
         tell(
             context.console,
-            f"warning: the reference's log-probabilities are not kept: {path.parent} cannot be "
-            f"written ({error.strerror or error})",
+            f"warning: the reference's log-probabilities are not kept, because {path.parent} "
+            f"cannot be written ({error.strerror or error}). Choose another --token-cache",
         )
 
 
-def _key(context: ModelContext, params: Tree, examples: Preferences) -> str:
-    """Returns a hash of all that the reference's log-probabilities depend on.
+def _cache_key(context: ModelContext, params: Tree, examples: Preferences) -> str:
+    """Returns a hash of everything on which the reference's log-probabilities depend.
 
-    The tokens are the tokenizer's and its template's.
+    The tokens of the examples already depend on the tokenizer and its template.
     """
     optim = context.config.optim
     checksums = {
         jax.tree_util.keystr(path): checksum(array)
         for path, array in jax.tree_util.tree_leaves_with_path(params)
     }
-    structure = str(jax.tree.structure(params))  # axes, ranks, formats of codes
+    structure = str(jax.tree.structure(params))  # axes, ranks, quantization formats
     inputs = {
         "examples": examples.digest(),
         "arrays": checksums,
@@ -251,7 +254,7 @@ def _key(context: ModelContext, params: Tree, examples: Preferences) -> str:
         "version": versions().get("lora_jax"),
     }
     if examples.branches is not None:
-        inputs["rows"] = "of shared prompts"  # which changes the rounding alone
+        inputs["rows"] = "of shared prompts"  # shared prompts only change the rounding
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
 
 

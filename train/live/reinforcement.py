@@ -1,4 +1,4 @@
-"""Rollouts that rewards judge: the batches of `train.grpo`."""
+"""Rollouts with rewards: the batches of `train.grpo`."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from train.run.task import Data, ModelContext
 
 
 def arrays_per_token(config: Config) -> tuple[str, ...]:
-    """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
+    """Returns the names of the loss's arrays with a number per token; see `PromptFeed`."""
     names = ["old"]
     if config.optim.beta and config.optim.loss != RLOO:
         names.append("reference")
@@ -38,18 +38,18 @@ def arrays_per_token(config: Config) -> tuple[str, ...]:
 
 
 def prepare(context: ModelContext) -> tuple[TrainingStart, Data]:
-    """Returns the start of training, with rewards that judge its rollouts, and its data."""
+    """Returns the start of training with rewarded rollouts, and its data."""
     return dataclasses.replace(context.ready, live=RewardedRollouts(context)), context.data
 
 
 class RewardedRollouts(Rollouts):
-    """Judges completions by rewards, and compares those of one prompt with one another."""
+    """Rewards completions, and compares the completions of each prompt with each other."""
 
     def __init__(self, context: ModelContext) -> None:
-        """Finds the reference, too.
+        """Prepares the sampler and the reference.
 
         Raises:
-          UserError: the reference does not fit the base.
+          UserError: the reference does not fit the base, or the server has another adapter.
         """
         super().__init__(context)
         feed = self.feed
@@ -67,6 +67,7 @@ class RewardedRollouts(Rollouts):
         self._reference = reference_params(
             context.config, context.outline, context.plain, context.takes_from_base
         )
+        # A server draws the completions, after a check that it uses this adapter.
         self._external = None
         if feed.server is not None:
             self._external = ExternalSampler(self.context, feed, self.key)
@@ -82,7 +83,7 @@ class RewardedRollouts(Rollouts):
     def draw(
         self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
     ) -> GroupedCompletions:
-        """Draws completions: by a server, of several turns where they may call tools, or itself."""
+        """Draws completions with a server, in several turns if there are tools, or by itself."""
         if self._external is not None:
             return self._external.draw(params, rows, number, attempt)
         if self._turns is None:
@@ -92,21 +93,22 @@ class RewardedRollouts(Rollouts):
     def score(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
     ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
-        """Returns advantages, by rewards of completions, and log-probabilities.
+        """Returns the batch with advantages from rewards, and with log-probabilities.
 
-        Where rewards have failed, and no completion has one, the advantages are NaN: the step is
-        skipped.
+        If no completion has a reward, the advantages are NaN, so that the step is skipped.
         """
-        rewards, facts, lost, metrics = self._reward(params, rows, drawn, number)
-        self.feed.new_samples = self._samples(rows, drawn, rewards, facts)
+        rewards, facts, lost, metrics = self._reward_groups(params, rows, drawn, number)
+        self.feed.new_samples = self._make_samples(rows, drawn, rewards, facts)
         batch = self.feed.batch_from_completions(rows, drawn)
+        # Log-probabilities of the policy and of the reference.
         old_logps, entropy = self.log_probabilities(params, batch)
         batch["old"] = old_logps
         has_loss = batch["weights"] > 0
         divergence = None
         if self._reference is not None:
             reference_logps, _ = self.log_probabilities(self._reference, batch, replays=False)
-            if self.config.optim.loss == RLOO:  # takes the divergence from the reward
+            # rloo subtracts the divergence from the reward.
+            if self.config.optim.loss == RLOO:
                 divergence = np.where(has_loss, old_logps - reference_logps, 0).sum(-1)
                 metrics["kl"] = None
                 if has_loss.any():
@@ -116,6 +118,7 @@ class RewardedRollouts(Rollouts):
         advantages = self._advantages(rewards, divergence)
         batch["advantages"] = advantages.reshape(has_loss.shape[:-1])
 
+        # The reason why nothing can be learned from the batch, if there is one.
         if lost is not None:
             lost = f"no completion has a reward ({lost})"
         if self._external is not None:
@@ -136,10 +139,10 @@ class RewardedRollouts(Rollouts):
             metrics |= tool_metrics(drawn.turns.ravel())
         return drawn, batch, metrics
 
-    def _samples(
+    def _make_samples(
         self, rows: np.ndarray, drawn: GroupedCompletions, rewards: np.ndarray, facts: np.ndarray
     ) -> list[Sample]:
-        """Returns completions in words, with their rewards, and further facts about them."""
+        """Returns the texts of completions with their rewards and further facts, for the log."""
         completion_rows = np.repeat(rows, self.config.data.group).tolist()
         texts = shown_texts(drawn, self.context.outline.tokenizer)
         samples = []
@@ -154,12 +157,12 @@ class RewardedRollouts(Rollouts):
         return samples
 
     def _advantages(self, rewards: np.ndarray, divergence: np.ndarray | None) -> np.ndarray:
-        """Returns the advantage of each completion over the others of its prompt.
+        """Returns the advantage of each completion over the other completions of its prompt.
 
         Args:
           rewards: [prompts, group].
-          divergence: sums over completions of log p less the reference's, of as many elements; None
-            where the rewards are taken as they are.
+          divergence: the sum of log p minus the reference's log p over each completion, which is
+            subtracted from the rewards; None for rewards without it.
         """
         optim = self.config.optim
         group = self.config.data.group
@@ -170,20 +173,23 @@ class RewardedRollouts(Rollouts):
             return np.asarray(leave_one_out(jax.device_put(completion_rewards), group))
         return np.asarray(advantages_of(jax.device_put(completion_rewards), group, optim.scale))
 
-    def _reward(
+    def _reward_groups(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
     ) -> tuple[np.ndarray, np.ndarray, str | None, dict[str, float | None]]:
-        """Asks the rewards, and draws groups again in which all completions have the same one.
+        """Computes the rewards, and draws groups with equal rewards again (--redraw).
 
         Args:
-          drawn: the completions, which those that are drawn again replace.
+          params: the adapted tree.
+          rows: [n], the prompts.
+          drawn: the completions, in which redrawn groups are replaced.
+          number: the number of the step.
 
         Returns:
-          The rewards and further facts, [prompts, group]; what failed if no completion has a
-          reward, else None; and the metrics of the first draw.
+          The rewards and further facts, [prompts, group]; the reason if no completion has a reward,
+          else None; and the metrics of the first draw.
         """
         group = self.config.data.group
-        answer = self._ask(rows, drawn, number)
+        answer = self._ask_rewards(rows, drawn, number)
         rewards = answer.total.reshape(-1, group)
         facts = _facts_per_completion(answer, group)
         lost = answer.lost
@@ -193,17 +199,19 @@ class RewardedRollouts(Rollouts):
             if not len(group_indices):
                 break
             redrawn = self.draw(params, rows[group_indices], number, attempt + 1)
-            answer = self._ask(rows[group_indices], redrawn, number)
+            answer = self._ask_rewards(rows[group_indices], redrawn, number)
             rewards[group_indices] = answer.total.reshape(-1, group)
             facts[group_indices] = _facts_per_completion(answer, group)
-            if lost is not None:  # still, if these failed, too
+            if lost is not None:  # the redrawn groups may have rewards
                 lost = answer.lost
             for array, redrawn_array in zip(drawn, redrawn, strict=True):
                 if array is not None:
                     array[group_indices] = redrawn_array
         return rewards, facts, lost, metrics
 
-    def _ask(self, rows: np.ndarray, drawn: GroupedCompletions, number: int) -> RewardAnswer:
+    def _ask_rewards(
+        self, rows: np.ndarray, drawn: GroupedCompletions, number: int
+    ) -> RewardAnswer:
         """Returns the rewards of completions, [prompts * group], and metrics."""
         group = self.config.data.group
         prompts = self.feed.prompts
@@ -240,7 +248,7 @@ def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:
 
 
 def _have_no_spread(rewards: np.ndarray) -> np.ndarray:
-    """Returns True for groups, [n, group], whose rewards are all equal or unknown: [n] bool."""
+    """Returns whether the rewards [n, group] of each group are all equal or unknown, [n] bool."""
     highest = np.nanmax(rewards, 1, initial=-np.inf)
     lowest = np.nanmin(rewards, 1, initial=np.inf)
     return ~(highest > lowest)

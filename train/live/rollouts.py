@@ -1,7 +1,7 @@
-"""Rollouts: completions that the adapter draws while it trains, as batches of a run.
+"""Rollouts: completions that the adapter draws during training, as batches of a run.
 
-A batch is a function of the state, the number of its step and the seed, so that a resumed run draws
-what an uninterrupted one does. Sampler and step read the same arrays.
+A batch depends only on the state, the number of its step and the seed, so that a resumed run draws
+the same completions as an uninterrupted run. Sampler and step use the same arrays.
 """
 
 import abc
@@ -28,7 +28,7 @@ from train.live.reference import forward_of
 from train.run.pretrained import end_tokens
 from train.run.task import ModelContext
 
-_STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
+_STREAM = 2  # the run's random stream of draws; 0 and 1 are the adapter's start and dropout
 
 
 def group_completions(
@@ -45,8 +45,8 @@ def group_completions(
     Args:
       tokens, logps, lengths, ended: see `GroupedCompletions`, but [prompts * group, …]; the last
         two are written to.
-      stops: the texts that end one.
-      group: the completions of a prompt.
+      stops: the texts that end a completion.
+      group: the number of completions of a prompt.
     """
     texts = []
     for index, ids in enumerate(tokens):
@@ -56,23 +56,23 @@ def group_completions(
             ended[index] = True
         texts.append(text)
 
-    def grouped(array: np.ndarray) -> np.ndarray:
+    def group_rows(array: np.ndarray) -> np.ndarray:
         return array.reshape(-1, group, *array.shape[1:])
 
     return GroupedCompletions(
-        tokens=grouped(tokens),
-        logps=grouped(logps),
-        lengths=grouped(lengths),
-        ended=grouped(ended),
-        texts=grouped(np.array(texts, object)),
+        tokens=group_rows(tokens),
+        logps=group_rows(logps),
+        lengths=group_rows(lengths),
+        ended=group_rows(ended),
+        texts=group_rows(np.array(texts, object)),
     )
 
 
 class Rollouts(abc.ABC):
-    """Draws the completions of each step, and judges them; see `StateBatches`."""
+    """Draws the completions of each step, and rates them; see `StateBatches`."""
 
     def __init__(self, context: ModelContext) -> None:
-        """Takes the prompts of a run, and the model that draws and trains."""
+        """Keeps the prompts of a run, and the model that draws and trains."""
         assert isinstance(context.ready.feed, PromptFeed)
         layout = context.layout
         self.context = dataclasses.replace(context, plain=None)
@@ -84,7 +84,7 @@ class Rollouts(abc.ABC):
         self._replicate = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
 
     def scorer(self, model: Any, layout: Layout) -> Any:
-        """Returns a function of the log-probabilities of completions, as the loss computes them."""
+        """Returns a function that computes log-probabilities of completions as the loss does."""
         return make_scorer(
             forward_of(layout.constrained(model)),
             layout=layout,
@@ -101,12 +101,12 @@ class Rollouts(abc.ABC):
         Args:
           params: the adapted tree.
           rows: [n], the prompts.
-          drawn: their completions.
+          drawn: the completions of the prompts.
           number: the number of the step.
 
         Returns:
-          The completions, drawn again where they have to be; the batch, each array [accumulate,
-          batch, …]; and metrics, None for one that is not known.
+          The completions, some of which may be redrawn; the batch, each array [accumulate, batch,
+          …]; and metrics, whose values may be None.
         """
 
     def metrics(self, number: int) -> Mapping[str, float | None]:
@@ -118,16 +118,16 @@ class Rollouts(abc.ABC):
         return self.feed.lost
 
     def batch(self, number: int, state: State) -> HostBatch:
-        """Returns the batch of a step: completions drawn now, or those that have steps to come."""
+        """Returns the batch of a step, with new completions or those of an earlier update."""
         first_step = number - number % self.config.optim.updates
         held_step, _ = self.feed.held_batch
         if held_step != first_step:
-            self.feed.held_batch = (first_step, self._new_batch(first_step, state))
+            self.feed.held_batch = (first_step, self._draw_batch(first_step, state))
         self.feed.done = number + 1
         return self.feed.held_batch[1]
 
-    def _new_batch(self, number: int, state: State) -> HostBatch:
-        """Returns completions by a state as a batch; notes their metrics."""
+    def _draw_batch(self, number: int, state: State) -> HostBatch:
+        """Draws completions with a state, keeps their metrics, and returns them as a batch."""
         params = lj.join(state.adapter, self.context.ready.base)
         rows = self.feed.rows(number)
         drawn = self.draw(params, rows, number)
@@ -153,10 +153,11 @@ class Rollouts(abc.ABC):
         Args:
           params: the adapted tree.
           batch: the completions.
-          score: another model's scorer; None for that of the model that trains.
-          replays: whether the sampler's choice of experts is that of these parameters.
+          score: the scorer of another model; None for the model that trains.
+          replays: whether to use the experts that the sampler chose.
         """
-        score = score or self._score
+        if score is None:
+            score = self._score
         if not replays:
             batch = {name: array for name, array in batch.items() if name != "routing"}
         logps = []
@@ -178,32 +179,32 @@ class Rollouts(abc.ABC):
           params: the adapted tree.
           rows: [n], the prompts.
           number: the number of the step.
-          attempt: how often they were drawn for it before.
+          attempt: the number of earlier draws of these prompts for the step.
         """
         group = self.config.data.group
         chunk_rows = self.feed.order.batch_size
         key = self.key(number, attempt)
         chunks: list[Samples] = []
         for start in range(0, len(rows), chunk_rows):
-            # The last chunk is filled up with rows of its own: all have as many.
+            # The last chunk is filled with copies, so that all chunks have the same number of rows.
             chunk = np.resize(rows[start : start + chunk_rows], chunk_rows)
             chunks.append(self._sample_chunk(params, chunk, key, start * group))
 
-        def joined(name: str) -> np.ndarray:
+        def join_chunks(name: str) -> np.ndarray:
             arrays = [getattr(chunk, name) for chunk in chunks]
             return np.concatenate(arrays)[: len(rows) * group]
 
         drawn = group_completions(
-            joined("tokens"),
-            joined("logps"),
-            joined("lengths"),
-            joined("ended"),
+            join_chunks("tokens"),
+            join_chunks("logps"),
+            join_chunks("lengths"),
+            join_chunks("ended"),
             stops=StopTexts(self.context.outline.tokenizer, self.config.data.stop),
             group=group,
         )
         if self.feed.routing is None:
             return drawn
-        routing = joined("routing")
+        routing = join_chunks("routing")
         return drawn._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
 
     def key(self, number: int, attempt: int) -> jax.Array:
@@ -212,9 +213,9 @@ class Rollouts(abc.ABC):
         return jax.random.fold_in(jax.random.fold_in(key, number), attempt)
 
     def _sample_chunk(self, params: Tree, rows: np.ndarray, key: jax.Array, start: int) -> Samples:
-        """Returns completions of some prompts, on the host.
+        """Draws completions of some prompts, and returns them on the host.
 
-        Their `routing` is as wide in all chunks: prompts end before the same slot.
+        Their `routing` has the same width in all chunks, and all prompts end before the same slot.
 
         Args:
           params: the adapted tree.
@@ -249,6 +250,7 @@ class Rollouts(abc.ABC):
             samples = jax.tree.map(np.asarray, self._replicate(sharded))
         if samples.routing is None:
             return samples
+        # [completions, slots, layers, k]
         pad_slots = self.feed.widths.prompts[-1] - width
         padding = [(0, 0), (pad_slots, 0), (0, 0), (0, 0)]
         return samples._replace(routing=np.pad(samples.routing, padding, constant_values=-1))

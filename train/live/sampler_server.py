@@ -1,4 +1,4 @@
-"""Speaks to an OpenAI-compatible server that loads adapters: vLLM, SGLang, or `train.serve`."""
+"""A client of OpenAI-compatible servers that load adapters: vLLM, SGLang, or `train.serve`."""
 
 import contextlib
 import http.client
@@ -14,21 +14,21 @@ from train.console.errors import UserError
 
 KEY = "LORA_JAX_SAMPLER_KEY"  # the environment variable of a server's key
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-_PAUSES = (0.2, 8.0)  # seconds between two attempts, at first and at most
-_LOOK = 1.0  # seconds to wait for a connection in `SamplerServer.probe`
-_CONNECT_SECONDS = 10.0  # seconds to connect
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.2, 8.0  # between two attempts
+_PROBE_SECONDS = 1.0  # to wait for a connection in `SamplerServer.probe`
+_CONNECT_SECONDS = 10.0
 _MAX_MESSAGE_CHARS = 300  # characters of a server's answer in a message
 
 
 class SamplingOptions(NamedTuple):
-    """Options of draws, the same for all requests of a run.
+    """The options of sampling, which are the same for all requests of a run.
 
     Attributes:
-      n: completions of a prompt.
-      max_tokens: tokens of each at most.
-      temperature, top_p, top_k: limits of the draws, as `lora_jax.models.sample` has them.
+      n: the number of completions of a prompt.
+      max_tokens: the maximum number of tokens of a completion.
+      temperature, top_p, top_k: see `lora_jax.models.sample`.
       stop: texts that end a completion.
-      ends: tokens that do.
+      ends: tokens that end a completion.
     """
 
     n: int
@@ -40,7 +40,7 @@ class SamplingOptions(NamedTuple):
     ends: Sequence[int]
 
     def body(self) -> dict[str, Any]:
-        """Returns the fields of a request; each default of a server's own is overridden."""
+        """Returns the fields of a request, which override all defaults of a server."""
         return {
             "n": self.n,
             "max_tokens": self.max_tokens,
@@ -59,7 +59,7 @@ class SamplingOptions(NamedTuple):
 
 
 class DrawnCompletion(NamedTuple):
-    """A completion: its tokens, their log-probabilities, and whether it came to an end."""
+    """A completion: its token ids, their log-probabilities, and whether it ended by itself."""
 
     ids: list[int]
     logps: list[float]
@@ -67,7 +67,7 @@ class DrawnCompletion(NamedTuple):
 
 
 class _HttpError(Exception):
-    """An answer that is an error; `status` is that of HTTP."""
+    """An error that the server returned, with the HTTP status in `status`."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -75,16 +75,16 @@ class _HttpError(Exception):
 
 
 class SamplerServer:
-    """A server at an address; its methods are called in any thread.
+    """A server at an address. Its methods may be called in any thread.
 
-    They raise a UserError that names --sampler for whatever goes wrong.
+    The methods raise a UserError that names --sampler for all problems.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
-        """Takes the address, as --sampler has it, and the seconds that a request may take."""
+        """Keeps the address of --sampler and the maximum number of seconds for a request."""
         self.url = url.rstrip("/").removesuffix("/v1")
         invalid_url = UserError(
-            f"--sampler {url}: an address such as http://127.0.0.1:8000 is needed"
+            f"--sampler {url} is not an address. Pass an address such as http://127.0.0.1:8000."
         )
         address = urllib.parse.urlsplit(self.url)
         try:
@@ -97,114 +97,124 @@ class SamplerServer:
         self.seconds = seconds
         self._closed = threading.Event()
         self._connections: set[http.client.HTTPConnection] = set()
-        self._prefix: str | None = None  # of the routes that load adapters, once it is known
+        self._prefix: str | None = None  # of the routes that load adapters; None if unknown
         self._base: str | None = None
 
     def probe(self) -> list[str]:
-        """Returns the names of its models; a server that is not there is an error at once."""
+        """Returns the names of the server's models, without waiting for an unreachable server."""
         try:
-            answer = self._ask("GET", "/v1/models", None, patience=_LOOK)
+            answer = self._ask("GET", "/v1/models", None, patience=_PROBE_SECONDS)
         except _HttpError as error:
-            raise self._error(f"/v1/models answers {error.status}: {error}") from None
+            raise self._error(
+                f"/v1/models answers {error.status}: {error}. Check the address."
+            ) from None
         names = [str(model.get("id")) for model in _objects(answer, "data")]
         if not names:
-            raise self._error("/v1/models lists no model: is it a server of OpenAI's API?")
+            raise self._error(
+                "/v1/models lists no model. Check that this is a server of OpenAI's API."
+            )
         self._base = names[0]
         return names
 
     def check_loads(self) -> None:
         """Raises a UserError if no adapter can be loaded."""
         try:
-            self._adapters("load", {})
+            self._post_adapter("load", {})
         except _HttpError as error:
             if error.status in (404, 405):
                 raise self._error(
-                    "it loads no adapters (/v1/load_lora_adapter is not there): start vLLM with "
-                    "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, "
-                    "SGLang with --enable-lora, or `lora-jax serve`"
+                    "the server loads no adapters (/v1/load_lora_adapter does not exist). Start "
+                    "vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
+                    "environment, SGLang with --enable-lora, or `lora-jax serve`."
                 ) from None
 
     def load(self, name: str, path: str) -> None:
-        """Loads an adapter from a folder, in the place of one that has the name already."""
+        """Loads an adapter from a folder, and replaces an adapter with the same name."""
         body = {"lora_name": name, "lora_path": path}
         try:
             try:
-                self._adapters("load", body)
+                self._post_adapter("load", body)
             except _HttpError as error:
                 has_name_already = error.status == 400 and "already" in str(error)
                 if not has_name_already:
                     raise
-                self.unload(name)  # of an attempt whose answer was lost
-                self._adapters("load", body)
+                # An earlier attempt loaded the adapter, but its answer was lost.
+                self.unload(name)
+                self._post_adapter("load", body)
         except _HttpError as error:
             raise self._error(
-                f"it does not load the adapter in {path} ({error.status}: {error}). It has to "
-                "read that folder: --sampler-folder names one that both see, --sampler-mount its "
-                "place on the server's machine; and it has to hold adapters of this rank and "
-                "these targets (vLLM: --max-lora-rank, --max-loras)"
+                f"the server does not load the adapter in {path} ({error.status}: {error}). Pass a "
+                "folder that both machines can read with --sampler-folder, and its path on the "
+                "server's machine with --sampler-mount. Start the server with room for this rank "
+                "and these targets (vLLM: --max-lora-rank, --max-loras)."
             ) from None
 
     def unload(self, name: str) -> None:
-        """Unloads an adapter; one that is gone already is no error."""
+        """Unloads an adapter. An adapter that is not loaded is no error."""
         try:
-            self._adapters("unload", {"lora_name": name})
+            self._post_adapter("unload", {"lora_name": name})
         except _HttpError as error:
             if error.status not in (400, 404):
-                raise self._error(f"it does not unload {name} ({error})") from None
+                raise self._error(
+                    f"the server does not unload {name} ({error}). Check the log of the server."
+                ) from None
 
     def model_of(self, name: str) -> str:
         """Returns the `model` of requests to a loaded adapter."""
-        return f"{self._base}:{name}" if self._prefix == "" else name  # "" is SGLang's
+        is_sglang = self._prefix == ""
+        return f"{self._base}:{name}" if is_sglang else name
 
     def complete(
         self, model: str, prompt: Sequence[int], options: SamplingOptions, seed: int
     ) -> list[DrawnCompletion] | None:
-        """Returns completions of a prompt; None if the server has no such model (any more)."""
+        """Returns completions of a prompt; None if the server does not have the model."""
         body = {"model": model, "prompt": [*prompt], "seed": seed, **options.body()}
         try:
             answer = self._ask("POST", "/v1/completions", body)
         except _HttpError as error:
             if error.status == 404:
                 return None
-            raise self._error(f"it refuses to draw ({error.status}: {error})") from None
-        return self._read(answer, prompt, options)
+            raise self._error(
+                f"the server refuses to draw ({error.status}: {error}). Check the server's log."
+            ) from None
+        return self._read_completions(answer, prompt, options)
 
     def close(self) -> None:
         """Ends all requests."""
         self._closed.set()
         for connection in [*self._connections]:
             if connection.sock is not None:
-                with contextlib.suppress(OSError):  # it has ended
+                with contextlib.suppress(OSError):  # the connection has ended already
                     connection.sock.shutdown(2)
 
-    def _read(
+    def _read_completions(
         self, answer: Any, prompt: Sequence[int], options: SamplingOptions
     ) -> list[DrawnCompletion]:
-        """Returns the completions of an answer, which must be as many as were asked for."""
+        """Returns the completions of an answer, after checking their number."""
         choices = _objects(answer, "choices")
         if len(choices) != options.n:
             raise self._error(
-                f"it returns {len(choices)} completions of a prompt, and {options.n} were asked "
-                "for (`n`): each prompt needs --group of them"
+                f"the server returns {len(choices)} completions of a prompt, but {options.n} "
+                "(--group) were requested. Use a server that supports the field `n`."
             )
-        return [self._completion(choice, prompt, options) for choice in choices]
+        return [self._read_completion(choice, prompt, options) for choice in choices]
 
-    def _completion(
+    def _read_completion(
         self, choice: Mapping[str, Any], prompt: Sequence[int], options: SamplingOptions
     ) -> DrawnCompletion:
-        """Returns a completion of an answer, which must have all that training needs."""
+        """Returns a completion of an answer, after checking that it has all that training needs."""
         self._check_prompt(choice.get("prompt_token_ids"), prompt)
         ids = choice.get("token_ids", choice.get("response_token_ids"))
         if not isinstance(ids, list) or not ids or not all(isinstance(x, int) for x in ids):
             raise self._error(
-                "it returns no ids of the tokens that it draws (`return_token_ids`), without "
-                "which other tokens might train than were drawn: vLLM has them from 0.10.2 on, "
-                "and `lora-jax serve` has them"
+                "the server does not return the ids of drawn tokens (`return_token_ids`), which "
+                "training needs. Use vLLM from 0.10.2 on, or `lora-jax serve`."
             )
         logps = self._token_logps(choice.get("logprobs"), len(ids))
         if len(ids) > options.max_tokens:
             raise self._error(
-                f"it drew {len(ids)} tokens, more than --max-new-tokens {options.max_tokens}"
+                f"the server drew {len(ids)} tokens, more than --max-new-tokens "
+                f"{options.max_tokens}. Use a server that supports the field `max_tokens`."
             )
         has_ended = choice.get("finish_reason") == "stop"
         return DrawnCompletion([*ids], logps, has_ended)
@@ -215,30 +225,31 @@ class SamplerServer:
             return
         n_tokens = len(prompt_ids) if isinstance(prompt_ids, list) else 0
         raise self._error(
-            f"it draws after a prompt of {n_tokens} tokens where it was given {len(prompt)} "
-            "ids: it has to take prompts as they are"
+            f"the server draws after a prompt of {n_tokens} tokens, but it received {len(prompt)} "
+            "token ids. Use a server that does not change prompts of token ids."
         )
 
     def _token_logps(self, logprobs: Any, n_tokens: int) -> list[float]:
-        """Returns the log-probabilities of tokens from an answer's field; each token has one."""
+        """Returns the log-probabilities in an answer's field, after checking their number."""
         logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(logps, list):
             logps = []
         are_valid = all(isinstance(x, int | float) and -1e4 < x < 1e-3 for x in logps)
         if not are_valid or len(logps) != n_tokens:
             raise self._error(
-                f"it returns log-probabilities of {len(logps)} tokens where it drew {n_tokens}: "
-                "`logprobs` of each token are needed"
+                f"the server returns log-probabilities of {len(logps)} tokens, but it drew "
+                f"{n_tokens} tokens. Use a server that returns `logprobs` of each token."
             )
         return [float(x) for x in logps]
 
-    def _adapters(self, verb: str, body: Mapping[str, Any]) -> None:
-        """Posts to the routes of adapters, which SGLang has elsewhere."""
+    def _post_adapter(self, verb: str, body: Mapping[str, Any]) -> None:
+        """Posts a request to load or unload an adapter. SGLang's route has no prefix "/v1"."""
         prefixes = ("/v1", "") if self._prefix is None else (self._prefix,)
         for prefix in prefixes:
             try:
                 self._ask("POST", f"{prefix}/{verb}_lora_adapter", body)
             except _HttpError as error:
+                # Another error than "not found" shows that the route exists.
                 has_route = error.status not in (404, 405) or self._prefix is not None
                 if has_route:
                     self._prefix = prefix
@@ -251,17 +262,17 @@ class SamplerServer:
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None, patience: float | None = None
     ) -> Any:
-        """Returns an answer, asking again while the server is busy, or cannot be reached.
+        """Sends a request until the server is reachable and not busy, and returns the answer.
 
         Args:
           method, path, body: the request.
-          patience: seconds for an unreachable server; by default as for a busy one.
+          patience: seconds to wait for an unreachable server; by default as for a busy server.
 
         Raises:
-          _HttpError: the server says no.
+          _HttpError: the server refuses the request.
         """
         start_time = time.monotonic()
-        pause = _PAUSES[0]
+        pause = _FIRST_PAUSE_SECONDS
         problem = ""  # of the last attempt
         while not self._closed.is_set():
             seconds_left = self.seconds - (time.monotonic() - start_time)
@@ -269,31 +280,32 @@ class SamplerServer:
                 break
             retry_after = 0.0
             try:
-                status, text, retry_after = self._once(method, path, body, seconds_left)
+                status, text, retry_after = self._send_once(method, path, body, seconds_left)
             except (OSError, http.client.HTTPException) as error:
+                # An earlier problem says more than a timeout.
                 is_timeout = isinstance(error, TimeoutError)
-                if not (problem and is_timeout):  # the problem of an earlier attempt says more
+                if not (problem and is_timeout):
                     problem = f"cannot be reached ({str(error) or type(error).__name__})"
                 if patience is not None and time.monotonic() - start_time > patience:
                     raise self._error(
-                        f"{problem}: is the server up, and is this its address?"
+                        f"the server {problem}. Start the server, or check the address."
                     ) from None
             else:
                 if status < 300:
-                    return _parsed(text)
+                    return _parse_answer(text)
                 self._check_retry(status, text, problem)
                 problem = f"answers {status} ({_message(text)})"
             self._closed.wait(min(max(pause, retry_after), max(seconds_left, 0)))
-            pause = min(2 * pause, _PAUSES[1])
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         if self._closed.is_set():
             raise self._error("the run has ended")
         raise self._error(
-            f"{path} {problem or 'gives no answer'}, for --sampler-timeout {self.seconds:g} s; "
-            "start it again, or give it more time"
+            f"{path} {problem or 'gives no answer'}, for --sampler-timeout {self.seconds:g} s. "
+            "Restart the server, or increase --sampler-timeout."
         )
 
     def _check_retry(self, status: int, text: str, problem: str) -> None:
-        """Raises the error of an answer after which the request is not sent again.
+        """Raises an error if the request must not be sent again after an answer.
 
         Args:
           status, text: the answer.
@@ -301,18 +313,18 @@ class SamplerServer:
         """
         if status in (401, 403):
             raise self._error(
-                f"it refuses the request ({status}: {_message(text)}); its key is taken "
-                f"from the environment, {KEY}"
+                f"the server refuses the request ({status}: {_message(text)}). Set its key in the "
+                f"environment variable {KEY}."
             )
         is_second_500 = status == 500 and problem.startswith("answers 500")
         if status not in _TRANSIENT_STATUSES or is_second_500:
             raise _HttpError(status, _message(text))
 
-    def _once(
+    def _send_once(
         self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float
     ) -> tuple[int, str, float]:
-        """Returns status, text and `Retry-After` of one answer."""
-        connection = self._connection(min(seconds, _CONNECT_SECONDS))
+        """Sends a request, and returns the status, the text and `Retry-After` of the answer."""
+        connection = self._make_connection(min(seconds, _CONNECT_SECONDS))
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(KEY)
         if key:
@@ -321,7 +333,7 @@ class SamplerServer:
         self._connections.add(connection)
         try:
             connection.connect()
-            if self._closed.is_set():  # while there was no socket for `close` to shut down
+            if self._closed.is_set():  # `close` could not shut down a socket before
                 raise OSError("the run has ended")
             connection.sock.settimeout(seconds)
             connection.request(method, self._address.path + path, content, headers)
@@ -333,19 +345,20 @@ class SamplerServer:
             self._connections.discard(connection)
             connection.close()
 
-    def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        """Returns a connection to the address, which is not open yet."""
+    def _make_connection(self, timeout: float) -> http.client.HTTPConnection:
+        """Returns a connection to the address that is not open yet."""
         host = self._address.hostname or ""
         if self._address.scheme == "http":
             return http.client.HTTPConnection(host, self._port, timeout=timeout)
         return http.client.HTTPSConnection(host, self._port, timeout=timeout)
 
     def _error(self, problem: str) -> UserError:
+        """Returns a UserError that names the server."""
         return UserError(f"--sampler {self.url}: {problem}")
 
 
-def _parsed(text: str) -> Any:
-    """Returns an answer's JSON, or the text that it is."""
+def _parse_answer(text: str) -> Any:
+    """Returns the JSON value of an answer, or the text if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -353,14 +366,14 @@ def _parsed(text: str) -> Any:
 
 
 def _objects(answer: Any, field: str) -> list[dict[str, Any]]:
-    """Returns the JSON objects in a list of an answer; [] where it has none."""
+    """Returns the JSON objects in a list field of an answer; [] without such a list."""
     values = answer.get(field) if isinstance(answer, dict) else None
     return [value for value in values or () if isinstance(value, dict)]
 
 
 def _message(text: str) -> str:
-    """Returns the message of an error's answer, whoever's form it has."""
-    content = _parsed(text)
+    """Returns the message in the answer of an error, in any server's format."""
+    content = _parse_answer(text)
     if isinstance(content, dict):
         content = content.get("error", content.get("message", content.get("detail", text)))
     if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Completions of several turns in groups, one a prompt, and their rewards."""
+"""Draws completions of several turns in groups, one group per prompt, and rewards them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,24 +18,24 @@ from train.rewards.ask import RewardAnswer, ask
 from train.rewards.find import Rewards
 from train.rewards.reward import RewardBatch
 
-_SEED_STREAM = 2**32 - 1  # no completion's number
-_MAX_WARNINGS = 3  # rows that were lost, and are told of one by one
+_SEED_STREAM = 2**32 - 1  # a random stream that differs from the number of any completion
+_MAX_WARNINGS = 3  # lost completions with a warning of their own
 
 
 class GroupedTurns:
-    """Draws completions of several turns of a run's prompts."""
+    """Draws completions of several turns for a run's prompts."""
 
     def __init__(self, drawer: TurnDrawer, model: Any, feed: PromptFeed) -> None:
-        """Takes the drawer, its `model` (see `TurnDrawer.draw`), and the prompts."""
+        """Keeps the drawer, its `model` (see `TurnDrawer.draw`), and the prompts."""
         self._drawer = drawer
         self._model = model
         self._feed = feed
 
     def draw(self, params: Tree, rows: np.ndarray, key: jax.Array) -> GroupedCompletions:
-        """Draws the completions of prompts, [n], each with a number that tells its key."""
+        """Draws the completions of prompts [n]. The number of a completion determines its key."""
         data = self._feed.config.data
         prompts = self._feed.prompts
-        # Environments of one prompt have the same random numbers: their completions are compared.
+        # Environments of one prompt get the same seed, because their completions are compared.
         seeds = jax.random.bits(jax.random.fold_in(key, _SEED_STREAM), (len(rows),)).tolist()
         requests = [
             TurnRequest(
@@ -58,7 +58,7 @@ class GroupedTurns:
         drawn = group_turns(completions, data.group, data.max_new_tokens)
         if self._feed.routing is None:
             return drawn
-        # All draws of a run have as many slots, so that a group that is drawn again fits in.
+        # All draws of a run have the same number of slots, so that a redrawn group fits.
         routing = routing_of(
             completions,
             prompt_slots=self._feed.widths.prompts[-1],
@@ -77,10 +77,10 @@ def routing_of(
     """Returns the experts of tokens, [n, prompt_slots + completion_slots, layers, k] int16.
 
     Args:
-      completions: the completions; one that did not begin has -1 alone.
-      prompt_slots: the slots of a prompt, which ends in the last of them.
-      completion_slots: the slots of a completion, whose last token did not run.
-      layers_and_experts: layers with experts, and experts of a token.
+      completions: the completions. A completion without a turn gets -1 everywhere.
+      prompt_slots: the number of slots of a prompt, which ends in the last of them.
+      completion_slots: the number of slots of a completion, whose last token does not run.
+      layers_and_experts: the number of layers with experts, and of experts per token.
     """
     n_slots = prompt_slots + completion_slots
     routing = np.full((len(completions), n_slots, *layers_and_experts), -1, np.int16)
@@ -97,7 +97,7 @@ def routing_of(
 def group_turns(
     completions: Sequence[TurnCompletion], group: int, max_new_tokens: int
 ) -> GroupedCompletions:
-    """Returns completions as arrays that hold `max_new_tokens` tokens of each."""
+    """Returns completions as arrays with `max_new_tokens` tokens for each completion."""
     tokens = np.zeros((len(completions), max_new_tokens), np.int32)
     logps = np.zeros((len(completions), max_new_tokens), np.float32)
     turns = np.empty(len(completions), object)
@@ -120,7 +120,7 @@ def group_turns(
 
 
 def shown_texts(drawn: GroupedCompletions, tokenizer: Any) -> list[str]:
-    """Returns completions in words: of several turns, all that was said, tools included."""
+    """Returns the texts of completions. Those of several turns include the answers of tools."""
     if drawn.turns is None:
         return drawn.texts.ravel().tolist()
     completions = drawn.turns.ravel()
@@ -134,16 +134,16 @@ def ask_of_turns(
     console: Console,
     stop: Stop,
 ) -> RewardAnswer:
-    """Returns the rewards of completions of several turns; those that were lost have none.
+    """Returns the rewards of completions of several turns, without rewards of lost completions.
 
-    Where all were lost that would have one, nothing can be learned, and the answer says so.
+    If no completion has a reward because some were lost, the answer contains the reason.
 
     Args:
       rewards: the rewards.
       batch: the completions, without their turns.
       turns: the completions with their turns.
-      console: console to name the rows on that were lost.
-      stop: tells of a signal.
+      console: console to print warnings about lost completions.
+      stop: reports a signal.
     """
     chats = []
     earned = []

@@ -29,9 +29,9 @@ def test_a_stream_reports_the_first_rows(tmp_path, capsys, names):
     paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", [ROW, ROW])) for n in range(names)]
     line = ["--stream", "--steps", "1", "--truncate", "--dataset", *paths]
     blocks = find_blocks(paths, split="train", subset=None)
-    say = stream._Once()
+    say = stream._RemarksOfFirstRows()
     for block in (*range(names), 0):
-        stream._sequences(parse(line), blocks, tokenizer(BY_TEXT), say, np.array([block]))
+        stream._read_sequences(parse(line), blocks, tokenizer(BY_TEXT), say, np.array([block]))
     said = capsys.readouterr().out
     assert said.count("among the first rows of") == said.count("reasoning_content") == 1
     assert "leaves out `reasoning_content` of 2 of 4 turns" in said

@@ -137,10 +137,10 @@ def test_a_sampler_that_holds_another_adapter_is_refused(folder, serving, tmp_pa
     args = [folder / "used" if arg == "used" else arg for arg in args]
     line = line_of(folder, tmp_path / "run", *args, *STEPS, *sampler)
     message = fails(capsys, grpo.main, *line)
-    far = float(re.search(r"log-probabilities are ([\d.e+-]+) from the adapter's", message)[1])
+    far = float(re.search(r"differ from the adapter's by ([\d.e+-]+) on average", message)[1])
     assert far > 0.05 and "--max-mismatch allows 0.05" in message
     assert "does not draw from the adapter that trains" in message
-    assert ("has not taken up" in message) == (lie != "another")
+    assert ("has not loaded the new one" in message) == (lie != "another")
     assert not read_metrics(tmp_path / "run")
     assert not stub.holder.adapters, "what was loaded is unloaded"
 
@@ -165,7 +165,7 @@ def test_a_batch_that_was_drawn_ahead_is_held_to_the_adapter_of_its_time():
     assert weighed(-2.0) == ({"staleness": 1.0, "sampler_mismatch": 0.0}, None)
     metrics, problem = weighed(-2.5)
     assert metrics["sampler_mismatch"] == 0.5
-    assert "http://there does not draw from the adapter" in problem and "are 0.5 from" in problem
+    assert "http://there does not draw from the adapter" in problem and "by 0.5 on average" in problem
 
 
 @pytest.mark.slow

@@ -59,15 +59,15 @@ def without_ids(answer):
 
 
 WRONG = {  # what it does to an answer, and what is said of it
-    "no ids": (without_ids, "returns no ids of the tokens"),
-    "no log-probabilities": (functools.partial(changed, logprobs=None), "of 0 tokens where"),
+    "no ids": (without_ids, "does not return the ids of drawn tokens"),
+    "no log-probabilities": (functools.partial(changed, logprobs=None), "of 0 tokens, but"),
     "one too few": (
         functools.partial(changed, logprobs={"token_logprobs": [-1.0, -1.0]}),
-        "log-probabilities of 2 tokens where it drew 3",
+        "log-probabilities of 2 tokens, but it drew 3",
     ),
     "unknown ones": (
         functools.partial(changed, logprobs={"token_logprobs": [-1.0, None, -1.0]}),
-        "log-probabilities of 3 tokens where it drew 3",
+        "log-probabilities of 3 tokens, but it drew 3",
     ),
     "fewer completions": (lambda answer: {"choices": answer["choices"][1:]}, "returns 1 compl"),
     "another prompt": (functools.partial(changed, prompt_token_ids=[1, *PROMPT]), "of 4 tokens"),
@@ -75,8 +75,8 @@ WRONG = {  # what it does to an answer, and what is said of it
         functools.partial(changed, token_ids=[5] * 5, logprobs={"token_logprobs": [-1.0] * 5}),
         "drew 5 tokens, more than --max-new-tokens 4",
     ),
-    "a number": (functools.partial(changed, logprobs={"token_logprobs": 3}), "of 0 tokens where"),
-    "one id": (functools.partial(changed, token_ids=5), "returns no ids of the tokens"),
+    "a number": (functools.partial(changed, logprobs={"token_logprobs": 3}), "of 0 tokens, but"),
+    "one id": (functools.partial(changed, token_ids=5), "does not return the ids of drawn tokens"),
     "a text": (lambda answer: "Hello", "returns 0 completions"),
 }
 
@@ -90,7 +90,8 @@ def test_answers_that_lack_something_are_refused(stub, wrong):
 
 
 def test_a_busy_server_is_asked_again(stub, monkeypatch):
-    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
+    for name in ("_FIRST_PAUSE_SECONDS", "_MAX_PAUSE_SECONDS"):
+        monkeypatch.setattr(client, name, 0.0)
     stub.failures = [(503, "starting"), (429, ""), (500, "once"), (502, "a proxy's")]
     stub.failures.append((503, '{"error": "still"}'))
     assert len(drawn_from(stub)) == 2 and len(stub.paths) == 6
@@ -105,7 +106,7 @@ def test_a_busy_server_is_asked_again(stub, monkeypatch):
     with pytest.raises(UserError, match="refuses to draw .308: moved"):
         drawn_from(stub)
     stub.failures = [(401, '{"error": "no key"}')]
-    with pytest.raises(UserError, match="401: no key.; its key is .* LORA_JAX_SAMPLER_KEY"):
+    with pytest.raises(UserError, match="401: no key.. Set its key in .* LORA_JAX_SAMPLER_KEY"):
         drawn_from(stub)
     stub.failures = [(503, "starting")] * 100_000
     with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.5 s"):
@@ -121,15 +122,16 @@ def test_a_server_may_take_a_second_until_it_can_be_reached(stub, monkeypatch):
             raise ConnectionRefusedError
         connect(connection)
 
-    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(client, "_LOOK", 60.0)
+    for name in ("_FIRST_PAUSE_SECONDS", "_MAX_PAUSE_SECONDS"):
+        monkeypatch.setattr(client, name, 0.0)
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 60.0)
     monkeypatch.setattr(http.client.HTTPConnection, "connect", refusing_once)
     with stub.serving() as url:
         assert SamplerServer(url, 60.0).probe() == ["base"] and len(refused) == 1
 
 
 def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
-    monkeypatch.setattr(client, "_LOOK", 0.0)
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.0)
     with stub.serving() as url:
         server = SamplerServer(url, 20.0)
         assert server.probe() == ["base"]
@@ -137,7 +139,7 @@ def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
         stub.routes = ()
         with pytest.raises(UserError, match="loads no adapters.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             SamplerServer(url, 20.0).check_loads()
-    with pytest.raises(UserError, match="cannot be reached .*is the server up"):
+    with pytest.raises(UserError, match="cannot be reached .*Start the server, or check"):
         server.probe()
     for url in ("127.0.0.1:8000", "http://127.0.0.1:port"):
         with pytest.raises(UserError, match="an address such as"):

@@ -14,7 +14,7 @@ from train.console.errors import UserError
 from train.live.distillation import DistillationRollouts
 from train.live.external.check import SamplerCheck, _importance_of_tokens
 from train.live.external.sampler import ExternalSampler
-from train.live.preferences import divergence, mismatched, with_room_for_mismatches
+from train.live.preferences import divergence, mismatch_completions, with_room_for_mismatches
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
 from train.live.reference import reference_line
 from train.live.reinforcement import RewardedRollouts
@@ -55,7 +55,7 @@ THREE = preferences(([1, 2], [3]), ([4], [5, 6]), ([7, 8, 9], [10, 11]))
 
 def test_each_prompt_gets_the_completion_of_the_row_before_it():
     """Rows in the order of the data, whatever the order of the batch; the first has the last's."""
-    mixed = mismatched(THREE, np.array([2, 0, 1]))
+    mixed = mismatch_completions(THREE, np.array([2, 0, 1]))
     assert [row.ids.tolist() for row in mixed.table] == [[1, 2, 10, 11], [4, 3], [7, 8, 9, 5, 6]]
     assert [row.counts.tolist() for row in mixed.table] == [
         [False, False, True, True],
@@ -64,10 +64,10 @@ def test_each_prompt_gets_the_completion_of_the_row_before_it():
     ]
     assert mixed.table.rows.tolist() == [1, 2, 3]
     assert mixed.firsts.tolist() == [0, 1, 2, 3] and mixed.reference is None
-    pair = mismatched(THREE, np.array([2, 1]))
+    pair = mismatch_completions(THREE, np.array([2, 1]))
     assert [row.ids.tolist() for row in pair.table] == [[4, 10, 11], [7, 8, 9, 5, 6]]
     short = dataclasses.replace(THREE, lengths=(4,))
-    assert [len(row.ids) for row in mismatched(short, np.arange(3)).table] == [4, 2, 4]
+    assert [len(row.ids) for row in mismatch_completions(short, np.arange(3)).table] == [4, 2, 4]
 
 
 def test_room_for_any_prompt_with_any_completion():
@@ -147,11 +147,11 @@ def test_a_batch_at_the_bound_of_mismatch_is_learned_from():
     check = server_check(0.5, now)
     assert check.weigh(dict(OLD), drawn_logps([0.25, -0.5, 0.75, 9]), {}, 4) == ({}, None)
     metrics, why = check.weigh(dict(OLD), drawn_logps([0.25, -0.5, 0.765625, 9]), {}, 4)
-    assert metrics == {} and "before step 5" in why and "are 0.505 from the adapter's" in why
+    assert metrics == {} and "before step 5" in why and "the adapter's by 0.505 on average" in why
     fresh = server_check(0.5, now)
     none = OLD | {"weights": np.zeros_like(OLD["weights"])}
     assert fresh.weigh(none, drawn_logps([9, 9, 9, 9]), {}, 4) == ({}, None)
-    with pytest.raises(UserError, match="before step 5.*all tokens .leave out --top-p"):
+    with pytest.raises(UserError, match="before step 5.*Remove --top-p"):
         fresh.weigh(dict(OLD), drawn_logps([0.25, -0.5, 0.765625, 9]), {}, 4)
 
 
@@ -440,7 +440,7 @@ def test_rloo_takes_the_divergence_from_the_reward():
     feed = feed_of(config, per_token=("old",), per_completion=("advantages",))
     made = rollouts(RewardedRollouts, config, feed, LOGPS)
     made._reference = "reference"
-    made._ask = lambda rows, drawn, number: answer(1.0, 2.0, 0.5, 0.5, fact=[1, 2, 3, 4])
+    made._ask_rewards = lambda rows, drawn, number: answer(1.0, 2.0, 0.5, 0.5, fact=[1, 2, 3, 4])
     drawn, batch, metrics = made.score("policy", ROWS, drawn_of(1), 0)
     old, entropy = LOGPS["policy"]
     counted = batch["weights"] > 0
@@ -464,13 +464,13 @@ def test_other_losses_get_the_reference_and_the_groups_deviation():
     feed = feed_of(config, per_token=("old",), per_completion=("advantages",))
     made = rollouts(RewardedRollouts, config, feed, LOGPS)
     made._reference = "reference"
-    made._ask = lambda rows, drawn, number: answer(1.0, 3.0, 0.5, 0.5)
+    made._ask_rewards = lambda rows, drawn, number: answer(1.0, 3.0, 0.5, 0.5)
     _, batch, metrics = made.score("policy", ROWS, drawn_of(1), 0)
     np.testing.assert_array_equal(batch["reference"], LOGPS["reference"][0])
     one = 1 / (np.sqrt(2) + 1e-4)
     np.testing.assert_allclose(batch["advantages"], [[-one, one, 0, 0]], rtol=1e-5)
     assert "kl" not in metrics
-    made._ask = lambda rows, drawn, number: answer(*[np.nan] * 4)._replace(lost="why")
+    made._ask_rewards = lambda rows, drawn, number: answer(*[np.nan] * 4)._replace(lost="why")
     _, batch, _ = made.score("policy", ROWS, drawn_of(1), 0)
     assert np.isnan(batch["advantages"]).all()
     assert feed.lost == "no completion has a reward (why)"
@@ -493,9 +493,9 @@ def test_groups_without_spread_are_drawn_again():
         calls.append((params, rows.tolist(), number, attempt))
         return drawn_of(10 + attempt, n=1)
 
-    made.draw, made._ask = draw, lambda rows, drawn, number: answers.pop(0)
+    made.draw, made._ask_rewards = draw, lambda rows, drawn, number: answers.pop(0)
     drawn = drawn_of(1)
-    rewards, extra, lost, metrics = made._reward("policy", ROWS, drawn, 7)
+    rewards, extra, lost, metrics = made._reward_groups("policy", ROWS, drawn, 7)
     assert calls == [("policy", [1], 7, 1), ("policy", [1], 7, 2)]
     np.testing.assert_array_equal(rewards, [[3, 4], [0, 2]])
     assert [fact["fact"] for fact in extra.ravel()] == list("ghcd")
@@ -505,7 +505,7 @@ def test_groups_without_spread_are_drawn_again():
         np.testing.assert_array_equal(getattr(drawn, name)[0], getattr(last, name)[0])
         np.testing.assert_array_equal(getattr(drawn, name)[1], getattr(first, name)[1])
     answers[:] = [answer(1, 2, 0, 2)]
-    made._reward("policy", ROWS, drawn_of(1), 7)
+    made._reward_groups("policy", ROWS, drawn_of(1), 7)
     assert len(calls) == 2, "all groups differ"
 
 

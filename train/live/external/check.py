@@ -1,8 +1,8 @@
-"""Checks that a server draws from the adapter that it was given, as a run begins and at each batch.
+"""Checks that a server draws from the run's adapter, before training and at each batch.
 
-A run whose sampler holds the base, or another adapter, learns from somebody else's completions, and
-its losses look well. An adapter that begins at B = 0 is the base: what tells them apart is a probe,
-the adapter with noise, which the server has to load before the first step.
+If the sampler has the base or another adapter, the run learns from another policy's completions
+although its losses look good. An adapter that starts with B = 0 equals the base. Before the first
+step, the server therefore also loads a probe, which is the adapter with noise.
 """
 
 from collections.abc import Callable
@@ -23,22 +23,22 @@ from train.live.prompts import GroupedCompletions, PromptFeed
 from train.options.scripts.sampler import ImportanceWeighting, importance_of
 from train.run.task import ModelContext
 
-_MAX_PROMPTS = 4  # of a rehearsal, at most
-_MIN_PROBE_DISTANCE = 4.0  # times --max-mismatch that the probe is from the adapter, at least
-_STRENGTHS = [0.05 * 2**k for k in range(10)]  # of the probe's noise
-_PROBE_STREAM = 3  # a stream of the run's key; see `train.live.rollouts`
+_MAX_REHEARSAL_PROMPTS = 4
+_MIN_PROBE_DISTANCE = 4.0  # minimum distance of the probe from the adapter, in --max-mismatch
+_NOISE_STRENGTHS = [0.05 * 2**k for k in range(10)]
+_PROBE_STREAM = 3  # a random stream of the run; see `train.live.rollouts`
 
 # Returns the log-probabilities of a batch's completions by an adapted tree, [accumulate, batch, n].
 Score = Callable[[Tree, HostBatch], np.ndarray]
 
 
 class SamplerCheck:
-    """Compares the sampler's log-probabilities with those of the adapter that it was given."""
+    """Compares the sampler's log-probabilities with those of the adapter that it loaded."""
 
     def __init__(
         self, context: ModelContext, feed: PromptFeed, sampler: ExternalSampler, score: Score
     ) -> None:
-        """Takes the run, its prompts, its sampler, and the trainer's log-probabilities."""
+        """Keeps the run, its prompts, its sampler, and the trainer's scoring function."""
         self._context = context
         self._feed = feed
         self._sampler = sampler
@@ -48,32 +48,33 @@ class SamplerCheck:
         self._has_checked_batch = False
 
     def rehearse(self, params: Tree) -> None:
-        """Has the server draw by the adapter as training begins, and by a probe.
+        """Checks that the server draws with the adapter at the start of training, and with a probe.
 
         Raises:
-          UserError: it does not draw by one of them; says how far it is, and what to do.
+          UserError: the server draws with another adapter; tells the mismatch and a remedy.
         """
         rows = self._feed.rows(int(self._context.ready.state.step))
-        rows = rows[: min(_MAX_PROMPTS, self._feed.order.batch_size)]
-        drawn, batch = self._drawn(params, "begin", rows)
+        rows = rows[: min(_MAX_REHEARSAL_PROMPTS, self._feed.order.batch_size)]
+        drawn, batch = self._draw_batch(params, "begin", rows)
         mismatch = _mean_mismatch(drawn, batch, self._score(params, batch))
         if not mismatch <= self._bound:
-            raise self._refused(mismatch, "as training begins", "")
+            raise self._mismatch_error(mismatch, "at the start of training", "")
+        # The probe differs from the base and from the adapter.
         probe, strength, probe_distance = self._make_probe(params, batch)
-        drawn, batch = self._drawn(probe, "probe", rows)
+        drawn, batch = self._draw_batch(probe, "probe", rows)
         probe_mismatch = _mean_mismatch(drawn, batch, self._score(probe, batch))
         if not probe_mismatch <= self._bound:
             old_mismatch = _mean_mismatch(drawn, batch, self._score(params, batch))
-            why = ""
+            cause = ""
             if old_mismatch <= self._bound:
-                why = "It goes on with what it had before: it has not taken up the adapter. "
-            occasion = f"with noise of {strength:g} added to it, as a probe"
-            raise self._refused(probe_mismatch, occasion, why)
+                cause = "It still draws with the earlier adapter and has not loaded the new one. "
+            occasion = f"for a probe, the adapter with noise of {strength:g},"
+            raise self._mismatch_error(probe_mismatch, occasion, cause)
         tell(
             self._context.console,
-            f"{self._sampler.server.url} draws from the adapter: it is {mismatch:.2g} from it in "
-            f"the mean over tokens, and {probe_mismatch:.2g} from a probe that differs by "
-            f"{probe_distance:.2g}",
+            f"{self._sampler.server.url} draws from the adapter: the mean mismatch is "
+            f"{mismatch:.2g} for the adapter, and {probe_mismatch:.2g} for a probe that differs "
+            f"from it by {probe_distance:.2g}",
         )
 
     def weigh(
@@ -88,10 +89,10 @@ class SamplerCheck:
           number: the number of its step.
 
         Returns:
-          Metrics, and the reason why nothing can be learned from the batch; None where it can.
+          Metrics, and the reason why nothing can be learned from the batch, or None.
 
         Raises:
-          UserError: the first batch is not of the adapter.
+          UserError: the first batch was drawn with another adapter.
         """
         sampler_logps = drawn.logps.reshape(batch["old"].shape)
         mismatch = self._mismatch(batch, sampler_logps, base, number)
@@ -112,22 +113,22 @@ class SamplerCheck:
             return metrics, None
         occasion = f"before step {number + 1}"
         if is_first_batch:
-            raise self._refused(mismatch, occasion, "")
-        return metrics, self._problem(mismatch, occasion)
+            raise self._mismatch_error(mismatch, occasion, "")
+        return metrics, self._describe_mismatch(mismatch, occasion)
 
     def _mismatch(
         self, batch: HostBatch, sampler_logps: np.ndarray, base: Tree, number: int
     ) -> float | None:
-        """Returns the mean distance of the sampler's log p from that of the adapter that it had.
+        """Returns the mean mismatch between the sampler and the adapter that drew the batch.
 
-        None if no token counts.
+        The mismatch is the absolute difference of log p, and None if no token counts.
         """
         version = self._sampler.version
         is_stale = number > version.step
         has_loss = batch["weights"] > 0
         adapter_logps = batch["old"]
         if is_stale:
-            # The first part of a batch is enough to tell.
+            # The first part of the batch is enough for the check.
             assert version.adapter is not None
             part = {name: array[:1] for name, array in batch.items()}
             adapter_logps = self._score(lj.join(version.adapter, base), part)
@@ -136,25 +137,27 @@ class SamplerCheck:
         distances = np.abs(sampler_logps - adapter_logps)[has_loss]
         return float(distances.mean()) if distances.size else None
 
-    def _drawn(
+    def _draw_batch(
         self, params: Tree, label: str, rows: np.ndarray
     ) -> tuple[GroupedCompletions, HostBatch]:
-        """Returns completions by an adapter, and the part of a batch that holds them."""
+        """Draws completions with an adapter, and returns them with their part of a batch."""
         drawn = self._sampler.draw_by(params, label, rows)
-        drawn = drawn._replace(ended=np.ones_like(drawn.ended))  # each counts, cut off or not
+        # Completions that were cut off count, too.
+        drawn = drawn._replace(ended=np.ones_like(drawn.ended))
         batch = self._feed.batch_from_completions(rows, drawn)
         return drawn, {name: array[:1] for name, array in batch.items()}
 
     def _make_probe(self, params: Tree, batch: HostBatch) -> tuple[Tree, float, float]:
-        """Returns an adapter with noise, the noise's strength, and the distance of its log p."""
+        """Returns an adapter with noise, the strength of the noise, and the change of log p."""
         adapter, base = lj.split(params)
         key = jax.random.fold_in(jax.random.key(self._context.config.optim.seed), _PROBE_STREAM)
         shardings = jax.tree.map(lambda array: array.sharding, adapter)
         add_noise: Any = jax.jit(_add_noise, out_shardings=shardings)
         has_loss = batch["weights"] > 0
         adapter_logps = self._score(params, batch)
+        # The weakest noise that a check could not overlook.
         distance = 0.0
-        for strength in _STRENGTHS:
+        for strength in _NOISE_STRENGTHS:
             with jax.set_mesh(self._context.layout.mesh):
                 probe = lj.join(add_noise(adapter, strength, key), base)
             probe_logps = self._score(probe, batch)
@@ -162,31 +165,31 @@ class SamplerCheck:
             if distance >= _MIN_PROBE_DISTANCE * self._bound:
                 return probe, strength, distance
         raise UserError(
-            f"--max-mismatch {self._bound:g}: no probe is so far from the adapter ({distance:.2g}, "
-            f"{_MIN_PROBE_DISTANCE:g} times that is needed) that a server that holds another one "
-            "could be told from the right one; give a smaller number"
+            f"--max-mismatch {self._bound:g} is too large to detect a server with a wrong adapter: "
+            f"a probe differs from the adapter by {distance:.2g}, but {_MIN_PROBE_DISTANCE:g} "
+            "times --max-mismatch is needed. Pass a smaller --max-mismatch."
         )
 
-    def _problem(self, mismatch: float, occasion: str) -> str:
-        """Returns the sentence that the sampler does not draw from the adapter that trains."""
+    def _describe_mismatch(self, mismatch: float, occasion: str) -> str:
+        """Returns a sentence, without its period, about a sampler with another adapter."""
         return (
-            f"{self._sampler.server.url} does not draw from the adapter that trains: its "
-            f"log-probabilities are {mismatch:.3g} from the adapter's, in the mean over tokens, "
-            f"{occasion}, and --max-mismatch allows {self._bound:g}"
+            f"{self._sampler.server.url} does not draw from the adapter that trains: {occasion} "
+            "its log-probabilities differ from the adapter's by "
+            f"{mismatch:.3g} on average, and --max-mismatch allows {self._bound:g}"
         )
 
-    def _refused(self, mismatch: float, occasion: str, why: str) -> UserError:
-        """Returns the error of a sampler that does not draw from the adapter, with remedies."""
+    def _mismatch_error(self, mismatch: float, occasion: str, cause: str) -> UserError:
+        """Returns the error for a sampler that does not draw from the adapter, with remedies."""
         data = self._context.config.data
         all_tokens = ""
         if data.top_p < 1 or data.top_k is not None:
-            all_tokens = ", of all tokens (leave out --top-p and --top-k)"
+            all_tokens = " Remove --top-p and --top-k, so that they cover all tokens."
         return UserError(
-            f"--sampler: {self._problem(mismatch, occasion)}. {why}The server needs the same base, "
-            f"{self._context.outline.name}, and the adapter of each request's `model`; its "
-            "log-probabilities have to be those at the temperature (vLLM: --logprobs-mode "
-            f"processed_logprobs){all_tokens}. Where it computes in fewer bits than training "
-            "does, change that, or give a larger --max-mismatch"
+            f"--sampler: {self._describe_mismatch(mismatch, occasion)}. {cause}Start the server "
+            f"with the same base, {self._context.outline.name}, and with log-probabilities at the "
+            f"temperature (vLLM: --logprobs-mode processed_logprobs).{all_tokens} If the server "
+            "computes with fewer bits than training, increase its precision, or pass a larger "
+            "--max-mismatch."
         )
 
 
@@ -196,7 +199,7 @@ def _importance_of_tokens(
     sampler_logps: np.ndarray,
     has_loss: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, float | None]]:
-    """Returns the weights of importance sampling, fp32, and metrics of those that count."""
+    """Returns the weights of importance sampling, float32, and metrics of the counted ones."""
     weights = importance_weights(
         jnp.asarray(old_logps),
         jnp.asarray(sampler_logps),
@@ -215,7 +218,7 @@ def _importance_of_tokens(
             "importance_capped": None,
         }
     is_high = counted >= np.float32(weighting.cap)
-    is_low = counted <= np.float32(weighting.floor)  # 0, where masked
+    is_low = counted <= np.float32(weighting.floor)  # masked weights are 0
     return importance, {
         "importance_mean": float(counted.mean()),
         "importance_min": float(counted.min()),
@@ -224,19 +227,20 @@ def _importance_of_tokens(
 
 
 def _mean_mismatch(drawn: GroupedCompletions, batch: HostBatch, logps: np.ndarray) -> float:
-    """Returns the mean distance of the sampler's log-probabilities from an adapter's, `logps`."""
+    """Returns the mean absolute difference of the sampler's log-probabilities and `logps`."""
     has_loss = batch["weights"] > 0
     max_new_tokens = logps.shape[-1]
     drawn_logps = drawn.logps.reshape(-1, max_new_tokens)
+    # The rows of the batch behind the drawn ones are empty.
     sampler_logps = np.zeros(logps.shape, np.float32)
     rows = sampler_logps.reshape(-1, max_new_tokens)  # a view
-    rows[: len(drawn_logps)] = drawn_logps  # the other rows of the batch are empty
+    rows[: len(drawn_logps)] = drawn_logps
     distances = np.abs(sampler_logps - logps)[has_loss]
     return float(distances.mean()) if distances.size else float("nan")
 
 
 def _add_noise(adapter: Tree, strength: jax.Array, key: jax.Array) -> Tree:
-    """Returns arrays with noise of their own size times `strength`; of size 1 where all are 0."""
+    """Adds noise with `strength` times each array's root mean square, or times 1 for zeros."""
     arrays, structure = jax.tree.flatten(adapter)
     noisy_arrays = []
     for index, array in enumerate(arrays):

@@ -1,6 +1,6 @@
-"""Finds the server of --sampler, and draws a run's completions by it.
+"""Finds the server of --sampler, and draws a run's completions with it.
 
-The server holds the adapter as it was a few batches before.
+With --staleness, the server has the adapter from a few batches before.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from train.processes import hosts
 from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import ModelContext
 
-_MAX_REQUESTS = 64  # requests under way
-_SEED_STREAM = 2**16  # no attempt's number
-_FORGET_SECONDS = 3.0  # seconds for a server to forget an adapter, as the run ends or cannot begin
+_MAX_REQUESTS = 64  # at the same time
+_SEED_STREAM = 2**16  # a random stream that differs from the number of any attempt
+_UNLOAD_SECONDS = 3.0  # to unload an adapter when the run ends or cannot begin
 
 
-def _forget(versions: Sequence[AdapterVersion], server: SamplerServer) -> None:
-    """Has a server forget adapters; one that is gone has forgotten them."""
+def _unload(versions: Sequence[AdapterVersion], server: SamplerServer) -> None:
+    """Unloads adapters from a server. Errors are ignored, because the server may have ended."""
     for version in versions:
         with contextlib.suppress(TrainingError):
             version.drop(server)
 
 
 def sampling_options(data: Any, outline: ModelInfo) -> SamplingOptions:
-    """Returns the options of the draws of a run."""
+    """Returns the options of a run's requests."""
     return SamplingOptions(
         n=data.group,
         max_tokens=data.max_new_tokens,
@@ -52,26 +52,26 @@ def sampling_options(data: Any, outline: ModelInfo) -> SamplingOptions:
 
 
 class _Request(NamedTuple):
-    """The draws of a batch, under way: a future for each prompt, in the first process alone."""
+    """The requests of a batch: a future for each prompt, only in the first process."""
 
     version: AdapterVersion
     answers: Sequence[Future[list[DrawnCompletion]]]
 
 
 class ExternalSampler:
-    """Draws completions by a server; all processes call its methods, and the first one asks.
+    """Draws completions with a server. All processes call its methods; the first sends requests.
 
     Attributes:
       server: the server.
     """
 
     def __init__(self, context: ModelContext, feed: PromptFeed, key: Any) -> None:
-        """Takes the run.
+        """Creates a sampler without requests.
 
         Args:
           context: the run.
-          feed: its prompts.
-          key: returns the key of a draw, by step and attempt.
+          feed: the prompts of the run.
+          key: returns the key of a draw from its step and attempt.
         """
         assert feed.server is not None
         self.server = feed.server
@@ -82,7 +82,7 @@ class ExternalSampler:
         self._stops = StopTexts(context.outline.tokenizer, context.config.data.stop)
         self._publisher = Publisher(context)
         self._pool = ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="sampler")
-        self._ahead: dict[int, _Request] = {}  # by the steps that they are for
+        self._ahead: dict[int, _Request] = {}  # the step of a batch -> its requests
         self._versions: list[AdapterVersion] = []
         self._current: AdapterVersion | None = None
 
@@ -95,10 +95,10 @@ class ExternalSampler:
     def draw(
         self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
     ) -> GroupedCompletions:
-        """Returns completions of prompts, those of one batch all of one adapter; see `Rollouts`.
+        """Draws the completions of a batch with one adapter; see `Rollouts.draw`.
 
         Raises:
-          Dropped: a signal came meanwhile, or the server failed; raised in all processes.
+          Dropped: a signal came, or the server failed; raised in all processes.
         """
         if attempt:
             return self._hear(self._ask(self.version, rows, number, attempt))
@@ -108,16 +108,17 @@ class ExternalSampler:
         return self._hear(request)
 
     def draw_by(self, params: Tree, label: str, rows: np.ndarray) -> GroupedCompletions:
-        """Returns completions by an adapter that is loaded for these alone.
+        """Draws completions with an adapter that is loaded only for this draw.
 
         Raises:
           UserError: the server does not load it, or does not draw; raised in all processes.
         """
         version = self._publisher.publish(params, label)
-        forgetting_server = SamplerServer(self.server.url, _FORGET_SECONDS)
+        # A server that fails gets little time to unload the adapter.
+        unloading_server = SamplerServer(self.server.url, _UNLOAD_SECONDS)
         try:
             drawn = self._hear(self._ask(version, rows, 0, _SEED_STREAM))
-            forgetting_server = self.server  # it answers, and has the time that it needs
+            unloading_server = self.server
             return drawn
         except Dropped as error:
             if error.args:
@@ -125,20 +126,21 @@ class ExternalSampler:
             self._context.stop.check()
             raise
         finally:
-            _forget([version], forgetting_server)
+            _unload([version], unloading_server)
 
     def close(self) -> None:
-        """Ends the requests under way, and has the server forget the adapters."""
+        """Ends all requests, and unloads the adapters from the server."""
         for request in self._ahead.values():
             for answer in request.answers:
                 answer.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.server.close()
-        _forget([*self._versions], SamplerServer(self.server.url, _FORGET_SECONDS))
+        _unload(list(self._versions), SamplerServer(self.server.url, _UNLOAD_SECONDS))
         self._publisher.close()
 
     def _publish(self, params: Tree, number: int) -> None:
-        """Writes the adapter before a step, and asks for the batches that it draws."""
+        """Publishes the adapter before a step, and requests the batches that it draws."""
+        # The steps whose batches this adapter draws: with --staleness, later batches, too.
         updates = self._context.config.optim.updates
         staleness = self._context.config.data.staleness
         due_steps = []
@@ -159,7 +161,7 @@ class ExternalSampler:
             self._ahead[step] = self._ask(version, self._feed.rows(step), step, 0)
 
     def _drop(self, version: AdapterVersion) -> None:
-        """Has the server forget an adapter, which stays in the list where that fails."""
+        """Unloads an adapter. If this fails, the adapter stays in the list."""
         version.drop(self.server)
         if version in self._versions:
             self._versions.remove(version)
@@ -167,7 +169,7 @@ class ExternalSampler:
     def _ask(
         self, version: AdapterVersion, rows: np.ndarray, number: int, attempt: int
     ) -> _Request:
-        """Sends the requests for the completions of prompts; does not wait for the answers."""
+        """Sends the requests for the completions of prompts without waiting for answers."""
         key = jax.random.fold_in(self._key(number, attempt), _SEED_STREAM)
         seeds = np.asarray(jax.random.bits(key, (len(rows),))).astype(np.int64) % 2**31
         if jax.process_index():
@@ -179,7 +181,7 @@ class ExternalSampler:
         return _Request(version, answers)
 
     def _complete(self, version: AdapterVersion, row: int, seed: int) -> list[DrawnCompletion]:
-        """Returns the completions of a prompt; loads the adapter again if the server lost it."""
+        """Returns the completions of a prompt. If the server lost the adapter, loads it again."""
         prompt = self._feed.prompts.tokens[row]
         load = 0
         for _ in range(2):
@@ -189,17 +191,17 @@ class ExternalSampler:
             if drawn is not None:
                 return drawn
         raise UserError(
-            f"{flag('sampler', self.server.url)}: it loads the adapter {version.name}, and then "
-            "has no model of this name"
+            f"{flag('sampler', self.server.url)}: the server loads the adapter {version.name}, but "
+            "then has no model with this name. Check the log of the server."
         )
 
     def _hear(self, request: _Request) -> GroupedCompletions:
-        """Waits for the answers; the first process passes them on."""
+        """Waits for the answers, which the first process passes to all processes."""
 
         def wait_for_answers() -> list[list[DrawnCompletion]]:
             done = wait(request.answers, return_when=FIRST_EXCEPTION).done
             for answer in done:
-                answer.result()  # raises the error of one that failed, whichever it is
+                answer.result()  # raises the error of a failed request
             return [answer.result() for answer in request.answers]
 
         def as_json(answers: list[list[DrawnCompletion]]) -> list[Any]:
@@ -212,10 +214,10 @@ class ExternalSampler:
             fields = hosts.ask_first_process(wait_for_answers, as_json, self._context.stop)
         except UserError as error:
             raise Dropped(str(error)) from None
-        return self._grouped([DrawnCompletion(*values) for values in fields])
+        return self._group([DrawnCompletion(*values) for values in fields])
 
-    def _grouped(self, completions: Sequence[DrawnCompletion]) -> GroupedCompletions:
-        """Returns completions as arrays, those of one prompt in a group."""
+    def _group(self, completions: Sequence[DrawnCompletion]) -> GroupedCompletions:
+        """Returns completions as arrays, with one group per prompt."""
         shape = (len(completions), self._options.max_tokens)
         tokens = np.zeros(shape, np.int32)
         logps = np.zeros(shape, np.float32)
@@ -234,17 +236,18 @@ class ExternalSampler:
 
 
 def find_server(data: Any, *, several_turns: bool) -> SamplerServer | None:
-    """Returns the server of a run's options, once it has answered the first process; or None.
+    """Returns the server of --sampler after a first answer; None without --sampler.
 
     Raises:
-      UserError: it is not there, it loads no adapters, or completions have several turns.
+      UserError: the server cannot be reached, it loads no adapters, or completions have several
+        turns.
     """
     if data.sampler is None:
         return None
     if several_turns:
         raise UserError(
-            f"--sampler {data.sampler} draws completions of one turn, and those of --dataset "
-            f"{data.dataset} have several: leave --sampler out"
+            f"--sampler {data.sampler} draws completions of one turn, but completions of --dataset "
+            f"{data.dataset} have several turns. Remove --sampler."
         )
     server = SamplerServer(data.sampler, data.sampler_timeout)
     if is_first():
@@ -254,7 +257,7 @@ def find_server(data: Any, *, several_turns: bool) -> SamplerServer | None:
 
 
 def lines_of_server(server: SamplerServer, feed: PromptFeed) -> Iterator[str]:
-    """Yields lines on a server, which draws completions of the first prompt by its base."""
+    """Yields log lines about a server, which draws completions of the first prompt."""
     names = server.probe()
     options = sampling_options(feed.config.data, feed.outline)
     prompt = feed.prompts.tokens[0]
@@ -262,10 +265,13 @@ def lines_of_server(server: SamplerServer, feed: PromptFeed) -> Iterator[str]:
     drawn = server.complete(names[0], prompt, options, feed.config.optim.seed)
     seconds = time.perf_counter() - start_time
     if drawn is None:
-        raise UserError(f"--sampler {server.url}: it lists the model {names[0]}, and has none such")
+        raise UserError(
+            f"--sampler {server.url}: the server lists the model {names[0]}, but cannot find it. "
+            "Check the log of the server."
+        )
     n_tokens = sum(len(completion.ids) for completion in drawn)
     yield (
         f"{server.url} serves {', '.join(names)}; {names[0]} drew {n_tokens} tokens in "
         f"{len(drawn)} completions of the first prompt, in {duration(seconds)}"
     )
-    yield "whether it draws from the adapter is tried as training begins"
+    yield "the start of training checks that the server draws from the adapter"

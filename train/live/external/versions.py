@@ -1,4 +1,4 @@
-"""The adapters of a run, as a server holds them: written for it, loaded, unloaded, by version."""
+"""Writes versions of a run's adapter for a server, and loads and unloads them."""
 
 import contextlib
 import re
@@ -21,21 +21,21 @@ from train.processes import hosts
 from train.run.output import SAMPLER
 from train.run.task import ModelContext
 
-_MAX_STEM_CHARS = 64  # characters of a run's name in those of its adapters
+_MAX_STEM_CHARS = 64  # characters of the run's name in the names of adapters
 
 
 class AdapterVersion:
-    """An adapter as it was before a step.
+    """The adapter before a certain step.
 
     Attributes:
-      name: the server's name of it.
-      step: the number of that step.
-      last: the last step that it draws for; later ones no longer need it.
-      adapter: a copy of its arrays, where they will be looked at again; else None.
+      name: the adapter's name on the server.
+      step: the number of the step.
+      last: the last step for which the version draws a batch.
+      adapter: a copy of its arrays if they are needed again; else None.
     """
 
     def __init__(self, name: str, folder: Path, server_path: str, adapter: Tree | None) -> None:
-        """Takes the name, the folder, that folder's path for the server, and the arrays."""
+        """Keeps the name, the folder, the folder's path on the server, and the arrays."""
         self.name = name
         self.adapter = adapter
         self.step = -1
@@ -46,22 +46,23 @@ class AdapterVersion:
         self._n_loads = 0  # -1 once it is dropped
 
     def load(self, server: SamplerServer, lost_load: int = 0) -> int:
-        """Loads the adapter on the server, once for all threads; returns the number of the load.
+        """Loads the adapter on the server once for all threads, and returns the number of the load.
 
         Args:
           server: the server.
-          lost_load: the load that the server has lost, such as by a restart; 0 for none yet.
+          lost_load: the number of the load that the server has lost, for example by a restart; 0
+            before the first load.
         """
         with self._lock:
             is_dropped = self._n_loads < 0
-            was_lost = self._n_loads == lost_load  # else another thread has loaded it since
+            was_lost = self._n_loads == lost_load  # otherwise another thread loaded it again
             if was_lost and not is_dropped:
                 server.load(self.name, self._server_path)
                 self._n_loads += 1
             return self._n_loads
 
     def drop(self, server: SamplerServer) -> None:
-        """Deletes its folder, and has the server forget it."""
+        """Deletes the adapter's folder, and unloads the adapter from the server."""
         with self._lock:
             if is_first():
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -74,32 +75,32 @@ class Publisher:
     """Writes versions of an adapter to a folder that the server reads."""
 
     def __init__(self, context: ModelContext) -> None:
-        """Takes the run."""
+        """Finds the folder for the adapters of a run, and deletes what a killed run left in it."""
         data = context.config.data
         self._context = context
         folder = Path(data.sampler_folder or context.folder / SAMPLER)
         self._folder = folder.expanduser().absolute()
         self._is_ours = data.sampler_folder is None
         if self._is_ours and is_first():
-            shutil.rmtree(self._folder, ignore_errors=True)  # what a killed run has left
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._server_folder = (data.sampler_mount or str(self._folder)).rstrip("/")
         run_name = re.sub(r"[^\w.-]+", "-", context.folder.name)[:_MAX_STEM_CHARS].lstrip(".-")
-        # No two runs that ever wrote to the folder have a name in common.
+        # Adapters of different runs in one folder must have different names.
         self._stem = f"{run_name or 'run'}-{uuid.uuid4().hex[:8]}"
         self._replicate = jax.jit(lambda arrays: arrays, out_shardings=context.layout.whole)
         self._copy = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
 
     def publish(self, params: Tree, label: str, *, keeps: bool = False) -> AdapterVersion:
-        """Writes an adapter, in the first process; all have to call this.
+        """Writes an adapter in the first process. All processes must call it.
 
         Args:
           params: the adapted tree.
-          label: tells the version: "step12".
-          keeps: whether its arrays are looked at later.
+          label: the name of the version, such as "step12".
+          keeps: whether to keep a copy of the arrays.
 
         Raises:
-          UserError: PEFT's files cannot hold it, or the folder cannot be written; raised in all
-            processes.
+          UserError: PEFT's format does not support the adapter, or the folder cannot be written;
+            raised in all processes.
         """
         adapter, base = lj.split(params)
         with jax.set_mesh(self._context.layout.mesh):
@@ -108,10 +109,10 @@ class Publisher:
         name = f"{self._stem}-{label}"
 
         def write(_: int) -> None:
-            unwritable = f"--sampler-folder {self._folder}: it cannot be written: "
+            problem = f"--sampler-folder {self._folder} cannot be written: "
             with (
                 as_user_errors(PeftError, prefix="--sampler: no server can load this adapter: "),
-                as_user_errors(OSError, prefix=unwritable),
+                as_user_errors(OSError, prefix=problem, suffix=". Pass another folder."),
             ):
                 peft.save(
                     self._folder / name,
@@ -132,7 +133,7 @@ class Publisher:
         )
 
     def close(self) -> None:
-        """Removes the folder, unless it is the user's own or holds something."""
+        """Removes the folder if it is empty and not the user's own."""
         if self._is_ours:
             with contextlib.suppress(OSError):
                 self._folder.rmdir()

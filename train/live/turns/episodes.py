@@ -1,4 +1,4 @@
-"""The answers of environments: heard by the first process, and told to all."""
+"""Receives the answers of environments in the first process, and passes them to all processes."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -13,20 +13,21 @@ from train.processes import hosts
 from train.rewards.reward import EarnedReward
 from train.tools.contract import Episode, EpisodeHost, EpisodeTurn, ToolAnswer, ToolCall
 
-TokenizeOpened = Callable[[TurnRequest, dict[str, Any]], list[int]]  # the tokens of an opened row
+# Returns the tokens of a row whose prompt an environment has extended.
+TokenizeOpened = Callable[[TurnRequest, dict[str, Any]], list[int]]
 
 
 class EpisodeMessage(NamedTuple):
-    """Holds a message of a completion's environment.
+    """A message from a completion's environment.
 
     Attributes:
-      number: the completion's.
+      number: the number of the completion.
       kind: "opened", "answered" or "earned".
-      ids: the prompt, where its environment opened it with a text, else []; or the tokens between
-        the turn that called and the next.
-      answers: what the tools answered.
-      lost: the reason that the completion ends here; else None.
-      earned: the reward of its environment.
+      ids: for "opened", the prompt if the environment added a text to it, else []; for "answered",
+        the tokens between the calling turn and the next turn.
+      answers: the answers of the tools.
+      lost: the reason why the completion is lost; None if it is not.
+      earned: the reward of the environment.
     """
 
     number: int
@@ -38,9 +39,9 @@ class EpisodeMessage(NamedTuple):
 
 
 class Listener:
-    """The episodes of one draw. All processes call all methods alike; the first alone has episodes.
+    """A context manager for the episodes of one draw, which closes open episodes at the end.
 
-    A context that closes the episodes which are still open.
+    All processes must call the same methods. Only the first process has episodes.
     """
 
     def __init__(
@@ -50,24 +51,24 @@ class Listener:
         tokenize_opened: TokenizeOpened,
         stop: Stop,
     ) -> None:
-        """Begins without any episode.
+        """Creates a listener without episodes.
 
         Args:
-          host: opens episodes; None in other processes than the first.
+          host: opens episodes; None in all processes except the first.
           joints: renders answers.
-          tokenize_opened: returns the tokens of a prompt that an environment has opened.
-          stop: tells of a signal.
+          tokenize_opened: returns the tokens of a prompt that an environment has extended.
+          stop: reports a signal.
         """
         self._host = host if is_first() else None
         self._joints = joints
         self._tokenize_opened = tokenize_opened
         self._stop = stop
-        # All by the completions' numbers:
+        # The keys are the numbers of completions.
         self._requests: dict[int, TurnRequest] = {}
         self._episodes: dict[int, Episode] = {}
-        self._turn_ends: dict[int, int] = {}  # the token that ended the turn that called
-        self._futures: dict[int, tuple[str, Future[Any]]] = {}  # by kind; see `EpisodeMessage`
-        self.waiting: set[int] = set()  # the completions that wait for an answer, in all processes
+        self._turn_ends: dict[int, int] = {}  # the token that ended the calling turn
+        self._futures: dict[int, tuple[str, Future[Any]]] = {}  # with the kind of their message
+        self.waiting: set[int] = set()  # completions that wait for an answer, in all processes
 
     def __enter__(self) -> "Listener":
         return self
@@ -96,16 +97,16 @@ class Listener:
             self._futures[request.number] = ("opened", future)
 
     def call(self, number: int, calls: Sequence[ToolCall], turn_end: int) -> None:
-        """Has the calls of a turn run; `turn_end` is the token that ended the turn."""
+        """Starts the calls of a turn, which ended with the token `turn_end`."""
         self.waiting.add(number)
         if self._host is not None:
             self._turn_ends[number] = turn_end
             self._futures[number] = ("answered", self._episodes[number].call(calls))
 
     def end(self, number: int, *, is_lost: bool) -> None:
-        """Asks for the environment's reward of a completion that is over, and closes its episode.
+        """Requests the environment's reward of a finished completion, and closes its episode.
 
-        One that was lost has none.
+        A lost completion has no reward.
         """
         self.waiting.add(number)
         if self._host is None:
@@ -125,13 +126,13 @@ class Listener:
             episode.close()
 
     def hear(self, *, until_one: bool) -> list[EpisodeMessage]:
-        """Returns new messages; all processes have to call this, and get the same.
+        """Returns the new messages in all processes, which must all call this method.
 
         Args:
-          until_one: wait until there is a message.
+          until_one: whether to wait until there is a message.
 
         Raises:
-          Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
+          Dropped: a signal came to the first process; raised in all processes.
         """
 
         def wait_for_message() -> None:
@@ -139,31 +140,32 @@ class Listener:
             if until_one:
                 wait(futures, return_when=FIRST_COMPLETED)
 
-        def messages(_: None) -> list[dict[str, Any]]:
+        def collect_messages(_: None) -> list[dict[str, Any]]:
             numbers = [number for number, (_, future) in self._futures.items() if future.done()]
-            return [self._message(number) for number in sorted(numbers)]
+            return [self._message_as_json(number) for number in sorted(numbers)]
 
-        bodies = hosts.ask_first_process(wait_for_message, messages, self._stop)
-        heard = [_message_from_json(body) for body in bodies]
-        self.waiting.difference_update(message.number for message in heard)
-        return heard
+        bodies = hosts.ask_first_process(wait_for_message, collect_messages, self._stop)
+        messages = [_message_from_json(body) for body in bodies]
+        self.waiting.difference_update(message.number for message in messages)
+        return messages
 
-    def _message(self, number: int) -> dict[str, Any]:
-        """Returns the result of a future as JSON."""
+    def _message_as_json(self, number: int) -> dict[str, Any]:
+        """Returns the result of a completion's future as a message in JSON."""
         kind, future = self._futures.pop(number)
         message: dict[str, Any] = {"number": number, "kind": kind, "ids": [], "answers": []}
         if kind == "opened":
-            return message | self._opened(number, future.result())
+            return message | self._opened_fields(number, future.result())
         if kind == "answered":
-            return message | self._answered(number, future.result())
+            return message | self._answered_fields(number, future.result())
+        # The reward of the environment, after which the episode ends.
         reward = future.result()
         episode = self._episodes.get(number)
         problem = None if episode is None else episode.problem
         self.drop(number)
         return message | {"earned": [reward, problem]}
 
-    def _opened(self, number: int, episode: Episode) -> dict[str, Any]:
-        """Returns the fields of a message that an episode is open; notes the episode."""
+    def _opened_fields(self, number: int, episode: Episode) -> dict[str, Any]:
+        """Keeps an opened episode, and returns the fields of its message."""
         self._episodes[number] = episode
         if episode.lost is not None or not episode.opening:
             return {"lost": episode.lost}
@@ -171,11 +173,11 @@ class Listener:
         row = opened_row(request.row, episode.opening)
         return {"ids": self._tokenize_opened(request, row)}
 
-    def _answered(self, number: int, turn: EpisodeTurn) -> dict[str, Any]:
-        """Returns the fields of a message that a turn's calls were answered."""
+    def _answered_fields(self, number: int, turn: EpisodeTurn) -> dict[str, Any]:
+        """Returns the fields of a message with the answers to a turn's calls."""
         answers = [self._joints.cut(answer) for answer in turn.answers]
         if turn.lost is not None or not answers:
-            return {"lost": turn.lost or "its environment answered nothing"}
+            return {"lost": turn.lost or "its environment returned no answer"}
         request = self._requests[number]
         template_options = question(request.row, request.name).options
         return {
@@ -185,13 +187,13 @@ class Listener:
 
 
 def _close(opening: "Future[Episode]") -> None:
-    """Closes an episode that nobody waits for any more."""
+    """Closes an episode that opened after its draw had ended."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
 
 
 def _message_from_json(body: dict[str, Any]) -> EpisodeMessage:
-    """Returns a message from its JSON; see `Listener._message`."""
+    """Returns a message from its JSON; see `Listener._message_as_json`."""
     return EpisodeMessage(
         number=body["number"],
         kind=body["kind"],

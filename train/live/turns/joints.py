@@ -1,8 +1,8 @@
-"""The tokens between two turns of a completion: what tools answered, as the chat template has it.
+"""Renders the tokens between two turns of a completion: the answers of tools in the chat template.
 
-Turns are appended as ids: what was drawn is never rendered and tokenised again. A template may
-render a turn differently once others follow it (some leave out what was thought). The model then
-trains and draws on its own words as they were, not on what a chat application would show it later.
+Turns are appended as token ids, so that drawn tokens are never rendered and tokenised again. A
+template may render a turn differently after others follow it (some remove thoughts). The model then
+still trains and draws with its own tokens, not with the tokens that a chat application would show.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
 from train.tools.contract import ToolAnswer
 
-_USER_TEXT = "dummy"  # what the user says in a chat that is rendered for its end alone
+_USER_TEXT = "dummy"  # the user's text in chats of which only the end matters
 _PROBE_ANSWER = ToolAnswer("dummy", "dummy")
 
 
@@ -22,17 +22,17 @@ class TurnJoints:
     """Renders answers of tools between two turns of the assistant.
 
     Attributes:
-      keeps_history: False where the template renders a turn that called tools differently once the
+      keeps_history: whether the template renders a turn that called tools in the same way after the
         tools have answered.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, end_tokens: Iterable[int], max_answer_tokens: int
     ) -> None:
-        """Renders an answer, to see that the template can.
+        """Checks that the template renders answers of tools.
 
         Args:
-          tokenizer: the model's, with a chat template.
+          tokenizer: the model's tokenizer, with a chat template.
           end_tokens: the tokens that end a turn.
           max_answer_tokens: the maximum number of tokens of an answer.
 
@@ -43,22 +43,23 @@ class TurnJoints:
         self._end_tokens = frozenset(end_tokens)
         self._max_answer_tokens = max_answer_tokens
         self._arguments: Any = {}
+        # Some templates need the arguments of a call as text. Other errors come again below.
         try:
-            self._ids([_PROBE_ANSWER], {})
-        except TypeError:  # some templates want the arguments as a text
+            self._tokenize_chat([_PROBE_ANSWER], {})
+        except TypeError:
             self._arguments = "{}"
-        except Exception:  # the next call tells
+        except Exception:
             pass
         try:
-            chat = self._ids([_PROBE_ANSWER], {})
-            calling_chat = self._calling_chat([_PROBE_ANSWER], {})
+            chat_ids = self._tokenize_chat([_PROBE_ANSWER], {})
+            calling_ids = self._tokenize_calling_turn([_PROBE_ANSWER], {})
         except Exception as error:
             raise UserError(
-                "the model's chat template does not render a chat with a tool's answer "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); take a model "
-                "that knows tools, or give a template by --chat-template"
+                "The model's chat template does not render a chat with a tool's answer "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Use a model that "
+                "was trained to call tools, or pass a template with --chat-template."
             ) from error
-        self.keeps_history = chat[: len(calling_chat)] == calling_chat
+        self.keeps_history = chat_ids[: len(calling_ids)] == calling_ids
         self.render([_PROBE_ANSWER])
 
     def render(
@@ -67,64 +68,69 @@ class TurnJoints:
         options: Mapping[str, Any] = {},
         turn_end: int | None = None,
     ) -> list[int]:
-        """Returns the tokens from the end of a turn that called tools to the next one's beginning.
+        """Returns the tokens between a turn that called tools and the next turn.
 
         Args:
           answers: the tools' answers.
           options: the row's variables of the template.
-          turn_end: the token that ended the turn: it is left out where the tokens begin with it.
+          turn_end: the token that ended the turn, which the result does not repeat.
 
         Raises:
-          UserError: the end of a turn cannot be found in what the template renders.
+          UserError: the end of a turn cannot be found in the rendered chat.
         """
-        chat = self._ids(answers, options)
-        calling_chat = self._calling_chat(answers, options)
-        if chat[: len(calling_chat)] == calling_chat:
-            ids = chat[len(calling_chat) :]
+        chat_ids = self._tokenize_chat(answers, options)
+        calling_ids = self._tokenize_calling_turn(answers, options)
+        if chat_ids[: len(calling_ids)] == calling_ids:
+            ids = chat_ids[len(calling_ids) :]
         else:
-            ids = self._after_changed_turn(answers, options, chat)
+            ids = self._ids_after_changed_turn(answers, options, chat_ids)
         repeats_turn_end = ids[:1] == [turn_end] and turn_end in self._end_tokens
         return ids[1:] if repeats_turn_end else ids
 
-    def _calling_chat(self, answers: Sequence[ToolAnswer], options: Mapping[str, Any]) -> list[int]:
-        """Returns the tokens of a chat up to the end of a turn that calls tools.
-
-        What the template writes after the token that ends the turn is no part of it.
-        """
-        question_chat = self._ids((), options, turns=1)
-        chat = self._ids((), options, name=answers[0].name)
-        turn_start = _n_common(question_chat, chat)
-        for index in reversed(range(turn_start, len(chat))):
-            if chat[index] in self._end_tokens:
-                return chat[: index + 1]
-        return chat
-
-    def _after_changed_turn(
-        self, answers: Sequence[ToolAnswer], options: Mapping[str, Any], chat: list[int]
+    def _tokenize_calling_turn(
+        self, answers: Sequence[ToolAnswer], options: Mapping[str, Any]
     ) -> list[int]:
-        """Returns the tokens after a turn that the template renders differently once others follow.
+        """Returns the tokens of a chat up to the end token of a turn that calls tools.
 
-        Two chats that differ in the turn's calls alone have in common what follows these.
+        The result does not include text that the template writes after the end token.
+        """
+        question_ids = self._tokenize_chat((), options, turns=1)
+        chat_ids = self._tokenize_chat((), options, name=answers[0].name)
+        turn_start = _common_prefix_length(question_ids, chat_ids)
+        # The last end token of the calling turn.
+        for index in reversed(range(turn_start, len(chat_ids))):
+            if chat_ids[index] in self._end_tokens:
+                return chat_ids[: index + 1]
+        return chat_ids
+
+    def _ids_after_changed_turn(
+        self, answers: Sequence[ToolAnswer], options: Mapping[str, Any], chat_ids: list[int]
+    ) -> list[int]:
+        """Returns the tokens after a turn that the template changes when others follow it.
+
+        Two chats that differ only in the turn's calls have the same tokens after the calls.
 
         Args:
           answers: the tools' answers.
           options: the row's variables of the template.
-          chat: the tokens of the chat with these answers.
+          chat_ids: the tokens of the chat with these answers.
         """
+        # The common tail of two chats with different calls.
         arguments = '{"zz": "yy"}' if isinstance(self._arguments, str) else {"zz": "yy"}
-        other_chat = self._ids(answers, options, arguments=arguments)
-        n_common = _n_common(chat[::-1], other_chat[::-1])
-        common_tail = chat[len(chat) - n_common :]
+        other_ids = self._tokenize_chat(answers, options, arguments=arguments)
+        n_common = _common_prefix_length(chat_ids[::-1], other_ids[::-1])
+        common_tail = chat_ids[len(chat_ids) - n_common :]
+        # It begins with the rest of the turn, up to the turn's end token.
         for index, token in enumerate(common_tail):
             if token in self._end_tokens:
                 return common_tail[index + 1 :]
         raise UserError(
-            "the model's chat template renders a turn that calls tools differently once they "
-            "have answered, and the turn's end cannot be found: give another template by "
-            "--chat-template"
+            "The model's chat template changes a turn that calls tools after the tools have "
+            "answered, and the end of the turn cannot be found. Pass another template with "
+            "--chat-template."
         )
 
-    def _ids(
+    def _tokenize_chat(
         self,
         answers: Sequence[ToolAnswer],
         options: Mapping[str, Any],
@@ -136,10 +142,11 @@ class TurnJoints:
         """Returns the tokens of a chat: a question, a turn that calls a tool, and answers.
 
         Args:
-          answers: the answers; the beginning of the next turn follows them.
+          answers: the answers, after which the next turn begins.
           options: the row's variables of the template.
-          turns: the number of turns before the answers; after a single one, a turn begins.
-          name: the name of the tool that is called; that of the first answer by default.
+          turns: the number of turns before the answers. With 1, only the question, after which a
+            turn begins.
+          name: the name of the called tool; by default the name in the first answer.
           arguments: the arguments of the call.
         """
         function = {
@@ -160,10 +167,10 @@ class TurnJoints:
         return ids
 
     def cut(self, answer: ToolAnswer) -> ToolAnswer:
-        """Returns an answer of at most --max-tool-output tokens, which says where it was cut."""
+        """Returns an answer of at most --max-tool-output tokens, with a notice if it was cut."""
         max_tokens = self._max_answer_tokens
         n_chars = len(answer.content)
-        text = answer.content[: 64 * max_tokens]  # no token has so many characters in the mean
+        text = answer.content[: 64 * max_tokens]  # tokens have fewer characters on average
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) <= max_tokens and len(text) == n_chars:
             return answer
@@ -172,8 +179,8 @@ class TurnJoints:
         return answer._replace(content=f"{beginning}\n{notice}")
 
 
-def _n_common(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:
-    """Returns the number of tokens that two sequences begin with."""
+def _common_prefix_length(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:
+    """Returns the number of tokens at the start of two sequences that are equal."""
     n_common = 0
     for token, other_token in zip(tokens, other_tokens, strict=False):
         if token != other_token:

@@ -19,7 +19,7 @@ from lora_jax.training.layout import Layout
 
 _CHUNK_TOKENS = 256  # tokens of a prompt, or of answers, that run at once
 _CHUNK_TOKENS_ON_CPU = 64
-BLOCK = 64  # tokens of each row, at most, between two looks at what has been answered
+BLOCK = 64  # the maximum number of tokens per row between two checks for answers
 
 
 class RowFunctions(NamedTuple):
@@ -28,8 +28,7 @@ class RowFunctions(NamedTuple):
     Attributes:
       empty_rows: returns rows without completions.
       empty_cache: returns the cache in which the tokens of one row run.
-      copy_cache: returns a copy of a row's cache, and takes the rows, the row and the number of its
-        tokens.
+      copy_cache: returns a copy of a row's cache from the rows, the row and its number of tokens.
       begin: see `begin_turn`.
       decode: see `decode_turns`.
     """
@@ -44,25 +43,25 @@ class RowFunctions(NamedTuple):
 class TurnPrograms:
     """The functions of `lora_jax.models.sampling.turns` for one model.
 
-    Rows are sharded over the mesh as those of a batch; all else is replicated.
+    Rows are sharded over the mesh like those of a batch, and all other arrays are replicated.
 
     Attributes:
-      chunk: tokens of a prompt, or of answers, that run at once.
-      mesh: the mesh, under which all of it is called.
+      chunk: the number of tokens of a prompt, or of answers, that run at once.
+      mesh: the mesh, which must be set for all calls.
       with_routing: whether rows keep the experts of their tokens.
-      routing: `row_routing`.
+      routing: the compiled `row_routing`.
     """
 
     def __init__(
         self, model: Model, apply: Forward, layout: Layout, *, with_routing: bool = False
     ) -> None:
-        """Makes the functions; nothing is compiled yet.
+        """Creates the functions without compiling them.
 
         Args:
           model: a model of `lora_jax.models`, on the mesh.
-          apply: its ``apply``, or what takes its place.
+          apply: the model's ``apply``, or an adapted one.
           layout: the mesh.
-          with_routing: keep the experts of each token, of a mixture.
+          with_routing: whether to keep the experts of each token of a mixture of experts.
         """
         self._model = model
         self._apply = apply
@@ -80,23 +79,24 @@ class TurnPrograms:
 
         Args:
           n_rows: the number of rows.
-          length: the most tokens of a row.
+          length: the maximum number of tokens of a row.
         """
         model: Any = self._model
-        copy_slots = length + self.chunk  # the last chunk of a row may begin at any slot
-        # It runs in a cache of its own, so that all tokens behind it see no slots that stay empty.
+        # Chunks run in a separate cache of one row, because a last chunk may begin at any slot.
+        copy_slots = length + self.chunk
+        # Some models give other results with another number of empty slots.
         n_slots = copy_slots if depends_on_cache_length(model.config) else length
         if (n_rows, n_slots) not in self._functions:
-            self._functions[n_rows, n_slots] = self._row_functions(n_rows, n_slots, copy_slots)
+            self._functions[n_rows, n_slots] = self._make_functions(n_rows, n_slots, copy_slots)
         return TurnRows(self, self._functions[n_rows, n_slots])
 
-    def _row_functions(self, n_rows: int, n_slots: int, copy_slots: int) -> RowFunctions:
-        """Returns the functions of rows.
+    def _make_functions(self, n_rows: int, n_slots: int, copy_slots: int) -> RowFunctions:
+        """Returns the functions of rows with one number and length.
 
         Args:
           n_rows: the number of rows.
           n_slots: the slots of a row's cache.
-          copy_slots: the slots of the cache in which the tokens of one row run.
+          copy_slots: the slots of the cache in which chunks of one row run.
         """
         model: Any = self._model
         jitted = self._layout.jitted
@@ -107,7 +107,7 @@ class TurnPrograms:
         )
         copy_cache = functools.partial(turns.copy_row, length=copy_slots)
         decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
-        rows_sharding = self._shardings(jax.eval_shape(empty_rows))
+        rows_sharding = self._rows_shardings(jax.eval_shape(empty_rows))
         replicated = self._layout.whole
         return RowFunctions(
             empty_rows=jitted(empty_rows, rows_sharding),
@@ -117,8 +117,8 @@ class TurnPrograms:
             decode=jitted(decode, (rows_sharding, replicated), donate_argnums=1),
         )
 
-    def _shardings(self, rows: DecodingRows) -> DecodingRows:
-        """Returns the shardings of rows: those of a batch, the caches' behind the layers."""
+    def _rows_shardings(self, rows: DecodingRows) -> DecodingRows:
+        """Returns the shardings of rows, whose caches have an axis of layers before the rows."""
 
         def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
             has_layer_axis = array.ndim > 2
@@ -127,7 +127,7 @@ class TurnPrograms:
         return jax.tree.map(sharding, rows)
 
     def run(self, params: Tree, ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
-        """Runs tokens of one row; takes the cache.
+        """Runs tokens of one row. The cache is donated.
 
         Returns:
           The logits after the last token, [1, vocab], and the cache with these tokens.
@@ -162,7 +162,7 @@ class TurnRows:
     def extend(
         self, params: Tree, row: int, n_tokens: int, ids: Sequence[int]
     ) -> tuple[jax.Array, Cache]:
-        """Runs tokens behind the first n_tokens of a row; see `TurnPrograms.run`."""
+        """Runs tokens after the first n_tokens of a row; see `TurnPrograms.run`."""
         cache = self._functions.copy_cache(self._arrays, np.int32(row), np.int32(n_tokens))
         return self._programs.run(params, ids, cache)
 
@@ -181,7 +181,7 @@ class TurnRows:
         return drawn
 
     def decode(self, params: Tree, active: DrawingRows) -> TokenBlock:
-        """Draws tokens until a row has to stop; see `decode_turns`."""
+        """Draws tokens until a row must stop; see `decode_turns`."""
         block: TokenBlock
         self._arrays, block = self._functions.decode(params, self._arrays, active)
         return block

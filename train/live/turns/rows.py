@@ -1,4 +1,4 @@
-"""A completion of several turns, as it comes to be."""
+"""A completion of several turns while it is drawn."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +10,17 @@ from lora_jax.training.data.rows import Row
 from train.rewards.reward import EarnedReward
 from train.tools.contract import ToolAnswer, ToolCall
 
-# Reads a turn's tokens, after a prompt's: returns what is said, and the calls.
+# Reads a turn from its tokens and those before it: returns the text and the calls.
 ReadTurn = Callable[[Sequence[int], Sequence[int]], tuple[str, Sequence[ToolCall]]]
 
 
 class TurnLimits(NamedTuple):
-    """Bounds a completion.
+    """The limits of a completion.
 
     Attributes:
-      new_tokens: the most tokens of all its turns together, those of the environment included.
-      total: the most tokens of a prompt and its completion.
-      turns: the most turns of the model; None for no limit but that of tokens.
+      new_tokens: the maximum number of tokens of all its turns, including those of the environment.
+      total: the maximum number of tokens of a prompt with its completion.
+      turns: the maximum number of the model's turns; None for no such limit.
     """
 
     new_tokens: int
@@ -29,14 +29,14 @@ class TurnLimits(NamedTuple):
 
 
 class TurnRequest(NamedTuple):
-    """Holds the prompt of a completion.
+    """The request for a completion of a prompt.
 
     Attributes:
-      number: its number in the draw, which tells its key.
-      row: the fields of its row.
-      name: the row's name in messages.
-      prompt: the tokens of the prompt, without what an environment opens it with.
-      seed: what the environment's random numbers come from; None for the row's fields.
+      number: the number of the completion in the draw, which determines its key.
+      row: the fields of the row.
+      name: the name of the row for messages.
+      prompt: the tokens of the prompt, without the text that an environment adds.
+      seed: the seed of the environment's random numbers; None to derive it from the row's fields.
     """
 
     number: int
@@ -51,19 +51,19 @@ class TurnCompletion:
     """A completion of one row.
 
     Attributes:
-      request: what it completes.
-      prompt: the tokens before it, with what the environment opened it with.
+      request: the request for the completion.
+      prompt: the tokens before the completion, with the text that the environment added.
       ids: all tokens: those of the model, and those of the environment between its turns.
-      logps: the log-probability of each when it was drawn; 0 for those of the environment.
-      is_own: whether the model drew it.
-      messages: its turns, as TRL's reward functions get them.
-      turn_starts: the place in `ids` where each turn of the model begins.
-      calls, failures: the number of calls that were answered, and of those that failed.
-      ended: whether the last turn came to an end by itself.
-      lost: the reason that the row ended before its time, as its environment was lost; else None.
-      earned: the reward of its environment; a value of None where that has none.
-      routing: [slots, layers, k], the experts of its tokens, from the prompt's first one on; -1 for
-        those that did not run. None where nobody asks, or it did not begin.
+      logps: the log-probability of each token when it was drawn; 0 for the environment's tokens.
+      is_own: whether the model drew each token.
+      messages: the turns in the form that TRL's reward functions receive.
+      turn_starts: the index in `ids` at which each turn of the model begins.
+      calls, failures: the number of answered calls, and of failed ones among them.
+      ended: whether the last turn ended by itself.
+      lost: the reason why the completion ended early because of its environment; else None.
+      earned: the reward of the environment, whose value is None without one.
+      routing: [slots, layers, k], the experts of its tokens, from the prompt's first token on; -1
+        for tokens that did not run. None if routing is not kept, or no turn began.
     """
 
     request: TurnRequest
@@ -82,7 +82,7 @@ class TurnCompletion:
 
     @property
     def text(self) -> str:
-        """Returns the text of the model's last turn, which rewards of ours judge."""
+        """Returns the text of the model's last turn, which built-in rewards rate."""
         for turn in reversed(self.messages):
             if turn["role"] == "assistant":
                 return str(turn["content"])
@@ -94,24 +94,24 @@ class TurnCompletion:
         return self.ids[self.turn_starts[-1] :]
 
     def draw(self, ids: Sequence[int], logps: Sequence[float]) -> None:
-        """Takes tokens that the model drew."""
+        """Appends tokens that the model drew."""
         self.ids += ids
         self.logps += logps
         self.is_own += [True] * len(ids)
 
     def answer(self, ids: Sequence[int]) -> None:
-        """Takes tokens of the environment."""
+        """Appends tokens of the environment."""
         self.ids += ids
         self.logps += [0.0] * len(ids)
         self.is_own += [False] * len(ids)
 
     def cut(self, n_tokens: int) -> None:
-        """Keeps the first tokens of the newest turn, which is then over."""
+        """Removes all but the first `n_tokens` tokens of the newest turn."""
         end = self.turn_starts[-1] + n_tokens
         del self.ids[end:], self.logps[end:], self.is_own[end:]
 
     def say(self, content: str, calls: Sequence[ToolCall] = ()) -> None:
-        """Notes a turn of the model."""
+        """Appends a turn of the model to the messages."""
         turn: dict[str, Any] = {"role": "assistant", "content": content}
         tool_calls = []
         for call in calls:
@@ -122,25 +122,26 @@ class TurnCompletion:
         self.messages.append(turn)
 
     def hear(self, answers: Sequence[ToolAnswer]) -> None:
-        """Notes turns of tools."""
+        """Appends turns of tools to the messages."""
         for answer in answers:
             self.messages.append({"role": "tool", "name": answer.name, "content": answer.content})
 
     def count(self, answers: Sequence[ToolAnswer]) -> None:
-        """Counts calls that were answered."""
+        """Counts answered and failed calls."""
         self.calls += len(answers)
         self.failures += sum(answer.failed for answer in answers)
 
 
 def opened_row(row: Row, opening: str) -> dict[str, Any]:
-    """Returns a row whose last turn of the user ends with what its environment says first.
+    """Returns a row with the environment's first text at the end of the user's last turn.
 
-    As TRL, which adds the text as it is, behind the content.
+    As in TRL, the text is appended to the content without changes.
     """
     field = "messages" if row.get("messages") else "prompt"
     prompt: Any = row.get(field) or ""
     if isinstance(prompt, str):
         return {**row, field: prompt + opening}
+    # The content of a turn is a text, or a list of parts.
     last_turn = prompt[-1]
     content = last_turn["content"]
     if isinstance(content, list):
@@ -151,7 +152,7 @@ def opened_row(row: Row, opening: str) -> dict[str, Any]:
 
 
 def tool_metrics(completions: Sequence[TurnCompletion]) -> Mapping[str, float | None]:
-    """Returns metrics of calls; the first two have TRL's names and meanings."""
+    """Returns metrics of calls. The first two have TRL's names and meanings."""
     n_completions = len(completions)
     n_calls = sum(completion.calls for completion in completions)
     n_failures = sum(completion.failures for completion in completions)

@@ -1,4 +1,4 @@
-"""A run's use of tools: what its completions of several turns are drawn with."""
+"""Draws a run's completions of several turns, with its tools."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ from train.tools.contract import EpisodeHost
 
 
 class ToolUse(NamedTuple):
-    """Holds the tools of a run's completions.
+    """The tools of a run's completions.
 
     Attributes:
       host: opens episodes.
       joints: renders answers between turns.
       read: reads the calls of a turn.
-      opens: whether an environment may open a completion with a text of its own.
+      opens: whether an environment may add a text to the prompt of each completion.
     """
 
     host: EpisodeHost
@@ -38,16 +38,16 @@ class ToolUse(NamedTuple):
 
 
 def rows_with_tools(rows: Sequence[Row], tools: Sequence[Any], source: str) -> list[Row]:
-    """Returns rows that show tools, as the chat template gets them.
+    """Returns rows with a field `tools`, which the chat template shows.
 
     Raises:
-      UserError: a row has tools of its own.
+      UserError: a row already has `tools`.
     """
     for number, row in enumerate(rows, start=1):
         if row.get("tools"):
             raise UserError(
-                f"{name_of(row, source, number)} has `tools` of its own, and nobody would answer "
-                "their calls: leave the field out, and give functions by --tools"
+                f"{name_of(row, source, number)} has a field `tools`, but calls of these tools "
+                "could not be answered. Remove the field, and pass functions with --tools."
             )
     return [replace_values(row, {**row, "tools": [*tools]}) for row in rows]
 
@@ -74,15 +74,15 @@ class TurnDrawer:
         *,
         with_routing: bool = False,
     ) -> None:
-        """Takes all but the model.
+        """Creates a drawer for any model with this tokenizer.
 
         Args:
           config: the options of the run.
           outline: the model without its weights, with its tokenizer.
           use: the tools.
-          stop: tells of a signal.
-          temperature: divides the logits; 0 for the likeliest tokens.
-          with_routing: keep the experts of each token, of a mixture.
+          stop: reports a signal.
+          temperature: divisor of the logits; 0 takes the most likely tokens.
+          with_routing: whether to keep the experts of each token of a mixture of experts.
         """
         data = config.data
         is_greedy = temperature == 0
@@ -112,22 +112,22 @@ class TurnDrawer:
         """Draws completions.
 
         Args:
-          model: the model, its ``apply`` or what takes its place, and the mesh. Keep these, and
-            pass them again: each new function compiles.
-          params: passed to it.
+          model: the model, its ``apply`` or an adapted one, and the mesh. Pass the same function
+            again, because each new function is compiled.
+          params: the parameters of the model.
           requests: the prompts.
           key: the draw's key.
           n_rows: the number of rows side by side.
-          max_prompt_tokens: the maximum number of tokens of a prompt. Sampler and rows are compiled
-            for each.
+          max_prompt_tokens: the maximum number of tokens of a prompt. Each new value is compiled.
 
         Raises:
-          Dropped: a signal came meanwhile; raised in all processes.
+          Dropped: a signal came during the draw; raised in all processes.
         """
-        if self._use.opens:  # environments lengthen prompts by texts of unknown lengths
+        # Environments add texts of unknown lengths to prompts.
+        if self._use.opens:
             max_prompt_tokens = self._limits.total
         listener = Listener(self._use.host, self._use.joints, self._tokenize_opened, self._stop)
-        return self._sampler(*model).draw(
+        return self._sampler_of(*model).draw(
             params,
             requests,
             key,
@@ -136,8 +136,8 @@ class TurnDrawer:
             max_prompt_tokens=max_prompt_tokens,
         )
 
-    def _sampler(self, model: Model, apply: Forward, layout: Layout) -> TurnSampler:
-        """Returns the sampler of a model, which is made once for each function."""
+    def _sampler_of(self, model: Model, apply: Forward, layout: Layout) -> TurnSampler:
+        """Returns the sampler of a model, which is created once for each function."""
         if apply not in self._samplers:
             self._samplers[apply] = TurnSampler(
                 programs=TurnPrograms(model, apply, layout, with_routing=self._with_routing),
@@ -150,7 +150,7 @@ class TurnDrawer:
         return self._samplers[apply]
 
     def _tokenize_opened(self, request: TurnRequest, row: Mapping[str, Any]) -> list[int]:
-        """Returns the tokens of a row that its environment has opened."""
+        """Returns the tokens of a row whose prompt the environment has extended."""
         tools = self._use.host.tools
         (ids,) = tokenize_with_tools([row], tools, self._outline, request.name)
         return ids
