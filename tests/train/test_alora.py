@@ -62,7 +62,9 @@ def test_the_loss_counts_what_the_adapter_predicts(packing):
         np.testing.assert_array_equal(after.counts, want)
         without += [] if active.any() else [before.row]
     n = len(packs.table)
-    assert lines[0].startswith(f"{n - len(without)} of {n} rows have the invocation (2,1); without")
+    assert lines[0].startswith(
+        f"{n - len(without)} of {n} rows have the invocation (2,1); rows without"
+    )
     assert f"row {without[0]}" in lines[0] and "do not count in the loss" in lines[1]
     with pytest.raises(UserError, match=f"None of the {n} rows contains the invocation 7"):
         invoked_data(data, (7,))

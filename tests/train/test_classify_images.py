@@ -285,7 +285,7 @@ def test_broken_images_are_named(made: Path, tmp_path: Path, capsys: Any) -> Non
         (["--model", "vit", "--dataset", "photos", "--neftune", 5], "hold images.* --neftune"),
         (["--model", "vit", "--dataset", "photos", "--text", "a"], "hold images.* --text"),
         (["--model", "vit", "--dataset", "photos", "--split", "test"], "no folders of splits"),
-        (["--model", "vit", "--dataset", "rows.jsonl", "--image", "photo"], "and no `photo`"),
+        (["--model", "vit", "--dataset", "rows.jsonl", "--image", "photo"], "but no `photo`"),
         (["--model", "grey", "--dataset", "photos"], "images of 3 channels .* needs 1 channels"),
         (["--model", "bare", "--dataset", "photos"], "preprocessor_config.json is missing"),
     ],

@@ -56,7 +56,10 @@ def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
         rows("--eval-every", "1", "--resume")
     begin(tmp_path, parse(["--dataset", "x.jsonl"]), "train.sft", {})
     assert rows("--resume") is None
-    with pytest.raises(UserError, match="--eval-every 5: the run has trained on all rows"):
+    with pytest.raises(
+        UserError,
+        match="--eval-every 5 is not possible, because the run has already trained on all rows",
+    ):
         rows("--eval-every", "5", "--resume")
 
 

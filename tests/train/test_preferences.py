@@ -152,7 +152,7 @@ def test_what_a_batch_gets_of_a_divergence_is_single_precision(monkeypatch):
     live = preferences.ReferenceBatches(
         ready, None, None, cached=True, mismatch_examples=SimpleNamespace()
     )
-    monkeypatch.setattr(preferences.ReferenceBatches, "_kl", lambda *_: 0.1)
+    monkeypatch.setattr(preferences.ReferenceBatches, "_batch_divergence", lambda *_: 0.1)
     kl = live.batch(0, None)["kl"]
     assert kl.shape == (2, 3) and kl.dtype == np.float32
 

@@ -129,7 +129,9 @@ def test_results_stand_in_the_order_of_the_pairs(inputs):
     pairs = comparisons(preferences(9), tokenizer(None), seq_len=SEQ)
     config = SimpleNamespace(optim=SimpleNamespace(batch_size=4))
     context = SimpleNamespace(data=SimpleNamespace(held_out=pairs), config=config)
-    results = RewardModelEvaluation(context)._results(EvaluatedModel(model, params, model.apply))
+    results = RewardModelEvaluation(context)._is_pair_right(
+        EvaluatedModel(model, params, model.apply)
+    )
     compare = jax.jit(lambda batch: COMPARISONS(model.apply, params, batch))
     alone = [compare(pairs.take(np.array([i]))) for i in range(9)]
     assert results == [float(sums.logs["accuracy"]) == 1 for sums in alone]

@@ -423,7 +423,10 @@ CHANGES = "training changes the base itself"
         ([], "The teacher is the base model itself"),
         (["--teacher", "nowhere"], "--teacher nowhere"),
         (["--teacher-prompt", "long " * 900], "--teacher-prompt: the model"),
-        (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
+        (
+            ["--teacher", "used", "--eval-questions", "3"],
+            "--eval-questions 3 has no effect, because a teacher gives no",
+        ),
         (["--teacher", "used", "--eval-dataset", "rows.jsonl"], "a teacher gives no score"),
         (["--teacher", "used", "--full"], CHANGES),
         pytest.param(

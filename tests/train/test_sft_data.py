@@ -81,7 +81,9 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     assert line.startswith(
         f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 rows comes 1.00 "
     )
-    with pytest.raises(UserError, match="--fields prompt=x: none of .* has `x` in its first row"):
+    with pytest.raises(
+        UserError, match="--fields prompt=x: none of .* has the field `x` in its first row"
+    ):
         again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])
         read("--dataset", b, str(again), "--fields", "prompt=x")
     with pytest.raises(UserError, match="--dataset sql is a task .*Remove a.jsonl"):

@@ -248,7 +248,7 @@ def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:
 
 
 def _have_no_spread(rewards: np.ndarray) -> np.ndarray:
-    """Returns whether the rewards [n, group] of each group are all equal or unknown, [n] bool."""
+    """Returns True for each group of rewards [n, group] that are all equal or unknown, [n] bool."""
     highest = np.nanmax(rewards, 1, initial=-np.inf)
     lowest = np.nanmin(rewards, 1, initial=np.inf)
     return ~(highest > lowest)

@@ -155,8 +155,8 @@ def check_output(config: Options, copy: Path | None = None) -> Path:
         check_same_run(config, saved, replace_copy_paths(folder))
     elif _holds_run(folder) and not config.run.overwrite:
         raise UserError(
-            f"The output folder {replace_copy_paths(folder)} already contains a run. Continue it with --resume, "
-            "delete it with --overwrite, or pass another folder with --output."
+            f"The output folder {replace_copy_paths(folder)} already contains a run. Continue it "
+            "with --resume, delete it with --overwrite, or pass another folder with --output."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

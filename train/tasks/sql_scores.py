@@ -97,7 +97,7 @@ class SqlScores:
         return accuracies
 
     def results(self, method: str, kind: str) -> list[bool]:
-        """Returns whether each answer of a method to a kind of questions is right; [] for none."""
+        """Returns True for each right answer of a method to a kind of questions; [] for none."""
         answers = self.answers.get(method, {}).get(kind, ())
         return [*map(sql.score, self.questions[kind], answers)]
 

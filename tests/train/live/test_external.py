@@ -165,7 +165,9 @@ def test_a_batch_that_was_drawn_ahead_is_held_to_the_adapter_of_its_time():
     assert weighed(-2.0) == ({"staleness": 1.0, "sampler_mismatch": 0.0}, None)
     metrics, problem = weighed(-2.5)
     assert metrics["sampler_mismatch"] == 0.5
-    assert "http://there does not draw from the adapter" in problem and "by 0.5 on average" in problem
+    assert (
+        "http://there does not draw from the adapter" in problem and "by 0.5 on average" in problem
+    )
 
 
 @pytest.mark.slow

@@ -58,5 +58,5 @@ def test_what_a_template_cannot_say_is_refused_before_training():
     refusing = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
     with pytest.raises(UserError, match="does not render a chat with a tool's answer.*no tools"):
         joints(refusing + "{% endif %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="rows.jsonl, row 1 has `tools` of its own"):
+    with pytest.raises(UserError, match="rows.jsonl, row 1 has a field `tools`"):
         rows_with_tools([{"prompt": "a", "tools": [{}]}], [], "rows.jsonl")

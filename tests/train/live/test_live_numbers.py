@@ -533,9 +533,9 @@ def test_a_student_gains_what_the_teacher_thinks_likelier():
 @pytest.mark.parametrize(
     ("reference", "start", "full", "line"),
     [
-        ("base", "a", False, "reference: base, without the adapter that the run begins with (a)"),
-        ("a", "a", False, "reference: a, the adapter that the run begins with (else: --reference"),
-        ("b", "a", False, "reference: b; the run begins with a"),
+        ("base", "a", False, "reference: base, without the adapter from which the run starts (a)"),
+        ("a", "a", False, "reference: a, the adapter from which the run starts (use --reference"),
+        ("b", "a", False, "reference: b; the run starts from a"),
         ("base", None, False, "reference: base"),
         ("none", "a", False, "reference: none"),
         ("base", None, True, "reference: base; its weights stay in memory"),

@@ -132,7 +132,7 @@ def test_runs_side_by_side_draw_as_each_alone(folder, tmp_path):
 BAD = {
     "turns": (["--max-turns", "0"], "--max-turns"),
     "no tools": (["--max-turns", "2"], "no tool is called"),
-    "no secret": ([], "its `reset` needs the field 'secret'; the rows of --dataset"),
+    "no secret": ([], "`reset` needs the field 'secret', but the rows of --dataset"),
     "no format": ([], "writes calls in no known format"),
 }
 

@@ -197,7 +197,10 @@ def test_a_peft_configuration_takes_the_place_of_the_options(tmp_path):
     [
         (None, "--peft-config .*adapter_config.json"),
         ("{", "--peft-config .*adapter_config.json"),
-        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA, VERA, TINYLORA are supported"),
+        (
+            '{"peft_type": "IA3"}',
+            "peft_type is 'IA3', but lora_jax supports only LORA, VERA, TINYLORA",
+        ),
         ('{"r": 0}', "--peft-config .*r"),
         ('{"r": 4, "unheard_of": 1}', "unheard_of=1 is not known"),
     ],

@@ -19,7 +19,9 @@ def test_a_model_for_torch_names_the_packages_to_install(tmp_path, monkeypatch):
     text = {"model_type": "gemma4_text", "enable_moe_block": True}
     for fields in (text, {"model_type": "gemma4", "text_config": text}):
         file.write_text(json.dumps(fields))
-        with pytest.raises(UserError, match=f"is a gemma4.* with enable_moe_block.*{remedy}"):
+        with pytest.raises(
+            UserError, match=f"describes a gemma4.* with enable_moe_block.*{remedy}"
+        ):
             code_of(tmp_path, None)
         file.write_text(json.dumps(fields | {"text_config": {}, "enable_moe_block": False}))
         assert code_of(tmp_path, None) == OURS

@@ -85,7 +85,7 @@ def test_the_kinds_of_file_say_the_same(tmp_path):
         ("name,report_to\na,wandb\n", "--report-to wandb keeps only one run per process"),
         ("name,optimizer,beta2\na,sgd,0.9\n", "line 2: --optimizer sgd does not .* --beta2"),
         ("name,rank\n", "has no rows"),
-        ("name,rank\na,2,3\n", "line 2 has 3 fields and the header 2"),
+        ("name,rank\na,2,3\n", "line 2 has 3 fields, but the header has 2"),
     ],
 )
 def test_what_is_refused_names_row_and_column(tmp_path, text, message):

@@ -60,7 +60,7 @@ def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
         batches.append(ids.shape)  # padded at the left
         return np.stack([np.roll(row, n) for row, n in zip(ids, mask.sum(1), strict=True)])
 
-    monkeypatch.setattr("train.run.complete._MAX_ROWS", 2)
+    monkeypatch.setattr("train.run.complete._MAX_BATCH_ROWS", 2)
     monkeypatch.setattr("train.run.complete.generate", generate)
     monkeypatch.setattr("train.run.complete.share", lambda *_, **__: None)
     model, params = decoder()

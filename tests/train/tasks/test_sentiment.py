@@ -47,7 +47,7 @@ def test_without_a_network_one_message_says_what_to_put_where(monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("lora_jax.hf.packaged.download_wheel", pip)
     with pytest.raises(
-        UserError, match="Put vader_lexicon.txt of the package vaderSentiment=="
+        UserError, match="Copy vader_lexicon.txt of the package vaderSentiment=="
     ) as e:
         read_words()
     assert str(tmp_path / "lora_jax" / "vaderSentiment") in str(e.value)
