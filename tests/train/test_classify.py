@@ -349,7 +349,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "all rows have the label 1" in message([{"text": "a", "label": 1}] * 9)
     long = [*good, {"text": "a" * 40, "label": 1}, {"text": "a" * 41, "label": 0}]
     said = message(long, "--test-share", 0.5)
-    assert "longer than --seq-len 16, the longest has 4" in said and "--truncate" in said
+    assert "longer than --seq-len 16. The longest text has 4" in said and "--truncate" in said
     assert "cannot be held out" in message([*good, {"text": "abc", "label": 7}])
     other = write_jsonl(tmp_path / "test.jsonl", [{"text": "abc", "label": 3}])
     assert "line 1: the label 3 is none of those to train on: 0, 1" in message(
