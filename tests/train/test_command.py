@@ -275,5 +275,5 @@ def test_a_run_and_the_processes_that_it_starts_beside_the_users_files(folder):
 @pytest.mark.slow
 def test_the_costs_of_a_comparison_start_this_projects_script(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    said = costs._output_of([*costs._PYTHON, "train.plan", "--help"])
+    said = costs._run_command([*costs._PYTHON, "train.plan", "--help"])
     assert "train.plan" in said

@@ -32,13 +32,13 @@ from lora_jax.training.run.log import duration
 from train import prior
 from train.compare import measure, outside, result
 from train.compare.divergence import BaseDivergence
-from train.compare.intruders import Place, mean_intruders
+from train.compare.intruders import MatrixIndex, mean_intruders
 from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check_options
 from train.compare.reporting import dimension, pages, recommend
 from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
 from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
-from train.compare.trials import RUNS, ComparedScript, trials_of
+from train.compare.trials import RUNS, ComparedScript, make_trials
 from train.console.errors import UserError, flag
 from train.console.help import asks_for_help
 from train.console.output import tell
@@ -60,7 +60,7 @@ from train.stages.inputs import InputReader, Inputs
 from train.stages.types import OpenedRun, RunContext
 
 _PROG = "train.compare"
-_FILES = (  # of a comparison, in its folder
+_COMPARISON_FILES = (  # of a comparison, in its folder
     CONFIG,
     PROGRESS,
     result.JSON,
@@ -92,7 +92,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
       UserError: options make no sense.
     """
     if not args or args[0] not in SCRIPTS:
-        _help_or_refuse(args)
+        _show_help_or_raise(args)
     script = SCRIPTS[args[0]]
     line: Any = read_line(script.compared, args[1:], f"{_PROG} {args[0]}")
     config, line_options, file_options = line
@@ -103,7 +103,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
     # --methods tells of variants.
     check_effects(config, dataset_facts(config), line_options, file_options)
     if config.compare.quick:
-        config = _with_quick_options(script, config, set_options)
+        config = _fill_quick_options(script, config, set_options)
     _check_methods(script, config.compare)
     for name, reason in NOT_OF[script.kind].items():
         if name in set_options:
@@ -113,7 +113,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
     return script, config
 
 
-def _help_or_refuse(args: Sequence[str]) -> NoReturn:
+def _show_help_or_raise(args: Sequence[str]) -> NoReturn:
     """Prints the help and exits if it is requested; else raises a UserError: no script."""
     if asks_for_help(args):
         usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
@@ -125,7 +125,7 @@ def _help_or_refuse(args: Sequence[str]) -> NoReturn:
     raise UserError(f"the first argument must be {names}, {problem}. Pass the script to compare.")
 
 
-def _with_quick_options(
+def _fill_quick_options(
     script: ComparedScript, config: CompareOptions, set_options: set[str]
 ) -> CompareOptions:
     """Returns the options with those of a first look, where the user has set none.
@@ -149,8 +149,7 @@ def _check_methods(script: ComparedScript, compare_config: CompareConfig) -> Non
         if method in OF_CLASSIFIER and script.kind != "classify":
             raise UserError(
                 f"{flag('methods', method)} only trains classifiers. Use train.compare classify, "
-                "or "
-                "remove this method."
+                "or remove this method."
             )
     for method in compare_config.methods:
         if method in OF_EXAMPLES and script.kind != "grpo":
@@ -185,22 +184,22 @@ def compare(
     """
     start_time = time.monotonic()
     console = hosts.console()
-    folder = _open_folder(config, session, console)
+    folder = _open_output_folder(config, session, console)
     compare_config = config.compare
-    _check_examples(compare_config)
+    _check_demonstrations(compare_config)
     outside_text: tuple[str, str] | None = None
     if script.kind != "classify":
         outside_text = outside.read_text(compare_config.outside)
-    options = _base_options(script, config, session)
+    options = _options_with_base(script, config, session)
     reader = InputReader()
-    scripts = _BesideRewards.read(script, options, compare_config, session)
+    scripts = _RewardMeasures.read(script, options, compare_config, session)
     script = scripts.script
-    trials, inputs = trials_of(script, options, compare_config, folder, reader, scripts.examples)
+    trials, inputs = make_trials(script, options, compare_config, folder, reader, scripts.examples)
     scripts.read_base(inputs, console)
     tokenizer = inputs.read.outline.tokenizer
-    outside_loss = _loss_outside(outside_text, compare_config, tokenizer, console)
+    outside_loss = _make_outside_loss(outside_text, compare_config, tokenizer, console)
     if not config.run.resume:
-        clear(folder, _FILES)
+        clear(folder, _COMPARISON_FILES)
     write_text(folder / CONFIG, options_file(config, f"train.compare {script.kind}"))
     record = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     n_settings = len({trial.arm for trial in trials})
@@ -209,7 +208,9 @@ def compare(
         f"{len(trials)} runs of {n_settings} settings; what they come to will be in {folder}",
     )
     session.stop.remedy = resume_hint(prog)
-    intruders = functools.partial(_intruders, inputs, {}) if compare_config.intruders else None
+    intruders = (
+        functools.partial(_count_intruders_of_run, inputs, {}) if compare_config.intruders else None
+    )
     sweep = Sweep(
         kind=script.kind,
         folder=folder,
@@ -224,11 +225,11 @@ def compare(
     )
     sweep.run()
     outside_name = outside_text[1] if outside_text and outside_loss else None
-    comparison = measure.collect(sweep, inputs, command, outside_name)
+    comparison = measure.collect_measurements(sweep, inputs, command, outside_name)
     comparison = scripts.with_prompts(comparison)
     result.write(comparison, folder)
     advice = pages.write_report(comparison, folder)
-    _tell_advice(comparison, advice, console)
+    _print_recommendation(comparison, advice, console)
     run_seconds = sum(progress.seconds for progress in record.runs.values())
     tell(
         console,
@@ -238,7 +239,7 @@ def compare(
     return comparison
 
 
-def _loss_outside(
+def _make_outside_loss(
     outside_text: tuple[str, str] | None,
     compare_config: CompareConfig,
     tokenizer: Tokenizer,
@@ -259,10 +260,10 @@ def _loss_outside(
     if is_default and not outside.knows(tokenizer, text):
         tell(console, f"what is forgotten is not measured: {outside.unknown(name)}")
         return None
-    return functools.partial(outside.loss_on, outside.rows_of(text, tokenizer, name))
+    return functools.partial(outside.mean_loss, outside.make_token_rows(text, tokenizer, name))
 
 
-def _tell_advice(
+def _print_recommendation(
     comparison: result.Comparison, advice: recommend.Recommendation, console: Console
 ) -> None:
     """Prints the verdict of a comparison, with its reasons."""
@@ -277,7 +278,7 @@ def _tell_advice(
         tell(console, line)
 
 
-def _base_options(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
+def _options_with_base(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
     """Returns the options of a script with the model that its task begins with.
 
     A task that makes a model does so now. An adapter to begin with is not made: all methods begin
@@ -295,7 +296,7 @@ def _base_options(script: ComparedScript, config: CompareOptions, session: Sessi
     return replace_options(options, {"model": base_options.data.model})
 
 
-def _check_examples(compare_config: CompareConfig) -> None:
+def _check_demonstrations(compare_config: CompareConfig) -> None:
     """Raises a UserError where sft has nothing to learn from."""
     if compare_config.demonstrations is not None:
         return
@@ -307,7 +308,7 @@ def _check_examples(compare_config: CompareConfig) -> None:
             )
 
 
-class _BesideRewards(NamedTuple):
+class _RewardMeasures(NamedTuple):
     """The scripts of a comparison, with the measures that only one by rewards has.
 
     Attributes:
@@ -325,7 +326,7 @@ class _BesideRewards(NamedTuple):
     @classmethod
     def read(
         cls, script: ComparedScript, options: Any, compare_config: CompareConfig, session: Session
-    ) -> "_BesideRewards":
+    ) -> "_RewardMeasures":
         """Reads the held-out prompts where --kl or --demonstrations needs them."""
         demonstrations = compare_config.demonstrations
         if not compare_config.kl and demonstrations is None:
@@ -380,8 +381,8 @@ class _BesideRewards(NamedTuple):
         return dataclasses.replace(comparison, facts=facts)
 
 
-def _intruders(
-    inputs: Inputs, base_vectors: dict[Place, np.ndarray], run: OpenedRun, tree: Tree
+def _count_intruders_of_run(
+    inputs: Inputs, base_vectors: dict[MatrixIndex, np.ndarray], run: OpenedRun, tree: Tree
 ) -> float:
     """Returns the intruder dimensions of a run's tree.
 
@@ -400,7 +401,7 @@ def _intruders(
     return mean_intruders(base_params, trained_params, outline.kinds, base_vectors)
 
 
-def _open_folder(config: CompareOptions, session: Session, console: Console) -> Path:
+def _open_output_folder(config: CompareOptions, session: Session, console: Console) -> Path:
     """Returns the output folder, checked, and with its lock.
 
     Raises:
@@ -419,7 +420,7 @@ def _open_folder(config: CompareOptions, session: Session, console: Console) -> 
             f"{folder} cannot be written: {error.strerror or error}. Pass another folder with "
             "--output."
         ) from error
-    has_files = any((folder / name).exists() for name in _FILES)
+    has_files = any((folder / name).exists() for name in _COMPARISON_FILES)
     if config.run.resume:
         if not (folder / CONFIG).exists():
             raise UserError(

@@ -43,7 +43,7 @@ class ScriptDefaults(NamedTuple):
     quick_full: tuple[float, ...]
 
 
-def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+def make_arms(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
     """Returns all arms, method by method.
 
     Args:
@@ -53,16 +53,16 @@ def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
     arms: list[Arm] = []
     for method in compare.methods:
         if has_adapter(method):
-            arms += _adapter_arms(method, compare, basis)
+            arms += _make_adapter_arms(method, compare, basis)
         elif method in OF_SUBSPACE:
-            arms += _subspace_arms(method, compare, basis)
+            arms += _make_subspace_arms(method, compare, basis)
         else:
-            arms += _full_arms(method, compare, basis)
+            arms += _make_full_arms(method, compare, basis)
     return arms
 
 
-def _adapter_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
-    """Returns the arms of LoRA or of a variant; see `arms_of`."""
+def _make_adapter_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of LoRA or of a variant; see `make_arms`."""
     variant = COMPARED.get(method)
     ranks = compare.ranks or _default_ranks(variant.ranks if variant else None, compare.quick)
     target_sets = [tuple(text.split(",")) for text in compare.target_sets]
@@ -95,14 +95,14 @@ def _default_ranks(variant_ranks: tuple[int, ...] | None, is_quick: bool) -> tup
     return variant_ranks or _RANKS
 
 
-def _subspace_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
-    """Returns the arms of a random subspace; see `arms_of`."""
+def _make_subspace_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of a random subspace; see `make_arms`."""
     arms: list[Arm] = []
     base_rates = compare.subspace_lrs or _multiples(basis.rates[method])
     for dimension, batch_size, base_rate in itertools.product(
         compare.dimensions or _DIMENSIONS, compare.batch_sizes or (basis.batch_size,), base_rates
     ):
-        arm = _without_adapter(
+        arm = _make_arm_without_adapter(
             method,
             learning_rate=float(f"{rate_of_dimension(dimension, base_rate):.3g}"),
             batch_size=batch_size,
@@ -112,8 +112,8 @@ def _subspace_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -
     return arms
 
 
-def _full_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
-    """Returns the arms of full fine-tuning, or of a classifier's head alone; see `arms_of`."""
+def _make_full_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
+    """Returns the arms of full fine-tuning, or of a classifier's head alone; see `make_arms`."""
     is_full = method in IN_FULL
     rates = compare.full_lrs if is_full else compare.lrs
     if not rates:
@@ -121,12 +121,12 @@ def _full_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) -> li
         rates = _multiples(script_rate, basis.quick_full if compare.quick else _AROUND_FULL)
     batch_sizes = compare.batch_sizes or (basis.batch_size,)
     return [
-        _without_adapter(method, learning_rate=rate, batch_size=batch_size)
+        _make_arm_without_adapter(method, learning_rate=rate, batch_size=batch_size)
         for batch_size, rate in itertools.product(batch_sizes, rates)
     ]
 
 
-def _without_adapter(
+def _make_arm_without_adapter(
     method: str, *, learning_rate: float, batch_size: int, dimension: int | None = None
 ) -> Arm:
     return Arm(
@@ -140,7 +140,7 @@ def _without_adapter(
     )
 
 
-def settings(arm: Arm, seed: int) -> dict[str, object]:
+def options_of_arm(arm: Arm, seed: int) -> dict[str, object]:
     """Returns the options of a run, by the names of their fields."""
     options = {**METHODS[arm.method].sets, "lr": arm.learning_rate, "batch_size": arm.batch_size}
     if has_adapter(arm.method):
@@ -150,18 +150,18 @@ def settings(arm: Arm, seed: int) -> dict[str, object]:
     return {**options, "seed": seed}
 
 
-def name_of(arm: Arm, seed: int) -> str:
+def name_of_run(arm: Arm, seed: int) -> str:
     """Returns the name of a run's folder, which tells all settings."""
     words = [arm.method]
     if arm.rank is not None:
-        words += [f"r{arm.rank}", f"a{arm.alpha:g}", _targets_word("+".join(arm.targets or ()))]
+        words += [f"r{arm.rank}", f"a{arm.alpha:g}", _targets_in_name("+".join(arm.targets or ()))]
     if arm.dimension is not None:
         words.append(f"d{arm.dimension}")
     words += [f"lr{arm.learning_rate:.3g}", f"b{arm.batch_size}", f"s{seed}"]
     return "-".join(words)
 
 
-def _targets_word(targets: str) -> str:
+def _targets_in_name(targets: str) -> str:
     """Returns targets as a part of a folder's name; a regular expression as a short hash."""
     if re.fullmatch(r"[\w+.-]{1,40}", targets):
         return targets.replace("-", "_")

@@ -35,18 +35,18 @@ from train.reporters.files import read_json
 from train.run.output import REPORT, folder_bytes
 from train.settings.files import options_file
 
-STEPS = 16  # of a timed run
-_ROWS = 8  # of a timed answer
+TIMED_STEPS = 16
+_ANSWER_ROWS = 8  # of a timed answer
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 16
 _TEXT_TOKENS = 128  # at most
-_ROUNDS = 7
-_FORWARD_PASSES = 5  # of a round
+_TIMING_ROUNDS = 7
+_PASSES_PER_ROUND = 5
 _ROOT = Path(__file__).parents[2]  # of the scripts
 _PYTHON = (sys.executable, "-P", "-m")  # what the working folder holds comes first without -P
 
 
-def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
+def measure_step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     """Trains a few steps of a run in a process of its own.
 
     An accelerator belongs to this process: there, the run is trained in it.
@@ -66,12 +66,12 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     script = trial.script
     output = folder / trial.name
     changes = {
-        "steps": STEPS,
+        "steps": TIMED_STEPS,
         "epochs": None,
         "output": str(output),
         "report_to": ("none",),
         "log_every": 1,  # so that no step ends together with the next
-        "save_every": STEPS,
+        "save_every": TIMED_STEPS,
         "score_every": 0,
         "eval_every": 0,
         "eval_questions": 0,
@@ -83,7 +83,7 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
         config_path = folder / f"{trial.name}.yaml"
         config_path.write_text(options_file(config, script), encoding="utf-8")
         command = [*_PYTHON, script, "--config", str(config_path), "--output", str(output)]
-        _output_of([*command, "--overwrite"])
+        _run_command([*command, "--overwrite"])
     else:
         with session.part():
             finetune(script, replace_options(config, {"overwrite": True}), trial.task, session)
@@ -99,7 +99,7 @@ def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     }
 
 
-def plan_result(
+def plan_for_topology(
     trial: Trial, topology: str, price: float | None, tokens_a_row: int
 ) -> tuple[PlanResult, str]:
     """Plans a run for a machine that is not there; see `train.plan`.
@@ -135,13 +135,13 @@ def plan_result(
     command += ["--alone", "--json", *_adapter_arguments(trial.config.adapter)]
     if price is not None:
         command += ["--price", str(price)]
-    plan = json.loads(_output_of(command))
+    plan = json.loads(_run_command(command))
     if not plan["fits"]:
         raise UserError(
             f"{trial.name} does not fit on {topology}: {plan['refused'] or plan['failed']}. Use a "
             "larger --topology."
         )
-    plan_result = PlanResult(
+    topology_plan = PlanResult(
         arm=trial.arm,
         bytes_per_device=plan["per_chip_bytes"]["total"],
         step_seconds=plan["step_seconds"],
@@ -151,7 +151,7 @@ def plan_result(
     machine = f"{topology} ({plan['chips']} chips), at {plan['utilisation']:.0%} of its peak"
     if price is not None:
         machine += f", {price:g} a chip-hour"
-    return plan_result, machine
+    return topology_plan, machine
 
 
 def _adapter_arguments(adapter: Any) -> list[str]:
@@ -166,7 +166,7 @@ def _adapter_arguments(adapter: Any) -> list[str]:
     return arguments
 
 
-def answer_latency(
+def measure_answer_latency(
     arm: Arm, model: Any, base_params: Tree, adapted_params: Tree, decodes: bool
 ) -> Latency:
     """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
@@ -180,8 +180,8 @@ def answer_latency(
       adapted_params: its parameters with the adapter.
       decodes: whether the model answers token by token; else it reads texts or images.
     """
-    inputs, description = _inputs_of(model.config, decodes)
-    timer_of = functools.partial(_decoding, model) if decodes else _reading
+    inputs, description = _make_answer_inputs(model.config, decodes)
+    timer_of = functools.partial(_make_decoding_timer, model) if decodes else _make_forward_timer
     adapted_apply: Forward = lj.adapt(model.apply)
     timers = [
         timer_of(base_params, inputs, model.apply),
@@ -191,7 +191,8 @@ def answer_latency(
     for timer in timers:
         timer()  # compiles
     medians: list[list[float]] = [[] for _ in timers]  # of each program, round by round
-    for round_index in range(_ROUNDS):
+    # Each round begins with another program, so that drift affects all programs alike.
+    for round_index in range(_TIMING_ROUNDS):
         for offset in range(len(timers)):
             program = (round_index + offset) % len(timers)
             seconds = timers[program]()
@@ -203,25 +204,25 @@ def answer_latency(
         merged=statistics.median(merged),
         live=statistics.median(live),
         what=description,
-        merged_ratio=ratio_of(merged, base),
-        live_ratio=ratio_of(live, base),
+        merged_ratio=compare_times(merged, base),
+        live_ratio=compare_times(live, base),
     )
 
 
-def _inputs_of(config: Any, decodes: bool) -> tuple[np.ndarray, str]:
-    """Returns the inputs of an answer, and what is timed, in words."""
+def _make_answer_inputs(config: Any, decodes: bool) -> tuple[np.ndarray, str]:
+    """Returns random inputs of the model, and a description of the answer that is timed."""
     rng = np.random.default_rng(0)
     if isinstance(config, models.VisionConfig):
-        shape = (_ROWS, config.num_channels, *config.image_size)
-        return rng.normal(size=shape).astype(np.float32), f"{_ROWS} images"
+        shape = (_ANSWER_ROWS, config.num_channels, *config.image_size)
+        return rng.normal(size=shape).astype(np.float32), f"{_ANSWER_ROWS} images"
     n_tokens = _PROMPT_TOKENS if decodes else min(_TEXT_TOKENS, config.max_tokens)
-    ids = rng.integers(1, min(config.vocab_size, 1000), (_ROWS, n_tokens), dtype=np.int32)
+    ids = rng.integers(1, min(config.vocab_size, 1000), (_ANSWER_ROWS, n_tokens), dtype=np.int32)
     if decodes:
-        return ids, f"a decoding step of {_ROWS} rows"
-    return ids, f"{_ROWS} texts of {n_tokens} tokens"
+        return ids, f"a decoding step of {_ANSWER_ROWS} rows"
+    return ids, f"{_ANSWER_ROWS} texts of {n_tokens} tokens"
 
 
-def ratio_of(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
+def compare_times(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
     """Returns the ratio of times to those of the base in the same rounds."""
     ratios = [time / base_time for time, base_time in zip(seconds, base_seconds, strict=True)]
     return Ratio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
@@ -247,10 +248,10 @@ def saved_base_bytes(base_params: Tree, folder: Path) -> int | None:
         return folder_bytes(Path(name))
 
 
-def _decoding(
+def _make_decoding_timer(
     model: models.Decoder, params: Tree, ids: np.ndarray, apply: Forward
 ) -> Callable[[], list[float]]:
-    """Returns a function that decodes tokens, and returns the seconds of all but the first."""
+    """Returns a function that decodes tokens, and returns the seconds of each after the first."""
 
     def step_seconds() -> list[float]:
         tokens: Iterator[np.ndarray] = models.stream(
@@ -262,13 +263,13 @@ def _decoding(
     return step_seconds
 
 
-def _reading(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list[float]]:
+def _make_forward_timer(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list[float]]:
     """Returns a function that runs some forward passes, and returns the seconds of each."""
     forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
 
     def pass_seconds() -> list[float]:
         times = [time.perf_counter()]
-        for _ in range(_FORWARD_PASSES):
+        for _ in range(_PASSES_PER_ROUND):
             jax.block_until_ready(forward(params, ids))
             times.append(time.perf_counter())
         return [end - start for start, end in itertools.pairwise(times)]
@@ -276,8 +277,8 @@ def _reading(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list
     return pass_seconds
 
 
-def _output_of(command: Sequence[str]) -> str:
-    """Runs a command; returns what it printed.
+def _run_command(command: Sequence[str]) -> str:
+    """Runs a command and returns its standard output.
 
     Raises:
       UserError: it failed; holds the end of what it said.

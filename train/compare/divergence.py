@@ -1,4 +1,4 @@
-"""Divergence of runs from the base: exactly, by the next token, on held-out prompts.
+"""The exact KL divergence of runs from the base, per token of completions of held-out prompts.
 
 The base draws a completion of each prompt, once. On these, KL(base ‖ trained) is summed over the
 whole vocabulary at each token, and averaged over tokens. Forgetting follows this figure on the new
@@ -21,9 +21,9 @@ from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import EvaluatedModel, Evaluation, EvaluationContext, Progress, Task
 
 KL = "kl"  # its name beside the scores of a run
-_MOST_ROWS = 8  # in memory at once
-_MOST_BATCH_BYTES = 2**28  # of their log-probabilities
-_MOST_BYTES = 2**30  # of all log-probabilities of the base: prompts beyond are left out
+_MAX_BATCH_ROWS = 8  # in memory at once
+_MAX_BATCH_BYTES = 2**28  # of their log-probabilities
+_MAX_TOTAL_BYTES = 2**30  # of all log-probabilities of the base: prompts beyond are left out
 _SEED = 0
 
 
@@ -46,7 +46,7 @@ class _PromptRows(NamedTuple):
 
 @dataclasses.dataclass
 class BaseDivergence:
-    """The completions of the base; knows none until `read`.
+    """The base's completions, from which divergences are measured; empty before `read`.
 
     Attributes:
       batches: the completions.
@@ -78,12 +78,14 @@ class BaseDivergence:
         """
         model, params, forward = evaluated
         config: Any = outline.config
-        prompt_bytes = 4 * new_tokens * config.vocab_size  # of log-probabilities
-        read_prompts = prompts[: max(1, _MOST_BYTES // prompt_bytes)]
+        # Limit the prompts and the batch by the bytes of the base's log-probabilities.
+        prompt_bytes = 4 * new_tokens * config.vocab_size
+        read_prompts = prompts[: max(1, _MAX_TOTAL_BYTES // prompt_bytes)]
         self.measured_on = f"the {len(prompts)} held-out prompts"
         if len(read_prompts) < len(prompts):
             self.measured_on = f"the first {len(read_prompts)} of {self.measured_on}"
-        n_rows = min(_MOST_ROWS, len(read_prompts), max(1, _MOST_BATCH_BYTES // prompt_bytes))
+        n_rows = min(_MAX_BATCH_ROWS, len(read_prompts), max(1, _MAX_BATCH_BYTES // prompt_bytes))
+        # Draw and score one batch at a time.
         prompt_tokens = max(map(len, read_prompts))
         eos_ids = end_tokens(outline)
         for start in range(0, len(read_prompts), n_rows):
@@ -106,7 +108,7 @@ class BaseDivergence:
                 key=jax.random.key(_SEED + start),
                 apply=forward,
             )
-            ids, segment_ids, predict_at, is_completion = _arrays(
+            ids, segment_ids, predict_at, is_completion = _make_row_arrays(
                 row_prompts, np.asarray(completions), eos_ids, prompt_tokens, n_real
             )
             log_probs = _log_probabilities(forward, params, ids, segment_ids, predict_at)
@@ -126,11 +128,11 @@ class BaseDivergence:
             return {}
         total = 0.0
         for batch in self.batches:
-            total += float(_divergence(evaluated.forward, evaluated.params, *batch))
+            total += float(_sum_divergence(evaluated.forward, evaluated.params, *batch))
         return {KL: total / self.tokens}
 
     def measured_in(self, task: Task) -> Task:
-        """Returns a task whose scores have the divergence beside them."""
+        """Returns the task with an evaluation that also measures the divergence."""
 
         def evaluation(context: EvaluationContext) -> Evaluation | None:
             task_evaluation = task.evaluation(context)
@@ -153,7 +155,7 @@ class _DivergingEvaluation:
         self.plain.before(evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Takes another run's measures of the base."""
+        """Takes over another run's scores of the base; returns True if that worked."""
         plain = other.plain if isinstance(other, _DivergingEvaluation) else other
         return self.plain.reuse_base_scores(plain)
 
@@ -166,7 +168,7 @@ class _DivergingEvaluation:
         return self.plain.after(evaluated) | self.base.divergence(evaluated)
 
 
-def _arrays(
+def _make_row_arrays(
     prompts: Sequence[list[int]],
     completions: np.ndarray,
     eos_ids: Sequence[int],
@@ -188,6 +190,7 @@ def _arrays(
     predict_at = np.zeros(completions.shape, np.int32)
     is_completion = np.zeros(completions.shape, bool)
     for row, (prompt, tokens) in enumerate(zip(prompts, completions.tolist(), strict=True)):
+        # A completion ends with its first end token.
         ends = [end for end, token in enumerate(tokens, start=1) if token in eos_ids]
         n_tokens = ends[0] if ends else new_tokens
         sequence = [*prompt, *tokens[:n_tokens]]
@@ -211,7 +214,7 @@ def _log_probabilities(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(
+def _sum_divergence(
     forward: Forward,
     params: Tree,
     ids: jax.Array,

@@ -1,8 +1,9 @@
 """Intruder dimensions: strong directions of a trained weight that the base does not have.
 
-Shuttleworth et al., arXiv 2410.21228: of the first `FIRST` left singular vectors of a trained
-matrix, those whose cosine with every left singular vector of the base's matrix is below `ALIKE`.
-Few or none in full fine-tuning, several in LoRA of a low rank; they go along with forgetting.
+An intruder dimension is one of the first `N_LEADING_VECTORS` left singular vectors of a trained
+matrix whose cosine with every left singular vector of the base's matrix is below `MIN_COSINE`
+(Shuttleworth et al., arXiv 2410.21228). Full fine-tuning has few or none of them, and LoRA of a low
+rank has several. They correlate with forgetting.
 """
 
 from collections.abc import Mapping
@@ -17,19 +18,19 @@ from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import ALL_LINEAR, LoraRule
 
-FIRST = 10
-ALIKE = 0.5
-MOST = 60  # matrices of a model, evenly spread: each costs two decompositions
+N_LEADING_VECTORS = 10
+MIN_COSINE = 0.5
+MAX_MATRICES = 60  # matrices of a model, evenly spread: each costs two decompositions
 _CACHE_BYTES = 2**29  # of the base's singular vectors, at most
 
-Place = tuple[str, tuple[int, ...]]  # the path of a leaf, and the index of a matrix in it
+MatrixIndex = tuple[str, tuple[int, ...]]  # the path of a leaf, and the index of a matrix in it
 
 
 def mean_intruders(
     base: Tree,
     trained: Tree,
     kinds: Mapping[str, str] | None = None,
-    base_vectors: dict[Place, np.ndarray] | None = None,
+    base_vectors: dict[MatrixIndex, np.ndarray] | None = None,
 ) -> float:
     """Returns the number of intruder dimensions of a matrix, averaged over matrices of all layers.
 
@@ -46,8 +47,9 @@ def mean_intruders(
     nodes: dict[str, Tree] = nodes_of(lorafy(outline, [rule], kinds=kinds))
     base_leaves = dict(leaves_of(base)[0])
     trained_leaves = dict(leaves_of(trained)[0])
+    # Compare each chosen matrix with the base's, whose singular vectors are cached.
     counts: list[int] = []
-    for path, indices in _measured_matrices(nodes).items():
+    for path, indices in _choose_matrices(nodes).items():
         roles = nodes[path].roles
         base_matrices = np.asarray(as_matrices(base_leaves[path], roles))
         trained_matrices = np.asarray(as_matrices(trained_leaves[path], roles))
@@ -58,17 +60,17 @@ def mean_intruders(
                 cached_bytes = sum(cached.nbytes for cached in base_vectors.values())
                 if cached_bytes + vectors.nbytes <= _CACHE_BYTES:
                     base_vectors[path, index] = vectors
-            counts.append(intruders(vectors, trained_matrices[index]))
+            counts.append(count_intruders(vectors, trained_matrices[index]))
     return float(np.mean(counts))
 
 
-def _measured_matrices(nodes: Mapping[str, Tree]) -> dict[str, list[tuple[int, ...]]]:
-    """Returns the indices of the matrices to measure by their leaf's path, evenly spread."""
-    places: list[Place] = []
+def _choose_matrices(nodes: Mapping[str, Tree]) -> dict[str, list[tuple[int, ...]]]:
+    """Chooses matrices to measure, evenly spread: the path of each leaf -> indices of matrices."""
+    places: list[MatrixIndex] = []
     for path, node in nodes.items():
         batch_shape = node.roles.sizes(node.shape, "batch")
         places += [(path, index) for index in np.ndindex(*batch_shape)]
-    n_measured = min(len(places), MOST)
+    n_measured = min(len(places), MAX_MATRICES)
     measured = np.linspace(0, len(places) - 1, n_measured).round().astype(int)
     indices_of_path: dict[str, list[tuple[int, ...]]] = {}
     for place in measured:
@@ -77,16 +79,16 @@ def _measured_matrices(nodes: Mapping[str, Tree]) -> dict[str, list[tuple[int, .
     return indices_of_path
 
 
-def intruders(base_vectors: np.ndarray, trained: np.ndarray) -> int:
-    """Counts the first singular vectors of a trained matrix that are foreign to the base's.
+def count_intruders(base_vectors: np.ndarray, trained: np.ndarray) -> int:
+    """Counts the leading singular vectors of a trained matrix that the base's does not have.
 
     Args:
       base_vectors: `right_vectors` of the base's matrix.
       trained: [in, out], as ``x @ W`` uses it; PyTorch's left singular vectors, of [out, in], are
         its right ones.
     """
-    cosines = np.abs(right_vectors(trained, FIRST) @ base_vectors.T)
-    is_intruder = cosines.max(axis=1) < ALIKE
+    cosines = np.abs(right_vectors(trained, N_LEADING_VECTORS) @ base_vectors.T)
+    is_intruder = cosines.max(axis=1) < MIN_COSINE
     return int(np.sum(is_intruder))
 
 
@@ -101,10 +103,11 @@ def right_vectors(matrix: np.ndarray, limit: int | None = None) -> np.ndarray:
     """
     matrix = matrix.astype(np.float64)
     n_rows, n_columns = matrix.shape
+    # The Gram matrix of the columns is the smaller one, and its eigenvectors are the result.
     if n_columns <= n_rows:
-        _, vectors = _eigh(matrix.T @ matrix, limit)
+        _, vectors = _largest_eigenvectors(matrix.T @ matrix, limit)
         return vectors.T[::-1]
-    squared_values, left_vectors = _eigh(matrix @ matrix.T, limit)
+    squared_values, left_vectors = _largest_eigenvectors(matrix @ matrix.T, limit)
     order = np.argsort(squared_values)[::-1]
     # Vectors of singular values that are zero but for rounding have no direction.
     tolerance = squared_values.max() * np.finfo(np.float64).eps * n_rows
@@ -113,7 +116,7 @@ def right_vectors(matrix: np.ndarray, limit: int | None = None) -> np.ndarray:
     return (left_vectors[:, order].T @ matrix) / singular_values[:, None]
 
 
-def _eigh(matrix: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _largest_eigenvectors(matrix: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `limit` largest eigenvalues, or all, in rising order, and their vectors."""
     if limit is None:
         values, vectors = np.linalg.eigh(matrix)  # divides and conquers: quicker for all of them

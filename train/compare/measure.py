@@ -1,4 +1,4 @@
-"""Gathers the measures of a comparison: from the folders of its runs, and of the best arms anew."""
+"""Gathers the measures of a comparison: from its runs' folders, and from new timed runs."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ from train.compare.result import (
     RunResult,
     Status,
 )
-from train.compare.rungs import rule
+from train.compare.rungs import describe_rule
 from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
@@ -40,8 +40,10 @@ from train.stages.inputs import Inputs
 COSTS = "costs"
 
 
-def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Comparison:
-    """Returns all measurements; takes those that are left for the end.
+def collect_measurements(
+    sweep: Sweep, inputs: Inputs, command: str, text: str | None
+) -> Comparison:
+    """Collects the measurements of all runs, and measures the costs of the best arms.
 
     Args:
       sweep: the runs, each trained as far as it goes.
@@ -63,7 +65,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             base_outside = sweep.outside(base_params, forward)
     base_bytes = tree_bytes(base_params)
     comparison = Comparison(
-        facts=_facts(sweep, inputs, base_trial, command, text, base_bytes),
+        facts=_collect_facts(sweep, inputs, base_trial, command, text, base_bytes),
         runs=tuple(_run_result(trial, sweep, base_outside) for trial in sweep.trials),
         rungs=sweep.record.rungs,
     )
@@ -78,7 +80,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         if config.costs and has_adapter(trial.arm.method):
             with doing(console, f"timing an answer with {trial.name}"):
                 adapted_params = lj.load_adapter(trial.folder / ADAPTER, base_params)
-                latency = costs.answer_latency(
+                latency = costs.measure_answer_latency(
                     trial.arm, model, base_params, adapted_params, decodes=sweep.kind != "classify"
                 )
                 latencies.append(latency)
@@ -92,7 +94,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     return comparison
 
 
-def _facts(
+def _collect_facts(
     sweep: Sweep,
     inputs: Inputs,
     base_trial: Trial,
@@ -103,7 +105,7 @@ def _facts(
     """Returns the facts that all runs share.
 
     Args:
-      sweep, inputs, command, text: see `collect`.
+      sweep, inputs, command, text: see `collect_measurements`.
       base_trial: the run whose options the base is read with.
       base_bytes: bytes of the base's weights in memory.
     """
@@ -112,7 +114,7 @@ def _facts(
     question_trial = max(sweep.trials, key=lambda trial: trial.most_questions or 0)
     best_value = f"highest {trial.task.score}" if trial.by_score else "lowest held-out loss"
     dataset = base_trial.config.data.dataset
-    baselines = [scores for scores in map(_baselines, sweep.trials) if scores]
+    baselines = [scores for scores in map(_baseline_scores, sweep.trials) if scores]
     return ComparisonFacts(
         command=command,
         script=f"train.{sweep.kind}",
@@ -123,11 +125,11 @@ def _facts(
         score=trial.task.score,
         base_bytes=base_bytes,
         weights=stand_in(inputs.read.outline.name),
-        machine=_machine(),
+        machine=_describe_devices(),
         date=sweep.record.date,
         versions=versions(),
         outside=text,
-        rule=rule(f"the {best_value}") if sweep.config.early_stopping else None,
+        rule=describe_rule(f"the {best_value}") if sweep.config.early_stopping else None,
         baselines=baselines[0] if baselines else {},
         by_score=trial.by_score,
         eval_questions=getattr(question_trial.config.run, "eval_questions", None),
@@ -135,13 +137,13 @@ def _facts(
     )
 
 
-def _baselines(trial: Trial) -> dict[str, float]:
-    """Returns the scores that need no training; {} where a run has none."""
+def _baseline_scores(trial: Trial) -> dict[str, float]:
+    """Returns the scores of the task's baselines; {} for a run without scores."""
     scores = read_json(trial.folder / SCORES)
     return trial.task.baselines(scores) if scores else {}
 
 
-def _machine() -> str:
+def _describe_devices() -> str:
     """Returns the devices in words: "8 × TPU v5e" or "x86_64 CPU, 2 cores (Linux)"."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
@@ -221,11 +223,11 @@ def _best_trials(comparison: Comparison, trials: Sequence[Trial]) -> list[Trial]
 def _add_costs(
     runs: tuple[RunResult, ...], best_trials: list[Trial], sweep: Sweep
 ) -> tuple[RunResult, ...]:
-    """Returns the runs, those of the best arms with the memory and time of a step."""
+    """Adds the memory and time of a step to the runs of the best arms."""
     for trial in best_trials:
         try:
-            with doing(sweep.console, f"timing {costs.STEPS} steps of {trial.name} alone"):
-                cost = costs.step_cost(trial, sweep.folder / COSTS, sweep.session)
+            with doing(sweep.console, f"timing {costs.TIMED_STEPS} steps of {trial.name} alone"):
+                cost = costs.measure_step_cost(trial, sweep.folder / COSTS, sweep.session)
         except TrainingError as error:
             tell(sweep.console, f"warning: {error.said(flag)}")
             continue
@@ -238,14 +240,14 @@ def _add_costs(
 def _add_plans(
     comparison: Comparison, topology: str, best_trials: list[Trial], sweep: Sweep, row_tokens: int
 ) -> Comparison:
-    """Returns the comparison with plans of the best arms for another machine."""
+    """Adds plans of the best arms for another machine to a comparison."""
     plans: list[PlanResult] = []
     machine = topology
     price = sweep.config.price
     for trial in best_trials:
         try:
             with doing(sweep.console, f"planning {trial.name} for {topology}"):
-                plan, machine = costs.plan_result(trial, topology, price, row_tokens)
+                plan, machine = costs.plan_for_topology(trial, topology, price, row_tokens)
         except UserError as error:
             tell(sweep.console, f"warning: {error}")
             continue

@@ -164,8 +164,7 @@ def check_options(compare: CompareConfig, options: Options, given: Collection[st
     if options.adapter.weight_tying:
         raise UserError(
             "--weight-tying trains one vector for several weights, but adapters side by side "
-            "cannot "
-            "share a vector. Remove --weight-tying."
+            "cannot share a vector. Remove --weight-tying."
         )
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
@@ -178,11 +177,11 @@ def check_options(compare: CompareConfig, options: Options, given: Collection[st
                 f"{flag(field, *values)} lists {repeated_values[0]} twice. Remove one of the two."
             )
     for field in (*_RATES, "price"):
-        for value in _values_of(compare, field):
+        for value in _option_values(compare, field):
             if not 0 < value < math.inf:
                 raise UserError(f"{flag(field)} {value} is out of range. Pass a number above 0.")
     for field in (*_COUNTS, "at_once"):
-        for value in _values_of(compare, field):
+        for value in _option_values(compare, field):
             if value < 1:
                 raise UserError(f"{flag(field)} {value} is out of range. Pass a number from 1 on.")
     _check_methods(compare, given)
@@ -191,7 +190,7 @@ def check_options(compare: CompareConfig, options: Options, given: Collection[st
     check_many(options.run.report_to, "a comparison")
 
 
-def _values_of(compare: CompareConfig, field: str) -> tuple[Any, ...]:
+def _option_values(compare: CompareConfig, field: str) -> tuple[Any, ...]:
     """Returns the values of an option that takes several, or the one value if it is set."""
     value = getattr(compare, field)
     if isinstance(value, tuple):

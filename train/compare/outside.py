@@ -30,7 +30,7 @@ def read_text(source: str | None) -> tuple[str, str] | None:
     if source == OFF:
         return None
     if source is None:
-        return _documentation(), "Python's documentation of its language"
+        return _python_documentation(), "Python's documentation of its language"
     text = read_user_file(source, f"--outside {source}: the file cannot be read as text: ")
     return text, source
 
@@ -48,7 +48,7 @@ def unknown(name: str) -> str:
     return f"the tokenizer does not know the letters of {name}; name a text with --outside"
 
 
-def rows_of(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
+def make_token_rows(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
     """Returns rows of tokens from all over a text, int32 [rows, length].
 
     Args:
@@ -71,7 +71,7 @@ def rows_of(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:
     return rows[np.unique(row_indices)]
 
 
-def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
+def mean_loss(rows: np.ndarray, params: Tree, forward: Forward) -> float:
     """Returns the mean loss of a model on rows of text, in nats per token.
 
     Args:
@@ -82,14 +82,14 @@ def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
     total_loss = 0.0
     n_tokens = 0.0
     for start in range(0, len(rows), _BATCH_ROWS):
-        batch_loss, batch_tokens = _summed(forward, params, rows[start : start + _BATCH_ROWS])
+        batch_loss, batch_tokens = _sum_loss(forward, params, rows[start : start + _BATCH_ROWS])
         total_loss += float(batch_loss)
         n_tokens += float(batch_tokens)
     return total_loss / n_tokens
 
 
 @jax.jit(static_argnums=0)
-def _summed(forward: Forward, params: Tree, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sum_loss(forward: Forward, params: Tree, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of the loss over the tokens of some rows, and their number."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     batch = {
@@ -103,7 +103,7 @@ def _summed(forward: Forward, params: Tree, ids: jax.Array) -> tuple[jax.Array, 
     return summed_loss(forward, params, batch, chunk=_CHUNK)[:2]
 
 
-def _documentation() -> str:
+def _python_documentation() -> str:
     """Returns the reference of the language that comes with Python, as `help` shows it."""
     try:
         from pydoc_data.topics import topics  # not in every distribution of Python

@@ -174,7 +174,7 @@ class Latency(NamedTuple):
 
 
 class PlanResult(NamedTuple):
-    """An arm on a machine that is not there, as `train.plan` computes it.
+    """The plan of an arm for another machine, as `train.plan` computes it.
 
     Attributes:
       arm: the arm.
@@ -292,7 +292,7 @@ def write_record(record: object, path: Path) -> None:
     Every tuple with field names is an object there. Numbers that JSON lacks are the strings
     "NaN", "Infinity" and "-Infinity".
     """
-    write_json(path, _plain(record))
+    write_json(path, _to_json(record))
 
 
 def read_record(kind: type[Kind], path: Path) -> Kind:
@@ -317,7 +317,7 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
         content = json.loads(text)
     hint = "; only train.compare writes this file"
     with as_user_errors(_Mismatch, prefix=f"{path}: ", suffix=hint):
-        return _parsed(content, kind, "")
+        return _parse_value(content, kind, "")
 
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -328,21 +328,21 @@ class _Mismatch(Exception):
     """A value of a file is not what its field takes; the message names the field."""
 
 
-def _plain(value: Any) -> object:
-    """Returns a value as JSON has it; the inverse of `_parsed`."""
-    field_names = _fields(value.__class__)
+def _to_json(value: Any) -> object:
+    """Returns a value as JSON has it; the inverse of `_parse_value`."""
+    field_names = _fields_of_record(value.__class__)
     if field_names:
-        return {name: _plain(getattr(value, name)) for name in field_names}
+        return {name: _to_json(getattr(value, name)) for name in field_names}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
     return value
 
 
-def _parsed(value: Any, kind: Any, field: str) -> Any:
+def _parse_value(value: Any, kind: Any, field: str) -> Any:
     """Returns a value of JSON as a field's annotated type has it.
 
     Args:
@@ -352,46 +352,47 @@ def _parsed(value: Any, kind: Any, field: str) -> Any:
     """
     origin = typing.get_origin(kind)
     if origin is not None:
-        return _parsed_generic(value, origin, typing.get_args(kind), field)
-    is_required = _fields(kind)
+        return _parse_generic(value, origin, typing.get_args(kind), field)
+    is_required = _fields_of_record(kind)
     if is_required:
-        _check(isinstance(value, dict), field, "an object", value)
-        return _parsed_record(value, kind, is_required, f"{field}." if field else "")
+        _check_value(isinstance(value, dict), field, "an object", value)
+        return _parse_record(value, kind, is_required, f"{field}." if field else "")
     is_bool = isinstance(value, bool)
     if kind is float:
         is_number = isinstance(value, int | float) and not is_bool
-        _check(is_number or value in _NOT_FINITE, field, "a number", value)
+        _check_value(is_number or value in _NOT_FINITE, field, "a number", value)
         return float(value)
     is_of_kind = isinstance(value, kind) and is_bool == (kind is bool)
-    _check(is_of_kind, field, _EXPECTED[kind], value)
+    _check_value(is_of_kind, field, _EXPECTED[kind], value)
     return value
 
 
-def _parsed_generic(value: Any, origin: Any, arguments: tuple[Any, ...], field: str) -> Any:
-    """Parses a value of a type with arguments, such as `tuple[Arm, ...]`; see `_parsed`."""
+def _parse_generic(value: Any, origin: Any, arguments: tuple[Any, ...], field: str) -> Any:
+    """Parses a value of a type with arguments, such as `tuple[Arm, ...]`; see `_parse_value`."""
     if origin in (typing.Union, types.UnionType):  # X | None
         if value is None:
             return None
         (kind,) = [argument for argument in arguments if argument is not types.NoneType]
-        return _parsed(value, kind, field)
+        return _parse_value(value, kind, field)
     if origin is Literal:
-        _check(value in arguments, field, " or ".join(map(repr, arguments)), value)
+        _check_value(value in arguments, field, " or ".join(map(repr, arguments)), value)
         return value
     if origin is tuple:
-        _check(isinstance(value, list), field, "a list", value)
+        _check_value(isinstance(value, list), field, "a list", value)
         is_of_any_length = arguments[-1] is Ellipsis
         kinds = (arguments[0],) * len(value) if is_of_any_length else arguments
-        _check(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
+        _check_value(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
         return tuple(
-            _parsed(item, kinds[index], f"{field}[{index}]") for index, item in enumerate(value)
+            _parse_value(item, kinds[index], f"{field}[{index}]")
+            for index, item in enumerate(value)
         )
     # Mapping[str, X]
-    _check(isinstance(value, dict), field, "an object", value)
+    _check_value(isinstance(value, dict), field, "an object", value)
     _, item_kind = arguments
-    return {key: _parsed(item, item_kind, f"{field}[{key!r}]") for key, item in value.items()}
+    return {key: _parse_value(item, item_kind, f"{field}[{key!r}]") for key, item in value.items()}
 
 
-def _parsed_record(
+def _parse_record(
     record: Mapping[str, Any], kind: Any, is_required: Mapping[str, bool], prefix: str
 ) -> Any:
     """Returns an object of JSON as a record.
@@ -409,12 +410,14 @@ def _parsed_record(
         if is_required[name] and name not in record:
             raise _Mismatch(f"{prefix}{name} is missing")
     kinds = typing.get_type_hints(kind)
-    values = {name: _parsed(value, kinds[name], prefix + name) for name, value in record.items()}
+    values = {
+        name: _parse_value(value, kinds[name], prefix + name) for name, value in record.items()
+    }
     return kind(**values)
 
 
 @functools.cache
-def _fields(kind: Any) -> dict[str, bool]:
+def _fields_of_record(kind: Any) -> dict[str, bool]:
     """Returns the field names of a record's type, and whether each has no default."""
     is_record = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
     if not is_record:
@@ -423,7 +426,7 @@ def _fields(kind: Any) -> dict[str, bool]:
     return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
 
 
-def _check(is_valid: bool, field: str, expected: str, value: object) -> None:
+def _check_value(is_valid: bool, field: str, expected: str, value: object) -> None:
     """Raises a `_Mismatch` where a value is not what its field takes."""
     if is_valid:
         return

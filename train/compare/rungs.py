@@ -13,7 +13,7 @@ from train.compare.result import Arm, Rung
 
 
 class Stage(NamedTuple):
-    """A part of all runs.
+    """A stage of all runs, after which some arms stop.
 
     Attributes:
       share: share of a run's steps, at which it ends.
@@ -27,11 +27,11 @@ class Stage(NamedTuple):
 # Of sixteen arms, four go on and then two: 16/8 + 4 · 3/8 + 2 · 1/2 = 4.5 runs' steps, not 16.
 STAGES = (Stage(1 / 8, 1 / 4), Stage(1 / 2, 1 / 2))
 LAST = Stage(1.0, 1.0)
-MEASUREMENTS = 8  # of the held-out loss, or of the score, in a run
+MEASUREMENTS_PER_RUN = 8  # of the held-out loss, or of the score, in a run
 
 
-def rule(best: str) -> str:
-    """Returns the rule in words.
+def describe_rule(best: str) -> str:
+    """Describes the rule of early stopping in words.
 
     Args:
       best: what the settings that go on have: "the lowest held-out loss".
@@ -43,7 +43,7 @@ def rule(best: str) -> str:
     )
 
 
-def step_of(stage: Stage, n_steps: int, interval: int, warmup: int = 0) -> int:
+def end_step_of_stage(stage: Stage, n_steps: int, interval: int, warmup: int = 0) -> int:
     """Returns the step that ends a stage: one at which the held-out rows are measured.
 
     No stage ends within the warmup: there, the setting that learns fastest has the lowest loss, and
@@ -65,15 +65,15 @@ def step_of(stage: Stage, n_steps: int, interval: int, warmup: int = 0) -> int:
 def stops_arms(stage: Stage, arms: Collection[Arm]) -> bool:
     """Returns True if a stage stops any of these arms. It never stops a method's only arm."""
     arm_counts = Counter(arm.method for arm in arms)
-    return any(_n_kept(stage, n_arms) < n_arms for n_arms in arm_counts.values())
+    return any(_count_kept_arms(stage, n_arms) < n_arms for n_arms in arm_counts.values())
 
 
-def _n_kept(stage: Stage, n_arms: int) -> int:
+def _count_kept_arms(stage: Stage, n_arms: int) -> int:
     """Returns the number of a method's arms that go on after a stage."""
     return max(1, math.ceil(stage.kept * n_arms))
 
 
-def decide(
+def decide_after_stage(
     stage: Stage, values: Mapping[Arm, float], share: float, *, larger: bool = False
 ) -> Rung:
     """Returns the decision after a stage: the arms that go on, and those that stop.
@@ -93,7 +93,8 @@ def decide(
     for arms in arms_of_method.values():
         sound_arms = [arm for arm in arms if not math.isnan(values[arm])]
         sound_arms.sort(key=lambda arm: sign * values[arm])  # stable: of equals, the first named
-        kept_arms += sound_arms[: _n_kept(stage, len(arms))]
+        kept_arms += sound_arms[: _count_kept_arms(stage, len(arms))]
+    # The record lists the best arms first, and failed ones last.
     ranking = sorted(values, key=lambda arm: (math.isnan(values[arm]), sign * values[arm]))
     return Rung(
         share=share,

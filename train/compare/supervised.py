@@ -20,7 +20,7 @@ from train.run.task import Evaluation, EvaluationContext, Task
 from train.settings.defaults import check_files
 from train.stages.inputs import RunData, read_inputs
 
-_OWN_OPTIONS = (  # of `train.sft`, which a run by rewards does not set
+_OPTIONS_NOT_TAKEN = (  # of `train.sft`, which a run by rewards does not set
     "alpha",
     "lr",
     "dataset",
@@ -44,7 +44,7 @@ class HeldOutPrompts:
     """
 
     def __init__(self, config: Options, task: Task) -> None:
-        """Reads them; whoever makes them closes their data.
+        """Reads the prompts. The caller closes their data.
 
         Raises:
           UserError: something is missing, or does not fit the model.
@@ -120,7 +120,7 @@ def supervised_script(
 
 
 def supervised_options(options: Options, rows: str) -> Config:
-    """Returns the options of `train.sft` that are those of a run by rewards, but for its data.
+    """Converts the options of a run by rewards to options of `train.sft` on demonstrations.
 
     Args:
       options: the options of `train.grpo`, with the task's defaults.
@@ -129,7 +129,7 @@ def supervised_options(options: Options, rows: str) -> Config:
     changes: dict[str, Any] = {}
     for section in vars(options).values():
         changes |= vars(section)
-    for name in _OWN_OPTIONS:
+    for name in _OPTIONS_NOT_TAKEN:
         changes.pop(name, None)
     changes["dataset"] = (rows,)
     return replace_options(Config(run=SftRunConfig(eval_questions=0)), changes)

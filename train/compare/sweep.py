@@ -23,7 +23,7 @@ from train.compare import rungs
 from train.compare.options import IN_FULL, CompareConfig, has_adapter
 from train.compare.result import Arm, Rung, read_record, write_record
 from train.compare.rungs import Stage
-from train.compare.trials import Trial, groups_of
+from train.compare.trials import Trial, group_trials
 from train.console.errors import flag
 from train.console.output import tell
 from train.finetune import finetune, train_runs
@@ -127,7 +127,7 @@ class Sweep:
     console: Console
 
     def run(self) -> None:
-        """Trains all runs as far as each goes.
+        """Trains all runs, stage by stage, until each run ends or is stopped.
 
         Raises:
           Interrupted: after a signal, once what is on its way is saved.
@@ -139,24 +139,25 @@ class Sweep:
                 for trial in self.trials
                 if not self.is_over(trial) and self.record.progress(trial.name).stages <= index
             ]
+            # Train each run to the end of the stage, unless nothing is decided there.
             active_arms = {trial.arm for trial in self.trials} - self.stopped_arms()
             stops_arms = rungs.stops_arms(stage, active_arms)
-            skipping_trials = self._skipping(stages, index, pending_trials, stops_arms)
+            skipping_trials = self._runs_to_skip(stages, index, pending_trials, stops_arms)
             for trial in skipping_trials:
                 self.record.progress(trial.name).stages = index + 1
             training_trials = [trial for trial in pending_trials if trial not in skipping_trials]
             if training_trials:
-                self._tell_stage(index, len(stages), stage, training_trials)
-            for group in groups_of(training_trials, self.config.at_once):
-                self._train(group, index, stage)
+                self._print_stage(index, len(stages), stage, training_trials)
+            for group in group_trials(training_trials, self.config.at_once):
+                self._train_group(group, index, stage)
             is_undecided = index == len(self.record.rungs)
             if stops_arms and is_undecided:
-                self._decide(stage)
+                self._stop_arms(stage)
 
-    def _skipping(
+    def _runs_to_skip(
         self, stages: Sequence[Stage], index: int, trials: Sequence[Trial], stops_arms: bool
     ) -> Sequence[Trial]:
-        """Returns the runs that need not be trained to the end of a stage before the next one.
+        """Returns the runs that may skip a stage, because nothing is decided at its end.
 
         Args:
           stages: all stages.
@@ -187,18 +188,20 @@ class Sweep:
         is_stopped = trial.arm in self.stopped_arms()
         return progress.finished or progress.error is not None or is_stopped
 
-    def _tell_stage(self, index: int, n_stages: int, stage: Stage, trials: Sequence[Trial]) -> None:
+    def _print_stage(
+        self, index: int, n_stages: int, stage: Stage, trials: Sequence[Trial]
+    ) -> None:
         """Prints the number of runs that are trained to the end of a stage."""
         title = "to the end" if n_stages == 1 else f"stage {index + 1} of {n_stages}"
         n_adapters = sum(has_adapter(trial.arm.method) for trial in trials)
         tell(
             self.console,
-            f"{title}: {len(trials)} runs to {_share(stage, trials):.1%} of their steps, "
+            f"{title}: {len(trials)} runs to {_share_of_steps(stage, trials):.1%} of their steps, "
             f"{n_adapters} of them side by side ({self.config.at_once} at once), the others one "
             "after another",
         )
 
-    def _train(self, group: Sequence[Trial], index: int, stage: Stage) -> None:
+    def _train_group(self, group: Sequence[Trial], index: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""
         start_time = time.monotonic()
         is_last = stage is rungs.LAST
@@ -246,7 +249,7 @@ class Sweep:
             RequestedRun(
                 name=trial.name,
                 where=f"run {trial.name}",
-                options=_resumed_options(trial),
+                options=_options_with_resume(trial),
                 task=trial.task,
             )
             for trial in group
@@ -264,7 +267,7 @@ class Sweep:
         progress = self.record.progress(trial.name)
         tell(self.console, f"run {trial.name}")
         try:
-            options = _resumed_options(trial)
+            options = _options_with_resume(trial)
             scores = finetune(trial.script, options, trial.task, self.session, context)
         except TrainingError as error:
             message = error.said(flag)
@@ -274,7 +277,7 @@ class Sweep:
             return
         progress.score = scores.get(trial.task.score or "", progress.score)
 
-    def _decide(self, stage: Stage) -> None:
+    def _stop_arms(self, stage: Stage) -> None:
         """Chooses the arms that go on, and records them."""
         stopped_arms = self.stopped_arms()
         seed_values: dict[Arm, list[float]] = {}
@@ -282,8 +285,8 @@ class Sweep:
             if trial.arm not in stopped_arms:
                 seed_values.setdefault(trial.arm, []).append(self._newest_value(trial))
         means = {arm: sum(values) / len(values) for arm, values in seed_values.items()}
-        rung = rungs.decide(
-            stage, means, _share(stage, self.trials), larger=self.trials[0].by_score
+        rung = rungs.decide_after_stage(
+            stage, means, _share_of_steps(stage, self.trials), larger=self.trials[0].by_score
         )
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / PROGRESS)
@@ -319,18 +322,18 @@ def _end_step_of_run(stage: Stage, n_steps: int, config: Options) -> int:
     """Returns the step that ends a stage of a run, by its number of steps and its options."""
     warmup = warmup_steps(config.optim, n_steps)
     interval = config.run.eval_every or config.run.score_every
-    return rungs.step_of(stage, n_steps, interval, warmup)
+    return rungs.end_step_of_stage(stage, n_steps, interval, warmup)
 
 
 def _end_step(stage: Stage, trial: Trial) -> int:
     return _end_step_of_run(stage, trial.steps, trial.config)
 
 
-def _share(stage: Stage, trials: Sequence[Trial]) -> float:
-    """Returns the share of their steps that a stage takes runs to: not always that of the rule."""
+def _share_of_steps(stage: Stage, trials: Sequence[Trial]) -> float:
+    """Returns the largest share of its steps that a run has done at the end of a stage."""
     return max(_end_step(stage, trial) / trial.steps for trial in trials)
 
 
-def _resumed_options(trial: Trial) -> Options:
+def _options_with_resume(trial: Trial) -> Options:
     """Returns a run's options, with --resume where it has begun."""
     return replace_options(trial.config, {"resume": (trial.folder / CONFIG).exists()})

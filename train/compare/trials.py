@@ -21,7 +21,7 @@ from train.compare.options import (
     has_adapter,
 )
 from train.compare.result import Arm
-from train.compare.rungs import MEASUREMENTS
+from train.compare.rungs import MEASUREMENTS_PER_RUN
 from train.console.errors import UserError, flag
 from train.options.common import Options
 from train.options.defaults import Defaults
@@ -34,7 +34,7 @@ from train.settings.tasks import dataset_facts
 from train.stages.inputs import InputReader, Inputs, make_inputs
 
 RUNS = "runs"
-_EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
+_CLASSIFIER_EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
 
 
 class ComparedScript(NamedTuple):
@@ -74,7 +74,7 @@ class ComparedScript(NamedTuple):
         return self.every == "score_every"
 
     def options_of(self, config: Options) -> Options:
-        """Returns a comparison's options without what is compared: those of the script."""
+        """Extracts the options of the script from the options of a comparison."""
         return type(self.plain)(**{name: getattr(config, name) for name in vars(self.plain)})
 
     def completed(self, options: Options, **changes: object) -> Options:
@@ -123,12 +123,12 @@ class Trial:
 
     @property
     def reads_alone(self) -> bool:
-        """True if its data are its own, such as prompts with the completions drawn of them."""
+        """True if the run cannot share its data, such as prompts with their drawn completions."""
         return "output" in self.task.reads(self.config)
 
 
-def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
-    """Returns the settings that the script would choose by itself.
+def script_defaults(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
+    """Returns the default settings of the script: learning rates, alpha and batch size.
 
     Raises:
       UserError: the optimiser has no learning rate of its own, and none was given.
@@ -157,7 +157,7 @@ def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
     )
 
 
-def trials_of(
+def make_trials(
     script: ComparedScript,
     options: Options,
     compare: CompareConfig,
@@ -165,7 +165,7 @@ def trials_of(
     reader: InputReader,
     examples: tuple[ComparedScript, Options] | None,
 ) -> tuple[list[Trial], Inputs]:
-    """Returns all runs, checked, and the inputs of one of them.
+    """Makes and checks all runs; returns them with the inputs of one run.
 
     Args:
       script: the training script.
@@ -180,15 +180,15 @@ def trials_of(
     """
     trials: list[Trial] = []
     inputs: Inputs | None = None
-    grid = arms.arms_of(compare, basis_of(script, options))
+    grid = arms.make_arms(compare, script_defaults(script, options))
     for arm, seed in itertools.product(grid, compare.seeds):
-        name = arms.name_of(arm, seed)
+        name = arms.name_of_run(arm, seed)
         is_supervised = arm.method in OF_EXAMPLES
         run_script, run_options = script, options
         if examples and is_supervised:
             run_script, run_options = examples
         try:
-            trial, inputs = _trial(
+            trial, inputs = _make_trial(
                 run_script,
                 run_options,
                 arm,
@@ -211,8 +211,8 @@ def trials_of(
     return trials, inputs
 
 
-def groups_of(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
-    """Returns the runs as they train: adapters in groups of at most `at_once`, the others alone."""
+def group_trials(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
+    """Groups runs for training: up to `at_once` adapters together, every other run alone."""
     adapters = [trial for trial in trials if has_adapter(trial.arm.method)]
     adapters.sort(key=_sharing_key)
     # Runs on examples have a script of their own, so that they share no steps with the others.
@@ -236,7 +236,7 @@ def _sharing_key(trial: Trial) -> tuple[object, ...]:
     return arm.rank or 0, arm.method, arm.targets or (), arm.batch_size
 
 
-def _trial(
+def _make_trial(
     script: ComparedScript,
     options: Options,
     arm: Arm,
@@ -246,7 +246,7 @@ def _trial(
     folder: Path,
     reader: InputReader,
 ) -> tuple[Trial, Inputs]:
-    """Returns a run, checked, and its inputs.
+    """Makes and checks a run; returns it with its inputs.
 
     Args:
       script: the training script.
@@ -257,7 +257,7 @@ def _trial(
       reader: reads rows once.
     """
     interval = getattr(options.run, script.every)
-    changes = arms.settings(arm, seed) | {
+    changes = arms.options_of_arm(arm, seed) | {
         "output": str(folder),
         "overwrite": False,
         "resume": False,
@@ -271,7 +271,7 @@ def _trial(
         option_seed = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = held_out_seed if option_seed is None else option_seed
     if getattr(options.run, "eval_rows", 0) is None:
-        changes["eval_rows"] = _EVAL_ROWS
+        changes["eval_rows"] = _CLASSIFIER_EVAL_ROWS
     config = script.completed(options, **changes)
     task = script.task_of(config)
     script.check(config)
@@ -281,7 +281,7 @@ def _trial(
     inputs = make_inputs(config, mesh, reader(config, task))
     _check_held_out(script, arm, config, inputs)
     n_steps = inputs.steps
-    intervals: dict[str, Any] = {script.every: interval or -(-n_steps // MEASUREMENTS)}
+    intervals: dict[str, Any] = {script.every: interval or -(-n_steps // MEASUREMENTS_PER_RUN)}
     has_default_saves = options.run.save_every == script.plain.run.save_every
     if arm.method in IN_FULL and has_default_saves:
         intervals["save_every"] = n_steps  # a checkpoint holds the model three times
@@ -294,7 +294,7 @@ def _trial(
         config=config,
         task=task,
         steps=n_steps,
-        trained_parameters=_trained_parameters(arm, config, inputs),
+        trained_parameters=_count_trained_parameters(arm, config, inputs),
         by_score=script.uses_score,
         most_questions=task.most_questions(config, inputs.read.rows),
     )
@@ -303,7 +303,7 @@ def _trial(
     return trial, inputs
 
 
-def _trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
+def _count_trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
     """Counts the numbers that a run trains: the dimension of a subspace, or those of its tree."""
     if arm.dimension is not None:
         return arm.dimension

@@ -59,15 +59,15 @@ def reported() -> Iterator[None]:
         with closed_pipe():
             yield
     except TrainingError as error:
-        _leave(f"error: {error.said(flag)}", BAD_INPUT)
+        _print_and_exit(f"error: {error.said(flag)}", BAD_INPUT)
     except Interrupted as error:
-        _leave(str(error), error.code)
+        _print_and_exit(str(error), error.code)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _print_and_exit("interrupted", 130)
     except Exception as error:
         problem = file_problem(error)
         if problem:
-            _leave(f"error: {problem}", BAD_INPUT)
+            _print_and_exit(f"error: {problem}", BAD_INPUT)
         raise
 
 
@@ -86,7 +86,7 @@ def file_problem(error: BaseException) -> str | None:
                 "the right to it, or use another folder: pass --output for a run's files, or set "
                 "XDG_CACHE_HOME for all caches."
             )
-    text = no_room(error)
+    text = disk_full_text(error)
     if text is None:
         return None
     return (
@@ -95,7 +95,7 @@ def file_problem(error: BaseException) -> str | None:
     )
 
 
-def no_room(error: BaseException) -> str | None:
+def disk_full_text(error: BaseException) -> str | None:
     """Returns the text of a full-disk error among an error and its causes; None without one."""
     cause: BaseException | None = error
     while cause is not None:
@@ -124,7 +124,7 @@ def flag(name: str, *value: Any) -> str:
     return " ".join([f"--{name.replace('_', '-')}", *values])
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def _print_and_exit(message: str, code: int) -> NoReturn:
     """Prints a message, and exits."""
     print(f"\n{replace_copy_paths(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -25,7 +25,7 @@ from train.doctor.troubles import DoctorReport, Trouble
 _SCRIPT = "train.doctor"
 _PLAN_SECONDS = 900
 _PLAN_SHAPE = ("--batch-size", "8", "--seq-len", "1024")
-_WAYS_TO_TRAIN = {"LoRA on bfloat16": (), "LoRA on nf4": ("--quantize", "nf4")}
+_PLANNED_OPTIONS = {"LoRA on bfloat16": (), "LoRA on nf4": ("--quantize", "nf4")}
 
 
 def examine_fits(
@@ -44,7 +44,7 @@ def examine_fits(
         problem = f"there is no plan for {jax_devices and jax_devices['kind']}"
         return facts, [Trouble(problem, f"{remedy} --capacity-gib GIB", fatal=False)]
     fits_any = False
-    for name, options in _WAYS_TO_TRAIN.items():
+    for name, options in _PLANNED_OPTIONS.items():
         arguments = ["--model", model, "--topology", topology, *_PLAN_SHAPE, *options, "--alone"]
         process = run_module("train.plan.__main__", [*arguments, "--json"], _PLAN_SECONDS)
         if process.code != 0:
@@ -124,7 +124,10 @@ def examine(options: DoctorOptions) -> DoctorReport:
     output = Path(options.output).expanduser().absolute()
     folders = {"output": output, "caches": caches["tokens"].parent}
     report.add("disks", *storage.examine_disks(folders))
-    sizes = {name: f"{folder} ({storage.size_of(folder)})" for name, folder in caches.items()}
+    sizes = {
+        name: f"{folder} ({storage.describe_folder_size(folder)})"
+        for name, folder in caches.items()
+    }
     report.add("caches", sizes, [])
     report.add("hub", *hub.examine_hub(os.environ))
     if options.model is not None:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from train.doctor.hardware import Hardware
 from train.doctor.troubles import Trouble, set_variables
 
-_PATIENCE = 180  # seconds for JAX to find its devices
+_MAX_SECONDS = 180  # seconds for JAX to find its devices
 # So that the probe takes no memory from programs that compute.
-_MODEST = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
+_PROBE_VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
 # The oldest driver of NVIDIA's that each plugin runs on, the newest plugin first.
 _DRIVERS = {"cuda13": 580, "cuda12": 525}
 VARIABLES = (
@@ -110,7 +110,7 @@ class Circumstances(NamedTuple):
 
 def ask_jax() -> ChildEnding:
     """Asks JAX for its devices in a process of its own; see `train.doctor.probe`."""
-    return run_module("train.doctor.probe", (), _PATIENCE, _MODEST)
+    return run_module("train.doctor.probe", (), _MAX_SECONDS, _PROBE_VARIABLES)
 
 
 def describe(now: Circumstances) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _failure(now: Circumstances) -> Trouble:
     ending, errors = now.ending, now.ending.errors
     if ending.code is None:
         return Trouble(
-            f"JAX did not find its devices within {_PATIENCE} seconds",
+            f"JAX did not find its devices within {_MAX_SECONDS} seconds",
             "on several TPU hosts, start this command on all of them at once; else end the process "
             "that uses the accelerator, or compute on the CPU meanwhile (JAX_PLATFORMS=cpu)",
         )

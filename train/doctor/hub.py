@@ -38,7 +38,7 @@ def examine_hub(
         variables.get(name, "").upper() in _ON
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-    answer = HubAnswer(None, "not asked") if offline else ask(endpoint, token, seconds)
+    answer = HubAnswer(None, "not asked") if offline else ask_hub(endpoint, token, seconds)
     troubles = []
     reachable = "offline, as HF_HUB_OFFLINE asks" if offline else answer.status is not None
     if not offline and answer.status is None:
@@ -81,7 +81,7 @@ def read_token(variables: Mapping[str, str]) -> str | None:
         return None
 
 
-def ask(endpoint: str, token: str | None, seconds: float) -> HubAnswer:
+def ask_hub(endpoint: str, token: str | None, seconds: float) -> HubAnswer:
     """Asks the hub who the user is, or without a token for anything.
 
     Args:

@@ -46,7 +46,7 @@ def requirement_troubles(package: str) -> list[Trouble]:
     else:
         for requirement in sorted(set(_requirements(package, _EXTRAS))):
             if not _is_met(requirement):
-                wrong.append(f"{requirement} ({_found(requirement)})")
+                wrong.append(f"{requirement} ({_installed_version(requirement)})")
     if not wrong:
         return []
     remedy = f'pip install "{package}[train]"'
@@ -102,11 +102,11 @@ def _requirements(package: str, extras: tuple[str, ...]) -> Iterator[str]:
 def _is_met(requirement: str) -> bool:
     from packaging.requirements import Requirement
 
-    needed, version = Requirement(requirement), _found(requirement)
+    needed, version = Requirement(requirement), _installed_version(requirement)
     return needed.specifier.contains(version, prereleases=True) if version[0].isdigit() else False
 
 
-def _found(requirement: str) -> str:
+def _installed_version(requirement: str) -> str:
     from packaging.requirements import Requirement
 
     return version_of(Requirement(requirement).name) or "not installed"

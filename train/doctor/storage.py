@@ -10,7 +10,7 @@ from typing import Any
 from train.doctor.troubles import Trouble
 
 _GIB = 2**30
-_LITTLE = 5 * _GIB  # of room on a disk: less than a small model's files
+_MIN_FREE_BYTES = 5 * _GIB  # of room on a disk: less than a small model's files
 _SECONDS = 2.0  # to add up the sizes of a folder's files
 
 
@@ -51,13 +51,13 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
             if not is_output:
                 remedy += " (XDG_CACHE_HOME, HF_HOME)"
             troubles.append(Trouble(f"{nearest} cannot be written", remedy, fatal=is_output))
-        elif free_bytes < _LITTLE:
+        elif free_bytes < _MIN_FREE_BYTES:
             problem = f"{nearest} only has room for {gib_text(free_bytes)} more"
             troubles.append(Trouble(problem, "make room, or use another folder", fatal=False))
     return facts, troubles
 
 
-def size_of(folder: Path, seconds: float = _SECONDS) -> str:
+def describe_folder_size(folder: Path, seconds: float = _SECONDS) -> str:
     """Returns the size of a folder's files in words, as far as they are added up in some time."""
     if not os.path.isdir(folder):
         return "empty"

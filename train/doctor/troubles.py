@@ -50,24 +50,26 @@ class DoctorReport:
     def json(self) -> str:
         """Returns the report as JSON."""
         troubles = [trouble._asdict() for trouble in self.troubles]
-        return json.dumps(_shared(self.sections | {"troubles": troubles}), indent=2)
+        return json.dumps(_without_secrets(self.sections | {"troubles": troubles}), indent=2)
 
     def text(self) -> str:
         """Returns the report as text, wrapped to the terminal."""
         columns = min(_MOST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
         lines = []
-        for title, facts in _shared(self.sections).items():
-            text = "; ".join(f"{name} {_words(fact)}" for name, fact in facts.items())
-            lines += _wrapped(f"{title:11}", text, columns) if facts else []
+        for title, facts in _without_secrets(self.sections).items():
+            text = "; ".join(f"{name} {_fact_in_words(fact)}" for name, fact in facts.items())
+            lines += _wrap_text(f"{title:11}", text, columns) if facts else []
         for trouble in sorted(self.troubles, key=lambda trouble: not trouble.fatal):
             head = "error: " if trouble.fatal else "remark: "
-            lines += _wrapped(head, _shared(f"{trouble.what}: {trouble.remedy}"), columns)
+            lines += _wrap_text(
+                head, _without_secrets(f"{trouble.what}: {trouble.remedy}"), columns
+            )
         if not self.troubles:
             lines.append("nothing is wrong")
         return "\n".join(lines)
 
 
-def _wrapped(head: str, text: str, columns: int) -> list[str]:
+def _wrap_text(head: str, text: str, columns: int) -> list[str]:
     indent = " " * (11 if head.endswith(" ") and len(head) >= 11 else 2)
     return textwrap.wrap(
         head + text,
@@ -78,22 +80,22 @@ def _wrapped(head: str, text: str, columns: int) -> list[str]:
     )
 
 
-def _words(fact: Any) -> str:
+def _fact_in_words(fact: Any) -> str:
     if isinstance(fact, bool):
         return "yes" if fact else "no"
     if isinstance(fact, dict):
-        return ", ".join(f"{name} {_words(inner)}" for name, inner in fact.items())
+        return ", ".join(f"{name} {_fact_in_words(inner)}" for name, inner in fact.items())
     if isinstance(fact, list | tuple):
-        return ", ".join(map(_words, fact)) or "none"
+        return ", ".join(map(_fact_in_words, fact)) or "none"
     return str(fact)
 
 
-def _shared(value: Any) -> Any:
+def _without_secrets(value: Any) -> Any:
     """Returns a value for others to read: without tokens, passwords, and names of user and host."""
     if isinstance(value, dict):
-        return {name: _shared(inner) for name, inner in value.items()}
+        return {name: _without_secrets(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_shared(inner) for inner in value]
+        return [_without_secrets(inner) for inner in value]
     if not isinstance(value, str):
         return value
     text = _CREDENTIALS.sub("", _TOKEN.sub("hf_...", value))

@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
             return print(listed())
         request = parse(arguments)
         if request.source is not None:
-            show(request, result.read(request.source), _notes(request.source))
+            show(request, result.read(request.source), _read_notes(request.source))
             return
         run(request, session, program(_PROG, *arguments))
 
@@ -224,7 +224,7 @@ def _make_inputs(request: FindingRequest, session: Session) -> FindingInputs:
     return inputs
 
 
-def _notes(folder: Path) -> tuple[str, ...]:
+def _read_notes(folder: Path) -> tuple[str, ...]:
     return tuple(read_json(folder / MADE / _NOTES).get("notes", ()))
 
 

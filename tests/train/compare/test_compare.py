@@ -17,10 +17,10 @@ from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import write_model, write_rows
 from train.compare import result
 from train.compare.__main__ import main, parse
-from train.compare.arms import arms_of, settings
+from train.compare.arms import make_arms, options_of_arm
 from train.compare.intruders import mean_intruders
 from train.compare.options import has_adapter
-from train.compare.trials import basis_of
+from train.compare.trials import script_defaults
 from train.console.errors import UserError
 from train.options.file import replace_options
 from train.sft import main as sft
@@ -248,8 +248,8 @@ def test_files_of_older_comparisons_are_read_where_they_ask_for_nothing_else(tmp
 def test_the_numbers_of_a_variant_are_those_of_its_runs():
     script, config = parse(["sft", "--methods", "lora", "tinylora", "--u", "4"])
     options = script.options_of(config)
-    arms = arms_of(config.compare, basis_of(script, options))
-    runs = [replace_options(options, settings(arm, 0)).adapter for arm in arms]
+    arms = make_arms(config.compare, script_defaults(script, options))
+    runs = [replace_options(options, options_of_arm(arm, 0)).adapter for arm in arms]
     numbers = {run.settings_of(variant)["u"] for run in runs for variant in run.variants}
     assert numbers == {4} and not all(run.variants for run in runs)
 

@@ -35,7 +35,7 @@ def reading_shapes(params, inputs, apply):
 )
 def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
     """A text has no more tokens than the model has positions; a ViT reads images."""
-    monkeypatch.setattr(costs, "_reading", reading_shapes)
+    monkeypatch.setattr(costs, "_make_forward_timer", reading_shapes)
     if kind == "bert":
         model, params = encoder("bert", "classification")
     else:
@@ -43,7 +43,7 @@ def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
         pixels = np.zeros((1, 3, *model.config.image_size), np.float32)
         params = variables_of(model, pixels)["params"]
     adapted = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
-    latency = costs.answer_latency(ARM, model, params, adapted, decodes=False)
+    latency = costs.measure_answer_latency(ARM, model, params, adapted, decodes=False)
     assert latency.what == what and latency.base == latency.merged == latency.live == 2.0
 
 
@@ -61,11 +61,11 @@ def test_a_timed_run_measures_no_held_out_rows(tmp_path, monkeypatch):
             json.dumps(report | {"compiled_bytes": None, "peak_bytes": 3})
         )
 
-    monkeypatch.setattr(costs, "_output_of", run_command)
+    monkeypatch.setattr(costs, "_run_command", run_command)
     line = ["--dataset", "rows.jsonl", "--eval-dataset", "others.jsonl", "--eval-every", "2"]
     trial = SimpleNamespace(script="train.sft", name="a", config=sft.SCRIPT.parse(line))
-    cost = costs.step_cost(trial, tmp_path, None)
+    cost = costs.measure_step_cost(trial, tmp_path, None)
     assert (cost["step_seconds"], cost["peak_bytes"]) == (2.0, 3)
     (config,) = asked
     assert config.data.eval_dataset is None and config.run.eval_every == 0
-    assert config.optim.steps == costs.STEPS
+    assert config.optim.steps == costs.TIMED_STEPS

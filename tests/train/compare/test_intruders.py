@@ -5,7 +5,13 @@ from pytest import approx
 
 import lora_jax as lj
 from tests.support import over
-from train.compare.intruders import ALIKE, FIRST, intruders, mean_intruders, right_vectors
+from train.compare.intruders import (
+    MIN_COSINE,
+    N_LEADING_VECTORS,
+    count_intruders,
+    mean_intruders,
+    right_vectors,
+)
 
 
 def matrix(rows, columns, seed=0):
@@ -20,7 +26,7 @@ def matrix(rows, columns, seed=0):
 def by_svd(base, trained):
     """The definition, in PyTorch's layout [out, in], by NumPy's SVD."""
     u0, u1 = (np.linalg.svd(m.T, full_matrices=False)[0] for m in (base, trained))
-    return sum(np.abs(u0.T @ u1[:, j]).max() < ALIKE for j in range(FIRST))
+    return sum(np.abs(u0.T @ u1[:, j]).max() < MIN_COSINE for j in range(N_LEADING_VECTORS))
 
 
 @over("shape", [(107, 131), (131, 107), (113, 113)], often=["(107, 131)"])
@@ -33,11 +39,11 @@ def test_planted_directions_are_counted(shape):
             *(x / np.linalg.norm(x) for x in (rng.normal(size=shape[0]), rng.normal(size=shape[1])))
         )
     vectors = right_vectors(base)
-    assert intruders(vectors, base) == 0
-    assert intruders(vectors, base * 1.5) == 0, "scaled: the same directions"
-    assert intruders(vectors, planted) == by_svd(base, planted) == 3  # at random: cos ≈ 0.3
+    assert count_intruders(vectors, base) == 0
+    assert count_intruders(vectors, base * 1.5) == 0, "scaled: the same directions"
+    assert count_intruders(vectors, planted) == by_svd(base, planted) == 3  # at random: cos ≈ 0.3
     turned = base + 0.4 * rng.normal(size=shape)
-    assert intruders(vectors, turned) == by_svd(base, turned), "a change of full rank"
+    assert count_intruders(vectors, turned) == by_svd(base, turned), "a change of full rank"
 
 
 def test_a_tree_counts_each_layer_of_a_stack_and_no_table():

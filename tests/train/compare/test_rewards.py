@@ -261,8 +261,8 @@ def test_a_divergence_on_some_prompts_says_so(folder, monkeypatch):
         (99, 99, "the 3 held-out prompts", [3]),
         (2, 1, "the first 2 of the 3 held-out prompts", [1, 1]),
     ):
-        monkeypatch.setattr(divergence, "_MOST_BYTES", held * of_prompt)
-        monkeypatch.setattr(divergence, "_MOST_BATCH_BYTES", part * of_prompt)
+        monkeypatch.setattr(divergence, "_MAX_TOTAL_BYTES", held * of_prompt)
+        monkeypatch.setattr(divergence, "_MAX_BATCH_BYTES", part * of_prompt)
         base = BaseDivergence()
         base.read(EvaluatedModel(model, params, model.apply), outline, prompts, 2)
         assert base.measured_on == words and [len(part.ids) for part in base.batches] == rows

@@ -245,7 +245,7 @@ def test_room_and_rights_of_folders(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a file")
     (trouble,) = storage.examine_disks(folders)[1][:1]
     assert trouble.fatal and f"{tmp_path / 'a'} cannot be written" in trouble.what
-    monkeypatch.setattr(storage, "_LITTLE", 2**62)
+    monkeypatch.setattr(storage, "_MIN_FREE_BYTES", 2**62)
     (trouble,) = storage.examine_disks({"caches": tmp_path})[1]
     assert not trouble.fatal and "has room for" in trouble.what
 
@@ -260,16 +260,16 @@ def test_folders_below_one_that_nobody_may_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.stat", refuse)
     facts, _ = storage.examine_disks({"output": folder})
-    assert str(folder) in facts["output"] and storage.size_of(folder) == "empty"
+    assert str(folder) in facts["output"] and storage.describe_folder_size(folder) == "empty"
 
 
 def test_sizes_of_caches_and_memory(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/file").write_bytes(b"x" * 3 * 2**20)
     (tmp_path / "link").symlink_to(tmp_path / "in/file")
-    assert storage.size_of(tmp_path) == "3 MiB"
-    assert storage.size_of(tmp_path, seconds=0).startswith("at least")
-    assert storage.size_of(tmp_path / "nowhere") == "empty"
+    assert storage.describe_folder_size(tmp_path) == "3 MiB"
+    assert storage.describe_folder_size(tmp_path, seconds=0).startswith("at least")
+    assert storage.describe_folder_size(tmp_path / "nowhere") == "empty"
     (tmp_path / "meminfo").write_text("MemTotal:  2097152 kB\nMemAvailable: 1048576 kB\n")
     assert storage.host_memory(tmp_path / "meminfo") == {"in all": 2**31, "free": 2**30}
     folders = storage.cache_folders({"HF_HOME": "/hf", "JAX_COMPILATION_CACHE_DIR": "/programs"})

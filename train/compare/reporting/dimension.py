@@ -1,4 +1,4 @@
-"""The intrinsic dimension d90 of a comparison: how few numbers nearly do what all weights do.
+"""The intrinsic dimension d90 of a comparison: the fewest trained numbers for 90% of the score.
 
 Aghajanyan et al., arXiv 2012.13255: the smallest dimension of a random subspace in which training
 reaches 90% of full fine-tuning's score.
@@ -13,11 +13,11 @@ from train.compare.reporting import tables, words
 from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
 
-SHARE = 0.9  # of full fine-tuning's score
+TARGET_SHARE = 0.9  # of full fine-tuning's score
 
 
 class Dimension(NamedTuple):
-    """The numbers that a method needs to reach `SHARE` of full fine-tuning's score.
+    """The numbers that a method needs to reach `TARGET_SHARE` of full fine-tuning's score.
 
     Attributes:
       method: "said" or "did".
@@ -48,19 +48,19 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
     if full is None or full.quality is None or full.measure.kind != "score":
         return ()
     full_score = full.quality.mean
-    target = SHARE * full_score
+    target = TARGET_SHARE * full_score
     results: list[Dimension] = []
     for method in OF_SUBSPACE:
         method_rows = [row for row in rows if row.arm.method == method and row.quality]
         best_rows = tables.best_of_each(method_rows, lambda arm: arm.dimension)
-        curve = tuple(sorted(best_rows, key=_size))
+        curve = tuple(sorted(best_rows, key=_dimension_of))
         if not curve:
             continue
-        sizes = [_size(row) for row in curve if row.quality and row.quality.mean >= target]
+        sizes = [_dimension_of(row) for row in curve if row.quality and row.quality.mean >= target]
         seeds = sorted({run.seed for row in curve for run in row.runs})
         crossings: list[float] = []
         for seed in seeds:
-            crossing = _crossing(_points(curve, seed), target)
+            crossing = _interpolate_dimension(_scores_by_dimension(curve, seed), target)
             if crossing is not None:
                 crossings.append(crossing)
         result = Dimension(
@@ -84,10 +84,10 @@ def sentence(measured: Dimension, score: str) -> str:
     """
     method = words.method(measured.method)
     goal = (
-        f"{SHARE:.0%} of full fine-tuning's {score} ({words.figure(measured.target)} of "
+        f"{TARGET_SHARE:.0%} of full fine-tuning's {score} ({words.figure(measured.target)} of "
         f"{words.figure(measured.whole)})"
     )
-    sizes = [_size(row) for row in measured.rows]
+    sizes = [_dimension_of(row) for row in measured.rows]
     if measured.smallest is None:
         return f"{method} does not reach {goal} with up to {sizes[-1]:,} numbers."
     clause = f"{method} reaches {goal} with {measured.smallest:,} numbers"
@@ -104,21 +104,21 @@ def sentence(measured: Dimension, score: str) -> str:
     return f"{clause}. Between the dimensions tried, d90 is {range_text}."
 
 
-def _size(row: ArmRow) -> int:
+def _dimension_of(row: ArmRow) -> int:
     return row.arm.dimension or 0
 
 
-def _points(curve: Sequence[ArmRow], seed: int) -> list[tuple[int, float]]:
+def _scores_by_dimension(curve: Sequence[ArmRow], seed: int) -> list[tuple[int, float]]:
     """Returns the dimensions and scores of a seed, from the smallest dimension on."""
     return [
-        (_size(row), run.score)
+        (_dimension_of(row), run.score)
         for row in curve
         for run in row.runs
         if run.seed == seed and run.status == "done" and run.score is not None
     ]
 
 
-def _crossing(points: Sequence[tuple[int, float]], target: float) -> float | None:
+def _interpolate_dimension(points: Sequence[tuple[int, float]], target: float) -> float | None:
     """Returns the dimension at which a curve first reaches a score; None without points."""
     if not points:
         return None

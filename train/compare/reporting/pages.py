@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
-from train.compare.intruders import ALIKE, FIRST
+from train.compare.intruders import MIN_COSINE, N_LEADING_VECTORS
 from train.compare.reporting import dimension, tables, words
 from train.compare.reporting.document import (
     Block,
@@ -358,9 +358,9 @@ def _divergence(figures: Figures) -> list[Block]:
 
 def _intruders(figures: Figures) -> list[Block]:
     text = (
-        f"Of the {FIRST} strongest singular vectors of a trained matrix, those that have a cosine "
-        f"below {ALIKE:g} with each of the base's (Shuttleworth et al., arXiv 2410.21228); a mean "
-        "over matrices of all layers."
+        f"Of the {N_LEADING_VECTORS} strongest singular vectors of a trained matrix, those that "
+        f"have a cosine below {MIN_COSINE:g} with each of the base's (Shuttleworth et al., arXiv "
+        "2410.21228); a mean over matrices of all layers."
     )
     return _seeds_table(figures, "intruders", "Intruder dimensions", text)
 

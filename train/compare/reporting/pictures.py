@@ -260,7 +260,7 @@ def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
         drawing.draw_line(axes, measured.rows, method_sizes, words.method(measured.method))
     _scale_of_counts(axes, sizes)
     axes.axhline(dimensions[0].whole, color=FULL, label=words.method("full"))
-    target_label = f"{dimension.SHARE:.0%} of it"
+    target_label = f"{dimension.TARGET_SHARE:.0%} of it"
     axes.axhline(dimensions[0].target, color=FULL, linestyle="--", label=target_label)
     _label(figure, axes, "trained numbers d", drawing.measure.name)
     return (

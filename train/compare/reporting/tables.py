@@ -235,7 +235,7 @@ def rows(comparison: Comparison, measure: Criterion | None = None) -> tuple[ArmR
       comparison: the measurements.
       measure: what its rows are sorted by; by default `criterion_of` the comparison.
     """
-    return tuple(sorted(arm_rows(comparison, measure or criterion_of(comparison)), key=_order))
+    return tuple(sorted(arm_rows(comparison, measure or criterion_of(comparison)), key=_row_order))
 
 
 def arm_rows(comparison: Comparison, measure: Criterion) -> tuple[ArmRow, ...]:
@@ -250,7 +250,7 @@ def best(among: Iterable[ArmRow]) -> ArmRow | None:
     """Returns the best row: of those whose every seed ended, if there are any."""
     measured_rows = [row for row in among if row.quality]
     whole_rows = [row for row in measured_rows if row.is_whole]
-    return min(whole_rows or measured_rows, key=_order, default=None)
+    return min(whole_rows or measured_rows, key=_row_order, default=None)
 
 
 def best_sides(among: Iterable[ArmRow]) -> tuple[ArmRow | None, ArmRow | None]:
@@ -272,15 +272,15 @@ def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tup
 
 def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns the best row of each method and size; by rank or dimension, full last."""
-    return tuple(sorted(best_of_each(among, _kind), key=_series_key))
+    return tuple(sorted(best_of_each(among, _method_and_size), key=_series_key))
 
 
 def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
-    """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
-    row_of_kind = {_kind(row.arm): row for row in series(among)}
+    """Returns `series`, with the arm of most progress where no run of a method and size ended."""
+    row_of_kind = {_method_and_size(row.arm): row for row in series(among)}
     for row in sorted(among, key=_progress_key):
         if any(run.held_out or run.scores or run.losses for run in row.runs):
-            row_of_kind.setdefault(_kind(row.arm), row)
+            row_of_kind.setdefault(_method_and_size(row.arm), row)
     return tuple(sorted(row_of_kind.values(), key=_series_key))
 
 
@@ -299,17 +299,17 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
 
 
 def is_tried(row: ArmRow) -> bool:
-    """Returns True if a run of the row says something of its quality: it ended, or diverged."""
+    """Returns True if a run of the row ended, was stopped early, or diverged."""
     for run in row.runs:
         if run.status in ("done", "stopped early"):
             return True
-        if run.status == "failed" and _diverged(run):
+        if run.status == "failed" and _has_diverged(run):
             return True
     return False
 
 
 def rates_of(row: ArmRow, among: Iterable[ArmRow]) -> Rates:
-    """Returns the rates that were tried where a row's arm is the best."""
+    """Returns the learning rates that were tried for the arm of a row."""
     rate_group = row.arm.rate_group()
     (arm_rates,) = rates(other for other in among if other.arm.rate_group() == rate_group)
     return arm_rates
@@ -350,7 +350,7 @@ def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[
     return rows_by_key.values()
 
 
-def _kind(arm: Arm) -> tuple[Hashable, ...]:
+def _method_and_size(arm: Arm) -> tuple[Hashable, ...]:
     return arm.method, arm.rank, arm.targets, arm.dimension
 
 
@@ -370,10 +370,10 @@ def _progress_key(row: ArmRow) -> tuple[float, float]:
     return -mean_steps, loss.mean if loss else math.inf
 
 
-def _diverged(run: RunResult) -> bool:
+def _has_diverged(run: RunResult) -> bool:
     """Returns True if a loss or a gradient of a run was not finite."""
     has_error = "finite" in (run.error or "")
     return has_error or any(not math.isfinite(point.value) for point in run.losses)
 
 
-_order = operator.attrgetter("order")
+_row_order = operator.attrgetter("order")

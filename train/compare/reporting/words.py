@@ -69,7 +69,7 @@ def rough(value: float | None) -> str:
 
 
 def beside(value: float | None, spread: float | None) -> str:
-    """Returns a number, rounded to the last digit of its spread as `rough` writes the spread."""
+    """Returns a number with as many decimals as `rough` gives its spread."""
     if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
         return figure(value)
     decimals = len(rough(spread).partition(".")[2])
@@ -95,7 +95,7 @@ def size(n_bytes: float | None) -> str:
         return NOTHING
     for unit, name in _SIZES:
         if n_bytes >= unit * 0.995:
-            return f"{_two(n_bytes / unit)} {name}"
+            return f"{_two_digits(n_bytes / unit)} {name}"
     return f"{n_bytes:.0f} bytes"
 
 
@@ -104,19 +104,19 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value < 0.9995:
-        return f"{_two(value * 1e3)} ms"
+        return f"{_two_digits(value * 1e3)} ms"
     if value < 600:
-        return f"{_two(value)} s"
-    return f"{_two(value / 60)} min" if value < 7200 else f"{_two(value / 3600)} h"
+        return f"{_two_digits(value)} s"
+    return f"{_two_digits(value / 60)} min" if value < 7200 else f"{_two_digits(value / 3600)} h"
 
 
 def times(ratio: float) -> str:
     """Returns a ratio in words: "1.2 times"."""
-    return f"{_two(ratio)} times"
+    return f"{_two_digits(ratio)} times"
 
 
-def _two(value: float) -> str:
-    """Returns a number with two significant digits, or all those before the point."""
+def _two_digits(value: float) -> str:
+    """Returns a number with two significant digits; a large number without decimals."""
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else rough(value)
 
 

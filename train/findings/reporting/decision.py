@@ -18,7 +18,7 @@ def edges(comparison: Comparison, measure: Criterion) -> str | None:
     for rates in tables.rates(rows):
         name = words.adapter(rates.tried[0].arm, arms)
         learning_rates = [row.arm.learning_rate for row in rates.tried]
-        clauses += _edge(f"the rate of {name}", learning_rates, rates.best)
+        clauses += _edge_clause(f"the rate of {name}", learning_rates, rates.best)
     best_rows = tables.best_of_each(rows, Arm.rate_group)
     for group in tables.groups(best_rows, lambda arm: arm._replace(learning_rate=0, alpha=None)):
         group.sort(key=lambda row: row.arm.alpha or 0)
@@ -26,13 +26,13 @@ def edges(comparison: Comparison, measure: Criterion) -> str | None:
         if best_row is not None and len(group) > 1:
             alphas = [row.arm.alpha or 0 for row in group]
             name = f"the alpha at rank {best_row.arm.rank}"
-            clauses += _edge(name, alphas, group.index(best_row))
+            clauses += _edge_clause(name, alphas, group.index(best_row))
     if not clauses:
         return None
     return f"The best may lie beyond the grid: {'; '.join(clauses)}."
 
 
-def _edge(name: str, values: Sequence[float], best_index: int) -> list[str]:
+def _edge_clause(name: str, values: Sequence[float], best_index: int) -> list[str]:
     """Returns a clause that says at which end of the values tried the best one is, if at one."""
     best_value = shown(values[best_index])
     if len(values) == 1:

@@ -39,7 +39,9 @@ def document(
         if edges:
             paragraphs.append(edges)
     for pivot in pivots:
-        paragraphs.append(f"{words.capital(pivot.measure.name)}, {_conditions(comparison)}:")
+        paragraphs.append(
+            f"{words.capital(pivot.measure.name)}, {_describe_conditions(comparison)}:"
+        )
         for block in pivot.blocks:
             if block.title:
                 paragraphs.append(f"**{words.capital(block.title)}**")
@@ -105,7 +107,7 @@ def measured(comparison: Comparison) -> str:
     )
 
 
-def _conditions(comparison: Comparison) -> str:
+def _describe_conditions(comparison: Comparison) -> str:
     """Returns a phrase on seeds and steps: "mean of three seeds (lowest to highest); 75 steps"."""
     n_seeds = len({run.seed for run in comparison.runs})
     steps = [run.steps for run in comparison.runs if run.status == "done"]
@@ -114,10 +116,10 @@ def _conditions(comparison: Comparison) -> str:
     seeds = f"mean of {count} seeds (lowest to highest)"
     if n_seeds == 1:
         seeds = f"seed {comparison.runs[0].seed}"
-    step_range = _range(steps or [comparison.facts.steps])
-    return f"{seeds}; {step_range} steps of {_range(batch_sizes)} rows"
+    step_range = _format_range(steps or [comparison.facts.steps])
+    return f"{seeds}; {step_range} steps of {_format_range(batch_sizes)} rows"
 
 
-def _range(values: Sequence[int]) -> str:
+def _format_range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"

@@ -65,17 +65,17 @@ def figure_of(pivot: Pivot) -> Figure | None:
     grid = figure.subplots(len(blocks), squeeze=False, sharex=True, sharey=True)
     panels: list[Axes] = [*grid[:, 0]]
     for axes, block in zip(panels, blocks, strict=True):
-        _draw(axes, block, pivot, [*columns])
+        _draw_table(axes, block, pivot, [*columns])
     _place_ticks(panels[-1], sorted(numbers))
     panels[-1].set_xlabel(pivot.rows.name)
     figure.set_size_inches(WIDTH, _PANEL * len(blocks) + add_legend(figure, panels))
     return figure
 
 
-def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
+def _draw_table(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
     """Draws a table: a line of means for each column, and horizontal lines for named rows."""
     for column in block.columns:
-        style = _style(column, columns)
+        style = _line_style(column, columns)
         label = headed(pivot.columns, column)
         spread_of_number: dict[float, Spread] = {}
         spreads_of_names: list[Spread] = []
@@ -100,7 +100,7 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
         axes.set_title(plain(block.title), loc="left", fontsize=11.5)
 
 
-def _style(column: Key, columns: list[Key]) -> dict[str, Any]:
+def _line_style(column: Key, columns: list[Key]) -> dict[str, Any]:
     """Returns colour, marker and dashes of a column, the same in all panels."""
     index = columns.index(column)
     is_full = column == "full"

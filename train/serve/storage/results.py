@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from train.console.errors import no_room
+from train.console.errors import disk_full_text
 from train.serve.protocol.requests import AdapterSpec, CommandResult, RequestError, SaveResult
 from train.serve.storage.database import LockedError
 from train.serve.storage.ledger import LOGGED, Ledger, Row
@@ -31,7 +31,7 @@ def error_answer(error: Exception) -> bytes:
         message = str(error)
     else:
         category = "server"
-        message = NO_ROOM if no_room(error) else f"{type(error).__name__}: {error}"
+        message = NO_ROOM if disk_full_text(error) else f"{type(error).__name__}: {error}"
     return json.dumps({"error": message, "category": category}).encode()
 
 
@@ -111,7 +111,7 @@ class ResultWriter:
         except Exception as error:
             _log.exception("the result of %s was not noted", request)
             is_noted = False
-            is_ledger_error = no_room(error) or isinstance(error, sqlite3.Error)
+            is_ledger_error = disk_full_text(error) or isinstance(error, sqlite3.Error)
             if is_ledger_error or not self._fail(row, error_answer(error)):
                 reason = _PENDING
                 self._backlog.append((row, result))

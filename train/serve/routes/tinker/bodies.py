@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from train.console.errors import no_room
+from train.console.errors import disk_full_text
 from train.serve.protocol.requests import RequestError
 from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.tinker.wire import MOST_BYTES
@@ -95,7 +95,7 @@ def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitabl
             return json_response({"detail": "the body was cut off"}, 400)
         except Exception as error:
             _log.exception("%s failed", request.url.path)
-            if no_room(error):
+            if disk_full_text(error):
                 return json_response({"detail": NO_ROOM}, 507)
             return json_response({"detail": f"the server failed: {type(error).__name__}"}, 500)
 
