@@ -14,7 +14,10 @@ def main() -> None:
     folder = Path(__file__).parents[1] / "train"
     spec = importlib.util.spec_from_file_location("train", folder / "__init__.py")
     if spec is None or spec.loader is None or not folder.is_dir():
-        sys.exit(f"error: the scripts of lora_jax are not installed: there is no {folder}")
+        sys.exit(
+            f"error: The scripts of lora_jax are not installed, because the folder {folder} does "
+            "not exist. Reinstall lora_jax."
+        )
     package = importlib.util.module_from_spec(spec)
     sys.modules["train"] = package  # imports of `train` find this package before any on the path
     spec.loader.exec_module(package)

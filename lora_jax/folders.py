@@ -18,12 +18,12 @@ _HUB = re.compile(
     r"(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)",
     re.IGNORECASE,
 )
-_MOUNTED_BY = {
+_MOUNT_COMMANDS = {
     "gs": "gcsfuse BUCKET FOLDER",
     "s3": "mount-s3 BUCKET FOLDER",
     **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "blobfuse2 mount FOLDER"),
 }
-_KNOWN_SCHEMES = {*_MOUNTED_BY, "file", "hf", "http", "https", "hdfs", "ftp", "s3a", "r2", "oci"}
+_KNOWN_SCHEMES = {*_MOUNT_COMMANDS, *"file hf http https hdfs ftp s3a r2 oci".split()}
 
 
 class RemotePathError(ValueError):
@@ -40,16 +40,20 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     >>> local_path("gs://bucket/run")
     Traceback (most recent call last):
         ...
-    lora_jax.folders.RemotePathError: gs://bucket/run is no path of this machine: mount the bucket \
-(gcsfuse BUCKET FOLDER), and name the folder where it is mounted
+    lora_jax.folders.RemotePathError: gs://bucket/run is no path of this machine. Mount the bucket \
+with `gcsfuse BUCKET FOLDER`, and pass the mounted folder.
     """
-    if problem := remote_problem(path):
+    problem = remote_problem(path)
+    if problem is not None:
         raise RemotePathError(f"{os.fspath(path)} {problem}")
     return Path(path)
 
 
 def remote_problem(path: str | os.PathLike[str]) -> str | None:
-    """Returns the problem of a path with a scheme, with its remedy; None for other paths."""
+    """Returns the end of a message about a path with a scheme, with the remedy; None without one.
+
+    The message begins with the path.
+    """
     text = os.fspath(path)
     match = _SCHEME.match(text)
     if match is None:
@@ -58,21 +62,26 @@ def remote_problem(path: str | os.PathLike[str]) -> str | None:
     has_one_slash = match[2] == "/"  # a name before a colon, unless it is a known scheme
     if has_one_slash and scheme not in _KNOWN_SCHEMES:
         return None
-    problem = "is no path of this machine: "
+    problem = "is no path of this machine."
     if scheme == "file":
         path_after_scheme = text[match.end() :].lstrip("/")
-        return f"{problem}leave out the scheme, and give /{path_after_scheme}"
+        return f"{problem} Remove the scheme, and pass /{path_after_scheme}."
     hub_match = _HUB.match(text)
     if hub_match:
-        if (hub_match[1] or "").lower() == "spaces":
-            return f"{problem}a space of the hub is no model and no data; clone it to use its files"
-        return f"{problem}a name on the hub has no scheme: {hub_match[2]}"
-    mount_command = _MOUNTED_BY.get(scheme)
+        repository_kind, repository_name = hub_match.groups()
+        if repository_kind is not None and repository_kind.lower() == "spaces":
+            return (
+                f"{problem} A space of the Hub is neither a model nor data. Clone the space to use "
+                "its files."
+            )
+        return f"{problem} Pass a name of the Hub without a scheme, {repository_name}."
+    mount_command = _MOUNT_COMMANDS.get(scheme)
     if mount_command:
-        return (
-            f"{problem}mount the bucket ({mount_command}), and name the folder where it is mounted"
-        )
-    return f"{problem}copy it here or mount it (a bucket by gcsfuse), and give that path"
+        return f"{problem} Mount the bucket with `{mount_command}`, and pass the mounted folder."
+    return (
+        f"{problem} Copy the files to this machine, or mount them (a bucket with gcsfuse), and "
+        "pass that path."
+    )
 
 
 def cache_folder() -> Path:
@@ -87,18 +96,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     After an error, `folder` is unchanged, and the partial folder is deleted.
     """
-    partial = partial_of(folder)
+    partial = partial_folder_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        put_in_place(partial, folder)
+        replace_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
+def check_writable(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
     """Checks that a folder may be written, or replaced.
 
     Args:
@@ -123,16 +132,17 @@ def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
         )
 
 
-def partial_of(folder: Path) -> Path:
+def partial_folder_of(folder: Path) -> Path:
     """Returns the path of a folder's partial folder, hidden beside it."""
     return folder.with_name(f".{folder.name}.partial")
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
+def replace_folder(partial: Path, folder: Path) -> None:
     """Renames `partial` to `folder`, and deletes the folder that was there before."""
     if not folder.exists():
         partial.rename(folder)
         return
+    # Move the old folder aside, and back if the new one cannot be put in its place.
     replaced_folder = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced_folder, ignore_errors=True)
     folder.rename(replaced_folder)

@@ -133,14 +133,18 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
     (2, 4)
     """
     if shape.rank % 2:
-        raise ValueError(f"The orthogonal initialiser needs an even rank, not {shape.rank}.")
-    half = shape.rank // 2
+        raise ValueError(
+            f"The orthogonal initialiser needs an even rank, not {shape.rank}. Choose an even rank."
+        )
+    half_rank = shape.rank // 2
     key_q, key_a, key_b = jax.random.split(key, 3)
     square = jax.random.normal(key_q, (*shape.batch, shape.rank, shape.rank), dtype)
-    q, _ = jnp.linalg.qr(square)
-    a = jax.random.normal(key_a, (*shape.batch, shape.fan_in, half), dtype)
-    b = jax.random.normal(key_b, (*shape.batch, shape.fan_out, half), dtype)
-    return a @ q[..., 0::2, :] / 10, (b @ q[..., 1::2, :] / 10).mT
+    q, _ = jnp.linalg.qr(square)  # [batch…, r, r], orthogonal
+    a = jax.random.normal(key_a, (*shape.batch, shape.fan_in, half_rank), dtype)
+    b = jax.random.normal(key_b, (*shape.batch, shape.fan_out, half_rank), dtype)
+    even_rows = q[..., 0::2, :]
+    odd_rows = q[..., 1::2, :]
+    return a @ even_rows / 10, (b @ odd_rows / 10).mT
 
 
 @from_base
@@ -163,7 +167,7 @@ def pissa(
     del key
     _check_rank(shape.rank, kernel)
     u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-    return _singular(u, s, vt, shape.rank, scale)
+    return _balanced_singular_factors(u, s, vt, shape.rank, scale)
 
 
 def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Factors]:
@@ -187,6 +191,7 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
         key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
     ) -> Factors:
         _check_rank(shape.rank, kernel)
+        # Find a basis q of the largest left singular vectors, then decompose W in this basis.
         n_vectors = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
         probe = jax.random.normal(key, (*shape.batch, shape.fan_out, n_vectors), kernel.dtype)
         q, _ = jnp.linalg.qr(kernel @ probe)
@@ -194,7 +199,7 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
             row_space, _ = jnp.linalg.qr(kernel.mT @ q)
             q, _ = jnp.linalg.qr(kernel @ row_space)
         u, s, vt = jnp.linalg.svd(q.mT @ kernel, full_matrices=False)
-        return _singular(q @ u[..., : shape.rank], s, vt, shape.rank, scale)
+        return _balanced_singular_factors(q @ u[..., : shape.rank], s, vt, shape.rank, scale)
 
     return init
 
@@ -230,8 +235,10 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
             u, s, vt = _subspace_svd(w, n_vectors)
         a = u[:, :rank] * s[:rank]
         b = vt[:rank]
-        largest = jnp.argmax(jnp.abs(b), axis=1, keepdims=True)
-        sign = jnp.where(jnp.take_along_axis(b, largest, axis=1) < 0, -1, 1).astype(b.dtype)
+        # Make the largest element of each row of Vᵀ positive.
+        largest_indices = jnp.argmax(jnp.abs(b), axis=1, keepdims=True)
+        largest_elements = jnp.take_along_axis(b, largest_indices, axis=1)
+        sign = jnp.where(largest_elements < 0, -1, 1).astype(b.dtype)
         return a * sign.T, b * sign
 
     if kernel.ndim == 2:
@@ -266,7 +273,9 @@ def _subspace_svd(w: jax.Array, n_vectors: int) -> tuple[jax.Array, jax.Array, j
     return dot(q, u), s, vt
 
 
-def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array) -> Factors:
+def _balanced_singular_factors(
+    u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array
+) -> Factors:
     """Returns A = U√(S/s) and B = √(S/s)Vᵀ of the r largest singular values."""
     root = jnp.sqrt(s[..., :rank] / jnp.asarray(scale, s.dtype)[..., None])
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]

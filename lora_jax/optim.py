@@ -51,7 +51,7 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 def scale_factors(
     *, a: float = 1.0, b: float = 1.0, embedding: float | None = None
 ) -> optax.GradientTransformation:
-    """Multiplies the updates of A by `a` and the updates of B by `b`: learning rates of their own.
+    """Multiplies the updates of A by `a` and the updates of B by `b`, as separate learning rates.
 
     Chain it after an optimiser with its weight decay: A then learns at ``lr·a``, B at ``lr·b``, and
     all else that trains at `lr`.
@@ -97,8 +97,8 @@ def lora_plus(
     """
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(
-            f"ratio={ratio!r} must be a positive number: the learning rate of B divided by that "
-            "of A."
+            f"ratio={ratio!r} is not valid. Pass a positive number, the learning rate of B divided "
+            "by that of A."
         )
     return scale_factors(b=ratio, embedding=embedding)
 
@@ -204,10 +204,14 @@ def learning_rate(
     exponents = {"llama": 0.781, "qwen": 0.0775}
     if family not in exponents:
         raise ValueError(
-            f"family={family!r} is unknown. The rule was fitted for {' and '.join(exponents)}."
+            f"family={family!r} is unknown. The rule was fitted for {' and '.join(exponents)} "
+            "models. Use one of these names."
         )
     if hidden_size < 1 or (steps is not None and steps < 1):
-        raise ValueError(f"hidden_size={hidden_size} and steps={steps} must be at least 1.")
+        raise ValueError(
+            f"hidden_size={hidden_size} and steps={steps} must be at least 1. Pass the width of "
+            "the model and the length of the run."
+        )
     is_short = steps is not None and steps < 100
     factor = 15.0 if is_short else 10.0
     width_factor: float = (2000 / hidden_size) ** exponents[family]

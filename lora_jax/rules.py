@@ -25,20 +25,20 @@ PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYER
 PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "connector"})
 
 
-def _non_defaults(rule: "Rule") -> str:
-    """Returns a rule as it was written: only the fields that are not the default."""
+def _repr_of_changed_fields(rule: "Rule") -> str:
+    """Returns the text of a rule with only the fields whose values are not the default."""
     # Fields of variants have metadata, and come last.
     fields = sorted(dataclasses.fields(rule), key=lambda field: bool(field.metadata))
     values = {field.name: getattr(rule, field.name) for field in fields}
     arguments = [
-        f"{field.name}={_shown(values[field.name])}"
+        f"{field.name}={_source_text(values[field.name])}"
         for field in fields
         if values[field.name] != field.default
     ]
     return f"{type(rule).__name__}({', '.join(arguments)})"
 
 
-def _shown(value: object) -> str:
+def _source_text(value: object) -> str:
     """Returns a field's value as it is written in a call."""
     if isinstance(value, tuple):
         return repr(list(value))
@@ -49,7 +49,7 @@ class AnyOf(tuple[str, ...]):
     """List of names that may include some without a match, as in PEFT's configurations."""
 
 
-class _Fields:
+class _RuleFields:
     """Superclass of rules: raises an error with a remedy for keywords that a rule does not have."""
 
     _peft_fields: dict[str, str]  # what to write for fields of PEFT's configurations
@@ -64,18 +64,16 @@ class _Fields:
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in keywords:
             if name not in names:
-                remedy = cls._peft_fields.get(name)
-                hint = (
-                    f"Write {remedy}."
-                    if remedy
-                    else f"The most similar field is {most_similar(name, names)[0]}."
-                )
-                raise TypeError(f"{cls.__name__} has no field {name!r}. {hint}")
+                # A field of PEFT's configurations, or a misspelled field.
+                remedy = f"The most similar field is {most_similar(name, names)[0]}."
+                if name in cls._peft_fields:
+                    remedy = f"Write {cls._peft_fields[name]}."
+                raise TypeError(f"{cls.__name__} has no field {name!r}. {remedy}")
         return super().__new__(cls)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LoraRule(_Fields, Variants):
+class LoraRule(_RuleFields, Variants):
     """Adapts each kernel that `targets` selects: W becomes W + s·AB, A and B trained.
 
     Args:
@@ -140,7 +138,7 @@ class LoraRule(_Fields, Variants):
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
 
-    __repr__ = _non_defaults
+    __repr__ = _repr_of_changed_fields
     _peft_fields = {
         "r": "rank=…",
         "lora_alpha": "alpha=…",
@@ -182,19 +180,25 @@ class LoraRule(_Fields, Variants):
             options = ", ".join(variant.option for variant in VARIANTS)
             raise ValueError(
                 f"uses='each' supports only plain A and B. Remove {options}, extras and an "
-                "init that takes factors from the base, or choose one use."
+                "init that takes factors from the base, or set uses to 'lookup' or 'product'."
             )
         if self.share_a and (self.frozen or initialisers.takes_from_base(self.init)):
             raise ValueError(
-                "share_a=True cannot share an A that is frozen or that is computed from its "
-                "own base. Remove share_a, or the variant or init that makes A so."
+                "share_a=True cannot share an A that is frozen or computed from the base. Remove "
+                "share_a, or remove the variant or the init that does this."
             )
         self._check_variants()
         self._check_invocation()
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be a probability in [0, 1).")
+            raise ValueError(
+                f"dropout={self.dropout!r} must be a probability in [0, 1). Pass a value such as "
+                "0.05."
+            )
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, for A and B.")
+            raise ValueError(
+                f"dtype={self.dtype!r} must be a floating-point dtype, because it is the dtype of "
+                "A and B. Pass jnp.float32 or jnp.bfloat16."
+            )
         if (self.in_axes is None) != (self.out_axes is None):
             raise ValueError("Give both in_axes and out_axes, or neither.")
         self._check_part_names()
@@ -207,8 +211,8 @@ class LoraRule(_Fields, Variants):
         for name in names:
             if name in reserved_names or names.count(name) > 1:
                 raise ValueError(
-                    f"extras: the name {name!r} is taken by a part of every weight. Choose "
-                    "another name."
+                    f"extras: a weight already has an array with the name {name!r}. Choose another "
+                    "name for the part."
                 )
 
     def _check_variants(self) -> None:
@@ -216,18 +220,21 @@ class LoraRule(_Fields, Variants):
         for variant in VARIANTS:
             self._check_settings(variant)
         for variant in self.variants:
-            options = [v.option for v in self.variants if v.option != variant.option]
+            options = [other.option for other in self.variants if other is not variant]
             for option in options:
                 if option in variant.not_with:
                     reason = variant.not_with[option]
-                    raise ValueError(f"{variant.option} cannot be combined with {option}: {reason}")
+                    raise ValueError(
+                        f"{variant.option} cannot be combined with {option}. {reason} Remove one "
+                        "of the two."
+                    )
             if self.extras:
                 options.append("extras")
             if self.init is not initialisers.kaiming:
                 options.append("init")
             if variant.alone and options:
                 raise ValueError(
-                    f"{variant.option} cannot be combined with {options[0]}: "
+                    f"{variant.option} cannot be combined with {options[0]}, because "
                     f"{variant.option} {variant.alone}, freezes both and trains what is "
                     f"between them. Remove {' and '.join(options)}."
                 )
@@ -238,7 +245,8 @@ class LoraRule(_Fields, Variants):
             value = getattr(self, setting.name)
             if value != setting.default and variant not in self.variants:
                 raise ValueError(
-                    f"{setting.name}={value!r} has no effect without {variant.option}=True."
+                    f"{setting.name}={value!r} has no effect without {variant.option}=True. Remove "
+                    f"{setting.name}, or set {variant.option}=True."
                 )
             if not setting.fits(value):
                 raise ValueError(f"{setting.name}={value!r} must be {setting.needed}.")
@@ -250,8 +258,8 @@ class LoraRule(_Fields, Variants):
             return
         if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
             raise ValueError(
-                f"invocation={list(tokens)} must be a sequence of at least one token id, none "
-                "negative."
+                f"invocation={list(tokens)} must be at least one token id, none negative. Pass the "
+                "ids of the tokens that invoke the adapter."
             )
         fields = [variant.option for variant in self.variants if variant.option != "freeze_a"]
         fields += [part.name for part in self.extras]
@@ -260,9 +268,7 @@ class LoraRule(_Fields, Variants):
         if self.uses != "all":
             fields.append("uses")
         if fields:
-            raise ValueError(
-                f"invocation= is only for a LoRA of plain A and B. Remove {fields[0]}."
-            )
+            raise ValueError(f"invocation= supports only plain A and B. Remove {fields[0]}.")
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -288,7 +294,7 @@ class LoraRule(_Fields, Variants):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class TrainRule(_Fields):
+class TrainRule(_RuleFields):
     """Trains the leaves that `targets` selects in full: a head, norms, biases; ``".*"`` is all.
 
     Args:
@@ -313,7 +319,7 @@ class TrainRule(_Fields):
     rows: Sequence[int] | None = None
     layers: Sequence[int] | None = None
 
-    __repr__ = _non_defaults
+    __repr__ = _repr_of_changed_fields
     _peft_fields = {
         "target_modules": "targets=[…]",
         "modules_to_save": "targets=[…]",
@@ -333,7 +339,8 @@ class TrainRule(_Fields):
                 continue
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
                 raise ValueError(
-                    f"{name}={list(indices)} must be different indices, counted from 0."
+                    f"{name}={list(indices)} must be different indices, counted from 0. Pass each "
+                    "index once, none negative."
                 )
 
 
@@ -341,7 +348,7 @@ Rule = LoraRule | TrainRule
 
 
 def _freeze_sequences(rule: Rule, *names: str) -> None:
-    """Makes tuples of lists, so that rules can be hashed and compared."""
+    """Replaces lists in the fields of a rule by tuples, so that rules can be hashed."""
     for name in names:
         value = getattr(rule, name)
         if value is not None and not isinstance(value, (str, tuple)):
@@ -356,8 +363,13 @@ def _check_targets(targets: Targets) -> None:
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"targets={targets!r} is not a regular expression ({error}). Pass a valid pattern, "
+                "or a list of names."
+            ) from None
         return
     for name in targets:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"targets contains {name!r}. Each target must be a non-empty string.")
+            raise ValueError(
+                f"targets contains {name!r}, but each target must be a non-empty string. Remove it."
+            )

@@ -64,7 +64,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
             return _node_shardings(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):
             return leaf
-        return along(leaf, _array_sharding(_axes_of(path, leaf.shape, table), mesh))
+        return along(leaf, _sharding_function(_entries_of_leaf(path, leaf.shape, table), mesh))
 
     return map_leaves(leaf_sharding, params)
 
@@ -111,10 +111,10 @@ def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> Na
     >>> tuple(lj.sharding.sharding_of("dense/kernel", (2, 4, 3), table, mesh).spec)
     (None, None, 'tensor')
     """
-    return sharding_for(_axes_of(path, shape, table), shape, mesh)
+    return sharding_for(_entries_of_leaf(path, shape, table), shape, mesh)
 
 
-def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
+def _entries_of_leaf(path: str, shape: Sequence[int], table: Table) -> _Axes:
     """Returns the table's entry for each axis; None for the leading axes of a stack."""
     for pattern, spec in table:
         if re.fullmatch(pattern, path) is None:
@@ -122,7 +122,7 @@ def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
         if len(spec) > len(shape):
             raise ValueError(
                 f"{path} of shape {list(shape)} has fewer axes than the spec {spec} of the "
-                f"pattern {pattern!r}."
+                f"pattern {pattern!r}. Shorten the spec, or change the pattern."
             )
         return (None,) * (len(shape) - len(spec)) + tuple(spec)
     return (None,) * len(shape)
@@ -151,7 +151,11 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     for size, entry in zip(shape, axes, strict=True):
         names = _dividing_names(size, entry, mesh, used_names)
         used_names.extend(names)
-        spec.append(tuple(names) if len(names) > 1 else next(iter(names), None))
+        # An entry of a spec is None, one name, or a tuple of several names.
+        if len(names) > 1:
+            spec.append(tuple(names))
+        else:
+            spec.append(names[0] if names else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -167,24 +171,28 @@ def _dividing_names(size: int, entry: _Entry, mesh: Mesh, used_names: Sequence[s
     Raises:
       ValueError: the mesh lacks an axis.
     """
-    dividing: list[str] = []
-    for name in (entry,) if isinstance(entry, str) else entry or ():
+    if entry is None:
+        return []
+    names = [entry] if isinstance(entry, str) else entry
+    dividing_names: list[str] = []
+    for name in names:
         if name not in mesh.shape:
             raise ValueError(
-                f"The mesh has no axis {name!r}. Its axes are {', '.join(mesh.shape)}."
+                f"The mesh has no axis {name!r}. Its axes are {', '.join(mesh.shape)}. Use these "
+                "names in the table."
             )
-        n_shards = math.prod(mesh.shape[axis] for axis in (*dividing, name))
+        n_shards = math.prod(mesh.shape[axis] for axis in (*dividing_names, name))
         if name not in used_names and size % n_shards == 0:
-            dividing.append(name)
-    return dividing
+            dividing_names.append(name)
+    return dividing_names
 
 
 def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     """Returns a node with shardings in place of its arrays."""
-    axes = _axes_of(path, node.shape, table)
+    axes = _entries_of_leaf(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(sharding_for(axes, node.shape, mesh))
-    array_sharding = _array_sharding(axes, mesh)
+    array_sharding = _sharding_function(axes, mesh)
     base = along(node.base, array_sharding)
     if isinstance(node, LoraWeight):
         arrays = {
@@ -195,7 +203,7 @@ def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     return node.replace(base=base, value=None if node.value is None else value_sharding)
 
 
-def _array_sharding(axes: _Axes, mesh: Mesh) -> Callable[[Leaf, Sequence[int]], NamedSharding]:
+def _sharding_function(axes: _Axes, mesh: Mesh) -> Callable[[Leaf, Sequence[int]], NamedSharding]:
     """Returns a function (array, layout) -> sharding for the arrays of one weight.
 
     An axis of an array has the entry in `axes` of the weight's axis that it holds. Axes that the

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.buckets.copies import path_to_read, writes_to_buckets
 from lora_jax.core.types import Fields, Model, Tokenizer, Tree
-from lora_jax.folders import check_free, local_path, new_folder
+from lora_jax.folders import check_writable, local_path, new_folder
 from lora_jax.hf import sources
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import GGUFFile
@@ -188,7 +188,7 @@ def save_pretrained(
     See the example of `from_pretrained`.
     """
     folder = local_path(folder).absolute()
-    check_free(folder, overwrite, "config.json", "a model")
+    check_writable(folder, overwrite, "config.json", "a model")
     table = key_table(model.config)
     source = None
     if codes_from is not None:

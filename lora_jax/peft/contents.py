@@ -12,7 +12,7 @@ from lora_jax.buckets.copies import writes_to_buckets
 from lora_jax.core.base import as_array
 from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
-from lora_jax.folders import TEMPLATE_FILE, check_free, local_path, new_folder
+from lora_jax.folders import TEMPLATE_FILE, check_writable, local_path, new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.stored.raw import entry_of_array, write_tensors
 from lora_jax.lorafy import nodes_of
@@ -110,7 +110,7 @@ def save(
     []
     """
     folder = local_path(folder).absolute()
-    check_free(folder, overwrite, configuration.CONFIG_FILE, "an adapter")
+    check_writable(folder, overwrite, configuration.CONFIG_FILE, "an adapter")
     config, tensors = adapter_contents(model, params, embedding_layers)
     if for_serving:
         config, tensors = convert_for_serving(config, tensors, model)

@@ -35,7 +35,7 @@ from lora_jax.core.weight import (
     leaves_of,
     refuse_bytes,
 )
-from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
+from lora_jax.folders import TEMPLATE_FILE, local_path, partial_folder_of, replace_folder
 from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, remove_derived_arrays
 from lora_jax.saving.errors import AdapterError
@@ -118,13 +118,13 @@ def save_adapter(
     items = ocp.args.Composite(
         adapter=ocp.args.StandardSave(arrays), lora=ocp.args.JsonSave(metadata)
     )
-    partial_folder = partial_of(folder)
+    partial_folder = partial_folder_of(folder)
     with _make_checkpointer(ocp, has_own_folder) as checkpointer:
         checkpointer.save(partial_folder, items, force=True)
     if has_own_folder or jax.process_index() == 0:
         if template is not None:
             (partial_folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        put_in_place(partial_folder, folder)
+        replace_folder(partial_folder, folder)
 
 
 def _node_settings(

@@ -52,7 +52,7 @@ def remove_derived_arrays(nodes: Mapping[str, Node], arrays: ArraysByPath) -> di
     settings: dict[str, JsonObject] = {}
     for derived, weights in weights_of_derived.items():
         all_weights = list(weights.values())
-        compute_arrays = derived.again(weights)
+        compute_arrays = derived.remake_function(weights)
         path_of_checksum: dict[str, str] = {}
         for path, weight in weights.items():
             # Compute the arrays from their recipe, and compare the result with the weight.
@@ -65,7 +65,7 @@ def remove_derived_arrays(nodes: Mapping[str, Node], arrays: ArraysByPath) -> di
             if recipe is not None and follows_from_recipe:
                 # The file holds the recipe and the probes, and none of the arrays.
                 entry = {**recipe, "probes": probes} if recipe else probes
-                settings[path] = {derived.entry: entry}
+                settings[path] = {derived.recipe_entry: entry}
                 removed_names = derived.names
             else:
                 # The file holds each array once, under the first weight that has it.
@@ -137,16 +137,16 @@ class Remaker:
                 arrays[name] = self._device_array(stored_path, name, weight)
             return weight.replace(**arrays)
         # The arrays follow from a recipe.
-        recipe = settings[derived.entry]
+        recipe = settings[derived.recipe_entry]
         if derived not in self._remake_functions:
-            self._remake_functions[derived] = derived.again(self._nodes)
+            self._remake_functions[derived] = derived.remake_function(self._nodes)
         remake = self._remake_functions[derived]
         weight = weight.replace(**remake(path, weight, recipe))
         if is_abstract(weight.arrays[derived.names[0]]):  # shapes alone, without values to compare
             return weight
         changed_names = _names_of_changed_factors(weight, recipe.get("probes", recipe))
         if changed_names:
-            problem = derived.differs.format(path=path, name=changed_names[0], **recipe)
+            problem = derived.difference_message.format(path=path, name=changed_names[0], **recipe)
             raise AdapterError(f"the adapter {self._folder} {problem}")
         return weight
 

@@ -21,17 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Another value of these makes other projections of the same seed: saved subspaces would be lost.
-_ROUNDS = 4
-_CHUNK = 2**18  # normal numbers that are drawn at once
+# Other values would draw other projections from the same seed, so saved subspaces would be lost.
+_PERMUTATION_ROUNDS = 4
+_NUMBERS_PER_CHUNK = 2**18  # normal numbers that are drawn at once
 _CHUNKS_AT_ONCE = 4  # for the cores of a CPU
-MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
+MAX_ENTRIES = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
 _CACHED_ENTRIES = 2**15  # entries that a CPU core's cache holds
 # H of size n = 2^k is the Kronecker product of k matrices [[1, 1], [1, −1]], so of k/5 matrices of
 # size 32. Multiplying by those costs more additions than a butterfly of k passes and fewer passes
 # over memory: at n = 2²³ on two cores it takes 92 ms, the butterfly 139 ms
 # (tests/benchmarks/subspace.py).
-_MAX_BITS = 5  # of the size of a small matrix: 32 x 32
+_MAX_MATRIX_BITS = 5  # of the size of a small matrix: 32 x 32
 
 
 class FastfoodDraws(NamedTuple):
@@ -48,7 +48,7 @@ class FastfoodDraws(NamedTuple):
     normals: jax.Array
 
 
-def draw(key: jax.Array, d: int, size: int) -> FastfoodDraws:
+def draw_random_parts(key: jax.Array, d: int, size: int) -> FastfoodDraws:
     """Returns the random parts of the projection from d numbers to `size`.
 
     Args:
@@ -60,8 +60,8 @@ def draw(key: jax.Array, d: int, size: int) -> FastfoodDraws:
     block_size = min(n, _power_of_two(d))
     sign_key, permutation_key, normal_key = jax.random.split(key, 3)
     signs = jax.random.rademacher(sign_key, (n_blocks, block_size), jnp.int8)
-    permutation = _permutation(permutation_key, n_blocks, n)
-    return FastfoodDraws(signs, permutation, _normals(normal_key, n_blocks, n))
+    permutation = _draw_permutations(permutation_key, n_blocks, n)
+    return FastfoodDraws(signs, permutation, _draw_normals(normal_key, n_blocks, n))
 
 
 def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
@@ -75,10 +75,10 @@ def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
     Returns:
       [D], of the dtype of `theta`.
     """
-    return projected(theta, draw(key, theta.size, size), size)
+    return project_with_draws(theta, draw_random_parts(key, theta.size, size), size)
 
 
-def projected(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
+def project_with_draws(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
     """Returns Px for a projection's random parts; see `project`."""
     dtype = theta.dtype
     signs, permutation, normals = draws
@@ -87,14 +87,14 @@ def projected(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
     norms = jnp.sqrt(size * jnp.sum(normals**2, axis=-1, keepdims=True))  # [K, 1]
     x = jnp.pad(theta, (0, signs.size - theta.size)).reshape(n_blocks, block_size)
     x = x * signs.astype(dtype) / norms
-    # All entries from p on are zero, so Hx repeats the transform of the first p.
+    # All entries from p on are zero, so HBx repeats the transform of the first p. Then permute by Π.
     x = jax.lax.platform_dependent(
-        hadamard_transform(x), permutation, cpu=_permuted_on_cpu, default=_permuted
+        hadamard_transform(x), permutation, cpu=_permute_on_cpu, default=_permute
     )
     return hadamard_transform(jnp.sum(x * normals, axis=0))[:size]
 
 
-def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
+def _permute(x: jax.Array, permutation: jax.Array) -> jax.Array:
     """Repeats vectors up to the length n, and permutes them: [K, n].
 
     Args:
@@ -110,8 +110,8 @@ def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
     return x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _permuted_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Returns the result of `_permuted`, from as few copies of x as fit in a core's cache.
+def _permute_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
+    """Returns the result of `_permute`, from as few copies of x as fit in a core's cache.
 
     A CPU reads the copies faster than [K, n] at random (tests/benchmarks/subspace.py). The backward
     pass adds up the entries that were read from one place; several copies keep those sums short.
@@ -132,21 +132,21 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _normals(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
+def _draw_normals(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
     """Returns G, [n_blocks, n], drawn in chunks: the generator needs three times the memory."""
-    if n <= _CHUNK:
+    if n <= _NUMBERS_PER_CHUNK:
         return jax.random.normal(key, (n_blocks, n), jnp.float32)
     chunks: jax.Array = jax.lax.map(
-        lambda key: jax.random.normal(key, (n_blocks, _CHUNK), jnp.float32),
-        jax.random.split(key, n // _CHUNK),
+        lambda key: jax.random.normal(key, (n_blocks, _NUMBERS_PER_CHUNK), jnp.float32),
+        jax.random.split(key, n // _NUMBERS_PER_CHUNK),
         batch_size=_CHUNKS_AT_ONCE,
     )
     return chunks.swapaxes(0, 1).reshape(n_blocks, n)
 
 
-def _permutation(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
+def _draw_permutations(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
     """Returns a permutation of 0 … n−1 for each block: [n_blocks, n] uint32."""
-    constants = jax.random.bits(key, (_ROUNDS, 2, n_blocks, 1), jnp.uint32)
+    constants = jax.random.bits(key, (_PERMUTATION_ROUNDS, 2, n_blocks, 1), jnp.uint32)
     n_bits = n.bit_length() - 1
     mask = jnp.uint32(n - 1)
     shift = jnp.uint32(max(1, n_bits // 2))
@@ -180,12 +180,16 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
     bits = n.bit_length() - 1
     if n != 2**bits:
         raise ValueError(
-            f"hadamard_transform needs a last axis whose size is a power of two, not {n}."
+            f"hadamard_transform needs a last axis whose size is a power of two, not {n}. Pad x "
+            "with zeros."
         )
-    n_factors = -(-bits // _MAX_BITS)  # of the Kronecker product
+    n_factors = -(-bits // _MAX_MATRIX_BITS)  # of the Kronecker product
     for i in range(n_factors):
-        has_extra_bit = i < bits % n_factors
-        size = 2 ** (bits // n_factors + has_extra_bit)
+        # The bits are divided among the factors as evenly as possible.
+        factor_bits = bits // n_factors
+        if i < bits % n_factors:
+            factor_bits += 1
+        size = 2**factor_bits
         rows = x.reshape(*batch, n // size, size)
         matrix = _hadamard_matrix(size, x.dtype)
         product = jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST)

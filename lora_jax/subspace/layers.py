@@ -42,7 +42,7 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def tensors_of(
+def find_tensors(
     leaves: Mapping[str, Leaf], stacks: Sequence[str]
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """Returns the tensors of a tree, and the names of their layers.
@@ -62,17 +62,18 @@ def tensors_of(
     """
     names_of_leaf = {path: _logical_paths(path, leaf, stacks) for path, leaf in leaves.items()}
     _check_stacks(names_of_leaf, stacks)
+    # Projections are drawn from logical paths, so two tensors must not have the same one.
     all_names = [name for names in names_of_leaf.values() for name in names]
     if len(set(all_names)) < len(all_names):
         repeated = next(name for name in all_names if all_names.count(name) > 1)
         paths = [path for path, names in names_of_leaf.items() if repeated in names]
         raise ValueError(
-            f"The leaves {paths} have the same logical path, {repeated!r}, and would share "
+            f"The leaves {paths} have the same logical path, {repeated!r}, so they would share "
             "one projection. Rename one of them."
         )
-    layer_of_name = _layers(all_names)
+    layer_of_name = _layer_of_each_name(all_names)
     layers = tuple(sorted(set(layer_of_name.values()), key=_natural_order))
-    index_of_layer = {layer: i for i, layer in enumerate(layers)}
+    index_of_layer = {layer: index for index, layer in enumerate(layers)}
     tensors: list[Tensor] = []
     for path, names in names_of_leaf.items():
         tensor = Tensor(
@@ -80,13 +81,13 @@ def tensors_of(
             shape=tuple(leaves[path].shape),
             names=names,
             layers=tuple(index_of_layer[layer_of_name[name]] for name in names),
-            is_stack=_stack_of(path, stacks) is not None,
+            is_stack=_stack_of_leaf(path, stacks) is not None,
         )
         tensors.append(tensor)
     return tuple(tensors), layers
 
 
-def _stack_of(path: str, stacks: Sequence[str]) -> str | None:
+def _stack_of_leaf(path: str, stacks: Sequence[str]) -> str | None:
     """Returns the path of the stack that contains a leaf; None if no stack contains it.
 
     ``layers/3/kernel`` is a leaf of an unrolled layer, and a leaf ``layers`` is no module.
@@ -94,13 +95,14 @@ def _stack_of(path: str, stacks: Sequence[str]) -> str | None:
     segments = path.split("/")
     for n_segments in range(1, len(segments)):
         module = "/".join(segments[:n_segments])
-        if any(_ends_with(module, name) for name in stacks):
+        if any(_ends_with_segments(module, name) for name in stacks):
             is_unrolled = segments[n_segments].isdecimal()
             return None if is_unrolled else module
     return None
 
 
-def _ends_with(path: str, name: str) -> bool:
+def _ends_with_segments(path: str, name: str) -> bool:
+    """Returns True if a name is the last segment, or the last segments, of a path."""
     return has_segments(path, name) and f"/{path}".endswith(f"/{name}")
 
 
@@ -110,7 +112,7 @@ def _logical_paths(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, .
     Raises:
       ValueError: the leaf lies in a stack and has no axes.
     """
-    stack = _stack_of(path, stacks)
+    stack = _stack_of_leaf(path, stacks)
     if stack is None:
         return (_split_numbers(path),)
     if not leaf.shape:
@@ -129,7 +131,7 @@ def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[s
     """Raises a ValueError for leaves of one stack that differ in their numbers of layers."""
     first_leaves: dict[str, str] = {}  # by stack
     for path, names in names_of_leaf.items():
-        stack = _stack_of(path, stacks)
+        stack = _stack_of_leaf(path, stacks)
         if stack is None:
             continue
         first_path = first_leaves.setdefault(stack, path)
@@ -140,14 +142,16 @@ def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[s
 
 
 def _not_stack_message(stack: str, problem: str) -> str:
+    """Returns the message for a module that is a stack by its name only."""
     return (
         f"By its name, {stack!r} is a stack of layers, but {problem}. Name the modules whose "
-        "leaves have layers on their first axis with stacks=[…], or pass stacks=() for none."
+        "leaves have layers on their first axis with stacks=[…], or pass stacks=() if there are "
+        "none."
     )
 
 
-def _layers(names: Sequence[str]) -> dict[str, str]:
-    """Returns the layer of each logical path: a block, or a module beside blocks; see `tensors_of`.
+def _layer_of_each_name(names: Sequence[str]) -> dict[str, str]:
+    """Returns the layer of each logical path, a block or a module beside blocks (`find_tensors`).
 
     The **parents** are the modules that hold blocks, and the module that holds all tensors. A
     tensor outside of blocks belongs to the module directly below the closest parent.
@@ -164,15 +168,17 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
     modules = [segments[:-1] for segments in segments_of_name.values()]
     parents.add(tuple(_common_start(*modules)))
 
-    def layer(name: str) -> str:
+    def layer_of(name: str) -> str:
         segments = segments_of_name[name]
         number_index = number_index_of_name[name]
+        # A tensor in a block.
         if number_index is not None:
             return "/".join(segments[: number_index + 1])
+        # A tensor in the module directly below the closest parent.
         n_shared = max(len(_common_start(segments, parent)) for parent in parents)
         return "/".join(segments[: min(n_shared + 1, len(segments) - 1)])
 
-    return {name: layer(name) for name in names}
+    return {name: layer_of(name) for name in names}
 
 
 def _number_index(segments: Sequence[str]) -> int | None:

@@ -29,11 +29,11 @@ from lora_jax.core.types import Forward, Leaf, Tree
 from lora_jax.subspace.fastfood import project
 from lora_jax.subspace.layers import Tensor
 
-_GENERATOR = "threefry2x32"  # of the draws, whatever JAX's default is
-_SMALL = 2**18  # the most entries of a small tensor, and of small tensors that move together
+_GENERATOR = "threefry2x32"  # of the draws, independently of JAX's default
+_MAX_SMALL_ENTRIES = 2**18  # of a small tensor, and of small tensors that move together
 
 
-def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
+def projection_keys(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
     """Returns the data of each tensor's PRNG key, leaf by leaf: uint32 [n, 2].
 
     A layer of a stack is a tensor of its own.
@@ -44,7 +44,7 @@ def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
         return jnp.stack([jax.random.key_data(fold_in_path(key, name)) for name in names])
 
 
-def moved(
+def move_leaves(
     keys: jax.Array,
     tensors: Sequence[Tensor],
     leaves: Mapping[str, Leaf],
@@ -54,7 +54,7 @@ def moved(
     """Returns θ₀ + λP(θ_d) of each leaf, by path.
 
     Args:
-      keys: PRNG keys of the projections, as `keys_of` returns them.
+      keys: PRNG keys of the projections, as `projection_keys` returns them.
       tensors: tensors that move.
       leaves: θ₀, by path.
       theta: θ_d.
@@ -68,33 +68,35 @@ def moved(
         tensor.path: all_keys[stop - len(tensor.names) : stop]
         for tensor, stop in zip(tensors, key_stops, strict=True)
     }
+    # Large tensors move one by one.
     moved_leaves: dict[str, jax.Array] = {}
     small_tensors: dict[int, list[Tensor]] = defaultdict(list)  # leaves by size of their tensors
     for tensor in tensors:
         size = tensor.size // len(tensor.names)
-        if size <= _SMALL:
+        if size <= _MAX_SMALL_ENTRIES:
             small_tensors[size].append(tensor)
             continue
         leaf = leaves[tensor.path]
         stack_shape = leaf.shape[: int(tensor.is_stack)]
-        scales = _scales(scale, [tensor], total_size, theta.dtype)
+        scales = _scale_of_each_tensor(scale, [tensor], total_size, theta.dtype)
         leaf_keys = keys_of_leaf[tensor.path].reshape(stack_shape)
         move = _move_stack if tensor.is_stack else _move_tensor
         moved_leaves[tensor.path] = move(leaf, theta, leaf_keys, scales.reshape(stack_shape))
+    # Small tensors of one size move together.
     for size, group in small_tensors.items():
         group_keys = jnp.concatenate([keys_of_leaf[tensor.path] for tensor in group])
-        group_scales = _scales(scale, group, total_size, theta.dtype)
-        changes = _changes(theta, group_keys, group_scales, size)
+        group_scales = _scale_of_each_tensor(scale, group, total_size, theta.dtype)
+        changes = _changes_of_small_tensors(theta, group_keys, group_scales, size)
         start = 0
         for tensor in group:
             stop = start + len(tensor.names)
             change = changes[start:stop].reshape(tensor.shape)
-            moved_leaves[tensor.path] = _sum(leaves[tensor.path], change)
+            moved_leaves[tensor.path] = _add_change(leaves[tensor.path], change)
             start = stop
     return moved_leaves
 
 
-def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:
+def place_leaf(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:
     """Places a moved leaf on devices.
 
     Args:
@@ -113,12 +115,12 @@ def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> ja
     return placed_array
 
 
-def draws_of(seed: int) -> jax.Array:
-    """Returns some random bits of a seed, uint32, by which draws of two versions of JAX compare."""
+def sample_of_draws(seed: int) -> jax.Array:
+    """Returns some random bits of a seed, uint32, to compare the draws of two versions of JAX."""
     return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
 
 
-def _scales(
+def _scale_of_each_tensor(
     scale: jax.Array | None, tensors: Sequence[Tensor], total_size: int, dtype: DTypeLike
 ) -> jax.Array:
     """Returns λ·√(n/D) of each tensor of some leaves.
@@ -137,39 +139,44 @@ def _scales(
     return scale[np.asarray(layers)] * share_roots.astype(scale.dtype)
 
 
-def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]) -> jax.Array:
+def _change_of_tensor(
+    theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]
+) -> jax.Array:
     """Returns a tensor's change, P(λθ_d): scaling d numbers costs less than scaling the change."""
     dtype = accumulation_dtype(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
     return project(x, key, math.prod(shape)).reshape(shape)
 
 
-def _sum(leaf: Leaf, change: jax.Array) -> jax.Array:
+def _add_change(leaf: Leaf, change: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of a tensor, added in fp32 (or wider) and rounded once."""
     dtype = jnp.promote_types(change.dtype, accumulation_dtype(leaf.dtype))
     total: jax.Array = leaf.astype(dtype) + change.astype(dtype)
     return total.astype(leaf.dtype)
 
 
 # Keeps θ_d and a key for the backward pass instead of the draws.
-_checkpointed_change = jax.checkpoint(_change, static_argnums=3)
+_checkpointed_change = jax.checkpoint(_change_of_tensor, static_argnums=3)
 
 
 @jax.jit  # tensors of one shape share one compiled function
 def _move_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of one tensor."""
-    return _sum(leaf, _checkpointed_change(theta, key, scale, leaf.shape))
+    return _add_change(leaf, _checkpointed_change(theta, key, scale, leaf.shape))
 
 
 @jax.custom_jvp
-def _moved_stack(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
+def _move_stack_in_place(
+    leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array
+) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of a stack, computed in place, layer by layer.
 
     (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
     """
 
     def layer(i: jax.Array, total: jax.Array) -> jax.Array:
-        change = _change(theta, keys[i], scales[i], leaf.shape[1:])
-        return total.at[i].set(_sum(total[i], change))
+        change = _change_of_tensor(theta, keys[i], scales[i], leaf.shape[1:])
+        return total.at[i].set(_add_change(total[i], change))
 
     total: jax.Array = jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
     return total
@@ -182,8 +189,8 @@ def _instantiate(tangent: jax.Array | SymbolicZero) -> jax.Array:
     return tangent
 
 
-@functools.partial(_moved_stack.defjvp, symbolic_zeros=True)
-def _moved_stack_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Array]:
+@functools.partial(_move_stack_in_place.defjvp, symbolic_zeros=True)
+def _move_stack_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Array]:
     """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
     leaf, theta, keys, scales = primals
     d_leaf, d_theta, _, d_scales = tangents
@@ -196,20 +203,26 @@ def _moved_stack_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Arra
         d_layer, key, scale, d_scale = layer
         x = d_theta * scale + d_scale * theta
         change = _checkpointed_change(x, key, jnp.ones_like(scale), leaf.shape[1:])
-        return change.astype(leaf.dtype) if is_base_constant else _sum(d_layer, change)
+        return change.astype(leaf.dtype) if is_base_constant else _add_change(d_layer, change)
 
-    total = _moved_stack(leaf, theta, keys, scales)
+    total = _move_stack_in_place(leaf, theta, keys, scales)
     return total, jax.lax.map(layer_tangent, (d_leaf_or_unused, keys, scales, d_scales))
 
 
-_move_stack = jax.jit(_moved_stack)
+_move_stack = jax.jit(_move_stack_in_place)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _changes(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -> jax.Array:
-    """Returns λP(θ_d) of n tensors of one size, [n, size], `_SMALL` entries at most at once."""
+def _changes_of_small_tensors(
+    theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int
+) -> jax.Array:
+    """Returns λP(θ_d) of n tensors of one size, [n, size].
+
+    At most `_MAX_SMALL_ENTRIES` entries are computed at once.
+    """
     n = len(keys)
-    batch_sizes = [k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL)]
+    max_entries = max(size, _MAX_SMALL_ENTRIES)
+    batch_sizes = [k for k in range(1, n + 1) if n % k == 0 and k * size <= max_entries]
 
     def change(tensor: tuple[jax.Array, jax.Array]) -> jax.Array:
         key, scale = tensor

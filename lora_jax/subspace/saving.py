@@ -14,7 +14,7 @@ from lora_jax.rules import AnyOf
 from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum
-from lora_jax.subspace.moving import draws_of
+from lora_jax.subspace.moving import sample_of_draws
 from lora_jax.subspace.space import Subspace, Theta, make
 
 FACTS = "subspace"  # name of the subspace's facts among the facts about an adapter
@@ -111,7 +111,7 @@ def facts_of(space: Subspace) -> JsonObject:
         **json_arguments,
         "size": space.size,
         "layers": len(space.layers),
-        "draws": checksum(draws_of(space.seed)),
+        "draws": checksum(sample_of_draws(space.seed)),
     }
 
 
@@ -177,7 +177,7 @@ def load(
             f"{folder} contains an adapter, not a subspace. Load it with lora_jax.load_adapter."
         )
     if space is not None:
-        _check_same(folder, facts, facts_of(space))
+        _check_same_subspace(folder, facts, facts_of(space))
     arguments = {name: facts[name] for name in _ARGUMENTS}
     if not isinstance(arguments["targets"], str):
         arguments["targets"] = AnyOf(arguments["targets"])  # earlier files have unmatched names
@@ -185,12 +185,12 @@ def load(
         subspace = make(base, **arguments, stacks=tuple(facts["stacks"]))
     except ValueError as error:
         raise AdapterError(f"The subspace in {folder} does not fit this tree: {error}") from error
-    _check_same(folder, facts, facts_of(subspace))
+    _check_same_subspace(folder, facts, facts_of(subspace))
     tree = load_adapter(folder, tree_of(subspace, base), allow_base_mismatch=allow_base_mismatch)
     return subspace, theta_of(tree)
 
 
-def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) -> None:
+def _check_same_subspace(folder: str | os.PathLike[str], saved: Fields, current: Fields) -> None:
     """Raises an AdapterError unless the facts of a folder are those of a subspace.
 
     Args:
@@ -200,9 +200,9 @@ def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) 
     """
     if saved["draws"] != current["draws"] and saved["seed"] == current["seed"]:
         raise AdapterError(
-            f"The subspace in {folder} was trained with other random numbers for the seed "
-            f"{saved['seed']}. Use the JAX version and the value of "
-            "jax_threefry_partitionable that it was trained with."
+            f"This version of JAX draws other random numbers from the seed {saved['seed']} than "
+            f"the training of the subspace in {folder}. Use the JAX version and the value of "
+            "jax_threefry_partitionable of the training."
         )
     differences = "; ".join(
         f"{name} {saved.get(name)} in the folder, {value} here"
@@ -211,6 +211,6 @@ def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) 
     )
     if differences:
         raise AdapterError(
-            f"The subspace in {folder} has other settings: {differences}. Load it without "
-            "`space`, or make the space from the settings and the base of the folder."
+            f"The subspace in {folder} has different settings ({differences}). Load it without "
+            "`space`, or make the space with the settings and the base of the folder."
         )

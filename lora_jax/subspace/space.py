@@ -24,9 +24,9 @@ from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.rules import Targets, TrainRule
 from lora_jax.select.matching import LeafFacts, check_target_names
 from lora_jax.select.resolve import resolve
-from lora_jax.subspace.fastfood import MOST
-from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
-from lora_jax.subspace.moving import keys_of, moved, placed
+from lora_jax.subspace.fastfood import MAX_ENTRIES
+from lora_jax.subspace.layers import STACKS, Tensor, find_tensors
+from lora_jax.subspace.moving import move_leaves, place_leaf, projection_keys
 
 Kind = Literal["did", "said"]
 Theta = dict[str, jax.Array]
@@ -75,7 +75,7 @@ class Subspace:
 
     def keys(self) -> jax.Array:
         """Returns the PRNG keys of the projections, uint32 [tensors, 2]."""
-        return keys_of(self.seed, self.tensors)
+        return projection_keys(self.seed, self.tensors)
 
     def params_of(
         self, theta: Tree, base: Tree, shardings: Tree = None, keys: jax.Array | None = None
@@ -99,11 +99,11 @@ class Subspace:
           ValueError: `theta` or `base` does not belong to the subspace.
         """
         leaves, treedef = leaves_of(base)
-        self._check(theta, dict(leaves))
+        self._check_shapes(theta, dict(leaves))
         leaf_shardings = [None] * len(leaves)
         if shardings is not None:
             leaf_shardings = treedef.flatten_up_to(shardings)
-        moved_leaves = moved(
+        moved_leaves = move_leaves(
             keys=self.keys() if keys is None else keys,
             tensors=self.tensors,
             leaves=dict(leaves),
@@ -111,11 +111,11 @@ class Subspace:
             scale=theta.get("scale"),
         )
         return treedef.unflatten(
-            placed(moved_leaves[path], leaf, sharding) if path in moved_leaves else leaf
+            place_leaf(moved_leaves[path], leaf, sharding) if path in moved_leaves else leaf
             for (path, leaf), sharding in zip(leaves, leaf_shardings, strict=True)
         )
 
-    def _check(self, theta: Mapping[str, jax.Array], leaves: Mapping[str, Leaf]) -> None:
+    def _check_shapes(self, theta: Mapping[str, jax.Array], leaves: Mapping[str, Leaf]) -> None:
         """Raises a ValueError unless θ_d and the leaves of a base have the subspace's shapes."""
         expected = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
         shapes = {name: tuple(array.shape) for name, array in theta.items()}
@@ -184,14 +184,16 @@ def make(
     (3,)
     """
     if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-        raise ValueError(f"dimension={dimension!r} must be an integer of at least 1.")
+        raise ValueError(
+            f"dimension={dimension!r} is not valid. Pass an integer of at least 1, such as 1000."
+        )
     if kind not in ("did", "said"):
         raise ValueError(f"kind={kind!r} is unknown. Choose 'did' or 'said'.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1.")
+        raise ValueError(f"seed={seed!r} is not valid. Pass an integer from 0 to 2**32 - 1.")
     rule = TrainRule(targets=targets, exclude=exclude)
     stacks = (stacks,) if isinstance(stacks, str) else tuple(stacks)
-    tensors, layers = tensors_of(_selected_leaves(params, rule), stacks)
+    tensors, layers = find_tensors(_selected_leaves(params, rule), stacks)
     space = Subspace(
         dimension=dimension,
         kind=kind,
@@ -221,14 +223,17 @@ def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
             )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
-        raise ValueError("The tree has no floating-point leaf, so there is nothing to train.")
+        raise ValueError(
+            "The tree has no floating-point leaf, so there is nothing to train. Pass the "
+            "parameters of your model."
+        )
     decisions = resolve(arrays, [rule])
     check_target_names([rule], dict(arrays), LeafFacts())
     selected = {path: leaf for path, leaf in arrays if path in decisions and 0 not in leaf.shape}
     for path, leaf in selected.items():
         if is_base(leaf):
             raise ValueError(
-                f"{path!r} is quantized, so it cannot move in small steps. Exclude it with "
+                f"{path!r} is quantized, so it cannot change in small steps. Exclude it with "
                 "exclude=[…], or dequantize the tree with "
                 "lora_jax.quantized.dequantize(params)."
             )
@@ -256,9 +261,9 @@ def _check_sizes(space: Subspace) -> None:
             f"than {m}."
         )
     for tensor in space.tensors:
-        if 2 * max(tensor.size // len(tensor.names), d) > MOST:
+        if 2 * max(tensor.size // len(tensor.names), d) > MAX_ENTRIES:
             raise ValueError(
                 f"{tensor.path!r} has {tensor.size:,} entries and the dimension is {d:,}, "
-                f"but at most {MOST // 2:,} entries per tensor are supported. Exclude the "
+                f"but at most {MAX_ENTRIES // 2:,} entries per tensor are supported. Exclude the "
                 "tensor with exclude=[…]."
             )

@@ -24,13 +24,13 @@ from lora_jax.variants.vera import VERA
 from lora_jax.variants.xs import LORA_XS
 
 
-def _off(variant: Variant) -> Any:
-    """Returns the field of a variant, which is off by default."""
+def _switch_field(variant: Variant) -> Any:
+    """Returns the dataclass field that turns a variant on; False by default."""
     return dataclasses.field(default=False, metadata={"variant": variant})
 
 
-def _setting(variant: Variant, name: str) -> Any:
-    """Returns the field of a number that a variant takes."""
+def _setting_field(variant: Variant, name: str) -> Any:
+    """Returns the dataclass field of a variant's setting."""
     default = next(setting.default for setting in variant.settings if setting.name == name)
     return dataclasses.field(default=default, metadata={"setting of": variant})
 
@@ -57,14 +57,14 @@ class Variants:
         layers train one together: 0 for a v for each weight, 1 for one v for all.
     """
 
-    dora: bool = _off(DORA)
-    freeze_a: bool = _off(LORA_FA)
-    bias_on_b: bool = _off(BIAS_ON_B)
-    xs: bool = _off(LORA_XS)
-    vera: bool = _off(VERA)
-    tinylora: bool = _off(TINYLORA)
-    u: int = _setting(TINYLORA, "u")
-    weight_tying: float = _setting(TINYLORA, "weight_tying")
+    dora: bool = _switch_field(DORA)
+    freeze_a: bool = _switch_field(LORA_FA)
+    bias_on_b: bool = _switch_field(BIAS_ON_B)
+    xs: bool = _switch_field(LORA_XS)
+    vera: bool = _switch_field(VERA)
+    tinylora: bool = _switch_field(TINYLORA)
+    u: int = _setting_field(TINYLORA, "u")
+    weight_tying: float = _setting_field(TINYLORA, "weight_tying")
 
     @property
     def variants(self) -> tuple[Variant, ...]:

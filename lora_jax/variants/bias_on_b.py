@@ -15,11 +15,12 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
 
-def _first_bias(node: LoraWeight) -> jax.Array:
+def _zero_bias(node: LoraWeight) -> jax.Array:
+    """Returns the first value of c, zeros [batch…, out…]."""
     return jnp.zeros(node.shape_of("bias"), node.b.dtype)
 
 
-def _shifted(weight: Factored, node: LoraWeight, bias: jax.Array) -> Factored:
+def _with_shift(weight: Factored, node: LoraWeight, bias: jax.Array) -> Factored:
     """Returns the weight with the shift s·c."""
     scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
     return weight.replace(shift=scale * bias)
@@ -29,7 +30,7 @@ BIAS_ON_B = Variant(
     option="bias_on_b",
     name="a bias on B",
     help="Add a trained bias to B.",
-    parts=(Part("bias", ("batch", "out"), _first_bias, _shifted, vector="shift"),),
+    parts=(Part("bias", ("batch", "out"), _zero_bias, _with_shift, vector="shift"),),
     in_peft=InPeft("lora_bias", "lora_B.bias", fill=0.0),
     is_compared=False,
 )

@@ -21,7 +21,7 @@ from lora_jax.variants.variant import InPeft, Variant
 _move_to_device = functools.partial(move_to_memory, space=Space.Device)
 
 
-def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
+def _norms_of_columns(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ‖W + s·AB‖ of each column, [batch…, out…].
 
     If the base is a stack of codes, W is formed for one layer at a time.
@@ -43,15 +43,15 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     return norms
 
 
-def _first_magnitude(node: LoraWeight) -> jax.Array:
-    """Returns the norms at the start: ‖W‖ if A and B are taken out of W, else ‖W + s·AB‖."""
+def _initial_magnitude(node: LoraWeight) -> jax.Array:
+    """Returns the first norms: ‖W‖ if A and B are computed from W, else ‖W + s·AB‖."""
     a = node.a if node.start is None else jnp.zeros_like(node.a)
-    return _norms(node, a, node.b)
+    return _norms_of_columns(node, a, node.b)
 
 
-def _rescaled(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
+def _with_gain(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
     """Returns the weight with the gain m / ‖W + s·AB‖; 1 for layers that are not adapted."""
-    norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
+    norms = jax.lax.stop_gradient(_norms_of_columns(node, weight.a, weight.b))
     return weight.replace(gain=node.where_adapted(_move_to_device(magnitude) / norms, 1))
 
 
@@ -59,7 +59,7 @@ DORA = Variant(
     option="dora",
     name="DoRA",
     help="Rescale each output column to a trained magnitude (DoRA).",
-    parts=(Part("magnitude", ("batch", "out"), _first_magnitude, _rescaled, vector="gain"),),
+    parts=(Part("magnitude", ("batch", "out"), _initial_magnitude, _with_gain, vector="gain"),),
     not_with={"bias_on_b": "DoRA has no bias on B."},
     in_peft=InPeft("use_dora", "lora_magnitude_vector"),
 )

@@ -1,7 +1,7 @@
 """The declaration of a variant of LoRA: all facts that other code reads about it.
 
-A variant's arrays are **derived** where they follow from W or from a seed, so that a file holds a
-**recipe** in their place.
+Arrays of a variant are **derived** if they can be computed from W or from a seed. A file then holds
+a **recipe** in their place.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class KernelFacts(NamedTuple):
     settings: Mapping[str, Any] = {}
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def in_and_out_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The sizes of the in axes, and the sizes of the out axes."""
         return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
 
@@ -47,26 +47,26 @@ Remake = Callable[[str, LoraWeight, Fields], Parts]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Derived:
-    """Arrays that follow from W or from a seed, so that no file has to hold them.
+    """Arrays that are computed from W or from a seed, so that no file has to hold them.
 
-    A file holds a recipe in their place, and some of their numbers to compare them by.
+    A file holds a recipe in their place, and a few of their elements for a comparison.
 
     Attributes:
       names: the names of the arrays.
-      entry: the name of the recipe among a weight's settings in the file.
+      recipe_entry: the name of the recipe among a weight's settings in the file.
       recipe: (weight, all weights of the variant) -> the recipe, a JSON object of all that the
         arrays are made from beside W; None for arrays that do not follow from it.
-      again: (nodes of the tree that the adapter is loaded onto, by path) -> a function of (path,
-        weight without the arrays, recipe) that makes the arrays again.
-      differs: the end of the error for arrays that differ from those of the training; a format of
-        {path}, {name} (the array's) and the recipe.
+      remake_function: (nodes of the tree that the adapter is loaded onto, by path) -> a function of
+        (path, weight without the arrays, recipe) that makes the arrays again.
+      difference_message: the end of the error for arrays that differ from those of the training; a
+        format of {path}, {name} (of the array) and the recipe.
     """
 
     names: tuple[str, ...]
-    entry: str
+    recipe_entry: str
     recipe: Callable[[LoraWeight, Sequence[LoraWeight]], JsonObject | None]
-    again: Callable[[Mapping[str, Leaf]], Remake]
-    differs: str
+    remake_function: Callable[[Mapping[str, Leaf]], Remake]
+    difference_message: str
 
 
 class InPeft(NamedTuple):

@@ -25,8 +25,8 @@ from lora_jax.variants.variant import Derived, KernelFacts, Remake, Variant
 Widths = tuple[int, int]  # numbers of in and out features, of a weight or of a shared pair
 
 
-class Projections:
-    """The pairs of a tree, drawn when a weight first needs them."""
+class SharedPairs:
+    """The pairs of a tree, each drawn when a weight first needs it."""
 
     def __init__(self, seed: ArrayLike, widths: Mapping[int, Widths]) -> None:
         """Args:
@@ -41,27 +41,29 @@ class Projections:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
         rank = max(kernel.ranks)
-        in_sizes, out_sizes = kernel.sides
+        in_sizes, out_sizes = kernel.in_and_out_sizes
         in_width, out_width = self.widths[rank]
 
-        def columns(name: str, sizes: tuple[int, ...], width: int, fan: int) -> jax.Array:
+        def columns_of_weight(
+            name: str, sizes: tuple[int, ...], width: int, fan_in: int
+        ) -> jax.Array:
             """Returns the columns of a matrix that the weight uses, in the shape of its axes."""
 
             def draw() -> jax.Array:
                 key = fold_in_path(jax.random.key(self.seed), name)
-                bound = math.sqrt(6 / fan)
+                bound = math.sqrt(6 / fan_in)
                 matrix = jax.random.uniform(key, (rank, width), kernel.dtype, -bound, bound)
                 return matrix[:, : math.prod(sizes)].reshape(rank, *sizes)
 
-            return self._cached((name, rank, kernel.dtype, sizes), draw)
+            return self._get_or_make((name, rank, kernel.dtype, sizes), draw)
 
         return {
-            "shared_a": columns("a", in_sizes, width=in_width, fan=in_width),
-            "shared_b": columns("b", out_sizes, width=out_width, fan=rank),
-            "seed": self._cached("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
+            "shared_a": columns_of_weight("a", in_sizes, width=in_width, fan_in=in_width),
+            "shared_b": columns_of_weight("b", out_sizes, width=out_width, fan_in=rank),
+            "seed": self._get_or_make("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
         }
 
-    def _cached(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
+    def _get_or_make(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
         """Returns the array of a key, made at the first call."""
         if key in self._cache:
             return self._cache[key]
@@ -71,7 +73,7 @@ class Projections:
         return array
 
 
-def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> Projections:
+def _start_pairs(kernels: Sequence[KernelFacts], key: jax.Array) -> SharedPairs:
     """Returns the pairs that the weights of a tree share.
 
     Raises:
@@ -83,19 +85,21 @@ def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> Projections:
         if len(ranks) > 1:
             raise ValueError(
                 f"vera: the layers of {kernel.path!r} have the ranks {ranks}, but all layers "
-                "of a stack share one A and one B. Give all of its layers the same rank."
+                "of a stack share one A and one B. Give all layers the same rank."
             )
-        widths_of_rank.setdefault(ranks[0], []).append(_widths(kernel))
-    pair_widths = {rank: _largest(widths) for rank, widths in widths_of_rank.items()}
-    return Projections(jax.random.bits(fold_in_path(key, "vera"), dtype=jnp.uint32), pair_widths)
+        widths_of_rank.setdefault(ranks[0], []).append(_widths_of_kernel(kernel))
+    pair_widths = {rank: _largest_widths(widths) for rank, widths in widths_of_rank.items()}
+    return SharedPairs(jax.random.bits(fold_in_path(key, "vera"), dtype=jnp.uint32), pair_widths)
 
 
-def _widths(kernel: KernelFacts) -> Widths:
-    in_sizes, out_sizes = kernel.sides
+def _widths_of_kernel(kernel: KernelFacts) -> Widths:
+    """Returns the numbers of in and out features of a kernel."""
+    in_sizes, out_sizes = kernel.in_and_out_sizes
     return math.prod(in_sizes), math.prod(out_sizes)
 
 
-def _largest(widths: Iterable[Widths]) -> Widths:
+def _largest_widths(widths: Iterable[Widths]) -> Widths:
+    """Returns the largest number of in features, and the largest number of out features."""
     in_widths, out_widths = zip(*widths, strict=True)
     return max(in_widths), max(out_widths)
 
@@ -106,13 +110,13 @@ def _kernel_facts(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelF
     )
 
 
-def _recipe(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns the recipe that draws a pair again; None if the pair does not come from a seed."""
+def _recipe_of_pair(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject | None:
+    """Returns the recipe that draws a pair again; None for a pair that has no seed."""
     if "seed" not in node.arrays:
         return None
     dtype = node.arrays["shared_a"].dtype
-    pair_widths = _largest(
-        _widths(_kernel_facts(other, dtype)) for other in nodes if other.rank == node.rank
+    pair_widths = _largest_widths(
+        _widths_of_kernel(_kernel_facts(other, dtype)) for other in nodes if other.rank == node.rank
     )
     return {
         "seed": int(node.arrays["seed"]),
@@ -121,28 +125,30 @@ def _recipe(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject | None:
     }
 
 
-def _again(nodes: Mapping[str, Leaf]) -> Remake:
+def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
     """Returns a function that draws each pair once, so that weights of one size share an array."""
     del nodes
-    pairs: dict[Hashable, Projections] = {}
+    pairs: dict[Hashable, SharedPairs] = {}
 
     def make_arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
         in_width, out_width = recipe["widths"]
         key = (recipe["seed"], in_width, out_width, weight.rank)
         if key not in pairs:
             widths = {weight.rank: (in_width, out_width)}
-            pairs[key] = Projections(np.uint32(recipe["seed"]), widths)
+            pairs[key] = SharedPairs(np.uint32(recipe["seed"]), widths)
         return pairs[key](weight.base, _kernel_facts(weight, recipe["dtype"], path))
 
     return make_arrays
 
 
-def _first_d(node: LoraWeight) -> jax.Array:
+def _initial_d(node: LoraWeight) -> jax.Array:
+    """Returns the first value of d, 0.1 with zeros in the padding, [batch…, r]."""
     d = jnp.full(node.shape_of("lambda_d"), 0.1, node.arrays["shared_a"].dtype)
     return zero_rank_padding(d, node.ranks, d.ndim - 1)
 
 
-def _first_b(node: LoraWeight) -> jax.Array:
+def _zero_b(node: LoraWeight) -> jax.Array:
+    """Returns the first value of b, zeros [batch…, out…]."""
     return jnp.zeros(node.shape_of("lambda_b"), node.arrays["shared_b"].dtype)
 
 
@@ -150,22 +156,22 @@ VERA = Variant(
     option="vera",
     name="VeRA",
     help="Train only two vectors for each weight, around one random A and B that all weights share "
-    "(VeRA). It takes a large --rank, such as 256. By default --alpha is the rank, and --lr ten "
-    "times as large as without.",
+    "(VeRA). Use a large --rank, such as 256. The default of --alpha is the rank, and the default "
+    "of --lr is ten times as large as without --vera.",
     parts=(
-        Part("lambda_d", AXES["lambda_d"], _first_d),
-        Part("lambda_b", AXES["lambda_b"], _first_b),
+        Part("lambda_d", AXES["lambda_d"], _initial_d),
+        Part("lambda_b", AXES["lambda_b"], _zero_b),
     ),
     frozen=("a", "b"),
-    start=_start,
+    start=_start_pairs,
     derived=Derived(
         names=("shared_a", "shared_b"),
-        entry="projections",
-        recipe=_recipe,
-        again=_again,
-        differs="holds the seed {seed} of VeRA's random matrices, and {name} of {path!r} is drawn "
-        "otherwise here than where it was trained: load it with the version of JAX and the setting "
-        "of jax_threefry_partitionable that it was trained with",
+        recipe_entry="projections",
+        recipe=_recipe_of_pair,
+        remake_function=_remake_function,
+        difference_message="holds the seed {seed} of VeRA's random matrices, but {name} of "
+        "{path!r} is drawn differently here. Load it with the version of JAX and the setting of "
+        "jax_threefry_partitionable that it was trained with.",
     ),
     alone="shares one random A and B",
     alone_in_scripts="draws one A and B for all weights and trains two vectors of each",

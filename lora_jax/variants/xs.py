@@ -1,9 +1,10 @@
 """LoRA-XS: W + s·ARB, where A = UΣ and B = Vᵀ of W's singular values are frozen and R trains.
 
-LoRA-XS (Bałazy et al., arXiv 2405.17604) trains r² numbers a weight. A file holds R alone: A and B
-are made again from W. Singular vectors of a matrix that is the same up to rounding are the same up
-to rounding, unless their values all but coincide; R would not mean what it meant before, so factors
-that differ are an error, whatever base is accepted.
+LoRA-XS (Bałazy et al., arXiv 2405.17604) trains r² numbers for each weight. A file holds R alone,
+because A and B can be computed again from W. If W is the same up to rounding, its singular vectors
+are the same up to rounding, unless two singular values are almost equal. With different factors, R
+has another meaning. Factors that differ are therefore always an error, even with
+`allow_base_mismatch`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from lora_jax.init import truncated
 from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake, Variant
 
 
-def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
+def _draw_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
     """Returns R ~ N(0, 1e-5²), with zeros in the padding of each layer."""
     r = 1e-5 * jax.random.normal(key, node.shape_of("latent"), node.b.dtype)
     return zero_rank_padding(zero_rank_padding(r, node.ranks, r.ndim - 1), node.ranks, r.ndim - 2)
@@ -41,13 +42,14 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
     Raises:
       ValueError: the rank is larger than W's.
     """
-    kernel = as_matrices(leaf, roles)
+    kernel = as_matrices(leaf, roles)  # [batch…, in, out]
     largest_rank = max(ranks)
-    layers = [layer for layer, rank in enumerate(ranks) if rank]
-    if len(layers) == len(ranks):
+    adapted_layers = [layer for layer, rank in enumerate(ranks) if rank]
+    if len(adapted_layers) == len(ranks):
         a, b = truncated(kernel, largest_rank)
     else:
-        indices = jnp.asarray(layers)
+        # Decompose the adapted layers only; the others have zeros.
+        indices = jnp.asarray(adapted_layers)
         adapted_a, adapted_b = truncated(kernel[indices], largest_rank)
         a = jnp.zeros((len(ranks), *adapted_a.shape[1:]), adapted_a.dtype)
         a = a.at[indices].set(adapted_a)
@@ -59,32 +61,32 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
     return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
 
 
-def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
+def _start_factors(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
     """Returns a function that decomposes W."""
     del kernels, key
     return lambda leaf, kernel: singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
 
 
-def _again(nodes: Mapping[str, Leaf]) -> Remake:
+def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
     """Returns a function that decomposes W, or takes the factors of the node at the same path."""
 
     def make_arrays(path: str, weight: LoraWeight, _: Fields) -> Parts:
         def decompose(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 
-        return remade_factors(nodes, path, weight, "latent", decompose)
+        return remake_factors(nodes, path, weight, "latent", decompose)
 
     return make_arrays
 
 
-def remade_factors(
+def remake_factors(
     nodes: Mapping[str, Leaf],
     path: str,
     weight: LoraWeight,
     part_name: str,
     decompose: Callable[[BaseLike], Parts],
 ) -> Parts:
-    """Returns a and b of a weight without factors: those of an equal node, or decomposed ones.
+    """Returns a and b of a weight without factors: from the loaded tree if it has them, or from W.
 
     Args:
       nodes: the nodes of the tree that the adapter is loaded onto, by path.
@@ -96,6 +98,7 @@ def remade_factors(
     if is_abstract(weight.base):
         shapes: Parts = jax.eval_shape(decompose, weight.base)
         return shapes
+    # A node of the same base has the factors already.
     node = nodes.get(path)
     if _has_same_factors(node, weight, part_name):
         return {name: node.arrays[name] for name in ("a", "b")}
@@ -117,19 +120,19 @@ LORA_XS = Variant(
     option="xs",
     name="LoRA-XS",
     help="Train only a matrix R [rank, rank] for each weight, between singular vectors of the base "
-    "(LoRA-XS). By default --alpha is the rank and --lr 2e-3.",
-    parts=(Part("latent", AXES["latent"], _first_latent, is_drawn=True),),
+    "(LoRA-XS). The default of --alpha is the rank, and the default of --lr is 2e-3.",
+    parts=(Part("latent", AXES["latent"], _draw_latent, is_drawn=True),),
     frozen=("a", "b"),
-    start=_start,
+    start=_start_factors,
     derived=Derived(
         names=("a", "b"),
-        entry="singular",
+        recipe_entry="singular",
         recipe=lambda weight, others: {},
-        again=_again,
-        differs="is a LoRA-XS, whose A and B are singular vectors of the base, and those of "
-        "{path!r} are others than where it was trained: the base differs, or its dtype or codes "
-        "do. Load the base as it was trained on (allow_base_mismatch cannot help: R means nothing "
-        "between other vectors)",
+        remake_function=_remake_function,
+        difference_message="is a LoRA-XS, whose A and B are singular vectors of the base, but "
+        "those of {path!r} differ from those of its training. Load the base of its training, with "
+        "the same dtype or quantization. allow_base_mismatch cannot help, because R belongs to "
+        "these vectors.",
     ),
     alone="decomposes W for A and B",
     alone_in_scripts="takes A and B from the base and trains R between them",

@@ -248,7 +248,7 @@ def test_uses_that_do_not_tell_their_tokens(use):
 def test_rules():
     for fields, message in [
         ({"invocation": []}, "at least one token id"),
-        ({"invocation": [-1]}, "must be a sequence of at least one token id"),
+        ({"invocation": [-1]}, "must be at least one token id"),
         ({"invocation": [1], "dora": True}, "Remove dora"),
         ({"invocation": [1], "train_bias": True}, "Remove train_bias"),
     ]:

@@ -65,13 +65,13 @@ def main() -> None:
     x = jnp.ones(LARGE)
     products, passes = milliseconds(hadamard_transform, x), milliseconds(butterfly, x)
     print(f"Walsh-Hadamard at 2^23: products {products:.0f} ms, butterfly {passes:.0f} ms")
-    bijection = milliseconds(lambda key: fastfood._permutation(key, 1, LARGE), key)
+    bijection = milliseconds(lambda key: fastfood._draw_permutations(key, 1, LARGE), key)
     by_sorting = milliseconds(shuffled, key)
     print(f"permutation at 2^23: bijection {bijection:.0f} ms, argsort {by_sorting:.0f} ms")
-    few, places = jnp.ones((1, 1024)), fastfood._permutation(key, 1, LARGE)
+    few, places = jnp.ones((1, 1024)), fastfood._draw_permutations(key, 1, LARGE)
     cached, read = (
         milliseconds(permute, few, places)
-        for permute in (fastfood._permuted_on_cpu, fastfood._permuted)
+        for permute in (fastfood._permute_on_cpu, fastfood._permute)
     )
     print(f"permuting 2^23, of which 1,024 differ: cached {cached:.0f} ms, at random {read:.0f} ms")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.folders import partial_folder_of, replace_folder
 
 
 def written(folder: Path, text: str) -> Path:
@@ -15,7 +15,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_a_new_folder(tmp_path):
     folder = tmp_path / "out"
-    put_in_place(written(partial_of(folder), "new"), folder)
+    replace_folder(written(partial_folder_of(folder), "new"), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (folder / "file").read_text() == "new"
 
@@ -23,7 +23,7 @@ def test_a_new_folder(tmp_path):
 def test_an_older_folder_goes(tmp_path):
     folder = written(tmp_path / "out", "old")
     written(tmp_path / ".out.old", "older")  # as a kill leaves it
-    put_in_place(written(partial_of(folder), "new"), folder)
+    replace_folder(written(partial_folder_of(folder), "new"), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (folder / "file").read_text() == "new"
 
@@ -31,7 +31,7 @@ def test_an_older_folder_goes(tmp_path):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_interruption_brings_the_older_folder_back(tmp_path, monkeypatch, error):
     folder = written(tmp_path / "out", "old")
-    partial = written(partial_of(folder), "new")
+    partial = written(partial_folder_of(folder), "new")
     rename = Path.rename
 
     def interrupted(self, target):
@@ -41,6 +41,6 @@ def test_an_interruption_brings_the_older_folder_back(tmp_path, monkeypatch, err
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(error):
-        put_in_place(partial, folder)
+        replace_folder(partial, folder)
     assert (folder / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "out"]

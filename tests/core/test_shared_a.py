@@ -148,7 +148,7 @@ def test_sums_and_banks_hold_it_as_two():
             "no two kernels of this rule are in sibling modules .*'mlp/gate/kernel",
         ),
         ({"targets": ["gate"], "freeze_a": True}, "cannot share an A that is frozen"),
-        ({"targets": ["gate"], "init": lj.init.pissa}, "computed from its own base"),
+        ({"targets": ["gate"], "init": lj.init.pissa}, "computed from the base"),
     ],
 )
 def test_what_cannot_be_shared(more, message):

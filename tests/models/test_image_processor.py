@@ -224,12 +224,12 @@ def test_what_is_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "remedy"),
     [
-        ("https://example.org/cat.png", "copy it here or mount it"),
+        ("https://example.org/cat.png", "Copy the files to this machine, or mount them"),
         ({"bytes": None, "path": "gs://bucket/cat.png"}, "gcsfuse BUCKET FOLDER"),
     ],
 )
 def test_an_image_that_lies_elsewhere(image: Any, remedy: str) -> None:
-    with pytest.raises(ImageError, match=f"//.*cat.png is no path of this machine: .*{remedy}"):
+    with pytest.raises(ImageError, match=f"//.*cat.png is no path of this machine\. .*{remedy}"):
         ImageProcessor.from_hf(VIT).pixels(image)
 
 

@@ -18,8 +18,8 @@ import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.weight import leaves_of
-from lora_jax.subspace.fastfood import draw as draws_for
-from lora_jax.subspace.fastfood import hadamard_transform, project, projected
+from lora_jax.subspace.fastfood import draw_random_parts as draws_for
+from lora_jax.subspace.fastfood import hadamard_transform, project, project_with_draws
 from tests.support import assert_close, assert_identical, draw
 
 
@@ -111,7 +111,8 @@ def test_a_projection_equals_the_dense_one(d, size, float64):
     @jax.jit
     def drawn(key):
         draws = draws_for(key, d, size)
-        return draws, jax.jacobian(lambda x: projected(x, draws, size))(jnp.zeros(d, jnp.float64))
+        zeros = jnp.zeros(d, jnp.float64)
+        return draws, jax.jacobian(lambda x: project_with_draws(x, draws, size))(zeros)
 
     draws, matrix = drawn(jax.random.key(d))
     assert_close(matrix, dense(draws, d, size), 1e-9)
@@ -125,7 +126,7 @@ def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatc
     Tensors of up to `largest` entries are projected together, others one by one.
     """
     params, d = small(np.float64), 19
-    monkeypatch.setattr("lora_jax.subspace.moving._SMALL", largest)
+    monkeypatch.setattr("lora_jax.subspace.moving._MAX_SMALL_ENTRIES", largest)
     space = subspace.make(params, dimension=d, kind=kind, seed=5)
     theta = moving(space, dtype=np.float64)
     n, key = theta["theta"].size, jax.random.key(5, impl="threefry2x32")
@@ -171,7 +172,7 @@ def test_a_tree_moves_as_far_as_theta():
 @pytest.mark.slow
 def test_gradients_equal_finite_differences(float64, monkeypatch):
     """Some stacks and tensors are projected one by one, and others together."""
-    monkeypatch.setattr("lora_jax.subspace.moving._SMALL", 30)
+    monkeypatch.setattr("lora_jax.subspace.moving._MAX_SMALL_ENTRIES", 30)
     params = small(np.float64)
     del params["embed"], params["layers"]["down"]
     space = subspace.make(params, dimension=19, kind="said")

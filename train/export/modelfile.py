@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.folders import partial_of
+from lora_jax.folders import partial_folder_of
 
 
 class ChatFormat(NamedTuple):
@@ -125,7 +125,7 @@ def write_modelfile(
     system = find_default_system_prompt(tokenizer, template, chat)
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    partial = partial_of(path)
+    partial = partial_folder_of(path)
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, path)
     if system is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.folders import partial_of
+from lora_jax.folders import partial_folder_of
 from lora_jax.hf.keys import WeightsError, write_converted
 
 # The types that are written, and the numbers by which `general.file_type` has them.
@@ -55,7 +55,7 @@ def write_gguf(
       WeightsError: for values that a type cannot hold; names the tensor.
     """
     gguf = import_gguf()
-    partial_file = partial_of(path)
+    partial_file = partial_folder_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _write_file(gguf, partial_file, fields, entries, progress)

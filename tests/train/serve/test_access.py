@@ -344,7 +344,7 @@ def test_owners_share_no_adapters(tmp_path):
         asked = {"lora_name": "x", "lora_path": "gs://bucket/a"}
         headers = {"X-API-Key": "tml-one"}
         said = client.post("/v1/load_lora_adapter", json=asked, headers=headers).json()
-        assert "this is no path of this machine: mount the bucket" in said["error"]["message"]
+        assert "this is no path of this machine. Mount the bucket" in said["error"]["message"]
         assert post("tml-one", "load_lora_adapter", lora_name="mine", lora_path="inside") == 200
         assert names("tml-one") == {"tiny/base", "inside", "mine", "anna-snapshot"}
         assert names("tml-two") == {"tiny/base", "inside"}
