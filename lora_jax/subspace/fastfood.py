@@ -87,7 +87,7 @@ def project_with_draws(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax
     norms = jnp.sqrt(size * jnp.sum(normals**2, axis=-1, keepdims=True))  # [K, 1]
     x = jnp.pad(theta, (0, signs.size - theta.size)).reshape(n_blocks, block_size)
     x = x * signs.astype(dtype) / norms
-    # All entries from p on are zero, so HBx repeats the transform of the first p. Then permute by Π.
+    # All entries from p on are zero, so HBx repeats that of the first p. Then permute by Π.
     x = jax.lax.platform_dependent(
         hadamard_transform(x), permutation, cpu=_permute_on_cpu, default=_permute
     )

@@ -126,7 +126,7 @@ def test_an_existing_folder_is_kept_unless_told(saved, tmp_path):
 def test_a_failed_save_leaves_nothing_and_harms_nothing(saved, tmp_path, monkeypatch):
     folder, tree = saved
     copy = shutil.copytree(folder, tmp_path / "adapter")
-    monkeypatch.setattr("lora_jax.saving.checkpoint.put_in_place", lambda *_: 1 / 0)
+    monkeypatch.setattr("lora_jax.saving.checkpoint.replace_folder", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lj.save_adapter(copy, tree, overwrite=True)
     assert_identical(lj.load_adapter(copy, PARAMS), tree)

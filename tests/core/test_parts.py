@@ -176,9 +176,9 @@ def test_the_registry_has_each_option_and_each_part_once():
 @pytest.mark.parametrize("name", ["a", "scale", "gain", "value"])
 def test_names_that_are_taken_are_refused(name):
     part = dataclasses.replace(CORE, name=name)
-    with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
+    with pytest.raises(ValueError, match=f"array with the name '{name}'"):
         lj.LoraRule(targets=["up"], extras=[part])
-    with pytest.raises(ValueError, match="'core' is taken"):
+    with pytest.raises(ValueError, match="with the name 'core'"):
         lj.LoraRule(targets=["up"], extras=[CORE, CORE])
 
 

@@ -229,7 +229,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     ],
 )
 def test_an_image_that_lies_elsewhere(image: Any, remedy: str) -> None:
-    with pytest.raises(ImageError, match=f"//.*cat.png is no path of this machine\. .*{remedy}"):
+    with pytest.raises(ImageError, match=f"//.*cat.png is no path of this machine. .*{remedy}"):
         ImageProcessor.from_hf(VIT).pixels(image)
 
 
