@@ -36,7 +36,7 @@ class KernelFacts(NamedTuple):
     settings: Mapping[str, Any] = {}
 
     @property
-    def in_and_out_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sizes_of_sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The sizes of the in axes, and the sizes of the out axes."""
         return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
 

@@ -41,7 +41,7 @@ class SharedPairs:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
         rank = max(kernel.ranks)
-        in_sizes, out_sizes = kernel.in_and_out_sizes
+        in_sizes, out_sizes = kernel.sizes_of_sides
         in_width, out_width = self.widths[rank]
 
         def columns_of_weight(
@@ -94,7 +94,7 @@ def _start_pairs(kernels: Sequence[KernelFacts], key: jax.Array) -> SharedPairs:
 
 def _widths_of_kernel(kernel: KernelFacts) -> Widths:
     """Returns the numbers of in and out features of a kernel."""
-    in_sizes, out_sizes = kernel.in_and_out_sizes
+    in_sizes, out_sizes = kernel.sizes_of_sides
     return math.prod(in_sizes), math.prod(out_sizes)
 
 

@@ -265,7 +265,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "step"), [(save, "write_tensors"), (save, "_write_json"), (folders, "replace_folder")]
+    ("module", "step"),
+    [(save, "write_tensors"), (save, "_write_json"), (folders, "replace_folder")],
 )
 def test_an_interrupted_save_leaves_what_was_there(
     module: ModuleType, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
